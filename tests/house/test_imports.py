@@ -1,0 +1,45 @@
+"""The layers of the house, and what `import pipeline` may cost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+HEAVY = [
+    "faust",
+    "fastapi",
+    "psutil",
+    "pydantic",
+    "re2",
+    "rich",
+    "rocksdict",
+    "starlette",
+    "structlog",
+    "typer",
+    "uvicorn",
+]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_imports_keep_the_contracts() -> None:
+    """Every import points down, every module has a layer, drivers stay where they belong (pyproject.toml)."""
+    done = run_python(
+        "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    )
+    if done.returncode != 0:
+        pytest.fail(f"lint-imports:\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+@pytest.mark.parametrize("statement", ["import pipeline", "from pipeline import Publisher"])
+def test_publishing_loads_no_server_package(statement: str) -> None:
+    """An app that publishes pays for no web framework, store, or command line."""
+    done = run_python(f"{statement}\nimport json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
