@@ -1,0 +1,113 @@
+"""Exactly once between a publisher and a task: who numbers batches, and who remembers which numbers were folded.
+
+Sequences rise by one per producer and partition. The memory of a task is a *set*, not "the last one": when batch 5 fails
+while batch 6 succeeds, the re-sent 5 is new and must be folded. The set stays small because every batch carries its
+producer's `floor`, the lowest sequence that could still be sent: below it everything is settled. (The idea of an
+acknowledgement of acknowledgements is QUIC's, RFC 9000 section 13.2.4.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+import msgspec
+
+from pipeline.errors import BadRecord
+
+GAP_COUNT_MAX = 1_000
+"""Most gaps in one producer's folded sequences. A correct publisher has at most one per unacknowledged batch."""
+
+Counter = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """Which sequences of one producer a partition has folded: all below `next_sequence`, and `beyond`."""
+
+    epoch: Counter = 0
+    next_sequence: Counter = 0
+    beyond: list[tuple[Counter, Counter]] = []
+    """Half-open ranges above `next_sequence`, sorted, apart from each other and from `next_sequence`."""
+    seen_at_ms: Counter = 0
+    """When the log accepted the producer's newest batch; it expires `producer_ttl_ms` after that."""
+
+    def has(self, sequence: int) -> bool:
+        """Whether `sequence` was folded or is settled."""
+        if sequence < self.next_sequence:
+            return True
+        i = bisect_right(self.beyond, (sequence, 2**63))
+        return i > 0 and sequence < self.beyond[i - 1][1]
+
+    def with_folded(self, sequence: int, floor: int, epoch: int, seen_at_ms: int) -> Folded:
+        """This memory after folding `sequence`, which `has` did not hold; `BadRecord` if there would be too many gaps."""
+        ranges = sorted([*self.beyond, (sequence, sequence + 1)])
+        next_sequence = max(self.next_sequence, floor)
+        beyond: list[tuple[int, int]] = []
+        for start, end in ranges:
+            if start <= next_sequence:
+                next_sequence = max(next_sequence, end)
+            elif beyond and start <= beyond[-1][1]:
+                beyond[-1] = (beyond[-1][0], max(beyond[-1][1], end))
+            else:
+                beyond.append((start, end))
+        if len(beyond) > GAP_COUNT_MAX:
+            raise BadRecord(f"over {GAP_COUNT_MAX} gaps in the sequences of one producer")
+        return Folded(max(self.epoch, epoch), next_sequence, beyond, max(self.seen_at_ms, seen_at_ms))
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """A batch that is bytes now: it keeps its partition and sequence until it is acknowledged, and never changes."""
+
+    partition: int
+    sequence: int
+    value: bytes
+    entry_count: int
+
+
+class Outbox:
+    """A producer's sealed, unacknowledged batches. Pure bookkeeping; one thread at a time."""
+
+    def __init__(self, producer_id: str, epoch: int) -> None:
+        self.producer_id = producer_id
+        self.epoch = epoch
+        self.bytes_total = 0
+        """Bytes of all sealed batches that are not acknowledged."""
+        self._next: dict[int, int] = {}
+        self._unacked: dict[int, dict[int, Sealed]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._unacked.values()))
+
+    def next_numbers(self, partition: int) -> tuple[int, int]:
+        """`(sequence, floor)` for the next batch that is sealed for `partition`; `add` takes the number."""
+        sequence = self._next.get(partition, 0)
+        return sequence, min(self._unacked.get(partition, ()), default=sequence)
+
+    def add(self, sealed: Sealed) -> None:
+        """Keep a batch that was sealed with `next_numbers`, until `acknowledge`."""
+        if sealed.sequence != self._next.get(sealed.partition, 0):
+            raise AssertionError(f"sequence {sealed.sequence} sealed out of order")
+        self._next[sealed.partition] = sealed.sequence + 1
+        self._unacked.setdefault(sealed.partition, {})[sealed.sequence] = sealed
+        self.bytes_total += len(sealed.value)
+
+    def acknowledge(self, partition: int, sequence: int) -> Sealed | None:
+        """Forget a batch that the log has accepted, or that it never will; None if it was forgotten before."""
+        sealed = self._unacked.get(partition, {}).pop(sequence, None)
+        if sealed is not None:
+            self.bytes_total -= len(sealed.value)
+        return sealed
+
+    def next_sequences(self) -> dict[int, int]:
+        """By partition, the sequence behind every batch that was sealed so far."""
+        return dict(self._next)
+
+    def settled(self, next_sequences: Mapping[int, int]) -> bool:
+        """Whether every batch below these sequences was acknowledged, or given up."""
+        return all(min(self._unacked.get(p, ()), default=n) >= n for p, n in next_sequences.items())
+
+    def pending(self) -> Iterator[Sealed]:
+        """All unacknowledged batches, each partition's in the order of its sequences."""
+        for sealed in [*self._unacked.values()]:
+            yield from [*sealed.values()]

@@ -1,0 +1,353 @@
+"""The algebra: every kind is a commutative monoid, exactly where numbers add exactly."""
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from decimal import Decimal
+from enum import Enum, IntEnum, StrEnum
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core.codec import decode_states, encode_states
+from pipeline.core.merge import INT_BITS_MAX, KINDS, TEXT_BYTES_MAX, TS_MS_MAX, Kind, State, number, numbers
+from pipeline.errors import Invalid
+from tests.core import strategies as some
+
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+numeric_kind = pytest.mark.parametrize("kind", [KINDS[name] for name in ("sum", "min", "max", "mean")])
+
+
+def fold(kind: Kind, parts: Sequence[State]) -> State:
+    state = parts[0]
+    for part in parts[1:]:
+        state = kind.merge(state, part)
+    return state
+
+
+@every_kind
+@given(data=st.data())
+def test_merging_any_split_is_collecting_the_whole(kind: Kind, data: st.DataObject) -> None:
+    """However a run of deltas is cut up, collected and merged, the state is that of the whole run."""
+    (run,) = data.draw(some.runs(kind.name, size_max=12))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(run)))) | {len(run)})
+    parts = [kind.collect(run[start:end]) for start, end in zip([0, *cuts], cuts, strict=False)]
+    whole = kind.collect(run)
+    assert some.same(kind, fold(kind, parts), whole)
+    order = data.draw(st.permutations(parts))
+    assert some.same(kind, fold(kind, order), whole)
+    assert some.same(kind, kind.collect(data.draw(st.permutations(run))), whole)
+
+
+@every_kind
+@given(data=st.data())
+def test_associative(kind: Kind, data: st.DataObject) -> None:
+    """(a + b) + c = a + (b + c)."""
+    a, b, c = data.draw(some.states(kind.name, count=3))
+    assert some.same(kind, kind.merge(kind.merge(a, b), c), kind.merge(a, kind.merge(b, c)))
+
+
+@every_kind
+@given(data=st.data())
+def test_commutative(kind: Kind, data: st.DataObject) -> None:
+    """a + b = b + a."""
+    a, b = data.draw(some.states(kind.name, count=2))
+    assert some.same(kind, kind.merge(a, b), kind.merge(b, a))
+
+
+@every_kind
+@given(data=st.data())
+def test_arguments_are_unchanged(kind: Kind, data: st.DataObject) -> None:
+    """`merge` and `collect` leave what they are given as it was, and nothing they return shares its later changes."""
+    a, b = data.draw(some.states(kind.name, count=2))
+    (run,) = data.draw(some.runs(kind.name))
+    before = deepcopy((a, b, run))
+    merged = kind.merge(a, b)
+    image = some.image(kind, merged)
+    kind.merge(merged, b)
+    kind.merge(a, merged)
+    kind.collect(run)
+    assert repr((a, b, run)) == repr(before)
+    assert some.image(kind, merged) == image
+
+
+@every_kind
+@given(data=st.data())
+def test_equal_deltas_make_equal_bytes(kind: Kind, data: st.DataObject) -> None:
+    """A state is a function of its deltas: two processes that collect the same run store the same bytes."""
+    (run,) = data.draw(some.runs(kind.name))
+    state = kind.collect(run)
+    assert some.image(kind, state) == some.image(kind, kind.collect(deepcopy(run)))
+    assert some.image(kind, decode_states(kind, encode_states(kind, [state]))[0]) == some.image(kind, state)
+
+
+@every_kind
+def test_nothing_is_the_identity(kind: Kind) -> None:
+    """No deltas, no state: the identity has no entry, and so no bytes."""
+    assert encode_states(kind, []) == []
+    assert decode_states(kind, []) == []
+
+
+@numeric_kind
+@given(value=some.numbers)
+def test_one_delta_is_its_own_answer(kind: Kind, value: float) -> None:
+    """A series with one delta answers that delta."""
+    answer = kind.answer(kind.collect([kind.check(value, 0)]))
+    assert answer == (value if kind.name != "mean" or type(value) is float else kind.answer((value, 1)))
+
+
+@given(values=st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=30), cut=st.integers(0, 30))
+def test_float_sums_differ_in_their_last_bits_only(values: list[float], cut: int) -> None:
+    """Of any floats that do not overflow, the sum of a split is within the rounding of n additions."""
+    tolerance = 2**-52 * len(values) * math.fsum(map(abs, values))
+    parts = [KINDS["sum"].collect(part) for part in (values[:cut], values[cut:]) if part]
+    assert abs(fold(KINDS["sum"], parts) - math.fsum(values)) <= tolerance
+    total, count = KINDS["mean"].collect(values)
+    assert count == len(values)
+    assert abs(total - math.fsum(values)) <= tolerance
+
+
+@given(values=st.lists(some.big_ints, min_size=1))
+def test_ints_are_exact_at_any_size(values: list[int]) -> None:
+    """Sums and means of ints never go through a float."""
+    assert KINDS["sum"].collect(values) == sum(values)
+    assert type(KINDS["sum"].collect(values)) is int
+    assert KINDS["mean"].collect(values) == (sum(values), len(values))
+    assert KINDS["min"].collect(values) == min(values)
+    assert KINDS["max"].collect(values) == max(values)
+
+
+def test_ints_and_floats_compare_exactly() -> None:
+    """2**53 + 1 is larger than 2.0**53, although they are the same float."""
+    assert KINDS["max"].merge(2.0**53, 2**53 + 1) == 2**53 + 1
+    assert KINDS["min"].merge(2**53 + 1, 2.0**53) == 2.0**53
+    assert KINDS["max"].collect([-1e308, -(10**400)]) == -1e308
+
+
+def test_overflow_saturates() -> None:
+    """A sum beyond the floats is infinite, of the right sign, and stays so; it never raises."""
+    merge = KINDS["sum"].merge
+    assert merge(1e308, 1e308) == math.inf
+    assert merge(10**400, 0.5) == math.inf
+    assert merge(0.5, -(10**400)) == -math.inf
+    assert merge(math.inf, 1) == math.inf
+    assert KINDS["sum"].collect([0.5, 10**400, 1]) == math.inf
+    assert KINDS["sum"].collect([10**400, 1]) == 10**400 + 1
+    assert KINDS["mean"].merge((1e308, 1), (1e308, 2)) == (math.inf, 3)
+    assert KINDS["mean"].collect([-1e308, -(10**400)]) == (-math.inf, 2)
+
+
+def test_numbers_beyond_floats_are_answered_as_null() -> None:
+    """JSON has no infinity: an overflown sum answers null; ints of any size answer themselves."""
+    answer = KINDS["sum"].answer
+    assert answer(math.inf) is None
+    assert answer(-math.inf) is None
+    assert answer(math.nan) is None
+    assert answer(10**400) == 10**400
+    assert answer(0) == 0
+    assert answer(0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ((6, 4), 1.5),
+        ((0, 3), 0.0),
+        ((1.5, 2), 0.75),
+        ((2**64, 2), 2.0**63),
+        ((10**400, 10), 10**399),
+        ((-(10**400), 10**400), -1.0),
+        ((3, 10**400), 0.0),
+        ((1.5, 10**400), 0.0),
+        ((math.inf, 2), None),
+        ((-math.inf, 10**400), None),
+        ((math.nan, 1), None),
+    ],
+)
+def test_answers_of_mean(state: State, expected: float | None) -> None:
+    """The mean is sum by count, whatever their sizes; null when the sum is beyond floats."""
+    assert KINDS["mean"].answer(state) == expected
+
+
+@given(a=st.tuples(some.stamps, some.scalars), b=st.tuples(some.stamps, some.scalars))
+def test_last_is_the_newest(a: tuple[int, Any], b: tuple[int, Any]) -> None:
+    """The newer timestamp wins; of two values with one timestamp, the larger encoding, whichever came first."""
+    kind = KINDS["last"]
+    winner = kind.merge(a, b)
+    assert winner is a or winner is b
+    loser = b if winner is a else a
+    image_won, image_lost = some.image(kind, winner), some.image(kind, loser)
+    assert winner[0] > loser[0] or (winner[0] == loser[0] and image_won >= image_lost)
+    assert some.image(kind, kind.merge(b, a)) == image_won
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        (0, 1), (1, None), (None, False), (False, True), (True, 0.5), ("a", "b"), ("b", "aa"), (1, 1.0), (1, True),
+        (5, "a"), (0.0, -0.0), (2**63, 2**64 - 1), (2**70, 1.0), ("x" * 31, "x" * 32), ("x", -1), (-2, -1), (2**70, 2**71),
+    ],
+)  # fmt: skip
+def test_ties_of_last(small: Any, large: Any) -> None:
+    """Ties are decided by the first byte of msgpack, then by what follows: the same everywhere and for ever."""
+    kind = KINDS["last"]
+    assert kind.merge((7, small), (7, large))[1] is large
+    assert kind.merge((7, large), (7, small))[1] is large
+    assert kind.merge((8, small), (7, large))[1] is small
+
+
+def test_answers_of_last() -> None:
+    """`last` answers what was set: text, number, bool or null."""
+    for value in ("", "text", 0, 1.5, True, False, None, 10**100):
+        assert KINDS["last"].answer((5, value)) is value
+
+
+# What may be recorded
+
+
+class Weight(IntEnum):
+    HEAVY = 7
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class OldColour(str, Enum):  # noqa: UP042
+    RED = "red"
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Celsius(float):
+    __slots__ = ()
+
+
+class Indexed:
+    def __index__(self) -> int:
+        return 5
+
+
+class Floating:
+    def __float__(self) -> float:
+        return 2.5
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0), (-3, -3), (2.5, 2.5), (-0.0, -0.0), (True, 1), (False, 0), (10**100, 10**100), (Weight.HEAVY, 7),
+        (Decimal("1.25"), 1.25), (Decimal(3), 3.0), (Fraction(1, 4), 0.25), (Celsius(1.5), 1.5), (Indexed(), 5),
+        (Floating(), 2.5), (2**INT_BITS_MAX - 1, 2**INT_BITS_MAX - 1), (1 - 2**INT_BITS_MAX, 1 - 2**INT_BITS_MAX),
+        (1.7976931348623157e308, 1.7976931348623157e308), (5e-324, 5e-324),
+    ],
+)  # fmt: skip
+@numeric_kind
+def test_numbers_that_are_taken(kind: Kind, value: Any, expected: float) -> None:
+    """Any real, finite number becomes a plain int or float of the same value; bools are ints."""
+    for found in (number(value), kind.check(value, 0), *numbers([value]), *numbers([1, value, 2.5])[1:2]):
+        assert found == expected
+        assert type(found) is type(expected)
+        assert math.copysign(1, found) == math.copysign(1, expected) if type(found) is float else True
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan, math.inf, -math.inf, None, "", "1", b"1", bytearray(b"1"), memoryview(b"1"), Text("1"), Colour.RED,
+        Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity"), Decimal("1e400"), Fraction(10**400), 1j, complex(1, 0),
+        {1}, [1], (1,), {1: 1}, object(), int, lambda: 1, 2**INT_BITS_MAX, -(2**INT_BITS_MAX), Celsius("nan"), range(1),
+    ],
+    ids=lambda value: f"{value!r:.30}".partition(" at 0x")[0],
+)  # fmt: skip
+@numeric_kind
+def test_numbers_that_are_refused(kind: Kind, value: Any) -> None:
+    """What is not a finite real number of a size that can be stored is `Invalid`, and says so in a short message."""
+    with pytest.raises(Invalid) as caught:
+        number(value)
+    assert len(str(caught.value)) < 200
+    with pytest.raises(Invalid):
+        kind.check(value, 0)
+
+
+def test_numpy_scalars_become_plain() -> None:
+    """NumPy's numbers become plain ones, so that its types never reach a batch; its NaN is refused like any."""
+    np = pytest.importorskip("numpy")
+    integral = [np.int8(3), np.int64(3), np.uint64(3), np.array(3)]
+    real = [np.float16(3), np.float32(3), np.float64(3), np.longdouble(3), np.array(3.0)]
+    assert [(number(v), type(number(v))) for v in integral] == [(3, int)] * len(integral)
+    assert [(number(v), type(number(v))) for v in real] == [(3.0, float)] * len(real)
+    assert number(np.uint64(2**64 - 1)) == 2**64 - 1
+    assert number(np.bool_(True)) == 1
+    assert type(KINDS["sum"].collect([np.int64(2), np.int64(3)])) is int
+    assert KINDS["max"].collect([np.float64(2.5), 1]) == 2.5
+    assert KINDS["last"].check(np.float32(1.5), 4) == (4, 1.5)
+    for value in (
+        np.float64("nan"),
+        np.float32("inf"),
+        np.str_("1"),
+        np.bytes_(b"1"),
+        np.array([1, 2]),
+        np.datetime64(0, "s"),
+    ):
+        with pytest.raises(Invalid):
+            number(value)
+
+
+@pytest.mark.parametrize("value", ["", "text", "\0", None, True, False, 0, -1.5, 10**100, Decimal("0.5"), "é" * 32_768])
+def test_values_that_last_takes(value: Any) -> None:
+    """`last` takes text, numbers, bools and None as they are."""
+    ts_ms, found = KINDS["last"].check(value, 17)
+    assert (ts_ms, found) == (17, value)
+    assert type(found) is (float if isinstance(value, Decimal) else type(value))
+
+
+@pytest.mark.parametrize("value", [Text("red"), Colour.RED, OldColour.RED])
+def test_last_keeps_the_text_of_a_text_like_value(value: str) -> None:
+    """A subclass of str is stored as the text that it is, not as its name."""
+    _, found = KINDS["last"].check(value, 0)
+    assert found == "red"
+    assert type(found) is str
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan, math.inf, b"x", [1], {1: 2}, object(), 1j, 2**INT_BITS_MAX, "\ud800", "a\udfff",
+        "x" * (TEXT_BYTES_MAX + 1), "é" * 32_769, "\U0001f600" * 16_385, "\ud800" * TEXT_BYTES_MAX,
+    ],
+    ids=lambda value: f"{value!r:.20}".partition(" at 0x")[0],
+)  # fmt: skip
+def test_values_that_last_refuses(value: Any) -> None:
+    """What is too long, not Unicode, not finite, or of another type is `Invalid`, in a short message."""
+    with pytest.raises(Invalid) as caught:
+        KINDS["last"].check(value, 0)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("ts_ms", [-1, TS_MS_MAX + 1, 1.0, True, None, "5", 10**400, math.nan])
+def test_timestamps_that_last_refuses(ts_ms: Any) -> None:
+    """A timestamp is an int of milliseconds since 1970, in a range that floats hold exactly too."""
+    with pytest.raises(Invalid):
+        KINDS["last"].check(1, ts_ms)
+    assert KINDS["last"].check(1, 0) == (0, 1)
+    assert KINDS["last"].check(1, TS_MS_MAX) == (TS_MS_MAX, 1)
+
+
+@every_kind
+@given(data=st.data())
+def test_check_takes_or_refuses_anything(kind: Kind, data: st.DataObject) -> None:
+    """For any value `check` returns a delta that collects and is stored, or raises `Invalid`: nothing else."""
+    value = data.draw(some.wire_values | st.decimals() | st.fractions() | st.complex_numbers() | st.dates() | some.numbers)
+    try:
+        delta = kind.check(value, data.draw(some.stamps))
+    except Invalid:
+        return
+    state = kind.collect([delta, delta])
+    assert some.same(kind, decode_states(kind, encode_states(kind, [state]))[0], state)
+    kind.answer(state)

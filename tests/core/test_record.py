@@ -1,0 +1,323 @@
+"""Definitions, label values and the layout of keys."""
+
+from enum import StrEnum
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pipeline.core.merge import KIND_NAMES
+from pipeline.core.record import (
+    LABEL_COUNT_MAX,
+    LABEL_VALUE_BYTES_MAX,
+    NAME_BYTES_MAX,
+    POSITION_KEY,
+    STORE_META_KEY,
+    SUFFIX_BYTES_MAX,
+    TAG_DEFINITION,
+    TAG_PRODUCER,
+    TAG_SERIES,
+    WINDOW_NONE,
+    Definition,
+    check_definition,
+    check_label_values,
+    check_suffix,
+    check_suffixes,
+    definition_key,
+    labels_of,
+    parse_suffix,
+    prefix_end,
+    producer_key,
+    series_prefix,
+    series_suffix,
+)
+from pipeline.errors import BadRecord, Invalid
+from tests.core import strategies as some
+
+label_tuples = st.lists(some.label_values, max_size=5).map(tuple)
+
+
+# Definitions
+
+
+@given(definition=some.definitions())
+def test_good_definitions(definition: Definition) -> None:
+    """Prometheus names, any known kind, up to 32 labels."""
+    check_definition(definition, KIND_NAMES)
+
+
+@pytest.mark.parametrize("name", ["a", "_", "A9", "v" * NAME_BYTES_MAX, "__", "sum"])
+def test_good_names(name: str) -> None:
+    """What Prometheus takes is taken, as view and as label, up to the limit."""
+    check_definition(Definition(name, "sum", (name,)), KIND_NAMES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "9a",
+        "a-b",
+        "a b",
+        "a.b",
+        "é",
+        "a\n",
+        "\n",
+        "a\0",
+        "\0",
+        "v" * (NAME_BYTES_MAX + 1),
+        "x" * 1_000_000,
+        "a:b",
+        "a\u0661",
+        "\ud800",
+    ],
+    ids=lambda name: f"{name!r:.12}",
+)
+def test_bad_names(name: str) -> None:
+    """Any other view or label name is `Invalid`, named in a short message."""
+    for definition, what in ((Definition(name, "sum"), "view name"), (Definition("v", "sum", ("a", name)), "label name")):
+        with pytest.raises(Invalid, match=what) as caught:
+            check_definition(definition, KIND_NAMES)
+        assert len(str(caught.value)) < 1_500
+
+
+@pytest.mark.parametrize(
+    ("definition", "reason"),
+    [
+        (Definition("v", "median"), "unknown kind 'median'"),
+        (Definition("v", ""), "unknown kind"),
+        (Definition("v", "SUM"), "unknown kind"),
+        (Definition("v", "k" * 1_000_000), "unknown kind"),
+        (Definition("v", "sum", ("a", "b", "a")), "twice"),
+        (Definition("v", "sum", tuple(f"l{i}" for i in range(LABEL_COUNT_MAX + 1))), "33 labels"),
+        (Definition("v", "sum", ("a",) * 100_000), "100000 labels"),
+        (Definition("v", "sum", (), 60), "window"),
+        (Definition("v", "sum", (), -1), "window"),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)
+def test_bad_definitions(definition: Definition, reason: str) -> None:
+    """A definition that this version can't hold is `Invalid`; the short message names what is wrong."""
+    with pytest.raises(Invalid, match=reason) as caught:
+        check_definition(definition, KIND_NAMES)
+    assert len(str(caught.value)) < 500
+
+
+def test_the_most_labels() -> None:
+    """32 labels are allowed."""
+    check_definition(Definition("v", "sum", tuple(f"l{i}" for i in range(LABEL_COUNT_MAX))), KIND_NAMES)
+
+
+# Label values
+
+ONE = Definition("v", "sum", ("a",))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "\0", "a\0b", "x" * LABEL_VALUE_BYTES_MAX, "é" * (LABEL_VALUE_BYTES_MAX // 2), "\U0001f600", "\n", "\uffff"],
+    ids=lambda value: f"{value!r:.12}",
+)
+def test_good_label_values(value: str) -> None:
+    """Any text is a label value, NUL included, up to 4,096 bytes of UTF-8; what a publisher may send, a task takes."""
+    assert check_label_values(ONE, [value]) == (value,)
+    suffix = series_suffix((value,))
+    check_suffix(ONE, suffix)
+    assert parse_suffix(suffix) == (0, (value,))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ((), "got 0 values"), (("a", "b"), "got 2 values"), ((1,), "text expected, got int"), ((None,), "NoneType"),
+        ((b"a",), "bytes"), ((["a"],), "list"), (("\ud800",), "surrogate"),
+        (("x" * (LABEL_VALUE_BYTES_MAX + 1),), "4097 bytes"),
+        (("é" * (LABEL_VALUE_BYTES_MAX // 2 + 1),), "4098 bytes"), (("x" * 2**20,), "1048576 bytes"),
+        (("\0" * 2**20,), "1048576 bytes"),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)  # fmt: skip
+def test_bad_label_values(values: tuple[Any, ...], reason: str) -> None:
+    """Too many, too few, too long, not text, not Unicode: `Invalid`, naming the view or label, in a short message."""
+    with pytest.raises(Invalid, match=reason) as caught:
+        check_label_values(ONE, values)
+    assert len(str(caught.value)) < 300
+
+
+def test_label_values_together_are_limited() -> None:
+    """Each value may be short enough, and all of them too long."""
+    definition = Definition("v", "sum", tuple(f"l{i}" for i in range(LABEL_COUNT_MAX)))
+    fits = ["x" * 1_020] * LABEL_COUNT_MAX
+    rest = SUFFIX_BYTES_MAX - len(series_suffix(fits))
+    fits[0] += "x" * rest
+    assert len(series_suffix(check_label_values(definition, fits))) == SUFFIX_BYTES_MAX
+    check_suffix(definition, series_suffix(fits))
+    fits[1] += "x"
+    with pytest.raises(Invalid, match="32769 bytes"):
+        check_label_values(definition, fits)
+    with pytest.raises(BadRecord, match="32769 bytes"):
+        check_suffix(definition, series_suffix(fits))
+
+
+def test_text_like_label_values_become_text() -> None:
+    """A StrEnum, or any subclass of str, is stored as the text that it is."""
+
+    class Region(StrEnum):
+        EU = "eu"
+
+    class Text(str):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            return "another"
+
+    for value in (Region.EU, Text("eu")):
+        (found,) = check_label_values(ONE, [value])
+        assert found == "eu"
+        assert type(found) is str
+
+
+@pytest.mark.parametrize(
+    ("suffix", "reason"),
+    [
+        (b"", "series key"), (b"\x91\xa1a", "series key"), (bytes(7), "series key"), (bytes(8), "series key"),
+        (bytes(8) + b"\x90", "0 label values"), (bytes(8) + b"\x92\xa1a\xa1b", "2 label values"),
+        (bytes(7) + b"\x01\x91\xa1a", "window"), (b"\xff" * 8 + b"\x91\xa1a", "window"),
+        (bytes(8) + b"\x91\x01", "series key"),
+        (bytes(8) + b"\x91\xc4\x01a", "series key"), (bytes(8) + b"\x91\xa1\xff", "series key"),
+        (bytes(8) + b"\x91\xa3\xed\xa0\x80", "series key"), (bytes(8) + b"\x91\xd9\x01a", "canonical"),
+        (bytes(8) + b"\x91\xa1a\x00", "series key"), (bytes(8) + b"\x81\xa1a\xa1b", "series key"),
+        (series_suffix(("x" * (LABEL_VALUE_BYTES_MAX + 1),)), "4096"), (bytes(8) + b"\x91\xc0", "series key"),
+        (series_suffix(("é" * (LABEL_VALUE_BYTES_MAX // 2 + 1),)), "4096"), (bytes(8) + b"\x91\xa1", "series key"),
+        (series_suffix(("x" * 2**20,)), "1048590 bytes"),
+    ],
+    ids=lambda value: f"{value!r:.50}",
+)  # fmt: skip
+def test_bad_suffixes(suffix: bytes, reason: str) -> None:
+    """A suffix that is not a series of its view is `BadRecord`, whatever is wrong with it."""
+    with pytest.raises(BadRecord, match=reason):
+        check_suffix(ONE, suffix)
+
+
+SUFFIX_PIECES = [
+    bytes(8),
+    bytes(7),
+    b"\x91\xa1a",
+    b"\x91\xa0",
+    b"\x90",
+    b"\x91",
+    b"\xa1",
+    b"a",
+    b"\xd9\x01a",
+    b"\x92\xa1a\xa1b",
+    b"\x01",
+]
+
+
+@given(
+    width=st.integers(0, 2),
+    suffixes=st.lists(
+        st.lists(st.sampled_from(SUFFIX_PIECES), max_size=4).map(b"".join)
+        | st.lists(some.label_values, max_size=2).map(series_suffix)
+        | st.just(series_suffix(("a",)))
+        | st.just(series_suffix(("x" * (LABEL_VALUE_BYTES_MAX + 1),))),
+        max_size=4,
+    ),
+)
+def test_many_suffixes_are_checked_as_each_is(width: int, suffixes: list[bytes]) -> None:
+    """All pass together exactly if each passes alone: none can borrow bytes from its neighbour."""
+    definition = Definition("v", "sum", ("a", "b")[:width])
+    try:
+        for suffix in suffixes:
+            check_suffix(definition, suffix)
+    except BadRecord:
+        with pytest.raises(BadRecord):
+            check_suffixes(definition, suffixes)
+    else:
+        check_suffixes(definition, suffixes)
+
+
+@pytest.mark.parametrize(
+    "neighbours", [[b"\x91", b"\xa1a"], [b"\x91\xa1", b"a"], [b"\x91\xa1a\x91", b"\xa1b"], [b"", b"\x91\xa1a" * 2]]
+)
+def test_neighbours_are_not_joined(neighbours: list[bytes]) -> None:
+    """Two halves of one good suffix are two bad ones."""
+    with pytest.raises(BadRecord):
+        check_suffixes(ONE, [bytes(8) + half for half in neighbours])
+
+
+@given(labels=label_tuples)
+def test_publisher_and_task_agree_on_label_values(labels: tuple[str, ...]) -> None:
+    """What `check_label_values` lets out, `check_suffix` lets in."""
+    definition = Definition("v", "sum", tuple(f"l{i}" for i in range(len(labels))))
+    check_suffix(definition, series_suffix(check_label_values(definition, labels)))
+
+
+# Keys
+
+
+@given(labels=label_tuples, window_start_ms=st.integers(0, 2**64 - 1))
+def test_parse_suffix_is_the_inverse(labels: tuple[str, ...], window_start_ms: int) -> None:
+    """parse(suffix(window, labels)) = window, labels; equal labels have equal suffixes."""
+    suffix = series_suffix(labels, window_start_ms)
+    assert parse_suffix(suffix) == (window_start_ms, labels)
+    assert series_suffix(list(labels), window_start_ms) == suffix
+    assert suffix.startswith(WINDOW_NONE) == (window_start_ms == 0)
+
+
+@given(view=some.names, labels=label_tuples)
+def test_labels_of_a_key(view: str, labels: tuple[str, ...]) -> None:
+    """The label values of a stored key come back."""
+    prefix = series_prefix(view)
+    assert labels_of(prefix + series_suffix(labels), prefix) == labels
+
+
+@given(
+    one=st.tuples(some.names, st.integers(0, 3), label_tuples),
+    two=st.tuples(some.names, st.integers(0, 3), label_tuples),
+)
+def test_different_series_have_different_keys(
+    one: tuple[str, int, tuple[str, ...]], two: tuple[str, int, tuple[str, ...]]
+) -> None:
+    """Keys are equal only if view, window and labels are."""
+    key, other = (series_prefix(view) + series_suffix(labels, window) for view, window, labels in (one, two))
+    assert (key == other) == (one == two)
+
+
+@given(short=some.names, more=st.text("abz_AZ09", max_size=3), other=some.names, labels=st.lists(label_tuples, min_size=1))
+def test_all_series_of_a_view_are_one_range(short: str, more: str, other: str, labels: list[tuple[str, ...]]) -> None:
+    """A view's keys fill the range of its prefix, and no other view's key lies in it, even if one name starts the other."""
+    for view in {short + more, other} - {short}:
+        start, end = series_prefix(short), prefix_end(series_prefix(short))
+        for values in labels:
+            suffix = series_suffix(values)
+            assert start <= series_prefix(short) + suffix < end
+            assert not start <= series_prefix(view) + suffix < end
+
+
+@given(windows=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=2, unique=True), one=label_tuples, two=label_tuples)
+def test_windows_are_in_the_order_of_time(windows: list[int], one: tuple[str, ...], two: tuple[str, ...]) -> None:
+    """Within a view keys are sorted by window start first, so that a window, or all that expired, is one range."""
+    early, late = sorted(windows)
+    assert series_suffix(one, early) < series_suffix(two, late)
+
+
+@given(view=some.names, producer_id=some.producer_ids, labels=label_tuples)
+def test_kinds_of_entries_do_not_mix(view: str, producer_id: str, labels: tuple[str, ...]) -> None:
+    """Position, definitions, series, producers and the store's meta are apart, in this order."""
+    keys = [
+        POSITION_KEY, definition_key(view), series_prefix(view) + series_suffix(labels), producer_key(producer_id),
+        STORE_META_KEY,
+    ]  # fmt: skip
+    assert keys == sorted(set(keys))
+    for tag, key in zip((TAG_DEFINITION, TAG_SERIES, TAG_PRODUCER), keys[1:], strict=False):
+        assert tag <= key < prefix_end(tag)
+
+
+@given(prefix=st.binary(min_size=1), key=st.binary())
+def test_prefix_end(prefix: bytes, key: bytes) -> None:
+    """Of all keys, those between a prefix and its end are those that start with it."""
+    assume(prefix[-1] != 0xFF)
+    assert (prefix <= key < prefix_end(prefix)) == key.startswith(prefix)
+    assert prefix <= prefix + key < prefix_end(prefix)

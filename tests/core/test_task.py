@@ -1,0 +1,675 @@
+"""The protocol of one partition, step by step."""
+
+import itertools
+import re
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.core.codec import ViewEntry, encode_folded, encode_states, encode_view
+from pipeline.core.merge import BATCH_INT_BYTES_MAX, KINDS
+from pipeline.core.record import (
+    NO_POSITION,
+    POSITION_KEY,
+    Definition,
+    Group,
+    Position,
+    definition_key,
+    producer_key,
+    series_prefix,
+    series_suffix,
+)
+from pipeline.core.sequence import GAP_COUNT_MAX, Folded
+from pipeline.core.task import TRANSITIONS, Counts, Phase, Step, Task, TaskLimits
+from pipeline.errors import IllegalTransition, StoreCorrupt
+from tests.core.driver import NOW_MS, Shell, batch, group, totals
+from tests.core.strategies import records
+
+V = Definition("v", "sum", ("a",))
+W = Definition("w", "max")
+
+
+def add(value: float, label: str = "x") -> Group:
+    return group(V, {(label,): value})
+
+
+# Steps
+
+STEPS: dict[Step, Callable[[Task], object]] = {
+    Step.RESTORED: lambda task: task.restored(NO_POSITION, [], []),
+    Step.FOLD: lambda task: task.fold(records({}, 0)),
+    Step.FREEZE: lambda task: task.freeze(),
+    Step.PREPARE: lambda task: task.prepare_commit([], now_ms=0),
+    Step.COMMITTED: lambda task: task.committed(),
+}
+ROUTE = [Step.RESTORED, Step.FREEZE, Step.PREPARE]
+PHASES = dict(zip(Phase, range(4), strict=True))
+
+
+def task_in(phase: Phase) -> Task:
+    task = Task(0, TaskLimits())
+    for step in ROUTE[: PHASES[phase]]:
+        STEPS[step](task)
+    assert task.phase is phase
+    return task
+
+
+@pytest.mark.parametrize(("phase", "step"), [*itertools.product(Phase, Step)], ids=lambda value: value.value)
+def test_transitions(phase: Phase, step: Step) -> None:
+    """A step that the table has leads where it says; any other is a bug that crashes, and changes nothing."""
+    task = task_in(phase)
+    if (phase, step) in TRANSITIONS:
+        STEPS[step](task)
+        assert task.phase is TRANSITIONS[phase, step]
+    else:
+        with pytest.raises(IllegalTransition, match=f"{step.value} while {phase.value}"):
+            STEPS[step](task)
+        assert task.phase is phase
+
+
+def test_the_table_says_the_protocol() -> None:
+    """Restore, then fold at any time, with one commit at a time: this and nothing else is legal."""
+    legal = {(phase.value, step.value): after.value for (phase, step), after in TRANSITIONS.items()}
+    assert legal == {
+        ("assigned", "restored"): "folding",
+        ("folding", "fold"): "folding",
+        ("folding", "freeze"): "frozen",
+        ("frozen", "fold"): "frozen",
+        ("frozen", "prepare_commit"): "committing",
+        ("committing", "fold"): "committing",
+        ("committing", "committed"): "folding",
+    }
+
+
+# Folding and committing
+
+
+def test_states_are_merged_across_commits() -> None:
+    """Each commit holds absolute states: what was committed merged with what was folded."""
+    shell = Shell()
+    shell.fold(batch(0, add(1), group(W, {(): 5})), batch(1, add(2), add(10, "y")))
+    commit = shell.commit()
+    assert commit.keys[-1] == POSITION_KEY
+    assert commit.series_count == 3
+    assert commit.position == Position(2, NOW_MS, 1_001)
+    assert shell.series("v") == {("x",): 3, ("y",): 10}
+    shell.fold(batch(2, add(4), group(W, {(): 3})))
+    assert shell.commit().series_count == 2
+    assert shell.series("v") == {("x",): 7, ("y",): 10}
+    assert totals(shell, "w") == [5]
+    assert shell.task.counts == Counts(batches_folded=3, entries_folded=6)
+
+
+def test_folding_goes_on_during_a_commit() -> None:
+    """What is folded between freeze and committed is in the next commit, on top of this one."""
+    shell = Shell()
+    shell.fold(batch(0, add(1)))
+    shell.freeze()
+    shell.fold(batch(1, add(2)))
+    shell.prepare()
+    shell.fold(batch(2, add(4), add(100, "y")))
+    assert shell.prepared.position.next_offset == 1
+    assert shell.task.position == NO_POSITION, "not before it is durable"
+    shell.committed()
+    assert shell.task.position.next_offset == 1
+    assert totals(shell) == [1]
+    shell.commit()
+    assert totals(shell) == [7, 100]
+    assert shell.series_count("v") == 2
+    assert shell.task.position.next_offset == 3
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_a_crash_before_the_commit_is_durable_changes_nothing(steps: int) -> None:
+    """A task that is thrown away, at any step, leaves the next one to fold the same records to the same states."""
+    shell = Shell()
+    shell.fold(batch(0, add(1)))
+    shell.commit()
+    shell.fold(batch(1, add(2), group(W, {(): 9})))
+    for step in (shell.freeze, shell.prepare, shell.write)[:steps]:
+        step()
+    shell.restart()
+    assert shell.task.next_offset == (2 if steps == 3 else 1)
+    shell.fold()
+    shell.commit()
+    assert totals(shell) == [3]
+    assert totals(shell, "w") == [9]
+    assert shell.series_count("v") == shell.series_count("w") == 1
+
+
+def test_an_empty_commit_is_a_position() -> None:
+    """With nothing folded a commit still says when it was made; nothing else is in it."""
+    shell = Shell()
+    commit = shell.commit()
+    assert (commit.keys, commit.dead_letters, commit.series_count) == ([POSITION_KEY], [], 0)
+    assert commit.position == Position(0, NOW_MS, 0)
+    shell.fold(batch(0, add(1)))
+    shell.commit()
+    for _ in range(2):
+        assert shell.commit().position == Position(1, NOW_MS, 1_000)
+
+
+def test_a_group_without_series_defines_its_view() -> None:
+    """No deltas, no entry: only the definition is kept."""
+    shell = Shell()
+    shell.fold(batch(0, Group(V, [], [])))
+    assert shell.commit().series_count == 0
+    assert shell.definition("v") == V
+    assert shell.series_count("v") == 0
+    assert shell.entry_count() == 0
+
+
+def test_one_series_twice_in_a_group_is_merged() -> None:
+    """A foreign publisher's repeated series counts in full, once as a series."""
+    shell = Shell()
+    suffix = series_suffix(("x",))
+    shell.fold(batch(0, Group(V, [suffix, suffix], [1, 2]), add(4)))
+    shell.commit()
+    assert totals(shell) == [7]
+    assert shell.series_count("v") == 1
+
+
+def test_holes_in_the_offsets() -> None:
+    """Folding goes on behind the run's `next_offset`, which transaction markers put beyond the last record."""
+    shell = Shell()
+    shell.task.fold(records({0: batch(0, add(1)), 4: batch(1, add(2))}, 7))
+    assert shell.task.next_offset == 7
+    assert shell.commit().position.next_offset == 7
+    shell.task.fold(records({}, 9))
+    assert shell.task.dirty
+    assert shell.commit().position == Position(9, NOW_MS, 1_004)
+
+
+def test_records_below_the_position_are_skipped() -> None:
+    """A record that was folded before is not looked at again, in whatever run it comes."""
+    shell = Shell()
+    first, second = batch(0, add(1)), batch(1, add(2))
+    shell.fold(first)
+    for _ in range(2):
+        shell.task.fold(records({0: first, 1: second}, 2))
+        shell.task.fold(records({0: b"bad"}, 1))
+    assert shell.task.next_offset == 2
+    shell.commit()
+    shell.restart()
+    shell.task.fold(records({0: first, 1: second}, 2))
+    assert shell.task.counts == Counts()
+    shell.commit()
+    assert totals(shell) == [3]
+
+
+def test_dirty() -> None:
+    """Dirty is whether the log was read beyond what the last freeze holds."""
+    shell = Shell()
+    assert not shell.task.dirty
+    shell.fold(batch(0, add(1)))
+    assert shell.task.dirty
+    shell.freeze()
+    assert not shell.task.dirty
+    shell.fold(batch(1, add(1)))
+    assert shell.task.dirty
+    shell.prepare()
+    assert shell.task.dirty
+    shell.committed()
+    assert shell.task.dirty
+    shell.commit()
+    assert not shell.task.dirty
+    shell.fold(batch(1, add(1)))
+    assert shell.task.dirty, "a duplicate moves the position too"
+    shell.freeze()
+    shell.prepare()
+    assert not shell.task.dirty
+    shell.committed()
+    assert not shell.task.dirty
+    shell.fold(None)
+    assert shell.task.dirty, "so does a bad record"
+
+
+def test_skip_to() -> None:
+    """After a loss folding goes on elsewhere, ahead or back, and the next commit records where."""
+    shell = Shell()
+    shell.fold(batch(0, add(1)))
+    shell.commit()
+    shell.task.skip_to(50)
+    assert shell.task.dirty
+    assert shell.commit().position.next_offset == 50
+    shell.task.fold(records({10: batch(1, add(2)), 50: batch(2, add(4))}, 51))
+    shell.commit()
+    assert totals(shell) == [5]
+    shell.task.skip_to(3)
+    assert shell.task.dirty
+    shell.task.fold(records({3: batch(3, add(8)), 4: batch(2, add(4))}, 5))
+    assert shell.commit().position.next_offset == 5
+    assert totals(shell) == [13]
+    assert shell.task.counts.batches_duplicate == 1
+    shell.restart()
+    assert shell.task.next_offset == 5
+
+
+def test_series_are_counted_once() -> None:
+    """A view's series count is that of its entries, whether they are new, cached, or looked up beside new ones."""
+    shell = Shell()
+    shell.fold(batch(0, add(1, "a"), add(1, "b")))
+    shell.commit()
+    shell.fold(batch(1, add(1, "a"), add(1, "c")))
+    shell.commit()
+    assert shell.series_count("v") == 3
+    shell.restart()
+    shell.fold(batch(2, add(1, "a"), add(1, "b"), add(1, "d"), add(1, "0")))
+    shell.freeze()
+    shell.fold(batch(3, add(1, "d"), add(1, "e")))
+    shell.prepare()
+    shell.committed()
+    assert shell.series_count("v") == 5
+    shell.commit()
+    assert shell.series_count("v") == shell.entry_count() == 6
+    assert totals(shell) == [1, 3, 2, 1, 2, 1]
+
+
+# Exactly once
+
+
+def test_duplicates_are_dropped_and_counted() -> None:
+    """A batch that comes again counts once: in the overlay, during a commit, after it, and after a restart."""
+    shell = Shell()
+    again = batch(0, add(1))
+    shell.fold(again, again)
+    shell.freeze()
+    shell.fold(again)
+    shell.prepare()
+    shell.fold(again)
+    shell.committed()
+    shell.fold(again)
+    shell.commit()
+    assert shell.task.counts.batches_duplicate == 4
+    shell.restart()
+    shell.fold(again)
+    shell.commit()
+    assert shell.task.counts == Counts(batches_duplicate=1)
+    assert totals(shell) == [1]
+    assert shell.dead_letters == {}
+
+
+def test_a_late_batch_is_folded() -> None:
+    """Batches of one producer count in any order, across commits and restarts; numbers are the producer's own."""
+    shell = Shell()
+    shell.fold(batch(2, add(1)), batch(0, add(2)), batch(0, add(100), producer_id="q"))
+    shell.commit()
+    shell.restart()
+    shell.fold(batch(1, add(4)), batch(2, add(1)))
+    shell.commit()
+    assert totals(shell) == [107]
+    assert shell.task.counts == Counts(batches_folded=1, entries_folded=1, batches_duplicate=1)
+
+
+def test_below_the_floor_everything_is_settled() -> None:
+    """A batch below a floor that its own producer has announced is a duplicate, whatever it holds."""
+    shell = Shell()
+    shell.fold(batch(7, add(1), floor=5), batch(4, add(100)), batch(5, add(2)))
+    shell.commit()
+    assert totals(shell) == [3]
+    assert shell.task.counts.batches_duplicate == 1
+
+
+def test_an_old_epoch_is_refused() -> None:
+    """Once a spool was opened anew, what an older process sends is dead-lettered, before and after a restart."""
+    shell = Shell()
+    shell.fold(batch(0, add(1), epoch=3), batch(1, add(10), epoch=2), batch(1, add(2), epoch=4))
+    shell.commit()
+    shell.restart()
+    shell.fold(batch(2, add(100), epoch=3), batch(2, add(4), epoch=4))
+    shell.commit()
+    assert totals(shell) == [7]
+    assert shell.task.counts == Counts(batches_folded=1, entries_folded=1, batches_stale=1, records_bad=1)
+    assert shell.reasons() == [
+        "stale epoch 2 of producer p; epoch 3 was seen",
+        "stale epoch 3 of producer p; epoch 4 was seen",
+    ]
+
+
+def test_a_duplicate_raises_the_epoch() -> None:
+    """A re-sent batch of a newer process is dropped, and fences the older one all the same, for good."""
+    shell = Shell()
+    shell.fold(batch(0, add(1), epoch=1))
+    shell.commit()
+    shell.fold(batch(0, add(1), epoch=2))
+    shell.commit()
+    shell.restart()
+    shell.fold(batch(1, add(2), epoch=1))
+    shell.commit()
+    assert totals(shell) == [1]
+    assert shell.task.counts.batches_stale == 1
+
+
+# Bad records
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "version byte missing"), (b"", "version byte missing"), (b"\x02abc", "version byte 02"),
+        (b"\x01", "truncated"), (b"\x01\0\0\0\0\x96\xa1p", "truncated"),
+        (batch(5, add(1), partition=1), "for partition 1 in partition 0"),
+        (batch(5, group(Definition("v", "max", ("a",)), {("x",): 1})), r"v is sum\(a\); the batch says max\(a\)"),
+        (batch(5, group(Definition("v", "sum", ("b",)), {("x",): 1})), r"v is sum\(a\); the batch says sum\(b\)"),
+        (batch(5, group(Definition("v", "sum"), {(): 1})), r"v is sum\(a\); the batch says sum\(\)"),
+        (batch(5, group(W, {(): 9}), Group(V, [b"short"], [1])), "series key"),
+        (batch(5, group(W, {(): 9}), Group(V, [series_suffix(())], [1])), "0 label values"),
+        (batch(5, group(W, {(): 9}), Group(V, [series_suffix(("x",), 60_000)], [1])), "window"),
+        (batch(5, group(W, {(): 9}), Group(V, [bytes(8) + b"\x91\xd9\x01x"], [1])), "canonical"),
+        (batch(5, add(1), Group(V, [series_suffix(("z",)), series_suffix(("x" * 5_000,))], [1, 1])), "4096"),
+        (batch(5, Group(V, [series_suffix(("x",))], [2 ** (8 * BATCH_INT_BYTES_MAX)])), "int of over"),
+        (
+            batch(5, group(Definition("u", "sum"), {(): 1}), group(Definition("u", "min"), {(): 1})),
+            r"u is sum\(\); the batch says min\(\)",
+        ),
+    ],
+    ids=lambda value: f"{value!r:.30}",
+)  # fmt: skip
+def test_bad_records_are_dead_lettered_whole(value: bytes | None, reason: str) -> None:
+    """A bad record is kept with its reason, changes nothing else, and never stops those behind it."""
+    shell = Shell()
+    shell.fold(batch(0, add(1)), value, batch(1, add(2)))
+    before = shell.task.counts
+    assert before == Counts(batches_folded=2, entries_folded=2, records_bad=1)
+    commit = shell.commit()
+    (letter,) = shell.letters()
+    assert (letter.partition, letter.offset, letter.at_ms, letter.value) == (0, 1, 1_001, value)
+    assert re.search(reason, letter.reason)
+    assert commit.dead_letters[0][0] == b"0-1"
+    assert totals(shell) == [3]
+    assert shell.series_count("v") == shell.entry_count() == 1
+    assert {key for key in shell.store if key[:1] == b"\x01"} == {definition_key("v")}
+    shell.fold(batch(5, add(4)))
+    shell.commit()
+    assert totals(shell) == [7], "the number of a bad batch was not used up"
+    assert len(shell.dead_letters) == 1
+
+
+def test_the_first_definition_wins() -> None:
+    """A view is what the first good batch says, before and after its commit, and after a restart."""
+    shell = Shell()
+    other = Definition("v", "sum", ("b",))
+    contradiction = batch(9, group(other, {("x",): 1}))
+    shell.fold(batch(0, Group(other, [b"bad"], [1])), batch(1, add(1)), contradiction)
+    shell.freeze()
+    shell.fold(contradiction)
+    shell.prepare()
+    shell.committed()
+    shell.commit()
+    shell.restart()
+    shell.fold(contradiction)
+    shell.commit()
+    assert shell.definition("v") == V
+    assert totals(shell) == [1]
+    assert len(shell.dead_letters) == 4
+
+
+def test_views_are_limited() -> None:
+    """A batch that would define one view too many is bad as a whole; batches of known views go on."""
+    shell = Shell(TaskLimits(views_max=2))
+    u = Definition("u", "sum")
+    shell.fold(batch(0, add(1)), batch(1, add(2), group(W, {(): 1}), group(u, {(): 1})), batch(1, add(4), group(W, {(): 1})))
+    shell.fold(batch(2, group(u, {(): 1})))
+    shell.commit()
+    assert totals(shell) == [5]
+    assert shell.reasons() == ["over 2 views"] * 2
+    shell.limits = TaskLimits(views_max=1)
+    shell.restart()
+    shell.fold(batch(3, add(8)))
+    shell.commit()
+    assert totals(shell) == [13], "a limit that was lowered keeps new views out, not known ones"
+
+
+def test_gaps_are_limited() -> None:
+    """A producer with over 1,000 gaps is refused, batch by batch, until it fills them or raises its floor."""
+    shell = Shell()
+    shell.fold(*(batch(2 * i + 1, add(1)) for i in range(GAP_COUNT_MAX + 3)))
+    shell.fold(batch(0, add(1)), batch(9_999, add(1), floor=9_000))
+    shell.commit()
+    assert totals(shell) == [GAP_COUNT_MAX + 2]
+    assert shell.task.counts.records_bad == 3
+    assert set(shell.reasons()) == {"over 1000 gaps in the sequences of one producer"}
+
+
+@pytest.mark.parametrize("sequence", [2**63 - 3, 2**63 - 2])
+def test_the_last_sequences_can_be_stored(sequence: int) -> None:
+    """A batch with the largest number that a batch can have leaves a producer entry that can be read."""
+    for floor in (0, sequence):
+        shell = Shell()
+        shell.fold(batch(sequence, add(1), floor=floor))
+        shell.commit()
+        shell.restart()
+        shell.fold(batch(sequence, add(1), floor=floor))
+        assert shell.task.counts == Counts(batches_duplicate=1)
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_the_largest_ints_can_be_stored(kind: str) -> None:
+    """However often the longest int that a batch may hold is added, the state can be read back."""
+    definition = Definition("v", kind)
+    largest = 2 ** (8 * BATCH_INT_BYTES_MAX - 1) - 1
+    state = largest if kind == "sum" else (largest, largest)
+    shell = Shell(TaskLimits(cache_entries_max=0))
+    for sequence in range(3):
+        shell.fold(batch(sequence, Group(definition, [series_suffix(())] * 500, [state] * 500)))
+        shell.commit()
+    assert shell.task.counts.records_bad == 0
+    assert totals(shell) == [1_500 * largest if kind == "sum" else (1_500 * largest, 1_500 * largest)]
+
+
+# Producers
+
+
+def seen(shell: Shell, at_ms: int, value: bytes) -> None:
+    """Fold one record that the log accepted at `at_ms`."""
+    offset = shell.task.next_offset
+    shell.task.fold(records({offset: value}, offset + 1, at_ms=at_ms - offset))
+
+
+def test_silent_producers_expire() -> None:
+    """A producer that was silent for longer than its time to live is forgotten, in memory and in the store."""
+    shell = Shell(TaskLimits(producer_ttl_ms=1_000))
+    seen(shell, 5_000, batch(0, add(1), producer_id="old"))
+    seen(shell, 5_500, batch(0, add(1), producer_id="young"))
+    shell.commit()
+    seen(shell, 6_000, batch(1, add(1), producer_id="young"))
+    shell.commit()
+    assert shell.has_producer("old"), "its time is not over yet"
+    seen(shell, 6_001, batch(2, add(1), producer_id="young"))
+    commit = shell.commit()
+    assert commit.values[commit.keys.index(producer_key("old"))] is None
+    assert not shell.has_producer("old")
+    assert shell.has_producer("young")
+    assert shell.task.counts.producers_evicted == 0, "expiry is not eviction"
+    shell.restart()
+    seen(shell, 6_002, batch(0, add(1), producer_id="old"))
+    seen(shell, 6_003, batch(2, add(1), producer_id="young"))
+    shell.commit()
+    assert shell.task.counts == Counts(batches_folded=1, entries_folded=1, batches_duplicate=1)
+
+
+def test_time_to_live_starts_anew_with_each_batch() -> None:
+    """A producer that goes on sending is never forgotten, nor one that does so in the commit that would forget it."""
+    shell = Shell(TaskLimits(producer_ttl_ms=1_000))
+    for i in range(5):
+        seen(shell, 5_000 + 900 * i, batch(i, add(1)))
+        shell.commit()
+    seen(shell, 20_000, batch(5, add(1)))
+    shell.commit()
+    assert shell.has_producer("p")
+    shell.restart()
+    seen(shell, 20_500, batch(5, add(1)))
+    assert shell.task.counts.batches_duplicate == 1
+
+
+def test_a_producer_that_returns_while_its_tombstone_is_committed_is_kept() -> None:
+    """Forgotten in one commit and folded again during it: the next commit holds it again."""
+    shell = Shell(TaskLimits(producer_ttl_ms=1_000))
+    seen(shell, 5_000, batch(0, add(1), producer_id="old"))
+    shell.commit()
+    seen(shell, 9_000, batch(0, add(1), producer_id="young"))
+    shell.freeze()
+    seen(shell, 9_001, batch(3, add(1), producer_id="old"))
+    shell.prepare()
+    shell.committed()
+    assert not shell.has_producer("old")
+    shell.commit()
+    shell.restart()
+    seen(shell, 9_002, batch(3, add(1), producer_id="old"))
+    assert shell.task.counts.batches_duplicate == 1
+
+
+def test_producers_are_limited() -> None:
+    """At the limit the longest silent are forgotten early, counted, and gone from the store."""
+    shell = Shell(TaskLimits(producers_max=3))
+    for i, producer_id in enumerate("abcad"):
+        seen(shell, 5_000 + i, batch(i, add(1), producer_id=producer_id))
+    shell.commit()
+    assert [p for p in "abcd" if shell.has_producer(p)] == ["a", "c", "d"]
+    shell.restart()
+    seen(shell, 6_000, batch(0, add(1), producer_id="e"))
+    shell.commit()
+    assert [p for p in "abcdef" if shell.has_producer(p)] == ["a", "d", "e"], "the order of silence survives a restart"
+    assert shell.task.counts.producers_evicted == 1
+
+
+def test_a_producer_can_be_forgotten_in_the_commit_that_saw_it() -> None:
+    """More new producers in one commit than may be remembered: the earliest never reach the store."""
+    shell = Shell(TaskLimits(producers_max=2))
+    shell.fold(*(batch(0, add(1), producer_id=p) for p in "abcd"))
+    commit = shell.commit()
+    assert [p for p in "abcd" if shell.has_producer(p)] == ["c", "d"]
+    assert len(commit.keys) == len(set(commit.keys))
+    assert totals(shell) == [4]
+
+
+# Limits of memory
+
+
+def test_the_overlay_is_full_by_entries() -> None:
+    """Full says that it is time to commit; series, dead letters and producers count; freezing empties it."""
+    shell = Shell(TaskLimits(overlay_entries_max=5))
+    assert not shell.task.full
+    shell.fold(batch(0, add(1, "a"), add(1, "b")))
+    shell.fold(batch(1, add(1, "a"), group(W, {(): 1})))
+    assert not shell.task.full
+    shell.fold(b"bad")
+    assert shell.task.full
+    shell.freeze()
+    assert not shell.task.full
+    shell.fold(*(batch(0, producer_id=p) for p in "abcde"))
+    assert shell.task.full
+    shell.prepare()
+    shell.committed()
+    shell.commit()
+    assert shell.entry_count() == 3
+
+
+def test_the_overlay_is_full_by_bytes() -> None:
+    """Few series with much text fill it too, and so do bad records."""
+    text = Definition("t", "last")
+    for fill in (batch(0, group(text, {(): "x" * 999})), b"?" * 1_000):
+        shell = Shell(TaskLimits(overlay_bytes_max=1_000))
+        shell.fold(batch(1, add(1)))
+        assert not shell.task.full
+        shell.fold(fill)
+        assert shell.task.full
+        shell.freeze()
+        assert not shell.task.full
+
+
+def cached(shell: Shell, values: list[bytes]) -> int:
+    """How many of the series in `values` a freeze needs no lookup for."""
+    before = shell.task.counts.entries_folded
+    shell.fold(*values)
+    return shell.task.counts.entries_folded - before - len(shell.task.freeze())
+
+
+@pytest.mark.parametrize("entries_max", [0, 1, 10, 100, 1_000])
+def test_the_cache_is_bounded_by_entries(entries_max: int) -> None:
+    """Of many series it keeps the newest, up to its limit and one commit, and of few all."""
+    shell = Shell(TaskLimits(cache_entries_max=entries_max))
+    for i in range(400):
+        shell.fold(batch(i, add(1, f"s{i:03}")))
+        shell.commit()
+    found = cached(shell, [batch(1_000 + i, add(1, f"s{i:03}")) for i in range(400)])
+    assert min(400, entries_max // 2) <= found <= entries_max + 1
+
+
+def test_the_cache_is_bounded_by_bytes() -> None:
+    """Long states and long labels count: a few of them push the others out."""
+    text = Definition("t", "last", ("a",))
+    for deltas in ({"s": "x" * 1_000}, {"s" * 1_000: 1}):
+        ((label, value),) = deltas.items()
+        shell = Shell(TaskLimits(cache_bytes_max=50_000))
+        for i in range(200):
+            shell.fold(batch(i, group(text, {(f"{label}{i:03}",): value})))
+            shell.commit()
+        found = cached(shell, [batch(1_000 + i, group(text, {(f"{label}{i:03}",): value})) for i in range(200)])
+        assert 20 <= found <= 50
+
+
+def test_a_cached_state_is_the_committed_one() -> None:
+    """Series that move between the cache's generations keep their newest state, without a lookup."""
+    shell = Shell(TaskLimits(cache_entries_max=8))
+    for i in range(100):
+        shell.fold(batch(i, add(1, "hot"), add(1, f"cold-{i}")))
+        shell.freeze()
+        assert (series_prefix("v") + series_suffix(("hot",)) in shell.keys) == (i == 0)
+        shell.prepare()
+        shell.committed()
+    assert shell.series("v")[("hot",)] == 100
+    assert shell.series_count("v") == 101
+
+
+# Corrupt stores
+
+GOOD_VIEW = encode_view(ViewEntry(V, 1))
+GOOD_STATE = encode_states(KINDS["sum"], [1])[0]
+
+
+@pytest.mark.parametrize(
+    ("views", "producers"),
+    [
+        ([b""], []), ([b"\x01"], []), ([b"\x02" + GOOD_VIEW[1:]], []), ([GOOD_VIEW[:-1]], []),
+        ([GOOD_VIEW, encode_view(ViewEntry(Definition("u", "median"), 1))], []),
+        ([], [("p", b"")]), ([], [("p", b"\x01\x90\x90")]), ([], [("a", encode_folded(Folded())), ("p", b"\x01\x91\xc0")]),
+    ],
+)  # fmt: skip
+def test_a_corrupt_store_is_refused(views: list[bytes], producers: list[tuple[str, bytes]]) -> None:
+    """Definitions or producers that cannot be read are `StoreCorrupt`: rebuild it from the changelog."""
+    with pytest.raises(StoreCorrupt, match="partition 3"):
+        Task(3, TaskLimits()).restored(NO_POSITION, views, producers)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"\x01",
+        b"\x02\x93\xa3sum\x00\x01",
+        encode_states(KINDS["max"], [1])[0],
+        encode_states(KINDS["sum"], [1])[0] + b"\0",
+    ],
+)
+def test_a_corrupt_state_is_refused(value: bytes) -> None:
+    """A committed state that cannot be read is `StoreCorrupt`, naming partition and view; it is never overwritten."""
+    shell = Shell()
+    shell.fold(batch(0, add(1, "x"), add(1, "y")))
+    shell.commit()
+    shell.restart()
+    shell.fold(batch(1, add(1, "x"), add(1, "y")))
+    shell.freeze()
+    values = [shell.store[key] for key in shell.keys]
+    with pytest.raises(StoreCorrupt, match="partition 0, view v"):
+        shell.task.prepare_commit([values[0], value], now_ms=0)
+
+
+def test_values_must_answer_the_keys() -> None:
+    """Fewer or more values than keys is a bug of the shell, and does not pass for absent entries."""
+    for count in (0, 1, 3):
+        shell = Shell()
+        shell.fold(batch(0, add(1, "x"), add(1, "y")))
+        shell.freeze()
+        with pytest.raises(ValueError, match=f"{count} values for 2 keys"):
+            shell.task.prepare_commit([None] * count, now_ms=0)

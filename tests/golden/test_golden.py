@@ -1,0 +1,247 @@
+"""Bytes that were written once must be read for ever: every file here decodes to the same value, and back to itself.
+
+A file belongs to the version in its folder's name and never changes. For a new case, or a new kind, add it below and
+run `python -m tests.golden.test_golden --write`: it writes the files that are missing, and touches no other.
+"""
+
+import sys
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from pipeline.core import codec
+from pipeline.core.codec import ViewEntry
+from pipeline.core.merge import KINDS, Kind
+from pipeline.core.record import (
+    POSITION_KEY,
+    Batch,
+    Definition,
+    Group,
+    Position,
+    definition_key,
+    labels_of,
+    parse_suffix,
+    producer_key,
+    series_prefix,
+    series_suffix,
+)
+from pipeline.core.route import route
+from pipeline.core.sequence import Folded
+from pipeline.core.task import DeadLetter
+from pipeline.core.token import Token
+
+FOLDER = Path(__file__).parent
+LINE = 64
+
+
+class Case(NamedTuple):
+    """One file: what its lines, each some bytes, decode to."""
+
+    values: list[Any]
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes], Any]
+
+
+STATES: dict[str, list[Any]] = {
+    "sum": [
+        0,
+        1,
+        -1,
+        127,
+        128,
+        -33,
+        2**63,
+        -(2**63),
+        2**64 - 1,
+        2**64,
+        -(2**63) - 1,
+        10**30,
+        -(10**30),
+        0.5,
+        -0.0,
+        1e300,
+        inf,
+    ],
+    "min": [0, -(2**70), 2**70, 2.5, -1e-300, 5e-324],
+    "max": [0, -(2**70), 2**70, 2.5, 1.7976931348623157e308],
+    "mean": [(0, 1), (12.5, 3), (2**64, 2), (-(10**30), 2**40), (-inf, 2)],
+    "last": [
+        (0, None),
+        (1_700_000_000_000, "text"),
+        (1, ""),
+        (2, "a\0\u00e9\U0001f600"),
+        (3, True),
+        (4, False),
+        (5, 42),
+        (6, -0.5),
+        (7, 2**64),
+        (8, -(2**200)),
+        (2**53, "x" * 40),
+    ],
+}
+"""Several states of every kind, with every way in which msgpack writes their parts."""
+
+LABELS = [("eu", "tea"), ("", "\0"), ("\u00e9", "x" * 40)]
+
+
+def group(kind: str, states: list[Any]) -> Group:
+    """States in the series n=0, n=1, ... of a view that is called as its kind."""
+    return Group(Definition(kind, kind, ("n",)), [series_suffix((str(i),)) for i in range(len(states))], states)
+
+
+def of_kind(kind: Kind) -> Case:
+    return Case(
+        STATES[kind.name],
+        lambda state: codec.encode_states(kind, [state])[0],
+        lambda value: codec.decode_states(kind, [value])[0],
+    )
+
+
+def suffix_of(parts: tuple[int, tuple[str, ...]]) -> bytes:
+    window_start_ms, labels = parts
+    return series_suffix(labels, window_start_ms)
+
+
+BATCHES = [
+    Batch("p", 0, 0, 0, 0, 0, []),
+    Batch(
+        producer_id="0b5cfd53-5a2c-4e3e-8f5e-7d4b8f0d9a11",
+        epoch=3,
+        partition=259,
+        sequence=70_000,
+        floor=69_998,
+        created_at_ms=1_700_000_000_000,
+        groups=[
+            Group(Definition("revenue", "sum", ("region", "product")), [series_suffix(v) for v in LABELS], [12.5, 3, -7]),
+            Group(Definition("load", "mean"), [series_suffix(())], [(1.5, 2)]),
+            Group(Definition("empty", "min", ("a",)), [], []),
+        ],
+    ),
+    Batch("\u00e9", 2**63 - 1, 2**32 - 1, 2**63 - 2, 2**63 - 2, 2**63 - 1, [group(*item) for item in STATES.items()]),
+]
+
+CASES: dict[str, Case] = {
+    "batch": Case(BATCHES, codec.encode_batch, codec.decode_batch),
+    **{f"state_{name}": of_kind(kind) for name, kind in KINDS.items()},
+    "definition": Case(
+        [ViewEntry(Definition("revenue", "sum", ("region", "product")), 1_000_000), ViewEntry(Definition("_", "last"), 0)],
+        codec.encode_view,
+        codec.decode_view,
+    ),
+    "producer": Case(
+        [
+            Folded(),
+            Folded(epoch=3, next_sequence=70_000, beyond=[], seen_at_ms=1_700_000_000_000),
+            Folded(epoch=1, next_sequence=5, beyond=[(6, 7), (9, 300)], seen_at_ms=1),
+            Folded(2**63 - 1, 2**63 - 3, [(2**63 - 2, 2**63 - 1)], 2**63 - 1),
+        ],
+        codec.encode_folded,
+        codec.decode_folded,
+    ),
+    "position": Case(
+        [Position(0, 0, 0), Position(42, 1_700_000_000_123, 1_700_000_000_000)], codec.encode_position, codec.decode_position
+    ),
+    "frames": Case(
+        [[], [b"\x01"], [b"\x01one", b"\x01" * 300]],
+        codec.encode_frames,
+        codec.decode_frames,
+    ),
+    "suffix": Case(
+        [(0, ()), *((0, labels) for labels in LABELS), (1_700_000_040_000, ("eu",)), (2**64 - 1, ("",) * 17)],
+        suffix_of,
+        parse_suffix,
+    ),
+    "dead_letter": Case(
+        [DeadLetter(3, 42, 1_700_000_000_000, "why", b"\x01bytes"), DeadLetter(0, 0, 0, "no value", None)],
+        msgspec.msgpack.encode,
+        lambda value: msgspec.msgpack.decode(value, type=DeadLetter),
+    ),
+    "token": Case(
+        [Token({}), Token({0: 42}), Token({12: 1, 3: 2**63 - 1})],
+        lambda token: str(token).encode(),
+        lambda value: Token.parse(value.decode()),
+    ),
+}
+
+
+def path_of(name: str, version: int = 1) -> Path:
+    return FOLDER / f"v{version}" / f"{name}.hex"
+
+
+def to_text(values: list[bytes]) -> str:
+    """Each value as hex, cut into lines; a line with a dot behind each value."""
+    cut = [[value.hex()[at : at + LINE] for at in range(0, 2 * len(value), LINE)] for value in values]
+    return "".join(f"{line}\n" for lines in cut for line in [*lines, "."])
+
+
+def from_text(text: str) -> list[bytes]:
+    return [bytes.fromhex(value) for value in text.split(".")[:-1]]
+
+
+def read(name: str) -> list[bytes]:
+    return from_text(path_of(name).read_text(encoding="ascii"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_old_bytes_are_read(name: str) -> None:
+    """What version 1 wrote decodes to what was meant, value by value and type by type."""
+    case = CASES[name]
+    found = [case.decode(value) for value in read(name)]
+    assert found == case.values
+    assert repr(found) == repr(case.values), "1 is not True, and 0.0 is not -0.0"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bytes_are_written(name: str) -> None:
+    """What is encoded today is what version 1 wrote, to the bit: two versions of the program make one store."""
+    case = CASES[name]
+    assert [case.encode(value).hex() for value in case.values] == [value.hex() for value in read(name)]
+    assert [case.encode(case.decode(value)) for value in read(name)] == read(name)
+
+
+def test_every_file_has_its_case() -> None:
+    """No golden file lies unread, and no case is without its file."""
+    assert sorted(FOLDER.glob("v*/*")) == sorted(path_of(name) for name in CASES)
+
+
+def test_every_kind_has_golden_states() -> None:
+    """A new kind comes with golden bytes."""
+    assert [*STATES] == [*KINDS]
+
+
+def test_keys() -> None:
+    """The layout of keys, spelled out: tag, view, NUL, window start, labels."""
+    assert POSITION_KEY == b"\x00"
+    assert definition_key("revenue") == b"\x01revenue"
+    assert producer_key("p-1") == b"\x03p-1"
+    prefix = series_prefix("revenue")
+    key = prefix + series_suffix(("eu", "tea"), 60_000)
+    assert key == b"\x02revenue\x00" + b"\x00\x00\x00\x00\x00\x00\xea\x60" + b"\x92\xa2eu\xa3tea"
+    assert labels_of(key, prefix) == ("eu", "tea")
+
+
+def test_routes() -> None:
+    """A series stays in its partition for ever, as long as their number does: moving it costs an entry in both."""
+    prefix = series_prefix("revenue")
+    assert [route(prefix + series_suffix(labels), 1_000) for labels in LABELS] == [342, 275, 471]
+
+
+def write_missing() -> None:
+    """Write the files of cases that have none."""
+    for name, case in CASES.items():
+        path = path_of(name)
+        if path.exists():
+            continue
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(to_text([case.encode(value) for value in case.values]), encoding="ascii")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python -m tests.golden.test_golden --write")
+    write_missing()
