@@ -1,0 +1,19 @@
+"""The only place that asks the machine for the time or for randomness."""
+
+from __future__ import annotations
+
+import os
+import time
+
+
+class SystemClock:
+    """A `ports.Clock` on the machine's clocks."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def new_id(self) -> str:
+        return os.urandom(16).hex()  # a random UUID's worth; the uuid module takes longer to import than all of this

@@ -1,0 +1,119 @@
+"""The metric catalogue: every metric of every role, with its meaning; and what shells need to record one.
+
+`adapters/prometheus.py` turns the catalogue into Prometheus families; code that is given nothing records into `NO_METRICS`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+
+class Metric(NamedTuple):
+    """One family. Names follow Prometheus' conventions: base units, counters end in `_total`."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_P = ("partition",)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+BATCHES_FOLDED = Metric("pipeline_batches_folded_total", "counter", "Batches folded into the state.", _P)
+ENTRIES_FOLDED = Metric(
+    "pipeline_entries_folded_total", "counter", "Merged deltas folded, one for each series of a batch.", _P
+)
+BATCHES_DUPLICATE = Metric(
+    "pipeline_batches_duplicate_total", "counter", "Batches dropped because they were folded before.", _P
+)
+BATCHES_STALE = Metric("pipeline_batches_stale_total", "counter", "Batches refused because of an old producer epoch.", _P)
+DEAD_LETTERS = Metric("pipeline_dead_letters_total", "counter", "Records written to the dead-letter topic.", _P)
+PRODUCERS_EVICTED = Metric(
+    "pipeline_producers_evicted_total", "counter", "Producers forgotten before their time, at producers_max.", _P
+)
+ENTRIES_COMMITTED = Metric(
+    "pipeline_entries_committed_total", "counter", "Series entries written to changelog and store.", _P
+)
+COMMITS = Metric("pipeline_commits_total", "counter", "Commits.", _P)
+COMMIT_SECONDS = Metric(
+    "pipeline_commit_seconds", "histogram", "Time from freezing an overlay to its being durable.", (), _SECONDS
+)
+OVERLAY_FULL = Metric("pipeline_overlay_full_total", "counter", "Commits made early because the overlay was full.", _P)
+NEXT_OFFSET = Metric(
+    "pipeline_position_next_offset", "gauge", "First record of the deltas topic that is not in the state.", _P
+)
+LAG = Metric("pipeline_lag_records", "gauge", "Records behind: end offset of the deltas topic less next offset.", _P)
+RETENTION_MARGIN = Metric(
+    "pipeline_retention_margin_records",
+    "gauge",
+    "Records between the log's start and next offset; below 0 records are lost.",
+    _P,
+)
+RESTORE_ENTRIES = Metric("pipeline_restore_entries_total", "counter", "Changelog records applied by restores.", _P)
+RESTORE_REMAINING = Metric(
+    "pipeline_restore_remaining_records", "gauge", "Changelog records that a restore has still to read.", _P
+)
+STORES_REBUILT = Metric(
+    "pipeline_stores_rebuilt_total", "counter", "Stores deleted and restored because they could not be trusted.", _P
+)
+LOG_APPENDED = Metric("pipeline_log_appended_total", "counter", "Records appended to the embedded log.", ("topic",))
+LOG_BYTES = Metric(
+    "pipeline_log_appended_bytes_total", "counter", "Bytes of keys and values appended to the embedded log.", ("topic",)
+)
+LOG_REMOVED = Metric("pipeline_log_removed_total", "counter", "Records removed from the embedded log.", ("topic", "by"))
+REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answered.", ("path", "status"))
+REQUEST_SECONDS = Metric(
+    "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
+)
+READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
+STALENESS = Metric(
+    "pipeline_staleness_seconds", "gauge", "Upper bound on the age of anything accepted but not in answers.", _P
+)
+DELTAS_INGESTED = Metric("pipeline_deltas_ingested_total", "counter", "Deltas accepted by POST /v1/deltas.")
+BATCHES_INGESTED = Metric("pipeline_batches_ingested_total", "counter", "Batches accepted by POST /v1/batches.")
+PUBLISHER_DELTAS = Metric("pipeline_publisher_deltas_total", "counter", "Deltas drained from buffers.")
+PUBLISHER_BATCHES = Metric("pipeline_publisher_batches_total", "counter", "Batches acknowledged.")
+PUBLISHER_RETRIES = Metric("pipeline_publisher_retries_total", "counter", "Attempts to send that failed and are repeated.")
+PUBLISHER_DROPPED = Metric(
+    "pipeline_publisher_dropped_total", "counter", "Deltas or batches given up, by reason.", ("reason",)
+)
+PUBLISHER_BLOCKED = Metric("pipeline_publisher_blocked_total", "counter", "Times that a caller waited at buffer_bytes_max.")
+PUBLISHER_BYTES = Metric(
+    "pipeline_publisher_buffer_bytes", "gauge", "Memory account of buffered series and unacknowledged batches."
+)
+PUBLISHER_SERIES = Metric("pipeline_publisher_series", "gauge", "Series that are buffered now.")
+
+CATALOGUE: tuple[Metric, ...] = tuple(value for value in [*globals().values()] if isinstance(value, Metric))
+"""Every metric there is."""
+
+
+class Metrics(Protocol):
+    """Where shells record. Label values stand in the order of the metric's labels. Safe from any thread."""
+
+    def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
+        """Raise a counter."""
+        ...
+
+    def set(self, metric: Metric, value: float, *labels: object) -> None:
+        """Set a gauge."""
+        ...
+
+    def observe(self, metric: Metric, value: float, *labels: object) -> None:
+        """Add an observation to a histogram."""
+        ...
+
+
+class _NoMetrics:
+    def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
+        """Forget it."""
+
+    def set(self, metric: Metric, value: float, *labels: object) -> None:
+        """Forget it."""
+
+    def observe(self, metric: Metric, value: float, *labels: object) -> None:
+        """Forget it."""
+
+
+NO_METRICS: Metrics = _NoMetrics()

@@ -1,0 +1,197 @@
+"""What the shells need from the outside world. Every port has at least two adapters and one contract suite.
+
+Offsets are Kafka's: they rise within a partition, can have holes, and every `next_offset` and `end_offset` is exclusive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from pipeline.core.record import Records
+from pipeline.core.token import Token
+from pipeline.errors import PipelineError
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):  # a commit has tens of thousands; these cost a fifth of tuples
+    """What is appended: a record without its offset. A value of None is a tombstone on a compacted topic."""
+
+    topic: str
+    partition: int
+    key: bytes | None
+    value: bytes | None
+
+
+class Watermarks(NamedTuple):
+    """The offsets that a partition holds: `start_offset` inclusive, `end_offset` exclusive."""
+
+    start_offset: int
+    end_offset: int
+
+
+class LogReader(Protocol):
+    """A cursor over partitions of one topic. Owned by one thread at a time; sees committed records only."""
+
+    def assign(self, next_offsets: Mapping[int, int]) -> None:
+        """Read these partitions, and no others, from these offsets on."""
+        ...
+
+    def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
+        """What is there beyond the cursor, waiting up to `timeout_s` for the first record; the cursor moves on.
+
+        Returns about as much as the limits say, at least one record if there is one, an empty list after the timeout.
+        Raises `RecordsLost` if a cursor is below the log's start, `Unavailable` if the log is away.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the cursor holds. It can't be used after that."""
+        ...
+
+
+class LogWriter(Protocol):
+    """Appends records outside transactions: what publishers use. Safe from any thread."""
+
+    def partition_count(self, topic: str) -> int:
+        """How many partitions `topic` has now; it never falls."""
+        ...
+
+    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        """Append, and wait until each message would survive kill -9 of the log.
+
+        Returns, message by message, the `next_offset` that covers it, or the error that kept it from being acknowledged;
+        after `Unavailable` it may have been appended all the same, after `Invalid` it never was and never will be.
+        Raises nothing but programming errors. Order within a partition is the order of `messages`, except across errors.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back connections. Unacknowledged messages may be lost."""
+        ...
+
+
+class Transaction(Protocol):
+    """Writes of one transactional id, atomic over topics and partitions. Owned by one thread at a time.
+
+    A new Transaction of the same id fences every older one: their next call raises `Fenced` (KIP-98).
+    """
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+        """Append all messages in one transaction; the `next_offset` behind each.
+
+        All or nothing: after an error none of them is or will become visible, unless the error is `Unavailable`, after which
+        all or none are. Raises `Fenced`, or `Unavailable` if it could not be decided in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the transaction holds."""
+        ...
+
+
+class Log(LogWriter, Protocol):
+    """A durable, partitioned log with transactions: Kafka, the embedded one, or the one in memory."""
+
+    def watermarks(self, topic: str, partition: int) -> Watermarks:
+        """The partition's offsets now. Its end is the last stable offset: everything below is committed."""
+        ...
+
+    def reader(self, topic: str) -> LogReader:
+        """A new cursor, with no partitions assigned."""
+        ...
+
+    def transaction(self, transactional_id: str) -> Transaction:
+        """A new owner of `transactional_id`; older ones are fenced when this returns, their open writes discarded."""
+        ...
+
+
+class StoreView(Protocol):
+    """A consistent, unchanging view of a store. Drop it soon: it holds files open, even beyond the store's `close`."""
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of `keys` at one moment between two writes, in their order; None where there is none."""
+        ...
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """All entries with `start <= key < end`, in the order of their keys. One scan of a view at a time."""
+        ...
+
+
+class Store(StoreView, Protocol):
+    """One partition's entries. One writer; any number of readers in other threads.
+
+    It may lose its newest writes when the process dies, but only whole writes and newest first: after a crash it is
+    exactly as it was after some earlier write. Raises `StoreCorrupt` when its bytes cannot be trusted.
+    """
+
+    def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
+        """Set each key to its value (None: delete it), atomically: a crash leaves all or nothing of it."""
+        ...
+
+    def snapshot(self) -> StoreView:
+        """The store as it is now, between two writes. For scans; when a few keys are enough, `get` is much cheaper."""
+        ...
+
+    def close(self) -> None:
+        """Make everything durable and let go of the files."""
+        ...
+
+
+class Stores(Protocol):
+    """The stores of one process, by partition."""
+
+    def open(self, partition: int) -> Store:
+        """Open, or create, a partition's store. `StoreCorrupt` if it can't be; `destroy` it then."""
+        ...
+
+    def destroy(self, partition: int) -> None:
+        """Delete a partition's store, which must be closed."""
+        ...
+
+    def close(self) -> None:
+        """Close every open store."""
+        ...
+
+
+class Clock(Protocol):
+    """Time and identity, so that tests and the simulator can make their own."""
+
+    def now_ms(self) -> int:
+        """Wall clock: milliseconds since 1970."""
+        ...
+
+    def monotonic_s(self) -> float:
+        """Seconds on a clock that never goes back."""
+        ...
+
+    def new_id(self) -> str:
+        """An identifier that nothing else has ever had."""
+        ...
+
+
+class RawDelta(NamedTuple):
+    """A delta as it comes from outside: nothing about it has been checked."""
+
+    view: str
+    kind: str
+    labels: Mapping[str, str]
+    value: object
+    ts_ms: int | None = None
+    window_s: int | None = None
+
+
+class Ingest(Protocol):
+    """Where an HTTP server puts what it is sent. Safe from any thread; blocks until the log has acknowledged."""
+
+    def deltas(self, deltas: Sequence[RawDelta]) -> Token:
+        """Accept all deltas or none. Raises `Invalid`, saying which delta is wrong and why; `Unavailable` if unsure."""
+        ...
+
+    def batches(self, batches: Sequence[bytes]) -> list[int]:
+        """Accept a publisher's sealed batches, all or none: the `next_offset` that covers each.
+
+        Raises `BadRecord`, saying which batch is wrong and why; `Unavailable` if unsure: send the same bytes again.
+        """
+        ...

@@ -1,0 +1,134 @@
+"""Every setting, once: its name, default, meaning and bounds.
+
+Plain data, so that a publisher inside somebody's app loads nothing for it. `pipeline.config` reads them from
+`pipeline.toml`, the environment (`PIPELINE_*`) and flags; `Publisher` takes its own as keywords.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from pipeline.core.task import TaskLimits
+from pipeline.errors import Invalid
+
+OnFull = Literal["block", "raise", "drop_newest"]
+
+
+def _setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value, least, most = getattr(self, item.name), item.metadata["least"], item.metadata["most"]
+            if isinstance(item.default, int) and not isinstance(item.default, bool):
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
+                if (least is not None and value < least) or (most is not None and value > most):
+                    raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
+            elif not isinstance(value, type(item.default)):
+                raise Invalid(f"{item.name}: {type(item.default).__name__} expected, got {value!r:.50}")
+
+
+@dataclass(frozen=True)
+class PublisherSettings(_Checked):
+    """Of a `Publisher`; each is also a keyword of it."""
+
+    flush_interval_ms: int = _setting(100, "how often buffered deltas are merged, sealed and sent", least=1)
+    batch_bytes_max: int = _setting(
+        524_288,
+        "a batch is sealed before it grows beyond this; one series is never split",
+        least=1_024,
+        most=16_777_216,
+    )
+    buffer_bytes_max: int = _setting(
+        67_108_864,
+        "memory of buffered series and of unacknowledged batches; `on_full` says what happens then",
+        least=65_536,
+    )
+    on_full: str = _setting("block", "at `buffer_bytes_max`: `block`, `raise` BufferFull, or `drop_newest` (counted)")
+    block_timeout_ms: int = _setting(10_000, "how long `block` waits before it raises BufferFull", least=0)
+    request_timeout_ms: int = _setting(10_000, "how long one attempt to send waits for its acknowledgement", least=10)
+    retry_backoff_ms: int = _setting(50, "pause after a failed attempt; doubles up to `retry_backoff_max_ms`", least=1)
+    retry_backoff_max_ms: int = _setting(2_000, "longest pause between attempts", least=1)
+    close_timeout_ms: int = _setting(
+        30_000, "how long `close()`, interpreter exit and Ctrl-C wait for the last flush", least=0
+    )
+    series_idle_ms: int = _setting(60_000, "a buffered series that was silent for so long gives its memory back", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_full not in ("block", "raise", "drop_newest"):
+            raise Invalid(f"on_full: block, raise or drop_newest, got {self.on_full!r}")
+
+
+@dataclass(frozen=True)
+class LogSettings(_Checked):
+    """Of the embedded log and of the stores beside it."""
+
+    data: str = _setting("./pipeline-data", "the state folder: log, stores and lock")
+    partitions: int = _setting(
+        0, "partitions of a new log; 0: what topics/*.toml say. Fixed once the log exists", least=0, most=1_024
+    )
+    fsync: bool = _setting(False, "acknowledge only what survives power loss, not just kill -9")
+    log_write_buffer_bytes: int = _setting(33_554_432, "memory of the log's newest records", least=1_048_576)
+    store_write_buffer_bytes: int = _setting(67_108_864, "memory of unflushed entries, all stores together", least=1_048_576)
+    store_cache_bytes: int = _setting(67_108_864, "memory of cached blocks, all stores together", least=1_048_576)
+    maintenance_interval_ms: int = _setting(10_000, "how often retention and compaction look for work", least=10)
+    compaction_keys_max: int = _setting(200_000, "keys that one pass of changelog compaction holds in memory", least=1)
+
+
+@dataclass(frozen=True)
+class WorkerSettings(_Checked):
+    """Of whoever folds."""
+
+    commit_interval_ms: int = _setting(100, "longest time between folding a record and committing it", least=1)
+    commit_timeout_ms: int = _setting(10_000, "a commit that is undecided after this ends the process with code 3", least=10)
+    commit_thread_count: int = _setting(4, "commits of different partitions that can be under way at once", least=1, most=64)
+    fetch_record_count_max: int = _setting(1_000, "records that one poll of the log returns", least=1)
+    fetch_bytes_max: int = _setting(2_097_152, "bytes that one poll of the log returns of a partition, about", least=1_024)
+    restore_fetch_count_max: int = _setting(20_000, "changelog records that one poll of a restore returns", least=1)
+    restore_buffer_entries_max: int = _setting(
+        100_000, "entries a restore holds back for a commit boundary before it applies them unfinished", least=1
+    )
+    overlay_entries_max: int = _setting(50_000, "folded, uncommitted entries of a partition; then it commits early", least=1)
+    overlay_bytes_max: int = _setting(33_554_432, "the same in bytes of the folded records", least=1_024)
+    cache_entries_max: int = _setting(100_000, "committed states a partition keeps in memory", least=0)
+    cache_bytes_max: int = _setting(67_108_864, "the same in bytes of their encodings", least=0)
+    producer_ttl_ms: int = _setting(604_800_000, "a producer silent for so long is forgotten", least=1_000)
+    producers_max: int = _setting(100_000, "producers a partition remembers; then the longest silent is forgotten", least=1)
+    views_max: int = _setting(10_000, "views of a partition; a batch that defines one more is dead-lettered", least=1)
+    accept_loss: bool = _setting(False, "go on although records were deleted before they were folded")
+
+    def task_limits(self) -> TaskLimits:
+        """The part that the core enforces."""
+        return TaskLimits(**{name: getattr(self, name) for name in TaskLimits.__struct_fields__})
+
+
+@dataclass(frozen=True)
+class QuerySettings(_Checked):
+    """Of the HTTP server."""
+
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8080, "port to listen on; 0 picks a free one", least=0, most=65_535)
+    body_bytes_max: int = _setting(
+        16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
+    )
+    deltas_max: int = _setting(100_000, "deltas in one POST /v1/deltas; more is refused with 413", least=1)
+    limit_default: int = _setting(10_000, "series in an answer when the request has no `limit`", least=1)
+    limit_max: int = _setting(1_000_000, "largest `limit`", least=1)
+    matchers_max: int = _setting(64, "`where` and `by` parameters of one request", least=1)
+    regex_bytes_max: int = _setting(1_000, "longest regular expression in `where`", least=1)
+    timeout_ms_default: int = _setting(
+        10_000, "how long a read waits and works when the request has no `timeout_ms`", least=1
+    )
+    timeout_ms_max: int = _setting(60_000, "largest `timeout_ms`", least=1)
+    read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
+    reads_waiting_max: int = _setting(256, "reads that wait or run; one more is refused with 503", least=1)
+    connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
+
+
+GROUPS: tuple[type[_Checked], ...] = (PublisherSettings, LogSettings, WorkerSettings, QuerySettings)
+"""All settings; no name stands in two groups."""

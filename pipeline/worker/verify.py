@@ -1,0 +1,329 @@
+"""Compares a partition's store with its changelog, and changes neither.
+
+The changelog is the truth. It is read into a scratch store that keeps the newest record of each key with its offset,
+tombstones too; then store and scratch are walked side by side in the order of keys. Memory does not grow with the state.
+
+A store may be behind: it has no write-ahead log, so after kill -9 it is as it was after some earlier commit. Whatever has
+its newest record at or beyond the store's `changelog_next_offset` is therefore not compared: the next restore sets it.
+Everything else must be equal. Compaction does not weaken this. It removes only what a newer record of the same key
+supersedes, and the newest record, the only one that is used here, stays; if it stands below the store's offset, then the
+store has applied it. The exception are tombstones older than `delete_retention_ms`: a store that can have missed one is
+not compared but called stale, by the same rule by which the next start rebuilds it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any, Literal
+
+import msgspec
+from msgspec.structs import asdict, replace
+
+from pipeline.core import codec
+from pipeline.core.merge import KINDS
+from pipeline.core.record import (
+    NO_POSITION,
+    POSITION_KEY,
+    STORE_META_KEY,
+    TAG_DEFINITION,
+    TAG_PRODUCER,
+    TAG_SERIES,
+    Records,
+    definition_key,
+    parse_suffix,
+)
+from pipeline.core.view import Entry, describe
+from pipeline.errors import BadRecord, LogCorrupt, NotFound, RecordsLost, StoreCorrupt
+from pipeline.ports import Clock, Log, Store, Stores
+from pipeline.topics import CHANGELOG
+from pipeline.worker.follower import check_restorable, read_meta, read_position
+
+Verdict = Literal["equal", "behind", "missing", "stale", "different", "ahead", "corrupt", "unreadable"]
+"""`unreadable` is the changelog, all others are the store."""
+FINE: frozenset[str] = frozenset(("equal", "behind", "missing", "stale"))
+"""After these a start arrives at what the changelog says, as it is meant to, and nobody has anything to do."""
+
+_OFFSET_BYTES = 8
+_KEYS_END = b"\xff" * 8
+_PROGRESS_EVERY = 20_000
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """One entry on which store and changelog do not agree."""
+
+    what: Literal["missing", "extra", "different"]
+    """In the store, seen from the changelog."""
+    entry: str
+    """Which one: the series `view{label="value"}`, the definition of a view, a producer, the position."""
+    expected: Any
+    """What the changelog has, decoded as far as it can be, for a series its state; None: nothing."""
+    found: Any
+    """What the store has."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What verifying one partition brought to light."""
+
+    partition: int
+    verdict: Verdict
+    detail: str = ""
+    """For a person: why, unless the numbers say it."""
+    changelog_record_count: int = 0
+    entries_compared: int = 0
+    entries_superseded: int = 0
+    """Not compared, because the store is behind and the next restore sets them."""
+    behind: int = 0
+    """Changelog records that the store does not reflect yet."""
+    difference_count: int = 0
+    differences: list[Difference] = []
+    """The first of them."""
+    store_next_offset: int | None = None
+    """What part of the changelog the store says it reflects."""
+    changelog_end_offset: int = 0
+    store_position: dict[str, int] | None = None
+    changelog_position: dict[str, int] | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Whether nobody has anything to do."""
+        return self.verdict in FINE
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far the verification of one partition is."""
+
+    partition: int
+    doing: Literal["reading", "comparing"]
+    done: int
+    total: int
+    """An upper bound: compaction leaves holes, and several records can be of one key."""
+
+
+def verify(
+    partition: int,
+    *,
+    stores: Stores,
+    scratch: Stores,
+    log: Log,
+    clock: Clock,
+    delete_retention_ms: int,
+    fetch_count_max: int,
+    differences_max: int,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Result:
+    """Compare one partition. `stores.open` must raise `NotFound` for a store that is not there, and not make one.
+
+    Nobody else may write to log or store meanwhile. The scratch store grows as large as the state, and is destroyed.
+    """
+    with ExitStack() as closer:
+        closer.callback(scratch.destroy, partition)
+        truth = closer.enter_context(closing(scratch.open(partition)))
+        store: Store | None = None
+        next_offset, detail = 0, ""
+        verdict: Verdict = "missing"
+        try:
+            opened = closer.enter_context(closing(stores.open(partition)))
+            next_offset = read_meta(opened).changelog_next_offset
+            store = opened
+        except NotFound:
+            pass
+        except StoreCorrupt as error:
+            verdict, detail = "corrupt", str(error)
+        try:
+            # Whatever the store is like: nobody should delete one that the changelog could not replace.
+            reading = _Reading(partition, log, truth, next_offset, fetch_count_max, progress)
+        except (BadRecord, LogCorrupt, RecordsLost, StoreCorrupt) as error:
+            return Result(partition, "unreadable", str(error))
+        result = Result(
+            partition,
+            verdict,
+            detail,
+            changelog_record_count=reading.count,
+            changelog_end_offset=reading.end_offset,
+            changelog_position=asdict(reading.position),
+            behind=reading.behind,
+        )
+        if store is None:
+            return result
+        try:
+            result = replace(result, store_next_offset=next_offset, store_position=asdict(read_position(store)))
+            if next_offset > reading.end_offset:
+                return replace(result, verdict="ahead")
+            away = next_offset < reading.end_offset and _too_old(partition, store, log, clock, delete_retention_ms)
+            if away:
+                return replace(result, verdict="stale", detail=away)
+            return _Comparison(store, truth, next_offset, differences_max, progress).run(result)
+        except StoreCorrupt as error:
+            return replace(result, verdict="corrupt", detail=str(error))
+
+
+def _too_old(partition: int, store: Store, log: Log, clock: Clock, delete_retention_ms: int) -> str:
+    """Why a restore from this store would not arrive at the changelog's state; empty if it would."""
+    try:
+        check_restorable(partition, store, log, clock, delete_retention_ms)
+    except StoreCorrupt as error:
+        return str(error)
+    return ""
+
+
+class _Reading:
+    """Reads a changelog into a scratch store: of each key's newest record the offset, and then, unless it is a tombstone,
+    the value.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        log: Log,
+        scratch: Store,
+        store_next_offset: int,
+        fetch_count_max: int,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.count = self.behind = 0
+        self._scratch = scratch
+        self._store_next_offset = store_next_offset
+        self._last_key: bytes | None = POSITION_KEY
+        start, self.end_offset = log.watermarks(CHANGELOG, partition)
+        with closing(log.reader(CHANGELOG)) as reader:
+            reader.assign({partition: start})
+            next_offset = start
+            while next_offset < self.end_offset:
+                for records in reader.poll(record_count_max=fetch_count_max, bytes_max=64 * 2**20, timeout_s=1.0):
+                    self._keep(records)
+                    next_offset = records.next_offset
+                progress(Progress(partition, "reading", next_offset - start, self.end_offset - start))
+        if self._last_key != POSITION_KEY:
+            raise StoreCorrupt(f"changelog-{partition} ends within a commit; something else has written to it")
+        (newest,) = scratch.get([POSITION_KEY])
+        self.position = NO_POSITION if newest is None else codec.decode_position(newest[_OFFSET_BYTES:])
+
+    def _keep(self, records: Records) -> None:
+        if not records.offsets:
+            return
+        keys: list[bytes] = []
+        values: list[bytes | None] = []
+        for offset, key, value in zip(records.offsets, records.keys, records.values, strict=True):
+            if key is None:
+                raise StoreCorrupt(f"changelog-{records.partition}: the record at {offset} has no key")
+            keys.append(key)
+            values.append(offset.to_bytes(_OFFSET_BYTES, "big") + (value or b""))
+        self._scratch.write(keys, values)
+        self._last_key = keys[-1]
+        self.count += len(keys)
+        self.behind += len(keys) - bisect_left(records.offsets, self._store_next_offset)
+
+
+class _Comparison:
+    """Walks a store and what the changelog says side by side."""
+
+    def __init__(
+        self,
+        store: Store,
+        truth: Store,
+        store_next_offset: int,
+        differences_max: int,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._store = store
+        self._truth = truth
+        self._store_next_offset = store_next_offset
+        self._differences_max = differences_max
+        self._progress = progress
+
+    def run(self, result: Result) -> Result:
+        compared = superseded = different = 0
+        differences: list[Difference] = []
+        ours = ((key, value) for key, value in self._store.scan(b"", _KEYS_END) if key != STORE_META_KEY)
+        for count, (key, found, newest) in enumerate(_side_by_side(ours, self._truth.scan(b"", _KEYS_END))):
+            if count % _PROGRESS_EVERY == 0:
+                self._progress(Progress(result.partition, "comparing", count, result.changelog_record_count))
+            expected = None
+            if newest is not None:
+                if int.from_bytes(newest[:_OFFSET_BYTES], "big") >= self._store_next_offset:
+                    superseded += 1
+                    continue
+                expected = newest[_OFFSET_BYTES:] or None
+            compared += expected is not None or found is not None
+            if found != expected:
+                different += 1
+                if len(differences) < self._differences_max:
+                    differences.append(self._difference(key, expected, found))
+        return replace(
+            result,
+            verdict="different" if different else "behind" if result.behind else "equal",
+            entries_compared=compared,
+            entries_superseded=superseded,
+            difference_count=different,
+            differences=differences,
+        )
+
+    def _difference(self, key: bytes, expected: bytes | None, found: bytes | None) -> Difference:
+        return Difference(
+            "extra" if expected is None else "missing" if found is None else "different",
+            self._name(key),
+            None if expected is None else _decoded(key, expected),
+            None if found is None else _decoded(key, found),
+        )
+
+    def _name(self, key: bytes) -> str:
+        tag, rest = key[:1], key[1:]
+        try:
+            if key == POSITION_KEY:
+                return "the position"
+            if tag == TAG_DEFINITION:
+                return f"the definition of view {rest.decode()}"
+            if tag == TAG_PRODUCER:
+                return f"producer {rest.decode()}"
+            view, nul, suffix = rest.partition(b"\x00")
+            if tag == TAG_SERIES and nul:
+                return self._series_name(view.decode(), suffix)
+        except (BadRecord, UnicodeDecodeError):
+            pass
+        return f"unknown key {key.hex()}"
+
+    def _series_name(self, view: str, suffix: bytes) -> str:
+        _, values = parse_suffix(suffix)
+        (newest,) = self._truth.get([definition_key(view)])
+        names: tuple[str, ...] = ()
+        if newest is not None and len(newest) > _OFFSET_BYTES:
+            names = codec.decode_view(newest[_OFFSET_BYTES:]).definition.labels
+        if len(names) != len(values):
+            names = tuple(f"label{i}" for i in range(len(values)))
+        pairs = (f"{name}={msgspec.json.encode(value).decode()}" for name, value in zip(names, values, strict=True))
+        return f"{view}{{{', '.join(pairs)}}}"
+
+
+def _side_by_side(found: Iterator[Entry], expected: Iterator[Entry]) -> Iterator[tuple[bytes, bytes | None, bytes | None]]:
+    """Key and both values, or None, of every key of two scans, in order."""
+    a, b = next(found, None), next(expected, None)
+    while True:
+        if a is not None and (b is None or a[0] < b[0]):
+            yield a[0], a[1], None
+            a = next(found, None)
+        elif b is not None and (a is None or b[0] < a[0]):
+            yield b[0], None, b[1]
+            b = next(expected, None)
+        elif a is not None and b is not None:
+            yield a[0], a[1], b[1]
+            a, b = next(found, None), next(expected, None)
+        else:
+            return
+
+
+def _decoded(key: bytes, value: bytes) -> Any:
+    """A value as far as it can be read; its bytes, in hex, if it can't."""
+    try:
+        if key == POSITION_KEY:
+            return asdict(codec.decode_position(value))
+        if key[:1] == TAG_PRODUCER:
+            return asdict(codec.decode_folded(value))
+        if key[:1] == TAG_DEFINITION:
+            entry = codec.decode_view(value)
+            return {"definition": describe(entry.definition), "series_count": entry.series_count}
+        kind = KINDS[msgspec.msgpack.decode(value[1:])[0]]
+        return codec.decode_states(kind, [value])[0]
+    except (BadRecord, msgspec.MsgspecError, ValueError, TypeError, LookupError):
+        return value.hex()

@@ -1,0 +1,168 @@
+"""All publishers of a history, the network between them and the log, and whoever sends junk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.core.sequence import Sealed
+from pipeline.errors import Invalid
+from pipeline.ports import Message
+from pipeline.topics import DELTAS
+from tests.sim.faults import FaultyLog, Process, SimulatedCrash
+from tests.sim.publishers import SimPublisher, message_of, some_views
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+class Crowd:
+    """What publishers do, one step at a time."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.network: list[Message] = []
+        """Messages that come in late, some of them for the second time."""
+        self.zombies: list[SimPublisher] = []
+        """Publishers whose spool another process has opened, and that do not know."""
+        self._views = some_views(world.rng)
+        self.publishers = [self.new_publisher() for _ in range(world.rng.randint(1, 3))]
+
+    # What happens
+
+    def new_publisher(self) -> SimPublisher:
+        world = self.world
+        publisher = SimPublisher(f"p{world.new_number()}", world.auditor, world.rng, self._views, world.partition_count)
+        if world.rng.random() < 0.5:
+            publisher.spool = {}
+        return publisher
+
+    def send_all(self) -> None:
+        """Whatever was recorded gets there in the end."""
+        world = self.world
+        for message in self.network:
+            world.cluster.deliver(message)
+        for publisher in self.publishers:
+            publisher.seal(world.clock.at_ms)
+            while len(publisher.outbox):
+                self.send_from(publisher)
+
+    def record(self) -> None:
+        world, rng = self.world, self.world.rng
+        publisher = rng.choice(self.publishers)
+        publisher.record(rng.randint(1, 6))
+        if rng.random() < 0.7:
+            world.note("%s seals %s", publisher.producer_id, [s[:2] for s in map(_brief, publisher.seal(world.clock.at_ms))])
+        elif rng.random() < 0.1:
+            world.note("%s seals a bad %s", publisher.producer_id, _brief(publisher.seal_bad(world.clock.at_ms)))
+
+    def send(self) -> None:
+        self.send_from(self.world.rng.choice(self.publishers))
+
+    def send_as_zombie(self) -> None:
+        """A publisher whose spool another process has opened does not know, and goes on."""
+        world, rng = self.world, self.world.rng
+        if self.zombies:
+            publisher = rng.choice(self.zombies)
+            if rng.random() < 0.3:
+                publisher.record(2)
+                publisher.seal(world.clock.at_ms)
+            world.count("zombie publisher sends")
+            self.send_from(publisher)
+
+    def send_from(self, publisher: SimPublisher) -> None:
+        world, rng = self.world, self.world.rng
+        pending = [*publisher.outbox.pending()]
+        chosen = rng.sample(pending, min(len(pending), rng.randint(1, 6)))
+        if rng.random() < 0.6:
+            chosen.sort(key=_brief)
+        log = FaultyLog(
+            world.cluster,
+            Process(publisher.producer_id, world.interrupt),
+            fate=lambda message: self._fate(publisher, message),
+        )
+        try:
+            results = log.append([message_of(sealed, publisher.producer_id) for sealed in chosen], timeout_s=0)
+        except SimulatedCrash as error:
+            self._restart_publisher(publisher, str(error))
+            return
+        for sealed, result in zip(chosen, results, strict=True):
+            world.note("%s e%s sends %s: %s", publisher.producer_id, publisher.outbox.epoch, _brief(sealed), result)
+            if isinstance(result, int | Invalid):
+                publisher.acknowledge(sealed, accepted=isinstance(result, int))
+        self.network += log.late
+
+    def _fate(self, publisher: SimPublisher, message: Message) -> str:
+        world, rng = self.world, self.world.rng
+        fate = "in"
+        if not world.quiet:
+            rare = 0.02 * world.trouble
+            fates = ("in", "unsure", "late", "gone", "crash before", "crash after")
+            (fate,) = rng.choices(fates, (0.6, 0.1, 0.1, 0.1, rare, rare))
+            if rng.random() < 0.15:
+                self.network.append(message)  # a copy that comes in later, perhaps much later
+            elif publisher.spool is None and rng.random() < 0.02 and message not in self.network:
+                fate = "refused" if self._never_sent(message) else fate
+        world.count(f"append: {fate}")
+        return fate
+
+    def _never_sent(self, message: Message) -> bool:
+        return all(row.value != message.value for row in self.world.auditor.rows[message.partition])
+
+    def deliver_late(self) -> None:
+        world, rng = self.world, self.world.rng
+        if self.network:
+            i = rng.randrange(len(self.network))
+            message = self.network[i] if rng.random() < 0.4 else self.network.pop(i)
+            offset = world.cluster.deliver(message)
+            world.note("a late message of %r comes in at %s-%s", message.key, message.partition, offset)
+            world.count("late message")
+
+    def crash_publisher(self) -> None:
+        self._restart_publisher(self.world.rng.choice(self.publishers), "chance")
+
+    def _restart_publisher(self, publisher: SimPublisher, why: str) -> None:
+        world = self.world
+        world.note("publisher %s crashes: %s", publisher.producer_id, why)
+        if publisher in self.zombies:
+            self.zombies.remove(publisher)
+            return
+        i = self.publishers.index(publisher)
+        if publisher.spool is None:
+            self.publishers[i] = self.new_publisher()
+            world.count("publisher restarted")
+        else:
+            self.publishers[i] = publisher.reopened()
+            world.count("spool reopened")
+            if world.rng.random() < 0.4:
+                self.zombies.append(publisher)
+        world.note("publisher %s takes over", self.publishers[i].producer_id)
+
+    def send_junk(self) -> None:
+        """Bytes that no partition may fold."""
+        world, rng = self.world, self.world.rng
+        partition = rng.randrange(world.partition_count)
+        if rng.random() < 0.2:
+            world.cluster.skip(DELTAS, partition)
+            world.note("an offset of partition %s holds no record", partition)
+            return
+        real = [row.value for rows in world.auditor.rows for row in rows if row.sent and row.value]
+        kind = rng.choice(("none", "noise", "cut", "version", "elsewhere")) if real else "noise"
+        value: bytes | None = None
+        if kind == "noise":
+            value = rng.choice((b"", b"\x01")) + rng.randbytes(rng.randint(0, 30))
+        elif kind != "none":
+            value = rng.choice(real)
+            assert value is not None
+            if kind == "cut":
+                value = value[: rng.randrange(len(value))]
+            elif kind == "version":
+                value = b"\x02" + value[1:]
+            elif int.from_bytes(value[1:5], "big") == partition:
+                return
+        offset = world.cluster.deliver(Message(DELTAS, partition, None, value))
+        world.note("junk (%s) comes in at %s-%s", kind, partition, offset)
+        world.count("junk")
+
+
+def _brief(sealed: Sealed) -> tuple[int, int]:
+    return sealed.partition, sealed.sequence

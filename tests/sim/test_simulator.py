@@ -1,0 +1,191 @@
+"""The simulator itself: it replays, it goes where it says, and it finds what is broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pipeline.adapters import memory
+from pipeline.core.record import TAG_PRODUCER
+from pipeline.core.sequence import Folded, Outbox
+from pipeline.core.task import Commit, Task
+from pipeline.errors import PipelineError, Unavailable
+from pipeline.ports import Message
+from pipeline.topics import DEAD_LETTERS
+from pipeline.worker import partition
+from pipeline.worker.follower import Follower, StoreMeta, read_meta, read_position, write_entries
+from pipeline.worker.partition import Partition
+from tests.sim.auditor import Failure
+from tests.sim.world import explain, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+EVENTS = """
+append: crash after, append: crash before, append: gone, append: in, append: late, append: refused, append: unsure,
+black-out, compaction, crash at commit: after, crash at commit: before, crash at fenced, crash at open, crash at poll,
+crash at transaction, crash at write: after, crash at write: before, damage: bytes, damage: open, damage: read, junk,
+late message, loss accepted, loss noticed, others act at commit: after, others act at commit: before,
+others act at fenced, others act at open, others act at poll, others act at write: after, others act at write: before,
+producers expire, publisher restarted, retention, sleep, spool reopened, standby at a boundary, store lost,
+store rebuilt, store restored, store rolled back, tombstones dropped, torn tail, unavailable at commit: after,
+unavailable at commit: before, unavailable at poll, zombie, zombie fenced, zombie publisher sends
+"""
+
+
+def test_a_seed_is_one_history_in_every_process() -> None:
+    """What a history makes durable depends on its seed only, not on the order of sets."""
+    command = [sys.executable, "-m", "tests.sim.world", "--seeds", "40", "--digests"]
+    outputs = [
+        subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True, timeout=100
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0].count(b"\n") == 40
+    assert outputs[0] == outputs[1]
+
+
+def test_everything_happens() -> None:
+    """Each kind of trouble comes about within 200 histories."""
+    stats: Counter[str] = Counter()
+    for seed in range(200):
+        world, error = run(seed)
+        assert error is None, explain(seed, error)
+        stats += world.stats
+    missing = {event.strip() for event in EVENTS.replace("\n", " ").split(",")} - stats.keys()
+    assert not missing
+
+
+def store_first(self: Partition, commit: Commit) -> None:
+    write_entries(self.store, commit.keys, commit.values, read_meta(self.store))
+    make_durable(self, commit)
+
+
+def shrug_off(self: Partition, commit: Commit) -> None:
+    try:
+        make_durable(self, commit)
+    except Unavailable:
+        write_entries(self.store, commit.keys, commit.values, read_meta(self.store))
+
+
+def without_producers(self: Partition, commit: Commit) -> None:
+    pairs = [(key, value) for key, value in zip(commit.keys, commit.values, strict=True) if key[:1] != TAG_PRODUCER]
+    keys, values = [key for key, _ in pairs], [value for _, value in pairs]
+    make_durable(self, msgspec.structs.replace(commit, keys=keys, values=values))
+
+
+def position_first(self: Partition, commit: Commit) -> None:
+    make_durable(self, msgspec.structs.replace(commit, keys=commit.keys[::-1], values=commit.values[::-1]))
+
+
+def wrong_meta(self: Partition, commit: Commit) -> None:
+    make_durable(self, commit)
+    meta = StoreMeta(changelog_next_offset=read_meta(self.store).changelog_next_offset + 2)
+    write_entries(self.store, [], [], meta)
+
+
+def letters_apart(self: Partition, commit: Commit) -> None:
+    assert self._transaction is not None
+    if commit.dead_letters:
+        letters = [Message(DEAD_LETTERS, self.number, key, value) for key, value in commit.dead_letters]
+        self._transaction.commit(letters, timeout_s=1)
+    make_durable(self, msgspec.structs.replace(commit, dead_letters=[]))
+
+
+def fence_late(self: Partition, **hooks: Any) -> None:
+    """Restore first, fence the old owner afterwards."""
+    log = self._log
+
+    class Later:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda _: None) if name == "transaction" else getattr(log, name)
+
+    self._log = Later()
+    start(self, **hooks)
+    self._log = log
+    self._transaction = log.transaction(f"pipeline-{self.number}")
+
+
+def always_at_boundary(self: Follower, records: Any) -> None:
+    self._keys += records.keys
+    self._values += records.values
+    self.next_offset = records.next_offset
+    self._write(records.next_offset, between=False)
+
+
+def from_elsewhere(store: Any) -> Any:
+    position = read_position(store)
+    return msgspec.structs.replace(position, next_offset=max(0, position.next_offset - 1))
+
+
+def silently(self: Task, records: Any) -> None:
+    fold(self, records)
+    self._overlay.dead_letters.clear()
+
+
+def again(self: Task, records: Any) -> None:
+    self.next_offset = min([self.next_offset, *records.offsets])
+    fold(self, records)
+
+
+make_durable, start, fold = Partition.make_durable, Partition.start, Task.fold
+with_folded = Folded.with_folded
+
+BREAKS: dict[str, tuple[Any, str, Any]] = {
+    "1: the store is written before the transaction": (Partition, "make_durable", store_first),
+    "2: the old owner is fenced after the restore": (Partition, "start", fence_late),
+    "2: the log does not fence": (memory._MemoryTransaction, "__init__", None),
+    "3: the position is one too low": (partition, "read_position", from_elsewhere),
+    "4: a follower takes every read for a boundary": (Follower, "_apply", always_at_boundary),
+    "4: an old store is never rebuilt": (partition, "check_restorable", lambda *_: None),
+    "5: records below the position are folded again": (Task, "fold", again),
+    "6: a failed commit is taken for a success": (Partition, "make_durable", shrug_off),
+    "7: bad bytes are skipped silently": (Task, "fold", silently),
+    "7: dead letters have a transaction of their own": (Partition, "make_durable", letters_apart),
+    "a set is taken for its largest member": (
+        Folded,
+        "has",
+        lambda self, n: n < (self.beyond[-1][1] if self.beyond else self.next_sequence),
+    ),
+    "nothing is a duplicate": (Folded, "has", lambda self, n: False),
+    "the floor settles its own batch": (
+        Folded,
+        "with_folded",
+        lambda self, n, floor, *rest: with_folded(self, n, floor + 1, *rest),
+    ),
+    "a publisher's floor ignores what is not acknowledged": (
+        Outbox,
+        "next_numbers",
+        lambda self, p: (self._next.get(p, 0), self._next.get(p, 0)),
+    ),
+    "an old epoch is never refused": (
+        Folded,
+        "with_folded",
+        lambda self, n, floor, epoch, at: with_folded(self, n, floor, 0, at),
+    ),
+    "the position is not the last of its commit": (Partition, "make_durable", position_first),
+    "the store says that it reflects too much": (Partition, "make_durable", wrong_meta),
+    "producers are not in the commit": (Partition, "make_durable", without_producers),
+}
+
+
+def no_owner(self: Any, log: Any, transactional_id: str, owner: int) -> None:
+    log._owners[transactional_id] = 0
+    self._log, self._id, self._owner = log, transactional_id, 0
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_break_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever breaks one rule of the protocol hears of it within 100 histories."""
+    place, name, replacement = BREAKS[what]
+    monkeypatch.setattr(place, name, replacement or no_owner)
+    errors = (run(seed)[1] for seed in range(100))
+    error = next((error for error in errors if error is not None), None)
+    assert isinstance(error, Failure | PipelineError), error

@@ -1,0 +1,350 @@
+"""Workers and standbys of the simulator: the real `Partition` and `Follower`, one call at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pipeline.metrics as m
+from pipeline.core.record import Records
+from pipeline.core.task import Commit
+from pipeline.errors import Fenced, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.ports import LogReader
+from pipeline.settings import WorkerSettings
+from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.follower import Follower, check_restorable, read_meta, read_position
+from pipeline.worker.partition import Partition
+from tests.sim.auditor import META, SERIES, Failure, compare
+from tests.sim.faults import FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+class Recorder:
+    """A `metrics.Metrics` that keeps the counters."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, float] = {}
+
+    def inc(self, metric: m.Metric, amount: float = 1, *labels: object) -> None:
+        self.counters[metric.name] = self.counters.get(metric.name, 0) + amount
+
+    def set(self, metric: m.Metric, value: float, *labels: object) -> None:
+        """Not the protocol's business."""
+
+    def observe(self, metric: m.Metric, value: float, *labels: object) -> None:
+        """Not the protocol's business."""
+
+    def of(self, metric: m.Metric) -> float:
+        return self.counters.get(metric.name, 0)
+
+
+class Worker:
+    """One process with one partition, from its start to its death."""
+
+    def __init__(self, world: World, partition: int, machine: Machine, settings: WorkerSettings) -> None:
+        self.world = world
+        self.number = partition
+        self.machine = machine
+        self.process = Process(f"worker {world.new_number()} ({partition} on {machine.name})", world.interrupt)
+        self.metrics = Recorder()
+        self.log = FaultyLog(world.cluster, self.process, fenced_others=lambda: world.owned(self))
+        self.part = Partition(
+            partition,
+            log=self.log,
+            stores=FaultyStores(machine, self.process),
+            clock=world.clock,
+            settings=settings,
+            delete_retention_ms=world.delete_retention_ms,
+            metrics=self.metrics,
+        )
+        self.accept_loss = settings.accept_loss
+        self.state = "starting"
+        self.commit: Commit | None = None
+        self.rebuild_due = False
+        self._reader: LogReader | None = None
+        self._start_offset = 0
+        self._cursor = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.process.alive
+
+    @property
+    def fenced(self) -> bool:
+        """Whether another worker has taken the partition over, for all that this one may not know it."""
+        return self.world.active[self.number] is not self
+
+    def start(self) -> None:
+        """Take the partition over and check what was restored."""
+        world, number = self.world, self.number
+        self.rebuild_due, excuses = world.rebuild_is_due(number, self.machine), world.excuses
+        stop = not world.quiet and world.rng.random() < 0.02
+        try:
+            self.part.start(stopping=lambda: stop)
+        except SimulatedCrash as error:
+            world.crashed(self, str(error))
+        except (Unavailable, NotReady) as error:
+            self.end(f"start: {error}")
+        except RecordsLost as error:
+            if not self.fenced and (world.gap(number) == (0, 0) or self.accept_loss):
+                raise Failure(f"nothing was lost, or the loss was accepted: {error}") from error
+            world.accept_loss[number] = True
+            world.count("loss noticed")
+            self.end(f"start: {error}")
+        except StoreCorrupt as error:
+            if not self.fenced and self.machine.disks[number].damage == "":
+                raise Failure(f"the changelog restores no store: {error}") from error
+            self.end(f"start: {error}")
+        else:
+            self._started(undisturbed=world.excuses == excuses)
+
+    def _started(self, *, undisturbed: bool) -> None:
+        world, number = self.world, self.number
+        self.state = "idle"
+        self._start_offset = self.part.task.next_offset
+        self._reader = self.log.reader(DELTAS)
+        self._assign()
+        rebuilt = self.metrics.of(m.STORES_REBUILT)
+        world.count("store rebuilt" if rebuilt else "store restored")
+        if self.fenced:
+            return
+        if rebuilt and undisturbed and not self.rebuild_due:
+            raise Failure(f"{self.process.name} rebuilt a store that was sound")
+        if world.gap(number) != (0, 0):
+            if not self.accept_loss:
+                raise Failure(f"{self.process.name} did not notice that records {world.gap(number)} are gone")
+            world.auditor.lost(number, *world.gap(number))
+            world.accept_loss[number] = False
+            world.count("loss accepted")
+        elif self._start_offset != world.auditor.position(number):
+            raise Failure(f"starts at {self._start_offset}, not at position {world.auditor.position(number)}")
+        if undisturbed:
+            self._find_damage()
+        self.audit()
+
+    def audit(self) -> None:
+        """The store is exactly what the changelog holds, and that is exactly what the log calls for."""
+        world, number = self.world, self.number
+        disk = self.machine.disks[number]
+        if disk.damage:
+            return
+        entries = dict(disk.entries())
+        at = world.cluster.memory._partition(CHANGELOG, number)
+        meta = read_meta(self.part.store)
+        entries.pop(META, None)
+        whole = (at.rows[-1].offset + 1 if at.rows else 0) <= meta.changelog_next_offset <= at.end_offset
+        if not whole or meta.between_boundaries:
+            raise Failure(f"store {number}: {meta}, but the changelog ends at {at.end_offset}")
+        compare(f"store {number} against its changelog", entries, world.replay(number))
+        world.auditor.check_entries(number, entries)
+
+    def _find_damage(self) -> None:
+        """What is wrong in a store that was trusted can only be a series that nothing has read yet."""
+        disk = self.machine.disks[self.number]
+        entries, expected = disk.entries(), self.world.replay(self.number)
+        wrong = [k for k in entries.keys() | expected.keys() if k != META and entries.get(k) != expected.get(k)]
+        if disk.damage and not wrong:
+            disk.healed()
+        if any(key[:1] != SERIES for key in wrong):
+            raise Failure(f"{self.process.name} started on a store with damage to {wrong}")
+
+    # One step at a time
+
+    def step(self) -> None:
+        """Whatever comes next, by chance."""
+        rng, task = self.world.rng, self.part.task
+        if self.state in ("starting", "preparing"):
+            return
+        if self.state == "committing":  # its commit is being made durable, further up the stack
+            self.fold()
+        elif self.state == "prepared":
+            self.fold() if rng.random() < 0.5 and not task.full else self.make_durable()
+        elif self.state == "durable":
+            self.fold() if rng.random() < 0.3 and not task.full else self.finish()
+        elif task.dirty and (task.full or rng.random() < 0.4):
+            self.prepare()
+        else:
+            self.fold()
+
+    def _assign(self) -> None:
+        """Read from where folding goes on, or from before: what was folded already is skipped."""
+        world, next_offset = self.world, self.part.task.next_offset
+        assert self._reader is not None
+        if world.rng.random() < 0.3:
+            start, _ = world.cluster.memory.watermarks(DELTAS, self.number)
+            next_offset = min(next_offset, max(start, next_offset - world.rng.randint(1, 10)))
+        self._cursor = next_offset
+        self._reader.assign({self.number: next_offset})
+
+    def fold(self) -> int:
+        """Read some records and fold them; how many."""
+        assert self._reader is not None
+        if not self.world.quiet and self.world.rng.random() < 0.02:
+            self._assign()
+        try:
+            fetched = self._reader.poll(record_count_max=self.world.rng.randint(1, 8), bytes_max=2**20, timeout_s=0)
+        except Unavailable:
+            return 0
+        except RecordsLost as error:
+            folded_before = self._cursor < self.part.task.next_offset  # retention took what is only read again
+            if not self.fenced and not folded_before and self.world.gap(self.number) == (0, 0):
+                raise Failure(f"nothing was lost: {error}") from error
+            self.end(str(error))
+            return 0
+        except SimulatedCrash as error:
+            self.world.crashed(self, str(error))
+            return 0
+        for records in fetched:
+            self._cursor = records.next_offset
+            self._fold(records)
+        return sum(len(records.offsets) for records in fetched)
+
+    def _fold(self, records: Records) -> None:
+        self.part.fold(records)
+        self.world.note("%s folds %s", self.process.name, [*records.offsets])
+        self.check_counts()
+
+    def check_counts(self) -> None:
+        if not self.fenced:
+            task = self.part.task
+            self.world.auditor.check_counts(self.number, self._start_offset, task.next_offset, task.counts)
+
+    def prepare(self) -> None:
+        self.state = "preparing"
+        damage = self.machine.disks[self.number].damage
+        try:
+            self.commit = self.part.prepare()
+        except SimulatedCrash as error:
+            self.world.crashed(self, str(error))
+        except StoreCorrupt as error:
+            if not damage:
+                raise Failure(f"a sound store was not trusted: {error}") from error
+            self.end(f"prepare: {error}")
+        else:
+            self.state = "prepared"
+            self.world.note("%s prepares position %s", self.process.name, self.commit.position.next_offset)
+
+    def make_durable(self) -> None:
+        world, commit = self.world, self.commit
+        assert commit is not None
+        self.state = "committing"
+        disk = self.machine.disks[self.number]
+        entries = disk.entries()
+        try:
+            self.part.make_durable(commit)
+        except SimulatedCrash as error:
+            world.crashed(self, str(error))
+        except Fenced as error:
+            if not self.fenced:
+                raise
+            if disk.entries() is not entries and not disk.damage:
+                raise Failure(f"{self.process.name} was fenced, but wrote to its store") from error
+            world.count("zombie fenced")
+            self.end(str(error))
+        except (Unavailable, StoreCorrupt) as error:
+            self.end(f"commit: {error}")
+        else:
+            self.state = "durable"
+            world.note("%s made position %s durable", self.process.name, commit.position.next_offset)
+
+    def finish(self) -> None:
+        assert self.commit is not None
+        self.part.finish(self.commit)
+        self.commit = None
+        self.state = "idle"
+        counts = self.part.task.counts
+        if self.metrics.of(m.BATCHES_DUPLICATE) != counts.batches_duplicate:
+            raise Failure("the metric of duplicates is not the task's count")
+        self.world.note("%s finishes, %s", self.process.name, counts)
+
+    def stop(self) -> None:
+        """Commit what is folded and let go, as on SIGTERM."""
+        for _ in range(4):
+            if not self.alive or (self.state == "idle" and not self.part.task.dirty):
+                break
+            {"idle": self.prepare, "prepared": self.make_durable, "durable": self.finish}[self.state]()
+        if self.alive:
+            self.end("stopped")
+
+    def end(self, why: str) -> None:
+        """The process ends by itself: it lets go of what it holds, and what it has not committed is gone."""
+        self.world.note("%s ends: %s", self.process.name, why)
+        self.world.count("worker ended")
+        self.part.close()
+        if self.machine.disks[self.number].opened_by is self.process:
+            raise Failure(f"{self.process.name} has closed its partition, but not the store")
+        self.process.alive = False
+        self.world.left(self)
+
+
+class Standby:
+    """A follower on a machine that runs no worker for its partition: the store is at a commit boundary, or says it isn't."""
+
+    def __init__(self, world: World, partition: int, machine: Machine) -> None:
+        self.world = world
+        self.number = partition
+        self.machine = machine
+        self.process = Process(f"standby {world.new_number()} ({partition} on {machine.name})", world.interrupt)
+        self._compactions = 0
+        self._busy = False
+        self._follower: Follower | None = None
+
+    def step(self) -> None:
+        world = self.world
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            if self._follower is None:
+                self._open()
+                world.note("%s opens its store", self.process.name)
+            assert self._follower is not None
+            self._follower.step(record_count_max=world.rng.randint(1, 5), timeout_s=0)
+            self._check(self._follower)
+        except SimulatedCrash as error:
+            world.note("%s dies: %s", self.process.name, error)
+            if self.process.alive:
+                self.process.alive = False
+                world.lose_writes(self.machine, self.number)
+                world.standbys.pop(self.number)
+        except Unavailable:
+            pass
+        except PipelineError as error:
+            raise Failure(f"{self.process.name}: {error}") from error
+        finally:
+            self._busy = False
+
+    def _open(self) -> None:
+        world, number = self.world, self.number
+        stores, log = FaultyStores(self.machine, self.process), FaultyLog(world.cluster, self.process)
+        try:
+            store = stores.open(number)
+            check_restorable(number, store, log, world.clock, world.delete_retention_ms)
+            read_position(store)
+        except StoreCorrupt:
+            self.close()
+            stores.destroy(number)
+            store = stores.open(number)
+        reader = log.reader(CHANGELOG)
+        self._follower = Follower(number, store, reader, buffer_entries_max=world.settings.restore_buffer_entries_max)
+
+    def _check(self, follower: Follower) -> None:
+        world, number = self.world, self.number
+        end_offset = world.cluster.memory.watermarks(CHANGELOG, number).end_offset
+        if follower.next_offset == end_offset:
+            if not follower.at_boundary:
+                raise Failure(f"{self.process.name} has read the whole changelog, but is at no boundary")
+            self._compactions = world.compactions[number]  # from here on it sees every commit whole
+        disk = self.machine.disks[number]
+        entries = dict(disk.entries())
+        if disk.damage or not entries or self._compactions != world.compactions[number]:
+            return
+        if entries.pop(META) and not read_meta(disk.memory).between_boundaries:
+            expected = world.auditor.boundaries[number][read_position(disk.memory).next_offset]
+            compare(f"{self.process.name} at a boundary", entries, expected)
+            world.count("standby at a boundary")
+
+    def close(self) -> None:
+        """The process ends by itself."""
+        self.process.alive = False

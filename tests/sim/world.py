@@ -1,0 +1,392 @@
+"""The simulator: one seed is one history of publishers, a log, workers and everything that can happen to them.
+
+    python -m tests.sim.world --seed 7 --trace      replays one history and prints its steps
+    python -m tests.sim.world --seeds 5000          runs many, stops at the first that fails
+
+Single-threaded. All chance comes from one `Random(seed)`, all time from one clock that steps by hand; so a seed is a
+history, on every machine. While code under test runs, `World.interrupt` may kill it or let others act at each call that it
+makes through a port. The `Auditor` watches all along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
+
+from pipeline.errors import Unavailable
+from pipeline.ports import Message
+from pipeline.settings import WorkerSettings
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from pipeline.worker.follower import read_meta, read_position
+from tests.sim.auditor import Auditor, Entries, Failure
+from tests.sim.crowd import Crowd
+from tests.sim.faults import Cluster, Machine, Process, SimClock, SimulatedCrash
+from tests.sim.nature import Nature
+from tests.sim.workers import Standby, Worker
+
+DEPTH_MAX = 2
+STEPS_MAX = 10_000
+"""Of one worker until it has folded everything; far more than it needs."""
+
+
+class World:
+    """One history."""
+
+    def __init__(self, seed: int, *, tracing: bool = False) -> None:
+        self.rng = rng = Random(seed)
+        self.trace: list[str] = []
+        self.stats: Counter[str] = Counter()
+        self.clock = SimClock()
+        self.quiet = False
+        """Nothing goes wrong any more."""
+        self.excuses = 0
+        """Rises with everything that may force a worker to rebuild a store."""
+        self.depth = 0
+        """How many calls of the code under test are waiting for others to act."""
+        self._tracing = tracing
+        self._numbers = 0
+        self.partition_count = rng.choice((2, 2, 3))
+        self.delete_retention_ms = 1_000_000
+        self.settings = WorkerSettings(
+            overlay_entries_max=rng.randint(1, 20),
+            cache_entries_max=rng.choice((0, rng.randint(0, 20), 100)),
+            restore_buffer_entries_max=rng.randint(1, 10),
+            restore_fetch_count_max=rng.randint(1, 7),
+            producer_ttl_ms=10_000_000,
+            views_max=2 if rng.random() < 0.1 else 10_000,
+        )
+        self.auditor = Auditor(
+            self.partition_count, views_max=self.settings.views_max, producer_ttl_ms=self.settings.producer_ttl_ms
+        )
+        topics = dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), self.partition_count)
+        self.cluster = Cluster(topics, self.clock, self.auditor)
+        self.cluster.markers = rng.random() < 0.5
+        self.machines = [Machine(name, self.partition_count) for name in "AB"]
+        self.active: list[Worker | None] = [None] * self.partition_count
+        self.zombies: list[Worker] = []
+        self.standbys: dict[int, Standby] = {}
+        self.accept_loss = [False] * self.partition_count
+        self.compactions = [0] * self.partition_count
+        self.crowd = Crowd(self)
+        self.nature = Nature(self)
+        self.trouble = rng.choice((0.0, 0.3, 1.0, 1.0, 2.0))
+        self._loss_by_retention = rng.random() < 0.06
+        self._steps = self._weigh()
+
+    def _weigh(self) -> list[Callable[[], None]]:
+        """Every kind of step, as often as it shall come; what is rare in one history is frequent in another."""
+        rng, crowd, nature = self.rng, self.crowd, self.nature
+        weights: dict[Callable[[], None], float] = {
+            crowd.record: rng.uniform(5, 20),
+            crowd.send: rng.uniform(8, 20),
+            self.work: rng.uniform(20, 70),
+            crowd.deliver_late: rng.uniform(0, 8),
+            crowd.send_junk: rng.uniform(0, 4),
+            crowd.crash_publisher: rng.uniform(0, 3),
+            crowd.send_as_zombie: rng.uniform(0, 5),
+            self.crash_worker: rng.uniform(0, 3),
+            self.take_over: rng.uniform(0, 3),
+            self.work_as_zombie: rng.uniform(2, 10),
+            self.stop_worker: rng.uniform(0, 1),
+            self.stand_by: rng.uniform(0, 15),
+            nature.truncate: rng.uniform(0, 4),
+            nature.compact: rng.uniform(0, 8),
+            nature.damage_store: rng.uniform(0, 1),
+            nature.lose_store: rng.uniform(0, 1),
+            nature.black_out: rng.uniform(0, 1),
+            nature.go_to_sleep: rng.uniform(0, 2.5),
+        }
+        if self._loss_by_retention:
+            weights[nature.lose_records] = 1.0
+        return rng.choices([*weights], [*weights.values()], k=1_000)
+
+    # Bookkeeping
+
+    def note(self, text: str, *args: object) -> None:
+        if self._tracing:
+            self.trace.append("  " * self.depth + text % args)
+
+    def count(self, what: str) -> None:
+        self.stats[what] += 1
+
+    def new_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def replay(self, partition: int) -> Entries:
+        """What the changelog, as it is now, holds."""
+        entries: Entries = {}
+        for row in self.cluster.memory._partition(CHANGELOG, partition).rows:
+            assert row.key is not None
+            if row.value is None:
+                entries.pop(row.key, None)
+            else:
+                entries[row.key] = row.value
+        return entries
+
+    def gap(self, partition: int) -> tuple[int, int]:
+        """The range of records that retention deleted before they were folded."""
+        position, start = self.auditor.position(partition), self.cluster.memory.watermarks(DELTAS, partition)[0]
+        return (position, start) if position < start else (0, 0)
+
+    def rebuild_is_due(self, partition: int, machine: Machine) -> bool:
+        """Whether the store can't be brought up to date: damaged, or away for longer than tombstones are kept."""
+        disk = machine.disks[partition]
+        if disk.damage:
+            return True
+        meta, position = read_meta(disk.memory), read_position(disk.memory)
+        end_offset = self.cluster.memory.watermarks(CHANGELOG, partition).end_offset
+        away_ms = self.clock.at_ms - position.committed_at_ms
+        return 0 < meta.changelog_next_offset < end_offset and away_ms > self.delete_retention_ms
+
+    def interrupt(self, process: Process, where: str) -> None:
+        """At a port: die, fail, let others act, or, mostly, go on."""
+        if self.quiet:
+            return
+        roll = self.rng.random()
+        rate = self.trouble * (0.002 if where == "poll" else 0.015)
+        if roll < rate:
+            self.count(f"crash at {where}")
+            raise SimulatedCrash(where)
+        if roll < 2 * rate and where in ("poll", "commit: before", "commit: after"):
+            self.count(f"unavailable at {where}")
+            raise Unavailable(where)
+        if roll > (0.97 if where == "poll" else 0.8) and self.depth < DEPTH_MAX:
+            self.count(f"others act at {where}")
+            self.depth += 1
+            try:
+                for _ in range(self.rng.randint(1, 4)):
+                    self.work_as_zombie() if self.zombies and self.rng.random() < 0.5 else self.step()
+            finally:
+                self.depth -= 1
+
+    def lose_writes(self, machine: Machine, partition: int) -> None:
+        """A crash: the store may lose its newest writes."""
+        disk = machine.disks[partition]
+        if self.rng.random() < 0.5 and not disk.damage:
+            lost = disk.lose_writes(self.rng)
+            self.note("store %s of %s loses %s writes", partition, machine.name, lost)
+            self.stats["store rolled back"] += lost > 0
+
+    def crashed(self, worker: Worker, why: str) -> None:
+        """The worker's process died. Nothing of it is left but its store."""
+        if worker.alive:
+            worker.process.alive = False
+            self.note("%s crashes: %s", worker.process.name, why)
+            self.lose_writes(worker.machine, worker.number)
+        self.left(worker)
+
+    def left(self, worker: Worker) -> None:
+        if self.active[worker.number] is worker:
+            self.active[worker.number] = None
+        if worker in self.zombies:
+            self.zombies.remove(worker)
+
+    # Workers
+
+    def work(self) -> None:
+        partition = self.rng.randrange(self.partition_count)
+        worker = self.active[partition]
+        if worker is None:
+            self.start(partition, self.rng.choice(self.machines))
+        else:
+            worker.step()
+
+    def start(self, partition: int, machine: Machine) -> None:
+        """A new worker. Whoever had the store of this machine open is dead by then; elsewhere, old owners may live on."""
+        for zombie in [z for z in self.zombies if z.number == partition and z.machine is machine]:
+            self.crashed(zombie, "its machine gets a new worker")
+        standby = self.standbys.get(partition)
+        if standby is not None and standby.machine is machine:
+            self.standbys.pop(partition).close()
+        settings = replace(self.settings, accept_loss=True) if self.accept_loss[partition] else self.settings
+        self.active[partition] = worker = Worker(self, partition, machine, settings)
+        self.note("%s starts", worker.process.name)
+        worker.start()
+
+    def owned(self, worker: Worker) -> None:
+        """The worker has fenced whoever came before it, even one that was started after it."""
+        other = self.active[worker.number]
+        worker.rebuild_due |= self.rebuild_is_due(worker.number, worker.machine)
+        if other is not worker:
+            self.zombies.remove(worker)
+            if other is not None:
+                self.zombies.append(other)
+            self.active[worker.number] = worker
+
+    def crash_worker(self) -> None:
+        worker = self.rng.choice(self.active)
+        if worker is not None:
+            self.crashed(worker, "chance")
+
+    def stop_worker(self) -> None:
+        worker = self.rng.choice(self.active)
+        if worker is not None and worker.state in ("idle", "prepared", "durable"):
+            worker.stop()
+
+    def take_over(self) -> None:
+        """Another machine gets the partition; the old owner may not know for long."""
+        old = self.rng.choice(self.active)
+        if old is not None:
+            if self.rng.random() < 0.8:
+                self.zombies.append(old)
+                self.count("zombie")
+            else:
+                self.crashed(old, "its machine is gone")
+            machine = next(machine for machine in self.machines if machine is not old.machine)
+            self.start(old.number, machine)
+
+    def work_as_zombie(self) -> None:
+        if self.zombies:
+            self.rng.choice(self.zombies).step()
+
+    def stand_by(self) -> None:
+        partition = self.rng.randrange(self.partition_count)
+        standby = self.standbys.get(partition)
+        if standby is None:
+            workers = [*self.zombies, *(worker for worker in self.active if worker is not None)]
+            taken = [worker.machine for worker in workers if worker.number == partition]
+            free = [machine for machine in self.machines if machine not in taken]
+            if not free:
+                return
+            standby = self.standbys[partition] = Standby(self, partition, self.rng.choice(free))
+        standby.step()
+
+    # All together
+
+    def step(self) -> None:
+        self.clock.at_ms += self.rng.randint(0, 20)
+        self.rng.choice(self._steps)()
+
+    def run(self) -> None:
+        """Everything goes wrong; then nothing does, and every series must be exact."""
+        for _ in range(self.rng.randint(40, 240)):
+            self.step()
+        self.quiet = True
+        self.note("peace")
+        self.crowd.send_all()
+        for partition in range(self.partition_count):
+            self._drain(partition, self.rng.choice(self.machines))
+            self._fence_zombies(partition)
+        fresh = Machine("C", self.partition_count)
+        for partition in range(self.partition_count):
+            self._end(partition)
+            self._drain(partition, fresh)
+            self.cluster.deliver(Message(DELTAS, partition, None, b"the last"))
+            self._drain(partition, fresh)
+            letters = [row.key for row in self.cluster.memory._partition(DEAD_LETTERS, partition).rows]
+            self.auditor.check_drained(partition, letters)
+            self.auditor.check_forgotten(partition, self.auditor.expired(partition))
+            self._end(partition)
+            self.start(partition, self.rng.choice(self.machines))
+            self._end(partition)
+
+    def _drain(self, partition: int, machine: Machine) -> None:
+        """Fold all that is there."""
+        end_offset = self.cluster.memory.watermarks(DELTAS, partition).end_offset
+        for _ in range(6):
+            worker = self.active[partition]
+            if worker is None:
+                self.start(partition, machine)
+                worker = self.active[partition]
+            for _ in range(STEPS_MAX):
+                if worker is None or not worker.alive or self.auditor.position(partition) >= end_offset:
+                    break
+                if worker.state == "idle" and worker.part.task.next_offset == end_offset:
+                    worker.prepare()
+                else:
+                    worker.step()
+            if worker is not None and worker.alive and worker.state == "durable":
+                worker.finish()
+            if worker is not None and worker.alive and worker.state == "idle":
+                worker.audit()
+                return
+        raise Failure(f"partition {partition} never comes to its end")
+
+    def _fence_zombies(self, partition: int) -> None:
+        for zombie in [z for z in self.zombies if z.number == partition]:
+            for _ in range(50):
+                if zombie.alive:
+                    zombie.step()
+            self.crashed(zombie, "the end")
+
+    def _end(self, partition: int) -> None:
+        worker = self.active[partition]
+        if worker is not None:
+            worker.stop()
+
+
+@contextmanager
+def no_logs() -> Iterator[None]:
+    """A worker that dies says so; here thousands do."""
+    logger = logging.getLogger("pipeline")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def run(seed: int, *, tracing: bool = False) -> tuple[World, Exception | None]:
+    """One history, and what went wrong in it."""
+    world = World(seed, tracing=tracing)
+    try:
+        with no_logs():
+            world.run()
+    except Exception as error:
+        return world, error
+    return world, None
+
+
+def explain(seed: int, error: Exception) -> str:
+    """Run the history again, and tell it."""
+    world, again = run(seed, tracing=True)
+    trace = "\n".join(world.trace[-400:])
+    same = "" if repr(again) == repr(error) else f"\nIt did not fail alike the second time: {again!r}"
+    return f"seed {seed}: {error!r}{same}\npython -m tests.sim.world --seed {seed} --trace\n{trace}"
+
+
+def check_seeds(seeds: range) -> None:
+    """Raise `Failure` with the trace of the first history that goes wrong."""
+    for seed in seeds:
+        _, error = run(seed)
+        if error is not None:
+            raise Failure(explain(seed, error)) from error
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, help="run this one history")
+    parser.add_argument("--trace", action="store_true", help="print its steps")
+    parser.add_argument("--seeds", type=int, default=2000, help="run so many histories (default: %(default)s)")
+    parser.add_argument("--start", type=int, default=0, help="the first of them")
+    parser.add_argument("--digests", action="store_true", help="print what each history made durable, as a number")
+    args = parser.parse_args()
+    stats: Counter[str] = Counter()
+    seeds = [args.seed] if args.seed is not None else range(args.start, args.start + args.seeds)
+    for seed in seeds:
+        world, error = run(seed, tracing=args.trace)
+        if error is not None:
+            print("\n".join(world.trace) if args.trace else explain(seed, error))
+            print(f"seed {seed} fails: {error!r}", file=sys.stderr)
+            return 1
+        stats += world.stats
+        if args.trace:
+            print("\n".join(world.trace))
+        if args.digests:
+            print(seed, world.auditor.digest)
+    for what, count in sorted(stats.items()):
+        print(f"{count:9} {what}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
