@@ -1,0 +1,108 @@
+"""The state folder of one process: its layout, its version, and the lock that keeps a second process out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.errors import Invalid, PipelineError, Unavailable
+
+_VERSION = "1"
+_NEW_VERSION = "VERSION.new"
+
+
+class DataDir:
+    """Holds the lock on a state folder from `__init__` to `close`. The kernel lets go of it when the process dies.
+
+    Raises `Unavailable` if another process has it or the disk is full, `Invalid` if the folder can't be one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._lock = -1
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            _open.add(self)
+            self._take()
+            self._check_version()
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise _translate(self.path, error) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._lock, 32).decode("ascii", "replace").strip()
+            raise Unavailable(f"data directory {self.path} is in use by process {owner or '(unknown)'}") from None
+
+    def _check_version(self) -> None:
+        try:
+            found = (self.path / "VERSION").read_bytes().strip().decode("ascii", "replace")
+        except FileNotFoundError:
+            if any(entry.name not in ("LOCK", _NEW_VERSION) for entry in self.path.iterdir()):
+                raise Invalid(f"{self.path} is neither empty nor a data directory (no VERSION file)") from None
+            self._write_version()
+            return
+        if found != _VERSION:
+            raise Invalid(f"data directory {self.path} has version {found[:20]!r}; this program reads {_VERSION}")
+        if self.stores.exists() and not self.log.exists():
+            # A new log would make the stores look wrong, and they would be deleted: they are all that is left.
+            raise Invalid(f"data directory {self.path} has stores, but its log is gone; to begin anew, delete them too")
+
+    def _write_version(self) -> None:
+        new = self.path / _NEW_VERSION
+        with new.open("w") as file:
+            file.write(f"{_VERSION}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path / "VERSION")
+
+    @property
+    def log(self) -> Path:
+        """Where the embedded log lives: the truth."""
+        return self.path / "log"
+
+    @property
+    def stores(self) -> Path:
+        """Where the stores live; everything in it can be restored from the log."""
+        return self.path / "stores"
+
+    def close(self) -> None:
+        """Let go of the lock. Twice is fine."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> DataDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _translate(path: Path, error: OSError) -> PipelineError:
+    busy = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
+    return (Unavailable if busy else Invalid)(f"data directory {path}: {error.strerror}")
+
+
+_open: weakref.WeakSet[DataDir] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child that outlives its parent must not keep the folder locked."""
+    for data in _open:
+        data.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

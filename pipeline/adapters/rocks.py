@@ -1,0 +1,295 @@
+"""RocksDB, through rocksdict: the stores, and what the embedded log shares with them.
+
+A store has no write-ahead log: the changelog is one already, and RocksDB flushes whole write batches in their order, so
+after a crash a store is as it was after some earlier write, which is what `ports.Store` promises (Kafka Streams runs its
+stores in the same way).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    DbClosedError,
+    DBCompressionType,
+    Options,
+    Rdict,
+    WriteBatch,
+    WriteBufferManager,
+    WriteOptions,
+)
+
+from pipeline.errors import Invalid, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.ports import Store, StoreView
+from pipeline.settings import LogSettings
+
+_log = logging.getLogger(__name__)
+_CORRUPT = ("Corruption:", "Invalid argument:", "NotFound:", "Not implemented:")
+_HOPELESS = ("Permission denied", "Read-only file system", "Not a directory", "Is a directory", "File exists")
+
+
+class Translated:
+    """`with Translated(...):` raises our errors for rocksdict's. To be used again and again, by any thread.
+
+    `what` leads every text. `corrupt` is raised when bytes can't be trusted, `closed` when the RocksDB was closed before.
+    """
+
+    def __init__(
+        self, what: str, *, corrupt: type[PipelineError] = StoreCorrupt, closed: type[PipelineError] = NotReady
+    ) -> None:
+        self.what = what
+        self.corrupt = corrupt
+        self._closed = closed
+
+    def translate(self, error: Exception) -> PipelineError:
+        """Our error for one of rocksdict's. Its types say little: RocksDB's or the system's status is in the text."""
+        text = f"{self.what}: {error}"
+        if isinstance(error, DbClosedError):
+            return self._closed(f"{self.what} is closed")
+        if str(error).startswith(_CORRUPT) or (str(error).startswith("IO error:") and "No such file" in text):
+            return self.corrupt(text)
+        return Invalid(text) if any(reason in text for reason in _HOPELESS) else Unavailable(text)
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, PipelineError):
+            return
+        # rocksdict raises bare Exception, or OSError from the file system; anything else is a bug of ours.
+        if type(error) is Exception or isinstance(error, DbClosedError | OSError):
+            raise self.translate(error) from None
+
+
+def open_db(path: Path, options: Options, translated: Translated, *, read_only: bool = False) -> Any:
+    """Open, or create, a RocksDB. With `read_only`: `NotFound` if there is none; only RocksDB's own log is written then."""
+    with translated:
+        if not read_only:
+            path.mkdir(parents=True, exist_ok=True)
+            return Rdict(str(path), options)
+        if not path.is_dir() or not any(path.iterdir()):
+            raise NotFound(f"{translated.what} does not exist")
+        return Rdict(str(path), options, access_type=AccessType.read_only())
+
+
+class Owner(Protocol):
+    """What has a RocksDB open."""
+
+    db: Any
+
+
+_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+
+
+def keep_from_children(owner: Owner) -> None:
+    """Let forked children end in peace: they have neither the threads of their parent's RocksDB nor any business with it."""
+    _watch_forks()
+    _owners.add(owner)
+
+
+@cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    for owner in _owners:  # to let go of it would be to wait for its threads
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner.db))
+    # At the end of a process RocksDB joins its threads. In a child that is a crash, so its end must not come so far.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
+
+
+def close_quietly(db: Any, what: str) -> None:
+    """Close a RocksDB; one that failed a write fails this too, and has let go of its files all the same."""
+    try:
+        db.close()
+    except Exception as error:
+        _log.warning("closing %s: %s", what, error)
+
+
+class Cursor:
+    """An iterator over a RocksDB as it was when the cursor was made, whatever is written meanwhile.
+
+    Not rocksdict's `items()`, which ends without an error at a corrupt block, and not its `Snapshot`, whose iterators
+    show later writes.
+    """
+
+    def __init__(self, db: Rdict, translated: Translated) -> None:
+        self._translated = translated
+        with translated:
+            self._iterator: Any = db.iter()
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """As `ports.StoreView.get`."""
+        return [self._get(key) for key in keys]
+
+    def _get(self, key: bytes) -> bytes | None:
+        self._iterator.seek(key)
+        if self._iterator.valid():
+            return self._iterator.value() if self._iterator.key() == key else None
+        self._check()
+        return None
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """As `ports.StoreView.scan`."""
+        iterator = self._iterator
+        valid, get_key, get_value, forward = iterator.valid, iterator.key, iterator.value, iterator.next
+        iterator.seek(start)
+        while valid():
+            key = get_key()
+            if key >= end:
+                return
+            yield key, get_value()
+            forward()
+        del iterator, valid, get_key, get_value, forward
+        self._check()
+
+    def last_before(self, end: bytes) -> tuple[bytes, bytes] | None:
+        """The entry with the largest key below `end`."""
+        self._iterator.seek_for_prev(end)
+        if self._iterator.valid() and self._iterator.key() == end:
+            self._iterator.prev()
+        if self._iterator.valid():
+            return self._iterator.key(), self._iterator.value()
+        self._check()
+        return None
+
+    def _check(self) -> None:
+        """Tell the end from an error.
+
+        After an error the cursor is of no use and holds no files: whoever handles the error wants to delete them, and the
+        error, while it is handled, keeps every frame that it came through.
+        """
+        try:
+            self._iterator.status()
+        except Exception as error:
+            self._iterator = None
+            raise self._translated.translate(error) from None
+
+
+class RocksStore:
+    """A `ports.Store` in a folder of its own."""
+
+    def __init__(self, path: Path, options: Options, *, read_only: bool = False) -> None:
+        self._translated = Translated(f"store {path}")
+        self._read_only = read_only
+        self.db = open_db(path, options, self._translated, read_only=read_only)
+        keep_from_children(self)
+        write_options: Any = WriteOptions()
+        write_options.disable_wal = True  # an attribute, whatever the stub says
+        self._write_options = write_options
+        self.closed = False
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        with self._translated:
+            return self.db.get(list(keys))  # type: ignore[no-any-return]  # one MultiGet: of one moment, without the GIL
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        return Cursor(self.db, self._translated).scan(start, end)
+
+    def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
+        batch = WriteBatch(raw_mode=True)
+        # In the order of keys, the memtable takes entries in half the time. The sort is stable: of one key's, the last wins.
+        put = batch.put
+        for i in sorted(range(len(keys)), key=keys.__getitem__):
+            value = values[i]
+            if value is None:
+                batch.delete(keys[i])
+            else:
+                put(keys[i], value)
+        with self._translated:
+            self.db.write(batch, self._write_options)
+
+    def snapshot(self) -> StoreView:
+        return Cursor(self.db, self._translated)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            if not self._read_only:
+                with self._translated:
+                    self.db.flush()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close without making the newest writes durable."""
+        if not self.closed:
+            self.closed = True
+            close_quietly(self.db, self._translated.what)
+
+
+class RocksStores:
+    """A `ports.Stores`: one RocksDB for each partition, one budget of memory for all.
+
+    With `read_only`, `open` raises `NotFound` for a store that is not there, and nothing is written but RocksDB's own log.
+    """
+
+    def __init__(self, path: Path, settings: LogSettings, *, read_only: bool = False) -> None:
+        self._path = path
+        self._read_only = read_only
+        self._cache = Cache(settings.store_cache_bytes)
+        self._buffers = WriteBufferManager.new_write_buffer_manager_with_cache(
+            settings.store_write_buffer_bytes, False, self._cache
+        )
+        self._open: dict[int, RocksStore] = {}
+
+    def _options(self) -> Options:
+        table = BlockBasedOptions()
+        table.set_block_cache(self._cache)
+        # Most lookups of a commit are for new series: both filters answer those without a search.
+        table.set_bloom_filter(10, False)
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_block_based_table_factory(table)
+        options.set_memtable_whole_key_filtering(True)
+        options.set_memtable_prefix_bloom_ratio(0.1)
+        options.set_write_buffer_manager(self._buffers)
+        options.set_write_buffer_size(16 * 2**20)
+        options.set_compression_type(DBCompressionType.none())
+        options.set_max_open_files(256)
+        options.set_keep_log_file_num(2)
+        options.set_max_background_jobs(2)
+        return options
+
+    def open(self, partition: int) -> Store:
+        store = self._open.get(partition)
+        if store is not None and not store.closed:
+            raise Unavailable(f"store {partition} is open already")
+        self._open[partition] = store = RocksStore(self._path / str(partition), self._options(), read_only=self._read_only)
+        return store
+
+    def destroy(self, partition: int) -> None:
+        store = self._open.pop(partition, None)
+        if store is not None:
+            store.abandon()
+        path = self._path / str(partition)
+        with Translated(f"store {path}"):
+            if path.exists():  # what a crash leaves of it half way is a store that can't be opened, so it comes here again
+                shutil.rmtree(path)
+
+    def close(self) -> None:
+        failed: PipelineError | None = None
+        for store in self._open.values():
+            try:
+                store.close()
+            except PipelineError as error:
+                failed = error
+        self._open.clear()
+        if failed is not None:
+            raise failed

@@ -1,0 +1,261 @@
+"""Logs and stores under test, each with what the suites need beside its port; and helpers to read a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from pipeline.adapters.cleaner import Cleaner
+from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.memory import MemoryLog, MemoryStores
+from pipeline.adapters.rocks import RocksStores
+from pipeline.ports import Log, LogReader, Message, Stores
+from pipeline.settings import LogSettings
+from pipeline.topics import Topic
+
+DEADLINE_S = 20.0
+DAY_MS = 86_400_000
+PARTITIONS = 4
+
+
+class ManualClock:
+    """A `ports.Clock` that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.at_ms = 1_700_000_000_000
+
+    def now_ms(self) -> int:
+        return self.at_ms
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def new_id(self) -> str:
+        return f"id-{time.monotonic_ns()}"
+
+
+TOPICS = {
+    "events": Topic("events", PARTITIONS, "delete", retention_ms=DAY_MS),
+    "notes": Topic("notes", PARTITIONS, "delete"),
+    "table": Topic("table", PARTITIONS, "compact", delete_retention_ms=DAY_MS, min_cleanable_dirty_ratio=0.0),
+}
+
+
+class LogLab(Protocol):
+    """A log with three fresh topics of `PARTITIONS` partitions, and what happens to it from outside."""
+
+    log: Log
+    events: str
+    """A topic of which `expire` can take everything."""
+    notes: str
+    """Another topic; nothing ever goes."""
+    table: str
+    """A compacted topic."""
+
+    def set_clock_back(self) -> bool:
+        """Move the log's clock back by an hour; False if that can't be done."""
+        ...
+
+    def expire(self) -> None:
+        """Retention takes all that is in `events` now."""
+        ...
+
+    def compact(self, *, drop_tombstones: bool = False) -> bool:
+        """Compact all that is in `table` now; False if that can't be done at will."""
+        ...
+
+
+class MemoryLab:
+    """The log in memory."""
+
+    events, notes, table = "events", "notes", "table"
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self._memory = MemoryLog(dict.fromkeys(TOPICS, PARTITIONS), self.clock.now_ms)
+        self.log: Log = self._memory
+
+    def set_clock_back(self) -> bool:
+        self.clock.at_ms -= 3_600_000
+        return True
+
+    def expire(self) -> None:
+        for partition in range(PARTITIONS):
+            self._memory.truncate("events", partition, self.log.watermarks("events", partition).end_offset)
+
+    def compact(self, *, drop_tombstones: bool = False) -> bool:
+        for partition in range(PARTITIONS):
+            end_offset = self.log.watermarks("table", partition).end_offset
+            self._memory.compact("table", partition, end_offset, drop_tombstones=drop_tombstones)
+        return True
+
+
+class EmbeddedLab:
+    """The embedded log, with the cleaner that belongs to it."""
+
+    events, notes, table = "events", "notes", "table"
+
+    def __init__(self, path: Path, *, fsync: bool = False, topics: Mapping[str, Topic] = TOPICS, **settings: Any) -> None:
+        self.clock = ManualClock()
+        self.settings = LogSettings(data=str(path), fsync=fsync, **settings)
+        self.path = path
+        self.topics = topics
+        self.embedded = EmbeddedLog(path, topics, self.settings, self.clock)
+        self.log: Log = self.embedded
+
+    def reopen(self) -> None:
+        self.embedded.close()
+        self.embedded = EmbeddedLog(self.path, self.topics, self.settings, self.clock)
+        self.log = self.embedded
+
+    def clean(self) -> int:
+        """One round of the cleaner, over however little there is to clean; how many records went."""
+        return Cleaner(self.embedded, self.settings, self.clock).clean(dirty_count_min=0)
+
+    def set_clock_back(self) -> bool:
+        self.clock.at_ms -= 3_600_000
+        return True
+
+    def expire(self) -> None:
+        self.clock.at_ms += DAY_MS + 1
+        self.clean()
+
+    def compact(self, *, drop_tombstones: bool = False) -> bool:
+        self.clean()
+        if drop_tombstones:
+            self.clock.at_ms += DAY_MS + 1
+            # A pass needs something new to begin; this record is older than none and supersedes none.
+            for partition in range(PARTITIONS):
+                self.log.append([Message("table", partition, b"\xff\xff", b"")], timeout_s=DEADLINE_S)
+            self.clean()
+        return True
+
+
+class StoreLab(Protocol):
+    """Stores that can be closed and opened again, as a process does that ends and starts."""
+
+    stores: Stores
+
+    def reopen(self) -> None: ...
+
+
+class MemoryStoreLab:
+    """The stores in memory."""
+
+    def __init__(self) -> None:
+        self.stores: Stores = MemoryStores()
+
+    def reopen(self) -> None:
+        self.stores.close()
+
+
+class RocksStoreLab:
+    """The stores on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.stores: Stores = RocksStores(path, LogSettings())
+
+    def reopen(self) -> None:
+        self.stores.close()
+        self.stores = RocksStores(self._path, LogSettings())
+
+
+class Row(NamedTuple):
+    """One record that was read."""
+
+    offset: int
+    at_ms: int
+    key: bytes | None
+    value: bytes | None
+
+
+def append(log: Log, topic: str, partition: int, *values: bytes | None, key: bytes | None = None) -> list[int]:
+    """Append values to one partition; the `next_offset` behind each."""
+    return appended(log, [Message(topic, partition, key, value) for value in values])
+
+
+def appended(log: Log, messages: list[Message]) -> list[int]:
+    """Append messages that must all be acknowledged."""
+    out = log.append(messages, timeout_s=DEADLINE_S)
+    assert all(isinstance(result, int) for result in out), out
+    return [result for result in out if isinstance(result, int)]
+
+
+def poll(
+    reader: LogReader, *, record_count_max: int = 1_000, bytes_max: int = 2**24, timeout_s: float = 0.5
+) -> dict[int, list[Row]]:
+    """One poll, as rows by partition."""
+    out: dict[int, list[Row]] = {}
+    for records in reader.poll(record_count_max=record_count_max, bytes_max=bytes_max, timeout_s=timeout_s):
+        assert records.partition not in out, "a partition stands twice in one answer"
+        rows = [*map(Row, records.offsets, records.at_ms, records.keys, records.values)]
+        assert len(rows) == len(records.offsets) == len(records.at_ms) == len(records.keys) == len(records.values)
+        assert all(a.offset < b.offset for a, b in pairwise(rows)), "offsets must rise"
+        assert not rows or rows[-1].offset < records.next_offset
+        assert len(rows) <= record_count_max
+        out[records.partition] = rows
+    return out
+
+
+def read(log: Log, topic: str, partition: int, start: int | None = None, **limits: Any) -> list[Row]:
+    """Everything of a partition, from `start` or its own start up to its end of now."""
+    watermarks = log.watermarks(topic, partition)
+    reader = log.reader(topic)
+    return read_on(reader, partition, watermarks.start_offset if start is None else start, watermarks.end_offset, **limits)
+
+
+def read_on(reader: LogReader, partition: int, next_offset: int, end_offset: int, **limits: Any) -> list[Row]:
+    """What one partition holds from `next_offset` to `end_offset`: polled until the cursor says that it is there."""
+    limits = {"record_count_max": 1_000, "bytes_max": 2**24, "timeout_s": 0.5, **limits}
+    reader.assign({partition: next_offset})
+    rows: list[Row] = []
+    give_up_s = time.monotonic() + DEADLINE_S
+    while next_offset < end_offset:
+        assert time.monotonic() < give_up_s, f"{next_offset} of {end_offset} in {DEADLINE_S} s"
+        for records in reader.poll(**limits):
+            assert records.partition == partition
+            assert records.next_offset > next_offset, "an answer must move the cursor"
+            assert not records.offsets or records.offsets[0] >= next_offset
+            next_offset = records.next_offset
+            rows += map(Row, records.offsets, records.at_ms, records.keys, records.values)
+    assert all(a.offset < b.offset for a, b in pairwise(rows)), "offsets must rise"
+    return [row for row in rows if row.offset < end_offset]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    give_up_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < give_up_s, f"not in {DEADLINE_S} s"
+        time.sleep(0.001)
+
+
+@contextmanager
+def threads(*runs: Callable[[], None]) -> Iterator[None]:
+    """Run these beside the body, and raise what they raise."""
+    errors: list[BaseException] = []
+
+    def guarded(run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            errors.append(error)
+
+    started = [threading.Thread(target=guarded, args=(run,), daemon=True) for run in runs]
+    for thread in started:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in started:
+            thread.join(DEADLINE_S)
+        alive = any(thread.is_alive() for thread in started)
+    assert not alive, f"a thread still runs after {DEADLINE_S} s"
+    if errors:
+        raise errors[0]
