@@ -1,0 +1,179 @@
+"""Takes in what others publish over HTTP: single deltas, which it merges and seals, and batches that are sealed already."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from zlib import crc32
+
+import pipeline.metrics as m
+from pipeline.core.codec import decode_batch
+from pipeline.core.merge import KIND_NAMES, KINDS
+from pipeline.core.record import (
+    Definition,
+    check_definition,
+    check_label_values,
+    check_suffixes,
+    series_prefix,
+    series_suffix,
+)
+from pipeline.core.sequence import Outbox, Sealed
+from pipeline.core.token import Token
+from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock, LogWriter, Message, RawDelta
+from pipeline.producer.sealing import Merged, seal
+from pipeline.settings import PublisherSettings
+from pipeline.topics import DELTAS
+
+_DEFINITIONS_MAX = 10_000
+
+
+class Gateway:
+    """A `ports.Ingest` on a log. `definition_of` says what is known of a view, so that label order and kind fit.
+
+    A request is one append, so it is accepted as a whole or not at all. A client that gets no answer and sends single deltas
+    again counts them twice: only batches carry sequences.
+    """
+
+    def __init__(
+        self,
+        writer: LogWriter,
+        clock: Clock,
+        settings: PublisherSettings,
+        definition_of: Callable[[str], Definition | None],
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
+        self._writer = writer
+        self._clock = clock
+        self._settings = settings
+        self._definition_of = definition_of
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._outbox = Outbox(clock.new_id(), 0)
+        self._defined: dict[str, Definition] = {}
+
+    def deltas(self, deltas: Sequence[RawDelta]) -> Token:
+        """Accept all deltas or none; see `ports.Ingest`."""
+        now_ms = self._clock.now_ms()
+        raw: dict[tuple[Definition, bytes], list[Any]] = {}
+        defined: dict[str, tuple[Definition, int]] = {}
+        for number, delta in enumerate(deltas):
+            try:
+                definition = self._definition(delta, number, defined)
+                labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
+                value = KINDS[definition.kind].check(delta.value, now_ms if delta.ts_ms is None else delta.ts_ms)
+            except Invalid as error:
+                raise Invalid(f"delta {number}: {error}") from None
+            raw.setdefault((definition, series_suffix(labels)), []).append(value)
+        merged = [
+            Merged(definition, suffix, crc32(series_prefix(definition.view) + suffix), KINDS[definition.kind].collect(run))
+            for (definition, suffix), run in raw.items()
+        ]
+        token = self._append(merged, defined, now_ms)
+        self._metrics.inc(m.DELTAS_INGESTED, len(deltas))
+        return token
+
+    def _definition(self, delta: RawDelta, number: int, defined: dict[str, tuple[Definition, int]]) -> Definition:
+        view, kind, labels, window_s = _shape(delta)
+        known, _ = defined.get(view, (None, 0))
+        known = known or self._definition_of(view) or self._defined.get(view)
+        if known is None:
+            known = Definition(view, kind, tuple(sorted(labels)), window_s)
+            check_definition(known, KIND_NAMES)
+            if len(self._defined) + len(defined) >= _DEFINITIONS_MAX:
+                raise Invalid(f"over {_DEFINITIONS_MAX} views")
+            defined[view] = known, number
+        if known.kind != kind:
+            raise Invalid(f"view {view} is {known.kind}, not {kind:.50}")
+        if known.window_s != window_s:
+            raise Invalid(f"view {view} has window_s {known.window_s}, not {window_s}")
+        if labels.keys() != set(known.labels):
+            raise Invalid(f"view {view} has labels {list(known.labels)}; got {sorted(labels)[:40]}")
+        return known
+
+    def _append(self, merged: list[Merged], defined: dict[str, tuple[Definition, int]], now_ms: int) -> Token:
+        if not merged:
+            return Token({})
+        partition_count = self._writer.partition_count(DELTAS)
+        with self._lock:
+            # Before it is appended: of two requests that define a view differently, one would be dead-lettered.
+            for view, (definition, number) in defined.items():
+                was = self._defined.get(view, definition)
+                if was != definition:
+                    raise Invalid(f"delta {number}: view {view} is {was.kind} by {list(was.labels)} since a moment ago")
+            sealed = seal(
+                merged,
+                self._outbox,
+                partition_count=partition_count,
+                batch_bytes_max=self._settings.batch_bytes_max,
+                now_ms=now_ms,
+            )
+            self._defined.update({view: definition for view, (definition, _) in defined.items()})
+        try:
+            return self._send(sealed)
+        finally:
+            # Acknowledged or given up: either way these are never sent again, and the floor may pass them.
+            with self._lock:
+                for batch in sealed:
+                    self._outbox.acknowledge(batch.partition, batch.sequence)
+
+    def _send(self, sealed: Sequence[Sealed]) -> Token:
+        results = self._results([Message(DELTAS, batch.partition, None, batch.value) for batch in sealed])
+        errors = [result for result in results if isinstance(result, PipelineError)]
+        if len(errors) == len(results) and all(isinstance(error, Invalid) for error in errors):
+            raise errors[0]
+        offsets = _offsets(results)
+        token = Token({})
+        for batch, offset in zip(sealed, offsets, strict=True):
+            token |= Token({batch.partition: offset})
+        return token
+
+    def _results(self, messages: list[Message]) -> list[int | PipelineError]:
+        return self._writer.append(messages, timeout_s=self._settings.request_timeout_ms / 1000)
+
+    def batches(self, batches: Sequence[bytes]) -> list[int]:
+        """Accept a publisher's sealed batches, all or none; see `ports.Ingest`."""
+        partition_count = self._writer.partition_count(DELTAS)
+        messages = []
+        for number, value in enumerate(batches):
+            try:
+                batch = decode_batch(value)
+                if batch.partition >= partition_count:
+                    raise BadRecord(f"partition {batch.partition} of {partition_count}")
+                for group in batch.groups:
+                    check_suffixes(group.definition, group.suffixes)
+            except BadRecord as error:
+                raise BadRecord(f"batch {number}: {error}") from None
+            messages.append(Message(DELTAS, batch.partition, None, value))
+        results = self._results(messages) if messages else []
+        for number, result in enumerate(results):
+            if isinstance(result, Invalid | BadRecord):  # even if others were accepted: they may be sent again
+                raise BadRecord(f"batch {number}: {result}")
+        offsets = _offsets(results)
+        self._metrics.inc(m.BATCHES_INGESTED, len(batches))
+        return offsets
+
+
+def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int]:
+    """View, kind, labels and window of a delta, of the types that they should have; `Invalid` otherwise."""
+    view: Any = delta.view
+    kind: Any = delta.kind
+    labels: Any = delta.labels
+    window_s: Any = delta.window_s
+    if not isinstance(view, str) or not isinstance(kind, str):
+        raise Invalid("view and kind are text")
+    if not isinstance(labels, Mapping) or not all(isinstance(name, str) for name in labels):
+        raise Invalid(f"view {view:.200}: labels are names with values")
+    if window_s is not None and (type(window_s) is not int or window_s < 0):
+        raise Invalid(f"view {view:.200}: window_s is a whole number of seconds")
+    return view, kind, labels, window_s or 0
+
+
+def _offsets(results: Sequence[int | PipelineError]) -> list[int]:
+    """The offsets; `Unavailable` unless each was acknowledged."""
+    errors = [result for result in results if isinstance(result, PipelineError)]
+    if errors:
+        raise Unavailable(f"{len(errors)} of {len(results)} batches not acknowledged: {errors[0]}") from errors[0]
+    return [result for result in results if isinstance(result, int)]
