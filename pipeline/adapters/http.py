@@ -1,0 +1,391 @@
+"""Clients of the HTTP API on the standard library, so that publishing and reading cost an app no dependency.
+
+Connections are kept alive, shared by all threads (each request has one to itself), and never used by a forked child.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from http.client import (
+    HTTPConnection,
+    HTTPException,
+    HTTPResponse,
+    HTTPSConnection,
+    IncompleteRead,
+    RemoteDisconnected,
+)
+from typing import Any, Self, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import msgspec
+
+import pipeline.errors as errors
+from pipeline.adapters.clock import SystemClock
+from pipeline.core.codec import encode_frames
+from pipeline.core.token import Token
+from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
+from pipeline.ports import Clock, Message
+from pipeline.topics import DELTAS
+
+REQUEST_BYTES_MAX = 4 * 2**20
+"""Batches are sent together up to this; a server accepts at least one batch of `batch_bytes_max` in a request."""
+_OURS = "urn:pipeline:"
+_OUR_ERRORS = "urn:pipeline:error:"
+PARTITION_COUNT_TTL_S = 30.0
+IDLE_CONNECTIONS_MAX = 64
+T = TypeVar("T")
+_CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+
+class _Problem(msgspec.Struct):
+    type: str = ""
+    title: str = ""
+    detail: str = ""
+
+
+class _Accepted(msgspec.Struct):
+    next_offsets: list[int]
+
+
+class _Status(msgspec.Struct):
+    partition_count: int
+
+
+class AsOf(msgspec.Struct, frozen=True):
+    """What an answer reflects."""
+
+    staleness_ms: int | None
+    """Upper bound on the age of anything that the log had accepted and the answer lacks; None: unknown."""
+    next_offsets: dict[str, int]
+    """By partition: the first record of the deltas topic that is not in the answer."""
+
+
+class Series(msgspec.Struct, frozen=True):
+    """One row of an answer."""
+
+    labels: dict[str, str]
+    value: Any
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A merged view."""
+
+    view: str
+    kind: str
+    by: list[str] | None
+    series: list[Series]
+    as_of: AsOf
+    truncated: bool = False
+    """Whether there are more series than these."""
+    series_total: int | None = None
+    """How many there are, if the answer is truncated."""
+
+    def value(self) -> Any:
+        """The only series' value, None if there is none; `Invalid` if there are several."""
+        if len(self.series) > 1:
+            raise Invalid(f"view {self.view}: {len(self.series)} series; ask with by=() for their total")
+        return self.series[0].value if self.series else None
+
+
+class View(msgspec.Struct, frozen=True):
+    """What a view is, and how many series of it there are; one that lives in two partitions counts twice."""
+
+    name: str
+    kind: str
+    labels: list[str]
+    window_s: int | None
+    series_count: int
+
+
+class _Views(msgspec.Struct):
+    views: list[View]
+
+
+class _Client:
+    """Requests to one server. Safe from any thread, and after a fork."""
+
+    def __init__(self, url: str, clock: Clock) -> None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise Invalid(f"not a URL: {url!r:.200}: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+            raise Invalid(f"not a server's address: {url!r:.200}; it looks like http://host:8080")
+        self.url = url.rstrip("/")
+        self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
+        self._clock = clock
+        self._idle: list[HTTPConnection] = []
+        self._pid = os.getpid()
+
+    def request(
+        self, method: str, path: str, *, timeout_s: float, body: bytes | None = None, content_type: str = ""
+    ) -> tuple[int, bytes]:
+        """Status and body of the answer, whatever they are; `Unavailable` if there is none in time."""
+        deadline = self._clock.monotonic_s() + timeout_s
+        headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if content_type else {})
+        if self._pid != os.getpid():
+            self._pid, self._idle = os.getpid(), []  # a child shares its parent's sockets: two writers, one stream
+        while True:
+            idle = self._idle
+            try:
+                connection, reused = idle.pop(), True
+            except IndexError:
+                connection, reused = self._make(self._host, self._port), False
+            try:
+                status, answer, keep = self._exchange(connection, method, self._prefix + path, body, headers, deadline)
+            except (OSError, HTTPException) as error:
+                connection.close()
+                if reused and isinstance(error, _CLOSED_BY_PEER):
+                    continue  # it was closed while idle; every request of this module may be carried out twice
+                raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
+            except BaseException:
+                connection.close()
+                raise
+            if keep and len(idle) < IDLE_CONNECTIONS_MAX:
+                idle.append(connection)
+            else:
+                connection.close()
+            return status, answer
+
+    def _exchange(
+        self,
+        connection: HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        deadline: float,
+    ) -> tuple[int, bytes, bool]:
+        self._limit(connection, deadline)
+        try:
+            connection.request(method, path, body, headers)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            try:  # the server may have refused the body before it had all of it, and said why
+                response = connection.getresponse()
+            except (OSError, HTTPException):
+                raise error from None
+            return response.status, self._read(connection, response, deadline), False
+        self._limit(connection, deadline)
+        response = connection.getresponse()
+        return response.status, self._read(connection, response, deadline), not response.will_close
+
+    def _read(self, connection: HTTPConnection, response: HTTPResponse, deadline: float) -> bytes:
+        parts = []
+        while part := response.read(2**18):
+            parts.append(part)
+            self._limit(connection, deadline)
+        if response.length:  # not so if the server sends chunks
+            raise IncompleteRead(b"", response.length)
+        return b"".join(parts)
+
+    def _limit(self, connection: HTTPConnection, deadline: float) -> None:
+        left_s = deadline - self._clock.monotonic_s()
+        if left_s <= 0:
+            raise TimeoutError("no answer in time")
+        connection.timeout = left_s
+        if connection.sock is not None:
+            connection.sock.settimeout(left_s)
+
+    def close(self) -> None:
+        """Close the connections that no request is using."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+def _error(url: str, status: int, body: bytes) -> PipelineError:
+    """The error that a problem of this API names; `Unavailable` for what is none of its problems."""
+    try:
+        problem = msgspec.json.decode(body, type=_Problem)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return Unavailable(f"{url}: HTTP {status}: {body[:200].decode(errors='replace')}")
+    ours = problem.type.startswith(_OUR_ERRORS)
+    named = getattr(errors, problem.type.removeprefix(_OUR_ERRORS), None) if ours else None
+    detail = problem.detail or problem.title or f"HTTP {status}"
+    if isinstance(named, type) and issubclass(named, PipelineError):
+        return named(detail)
+    return Invalid(detail) if status in (400, 413, 414, 422) else Unavailable(f"{url}: HTTP {status}: {detail}")
+
+
+def _is_ours(body: bytes) -> bool:
+    """Whether this is a problem of a server of this package, not of a proxy before it."""
+    try:
+        return msgspec.json.decode(body, type=_Problem).type.startswith(_OURS)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+
+
+class HttpLogWriter:
+    """The deltas topic behind a server's `POST /v1/batches`: a `ports.LogWriter`."""
+
+    def __init__(self, url: str, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._client = _Client(url, self._clock)
+        self._partition_count: tuple[float, int] | None = None
+
+    def partition_count(self, topic: str) -> int:
+        if topic != DELTAS:
+            raise Invalid(f"topic {topic} cannot be written over HTTP")
+        known, now = self._partition_count, self._clock.monotonic_s()
+        if known is not None and now - known[0] < PARTITION_COUNT_TTL_S:
+            return known[1]
+        try:
+            status, body = self._client.request("GET", "/v1/status", timeout_s=10.0)
+            if status != 200:
+                raise _error(self._client.url, status, body)
+            count = msgspec.json.decode(body, type=_Status).partition_count
+        except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            if known is not None:
+                return known[1]
+            raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
+        self._partition_count = now, count
+        return count
+
+    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        deadline = self._clock.monotonic_s() + timeout_s
+        out: list[int | PipelineError] = []
+        start = 0
+        while start < len(messages):
+            stop, size = start, 0
+            while stop < len(messages) and (stop == start or size + len(messages[stop].value or b"") < REQUEST_BYTES_MAX):
+                size += len(messages[stop].value or b"")
+                stop += 1
+            out += self._send(messages[start:stop], deadline)
+            start = stop
+        return out
+
+    def _send(self, messages: Sequence[Message], deadline: float) -> list[int | PipelineError]:
+        if any(message.topic != DELTAS or message.value is None for message in messages):
+            raise Invalid("only batches for the deltas topic can be sent over HTTP")
+        count = len(messages)
+        body = encode_frames([message.value or b"" for message in messages])
+        try:
+            status, answer = self._client.request(
+                "POST",
+                "/v1/batches",
+                timeout_s=deadline - self._clock.monotonic_s(),
+                body=body,
+                content_type="application/octet-stream",
+            )
+        except Unavailable as error:
+            return [error] * count
+        if status == 200:
+            try:
+                next_offsets = msgspec.json.decode(answer, type=_Accepted).next_offsets
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                next_offsets = []
+            if len(next_offsets) == count:
+                return list(next_offsets)
+            return [Unavailable(f"{self._client.url}: not an answer to batches: {answer[:200]!r}")] * count
+        refusal = _error(self._client.url, status, answer)
+        # Only our server's word is final: what a proxy refuses today, the server may take tomorrow.
+        for_good = status in (400, 413) and isinstance(refusal, Invalid | BadRecord) and _is_ours(answer)
+        if count > 1 and (for_good or status == 413):
+            half = count // 2  # the server takes all or none: find the ones that it will not take
+            return self._send(messages[:half], deadline) + self._send(messages[half:], deadline)
+        if for_good or isinstance(refusal, Unavailable):
+            return [refusal] * count
+        return [Unavailable(f"{self._client.url}: HTTP {status}: {refusal}")] * count
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _condition(label: str, value: str) -> str:
+    if value.startswith("~"):  # `label=~...` would be read as a regular expression
+        return f"{label}=~{re.escape(value)}"
+    return f"{label}={value}"
+
+
+def view_path(
+    view: str, where: Mapping[str, str] | Sequence[str] | None, by: Sequence[str] | None, **options: object
+) -> str:
+    """Path and query of a read, as `HttpReader.get` makes it; options that are None are left out."""
+    conditions = [_condition(*item) for item in where.items()] if isinstance(where, Mapping) else where or ()
+    query = [("where", text) for text in ([conditions] if isinstance(conditions, str) else conditions)]
+    if by is not None:
+        query += [("by", label) for label in ([by] if isinstance(by, str) else by)] or [("by", "")]
+    query += [(name, str(value)) for name, value in options.items() if value is not None]
+    return f"/v1/views/{quote(view, safe='')}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
+
+
+class HttpReader:
+    """Reads merged views from a server. Safe from any thread.
+
+        reader = Reader("http://localhost:8080")
+        reader.get("revenue", where={"region": "eu"}, by=["product"], after=publisher.flush())
+
+    Raises `NotFound` for a view nobody has published, `Invalid` for a wrong request, `NotReady` if the server is
+    restoring or what was asked to be waited for did not come in time, `Unavailable` if it does not answer.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
+        self._client = _Client(url, clock or SystemClock())
+        self._timeout_s = timeout_s
+
+    def get(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        *,
+        top: int | None = None,
+        limit: int | None = None,
+        after: Token | str | None = None,
+        max_staleness_ms: int | None = None,
+        timeout_ms: int | None = None,
+    ) -> Answer:
+        """The view, merged.
+
+        `where`: label values that must be equal, or conditions such as `region!=eu` and `region=~e.*`, all of which must
+        hold. `by`: labels to keep; empty for one total, None for each series by itself. `after`: wait until what a flush
+        returned is in. `max_staleness_ms`: rather wait, and then fail, than answer with older data.
+        """
+        path = view_path(
+            view,
+            where,
+            by,
+            top=top,
+            limit=limit,
+            after=after,
+            max_staleness_ms=max_staleness_ms,
+            timeout_ms=timeout_ms,
+        )
+        timeout_s = self._timeout_s if timeout_ms is None else timeout_ms / 1000 + 5
+        return self._get(path, Answer, timeout_s)
+
+    def views(self) -> list[View]:
+        """All views."""
+        return self._get("/v1/views", _Views, self._timeout_s).views
+
+    def status(self) -> dict[str, Any]:
+        """The server's partitions, their lag and staleness, and whether it is ready."""
+        return self._get("/v1/status", dict[str, Any], self._timeout_s)
+
+    def fetch(self, path: str, *, timeout_s: float | None = None) -> bytes:
+        """The body that the server answers `GET path` with, as it came. Raises as `get` does."""
+        status, body = self._client.request("GET", path, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
+        if status != 200:
+            raise _error(self._client.url, status, body)
+        return body
+
+    def _get(self, path: str, kind: type[T], timeout_s: float) -> T:
+        body = self.fetch(path, timeout_s=timeout_s)
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Unavailable(f"{self._client.url}: not an answer of this API: {error}") from None
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,56 @@
+"""The metric catalogue as Prometheus families, with those of the process and of Python beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.gc_collector import GCCollector
+
+from pipeline.metrics import CATALOGUE, Metric
+
+
+class PrometheusMetrics:
+    """`metrics.Metrics` with a registry of its own, so that two servers in one process do not meet. Safe from any thread.
+
+    Families without labels are there from the start, as 0. A family's series are kept for ever: label values must be few.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._families: dict[Metric, Any] = {metric: self._family(metric) for metric in CATALOGUE}
+        self._bound: dict[tuple[object, ...], Any] = {}
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+
+    def _family(self, metric: Metric) -> Any:
+        if metric.type == "histogram":
+            return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry)
+        family = Counter if metric.type == "counter" else Gauge
+        return family(metric.name, metric.help, metric.labels, registry=self.registry)
+
+    def _series(self, metric: Metric, labels: tuple[object, ...]) -> Any:
+        key = (metric.name, *labels)
+        bound = self._bound.get(key)
+        if bound is None:
+            family = self._families[metric]
+            bound = self._bound[key] = family.labels(*labels) if labels else family
+        return bound
+
+    def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
+        """Raise a counter."""
+        self._series(metric, labels).inc(amount)
+
+    def set(self, metric: Metric, value: float, *labels: object) -> None:
+        """Set a gauge."""
+        self._series(metric, labels).set(value)
+
+    def observe(self, metric: Metric, value: float, *labels: object) -> None:
+        """Add an observation to a histogram."""
+        self._series(metric, labels).observe(value)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics as text, and the media type of that text: what Prometheus' Accept header prefers."""
+        encoder, media_type = choose_encoder(accept)
+        return encoder(self.registry), media_type

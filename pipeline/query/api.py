@@ -1,0 +1,343 @@
+"""The HTTP API of DESIGN section 8. What reads is `service`, what is read from a request `params`; here they are joined.
+
+The hot path, `GET /v1/views/{view}`, is a plain Starlette route that goes around FastAPI's parameter machinery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import pipeline.metrics as m
+import pipeline.query.openapi as docs
+from pipeline.core.codec import decode_frames, partition_of
+from pipeline.core.token import Token
+from pipeline.errors import NotReady, PipelineError, Unavailable
+from pipeline.metrics import Metrics
+from pipeline.ports import Clock, Ingest
+from pipeline.query.params import parse_deltas, parse_read
+from pipeline.query.problems import Refused, problem
+from pipeline.query.reader import ViewReader
+from pipeline.query.service import ReadService
+from pipeline.settings import QuerySettings
+
+_log = logging.getLogger(__name__)
+_INGEST_THREADS = 16
+_BODIES_HELD_MAX = 4
+"""Request bodies that are in memory at once, counted as bodies of the largest size."""
+_CLIENT_GONE = 499
+_JSON_HEADER = (b"content-type", docs.JSON.encode())
+_encode = msgspec.json.Encoder().encode
+
+
+class ExposedMetrics(Metrics, Protocol):
+    """Metrics that can also be read."""
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """What `/metrics` answers, and its media type, for an Accept header."""
+        ...
+
+
+def create_app(
+    reader: ViewReader,
+    ingest: Ingest | None,
+    settings: QuerySettings,
+    metrics: ExposedMetrics,
+    status: Callable[[], dict[str, Any]],
+    ready: Callable[[], bool],
+) -> FastAPI:
+    """The application: an ASGI app with a lifespan, which the server must run.
+
+    Without `ingest` it only reads. `status` says what `/v1/status` shows, with `partition_count`, `partitions` and
+    `ready`; what the reader knows of each partition is added. `ready` says whether reads can be answered.
+    """
+    service = ReadService(reader, settings, metrics)
+    ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        observing = asyncio.create_task(service.observe())
+        try:
+            yield
+        finally:
+            observing.cancel()
+            with suppress(asyncio.CancelledError):
+                await observing
+            service.close()
+            ingest_threads.shutdown(wait=False)
+
+    app = FastAPI(
+        title="pipeline",
+        version="1",
+        description="Merged views of deltas, each answer with a bound on how stale it is.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+
+    app.router.routes.insert(0, Route(docs.READ_PATH, _ReadView(service, settings), methods=["GET"]))
+    _add_reads(app, reader, service, metrics, status, ready)
+    if ingest is not None:
+        _add_writes(app, ingest, settings, ingest_threads)
+    _document(app, settings)
+    for kind in (PipelineError, Refused, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _problem)
+    paths = {route.endpoint: route.path_format for route in app.routes if isinstance(route, Route)}
+    app.add_middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=reader.clock)
+    return app
+
+
+class _ReadView:
+    """`GET /v1/views/{view}`, without so much as a Request or a Response."""
+
+    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings)
+        body = await self._service.answer(asked)
+        headers = [_JSON_HEADER, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type=docs.JSON)
+
+
+def _add_reads(
+    app: FastAPI,
+    reader: ViewReader,
+    service: ReadService,
+    metrics: ExposedMetrics,
+    status: Callable[[], dict[str, Any]],
+    ready: Callable[[], bool],
+) -> None:
+    views, state = docs.answers("Views", 503, description="All views."), docs.answers("Status")
+
+    @app.get("/v1/views", tags=["read"], summary="All views", responses=views, response_class=Response)
+    async def list_views() -> Response:
+        return _json(await service.views())
+
+    @app.get("/v1/status", tags=["operate"], summary="How the server is", responses=state, response_class=Response)
+    async def show_status() -> Response:
+        return _json(_encode(_status(status(), reader)))
+
+    @app.get("/healthz", tags=["operate"], summary="Whether the process is alive", response_class=Response)
+    async def health() -> Response:
+        return _json(b'{"alive":true}')
+
+    @app.get(
+        "/readyz",
+        tags=["operate"],
+        summary="Whether views can be read",
+        responses={503: docs.answers("Status", 503)[503]},
+        response_class=Response,
+    )
+    async def readiness() -> Response:
+        if not ready():
+            raise NotReady("the state is being restored; /v1/status shows how far it is")
+        return _json(b'{"ready":true}')
+
+    @app.get(
+        "/metrics",
+        tags=["operate"],
+        summary="The server's own metrics, for Prometheus",
+        responses={200: {"content": {"text/plain": {}}}},
+        response_class=Response,
+    )
+    async def show_metrics(request: Request) -> Response:
+        body, media_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": media_type})
+
+
+def _status(said: dict[str, Any], reader: ViewReader) -> dict[str, Any]:
+    """What the process says of itself, with what the reader knows of each partition."""
+    try:
+        known = {state.partition: msgspec.structs.asdict(state) for state in reader.partitions()}
+    except PipelineError:
+        known = {}
+    partitions = [{"staleness_ms": None, **it, **known.get(it["partition"], {})} for it in said.get("partitions", ())]
+    return {**said, "partitions": partitions}
+
+
+def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor) -> None:
+    bodies = _Bodies(settings.body_bytes_max)
+
+    def take_deltas(body: bytes, content_type: str) -> docs.Accepted:
+        deltas = parse_deltas(body, content_type, settings.deltas_max)
+        return docs.Accepted(len(deltas), str(ingest.deltas(deltas)))
+
+    def take_batches(body: bytes, _: str) -> docs.BatchesAccepted:
+        batches = decode_frames(body)
+        next_offsets = ingest.batches(batches)
+        token = Token({})
+        for batch, next_offset in zip(batches, next_offsets, strict=True):
+            token |= Token({partition_of(batch): next_offset})
+        return docs.BatchesAccepted(next_offsets, str(token))
+
+    async def take(request: Request, work: Callable[[bytes, str], Any]) -> Response:
+        async with bodies.of(request) as body:
+            content_type = request.headers.get("content-type", "")
+            done = await asyncio.get_running_loop().run_in_executor(threads, work, body, content_type)
+        return _json(_encode(done))
+
+    @app.post(
+        "/v1/deltas",
+        tags=["write"],
+        summary="Publish deltas, all or none",
+        description=(
+            "A JSON array, or one JSON object a line. The log has them when this answers. A request without an answer may "
+            "have been taken: sending it again counts twice. A `Publisher` does not have this gap."
+        ),
+        responses=docs.answers("Accepted", 400, 413, 415, 503),
+        openapi_extra=docs.DELTAS_BODY,
+        response_class=Response,
+    )
+    async def post_deltas(request: Request) -> Response:
+        return await take(request, take_deltas)
+
+    @app.post(
+        "/v1/batches",
+        tags=["write"],
+        summary="A publisher's sealed batches, all or none",
+        description="Each behind its length, four bytes, big endian. Sending one again is safe: it counts once.",
+        responses=docs.answers("BatchesAccepted", 400, 413, 415, 503),
+        openapi_extra=docs.BATCHES_BODY,
+        response_class=Response,
+    )
+    async def post_batches(request: Request) -> Response:
+        return await take(request, take_batches)
+
+
+class _Bodies:
+    """Reads request bodies, within a limit for each and a limit for all."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._held = 0
+
+    @asynccontextmanager
+    async def of(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, which counts as held until the context ends."""
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise Refused(415, "compressed bodies are not understood")
+        announced = request.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self._bytes_max:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                self._held += len(part)
+                if size > self._bytes_max:
+                    raise self._too_large()
+                if self._held > self._bytes_max * _BODIES_HELD_MAX:
+                    raise Unavailable("too many request bodies are being worked on")
+                parts.append(part)
+            yield b"".join(parts)
+        finally:
+            self._held -= size
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"a body of over {self._bytes_max} bytes")
+
+
+def _document(app: FastAPI, settings: QuerySettings) -> None:
+    plain = app.openapi
+    made: list[dict[str, Any]] = []
+
+    def openapi() -> dict[str, Any]:
+        if not made:
+            made.append(docs.complete(plain(), settings))
+        return made[0]
+
+    async def page(_: Request) -> Response:
+        headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return Response(docs.docs_page(app.openapi()), media_type="text/html", headers=headers)
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of extending it
+    app.add_route("/docs", page, include_in_schema=False)
+
+
+def _refused(error: HTTPException, request: Request) -> Refused:
+    headers: Mapping[str, str] = error.headers or {}
+    if error.status_code == 404:
+        return Refused(404, f"nothing is at {request.url.path[:200]!r}; /docs says what there is", headers)
+    if error.status_code == 405:
+        return Refused(405, f"{request.method[:20]} is not for {request.url.path[:200]!r}", headers)
+    return Refused(error.status_code, str(error.detail), headers)
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = _refused(error, request)
+    elif isinstance(error, RequestValidationError):
+        error = Refused(422, str(error))
+    answer = problem(error)
+    if answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
+        _log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    return Response(answer.body, answer.status, headers=answer.headers)
+
+
+class _Guard:
+    """Around everything: counts and times requests, bounds how many are open, and answers for what goes wrong inside."""
+
+    def __init__(
+        self, app: ASGIApp, *, paths: Mapping[Any, str], connections_max: int, metrics: Metrics, clock: Clock
+    ) -> None:
+        self._app = app
+        self._paths = paths
+        self._connections_max = connections_max
+        self._metrics = metrics
+        self._clock = clock
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = self._clock.monotonic_s()
+        status = _CLIENT_GONE
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._open += 1
+        try:
+            if self._open > self._connections_max:
+                self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
+                raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
+            await self._app(scope, receive, noting)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            if not isinstance(error, PipelineError):
+                _log.exception("%s %s", scope["method"], scope["path"])
+            if status != _CLIENT_GONE:
+                raise  # half an answer is sent: the server must break the connection off
+            answer = problem(error)
+            await Response(answer.body, answer.status, headers=answer.headers)(scope, receive, noting)
+        finally:
+            self._open -= 1
+            path = self._paths.get(scope.get("endpoint"), "unmatched")  # never what the client wrote
+            self._metrics.inc(m.REQUESTS, 1, path, status)
+            self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)

@@ -1,0 +1,81 @@
+"""Errors as HTTP answers: RFC 9457 problem JSON for every one, without a word of what is inside the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import msgspec
+
+from pipeline.errors import (
+    BadRecord,
+    BufferFull,
+    Fenced,
+    Invalid,
+    NotFound,
+    NotReady,
+    PipelineError,
+    Unavailable,
+)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 1
+_DETAIL_LENGTH_MAX = 2_000
+
+_TITLES: Mapping[type[PipelineError], tuple[int, str]] = {
+    NotFound: (404, "Nothing of this name is known"),
+    Invalid: (400, "Fix the request"),
+    BadRecord: (400, "Not a valid batch"),
+    NotReady: (503, "The state does not hold it yet"),
+    Unavailable: (503, "Try again"),
+    BufferFull: (503, "Slow down"),
+    Fenced: (503, "Another server has taken over"),
+}
+
+
+class Problem(msgspec.Struct):
+    """The body of an error's answer."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Refused(Exception):
+    """An error of HTTP's own, such as 413."""
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+class ProblemAnswer(msgspec.Struct):
+    """Everything of an error's answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def problem(error: Exception) -> ProblemAnswer:
+    """What to answer for `error`: its own words if it is one of ours, none for any other."""
+    if isinstance(error, Refused):
+        return _answer(
+            Problem(f"urn:pipeline:http:{error.status}", HTTPStatus(error.status).phrase, error.status, error.detail),
+            error.headers,
+        )
+    for kind in type(error).__mro__:
+        if kind in _TITLES:
+            status, title = _TITLES[kind]
+            return _answer(Problem(f"urn:pipeline:error:{kind.__name__}", title, status, str(error)), {})
+    return _answer(Problem("about:blank", HTTPStatus(500).phrase, 500, "an error in the server; its log says more"), {})
+
+
+def _answer(it: Problem, headers: dict[str, str]) -> ProblemAnswer:
+    if it.status == 503:
+        headers = {"Retry-After": str(RETRY_AFTER_S), **headers}
+    it.detail = it.detail[:_DETAIL_LENGTH_MAX].encode("utf-8", "replace").decode()
+    return ProblemAnswer(it.status, {"Content-Type": MEDIA_TYPE, **headers}, msgspec.json.encode(it))

@@ -1,0 +1,398 @@
+"""Reads merged views from this process's stores: every answer is at one commit boundary in each partition.
+
+What to read is `core.view.Query`. A read notes where the log ends, then looks at each store: the position it reports and
+the entries it merges are of one moment of that store, so `as_of` says exactly what is in the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import compress
+from math import inf
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+import pipeline.metrics as m
+from pipeline.core import codec
+from pipeline.core.merge import KINDS
+from pipeline.core.record import (
+    NO_POSITION,
+    POSITION_KEY,
+    TAG_DEFINITION,
+    WINDOW_NONE,
+    Definition,
+    Position,
+    definition_key,
+    prefix_end,
+    series_prefix,
+    series_suffix,
+)
+from pipeline.core.view import (
+    Choice,
+    Labels,
+    Query,
+    Selected,
+    agree,
+    decode_labels,
+    fold,
+    group_key,
+    in_step,
+    in_turn,
+    is_complete,
+    label_index,
+    pinned_labels,
+)
+from pipeline.errors import BadRecord, Invalid, StoreCorrupt, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock, Store, StoreView, Watermarks
+from pipeline.query.matchers import Test, compile_matcher
+from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms
+from pipeline.settings import QuerySettings
+
+_BLOCK = 2_000
+"""Entries that are decoded together; the deadline is looked at between blocks."""
+_DEFINITIONS_MAX = 10_000
+_SEEN_S = 0.001
+"""Reads that begin so close to each other share one look at where the log ends."""
+
+T = TypeVar("T")
+_decode_view = lru_cache(maxsize=4_096)(codec.decode_view)
+_decode_position = lru_cache(maxsize=4_096)(codec.decode_position)
+
+
+class AsOf(msgspec.Struct, frozen=True):
+    """What an answer reflects: see `adapters.http.AsOf`, its other end."""
+
+    staleness_ms: int | None
+    next_offsets: dict[str, int]
+
+
+class Series(msgspec.Struct, frozen=True):
+    """One row of an answer."""
+
+    labels: dict[str, str]
+    value: Any
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A merged view, in the shape of the HTTP API."""
+
+    view: str
+    kind: str
+    by: Labels | None
+    series: list[Series]
+    as_of: AsOf
+    truncated: bool = False
+    series_total: int | None = None
+
+
+class View(msgspec.Struct, frozen=True):
+    """A view's definition, and how many series of it there are, summed over partitions."""
+
+    name: str
+    kind: str
+    labels: Labels
+    window_s: int | None
+    series_count: int
+
+
+class Views(msgspec.Struct, frozen=True):
+    """All views. One that partitions define differently stands there once for each definition."""
+
+    views: list[View]
+    as_of: AsOf
+
+
+class PartitionState(msgspec.Struct, frozen=True):
+    """How far one partition is."""
+
+    partition: int
+    next_offset: int
+    end_offset: int | None
+    """None: the log is away."""
+    lag: int | None
+    staleness_ms: int | None
+    committed_at_ms: int
+
+
+class _Seen(NamedTuple):
+    """Where the log ended and began, by partition, at or after `at_s`; noted before the stores are looked at."""
+
+    at_s: float
+    end_offsets: dict[int, int]
+    start_offsets: dict[int, int]
+
+
+class _Heads(NamedTuple):
+    """What the stores say of themselves and of one view, each partition at one moment."""
+
+    positions: dict[int, Position]
+    definitions: dict[int, Definition]
+
+
+class ViewReader:
+    """Answers from the stores that `stores` returns, by partition. Safe from any thread.
+
+    `stores` raises `NotReady` while they are being restored. `watermarks` says what a partition of the deltas topic holds
+    at the time of the call, or raises `Unavailable`; a remembered, older value would make staleness a lie.
+    """
+
+    def __init__(
+        self,
+        *,
+        stores: Callable[[], Mapping[int, Store]],
+        watermarks: Callable[[int], Watermarks],
+        clock: Clock,
+        settings: QuerySettings,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
+        self.clock = clock
+        self._stores = stores
+        self._watermarks = watermarks
+        self._settings = settings
+        self._metrics = metrics
+        self._end_offsets: dict[int, EndOffsets] = {}
+        self._seen = _Seen(-inf, {}, {})
+        self._definitions: dict[str, Definition] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """End the reads that are under way: they raise `Unavailable`."""
+        self._closed = True
+
+    # Answers
+
+    def definition(self, view: str) -> Definition:
+        """What the view is; `NotFound` if nobody has published it. Quick once it is known."""
+        known = self._definitions.get(view)
+        if known is None:
+            key = definition_key(view)
+            heads = _Heads({}, {})
+            for number, store in self._stores().items():
+                _add_head(heads, number, *store.get([POSITION_KEY, key]))
+            known = self._agreed(view, heads)
+        return known
+
+    def point(self, query: Query) -> Answer | None:
+        """The answer, if `where` pins every label, so that it is in one key of each partition; None: `read` it."""
+        definition = self.definition(query.view)
+        labels = pinned_labels(definition, query.where)
+        if labels is None:
+            return None
+        kind = KINDS[definition.kind]
+        # All labels pinned, by as many conditions: those are equalities, one for each, and nothing is left to test.
+        exact = len(query.where) == len(labels)
+        tests = [] if exact else self._tests(definition, query, _unlimited)
+        group = group_key(definition, query.by)
+        stores = self._stores()
+        seen = self._note_ends(stores)
+        keys = [POSITION_KEY, definition_key(query.view), series_prefix(query.view) + series_suffix(labels)]
+        heads = _Heads({}, {})
+        values = []
+        for number, store in stores.items():
+            position, entry, value = store.get(keys)
+            _add_head(heads, number, position, entry)
+            if value is not None:
+                values.append(value)
+        if self._agreed(query.view, heads) != definition:  # a store made anew, and in it another view of this name
+            return None
+        groups: dict[Labels, Any] = {}
+        if values and all(test([labels[index]])[0] for index, test in tests):
+            fold(kind, groups, group([labels] * len(values)), _decode_states(kind, values))
+        choice = Choice(kind, top=query.top, limit=query.limit)
+        choice.offer(groups)
+        return self._answer(query, definition, choice.selected(), heads, seen)
+
+    def read(self, query: Query, *, deadline_s: float) -> Answer:
+        """The answer, whatever it takes; `Unavailable` if that is not done by `deadline_s` on the monotonic clock."""
+        answer = self.point(query)
+        return self._scan(query, deadline_s) if answer is None else answer
+
+    def _scan(self, query: Query, deadline_s: float) -> Answer:
+        stores = self._stores()
+        seen = self._note_ends(stores)
+        snapshots = {number: store.snapshot() for number, store in stores.items()}
+        key = definition_key(query.view)
+        heads = _Heads({}, {})
+        for number, snapshot in snapshots.items():
+            _add_head(heads, number, *snapshot.get([POSITION_KEY, key]))
+        definition = self._agreed(query.view, heads)
+        check = partial(self._check, query.view, deadline_s)
+        selected = self._select(query, definition, [*snapshots.values()], check)
+        return self._answer(query, definition, selected, heads, seen)
+
+    def _select(
+        self, query: Query, definition: Definition, snapshots: Sequence[StoreView], check: Callable[[], None]
+    ) -> Selected:
+        kind = KINDS[definition.kind]
+        group = group_key(definition, query.by)
+        tests = self._tests(definition, query, check)
+        prefix = series_prefix(query.view)
+        skip, width = len(prefix) + len(WINDOW_NONE), len(definition.labels)
+        scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots]
+        complete = is_complete(definition, query.by)
+        choice = Choice(kind, top=query.top, limit=query.limit)
+        groups: dict[Labels, Any] = {}
+        for keys, values in (in_step if complete else in_turn)(scans, _BLOCK):
+            check()
+            rows = _decode_labels(keys, skip, width)
+            for index, test in tests:
+                fits = test([row[index] for row in rows])
+                rows, values = [*compress(rows, fits)], [*compress(values, fits)]
+            fold(kind, groups, group(rows), _decode_states(kind, values))
+            if complete:
+                choice.offer(groups)
+                groups.clear()
+            elif len(groups) > self._settings.limit_max:
+                raise Invalid(f"over {self._settings.limit_max} groups: keep fewer labels, or narrow `where`")
+        choice.offer(groups)
+        check()
+        return choice.selected()
+
+    def _tests(self, definition: Definition, query: Query, check: Callable[[], None]) -> list[tuple[int, Test]]:
+        longest = self._settings.regex_bytes_max
+        return [
+            (label_index(definition, matcher.label), compile_matcher(matcher, regex_bytes_max=longest, check=check))
+            for matcher in query.where
+        ]
+
+    def _agreed(self, view: str, heads: _Heads) -> Definition:
+        try:
+            definition = agree(view, heads.definitions)
+        except Invalid:
+            self._definitions.pop(view, None)
+            raise
+        if self._definitions.get(view) != definition:
+            if len(self._definitions) >= _DEFINITIONS_MAX:
+                self._definitions.clear()
+            self._definitions[view] = definition
+        return definition
+
+    def _check(self, view: str, deadline_s: float) -> None:
+        if self._closed:
+            raise Unavailable("the server is stopping")
+        if self.clock.monotonic_s() > deadline_s:
+            raise Unavailable(f"view {view}: not read within timeout_ms; narrow `where`, or give it more time")
+
+    def _answer(self, query: Query, definition: Definition, selected: Selected, heads: _Heads, seen: _Seen) -> Answer:
+        names = definition.labels if query.by is None else query.by
+        rows = zip(selected.labels, selected.values, strict=True)
+        series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
+        cut = selected.series_total > len(series)
+        return Answer(
+            view=query.view,
+            kind=definition.kind,
+            by=query.by,
+            series=series,
+            as_of=self._as_of(heads.positions, seen),
+            truncated=cut,
+            series_total=selected.series_total if cut else None,
+        )
+
+    def views(self) -> Views:
+        """All views, by name."""
+        stores = self._stores()
+        seen = self._note_ends(stores)
+        heads = _Heads({}, {})
+        counts: dict[Definition, int] = {}
+        for number, store in stores.items():
+            snapshot = store.snapshot()
+            _add_head(heads, number, snapshot.get([POSITION_KEY])[0], None)
+            for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
+                entry = _trust(number, codec.decode_view, value)
+                counts[entry.definition] = counts.get(entry.definition, 0) + entry.series_count
+        views = [View(d.view, d.kind, d.labels, d.window_s or None, count) for d, count in counts.items()]
+        return Views(sorted(views, key=lambda view: (view.name, view.kind)), self._as_of(heads.positions, seen))
+
+    # Positions and staleness
+
+    def partitions(self) -> list[PartitionState]:
+        """How far each partition is now; sets the gauges of lag and staleness."""
+        stores = self._stores()
+        seen = self._note_ends(stores)
+        positions = {n: _trust(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
+        now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
+        states = []
+        for number, position in positions.items():
+            next_offset = position.next_offset
+            staleness_ms = self._staleness_ms(number, position, seen, now_s, now_ms)
+            end_offset = max(seen.end_offsets[number], next_offset) if number in seen.end_offsets else None
+            lag = None if end_offset is None else end_offset - next_offset
+            if lag is not None:
+                self._metrics.set(m.LAG, lag, number)
+                self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets[number], number)
+            if staleness_ms is not None:
+                self._metrics.set(m.STALENESS, staleness_ms / 1000, number)
+            states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, position.committed_at_ms))
+        return states
+
+    def _note_ends(self, stores: Mapping[int, Store]) -> _Seen:
+        at_s = self.clock.monotonic_s()  # first the time, then the ends: what was accepted before it is below them
+        seen = self._seen
+        if at_s - seen.at_s < _SEEN_S and len(seen.end_offsets) == len(stores):
+            return seen
+        starts, ends = {}, {}
+        for number in stores:
+            try:
+                starts[number], end_offset = self._watermarks(number)
+                ends[number] = end_offset
+            except Unavailable:
+                continue  # reads go on without the log; what was seen earlier still bounds them
+            known = self._end_offsets.get(number)
+            if known is None:
+                known = self._end_offsets.setdefault(number, EndOffsets())
+            known.observe(at_s, end_offset)
+        self._seen = seen = _Seen(at_s, ends, starts)
+        return seen
+
+    def _staleness_ms(self, number: int, position: Position, seen: _Seen, now_s: float, now_ms: int) -> int | None:
+        reached_s: float | None = None
+        if _caught_up(number, position, seen):
+            reached_s = seen.at_s
+        elif number in self._end_offsets:
+            reached_s = self._end_offsets[number].reached_s(position.next_offset)
+        return bound_ms(position, reached_s, now_s=now_s, now_ms=now_ms)
+
+    def _as_of(self, positions: Mapping[int, Position], seen: _Seen) -> AsOf:
+        now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
+        staleness_ms: int | None = seen_ms(seen.at_s, now_s)
+        for number, position in positions.items():
+            if not _caught_up(number, position, seen):
+                bound = self._staleness_ms(number, position, seen, now_s, now_ms)
+                staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
+        return AsOf(staleness_ms, {str(number): position.next_offset for number, position in positions.items()})
+
+
+def _caught_up(number: int, position: Position, seen: _Seen) -> bool:
+    return number in seen.end_offsets and seen.end_offsets[number] <= position.next_offset
+
+
+def _unlimited() -> None:
+    """A point read matches few values."""
+
+
+def _trust(number: int | None, decode: Callable[..., T], *arguments: Any) -> T:
+    """Decode what a store holds: it was checked before it was written."""
+    try:
+        return decode(*arguments)
+    except BadRecord as error:
+        raise StoreCorrupt(f"partition {number}: {error}" if number is not None else str(error)) from None
+
+
+_decode_labels = partial(_trust, None, decode_labels)
+_decode_states = partial(_trust, None, codec.decode_states)
+
+
+def _position(value: bytes | None) -> Position:
+    return NO_POSITION if value is None else _decode_position(value)
+
+
+def _add_head(heads: _Heads, number: int, position: bytes | None, definition: bytes | None) -> None:
+    try:
+        heads.positions[number] = NO_POSITION if position is None else _decode_position(position)
+        if definition is not None:
+            heads.definitions[number] = _decode_view(definition).definition
+    except BadRecord as error:
+        raise StoreCorrupt(f"partition {number}: {error}") from None

@@ -1,0 +1,179 @@
+"""Serves reads to an event loop: point reads at once, scans in a few threads, waits without any.
+
+Everything is bounded: the threads, the reads that wait for one or for newer data, and the time of each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+
+import pipeline.metrics as m
+from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.metrics import Metrics
+from pipeline.query.params import ReadRequest
+from pipeline.query.reader import Answer, PartitionState, ViewReader
+from pipeline.settings import QuerySettings
+
+_log = logging.getLogger(__name__)
+POLL_S = 0.003
+OBSERVE_S = 0.1
+
+States = Sequence[PartitionState]
+T = TypeVar("T")
+_encode = msgspec.json.Encoder().encode
+
+
+class _Watch:
+    """Waits for positions: one task looks at them, for all who wait."""
+
+    def __init__(self, look: Callable[[], States]) -> None:
+        self._look = look
+        self._waiters: dict[asyncio.Future[None], Callable[[States], bool]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def until(self, ok: Callable[[States], bool], timeout_s: float) -> bool:
+        """Wait until `ok` of what is looked at next; whether that came in time. `ok` must not raise."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiters[future] = ok
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._poll())
+        try:
+            await asyncio.wait_for(future, max(0.0, timeout_s))
+        except TimeoutError:
+            return False
+        finally:
+            self._waiters.pop(future, None)
+        return True
+
+    async def _poll(self) -> None:
+        while self._waiters:
+            await asyncio.sleep(POLL_S)
+            try:
+                states = self._look()
+            except Exception as error:
+                for future in self._pending():
+                    future.set_exception(error)
+                return
+            for future in self._pending():
+                if self._waiters[future](states):
+                    future.set_result(None)
+
+    def _pending(self) -> list[asyncio.Future[None]]:
+        return [future for future in self._waiters if not future.done()]
+
+
+class ReadService:
+    """Reads for one event loop; made and used on it."""
+
+    def __init__(self, reader: ViewReader, settings: QuerySettings, metrics: Metrics) -> None:
+        self._reader = reader
+        self._settings = settings
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
+        self._watch = _Watch(reader.partitions)
+        self._open = 0
+        """Reads that wait or run."""
+
+    async def answer(self, request: ReadRequest) -> bytes:
+        """The answer, encoded. `NotReady` if what it waits for does not come, `Unavailable` if there is no time or room."""
+        if not request.waits:
+            answer = self._reader.point(request.query)
+            if answer is not None:
+                return _encode(answer)
+        return await self._bounded(self._slow, request)
+
+    async def views(self) -> bytes:
+        """All views, encoded."""
+        return await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
+
+    async def _bounded(self, serve: Callable[[T], Coroutine[Any, Any, bytes]], what: T) -> bytes:
+        if self._open >= self._settings.reads_waiting_max:
+            self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
+            raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")
+        self._open += 1
+        try:
+            return await serve(what)
+        finally:
+            self._open -= 1
+
+    async def _slow(self, request: ReadRequest) -> bytes:
+        clock = self._reader.clock
+        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
+        while True:
+            if request.waits:
+                await self._wait(request, deadline_s)
+            point = self._reader.point(request.query) if request.waits else None
+            if point is not None:
+                answer, encoded = point, _encode(point)
+            else:
+                answer, encoded = await self._in_thread(lambda: self._read(request, deadline_s))
+            if self._fresh(request, answer):
+                return encoded
+            # What was fresh enough when the read began was not when it ended. Once more, if there is time.
+            if clock.monotonic_s() >= deadline_s:
+                raise NotReady(_too_old(request))
+            await asyncio.sleep(POLL_S)
+
+    def _read(self, request: ReadRequest, deadline_s: float) -> tuple[Answer, bytes]:
+        answer = self._reader.read(request.query, deadline_s=deadline_s)
+        return answer, _encode(answer)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @staticmethod
+    def _fresh(request: ReadRequest, answer: Answer) -> bool:
+        most, staleness_ms = request.max_staleness_ms, answer.as_of.staleness_ms
+        return most is None or (staleness_ms is not None and staleness_ms <= most)
+
+    async def _wait(self, request: ReadRequest, deadline_s: float) -> None:
+        wanted = request.after.next_offsets if request.after else {}
+        most = request.max_staleness_ms
+
+        def behind(states: States) -> list[PartitionState]:
+            return [state for state in states if state.next_offset < wanted.get(state.partition, 0)]
+
+        def ok(states: States) -> bool:
+            fresh = most is None or all(s.staleness_ms is not None and s.staleness_ms <= most for s in states)
+            return fresh and not behind(states)
+
+        states = self._reader.partitions()
+        unknown = wanted.keys() - {state.partition for state in states}
+        if unknown:
+            raise Invalid(f"after: there is no partition {min(unknown)}; this server has {len(states)}")
+        if ok(states) or await self._watch.until(ok, deadline_s - self._reader.clock.monotonic_s()):
+            return
+        late = behind(self._reader.partitions())
+        if late:
+            number, next_offset = late[0].partition, late[0].next_offset
+            raise NotReady(
+                f"after: partition {number} is at {next_offset}, not at {wanted[number]}, after {request.timeout_ms} ms"
+            )
+        raise NotReady(_too_old(request))
+
+    async def observe(self) -> None:
+        """Look at positions and end offsets again and again: what staleness is known by, and the gauges."""
+        while True:
+            try:
+                self._reader.partitions()
+            except PipelineError as error:
+                _log.debug("not observed: %s", error)
+            except Exception:
+                _log.exception("not observed")
+                await asyncio.sleep(50 * OBSERVE_S)
+            await asyncio.sleep(OBSERVE_S)
+
+    def close(self) -> None:
+        """End the reads that are under way."""
+        self._reader.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _too_old(request: ReadRequest) -> str:
+    return f"no answer within max_staleness_ms={request.max_staleness_ms} after {request.timeout_ms} ms"

@@ -1,0 +1,75 @@
+"""How stale an answer is: an upper bound on the age of anything that the log had accepted and the answer lacks.
+
+Two things bound it:
+
+- What was seen. If the log ended at offset e at time t, and the position has reached e, then everything accepted before t
+  is in the answer: nothing that is missing is older than now - t.
+- What was folded. The log's times never fall within a partition, so everything that is missing was accepted no earlier
+  than the last record that is folded in. This one compares the log's wall clock with ours, which can be set, so it counts
+  only where nothing was seen.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from math import ceil
+
+from pipeline.core.record import Position
+
+OBSERVATIONS_MAX = 1_000
+_SPACING_S = 0.01
+
+
+class EndOffsets:
+    """Where one partition's log ended at which time: a bounded memory, of a minute or more. Safe from any thread.
+
+    Forgetting an observation makes the bound looser, never wrong, so old ones are thinned out.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._at_s: list[float] = []
+        self._offsets: list[int] = []
+
+    def observe(self, at_s: float, end_offset: int) -> None:
+        """At or after `at_s`, on the monotonic clock, the log was seen to end at `end_offset`."""
+        with self._lock:
+            times, offsets = self._at_s, self._offsets
+            if times and at_s <= times[-1]:
+                return  # a slower thread's; a newer observation is there
+            if offsets and end_offset < offsets[-1]:
+                times.clear()  # a log made anew
+                offsets.clear()
+            same = offsets and end_offset == offsets[-1]
+            if same or (len(times) > 1 and times[-1] - times[-2] < _SPACING_S):
+                times[-1], offsets[-1] = at_s, end_offset
+                return
+            times.append(at_s)
+            offsets.append(end_offset)
+            if len(times) > OBSERVATIONS_MAX:
+                del times[1:-1:2], offsets[1:-1:2]
+
+    def reached_s(self, next_offset: int) -> float | None:
+        """The latest time at or after which the log was seen to end no later than at `next_offset`; None if unknown."""
+        with self._lock:
+            i = bisect_right(self._offsets, next_offset)
+            return self._at_s[i - 1] if i else None
+
+
+def seen_ms(reached_s: float, now_s: float) -> int:
+    """The first of the two bounds, rounded up: everything accepted before `reached_s` is in the answer."""
+    return max(0, ceil((now_s - reached_s) * 1000))
+
+
+def bound_ms(position: Position, reached_s: float | None, *, now_s: float, now_ms: int) -> int | None:
+    """The bound, rounded up, of one partition's entries at `position`; None if nothing is known.
+
+    `reached_s` is when the log was seen to end at or below the position; `now_s` and `now_ms` are one moment on the
+    monotonic and on the wall clock.
+    """
+    if reached_s is not None:
+        return seen_ms(reached_s, now_s)
+    if 0 < position.source_at_ms <= now_ms:  # from the future: the clocks disagree, so that they bound nothing
+        return now_ms - position.source_at_ms + 1
+    return None

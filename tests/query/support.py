@@ -1,0 +1,232 @@
+"""A whole server in this process on the log and stores in memory: real partitions commit, real uvicorn serves."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import uvicorn
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.memory import MemoryLog, MemoryStores
+from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.core.codec import encode_batch
+from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
+from pipeline.core.route import route
+from pipeline.errors import NotFound, NotReady
+from pipeline.ports import Clock, Ingest, Message, Store, Stores
+from pipeline.producer.gateway import Gateway
+from pipeline.query.api import create_app
+from pipeline.query.reader import ViewReader
+from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from pipeline.worker.partition import Partition
+
+
+class World:
+    """Log, stores (in memory, unless given), partitions, a reader. Nothing folds by itself: `fold` does, for all or some."""
+
+    def __init__(
+        self,
+        partition_count: int = 4,
+        *,
+        clock: Clock | None = None,
+        settings: QuerySettings | None = None,
+        stores: Stores | None = None,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.settings = settings or QuerySettings()
+        self.metrics = PrometheusMetrics()
+        topics = dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count)
+        self.log = MemoryLog(topics, self.clock.now_ms)
+        memory = MemoryStores()
+        self.partitions = [
+            Partition(
+                number,
+                log=self.log,
+                stores=stores or memory,
+                clock=self.clock,
+                settings=WorkerSettings(),
+                delete_retention_ms=86_400_000,
+            )
+            for number in range(partition_count)
+        ]
+        for partition in self.partitions:
+            partition.start()
+        self.ready = True
+        self.reader = self.new_reader()
+        self.ingest: Ingest | None = Gateway(self.log, self.clock, PublisherSettings(), self._definition_of)
+        self._lock = threading.Lock()
+        self._sequences: dict[int, int] = {}
+
+    def new_reader(self) -> ViewReader:
+        return ViewReader(
+            stores=self.stores,
+            watermarks=lambda partition: self.log.watermarks(DELTAS, partition),
+            clock=self.clock,
+            settings=self.settings,
+            metrics=self.metrics,
+        )
+
+    def stores(self) -> Mapping[int, Store]:
+        if not self.ready:
+            raise NotReady("restoring: about 7 changelog records to go")
+        return {partition.number: partition.store for partition in self.partitions}
+
+    def _definition_of(self, view: str) -> Definition | None:
+        try:
+            return self.reader.definition(view)
+        except (NotFound, NotReady):
+            return None
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "ready": self.ready,
+            "partition_count": len(self.partitions),
+            "partitions": [{"partition": partition.number, "phase": "folding"} for partition in self.partitions],
+        }
+
+    def batch(self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any]) -> bytes:
+        """A sealed batch of states by label values."""
+        with self._lock:
+            sequence = self._sequences.get(partition, 0)
+            self._sequences[partition] = sequence + 1
+        group = Group(definition, [series_suffix(labels) for labels in series], [*series.values()])
+        return encode_batch(Batch("support", 0, partition, sequence, 0, self.clock.now_ms(), [group]))
+
+    def append(self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any]) -> int:
+        """Put states into one partition's log; the `next_offset` that covers them."""
+        (result,) = self.log.append(
+            [Message(DELTAS, partition, None, self.batch(partition, definition, series))], timeout_s=1
+        )
+        assert isinstance(result, int)
+        return result
+
+    def publish(self, definition: Definition, series: Mapping[Sequence[str], Any]) -> None:
+        """Route, append and fold states, as a publisher and the worker would."""
+        prefix = series_prefix(definition.view)
+        parts: dict[int, dict[Sequence[str], Any]] = {}
+        for labels, state in series.items():
+            number = route(prefix + series_suffix(labels), len(self.partitions))
+            parts.setdefault(number, {})[labels] = state
+        for number, part in parts.items():
+            self.append(number, definition, part)
+        self.fold()
+
+    def fold(self, *numbers: int) -> None:
+        """Fold and commit everything that is in the log of these partitions, or of all."""
+        for number in numbers or range(len(self.partitions)):
+            partition = self.partitions[number]
+            reader = self.log.reader(DELTAS)
+            reader.assign({number: partition.task.next_offset})
+            end_offset = self.log.watermarks(DELTAS, number).end_offset
+            while partition.task.next_offset < end_offset:
+                for records in reader.poll(record_count_max=1_000, bytes_max=2**30, timeout_s=0):
+                    partition.fold(records)
+            if partition.task.dirty:
+                partition.commit()
+
+    @contextmanager
+    def folding(self, interval_s: float = 0.002) -> Iterator[None]:
+        """Fold in a thread, again and again."""
+        stop = threading.Event()
+
+        def run() -> None:
+            while not stop.wait(interval_s):
+                self.fold()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+class Reply(NamedTuple):
+    """What a server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Server:
+    """A running server and the world that it serves."""
+
+    def __init__(self, world: World, port: int) -> None:
+        self.world = world
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 30,
+    ) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            connection.request(method, path, body, dict(headers or {}))  # type: ignore[arg-type]
+            response = connection.getresponse()
+            return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, *query: tuple[str, object]) -> Reply:
+        return self.request("GET", path + ("?" + urlencode(query) if query else ""))
+
+    def view(self, view: str, *query: tuple[str, object]) -> Any:
+        """The answer, which must be one."""
+        reply = self.get(f"/v1/views/{view}", *query)
+        assert reply.status == 200, reply.body
+        return reply.json()
+
+    def problem(self, status: int, reply: Reply) -> str:
+        """The detail of an answer, which must be a problem of this status."""
+        assert reply.status == status, (reply.status, reply.body)
+        assert reply.headers["content-type"] == "application/problem+json"
+        problem = reply.json()
+        assert problem.keys() == {"type", "title", "status", "detail"}
+        assert problem["status"] == status
+        detail: str = problem["detail"]
+        assert "Traceback" not in detail
+        return detail
+
+
+@contextmanager
+def serving(world: World, port: int = 0) -> Iterator[Server]:
+    """Serve a world, on a free port, until the context ends."""
+    app = create_app(world.reader, world.ingest, world.settings, world.metrics, world.status, lambda: world.ready)
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive())
+        yield Server(world, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for a condition; fail after the time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.002)

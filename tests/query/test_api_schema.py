@@ -1,0 +1,96 @@
+"""The API is what `/openapi.json` says, for requests that nobody thought of."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from pipeline.core.record import Definition
+from pipeline.settings import QuerySettings
+from tests.query.support import Server, World, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server with one view, whose reads do not wait for long."""
+    world = World(settings=QuerySettings(timeout_ms_default=40, timeout_ms_max=50))
+    world.publish(Definition("revenue", "sum", ("region",)), {("eu",): 1, ("us",): 2.5})
+    with serving(world) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api_schema(server: Server) -> Any:
+    """The schema that the server publishes."""
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+def conforms(operation: Any, mode: schemathesis.GenerationMode, examples: int) -> None:
+    """Make requests from the schema, and hold the answers against it.
+
+    What the schema allows may still be refused: it cannot say which labels a view has, or what makes a batch.
+    """
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(operation.as_strategy(generation_mode=mode))
+    def run(case: Any) -> None:
+        response = case.call()
+        assert response.status_code < 500 or response.status_code == 503
+        case.validate_response(response, excluded_checks=[positive_data_acceptance, not_a_server_error])
+
+    run()
+
+
+@pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)
+@pytest.mark.parametrize(("verb", "path"), [("get", "/v1/views/{view}"), ("post", "/v1/deltas")])
+def test_requests_are_answered_as_documented(
+    api_schema: Any, verb: str, path: str, mode: schemathesis.GenerationMode
+) -> None:
+    """Status codes, media types and bodies are those of the document; wrong requests are refused; nothing is 500."""
+    conforms(api_schema[path][verb], mode, 30)
+
+
+def test_any_bytes_are_answered_as_documented(api_schema: Any) -> None:
+    """Bodies that are hardly ever batches are refused, as the document says."""
+    conforms(api_schema["/v1/batches"]["post"], schemathesis.GenerationMode.POSITIVE, 30)
+
+
+@pytest.mark.parametrize("path", ["/v1/views", "/v1/status", "/healthz", "/readyz", "/metrics"])
+def test_plain_answers_are_as_documented(api_schema: Any, path: str) -> None:
+    """What takes no parameters answers in its documented shape."""
+    conforms(api_schema[path]["get"], schemathesis.GenerationMode.POSITIVE, 3)
+
+
+def test_the_document_is_whole(server: Server) -> None:
+    """Every operation of the contract is there, with its problems; every reference leads somewhere."""
+    document = server.get("/openapi.json").json()
+    operations = {(verb, path) for path, verbs in document["paths"].items() for verb in verbs}
+    assert operations == {
+        ("get", "/v1/views"),
+        ("get", "/v1/views/{view}"),
+        ("post", "/v1/deltas"),
+        ("post", "/v1/batches"),
+        ("get", "/v1/status"),
+        ("get", "/healthz"),
+        ("get", "/readyz"),
+        ("get", "/metrics"),
+    }
+    names = {parameter["name"] for parameter in document["paths"]["/v1/views/{view}"]["get"]["parameters"]}
+    assert names == {"view", "where", "by", "top", "limit", "after", "max_staleness_ms", "timeout_ms"}
+    for reference in references(document):
+        found: Any = document
+        for part in reference.removeprefix("#/").split("/"):
+            found = found[part]
+
+
+def references(node: Any) -> list[str]:
+    if isinstance(node, list):
+        return [reference for item in node for reference in references(item)]
+    if isinstance(node, dict):
+        here = [node["$ref"]] if "$ref" in node else []
+        return here + [reference for item in node.values() for reference in references(item)]
+    return []

@@ -1,0 +1,345 @@
+"""The HTTP clients: what a server says comes back as values and errors; what goes wrong on the way is `Unavailable`."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.adapters import http as clients
+from pipeline.adapters.http import HttpLogWriter, HttpReader
+from pipeline.core.record import Definition
+from pipeline.core.token import Token
+from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
+from pipeline.ports import Message
+from pipeline.settings import QuerySettings
+from pipeline.topics import DELTAS
+from tests.query.support import Server, World, serving
+
+DEFINITION = Definition("v", "sum", ("x", "y"))
+
+
+@pytest.fixture
+def writer(server: Server) -> Iterator[HttpLogWriter]:
+    made = HttpLogWriter(server.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def reader(server: Server) -> Iterator[HttpReader]:
+    with HttpReader(server.url) as made:
+        yield made
+
+
+def messages(world: World, count: int, view: str = "v", partition: int = 0) -> list[Message]:
+    definition = Definition(view, "sum", ("x", "y"))
+    return [Message(DELTAS, partition, None, world.batch(partition, definition, {("a", str(i)): 1})) for i in range(count)]
+
+
+# Writing
+
+
+def test_batches_are_appended_in_order(server: Server, writer: HttpLogWriter, reader: HttpReader) -> None:
+    """Each message gets the `next_offset` that covers it, as from any log."""
+    assert writer.partition_count(DELTAS) == 4
+    results = writer.append(messages(server.world, 5, "ordered", 2), timeout_s=10)
+    start = results[0]
+    assert isinstance(start, int)
+    assert results == [start + i for i in range(5)]
+    server.world.fold()
+    assert reader.get("ordered", by=(), after=Token({2: results[-1]})).value() == 5  # type: ignore[dict-item]
+    assert writer.append([], timeout_s=1) == []
+
+
+def test_a_bad_batch_is_found_among_good_ones(server: Server, writer: HttpLogWriter) -> None:
+    """The server takes all or none; the client finds which it will not take, and the others are appended, in order."""
+    world = server.world
+    good = messages(world, 6, "picky", 1)
+    bad = Message(DELTAS, 1, None, b"\x01\x00\x00\x00\x01rubbish")
+    results = writer.append([*good[:2], bad, *good[2:5], bad, good[5]], timeout_s=10)
+    assert [type(result) for result in results] == [int, int, BadRecord, int, int, int, BadRecord, int]
+    taken = [result for result in results if isinstance(result, int)]
+    assert taken == sorted(taken)
+    world.fold()
+    assert server.view("picky", ("by", ""))["series"][0]["value"] == 6
+
+
+def test_a_batch_that_is_too_large_will_never_be_taken() -> None:
+    """413 is an error of that message alone, and not one to try again."""
+    with serving(World(settings=QuerySettings(body_bytes_max=1_024))) as server:
+        writer = HttpLogWriter(server.url)
+        small = messages(server.world, 2)
+        big = Message(DELTAS, 0, None, server.world.batch(0, DEFINITION, {("a" * 2_000, "b"): 1}))
+        results = writer.append([small[0], big, small[1]], timeout_s=10)
+        assert [type(result) for result in results] == [int, Invalid, int]
+        writer.close()
+
+
+def test_much_is_sent_in_several_requests(server: Server, writer: HttpLogWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request stays within what a server takes; a batch is never split."""
+    monkeypatch.setattr(clients, "REQUEST_BYTES_MAX", 200)
+    results = writer.append(messages(server.world, 20, "parts", 3), timeout_s=10)
+    start = results[0]
+    assert isinstance(start, int)
+    assert results == [start + i for i in range(20)]
+
+
+def test_only_batches_can_be_sent(writer: HttpLogWriter) -> None:
+    """Other topics are the log's own: a programming error."""
+    for message in (Message("changelog", 0, b"k", b"v"), Message(DELTAS, 0, None, None)):
+        with pytest.raises(Invalid):
+            writer.append([message], timeout_s=1)
+    with pytest.raises(Invalid):
+        writer.partition_count("changelog")
+
+
+def test_threads_share_a_writer(server: Server, writer: HttpLogWriter) -> None:
+    """Eight threads at once: every batch is acknowledged once, under an offset of its own."""
+    batches = [messages(server.world, 20, "shared", number % 4) for number in range(8)]
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda part=part: results.extend(writer.append([m], timeout_s=20)[0] for m in part))
+        for part in batches
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(result, int) for result in results)
+    server.world.fold()
+    assert server.view("shared", ("by", ""))["series"][0]["value"] == 160
+
+
+def test_a_connection_closed_while_idle_is_made_again(server: Server, writer: HttpLogWriter) -> None:
+    """A server that closed a kept connection, or was restarted, costs no error."""
+    assert isinstance(writer.append(messages(server.world, 1), timeout_s=10)[0], int)
+    for connection in writer._client._idle:
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    assert isinstance(writer.append(messages(server.world, 1), timeout_s=10)[0], int)
+
+
+def test_the_partition_count_is_remembered(free_port: int) -> None:
+    """A server that is away does not matter once it is known; before, it does."""
+    with pytest.raises(Unavailable):
+        HttpLogWriter(f"http://127.0.0.1:{free_port}").partition_count(DELTAS)
+    with serving(World(partition_count=3)) as server:
+        writer = HttpLogWriter(server.url)
+        assert writer.partition_count(DELTAS) == 3
+    writer._partition_count = (-1e9, 3)
+    assert writer.partition_count(DELTAS) == 3
+    writer.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_never_uses_its_parents_connection(server: Server, writer: HttpLogWriter) -> None:
+    """After a fork both go on, each on connections of its own."""
+    assert isinstance(writer.append(messages(server.world, 1, "forked"), timeout_s=10)[0], int)
+    (kept,) = writer._client._idle
+    batch = messages(server.world, 1, "forked")
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            result = writer.append(batch, timeout_s=10)[0]
+            fresh = all(connection is not kept for connection in writer._client._idle)
+            os.write(write_end, b"ok" if isinstance(result, int) and fresh else b"no")
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        assert pipe.read() == b"ok"
+    os.waitpid(pid, 0)
+    assert writer._client._idle == [kept]
+    assert isinstance(writer.append(messages(server.world, 1, "forked"), timeout_s=10)[0], int)
+    server.world.fold()
+    assert server.view("forked", ("by", ""))["series"][0]["value"] == 3
+
+
+# Servers that are none
+
+
+@contextmanager
+def peer(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The URL of something that reads a request and then does as told with the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stop = threading.Event()
+
+        def run() -> None:
+            listener.settimeout(0.05)
+            while not stop.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.settimeout(5)
+                    try:
+                        connection.recv(65_536)
+                        answer(connection)
+                    except OSError:
+                        pass
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            stop.set()
+            thread.join()
+
+
+def says(text: str) -> Callable[[socket.socket], None]:
+    return lambda connection: connection.sendall(text.encode())
+
+
+def http(status: str, body: str, headers: str = "") -> Callable[[socket.socket], None]:
+    return says(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}Connection: close\r\n\r\n{body}")
+
+
+def drip(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b" " * 300_000)
+        time.sleep(0.05)
+
+
+STRANGERS: list[Callable[[socket.socket], None]] = [
+    says(""),
+    says("SSH-2.0-OpenSSH_9.2\r\n"),
+    says("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort"),
+    says('HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"next_offsets":[1]}'),
+    says("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"),
+    says("HTTP/1.1 " + "x" * 70_000),
+    http("200 OK", "<html>"),
+    http("200 OK", '{"next_offsets":[1,2]}'),
+    http("200 OK", '{"next_offsets":["x"]}'),
+    http("301 Moved", "", "Location: /elsewhere\r\n"),
+    http("401 Unauthorized", "who are you"),
+    http("404 Not Found", "<html>nginx</html>"),
+    http("429 Too Many", "slow down"),
+    http("500 Oops", '{"type":"about:blank","title":"Oops","status":500,"detail":"bug"}'),
+    http("502 Bad Gateway", "\xff"),
+    http("503 No", '{"type":"urn:pipeline:error:NotReady","title":"","status":503,"detail":"restoring"}'),
+    http("504 Late", ""),
+    http("400 Bad", "<html>a proxy</html>"),
+    http("400 Bad", '{"error":"a proxy that speaks JSON"}'),
+    http("413 Too Large", "<html>nginx</html>"),
+    http("503 No", '{"type":"urn:pipeline:error:Invalid","title":"","status":503,"detail":"odd"}'),
+    lambda connection: time.sleep(0.5),
+    drip,
+]
+
+
+@pytest.mark.parametrize("answer", STRANGERS)
+def test_a_stranger_is_unavailable(answer: Callable[[socket.socket], None]) -> None:
+    """Whatever is no acknowledgement and no refusal by this API leaves the batch unsure: an error, soon, never raised."""
+    with peer(answer) as url:
+        writer = HttpLogWriter(url)
+        started = time.monotonic()
+        (result,) = writer.append([Message(DELTAS, 0, None, b"\x01\x00\x00\x00\x00")], timeout_s=0.3)
+        assert isinstance(result, Unavailable)
+        assert time.monotonic() - started < 3
+        writer.close()
+
+
+def test_nobody_is_there(free_port: int) -> None:
+    """A closed port and a name that does not exist are `Unavailable`, message by message."""
+    for url in (f"http://127.0.0.1:{free_port}", "http://host.invalid:1"):
+        results = HttpLogWriter(url).append([Message(DELTAS, 0, None, b"x")] * 2, timeout_s=5)
+        assert [type(result) for result in results] == [Unavailable] * 2
+        with pytest.raises(Unavailable):
+            HttpReader(url).views()
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8080", "ftp://x", "http://", "http://x:99999", "http://a@b", "http://x/?q"])
+def test_what_is_no_address_is_invalid(url: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(Invalid):
+        HttpReader(url)
+
+
+# Reading
+
+
+def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpReader) -> None:
+    """Each parameter arrives; the answer is typed."""
+    server.world.publish(
+        Definition("asked", "sum", ("x", "y")), {("a", "1"): 1, ("a", "2"): 2, ("b", "1"): 2**70, ("~", "é&=\0"): 4}
+    )
+    everything = reader.get("asked")
+    assert (everything.view, everything.kind, everything.by, len(everything.series)) == ("asked", "sum", None, 4)
+    assert everything.series[2].value == 2**70
+    assert everything.as_of.staleness_ms is not None
+    assert set(everything.as_of.next_offsets) == {"0", "1", "2", "3"}
+    assert reader.get("asked", {"x": "a", "y": "2"}).value() == 2
+    assert reader.get("asked", {"x": "~", "y": "é&=\0"}).value() == 4
+    assert reader.get("asked", ["x=~a|b", "y!=2"], by=["x"]).series == [
+        clients.Series({"x": "a"}, 1),
+        clients.Series({"x": "b"}, 2**70),
+    ]
+    assert reader.get("asked", "x=a", by=()).value() == 3
+    assert reader.get("asked", {"x": "none"}, by=()).value() is None
+    assert [series.labels for series in reader.get("asked", by="x").series] == [{"x": "a"}, {"x": "b"}, {"x": "~"}]
+    top = reader.get("asked", top=1)
+    assert (len(top.series), top.truncated, top.series_total) == (1, True, 4)
+    assert reader.get("asked", limit=3).truncated
+    assert reader.get("asked", by=(), after="0-0", max_staleness_ms=60_000, timeout_ms=500).series
+    with pytest.raises(Invalid, match="4 series"):
+        everything.value()
+
+
+def test_lists(server: Server, reader: HttpReader) -> None:
+    """Views and status."""
+    server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
+    assert clients.View("listed", "max", ["x"], None, 1) in reader.views()
+    assert reader.status()["partition_count"] == 4
+
+
+def test_problems_come_back_as_errors(server: Server, reader: HttpReader) -> None:
+    """Of the same name, with the server's words."""
+    server.world.publish(Definition("w", "sum", ("x",)), {("a",): 1})
+    with pytest.raises(NotFound, match="no view 'nothing'"):
+        reader.get("nothing")
+    for name in ("a/b", "..", "é", "a?b#c", ""):
+        with pytest.raises(PipelineError):
+            reader.get(name)
+    with pytest.raises(Invalid, match="no label 'country'"):
+        reader.get("w", {"country": "eu"})
+    with pytest.raises(Invalid, match="regular expression"):
+        reader.get("w", ["x=~("])
+    with pytest.raises(NotReady, match="partition 1 is at"):
+        reader.get("w", after=Token({1: 10**6}), timeout_ms=50)
+
+
+def test_a_reader_survives_a_restart_of_the_server() -> None:
+    """The next read makes a new connection."""
+    world = World()
+    world.publish(DEFINITION, {("a", "1"): 1})
+    with serving(world) as server:
+        port = server.port
+        reader = HttpReader(server.url)
+        assert reader.get("v", by=()).value() == 1
+    with pytest.raises(Unavailable):
+        reader.get("v")
+    world.reader = world.new_reader()
+    with serving(world, port) as server:
+        assert reader.get("v", by=()).value() == 1
+    reader.close()
+
+
+def test_clients_load_little() -> None:
+    """Publishing and reading over HTTP takes the standard library and msgspec, and few of the former."""
+    code = "import sys; import pipeline.adapters.http; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded: Sequence[str] = done.stdout.split()
+    assert not {"httpx", "requests", "fastapi", "starlette", "asyncio", "re2", "rocksdict"} & {*loaded}

@@ -1,0 +1,251 @@
+"""The bound on staleness is true, and as tight as what was seen allows."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core.record import NO_POSITION, Definition, Position
+from pipeline.core.view import Query
+from pipeline.errors import Unavailable
+from pipeline.ports import Watermarks
+from pipeline.query.reader import AsOf, ViewReader
+from pipeline.query.staleness import OBSERVATIONS_MAX, EndOffsets, bound_ms
+from pipeline.topics import DELTAS
+from tests.query.support import World
+
+DEFINITION = Definition("v", "sum")
+
+
+class FakeClock:
+    """One time for both clocks, which stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.s = 1_000.0
+
+    def now_ms(self) -> int:
+        return int((self.s + 1_700_000_000) * 1000)
+
+    def monotonic_s(self) -> float:
+        return self.s
+
+    def new_id(self) -> str:
+        return "an-id"
+
+
+def as_of(world: World) -> AsOf:
+    return world.reader.read(Query("v", by=()), deadline_s=1e18).as_of
+
+
+def partial_fold(world: World, number: int, count: int) -> None:
+    """Fold and commit up to `count` more records of one partition."""
+    partition = world.partitions[number]
+    reader = world.log.reader(DELTAS)
+    reader.assign({number: partition.task.next_offset})
+    for records in reader.poll(record_count_max=count, bytes_max=2**30, timeout_s=0):
+        partition.fold(records)
+    if partition.task.dirty:
+        partition.commit()
+
+
+actions = st.one_of(
+    st.tuples(st.just("append"), st.integers(0, 1)),
+    st.tuples(st.just("fold"), st.integers(0, 1), st.integers(1, 3)),
+    st.tuples(st.just("wait"), st.sampled_from([0.0002, 0.0015, 0.007, 0.05, 3.0])),
+    st.tuples(st.just("read")),
+    st.tuples(st.just("observe")),
+    st.tuples(st.just("away"), st.booleans()),
+)
+
+
+@given(st.lists(actions, min_size=5, max_size=40))
+def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) -> None:
+    """Whatever the log accepted and an answer lacks is no older than the answer says; and a reader that has it all says
+    next to nothing, unless it cannot see the log."""
+    clock = FakeClock()
+    world = World(partition_count=2, clock=clock)
+    for number in range(2):
+        world.append(number, DEFINITION, {(): 1})
+    world.fold()
+    accepted: dict[int, list[float]] = {0: [clock.s], 1: [clock.s]}
+    away = False
+
+    def watermarks(number: int) -> Watermarks:
+        if away:
+            raise Unavailable("the log is away")
+        return world.log.watermarks(DELTAS, number)
+
+    world.reader = ViewReader(stores=world.stores, watermarks=watermarks, clock=clock, settings=world.settings)
+    for action, *arguments in [*script, ("read",)]:
+        match action:
+            case "append":
+                number = arguments[0]
+                accepted[number].append(clock.s)
+                world.append(number, DEFINITION, {(): 1})
+            case "fold":
+                partial_fold(world, *arguments)
+            case "wait":
+                clock.s += arguments[0]
+            case "observe":
+                world.reader.partitions()
+            case "away":
+                away = arguments[0]
+            case "read":
+                answer = as_of(world)
+                missing = [at for number, times in accepted.items() for at in times[answer.next_offsets[str(number)] :]]
+                assert answer.staleness_ms is not None
+                assert answer.staleness_ms >= (clock.s - min(missing, default=clock.s)) * 1000
+                if not missing and not away:
+                    assert answer.staleness_ms <= 1
+                folded = [accepted[number][answer.next_offsets[str(number)] - 1] for number in range(2)]
+                assert answer.staleness_ms <= (clock.s - min(folded)) * 1000 + 2
+
+
+def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
+    """With nothing folded and the log away, the bound is unknown; one unknown partition makes the whole unknown."""
+    clock = FakeClock()
+    world = World(partition_count=2, clock=clock)
+    world.append(0, DEFINITION, {(): 1})
+    world.fold()
+
+    def away(number: int) -> Watermarks:
+        raise Unavailable("the log is away")
+
+    world.reader = ViewReader(stores=world.stores, watermarks=away, clock=clock, settings=world.settings)
+    assert as_of(world).staleness_ms is None
+    assert [state.staleness_ms for state in world.reader.partitions()] == [1, None]
+    assert [state.end_offset for state in world.reader.partitions()] == [None, None]
+
+
+def test_a_reader_behind_the_log_grows_stale() -> None:
+    """What was seen before the missing record was accepted bounds it, tighter than the last folded record does."""
+    clock = FakeClock()
+    world = World(partition_count=1, clock=clock)
+    world.append(0, DEFINITION, {(): 1})
+    world.fold()
+    clock.s += 60
+    assert as_of(world).staleness_ms == 0
+    clock.s += 5
+    world.append(0, DEFINITION, {(): 1})
+    clock.s += 2
+    assert as_of(world).staleness_ms == 7_000
+    world.fold()
+    assert as_of(world).staleness_ms == 0
+
+
+def test_gauges_say_lag_and_staleness() -> None:
+    """`partitions` sets both, by partition."""
+    clock = FakeClock()
+    world = World(partition_count=2, clock=clock)
+    as_of_nothing = world.reader.partitions()
+    assert [(state.lag, state.staleness_ms) for state in as_of_nothing] == [(0, 0), (0, 0)]
+    clock.s += 1.5
+    world.append(1, DEFINITION, {(): 1})
+    world.append(1, DEFINITION, {(): 1})
+    clock.s += 1
+    world.reader.partitions()
+    text = world.metrics.render()[0].decode()
+    assert 'pipeline_lag_records{partition="0"} 0.0' in text
+    assert 'pipeline_lag_records{partition="1"} 2.0' in text
+    assert 'pipeline_staleness_seconds{partition="1"} 2.5' in text
+
+
+@given(st.lists(st.tuples(st.floats(0.0001, 1.0), st.integers(0, 3)), min_size=1, max_size=60), st.data())
+def test_forgetting_makes_the_bound_looser_never_wrong(steps: list[tuple[float, int]], data: st.DataObject) -> None:
+    """The memory of end offsets answers as one that forgets nothing, or with an earlier time."""
+    kept = EndOffsets()
+    times: list[float] = []
+    offsets: list[int] = []
+    at_s, end = 0.0, data.draw(st.integers(0, 2))
+    for wait_s, more in steps:
+        at_s, end = at_s + wait_s / 20, end + more
+        kept.observe(at_s, end)
+        times.append(at_s)
+        offsets.append(end)
+        wanted = data.draw(st.integers(0, end + 1))
+        i = bisect_right(offsets, wanted)
+        found = kept.reached_s(wanted)
+        assert (found is None) if i == 0 else (found is None or found <= times[i - 1])
+    assert kept.reached_s(end) == at_s
+
+
+def test_a_minute_is_remembered_in_bounded_memory() -> None:
+    """However many are seen, few are kept: the last minute nearly in full, and the first one."""
+    kept = EndOffsets()
+    for i in range(20_000):
+        kept.observe(i * 0.02, i)
+    assert len(kept._offsets) <= OBSERVATIONS_MAX
+    assert kept.reached_s(0) == 0
+    for age_s, error_s in ((0, 0.0), (10, 0.1), (30, 0.2), (60, 1.0)):
+        next_offset = 19_999 - 50 * age_s
+        found = kept.reached_s(next_offset)
+        assert found is not None
+        assert 0 <= next_offset * 0.02 - found <= error_s + 1e-6
+    for i in range(5_000):
+        kept.observe(400 + i * 0.0001, 20_000 + i)
+    assert len(kept._offsets) <= OBSERVATIONS_MAX
+
+
+def test_late_and_fallen_observations() -> None:
+    """One that comes after a newer one is dropped; a log that ends earlier than before was made anew."""
+    kept = EndOffsets()
+    kept.observe(2.0, 10)
+    kept.observe(1.0, 5)
+    assert kept.reached_s(7) is None
+    kept.observe(3.0, 4)
+    assert (kept.reached_s(4), kept.reached_s(3), kept.reached_s(10)) == (3.0, None, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("position", "reached_s", "bound"),
+    [
+        (NO_POSITION, None, None),
+        (NO_POSITION, 9.9995, 1),
+        (NO_POSITION, 10.0, 0),
+        (NO_POSITION, 8.0, 2_000),
+        (Position(1, 0, 49_400), 8.0, 2_000),
+        (Position(1, 0, 49_400), None, 601),
+        (Position(1, 0, 50_000), None, 1),
+        (Position(1, 0, 50_001), None, None),
+        (Position(1, 0, 50_001), 8.0, 2_000),
+    ],
+)
+def test_what_was_seen_counts_before_the_wall_clock(position: Position, reached_s: float | None, bound: int | None) -> None:
+    """Rounded up; a last record from the future says nothing."""
+    assert bound_ms(position, reached_s, now_s=10.0, now_ms=50_000) == bound
+
+
+def test_ends_are_noted_before_the_store_is_looked_at() -> None:
+    """What is folded between the two can only make an answer fresher than it says."""
+    clock = FakeClock()
+    world = World(partition_count=1, clock=clock)
+    world.append(0, DEFINITION, {(): 1})
+    world.fold()
+    order: list[str] = []
+
+    def noting(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object) -> object:
+            order.append(name)
+            return call(*arguments)
+
+        return noted
+
+    store = world.partitions[0].store
+    store.get = noting("store", store.get)  # type: ignore[method-assign]
+    store.snapshot = noting("store", store.snapshot)  # type: ignore[method-assign]
+    watermarks = noting("ends", lambda number: world.log.watermarks(DELTAS, number))
+    reader = ViewReader(stores=world.stores, watermarks=watermarks, clock=clock, settings=world.settings)  # type: ignore[arg-type]
+    reader.definition("v")
+    for call in (
+        lambda: reader.point(Query("v")),
+        lambda: reader._scan(Query("v"), 1e18),
+        reader.views,
+        reader.partitions,
+    ):
+        clock.s += 1
+        order.clear()
+        call()
+        assert order[0] == "ends"
+        assert "ends" not in order[1:]
