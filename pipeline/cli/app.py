@@ -1,0 +1,286 @@
+"""The commands of `pipeline`. Each imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import DEFAULT_URL, Data, From, Host, Json, LogJson, LogLevel, Port, Set, To, load
+from pipeline.errors import PipelineError
+
+app = typer.Typer(
+    name="pipeline",
+    epilog="Exit codes: 0 fine, 1 failed, 2 the call or a setting is wrong, 3 a commit failed: start it again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("delta-pipeline"))
+        except PackageNotFoundError:
+            print("not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Count things in production: publish deltas, fold them exactly once, read merged views.
+
+    \b
+        pipeline demo                see it work, on this machine's own numbers
+        pipeline up --data ./data    run log, worker and query API; then, elsewhere:
+        printf 'path,ms\\n/,12\\n' | pipeline publish requests --value ms --labels path -
+        pipeline get requests --by path
+    """
+
+
+@app.command()
+def up(
+    data: Data = None,
+    port: Port = None,
+    host: Host = None,
+    partitions: Annotated[
+        int | None, typer.Option(metavar="N", help="Partitions of a new log; fixed once it exists.")
+    ] = None,
+    fsync: Annotated[bool | None, typer.Option("--fsync", help="Acknowledge only what survives power loss.")] = None,
+    accept_loss: Annotated[
+        bool | None, typer.Option("--accept-loss", help="Go on although records were deleted before they were folded.")
+    ] = None,
+    set_: Set = None,
+    log_level: LogLevel = "warning",
+    log_json: LogJson = False,
+    json: Json = False,
+) -> None:
+    """Run log, worker and query API in one process.
+
+    \b
+        pipeline up --data ./data --port 8080
+        pipeline up --data ./data --fsync --set commit_interval_ms=20
+
+    There is no broker: everything is in one directory, which one process has at a time. Publish to the URL it prints, read
+    from it, open it in a browser (/docs). Ctrl-C or SIGTERM commits and stops; kill -9 loses nothing that was acknowledged.
+    Settings come from pipeline.toml (or the file that PIPELINE_CONFIG names), then PIPELINE_* variables, then flags. Exit
+    code 3 means that a commit failed: start it again.
+    """
+    from pipeline.cli import console
+
+    console.configure_logging(log_level, as_json=log_json)
+    from pipeline.cli.up import run_up
+
+    config = load(set_, data=data, port=port, host=host, partitions=partitions, fsync=fsync, accept_loss=accept_loss)
+    raise SystemExit(run_up(config, as_json=json))
+
+
+@app.command()
+def publish(
+    view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of the view.")],
+    source: Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")],
+    to: To = DEFAULT_URL,
+    kind: Annotated[str, typer.Option(metavar="KIND", help="sum, min, max, mean or last.")] = "sum",
+    value: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Where the value is. Without it a sum counts lines.")
+    ] = None,
+    labels: Annotated[
+        str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")
+    ] = "",
+    ts: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="For kind last: when; ms since 1970, or RFC 3339.")
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad lines, leave them out, and go on.")] = False,
+    start_line: Annotated[int, typer.Option(metavar="N", min=1, help="Go on at this line of the input.")] = 1,
+    timeout_ms: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How long the server may be away. Setting close_timeout_ms.")
+    ] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Publish a CSV or NDJSON file, or a pipe, as deltas.
+
+    \b
+        pipeline publish revenue --value amount --labels region,product sales.csv
+        pipeline publish logins --labels country=Land --format ndjson - < events.log
+        pipeline publish price --kind last --value price --ts at --labels symbol quotes.csv
+
+    Each row is one delta. A CSV begins with a header line. Ints are exact at any size; other numbers are floats. For kind
+    last, a CSV cell that is a JSON number, true, false, null or quoted text is that, and anything else is text.
+
+    A bad line ends the run (exit code 1). Of a file nothing is published then: all of it is checked before the first row
+    is sent. A pipe can't be read twice: its rows go as they come, so those before the bad line are published, and the
+    run says which. With --skip-bad either goes on; bad lines are reported, the first 20 with their numbers.
+
+    Ends when everything is acknowledged, and prints the token for `pipeline get --after`. Ctrl-C publishes what was read
+    and says up to which line; --start-line goes on from there. Publishing a line twice counts it twice.
+    """
+    from pipeline.cli.publish import make_request, run_publish, with_timeout
+
+    request = make_request(
+        view=view,
+        url=to,
+        kind=kind,
+        value=value,
+        labels=labels,
+        ts=ts,
+        format_=format_,
+        source=source,
+        skip_bad=skip_bad,
+        start_line=start_line,
+        as_json=json,
+    )
+    raise SystemExit(run_publish(request, with_timeout(load(set_).publisher, timeout_ms)))
+
+
+@app.command()
+def get(
+    view: Annotated[
+        str | None, typer.Argument(metavar="[VIEW]", help="Name of the view; without it, all are listed.")
+    ] = None,
+    url: From = DEFAULT_URL,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=VALUE", help="Also != and, with regular expressions, =~ and !~. All must hold."),
+    ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="Merge series to these labels. Can be repeated: a,b or --by b.")
+    ] = None,
+    total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,
+    top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
+    max_staleness_ms: Annotated[
+        int | None, typer.Option(metavar="N", help="Wait for an answer at most so stale, or fail.")
+    ] = None,
+    timeout_ms: Annotated[int | None, typer.Option(metavar="N", min=1, help="How long to wait and work.")] = None,
+    json: Json = False,
+) -> None:
+    """Read a merged view, or list all views.
+
+    \b
+        pipeline get
+        pipeline get revenue --by region
+        pipeline get revenue --where region=eu --where 'product!~t.*' --top 10
+        pipeline get revenue --total --after 0-42.3-17 --json
+
+    Every answer says how stale it is at most. --json prints the answer of the HTTP API as it came.
+    """
+    from pipeline.cli.read import Read, run_get, run_views
+
+    asked = (where, by, total, top, limit, after, max_staleness_ms, timeout_ms)
+    if view is None:
+        if any(asked):
+            raise typer.BadParameter("the other options are for a view: pipeline get VIEW")
+        raise SystemExit(run_views(url, as_json=json))
+    read = Read(view, where or [], by or [], total, top, limit, after, max_staleness_ms, timeout_ms)
+    raise SystemExit(run_get(url, read, as_json=json))
+
+
+@app.command()
+def status(url: From = DEFAULT_URL, json: Json = False) -> None:
+    """Show lag, staleness and restore of each partition.
+
+    \b
+        pipeline status --from http://127.0.0.1:8080
+    """
+    from pipeline.cli.read import run_status
+
+    raise SystemExit(run_status(url, as_json=json))
+
+
+@app.command()
+def demo(
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="TIME", help="How long, such as 20s or 2m. Not given: until Ctrl-C.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DIR", help="A new folder for the state, which is kept.")
+    ] = None,
+    port: Port = None,
+    set_: Set = None,
+    log_level: LogLevel = "warning",
+    json: Json = False,
+) -> None:
+    """Try it on this machine's own numbers.
+
+    \b
+        pipeline demo --for 20s
+
+    Records what this machine is doing, shows it live, and compares every answer with an independent count. Starts a server
+    for the time of the run, on port 8080 or, if that is taken, a free one. Exit code 1 means that an answer was wrong.
+    Where no terminal is, it runs for 20 s.
+    """
+    from pipeline.cli import console
+
+    console.configure_logging(log_level)
+    from pipeline.cli.demo import parse_duration_s, run_demo
+
+    seconds = None if for_ is None else parse_duration_s(for_)
+    raise SystemExit(run_demo(load(set_, port=port), data=data, port=port, seconds=seconds, as_json=json))
+
+
+@app.command()
+def verify(
+    data: Data = None,
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="Differences that are listed for each partition.")] = 20,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Compare every store with its changelog.
+
+    \b
+        pipeline verify --data ./data
+
+    Changes nothing, and needs free disk for one store. For when nothing runs on the directory. A store that is behind after
+    kill -9 is no difference: the next start brings it up to date. Exit code 1 means that there are differences.
+    """
+    from pipeline.cli import console
+
+    console.configure_logging("warning")
+    from pipeline.cli.verify import run_verify
+
+    raise SystemExit(run_verify(load(set_, data=data), as_json=json, limit=limit))
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which benchmarks; without any, all.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small size: only to see that they run.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure speed and memory against their targets, on this machine.
+
+    \b
+        pipeline bench
+        pipeline bench record fold-unique
+
+    For a checkout. Each line has a baseline that was measured in the same run: on a busy machine, trust the ratios. Takes
+    some minutes. Exit code 1 means that a target was not met.
+    """
+    from pipeline.cli.bench import run_bench
+
+    raise SystemExit(run_bench(names or [], quick=quick, as_json=json))
+
+
+def run() -> None:
+    """Run the command of this process' arguments."""
+    try:
+        app(prog_name="pipeline")
+    except PipelineError as error:
+        from pipeline.cli import console
+
+        raise SystemExit(console.explain(error)) from None

@@ -1,0 +1,76 @@
+"""What every command prints with: exit codes, errors, JSON, logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from pipeline.errors import Fenced, Invalid, PipelineError
+
+OK, FAILED, USAGE, FATAL = 0, 1, 2, 3
+"""Exit codes: fine; failed; the call or a setting is wrong; fenced, or a commit failed: restart me."""
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def write(data: bytes) -> None:
+    """All of `data` to standard output, which PYTHONUNBUFFERED makes a file that may take a part of it and say nothing."""
+    sys.stdout.flush()
+    left = memoryview(data)
+    while left:
+        left = left[sys.stdout.buffer.write(left) :]
+    sys.stdout.buffer.flush()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document to standard output."""
+    write(msgspec.json.encode(value) + b"\n")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelled out: what others publish must not steer this terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def print_error(error: object) -> None:
+    """One line to standard error."""
+    err.print(f"pipeline: {printable(str(error))}", style="red", markup=False, soft_wrap=True)
+
+
+def explain(error: PipelineError) -> int:
+    """Print the error; the exit code that it calls for."""
+    print_error(error)
+    if isinstance(error, Fenced):
+        return FATAL
+    return USAGE if isinstance(error, Invalid) else FAILED
+
+
+def configure_logging(level: str, *, as_json: bool = False) -> None:
+    """Render the standard library's loggers through structlog, to standard error."""
+    import structlog
+
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if not number:
+        raise Invalid(f"--log-level {level}: debug, info, warning, error or critical")
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=err.is_terminal)
+    last = [structlog.processors.format_exc_info] if as_json else []
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(number)

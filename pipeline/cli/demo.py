@@ -1,0 +1,321 @@
+"""`pipeline demo`: the whole way on real input, and the proof that nothing was lost on it or counted twice."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.cli import console
+from pipeline.cli.machine import VIEWS, Nothing, Source, sources
+from pipeline.cli.screen import Screen
+from pipeline.cli.server import bind
+from pipeline.cli.signals import Stop, stopping_on_signals
+from pipeline.cli.tally import Recorder, differences, expected_answers
+from pipeline.cli.up import Up
+from pipeline.config import Config
+from pipeline.connect import Publisher, Reader
+from pipeline.core.token import Token
+from pipeline.errors import Invalid, NotFound, PipelineError
+from pipeline.ports import Clock
+
+_log = logging.getLogger(__name__)
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+UNATTENDED_S = 20.0
+"""How long it runs when nobody said so and nobody is there to press Ctrl-C."""
+_LOOK_EVERY_S = 0.1
+_REST_FACTOR = 9
+"""A source rests so many times as long as its look took: it uses at most a tenth of a CPU, however many processes run."""
+_SCREEN_EVERY_S = 0.5
+_START_TIMEOUT_S = 60.0
+_FLUSH_TIMEOUT_S = 30.0
+_JOIN_TIMEOUT_S = 10.0
+_PRINTED_MAX = 20
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What a run says at its end."""
+
+    url: str
+    seconds: float
+    threads: int
+    deltas_recorded: int
+    batches_sent: int
+    entries_stored: int
+    """Series entries in all stores, by the server's own count."""
+    views_compared: int
+    series_compared: int
+    differences: list[str]
+    notes: list[str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every answer is what the demo counted itself."""
+        return not self.differences
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of `500ms`, `20s`, `2m` or `1h`; `Invalid` for anything else."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise Invalid(f"--for {text[:50]!r}: a time is needed, such as 500ms, 20s, 2m or 1h")
+    return float(match[1]) * _UNIT_S[match[2]]
+
+
+class _Server:
+    """`pipeline up` in a thread."""
+
+    def __init__(self, config: Config) -> None:
+        self.exit_code = console.OK
+        self._up = Up(config)
+        self.url = self._up.url
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="demo-server")
+
+    def _run(self) -> None:
+        self.exit_code = console.FATAL
+        self.exit_code = self._up.run(lambda _: self._ready.set())
+
+    @property
+    def running(self) -> bool:
+        """Whether it still serves."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Return once it answers. Raises `PipelineError` if it ends before."""
+        self._thread.start()
+        for _ in range(int(_START_TIMEOUT_S / _LOOK_EVERY_S)):
+            if self._ready.wait(_LOOK_EVERY_S):
+                return
+            if not self.running:
+                break
+        raise PipelineError("the server did not start")
+
+    def stop(self) -> None:
+        """Commit, close, and wait for it."""
+        self._up.stop()
+        self._thread.join()
+
+
+class _Recording:
+    """A thread for each source, until `stop`."""
+
+    def __init__(self, views: dict[str, Any], clock: Clock) -> None:
+        self._clock = clock
+        self._stop = threading.Event()
+        self.failures: list[str] = []
+        """What must not happen: deltas that could not be recorded, threads that did not end."""
+        self.notes: list[str] = []
+        """What this machine does not show."""
+        self._sources = sources(clock)
+        self.recorders = [Recorder(views, clock) for _ in self._sources]
+        self._threads = [
+            threading.Thread(target=self._record, args=pair, name=f"demo-{pair[0].name}", daemon=True)
+            for pair in zip(self._sources, self.recorders, strict=True)
+        ]
+
+    @property
+    def delta_count(self) -> int:
+        """Recorded so far."""
+        return sum(recorder.delta_count for recorder in self.recorders)
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End all threads."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(_JOIN_TIMEOUT_S)
+            if thread.is_alive():
+                self.failures.append(f"thread {thread.name} does not end")
+
+    def _record(self, source: Source, recorder: Recorder) -> None:
+        looks = 0
+        try:
+            while not self._stop.is_set():
+                started_s = self._clock.monotonic_s()
+                source.look(recorder)
+                took_s = self._clock.monotonic_s() - started_s
+                recorder.record("samples", 1)
+                recorder.record("sample_us", round(took_s * 1e6), source.name)
+                looks += 1
+                self._stop.wait(max(_LOOK_EVERY_S - took_s, _REST_FACTOR * took_s))
+        except PipelineError as error:
+            self.failures.append(f"{source.name}: could not record: {error}")
+        except Nothing as nothing:
+            self.notes.append(f"{source.name}: {nothing}: this machine has none, or a sandbox hides them")
+        except Exception as error:  # what psutil does where /proc is missing or has another shape is not for us to list
+            _log.debug("source %s", source.name, exc_info=True)
+            self.notes.append(f"{source.name}: can't be read here after {looks} looks: {type(error).__name__}: {error}")
+
+
+def run_demo(config: Config, *, data: str | None, port: int | None, seconds: float | None, as_json: bool) -> int:
+    """Run for `seconds`, or until SIGINT or SIGTERM; the exit code, 0 if every answer equals the demo's own count.
+
+    Without `data` the state lives in a folder that is removed at the end; without `port` a free one will do.
+    Raises `Invalid` if `data` is not empty: what is in there already was not counted by this run.
+    """
+    if seconds is None and not console.out.is_terminal:
+        seconds = UNATTENDED_S
+    with stopping_on_signals() as stop, _folder(data) as folder:
+        config = replace(config, log=replace(config.log, data=str(folder)), query=_with_port(config, port))
+        server = _Server(config)
+        try:
+            server.start()
+            summary = _run(server, config, seconds, stop, as_json=as_json)
+        finally:
+            server.stop()
+        if as_json:
+            console.print_json({**msgspec.to_builtins(summary), "equal": summary.equal})
+        else:
+            _print(summary, data)
+    if server.exit_code != console.OK:
+        return server.exit_code
+    return console.OK if summary.equal else console.FAILED
+
+
+@contextmanager
+def _folder(data: str | None) -> Iterator[Path]:
+    if data is None:
+        with tempfile.TemporaryDirectory(prefix="pipeline-demo-") as folder:
+            yield Path(folder)
+        return
+    path = Path(data).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise Invalid(f"--data {path}: the demo needs a new or empty folder, because it compares everything that is in it")
+    yield path
+
+
+def _with_port(config: Config, port: int | None) -> Any:
+    if port is None:
+        try:
+            bind(config.query).close()
+        except Invalid:
+            return replace(config.query, port=0)
+    return config.query
+
+
+def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, as_json: bool) -> Summary:
+    clock = SystemClock()
+    if as_json:
+        console.print_json({"url": server.url, "data": config.log.data})
+    else:
+        console.out.print(f"server at {server.url}, its API at {server.url}/docs", markup=False, soft_wrap=True)
+    with Reader(server.url) as reader, _publisher(server, config) as publisher:
+        views = {d.view: publisher.view(d.kind, d.view, labels=d.labels) for d in VIEWS}
+        recording = _Recording(views, clock)
+        started_s = clock.monotonic_s()
+        recording.start()
+        try:
+            with Screen(reader, VIEWS, server.url, quiet=as_json) as screen:
+                while not stop.is_set() and server.running:
+                    elapsed_s = clock.monotonic_s() - started_s
+                    left_s = _SCREEN_EVERY_S if seconds is None else seconds - elapsed_s
+                    if left_s <= 0 or stop.wait(min(left_s, _SCREEN_EVERY_S)):
+                        break
+                    elapsed_s = clock.monotonic_s() - started_s
+                    screen.update(elapsed_s, recording.delta_count, publisher.stats(), recording.notes)
+        finally:
+            recording.stop()
+        return _summary(server, config, publisher, reader, recording, clock.monotonic_s() - started_s)
+
+
+@contextmanager
+def _publisher(server: _Server, config: Config) -> Iterator[Publisher]:
+    publisher = Publisher(server.url, **asdict(config.publisher))
+    try:
+        yield publisher
+    finally:
+        try:
+            publisher.close(_FLUSH_TIMEOUT_S if server.running else 0.0)
+        except PipelineError as error:  # what could not be flushed is among the differences already
+            _log.warning("closing the publisher: %s", error)
+
+
+def _summary(
+    server: _Server, config: Config, publisher: Publisher, reader: Reader, recording: _Recording, seconds: float
+) -> Summary:
+    """Flush, wait until all of it is in the answers, and compare every series of every view."""
+    found = list(recording.failures)
+    series_count = entry_count = 0
+    expected = expected_answers(VIEWS, recording.recorders)
+    try:
+        token = publisher.flush(_FLUSH_TIMEOUT_S if server.running else 0.0) | _everything(reader)
+        for definition in VIEWS:
+            known = expected[definition.view]
+            try:
+                answer = reader.get(
+                    definition.view, after=token, limit=config.query.limit_max, timeout_ms=config.query.timeout_ms_max
+                )
+            except NotFound:
+                if known:
+                    found.append(f"{definition.view}: {len(known)} series were recorded, but there is no such view")
+                continue
+            found += differences(definition, known, answer)
+            series_count += len(known.keys() | {tuple(row.labels.values()) for row in answer.series})
+        stored = reader.views()
+        entry_count = sum(view.series_count for view in stored)
+        found += [f"{view.name}: this view was not recorded by the demo" for view in stored if view.name not in expected]
+    except PipelineError as error:
+        found.append(f"could not be compared: {error}")
+    stats = publisher.stats()
+    if stats["deltas"] != recording.delta_count:
+        found.append(f"{recording.delta_count} deltas were recorded, but the publisher drained {stats['deltas']}")
+    return Summary(
+        url=server.url,
+        seconds=round(seconds, 1),
+        threads=len(recording.recorders),
+        deltas_recorded=recording.delta_count,
+        batches_sent=stats["batches"],
+        entries_stored=entry_count,
+        views_compared=sum(map(bool, expected.values())),
+        series_compared=series_count,
+        differences=found,
+        notes=list(recording.notes),
+    )
+
+
+def _everything(reader: Reader) -> Token:
+    """What covers all that the log holds: also a batch that came twice must be folded before answers are compared."""
+    return Token({partition["partition"]: partition["end_offset"] for partition in reader.status()["partitions"]})
+
+
+def _print(summary: Summary, data: str | None) -> None:
+    lines: list[str] = [
+        f"deltas recorded  {summary.deltas_recorded:,} by {summary.threads} threads in {summary.seconds:.1f} s",
+        f"batches sent     {summary.batches_sent:,}",
+        f"entries stored   {summary.entries_stored:,}",
+        f"series compared  {summary.series_compared:,} in {summary.views_compared} views",
+        *(f"note             {note}" for note in summary.notes),
+    ]
+    for line in lines:
+        console.out.print(line, markup=False, soft_wrap=True)
+    if summary.equal:
+        console.out.print("answers          all equal to the demo's own count", style="green")
+    else:
+        console.out.print(
+            f"answers          {len(summary.differences):,} DIFFERENCES from the demo's own count", style="red"
+        )
+        _print_differences(summary.differences)
+    if data is not None:
+        console.out.print(f"state kept in {data}: pipeline verify --data {data}", markup=False, soft_wrap=True)
+
+
+def _print_differences(found: Sequence[str]) -> None:
+    for difference in found[:_PRINTED_MAX]:
+        console.out.print(f"  {console.printable(difference)}", markup=False, soft_wrap=True)
+    if len(found) > _PRINTED_MAX:
+        console.out.print(f"  and {len(found) - _PRINTED_MAX:,} more (--json shows all)")

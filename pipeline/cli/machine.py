@@ -1,0 +1,221 @@
+"""What this machine is really doing, as deltas: the input of `pipeline demo`.
+
+Counters of the system only ever become deltas here: what they grew by between two looks. The first look at a counter
+records nothing, and one that was reset has grown by what it shows now, so no delta is ever negative.
+
+Everything recorded is an int, a text, a bool or a float that is a multiple of 1/64. Floats like that add up without
+rounding, in any order, so that the demo's own count can be compared with the answers for equality, not for nearness.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from pipeline.core.record import Definition
+from pipeline.ports import Clock
+
+VIEWS: tuple[Definition, ...] = (
+    Definition("cpu_ms", "sum", ("process",)),
+    Definition("cpu_percent", "max", ("cpu",)),
+    Definition("network_bytes", "sum", ("interface", "direction")),
+    Definition("disk_bytes", "sum", ("disk", "direction")),
+    Definition("switches", "sum", ("kind",)),
+    Definition("memory_available_bytes", "min"),
+    Definition("load", "mean"),
+    Definition("machine", "last", ("fact",)),
+    Definition("samples", "sum"),
+    Definition("sample_us", "mean", ("source",)),
+)
+"""What the demo records. `samples` is one series that all sources' threads share."""
+
+_SYS_BLOCK = Path("/sys/block")
+
+
+class Sink(Protocol):
+    """Where readings go."""
+
+    def record(self, view: str, value: Any, *labels: str) -> None:
+        """One delta of a view of `VIEWS`, with its label values in their order."""
+        ...
+
+
+class Nothing(Exception):
+    """This machine, or what a sandbox shows of it, has no such counters."""
+
+
+class Source(Protocol):
+    """One thing to look at, again and again, from one thread."""
+
+    name: str
+
+    def look(self, sink: Sink) -> None:
+        """Record what has happened since the last look. Raises `Nothing`, or whatever psutil does."""
+        ...
+
+
+class Growth:
+    """By how much counters have grown since the last look."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], int] = {}
+
+    def of(self, values: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
+        """Those that have grown; one that is not among `values` any more is forgotten."""
+        seen, self._seen = self._seen, dict(values)
+        grown = []
+        for key, value in values.items():
+            before = seen.get(key, value)
+            delta = value - before if value >= before else value
+            if delta > 0:
+                grown.append((key, delta))
+        return grown
+
+
+def printable(text: str) -> str:
+    """A name that somebody else chose, as a label value and for a terminal: valid Unicode, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:200] or "?"
+
+
+class Processes:
+    """CPU ms, by the name of the process. One that has ended takes what it used since the last look with it."""
+
+    name = "processes"
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, float], int] | None = None
+
+    def look(self, sink: Sink) -> None:
+        seen: dict[tuple[int, float], int] = {}
+        for process in psutil.process_iter(["name", "create_time", "cpu_times"]):
+            times = process.info["cpu_times"]
+            if times is None:
+                continue  # not ours to see
+            key = process.pid, process.info["create_time"] or 0.0  # pids are used again
+            total_ms = round(1000 * (times.user + times.system))
+            # One that the last look did not show has begun since then: all of its time is new.
+            before_ms = total_ms if self._seen is None else self._seen.get(key, 0)
+            if total_ms > before_ms:
+                sink.record("cpu_ms", total_ms - before_ms, printable(process.info["name"] or "?"))
+            seen[key] = max(total_ms, before_ms)
+        if not seen:
+            raise Nothing("no CPU time of processes")
+        self._seen = seen
+
+
+class Cpus:
+    """The busiest moment of each CPU, in whole percent."""
+
+    name = "cpus"
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def look(self, sink: Sink) -> None:
+        percents = psutil.cpu_percent(percpu=True)  # since this thread's last call
+        if not percents:
+            raise Nothing("no use of CPUs")
+        if not self._first:
+            for cpu, percent in enumerate(percents):
+                sink.record("cpu_percent", round(percent), str(cpu))
+        self._first = False
+
+
+class Network:
+    """Bytes, by interface and direction."""
+
+    name = "network"
+
+    def __init__(self) -> None:
+        self._growth = Growth()
+
+    def look(self, sink: Sink) -> None:
+        counters = psutil.net_io_counters(pernic=True, nowrap=False) or {}
+        if not counters:
+            raise Nothing("no network interfaces")
+        values = {(name, "received"): c.bytes_recv for name, c in counters.items()}
+        values.update({(name, "sent"): c.bytes_sent for name, c in counters.items()})
+        for (name, direction), delta in self._growth.of(values):
+            sink.record("network_bytes", delta, printable(name), direction)
+
+
+class Disks:
+    """Bytes, by disk and direction."""
+
+    name = "disks"
+
+    def __init__(self) -> None:
+        self._growth = Growth()
+
+    def look(self, sink: Sink) -> None:
+        counters = psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
+        # Linux lists partitions beside their disks, which would count each byte twice.
+        disks = {n: c for n, c in counters.items() if not _SYS_BLOCK.is_dir() or (_SYS_BLOCK / n).exists()}
+        if not disks:
+            raise Nothing("no disk counters")
+        values = {(name, "read"): c.read_bytes for name, c in disks.items()}
+        values.update({(name, "written"): c.write_bytes for name, c in disks.items()})
+        for (name, direction), delta in self._growth.of(values):
+            sink.record("disk_bytes", delta, printable(name), direction)
+
+
+class Switches:
+    """Context switches and interrupts of the whole machine, by kind."""
+
+    name = "switches"
+
+    def __init__(self) -> None:
+        self._growth = Growth()
+
+    def look(self, sink: Sink) -> None:
+        stats = psutil.cpu_stats()
+        values = {
+            ("context", ""): stats.ctx_switches,
+            ("interrupt", ""): stats.interrupts,
+            ("soft_interrupt", ""): stats.soft_interrupts,
+        }
+        if not any(values.values()):
+            raise Nothing("no counts of context switches")
+        for (kind, _), delta in self._growth.of(values):
+            sink.record("switches", delta, kind)
+
+
+class Memory:
+    """The least available memory, in bytes."""
+
+    name = "memory"
+
+    def look(self, sink: Sink) -> None:
+        sink.record("memory_available_bytes", int(psutil.virtual_memory().available))
+
+
+class Facts:
+    """Load, and what the machine is: texts, numbers and a bool."""
+
+    name = "facts"
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def look(self, sink: Sink) -> None:
+        sink.record("machine", printable(platform.node()), "hostname")
+        sink.record("machine", printable(platform.platform()), "system")
+        cpu_count = os.cpu_count() or 1
+        sink.record("machine", cpu_count, "cpu_count")
+        load = psutil.getloadavg()[0]
+        sink.record("load", round(load * 64) / 64)
+        sink.record("machine", load > cpu_count, "overloaded")
+        up_s = max(0, self._clock.now_ms() // 1000 - int(psutil.boot_time()))
+        sink.record(
+            "machine", f"{up_s // 86_400} d {up_s // 3600 % 24:02} h {up_s // 60 % 60:02} min {up_s % 60:02} s", "uptime"
+        )
+
+
+def sources(clock: Clock) -> list[Source]:
+    """All of them, one for each thread that records."""
+    return [Processes(), Cpus(), Network(), Disks(), Switches(), Memory(), Facts(clock)]

@@ -1,0 +1,357 @@
+"""`pipeline publish`: the rows of a file or a pipe as deltas of one view.
+
+A file is read twice: all of it is checked before the first row is sent. A pipe can't be rewound, so its rows go as they
+come, and a bad one ends the run there. Either way the run says up to which line everything is acknowledged.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+import msgspec
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.cli import console
+from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row, read_rows
+from pipeline.cli.signals import Stop, stopping_on_signals
+from pipeline.connect import Publisher, Reader
+from pipeline.core.merge import KIND_NAMES, KINDS
+from pipeline.core.record import Definition, check_definition
+from pipeline.core.view import describe
+from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.settings import PublisherSettings
+
+BAD_SHOWN_MAX = 20
+CHECKPOINT_S = 2.0
+"""So often a run waits until everything so far is acknowledged: what it reports if it can't go on."""
+_SHOW_S = 0.1
+_CONTACT_S = 5.0
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What the command line asks for."""
+
+    url: str
+    definition: Definition
+    columns: Mapping[str, str]
+    """The column of each label."""
+    value: str | None
+    ts: str | None
+    format: str
+    source: str
+    """A path; `-` is standard input."""
+    skip_bad: bool
+    start_line: int
+    as_json: bool
+
+
+class Report(msgspec.Struct):
+    """What became of a run, as `--json` prints it."""
+
+    view: str
+    complete: bool = False
+    lines: int = 0
+    """Rows that were recorded, each as one delta."""
+    bad_lines: int = 0
+    last_line: int = 0
+    """The last line that was recorded or left out as bad."""
+    acknowledged_line: int = 0
+    """Everything up to this line is acknowledged: it survives kill -9 of the server."""
+    deltas: int = 0
+    entries: int = 0
+    """Merged deltas, one for each series of a batch."""
+    batches: int = 0
+    token: str = ""
+    """For `get --after`, which then waits for all of it."""
+    seconds: float = 0.0
+    error: str | None = None
+
+
+def make_request(  # one argument for each option
+    *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
+    skip_bad: bool, start_line: int, as_json: bool,
+) -> Request:  # fmt: skip
+    """Check what can be checked before anything is opened; `Invalid` if the options don't fit together."""
+    columns: dict[str, str] = {}
+    names = []
+    for part in labels.split(",") if labels.strip() else []:
+        name, _, column = part.partition("=")
+        names.append(name.strip())
+        columns[name.strip()] = column or name.strip()
+    definition = Definition(view, kind, tuple(names))
+    check_definition(definition, KIND_NAMES)
+    if value is None and kind != "sum":
+        raise Invalid(f"--value COLUMN is needed: only a sum can count lines, not a {kind}")
+    if ts is not None and kind != "last":
+        raise Invalid(
+            f"--ts is for kind last, which keeps the newest value; a {kind} does not depend on time"
+            " (views with time windows are not in this version)"
+        )
+    if format_ is None:
+        format_ = "ndjson" if source.endswith((".ndjson", ".jsonl")) else "csv"
+    if format_ not in FORMATS:
+        raise Invalid(f"--format {format_}: one of {', '.join(FORMATS)}")
+    return Request(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json)
+
+
+def run_publish(request: Request, settings: PublisherSettings) -> int:
+    """Publish, print what became of it; the exit code. Raises `Invalid` if the call is wrong: nothing was sent then."""
+    with stopping_on_signals() as stop, _opened(request.source) as fd:
+        run = _Run(request, settings, fd, stop)
+        try:
+            return run.run()
+        except Interrupted:
+            return run.interrupted()
+        finally:
+            run.bar.stop()
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[int]:
+    if source == "-":
+        yield sys.stdin.fileno()
+        return
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Invalid(f"{source}: {error.strerror}") from None
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise Invalid(f"{source}: is a directory")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class _Bar:
+    """Progress on a terminal: bytes and time left of a file, lines and rate of everything. Nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def start(self, doing: str, byte_count: int | None) -> None:
+        self.stop()
+        lines = TextColumn("{task.fields[lines]:,} lines, {task.fields[rate]:,.0f}/s")
+        known: list[ProgressColumn] = [BarColumn(), DownloadColumn(binary_units=True), lines, TimeRemainingColumn()]
+        columns = [TextColumn("{task.description}"), *([lines] if byte_count is None else known)]
+        self._progress = Progress(*columns, console=console.err, disable=not console.err.is_terminal, transient=True)
+        self._progress.add_task(doing, total=byte_count, lines=0, rate=0.0)
+        self._progress.start()
+
+    def show(self, byte_count: int, line_count: int, seconds: float) -> None:
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=byte_count, lines=line_count, rate=line_count / max(seconds, 0.001))
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class _Run:
+    """One run over one file descriptor."""
+
+    def __init__(self, request: Request, settings: PublisherSettings, fd: int, stop: Stop) -> None:
+        self.bar = _Bar()
+        self._request = request
+        self._settings = settings
+        self._timeout_s = settings.close_timeout_ms / 1000
+        self._fd = fd
+        self._stop = stop
+        self._clock = SystemClock()
+        self._started_s = self._clock.monotonic_s()
+        self._report = Report(request.definition.view)
+        self._definition = request.definition
+
+    def run(self) -> int:
+        settings = asdict(self._settings) | {
+            "on_full": "block",  # a line is never dropped silently
+            "block_timeout_ms": self._settings.close_timeout_ms,
+        }
+        publisher = Publisher(self._request.url, **settings)
+        try:
+            return self._run(publisher)
+        finally:
+            with suppress(PipelineError):  # what is not acknowledged by now was reported
+                publisher.close(timeout_s=0)
+
+    def _run(self, publisher: Publisher) -> int:
+        info = os.fstat(self._fd)
+        start = os.lseek(self._fd, 0, os.SEEK_CUR) if stat.S_ISREG(info.st_mode) else None
+        self._definition = self._agreed_definition()
+        byte_count = checked = None
+        if start is not None:
+            byte_count = info.st_size - start
+            if not self._request.skip_bad:
+                checked = self._check(byte_count)
+                os.lseek(self._fd, start, os.SEEK_SET)
+                if self._report.bad_lines:
+                    return self._end(f"nothing was published: {self._bad_count()}; --skip-bad leaves them out")
+        return self._publish(publisher, byte_count, checked)
+
+    def interrupted(self) -> int:
+        """Stopped before anything was recorded."""
+        return self._end("stopped by a signal; nothing was published", self._stop.exit_code)
+
+    def _agreed_definition(self) -> Definition:
+        """The view as the server has it, with the labels in its order; `Invalid` if it has another view of this name."""
+        mine = self._request.definition
+        if not self._request.url.startswith("http"):
+            return mine
+        deadline_s = self._clock.monotonic_s() + self._timeout_s
+        waiting = False
+        with Reader(self._request.url, timeout_s=max(0.1, min(self._timeout_s, _CONTACT_S))) as reader:
+            while True:
+                try:
+                    found = [view for view in reader.views() if view.name == mine.view]
+                    break
+                except NotReady:
+                    return mine  # it is restoring, and takes batches meanwhile
+                except Unavailable as error:
+                    if self._clock.monotonic_s() >= deadline_s:
+                        raise Unavailable(f"no server within {self._timeout_s:g} s (--timeout-ms): {error}") from None
+                    if not waiting:
+                        waiting = True
+                        console.err.print(f"waiting for a server: {error}", markup=False, soft_wrap=True)
+                    if self._stop.wait(0.2):
+                        raise Interrupted from None
+        for view in found:
+            theirs = Definition(view.name, view.kind, tuple(view.labels), view.window_s or 0)
+            if (theirs.kind, theirs.window_s, {*theirs.labels}) != (mine.kind, mine.window_s, {*mine.labels}):
+                raise Invalid(f"view {mine.view} is {describe(theirs)} at {self._request.url}, not {describe(mine)}")
+            mine = theirs
+        return mine
+
+    def _rows(self, lines: Lines) -> Iterator[Row | BadRow]:
+        columns = Columns(
+            tuple(self._request.columns[label] for label in self._definition.labels), self._request.value, self._request.ts
+        )
+        rows = read_rows(lines, self._request.format, self._definition, columns)
+        return (row for row in rows if row.line >= self._request.start_line)
+
+    def _check(self, byte_count: int) -> int:
+        """Read everything and report what is bad; the number of good rows."""
+        self.bar.start("checking", byte_count)
+        started_s = shown_s = self._clock.monotonic_s()
+        lines = Lines(self._fd, self._stop.is_set)
+        count = 0
+        for row in self._rows(lines):
+            if isinstance(row, BadRow):
+                self._note_bad(row)
+            else:
+                count += 1
+            now_s = self._clock.monotonic_s()
+            if now_s - shown_s > _SHOW_S:
+                shown_s = now_s
+                self.bar.show(lines.bytes_read, lines.line, now_s - started_s)
+        return count
+
+    def _publish(self, publisher: Publisher, byte_count: int | None, checked: int | None) -> int:
+        self.bar.start("publishing", byte_count)
+        lines = Lines(self._fd, self._stop.is_set)
+        rows = self._rows(lines)
+        report = self._report
+        try:
+            failure = self._record(publisher, lines, rows, checked)
+            self._checkpoint(publisher)
+        except PipelineError as error:
+            failure = self._failure(error)
+        stats = publisher.stats()
+        report.deltas, report.entries, report.batches = stats["deltas"], stats["entries"], stats["batches"]
+        report.complete = failure is None
+        return self._end(failure, self._stop.exit_code if self._stop.is_set() else console.FAILED)
+
+    def _record(self, publisher: Publisher, lines: Lines, rows: Iterator[Row | BadRow], checked: int | None) -> str | None:
+        """Record rows until there are no more, or the run can't go on; why it can't."""
+        report = self._report
+        view = publisher.view(self._definition.kind, self._definition.view, labels=self._definition.labels)
+        find: Any = view.labels  # type: ignore[attr-defined]
+        method = KINDS[self._definition.kind].method
+        started_s = shown_s = flushed_s = self._clock.monotonic_s()
+        try:
+            for row in rows:
+                if report.lines == checked:
+                    break  # the file has grown since it was checked
+                if isinstance(row, BadRow):
+                    if not self._request.skip_bad:
+                        return self._stopped_at(row, changed=checked is not None)
+                    self._note_bad(row)
+                else:
+                    record = getattr(find(*row.labels), method)
+                    record(row.value) if row.ts_ms is None else record(row.value, row.ts_ms)
+                    report.lines += 1
+                report.last_line = row.last_line
+                now_s = self._clock.monotonic_s()
+                if now_s - shown_s > _SHOW_S:
+                    shown_s = now_s
+                    self.bar.show(lines.bytes_read, report.lines, now_s - started_s)
+                    if now_s - flushed_s > CHECKPOINT_S:
+                        self._checkpoint(publisher)
+                        flushed_s = self._clock.monotonic_s()
+        except Interrupted:
+            return self._through("stopped by a signal")
+        return None
+
+    def _stopped_at(self, row: BadRow, *, changed: bool) -> str:
+        self._note_bad(row)
+        why = "the file was changed while it was read" if changed else "stopped at a bad line (--skip-bad leaves them out)"
+        return self._through(why)
+
+    def _through(self, why: str) -> str:
+        line = self._report.last_line
+        if not line:
+            return f"{why}; nothing was published"
+        return f"{why}; every line up to {line} is published; to go on: --start-line {line + 1}"
+
+    def _failure(self, error: PipelineError) -> str:
+        done, last = self._report.acknowledged_line, self._report.last_line
+        known = f"every line up to {done} is published" if done else "no line is known to be published"
+        return f"{error}; {known}" + (f", those from {done + 1} to {last} may be or not" if last > done else "")
+
+    def _checkpoint(self, publisher: Publisher) -> None:
+        token = publisher.flush(self._timeout_s)
+        self._report.token = str(token)
+        self._report.acknowledged_line = self._report.last_line
+
+    def _note_bad(self, row: BadRow) -> None:
+        self._report.bad_lines += 1
+        if self._report.bad_lines <= BAD_SHOWN_MAX:
+            where = f"line {row.line}" if row.last_line == row.line else f"lines {row.line} to {row.last_line}"
+            console.err.print(console.printable(f"{where}: {row.reason}"), markup=False, soft_wrap=True)
+
+    def _bad_count(self) -> str:
+        return f"{self._report.bad_lines:,} bad line{'s' if self._report.bad_lines > 1 else ''}"
+
+    def _end(self, failure: str | None, failed: int = console.FAILED) -> int:
+        self.bar.stop()
+        report = self._report
+        report.seconds = round(self._clock.monotonic_s() - self._started_s, 3)
+        report.error = failure
+        if report.bad_lines > BAD_SHOWN_MAX:
+            console.err.print(f"and {report.bad_lines - BAD_SHOWN_MAX:,} more bad lines")
+        if failure is not None:
+            console.print_error(failure)
+        if self._request.as_json:
+            console.print_json(report)
+        elif report.complete:
+            merged = f"{report.deltas:,} deltas in {report.entries:,} entries of {report.batches:,} batches"
+            console.out.print(
+                f"published {report.view}: {report.lines:,} lines, {merged}, {report.seconds:.1f} s", soft_wrap=True
+            )
+            if report.bad_lines:
+                console.out.print(f"left out {self._bad_count()}")
+            console.out.print(f"token {report.token}", markup=False, soft_wrap=True)
+        return console.OK if failure is None else failed
+
+
+def with_timeout(settings: PublisherSettings, timeout_ms: int | None) -> PublisherSettings:
+    """The same settings, with `--timeout-ms` if it was given."""
+    return settings if timeout_ms is None else replace(settings, close_timeout_ms=timeout_ms)

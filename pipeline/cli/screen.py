@@ -1,0 +1,145 @@
+"""What `pipeline demo` shows while it runs, read from the query API like anybody else would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.adapters.http import HttpReader
+from pipeline.cli import console
+from pipeline.core.record import Definition
+from pipeline.errors import NotFound, PipelineError
+
+_TOP = {"cpu_ms": 4}
+_TOP_DEFAULT = 2
+_FACTS = 6
+_LINE_EVERY_S = 2.0
+_ROWS_MIN = 4
+_FRAME_LINES = 5
+
+
+class Row(NamedTuple):
+    """One series on the screen."""
+
+    view: str
+    kind: str
+    labels: str
+    value: Any
+    per_s: float | None
+
+
+class Shown(NamedTuple):
+    """All that is on the screen at one time."""
+
+    rows: list[Row]
+    series_total: int
+    staleness_ms: int | None
+    lag: int
+    problem: str
+
+
+class Screen:
+    """A live table on a terminal, a line now and then elsewhere, nothing when `quiet`. Used from one thread."""
+
+    def __init__(self, reader: HttpReader, definitions: Sequence[Definition], url: str, *, quiet: bool) -> None:
+        self._reader = reader
+        self._definitions = definitions
+        self._url = url
+        self._quiet = quiet
+        self._before: dict[tuple[str, str], tuple[float, Any]] = {}
+        self._line_s = 0.0
+        self._live = Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="crop")
+        self._is_live = not quiet and console.out.is_terminal
+
+    def __enter__(self) -> Screen:
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_live:
+            self._live.stop()
+
+    def update(self, elapsed_s: float, recorded: int, stats: Mapping[str, int], notes: Sequence[str]) -> None:
+        """Read all views and show them."""
+        if self._quiet or (not self._is_live and elapsed_s - self._line_s < _LINE_EVERY_S):
+            return
+        self._line_s = elapsed_s
+        shown = self._read(elapsed_s)
+        head = (
+            f"{elapsed_s:.0f} s: {recorded:,} deltas recorded, {stats['batches']:,} batches, {shown.series_total:,} series,"
+            f" staleness {'?' if shown.staleness_ms is None else shown.staleness_ms} ms, lag {shown.lag}"
+        )
+        if self._is_live:
+            self._live.update(self._table(head, shown, notes), refresh=True)
+            return
+        best = {row.view: f"{row.view}{{{row.labels}}} {_number(row.value)}" for row in reversed(shown.rows)}
+        top = ", ".join(best[view] for view in ("cpu_ms", "network_bytes", "switches") if view in best)
+        console.out.print(f"{head}; {shown.problem or top}", markup=False, soft_wrap=True)
+
+    def _read(self, now_s: float) -> Shown:
+        rows: list[Row] = []
+        total, staleness, lag, problem = 0, [], 0, ""
+        for definition in self._definitions:
+            view = definition.view
+            facts = definition.kind == "last"  # texts have no order
+            try:
+                answer = self._reader.get(
+                    view, top=None if facts else _TOP.get(view, _TOP_DEFAULT), limit=_FACTS if facts else None
+                )
+            except NotFound:
+                continue  # nothing was recorded yet
+            except PipelineError as error:
+                problem = str(error)
+                break
+            staleness.append(answer.as_of.staleness_ms)
+            total += answer.series_total or len(answer.series)
+            for series in answer.series:
+                labels = console.printable(", ".join(series.labels.values()))
+                per_s = self._per_s(definition, labels, now_s, series.value)
+                rows.append(Row(view, definition.kind, labels, series.value, per_s))
+        try:
+            lag = sum(partition["lag"] for partition in self._reader.status()["partitions"])
+        except PipelineError as error:
+            problem = str(error)
+        worst = max((ms for ms in staleness if ms is not None), default=0) if None not in staleness else None
+        return Shown(rows, total, worst, lag, problem)
+
+    def _per_s(self, definition: Definition, labels: str, now_s: float, value: Any) -> float | None:
+        if definition.kind != "sum":
+            return None
+        before_s, before = self._before.get((definition.view, labels), (now_s, value))
+        self._before[definition.view, labels] = now_s, value
+        return (value - before) / (now_s - before_s) if now_s > before_s else None
+
+    def _table(self, head: str, shown: Shown, notes: Sequence[str]) -> RenderableType:
+        title = [line for line in (f"{self._url}   {self._url}/docs   Ctrl-C stops", head, *notes, shown.problem) if line]
+        table = Table(title=Text("\n".join(title)))
+        table.add_column("view")
+        table.add_column("kind")
+        table.add_column("series", no_wrap=True, max_width=36)
+        table.add_column("value", justify="right", no_wrap=True, max_width=44)
+        table.add_column("per second", justify="right")
+        view = ""
+        for row in shown.rows[: max(_ROWS_MIN, console.out.height - len(title) - _FRAME_LINES)]:
+            first = row.view != view
+            view = row.view
+            table.add_row(
+                Text(view if first else ""),
+                row.kind if first else "",
+                Text(row.labels),
+                Text(_number(row.value)),
+                "" if row.per_s is None else f"{row.per_s:,.0f}",
+            )
+        return table
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return console.printable(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

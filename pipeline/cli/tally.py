@@ -1,0 +1,92 @@
+"""The demo's own count of what it records, kept beside the pipeline and sharing no code with it, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from pipeline.adapters.http import Answer
+from pipeline.core.record import Definition
+from pipeline.ports import Clock
+
+Labels = tuple[str, ...]
+Series = tuple[str, Labels]
+"""A view's name and label values."""
+
+
+class Recorder:
+    """Records to views of a publisher, and counts for itself. One for each thread, so that its count needs no lock."""
+
+    def __init__(self, views: Mapping[str, Any], clock: Clock) -> None:
+        self.delta_count = 0
+        self.own: dict[Series, Any] = {}
+        """Of a sum, min or max the number, of a mean the total and the count, of a last the time and the value."""
+        self._views = views
+        self._clock = clock
+
+    def record(self, view: str, value: Any, *labels: str) -> None:
+        """As `machine.Sink`. What the publisher refuses, by an exception, was never recorded, and is not counted."""
+        cell = self._views[view].labels(*labels)
+        kind = self._views[view].definition.kind
+        series = view, labels
+        before = self.own.get(series)
+        if kind == "sum":
+            cell.add(value)
+        elif kind == "last":
+            # A time of its own for each, so that "newest" leaves no choice.
+            value = max(self._clock.now_ms(), before[0] + 1 if before else 0), value
+            cell.set(value[1], value[0])
+        else:
+            cell.observe(value)
+            value = (value, 1) if kind == "mean" else value
+        self.own[series] = value if before is None else _together(kind, before, value)
+        self.delta_count += 1
+
+
+def _together(kind: str, a: Any, b: Any) -> Any:
+    match kind:
+        case "sum":
+            return a + b
+        case "mean":
+            return a[0] + b[0], a[1] + b[1]
+        case "min":
+            return min(a, b)
+        case _:  # the largest number; of a last, the newest time
+            return max(a, b)
+
+
+def expected_answers(definitions: Iterable[Definition], recorders: Sequence[Recorder]) -> dict[str, dict[Labels, Any]]:
+    """By view and label values, what must be read once all of it is folded. The recorders' threads have ended."""
+    kinds = {definition.view: definition.kind for definition in definitions}
+    own: dict[Series, Any] = {}
+    for recorder in recorders:
+        for series, value in recorder.own.items():
+            own[series] = _together(kinds[series[0]], own[series], value) if series in own else value
+    answers: dict[str, dict[Labels, Any]] = {view: {} for view in kinds}
+    for (view, labels), value in own.items():
+        kind = kinds[view]
+        answer = value[0] / value[1] if kind == "mean" else value[1] if kind == "last" else value
+        answers[view][labels] = answer
+    return answers
+
+
+def differences(definition: Definition, expected: Mapping[Labels, Any], answer: Answer) -> Iterator[str]:
+    """Each series on which count and answer do not agree, in words."""
+    found = {tuple(row.labels[label] for label in definition.labels): row.value for row in answer.series}
+    if answer.truncated:
+        yield f"{definition.view}: only {len(found)} of {answer.series_total} series could be read"
+    for labels in sorted(expected.keys() | found.keys()):
+        pairs = zip(definition.labels, labels, strict=True)
+        name = definition.view + "{" + ", ".join(f"{label}={_text(value)}" for label, value in pairs) + "}"
+        if labels not in found:
+            yield f"{name}: counted {_text(expected[labels])}, but there is no such series"
+        elif labels not in expected:
+            yield f"{name}: the answer is {_text(found[labels])}, but nothing was counted"
+        elif (type(found[labels]), found[labels]) != (type(expected[labels]), expected[labels]):
+            yield f"{name}: counted {_text(expected[labels])}, the answer is {_text(found[labels])}"
+
+
+def _text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,168 @@
+"""`pipeline verify`: whether each store says what its changelog says. Changes neither."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import pipeline.topics as topics
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.datadir import DataDir
+from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.rocks import RocksStores
+from pipeline.cli import console
+from pipeline.config import Config
+from pipeline.errors import Invalid, NotFound
+from pipeline.topics import CHANGELOG
+from pipeline.worker.verify import Difference, Result, verify
+from pipeline.worker.verify import Progress as VerifyProgress
+
+_SCRATCH = "verify.tmp"
+_TEXT_MAX = 200
+
+
+def run_verify(config: Config, *, as_json: bool, limit: int) -> int:
+    """Verify the data directory and print what was found, at most `limit` differences a partition; the exit code.
+
+    Raises `Unavailable` if another process has the directory, `Invalid` if it is none.
+    """
+    path = Path(config.log.data).expanduser().absolute()
+    if not (path / "VERSION").is_file():  # opening would make one
+        raise Invalid(f"{path} is not a data directory")
+    with DataDir(path) as data:
+        results = _verify_all(data, config, limit)
+    fine = all(result.fine for result in results)
+    if as_json:
+        console.print_json({"data": str(path), "fine": fine, "partitions": results})
+    else:
+        _print(results, data.stores)
+    return console.OK if fine else console.FAILED
+
+
+def _verify_all(data: DataDir, config: Config, limit: int) -> list[Result]:
+    clock = SystemClock()
+    described = topics.load()
+    try:
+        log = EmbeddedLog(data.log, described, config.log, clock, read_only=True)
+    except NotFound:
+        raise Invalid(f"{data.path} has no log: nothing was ever published to it") from None
+    scratch_path = data.path / _SCRATCH
+    with closing(log), _bars() as progress:
+        shutil.rmtree(scratch_path, ignore_errors=True)  # of a run that was killed: we have the lock
+        stores = RocksStores(data.stores, config.log, read_only=True)
+        scratch = RocksStores(scratch_path, config.log)
+        try:
+            return [
+                verify(
+                    partition,
+                    stores=stores,
+                    scratch=scratch,
+                    log=log,
+                    clock=clock,
+                    delete_retention_ms=described[CHANGELOG].delete_retention_ms,
+                    fetch_count_max=config.worker.restore_fetch_count_max,
+                    differences_max=limit,
+                    progress=progress,
+                )
+                for partition in range(log.partition_count(CHANGELOG))
+            ]
+        finally:
+            shutil.rmtree(scratch_path, ignore_errors=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[VerifyProgress], None]]:
+    """A bar for the partition and the step that is under way; nothing when not on a terminal."""
+    with Progress(
+        TextColumn("partition {task.fields[partition]}: {task.description:9}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f} records"),
+        TimeRemainingColumn(),
+        console=console.err,
+        transient=True,
+        disable=not console.err.is_terminal,
+    ) as bars:
+        task = bars.add_task("", partition=0)
+        showing: tuple[int, str] | None = None
+
+        def show(progress: VerifyProgress) -> None:
+            nonlocal showing
+            if showing != (progress.partition, progress.doing):
+                showing = progress.partition, progress.doing
+                bars.reset(task, description=progress.doing, partition=progress.partition)
+            bars.update(task, completed=progress.done, total=progress.total)
+
+        yield show
+
+
+def _print(results: Sequence[Result], stores: Path) -> None:
+    for result in results:
+        bad = not result.fine
+        console.out.print(
+            f"partition {result.partition}: {_said(result)}", style="red" if bad else None, markup=False, soft_wrap=True
+        )
+        for difference in result.differences:
+            console.out.print(f"  {console.printable(_difference(difference))}", markup=False, soft_wrap=True)
+        if result.difference_count > len(result.differences):
+            console.out.print(f"  and {result.difference_count - len(result.differences):,} more (--limit)")
+    bad_stores = [result for result in results if not result.fine and result.verdict != "unreadable"]
+    if any(result.verdict == "unreadable" for result in results):
+        console.out.print("The log is damaged. Keep everything as it is: the stores may be all there is.", soft_wrap=True)
+    elif bad_stores:
+        which = ", ".join(str(stores / str(result.partition)) for result in bad_stores)
+        console.out.print(
+            f"To repair: delete {which} and start again; they are restored from the changelog.", markup=False, soft_wrap=True
+        )
+    else:
+        console.out.print(f"no differences in {sum(result.entries_compared for result in results):,} entries")
+
+
+def _said(result: Result) -> str:
+    compared = f"{result.entries_compared:,} entries compared"
+    match result.verdict:
+        case "equal":
+            return f"equal, {compared}"
+        case "behind":
+            return (
+                f"behind by {result.behind:,} records, consistent: {compared};"
+                f" the next start sets {result.entries_superseded:,} more"
+            )
+        case "missing":
+            return f"no store; the next start restores it from {result.changelog_record_count:,} records"
+        case "stale":
+            return f"not compared, because the next start makes it anew: {result.detail}"
+        case "different":
+            behind = f", behind by {result.behind:,} records" if result.behind else ""
+            return f"{result.difference_count:,} differences, {compared}{behind}"
+        case "ahead":
+            return (
+                f"the store is ahead: it reflects the changelog up to {result.store_next_offset},"
+                f" which ends at {result.changelog_end_offset}"
+            )
+        case "corrupt":
+            return f"the store is corrupt: {result.detail}"
+        case "unreadable":
+            return f"the changelog can't be read: {result.detail}"
+
+
+def _difference(difference: Difference) -> str:
+    expected, found = _text(difference.expected), _text(difference.found)
+    match difference.what:
+        case "missing":
+            return f"missing    {difference.entry}: the changelog has {expected}"
+        case "extra":
+            return f"extra      {difference.entry}: the store has {found}, the changelog nothing"
+        case "different":
+            return f"different  {difference.entry}: the changelog has {expected}, the store {found}"
+
+
+def _text(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= _TEXT_MAX else f"{text[:_TEXT_MAX]}... ({len(text):,} characters)"

@@ -1,0 +1,108 @@
+"""Reads settings: `pipeline.toml`, then the environment (`PIPELINE_*`), then flags; later ones win.
+
+All settings are in one flat space: `flush_interval_ms` is `flush_interval_ms = 50` in the file and
+`PIPELINE_FLUSH_INTERVAL_MS=50` in the environment, whatever part of the program it belongs to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, create_model
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from pipeline.errors import Invalid
+from pipeline.settings import GROUPS, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
+
+ENV_PREFIX = "PIPELINE_"
+FILE = "pipeline.toml"
+FILE_VARIABLE = "PIPELINE_CONFIG"
+OTHER_VARIABLES = frozenset({FILE_VARIABLE, "PIPELINE_REQUIRE_KAFKA", "PIPELINE_TEST_KAFKA"})
+"""Variables with our prefix that are not settings."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a process, by what they belong to."""
+
+    publisher: PublisherSettings
+    log: LogSettings
+    worker: WorkerSettings
+    query: QuerySettings
+
+
+class _Base(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", env_ignore_empty=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file())
+
+
+_names = {item.name: (type(item.default), item.default) for group in GROUPS for item in fields(group)}  # type: ignore[arg-type]
+_Settings: type[_Base] = create_model("_Settings", __base__=_Base, **_names)  # type: ignore[call-overload]
+
+
+def load(flags: Mapping[str, Any] | None = None) -> Config:
+    """All settings; `flags` are those that were given on the command line, None meaning not given.
+
+    Raises `Invalid`, naming the setting, if a value or a name is wrong, or the file is not TOML.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    _check_names(given, "")
+    prefixed = {name.upper() for name in os.environ} - OTHER_VARIABLES
+    _check_names([n.removeprefix(ENV_PREFIX).lower() for n in prefixed if n.startswith(ENV_PREFIX)], "in the environment")
+    path = _file()
+    if FILE_VARIABLE in os.environ and not path.is_file():
+        raise Invalid(f"{FILE_VARIABLE} names a file that is not there: {path}")
+    try:
+        values = _Settings(**given).model_dump()
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = str(wrong["loc"][0])
+        if wrong["type"] == "extra_forbidden":
+            raise _unknown(name, f"in {path}") from None
+        raise Invalid(f"setting {name}: {wrong['msg']}, got {wrong['input']!r:.100}") from None
+    except (ValueError, OSError) as error:
+        raise Invalid(f"{path}: {error}") from None
+    return Config(
+        publisher=PublisherSettings(**_of(PublisherSettings, values)),
+        log=LogSettings(**_of(LogSettings, values)),
+        worker=WorkerSettings(**_of(WorkerSettings, values)),
+        query=QuerySettings(**_of(QuerySettings, values)),
+    )
+
+
+def _file() -> Path:
+    return Path(os.environ.get(FILE_VARIABLE, FILE))
+
+
+def _check_names(names: Any, where: str) -> None:
+    for name in sorted(set(names) - _names.keys()):
+        raise _unknown(name, where)
+
+
+def _unknown(name: str, where: str) -> Invalid:
+    close = get_close_matches(name, _names, n=1)
+    return Invalid(f"unknown setting {name!r:.100}{where and ' '}{where}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _of(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {item.name: values[item.name] for item in fields(group)}

@@ -1,0 +1,231 @@
+"""Everything of the embedded mode in one object: log, cleaner, stores, worker, reader and gateway on one data directory."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pipeline.topics as topics
+from pipeline.adapters.cleaner import END_OFFSET_MAX, Cleaner
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.datadir import DataDir
+from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.rocks import RocksStores
+from pipeline.core.record import Definition
+from pipeline.errors import NotFound, NotReady, PipelineError
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import LogWriter, Message, Store
+from pipeline.producer.gateway import Gateway
+from pipeline.query.reader import ViewReader
+from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
+from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.follower import Progress
+from pipeline.worker.loop import WorkerLoop
+from pipeline.worker.partition import Partition
+
+
+class Engine:
+    """One process' whole pipeline. `start` returns at once; restoring goes on behind, `ready` says when it is over.
+
+    `on_fatal` is called at most once, from any thread, with what ended the worker or the log: stop the engine then and end
+    the process with exit code 3. Raises `Unavailable` if another process has the data directory, `Invalid` if it is none.
+    """
+
+    def __init__(
+        self,
+        log_settings: LogSettings,
+        *,
+        worker_settings: WorkerSettings | None = None,
+        query_settings: QuerySettings | None = None,
+        publisher_settings: PublisherSettings | None = None,
+        metrics: Metrics = NO_METRICS,
+        on_fatal: Callable[[BaseException], None] = lambda _: None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.clock = SystemClock()
+        self._on_fatal = on_fatal
+        self._on_progress = on_progress
+        self._fatal_once = threading.Lock()
+        self._progress: dict[int, Progress] = {}
+        self._data = DataDir(log_settings.data)
+        described = topics.load()
+        worker = worker_settings or WorkerSettings()
+        try:
+            self.log = EmbeddedLog(self._data.log, described, log_settings, self.clock, metrics, self._fail)
+        except BaseException:
+            self._data.close()
+            raise
+        self._cleaner = Cleaner(self.log, log_settings, self.clock, metrics, self._keep_from)
+        self._stores = RocksStores(self._data.stores, log_settings)
+        self.partitions: Sequence[Partition] = [
+            Partition(
+                number,
+                log=self.log,
+                stores=self._stores,
+                clock=self.clock,
+                settings=worker,
+                delete_retention_ms=described[CHANGELOG].delete_retention_ms,
+                metrics=metrics,
+            )
+            for number in range(self.log.partition_count(DELTAS))
+        ]
+        self._loop = WorkerLoop(
+            self.partitions,
+            log=self.log,
+            clock=self.clock,
+            settings=worker,
+            on_fatal=self._fail,
+            on_progress=self._note_progress,
+            metrics=metrics,
+        )
+        self.reader = ViewReader(
+            stores=self.stores,
+            watermarks=lambda partition: self.log.watermarks(DELTAS, partition),
+            clock=self.clock,
+            settings=query_settings or QuerySettings(),
+            metrics=metrics,
+        )
+        self.gateway = Gateway(self.log, self.clock, publisher_settings or PublisherSettings(), self._definition_of, metrics)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every partition is restored and folding."""
+        return self._loop.ready
+
+    def start(self) -> None:
+        """Begin to restore, then to fold."""
+        atexit.register(self.stop)  # a thread that is in RocksDB when the interpreter ends would abort the process
+        self._cleaner.start()
+        self._loop.start()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until `ready`, or for so long."""
+        return self._loop.wait_ready(timeout_s)
+
+    def stop(self) -> bool:
+        """Commit what is folded, close everything; whether all of it was done in time. Twice is fine."""
+        atexit.unregister(self.stop)
+        done = self._loop.stop()
+        if done:  # a thread that still works in RocksDB must not lose it: the process is about to end anyway
+            self._cleaner.stop()
+            self._stores.close()
+            self.log.close()
+            self._data.close()
+        return done
+
+    def stores(self) -> Mapping[int, Store]:
+        """The stores, by partition, each at a commit boundary; `NotReady` while any is being restored."""
+        if not self.ready:
+            remaining = sum(progress.remaining for progress in self._progress.values())
+            raise NotReady(f"restoring: about {remaining} changelog records to go")
+        return {partition.number: partition.store for partition in self.partitions}
+
+    def status(self) -> dict[str, Any]:
+        """What `/v1/status` says of the process; the reader adds how stale it is."""
+        return {
+            "ready": self.ready,
+            "partition_count": len(self.partitions),
+            "partitions": [self._partition_status(partition) for partition in self.partitions],
+        }
+
+    def _partition_status(self, partition: Partition) -> dict[str, Any]:
+        end_offset = self.log.watermarks(DELTAS, partition.number).end_offset
+        next_offset = partition.task.position.next_offset
+        progress = self._progress.get(partition.number)
+        status: dict[str, Any] = {
+            "partition": partition.number,
+            "phase": partition.task.phase.value,
+            "next_offset": next_offset,
+            "end_offset": end_offset,
+            "lag": end_offset - next_offset,
+        }
+        if progress is not None and not progress.done:
+            status["restore"] = {
+                "entries": progress.entries,
+                "remaining": progress.remaining,
+                "entries_per_s": round(progress.entries_per_s),
+                "seconds_left": round(progress.seconds_left, 1),
+            }
+        return status
+
+    def _keep_from(self, topic: str, partition: int) -> int:
+        """What retention must leave: deltas that are not in the state yet, however old they are."""
+        if topic != DELTAS:
+            return END_OFFSET_MAX
+        return self.partitions[partition].task.position.next_offset if self.ready else 0
+
+    def _definition_of(self, view: str) -> Definition | None:
+        try:
+            return self.reader.definition(view)
+        except NotFound:
+            return None
+
+    def _note_progress(self, progress: Progress) -> None:
+        self._progress[progress.partition] = progress
+        self._on_progress(progress)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._fatal_once.acquire(blocking=False):
+            self._on_fatal(error)
+
+
+_shared: dict[Path, _Shared] = {}
+_shared_lock = threading.Lock()
+
+
+class _Shared:
+    """A log that publishers of this process share; the last one to close it lets go of the data directory."""
+
+    def __init__(self, data: DataDir, log: EmbeddedLog) -> None:
+        self.data = data
+        self.log = log
+        self.users = 0
+
+
+class SharedLog(LogWriter):
+    """One publisher's share of an embedded log in this process."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+        self._closed = False
+
+    def partition_count(self, topic: str) -> int:
+        return self._shared.log.partition_count(topic)
+
+    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        return self._shared.log.append(messages, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        with _shared_lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._shared.users -= 1
+            if not self._shared.users:
+                del _shared[self._shared.data.path]
+                self._shared.log.close()
+                self._shared.data.close()
+
+
+def open_shared_log(path: str) -> LogWriter:
+    """The embedded log in a data directory, for publishers of this process; `pipeline up --data` folds it later.
+
+    Raises `Unavailable` if another process has the directory: publish to its `http://host:port` then.
+    """
+    key = Path(path).expanduser().absolute()
+    with _shared_lock:
+        shared = _shared.get(key)
+        if shared is None:
+            data = DataDir(key)
+            settings = LogSettings(data=str(key))
+            try:
+                log = EmbeddedLog(data.log, topics.load(), settings, SystemClock())
+            except BaseException:
+                data.close()
+                raise
+            shared = _shared[key] = _Shared(data, log)
+        shared.users += 1
+        return SharedLog(shared)

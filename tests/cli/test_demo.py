@@ -1,0 +1,256 @@
+"""`pipeline demo`: the whole way on real input, compared with a count of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import pipeline.cli.machine as machine
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.http import Answer, AsOf, HttpReader, Series
+from pipeline.cli.demo import parse_duration_s
+from pipeline.cli.tally import Recorder, differences, expected_answers
+from pipeline.core.record import Definition
+from pipeline.errors import Invalid, NotFound, NotReady
+from tests.support import Program, pipeline, wait_until
+
+
+def start(tmp_path: Path, *arguments: str) -> Program:
+    """A demo that says what it does in JSON, on a free port."""
+    return Program("demo", "--json", "--port", "0", *arguments, stderr=tmp_path / "stderr", cwd=tmp_path)
+
+
+def end(demo: Program) -> tuple[int, dict[str, Any]]:
+    """Exit code and summary of a demo that was asked to stop."""
+    code = demo.wait()
+    assert demo.process.stdout is not None
+    return code, json.loads(demo.process.stdout.read().splitlines()[-1])
+
+
+def read(ask: Callable[[], Any]) -> Any:
+    """What is read, or None while the server is not that far."""
+    try:
+        return ask()
+    except (NotFound, NotReady):
+        return None
+
+
+def test_every_answer_equals_its_own_count(tmp_path: Path) -> None:
+    """A run says what it recorded, finds every answer equal, exits with 0 and leaves nothing behind."""
+    done = pipeline("demo", "--for", "3s", cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "http://127.0.0.1:" in lines[0]
+    assert "/docs" in lines[0]
+    assert "staleness" in lines[1], "a line now and then, where there is no terminal"
+    for what in ("deltas recorded", "batches sent", "entries stored", "series compared"):
+        (line,) = [line for line in lines if line.startswith(what)]
+        assert int(line.removeprefix(what).split()[0].replace(",", "")) > 0, line
+    assert any("all equal to the demo's own count" in line for line in lines)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_interrupted_and_kept(tmp_path: Path) -> None:
+    """Ctrl-C ends a run as its time does; all five kinds are used; with --data the state stays, and verifies."""
+    kept = str(tmp_path / "kept")
+    with start(tmp_path, "--data", kept) as demo, HttpReader(json.loads(demo.read_line())["url"]) as reader:
+        kinds = {"sum", "min", "max", "mean", "last"}
+        wait_until(lambda: {view.kind for view in read(reader.views) or ()} == kinds, "a view of each kind")
+        demo.signal(signal.SIGINT)
+        code, summary = end(demo)
+    assert (code, summary["equal"], summary["differences"]) == (0, True, [])
+    assert summary["series_compared"] > 0
+    assert pipeline("verify", "--data", kept).returncode == 0
+
+
+def test_a_delta_too_many_is_found(tmp_path: Path) -> None:
+    """A delta that the demo did not record, be it in a series or a view of its own or not, makes it exit with 1."""
+    with start(tmp_path) as demo:
+        url = json.loads(demo.read_line())["url"]
+        with HttpReader(url) as reader:
+            wait_until(lambda: read(lambda: reader.get("samples").value()), "a sample")
+        planted = [
+            {"view": "samples", "kind": "sum", "value": 1},
+            {"view": "cpu_ms", "kind": "sum", "labels": {"process": "planted"}, "value": 5},
+            {"view": "planted", "kind": "max", "value": 7},
+        ]
+        request = urllib.request.Request(f"{url}/v1/deltas", json.dumps(planted).encode(), method="POST")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200
+        demo.signal(signal.SIGTERM)
+        code, summary = end(demo)
+    assert (code, summary["equal"], len(summary["differences"])) == (1, False, 3)
+    said = "\n".join(summary["differences"])
+    assert "samples{}: counted " in said
+    assert 'cpu_ms{process="planted"}: the answer is 5, but nothing was counted' in said
+    assert "planted: this view was not recorded" in said
+
+
+def test_data_must_be_new(tmp_path: Path) -> None:
+    """State of an earlier run would not be in the count, so its folder is refused and left alone."""
+    (tmp_path / "VERSION").write_text("1\n")
+    done = pipeline("demo", "--for", "1s", "--data", str(tmp_path))
+    assert done.returncode == 2
+    assert "new or empty" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["VERSION"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("20s", 20), ("1.5s", 1.5), ("2m", 120), ("1h", 3600)])
+def test_durations(text: str, seconds: float) -> None:
+    """--for takes a number and a unit."""
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "s", "-1s", "0s", "1d", "1 s s", "nans", "1e3s"])
+def test_other_durations_are_refused(text: str) -> None:
+    """--for takes nothing else."""
+    with pytest.raises(Invalid, match="--for"):
+        parse_duration_s(text)
+
+
+# The readings
+
+
+class Sink:
+    """Keeps what was recorded."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, Any, tuple[str, ...]]] = []
+
+    def record(self, view: str, value: Any, *labels: str) -> None:
+        self.rows.append((view, value, labels))
+
+
+def test_counters_grow_and_never_fall() -> None:
+    """The first look is a base line; a counter that was reset has grown by what it shows; one that went is forgotten."""
+    growth = machine.Growth()
+    assert growth.of({("a", ""): 100, ("b", ""): 5}) == []
+    assert growth.of({("a", ""): 130, ("b", ""): 5}) == [(("a", ""), 30)]
+    assert growth.of({("a", ""): 7}) == [(("a", ""), 7)]
+    assert growth.of({("a", ""): 7, ("b", ""): 1_000}) == []
+
+
+def test_a_process_counts_from_its_start_to_its_end(tmp_path: Path) -> None:
+    """A process that began between two looks counts whole, and one that has ended takes nothing back."""
+    program = tmp_path / "busy-in-a-test"  # its name is the link's: no other process has it
+    program.symlink_to(Path(sys.executable).resolve())
+    sink, source = Sink(), machine.Processes()
+    source.look(sink)
+    assert sink.rows == [], "what was used before the first look is not this run's"
+    with subprocess.Popen([program, "-S", "-c", "while True: pass"]) as busy:
+        try:
+            watched = psutil.Process(busy.pid)
+            wait_until(lambda: watched.cpu_times().user >= 0.2, "200 ms of CPU")
+            source.look(sink)
+            name = watched.name()
+        finally:
+            busy.kill()
+    assert sum(value for _, value, labels in sink.rows if labels == (name,)) >= 200
+    source.look(sink)
+    assert all(type(value) is int and value > 0 for _, value, _ in sink.rows)
+
+
+def test_sources_record_what_is_declared() -> None:
+    """Whatever this machine shows goes to a declared view, with its labels, as a value that adds up without rounding."""
+    views = {definition.view: definition for definition in machine.VIEWS}
+    for source in machine.sources(SystemClock()):
+        sink = Sink()
+        try:
+            source.look(sink)
+            source.look(sink)
+        except machine.Nothing:
+            continue
+        for view, value, labels in sink.rows:
+            assert len(labels) == len(views[view].labels), (view, labels)
+            assert type(value) in (int, str, bool) or (type(value) is float and (value * 64).is_integer()), (view, value)
+
+
+def test_a_machine_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is nothing to read, a source says so."""
+    monkeypatch.setattr(psutil, "disk_io_counters", lambda **_: None)
+    monkeypatch.setattr(psutil, "net_io_counters", lambda **_: {})
+    for source in (machine.Disks(), machine.Network()):
+        with pytest.raises(machine.Nothing):
+            source.look(Sink())
+
+
+def test_names_of_others_are_made_printable() -> None:
+    """A process can call itself anything; a label is valid Unicode without control characters."""
+    assert machine.printable("a\x1b[2Jb\udc80") == "a?[2Jb?"
+    assert machine.printable("") == "?"
+
+
+# The count
+
+
+class AnyView:
+    """As much of a publisher's view, and of its cells, as a recorder needs."""
+
+    def __init__(self, definition: Definition) -> None:
+        self.definition = definition
+        self.taken: list[tuple[Any, ...]] = []
+
+    def labels(self, *_: str) -> "AnyView":
+        return self
+
+    def add(self, *value: Any) -> None:
+        if value == (13,):
+            raise Invalid("no thirteens")
+        self.taken.append(value)
+
+    observe = set = add
+
+
+DEFINITIONS = [Definition(f"v_{kind}", kind, ("k",)) for kind in ("sum", "min", "max", "mean", "last")]
+
+
+def test_counts_of_threads_add_up() -> None:
+    """What several recorders counted makes the answer that each kind promises."""
+    views = {definition.view: AnyView(definition) for definition in DEFINITIONS}
+    recorders = [Recorder(views, SystemClock()) for _ in range(2)]
+    for values, recorder in zip(([4, -1, 7], [2.5, 3]), recorders, strict=True):
+        for definition in DEFINITIONS[:4]:
+            for value in values:
+                recorder.record(definition.view, value, "a")
+    for value in ("x", True, "last"):
+        recorders[0].record("v_last", value, "a")
+    assert expected_answers(DEFINITIONS, recorders) == {
+        "v_sum": {("a",): 15.5},
+        "v_min": {("a",): -1},
+        "v_max": {("a",): 7},
+        "v_mean": {("a",): 3.1},
+        "v_last": {("a",): "last"},
+    }
+    assert sum(recorder.delta_count for recorder in recorders) == 23
+    times = [ts_ms for _, ts_ms in views["v_last"].taken]
+    assert times == sorted(set(times)), "no two of one time"
+
+
+def test_what_is_refused_is_not_counted() -> None:
+    """A delta that the publisher refuses was never recorded."""
+    recorder = Recorder({"v_sum": AnyView(DEFINITIONS[0])}, SystemClock())
+    recorder.record("v_sum", 1, "a")
+    with pytest.raises(Invalid):
+        recorder.record("v_sum", 13, "a")
+    assert (recorder.own, recorder.delta_count) == ({("v_sum", ("a",)): 1}, 1)
+
+
+def test_differences_name_the_series() -> None:
+    """Missing, extra and different series are said; so is an int where a float was counted, and an answer cut short."""
+    rows = [Series({"k": "same"}, 1), Series({"k": "other"}, 2), Series({"k": "type"}, 3.0), Series({"k": "extra"}, 4)]
+    answer = Answer("v_sum", "sum", None, rows, AsOf(0, {}), truncated=True, series_total=9)
+    expected = {("same",): 1, ("other",): 1, ("type",): 3, ("missing",): 5}
+    assert [*differences(DEFINITIONS[0], expected, answer)] == [
+        "v_sum: only 4 of 9 series could be read",
+        'v_sum{k="extra"}: the answer is 4, but nothing was counted',
+        'v_sum{k="missing"}: counted 5, but there is no such series',
+        'v_sum{k="other"}: counted 1, the answer is 2',
+        'v_sum{k="type"}: counted 3, the answer is 3.0',
+    ]

@@ -1,0 +1,218 @@
+"""`pipeline publish`: what is in the file or the pipe is in the view, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import Reader, Token
+from tests.cli.conftest import Here
+from tests.support import PROGRAM, Terminal, UpProcess, environment, pipeline
+
+BIG = 2**70
+ROWS: Sequence[tuple[str, int | float, int]] = [
+    ("eu", 5, 30), ("us", -7, 10), ("eu", BIG, 20), ("us", 0.25, 40), ("eu", 1, 10), ("us", 3, 50), ("a,\"b\"\nc", 12, 1),
+]  # fmt: skip
+
+
+def csv_of(rows: Sequence[tuple[str, Any, int]]) -> str:
+    cells = [('"' + region.replace('"', '""') + '"', str(value), str(at)) for region, value, at in rows]
+    return "region,value,at\n" + "".join(",".join(row) + "\n" for row in cells)
+
+
+def ndjson_of(rows: Sequence[tuple[str, Any, int]]) -> str:
+    return "".join(json.dumps({"at": at, "value": value, "region": region}) + "\n" for region, value, at in rows)
+
+
+def answer_of(server: UpProcess, view: str, token: str, **options: Any) -> dict[str, Any]:
+    with Reader(server.url) as reader:
+        answer = reader.get(view, after=token, timeout_ms=20_000, **options)
+    return {"/".join(series.labels.values()): series.value for series in answer.series}
+
+
+def publish_ok(server: UpProcess, *arguments: str, **options: Any) -> dict[str, Any]:
+    return report_of(pipeline("publish", *arguments, "--to", server.url, "--json", **options))
+
+
+def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert (report["complete"], report["error"], report["bad_lines"]) == (True, None, 0)
+    return report
+
+
+def naive(rows: Sequence[tuple[str, Any, int]], count: Callable[[list[tuple[Any, int]]], Any]) -> dict[str, Any]:
+    by_region: dict[str, list[tuple[Any, int]]] = {}
+    for region, value, at in rows:
+        by_region.setdefault(region, []).append((value, at))
+    return {region: count(values) for region, values in by_region.items()}
+
+
+@pytest.mark.parametrize("format_", ["csv", "ndjson"])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("sum", lambda run: sum(value for value, _ in run)),
+        ("min", lambda run: min(value for value, _ in run)),
+        ("max", lambda run: max(value for value, _ in run)),
+        ("mean", lambda run: sum(value for value, _ in run) / len(run)),
+        ("last", lambda run: max((at, value) for value, at in run)[1]),
+    ],
+)
+def test_every_kind_from_a_file(
+    here: Here,
+    server: UpProcess,
+    tmp_path: Path,
+    kind: str,
+    format_: str,
+    count: Callable[[list[tuple[Any, int]]], Any],
+) -> None:
+    """The view is what a naive count of the rows says, for each kind and format; ints are exact at any size."""
+    file = tmp_path / f"rows.{format_}"
+    file.write_text(csv_of(ROWS) if format_ == "csv" else ndjson_of(ROWS))
+    view = f"file_{kind}_{format_}"
+    options = ["--ts", "at"] if kind == "last" else []
+    arguments = ("--kind", kind, "--value", "value", "--labels", "region", *options, str(file))
+    report = report_of(here("publish", view, "--to", server.url, "--json", *arguments))
+    assert (report["lines"], report["deltas"]) == (len(ROWS), len(ROWS))
+    assert report["acknowledged_line"] == report["last_line"] == file.read_text().count("\n")
+    assert report["batches"] == len(Token.parse(report["token"]).next_offsets)
+    assert answer_of(server, view, report["token"]) == naive(ROWS, count)
+
+
+def test_a_pipe_and_the_text_report(server: UpProcess) -> None:
+    """Standard input works as a file does; the report names lines, deltas, batches and the token."""
+    arguments = ("publish", "piped", "--to", server.url, "--value", "value", "--labels", "region", "-")
+    done = pipeline(*arguments, input=csv_of(ROWS))
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first.startswith("published piped: 7 lines, 7 deltas in 3 entries of ")
+    token = second.removeprefix("token ")
+    assert answer_of(server, "piped", token) == naive(ROWS, lambda run: sum(value for value, _ in run))
+
+
+def test_standard_input_can_be_a_file(server: UpProcess, tmp_path: Path) -> None:
+    """`< FILE` is read from where it stands, twice, as FILE is."""
+    file = tmp_path / "rows"
+    file.write_text("not,this\n" + csv_of(ROWS))
+    with file.open("rb") as stream:
+        stream.readline()
+        script = ("publish", "redirected", "--to", server.url, "--value", "value", "--json", "-")
+        done = _with_stdin(script, stream.tell(), file)
+    assert done["complete"]
+    assert answer_of(server, "redirected", done["token"]) == {"": sum(value for _, value, _ in ROWS)}
+
+
+def _with_stdin(arguments: Sequence[str], offset: int, file: Path) -> dict[str, Any]:
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+        done = subprocess.run(
+            [*PROGRAM, *arguments], stdin=fd, capture_output=True, env=environment(), timeout=60, check=True
+        )
+    finally:
+        os.close(fd)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_without_a_value_lines_are_counted(server: UpProcess) -> None:
+    """A sum without --value counts 1 a row; labels may be named other than their columns."""
+    report = publish_ok(server, "counted", "--labels", "where=region", "--format", "ndjson", "-", input=ndjson_of(ROWS))
+    assert answer_of(server, "counted", report["token"]) == naive(ROWS, len)
+    with Reader(server.url) as reader:
+        assert [view.labels for view in reader.views() if view.name == "counted"] == [["where"]]
+
+
+def test_values_of_kind_last(server: UpProcess) -> None:
+    """Text, numbers, bools and null, from either format."""
+    values = {"a": "on", "b": 12, "c": 0.5, "d": True, "e": None, "f": "12", "g": BIG}
+    csv_text = f'k,v\na,on\nb,12\nc,0.5\nd,true\ne,null\nf,"""12"""\ng,{BIG}\n'
+    ndjson = "".join(json.dumps({"k": key, "v": value}) + "\n" for key, value in values.items())
+    for view, format_, text in (("last_csv", "csv", csv_text), ("last_ndjson", "ndjson", ndjson)):
+        options = ("--kind", "last", "--value", "v", "--labels", "k", "--format", format_, "-")
+        report = publish_ok(server, view, *options, input=text)
+        found = answer_of(server, view, report["token"])
+        assert [(key, repr(value)) for key, value in found.items()] == [(key, repr(value)) for key, value in values.items()]
+
+
+def test_many_lines_arrive_once(server: UpProcess, tmp_path: Path) -> None:
+    """More than any buffer or batch holds: the view is exact, and each line is one delta."""
+    count = 120_000
+    file = tmp_path / "many.csv"
+    file.write_text("n,k\n" + "".join(f"{n},{n % 5000}\n" for n in range(count)))
+    limits = ("--set", "batch_bytes_max=8192", "--set", "buffer_bytes_max=2000000", "--set", "flush_interval_ms=20")
+    report = publish_ok(server, "many", "--value", "n", "--labels", "k", *limits, str(file))
+    assert (report["lines"], report["deltas"], report["last_line"]) == (count, count, count + 1)
+    found = answer_of(server, "many", report["token"])
+    assert found == {str(key): sum(range(key, count, 5000)) for key in range(5000)}
+
+
+def test_a_view_that_is_there_is_kept(server: UpProcess) -> None:
+    """Labels may come in another order; another kind, or other labels, are refused before anything is sent."""
+    text = "a,b,v\nx,y,1\n"
+    publish_ok(server, "kept", "--value", "v", "--labels", "a,b", "-", input=text)
+    report = publish_ok(server, "kept", "--value", "v", "--labels", "b,a", "-", input=text)
+    assert answer_of(server, "kept", report["token"]) == {"x/y": 2}
+    for options, other in ((("--kind", "mean", "--labels", "a,b"), "mean(a, b)"), (("--labels", "a"), "sum(a)")):
+        done = pipeline("publish", "kept", "--to", server.url, "--value", "v", *options, "-", input=text)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"pipeline: view kept is sum(a, b) at {server.url}, not {other}\n"
+
+
+def test_going_on_at_a_line(server: UpProcess) -> None:
+    """--start-line takes the header from line 1 and the rows from line N, and does not mind what stands between."""
+    report = publish_ok(server, "late", "--value", "v", "--start-line", "4", "-", input="v\n1\nbad\n4\n8\n")
+    assert (report["lines"], report["last_line"]) == (2, 5)
+    assert answer_of(server, "late", report["token"]) == {"": 12}
+
+
+def test_nothing_to_publish(server: UpProcess) -> None:
+    """A header, or an NDJSON file, without rows is fine, and empty."""
+    for options, text in ((("--value", "v"), "v\n"), (("--format", "ndjson"), "")):
+        report = publish_ok(server, "nothing", *options, "-", input=text)
+        assert (report["lines"], report["batches"], report["token"]) == (0, 0, "")
+
+
+def test_into_a_folder_that_a_server_folds_later(tmp_path: Path) -> None:
+    """`embedded:DIR` needs no server; the next `pipeline up` on it has everything. A folder in use is refused."""
+    folder = tmp_path / "data"
+    arguments = ("publish", "offline", "--to", f"embedded:{folder}", "--value", "v", "--json", "-")
+    done = pipeline(*arguments, input="v\n1\n2\n")
+    assert done.returncode == 0, done.stderr
+    with UpProcess(folder) as up:
+        assert answer_of(up, "offline", json.loads(done.stdout)["token"]) == {"": 3}
+        refused = pipeline(*arguments, input="v\n1\n")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"in use by process {up.program.process.pid}" in refused.stderr
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_progress_on_a_terminal(server: UpProcess, tmp_path: Path, piped: bool) -> None:
+    """A file shows what is done of it, lines, rate and time left; a pipe, whose end nobody knows, lines and rate."""
+    file = tmp_path / "rows.csv"
+    file.write_text("v\n" + "1\n" * 200_000)
+    arguments = ["publish", f"shown_{piped}", "--to", server.url, "--value", "v", "--json", "-" if piped else str(file)]
+    terminal = Terminal()
+    env = environment({"TERM": "xterm", "COLUMNS": "120"})
+    command = ["bash", "-c", 'cat "$0" | "$@"', str(file)] if piped else []
+    done = subprocess.run(
+        [*command, *PROGRAM, *arguments], stdin=terminal.fd, stdout=subprocess.PIPE, stderr=terminal.fd, env=env, timeout=60,
+        check=True,
+    )  # fmt: skip
+    shown = terminal.close()
+    assert json.loads(done.stdout)["lines"] == 200_000
+    rate = r"[\d,]+ lines, [\d,]+/s"
+    if piped:
+        assert re.search(rf"publishing {rate}\s", shown), shown
+    else:
+        for doing in ("checking", "publishing"):
+            assert re.search(rf"{doing} \S*━\S* +[\d.]+/[\d.]+ \w+ {rate} +(\d+:\d\d:\d\d|-:--:--)", shown), shown

@@ -1,0 +1,173 @@
+"""`pipeline get` and `pipeline status`: what the server answers, as a table or as it came."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import Publisher
+from tests.cli.conftest import Here
+from tests.support import PROGRAM, UpProcess, environment
+
+BIG = 2**80
+
+
+@pytest.fixture(scope="module")
+def token(server: UpProcess) -> Iterator[str]:
+    """Two views are there; the token that covers them."""
+    with Publisher(server.url) as publisher:
+        revenue = publisher.sum("revenue", labels=("region", "product"))
+        for region, product, value in (("eu", "tea", 5), ("eu", "pie", 7), ("us", "tea", BIG), ("us", "jam", 0.5)):
+            revenue.add(value, region=region, product=product)
+        state = publisher.last("state", labels=("host",))
+        state.set("up\x1b[31m", host="a\nb\x1b]0;title\x07")
+        state.set(None, host="ü")
+        publisher.sum("total").add(3)
+        many = publisher.sum("many", labels=("n",))
+        for n in range(3000):
+            many.add(n, n=f"{'wide' * 50}{n}")
+        yield str(publisher.flush())
+
+
+def table(here: Here, server: UpProcess, *arguments: str) -> list[list[str]]:
+    """The words of each line of a table, without the last line."""
+    done = here("get", *arguments, "--from", server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.split() for line in done.stdout.splitlines()[:-1]]
+
+
+def test_a_view_as_a_table(here, server: UpProcess, token: str) -> None:
+    """Label columns, the value to the right, and a last line with the series and the bound on staleness."""
+    done = here("get", "revenue", "--after", token, "--from", server.url)
+    lines = done.stdout.splitlines()
+    assert [line.split() for line in lines[:-1]] == [
+        ["product", "region", "sum"],
+        ["jam", "us", "0.5"],
+        ["pie", "eu", "7"],
+        ["tea", "eu", "5"],
+        ["tea", "us", str(BIG)],
+    ]
+    assert lines[-1].startswith("4 series, at most ")
+    assert lines[-1].endswith(" ms stale")
+    assert len({len(line) for line in lines[:-1]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (("--by", "region"), [["region", "sum"], ["eu", "12"], ["us", str(float(BIG))]]),
+        (("--by", "product,region", "--top", "1"), [["product", "region", "sum"], ["tea", "us", str(BIG)]]),
+        (("--where", "product=~t.*", "--where", "region!=us"), [["product", "region", "sum"], ["tea", "eu", "5"]]),
+        (("--total", "--where", "region=eu"), [["sum"], ["12"]]),
+        (("--top", "1", "--by", "product"), [["product", "sum"], ["tea", str(BIG + 5)]]),
+        (("--where", "region=none"), [["sum"]]),
+    ],
+)  # fmt: skip
+def test_options_of_get(here: Here, server: UpProcess, token: str, arguments: Sequence[str], rows: list[list[str]]) -> None:
+    """Each is the API's parameter of its name."""
+    found = table(here, server, "revenue", "--after", token, *arguments)
+    assert [[word.replace("e+", "e") for word in row] for row in found] == [
+        [w.replace("e+", "e") for w in row] for row in rows
+    ]
+
+
+def test_a_cut_answer_says_so(here: Here, server: UpProcess, token: str) -> None:
+    """The last line names both numbers; cells are not cut, however wide."""
+    done = here("get", "many", "--after", token, "--limit", "5", "--from", server.url)
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("5 of 3,000 series (--limit, --top), at most ")
+    assert lines[1].split() == ["wide" * 50 + "0", "0"]
+
+
+def test_json_is_the_answer_as_it_came(here: Here, server: UpProcess, token: str) -> None:
+    """The same document as the API's, to the last digit of a number."""
+    done = here("get", "revenue", "--after", token, "--json", "--from", server.url)
+    with urllib.request.urlopen(f"{server.url}/v1/views/revenue", timeout=20) as answer:
+        expected = json.load(answer)
+    found = json.loads(done.stdout)
+    assert (found.pop("as_of").keys(), found) == (expected.pop("as_of").keys(), expected)
+    assert found["series"][3]["value"] == BIG
+    for arguments, path in ((("get",), "/v1/views"), (("status",), "/v1/status")):
+        shown = json.loads(here(*arguments, "--from", server.url, "--json").stdout)
+        with urllib.request.urlopen(server.url + path, timeout=20) as answer:
+            assert shown.keys() == json.load(answer).keys()
+
+
+def test_without_a_view_all_are_listed(here: Here, server: UpProcess, token: str) -> None:
+    """Name, kind, labels and number of series of each."""
+    assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
+    assert table(here, server)[0] == ["view", "kind", "labels", "series"]
+    assert [row[:-1] for row in table(here, server)[1:]] == [
+        ["many", "sum", "n"], ["revenue", "sum", "product,", "region"], ["state", "last", "host"], ["total", "sum"],
+    ]  # fmt: skip
+
+
+def test_what_others_publish_does_not_steer_the_terminal(here: Here, server: UpProcess, token: str) -> None:
+    """Control characters in labels and values are spelled out; other languages are not."""
+    rows = table(here, server, "state", "--after", token)
+    assert rows[1:] == [["a\\nb\\x1b]0;title\\x07", "up\\x1b[31m"], ["ü", "null"]]
+
+
+def test_status(here: Here, server: UpProcess, token: str) -> None:
+    """One line for each partition, with the API's numbers."""
+    assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
+    done = here("status", "--from", server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["partition", "phase", "next_offset", "end_offset", "lag", "staleness", "restore"]
+    with urllib.request.urlopen(f"{server.url}/v1/status", timeout=20) as answer:
+        partitions = json.load(answer)["partitions"]
+    assert [line.split()[:5] for line in lines[1:-1]] == [
+        [str(it["partition"]), "folding", str(it["next_offset"]), str(it["end_offset"]), "0"] for it in partitions
+    ]
+    assert lines[-1] == "ready, lag 0 records"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("get", "nothing_of_this_name"), 2, "no view 'nothing_of_this_name'"),
+        (("get", "revenue", "--by", "colour"), 2, "view revenue has no label 'colour'; its labels: product, region"),
+        (("get", "revenue", "--where", "region"), 2, "'region' is not label=value"),
+        (("get", "revenue", "--where", "region=~("), 2, "is not a regular expression"),
+        (("get", "revenue", "--total", "--by", "region"), 2, "--total is one number"),
+        (("get", "revenue", "--limit", "0"), 2, "limit"),
+        (("get", "revenue", "--top", "many"), 2, "--top"),
+        (("get", "revenue", "--after", "yesterday"), 2, "not a token: 'yesterday'"),
+        (("get", "revenue", "--after", "0-999999", "--timeout-ms", "50"), 1, "not at 999999, after 50 ms"),
+        (("get", "--top", "5"), 2, "pipeline get VIEW"),
+        (("get", "revenue", "--from", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: ConnectionRefusedError"),
+        (("status", "--from", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: ConnectionRefusedError"),
+        (("status", "--from", "127.0.0.1"), 2, "not a server's address: '127.0.0.1'; it looks like http://host:8080"),
+        (("gett", "revenue"), 2, "No such command 'gett'"),
+    ],
+)
+def test_a_wrong_call(here: Here, server: UpProcess, token: str, arguments: Sequence[str], code: int, said: str) -> None:
+    """One line on standard error says what is wrong; exit code 2 if the call is, 1 if the server can't."""
+    to = () if "--from" in arguments or arguments[0] == "gett" else ("--from", server.url)
+    done = here(*arguments, *to)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_the_reader_of_a_pipe_may_leave(server: UpProcess, token: str, tmp_path: Path, options: Sequence[str]) -> None:
+    """`| head -c 100` ends the command, without a word."""
+    with (tmp_path / "stderr").open("wb") as errors:
+        process = subprocess.Popen(
+            [*PROGRAM, "get", "many", *options, "--from", server.url, "--after", token],
+            stdout=subprocess.PIPE, stderr=errors, env=environment(),
+        )  # fmt: skip
+        assert process.stdout is not None
+        head: Any = process.stdout.read(100)
+        process.stdout.close()
+        assert process.wait(30) == 1
+    assert len(head) == 100
+    assert (tmp_path / "stderr").read_text() == ""

@@ -1,0 +1,225 @@
+"""Runs the `pipeline` program as users do, in processes of its own that never outlive the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+from pipeline import Reader, Token
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+READY_S = 60.0
+"""How long a start may take on a busy machine."""
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process' environment without settings of the program, and with `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PIPELINE_")}
+    return {**kept, "PYTHONPATH": str(ROOT), **(extra or {})}
+
+
+def pipeline(
+    *arguments: str,
+    input: str | bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 60.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    sent = input.encode() if isinstance(input, str) else input
+    done = subprocess.run(
+        [*PROGRAM, *arguments],
+        input=sent,
+        stdin=subprocess.DEVNULL if sent is None else None,
+        capture_output=True,
+        env=environment(env),
+        cwd=cwd,
+        timeout=timeout_s,
+        check=False,
+    )
+    out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+    """The first true result of `done`; fails, saying what was waited for, if there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = done()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
+        time.sleep(0.01)
+
+
+def everything(reader: Reader) -> Token:
+    """What covers all that the server's log has now."""
+    return Token({it["partition"]: it["end_offset"] for it in reader.status()["partitions"]})
+
+
+class Program:
+    """One command that goes on running. What it prints on standard error goes to a file."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        stderr: Path,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self._stderr = stderr
+        with stderr.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [*PROGRAM, *arguments],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment(env),
+                cwd=cwd,
+                start_new_session=True,  # a Ctrl-C in the terminal is for pytest
+            )
+
+    def stderr(self) -> str:
+        """What it has printed on standard error so far."""
+        return self._stderr.read_text(errors="replace")
+
+    def read_line(self, timeout_s: float = READY_S) -> str:
+        """The next line of standard output."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], timeout_s)[0]:
+            raise AssertionError(f"nothing printed in {timeout_s:g} s; {self.stderr()}")
+        return self.process.stdout.readline().decode()
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """Wait for the end; the exit code."""
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End it as kill -9 does, and wait. Twice is fine."""
+        self.process.kill()
+        self.process.wait(30.0)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Terminal:
+    """The screen end of a terminal that a program writes to; all of it is read, as a real one would."""
+
+    def __init__(self) -> None:
+        self._screen, self.fd = os.openpty()
+        self._parts: list[bytes] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            while part := os.read(self._screen, 65_536):
+                self._parts.append(part)
+        except OSError:
+            pass  # how a terminal says that nobody has it open any more
+
+    def close(self) -> str:
+        """Once the program has ended: what it wrote, without its colours and movements."""
+        os.close(self.fd)
+        self._thread.join(30)
+        os.close(self._screen)
+        return _ESCAPE.sub("", b"".join(self._parts).decode())
+
+
+class UpProcess:
+    """`pipeline up` on a data directory: started and ready on entering the context, gone after it.
+
+    `start` after `kill` or `terminate` starts it again, on the same port.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        *arguments: str,
+        port: int = 0,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.data = data
+        self.port = port
+        self.ready: dict[str, Any] = {}
+        """The JSON that it prints when it is ready."""
+        self._arguments = arguments
+        self._env = env
+        self._cwd = cwd
+        self._program: Program | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def program(self) -> Program:
+        """The process that was started last."""
+        assert self._program is not None
+        return self._program
+
+    def start(self, *, wait_ready: bool = True) -> None:
+        """Start it; with `wait_ready`, return when it says that it is ready."""
+        errors = self.data.with_name(f"{self.data.name}.stderr")
+        errors.parent.mkdir(parents=True, exist_ok=True)
+        options = ("--data", str(self.data), "--port", str(self.port), "--json")
+        self._program = Program("up", *options, *self._arguments, stderr=errors, env=self._env, cwd=self._cwd)
+        if wait_ready:
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.kill()
+                raise
+
+    def wait_ready(self) -> None:
+        """Wait until it says that it is ready."""
+        line = self.program.read_line()
+        assert line, f"pipeline up ended with {self.program.wait()}: {self.program.stderr()}"
+        self.ready = json.loads(line)
+        self.port = int(self.ready["url"].rpartition(":")[2])
+
+    def kill(self) -> None:
+        """kill -9. Twice is fine."""
+        if self._program is not None:
+            self._program.kill()
+
+    def terminate(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+        """Ask it to stop, and wait; the exit code."""
+        self.program.signal(number)
+        code = self.program.wait(timeout_s)
+        self.program.kill()
+        return code
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
