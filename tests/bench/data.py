@@ -1,0 +1,57 @@
+"""What the benchmarks publish: one view of two labels, as the sealed batches of one publisher."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from pipeline.core.codec import encode_batch
+from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
+from pipeline.core.route import route
+
+VIEW = Definition("sales", "sum", ("region", "product"))
+REGION_COUNT = 16
+BATCH_ENTRIES = 10_000
+"""About what fits a publisher's `batch_bytes_max`."""
+
+
+def labels(i: int) -> tuple[str, str]:
+    """The label values of series `i`."""
+    return f"region-{i % REGION_COUNT}", f"product-{i:07d}"
+
+
+def value(i: int) -> float:
+    """What is added to series `i` each time."""
+    return i % 1000 / 4
+
+
+def batches(entry_count: int, series_count: int, partition_count: int) -> Iterator[tuple[int, bytes]]:
+    """Partition and bytes of batches that hold `entry_count` deltas in random order.
+
+    Each series comes once before any comes again, so nothing merges within a batch.
+    """
+    order = [*range(series_count)]
+    rng = random.Random(1)
+    prefix = series_prefix(VIEW.view)
+    sequences = [0] * partition_count
+    groups = [Group(VIEW, [], []) for _ in range(partition_count)]
+
+    def seal(partition: int) -> tuple[int, bytes]:
+        group, groups[partition] = groups[partition], Group(VIEW, [], [])
+        sequence = sequences[partition]
+        sequences[partition] += 1
+        return partition, encode_batch(Batch("bench", 0, partition, sequence, sequence, 0, [group]))
+
+    for _ in range(entry_count // series_count):
+        rng.shuffle(order)
+        for i in order:
+            suffix = series_suffix(labels(i))
+            partition = route(prefix + suffix, partition_count)
+            group = groups[partition]
+            group.suffixes.append(suffix)
+            group.states.append(value(i))
+            if len(group.suffixes) == BATCH_ENTRIES:
+                yield seal(partition)
+        for partition in range(partition_count):
+            if groups[partition].suffixes:
+                yield seal(partition)

@@ -1,0 +1,44 @@
+"""The benchmarks run. What they measure is for `pipeline bench` to say: a test has no quiet machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.bench.__main__ import BENCHMARKS
+from tests.bench.measure import ROOT, Figure, at_least, at_least_times, at_most, at_most_times, cheaper
+
+PIPELINE = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_measures_something(name: str) -> None:
+    """Each benchmark runs at a small size, and has a baseline of its own."""
+    rows = BENCHMARKS[name](True)
+    assert rows
+    for row in rows:
+        assert row.measured.value > 0, row
+        assert row.baseline.value > 0, row
+        assert row.baseline.what, row
+
+
+def test_targets_are_judged() -> None:
+    """A target is met on its own side of the limit only."""
+    five, ten = Figure(5, "ns"), Figure(10, "ns")
+    assert [at_most("n", ten, five, limit).met for limit in (9, 10)] == [False, True]
+    assert [at_least("n", ten, five, limit).met for limit in (10, 11)] == [True, False]
+    assert [at_most_times("n", ten, five, limit).met for limit in (1.9, 2)] == [False, True]
+    assert [at_least_times("n", ten, five, limit).met for limit in (2, 2.1)] == [True, False]
+    assert [cheaper("n", five, ten, limit).met for limit in (2, 2.1)] == [True, False]
+
+
+def test_the_command_prints_rows() -> None:
+    """`pipeline bench --json` prints machine and rows; an unknown name is a usage error that lists the names."""
+    done = subprocess.run([*PIPELINE, "bench", "record", "--quick", "--json"], cwd=ROOT, capture_output=True, check=True)
+    printed = json.loads(done.stdout)
+    assert printed["machine"].keys() == {"cpu", "cores", "python", "system"}
+    assert printed["rows"][0]["name"] == "cell.add(v)"
+    wrong = subprocess.run([*PIPELINE, "bench", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "fold-unique" in wrong.stderr

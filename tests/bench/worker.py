@@ -1,0 +1,173 @@
+"""How many entries a CPU second folds, commits and restores: embedded log, RocksDB stores, everything in one process."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rocksdict import WriteBatch
+
+import pipeline.topics as topics
+import tests.bench.data as data
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.rocks import RocksStore, RocksStores
+from pipeline.core.codec import decode_batch
+from pipeline.ports import Message
+from pipeline.settings import LogSettings, WorkerSettings
+from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.loop import WorkerLoop
+from pipeline.worker.partition import Partition
+from tests.bench.measure import Figure, Row, at_least, cpu_seconds
+
+_UNIT = "entries per CPU s"
+_WORKER = WorkerSettings(commit_interval_ms=200)
+
+
+class House:
+    """Log, stores and worker on one folder: the embedded pipeline without its HTTP server."""
+
+    def __init__(self, path: Path) -> None:
+        self.clock = SystemClock()
+        self.topics = topics.load()
+        self.settings = LogSettings(data=str(path))
+        self.path = path
+        self.log = EmbeddedLog(path / "log", self.topics, self.settings, self.clock)
+        self.partition_count = self.log.partition_count(DELTAS)
+
+    def publish(self, entry_count: int, series_count: int) -> list[bytes]:
+        """Put deltas into the log, as `data.batches` makes them."""
+        values = []
+        for partition, value in data.batches(entry_count, series_count, self.partition_count):
+            (result,) = self.log.append([Message(DELTAS, partition, None, value)], timeout_s=10)
+            assert isinstance(result, int), result
+            values.append(value)
+        self.log.flush()
+        return values
+
+    def work(self) -> None:
+        """Restore, fold everything that was published, commit it, stop."""
+        stores = RocksStores(self.path / "stores", self.settings)
+        partitions = [
+            Partition(
+                number, log=self.log, stores=stores, clock=self.clock, settings=_WORKER, delete_retention_ms=86_400_000
+            )
+            for number in range(self.partition_count)
+        ]
+        failed: list[BaseException] = []
+        loop = WorkerLoop(partitions, log=self.log, clock=self.clock, settings=_WORKER, on_fatal=failed.append)
+        loop.start()
+        while not (loop.ready and all(self._done(partition) for partition in partitions)):
+            if failed:
+                raise failed[0]
+            time.sleep(0.02)
+        loop.stop()
+        stores.close()
+
+    def entries(self) -> list[list[tuple[bytes, bytes]]]:
+        """What the changelog holds, by partition."""
+        reader = self.log.reader(CHANGELOG)
+        reader.assign(dict.fromkeys(range(self.partition_count), 0))
+        out: list[list[tuple[bytes, bytes]]] = [[] for _ in range(self.partition_count)]
+        while fetched := reader.poll(record_count_max=20_000, bytes_max=2**26, timeout_s=0):
+            for records in fetched:
+                for key, value in zip(records.keys, records.values, strict=True):
+                    if key is not None and value is not None:
+                        out[records.partition].append((key, value))
+        return out
+
+    def _done(self, partition: Partition) -> bool:
+        return partition.task.position.next_offset == self.log.watermarks(DELTAS, partition.number).end_offset
+
+
+@contextmanager
+def house() -> Iterator[House]:
+    """A new one in a folder that goes with it."""
+    with TemporaryDirectory(prefix="pipeline-bench-") as folder:
+        made = House(Path(folder))
+        try:
+            yield made
+        finally:
+            made.log.close()
+
+
+def _fold_bare(batches: list[bytes]) -> None:
+    """What no worker can do without: decode, and add up in a dict."""
+    states: dict[bytes, float] = {}
+    for value in batches:
+        for group in decode_batch(value).groups:
+            get = states.get
+            for suffix, state in zip(group.suffixes, group.states, strict=True):
+                states[suffix] = get(suffix, 0) + state
+
+
+def fold(name: str, entry_count: int, series_count: int, least: float) -> Row:
+    """A worker folds and commits what was published before; against decoding and adding up the same batches."""
+    with house() as made:
+        batches = made.publish(entry_count, series_count)
+        bare = cpu_seconds(lambda: _fold_bare(batches))
+        batches.clear()
+        seconds = cpu_seconds(made.work)
+    return at_least(
+        name,
+        Figure(entry_count / seconds, _UNIT),
+        Figure(entry_count / bare, _UNIT, "decode the batches, add up in a dict; nothing stored"),
+        least,
+    )
+
+
+def fold_unique(quick: bool) -> list[Row]:
+    """Nothing merges: every entry is a new series."""
+    count = 20_000 if quick else 1_000_000
+    return [fold("worker, unique series", count, count, 200_000)]
+
+
+def fold_repeated(quick: bool) -> list[Row]:
+    """Each series comes ten times."""
+    count = 20_000 if quick else 1_000_000
+    return [fold("worker, each series ten times", count, count // 10, 500_000)]
+
+
+def _put_bare(store: RocksStore, entries: list[tuple[bytes, bytes]]) -> None:
+    """What no restore can do without: put the entries into RocksDB, as they come."""
+    for start in range(0, len(entries), 20_000):
+        batch = WriteBatch(raw_mode=True)
+        for key, value in entries[start : start + 20_000]:
+            batch.put(key, value)
+        store.db.write(batch, store._write_options)
+
+
+def restore(quick: bool) -> list[Row]:
+    """Stores are gone; the worker starts again and reads the changelog. Against putting the same entries into RocksDB."""
+    count = 20_000 if quick else 1_000_000
+    with house() as made:
+        made.publish(count, count)
+        made.work()
+        shutil.rmtree(made.path / "stores")
+        made.log.flush()
+        entries = made.entries()
+        stores = RocksStores(made.path / "bare", made.settings)
+        opened = [stores.open(number) for number in range(made.partition_count)]
+
+        def bare() -> None:
+            for store, some in zip(opened, entries, strict=True):
+                assert isinstance(store, RocksStore)
+                _put_bare(store, some)
+            stores.close()
+
+        bare_seconds = cpu_seconds(bare)
+        total = sum(map(len, entries))
+        entries.clear()
+        seconds = cpu_seconds(made.work)
+    return [
+        at_least(
+            "restore",
+            Figure(total / seconds, _UNIT),
+            Figure(total / bare_seconds, _UNIT, "put the entries into RocksDB with the same options; nothing read"),
+            400_000,
+        )
+    ]
