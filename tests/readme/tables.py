@@ -1,0 +1,48 @@
+"""The README's tables of settings and metrics, made from the code. `python -m tests.readme.tables` writes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from pipeline.metrics import CATALOGUE
+from pipeline.settings import GROUPS, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
+
+README = Path(__file__).parent.parent.parent / "README.md"
+TITLES = {
+    PublisherSettings: "publisher",
+    LogSettings: "log and stores",
+    WorkerSettings: "worker",
+    QuerySettings: "HTTP server",
+}
+
+
+def settings_table() -> str:
+    """One row for each setting."""
+    rows = ["| setting | default | of | meaning |", "|---|---|---|---|"]
+    rows += [
+        f"| `{item.name}` | {str(item.default).lower() if isinstance(item.default, bool) else item.default}"
+        f" | {TITLES[group]} | {item.metadata['doc']} |"
+        for group in GROUPS
+        for item in fields(group)
+    ]
+    return "\n".join(rows)
+
+
+def metrics_table() -> str:
+    """One row for each metric."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    rows += [f"| `{metric.name}` | {metric.type} | {', '.join(metric.labels)} | {metric.help} |" for metric in CATALOGUE]
+    return "\n".join(rows)
+
+
+def with_tables(text: str) -> str:
+    """The README's text with both tables as they should be."""
+    for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
+        text = re.sub(rf"(<!-- {name}:[^\n]*\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text()))
