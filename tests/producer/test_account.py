@@ -88,7 +88,7 @@ def test_an_outage_is_survived_in_bounded_memory(on_full: str) -> None:
     for cell in cells:
         cell.add(0.5)
     with Traced() as traced:
-        stop = time.monotonic() + 2
+        stop = time.monotonic() + 1
         rounds = 0
         while time.monotonic() < stop:
             for cell in cells:
@@ -96,7 +96,7 @@ def test_an_outage_is_survived_in_bounded_memory(on_full: str) -> None:
                 cell.add(0.25)
                 cell.add(0.25)
             rounds += 1
-    assert rounds > 20
+    assert rounds > 10
     assert traced.peak < 3_000_000
     assert pub.stats()["waiting"] <= 64 + 4
     log.away = False
@@ -263,9 +263,9 @@ def test_block_gives_up_after_its_timeout() -> None:
 
 
 def test_a_storm_of_unique_series_flows_through_a_small_account() -> None:
-    """Series that were sent are let go of under pressure, so that any number of them passes, from many threads."""
+    """Whoever runs out of memory wakes the flusher; what it has sent is let go of; so any number of series passes."""
     log, meter = FaultyLog(), Meter()
-    pub = publisher(log, meter, buffer_bytes_max=200_000, flush_interval_ms=100)
+    pub = publisher(log, meter, buffer_bytes_max=200_000, flush_interval_ms=3_600_000)
     view = pub.sum("v", labels=("a",))
     started = time.monotonic()
     in_threads(4, lambda i: [view.add(1, a=f"{i}-{j}") for j in range(2_000)])

@@ -132,6 +132,26 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
     assert fold(log.log).of("v") == {(s,): text for s, text in last.items()}
 
 
+def test_a_partition_that_is_away_leaves_room_in_every_attempt() -> None:
+    """More waits for it than one attempt can carry; what comes later for another partition is sent all the same."""
+    log = FaultyLog()
+    log.fate = lambda n, batch: AWAY if batch.partition == 0 else "kept"
+    pub = publisher(log, flush_interval_ms=1)
+    view = pub.last("v", labels=("a",))
+    by_partition: dict[int, list[str]] = {0: [], 1: []}
+    for i in range(1_000):
+        by_partition.setdefault(crc32(view.prefix + series_suffix((str(i),))) % 4, []).append(str(i))
+    stuck = by_partition[0][:120]
+    for label in stuck:
+        view.set("x" * 60_000, 1, a=label)
+    wait_until(lambda: sum(len(batch.value) for batch in pub._delivery.outbox.pending()) > 6 * 2**20)
+    view.set("here", 1, a=by_partition[1][0])
+    wait_until(lambda: fold(log.log).of("v") == {(by_partition[1][0],): "here"}, 5)
+    log.fate = lambda n, batch: "kept"
+    pub.close()
+    assert len(fold(log.log).of("v")) == 121
+
+
 def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
     """Thousands of waiting batches, every other one failing: none is ever refused for its gaps."""
     rng = random.Random(5)

@@ -18,7 +18,7 @@ from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ports import Message, RawDelta
 from pipeline.producer.gateway import Gateway
 from pipeline.settings import PublisherSettings
-from tests.producer.support import CLOCK, FaultyLog, Meter, batches, fold, in_threads, publisher, same
+from tests.producer.support import CLOCK, FaultyLog, Meter, batches, fold, hurried_threads, in_threads, publisher, same
 
 KNOWN = {"known": Definition("known", "sum", ("region", "product"))}
 
@@ -179,6 +179,41 @@ def test_two_first_requests_at_once_agree_or_are_refused() -> None:
     assert all(views.of(f"v{n}")[()] in (1, accepted[f"v{n}"]) for n in range(50))
 
 
+def test_two_requests_that_were_both_first_cannot_both_define() -> None:
+    """Each has looked, and found the view unknown, before either is appended: one is refused."""
+    log = FaultyLog()
+    gate = gateway(log)
+    looked = threading.Semaphore(0)
+    count = log.partition_count
+
+    def counted(topic: str) -> int:
+        looked.release()
+        return count(topic)
+
+    log.partition_count = counted  # type: ignore[method-assign]
+    errors: list[str] = []
+
+    def post(kind: str) -> None:
+        try:
+            gate.deltas([delta(1, "other"), delta(1, "new", kind)])
+        except Invalid as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=post, args=(kind,)) for kind in ("sum", "max")]
+    with gate._lock:  # both wait for it, to number their batches
+        for thread in threads:
+            thread.start()
+        assert looked.acquire(timeout=10)
+        assert looked.acquire(timeout=10)
+    for thread in threads:
+        thread.join(10)
+    assert len(errors) == 1
+    assert errors[0].startswith("delta 1: view new is ")
+    views = fold(log.log)
+    assert views.answers == {("other", ()): 1, ("new", ()): 1}
+    assert not views.dead
+
+
 def test_failed_appends_do_no_harm() -> None:
     """They use up sequences, which the floor passes: nothing piles up, and later requests are folded."""
     rng = random.Random(3)
@@ -249,7 +284,8 @@ def test_requests_at_once_are_exact() -> None:
         for n in range(60):
             gate.deltas([delta(1, a=str(n % 7)), delta(i, "m", "max"), delta(2**70, "big")])
 
-    in_threads(8, work)
+    with hurried_threads():
+        in_threads(8, work)
     views = fold(log.log)
     assert views.total("v") == 480
     assert views.of("m") == {(): 7}
