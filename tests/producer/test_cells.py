@@ -74,6 +74,24 @@ def test_a_delta_that_comes_late_is_found_by_the_next_flush() -> None:
     assert fold(log).of("v") == {(): 31}
 
 
+def test_a_delta_that_comes_late_while_the_log_is_away_waits() -> None:
+    """A flush that can send nothing merges it all the same; the next one finds it."""
+    log = FaultyLog()
+    pub = publisher(log, flush_interval_ms=1, series_idle_ms=1)
+    cell = pub.sum("v").labels()
+    cell.add(1)
+    let_go(pub, cell)
+    log.away = True
+    append_late(cell, 2)
+    with pytest.raises(Unavailable):
+        pub.flush(0.05)
+    assert not cell._values
+    log.away = False
+    pub.flush()
+    assert fold(log.log).of("v") == {(): 3}
+    pub.close()
+
+
 def test_a_delta_that_comes_late_outlives_its_handle() -> None:
     """A cell that was let go of, and that nobody holds any more, leaves what it has to the view."""
     log = FaultyLog()
