@@ -1,11 +1,19 @@
-"""What every test may use: the `--seeds` option, hypothesis profiles, small fixtures."""
+"""What every test may use: the `--seeds` option, hypothesis profiles, brokers, small fixtures."""
+
+from __future__ import annotations
 
 import os
+import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.broker.kafka import App, Broker
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -38,3 +46,50 @@ def free_port() -> int:
 def tmp_data(tmp_path: Path) -> Path:
     """An empty state folder."""
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def kafka_jars() -> Path:
+    """For tests that start brokers of their own: skips where that's impossible, or fails if PIPELINE_REQUIRE_KAFKA=1."""
+    from tests.broker.jars import Missing, jars
+    from tests.broker.kafka import absent
+
+    try:
+        return jars()
+    except Missing as reason:
+        absent(reason)
+
+
+@pytest.fixture(scope="session")
+def kafka(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a Kafka for tests that leave it running: PIPELINE_TEST_KAFKA, or else one for each process of pytest."""
+    from tests.broker.kafka import Broker
+
+    if running := os.environ.get("PIPELINE_TEST_KAFKA"):
+        yield running
+        return
+    request.getfixturevalue("kafka_jars")
+    folder = tmp_path_factory.mktemp("kafka")
+    with Broker(folder) as started:
+        yield started.bootstrap
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def broker(kafka_jars: Path, tmp_path: Path) -> Iterator[Broker]:
+    """A Kafka of the test's own, to stop, kill and pause."""
+    from tests.broker.kafka import Broker
+
+    with Broker(tmp_path / "kafka") as own:
+        yield own
+
+
+@pytest.fixture
+def app(kafka: str) -> Iterator[App]:
+    """Fresh names on `kafka`, without topics yet."""
+    from tests.broker.kafka import delete_topics, new_app
+
+    fresh = new_app(kafka)
+    yield fresh
+    if os.environ.get("PIPELINE_TEST_KAFKA"):
+        delete_topics(kafka, fresh.app)

@@ -1,0 +1,74 @@
+"""Kafka's jars, fetched by Maven once and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+POM = Path(__file__).with_name("pom.xml")
+INSTALL = "apt-get install maven default-jre-headless, or set PIPELINE_TEST_KAFKA=host:port to a running broker"
+FETCH_S = 600.0
+
+
+class Missing(Exception):
+    """No broker can be started here; the text says what to install."""
+
+
+def cache() -> Path:
+    """The folder of this version's files. Another pom.xml is another folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "delta-pipeline" / f"kafka-4.3.1-{hashlib.sha256(POM.read_bytes()).hexdigest()[:12]}"
+
+
+@contextmanager
+def locked() -> Iterator[Path]:
+    """The cache folder, which may not exist yet, to this process alone."""
+    folder = cache()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def need(program: str) -> str:
+    """The path of a program; `Missing` if there is none."""
+    path = shutil.which(program)
+    if path is None:
+        raise Missing(f"no {program}: {INSTALL}")
+    return path
+
+
+def jars() -> Path:
+    """The folder with the jars, fetched if they are not there; `Missing` if that can't be done."""
+    need("java")
+    if not (cache() / "lib").is_dir():
+        with locked() as folder:
+            if not (folder / "lib").is_dir():
+                _fetch(folder)
+    return cache() / "lib"
+
+
+def _fetch(folder: Path) -> None:
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    goal = ("dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={part / 'lib'}")
+    command = [need("mvn"), "-q", "-B", "-f", str(POM), *goal]
+    try:
+        subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+            timeout=FETCH_S,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise Missing(f"mvn could not fetch Kafka's jars ({INSTALL}): {str(error.output)[-2000:]}") from None
+    part.rename(folder)
