@@ -22,7 +22,15 @@ from pydantic_settings import (
 )
 
 from pipeline.errors import Invalid
-from pipeline.settings import GROUPS, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
+from pipeline.settings import (
+    GROUPS,
+    KafkaSettings,
+    LogSettings,
+    PublisherSettings,
+    QuerySettings,
+    WorkerSettings,
+    default_of,
+)
 
 ENV_PREFIX = "PIPELINE_"
 FILE = "pipeline.toml"
@@ -36,6 +44,7 @@ class Config:
     """All settings of a process, by what they belong to."""
 
     publisher: PublisherSettings
+    kafka: KafkaSettings
     log: LogSettings
     worker: WorkerSettings
     query: QuerySettings
@@ -56,7 +65,7 @@ class _Base(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file())
 
 
-_names = {item.name: (type(item.default), item.default) for group in GROUPS for item in fields(group)}  # type: ignore[arg-type]
+_names = {item.name: (type(default_of(item)), default_of(item)) for group in GROUPS for item in fields(group)}  # type: ignore[arg-type]
 _Settings: type[_Base] = create_model("_Settings", __base__=_Base, **_names)  # type: ignore[call-overload]
 
 
@@ -84,6 +93,7 @@ def load(flags: Mapping[str, Any] | None = None) -> Config:
         raise Invalid(f"{path}: {error}") from None
     return Config(
         publisher=PublisherSettings(**_of(PublisherSettings, values)),
+        kafka=KafkaSettings(**_of(KafkaSettings, values)),
         log=LogSettings(**_of(LogSettings, values)),
         worker=WorkerSettings(**_of(WorkerSettings, values)),
         query=QuerySettings(**_of(QuerySettings, values)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from pipeline.errors import NotFound, NotReady, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter, Message, Store
 from pipeline.producer.gateway import Gateway
+from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.follower import Progress
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import Partition, partition_status
 
 
 class Engine:
@@ -83,7 +85,7 @@ class Engine:
         )
         self.reader = ViewReader(
             stores=self.stores,
-            watermarks=lambda partition: self.log.watermarks(DELTAS, partition),
+            ends=EndsNow(partial(self.log.end_offsets, DELTAS), partial(self.log.start_offsets, DELTAS), self.clock),
             clock=self.clock,
             settings=query_settings or QuerySettings(),
             metrics=metrics,
@@ -128,28 +130,11 @@ class Engine:
         return {
             "ready": self.ready,
             "partition_count": len(self.partitions),
-            "partitions": [self._partition_status(partition) for partition in self.partitions],
+            "partitions": [
+                partition_status(it, self.log.watermarks(DELTAS, it.number).end_offset, self._progress.get(it.number))
+                for it in self.partitions
+            ],
         }
-
-    def _partition_status(self, partition: Partition) -> dict[str, Any]:
-        end_offset = self.log.watermarks(DELTAS, partition.number).end_offset
-        next_offset = partition.task.position.next_offset
-        progress = self._progress.get(partition.number)
-        status: dict[str, Any] = {
-            "partition": partition.number,
-            "phase": partition.task.phase.value,
-            "next_offset": next_offset,
-            "end_offset": end_offset,
-            "lag": end_offset - next_offset,
-        }
-        if progress is not None and not progress.done:
-            status["restore"] = {
-                "entries": progress.entries,
-                "remaining": progress.remaining,
-                "entries_per_s": round(progress.entries_per_s),
-                "seconds_left": round(progress.seconds_left, 1),
-            }
-        return status
 
     def _keep_from(self, topic: str, partition: int) -> int:
         """What retention must leave: deltas that are not in the state yet, however old they are."""
@@ -194,6 +179,9 @@ class SharedLog(LogWriter):
 
     def partition_count(self, topic: str) -> int:
         return self._shared.log.partition_count(topic)
+
+    def message_bytes_max(self, topic: str) -> int:
+        return self._shared.log.message_bytes_max(topic)
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         return self._shared.log.append(messages, timeout_s=timeout_s)

@@ -14,6 +14,9 @@ from pipeline.core.record import Records
 from pipeline.core.token import Token
 from pipeline.errors import PipelineError
 
+MESSAGE_BYTES_MAX = 16 * 2**20
+"""Where a log has no limit of its own: beyond every limit of a batch."""
+
 
 class Message(msgspec.Struct, frozen=True, gc=False):  # a commit has tens of thousands; these cost a fifth of tuples
     """What is appended: a record without its offset. A value of None is a tombstone on a compacted topic."""
@@ -58,6 +61,10 @@ class LogWriter(Protocol):
         """How many partitions `topic` has now; it never falls."""
         ...
 
+    def message_bytes_max(self, topic: str) -> int:
+        """The largest value that `topic` takes; a larger one is `Invalid`. May ask the log when it is first called."""
+        ...
+
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         """Append, and wait until each message would survive kill -9 of the log.
 
@@ -81,6 +88,8 @@ class Transaction(Protocol):
     def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
         """Append all messages in one transaction; the `next_offset` behind each.
 
+        When it returns they are durable. Readers see them then or a moment later, a new owner of the id in any case.
+
         All or nothing: after an error none of them is or will become visible, unless the error is `Unavailable`, after which
         all or none are. Raises `Fenced`, or `Unavailable` if it could not be decided in time.
         """
@@ -96,6 +105,18 @@ class Log(LogWriter, Protocol):
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         """The partition's offsets now. Its end is the last stable offset: everything below is committed."""
+        ...
+
+    def end_offsets(self, topic: str) -> Mapping[int, int]:
+        """The end offset of every partition that the topic has now."""
+        ...
+
+    def start_offsets(self, topic: str) -> Mapping[int, int]:
+        """The start offset of every partition that the topic has now."""
+        ...
+
+    def topic_id(self, topic: str) -> str:
+        """What tells a topic from one of the same name that was made anew; empty where that can't happen."""
         ...
 
     def reader(self, topic: str) -> LogReader:
@@ -180,6 +201,8 @@ class RawDelta(NamedTuple):
     value: object
     ts_ms: int | None = None
     window_s: int | None = None
+    monotone: bool | None = None
+    """None: as the view is known, or not monotone if it is new."""
 
 
 class Ingest(Protocol):

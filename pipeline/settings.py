@@ -6,7 +6,8 @@ Plain data, so that a publisher inside somebody's app loads nothing for it. `pip
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 from pipeline.core.task import TaskLimits
@@ -16,20 +17,29 @@ OnFull = Literal["block", "raise", "drop_newest"]
 
 
 def _setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+    metadata = {"doc": doc, "least": least, "most": most}
+    if isinstance(default, Mapping):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def default_of(item: Field[Any]) -> Any:
+    """A setting's default."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 class _Checked:
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
             value, least, most = getattr(self, item.name), item.metadata["least"], item.metadata["most"]
-            if isinstance(item.default, int) and not isinstance(item.default, bool):
+            default = default_of(item)
+            if isinstance(default, int) and not isinstance(default, bool):
                 if not isinstance(value, int) or isinstance(value, bool):
                     raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
                 if (least is not None and value < least) or (most is not None and value > most):
                     raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
-            elif not isinstance(value, type(item.default)):
-                raise Invalid(f"{item.name}: {type(item.default).__name__} expected, got {value!r:.50}")
+            elif not isinstance(value, type(default)):
+                raise Invalid(f"{item.name}: {type(default).__name__} expected, got {value!r:.50}")
 
 
 @dataclass(frozen=True)
@@ -81,15 +91,37 @@ class LogSettings(_Checked):
 
 
 @dataclass(frozen=True)
+class KafkaSettings(_Checked):
+    """Of everything that talks to a broker; each is also a keyword of `Publisher`."""
+
+    kafka: Mapping[str, Any] = _setting(
+        {}, "further options of librdkafka, by its names (`security.protocol`, `sasl.*`, `ssl.*`...); a table, or JSON"
+    )
+    kafka_timeout_ms: int = _setting(
+        30_000, "how long a call may take to which no other limit applies: at start, for offsets, for topics", least=100
+    )
+    metadata_refresh_ms: int = _setting(2_000, "how often publishers, workers and servers look for new partitions", least=10)
+    transaction_timeout_ms: int = _setting(
+        15_000,
+        "the broker aborts a commit that is open for longer; a dead owner holds followers up for so long",
+        least=1_000,
+    )
+
+
+@dataclass(frozen=True)
 class WorkerSettings(_Checked):
     """Of whoever folds."""
 
     commit_interval_ms: int = _setting(100, "longest time between folding a record and committing it", least=1)
-    commit_timeout_ms: int = _setting(10_000, "a commit that is undecided after this ends the process with code 3", least=10)
+    commit_timeout_ms: int = _setting(
+        30_000, "a commit that is undecided after this ends the process with code 3; the log may be away for less", least=10
+    )
+    transactions_per_s_max: int = _setting(200, "commits that a worker begins in a second, over all partitions", least=1)
     commit_thread_count: int = _setting(4, "commits of different partitions that can be under way at once", least=1, most=64)
     fetch_record_count_max: int = _setting(1_000, "records that one poll of the log returns", least=1)
     fetch_bytes_max: int = _setting(2_097_152, "bytes that one poll of the log returns of a partition, about", least=1_024)
     restore_fetch_count_max: int = _setting(20_000, "changelog records that one poll of a restore returns", least=1)
+    restore_thread_count: int = _setting(4, "partitions that a worker restores at once", least=1, most=64)
     restore_buffer_entries_max: int = _setting(
         100_000, "entries a restore holds back for a commit boundary before it applies them unfinished", least=1
     )
@@ -100,6 +132,9 @@ class WorkerSettings(_Checked):
     producer_ttl_ms: int = _setting(604_800_000, "a producer silent for so long is forgotten", least=1_000)
     producers_max: int = _setting(100_000, "producers a partition remembers; then the longest silent is forgotten", least=1)
     views_max: int = _setting(10_000, "views of a partition; a batch that defines one more is dead-lettered", least=1)
+    mirror_interval_ms: int = _setting(
+        5_000, "how often positions are mirrored to the group `APP-position`, for lag tools; 0: never. Kafka only", least=0
+    )
     accept_loss: bool = _setting(False, "go on although records were deleted before they were folded")
 
     def task_limits(self) -> TaskLimits:
@@ -119,16 +154,22 @@ class QuerySettings(_Checked):
     deltas_max: int = _setting(100_000, "deltas in one POST /v1/deltas; more is refused with 413", least=1)
     limit_default: int = _setting(10_000, "series in an answer when the request has no `limit`", least=1)
     limit_max: int = _setting(1_000_000, "largest `limit`", least=1)
-    matchers_max: int = _setting(64, "`where` and `by` parameters of one request", least=1)
+    matchers_max: int = _setting(64, "`where` and `by`, or `view`, parameters of one request", least=1)
     regex_bytes_max: int = _setting(1_000, "longest regular expression in `where`", least=1)
     timeout_ms_default: int = _setting(
         10_000, "how long a read waits and works when the request has no `timeout_ms`", least=1
     )
     timeout_ms_max: int = _setting(60_000, "largest `timeout_ms`", least=1)
+    openmetrics_series_max: int = _setting(
+        50_000, "series in an answer of GET /v1/openmetrics; views that do not fit are left out, each as a whole", least=1
+    )
     read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
     reads_waiting_max: int = _setting(256, "reads that wait or run; one more is refused with 503", least=1)
     connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
+    end_offsets_interval_ms: int = _setting(
+        100, "how often a query server asks Kafka where the log ends: the least staleness that it can state", least=1
+    )
 
 
-GROUPS: tuple[type[_Checked], ...] = (PublisherSettings, LogSettings, WorkerSettings, QuerySettings)
+GROUPS: tuple[type[_Checked], ...] = (PublisherSettings, KafkaSettings, LogSettings, WorkerSettings, QuerySettings)
 """All settings; no name stands in two groups."""

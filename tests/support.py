@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -152,15 +152,17 @@ class Terminal:
 
 
 class UpProcess:
-    """`pipeline up` on a data directory: started and ready on entering the context, gone after it.
+    """A role on a data directory, such as `pipeline up`: started and ready on entering the context, gone after it.
 
-    `start` after `kill` or `terminate` starts it again, on the same port.
+    `command` is the role with what only it takes: ("worker", "--from", url). `start` after `kill` or `terminate` starts it
+    again, on the same port.
     """
 
     def __init__(
         self,
         data: Path,
         *arguments: str,
+        command: Sequence[str] = ("up",),
         port: int = 0,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
@@ -169,6 +171,7 @@ class UpProcess:
         self.port = port
         self.ready: dict[str, Any] = {}
         """The JSON that it prints when it is ready."""
+        self._command = command
         self._arguments = arguments
         self._env = env
         self._cwd = cwd
@@ -190,7 +193,7 @@ class UpProcess:
         errors = self.data.with_name(f"{self.data.name}.stderr")
         errors.parent.mkdir(parents=True, exist_ok=True)
         options = ("--data", str(self.data), "--port", str(self.port), "--json")
-        self._program = Program("up", *options, *self._arguments, stderr=errors, env=self._env, cwd=self._cwd)
+        self._program = Program(*self._command, *options, *self._arguments, stderr=errors, env=self._env, cwd=self._cwd)
         if wait_ready:
             try:
                 self.wait_ready()
@@ -201,7 +204,7 @@ class UpProcess:
     def wait_ready(self) -> None:
         """Wait until it says that it is ready."""
         line = self.program.read_line()
-        assert line, f"pipeline up ended with {self.program.wait()}: {self.program.stderr()}"
+        assert line, f"pipeline {self._command[0]} ended with {self.program.wait()}: {self.program.stderr()}"
         self.ready = json.loads(line)
         self.port = int(self.ready["url"].rpartition(":")[2])
 

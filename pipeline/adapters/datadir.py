@@ -18,11 +18,13 @@ _NEW_VERSION = "VERSION.new"
 class DataDir:
     """Holds the lock on a state folder from `__init__` to `close`. The kernel lets go of it when the process dies.
 
-    Raises `Unavailable` if another process has it or the disk is full, `Invalid` if the folder can't be one.
+    Without `with_log` it is for stores only, and the log is elsewhere. Raises `Unavailable` if another process has it or the
+    disk is full, `Invalid` if the folder can't be one.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, with_log: bool = True) -> None:
         self.path = Path(path).expanduser().absolute()
+        self._with_log = with_log
         self._lock = -1
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,9 @@ class DataDir:
             return
         if found != _VERSION:
             raise Invalid(f"data directory {self.path} has version {found[:20]!r}; this program reads {_VERSION}")
-        if self.stores.exists() and not self.log.exists():
+        if not self._with_log and self.log.exists():
+            raise Invalid(f"data directory {self.path} holds an embedded log; stores of a broker's log need another one")
+        if self._with_log and self.stores.exists() and not self.log.exists():
             # A new log would make the stores look wrong, and they would be deleted: they are all that is left.
             raise Invalid(f"data directory {self.path} has stores, but its log is gone; to begin anew, delete them too")
 

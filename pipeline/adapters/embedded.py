@@ -181,6 +181,19 @@ class EmbeddedLog:
     def partition_count(self, topic: str) -> int:
         return len(self.partitions(topic))
 
+    def end_offsets(self, topic: str) -> Mapping[int, int]:
+        return {n: self.watermarks(topic, n).end_offset for n in range(self.partition_count(topic))}
+
+    def start_offsets(self, topic: str) -> Mapping[int, int]:
+        return {n: self.watermarks(topic, n).start_offset for n in range(self.partition_count(topic))}
+
+    def message_bytes_max(self, topic: str) -> int:
+        return RECORD_BYTES_MAX
+
+    def topic_id(self, topic: str) -> str:
+        self.partition_count(topic)
+        return ""  # the stores are in the same folder
+
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         meta = self._partition(topic, partition).meta
         return Watermarks(meta.start_offset, meta.end_offset)

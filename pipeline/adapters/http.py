@@ -26,7 +26,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.core.codec import encode_frames
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
-from pipeline.ports import Clock, Message
+from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
 from pipeline.topics import DELTAS
 
 REQUEST_BYTES_MAX = 4 * 2**20
@@ -97,6 +97,8 @@ class View(msgspec.Struct, frozen=True):
     labels: list[str]
     window_s: int | None
     series_count: int
+    monotone: bool = False
+    """Whether it is a sum that never falls."""
 
 
 class _Views(msgspec.Struct):
@@ -244,6 +246,10 @@ class HttpLogWriter:
             raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
         self._partition_count = now, count
         return count
+
+    def message_bytes_max(self, topic: str) -> int:
+        """The server has a limit of its own, which `batch_bytes_max` can't exceed."""
+        return MESSAGE_BYTES_MAX
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         deadline = self._clock.monotonic_s() + timeout_s

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.core.record import Records
 from pipeline.errors import Fenced, Invalid, PipelineError, RecordsLost
-from pipeline.ports import Message, Store, StoreView, Watermarks
+from pipeline.ports import MESSAGE_BYTES_MAX, Message, Store, StoreView, Watermarks
 
 
 class _Row(NamedTuple):
@@ -73,6 +73,19 @@ class MemoryLog:
         self._changed.notify_all()
         return out
 
+    def end_offsets(self, topic: str) -> Mapping[int, int]:
+        return {n: self.watermarks(topic, n).end_offset for n in range(self.partition_count(topic))}
+
+    def start_offsets(self, topic: str) -> Mapping[int, int]:
+        return {n: self.watermarks(topic, n).start_offset for n in range(self.partition_count(topic))}
+
+    def message_bytes_max(self, topic: str) -> int:
+        return MESSAGE_BYTES_MAX
+
+    def topic_id(self, topic: str) -> str:
+        self.partition_count(topic)
+        return ""
+
     def reader(self, topic: str) -> _MemoryReader:
         self.partition_count(topic)
         return _MemoryReader(self, topic)
@@ -89,11 +102,18 @@ class MemoryLog:
             at.start_offset = max(at.start_offset, min(start_offset, at.end_offset))
             at.rows = [row for row in at.rows if row.offset >= at.start_offset]
 
-    def compact(self, topic: str, partition: int, end_offset: int, *, drop_tombstones: bool = False) -> None:
-        """What compaction does below `end_offset`: keep the newest record of each key, there and above."""
+    def compact(
+        self, topic: str, partition: int, end_offset: int, *, drop_tombstones: bool = False, young_offset: int | None = None
+    ) -> None:
+        """What compaction does below `end_offset`: keep the newest record of each key, there and above.
+
+        Records from `young_offset` on are younger than the compaction lag: they stay, and so does what only they supersede.
+        """
         with self._changed:
             at = self._partition(topic, partition)
-            newest = {row.key: row.offset for row in at.rows}
+            young_offset = at.end_offset if young_offset is None else young_offset
+            end_offset = min(end_offset, young_offset)
+            newest = {row.key: row.offset for row in at.rows if row.offset < young_offset}
             at.rows = [
                 row
                 for row in at.rows

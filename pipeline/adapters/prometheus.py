@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.registry import Collector
 
 from pipeline.metrics import CATALOGUE, Metric
 
@@ -52,5 +54,13 @@ class PrometheusMetrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics as text, and the media type of that text: what Prometheus' Accept header prefers."""
-        encoder, media_type = choose_encoder(accept)
-        return encoder(self.registry), media_type
+        encode, media_type = encoder_for(accept)
+        return encode(self.registry), media_type
+
+
+def encoder_for(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    """What writes families as an Accept header prefers, and the media type of that; plain text if it makes no sense."""
+    try:
+        return choose_encoder(accept)
+    except TypeError:  # a version that is no number
+        return choose_encoder("")

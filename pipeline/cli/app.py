@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import DEFAULT_URL, Data, From, Host, Json, LogJson, LogLevel, Port, Set, To, load
+from pipeline.cli.options import DEFAULT_URL, Data, From, FromKafka, Host, Json, LogJson, LogLevel, Port, Set, To, load
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
@@ -84,6 +84,77 @@ def up(
 
 
 @app.command()
+def worker(
+    from_: FromKafka,
+    data: Data = None,
+    partitions: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Which partitions, such as 0,2,5-7. Default: all, new ones too.")
+    ] = None,
+    port: Port = None,
+    host: Host = None,
+    accept_loss: Annotated[
+        bool | None, typer.Option("--accept-loss", help="Go on although records were deleted before they were folded.")
+    ] = None,
+    set_: Set = None,
+    log_level: LogLevel = "warning",
+    log_json: LogJson = False,
+    json: Json = False,
+) -> None:
+    """Fold deltas from Kafka, exactly once, into stores and changelog.
+
+    \b
+        pipeline topics apply --to kafka://127.0.0.1:9092
+        pipeline worker --from kafka://127.0.0.1:9092 --data ./w1 --port 8081
+        pipeline worker --from kafka://127.0.0.1:9092 --data ./w1 --port 8081 --partitions 0-3
+
+    Each partition must be folded by one worker: whoever is started later for it fences who had it, and that one ends with
+    exit code 3. Stores are restored from the changelog; delete --data and they are built again. The port answers /metrics,
+    /healthz, /readyz and /v1/status; views are read from `pipeline serve`. Ctrl-C or SIGTERM commits and stops; kill -9 is
+    safe at any time. Exit code 3 means fenced, or a commit that failed: start it again.
+    """
+    from pipeline.cli import console
+
+    console.configure_logging(log_level, as_json=log_json)
+    from pipeline.cli.cluster import parse_partitions, run_worker
+
+    listed = parse_partitions(partitions)
+    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
+    raise SystemExit(run_worker(config, from_, partitions=listed, as_json=json))
+
+
+@app.command()
+def serve(
+    from_: FromKafka,
+    data: Data = None,
+    ingest: Annotated[
+        bool, typer.Option("--ingest", help="Be a gateway too: POST /v1/deltas and /v1/batches go to Kafka.")
+    ] = False,
+    port: Port = None,
+    host: Host = None,
+    set_: Set = None,
+    log_level: LogLevel = "warning",
+    log_json: LogJson = False,
+    json: Json = False,
+) -> None:
+    """Answer reads from a copy of the state on Kafka.
+
+    \b
+        pipeline serve --from kafka://127.0.0.1:9092 --data ./s1 --port 8080
+        pipeline serve --from kafka://127.0.0.1:9092 --data ./s2 --port 8082 --ingest
+
+    Its stores follow the changelog. As many servers as wanted, each with its own --data; reads never touch workers. While
+    the broker is away it goes on answering, and says how stale the answers are. With --ingest a request is answered when
+    the broker has what it brought.
+    """
+    from pipeline.cli import console
+
+    console.configure_logging(log_level, as_json=log_json)
+    from pipeline.cli.cluster import run_serve
+
+    raise SystemExit(run_serve(load(set_, data=data, port=port, host=host), from_, ingest=ingest, as_json=json))
+
+
+@app.command()
 def publish(
     view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of the view.")],
     source: Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")],
@@ -101,6 +172,9 @@ def publish(
     format_: Annotated[
         str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
     ] = None,
+    monotone: Annotated[
+        bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
+    ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad lines, leave them out, and go on.")] = False,
     start_line: Annotated[int, typer.Option(metavar="N", min=1, help="Go on at this line of the input.")] = 1,
     timeout_ms: Annotated[
@@ -140,8 +214,10 @@ def publish(
         skip_bad=skip_bad,
         start_line=start_line,
         as_json=json,
+        monotone=monotone,
     )
-    raise SystemExit(run_publish(request, with_timeout(load(set_).publisher, timeout_ms)))
+    config = load(set_)
+    raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))
 
 
 @app.command()
@@ -234,6 +310,10 @@ def demo(
 @app.command()
 def verify(
     data: Data = None,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="URL", help="Where the changelog is, if not in DIR: kafka://host:port[/app]."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=0, metavar="N", help="Differences that are listed for each partition.")] = 20,
     set_: Set = None,
     json: Json = False,
@@ -242,6 +322,7 @@ def verify(
 
     \b
         pipeline verify --data ./data
+        pipeline verify --data ./w1 --from kafka://127.0.0.1:9092
 
     Changes nothing, and needs free disk for one store. For when nothing runs on the directory. A store that is behind after
     kill -9 is no difference: the next start brings it up to date. Exit code 1 means that there are differences.
@@ -251,7 +332,7 @@ def verify(
     console.configure_logging("warning")
     from pipeline.cli.verify import run_verify
 
-    raise SystemExit(run_verify(load(set_, data=data), as_json=json, limit=limit))
+    raise SystemExit(run_verify(load(set_, data=data), url=from_, as_json=json, limit=limit))
 
 
 @app.command()
@@ -259,6 +340,9 @@ def bench(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Which benchmarks; without any, all.")
     ] = None,
+    kafka: Annotated[
+        bool, typer.Option("--kafka", help="Those on Kafka instead: a broker is started (Java and Maven are needed).")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A small size: only to see that they run.")] = False,
     json: Json = False,
 ) -> None:
@@ -267,13 +351,87 @@ def bench(
     \b
         pipeline bench
         pipeline bench record fold-unique
+        pipeline bench --kafka
 
     For a checkout. Each line has a baseline that was measured in the same run: on a busy machine, trust the ratios. Takes
     some minutes. Exit code 1 means that a target was not met.
     """
     from pipeline.cli.bench import run_bench
 
-    raise SystemExit(run_bench(names or [], quick=quick, as_json=json))
+    raise SystemExit(run_bench(names or [], kafka=kafka, quick=quick, as_json=json))
+
+
+topics = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
+
+Kafka = Annotated[str, typer.Option("--to", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")]
+Partitions = Annotated[
+    int | None,
+    typer.Option("--partitions", metavar="N", min=1, max=1024, help="Of all three topics; can grow, never shrink."),
+]
+Replication = Annotated[
+    int, typer.Option("--replication-factor", metavar="N", help="Of new topics. Default: -1, the broker's default.")
+]
+InSync = Annotated[
+    int | None,
+    typer.Option("--min-insync-replicas", metavar="N", min=1, help="Replicas that hold what is acknowledged, at least."),
+]
+TopicLoss = Annotated[bool, typer.Option("--accept-loss", help="Let deltas be deleted earlier than they are now.")]
+
+
+@topics.command("plan")
+def topics_plan(
+    to: Kafka,
+    partitions: Partitions = None,
+    replication_factor: Replication = -1,
+    min_insync_replicas: InSync = None,
+    accept_loss: TopicLoss = False,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Show what apply would do, and change nothing.
+
+    \b
+        pipeline topics plan --to kafka://127.0.0.1:9092
+        pipeline topics plan --to kafka://127.0.0.1:9092/shop --partitions 8 --json
+
+    One line for each setting that differs: what the broker has, what is wanted, and whether apply would create, alter or
+    refuse it. Exit code 1 means that something would be refused; the line says what would follow from it.
+    """
+    from pipeline.adapters.kafka.plan import Wish
+    from pipeline.cli.topics import run_plan
+
+    wish = Wish(partitions, replication_factor, min_insync_replicas, accept_loss)
+    raise SystemExit(run_plan(to, wish, load(set_), as_json=json))
+
+
+@topics.command("apply")
+def topics_apply(
+    to: Kafka,
+    partitions: Partitions = None,
+    replication_factor: Replication = -1,
+    min_insync_replicas: InSync = None,
+    accept_loss: TopicLoss = False,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Create what is missing, alter what is safe.
+
+    \b
+        pipeline topics apply --to kafka://127.0.0.1:9092
+        pipeline topics apply --to kafka://b1:9092,b2:9092/shop --replication-factor 3 --min-insync-replicas 2
+        pipeline topics apply --to kafka://127.0.0.1:9092 --partitions 7
+
+    If anything is not safe, nothing is changed, and its line says what would follow from it. Can be run at any time, while
+    publishers and workers run, and by several at once. Partitions that are added are used from then on; nothing is
+    replayed. For TLS or a login: --set kafka.security.protocol=SASL_SSL and so on. Exit code 1 means that something was
+    refused, or that no broker answered within kafka_timeout_ms.
+    """
+    from pipeline.adapters.kafka.plan import Wish
+    from pipeline.cli.topics import run_apply
+
+    wish = Wish(partitions, replication_factor, min_insync_replicas, accept_loss)
+    raise SystemExit(run_apply(to, wish, load(set_), as_json=json))
 
 
 def run() -> None:

@@ -35,10 +35,11 @@ class _Row(msgspec.Struct):
 class _Listing(msgspec.Struct):
     machine: dict[str, str]
     names: list[str]
+    kafka_names: list[str]
 
 
-def run_bench(names: Sequence[str], *, quick: bool, as_json: bool) -> int:
-    """Run the named benchmarks, all if none is named, and print what they measured. FAILED if a target was not met.
+def run_bench(names: Sequence[str], *, kafka: bool, quick: bool, as_json: bool) -> int:
+    """Run the named benchmarks, or all (with `kafka`, on Kafka); print what they measured. FAILED if a target was not met.
 
     `quick` runs them at a small size, to see that they work: the figures mean nothing then, and decide nothing.
     Raises `Invalid` for an unknown name, or if there is no checkout; `Unavailable` if a benchmark fails.
@@ -46,11 +47,12 @@ def run_bench(names: Sequence[str], *, quick: bool, as_json: bool) -> int:
     if not (_ROOT / "tests" / "bench" / "__main__.py").is_file():
         raise Invalid("the benchmarks are not part of the installed package: run this from a checkout (pip install -e .)")
     listing = msgspec.json.decode(_output([]), type=_Listing)
-    unknown = [name for name in names if name not in listing.names]
+    known = [*listing.names, *listing.kafka_names]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise Invalid(f"no benchmark {', '.join(unknown)}; there are {', '.join(listing.names)}")
+        raise Invalid(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
     rows: list[_Row] = []
-    for name in names or listing.names:
+    for name in names or (listing.kafka_names if kafka else listing.names):
         with console.err.status(f"{name} ..."):
             rows += msgspec.json.decode(_output([name, *(["--quick"] if quick else [])]), type=list[_Row])
     if as_json:

@@ -215,7 +215,7 @@ def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, 
     else:
         console.out.print(f"server at {server.url}, its API at {server.url}/docs", markup=False, soft_wrap=True)
     with Reader(server.url) as reader, _publisher(server, config) as publisher:
-        views = {d.view: publisher.view(d.kind, d.view, labels=d.labels) for d in VIEWS}
+        views = {d.view: publisher.view(d.kind, d.view, labels=d.labels, monotone=d.monotone) for d in VIEWS}
         recording = _Recording(views, clock)
         started_s = clock.monotonic_s()
         recording.start()
@@ -235,7 +235,7 @@ def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, 
 
 @contextmanager
 def _publisher(server: _Server, config: Config) -> Iterator[Publisher]:
-    publisher = Publisher(server.url, **asdict(config.publisher))
+    publisher = Publisher(server.url, **asdict(config.publisher), **asdict(config.kafka))
     try:
         yield publisher
     finally:

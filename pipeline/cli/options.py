@@ -16,8 +16,12 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 Data = Annotated[str | None, typer.Option("--data", metavar="DIR", help="State folder: log, stores, lock.")]
 Port = Annotated[int | None, typer.Option("--port", metavar="N", help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
-To = Annotated[str, typer.Option("--to", metavar="URL", help="Where deltas go: http://host:port or embedded:DIR.")]
+To = Annotated[
+    str,
+    typer.Option("--to", metavar="URL", help="Where deltas go: http://host:port, kafka://host:port[/app] or embedded:DIR."),
+]
 From = Annotated[str, typer.Option("--from", metavar="URL", help="Where to read: http://host:port.")]
+FromKafka = Annotated[str, typer.Option("--from", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Set = Annotated[
     list[str] | None,
@@ -36,6 +40,10 @@ def load(pairs: list[str] | None, **flags: Any) -> Config:
         name, equals, value = pair.partition("=")
         if not equals:
             raise Invalid(f"--set {pair}: NAME=VALUE is needed")
-        given[name.strip()] = value
+        name = name.strip()
+        if name.startswith("kafka."):
+            given.setdefault("kafka", {})[name.removeprefix("kafka.")] = value
+        else:
+            given[name] = value
     given.update({name: value for name, value in flags.items() if value is not None})
     return config.load(given)

@@ -23,10 +23,10 @@ from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row,
 from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.connect import Publisher, Reader
 from pipeline.core.merge import KIND_NAMES, KINDS
-from pipeline.core.record import Definition, check_definition
+from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.core.view import describe
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
-from pipeline.settings import PublisherSettings
+from pipeline.settings import KafkaSettings, PublisherSettings
 
 BAD_SHOWN_MAX = 20
 CHECKPOINT_S = 2.0
@@ -76,7 +76,7 @@ class Report(msgspec.Struct):
 
 def make_request(  # one argument for each option
     *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
-    skip_bad: bool, start_line: int, as_json: bool,
+    skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False,
 ) -> Request:  # fmt: skip
     """Check what can be checked before anything is opened; `Invalid` if the options don't fit together."""
     columns: dict[str, str] = {}
@@ -85,7 +85,7 @@ def make_request(  # one argument for each option
         name, _, column = part.partition("=")
         names.append(name.strip())
         columns[name.strip()] = column or name.strip()
-    definition = Definition(view, kind, tuple(names))
+    definition = Definition(view, kind, tuple(names), monotone=monotone)
     check_definition(definition, KIND_NAMES)
     if value is None and kind != "sum":
         raise Invalid(f"--value COLUMN is needed: only a sum can count lines, not a {kind}")
@@ -101,10 +101,10 @@ def make_request(  # one argument for each option
     return Request(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json)
 
 
-def run_publish(request: Request, settings: PublisherSettings) -> int:
+def run_publish(request: Request, settings: PublisherSettings, kafka: KafkaSettings) -> int:
     """Publish, print what became of it; the exit code. Raises `Invalid` if the call is wrong: nothing was sent then."""
     with stopping_on_signals() as stop, _opened(request.source) as fd:
-        run = _Run(request, settings, fd, stop)
+        run = _Run(request, settings, kafka, fd, stop)
         try:
             return run.run()
         except Interrupted:
@@ -159,10 +159,11 @@ class _Bar:
 class _Run:
     """One run over one file descriptor."""
 
-    def __init__(self, request: Request, settings: PublisherSettings, fd: int, stop: Stop) -> None:
+    def __init__(self, request: Request, settings: PublisherSettings, kafka: KafkaSettings, fd: int, stop: Stop) -> None:
         self.bar = _Bar()
         self._request = request
         self._settings = settings
+        self._kafka = kafka
         self._timeout_s = settings.close_timeout_ms / 1000
         self._fd = fd
         self._stop = stop
@@ -172,10 +173,14 @@ class _Run:
         self._definition = request.definition
 
     def run(self) -> int:
-        settings = asdict(self._settings) | {
-            "on_full": "block",  # a line is never dropped silently
-            "block_timeout_ms": self._settings.close_timeout_ms,
-        }
+        settings = (
+            asdict(self._settings)
+            | asdict(self._kafka)
+            | {
+                "on_full": "block",  # a line is never dropped silently
+                "block_timeout_ms": self._settings.close_timeout_ms,
+            }
+        )
         publisher = Publisher(self._request.url, **settings)
         try:
             return self._run(publisher)
@@ -224,8 +229,8 @@ class _Run:
                     if self._stop.wait(0.2):
                         raise Interrupted from None
         for view in found:
-            theirs = Definition(view.name, view.kind, tuple(view.labels), view.window_s or 0)
-            if (theirs.kind, theirs.window_s, {*theirs.labels}) != (mine.kind, mine.window_s, {*mine.labels}):
+            theirs = Definition(view.name, view.kind, tuple(view.labels), view.window_s or 0, view.monotone)
+            if canonical(theirs) != canonical(mine):
                 raise Invalid(f"view {mine.view} is {describe(theirs)} at {self._request.url}, not {describe(mine)}")
             mine = theirs
         return mine
@@ -272,9 +277,10 @@ class _Run:
     def _record(self, publisher: Publisher, lines: Lines, rows: Iterator[Row | BadRow], checked: int | None) -> str | None:
         """Record rows until there are no more, or the run can't go on; why it can't."""
         report = self._report
-        view = publisher.view(self._definition.kind, self._definition.view, labels=self._definition.labels)
+        to = self._definition
+        view = publisher.view(to.kind, to.view, labels=to.labels, monotone=to.monotone)
         find: Any = view.labels  # type: ignore[attr-defined]
-        method = KINDS[self._definition.kind].method
+        method = KINDS[to.kind].method
         started_s = shown_s = flushed_s = self._clock.monotonic_s()
         try:
             for row in rows:

@@ -97,7 +97,7 @@ def run_views(url: str, *, as_json: bool) -> int:
     views = _decode(url, body, _Views).views
     table = _Table("view", "kind", "labels", right=("series",))
     for view in views:
-        table.add_row(view.name, view.kind, ", ".join(view.labels), f"{view.series_count:,}")
+        table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), f"{view.series_count:,}")
     table.print()
     print(f"{len(views):,} view{'' if len(views) == 1 else 's'}")
     return console.OK

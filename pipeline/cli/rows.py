@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline.core.merge import KINDS
+from pipeline.core.merge import kind_of
 from pipeline.core.record import Definition, check_label_values
 from pipeline.errors import Invalid
 
@@ -137,7 +137,7 @@ class _Checker:
 
     def __init__(self, definition: Definition, columns: Columns) -> None:
         self._definition = definition
-        self._kind = KINDS[definition.kind]
+        self._kind = kind_of(definition)
         names = columns.distinct()
         self._labels = [names.index(name) for name in columns.labels]
         self._value = None if columns.value is None else names.index(columns.value)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -19,24 +19,28 @@ from pipeline.adapters.rocks import RocksStores
 from pipeline.cli import console
 from pipeline.config import Config
 from pipeline.errors import Invalid, NotFound
-from pipeline.topics import CHANGELOG
+from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.verify import Difference, Result, verify
 from pipeline.worker.verify import Progress as VerifyProgress
+
+if TYPE_CHECKING:
+    from pipeline.adapters.kafka.log import KafkaLog
 
 _SCRATCH = "verify.tmp"
 _TEXT_MAX = 200
 
 
-def run_verify(config: Config, *, as_json: bool, limit: int) -> int:
+def run_verify(config: Config, *, url: str | None = None, as_json: bool, limit: int) -> int:
     """Verify the data directory and print what was found, at most `limit` differences a partition; the exit code.
 
-    Raises `Unavailable` if another process has the directory, `Invalid` if it is none.
+    The changelog is in the directory, or at the broker `url`. Raises `Unavailable` if another process has the directory,
+    or no broker answers, `Invalid` if it is no data directory.
     """
     path = Path(config.log.data).expanduser().absolute()
     if not (path / "VERSION").is_file():  # opening would make one
         raise Invalid(f"{path} is not a data directory")
-    with DataDir(path) as data:
-        results = _verify_all(data, config, limit)
+    with DataDir(path, with_log=url is None) as data:
+        results = _verify_all(data, config, limit, url)
     fine = all(result.fine for result in results)
     if as_json:
         console.print_json({"data": str(path), "fine": fine, "partitions": results})
@@ -45,13 +49,25 @@ def run_verify(config: Config, *, as_json: bool, limit: int) -> int:
     return console.OK if fine else console.FAILED
 
 
-def _verify_all(data: DataDir, config: Config, limit: int) -> list[Result]:
+def _log(data: DataDir, config: Config, url: str | None) -> EmbeddedLog | KafkaLog:
     clock = SystemClock()
-    described = topics.load()
+    if url is not None:
+        from pipeline.adapters.kafka.log import KafkaLog, check_topics
+        from pipeline.adapters.kafka.options import parse_url
+
+        log = KafkaLog(parse_url(url), config.kafka, clock)
+        check_topics(log, (DELTAS, CHANGELOG))
+        return log
     try:
-        log = EmbeddedLog(data.log, described, config.log, clock, read_only=True)
+        return EmbeddedLog(data.log, topics.load(), config.log, clock, read_only=True)
     except NotFound:
         raise Invalid(f"{data.path} has no log: nothing was ever published to it") from None
+
+
+def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> list[Result]:
+    clock = SystemClock()
+    described = topics.load()
+    log = _log(data, config, url)
     scratch_path = data.path / _SCRATCH
     with closing(log), _bars() as progress:
         shutil.rmtree(scratch_path, ignore_errors=True)  # of a run that was killed: we have the lock

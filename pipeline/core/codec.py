@@ -3,9 +3,9 @@
     batch       0x01 partition(4, big endian) msgpack([producer_id, epoch, sequence, floor, created_at_ms, groups])
                 group = [definition, [suffix, ...], [column, ...]]
     series      0x01 msgpack([kind, expires_at_ms, one value of each column of the state])
-    definition  0x01 msgpack([[view, kind, labels, window_s], series_count])
+    definition  0x01 msgpack([[view, kind, labels, window_s], series_count]), with a fifth `true` if it is monotone
     producer    0x01 msgpack([epoch, next_sequence, beyond, seen_at_ms])
-    position    0x01 msgpack([next_offset, committed_at_ms, source_at_ms])
+    position    0x01 msgpack([next_offset, committed_at_ms, source_at_ms]), with source_id behind if there is one
 
 Ints beyond 64 bits travel as extension type 1: signed, big endian. Decoding arbitrary bytes yields a value or
 `BadRecord`, in memory and time proportional to their length.
@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from pipeline.core.merge import BATCH_INT_BYTES_MAX, KIND_NAMES, KINDS, Kind, State, to_wire
+from pipeline.core.merge import BATCH_INT_BYTES_MAX, KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
 from pipeline.core.record import Batch, Definition, Group, Position, check_definition
 from pipeline.core.sequence import Counter, Folded
 from pipeline.errors import BadRecord, Invalid
@@ -73,12 +73,18 @@ def _check(definition: Definition, what: str) -> None:
         raise BadRecord(f"{what}: {error}") from None
 
 
+def _wire(definition: Definition) -> tuple[Any, ...]:
+    """As it travels: `monotone` only where it is true, so that all others keep the bytes that they had without it."""
+    plain = (definition.view, definition.kind, definition.labels, definition.window_s)
+    return (*plain, True) if definition.monotone else plain
+
+
 def encode_batch(batch: Batch) -> bytes:
     """The bytes of a batch, as they go to the log."""
 
     def wire(column: Callable[[list[Any]], list[Any]]) -> bytes:
         groups = [
-            (g.definition, g.suffixes, [column(c) for c in KINDS[g.definition.kind].to_columns(g.states)])
+            (_wire(g.definition), g.suffixes, [column(c) for c in KINDS[g.definition.kind].to_columns(g.states)])
             for g in batch.groups
         ]
         return _encode((batch.producer_id, batch.epoch, batch.sequence, batch.floor, batch.created_at_ms, groups))
@@ -102,7 +108,7 @@ def decode_batch(value: bytes) -> Batch:
     groups = []
     for definition, suffixes, columns in wire.groups:
         _check(definition, "batch")
-        states = KINDS[definition.kind].from_columns(columns, len(suffixes), BATCH_INT_BYTES_MAX)
+        states = kind_of(definition).from_columns(columns, len(suffixes), BATCH_INT_BYTES_MAX)
         groups.append(Group(definition, suffixes, states))
     return Batch(
         producer_id=wire.producer_id,
@@ -162,7 +168,7 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
 
 def encode_view(entry: ViewEntry) -> bytes:
     """The value of a definition entry."""
-    return VERSION + _encode(entry)
+    return VERSION + _encode((_wire(entry.definition), entry.series_count))
 
 
 def decode_view(value: bytes) -> ViewEntry:
@@ -184,7 +190,8 @@ def decode_folded(value: bytes) -> Folded:
 
 def encode_position(position: Position) -> bytes:
     """The value of a position record."""
-    return VERSION + _encode(position)
+    plain = (position.next_offset, position.committed_at_ms, position.source_at_ms)
+    return VERSION + _encode((*plain, position.source_id) if position.source_id else plain)
 
 
 def decode_position(value: bytes) -> Position:

@@ -6,7 +6,7 @@ and the answer is the same; sums of floats can differ in their last bits, as add
 
 | kind | state |
 |---|---|
-| sum | int (exact at any size) or float |
+| sum | int (exact at any size) or float; of a monotone one never below 0 |
 | min, max | int or float, finite |
 | mean | (sum, count) |
 | last | (ts_ms, value) |
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import msgspec
 from msgspec.msgpack import Ext
 
+from pipeline.core.record import Definition
 from pipeline.errors import BadRecord, Invalid
 
 State = Any
@@ -191,6 +192,28 @@ class Sum(Kind):
         return _narrow(self._one_column(columns, count), "sum", int_bytes_max)
 
 
+class MonotoneSum(Sum):
+    """The total of deltas none of which is negative. Its states are those of a sum; `kind_of` finds it."""
+
+    def check(self, value: object, ts_ms: int) -> Any:
+        delta = number(value)
+        if delta < 0:
+            raise Invalid("a monotone sum takes no negative number")
+        return delta
+
+    def collect(self, deltas: Sequence[Any]) -> State:
+        # Plain numbers are what they were when they were checked; other objects may have changed since.
+        if not _PLAIN.issuperset(map(type, deltas)):
+            deltas = [self.check(delta, 0) for delta in deltas]
+        return _sum(deltas)
+
+    def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
+        column = super().from_columns(columns, count, int_bytes_max)
+        if [v for v in column if not v >= 0]:  # `not >=` finds NaN, too
+            raise BadRecord("sum: negative, in a monotone view")
+        return column
+
+
 class Min(Kind):
     """The smallest delta."""
 
@@ -311,6 +334,12 @@ KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (Sum(), Min(), Max(), M
 """Every kind by name."""
 
 KIND_NAMES: tuple[str, ...] = tuple(KINDS)
+_MONOTONE_SUM = MonotoneSum()
+
+
+def kind_of(definition: Definition) -> Kind:
+    """What takes in deltas of a view, and states from outside. For merging and storing, `KINDS` is enough."""
+    return _MONOTONE_SUM if definition.monotone else KINDS[definition.kind]
 
 
 def to_wire(column: list[Any]) -> list[Any]:

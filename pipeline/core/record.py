@@ -49,6 +49,8 @@ class Definition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     labels: tuple[str, ...] = ()
     window_s: int = 0
     """Length of a tumbling window in seconds; 0: the view has no windows."""
+    monotone: bool = False
+    """Whether this sum takes no negative delta, and so never falls: a counter."""
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -98,6 +100,8 @@ class Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     committed_at_ms: int
     source_at_ms: int
     """When the log accepted the last record that is folded in; 0 before the first."""
+    source_id: str = ""
+    """Of which topic those records are; see `ports.Log.topic_id`."""
 
 
 NO_POSITION = Position(0, 0, 0)
@@ -185,7 +189,7 @@ def _are_plain(definition: Definition, suffixes: Sequence[bytes]) -> bool:
 
 def canonical(definition: Definition) -> Definition:
     """The definition with its labels in the order of their names: what publishers send, so that all of them agree."""
-    return Definition(definition.view, definition.kind, tuple(sorted(definition.labels)), definition.window_s)
+    return msgspec.structs.replace(definition, labels=tuple(sorted(definition.labels)))
 
 
 def check_label_values(definition: Definition, values: Sequence[object]) -> tuple[str, ...]:
@@ -218,6 +222,8 @@ def check_definition(definition: Definition, kinds: Sequence[str]) -> None:
             )
     if definition.kind not in kinds:
         raise Invalid(f"view {definition.view}: unknown kind {definition.kind[:50]!r}; known: {', '.join(kinds)}")
+    if definition.monotone and definition.kind != "sum":
+        raise Invalid(f"view {definition.view}: a {definition.kind} cannot be monotone, only a sum")
     if len(definition.labels) > LABEL_COUNT_MAX:
         raise Invalid(f"view {definition.view}: {len(definition.labels)} labels; at most {LABEL_COUNT_MAX}")
     if len(set(definition.labels)) != len(definition.labels):

@@ -37,6 +37,7 @@ from pipeline.core.record import (
     series_prefix,
 )
 from pipeline.core.sequence import Folded
+from pipeline.core.view import describe
 from pipeline.errors import BadRecord, IllegalTransition, StoreCorrupt
 
 
@@ -194,8 +195,9 @@ class _Merged(NamedTuple):
 class Task:
     """The state machine of one partition. Owned by one thread; see the module's text for the protocol."""
 
-    def __init__(self, partition: int, limits: TaskLimits) -> None:
+    def __init__(self, partition: int, limits: TaskLimits, source_id: str = "") -> None:
         self.partition = partition
+        self._source_id = source_id
         self.phase = Phase.ASSIGNED
         self.counts = Counts()
         self.next_offset = 0
@@ -304,7 +306,7 @@ class Task:
             definition = group.definition
             known = self._definitions.get(definition.view) or new.setdefault(definition.view, definition)
             if known != definition:
-                raise BadRecord(f"view {definition.view} is {_describe(known)}; the batch says {_describe(definition)}")
+                raise BadRecord(f"view {definition.view} is {describe(known)}; the batch says {describe(definition)}")
             states = self._overlay.states.get(definition.view, {})
             young, old = self._cache.of(definition.view)
             check_suffixes(definition, [s for s in group.suffixes if s not in states and s not in young and s not in old])
@@ -382,7 +384,7 @@ class Task:
         for producer_id, producer in frozen.producers.items():
             keys.append(producer_key(producer_id))
             out.append(None if producer is None else codec.encode_folded(producer))
-        self._pending = Position(frozen.next_offset, now_ms, frozen.source_at_ms)
+        self._pending = Position(frozen.next_offset, now_ms, frozen.source_at_ms, self._source_id)
         keys.append(POSITION_KEY)
         out.append(codec.encode_position(self._pending))
         dead = [
@@ -422,7 +424,3 @@ class Task:
 
 
 _NEW_PRODUCER = Folded()
-
-
-def _describe(definition: Definition) -> str:
-    return f"{definition.kind}({', '.join(definition.labels)})"

@@ -67,8 +67,8 @@ def parse_matcher(text: str) -> Matcher:
 
 
 def describe(definition: Definition) -> str:
-    """A definition in short, for messages: `sum(region, product)`."""
-    return f"{definition.kind}({', '.join(definition.labels)})"
+    """A definition in short, for messages: `sum(region, product)`, `monotone sum(region)`."""
+    return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)})"
 
 
 def agree(view: str, definitions: Mapping[int, Definition]) -> Definition:

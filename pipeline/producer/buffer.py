@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from pipeline.core.merge import KINDS, Kind, State
+from pipeline.core.merge import Kind, State, kind_of
 from pipeline.core.record import Definition, canonical, check_label_values, series_prefix, series_suffix
+from pipeline.core.view import describe
 from pipeline.errors import Invalid
 from pipeline.producer.account import Account
-from pipeline.producer.cell import CELL_LIMIT_FIRST, Cell, LastCell, ObserveCell, SumCell
+from pipeline.producer.cell import CELL_LIMIT_FIRST, Cell, LastCell, MonotoneCell, ObserveCell, SumCell
 from pipeline.producer.sealing import ENTRY_BYTES, Merged
 
 CELL_BYTES = 600
@@ -35,7 +36,7 @@ class View:
         """As it travels. `declared` has the labels in the order in which this process names them."""
         self.declared = definition
         self._order = [definition.labels.index(name) for name in self.definition.labels]
-        self.kind: Kind = KINDS[definition.kind]
+        self.kind: Kind = kind_of(definition)
         self.prefix = series_prefix(definition.view)
         self.account = account
         self.now_ms = now_ms
@@ -65,7 +66,7 @@ class View:
             return self.kind.collect(good) if good else None, len(good)
 
     def __repr__(self) -> str:
-        return f"<{self.definition.kind} view {self.definition.view} by {list(self.declared.labels)}>"
+        return f"<view {self.definition.view}: {describe(self.declared)}>"
 
     def __len__(self) -> int:
         return len(self._registered)
@@ -231,12 +232,20 @@ class SumView(View):
 
     cell_type = SumCell
 
+    def __init__(self, definition: Definition, *owner: Any) -> None:
+        super().__init__(definition, *owner)
+        if definition.monotone:
+            self.cell_type = MonotoneCell
+
     def labels(self, /, *values: str, **names: str) -> SumCell:
         """The series with these label values, by position or by name. Keep it: recording to it is the fast path."""
         return self._cell(values, names)  # type: ignore[no-any-return]
 
     def add(self, value: float = 1, /, **labels: str) -> None:
-        """Add `value` to the series with these labels. Raises `Invalid`, or `BufferFull` as `on_full` says."""
+        """Add `value` to the series with these labels; not below 0 if the view is monotone.
+
+        Raises `Invalid`, or `BufferFull` as `on_full` says.
+        """
         self._cell((), labels).add(value)
 
 

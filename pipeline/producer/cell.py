@@ -189,6 +189,25 @@ class SumCell(Cell):
             self._record(value)
 
 
+class MonotoneCell(SumCell):
+    """A series of a monotone sum view."""
+
+    __slots__ = ()
+
+    def add(self, value: float = 1, /) -> None:
+        """Add `value`. Raises `Invalid` for what is not a finite number from 0, `BufferFull` as `on_full` says."""
+        try:  # as in `SumCell.add`, which must not pay for the comparison
+            if not isfinite(value) or value < 0:
+                return self._record(value)
+        except _NO_NUMBER:
+            return self._record(value)
+        values = self._values
+        if len(values) < self._limit:
+            values.append(value)
+        else:
+            self._record(value)
+
+
 class ObserveCell(Cell):
     """A series of a min, max or mean view."""
 

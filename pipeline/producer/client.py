@@ -19,6 +19,7 @@ import pipeline.producer.process as process
 from pipeline.core.merge import KIND_NAMES
 from pipeline.core.record import Definition, check_definition
 from pipeline.core.token import Token
+from pipeline.core.view import describe
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter
@@ -103,9 +104,12 @@ class BasePublisher:
 
     # Views
 
-    def sum(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> SumView:
-        """The view of this name, as the total of what is added. `labels` names its labels, in the order of keys."""
-        return self._view(SumView, "sum", view, labels, window_s)
+    def sum(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False) -> SumView:
+        """The view of this name, as the total of what is added. `labels` names its labels, in the order of keys.
+
+        A `monotone` one takes no negative number, everywhere, so it never falls: Prometheus sees it as a counter.
+        """
+        return self._view(SumView, "sum", view, labels, window_s, monotone)
 
     def min(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObserveView:
         """The view of this name, as the smallest observation."""
@@ -123,14 +127,18 @@ class BasePublisher:
         """The view of this name, as the newest value that was set."""
         return self._view(LastView, "last", view, labels, window_s)
 
-    def view(self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> View:
+    def view(
+        self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False
+    ) -> View:
         """The view of this name and of a kind that is only known at run time."""
-        return self._view(View, kind, view, labels, window_s)
+        return self._view(View, kind, view, labels, window_s, monotone)
 
-    def _view(self, _: type[ViewT], kind: str, view: str, labels: Sequence[str], window_s: int | None) -> ViewT:
+    def _view(
+        self, _: type[ViewT], kind: str, view: str, labels: Sequence[str], window_s: int | None, monotone: bool = False
+    ) -> ViewT:
         if self._closing:
             raise Invalid("this publisher is closed")
-        definition = _definition(kind, view, labels, window_s)
+        definition = _definition(kind, view, labels, window_s, monotone)
         known = self._views.get(definition.view)
         if known is None:
             if len(self._views) >= _VIEWS_MAX:
@@ -138,10 +146,7 @@ class BasePublisher:
             new = VIEW_TYPES[definition.kind](definition, self._account, self._clock.now_ms, self._on_register)
             known = self._views.setdefault(definition.view, new)
         if known.declared != definition:
-            was = known.declared
-            raise Invalid(
-                f"view {was.view} is {was.kind} by {list(was.labels)} here; not {kind} by {list(definition.labels)}"
-            )
+            raise Invalid(f"view {definition.view} is {describe(known.declared)} here; not {describe(definition)}")
         return known  # type: ignore[return-value]
 
     # Flushing and closing
@@ -401,7 +406,7 @@ class BasePublisher:
 PublisherT = TypeVar("PublisherT", bound=BasePublisher)
 
 
-def _definition(kind: Any, view: Any, labels: Any, window_s: Any) -> Definition:
+def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any) -> Definition:
     """A checked definition, of plain text also when the names are members of a `StrEnum`."""
     names = (labels,) if isinstance(labels, str) else tuple(labels) if isinstance(labels, Iterable) else (None,)
     if not isinstance(view, str) or not all(isinstance(name, str) for name in names):
@@ -410,7 +415,9 @@ def _definition(kind: Any, view: Any, labels: Any, window_s: Any) -> Definition:
         raise Invalid(f"view {view:.200}: unknown kind {kind!r:.50}; known: {', '.join(KIND_NAMES)}")
     if window_s is not None and (type(window_s) is not int or window_s < 1):
         raise Invalid(f"view {view:.200}: window_s is a whole number of seconds from 1, got {window_s!r:.50}")
-    definition = Definition(str.__str__(view), str.__str__(kind), tuple(map(str.__str__, names)), window_s or 0)
+    if not isinstance(monotone, bool):
+        raise Invalid(f"view {view:.200}: monotone is True or False, got {monotone!r:.50}")
+    definition = Definition(str.__str__(view), str.__str__(kind), tuple(map(str.__str__, names)), window_s or 0, monotone)
     check_definition(definition, KIND_NAMES)
     return definition
 

@@ -55,6 +55,7 @@ class Delivery:
         self._changed = changed
         self.unsealed: list[Merged] = []
         """What there was no memory to seal."""
+        self._batch_bytes_max = settings.batch_bytes_max
         self._suspects: dict[tuple[int, int], Sealed] = {}
         self._reasons: deque[str] = deque(maxlen=_REASONS_MAX)
 
@@ -68,6 +69,7 @@ class Delivery:
             waiting = Counter([sealed.partition for sealed in self.outbox.pending()])
         try:
             partition_count = self._writer.partition_count(DELTAS)
+            self._batch_bytes_max = min(self._settings.batch_bytes_max, self._writer.message_bytes_max(DELTAS))
         except PipelineError as error:
             self.trouble = f"; the log is away: {error}"
             return 0, ()
@@ -89,7 +91,7 @@ class Delivery:
                 self.unsealed,
                 self.outbox,
                 partition_count=partition_count,
-                batch_bytes_max=self._settings.batch_bytes_max,
+                batch_bytes_max=self._batch_bytes_max,
                 now_ms=now_ms,
                 refused=refused,
             )

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import pipeline.metrics as m
 from pipeline.core.codec import decode_batch
-from pipeline.core.merge import KIND_NAMES, KINDS
+from pipeline.core.merge import KIND_NAMES, kind_of
 from pipeline.core.record import (
     Definition,
     check_definition,
@@ -20,6 +20,7 @@ from pipeline.core.record import (
 )
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
+from pipeline.core.view import describe
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter, Message, RawDelta
@@ -63,12 +64,12 @@ class Gateway:
             try:
                 definition = self._definition(delta, number, defined)
                 labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
-                value = KINDS[definition.kind].check(delta.value, now_ms if delta.ts_ms is None else delta.ts_ms)
+                value = kind_of(definition).check(delta.value, now_ms if delta.ts_ms is None else delta.ts_ms)
             except Invalid as error:
                 raise Invalid(f"delta {number}: {error}") from None
             raw.setdefault((definition, series_suffix(labels)), []).append(value)
         merged = [
-            Merged(definition, suffix, crc32(series_prefix(definition.view) + suffix), KINDS[definition.kind].collect(run))
+            Merged(definition, suffix, crc32(series_prefix(definition.view) + suffix), kind_of(definition).collect(run))
             for (definition, suffix), run in raw.items()
         ]
         token = self._append(merged, defined, now_ms)
@@ -76,11 +77,11 @@ class Gateway:
         return token
 
     def _definition(self, delta: RawDelta, number: int, defined: dict[str, tuple[Definition, int]]) -> Definition:
-        view, kind, labels, window_s = _shape(delta)
+        view, kind, labels, window_s, monotone = _shape(delta)
         known, _ = defined.get(view, (None, 0))
         known = known or self._definition_of(view) or self._defined.get(view)
         if known is None:
-            known = Definition(view, kind, tuple(sorted(labels)), window_s)
+            known = Definition(view, kind, tuple(sorted(labels)), window_s, bool(monotone))
             check_definition(known, KIND_NAMES)
             if len(self._defined) + len(defined) >= _DEFINITIONS_MAX:
                 raise Invalid(f"over {_DEFINITIONS_MAX} views")
@@ -89,6 +90,8 @@ class Gateway:
             raise Invalid(f"view {view} is {known.kind}, not {kind:.50}")
         if known.window_s != window_s:
             raise Invalid(f"view {view} has window_s {known.window_s}, not {window_s}")
+        if monotone is not None and known.monotone is not monotone:
+            raise Invalid(f"view {view} is {'monotone' if known.monotone else 'not monotone'}, unlike this delta")
         if labels.keys() != set(known.labels):
             raise Invalid(f"view {view} has labels {list(known.labels)}; got {sorted(labels)[:40]}")
         return known
@@ -97,17 +100,18 @@ class Gateway:
         if not merged:
             return Token({})
         partition_count = self._writer.partition_count(DELTAS)
+        batch_bytes_max = min(self._settings.batch_bytes_max, self._writer.message_bytes_max(DELTAS))
         with self._lock:
             # Before it is appended: of two requests that define a view differently, one would be dead-lettered.
             for view, (definition, number) in defined.items():
                 was = self._defined.get(view, definition)
                 if was != definition:
-                    raise Invalid(f"delta {number}: view {view} is {was.kind} by {list(was.labels)} since a moment ago")
+                    raise Invalid(f"delta {number}: view {view} is {describe(was)} since a moment ago")
             sealed = seal(
                 merged,
                 self._outbox,
                 partition_count=partition_count,
-                batch_bytes_max=self._settings.batch_bytes_max,
+                batch_bytes_max=batch_bytes_max,
                 now_ms=now_ms,
             )
             self._defined.update({view: definition for view, (definition, _) in defined.items()})
@@ -156,19 +160,22 @@ class Gateway:
         return offsets
 
 
-def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int]:
-    """View, kind, labels and window of a delta, of the types that they should have; `Invalid` otherwise."""
+def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int, bool | None]:
+    """View, kind, labels, window and `monotone` of a delta, of the types that they should have; `Invalid` otherwise."""
     view: Any = delta.view
     kind: Any = delta.kind
     labels: Any = delta.labels
     window_s: Any = delta.window_s
+    monotone: Any = delta.monotone
     if not isinstance(view, str) or not isinstance(kind, str):
         raise Invalid("view and kind are text")
     if not isinstance(labels, Mapping) or not all(isinstance(name, str) for name in labels):
         raise Invalid(f"view {view:.200}: labels are names with values")
     if window_s is not None and (type(window_s) is not int or window_s < 0):
         raise Invalid(f"view {view:.200}: window_s is a whole number of seconds")
-    return view, kind, labels, window_s or 0
+    if monotone is not None and not isinstance(monotone, bool):
+        raise Invalid(f"view {view:.200}: monotone is true or false")
+    return view, kind, labels, window_s or 0, monotone
 
 
 def _offsets(results: Sequence[int | PipelineError]) -> list[int]:

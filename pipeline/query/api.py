@@ -18,19 +18,20 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
 import pipeline.query.openapi as docs
 from pipeline.core.codec import decode_frames, partition_of
+from pipeline.core.exposition import OMITTED
 from pipeline.core.token import Token
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest
-from pipeline.query.params import parse_deltas, parse_read
+from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
-from pipeline.query.service import ReadService
+from pipeline.query.service import ReadService, RenderViews
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,19 @@ class ExposedMetrics(Metrics, Protocol):
         ...
 
 
+def create_operations_app(
+    settings: QuerySettings,
+    metrics: ExposedMetrics,
+    clock: Clock,
+    status: Callable[[], dict[str, Any]],
+    ready: Callable[[], bool],
+) -> FastAPI:
+    """The application of a process that answers no reads: metrics, health and status."""
+    app = _new_app("What a worker says of itself.", None)
+    _add_operations(app, metrics, status, ready)
+    return _finished(app, settings, metrics, clock)
+
+
 def create_app(
     reader: ViewReader,
     ingest: Ingest | None,
@@ -57,11 +71,13 @@ def create_app(
     metrics: ExposedMetrics,
     status: Callable[[], dict[str, Any]],
     ready: Callable[[], bool],
+    render_views: RenderViews | None = None,
 ) -> FastAPI:
     """The application: an ASGI app with a lifespan, which the server must run.
 
     Without `ingest` it only reads. `status` says what `/v1/status` shows, with `partition_count`, `partitions` and
     `ready`; what the reader knows of each partition is added. `ready` says whether reads can be answered.
+    `render_views` writes down `GET /v1/openmetrics`, which is not there without it.
     """
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
@@ -78,25 +94,35 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
-    app = FastAPI(
+    app = _new_app("Merged views of deltas, each answer with a bound on how stale it is.", lifespan)
+    app.router.routes.insert(0, Route(docs.READ_PATH, _ReadView(service, settings), methods=["GET"]))
+    _add_reads(app, service)
+    _add_operations(app, metrics, lambda: _status(status(), reader), ready)
+    if render_views is not None:
+        _add_scrape(app, service, settings, render_views)
+    if ingest is not None:
+        _add_writes(app, ingest, settings, ingest_threads)
+    return _finished(app, settings, metrics, reader.clock)
+
+
+def _new_app(description: str, lifespan: Lifespan[FastAPI] | None) -> FastAPI:
+    return FastAPI(
         title="pipeline",
         version="1",
-        description="Merged views of deltas, each answer with a bound on how stale it is.",
+        description=description,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
     )
 
-    app.router.routes.insert(0, Route(docs.READ_PATH, _ReadView(service, settings), methods=["GET"]))
-    _add_reads(app, reader, service, metrics, status, ready)
-    if ingest is not None:
-        _add_writes(app, ingest, settings, ingest_threads)
+
+def _finished(app: FastAPI, settings: QuerySettings, metrics: ExposedMetrics, clock: Clock) -> FastAPI:
     _document(app, settings)
     for kind in (PipelineError, Refused, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _problem)
     paths = {route.endpoint: route.path_format for route in app.routes if isinstance(route, Route)}
-    app.add_middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=reader.clock)
+    app.add_middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=clock)
     return app
 
 
@@ -119,23 +145,25 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type=docs.JSON)
 
 
-def _add_reads(
-    app: FastAPI,
-    reader: ViewReader,
-    service: ReadService,
-    metrics: ExposedMetrics,
-    status: Callable[[], dict[str, Any]],
-    ready: Callable[[], bool],
-) -> None:
-    views, state = docs.answers("Views", 503, description="All views."), docs.answers("Status")
+def _add_reads(app: FastAPI, service: ReadService) -> None:
+    views = docs.answers("Views", 503, description="All views.")
 
     @app.get("/v1/views", tags=["read"], summary="All views", responses=views, response_class=Response)
     async def list_views() -> Response:
         return _json(await service.views())
 
+
+def _add_operations(
+    app: FastAPI,
+    metrics: ExposedMetrics,
+    status: Callable[[], dict[str, Any]],
+    ready: Callable[[], bool],
+) -> None:
+    state = docs.answers("Status")
+
     @app.get("/v1/status", tags=["operate"], summary="How the server is", responses=state, response_class=Response)
     async def show_status() -> Response:
-        return _json(_encode(_status(status(), reader)))
+        return _json(_encode(status()))
 
     @app.get("/healthz", tags=["operate"], summary="Whether the process is alive", response_class=Response)
     async def health() -> Response:
@@ -162,6 +190,25 @@ def _add_reads(
     )
     async def show_metrics(request: Request) -> Response:
         body, media_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": media_type})
+
+
+def _add_scrape(app: FastAPI, service: ReadService, settings: QuerySettings, render: RenderViews) -> None:
+    @app.get(
+        "/v1/openmetrics",
+        tags=["read"],
+        summary="All views, for Prometheus",
+        description=(
+            "Monotone sums are counters, everything else gauges; series whose value is text or null are left out. "
+            f"A view that can't be shown is named in `{OMITTED}`, with the reason."
+        ),
+        responses=docs.scrape_answers(),
+        openapi_extra=docs.scrape_parameters(settings),
+        response_class=Response,
+    )
+    async def scrape(request: Request) -> Response:
+        views = parse_scrape(request.scope["query_string"], settings)
+        body, media_type = await service.scrape(views, render, request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": media_type})
 
 
@@ -305,6 +352,7 @@ class _Guard:
         self._paths = paths
         self._connections_max = connections_max
         self._metrics = metrics
+        metrics.inc(m.READS_REFUSED, 0, "connections_max")
         self._clock = clock
         self._open = 0
 

@@ -77,6 +77,10 @@ _DELTA = {
         "value": {"type": ["number", "string", "boolean", "null"], "description": "A number; `last` takes any of these."},
         "ts_ms": {"type": ["integer", "null"], "description": "When it was so; matters to `last`. Absent: now."},
         "window_s": {"type": ["integer", "null"]},
+        "monotone": {
+            "type": ["boolean", "null"],
+            "description": "Whether a sum takes no negative value. Absent: as the view is known; a new one is not monotone.",
+        },
     },
 }
 DELTAS_BODY = {
@@ -94,6 +98,29 @@ BATCHES_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+
+
+def scrape_answers() -> dict[int | str, dict[str, Any]]:
+    """The `responses` of `GET /v1/openmetrics`."""
+    text: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
+    problems = {status: it for status, it in answers("Problem", 400, 404, 503).items() if status != 200}
+    return {200: {"description": "The views.", "content": text}, **problems}
+
+
+def scrape_parameters(settings: QuerySettings) -> dict[str, Any]:
+    """What FastAPI is not told of the query of `GET /v1/openmetrics`."""
+    view = {
+        "name": "view",
+        "in": "query",
+        "required": False,
+        "description": "Only this view. Repeat it.",
+        "schema": {
+            "type": "array",
+            "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"},
+            "maxItems": settings.matchers_max,
+        },
+    }
+    return {"parameters": [view]}
 
 
 def _read_operation(settings: QuerySettings) -> dict[str, Any]:
@@ -150,7 +177,8 @@ def _read_operation(settings: QuerySettings) -> dict[str, Any]:
 
 def complete(document: dict[str, Any], settings: QuerySettings) -> dict[str, Any]:
     """FastAPI's document, with the hot path and the schemas that FastAPI does not know."""
-    document["paths"][READ_PATH] = {"get": _read_operation(settings)}
+    if "/v1/views" in document["paths"]:
+        document["paths"][READ_PATH] = {"get": _read_operation(settings)}
     document["paths"] = dict(sorted(document["paths"].items()))
     document.setdefault("components", {}).setdefault("schemas", {}).update(_COMPONENTS)
     return document

@@ -74,10 +74,24 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadR
     )
 
 
-def _pairs(query_string: bytes, matchers_max: int) -> list[tuple[str, str]]:
+def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[str, ...]:
+    """The views that a scrape asks for; none: all of them."""
+    if len(query_string) > QUERY_BYTES_MAX:
+        raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
+    views: list[str] = []
+    for name, value in _pairs(query_string, settings.matchers_max, "`view`"):
+        if name != "view":
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: view")
+        views.append(value)
+    if len(views) > settings.matchers_max:
+        raise Invalid(f"{len(views)} `view` parameters; at most {settings.matchers_max}")
+    return tuple(views)
+
+
+def _pairs(query_string: bytes, matchers_max: int, what: str = "`where` and `by`") -> list[tuple[str, str]]:
     most = matchers_max + len(_SINGLE)
     if query_string.count(b"&") >= most:
-        raise Invalid(f"over {matchers_max} `where` and `by` parameters")
+        raise Invalid(f"over {matchers_max} {what} parameters")
     try:
         text = query_string.decode()
         if "%" in text or "+" in text:
@@ -104,6 +118,7 @@ class _Delta(msgspec.Struct, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     ts_ms: int | None = None
     window_s: int | None = None
+    monotone: bool | None = None
 
 
 _decode_delta = msgspec.json.Decoder(_Delta).decode
@@ -122,7 +137,7 @@ def parse_deltas(body: bytes, content_type: str, deltas_max: int) -> list[RawDel
     deltas = _lines(body, deltas_max) if lines else _array(body)
     if len(deltas) > deltas_max:
         raise Refused(413, f"too many deltas in one request; at most {deltas_max}")
-    return [RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s) for d in deltas]
+    return [RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s, d.monotone) for d in deltas]
 
 
 def _lines(body: bytes, deltas_max: int) -> list[_Delta]:

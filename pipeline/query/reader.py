@@ -6,16 +6,17 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import compress
-from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 import pipeline.metrics as m
 from pipeline.core import codec
+from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose
 from pipeline.core.merge import KINDS
 from pipeline.core.record import (
     NO_POSITION,
@@ -44,9 +45,10 @@ from pipeline.core.view import (
     label_index,
     pinned_labels,
 )
-from pipeline.errors import BadRecord, Invalid, StoreCorrupt, Unavailable
+from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Store, StoreView, Watermarks
+from pipeline.ports import Clock, Store, StoreView
+from pipeline.query.ends import Seen
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms
 from pipeline.settings import QuerySettings
@@ -54,10 +56,9 @@ from pipeline.settings import QuerySettings
 _BLOCK = 2_000
 """Entries that are decoded together; the deadline is looked at between blocks."""
 _DEFINITIONS_MAX = 10_000
-_SEEN_S = 0.001
-"""Reads that begin so close to each other share one look at where the log ends."""
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _decode_view = lru_cache(maxsize=4_096)(codec.decode_view)
 _decode_position = lru_cache(maxsize=4_096)(codec.decode_position)
 
@@ -96,6 +97,7 @@ class View(msgspec.Struct, frozen=True):
     labels: Labels
     window_s: int | None
     series_count: int
+    monotone: bool
 
 
 class Views(msgspec.Struct, frozen=True):
@@ -117,14 +119,6 @@ class PartitionState(msgspec.Struct, frozen=True):
     committed_at_ms: int
 
 
-class _Seen(NamedTuple):
-    """Where the log ended and began, by partition, at or after `at_s`; noted before the stores are looked at."""
-
-    at_s: float
-    end_offsets: dict[int, int]
-    start_offsets: dict[int, int]
-
-
 class _Heads(NamedTuple):
     """What the stores say of themselves and of one view, each partition at one moment."""
 
@@ -135,26 +129,26 @@ class _Heads(NamedTuple):
 class ViewReader:
     """Answers from the stores that `stores` returns, by partition. Safe from any thread.
 
-    `stores` raises `NotReady` while they are being restored. `watermarks` says what a partition of the deltas topic holds
-    at the time of the call, or raises `Unavailable`; a remembered, older value would make staleness a lie.
+    `stores` raises `NotReady` while they are being restored. A store may be taken away and be made anew, but then `stores`
+    must say so before it is touched: it is asked again after each look at them. `ends` says where the deltas topic ends.
     """
 
     def __init__(
         self,
         *,
         stores: Callable[[], Mapping[int, Store]],
-        watermarks: Callable[[int], Watermarks],
+        ends: Callable[[], Seen],
         clock: Clock,
         settings: QuerySettings,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.clock = clock
         self._stores = stores
-        self._watermarks = watermarks
+        self._ends = ends
         self._settings = settings
         self._metrics = metrics
         self._end_offsets: dict[int, EndOffsets] = {}
-        self._seen = _Seen(-inf, {}, {})
+        self._seen: Seen | None = None
         self._definitions: dict[str, Definition] = {}
         self._closed = False
 
@@ -170,8 +164,10 @@ class ViewReader:
         if known is None:
             key = definition_key(view)
             heads = _Heads({}, {})
-            for number, store in self._stores().items():
+            stores = self._stores()
+            for number, store in stores.items():
                 _add_head(heads, number, *store.get([POSITION_KEY, key]))
+            self._check_unchanged(stores)
             known = self._agreed(view, heads)
         return known
 
@@ -187,7 +183,7 @@ class ViewReader:
         tests = [] if exact else self._tests(definition, query, _unlimited)
         group = group_key(definition, query.by)
         stores = self._stores()
-        seen = self._note_ends(stores)
+        seen = self._note_ends()
         keys = [POSITION_KEY, definition_key(query.view), series_prefix(query.view) + series_suffix(labels)]
         heads = _Heads({}, {})
         values = []
@@ -196,6 +192,7 @@ class ViewReader:
             _add_head(heads, number, position, entry)
             if value is not None:
                 values.append(value)
+        self._check_unchanged(stores)
         if self._agreed(query.view, heads) != definition:  # a store made anew, and in it another view of this name
             return None
         groups: dict[Labels, Any] = {}
@@ -212,8 +209,9 @@ class ViewReader:
 
     def _scan(self, query: Query, deadline_s: float) -> Answer:
         stores = self._stores()
-        seen = self._note_ends(stores)
+        seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
+        self._check_unchanged(stores)
         key = definition_key(query.view)
         heads = _Heads({}, {})
         for number, snapshot in snapshots.items():
@@ -270,13 +268,13 @@ class ViewReader:
             self._definitions[view] = definition
         return definition
 
-    def _check(self, view: str, deadline_s: float) -> None:
+    def _check(self, view: str, deadline_s: float, advice: str = "narrow `where`, or give it more time") -> None:
         if self._closed:
             raise Unavailable("the server is stopping")
         if self.clock.monotonic_s() > deadline_s:
-            raise Unavailable(f"view {view}: not read within timeout_ms; narrow `where`, or give it more time")
+            raise Unavailable(f"view {view}: not read within timeout_ms; {advice}")
 
-    def _answer(self, query: Query, definition: Definition, selected: Selected, heads: _Heads, seen: _Seen) -> Answer:
+    def _answer(self, query: Query, definition: Definition, selected: Selected, heads: _Heads, seen: Seen) -> Answer:
         names = definition.labels if query.by is None else query.by
         rows = zip(selected.labels, selected.values, strict=True)
         series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
@@ -294,25 +292,74 @@ class ViewReader:
     def views(self) -> Views:
         """All views, by name."""
         stores = self._stores()
-        seen = self._note_ends(stores)
+        seen = self._note_ends()
+        snapshots = {number: store.snapshot() for number, store in stores.items()}
+        self._check_unchanged(stores)
         heads = _Heads({}, {})
         counts: dict[Definition, int] = {}
-        for number, store in stores.items():
-            snapshot = store.snapshot()
+        for number, snapshot in snapshots.items():
             _add_head(heads, number, snapshot.get([POSITION_KEY])[0], None)
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 entry = _trust(number, codec.decode_view, value)
                 counts[entry.definition] = counts.get(entry.definition, 0) + entry.series_count
-        views = [View(d.view, d.kind, d.labels, d.window_s or None, count) for d, count in counts.items()]
+        views = [View(d.view, d.kind, d.labels, d.window_s or None, count, d.monotone) for d, count in counts.items()]
         return Views(sorted(views, key=lambda view: (view.name, view.kind)), self._as_of(heads.positions, seen))
+
+    def scrape(self, views: Collection[str] = (), *, deadline_s: float) -> Exposition:
+        """All views, or these, each whole or not at all, at one moment of each store.
+
+        In all at most `openmetrics_series_max` series, in the order of names. A view that can't be shown is named as
+        omitted. `NotFound` for an unknown view, `Unavailable` if it is not done by `deadline_s`.
+        """
+        stores = self._stores()
+        seen = self._note_ends()
+        snapshots = {number: store.snapshot() for number, store in stores.items()}
+        self._check_unchanged(stores)
+        heads = _Heads({}, {})
+        found: dict[str, list[codec.ViewEntry]] = {}
+        broken: dict[str, str] = {}
+        for number, snapshot in snapshots.items():
+            _add_head(heads, number, snapshot.get([POSITION_KEY])[0], None)
+            for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
+                view = key[len(TAG_DEFINITION) :].decode(errors="replace")
+                if views and view not in views:
+                    continue
+                try:
+                    found.setdefault(view, []).append(_decode_view(value))
+                except BadRecord as error:
+                    broken[view] = _unreadable(view, error)
+        if unknown := set(views) - found.keys():
+            raise NotFound(f"no view {min(unknown)[:100]!r}")
+        chosen, omitted = choose({v: {it.definition for it in entries} for v, entries in found.items() if v not in broken})
+        omitted |= broken
+        exposed: list[Exposed] = []
+        left = self._settings.openmetrics_series_max
+        for definition in chosen:
+            view = definition.view
+            check = partial(self._check, view, deadline_s, "ask for fewer views")
+            if max(entry.series_count for entry in found[view]) > left:  # not even looked at: so reading is bounded, too
+                omitted[view] = SERIES_MAX
+                continue
+            try:
+                selected = self._select(Query(view, limit=left or 1), definition, [*snapshots.values()], check)
+            except StoreCorrupt as error:
+                omitted[view] = _unreadable(view, error)
+                continue
+            if selected.series_total > left:
+                omitted[view] = SERIES_MAX
+                continue
+            left -= selected.series_total
+            exposed.append(Exposed(definition, selected.labels, selected.values))
+        return Exposition(exposed, dict(sorted(omitted.items())), self._as_of(heads.positions, seen).staleness_ms)
 
     # Positions and staleness
 
     def partitions(self) -> list[PartitionState]:
         """How far each partition is now; sets the gauges of lag and staleness."""
         stores = self._stores()
-        seen = self._note_ends(stores)
+        seen = self._note_ends()
         positions = {n: _trust(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
+        self._check_unchanged(stores)
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         states = []
         for number, position in positions.items():
@@ -322,32 +369,30 @@ class ViewReader:
             lag = None if end_offset is None else end_offset - next_offset
             if lag is not None:
                 self._metrics.set(m.LAG, lag, number)
-                self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets[number], number)
+                self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets.get(number, 0), number)
             if staleness_ms is not None:
                 self._metrics.set(m.STALENESS, staleness_ms / 1000, number)
             states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, position.committed_at_ms))
         return states
 
-    def _note_ends(self, stores: Mapping[int, Store]) -> _Seen:
-        at_s = self.clock.monotonic_s()  # first the time, then the ends: what was accepted before it is below them
-        seen = self._seen
-        if at_s - seen.at_s < _SEEN_S and len(seen.end_offsets) == len(stores):
-            return seen
-        starts, ends = {}, {}
-        for number in stores:
-            try:
-                starts[number], end_offset = self._watermarks(number)
-                ends[number] = end_offset
-            except Unavailable:
-                continue  # reads go on without the log; what was seen earlier still bounds them
-            known = self._end_offsets.get(number)
-            if known is None:
-                known = self._end_offsets.setdefault(number, EndOffsets())
-            known.observe(at_s, end_offset)
-        self._seen = seen = _Seen(at_s, ends, starts)
+    def _check_unchanged(self, stores: Mapping[int, Store]) -> None:
+        """After a look at stores: raise `NotReady` if one of them was taken away meanwhile."""
+        now = self._stores()
+        if any(now.get(number) is not store for number, store in stores.items()):
+            raise NotReady("a store was made anew during the read; ask again")
+
+    def _note_ends(self) -> Seen:
+        seen = self._ends()
+        if seen is not self._seen:
+            for number, end_offset in seen.end_offsets.items():
+                known = self._end_offsets.get(number)
+                if known is None:
+                    known = self._end_offsets.setdefault(number, EndOffsets())
+                known.observe(seen.at_s, end_offset)
+            self._seen = seen
         return seen
 
-    def _staleness_ms(self, number: int, position: Position, seen: _Seen, now_s: float, now_ms: int) -> int | None:
+    def _staleness_ms(self, number: int, position: Position, seen: Seen, now_s: float, now_ms: int) -> int | None:
         reached_s: float | None = None
         if _caught_up(number, position, seen):
             reached_s = seen.at_s
@@ -355,18 +400,24 @@ class ViewReader:
             reached_s = self._end_offsets[number].reached_s(position.next_offset)
         return bound_ms(position, reached_s, now_s=now_s, now_ms=now_ms)
 
-    def _as_of(self, positions: Mapping[int, Position], seen: _Seen) -> AsOf:
+    def _as_of(self, positions: Mapping[int, Position], seen: Seen) -> AsOf:
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         staleness_ms: int | None = seen_ms(seen.at_s, now_s)
-        for number, position in positions.items():
+        for number in positions.keys() | seen.end_offsets.keys():
+            position = positions.get(number, NO_POSITION)  # a partition so new that there is no store of it
             if not _caught_up(number, position, seen):
                 bound = self._staleness_ms(number, position, seen, now_s, now_ms)
                 staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
         return AsOf(staleness_ms, {str(number): position.next_offset for number, position in positions.items()})
 
 
-def _caught_up(number: int, position: Position, seen: _Seen) -> bool:
+def _caught_up(number: int, position: Position, seen: Seen) -> bool:
     return number in seen.end_offsets and seen.end_offsets[number] <= position.next_offset
+
+
+def _unreadable(view: str, error: Exception) -> str:
+    _log.error("view %s is left out of a scrape: %s", view, error)
+    return UNREADABLE
 
 
 def _unlimited() -> None:

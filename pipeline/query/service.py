@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 import pipeline.metrics as m
+from pipeline.core.exposition import Exposition
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.query.params import ReadRequest
@@ -26,6 +27,9 @@ OBSERVE_S = 0.1
 
 States = Sequence[PartitionState]
 T = TypeVar("T")
+R = TypeVar("R")
+RenderViews = Callable[[Exposition, str], tuple[bytes, str]]
+"""Writes a scrape down for an Accept header: the text, and its media type."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -75,6 +79,7 @@ class ReadService:
         self._reader = reader
         self._settings = settings
         self._metrics = metrics
+        metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
         self._watch = _Watch(reader.partitions)
         self._open = 0
@@ -92,7 +97,15 @@ class ReadService:
         """All views, encoded."""
         return await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
 
-    async def _bounded(self, serve: Callable[[T], Coroutine[Any, Any, bytes]], what: T) -> bytes:
+    async def scrape(self, views: Sequence[str], render: RenderViews, accept: str) -> tuple[bytes, str]:
+        """All views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` also without room."""
+        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
+        deadline_s = self._reader.clock.monotonic_s() + timeout_ms / 1000
+        return await self._bounded(
+            self._in_thread, lambda: render(self._reader.scrape(views, deadline_s=deadline_s), accept)
+        )
+
+    async def _bounded(self, serve: Callable[[T], Coroutine[Any, Any, R]], what: T) -> R:
         if self._open >= self._settings.reads_waiting_max:
             self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
             raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")

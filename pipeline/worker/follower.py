@@ -7,7 +7,6 @@ the store is marked as between boundaries, which nobody serves or folds into, un
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import msgspec
@@ -15,10 +14,10 @@ import msgspec
 from pipeline.core.codec import decode_position
 from pipeline.core.record import NO_POSITION, POSITION_KEY, STORE_META_KEY, Position, Records
 from pipeline.errors import BadRecord, NotReady, StoreCorrupt
-from pipeline.ports import Clock, Log, LogReader, Store
+from pipeline.ports import Clock, Log, Store
 from pipeline.topics import CHANGELOG
 
-_log = logging.getLogger(__name__)
+FETCH_BYTES_MAX = 64 * 2**20
 
 
 class StoreMeta(msgspec.Struct, frozen=True, array_like=True):
@@ -27,6 +26,8 @@ class StoreMeta(msgspec.Struct, frozen=True, array_like=True):
     version: int = 1
     changelog_next_offset: int = 0
     between_boundaries: bool = False
+    topic_id: str = ""
+    """Of which changelog the offset is; see `ports.Log.topic_id`."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -80,40 +81,48 @@ def write_entries(store: Store, keys: list[bytes], values: list[bytes | None], m
 
 
 class Follower:
-    """Follows one partition's changelog into its store. Owned by one thread."""
+    """Applies what is read of one partition's changelog to its store. Owned by one thread.
 
-    def __init__(self, partition: int, store: Store, reader: LogReader, *, buffer_entries_max: int) -> None:
+    `buffer_entries_max` and `buffer_bytes_max` bound what is held back for a commit boundary. `on_between` is called
+    before a store that was at a boundary is written without being at one again: nobody may read it then.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        store: Store,
+        *,
+        buffer_entries_max: int,
+        buffer_bytes_max: int = 64 * 2**20,
+        topic_id: str = "",
+        on_between: Callable[[], None] = lambda: None,
+    ) -> None:
         self.partition = partition
         self.entries_total = 0
-        self._store = store
-        self._reader = reader
-        self._buffer_max = buffer_entries_max
+        self.store = store
+        self._entries_max = buffer_entries_max
+        self._bytes_max = buffer_bytes_max
+        self._topic_id = topic_id
+        self._on_between = on_between
         self._meta = read_meta(store)
         self._keys: list[bytes] = []
         self._values: list[bytes | None] = []
+        self._bytes = 0
         self.next_offset = self._meta.changelog_next_offset
-        reader.assign({partition: self.next_offset})
 
     @property
     def at_boundary(self) -> bool:
         """Whether the store reflects whole commits only, and everything that was read is in it."""
         return not self._keys and not self._meta.between_boundaries
 
-    def step(self, *, record_count_max: int, timeout_s: float) -> int:
-        """Read and apply some records; how many were read."""
-        count = 0
-        for records in self._reader.poll(record_count_max=record_count_max, bytes_max=64 * 2**20, timeout_s=timeout_s):
-            self._apply(records)
-            count += len(records.offsets)
-        self.entries_total += count
-        return count
-
-    def _apply(self, records: Records) -> None:
+    def apply(self, records: Records) -> None:
+        """Apply what was read next of this partition: up to its last position record now, the rest with the next one."""
         keys = list(records.keys)
         if None in keys:
             raise StoreCorrupt(f"changelog-{self.partition}: a record without a key near {records.next_offset}")
         boundary = len(keys) - keys[::-1].index(POSITION_KEY) if POSITION_KEY in keys else 0
         self.next_offset = records.next_offset
+        self.entries_total += len(keys)
         if boundary:
             self._keys += keys[:boundary]  # type: ignore[arg-type]
             self._values += records.values[:boundary]
@@ -121,19 +130,29 @@ class Follower:
             self._write(records.next_offset if last else records.offsets[boundary - 1] + 1, between=False)
         self._keys += keys[boundary:]  # type: ignore[arg-type]
         self._values += records.values[boundary:]
-        if len(self._keys) >= self._buffer_max:
+        self._bytes += sum([len(k) + len(v or b"") for k, v in zip(keys, records.values, strict=True)][boundary:])  # type: ignore[arg-type]
+        if len(self._keys) >= self._entries_max or self._bytes >= self._bytes_max:
             self._write(records.next_offset, between=True)
 
     def _write(self, next_offset: int, *, between: bool) -> None:
-        self._meta = StoreMeta(changelog_next_offset=next_offset, between_boundaries=between)
+        if between and not self._meta.between_boundaries:
+            self._on_between()
+        self._meta = StoreMeta(changelog_next_offset=next_offset, between_boundaries=between, topic_id=self._topic_id)
         latest = dict(zip(self._keys, self._values, strict=True))
-        write_entries(self._store, [*latest], [*latest.values()], self._meta)
-        self._keys, self._values = [], []
+        write_entries(self.store, [*latest], [*latest.values()], self._meta)
+        self._keys, self._values, self._bytes = [], [], 0
+
+
+MARKERS_MAX = 1
+"""Offsets at the end of a changelog that can hold no tombstone: a transaction's marker, or a position record by itself."""
 
 
 def check_restorable(partition: int, store: Store, log: Log, clock: Clock, delete_retention_ms: int) -> None:
     """Raise `StoreCorrupt` if the changelog can't bring this store up to date, so that it must be rebuilt."""
     meta = read_meta(store)
+    topic_id = log.topic_id(CHANGELOG)
+    if meta.changelog_next_offset and meta.topic_id != topic_id:
+        raise StoreCorrupt(f"the store reflects another changelog, of id {meta.topic_id!r}; this one has {topic_id!r}")
     start, end = log.watermarks(CHANGELOG, partition)
     if meta.changelog_next_offset > end:
         raise StoreCorrupt(f"the store reflects the changelog up to {meta.changelog_next_offset}, but it ends at {end}")
@@ -142,7 +161,7 @@ def check_restorable(partition: int, store: Store, log: Log, clock: Clock, delet
     position = read_position(store)
     if meta.changelog_next_offset and not position.committed_at_ms:
         raise StoreCorrupt("its first restore was never finished, and nothing in it says how long ago that was")
-    if meta.changelog_next_offset < end and position.committed_at_ms:
+    if meta.changelog_next_offset < end - MARKERS_MAX and position.committed_at_ms:
         away_ms = clock.now_ms() - position.committed_at_ms
         if away_ms > delete_retention_ms:
             raise StoreCorrupt(f"the store is {away_ms} ms behind; tombstones are kept for {delete_retention_ms} ms")
@@ -165,12 +184,15 @@ def restore(
     `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end with a whole commit.
     """
     end = log.watermarks(CHANGELOG, partition).end_offset
+    topic_id = log.topic_id(CHANGELOG)
+    follower = Follower(partition, store, buffer_entries_max=buffer_entries_max, topic_id=topic_id)
     reader = log.reader(CHANGELOG)
     started = clock.monotonic_s()
     try:
-        follower = Follower(partition, store, reader, buffer_entries_max=buffer_entries_max)
+        reader.assign({partition: follower.next_offset})
         while follower.next_offset < end:
-            follower.step(record_count_max=fetch_count_max, timeout_s=1.0)
+            for records in reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
+                follower.apply(records)
             progress(
                 Progress(
                     partition, follower.entries_total, max(0, end - follower.next_offset), clock.monotonic_s() - started

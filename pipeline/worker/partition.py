@@ -8,18 +8,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from itertools import repeat
+from typing import Any
 
 import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.record import TAG_DEFINITION, TAG_PRODUCER, Records, prefix_end
 from pipeline.core.task import Commit, Counts, DeadLetter, Task
-from pipeline.errors import NotReady, RecordsLost, StoreCorrupt
+from pipeline.errors import LogCorrupt, NotReady, RecordsLost, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, Message, Store, Stores, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.follower import Progress, StoreMeta, check_restorable, read_position, restore, write_entries
+from pipeline.worker.follower import (
+    Progress,
+    StoreMeta,
+    check_restorable,
+    read_meta,
+    read_position,
+    restore,
+    write_entries,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +49,19 @@ class Partition:
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.number = number
-        self.task = Task(number, settings.task_limits())
         self._log = log
         self._stores = stores
         self._clock = clock
         self._settings = settings
+        self._source_id = self._topic_id = ""
+        self._committed_end = 0
+        """Where the changelog ended behind our last commit."""
+        self.task = self._new_task()
         self._delete_retention_ms = delete_retention_ms
         self._app = app
         self._metrics = metrics
+        for metric in _COUNTED:
+            metrics.inc(metric, 0, number)  # there from the start: Prometheus sees a rise only from a value it has seen
         self._exported = Counts()
         self._transaction: Transaction | None = None
         self._store: Store | None = None
@@ -59,6 +73,11 @@ class Partition:
             raise NotReady(f"partition {self.number} is being restored")
         return self._store
 
+    @property
+    def started(self) -> bool:
+        """Whether `start` has returned: what the task says is true."""
+        return self._store is not None
+
     def start(
         self, progress: Callable[[Progress], None] = lambda _: None, stopping: Callable[[], bool] = lambda: False
     ) -> None:
@@ -67,6 +86,7 @@ class Partition:
         Raises `RecordsLost` if records between position and log start are gone and `accept_loss` is off, `NotReady` if
         `stopping` turned true.
         """
+        self._source_id, self._topic_id = self._log.topic_id(DELTAS), self._log.topic_id(CHANGELOG)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         corrupt = ""
         try:
@@ -102,9 +122,13 @@ class Partition:
         self._metrics.inc(m.RESTORE_ENTRIES, count, self.number)
         return store
 
+    def _new_task(self) -> Task:
+        return Task(self.number, self._settings.task_limits(), self._source_id)
+
     def _load(self, store: Store) -> None:
         """A new task, from the store's entries."""
-        self.task = Task(self.number, self._settings.task_limits())
+        self.task = self._new_task()
+        self._committed_end = read_meta(store).changelog_next_offset
         self.task.restored(
             read_position(store),
             (value for _, value in store.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION))),
@@ -113,10 +137,13 @@ class Partition:
 
     def _check_position(self) -> None:
         start, end = self._log.watermarks(DELTAS, self.number)
-        next_offset = self.task.next_offset
-        if start <= next_offset <= end:
+        next_offset, source_id = self.task.next_offset, self.task.position.source_id
+        anew = bool(source_id) and source_id != self._source_id
+        if start <= next_offset <= end and not anew:
             return
-        if next_offset < start:
+        if anew:
+            what = f"the topic was made anew: the position, {next_offset}, is in the one that is gone"
+        elif next_offset < start:
             what = f"{start - next_offset} records ({next_offset} to {start - 1}) were deleted before they were folded"
         else:
             what = f"the position is {next_offset}, but the topic ends at {end}: it was truncated or made anew"
@@ -153,10 +180,31 @@ class Partition:
         """
         if self._transaction is None:
             raise NotReady(f"partition {self.number} was not started")
-        messages = [Message(DEAD_LETTERS, self.number, key, value) for key, value in commit.dead_letters]
+        messages = self._dead_letters(commit)
         messages += map(Message, repeat(CHANGELOG), repeat(self.number), commit.keys, commit.values)
         offsets = self._transaction.commit(messages, timeout_s=self._settings.commit_timeout_ms / 1000)
-        write_entries(self.store, commit.keys, commit.values, StoreMeta(changelog_next_offset=offsets[-1]))
+        if offsets[-1] <= self._committed_end:
+            went = f"from {self._committed_end} to {offsets[-1]}"
+            raise LogCorrupt(f"changelog-{self.number} went back {went}: it was made anew or truncated")
+        self._committed_end = offsets[-1]
+        meta = StoreMeta(changelog_next_offset=offsets[-1], topic_id=self._topic_id)
+        write_entries(self.store, commit.keys, commit.values, meta)
+
+    def _dead_letters(self, commit: Commit) -> list[Message]:
+        """The dead letters as messages; a letter that its topic can't take goes without the bytes of its record."""
+        if not commit.dead_letters:
+            return []
+        bytes_max = self._log.message_bytes_max(DEAD_LETTERS)
+        messages = []
+        for key, value in commit.dead_letters:
+            if len(value) > bytes_max:
+                letter = msgspec.msgpack.decode(value, type=DeadLetter)
+                reason = (
+                    f"{letter.reason}; left out: its {len(letter.value or b'')} bytes, too many for the dead-letter topic"
+                )
+                value = msgspec.msgpack.encode(msgspec.structs.replace(letter, reason=reason, value=None))
+            messages.append(Message(DEAD_LETTERS, self.number, key, value))
+        return messages
 
     def finish(self, commit: Commit) -> None:
         """The commit is durable: let the task know, and count."""
@@ -191,6 +239,27 @@ class Partition:
             self._store = None
 
 
+def partition_status(partition: Partition, end_offset: int | None, progress: Progress | None) -> dict[str, Any]:
+    """What `/v1/status` says of a partition that is folded here. Without `end_offset` the log is away."""
+    next_offset = partition.task.position.next_offset
+    status: dict[str, Any] = {
+        "partition": partition.number,
+        "phase": partition.task.phase.value,
+        "next_offset": next_offset,
+        "end_offset": end_offset,
+        "lag": None if end_offset is None else max(0, end_offset - next_offset),
+        "committed_at_ms": partition.task.position.committed_at_ms,
+    }
+    if progress is not None and not progress.done:
+        status["restore"] = {
+            "entries": progress.entries,
+            "remaining": progress.remaining,
+            "entries_per_s": round(progress.entries_per_s),
+            "seconds_left": round(progress.seconds_left, 1),
+        }
+    return status
+
+
 _EXPORTED = {
     m.BATCHES_FOLDED: "batches_folded",
     m.ENTRIES_FOLDED: "entries_folded",
@@ -198,3 +267,13 @@ _EXPORTED = {
     m.BATCHES_STALE: "batches_stale",
     m.PRODUCERS_EVICTED: "producers_evicted",
 }
+_COUNTED = (
+    *_EXPORTED,
+    m.COMMITS,
+    m.ENTRIES_COMMITTED,
+    m.DEAD_LETTERS,
+    m.OVERLAY_FULL,
+    m.RESTORE_ENTRIES,
+    m.STORES_REBUILT,
+)
+"""All counters of a partition."""

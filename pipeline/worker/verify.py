@@ -82,8 +82,8 @@ class Result(msgspec.Struct, frozen=True):
     store_next_offset: int | None = None
     """What part of the changelog the store says it reflects."""
     changelog_end_offset: int = 0
-    store_position: dict[str, int] | None = None
-    changelog_position: dict[str, int] | None = None
+    store_position: dict[str, Any] | None = None
+    changelog_position: dict[str, Any] | None = None
 
     @property
     def fine(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import recording, serving, worker
+from tests.bench import kafka, recording, serving, worker
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
@@ -27,15 +27,26 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
 }
 """By name; each takes whether to be quick, which proves that it runs and measures nothing."""
 
+ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
+    "kafka-fold-unique": kafka.fold_unique,
+    "kafka-fold-repeated": kafka.fold_repeated,
+    "kafka-restore": kafka.restore,
+    "kafka-latency": kafka.latency,
+}
+"""Those that start a broker."""
+
 
 def main(arguments: list[str]) -> None:
     """Run the named benchmark, or list them all."""
     names = [argument for argument in arguments if not argument.startswith("--")]
     result: Any
     if names:
-        result = [{**msgspec.to_builtins(row), "ratio": row.ratio} for row in BENCHMARKS[names[0]]("--quick" in arguments)]
+        result = [
+            {**msgspec.to_builtins(row), "ratio": row.ratio}
+            for row in {**BENCHMARKS, **ON_KAFKA}[names[0]]("--quick" in arguments)
+        ]
     else:
-        result = {"machine": machine(), "names": [*BENCHMARKS]}
+        result = {"machine": machine(), "names": [*BENCHMARKS], "kafka_names": [*ON_KAFKA]}
     print(msgspec.json.encode(result).decode())
 
 

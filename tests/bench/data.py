@@ -25,7 +25,9 @@ def value(i: int) -> float:
     return i % 1000 / 4
 
 
-def batches(entry_count: int, series_count: int, partition_count: int) -> Iterator[tuple[int, bytes]]:
+def batches(
+    entry_count: int, series_count: int, partition_count: int, batch_entries: int = BATCH_ENTRIES
+) -> Iterator[tuple[int, bytes]]:
     """Partition and bytes of batches that hold `entry_count` deltas in random order.
 
     Each series comes once before any comes again, so nothing merges within a batch.
@@ -50,7 +52,7 @@ def batches(entry_count: int, series_count: int, partition_count: int) -> Iterat
             group = groups[partition]
             group.suffixes.append(suffix)
             group.states.append(value(i))
-            if len(group.suffixes) == BATCH_ENTRIES:
+            if len(group.suffixes) == batch_entries:
                 yield seal(partition)
         for partition in range(partition_count):
             if groups[partition].suffixes:

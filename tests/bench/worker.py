@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.adapters.rocks import RocksStore, RocksStores
 from pipeline.core.codec import decode_batch
-from pipeline.ports import Message
+from pipeline.ports import Log, Message
 from pipeline.settings import LogSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.loop import WorkerLoop
@@ -26,27 +26,37 @@ from tests.bench.measure import Figure, Row, at_least, cpu_seconds
 
 _UNIT = "entries per CPU s"
 _WORKER = WorkerSettings(commit_interval_ms=200)
+HouseMaker = Callable[[], AbstractContextManager["House"]]
 
 
 class House:
-    """Log, stores and worker on one folder: the embedded pipeline without its HTTP server."""
+    """Log, stores and worker: a pipeline without its HTTP server. `path` is for the stores."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        log: Log,
+        *,
+        batch_entries: int = data.BATCH_ENTRIES,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settle = settle
+        """Lets the log do now what it would do later, at a cost that is not the worker's."""
+        self._batch_entries = batch_entries
         self.clock = SystemClock()
-        self.topics = topics.load()
         self.settings = LogSettings(data=str(path))
         self.path = path
-        self.log = EmbeddedLog(path / "log", self.topics, self.settings, self.clock)
+        self.log = log
         self.partition_count = self.log.partition_count(DELTAS)
 
     def publish(self, entry_count: int, series_count: int) -> list[bytes]:
         """Put deltas into the log, as `data.batches` makes them."""
         values = []
-        for partition, value in data.batches(entry_count, series_count, self.partition_count):
+        for partition, value in data.batches(entry_count, series_count, self.partition_count, self._batch_entries):
             (result,) = self.log.append([Message(DELTAS, partition, None, value)], timeout_s=10)
             assert isinstance(result, int), result
             values.append(value)
-        self.log.flush()
+        self.settle()
         return values
 
     def work(self) -> None:
@@ -59,9 +69,10 @@ class House:
             for number in range(self.partition_count)
         ]
         failed: list[BaseException] = []
+        ends = self.log.end_offsets(DELTAS)
         loop = WorkerLoop(partitions, log=self.log, clock=self.clock, settings=_WORKER, on_fatal=failed.append)
         loop.start()
-        while not (loop.ready and all(self._done(partition) for partition in partitions)):
+        while not (loop.ready and all(it.task.position.next_offset == ends[it.number] for it in partitions)):
             if failed:
                 raise failed[0]
             time.sleep(0.02)
@@ -71,28 +82,28 @@ class House:
     def entries(self) -> list[list[tuple[bytes, bytes]]]:
         """What the changelog holds, by partition."""
         reader = self.log.reader(CHANGELOG)
-        reader.assign(dict.fromkeys(range(self.partition_count), 0))
+        ends, next_offsets = self.log.end_offsets(CHANGELOG), dict.fromkeys(range(self.partition_count), 0)
+        reader.assign(next_offsets)
         out: list[list[tuple[bytes, bytes]]] = [[] for _ in range(self.partition_count)]
-        while fetched := reader.poll(record_count_max=20_000, bytes_max=2**26, timeout_s=0):
-            for records in fetched:
+        while any(next_offsets[number] < end for number, end in ends.items()):
+            for records in reader.poll(record_count_max=20_000, bytes_max=2**26, timeout_s=1):
+                next_offsets[records.partition] = records.next_offset
                 for key, value in zip(records.keys, records.values, strict=True):
                     if key is not None and value is not None:
                         out[records.partition].append((key, value))
+        reader.close()
         return out
-
-    def _done(self, partition: Partition) -> bool:
-        return partition.task.position.next_offset == self.log.watermarks(DELTAS, partition.number).end_offset
 
 
 @contextmanager
-def house() -> Iterator[House]:
-    """A new one in a folder that goes with it."""
+def embedded() -> Iterator[House]:
+    """A new one on the embedded log, in a folder that goes with it."""
     with TemporaryDirectory(prefix="pipeline-bench-") as folder:
-        made = House(Path(folder))
+        log = EmbeddedLog(Path(folder) / "log", topics.load(), LogSettings(data=folder), SystemClock())
         try:
-            yield made
+            yield House(Path(folder), log, settle=log.flush)
         finally:
-            made.log.close()
+            log.close()
 
 
 def _fold_bare(batches: list[bytes]) -> None:
@@ -105,7 +116,7 @@ def _fold_bare(batches: list[bytes]) -> None:
                 states[suffix] = get(suffix, 0) + state
 
 
-def fold(name: str, entry_count: int, series_count: int, least: float) -> Row:
+def fold(name: str, house: HouseMaker, entry_count: int, series_count: int, least: float) -> Row:
     """A worker folds and commits what was published before; against decoding and adding up the same batches."""
     with house() as made:
         batches = made.publish(entry_count, series_count)
@@ -123,13 +134,13 @@ def fold(name: str, entry_count: int, series_count: int, least: float) -> Row:
 def fold_unique(quick: bool) -> list[Row]:
     """Nothing merges: every entry is a new series."""
     count = 20_000 if quick else 1_000_000
-    return [fold("worker, unique series", count, count, 200_000)]
+    return [fold("worker, unique series", embedded, count, count, 200_000)]
 
 
 def fold_repeated(quick: bool) -> list[Row]:
     """Each series comes ten times."""
     count = 20_000 if quick else 1_000_000
-    return [fold("worker, each series ten times", count, count // 10, 500_000)]
+    return [fold("worker, each series ten times", embedded, count, count // 10, 500_000)]
 
 
 def _put_bare(store: RocksStore, entries: list[tuple[bytes, bytes]]) -> None:
@@ -143,12 +154,16 @@ def _put_bare(store: RocksStore, entries: list[tuple[bytes, bytes]]) -> None:
 
 def restore(quick: bool) -> list[Row]:
     """Stores are gone; the worker starts again and reads the changelog. Against putting the same entries into RocksDB."""
-    count = 20_000 if quick else 1_000_000
+    return [measure_restore("restore", embedded, 20_000 if quick else 1_000_000)]
+
+
+def measure_restore(name: str, house: HouseMaker, count: int) -> Row:
+    """As `restore`, on any log."""
     with house() as made:
         made.publish(count, count)
         made.work()
         shutil.rmtree(made.path / "stores")
-        made.log.flush()
+        made.settle()
         entries = made.entries()
         stores = RocksStores(made.path / "bare", made.settings)
         opened = [stores.open(number) for number in range(made.partition_count)]
@@ -163,11 +178,9 @@ def restore(quick: bool) -> list[Row]:
         total = sum(map(len, entries))
         entries.clear()
         seconds = cpu_seconds(made.work)
-    return [
-        at_least(
-            "restore",
-            Figure(total / seconds, _UNIT),
-            Figure(total / bare_seconds, _UNIT, "put the entries into RocksDB with the same options; nothing read"),
-            400_000,
-        )
-    ]
+    return at_least(
+        name,
+        Figure(total / seconds, _UNIT),
+        Figure(total / bare_seconds, _UNIT, "put the entries into RocksDB with the same options; nothing read"),
+        400_000,
+    )

@@ -168,6 +168,23 @@ def test_a_view_that_is_there_is_kept(server: UpProcess) -> None:
         assert done.stderr == f"pipeline: view kept is sum(a, b) at {server.url}, not {other}\n"
 
 
+def test_a_monotone_view(server: UpProcess) -> None:
+    """--monotone defines one; without it, or the other way round, it is another view; a negative value is a bad line."""
+    text = "v\n1\n2.5\n"
+    report = publish_ok(server, "rising", "--value", "v", "--monotone", "-", input=text)
+    assert answer_of(server, "rising", report["token"]) == {"": 3.5}
+    done = pipeline("publish", "rising", "--to", server.url, "--value", "v", "-", input=text)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"pipeline: view rising is monotone sum() at {server.url}, not sum()\n"
+    done = pipeline("publish", "rising", "--to", server.url, "--value", "v", "--monotone", "-", input="v\n-1\n")
+    assert done.returncode == 1
+    assert "line 2: column v: a monotone sum takes no negative number" in done.stderr
+    done = pipeline("publish", "risen", "--to", server.url, "--value", "v", "--kind", "max", "--monotone", "-", input=text)
+    assert (done.returncode, "a max cannot be monotone" in done.stderr) == (2, True)
+    listed = pipeline("get", "--from", server.url).stdout
+    assert ["rising", "monotone", "sum", "1"] in [line.split() for line in listed.splitlines()]
+
+
 def test_going_on_at_a_line(server: UpProcess) -> None:
     """--start-line takes the header from line 1 and the rows from line N, and does not mind what stands between."""
     report = publish_ok(server, "late", "--value", "v", "--start-line", "4", "-", input="v\n1\nbad\n4\n8\n")

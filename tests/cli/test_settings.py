@@ -25,7 +25,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_defaults() -> None:
     """Without file, environment and flags every setting has the default of its declaration."""
     loaded = config.load()
-    for group, values in zip(GROUPS, (loaded.publisher, loaded.log, loaded.worker, loaded.query), strict=True):
+    for group, values in zip(GROUPS, (loaded.publisher, loaded.kafka, loaded.log, loaded.worker, loaded.query), strict=True):
         assert values == group()
 
 

@@ -158,7 +158,7 @@ def extra_key(data: Path) -> tuple[int, dict[str, Any]]:
 def wrong_position(data: Path) -> tuple[int, dict[str, Any]]:
     before = plant(data, 0, POSITION_KEY, encode_position(Position(1, 2, 3)))
     assert before is not None
-    found = {"next_offset": 1, "committed_at_ms": 2, "source_at_ms": 3}
+    found = {"next_offset": 1, "committed_at_ms": 2, "source_at_ms": 3, "source_id": ""}
     return 0, {"what": "different", "entry": "the position", "expected": None, "found": found}
 
 

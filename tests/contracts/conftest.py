@@ -5,14 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.contracts.support import EmbeddedLab, LogLab, MemoryLab, MemoryStoreLab, RocksStoreLab, StoreLab
+from tests.contracts.support import EmbeddedLab, KafkaLab, LogLab, MemoryLab, MemoryStoreLab, RocksStoreLab, StoreLab
 
 
-@pytest.fixture(params=["memory", "embedded", "embedded-fsync"])
+@pytest.fixture(params=["memory", "embedded", "embedded-fsync", "kafka"])
 def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LogLab]:
     """A fresh log."""
     if request.param == "memory":
         yield MemoryLab()
+        return
+    if request.param == "kafka":
+        kafka = KafkaLab(request.getfixturevalue("kafka"))
+        yield kafka
+        kafka.close()
         return
     embedded = EmbeddedLab(tmp_path / "log", fsync=request.param.endswith("fsync"))
     yield embedded

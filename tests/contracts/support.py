@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
 from pipeline.adapters.cleaner import Cleaner
+from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.rocks import RocksStores
-from pipeline.ports import Log, LogReader, Message, Stores
-from pipeline.settings import LogSettings
+from pipeline.ports import Log, LogReader, Message, Stores, Transaction
+from pipeline.settings import KafkaSettings, LogSettings
 from pipeline.topics import Topic
+from tests.broker.kafka import admin_client
 
 DEADLINE_S = 20.0
 DAY_MS = 86_400_000
@@ -136,6 +142,61 @@ class EmbeddedLab:
         return True
 
 
+class KafkaLab:
+    """A broker, with fresh topics under names of their own."""
+
+    events, notes, table = "events", "notes", "table"
+
+    def __init__(self, bootstrap: str) -> None:
+        from pipeline.adapters.kafka.log import KafkaLog
+        from pipeline.adapters.kafka.options import parse_url
+
+        self.bootstrap = bootstrap
+        self.address = parse_url(f"kafka://{bootstrap}/contract-{uuid.uuid4().hex[:10]}")
+        self._admin = admin_client(bootstrap)
+        plain = {"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(4 * 2**20)}
+        wanted = [
+            NewTopic(self.address.topic(self.events), PARTITIONS, config=plain),
+            NewTopic(self.address.topic(self.notes), PARTITIONS, config=plain),
+            NewTopic(self.address.topic(self.table), PARTITIONS, config={**plain, "cleanup.policy": "compact"}),
+        ]
+        for made in self._admin.create_topics(wanted, operation_timeout=DEADLINE_S).values():
+            made.result(DEADLINE_S)
+        names = {topic.topic for topic in wanted}
+        until(lambda: _led(self._admin, names))
+        kafka = KafkaLog(
+            self.address,
+            KafkaSettings(kafka={"fetch.wait.max.ms": 10}),
+            SystemClock(),
+            request_timeout_ms=int(DEADLINE_S * 1000),
+        )
+        self.log: Log = kafka
+        self.kafka = kafka
+
+    def set_clock_back(self) -> bool:
+        return False
+
+    def expire(self) -> None:
+        ends = self.kafka.end_offsets(self.events)
+        places = [TopicPartition(self.address.topic(self.events), partition, end) for partition, end in ends.items()]
+        for gone in self._admin.delete_records(places).values():
+            gone.result(DEADLINE_S)
+
+    def compact(self, *, drop_tombstones: bool = False) -> bool:
+        return False
+
+    def close(self) -> None:
+        names = [self.address.topic(name) for name in (self.events, self.notes, self.table)]
+        self.kafka.close()
+        for gone in self._admin.delete_topics(names).values():
+            gone.result(DEADLINE_S)
+
+
+def _led(admin: AdminClient, names: set[str]) -> bool:
+    known = admin.list_topics(timeout=DEADLINE_S).topics
+    return all(name in known and all(p.leader >= 0 for p in known[name].partitions.values()) for name in names)
+
+
 class StoreLab(Protocol):
     """Stores that can be closed and opened again, as a process does that ends and starts."""
 
@@ -185,6 +246,14 @@ def appended(log: Log, messages: list[Message]) -> list[int]:
     out = log.append(messages, timeout_s=DEADLINE_S)
     assert all(isinstance(result, int) for result in out), out
     return [result for result in out if isinstance(result, int)]
+
+
+def committed(log: Log, transaction: Transaction, *messages: Message) -> list[int]:
+    """Commit, and wait until readers can see it."""
+    covering = transaction.commit(messages, timeout_s=DEADLINE_S)
+    for message, covers in zip(messages, covering, strict=True):
+        until(lambda m=message, c=covers: log.watermarks(m.topic, m.partition).end_offset >= c)  # type: ignore[misc]
+    return covering
 
 
 def poll(

@@ -16,6 +16,7 @@ from tests.contracts.support import (
     Row,
     append,
     appended,
+    committed,
     poll,
     read,
     read_on,
@@ -341,12 +342,12 @@ def test_a_start_at_the_end_is_no_loss(lab: LogLab) -> None:
 
 
 def test_a_transaction_writes_to_several_topics(lab: LogLab) -> None:
-    """Everything is there when commit returns, under offsets that cover it, in order."""
+    """Everything is there soon after commit returns, under offsets that cover it, in order."""
     transaction = lab.log.transaction("t")
     messages = [
         Message((lab.table, lab.notes)[number % 2], number % 3, b"%d" % number, b"v%d" % number) for number in range(30)
     ]
-    covering = transaction.commit(messages, timeout_s=DEADLINE_S)
+    covering = committed(lab.log, transaction, *messages)
     for topic in (lab.table, lab.notes):
         for partition in range(3):
             mine = [(c, m) for c, m in zip(covering, messages, strict=True) if m.topic == topic and m.partition == partition]
@@ -362,7 +363,7 @@ def test_a_transaction_with_an_impossible_message_does_nothing(lab: LogLab) -> N
     for bad in (Message(lab.table, PARTITIONS, b"k", b"v"), Message("no-such-topic", 0, b"k", b"v")):
         with pytest.raises(Invalid):
             transaction.commit([Message(lab.table, 0, b"k", b"v"), bad, Message(lab.notes, 0, b"k", b"v")], timeout_s=5)
-    transaction.commit([Message(lab.table, 0, b"k", b"good")], timeout_s=DEADLINE_S)
+    committed(lab.log, transaction, Message(lab.table, 0, b"k", b"good"))
     assert values(read(lab.log, lab.table, 0)) == [b"good"]
     assert read(lab.log, lab.notes, 0) == []
 
@@ -371,17 +372,17 @@ def test_a_new_owner_fences_the_old_one(lab: LogLab) -> None:
     """After transaction() returned, an older owner of the id gets Fenced for ever, and writes nothing."""
     old = lab.log.transaction("app-0")
     other = lab.log.transaction("app-1")
-    old.commit([Message(lab.table, 0, b"k", b"old")], timeout_s=DEADLINE_S)
+    committed(lab.log, old, Message(lab.table, 0, b"k", b"old"))
     new = lab.log.transaction("app-0")
     for _ in range(2):
         with pytest.raises(Fenced, match="app-0"):
             old.commit([Message(lab.table, 0, b"k", b"stale"), Message(lab.notes, 1, b"k", b"stale")], timeout_s=5)
-    new.commit([Message(lab.table, 0, b"k", b"new")], timeout_s=DEADLINE_S)
+    committed(lab.log, new, Message(lab.table, 0, b"k", b"new"))
     with pytest.raises(Fenced):
         old.commit([Message(lab.table, 0, b"k", b"stale")], timeout_s=DEADLINE_S)
-    other.commit([Message(lab.table, 0, b"k", b"other")], timeout_s=DEADLINE_S)
+    committed(lab.log, other, Message(lab.table, 0, b"k", b"other"))
     old.close()
-    new.commit([Message(lab.table, 0, b"k", b"last")], timeout_s=DEADLINE_S)
+    committed(lab.log, new, Message(lab.table, 0, b"k", b"last"))
     assert values(read(lab.log, lab.table, 0)) == [b"old", b"new", b"other", b"last"]
     assert read(lab.log, lab.notes, 1) == []
 

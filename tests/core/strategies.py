@@ -71,7 +71,8 @@ label_values = texts | st.sampled_from(["", "\0", "a\0b", "\U0001f600", "x" * 31
 @st.composite
 def definitions(draw: st.DrawFn, kinds: SearchStrategy[str] = st.sampled_from([*KINDS])) -> Definition:  # noqa: B008
     labels = draw(st.lists(names, max_size=4, unique=True) | st.just([f"l{i}" for i in range(LABEL_COUNT_MAX)]))
-    return Definition(draw(names), draw(kinds), tuple(labels))
+    kind = draw(kinds)
+    return Definition(draw(names), kind, tuple(labels), monotone=kind == "sum" and draw(st.booleans()))
 
 
 @st.composite
@@ -80,6 +81,8 @@ def groups(draw: st.DrawFn, definition: Definition | None = None) -> Group:
     width = len(definition.labels)
     series = draw(st.lists(st.tuples(*[label_values] * width), max_size=4 if width < 9 else 1, unique=True))
     found = draw(states(definition.kind, count=len(series)))
+    if definition.monotone:
+        found = [abs(state) for state in found]
     return Group(definition, [series_suffix(labels) for labels in series], found)
 
 

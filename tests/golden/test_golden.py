@@ -87,6 +87,8 @@ STATES: dict[str, list[Any]] = {
 
 LABELS = [("eu", "tea"), ("", "\0"), ("\u00e9", "x" * 40)]
 
+MONOTONE = Definition("requests", "sum", ("path", "method"), monotone=True)
+
 
 def group(kind: str, states: list[Any]) -> Group:
     """States in the series n=0, n=1, ... of a view that is called as its kind."""
@@ -132,6 +134,26 @@ CASES: dict[str, Case] = {
         codec.encode_view,
         codec.decode_view,
     ),
+    "batch_monotone": Case(
+        [
+            Batch(
+                "p",
+                1,
+                2,
+                3,
+                2,
+                1_700_000_000_000,
+                [
+                    Group(MONOTONE, [series_suffix(v) for v in LABELS], [0, 2**70, 0.5]),
+                    Group(Definition("logins", "sum", (), 0, True), [series_suffix(())], [inf]),
+                    Group(Definition("load", "mean"), [series_suffix(())], [(-1.5, 2)]),
+                ],
+            )
+        ],
+        codec.encode_batch,
+        codec.decode_batch,
+    ),
+    "definition_monotone": Case([ViewEntry(MONOTONE, 3)], codec.encode_view, codec.decode_view),
     "producer": Case(
         [
             Folded(),
@@ -143,7 +165,12 @@ CASES: dict[str, Case] = {
         codec.decode_folded,
     ),
     "position": Case(
-        [Position(0, 0, 0), Position(42, 1_700_000_000_123, 1_700_000_000_000)], codec.encode_position, codec.decode_position
+        [
+            Position(0, 0, 0),
+            Position(42, 1_700_000_000_123, 1_700_000_000_000),
+        ],
+        codec.encode_position,
+        codec.decode_position,
     ),
     "frames": Case(
         [[], [b"\x01"], [b"\x01one", b"\x01" * 300]],

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import socket
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,84 +16,12 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline import NotReady, Publisher, Reader, Token, Unavailable
-from pipeline.metrics import Metric
+from tests.process.load import SEED, SERIES, Load, Retries, answers, merged, metric
 from tests.process.network import SlowNetwork
-from tests.support import UpProcess, everything, pipeline
+from tests.support import UpProcess, pipeline
 
 KILLS = 20
 THREADS = 4
-SERIES = 40
-SEED = 20
-
-Counts = dict[str, dict[tuple[str, str], Any]]
-"""By view and series, with the state of a naive count."""
-
-MERGE: Mapping[str, Callable[[Any, Any], Any]] = {
-    "sum": lambda old, new: old + new,
-    "min": min,
-    "max": max,
-    "mean": lambda old, new: (old[0] + new[0], old[1] + new[1]),
-    "last": max,
-}
-ANSWER: Mapping[str, Callable[[Any], Any]] = {"mean": lambda state: state[0] / state[1], "last": lambda state: state[1]}
-
-
-class Retries:
-    """Metrics of a publisher, of which one matters here."""
-
-    def __init__(self) -> None:
-        self.count = 0.0
-
-    def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
-        if metric is m.PUBLISHER_RETRIES:
-            self.count += amount
-        assert metric is not m.PUBLISHER_DROPPED, "a delta or batch was given up"
-
-    def set(self, metric: Metric, value: float, *labels: object) -> None:
-        pass
-
-    def observe(self, metric: Metric, value: float, *labels: object) -> None:
-        pass
-
-
-class Load(threading.Thread):
-    """Records to every view until it is told to stop, and keeps a count of its own."""
-
-    def __init__(self, publisher: Publisher, number: int) -> None:
-        super().__init__(daemon=True)
-        self.counts: Counts = {kind: {} for kind in MERGE}
-        self.delta_count = 0
-        self.stopping = threading.Event()
-        self._number = number
-        self._rng = random.Random(SEED + number)
-        labels = ("type", "n")
-        self._views: dict[str, Any] = {kind: publisher.view(kind, kind, labels=labels) for kind in MERGE}
-
-    def run(self) -> None:
-        while not self.stopping.wait(0.004):
-            for _ in range(15):
-                for kind in MERGE:
-                    self._record(kind)
-
-    def _record(self, kind: str) -> None:
-        """Ints beyond 64 bits, and floats whose sums are exact, in series of their own."""
-        rng = self._rng
-        series = rng.choice(("int", "float")), str(rng.randrange(SERIES))
-        value = rng.getrandbits(70) - 2**69 if series[0] == "int" else rng.randrange(-(2**20), 2**20) / 1024
-        cell = self._views[kind].labels(*series)
-        self.delta_count += 1
-        state: Any = value
-        if kind == "sum":
-            cell.add(value)
-        elif kind == "last":
-            ts_ms = self.delta_count * THREADS + self._number  # nobody else's
-            state = ts_ms, value
-            cell.set(value, ts_ms)
-        else:
-            state = (value, 1) if kind == "mean" else value
-            cell.observe(value)
-        mine = self.counts[kind]
-        mine[series] = MERGE[kind](mine[series], state) if series in mine else state
 
 
 class ReadYourWrites(threading.Thread):
@@ -144,33 +69,6 @@ def quiet_port() -> int:
     raise AssertionError("no free port")
 
 
-def merged(loads: list[Load]) -> dict[str, dict[tuple[str, str], Any]]:
-    """The answer that each series of each view must have."""
-    counts: Counts = {kind: {} for kind in MERGE}
-    for load in loads:
-        for kind, series in load.counts.items():
-            for labels, state in series.items():
-                old = counts[kind].get(labels)
-                counts[kind][labels] = state if old is None else MERGE[kind](old, state)
-    return {
-        kind: {labels: ANSWER.get(kind, lambda state: state)(state) for labels, state in series.items()}
-        for kind, series in counts.items()
-    }
-
-
-def answers(url: str, after: Token | None = None) -> dict[str, dict[tuple[str, str], Any]]:
-    """Every series of every view, with all that the log has."""
-    with Reader(url) as reader:
-        token = after or everything(reader)
-        return {
-            kind: {
-                (series.labels["type"], series.labels["n"]): series.value
-                for series in reader.get(kind, after=token, timeout_ms=60_000).series
-            }
-            for kind in MERGE
-        }
-
-
 def kill_again_and_again(up: UpProcess, rng: random.Random) -> int:
     """At random moments: under load, while it starts, and once with the stores gone when it comes back.
 
@@ -183,20 +81,13 @@ def kill_again_and_again(up: UpProcess, rng: random.Random) -> int:
         else:
             up.wait_ready()
             time.sleep(rng.uniform(0.05, 0.7))
-            duplicate_count += duplicates(up.url)
+            duplicate_count += int(metric(up.url, m.BATCHES_DUPLICATE))
         up.kill()
         if number == KILLS // 2:
             shutil.rmtree(up.data / "stores")
         up.start(wait_ready=False)
     up.wait_ready()
     return duplicate_count
-
-
-def duplicates(url: str) -> int:
-    """Batches that this server has dropped since its start."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    return sum(int(float(count)) for count in re.findall(r"^pipeline_batches_duplicate_total\{.*\} (\S+)$", text, re.M))
 
 
 @pytest.mark.timeout(400)

@@ -24,7 +24,7 @@ from pipeline.core.record import TAG_DEFINITION, Batch, labels_of, prefix_end, s
 from pipeline.core.task import DeadLetter
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.metrics import Metric
-from pipeline.ports import LogWriter, Message
+from pipeline.ports import MESSAGE_BYTES_MAX, LogWriter, Message
 from pipeline.producer.client import BasePublisher
 from pipeline.settings import PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
@@ -128,6 +128,9 @@ class FaultyLog:
         self.closed_count = 0
         self.partition_total = partitions
 
+    def message_bytes_max(self, topic: str) -> int:
+        return MESSAGE_BYTES_MAX
+
     def partition_count(self, topic: str) -> int:
         if self.away:
             raise Unavailable("the log is away")
@@ -224,6 +227,9 @@ class FileLog:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.away = self.path.with_suffix(".away")
+
+    def message_bytes_max(self, topic: str) -> int:
+        return MESSAGE_BYTES_MAX
 
     def partition_count(self, topic: str) -> int:
         return 2

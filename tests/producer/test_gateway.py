@@ -15,12 +15,15 @@ from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, series_suffix
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
-from pipeline.ports import Message, RawDelta
+from pipeline.ports import MESSAGE_BYTES_MAX, Message, RawDelta
 from pipeline.producer.gateway import Gateway
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, Meter, batches, fold, hurried_threads, in_threads, publisher, same
 
-KNOWN = {"known": Definition("known", "sum", ("region", "product"))}
+KNOWN = {
+    "known": Definition("known", "sum", ("region", "product")),
+    "rising": Definition("rising", "sum", monotone=True),
+}
 
 
 def gateway(log: FaultyLog, meter: Meter | None = None, **settings: Any) -> Gateway:
@@ -116,6 +119,13 @@ def test_labels_follow_the_known_definition() -> None:
         (RawDelta("new", "sum", {}, 1, None, 60), "window"),
         (RawDelta("new", "sum", {}, 1, None, "60"), "window_s"),  # type: ignore[arg-type]
         (RawDelta("known", "sum", {"region": "a", "product": "b"}, 1, None, 60), "window_s 0, not 60"),
+        (RawDelta("known", "sum", {"region": "a", "product": "b"}, 1, monotone=True), "known is not monotone"),
+        (RawDelta("rising", "sum", {}, 1, monotone=False), "rising is monotone"),
+        (RawDelta("good", "sum", {"a": "x"}, 1, monotone=True), "good is not monotone"),
+        (RawDelta("new", "max", {}, 1, monotone=True), "a max cannot be monotone"),
+        (RawDelta("new", "sum", {}, 1, monotone="yes"), "monotone is true or false"),  # type: ignore[arg-type]
+        (RawDelta("new", "sum", {}, -1, monotone=True), "no negative number"),
+        (RawDelta("rising", "sum", {}, -0.5), "no negative number"),
     ],
 )
 def test_one_bad_delta_refuses_all_and_is_named(bad: RawDelta, says: str) -> None:
@@ -129,6 +139,30 @@ def test_one_bad_delta_refuses_all_and_is_named(bad: RawDelta, says: str) -> Non
     assert not log.attempts
     gate.deltas([delta(1, "good", "max", a="x")])  # the request that called it a sum was refused
     assert fold(log.log).of("good") == {("x",): 1}
+
+
+def test_a_view_that_is_known_as_monotone_need_not_be_called_so() -> None:
+    """Known from before, from an earlier request or from an earlier delta of this one; a new one is as it says."""
+    log = FaultyLog()
+    gate = gateway(log)
+    gate.deltas([delta(1, "rising"), RawDelta("new", "sum", {}, 2, monotone=True), delta(3, "new"), delta(-4, "plain")])
+    gate.deltas([delta(5, "new"), RawDelta("rising", "sum", {}, 6, monotone=True)])
+    gate.deltas([RawDelta("plain", "sum", {}, -1, monotone=False)])
+    with pytest.raises(Invalid, match="no negative number"):
+        gate.deltas([delta(-1, "new")])
+    views = fold(log.log)
+    assert [views.of(view) for view in ("rising", "new", "plain")] == [{(): 7}, {(): 10}, {(): -5}]
+    definitions = {group.definition for batch in batches(log.log) for group in batch.groups}
+    assert {d.view: d.monotone for d in definitions} == {"rising": True, "new": True, "plain": False}
+
+
+def test_a_negative_batch_of_a_monotone_view_is_refused() -> None:
+    """At once, not only by the worker; nothing of the request is appended."""
+    log = FaultyLog()
+    bad = encode_batch(Batch("other", 0, 0, 0, 0, 5, [Group(KNOWN["rising"], [series_suffix(())], [-1])]))
+    with pytest.raises(BadRecord, match=r"batch 1: .*monotone"):
+        gateway(log).batches([batch(), bad])
+    assert not log.attempts
 
 
 def test_two_requests_cannot_define_a_view_differently() -> None:
@@ -365,6 +399,9 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
     gate = gateway(log)
 
     class Wire:
+        def message_bytes_max(self, topic: str) -> int:
+            return MESSAGE_BYTES_MAX
+
         def partition_count(self, topic: str) -> int:
             return 4
 

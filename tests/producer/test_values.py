@@ -235,8 +235,9 @@ def test_a_view_is_defined_once() -> None:
             lambda: pub.mean("v", labels=("a", "b")),
             lambda: pub.sum("v", labels=("b", "a")),
             lambda: pub.sum("v"),
+            lambda: pub.sum("v", labels=("a", "b"), monotone=True),
         ):
-            with pytest.raises(Invalid, match=r"view v is sum by \['a', 'b'\] here"):
+            with pytest.raises(Invalid, match=r"view v is sum\(a, b\) here"):
                 again()
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -16,6 +17,7 @@ import uvicorn
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
+from pipeline.adapters.openmetrics import render_views
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
@@ -24,6 +26,7 @@ from pipeline.errors import NotFound, NotReady
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.producer.gateway import Gateway
 from pipeline.query.api import create_app
+from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
@@ -69,7 +72,7 @@ class World:
     def new_reader(self) -> ViewReader:
         return ViewReader(
             stores=self.stores,
-            watermarks=lambda partition: self.log.watermarks(DELTAS, partition),
+            ends=EndsNow(partial(self.log.end_offsets, DELTAS), partial(self.log.start_offsets, DELTAS), self.clock),
             clock=self.clock,
             settings=self.settings,
             metrics=self.metrics,
@@ -210,7 +213,9 @@ class Server:
 @contextmanager
 def serving(world: World, port: int = 0) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
-    app = create_app(world.reader, world.ingest, world.settings, world.metrics, world.status, lambda: world.ready)
+    app = create_app(
+        world.reader, world.ingest, world.settings, world.metrics, world.status, lambda: world.ready, render_views
+    )
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")

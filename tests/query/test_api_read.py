@@ -103,11 +103,10 @@ def test_an_infinite_sum_is_null(shop: Server) -> None:
 
 
 def test_views_are_listed(shop: Server) -> None:
-    """Name, kind, labels, window_s (null without windows) and series_count; and how fresh that is."""
+    """Name, kind, labels, window_s (null without windows), series_count and monotone; and how fresh that is."""
     reply = shop.get("/v1/views").json()
-    assert {"name": "revenue", "kind": "sum", "labels": ["region", "product"], "window_s": None, "series_count": 5} in reply[
-        "views"
-    ]
+    revenue = {"name": "revenue", "kind": "sum", "labels": ["region", "product"], "window_s": None, "series_count": 5}
+    assert {**revenue, "monotone": False} in reply["views"]
     assert reply["as_of"]["staleness_ms"] is not None
 
 

@@ -67,6 +67,25 @@ def test_nothing_is_fine(server: Server) -> None:
     assert server.request("POST", "/v1/batches", b"").json() == {"next_offsets": [], "token": ""}
 
 
+def test_a_monotone_view(server: Server) -> None:
+    """`monotone` defines a new view; after that it may be left out; contradictions and negative values are 400."""
+    assert post(server, [{**delta(1, "rising"), "monotone": True}]).status == 200
+    server.world.fold()
+    assert post(server, [delta(2, "rising"), {**delta(3, "rising"), "monotone": True}]).status == 200
+    for wrong, said in (
+        ({**delta(1, "rising"), "monotone": False}, "view rising is monotone"),
+        (delta(-1, "rising"), "no negative number"),
+        ({**delta(1, "rising"), "monotone": 1}, "Expected `bool | null`"),
+        ({**delta(1, "m", "max"), "monotone": True}, "a max cannot be monotone"),
+    ):
+        detail = server.problem(400, post(server, [delta(1, "rising"), wrong]))
+        assert detail.startswith("delta 1: ")
+        assert said in detail
+    assert total(server, "rising") == 6
+    (view,) = [view for view in server.get("/v1/views").json()["views"] if view["name"] == "rising"]
+    assert view["monotone"] is True
+
+
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**64, 10**400, -1, 0])
 def test_ints_of_any_size_stay_exact(server: Server, value: int) -> None:
     """There and back."""

@@ -299,7 +299,9 @@ def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpRead
 def test_lists(server: Server, reader: HttpReader) -> None:
     """Views and status."""
     server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
+    server.world.publish(Definition("rising", "sum", monotone=True), {(): 1})
     assert clients.View("listed", "max", ["x"], None, 1) in reader.views()
+    assert clients.View("rising", "sum", [], None, 1, monotone=True) in reader.views()
     assert reader.status()["partition_count"] == 4
 
 

@@ -1,7 +1,8 @@
 """The bound on staleness is true, and as tight as what was seen allows."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.core.record import NO_POSITION, Definition, Position
 from pipeline.core.view import Query
 from pipeline.errors import Unavailable
-from pipeline.ports import Watermarks
+from pipeline.query.ends import EndsNow
 from pipeline.query.reader import AsOf, ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, EndOffsets, bound_ms
 from pipeline.topics import DELTAS
@@ -72,12 +73,16 @@ def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) ->
     accepted: dict[int, list[float]] = {0: [clock.s], 1: [clock.s]}
     away = False
 
-    def watermarks(number: int) -> Watermarks:
+    def end_offsets() -> Mapping[int, int]:
         if away:
             raise Unavailable("the log is away")
-        return world.log.watermarks(DELTAS, number)
+        seen = world.log.end_offsets(DELTAS)
+        looks.append((clock.s, seen))
+        return seen
 
-    world.reader = ViewReader(stores=world.stores, watermarks=watermarks, clock=clock, settings=world.settings)
+    looks: list[tuple[float, Mapping[int, int]]] = []
+    ends = EndsNow(end_offsets, partial(world.log.start_offsets, DELTAS), clock)
+    world.reader = ViewReader(stores=world.stores, ends=ends, clock=clock, settings=world.settings)
     for action, *arguments in [*script, ("read",)]:
         match action:
             case "append":
@@ -99,8 +104,14 @@ def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) ->
                 assert answer.staleness_ms >= (clock.s - min(missing, default=clock.s)) * 1000
                 if not missing and not away:
                     assert answer.staleness_ms <= 1
-                folded = [accepted[number][answer.next_offsets[str(number)] - 1] for number in range(2)]
-                assert answer.staleness_ms <= (clock.s - min(folded)) * 1000 + 2
+                known = [
+                    max(
+                        [at for at, ends in looks if ends[number] <= answer.next_offsets[str(number)]],
+                        default=accepted[number][answer.next_offsets[str(number)] - 1],
+                    )
+                    for number in range(2)
+                ]
+                assert answer.staleness_ms <= (clock.s - min(known)) * 1000 + 2
 
 
 def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
@@ -110,10 +121,10 @@ def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
     world.append(0, DEFINITION, {(): 1})
     world.fold()
 
-    def away(number: int) -> Watermarks:
+    def away() -> Mapping[int, int]:
         raise Unavailable("the log is away")
 
-    world.reader = ViewReader(stores=world.stores, watermarks=away, clock=clock, settings=world.settings)
+    world.reader = ViewReader(stores=world.stores, ends=EndsNow(away, away, clock), clock=clock, settings=world.settings)
     assert as_of(world).staleness_ms is None
     assert [state.staleness_ms for state in world.reader.partitions()] == [1, None]
     assert [state.end_offset for state in world.reader.partitions()] == [None, None]
@@ -235,8 +246,9 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
     store = world.partitions[0].store
     store.get = noting("store", store.get)  # type: ignore[method-assign]
     store.snapshot = noting("store", store.snapshot)  # type: ignore[method-assign]
-    watermarks = noting("ends", lambda number: world.log.watermarks(DELTAS, number))
-    reader = ViewReader(stores=world.stores, watermarks=watermarks, clock=clock, settings=world.settings)  # type: ignore[arg-type]
+    end_offsets = noting("ends", lambda: world.log.end_offsets(DELTAS))
+    ends = EndsNow(end_offsets, partial(world.log.start_offsets, DELTAS), clock)  # type: ignore[arg-type]
+    reader = ViewReader(stores=world.stores, ends=ends, clock=clock, settings=world.settings)
     reader.definition("v")
     for call in (
         lambda: reader.point(Query("v")),

@@ -7,11 +7,20 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipeline.metrics import CATALOGUE
-from pipeline.settings import GROUPS, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
+from pipeline.settings import (
+    GROUPS,
+    KafkaSettings,
+    LogSettings,
+    PublisherSettings,
+    QuerySettings,
+    WorkerSettings,
+    default_of,
+)
 
 README = Path(__file__).parent.parent.parent / "README.md"
 TITLES = {
     PublisherSettings: "publisher",
+    KafkaSettings: "Kafka",
     LogSettings: "log and stores",
     WorkerSettings: "worker",
     QuerySettings: "HTTP server",
@@ -22,12 +31,15 @@ def settings_table() -> str:
     """One row for each setting."""
     rows = ["| setting | default | of | meaning |", "|---|---|---|---|"]
     rows += [
-        f"| `{item.name}` | {str(item.default).lower() if isinstance(item.default, bool) else item.default}"
-        f" | {TITLES[group]} | {item.metadata['doc']} |"
+        f"| `{item.name}` | {_shown(default_of(item))} | {TITLES[group]} | {item.metadata['doc']} |"
         for group in GROUPS
         for item in fields(group)
     ]
     return "\n".join(rows)
+
+
+def _shown(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def metrics_table() -> str:

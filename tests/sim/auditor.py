@@ -30,6 +30,11 @@ class View:
     name: str
     kind: str
     labels: tuple[str, ...]
+    monotone: bool = False
+
+    def as_stored(self) -> list[Any]:
+        """What a partition's definition entry must say of it."""
+        return [self.name, self.kind, list(self.labels), 0, *[True] * self.monotone]
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Sent:
     deltas: tuple[tuple[Series, Any], ...]
     malformed: bool = False
     """Whether a series of it can't be one of its view."""
+    unreadable: bool = False
+    """Whether a state of it can't be one of its view: so its bytes are no batch, whoever sent them and when."""
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -124,7 +131,7 @@ class Count:
         return verdict
 
     def _judge(self, sent: Sent | None) -> str:
-        if sent is None or sent.partition != self.partition:
+        if sent is None or sent.unreadable or sent.partition != self.partition:
             return "bad"
         producer = self.producers.get(sent.producer_id, Producer())
         if sent.epoch < producer.epoch:
@@ -330,9 +337,7 @@ class Auditor:
 
     def _check_views(self, count: Count, entries: Entries) -> None:
         counts = Counter(view for view, _ in count.deltas)
-        expected = {
-            DEFINITION + v.name.encode(): [[v.name, v.kind, list(v.labels), 0], counts[v.name]] for v in count.views.values()
-        }
+        expected = {DEFINITION + v.name.encode(): [v.as_stored(), counts[v.name]] for v in count.views.values()}
         found = {key: unpack(value) for key, value in entries.items() if key[:1] == DEFINITION}
         if found != expected:
             raise Failure(f"partition {count.partition}: definitions {found}, not {expected}")

@@ -125,6 +125,20 @@ class FaultyLog:
         self._process.check()
         return self._cluster.memory.watermarks(topic, partition)
 
+    def end_offsets(self, topic: str) -> Mapping[int, int]:
+        self._process.check()
+        return self._cluster.memory.end_offsets(topic)
+
+    def start_offsets(self, topic: str) -> Mapping[int, int]:
+        self._process.check()
+        return self._cluster.memory.start_offsets(topic)
+
+    def topic_id(self, topic: str) -> str:
+        return self._cluster.memory.topic_id(topic)
+
+    def message_bytes_max(self, topic: str) -> int:
+        return self._cluster.memory.message_bytes_max(topic)
+
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         return [self._append(message) for message in messages]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -20,10 +21,19 @@ LABEL_VALUES = ("", "a", "b", "a\x00b", "ü", "x" * 40)
 def some_views(rng: Random) -> list[View]:
     """Views of all kinds, some without labels."""
     kinds = rng.sample([*KINDS], len(KINDS)) if rng.random() < 0.5 else rng.choices([*KINDS], k=rng.randint(1, 4))
-    return [View(f"v{i}", kind, ("l", "m")[: rng.choice((0, 1, 1, 2))]) for i, kind in enumerate(kinds)]
+    return [
+        View(f"v{i}", kind, ("l", "m")[: rng.choice((0, 1, 1, 2))], kind == "sum" and rng.random() < 0.5)
+        for i, kind in enumerate(kinds)
+    ]
 
 
 def some_number(rng: Random, view: View) -> int | float:
+    """A number that the view takes."""
+    number = _signed_number(rng, view)
+    return abs(number) if view.monotone else number
+
+
+def _signed_number(rng: Random, view: View) -> int | float:
     """Ints, some beyond 64 bits, in every other view; in the others floats whose sums are exact in any order."""
     if view.name[-1] in "02468":
         bits = rng.choice((3, 3, 3, 31, 63, 64, 65, 200))
@@ -69,19 +79,40 @@ class SimPublisher:
         return [self._seal(partition, deltas, now_ms) for partition, deltas in buffered.items()]
 
     def seal_bad(self, now_ms: int) -> Sealed:
-        """A batch that no partition may fold: it contradicts a definition, or a series is not one of its view."""
+        """A batch that no partition may fold.
+
+        It contradicts a definition, or a series is not one of its view, or it takes from a view that only grows.
+        """
         rng = self._rng
         view = rng.choice(self._views)
-        if malformed := rng.random() < 0.5:
-            labels: tuple[str, ...] = ("a",) * (len(view.labels) + 1)
+        labels = ("a",) * len(view.labels)
+        delta = some_delta(rng, view)
+        malformed = unreadable = False
+        if view.monotone and rng.random() < 0.3:
+            unreadable = True
+            delta = -1 - delta
+        elif rng.random() < 0.5:
+            malformed = True
+            labels += ("a",)
+        elif view.kind == "sum" and rng.random() < 0.5:
+            view = View(view.name, "sum", view.labels, not view.monotone)
+            delta = abs(delta)
         else:
             view = View(view.name, rng.choice([k for k in KINDS if k != view.kind]), view.labels)
-            labels = ("a",) * len(view.labels)
+            delta = some_delta(rng, view)
         partition = rng.randrange(self._partition_count)
-        deltas = self._buffer.pop(partition, [])  # good neighbours fall with it: a batch is folded whole or not at all
-        return self._seal(partition, [*deltas, (view, (view.name, labels), some_delta(rng, view))], now_ms, malformed)
+        # Good neighbours fall with it: a batch is folded whole or not at all. But they could make up for a negative delta.
+        deltas = [] if unreadable else self._buffer.pop(partition, [])
+        return self._seal(partition, [*deltas, (view, (view.name, labels), delta)], now_ms, malformed, unreadable)
 
-    def _seal(self, partition: int, deltas: list[tuple[View, Series, Any]], now_ms: int, malformed: bool = False) -> Sealed:
+    def _seal(
+        self,
+        partition: int,
+        deltas: list[tuple[View, Series, Any]],
+        now_ms: int,
+        malformed: bool = False,
+        unreadable: bool = False,
+    ) -> Sealed:
         rng = self._rng
         sequence, floor = self.outbox.next_numbers(partition)
         parts = [deltas]
@@ -89,10 +120,10 @@ class SimPublisher:
             cut = rng.randint(0, len(deltas))
             parts = [deltas[:cut], deltas[cut:]]
         groups = [group for part in parts for group in _groups(part)]
-        views = [View(g.definition.view, g.definition.kind, g.definition.labels) for g in groups]
+        views = [View(d.view, d.kind, d.labels, d.monotone) for d in (g.definition for g in groups)]
         if rng.random() < 0.1:  # a view may be defined before it has a series
             view = rng.choice(self._views)
-            groups.append(Group(Definition(view.name, view.kind, view.labels), [], []))
+            groups.append(Group(_definition(view), [], []))
             views.append(view)
         batch = Batch(self.producer_id, self.outbox.epoch, partition, sequence, floor, now_ms, groups)
         sent = Sent(
@@ -104,6 +135,7 @@ class SimPublisher:
             tuple(views),
             tuple((series, delta) for _, series, delta in deltas),
             malformed,
+            unreadable,
         )
         sealed = self._encode(batch, sent)
         self.outbox.add(sealed)
@@ -131,7 +163,7 @@ class SimPublisher:
         new.spool = {}
         for (partition, sequence), (batch, sent) in sorted(self.spool.items(), key=lambda item: item[0]):
             batch = Batch(batch.producer_id, epoch, partition, sequence, batch.floor, batch.created_at_ms, batch.groups)
-            sent = Sent(sent.producer_id, epoch, partition, sequence, sent.floor, sent.views, sent.deltas, sent.malformed)
+            sent = replace(sent, epoch=epoch)
             new.spool[partition, sequence] = batch, sent
             new.outbox._next[partition] = sequence
             new.outbox.add(new._encode(batch, sent))
@@ -144,13 +176,17 @@ def message_of(sealed: Sealed, producer_id: str) -> Message:
     return Message(DELTAS, sealed.partition, producer_id.encode(), sealed.value)
 
 
+def _definition(view: View) -> Definition:
+    return Definition(view.name, view.kind, view.labels, monotone=view.monotone)
+
+
 def _groups(deltas: list[tuple[View, Series, Any]]) -> list[Group]:
     columns: dict[View, dict[bytes, list[Any]]] = {}
     for view, (_, labels), delta in deltas:
         columns.setdefault(view, {}).setdefault(series_suffix(labels), []).append(delta)
     return [
         Group(
-            Definition(view.name, view.kind, view.labels),
+            _definition(view),
             [*series],
             [KINDS[view.kind].collect(raw) for raw in series.values()],
         )

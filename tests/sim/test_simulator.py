@@ -143,7 +143,7 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
     "2: the old owner is fenced after the restore": (Partition, "start", fence_late),
     "2: the log does not fence": (memory._MemoryTransaction, "__init__", None),
     "3: the position is one too low": (partition, "read_position", from_elsewhere),
-    "4: a follower takes every read for a boundary": (Follower, "_apply", always_at_boundary),
+    "4: a follower takes every read for a boundary": (Follower, "apply", always_at_boundary),
     "4: an old store is never rebuilt": (partition, "check_restorable", lambda *_: None),
     "5: records below the position are folded again": (Task, "fold", again),
     "6: a failed commit is taken for a success": (Partition, "make_durable", shrug_off),

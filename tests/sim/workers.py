@@ -289,6 +289,7 @@ class Standby:
         self._compactions = 0
         self._busy = False
         self._follower: Follower | None = None
+        self._reader: LogReader | None = None
 
     def step(self) -> None:
         world = self.world
@@ -300,7 +301,9 @@ class Standby:
                 self._open()
                 world.note("%s opens its store", self.process.name)
             assert self._follower is not None
-            self._follower.step(record_count_max=world.rng.randint(1, 5), timeout_s=0)
+            assert self._reader is not None
+            for records in self._reader.poll(record_count_max=world.rng.randint(1, 5), bytes_max=2**24, timeout_s=0):
+                self._follower.apply(records)
             self._check(self._follower)
         except SimulatedCrash as error:
             world.note("%s dies: %s", self.process.name, error)
@@ -326,8 +329,9 @@ class Standby:
             self.close()
             stores.destroy(number)
             store = stores.open(number)
-        reader = log.reader(CHANGELOG)
-        self._follower = Follower(number, store, reader, buffer_entries_max=world.settings.restore_buffer_entries_max)
+        self._follower = Follower(number, store, buffer_entries_max=world.settings.restore_buffer_entries_max)
+        self._reader = log.reader(CHANGELOG)
+        self._reader.assign({number: self._follower.next_offset})
 
     def _check(self, follower: Follower) -> None:
         world, number = self.world, self.number

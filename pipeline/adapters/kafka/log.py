@@ -1,0 +1,217 @@
+"""The log on Apache Kafka: readers, transactions and offsets of one app's topics."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ClusterMetadata, OffsetSpec
+
+from pipeline.adapters.kafka.errors import error_of, translate
+from pipeline.adapters.kafka.metadata import Metadata
+from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
+from pipeline.adapters.kafka.reader import KafkaReader
+from pipeline.adapters.kafka.transaction import KafkaTransaction
+from pipeline.adapters.kafka.writer import KafkaLogWriter
+from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.ports import Clock, Message, Watermarks
+from pipeline.settings import KafkaSettings
+from pipeline.topics import DELTAS
+
+T = TypeVar("T")
+_BACKOFF_S = 0.1
+_ATTEMPT_S = 5.0
+"""Longest that one request is waited for before it is asked again, so that `close` has an end."""
+_log = logging.getLogger(__name__)
+
+
+class KafkaLog:
+    """A `ports.Log`. Safe from any thread; every call has the deadline `kafka_timeout_ms`, unless it takes one.
+
+    Offsets come from the broker at each call, as read_committed sees them.
+    """
+
+    def __init__(self, address: Address, settings: KafkaSettings, clock: Clock, *, request_timeout_ms: int = 10_000) -> None:
+        self.address = address
+        self._settings = settings
+        self._clock = clock
+        self._timeout_s = settings.kafka_timeout_ms / 1000
+        self._closed = threading.Event()
+        self._admin = AdminClient(admin_options(address, settings.kafka))
+        self._metadata = Metadata(
+            address, settings.kafka, self._list_topics, clock, refresh_s=settings.metadata_refresh_ms / 1000
+        )
+        self._writer = KafkaLogWriter(
+            address,
+            settings.kafka,
+            clock,
+            timeout_ms=request_timeout_ms,
+            metadata_refresh_ms=settings.metadata_refresh_ms,
+        )
+
+    def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
+        return self._admin.list_topics(topic, timeout_s)
+
+    # Topics
+
+    def connect(self, topics: Sequence[str]) -> None:
+        """Raise `Unavailable` or `Invalid`, saying what to do, unless a broker answers and has these topics."""
+        waiting = False
+
+        def ask() -> None:
+            nonlocal waiting
+            try:
+                for topic in topics:
+                    self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))
+            except Unavailable as error:
+                if not waiting:
+                    _log.warning("waiting up to %g s: %s", self._timeout_s, error)
+                waiting = True
+                raise
+
+        self._again(ask)
+
+    def partition_count(self, topic: str) -> int:
+        """How many partitions `topic` has, as of some seconds ago."""
+        return self._metadata.partition_count(topic)
+
+    def message_bytes_max(self, topic: str) -> int:
+        """The largest value that the topic takes."""
+        return self._metadata.message_bytes_max(topic, self._timeout_s)
+
+    def topic_id(self, topic: str) -> str:
+        """The broker's id of the topic, which a topic made anew does not share."""
+        name = self.address.topic(topic)
+
+        def ask() -> str:
+            attempt_s = min(self._timeout_s, _ATTEMPT_S)
+            futures = self._admin.describe_topics(TopicCollection([name]), request_timeout=attempt_s)
+            return str(self._result(futures[name], f"describe {name}").topic_id)
+
+        return self._again(ask)
+
+    # Offsets
+
+    def watermarks(self, topic: str, partition: int) -> Watermarks:
+        """The partition's offsets now; the end is the last stable offset."""
+        self._metadata.check(topic, partition)
+        place = TopicPartition(self.address.topic(topic), partition)
+        (start,) = self._offsets([place], OffsetSpec.earliest()).values()
+        (end,) = self._offsets([place], OffsetSpec.latest()).values()
+        return Watermarks(min(start, end), end)
+
+    def end_offsets(self, topic: str) -> Mapping[int, int]:
+        """The end offset of each partition that the topic has now, in two requests however many there are."""
+        return self._again(lambda: self._ask_offsets(self._places(topic), OffsetSpec.latest()))
+
+    def start_offsets(self, topic: str) -> Mapping[int, int]:
+        """The start offset of each partition that the topic has now."""
+        return self._again(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
+
+    def _places(self, topic: str) -> list[TopicPartition]:
+        return self._some(topic, range(self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))))
+
+    def _some(self, topic: str, partitions: Iterable[int]) -> list[TopicPartition]:
+        return [TopicPartition(self.address.topic(topic), partition) for partition in partitions]
+
+    def _offsets(self, places: Sequence[TopicPartition], spec: OffsetSpec) -> dict[int, int]:
+        return self._again(lambda: self._ask_offsets(places, spec))
+
+    def _ask_offsets(self, places: Sequence[TopicPartition], spec: OffsetSpec) -> dict[int, int]:
+        futures = self._admin.list_offsets(
+            dict.fromkeys(places, spec),
+            isolation_level=IsolationLevel.READ_COMMITTED,
+            request_timeout=min(self._timeout_s, _ATTEMPT_S),
+        )
+        return {
+            place.partition: self._result(future, f"offsets of {place.topic}-{place.partition}").offset
+            for place, future in futures.items()
+        }
+
+    def _again(self, ask: Callable[[], T]) -> T:
+        """Ask until there is an answer, or no time: leaders move, and topics take a moment to be there."""
+        deadline_s = self._clock.monotonic_s() + self._timeout_s
+        while True:
+            try:
+                return ask()
+            except Unavailable:
+                if self._closed.wait(_BACKOFF_S) or self._clock.monotonic_s() >= deadline_s:
+                    raise
+
+    def _result(self, future: Future[Any], what: str) -> Any:
+        try:
+            return future.result(self._timeout_s + 1.0)
+        except KafkaException as exception:
+            raise translate(error_of(exception), what) from None
+        except TimeoutError:
+            raise Unavailable(f"{what}: no answer within {self._timeout_s} s") from None
+
+    # Clients
+
+    def reader(self, topic: str) -> KafkaReader:
+        """A new cursor, with a consumer of its own."""
+        self._metadata.partition_count(topic)
+        return KafkaReader(
+            reader_options(self.address, self._settings.kafka),
+            self.address.topic(topic),
+            clock=self._clock,
+            partition_count=lambda: self._metadata.ask(topic, self._timeout_s),
+            start_offsets=lambda partitions: self._offsets(self._some(topic, partitions), OffsetSpec.earliest()),
+            end_offsets=lambda partitions: self._offsets(self._some(topic, partitions), OffsetSpec.latest()),
+        )
+
+    def transaction(self, transactional_id: str) -> KafkaTransaction:
+        """A new owner of `transactional_id`; older ones are fenced when this returns, their open writes aborted."""
+        options = transaction_options(
+            self.address,
+            self._settings.kafka,
+            transactional_id=transactional_id,
+            timeout_ms=self._settings.transaction_timeout_ms,
+        )
+        return KafkaTransaction(
+            options,
+            transactional_id,
+            timeout_s=self._timeout_s,
+            clock=self._clock,
+            check=self._metadata.check,
+            broker_topic=self.address.topic,
+        )
+
+    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        """Append outside transactions; see `ports.LogWriter`."""
+        return self._writer.append(messages, timeout_s=timeout_s)
+
+    # For lag tools
+
+    def mirror_positions(self, next_offsets: Mapping[int, int]) -> None:
+        """Commit positions to the memberless group `{app}-position`. Nothing of ours ever reads them."""
+        name = self.address.topic(DELTAS)
+        offsets = [TopicPartition(name, partition, offset) for partition, offset in next_offsets.items()]
+        futures = self._admin.alter_consumer_group_offsets(
+            [ConsumerGroupTopicPartitions(self.address.group, offsets)], request_timeout=self._timeout_s
+        )
+        done = self._result(futures[self.address.group], f"commit to group {self.address.group}")
+        failed = [place for place in done.topic_partitions if place.error is not None]
+        if failed:
+            raise translate(failed[0].error, f"commit to group {self.address.group}")
+
+    def close(self) -> None:
+        """Give back connections, and end the calls that wait for an answer. Twice is fine."""
+        self._closed.set()
+        self._writer.close()
+
+
+def check_topics(log: KafkaLog, names: Sequence[str]) -> int:
+    """How many partitions the topics have; `Invalid` if they differ, `Unavailable` if no broker answers."""
+    log.connect(names)
+    counts = {name: log.partition_count(name) for name in names}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{log.address.topic(name)} {count}" for name, count in counts.items())
+        raise Invalid(
+            f"the topics need as many partitions as each other, but have: {said}; pipeline topics plan --to {log.address}"
+        )
+    return counts[names[0]]

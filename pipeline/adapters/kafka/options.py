@@ -1,0 +1,186 @@
+"""Where a cluster is, and every librdkafka option that this package relies on, each with its reason.
+
+Users can set any other option (`security.protocol`, `sasl.*`, `ssl.*`, sizes, timeouts) with the setting `kafka`; those
+that carry a guarantee are refused. Reference: librdkafka's CONFIGURATION.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipeline.errors import Invalid
+
+_log = logging.getLogger("pipeline.kafka")
+_APP = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}\Z")
+_SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+):[0-9]{1,5}\Z")
+DEFAULT_APP = "pipeline"
+MESSAGE_BYTES_MAX = 64 * 2**20
+"""Of a client; what a topic takes is for the topic to say."""
+
+_COMMON: dict[str, Any] = {
+    "socket.keepalive.enable": True,  # a broker whose host is gone sends nothing; without it that takes minutes to notice
+    "socket.timeout.ms": 10_000,  # a stopped broker keeps its connections: give up early, and try another or again
+    "reconnect.backoff.max.ms": 1_000,  # folding must go on within seconds of a broker's return
+    "allow.auto.create.topics": False,  # a topic made by accident has the wrong number of partitions
+    "enable.metrics.push": False,  # our metrics are scraped; the broker need not collect them (KIP-714)
+    "log.connection.close": False,  # idle connections are closed all day long
+}
+
+_READER: dict[str, Any] = {
+    "isolation.level": "read_committed",  # invariant 4: followers see whole commits only
+    "enable.auto.commit": False,  # invariant 3: positions are in the changelog
+    "enable.auto.offset.store": False,
+    "auto.offset.reset": "error",  # invariant 8: a lost position is for somebody to decide on
+    "enable.partition.eof": True,  # how a reader knows that only transaction markers are left
+    "check.crcs": True,  # as the Java client does: a flipped bit is an error, not a number
+    "fetch.wait.max.ms": 100,  # of a fetch that finds nothing; what is assigned anew, or ends in markers only, waits for it
+    "fetch.error.backoff.ms": 50,  # a leader that moves must not cost half a second
+    "max.partition.fetch.bytes": 4 * 2**20,  # measured: restores read one partition a third faster than with 1 MiB
+    "queued.max.messages.kbytes": 32 * 2**10,  # memory of what was fetched and not yet read, of one reader
+}
+
+_WRITER: dict[str, Any] = {
+    "enable.idempotence": True,  # no reordering and no doubling by the client's own retries
+    "acks": "all",  # acknowledged means replicated
+    "compression.type": "lz4",  # measured: cheaper than sending the bytes; zstd saves a fifth of them for twice the CPU
+    "batch.num.messages": 100_000,  # the limit that counts is the one in bytes
+    "queue.buffering.max.messages": 1_000_000,  # the account of the publisher, or the overlay, is the limit
+    "queue.buffering.max.kbytes": 2**20,
+    "message.max.bytes": MESSAGE_BYTES_MAX,  # the topic's max.message.bytes decides, and its answer says so
+}
+
+_PUBLISHER: dict[str, Any] = {
+    **_WRITER,
+    "linger.ms": 1,  # batches are merged already; waiting for more only costs time
+}
+
+_TRANSACTION: dict[str, Any] = {
+    **_WRITER,
+    "linger.ms": 20,  # whole batches while a commit is produced; its end flushes at once
+    "retry.backoff.ms": 5,  # measured: a commit that meets the markers of the last one waits for so long
+    "retry.backoff.max.ms": 1_000,
+}
+
+_FIXED = frozenset(
+    {
+        "acks",
+        "allow.auto.create.topics",
+        "auto.offset.reset",
+        "bootstrap.servers",
+        "enable.auto.commit",
+        "enable.auto.offset.store",
+        "enable.idempotence",
+        "enable.partition.eof",
+        "group.id",
+        "isolation.level",
+        "message.timeout.ms",
+        "delivery.timeout.ms",
+        "request.required.acks",
+        "transaction.timeout.ms",
+        "transactional.id",
+    }
+)
+"""Options that carry a guarantee, or that a setting of our own is for."""
+
+
+class Address(NamedTuple):
+    """A cluster, and the names of one app on it."""
+
+    bootstrap: str
+    app: str
+    prefix: str
+    """What topic names on the broker begin with."""
+
+    @property
+    def group(self) -> str:
+        """The memberless group that positions are mirrored to, for lag tools."""
+        return f"{self.app}-position"
+
+    def topic(self, name: str) -> str:
+        """The name of one of our topics on the broker."""
+        return self.prefix + name
+
+    def __str__(self) -> str:
+        return f"kafka://{self.bootstrap}" + (f"/{self.app}" if self.prefix else "")
+
+
+def parse_url(url: str) -> Address:
+    """`kafka://host:port[,host:port...][/app]`; with an app, topics are `app.deltas` and so on. `Invalid` otherwise."""
+    scheme, _, rest = url.partition("://")
+    servers, slash, app = rest.partition("/")
+    wrong = [server for server in servers.split(",") if not _SERVER.match(server)]
+    if scheme != "kafka" or wrong:
+        raise Invalid(f"{url!r:.200} is not kafka://host:port[,host:port...][/app]")
+    if slash and app and not _APP.match(app):
+        raise Invalid(f"{url!r:.200}: the app's name may hold letters, digits, '.', '_' and '-', at most 100")
+    return Address(servers, app or DEFAULT_APP, f"{app}." if app else "")
+
+
+def check_user_options(user: Mapping[str, Any]) -> None:
+    """Raise `Invalid` if an option is one that users may not change, or that librdkafka does not know."""
+    for name in user:
+        if name in _FIXED:
+            raise Invalid(f"kafka: {name} is fixed, because exactness depends on it; leave it out")
+
+
+def reader_options(address: Address, user: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a consumer that is assigned partitions by hand. It never joins its group, but librdkafka wants a name."""
+    return _merged(address, "reader", _READER, user, {"group.id": address.group})
+
+
+def publisher_options(address: Address, user: Mapping[str, Any], *, timeout_ms: int) -> dict[str, Any]:
+    """Of a producer outside transactions, which gives a message up after `timeout_ms`."""
+    return _merged(address, "publisher", _PUBLISHER, user, {"delivery.timeout.ms": timeout_ms})
+
+
+def transaction_options(
+    address: Address, user: Mapping[str, Any], *, transactional_id: str, timeout_ms: int
+) -> dict[str, Any]:
+    """Of a transactional producer. The broker aborts a transaction that is open for longer than `timeout_ms`."""
+    own = {
+        "transactional.id": transactional_id,
+        "transaction.timeout.ms": timeout_ms,
+        "delivery.timeout.ms": max(1_000, timeout_ms - 1_000),
+        "socket.timeout.ms": min(_COMMON["socket.timeout.ms"], max(1_000, timeout_ms - 1_000)),
+    }
+    return _merged(address, transactional_id, _TRANSACTION, user, own)
+
+
+def admin_options(address: Address, user: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an AdminClient: options for producers and consumers mean nothing to it."""
+    common = {name: value for name, value in user.items() if name.startswith(_ADMIN)}
+    return _merged(address, "admin", {}, common, {})
+
+
+_ADMIN = (
+    "api.version",
+    "broker.",
+    "client.",
+    "connections.",
+    "debug",
+    "https.",
+    "metadata.",
+    "reconnect.",
+    "sasl.",
+    "security.",
+    "socket.",
+    "ssl.",
+)
+
+
+def _merged(
+    address: Address, role: str, ours: Mapping[str, Any], user: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    check_user_options(user)
+    return {
+        "client.id": f"{address.app}-{role}",
+        **_COMMON,
+        **ours,
+        **user,
+        **own,
+        "bootstrap.servers": address.bootstrap,
+        "logger": _log,
+    }

@@ -1,0 +1,179 @@
+"""A cursor over partitions of one topic: a consumer that is assigned by hand and never joins a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate
+from pipeline.core.record import Records
+from pipeline.errors import Invalid, PipelineError, RecordsLost, Unavailable
+from pipeline.ports import Clock
+
+_CHUNK = 5_000
+"""Messages that one call of librdkafka hands over: enough to make the call cheap, few enough to stop at `bytes_max`."""
+
+
+class KafkaReader:
+    """A `ports.LogReader`. What was fetched and not asked for yet waits here, within a chunk."""
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        topic: str,
+        *,
+        clock: Clock,
+        partition_count: Callable[[], int],
+        start_offsets: Callable[[Iterable[int]], Mapping[int, int]],
+        end_offsets: Callable[[Iterable[int]], Mapping[int, int]],
+    ) -> None:
+        self._topic = topic
+        self._clock = clock
+        self._partition_count = partition_count
+        self._start_offsets = start_offsets
+        self._end_offsets = end_offsets
+        self._consumer: Consumer | None = Consumer(dict(options))
+        self._next: dict[int, int] = {}
+        self._waiting: list[Message] = []
+        self._out_of_range: dict[int, int] = {}
+        """Where a cursor was when the broker said that nothing is there."""
+
+    def assign(self, next_offsets: Mapping[int, int]) -> None:
+        """Read these partitions, and no others, from these offsets on."""
+        count = self._partition_count()
+        for partition in next_offsets:
+            if not 0 <= partition < count:
+                raise Invalid(f"topic {self._topic} has no partition {partition}; it has {count}")
+        self._next = dict(next_offsets)
+        starts = self._start_offsets([*next_offsets])
+        self._waiting = []
+        self._out_of_range = {number: offset for number, offset in next_offsets.items() if offset < starts[number]}
+        try:
+            self._open().assign([TopicPartition(self._topic, number, offset) for number, offset in next_offsets.items()])
+        except KafkaException as exception:
+            raise translate(error_of(exception), f"assign {self._topic}") from None
+
+    def _open(self) -> Consumer:
+        if self._consumer is None:
+            raise Invalid("this reader is closed")
+        return self._consumer
+
+    def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
+        """What is there beyond the cursors; see `ports.LogReader`."""
+        deadline_s = self._clock.monotonic_s() + timeout_s
+        while True:
+            if self._out_of_range:
+                self._raise_lost()
+            out = self._records(self._taken(record_count_max, bytes_max, timeout_s))
+            timeout_s = deadline_s - self._clock.monotonic_s()
+            if out or timeout_s <= 0:
+                return out
+
+    def _taken(self, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Message]:
+        """Messages within the limits, and events such as an end that was reached."""
+        if not self._waiting:
+            self._waiting = self._fetch(min(record_count_max, _CHUNK), timeout_s)
+        taken: list[Message] = []
+        size = 0
+        while self._waiting:
+            size += self._take(taken, record_count_max, bytes_max - size)
+            if self._waiting or len(taken) >= record_count_max or size >= bytes_max:
+                break
+            self._waiting = self._fetch(min(record_count_max - len(taken), _CHUNK), 0.0)
+        return taken
+
+    def _fetch(self, count: int, timeout_s: float) -> list[Message]:
+        """What librdkafka has; waits for the first message only."""
+        consumer = self._open()
+        try:
+            messages: list[Message] = consumer.consume(count, 0.0)
+            if not messages and timeout_s > 0:
+                first = consumer.poll(timeout_s)
+                messages = [] if first is None else [first, *consumer.consume(count - 1, 0.0)] if count > 1 else [first]
+        except KafkaException as exception:
+            raise translate(error_of(exception), f"read {self._topic}") from None
+        return messages
+
+    def _take(self, taken: list[Message], count_max: int, bytes_max: int) -> int:
+        """Move from `waiting` to `taken` up to the limits; the bytes moved."""
+        waiting = self._waiting
+        room = count_max - len(taken)
+        sizes = [*map(len, waiting[:room])]
+        total = sum(sizes)
+        end = len(sizes)
+        if total >= bytes_max:
+            total = 0
+            for end, size in enumerate(sizes, 1):  # noqa: B007  # it is used behind the loop
+                total += size
+                if total >= bytes_max:
+                    break
+        taken += waiting[:end]
+        self._waiting = waiting[end:]
+        return total
+
+    def _records(self, messages: list[Message]) -> list[Records]:
+        by_partition: dict[int, list[Message]] = {}
+        for partition, neighbours in groupby(messages, Message.partition):
+            by_partition.setdefault(partition, []).extend(neighbours)
+        out = []
+        errors: list[PipelineError] = []
+        for partition, fetched in by_partition.items():
+            if partition not in self._next:
+                continue  # of an assignment before this one
+            next_offset = self._next[partition]
+            run = fetched
+            failed = [message for message in fetched if message.error() is not None]
+            if failed:
+                run = [message for message in fetched if message.error() is None]
+                for message in failed:
+                    error = message.error()
+                    if error.code() == KafkaError._PARTITION_EOF:
+                        next_offset = max(next_offset, message.offset())  # beyond markers, which no reader sees
+                    else:
+                        self._note(partition, error, errors)
+            if run:
+                next_offset = max(next_offset, run[-1].offset() + 1)
+            if next_offset > self._next[partition]:
+                out.append(
+                    Records(
+                        partition=partition,
+                        offsets=[message.offset() for message in run],
+                        at_ms=[message.timestamp()[1] for message in run],
+                        keys=[message.key() for message in run],
+                        values=[message.value() for message in run],
+                        next_offset=next_offset,
+                    )
+                )
+        self._next.update((records.partition, records.next_offset) for records in out)
+        if errors and not out:
+            raise errors[0]
+        if self._out_of_range and not out:
+            self._raise_lost()
+        return out
+
+    def _note(self, partition: int, error: KafkaError, errors: list[PipelineError]) -> None:
+        if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._LOG_TRUNCATION):
+            self._out_of_range[partition] = self._next[partition]
+        elif code_of(error).verdict in (Verdict.RETRY, Verdict.OPERATOR):  # librdkafka goes on trying
+            errors.append(Unavailable(describe(error, f"read {self._topic}-{partition}")))
+        else:
+            errors.append(translate(error, f"read {self._topic}-{partition}"))
+
+    def _raise_lost(self) -> None:
+        starts, ends = self._start_offsets(self._out_of_range), self._end_offsets(self._out_of_range)
+        for partition, next_offset in self._out_of_range.items():
+            where = f"{self._topic}-{partition}"
+            if next_offset < starts[partition]:
+                raise RecordsLost(f"{where}: {starts[partition] - next_offset} records from {next_offset} on are gone")
+            if next_offset > ends[partition]:
+                raise RecordsLost(f"{where} ends at {ends[partition]}, before {next_offset}: it was truncated or made anew")
+        self.assign(self._next)  # it is in range after all: a leader that moved
+
+    def close(self) -> None:
+        """Give back what the cursor holds. Twice is fine."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close()

@@ -1,0 +1,220 @@
+"""The writes of one transactional id: a producer of its own, fenced by the next one of the same id (KIP-98)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import groupby, repeat
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Message as Delivered
+
+from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate, verdict_of
+from pipeline.errors import Fenced, PipelineError, Unavailable
+from pipeline.ports import Clock, Message
+
+_log = logging.getLogger(__name__)
+_BACKOFF_S = 0.05
+_WAIT_S = 0.1
+
+
+class _Aborted(Exception):
+    """Nothing of the attempt is or will become visible; the same messages can be sent again."""
+
+
+class _Run(NamedTuple):
+    """Neighbours for the same partition: a commit has tens of thousands, in one or two runs."""
+
+    topic: str
+    partition: int
+    messages: Sequence[Message]
+
+
+def _runs(messages: Sequence[Message]) -> list[_Run]:
+    topics, partitions = {message.topic for message in messages}, {message.partition for message in messages}
+    if len(topics) == len(partitions) == 1:
+        return [_Run(topics.pop(), partitions.pop(), messages)]
+    return [_Run(*place, [*run]) for place, run in groupby(messages, attrgetter("topic", "partition"))]
+
+
+class _Reports:
+    """What was delivered where. Only the last message of each run reports: the others lie below it."""
+
+    def __init__(self, *, every: bool) -> None:
+        self.every = every
+        self.covering: dict[tuple[str, int], int] = {}
+        self.hopeless: KafkaError | None = None
+        """Why a message can never be delivered."""
+
+    def callback(self, topic: str, partition: int) -> Callable[[KafkaError | None, Delivered], None]:
+        """What librdkafka shall call for a message."""
+        return partial(self._delivered, (topic, partition))
+
+    def _delivered(self, place: tuple[str, int], error: KafkaError | None, message: Delivered) -> None:
+        if error is None:
+            offset = message.offset()
+            if offset is not None:  # None: the broker has had it before, and does not say where
+                self.covering[place] = max(self.covering.get(place, 0), offset + 1)
+        elif code_of(error).verdict in (Verdict.MESSAGE, Verdict.OPERATOR):
+            self.hopeless = error
+
+
+class KafkaTransaction:
+    """A `ports.Transaction`. Making one fences every older one of its id and aborts what that one had open.
+
+    Raises `Unavailable` if no coordinator answers within `timeout_s`, `Invalid` if the broker does not allow it. The
+    producer is dropped, not closed: librdkafka's own close waits for the broker without a deadline.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        transactional_id: str,
+        *,
+        timeout_s: float,
+        clock: Clock,
+        check: Callable[[str, int], None],
+        broker_topic: Callable[[str], str],
+    ) -> None:
+        self._id = transactional_id
+        self._clock = clock
+        self._check = check
+        self._broker_topic = broker_topic
+        self._over: PipelineError | None = None
+        """Why nothing can be committed any more."""
+        self._ask_all = False
+        """Whether every message shall report, because librdkafka says of an abort only that some message failed."""
+        self._producer: Producer | None = Producer(dict(options))
+        deadline_s = clock.monotonic_s() + timeout_s
+        try:
+            self._until_decided(self._producer.init_transactions, deadline_s, "start")
+        except _Aborted as error:  # pragma: no cover  # librdkafka names none for init_transactions
+            raise Unavailable(str(error)) from None
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+        """Append all messages in one transaction; see `ports.Transaction`.
+
+        What the broker or librdkafka aborts is begun again until `timeout_s` is over: nothing of it is visible, and as
+        long as we are not fenced nobody else has written meanwhile.
+        """
+        if self._over is not None:
+            raise self._over
+        if not messages:
+            return []
+        runs = _runs(messages)
+        for topic, partition, _ in runs:
+            self._check(topic, partition)
+        deadline_s = self._clock.monotonic_s() + timeout_s
+        try:
+            while True:
+                try:
+                    return self._attempt(runs, deadline_s)
+                except _Aborted as error:
+                    _log.warning("transaction %s was aborted, trying again: %s", self._id, error)
+                    if self._clock.monotonic_s() >= deadline_s:
+                        raise Unavailable(f"transaction {self._id}: {error}") from None
+                    self._poll(_BACKOFF_S)
+        except PipelineError as error:
+            self._over = error
+            raise
+
+    def _open(self) -> Producer:
+        if self._producer is None:
+            raise Fenced(f"transactional id {self._id}: closed")
+        return self._producer
+
+    def _poll(self, timeout_s: float) -> None:
+        """Serve callbacks. That the producer is given up is for the next call of the transactional API to tell."""
+        with suppress(KafkaException):
+            self._open().poll(timeout_s)
+
+    def _attempt(self, runs: Sequence[_Run], deadline_s: float) -> list[int]:
+        producer = self._open()
+        reports = _Reports(every=self._ask_all)
+        self._ask_all = False
+        self._until_decided(lambda _: producer.begin_transaction(), deadline_s, "begin")
+        try:
+            try:
+                for run in runs:
+                    self._produce(producer, run, reports, deadline_s)
+            except KafkaException as exception:
+                self._abort(deadline_s)
+                raise self._judged(error_of(exception), "produce") from None
+            except BufferError:
+                self._abort(deadline_s)
+                raise Unavailable(f"transaction {self._id}: librdkafka's queue stays full") from None
+            self._until_decided(producer.commit_transaction, deadline_s, "commit")
+        except _Aborted:
+            if reports.hopeless is not None:
+                raise translate(reports.hopeless, f"transaction {self._id}") from None
+            self._ask_all = True
+            raise
+        covering: list[int] = []
+        for topic, partition, messages in runs:
+            next_offset = reports.covering.get((topic, partition))
+            if next_offset is None:
+                raise Unavailable(f"transaction {self._id}: committed, but the broker does not say where")
+            covering += repeat(next_offset, len(messages))
+        return covering
+
+    def _produce(self, producer: Producer, run: _Run, reports: _Reports, deadline_s: float) -> None:
+        topic, partition, messages = run
+        name, report = self._broker_topic(topic), reports.callback(topic, partition)
+        silent = 0 if reports.every else len(messages) - 1
+        produce = producer.produce
+        done = 0
+        while True:
+            try:
+                for message in messages[done:silent]:
+                    produce(name, message.value, message.key, partition)
+                    done += 1
+                for message in messages[done:]:
+                    produce(name, message.value, message.key, partition, report)
+                    done += 1
+                return
+            except BufferError:
+                if self._clock.monotonic_s() >= deadline_s:
+                    raise
+                producer.poll(_WAIT_S)
+
+    def _until_decided(self, call: Callable[[float], None], deadline_s: float, what: str, *, abort: bool = True) -> None:
+        """Repeat a call of the transactional API, which goes on where it was, until it is decided or time is over.
+
+        Without `abort`, because the call is one, what asks for an abort is tried again too.
+        """
+        while True:
+            left_s = deadline_s - self._clock.monotonic_s()
+            try:
+                call(max(left_s, 0.001))
+                return
+            except KafkaException as exception:
+                error = error_of(exception)
+                verdict = verdict_of(error)
+                if verdict is Verdict.ABORT and abort:
+                    self._abort(deadline_s)
+                if verdict is not Verdict.RETRY and (verdict is not Verdict.ABORT or abort):
+                    raise self._judged(error, what) from None
+                if self._clock.monotonic_s() >= deadline_s:
+                    raise Unavailable(describe(error, f"{what} of transaction {self._id} is undecided")) from None
+                _log.info("%s", describe(error, f"{what} of transaction {self._id}, trying again"))
+                self._poll(_BACKOFF_S)
+
+    def _judged(self, error: KafkaError, what: str) -> Exception:
+        """The error as what to do next, once the transaction is aborted or can't be."""
+        verdict = verdict_of(error)
+        if verdict in (Verdict.ABORT, Verdict.RETRY):
+            return _Aborted(describe(error, what))
+        return translate(error, f"{what} of transaction {self._id}", verdict)
+
+    def _abort(self, deadline_s: float) -> None:
+        self._until_decided(self._open().abort_transaction, deadline_s, "abort", abort=False)
+
+    def close(self) -> None:
+        """Give back what the producer holds; what it has open is aborted by the next owner, or in time. Twice is fine."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.purge()

@@ -1,0 +1,210 @@
+"""Appends outside transactions: what publishers and gateways use."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Message as Delivered
+from confluent_kafka.admin import ClusterMetadata
+
+from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of
+from pipeline.adapters.kafka.metadata import Metadata
+from pipeline.adapters.kafka.options import Address, publisher_options
+from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.ports import Clock, Message
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.1
+_GRACE_S = 2.0
+"""librdkafka looks for messages that have timed out once a second; it is given the time to say so itself."""
+_PURGE_S = 5.0
+
+
+class _Append:
+    """The messages of one call, until each has an answer."""
+
+    def __init__(self, count: int) -> None:
+        self.results: list[int | PipelineError] = [_UNANSWERED] * count
+        self.done = threading.Event()
+        self._left = count
+        self._lock = threading.Lock()
+
+    def answer(self, number: int, result: int | PipelineError) -> None:
+        """The one answer to one message."""
+        with self._lock:
+            self.results[number] = result
+            self._left -= 1
+        if not self._left:
+            self.done.set()
+
+
+_UNANSWERED = Unavailable("not acknowledged in time; it may be appended all the same")
+_NO_OFFSET = Unavailable("appended, but the broker does not say where")
+
+
+class _Client:
+    """One producer and the thread that serves its callbacks. It belongs to the process that made it."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.pid = os.getpid()
+        self.producer = Producer(dict(options))
+        self.broken = False
+        """Whether librdkafka has given this producer up."""
+        self.fatal: KafkaError | None = None
+        """Why, as far as it has said so."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="pipeline-kafka", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            self._poll(_POLL_S)
+        self._poll(0)
+
+    def _poll(self, timeout_s: float) -> None:
+        """Serve callbacks. A thread that died of what they raise would leave every later append without an answer."""
+        try:
+            self.producer.poll(timeout_s)
+        except KafkaException as exception:
+            self.fatal = error_of(exception)
+            self.broken = True
+            _log.warning("%s", describe(self.fatal, "librdkafka has given a producer up, the next append makes a new one"))
+        except Exception:
+            _log.exception("a delivery report could not be read")
+
+    def wait_stopped(self, timeout_s: float) -> bool:
+        """Wait, at most so long, until the client is closed; whether it is."""
+        return self._stop.wait(timeout_s)
+
+    def close(self) -> None:
+        """Give everything up that is not delivered."""
+        self.producer.purge()
+        self._stop.set()
+        self._thread.join(_PURGE_S)
+
+    def abandon(self) -> None:
+        """In a forked child: never free the parent's producer, whose threads are not here to be waited for."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.producer))
+
+
+class KafkaLogWriter:
+    """A `ports.LogWriter` on the topics of one app. Connects when it is first used; a forked child connects anew.
+
+    A message that is not acknowledged in time is taken back as far as that can be done, so that a broker which was away
+    finds each batch once or twice when it returns, however often it was tried.
+    """
+
+    def __init__(
+        self, address: Address, user: Mapping[str, Any], clock: Clock, *, timeout_ms: int, metadata_refresh_ms: int
+    ) -> None:
+        self._options = publisher_options(address, user, timeout_ms=timeout_ms)
+        self._address = address
+        self._clock = clock
+        self._timeout_s = timeout_ms / 1000
+        self._lock = threading.Lock()
+        self._made: _Client | None = None
+        self._closed = False
+        self._metadata = Metadata(address, user, self._list_topics, clock, refresh_s=metadata_refresh_ms / 1000)
+
+    def _client(self) -> _Client:
+        client = self._made
+        if client is not None and client.pid == os.getpid() and not client.broken:
+            return client
+        if client is not None and client.pid != os.getpid():
+            self._lock = threading.Lock()  # the parent's may have been taken when it forked
+            client.abandon()
+            client = self._made = None
+        with self._lock:
+            if self._closed:
+                raise Invalid("this publisher is closed")
+            if self._made is None or self._made.broken:
+                if self._made is not None:
+                    self._made.close()
+                self._made = _Client(self._options)
+            return self._made
+
+    def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
+        return self._client().producer.list_topics(topic, timeout_s)
+
+    def partition_count(self, topic: str) -> int:
+        """How many partitions `topic` has, as of some seconds ago."""
+        return self._metadata.partition_count(topic)
+
+    def message_bytes_max(self, topic: str) -> int:
+        """The largest value that the topic takes."""
+        return self._metadata.message_bytes_max(topic, self._timeout_s)
+
+    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        """Append, and wait for acks=all of each message; see `ports.LogWriter`."""
+        if not messages:
+            return []
+        deadline_s = self._clock.monotonic_s() + timeout_s + _GRACE_S
+        try:
+            client = self._client()
+        except (PipelineError, KafkaException) as error:
+            return [error if isinstance(error, PipelineError) else Unavailable(str(error))] * len(messages)
+        call = _Append(len(messages))
+        for number, message in enumerate(messages):
+            refused = self._produce(client, message, partial(self._delivered, client, call, number), deadline_s)
+            if refused is not None:
+                call.answer(number, refused)
+        if not call.done.wait(max(0.0, deadline_s - self._clock.monotonic_s())):
+            _log.warning("%s: messages are taken back after %.1f s", self._address, timeout_s)
+            client.producer.purge()
+            call.done.wait(_PURGE_S)
+        return list(call.results)
+
+    def _produce(
+        self, client: _Client, message: Message, report: Callable[..., None], deadline_s: float
+    ) -> PipelineError | None:
+        """Hand a message over; why not, if that can't be done."""
+        topic = self._address.topic(message.topic)
+        try:
+            self._metadata.check(message.topic, message.partition)
+            while True:
+                try:
+                    client.producer.produce(topic, message.value, message.key, message.partition, report)
+                    return None
+                except BufferError:
+                    if self._clock.monotonic_s() >= deadline_s or client.wait_stopped(_POLL_S):
+                        return Unavailable(f"append to {topic}: librdkafka's queue stays full")
+        except KafkaException as exception:
+            return self._refusal(client, error_of(exception), topic, message.partition)
+        except PipelineError as error:
+            return error
+
+    def _delivered(self, client: _Client, call: _Append, number: int, error: KafkaError | None, message: Delivered) -> None:
+        if error is None:
+            offset = message.offset()
+            # None: the broker has had it before (DUPLICATE_SEQUENCE_NUMBER) and does not say where; a copy will tell.
+            call.answer(number, _NO_OFFSET if offset is None else offset + 1)
+        else:
+            call.answer(number, self._refusal(client, error, message.topic(), message.partition()))
+
+    def _refusal(self, client: _Client, error: KafkaError, topic: str, partition: int) -> PipelineError:
+        where = f"append to {topic}-{partition}"
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            client.broken = True  # the next call makes a new one; batches have numbers of their own
+        if client.broken:
+            return Unavailable(describe(client.fatal or error, where))
+        text = describe(error, where)
+        # Only what is wrong with the message itself is for good: a permission can be granted, and nothing is lost till then.
+        return Invalid(text) if code_of(error).verdict is Verdict.MESSAGE else Unavailable(text)
+
+    def close(self) -> None:
+        """Give back connections. Unacknowledged messages may be lost. Twice is fine."""
+        with self._lock:
+            self._closed = True
+            client, self._made = self._made, None
+        if client is not None:
+            if client.pid == os.getpid():
+                client.close()
+            else:
+                client.abandon()

@@ -1,0 +1,318 @@
+"""Follows the changelog of all partitions into stores that are only read: what a query server answers from.
+
+A store is served from when it has reached an end of the changelog that was asked for after its reading began. Before that
+it can stand at a commit boundary and lack series all the same: compaction removes an older value of a key although the
+position records between it and the newer one are still there. Later it cannot happen, as long as the store is never
+further behind than the compaction lag (`min.compaction.lag.ms`): what is younger removes nothing yet. So a store that was
+away for longer is not served until it has caught up again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pipeline.metrics as m
+from pipeline.core.record import Records
+from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock, Log, LogReader, Store, Stores
+from pipeline.settings import WorkerSettings
+from pipeline.topics import CHANGELOG
+from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
+
+_log = logging.getLogger(__name__)
+LAG_MAX_S = 300.0
+"""Half of the changelog's `min.compaction.lag.ms`."""
+_LOOK_S = 1.0
+"""How often the end of the changelog, new partitions and the topic's id are asked for; more often where the lag is short."""
+_POLL_S = 0.1
+_AWAY_S = 0.2
+_COMPLAIN_S = 10.0
+
+
+class Replica:
+    """One partition: its store, its follower, and whether it can be read. Owned by the loop's thread."""
+
+    def __init__(self, number: int, store: Store, follower: Follower, started_s: float) -> None:
+        self.number = number
+        self.store = store
+        self.follower = follower
+        self.started_s = started_s
+        self.caught_up_s = started_s
+        """When everything that the changelog held had been read, as far as is known."""
+        self.serving = False
+        self.target: tuple[float, int] | None = None
+        """When the end of the changelog was asked for, and the answer: to be reached."""
+        self.remaining = 0
+
+    def catch_up(self, now_s: float, lag_max_s: float) -> bool:
+        """Whether the target is reached, in time for it to count; then, or if it took too long, the next one is due."""
+        if self.target is None or self.follower.next_offset < self.target[1] or not self.follower.at_boundary:
+            return False
+        asked_s, _ = self.target
+        self.target = None
+        if now_s - asked_s > lag_max_s:
+            return False
+        self.caught_up_s = asked_s
+        return True
+
+    def hide(self) -> None:
+        """Serve no reads until it has caught up anew."""
+        self.serving, self.target = False, None
+
+
+class ReplicaLoop:
+    """Keeps stores up to date in a thread of its own. `stores` may be called from any thread.
+
+    While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
+    if it can't go on. `lag_max_s` must be well below the time for which the log compacts nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        log: Log,
+        stores: Stores,
+        clock: Clock,
+        settings: WorkerSettings,
+        delete_retention_ms: int,
+        on_fatal: Callable[[BaseException], None],
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        metrics: Metrics = NO_METRICS,
+        lag_max_s: float = LAG_MAX_S,
+    ) -> None:
+        self._log = log
+        self._stores = stores
+        self._clock = clock
+        self._settings = settings
+        self._delete_retention_ms = delete_retention_ms
+        self._on_fatal = on_fatal
+        self._on_progress = on_progress
+        self._metrics = metrics
+        self._lag_max_s = lag_max_s
+        self._look_s = min(_LOOK_S, lag_max_s / 10)
+        self._topic_id = ""
+        self._replicas: dict[int, Replica] = {}
+        self._needed: frozenset[int] = frozenset()
+        """Partitions without which no answer is whole."""
+        self._readable: Mapping[int, Store] = {}
+        self._reader: LogReader | None = None
+        self._assigned = False
+        self._ready = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pipeline-replica", daemon=True)
+        self._next_look_s = 0.0
+        self._complained_s = -_COMPLAIN_S
+
+    # From any thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether all stores can be read."""
+        return bool(self._needed) and self._needed <= self._readable.keys()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until the stores can be read for the first time, or for so long."""
+        return self._ready.wait(timeout_s)
+
+    def stores(self) -> Mapping[int, Store]:
+        """The stores that can be read, by partition; `NotReady` while one of them is being restored.
+
+        Ask again after reading: if a store is there no longer, what was read of it may not be whole.
+        """
+        readable = self._readable
+        if not self._needed or not self._needed <= readable.keys():
+            remaining = sum(replica.remaining for replica in [*self._replicas.values()] if not replica.serving)
+            raise NotReady(f"restoring: about {remaining} changelog records to go")
+        return readable
+
+    def status(self) -> list[dict[str, Any]]:
+        """What `/v1/status` says of each partition, apart from what the reader knows."""
+        return [
+            {
+                "partition": replica.number,
+                "phase": "following" if replica.serving else "restoring",
+                "changelog_next_offset": replica.follower.next_offset,
+                "changelog_remaining": replica.remaining,
+            }
+            for replica in [*self._replicas.values()]
+        ]
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 30.0) -> bool:
+        """End; whether that was done in time. The stores are left open, for reads that are under way. Twice is fine."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # The loop
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                try:
+                    self.step()
+                except Unavailable as error:
+                    self._complain(error)
+        except BaseException as error:
+            _log.critical("following ends: %s", error, exc_info=not isinstance(error, PipelineError))
+            self._on_fatal(error)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give back the cursor. For whoever drives `step` without a thread."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def _complain(self, error: Unavailable) -> None:
+        now_s = self._clock.monotonic_s()
+        if now_s - self._complained_s >= _COMPLAIN_S:
+            self._complained_s = now_s
+            _log.warning("answers grow stale: %s", error)
+        self._stop.wait(_AWAY_S)
+
+    def step(self) -> None:
+        """Look if it is time to, read, apply: what the thread does again and again. `Unavailable`: try again later."""
+        reader = self._reader = self._reader or self._log.reader(CHANGELOG)
+        if self._clock.monotonic_s() >= self._next_look_s:
+            self._look()
+        if not self._assigned:
+            reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})
+            self._assigned = True
+        fetch_count_max = self._settings.restore_fetch_count_max
+        try:
+            fetched = reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=_POLL_S)
+        except RecordsLost as error:
+            _log.warning("%s", error)
+            self._check_all()
+            return
+        for records in fetched:
+            self._apply(self._replicas[records.partition], records)
+        now_s = self._clock.monotonic_s()
+        for replica in [*self._replicas.values()]:
+            self._note_progress(replica, now_s)
+
+    def _apply(self, replica: Replica, records: Records) -> None:
+        away_s = self._clock.monotonic_s() - replica.caught_up_s
+        if replica.serving and away_s > self._lag_max_s:
+            _log.warning("partition %d was %.0f s behind; it is not served until it has caught up", replica.number, away_s)
+            self._hide(replica)
+        try:
+            if away_s * 1000 > self._delete_retention_ms:
+                raise StoreCorrupt(f"{away_s:.0f} s behind: tombstones that it needs may be gone")
+            replica.follower.apply(records)
+        except StoreCorrupt as error:
+            self._make_anew(replica.number, error)
+        except Unavailable:
+            self._drop(replica)  # what was read and not written is lost to this follower: read it again
+            raise
+
+    def _note_progress(self, replica: Replica, now_s: float) -> None:
+        if replica.catch_up(now_s, self._lag_max_s) and not replica.serving:
+            replica.serving, replica.remaining = True, 0
+            self._publish()
+            _log.info("partition %d can be read", replica.number)
+            self._tell(replica, now_s)
+        elif not replica.serving and replica.target is not None:
+            replica.remaining = max(0, replica.target[1] - replica.follower.next_offset)
+            self._tell(replica, now_s)
+
+    def _tell(self, replica: Replica, now_s: float) -> None:
+        self._metrics.set(m.RESTORE_REMAINING, replica.remaining, replica.number)
+        entries, seconds = replica.follower.entries_total, now_s - replica.started_s
+        self._on_progress(Progress(replica.number, entries, replica.remaining, seconds, done=replica.serving))
+
+    # What there is to follow
+
+    def _look(self) -> None:
+        """Ask for the end of the changelog; find partitions that are new, and a topic that was made anew."""
+        asked_s = self._clock.monotonic_s()
+        topic_id = self._log.topic_id(CHANGELOG)
+        ends = self._log.end_offsets(CHANGELOG)
+        if self._topic_id and topic_id != self._topic_id:
+            _log.warning("the changelog was made anew: so is every store")
+            for number in [*self._replicas]:
+                self._make_anew(number, StoreCorrupt("it reflects a changelog that is gone"))
+        self._topic_id = topic_id
+        for number in ends.keys() - self._replicas.keys():
+            self._replicas = {**self._replicas, number: self._open(number)}
+            self._assigned = False
+        if not self._needed:
+            self._needed = frozenset(ends)
+        for number, replica in self._replicas.items():
+            if replica.target is None and replica.started_s <= asked_s and number in ends:
+                replica.target = (asked_s, ends[number])
+        self._next_look_s = asked_s + self._look_s
+
+    def _open(self, number: int) -> Replica:
+        self._metrics.inc(m.STORES_REBUILT, 0, number)
+        try:
+            store = self._stores.open(number)
+            try:
+                check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
+            except BaseException:
+                store.close()
+                raise
+        except StoreCorrupt as error:
+            self._destroy(number, error)
+            store = self._stores.open(number)
+        follower = Follower(
+            number,
+            store,
+            buffer_entries_max=self._settings.restore_buffer_entries_max,
+            topic_id=self._topic_id,
+            on_between=lambda: self._hide(self._replicas[number]),
+        )
+        return Replica(number, store, follower, self._clock.monotonic_s())
+
+    def _check_all(self) -> None:
+        """A cursor is out of range: of which store?"""
+        for number, replica in [*self._replicas.items()]:
+            try:
+                check_restorable(number, replica.store, self._log, self._clock, self._delete_retention_ms)
+            except StoreCorrupt as error:
+                self._make_anew(number, error)
+            else:
+                start, end = self._log.watermarks(CHANGELOG, number)
+                if not start <= replica.follower.next_offset <= end:
+                    self._drop(replica)  # the store is sound, but what was read beyond it is gone: read from there
+        self._assigned = False
+
+    def _make_anew(self, number: int, error: StoreCorrupt) -> None:
+        self._drop(self._replicas[number])
+        self._destroy(number, error)
+
+    def _destroy(self, number: int, error: StoreCorrupt) -> None:
+        _log.warning("partition %d: making the store anew: %s", number, error)
+        self._metrics.inc(m.STORES_REBUILT, 1, number)
+        self._stores.destroy(number)
+
+    def _drop(self, replica: Replica) -> None:
+        """Let go of a replica; the next look opens it again."""
+        self._hide(replica)
+        self._replicas = {number: it for number, it in self._replicas.items() if number != replica.number}
+        self._assigned, self._next_look_s = False, 0.0
+        try:
+            replica.store.close()
+        except PipelineError as error:  # it is opened or made anew next: that shows what is left of it
+            _log.warning("partition %d: closing its store: %s", replica.number, error)
+
+    def _hide(self, replica: Replica) -> None:
+        replica.hide()
+        self._publish()
+
+    def _publish(self) -> None:
+        readable = {number: replica.store for number, replica in self._replicas.items() if replica.serving}
+        self._needed |= readable.keys()
+        self._readable = readable
+        if self.ready:
+            self._ready.set()

@@ -1,0 +1,124 @@
+"""The roles as objects of this process, for tests that need a broker but no process of their own for what runs on it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import ClusterServer, ClusterWorker
+from pipeline.core.codec import decode_states
+from pipeline.core.merge import KINDS
+from pipeline.core.record import labels_of, prefix_end, series_prefix
+from pipeline.metrics import Metric
+from pipeline.ports import Store
+from pipeline.settings import KafkaSettings, LogSettings, WorkerSettings
+from tests.broker.kafka import App
+from tests.support import wait_until
+
+READY_S = 30.0
+
+
+class Counted:
+    """Counters, by metric name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
+        with self._lock:
+            self.counts[metric.name] += int(amount)
+
+    def set(self, metric: Metric, value: float, *labels: object) -> None:
+        pass
+
+    def observe(self, metric: Metric, value: float, *labels: object) -> None:
+        pass
+
+    def of(self, metric: Metric) -> int:
+        """What a counter says."""
+        return self.counts[metric.name]
+
+
+def _kafka(given: Mapping[str, Any] | None) -> KafkaSettings:
+    return KafkaSettings(**{"metadata_refresh_ms": 100, "kafka": {"fetch.wait.max.ms": 10}, **(given or {})})
+
+
+def worker_at(
+    app: App,
+    data: Path,
+    *,
+    errors: list[BaseException] | None = None,
+    kafka: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> ClusterWorker:
+    """A worker that is not started yet. What ends it goes to `errors`."""
+    return ClusterWorker(
+        app.url,
+        LogSettings(data=str(data)),
+        kafka_settings=_kafka(kafka),
+        worker_settings=WorkerSettings(**{"commit_interval_ms": 10, "mirror_interval_ms": 0, **settings}),
+        metrics=Counted(),
+        on_fatal=(errors if errors is not None else []).append,
+    )
+
+
+@contextmanager
+def folding(app: App, data: Path, **settings: Any) -> Iterator[ClusterWorker]:
+    """A worker that folds; at the end it has committed what it folded. Raises what ended it before."""
+    errors: list[BaseException] = []
+    worker = worker_at(app, data, errors=errors, **settings)
+    try:
+        worker.start()
+        wait_until(lambda: worker.wait_ready(0.05) or errors, "a worker that folds", READY_S)
+        if errors:
+            raise errors[0]
+        yield worker
+    finally:
+        worker.stop()
+    if errors:
+        raise errors[0]
+
+
+def wait_folded(worker: ClusterWorker) -> None:
+    """Until everything that is in deltas now is committed."""
+    ends = worker.log.end_offsets("deltas")
+    wait_until(
+        lambda: all(worker.partitions[number].task.position.next_offset >= end for number, end in ends.items()), "all folded"
+    )
+
+
+@contextmanager
+def serving(app: App, data: Path, metrics: Counted | None = None, **settings: Any) -> Iterator[ClusterServer]:
+    """A server whose stores can be read."""
+    errors: list[BaseException] = []
+    server = ClusterServer(
+        app.url,
+        LogSettings(data=str(data)),
+        kafka_settings=_kafka(None),
+        worker_settings=WorkerSettings(**settings),
+        metrics=metrics or Counted(),
+        on_fatal=errors.append,
+    )
+    try:
+        server.start()
+        wait_until(lambda: server.wait_ready(0.05) or errors, "a server that answers", READY_S)
+        if errors:
+            raise errors[0]
+        yield server
+    finally:
+        server.stop()
+
+
+def sums(stores: Mapping[int, Store], view: str) -> dict[tuple[str, ...], Any]:
+    """What a view of kind sum holds: the states of all partitions, added."""
+    prefix = series_prefix(view)
+    totals: Counter[tuple[str, ...]] = Counter()
+    for store in stores.values():
+        for key, value in store.snapshot().scan(prefix, prefix_end(prefix)):
+            totals[labels_of(key, prefix)] += decode_states(KINDS["sum"], [value])[0]  # type: ignore[assignment]
+    return dict(totals)

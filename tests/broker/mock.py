@@ -1,0 +1,102 @@
+"""librdkafka's own mock cluster, for errors that no real broker gives when a test wants it to.
+
+It is reached in the library that confluent_kafka has loaded. It appends whatever is produced and knows nothing of
+isolation: what a transaction leaves visible is for a real broker to show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any, Self
+
+import confluent_kafka.cimpl  # noqa: F401  # loads the library
+
+PRODUCE, FETCH, LIST_OFFSETS, METADATA = 0, 1, 2, 3
+FIND_COORDINATOR, INIT_PRODUCER_ID, ADD_PARTITIONS, END_TXN = 10, 22, 24, 26
+"""Numbers of requests (KIP-1 and later)."""
+
+_PRODUCER = 0
+
+
+def _library() -> Any:
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "librdkafka" in line}
+    lib = ctypes.CDLL(sorted(path for path in paths if ".so" in path)[0])
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("rd_kafka_conf_new", pointer, []),
+        ("rd_kafka_conf_set", ctypes.c_int, [pointer, *[ctypes.c_char_p] * 3, ctypes.c_size_t]),
+        ("rd_kafka_new", pointer, [ctypes.c_int, pointer, ctypes.c_char_p, ctypes.c_size_t]),
+        ("rd_kafka_destroy", None, [pointer]),
+        ("rd_kafka_mock_cluster_new", pointer, [pointer, ctypes.c_int]),
+        ("rd_kafka_mock_cluster_destroy", None, [pointer]),
+        ("rd_kafka_mock_cluster_bootstraps", ctypes.c_char_p, [pointer]),
+        ("rd_kafka_mock_clear_request_errors", None, [pointer, ctypes.c_int16]),
+        ("rd_kafka_mock_push_request_errors_array", None, [pointer, ctypes.c_int16, ctypes.c_size_t, pointer]),
+        ("rd_kafka_mock_topic_create", ctypes.c_int, [pointer, ctypes.c_char_p, ctypes.c_int, ctypes.c_int]),
+        ("rd_kafka_mock_set_apiversion", ctypes.c_int, [pointer, ctypes.c_int16, ctypes.c_int16, ctypes.c_int16]),
+        ("rd_kafka_mock_start_request_tracking", None, [pointer]),
+        ("rd_kafka_mock_get_requests", ctypes.POINTER(pointer), [pointer, ctypes.POINTER(ctypes.c_size_t)]),
+        ("rd_kafka_mock_request_destroy_array", None, [ctypes.POINTER(pointer), ctypes.c_size_t]),
+        ("rd_kafka_mock_request_api_key", ctypes.c_int16, [pointer]),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+class MockCluster:
+    """One broker that answers as it is told to. Close it after the clients that use it."""
+
+    def __init__(self) -> None:
+        self._lib = _library()
+        text = ctypes.create_string_buffer(512)
+        conf = self._lib.rd_kafka_conf_new()
+        assert self._lib.rd_kafka_conf_set(conf, b"log_level", b"0", text, len(text)) == 0, text.value
+        self._client = self._lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
+        assert self._client, text.value
+        self._cluster = self._lib.rd_kafka_mock_cluster_new(self._client, 1)
+        assert self._cluster
+        self._lib.rd_kafka_mock_start_request_tracking(self._cluster)
+
+    @property
+    def bootstrap(self) -> str:
+        """host:port."""
+        address: bytes = self._lib.rd_kafka_mock_cluster_bootstraps(self._cluster)
+        return address.decode()
+
+    def create(self, topic: str, partitions: int) -> None:
+        """A topic."""
+        assert self._lib.rd_kafka_mock_topic_create(self._cluster, topic.encode(), partitions, 1) == 0
+
+    def fail(self, request: int, *codes: int) -> None:
+        """Answer the next requests of this kind with these errors, one each; later ones are answered well again."""
+        errors = (ctypes.c_int * len(codes))(*codes)
+        self._lib.rd_kafka_mock_push_request_errors_array(self._cluster, request, len(codes), errors)
+
+    def heal(self, request: int) -> None:
+        """No more errors for requests of this kind."""
+        self._lib.rd_kafka_mock_clear_request_errors(self._cluster, request)
+
+    def limit(self, request: int, newest: int) -> None:
+        """Know only versions 0 to `newest` of a request; -1: don't know it at all."""
+        assert self._lib.rd_kafka_mock_set_apiversion(self._cluster, request, min(0, newest), newest) == 0
+
+    def requests(self) -> list[int]:
+        """The kinds of all requests so far, in order."""
+        count = ctypes.c_size_t()
+        found = self._lib.rd_kafka_mock_get_requests(self._cluster, ctypes.byref(count))
+        kinds = [int(self._lib.rd_kafka_mock_request_api_key(found[n])) for n in range(count.value)]
+        self._lib.rd_kafka_mock_request_destroy_array(found, count)
+        return kinds
+
+    def close(self) -> None:
+        """End it."""
+        self._lib.rd_kafka_mock_cluster_destroy(self._cluster)
+        self._lib.rd_kafka_destroy(self._client)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

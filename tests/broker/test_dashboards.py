@@ -1,0 +1,410 @@
+"""Every panel of every dashboard, run by a real Prometheus that scrapes a running pipeline."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from confluent_kafka import Producer
+
+from pipeline import Publisher, Reader
+from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.metrics import CATALOGUE
+from tests.broker.jars import Missing, need
+from tests.broker.kafka import GUARDED, App, Port, absent, create_topics, delete_topics, new_app
+from tests.support import ROOT, UpProcess, wait_until
+
+FOLDER = ROOT / "dashboards"
+CONFIG = FOLDER / "prometheus.yml"
+DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+RATE_INTERVAL = "10s"
+COUNTER, GAUGES = "orders_total", ("pace", "balance", "peak")
+ODD = ('say "x"', "back\\slash", "two\nlines", "été", "")
+Samples = dict[frozenset[tuple[str, str]], float]
+
+
+class Target(NamedTuple):
+    """One query of a panel."""
+
+    dashboard: str
+    panel: str
+    ref: str
+    expr: str
+    instant: bool
+
+
+def panels(dashboard: str) -> list[dict[str, Any]]:
+    """Those that show something."""
+    return [panel for panel in DASHBOARDS[dashboard]["panels"] if panel["type"] != "row"]
+
+
+def targets(dashboard: str) -> list[Target]:
+    return [
+        Target(dashboard, panel["title"], target["refId"], target["expr"], target["instant"])
+        for panel in panels(dashboard)
+        for target in panel["targets"]
+    ]
+
+
+def program(name: str) -> str:
+    """Its path; the test is skipped without, or fails under PIPELINE_REQUIRE_KAFKA=1."""
+    try:
+        return need(name)
+    except Missing:
+        absent(Missing(f"no {name}: apt-get install prometheus"))
+
+
+class Prometheus:
+    """A Prometheus with the scrape config of dashboards/, of which targets and intervals are replaced."""
+
+    def __init__(self, folder: Path, addresses: Mapping[str, str]) -> None:
+        self._port = Port()
+        self.url = f"http://127.0.0.1:{self._port.number}"
+        self._log = folder / "prometheus.log"
+        config = folder / "prometheus.yml"
+        config.write_text(yaml.safe_dump(replaced(addresses)))
+        options = (f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn")
+        listen = f"--web.listen-address=127.0.0.1:{self._port.number}"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                ["sh", "-c", GUARDED, "sh", program("prometheus"), *options, listen],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(30)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._port.close()
+
+    def api(self, path: str, **parameters: Any) -> Any:
+        """The `data` of an answer."""
+        query = urllib.parse.urlencode({name.replace("match", "match[]"): value for name, value in parameters.items()})
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{parameters}: {error.read().decode()}") from None
+
+    def healthy(self) -> bool:
+        """Whether every target was scraped and none failed."""
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()
+        except OSError:
+            return False
+        found = self.api("targets")["activeTargets"]
+        return bool(found) and all(target["health"] == "up" for target in found)
+
+    def vector(self, expr: str) -> Samples:
+        """An instant query: its samples by their labels."""
+        result = self.api("query", query=expr)["result"]
+        return {frozenset(it["metric"].items()): float(it["value"][1]) for it in result}
+
+    def numbers(self, expr: str, *, instant: bool) -> list[float]:
+        """All numbers that a panel would show, of the last 30 s; NaN is none."""
+        if instant:
+            found = list(self.vector(expr).values())
+        else:
+            now = float(self.api("query", query="time()")["result"][1])
+            matrix = self.api("query_range", query=expr, start=now - 30, end=now, step="1s")["result"]
+            found = [float(value) for series in matrix for _, value in series["values"]]
+        return [number for number in found if not math.isnan(number)]
+
+
+def replaced(addresses: Mapping[str, str]) -> Any:
+    """dashboards/prometheus.yml with each target's address replaced."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms"}
+    for job in config["scrape_configs"]:
+        for group in job["static_configs"]:
+            group["targets"] = [addresses[target] for target in group["targets"] or [job["job_name"]]]
+    return config
+
+
+class Exposed(ThreadingHTTPServer):
+    """The metrics of this process' publishers, as an app would expose them."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.metrics = metrics = PrometheusMetrics()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body, media_type = metrics.render(self.headers.get("Accept", ""))
+                self.send_response(200)
+                self.send_header("Content-Type", media_type)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self._thread.join(30)
+        self.server_close()
+
+
+class Load(threading.Thread):
+    """Something for every panel, again and again, until it is closed."""
+
+    def __init__(self, app: App, server: str, metrics: PrometheusMetrics) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._stopping = threading.Event()
+        self._direct = Publisher(app.url, flush_interval_ms=20, metrics=metrics)
+        self._gateway = Publisher(server, flush_interval_ms=20)
+        self._full = Publisher(app.url, buffer_bytes_max=65_536, on_full="drop_newest", metrics=metrics)
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            for number in itertools.count():
+                self._once(number)
+                if self._stopping.wait(0.1):
+                    return
+        except BaseException as error:
+            self.error = error
+
+    def _once(self, number: int) -> None:
+        orders = self._direct.sum(COUNTER, labels=("region", "product"), monotone=True)
+        for region, odd in itertools.product("abcdefgh", ODD):
+            orders.labels(region, odd).add(number + 0.5)
+        self._direct.mean("pace", labels=("region",)).labels("a").observe(number % 7)
+        self._direct.sum("balance").add(number)
+        self._direct.sum("hidden", labels=("__reserved",)).labels("x").add(1)
+        for series in range(2000):
+            self._full.max("many", labels=("n",)).labels(str(series)).observe(1)
+        peak = self._gateway.max("peak", labels=("instance", "region"))
+        for region, odd in itertools.product("abc", ODD):
+            peak.labels(odd, region).observe(number * 2.0**60)
+        post(f"{self._server}/v1/deltas", [{"view": "balance", "kind": "sum", "value": -1}])
+
+    def close(self) -> None:
+        """End, with everything acknowledged."""
+        self._stopping.set()
+        self.join(30)
+        for publisher in (self._direct, self._gateway, self._full):
+            publisher.close()
+        assert self.error is None, self.error
+
+
+def post(url: str, body: Any) -> None:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30):
+        pass
+
+
+def send_garbage(app: App) -> None:
+    """One record that is no batch."""
+    producer = Producer({"bootstrap.servers": app.bootstrap, "log_level": 0})
+    producer.produce(app.topic("deltas"), b"\xff no batch", partition=1)
+    assert producer.flush(30) == 0
+
+
+class World(NamedTuple):
+    """A pipeline that Prometheus scrapes."""
+
+    prometheus: Prometheus
+    server: str
+    load: Load
+
+
+@pytest.fixture(scope="module")
+def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Two workers, a query server, an app that publishes, and Prometheus, which has seen them all before the first delta."""
+    program("prometheus")
+    folder = tmp_path_factory.mktemp("dashboards")
+    app = new_app(kafka)
+    create_topics(kafka, app.app)
+    with ExitStack() as stack:
+        stack.callback(delete_topics, kafka, app.app)
+        roles = {
+            "worker-a": UpProcess(folder / "a", "--partitions", "0-1", command=("worker", "--from", app.url)),
+            "worker-b": UpProcess(folder / "b", "--partitions", "2-3", command=("worker", "--from", app.url)),
+            "server": UpProcess(folder / "s", "--ingest", command=("serve", "--from", app.url)),
+        }
+        for role in roles.values():
+            stack.callback(role.kill)
+            role.start(wait_ready=False)
+        for role in roles.values():
+            role.wait_ready()
+        exposed = Exposed()
+        stack.callback(exposed.close)
+        addresses = {f"{name}:8080": role.url.removeprefix("http://") for name, role in roles.items()}
+        addresses["pipeline-publishers"] = f"127.0.0.1:{exposed.server_port}"
+        prometheus = Prometheus(folder, addresses)
+        stack.callback(prometheus.close)
+        wait_until(prometheus.healthy, "a first scrape of everything")
+        load = Load(app, roles["server"].url, exposed.metrics)
+        stack.callback(load.close)
+        load.start()
+        send_garbage(app)
+        with Reader(roles["server"].url) as reader:
+            wait_until(lambda: {COUNTER, *GAUGES, "hidden", "many"} <= {view.name for view in reader.views()}, "all views")
+            reader.get(COUNTER)
+        yield World(prometheus, roles["server"].url, load)
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """A template with its variables replaced, as Grafana would."""
+    known = {**values, "__rate_interval": RATE_INTERVAL, "limit": "500"}
+    return re.sub(r"\$(\w+)", lambda match: known[match[1]], template)
+
+
+def variable(dashboard: str, name: str) -> dict[str, Any]:
+    (found,) = (it for it in DASHBOARDS[dashboard]["templating"]["list"] if it["name"] == name)
+    return dict(found)
+
+
+def options(prometheus: Prometheus, name: str, values: Mapping[str, str]) -> list[str]:
+    """What Grafana would offer for a variable of *Views*, given those before it."""
+    asked = variable("views", name)
+    query = filled(asked["query"]["query"], values)
+    if match := re.fullmatch(r"label_names\((.+)\)", query):
+        found = prometheus.api("labels", match=f'{{__name__=~".*{match[1]}.*"}}')
+    else:
+        match = re.fullmatch(r"label_values\((.+), (\w+)\)", query)
+        assert match, query
+        found = prometheus.api(f"label/{match[2]}/values", match=match[1])
+    return [it for it in sorted(found) if re.search(asked["regex"].strip("/"), it)]
+
+
+def literal(value: str) -> str:
+    """A regular expression for one value, as it stands between quotes in PromQL."""
+    return json.dumps(re.escape(value), ensure_ascii=False)[1:-1]
+
+
+def test_config_is_valid(tmp_path: Path) -> None:
+    """promtool has nothing to say against the scrape config."""
+    done = subprocess.run(
+        [program("promtool"), "check", "config", str(CONFIG)], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_dashboard_is_well_made(name: str) -> None:
+    """Each panel says what it means and what to do, has a unit, a place of its own, and the data source of the variable."""
+    dashboard = DASHBOARDS[name]
+    assert (dashboard["uid"], dashboard["refresh"], dashboard["schemaVersion"]) == (f"pipeline-{name}", "5s", 41)
+    assert dashboard["templating"]["list"][0]["name"] == "datasource"
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    cells: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        own = set(itertools.product(range(at["x"], at["x"] + at["w"]), range(at["y"], at["y"] + at["h"])))
+        assert not own & cells, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        cells |= own
+    for panel in panels(name):
+        title = panel["title"]
+        assert len(panel["description"]) > 40 or title in ("Series", "All views", "$view now"), title
+        assert panel["fieldConfig"]["defaults"]["unit"], title
+        assert all(it["datasource"]["uid"] == "${datasource}" for it in (panel, *panel["targets"])), title
+
+
+def test_names_are_known() -> None:
+    """A query names metrics that the catalogue has, and jobs that are scraped."""
+    jobs = {job["job_name"] for job in yaml.safe_load(CONFIG.read_text())["scrape_configs"]}
+    known = {metric.name for metric in CATALOGUE} | {"pipeline_view_omitted", "pipeline_view_staleness_seconds"}
+    for target in (it for name in DASHBOARDS for it in targets(name)):
+        assert set(re.findall(r'job="([^"]+)"', target.expr)) <= jobs
+        assert {it.removesuffix("_bucket") for it in re.findall(r"\bpipeline_\w+", target.expr)} <= known, target.panel
+
+
+@pytest.mark.parametrize("target", targets("health"), ids=lambda it: f"{it.panel}-{it.ref}")
+def test_panel_has_data(world: World, target: Target) -> None:
+    """Every query of *Health* answers with numbers."""
+    wait_until(lambda: world.prometheus.numbers(filled(target.expr, {}), instant=target.instant), f"data: {target.expr}", 15)
+
+
+def test_panels_tell_what_happened(world: World) -> None:
+    """What goes on shows: load in and out, one dead letter, all processes up, no restart and no store rebuilt."""
+    by_title = {panel["title"]: panel["targets"] for panel in panels("health")}
+
+    def shown(title: str, index: int = 0) -> list[float]:
+        target = by_title[title][index]
+        return world.prometheus.numbers(filled(target["expr"], {}), instant=target["instant"])
+
+    wait_until(lambda: 0.9 < sum(shown("Dead letters, last hour")) < 1.9, "one dead letter, extrapolated by Prometheus")
+    assert shown("Up") == [1.0] * 4
+    assert shown("Restarts, last hour") == [0.0]
+    for title, count in (("Stores rebuilt, last hour", 3), ("Reads refused, per second", 2)):
+        now = world.prometheus.vector(filled(by_title[title][0]["expr"], {}))
+        assert [*now.values()] == [0.0] * count, f"{title}: {now}"
+    assert set(shown("Restore: records to go")) == {0.0}
+    assert min(shown("Retention margin")) >= 0
+    rising = ("Accepted by servers, per second", "Entries, per second", "Published, per second")
+    for title, index in itertools.product(rising, (0, 1)):
+        wait_until(lambda title=title, index=index: max(shown(title, index)) > 0, f"{title} {index}")
+    assert max(shown("Trouble, per second", 2)) > 0
+    assert 0 < max(shown("Commit time", 0)) <= max(shown("Commit time", 1)) <= 10
+    assert 0 <= shown("Staleness")[0] < 30
+
+
+def test_views_has_data_for_every_choice(world: World) -> None:
+    """Whatever view, label and value are chosen, every query of *Views* answers with numbers."""
+    prometheus = world.prometheus
+    expected = {COUNTER, *GAUGES, "many"}
+    wait_until(lambda: set(options(prometheus, "view", {})) == expected, "all views as choices")
+    for view in expected:
+        labels = options(prometheus, "label", {"view": view})
+        assert "instance" in labels
+        for label in labels:
+            chosen = {"view": view, "label": label}
+            found = options(prometheus, "value", chosen)
+            assert found, chosen
+            for value in (variable("views", "value")["allValue"], literal(found[-1])):
+                for target in targets("views"):
+                    expr = filled(target.expr, {**chosen, "value": value})
+                    wait_until(lambda e=expr, t=target: prometheus.numbers(e, instant=t.instant), f"data: {expr}", 15)
+
+
+def test_values_are_those_of_the_query_api(world: World) -> None:
+    """Every series of a counter view and of gauge views has the same value through PromQL as through the query API."""
+    world.load.close()
+    (table,) = (it for it in targets("views") if it.panel == "$view now")
+    for view in (COUNTER, *GAUGES):
+        with Reader(world.server) as reader:
+            token = {it["partition"]: it["end_offset"] for it in reader.status()["partitions"]}
+            after = ".".join(f"{partition}-{offset}" for partition, offset in token.items())
+            answer = reader.get(view, after=after)
+        expected = {
+            frozenset((as_scraped(name), value) for name, value in series.labels.items() if value): float(series.value)
+            for series in answer.series
+        }
+        assert len(expected) == {COUNTER: 40, "pace": 1, "balance": 1, "peak": 15}[view]
+        expr = filled(table.expr, {"view": view, "label": "instance", "value": ".*"})
+        wait_until(lambda e=expr, x=expected: world.prometheus.vector(e) == x, f"the API's values of {view}: {expected}", 15)
+
+
+def as_scraped(label: str) -> str:
+    """A label of a view where Prometheus has one of its own."""
+    return f"exported_{label}" if label in ("instance", "job") else label

@@ -1,0 +1,534 @@
+"""What becomes of Kafka's errors: the table is whole, and each decision holds with librdkafka as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from confluent_kafka import KafkaError
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.kafka.errors import CODES, Verdict, code_of, describe, translate, verdict_of
+from pipeline.adapters.kafka.options import Address, parse_url, reader_options, transaction_options
+from pipeline.adapters.kafka.reader import KafkaReader
+from pipeline.adapters.kafka.transaction import KafkaTransaction
+from pipeline.adapters.kafka.writer import KafkaLogWriter
+from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
+from pipeline.ports import Message
+from tests.broker.mock import (
+    ADD_PARTITIONS,
+    END_TXN,
+    FETCH,
+    FIND_COORDINATOR,
+    INIT_PRODUCER_ID,
+    PRODUCE,
+    MockCluster,
+)
+
+NOT_OURS = frozenset(
+    [
+        "DELEGATION_TOKEN_AUTHORIZATION_FAILED",
+        "DELEGATION_TOKEN_AUTH_DISABLED",
+        "DELEGATION_TOKEN_EXPIRED",
+        "DELEGATION_TOKEN_NOT_FOUND",
+        "DELEGATION_TOKEN_OWNER_MISMATCH",
+        "DELEGATION_TOKEN_REQUEST_NOT_ALLOWED",
+        "DUPLICATE_RESOURCE",
+        "DUPLICATE_VOTER",
+        "ELECTION_NOT_NEEDED",
+        "FEATURE_UPDATE_FAILED",
+        "FENCED_INSTANCE_ID",
+        "FENCED_MEMBER_EPOCH",
+        "FENCED_STATE_EPOCH",
+        "FETCH_SESSION_ID_NOT_FOUND",
+        "GROUP_ID_NOT_FOUND",
+        "GROUP_MAX_SIZE_REACHED",
+        "GROUP_SUBSCRIBED_TO_TOPIC",
+        "ILLEGAL_GENERATION",
+        "INCONSISTENT_GROUP_PROTOCOL",
+        "INCONSISTENT_VOTER_SET",
+        "INVALID_COMMIT_OFFSET_SIZE",
+        "INVALID_FETCH_SESSION_EPOCH",
+        "INVALID_GROUP_ID",
+        "INVALID_PRINCIPAL_TYPE",
+        "INVALID_RECORD_STATE",
+        "INVALID_REGISTRATION",
+        "INVALID_REGULAR_EXPRESSION",
+        "INVALID_REPLICA_ASSIGNMENT",
+        "INVALID_SESSION_TIMEOUT",
+        "INVALID_SHARE_SESSION_EPOCH",
+        "INVALID_UPDATE_VERSION",
+        "INVALID_VOTER_KEY",
+        "LOG_DIR_NOT_FOUND",
+        "MEMBER_ID_REQUIRED",
+        "MISMATCHED_ENDPOINT_TYPE",
+        "NON_EMPTY_GROUP",
+        "NO_REASSIGNMENT_IN_PROGRESS",
+        "OFFSET_METADATA_TOO_LARGE",
+        "PREFERRED_LEADER_NOT_AVAILABLE",
+        "REASSIGNMENT_IN_PROGRESS",
+        "REBALANCE_IN_PROGRESS",
+        "RESOURCE_NOT_FOUND",
+        "SHARE_SESSION_LIMIT_REACHED",
+        "SHARE_SESSION_NOT_FOUND",
+        "STALE_BROKER_EPOCH",
+        "STALE_CTRL_EPOCH",
+        "STALE_MEMBER_EPOCH",
+        "STREAMS_INVALID_TOPOLOGY",
+        "STREAMS_INVALID_TOPOLOGY_EPOCH",
+        "STREAMS_TOPOLOGY_FENCED",
+        "TELEMETRY_TOO_LARGE",
+        "TOPIC_ALREADY_EXISTS",
+        "TOPIC_DELETION_DISABLED",
+        "UNACCEPTABLE_CREDENTIAL",
+        "UNKNOWN_CONTROLLER_ID",
+        "UNKNOWN_MEMBER_ID",
+        "UNKNOWN_SUBSCRIPTION_ID",
+        "UNRELEASED_INSTANCE_ID",
+        "UNSUPPORTED_ASSIGNOR",
+        "UNSUPPORTED_ENDPOINT_TYPE",
+        "VOTER_NOT_FOUND",
+        "_APPLICATION",
+        "_ASSIGNMENT_LOST",
+        "_ASSIGN_PARTITIONS",
+        "_EXISTING_SUBSCRIPTION",
+        "_GAPLESS_GUARANTEE",
+        "_INVALID_DIFFERENT_RECORD",
+        "_ISR_INSUFF",
+        "_KEY_DESERIALIZATION",
+        "_KEY_SERIALIZATION",
+        "_MAX_POLL_EXCEEDED",
+        "_NODE_UPDATE",
+        "_NOOP",
+        "_NO_OFFSET",
+        "_OUTDATED",
+        "_PARTIAL",
+        "_REVOKE_PARTITIONS",
+        "_UNKNOWN_GROUP",
+        "_VALUE_DESERIALIZATION",
+        "_VALUE_SERIALIZATION",
+    ]
+)
+"""Of requests that we don't make: groups with members, share groups, streams, tokens, voters, reassignments."""
+
+ELSEWHERE = frozenset(
+    [
+        "NO_ERROR",
+        "OFFSET_OUT_OF_RANGE",
+        "_AUTO_OFFSET_RESET",
+        "_FATAL",
+        "_LOG_TRUNCATION",
+        "_PARTITION_EOF",
+        "DUPLICATE_SEQUENCE_NUMBER",
+    ]
+)
+"""Told apart by code where they can come; no table decides."""
+
+BUGS = frozenset(
+    [
+        "INVALID_MSG_SIZE",
+        "INVALID_REQUEST",
+        "INVALID_TXN_STATE",
+        "OPERATION_NOT_ATTEMPTED",
+        "PRINCIPAL_DESERIALIZATION_FAILURE",
+        "UNKNOWN",
+        "_BAD_COMPRESSION",
+        "_CONFLICT",
+        "_CRIT_SYS_RESOURCE",
+        "_DESTROY",
+        "_FAIL",
+        "_FS",
+        "_INCONSISTENT",
+        "_INTR",
+        "_INVALID_ARG",
+        "_INVALID_TYPE",
+        "_NOT_CONFIGURED",
+        "_NOT_IMPLEMENTED",
+        "_READ_ONLY",
+        "_STATE",
+        "_UNDERFLOW",
+        "_UNKNOWN_BROKER",
+        "_UNKNOWN_PROTOCOL",
+    ]
+)
+"""A fault of a client or a broker that nobody has thought of: end, begin again at the last commit."""
+
+
+def code(name: str) -> int:
+    number: int = getattr(KafkaError, name)
+    return number
+
+
+def test_the_table_knows_every_code() -> None:
+    """A code that a new librdkafka brings is looked at by somebody before this passes; no row is for no code."""
+    all_codes = {name for name in dir(KafkaError) if name.upper() == name and isinstance(getattr(KafkaError, name), int)}
+    sorted_ones = [CODES.keys(), NOT_OURS, ELSEWHERE, BUGS]
+    assert sum(map(len, sorted_ones)) == len(all_codes)
+    assert set().union(*sorted_ones) == all_codes
+
+
+def test_what_is_in_no_table_is_fatal() -> None:
+    """Such a code ends the process, unless librdkafka says that it can be retried."""
+    for name in BUGS | NOT_OURS:
+        assert verdict_of(KafkaError(code(name))) is Verdict.FATAL
+        assert type(translate(KafkaError(code(name)), "it")) is PipelineError
+    assert verdict_of(KafkaError(code("UNKNOWN"), retriable=True)) is Verdict.RETRY
+    assert code_of(KafkaError(code("UNKNOWN"), retriable=True)).verdict is Verdict.RETRY
+
+
+def test_librdkafka_knows_best() -> None:
+    """What an error says of itself comes before the table; fatal before all, with the reason kept if it has one."""
+    retry = code("NOT_COORDINATOR")
+    assert verdict_of(KafkaError(retry)) is Verdict.RETRY
+    assert verdict_of(KafkaError(retry, txn_requires_abort=True)) is Verdict.ABORT
+    assert verdict_of(KafkaError(retry, fatal=True, retriable=True, txn_requires_abort=True)) is Verdict.FATAL
+    assert verdict_of(KafkaError(code("MSG_SIZE_TOO_LARGE"), retriable=True)) is Verdict.RETRY
+    assert verdict_of(KafkaError(code("_FENCED"), fatal=True)) is Verdict.FENCED
+    assert verdict_of(KafkaError(code("INVALID_TRANSACTION_TIMEOUT"), fatal=True)) is Verdict.OPERATOR
+
+
+def test_every_error_has_words() -> None:
+    """Each row's error names what was tried, its code and its advice, as the class that says what the caller must do."""
+    classes = {
+        Verdict.RETRY: Unavailable,
+        Verdict.ABORT: Unavailable,
+        Verdict.FENCED: Fenced,
+        Verdict.MESSAGE: Invalid,
+        Verdict.OPERATOR: Invalid,
+    }
+    for name, row in CODES.items():
+        error = translate(KafkaError(code(name)), "what was tried")
+        assert type(error) is classes[row.verdict]
+        assert str(error).startswith("what was tried: ")
+        assert f"({name})" in str(error)
+        assert str(error).endswith(row.advice)
+        assert row.source.startswith("["), "where the decision comes from"
+    assert "Broker: " not in describe(KafkaError(code("NOT_COORDINATOR")), "it")
+
+
+# With librdkafka's mock cluster
+
+
+@pytest.fixture
+def mock() -> Iterator[MockCluster]:
+    with MockCluster() as cluster:
+        cluster.create("deltas", 1)
+        yield cluster
+
+
+def address(mock: MockCluster) -> Address:
+    return parse_url(f"kafka://{mock.bootstrap}")
+
+
+def begun(mock: MockCluster, *, timeout_s: float = 10.0) -> KafkaTransaction:
+    options = transaction_options(address(mock), {}, transactional_id="t-0", timeout_ms=5_000)
+    return KafkaTransaction(
+        {**options, "retry.backoff.ms": 1, "retry.backoff.max.ms": 5},
+        "t-0",
+        timeout_s=timeout_s,
+        clock=SystemClock(),
+        check=lambda _topic, _partition: None,
+        broker_topic=address(mock).topic,
+    )
+
+
+def three(start: int = 0) -> list[Message]:
+    return [Message("deltas", 0, b"k", b"%d" % number) for number in range(start, start + 3)]
+
+
+def ends(mock: MockCluster, run: Callable[[], object]) -> list[int]:
+    """The transactional requests that `run` made."""
+    before = len(mock.requests())
+    run()
+    ours = (PRODUCE, ADD_PARTITIONS, END_TXN, INIT_PRODUCER_ID)
+    return [kind for kind in mock.requests()[before:] if kind in ours]
+
+
+ONCE = [ADD_PARTITIONS, PRODUCE, END_TXN]
+
+RESUMED = [
+    (ADD_PARTITIONS, "COORDINATOR_LOAD_IN_PROGRESS"),
+    (ADD_PARTITIONS, "NOT_COORDINATOR"),
+    (ADD_PARTITIONS, "CONCURRENT_TRANSACTIONS"),
+    (ADD_PARTITIONS, "_TRANSPORT"),
+    (PRODUCE, "NOT_LEADER_FOR_PARTITION"),
+    (PRODUCE, "NOT_ENOUGH_REPLICAS"),
+    (PRODUCE, "REQUEST_TIMED_OUT"),
+    (PRODUCE, "KAFKA_STORAGE_ERROR"),
+    (END_TXN, "COORDINATOR_LOAD_IN_PROGRESS"),
+    (END_TXN, "NOT_COORDINATOR"),
+    (END_TXN, "CONCURRENT_TRANSACTIONS"),
+    (END_TXN, "_TRANSPORT"),
+]
+
+
+@pytest.mark.parametrize(("request_", "name"), RESUMED)
+def test_a_commit_goes_on_after_what_passes(mock: MockCluster, request_: int, name: str) -> None:
+    """The request that failed is made again; nothing else is, and the offsets are right."""
+    transaction = begun(mock)
+    mock.fail(request_, code(name))
+    results: list[list[int]] = []
+    made = ends(mock, lambda: results.append(transaction.commit(three(), timeout_s=10)))
+    assert results == [[3, 3, 3]]
+    assert made == [kind for kind in ONCE for _ in range(2 if kind == request_ else 1)]
+    transaction.close()
+
+
+ABORTED = [
+    (ADD_PARTITIONS, "TRANSACTION_ABORTABLE"),
+    (ADD_PARTITIONS, "INVALID_PRODUCER_ID_MAPPING"),
+    (ADD_PARTITIONS, "UNKNOWN"),
+    (PRODUCE, "TRANSACTION_ABORTABLE"),
+    (PRODUCE, "INVALID_PRODUCER_ID_MAPPING"),
+    (PRODUCE, "UNKNOWN_PRODUCER_ID"),
+    (PRODUCE, "UNKNOWN"),
+    (END_TXN, "TRANSACTION_ABORTABLE"),
+    (END_TXN, "OUT_OF_ORDER_SEQUENCE_NUMBER"),
+    (END_TXN, "INVALID_PRODUCER_ID_MAPPING"),
+    (END_TXN, "REQUEST_TIMED_OUT"),
+]
+
+
+@pytest.mark.parametrize(("request_", "name"), ABORTED)
+def test_what_is_aborted_is_done_again(mock: MockCluster, request_: int, name: str) -> None:
+    """The transaction is aborted, then all of it is done again: one more end of a transaction than without the error."""
+    transaction = begun(mock)
+    mock.fail(request_, code(name))
+    results: list[list[int]] = []
+    made = ends(mock, lambda: results.append(transaction.commit(three(), timeout_s=10)))
+    (offsets,) = results
+    assert len(set(offsets)) == 1
+    assert offsets[0] >= 3
+    assert made[-3:] == ONCE
+    assert made.count(END_TXN) >= 2
+    assert transaction.commit(three(), timeout_s=10)[0] >= offsets[0] + 3
+    transaction.close()
+
+
+@pytest.mark.parametrize("name", ["COORDINATOR_LOAD_IN_PROGRESS", "TRANSACTION_ABORTABLE", "UNKNOWN", "_TRANSPORT"])
+def test_an_abort_is_tried_again(mock: MockCluster, name: str) -> None:
+    """An abort that fails for a while ends all the same, and then the commit is done again."""
+    transaction = begun(mock)
+    mock.fail(END_TXN, code("OUT_OF_ORDER_SEQUENCE_NUMBER"), *[code(name)] * 2)
+    made = ends(mock, lambda: transaction.commit(three(), timeout_s=10))
+    assert made == [*ONCE, END_TXN, END_TXN, END_TXN, *ONCE]
+    transaction.close()
+
+
+@pytest.mark.parametrize("request_", [ADD_PARTITIONS, END_TXN])
+@pytest.mark.parametrize("name", ["PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"])
+def test_the_fenced_one_stops(mock: MockCluster, request_: int, name: str) -> None:
+    """Another owner: Fenced at once and for good, and no request is made any more."""
+    transaction = begun(mock)
+    mock.fail(request_, code(name))
+
+    def commit() -> None:
+        with pytest.raises(Fenced, match="t-0"):
+            transaction.commit(three(), timeout_s=10)
+
+    assert ends(mock, commit)[-1] == request_
+    assert ends(mock, commit) == []
+    transaction.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [
+        (ADD_PARTITIONS, "CONCURRENT_TRANSACTIONS"),
+        (ADD_PARTITIONS, "UNKNOWN"),
+        (PRODUCE, "NOT_ENOUGH_REPLICAS"),
+        (PRODUCE, "UNKNOWN"),
+        (END_TXN, "NOT_COORDINATOR"),
+        (END_TXN, "OUT_OF_ORDER_SEQUENCE_NUMBER"),
+        (END_TXN, "INVALID_PRODUCER_ID_MAPPING"),
+    ],
+)
+def test_the_deadline_holds(mock: MockCluster, request_: int, name: str) -> None:
+    """An error that does not pass: Unavailable, in time, without haste; success is never said, then or later."""
+    transaction = begun(mock)
+    mock.fail(request_, *[code(name)] * 2_000)
+    started_s = time.monotonic()
+
+    def commit() -> None:
+        with pytest.raises(Unavailable, match="t-0"):
+            transaction.commit(three(), timeout_s=0.5)
+
+    made = ends(mock, commit)
+    assert time.monotonic() - started_s < 2.0
+    assert len(made) < 400
+    mock.heal(request_)
+    assert ends(mock, commit) == [], "after an undecided commit nothing is appended"
+    transaction.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("MSG_SIZE_TOO_LARGE", "max.message.bytes"),
+        ("TOPIC_AUTHORIZATION_FAILED", "kafka-acls"),
+        ("INVALID_RECORD", "validate"),
+        ("UNSUPPORTED_FOR_MESSAGE_FORMAT", "Kafka 2.5"),
+    ],
+)
+def test_what_can_never_be_taken_is_told(mock: MockCluster, name: str, advice: str) -> None:
+    """The transaction is aborted and not tried again; the text says what to do."""
+    transaction = begun(mock)
+    mock.fail(PRODUCE, code(name))
+
+    def commit() -> None:
+        with pytest.raises(Invalid, match=advice):
+            transaction.commit(three(), timeout_s=10)
+
+    assert ends(mock, commit) == ONCE
+    transaction.close()
+
+
+def test_an_offset_that_nobody_tells(mock: MockCluster) -> None:
+    """A batch that the broker had before and gives no offset for: no offset is made up."""
+    transaction = begun(mock)
+    mock.fail(PRODUCE, code("DUPLICATE_SEQUENCE_NUMBER"))
+    with pytest.raises(Unavailable, match="does not say where"):
+        transaction.commit(three()[:1], timeout_s=10)
+    transaction.close()
+
+
+@pytest.mark.parametrize("request_", [INIT_PRODUCER_ID, FIND_COORDINATOR])
+@pytest.mark.parametrize("name", ["COORDINATOR_LOAD_IN_PROGRESS", "COORDINATOR_NOT_AVAILABLE"])
+def test_a_start_waits_for_the_coordinator(mock: MockCluster, request_: int, name: str) -> None:
+    """A coordinator that loads is waited for, and only so long as was said."""
+    mock.fail(request_, code(name))
+    begun(mock).close()
+    mock.fail(request_, *[code(name)] * 2_000)
+    started_s = time.monotonic()
+    with pytest.raises(Unavailable, match="start of transaction t-0"):
+        begun(mock, timeout_s=0.3)
+    assert time.monotonic() - started_s < 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("INVALID_TRANSACTION_TIMEOUT", "lower transaction_timeout_ms, or raise transaction.max.timeout.ms"),
+        ("TRANSACTIONAL_ID_AUTHORIZATION_FAILED", "WRITE on the transactional id is missing"),
+        ("CLUSTER_AUTHORIZATION_FAILED", "IDEMPOTENT_WRITE"),
+    ],
+)
+def test_a_start_that_is_not_allowed(mock: MockCluster, name: str, advice: str) -> None:
+    """The broker refuses: Invalid at once, with what to do, although librdkafka calls it fatal."""
+    mock.fail(INIT_PRODUCER_ID, code(name))
+    with pytest.raises(Invalid, match=advice):
+        begun(mock)
+
+
+@pytest.mark.parametrize(("request_", "newest"), [(INIT_PRODUCER_ID, -1), (FIND_COORDINATOR, 0)])
+def test_a_broker_without_transactions(mock: MockCluster, request_: int, newest: int) -> None:
+    """Too old a broker is named as that."""
+    mock.limit(request_, newest)
+    with pytest.raises(Invalid, match=r"Kafka 2\.5 or newer is needed"):
+        begun(mock)
+
+
+# The writer and the reader
+
+
+def writer_of(mock: MockCluster) -> KafkaLogWriter:
+    return KafkaLogWriter(address(mock), {}, SystemClock(), timeout_ms=2_000, metadata_refresh_ms=1_000)
+
+
+def kinds(results: Sequence[int | PipelineError]) -> set[type]:
+    return {*map(type, results)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NOT_LEADER_FOR_PARTITION", "NOT_ENOUGH_REPLICAS", "UNKNOWN_TOPIC_OR_PART", "UNKNOWN_PRODUCER_ID", "INVALID_MSG"],
+)
+def test_an_append_outlasts_what_passes(mock: MockCluster, name: str) -> None:
+    """librdkafka tries again within the timeout; each message has its offset."""
+    writer = writer_of(mock)
+    mock.fail(PRODUCE, code(name))
+    assert writer.append(three(), timeout_s=2) == [1, 2, 3]
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("MSG_SIZE_TOO_LARGE", Invalid),
+        ("INVALID_RECORD", Invalid),
+        ("CLUSTER_AUTHORIZATION_FAILED", Unavailable),
+        ("UNKNOWN", Unavailable),
+        ("INVALID_PRODUCER_EPOCH", Unavailable),
+        ("UNSUPPORTED_VERSION", Unavailable),
+        ("DUPLICATE_SEQUENCE_NUMBER", Unavailable),
+    ],
+)
+def test_an_append_that_is_refused(mock: MockCluster, name: str, expected: type[PipelineError]) -> None:
+    """Only what is wrong with the message itself is for good; and the next append works."""
+    writer = writer_of(mock)
+    mock.fail(PRODUCE, code(name))
+    assert kinds(writer.append(three()[:1], timeout_s=2)) == {expected}
+    assert kinds(writer.append(three(), timeout_s=2)) == {int}
+    writer.close()
+
+
+def test_a_producer_that_is_given_up_is_replaced(mock: MockCluster) -> None:
+    """An error that ends librdkafka's producer is told at once, with its cause; the next append has a new one."""
+    writer = writer_of(mock)
+    assert kinds(writer.append(three(), timeout_s=2)) == {int}
+    mock.fail(PRODUCE, code("OUT_OF_ORDER_SEQUENCE_NUMBER"))
+    started_s = time.monotonic()
+    refused = writer.append(three(), timeout_s=5)
+    assert kinds(refused) == {Unavailable}
+    assert "OUT_OF_ORDER_SEQUENCE_NUMBER" in str(refused[0])
+    assert kinds(writer.append(three(), timeout_s=5)) == {int}
+    assert time.monotonic() - started_s < 4
+    mock.fail(INIT_PRODUCER_ID, code("CLUSTER_AUTHORIZATION_FAILED"))
+    writer.close()
+    again = writer_of(mock)
+    assert "IDEMPOTENT_WRITE" in str(again.append(three(), timeout_s=5)[0])
+    assert kinds(again.append(three(), timeout_s=5)) == {int}
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NOT_LEADER_FOR_PARTITION", None),
+        ("OFFSET_NOT_AVAILABLE", None),
+        ("KAFKA_STORAGE_ERROR", None),
+        ("OFFSET_OUT_OF_RANGE", None),
+        ("INVALID_MSG", Unavailable),
+        ("TOPIC_AUTHORIZATION_FAILED", Unavailable),
+        ("UNKNOWN", PipelineError),
+    ],
+)
+def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineError] | None) -> None:
+    """What passes is not noticed, or told once; nothing is skipped. An offset that is in range after all is no loss."""
+    writer = writer_of(mock)
+    writer.append(three(), timeout_s=2)
+    reader = KafkaReader(
+        reader_options(address(mock), {}),
+        "deltas",
+        clock=SystemClock(),
+        partition_count=lambda: 1,
+        start_offsets=lambda _: {0: 0},
+        end_offsets=lambda _: {0: 3},
+    )
+    mock.fail(FETCH, code(name))
+    reader.assign({0: 0})
+    offsets: list[int] = []
+    errors: list[type] = []
+    deadline_s = time.monotonic() + 10
+    while len(offsets) < 3:
+        assert time.monotonic() < deadline_s
+        try:
+            for records in reader.poll(record_count_max=10, bytes_max=1_000, timeout_s=0.5):
+                offsets += records.offsets
+        except PipelineError as error:
+            errors.append(type(error))
+    assert offsets == [0, 1, 2]
+    assert errors == [expected] * (expected is not None)
+    reader.close()
+    writer.close()

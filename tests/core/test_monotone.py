@@ -1,0 +1,120 @@
+"""Monotone sums in the core: what they take in, how they travel, what contradicts them."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core import codec
+from pipeline.core.merge import KIND_NAMES, KINDS, kind_of
+from pipeline.core.record import Batch, Definition, Group, canonical, check_definition, series_suffix
+from pipeline.core.view import describe
+from pipeline.errors import BadRecord, Invalid
+from tests.core import strategies as some
+from tests.core.driver import Shell, batch, group
+
+PLAIN = Definition("v", "sum", ("a",))
+RISING = Definition("v", "sum", ("a",), monotone=True)
+X = series_suffix(("x",))
+
+
+def test_only_a_sum_is_monotone() -> None:
+    """Any other kind is `Invalid` as one, and its bytes are a bad record."""
+    check_definition(RISING, KIND_NAMES)
+    for kind in KINDS.keys() - {"sum"}:
+        definition = Definition("v", kind, monotone=True)
+        with pytest.raises(Invalid, match=f"a {kind} cannot be monotone"):
+            check_definition(definition, KIND_NAMES)
+        with pytest.raises(BadRecord, match="cannot be monotone"):
+            codec.decode_view(codec.encode_view(codec.ViewEntry(definition, 0)))
+
+
+def test_it_is_part_of_the_definition() -> None:
+    """It stays when labels are put in order, is told in messages, and makes another definition."""
+    definition = Definition("v", "sum", ("b", "a"), monotone=True)
+    assert canonical(definition) == Definition("v", "sum", ("a", "b"), 0, True)
+    assert canonical(definition) != canonical(msgspec.structs.replace(definition, monotone=False))
+    assert (describe(PLAIN), describe(RISING)) == ("sum(a)", "monotone sum(a)")
+
+
+def test_only_what_is_monotone_has_a_fifth_field() -> None:
+    """All other definitions have the bytes that they always had; five fields with false are read, too."""
+    wire = {False: ["v", "sum", ["a"], 0], True: ["v", "sum", ["a"], 0, True]}
+    for definition in (PLAIN, RISING):
+        entry = codec.ViewEntry(definition, 3)
+        value = codec.encode_view(entry)
+        assert msgspec.msgpack.decode(value[1:]) == [wire[definition.monotone], 3]
+        assert codec.decode_view(value) == entry
+        sealed = codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(definition, [X], [1])]))
+        assert msgspec.msgpack.decode(sealed[5:])[-1] == [[wire[definition.monotone], [X], [[1]]]]
+    assert codec.decode_view(codec.VERSION + msgspec.msgpack.encode([["v", "sum", ["a"], 0, False], 3])).definition == PLAIN
+    for fields in (["v", "sum", ["a"], 0, 1], ["v", "sum", ["a"], 0, None], ["v", "sum", ["a"], 0, True, True]):
+        with pytest.raises(BadRecord):
+            codec.decode_view(codec.VERSION + msgspec.msgpack.encode([fields, 3]))
+
+
+@pytest.mark.parametrize("state", [-1, -0.5, -(2**70), -math.inf, math.nan, -5e-324])
+def test_a_negative_state_is_a_bad_record(state: Any) -> None:
+    """Wherever it stands in a batch; of a sum that may fall it is fine. NaN is not from 0 either."""
+    for states in ([state], [1, state, 2]):
+        suffixes = [series_suffix((str(i),)) for i in range(len(states))]
+        value = codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(RISING, suffixes, states)]))
+        with pytest.raises(BadRecord, match="monotone"):
+            codec.decode_batch(value)
+        codec.decode_batch(codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(PLAIN, suffixes, states)])))
+
+
+@given(st.lists(some.numbers, min_size=1, max_size=8))
+def test_it_takes_what_a_sum_takes_unless_that_is_negative(deltas: list[Any]) -> None:
+    """Checked and collected alike; any state of it travels."""
+    kind = kind_of(RISING)
+    for delta in deltas:
+        if delta < 0:
+            with pytest.raises(Invalid, match="negative"):
+                kind.check(delta, 0)
+        else:
+            assert kind.check(delta, 0) is delta
+    rising = [abs(delta) for delta in deltas]
+    state = kind.collect(rising)
+    assert some.image(kind, state) == some.image(KINDS["sum"], KINDS["sum"].collect(rising))
+    value = codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(RISING, [X], [state])]))
+    assert codec.decode_batch(value).groups[0].states == [state]
+    for edge in (0, 0.0, -0.0, True, 2**64):
+        assert kind.check(edge, 0) == edge
+    with pytest.raises(Invalid, match="a number is needed"):
+        kind.check("1", 0)
+
+
+def test_a_negative_batch_is_a_dead_letter_whole() -> None:
+    """Nothing of it is folded, its good neighbours neither, and those behind it are."""
+    shell = Shell()
+    good = batch(0, group(RISING, {("x",): 2}))
+    bad = batch(1, group(Definition("w", "max"), {(): 9}), Group(RISING, [series_suffix(("y",)), X], [1, -1]))
+    shell.fold(good, bad, batch(2, group(RISING, {("x",): 3})))
+    shell.commit()
+    (letter,) = shell.letters()
+    assert (letter.offset, letter.value) == (1, bad)
+    assert "monotone" in letter.reason
+    assert shell.definition("v") == RISING
+    assert shell.series_count("v") == shell.entry_count() == 1
+    shell.restart()
+    shell.fold(batch(3, group(RISING, {("x",): 4})))
+    shell.commit()
+    assert len(shell.dead_letters) == 1, "the definition came back as it was"
+
+
+@pytest.mark.parametrize(("first", "second"), [(PLAIN, RISING), (RISING, PLAIN)])
+def test_to_be_monotone_or_not_is_a_contradiction(first: Definition, second: Definition) -> None:
+    """The first definition counts, before and after a restart; the other one is a bad record that says both."""
+    shell = Shell()
+    shell.fold(batch(0, group(first, {("x",): 1})), batch(1, group(second, {("x",): 1})))
+    shell.commit()
+    shell.restart()
+    shell.fold(batch(2, group(second, {("x",): 1})))
+    shell.commit()
+    assert [letter.offset for letter in shell.letters()] == [1, 2]
+    assert f"v is {describe(first)}; the batch says {describe(second)}" in shell.letters()[0].reason
+    assert shell.definition("v") == first

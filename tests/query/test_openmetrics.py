@@ -1,0 +1,340 @@
+"""`GET /v1/openmetrics`: what Prometheus reads of views, and what it is told of those that it can't have."""
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_plain
+
+from pipeline.adapters.openmetrics import render_views
+from pipeline.core.exposition import Exposed, Exposition, choose
+from pipeline.core.record import Definition, definition_key, series_prefix, series_suffix
+from pipeline.errors import NotFound, Unavailable
+from pipeline.query.service import ReadService
+from pipeline.settings import QuerySettings
+from tests.query.support import Reply, Server, World, serving
+
+OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5"}
+Samples = dict[tuple[tuple[str, str], ...], float]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One view of each sort."""
+    world = World()
+    world.publish(
+        Definition("hits", "sum", ("path", "code"), monotone=True), {("/", "200"): 3, ("/", "500"): 2**60, ("é", ""): 0}
+    )
+    world.publish(Definition("errors_total", "sum", ("host",), monotone=True), {("a",): 1.5, ("b",): 10**400})
+    world.publish(Definition("balance", "sum", ("region",)), {("eu",): -2.5, ("us",): 7})
+    world.publish(Definition("low", "min"), {(): -3})
+    world.publish(Definition("peak", "max", ("le", "quantile")), {("1", "x"): 12345678.25})
+    world.publish(Definition("load", "mean", ("host",)), {("a",): (3, 2), ("b",): (1, 3)})
+    states = {("n",): (1, 2.5), ("t",): (1, "up"), ("y",): (2, True), ("f",): (2, False), ("0",): (3, None)}
+    world.publish(Definition("state", "last", ("host",)), states)
+    world.publish(Definition("flood", "sum", ("x",)), {("a",): math.inf, ("b",): 1})
+    with serving(world) as running:
+        yield running
+
+
+def families(text: bytes | Reply, *, plain: bool = False) -> dict[str, Metric]:
+    """By name, of an exposition, which must be one."""
+    body = text.body if isinstance(text, Reply) else text
+    if isinstance(text, Reply):
+        assert text.status == 200, text.body
+    found = [*(parse_plain if plain else parse_openmetrics)(body.decode())]
+    assert len({family.name for family in found}) == len(found)
+    return {family.name: family for family in found}
+
+
+def samples(family: Metric) -> Samples:
+    return {tuple(sorted(sample.labels.items())): sample.value for sample in family.samples}
+
+
+def omitted(found: Mapping[str, Metric]) -> dict[str, str]:
+    return {s.labels["view"]: s.labels["reason"] for s in found["pipeline_view_omitted"].samples if s.value == 1}
+
+
+def as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_every_view_is_a_family_with_the_values_of_the_api(server: Server, plain: bool) -> None:
+    """Both formats parse; each series has the API's value as a float; text, null and overflow are left out."""
+    found = families(server.request("GET", "/v1/openmetrics", headers={} if plain else OPENMETRICS), plain=plain)
+    assert omitted(found) == {}
+    names = {"hits": "hits", "errors_total": "errors"}
+    views = [view["name"] for view in server.get("/v1/views").json()["views"]]
+    assert {names.get(view, view) for view in views} == found.keys() - {
+        "pipeline_view_omitted",
+        "pipeline_view_staleness_seconds",
+    }
+    for view in views:
+        family = found[names.get(view, view)]
+        assert family.type == ("counter" if view in names else "gauge")
+        if view in names:
+            assert {sample.name for sample in family.samples} == {f"{family.name}_total"}
+        expected = {
+            tuple(sorted(series["labels"].items())): as_float(series["value"])
+            for series in server.view(view)["series"]
+            if series["value"] is not None and not isinstance(series["value"], str)
+        }
+        assert samples(family) == expected
+    assert samples(found["state"]).keys() == {(("host", "n"),), (("host", "y"),), (("host", "f"),)}
+    assert samples(found["errors"])[(("host", "b"),)] == math.inf
+    assert found["hits"].documentation == "View of kind sum, monotone."
+    assert found["load"].documentation == "View of kind mean."
+
+
+def test_the_format_is_what_accept_asks_for(server: Server) -> None:
+    """As of /metrics: plain text unless OpenMetrics is asked for, also when the header makes no sense."""
+    for accept, media_type, end in (
+        ("", "text/plain; version=0.0.4", b""),
+        ("*/*", "text/plain; version=0.0.4", b""),
+        ("text/plain;version=0.0.4", "text/plain; version=0.0.4", b""),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text; version=1.0.0", b"# EOF\n"),
+        ("application/openmetrics-text; version=x", "text/plain; version=0.0.4", b""),
+    ):
+        for path in ("/v1/openmetrics", "/metrics"):
+            reply = server.request("GET", path, headers={"Accept": accept})
+            assert reply.status == 200
+            assert reply.headers["content-type"].startswith(media_type)
+            assert reply.body.endswith(b"# EOF\n") == bool(end)
+
+
+def test_staleness_is_told(server: Server) -> None:
+    """In seconds, as `staleness_ms` of an answer; not there while nobody knows it."""
+    found = families(server.request("GET", "/v1/openmetrics", headers=OPENMETRICS))
+    (sample,) = found["pipeline_view_staleness_seconds"].samples
+    assert 0 <= sample.value < 5
+    assert "pipeline_view_staleness_seconds" not in families(render_views(Exposition([], {}, None))[0], plain=True)
+    told = families(render_views(Exposition([], {}, 1_500))[0], plain=True)["pipeline_view_staleness_seconds"]
+    assert told.samples[0].value == 1.5
+
+
+def test_only_some_views(server: Server) -> None:
+    """`view` can be repeated; an unknown one is 404, any other parameter 400; the default is all."""
+    found = families(server.get("/v1/openmetrics", ("view", "hits"), ("view", "low")), plain=True)
+    assert found.keys() == {"hits", "low", "pipeline_view_omitted", "pipeline_view_staleness_seconds"}
+    assert "'nobody'" in server.problem(404, server.get("/v1/openmetrics", ("view", "hits"), ("view", "nobody")))
+    assert "known: view" in server.problem(400, server.get("/v1/openmetrics", ("where", "a=b")))
+    many = [("view", "hits")] * 65
+    assert "`view` parameters" in server.problem(400, server.get("/v1/openmetrics", *many))
+    server.problem(414, server.request("GET", "/v1/openmetrics?view=" + "x" * 60_001))
+
+
+def test_nothing_is_an_exposition_too() -> None:
+    """Without views there is still one, in both formats."""
+    with serving(World()) as empty:
+        for plain in (False, True):
+            found = families(empty.request("GET", "/v1/openmetrics", headers={} if plain else OPENMETRICS), plain=plain)
+            assert found.keys() == {"pipeline_view_omitted", "pipeline_view_staleness_seconds"}
+        empty.world.ready = False
+        assert empty.problem(503, empty.get("/v1/openmetrics"))
+
+
+def scrape(world: World, *views: str) -> Exposition:
+    return world.reader.scrape(views, deadline_s=world.clock.monotonic_s() + 30)
+
+
+def names(exposition: Exposition) -> list[str]:
+    return [exposed.definition.view for exposed in exposition.views]
+
+
+def test_series_are_bounded_and_views_whole() -> None:
+    """In the order of names each view that still fits is there, whole; the others are named; an exact fit fits."""
+    world = World(settings=QuerySettings(openmetrics_series_max=10))
+    for view, count in (("a", 4), ("b", 7), ("c", 6), ("d", 1), ("e", 0)):
+        definition = Definition(view, "sum", ("n",))
+        for number in range(4):
+            world.append(number, definition, {})
+        world.publish(definition, {(str(n),): n for n in range(count)})
+    found = scrape(world)
+    assert (names(found), found.omitted) == (["a", "c", "e"], {"b": "series_max", "d": "series_max"})
+    assert [len(exposed.labels) for exposed in found.views] == [4, 6, 0]
+    assert names(scrape(world, "b", "d")) == ["b", "d"]
+
+
+def test_a_series_of_several_partitions_counts_once() -> None:
+    """Partitions are merged before the bound is held against what there is; no more is read than there is room for."""
+    world = World(settings=QuerySettings(openmetrics_series_max=3))
+    for number in range(4):
+        world.append(number, Definition("spread", "sum", ("n",)), {(str(n),): 1 for n in range(3)})
+        world.append(number, Definition("wide", "sum", ("n",)), {(f"{number}{n}",): 1 for n in range(3)})
+    world.fold()
+    found = scrape(world, "spread")
+    (exposed,) = found.views
+    assert dict(zip(exposed.labels, exposed.values, strict=True)) == {(str(n),): 4 for n in range(3)}
+    assert scrape(world, "wide").omitted == {"wide": "series_max"}
+
+
+def test_a_view_that_cannot_fit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its count is enough to leave it out: a scrape's work is bounded, too."""
+    world = World(1, settings=QuerySettings(openmetrics_series_max=2))
+    world.publish(Definition("big", "sum", ("n",)), {(str(n),): n for n in range(3)})
+    monkeypatch.setattr(world.reader, "_select", lambda *_: pytest.fail("read"))
+    assert scrape(world).omitted == {"big": "series_max"}
+
+
+def gauge(view: str, *labels: str) -> Definition:
+    return Definition(view, "sum", labels)
+
+
+def counter(view: str, *labels: str) -> Definition:
+    return Definition(view, "sum", labels, monotone=True)
+
+
+@pytest.mark.parametrize(
+    ("views", "out"),
+    [
+        ([counter("x"), gauge("x_total")], {"x_total": "name_collision"}),
+        ([gauge("x"), counter("x_total")], {"x_total": "name_collision"}),
+        ([counter("x"), counter("x_total")], {"x_total": "name_collision"}),
+        ([counter("x"), gauge("x_created")], {"x_created": "name_collision"}),
+        ([gauge("x"), gauge("x_total")], {}),
+        ([gauge("x_total"), counter("x_total_total")], {"x_total_total": "name_collision"}),
+        ([counter("_total"), counter("x")], {}),
+        ([gauge("pipeline_view_omitted"), gauge("y")], {"pipeline_view_omitted": "name_collision"}),
+        ([counter("pipeline_view_staleness_seconds")], {"pipeline_view_staleness_seconds": "name_collision"}),
+        ([gauge("x", "__name__"), gauge("y", "_ok")], {"x": "reserved_label"}),
+        ([gauge("x", "__a"), counter("x_total")], {"x": "reserved_label"}),
+    ],
+)
+def test_views_that_cannot_stand_side_by_side(views: Sequence[Definition], out: dict[str, str]) -> None:
+    """The first by name stays, the others are named with the reason; what is left is an exposition in both formats."""
+    world = World(1)
+    for definition in views:
+        world.publish(definition, {tuple("v" for _ in definition.labels): 1})
+    found = scrape(world)
+    assert found.omitted == out
+    assert {*names(found)} == {definition.view for definition in views} - out.keys()
+    for accept, plain in ((OPENMETRICS["Accept"], False), ("", True)):
+        body, _ = render_views(found, accept)
+        parsed = families(body, plain=plain)
+        assert omitted(parsed) == out
+        assert sum(len(family.samples) for name, family in parsed.items() if not name.startswith("pipeline_")) == len(
+            names(found)
+        )
+
+
+def test_a_broken_view_does_not_fail_the_scrape(caplog: pytest.LogCaptureFixture) -> None:
+    """Contradictions between partitions, and entries that can't be read, leave out their view and no other."""
+    world = World(2)
+    for number in range(2):
+        for view in ("bad_definition", "bad_state", "good"):
+            world.append(number, gauge(view, "n"), {("a",): 1})
+        world.append(number, (gauge, counter)[number]("torn"), {(): 1})
+    world.fold()
+    store = world.partitions[1].store
+    store.write([definition_key("bad_definition")], [b"\x01\xc0"])
+    store.write([series_prefix("bad_state") + series_suffix(("a",))], [b"\x01\x93\xa3sum\x00"])
+    with serving(world) as broken:
+        found = families(broken.get("/v1/openmetrics"), plain=True)
+        assert omitted(found) == {
+            "bad_definition": "unreadable", "bad_state": "unreadable", "torn": "contradictory_definitions",
+        }  # fmt: skip
+        assert samples(found["good"]) == {(("n", "a"),): 2}
+        assert omitted(families(broken.get("/v1/openmetrics", ("view", "torn")), plain=True)).keys() == {"torn"}
+        assert "view bad_state is left out of a scrape" in caplog.text
+
+
+def test_a_scrape_has_a_deadline_and_an_end() -> None:
+    """Past its time, or when the server stops, it is `Unavailable`; an unknown view is `NotFound`."""
+    world = World(1)
+    world.publish(gauge("v"), {(): 1})
+    with pytest.raises(Unavailable, match="timeout_ms"):
+        world.reader.scrape(deadline_s=world.clock.monotonic_s() - 1)
+    with pytest.raises(NotFound, match="'w'"):
+        scrape(world, "w")
+    world.reader.close()
+    with pytest.raises(Unavailable, match="stopping"):
+        scrape(world)
+
+
+def test_a_scrape_is_at_one_moment_of_each_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views that always change together are seen together, although they are read one after the other."""
+    world = World(1)
+    select: Callable[..., Any] = world.reader._select
+
+    def commit() -> None:
+        world.append(0, gauge("a"), {(): 1})
+        world.append(0, gauge("b"), {(): 1})
+        world.fold()
+
+    def select_then_commit(*arguments: Any) -> Any:
+        commit()
+        return select(*arguments)
+
+    commit()
+    monkeypatch.setattr(world.reader, "_select", select_then_commit)
+    assert [exposed.values for exposed in scrape(world).views] == [[1], [1]]
+
+
+def test_scrapes_run_in_the_read_threads_and_are_bounded() -> None:
+    """Neither reading nor writing down is done by the event loop; at `reads_waiting_max` one more is refused."""
+    world = World(1, settings=QuerySettings(reads_waiting_max=1))
+    world.publish(gauge("v"), {(): 1})
+    threads: list[str] = []
+    go = threading.Event()
+
+    def render(exposition: Exposition, accept: str) -> tuple[bytes, str]:
+        threads.append(threading.current_thread().name)
+        assert go.wait(20)
+        return accept.encode(), names(exposition)[0]
+
+    async def run() -> None:
+        service = ReadService(world.reader, world.settings, world.metrics)
+        first = asyncio.create_task(service.scrape((), render, "this"))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="no more are taken"):
+            await service.scrape((), render, "that")
+        go.set()
+        assert await first == (b"this", "v")
+        service.close()
+
+    asyncio.run(run())
+    assert [name.startswith("pipeline-read") for name in threads] == [True]
+
+
+label_texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\\\n\r\x85\u2028{},= #'), max_size=12)
+numbers = st.integers(-(10**18), 10**18) | st.floats(allow_nan=False) | st.integers(-(10**400), 10**400) | st.booleans()
+
+
+@given(rows=st.dictionaries(st.tuples(label_texts, label_texts), numbers, max_size=5), monotone=st.booleans())
+def test_labels_and_values_come_through(rows: dict[tuple[str, str], Any], monotone: bool) -> None:
+    """Quotes, backslashes, line ends and all of Unicode in labels, and every number as its float, in both formats."""
+    if monotone:
+        rows = {labels: abs(value) for labels, value in rows.items()}
+    definition = Definition("v", "sum", ("b", "a"), monotone=monotone)
+    exposition = Exposition([Exposed(definition, [*rows], [*rows.values()])], {}, 5)
+    expected = {(("a", a), ("b", b)): as_float(value) for (b, a), value in rows.items()}
+    for accept, parse in ((OPENMETRICS["Accept"], parse_openmetrics), ("", parse_plain)):
+        body, _ = render_views(exposition, accept)
+        found = {family.name: family for family in parse(body.decode())}
+        assert samples(found["v"]) == expected
+        assert body.decode().count("\n") == len(rows) + 6 + 1 + (parse is parse_openmetrics)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["x", "y"]), st.lists(st.sampled_from(["_total", "_created"]), max_size=3), st.booleans())
+    )
+)
+def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], bool]]) -> None:
+    """No set of names makes one that a parser refuses, and each view is either there or named."""
+    definitions = {d.view: {d} for d in (Definition(x + "".join(more), "sum", (), 0, mono) for x, more, mono in parts)}
+    chosen, out = choose(definitions)
+    assert {d.view for d in chosen} | out.keys() == definitions.keys()
+    body, _ = render_views(Exposition([Exposed(d, [()], [1]) for d in chosen], out, None), OPENMETRICS["Accept"])
+    assert len([*parse_openmetrics(body.decode())]) == len(chosen) + 1
