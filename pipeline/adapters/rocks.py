@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -204,13 +205,13 @@ class RocksStore:
     def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
         batch = WriteBatch(raw_mode=True)
         # In the order of keys, the memtable takes entries in half the time. The sort is stable: of one key's, the last wins.
-        put = batch.put
-        for i in sorted(range(len(keys)), key=keys.__getitem__):
-            value = values[i]
-            if value is None:
-                batch.delete(keys[i])
-            else:
-                put(keys[i], value)
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        entries = map(keys.__getitem__, order), map(values.__getitem__, order)
+        if None in values:
+            for key, value in zip(*entries, strict=True):
+                batch.delete(key) if value is None else batch.put(key, value)
+        else:
+            deque(map(batch.put, *entries), maxlen=0)
         with self._translated:
             self.db.write(batch, self._write_options)
 

@@ -160,7 +160,14 @@ class _Cache:
         """One for each suffix, None where it is not cached."""
         young, old = self.of(view)
         states = [*map(young.get, suffixes)]
-        return [old.get(s) if state is None else state for s, state in zip(suffixes, states, strict=True)] if old else states
+        missing = states.count(None) if old else 0
+        if missing == len(states):
+            return [*map(old.get, suffixes)]
+        return (
+            [old.get(s) if state is None else state for s, state in zip(suffixes, states, strict=True)]
+            if missing
+            else states
+        )
 
     def update(self, view: str, suffixes: list[bytes], states: list[State], bytes_total: int) -> None:
         young = self._young.setdefault(view, {})
@@ -204,6 +211,7 @@ class Task:
         """Where folding goes on in the deltas topic."""
         self.position = NO_POSITION
         """What the last commit made durable."""
+        self._skipped = False
         self._limits = limits
         self._definitions: dict[str, Definition] = {}
         self._series_counts: dict[str, int] = {}
@@ -232,7 +240,7 @@ class Task:
     def dirty(self) -> bool:
         """Whether anything was folded, or skipped, that the next commit must record."""
         frozen = self.phase in (Phase.FROZEN, Phase.COMMITTING)
-        return self.next_offset != (self._frozen.next_offset if frozen else self.position.next_offset)
+        return self._skipped or self.next_offset != (self._frozen.next_offset if frozen else self.position.next_offset)
 
     def restored(self, position: Position, views: Iterable[bytes], producers: Iterable[tuple[str, bytes]]) -> None:
         """Start from committed entries: the position, the values of definition entries, `(producer id, value)` pairs."""
@@ -253,6 +261,7 @@ class Task:
     def skip_to(self, next_offset: int) -> None:
         """Go on elsewhere in the log, because what lay between is lost. The next commit records it."""
         self.next_offset = self._overlay.next_offset = next_offset
+        self._skipped = True  # in a topic made anew, folding can come to the very offset of the position
 
     # Folding
 
@@ -307,9 +316,10 @@ class Task:
             known = self._definitions.get(definition.view) or new.setdefault(definition.view, definition)
             if known != definition:
                 raise BadRecord(f"view {definition.view} is {describe(known)}; the batch says {describe(definition)}")
-            states = self._overlay.states.get(definition.view, {})
-            young, old = self._cache.of(definition.view)
-            check_suffixes(definition, [s for s in group.suffixes if s not in states and s not in young and s not in old])
+            unknown = set(group.suffixes)
+            for states in (self._overlay.states.get(definition.view, {}), *self._cache.of(definition.view)):
+                unknown = unknown.difference(states)
+            check_suffixes(definition, [*unknown])
         if new and len(self._definitions) + len(new) > self._limits.views_max:
             raise BadRecord(f"over {self._limits.views_max} views")
         self._definitions.update(new)
@@ -317,18 +327,23 @@ class Task:
 
     def _merge_group(self, group: Group) -> None:
         states = self._overlay.states.setdefault(group.definition.view, {})
+        self.counts.entries_folded += len(group.suffixes)
+        new = dict(zip(group.suffixes, group.states, strict=True))
+        if len(new) == len(group.suffixes) and states.keys().isdisjoint(new):
+            states.update(new)
+            return
         merge = KINDS[group.definition.kind].merge
         get = states.get
         for suffix, state in zip(group.suffixes, group.states, strict=True):
             old = get(suffix)
             states[suffix] = state if old is None else merge(old, state)
-        self.counts.entries_folded += len(group.suffixes)
 
     # Committing
 
     def freeze(self) -> list[bytes]:
         """Swap the overlay for an empty one, and return the keys that `prepare_commit` needs the committed values of."""
         self._step(Step.FREEZE)
+        self._skipped = False
         self._forget_producers()
         self._frozen, self._overlay = self._overlay, _Overlay()
         self._overlay.next_offset = self._frozen.next_offset
@@ -341,7 +356,10 @@ class Task:
             prefix = series_prefix(view)
             change = _Change(view, suffixes, [prefix + suffix for suffix in suffixes], cached)
             self._changes.append(change)
-            keys += [key for key, state in zip(change.keys, cached, strict=True) if state is None]
+            if cached.count(None) == len(cached):
+                keys += change.keys
+            else:
+                keys += [key for key, state in zip(change.keys, cached, strict=True) if state is None]
         return keys
 
     def _forget_producers(self) -> None:

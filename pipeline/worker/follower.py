@@ -128,9 +128,10 @@ class Follower:
             self._values += records.values[:boundary]
             last = boundary == len(keys)
             self._write(records.next_offset if last else records.offsets[boundary - 1] + 1, between=False)
-        self._keys += keys[boundary:]  # type: ignore[arg-type]
-        self._values += records.values[boundary:]
-        self._bytes += sum([len(k) + len(v or b"") for k, v in zip(keys, records.values, strict=True)][boundary:])  # type: ignore[arg-type]
+        rest_keys, rest_values = keys[boundary:], records.values[boundary:]
+        self._keys += rest_keys  # type: ignore[arg-type]
+        self._values += rest_values
+        self._bytes += sum(map(len, rest_keys)) + sum(map(len, filter(None, rest_values)))  # type: ignore[arg-type]
         if len(self._keys) >= self._entries_max or self._bytes >= self._bytes_max:
             self._write(records.next_offset, between=True)
 

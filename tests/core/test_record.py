@@ -212,6 +212,8 @@ SUFFIX_PIECES = [
     b"\xd9\x01a",
     b"\x92\xa1a\xa1b",
     b"\x01",
+    b"\xc0",
+    b"\xc0" + bytes(8),
 ]
 
 
@@ -238,13 +240,40 @@ def test_many_suffixes_are_checked_as_each_is(width: int, suffixes: list[bytes])
         check_suffixes(definition, suffixes)
 
 
+GOOD = b"\x91\xa1a"
+
+
 @pytest.mark.parametrize(
-    "neighbours", [[b"\x91", b"\xa1a"], [b"\x91\xa1", b"a"], [b"\x91\xa1a\x91", b"\xa1b"], [b"", b"\x91\xa1a" * 2]]
+    "neighbours",
+    [
+        [b"\x91", b"\xa1a"],
+        [b"\x91\xa1", b"a"],
+        [b"\x91\xa1a\x91", b"\xa1b"],
+        [b"", GOOD * 2],
+        [b"\x91\xd9\x01a"],
+        [b"\xc0"],
+        [b"\xc0", GOOD * 2],
+        *([b"", GOOD + gap + GOOD] for gap in (b"\xc0", b"\xc0\xc0")),
+        *([GOOD + gap + GOOD, b""] for gap in (b"\xc0", b"\xc0\xc0")),
+        *([b"\x91\xd9", b"x" * size + gap + GOOD] for size in (191, 192, 193) for gap in (b"\xc0", b"\xc0\xc0")),
+        *([b"\x91\xda\x00", b"x" * size + gap + GOOD] for size in (191, 192) for gap in (b"\xc0", b"\xc0\xc0")),
+        [b"\x91\xa2", GOOD],
+    ],
+    ids=lambda value: f"{value!r:.60}",
 )
 def test_neighbours_are_not_joined(neighbours: list[bytes]) -> None:
-    """Two halves of one good suffix are two bad ones."""
-    with pytest.raises(BadRecord):
-        check_suffixes(ONE, [bytes(8) + half for half in neighbours])
+    """Halves of good suffixes are bad ones, and so are two in the place of one, also behind a good one."""
+    bad = [bytes(8) + half for half in neighbours]
+    for suffixes in (bad, [bytes(8) + GOOD, *bad]):
+        with pytest.raises(BadRecord):
+            check_suffixes(ONE, suffixes)
+
+
+@pytest.mark.parametrize("window", [bytes(7) + b"\x01", b"\x01" + bytes(7)])
+def test_many_suffixes_have_no_window(window: bytes) -> None:
+    """A start in one of them is seen."""
+    with pytest.raises(BadRecord, match="window"):
+        check_suffixes(ONE, [bytes(8) + GOOD, window + b"\x91\xa1b"])
 
 
 @given(labels=label_tuples)
