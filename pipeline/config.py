@@ -18,6 +18,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -89,6 +90,8 @@ def load(flags: Mapping[str, Any] | None = None) -> Config:
         if wrong["type"] == "extra_forbidden":
             raise _unknown(name, f"in {path}") from None
         raise Invalid(f"setting {name}: {wrong['msg']}, got {wrong['input']!r:.100}") from None
+    except SettingsError as error:  # the only setting that is no plain value
+        raise Invalid(f"setting kafka: {ENV_PREFIX}KAFKA must be a JSON object: {error.__cause__}") from None
     except (ValueError, OSError) as error:
         raise Invalid(f"{path}: {error}") from None
     return Config(

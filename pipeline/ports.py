@@ -140,7 +140,15 @@ class StoreView(Protocol):
         ...
 
 
-class Store(StoreView, Protocol):
+class ReadableStore(StoreView, Protocol):
+    """What readers know of a store: it changes from one call to the next, unless they take a snapshot."""
+
+    def snapshot(self) -> StoreView:
+        """The store as it is now, between two writes. For scans; when a few keys are enough, `get` is much cheaper."""
+        ...
+
+
+class Store(ReadableStore, Protocol):
     """One partition's entries. One writer; any number of readers in other threads.
 
     It may lose its newest writes when the process dies, but only whole writes and newest first: after a crash it is
@@ -149,10 +157,6 @@ class Store(StoreView, Protocol):
 
     def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
         """Set each key to its value (None: delete it), atomically: a crash leaves all or nothing of it."""
-        ...
-
-    def snapshot(self) -> StoreView:
-        """The store as it is now, between two writes. For scans; when a few keys are enough, `get` is much cheaper."""
         ...
 
     def close(self) -> None:
@@ -209,12 +213,15 @@ class Ingest(Protocol):
     """Where an HTTP server puts what it is sent. Safe from any thread; blocks until the log has acknowledged."""
 
     def deltas(self, deltas: Sequence[RawDelta]) -> Token:
-        """Accept all deltas or none. Raises `Invalid`, saying which delta is wrong and why; `Unavailable` if unsure."""
+        """Accept all deltas. Raises `Invalid`, saying which one is wrong and why: none is accepted. Raises `Unavailable` if
+        unsure: any of them may be.
+        """
         ...
 
     def batches(self, batches: Sequence[bytes]) -> list[int]:
-        """Accept a publisher's sealed batches, all or none: the `next_offset` that covers each.
+        """Accept a publisher's sealed batches: the `next_offset` that covers each.
 
-        Raises `BadRecord`, saying which batch is wrong and why; `Unavailable` if unsure: send the same bytes again.
+        Raises `BadRecord`, saying which batch is wrong and why; `Unavailable` if unsure. Any of the others may be accepted:
+        send the same bytes again.
         """
         ...

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.core.view import describe
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.settings import KafkaSettings, PublisherSettings
+from pipeline.topics import DELTAS
 
 BAD_SHOWN_MAX = 20
 CHECKPOINT_S = 2.0
@@ -210,6 +211,7 @@ class _Run:
         """The view as the server has it, with the labels in its order; `Invalid` if it has another view of this name."""
         mine = self._request.definition
         if not self._request.url.startswith("http"):
+            self._connect()
             return mine
         deadline_s = self._clock.monotonic_s() + self._timeout_s
         waiting = False
@@ -234,6 +236,27 @@ class _Run:
                 raise Invalid(f"view {mine.view} is {describe(theirs)} at {self._request.url}, not {describe(mine)}")
             mine = theirs
         return mine
+
+    def _connect(self) -> None:
+        """Wait for a broker; `Invalid` at once if a login, a permission or a topic is missing: nothing would arrive."""
+        if not self._request.url.startswith("kafka:"):
+            return
+        from pipeline.adapters.kafka.log import KafkaLog
+        from pipeline.adapters.kafka.options import parse_url
+
+        waiting = False
+
+        def wait(error: Unavailable) -> None:
+            nonlocal waiting
+            if not waiting:
+                waiting = True
+                console.err.print(f"waiting for a broker: {error}", markup=False, soft_wrap=True)
+            if self._stop.is_set():
+                raise Interrupted
+
+        settings = replace(self._kafka, kafka_timeout_ms=self._settings.close_timeout_ms)
+        with closing(KafkaLog(parse_url(self._request.url), settings, self._clock)) as log:
+            log.connect([DELTAS], wait)
 
     def _rows(self, lines: Lines) -> Iterator[Row | BadRow]:
         columns = Columns(

@@ -15,6 +15,7 @@ from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
 from pipeline.cli.server import HttpServer, bind, url_of
 from pipeline.cli.signals import stopping_on_signals
+from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
 from pipeline.worker.follower import Progress
 
@@ -58,6 +59,7 @@ class Served(Generic[RoleT]):
         make_app: Callable[[RoleT, PrometheusMetrics], Any],
     ) -> None:
         self._fatal: BaseException | None = None
+        self._ready = False
         self._bars = RestoreBars()
         metrics = PrometheusMetrics()
         self.role = make(Hooks(metrics, self._fail, self._bars))
@@ -82,12 +84,14 @@ class Served(Generic[RoleT]):
             self._listener.close()
         if self._fatal is not None:
             console.print_error(self._fatal)
-            return console.FATAL
+            # Of a start that the broker or a setting forbids: starting again can't help.
+            return console.USAGE if isinstance(self._fatal, Invalid) and not self._ready else console.FATAL
         return console.OK if stopped else console.FATAL
 
     def _announce(self, on_ready: Callable[[str], None]) -> None:
         while self._fatal is None and not self._server.stopped:
             if self.role.wait_ready(0.2):
+                self._ready = True
                 self._bars.close()
                 on_ready(self.url)
                 return

@@ -59,6 +59,8 @@ class BasePublisher:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
+        for reason in ("buffer_full", "closed", "no number", "rejected"):
+            metrics.inc(m.PUBLISHER_DROPPED, 0, reason)  # so that an alert sees the first one as a rise
         self._views: dict[str, View] = {}
         self._closed = False
         self._inherited = False

@@ -34,8 +34,9 @@ _DEFINITIONS_MAX = 10_000
 class Gateway:
     """A `ports.Ingest` on a log. `definition_of` says what is known of a view, so that label order and kind fit.
 
-    A request is one append, so it is accepted as a whole or not at all. A client that gets no answer and sends single deltas
-    again counts them twice: only batches carry sequences.
+    If anything in a request is wrong, nothing of it is appended. The rest is one append: on the embedded log that is atomic,
+    on Kafka a broker's failure can cut it between partitions. A client that gets no answer and sends single deltas again
+    counts them twice: only batches carry sequences.
     """
 
     def __init__(
@@ -138,18 +139,18 @@ class Gateway:
         return self._writer.append(messages, timeout_s=self._settings.request_timeout_ms / 1000)
 
     def batches(self, batches: Sequence[bytes]) -> list[int]:
-        """Accept a publisher's sealed batches, all or none; see `ports.Ingest`."""
+        """Accept a publisher's sealed batches; see `ports.Ingest`."""
         partition_count = self._writer.partition_count(DELTAS)
         messages = []
         for number, value in enumerate(batches):
             try:
                 batch = decode_batch(value)
-                if batch.partition >= partition_count:
-                    raise BadRecord(f"partition {batch.partition} of {partition_count}")
                 for group in batch.groups:
                     check_suffixes(group.definition, group.suffixes)
             except BadRecord as error:
                 raise BadRecord(f"batch {number}: {error}") from None
+            if batch.partition >= partition_count:  # its publisher may have heard of new partitions first
+                raise Unavailable(f"batch {number}: there is no partition {batch.partition} yet, of {partition_count}")
             messages.append(Message(DELTAS, batch.partition, None, value))
         results = self._results(messages) if messages else []
         for number, result in enumerate(results):

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,8 +300,9 @@ def create_topics(
     changelog: Mapping[str, str] | None = None,
     dead_letters: Mapping[str, str] | None = None,
     client: Mapping[str, str] | None = None,
+    only: Collection[str] = (DELTAS, CHANGELOG, DEAD_LETTERS),
 ) -> None:
-    """Create the three topics as topics/*.toml say, and return when every partition has a leader.
+    """Create the three topics, or `only` these, as topics/*.toml say, and return when every partition has a leader.
 
     The mappings are further topic settings, by Kafka's names; they win. `client` are librdkafka options.
     """
@@ -309,6 +310,7 @@ def create_topics(
     wanted = [
         NewTopic(f"{app}.{name}" if app else name, partitions, config={**_topic_settings(topic), **(given[name] or {})})
         for name, topic in load().items()
+        if name in only
     ]
     admin = admin_client(bootstrap, **(client or {}))  # named: one that is collected cancels what it was asked
     for made in admin.create_topics(wanted, operation_timeout=30, request_timeout=30).values():
@@ -326,10 +328,11 @@ def create_topics(
     wait_until(ready, f"topics of {app or 'no app'}")
 
 
-def delete_topics(bootstrap: str, app: str) -> None:
-    """Delete those of the app's topics that are there."""
+def delete_topics(bootstrap: str, app: str, *, only: Collection[str] = (DELTAS, CHANGELOG, DEAD_LETTERS)) -> None:
+    """Delete those of the app's topics, or of `only` these, that are there."""
     admin = admin_client(bootstrap)
-    names = [name for name in admin.list_topics(timeout=10).topics if name.startswith(f"{app}.")]
+    there = admin.list_topics(timeout=10).topics
+    names = [name for name in (f"{app}.{topic}" for topic in only) if name in there]
     if names:
         for gone in admin.delete_topics(names, operation_timeout=30, request_timeout=30).values():
             gone.result(30)

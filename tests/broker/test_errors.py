@@ -358,7 +358,8 @@ def test_the_deadline_holds(mock: MockCluster, request_: int, name: str) -> None
     assert time.monotonic() - started_s < 2.0
     assert len(made) < 400
     mock.heal(request_)
-    assert ends(mock, commit) == [], "after an undecided commit nothing is appended"
+    after = {*ends(mock, commit)}  # librdkafka may still be at ending the old one
+    assert not after & {PRODUCE, ADD_PARTITIONS}, "after an undecided commit nothing is appended"
     transaction.close()
 
 
@@ -456,7 +457,7 @@ def test_an_append_outlasts_what_passes(mock: MockCluster, name: str) -> None:
     ("name", "expected"),
     [
         ("MSG_SIZE_TOO_LARGE", Invalid),
-        ("INVALID_RECORD", Invalid),
+        ("INVALID_RECORD", Unavailable),
         ("CLUSTER_AUTHORIZATION_FAILED", Unavailable),
         ("UNKNOWN", Unavailable),
         ("INVALID_PRODUCER_EPOCH", Unavailable),

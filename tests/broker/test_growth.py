@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from pipeline import Reader
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.kafka.log import KafkaLog
+from pipeline.adapters.kafka.options import parse_url
+from pipeline.adapters.kafka.writer import KafkaLogWriter
+from pipeline.errors import Unavailable
+from pipeline.ports import Message
+from pipeline.settings import KafkaSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from tests.broker.drive import Role, Sender, check, finish, loaded, records, server, worker
 from tests.broker.kafka import App, create_topics
@@ -34,16 +40,37 @@ def test_growth_under_load(app: App, tmp_path: Path) -> None:
         grown = pipeline("topics", "apply", "--to", app.url, "--partitions", str(AFTER))
         assert grown.returncode == 0, grown.stdout + grown.stderr
         for role in roles:
-            wait_until(lambda role=role: _holding(role) == set(range(AFTER)), f"new partitions; {role.tail()}")
-        time.sleep(0.3)
+            wait_until(lambda role=role: _holding(role) == set(range(AFTER)), f"new partitions; {role.tail()}", 60)
+        while sender.token.next_offsets.keys() != {*range(AFTER)}:
+            sender.wait_round()
+        wait_until(lambda: publisher.flush().next_offsets.keys() == {*range(AFTER)}, "the publisher to notice", 60)
 
         load = finish(publisher, loads)
-        assert set(load[0].next_offsets) == set(range(AFTER))
-        assert set(sender.kill().next_offsets) == set(range(AFTER)), "the sender did not notice"
         check(app, roles[1:], tmp_path, load=load, senders=[sender])
         for topic in (DELTAS, CHANGELOG):
             assert {record.partition() for record in records(app, topic)} == set(range(AFTER))
         assert [(role.program.process.pid, role.exit_code) for role in roles] == [(pid, None) for pid in pids]
+
+
+def test_an_idle_log_takes_what_is_sealed_for_new_partitions(app: App) -> None:
+    """As of a gateway: who has heard of new partitions from one call can append to them with the next; others ask anew."""
+    create_topics(app.bootstrap, app.app, BEFORE)
+    settings, clock = KafkaSettings(metadata_refresh_ms=600_000), SystemClock()
+    log = KafkaLog(parse_url(app.url), settings, clock)
+    other = KafkaLogWriter(parse_url(app.url), {}, clock, timeout_ms=10_000, metadata_refresh_ms=600_000)
+    try:
+        for writer in (log, other):
+            assert isinstance(writer.append([Message(DELTAS, 0, None, b"x")], timeout_s=10)[0], int)
+        assert pipeline("topics", "apply", "--to", app.url, "--partitions", str(AFTER)).returncode == 0
+        wait_until(lambda: len(log.end_offsets(DELTAS)) == AFTER, "new partitions")
+        last = Message(DELTAS, AFTER - 1, None, b"x")
+        assert log.append([last], timeout_s=10) == [1]
+        assert other.append([last], timeout_s=10) == [2]
+        (refused,) = other.append([Message(DELTAS, AFTER, None, b"x")], timeout_s=10)
+        assert isinstance(refused, Unavailable), "it may be there soon"
+    finally:
+        other.close()
+        log.close()
 
 
 def _holding(role: Role) -> set[int]:

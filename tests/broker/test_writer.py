@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -115,6 +116,57 @@ def test_the_account_holds_while_the_broker_is_away(shared: Broker, own: App) ->
     assert totals - expected == Counter(), "nothing twice"
     assert dropped, "drop_newest dropped something"
     assert all(key.startswith("2-x") for _, key in dropped), "only what was dropped by policy is missing"
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_who_is_blocked_goes_on(shared: Broker, own: App, how: str) -> None:
+    """With `block`, callers wait for the broker's return; with `raise` they are told. All that was taken arrives once."""
+    expected: Counter[tuple[str, ...]] = Counter()
+    small = {**QUICK, "buffer_bytes_max": 200_000, "batch_bytes_max": 2_048}
+    refused = 0
+    blocked = threading.Event()
+    with (
+        Publisher(own.url, **small, on_full="block", block_timeout_ms=60_000) as waits,
+        Publisher(own.url, **small, on_full="raise") as tells,
+    ):
+        views = [it.sum("sales", labels=("key",)) for it in (waits, tells)]
+        for view in views:
+            view.add(1, key="first")
+        for publisher in (waits, tells):
+            publisher.flush()
+        if how == "stopped":
+            shared.pause()
+        else:
+            shared.kill()
+
+        def record() -> None:
+            for added in range(3_000):
+                views[0].add(1, key=f"{'x' * 50}-{added}")
+            blocked.set()
+
+        thread = threading.Thread(target=record, daemon=True)
+        thread.start()
+        for added in range(3_000):
+            try:
+                views[1].add(1, key=f"{'y' * 50}-{added}")
+                expected["sales", f"{'y' * 50}-{added}"] += 1
+            except BufferFull:
+                refused += 1
+        assert refused
+        assert not blocked.wait(1), "nobody was blocked"
+        if how == "stopped":
+            shared.resume()
+        else:
+            shared.start()
+        thread.join(60)
+        assert blocked.is_set()
+        for publisher in (waits, tells):
+            publisher.flush(timeout_s=60)
+        views[1].add(1, key="last")
+        expected["sales", "last"] = 1
+    expected.update({("sales", f"{'x' * 50}-{added}"): 1 for added in range(3_000)})
+    expected["sales", "first"] += 2
+    assert fold(raw_records(own.bootstrap, own.topic("deltas"))).totals == expected
 
 
 def test_close_keeps_its_time(shared: Broker, own: App) -> None:

@@ -55,6 +55,8 @@ TOPICS = {
 class LogLab(Protocol):
     """A log with three fresh topics of `PARTITIONS` partitions, and what happens to it from outside."""
 
+    can_grow: bool
+    """Whether a topic can have more partitions than it had a moment ago."""
     log: Log
     events: str
     """A topic of which `expire` can take everything."""
@@ -79,6 +81,7 @@ class LogLab(Protocol):
 class MemoryLab:
     """The log in memory."""
 
+    can_grow = False
     events, notes, table = "events", "notes", "table"
 
     def __init__(self) -> None:
@@ -104,6 +107,7 @@ class MemoryLab:
 class EmbeddedLab:
     """The embedded log, with the cleaner that belongs to it."""
 
+    can_grow = False
     events, notes, table = "events", "notes", "table"
 
     def __init__(self, path: Path, *, fsync: bool = False, topics: Mapping[str, Topic] = TOPICS, **settings: Any) -> None:
@@ -145,6 +149,7 @@ class EmbeddedLab:
 class KafkaLab:
     """A broker, with fresh topics under names of their own."""
 
+    can_grow = True
     events, notes, table = "events", "notes", "table"
 
     def __init__(self, bootstrap: str) -> None:

@@ -41,7 +41,7 @@ class Retries:
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
         if metric is m.PUBLISHER_RETRIES:
             self.count += amount
-        assert metric is not m.PUBLISHER_DROPPED, "a delta or batch was given up"
+        assert metric is not m.PUBLISHER_DROPPED or not amount, "a delta or batch was given up"
 
     def set(self, metric: Metric, value: float, *labels: object) -> None:
         pass

@@ -362,7 +362,6 @@ def test_batches_are_taken_as_they_are() -> None:
         (batch()[:-1], "batch"),
         (batch() + b"\x00", "batch"),
         (bytes(200), "version"),
-        (batch(partition=4), "partition 4 of 4"),
         (batch(labels=("x", "y")), "label values"),
         (batch(labels=("x" * 5_000,)), "over 4096 bytes"),
     ],
@@ -374,6 +373,14 @@ def test_one_bad_batch_refuses_all_and_is_named(bad: bytes, says: str) -> None:
         gateway(log).batches([batch(0, 0), bad, batch(0, 1)])
     assert str(caught.value).startswith("batch 1: ")
     assert not log.attempts
+
+
+def test_a_partition_that_is_not_known_yet() -> None:
+    """A publisher may hear of new partitions before a gateway does: `Unavailable`, and nothing is appended."""
+    faulty = FaultyLog()
+    with pytest.raises(Unavailable, match="batch 1: there is no partition 4 yet, of 4"):
+        gateway(faulty).batches([batch(0, 0), batch(partition=4)])
+    assert not faulty.attempts
 
 
 def test_batches_that_are_not_acknowledged_are_sent_again_by_their_publisher() -> None:

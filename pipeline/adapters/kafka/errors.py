@@ -10,6 +10,7 @@ rdkafka.h and INTRODUCTION.md; [M] measured, see tests/broker.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import NamedTuple
 
@@ -40,6 +41,9 @@ class Code(NamedTuple):
 
 _R, _A, _F, _M, _O = Verdict.RETRY, Verdict.ABORT, Verdict.FENCED, Verdict.MESSAGE, Verdict.OPERATOR
 _GRANT = "grant it with kafka-acls"
+_NEEDS = "READ, WRITE or DESCRIBE on the topic"
+_FRAME = re.compile(r"^\S+/(?:bootstrap|\d+): | \(after \d+ms in state .*$")
+"""What librdkafka puts around the words of a connection."""
 _UPGRADE = "Kafka 2.5 or newer is needed"
 
 CODES: dict[str, Code] = {
@@ -100,16 +104,17 @@ CODES: dict[str, Code] = {
     "PRODUCER_FENCED": Code(_F, "[T]"),
     "TRANSACTION_COORDINATOR_FENCED": Code(_R, "[T] the coordinator, not the producer, has moved"),
     # What is wrong is in the message.
-    "INVALID_RECORD": Code(_M, "[K]"),
-    "MSG_SIZE_TOO_LARGE": Code(_M, "[K]", "raise max.message.bytes of the topic, or lower batch_bytes_max"),
+    "MSG_SIZE_TOO_LARGE": Code(
+        _M, "[K]", "raise max.message.bytes of the topic; for deltas, lowering batch_bytes_max does too"
+    ),
     "RECORD_LIST_TOO_LARGE": Code(_M, "[K]", "raise segment.bytes of the topic, or lower batch_bytes_max"),
-    "_UNKNOWN_PARTITION": Code(_M, "[L]"),
-    "_UNKNOWN_TOPIC": Code(_M, "[L]"),
     # What is wrong is in how things are set up.
     "_AUTHENTICATION": Code(_O, "[L]", "check sasl.* in the setting `kafka`"),
     "_SSL": Code(_O, "[L]", "check ssl.* and security.protocol in the setting `kafka`"),
     "_UNSUPPORTED_FEATURE": Code(_O, "[L]", _UPGRADE),
-    "CLUSTER_AUTHORIZATION_FAILED": Code(_O, "[K]", f"IDEMPOTENT_WRITE on the cluster is missing: {_GRANT}"),
+    "CLUSTER_AUTHORIZATION_FAILED": Code(
+        _O, "[K] [M]", f"{_NEEDS} is missing, and before Kafka 2.8 IDEMPOTENT_WRITE on the cluster: {_GRANT}"
+    ),
     "GROUP_AUTHORIZATION_FAILED": Code(_O, "[K]", f"READ on the group is missing: {_GRANT}"),
     "ILLEGAL_SASL_STATE": Code(_O, "[K]", "check sasl.* in the setting `kafka`"),
     "INVALID_REPLICATION_FACTOR": Code(_O, "[K]", "there are fewer brokers than replicas: lower --replication-factor"),
@@ -123,7 +128,10 @@ CODES: dict[str, Code] = {
     "POLICY_VIOLATION": Code(_O, "[K]", "the broker has a policy against it: ask who runs it"),
     "SASL_AUTHENTICATION_FAILED": Code(_O, "[K]", "check sasl.* in the setting `kafka`"),
     "SECURITY_DISABLED": Code(_O, "[K]"),
-    "TOPIC_AUTHORIZATION_FAILED": Code(_O, "[K]", f"a permission on the topic is missing: {_GRANT}"),
+    "INVALID_RECORD": Code(_O, "[K] the topic is compacted, or wants timestamps of now", "pipeline topics plan"),
+    "_UNKNOWN_PARTITION": Code(_O, "[L] the topic was made anew with fewer", "pipeline topics apply"),
+    "_UNKNOWN_TOPIC": Code(_O, "[L] the topic was deleted", "pipeline topics apply"),
+    "TOPIC_AUTHORIZATION_FAILED": Code(_O, "[K]", f"{_NEEDS} is missing: {_GRANT}"),
     "TOPIC_EXCEPTION": Code(_O, "[K] an invalid topic name"),
     "TRANSACTIONAL_ID_AUTHORIZATION_FAILED": Code(_O, "[K]", f"WRITE on the transactional id is missing: {_GRANT}"),
     "UNSUPPORTED_COMPRESSION_TYPE": Code(_O, "[K]", "set another compression.type in the setting `kafka`"),
@@ -162,16 +170,21 @@ def verdict_of(error: KafkaError) -> Verdict:
     return verdict
 
 
-def describe(error: KafkaError, what: str) -> str:
-    """The error in words, with what can be done about it."""
-    advice = code_of(error).advice
-    text = error.str().removeprefix("Broker: ")
+def text_of(error: KafkaError) -> str:
+    """What it says, without connections and times."""
+    return _FRAME.sub("", error.str()).removeprefix("Broker: ")
+
+
+def describe(error: KafkaError, what: str, needs: str = _NEEDS) -> str:
+    """The error in words, with what can be done about it; `needs` is the permission on a topic that it takes."""
+    advice = code_of(error).advice.replace(_NEEDS, needs)
+    text = text_of(error)
     return f"{what}: {text} ({error.name()})" + (f": {advice}" if advice else "")
 
 
-def translate(error: KafkaError, what: str, verdict: Verdict | None = None) -> PipelineError:
-    """The error as one of ours; `what` says what was tried."""
-    text = describe(error, what)
+def translate(error: KafkaError, what: str, verdict: Verdict | None = None, *, needs: str = _NEEDS) -> PipelineError:
+    """The error as one of ours; `what` says what was tried, and `needs` which permission on a topic it takes."""
+    text = describe(error, what, needs)
     match verdict or code_of(error).verdict:
         case Verdict.RETRY | Verdict.ABORT:
             return Unavailable(text)

@@ -9,23 +9,32 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ClusterMetadata, OffsetSpec
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import error_of, translate
+from pipeline.adapters.kafka.errors import Verdict, code_of, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata
-from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
+from pipeline.adapters.kafka.options import (
+    Address,
+    admin_options,
+    reader_options,
+    transaction_options,
+    try_user_options,
+)
 from pipeline.adapters.kafka.reader import KafkaReader
+from pipeline.adapters.kafka.said import Cause
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message, Watermarks
 from pipeline.settings import KafkaSettings
-from pipeline.topics import DELTAS
+from pipeline.topics import CHANGELOG, DELTAS, Topic
 
 T = TypeVar("T")
 _BACKOFF_S = 0.1
 _ATTEMPT_S = 5.0
 """Longest that one request is waited for before it is asked again, so that `close` has an end."""
+_FIRST_ATTEMPT_S = 1.0
+"""Of connecting: why nobody answers is told only between attempts."""
 _log = logging.getLogger(__name__)
 
 
@@ -36,14 +45,21 @@ class KafkaLog:
     """
 
     def __init__(self, address: Address, settings: KafkaSettings, clock: Clock, *, request_timeout_ms: int = 10_000) -> None:
+        try_user_options(address, settings.kafka, timeout_ms=request_timeout_ms)
         self.address = address
         self._settings = settings
         self._clock = clock
         self._timeout_s = settings.kafka_timeout_ms / 1000
         self._closed = threading.Event()
-        self._admin = AdminClient(admin_options(address, settings.kafka))
+        self._cause = Cause()
+        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._cause})
         self._metadata = Metadata(
-            address, settings.kafka, self._list_topics, clock, refresh_s=settings.metadata_refresh_ms / 1000
+            address,
+            settings.kafka,
+            self._list_topics,
+            self._cause,
+            clock,
+            refresh_s=settings.metadata_refresh_ms / 1000,
         )
         self._writer = KafkaLogWriter(
             address,
@@ -51,26 +67,38 @@ class KafkaLog:
             clock,
             timeout_ms=request_timeout_ms,
             metadata_refresh_ms=settings.metadata_refresh_ms,
+            metadata=self._metadata,
         )
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
-        return self._admin.list_topics(topic, timeout_s)
+        try:
+            return self._admin.list_topics(topic, timeout_s)
+        finally:
+            self._admin.poll(0)  # errors and log lines wait for it, and take memory
 
     # Topics
 
-    def connect(self, topics: Sequence[str]) -> None:
-        """Raise `Unavailable` or `Invalid`, saying what to do, unless a broker answers and has these topics."""
-        waiting = False
+    def connect(self, topics: Sequence[str], on_wait: Callable[[Unavailable], None] | None = None) -> None:
+        """Raise `Unavailable` or `Invalid`, saying what to do, unless a broker answers and has these topics.
+
+        `on_wait` is called whenever an attempt has failed; by default a warning is logged once.
+        """
+        attempt_s = _FIRST_ATTEMPT_S
 
         def ask() -> None:
-            nonlocal waiting
+            nonlocal attempt_s
             try:
                 for topic in topics:
-                    self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))
+                    self._metadata.ask(topic, min(self._timeout_s, attempt_s))
             except Unavailable as error:
-                if not waiting:
+                cause = self._cause.last
+                if cause is not None and code_of(cause).verdict is Verdict.OPERATOR:
+                    raise translate(cause, str(self.address)) from None
+                if on_wait is not None:
+                    on_wait(error)
+                elif attempt_s == _FIRST_ATTEMPT_S:
                     _log.warning("waiting up to %g s: %s", self._timeout_s, error)
-                waiting = True
+                attempt_s = min(attempt_s * 2, _ATTEMPT_S)
                 raise
 
         self._again(ask)
@@ -94,6 +122,21 @@ class KafkaLog:
 
         return self._again(ask)
 
+    def topic_options(self, topic: str) -> Mapping[str, str]:
+        """The topic's configuration, by Kafka's names; empty if we may not see it."""
+        resource = ConfigResource(ConfigResource.Type.TOPIC, self.address.topic(topic))
+
+        def ask() -> Mapping[str, str]:
+            futures = self._admin.describe_configs([resource], request_timeout=min(self._timeout_s, _ATTEMPT_S))
+            found = self._result(futures[resource], f"configuration of {resource.name}")
+            return {name: entry.value for name, entry in found.items()}
+
+        try:
+            return self._again(ask)
+        except Invalid:
+            _log.info("no DESCRIBE_CONFIGS on topic %s: whether it keeps what it must is not checked", resource.name)
+            return {}
+
     # Offsets
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
@@ -105,8 +148,11 @@ class KafkaLog:
         return Watermarks(min(start, end), end)
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
-        """The end offset of each partition that the topic has now, in two requests however many there are."""
-        return self._again(lambda: self._ask_offsets(self._places(topic), OffsetSpec.latest()))
+        """The end offset of each partition that the topic has now, in two requests however many there are.
+
+        Asked once: who wants it asks again and again, and must not be held up by one partition that has no leader.
+        """
+        return self._ask_offsets(self._places(topic), OffsetSpec.latest())
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         """The start offset of each partition that the topic has now."""
@@ -215,3 +261,20 @@ def check_topics(log: KafkaLog, names: Sequence[str]) -> int:
             f"the topics need as many partitions as each other, but have: {said}; pipeline topics plan --to {log.address}"
         )
     return counts[names[0]]
+
+
+def check_changelog(log: KafkaLog, described: Topic) -> int:
+    """For how many ms the changelog keeps tombstones, at least; `Invalid` if it deletes state. Warns of what is unwise."""
+    options = log.topic_options(CHANGELOG)
+    name, do = log.address.topic(CHANGELOG), f"pipeline topics plan --to {log.address}"
+    policy = options.get("cleanup.policy", "compact")
+    if policy != "compact":
+        raise Invalid(f"topic {name} has cleanup.policy={policy}, which deletes committed state; it must be compact: {do}")
+    for option in ("min.compaction.lag.ms", "message.timestamp.type"):
+        wanted = described.kafka.get(option)
+        found = options.get(option)
+        if found is not None and wanted is not None and (int(found) < wanted if type(wanted) is int else found != wanted):
+            _log.warning(
+                "topic %s has %s=%s, not %s: servers may answer wrongly after a pause; %s", name, option, found, wanted, do
+            )
+    return min(described.delete_retention_ms, int(options.get("delete.retention.ms", described.delete_retention_ms)))

@@ -12,12 +12,15 @@ from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource
 
 from pipeline.adapters.kafka.errors import error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options
+from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
 
 _log = logging.getLogger(__name__)
 _FIRST_S = 1.0
 """A first answer is waited for no longer, so that whoever buffers meanwhile is not held up; it is asked for again."""
+_ANEW_S = 0.5
+"""A partition count that is older than that is asked for again before a partition is said not to be there."""
 _UNTOLD_BYTES_MAX = 1_000_000
 """Where nobody tells: a little below Kafka's default, whatever it counts as overhead."""
 _OVERHEAD_BYTES = 1_024
@@ -31,23 +34,36 @@ class _Known(NamedTuple):
     at_s: float
 
 
+class Denied(Invalid):
+    """The broker does not tell us, until somebody changes that: fix a permission or a setting."""
+
+
 class Metadata:
     """Topics of one app, remembered for `refresh_s` and then asked for again in the background. Safe from any thread.
 
-    `list_topics` asks a client: topic name on the broker, timeout in seconds.
+    `list_topics` asks a client: topic name on the broker, timeout in seconds. `cause` hears the errors of that client.
     """
 
     def __init__(
-        self, address: Address, user: Mapping[str, Any], list_topics: ListTopics, clock: Clock, *, refresh_s: float
+        self,
+        address: Address,
+        user: Mapping[str, Any],
+        list_topics: ListTopics,
+        cause: Cause,
+        clock: Clock,
+        *,
+        refresh_s: float,
     ) -> None:
         self._address = address
         self._user = user
         self._list_topics = list_topics
+        self._cause = cause
         self._clock = clock
         self._refresh_s = refresh_s
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
         self._asking: set[str] = set()
+        self._gone: dict[str, str] = {}
         self._bytes_max: dict[str, int] = {}
 
     def partition_count(self, topic: str) -> int:
@@ -68,17 +84,20 @@ class Metadata:
             error = error_of(exception)
             if error.code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN):
                 raise Unavailable(
-                    f"no broker answers at {self._address.bootstrap} ({error.name()}): check the address, the broker, and "
-                    "security.protocol in the setting `kafka`"
+                    f"no broker answers at {self._address.bootstrap} ({self._cause.text(error)}): check the address, the "
+                    "broker, its advertised.listeners, and security.protocol in the setting `kafka`"
                 ) from None
             raise translate(error, f"metadata of {name}") from None
+        self._cause.forget()
         if found is None or found.error is not None:
             code = KafkaError.UNKNOWN_TOPIC_OR_PART if found is None else found.error.code()
             if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise Invalid(
                     f"there is no topic {name} at {self._address.bootstrap}: pipeline topics apply --to {self._address}"
                 )
-            raise translate(found.error, f"metadata of {name}")
+            error = translate(found.error, f"metadata of {name}", needs=f"DESCRIBE on topic {name}")
+            raise Denied(str(error)) if isinstance(error, Invalid) else error
+        self._gone.pop(topic, None)
         self._known[topic] = _Known(len(found.partitions), self._clock.monotonic_s())
         return len(found.partitions)
 
@@ -91,6 +110,8 @@ class Metadata:
         def ask() -> None:
             try:
                 self.ask(topic, self._refresh_s)
+            except Invalid as error:
+                self._gone[topic] = str(error)
             except PipelineError as error:
                 _log.debug("metadata of %s is not refreshed: %s", topic, error)
             finally:
@@ -104,8 +125,21 @@ class Metadata:
         if not 0 <= partition < count:
             raise Invalid(f"topic {self._address.topic(topic)} has no partition {partition}; it has {count}")
 
+    def missing(self, topic: str, partition: int) -> str:
+        """Why nothing can be appended there now, although others have seen it; empty: it is there. It may come back."""
+        count = self.partition_count(topic)
+        if partition >= count and self._clock.monotonic_s() - self._known[topic].at_s > _ANEW_S:
+            count = self.ask(topic, _FIRST_S)
+        if partition >= count:
+            return f"topic {self._address.topic(topic)} has no partition {partition}; it has {count}: pipeline topics apply"
+        return self._gone.get(topic, "")
+
+    def forget_bytes_max(self, topic: str) -> None:
+        """The topic has refused what it should have taken: ask again."""
+        self._bytes_max.pop(topic, None)
+
     def message_bytes_max(self, topic: str, timeout_s: float) -> int:
-        """The largest value that the topic takes, less some overhead. Asked for once."""
+        """The largest value that the topic takes, less some overhead. Asked for once, and after `forget_bytes_max`."""
         known = self._bytes_max.get(topic)
         if known is not None:
             return known
@@ -114,10 +148,13 @@ class Metadata:
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
         try:
             (future,) = admin.describe_configs([resource], request_timeout=timeout_s).values()
-            limit = int(future.result(timeout_s)["max.message.bytes"].value)
+            limit = _less_overhead(int(future.result(timeout_s)["max.message.bytes"].value))
         except (KafkaException, KeyError, TimeoutError) as error:
             _log.info("max.message.bytes of %s is unknown: %s", name, error)
-            limit = _UNTOLD_BYTES_MAX
-        limit = limit - limit // 128 - _OVERHEAD_BYTES
+            return _less_overhead(_UNTOLD_BYTES_MAX)  # only what was told is remembered
         self._bytes_max[topic] = limit
         return limit
+
+
+def _less_overhead(bytes_max: int) -> int:
+    return bytes_max - bytes_max // 128 - _OVERHEAD_BYTES

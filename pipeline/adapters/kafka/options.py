@@ -11,11 +11,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from confluent_kafka import Consumer, KafkaException, Producer
+
+from pipeline.adapters.kafka.said import Seldom
 from pipeline.errors import Invalid
 
 _log = logging.getLogger("pipeline.kafka")
+_log.addFilter(Seldom())
 _APP = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}\Z")
 _SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+):[0-9]{1,5}\Z")
+PORT_MAX = 65_535
 DEFAULT_APP = "pipeline"
 MESSAGE_BYTES_MAX = 64 * 2**20
 """Of a client; what a topic takes is for the topic to say."""
@@ -69,21 +74,30 @@ _FIXED = frozenset(
         "acks",
         "allow.auto.create.topics",
         "auto.offset.reset",
+        "auto.commit.enable",
         "bootstrap.servers",
+        "default.topic.config",
+        "delivery.report.only.error",
+        "dr_cb",
         "enable.auto.commit",
         "enable.auto.offset.store",
         "enable.idempotence",
         "enable.partition.eof",
+        "error_cb",
         "group.id",
         "isolation.level",
+        "log_cb",
+        "logger",
         "message.timeout.ms",
+        "metadata.broker.list",
+        "on_delivery",
         "delivery.timeout.ms",
         "request.required.acks",
         "transaction.timeout.ms",
         "transactional.id",
     }
 )
-"""Options that carry a guarantee, or that a setting of our own is for."""
+"""Options that carry a guarantee, are used by this package, or that the URL or a setting of our own is for; and aliases."""
 
 
 class Address(NamedTuple):
@@ -111,7 +125,7 @@ def parse_url(url: str) -> Address:
     """`kafka://host:port[,host:port...][/app]`; with an app, topics are `app.deltas` and so on. `Invalid` otherwise."""
     scheme, _, rest = url.partition("://")
     servers, slash, app = rest.partition("/")
-    wrong = [server for server in servers.split(",") if not _SERVER.match(server)]
+    wrong = [it for it in servers.split(",") if not _SERVER.match(it) or not 0 < int(it.rpartition(":")[2]) <= PORT_MAX]
     if scheme != "kafka" or wrong:
         raise Invalid(f"{url!r:.200} is not kafka://host:port[,host:port...][/app]")
     if slash and app and not _APP.match(app):
@@ -120,10 +134,24 @@ def parse_url(url: str) -> Address:
 
 
 def check_user_options(user: Mapping[str, Any]) -> None:
-    """Raise `Invalid` if an option is one that users may not change, or that librdkafka does not know."""
+    """Raise `Invalid` if an option is one that users may not change."""
     for name in user:
         if name in _FIXED:
-            raise Invalid(f"kafka: {name} is fixed, because exactness depends on it; leave it out")
+            raise Invalid(f"setting kafka: {name} is fixed, because this package depends on it; leave it out")
+
+
+def try_user_options(address: Address, user: Mapping[str, Any], *, timeout_ms: int) -> None:
+    """Raise `Invalid` if librdkafka does not know an option, or can't take its value. Connects to nothing."""
+    check_user_options(user)
+    if not user:
+        return
+    alone = {"bootstrap.servers": "", "log_level": 0}
+    try:
+        Producer({**publisher_options(address, user, timeout_ms=timeout_ms), **alone})
+        Consumer({**reader_options(address, user), **alone}).close()
+    except (KafkaException, TypeError, ValueError) as error:
+        reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
+        raise Invalid(f"setting kafka: {reason}; options are those of librdkafka's CONFIGURATION.md") from None
 
 
 def reader_options(address: Address, user: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +179,7 @@ def transaction_options(
 
 def admin_options(address: Address, user: Mapping[str, Any]) -> dict[str, Any]:
     """Of an AdminClient: options for producers and consumers mean nothing to it."""
+    check_user_options(user)
     common = {name: value for name, value in user.items() if name.startswith(_ADMIN)}
     return _merged(address, "admin", {}, common, {})
 

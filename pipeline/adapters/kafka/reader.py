@@ -125,14 +125,14 @@ class KafkaReader:
                 continue  # of an assignment before this one
             next_offset = self._next[partition]
             run = fetched
-            failed = [message for message in fetched if message.error() is not None]
+            failed = [*filter(Message.error, fetched)]
             if failed:
                 run = [message for message in fetched if message.error() is None]
                 for message in failed:
                     error = message.error()
                     if error.code() == KafkaError._PARTITION_EOF:
                         next_offset = max(next_offset, message.offset())  # beyond markers, which no reader sees
-                    else:
+                    elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:  # of a group that no reader joins
                         self._note(partition, error, errors)
             if run:
                 next_offset = max(next_offset, run[-1].offset() + 1)
@@ -140,10 +140,10 @@ class KafkaReader:
                 out.append(
                     Records(
                         partition=partition,
-                        offsets=[message.offset() for message in run],
-                        at_ms=[message.timestamp()[1] for message in run],
-                        keys=[message.key() for message in run],
-                        values=[message.value() for message in run],
+                        offsets=[*map(Message.offset, run)],
+                        at_ms=[at_ms for _, at_ms in map(Message.timestamp, run)],
+                        keys=[*map(Message.key, run)],
+                        values=[*map(Message.value, run)],
                         next_offset=next_offset,
                     )
                 )
@@ -158,7 +158,7 @@ class KafkaReader:
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._LOG_TRUNCATION):
             self._out_of_range[partition] = self._next[partition]
         elif code_of(error).verdict in (Verdict.RETRY, Verdict.OPERATOR):  # librdkafka goes on trying
-            errors.append(Unavailable(describe(error, f"read {self._topic}-{partition}")))
+            errors.append(Unavailable(describe(error, f"read {self._topic}-{partition}", f"READ on topic {self._topic}")))
         else:
             errors.append(translate(error, f"read {self._topic}-{partition}"))
 

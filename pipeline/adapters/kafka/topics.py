@@ -20,7 +20,7 @@ from confluent_kafka.admin import (
 )
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate
-from pipeline.adapters.kafka.options import Address, admin_options
+from pipeline.adapters.kafka.options import Address, admin_options, try_user_options
 from pipeline.adapters.kafka.plan import (
     DEFAULT_REPLICATION,
     ORDER,
@@ -32,6 +32,7 @@ from pipeline.adapters.kafka.plan import (
     Wish,
     make_plan,
 )
+from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock
 from pipeline.topics import Topic
@@ -80,16 +81,13 @@ class TopicAdmin:
         self._clock = clock
         self._timeout_ms = timeout_ms
         self._deadline_s = clock.monotonic_s() + timeout_ms / 1000
-        self._told: KafkaError | None = None
-        options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._tell}
+        self._cause = Cause()
+        try_user_options(address, user, timeout_ms=timeout_ms)
+        options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._cause}
         if "debug" not in user:
             options["log_level"] = 2  # why nobody answers is in the error
         # Kept until the end: a client that is collected cancels what it was asked.
         self._client = AdminClient(options)
-
-    def _tell(self, error: KafkaError) -> None:
-        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says less than the one before
-            self._told = error
 
     def plan(self, wish: Wish) -> Plan:
         """What `apply` would do. Reads only.
@@ -159,7 +157,7 @@ class TopicAdmin:
             except KafkaException as exception:
                 error = error_of(exception)
             self._client.poll(0)
-            for it in (error, self._told):
+            for it in (error, self._cause.last):
                 if it is not None and code_of(it).verdict is not Verdict.RETRY:
                     raise translate(it, str(self._address))
             if self._clock.monotonic_s() >= self._deadline_s:
@@ -264,8 +262,7 @@ class TopicAdmin:
         self._client.poll(_PAUSE_S)
 
     def _nobody(self, error: KafkaError | None) -> Unavailable:
-        last = self._told or error
-        why = "" if last is None else f" ({last.str()})"
+        why = "" if error is None else f" ({self._cause.text(error)})"
         return Unavailable(
             f"{self._address}: no broker answers in {self._timeout_ms} ms{why}: check the address, that the broker runs and "
             "its advertised.listeners can be reached from here, and security.protocol in the setting `kafka`"

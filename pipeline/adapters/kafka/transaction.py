@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -14,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate, verdict_of
-from pipeline.errors import Fenced, PipelineError, Unavailable
+from pipeline.errors import Fenced, LogCorrupt, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
 
 _log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class _Reports:
     def __init__(self, *, every: bool) -> None:
         self.every = every
         self.covering: dict[tuple[str, int], int] = {}
-        self.hopeless: KafkaError | None = None
-        """Why a message can never be delivered."""
+        self.hopeless: tuple[KafkaError, str] | None = None
+        """Why a message can never be delivered, and where."""
 
     def callback(self, topic: str, partition: int) -> Callable[[KafkaError | None, Delivered], None]:
         """What librdkafka shall call for a message."""
@@ -60,7 +61,7 @@ class _Reports:
             if offset is not None:  # None: the broker has had it before, and does not say where
                 self.covering[place] = max(self.covering.get(place, 0), offset + 1)
         elif code_of(error).verdict in (Verdict.MESSAGE, Verdict.OPERATOR):
-            self.hopeless = error
+            self.hopeless = error, f"write to {message.topic()}-{message.partition()}"
 
 
 class KafkaTransaction:
@@ -88,6 +89,9 @@ class KafkaTransaction:
         """Why nothing can be committed any more."""
         self._ask_all = False
         """Whether every message shall report, because librdkafka says of an abort only that some message failed."""
+        self._ends: dict[tuple[str, int], int] = {}
+        """Where each partition ended behind what was committed last."""
+        self._needs = "WRITE on the topic"
         self._producer: Producer | None = Producer(dict(options))
         deadline_s = clock.monotonic_s() + timeout_s
         try:
@@ -108,6 +112,7 @@ class KafkaTransaction:
         runs = _runs(messages)
         for topic, partition, _ in runs:
             self._check(topic, partition)
+        self._needs = "WRITE on topic " + " or ".join(sorted({self._broker_topic(run.topic) for run in runs}))
         deadline_s = self._clock.monotonic_s() + timeout_s
         try:
             while True:
@@ -147,10 +152,17 @@ class KafkaTransaction:
             except BufferError:
                 self._abort(deadline_s)
                 raise Unavailable(f"transaction {self._id}: librdkafka's queue stays full") from None
+            # Before it is decided: entries of state that is nowhere else must not become what a topic made anew begins with.
+            # What it raises is of a producer that is given up, which is for the commit to tell; SystemError is how the
+            # driver raises it where librdkafka logs in the same call.
+            with suppress(KafkaException, SystemError):
+                producer.flush(max(deadline_s - self._clock.monotonic_s(), 0.001))
+            self._check_beyond(runs, reports, deadline_s)
             self._until_decided(producer.commit_transaction, deadline_s, "commit")
         except _Aborted:
             if reports.hopeless is not None:
-                raise translate(reports.hopeless, f"transaction {self._id}") from None
+                error, where = reports.hopeless
+                raise translate(error, f"transaction {self._id}, {where}", needs=self._needs) from None
             self._ask_all = True
             raise
         covering: list[int] = []
@@ -159,22 +171,38 @@ class KafkaTransaction:
             if next_offset is None:
                 raise Unavailable(f"transaction {self._id}: committed, but the broker does not say where")
             covering += repeat(next_offset, len(messages))
+        self._ends |= reports.covering
         return covering
+
+    def _check_beyond(self, runs: Sequence[_Run], reports: _Reports, deadline_s: float) -> None:
+        """Abort, and raise `LogCorrupt`, if something was appended where there is something of ours already."""
+        counts = Counter({(run.topic, run.partition): 0 for run in runs})
+        for topic, partition, messages in runs:
+            counts[topic, partition] += len(messages)
+        for place, count in counts.items():
+            end, next_offset = self._ends.get(place, 0), reports.covering.get(place, 0)
+            if next_offset and next_offset - count < end:
+                self._abort(deadline_s)
+                went = f"from {end} to {next_offset - count}"
+                raise LogCorrupt(f"{place[0]}-{place[1]} went back {went}: it was made anew or truncated")
 
     def _produce(self, producer: Producer, run: _Run, reports: _Reports, deadline_s: float) -> None:
         topic, partition, messages = run
         name, report = self._broker_topic(topic), reports.callback(topic, partition)
         silent = 0 if reports.every else len(messages) - 1
         produce = producer.produce
-        done = 0
+        for message in messages[:silent]:
+            try:
+                produce(name, message.value, message.key, partition)
+            except BufferError:
+                self._produce_in_time(producer, (name, message.value, message.key, partition), deadline_s)
+        for message in messages[silent:]:
+            self._produce_in_time(producer, (name, message.value, message.key, partition, report), deadline_s)
+
+    def _produce_in_time(self, producer: Producer, arguments: tuple[Any, ...], deadline_s: float) -> None:
         while True:
             try:
-                for message in messages[done:silent]:
-                    produce(name, message.value, message.key, partition)
-                    done += 1
-                for message in messages[done:]:
-                    produce(name, message.value, message.key, partition, report)
-                    done += 1
+                producer.produce(*arguments)
                 return
             except BufferError:
                 if self._clock.monotonic_s() >= deadline_s:
@@ -195,7 +223,7 @@ class KafkaTransaction:
                 error = error_of(exception)
                 verdict = verdict_of(error)
                 if verdict is Verdict.ABORT and abort:
-                    self._abort(deadline_s)
+                    self._abort_because(error, what, deadline_s)
                 if verdict is not Verdict.RETRY and (verdict is not Verdict.ABORT or abort):
                     raise self._judged(error, what) from None
                 if self._clock.monotonic_s() >= deadline_s:
@@ -208,7 +236,21 @@ class KafkaTransaction:
         verdict = verdict_of(error)
         if verdict in (Verdict.ABORT, Verdict.RETRY):
             return _Aborted(describe(error, what))
-        return translate(error, f"{what} of transaction {self._id}", verdict)
+        return translate(error, f"{what} of transaction {self._id}", verdict, needs=self._needs)
+
+    def _abort_because(self, error: KafkaError, what: str, deadline_s: float) -> None:
+        """Abort; of what only an operator can change that is the reason to tell, whatever becomes of the abort.
+
+        A transaction that the broker let nothing into can't be aborted: it has not begun there (INVALID_TXN_STATE).
+        """
+        forbidden = code_of(error).verdict is Verdict.OPERATOR
+        try:
+            self._abort(deadline_s)
+        except PipelineError:
+            if not forbidden:
+                raise
+        if forbidden:
+            raise translate(error, f"{what} of transaction {self._id}", Verdict.OPERATOR, needs=self._needs) from None
 
     def _abort(self, deadline_s: float) -> None:
         self._until_decided(self._open().abort_transaction, deadline_s, "abort", abort=False)

@@ -15,13 +15,17 @@ from confluent_kafka import Message as Delivered
 from confluent_kafka.admin import ClusterMetadata
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of
-from pipeline.adapters.kafka.metadata import Metadata
-from pipeline.adapters.kafka.options import Address, publisher_options
+from pipeline.adapters.kafka.metadata import Denied, Metadata
+from pipeline.adapters.kafka.options import Address, publisher_options, try_user_options
+from pipeline.adapters.kafka.said import Cause, Seldom
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
+from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
+_log.addFilter(Seldom())
 _POLL_S = 0.1
+_LOOK_S = 2.0
 _GRACE_S = 2.0
 """librdkafka looks for messages that have timed out once a second; it is given the time to say so itself."""
 _PURGE_S = 5.0
@@ -59,6 +63,7 @@ class _Client:
         """Whether librdkafka has given this producer up."""
         self.fatal: KafkaError | None = None
         """Why, as far as it has said so."""
+        self._told = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="pipeline-kafka", daemon=True)
         self._thread.start()
@@ -75,9 +80,14 @@ class _Client:
         except KafkaException as exception:
             self.fatal = error_of(exception)
             self.broken = True
+            self._told.set()
             _log.warning("%s", describe(self.fatal, "librdkafka has given a producer up, the next append makes a new one"))
         except Exception:
             _log.exception("a delivery report could not be read")
+
+    def wait_told(self, timeout_s: float) -> None:
+        """Wait, at most so long, until it is known why the producer is given up."""
+        self._told.wait(timeout_s)
 
     def wait_stopped(self, timeout_s: float) -> bool:
         """Wait, at most so long, until the client is closed; whether it is."""
@@ -102,16 +112,26 @@ class KafkaLogWriter:
     """
 
     def __init__(
-        self, address: Address, user: Mapping[str, Any], clock: Clock, *, timeout_ms: int, metadata_refresh_ms: int
+        self,
+        address: Address,
+        user: Mapping[str, Any],
+        clock: Clock,
+        *,
+        timeout_ms: int,
+        metadata_refresh_ms: int,
+        metadata: Metadata | None = None,
     ) -> None:
-        self._options = publisher_options(address, user, timeout_ms=timeout_ms)
+        try_user_options(address, user, timeout_ms=timeout_ms)
+        cause = Cause()
+        self._options = {**publisher_options(address, user, timeout_ms=timeout_ms), "error_cb": cause}
         self._address = address
         self._clock = clock
         self._timeout_s = timeout_ms / 1000
         self._lock = threading.Lock()
         self._made: _Client | None = None
         self._closed = False
-        self._metadata = Metadata(address, user, self._list_topics, clock, refresh_s=metadata_refresh_ms / 1000)
+        refresh_s = metadata_refresh_ms / 1000
+        self._metadata = metadata or Metadata(address, user, self._list_topics, cause, clock, refresh_s=refresh_s)
 
     def _client(self) -> _Client:
         client = self._made
@@ -167,7 +187,9 @@ class KafkaLogWriter:
         """Hand a message over; why not, if that can't be done."""
         topic = self._address.topic(message.topic)
         try:
-            self._metadata.check(message.topic, message.partition)
+            if missing := self._metadata.missing(message.topic, message.partition):
+                return Unavailable(missing)
+            looked = False
             while True:
                 try:
                     client.producer.produce(topic, message.value, message.key, message.partition, report)
@@ -175,8 +197,18 @@ class KafkaLogWriter:
                 except BufferError:
                     if self._clock.monotonic_s() >= deadline_s or client.wait_stopped(_POLL_S):
                         return Unavailable(f"append to {topic}: librdkafka's queue stays full")
+                except KafkaException as exception:
+                    if looked or error_of(exception).code() != KafkaError._UNKNOWN_PARTITION:
+                        raise
+                    looked = True
+                    client.producer.list_topics(topic, _LOOK_S)  # its own view is older than ours
         except KafkaException as exception:
-            return self._refusal(client, error_of(exception), topic, message.partition)
+            error = error_of(exception)
+            if error.code() == KafkaError._FATAL:  # which says nothing; the cause comes to the other thread
+                client.wait_told(_LOOK_S)
+            return self._refusal(client, error, topic, message.partition)
+        except Denied as error:
+            return Unavailable(str(error))
         except PipelineError as error:
             return error
 
@@ -189,12 +221,14 @@ class KafkaLogWriter:
             call.answer(number, self._refusal(client, error, message.topic(), message.partition()))
 
     def _refusal(self, client: _Client, error: KafkaError, topic: str, partition: int) -> PipelineError:
-        where = f"append to {topic}-{partition}"
+        where, needs = f"append to {topic}-{partition}", f"WRITE on topic {topic}"
         if error.fatal() or error.code() == KafkaError._FATAL:
             client.broken = True  # the next call makes a new one; batches have numbers of their own
         if client.broken:
-            return Unavailable(describe(client.fatal or error, where))
-        text = describe(error, where)
+            return Unavailable(describe(client.fatal or error, where, needs))
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            self._metadata.forget_bytes_max(DELTAS)  # it takes less than it did
+        text = describe(error, where, needs)
         # Only what is wrong with the message itself is for good: a permission can be granted, and nothing is lost till then.
         return Invalid(text) if code_of(error).verdict is Verdict.MESSAGE else Unavailable(text)
 

@@ -1,0 +1,113 @@
+"""A broker with logins and an authorizer, and what each role may do at least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from pipeline import Publisher
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from tests.broker.drive import PUBLISHER
+from tests.broker.kafka import App, create_topics, new_app
+from tests.support import wait_until
+
+WAIT_S = 60.0
+PASSWORD = "p"
+USERS = ("publisher", "worker", "server", "operator")
+PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+PROPERTIES = {
+    "listeners": "SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
+    "advertised.listeners": "SASL_PLAINTEXT://127.0.0.1:{port}",
+    "inter.broker.listener.name": "SASL_PLAINTEXT",
+    "sasl.enabled.mechanisms": "PLAIN",
+    "sasl.mechanism.inter.broker.protocol": "PLAIN",
+    "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
+        f'{PLAIN} username="admin" password="{PASSWORD}" '
+        + " ".join(f'user_{name}="{PASSWORD}"' for name in ("admin", *USERS))
+        + ";"
+    ),
+    "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+    "super.users": "User:admin;User:ANONYMOUS",
+}
+
+ID, GROUP = "transactional id", "group"
+LEAST = {
+    "publisher": {(DELTAS, "WRITE")},
+    "worker": {
+        (DELTAS, "READ"),
+        (CHANGELOG, "READ"),
+        (CHANGELOG, "WRITE"),
+        (DEAD_LETTERS, "WRITE"),
+        (ID, "WRITE"),
+    },
+    "server": {(DELTAS, "DESCRIBE"), (CHANGELOG, "READ"), (DEAD_LETTERS, "DESCRIBE")},
+    "operator": {
+        (topic, operation)
+        for topic in (DELTAS, CHANGELOG, DEAD_LETTERS)
+        for operation in ("DESCRIBE", "DESCRIBE_CONFIGS", "CREATE", "ALTER", "ALTER_CONFIGS")
+    },
+}
+"""What each role needs: (resource, operation)."""
+
+
+def login(name: str, password: str = PASSWORD) -> dict[str, str]:
+    """Options of librdkafka."""
+    plain = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN"}
+    return {**plain, "sasl.username": name, "sasl.password": password}
+
+
+def user(name: str) -> dict[str, Any]:
+    """Kafka settings with a login."""
+    return {"kafka": login(name)}
+
+
+def flags(name: str, password: str = PASSWORD) -> list[str]:
+    """The login, for a command."""
+    return [f"--set=kafka.{option}={value}" for option, value in login(name, password).items()]
+
+
+class Own:
+    """One app, without topics yet, and the permissions on its names."""
+
+    def __init__(self, bootstrap: str, admin: AdminClient) -> None:
+        self.app: App = new_app(bootstrap)
+        self._admin = admin
+
+    def _rule(self, kind: Any, user: str, name: str, operation: str) -> Any:
+        resource, full, pattern = ResourceType.TOPIC, self.app.topic(name), ResourcePatternType.LITERAL
+        if name == ID:
+            resource, full, pattern = ResourceType.TRANSACTIONAL_ID, f"{self.app.app}-", ResourcePatternType.PREFIXED
+        elif name == GROUP:
+            resource, full = ResourceType.GROUP, f"{self.app.app}-position"
+        return kind(resource, full, pattern, f"User:{user}", "*", AclOperation[operation], AclPermissionType.ALLOW)
+
+    def grant(self, user: str, *permissions: tuple[str, str]) -> None:
+        """From now on: the broker that answers which rules there are is the one that applies them."""
+        for done in self._admin.create_acls([self._rule(AclBinding, user, *it) for it in permissions]).values():
+            done.result(WAIT_S)
+        for it in permissions:
+            rule = self._rule(AclBindingFilter, user, *it)
+            wait_until(lambda rule=rule: self._admin.describe_acls(rule).result(WAIT_S), f"{it} of {user}", WAIT_S)
+
+    def revoke(self, user: str, *permissions: tuple[str, str]) -> None:
+        """Soon."""
+        for done in self._admin.delete_acls([self._rule(AclBindingFilter, user, *it) for it in permissions]).values():
+            done.result(WAIT_S)
+
+    def create_topics(self) -> None:
+        """Of one partition."""
+        create_topics(self.app.bootstrap, self.app.app, 1, client=login("admin"))
+
+    def publish(self, amount: int = 1) -> None:
+        """Add to the sum `v`, acknowledged."""
+        with Publisher(self.app.url, kafka=login("admin"), **PUBLISHER) as publisher:
+            publisher.sum("v").add(amount)

@@ -1,0 +1,98 @@
+"""Addresses of brokers and options of librdkafka that are wrong, however they are given; nothing is connected to."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import Publisher
+from pipeline.adapters.kafka.options import parse_url
+from pipeline.adapters.kafka.said import Seldom
+from pipeline.errors import Invalid
+from tests.support import pipeline
+
+URL = "kafka://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ["", "h", "h:", "h:1:2", "h:0", "h:65536", "h:99999", "h:x", ":1", "h:1,", "h:1, g:2", "u:p@h:1", "h:1?x=1", "h:1/a/b",
+     "h:1/..", "h:1/a b", "h:1/" + "a" * 101],
+)  # fmt: skip
+def test_a_wrong_address(rest: str) -> None:
+    """Refused as text: a port too large is not taken for another one."""
+    with pytest.raises(Invalid, match=r"kafka://host:port|the app's name may hold"):
+        parse_url(f"kafka://{rest}")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"acks": "1"}, "acks is fixed"),
+        ({"request.required.acks": 1}, "request.required.acks is fixed"),
+        ({"metadata.broker.list": "h:1"}, "metadata.broker.list is fixed"),
+        ({"default.topic.config": {"acks": 1}}, "default.topic.config is fixed"),
+        ({"delivery.report.only.error": True}, "delivery.report.only.error is fixed"),
+        ({"auto.commit.enable": True}, "auto.commit.enable is fixed"),
+        ({"acsk": 1}, 'No such configuration property: "acsk"'),
+        ({"socket.timeout.ms": "soon"}, 'Invalid value for configuration property "socket.timeout.ms"'),
+        ({"socket.timeout.ms": -5}, '"socket.timeout.ms" value -5 is outside allowed range 10..300000;'),
+        ({"debug": None}, '"debug"'),
+        ({"fetch.min.bytes": [1]}, '"fetch.min.bytes"'),
+        ({"retries": 0}, "`retries` must be set >= 1"),
+        ({"max.in.flight": 10}, "`max.in.flight` must be set <= 5"),
+        ({"queuing.strategy": "lifo"}, "`queuing.strategy` must be set to `fifo`"),
+        ({"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN"}, "sasl.username and sasl.password must be set"),
+        ({"security.protocol": "SSL", "ssl.ca.location": "/nope"}, "ssl.ca.location failed"),
+    ],
+)
+def test_a_wrong_option(options: dict[str, Any], said: str) -> None:
+    """Named before anything is connected to, as a setting; those that carry a guarantee can't be changed, by no alias."""
+    with pytest.raises(Invalid) as error:
+        Publisher(URL, kafka=options)
+    assert str(error.value).startswith("setting kafka: ")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "text", "said"),
+    [
+        ("kafka.acks=1", "", "", "setting kafka: acks is fixed"),
+        ("kafka=oops", "", "", "setting kafka: Input should be a valid dictionary"),
+        ("", "{", "", "setting kafka: PIPELINE_KAFKA must be a JSON object: "),
+        ("", "[1]", "", "setting kafka: Input should be a valid dictionary"),
+        ("", '{"acks": 1}', "", "setting kafka: acks is fixed"),
+        ("", "", '[kafka]\nacks = "1"\n', "setting kafka: acks is fixed"),
+        ("", "", "kafka = 1\n", "setting kafka: Input should be a valid dictionary"),
+    ],
+)
+def test_wherever_it_is_said(tmp_path: Path, flag: str, variable: str, text: str, said: str) -> None:
+    """Flag, environment and file alike: exit code 2, one line."""
+    (tmp_path / "pipeline.toml").write_text(text)
+    done = pipeline(
+        *("topics", "plan", "--to", URL, *(["--set", flag] if flag else [])), env={"PIPELINE_KAFKA": variable}, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"pipeline: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_librdkafka_repeats_is_logged_seldom() -> None:
+    """The same line, whatever its times and numbers of clients, once a minute; another one at once."""
+
+    def shown(text: str, at_s: float) -> bool:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, text, None, None)
+        record.created = at_s
+        return seldom.filter(record)
+
+    seldom = Seldom()
+    assert shown("FAIL [a#producer-1] h:1 refused (after 0ms)", 0)
+    assert not shown("FAIL [a#producer-2] h:1 refused (after 7ms)", 59)
+    assert shown("FAIL [a#producer-1] h:2 refused (after 0ms)", 59)
+    assert shown("FAIL [a#producer-1] h:1 refused (after 0ms)", 61)
+    for n in range(5_000):
+        shown(f"line {n}", 61)
+    assert len(seldom._next_s) <= 1_000
