@@ -13,13 +13,13 @@ from typing import Any
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.kafka.log import KafkaLog, check_topics
+from pipeline.adapters.kafka.log import KafkaLog, check_changelog, check_topics
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.record import Definition
-from pipeline.errors import Invalid, NotFound
+from pipeline.errors import Invalid, LogCorrupt, NotFound
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Ingest, Store
+from pipeline.ports import Ingest, ReadableStore
 from pipeline.producer.gateway import Gateway
 from pipeline.query.ends import EndsPolled
 from pipeline.query.reader import ViewReader
@@ -46,7 +46,6 @@ class _Role:
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self.clock = SystemClock()
-        self.described = topics.load()
         self._on_fatal = on_fatal
         self._fatal_once = threading.Lock()
         address = parse_url(url)
@@ -56,6 +55,7 @@ class _Role:
                 address, kafka_settings, self.clock, request_timeout_ms=publisher_settings.request_timeout_ms
             )
             self.partition_count = check_topics(self.log, _TOPICS)
+            self._delete_retention_ms = check_changelog(self.log, topics.load()[CHANGELOG])
             self._stores = RocksStores(self._data.stores, log_settings)
         except BaseException:
             self._data.close()
@@ -96,6 +96,7 @@ class ClusterWorker(_Role):
         self._on_progress = on_progress
         self._progress: dict[int, Progress] = {}
         self._listed = partitions
+        self._topic_ids = {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
         numbers = range(self.partition_count) if partitions is None else sorted({*partitions})
         if unknown := [number for number in numbers if not 0 <= number < self.partition_count]:
             self._close()
@@ -113,7 +114,7 @@ class ClusterWorker(_Role):
         )
         self._mirror = Mirror(
             self._positions,
-            end_offsets=partial(self.log.end_offsets, DELTAS),
+            end_offsets=self._end_offsets,
             start_offsets=partial(self.log.start_offsets, DELTAS),
             commit=self.log.mirror_positions,
             clock=self.clock,
@@ -128,7 +129,7 @@ class ClusterWorker(_Role):
             stores=self._stores,
             clock=self.clock,
             settings=self._worker,
-            delete_retention_ms=self.described[CHANGELOG].delete_retention_ms,
+            delete_retention_ms=self._delete_retention_ms,
             app=self.log.address.app,
             metrics=self._metrics,
         )
@@ -140,6 +141,18 @@ class ClusterWorker(_Role):
         new = {number: self._partition(number) for number in range(count) if number not in self.partitions}
         self.partitions = {**self.partitions, **new}
         return [*new.values()]
+
+    def _end_offsets(self) -> Mapping[int, int]:
+        """Of deltas, each second. A topic made anew shows in nothing else if it has grown as long as the old one."""
+        ids = {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
+        for topic, topic_id in ids.items():
+            if self._topic_ids.setdefault(topic, topic_id) != topic_id:
+                error = LogCorrupt(
+                    f"topic {self.log.address.topic(topic)} was made anew while this worker ran: start it again"
+                )
+                self._fail(error)
+                raise error
+        return self.log.end_offsets(DELTAS)
 
     def _positions(self) -> dict[int, int]:
         return {number: it.task.position.next_offset for number, it in self.partitions.items() if it.started}
@@ -213,7 +226,7 @@ class ClusterServer(_Role):
             stores=self._stores,
             clock=self.clock,
             settings=worker_settings or WorkerSettings(),
-            delete_retention_ms=self.described[CHANGELOG].delete_retention_ms,
+            delete_retention_ms=self._delete_retention_ms,
             on_fatal=self._fail,
             on_progress=on_progress,
             metrics=metrics,
@@ -223,6 +236,7 @@ class ClusterServer(_Role):
             partial(self.log.start_offsets, DELTAS),
             self.clock,
             interval_ms=query.end_offsets_interval_ms,
+            source_id=partial(self.log.topic_id, DELTAS),
         )
         self.reader = ViewReader(
             stores=self._replicas.stores, ends=self._ends, clock=self.clock, settings=query, metrics=metrics
@@ -254,7 +268,7 @@ class ClusterServer(_Role):
             self._close()
         return done
 
-    def stores(self) -> Mapping[int, Store]:
+    def stores(self) -> Mapping[int, ReadableStore]:
         """The stores, by partition; see `ReplicaLoop.stores`."""
         return self._replicas.stores()
 

@@ -51,7 +51,9 @@ RETENTION_MARGIN = Metric(
     "Records between the log's start and next offset; below 0 records are lost.",
     _P,
 )
-RESTORE_ENTRIES = Metric("pipeline_restore_entries_total", "counter", "Changelog records applied by restores.", _P)
+RESTORE_ENTRIES = Metric(
+    "pipeline_restore_entries_total", "counter", "Changelog records applied by restores, and by servers that follow.", _P
+)
 RESTORE_REMAINING = Metric(
     "pipeline_restore_remaining_records", "gauge", "Changelog records that a restore has still to read.", _P
 )

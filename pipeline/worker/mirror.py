@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 import pipeline.metrics as m
-from pipeline.errors import PipelineError
+from pipeline.errors import Invalid, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 
@@ -57,16 +57,22 @@ class Mirror:
         self._stop.set()
 
     def _run(self) -> None:
-        next_commit_s = 0.0
+        next_commit_s, warned = 0.0, False
         while not self._stop.is_set():
             try:
                 self._look()
-                if self._interval_s and self._clock.monotonic_s() >= next_commit_s:
-                    next_commit_s = self._clock.monotonic_s() + self._interval_s
-                    self.mirror()
             except PipelineError as error:
                 self.end_offsets = {}
-                _log.debug("not mirrored: %s", error)
+                _log.debug("nobody says where the log ends: %s", error)
+            if self._interval_s and self._clock.monotonic_s() >= next_commit_s:
+                next_commit_s = self._clock.monotonic_s() + self._interval_s
+                try:
+                    self.mirror()
+                except PipelineError as error:
+                    # Of what passes by itself others complain.
+                    level = logging.WARNING if isinstance(error, Invalid) and not warned else logging.DEBUG
+                    warned |= level == logging.WARNING
+                    _log.log(level, "lag tools do not see positions, nothing else depends on it: %s", error)
             self._stop.wait(_LOOK_S)
 
     def _look(self) -> None:

@@ -56,6 +56,8 @@ class Partition:
         self._source_id = self._topic_id = ""
         self._committed_end = 0
         """Where the changelog ended behind our last commit."""
+        self._committed = False
+        """Whether that was one of this object's: then the transaction knows too where to go on."""
         self.task = self._new_task()
         self._delete_retention_ms = delete_retention_ms
         self._app = app
@@ -182,11 +184,14 @@ class Partition:
             raise NotReady(f"partition {self.number} was not started")
         messages = self._dead_letters(commit)
         messages += map(Message, repeat(CHANGELOG), repeat(self.number), commit.keys, commit.values)
+        if not self._committed and self._log.topic_id(CHANGELOG) != self._topic_id:
+            raise LogCorrupt(f"changelog-{self.number} was made anew since it was restored from")
         offsets = self._transaction.commit(messages, timeout_s=self._settings.commit_timeout_ms / 1000)
-        if offsets[-1] <= self._committed_end:
-            went = f"from {self._committed_end} to {offsets[-1]}"
+        begins = offsets[-1] - len(commit.keys)
+        if begins < self._committed_end:
+            went = f"from {self._committed_end} to {begins}"
             raise LogCorrupt(f"changelog-{self.number} went back {went}: it was made anew or truncated")
-        self._committed_end = offsets[-1]
+        self._committed_end, self._committed = offsets[-1], True
         meta = StoreMeta(changelog_next_offset=offsets[-1], topic_id=self._topic_id)
         write_entries(self.store, commit.keys, commit.values, meta)
 

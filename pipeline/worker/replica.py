@@ -18,7 +18,7 @@ import pipeline.metrics as m
 from pipeline.core.record import Records
 from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, LogReader, Store, Stores
+from pipeline.ports import Clock, Log, LogReader, ReadableStore, Store, Stores
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
@@ -33,6 +33,13 @@ _AWAY_S = 0.2
 _COMPLAIN_S = 10.0
 
 
+class _Served:
+    """A store for as long as it is served without a break: after one there is another, so that reads notice."""
+
+    def __init__(self, store: Store) -> None:
+        self.get, self.scan, self.snapshot = store.get, store.scan, store.snapshot
+
+
 class Replica:
     """One partition: its store, its follower, and whether it can be read. Owned by the loop's thread."""
 
@@ -43,10 +50,16 @@ class Replica:
         self.started_s = started_s
         self.caught_up_s = started_s
         """When everything that the changelog held had been read, as far as is known."""
-        self.serving = False
+        self.served: ReadableStore | None = None
+        """What is read of it now."""
         self.target: tuple[float, int] | None = None
         """When the end of the changelog was asked for, and the answer: to be reached."""
         self.remaining = 0
+
+    @property
+    def serving(self) -> bool:
+        """Whether it can be read."""
+        return self.served is not None
 
     def catch_up(self, now_s: float, lag_max_s: float) -> bool:
         """Whether the target is reached, in time for it to count; then, or if it took too long, the next one is due."""
@@ -59,9 +72,13 @@ class Replica:
         self.caught_up_s = asked_s
         return True
 
+    def serve(self) -> None:
+        """It can be read from now on."""
+        self.served, self.remaining = _Served(self.store), 0
+
     def hide(self) -> None:
         """Serve no reads until it has caught up anew."""
-        self.serving, self.target = False, None
+        self.served = self.target = None
 
 
 class ReplicaLoop:
@@ -98,7 +115,7 @@ class ReplicaLoop:
         self._replicas: dict[int, Replica] = {}
         self._needed: frozenset[int] = frozenset()
         """Partitions without which no answer is whole."""
-        self._readable: Mapping[int, Store] = {}
+        self._readable: Mapping[int, ReadableStore] = {}
         self._reader: LogReader | None = None
         self._assigned = False
         self._ready = threading.Event()
@@ -106,6 +123,8 @@ class ReplicaLoop:
         self._thread = threading.Thread(target=self._run, name="pipeline-replica", daemon=True)
         self._next_look_s = 0.0
         self._complained_s = -_COMPLAIN_S
+        self._trouble = ""
+        """Why nothing was read, since something was: librdkafka tells of a missing permission only once."""
 
     # From any thread
 
@@ -118,15 +137,15 @@ class ReplicaLoop:
         """Wait until the stores can be read for the first time, or for so long."""
         return self._ready.wait(timeout_s)
 
-    def stores(self) -> Mapping[int, Store]:
+    def stores(self) -> Mapping[int, ReadableStore]:
         """The stores that can be read, by partition; `NotReady` while one of them is being restored.
 
-        Ask again after reading: if a store is there no longer, what was read of it may not be whole.
+        Ask again after reading: if it is not the same object any more, what was read of it may not be whole.
         """
         readable = self._readable
         if not self._needed or not self._needed <= readable.keys():
             remaining = sum(replica.remaining for replica in [*self._replicas.values()] if not replica.serving)
-            raise NotReady(f"restoring: about {remaining} changelog records to go")
+            raise NotReady(f"restoring: about {remaining} changelog records to go{self._trouble}")
         return readable
 
     def status(self) -> list[dict[str, Any]]:
@@ -174,6 +193,7 @@ class ReplicaLoop:
             reader.close()
 
     def _complain(self, error: Unavailable) -> None:
+        self._trouble = f"; {error}"
         now_s = self._clock.monotonic_s()
         if now_s - self._complained_s >= _COMPLAIN_S:
             self._complained_s = now_s
@@ -184,7 +204,11 @@ class ReplicaLoop:
         """Look if it is time to, read, apply: what the thread does again and again. `Unavailable`: try again later."""
         reader = self._reader = self._reader or self._log.reader(CHANGELOG)
         if self._clock.monotonic_s() >= self._next_look_s:
-            self._look()
+            try:
+                self._look()
+            except Unavailable as error:  # perhaps of one partition only: the others are followed
+                self._complain(error)
+                self._next_look_s = self._clock.monotonic_s() + self._look_s
         if not self._assigned:
             reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})
             self._assigned = True
@@ -193,8 +217,10 @@ class ReplicaLoop:
             fetched = reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=_POLL_S)
         except RecordsLost as error:
             _log.warning("%s", error)
-            self._check_all()
+            self._check_all(error)
             return
+        if fetched:
+            self._trouble = ""
         for records in fetched:
             self._apply(self._replicas[records.partition], records)
         now_s = self._clock.monotonic_s()
@@ -210,6 +236,7 @@ class ReplicaLoop:
             if away_s * 1000 > self._delete_retention_ms:
                 raise StoreCorrupt(f"{away_s:.0f} s behind: tombstones that it needs may be gone")
             replica.follower.apply(records)
+            self._metrics.inc(m.RESTORE_ENTRIES, len(records.keys), replica.number)
         except StoreCorrupt as error:
             self._make_anew(replica.number, error)
         except Unavailable:
@@ -218,7 +245,7 @@ class ReplicaLoop:
 
     def _note_progress(self, replica: Replica, now_s: float) -> None:
         if replica.catch_up(now_s, self._lag_max_s) and not replica.serving:
-            replica.serving, replica.remaining = True, 0
+            replica.serve()
             self._publish()
             _log.info("partition %d can be read", replica.number)
             self._tell(replica, now_s)
@@ -243,38 +270,49 @@ class ReplicaLoop:
             for number in [*self._replicas]:
                 self._make_anew(number, StoreCorrupt("it reflects a changelog that is gone"))
         self._topic_id = topic_id
-        for number in ends.keys() - self._replicas.keys():
-            self._replicas = {**self._replicas, number: self._open(number)}
-            self._assigned = False
+        opened = ends.keys() - self._replicas.keys()
+        again_s = 0.0 if opened else self._look_s
+        for number in opened:
+            try:
+                self._replicas = {**self._replicas, number: self._open(number)}
+                self._assigned = False
+            except StoreCorrupt as error:  # also of one that was just made anew
+                self._destroy(number, error)
+                again_s = self._look_s
         if not self._needed:
             self._needed = frozenset(ends)
         for number, replica in self._replicas.items():
             if replica.target is None and replica.started_s <= asked_s and number in ends:
                 replica.target = (asked_s, ends[number])
-        self._next_look_s = asked_s + self._look_s
+        # Those that were just opened need an end that is asked for from now on: at once, not when it is time.
+        self._next_look_s = asked_s + again_s
 
     def _open(self, number: int) -> Replica:
-        self._metrics.inc(m.STORES_REBUILT, 0, number)
+        for metric in (m.STORES_REBUILT, m.RESTORE_ENTRIES):  # there from the start: a rise shows only from a value
+            self._metrics.inc(metric, 0, number)
         try:
-            store = self._stores.open(number)
-            try:
-                check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
-            except BaseException:
-                store.close()
-                raise
+            return self._opened(number)
         except StoreCorrupt as error:
             self._destroy(number, error)
-            store = self._stores.open(number)
-        follower = Follower(
-            number,
-            store,
-            buffer_entries_max=self._settings.restore_buffer_entries_max,
-            topic_id=self._topic_id,
-            on_between=lambda: self._hide(self._replicas[number]),
-        )
+        return self._opened(number)
+
+    def _opened(self, number: int) -> Replica:
+        store = self._stores.open(number)
+        try:
+            check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
+            follower = Follower(
+                number,
+                store,
+                buffer_entries_max=self._settings.restore_buffer_entries_max,
+                topic_id=self._topic_id,
+                on_between=lambda: self._hide(self._replicas[number]),
+            )
+        except BaseException:
+            store.close()
+            raise
         return Replica(number, store, follower, self._clock.monotonic_s())
 
-    def _check_all(self) -> None:
+    def _check_all(self, lost: RecordsLost) -> None:
         """A cursor is out of range: of which store?"""
         for number, replica in [*self._replicas.items()]:
             try:
@@ -283,6 +321,8 @@ class ReplicaLoop:
                 self._make_anew(number, error)
             else:
                 start, end = self._log.watermarks(CHANGELOG, number)
+                if start and not replica.follower.next_offset:
+                    raise lost  # not even a new store can be made from it
                 if not start <= replica.follower.next_offset <= end:
                     self._drop(replica)  # the store is sound, but what was read beyond it is gone: read from there
         self._assigned = False
@@ -311,7 +351,7 @@ class ReplicaLoop:
         self._publish()
 
     def _publish(self) -> None:
-        readable = {number: replica.store for number, replica in self._replicas.items() if replica.serving}
+        readable = {number: it.served for number, it in self._replicas.items() if it.served is not None}
         self._needed |= readable.keys()
         self._readable = readable
         if self.ready:

@@ -201,11 +201,13 @@ class _Reading:
         self.position = NO_POSITION if newest is None else codec.decode_position(newest[_OFFSET_BYTES:])
 
     def _keep(self, records: Records) -> None:
-        if not records.offsets:
+        # Beyond the end there may be half of a commit, of a worker that goes on.
+        count = bisect_left(records.offsets, self.end_offset)
+        if not count:
             return
         keys: list[bytes] = []
         values: list[bytes | None] = []
-        for offset, key, value in zip(records.offsets, records.keys, records.values, strict=True):
+        for offset, key, value in zip(records.offsets[:count], records.keys, records.values, strict=False):
             if key is None:
                 raise StoreCorrupt(f"changelog-{records.partition}: the record at {offset} has no key")
             keys.append(key)
@@ -213,7 +215,7 @@ class _Reading:
         self._scratch.write(keys, values)
         self._last_key = keys[-1]
         self.count += len(keys)
-        self.behind += len(keys) - bisect_left(records.offsets, self._store_next_offset)
+        self.behind += max(0, count - bisect_left(records.offsets, self._store_next_offset))
 
 
 class _Comparison:

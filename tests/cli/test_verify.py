@@ -355,6 +355,19 @@ def test_deleted_entries() -> None:
     assert (difference.what, difference.entry, difference.found) == ("extra", 'v{label0="a"}', 1)
 
 
+def test_a_worker_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is behind the end that was asked for, half a commit perhaps, says nothing about a store or the changelog."""
+    bench = Bench()
+    bench.commit({A: ONE, B: ONE})
+    bench.restore()
+    end = bench.log.watermarks(CHANGELOG, 0)
+    bench.commit({A: TWO, C: TWO}, boundary=False)
+    monkeypatch.setattr(bench.log, "watermarks", lambda *_: end)
+    for fetch_count_max in (1, 4, 10):
+        result = bench.verify(fetch_count_max=fetch_count_max)
+        assert (result.verdict, result.behind, result.changelog_record_count) == ("equal", 0, 3)
+
+
 def test_a_store_away_for_too_long() -> None:
     """A store that can have missed tombstones is not compared: the next start makes it anew."""
     bench = Bench()

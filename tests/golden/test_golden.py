@@ -172,6 +172,15 @@ CASES: dict[str, Case] = {
         codec.encode_position,
         codec.decode_position,
     ),
+    "position_source": Case(
+        [
+            Position(0, 1_700_000_000_123, 0, "x"),
+            Position(42, 1_700_000_000_123, 1_700_000_000_000, "JZVYnDIHTV-gV6TLY6kfFQ"),
+            Position(2**63 - 1, 2**63 - 1, 2**63 - 1, "\u00e9" * 40),
+        ],
+        codec.encode_position,
+        codec.decode_position,
+    ),
     "frames": Case(
         [[], [b"\x01"], [b"\x01one", b"\x01" * 300]],
         codec.encode_frames,

@@ -126,7 +126,7 @@ class FaultyLog:
         return self._cluster.memory.watermarks(topic, partition)
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
-        self._process.check()
+        self._process.point("end offsets")
         return self._cluster.memory.end_offsets(topic)
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:

@@ -50,27 +50,42 @@ class Nature:
         self._compact(world.rng.randrange(world.partition_count))
 
     def _compact(self, partition: int) -> None:
-        """Superseded entries go; a tombstone stays for `delete_retention_ms` from the first time that it was come across."""
+        """Superseded entries go; a tombstone stays for `delete_retention_ms` from the first time that it was come across.
+
+        What is younger than the compaction lag stays, and nothing goes because of it.
+        """
         world, rng = self.world, self.world.rng
         memory, known = world.cluster.memory, self._tombstones[partition]
         rows = memory._partition(CHANGELOG, partition).rows
         end = memory.watermarks(CHANGELOG, partition).end_offset
+        young_ms = world.clock.at_ms - world.compaction_lag_ms
+        young = next((row.offset for row in rows if row.at_ms > young_ms), end)
+        end = young
         if rng.random() < 0.7:
             end = rng.randint(0, end)
         kept = (r.offset for r in rows if r.value is None and known.get(r.offset, world.clock.at_ms) >= world.clock.at_ms)
         drop_end = min(end, next(kept, end))
         before = sum(row.value is None for row in rows)
-        memory.compact(CHANGELOG, partition, drop_end, drop_tombstones=True)
+        memory.compact(CHANGELOG, partition, drop_end, drop_tombstones=True, young_offset=young)
         world.stats["tombstones dropped"] += before - sum(
             row.value is None for row in memory._partition(CHANGELOG, partition).rows
         )
-        memory.compact(CHANGELOG, partition, end)
+        memory.compact(CHANGELOG, partition, end, young_offset=young)
         for row in memory._partition(CHANGELOG, partition).rows:
             if row.value is None and row.offset < end:
                 known.setdefault(row.offset, world.clock.at_ms + world.delete_retention_ms)
         world.compactions[partition] += 1
         world.note("changelog-%s is compacted up to %s", partition, end)
         world.count("compaction")
+
+    def hold_up(self) -> None:
+        """Nobody comes to do anything, except the log's cleaner: for long enough that what is there is young no more."""
+        world = self.world
+        world.clock.at_ms += int(world.compaction_lag_ms * world.rng.uniform(0.3, 1.5))
+        world.note("a hold-up")
+        world.count("hold-up")
+        for partition in range(world.partition_count):
+            self._compact(partition)
 
     def _some_disk(self) -> tuple[Machine, int, Disk]:
         world, rng = self.world, self.world.rng
@@ -80,6 +95,9 @@ class Nature:
     def damage_store(self) -> None:
         """Bytes rot. A standby notices when it is opened again."""
         world, rng = self.world, self.world.rng
+        if rng.random() < 0.4:
+            world.server.damage(rng.randrange(world.partition_count), rng.choice(("open", "read")))
+            return
         machine, partition, disk = self._some_disk()
         if not disk.entries():
             return
@@ -119,6 +137,8 @@ class Nature:
         for standby in world.standbys.values():
             standby.close()
         world.standbys.clear()
+        if rng.random() < 0.5:
+            world.server.stop()
         for partition in range(world.partition_count):
             self._compact(partition)
         ttl_ms = world.settings.producer_ttl_ms
@@ -151,6 +171,7 @@ class Nature:
             standby.process.alive = False
             world.lose_writes(standby.machine, partition)
         world.standbys.clear()
+        world.server.crash("black-out")
         for partition in range(world.partition_count):
             torn = world.cluster.tear(partition, world.rng)
             world.note("%s records of partition %s are torn off", torn, partition)

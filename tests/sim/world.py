@@ -28,6 +28,7 @@ from tests.sim.auditor import Auditor, Entries, Failure
 from tests.sim.crowd import Crowd
 from tests.sim.faults import Cluster, Machine, Process, SimClock, SimulatedCrash
 from tests.sim.nature import Nature
+from tests.sim.servers import Server
 from tests.sim.workers import Standby, Worker
 
 DEPTH_MAX = 2
@@ -53,6 +54,7 @@ class World:
         self._numbers = 0
         self.partition_count = rng.choice((2, 2, 3))
         self.delete_retention_ms = 1_000_000
+        self.compaction_lag_ms = rng.choice((100, 400, 1_500))
         self.settings = WorkerSettings(
             overlay_entries_max=rng.randint(1, 20),
             cache_entries_max=rng.choice((0, rng.randint(0, 20), 100)),
@@ -73,6 +75,7 @@ class World:
         self.standbys: dict[int, Standby] = {}
         self.accept_loss = [False] * self.partition_count
         self.compactions = [0] * self.partition_count
+        self.server = Server(self)
         self.crowd = Crowd(self)
         self.nature = Nature(self)
         self.trouble = rng.choice((0.0, 0.3, 1.0, 1.0, 2.0))
@@ -95,8 +98,12 @@ class World:
             self.work_as_zombie: rng.uniform(2, 10),
             self.stop_worker: rng.uniform(0, 1),
             self.stand_by: rng.uniform(0, 15),
+            self.server.step: rng.uniform(0, 12),
+            self.server.fall_behind: rng.uniform(0, 6),
+            self.server.restart: rng.uniform(0, 1),
             nature.truncate: rng.uniform(0, 4),
             nature.compact: rng.uniform(0, 8),
+            nature.hold_up: rng.uniform(0, 1),
             nature.damage_store: rng.uniform(0, 1),
             nature.lose_store: rng.uniform(0, 1),
             nature.black_out: rng.uniform(0, 1),
@@ -150,14 +157,14 @@ class World:
         if self.quiet:
             return
         roll = self.rng.random()
-        rate = self.trouble * (0.002 if where == "poll" else 0.015)
+        rate = self.trouble * (0.002 if where in ("poll", "end offsets") else 0.015)
         if roll < rate:
             self.count(f"crash at {where}")
             raise SimulatedCrash(where)
-        if roll < 2 * rate and where in ("poll", "commit: before", "commit: after"):
+        if roll < 2 * rate and where in ("poll", "end offsets", "commit: before", "commit: after"):
             self.count(f"unavailable at {where}")
             raise Unavailable(where)
-        if roll > (0.97 if where == "poll" else 0.8) and self.depth < DEPTH_MAX:
+        if roll > (0.97 if where in ("poll", "end offsets") else 0.8) and self.depth < DEPTH_MAX:
             self.count(f"others act at {where}")
             self.depth += 1
             try:
@@ -266,7 +273,7 @@ class World:
 
     def run(self) -> None:
         """Everything goes wrong; then nothing does, and every series must be exact."""
-        for _ in range(self.rng.randint(40, 240)):
+        for _ in range(self.rng.randint(40, 210)):
             self.step()
         self.quiet = True
         self.note("peace")
@@ -274,6 +281,7 @@ class World:
         for partition in range(self.partition_count):
             self._drain(partition, self.rng.choice(self.machines))
             self._fence_zombies(partition)
+        self.server.finish()
         fresh = Machine("C", self.partition_count)
         for partition in range(self.partition_count):
             self._end(partition)

@@ -1,18 +1,23 @@
-"""The worker's loop when a commit goes wrong: it ends, says why, and never goes on."""
+"""The worker's loop: it restores and commits side by side within its limits, and ends when anything goes wrong."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.errors import PipelineError, Unavailable
+from pipeline.errors import NotReady, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import Message, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import Partition
+from tests.support import wait_until
 
 
 class _Hanging:
@@ -87,3 +92,250 @@ def test_a_commit_that_fails_ends_the_worker_once() -> None:
     assert [type(error).__name__ for error in errors] == ["Fenced"]
     assert isinstance(errors[0], PipelineError)
     assert log.watermarks(CHANGELOG, 0).end_offset == 0
+
+
+class _Pool:
+    """A worker's loop over partitions that may take their time, or fail, to start."""
+
+    def __init__(self, partition_count: int, *, discover_from: int | None = None, **settings: int) -> None:
+        self.clock = SystemClock()
+        self.log = _TimedLog(partition_count, self.clock)
+        self.stores = MemoryStores()
+        self.settings = WorkerSettings(**settings)
+        self.errors: list[BaseException] = []
+        self.failed = threading.Event()
+        first = partition_count if discover_from is None else discover_from
+        self.partitions = [self.partition(number) for number in range(first)]
+        self.late = [self.partition(number) for number in range(first, partition_count)]
+        self.loop = WorkerLoop(
+            self.partitions,
+            log=self.log,
+            clock=self.clock,
+            settings=self.settings,
+            on_fatal=lambda error: (self.errors.append(error), self.failed.set()),
+            discover=self.discover,
+        )
+
+    def partition(self, number: int) -> _Slow:
+        return _Slow(
+            number,
+            log=self.log,
+            stores=self.stores,
+            clock=self.clock,
+            settings=self.settings,
+            delete_retention_ms=86_400_000,
+        )
+
+    def discover(self) -> Sequence[Partition]:
+        if not self.log.grown.is_set():
+            return ()
+        late, self.late = self.late, []
+        return late
+
+    def send(self, number: int) -> None:
+        self.log.append([Message(DELTAS, number, None, b"junk")], timeout_s=1)
+
+    def committed(self, number: int) -> int:
+        return self.log.watermarks(DEAD_LETTERS, number).end_offset
+
+
+class _Slow(Partition):
+    """A partition whose start waits for `gate`, and fails with `error`."""
+
+    gate: threading.Event | None = None
+    error: Exception | None = None
+    closed = False
+    starting: ClassVar[set[int]] = set()
+    most: ClassVar[list[int]] = [0]
+
+    def start(self, progress: Any = lambda _: None, stopping: Any = lambda: False) -> None:
+        _Slow.starting.add(self.number)
+        _Slow.most[0] = max(_Slow.most[0], len(_Slow.starting))
+        try:
+            while self.gate is not None and not self.gate.wait(0.005):
+                if stopping():
+                    raise NotReady("stopped")
+            if self.error is not None:
+                raise self.error
+            super().start(progress, stopping)
+        finally:
+            _Slow.starting.discard(self.number)
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+class _TimedLog(MemoryLog):
+    """Notes when each transaction was committed."""
+
+    def __init__(self, partition_count: int, clock: SystemClock) -> None:
+        super().__init__(dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count), clock.now_ms)
+        self.clock = clock
+        self.commits: list[tuple[float, str]] = []
+        self.grown = threading.Event()
+
+    def transaction(self, transactional_id: str) -> Transaction:
+        return _Timed(self, super().transaction(transactional_id), transactional_id)
+
+
+class _Timed:
+    def __init__(self, log: _TimedLog, inner: Transaction, transactional_id: str) -> None:
+        self._log = log
+        self._inner = inner
+        self._id = transactional_id
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+        self._log.commits.append((self._log.clock.monotonic_s(), self._id))
+        return self._inner.commit(messages, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    _Slow.starting.clear()
+    _Slow.most[0] = 0
+
+
+def test_partitions_that_come_later_are_folded_too() -> None:
+    """While the first ones go on, also while a new one takes its time to be restored; and what it has is not lost."""
+    pool = _Pool(3, discover_from=1, commit_interval_ms=1)
+    gate = pool.late[1].gate = threading.Event()
+    pool.loop.start()
+    try:
+        assert pool.loop.wait_ready(60)
+        for number in (0, 1, 2):
+            pool.send(number)
+        pool.log.grown.set()
+        wait_until(lambda: pool.committed(1) == 1, "partition 1", 60)
+        pool.send(0)
+        wait_until(lambda: pool.committed(0) == 2, "partition 0 goes on", 60)
+        assert pool.committed(2) == 0
+        assert pool.loop.ready
+        gate.set()
+        wait_until(lambda: pool.committed(2) == 1, "partition 2", 60)
+    finally:
+        gate.set()
+        assert pool.loop.stop(60)
+    assert not pool.errors
+    assert all(partition.closed for partition in [*pool.partitions])
+    assert [pool.committed(number) for number in range(3)] == [2, 1, 1], "each record once"
+
+
+def test_a_partition_that_comes_later_and_fails_to_start_ends_the_worker() -> None:
+    """Nothing is left out silently."""
+    pool = _Pool(2, discover_from=1, commit_interval_ms=1)
+    pool.late[0].error = RecordsLost("records were deleted before they were folded")
+    late = pool.late[0]
+    pool.loop.start()
+    assert pool.loop.wait_ready(60)
+    pool.log.grown.set()
+    assert pool.failed.wait(60)
+    assert pool.loop.stop(60)
+    assert [type(error) for error in pool.errors] == [RecordsLost]
+    assert late.closed
+    assert pool.partitions[0].closed
+
+
+def test_restores_run_side_by_side() -> None:
+    """As many as `restore_thread_count` says, no more; those that are done fold while others are not."""
+    pool = _Pool(5, commit_interval_ms=1, restore_thread_count=2)
+    gates = [threading.Event() for _ in range(5)]
+    for partition, gate in zip(pool.partitions, gates, strict=True):
+        partition.gate = gate
+    pool.loop.start()
+    try:
+        wait_until(lambda: _Slow.starting == {0, 1}, "two restores", 60)
+        gates[1].set()
+        wait_until(lambda: _Slow.starting == {0, 2}, "the next one", 60)
+        pool.send(1)
+        wait_until(lambda: pool.committed(1) == 1, "partition 1 folds", 60)
+        assert not pool.loop.ready
+        for gate in gates:
+            gate.set()
+        assert pool.loop.wait_ready(60)
+    finally:
+        assert pool.loop.stop(60)
+    assert _Slow.most == [2]
+    assert not pool.errors
+
+
+def test_a_start_that_fails_ends_the_worker() -> None:
+    """The others, restored or not, are closed, and nothing more is committed."""
+    pool = _Pool(3, commit_interval_ms=1, restore_thread_count=3)
+    pool.partitions[1].error = Unavailable("no answer")
+    pool.partitions[2].gate = threading.Event()
+    pool.loop.start()
+    assert pool.failed.wait(60)
+    wait_until(lambda: not pool.loop._thread.is_alive(), "its end, without a stop", 60)
+    assert pool.loop.stop(60)
+    assert [str(error) for error in pool.errors] == ["no answer"]
+    assert not pool.loop.ready
+    assert [partition.closed for partition in pool.partitions] == [True] * 3
+
+
+def test_stopped_while_it_restores() -> None:
+    """It ends soon, and that is no failure."""
+    pool = _Pool(3, restore_thread_count=2)
+    for partition in pool.partitions:
+        partition.gate = threading.Event()
+    pool.loop.start()
+    wait_until(lambda: len(_Slow.starting) == 2, "two restores", 60)
+    assert pool.loop.stop(60)
+    assert not pool.errors
+    assert [partition.closed for partition in pool.partitions] == [True] * 3
+
+
+def test_transactions_are_staggered() -> None:
+    """No more of them in a second than `transactions_per_s_max`, but for a burst of a tenth, and each partition in turn."""
+    pool = _Pool(4, commit_interval_ms=1, transactions_per_s_max=40)
+    pool.loop.start()
+    assert pool.loop.wait_ready(60)
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(0.001):
+            for number in range(4):
+                pool.send(number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        wait_until(lambda: len(pool.log.commits) >= 40, "forty commits", 60)
+    finally:
+        done.set()
+        sender.join()
+        assert pool.loop.stop(60)
+    commits = pool.log.commits[:40]
+    first, last = commits[0][0], commits[-1][0]
+    # The burst is 4; what is between the log of a commit and its begin is a thread's start, and only makes it later.
+    assert last - first >= (40 - 1 - 5) / 40 - 0.2
+    turns = Counter(name for _, name in commits)
+    assert max(turns.values()) - min(turns.values()) <= 3, turns
+
+
+def test_what_is_folded_is_committed_at_the_end() -> None:
+    """A stop does not wait for the interval, and forgets nothing."""
+    pool = _Pool(2, commit_interval_ms=600_000)
+    pool.loop.start()
+    assert pool.loop.wait_ready(60)
+    for number in (0, 1, 1):
+        pool.send(number)
+    wait_until(lambda: [it.task.next_offset for it in pool.partitions] == [1, 2], "folding", 60)
+    assert pool.committed(0) == 0
+    assert pool.loop.stop(60)
+    assert [pool.committed(0), pool.committed(1)] == [1, 2]
+    assert not pool.errors
+
+
+def test_a_full_overlay_is_committed_before_more_is_read() -> None:
+    """Backpressure, whatever the interval and the limit of transactions say."""
+    pool = _Pool(1, commit_interval_ms=600_000, transactions_per_s_max=1, overlay_entries_max=2, fetch_record_count_max=2)
+    for _ in range(20):
+        pool.send(0)
+    pool.loop.start()
+    wait_until(lambda: pool.committed(0) == 20, "all of them", 60)
+    assert pool.loop.stop(60)
+    assert len(pool.log.commits) == 10

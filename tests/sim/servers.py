@@ -1,0 +1,182 @@
+"""A query server of the simulator: the real `ReplicaLoop`, one step at a time, read from at every call that it makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.errors import NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.worker.follower import read_meta, read_position
+from pipeline.worker.replica import ReplicaLoop
+from tests.sim.auditor import META, Entries, Failure, compare
+from tests.sim.faults import Disk, FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+STEPS_MAX = 2_000
+"""Of a server with nothing in its way until all can be read; far more than it needs."""
+
+
+class Server:
+    """A machine that runs one query server after the other. Whoever reads, reads whole commits."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.machine = Machine("Q", world.partition_count)
+        self._process = Process("no server yet", world.interrupt)
+        self._loop: ReplicaLoop | None = None
+        self._busy = False
+        self._stalled = False
+        self._was_readable = False
+        self._checked: dict[int, Entries] = {}
+        """What each store held when it was last found right."""
+
+    def step(self) -> None:
+        """A few rounds of the loop; a new process if there is none."""
+        world = self.world
+        if self._busy or self._stalled:
+            return
+        self._busy = True
+        try:
+            for _ in range(world.rng.randint(1, 6)):
+                self._step()
+        finally:
+            self._busy = False
+
+    def _step(self) -> None:
+        world = self.world
+        loop = self._loop = self._loop or self._start()
+        try:
+            loop.step()
+        except SimulatedCrash as error:
+            self.crash(str(error))
+        except Unavailable as error:
+            world.note("%s: %s", self._process.name, error)
+        except StoreCorrupt as error:
+            if not any(disk.damage for disk in self.machine.disks):  # the store was made anew, and that one rots too
+                raise Failure(f"{self._process.name} can't make a store anew: {error}") from error
+            self.stop()
+        except PipelineError as error:
+            raise Failure(f"{self._process.name} ends: {error!r}") from error
+        self.check()
+
+    def _start(self) -> ReplicaLoop:
+        world = self.world
+        self._process = process = Process(f"server {world.new_number()}", self._interrupt)
+        world.note("%s starts", process.name)
+        return ReplicaLoop(
+            log=FaultyLog(world.cluster, process),
+            stores=FaultyStores(self.machine, process),
+            clock=world.clock,
+            settings=replace(
+                world.settings,
+                restore_buffer_entries_max=world.rng.choice((3, 1_000, 1_000)),  # those that never hide for it, too
+                restore_fetch_count_max=world.rng.randint(1, 4),
+            ),
+            delete_retention_ms=world.delete_retention_ms,
+            on_fatal=lambda _: None,
+            lag_max_s=world.compaction_lag_ms / 2_000,
+        )
+
+    def _interrupt(self, process: Process, where: str) -> None:
+        """A reader may come at any time, so it comes every time."""
+        if process is self._process:
+            self.check()
+        self.world.interrupt(process, where)
+
+    def check(self) -> None:
+        """Whatever can be read is exactly the state at a commit boundary."""
+        if self._loop is None:
+            return
+        world = self.world
+        try:
+            stores = self._loop.stores()
+        except NotReady:
+            if self._was_readable:
+                world.count("server hides")
+            self._was_readable = False
+            return
+        self._was_readable = True
+        if len(stores) != world.partition_count:
+            raise Failure(f"{self._process.name} answers from {[*stores]} only")
+        for number in stores:
+            disk = self.machine.disks[number]
+            entries = disk.entries()
+            if disk.damage or entries is self._checked.get(number):
+                continue
+            if read_meta(disk.memory).between_boundaries:
+                raise Failure(f"{self._process.name} answers from partition {number} between boundaries")
+            expected = world.auditor.boundaries[number][read_position(disk.memory).next_offset]
+            found = {key: value for key, value in entries.items() if key != META}
+            compare(f"{self._process.name} at a boundary of partition {number}", found, expected)
+            self._checked[number] = entries
+            world.count("server at a boundary")
+
+    def crash(self, why: str) -> None:
+        """The process dies; its stores may lose their newest writes."""
+        if self._loop is not None:
+            self.world.note("%s dies: %s", self._process.name, why)
+            self._forget()
+            for number in range(self.world.partition_count):
+                self.world.lose_writes(self.machine, number)
+
+    def stop(self) -> None:
+        """The process ends by itself."""
+        if self._loop is not None:
+            self.world.note("%s stops", self._process.name)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._process.alive = False
+        self._loop = None
+        self._was_readable = False
+        self._checked = {}
+
+    def fall_behind(self) -> None:
+        """It stalls while others go on, until what they did is young no more and the cleaner has been there."""
+        world = self.world
+        if world.depth:
+            return
+        self._stalled = True
+        world.depth += 1
+        for _ in range(world.rng.randint(5, 25)):
+            world.step()
+        world.depth -= 1
+        self._stalled = False
+        world.nature.hold_up()
+        world.count("server falls behind")
+        self.step()
+
+    def restart(self) -> None:
+        """It ends, in one way or the other; or its disk is replaced too."""
+        rng = self.world.rng
+        if rng.random() < 0.5:
+            self.stop()
+        else:
+            self.crash("chance")
+        if rng.random() < 0.1:
+            self.machine.disks[rng.randrange(self.world.partition_count)] = Disk()
+            self.world.note("a store of the server is lost")
+
+    def damage(self, partition: int, damage: str) -> None:
+        """Bytes rot, as the next open, or the next use, of the store will find."""
+        self.machine.disks[partition].damage = damage
+        self.world.note("store %s of Q is damaged: %s", partition, damage)
+        self.world.count(f"damage of a server: {damage}")
+
+    def finish(self) -> None:
+        """With nothing in the way, all can be read soon, and it is all there is."""
+        world = self.world
+        for disk in self.machine.disks:
+            if disk.damage:
+                self.stop()  # what is damaged for a reader only is found when it is opened again
+        for _ in range(STEPS_MAX):
+            world.clock.at_ms += 1
+            self.step()
+            if self._was_readable and all(
+                read_position(self.machine.disks[number].memory).next_offset == world.auditor.position(number)
+                for number in range(world.partition_count)
+            ):
+                return
+        raise Failure(f"{self._process.name} never holds all that there is")

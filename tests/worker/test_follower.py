@@ -1,0 +1,218 @@
+"""A follower holds back what is behind the last position record, within bounds, and knows of which changelog it is."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from pipeline.adapters.memory import MemoryStore, MemoryStores
+from pipeline.core.codec import encode_position
+from pipeline.core.record import POSITION_KEY, Position, Records
+from pipeline.errors import NotReady, StoreCorrupt
+from pipeline.ports import Message
+from pipeline.topics import CHANGELOG
+from pipeline.worker.follower import (
+    MARKERS_MAX,
+    Follower,
+    Progress,
+    StoreMeta,
+    check_restorable,
+    read_meta,
+    restore,
+    write_entries,
+)
+from tests.worker.support import DAY_MS, ChangingLog, HandClock, WatchedStore, Worker, series_of
+
+POSITION = (POSITION_KEY, encode_position(Position(1, 1, 1)))
+
+
+def records(start: int, *rows: tuple[bytes | None, bytes | None], next_offset: int | None = None) -> Records:
+    offsets = range(start, start + len(rows))
+    end = start + len(rows) if next_offset is None else next_offset
+    return Records(0, offsets, [0] * len(rows), [key for key, _ in rows], [value for _, value in rows], end)
+
+
+def at_boundary(offset: int, at_ms: int, topic_id: str = "first") -> WatchedStore:
+    """A store that reflects a changelog up to `offset`, committed at `at_ms`."""
+    store = WatchedStore()
+    value = encode_position(Position(1, at_ms, at_ms))
+    write_entries(store, [POSITION_KEY], [value], StoreMeta(changelog_next_offset=offset, topic_id=topic_id))
+    return store
+
+
+def test_up_to_the_last_position_in_one_write() -> None:
+    """All but what is behind it; of a key's values the last; the offset is the one behind the position."""
+    store = WatchedStore()
+    follower = Follower(0, store, buffer_entries_max=100, topic_id="t")
+    follower.apply(records(5, (b"a", b"1"), POSITION, (b"a", b"2"), (b"b", b"2"), POSITION, (b"a", b"3")))
+    assert (store.writes, store.get([b"a", b"b"])) == (1, [b"2", b"2"])
+    assert read_meta(store) == StoreMeta(changelog_next_offset=10, topic_id="t")
+    assert (follower.next_offset, follower.at_boundary) == (11, False)
+    follower.apply(records(11, (b"b", None), POSITION, next_offset=14))
+    assert (store.writes, store.get([b"a", b"b"])) == (2, [b"3", None])
+    assert read_meta(store).changelog_next_offset == 14, "beyond the marker"
+    assert follower.at_boundary
+    follower.apply(records(14, next_offset=20))
+    assert (store.writes, follower.next_offset, follower.at_boundary) == (2, 20, True)
+
+
+@pytest.mark.parametrize(("entries_max", "bytes_max"), [(3, 10**9), (10**9, 30)])
+def test_what_is_held_back_is_bounded(entries_max: int, bytes_max: int) -> None:
+    """At either bound it is written, marked, once somebody is told; the next position ends that."""
+    store = WatchedStore()
+    told: list[int] = []
+    follower = Follower(
+        0,
+        store,
+        buffer_entries_max=entries_max,
+        buffer_bytes_max=bytes_max,
+        on_between=lambda: told.append(store.writes),
+    )
+    row = (b"k" * 5, b"v" * 5)
+    follower.apply(records(0, row, POSITION, row, row))
+    assert (store.writes, told) == (1, [])
+    follower.apply(records(4, row))
+    assert (store.writes, told) == (2, [1]), "told before it was written"
+    assert read_meta(store).between_boundaries
+    assert read_meta(store).changelog_next_offset == 5
+    follower.apply(records(5, row, row, row))
+    assert (store.writes, told) == (3, [1]), "told once"
+    follower.apply(records(8, row, POSITION))
+    assert follower.at_boundary
+    assert not read_meta(store).between_boundaries
+    follower.apply(records(10, row, row, row))
+    assert told == [1, 4]
+
+
+def test_the_bound_counts_tombstones_and_starts_anew() -> None:
+    """A deletion costs its key; what is written counts no more."""
+    store = WatchedStore()
+    follower = Follower(0, store, buffer_entries_max=100, buffer_bytes_max=30)
+    follower.apply(records(0, (b"k" * 29, None)))
+    assert store.writes == 0
+    follower.apply(records(1, POSITION, (b"k" * 29, None)))
+    assert store.writes == 1
+    follower.apply(records(3, (b"k", None)))
+    assert store.writes == 2
+
+
+def test_a_record_without_a_key() -> None:
+    """No worker writes one: whatever else wrote it, nothing of this poll is applied."""
+    store = WatchedStore()
+    follower = Follower(0, store, buffer_entries_max=100)
+    with pytest.raises(StoreCorrupt, match="without a key"):
+        follower.apply(records(0, (b"a", b"1"), (None, b"x"), POSITION))
+    assert store.writes == 0
+
+
+@pytest.mark.parametrize("behind", range(4))
+def test_markers_are_nothing_to_be_behind(behind: int) -> None:
+    """A store at the end, or a marker before it, lacks no tombstone, however long it was away."""
+    clock = HandClock()
+    log = ChangingLog(1, clock)
+    log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
+    store = at_boundary(10 - behind, clock.now_ms())
+    clock.s += DAY_MS / 1000
+    check_restorable(0, store, log, clock, DAY_MS)
+    clock.s += 1
+    if behind <= MARKERS_MAX:
+        check_restorable(0, store, log, clock, DAY_MS)
+    else:
+        with pytest.raises(StoreCorrupt, match="tombstones"):
+            check_restorable(0, store, log, clock, DAY_MS)
+
+
+@pytest.mark.parametrize(
+    ("offset", "topic_id", "reason"),
+    [
+        (0, "", None),
+        (0, "other", None),  # nothing of it is in the store
+        (5, "first", None),
+        (10, "first", None),
+        (5, "", "another changelog"),  # from before topics had ids, or from the embedded log
+        (5, "other", "another changelog"),
+        (11, "first", "ends at 10"),
+        (1, "first", "starts at 2"),
+        (2, "first", None),
+    ],
+)
+def test_which_stores_can_be_read_on(offset: int, topic_id: str, reason: str | None) -> None:
+    """Those that reflect a part of this very changelog that is still there."""
+    clock = HandClock()
+    log = ChangingLog(1, clock)
+    log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
+    log.truncate(CHANGELOG, 0, 2)
+    store = at_boundary(offset, clock.now_ms(), topic_id)
+    if reason is None:
+        check_restorable(0, store, log, clock, DAY_MS)
+    else:
+        with pytest.raises(StoreCorrupt, match=reason):
+            check_restorable(0, store, log, clock, DAY_MS)
+
+
+def test_a_first_restore_that_was_cut_off_is_begun_anew() -> None:
+    """Without a position nothing says how old it is."""
+    clock = HandClock()
+    log = ChangingLog(1, clock)
+    log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
+    store = WatchedStore()
+    write_entries(store, [b"k"], [b"v"], StoreMeta(changelog_next_offset=3, between_boundaries=True, topic_id="first"))
+    with pytest.raises(StoreCorrupt, match="never finished"):
+        check_restorable(0, store, log, clock, DAY_MS)
+
+
+@pytest.mark.parametrize("value", [b"", b"\x07", msgspec.msgpack.encode([2, 5]), msgspec.msgpack.encode([1, "x"])])
+def test_a_meta_that_cannot_be_read(value: bytes) -> None:
+    """Is no meta of another kind: the store is not trusted."""
+    store = MemoryStore()
+    store.write([b"\xff"], [value])
+    with pytest.raises(StoreCorrupt):
+        read_meta(store)
+
+
+def test_a_meta_from_before_topics_had_ids() -> None:
+    """Is read, as one without."""
+    store = MemoryStore()
+    store.write([b"\xff"], [msgspec.msgpack.encode([1, 5, False])])
+    assert read_meta(store) == StoreMeta(changelog_next_offset=5)
+
+
+def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
+    """Told after each poll, done at last; stopped, it leaves a store that another restore goes on with."""
+    clock = HandClock()
+    log = ChangingLog(1, clock)
+    worker = Worker(log, clock)
+    for i in range(10):
+        worker.commit(0, {str(i): i})
+    stores, told = MemoryStores(), list[Progress]()
+
+    def go(stop_after: int) -> int:
+        told.clear()
+        return restore(
+            0,
+            stores.open(0),
+            log,
+            clock,
+            fetch_count_max=10,
+            buffer_entries_max=100,
+            progress=told.append,
+            stopping=lambda: len(told) >= stop_after,
+        )
+
+    with pytest.raises(NotReady):
+        go(2)
+    assert read_meta(stores.open(0)).changelog_next_offset == 20
+    assert go(100) == 20
+    assert [(it.remaining, it.done) for it in told] == [(10, False), (0, False), (0, True)]
+    assert read_meta(stores.open(0)).topic_id == "first"
+    assert series_of(stores.open(0)) == {str(i): i for i in range(10)}
+
+
+def test_a_changelog_that_ends_within_a_commit() -> None:
+    """Is no changelog of ours: a commit is there as a whole, or not at all."""
+    clock = HandClock()
+    log = ChangingLog(1, clock)
+    Worker(log, clock).commit(0, {"a": 1})
+    log.append([Message(CHANGELOG, 0, b"k", b"v")], timeout_s=1)
+    with pytest.raises(StoreCorrupt, match="ends within a commit"):
+        restore(0, MemoryStore(), log, clock, fetch_count_max=10, buffer_entries_max=100)

@@ -1,0 +1,143 @@
+"""The mirror tells how far a worker is, as often as it shall, and nothing that fails on the way disturbs anybody."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+
+import pipeline.metrics as m
+from pipeline.errors import Unavailable
+from pipeline.worker.mirror import Mirror
+from tests.support import wait_until
+from tests.worker.support import HandClock, Recorder
+
+
+class Watched:
+    """A mirror of what `positions` and `ends` hold, and what it has committed."""
+
+    def __init__(self, interval_ms: int = 5_000) -> None:
+        self.clock = HandClock()
+        self.metrics = Recorder()
+        self.positions = {0: 5, 1: 7}
+        self.ends = {0: 9, 1: 7}
+        self.commits: list[dict[int, int]] = []
+        self.looks = 0
+        self.ends_fail = self.commits_fail = False
+        self.mirror = Mirror(
+            lambda: dict(self.positions),
+            end_offsets=self._end_offsets,
+            start_offsets=lambda: {0: 2, 1: 0},
+            commit=self._commit,
+            clock=self.clock,
+            interval_ms=interval_ms,
+            metrics=self.metrics,
+        )
+
+    def _end_offsets(self) -> Mapping[int, int]:
+        self.looks += 1
+        if self.ends_fail:
+            raise Unavailable("the log is away")
+        return self.ends
+
+    def _commit(self, positions: Mapping[int, int]) -> None:
+        if self.commits_fail:
+            raise Unavailable("not allowed")
+        self.commits.append(dict(positions))
+
+    @contextmanager
+    def running(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr("pipeline.worker.mirror._LOOK_S", 0.001)
+        self.mirror.start()
+        try:
+            yield
+        finally:
+            self.mirror.stop()
+            self.mirror._thread.join(60)
+            assert not self.mirror._thread.is_alive()
+
+    def look_twice(self) -> None:
+        """So that one whole round has passed."""
+        looks = self.looks
+        wait_until(lambda: self.looks >= looks + 2, "two looks", 60)
+
+
+def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lag is how far the end is, never below 0; the margin how far the start is."""
+    it = Watched()
+    with it.running(monkeypatch):
+        it.look_twice()
+        assert (it.metrics.of(m.LAG, 0), it.metrics.of(m.LAG, 1)) == (4, 0)
+        assert (it.metrics.of(m.RETENTION_MARGIN, 0), it.metrics.of(m.RETENTION_MARGIN, 1)) == (3, 7)
+        assert it.mirror.end_offsets == {0: 9, 1: 7}
+        it.positions[1] = 8  # ahead of what was seen
+        it.look_twice()
+        assert it.metrics.of(m.LAG, 1) == 0
+
+
+def test_positions_are_mirrored_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each interval, and those only; the first at once."""
+    it = Watched()
+    with it.running(monkeypatch):
+        wait_until(lambda: it.commits, "the first commit", 60)
+        it.look_twice()
+        assert it.commits == [{0: 5, 1: 7}]
+        it.positions[0] = 6
+        it.look_twice()
+        assert len(it.commits) == 1, "not before the interval has passed"
+        it.clock.s += 6
+        wait_until(lambda: len(it.commits) == 2, "the second commit", 60)
+        it.clock.s += 6
+        it.look_twice()
+    assert it.commits == [{0: 5, 1: 7}, {0: 6}]
+
+
+def test_an_interval_of_0_mirrors_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lag is told all the same."""
+    it = Watched(interval_ms=0)
+    with it.running(monkeypatch):
+        it.look_twice()
+    assert not it.commits
+    assert it.metrics.of(m.LAG, 0) == 4
+
+
+def test_a_log_that_is_away_is_only_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Meanwhile nobody is told an old end; when it is back, all is as before."""
+    it = Watched()
+    with it.running(monkeypatch), caplog.at_level(logging.DEBUG):
+        it.look_twice()
+        it.ends_fail = True
+        it.look_twice()
+        assert it.mirror.end_offsets == {}
+        it.ends_fail = False
+        it.look_twice()
+        assert it.mirror.end_offsets == {0: 9, 1: 7}
+    assert "the log is away" in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+
+
+def test_a_group_that_cannot_be_written_hides_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again at the next interval, with all that is new since the last that went through."""
+    it = Watched()
+    it.commits_fail = True
+    with it.running(monkeypatch):
+        for _ in range(5):
+            it.clock.s += 6
+            it.look_twice()
+            assert it.mirror.end_offsets == {0: 9, 1: 7}
+        it.commits_fail = False
+        it.clock.s += 6
+        wait_until(lambda: it.commits, "a commit", 60)
+    assert it.commits == [{0: 5, 1: 7}]
+
+
+def test_stop_before_start() -> None:
+    """Nothing to end; twice is fine."""
+    it = Watched()
+    it.mirror.stop()
+    it.mirror.stop()
+    assert threading.active_count() >= 1
+    assert not it.looks

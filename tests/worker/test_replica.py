@@ -1,0 +1,552 @@
+"""Replicas: what a query server reads is whole commits of the present changelog, or it is told to wait."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+import pipeline.metrics as m
+from pipeline.adapters.memory import MemoryStores
+from pipeline.core.record import POSITION_KEY, STORE_META_KEY
+from pipeline.errors import NotReady, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.settings import WorkerSettings
+from pipeline.topics import CHANGELOG
+from pipeline.worker.follower import Progress, read_meta, read_position
+from pipeline.worker.replica import LAG_MAX_S, ReplicaLoop
+from tests.worker.support import DAY_MS, ChangingLog, HandClock, Recorder, WatchedStores, Worker, series_of
+
+
+class Server:
+    """A loop that is driven by hand, and who commits to its changelog."""
+
+    def __init__(self, partition_count: int = 1) -> None:
+        self.clock = HandClock()
+        self.log = ChangingLog(partition_count, self.clock)
+        self.worker = Worker(self.log, self.clock)
+        self.stores = WatchedStores()
+        self.metrics = Recorder()
+        self.progress: list[Progress] = []
+        self.fatal: list[BaseException] = []
+        self.loop = self.start()
+
+    def start(self, **settings: int) -> ReplicaLoop:
+        """Another process on the same stores."""
+        self.loop = ReplicaLoop(
+            log=self.log,
+            stores=self.stores,
+            clock=self.clock,
+            settings=WorkerSettings(**settings),
+            delete_retention_ms=DAY_MS,
+            on_fatal=self.fatal.append,
+            on_progress=self.progress.append,
+            metrics=self.metrics,
+        )
+        return self.loop
+
+    def step(self, count: int = 1, *, s: float = 0.0) -> None:
+        for _ in range(count):
+            self.clock.s += s
+            self.loop.step()
+
+    def follow(self) -> None:
+        """Until all can be read, and some steps more; there is always enough time for a look."""
+        for _ in range(10):
+            self.step(s=1.0)
+        assert self.loop.ready
+
+    def read(self, number: int = 0) -> dict[str, float]:
+        return series_of(self.loop.stores()[number])
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    it = Server()
+    yield it
+    it.loop.close()
+    assert not it.fatal
+
+
+@pytest.fixture
+def pair() -> Iterator[Server]:
+    it = Server(2)
+    yield it
+    it.loop.close()
+
+
+def only_half(server: Server) -> None:
+    """From now on the changelog shows the newest commit without its position record; see `whole`."""
+    at = server.log._partition(CHANGELOG, 0)
+    server.held = (at.rows[-1], at.end_offset)  # type: ignore[attr-defined]
+    assert at.rows[-1].key == POSITION_KEY
+    at.rows = at.rows[:-1]
+    at.end_offset -= 1
+
+
+def whole(server: Server) -> None:
+    at = server.log._partition(CHANGELOG, 0)
+    row, at.end_offset = server.held  # type: ignore[attr-defined]
+    at.rows.append(row)
+
+
+def test_what_was_committed_can_be_read(server: Server) -> None:
+    """Before the end of the changelog is reached nothing can; then all of it, and what follows."""
+    server.worker.commit(0, {"a": 1, "b": 2})
+    with pytest.raises(NotReady):
+        server.loop.stores()
+    assert not server.loop.wait_ready(0)
+    server.follow()
+    assert server.loop.wait_ready(0)
+    assert server.read() == {"a": 1, "b": 2}
+    server.worker.commit(0, {"a": 5})
+    server.step()
+    assert server.read() == {"a": 6, "b": 2}
+    assert server.loop.status() == [
+        {"partition": 0, "phase": "following", "changelog_next_offset": 8, "changelog_remaining": 0}
+    ]
+
+
+def test_an_empty_changelog_is_followed_at_once(server: Server) -> None:
+    """Nothing is all there is."""
+    server.step()
+    assert server.read() == {}
+
+
+def test_a_poll_is_one_write(server: Server) -> None:
+    """However many commits it brings; and nothing is written for no records."""
+    for i in range(20):
+        server.worker.commit(0, {"a": 1, str(i): i})
+    server.step()
+    assert server.stores.at(0).writes == 1
+    server.step(5, s=1.0)
+    assert server.stores.at(0).writes == 1
+    assert server.read()["a"] == 20
+
+
+def test_half_a_commit_is_never_read(server: Server) -> None:
+    """What stands behind the last position record waits for the next one."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.worker.commit(0, {"a": 1, "b": 1})
+    only_half(server)
+    server.follow()
+    assert server.read() == {"a": 1}
+    assert read_meta(server.stores.at(0)).changelog_next_offset < server.loop.status()[0]["changelog_next_offset"]
+    whole(server)
+    server.step()
+    assert server.read() == {"a": 2, "b": 1}
+
+
+def test_nothing_is_read_between_boundaries(server: Server) -> None:
+    """A commit beyond the buffer is written without its end: hidden before that, and shown once it is whole."""
+    server.start(restore_buffer_entries_max=2)
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.worker.commit(0, {"a": 1, "b": 1, "c": 1})
+    only_half(server)
+    seen: list[object] = []
+    store = server.stores.at(0)
+    write = store.write
+
+    def watched(*arguments: object) -> None:
+        with pytest.raises(NotReady):
+            server.loop.stores()
+        seen.append(arguments)
+        write(*arguments)  # type: ignore[arg-type]
+
+    store.write = watched  # type: ignore[method-assign]
+    server.step(5, s=1.0)
+    assert len(seen) == 1
+    assert read_meta(store).between_boundaries
+    assert not server.loop.ready
+    del store.write  # type: ignore[method-assign]
+    whole(server)
+    server.follow()
+    assert server.read() == {"a": 2, "b": 1, "c": 1}
+
+
+def test_a_break_in_serving_is_seen_by_whoever_read_across_it(server: Server) -> None:
+    """A store that was hidden and is served again is another object, so that a read from before the break is not trusted."""
+    server.start(restore_buffer_entries_max=2)
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    before = server.loop.stores()
+    assert server.loop.stores()[0] is before[0]
+    server.worker.commit(0, {"a": 1, "b": 1, "c": 1})
+    only_half(server)
+    server.step()
+    whole(server)
+    server.follow()
+    assert server.loop.stores()[0] is not before[0]
+    assert series_of(before[0]) == server.read()
+
+
+def test_it_goes_on_where_it_was(server: Server) -> None:
+    """A new process reads on from what the store reflects; and it is served only when it has caught up."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.loop.close()
+    server.worker.commit(0, {"a": 1})
+    server.start()
+    with pytest.raises(NotReady):
+        server.loop.stores()
+    server.follow()
+    assert server.read() == {"a": 2}
+    assert server.progress[-1].done
+    assert server.progress[-1].entries == 3, "series, producer, position: the second commit only"
+    assert not server.stores.destroyed
+
+
+def test_between_boundaries_is_remembered(server: Server) -> None:
+    """A process that starts on such a store serves it only from the next boundary on."""
+    server.start(restore_buffer_entries_max=2)
+    server.worker.commit(0, {"x": 1})
+    server.follow()
+    server.worker.commit(0, {"a": 1, "b": 1, "c": 1})
+    only_half(server)
+    server.step()
+    server.start()
+    server.step(5, s=1.0)
+    assert not server.loop.ready
+    whole(server)
+    server.follow()
+    assert server.read() == {"a": 1, "b": 1, "c": 1, "x": 1}
+
+
+def test_a_changelog_made_anew_makes_the_stores_anew(pair: Server) -> None:
+    """Even if it is longer than the old one; all that was read of the old one is gone, and not served meanwhile."""
+    for number in (0, 1):
+        pair.worker.commit(number, {"old": 1})
+    pair.follow()
+    pair.log.make_anew(CHANGELOG, "second")
+    other = Worker(pair.log, pair.clock)
+    for number in (0, 1):
+        other.partition(number).task.skip_to(1)
+        for _ in range(5):
+            other.commit(number, {"new": 1})
+    pair.clock.s += 2
+    pair.loop._look()
+    with pytest.raises(NotReady):
+        pair.loop.stores()
+    pair.follow()
+    assert pair.read(0).keys() == pair.read(1).keys() == {"new"}
+    assert sorted(pair.stores.destroyed) == [0, 1]
+    assert read_meta(pair.stores.at(0)).topic_id == "second"
+
+
+def test_a_store_of_another_changelog_is_not_trusted(server: Server) -> None:
+    """Also if the changelog was made anew while the server was down."""
+    server.worker.commit(0, {"old": 1})
+    server.follow()
+    server.log.ids[CHANGELOG] = "second"
+    server.start()
+    server.step()
+    assert server.stores.destroyed == [0]
+
+
+def test_a_changelog_that_lost_its_tail(pair: Server) -> None:
+    """A store that reflects more than there is is made anew; its neighbour is left alone."""
+    for number in (0, 1):
+        for _ in range(3):
+            pair.worker.commit(number, {"a": 1})
+    pair.follow()
+    pair.log.cut(CHANGELOG, 0, 7)
+    pair.loop._reader.poll = _lost_once(pair)  # type: ignore[method-assign, union-attr]
+    pair.step()
+    assert pair.stores.destroyed == [0]
+    with pytest.raises(NotReady):
+        pair.loop.stores()
+    pair.follow()
+    assert (pair.read(0), pair.read(1)) == ({"a": 2}, {"a": 3})
+
+
+def _lost_once(server: Server) -> object:
+    """What a broker's reader does when a cursor is beyond the end; the one in memory waits there."""
+    reader = server.loop._reader
+    poll = reader.poll  # type: ignore[union-attr]
+
+    def lost(**_: object) -> object:
+        reader.poll = poll  # type: ignore[method-assign, union-attr]
+        raise RecordsLost("changelog-0 ends before: truncated or made anew")
+
+    return lost
+
+
+def test_what_was_read_beyond_the_end_is_read_again(server: Server) -> None:
+    """A tail that was held back for its boundary and is gone is forgotten; the store was never wrong, and stays."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    end_offset = server.log.watermarks(CHANGELOG, 0).end_offset
+    server.worker.commit(0, {"a": 1})
+    only_half(server)
+    server.step()
+    server.log.cut(CHANGELOG, 0, end_offset)
+    server.loop._reader.poll = _lost_once(server)  # type: ignore[method-assign, union-attr]
+    server.step()
+    assert not server.stores.destroyed
+    other = Worker(server.log, server.clock)
+    other.partition(0).task.skip_to(2)
+    other._sequence = 10
+    other.commit(0, {"b": 1})
+    server.follow()
+    assert server.read() == {"a": 1, "b": 1}
+
+
+def test_a_changelog_that_begins_too_late_is_fatal(server: Server) -> None:
+    """If even a new store can't be made of it, there is nothing to wait for: it says what is gone, at once."""
+    server.worker.commit(0, {"a": 1})
+    server.worker.commit(0, {"a": 1})
+    server.log.truncate(CHANGELOG, 0, 4)
+    with pytest.raises(RecordsLost, match="4 records from 0 on are gone"):
+        server.step(3)
+
+
+def test_a_store_below_the_start_of_the_changelog_is_not_read_on(server: Server) -> None:
+    """What it needs is gone, so it is made anew, and that fails loudly if the log can't do it."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    for _ in range(3):
+        server.worker.commit(0, {"a": 1})
+    server.log.truncate(CHANGELOG, 0, 9)
+    with pytest.raises(RecordsLost):
+        server.step(5, s=1.0)
+    assert server.stores.destroyed == [0]
+
+
+def test_a_store_that_was_away_for_too_long_is_made_anew(server: Server) -> None:
+    """Tombstones are kept for so long; a store at the end of its changelog needs none."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.clock.s += DAY_MS / 1000 + 1
+    server.start()
+    server.follow()
+    assert not server.stores.destroyed
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.clock.s += DAY_MS / 1000 - 20
+    server.worker.commit(0, {"a": 1})
+    server.start()
+    server.follow()
+    assert not server.stores.destroyed
+    server.clock.s += DAY_MS / 1000 + 1
+    server.worker.commit(0, {"a": 1})
+    server.start()
+    server.follow()
+    assert server.stores.destroyed == [0]
+    assert server.read() == {"a": 4}
+
+
+def test_a_process_that_stood_still_for_too_long_makes_its_store_anew(server: Server) -> None:
+    """The same without a restart: a stopped process, a machine that was asleep."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.worker.commit(0, {"a": 1})
+    server.loop._next_look_s = 1e18  # it wakes up between a look and a read
+    server.clock.s += DAY_MS / 1000 + 1
+    server.step()
+    assert server.stores.destroyed == [0]
+    server.follow()
+    assert server.read() == {"a": 2}
+
+
+def test_a_store_that_fell_behind_is_hidden_until_it_has_caught_up(server: Server) -> None:
+    """Beyond the compaction lag a boundary is no proof that nothing is missing."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.worker.commit(0, {"a": 1})
+    server.loop._next_look_s = 1e18
+    server.clock.s += LAG_MAX_S + 1
+    server.step()
+    assert not server.loop.ready
+    assert not server.stores.destroyed
+    server.loop._next_look_s = 0
+    server.follow()
+    assert server.read() == {"a": 2}
+
+
+def test_an_end_that_took_too_long_to_reach_does_not_count(server: Server) -> None:
+    """The next one does, if it is reached in time."""
+    for _ in range(10):
+        server.worker.commit(0, {"a": 1})
+    server.start(restore_fetch_count_max=10)
+    server.step(4, s=LAG_MAX_S / 2)
+    assert server.loop.status()[0]["changelog_next_offset"] == 31
+    assert not server.loop.ready
+    server.follow()
+
+
+def test_while_the_log_is_away_the_stores_can_be_read(server: Server) -> None:
+    """However long it takes; when it is back, reading goes on, hidden if that was too long."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.log.away = True
+    for _ in range(5):
+        server.clock.s += 60
+        with pytest.raises(Unavailable):
+            server.loop.step()
+        assert server.read() == {"a": 1}
+    server.log.away = False
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    assert server.read() == {"a": 2}
+    assert not server.stores.destroyed
+
+
+def test_a_partition_without_a_leader_does_not_stop_the_others(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as nobody says where all of them end, what is there is applied all the same."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+
+    def no_leader(topic: str) -> Mapping[int, int]:
+        raise Unavailable("one partition has no leader")
+
+    monkeypatch.setattr(server.log, "end_offsets", no_leader)
+    for total in (2, 3):
+        server.worker.commit(0, {"a": 1})
+        server.step(3, s=1.0)
+        assert server.read() == {"a": total}
+
+
+def test_partitions_that_are_added_are_followed(pair: Server) -> None:
+    """They hide none of the old ones while they are restored."""
+    pair.worker.commit(0, {"a": 1})
+    pair.follow()
+    pair.log.grow(4)
+    pair.worker.commit(3, {"c": 3})
+    only = pair.loop.stores()
+    pair.step(s=1.0)
+    assert pair.loop.ready
+    pair.follow()
+    assert [*only] == [0, 1]
+    assert [*pair.loop.stores()] == [0, 1, 2, 3]
+    assert pair.read(3) == {"c": 3}
+    pair.worker.commit(3, {"c": 1})
+    pair.stores.at(3).broken = StoreCorrupt("a block's checksum is wrong")
+    pair.step()
+    assert not pair.loop.ready, "once it was part of an answer, none is whole without it"
+
+
+def test_no_answer_lacks_a_partition(pair: Server) -> None:
+    """Nothing is served before the last of those that there are at the start."""
+    pair.worker.commit(0, {"a": 1})
+    for _ in range(5):
+        pair.worker.commit(1, {"a": 1})
+    pair.start(restore_fetch_count_max=4)
+    pair.step()
+    assert [it["phase"] for it in pair.loop.status()] == ["following", "restoring"]
+    with pytest.raises(NotReady):
+        pair.loop.stores()
+    pair.follow()
+    assert (pair.read(0), pair.read(1)) == ({"a": 1}, {"a": 5})
+
+
+@pytest.mark.parametrize("error", [StoreCorrupt("a block's checksum is wrong"), Unavailable("no space left on device")])
+def test_one_broken_store_does_not_stop_the_others(pair: Server, error: Exception) -> None:
+    """What can't be written is read again, into a store made anew if this one is corrupt; nothing is lost on either side."""
+    for number in (0, 1):
+        pair.worker.commit(number, {"a": 1})
+    pair.follow()
+    for number in (0, 1):
+        pair.worker.commit(number, {"a": 1})
+    pair.stores.at(0).broken = error
+    try:
+        pair.step()
+        assert isinstance(error, StoreCorrupt)
+    except Unavailable:
+        assert isinstance(error, Unavailable)
+    assert not pair.loop.ready
+    pair.follow()
+    assert (pair.read(0), pair.read(1)) == ({"a": 2}, {"a": 2})
+    assert pair.stores.destroyed == ([0] if isinstance(error, StoreCorrupt) else [])
+
+
+def test_a_store_that_cannot_be_opened_is_made_anew(pair: Server) -> None:
+    """And counted."""
+    for number in (0, 1):
+        pair.worker.commit(number, {"a": 1})
+    pair.follow()
+    pair.stores.rotten.add(1)
+    pair.start()
+    pair.follow()
+    assert pair.stores.destroyed == [1]
+    assert pair.read(1) == {"a": 1}
+    assert pair.metrics.of(m.STORES_REBUILT, 1) == 1
+    assert pair.metrics.of(m.STORES_REBUILT, 0) == 0
+
+
+@pytest.mark.parametrize("key", [STORE_META_KEY, POSITION_KEY])
+def test_a_store_whose_own_record_is_rotten_is_made_anew(server: Server, key: bytes) -> None:
+    """Nobody knows what it reflects."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    server.stores.at(0).write([key], [b"\x07"])
+    server.start()
+    server.follow()
+    assert server.stores.destroyed == [0]
+    assert server.read() == {"a": 1}
+
+
+def test_it_says_how_far_it_is(server: Server) -> None:
+    """Remaining records fall with each poll; the error says them, the metric and the status, too."""
+    for i in range(10):
+        server.worker.commit(0, {str(i): 1})
+    server.start(restore_fetch_count_max=10)
+    server.step()
+    with pytest.raises(NotReady, match="about 30 changelog records"):
+        server.loop.stores()
+    assert server.metrics.of(m.RESTORE_REMAINING, 0) == 30
+    assert server.loop.status()[0]["phase"] == "restoring"
+    server.follow()
+    assert [it.remaining for it in server.progress] == [30, 20, 10, 0]
+    assert [it.entries for it in server.progress] == [10, 20, 30, 40]
+    assert [it.done for it in server.progress] == [False, False, False, True]
+    assert server.metrics.of(m.RESTORE_REMAINING, 0) == 0
+
+
+def test_the_thread_follows_and_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """Started, it follows by itself; while the log is away it complains, but not all the time; `stop` ends it."""
+    server = Server()
+    server.worker.commit(0, {"a": 1})
+    server.loop.start()
+    assert server.loop.wait_ready(60)
+    assert server.read() == {"a": 1}
+    with caplog.at_level(logging.WARNING):
+        server.log.away = True
+        complained = threading.Event()
+        while not complained.wait(0.01):
+            if "answers grow stale" in caplog.text:
+                complained.set()
+    assert server.read() == {"a": 1}
+    assert server.loop.stop(60)
+    assert server.loop.stop(1)
+    assert not server.fatal
+
+
+def test_what_it_cannot_go_on_from_is_fatal() -> None:
+    """Whoever owns the process hears of it once."""
+    server = Server()
+    server.worker.commit(0, {"a": 1})
+    server.worker.commit(0, {"a": 1})
+    server.log.truncate(CHANGELOG, 0, 4)
+    heard = threading.Event()
+    loop = ReplicaLoop(
+        log=server.log,
+        stores=MemoryStores(),
+        clock=server.clock,
+        settings=WorkerSettings(),
+        delete_retention_ms=DAY_MS,
+        on_fatal=lambda error: (server.fatal.append(error), heard.set()),
+    )
+    loop.start()
+    assert heard.wait(60)
+    assert loop.stop(60)
+    assert [type(error) for error in server.fatal] == [RecordsLost]
+
+
+def test_a_position_that_is_deleted_is_none(server: Server) -> None:
+    """A store knows where it is only by its position record."""
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    assert read_position(server.stores.at(0)).next_offset == 1
