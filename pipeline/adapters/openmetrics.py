@@ -7,6 +7,7 @@ there, and one beyond all floats is infinite, where its digits would make Promet
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
@@ -24,10 +25,9 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         it = self._exposition
-        if it.staleness_ms is not None:
-            stale = Metric(STALENESS, "Upper bound on the age of anything accepted but not in this scrape.", "gauge")
-            stale.add_sample(STALENESS, {}, it.staleness_ms / 1000)
-            yield stale
+        stale = Metric(STALENESS, "Upper bound on the age of anything accepted but not in this scrape.", "gauge")
+        stale.add_sample(STALENESS, {}, inf if it.staleness_ms is None else it.staleness_ms / 1000)
+        yield stale
         omitted = Metric(OMITTED, "Views that are left out of this scrape, and why.", "gauge")
         for view, reason in it.omitted.items():
             omitted.add_sample(OMITTED, {"view": view, "reason": reason}, 1)

@@ -246,10 +246,11 @@ def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: 
     @app.post(
         "/v1/deltas",
         tags=["write"],
-        summary="Publish deltas, all or none",
+        summary="Publish deltas",
         description=(
-            "A JSON array, or one JSON object a line. The log has them when this answers. A request without an answer may "
-            "have been taken: sending it again counts twice. A `Publisher` does not have this gap."
+            "A JSON array, or one JSON object a line. The log has them when this answers; if one is wrong, none is taken. "
+            "A request without an answer, or with 503, may have been taken, on Kafka also in part: sending it again counts "
+            "twice. A `Publisher` does not have this gap."
         ),
         responses=docs.answers("Accepted", 400, 413, 415, 503),
         openapi_extra=docs.DELTAS_BODY,
@@ -261,7 +262,7 @@ def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: 
     @app.post(
         "/v1/batches",
         tags=["write"],
-        summary="A publisher's sealed batches, all or none",
+        summary="Take a publisher's sealed batches",
         description="Each behind its length, four bytes, big endian. Sending one again is safe: it counts once.",
         responses=docs.answers("BatchesAccepted", 400, 413, 415, 503),
         openapi_extra=docs.BATCHES_BODY,

@@ -29,6 +29,8 @@ class Seen(NamedTuple):
     at_s: float
     end_offsets: Mapping[int, int]
     start_offsets: Mapping[int, int]
+    source_id: str = ""
+    """Of which topic, or of a newer one of its name; see `ports.Log.topic_id`."""
 
 
 class EndsNow:
@@ -59,9 +61,18 @@ class EndsPolled:
     While the log is away, what it said last goes on to be told, with the time of then. Safe from any thread.
     """
 
-    def __init__(self, end_offsets: Offsets, start_offsets: Offsets, clock: Clock, *, interval_ms: int) -> None:
+    def __init__(
+        self,
+        end_offsets: Offsets,
+        start_offsets: Offsets,
+        clock: Clock,
+        *,
+        interval_ms: int,
+        source_id: Callable[[], str] = lambda: "",
+    ) -> None:
         self._end_offsets = end_offsets
         self._start_offsets = start_offsets
+        self._source_id = source_id
         self._clock = clock
         self._interval_s = interval_ms / 1000
         self._stop = threading.Event()
@@ -91,7 +102,8 @@ class EndsPolled:
                     starts = self._start_offsets()
                     next_starts_s = at_s + _START_OFFSETS_S
                     at_s = self._clock.monotonic_s()
-                self._seen = Seen(at_s, self._end_offsets(), starts)
+                ends = self._end_offsets()
+                self._seen = Seen(at_s, ends, starts, self._source_id())
                 away = False
             except PipelineError as error:
                 if not away and not self._stop.is_set():

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import compress
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -47,7 +48,7 @@ from pipeline.core.view import (
 )
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Store, StoreView
+from pipeline.ports import Clock, ReadableStore, StoreView
 from pipeline.query.ends import Seen
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms
@@ -129,14 +130,15 @@ class _Heads(NamedTuple):
 class ViewReader:
     """Answers from the stores that `stores` returns, by partition. Safe from any thread.
 
-    `stores` raises `NotReady` while they are being restored. A store may be taken away and be made anew, but then `stores`
-    must say so before it is touched: it is asked again after each look at them. `ends` says where the deltas topic ends.
+    `stores` raises `NotReady` while they are being restored. A store may be taken away, and come back, as another object;
+    `stores` must say so before it is touched: it is asked again after each look at them. `ends` says where the topic of
+    deltas ends.
     """
 
     def __init__(
         self,
         *,
-        stores: Callable[[], Mapping[int, Store]],
+        stores: Callable[[], Mapping[int, ReadableStore]],
         ends: Callable[[], Seen],
         clock: Clock,
         settings: QuerySettings,
@@ -356,26 +358,32 @@ class ViewReader:
 
     def partitions(self) -> list[PartitionState]:
         """How far each partition is now; sets the gauges of lag and staleness."""
-        stores = self._stores()
+        try:
+            stores = self._stores()
+        except NotReady:
+            for number in self._end_offsets:
+                self._metrics.set(m.STALENESS, inf, number)
+            raise
         seen = self._note_ends()
+        for number in seen.end_offsets.keys() - stores.keys():  # so new that there is no store of it
+            self._metrics.set(m.STALENESS, inf, number)
         positions = {n: _trust(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
         self._check_unchanged(stores)
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         states = []
         for number, position in positions.items():
-            next_offset = position.next_offset
+            next_offset = _reached(position, seen)
             staleness_ms = self._staleness_ms(number, position, seen, now_s, now_ms)
             end_offset = max(seen.end_offsets[number], next_offset) if number in seen.end_offsets else None
             lag = None if end_offset is None else end_offset - next_offset
             if lag is not None:
                 self._metrics.set(m.LAG, lag, number)
                 self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets.get(number, 0), number)
-            if staleness_ms is not None:
-                self._metrics.set(m.STALENESS, staleness_ms / 1000, number)
+            self._metrics.set(m.STALENESS, inf if staleness_ms is None else staleness_ms / 1000, number)
             states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, position.committed_at_ms))
         return states
 
-    def _check_unchanged(self, stores: Mapping[int, Store]) -> None:
+    def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
         """After a look at stores: raise `NotReady` if one of them was taken away meanwhile."""
         now = self._stores()
         if any(now.get(number) is not store for number, store in stores.items()):
@@ -397,7 +405,7 @@ class ViewReader:
         if _caught_up(number, position, seen):
             reached_s = seen.at_s
         elif number in self._end_offsets:
-            reached_s = self._end_offsets[number].reached_s(position.next_offset)
+            reached_s = self._end_offsets[number].reached_s(_reached(position, seen))
         return bound_ms(position, reached_s, now_s=now_s, now_ms=now_ms)
 
     def _as_of(self, positions: Mapping[int, Position], seen: Seen) -> AsOf:
@@ -408,11 +416,17 @@ class ViewReader:
             if not _caught_up(number, position, seen):
                 bound = self._staleness_ms(number, position, seen, now_s, now_ms)
                 staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
-        return AsOf(staleness_ms, {str(number): position.next_offset for number, position in positions.items()})
+        return AsOf(staleness_ms, {str(number): _reached(position, seen) for number, position in positions.items()})
 
 
 def _caught_up(number: int, position: Position, seen: Seen) -> bool:
-    return number in seen.end_offsets and seen.end_offsets[number] <= position.next_offset
+    return number in seen.end_offsets and seen.end_offsets[number] <= _reached(position, seen)
+
+
+def _reached(position: Position, seen: Seen) -> int:
+    """Up to where the topic that is there now is folded: if the position is of one that is gone, nothing of it is."""
+    foreign = position.source_id and seen.source_id and position.source_id != seen.source_id
+    return 0 if foreign else position.next_offset
 
 
 def _unreadable(view: str, error: Exception) -> str:

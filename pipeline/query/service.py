@@ -15,7 +15,7 @@ import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.exposition import Exposition
-from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.query.params import ReadRequest
 from pipeline.query.reader import Answer, PartitionState, ViewReader
@@ -154,15 +154,18 @@ class ReadService:
 
         def ok(states: States) -> bool:
             fresh = most is None or all(s.staleness_ms is not None and s.staleness_ms <= most for s in states)
-            return fresh and not behind(states)
+            return fresh and not behind(states) and not unknown(states)
+
+        def unknown(states: States) -> set[int]:  # a publisher may see new partitions first
+            return wanted.keys() - {state.partition for state in states}
 
         states = self._reader.partitions()
-        unknown = wanted.keys() - {state.partition for state in states}
-        if unknown:
-            raise Invalid(f"after: there is no partition {min(unknown)}; this server has {len(states)}")
         if ok(states) or await self._watch.until(ok, deadline_s - self._reader.clock.monotonic_s()):
             return
-        late = behind(self._reader.partitions())
+        states = self._reader.partitions()
+        if new := unknown(states):
+            raise NotReady(f"after: there is no partition {min(new)} yet; this server has {len(states)}")
+        late = behind(states)
         if late:
             number, next_offset = late[0].partition, late[0].next_offset
             raise NotReady(

@@ -18,7 +18,7 @@ from math import ceil
 from pipeline.core.record import Position
 
 OBSERVATIONS_MAX = 1_000
-_SPACING_S = 0.01
+SPACING_S = 0.01
 
 
 class EndOffsets:
@@ -42,7 +42,7 @@ class EndOffsets:
                 times.clear()  # a log made anew
                 offsets.clear()
             same = offsets and end_offset == offsets[-1]
-            if same or (len(times) > 1 and times[-1] - times[-2] < _SPACING_S):
+            if same or (len(times) > 1 and times[-1] - times[-2] < SPACING_S):
                 times[-1], offsets[-1] = at_s, end_offset
                 return
             times.append(at_s)

@@ -183,7 +183,15 @@ def test_batches_are_taken_as_they_are(server: Server) -> None:
         assert total(server, "sealed") == 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "length", "version", "partition", "random", "empty"])
+def test_batches_for_a_partition_that_is_not_known_yet(server: Server) -> None:
+    """503, so that their publisher sends them again; none is taken."""
+    before = server.world.log.watermarks("deltas", 0).end_offset
+    body = encode_frames([server.world.batch(number, DEFINITION, {("a",): 1}) for number in (0, 77)])
+    assert "no partition 77 yet" in server.problem(503, server.request("POST", "/v1/batches", body))
+    assert server.world.log.watermarks("deltas", 0).end_offset == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "length", "version", "random", "empty"])
 def test_damaged_batches_are_refused_whole(server: Server, damage: str) -> None:
     """400, and the good one beside the bad one is not taken either."""
     world = server.world
@@ -192,7 +200,6 @@ def test_damaged_batches_are_refused_whole(server: Server, damage: str) -> None:
         "truncated": encode_frames([good, good[:-1]]),
         "length": encode_frames([good]) + b"\xff\xff\xff\xffabc",
         "version": encode_frames([good, b"\x02" + good[1:]]),
-        "partition": encode_frames([good, world.batch(77, DEFINITION, {("a",): 1})]),
         "random": b"\x00\x00\x00\x05hello",
         "empty": b"\x00\x00\x00\x00",
     }[damage]

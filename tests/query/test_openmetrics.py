@@ -114,11 +114,12 @@ def test_the_format_is_what_accept_asks_for(server: Server) -> None:
 
 
 def test_staleness_is_told(server: Server) -> None:
-    """In seconds, as `staleness_ms` of an answer; not there while nobody knows it."""
+    """In seconds, as `staleness_ms` of an answer; infinite while nobody knows it."""
     found = families(server.request("GET", "/v1/openmetrics", headers=OPENMETRICS))
     (sample,) = found["pipeline_view_staleness_seconds"].samples
     assert 0 <= sample.value < 5
-    assert "pipeline_view_staleness_seconds" not in families(render_views(Exposition([], {}, None))[0], plain=True)
+    unknown = families(render_views(Exposition([], {}, None))[0], plain=True)["pipeline_view_staleness_seconds"]
+    assert unknown.samples[0].value == math.inf
     told = families(render_views(Exposition([], {}, 1_500))[0], plain=True)["pipeline_view_staleness_seconds"]
     assert told.samples[0].value == 1.5
 
@@ -337,4 +338,4 @@ def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], b
     chosen, out = choose(definitions)
     assert {d.view for d in chosen} | out.keys() == definitions.keys()
     body, _ = render_views(Exposition([Exposed(d, [()], [1]) for d in chosen], out, None), OPENMETRICS["Accept"])
-    assert len([*parse_openmetrics(body.decode())]) == len(chosen) + 1
+    assert len([*parse_openmetrics(body.decode())]) == len(chosen) + 2

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.adapters.memory import MemoryLog
 from pipeline.core.record import NO_POSITION, Definition, Position
 from pipeline.core.view import Query
-from pipeline.errors import Unavailable
-from pipeline.query.ends import EndsNow
+from pipeline.errors import NotReady, Unavailable
+from pipeline.query.ends import EndsNow, Seen
 from pipeline.query.reader import AsOf, ViewReader
-from pipeline.query.staleness import OBSERVATIONS_MAX, EndOffsets, bound_ms
+from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsets, bound_ms
 from pipeline.topics import DELTAS
 from tests.query.support import World
 
@@ -111,7 +112,8 @@ def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) ->
                     )
                     for number in range(2)
                 ]
-                assert answer.staleness_ms <= (clock.s - min(known)) * 1000 + 2
+                thinned_ms = SPACING_S * 1000  # of two looks so close to each other only one is remembered
+                assert answer.staleness_ms <= (clock.s - min(known)) * 1000 + thinned_ms + 2
 
 
 def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
@@ -199,6 +201,29 @@ def test_a_minute_is_remembered_in_bounded_memory() -> None:
     assert len(kept._offsets) <= OBSERVATIONS_MAX
 
 
+def test_gauges_hide_nothing() -> None:
+    """Staleness that nobody knows is infinite, not what it was: of stores being restored, and of partitions without one."""
+    clock = FakeClock()
+    world = World(partition_count=2, clock=clock)
+    seen = Seen(clock.s, {0: 0, 1: 0, 2: 0}, {})
+    world.reader = ViewReader(
+        stores=world.stores, ends=lambda: seen, clock=clock, settings=world.settings, metrics=world.metrics
+    )
+    world.reader.partitions()
+
+    def gauge(number: int) -> str:
+        (line,) = [
+            it for it in world.metrics.render()[0].decode().splitlines() if f'staleness_seconds{{partition="{number}"' in it
+        ]
+        return line.split()[-1]
+
+    assert [gauge(number) for number in range(3)] == ["0.0", "0.0", "+Inf"]
+    world.ready = False
+    with pytest.raises(NotReady):
+        world.reader.partitions()
+    assert [gauge(number) for number in range(3)] == ["+Inf"] * 3
+
+
 def test_late_and_fallen_observations() -> None:
     """One that comes after a newer one is dropped; a log that ends earlier than before was made anew."""
     kept = EndOffsets()
@@ -261,3 +286,25 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
         call()
         assert order[0] == "ends"
         assert "ends" not in order[1:]
+
+
+@pytest.mark.parametrize("end", [1, 2, 5])
+def test_a_position_in_a_topic_that_is_gone_covers_nothing(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    """Deltas made anew: the old position may lie beyond their end, yet nothing of them is in the answers."""
+    clock = FakeClock()
+    monkeypatch.setattr(MemoryLog, "topic_id", lambda self, topic: "old")
+    world = World(partition_count=1, clock=clock)
+    for _ in range(2):
+        world.append(0, DEFINITION, {(): 1})
+    world.fold()
+    seen = Seen(clock.s, {0: 2}, {0: 0}, "old")
+    world.reader = ViewReader(stores=world.stores, ends=lambda: seen, clock=clock, settings=world.settings)
+    assert as_of(world) == AsOf(0, {"0": 2})
+    clock.s += 3
+    seen = Seen(clock.s, {0: end}, {0: 0}, "new")
+    answer = as_of(world)
+    assert answer.next_offsets == {"0": 0}, "so that no token of the new topic is taken for covered"
+    assert answer.staleness_ms is not None
+    assert answer.staleness_ms >= 3_000
+    (state,) = world.reader.partitions()
+    assert (state.lag, state.staleness_ms) == (end, answer.staleness_ms)
