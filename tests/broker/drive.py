@@ -19,13 +19,14 @@ from pipeline.core.codec import decode_position
 from pipeline.core.record import POSITION_KEY
 from pipeline.topics import CHANGELOG, DEAD_LETTERS
 from tests.broker.kafka import App, Port
-from tests.broker.sender import SERIES, VIEW, touched
+from tests.broker.sender import ONCE, ONCE_COUNT, ROUNDS_MAX, SERIES, VIEW, touched
 from tests.process.load import Load, answers, merged, stop
 from tests.support import ROOT, UpProcess, environment, wait_until
 
 PUBLISHER = {"flush_interval_ms": 30, "retry_backoff_max_ms": 100, "request_timeout_ms": 2_000, "metadata_refresh_ms": 100}
 """Settings of publishers that share a test with faults: quick to try again."""
 _TAIL = 3_000
+_LIMIT = 1_000_000
 
 Answers = dict[str, dict[tuple[str, str], Any]]
 
@@ -58,9 +59,9 @@ def worker(app: App, data: Path, *arguments: str, **settings: object) -> Role:
     return Role("worker", app, data, *arguments, **settings)
 
 
-def server(app: App, data: Path, **settings: object) -> Role:
+def server(app: App, data: Path, *arguments: str, **settings: object) -> Role:
     """A query server."""
-    return Role("serve", app, data, **settings)
+    return Role("serve", app, data, *arguments, **settings)
 
 
 class Supervised:
@@ -124,6 +125,11 @@ class Sender:
         """Rounds that it has reported, as far as they were read: all of them once it was killed."""
         return self._rounds
 
+    @property
+    def token(self) -> Token:
+        """Covers the rounds that were read."""
+        return self._token
+
     def wait_round(self) -> None:
         """Wait for the next report."""
         assert self._process.stdout is not None
@@ -153,17 +159,20 @@ class Sender:
         """What is counted otherwise than once if it was acknowledged, and once or not at all if not."""
         rounds = touched(self.name)
         wrong = []
+
+        def look(number: int, sent: bool, times: float, where: str) -> None:
+            if times != sent and (times != 0 or number < self._rounds):
+                wrong.append(f"{self.name}: round {number} of {self._rounds} is {times} times in {where}")
+
         for n in range(SERIES):
-            value = counted[VIEW].get((self.name, str(n)), 0)
-            for number in range(self._rounds + 1):
-                value, times = divmod(value, 4)
-                sent = number < len(rounds) and n in rounds[number]
-                if times != int(sent) and (times or number < self._rounds):
-                    wrong.append(f"{self.name}: round {number} of {self._rounds} counted {times} times in series {n}")
-                if times > int(sent):
-                    wrong.append(f"{self.name}: round {number} of {self._rounds} counted {times} times in series {n}")
-            if value:
-                wrong.append(f"{self.name}: rounds were counted in series {n} that were never sent")
+            digits = counted[VIEW].get((self.name, str(n)), 0)
+            for number in range(ROUNDS_MAX):
+                digits, times = divmod(digits, 4)
+                look(number, number <= self._rounds and n in rounds[number], times, f"series {n}")
+        for number in range(ROUNDS_MAX):
+            for n in range(ONCE_COUNT):
+                value = counted[ONCE].get((self.name, f"{number}-{n}"), 0)
+                look(number, number <= self._rounds, value / (number + 1), f"its own series {n}")
         return wrong
 
     def __enter__(self) -> Self:
@@ -196,8 +205,12 @@ def finish(publisher: Publisher, loads: Sequence[Load]) -> tuple[Token, Answers]
 def read_rounds(url: str, after: Token) -> Answers:
     """What the senders' series hold."""
     with Reader(url) as reader:
-        answer = reader.get(VIEW, after=after, timeout_ms=60_000)
-    return {VIEW: {(series.labels["sender"], series.labels["n"]): series.value for series in answer.series}}
+        return {
+            view: {
+                (it.labels["sender"], it.labels["n"]): it.value for it in reader.get(view, after=after, limit=_LIMIT).series
+            }
+            for view in (VIEW, ONCE)
+        }
 
 
 def check(
@@ -272,17 +285,23 @@ def records(app: App, topic: str) -> list[Message]:
         consumer.close()
 
 
-def open_transactions(app: App, partitions: int) -> set[int]:
-    """Partitions of the changelog in which a transaction that has written something is neither committed nor aborted."""
-    ends = []
-    for isolation in ("read_committed", "read_uncommitted"):
-        consumer = _consumer(app, isolation)
-        try:
-            places = [TopicPartition(app.topic(CHANGELOG), number) for number in range(partitions)]
-            ends.append([consumer.get_watermark_offsets(place, 10)[1] for place in places])
-        finally:
-            consumer.close()
-    return {number for number, (stable, end) in enumerate(zip(*ends, strict=True)) if stable < end}
+def torn_commits(app: App, partitions: int) -> set[int]:
+    """Partitions of the changelog in which a transaction is open that has written some of a commit, but not its end."""
+    torn = set()
+    consumer, stable = _consumer(app, "read_uncommitted"), _consumer(app, "read_committed")
+    try:
+        for number in range(partitions):
+            place = TopicPartition(app.topic(CHANGELOG), number)
+            end = consumer.get_watermark_offsets(place, 10)[1]
+            if stable.get_watermark_offsets(place, 10)[1] < end:
+                consumer.assign([TopicPartition(app.topic(CHANGELOG), number, end - 1)])
+                (last,) = consumer.consume(1, 10) or [None]
+                if last is not None and last.error() is None and last.key() != POSITION_KEY:
+                    torn.add(number)
+        return torn
+    finally:
+        consumer.close()
+        stable.close()
 
 
 def _consumer(app: App, isolation: str) -> Consumer:

@@ -93,20 +93,28 @@ def wait_folded(worker: ClusterWorker) -> None:
 
 
 @contextmanager
-def serving(app: App, data: Path, metrics: Counted | None = None, **settings: Any) -> Iterator[ClusterServer]:
-    """A server whose stores can be read."""
+def serving(
+    app: App,
+    data: Path,
+    metrics: Counted | None = None,
+    *,
+    kafka: Mapping[str, Any] | None = None,
+    ready: bool = True,
+    **settings: Any,
+) -> Iterator[ClusterServer]:
+    """A server whose stores can be read; without `ready` one that was just started."""
     errors: list[BaseException] = []
     server = ClusterServer(
         app.url,
         LogSettings(data=str(data)),
-        kafka_settings=_kafka(None),
+        kafka_settings=_kafka(kafka),
         worker_settings=WorkerSettings(**settings),
         metrics=metrics or Counted(),
         on_fatal=errors.append,
     )
     try:
         server.start()
-        wait_until(lambda: server.wait_ready(0.05) or errors, "a server that answers", READY_S)
+        wait_until(lambda: not ready or server.wait_ready(0.05) or errors, "a server that answers", READY_S)
         if errors:
             raise errors[0]
         yield server

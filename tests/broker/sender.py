@@ -1,7 +1,8 @@
 """A publisher that tells through a pipe what was acknowledged, until it is killed: `python -m tests.broker.sender`.
 
 Round r adds 4**r to some series, then waits until it is acknowledged. So the digits of an answer in base 4 say how often
-each round was counted, whatever else was: 0, 1, or too often.
+each round was counted, whatever else was: 0, 1, or too often. It also adds to series of its own, which no later round
+touches: a state that was lost, or kept although it was not committed, is not made good by what comes after it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pipeline import Publisher
 
 VIEW = "rounds"
 SERIES = 24
-ROUNDS_MAX = 1_000
-"""Ints of 2,000 bits."""
-_PAUSE_S = 0.01
+ONCE = "once"
+ONCE_COUNT = 4
+"""Series that belong to one round."""
+ROUNDS_MAX = 2_000
+"""Ints of 4,000 bits."""
+_PAUSE_S = 0.02
 
 
 def touched(name: str) -> list[list[int]]:
@@ -32,9 +36,12 @@ def main(url: str, name: str) -> None:
     pause = threading.Event()
     publisher = Publisher(url, flush_interval_ms=20, request_timeout_ms=2_000, metadata_refresh_ms=100)
     view = publisher.sum(VIEW, labels=("sender", "n"))
+    once = publisher.sum(ONCE, labels=("sender", "n"))
     for number, series in enumerate(touched(name)):
         for n in series:
             view.add(4**number, sender=name, n=str(n))
+        for n in range(ONCE_COUNT):
+            once.add(number + 1, sender=name, n=f"{number}-{n}")
         token = publisher.flush(timeout_s=120)
         os.write(1, f"{number} {token}\n".encode())
         pause.wait(_PAUSE_S)

@@ -110,7 +110,7 @@ def test_a_paused_broker_answers_nothing_until_resumed(broker: Broker) -> None:
     assert out.flush(30) == 0
     broker.pause()
     broker.stop()
-    assert not in_group(broker.pid)
+    wait_until(lambda: not in_group(broker.pid), "its processes to be gone")
 
 
 OWNER = """

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline import Publisher, Reader
-from tests.broker.drive import PUBLISHER, Role, check, finish, loaded, open_transactions, server, wait_exit, worker
+from pipeline.producer.cell import Cell
+from tests.broker.drive import PUBLISHER, Role, Sender, check, finish, loaded, server, torn_commits, wait_exit, worker
 from tests.broker.kafka import App, create_topics
 
 SEED = 44
@@ -25,10 +27,17 @@ SERIES = 12_000
 def test_stalled_with_an_open_transaction(app: App, tmp_path: Path) -> None:
     """A worker that wakes up when another has taken over writes nothing and exits 3; back on its own store it is exact."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
-    stalled, other = worker(app, tmp_path / "a"), worker(app, tmp_path / "b")
-    with stalled, server(app, tmp_path / "server") as reads, Publisher(app.url, **PUBLISHER) as large:
+    small = {"kafka.batch.size": 4_096}  # many requests a commit, so that it can be stopped in the midst of them
+    stalled, other = worker(app, tmp_path / "a", **small), worker(app, tmp_path / "b")
+    with (
+        stalled,
+        Sender(app, "s", tmp_path) as sender,
+        server(app, tmp_path / "server") as reads,
+        Publisher(app.url, **PUBLISHER) as large,
+    ):
         wide = large.sum("wide", labels=("n",))
         cells = [wide.labels(str(n)) for n in range(SERIES)]
+        sender.wait_round()
         with loaded(app) as (publisher, loads):
             rounds = _stop_in_transaction(stalled, app, large, cells)
             with other:
@@ -46,7 +55,7 @@ def test_stalled_with_an_open_transaction(app: App, tmp_path: Path) -> None:
                 for cell in cells:
                     cell.add(1)
                 load = finish(publisher, loads)
-                check(app, [reads], tmp_path, load=load)
+                check(app, [reads], tmp_path, load=load, senders=[sender])
                 _read(reads, large, rounds + 1)
                 assert stalled.exit_code is None, stalled.tail()
 
@@ -58,19 +67,21 @@ def test_taken_over_while_it_works(app: App, tmp_path: Path) -> None:
     with (
         worker(app, tmp_path / "0") as first,
         server(app, tmp_path / "server") as reads,
+        Sender(app, "s", tmp_path) as sender,
         loaded(app) as (publisher, loads),
         worker(app, tmp_path / "1") as second,
     ):
         assert wait_exit(first, EXIT_S) == 3, first.tail()
         with worker(app, tmp_path / "2") as third:
             assert wait_exit(second, EXIT_S) == 3, second.tail()
+            sender.wait_round()
             load = finish(publisher, loads)
-            check(app, [reads], tmp_path, load=load)
+            check(app, [reads], tmp_path, load=load, senders=[sender])
             assert third.exit_code is None, third.tail()
 
 
-def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: list) -> int:
-    """SIGSTOP with a transaction open; how often each of `cells` was added to."""
+def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: Sequence[Cell]) -> int:
+    """SIGSTOP in the midst of a commit; how often each of `cells` was added to."""
     rng = random.Random(SEED)
     rounds = 0
     for _ in range(ATTEMPTS):
@@ -81,12 +92,12 @@ def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: list) ->
             large.flush()
         time.sleep(rng.uniform(0.0, 0.05))
         role.program.signal(signal.SIGSTOP)
-        if open_transactions(app, PARTITIONS):
+        if torn_commits(app, PARTITIONS):
             time.sleep(0.2)  # the broker may be about to end it
-            if open_transactions(app, PARTITIONS):
+            if torn_commits(app, PARTITIONS):
                 return rounds
         role.program.signal(signal.SIGCONT)
-    raise AssertionError(f"no transaction was open in {ATTEMPTS} attempts; {role.tail()}")
+    raise AssertionError(f"no commit was open in {ATTEMPTS} attempts; {role.tail()}")
 
 
 def _read(role: Role, large: Publisher, rounds: int) -> None:
