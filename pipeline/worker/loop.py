@@ -17,6 +17,7 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader
 from pipeline.settings import WorkerSettings
 from pipeline.topics import DELTAS
+from pipeline.worker.away import Away
 from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
 
@@ -24,8 +25,6 @@ _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
 """How often a wait for commits or for restores looks up."""
 _DISCOVER_S = 0.5
-_AWAY_S = 0.2
-_COMPLAIN_S = 10.0
 
 
 class WorkerLoop:
@@ -68,7 +67,7 @@ class WorkerLoop:
         self._due: dict[int, float] = {}
         self._next_commit_s = 0.0
         """When `transactions_per_s_max` allows the next commit."""
-        self._complained_s = -_COMPLAIN_S
+        self._away = Away(_log, clock, self._stop, "the log is away")
 
     @property
     def ready(self) -> bool:
@@ -148,18 +147,11 @@ class WorkerLoop:
                 reader.assign({number: partition.task.next_offset for number, partition in self._partitions.items()})
                 return
             except Unavailable as error:
-                self._complain(error)
+                self._away.wait(error)
 
     def _progress(self, progress: Progress) -> None:
         self._metrics.set(m.RESTORE_REMAINING, progress.remaining, progress.partition)
         self._on_progress(progress)
-
-    def _complain(self, error: Unavailable) -> None:
-        now = self._clock.monotonic_s()
-        if now - self._complained_s >= _COMPLAIN_S:
-            self._complained_s = now
-            _log.warning("the log is away: %s", error)
-        self._stop.wait(_AWAY_S)
 
     # Folding
 
@@ -178,7 +170,7 @@ class WorkerLoop:
                     timeout_s=self._poll_timeout_s() if self._partitions else 0.0,
                 )
             except Unavailable as error:
-                self._complain(error)
+                self._away.wait(error)
                 fetched = []
             for records in fetched:
                 partition = self._partitions[records.partition]

@@ -21,6 +21,7 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, ReadableStore, Store, Stores
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
+from pipeline.worker.away import Away
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
 
 _log = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ LAG_MAX_S = 300.0
 _LOOK_S = 1.0
 """How often the end of the changelog, new partitions and the topic's id are asked for; more often where the lag is short."""
 _POLL_S = 0.1
-_AWAY_S = 0.2
-_COMPLAIN_S = 10.0
 
 
 class _Served:
@@ -122,7 +121,7 @@ class ReplicaLoop:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipeline-replica", daemon=True)
         self._next_look_s = 0.0
-        self._complained_s = -_COMPLAIN_S
+        self._away = Away(_log, clock, self._stop, "answers grow stale")
         self._trouble = ""
         """Why nothing was read, since something was: librdkafka tells of a missing permission only once."""
 
@@ -194,11 +193,7 @@ class ReplicaLoop:
 
     def _complain(self, error: Unavailable) -> None:
         self._trouble = f"; {error}"
-        now_s = self._clock.monotonic_s()
-        if now_s - self._complained_s >= _COMPLAIN_S:
-            self._complained_s = now_s
-            _log.warning("answers grow stale: %s", error)
-        self._stop.wait(_AWAY_S)
+        self._away.wait(error)
 
     def step(self) -> None:
         """Look if it is time to, read, apply: what the thread does again and again. `Unavailable`: try again later."""
