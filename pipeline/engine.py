@@ -90,7 +90,7 @@ class Engine:
             settings=query_settings or QuerySettings(),
             metrics=metrics,
         )
-        self.gateway = Gateway(self.log, self.clock, publisher_settings or PublisherSettings(), self._definition_of, metrics)
+        self.ingest = Gateway(self.log, self.clock, publisher_settings or PublisherSettings(), self._definition_of, metrics)
 
     @property
     def ready(self) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from pipeline.adapters.openmetrics import render_views
 from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.cli.served import Hooks, Served, return_memory, run_served
+from pipeline.cli.served import Hooks, Served, query_app, return_memory, run_served
 from pipeline.cluster import ClusterServer, ClusterWorker
 from pipeline.config import Config
 from pipeline.errors import Invalid
-from pipeline.query.api import create_app, create_operations_app
+from pipeline.query.api import create_operations_app
 
 
 def parse_partitions(text: str | None) -> list[int] | None:
@@ -69,15 +69,5 @@ def run_serve(config: Config, url: str, *, ingest: bool, as_json: bool) -> int:
             on_progress=hooks.on_progress,
         )
 
-    def make_app(server: ClusterServer, metrics: PrometheusMetrics) -> Any:
-        return create_app(
-            server.reader,
-            server.ingest,
-            config.query,
-            metrics,
-            status=server.status,
-            ready=lambda: server.ready,
-            render_views=render_views,
-        )
-
-    return run_served(Served(config.query, make, make_app), data=config.log.data, as_json=as_json)
+    served = Served(config.query, make, partial(query_app, config.query))
+    return run_served(served, data=config.log.data, as_json=as_json)

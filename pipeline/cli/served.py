@@ -10,12 +10,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from pipeline.adapters.openmetrics import render_views
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
 from pipeline.cli.server import HttpServer, bind, url_of
 from pipeline.cli.signals import stopping_on_signals
 from pipeline.errors import Invalid
+from pipeline.ports import Ingest
+from pipeline.query.api import create_app
+from pipeline.query.reader import ViewReader
 from pipeline.settings import QuerySettings
 from pipeline.worker.follower import Progress
 
@@ -33,6 +37,18 @@ class Role(Protocol):
     def stop(self) -> bool: ...
 
     def status(self) -> dict[str, Any]: ...
+
+
+class QueryRole(Role, Protocol):
+    """An `Engine` or a `ClusterServer`."""
+
+    reader: ViewReader
+
+    @property
+    def ingest(self) -> Ingest | None: ...
+
+    @property
+    def ready(self) -> bool: ...
 
 
 class Hooks(NamedTuple):
@@ -103,6 +119,19 @@ class Served(Generic[RoleT]):
     def _fail(self, error: BaseException) -> None:
         self._fatal = error
         self.stop()
+
+
+def query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics) -> Any:
+    """What answers queries, and takes deltas if the role does."""
+    return create_app(
+        role.reader,
+        role.ingest,
+        settings,
+        metrics,
+        status=role.status,
+        ready=lambda: role.ready,
+        render_views=render_views,
+    )
 
 
 def return_memory() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from pipeline.adapters.openmetrics import render_views
-from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.cli.served import Hooks, Served, return_memory, run_served
+from pipeline.cli.served import Hooks, Served, query_app, return_memory, run_served
 from pipeline.config import Config
 from pipeline.engine import Engine
-from pipeline.query.api import create_app
 
 
 class Up(Served[Engine]):
@@ -27,18 +24,7 @@ class Up(Served[Engine]):
                 on_progress=hooks.on_progress,
             )
 
-        def make_app(engine: Engine, metrics: PrometheusMetrics) -> Any:
-            return create_app(
-                engine.reader,
-                engine.gateway,
-                config.query,
-                metrics,
-                status=engine.status,
-                ready=lambda: engine.ready,
-                render_views=render_views,
-            )
-
-        super().__init__(config.query, make, make_app)
+        super().__init__(config.query, make, partial(query_app, config.query))
 
 
 def run_up(config: Config, *, as_json: bool) -> int:

@@ -45,7 +45,7 @@ def fold(data: Path, start: int) -> None:
         assert engine.wait_ready(30)
         for _ in range(2):  # two batches: the second supersedes entries of the first
             deltas = [RawDelta("revenue", "sum", {"region": f"r{n}"}, n) for n in range(start, start + SERIES)]
-            engine.gateway.deltas([*deltas, RawDelta("note", "last", {}, f"from {start}", 1_000 + start)])
+            engine.ingest.deltas([*deltas, RawDelta("note", "last", {}, f"from {start}", 1_000 + start)])
             wait_until(lambda: all(p["lag"] == 0 for p in engine.status()["partitions"]), "everything folded")
     finally:
         assert engine.stop()
