@@ -96,11 +96,14 @@ class ClusterWorker(_Role):
         self._on_progress = on_progress
         self._progress: dict[int, Progress] = {}
         self._listed = partitions
-        self._topic_ids = {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
         numbers = range(self.partition_count) if partitions is None else sorted({*partitions})
-        if unknown := [number for number in numbers if not 0 <= number < self.partition_count]:
+        try:
+            if unknown := [number for number in numbers if not 0 <= number < self.partition_count]:
+                raise Invalid(f"there is no partition {unknown[0]}; topic deltas has {self.partition_count}")
+            self._topic_ids = self._ask_topic_ids()
+        except BaseException:
             self._close()
-            raise Invalid(f"there is no partition {unknown[0]}; topic deltas has {self.partition_count}")
+            raise
         self.partitions: dict[int, Partition] = {number: self._partition(number) for number in numbers}
         self._loop = WorkerLoop(
             [*self.partitions.values()],
@@ -142,11 +145,13 @@ class ClusterWorker(_Role):
         self.partitions = {**self.partitions, **new}
         return [*new.values()]
 
+    def _ask_topic_ids(self) -> Mapping[str, str]:
+        return {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
+
     def _end_offsets(self) -> Mapping[int, int]:
         """Of deltas, each second. A topic made anew shows in nothing else if it has grown as long as the old one."""
-        ids = {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
-        for topic, topic_id in ids.items():
-            if self._topic_ids.setdefault(topic, topic_id) != topic_id:
+        for topic, topic_id in self._ask_topic_ids().items():
+            if self._topic_ids[topic] != topic_id:
                 error = LogCorrupt(
                     f"topic {self.log.address.topic(topic)} was made anew while this worker ran: start it again"
                 )

@@ -13,13 +13,7 @@ from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, 
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata
-from pipeline.adapters.kafka.options import (
-    Address,
-    admin_options,
-    reader_options,
-    transaction_options,
-    try_user_options,
-)
+from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.said import Cause
 from pipeline.adapters.kafka.transaction import KafkaTransaction
@@ -45,14 +39,12 @@ class KafkaLog:
     """
 
     def __init__(self, address: Address, settings: KafkaSettings, clock: Clock, *, request_timeout_ms: int = 10_000) -> None:
-        try_user_options(address, settings.kafka, timeout_ms=request_timeout_ms)
         self.address = address
         self._settings = settings
         self._clock = clock
         self._timeout_s = settings.kafka_timeout_ms / 1000
         self._closed = threading.Event()
         self._cause = Cause()
-        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._cause})
         self._metadata = Metadata(
             address,
             settings.kafka,
@@ -69,6 +61,8 @@ class KafkaLog:
             metadata_refresh_ms=settings.metadata_refresh_ms,
             metadata=self._metadata,
         )
+        # Behind the writer, which tries the user's options: it says more of a wrong one than this client does.
+        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._cause})
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
         try:
