@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from pipeline.core.record import Records
 from pipeline.errors import Fenced, Invalid, PipelineError, RecordsLost
 from pipeline.ports import MESSAGE_BYTES_MAX, Message, Store, StoreView, Watermarks
 
 
-class _Row(NamedTuple):
+class _Row(msgspec.Struct, frozen=True, gc=False):
     offset: int
     at_ms: int
     key: bytes | None

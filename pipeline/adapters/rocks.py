@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -32,12 +33,18 @@ from rocksdict import (
     WriteOptions,
 )
 
+from pipeline.core.record import runs
 from pipeline.errors import Invalid, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
 from pipeline.ports import Store, StoreView
 from pipeline.settings import LogSettings
 
 _log = logging.getLogger(__name__)
 _CORRUPT = ("Corruption:", "Invalid argument:", "NotFound:", "Not implemented:")
+_STALL = "Result incomplete: Write stall"
+_STALLED = ("rocksdb.is-write-stopped", "rocksdb.actual-delayed-write-rate")
+_STALL_LOOK_S = 0.01
+_STALL_LOOKS = 100
+"""After so many looks it is tried again in any case: an error can have come meanwhile."""
 _HOPELESS = ("Permission denied", "Read-only file system", "Not a directory", "Is a directory", "File exists")
 
 
@@ -192,7 +199,9 @@ class RocksStore:
         keep_from_children(self)
         write_options: Any = WriteOptions()
         write_options.disable_wal = True  # an attribute, whatever the stub says
+        write_options.no_slowdown = True
         self._write_options = write_options
+        self._pause = Event()
         self.closed = False
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -203,17 +212,36 @@ class RocksStore:
         return Cursor(self.db, self._translated).scan(start, end)
 
     def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
-        batch = WriteBatch(raw_mode=True)
-        # In the order of keys, the memtable takes entries in half the time. The sort is stable: of one key's, the last wins.
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        entries = map(keys.__getitem__, order), map(values.__getitem__, order)
-        if None in values:
-            for key, value in zip(*entries, strict=True):
-                batch.delete(key) if value is None else batch.put(key, value)
-        else:
-            deque(map(batch.put, *entries), maxlen=0)
         with self._translated:
+            while not self._is_written(self._batch(keys, values)):
+                for _ in range(_STALL_LOOKS):
+                    if not any(map(self.db.property_int_value, _STALLED)):
+                        break
+                    self._pause.wait(_STALL_LOOK_S)
+
+    def _is_written(self, batch: WriteBatch) -> bool:
+        """False if the disk does not keep up. RocksDB would wait for it, but with the GIL: not even heartbeats went on."""
+        try:
             self.db.write(batch, self._write_options)
+        except Exception as error:
+            if not str(error).startswith(_STALL):
+                raise
+            return False
+        return True
+
+    def _batch(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> WriteBatch:
+        batch = WriteBatch(raw_mode=True)
+        with_tombstones = None in values
+        for order in runs(range(len(keys))):
+            # In the order of keys, the memtable takes them in half the time. A stable sort: of one key's, the last wins.
+            order.sort(key=keys.__getitem__)
+            entries = map(keys.__getitem__, order), map(values.__getitem__, order)
+            if with_tombstones:
+                for key, value in zip(*entries, strict=True):
+                    batch.delete(key) if value is None else batch.put(key, value)
+            else:
+                deque(map(batch.put, *entries), maxlen=0)
+        return batch
 
     def snapshot(self) -> StoreView:
         return Cursor(self.db, self._translated)
@@ -259,7 +287,10 @@ class RocksStores:
         options.create_if_missing(True)
         options.set_block_based_table_factory(table)
         options.set_memtable_whole_key_filtering(True)
-        options.set_memtable_prefix_bloom_ratio(0.1)
+        # A memtable takes its filter at once and its room by the block, used or not: of 64 stores that must be little, or
+        # it fills the budget of all, which then writes files of a few KB all the time.
+        options.set_memtable_prefix_bloom_ratio(0.02)  # 16 bits for each of 160,000 entries
+        options.set_arena_block_size(256 * 2**10)
         options.set_write_buffer_manager(self._buffers)
         options.set_write_buffer_size(16 * 2**20)
         options.set_compression_type(DBCompressionType.none())

@@ -10,8 +10,10 @@ Everything behind the NUL is the *suffix* of a series: what a batch carries, onc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import islice
+from typing import TypeVar
 
 import msgspec
 
@@ -37,7 +39,12 @@ STORE_META_KEY = b"\xff"
 WINDOW_NONE = bytes(8)
 """The window start of a view without windows."""
 
+RUN_ENTRIES_MAX = 100_000
+"""What a worker does in one call of C it does to so many entries at most: the call keeps all other threads waiting, and
+those that keep the worker in its group are among them."""
+
 _GAP = b"\xc0\xc0"
+T = TypeVar("T")
 _encode_labels = msgspec.msgpack.Encoder().encode
 _decode_labels = msgspec.msgpack.Decoder(tuple[str, ...]).decode
 
@@ -106,6 +113,13 @@ class Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 NO_POSITION = Position(0, 0, 0)
+
+
+def runs(items: Iterable[T]) -> Iterator[list[T]]:
+    """The items in their order, in lists of up to `RUN_ENTRIES_MAX`."""
+    rest = iter(items)
+    while run := [*islice(rest, RUN_ENTRIES_MAX)]:
+        yield run
 
 
 def definition_key(view: str) -> bytes:

@@ -15,8 +15,10 @@ and arrives at the same states, because nothing but the committed entries surviv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
+from itertools import chain, islice
 from typing import NamedTuple
 
 import msgspec
@@ -26,6 +28,7 @@ from pipeline.core.merge import KINDS, State
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
+    RUN_ENTRIES_MAX,
     Batch,
     Definition,
     Group,
@@ -34,6 +37,7 @@ from pipeline.core.record import (
     check_suffixes,
     definition_key,
     producer_key,
+    runs,
     series_prefix,
 )
 from pipeline.core.sequence import Folded
@@ -181,7 +185,7 @@ class _Cache:
 
 
 class _Change(NamedTuple):
-    """What a commit changes of one view, column by column, in the order of keys: so lookup and write are cheap."""
+    """A run of what a commit changes of one view, by column, in the order of keys: so lookup and write are cheap."""
 
     view: str
     suffixes: list[bytes]
@@ -191,7 +195,7 @@ class _Change(NamedTuple):
 
 
 class _Merged(NamedTuple):
-    """The new absolute states of a view's frozen series."""
+    """The new absolute states of such a run."""
 
     view: str
     suffixes: list[bytes]
@@ -298,8 +302,9 @@ class Task:
                 self._remember(batch.producer_id, msgspec.structs.replace(producer, epoch=batch.epoch))
             return
         producer = producer.with_folded(batch.sequence, batch.floor, batch.epoch, at_ms)
-        self._check_groups(batch.groups)
-        for group in batch.groups:
+        groups = [*chain.from_iterable(map(_parts, batch.groups))]
+        self._check_groups(groups)
+        for group in groups:
             self._merge_group(group)
         self._remember(batch.producer_id, producer)
         self.counts.batches_folded += 1
@@ -351,15 +356,15 @@ class Task:
         self._changes = []
         keys: list[bytes] = []
         for view, states in sorted(self._frozen.states.items()):
-            suffixes = sorted(states)
-            cached = self._cache.states(view, suffixes)
             prefix = series_prefix(view)
-            change = _Change(view, suffixes, [prefix + suffix for suffix in suffixes], cached)
-            self._changes.append(change)
-            if cached.count(None) == len(cached):
-                keys += change.keys
-            else:
-                keys += [key for key, state in zip(change.keys, cached, strict=True) if state is None]
+            for suffixes in _in_order(states):
+                cached = self._cache.states(view, suffixes)
+                change = _Change(view, suffixes, [prefix + suffix for suffix in suffixes], cached)
+                self._changes.append(change)
+                if cached.count(None) == len(cached):
+                    keys += change.keys
+                else:
+                    keys += [key for key, state in zip(change.keys, cached, strict=True) if state is None]
         return keys
 
     def _forget_producers(self) -> None:
@@ -411,13 +416,13 @@ class Task:
         return Commit(keys, out, dead, self._pending, series_count)
 
     def _merge_committed(self, change: _Change, found: Sequence[bytes | None]) -> list[State]:
-        """The new absolute states of a view's frozen series; `found` are the stored values of those not in the cache."""
+        """The new absolute states of a run's series; `found` are the stored values of those not in the cache."""
         view, committed = change.view, change.cached
         kind = KINDS[self._definitions[view].kind]
         states = [*map(self._frozen.states[view].__getitem__, change.suffixes)]
         stored = [value for value in found if value is not None]
         if len(stored) < len(found):
-            self._counted[view] = len(found) - len(stored)
+            self._counted[view] = self._counted.get(view, 0) + len(found) - len(stored)
         try:
             known = iter(codec.decode_states(kind, stored))
         except BadRecord as error:
@@ -441,4 +446,26 @@ class Task:
         self._frozen, self._merged, self._counted, self._changes = _Overlay(), [], {}, []
 
 
+def _in_order(suffixes: Collection[bytes]) -> Iterable[list[bytes]]:
+    """The suffixes in order, in runs. The order is that of all, not of each run: the store writes them all at once, and
+    five times as fast if each is behind the one before."""
+    if len(suffixes) <= RUN_ENTRIES_MAX:
+        return (sorted(suffixes),)
+    sample = sorted(islice(suffixes, 0, None, _SAMPLED))
+    bounds = sample[:: RUN_ENTRIES_MAX // 2 // _SAMPLED][1:]  # half a run, so that one that is twice as large is one still
+    found: list[list[bytes]] = [[] for _ in range(len(bounds) + 1)]
+    for suffix in suffixes:
+        found[bisect(bounds, suffix)].append(suffix)
+    return map(sorted, found)
+
+
+def _parts(group: Group) -> Iterable[Group]:
+    if len(group.suffixes) <= RUN_ENTRIES_MAX:
+        return (group,)
+    columns = zip(runs(group.suffixes), runs(group.states), strict=True)
+    return [Group(group.definition, suffixes, states) for suffixes, states in columns]
+
+
 _NEW_PRODUCER = Folded()
+_SAMPLED = 100
+"""Of how many suffixes one is looked at to find out how all of them are spread."""

@@ -1,0 +1,87 @@
+"""What is too much for one step is done in runs: the outcome is the same."""
+
+import random
+from collections import Counter
+
+import pytest
+
+import pipeline.core.record
+import pipeline.core.task
+from pipeline.core.record import RUN_ENTRIES_MAX, Definition, runs, series_prefix
+from pipeline.core.task import Commit, TaskLimits
+from pipeline.errors import StoreCorrupt
+from tests.core.driver import Shell, batch, group
+
+V = Definition("v", "sum", ("a",))
+W = Definition("w", "mean", ("a",))
+RUN = 10
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a few entries."""
+    for module in (pipeline.core.record, pipeline.core.task):
+        monkeypatch.setattr(module, "RUN_ENTRIES_MAX", RUN)
+    monkeypatch.setattr(pipeline.core.task, "_SAMPLED", 2)
+
+
+@pytest.mark.parametrize("cache_entries_max", [0, 30, 1_000])
+@pytest.mark.parametrize("count", [1, RUN, RUN + 1, 20 * RUN])
+@pytest.mark.usefixtures("short")
+def test_runs_change_nothing(count: int, cache_entries_max: int) -> None:
+    """States, counts and the order of entries are those of one step, whatever is cached, new or known."""
+    shell = Shell(TaskLimits(cache_entries_max=cache_entries_max))
+    rng = random.Random(count)
+    expected: Counter[tuple[str, ...]] = Counter()
+    for sequence in range(4):
+        deltas = {(f"{rng.randrange(2 * count)}",): rng.randrange(1_000) for _ in range(count)}
+        expected.update(deltas)
+        shell.fold(batch(sequence, group(V, deltas), group(W, deltas)))
+        if sequence != 1:  # so that a run of the overlay meets runs of a batch, too
+            _assert_in_order(shell.commit())
+            assert shell.series("v") == expected
+            assert shell.series_count("v") == shell.series_count("w") == len(expected)
+    assert {labels: state[0] for labels, state in shell.series("w").items()} == expected
+    shell.restart()
+    shell.refold()
+    assert not shell.task.dirty
+
+
+def _assert_in_order(commit: Commit) -> None:
+    for view in ("v", "w"):
+        keys = [key for key in commit.keys if key.startswith(series_prefix(view))]
+        assert keys == sorted(keys)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_bad_suffix_in_a_later_run_spoils_the_whole_batch() -> None:
+    """All or nothing holds across runs."""
+    shell = Shell()
+    made = group(V, {(f"{n:03d}",): 1 for n in range(3 * RUN)})
+    made.suffixes[-1] = b"bad"
+    shell.fold(batch(0, made))
+    shell.commit()
+    assert shell.entry_count() == 0
+    assert len(shell.letters()) == 1
+
+
+@pytest.mark.usefixtures("short")
+def test_a_corrupt_entry_in_a_later_run_is_found() -> None:
+    """An entry that can't be read is never taken for a new series."""
+    shell = Shell(TaskLimits(cache_entries_max=0))
+    deltas = {(f"{n:03d}",): 1 for n in range(3 * RUN)}
+    shell.fold(batch(0, group(V, deltas)))
+    commit = shell.commit()
+    shell.store[commit.keys[2 * RUN + 1]] = b"?"
+    shell.fold(batch(1, group(V, deltas)))
+    shell.freeze()
+    with pytest.raises(StoreCorrupt):
+        shell.prepare()
+
+
+def test_runs_hold_everything_in_its_order() -> None:
+    """No list is empty or too long."""
+    for count in (0, 1, RUN_ENTRIES_MAX, RUN_ENTRIES_MAX + 1, 2 * RUN_ENTRIES_MAX):
+        found = [*runs(range(count))]
+        assert [item for run in found for item in run] == [*range(count)]
+        assert all(0 < len(run) <= RUN_ENTRIES_MAX for run in found)
