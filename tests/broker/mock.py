@@ -46,16 +46,16 @@ def _library() -> Any:
 
 
 class MockCluster:
-    """One broker that answers as it is told to. Close it after the clients that use it."""
+    """Brokers that answer as they are told to; one, if not said otherwise. Close it after the clients that use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 1) -> None:
         self._lib = _library()
         text = ctypes.create_string_buffer(512)
         conf = self._lib.rd_kafka_conf_new()
         assert self._lib.rd_kafka_conf_set(conf, b"log_level", b"0", text, len(text)) == 0, text.value
         self._client = self._lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         assert self._client, text.value
-        self._cluster = self._lib.rd_kafka_mock_cluster_new(self._client, 1)
+        self._cluster = self._lib.rd_kafka_mock_cluster_new(self._client, count)
         assert self._cluster
         self._lib.rd_kafka_mock_start_request_tracking(self._cluster)
 

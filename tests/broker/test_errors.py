@@ -10,18 +10,21 @@ from confluent_kafka import KafkaError
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.errors import CODES, Verdict, code_of, describe, translate, verdict_of
+from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import Address, parse_url, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
 from pipeline.ports import Message
+from pipeline.settings import KafkaSettings
 from tests.broker.mock import (
     ADD_PARTITIONS,
     END_TXN,
     FETCH,
     FIND_COORDINATOR,
     INIT_PRODUCER_ID,
+    LIST_OFFSETS,
     PRODUCE,
     MockCluster,
 )
@@ -533,3 +536,21 @@ def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineE
     assert errors == [expected] * (expected is not None)
     reader.close()
     writer.close()
+
+
+def test_a_leader_that_goes_tells_no_offsets() -> None:
+    """One of two breaks the connection: librdkafka calls that an offset of -1001, which is below every position."""
+    with MockCluster(2) as cluster:
+        cluster.create("deltas", 2)
+        log = KafkaLog(address(cluster), KafkaSettings(), SystemClock())
+        try:
+            assert log.end_offsets("deltas") == {0: 0, 1: 0}
+            cluster.fail(LIST_OFFSETS, code("_TRANSPORT"))
+            with pytest.raises(Unavailable, match="its leader does not answer"):
+                log.end_offsets("deltas")
+            cluster.fail(LIST_OFFSETS, code("_TRANSPORT"))
+            assert log.start_offsets("deltas") == {0: 0, 1: 0}
+            cluster.fail(LIST_OFFSETS, code("_TRANSPORT"), code("_TRANSPORT"))
+            assert log.watermarks("deltas", 1) == (0, 0)
+        finally:
+            log.close()

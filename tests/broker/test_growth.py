@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from confluent_kafka.admin import NewPartitions
 
 from pipeline import Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.kafka.writer import KafkaLogWriter
-from pipeline.errors import Unavailable
+from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
-from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import Role, Sender, check, finish, loaded, records, server, worker
-from tests.broker.kafka import App, create_topics
+from tests.broker.kafka import App, admin_client, create_topics
+from tests.broker.test_workers import status
 from tests.support import pipeline, wait_until
 
 BEFORE, AFTER = 4, 7
@@ -77,3 +80,45 @@ def _holding(role: Role) -> set[int]:
     """Partitions of which something is folded, or followed."""
     with Reader(role.url) as reader:
         return {it["partition"] for it in reader.status()["partitions"] if it.get("next_offset", 0) > 0}
+
+
+@pytest.mark.timeout(120)
+def test_members_grow_with_their_topics(app: App, tmp_path: Path) -> None:
+    """The changelog grows first, and deltas last: members take new partitions when all of it is there, and none ends."""
+    create_topics(app.bootstrap, app.app, BEFORE)
+    with ExitStack() as stack:
+        roles = [stack.enter_context(worker(app, tmp_path / name, "--name", name)) for name in ("a", "b")]
+        admin = admin_client(app.bootstrap)
+        admin.create_partitions([NewPartitions(app.topic(CHANGELOG), AFTER)])[app.topic(CHANGELOG)].result(30)
+        time.sleep(4)  # longer than members take to see it
+        assert pipeline("topics", "apply", "--to", app.url, "--partitions", str(AFTER)).returncode == 0
+
+        def folded() -> list[int]:
+            assert [role.exit_code for role in roles] == [None] * len(roles), "\n".join(role.tail() for role in roles)
+            return sorted(it["partition"] for role in roles for it in status(role).get("partitions", []))
+
+        wait_until(lambda: folded() == [*range(AFTER)], "the new partitions to be theirs", 60)
+        log = KafkaLog(parse_url(app.url), KafkaSettings(), SystemClock())
+        try:
+            for number in range(AFTER):
+                log.append([Message(DELTAS, number, None, b"no batch")], timeout_s=10)
+            wait_until(lambda: folded() and sum(log.end_offsets(DEAD_LETTERS).values()) >= AFTER, "their dead letters", 60)
+            folded()
+        finally:
+            log.close()
+
+
+def test_an_idle_log_looks_for_a_partition_that_it_does_not_know(app: App) -> None:
+    """Who is told by others of a new partition can take it over, and commit to it, before the next look at the topics."""
+    create_topics(app.bootstrap, app.app, BEFORE)
+    log = KafkaLog(parse_url(app.url), KafkaSettings(metadata_refresh_ms=600_000), SystemClock())
+    try:
+        assert log.partition_count(CHANGELOG) == log.partition_count(DEAD_LETTERS) == BEFORE
+        assert pipeline("topics", "apply", "--to", app.url, "--partitions", str(AFTER)).returncode == 0
+        assert log.watermarks(CHANGELOG, AFTER - 1) == (0, 0)
+        letter = Message(DEAD_LETTERS, AFTER - 1, None, b"x")
+        assert log.transaction("t").commit([letter], timeout_s=10) == [1]
+        with pytest.raises(Invalid):
+            log.watermarks(CHANGELOG, AFTER)
+    finally:
+        log.close()

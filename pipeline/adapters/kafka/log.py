@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -131,6 +131,19 @@ class KafkaLog:
             _log.info("no DESCRIBE_CONFIGS on topic %s: whether it keeps what it must is not checked", resource.name)
             return {}
 
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of these topics, by the broker's names, that are not there. None is made by asking."""
+        if not names:
+            return []
+        there = self._again(self._all_topics)
+        return [name for name in names if name not in there]
+
+    def _all_topics(self) -> Collection[str]:
+        try:
+            return set(self._admin.list_topics(timeout=min(self._timeout_s, _ATTEMPT_S)).topics)
+        except KafkaException as exception:
+            raise translate(error_of(exception), "list of topics") from None
+
     # Offsets
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
@@ -167,10 +180,14 @@ class KafkaLog:
             isolation_level=IsolationLevel.READ_COMMITTED,
             request_timeout=min(self._timeout_s, _ATTEMPT_S),
         )
-        return {
-            place.partition: self._result(future, f"offsets of {place.topic}-{place.partition}").offset
-            for place, future in futures.items()
-        }
+        found: dict[int, int] = {}
+        for place, future in futures.items():
+            what = f"offsets of {place.topic}-{place.partition}"
+            offset: int = self._result(future, what).offset
+            if offset < 0:  # how librdkafka says, without an error, that one of several leaders did not answer
+                raise Unavailable(f"{what}: its leader does not answer")
+            found[place.partition] = offset
+        return found
 
     def _again(self, ask: Callable[[], T]) -> T:
         """Ask until there is an answer, or no time: leaders move, and topics take a moment to be there."""
@@ -229,15 +246,49 @@ class KafkaLog:
 
     def mirror_positions(self, next_offsets: Mapping[int, int]) -> None:
         """Commit positions to the memberless group `{app}-position`. Nothing of ours ever reads them."""
-        name = self.address.topic(DELTAS)
+        self.commit_offsets(self.address.group, DELTAS, next_offsets)
+
+    def commit_offsets(self, group: str, topic: str, next_offsets: Mapping[int, int]) -> None:
+        """Commit offsets of a topic to a group that has no members."""
+        name = self.address.topic(topic)
         offsets = [TopicPartition(name, partition, offset) for partition, offset in next_offsets.items()]
         futures = self._admin.alter_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(self.address.group, offsets)], request_timeout=self._timeout_s
+            [ConsumerGroupTopicPartitions(group, offsets)], request_timeout=self._timeout_s
         )
-        done = self._result(futures[self.address.group], f"commit to group {self.address.group}")
+        done = self._result(futures[group], f"commit to group {group}")
         failed = [place for place in done.topic_partitions if place.error is not None]
         if failed:
-            raise translate(failed[0].error, f"commit to group {self.address.group}")
+            raise translate(failed[0].error, f"commit to group {group}")
+
+    def committed_offsets(self, group: str, topic: str) -> Mapping[int, int]:
+        """The offsets of a topic that a group has committed, by partition."""
+        places = self._some(topic, range(self._metadata.partition_count(topic)))
+
+        def ask() -> Mapping[int, int]:
+            futures = self._admin.list_consumer_group_offsets(
+                [ConsumerGroupTopicPartitions(group, places)], request_timeout=min(self._timeout_s, _ATTEMPT_S)
+            )
+            found = self._result(futures[group], f"offsets of group {group}").topic_partitions
+            if failed := [place for place in found if place.error is not None]:
+                raise translate(failed[0].error, f"offsets of group {group}")
+            return {place.partition: place.offset for place in found if place.offset >= 0}
+
+        return self._again(ask)
+
+    def static_members(self, group: str) -> frozenset[str]:
+        """The names under which the group knows members (KIP-345 `group.instance.id`), as its coordinator says now."""
+        futures = self._admin.describe_consumer_groups([group], request_timeout=min(self._timeout_s, _ATTEMPT_S))
+        found = self._result(futures[group], f"describe group {group}")
+        return frozenset(it.group_instance_id for it in found.members if it.group_instance_id)
+
+    def mirrored_positions(self) -> dict[int, int]:
+        """What was last committed there, by partition: for whoever shows how far others are, and for no decision."""
+        group, topic = self.address.group, self.address.topic(DELTAS)
+        futures = self._admin.list_consumer_group_offsets(
+            [ConsumerGroupTopicPartitions(group)], request_timeout=min(self._timeout_s, _ATTEMPT_S)
+        )
+        found = self._result(futures[group], f"positions of group {group}").topic_partitions
+        return {it.partition: it.offset for it in found if it.topic == topic and it.error is None and it.offset >= 0}
 
     def close(self) -> None:
         """Give back connections, and end the calls that wait for an answer. Twice is fine."""

@@ -120,8 +120,10 @@ class Metadata:
         threading.Thread(target=ask, name="pipeline-kafka-metadata", daemon=True).start()
 
     def check(self, topic: str, partition: int) -> None:
-        """Raise `Invalid` if there is no such partition."""
+        """Raise `Invalid` if there is no such partition. One that is not known of may be new: it is asked for."""
         count = self.partition_count(topic)
+        if partition >= count:
+            count = self.ask(topic, _FIRST_S)
         if not 0 <= partition < count:
             raise Invalid(f"topic {self._address.topic(topic)} has no partition {partition}; it has {count}")
 

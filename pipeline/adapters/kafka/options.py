@@ -130,6 +130,9 @@ def parse_url(url: str) -> Address:
         raise Invalid(f"{url!r:.200} is not kafka://host:port[,host:port...][/app]")
     if slash and app and not _APP.match(app):
         raise Invalid(f"{url!r:.200}: the app's name may hold letters, digits, '.', '_' and '-', at most 100")
+    if app == DEFAULT_APP:
+        # Other topics, but the same group and transactional ids as without a name: they would fence each other.
+        raise Invalid(f"{url!r:.200}: {app} is what an app without a name is called; leave it out, or choose another")
     return Address(servers, app or DEFAULT_APP, f"{app}." if app else "")
 
 
