@@ -75,7 +75,7 @@ class Engine:
             for number in range(self.log.partition_count(DELTAS))
         ]
         self._loop = WorkerLoop(
-            self.partitions,
+            self.partitions.__getitem__,
             log=self.log,
             clock=self.clock,
             settings=worker,
@@ -83,6 +83,7 @@ class Engine:
             on_progress=self._note_progress,
             metrics=metrics,
         )
+        self._loop.assign(range(len(self.partitions)))
         self.reader = ViewReader(
             stores=self.stores,
             ends=EndsNow(partial(self.log.end_offsets, DELTAS), partial(self.log.start_offsets, DELTAS), self.clock),
@@ -128,6 +129,7 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """What `/v1/status` says of the process; the reader adds how stale it is."""
         return {
+            "at_ms": self.clock.now_ms(),
             "ready": self.ready,
             "partition_count": len(self.partitions),
             "partitions": [

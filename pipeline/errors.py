@@ -47,8 +47,16 @@ class NotFound(Invalid):
     """Fix the name: nothing of this name is known."""
 
 
+class NewerFormat(BadRecord):
+    """Start a newer version of this program: one wrote what is there."""
+
+
 class RecordsLost(PipelineError):
     """Decide: records were deleted before they were folded; go on without them only with `accept_loss`."""
+
+
+class Stalled(PipelineError):
+    """Start the process again: something in it stands still."""
 
 
 class IllegalTransition(PipelineError):

@@ -57,6 +57,12 @@ RESTORE_ENTRIES = Metric(
 RESTORE_REMAINING = Metric(
     "pipeline_restore_remaining_records", "gauge", "Changelog records that a restore has still to read.", _P
 )
+STALLS = Metric(
+    "pipeline_stalls_total", "counter", "Partitions that stood still with lag for stall_timeout_ms; the process ends then."
+)
+FENCED = Metric(
+    "pipeline_fenced_total", "counter", "Partitions lost because another worker took them over before this one let go."
+)
 STORES_REBUILT = Metric(
     "pipeline_stores_rebuilt_total", "counter", "Stores deleted and restored because they could not be trusted.", _P
 )
@@ -86,9 +92,23 @@ PUBLISHER_BYTES = Metric(
     "pipeline_publisher_buffer_bytes", "gauge", "Memory account of buffered series and unacknowledged batches."
 )
 PUBLISHER_SERIES = Metric("pipeline_publisher_series", "gauge", "Series that are buffered now.")
+AGENT_ERRORS = Metric(
+    "pipeline_agent_errors_total",
+    "counter",
+    "Events at which an agent raised, and messages that could not be decoded for it.",
+    ("topic", "reason"),
+)
+AGENT_COMMITS_FAILED = Metric(
+    "pipeline_agent_commits_failed_total",
+    "counter",
+    "Commits of agents' source offsets put off, because what they recorded was not acknowledged or no broker took them.",
+)
+CHANGES = Metric("pipeline_changes_total", "counter", "Changes of a view that an agent has taken in.", ("view", "partition"))
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in [*globals().values()] if isinstance(value, Metric))
 """Every metric there is."""
+PARTITION_GAUGES: tuple[Metric, ...] = tuple(it for it in CATALOGUE if it.type == "gauge" and it.labels == _P)
+"""What `Metrics.forget` takes back."""
 
 
 class Metrics(Protocol):
@@ -106,6 +126,10 @@ class Metrics(Protocol):
         """Add an observation to a histogram."""
         ...
 
+    def forget(self, partition: int) -> None:
+        """Take back the gauges of a partition: it is no business of this process any more. Counters stay as they are."""
+        ...
+
 
 class _NoMetrics:
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
@@ -116,6 +140,9 @@ class _NoMetrics:
 
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
         """Forget it."""
+
+    def forget(self, partition: int) -> None:
+        """Nothing is known."""
 
 
 NO_METRICS: Metrics = _NoMetrics()

@@ -196,6 +196,60 @@ class Clock(Protocol):
         ...
 
 
+class Member(NamedTuple):
+    """One process of an app, as the group knows it."""
+
+    name: str
+    url: str
+    """Where its status can be asked for; empty if nowhere."""
+    actives: frozenset[int]
+    standbys: frozenset[int] = frozenset()
+
+
+class MembershipListener(Protocol):
+    """What a membership tells its worker, one call at a time, from a thread of its own."""
+
+    def on_revoked(self, partitions: frozenset[int], timeout_s: float) -> None:
+        """These may be another's soon. Commit what can be committed within `timeout_s`, then return.
+
+        The group waits meanwhile. Folding may go on: the next owner fences. Until the next `on_assigned` a fence is
+        therefore how a partition is lost, not a reason to end; drop its overlay then, the next owner folds it again.
+        """
+        ...
+
+    def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
+        """From now on these are ours, no others. What was ours and is not any more is another's already. Do not block."""
+        ...
+
+    def on_failed(self, error: PipelineError) -> None:
+        """Membership has ended and will say no more: the partitions are going to others. `Fenced`: one has our name."""
+        ...
+
+
+class Membership(Protocol):
+    """Says which partitions this process folds, and which it keeps warm."""
+
+    def start(self, listener: MembershipListener) -> None:
+        """Join; returns at once. The first thing the listener hears is `on_assigned`, or `on_failed`."""
+        ...
+
+    def stop(self, *, leave: bool, timeout_s: float) -> bool:
+        """Revoke everything, then end; whether that was done in time. The listener hears nothing more. Twice is fine.
+
+        With `leave` the partitions move at once. Without it a member that has a name of its own keeps its place for the
+        session timeout, so that a restart within it moves nothing; one without leaves in any case.
+        """
+        ...
+
+    def set_warm(self, partitions: frozenset[int]) -> None:
+        """Of these we have caught-up copies. A member that has too few is given no others while their owners live."""
+        ...
+
+    def members(self) -> list[Member]:
+        """All members as of the last assignment, ourselves among them; empty before that, or where nobody knows."""
+        ...
+
+
 class RawDelta(NamedTuple):
     """A delta as it comes from outside: nothing about it has been checked."""
 

@@ -135,6 +135,23 @@ class WorkerSettings(_Checked):
     mirror_interval_ms: int = _setting(
         5_000, "how often positions are mirrored to the group `APP-position`, for lag tools; 0: never. Kafka only", least=0
     )
+    standby_count: int = _setting(
+        1, "copies of each partition that other workers keep warm, to take over at once; for workers with a name", least=0
+    )
+    session_timeout_ms: int = _setting(
+        6_000,
+        "a worker with a name that is silent for so long has lost its partitions; one that is back sooner has kept them",
+        least=1_000,
+    )
+    revoke_timeout_ms: int = _setting(
+        3_000, "how long a worker may hold others up to commit before partitions move; what is not is folded again", least=0
+    )
+    stall_timeout_ms: int = _setting(
+        15_000,
+        "a partition with lag whose position stands still for so long ends the process with code 3, if the log is there; "
+        "0: never. Kafka only",
+        least=0,
+    )
     accept_loss: bool = _setting(False, "go on although records were deleted before they were folded")
 
     def task_limits(self) -> TaskLimits:

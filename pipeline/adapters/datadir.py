@@ -13,16 +13,17 @@ from pipeline.errors import Invalid, PipelineError, Unavailable
 
 _VERSION = "1"
 _NEW_VERSION = "VERSION.new"
+_APP = "APP"
 
 
 class DataDir:
     """Holds the lock on a state folder from `__init__` to `close`. The kernel lets go of it when the process dies.
 
-    Without `with_log` it is for stores only, and the log is elsewhere. Raises `Unavailable` if another process has it or the
-    disk is full, `Invalid` if the folder can't be one.
+    Without `with_log` it is for stores only, of `app`, and the log is elsewhere. Raises `Unavailable` if another process has
+    it or the disk is full, `Invalid` if the folder can't be one, or is another app's.
     """
 
-    def __init__(self, path: str | Path, *, with_log: bool = True) -> None:
+    def __init__(self, path: str | Path, *, with_log: bool = True, app: str = "") -> None:
         self.path = Path(path).expanduser().absolute()
         self._with_log = with_log
         self._lock = -1
@@ -32,6 +33,10 @@ class DataDir:
             _open.add(self)
             self._take()
             self._check_version()
+            if app:
+                self.check_app(app)
+                if not (self.path / _APP).exists():
+                    self._write(_APP, app)
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
@@ -64,13 +69,25 @@ class DataDir:
             # A new log would make the stores look wrong, and they would be deleted: they are all that is left.
             raise Invalid(f"data directory {self.path} has stores, but its log is gone; to begin anew, delete them too")
 
+    def check_app(self, app: str) -> None:
+        """Raise `Invalid` if the stores are known to be another app's: they would look wrong, and be made anew."""
+        try:
+            found = (self.path / _APP).read_bytes().strip().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return
+        if found != app:
+            raise Invalid(f"data directory {self.path} is that of app {found[:100]!r}, not of {app!r}: give each its own")
+
     def _write_version(self) -> None:
-        new = self.path / _NEW_VERSION
+        self._write("VERSION", _VERSION)
+
+    def _write(self, name: str, text: str) -> None:
+        new = self.path / f"{name}.new"
         with new.open("w") as file:
-            file.write(f"{_VERSION}\n")
+            file.write(f"{text}\n")
             file.flush()
             os.fsync(file.fileno())
-        new.replace(self.path / "VERSION")
+        new.replace(self.path / name)
 
     @property
     def log(self) -> Path:

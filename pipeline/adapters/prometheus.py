@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +11,21 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 
-from pipeline.metrics import CATALOGUE, Metric
+from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
 
 
 class PrometheusMetrics:
     """`metrics.Metrics` with a registry of its own, so that two servers in one process do not meet. Safe from any thread.
 
-    Families without labels are there from the start, as 0. A family's series are kept for ever: label values must be few.
+    Families without labels are there from the start, as 0. A family's series are kept, but for what `forget` takes back:
+    label values must be few.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._families: dict[Metric, Any] = {metric: self._family(metric) for metric in CATALOGUE}
         self._bound: dict[tuple[object, ...], Any] = {}
+        self._lock = threading.Lock()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -37,7 +40,8 @@ class PrometheusMetrics:
         bound = self._bound.get(key)
         if bound is None:
             family = self._families[metric]
-            bound = self._bound[key] = family.labels(*labels) if labels else family
+            with self._lock:
+                bound = self._bound[key] = family.labels(*labels) if labels else family
         return bound
 
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
@@ -51,6 +55,13 @@ class PrometheusMetrics:
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
         """Add an observation to a histogram."""
         self._series(metric, labels).observe(value)
+
+    def forget(self, partition: int) -> None:
+        """Take back the gauges of a partition."""
+        with self._lock:  # a series that is bound between the two would be shown by nobody
+            for metric in PARTITION_GAUGES:
+                if self._bound.pop((metric.name, partition), None) is not None:
+                    self._families[metric].remove(partition)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics as text, and the media type of that text: what Prometheus' Accept header prefers."""

@@ -8,7 +8,8 @@
     position    0x01 msgpack([next_offset, committed_at_ms, source_at_ms]), with source_id behind if there is one
 
 Ints beyond 64 bits travel as extension type 1: signed, big endian. Decoding arbitrary bytes yields a value or
-`BadRecord`, in memory and time proportional to their length.
+`BadRecord`, in memory and time proportional to their length. State of a version that is still to come, which only a newer
+program writes, is `NewerFormat` and not to be thrown away; batches come from anybody, so one of them is just a bad record.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ import msgspec
 from pipeline.core.merge import BATCH_INT_BYTES_MAX, KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
 from pipeline.core.record import Batch, Definition, Group, Position, check_definition
 from pipeline.core.sequence import Counter, Folded
-from pipeline.errors import BadRecord, Invalid
+from pipeline.errors import BadRecord, Invalid, NewerFormat
 
 VERSION = b"\x01"
+FORMAT = VERSION[0]
+"""What this program writes, and the newest that it reads."""
+_NEWEST = b"\x1f"
+"""No format will ever be higher: what is only noise is not taken for one."""
 PRODUCER_ID_BYTES_MAX = 100
 GROUP_COUNT_MAX = 10_000
 
@@ -57,9 +62,24 @@ _decode_folded = msgspec.msgpack.Decoder(Folded).decode
 T = TypeVar("T")
 
 
+def check_version(value: bytes, what: str) -> None:
+    """Raise `NewerFormat` if state was written by a newer program, `BadRecord` if its first byte is no version."""
+    if VERSION < value[:1] <= _NEWEST:
+        raise NewerFormat(
+            f"{what}: it has format {value[0]}, and this program reads {FORMAT}: start the newer program that wrote it"
+        )
+    if value[:1] != VERSION:
+        raise BadRecord(f"{what}: version byte {value[:1].hex() or 'missing'}; this version reads {VERSION.hex()}")
+
+
+def _decode_state(decode: Callable[[memoryview], T], value: bytes, what: str) -> T:
+    check_version(value, what)
+    return _decode(decode, value, 1, what)
+
+
 def _decode(decode: Callable[[memoryview], T], value: bytes, skip: int, what: str) -> T:
     if value[:1] != VERSION:
-        raise BadRecord(f"{what}: version byte {value[:1].hex() or 'missing'}; this version reads 01")
+        raise BadRecord(f"{what}: version byte {value[:1].hex() or 'missing'}; this version reads {VERSION.hex()}")
     try:
         return decode(memoryview(value)[skip:])
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
@@ -152,6 +172,8 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
     head, width = _entry_head(kind)
     skip = len(head)
     if {value[:skip] for value in values} != {head}:
+        for value in values:
+            check_version(value, "series entry")
         raise BadRecord(f"series entry: not of kind {kind.name}, of another version, or one that expires")
     # One call decodes all. Each state is wrapped in an array, so that one of the wrong length shifts the next one's array
     # to where only a number or a text may stand, or leaves bytes over.
@@ -173,7 +195,7 @@ def encode_view(entry: ViewEntry) -> bytes:
 
 def decode_view(value: bytes) -> ViewEntry:
     """The inverse of `encode_view`."""
-    entry = _decode(_decode_view, value, 1, "definition entry")
+    entry = _decode_state(_decode_view, value, "definition entry")
     _check(entry.definition, "definition entry")
     return entry
 
@@ -185,7 +207,7 @@ def encode_folded(folded: Folded) -> bytes:
 
 def decode_folded(value: bytes) -> Folded:
     """The inverse of `encode_folded`."""
-    return _decode(_decode_folded, value, 1, "producer entry")
+    return _decode_state(_decode_folded, value, "producer entry")
 
 
 def encode_position(position: Position) -> bytes:
@@ -196,7 +218,7 @@ def encode_position(position: Position) -> bytes:
 
 def decode_position(value: bytes) -> Position:
     """The inverse of `encode_position`."""
-    return _decode(_decode_position, value, 1, "position")
+    return _decode_state(_decode_position, value, "position")
 
 
 def encode_frames(batches: Sequence[bytes]) -> bytes:

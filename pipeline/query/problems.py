@@ -12,6 +12,7 @@ from pipeline.errors import (
     BufferFull,
     Fenced,
     Invalid,
+    NewerFormat,
     NotFound,
     NotReady,
     PipelineError,
@@ -29,6 +30,7 @@ _TITLES: Mapping[type[PipelineError], tuple[int, str]] = {
     NotReady: (503, "The state does not hold it yet"),
     Unavailable: (503, "Try again"),
     BufferFull: (503, "Slow down"),
+    NewerFormat: (500, "Start a newer version of this server"),
     Fenced: (503, "Another server has taken over"),
 }
 

@@ -21,10 +21,12 @@ class Away:
         self._stop = stop
         self._what_follows = what_follows
         self._warned_s = -_COMPLAIN_S
+        self.last_s = -_COMPLAIN_S
+        """When it was away last, on `clock`."""
 
     def wait(self, error: Unavailable) -> None:
         """Until it is time to try again what failed with `error`."""
-        now_s = self._clock.monotonic_s()
+        now_s = self.last_s = self._clock.monotonic_s()
         if now_s - self._warned_s >= _COMPLAIN_S:
             self._warned_s = now_s
             self._log.warning("%s: %s", self._what_follows, error)

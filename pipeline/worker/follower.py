@@ -7,16 +7,18 @@ the store is marked as between boundaries, which nobody serves or folds into, un
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import msgspec
 
-from pipeline.core.codec import decode_position
+from pipeline.core.codec import check_version, decode_position
 from pipeline.core.record import NO_POSITION, POSITION_KEY, STORE_META_KEY, Position, Records
-from pipeline.errors import BadRecord, NotReady, StoreCorrupt
+from pipeline.errors import BadRecord, NewerFormat, NotReady, PipelineError, StoreCorrupt
 from pipeline.ports import Clock, Log, Store
 from pipeline.topics import CHANGELOG
 
+_log = logging.getLogger(__name__)
 FETCH_BYTES_MAX = 64 * 2**20
 
 
@@ -49,7 +51,16 @@ class Progress(msgspec.Struct, frozen=True):
     @property
     def seconds_left(self) -> float:
         """At that rate; an upper bound, as `remaining` is."""
-        return self.remaining / self.entries_per_s if self.entries else 0.0
+        return self.remaining / self.entries_per_s if self.entries_per_s else 0.0
+
+    def status(self) -> dict[str, float]:
+        """What `/v1/status` says of it."""
+        return {
+            "entries": self.entries,
+            "remaining": self.remaining,
+            "entries_per_s": round(self.entries_per_s),
+            "seconds_left": round(self.seconds_left, 1),
+        }
 
 
 def read_meta(store: Store) -> StoreMeta:
@@ -132,7 +143,8 @@ class Follower:
         self._keys += rest_keys  # type: ignore[arg-type]
         self._values += rest_values
         self._bytes += sum(map(len, rest_keys)) + sum(map(len, filter(None, rest_values)))  # type: ignore[arg-type]
-        if len(self._keys) >= self._entries_max or self._bytes >= self._bytes_max:
+        full = len(self._keys) >= self._entries_max or self._bytes >= self._bytes_max
+        if full or (self._keys and self._meta.between_boundaries):  # there it is: to hold anything back helps nobody
             self._write(records.next_offset, between=True)
 
     def _write(self, next_offset: int, *, between: bool) -> None:
@@ -166,6 +178,49 @@ def check_restorable(partition: int, store: Store, log: Log, clock: Clock, delet
         away_ms = clock.now_ms() - position.committed_at_ms
         if away_ms > delete_retention_ms:
             raise StoreCorrupt(f"the store is {away_ms} ms behind; tombstones are kept for {delete_retention_ms} ms")
+
+
+TAIL_COUNT = 3
+"""Offsets at the end of a changelog that hold its last position record, behind which is a marker."""
+_TAIL_POLLS_MAX = 10
+
+
+def check_format(log: Log) -> None:
+    """Raise `NewerFormat` if the newest that a changelog partition holds was written by a newer program.
+
+    Before anything is fenced: a program that can't go on must not stop one that can. What it does not see, a start does.
+    """
+    starts, ends = log.start_offsets(CHANGELOG), log.end_offsets(CHANGELOG)
+    tails = {number: max(starts.get(number, 0), end - TAIL_COUNT) for number, end in ends.items()}
+    left = {number: ends[number] for number, first in tails.items() if first < ends[number]}
+    if not left:
+        return
+    reader = log.reader(CHANGELOG)
+    try:
+        reader.assign({number: tails[number] for number in left})
+        for _ in range(_TAIL_POLLS_MAX):
+            for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=0.5):
+                for value in filter(None, records.values):
+                    _check_one(records.partition, value)
+                if records.next_offset >= left.get(records.partition, 0):
+                    left.pop(records.partition, None)
+            if not left:
+                return
+    except NewerFormat:
+        raise
+    except PipelineError as error:
+        _log.info("whether the changelog is of a newer format is not known yet: %s", error)
+    finally:
+        reader.close()
+
+
+def _check_one(partition: int, value: bytes) -> None:
+    try:
+        check_version(value, f"changelog-{partition}")
+    except NewerFormat:
+        raise
+    except BadRecord as error:
+        _log.debug("%s", error)  # whoever restores it says more
 
 
 def restore(

@@ -1,78 +1,134 @@
 """Runs the partitions of one process: restores, reads, folds, commits on time, and ends the process when a commit fails.
 
-One thread reads and folds. Small pools restore partitions and carry commits out, so that folding goes on meanwhile.
+One thread reads and folds. Small pools restore and close partitions and carry commits out, so that folding goes on
+meanwhile. Which partitions are ours is told at any time, from any thread, and acted upon by the loop's own.
+
+While partitions move, from `revoking` to the next `assign`, folding and committing go on: whoever takes a partition over
+fences us first and restores what we had committed by then. So being fenced is how a partition is lost then. At any other
+time it means that somebody has it who should not, and the process ends.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, wait
+from typing import NamedTuple
 
 import pipeline.metrics as m
-from pipeline.core.task import Commit
-from pipeline.errors import NotReady, PipelineError, Unavailable
+from pipeline.errors import Fenced, NotReady, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader
 from pipeline.settings import WorkerSettings
 from pipeline.topics import DELTAS
 from pipeline.worker.away import Away
+from pipeline.worker.commits import Commits
 from pipeline.worker.follower import Progress
+from pipeline.worker.holding import Held, Holdings, NoStandbys, Standbys
 from pipeline.worker.partition import Partition
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
 """How often a wait for commits or for restores looks up."""
-_DISCOVER_S = 0.5
+
+
+class _Assigned(NamedTuple):
+    actives: frozenset[int]
+    standbys: frozenset[int]
+    generation: int
+
+
+class _Revoking(NamedTuple):
+    partitions: frozenset[int]
+    done: threading.Event
 
 
 class WorkerLoop:
-    """Folds partitions until it is told to stop.
+    """Folds the partitions that it is assigned until it is told to stop.
 
-    `discover` returns the partitions that have come into being since it was last asked, if there can be such. `on_fatal` is
-    called once, from the loop's thread, when the loop can't go on: a commit failed, or records are lost. Whoever owns the
-    process must then end it with exit code 3; nothing that was not committed has been acknowledged.
+    `make` returns a new `Partition`, each time that one is taken over. `on_fatal` is called once, from the loop's thread,
+    when the loop can't go on: a commit failed, or records are lost. Whoever owns the process must then end it with exit code
+    3; nothing that was not committed has been acknowledged. `on_moved` is called from the loop's thread when other
+    partitions fold than before. For `settle_s` after an assignment, and after what it brought has been taken over, a fence
+    may still come from one before it: the partition is taken over again then.
     """
 
     def __init__(
         self,
-        partitions: Sequence[Partition],
+        make: Callable[[int], Partition],
         *,
         log: Log,
         clock: Clock,
         settings: WorkerSettings,
         on_fatal: Callable[[BaseException], None],
         on_progress: Callable[[Progress], None] = lambda _: None,
-        discover: Callable[[], Sequence[Partition]] = lambda: (),
+        on_moved: Callable[[], None] = lambda: None,
+        standbys: Standbys | None = None,
+        settle_s: float = 0.0,
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        self._partitions: dict[int, Partition] = {}
-        """Those that fold."""
-        self._to_start = [*partitions]
-        self._starting: dict[Future[None], Partition] = {}
         self._log = log
         self._clock = clock
         self._settings = settings
         self._on_fatal = on_fatal
         self._on_progress = on_progress
-        self._discover = discover
+        self._on_moved = on_moved
+        self._standbys: Standbys = standbys or NoStandbys()
+        self._settle_s = settle_s
         self._metrics = metrics
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipeline-worker", daemon=True)
-        self._commits: dict[Future[Commit], Partition] = {}
-        self._deadlines: dict[Future[Commit], float] = {}
-        self._stuck = False
-        self._due: dict[int, float] = {}
-        self._next_commit_s = 0.0
-        """When `transactions_per_s_max` allows the next commit."""
+        self._holdings = Holdings(
+            make,
+            standbys=self._standbys,
+            thread_count=settings.restore_thread_count,
+            stopping=self._stop.is_set,
+            on_progress=self._progress,
+        )
+        self._commits = Commits(clock, settings, metrics, lost=self._lost_by)
+        self._lock = threading.Lock()
+        self._posts: deque[_Assigned | _Revoking] = deque()
+        """What was told and not acted upon yet."""
+        self._posted = threading.Event()
+        self._revoking: list[_Revoking] = []
+        """Those whose commits are under way."""
+        self._moving = False
+        self._settled_s = 0.0
+        self._new: set[int] = set()
+        """What the assignment brought and does not fold yet."""
+        self._assignment: _Assigned | None = None
+        self._reader: LogReader | None = None
+        self._reading = False
+        """Whether the reader reads what folds now, from where it folds: nothing else may be folded."""
         self._away = Away(_log, clock, self._stop, "the log is away")
+        self.fenced_count = 0
+        """Partitions that were lost by a fence."""
+
+    # From any thread
 
     @property
     def ready(self) -> bool:
-        """Whether every partition that there was at the start is restored and folding."""
+        """Whether every partition of the first assignment is restored and folding."""
         return self._ready.is_set()
+
+    @property
+    def partitions(self) -> Mapping[int, Partition]:
+        """Those that are ours, as far as the loop has come; they may not be `started` yet."""
+        return {held.number: held.partition for held in [*self._holdings.all.values()] if not held.lost}
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        """Those that are ours, taken over or not; none while they move."""
+        assignment = self._assignment
+        return frozenset() if assignment is None or self._moving else assignment.actives
+
+    @property
+    def away_s(self) -> float:
+        """When the log was found away last, by a read, on `clock`."""
+        return self._away.last_s
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until `ready`, or for so long."""
@@ -82,72 +138,152 @@ class WorkerLoop:
         """Begin in a thread of its own: restore first, then fold."""
         self._thread.start()
 
+    def assign(self, actives: Iterable[int], standbys: Iterable[int] = (), generation: int = 0) -> None:
+        """These are ours now, and no others. Returns at once; what is ours already goes on.
+
+        If a generation was left out, all are taken over again: another may have had them meanwhile.
+        """
+        self._post(_Assigned(frozenset(actives), frozenset(standbys), generation))
+
+    def revoking(self, partitions: Iterable[int], timeout_s: float) -> bool:
+        """These may be another's soon: commit what they have folded; whether that was done within `timeout_s`."""
+        post = _Revoking(frozenset(partitions), threading.Event())
+        self._post(post)
+        return post.done.wait(timeout_s)
+
+    def _post(self, post: _Assigned | _Revoking) -> None:
+        with self._lock:
+            self._posts.append(post)
+        self._posted.set()
+        if self._thread.ident is not None and not self._thread.is_alive():
+            self._let_go()
+
     def stop(self, timeout_s: float = 30.0) -> bool:
         """Commit what is folded and end; whether that was done in time. May be called twice."""
         self._stop.set()
+        self._posted.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self._stuck
+        return not self._thread.is_alive() and not self._commits.stuck
+
+    # The loop
 
     def _run(self) -> None:
-        pool = ThreadPoolExecutor(self._settings.commit_thread_count, thread_name_prefix="pipeline-commit")
-        starters = ThreadPoolExecutor(self._settings.restore_thread_count, thread_name_prefix="pipeline-restore")
         try:
-            self._begin_starts(starters)
-            reader = self._log.reader(DELTAS)
-            try:
-                self._fold_until_stopped(reader, pool, starters)
-            finally:
-                reader.close()
+            while not self._stop.is_set():
+                self._step()
+            for held in self._holdings.folding():
+                held.flush = True
+            while self._commits.begin(self._holdings.folding()) or self._commits.under_way:
+                self._commits.wait(_LOOK_S)
+                self._commits.finish(self._holdings)
         except BaseException as error:  # whatever it was: never acknowledge and go on
             if isinstance(error, NotReady) and self._stop.is_set():
                 _log.info("stopped: %s", error)
             else:
-                _log.critical("the worker ends: %s", error, exc_info=not isinstance(error, PipelineError))
+                ours = isinstance(error, PipelineError)
+                _log.critical("the worker ends: %s", error if ours else repr(error), exc_info=not ours)
                 self._on_fatal(error)
         finally:
             self._ready.clear()
             self._stop.set()  # ends the restores that are under way
-            starters.shutdown(wait=True, cancel_futures=True)
+            self._close_reader()
             # Who waits for a commit that hangs, hangs too; and what it works in must not be closed under it.
-            pool.shutdown(wait=not self._stuck, cancel_futures=True)
-            if not self._stuck:
-                self._close_partitions()
+            self._commits.shutdown()
+            self._holdings.shutdown(close=not self._commits.stuck)
+            self._let_go()
 
-    def _close_partitions(self) -> None:
-        for partition in [*self._partitions.values(), *self._starting.values(), *self._to_start]:
-            try:
-                partition.close()
-            except PipelineError as error:
-                _log.error("closing partition %d: %s", partition.number, error)
+    def _let_go(self) -> None:
+        """Nobody waits for a loop that has ended."""
+        for post in [*self._revoking, *self._posts]:
+            if isinstance(post, _Revoking):
+                post.done.set()
 
-    # Restoring
+    def _step(self) -> None:
+        self._act_on_posts()
+        self._move()
+        self._read()
+        self._commits.finish(self._holdings)
+        self._commits.begin(self._holdings.folding())
+        if not any(held.flush or held.flushing for held in self._holdings.all.values()):
+            for post in self._revoking:
+                post.done.set()
+            self._revoking = []
 
-    def _begin_starts(self, starters: ThreadPoolExecutor) -> None:
-        while self._to_start:
-            partition = self._to_start[0]
-            self._starting[starters.submit(partition.start, self._progress, self._stop.is_set)] = partition
-            del self._to_start[0]
+    # Which partitions
 
-    def _finish_starts(self, reader: LogReader) -> None:
-        """Begin to fold the partitions that are restored."""
-        done = [future for future in self._starting if future.done()]
-        for future in done:
-            future.result()
-            partition = self._starting.pop(future)
-            self._partitions[partition.number] = partition
-        if done:
-            self._assign(reader)
-        if not self._starting:
+    def _act_on_posts(self) -> None:
+        self._posted.clear()
+        while self._posts:
+            post = self._posts[0]
+            if isinstance(post, _Revoking):
+                self._moving = True
+                self._revoking.append(post)
+                for held in self._holdings.folding():
+                    held.flush = held.flush or held.number in post.partitions
+            else:
+                self._act_on(post)
+            with self._lock:  # only now: `_lost_by` looks at what is still to be acted upon, too
+                self._posts.popleft()
+
+    def _act_on(self, post: _Assigned) -> None:
+        before, self._assignment = self._assignment, post
+        skipped = before is not None and post.generation - before.generation not in (0, 1)
+        for held in self._holdings.all.values():
+            if held.number not in post.actives or skipped:
+                self._lose(held, f"generation {post.generation}")
+        self._moving = False
+        self._settled_s = self._clock.monotonic_s() + self._settle_s
+        self._new = {*post.actives} - {held.number for held in self._holdings.folding()}
+        self._follow()
+
+    def _follow(self) -> None:
+        """What is held is not followed: its store is open, or about to be."""
+        if self._assignment is not None:
+            self._standbys.follow(self._assignment.standbys - self._holdings.all.keys())
+
+    def _lose(self, held: Held, why: str) -> None:
+        self._reading = self._reading and not held.folding
+        moved = held.folding
+        self._holdings.lose(held, why)
+        if moved:
+            self._on_moved()
+
+    def _lost_by(self, held: Held, error: BaseException) -> bool:
+        """Whether an error of its commit, or of its start, means that it is lost, and not that the process must end."""
+        if not held.lost:
+            if isinstance(error, Fenced):
+                self.fenced_count += 1
+                self._metrics.inc(m.FENCED)
+            with self._lock:
+                moving = self._moving or any(isinstance(post, _Revoking) for post in self._posts)
+            settling = isinstance(error, Fenced) and self._clock.monotonic_s() < self._settled_s
+            if not settling and not (moving and isinstance(error, Fenced | Unavailable)):
+                return False
+            self._lose(held, str(error))
+        return True
+
+    def _move(self) -> None:
+        """Start what is ours and not held, let it fold when it is restored, close what is lost."""
+        if closed := self._holdings.close_lost():
+            for number in closed:  # only now: a commit that was under way has told its position
+                self._metrics.forget(number)
+            self._follow()
+        if self._assignment is None:
+            return
+        if not self._moving:  # what is lost meanwhile may be ours again after it, or not
+            self._holdings.begin(self._assignment.actives - self._holdings.all.keys())
+        if not self._holdings.folding() and (starting := self._holdings.starting()):
+            wait(starting, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+        if self._holdings.finish_starts(self._lost_by):
+            self._reading = False
+            folding = {held.number for held in self._holdings.folding()}
+            if self._new & folding:  # once each: two who fence each other come to an end
+                self._new -= folding
+                self._settled_s = self._clock.monotonic_s() + self._settle_s
+            self._on_moved()
+        if not self._holdings.starting():
             self._ready.set()
-
-    def _assign(self, reader: LogReader) -> None:
-        while not self._stop.is_set():
-            try:
-                reader.assign({number: partition.task.next_offset for number, partition in self._partitions.items()})
-                return
-            except Unavailable as error:
-                self._away.wait(error)
 
     def _progress(self, progress: Progress) -> None:
         self._metrics.set(m.RESTORE_REMAINING, progress.remaining, progress.partition)
@@ -155,92 +291,37 @@ class WorkerLoop:
 
     # Folding
 
-    def _fold_until_stopped(self, reader: LogReader, pool: ThreadPoolExecutor, starters: ThreadPoolExecutor) -> None:
-        settings = self._settings
-        next_look_s = 0.0
-        while not self._stop.is_set():
-            if self._starting:
-                if not self._partitions:
-                    wait(self._starting, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
-                self._finish_starts(reader)
-            try:
-                fetched = reader.poll(
-                    record_count_max=settings.fetch_record_count_max,
-                    bytes_max=settings.fetch_bytes_max,
-                    timeout_s=self._poll_timeout_s() if self._partitions else 0.0,
-                )
-            except Unavailable as error:
-                self._away.wait(error)
-                fetched = []
-            for records in fetched:
-                partition = self._partitions[records.partition]
-                partition.fold(records)
-                if partition.task.full:
-                    self._metrics.inc(m.OVERLAY_FULL, 1, partition.number)
-                    self._commit_now(partition, pool)
-            self._finish_commits()
-            self._begin_due_commits(pool)
-            if self._clock.monotonic_s() >= next_look_s:
-                next_look_s = self._clock.monotonic_s() + _DISCOVER_S
-                self._to_start += self._discover()
-                self._begin_starts(starters)
-        for partition in self._partitions.values():
-            if partition.task.dirty:
-                self._commit_now(partition, pool)
-        self._wait_for(list(self._commits))
+    def _read(self) -> None:
+        folding = self._holdings.folding()
+        if not folding:
+            self._close_reader()
+            if not self._holdings.starting():
+                self._posted.wait(_LOOK_S)
+            return
+        if any(held.full for held in folding):  # backpressure: nothing more is read until the overlay is empty
+            self._commits.wait(_LOOK_S)
+            return
+        try:
+            reader = self._reader = self._reader or self._log.reader(DELTAS)
+            if not self._reading:
+                reader.assign({held.number: held.partition.task.next_offset for held in folding})
+                self._reading = True
+            fetched = reader.poll(
+                record_count_max=self._settings.fetch_record_count_max,
+                bytes_max=self._settings.fetch_bytes_max,
+                timeout_s=self._commits.poll_timeout_s(folding),
+            )
+        except Unavailable as error:
+            self._away.wait(error)
+            return
+        for records in fetched:
+            held = self._holdings.all[records.partition]
+            held.partition.fold(records)
+            if held.partition.task.full and not held.full:
+                held.full = True
+                self._metrics.inc(m.OVERLAY_FULL, 1, held.number)
 
-    def _poll_timeout_s(self) -> float:
-        """Until the next commit is due; short while commits are under way, so that their end is noticed."""
-        if self._commits:
-            return 0.002
-        due_s = max(min(self._due.values(), default=1e9), self._next_commit_s)
-        wait_s = due_s - self._clock.monotonic_s()
-        return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, _LOOK_S)
-
-    def _begin_due_commits(self, pool: ThreadPoolExecutor) -> None:
-        now = self._clock.monotonic_s()
-        busy = {partition.number for partition in self._commits.values()}
-        for number, partition in self._partitions.items():
-            if number not in busy and partition.task.dirty:
-                self._due.setdefault(number, now + self._settings.commit_interval_ms / 1000)
-        # The longest due first: at `transactions_per_s_max` every partition has its turn.
-        for number, due_s in sorted(self._due.items(), key=lambda item: item[1]):
-            if now < max(due_s, self._next_commit_s):
-                break
-            if number not in busy:
-                self._begin_commit(self._partitions[number], pool)
-
-    def _begin_commit(self, partition: Partition, pool: ThreadPoolExecutor) -> None:
-        self._due.pop(partition.number, None)
-        started = self._clock.monotonic_s()
-        self._next_commit_s = max(self._next_commit_s + 1 / self._settings.transactions_per_s_max, started - _LOOK_S)
-        commit = partition.prepare()
-
-        def make_durable() -> Commit:
-            partition.make_durable(commit)
-            self._metrics.observe(m.COMMIT_SECONDS, self._clock.monotonic_s() - started)
-            return commit
-
-        future = pool.submit(make_durable)
-        self._commits[future] = partition
-        self._deadlines[future] = started + self._settings.commit_timeout_ms / 1000 + _LOOK_S
-
-    def _finish_commits(self) -> None:
-        for future in [future for future in self._commits if future.done()]:
-            del self._deadlines[future]
-            self._commits.pop(future).finish(future.result())
-        if self._deadlines and self._clock.monotonic_s() > min(self._deadlines.values()):
-            self._stuck = True
-            raise Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
-
-    def _wait_for(self, futures: list[Future[Commit]]) -> None:
-        while futures:
-            wait(futures, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
-            self._finish_commits()
-            futures = [future for future in futures if future in self._commits]
-
-    def _commit_now(self, partition: Partition, pool: ThreadPoolExecutor) -> None:
-        """Backpressure: nothing more is read until this partition's overlay is empty."""
-        self._wait_for([future for future, owner in self._commits.items() if owner is partition])
-        self._begin_commit(partition, pool)
-        self._wait_for([future for future, owner in self._commits.items() if owner is partition])
+    def _close_reader(self) -> None:
+        reader, self._reader, self._reading = self._reader, None, False
+        if reader is not None:
+            reader.close()

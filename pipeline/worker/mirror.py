@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import pipeline.metrics as m
 from pipeline.errors import Invalid, PipelineError
@@ -20,8 +20,9 @@ Offsets = Callable[[], Mapping[int, int]]
 class Mirror:
     """A thread that looks every second, and mirrors what has changed every `interval_ms` (0: never).
 
-    `positions` are the worker's by partition, `end_offsets` and `start_offsets` those of the deltas topic, `commit` puts
-    positions where tools find them. Failures are logged and change nothing: nobody of ours reads what is mirrored.
+    `positions` are the worker's by partition, of those of `ours` that fold; `end_offsets` and `start_offsets` those of the
+    deltas topic, `commit` puts positions where tools find them. Failures are logged and change nothing: nobody of ours reads
+    what is mirrored.
     """
 
     def __init__(
@@ -33,18 +34,23 @@ class Mirror:
         commit: Callable[[Mapping[int, int]], None],
         clock: Clock,
         interval_ms: int,
+        ours: Callable[[], Collection[int]] | None = None,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.end_offsets: Mapping[int, int] = {}
         """Where the topic ended when it was last looked at; empty while the log is away."""
+        self.told: tuple[float, Mapping[int, int]] = (clock.monotonic_s(), {})
+        """When the log told its end offsets last, and what it told."""
         self._positions = positions
         self._ask_ends = end_offsets
         self._ask_starts = start_offsets
         self._commit = commit
         self._clock = clock
+        self._ours = ours or positions
         self._interval_s = interval_ms / 1000
         self._metrics = metrics
         self._mirrored: dict[int, int] = {}
+        self._looked_at: frozenset[int] = frozenset()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipeline-mirror", daemon=True)
 
@@ -76,8 +82,14 @@ class Mirror:
             self._stop.wait(_LOOK_S)
 
     def _look(self) -> None:
-        positions = self._positions()
-        self.end_offsets, starts = self._ask_ends(), self._ask_starts()
+        ours = frozenset(self._ours())
+        for number in self._looked_at - ours:
+            self._metrics.forget(number)  # another's now, who says how far it is
+        self._looked_at = ours
+        positions = {number: it for number, it in self._positions().items() if number in ours}
+        self.end_offsets = self._ask_ends()
+        self.told = self._clock.monotonic_s(), self.end_offsets
+        starts = self._ask_starts()
         for number, next_offset in positions.items():
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
             self._metrics.set(m.RETENTION_MARGIN, next_offset - starts.get(number, 0), number)

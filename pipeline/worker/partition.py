@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 import pipeline.metrics as m
-from pipeline.core.record import TAG_DEFINITION, TAG_PRODUCER, Records, prefix_end
+from pipeline.core.record import TAG_DEFINITION, TAG_PRODUCER, Records, prefix_end, runs
 from pipeline.core.task import Commit, Counts, DeadLetter, Task
 from pipeline.errors import LogCorrupt, NotReady, RecordsLost, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
@@ -89,6 +89,8 @@ class Partition:
         `stopping` turned true.
         """
         self._source_id, self._topic_id = self._log.topic_id(DELTAS), self._log.topic_id(CHANGELOG)
+        if stopping():  # as late as can be: who is fenced by one that gives up has lost time for nothing
+            raise NotReady(f"partition {self.number}: its start was stopped")
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         corrupt = ""
         try:
@@ -160,9 +162,11 @@ class Partition:
 
     def prepare(self) -> Commit:
         """Freeze the overlay and work out its commit: to be called only when no commit is under way."""
-        keys = self.task.freeze()
+        keys, found = self.task.freeze(), list[bytes | None]()
         try:
-            return self.task.prepare_commit(self.store.get(keys) if keys else [], now_ms=self._clock.now_ms())
+            for run in runs(keys):
+                found += self.store.get(run)
+            return self.task.prepare_commit(found, now_ms=self._clock.now_ms())
         except StoreCorrupt:
             self._discard_store()
             raise
@@ -183,7 +187,8 @@ class Partition:
         if self._transaction is None:
             raise NotReady(f"partition {self.number} was not started")
         messages = self._dead_letters(commit)
-        messages += map(Message, repeat(CHANGELOG), repeat(self.number), commit.keys, commit.values)
+        for run in runs(map(Message, repeat(CHANGELOG), repeat(self.number), commit.keys, commit.values)):
+            messages += run
         if not self._committed and self._log.topic_id(CHANGELOG) != self._topic_id:
             raise LogCorrupt(f"changelog-{self.number} was made anew since it was restored from")
         offsets = self._transaction.commit(messages, timeout_s=self._settings.commit_timeout_ms / 1000)
@@ -256,12 +261,7 @@ def partition_status(partition: Partition, end_offset: int | None, progress: Pro
         "committed_at_ms": partition.task.position.committed_at_ms,
     }
     if progress is not None and not progress.done:
-        status["restore"] = {
-            "entries": progress.entries,
-            "remaining": progress.remaining,
-            "entries_per_s": round(progress.entries_per_s),
-            "seconds_left": round(progress.seconds_left, 1),
-        }
+        status["restore"] = progress.status()
     return status
 
 

@@ -1,4 +1,4 @@
-"""Follows the changelog of all partitions into stores that are only read: what a query server answers from.
+"""Follows the changelog into stores that are only read: what a query server answers from, and what keeps standbys warm.
 
 A store is served from when it has reached an end of the changelog that was asked for after its reading began. Before that
 it can stand at a commit boundary and lack series all the same: compaction removes an older value of a key although the
@@ -71,6 +71,11 @@ class Replica:
         self.caught_up_s = asked_s
         return True
 
+    def progress(self, now_s: float) -> Progress:
+        """How far it is."""
+        entries, seconds = self.follower.entries_total, now_s - self.started_s
+        return Progress(self.number, entries, self.remaining, seconds, done=self.serving)
+
     def serve(self) -> None:
         """It can be read from now on."""
         self.served, self.remaining = _Served(self.store), 0
@@ -81,7 +86,7 @@ class Replica:
 
 
 class ReplicaLoop:
-    """Keeps stores up to date in a thread of its own. `stores` may be called from any thread.
+    """Keeps stores up to date in a thread of its own: of all partitions, or, once `follow` was called, of those it says.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
     if it can't go on. `lag_max_s` must be well below the time for which the log compacts nothing.
@@ -97,6 +102,7 @@ class ReplicaLoop:
         delete_retention_ms: int,
         on_fatal: Callable[[BaseException], None],
         on_progress: Callable[[Progress], None] = lambda _: None,
+        on_served: Callable[[], None] = lambda: None,
         metrics: Metrics = NO_METRICS,
         lag_max_s: float = LAG_MAX_S,
     ) -> None:
@@ -107,11 +113,17 @@ class ReplicaLoop:
         self._delete_retention_ms = delete_retention_ms
         self._on_fatal = on_fatal
         self._on_progress = on_progress
+        self._on_served = on_served
         self._metrics = metrics
         self._lag_max_s = lag_max_s
         self._look_s = min(_LOOK_S, lag_max_s / 10)
         self._topic_id = ""
         self._replicas: dict[int, Replica] = {}
+        self._changed = threading.Condition()
+        self._followed: frozenset[int] | None = None
+        """None: all there are."""
+        self._claimed: set[int] = set()
+        """Those whose stores are open here, or about to be, or to be deleted."""
         self._needed: frozenset[int] = frozenset()
         """Partitions without which no answer is whole."""
         self._readable: Mapping[int, ReadableStore] = {}
@@ -147,14 +159,39 @@ class ReplicaLoop:
             raise NotReady(f"restoring: about {remaining} changelog records to go{self._trouble}")
         return readable
 
+    def follow(self, partitions: frozenset[int]) -> None:
+        """Keep stores of these and no others. None of them may be open elsewhere. Does not block."""
+        with self._changed:
+            self._followed = partitions
+        self._next_look_s = 0.0
+
+    def take(self, partition: int, stopping: Callable[[], bool]) -> None:
+        """Follow it no longer, and wait until its store is closed; `NotReady` if `stopping` turns true before.
+
+        What it lacks is then what was written since it was last read: whoever restores it has little to do.
+        """
+        with self._changed:
+            if self._followed is not None:
+                self._followed -= {partition}
+            while partition in self._claimed:
+                if stopping():
+                    raise NotReady(f"partition {partition}: its store is open still")
+                self._changed.wait(_POLL_S)
+
+    def caught_up(self) -> frozenset[int]:
+        """The partitions whose stores hold all that the changelog did a moment ago."""
+        return frozenset(self._readable)
+
     def status(self) -> list[dict[str, Any]]:
         """What `/v1/status` says of each partition, apart from what the reader knows."""
+        now_s = self._clock.monotonic_s()
         return [
             {
                 "partition": replica.number,
                 "phase": "following" if replica.serving else "restoring",
                 "changelog_next_offset": replica.follower.next_offset,
                 "changelog_remaining": replica.remaining,
+                **({} if replica.serving else {"restore": replica.progress(now_s).status()}),
             }
             for replica in [*self._replicas.values()]
         ]
@@ -188,6 +225,7 @@ class ReplicaLoop:
     def close(self) -> None:
         """Give back the cursor. For whoever drives `step` without a thread."""
         reader, self._reader = self._reader, None
+        self._assigned = False
         if reader is not None:
             reader.close()
 
@@ -197,6 +235,13 @@ class ReplicaLoop:
 
     def step(self) -> None:
         """Look if it is time to, read, apply: what the thread does again and again. `Unavailable`: try again later."""
+        for replica in [*self._replicas.values()]:
+            if not self._is_followed(replica.number):
+                self._drop(replica)
+        if self._followed is not None and not self._followed:
+            self.close()
+            self._stop.wait(_POLL_S)
+            return
         reader = self._reader = self._reader or self._log.reader(CHANGELOG)
         if self._clock.monotonic_s() >= self._next_look_s:
             try:
@@ -250,8 +295,7 @@ class ReplicaLoop:
 
     def _tell(self, replica: Replica, now_s: float) -> None:
         self._metrics.set(m.RESTORE_REMAINING, replica.remaining, replica.number)
-        entries, seconds = replica.follower.entries_total, now_s - replica.started_s
-        self._on_progress(Progress(replica.number, entries, replica.remaining, seconds, done=replica.serving))
+        self._on_progress(replica.progress(now_s))
 
     # What there is to follow
 
@@ -265,22 +309,43 @@ class ReplicaLoop:
             for number in [*self._replicas]:
                 self._make_anew(number, StoreCorrupt("it reflects a changelog that is gone"))
         self._topic_id = topic_id
-        opened = ends.keys() - self._replicas.keys()
+        opened = [number for number in ends if number not in self._replicas and self._is_followed(number)]
         again_s = 0.0 if opened else self._look_s
         for number in opened:
+            if not self._claim(number):
+                continue
             try:
                 self._replicas = {**self._replicas, number: self._open(number)}
                 self._assigned = False
             except StoreCorrupt as error:  # also of one that was just made anew
                 self._destroy(number, error)
                 again_s = self._look_s
-        if not self._needed:
+            finally:
+                if number not in self._replicas:
+                    self._release(number)
+        if not self._needed and self._followed is None:
             self._needed = frozenset(ends)
         for number, replica in self._replicas.items():
             if replica.target is None and replica.started_s <= asked_s and number in ends:
                 replica.target = (asked_s, ends[number])
         # Those that were just opened need an end that is asked for from now on: at once, not when it is time.
         self._next_look_s = asked_s + again_s
+
+    def _is_followed(self, number: int) -> bool:
+        return self._followed is None or number in self._followed
+
+    def _claim(self, number: int) -> bool:
+        """Whether its store may be opened; nobody is let at it then until it is released."""
+        with self._changed:
+            if not self._is_followed(number):
+                return False
+            self._claimed.add(number)
+            return True
+
+    def _release(self, number: int) -> None:
+        with self._changed:
+            self._claimed.discard(number)
+            self._changed.notify_all()
 
     def _open(self, number: int) -> Replica:
         for metric in (m.STORES_REBUILT, m.RESTORE_ENTRIES):  # there from the start: a rise shows only from a value
@@ -323,8 +388,11 @@ class ReplicaLoop:
         self._assigned = False
 
     def _make_anew(self, number: int, error: StoreCorrupt) -> None:
-        self._drop(self._replicas[number])
-        self._destroy(number, error)
+        try:
+            self._close_replica(self._replicas[number])
+            self._destroy(number, error)
+        finally:
+            self._release(number)
 
     def _destroy(self, number: int, error: StoreCorrupt) -> None:
         _log.warning("partition %d: making the store anew: %s", number, error)
@@ -332,8 +400,15 @@ class ReplicaLoop:
         self._stores.destroy(number)
 
     def _drop(self, replica: Replica) -> None:
-        """Let go of a replica; the next look opens it again."""
+        """Let go of a replica; the next look opens it again if it is still followed."""
+        try:
+            self._close_replica(replica)
+        finally:
+            self._release(replica.number)
+
+    def _close_replica(self, replica: Replica) -> None:
         self._hide(replica)
+        self._metrics.forget(replica.number)
         self._replicas = {number: it for number, it in self._replicas.items() if number != replica.number}
         self._assigned, self._next_look_s = False, 0.0
         try:
@@ -351,3 +426,4 @@ class ReplicaLoop:
         self._readable = readable
         if self.ready:
             self._ready.set()
+        self._on_served()

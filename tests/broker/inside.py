@@ -39,6 +39,9 @@ class Counted:
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
         pass
 
+    def forget(self, partition: int) -> None:
+        pass
+
     def of(self, metric: Metric) -> int:
         """What a counter says."""
         return self.counts[metric.name]
@@ -54,6 +57,7 @@ def worker_at(
     *,
     errors: list[BaseException] | None = None,
     kafka: Mapping[str, Any] | None = None,
+    name: str = "",
     **settings: Any,
 ) -> ClusterWorker:
     """A worker that is not started yet. What ends it goes to `errors`."""
@@ -62,6 +66,7 @@ def worker_at(
         LogSettings(data=str(data)),
         kafka_settings=_kafka(kafka),
         worker_settings=WorkerSettings(**{"commit_interval_ms": 10, "mirror_interval_ms": 0, **settings}),
+        name=name,
         metrics=Counted(),
         on_fatal=(errors if errors is not None else []).append,
     )

@@ -83,3 +83,41 @@ def test_the_process_is_there_too() -> None:
     assert b"python_info" in body
     assert media_type.startswith("text/plain")
     assert metrics.render("application/openmetrics-text")[1].startswith("application/openmetrics-text")
+
+
+def test_a_partition_is_forgotten() -> None:
+    """Its gauges are gone, those of others and all counters are not; what is set anew is shown again. Twice is fine."""
+    metrics = PrometheusMetrics()
+    for partition in (1, 2):
+        metrics.set(m.LAG, 5, partition)
+        metrics.set(m.STALENESS, 5, partition)
+        metrics.inc(m.COMMITS, 3, partition)
+    metrics.forget(1)
+    metrics.forget(1)
+    m.NO_METRICS.forget(1)
+    found = samples(metrics)
+    assert {name for name in found if "'partition': '1'" in name and "_created" not in name} == {
+        "pipeline_commits_total{'partition': '1'}"
+    }
+    assert found["pipeline_lag_records{'partition': '2'}"] == found["pipeline_staleness_seconds{'partition': '2'}"] == 5
+    metrics.set(m.LAG, 7, 1)
+    assert samples(metrics)["pipeline_lag_records{'partition': '1'}"] == 7
+
+
+def test_what_is_forgotten_while_it_is_set_can_be_set_again() -> None:
+    """Whatever the order of threads: no series is bound to what nobody shows."""
+    metrics = PrometheusMetrics()
+    stop = threading.Event()
+
+    def forget() -> None:
+        while not stop.is_set():
+            metrics.forget(1)
+
+    thread = threading.Thread(target=forget)
+    thread.start()
+    for value in range(20_000):
+        metrics.set(m.LAG, value, 1)
+    stop.set()
+    thread.join()
+    metrics.set(m.LAG, 1, 1)
+    assert samples(metrics)["pipeline_lag_records{'partition': '1'}"] == 1

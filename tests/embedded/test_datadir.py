@@ -105,6 +105,23 @@ def test_stores_without_their_log_are_not_thrown_away(tmp_path: Path) -> None:
     DataDir(tmp_path).close()
 
 
+def test_the_folder_of_another_app_is_left_alone(tmp_path: Path) -> None:
+    """Its stores would look wrong, and be made anew: refused, naming both. One from before apps were noted is taken on."""
+    with DataDir(tmp_path, with_log=False) as data:
+        (data.stores / "0").mkdir(parents=True)
+    with DataDir(tmp_path, with_log=False, app="shop"):
+        assert (tmp_path / "APP").read_text() == "shop\n"
+    with pytest.raises(Invalid, match="is that of app 'shop', not of 'bank': give each its own"):
+        DataDir(tmp_path, with_log=False, app="bank")
+    assert (tmp_path / "APP").read_text() == "shop\n"
+    assert (tmp_path / "stores" / "0").is_dir()
+    DataDir(tmp_path, with_log=False, app="shop").close()
+    with DataDir(tmp_path, with_log=False) as data:
+        data.check_app("shop")
+        with pytest.raises(Invalid, match="is that of app 'shop'"):
+            data.check_app("bank")
+
+
 @pytest.mark.parametrize("name", ["file", "file/below", "file/below/it"])
 def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
     """Neither is anything below a file."""

@@ -236,6 +236,9 @@ class Recorder:
     def observe(self, metric: m.Metric, value: float, *labels: object) -> None:
         raise AssertionError
 
+    def forget(self, partition: int) -> None:
+        raise AssertionError
+
 
 def test_appends_are_counted(tmp_path: Path) -> None:
     """Records, and bytes of keys and values, by topic."""

@@ -43,3 +43,13 @@ def test_publishing_loads_no_server_package(statement: str) -> None:
     done = run_python(f"{statement}\nimport json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_faust_is_loaded_without_our_arguments() -> None:
+    """Faust looks for options of its own in `sys.argv` when it is imported: ours are none, and stay as they are."""
+    done = run_python(
+        "import sys; sys.argv = ['pipeline', '--loop', 'nonsense', '--datadir']\nimport pipeline\n"
+        "pipeline.faust_app(); print(sys.argv[1:])"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['--loop', 'nonsense', '--datadir']"

@@ -107,6 +107,9 @@ class Meter:
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
         raise AssertionError("a publisher has no histograms")
 
+    def forget(self, partition: int) -> None:
+        raise AssertionError("a publisher has no partitions")
+
 
 Fate = Callable[[int, Batch], PipelineError | str]
 """Of a batch at the n-th append: "kept", "unheard" (appended, but the answer is lost), or an error (not appended)."""

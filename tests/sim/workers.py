@@ -35,6 +35,9 @@ class Recorder:
     def observe(self, metric: m.Metric, value: float, *labels: object) -> None:
         """Not the protocol's business."""
 
+    def forget(self, partition: int) -> None:
+        """Not the protocol's business."""
+
     def of(self, metric: m.Metric) -> float:
         return self.counters.get(metric.name, 0)
 

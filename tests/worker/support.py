@@ -9,7 +9,7 @@ from pipeline.core.codec import decode_states, encode_batch
 from pipeline.core.merge import KINDS
 from pipeline.core.record import Batch, Definition, Group, Records, series_prefix, series_suffix
 from pipeline.errors import StoreCorrupt, Unavailable
-from pipeline.metrics import Metric
+from pipeline.metrics import PARTITION_GAUGES, Metric
 from pipeline.ports import LogReader, Message, ReadableStore, Store, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
@@ -50,6 +50,11 @@ class Recorder:
 
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
         """Of no interest."""
+
+    def forget(self, partition: int) -> None:
+        for key in [*self.values]:
+            if key[1:] == (partition,) and key[0] in {it.name for it in PARTITION_GAUGES}:
+                del self.values[key]
 
     def of(self, metric: Metric, *labels: object) -> float:
         return self.values[metric.name, *labels]

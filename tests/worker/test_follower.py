@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pipeline.adapters.memory import MemoryStore, MemoryStores
+from pipeline.adapters.memory import MemoryLog, MemoryStore, MemoryStores
 from pipeline.core.codec import encode_position
 from pipeline.core.record import POSITION_KEY, Position, Records
-from pipeline.errors import NotReady, StoreCorrupt
+from pipeline.errors import NewerFormat, NotReady, StoreCorrupt
 from pipeline.ports import Message
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import (
@@ -16,6 +16,7 @@ from pipeline.worker.follower import (
     Follower,
     Progress,
     StoreMeta,
+    check_format,
     check_restorable,
     read_meta,
     restore,
@@ -168,6 +169,22 @@ def test_a_meta_that_cannot_be_read(value: bytes) -> None:
     store.write([b"\xff"], [value])
     with pytest.raises(StoreCorrupt):
         read_meta(store)
+
+
+@pytest.mark.parametrize("newest", [1, 0])
+def test_a_newer_changelog_is_seen_before_it_is_taken_over(newest: int) -> None:
+    """In whichever partition, at its end; one that holds what is no entry at all is for its restore to complain of."""
+    clock = HandClock()
+    log = MemoryLog({"changelog": 2, "deltas": 2}, clock.now_ms)
+    check_format(log)
+    old = encode_position(Position(1, 1, 1))
+    for number in (0, 1):
+        log.append([Message("changelog", number, POSITION_KEY, old)] * 5, timeout_s=1)
+    log.append([Message("changelog", 0, b"\x02v", b"\xff noise")], timeout_s=1)
+    check_format(log)
+    log.append([Message("changelog", newest, POSITION_KEY, b"\x02" + old[1:])], timeout_s=1)
+    with pytest.raises(NewerFormat, match=f"changelog-{newest}: it has format 2, and this program reads 1"):
+        check_format(log)
 
 
 def test_a_meta_from_before_topics_had_ids() -> None:

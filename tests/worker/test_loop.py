@@ -58,7 +58,8 @@ def test_a_commit_that_hangs_ends_the_worker() -> None:
         errors.append(error)
         failed.set()
 
-    loop = WorkerLoop([partition], log=log, clock=clock, settings=settings, on_fatal=on_fatal)
+    loop = WorkerLoop(lambda _: partition, log=log, clock=clock, settings=settings, on_fatal=on_fatal)
+    loop.assign([0])
     loop.start()
     try:
         log.append([Message(DELTAS, 0, None, b"junk")], timeout_s=1)
@@ -81,8 +82,13 @@ def test_a_commit_that_fails_ends_the_worker_once() -> None:
     settings = WorkerSettings(commit_interval_ms=1)
     partition = Partition(0, log=log, stores=MemoryStores(), clock=clock, settings=settings, delete_retention_ms=86_400_000)
     loop = WorkerLoop(
-        [partition], log=log, clock=clock, settings=settings, on_fatal=lambda error: (errors.append(error), failed.set())
+        lambda _: partition,
+        log=log,
+        clock=clock,
+        settings=settings,
+        on_fatal=lambda error: (errors.append(error), failed.set()),
     )
+    loop.assign([0])
     loop.start()
     assert loop.wait_ready(30)
     log.transaction("pipeline-0")  # a newer owner
@@ -97,24 +103,23 @@ def test_a_commit_that_fails_ends_the_worker_once() -> None:
 class _Pool:
     """A worker's loop over partitions that may take their time, or fail, to start."""
 
-    def __init__(self, partition_count: int, *, discover_from: int | None = None, **settings: int) -> None:
+    def __init__(self, partition_count: int, *, first: int | None = None, **settings: int) -> None:
         self.clock = SystemClock()
         self.log = _TimedLog(partition_count, self.clock)
         self.stores = MemoryStores()
         self.settings = WorkerSettings(**settings)
         self.errors: list[BaseException] = []
         self.failed = threading.Event()
-        first = partition_count if discover_from is None else discover_from
-        self.partitions = [self.partition(number) for number in range(first)]
-        self.late = [self.partition(number) for number in range(first, partition_count)]
+        first_count = partition_count if first is None else first
+        self.partitions = [self.partition(number) for number in range(partition_count)]
         self.loop = WorkerLoop(
-            self.partitions,
+            self.partitions.__getitem__,
             log=self.log,
             clock=self.clock,
             settings=self.settings,
             on_fatal=lambda error: (self.errors.append(error), self.failed.set()),
-            discover=self.discover,
         )
+        self.loop.assign(range(first_count))
 
     def partition(self, number: int) -> _Slow:
         return _Slow(
@@ -125,12 +130,6 @@ class _Pool:
             settings=self.settings,
             delete_retention_ms=86_400_000,
         )
-
-    def discover(self) -> Sequence[Partition]:
-        if not self.log.grown.is_set():
-            return ()
-        late, self.late = self.late, []
-        return late
 
     def send(self, number: int) -> None:
         self.log.append([Message(DELTAS, number, None, b"junk")], timeout_s=1)
@@ -173,7 +172,6 @@ class _TimedLog(MemoryLog):
         super().__init__(dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count), clock.now_ms)
         self.clock = clock
         self.commits: list[tuple[float, str]] = []
-        self.grown = threading.Event()
 
     def transaction(self, transactional_id: str) -> Transaction:
         return _Timed(self, super().transaction(transactional_id), transactional_id)
@@ -201,14 +199,14 @@ def _fresh() -> None:
 
 def test_partitions_that_come_later_are_folded_too() -> None:
     """While the first ones go on, also while a new one takes its time to be restored; and what it has is not lost."""
-    pool = _Pool(3, discover_from=1, commit_interval_ms=1)
-    gate = pool.late[1].gate = threading.Event()
+    pool = _Pool(3, first=1, commit_interval_ms=1)
+    gate = pool.partitions[2].gate = threading.Event()
     pool.loop.start()
     try:
         assert pool.loop.wait_ready(60)
         for number in (0, 1, 2):
             pool.send(number)
-        pool.log.grown.set()
+        pool.loop.assign(range(3), generation=1)
         wait_until(lambda: pool.committed(1) == 1, "partition 1", 60)
         pool.send(0)
         wait_until(lambda: pool.committed(0) == 2, "partition 0 goes on", 60)
@@ -226,12 +224,12 @@ def test_partitions_that_come_later_are_folded_too() -> None:
 
 def test_a_partition_that_comes_later_and_fails_to_start_ends_the_worker() -> None:
     """Nothing is left out silently."""
-    pool = _Pool(2, discover_from=1, commit_interval_ms=1)
-    pool.late[0].error = RecordsLost("records were deleted before they were folded")
-    late = pool.late[0]
+    pool = _Pool(2, first=1, commit_interval_ms=1)
+    pool.partitions[1].error = RecordsLost("records were deleted before they were folded")
+    late = pool.partitions[1]
     pool.loop.start()
     assert pool.loop.wait_ready(60)
-    pool.log.grown.set()
+    pool.loop.assign(range(2), generation=1)
     assert pool.failed.wait(60)
     assert pool.loop.stop(60)
     assert [type(error) for error in pool.errors] == [RecordsLost]

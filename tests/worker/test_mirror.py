@@ -78,6 +78,35 @@ def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
         assert it.metrics.of(m.LAG, 1) == 0
 
 
+def test_what_is_lost_has_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another says how far it is now; an old figure would be there for ever."""
+    it = Watched()
+    with it.running(monkeypatch):
+        it.look_twice()
+        assert it.metrics.of(m.LAG, 0) == 4
+        del it.positions[0]
+        it.look_twice()
+        assert {key for key in it.metrics.values if key[1:] == (0,)} == set()
+        assert it.metrics.of(m.LAG, 1) == 0
+        it.positions[0] = 8
+        it.ends_fail = True
+        it.look_twice()
+        it.ends_fail = False
+        it.look_twice()
+        assert it.metrics.of(m.LAG, 0) == 1
+
+
+def test_what_is_lost_while_the_log_is_away_has_no_lag_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not take the log to know that it is another's."""
+    it = Watched()
+    with it.running(monkeypatch):
+        it.look_twice()
+        it.ends_fail = True
+        del it.positions[0]
+        it.look_twice()
+        assert (m.LAG.name, 0) not in it.metrics.values
+
+
 def test_positions_are_mirrored_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """At each interval, and those only; the first at once."""
     it = Watched()

@@ -7,8 +7,9 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
+from pipeline.core.record import POSITION_KEY, STORE_META_KEY, definition_key, producer_key
 from pipeline.core.task import DeadLetter
-from pipeline.errors import LogCorrupt, NotReady, RecordsLost
+from pipeline.errors import LogCorrupt, NotReady, RecordsLost, StoreCorrupt
 from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
@@ -124,6 +125,24 @@ def test_a_store_of_another_changelog_is_made_anew(worker: Worker) -> None:
 def letters(worker: Worker) -> list[DeadLetter]:
     rows = worker.log._partition(DEAD_LETTERS, 0).rows
     return [msgspec.msgpack.decode(row.value or b"", type=DeadLetter) for row in rows]
+
+
+@pytest.mark.parametrize("key", [STORE_META_KEY, POSITION_KEY, definition_key("v"), producer_key("p")])
+def test_a_store_of_a_newer_format_is_made_anew(worker: Worker, key: bytes) -> None:
+    """It is a copy: what is no older than the changelog, and can't be read, is damaged."""
+    worker.commit(0, {"a": 1})
+    newer = msgspec.msgpack.encode([2, 0]) if key == STORE_META_KEY else b"\x02newer"
+    worker.partitions[0].store.write([key], [newer])
+    assert series_of(again(worker).store) == {"a": 1}
+
+
+def test_a_changelog_of_a_newer_format_is_left_as_it_is(worker: Worker) -> None:
+    """The start fails naming both formats, as often as it is tried, whatever is in the store."""
+    worker.commit(0, {"a": 1})
+    worker.log.append([Message(CHANGELOG, 0, POSITION_KEY, b"\x02newer")], timeout_s=1)
+    for _ in range(2):
+        with pytest.raises(StoreCorrupt, match="format 2, and this program reads 1"):
+            again(worker)
 
 
 def test_a_dead_letter_that_is_too_large_goes_without_its_bytes(worker: Worker) -> None:

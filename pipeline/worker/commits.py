@@ -1,0 +1,132 @@
+"""Which partition commits when, and what becomes of it: on time, in turn, side by side, within a deadline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import pipeline.metrics as m
+from pipeline.core.task import Commit
+from pipeline.errors import Unavailable
+from pipeline.metrics import Metrics
+from pipeline.ports import Clock
+from pipeline.settings import WorkerSettings
+from pipeline.worker.holding import Held, Holdings
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.1
+_HANG_S = 10.0
+"""How much longer than its deadline a commit of a lost partition may hang in a thread that is needed."""
+
+
+class Commits:
+    """The commits of the partitions of one loop, whose thread calls everything here.
+
+    `lost` says of an error of a commit whether it only means that its partition is lost, and if so loses it.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        settings: WorkerSettings,
+        metrics: Metrics,
+        *,
+        lost: Callable[[Held, BaseException], bool],
+    ) -> None:
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics
+        self._lost = lost
+        self._pool = ThreadPoolExecutor(settings.commit_thread_count, thread_name_prefix="pipeline-commit")
+        self._under_way: set[Future[Commit]] = set()
+        self._next_s = 0.0
+        """When `transactions_per_s_max` allows the next commit."""
+        self.stuck = False
+        """Whether a thread hangs in a commit."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a commit that has not been finished."""
+        return bool(self._under_way)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for one to end, or for so long."""
+        if self._under_way:
+            wait(self._under_way, timeout_s, FIRST_COMPLETED)
+
+    def poll_timeout_s(self, folding: Iterable[Held]) -> float:
+        """Until the next commit is due; short while commits are under way, so that their end is noticed."""
+        if self._under_way:
+            return 0.002
+        due_s = max(min((held.due_s for held in folding if held.due_s is not None), default=1e9), self._next_s)
+        wait_s = due_s - self._clock.monotonic_s()
+        return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, _LOOK_S)
+
+    def begin(self, folding: Sequence[Held]) -> bool:
+        """Begin those that are due; whether there were any. What can't wait does not wait for its turn."""
+        now = self._clock.monotonic_s()
+        idle = [held for held in folding if held.commit is None]
+        for held in idle:
+            if not held.partition.task.dirty:
+                held.flush = False
+            elif held.due_s is None:
+                held.due_s = now + self._settings.commit_interval_ms / 1000
+        urgent = [held for held in idle if held.full or held.flush]
+        for held in urgent:
+            self._begin(held)
+        # The longest due first: at `transactions_per_s_max` every partition has its turn.
+        due = sorted((held.due_s, held.number, held) for held in idle if held.commit is None and held.due_s is not None)
+        for count, (due_s, _, held) in enumerate(due):
+            if now < max(due_s, self._next_s):
+                return bool(urgent or count)
+            self._begin(held)
+        return bool(urgent or due)
+
+    def _begin(self, held: Held) -> None:
+        held.due_s = None
+        held.flush, held.flushing = False, held.flush
+        started = self._clock.monotonic_s()
+        self._next_s = max(self._next_s + 1 / self._settings.transactions_per_s_max, started - _LOOK_S)
+        partition = held.partition
+        commit = partition.prepare()
+
+        def make_durable() -> Commit:
+            partition.make_durable(commit)
+            self._metrics.observe(m.COMMIT_SECONDS, self._clock.monotonic_s() - started)
+            return commit
+
+        held.commit = self._pool.submit(make_durable)
+        held.deadline_s = started + self._settings.commit_timeout_ms / 1000 + _LOOK_S
+        self._under_way.add(held.commit)
+
+    def finish(self, holdings: Holdings) -> None:
+        """Note those that are durable. Raises what another failed with, unless its partition is lost."""
+        now = self._clock.monotonic_s()
+        for held in [*holdings.all.values()]:
+            future = held.commit
+            if future is None:
+                continue
+            if not future.done():
+                self._check_deadline(held, now)
+                continue
+            held.commit = None
+            self._under_way.discard(future)
+            error = future.exception()
+            if error is None:
+                held.partition.finish(future.result())
+                held.full, held.flushing = held.partition.task.full and not held.lost, False
+            elif not self._lost(held, error):
+                raise error
+            else:
+                _log.info("partition %d was lost with a commit under way: %s", held.number, error)
+
+    def _check_deadline(self, held: Held, now: float) -> None:
+        error = Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
+        if now > held.deadline_s and (now > held.deadline_s + _HANG_S or not self._lost(held, error)):
+            self.stuck = True
+            raise error
+
+    def shutdown(self) -> None:
+        """End, waiting for none that hangs."""
+        self._pool.shutdown(wait=not self.stuck, cancel_futures=True)

@@ -1,0 +1,159 @@
+"""The partitions that one process holds, each from its start until its store is closed again.
+
+A partition is held once at a time. One that is lost while it starts, or while a commit of it is under way, is held until
+that has ended: a store is never opened twice, and never closed under somebody's hands.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from pipeline.core.task import Commit
+from pipeline.errors import PipelineError
+from pipeline.worker.follower import Progress
+from pipeline.worker.partition import Partition
+
+_log = logging.getLogger(__name__)
+
+
+class Standbys(Protocol):
+    """Who keeps copies of partitions warm that others fold."""
+
+    def follow(self, partitions: frozenset[int]) -> None:
+        """Keep copies of these and no others. None of their stores is open elsewhere. Does not block."""
+        ...
+
+    def take(self, partition: int, stopping: Callable[[], bool]) -> None:
+        """Wait until its store is not open any more; `NotReady` if `stopping` turns true before."""
+        ...
+
+
+class NoStandbys:
+    """For whoever folds all there is."""
+
+    def follow(self, partitions: frozenset[int]) -> None:
+        """There are no copies."""
+
+    def take(self, partition: int, stopping: Callable[[], bool]) -> None:
+        """It is open nowhere."""
+
+
+class Held:
+    """A partition that is starting, folding, or lost and about to be closed. Owned by the loop's thread."""
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+        self.number = partition.number
+        self.lost = False
+        """Whether it is ours no longer. Set once; what is in its overlay is dropped."""
+        self.folding = False
+        self.commit: Future[Commit] | None = None
+        self.deadline_s = 0.0
+        """When the commit that is under way must be decided."""
+        self.due_s: float | None = None
+        """When the next commit is due; None if there is nothing to commit."""
+        self.full = False
+        """Whether nothing may be read until a commit has made room."""
+        self.flush = False
+        """Whether to commit at once what is dirty."""
+        self.flushing = False
+        """Whether that commit is under way."""
+        self.work: Future[None] | None = None
+        """Its start, or its closing."""
+        self.closing = False
+
+
+class Holdings:
+    """All of them, by number. Starts and closes them in threads of a pool; everything else is the loop's thread's."""
+
+    def __init__(
+        self,
+        make: Callable[[int], Partition],
+        *,
+        standbys: Standbys,
+        thread_count: int,
+        stopping: Callable[[], bool],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._make = make
+        self._standbys = standbys
+        self._stopping = stopping
+        self._on_progress = on_progress
+        self._pool = ThreadPoolExecutor(thread_count, thread_name_prefix="pipeline-restore")
+        self.all: dict[int, Held] = {}
+
+    def folding(self) -> list[Held]:
+        """Those that fold."""
+        return [held for held in self.all.values() if held.folding]
+
+    def starting(self) -> list[Future[None]]:
+        """What there is to wait for before all that are ours fold."""
+        return [held.work for held in self.all.values() if held.work is not None and not held.lost]
+
+    def begin(self, numbers: Iterable[int]) -> None:
+        """Take partitions over that are not held."""
+        for number in sorted(numbers):
+            held = self.all[number] = Held(self._make(number))
+            held.work = self._pool.submit(self._start, held)
+
+    def _start(self, held: Held) -> None:
+        def stopping() -> bool:
+            return held.lost or self._stopping()
+
+        self._standbys.take(held.number, stopping)
+        held.partition.start(self._on_progress, stopping)
+
+    def finish_starts(self, excused: Callable[[Held, BaseException], bool]) -> bool:
+        """Let those fold that are restored; whether there are any. Raises what keeps one from it, unless that is excused."""
+        begun = False
+        for held in self.all.values():
+            if held.work is None or held.closing or not held.work.done():
+                continue
+            work, held.work = held.work, None
+            error = work.exception()
+            if held.lost:
+                if error is not None:
+                    _log.info("partition %d was lost while it started: %s", held.number, error)
+            elif error is None:
+                held.folding = begun = True
+            elif not excused(held, error):
+                raise error
+        return begun
+
+    def lose(self, held: Held, why: str) -> None:
+        """It is another's: drop its overlay, and close it when nothing works in it any more."""
+        if not held.lost:
+            _log.info("partition %d is ours no longer: %s", held.number, why)
+        held.lost, held.folding = True, False
+        held.full = held.flush = held.flushing = False
+        held.due_s = None
+        if held.work is not None and not held.closing and held.work.cancel():
+            held.work = None
+
+    def close_lost(self) -> list[int]:
+        """Close those that are lost; the numbers of those that are closed now, and so held no longer."""
+        closed = [held for held in self.all.values() if held.closing and held.work is not None and held.work.done()]
+        for held in closed:
+            del self.all[held.number]
+        for held in self.all.values():
+            if held.lost and held.work is None and held.commit is None:
+                held.closing = True
+                held.work = self._pool.submit(_close, held.partition)
+        return [held.number for held in closed]
+
+    def shutdown(self, *, close: bool) -> None:
+        """End the starts, which `stopping` does, and close everything unless a commit hangs in it."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if close:
+            for held in self.all.values():
+                _close(held.partition)
+
+
+def _close(partition: Partition) -> None:
+    try:
+        partition.close()
+    except PipelineError as error:
+        _log.error("closing partition %d: %s", partition.number, error)

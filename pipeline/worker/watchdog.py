@@ -1,0 +1,187 @@
+"""Ends a worker that stands still: partitions with lag whose position does not move although the log is there.
+
+What stands still is a bug, or a disk or a lock that never comes back; a restart is the way out of all of them. What only
+waits for the log is none of that: it goes on by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import pipeline.metrics as m
+from pipeline.core.task import Phase
+from pipeline.errors import PipelineError, Stalled
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock
+from pipeline.worker.follower import Progress
+from pipeline.worker.partition import Partition
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.5
+WAIT_S = 120.0
+"""How long a partition of ours may wait without any other getting on: more than all calls of a start take that fail."""
+AWAY_S = 5.0
+"""Silence of the log, or of our own process, behind which everything gets the whole time again."""
+
+
+class Seen(NamedTuple):
+    """One partition at one look."""
+
+    mark: tuple[int, ...]
+    """Changes whenever the partition gets on: its position, or how far its restore is."""
+    behind: int
+    """Records that it has still to fold, or to restore; 0: it owes nothing."""
+    committing: bool = False
+    waiting: bool = False
+    """Whether it waits for a call, or for one of its kind, before it can restore."""
+
+
+class Since(NamedTuple):
+    """What is remembered of a partition."""
+
+    mark: tuple[int, ...]
+    moved_s: float
+    """When it was first seen with this mark."""
+    committing_s: float | None
+    """When it was first seen with the commit that is under way; None: with none."""
+
+
+class Stall(NamedTuple):
+    """A partition that stands still."""
+
+    partition: int
+    behind: int
+    for_s: float
+
+
+def judge(
+    before: Mapping[int, Since], seen: Mapping[int, Seen], asked_s: float, now_s: float, *, stall_s: float, commit_s: float
+) -> tuple[dict[int, Since], list[Stall]]:
+    """What to remember at the next look, and what has stood still for `stall_s`.
+
+    `now_s` is when the log told its ends for this look, `asked_s` for the last one. The log counts as away, which is no
+    stall of ours, if it was silent for over `AWAY_S`; and, for as long as `commit_s` lets a commit take, if it leaves one
+    undecided for over a third of `stall_s`. That holds up all partitions: one whose overlay is full lets none read on.
+    """
+    after: dict[int, Since] = {}
+    for number, it in seen.items():
+        last = before.get(number)
+        if last is None or last.mark != it.mark or not it.behind:
+            after[number] = Since(it.mark, now_s, now_s if it.committing else None)
+        else:
+            committing_s = _first(last.committing_s, now_s) if it.committing else None
+            after[number] = Since(it.mark, last.moved_s, committing_s)
+    waits_s = [now_s - it.committing_s for it in after.values() if it.committing_s is not None]
+    if now_s - asked_s > AWAY_S or any(stall_s / 3 < wait_s <= commit_s for wait_s in waits_s):
+        return {number: it._replace(moved_s=now_s) for number, it in after.items()}, []
+    stalls = [
+        Stall(number, seen[number].behind, now_s - it.moved_s)
+        for number, it in after.items()
+        # What owes nothing has just moved.
+        if now_s - it.moved_s >= (max(stall_s, WAIT_S) if seen[number].waiting else stall_s)
+    ]
+    return after, stalls
+
+
+def _first(committing_s: float | None, now_s: float) -> float:
+    return now_s if committing_s is None else committing_s
+
+
+def look_at(
+    partitions: Mapping[int, Partition],
+    ends: Mapping[int, int],
+    progress: Mapping[int, Progress],
+    assigned: Collection[int] = (),
+) -> dict[int, Seen]:
+    """What partitions look like. An assigned one that is neither folding nor restoring waits for a call, which has its own
+    limit, or for others: for a thread that restores, a copy that is to be closed, or its own last life's end.
+    """
+    seen: dict[int, Seen] = {}
+    for number, partition in partitions.items():
+        if partition.started:
+            next_offset = partition.task.position.next_offset
+            committing = partition.task.phase in (Phase.FROZEN, Phase.COMMITTING)
+            seen[number] = Seen((next_offset,), max(0, ends.get(number, 0) - next_offset), committing)
+        elif (restore := progress.get(number)) is not None and not restore.done:
+            seen[number] = Seen((restore.entries, restore.remaining), restore.remaining)
+    others = (sum(it.started for it in partitions.values()), sum(it.entries for it in [*progress.values()]))
+    for number in assigned:
+        if number not in seen:
+            seen[number] = Seen(others, ends.get(number, 0), waiting=True)
+    return seen
+
+
+def stacks() -> str:
+    """Where every thread is."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        parts.append(f"thread {names.get(ident, '?')} ({ident}):\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(parts)
+
+
+class Watchdog:
+    """A thread that looks each time the log has told its ends, and ends the worker when a partition stalls.
+
+    `ends` says when the log told them last, on `clock`, and what it told; `look` what the partitions look like then.
+    `on_fatal` is called once, from this thread, behind a dump of all threads' stacks to the log.
+    """
+
+    def __init__(
+        self,
+        ends: Callable[[], tuple[float, Mapping[int, int]]],
+        look: Callable[[Mapping[int, int]], Mapping[int, Seen]],
+        *,
+        clock: Clock,
+        stall_timeout_ms: int,
+        commit_timeout_ms: int,
+        on_fatal: Callable[[BaseException], None],
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
+        self.stalled = False
+        """Whether it has ended the worker: what stands still may not stop either."""
+        self._ends = ends
+        self._look = look
+        self._stall_s = stall_timeout_ms / 1000
+        self._commit_s = commit_timeout_ms / 1000 + AWAY_S
+        self._on_fatal = on_fatal
+        self._metrics = metrics
+        self._since: dict[int, Since] = {}
+        self._told_s = clock.monotonic_s()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pipeline-watchdog", daemon=True)
+        metrics.inc(m.STALLS, 0)
+
+    def start(self) -> None:
+        """Begin, unless `stall_timeout_ms` is 0."""
+        if self._stall_s:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End, without waiting. Twice is fine."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self.stalled and not self._stop.wait(_LOOK_S):
+            self.step()
+
+    def step(self) -> None:
+        """Look, if the log has told something new. For whoever drives it without a thread, too."""
+        told_s, ends = self._ends()
+        if told_s <= self._told_s:
+            return
+        seen = self._look(ends)
+        asked_s, self._told_s = self._told_s, told_s
+        self._since, stalls = judge(self._since, seen, asked_s, told_s, stall_s=self._stall_s, commit_s=self._commit_s)
+        if stalls and not self._stop.is_set():
+            self.stalled = True
+            self._metrics.inc(m.STALLS, len(stalls))
+            what = ", ".join(f"{it.partition} ({it.behind} records behind, for {it.for_s:.1f} s)" for it in stalls)
+            error: PipelineError = Stalled(f"the log is there, but partitions stand still: {what} (stall_timeout_ms)")
+            _log.critical("%s; all threads:\n%s", error, stacks())
+            self._on_fatal(error)

@@ -1,0 +1,61 @@
+"""A worker that stands still on a real broker ends itself; one whose broker does not answer waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import pipeline.metrics as m
+from pipeline import Publisher
+from pipeline.errors import Stalled
+from tests.broker.inside import Counted, folding, wait_folded, worker_at
+from tests.broker.kafka import App, create_topics
+from tests.support import wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_a_fold_that_hangs_ends_the_worker(app: App, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says where it hangs, and is stopped soon: what hangs is not waited for."""
+    create_topics(app.bootstrap, app.app, 2)
+    errors: list[BaseException] = []
+    worker = worker_at(app, tmp_path / "worker", errors=errors, stall_timeout_ms=3_000)
+    release = threading.Event()
+
+    def hang_here(_: object) -> None:
+        release.wait(100)
+
+    try:
+        worker.start()
+        assert worker.wait_ready(30)
+        for partition in worker.partitions.values():
+            partition.fold = hang_here  # type: ignore[method-assign, assignment]
+        with Publisher(app.url) as publisher:
+            publisher.sum("v").add(1)
+        wait_until(lambda: errors, "the end", 30)
+        assert [type(error) for error in errors] == [Stalled]
+        assert isinstance(worker._metrics, Counted)
+        assert worker._metrics.of(m.STALLS) == 1
+        assert "hang_here" in caplog.text
+        began_s = time.monotonic()
+        assert not worker.stop()
+        assert time.monotonic() - began_s < 15
+    finally:
+        release.set()
+        worker._loop.stop()
+
+
+def test_a_worker_that_is_restored_and_idle_is_let_alone(app: App, tmp_path: Path) -> None:
+    """For longer than the timeout, before and after it has folded."""
+    create_topics(app.bootstrap, app.app, 2)
+    with folding(app, tmp_path / "worker", stall_timeout_ms=1_000) as worker:
+        for _ in range(2):
+            with Publisher(app.url) as publisher:
+                publisher.sum("v").add(1)
+            wait_folded(worker)
+            told_s = worker._mirror.told[0]
+            wait_until(lambda told_s=told_s: worker._mirror.told[0] > told_s + 2, "the log to tell its ends")
+        assert not worker._watchdog.stalled

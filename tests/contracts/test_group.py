@@ -1,0 +1,106 @@
+"""What members of a group tell each other, what a leader makes of it, and what an onlooker makes of the group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.adapters.faust.group import STABLE, Group
+from pipeline.adapters.faust.wire import NOBODY, Kin, kin_of, name_and_url, refusal, ruling, told, warm_of
+from pipeline.adapters.kafka.options import parse_url
+from pipeline.cluster.overview import Overview, _Answer, _Copy, _Held, _joined
+from pipeline.errors import Invalid, NewerFormat
+from pipeline.ports import Member
+
+OURS, NEWER, OTHER = Kin("deltas", "changelog", 1), Kin("deltas", "changelog", 2), Kin("x.deltas", "x.changelog", 7)
+RESTORE = {"entries": 10.0, "remaining": 30.0, "entries_per_s": 5.0, "seconds_left": 6.0}
+
+
+def test_what_is_told_is_understood() -> None:
+    """Topics, format and what is warm come back; of a program that says none of it, nothing does."""
+    said = told(OURS, {1, 12})
+    assert (kin_of(said), warm_of(said)) == (OURS, {1, 12})
+    assert kin_of({"a-topic": 3}) == NOBODY
+    assert name_and_url("http://h:1/#w.1") == ("w.1", "http://h:1")
+    assert name_and_url("http://0.0.0.0/#w") == ("w", "")
+
+
+@pytest.mark.parametrize(
+    ("members", "leader", "expected"),
+    [
+        ({OURS: 0}, OURS, OURS),
+        ({OURS: 4, OTHER: 0}, OTHER, OURS),
+        ({OURS: 0, OTHER: 4}, OURS, OTHER),
+        ({OURS: 0, OTHER: 0}, OURS, OURS),
+        ({OURS: 0, OTHER: 0}, OTHER, OTHER),
+        ({OURS: 4, NEWER: 0}, OURS, NEWER),
+        ({OURS: 2, NEWER: 1, OTHER: 2}, OTHER, NEWER),
+        ({OURS: 0, NOBODY: 9}, OURS, OURS),
+    ],
+)
+def test_whose_group_it_is(members: dict[Kin, int], leader: Kin, expected: Kin) -> None:
+    """Of the app that has most partitions, whoever leads; the leader's if none has more; and of its newest format."""
+    assert ruling(members, leader) == expected
+
+
+def test_who_may_stay() -> None:
+    """Who folds the same topics and is not older; the error says which of the two it is, and names both sides."""
+    assert refusal(OURS, OURS, "g") is None
+    assert refusal(NEWER, OURS, "g") is None
+    older, other, foreign = refusal(OURS, NEWER, "g"), refusal(OURS, OTHER, "g"), refusal(OURS, NOBODY, "g")
+    assert isinstance(older, NewerFormat)
+    assert "format 1" in str(older)
+    assert "format 2" in str(older)
+    assert isinstance(other, Invalid)
+    assert "'x.deltas', not 'deltas'" in str(other)
+    assert "is not this program's" in str(foreign)
+
+
+def seen(state: str, *answers: Any) -> Overview:
+    """Of two members and three partitions, of which the last has nobody."""
+    placed = (frozenset({0}), frozenset({1})), (frozenset({1}), frozenset({0}))
+    names = zip(("a", "b"), placed, strict=True)
+    moving = frozenset[int]()
+    members = [Member(name, "", *(it if state == STABLE else (moving, moving))) for name, it in names]
+    return _joined(parse_url("kafka://h:1"), Group(state, members), answers, {0: 100, 1: 50, 2: 7}, {0: 90, 2: 7}, [])
+
+
+def answer(name: str, held: _Held, copy: _Copy) -> _Answer:
+    return _Answer("pipeline", name, ready=True, at_ms=5_000, partitions=[held], standbys=[copy], fenced_count=2)
+
+
+@pytest.mark.parametrize("state", [STABLE, "PreparingRebalance"])
+def test_a_group_is_joined_with_what_members_say(state: str) -> None:
+    """Lag, age of the last commit, restores of owners and copies with the time left, fences; also while partitions move."""
+    a = answer("a", _Held(0, "folding", 96, 4_000), _Copy(1, "restoring", 30, RESTORE))
+    b = answer("b", _Held(1, "assigned", 0, 0, RESTORE), _Copy(0, "following"))
+    found = seen(state, a, b)
+    assert [(it.name, it.partitions, it.standbys, it.lag, it.fenced_count) for it in found.members] == [
+        ("a", [0], [1], 4, 2), ("b", [1], [0], None, 2),
+    ]  # fmt: skip
+    zero, one, two = found.partitions
+    assert (zero.member, zero.phase, zero.next_offset, zero.lag, zero.commit_age_ms) == ("a", "folding", 96, 4, 1_000)
+    assert (one.member, one.phase, one.next_offset, one.lag, one.commit_age_ms) == ("b", "restoring", None, None, None)
+    assert one.restore == RESTORE
+    assert [(it.member, it.phase, it.restore) for it in (*zero.standbys, *one.standbys)] == [
+        ("b", "following", None), ("a", "restoring", RESTORE),
+    ]  # fmt: skip
+    assert (two.member, two.phase, two.lag, two.standbys) == (None, "unknown", 0, [])
+
+
+def test_an_unreachable_member_hides_nothing_else() -> None:
+    """Its partitions are known from the group, and how far they are from the mirrored position."""
+    b = answer("b", _Held(1, "folding", 50, 4_000), _Copy(0, "following"))
+    found = seen(STABLE, "timed out", b)
+    assert [(it.name, it.error, it.lag) for it in found.members] == [("a", "timed out", 10), ("b", None, 0)]
+    zero, one, _ = found.partitions
+    assert (zero.member, zero.phase, zero.next_offset, zero.commit_age_ms) == ("a", "unknown", 90, None)
+    assert [(it.member, it.phase) for it in one.standbys] == [("a", "unknown")]
+
+
+def test_what_an_unreachable_member_has_while_partitions_move_is_unknown() -> None:
+    """Neither the group nor anybody else knows: it is not said to have none, or no lag."""
+    b = answer("b", _Held(1, "folding", 50, 4_000), _Copy(0, "following"))
+    a, _ = seen("PreparingRebalance", "timed out", b).members
+    assert (a.partitions, a.standbys, a.lag) == (None, None, None)
