@@ -9,12 +9,17 @@ Reading order, from the nouns inward out:
 2. `core.codec`, `core.sequence`, `core.token`: bytes, exactly once, read your writes.
 3. `core.task`: the protocol of a partition, as a state machine without side effects.
 4. `ports`: what the shells need; `adapters.memory` is the shortest implementation, `adapters.embedded` the durable one.
-5. `worker.follower`, `worker.partition`, `worker.loop`: restore, fold, commit; `worker.replica` follows for query servers.
+5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `holding` and `commits`, runs those that
+   are ours, `worker.replica` follows the changelog for query servers and standbys, `worker.watchdog` ends what stalls.
 6. `producer.buffer`, `producer.client`: where deltas wait, and how they leave.
 7. `core.view`, `query.reader`, `query.api`: answers.
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
-9. `engine` (all in one process), `cluster` (each role a process of its own), `cli`: everything joined.
+9. `core.placement`: who gets which partition; `adapters.faust`: `wire` (what members tell each other), `app`, `membership`,
+   then `agents`, `offsets` and `changes` (with `worker.changes`) for agents of users' own.
+10. `engine` (all in one process), `cluster` (each role a process of its own: `worker` with `member`, `server`), `cli`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from pipeline.connect import Publisher, Reader
 from pipeline.core.token import Token
@@ -32,6 +37,9 @@ from pipeline.errors import (
     Unavailable,
 )
 
+if TYPE_CHECKING:
+    from pipeline.cluster.agents import faust_app as faust_app
+
 __all__ = [
     "BadRecord",
     "BufferFull",
@@ -48,3 +56,14 @@ __all__ = [
     "Token",
     "Unavailable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`faust_app` loads Faust and RocksDB: only who asks for it pays for them. So it is not in `__all__`."""
+    if name != "faust_app":
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    try:
+        from pipeline.cluster.agents import faust_app
+    except ModuleNotFoundError as error:
+        raise ImportError(f"pipeline.faust_app needs {error.name}: pip install 'delta-pipeline[server]'") from error
+    return faust_app

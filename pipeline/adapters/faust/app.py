@@ -1,0 +1,431 @@
+"""Faust's app as a member that is told who has what, and does nothing more with it. With `membership`, what imports faust.
+
+It is told of the deltas topic, as one that is subscribed to, and of the changelog, as a table's, so that its assignor knows
+actives and standbys; where they go is `place`'s to say, as Faust's own way leaves members idle and moves partitions to cold
+ones. Their partitions are paused in aiokafka before it can fetch from them, Faust's recovery is replaced by one that has
+nothing to do, and no topic is created.
+
+Private names of faust and aiokafka that this relies on are listed in `PRIVATE`, for a test to look at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import faust
+from aiokafka import TopicPartition
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
+from aiokafka.conn import AIOKafkaConnection, CloseReason
+from aiokafka.consumer import AIOKafkaConsumer
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.errors import RequestTimedOutError
+from aiokafka.protocol.group import HeartbeatRequest
+from faust.app.base import BootStrategy
+from faust.assignor.client_assignment import ClientMetadata
+from faust.assignor.partition_assignor import PartitionAssignor
+from faust.tables.manager import TableManager
+from faust.tables.recovery import RebalanceAgain, Recovery, ServiceStopped
+from faust.tables.table import Table
+from faust.transport.consumer import Consumer as BaseConsumer
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from mode import Service
+from mode.threads import WorkerThread
+from yarl import URL
+
+from pipeline.adapters.faust.wire import NOBODY, Kin, kin_of, name_and_url, ruling, standbys_key, told, warm_of
+from pipeline.core.placement import Standing, place
+from pipeline.errors import Invalid, PipelineError
+from pipeline.ports import Member
+
+_faust_log = logging.getLogger("faust")
+"""What Faust's services say under our classes' names is not ours."""
+_TRIES = 3
+"""How many brokers, or times, can be tried within a session."""
+_AGAIN_S = 1.0
+
+PRIVATE: Mapping[type, frozenset[str]] = {
+    AIOKafkaClient: frozenset({"send", "_get_conn"}),
+    AIOKafkaConnection: frozenset({"send", "close", "connected"}),
+    AIOKafkaConsumer: frozenset({"pause", "seek", "paused"}),
+    GroupCoordinator: frozenset({"reset_generation", "check_errors", "coordinator_dead"}),
+    driver.Consumer: frozenset({"_new_consumer_thread", "verify_event_path", "perform_seek", "resume_partitions"}),
+    driver.AIOKafkaConsumerThread: frozenset({"_create_consumer", "Worker"}),
+    driver.Transport: frozenset({"Consumer"}),
+    faust.App: frozenset(
+        {"on_first_start", "BootStrategy", "consumer_generation_id", "on_partitions_revoked", "_conf", "_configure"}
+    ),
+    PartitionAssignor: frozenset(
+        {
+            "on_assignment",
+            "assigned_actives",
+            "assigned_standbys",
+            "changelog_distribution",
+            "_metadata",
+            "_url",
+            "_decompress",
+        }
+        | {
+            "_update_member_urls",
+            "_global_table_standby_assignments",
+            "_get_changelog_distribution",
+            "_protocol_assignments",
+        }
+    ),
+    TableManager: frozenset({"on_start", "recovery", "_update_channels"}),
+    Recovery: frozenset({"_restart_recovery", "_slurp_changelogs", "_resume_streams", "signal_recovery_start"}),
+    Table: frozenset({"on_start", "on_rebalance", "persisted_offset"}),
+    BaseConsumer: frozenset({"_drain_messages"}),
+}
+"""What must exist, and mean what it does now; instance attributes are looked at while a member runs."""
+
+
+@dataclass
+class Ours:
+    """What the member's threads share."""
+
+    deltas: str
+    changelog: str
+    on_assigned: Callable[[int], None]
+    """With the generation; called in Faust's thread."""
+    format: int
+    """What is written."""
+    revoke_timeout_s: float = 3.0
+    """How long agents may hold up a rebalance."""
+    warm: frozenset[int] = frozenset()
+    """Partitions that could be taken over at once: told to the group when it is joined again."""
+
+    @property
+    def kin(self) -> Kin:
+        """What all members must have in common."""
+        return Kin(self.deltas, self.changelog, self.format)
+
+
+class _Boot(BootStrategy):
+    enable_kafka_producer = False
+    enable_web = False
+
+
+class MemberApp(faust.App):
+    """Faust's, without folders in the working directory, and with our consumer."""
+
+    logger = _faust_log
+
+    BootStrategy = _Boot
+    ours: Ours
+    failure: PipelineError | None = None
+    """Why it has to end, apart from Faust's reasons."""
+
+    Transport: type[driver.Transport]
+    fixed: Mapping[str, Any] = {}
+    """Settings of Faust that all members have."""
+
+    def __init__(self, **options: Any) -> None:
+        self.given = options
+        super().__init__("pipeline", **{**self.fixed, **options})
+
+    def join(self, id: str, *, ours: Ours, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
+        """Become a member of the group `id`, once started; before that it is nobody's. To be called in the loop's thread.
+
+        Raises `Invalid` if an option was given to the app, too.
+        """
+        if taken := sorted(self.given.keys() & (options.keys() | self.fixed.keys())):
+            raise Invalid(f"faust_app({taken[0]}=...): `pipeline worker` decides that")
+        self.loop = loop
+        self._default_options = (id, {**self.fixed, **self.given, **options})
+        self._conf = None  # settings that were looked at when a module was imported
+        self.ours = ours
+        self.transport = self.Transport(self.conf.broker_consumer, self)
+        self.topics.add(self.topic(ours.deltas, acks=False))
+        self.tables.add(_Changelog(self, name="pipeline", changelog_topic=self.topic(ours.changelog, acks=False)))
+
+    async def settle(self, timeout_s: float) -> None:
+        """End what agents do, before the group is left."""
+
+    @property
+    def coordinator(self) -> Any:
+        """Of aiokafka, if there is one yet. Its attributes may be looked at from any thread, its methods not called."""
+        consumer = self.consumer._thread._consumer
+        return None if consumer is None else consumer._coordinator
+
+    def in_consumer_thread(self, call: Callable[[], object]) -> None:
+        """Call it there, soon."""
+        self.consumer._thread.thread_loop.call_soon_threadsafe(call)
+
+    def actives(self) -> frozenset[int]:
+        """As of the last assignment."""
+        return self._partitions(self.assignor.assigned_actives())
+
+    def standbys(self) -> frozenset[int]:
+        """As of the last assignment."""
+        return self._partitions(self.assignor.assigned_standbys())
+
+    def _partitions(self, assigned: Iterable[TP]) -> frozenset[int]:
+        return frozenset(it.partition for it in assigned if it.topic == self.ours.changelog)
+
+    @property
+    def rules(self) -> Kin:
+        """Whose group it is, as of the last assignment."""
+        rules: Kin = self.assignor.rules
+        return rules
+
+    def members(self) -> list[Member]:
+        """As of the last assignment."""
+        changelog = self.ours.changelog
+        return sorted(
+            Member(*name_and_url(it), frozenset(has.get(changelog, ())), frozenset(has.get(standbys_key(changelog), ())))
+            for it, has in dict(self.assignor.changelog_distribution).items()
+        )
+
+    def probe(self) -> None:
+        """Raise what ended it. aiokafka's coordination waits for a caller of `getmany` to be told, and there is none."""
+        if self.failure is not None:
+            raise self.failure
+        if self.crashed:
+            raise self.crash_reason or RuntimeError("Faust crashed without a reason")
+        if self.should_stop:
+            raise RuntimeError("Faust was stopped, by an agent perhaps")
+        if self.coordinator is not None:
+            task = self.coordinator._coordination_task
+            if task.done() and not task.cancelled() and task.exception():
+                raise task.exception()
+            if self.coordinator._pending_exception is not None:
+                raise self.coordinator._pending_exception
+
+    async def on_first_start(self) -> None:
+        """Make nothing."""
+
+
+class _Changelog(Table):
+    """A table for the assignor's sake: no store, nothing produced, nothing declared."""
+
+    logger = _faust_log
+
+    async def on_start(self) -> None:
+        """Open nothing."""
+
+    def persisted_offset(self, tp: TP) -> int | None:
+        """Nothing is."""
+        return None
+
+    async def on_rebalance(self, assigned: set[TP], revoked: set[TP], newly: set[TP], generation_id: int = 0) -> None:
+        """Awaited when a new assignment is known, before recovery."""
+        self.app.ours.on_assigned(generation_id)
+
+
+class _Tables(TableManager):
+    logger = _faust_log
+    _recovery: Recovery | None = None
+
+    async def on_start(self) -> None:
+        """As its base does, without a second's sleep."""
+        await self._update_channels()
+        await self.recovery.start()
+
+    @property
+    def recovery(self) -> Recovery:
+        if self._recovery is None:
+            self._recovery = _Recovery(self.app, self, beacon=self.beacon, loop=self.loop)
+        return self._recovery
+
+
+class _Recovery(Recovery):
+    """Restores nothing: says at once that it is done, so that agents of the same app go on."""
+
+    logger = _faust_log
+
+    @Service.task
+    async def _restart_recovery(self) -> None:
+        while not self.should_stop:
+            if await self.wait_for_stopped(self.signal_recovery_start):
+                break
+            self.signal_recovery_start.clear()
+            try:
+                await self._resume_streams(self._generation_id)
+            except RebalanceAgain:
+                continue
+            except ServiceStopped:
+                break
+            except Exception as error:  # the committed offsets of agents' topics can't be read, say
+                self.log.warning("agents can't go on yet: %r", error)
+                await self.sleep(_AGAIN_S)
+                self.signal_recovery_start.set()
+
+    @Service.task
+    async def _slurp_changelogs(self) -> None:
+        """Read nothing."""
+
+
+class _Assignor(PartitionAssignor):
+    """Places our partitions by `place`, others as Faust does."""
+
+    _standing: Mapping[str, Standing]
+    """Of those who may stay, by member id."""
+    rules: Kin = NOBODY
+    _known_at: str = ""
+    """Where a static member was in its last life: it is given what it had then, address included."""
+
+    @property
+    def _url(self) -> URL:
+        return URL(self._known_at) if self._known_at else super()._url
+
+    @property
+    def _metadata(self) -> ClientMetadata:
+        said = super()._metadata
+        said.topic_groups = told(self.app.ours.kin, self.app.ours.warm)
+        return said
+
+    def _update_member_urls(self, clients_metadata: Mapping[str, ClientMetadata]) -> None:
+        """The leader's first step, and the only one that sees what each member said."""
+        super()._update_member_urls(clients_metadata)
+        kin = {member: kin_of(it.topic_groups) for member, it in clients_metadata.items()}
+        held: dict[Kin, int] = {}
+        for member, it in clients_metadata.items():
+            held[kin[member]] = held.get(kin[member], 0) + len(it.assignment.actives.get(kin[member].changelog, ()))
+        self.rules = ruling(held, self.app.ours.kin)
+        changelog = self.app.ours.changelog
+        self._standing = {
+            member: Standing(
+                frozenset(it.assignment.actives.get(changelog, ())),
+                frozenset(it.assignment.standbys.get(changelog, ())),
+                warm_of(it.topic_groups),
+            )
+            for member, it in clients_metadata.items()
+            if kin[member] == self.rules
+        }
+
+    def _global_table_standby_assignments(self, assignments: Any, partitions_by_topic: Mapping[str, int]) -> Any:
+        """The leader's last step before it tells."""
+        ours = self.app.ours
+        if not ours.kin.same_app(self.rules):
+            self._standing = {}  # we can't place what we do not know, and are about to leave
+        for member in assignments.keys() - self._standing.keys():
+            assignments[member].actives, assignments[member].standbys = {}, {}
+        topics = {ours.deltas, ours.changelog} & partitions_by_topic.keys()
+        # Deltas grow last: until they have, what is new of the changelog is nothing that could be folded.
+        count = min((partitions_by_topic[topic] for topic in topics), default=0)
+        for member, placed in place(count, self._standing, self.replicas).items():
+            for topic in topics:
+                assignments[member].actives[topic] = sorted(placed.actives)
+                assignments[member].standbys[topic] = sorted(placed.standbys)
+        return super()._global_table_standby_assignments(assignments, partitions_by_topic)
+
+    def _get_changelog_distribution(self, assignments: Any) -> Any:
+        """What all are told of all: where the actives are, and the standbys too."""
+        found = super()._get_changelog_distribution(assignments)
+        changelog = self.app.ours.changelog
+        for member, it in assignments.items():
+            found[self._member_urls[member]][standbys_key(changelog)] = list(it.standbys.get(changelog, ()))
+        return {self._member_urls[member]: found[self._member_urls[member]] for member in self._standing}
+
+    def _protocol_assignments(self, assignments: Any, changelogs: Any, topics: Any, groups: Mapping[str, int]) -> Any:
+        """Tells all whose group it is."""
+        return super()._protocol_assignments(assignments, changelogs, topics, {**groups, **told(self.rules)})
+
+    def on_assignment(self, assignment: Any) -> None:
+        """Called by aiokafka between making an assignment and anything that could fetch: in its thread, with no await."""
+        metadata = ClientMetadata.loads(self._decompress(assignment.user_data))
+        self.rules = kin_of(metadata.topic_groups)
+        moved = metadata.url != str(self._url)
+        self._known_at = metadata.url
+        try:
+            super().on_assignment(assignment)  # which insists on the address
+        finally:
+            self._known_at = ""
+        if moved or self.rules.format < self.app.ours.format:
+            self.app.coordinator.request_rejoin()  # so that the others hear of it
+        consumer = self.app.consumer._thread._consumer
+        for topic, partitions in assignment.assignment:
+            if topic in (self.app.ours.deltas, self.app.ours.changelog):
+                for partition in partitions:
+                    consumer.pause(TopicPartition(topic, partition))
+                    consumer.seek(TopicPartition(topic, partition), 0)  # any position spares asking the broker for one
+
+
+class _Thread(WorkerThread):
+    def __init__(self, service: Any, **options: Any) -> None:
+        super().__init__(service, **options)
+        self.daemon = True  # one that is held in a rebalance must not hold up the end of the process
+
+    def run(self) -> None:
+        """What ends it is told to the app by then; here it would only be printed."""
+        try:
+            super().run()
+        except Exception as error:
+            _faust_log.debug("the consumer's thread ended: %r", error)
+
+
+class _ConsumerThread(driver.AIOKafkaConsumerThread):
+    logger = _faust_log
+    Worker = _Thread
+
+    async def on_start(self) -> None:
+        """Connect, and be patient no more."""
+        await super().on_start()
+        _be_impatient(self._consumer._client, self.app.conf.broker_session_timeout / _TRIES)
+
+
+def _be_impatient(client: Any, timeout_s: float) -> None:
+    """Give a broker up that does not answer in time, except where it lets a member wait for the others.
+
+    One that stands still keeps its connections. aiokafka would wait for its answer to a heartbeat for as long as the
+    slowest request may take, while the session that another broker coordinates by now runs out.
+    """
+    plain_get, plain_send = client._get_conn, client.send
+    patient_s, client._request_timeout_ms = client._request_timeout_ms / 1000, round(timeout_s * 1000)
+
+    async def get_conn(node_id: Any, *, group: Any = ConnectionGroup.DEFAULT, **options: Any) -> Any:
+        connection = await plain_get(node_id, group=group, **options)
+        if connection is not None:
+            connection._request_timeout = patient_s if group == ConnectionGroup.COORDINATION else timeout_s
+        return connection
+
+    async def send(node_id: Any, request: Any, *, group: Any = ConnectionGroup.DEFAULT) -> Any:
+        if not isinstance(request, HeartbeatRequest):
+            return await plain_send(node_id, request, group=group)
+        try:
+            async with asyncio.timeout(timeout_s):  # not wait_for, which can swallow that the heartbeats are cancelled
+                return await plain_send(node_id, request, group=group)
+        except TimeoutError:
+            connection = client._conns.get((node_id, group))
+            if connection is not None:
+                connection.close(reason=CloseReason.CONNECTION_TIMEOUT)
+            raise RequestTimedOutError() from None
+
+    client._get_conn, client.send = get_conn, send
+
+
+class _Consumer(driver.Consumer):
+    logger = _faust_log
+
+    def _new_consumer_thread(self) -> _ConsumerThread:
+        return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    def _not_ours(self, assigned: Iterable[TP]) -> set[TP]:
+        return {tp for tp in assigned if tp.topic not in (self.app.ours.deltas, self.app.ours.changelog)}
+
+    def resume_partitions(self, tps: Iterable[TP]) -> None:
+        """Never ours."""
+        super().resume_partitions(self._not_ours(tps))
+
+    async def perform_seek(self) -> None:
+        """Only if there are agents with topics: a broker that is away would end the app for nothing."""
+        if self._not_ours(self.assignment()):
+            await super().perform_seek()
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Ours are not fetched; Faust would report that as an error every few seconds."""
+        if self._not_ours([tp]):
+            super().verify_event_path(now, tp)
+
+
+class _Transport(driver.Transport):
+    Consumer = _Consumer
+
+
+MemberApp.Transport = _Transport
+MemberApp.fixed = {"TableManager": _Tables, "PartitionAssignor": _Assignor}

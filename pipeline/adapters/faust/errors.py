@@ -1,0 +1,39 @@
+"""Errors of aiokafka that somebody can do something about, as ours."""
+
+from __future__ import annotations
+
+import ssl
+
+from aiokafka import errors
+
+from pipeline.errors import Invalid, PipelineError, Unavailable
+
+_GRANT = "grant it with kafka-acls"
+
+
+def translate(error: BaseException, group: str, what: str, *, needs: str = "READ") -> PipelineError:
+    """The error as one of ours; `what` says what was tried, and `needs` which permission on the group it takes."""
+    match error:
+        case PipelineError():
+            return error
+        case errors.GroupAuthorizationFailedError():
+            return Invalid(f"{what}: {needs} on the group {group} is missing: {_GRANT}")
+        case errors.TopicAuthorizationFailedError():
+            return Invalid(f"{what}: DESCRIBE on topic {', '.join(map(str, error.args))} is missing: {_GRANT}")
+        case errors.InconsistentGroupProtocolError():
+            return Invalid(f"{what}: group {group} is that of another program: choose another app's name")
+        case errors.InvalidSessionTimeoutError():
+            return Invalid(
+                f"{what}: session_timeout_ms is not between group.min and group.max.session.timeout.ms of the broker"
+            )
+        case errors.AuthenticationFailedError() | errors.AuthenticationMethodNotSupported():
+            return Invalid(f"{what}: {error}: check sasl.* in the setting `kafka`")
+        case (
+            errors.GroupCoordinatorNotAvailableError()
+            | errors.NotCoordinatorForGroupError()
+            | errors.GroupLoadInProgressError()
+        ):
+            return Unavailable(f"{what}: the broker that coordinates group {group} is not there yet: try again in a moment")
+        case ssl.SSLError():
+            return Invalid(f"{what}: {error}: check ssl.* and security.protocol in the setting `kafka`")
+    return Unavailable(f"{what}: {error!r}")

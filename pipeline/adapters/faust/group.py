@@ -1,0 +1,98 @@
+"""The group of an app as its coordinator describes it: for whoever is no member, and wants to ask none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import zlib
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
+from aiokafka.errors import KafkaError, for_code
+
+from pipeline.adapters.faust.errors import translate
+from pipeline.adapters.faust.logs import quieten
+from pipeline.adapters.faust.security import Security
+from pipeline.adapters.faust.wire import CLIENT, name_and_url, partitions_of
+from pipeline.adapters.kafka.options import Address
+from pipeline.ports import Member
+from pipeline.topics import CHANGELOG, DELTAS
+
+STABLE = "Stable"
+_AGAIN_S = 0.2
+
+
+class Group(NamedTuple):
+    """A group at one moment."""
+
+    state: str
+    """Kafka's name for it: Stable, PreparingRebalance, CompletingRebalance, Empty, Dead."""
+    members: list[Member]
+    """Without partitions, and perhaps without URLs, unless it is stable."""
+
+
+def describe_group(address: Address, security: Security, *, timeout_s: float) -> Group:
+    """The group of an app's workers, which is waited for until it is stable, or for so long.
+
+    Raises `Unavailable` if no broker answers in time, `Invalid` if it may not be seen.
+    """
+    quieten()
+    try:
+        return asyncio.run(_described(address, security, timeout_s))
+    except (KafkaError, TimeoutError, OSError) as error:
+        raise translate(error, address.app, f"asking who is in group {address.app}", needs="DESCRIBE") from None
+
+
+async def _described(address: Address, security: Security, timeout_s: float) -> Group:
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + timeout_s
+    async with asyncio.timeout(timeout_s * 2):
+        admin = AIOKafkaAdminClient(
+            bootstrap_servers=address.bootstrap,
+            client_id=f"{address.app}-status",
+            request_timeout_ms=int(timeout_s * 1000),
+            **security.aiokafka(),
+        )
+        try:
+            await admin.start()
+            while True:
+                in_time = loop.time() < deadline_s
+                try:
+                    found = await _asked(admin, address)
+                except KafkaError as error:
+                    if not (error.retriable and in_time):  # a broker that was just started finds its groups in a moment
+                        raise
+                else:
+                    if found.state in (STABLE, "Empty", "Dead") or not in_time:
+                        return found
+                await asyncio.sleep(_AGAIN_S)
+        finally:
+            await admin.close()
+
+
+async def _asked(admin: AIOKafkaAdminClient, address: Address) -> Group:
+    (answer,) = await admin.describe_consumer_groups([address.app])
+    ((code, _, state, _, _, members, *_),) = answer.groups
+    if code:
+        raise for_code(code)
+    return Group(state, sorted(_member(address, *it) for it in members))
+
+
+def _member(address: Address, _: str, client_id: str, __: str, metadata: bytes, assignment: bytes) -> Member:
+    name, url = client_id.partition(f"{address.app}{CLIENT}")[2] or client_id, ""
+    actives, standbys = frozenset[int](), frozenset[int]()
+    with suppress(ValueError, KeyError):  # of a rebalance, or no worker's
+        name, url = name_and_url(_read(ConsumerProtocolMemberMetadata.decode(metadata).user_data)["url"])
+    with suppress(ValueError, KeyError):
+        placed = _read(zlib.decompress(ConsumerProtocolMemberAssignment.decode(assignment).user_data))
+        actives, standbys = partitions_of(placed, address.topic(DELTAS), address.topic(CHANGELOG))
+    return Member(name, url, actives, standbys)
+
+
+def _read(user_data: bytes) -> dict[str, Any]:
+    found = json.loads(user_data)
+    if not isinstance(found, dict):
+        raise ValueError("not Faust's metadata")
+    return found

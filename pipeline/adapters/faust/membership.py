@@ -1,0 +1,273 @@
+"""Membership in a Kafka group, by Faust: who has which partition, active or standby. It moves no data.
+
+It runs in threads of its own: `pipeline-membership` (Faust's loop), aiokafka's (heartbeats), and one that calls the
+listener, so that a listener that hangs holds up neither.
+
+Kafka's protocol here is the eager one: before each rebalance everything is revoked, and the group waits for all members to
+have done so. `on_revoked` therefore has a deadline, after which the rebalance goes on regardless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_futures
+from typing import Any
+
+from faust.auth import Credentials, SASLCredentials, SSLCredentials
+from yarl import URL
+
+from pipeline.adapters.faust.app import MemberApp, Ours
+from pipeline.adapters.faust.errors import translate
+from pipeline.adapters.faust.logs import quieten
+from pipeline.adapters.faust.security import PLAIN, Security
+from pipeline.adapters.faust.wire import CLIENT, NOWHERE, refusal
+from pipeline.core.codec import FORMAT
+from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
+from pipeline.ports import Member, MembershipListener
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.5
+"""How often it is looked whether Faust and the coordinator's tasks are alive: nothing else would tell."""
+_END_S = 15.0
+_NEVER_S = 1e6
+"""For what would end a member that fetches nothing."""
+
+
+def _credentials(it: Security) -> Credentials | None:
+    if it.mechanism:
+        return SASLCredentials(username=it.username, password=it.password, ssl_context=it.context, mechanism=it.mechanism)
+    return SSLCredentials(it.context) if it.context is not None else None
+
+
+class FaustMembership:
+    """A member of the group `app`, until it is stopped or fails.
+
+    `name` must be unique among the members; with `static` Kafka knows the member by it, so that a restart within
+    `session_timeout_ms` moves nothing, and `taken` asks the group for the names of all such members. `url` is where others
+    find its status. `standby_count` copies of each partition are kept warm if there are members enough.
+    `listener.on_revoked` has `revoke_timeout_ms`; so have the agents of `app_of_agents`, before it.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        app: str,
+        *,
+        deltas: str,
+        changelog: str,
+        name: str,
+        static: bool = False,
+        taken: Callable[[], Collection[str]] = frozenset,
+        security: Security = PLAIN,
+        format: int = FORMAT,
+        url: str = "",
+        standby_count: int = 1,
+        session_timeout_ms: int = 10_000,
+        heartbeat_interval_ms: int = 1_000,
+        rebalance_timeout_ms: int = 15_000,
+        revoke_timeout_ms: int = 3_000,
+        metadata_refresh_ms: int = 10_000,
+        app_of_agents: MemberApp | None = None,
+    ) -> None:
+        self._group, self._name, self._static = app, name, static
+        self._taken = taken
+        self._session_s = session_timeout_ms / 1000
+        self._revoke_timeout_s = revoke_timeout_ms / 1000
+        self._ours = Ours(deltas, changelog, self._on_assigned, format, self._revoke_timeout_s)
+        self._options: dict[str, Any] = {
+            "broker": [f"kafka://{server}" for server in bootstrap.split(",")],
+            "broker_session_timeout": session_timeout_ms / 1000,
+            "broker_heartbeat_interval": heartbeat_interval_ms / 1000,
+            "broker_rebalance_timeout": rebalance_timeout_ms / 1000,
+            "broker_max_poll_interval": _NEVER_S,
+            "broker_request_timeout": max(30.0, session_timeout_ms / 1000),
+            "broker_client_id": f"{app}{CLIENT}{name}",
+            "broker_credentials": _credentials(security),
+            "consumer_group_instance_id": name if static else None,
+            "consumer_metadata_max_age_ms": metadata_refresh_ms,
+            "canonical_url": URL(url or NOWHERE).with_fragment(name),
+            "table_standby_replicas": standby_count,
+            "topic_allow_declare": False,
+            "topic_disable_leader": True,
+            "web_enabled": False,
+            "stream_wait_empty": False,
+            "stream_recovery_delay": 0.0,
+            "store": "memory://",
+        }
+        self._listener: MembershipListener | None = None
+        self._calls = ThreadPoolExecutor(1, thread_name_prefix="pipeline-listener")
+        self._thread = threading.Thread(target=self._run, name="pipeline-membership", daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._stopping = threading.Event()
+        self._failed: PipelineError | None = None
+        self._app = app_of_agents or MemberApp()
+        self._faust: MemberApp | None = None
+        self._actives: frozenset[int] = frozenset()
+        self._generation = -1
+        self._looked_s = 0.0
+        self._slept_s = -_NEVER_S
+        """When it was found that this process had stood still for as long as a session."""
+        self._asked: frozenset[int] = frozenset()
+        self._leave = False
+
+    def start(self, listener: MembershipListener) -> None:
+        """See `Membership`."""
+        quieten()
+        self._listener = listener
+        self._thread.start()
+
+    def stop(self, *, leave: bool, timeout_s: float) -> bool:
+        """See `Membership`."""
+        done = True
+        if self._thread.ident is not None:
+            if not self._stopping.is_set() and self._failed is None:
+                revoked = self._call("on_revoked", self._actives, self._revoke_timeout_s)
+                done = not wait_futures([revoked], self._revoke_timeout_s).not_done
+            self._leave = leave or not self._static
+            self._stopping.set()
+            self._thread.join(timeout_s)
+        self._calls.shutdown(wait=False, cancel_futures=True)
+        return done and not self._thread.is_alive()
+
+    def set_warm(self, partitions: frozenset[int]) -> None:
+        """See `Membership`."""
+        self._ours.warm = partitions
+        self._ask()
+
+    def _ask(self) -> None:
+        """For another round, if we have too few and are warm for more than when we last asked: it can't go on for ever."""
+        app, warm = self._faust, self._ours.warm
+        self._asked &= warm
+        if app is None or app.coordinator is None or warm <= self._asked:
+            return
+        most = max((len(member.actives) for member in app.members()), default=0)
+        if most > len(self._actives) + 1:
+            self._asked = warm
+            app.in_consumer_thread(app.coordinator.request_rejoin)
+
+    def members(self) -> list[Member]:
+        """See `Membership`."""
+        return [] if self._faust is None else self._faust.members()
+
+    # In Faust's thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:  # Faust ends programs with SystemExit
+            _log.exception("leaving group %r failed", self._group)
+            self._fail(Unavailable(f"membership in group {self._group!r} ended: {error!r}"))
+
+    async def _serve(self) -> None:
+        app = self._app
+        try:
+            app.join(self._group, ours=self._ours, loop=self._loop, **self._options)
+        except PipelineError as error:
+            self._fail(error)
+            return
+        self._faust = app
+        app.on_partitions_revoked.connect(self._on_revoked, weak=False)
+        starting = asyncio.ensure_future(app.start())
+        try:
+            self._looked_s = self._loop.time()
+            while not self._stopping.is_set() and self._failed is None:
+                self._note_sleep()
+                await asyncio.sleep(_LOOK_S / 10 if self._generation < 0 else _LOOK_S)
+                if starting.done():
+                    starting.result()
+                app.probe()
+        except PipelineError as error:
+            self._fail(error)
+        except Exception as error:
+            ours = translate(error, self._group, f"membership in group {self._group!r} ended")
+            _log.log(logging.INFO if isinstance(ours, Invalid) else logging.ERROR, "membership ends", exc_info=error)
+            self._fail(ours)
+        starting.cancel()
+        if isinstance(self._failed, Fenced):
+            return  # its consumer is held where it is: going on, even to end, it would join again
+        await app.settle(self._revoke_timeout_s)
+        if self._leave and app.coordinator is not None:
+            # aiokafka never lets a static member leave (KIP-345); the broker takes it from one that does not say it is.
+            app.coordinator._group_instance_id = None
+        await asyncio.wait_for(app.stop(), _END_S)
+
+    def _fail(self, error: PipelineError) -> None:
+        if self._failed is None and not self._stopping.is_set():
+            self._failed = error
+            self._call("on_failed", error)
+
+    def _call(self, method: str, *arguments: object) -> Future[None]:
+        def called() -> None:
+            try:
+                getattr(self._listener, method)(*arguments)
+            except Exception:
+                _log.exception("%s failed", method)
+
+        return self._calls.submit(called)
+
+    async def _on_revoked(self, *_: Any, **__: Any) -> None:
+        """Kafka's eager protocol: awaited before the group is joined again."""
+        coordinator = None if self._faust is None else self._faust.coordinator
+        revoked = None
+        if self._actives and not self._stopping.is_set():
+            revoked = self._call("on_revoked", self._actives, self._revoke_timeout_s)
+        if self._generation >= 0 and coordinator is not None and coordinator.generation < 0:
+            why = await self._why_not_again()
+            if why:
+                self._fail(Fenced(f"member {self._name!r} of group {self._group!r} {why}"))
+                await asyncio.Event().wait()
+        if revoked is not None:
+            waited = await asyncio.wait([asyncio.wrap_future(revoked)], timeout=self._revoke_timeout_s)
+            if waited[1]:
+                _log.warning("partitions are handed over although %.1f s were not enough", self._revoke_timeout_s)
+
+    def _note_sleep(self) -> None:
+        now_s = self._loop.time()
+        if now_s - self._looked_s > self._session_s:
+            self._slept_s = now_s
+        self._looked_s = now_s
+
+    async def _why_not_again(self) -> str:
+        """The group knows us no more: why not to join again; empty if nothing is against it.
+
+        A broker that stood still forgets its members, all of them, and they may go on. But a name may have gone to another
+        meanwhile: joining would take it back, and the other would do the same, without end. aiokafka's heartbeats do not
+        carry the name, so that the broker can't tell us which it was.
+        """
+        self._note_sleep()
+        if self._loop.time() - self._slept_s < self._session_s:
+            return "stood still for longer than its session"
+        if self._static and await self._name_is_taken():
+            return "gave way to another worker of the same name: each needs its own"
+        _log.warning("group %r has forgotten member %r: joining again", self._group, self._name)
+        return ""
+
+    async def _name_is_taken(self) -> bool:
+        while not self._stopping.is_set():
+            try:
+                return self._name in await self._loop.run_in_executor(None, self._taken)
+            except Unavailable as error:
+                _log.warning("who is in group %r is not known: %s", self._group, error)
+                await asyncio.sleep(_LOOK_S)
+            except PipelineError as error:
+                _log.error("who is in group %r can't be known: %s", self._group, error)
+                break
+        return True
+
+    def _on_assigned(self, generation: int) -> None:
+        app = self._faust
+        if app is None or generation != app.consumer_generation_id or self._stopping.is_set():
+            return  # another rebalance has begun
+        refused = refusal(self._ours.kin, app.rules, self._group)
+        if refused is not None:
+            self._leave = True  # also a static member: it will not be back as it is
+            self._fail(refused)
+            return
+        self._generation, self._actives = generation, app.actives()
+        self._call("on_assigned", self._actives, app.standbys(), generation)
+        self._ask()

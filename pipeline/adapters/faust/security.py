@@ -1,0 +1,111 @@
+"""Options of librdkafka for TLS and logins, as aiokafka and Faust understand them. Imports neither."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import Invalid
+
+_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+_SASL = {"sasl.mechanism", "sasl.mechanisms", "sasl.username", "sasl.password"}
+_SSL = {
+    "enable.ssl.certificate.verification",
+    "ssl.ca.location",
+    "ssl.ca.pem",
+    "ssl.certificate.location",
+    "ssl.cipher.suites",
+    "ssl.endpoint.identification.algorithm",
+    "ssl.key.location",
+    "ssl.key.password",
+}
+_LESS = "a worker with --name connects with librdkafka and with aiokafka, which can do less"
+
+
+class Security(NamedTuple):
+    """How to reach a broker."""
+
+    protocol: str
+    context: ssl.SSLContext | None = None
+    """None: no TLS."""
+    mechanism: str = ""
+    """Empty: no login."""
+    username: str = ""
+    password: str = ""
+
+    def aiokafka(self) -> dict[str, Any]:
+        """As keywords of aiokafka's clients."""
+        login = {
+            "sasl_mechanism": self.mechanism,
+            "sasl_plain_username": self.username,
+            "sasl_plain_password": self.password,
+        }
+        return {"security_protocol": self.protocol, "ssl_context": self.context, **(login if self.mechanism else {})}
+
+
+PLAIN = Security("PLAINTEXT")
+
+
+def security_of(user: Mapping[str, Any]) -> Security:
+    """What options of librdkafka ask for; `Invalid` for what aiokafka can't do, and for files that can't be read."""
+    protocol = str(user.get("security.protocol", "plaintext")).upper()
+    if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
+        raise Invalid(f"setting kafka: security.protocol={protocol.lower()}; plaintext, ssl, sasl_plaintext or sasl_ssl")
+    context = _context(user) if protocol.endswith("SSL") else None
+    if not protocol.startswith("SASL"):
+        return Security(protocol, context)
+    mechanism = str(user.get("sasl.mechanism", user.get("sasl.mechanisms", "GSSAPI"))).upper()
+    if mechanism not in _MECHANISMS:
+        known = ", ".join(_MECHANISMS)
+        raise Invalid(f"setting kafka: sasl.mechanism {mechanism} is not for workers with --name, but {known}: {_LESS}")
+    _refuse(user, "sasl.", _SASL)
+    missing = [name for name in ("sasl.username", "sasl.password") if not user.get(name)]
+    if missing:
+        raise Invalid(f"setting kafka: {missing[0]} is needed for sasl.mechanism {mechanism}")
+    return Security(protocol, context, mechanism, str(user["sasl.username"]), str(user["sasl.password"]))
+
+
+def _refuse(user: Mapping[str, Any], prefix: str, known: set[str]) -> None:
+    unknown = sorted(name for name in user if prefix in name and name not in known)
+    if unknown:
+        raise Invalid(f"setting kafka: {unknown[0]} is not for workers with --name: {_LESS}")
+
+
+def _context(user: Mapping[str, Any]) -> ssl.SSLContext:
+    _refuse(user, "ssl.", _SSL)
+    # As librdkafka has it: with a CA of one's own the system's don't count.
+    own = str(user.get("ssl.ca.location", "probe")) != "probe" or "ssl.ca.pem" in user
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if own else ssl.create_default_context()
+    try:
+        _load(context, user)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise Invalid(f"setting kafka: {_files(user)}: {reason}") from None
+    context.check_hostname = str(user.get("ssl.endpoint.identification.algorithm", "https")).lower() != "none"
+    if str(user.get("enable.ssl.certificate.verification", "true")).lower() in ("false", "f", "0"):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _load(context: ssl.SSLContext, user: Mapping[str, Any]) -> None:
+    place = str(user.get("ssl.ca.location", "probe"))
+    if place != "probe":
+        context.load_verify_locations(**{"capath" if Path(place).is_dir() else "cafile": place})
+    if "ssl.ca.pem" in user:
+        context.load_verify_locations(cadata=str(user["ssl.ca.pem"]))
+    certificate, key = user.get("ssl.certificate.location"), user.get("ssl.key.location")
+    if key and not certificate:
+        raise ValueError("ssl.certificate.location is needed too")
+    if certificate:
+        # A password in any case: without one OpenSSL would ask for it on the terminal.
+        context.load_cert_chain(str(certificate), key and str(key), str(user.get("ssl.key.password", "")))
+    if ciphers := user.get("ssl.cipher.suites"):
+        context.set_ciphers(str(ciphers))
+
+
+def _files(user: Mapping[str, Any]) -> str:
+    files = [f"{name}={user[name]}" for name in sorted(_SSL & user.keys()) if name.endswith("location")]
+    return ", ".join(files) or "ssl.*"

@@ -1,0 +1,101 @@
+"""What members of a group tell each other in Faust's metadata, in fields that Faust leaves to us; and what follows from it.
+
+One that joins says which topics it folds, which format it writes, and what it could take over at once. The leader finds out
+which app's group this is and what the newest format in it is, and tells all. Who is of another app, or older, is given
+nothing and ends: topics of another app would be folded by those who do not have them, and entries of a newer format can't
+be read by an older program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from pipeline.errors import Invalid, NewerFormat, PipelineError
+
+NOWHERE = "http://0.0.0.0/"
+"""The address of a member that has none."""
+CLIENT = "-membership-"
+"""Between the app and the member's name in its client id."""
+_WARM = "warm:"
+_STANDBYS = "standbys:"
+_DELTAS, _CHANGELOG, _FORMAT = "deltas:", "changelog:", "format"
+
+
+class Kin(NamedTuple):
+    """What members have to have in common: topics, by their names on the broker, and the format that they write."""
+
+    deltas: str
+    changelog: str
+    format: int
+
+    def same_app(self, other: Kin) -> bool:
+        """Whether they fold the same topics."""
+        return (self.deltas, self.changelog) == (other.deltas, other.changelog)
+
+
+NOBODY = Kin("", "", 0)
+"""Of a program that is none of ours."""
+
+
+def told(kin: Kin, warm: Iterable[int] = ()) -> dict[str, int]:
+    """As topic groups: nobody reads those of one that joins, and of those that a leader tells, only what a topic is for."""
+    said = {_FORMAT: kin.format, _DELTAS + kin.deltas: 1, _CHANGELOG + kin.changelog: 1}
+    return said | {f"{_WARM}{number}": 1 for number in warm}
+
+
+def kin_of(groups: Mapping[str, int]) -> Kin:
+    """The inverse of `told`."""
+    deltas = [it.removeprefix(_DELTAS) for it in groups if it.startswith(_DELTAS)]
+    changelogs = [it.removeprefix(_CHANGELOG) for it in groups if it.startswith(_CHANGELOG)]
+    return Kin(deltas[0], changelogs[0], groups.get(_FORMAT, 0)) if deltas and changelogs else NOBODY
+
+
+def warm_of(groups: Mapping[str, int]) -> frozenset[int]:
+    """The partitions that a member could take over at once."""
+    return frozenset(int(group.removeprefix(_WARM)) for group in groups if group.startswith(_WARM))
+
+
+def ruling(members: Mapping[Kin, int], leader: Kin) -> Kin:
+    """Whose group this is: that of those who have most of the partitions, by `members`; and the newest format among them.
+
+    Of those who have as many, the leader's.
+    """
+    apps: dict[tuple[str, str], int] = {}
+    for kin, count in members.items():
+        if kin != NOBODY:
+            apps[kin.deltas, kin.changelog] = apps.get((kin.deltas, kin.changelog), 0) + count
+    own = (leader.deltas, leader.changelog)
+    app = max(apps, key=lambda it: (apps[it], it == own, it), default=own)
+    return Kin(*app, max((it.format for it in members if (it.deltas, it.changelog) == app), default=leader.format))
+
+
+def refusal(own: Kin, rules: Kin, group: str) -> PipelineError | None:
+    """Why a member may not stay: `Invalid` if it is of another app, `NewerFormat` if it is older. None: it may."""
+    if not own.same_app(rules):
+        whose = "is not this program's" if rules == NOBODY else f"folds topic {rules.deltas!r}"
+        return Invalid(f"group {group!r} is of another app, which {whose}, not {own.deltas!r}: give this app another name")
+    if own.format < rules.format:
+        return NewerFormat(
+            f"this program writes format {own.format}, and group {group!r} has a member that writes format {rules.format}: "
+            "start the newer program"
+        )
+    return None
+
+
+def standbys_key(changelog: str) -> str:
+    """Where the leader's distribution has a member's standbys: beside the topics, as if it were one."""
+    return _STANDBYS + changelog
+
+
+def name_and_url(url: str) -> tuple[str, str]:
+    """A member's name, and where it can be asked (empty: nowhere), of the address that Faust knows it by."""
+    place, _, name = url.rpartition("#")
+    return name, "" if place == NOWHERE else place.rstrip("/")
+
+
+def partitions_of(metadata: Mapping[str, Any], deltas: str, changelog: str) -> tuple[frozenset[int], frozenset[int]]:
+    """Actives and standbys of an assignment, as Faust's metadata have it."""
+    assignment = metadata.get("assignment") or {}
+    actives, standbys = assignment.get("actives") or {}, assignment.get("standbys") or {}
+    return frozenset(actives.get(deltas, ())), frozenset(standbys.get(changelog, ()))
