@@ -79,11 +79,13 @@ class Program:
         stdin: int | IO[bytes] | None = subprocess.DEVNULL,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         self._stderr = stderr
         with stderr.open("ab") as errors:
             self.process = subprocess.Popen(
-                [*PROGRAM, *arguments],
+                [*program, *arguments],
+                bufsize=0,  # a line in a buffer of ours would be none to `select`
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -155,7 +157,7 @@ class UpProcess:
     """A role on a data directory, such as `pipeline up`: started and ready on entering the context, gone after it.
 
     `command` is the role with what only it takes: ("worker", "--from", url). `start` after `kill` or `terminate` starts it
-    again, on the same port.
+    again, on the same port. `program` runs instead of `pipeline`.
     """
 
     def __init__(
@@ -166,6 +168,8 @@ class UpProcess:
         port: int = 0,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        program: Sequence[str] = PROGRAM,
+        stdin: int | None = subprocess.DEVNULL,
     ) -> None:
         self.data = data
         self.port = port
@@ -175,6 +179,8 @@ class UpProcess:
         self._arguments = arguments
         self._env = env
         self._cwd = cwd
+        self._line = program
+        self._stdin = stdin
         self._program: Program | None = None
 
     @property
@@ -193,7 +199,8 @@ class UpProcess:
         errors = self.data.with_name(f"{self.data.name}.stderr")
         errors.parent.mkdir(parents=True, exist_ok=True)
         options = ("--data", str(self.data), "--port", str(self.port), "--json")
-        self._program = Program(*self._command, *options, *self._arguments, stderr=errors, env=self._env, cwd=self._cwd)
+        given = (*self._command, *options, *self._arguments)
+        self._program = Program(*given, stderr=errors, stdin=self._stdin, env=self._env, cwd=self._cwd, program=self._line)
         if wait_ready:
             try:
                 self.wait_ready()

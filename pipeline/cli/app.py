@@ -6,12 +6,33 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import DEFAULT_URL, Data, From, FromKafka, Host, Json, LogJson, LogLevel, Port, Set, To, load
+from pipeline.cli.options import (
+    DEFAULT_URL,
+    AcceptLoss,
+    Agents,
+    Data,
+    From,
+    FromKafka,
+    Host,
+    Json,
+    LogJson,
+    LogLevel,
+    Name,
+    Port,
+    Processes,
+    Set,
+    Standbys,
+    Static,
+    StatusFrom,
+    To,
+    check_group,
+    load,
+)
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
     name="pipeline",
-    epilog="Exit codes: 0 fine, 1 failed, 2 the call or a setting is wrong, 3 a commit failed: start it again.",
+    epilog="Exit codes: 0 fine, 1 failed, 2 the call or a setting is wrong, 3 fenced, stalled or a failed commit: restart.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,9 +76,7 @@ def up(
         int | None, typer.Option(metavar="N", help="Partitions of a new log; fixed once it exists.")
     ] = None,
     fsync: Annotated[bool | None, typer.Option("--fsync", help="Acknowledge only what survives power loss.")] = None,
-    accept_loss: Annotated[
-        bool | None, typer.Option("--accept-loss", help="Go on although records were deleted before they were folded.")
-    ] = None,
+    accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
     log_json: LogJson = False,
@@ -90,11 +109,15 @@ def worker(
     partitions: Annotated[
         str | None, typer.Option(metavar="LIST", help="Which partitions, such as 0,2,5-7. Default: all, new ones too.")
     ] = None,
+    name: Name = None,
+    standbys: Standbys = None,
+    static: Static = True,
+    agents: Agents = "",
+    processes: Processes = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True, help="Be a child of --processes.")] = False,
     port: Port = None,
     host: Host = None,
-    accept_loss: Annotated[
-        bool | None, typer.Option("--accept-loss", help="Go on although records were deleted before they were folded.")
-    ] = None,
+    accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
     log_json: LogJson = False,
@@ -105,21 +128,42 @@ def worker(
     \b
         pipeline topics apply --to kafka://127.0.0.1:9092
         pipeline worker --from kafka://127.0.0.1:9092 --data ./w1 --port 8081
-        pipeline worker --from kafka://127.0.0.1:9092 --data ./w1 --port 8081 --partitions 0-3
+        pipeline worker --from kafka://127.0.0.1:9092 --data ./w1 --port 8081 --name w1
+        pipeline worker --from kafka://127.0.0.1:9092 --data ./w2 --port 8082 --name w2
+        pipeline worker --from kafka://127.0.0.1:9092 --data ./w --port 8083 --processes 2
+        pipeline worker --from kafka://127.0.0.1:9092 --data ./w3 --port 8085 --name w3 -A shop:app
 
-    Each partition must be folded by one worker: whoever is started later for it fences who had it, and that one ends with
-    exit code 3. Stores are restored from the changelog; delete --data and they are built again. The port answers /metrics,
-    /healthz, /readyz and /v1/status; views are read from `pipeline serve`. Ctrl-C or SIGTERM commits and stops; kill -9 is
-    safe at any time. Exit code 3 means fenced, or a commit that failed: start it again.
+    With --name, start as many as wanted, on any host: they share the partitions, and keep copies of each other's warm. When
+    one ends, in order or by kill -9, others go on with its partitions; when one comes, it is given its share. Without it,
+    each partition must be folded by one worker. Whoever is started later for it, or with a name that is taken, fences who
+    had it, and that one ends with exit code 3.
+
+    -A runs agents of your own in the worker: MODULE, found from the current directory, has APP, a pipeline.faust_app().
+
+    Stores are restored from the changelog; delete --data and they are built again. The port answers /metrics, /healthz,
+    /readyz and /v1/status; views are read from `pipeline serve`. Ctrl-C or SIGTERM commits and stops; kill -9 is safe at any
+    time. Exit code 3 means fenced, stalled, or a commit that failed: start it again. With --processes that is done here: a
+    worker that fails is started again, after 0.5 s, then twice that, up to 30 s.
     """
     from pipeline.cli import console
 
+    check_group(name, processes=processes, agents=agents, standbys=standbys, static=static)
+    if supervised or processes:
+        from pipeline.cli import supervisor
+
+        if supervised:
+            supervisor.die_with_parent()
+
     console.configure_logging(log_level, as_json=log_json)
+    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss, standby_count=standbys)
+    if processes and not supervised:
+        if partitions is not None:
+            raise typer.BadParameter("--processes: they share all partitions; leave out --partitions")
+        raise SystemExit(supervisor.run_processes(processes, config, name=name, as_json=json))
     from pipeline.cli.cluster import parse_partitions, run_worker
 
     listed = parse_partitions(partitions)
-    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
-    raise SystemExit(run_worker(config, from_, partitions=listed, as_json=json))
+    raise SystemExit(run_worker(config, from_, partitions=listed, name=name, static=static, agents=agents, as_json=json))
 
 
 @app.command()
@@ -265,14 +309,23 @@ def get(
 
 
 @app.command()
-def status(url: From = DEFAULT_URL, json: Json = False) -> None:
-    """Show lag, staleness and restore of each partition.
+def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) -> None:
+    """Show lag, last commit, staleness and restore of each partition.
 
     \b
         pipeline status --from http://127.0.0.1:8080
-    """
-    from pipeline.cli.read import run_status
+        pipeline status --from kafka://127.0.0.1:9092
 
+    Of a process by its URL; of a broker, of all workers with a --name: who has which partition, active or standby, and how
+    each of them is. Members that do not answer within 2 s are shown as unreachable, with what is known without them. Exit
+    code 1 if none answers, none is there, or no broker answers within 5 s.
+    """
+    from pipeline.cli import console
+    from pipeline.cli.status import run_overview, run_status
+
+    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
+    if url.startswith("kafka://"):
+        raise SystemExit(run_overview(url, load(set_).kafka, as_json=json))
     raise SystemExit(run_status(url, as_json=json))
 
 

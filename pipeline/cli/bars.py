@@ -48,8 +48,11 @@ class RestoreBars:
         )
 
     def _finish(self, progress: RestoreProgress) -> None:
-        if self._progress is not None and progress.partition in self._tasks:
-            self._progress.update(self._tasks[progress.partition], completed=progress.entries, total=progress.entries)
+        task = self._tasks.pop(progress.partition, None)
+        if self._progress is not None and task is not None:
+            self._progress.update(task, completed=progress.entries, total=progress.entries)
+            if not self._tasks:  # those of later restores are new ones
+                self._stop()
         if progress.entries:
             rate = f"{progress.entries_per_s:,.0f}/s"
             console.err.print(
@@ -57,8 +60,12 @@ class RestoreBars:
             )
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Take the bars away. A restore that comes later has a new one."""
         with self._lock:
-            if self._progress is not None:
-                self._progress.stop()
-                self._progress = None
+            self._stop()
+
+    def _stop(self) -> None:
+        self._tasks.clear()
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.cli.agents import load_app
 from pipeline.cli.served import Hooks, Served, query_app, return_memory, run_served
 from pipeline.cluster import ClusterServer, ClusterWorker
 from pipeline.config import Config
@@ -29,9 +31,19 @@ def parse_partitions(text: str | None) -> list[int] | None:
     return numbers
 
 
-def run_worker(config: Config, url: str, *, partitions: Sequence[int] | None, as_json: bool) -> int:
-    """Fold until SIGINT or SIGTERM; the exit code."""
+def run_worker(
+    config: Config,
+    url: str,
+    *,
+    partitions: Sequence[int] | None,
+    name: str | None,
+    static: bool,
+    agents: str = "",
+    as_json: bool,
+) -> int:
+    """Fold until SIGINT or SIGTERM; the exit code. `agents` is MODULE:APP."""
     return_memory()
+    app = load_app(agents) if agents else None
 
     def make(hooks: Hooks) -> ClusterWorker:
         return ClusterWorker(
@@ -40,6 +52,10 @@ def run_worker(config: Config, url: str, *, partitions: Sequence[int] | None, as
             kafka_settings=config.kafka,
             worker_settings=config.worker,
             partitions=partitions,
+            name=name or "",
+            static=static,
+            agents=app,
+            publisher_settings=config.publisher,
             metrics=hooks.metrics,
             on_fatal=hooks.on_fatal,
             on_progress=hooks.on_progress,
@@ -48,7 +64,11 @@ def run_worker(config: Config, url: str, *, partitions: Sequence[int] | None, as
     def make_app(worker: ClusterWorker, metrics: PrometheusMetrics) -> Any:
         return create_operations_app(config.query, metrics, worker.clock, worker.status, lambda: worker.ready)
 
-    return run_served(Served(config.query, make, make_app), data=config.log.data, as_json=as_json)
+    served = Served(config.query, make, make_app)
+    # Where others ask for its status: everybody's address is nobody's.
+    wildcard = config.query.host in ("0.0.0.0", "::")
+    served.role.url = f"http://{socket.gethostname()}:{served.url.rpartition(':')[2]}" if wildcard else served.url
+    return run_served(served, data=config.log.data, as_json=as_json)
 
 
 def run_serve(config: Config, url: str, *, ingest: bool, as_json: bool) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from pipeline.errors import Fenced, Invalid, PipelineError
+from pipeline.errors import Fenced, Invalid, NewerFormat, PipelineError
 
 OK, FAILED, USAGE, FATAL = 0, 1, 2, 3
-"""Exit codes: fine; failed; the call or a setting is wrong; fenced, or a commit failed: restart me."""
+"""Exit codes: fine; failed; the call or a setting is wrong; fenced, stalled, or a commit failed: restart me."""
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -47,7 +47,7 @@ def explain(error: PipelineError) -> int:
     print_error(error)
     if isinstance(error, Fenced):
         return FATAL
-    return USAGE if isinstance(error, Invalid) else FAILED
+    return USAGE if isinstance(error, Invalid | NewerFormat) else FAILED
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:
@@ -62,7 +62,9 @@ def configure_logging(level: str, *, as_json: bool = False) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
-    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=err.is_terminal)
+    # Plain: with rich there would be all local variables in a traceback, passwords among them.
+    plain = structlog.dev.ConsoleRenderer(colors=err.is_terminal, exception_formatter=structlog.dev.plain_traceback)
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else plain
     last = [structlog.processors.format_exc_info] if as_json else []
     handler = logging.StreamHandler()
     handler.setFormatter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from pipeline.errors import Invalid
 if TYPE_CHECKING:
     from pipeline.config import Config
 
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 Data = Annotated[str | None, typer.Option("--data", metavar="DIR", help="State folder: log, stores, lock.")]
@@ -21,14 +23,59 @@ To = Annotated[
     typer.Option("--to", metavar="URL", help="Where deltas go: http://host:port, kafka://host:port[/app] or embedded:DIR."),
 ]
 From = Annotated[str, typer.Option("--from", metavar="URL", help="Where to read: http://host:port.")]
+StatusFrom = Annotated[
+    str, typer.Option("--from", metavar="URL", help="Which process: http://host:port; or all: kafka://host:port[/app].")
+]
 FromKafka = Annotated[str, typer.Option("--from", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name (README, Settings). Can be repeated."),
 ]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Share the partitions with other workers, each of a NAME of its own."),
+]
+Standbys = Annotated[
+    int | None,
+    typer.Option("--standbys", metavar="N", min=0, help="With --name: copies of each partition kept warm. Default: 1."),
+]
+Agents = Annotated[
+    str, typer.Option("-A", "--app", metavar="MODULE:APP", help="With --name: run the agents of this pipeline.faust_app().")
+]
+Static = Annotated[
+    bool, typer.Option("--static/--no-static", help="With --name: back within session_timeout_ms, it has what it had.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        min=1,
+        max=256,
+        help="Run N workers: NAME-0, NAME-1... in DIR/0, DIR/1... on PORT, PORT + 1... Default of NAME: this host's.",
+    ),
+]
+AcceptLoss = Annotated[
+    bool | None, typer.Option("--accept-loss", help="Go on although records were deleted before they were folded.")
+]
 LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines, for machines.")]
+
+
+def check_group(
+    name: str | None, *, processes: int | None, agents: str = "", standbys: int | None = None, static: bool = True
+) -> None:
+    """Raise `Invalid` if this is no name, or if there is none and no `processes` and an option has no meaning without."""
+    if name is not None and not _NAME.fullmatch(name):
+        raise Invalid(f"--name {name:.100}: 1 to 100 letters, digits, dots, dashes and underscores are needed")
+    if name is not None or processes:
+        return
+    if agents:
+        raise Invalid(f"-A {agents:.100}: agents need --name (or --processes): their topics are shared by a group")
+    if standbys is not None or not static:
+        option = "--no-static" if standbys is None else "--standbys"
+        raise Invalid(f"{option}: --name (or --processes) is needed: a worker without is in no group")
 
 
 def load(pairs: list[str] | None, **flags: Any) -> Config:

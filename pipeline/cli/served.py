@@ -16,7 +16,7 @@ from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
 from pipeline.cli.server import HttpServer, bind, url_of
 from pipeline.cli.signals import stopping_on_signals
-from pipeline.errors import Invalid
+from pipeline.errors import Invalid, NewerFormat
 from pipeline.ports import Ingest
 from pipeline.query.api import create_app
 from pipeline.query.reader import ViewReader
@@ -100,8 +100,9 @@ class Served(Generic[RoleT]):
             self._listener.close()
         if self._fatal is not None:
             console.print_error(self._fatal)
-            # Of a start that the broker or a setting forbids: starting again can't help.
-            return console.USAGE if isinstance(self._fatal, Invalid) and not self._ready else console.FATAL
+            # Starting again can't help where a newer program is needed, nor if the broker or a setting forbids the start.
+            wrong = isinstance(self._fatal, NewerFormat) or (isinstance(self._fatal, Invalid) and not self._ready)
+            return console.USAGE if wrong else console.FATAL
         return console.OK if stopped else console.FATAL
 
     def _announce(self, on_ready: Callable[[str], None]) -> None:

@@ -40,6 +40,10 @@ def run_verify(config: Config, *, url: str | None = None, as_json: bool, limit: 
     if not (path / "VERSION").is_file():  # opening would make one
         raise Invalid(f"{path} is not a data directory")
     with DataDir(path, with_log=url is None) as data:
+        if url is not None:
+            from pipeline.adapters.kafka.options import parse_url
+
+            data.check_app(parse_url(url).app)
         results = _verify_all(data, config, limit, url)
     fine = all(result.fine for result in results)
     if as_json:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ from pipeline.topics import CHANGELOG, DEAD_LETTERS
 from tests.broker.kafka import App, Port
 from tests.broker.sender import ONCE, ONCE_COUNT, ROUNDS_MAX, SERIES, VIEW, touched
 from tests.process.load import Load, answers, merged, stop
-from tests.support import ROOT, UpProcess, environment, wait_until
+from tests.support import PROGRAM, ROOT, UpProcess, environment, wait_until
 
 PUBLISHER = {"flush_interval_ms": 30, "retry_backoff_max_ms": 100, "request_timeout_ms": 2_000, "metadata_refresh_ms": 100}
 """Settings of publishers that share a test with faults: quick to try again."""
@@ -34,11 +34,23 @@ Answers = dict[str, dict[tuple[str, str], Any]]
 class Role(UpProcess):
     """`pipeline worker` or `pipeline serve` as a process, on a port that is its own for as long as this object lives."""
 
-    def __init__(self, role: str, app: App, data: Path, *arguments: str, **settings: object) -> None:
+    def __init__(
+        self,
+        role: str,
+        app: App,
+        data: Path,
+        *arguments: str,
+        program: Sequence[str] = PROGRAM,
+        stdin: int = subprocess.DEVNULL,
+        env: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         quick = {"metadata_refresh_ms": 100, "mirror_interval_ms": 0, "commit_interval_ms": 60, **settings}
         given = [f"--set={name}={value}" for name, value in quick.items()]
         self._kept = Port()
-        super().__init__(data, *arguments, *given, command=(role, "--from", app.url), port=self._kept.number)
+        command = (role, "--from", app.url)
+        port = self._kept.number
+        super().__init__(data, *arguments, *given, command=command, port=port, program=program, stdin=stdin, env=env)
 
     @property
     def exit_code(self) -> int | None:
@@ -54,12 +66,12 @@ class Role(UpProcess):
         self._kept.close()
 
 
-def worker(app: App, data: Path, *arguments: str, **settings: object) -> Role:
+def worker(app: App, data: Path, *arguments: str, **settings: Any) -> Role:
     """A worker of all partitions."""
     return Role("worker", app, data, *arguments, **settings)
 
 
-def server(app: App, data: Path, *arguments: str, **settings: object) -> Role:
+def server(app: App, data: Path, *arguments: str, **settings: Any) -> Role:
     """A query server."""
     return Role("serve", app, data, *arguments, **settings)
 

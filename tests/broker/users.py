@@ -39,7 +39,7 @@ PROPERTIES = {
     "super.users": "User:admin;User:ANONYMOUS",
 }
 
-ID, GROUP = "transactional id", "group"
+ID, GROUP, MEMBERS = "transactional id", "group", "group of members"
 LEAST = {
     "publisher": {(DELTAS, "WRITE")},
     "worker": {
@@ -57,6 +57,8 @@ LEAST = {
     },
 }
 """What each role needs: (resource, operation)."""
+LEAST_OF_MEMBER = LEAST["worker"] | {(MEMBERS, "READ")}
+"""What a worker with a name needs."""
 
 
 def login(name: str, password: str = PASSWORD) -> dict[str, str]:
@@ -88,6 +90,8 @@ class Own:
             resource, full, pattern = ResourceType.TRANSACTIONAL_ID, f"{self.app.app}-", ResourcePatternType.PREFIXED
         elif name == GROUP:
             resource, full = ResourceType.GROUP, f"{self.app.app}-position"
+        elif name == MEMBERS:
+            resource, full = ResourceType.GROUP, self.app.app
         return kind(resource, full, pattern, f"User:{user}", "*", AclOperation[operation], AclPermissionType.ALLOW)
 
     def grant(self, user: str, *permissions: tuple[str, str]) -> None:
@@ -103,9 +107,9 @@ class Own:
         for done in self._admin.delete_acls([self._rule(AclBindingFilter, user, *it) for it in permissions]).values():
             done.result(WAIT_S)
 
-    def create_topics(self) -> None:
-        """Of one partition."""
-        create_topics(self.app.bootstrap, self.app.app, 1, client=login("admin"))
+    def create_topics(self, partitions: int = 1) -> None:
+        """All three."""
+        create_topics(self.app.bootstrap, self.app.app, partitions, client=login("admin"))
 
     def publish(self, amount: int = 1) -> None:
         """Add to the sum `v`, acknowledged."""

@@ -28,6 +28,14 @@ def test_a_wrong_address(rest: str) -> None:
         parse_url(f"kafka://{rest}")
 
 
+def test_the_name_of_an_app_without_one() -> None:
+    """Refused: its topics would be others, but its group and transactional ids the same."""
+    with pytest.raises(Invalid, match="pipeline is what an app without a name is called; leave it out, or choose another"):
+        parse_url("kafka://h:1/pipeline")
+    assert parse_url("kafka://h:1").app == "pipeline"
+    assert parse_url("kafka://h:1/pipeline2").app == "pipeline2"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -96,3 +104,20 @@ def test_what_librdkafka_repeats_is_logged_seldom() -> None:
     for n in range(5_000):
         shown(f"line {n}", 61)
     assert len(seldom._next_s) <= 1_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--name", "a", "--partitions", "0"], "leave the list out"),
+        (["--name", "a b"], "--name a b: 1 to 100 letters"),
+        (["--name", "a" * 101], "1 to 100 letters"),
+        (["--name", "a", "--set", "session_timeout_ms=1"], "session_timeout_ms"),
+    ],
+)
+def test_a_wrong_name(tmp_path: Path, arguments: list[str], said: str) -> None:
+    """A worker that can't be a member as asked is refused before it connects."""
+    done = pipeline("worker", "--from", URL, "--data", str(tmp_path / "data"), *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "data").exists()

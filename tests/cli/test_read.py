@@ -120,7 +120,7 @@ def test_status(here: Here, server: UpProcess, token: str) -> None:
     done = here("status", "--from", server.url)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["partition", "phase", "next_offset", "end_offset", "lag", "staleness", "restore"]
+    assert lines[0].split() == ["partition", "phase", "next_offset", "end_offset", "lag", "commit", "staleness", "restore"]
     with urllib.request.urlopen(f"{server.url}/v1/status", timeout=20) as answer:
         partitions = json.load(answer)["partitions"]
     assert [line.split()[:5] for line in lines[1:-1]] == [

@@ -1,0 +1,137 @@
+"""`pipeline status`: one process' answer, or that of all workers of an app, as tables or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from pipeline.cli import console
+from pipeline.cli.table import Table, decoded
+from pipeline.connect import Reader
+from pipeline.settings import KafkaSettings
+
+_UNKNOWN = "?"
+
+
+class _Partition(msgspec.Struct):
+    partition: int
+    phase: str
+    next_offset: int
+    end_offset: int | None
+    lag: int | None
+    committed_at_ms: int = 0
+    staleness_ms: int | None = None
+    restore: dict[str, float] | None = None
+
+
+class _Standby(msgspec.Struct):
+    partition: int
+    phase: str
+    restore: dict[str, float] | None = None
+
+
+class _Member(msgspec.Struct):
+    name: str
+    url: str
+    partitions: list[int]
+    standbys: list[int] = []
+
+
+class _Status(msgspec.Struct):
+    ready: bool
+    partitions: list[_Partition]
+    at_ms: int = 0
+    fenced_count: int = 0
+    standbys: list[_Standby] = []
+    members: list[_Member] = []
+
+
+def run_status(url: str, *, as_json: bool) -> int:
+    """Print what one process says; the exit code."""
+    with Reader(url) as reader:
+        body = reader.fetch("/v1/status")
+    if as_json:
+        console.write(body + b"\n")
+        return console.OK
+    status = decoded(url, body, _Status)
+    table = Table("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
+    for it in status.partitions:
+        age_ms = status.at_ms - it.committed_at_ms if status.at_ms and it.committed_at_ms else None
+        stale = "" if it.staleness_ms is None else f"{it.staleness_ms:,} ms"
+        numbers = ("" if number is None else f"{number:,}" for number in (it.next_offset, it.end_offset, it.lag))
+        table.add_row(str(it.partition), it.phase, *numbers, _age(age_ms), stale, _restore(it.restore))
+    for standby in status.standbys:
+        table.add_row(str(standby.partition), f"standby, {standby.phase}", "", "", "", "", "", _restore(standby.restore))
+    table.print()
+    for member in status.members:
+        print(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")
+    if status.fenced_count:
+        print(f"fenced {status.fenced_count:,} times")
+    lag = sum(it.lag or 0 for it in status.partitions)
+    print(f"{'ready' if status.ready else 'not ready: restoring'}, lag {lag:,} records")
+    return console.OK
+
+
+def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
+    """Print what all workers of an app say; the exit code, 1 if none does."""
+    from pipeline.cluster.overview import MemberState, overview
+
+    found = overview(url, settings)
+    code = console.OK if any(member.error is None for member in found.members) else console.FAILED
+    if as_json:
+        console.print_json(found)
+        return code
+
+    def state(it: MemberState) -> str:
+        if it.error is not None:
+            return f"unreachable: {it.error}"
+        return "ready" if it.ready else "restoring"
+
+    table = Table("member", "url", "partitions", "standbys", right=("lag", "fenced", "state"))
+    for member in found.members:
+        has = (_numbers(member.partitions), _numbers(member.standbys), _count(member.lag), _count(member.fenced_count))
+        table.add_row(*map(console.printable, (member.name, member.url, *has, state(member))))
+    table.print()
+    print()
+    table = Table("partition", "member", "phase", right=("next_offset", "end_offset", "lag", "commit", "restore"))
+    for it in found.partitions:
+        offsets = (_count(it.next_offset), _count(it.end_offset), _count(it.lag))
+        owner = console.printable(it.member or "nobody")
+        table.add_row(str(it.partition), owner, it.phase, *offsets, _age(it.commit_age_ms), _restore(it.restore))
+        for copy in it.standbys:
+            name, phase = console.printable(copy.member), f"standby, {copy.phase}"
+            table.add_row(str(it.partition), name, phase, "", "", "", "", _restore(copy.restore))
+    table.print()
+    for note in found.notes:
+        console.print_error(note)
+    lags = [it.lag for it in found.partitions]
+    unknown = f", that of {lags.count(None)} partitions unknown" if None in lags else ""
+    moving = "" if found.group_state == "Stable" else f", partitions are moving ({console.printable(found.group_state)})"
+    count = len(found.members)
+    print(f"{count} member{'s' * (count != 1)}, lag {sum(lag or 0 for lag in lags):,} records{unknown}{moving}")
+    return code
+
+
+def _has(member: _Member) -> str:
+    partitions = f"partitions {_numbers(member.partitions)}" if member.partitions else "no partitions"
+    return partitions + (f", standbys {_numbers(member.standbys)}" if member.standbys else "")
+
+
+def _numbers(partitions: Sequence[int] | None) -> str:
+    return _UNKNOWN if partitions is None else ", ".join(map(str, partitions))
+
+
+def _count(number: int | None) -> str:
+    return _UNKNOWN if number is None else f"{number:,}"
+
+
+def _age(age_ms: int | None) -> str:
+    return "" if age_ms is None else f"{max(0, age_ms) / 1000:,.1f} s ago"
+
+
+def _restore(restore: dict[str, float] | None) -> str:
+    if restore is None:
+        return ""
+    done, remaining, seconds = (restore.get(name, 0) for name in ("entries", "remaining", "seconds_left"))
+    return f"{done:,.0f} entries, {remaining:,.0f} to go, {seconds:,.0f} s left"

@@ -1,0 +1,57 @@
+"""Rows of cells on standard output, and the answers that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import msgspec
+from rich import table
+from rich.cells import cell_len
+from rich.text import Text
+
+from pipeline.cli import console
+from pipeline.errors import Unavailable
+
+
+class Table:
+    """Rows of cells: folded to fit on a terminal; anywhere else whole, and quickly, however many there are."""
+
+    def __init__(self, *left: str, right: Sequence[str]) -> None:
+        self._left = left
+        self._right = right
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        self._rows.append(cells)
+
+    def print(self) -> None:
+        if not console.out.is_terminal:
+            console.write(self._text().encode())
+            return
+        made = table.Table(box=None, pad_edge=False, header_style="bold")
+        for name in self._left:
+            made.add_column(name, overflow="fold")
+        for name in self._right:
+            made.add_column(name, justify="right", overflow="fold")
+        for row in self._rows:
+            made.add_row(*map(Text, row))
+        console.out.print(made)
+
+    def _text(self) -> str:
+        rows = [(*self._left, *self._right), *self._rows]
+        widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+        return "".join("  ".join(map(self._padded, row, widths, count())).rstrip() + "\n" for row in rows)
+
+    def _padded(self, cell: str, width: int, column: int) -> str:
+        padding = " " * (width - cell_len(cell))
+        return cell + padding if column < len(self._left) else padding + cell
+
+
+def decoded(url: str, body: bytes, kind: Any) -> Any:
+    """What a server has answered; `Unavailable` if it is something else."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Unavailable(f"{url}: not an answer of this API: {error}") from None

@@ -1,0 +1,118 @@
+"""Workers with a name at a broker with logins: the least that README names is enough, and who lacks some of it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import AdminClient
+
+from pipeline import Publisher
+from pipeline.topics import CHANGELOG
+from tests.broker.drive import PUBLISHER, Role, wait_exit, worker
+from tests.broker.inside import folding
+from tests.broker.kafka import Broker, admin_client
+from tests.broker.test_permissions import folded
+from tests.broker.users import GROUP, ID, LEAST_OF_MEMBER, MEMBERS, PROPERTIES, Own, flags, login, user
+from tests.support import pipeline, wait_until
+
+WAIT_S = 60.0
+SESSION_MS = 6_000
+
+
+@pytest.fixture(scope="module")
+def shared(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, AdminClient]]:
+    with Broker(tmp_path_factory.mktemp("kafka"), PROPERTIES, client=login("admin")) as broker:
+        yield broker.bootstrap, admin_client(broker.bootstrap, **login("admin"))
+
+
+@pytest.fixture
+def own(shared: tuple[str, AdminClient]) -> Own:
+    return Own(*shared)
+
+
+def member(own: Own, scratch: Path, name: str, who: str = "worker") -> Role:
+    return worker(own.app, scratch / name, "--name", name, *flags(who), session_timeout_ms=SESSION_MS)
+
+
+@pytest.mark.timeout(120)
+def test_the_least_permissions(own: Own, tmp_path: Path) -> None:
+    """With what LEAST_OF_MEMBER lists, and no more, two share the partitions, and what was published counts once."""
+    own.create_topics(2)
+    own.grant("worker", *LEAST_OF_MEMBER)
+    with member(own, tmp_path, "one") as one, member(own, tmp_path, "two") as two:
+        with Publisher(own.app.url, kafka=login("admin"), **PUBLISHER) as publisher:
+            for number in range(50):
+                publisher.sum("v", labels=("n",)).add(1, n=str(number))
+
+        def both_fold() -> bool:
+            done = pipeline("status", "--from", own.app.url, *flags("worker"))
+            assert done.returncode == 0, done.stderr
+            return "restoring" not in done.stdout and done.stdout.count("  folding  ") == 2
+
+        wait_until(both_fold, "two that fold", WAIT_S)
+        for role in (one, two):
+            assert "is missing" not in role.program.stderr(), role.tail()
+            assert role.terminate() == 0, role.tail()
+
+
+@pytest.mark.parametrize("lacks", sorted(LEAST_OF_MEMBER - {("dead-letters", "WRITE")}))
+def test_a_member_lacks(own: Own, tmp_path: Path, lacks: tuple[str, str]) -> None:
+    """It names what is missing, and ends with code 2 or waits for it; what is published is folded when it is granted."""
+    own.create_topics()
+    if lacks[0] == CHANGELOG:  # an empty one is not read
+        own.publish(2)
+        with folding(own.app, tmp_path / "before", kafka=user("admin")) as alone:
+            assert folded(alone) == 2
+    own.publish(3)
+    described = [] if lacks[0] in (ID, MEMBERS) else [(lacks[0], "DESCRIBE")]
+    own.grant("worker", *(LEAST_OF_MEMBER - {lacks}), *described)
+    role = member(own, tmp_path, "one")
+    role.start(wait_ready=False)
+    try:
+        where = {ID: "the transactional id", MEMBERS: f"the group {own.app.app}"}.get(lacks[0], "topic ")
+        missing = f"{lacks[1]} on {where}"
+        wait_until(lambda: missing in role.program.stderr(), missing, WAIT_S)
+        assert "grant it with kafka-acls" in role.program.stderr()
+        if lacks[0] == MEMBERS:
+            assert wait_exit(role, WAIT_S) == 2, role.tail()
+            assert "Traceback" not in role.tail()
+            assert own.app.app in role.program.stderr().splitlines()[-1]
+    finally:
+        role.kill()
+    own.grant("worker", lacks)
+    with folding(own.app, tmp_path / "one", kafka=user("worker")) as again:
+        assert folded(again) == (5 if lacks[0] == CHANGELOG else 3)
+
+
+def test_status_may_not_see_the_group(own: Own) -> None:
+    """It says which permission; DESCRIBE on both groups is enough, and without the one of positions it shows the rest."""
+    own.create_topics()
+    own.grant("server", ("deltas", "DESCRIBE"))
+    done = pipeline("status", "--from", own.app.url, *flags("server"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"DESCRIBE on the group {own.app.app} is missing: grant it with kafka-acls" in done.stderr
+    own.grant("server", (MEMBERS, "DESCRIBE"))
+    done = pipeline("status", "--from", own.app.url, *flags("server"))
+    assert done.returncode == 1
+    assert f"group {own.app.app} has no members" in done.stderr
+    assert (GROUP, "READ") not in LEAST_OF_MEMBER
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sasl.mechanism": "GSSAPI"}, "sasl.mechanism GSSAPI is not for workers with --name"),
+        ({"sasl.mechanism": "OAUTHBEARER"}, "sasl.mechanism OAUTHBEARER is not for workers with --name"),
+        ({"sasl.oauthbearer.config": "x"}, "sasl.oauthbearer.config is not for workers with --name"),
+        ({"sasl.password": "wrong"}, "check sasl.* in the setting `kafka`"),
+    ],
+)
+def test_options_that_members_cannot_have(own: Own, tmp_path: Path, options: dict[str, str], said: str) -> None:
+    """Refused with code 2 before anything is done, naming the option."""
+    given = [f"--set=kafka.{name}={value}" for name, value in {**login("worker"), **options}.items()]
+    done = pipeline("worker", "--from", own.app.url, f"--data={tmp_path}/d", "--port=0", "--name=one", *given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
