@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.broker.kafka import App
+from tests.broker.kafka import App, create_topics
 from tests.readme.test_readme import blocks, run
 
+ENDING = "trap 'kill $(jobs -p) && wait' EXIT\n"
 USE = """
 printf 'path,ms\\n/,12\\n/cart,30\\n/,8\\n' | pipeline publish requests --to {kafka} --value ms --labels path -
 printf 'path,ms\\n/cart,1\\n' | pipeline publish requests --to http://127.0.0.1:{server} --value ms --labels path -
@@ -26,10 +28,23 @@ def test_the_commands_make_a_pipeline(app: App, tmp_path: Path) -> None:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
         worker, server = one.getsockname()[1], other.getsockname()[1]
-    (commands,) = blocks("bash")
-    for shown, real in (("kafka://127.0.0.1:9092", app.url), ("8081", str(worker)), ("8080", str(server))):
+    commands = _real(blocks("bash")[0], app, {"8081": worker, "8080": server})
+    printed = run(["bash", "-ec", ENDING + commands + USE.format(kafka=app.url, worker=worker, server=server)], tmp_path)
+    assert {"20", "31"} <= set(printed.split())
+
+
+@pytest.mark.timeout(120)
+def test_workers_with_names_share_the_partitions(app: App, tmp_path: Path) -> None:
+    """As the README starts them; and its last command shows who has what."""
+    create_topics(app.bootstrap, app.app, 4)
+    *workers, status = _real(blocks("bash")[1], app, {"8081": 0, "8082": 0}).splitlines()
+    ready = f"until {status} --json 2> /dev/null > shown && grep -q w1 shown && grep -q w2 shown; do sleep 0.5; done\n"
+    printed = run(["bash", "-ec", "\n".join([ENDING, *workers, ready, status])], tmp_path)
+    assert {"w1", "w2"} <= set(printed.split())
+
+
+def _real(commands: str, app: App, ports: Mapping[str, int]) -> str:
+    for shown, real in {"kafka://127.0.0.1:9092": app.url, **{shown: str(port) for shown, port in ports.items()}}.items():
         assert shown in commands
         commands = commands.replace(shown, real)
-    ending = "trap 'kill $(jobs -p) && wait' EXIT\n"
-    printed = run(["bash", "-ec", ending + commands + USE.format(kafka=app.url, worker=worker, server=server)], tmp_path)
-    assert {"20", "31"} <= set(printed.split())
+    return commands
