@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import kafka, recording, serving, worker
+from tests.bench import heartbeat, kafka, recording, serving, worker, workers
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "fold-unique": worker.fold_unique,
     "fold-repeated": worker.fold_repeated,
     "restore": worker.restore,
+    "heartbeat": heartbeat.heartbeat,
     "point": serving.point,
     "group-by": serving.group_by,
     "memory": serving.memory,
@@ -32,6 +33,10 @@ ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
     "kafka-fold-repeated": kafka.fold_repeated,
     "kafka-restore": kafka.restore,
     "kafka-latency": kafka.latency,
+    "kafka-scaling": workers.scaling,
+    "kafka-idle": workers.idle,
+    "kafka-join": workers.join,
+    "kafka-takeover": workers.takeover,
 }
 """Those that start a broker."""
 

@@ -70,7 +70,8 @@ class House:
         ]
         failed: list[BaseException] = []
         ends = self.log.end_offsets(DELTAS)
-        loop = WorkerLoop(partitions, log=self.log, clock=self.clock, settings=_WORKER, on_fatal=failed.append)
+        loop = WorkerLoop(partitions.__getitem__, log=self.log, clock=self.clock, settings=_WORKER, on_fatal=failed.append)
+        loop.assign(range(self.partition_count))
         loop.start()
         while not (loop.ready and all(it.task.position.next_offset == ends[it.number] for it in partitions)):
             if failed:

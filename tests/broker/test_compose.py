@@ -120,11 +120,11 @@ def test_files_agree() -> None:
     assert (ROOT / mounts[str(home.parent)] / home.name).exists()
 
 
-def test_partitions_are_divided() -> None:
-    """Each partition of a new topic belongs to exactly one worker."""
-    listed = [option(name, "--partitions") for name in ROLES if SERVICES[name]["command"][0] == "worker"]
-    numbers = [number for part in listed for number in range(int(part[0]), int(part[-1]) + 1)]
-    assert sorted(numbers) == [*range(load()[DELTAS].partitions)]
+def test_workers_share_the_partitions() -> None:
+    """Each worker has a name of its own in the group, and a host name by which the others' status finds it."""
+    workers = [name for name in ROLES if SERVICES[name]["command"][0] == "worker"]
+    assert len({option(name, "--name") for name in workers}) == len(workers) > 1
+    assert [SERVICES[name]["hostname"] for name in workers] == workers
 
 
 def option(name: str, flag: str) -> str:

@@ -356,10 +356,14 @@ def test_panels_tell_what_happened(world: World) -> None:
     wait_until(lambda: 0.9 < sum(shown("Dead letters, last hour")) < 1.9, "one dead letter, extrapolated by Prometheus")
     assert shown("Up") == [1.0] * 4
     assert shown("Restarts, last hour") == [0.0]
-    for title, count in (("Stores rebuilt, last hour", 3), ("Reads refused, per second", 2)):
+    should_be_0 = {"Stores rebuilt, last hour": 3, "Reads refused, per second": 2, "Fenced and stalled, last hour": 2}
+    should_be_0 |= {"Agent errors, last hour": 1, "Agent commits put off, last hour": 2}
+    for title, count in should_be_0.items():
         now = world.prometheus.vector(filled(by_title[title][0]["expr"], {}))
         assert [*now.values()] == [0.0] * count, f"{title}: {now}"
     assert set(shown("Restore: records to go")) == {0.0}
+    by_worker, of_all = (world.prometheus.vector(it["expr"]) for it in by_title["Partitions by worker"])
+    assert ([*by_worker.values()], [*of_all.values()]) == ([2.0, 2.0], [4.0])
     assert min(shown("Retention margin")) >= 0
     rising = ("Accepted by servers, per second", "Entries, per second", "Published, per second")
     for title, index in itertools.product(rising, (0, 1)):

@@ -1,0 +1,249 @@
+"""The drive: brokers, workers, a query server, the load, and everything that watches; checks that all is exact."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import pipeline.metrics as m
+from pipeline import Reader, Token
+from pipeline.topics import DEAD_LETTERS
+from tests.broker.chaos.audit import audit
+from tests.broker.chaos.fleet import GUARD, Fleet
+from tests.broker.chaos.load import LABELS, SERIES, VIEW, Again, Labels, Load
+from tests.broker.chaos.watch import Board, Commits, Problems, Reads
+from tests.broker.drive import Role, records, server
+from tests.broker.kafka import App, Broker, Cluster, admin_client, create_topics
+from tests.process.load import metric
+from tests.support import PROGRAM, wait_until
+
+PARTITIONS = 8
+MOVED_S = 90.0
+"""How long partitions may stand still before it is called a hang."""
+READ_MS = 60_000
+SLACK = 3.0
+"""How many times its target a pause may last on a slow machine before it is wrong."""
+
+
+class Pause(NamedTuple):
+    """How long folding stood still around an event; the target, if there is one."""
+
+    what: str
+    took_s: float
+    pause_s: float
+    affected_s: float
+    target_s: float | None
+
+
+class Event:
+    """One thing that happens to the workers, from its start to when all are settled."""
+
+    def __init__(self, drive: Drive, what: str) -> None:
+        self.drive = drive
+        self.what = what
+        self.began_s = self.since_s = time.monotonic()
+
+    def restart(self, what: str) -> None:
+        """The pause is measured from now on."""
+        self.what += f"; {what}"
+        self.since_s = time.monotonic()
+        self.drive.say(f"  {what}")
+
+
+class Drive:
+    """All that runs. To be entered once. `rate` is deltas a second."""
+
+    def __init__(self, folder: Path, *, seed: int, brokers: int, rate: float, show: bool = True) -> None:
+        self.rng = random.Random(seed)
+        self.pauses: list[Pause] = []
+        self.checks = 0
+        self._folder, self._seed, self._count, self._rate = folder, seed, brokers, rate
+        self._began_s = time.monotonic()
+        self._show = show
+        self._stack = ExitStack()
+        self.problems = Problems(self.say)
+
+    def say(self, text: str) -> None:
+        """A line of the timeline."""
+        if self._show:
+            print(f"{time.monotonic() - self._began_s:7.1f}  {text}", flush=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self._enter()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        enter = self._stack.enter_context
+        if self._count == 1:
+            self.brokers: Sequence[Broker] = [enter(Broker(self._folder / "kafka"))]
+        else:
+            self.brokers = enter(Cluster(self._folder / "kafka", self._count)).brokers
+        self.app = App(",".join(it.bootstrap for it in self.brokers), "chaos")
+        create_topics(self.app.bootstrap, self.app.app, PARTITIONS)
+        self.say(f"{len(self.brokers)} brokers at {self.app.bootstrap}, {PARTITIONS} partitions")
+        self.fleet = enter(Fleet(self.app, self._folder, PARTITIONS, self.problems, self.say))
+        self.reads: Role = enter(self._server("server"))
+        self.load = enter(Load(self.app, per_s=self._rate, seed=self._seed))
+        self.again = Again(self.app, PARTITIONS, self.rng)
+        self._stack.callback(self.again.close)
+        self.commits = enter(Commits(self.app, PARTITIONS, self.load.history, self.problems))
+        self.reader = enter(Reads(self.reads.url, self.load.history, self.problems, self._seed))
+        enter(Board(self.fleet.urls, self.problems, self.say, self._now))
+
+    def _server(self, name: str) -> Role:
+        return server(self.app, self._folder / name, program=(*GUARD, *PROGRAM), stdin=subprocess.PIPE)
+
+    def begin(self) -> None:
+        """A first worker, and the load."""
+        self.fleet.start("w1")
+        self.fleet.settled()
+        self.load.resume()
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _now(self) -> str:
+        total = self.load.delta_count
+        return f"lag {self.commits.lag()}  staleness {self.reader.staleness_ms} ms  {total} deltas"
+
+    @property
+    def broker(self) -> Broker:
+        """The only one."""
+        (one,) = self.brokers
+        return one
+
+    # For scenarios
+
+    @contextmanager
+    def event(self, what: str, target_s: float | None = None, numbers: Collection[int] = ()) -> Iterator[Event]:
+        """Measure how long folding pauses, of all partitions and of `numbers`."""
+        self.say(f"- {what}")
+        event = Event(self, what)
+        yield event
+        now_s = time.monotonic()
+        pauses = self.commits.pauses(event.since_s, now_s)
+        affected = max((pauses[number] for number in numbers), default=max(pauses.values()))
+        pause = Pause(event.what, now_s - event.began_s, max(pauses.values()), affected, target_s)
+        self.pauses.append(pause)
+        self.say(f"  done in {pause.took_s:.1f} s; folding paused for {pause.affected_s:.2f} s")
+        if target_s is not None and pause.affected_s > SLACK * target_s:
+            self.problems.add(f"{event.what}: folding paused for {pause.affected_s:.1f} s; the target is {target_s:g} s")
+
+    @contextmanager
+    def broker_trouble(self) -> Iterator[None]:
+        """Of an only broker: workers may end with 3, or, if they were starting, with 1."""
+        self.fleet.excused = frozenset({1, 3})
+        try:
+            yield
+        finally:
+            self.fleet.excused = frozenset()
+
+    def wait_moved(self, positions: Mapping[int, int], timeout_s: float = MOVED_S) -> None:
+        """Wait until these partitions are committed beyond these positions."""
+
+        def done() -> bool:
+            now = self.commits.positions()
+            return all(now[number] > position for number, position in positions.items())
+
+        wait_until(done, f"{dict(positions)} to move; they are at {self.commits.positions()}", timeout_s)
+
+    def wait_all_moved(self) -> None:
+        """Wait until each partition is committed beyond what is acknowledged now, and then some."""
+        ends = self.commits.positions()
+        acked = self.load.history.acked[-1].token.next_offsets
+        self.wait_moved({number: max(at, acked.get(number, 0)) for number, at in ends.items()})
+
+    def wait_folded(self, ends: Mapping[int, int], timeout_s: float = MOVED_S) -> None:
+        """Wait until there is no lag below these ends."""
+
+        def done() -> bool:
+            now = self.commits.positions()
+            return all(now[number] >= end for number, end in ends.items())
+
+        try:
+            wait_until(done, "", timeout_s)
+        except AssertionError:
+            now = self.commits.positions()
+            raise AssertionError(f"lag after {timeout_s:g} s: {dict(ends)} are wanted, committed are {now}") from None
+
+    def wait_in_sync(self) -> None:
+        """Wait until every replica of every partition is in sync."""
+        admin = admin_client(self.app.bootstrap)
+
+        def done() -> bool:
+            topics = admin.list_topics(timeout=10).topics.values()
+            return all(len(part.isrs) == len(part.replicas) for topic in topics for part in topic.partitions.values())
+
+        wait_until(done, "replicas in sync", 60)
+
+    def quiet(self) -> Token:
+        """Pause the load, and wait until everything is folded; the token of it."""
+        token = self.load.pause()
+        self.wait_folded(token.next_offsets)
+        return token
+
+    def counted_duplicates(self) -> float:
+        """By the workers that run, since they were started."""
+        return sum(metric(url, m.BATCHES_DUPLICATE) for url in self.fleet.urls().values())
+
+    # Exactness
+
+    def check(self) -> None:
+        """Everything that was recorded is in the answer, once; nothing is a dead letter. The load goes on then."""
+        began_s = time.monotonic()
+        token = self.quiet()
+        self.compare(self.reads, token)
+        assert not records(self.app, DEAD_LETTERS), "there are dead letters"
+        self.checks += 1
+        took_s = time.monotonic() - began_s
+        self.say(f"  exact: {len(self.load.expected())} series, {self.load.history.total} in all ({took_s:.1f} s)")
+        if self.rng.random() < 0.5:
+            self.again.send(self.rng.randrange(1, 20))
+        self.load.resume()
+
+    def compare(self, role: Role, token: Token) -> None:
+        """Series by series."""
+        with Reader(role.url, timeout_s=READ_MS / 1000 + 10) as reader:
+            answer = reader.get(VIEW, after=token, limit=SERIES, timeout_ms=READ_MS)
+        found: dict[Labels, int] = {(it.labels[LABELS[0]], it.labels[LABELS[1]]): it.value for it in answer.series}
+        expected = self.load.expected()
+        wrong = {
+            it: (found.get(it), expected.get(it))
+            for it in expected.keys() | found.keys()
+            if found.get(it) != expected.get(it)
+        }
+        lost = sum((want or 0) - (have or 0) for have, want in wrong.values())
+        some = dict([*wrong.items()][:3])
+        assert not wrong, f"{role.data.name}: {len(wrong)} series are wrong, {lost} missing in all (found, right): {some}"
+
+    def finish(self, delta_count_min: int) -> None:
+        """The rest of the load, a last check, a server that is restored from nothing, and what the logs say."""
+        self.load.pause()
+        if (rest := delta_count_min - self.load.delta_count) > 0:
+            self.say(f"- the rest of the load: {rest} deltas at once")
+            self.load.burst(rest)
+        token = self.quiet()
+        self.compare(self.reads, token)
+        self.say("- a server is restored from nothing")
+        with self._server("fresh") as fresh:
+            self.compare(fresh, token)
+        assert not records(self.app, DEAD_LETTERS), "there are dead letters"
+        found = audit(self.app)
+        assert not found.wrong, f"{len(found.wrong)} producers are folded wrongly: {found.wrong[:3]}"
+        assert found.copy_count >= self.again.count, f"{found.copy_count} copies in the log, {self.again.count} were sent"
+        self.say(
+            f"  exact; {found.record_count} batches, {found.copy_count} of them copies, {self.again.count} sent on purpose"
+        )
+
+    def tails(self) -> str:
+        """The end of what each process has said."""
+        return "\n\n".join([self.fleet.tails(), self.reads.tail()])

@@ -1,0 +1,221 @@
+"""The workers: real processes of the command line, started again when they end, as a supervisor does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tests.broker.chaos.watch import Problems, folded, status
+from tests.broker.drive import Role
+from tests.broker.kafka import GUARDED, App
+from tests.support import PROGRAM, wait_until
+
+SESSION_MS = 6_000
+"""The least that brokers allow."""
+SETTLE_S = 60.0
+AGAIN_S = 0.5
+GUARD = ("sh", "-c", GUARDED, "sh")
+"""Behind which a process ends when the drive does, however that ends."""
+SLOW = (sys.executable, "-m", "tests.broker.throttled")
+
+
+class Worker:
+    """A process and what is expected of it. Exit codes in `excused` are no surprise; with `again` it is started again."""
+
+    def __init__(self, name: str, role: Role) -> None:
+        self.name = name
+        self.role = role
+        self.wanted = False
+        """Whether it shall run: if it has ended, it is started again."""
+        self.again = True
+        self.excused: frozenset[int] = frozenset()
+        self.ended_s: float | None = None
+
+
+class Fleet:
+    """All workers, by name."""
+
+    def __init__(self, app: App, folder: Path, partition_count: int, problems: Problems, say: Callable[[str], None]) -> None:
+        self.app, self.folder, self.partition_count = app, folder, partition_count
+        self.workers: dict[str, Worker] = {}
+        self.exits: list[tuple[str, int]] = []
+        """Unasked ends: name and code."""
+        self.excused: frozenset[int] = frozenset()
+        """Exit codes that are no surprise of any worker now."""
+        self._problems, self._say = problems, say
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+
+    # Processes
+
+    def make(self, name: str, *, bears: str = "", slow: Mapping[str, str] | None = None) -> Worker:
+        """Not started yet; as member `bears`, if not under its own name; with a disk as slow as `slow` says."""
+        program = PROGRAM if slow is None else SLOW
+        return Worker(
+            name,
+            Role(
+                "worker",
+                self.app,
+                self.folder / name,
+                *("--name", bears or name, "--log-level", "info"),
+                program=(*GUARD, *program),
+                stdin=subprocess.PIPE,
+                env=slow,
+                session_timeout_ms=SESSION_MS,
+                commit_interval_ms=100,
+            ),
+        )
+
+    def add(self, worker: Worker) -> Worker:
+        """Start it, and see to it that it runs."""
+        with self._lock:
+            self.workers[worker.name] = worker
+            self.start(worker.name)
+        return worker
+
+    def start(self, name: str) -> None:
+        """Start it, again or anew."""
+        with self._lock:
+            if name not in self.workers:
+                self.workers[name] = self.make(name)
+            worker = self.workers[name]
+            worker.role.kill() if worker.role._program is not None else None
+            worker.role.start(wait_ready=False)
+            worker.wanted, worker.ended_s = True, None
+        self._say(f"  {name} started, pid {worker.role.program.process.pid}")
+
+    def kill(self, *names: str) -> None:
+        """kill -9, all at once; they stay down until `start`."""
+        with self._lock:
+            for name in names:
+                self.workers[name].wanted = False
+                self.workers[name].role.program.process.kill()
+            for name in names:
+                self.workers[name].role.kill()
+        self._say(f"  {' '.join(names)} killed")
+
+    def leave(self, name: str, timeout_s: float = 45.0) -> None:
+        """SIGTERM, and wait; it must end with 0."""
+        with self._lock:
+            worker = self.workers[name]
+            worker.wanted = False
+            worker.role.program.signal(signal.SIGTERM)
+        self._say(f"  {name} is asked to leave")
+        try:
+            code = worker.role.program.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{name} does not end within {timeout_s:g} s of SIGTERM") from None
+        worker.role.kill()
+        assert code == 0, f"{name} was asked to leave and ended with {code}"
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal."""
+        self.workers[name].role.program.signal(number)
+        self._say(f"  {name} is sent {signal.Signals(number).name}")
+
+    def discard(self, name: str) -> None:
+        """Forget it; end it if it still runs."""
+        with self._lock:
+            self.workers.pop(name).role.__exit__()
+
+    def wait_exit(self, name: str, code: int, timeout_s: float) -> None:
+        """Wait until it has ended by itself, with this code, and is down."""
+        worker = self.workers[name]
+        try:
+            found = worker.role.program.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{name} runs on after {timeout_s:g} s; it must end with {code}") from None
+        assert found == code, f"{name} ended with {found}, not {code}"
+        self._say(f"  {name} ended with {code}, as it must")
+
+    # Who has what
+
+    @property
+    def running(self) -> list[str]:
+        """The names of those that shall run."""
+        return sorted(name for name, it in self.workers.items() if it.wanted)
+
+    def urls(self) -> dict[str, str]:
+        """Of those that run."""
+        with self._lock:
+            return {name: self.workers[name].role.url for name in self.running}
+
+    def owned(self, name: str) -> dict[int, int]:
+        """The partitions that it folds, and their positions."""
+        return folded(status(self.workers[name].role.url))
+
+    def settled(self, timeout_s: float = SETTLE_S) -> dict[str, set[int]]:
+        """Wait until those that run share the partitions evenly, and copies of all are warm if there are several."""
+        said: dict[str, Any] = {}
+
+        def done() -> dict[str, set[int]]:
+            names = self.running
+            said.clear()
+            said.update({name: status(self.workers[name].role.url, 2.0) for name in names})
+            held = {name: {*folded(it)} for name, it in said.items()}
+            counts = [*map(len, held.values())]
+            all_held = sorted(n for numbers in held.values() for n in numbers) == [*range(self.partition_count)]
+            if not all_held or max(counts) > min(counts) + 1:
+                return {}
+            warm = {n["partition"] for it in said.values() for n in it["standbys"] if n["phase"] == "following"}
+            return held if len(names) == 1 or len(warm) == self.partition_count else {}
+
+        try:
+            found: dict[str, set[int]] = wait_until(done, "", timeout_s)
+        except AssertionError:
+            raise AssertionError(f"not settled in {timeout_s:g} s: {said}") from None
+        return found
+
+    def have(self, count: int) -> dict[str, set[int]]:
+        """Bring it about that w1 to w`count` run and no others, settled."""
+        wanted = [f"w{n}" for n in range(1, count + 1)]
+        for name in self.running:
+            if name not in wanted:
+                self.leave(name)
+        for name in wanted:
+            if name not in self.running:
+                self.start(name)
+        return self.settled()
+
+    def _supervise(self) -> None:
+        while not self._stop.wait(0.05):
+            with self._lock:
+                for worker in self.workers.values():
+                    self._look_after(worker)
+
+    def _look_after(self, worker: Worker) -> None:
+        code = worker.role.exit_code if worker.wanted else None
+        if code is None:
+            return
+        now_s = time.monotonic()
+        if worker.ended_s is None:
+            worker.ended_s = now_s
+            self.exits.append((worker.name, code))
+            self._say(f"  {worker.name} ended by itself with {code}")
+            worker.wanted = worker.again
+            if code not in self.excused | worker.excused:
+                self._problems.add(f"{worker.name} ended by itself with {code}")
+        elif now_s - worker.ended_s > AGAIN_S:
+            self.start(worker.name)
+
+    def tails(self) -> str:
+        """The end of what each has said."""
+        return "\n\n".join(it.role.tail() for it in self.workers.values())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        for worker in self.workers.values():
+            if worker.role._program is not None:
+                worker.role.__exit__()
