@@ -121,7 +121,8 @@ def overview(url: str, settings: KafkaSettings) -> Overview:
                 "One without is in no group: ask it by its URL, pipeline status --from http://host:port"
             )
         notes: list[str] = []
-        ends, mirrored = log.end_offsets(DELTAS), {}
+        ends = log.end_offsets(DELTAS)
+        mirrored: Mapping[int, int] = {}
         try:
             mirrored = log.mirrored_positions()
         except PipelineError as error:

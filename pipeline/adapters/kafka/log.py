@@ -242,7 +242,7 @@ class KafkaLog:
         """Append outside transactions; see `ports.LogWriter`."""
         return self._writer.append(messages, timeout_s=timeout_s)
 
-    # For lag tools
+    # Groups
 
     def mirror_positions(self, next_offsets: Mapping[int, int]) -> None:
         """Commit positions to the memberless group `{app}-position`. Nothing of ours ever reads them."""
@@ -281,14 +281,9 @@ class KafkaLog:
         found = self._result(futures[group], f"describe group {group}")
         return frozenset(it.group_instance_id for it in found.members if it.group_instance_id)
 
-    def mirrored_positions(self) -> dict[int, int]:
+    def mirrored_positions(self) -> Mapping[int, int]:
         """What was last committed there, by partition: for whoever shows how far others are, and for no decision."""
-        group, topic = self.address.group, self.address.topic(DELTAS)
-        futures = self._admin.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(group)], request_timeout=min(self._timeout_s, _ATTEMPT_S)
-        )
-        found = self._result(futures[group], f"positions of group {group}").topic_partitions
-        return {it.partition: it.offset for it in found if it.topic == topic and it.error is None and it.offset >= 0}
+        return self.committed_offsets(self.address.group, DELTAS)
 
     def close(self) -> None:
         """Give back connections, and end the calls that wait for an answer. Twice is fine."""
