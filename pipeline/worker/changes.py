@@ -18,12 +18,12 @@ import pipeline.metrics as m
 from pipeline.core.codec import decode_states, decode_view
 from pipeline.core.merge import KINDS
 from pipeline.core.record import Definition, Records, definition_key, parse_suffix, series_prefix
-from pipeline.errors import BadRecord, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.errors import BadRecord, NotReady, RecordsLost, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, Store, Stores
 from pipeline.topics import CHANGELOG
-from pipeline.worker.away import Away
 from pipeline.worker.follower import FETCH_BYTES_MAX, StoreMeta, read_meta, write_entries
+from pipeline.worker.stepping import Stepping
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -77,7 +77,7 @@ class _Followed:
         write_entries(self.store, [*entries], [*entries.values()], meta)
 
 
-class ChangeFeed:
+class ChangeFeed(Stepping):
     """Hands the changes of `view` to `deliver`, partition by partition in the order of the changelog, each at least once.
 
     `deliver(changes, stopping)` returns how many of them, from the first, were taken in; fewer than all only once `stopping`
@@ -98,6 +98,14 @@ class ChangeFeed:
         on_fatal: Callable[[BaseException], None],
         metrics: Metrics = NO_METRICS,
     ) -> None:
+        super().__init__(
+            _log,
+            clock,
+            on_fatal,
+            thread=f"pipeline-changes-{view}",
+            at_end=f"changes of view {view} end",
+            while_away=f"changes of view {view} wait",
+        )
         self.view = view
         self._log = log
         self._stores = stores
@@ -105,7 +113,6 @@ class ChangeFeed:
         self._progresses = progresses
         self._definition_of = definition_of
         self._deliver = deliver
-        self._on_fatal = on_fatal
         self._metrics = metrics
         self._prefix, self._definition_key = series_prefix(view), definition_key(view)
         self._changed = threading.Condition()
@@ -117,15 +124,8 @@ class ChangeFeed:
         self._reader: LogReader | None = None
         self._assigned = False
         self._tell_s = 0.0
-        self._stop = threading.Event()
-        self._away = Away(_log, clock, self._stop, f"changes of view {view} wait")
-        self._thread = threading.Thread(target=self._run, name=f"pipeline-changes-{view}", daemon=True)
 
     # From any thread
-
-    def start(self) -> None:
-        """Begin; nothing is followed yet."""
-        self._thread.start()
 
     def follow(self, partitions: frozenset[int]) -> None:
         """These from now on, and no others. Does not block."""
@@ -139,30 +139,17 @@ class ChangeFeed:
             return self._changed.wait_for(lambda: not self._followed or not self._thread.is_alive(), timeout_s)
 
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """End; whether that was done in time. Twice is fine."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """See `Stepping.stop`."""
+        return super().stop(timeout_s)
 
     # The thread
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                try:
-                    self.step()
-                except Unavailable as error:
-                    self._assigned = False  # what was read and not taken in is read again
-                    self._away.wait(error)
-        except BaseException as error:
-            _log.critical("changes of view %s end: %s", self.view, error, exc_info=not isinstance(error, PipelineError))
-            self._on_fatal(error)
-        finally:
-            self.close()
+    def _put_off(self, error: Unavailable) -> None:
+        self._assigned = False  # what was read and not taken in is read again
+        super()._put_off(error)
 
     def close(self) -> None:
-        """Let go of everything. For whoever drives `step` without a thread."""
+        """Let go of everything."""
         for number in [*self._followed]:
             self._drop(number)
         if self._reader is not None:
@@ -170,7 +157,7 @@ class ChangeFeed:
             self._reader = None
 
     def step(self) -> None:
-        """Open and drop what there is to, read, hand over: what the thread does again and again."""
+        """Open and drop what there is to, read, hand over."""
         for number in [*self._followed]:
             if number not in self._wanted:
                 self._drop(number)

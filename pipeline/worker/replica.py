@@ -21,8 +21,8 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, ReadableStore, Store, Stores
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
-from pipeline.worker.away import Away
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
+from pipeline.worker.stepping import Stepping
 
 _log = logging.getLogger(__name__)
 LAG_MAX_S = 300.0
@@ -85,7 +85,7 @@ class Replica:
         self.served = self.target = None
 
 
-class ReplicaLoop:
+class ReplicaLoop(Stepping):
     """Keeps stores up to date in a thread of its own: of all partitions, or, once `follow` was called, of those it says.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
@@ -106,12 +106,14 @@ class ReplicaLoop:
         metrics: Metrics = NO_METRICS,
         lag_max_s: float = LAG_MAX_S,
     ) -> None:
+        super().__init__(
+            _log, clock, on_fatal, thread="pipeline-replica", at_end="following ends", while_away="answers grow stale"
+        )
         self._log = log
         self._stores = stores
         self._clock = clock
         self._settings = settings
         self._delete_retention_ms = delete_retention_ms
-        self._on_fatal = on_fatal
         self._on_progress = on_progress
         self._on_served = on_served
         self._metrics = metrics
@@ -130,10 +132,7 @@ class ReplicaLoop:
         self._reader: LogReader | None = None
         self._assigned = False
         self._ready = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-replica", daemon=True)
         self._next_look_s = 0.0
-        self._away = Away(_log, clock, self._stop, "answers grow stale")
         self._trouble = ""
         """Why nothing was read, since something was: librdkafka tells of a missing permission only once."""
 
@@ -196,45 +195,25 @@ class ReplicaLoop:
             for replica in [*self._replicas.values()]
         ]
 
-    def start(self) -> None:
-        """Begin to follow."""
-        self._thread.start()
-
     def stop(self, timeout_s: float = 30.0) -> bool:
-        """End; whether that was done in time. The stores are left open, for reads that are under way. Twice is fine."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """See `Stepping.stop`. The stores are left open, for reads that are under way."""
+        return super().stop(timeout_s)
 
     # The loop
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                try:
-                    self.step()
-                except Unavailable as error:
-                    self._complain(error)
-        except BaseException as error:
-            _log.critical("following ends: %s", error, exc_info=not isinstance(error, PipelineError))
-            self._on_fatal(error)
-        finally:
-            self.close()
-
     def close(self) -> None:
-        """Give back the cursor. For whoever drives `step` without a thread."""
+        """Give back the cursor."""
         reader, self._reader = self._reader, None
         self._assigned = False
         if reader is not None:
             reader.close()
 
-    def _complain(self, error: Unavailable) -> None:
+    def _put_off(self, error: Unavailable) -> None:
         self._trouble = f"; {error}"
-        self._away.wait(error)
+        super()._put_off(error)
 
     def step(self) -> None:
-        """Look if it is time to, read, apply: what the thread does again and again. `Unavailable`: try again later."""
+        """Look if it is time to, read, apply."""
         for replica in [*self._replicas.values()]:
             if not self._is_followed(replica.number):
                 self._drop(replica)
@@ -247,7 +226,7 @@ class ReplicaLoop:
             try:
                 self._look()
             except Unavailable as error:  # perhaps of one partition only: the others are followed
-                self._complain(error)
+                self._put_off(error)
                 self._next_look_s = self._clock.monotonic_s() + self._look_s
         if not self._assigned:
             reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})
