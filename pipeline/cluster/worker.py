@@ -24,6 +24,7 @@ from pipeline.worker.watchdog import AWAY_S, Watchdog, look_at
 
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
+    from pipeline.adapters.faust.security import Security
     from pipeline.cluster.agents import Feeds
 
 _log = logging.getLogger(__name__)
@@ -70,10 +71,12 @@ class ClusterWorker(Role):
         if name and partitions is not None:
             raise Invalid("a worker with a name is given its partitions by its group: leave the list out")
         self._kafka = kafka_settings or KafkaSettings()
+        self._security: Security | None = None
+        """Of its membership, if it has a name."""
         if name:
             from pipeline.adapters.faust.security import security_of
 
-            security_of(self._kafka.kafka)  # what its membership can't do is said before anything else is done
+            self._security = security_of(self._kafka.kafka)  # what it can't do is said before anything else is done
         publisher = publisher_settings or PublisherSettings()
         super().__init__(url, log_settings, self._kafka, publisher, on_fatal)
         self.url = ""
@@ -183,10 +186,9 @@ class ClusterWorker(Role):
         )
 
     def _new_membership(self) -> Membership:
-        if not self._name:
+        if self._security is None:
             return StaticMembership(lambda: min(self.log.partition_count(topic) for topic in TOPICS), self._listed)
         from pipeline.adapters.faust.membership import FaustMembership  # heavy, and not every worker needs it
-        from pipeline.adapters.faust.security import security_of
 
         address, worker = self.log.address, self._worker
         return FaustMembership(
@@ -197,7 +199,7 @@ class ClusterWorker(Role):
             name=self._name,
             static=self._static,
             taken=partial(self.log.static_members, address.app),
-            security=security_of(self._kafka.kafka),
+            security=self._security,
             url=self.url,
             standby_count=worker.standby_count,
             session_timeout_ms=worker.session_timeout_ms,
