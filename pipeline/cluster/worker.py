@@ -32,8 +32,6 @@ _STOP_S = 30.0
 _PUBLISHER_STOP_S = 5.0
 _STALLED_STOP_S = 2.0
 """What stands still will hardly stop."""
-_HEARTBEAT_MS_MAX = 1_000
-"""A heartbeat is also how a member hears of a rebalance, which does not wait for long: one that is late is put out."""
 _SETTLE_S = 5.0
 """How long a member may take to notice that a partition is not its own after all, and fence nobody any more."""
 
@@ -203,7 +201,6 @@ class ClusterWorker(Role):
             url=self.url,
             standby_count=worker.standby_count,
             session_timeout_ms=worker.session_timeout_ms,
-            heartbeat_interval_ms=min(worker.session_timeout_ms // 10, _HEARTBEAT_MS_MAX),
             revoke_timeout_ms=worker.revoke_timeout_ms,
             metadata_refresh_ms=self._kafka.metadata_refresh_ms,
             app_of_agents=self._agents,

@@ -38,7 +38,7 @@ class Heard(NamedTuple):
 
 
 def _membership(app: App, name: str, **settings: Any) -> FaustMembership:
-    settings = {"session_timeout_ms": SESSION_MS, "heartbeat_interval_ms": 300, **settings}
+    settings = {"session_timeout_ms": SESSION_MS, **settings}
     log = KafkaLog(parse_url(app.url), KafkaSettings(), SystemClock(), request_timeout_ms=5_000)
     settings["taken"] = partial(log.static_members, app.app)
     topics = {"deltas": app.topic("deltas"), "changelog": app.topic("changelog")}

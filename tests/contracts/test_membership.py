@@ -63,7 +63,7 @@ class FaustLab:
         self._topics = {name: self.app.topic(name) for name in ("deltas", "changelog")}
         create_topics(bootstrap, self.app.app, PARTITIONS)
         self.membership: Membership = FaustMembership(
-            bootstrap, self.app.app, name="a", metadata_refresh_ms=500, **self._topics
+            bootstrap, self.app.app, name="a", session_timeout_ms=10_000, metadata_refresh_ms=500, **self._topics
         )
 
     def grow(self) -> None:

@@ -32,6 +32,8 @@ from pipeline.ports import Member, MembershipListener
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
 """How often it is looked whether Faust and the coordinator's tasks are alive: nothing else would tell."""
+_HEARTBEAT_S_MAX = 1.0
+"""A heartbeat is also how a member hears of a rebalance, which does not wait for long: one that is late is put out."""
 _END_S = 15.0
 _NEVER_S = 1e6
 """For what would end a member that fetches nothing."""
@@ -66,8 +68,7 @@ class FaustMembership:
         format: int = FORMAT,
         url: str = "",
         standby_count: int = 1,
-        session_timeout_ms: int = 10_000,
-        heartbeat_interval_ms: int = 1_000,
+        session_timeout_ms: int,
         rebalance_timeout_ms: int = 15_000,
         revoke_timeout_ms: int = 3_000,
         metadata_refresh_ms: int = 10_000,
@@ -80,11 +81,11 @@ class FaustMembership:
         self._ours = Ours(deltas, changelog, self._on_assigned, format, self._revoke_timeout_s)
         self._options: dict[str, Any] = {
             "broker": [f"kafka://{server}" for server in bootstrap.split(",")],
-            "broker_session_timeout": session_timeout_ms / 1000,
-            "broker_heartbeat_interval": heartbeat_interval_ms / 1000,
+            "broker_session_timeout": self._session_s,
+            "broker_heartbeat_interval": min(self._session_s / 10, _HEARTBEAT_S_MAX),
             "broker_rebalance_timeout": rebalance_timeout_ms / 1000,
             "broker_max_poll_interval": _NEVER_S,
-            "broker_request_timeout": max(30.0, session_timeout_ms / 1000),
+            "broker_request_timeout": max(30.0, self._session_s),
             "broker_client_id": f"{app}{CLIENT}{name}",
             "broker_credentials": _credentials(security),
             "consumer_group_instance_id": name if static else None,
