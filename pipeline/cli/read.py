@@ -9,8 +9,7 @@ import msgspec
 
 from pipeline.adapters.http import Answer, View, view_path
 from pipeline.cli import console
-from pipeline.cli.table import Table, decoded
-from pipeline.connect import Reader
+from pipeline.cli.table import Table, fetched
 from pipeline.errors import Invalid
 
 
@@ -50,12 +49,10 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
         max_staleness_ms=read.max_staleness_ms,
         timeout_ms=read.timeout_ms,
     )
-    with Reader(url) as reader:
-        body = reader.fetch(path, timeout_s=None if read.timeout_ms is None else read.timeout_ms / 1000 + 5)
-    if as_json:
-        console.write(body + b"\n")
+    timeout_s = None if read.timeout_ms is None else read.timeout_ms / 1000 + 5
+    answer = fetched(url, path, Answer, as_json=as_json, timeout_s=timeout_s)
+    if answer is None:
         return console.OK
-    answer = decoded(url, body, Answer)
     names = [*answer.series[0].labels] if answer.series else answer.by or []
     table = Table(*names, right=(answer.kind,))
     for series in answer.series:
@@ -71,12 +68,10 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
 
 def run_views(url: str, *, as_json: bool) -> int:
     """Print the definitions of all views; the exit code."""
-    with Reader(url) as reader:
-        body = reader.fetch("/v1/views")
-    if as_json:
-        console.write(body + b"\n")
+    answer = fetched(url, "/v1/views", _Views, as_json=as_json)
+    if answer is None:
         return console.OK
-    views = decoded(url, body, _Views).views
+    views = answer.views
     table = Table("view", "kind", "labels", right=("series",))
     for view in views:
         table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), f"{view.series_count:,}")

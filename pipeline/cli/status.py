@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pipeline.cli import console
-from pipeline.cli.table import Table, decoded
-from pipeline.connect import Reader
+from pipeline.cli.table import Table, fetched
 from pipeline.settings import KafkaSettings
 
 _UNKNOWN = "?"
@@ -49,12 +48,9 @@ class _Status(msgspec.Struct):
 
 def run_status(url: str, *, as_json: bool) -> int:
     """Print what one process says; the exit code."""
-    with Reader(url) as reader:
-        body = reader.fetch("/v1/status")
-    if as_json:
-        console.write(body + b"\n")
+    status = fetched(url, "/v1/status", _Status, as_json=as_json)
+    if status is None:
         return console.OK
-    status = decoded(url, body, _Status)
     table = Table("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
     for it in status.partitions:
         age_ms = status.at_ms - it.committed_at_ms if status.at_ms and it.committed_at_ms else None

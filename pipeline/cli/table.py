@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 from rich import table
@@ -12,7 +12,10 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from pipeline.cli import console
+from pipeline.connect import Reader
 from pipeline.errors import Unavailable
+
+T = TypeVar("T")
 
 
 class Table:
@@ -49,8 +52,16 @@ class Table:
         return cell + padding if column < len(self._left) else padding + cell
 
 
-def decoded(url: str, body: bytes, kind: Any) -> Any:
-    """What a server has answered; `Unavailable` if it is something else."""
+def fetched(url: str, path: str, kind: type[T], *, as_json: bool, timeout_s: float | None = None) -> T | None:
+    """What a server answers, to be shown; None with `as_json`: it is printed as it came.
+
+    Raises as `Reader.fetch`, and `Unavailable` if it is something else than `kind`.
+    """
+    with Reader(url) as reader:
+        body = reader.fetch(path, timeout_s=timeout_s)
+    if as_json:
+        console.write(body + b"\n")
+        return None
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
