@@ -302,6 +302,27 @@ def test_what_agents_sent_holds_no_rebalance_up() -> None:
     asyncio.run(look())
 
 
+def test_a_rebalance_while_the_worker_leaves_begins_nothing() -> None:
+    """Partitions that are revoked while agents are waited for at the end do not let them begin anything after all."""
+
+    async def look() -> None:
+        app = pipeline_package.faust_app()
+        ours = Ours("deltas", "changelog", lambda _: None, FORMAT)
+        app.join("g", ours=ours, loop=asyncio.get_running_loop(), broker="kafka://127.0.0.1:1")
+        consumer = app.consumer
+        under_way = asyncio.Event()
+        consumer._unacked_messages.add(under_way)
+        leaving = asyncio.ensure_future(app.settle(60))
+        await asyncio.sleep(0)
+        assert consumer.settling
+        await consumer.on_partitions_revoked(set())
+        assert consumer.settling
+        assert not app.settled
+        leaving.cancel()
+
+    asyncio.run(look())
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("what", ["failed", "decoded"])
 def test_an_error_can_stop_the_worker(app: App, tmp_path: Path, what: str) -> None:

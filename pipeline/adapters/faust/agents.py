@@ -95,6 +95,8 @@ class AgentsApp(MemberApp):
         self._stops = on_error == "stop"
         self._flusher = ThreadPoolExecutor(2, thread_name_prefix="pipeline-agents-flush")
         self._complained_s = -_COMPLAIN_S
+        self.leaving = False
+        """Whether the last settling has begun: agents begin nothing new any more, whatever partitions come and go."""
         self._settled = False
         super().__init__(**{"broker_commit_interval": _COMMIT_INTERVAL_S, **options})
 
@@ -143,6 +145,7 @@ class AgentsApp(MemberApp):
 
     async def settle(self, timeout_s: float) -> None:
         """Give agents nothing more; wait for what they are at, and commit: half of the time for each. The last commit."""
+        self.leaving = True
         if self._consumer is not None:
             await self._consumer.settle(timeout_s)
         self._settled = True

@@ -161,7 +161,7 @@ class _OffsetsConsumer(_Consumer):
             await self.settle(self.app.ours.revoke_timeout_s)
         self._readings = {}
         await super().on_partitions_revoked(revoked)
-        self.settling = self.app.settled
+        self.settling = self.app.leaving
 
     async def commit_and_end_transactions(self) -> None:
         """It was settled before."""
