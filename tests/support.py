@@ -1,4 +1,4 @@
-"""Runs the `pipeline` program as users do, in processes of its own that never outlive the test."""
+"""Runs the `pipeline` program as users do, in processes of its own that never outlive the test; waits, threads, a clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -62,6 +63,40 @@ def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 30.0) -> A
             return result
         assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
         time.sleep(0.01)
+
+
+@contextmanager
+def again_and_again(work: Callable[[], object], pause_s: float) -> Iterator[None]:
+    """Do `work` in a thread, with pauses, until the context is left and it is done for the last time."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(pause_s):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class HandClock:
+    """One time for both clocks, which stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.s = 1_000.0
+
+    def now_ms(self) -> int:
+        return int((self.s + 1_700_000_000) * 1000)
+
+    def monotonic_s(self) -> float:
+        return self.s
+
+    def new_id(self) -> str:
+        return "an-id"
 
 
 def everything(reader: Reader) -> Token:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import signal
-import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.broker.agents import BOTH, FORMATS, PARTITIONS, SHOP, WAIT_S, Source,
 from tests.broker.drive import Role, server, wait_exit
 from tests.broker.kafka import App, Broker, new_app
 from tests.broker.test_workers import member, status
-from tests.support import pipeline, wait_until
+from tests.support import again_and_again, pipeline, wait_until
 
 FAILING = """
 import os, pipeline
@@ -37,24 +37,10 @@ async def record(stream):
 """
 
 
-@contextmanager
-def sending(source: Source, *, pause_s: float = 0.04) -> Any:
+def sending(source: Source, *, pause_s: float = 0.04) -> AbstractContextManager[None]:
     """Sends events all the time, in rounds."""
-    stop = threading.Event()
-
-    def run() -> None:
-        number = 0
-        while not stop.wait(pause_s):
-            source.send(range(number, number + 10))
-            number += 10
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    rounds = (range(number, number + 10) for number in itertools.count(0, 10))
+    return again_and_again(lambda: source.send(next(rounds)), pause_s)
 
 
 @pytest.mark.parametrize("owner", adapter.PRIVATE, ids=lambda it: f"{it.__module__}.{it.__qualname__}")

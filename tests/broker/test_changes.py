@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from pipeline import Publisher
 from tests.broker.agents import WAIT_S, Source, metric
 from tests.broker.drive import PUBLISHER, server
 from tests.broker.kafka import App
-from tests.support import wait_until
+from tests.support import again_and_again, wait_until
 
 WATCH = """
 import asyncio, json, os, pipeline
@@ -80,27 +80,23 @@ class Load:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        stop = threading.Event()
         with Publisher(self._app.url, **PUBLISHER) as publisher:
             revenue = publisher.sum("revenue", labels=("region",))
             other = publisher.sum("other", labels=("region",))
 
-            def run() -> None:
-                number = 0
-                while not stop.wait(0.01):
-                    number += 1
-                    region = f"r{number * number % 17}"
-                    revenue.add(number, region=region)
-                    other.add(1, region=region)
-                    self.expected[region] += number
+            numbers = itertools.count(1)
 
-            thread = threading.Thread(target=run)
-            thread.start()
+            def add() -> None:
+                number = next(numbers)
+                region = f"r{number * number % 17}"
+                revenue.add(number, region=region)
+                other.add(1, region=region)
+                self.expected[region] += number
+
             try:
-                yield
+                with again_and_again(add, 0.01):
+                    yield
             finally:
-                stop.set()
-                thread.join()
                 publisher.flush(timeout_s=WAIT_S)
 
 

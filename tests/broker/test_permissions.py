@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from confluent_kafka.admin import AdminClient
 
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
@@ -24,22 +22,10 @@ from pipeline.settings import KafkaSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import PUBLISHER, server, worker
 from tests.broker.inside import folding, serving, sums, wait_folded, worker_at
-from tests.broker.kafka import Broker, admin_client
-from tests.broker.users import GROUP, ID, LEAST, PROPERTIES, Own, flags, login, user
+from tests.broker.users import GROUP, ID, LEAST, Own, flags, login, user
 from tests.support import pipeline, wait_until
 
 WAIT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def shared(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, AdminClient]]:
-    with Broker(tmp_path_factory.mktemp("kafka"), PROPERTIES, client=login("admin")) as broker:
-        yield broker.bootstrap, admin_client(broker.bootstrap, **login("admin"))
-
-
-@pytest.fixture
-def own(shared: tuple[str, AdminClient]) -> Own:
-    return Own(*shared)
 
 
 def folded(role: ClusterWorker) -> object:

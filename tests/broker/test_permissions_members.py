@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka.admin import AdminClient
 
 from pipeline import Publisher
 from pipeline.topics import CHANGELOG
 from tests.broker.drive import PUBLISHER, Role, wait_exit, worker
 from tests.broker.inside import folding
-from tests.broker.kafka import Broker, admin_client
 from tests.broker.test_permissions import folded
-from tests.broker.users import GROUP, ID, LEAST_OF_MEMBER, MEMBERS, PROPERTIES, Own, flags, login, user
+from tests.broker.users import GROUP, ID, LEAST_OF_MEMBER, MEMBERS, Own, flags, login, user
 from tests.support import pipeline, wait_until
 
 WAIT_S = 60.0
 SESSION_MS = 6_000
-
-
-@pytest.fixture(scope="module")
-def shared(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, AdminClient]]:
-    with Broker(tmp_path_factory.mktemp("kafka"), PROPERTIES, client=login("admin")) as broker:
-        yield broker.bootstrap, admin_client(broker.bootstrap, **login("admin"))
-
-
-@pytest.fixture
-def own(shared: tuple[str, AdminClient]) -> Own:
-    return Own(*shared)
 
 
 def member(own: Own, scratch: Path, name: str, who: str = "worker") -> Role:

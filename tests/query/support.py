@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -31,6 +31,7 @@ from pipeline.query.reader import ViewReader
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import Partition
+from tests.support import again_and_again
 
 
 class World:
@@ -136,22 +137,9 @@ class World:
             if partition.task.dirty:
                 partition.commit()
 
-    @contextmanager
-    def folding(self, interval_s: float = 0.002) -> Iterator[None]:
+    def folding(self, interval_s: float = 0.002) -> AbstractContextManager[None]:
         """Fold in a thread, again and again."""
-        stop = threading.Event()
-
-        def run() -> None:
-            while not stop.wait(interval_s):
-                self.fold()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+        return again_and_again(self.fold, interval_s)
 
 
 class Reply(NamedTuple):

@@ -16,8 +16,7 @@ from pipeline.query.ends import EndsNow, EndsPolled
 from pipeline.query.reader import ViewReader
 from pipeline.topics import DELTAS
 from tests.query.support import World
-from tests.query.test_staleness import FakeClock
-from tests.support import wait_until
+from tests.support import HandClock, wait_until
 
 DEFINITION = Definition("v", "sum", ("n",))
 
@@ -25,7 +24,7 @@ DEFINITION = Definition("v", "sum", ("n",))
 class Log:
     """Says where it ends, takes its time for it, or fails."""
 
-    def __init__(self, clock: FakeClock) -> None:
+    def __init__(self, clock: HandClock) -> None:
         self.clock = clock
         self.end = 7
         self.takes_s = 0.0
@@ -47,12 +46,12 @@ class Log:
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
+def clock() -> HandClock:
+    return HandClock()
 
 
 @pytest.fixture
-def log(clock: FakeClock) -> Log:
+def log(clock: HandClock) -> Log:
     return Log(clock)
 
 
@@ -173,7 +172,7 @@ def test_polled_keeps_its_time_while_the_log_is_away(log: Log, caplog: pytest.Lo
         wait_until(lambda: ends().at_s == log.clock.s, "the present", 60)
 
 
-def test_staleness_grows_while_the_log_is_away(clock: FakeClock) -> None:
+def test_staleness_grows_while_the_log_is_away(clock: HandClock) -> None:
     """An answer says its true age, from the last time that the log was seen to end where it is; then it is young again."""
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {("a",): 1})

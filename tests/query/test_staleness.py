@@ -17,24 +17,9 @@ from pipeline.query.reader import AsOf, ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsets, bound_ms
 from pipeline.topics import DELTAS
 from tests.query.support import World
+from tests.support import HandClock
 
 DEFINITION = Definition("v", "sum")
-
-
-class FakeClock:
-    """One time for both clocks, which stands still until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.s = 1_000.0
-
-    def now_ms(self) -> int:
-        return int((self.s + 1_700_000_000) * 1000)
-
-    def monotonic_s(self) -> float:
-        return self.s
-
-    def new_id(self) -> str:
-        return "an-id"
 
 
 def as_of(world: World) -> AsOf:
@@ -66,7 +51,7 @@ actions = st.one_of(
 def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) -> None:
     """Whatever the log accepted and an answer lacks is no older than the answer says; and a reader that has it all says
     next to nothing, unless it cannot see the log."""
-    clock = FakeClock()
+    clock = HandClock()
     world = World(partition_count=2, clock=clock)
     for number in range(2):
         world.append(number, DEFINITION, {(): 1})
@@ -118,7 +103,7 @@ def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) ->
 
 def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
     """With nothing folded and the log away, the bound is unknown; one unknown partition makes the whole unknown."""
-    clock = FakeClock()
+    clock = HandClock()
     world = World(partition_count=2, clock=clock)
     world.append(0, DEFINITION, {(): 1})
     world.fold()
@@ -134,7 +119,7 @@ def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
 
 def test_a_reader_behind_the_log_grows_stale() -> None:
     """What was seen before the missing record was accepted bounds it, tighter than the last folded record does."""
-    clock = FakeClock()
+    clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
     world.fold()
@@ -150,7 +135,7 @@ def test_a_reader_behind_the_log_grows_stale() -> None:
 
 def test_gauges_say_lag_and_staleness() -> None:
     """`partitions` sets both, by partition."""
-    clock = FakeClock()
+    clock = HandClock()
     world = World(partition_count=2, clock=clock)
     as_of_nothing = world.reader.partitions()
     assert [(state.lag, state.staleness_ms) for state in as_of_nothing] == [(0, 0), (0, 0)]
@@ -203,7 +188,7 @@ def test_a_minute_is_remembered_in_bounded_memory() -> None:
 
 def test_gauges_hide_nothing() -> None:
     """Staleness that nobody knows is infinite, not what it was: of stores being restored, and of partitions without one."""
-    clock = FakeClock()
+    clock = HandClock()
     world = World(partition_count=2, clock=clock)
     seen = Seen(clock.s, {0: 0, 1: 0, 2: 0}, {})
     world.reader = ViewReader(
@@ -255,7 +240,7 @@ def test_what_was_seen_counts_before_the_wall_clock(position: Position, reached_
 
 def test_ends_are_noted_before_the_store_is_looked_at() -> None:
     """What is folded between the two can only make an answer fresher than it says."""
-    clock = FakeClock()
+    clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
     world.fold()
@@ -291,7 +276,7 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
 @pytest.mark.parametrize("end", [1, 2, 5])
 def test_a_position_in_a_topic_that_is_gone_covers_nothing(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
     """Deltas made anew: the old position may lie beyond their end, yet nothing of them is in the answers."""
-    clock = FakeClock()
+    clock = HandClock()
     monkeypatch.setattr(MemoryLog, "topic_id", lambda self, topic: "old")
     world = World(partition_count=1, clock=clock)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A log in memory that grows, goes away and is made anew; a clock that is set by hand; a worker that commits on demand."""
+"""A log in memory that grows, goes away and is made anew; a worker that commits on demand."""
 
 from __future__ import annotations
 
@@ -14,26 +14,11 @@ from pipeline.ports import LogReader, Message, ReadableStore, Store, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import Partition
+from tests.support import HandClock
 
 DAY_MS = 86_400_000
 VIEW = Definition("v", "sum", ("n",))
 TOPICS = (DELTAS, CHANGELOG, DEAD_LETTERS)
-
-
-class HandClock:
-    """One time for both clocks, which stands still until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.s = 1_000.0
-
-    def now_ms(self) -> int:
-        return int((self.s + 1_700_000_000) * 1000)
-
-    def monotonic_s(self) -> float:
-        return self.s
-
-    def new_id(self) -> str:
-        return "an-id"
 
 
 class Recorder:

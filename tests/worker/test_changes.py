@@ -21,8 +21,7 @@ from pipeline.ports import Message
 from pipeline.topics import CHANGELOG
 from pipeline.worker.changes import Change, ChangeFeed
 from pipeline.worker.follower import StoreMeta, write_entries
-from tests.support import wait_until
-from tests.worker.support import HandClock
+from tests.support import HandClock, wait_until
 
 VIEW = Definition("revenue", "sum", ("region",))
 MEAN = Definition("mean", "mean", ())

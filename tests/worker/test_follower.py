@@ -22,7 +22,8 @@ from pipeline.worker.follower import (
     restore,
     write_entries,
 )
-from tests.worker.support import DAY_MS, ChangingLog, HandClock, WatchedStore, Worker, series_of
+from tests.support import HandClock
+from tests.worker.support import DAY_MS, ChangingLog, WatchedStore, Worker, series_of
 
 POSITION = (POSITION_KEY, encode_position(Position(1, 1, 1)))
 

@@ -12,8 +12,8 @@ import pytest
 import pipeline.metrics as m
 from pipeline.errors import Unavailable
 from pipeline.worker.mirror import Mirror
-from tests.support import wait_until
-from tests.worker.support import HandClock, Recorder
+from tests.support import HandClock, wait_until
+from tests.worker.support import Recorder
 
 
 class Watched:

@@ -14,7 +14,8 @@ from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.follower import read_meta, read_position
-from tests.worker.support import ChangingLog, HandClock, Recorder, Worker, fold_all, new_partition, series_of
+from tests.support import HandClock
+from tests.worker.support import ChangingLog, Recorder, Worker, fold_all, new_partition, series_of
 
 
 @pytest.fixture

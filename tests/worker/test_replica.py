@@ -16,7 +16,8 @@ from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import Progress, read_meta, read_position
 from pipeline.worker.replica import LAG_MAX_S, ReplicaLoop
-from tests.worker.support import DAY_MS, ChangingLog, HandClock, Recorder, WatchedStores, Worker, series_of
+from tests.support import HandClock
+from tests.worker.support import DAY_MS, ChangingLog, Recorder, WatchedStores, Worker, series_of
 
 
 class Server:

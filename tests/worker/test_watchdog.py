@@ -13,7 +13,8 @@ from pipeline.adapters.memory import MemoryStores
 from pipeline.errors import Stalled
 from pipeline.worker.follower import Progress
 from pipeline.worker.watchdog import AWAY_S, WAIT_S, Seen, Since, Watchdog, judge, look_at, stacks
-from tests.worker.support import ChangingLog, HandClock, Recorder, Worker, new_partition
+from tests.support import HandClock
+from tests.worker.support import ChangingLog, Recorder, Worker, new_partition
 
 STALL_S, COMMIT_S = 15.0, 30.0
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tests.broker.chaos.drive import Drive
 from tests.broker.chaos.fleet import SESSION_MS
+from tests.broker.kafka import Broker
 from tests.broker.throttled import OPEN_MS, WRITE_MS
 from tests.support import wait_until
 
@@ -243,45 +244,52 @@ def broker_stop(d: Drive) -> None:
         d.fleet.settled()
 
 
-def each_broker(d: Drive) -> None:
-    """Of three, each broker is killed in turn and comes back; no worker ends."""
+def _each_broker(d: Drive, what: str, happen: Callable[[Broker], object], *, settle: bool = True) -> None:
+    """Something happens to each broker in turn, in no order; then it is in sync again, with `settle` the group too."""
     d.fleet.have(2)
     for broker in d.rng.sample(d.brokers, len(d.brokers)):
-        with d.event(f"kill -9 of broker {broker.node}, and back"):
-            broker.kill()
-            d.say(f"  broker {broker.node} is killed")
-            d.wait_all_moved()
-            broker.start()
-            d.say(f"  broker {broker.node} is back")
+        with d.event(what.format(broker.node)):
+            happen(broker)
             d.wait_in_sync()
             d.wait_all_moved()
-            d.fleet.settled()
+            if settle:
+                d.fleet.settled()
+
+
+def each_broker(d: Drive) -> None:
+    """Of three, each broker is killed in turn and comes back; no worker ends."""
+
+    def happen(broker: Broker) -> None:
+        broker.kill()
+        d.say(f"  broker {broker.node} is killed")
+        d.wait_all_moved()
+        broker.start()
+        d.say(f"  broker {broker.node} is back")
+
+    _each_broker(d, "kill -9 of broker {}, and back", happen)
 
 
 def each_broker_stopped(d: Drive) -> None:
     """Of three, each broker stands still in turn; no worker ends."""
-    d.fleet.have(2)
-    for broker in d.rng.sample(d.brokers, len(d.brokers)):
-        with d.event(f"SIGSTOP of broker {broker.node} for {BROKER_STOP_S:g} s"):
-            broker.pause()
-            d.say(f"  broker {broker.node} stands still")
-            time.sleep(BROKER_STOP_S)
-            broker.resume()
-            d.wait_in_sync()
-            d.wait_all_moved()
-            d.fleet.settled()
+
+    def happen(broker: Broker) -> None:
+        broker.pause()
+        d.say(f"  broker {broker.node} stands still")
+        time.sleep(BROKER_STOP_S)
+        broker.resume()
+
+    _each_broker(d, f"SIGSTOP of broker {{}} for {BROKER_STOP_S:g} s", happen)
 
 
 def brokers_blink(d: Drive) -> None:
     """Of three, each broker stands still just so long that others lead its partitions when it wakes; no worker ends."""
-    d.fleet.have(2)
-    for broker in d.rng.sample(d.brokers, len(d.brokers)):
-        with d.event(f"broker {broker.node} blinks"):
-            broker.pause()
-            time.sleep(d.rng.uniform(*BLINK_S))
-            broker.resume()
-            d.wait_in_sync()
-            d.wait_all_moved()
+
+    def happen(broker: Broker) -> None:
+        broker.pause()
+        time.sleep(d.rng.uniform(*BLINK_S))
+        broker.resume()
+
+    _each_broker(d, "broker {} blinks", happen, settle=False)
     d.fleet.settled()
 
 
