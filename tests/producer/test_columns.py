@@ -1,0 +1,438 @@
+"""Deltas that are recorded many at a time make the same totals as one by one, or none at all."""
+
+import array
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeline.metrics as m
+import pipeline.producer.batch as batch_module
+import pipeline.producer.columns as columns_module
+from pipeline.core.merge import INT_BITS_MAX, TS_MS_MAX
+from pipeline.core.record import LABEL_VALUE_BYTES_MAX
+from pipeline.errors import BufferFull, Invalid
+from pipeline.producer.cell import SumCell
+from tests.producer.support import FaultyLog, Meter, fold, hurried_threads, in_threads, memory_log, publisher, wait_until
+
+np = pytest.importorskip("numpy")
+pa = pytest.importorskip("pyarrow")
+
+NUMBERS = st.one_of(
+    st.integers(-(2**70), 2**70),
+    st.integers(-(2**INT_BITS_MAX) + 1, 2**INT_BITS_MAX - 1),
+    st.integers(-(2**53), 2**53).map(lambda n: n / 8),  # so that floats add up to the same in any order
+    st.booleans(),
+    st.fractions(0, 5, max_denominator=4),
+)
+TEXTS = st.sampled_from(["", "eu", "us", "ü", "x" * 300])
+TIMES = st.integers(0, 5)
+ROWS = st.lists(st.tuples(TEXTS, TEXTS, NUMBERS, TIMES), max_size=60)
+KINDS = ["sum", "min", "max", "mean", "last"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(rows=ROWS, cut=st.integers(0, 60), run=st.integers(1, 8))
+def test_a_batch_makes_the_totals_that_its_rows_make_one_by_one(kind: str, rows: list[Any], cut: int, run: int) -> None:
+    """Of every kind, for numbers of every size, in one batch or two, however many rows one call of C takes."""
+    log = memory_log()
+    was, batch_module.RUN_ROWS_MAX = batch_module.RUN_ROWS_MAX, run
+    try:
+        with publisher(log) as pub:
+            alone = pub.view(kind, "alone", labels=("b", "a"))
+            batch = pub.view(kind, "batch", labels=("b", "a"))
+            times = kind == "last"
+            for b, a, value, ts_ms in rows:
+                cell = alone.labels(b, a)  # type: ignore[attr-defined]
+                getattr(cell, alone.kind.method)(value, *([ts_ms] if times else []))
+            for part in (rows[:cut], rows[cut:]):
+                table = {name: [row[i] for row in part] for i, name in enumerate(["b", "a", "value", "ts_ms"])}
+                if not times:
+                    del table["ts_ms"]
+                assert pub.record_batch(batch, table) == len(part)
+            pub.flush()
+            assert pub.stats()["deltas"] == 2 * len(rows)
+    finally:
+        batch_module.RUN_ROWS_MAX = was
+    views = fold(log)
+    assert views.of("batch") == views.of("alone")
+
+
+def test_values_to_one_series_make_the_totals_that_they_make_one_by_one() -> None:
+    """`add_many` and `observe_many`, of handles and of views; twice is twice."""
+    log = memory_log()
+    with publisher(log) as pub:
+        total, mean = pub.sum("total", labels=("a",)), pub.mean("mean", labels=("a",))
+        cell, seen = total.labels("x"), mean.labels("x")
+        cell.add(2)
+        for _ in range(2):
+            assert cell.add_many([1, 2**80, True]) == 3
+            assert total.add_many(np.array([15, 25]), a="x") == 2
+            assert seen.observe_many(range(5)) == 5
+            assert mean.observe_many(pa.array([10, 20]), a="x") == 2
+        assert total.add_many(iter([]), a="never") == 0
+        pub.min("low").observe_many((3, 1, 2))
+        pub.max("high").labels().observe_many(deltas for deltas in (3, 1, 2))
+    views = fold(log)
+    assert views.of("total") == {("x",): 2 + 2 * (1 + 2**80 + 1) + 2 * 40}
+    assert views.of("mean") == {("x",): (10 + 30) / 7}
+    assert views.of("low") == {(): 1}
+    assert views.of("high") == {(): 3}
+
+
+def columns_of(items: list[Any], *, text: bool = False) -> list[Any]:
+    """A column in every shape that can hold it."""
+    half = len(items) // 2
+    arrow = pa.array(items)
+    shapes: list[Any] = [
+        items, tuple(items), iter(items), np.array(items), np.array(items, dtype=object), np.array(items * 2)[: len(items)],
+        np.repeat(np.array(items), 2)[::2], arrow, pa.array([*items, *items]).slice(len(items)),
+        pa.chunked_array([items[:half], items[half:]]), arrow.dictionary_encode(),
+        pa.chunked_array([arrow[:0], arrow]).dictionary_encode(),
+        pa.array([*items, *items]).dictionary_encode().slice(len(items)),
+        pa.chunked_array([pa.array(part).dictionary_encode() for part in (items[:half], items[half:])]),
+    ]  # fmt: skip
+    if text:
+        return [*shapes, arrow.cast(pa.large_string()), arrow.cast(pa.string_view())]
+    return [*shapes, array.array("q" if isinstance(items[0], int) else "d", items), memoryview(np.array(items))]
+
+
+@pytest.fixture(params=["with NumPy", "without"])
+def numpy_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the program has loaded NumPy; Arrow gets by without."""
+    if request.param == "without":
+        monkeypatch.setattr(columns_module, "sys", SimpleNamespace(modules={}))
+
+
+@pytest.mark.usefixtures("numpy_is_loaded")
+def test_columns_of_every_shape_hold_the_same_rows() -> None:
+    """Sequences, NumPy and Arrow arrays, sliced, chunked or encoded, for labels and for values."""
+    log = memory_log()
+    texts, ints, floats = ["a", "b", "a", "ü", ""], [1, -2, 2**62, 4, 5], [0.1, 0.2, 0.3, 0.4, -0.5]
+    with publisher(log) as pub:
+        for name, values in (("ints", ints), ("floats", floats)):
+            made = 0
+            for texts_column, values_column in zip(columns_of(texts, text=True), columns_of(values), strict=True):
+                view = pub.max(f"{name}_{made}", labels=("t", "row"))
+                rows = [str(i) for i in range(5)]
+                assert pub.record_batch(view, {"t": texts_column, "row": rows, "value": values_column}) == 5
+                made += 1
+    views = fold(log)
+    for name, values in (("ints", ints), ("floats", floats)):
+        for i in range(made):
+            expected = {(str(row), text): values[row] for row, text in enumerate(texts)}
+            assert views.of(f"{name}_{i}") == expected, (name, i)  # labels come in the order of their names
+            assert {type(answer) for answer in views.of(f"{name}_{i}").values()} == {type(values[0])}
+
+
+@pytest.mark.parametrize(
+    "width", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
+)
+@pytest.mark.parametrize("library", ["numpy", "arrow"])
+@pytest.mark.usefixtures("numpy_is_loaded")
+def test_every_width_of_number_is_exact(library: str, width: str) -> None:
+    """The largest and smallest number of each width become that Python number."""
+    kind = np.dtype(width)
+    limits = np.finfo(kind) if kind.kind == "f" else np.iinfo(kind)
+    items = [limits.max, limits.min, kind.type(1)]
+    column = np.array(items, dtype=kind) if library == "numpy" else pa.array(np.array(items, dtype=kind))
+    log = memory_log()
+    with publisher(log) as pub:
+        pub.record_batch(pub.max("v", labels=("row",)), {"row": ["0", "1", "2"], "value": column})
+    for row, item in enumerate(items):
+        answer = fold(log).of("v")[str(row),]
+        assert answer == kind.type(item).item()
+        assert type(answer) is (float if kind.kind == "f" else int)
+
+
+def test_tables_are_mappings_of_columns() -> None:
+    """An Arrow table or record batch in place of the mapping; one value in place of a column; no rows at all."""
+    log = memory_log()
+    with publisher(log) as pub:
+        view = pub.sum("v", labels=("b", "a"))
+        table = pa.table({"value": [1, 2, 3], "a": ["x", "y", "x"], "b": ["1", "1", "1"]})
+        assert pub.record_batch(view, table) == 3
+        assert pub.record_batch(view, table.to_batches()[0]) == 3
+        assert pub.record_batch(view, {"a": "x", "b": np.str_("1"), "value": [10, 20]}) == 2
+        assert pub.record_batch(view, {"a": ["x", "z"], "b": pa.scalar("1"), "value": np.int64(100)}) == 2
+        assert pub.record_batch(view, {"a": "z", "b": "1", "value": np.array(0.5)}) == 1
+        assert pub.record_batch(view, {"a": [], "b": "1", "value": 1}) == 0
+        assert pub.record_batch(view, table.slice(0, 0)) == 0
+        assert (
+            pub.record_batch(view, pa.table({name: pa.chunked_array([], pa.string()) for name in "ab"} | {"value": []})) == 0
+        )
+        none = pub.sum("none")
+        assert pub.record_batch(none, {"value": [1, 2, 3]}) == 3
+    views = fold(log)
+    assert views.of("v") == {("x", "1"): 2 * 4 + 30 + 100, ("y", "1"): 2 * 2, ("z", "1"): 100.5}
+    assert views.of("none") == {(): 6}
+
+
+@pytest.mark.parametrize("codes_max", [0, 65_536])
+@pytest.mark.usefixtures("numpy_is_loaded")
+def test_labels_by_code_make_the_totals_of_their_texts(monkeypatch: pytest.MonkeyPatch, codes_max: int) -> None:
+    """By few codes or by many; also when two codes stand for one text, or rows are cut out of the middle."""
+    monkeypatch.setattr(batch_module, "CODES_MAX", codes_max)
+    log = memory_log()
+    a, b = ["x", "y", "z", "y"] * 50, ["1", "1", "2", "3", "3"] * 40
+    values = [2**i for i in range(200)]
+    twice = pa.DictionaryArray.from_arrays([0, 1, 2, 0], ["x", "y", "x"])
+    with publisher(log) as pub:
+        alone, coded = pub.sum("alone", labels=("a", "b")), pub.sum("coded", labels=("a", "b"))
+        for row in zip(a, b, values, strict=True):
+            alone.labels(*row[:2]).add(row[2])
+        table = {"a": pa.array(["w", *a, "w"]).dictionary_encode()[1:-1], "b": pa.array(b), "value": values}
+        assert pub.record_batch(coded, table) == 200
+        total, newest = pub.sum("total", labels=("a",)), pub.last("newest", labels=("a",))
+        total.add(0, a="x")
+        assert pub.record_batch(total, {"a": twice, "value": [1, 2, 4, 8]}) == 4
+        assert pub.record_batch(newest, {"a": twice, "value": [1, 2, 4, 3]}) == 4
+    views = fold(log)
+    assert views.of("coded") == views.of("alone")
+    assert views.of("total") == {("x",): 13, ("y",): 2}
+    assert views.of("newest") == {("x",): 3, ("y",): 2}
+
+
+def test_the_newest_row_of_a_last_view_counts() -> None:
+    """By its own time; of rows without times, the last of each series."""
+    log = memory_log()
+    with publisher(log) as pub:
+        view = pub.last("v", labels=("a",))
+        pub.record_batch(view, {"a": ["x", "x", "y", "y"], "value": ["new", "old", None, 2.5], "ts_ms": [2, 1, 1, 2]})
+        now = pub.last("now", labels=("a",))
+        pub.record_batch(now, {"a": ["x", "x", "y"], "value": ["z", "a", True]})
+        pub.record_batch(pub.last("long", labels=("a",)), {"a": ["x", "y"], "value": ["t" * 60_000, "u"], "ts_ms": 7})
+    views = fold(log)
+    assert views.of("v") == {("x",): "new", ("y",): 2.5}
+    assert views.of("now") == {("x",): "a", ("y",): True}
+    assert views.of("long") == {("x",): "t" * 60_000, ("y",): "u"}
+
+
+OK = ["x", "y", "z"]
+BAD: list[tuple[str, Any, str]] = [
+    ("sum", {"a": OK, "value": [1, math.nan, 3]}, "column value, row 1: a finite number"),
+    ("sum", {"a": OK, "value": [1, 2, math.inf]}, "column value, row 2: a finite number"),
+    ("sum", {"a": OK, "value": [math.inf, -math.inf, 1.0]}, "column value, row 0"),
+    ("sum", {"a": OK, "value": [1.7e308, 1.7e308, None]}, "column value, row 2: a number is needed, got NoneType"),
+    ("sum", {"a": OK, "value": [1, 2, 2**INT_BITS_MAX]}, "column value, row 2: an int of"),
+    ("sum", {"a": OK, "value": [1, "2", 3]}, "column value, row 1: a number is needed, got str"),
+    ("sum", {"a": OK, "value": [[1], 2, 3]}, "column value, row 0"),
+    ("sum", {"a": OK, "value": b"123"}, "column value, row 0: a number is needed, got bytes"),
+    ("sum", {"a": OK, "value": np.array([1.0, np.nan, 2.0])}, "column value, row 1"),
+    ("sum", {"a": OK, "value": np.array([1.0, 2.0, np.inf], dtype=np.float32)}, "column value, row 2"),
+    ("sum", {"a": OK, "value": np.array([1, 2, 3], dtype="M8[ns]")}, "column value: dates"),
+    ("sum", {"a": OK, "value": np.array([1, 2, 3], dtype="m8[ns]")}, "column value: dates"),
+    ("sum", {"a": OK, "value": np.array([1, 2, 3], dtype=complex)}, "column value, row 0"),
+    ("sum", {"a": OK, "value": np.ones((3, 1))}, "column value: one dimension is needed, got 2"),
+    ("sum", {"a": OK, "value": np.ma.array([1, 2, 3], mask=[0, 0, 1])}, "column value, row 2"),
+    ("sum", {"a": OK, "value": pa.array([1, None, 3])}, "column value, row 1"),
+    ("sum", {"a": OK, "value": pa.array([1.0, 2.0, float("nan")])}, "column value, row 2"),
+    ("sum", {"a": OK, "value": pa.array([1, 2, 3], pa.timestamp("ms"))}, "column value, row 0"),
+    ("sum", {"a": OK, "value": {1: 2, 3: 4, 5: 6}}, "column value: a dict is no column"),
+    ("sum", {"a": OK, "value": {1, 2, 3}}, "column value: a set is no column"),
+    ("monotone", {"a": OK, "value": [1, 2, -3]}, "column value, row 2: a monotone sum"),
+    ("monotone", {"a": OK, "value": np.array([1, 2, -3])}, "column value, row 2: a monotone sum"),
+    ("monotone", {"a": OK, "value": [1.5, -0.5, 3.0]}, "column value, row 1: a monotone sum"),
+    ("sum", {"a": ["x", 1, "z"], "value": 1}, "row 1: label a of view v: text expected, got int"),
+    ("sum", {"a": ["x", "y", ["z"]], "value": 1}, "row 2: label a of view v: text expected, got list"),
+    ("sum", {"a": [b"x", "y", "z"], "value": 1}, "row 0: label a of view v: text expected, got bytes"),
+    ("sum", {"a": ["x", "\ud800", "z"], "value": 1}, "row 1: label a of view v: not valid Unicode"),
+    ("sum", {"a": ["x", "y", "z" * (LABEL_VALUE_BYTES_MAX + 1)], "value": 1}, "row 2: label a of view v: 4097 bytes"),
+    ("sum", {"a": pa.array(["x", None, "z"]), "value": 1}, "row 1: label a of view v: text expected, got NoneType"),
+    ("sum", {"a": pa.array(["x", "y", None]).dictionary_encode(), "value": 1}, "row 2: label a"),
+    ("sum", {"a": pa.array([1, 2, 3]), "value": 1}, "row 0: label a of view v: text expected, got int"),
+    ("sum", {"a": None, "value": [1, 2]}, "row 0: label a of view v: text expected, got NoneType"),
+    ("sum", {"a": OK, "value": [1, 2]}, "column a has 3 rows, column value 2"),
+    ("sum", {"a": [], "value": [1, 2]}, "column a has 0 rows, column value 2"),
+    ("sum", {"a": OK}, "columns ['a', 'value'] are needed; got ['a']"),
+    ("sum", {"value": [1]}, "columns ['a', 'value'] are needed; got ['value']"),
+    ("sum", {"a": OK, "value": 1, "b": OK}, "got ['a', 'value', 'b']"),
+    ("sum", {"a": OK, "value": 1, "ts_ms": 1}, "got ['a', 'value', 'ts_ms']"),
+    ("sum", [1, 2, 3], "a mapping of columns is needed, or a table, got list"),
+    ("sum", pa.table([OK, OK], names=["a", "a"]), "got ['a', 'a']"),
+    ("last", {"a": OK, "value": [1, math.nan, 3], "ts_ms": 1}, "column value, row 1"),
+    ("last", {"a": OK, "value": [1, 2, "\ud800"], "ts_ms": 1}, "column value, row 2: a text that is not valid Unicode"),
+    ("last", {"a": OK, "value": 1, "ts_ms": [1, 2, -1]}, "column ts_ms, row 2"),
+    ("last", {"a": OK, "value": 1, "ts_ms": [1, 2.0, 3]}, "column ts_ms, row 1"),
+    ("last", {"a": OK, "value": "t", "ts_ms": [1, 2, TS_MS_MAX + 1]}, "column ts_ms, row 2"),
+    ("last", {"a": OK, "value": 1, "ts_ms": np.array([1, 2, 3], dtype="M8[ms]")}, "column ts_ms: dates"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "columns", "says"), BAD)
+@pytest.mark.usefixtures("numpy_is_loaded")
+def test_a_bad_row_is_named_and_nothing_is_recorded(kind: str, columns: Any, says: str) -> None:
+    """`Invalid` with the column and the row, and no series is left behind."""
+    log = memory_log()
+    with publisher(log) as pub:
+        monotone = kind == "monotone"
+        view = pub.view("sum" if monotone else kind, "v", labels=("a",), monotone=monotone)
+        with pytest.raises(Invalid, match=re.escape(says)):
+            pub.record_batch(view, columns)
+        assert len(view) == 0
+        assert pub.stats()["buffer_bytes"] == 0
+        pub.flush()
+        assert pub.stats()["deltas"] == 0
+    assert fold(log).answers == {}
+
+
+def test_bad_values_for_one_series_are_named() -> None:
+    """`add_many` says the row as batches do, and takes no single number."""
+    with publisher(memory_log()) as pub:
+        cell = pub.sum("v").labels()
+        with pytest.raises(Invalid, match="row 2: a finite number"):
+            cell.add_many([1, 2.5, math.nan])
+        for wrong in (5, "12", None):
+            with pytest.raises(Invalid, match="a sequence of numbers is needed"):
+                cell.add_many(wrong)
+        with pytest.raises(Invalid, match="row 0: a monotone sum"):
+            pub.sum("m", monotone=True).add_many([-1])
+        pub.flush()
+        assert pub.stats()["deltas"] == 0
+
+
+def test_numbers_of_other_libraries_are_read_once() -> None:
+    """They become plain numbers at the call: what changes them later changes nothing."""
+    log = memory_log()
+    values = [Decimal("1.5"), Fraction(1, 4), np.int64(2**62), np.float32(0.1)]
+    own = [1, 2]
+    array = np.array([1.0, 2.0])
+    column = columns_module.read_value("value", array)
+    array[:] = math.nan  # as another thread can, behind the check
+    assert columns_module.rows_of(column, 2) == [1.0, 2.0]
+    with publisher(log) as pub:
+        pub.sum("v").add_many(values)
+        pub.sum("own").add_many(own)
+        own[:] = [100, 200]
+    assert fold(log).of("v") == {(): 1.5 + 0.25 + 2**62 + float(np.float32(0.1))}
+    assert fold(log).of("own") == {(): 3}
+
+
+def test_a_label_named_as_the_columns_of_values_is_refused() -> None:
+    """A mapping could not say which is meant."""
+    with publisher(memory_log()) as pub:
+        for view in (pub.sum("v", labels=("value",)), pub.last("w", labels=("ts_ms",))):
+            with pytest.raises(Invalid, match="record by handles"):
+                pub.record_batch(view, {"value": [1]})
+        assert pub.record_batch(pub.sum("t", labels=("ts_ms",)), {"ts_ms": "5", "value": [1]}) == 1
+
+
+def test_views_of_others_and_closed_publishers_are_refused() -> None:
+    """`Invalid`, as for single deltas."""
+    with publisher(memory_log()) as pub, publisher(memory_log()) as other:
+        mine, theirs = pub.sum("v"), other.sum("v")
+        with pytest.raises(Invalid, match="not of this publisher"):
+            pub.record_batch(theirs, {"value": [1]})
+        with pytest.raises(Invalid, match="a view of this publisher is needed, got str"):
+            pub.record_batch("v", {"value": [1]})  # type: ignore[arg-type]
+    with pytest.raises(Invalid, match=r"this publisher is closed$"):
+        pub.record_batch(mine, {"value": [1]})
+    with pytest.raises(Invalid, match="closed"):
+        mine.labels().add_many([1])
+
+
+@pytest.mark.parametrize("on_full", ["block", "raise", "drop_newest"])
+def test_a_batch_that_memory_cannot_hold_is_refused_whole(on_full: str) -> None:
+    """`BufferFull` says that nothing is in, or all its deltas are counted as dropped; smaller batches still fit."""
+    log, meter = FaultyLog(), Meter()
+    log.away = True
+    pub = publisher(log, meter, buffer_bytes_max=200_000, on_full=on_full, block_timeout_ms=20)
+    view = pub.sum("v", labels=("a",))
+    table = {"a": [str(i) for i in range(1_000)] * 2, "value": 1}
+    if on_full == "drop_newest":
+        assert pub.record_batch(view, table) == 0
+        assert meter.of(m.PUBLISHER_DROPPED, "buffer_full") == 2_000
+    else:
+        with pytest.raises(BufferFull, match="nothing of the batch of 2000 deltas was recorded"):
+            pub.record_batch(view, table)
+    assert len(view) == 0
+    assert pub.stats()["buffer_bytes"] == 0
+    assert pub.record_batch(view, {"a": [str(i) for i in range(100)], "value": 1}) == 100
+    log.away = False
+    pub.close()
+    assert fold(log.log).total("v") == 100
+
+
+def test_the_account_is_even_after_batches() -> None:
+    """Bytes of series and of long values come back when all is sent and let go of."""
+    log = memory_log()
+    with publisher(log, flush_interval_ms=1, series_idle_ms=1) as pub:
+        total, text = pub.sum("v", labels=("a",)), pub.last("t", labels=("a",))
+        for i in range(5):
+            pub.record_batch(total, {"a": ["x", "y", "x"], "value": [2**400, 1, 2**4_000]})
+            pub.record_batch(text, {"a": ["x", "y"], "value": ["l" * 5_000, "s"], "ts_ms": i})
+            assert pub.stats()["buffer_bytes"] > 0
+            pub.flush()
+        wait_until(lambda: pub.stats()["buffer_bytes"] == 0)
+    assert fold(log).of("v") == {("x",): 5 * (2**400 + 2**4_000), ("y",): 5}
+
+
+def test_a_series_that_is_let_go_of_in_the_midst_of_a_batch_is_charged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was reserved did not count it; the account is even all the same, and nothing is lost."""
+    log = memory_log()
+    with publisher(log, flush_interval_ms=100_000) as pub:
+        view = pub.sum("v", labels=("a",))
+        cells = [view.labels(name) for name in "xyz"]
+        for cell in cells:
+            cell.add(1)
+        pub.flush()
+        before = pub.stats()["buffer_bytes"]
+        opened = view.open
+
+        def let_go() -> None:
+            view._let_go([*cells])
+            opened()
+
+        monkeypatch.setattr(view, "open", let_go)
+        assert pub.record_batch(view, {"a": ["x", "y", "z", "x"], "value": 10}) == 4
+        assert pub.stats()["buffer_bytes"] == before
+    assert fold(log).of("v") == {("x",): 21, ("y",): 11, ("z",): 11}
+
+
+def test_batches_single_deltas_and_flushes_at_once_are_exact() -> None:
+    """Threads that record both ways into the same series, while cells are let go of for want of memory."""
+    log = memory_log()
+    table = {"a": [str(i % 5) for i in range(40)], "b": "z", "value": [*range(40)]}
+    with publisher(log, flush_interval_ms=1, series_idle_ms=1, buffer_bytes_max=65_536) as pub:
+        view = pub.sum("v", labels=("a", "b"))
+
+        def work(i: int) -> None:
+            for _ in range(300):
+                if i == 0:
+                    view.labels("1", "z").add(1)
+                elif i == 1:
+                    pub.flush()
+                else:
+                    assert pub.record_batch(view, table) == 40
+
+        with hurried_threads():
+            in_threads(4, work)
+    assert fold(log).total("v") == 300 + 2 * 300 * sum(range(40))
+
+
+def test_a_batch_that_meets_the_close_says_how_much_of_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one way for a part of a batch to be recorded."""
+    log = memory_log()
+    pub = publisher(log)
+    view = pub.sum("v", labels=("a",))
+    runs: list[Any] = []
+
+    def close_behind_two(cell: SumCell, *args: Any) -> bool:
+        if len(runs) == 2:
+            pub.close()
+        runs.append(cell)
+        return record_run(cell, *args)
+
+    record_run = SumCell.record_run
+    monkeypatch.setattr(SumCell, "record_run", close_behind_two)
+    with pytest.raises(Invalid, match="closed; 3 of the batch of 5 deltas were recorded before"):
+        pub.record_batch(view, {"a": ["x", "y", "z", "x", "z"], "value": 1})
+    assert fold(log).of("v") == {("x",): 2, ("y",): 1}
+    assert pub.stats()["buffer_bytes"] == 0
