@@ -9,7 +9,7 @@ acknowledgement of acknowledgements is QUIC's, RFC 9000 section 13.2.4.)
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated
 
 import msgspec
@@ -62,6 +62,7 @@ class Sealed(msgspec.Struct, frozen=True):
     partition: int
     sequence: int
     value: bytes
+    """Empty if its bytes were put elsewhere; see `Outbox.stow`."""
     entry_count: int
 
 
@@ -75,6 +76,18 @@ class Outbox:
         """Bytes of all sealed batches that are not acknowledged."""
         self._next: dict[int, int] = {}
         self._unacked: dict[int, dict[int, Sealed]] = {}
+
+    @classmethod
+    def restored(cls, producer_id: str, epoch: int, next_sequences: Mapping[int, int], batches: Iterable[Sealed]) -> Outbox:
+        """The outbox of a producer that sealed batches before: those that are not acknowledged, in order of sequences."""
+        outbox = cls(producer_id, epoch)
+        outbox._next = dict(next_sequences)
+        for sealed in batches:
+            if sealed.sequence >= outbox._next.get(sealed.partition, 0):
+                raise AssertionError(f"sequence {sealed.sequence} of partition {sealed.partition} is still to come")
+            outbox._unacked.setdefault(sealed.partition, {})[sealed.sequence] = sealed
+            outbox.bytes_total += len(sealed.value)
+        return outbox
 
     def __len__(self) -> int:
         return sum(map(len, self._unacked.values()))
@@ -97,6 +110,16 @@ class Outbox:
         sealed = self._unacked.get(partition, {}).pop(sequence, None)
         if sealed is not None:
             self.bytes_total -= len(sealed.value)
+        return sealed
+
+    def stow(self, partition: int, sequence: int) -> Sealed | None:
+        """Keep a batch without its bytes, which are elsewhere: from now on its value is empty. As it was, or None."""
+        batches = self._unacked.get(partition, {})
+        sealed = batches.get(sequence)
+        if sealed is None or not sealed.value:
+            return None
+        batches[sequence] = Sealed(partition, sequence, b"", sealed.entry_count)
+        self.bytes_total -= len(sealed.value)
         return sealed
 
     def next_sequences(self) -> dict[int, int]:

@@ -1,0 +1,50 @@
+"""`pipeline spool`: what is left is shown, and sent once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.conftest import Here
+from tests.producer.spool.support import VIEW, new_spool, suffix
+from tests.producer.spool.test_journal import filled
+
+
+def test_left_and_live(tmp_path: Path, here: Here) -> None:
+    """One line for each slot, with what waits in it; as JSON with the same names as in Python."""
+    spool, _ = filled(tmp_path / "s")
+    spool.close()
+    live = new_spool(tmp_path / "s", "q")
+    shown = here("spool", "ls", str(tmp_path / "s"))
+    assert shown.returncode == 0
+    first, second, last = shown.stdout.splitlines()
+    assert first.startswith("p  left  epoch 0  ")
+    assert "; 1 batches (1 entries) unacknowledged; 6 deltas waiting in 1 series; oldest " in first
+    assert second.startswith("q  live  epoch 0  ")
+    assert last.startswith("1 live, 1 left, ")
+    slots = json.loads(here("spool", "ls", str(tmp_path / "s"), "--json").stdout)["slots"]
+    assert [(slot["producer_id"], slot["live"], slot["delta_count"]) for slot in slots] == [("p", False, 6), ("q", True, 0)]
+    live.close()
+
+
+def test_drained(tmp_path: Path, here: Here) -> None:
+    """What was sent is gone from the spool; what lives is left alone."""
+    spool, _ = filled(tmp_path / "s")
+    spool.close()
+    live = new_spool(tmp_path / "s", "q")
+    live.append_state(live.define(VIEW, suffix("a")), 1, 1)
+    done = here("spool", "drain", str(tmp_path / "s"), "--to", f"embedded:{tmp_path / 'log'}")
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines() == ["p  2 batches acknowledged, 6 deltas were in none before", "q  live: not touched"]
+    live.close()
+    done = here("spool", "drain", str(tmp_path / "s"), "--to", f"embedded:{tmp_path / 'log'}", "--json")
+    assert [(slot["producer_id"], slot["batch_count"]) for slot in json.loads(done.stdout)["slots"]] == [("q", 1)]
+    assert here("spool", "ls", str(tmp_path / "s")).stdout == "0 live, 0 left, 0 bytes\n"
+
+
+def test_no_spool(tmp_path: Path, here: Here) -> None:
+    """A folder that is none is an error of the call, before anything is connected to."""
+    for arguments in (("ls", str(tmp_path)), ("drain", str(tmp_path), "--to", "kafka://127.0.0.1:1")):
+        done = here("spool", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is no spool" in done.stderr
