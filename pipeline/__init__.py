@@ -11,7 +11,8 @@ Reading order, from the nouns inward out:
 4. `ports`: what the shells need; `adapters.memory` is the shortest implementation, `adapters.embedded` the durable one.
 5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `holding` and `commits`, runs those that
    are ours, `worker.replica` follows the changelog for query servers and standbys, `worker.watchdog` ends what stalls.
-6. `producer.buffer`, `producer.client`: where deltas wait, and how they leave.
+6. `producer` (it has a reading order of its own): where deltas wait, and how they leave; `adapters.bridge` for code that is
+   instrumented; `core.statsd`, `producer.statsd`, `adapters.statsd` and `adapters.pushed` for what others send.
 7. `core.view`, `query.reader`, `query.api`: answers.
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
 9. `core.placement`: who gets which partition; `adapters.faust`: `wire` (what members tell each other), `app`, `membership`,

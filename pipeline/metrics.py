@@ -81,13 +81,69 @@ STALENESS = Metric(
 )
 DELTAS_INGESTED = Metric("pipeline_deltas_ingested_total", "counter", "Deltas accepted by POST /v1/deltas.")
 BATCHES_INGESTED = Metric("pipeline_batches_ingested_total", "counter", "Batches accepted by POST /v1/batches.")
+INGEST_LINES = Metric(
+    "pipeline_ingest_lines_total",
+    "counter",
+    "Lines of StatsD, and samples of POST /v1/openmetrics, that came in, the malformed among them.",
+    ("protocol",),
+)
+INGEST_MALFORMED = Metric(
+    "pipeline_ingest_malformed_total",
+    "counter",
+    "Lines and samples that were left out, packets and connections that were refused, series that a bridge left out.",
+    ("protocol", "reason"),
+)
 PUBLISHER_DELTAS = Metric("pipeline_publisher_deltas_total", "counter", "Deltas drained from buffers.")
 PUBLISHER_BATCHES = Metric("pipeline_publisher_batches_total", "counter", "Batches acknowledged.")
 PUBLISHER_RETRIES = Metric("pipeline_publisher_retries_total", "counter", "Attempts to send that failed and are repeated.")
 PUBLISHER_DROPPED = Metric(
-    "pipeline_publisher_dropped_total", "counter", "Deltas or batches given up, by reason.", ("reason",)
+    "pipeline_publisher_dropped_total",
+    "counter",
+    "Deltas given up: buffer_full, closed, no_number; and batches that the log refused for good: rejected.",
+    ("reason",),
 )
 PUBLISHER_BLOCKED = Metric("pipeline_publisher_blocked_total", "counter", "Times that a caller waited at buffer_bytes_max.")
+PUBLISHER_MERGED_HARDER = Metric(
+    "pipeline_publisher_merged_harder_total", "counter", "Times that a caller merged all that waited, at buffer_bytes_max."
+)
+PUBLISHER_REFUSED = Metric(
+    "pipeline_publisher_refused_total", "counter", "Deltas refused with BufferFull: their caller was told."
+)
+PUBLISHER_MERGED_AWAY = Metric(
+    "pipeline_publisher_merged_away_total",
+    "counter",
+    "Deltas that merged with others of their series before they were sealed.",
+)
+PUBLISHER_BUFFER_MAX = Metric("pipeline_publisher_buffer_bytes_max", "gauge", "The setting buffer_bytes_max.")
+PUBLISHER_SPOOL_BYTES = Metric("pipeline_publisher_spool_bytes", "gauge", "Bytes of this process's spool on disk.")
+PUBLISHER_SPOOL_MAX = Metric("pipeline_publisher_spool_bytes_max", "gauge", "The setting spool_bytes_max.")
+PUBLISHER_SPILLED = Metric("pipeline_publisher_spilled_total", "counter", "Batches whose bytes went to the spool.")
+PUBLISHER_FLUSH = Metric(
+    "pipeline_publisher_flush_seconds", "histogram", "Time to merge and seal what waited, each flush.", (), _SECONDS
+)
+PUBLISHER_ACKNOWLEDGED = Metric(
+    "pipeline_publisher_acknowledge_seconds",
+    "histogram",
+    "Time from sending batches to their acknowledgement.",
+    (),
+    _SECONDS,
+)
+PUBLISHER_IN_FLIGHT = Metric("pipeline_publisher_batches_waiting", "gauge", "Batches sealed and not acknowledged.")
+PUBLISHER_LINGER = Metric("pipeline_publisher_linger_seconds", "gauge", "Time between flushes, as tuned.")
+PUBLISHER_THREADS = Metric("pipeline_publisher_thread_handles", "gauge", "Threads' own handles that are alive.")
+PUBLISHER_SHARDS = Metric("pipeline_publisher_shards", "gauge", "Shards in use; 0 unless buffering is sharded.")
+PUBLISHER_SHARD_UTILISATION = Metric(
+    "pipeline_publisher_shard_utilisation_ratio", "gauge", "How full the fullest shard was when it was last drained."
+)
+PUBLISHER_CONTENDED = Metric(
+    "pipeline_publisher_shard_contended_total", "counter", "Times that a thread found its shard full, and went elsewhere."
+)
+PUBLISHER_SNAPSHOT_AGE = Metric(
+    "pipeline_publisher_snapshot_age_seconds", "gauge", "Age of what local() returns, at a flush."
+)
+PUBLISHER_RESCUED = Metric(
+    "pipeline_publisher_rescued_total", "counter", "Batches of processes that are gone, sent from their spools."
+)
 PUBLISHER_BYTES = Metric(
     "pipeline_publisher_buffer_bytes", "gauge", "Memory account of buffered series and unacknowledged batches."
 )

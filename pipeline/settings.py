@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.core.task import TaskLimits
 from pipeline.errors import Invalid
 
-OnFull = Literal["block", "raise", "drop_newest"]
+ON_FULL = ("block", "raise", "drop_newest", "merge_harder", "spill")
+BUFFERING = ("thread", "sharded")
+DURABILITY = ("memory", "process", "disk")
 
 
 def _setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
@@ -46,7 +48,48 @@ class _Checked:
 class PublisherSettings(_Checked):
     """Of a `Publisher`; each is also a keyword of it."""
 
-    flush_interval_ms: int = _setting(100, "how often buffered deltas are merged, sealed and sent", least=1)
+    flush_interval_ms: int = _setting(
+        100, "longest time that a delta waits before it is sealed into a batch, while the log keeps up", least=1
+    )
+    linger_ms: int = _setting(
+        50,
+        "shortest time between flushes, at most `flush_interval_ms`; between the two the publisher tunes itself: four times "
+        "as long as the log needs to acknowledge",
+        least=1,
+    )
+    snapshot_interval_ms: int = _setting(
+        100, "how often what threads have recorded is merged into the snapshot that `local()` reads", least=1
+    )
+    local_series_max: int = _setting(
+        100_000,
+        "series that `local()` knows, all views together; further ones are left out, and said to be; 0: none",
+        least=0,
+    )
+    buffering: str = _setting(
+        "thread",
+        "`thread`: a list for each series, and more of them for threads that ask for their own; `sharded`: a few lists for "
+        "all series and threads. With a `durability` beyond memory both wait in one file instead",
+    )
+    thread_deltas_max: int = _setting(
+        100_000, "deltas waiting in a thread's own handle at which the flusher comes early", least=8
+    )
+    shards_max: int = _setting(
+        64,
+        "`sharded`: most shards; their number doubles while threads find theirs full, and halves when they do not",
+        least=1,
+    )
+    shard_deltas_max: int = _setting(
+        8_192,
+        "`sharded`: deltas that a shard holds; then its threads wait a moment, and go on to the series' own list",
+        least=8,
+    )
+    drain_threads: int = _setting(
+        0,
+        "`sharded`: threads that empty the shards; 0: one, or where no interpreter lock lets only one thread run half as "
+        "many as there are CPUs, up to 4",
+        least=0,
+        most=64,
+    )
     batch_bytes_max: int = _setting(
         524_288,
         "a batch is sealed before it grows beyond this; one series is never split",
@@ -58,8 +101,22 @@ class PublisherSettings(_Checked):
         "memory of buffered series and of unacknowledged batches; `on_full` says what happens then",
         least=65_536,
     )
-    on_full: str = _setting("block", "at `buffer_bytes_max`: `block`, `raise` BufferFull, or `drop_newest` (counted)")
+    on_full: str = _setting(
+        "block",
+        "at `buffer_bytes_max`: `block`, `raise` BufferFull, `drop_newest` (counted), `merge_harder` (the caller merges all "
+        "that waits, then blocks), or `spill` (sealed batches go to `spool_dir`, then it blocks)",
+    )
     block_timeout_ms: int = _setting(10_000, "how long `block` waits before it raises BufferFull", least=0)
+    durability: str = _setting(
+        "memory",
+        "what survives when this process is killed: `memory` what was acknowledged, `process` every recorded delta, `disk` "
+        "the same, and power loss too, up to `fsync_interval_ms`; the latter two need `spool_dir`",
+    )
+    spool_dir: str = _setting("", "the folder of spools, shared by all processes of an app; each makes its own in it")
+    spool_bytes_max: int = _setting(
+        1_073_741_824, "largest spool of a process; `on_full` says what happens then", least=4_194_304
+    )
+    fsync_interval_ms: int = _setting(1_000, "`disk`: how often recorded deltas are forced to the disk", least=1)
     request_timeout_ms: int = _setting(10_000, "how long one attempt to send waits for its acknowledgement", least=10)
     retry_backoff_ms: int = _setting(50, "pause after a failed attempt; doubles up to `retry_backoff_max_ms`", least=1)
     retry_backoff_max_ms: int = _setting(2_000, "longest pause between attempts", least=1)
@@ -70,8 +127,14 @@ class PublisherSettings(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.on_full not in ("block", "raise", "drop_newest"):
-            raise Invalid(f"on_full: block, raise or drop_newest, got {self.on_full!r}")
+        for name, known in (("on_full", ON_FULL), ("buffering", BUFFERING), ("durability", DURABILITY)):
+            if getattr(self, name) not in known:
+                raise Invalid(f"{name}: {', '.join(known[:-1])} or {known[-1]}, got {getattr(self, name)!r:.50}")
+        if self.shards_max & (self.shards_max - 1):
+            raise Invalid(f"shards_max: a power of two is needed, got {self.shards_max}")
+        if not self.spool_dir and (self.durability != "memory" or self.on_full == "spill"):
+            setting = f"durability={self.durability}" if self.durability != "memory" else "on_full=spill"
+            raise Invalid(f"{setting} needs spool_dir, a folder")
 
 
 @dataclass(frozen=True)
@@ -168,7 +231,12 @@ class QuerySettings(_Checked):
     body_bytes_max: int = _setting(
         16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
     )
-    deltas_max: int = _setting(100_000, "deltas in one POST /v1/deltas; more is refused with 413", least=1)
+    deltas_max: int = _setting(
+        100_000, "deltas in one POST /v1/deltas, samples in one POST /v1/openmetrics; more is refused with 413", least=1
+    )
+    openmetrics_line_bytes_max: int = _setting(
+        8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
+    )
     limit_default: int = _setting(10_000, "series in an answer when the request has no `limit`", least=1)
     limit_max: int = _setting(1_000_000, "largest `limit`", least=1)
     matchers_max: int = _setting(64, "`where` and `by`, or `view`, parameters of one request", least=1)
@@ -188,5 +256,34 @@ class QuerySettings(_Checked):
     )
 
 
-GROUPS: tuple[type[_Checked], ...] = (PublisherSettings, KafkaSettings, LogSettings, WorkerSettings, QuerySettings)
+@dataclass(frozen=True)
+class IngestSettings(_Checked):
+    """Of `pipeline ingest`."""
+
+    ingest_line_bytes_max: int = _setting(
+        8_192, "longest StatsD line; a longer one is left out and counted", least=64, most=65_536
+    )
+    ingest_packet_bytes_max: int = _setting(
+        65_535, "largest UDP packet; a larger one is left out and counted", least=64, most=65_535
+    )
+    ingest_connections_max: int = _setting(256, "open TCP connections; one more is closed at once and counted", least=1)
+    ingest_views_max: int = _setting(
+        1_000, "views that StatsD lines can make; a line that needs one more is left out and counted", least=1, most=10_000
+    )
+    ingest_series_max: int = _setting(
+        100_000, "label sets, members of sets among them, that StatsD lines can make; the same", least=1
+    )
+    ingest_receive_buffer_bytes: int = _setting(
+        4_194_304, "UDP packets that wait in the kernel; it may grant less (`net.core.rmem_max`), and says so", least=4_096
+    )
+
+
+GROUPS: tuple[type[_Checked], ...] = (
+    PublisherSettings,
+    KafkaSettings,
+    LogSettings,
+    WorkerSettings,
+    QuerySettings,
+    IngestSettings,
+)
 """All settings; no name stands in two groups."""

@@ -85,7 +85,7 @@ class AgentPublisher(BasePublisher):
     @property
     def pressed(self) -> bool:
         """Whether over half of its buffer is in use, and batches wait for their acknowledgement."""
-        return self._account.pressed and len(self._delivery.outbox) > 0
+        return self._running.pressed
 
     def _on_register(self) -> None:
         if not self._bound:

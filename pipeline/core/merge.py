@@ -146,12 +146,21 @@ class Kind:
     name: ClassVar[str]
     method: ClassVar[str]
     """What recording a delta is called: `add`, `observe` or `set`."""
+    single: ClassVar[bool] = False
+    """Whether the state of one delta is that delta."""
     merge: Callable[[State, State], State]
     """The monoid's operation. May return either argument; arguments are never changed."""
 
     def check(self, value: object, ts_ms: int) -> Any:
         """`value` as one raw delta, or `Invalid`. `ts_ms` matters to kinds that order deltas."""
         return number(value)
+
+    def are_plain(self, values: Sequence[Any]) -> bool:
+        """Whether `check` would surely return each number of `values` as it is; False says nothing."""
+        try:
+            return _PLAIN.issuperset(map(type, values)) and all(map(isfinite, values))
+        except OverflowError:  # an int beyond all floats
+            return False
 
     def collect(self, deltas: Sequence[Any]) -> State:
         """The state of a non-empty run of raw deltas, as `check` returns them."""
@@ -183,6 +192,7 @@ class Sum(Kind):
 
     name = "sum"
     method = "add"
+    single = True
     merge = staticmethod(add)
 
     def collect(self, deltas: Sequence[Any]) -> State:
@@ -200,6 +210,9 @@ class MonotoneSum(Sum):
         if delta < 0:
             raise Invalid("a monotone sum takes no negative number")
         return delta
+
+    def are_plain(self, values: Sequence[Any]) -> bool:
+        return super().are_plain(values) and min(values, default=0) >= 0
 
     def collect(self, deltas: Sequence[Any]) -> State:
         # Plain numbers are what they were when they were checked; other objects may have changed since.
@@ -219,6 +232,7 @@ class Min(Kind):
 
     name = "min"
     method = "observe"
+    single = True
     merge = staticmethod(min)
 
     def collect(self, deltas: Sequence[Any]) -> State:

@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from pipeline.core.merge import State
-from pipeline.producer.sealing import Merged, long_bytes
+from pipeline.producer.batch import Reservation, record_many
+from pipeline.producer.handle import ThreadObserveCell, ThreadSumCell
+from pipeline.producer.sealing import Run, long_bytes
+from pipeline.producer.timing import ExceptionCounter, Exceptions, Timer
 
 if TYPE_CHECKING:
     from pipeline.producer.buffer import View
@@ -98,6 +101,7 @@ class Cell:
     def _record_long(self, value: Any, size: int) -> None:
         """Record a value that is charged for its length, and merge it at once, so that the account has it once."""
         view = self.view
+        view.check_fits(self.suffix, size)
         if not view.account.charge(size):
             return
         back = size
@@ -113,6 +117,30 @@ class Cell:
         finally:
             view.account.refund(back)
         view.account.freshen(held - was)
+
+    def record_run(self, deltas: list[Any], state: State, reserved: Reservation) -> bool:
+        """Record checked deltas at once; `state` is what they merge to. The bytes that they need were `reserved`.
+
+        False if they were dropped.
+        """
+        view = self.view
+        reserved.charge(back := long_bytes(state))
+        was = held = 0
+        try:
+            while self.charge or view.register(self, reserved):
+                with view.lock:
+                    if self.charge:  # it can have been let go of in between
+                        self.merge_state(state, len(deltas))
+                        if back:
+                            held = long_bytes(self.pending)
+                            was = self.extra
+                            back += was - held
+                            self.extra = held
+                        return True
+            return False
+        finally:
+            reserved.refund(back)
+            view.account.freshen(held - was)
 
     def room(self, limit: int) -> None:
         """Let the list grow to `limit`, as far as the account allows, or less. The caller holds `view.lock`."""
@@ -143,18 +171,51 @@ class Cell:
                 del values[prefix]
                 return
 
-    def take(self) -> Merged | None:
-        """Merge, and hand over what is pending. The caller holds `view.lock`."""
+    def merge_state(self, state: State, delta_count: int) -> None:
+        """Merge so many deltas, which make up `state`, into `pending`. The caller holds `view.lock`."""
+        kind = self.view.kind
+        while True:
+            merges = self.merges
+            merged = kind.merge(self.pending, state) if self.pending_count else state
+            if self.merges == merges:
+                self.merges = merges + 1
+                self.pending = merged
+                self.pending_count += delta_count
+                return
+
+    def take_single(self, into: Run) -> bool:
+        """Hand over the only delta, of a kind whose states are deltas: what most series have at most flushes.
+
+        False if it is not as simple as that, or somebody came in between. The caller holds `view.lock`.
+        """
+        values = self._values
+        state = values[0]
+        if type(state) is not float or self.pending_count:
+            return False
+        merges = self.merges
+        into.suffixes.append(self.suffix)
+        into.crcs.append(self.crc)
+        into.states.append(state)
+        into.counts.append(1)
+        if self.merges == merges:
+            self.merges = merges + 1
+            del values[0]
+            return True
+        into.pop()
+        return False
+
+    def take(self, into: Run) -> None:
+        """Merge, and hand over what is pending, if there is any. The caller holds `view.lock`."""
         self.merge_values()
         while self.pending_count:
             merges = self.merges
-            merged = Merged(self.view.definition, self.suffix, self.crc, self.pending, self.pending_count)
+            into.add(self.suffix, self.crc, self.pending, self.pending_count)
             if self.merges == merges:
                 self.merges = merges + 1
                 self.pending = None
                 self.pending_count = 0
-                return merged
-        return None
+                return
+            into.pop()
 
     def shut(self) -> int:
         """Let go of: recording registers the cell again. The bytes to refund. The caller holds `view.lock`."""
@@ -175,6 +236,15 @@ class SumCell(Cell):
 
     __slots__ = ()
 
+    def for_this_thread(self) -> SumCell | ThreadSumCell:
+        """A handle that costs half as much, for one thread: what it records is checked when it is merged, not before.
+
+        Keep it, and drop it when the thread is done. What turns out to be no number is counted, logged, and raised by the
+        next `flush`. Call `add` on the handle: its method by itself goes on taking deltas when the publisher is closed.
+        Unless `buffering` is `thread`, and `durability` memory, it is this cell itself.
+        """
+        return self.view.open_thread(self, ThreadSumCell) or self
+
     def add(self, value: float = 1, /) -> None:
         """Add `value`. Raises `Invalid` for what is not a finite number, `BufferFull` as `on_full` says."""
         try:
@@ -187,6 +257,21 @@ class SumCell(Cell):
             values.append(value)
         else:
             self._record(value)
+
+    def add_many(self, values: Any, /) -> int:
+        """Add each of `values`: a sequence, or a NumPy or Arrow array. All or none; how many were recorded.
+
+        Raises `Invalid`, which names the row, or `BufferFull` as `on_full` says.
+        """
+        return record_many(self, values)
+
+    def time(self) -> Timer:
+        """Add the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
+        return Timer(self.add, self.view.monotonic_s)
+
+    def count_exceptions(self, exception: Exceptions = Exception) -> ExceptionCounter:
+        """Add 1 when `exception` leaves a `with` block or a call of a decorated function; see `ExceptionCounter`."""
+        return ExceptionCounter(self.add, exception)
 
 
 class MonotoneCell(SumCell):
@@ -213,6 +298,10 @@ class ObserveCell(Cell):
 
     __slots__ = ()
 
+    def for_this_thread(self) -> ObserveCell | ThreadObserveCell:
+        """A handle that costs half as much, for one thread; see `SumCell.for_this_thread`."""
+        return self.view.open_thread(self, ThreadObserveCell) or self
+
     def observe(self, value: float, /) -> None:
         """Take `value` into account. Raises `Invalid` for what is not a finite number, `BufferFull` as `on_full` says."""
         try:  # as in `SumCell.add`: a call to share these lines would cost as much as they do
@@ -225,6 +314,17 @@ class ObserveCell(Cell):
             values.append(value)
         else:
             self._record(value)
+
+    def observe_many(self, values: Any, /) -> int:
+        """Take each of `values` into account: a sequence, or a NumPy or Arrow array. All or none; how many were recorded.
+
+        Raises `Invalid`, which names the row, or `BufferFull` as `on_full` says.
+        """
+        return record_many(self, values)
+
+    def time(self) -> Timer:
+        """Observe the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
+        return Timer(self.observe, self.view.monotonic_s)
 
 
 class LastCell(Cell):

@@ -1,16 +1,10 @@
-"""The publisher: drains buffers into sealed batches, sends them until they are acknowledged, and says so with a token.
-
-Two threads: the flusher merges and seals every `flush_interval_ms`, the sender sends. While the log, or a partition of
-it, is away, few batches are sealed for it: deltas pile up as merged series, not as batches.
-"""
+"""The publisher, as an app has it: views to record to, `flush`, `close`. What does the work is in `running`."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from _thread import start_new_thread
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -23,28 +17,18 @@ from pipeline.core.view import describe
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter
-from pipeline.producer.account import Account
-from pipeline.producer.buffer import VIEW_TYPES, LastView, ObserveView, SumView, View
-from pipeline.producer.delivery import Delivery
-from pipeline.producer.sealing import Merged
+from pipeline.producer.batch import record_columns
+from pipeline.producer.buffer import View
+from pipeline.producer.running import Running
+from pipeline.producer.snapshot import LocalView
+from pipeline.producer.views import VIEW_TYPES, LastView, ObserveView, SumView
 from pipeline.settings import PublisherSettings
 
 _log = logging.getLogger(__name__)
-_PARKED_LOOK_S = 1.0
-_RETRY_S = 0.05
-_COMPLAIN_S = 10.0
 _VIEWS_MAX = 10_000
+_SWEEPS = 3
 
 ViewT = TypeVar("ViewT", bound=View)
-
-
-class _Flush:
-    """One caller's wait: `barrier` says, once everything was sealed, which sequences must be settled."""
-
-    def __init__(self, rejected_count: int) -> None:
-        self.rejected_count = rejected_count
-        """Rejected batches that somebody was told of when the wait began."""
-        self.barrier: Mapping[int, int] | None = None
 
 
 class BasePublisher:
@@ -59,39 +43,36 @@ class BasePublisher:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
-        for reason in ("buffer_full", "closed", "no number", "rejected"):
+        for reason in ("buffer_full", "closed", "no_number", "rejected"):
             metrics.inc(m.PUBLISHER_DROPPED, 0, reason)  # so that an alert sees the first one as a rise
+        metrics.set(m.PUBLISHER_BUFFER_MAX, settings.buffer_bytes_max)
+        if settings.spool_dir:
+            metrics.set(m.PUBLISHER_SPOOL_MAX, settings.spool_bytes_max)
         self._views: dict[str, View] = {}
         self._closed = False
         self._inherited = False
         self._start()
+        if self._running.own is not None:
+            self._running.own.get()  # so that a folder that can't be used is an error here
+            self._running.start_threads()
         process.join(self)
 
-    def _start(self) -> None:
-        # `with self._lock` can't be interrupted between taking it and the block; `with self._changed` can.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+    def _start(self, parent: Running | None = None) -> None:
         self._closing_lock = threading.RLock()
         self._closing = self._closed
-        self._account = Account(self._settings, self._metrics, self._lock, self._changed)
-        self._delivery = Delivery(
-            self._clock.new_id(), self._writer, self._settings, self._metrics, self._account, self._lock, self._changed
-        )
         self._used = False
-        self._started = False
-        self._threads: dict[str, threading.Thread] = {}
-        self._stopping = False
-        self._flushes: list[_Flush] = []
-        self._told_count = 0
-        """Rejected batches that a flush has raised for."""
-        self._delta_count = 0
+        self._running = Running(
+            self._writer, self._clock, self._settings, self._metrics, self._views, self._on_register, parent
+        )
 
     def start_clean(self) -> None:
         """What a forked child does first: what is buffered is its parent's to send."""
         self._inherited = True
-        self._start()
+        self._start(self._running)
         for view in [*self._views.values()]:
-            view.forget(self._account)
+            view.forget(self._running.owner)
+        if self._running.inherits_handles:
+            self._on_register()
 
     def __enter__(self: PublisherT) -> PublisherT:
         return self
@@ -145,11 +126,30 @@ class BasePublisher:
         if known is None:
             if len(self._views) >= _VIEWS_MAX:
                 raise Invalid(f"over {_VIEWS_MAX} views")
-            new = VIEW_TYPES[definition.kind](definition, self._account, self._clock.now_ms, self._on_register)
+            new = VIEW_TYPES[definition.kind](definition, self._running.owner)
             known = self._views.setdefault(definition.view, new)
         if known.declared != definition:
             raise Invalid(f"view {definition.view} is {describe(known.declared)} here; not {describe(definition)}")
         return known  # type: ignore[return-value]
+
+    def local(self) -> dict[str, LocalView]:
+        """What this process has recorded since it started, by view: see `view.local()`."""
+        return {name: view.local() for name, view in [*self._views.items()]}
+
+    def record_batch(self, view: View, columns: Any) -> int:
+        """Record rows at once: one column for each label name, `value`, and for last views `ts_ms`, in `columns`.
+
+        `columns` is a mapping, or an Arrow table or record batch. A column is a sequence, a NumPy array, or an Arrow array;
+        a single value stands for every row. Without `ts_ms` rows are set as of now, and the last row of a series counts.
+
+        All or nothing: `Invalid` names the column and the row, and like `BufferFull` it means that nothing was recorded.
+        Returns how many rows were recorded: 0 if `on_full` has them dropped.
+        """
+        if not isinstance(view, View):
+            raise Invalid(f"a view of this publisher is needed, got {type(view).__name__}")
+        if self._views.get(view.definition.view) is not view:
+            raise Invalid(f"view {view.definition.view} is not of this publisher")
+        return record_columns(view, columns)
 
     # Flushing and closing
 
@@ -157,82 +157,49 @@ class BasePublisher:
         """Wait until everything recorded before the call is acknowledged; the token lets a read wait for it.
 
         Raises `Unavailable` after `timeout_s`; the deltas stay buffered and are sent all the same. Raises `Invalid` if
-        batches were rejected for good since the last flush: they are gone, and counted.
+        batches were rejected for good since the last flush, or what threads' own handles took turned out to be no
+        number: that is gone, and counted.
         """
         if self._closed:
             raise Invalid("this publisher is closed")
         return self._flush(timeout_s)
 
     def _flush(self, timeout_s: float) -> Token:
-        if self._in_own_thread():
+        if self._running.in_own_thread:
             raise Invalid("the publisher's own threads can't wait for it")  # a finaliser or log handler was run by one
-        if not self._used:
-            return self._delivery.token  # nothing was ever recorded in this process
-        flush = _Flush(self._told_count)
-        with self._locks_released():
-            self._start_threads()
-            try:
-                with self._lock:
-                    self._flushes.append(flush)
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._stopping or self._settled(flush), timeout_s)
-                    return self._outcome(flush, timeout_s)
-            finally:
-                if flush in self._flushes:
-                    self._flushes.remove(flush)
-
-    @contextmanager
-    def _locks_released(self) -> Iterator[None]:
-        """Before waiting for other threads: in a signal handler or finaliser, this thread can hold what they need."""
-        locks = [self._lock, *[view.lock for view in [*self._views.values()]]]
-        counts = [_release(lock) for lock in locks]
-        try:
-            yield
-        finally:
-            for lock, count in zip(locks, counts, strict=True):
-                for _ in range(count):
-                    lock.acquire()
-
-    def _outcome(self, flush: _Flush, timeout_s: float) -> Token:
-        if rejected := self._delivery.rejected_since(flush.rejected_count):
-            self._told_count = max(self._told_count, self._delivery.rejected_count)
-            raise Invalid(rejected)
-        if not self._settled(flush):
-            why = "the publisher was closed" if self._stopping else f"not acknowledged within {timeout_s} s"
-            series = sum(map(len, [*self._views.values()]))
-            raise Unavailable(
-                f"{why}: {len(self._delivery.outbox)} batches and {series} buffered series wait{self._delivery.trouble}"
-            )
-        return self._delivery.token
-
-    def _settled(self, flush: _Flush) -> bool:
-        return flush.barrier is not None and self._delivery.outbox.settled(flush.barrier)
-
-    def _in_own_thread(self) -> bool:
-        return threading.get_ident() in self._account.own_threads
+        if self._running.is_held:
+            raise Unavailable("this has interrupted its own thread while it was recording, for which the others wait")
+        return self._running.flush(timeout_s) if self._used else self._running.delivery.token
 
     def close(self, timeout_s: float | None = None) -> Token:
         """Flush, then let go of threads and connections; from then on recording raises `Invalid`. Twice is fine.
 
-        Raises as `flush` does, after letting go: what was not acknowledged until then is lost, and counted.
+        Raises as `flush` does, after letting go: what was not acknowledged until then is lost, and counted, unless it
+        waits in a spool. In a signal handler that has interrupted a write to the spool, another thread closes it.
         """
-        if self._in_own_thread():  # a finaliser, run there by chance
+        if self._running.in_own_thread or self._running.is_held:  # a finaliser, run there by chance, or a signal handler
             threading.Thread(target=self.close, args=(timeout_s,), name="pipeline-closer", daemon=True).start()
-            return self._delivery.token
-        with self._locks_released(), self._closing_lock:  # a second thread waits for the first
+            return self._running.delivery.token
+        with self._running.locks_released(), self._closing_lock:  # a second thread waits for the first
             if self._closed:
-                return self._delivery.token
+                return self._running.delivery.token
             return self._close(self._settings.close_timeout_ms / 1000 if timeout_s is None else timeout_s)
 
     def _close(self, timeout_s: float) -> Token:
         self._closing = True
+        self._running.buffering.close()
         for view in [*self._views.values()]:
             view.shut()
         try:
-            return self._flush(timeout_s)
+            token = self._flush(timeout_s)
+            for _ in range(_SWEEPS):  # what threads were in the midst of recording when it was shut
+                if not self._running.waiting_count():
+                    break
+                token = self._flush(timeout_s)
+            return token
         except Unavailable:
             if self._closed:  # by a signal handler, in the midst of this
-                return self._delivery.token
+                return self._running.delivery.token
             raise
         finally:
             self._let_go()
@@ -241,33 +208,15 @@ class BasePublisher:
         if self._closed:
             return
         self._closed = True
-        with self._lock:
-            self._stopping = True
-            self._changed.notify_all()
-            threads = [*self._threads.values()]
         process.leave(self)
-        for thread in threads:
-            thread.join(5.0)
-        lost = len(self._delivery.outbox) + sum([view.waiting_count() for view in [*self._views.values()]])
-        if lost:
+        if lost := self._running.stop():
             self._metrics.inc(m.PUBLISHER_DROPPED, lost, "closed")
         if self._used or not self._inherited:  # connections that only the parent has used are the parent's to close
             self._writer.close()
 
     def stats(self) -> dict[str, int]:
         """Deltas drained; batches and entries acknowledged; batches rejected, waiting; bytes of the memory account."""
-        with self._lock:
-            delivery = self._delivery
-            return {
-                "deltas": self._delta_count,
-                "batches": delivery.batch_count,
-                "entries": delivery.entry_count,
-                "rejected": delivery.rejected_count,
-                "waiting": len(delivery.outbox),
-                "buffer_bytes": self._account.used_bytes,
-            }
-
-    # The threads
+        return self._running.stats()
 
     def _on_register(self) -> None:
         if self._closing:
@@ -275,134 +224,7 @@ class BasePublisher:
         if not self._used:
             self._used = True
             process.drain_when_child_ends()
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        """See to it that the threads run, soon.
-
-        `Thread.start` waits for the thread, with a lock of its own; a signal handler that came in there could not wait for
-        it too. So a helper does it, in a thread that one call starts.
-        """
-        if self._started:
-            return
-        try:
-            self._started = True  # before the helper, which takes it back if it fails
-            start_new_thread(self._start_both, ())
-        except BaseException as error:
-            self._started = False  # two helpers do no harm
-            if isinstance(error, RuntimeError):
-                raise Unavailable(f"no thread can be started: {error}") from error
-            raise
-
-    def _start_both(self) -> None:
-        try:
-            with self._lock:
-                self._start_thread("flusher", self._flush_until_stopped)
-                self._start_thread("sender", self._send_until_stopped)
-        except Exception:
-            _log.exception("the publisher's threads can't be started; what is recorded waits")
-            self._started = False  # whoever registers a series or flushes next tries again
-
-    def _start_thread(self, name: str, run: Callable[[], None]) -> None:
-        if name in self._threads or self._stopping:
-            return
-
-        def run_owned() -> None:
-            self._account.own_threads.add(threading.get_ident())
-            run()
-
-        thread = threading.Thread(target=run_owned, name=f"pipeline-{name}", daemon=True)
-        thread.start()
-        self._threads[name] = thread
-
-    # The flusher
-
-    def _flush_until_stopped(self) -> None:
-        interval_s = self._settings.flush_interval_ms / 1000
-        looked_s = pause_s = complained_s = 0.0
-        while True:
-            with self._lock:
-                # Whoever is starved must not keep this thread, and the interpreter lock, busy.
-                self._changed.wait_for(self._flush_asked, min(pause_s, interval_s))
-                self._changed.wait_for(self._asked, max(0.0, interval_s - pause_s))
-                if self._stopping:
-                    return
-                flushes = [flush for flush in self._flushes if flush.barrier is None]
-            started_s = self._clock.monotonic_s()
-            look = bool(flushes) or started_s - looked_s >= _PARKED_LOOK_S
-            looked_s = started_s if look else looked_s
-            try:
-                everything = self._drain(started_s, parked=look)
-            except Exception:  # a flusher that dies would keep everybody's deltas for ever
-                everything = False
-                if not complained_s or started_s - complained_s >= _COMPLAIN_S:
-                    complained_s = started_s
-                    _log.exception("a flush failed; its deltas are kept and tried again")
-            pause_s = max(0.001, self._clock.monotonic_s() - started_s)
-            if everything and flushes:
-                with self._lock:
-                    for flush in flushes:
-                        flush.barrier = self._delivery.outbox.next_sequences()
-                    self._changed.notify_all()
-            elif flushes:
-                with self._lock:
-                    self._changed.wait_for(lambda: self._stopping, min(interval_s, _RETRY_S))
-
-    def _asked(self) -> bool:
-        return self._account.starved or self._account.due or self._flush_asked()
-
-    def _flush_asked(self) -> bool:
-        return self._stopping or any(flush.barrier is None for flush in self._flushes)
-
-    def _drain(self, now_s: float, *, parked: bool) -> bool:
-        """Merge all buffers and seal what there is room for; whether everything that was recorded is sealed now."""
-        self._account.drained()
-        pressed = self._account.pressed
-        idle_s = 0.0 if pressed else self._settings.series_idle_ms / 1000
-        views = [*self._views.values()]
-        found = [(view, view.look(now_s=now_s, idle_s=idle_s, parked=parked)) for view in views]
-        everything = True
-        if any(cells or view.orphans for view, cells in found) or self._delivery.unsealed:
-            now_ms = self._clock.now_ms()
-            partition_count, busy = self._delivery.room(now_ms)
-            merged: list[Merged] = []
-            try:
-                for view, cells in found:
-                    everything &= view.drain(cells, merged, partition_count=partition_count, busy=busy, pressed=pressed)
-            finally:
-                delta_count = sum([series.delta_count for series in merged])
-                with self._lock:
-                    self._delta_count += delta_count
-                everything &= self._delivery.seal(merged, partition_count, now_ms)
-                self._metrics.inc(m.PUBLISHER_DELTAS, delta_count)
-        for view in views:
-            lost, view.lost_count = view.lost_count, 0
-            if lost:
-                self._metrics.inc(m.PUBLISHER_DROPPED, lost, "no number")
-                _log.error("view %s: %d deltas were no numbers any more when they were merged", view.definition.view, lost)
-        self._metrics.set(m.PUBLISHER_BYTES, self._account.used_bytes)
-        self._metrics.set(m.PUBLISHER_SERIES, sum(map(len, views)))
-        return everything
-
-    # The sender
-
-    def _send_until_stopped(self) -> None:
-        backoff_s = 0.0
-        while True:
-            with self._lock:
-                if backoff_s:
-                    self._changed.wait_for(lambda: self._stopping, backoff_s)
-                self._changed.wait_for(lambda: self._stopping or len(self._delivery.outbox) > 0)
-                if self._stopping:
-                    return
-                batches = self._delivery.next_batches()
-            try:
-                progressed = self._delivery.send(batches)
-            except Exception:  # as above; the batches are still in the outbox
-                _log.exception("sending failed; trying again")
-                progressed = False
-            first, most = self._settings.retry_backoff_ms / 1000, self._settings.retry_backoff_max_ms / 1000
-            backoff_s = 0.0 if progressed else min(max(first, 2 * backoff_s), most)
+        self._running.start_threads()
 
 
 PublisherT = TypeVar("PublisherT", bound=BasePublisher)
@@ -422,17 +244,6 @@ def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any)
     definition = Definition(str.__str__(view), str.__str__(kind), tuple(map(str.__str__, names)), window_s or 0, monotone)
     check_definition(definition, KIND_NAMES)
     return definition
-
-
-def _release(lock: threading.RLock) -> int:
-    """Release `lock` as often as this thread holds it; how often that was."""
-    count = 0
-    while True:
-        try:
-            lock.release()
-        except RuntimeError:  # not held, or no more
-            return count
-        count += 1
 
 
 def publisher_settings(keywords: Mapping[str, Any]) -> PublisherSettings:

@@ -51,6 +51,8 @@ def drain_when_child_ends() -> None:
     To be called once there is something to drain, because such a child clears the list of finalizers when it starts.
     """
     global _finalizer_pid  # noqa: PLW0603
+    if celery := sys.modules.get("celery.signals"):  # its pool's children run no finalizers either
+        celery.worker_process_shutdown.connect(_celery_child_ends)
     if "multiprocessing.util" not in sys.modules or _finalizer_pid == os.getpid():
         return
     from multiprocessing import process, util
@@ -58,6 +60,10 @@ def drain_when_child_ends() -> None:
     if process.parent_process() is not None:
         _finalizer_pid = os.getpid()
         util.Finalize(None, close_all, exitpriority=1)
+
+
+def _celery_child_ends(**_: object) -> None:
+    close_all()
 
 
 def close_all() -> None:

@@ -46,7 +46,7 @@ def test_what_a_series_is_charged_is_what_it_costs(kind: str, deltas: int) -> No
     pub.view(kind, "v", labels=("region", "product"))
     with Traced() as traced:
         record_all(pub, kind, 3_000, deltas)
-    charged = pub._account.used_bytes
+    charged = pub._running.account.used_bytes
     assert traced.held <= charged <= 4 * traced.held
     pub.close()
 
@@ -58,22 +58,22 @@ def test_long_values_are_charged_once_however_often_they_are_set(text: str) -> N
     pub = publisher(log, flush_interval_ms=3_600_000)
     view = pub.last("v", labels=("a",))
     view.labels("0").set("short", 1)
-    before = pub._account.used_bytes
+    before = pub._running.account.used_bytes
     for i in range(20):
         view.labels("0").set(text, i + 2)
-        assert len(text.encode()) <= pub._account.used_bytes - before <= 4 * len(text) + 8
+        assert len(text.encode()) <= pub._running.account.used_bytes - before <= 4 * len(text) + 8
     view.labels("0").set("short again", 50)
     view.labels("0").set(text + "y", 49)  # older, so the short one stays
-    assert pub._account.used_bytes == before
+    assert pub._running.account.used_bytes == before
     in_threads(4, lambda i: [view.labels("0").set(f"{j}{text}", 100 + j) for j in range(50)])
-    assert pub._account.used_bytes - before <= 4 * (len(text) + 4)
+    assert pub._running.account.used_bytes - before <= 4 * (len(text) + 4)
     pub.flush()
-    assert pub._account.used_bytes == before
+    assert pub._running.account.used_bytes == before
     big = pub.sum("big").labels()
     for _ in range(100):
         big.add(2**8_000)
     pub.close()
-    assert pub._account.used_bytes == 0
+    assert pub._running.account.used_bytes == 0
     assert fold(log.log).answers == {("v", ("0",)): f"49{text}", ("big", ()): 100 * 2**8_000}
 
 
@@ -124,7 +124,7 @@ def test_the_log_going_away_in_the_middle_piles_up_no_batches() -> None:
     log.fate = lambda n, batch: "kept"
     pub.close()
     assert fold(log.log).total("v") == count
-    assert pub._account.used_bytes == 0
+    assert pub._running.account.used_bytes == 0
 
 
 def unavailable() -> Exception:
@@ -143,7 +143,7 @@ def test_everything_comes_back_when_all_is_acknowledged() -> None:
 
     def watch() -> None:
         while not stop.is_set():
-            lowest[0] = min(lowest[0], pub._account.used_bytes)
+            lowest[0] = min(lowest[0], pub._running.account.used_bytes)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -160,12 +160,12 @@ def test_everything_comes_back_when_all_is_acknowledged() -> None:
     in_threads(6, work)
     pub.flush()
     wait_until(lambda: len(sums) == len(last) == 0)
-    assert pub._account.used_bytes == 0
+    assert pub._running.account.used_bytes == 0
     stop.set()
     watcher.join()
     assert lowest[0] == 0
     pub.close()
-    assert pub._account.used_bytes == 0
+    assert pub._running.account.used_bytes == 0
 
 
 # At the limit
@@ -202,7 +202,7 @@ def test_raise_refuses_what_does_not_fit() -> None:
     view.add(1, a="0")  # a series that is there takes more all the same
     for _ in range(2_000):
         view.add(1, a="1")
-    assert pub._account.used_bytes <= 65_536
+    assert pub._running.account.used_bytes <= 65_536
     log.away = False
     pub.flush()
     view.add(1, a="new")
@@ -273,7 +273,7 @@ def test_a_storm_of_unique_series_flows_through_a_small_account() -> None:
     assert meter.of(m.PUBLISHER_BLOCKED) > 0
     pub.close()
     assert fold(log.log).total("v") == 8_000
-    assert pub._account.used_bytes == 0
+    assert pub._running.account.used_bytes == 0
 
 
 def test_whoever_is_starved_does_not_keep_the_flusher_busy() -> None:
@@ -283,13 +283,13 @@ def test_whoever_is_starved_does_not_keep_the_flusher_busy() -> None:
     pub = publisher(log, on_full="drop_newest", flush_interval_ms=100, buffer_bytes_max=2_000_000)
     storm(pub, 3_000)
     drained = [0]
-    drain = pub._drain
+    drain = pub._running.flusher.drain
 
-    def counted(now_s: float, *, parked: bool) -> bool:
+    def counted(now_s: float, *, parked: bool, seal: bool) -> bool:
         drained[0] += 1
-        return drain(now_s, parked=parked)
+        return drain(now_s, parked=parked, seal=seal)
 
-    pub._drain = counted  # type: ignore[method-assign]
+    pub._running.flusher.drain = counted  # type: ignore[method-assign]
     deadline = time.monotonic() + 0.5
     while time.monotonic() < deadline:
         storm(pub, 3_000)
@@ -308,7 +308,7 @@ def test_hot_series_leave_room_for_new_ones() -> None:
         cell = view.labels(str(i))
         for _ in range(600):
             cell.add(1)
-    assert pub._account.used_bytes <= 200_000 + 100 * 1_000
+    assert pub._running.account.used_bytes <= 200_000 + 100 * 1_000
     for i in range(100, 200):
         view.add(1, a=str(i))
     log.away = False
@@ -348,5 +348,36 @@ def test_a_closed_publisher_refuses_to_record() -> None:
         pub.sum("w")
     with pytest.raises(Invalid, match="closed"):
         pub.flush()
-    assert pub._account.used_bytes == 0
+    assert pub._running.account.used_bytes == 0
     assert fold(log).total("v") == 1
+
+
+def test_who_waits_for_the_disk_holds_nothing_meanwhile() -> None:
+    """A thread that writes to the spool can come to the account, in a finaliser: then nobody there waits for the spool."""
+    lock, spool_lock = threading.RLock(), threading.RLock()
+    account = Account(PublisherSettings(block_timeout_ms=2_000), Meter(), lock, threading.Condition(lock))
+    tried, charged = threading.Event(), threading.Event()
+
+    def attempt() -> bool:
+        first = not tried.is_set()
+        tried.set()
+        if first:
+            raise BufferFull("the disk is full")
+        with spool_lock:
+            return True
+
+    found: list[object] = []
+    with spool_lock:
+        waiter = threading.Thread(target=lambda: found.append(account.insist(attempt)), daemon=True)
+        waiter.start()
+        assert tried.wait(10)
+        time.sleep(0.1)  # now it tries again, and waits for the spool
+
+        def charge() -> None:
+            account.charge(1)
+            charged.set()
+
+        threading.Thread(target=charge, daemon=True).start()
+        assert charged.wait(5)
+    waiter.join(10)
+    assert found == [True]

@@ -11,18 +11,18 @@ from functools import partial
 import pytest
 
 import pipeline.metrics as m
-import pipeline.producer.client as client
+import pipeline.producer.running as running
 from pipeline.core.codec import decode_batch
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
-from pipeline.producer.buffer import SumView
 from pipeline.producer.cell import SumCell
 from pipeline.producer.client import BasePublisher
+from pipeline.producer.views import SumView
 from tests.producer.support import FaultyLog, Meter, batches, fold, in_threads, memory_log, publisher, wait_until
 
 
 def threads_of(pub: BasePublisher) -> list[threading.Thread]:
-    return [*pub._threads.values()]
+    return [*pub._running.threads.values()]
 
 
 def test_an_unused_publisher_starts_no_thread() -> None:
@@ -118,7 +118,7 @@ def test_a_flush_that_times_out_loses_nothing() -> None:
     views = fold(log.log)
     assert views.total("v") == 5
     assert views.duplicates == 0
-    assert not pub._flushes
+    assert not pub._running.flushes
 
 
 def test_close_drains_and_lets_go() -> None:
@@ -221,7 +221,7 @@ def test_a_flush_in_another_thread_ends_with_close() -> None:
 
     thread = threading.Thread(target=flush)
     thread.start()
-    wait_until(lambda: pub._flushes)
+    wait_until(lambda: pub._running.flushes)
     with pytest.raises(Unavailable):
         pub.close(0.05)
     thread.join(10)
@@ -256,18 +256,18 @@ def test_an_interrupted_flush_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
     log.away = True
     pub = publisher(log)
     pub.sum("v").add(1)
-    wait_for, main = pub._changed.wait_for, threading.current_thread()
+    wait_for, main = pub._running.changed.wait_for, threading.current_thread()
 
     def interrupted(predicate: Callable[[], object], timeout: float | None = None) -> bool:
         if threading.current_thread() is main:
             raise KeyboardInterrupt
         return bool(wait_for(predicate, timeout))
 
-    monkeypatch.setattr(pub._changed, "wait_for", interrupted)
+    monkeypatch.setattr(pub._running.changed, "wait_for", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pub.flush()
     monkeypatch.undo()
-    assert not pub._flushes
+    assert not pub._running.flushes
     log.away = False
     pub.close()
     assert fold(log.log).of("v") == {(): 1}
@@ -289,16 +289,16 @@ def test_a_publisher_that_cannot_start_threads_says_so(
             fail()
         start(thread)
 
-    monkeypatch.setattr(client, "start_new_thread", fail)
+    monkeypatch.setattr(running, "start_new_thread", fail)
     with pytest.raises(Unavailable, match="can't start new thread"):
         pub.sum("v").add(1)
     assert not threads_of(pub)
     monkeypatch.undo()
     for broken in (fail, fail_sender):
         monkeypatch.setattr(threading.Thread, "start", broken)
-        pub._started = False
+        pub._running._started = False
         pub.sum("v").add(2)
-        wait_until(lambda: not pub._started)
+        wait_until(lambda: not pub._running._started)
         monkeypatch.undo()
     assert "threads can't be started" in caplog.text
     pub.flush()
@@ -353,11 +353,11 @@ def test_a_flusher_that_fails_complains_seldom(caplog: pytest.LogCaptureFixture,
         calls[0] += 1
         raise RuntimeError("a bug")
 
-    room = pub._delivery.room
-    monkeypatch.setattr(pub._delivery, "room", fail)
+    room = pub._running.delivery.room
+    monkeypatch.setattr(pub._running.delivery, "room", fail)
     pub.sum("v").add(1)
     wait_until(lambda: calls[0] > 20)
-    monkeypatch.setattr(pub._delivery, "room", room)
+    monkeypatch.setattr(pub._running.delivery, "room", room)
     pub.close()
     assert caplog.text.count("a flush failed") == 1
     assert fold(log.log).of("v") == {(): 2}

@@ -94,9 +94,9 @@ def test_a_batch_that_fails_while_later_ones_succeed_is_folded_once() -> None:
     cell = pub.sum("v").labels()
     log.fate = lambda n, batch: AWAY if batch.sequence == 2 else "kept"
     for _ in range(8):
-        before = pub._delivery.outbox.next_sequences().get(0, 0)
+        before = pub._running.delivery.outbox.next_sequences().get(0, 0)
         cell.add(1)
-        wait_until(lambda before=before: pub._delivery.outbox.next_sequences().get(0, 0) > before)  # type: ignore[misc]
+        wait_until(lambda before=before: pub._running.delivery.outbox.next_sequences().get(0, 0) > before)  # type: ignore[misc]
     wait_until(lambda: pub.stats()["batches"] == 7)
     with pytest.raises(Unavailable):
         pub.flush(0.01)
@@ -123,7 +123,7 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
     stuck = [label for label in last if crc32(view.prefix + series_suffix((label,))) % 4 == 0]
     assert stuck
     wait_until(lambda: fold(log.log).of("v") == {(s,): text for s, text in last.items() if s not in stuck})
-    assert {batch.partition for batch in pub._delivery.outbox.pending()} == {0}
+    assert {batch.partition for batch in pub._running.delivery.outbox.pending()} == {0}
     assert pub.stats()["waiting"] <= 16 + len(stuck)
     with pytest.raises(Unavailable, match=r"not acknowledged .* away"):
         pub.flush(0.05)
@@ -144,7 +144,7 @@ def test_a_partition_that_is_away_leaves_room_in_every_attempt() -> None:
     stuck = by_partition[0][:120]
     for label in stuck:
         view.set("x" * 60_000, 1, a=label)
-    wait_until(lambda: sum(len(batch.value) for batch in pub._delivery.outbox.pending()) > 6 * 2**20)
+    wait_until(lambda: sum(len(batch.value) for batch in pub._running.delivery.outbox.pending()) > 6 * 2**20)
     view.set("here", 1, a=by_partition[1][0])
     wait_until(lambda: fold(log.log).of("v") == {(by_partition[1][0],): "here"}, 5)
     log.fate = lambda n, batch: "kept"
@@ -326,7 +326,7 @@ def test_what_cannot_be_encoded_costs_its_own_batch_only(monkeypatch: pytest.Mon
     assert [b.sequence for b in batches(log.log) if b.partition == 3] == [0], "a failed batch takes no number"
 
 
-@pytest.mark.parametrize("broken", ["encode_batch", "seal", "merge"])
+@pytest.mark.parametrize("broken", ["encode_batch", "seal_runs", "merge"])
 def test_a_shortage_of_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """Wherever a flush runs out of memory, its deltas are kept, and sealed by a later one."""
     log = FaultyLog()
@@ -349,8 +349,8 @@ def test_a_shortage_of_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch, bro
 
     if broken == "encode_batch":
         monkeypatch.setattr(sealing, "encode_batch", failing(sealing.encode_batch))
-    elif broken == "seal":
-        monkeypatch.setattr(delivery, "seal", failing(delivery.seal))
+    elif broken == "seal_runs":
+        monkeypatch.setattr(delivery, "seal_runs", failing(delivery.seal_runs))
     else:
         monkeypatch.setattr(type(view.kind), "collect", failing(type(view.kind).collect))
     for i in range(40):

@@ -54,7 +54,7 @@ def test_what_is_not_negative_counts() -> None:
 
 
 def test_an_object_that_turns_negative_costs_itself_only() -> None:
-    """One that gets past the first look is lost alone, and counted, as one that is no number any more."""
+    """One that gets past the first look is lost alone, and counted, and its publisher told, like no number."""
     log, meter = memory_log(), Meter()
     pub = publisher(log, meter, flush_interval_ms=100_000)
     cell = pub.sum("v", monotone=True).labels()
@@ -63,9 +63,10 @@ def test_an_object_that_turns_negative_costs_itself_only() -> None:
     cell.add(array)
     cell.add(3)
     array -= 10
-    pub.close()
+    with pytest.raises(Invalid, match="1 deltas were no numbers"):
+        pub.close()
     assert fold(log).of("v") == {(): 4}
-    assert meter.of(m.PUBLISHER_DROPPED, "no number") == 1
+    assert meter.of(m.PUBLISHER_DROPPED, "no_number") == 1
 
 
 def test_it_is_part_of_what_a_view_is() -> None:

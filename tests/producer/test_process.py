@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.producer.modes import MODES, SPOOL, send_spools, settings_of
 from tests.producer.support import PRELUDE, FileLog, Views, batches, fold, run_script, start_script
 
 USE = """
@@ -36,6 +37,8 @@ def views(path: Path) -> Views:
         ("raise RuntimeError('unhandled')", 1),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(20)", -signal.SIGINT),
         ("signal.raise_signal(signal.SIGINT)", -signal.SIGINT),
+        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", 5),
+        ("with pub: raise RuntimeError('of the app')", 1),
         ("threading.Thread(target=sys.exit).start()", 0),
         ("threading.Thread(target=lambda: 1 / 0).start()", 0),
         ("import atexit; atexit.register(lambda: cell.add(0))", 0),
@@ -49,6 +52,29 @@ def test_the_end_of_the_interpreter_drains(path: Path, ending: str, code: int) -
     assert done.returncode == code, done.stderr
     assert "at exit" not in done.stderr
     assert views(path).of("v") == {("main",): 1}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        ("os._exit(7)", 7),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(20)", -signal.SIGTERM),
+        ("os.kill(os.getpid(), signal.SIGKILL); time.sleep(20)", -signal.SIGKILL),
+    ],
+)
+def test_an_end_that_runs_no_python_keeps_what_the_mode_promises(path: Path, mode: str, ending: str, code: int) -> None:
+    """`os._exit`, SIGTERM without a handler, kill -9: what was flushed is there; the rest is lost, unless a spool has it."""
+    settings = settings_of(mode, path.parent)
+    opening = f"pub = publisher(log, flush_interval_ms=3_600_000, **{settings!r})\n"
+    view = 'cell = pub.sum("v", labels=("who",)).labels("main")\n'
+    done = run_script(path, f"{opening}{view}cell.add(1)\npub.flush()\ncell.add(10)\n{ending}", check=False)
+    assert done.returncode == code, done.stderr
+    assert views(path).of("v") == {("main",): 1}
+    if SPOOL in MODES[mode].values():
+        send_spools(path.parent / "spool", FileLog(path))
+    found = fold(FileLog(path).read())
+    assert found.of("v") == {("main",): 11 if SPOOL in MODES[mode].values() else 1}
 
 
 def test_threads_that_outlive_the_main_one_are_drained(path: Path) -> None:
@@ -75,8 +101,10 @@ threading.Thread(target=daemon, daemon=True).start()
 def test_ctrl_c_at_any_moment_loses_nothing(path: Path) -> None:
     """SIGINT in the midst of recording: every delta whose call returned is sent, and no more than one beyond them."""
     file = path.with_suffix(".py")
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    listening = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     ending = "n = 1\ntry:\n    print('go', flush=True)\n    while True: cell.add(1); n += 1\nfinally: print(n)\n"
-    file.write_text(PRELUDE + USE + ending)
+    file.write_text(PRELUDE + USE + listening + ending)
     for _ in range(6):
         path.unlink(missing_ok=True)
         process = start_script(file, path)

@@ -11,7 +11,7 @@ from pipeline.core.codec import GROUP_COUNT_MAX, decode_batch, encode_batch
 from pipeline.core.merge import KINDS
 from pipeline.core.record import Batch, Definition, series_prefix, series_suffix
 from pipeline.core.sequence import Outbox, Sealed
-from pipeline.producer.sealing import Merged, Refused, long_bytes, seal
+from pipeline.producer.sealing import Merged, Refused, long_bytes, runs_of, seal_runs
 from tests.producer.support import FaultyLog, batches, fold, publisher
 
 TEXTS = ["", "x", "ü" * 31, "x" * 200, "🎉" * 300, "x" * 5_000]
@@ -41,7 +41,8 @@ def some_merged(rng: random.Random, count: int) -> list[Merged]:
 
 def sealed_from(items: list[Merged], outbox: Outbox | None = None, **kwargs: Any) -> list[Sealed]:
     settings = {"partition_count": 3, "batch_bytes_max": 4_096, "now_ms": 7}
-    return seal(items, Outbox("p", 0) if outbox is None else outbox, **{**settings, **kwargs})  # type: ignore[arg-type]
+    outbox = Outbox("p", 0) if outbox is None else outbox
+    return seal_runs(runs_of(items), outbox, **{**settings, **kwargs})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -138,10 +139,11 @@ def test_a_failure_in_the_middle_is_all_or_nothing_or_reported(monkeypatch: pyte
     found = sealed_from(items, Outbox("p", 0), refused=refused)
     assert {sealed.partition for sealed in found} == {0, 2}
     (loss,) = refused
-    assert {item.crc % 3 for item in loss.merged} == {1}
+    lost = [item for run in loss.runs for item in run.merged()]
+    assert {item.crc % 3 for item in lost} == {1}
     assert str(loss.error) == "cannot"
     monkeypatch.undo()
-    again = sealed_from(loss.merged, Outbox("p", 0))
+    again = sealed_from(lost, Outbox("p", 0))
     assert [(sealed.partition, sealed.sequence) for sealed in again] == [(1, 0)]
 
 
@@ -151,3 +153,21 @@ def test_long_values_are_those_that_are_charged_by_length() -> None:
         assert long_bytes(value) == 0
     for value, size in ((2**800, 101), ("x" * 33, 33), ("ü" * 20, 40), ((2**41, "x" * 100), 106), ((2**800, 1), 102)):
         assert size <= long_bytes(value) <= 2 * size
+
+
+def test_what_cannot_even_be_refused_is_not_sealed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out again while a refusal is noted: nothing stays in the outbox, so trying again doubles nothing."""
+
+    def out_of_memory(*_: object) -> bytes:
+        raise MemoryError
+
+    def broken(batch: Batch) -> bytes:
+        return out_of_memory() if batch.partition == 1 else encode_batch(batch)
+
+    monkeypatch.setattr(sealing, "encode_batch", broken)
+    monkeypatch.setattr(sealing._Draft, "runs", out_of_memory)
+    outbox = Outbox("p", 0)
+    items = [merged(Definition("v", "sum", ("a",)), (str(i),), 1) for i in range(30)]
+    with pytest.raises(MemoryError):
+        sealed_from(items, outbox, refused=[])
+    assert len(outbox) == 0

@@ -89,7 +89,7 @@ def test_what_is_no_finite_number_is_refused_and_leaves_no_trace(kind: str) -> N
         for value in BAD:
             with pytest.raises(Invalid, match=r"needed|int of"):
                 record(view, value)
-        assert not pub._threads, "a refused delta started the publisher"
+        assert not pub._running.threads, "a refused delta started the publisher"
         record(view, 3)
         for value in BAD:
             with pytest.raises(Invalid):
@@ -117,7 +117,7 @@ def test_an_object_that_changes_counts_as_it_was() -> None:
 
 
 def test_an_object_that_stops_being_a_number_costs_itself_only() -> None:
-    """One that gets past the first look, among plain numbers, is lost alone, and counted."""
+    """One that gets past the first look, among plain numbers, is lost alone, and counted, and the next flush says so."""
     log = memory_log()
     meter = Meter()
     pub = publisher(log, meter, flush_interval_ms=100_000)
@@ -127,9 +127,10 @@ def test_an_object_that_stops_being_a_number_costs_itself_only() -> None:
     cell.add(celsius)  # type: ignore[arg-type]
     cell.add(3)
     celsius.value = "nan"
-    pub.close()
+    with pytest.raises(Invalid, match="1 deltas were no numbers"):
+        pub.close()
     assert fold(log).of("v") == {(): 4}
-    assert meter.of(m.PUBLISHER_DROPPED, "no number") == 1
+    assert meter.of(m.PUBLISHER_DROPPED, "no_number") == 1
 
 
 def test_last_takes_text_numbers_bools_and_none() -> None:

@@ -1,0 +1,32 @@
+"""The ways a publisher can buffer, each with the settings that choose it: what holds for one holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.ports import LogWriter
+from pipeline.producer.spool.drain import drain
+from pipeline.settings import PublisherSettings
+
+SPOOL = "a folder of the test's own"
+
+MODES: Mapping[str, Mapping[str, Any]] = {
+    "thread": {},
+    "sharded": {"buffering": "sharded"},
+    "process": {"durability": "process", "spool_dir": SPOOL},
+}
+"""A value of `SPOOL` stands for a folder of the test's own."""
+
+
+def settings_of(mode: str, folder: Path) -> dict[str, Any]:
+    """The keywords for a `Publisher` of this mode, whose spool, if it has one, is in `folder`."""
+    return {name: str(folder / "spool") if value == SPOOL else value for name, value in MODES[mode].items()}
+
+
+def send_spools(folder: Path, writer: LogWriter) -> None:
+    """Send what processes that are gone have left in their spools, if they had any."""
+    if folder.exists():
+        [*drain(folder, writer, SystemClock(), PublisherSettings(), timeout_s=30)]

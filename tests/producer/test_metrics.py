@@ -1,0 +1,195 @@
+"""Each metric of the publisher moves when what it is about happens, as Prometheus sees it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline.metrics as m
+from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.errors import BufferFull, Invalid, Unavailable
+from pipeline.producer.client import BasePublisher
+from pipeline.settings import PublisherSettings
+from tests.producer.support import CLOCK, FaultyLog, fold, wait_until
+
+ALL = {name: metric for name, metric in vars(m).items() if name.startswith("PUBLISHER_")}
+shown: set[str] = set()
+"""Metrics that some test of this file has seen move."""
+
+
+class Shown:
+    """A publisher on a log that goes wrong, and what Prometheus sees of it."""
+
+    def __init__(self, **settings: Any) -> None:
+        quick = {"flush_interval_ms": 5, "linger_ms": 5, "retry_backoff_ms": 1, "retry_backoff_max_ms": 5}
+        self.log = FaultyLog()
+        self.metrics = PrometheusMetrics()
+        self.pub = BasePublisher(self.log, CLOCK, PublisherSettings(**{**quick, **settings}), self.metrics)
+
+    def value(self, metric: m.Metric, **labels: str) -> float:
+        """What Prometheus would scrape; of a histogram the number of observations."""
+        shown.add(metric.name)
+        name = f"{metric.name}_count" if metric.type == "histogram" else metric.name
+        for line in self.metrics.render()[0].decode().splitlines():
+            family, _, value = line.rpartition(" ")
+            if family == name + ("{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "}" if labels else ""):
+                return float(value)
+        return 0.0
+
+
+@pytest.fixture
+def closing() -> Iterator[list[Shown]]:
+    """Publishers that are closed afterwards, whatever became of them."""
+    opened: list[Shown] = []
+    yield opened
+    for item in opened:
+        item.log.away = False
+        item.log.gate.set()
+        item.pub.close()
+
+
+def opened(closing: list[Shown], **settings: Any) -> Shown:
+    closing.append(Shown(**settings))
+    return closing[-1]
+
+
+def test_what_is_recorded_and_sent(closing: list[Shown]) -> None:
+    """Deltas, what merging saved, batches, their times, and how much waits."""
+    it = opened(closing, flush_interval_ms=40, linger_ms=20, series_idle_ms=3_600_000)
+    view = it.pub.sum("v", labels=("a",))
+    for i in range(100):
+        view.add(1, a=str(i % 4))
+    it.pub.flush()
+    assert it.value(m.PUBLISHER_DELTAS) == 100
+    assert 90 <= it.value(m.PUBLISHER_MERGED_AWAY) <= 96
+    assert 1 <= it.value(m.PUBLISHER_ACKNOWLEDGED) <= it.value(m.PUBLISHER_BATCHES)
+    wait_until(lambda: it.value(m.PUBLISHER_FLUSH) >= 2)
+    wait_until(lambda: 0.02 <= it.value(m.PUBLISHER_LINGER) <= 0.04)
+    wait_until(lambda: it.value(m.PUBLISHER_SERIES) == 4)
+    wait_until(lambda: it.value(m.PUBLISHER_BYTES) == it.pub.stats()["buffer_bytes"] > 4 * 600)
+    assert it.value(m.PUBLISHER_BUFFER_MAX) == 67_108_864
+    it.log.gate.clear()
+    view.add(1, a="0")
+    wait_until(lambda: it.value(m.PUBLISHER_IN_FLIGHT) == 1)
+    it.log.gate.set()
+    wait_until(lambda: it.value(m.PUBLISHER_IN_FLIGHT) == 0)
+
+
+def test_what_goes_wrong(closing: list[Shown]) -> None:
+    """Retries, rejections, refusals, drops and waits: each is counted under its own name, and is there before it happens."""
+    it = opened(closing)
+    for reason in ("buffer_full", "closed", "no_number", "rejected"):
+        assert f'reason="{reason}"' in it.metrics.render()[0].decode()
+    it.log.fate = lambda n, batch: Unavailable("busy") if n < 3 else "kept"
+    it.pub.sum("v").add(1)
+    it.pub.flush()
+    assert it.value(m.PUBLISHER_RETRIES) == 3
+    it.log.fate = lambda n, batch: Invalid("too strange")
+    it.pub.sum("v").add(1)
+    with pytest.raises(Invalid, match="too strange"):
+        it.pub.flush()
+    assert it.value(m.PUBLISHER_DROPPED, reason="rejected") == 1
+    it.log.fate = lambda n, batch: "kept"
+    it.pub.sum("v").labels().for_this_thread().add("1")  # type: ignore[arg-type]
+    with pytest.raises(Invalid, match="no numbers"):
+        it.pub.flush()
+    assert it.value(m.PUBLISHER_DROPPED, reason="no_number") == 1
+
+    closed = Shown()
+    closed.log.away = True
+    closed.pub.sum("v").add(1)
+    with pytest.raises(Unavailable):
+        closed.pub.close(0.05)
+    assert closed.value(m.PUBLISHER_DROPPED, reason="closed") == 1
+
+
+@pytest.mark.parametrize("on_full", ["block", "raise", "drop_newest", "merge_harder"])
+def test_a_full_account(on_full: str, closing: list[Shown]) -> None:
+    """Each policy counts what it did."""
+    it = opened(closing, on_full=on_full, buffer_bytes_max=65_536, block_timeout_ms=10)
+    it.log.away = True
+    view = it.pub.sum("v", labels=("a",))
+    refused = 0
+    for i in range(200):
+        try:
+            view.add(1, a=str(i))
+        except BufferFull:
+            refused += 1
+            if refused == 2:
+                break
+    waits = on_full in ("block", "merge_harder")
+    assert refused == it.value(m.PUBLISHER_REFUSED)
+    assert (refused > 0) == (on_full != "drop_newest")
+    assert (it.value(m.PUBLISHER_BLOCKED) > 0) == waits
+    assert (it.value(m.PUBLISHER_MERGED_HARDER) > 0) == (on_full == "merge_harder")
+    assert (it.value(m.PUBLISHER_DROPPED, reason="buffer_full") > 0) == (on_full == "drop_newest")
+
+
+def test_threads_and_snapshots(closing: list[Shown]) -> None:
+    """How many handles threads have, and how old a snapshot became before it was replaced."""
+    it = opened(closing, snapshot_interval_ms=30)
+    cell = it.pub.sum("v").labels()
+    handles = [cell.for_this_thread() for _ in range(5)]
+    wait_until(lambda: it.value(m.PUBLISHER_THREADS) == 5)
+    wait_until(lambda: it.value(m.PUBLISHER_SNAPSHOT_AGE) >= 0.02)
+    assert it.value(m.PUBLISHER_SNAPSHOT_AGE) < 20
+    handles.clear()
+    wait_until(lambda: it.value(m.PUBLISHER_THREADS) == 0)
+
+
+def test_shards(closing: list[Shown]) -> None:
+    """Shards in use, how full the fullest was, and how often a thread found its own full."""
+    it = opened(closing, buffering="sharded", shard_deltas_max=8, shards_max=8)
+    cell = it.pub.sum("v").labels()
+    cell.add(1)
+    wait_until(lambda: it.value(m.PUBLISHER_SHARDS) == 4)
+
+    def push() -> bool:
+        for _ in range(100):
+            cell.add(1)
+        return it.value(m.PUBLISHER_CONTENDED) > 0 and it.value(m.PUBLISHER_SHARDS) == 8
+
+    wait_until(push)
+    wait_until(lambda: push() and 0 < it.value(m.PUBLISHER_SHARD_UTILISATION) <= 1)
+
+
+def test_the_spool(tmp_path: Path, closing: list[Shown]) -> None:
+    """Its size and limit, batches that went there, and those that were found in the spools of others."""
+    settings = {"spool_dir": str(tmp_path / "spool"), "spool_bytes_max": 8_000_000}
+    gone = Shown(durability="process", **settings)
+    gone.log.away = True
+    gone.pub.sum("v").add(7)
+    with pytest.raises(Unavailable):
+        gone.pub.close(0.2)
+    it = opened(closing, on_full="spill", buffer_bytes_max=65_536, **settings)
+    wait_until(lambda: it.value(m.PUBLISHER_RESCUED) == 1)
+    assert fold(it.log.log).total("v") == 7
+    assert it.value(m.PUBLISHER_SPOOL_MAX) == 8_000_000
+    it.log.gate.clear()
+    view = it.pub.sum("w", labels=("a",))
+    done = threading.Event()
+
+    def record() -> None:
+        for i in range(1_500):
+            view.add(1, a=f"{i:050}")
+        done.set()
+
+    thread = threading.Thread(target=record)
+    thread.start()
+    wait_until(lambda: it.value(m.PUBLISHER_SPILLED) > 0)
+    wait_until(lambda: it.value(m.PUBLISHER_SPOOL_BYTES) > 1_000)
+    it.log.gate.set()
+    wait_until(done.is_set)
+    thread.join()
+    it.pub.flush()
+    assert fold(it.log.log).total("w") == 1_500
+
+
+def test_no_metric_is_forgotten() -> None:
+    """Every metric of the publisher is seen to move by one of the tests above."""
+    assert len(ALL) >= 24
+    assert {metric.name for metric in ALL.values()} - shown == set()
