@@ -1,0 +1,18 @@
+"""kill -9 of publishers on real Kafka, thirty times at random, and of the broker: each delta counts once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.broker.kafka import Broker
+from tests.broker.publisher_kill import on_kafka
+
+KILLS = 30
+
+
+@pytest.mark.timeout(300)
+def test_thirty_kills_of_publishers(broker: Broker, tmp_path: Path) -> None:
+    """While they start, record, send what others left, and close."""
+    done = on_kafka(tmp_path, 1, KILLS, broker)
+    assert done.kills >= KILLS
+    assert done.doubts > 0, "no call was interrupted: nothing is shown"
