@@ -25,6 +25,7 @@ from pydantic_settings import (
 from pipeline.errors import Invalid
 from pipeline.settings import (
     GROUPS,
+    IngestSettings,
     KafkaSettings,
     LogSettings,
     PublisherSettings,
@@ -49,6 +50,7 @@ class Config:
     log: LogSettings
     worker: WorkerSettings
     query: QuerySettings
+    ingest: IngestSettings
 
 
 class _Base(BaseSettings):
@@ -100,6 +102,7 @@ def load(flags: Mapping[str, Any] | None = None) -> Config:
         log=LogSettings(**_of(LogSettings, values)),
         worker=WorkerSettings(**_of(WorkerSettings, values)),
         query=QuerySettings(**_of(QuerySettings, values)),
+        ingest=IngestSettings(**_of(IngestSettings, values)),
     )
 
 

@@ -263,6 +263,26 @@ class RawDelta(NamedTuple):
     """None: as the view is known, or not monotone if it is new."""
 
 
+class Refusal(NamedTuple):
+    """What was left out of something that was taken in part: where it stood, from 1, and why."""
+
+    line: int
+    reason: str
+    """One word, of few."""
+    detail: str
+
+
+class Pushed(NamedTuple):
+    """What a text of metrics says."""
+
+    deltas: Sequence[RawDelta]
+    lines: Sequence[int]
+    """Where each of them stood."""
+    refused: Sequence[Refusal]
+    whole: bool = True
+    """False: it has more than may be taken at once, and was not read to its end."""
+
+
 class Ingest(Protocol):
     """Where an HTTP server puts what it is sent. Safe from any thread; blocks until the log has acknowledged."""
 
@@ -272,10 +292,33 @@ class Ingest(Protocol):
         """
         ...
 
+    def fitting(self, deltas: Sequence[RawDelta]) -> tuple[Token, list[Refusal]]:
+        """Accept those deltas that can be; the others, by index as `line`. Raises `Unavailable` as `deltas` does.
+
+        Here, as in Prometheus, an empty label is none: a delta may lack labels that its view has.
+        """
+        ...
+
     def batches(self, batches: Sequence[bytes]) -> list[int]:
         """Accept a publisher's sealed batches: the `next_offset` that covers each.
 
         Raises `BadRecord`, saying which batch is wrong and why; `Unavailable` if unsure. Any of the others may be accepted:
         send the same bytes again.
         """
+        ...
+
+
+class LineSink(Protocol):
+    """Where a socket puts what it hears, line by line. One thread at a time; nothing that is sent makes it raise."""
+
+    def take(self, lines: Sequence[bytes], protocol: str) -> None:
+        """Take lines in, without their line ends; blank ones are nothing."""
+        ...
+
+    def refuse(self, reason: str, protocol: str) -> None:
+        """Count what was no line to be taken: a packet that is too long, a connection too many."""
+        ...
+
+    def tick(self) -> None:
+        """Time has passed: called often, also when there is nothing to take."""
         ...

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.ingest import ingest
 from pipeline.cli.options import (
     DEFAULT_URL,
     AcceptLoss,
@@ -25,9 +26,11 @@ from pipeline.cli.options import (
     Static,
     StatusFrom,
     To,
+    Version,
     check_group,
     load,
 )
+from pipeline.cli.spool import spool
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
@@ -40,23 +43,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(version("delta-pipeline"))
-        except PackageNotFoundError:
-            print("not installed")
-        raise typer.Exit
-
-
 @app.callback()
-def main(
-    _: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
+def main(_: Version = False) -> None:
     """Count things in production: publish deltas, fold them exactly once, read merged views.
 
     \b
@@ -397,13 +385,14 @@ def bench(
         bool, typer.Option("--kafka", help="Those on Kafka instead: a broker is started (Java and Maven are needed).")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A small size: only to see that they run.")] = False,
+    plots: Annotated[str | None, typer.Option("--plots", metavar="FOLDER", help="Draw the publisher's as SVG.")] = None,
     json: Json = False,
 ) -> None:
     """Measure speed and memory against their targets, on this machine.
 
     \b
         pipeline bench
-        pipeline bench record fold-unique
+        pipeline bench publisher fold-unique
         pipeline bench --kafka
 
     For a checkout. Each line has a baseline that was measured in the same run: on a busy machine, trust the ratios. Takes
@@ -411,11 +400,13 @@ def bench(
     """
     from pipeline.cli.bench import run_bench
 
-    raise SystemExit(run_bench(names or [], kafka=kafka, quick=quick, as_json=json))
+    raise SystemExit(run_bench(names or [], kafka=kafka, quick=quick, plots=plots, as_json=json))
 
 
+app.add_typer(ingest, name="ingest", help="Take in what other programs send: StatsD.")
 topics = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
+app.add_typer(spool, name="spool", help="Look at what publishers left on disk, or send it.")
 
 Kafka = Annotated[str, typer.Option("--to", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")]
 Partitions = Annotated[

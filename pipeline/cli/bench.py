@@ -38,10 +38,11 @@ class _Listing(msgspec.Struct):
     kafka_names: list[str]
 
 
-def run_bench(names: Sequence[str], *, kafka: bool, quick: bool, as_json: bool) -> int:
+def run_bench(names: Sequence[str], *, kafka: bool, quick: bool, plots: str | None, as_json: bool) -> int:
     """Run the named benchmarks, or all (with `kafka`, on Kafka); print what they measured. FAILED if a target was not met.
 
-    `quick` runs them at a small size, to see that they work: the figures mean nothing then, and decide nothing.
+    `quick` runs them at a small size, to see that they work: the figures mean nothing then, and decide nothing. `plots` is
+    the folder to draw into, None: nothing is drawn.
     Raises `Invalid` for an unknown name, or if there is no checkout; `Unavailable` if a benchmark fails.
     """
     if not (_ROOT / "tests" / "bench" / "__main__.py").is_file():
@@ -51,10 +52,11 @@ def run_bench(names: Sequence[str], *, kafka: bool, quick: bool, as_json: bool) 
     unknown = [name for name in names if name not in known]
     if unknown:
         raise Invalid(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+    options = [*(["--quick"] if quick else []), *([f"--plots={Path(plots).absolute()}"] if plots else [])]
     rows: list[_Row] = []
     for name in names or (listing.kafka_names if kafka else listing.names):
         with console.err.status(f"{name} ..."):
-            rows += msgspec.json.decode(_output([name, *(["--quick"] if quick else [])]), type=list[_Row])
+            rows += msgspec.json.decode(_output([name, *options]), type=list[_Row])
     if as_json:
         console.print_json({"machine": listing.machine, "quick": quick, "rows": rows})
     else:

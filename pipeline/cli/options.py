@@ -63,6 +63,22 @@ LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="deb
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines, for machines.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("delta-pipeline"))
+        except PackageNotFoundError:
+            print("not installed")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+]
+
+
 def check_group(
     name: str | None, *, processes: int | None, agents: str = "", standbys: int | None = None, static: bool = True
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pipeline.adapters.openmetrics import render_views
 from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.adapters.pushed import parse_pushed
 from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
 from pipeline.cli.server import HttpServer, bind, url_of
@@ -132,6 +133,7 @@ def query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetri
         status=role.status,
         ready=lambda: role.ready,
         render_views=render_views,
+        parse_pushed=parse_pushed,
     )
 
 

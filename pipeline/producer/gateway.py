@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -23,12 +23,20 @@ from pipeline.core.token import Token
 from pipeline.core.view import describe
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, LogWriter, Message, RawDelta
+from pipeline.ports import Clock, LogWriter, Message, RawDelta, Refusal
 from pipeline.producer.sealing import Merged, seal
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
 _DEFINITIONS_MAX = 10_000
+
+
+class _WrongLabels(Invalid):
+    """Fix the labels."""
+
+
+class _DefinedMeanwhile(Invalid):
+    """Fix the definition: another request was quicker. Sent again, it is compared with that one's."""
 
 
 class Gateway:
@@ -58,29 +66,70 @@ class Gateway:
 
     def deltas(self, deltas: Sequence[RawDelta]) -> Token:
         """Accept all deltas or none; see `ports.Ingest`."""
+        return self._take(deltas, None)
+
+    def fitting(self, deltas: Sequence[RawDelta]) -> tuple[Token, list[Refusal]]:
+        """Accept those deltas that can be; see `ports.Ingest`. A new view has all labels that the request gives it."""
+        while True:
+            refused: list[Refusal] = []
+            try:
+                return self._take(self._fitted(deltas), refused), refused
+            except _DefinedMeanwhile:  # once for each view at most
+                continue
+
+    def _take(self, deltas: Sequence[RawDelta], refused: list[Refusal] | None) -> Token:
+        """Append the deltas; those that are wrong go to `refused`, or without it raise `Invalid` before anything is done."""
         now_ms = self._clock.now_ms()
         raw: dict[tuple[Definition, bytes], list[Any]] = {}
         defined: dict[str, tuple[Definition, int]] = {}
         for number, delta in enumerate(deltas):
+            reason = "view"
             try:
                 definition = self._definition(delta, number, defined)
+                reason = "labels"
                 labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
+                reason = "value"
                 value = kind_of(definition).check(delta.value, now_ms if delta.ts_ms is None else delta.ts_ms)
             except Invalid as error:
-                raise Invalid(f"delta {number}: {error}") from None
+                if refused is None:
+                    raise Invalid(f"delta {number}: {error}") from None
+                reason = "labels" if isinstance(error, _WrongLabels) else reason
+                refused.append(Refusal(number, reason, str(error)))
+                continue
             raw.setdefault((definition, series_suffix(labels)), []).append(value)
+        used = {definition.view for definition, _ in raw}
         merged = [
             Merged(definition, suffix, crc32(series_prefix(definition.view) + suffix), kind_of(definition).collect(run))
             for (definition, suffix), run in raw.items()
         ]
-        token = self._append(merged, defined, now_ms)
-        self._metrics.inc(m.DELTAS_INGESTED, len(deltas))
+        token = self._append(merged, {view: it for view, it in defined.items() if view in used}, now_ms)
+        self._metrics.inc(m.DELTAS_INGESTED, len(deltas) - len(refused or ()))
         return token
+
+    def _known(self, view: str) -> Definition | None:
+        return self._definition_of(view) or self._defined.get(view)
+
+    def _fitted(self, deltas: Sequence[RawDelta]) -> list[RawDelta]:
+        """The deltas, with the labels of their view: those that they lack are empty, empty ones that it lacks are gone."""
+        views: dict[str, Iterable[str]] = {}
+        new: dict[str, dict[str, None]] = {}
+        for delta in deltas:
+            if delta.view not in views:
+                known = self._known(delta.view)
+                views[delta.view] = new.setdefault(delta.view, {}) if known is None else known.labels
+            if delta.view in new:
+                new[delta.view].update(dict.fromkeys([name for name, value in delta.labels.items() if value]))
+        fitted = []
+        for delta in deltas:
+            labels = dict.fromkeys(views[delta.view], "")
+            labels.update({name: value for name, value in delta.labels.items() if value or name in labels})
+            fitted.append(delta._replace(labels=labels))
+        return fitted
 
     def _definition(self, delta: RawDelta, number: int, defined: dict[str, tuple[Definition, int]]) -> Definition:
         view, kind, labels, window_s, monotone = _shape(delta)
         known, _ = defined.get(view, (None, 0))
-        known = known or self._definition_of(view) or self._defined.get(view)
+        known = known or self._known(view)
         if known is None:
             known = Definition(view, kind, tuple(sorted(labels)), window_s, bool(monotone))
             check_definition(known, KIND_NAMES)
@@ -94,7 +143,7 @@ class Gateway:
         if monotone is not None and known.monotone is not monotone:
             raise Invalid(f"view {view} is {'monotone' if known.monotone else 'not monotone'}, unlike this delta")
         if labels.keys() != set(known.labels):
-            raise Invalid(f"view {view} has labels {list(known.labels)}; got {sorted(labels)[:40]}")
+            raise _WrongLabels(f"view {view} has labels {list(known.labels)}; got {sorted(labels)[:40]}")
         return known
 
     def _append(self, merged: list[Merged], defined: dict[str, tuple[Definition, int]], now_ms: int) -> Token:
@@ -107,7 +156,7 @@ class Gateway:
             for view, (definition, number) in defined.items():
                 was = self._defined.get(view, definition)
                 if was != definition:
-                    raise Invalid(f"delta {number}: view {view} is {describe(was)} since a moment ago")
+                    raise _DefinedMeanwhile(f"delta {number}: view {view} is {describe(was)} since a moment ago")
             sealed = seal(
                 merged,
                 self._outbox,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -25,9 +27,9 @@ import pipeline.query.openapi as docs
 from pipeline.core.codec import decode_frames, partition_of
 from pipeline.core.exposition import OMITTED
 from pipeline.core.token import Token
-from pipeline.errors import NotReady, PipelineError, Unavailable
+from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
-from pipeline.ports import Clock, Ingest
+from pipeline.ports import Clock, Ingest, Pushed
 from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
@@ -41,6 +43,11 @@ _BODIES_HELD_MAX = 4
 _CLIENT_GONE = 499
 _JSON_HEADER = (b"content-type", docs.JSON.encode())
 _encode = msgspec.json.Encoder().encode
+_PUSH = "openmetrics"
+_REFUSED_SHOWN_MAX = 10
+_Take = Callable[[Request, Callable[[bytes, str], Any]], Coroutine[Any, Any, Response]]
+ParsePushed = Callable[[bytes, str, int, int], Pushed]
+"""Reads a text of metrics of a media type, until there are more samples than a limit; lines have one too, in bytes."""
 
 
 class ExposedMetrics(Metrics, Protocol):
@@ -72,12 +79,13 @@ def create_app(
     status: Callable[[], dict[str, Any]],
     ready: Callable[[], bool],
     render_views: RenderViews | None = None,
+    parse_pushed: ParsePushed | None = None,
 ) -> FastAPI:
     """The application: an ASGI app with a lifespan, which the server must run.
 
     Without `ingest` it only reads. `status` says what `/v1/status` shows, with `partition_count`, `partitions` and
     `ready`; what the reader knows of each partition is added. `ready` says whether reads can be answered.
-    `render_views` writes down `GET /v1/openmetrics`, which is not there without it.
+    `render_views` writes `GET /v1/openmetrics`, which is not there without it; `parse_pushed` reads what is posted to it.
     """
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
@@ -101,7 +109,9 @@ def create_app(
     if render_views is not None:
         _add_scrape(app, service, settings, render_views)
     if ingest is not None:
-        _add_writes(app, ingest, settings, ingest_threads)
+        take = _add_writes(app, ingest, settings, ingest_threads)
+        if parse_pushed is not None:
+            _add_push(app, partial(_take_pushed, ingest, parse_pushed, settings, metrics), take)
     return _finished(app, settings, metrics, reader.clock)
 
 
@@ -222,7 +232,7 @@ def _status(said: dict[str, Any], reader: ViewReader) -> dict[str, Any]:
     return {**said, "partitions": partitions}
 
 
-def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor) -> None:
+def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor) -> _Take:
     bodies = _Bodies(settings.body_bytes_max)
 
     def take_deltas(body: bytes, content_type: str) -> docs.Accepted:
@@ -270,6 +280,47 @@ def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: 
     )
     async def post_batches(request: Request) -> Response:
         return await take(request, take_batches)
+
+    return take
+
+
+def _take_pushed(
+    ingest: Ingest, parse: ParsePushed, settings: QuerySettings, metrics: Metrics, body: bytes, content_type: str
+) -> docs.MetricsAccepted:
+    """Take a text of metrics in; `Invalid` if there is nothing in it that can be taken."""
+    pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
+    if not pushed.whole:
+        raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
+    token, unfit = ingest.fitting(pushed.deltas) if pushed.deltas else (Token({}), [])
+    refused = [*pushed.refused, *[it._replace(line=pushed.lines[it.line]) for it in unfit]]
+    reasons = Counter([it.reason for it in refused])
+    accepted = len(pushed.deltas) - len(unfit)
+    metrics.inc(m.INGEST_LINES, accepted + len(refused), _PUSH)
+    for reason, count in reasons.items():
+        metrics.inc(m.INGEST_MALFORMED, count, _PUSH, reason)
+    if refused and not accepted:
+        raise Invalid(f"nothing could be taken; line {refused[0].line}: {refused[0].reason}: {refused[0].detail}")
+    first = [docs.LeftOut(it.line, it.reason, it.detail) for it in sorted(refused)[:_REFUSED_SHOWN_MAX]]
+    return docs.MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))
+
+
+def _add_push(app: FastAPI, work: Callable[[bytes, str], Any], take: _Take) -> None:
+    @app.post(
+        "/v1/openmetrics",
+        tags=["write"],
+        summary="Publish metrics as text",
+        description=(
+            "Values are what has happened since the client's last push, as of a batch job that pushes once: counters, "
+            "buckets, sums and counts are added to monotone sums, everything else is the newest value, by its timestamp. A "
+            "line that can't be taken is left out, and told. A request without an answer, or with 503, may have been taken, "
+            "on Kafka also in part: sending it again counts twice."
+        ),
+        responses=docs.answers("MetricsAccepted", 400, 413, 415, 503),
+        openapi_extra=docs.METRICS_BODY,
+        response_class=Response,
+    )
+    async def push(request: Request) -> Response:
+        return await take(request, work)
 
 
 class _Bodies:

@@ -14,6 +14,7 @@ from pipeline.query.reader import Answer, PartitionState, Views
 from pipeline.settings import QuerySettings
 
 JSON = "application/json"
+OPENMETRICS = "application/openmetrics-text"
 READ_PATH = "/v1/views/{view}"
 _TEMPLATE = "#/components/schemas/{name}"
 
@@ -35,6 +36,28 @@ class BatchesAccepted(msgspec.Struct):
     token: str
 
 
+class LeftOut(msgspec.Struct):
+    """A line of `POST /v1/openmetrics` that was not taken."""
+
+    line: int
+    """From 1."""
+    reason: str
+    detail: str
+
+
+class MetricsAccepted(msgspec.Struct):
+    """What `POST /v1/openmetrics` answers."""
+
+    accepted: int
+    """Samples that were taken."""
+    refused: int
+    """Lines that were not."""
+    reasons: dict[str, int]
+    """How many of those for each reason."""
+    first_refused: list[LeftOut]
+    token: str
+
+
 class Status(msgspec.Struct):
     """What `GET /v1/status` answers, at least."""
 
@@ -44,7 +67,7 @@ class Status(msgspec.Struct):
 
 
 _, _COMPONENTS = msgspec.json.schema_components(
-    (Answer, Views, PartitionState, Accepted, BatchesAccepted, Status, Problem), ref_template=_TEMPLATE
+    (Answer, Views, PartitionState, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem), ref_template=_TEMPLATE
 )
 
 _PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _TEMPLATE.format(name="Problem")}}}}
@@ -98,11 +121,20 @@ BATCHES_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+METRICS_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "text/plain": {"schema": {"type": "string", "description": "Prometheus' text format."}},
+            OPENMETRICS: {"schema": {"type": "string", "description": "OpenMetrics, with its `# EOF`."}},
+        },
+    }
+}
 
 
 def scrape_answers() -> dict[int | str, dict[str, Any]]:
     """The `responses` of `GET /v1/openmetrics`."""
-    text: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
+    text: dict[str, Any] = {"text/plain": {}, OPENMETRICS: {}}
     problems = {status: it for status, it in answers("Problem", 400, 404, 503).items() if status != 200}
     return {200: {"description": "The views.", "content": text}, **problems}
 

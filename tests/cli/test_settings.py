@@ -25,7 +25,8 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_defaults() -> None:
     """Without file, environment and flags every setting has the default of its declaration."""
     loaded = config.load()
-    for group, values in zip(GROUPS, (loaded.publisher, loaded.kafka, loaded.log, loaded.worker, loaded.query), strict=True):
+    found = (loaded.publisher, loaded.kafka, loaded.log, loaded.worker, loaded.query, loaded.ingest)
+    for group, values in zip(GROUPS, found, strict=True):
         assert values == group()
 
 
@@ -67,7 +68,7 @@ def test_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("[worker]\nport = 1", "unknown setting 'worker' in pipeline.toml"),
         ("port = 'http'", "setting port: Input should be a valid integer"),
         ("port = -1", "port: -1 is outside 0 to 65535"),
-        ("on_full = 'wait'", "on_full: block, raise or drop_newest, got 'wait'"),
+        ("on_full = 'wait'", "on_full: block, raise, drop_newest, merge_harder or spill, got 'wait'"),
         ("fsync = 'perhaps'", "setting fsync: Input should be a valid boolean"),
         ("port = ", "pipeline.toml: "),
         ("port = 1\nport = 2", "pipeline.toml: "),

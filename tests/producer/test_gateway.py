@@ -431,3 +431,62 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
     assert views.total("v") == 500
     assert views.duplicates > 0
     assert not views.dead
+
+
+# What fits
+
+
+def test_what_fits_is_taken_and_the_rest_is_told() -> None:
+    """By index and reason; a delta may lack labels of its view, and an empty label that the view lacks is none."""
+    log, meter = FaultyLog(), Meter()
+    gate = gateway(log, meter)
+    deltas = [
+        delta(1, "known", region="eu"),
+        delta(2, "known", product="tea", other=""),
+        delta(4, "known", other="x"),
+        delta(8, "known", "max"),
+        delta(float("nan"), "known"),
+        delta(-1, "rising"),
+        delta(1, "a b"),
+        delta(1, region="x" * 5_000),
+    ]
+    token, refused = gate.fitting(deltas)
+    assert [(it.line, it.reason) for it in refused] == [
+        (2, "labels"), (3, "view"), (4, "value"), (5, "value"), (6, "view"), (7, "labels"),
+    ]  # fmt: skip
+    assert all(it.detail for it in refused)
+    assert token.next_offsets
+    assert fold(log.log).of("known") == {("eu", ""): 1, ("", "tea"): 2}
+    assert meter.of(m.DELTAS_INGESTED) == 2
+    assert gate.fitting([]) == (Token({}), [])
+
+
+def test_what_is_refused_defines_nothing() -> None:
+    """A new view has the labels of the first request of which something was taken."""
+    log = FaultyLog()
+    gate = gateway(log)
+    for others in ([], [delta(1, "w")]):
+        token, refused = gate.fitting([delta("text", a="1"), *others])
+        assert (bool(token.next_offsets), [it.reason for it in refused]) == (bool(others), ["value"])
+    assert gate.fitting([delta(2, b="1"), delta(3, c="1")])[1] == []
+    assert [it.reason for it in gate.fitting([delta(4, a="1"), delta(5)])[1]] == ["labels"]
+    assert fold(log.log).of("v") == {("1", ""): 2, ("", "1"): 3, ("", ""): 5}
+
+
+def test_of_two_that_define_a_view_the_second_fits_itself_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the first came while the second was under way: what fits is taken, and the log has one definition."""
+    log = FaultyLog()
+    gate = gateway(log)
+    count, others = log.partition_count, [delta(1, a="first")]
+
+    def meanwhile(topic: str) -> int:
+        if others:
+            assert gate.fitting([others.pop()])[1] == []
+        return count(topic)
+
+    monkeypatch.setattr(log, "partition_count", meanwhile)
+    _, refused = gate.fitting([delta(2, b="second"), delta(4), delta(8, a="second", b="")])
+    assert [(it.line, it.reason) for it in refused] == [(0, "labels")]
+    views = fold(log.log)
+    assert not views.dead
+    assert views.of("v") == {("first",): 1, ("",): 4, ("second",): 8}

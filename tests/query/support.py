@@ -19,6 +19,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.openmetrics import render_views
 from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.adapters.pushed import parse_pushed
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
 from pipeline.core.route import route
@@ -202,7 +203,14 @@ class Server:
 def serving(world: World, port: int = 0) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
     app = create_app(
-        world.reader, world.ingest, world.settings, world.metrics, world.status, lambda: world.ready, render_views
+        world.reader,
+        world.ingest,
+        world.settings,
+        world.metrics,
+        world.status,
+        lambda: world.ready,
+        render_views,
+        parse_pushed,
     )
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)

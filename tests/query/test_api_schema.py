@@ -46,7 +46,10 @@ def conforms(operation: Any, mode: schemathesis.GenerationMode, examples: int) -
 
 
 @pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)
-@pytest.mark.parametrize(("verb", "path"), [("get", "/v1/views/{view}"), ("get", "/v1/openmetrics"), ("post", "/v1/deltas")])
+@pytest.mark.parametrize(
+    ("verb", "path"),
+    [("get", "/v1/views/{view}"), ("get", "/v1/openmetrics"), ("post", "/v1/deltas"), ("post", "/v1/openmetrics")],
+)
 def test_requests_are_answered_as_documented(
     api_schema: Any, verb: str, path: str, mode: schemathesis.GenerationMode
 ) -> None:
@@ -79,6 +82,7 @@ def test_the_document_is_whole(server: Server) -> None:
         ("get", "/readyz"),
         ("get", "/metrics"),
         ("get", "/v1/openmetrics"),
+        ("post", "/v1/openmetrics"),
     }
     names = {parameter["name"] for parameter in document["paths"]["/v1/views/{view}"]["get"]["parameters"]}
     assert names == {"view", "where", "by", "top", "limit", "after", "max_staleness_ms", "timeout_ms"}

@@ -1,0 +1,312 @@
+"""What a prometheus_client registry counts, published as deltas: each process adds its own part.
+
+A registry shows totals. What is published of one is its rise since the last look, and the look counts only once the delta
+is recorded: a full buffer delays it, and loses nothing. A total that falls was cleared, and counts from 0 again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import isfinite
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+from prometheus_client import REGISTRY, Metric
+from prometheus_client.samples import Sample
+
+import pipeline.metrics as m
+from pipeline.errors import BufferFull, Invalid, PipelineError
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock
+
+_PROTOCOL = "bridge"
+_FORK_LOOK_S = 10.0
+_JOIN_S = 5.0
+_LAST_LOOKS = 100
+"""How often what a full buffer delays is flushed and published at the end, at most."""
+_TOLD_MAX = 1_000
+_ADDED: Mapping[str, tuple[str, ...]] = {
+    "counter": ("_total",),
+    "histogram": ("_bucket", "_sum", "_count"),
+    "summary": ("_sum", "_count"),
+}
+"""By type of family: how the names of samples end that only rise."""
+_log = logging.getLogger(__name__)
+
+Labels = tuple[tuple[str, str], ...]
+Key = tuple[str, Labels]
+
+
+class Collector(Protocol):
+    """A registry, or one of its collectors."""
+
+    def collect(self) -> Iterable[Metric]: ...
+
+
+class Views(Protocol):
+    """What a bridge needs of a publisher."""
+
+    def sum(self, view: str, *, labels: tuple[str, ...], monotone: bool) -> Any: ...
+
+    def last(self, view: str, *, labels: tuple[str, ...]) -> Any: ...
+
+    def flush(self) -> Any: ...
+
+
+class _Found(NamedTuple):
+    """A sample that is published."""
+
+    key: Key
+    value: float
+    rises: bool
+    """Whether it is a total, whose rise is published; else it is a value of its own."""
+
+
+class Bridge:
+    """Publishes a registry in a thread of its own, every `interval_ms`. Get it from `Publisher.bridge`.
+
+    A collector that raises is logged and counted, and the others are published all the same.
+    """
+
+    def __init__(
+        self,
+        publisher: Views,
+        registry: Collector,
+        *,
+        clock: Clock,
+        interval_ms: int,
+        gauges: bool = True,
+        from_now: bool = False,
+        metrics: Metrics = NO_METRICS,
+        drain_when_child_ends: Callable[[], None] = lambda: None,
+    ) -> None:
+        if type(interval_ms) is not int or interval_ms < 1:
+            raise Invalid(f"interval_ms is a whole number from 1, got {interval_ms!r:.50}")
+        if not callable(getattr(registry, "collect", None)):
+            raise Invalid(f"a registry of prometheus_client is needed, got {type(registry).__name__}")
+        self._publisher = publisher
+        self.registry = registry
+        self._clock = clock
+        self._set_ms = 0
+        self._interval_s = interval_ms / 1000
+        self._gauges = gauges
+        self._metrics = metrics
+        self._drain_when_child_ends = drain_when_child_ends
+        self._closed = False
+        self._cells: dict[Key, Any] = {}
+        self._told: set[tuple[str, str]] = set()
+        self._values: WeakKeyDictionary[Any, dict[Key, float]] = WeakKeyDictionary()
+        """By collector: what was there at the last look, as far as it is published."""
+        if from_now:
+            self._look()
+        self._watch_children()
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()
+        self._closing = threading.RLock()
+        self._collecting = 0
+        """The thread that publishes just now."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pipeline-bridge", daemon=True)
+        self._thread.start()
+
+    def _watch_children(self) -> None:
+        """A child of `multiprocessing` ends without `atexit`; what drains it can be set up once it has begun."""
+        from multiprocessing import util
+
+        self._drain_when_child_ends()
+        util.register_after_fork(self, lambda bridge: bridge._drain_when_child_ends())
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.collect()
+            except Exception:
+                _log.exception("the bridge failed; trying again")
+
+    def collect(self) -> bool:
+        """Publish what has been counted since the last time, now. Safe from any thread; one that is within it returns.
+
+        False if some of it waits, because the buffer is full.
+        """
+        me = threading.get_ident()
+        if self._collecting == me:  # a signal handler or a collector came here from within
+            return True
+        with self._lock:
+            self._collecting = me
+            self._set_ms = max(self._clock.now_ms(), self._set_ms + 1)  # of two values with one time the larger would win
+            try:
+                for collector in self._collectors():
+                    families = self._families(collector)
+                    if families is not None:
+                        self._publish(self._values.setdefault(collector, {}), families)
+            except BufferFull as error:  # each further series would wait as long
+                self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "buffer_full")
+                if self._tell_first("buffer_full", ""):
+                    _log.warning("the bridge waits: %s", error)
+                return False
+            finally:
+                self._collecting = 0
+        return True
+
+    def close(self) -> None:
+        """Publish what is there, for the last time. Twice is fine."""
+        with self._closing:  # a second thread waits for the first; both locks can be taken again, by a signal handler
+            if self._closed:
+                return
+            self._stop.set()
+            if self._thread is not threading.current_thread():
+                self._thread.join(_JOIN_S)
+            for _ in range(_LAST_LOOKS):
+                if self.collect():
+                    break
+                try:
+                    self._publisher.flush()
+                except PipelineError as error:
+                    _log.error("the bridge's rest is lost: %s", error)
+                    break
+            self._closed = True
+
+    def start_clean(self) -> None:
+        """What a forked child does first: what has been counted until now is its parent's to publish.
+
+        The look is another thread's, because a metric whose lock was held at the fork can never be read here. No other
+        thread runs in the child meanwhile, so what it sees is what was there at the fork.
+        """
+        if self._closed:
+            return
+        self._cells = {}
+        self._values = WeakKeyDictionary()
+        thread = threading.Thread(target=self._look, name="pipeline-bridge-look", daemon=True)
+        thread.start()
+        thread.join(_FORK_LOOK_S)
+        if thread.is_alive():
+            self._closed = True
+            self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "fork")
+            _log.error("a metric was in use when this process was forked: the child's metrics are not published")
+            return
+        self._start()
+
+    def _look(self) -> None:
+        """Take what is there as published."""
+        for collector in self._collectors():
+            families = self._families(collector)
+            if families is not None:
+                self._values[collector] = {it.key: it.value for it in self._found(families)}
+
+    def _collectors(self) -> list[Any]:
+        """Those of the registry one by one, so that one that fails leaves the others alone."""
+        known = getattr(self.registry, "_collector_to_names", None)
+        if known is None:
+            return [self.registry]
+        with self.registry._lock:  # type: ignore[attr-defined]  # as its own `collect` does
+            return [*known]
+
+    def _families(self, collector: Collector) -> list[Metric] | None:
+        try:
+            return [*collector.collect()]
+        except Exception as error:
+            name = type(collector).__name__
+            self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "collector")
+            if self._tell_first("collector", name):
+                _log.exception("collector %s: %s; it is left out, and tried again", name, error)
+            return None
+
+    def _found(self, families: Iterable[Metric]) -> Iterator[_Found]:
+        for family in families:
+            added = tuple([family.name + end for end in _ADDED.get(family.type, ())])
+            for sample in family.samples:
+                rises = sample.name in added
+                if not rises and (added or not self._gauges):
+                    continue  # when it was created, or a quantile, which can't be added up
+                if isfinite(sample.value):
+                    yield _Found(_key(sample), sample.value, rises)
+                else:
+                    self._refuse("value", sample.name, f"{sample.value} is not finite")
+
+    def _publish(self, values: dict[Key, float], families: list[Metric]) -> None:
+        """Publish what differs from `values`, and bring them up to date, series by series."""
+        found = [*self._found(families)]
+        cleared = {_group(it.key) for it in found if it.rises and it.value < values.get(it.key, 0) and not _is_sum(it.key)}
+        for it in found:
+            if cleared and it.rises and it.key in values and _group(it.key) in cleared:
+                values[it.key] = 0  # first, and all of them: what is delayed now must not look as if it fell again
+        for it in found:
+            if self._publish_one(values.get(it.key), it):
+                values[it.key] = it.value
+        if len(found) < len(values):  # what is gone begins at 0 when it comes back
+            for key in values.keys() - {it.key for it in found}:
+                del values[key]
+                self._cells.pop(key, None)
+
+    def _publish_one(self, before: float | None, it: _Found) -> bool:
+        """Whether it is published as it is now. Raises `BufferFull`."""
+        if before == it.value:
+            return True
+        if it.rises and it.value < (before or 0):
+            self._refuse("negative", it.key[0], "it falls: negative observations have no place in a monotone sum")
+            return False
+        try:
+            if it.rises:
+                self._cell(it).add(_plain(it.value) - _plain(before or 0))  # exact if both are whole
+            else:
+                self._cell(it).set(_plain(it.value), self._set_ms)
+        except BufferFull:
+            raise
+        except PipelineError as error:
+            self._refuse("view", it.key[0], error)
+            return False
+        return True
+
+    def _cell(self, it: _Found) -> Any:
+        cell = self._cells.get(it.key)
+        if cell is None:
+            name, labels = it.key
+            names = tuple([label for label, _ in labels])
+            make = (
+                self._publisher.sum(name, labels=names, monotone=True)
+                if it.rises
+                else self._publisher.last(name, labels=names)
+            )
+            cell = self._cells[it.key] = make.labels(*[value for _, value in labels])
+        return cell
+
+    def _refuse(self, reason: str, name: str, why: object) -> None:
+        """Leave a series out; told and counted once for each name."""
+        if self._tell_first(reason, name):
+            self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, reason)
+            _log.warning("%s is not published: %s", name, why)
+
+    def _tell_first(self, reason: str, name: str) -> bool:
+        if (reason, name) in self._told or len(self._told) >= _TOLD_MAX:
+            return False
+        self._told.add((reason, name))
+        return True
+
+
+def default_registry() -> Collector:
+    """The one that metrics are in which name no other."""
+    return REGISTRY
+
+
+def _key(sample: Sample) -> Key:
+    return sample.name, tuple(sorted(sample.labels.items()))
+
+
+def _is_sum(key: Key) -> bool:
+    """Whether it may fall without having been cleared: by negative observations."""
+    return key[0].endswith("_sum")
+
+
+def _group(key: Key) -> Key:
+    """What is cleared together: buckets, sum and count."""
+    name, labels = key
+    name = name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
+    return name, tuple([label for label in labels if label[0] != "le"])
+
+
+def _plain(value: Any) -> int | float:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,251 @@
+"""A UDP and a TCP socket on one port, as StatsD clients know them: one thread reads both, and hands lines on.
+
+Packets that come faster than they are read are dropped by the kernel, where this process can't see it: `ss -lunm` counts
+them (`d`). TCP is held up instead. Whatever is sent, memory is bounded: by the kernel's buffers, one partial line for each
+connection, and one read of each socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+from contextlib import suppress
+
+from pipeline.errors import Invalid
+from pipeline.ports import Clock, LineSink
+from pipeline.settings import IngestSettings
+
+UDP, TCP = "statsd_udp", "statsd_tcp"
+_TICK_S = 0.05
+_READ_BYTES = 65_536
+_BURST_PACKETS = 256
+"""Packets that are taken in at once, before TCP has its turn."""
+_BURST_BYTES = 1_048_576
+_DRAIN_S = 2.0
+"""How long senders that do not stop may hold up the end."""
+_PAUSE_S = 1.0
+"""How long no connection is accepted after one could not be: there are no file descriptors left."""
+_PORT_TRIES = 20
+_log = logging.getLogger(__name__)
+
+
+class _Connection:
+    """What a connection has sent of a line that is not ended yet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.partial = b""
+        self.skipping = False
+        """Whether a line that is too long is under way."""
+
+
+class StatsdServer:
+    """Listens from the moment it is made; `start` begins to read. `Invalid` if the address is taken or is none of ours."""
+
+    def __init__(self, host: str, port: int, settings: IngestSettings, sink: LineSink, clock: Clock) -> None:
+        self._settings = settings
+        self._sink = sink
+        self._clock = clock
+        self._listener, self._udp = _bind_both(host, port)
+        self._udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, settings.ingest_receive_buffer_bytes)
+        self._connections: dict[socket.socket, _Connection] = {}
+        self._buffer = bytearray(settings.ingest_packet_bytes_max + 1)
+        self._wake, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        for sock in (self._listener, self._udp, self._woken):
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ)
+        self._stopping = False
+        self._accept_at_s: float | None = None
+        self._thread = threading.Thread(target=self._run, name="pipeline-statsd", daemon=True)
+        self.failed = False
+        """Whether the thread has ended by itself."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of both sockets."""
+        host, port = self._listener.getsockname()[:2]
+        return host, port
+
+    @property
+    def receive_buffer_bytes(self) -> int:
+        """What the kernel has granted for packets that wait; it says twice that, for its own records."""
+        granted = self._udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        return granted // 2 if hasattr(socket, "SO_PASSCRED") else granted
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 30.0) -> bool:
+        """Take in what has arrived, then close; whether that was done in time. Twice is fine."""
+        self._stopping = True
+        with suppress(OSError):
+            self._wake.send(b"x")
+        if self._thread.ident is None:
+            self._close()
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn(_TICK_S)
+            self._drain()
+        except Exception:
+            _log.exception("receiving failed")
+            self.failed = True
+        finally:
+            self._close()
+
+    def _turn(self, timeout_s: float) -> bool:
+        """Wait for something to read, and read some of everything that has; whether there was any."""
+        ready = self._selector.select(timeout_s)
+        for key, _ in ready:
+            self._read(key.fileobj)
+        self._sink.tick()
+        if self._accept_at_s is not None and self._clock.monotonic_s() >= self._accept_at_s:
+            self._accept_at_s = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        return bool(ready)
+
+    def _read(self, sock: object) -> None:
+        if sock is self._udp:
+            self._read_packets()
+        elif sock is self._listener:
+            self._accept()
+        elif isinstance(sock, socket.socket) and sock in self._connections:
+            self._read_stream(self._connections[sock])
+
+    def _drain(self) -> None:
+        """Read on until nothing is left, or for so long."""
+        with suppress(KeyError):
+            self._selector.unregister(self._woken)
+        deadline_s = self._clock.monotonic_s() + _DRAIN_S
+        while self._turn(0.0) and self._clock.monotonic_s() < deadline_s:
+            pass
+
+    def _close(self) -> None:
+        for connection in [*self._connections.values()]:
+            self._end(connection, whole=False)
+        for sock in (self._listener, self._udp, self._woken, self._wake):
+            sock.close()
+        self._selector.close()
+
+    # UDP
+
+    def _read_packets(self) -> None:
+        lines: list[bytes] = []
+        size = 0
+        for _ in range(_BURST_PACKETS):
+            try:
+                count = self._udp.recv_into(self._buffer)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:  # such as an ICMP answer to somebody else's packet
+                _log.debug("udp: %s", error)
+                continue
+            if count > self._settings.ingest_packet_bytes_max:
+                self._sink.refuse("packet_long", UDP)
+                continue
+            lines += bytes(memoryview(self._buffer)[:count]).split(b"\n")
+            size += count
+            if size >= _BURST_BYTES:
+                break
+        if lines:
+            self._sink.take(lines, UDP)
+
+    # TCP
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            return
+        except OSError as error:
+            _log.warning("no connection can be accepted: %s", error)
+            self._selector.unregister(self._listener)
+            self._accept_at_s = self._clock.monotonic_s() + _PAUSE_S
+            return
+        if len(self._connections) >= self._settings.ingest_connections_max:
+            self._sink.refuse("connections_max", TCP)
+            sock.close()
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._connections[sock] = _Connection(sock)
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _read_stream(self, connection: _Connection) -> None:
+        try:
+            data = connection.sock.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:  # it was broken off: nobody knows whether the last line was whole
+            self._end(connection, whole=False)
+            return
+        if not data:
+            self._end(connection, whole=True)
+            return
+        first, *more = data.split(b"\n")
+        if not more:
+            self._keep(connection, connection.partial + first)
+            return
+        lines = more[:-1]
+        if connection.skipping:
+            connection.skipping = False
+        else:
+            lines.insert(0, connection.partial + first)
+        connection.partial = b""
+        self._keep(connection, more[-1])
+        if lines:
+            self._sink.take(lines, TCP)
+
+    def _keep(self, connection: _Connection, partial: bytes) -> None:
+        """Remember the beginning of a line, unless it is too long already."""
+        if connection.skipping:
+            return
+        connection.partial = partial
+        if len(partial) > self._settings.ingest_line_bytes_max:
+            connection.partial = b""
+            connection.skipping = True
+            self._sink.refuse("line_long", TCP)
+
+    def _end(self, connection: _Connection, *, whole: bool) -> None:
+        """Let go of a connection. Its last line counts without a line end if it was closed in order."""
+        del self._connections[connection.sock]
+        self._selector.unregister(connection.sock)
+        connection.sock.close()
+        if connection.partial.strip():
+            if whole:
+                self._sink.take([connection.partial], TCP)
+            else:
+                self._sink.refuse("cut", TCP)
+
+
+def _bind_both(host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    """A listening TCP socket and a UDP socket on one port; for port 0 on any that has both free."""
+    error: OSError | None = None
+    for _ in range(1 if port else _PORT_TRIES):
+        listener = udp = None
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found.sort(key=lambda it: it[0] != socket.AF_INET)  # of a name that has both: what StatsD clients speak
+            family, _, _, _, address = found[0]
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            udp = socket.socket(family, socket.SOCK_DGRAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            udp.bind((address[0], listener.getsockname()[1], *address[2:]))
+            listener.listen(128)
+            return listener, udp
+        except (OSError, UnicodeError, OverflowError) as failed:
+            for sock in (listener, udp):
+                if sock is not None:
+                    sock.close()
+            error = failed if isinstance(failed, OSError) else OSError(str(failed))
+    assert error is not None
+    raise Invalid(f"can't listen on {host}:{port}: {error.strerror or error}; try --port or --host") from None

@@ -1,0 +1,248 @@
+"""StatsD lines as deltas: which views they make, within which limits.
+
+    counter    NAME            sum
+    gauge      NAME            last
+    timer      NAME_ms         mean    NAME_ms_max  max    NAME_ms_count  sum
+    histogram  NAME            mean    NAME_max     max    NAME_count     sum
+    set        NAME{member}    sum; its series are the members, so their number is the set's size
+
+What a line says wrong is counted by reason, and never keeps another line from being recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pipeline.metrics as m
+from pipeline.core.merge import add, number
+from pipeline.core.record import Definition
+from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER, Line, Malformed, parse_line
+from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock
+from pipeline.producer.client import BasePublisher
+from pipeline.settings import IngestSettings
+
+MEMBER = "member"
+PROTOCOLS = ("statsd_udp", "statsd_tcp")
+_OWN_REASONS = (
+    "collision", "kind", "labels", "views_max", "series_max", "buffer_full", "refused",
+    "packet_long", "connections_max", "cut",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+class _Refused(Exception):
+    """This line is left out, for a reason."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+class _Part:
+    """One view that lines of a name and type are recorded to."""
+
+    def __init__(self, view: Any, labels: tuple[str, ...]) -> None:
+        self.view = view
+        self.labels = labels
+        self._names = frozenset(labels)
+
+    def values(self, tags: Mapping[str, str]) -> tuple[str, ...]:
+        """The label values of a line: empty for a tag that it lacks."""
+        if not tags.keys() <= self._names:
+            raise _Refused("labels")
+        return tuple([tags.get(label, "") for label in self.labels])
+
+
+class _Slot:
+    """What lines of one name and type make."""
+
+    def __init__(self, source: str, parts: Sequence[_Part]) -> None:
+        self.source = source
+        self.parts = parts
+        self.series: dict[tuple[str, ...], Any] = {}
+        """Label values that were seen; of a gauge its value now."""
+
+
+class StatsdSink:
+    """A `ports.LineSink` that records to a publisher. Its owner calls `close` before the last flush.
+
+    The labels of a view are those of `known`, by the view's name; else of `labels`, by the metric's Prometheus name; else
+    the tags of the first line. A line that lacks one of them has it empty; one that has another is left out.
+    """
+
+    def __init__(
+        self,
+        publisher: BasePublisher,
+        clock: Clock,
+        settings: IngestSettings,
+        metrics: Metrics = NO_METRICS,
+        *,
+        known: Mapping[str, Definition] | None = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self._publisher = publisher
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics
+        self._known = known or {}
+        self._labels = labels or {}
+        self._slots: dict[tuple[str, str], _Slot] = {}
+        self._owners: dict[str, tuple[str, str]] = {}
+        """Whose a view is: source and type."""
+        self._series_count = 0
+        self._unset: dict[tuple[_Slot, tuple[str, ...]], int | float] = {}
+        """Gauges that have changed, with the values that are not recorded yet."""
+        self._set_ms = 0
+        self.line_count = 0
+        self.refused: Counter[str] = Counter()
+        """What was left out, by reason."""
+        for protocol in PROTOCOLS:
+            metrics.inc(m.INGEST_LINES, 0, protocol)
+            for reason in (*REASONS, *_OWN_REASONS):
+                metrics.inc(m.INGEST_MALFORMED, 0, protocol, reason)
+
+    def take(self, lines: Sequence[bytes], protocol: str) -> None:
+        """Record lines; see `ports.LineSink`."""
+        count = 0
+        for line in lines:
+            read = parse_line(line, self._settings.ingest_line_bytes_max)
+            if read is None:
+                continue
+            count += 1
+            try:
+                if isinstance(read, Malformed):
+                    raise _Refused(read.reason)
+                self._record(read)
+            except _Refused as refused:
+                self.refuse(refused.reason, protocol, line)
+            except BufferFull:
+                self.refuse("buffer_full", protocol, line)
+            except PipelineError as error:
+                self.refuse("refused", protocol, line, error)
+        self.line_count += count
+        self._metrics.inc(m.INGEST_LINES, count, protocol)
+        self.tick()
+
+    def refuse(self, reason: str, protocol: str, line: bytes = b"", error: object = "") -> None:
+        """Count what is left out; the first of each reason is logged."""
+        if not self.refused[reason]:
+            _log.warning("%s: left out, reason %s: %.200r %s (more of them are only counted)", protocol, reason, line, error)
+        self.refused[reason] += 1
+        self._metrics.inc(m.INGEST_MALFORMED, 1, protocol, reason)
+
+    def tick(self) -> None:
+        """Record gauges that have changed, each at most once a millisecond: of two with one time the larger would win."""
+        now_ms = self._clock.now_ms()
+        if self._unset and now_ms > self._set_ms:
+            self._set_gauges(now_ms)
+
+    def close(self) -> bool:
+        """Record what is still held back; False if the publisher has no room for it: flush, and call this again."""
+        if self._unset:
+            self._set_gauges(max(self._clock.now_ms(), self._set_ms + 1))
+        return not self._unset
+
+    def _set_gauges(self, now_ms: int) -> None:
+        self._set_ms = now_ms
+        for (slot, values), value in [*self._unset.items()]:
+            try:
+                slot.parts[0].view.labels(*values).set(value, now_ms)
+            except (BufferFull, Unavailable):  # the newest value stays, and is tried again
+                return
+            del self._unset[slot, values]
+
+    def _record(self, line: Line) -> None:
+        slot = self._slots.get((line.type, line.name)) or self._new_slot(line)
+        if slot.source != line.source:
+            raise _Refused("collision")
+        tags = dict(line.tags)
+        if line.type == SET:
+            if MEMBER in tags:
+                raise _Refused("collision")
+            tags[MEMBER] = line.member
+        values = [part.values(tags) for part in slot.parts]
+        key = values[0]
+        if key not in slot.series:
+            if self._series_count >= self._settings.ingest_series_max:
+                raise _Refused("series_max")
+            slot.series[key] = 0 if line.type == GAUGE else None
+            self._series_count += 1
+        cells = [part.view.labels(*of) for part, of in zip(slot.parts, values, strict=True)]
+        if line.type == GAUGE:
+            self._record_gauge(line, slot, key, cells[0])
+        elif line.type == SET:
+            cells[0].add(1)
+        elif line.type == COUNTER:
+            for value in line.values:
+                cells[0].add(value)
+        else:
+            mean, largest, count = cells
+            for value in line.values:
+                mean.observe(value)
+                largest.observe(value)
+                count.add(line.weight)
+
+    def _record_gauge(self, line: Line, slot: _Slot, key: tuple[str, ...], cell: Any) -> None:
+        value = slot.series[key]
+        for step, relative in zip(line.values, line.relative, strict=True):
+            try:
+                value = number(add(value, step) if relative else step)
+            except Invalid:
+                raise _Refused("value") from None
+        if line.ts_ms is not None:
+            cell.set(value, line.ts_ms)
+        else:
+            self._unset[slot, key] = value
+        slot.series[key] = value
+
+    def _new_slot(self, line: Line) -> _Slot:
+        wanted = _wanted(line)
+        if len(self._owners) + len(wanted) > self._settings.ingest_views_max:
+            raise _Refused("views_max")
+        definitions = []
+        for view, kind in wanted:
+            owner = self._owners.get(view)
+            if owner is not None:
+                raise _Refused("kind" if owner[0] == line.source else "collision")
+            definition = self._definition(line, view, kind)
+            if not {name for name, _ in line.tags} <= {*definition.labels}:
+                raise _Refused("labels")
+            definitions.append(definition)
+        parts = [
+            _Part(self._publisher.view(it.kind, it.view, labels=it.labels, monotone=it.monotone), it.labels)
+            for it in definitions
+        ]
+        for view, _ in wanted:
+            self._owners[view] = line.source, line.type
+        slot = self._slots[line.type, line.name] = _Slot(line.source, parts)
+        return slot
+
+    def _definition(self, line: Line, view: str, kind: str) -> Definition:
+        known = self._known.get(view)
+        if known is None:
+            labels = [*self._labels.get(line.name, [name for name, _ in line.tags])]
+            if line.type == SET:
+                if MEMBER in labels:
+                    raise _Refused("collision")
+                labels.append(MEMBER)
+            return Definition(view, kind, tuple(labels))
+        if known.kind != kind or (line.type == SET and MEMBER not in known.labels):
+            raise _Refused("kind")
+        return known
+
+
+def _wanted(line: Line) -> list[tuple[str, str]]:
+    """The views that a line is recorded to, and their kinds."""
+    name = line.name
+    if line.type in (COUNTER, SET):
+        return [(name, "sum")]
+    if line.type == GAUGE:
+        return [(name, "last")]
+    if line.type == TIMER and not name.endswith("_ms"):
+        name = f"{name}_ms"
+    assert line.type in (TIMER, HISTOGRAM)
+    return [(name, "mean"), (f"{name}_max", "max"), (f"{name}_count", "sum")]

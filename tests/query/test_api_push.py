@@ -1,0 +1,302 @@
+"""Metrics pushed as text over HTTP: what can be taken is, once, and the rest is told by line and reason."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline.adapters.pushed import parse_pushed
+from pipeline.core.record import Definition
+from pipeline.core.token import Token
+from pipeline.errors import Unavailable
+from pipeline.ports import RawDelta, Refusal
+from pipeline.settings import QuerySettings
+from tests.query.support import Reply, Server, World, serving
+
+PLAIN = "text/plain; version=0.0.4"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+def push(server: Server, text: str | bytes, content_type: str = PLAIN) -> Reply:
+    body = text.encode() if isinstance(text, str) else text
+    return server.request("POST", "/v1/openmetrics", body, {"Content-Type": content_type})
+
+
+def pushed(server: Server, text: str | bytes, content_type: str = PLAIN) -> dict[str, Any]:
+    """What is answered, which must be 200."""
+    reply = push(server, text, content_type)
+    assert reply.status == 200, reply.body
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def series(server: Server, view: str, *labels: str) -> dict[tuple[str, ...], Any]:
+    server.world.fold()
+    rows = server.view(view)["series"]
+    return {tuple(row["labels"][label] for label in labels): row["value"] for row in rows}
+
+
+def metered(server: Server) -> Mapping[tuple[str, ...], float]:
+    families = text_string_to_metric_families(server.get("/metrics").body.decode())
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name in ("pipeline_ingest_lines_total", "pipeline_ingest_malformed_total")
+        and sample.labels["protocol"] == "openmetrics"
+    }
+
+
+@pytest.mark.parametrize(("generate", "content_type"), [(generate_latest, PLAIN), (generate_openmetrics, OPENMETRICS)])
+def test_what_a_batch_job_counted(server: Server, generate: Any, content_type: str) -> None:
+    """Pushed by two runs of it, in either format: totals add up, buckets are those of both, a gauge is the newest."""
+    prefix = "om" if content_type == OPENMETRICS else "plain"
+    for run in (1, 2):
+        registry = CollectorRegistry()
+        rows = Counter(f"{prefix}_rows", "x", ["table"], registry=registry)
+        took = Histogram(f"{prefix}_took", "x", buckets=(1, 2.5), registry=registry)
+        size = Summary(f"{prefix}_size", "x", registry=registry)
+        done = Gauge(f"{prefix}_done", "x", registry=registry)
+        rows.labels('a"b\\c\nd').inc(run)
+        rows.labels("b").inc(0.5)
+        took.observe(0.5 * run)
+        took.observe(3)
+        size.observe(10)
+        done.set(run)
+        answer = pushed(server, generate(registry), content_type)
+        assert (answer["refused"], answer["first_refused"], answer["reasons"]) == (0, [], {})
+        assert Token.parse(answer["token"]).next_offsets
+    assert series(server, f"{prefix}_rows_total", "table") == {('a"b\\c\nd',): 3, ("b",): 1}
+    assert series(server, f"{prefix}_took_bucket", "le") == {("1.0",): 2, ("2.5",): 2, ("+Inf",): 4}
+    assert series(server, f"{prefix}_took_sum") == {(): 7.5}
+    assert series(server, f"{prefix}_took_count") == {(): 4}
+    assert series(server, f"{prefix}_size_sum") == {(): 20}
+    assert series(server, f"{prefix}_done") == {(): 2}
+    found = {view["name"]: view["monotone"] for view in server.get("/v1/views").json()["views"]}
+    assert found[f"{prefix}_rows_total"] is found[f"{prefix}_took_bucket"] is found[f"{prefix}_size_count"] is True
+    assert not [name for name in found if name.endswith("_created")]
+
+
+def test_types_decide(server: Server) -> None:
+    """A counter by either name, a gauge by its timestamp, an untyped sample as the newest; exemplars are left out."""
+    text = (
+        "# TYPE ty_old counter\nty_old 3\n# TYPE ty_new_total counter\nty_new_total 4\nty_new 9\n"
+        "# TYPE ty_g gauge\nty_g 1 2000\nty_g 7 1000\nty_free -2.5\n"
+    )
+    assert pushed(server, text)["accepted"] == 6
+    om = '# TYPE ty_ex counter\nty_ex_total{a="x # {y"} 2 # {trace="z"} 1 5.5\n'
+    om += "# TYPE ty_t gauge\nty_t 1 2.0\nty_t 2 1.999\n# EOF\n"
+    assert pushed(server, om, OPENMETRICS)["accepted"] == 3
+    assert [series(server, view) for view in ("ty_old_total", "ty_new_total", "ty_new", "ty_g", "ty_free", "ty_t")] == [
+        {(): 3}, {(): 4}, {(): 9}, {(): 1}, {(): -2.5}, {(): 1},
+    ]  # fmt: skip
+    assert series(server, "ty_ex_total", "a") == {("x # {y",): 2}
+
+
+def test_labels_come_and_go(server: Server) -> None:
+    """An empty label is none, as in Prometheus: a new view has all that its first push names, later ones may lack some."""
+    assert pushed(server, 'lab{a="1"} 1 1\nlab{b="2"} 2 1\nlab{c=""} 3 1\n')["refused"] == 0
+    server.world.fold()
+    answer = pushed(server, 'lab{b="9",a="1"} 4 1\nlab 5 2\nlab{z="1"} 6\nlab{z=""} 7 3\n')
+    assert (answer["accepted"], answer["reasons"]) == (3, {"labels": 1})
+    assert series(server, "lab", "a", "b") == {("1", ""): 1, ("", "2"): 2, ("", ""): 7, ("1", "9"): 4}
+
+
+def test_bad_lines_stop_nothing(server: Server) -> None:
+    """Each is counted by its reason; the answer names the first few of them, by line."""
+    before = metered(server)
+    lines = [
+        "# TYPE bad_c counter", "bad_c_total 1", "bad_c_total -1", "bad_c_total NaN", "bad_c_total +Inf",
+        "# TYPE bad_c nonsense",
+        "bad_s{quantile=\"0.5\"} 1", "# TYPE bad_q summary", 'bad_q{quantile="0.5"} 1', "# TYPE bad_h histogram",
+        "bad_h_bucket 1", 'bad_h_bucket{le="x"} 1', "bad_h 3", "bad{", "bad value", "bad:colon 1", 'bad{a="1",a="2"} 1',
+        "bad_t 1 9e999", "x" * 9_000 + " 1", "bad_s 1", 'bad_w{a="' + "y" * 4_097 + '"} 1', "bad_c_total 1",
+    ]  # fmt: skip
+    body = "\n".join(lines).encode() + b'\nbad_u{a="\xff"} 1\n\n'
+    answer = pushed(server, body)
+    assert answer["accepted"] == 4
+    assert answer["reasons"] == {
+        "value": 3, "type": 1, "quantile": 1, "le": 2, "suffix": 1, "syntax": 3, "view": 1, "timestamp": 1,
+        "line_long": 1, "labels": 1, "utf8": 1,
+    }  # fmt: skip
+    assert answer["refused"] == sum(answer["reasons"].values())
+    assert [it["line"] for it in answer["first_refused"]] == [3, 4, 5, 6, 9, 11, 12, 13, 14, 15]
+    assert all(it["detail"] and len(it["detail"]) <= 2_000 for it in answer["first_refused"])
+    assert series(server, "bad_c_total") == {(): 2}
+    after = metered(server)
+    assert after[("openmetrics",)] - before.get(("openmetrics",), 0) == 4 + answer["refused"]
+    for reason, count in answer["reasons"].items():
+        assert after["openmetrics", reason] - before.get(("openmetrics", reason), 0) == count
+
+
+def test_openmetrics_ends_with_eof(server: Server) -> None:
+    """Without it the text may be half of one; behind it there is nothing. What is there counts either way."""
+    assert pushed(server, "eof_a 1\n", OPENMETRICS)["reasons"] == {"eof": 1}
+    assert pushed(server, "eof_b 1\n# EOF\neof_b 2\n", OPENMETRICS)["reasons"] == {"eof": 1}
+    assert pushed(server, "eof_c 1\n# EOF\neof_c 2\n", PLAIN)["reasons"] == {}
+    assert series(server, "eof_b") == {(): 1}
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", PLAIN])
+def test_nothing_is_fine(server: Server, content_type: str) -> None:
+    """No sample, no token; the media type is OpenMetrics' or it is not."""
+    for text in ("", "\n\n", "# a comment\n# HELP x y\n"):
+        answer = pushed(server, text, content_type)
+        assert (answer["accepted"], answer["refused"], answer["token"]) == (0, 0, "")
+    assert pushed(server, "# EOF\n", OPENMETRICS)["accepted"] == 0
+
+
+@pytest.mark.parametrize("text", [b'[{"view":"v"}]', b"\xff\xfe", b"\0", b"{}", b"<html>", b"# TYPE x y\n", b"a" * 20_000])
+def test_what_makes_no_sense_at_all_is_a_problem(server: Server, text: bytes) -> None:
+    """400, with the first line's reason, and nothing is taken."""
+    before = [server.world.log.watermarks("deltas", number).end_offset for number in range(4)]
+    for content_type in (PLAIN, OPENMETRICS):
+        assert "nothing could be taken; line 1: " in server.problem(400, push(server, text, content_type))
+    assert [server.world.log.watermarks("deltas", number).end_offset for number in range(4)] == before
+
+
+def test_a_view_stays_what_it_is(server: Server) -> None:
+    """A sample of another kind is left out; so is a counter for a sum that may fall."""
+    server.world.publish(Definition("is_sum", "sum", ()), {(): 5})
+    server.world.publish(Definition("is_max_total", "max", ()), {(): 5})
+    text = "is_sum 1\n# TYPE is_max counter\nis_max_total 1\nfine 1\n"
+    assert pushed(server, text)["reasons"] == {"view": 2}
+    server.world.publish(Definition("may_fall_total", "sum", ()), {(): 5})
+    server.problem(400, push(server, "# TYPE may_fall counter\nmay_fall_total 1\n"))
+
+
+def test_limits() -> None:
+    """413 for a body or a number of samples that is too large; a long line is left out."""
+    with serving(World(settings=QuerySettings(body_bytes_max=1_024, deltas_max=3, openmetrics_line_bytes_max=64))) as server:
+        assert pushed(server, "a 1\nb 1\nc 1\n")["accepted"] == 3
+        assert "at most 3" in server.problem(413, push(server, "a 1\nb 1\nc 1\nd 1\n"))
+        assert "at most 3" in server.problem(413, push(server, "a 1\nb\nc\nd\n"))
+        assert pushed(server, "a 1\nb 1\nc 1\n", OPENMETRICS)["reasons"] == {"eof": 1}
+        server.problem(413, push(server, "a 1\n" + " " * 1_024))
+        assert pushed(server, f"a 1\na{'x' * 70} 1\n")["reasons"] == {"line_long": 1}
+        reply = server.request("POST", "/v1/openmetrics", b"x", {"Content-Encoding": "gzip"})
+        server.problem(415, reply)
+        assert push(server, "x" * 100 + "\n" * 900).status == 400
+
+
+def test_pushed_twice_counts_twice(server: Server) -> None:
+    """A push has no identity."""
+    for _ in range(2):
+        pushed(server, "# TYPE twice counter\ntwice_total 3\n")
+    assert series(server, "twice_total") == {(): 6}
+
+
+def test_many_at_once_are_exact(server: Server) -> None:
+    """Also those that define the view at the same moment, with different labels."""
+    text = "# TYPE atonce counter\n" + 'atonce_total{{{}="x"}} 1\n' * 5
+    results: list[dict[str, Any]] = []
+    together = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        together.wait(30)
+        for _ in range(5):
+            reply = push(server, text.format(*["a" if number % 2 else "b"] * 5)).json()
+            results.append(reply)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    accepted = sum([it.get("accepted", 0) for it in results])
+    assert len(results) == 40
+    assert accepted in (100, 200)  # whoever came first has its labels; the other's are further ones
+    server.world.fold()
+    (row,) = server.view("atonce_total", ("by", ""))["series"]
+    assert row["value"] == accepted
+    assert not server.world.log.watermarks("dead-letters", 0).end_offset
+
+
+class _Away:
+    def fitting(self, deltas: Any) -> tuple[Token, list[Refusal]]:
+        raise Unavailable("the log is away")
+
+
+def test_a_log_that_is_away() -> None:
+    """503 with a time to come back."""
+    world = World()
+    world.ingest = _Away()  # type: ignore[assignment]
+    with serving(world) as server:
+        reply = push(server, "a 1\n")
+        assert "away" in server.problem(503, reply)
+        assert "retry-after" in reply.headers
+    world.ingest = None
+    with serving(world) as server:
+        assert push(server, "a 1\n").status == 405
+
+
+TEXTS = st.lists(
+    st.sampled_from(
+        [
+            "# TYPE a counter",
+            "# TYPE a histogram",
+            "a_total 1",
+            'a_bucket{le="1"} 2',
+            "# EOF",
+            "a{",
+            '"',
+            "\\",
+            "}",
+            "1",
+            " ",
+            "\n",
+            "# {",
+            "=",
+            "le",
+            ",",
+            "NaN",
+            "1e5",
+            "a_created 1",
+            "\0",
+            "é",
+            "\x85",
+            "\u2028",
+        ]
+    ),
+    max_size=40,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS.map(str.encode) | st.binary(max_size=200), st.sampled_from([PLAIN, OPENMETRICS]))
+@example(b"# TYPE a\xe2\x80\xa8b counter", PLAIN)
+@example(b'{"a"} 1', OPENMETRICS)
+@example(b"# TYPE", PLAIN)
+@example(b"# TYPE a b c d", OPENMETRICS)
+@example(b"a 1\x85b 2", OPENMETRICS)
+def test_any_bytes_are_samples_or_refused(body: bytes, content_type: str) -> None:
+    """Nothing raises; every line is a sample, refused for a reason, or says nothing; and no line is two samples."""
+    found = parse_pushed(body, content_type, 1_000, 8_192)
+    assert len(found.deltas) == len(found.lines) == len({*found.lines})
+    lines = len(body.split(b"\n"))
+    assert all(1 <= number <= lines for number in found.lines)
+    assert all(1 <= it.line <= lines and it.reason and len(it.detail) <= 200 for it in found.refused)
+    assert all(isinstance(delta, RawDelta) for delta in found.deltas)
+
+
+def test_no_more_is_read_than_may_be_taken() -> None:
+    """One sample, or one bad line, more than the limit is enough."""
+    assert len(parse_pushed(b"a 1\n" * 1_000, PLAIN, 10, 8_192).deltas) == 11
+    assert len(parse_pushed(b"a\n" * 1_000, PLAIN, 10, 8_192).refused) == 11
+    assert not parse_pushed(b"a 1\nb\n" * 6, PLAIN, 10, 8_192).whole
+    assert parse_pushed(b"a 1\nb\n" * 5, PLAIN, 10, 8_192).whole
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server of this module's own, whose metrics are counted."""
+    with serving(World()) as running:
+        yield running
