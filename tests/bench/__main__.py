@@ -1,23 +1,23 @@
 """Runs one benchmark in this process and prints its rows as JSON: what `pipeline bench` starts, one after the other.
 
 python -m tests.bench            list of names
-python -m tests.bench NAME [--quick]
+python -m tests.bench NAME [--quick] [--plots=FOLDER]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tests.bench import heartbeat, kafka, recording, serving, worker, workers
+from tests.bench import heartbeat, kafka, publisher, serving, worker, workers
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
-    "record": recording.record,
-    "record-threads": recording.record_threads,
+    "publisher": publisher.publisher,
     "fold-unique": worker.fold_unique,
     "fold-repeated": worker.fold_repeated,
     "restore": worker.restore,
@@ -40,16 +40,25 @@ ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
 }
 """Those that start a broker."""
 
+WITH_PLOTS: Mapping[str, Callable[[bool, Path], list[Row]]] = {"publisher": publisher.publisher}
+"""Those that can draw what they measured into a folder."""
+
+
+def run(name: str, *, quick: bool, plots: Path | None = None) -> list[Row]:
+    """The rows of one benchmark, drawn into `plots` if it can be drawn."""
+    if plots is not None and name in WITH_PLOTS:
+        return WITH_PLOTS[name](quick, plots)
+    return {**BENCHMARKS, **ON_KAFKA}[name](quick)
+
 
 def main(arguments: list[str]) -> None:
     """Run the named benchmark, or list them all."""
     names = [argument for argument in arguments if not argument.startswith("--")]
+    folders = [Path(argument.removeprefix("--plots=")) for argument in arguments if argument.startswith("--plots=")]
     result: Any
     if names:
-        result = [
-            {**msgspec.to_builtins(row), "ratio": row.ratio}
-            for row in {**BENCHMARKS, **ON_KAFKA}[names[0]]("--quick" in arguments)
-        ]
+        rows = run(names[0], quick="--quick" in arguments, plots=folders[0] if folders else None)
+        result = [{**msgspec.to_builtins(row), "ratio": row.ratio} for row in rows]
     else:
         result = {"machine": machine(), "names": [*BENCHMARKS], "kafka_names": [*ON_KAFKA]}
     print(msgspec.json.encode(result).decode())

@@ -55,13 +55,13 @@ def latest_ms(work: Callable[[], object]) -> float:
     return late_s[0] * 1000
 
 
-def held_ms(work: Callable[[], object]) -> tuple[float, str]:
-    """For how many ms at most `work`, here, keeps a thread waiting that wants to run all the time; and where that was.
+def held_ms(work: Callable[[], object], thread_id: int | None = None) -> tuple[float, str]:
+    """For how many ms at most `work` keeps a thread waiting that wants to run all the time; and where that was.
 
-    In CPU time of this thread, so that it matters little what else the machine does. What waits without using any, and
-    keeps the others waiting all the same, is not seen.
+    In CPU time of the thread that does it, this one or another, so that it matters little what else the machine does. What
+    waits without using any, and keeps the others waiting all the same, is not seen.
     """
-    here = threading.get_ident()
+    here = threading.get_ident() if thread_id is None else thread_id
     clock = time.pthread_getcpuclockid(here)
     longest = (0.0, "")
     begun, done = threading.Event(), threading.Event()

@@ -5,27 +5,60 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import repeat
-from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry, Counter
 
-from pipeline import Publisher
-from tests.bench.measure import Figure, Row, at_least_times, at_most_times, cheaper
+from pipeline.adapters.clock import SystemClock
+from pipeline.errors import PipelineError
+from pipeline.ports import MESSAGE_BYTES_MAX, Message
+from pipeline.producer.client import BasePublisher
+from pipeline.settings import PublisherSettings
+from tests.bench.measure import Figure, Row, at_most_times, cheaper
 
-_REPEATS = 7
-_THREADS = 64
-_LABELS = ("region", "product")
+LABELS = ("region", "product")
+_ROUNDS = 7
+_OURS = "handle of one thread: add(v)"
+_SHARED = "shared handle: add(v)"
+_DURABLE = "shared handle, kept through kill -9: add(v)"
+_UPDATE = "d[k] += v"
+_LOCK = "lock, d[k] += v"
+_QUEUE = "queue.Queue.put"
+_INC = "prometheus_client, bound: inc(v)"
+_LABELS_INC = "prometheus_client: labels(...).inc(v)"
+_OTEL = "OpenTelemetry SDK: counter.add(v, {...})"
+
+
+class _Sink:
+    """A log that acknowledges everything at once, so that only the publisher is measured."""
+
+    def message_bytes_max(self, topic: str) -> int:
+        return MESSAGE_BYTES_MAX
+
+    def partition_count(self, topic: str) -> int:
+        return 4
+
+    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        return [1] * len(messages)
+
+    def close(self) -> None:
+        pass
 
 
 @contextmanager
-def _publisher() -> Iterator[Publisher]:
-    """A publisher as an app has it, whose flusher and sender run while it is measured."""
-    with TemporaryDirectory(prefix="pipeline-bench-") as folder, Publisher(f"embedded:{folder}") as publisher:
-        yield publisher
+def publisher(**settings: Any) -> Iterator[BasePublisher]:
+    """A publisher whose flusher and sender run while it is measured."""
+    with TemporaryDirectory(prefix="pipeline-bench-") as folder:
+        if "durability" in settings:
+            settings["spool_dir"] = folder
+        with BasePublisher(_Sink(), SystemClock(), PublisherSettings(**settings)) as opened:
+            yield opened
 
 
 def _thread_ns(loop: Callable[[int], None], count: int) -> float:
@@ -40,51 +73,90 @@ def _bare(count: int) -> None:
         pass
 
 
-def _ns_each(loops: Sequence[Callable[[int], None]], count: int) -> list[float]:
+def _best_ns(loops: Mapping[str, Callable[[int], None]], count: int) -> dict[str, float]:
     """What one turn of each loop costs beyond the loop itself: the best of several rounds, each of which runs all."""
-    best = [float("inf")] * len(loops)
+    best = dict.fromkeys(loops, float("inf"))
     bare = float("inf")
-    for _ in range(_REPEATS):
+    for _ in range(_ROUNDS):
         bare = min(bare, _thread_ns(_bare, count))
-        best = [min(ns, _thread_ns(loop, count)) for ns, loop in zip(best, loops, strict=True)]
-    return [ns - bare for ns in best]
+        for name, loop in loops.items():
+            turns = count // 10 if name == _OTEL else count
+            best[name] = min(best[name], _thread_ns(loop, turns))
+    return {name: ns - bare for name, ns in best.items()}
 
 
-def record(quick: bool) -> list[Row]:
-    """One delta through a handle that any thread may share."""
-    count = 2_000 if quick else 300_000
-    with _publisher() as publisher:
-        cell = publisher.sum("sales", labels=_LABELS).labels("eu", "tea")
-        totals = {"eu": 0.0}
-        counter = Counter("sales", "As many.", _LABELS, registry=CollectorRegistry())
-        child = counter.labels("eu", "tea")
+def _adding(handle: Any) -> Callable[[int], None]:
+    def add(count: int) -> None:
+        for _ in repeat(None, count):
+            handle.add(12.5)
 
-        def update(count: int) -> None:
-            for _ in repeat(None, count):
+    return add
+
+
+def _others() -> dict[str, Callable[[int], None]]:
+    """What people use instead, each as its documentation has it."""
+    totals = {"eu": 0.0}
+    lock = threading.Lock()
+    waiting: queue.SimpleQueue[float] | queue.Queue[float] = queue.Queue()
+    counter = Counter("sales", "As many.", LABELS, registry=CollectorRegistry())
+    child = counter.labels("eu", "tea")
+    instrument = MeterProvider([InMemoryMetricReader()]).get_meter("bench").create_counter("sales")
+
+    def update(count: int) -> None:
+        for _ in repeat(None, count):
+            totals["eu"] += 12.5
+
+    def locked(count: int) -> None:
+        for _ in repeat(None, count):
+            with lock:
                 totals["eu"] += 12.5
 
-        def add(count: int) -> None:
-            for _ in repeat(None, count):
-                cell.add(12.5)
+    def put(count: int) -> None:
+        for _ in repeat(None, count):
+            waiting.put(12.5)
 
-        def inc(count: int) -> None:
-            for _ in repeat(None, count):
-                child.inc(12.5)
+    def inc(count: int) -> None:
+        for _ in repeat(None, count):
+            child.inc(12.5)
 
-        def labels_inc(count: int) -> None:
-            for _ in repeat(None, count):
-                counter.labels("eu", "tea").inc(12.5)
+    def labels_inc(count: int) -> None:
+        for _ in repeat(None, count):
+            counter.labels("eu", "tea").inc(12.5)
 
-        update_ns, add_ns, inc_ns, labels_inc_ns = _ns_each([update, add, inc, labels_inc], count)
-    added = Figure(add_ns, "ns")
+    def otel(count: int) -> None:
+        for _ in repeat(None, count):
+            instrument.add(12.5, {"region": "eu", "product": "tea"})
+
+    return {_UPDATE: update, _LOCK: locked, _QUEUE: put, _INC: inc, _LABELS_INC: labels_inc, _OTEL: otel}
+
+
+def costs(quick: bool) -> dict[str, float]:
+    """ns of this thread for one delta, by way to record it."""
+    with ExitStack() as stack:
+        cell = stack.enter_context(publisher()).sum("sales", labels=LABELS).labels("eu", "tea")
+        durable = stack.enter_context(publisher(durability="process")).sum("sales", labels=LABELS).labels("eu", "tea")
+        handles = {_OURS: cell.for_this_thread(), _SHARED: cell, _DURABLE: durable}
+        loops = {name: _adding(handle) for name, handle in handles.items()}
+        return _best_ns({**loops, **_others()}, 2_000 if quick else 150_000)
+
+
+def cost_rows(ns: Mapping[str, float]) -> list[Row]:
+    """The costs against their targets."""
+
+    def figures(name: str, baseline: str) -> tuple[str, Figure, Figure]:
+        return name, Figure(ns[name], "ns"), Figure(ns[baseline], "ns", baseline)
+
     return [
-        at_most_times("cell.add(v)", added, Figure(update_ns, "ns", "d[k] += v"), 2),
-        cheaper("cell.add(v)", added, Figure(inc_ns, "ns", "prometheus_client, bound: inc(v)"), 4),
-        cheaper("cell.add(v)", added, Figure(labels_inc_ns, "ns", "prometheus_client: labels(...).inc(v)"), 12),
+        at_most_times(*figures(_OURS, _UPDATE), 1.2),
+        at_most_times(*figures(_SHARED, _UPDATE), 2),
+        cheaper(*figures(_OURS, _INC), 6),
+        cheaper(*figures(_OURS, _LABELS_INC), 20),
+        cheaper(*figures(_OURS, _OTEL), 100),
+        at_most_times(*figures(_DURABLE, _SHARED), 3),
     ]
 
 
-def _together(bodies: Sequence[Callable[[], None]]) -> float:
+def together(bodies: Sequence[Callable[[], None]]) -> float:
     """Wall time until threads that start together have all done their part."""
     start = threading.Barrier(len(bodies) + 1)
 
@@ -100,48 +172,3 @@ def _together(bodies: Sequence[Callable[[], None]]) -> float:
     for thread in threads:
         thread.join()
     return time.perf_counter() - before
-
-
-def _add_rate(series_count: int, rounds: int) -> float:
-    """Deltas a second that threads add to the same series, each to all of them in turn."""
-    total = _THREADS * series_count * rounds
-    with _publisher() as publisher:
-        view = publisher.sum("sales", labels=_LABELS)
-        cells = [view.labels("eu", str(i)) for i in range(series_count)]
-
-        def add() -> None:
-            for _ in repeat(None, rounds):
-                for cell in cells:
-                    cell.add(12.5)
-
-        rate = total / _together([add] * _THREADS)
-        publisher.flush()
-        assert publisher.stats()["deltas"] == total
-    return rate
-
-
-def _put_rate(count: int) -> float:
-    """Values a second that threads put into one queue, `count` each."""
-    waiting: queue.Queue[float] = queue.Queue()
-
-    def put() -> None:
-        for _ in repeat(None, count):
-            waiting.put(12.5)
-
-    return _THREADS * count / _together([put] * _THREADS)
-
-
-def record_threads(quick: bool) -> list[Row]:
-    """64 threads add to 1,000 series that they share."""
-    series_count, rounds = 1_000, 1 if quick else 100
-    # Each for a second or so: how threads get into each other's way shows only once they all run.
-    turns = [(_add_rate(series_count, rounds), _put_rate(series_count * rounds // 5)) for _ in range(1 if quick else 3)]
-    added, put = median(turn[0] for turn in turns), median(turn[1] for turn in turns)
-    return [
-        at_least_times(
-            "64 threads, 1,000 shared series",
-            Figure(added, "deltas/s"),
-            Figure(put, "puts/s", "queue.Queue.put by the same threads"),
-            8,
-        )
-    ]
