@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.metrics import CATALOGUE
 from pipeline.settings import (
     GROUPS,
+    IngestSettings,
     KafkaSettings,
     LogSettings,
     PublisherSettings,
@@ -24,6 +25,7 @@ TITLES = {
     LogSettings: "log and stores",
     WorkerSettings: "worker",
     QuerySettings: "HTTP server",
+    IngestSettings: "ingest",
 }
 
 
