@@ -22,7 +22,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--seeds", type=int, default=1000, metavar="N", help="seeds the simulator runs in all (default: %(default)s)"
+        "--seeds", type=int, default=500, metavar="N", help="seeds the simulator runs in all (default: %(default)s)"
     )
 
 
