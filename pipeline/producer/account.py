@@ -69,11 +69,7 @@ class Account:
         """Take `size` bytes; False if the `count` deltas that need them are to be dropped, `BufferFull` if refused."""
         if self.try_take(size, fresh):
             return True
-        with self._lock:
-            self.starved = True
-            self._changed.notify_all()
-        if self._on_full == "drop_newest":
-            self._metrics.inc(m.PUBLISHER_DROPPED, count, "buffer_full")
+        if self._drops(count):
             return False
         waits = self._on_full in _WAIT and size <= self.bytes_max and threading.get_ident() not in self.own_threads
         if waits and self._on_full == "merge_harder":
@@ -87,8 +83,7 @@ class Account:
                 if self._changed.wait_for(lambda: self.used_bytes + size <= self.bytes_max, self._timeout_s):
                     self._take(size, fresh)
                     return True
-        if self._on_full != "drop_newest":
-            self._metrics.inc(m.PUBLISHER_REFUSED)
+        self._metrics.inc(m.PUBLISHER_REFUSED)
         raise BufferFull(
             f"{size} bytes needed, {self.used_bytes} of {self.bytes_max} (buffer_bytes_max) in use; on_full={self._on_full}"
         )
@@ -104,11 +99,7 @@ class Account:
             full = error
         except Unavailable as error:
             full = BufferFull(str(error))
-        with self._lock:
-            self.starved = True
-            self._changed.notify_all()
-        if self._on_full == "drop_newest":
-            self._metrics.inc(m.PUBLISHER_DROPPED, count, "buffer_full")
+        if self._drops(count):
             return None
         if self._on_full in _WAIT and threading.get_ident() not in self.own_threads:
             self._metrics.inc(m.PUBLISHER_BLOCKED)
@@ -119,6 +110,16 @@ class Account:
                     return attempt()
         self._metrics.inc(m.PUBLISHER_REFUSED)
         raise full
+
+    def _drops(self, count: int) -> bool:
+        """There is no room: have the flusher come. Whether the `count` deltas that need it are dropped, and counted."""
+        with self._lock:
+            self.starved = True
+            self._changed.notify_all()
+        if self._on_full != "drop_newest":
+            return False
+        self._metrics.inc(m.PUBLISHER_DROPPED, count, "buffer_full")
+        return True
 
     def freed(self) -> None:
         """There may be room on the disk again."""

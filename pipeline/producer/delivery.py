@@ -22,11 +22,11 @@ from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
-_SEND_BYTES_MAX = 4 * 2**20
+SEND_BYTES_MAX = 4 * 2**20
 _WAITING_MAX = 16
 """Batches that wait for a partition; then its series go on merging, and are sealed when some are acknowledged."""
 _REASONS_MAX = 3
-_FOR_GOOD = (Invalid, BadRecord, Fenced)
+FOR_GOOD = (Invalid, BadRecord, Fenced)
 """Answers of a log after which sending the same bytes again can't help. Everything else is tried again."""
 
 
@@ -163,7 +163,7 @@ class Delivery:
             for sealed in turn:
                 if sealed is not None:
                     size += len(sealed.value) or self._batch_bytes_max
-                    if batches and size > _SEND_BYTES_MAX:
+                    if batches and size > SEND_BYTES_MAX:
                         return batches
                     batches.append(sealed)
         return batches
@@ -183,7 +183,7 @@ class Delivery:
                 accepted.append((sealed, result))
             else:
                 errors.append(result)
-                if isinstance(result, _FOR_GOOD):
+                if isinstance(result, FOR_GOOD):
                     refused.append(sealed)
         alone = len(batches) == 1
         gone: list[tuple[int, int]] = []
@@ -224,7 +224,7 @@ class Delivery:
         if gone is None:
             return []
         self._account.used_bytes -= len(gone.value)
-        return self._keeper.settled([key]) if self._keeper is not None else []
+        return [key] if self._keeper is not None and self._keeper.settled(*key) else []
 
     # What became of them
 

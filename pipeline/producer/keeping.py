@@ -129,8 +129,7 @@ class Keeper:
                     gone.append(key)
                 else:
                     self._kept.add(key)
-        if gone:
-            self._acknowledge(gone)
+        self.forget(gone)
 
     def stow(self, bytes_max: int) -> None:
         """Let go of the bytes of kept batches until the outbox has no more than so many."""
@@ -158,22 +157,18 @@ class Keeper:
         """The bytes of a batch."""
         return sealed.value or self._journal.load(sealed.partition, sealed.sequence)
 
-    def settled(self, batches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """These are never sent again: those that the journal is to `forget`. The caller holds the lock."""
-        gone = []
-        for key in batches:
-            self._new.pop(key, None)
-            if key in self._kept:
-                self._kept.discard(key)
-                gone.append(key)
-        return gone
+    def settled(self, partition: int, sequence: int) -> bool:
+        """A batch is never sent again: whether the journal is to `forget` it. The caller holds the lock."""
+        key = partition, sequence
+        self._new.pop(key, None)
+        kept = key in self._kept
+        self._kept.discard(key)
+        return kept
 
     def forget(self, batches: Sequence[tuple[int, int]]) -> None:
-        """What `settled` has returned, without the lock."""
-        if batches:
-            self._acknowledge(batches)
-
-    def _acknowledge(self, batches: Sequence[tuple[int, int]]) -> None:
+        """Have the journal forget batches, without the lock."""
+        if not batches:
+            return
         try:
             self._journal.acknowledge(batches)
         except (Unavailable, BufferFull) as error:  # whoever finds them sends them again, and they are dropped there

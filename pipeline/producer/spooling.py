@@ -310,7 +310,7 @@ class SpooledMonotoneCell(SpooledCell, MonotoneCell):
         if type(value) is float and value >= 0.0 and value - value == 0.0 and self.charge:
             segment = self.spool.segment
             i = segment.next()
-            try:
+            try:  # as above: a call to share these lines would cost as much as they do
                 segment.values[i] = value
                 segment.heads[i] = self.head
                 return
@@ -332,7 +332,7 @@ class SpooledObserveCell(SpooledCell, ObserveCell):
         if type(value) is float and value - value == 0.0 and self.charge:
             segment = self.spool.segment
             i = segment.next()
-            try:
+            try:  # as above
                 segment.values[i] = value
                 segment.heads[i] = self.head
                 return

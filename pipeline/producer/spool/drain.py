@@ -9,18 +9,17 @@ from pathlib import Path
 import msgspec
 
 from pipeline.core.sequence import Outbox, Sealed
-from pipeline.errors import BadRecord, Fenced, Invalid, PipelineError, Unavailable
+from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, LogWriter, Message
+from pipeline.producer.delivery import FOR_GOOD, SEND_BYTES_MAX
 from pipeline.producer.sealing import seal
 from pipeline.producer.spool.leftover import Leftover, Report, leftovers, oldest_ms
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
-_SEND_BYTES_MAX = 4 * 2**20
 _SEND_COUNT_MAX = 500
 _FORGOTTEN_MS = 6 * 86_400_000
 """A task remembers a producer for `producer_ttl_ms`, 7 days unless it was set; then what it has folded would count again."""
-_FOR_GOOD = (Invalid, BadRecord, Fenced)
 
 
 class DrainedSlot(msgspec.Struct):
@@ -117,7 +116,7 @@ def _drain_slot(
         accepted, error = _send(leftover, outbox, writer, settings)
         result.batch_count += accepted
         result.left_count -= accepted
-        if isinstance(error, _FOR_GOOD):
+        if isinstance(error, FOR_GOOD):
             raise error
         if error is not None:
             backoff_s = min(max(settings.retry_backoff_ms / 1000, 2 * backoff_s), settings.retry_backoff_max_ms / 1000)
@@ -149,7 +148,7 @@ def _send(
     size = 0
     for sealed in outbox.pending():
         size += len(sealed.value) or leftover.size_of(sealed.partition, sealed.sequence)
-        if batches and (size > _SEND_BYTES_MAX or len(batches) == _SEND_COUNT_MAX):
+        if batches and (size > SEND_BYTES_MAX or len(batches) == _SEND_COUNT_MAX):
             break
         batches.append(sealed)
     values = [sealed.value or leftover.load(sealed.partition, sealed.sequence) for sealed in batches]
@@ -160,5 +159,5 @@ def _send(
     leftover.acknowledge([(sealed.partition, sealed.sequence) for sealed in accepted])
     for sealed in accepted:
         outbox.acknowledge(sealed.partition, sealed.sequence)
-    fatal = [error for error in errors if isinstance(error, _FOR_GOOD)]
+    fatal = [error for error in errors if isinstance(error, FOR_GOOD)]
     return len(accepted), (fatal or errors or [None])[0]
