@@ -59,6 +59,26 @@ def wait_until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
         time.sleep(0.001)
 
 
+@contextmanager
+def stalled(pub: BasePublisher) -> Iterator[threading.Event]:
+    """A flusher that is held up when it next seals, until this is left: the event says that it is."""
+    held, go_on = threading.Event(), threading.Event()
+    delivery = pub._running.delivery
+    room = delivery.room
+
+    def stall(now_ms: int) -> Any:
+        held.set()
+        assert go_on.wait(30)
+        return room(now_ms)
+
+    delivery.room = stall  # type: ignore[method-assign]
+    try:
+        yield held
+    finally:
+        delivery.room = room  # type: ignore[method-assign]
+        go_on.set()
+
+
 def in_threads(count: int, work: Callable[[int], object]) -> None:
     """Run `work(i)` in `count` threads at once; raise what the first of them raised."""
     errors: list[BaseException] = []

@@ -27,6 +27,7 @@ from tests.producer.support import (
     memory_log,
     publisher,
     run_script,
+    stalled,
     wait_until,
 )
 
@@ -241,23 +242,13 @@ def test_it_is_fresh_in_quiet_and_old_when_nobody_takes_it() -> None:
     first = view.local()
     wait_until(lambda: view.local().taken_s > first.taken_s + 0.05)
     assert dict(view.local()) == {(): 1}
-    held, go_on = threading.Event(), threading.Event()
-    room = pub._running.delivery.room
-
-    def stall(now_ms: int) -> Any:
-        held.set()
-        assert go_on.wait(20)
-        return room(now_ms)
-
-    pub._running.delivery.room = stall  # type: ignore[method-assign]
-    view.add(1)
-    assert held.wait(10)
-    stuck_s = view.local().taken_s
-    wait_until(lambda: view.local().age_ms > 100)
-    assert view.local().taken_s == stuck_s
-    assert dict(view.local()) == {(): 1}
-    pub._running.delivery.room = room  # type: ignore[method-assign]
-    go_on.set()
+    with stalled(pub) as held:
+        view.add(1)
+        assert held.wait(10)
+        stuck_s = view.local().taken_s
+        wait_until(lambda: view.local().age_ms > 100)
+        assert view.local().taken_s == stuck_s
+        assert dict(view.local()) == {(): 1}
     wait_until(lambda: dict(view.local()) == {(): 2})
     pub.close()
 

@@ -29,6 +29,7 @@ from tests.producer.support import (
     memory_log,
     publisher,
     run_script,
+    stalled,
     wait_until,
 )
 from tests.producer.test_cells import Interrupted, interrupted
@@ -195,24 +196,15 @@ def test_full_shards_go_on_in_the_cells() -> None:
     pub = sharded(log, flush_interval_ms=1)
     cell = pub.sum("v").labels()
     cell.add(1)
-    held, go_on = threading.Event(), threading.Event()
-    room = pub._running.delivery.room
-
-    def stall(now_ms: int) -> Any:
-        held.set()
-        assert go_on.wait(20)
-        return room(now_ms)
-
-    pub._running.delivery.room = stall  # type: ignore[method-assign]
-    cell.add(1)
-    assert held.wait(10)
-    for _ in range(500):
+    with stalled(pub) as held:
         cell.add(1)
-    shards = shards_of(pub)
-    assert shards.waiting_count() <= 16 + 1
-    assert shards.gauges.utilisation <= 1
-    assert len(cell._values) + cell.pending_count >= 480
-    go_on.set()
+        assert held.wait(10)
+        for _ in range(500):
+            cell.add(1)
+        shards = shards_of(pub)
+        assert shards.waiting_count() <= 16 + 1
+        assert shards.gauges.utilisation <= 1
+        assert len(cell._values) + cell.pending_count >= 480
     pub.close()
     assert fold(log.log).of("v") == {(): 502}
 
@@ -242,22 +234,13 @@ def test_drainers_help_without_being_flushed() -> None:
     pub = sharded(log, flush_interval_ms=1, drain_threads=3)
     cell = pub.sum("v").labels()
     cell.add(1)
-    held, go_on = threading.Event(), threading.Event()
-    room = pub._running.delivery.room
-
-    def stall(now_ms: int) -> Any:
-        held.set()
-        assert go_on.wait(30)
-        return room(now_ms)
-
-    pub._running.delivery.room = stall  # type: ignore[method-assign]
-    cell.add(1)
-    assert held.wait(10)
-    before = cell.pending_count
-    for _ in range(12):
+    with stalled(pub) as held:
         cell.add(1)
-    wait_until(lambda: cell.pending_count > before and shards_of(pub).waiting_count() == 0)
-    go_on.set()
+        assert held.wait(10)
+        before = cell.pending_count
+        for _ in range(12):
+            cell.add(1)
+        wait_until(lambda: cell.pending_count > before and shards_of(pub).waiting_count() == 0)
     pub.close()
     assert fold(log.log).of("v") == {(): 14}
 
