@@ -1,8 +1,7 @@
-"""Whoever sends. Reading order:
+"""The publisher's way out: it drains `pipeline.publisher.table` into batches and sends them. Reading order:
 
-- `cell` (one series, where deltas wait), `buffer` and `views` (of series); `account` (the memory that all of it may take).
-- The modes of `buffering`: `handle` (a list of a thread's own), `shards`, and `spooling` on a `spool` (it survives a kill).
-- `sealing`, `delivery`: batches, and sending them; `keeping`: which of them a spool has; `snapshot`: what `local` shows.
-- `flusher`, `linger`, `running`: what is done when, by which thread; `client`: the publisher; `process`: fork and exit.
-- Other ways in: `batch` and `columns` (many rows at once), `timing`, `statsd`, and `gateway` (deltas over HTTP).
+- `sealing`, `delivery`: batches, and sending them; `account`: the memory that they take, and who waits for it.
+- `spooling`, `keeping`: the spool of this process, and which batches it has; `rescue`: what other processes have left.
+- `linger`, `running`: what is done when, by which thread; `client`: the publisher; `process`: fork and exit.
+- Other ways in: `statsd`, and `gateway` (deltas over HTTP).
 """

@@ -1,4 +1,4 @@
-"""The memory account of a publisher: everything that can grow is charged here first."""
+"""The memory account of a publisher: what its batches take, and who waits for memory or for room on the disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from pipeline.ports import MESSAGE_BYTES_MAX
 from pipeline.settings import PublisherSettings
 
 T = TypeVar("T")
-_WAIT = ("block", "merge_harder", "spill")
-"""What `on_full` can be so that a caller waits for bytes."""
-_PAUSES = 4
+_SERIES_BYTES = 48
+"""The bytes that a new series adds to a batch, about."""
 _LOOK_S = 0.02
 """How often a thread that waits for room on the disk tries again."""
 _NEVER = threading.Lock()
@@ -26,7 +25,7 @@ _NEVER.acquire()
 
 
 class Account:
-    """Bytes in use out of `buffer_bytes_max`. Safe from any thread.
+    """Bytes in use by batches, out of `buffer_bytes_max`. Safe from any thread.
 
     `changed`, a condition on `lock`, is notified whenever bytes come back, and when the flusher should come early:
     because somebody ran out of bytes (`starved`), or because new deltas fill a batch (`due`).
@@ -38,11 +37,7 @@ class Account:
         self.used_bytes = 0
         self.starved = False
         self.fresh_bytes = 0
-        """Bytes that series registered since the last drain, and long texts, will take in batches, about."""
-        self.hurried = False
-        """Whether a thread found a buffer full, so that the flusher should come early."""
-        self.merge_harder: Callable[[], object] = lambda: None
-        """What merges all that waits, and gives back the bytes that it does not need then."""
+        """The bytes in batches, about, of the series that came in since the last drain."""
         self.own_threads: set[int] = set()
         """Threads that must not wait for bytes, because nobody else would bring them back."""
         self.bytes_max = settings.buffer_bytes_max
@@ -57,36 +52,32 @@ class Account:
 
     @property
     def pressed(self) -> bool:
-        """Whether over half of the account is used, so that what is not needed should go."""
-        return self.used_bytes > self.bytes_max // 2
+        """True if batches use over half of their share, which is half of `buffer_bytes_max`."""
+        return self.used_bytes > self.bytes_max // 4
 
     @property
     def due(self) -> bool:
         """Whether what was charged since the last drain fills a batch."""
         return self.fresh_bytes >= self._batch_max
 
-    def charge(self, size: int, fresh: int = 0, count: int = 1) -> bool:
-        """Take `size` bytes; False if the `count` deltas that need them are to be dropped, `BufferFull` if refused."""
-        if self.try_take(size, fresh):
-            return True
+    def entered(self) -> None:
+        """Count what a new series will take in a batch, about, and call the flusher once that fills one."""
+        self.fresh_bytes += _SERIES_BYTES
+        if self.due:
+            with self._lock:
+                self._changed.notify_all()
+
+    def make_room(self, size: int, count: int, is_there: Callable[[], bool]) -> bool:
+        """Have the flusher make room, and wait as `on_full` says; return False if `count` deltas are to be dropped."""
         if self._drops(count):
             return False
-        waits = self._on_full in _WAIT and size <= self.bytes_max and threading.get_ident() not in self.own_threads
-        if waits and self._on_full == "merge_harder":
-            self._metrics.inc(m.PUBLISHER_MERGED_HARDER)
-            self.merge_harder()
-            if self.try_take(size, fresh):
-                return True
-        if waits:
+        if self._on_full == "block" and size <= self.bytes_max // 2 and threading.get_ident() not in self.own_threads:
             self._metrics.inc(m.PUBLISHER_BLOCKED)
             with self._lock:
-                if self._changed.wait_for(lambda: self.used_bytes + size <= self.bytes_max, self._timeout_s):
-                    self._take(size, fresh)
+                if self._changed.wait_for(is_there, self._timeout_s):
                     return True
         self._metrics.inc(m.PUBLISHER_REFUSED)
-        raise BufferFull(
-            f"{size} bytes needed, {self.used_bytes} of {self.bytes_max} (buffer_bytes_max) in use; on_full={self._on_full}"
-        )
+        raise BufferFull(f"{size} bytes needed, {self.bytes_max} (buffer_bytes_max) are in use; on_full={self._on_full}")
 
     def insist(self, attempt: Callable[[], T], count: int = 1) -> T | None:
         """What `attempt` returns, which fails while there is no room on the disk, or no disk: then as `on_full` says.
@@ -101,7 +92,7 @@ class Account:
             full = BufferFull(str(error))
         if self._drops(count):
             return None
-        if self._on_full in _WAIT and threading.get_ident() not in self.own_threads:
+        if self._on_full == "block" and threading.get_ident() not in self.own_threads:
             self._metrics.inc(m.PUBLISHER_BLOCKED)
             # Without `_lock`: the attempt takes the spool's, whose holder can come to the account in a finaliser.
             for _ in range(max(1, ceil(self._timeout_s / _LOOK_S))):
@@ -126,54 +117,8 @@ class Account:
         with self._lock:
             self._changed.notify_all()
 
-    def try_take(self, size: int, fresh: int = 0) -> bool:
-        """Take `size` bytes if they are there."""
-        with self._lock:
-            fits = self.used_bytes + size <= self.bytes_max
-            if fits:
-                self._take(size, fresh)
-            return fits
-
-    def pause(self, until: Callable[[], object], timeout_s: float) -> bool:
-        """Let the flusher run until something is true, but no longer than so; whether it is true then. Takes no lock.
-
-        (A signal handler that raises within the wait of a condition leaves its lock in a state that nobody can tell.)
-        """
-        for _ in range(_PAUSES if threading.get_ident() not in self.own_threads else 0):
-            if until():
-                return True
-            _NEVER.acquire(timeout=timeout_s / _PAUSES)
-        return bool(until())
-
-    def wake(self) -> None:
-        """Have the flusher come early, because a buffer is full."""
-        if not self.hurried:
-            with self._lock:
-                self.hurried = True
-                self._changed.notify_all()
-
-    def _take(self, size: int, fresh: int) -> None:
-        self.used_bytes += size
-        self.fresh_bytes += fresh
-        if self.due:
-            self._changed.notify_all()
-
-    def freshen(self, fresh: int) -> None:
-        """Count what was charged before as fresh."""
-        if fresh > 0:
-            with self._lock:
-                self._take(0, fresh)
-
-    def try_charge(self, size: int) -> bool:
-        """Take `size` bytes for what is merely quicker, if the account is not pressed by it."""
-        with self._lock:
-            if self.used_bytes + size > self.bytes_max // 2:
-                return False
-            self.used_bytes += size
-            return True
-
     def force(self, size: int) -> None:
-        """Take `size` bytes, even if they are not there: for what was charged before, in another form."""
+        """Take `size` bytes, even if they are not there: for what the table was charged for before."""
         with self._lock:
             self.used_bytes += size
 
@@ -187,5 +132,5 @@ class Account:
     def drained(self) -> None:
         """Start to count what is fresh, and to listen to who is starved, anew."""
         with self._lock:
-            self.starved = self.hurried = False
+            self.starved = False
             self.fresh_bytes = 0

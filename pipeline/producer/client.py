@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pipeline.metrics as m
 import pipeline.producer.process as process
-from pipeline.core.merge import KIND_NAMES
-from pipeline.core.record import Definition, check_definition
+from pipeline import native
+from pipeline.core.kinds import KIND_NAMES
+from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.core.token import Token
 from pipeline.core.view import describe
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, LogWriter
-from pipeline.producer.batch import record_columns
-from pipeline.producer.buffer import View
+from pipeline.ports import Clock, LogWriter, Resting
+from pipeline.producer.awaited import AwaitedFlushes
 from pipeline.producer.running import Running
-from pipeline.producer.snapshot import LocalView
-from pipeline.producer.views import VIEW_TYPES, LastView, ObserveView, SumView
-from pipeline.settings import PublisherSettings
+from pipeline.producer.surroundings import closest
+from pipeline.publisher.drafts import value_bytes
+from pipeline.publisher.flusher import table_bytes
+from pipeline.publisher.local import LocalView
+from pipeline.publisher.view import check_value
+from pipeline.publisher.views import VIEW_TYPES, LastView, ObservedView, SumView, Table, View, record_table
+from pipeline.settings import PublisherKeywords, PublisherSettings
+from pipeline.threads import are_green, guarded, in_hub
+
+if TYPE_CHECKING:
+    from pipeline.producer.spooling import OwnSpool
+    from pipeline.publisher.spool.ring import Segment
 
 _log = logging.getLogger(__name__)
 _VIEWS_MAX = 10_000
 _SWEEPS = 3
+_BATCH_MARGIN = 900
+"""The bytes of a batch of one series beyond those of its value, at most, unless its labels are very long."""
 
 ViewT = TypeVar("ViewT", bound=View)
 
@@ -34,8 +47,8 @@ ViewT = TypeVar("ViewT", bound=View)
 class BasePublisher:
     """A publisher on any `LogWriter`; `pipeline.Publisher` makes one from a URL. Safe from any thread.
 
-    Recording, flushing and closing are also safe in signal handlers and finalisers. A forked child starts clean: views
-    and cells of its parent work there, and record for a producer of its own.
+    Recording, flushing and closing are also safe in signal handlers and finalisers. A forked child starts clean: views and
+    series of its parent work there, and record for a producer of its own.
     """
 
     def __init__(self, writer: LogWriter, clock: Clock, settings: PublisherSettings, metrics: Metrics = NO_METRICS) -> None:
@@ -43,36 +56,105 @@ class BasePublisher:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
-        for reason in ("buffer_full", "closed", "no_number", "rejected"):
+        for reason in ("buffer_full", "closed", "rejected"):
             metrics.inc(m.PUBLISHER_DROPPED, 0, reason)  # so that an alert sees the first one as a rise
         metrics.set(m.PUBLISHER_BUFFER_MAX, settings.buffer_bytes_max)
         if settings.spool_dir:
             metrics.set(m.PUBLISHER_SPOOL_MAX, settings.spool_bytes_max)
-        self._views: dict[str, View] = {}
+        self._views: dict[str, Any] = {}
+        self._table = Table(
+            bytes_max=table_bytes(settings),
+            check=self._check,
+            opening=self._opening,
+            full=self._full,
+            now_ms=clock.now_ms,
+            ts_ahead_max_ms=settings.ts_ahead_max_ms,
+            local_series_max=settings.local_series_max,
+            journal=_Journal(self) if settings.durability != "memory" else None,
+        )
         self._closed = False
         self._inherited = False
         self._start()
+        process.join(self)
         if self._running.own is not None:
             self._running.own.get()  # so that a folder that can't be used is an error here
-            self._running.start_threads()
-        process.join(self)
+            if not process.is_nest():
+                self._running.start_threads()
 
     def _start(self, parent: Running | None = None) -> None:
         self._closing_lock = threading.RLock()
         self._closing = self._closed
         self._used = False
-        self._running = Running(
-            self._writer, self._clock, self._settings, self._metrics, self._views, self._on_register, parent
-        )
+        self._green = are_green()
+        self._awaited = AwaitedFlushes(self._clock)
+        self._running = Running(self._writer, self._clock, self._settings, self._metrics, self._views, parent, self._table)
 
     def start_clean(self) -> None:
         """What a forked child does first: what is buffered is its parent's to send."""
         self._inherited = True
         self._start(self._running)
-        for view in [*self._views.values()]:
-            view.forget(self._running.owner)
-        if self._running.inherits_handles:
-            self._on_register()
+        self._table.forget()
+
+    @property
+    def notices_forks(self) -> bool:
+        """True if every series is new to the table in a forked child, so that its first delta comes to `check_fork`."""
+        return native.in_use()
+
+    def keep(self) -> bool:
+        """Go on with what the parent had, which gives it away; False if that can't be done: call `start_clean`."""
+        if self._running.own is not None or not self._running.rests() or not self._table.keep():
+            return False  # what is in a spool is sent by whoever finds it
+        self.wake()
+        return True
+
+    def wake(self) -> None:
+        """Have threads run, if there is something to do for them: uWSGI has forked."""
+        if self._used or self._running.own is not None:
+            self._running.start_threads()
+
+    def _rest(self) -> bool:
+        """End all threads for now, because uWSGI is about to fork; return whether they have ended."""
+        return self._running.rest() and (not isinstance(self._writer, Resting) or self._writer.rest())
+
+    def hold(self) -> None:
+        """Keep the table as it is until `release`: the process is about to fork."""
+        self._table.hold()
+
+    def release(self) -> None:
+        """Undo `hold`, in the parent."""
+        self._table.release()
+
+    def _check(self, kind: str, monotone: bool, value: object) -> Any:
+        """Return the plain value of a delta; `Invalid` if it is none, or too large for any batch that the log takes."""
+        plain = check_value(kind, monotone, value)
+        size = value_bytes(plain)
+        if size and size + _BATCH_MARGIN > (most := self._running.account.message_bytes_max):
+            raise Invalid(f"a value of {size} bytes; the log takes batches of up to {most} only")
+        return plain
+
+    def _opening(self) -> None:
+        """A series comes in: raise `Invalid` if the publisher is closed, and see to it that the threads run."""
+        process.check_fork()
+        if self._closing:
+            raise Invalid("this publisher is closed")
+        if not self._used:
+            if self._green != are_green():  # patched since, as gunicorn's gevent workers are after the fork: other locks
+                self.start_clean()
+            self._used = True
+            process.drain_when_child_ends()
+        if not process.is_nest():
+            self._running.start_threads()
+        self._running.account.entered()
+
+    def _full(self, size: int, count: int) -> bool:
+        return self._running.full(size, count)
+
+    def _local(self, view: Any) -> LocalView:
+        process.check_fork()
+        taken_s = self._running.flusher.taken_s  # first: states that are newer than it says are no lie
+        states = self._table.local(view)
+        now_s = self._clock.monotonic_s
+        return LocalView(view.definition, canonical(view.definition), states, taken_s, now_s, complete=states.complete)
 
     def __enter__(self: PublisherT) -> PublisherT:
         return self
@@ -94,17 +176,17 @@ class BasePublisher:
         """
         return self._view(SumView, "sum", view, labels, window_s, monotone)
 
-    def min(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObserveView:
+    def min(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
         """The view of this name, as the smallest observation."""
-        return self._view(ObserveView, "min", view, labels, window_s)
+        return self._view(ObservedView, "min", view, labels, window_s)
 
-    def max(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObserveView:
+    def max(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
         """The view of this name, as the largest observation."""
-        return self._view(ObserveView, "max", view, labels, window_s)
+        return self._view(ObservedView, "max", view, labels, window_s)
 
-    def mean(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObserveView:
+    def mean(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
         """The view of this name, as the mean of all observations."""
-        return self._view(ObserveView, "mean", view, labels, window_s)
+        return self._view(ObservedView, "mean", view, labels, window_s)
 
     def last(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> LastView:
         """The view of this name, as the newest value that was set."""
@@ -119,37 +201,44 @@ class BasePublisher:
     def _view(
         self, _: type[ViewT], kind: str, view: str, labels: Sequence[str], window_s: int | None, monotone: bool = False
     ) -> ViewT:
+        process.check_fork()
         if self._closing:
             raise Invalid("this publisher is closed")
         definition = _definition(kind, view, labels, window_s, monotone)
-        known = self._views.get(definition.view)
+        known: Any = self._views.get(definition.view)
         if known is None:
             if len(self._views) >= _VIEWS_MAX:
                 raise Invalid(f"over {_VIEWS_MAX} views")
-            new = VIEW_TYPES[definition.kind](definition, self._running.owner)
-            known = self._views.setdefault(definition.view, new)
-        if known.declared != definition:
-            raise Invalid(f"view {definition.view} is {describe(known.declared)} here; not {describe(definition)}")
-        return known  # type: ignore[return-value]
+            known = self._views.setdefault(definition.view, self._new_view(definition))
+        if known.definition != definition:
+            raise Invalid(f"view {definition.view} is {describe(known.definition)} here; not {describe(definition)}")
+        return known  # type: ignore[no-any-return]
+
+    def _new_view(self, definition: Definition) -> Any:
+        view = self._table.define(definition, self._settings.series_max, VIEW_TYPES[definition.kind])
+        view.read_local, view.monotonic_s = self._local, self._clock.monotonic_s
+        return view
 
     def local(self) -> dict[str, LocalView]:
         """What this process has recorded since it started, by view: see `view.local()`."""
         return {name: view.local() for name, view in [*self._views.items()]}
 
-    def record_batch(self, view: View, columns: Any) -> int:
+    def record_batch(self, view: View, columns: Any, *, ignore: Iterable[str] = ()) -> int:
         """Record rows at once: one column for each label name, `value`, and for last views `ts_ms`, in `columns`.
 
-        `columns` is a mapping, or an Arrow table or record batch. A column is a sequence, a NumPy array, or an Arrow array;
-        a single value stands for every row. Without `ts_ms` rows are set as of now, and the last row of a series counts.
+        `columns` is a mapping, a data frame of pandas or Polars, or an Arrow table or record batch. A column is a sequence,
+        a NumPy array, or one of those libraries; a single value stands for every row. Columns that the view does not know
+        are refused, because a name may be misspelled, but for those that `ignore` names. Without `ts_ms` rows are set as of
+        now, and the last row of a series counts.
 
-        All or nothing: `Invalid` names the column and the row, and like `BufferFull` it means that nothing was recorded.
-        Returns how many rows were recorded: 0 if `on_full` has them dropped.
+        All rows are checked first: `Invalid` names the column and the row, of missing values too, and means that nothing was
+        recorded. `BufferFull` says how many were. Returns how many rows were recorded: fewer if `on_full` has them dropped.
         """
         if not isinstance(view, View):
             raise Invalid(f"a view of this publisher is needed, got {type(view).__name__}")
         if self._views.get(view.definition.view) is not view:
             raise Invalid(f"view {view.definition.view} is not of this publisher")
-        return record_columns(view, columns)
+        return record_table(view, columns, ignore)
 
     # Flushing and closing
 
@@ -157,9 +246,9 @@ class BasePublisher:
         """Wait until everything recorded before the call is acknowledged; the token lets a read wait for it.
 
         Raises `Unavailable` after `timeout_s`; the deltas stay buffered and are sent all the same. Raises `Invalid` if
-        batches were rejected for good since the last flush, or what threads' own handles took turned out to be no
-        number: that is gone, and counted.
+        batches were rejected for good since the last flush: what was in them is gone, and counted.
         """
+        process.check_fork()
         if self._closed:
             raise Invalid("this publisher is closed")
         return self._flush(timeout_s)
@@ -169,7 +258,34 @@ class BasePublisher:
             raise Invalid("the publisher's own threads can't wait for it")  # a finaliser or log handler was run by one
         if self._running.is_held:
             raise Unavailable("this has interrupted its own thread while it was recording, for which the others wait")
-        return self._running.flush(timeout_s) if self._used else self._running.delivery.token
+        if in_hub():
+            raise Unavailable("a callback or signal handler in the hub of green threads can't wait for them")
+        if not self._used:
+            return self._running.delivery.token
+        token = self._flush_awake(timeout_s)
+        self._awaited.raise_untold()
+        return token
+
+    def _flush_awake(self, timeout_s: float) -> Token:
+        with process.awake(self._rest):
+            return self._running.flush(timeout_s)
+
+    async def flush_async(self, timeout_s: float = 10.0) -> Token:
+        """As `flush`, for a coroutine: the event loop goes on meanwhile. Returns, and raises, the same.
+
+        A task that is cancelled here stops waiting at once; what it has recorded is sent all the same, and what would have
+        been `Invalid` is raised by the next flush. Recording needs no such method: `add` waits for no network, and for
+        memory only if `on_full` says so.
+        """
+        process.check_fork()
+        if self._closed:
+            raise Invalid("this publisher is closed")
+        if not self._used:
+            return self._running.delivery.token
+        running = self._running
+        return await self._awaited.flush(
+            self._flush_awake, timeout_s, lambda: running.late(f"not acknowledged within {timeout_s} s")
+        )
 
     def close(self, timeout_s: float | None = None) -> Token:
         """Flush, then let go of threads and connections; from then on recording raises `Invalid`. Twice is fine.
@@ -177,25 +293,28 @@ class BasePublisher:
         Raises as `flush` does, after letting go: what was not acknowledged until then is lost, and counted, unless it
         waits in a spool. In a signal handler that has interrupted a write to the spool, another thread closes it.
         """
-        if self._running.in_own_thread or self._running.is_held:  # a finaliser, run there by chance, or a signal handler
-            threading.Thread(target=self.close, args=(timeout_s,), name="pipeline-closer", daemon=True).start()
-            return self._running.delivery.token
-        with self._running.locks_released(), self._closing_lock:  # a second thread waits for the first
+        process.check_fork()
+        running = self._running
+        if running.in_own_thread or running.is_held or in_hub():  # a finaliser, run there by chance, or a signal handler
+            _thread.start_new_thread(guarded(_log, "pipeline-closer", self.close), (timeout_s,))  # `Thread.start` would wait
+            return running.delivery.token
+        with running.locks_released(), self._closing_lock:  # a second thread waits for the first
             if self._closed:
                 return self._running.delivery.token
             return self._close(self._settings.close_timeout_ms / 1000 if timeout_s is None else timeout_s)
 
     def _close(self, timeout_s: float) -> Token:
         self._closing = True
-        self._running.buffering.close()
-        for view in [*self._views.values()]:
-            view.shut()
+        self._table.close()
+        end_s = self._clock.monotonic_s() + timeout_s
         try:
             token = self._flush(timeout_s)
             for _ in range(_SWEEPS):  # what threads were in the midst of recording when it was shut
                 if not self._running.waiting_count():
                     break
                 token = self._flush(timeout_s)
+            self._running.say_closed(timeout_s)
+            self._running.wait_for_rescue(end_s - self._clock.monotonic_s())
             return token
         except Unavailable:
             if self._closed:  # by a signal handler, in the midst of this
@@ -215,16 +334,28 @@ class BasePublisher:
             self._writer.close()
 
     def stats(self) -> dict[str, int]:
-        """Deltas drained; batches and entries acknowledged; batches rejected, waiting; bytes of the memory account."""
+        """Deltas drained; batches, entries acknowledged; batches rejected, waiting; series and bytes in memory."""
+        process.check_fork()
         return self._running.stats()
 
-    def _on_register(self) -> None:
-        if self._closing:
+
+class _Journal:
+    """The spool of the process that runs now, as the journal of a publisher's table."""
+
+    def __init__(self, publisher: BasePublisher) -> None:
+        self._of = weakref.ref(publisher)
+
+    def _own(self) -> OwnSpool:
+        publisher = self._of()
+        if publisher is None or publisher._running.own is None:
             raise Invalid("this publisher is closed")
-        if not self._used:
-            self._used = True
-            process.drain_when_child_ends()
-        self._running.start_threads()
+        return publisher._running.own
+
+    def define(self, definition: bytes, suffix: bytes) -> int | None:
+        return self._own().define(definition, suffix)
+
+    def segment(self, shard: int, full: int, length: int) -> Segment | None:
+        return self._own().segment(shard, full, length)
 
 
 PublisherT = TypeVar("PublisherT", bound=BasePublisher)
@@ -248,7 +379,7 @@ def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any)
 
 def publisher_settings(keywords: Mapping[str, Any]) -> PublisherSettings:
     """Settings from keywords; `Invalid` for a name that is none."""
-    unknown = keywords.keys() - {item.name for item in fields(PublisherSettings)}
-    if unknown:
-        raise Invalid(f"unknown settings: {', '.join(sorted(unknown))}")
+    known = PublisherKeywords.__annotations__.keys()
+    if unknown := sorted(keywords.keys() - {item.name for item in fields(PublisherSettings)}):
+        raise Invalid(f"unknown settings: {', '.join(unknown)}{closest(unknown[0], known)}")
     return PublisherSettings(**keywords)

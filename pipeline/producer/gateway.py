@@ -3,48 +3,65 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
+import msgspec
+
 import pipeline.metrics as m
-from pipeline.core.codec import decode_batch
-from pipeline.core.merge import KIND_NAMES, kind_of
+from pipeline.core.codec import RefusedGroup, encode_batch
+from pipeline.core.kinds import KIND_NAMES, check_ahead, kind_of
+from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
+    CONTROL_ACTIONS,
+    LABEL_COUNT_MAX,
+    NAME,
+    Batch,
+    Control,
     Definition,
+    Group,
     check_definition,
     check_label_values,
-    check_suffixes,
     series_prefix,
     series_suffix,
 )
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
-from pipeline.core.view import describe
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, LogWriter, Message, RawDelta, Refusal
-from pipeline.producer.sealing import Merged, seal
+from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
+from pipeline.producer.door import NoFacts, Rooms, check_batch, check_owner, refusal
+from pipeline.producer.keyed import chunks, partition_of_request, producer_of_request
+from pipeline.producer.naming import Naming
+from pipeline.producer.sealing import seal
+from pipeline.publisher.drafts import Pending
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
-_DEFINITIONS_MAX = 10_000
+_REMEMBERED_MAX = 10_000
+_REMEMBERED_MS = 60_000
+"""How long a gateway remembers how a view was defined here: then the stores that it reads from know."""
 
 
-class _WrongLabels(Invalid):
-    """Fix the labels."""
+class _Series(NamedTuple):
+    """Deltas of a request that make one state of a batch."""
 
-
-class _DefinedMeanwhile(Invalid):
-    """Fix the definition: another request was quicker. Sent again, it is compared with that one's."""
+    part: int
+    """Of a request with a key: which of its batches they are in; else 0."""
+    definition: Definition
+    suffix: bytes
 
 
 class Gateway:
-    """A `ports.Ingest` on a log. `definition_of` says what is known of a view, so that label order and kind fit.
+    """A `ports.Ingest` on a log. `definition_of` says what is known of a view: of a delta that does not say everything, the
+    rest is as it is known.
 
     If anything in a request is wrong, nothing of it is appended. The rest is one append: on the embedded log that is atomic,
     on Kafka a broker's failure can cut it between partitions. A client that gets no answer and sends single deltas again
-    counts them twice: only batches carry sequences.
+    counts them twice, unless they had a key.
+
+    Definitions never conflict, so a delta with other labels, or of another kind, than its view has is of another definition.
     """
 
     def __init__(
@@ -54,160 +71,354 @@ class Gateway:
         settings: PublisherSettings,
         definition_of: Callable[[str], Definition | None],
         metrics: Metrics = NO_METRICS,
+        *,
+        limits: TaskLimits | None = None,
+        facts: Facts | None = None,
+        idempotent_partitions: int = 1,
     ) -> None:
+        """`limits` are those of the tasks; `facts` is what is known of their state."""
         self._writer = writer
+        self._naming = Naming(writer)
         self._clock = clock
         self._settings = settings
         self._definition_of = definition_of
         self._metrics = metrics
+        self._limits = limits or TaskLimits()
+        self._facts = facts or NoFacts()
+        self._rooms = Rooms(self._facts, self._limits.views_max)
+        self._idempotent_partitions = idempotent_partitions
         self._lock = threading.Lock()
         self._outbox = Outbox(clock.new_id(), 0)
-        self._defined: dict[str, Definition] = {}
+        self._defined: dict[tuple[str, str], tuple[Definition, int]] = {}
+        """By view and kind: how it was defined here, and when."""
 
-    def deltas(self, deltas: Sequence[RawDelta]) -> Token:
+    # Deltas
+
+    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
         """Accept all deltas or none; see `ports.Ingest`."""
-        return self._take(deltas, None)
+        return self._take(deltas, deltas, None, key)
 
-    def fitting(self, deltas: Sequence[RawDelta]) -> tuple[Token, list[Refusal]]:
-        """Accept those deltas that can be; see `ports.Ingest`. A new view has all labels that the request gives it."""
-        while True:
-            refused: list[Refusal] = []
-            try:
-                return self._take(self._fitted(deltas), refused), refused
-            except _DefinedMeanwhile:  # once for each view at most
-                continue
+    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
+        """Accept those deltas that can be; see `ports.Ingest`.
 
-    def _take(self, deltas: Sequence[RawDelta], refused: list[Refusal] | None) -> Token:
-        """Append the deltas; those that are wrong go to `refused`, or without it raise `Invalid` before anything is done."""
+        An empty label is none. All deltas of one view and kind get all labels that one of them has, or that the view is
+        known with: so a text of metrics makes one definition of a view, not one for each set of labels that is in it.
+        """
+        refused: list[Refusal] = []
+        return self._take(self._fitted(deltas), deltas, refused, key), refused
+
+    def _take(
+        self,
+        deltas: Sequence[RawDelta],
+        said: Sequence[RawDelta],
+        refused: list[Refusal] | None,
+        key: RequestKey | None,
+    ) -> Token:
+        """Append the deltas; those that are wrong go to `refused`, or without it raise `Invalid` before anything is done.
+
+        `said` is the deltas as the client sent them: by these a request with a key is cut, because the labels that a view is
+        known with can be others when the request comes again.
+        """
         now_ms = self._clock.now_ms()
-        raw: dict[tuple[Definition, bytes], list[Any]] = {}
-        defined: dict[str, tuple[Definition, int]] = {}
-        for number, delta in enumerate(deltas):
-            reason = "view"
-            try:
-                definition = self._definition(delta, number, defined)
-                reason = "labels"
-                labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
-                reason = "value"
-                value = kind_of(definition).check(delta.value, now_ms if delta.ts_ms is None else delta.ts_ms)
-            except Invalid as error:
-                if refused is None:
-                    raise Invalid(f"delta {number}: {error}") from None
-                reason = "labels" if isinstance(error, _WrongLabels) else reason
-                refused.append(Refusal(number, reason, str(error)))
-                continue
-            raw.setdefault((definition, series_suffix(labels)), []).append(value)
-        used = {definition.view for definition, _ in raw}
-        merged = [
-            Merged(definition, suffix, crc32(series_prefix(definition.view) + suffix), kind_of(definition).collect(run))
-            for (definition, suffix), run in raw.items()
-        ]
-        token = self._append(merged, {view: it for view, it in defined.items() if view in used}, now_ms)
+        parts = [*chunks(said)] if key is not None else [range(len(deltas))]
+        # What can't be taken now may be taken from a repeat. Tasks would not count it there, because they know the batch by
+        # its key: so a request with a key is then refused as a whole.
+        refused_now = refused if key is None else None
+        known: dict[tuple[str, str], Definition | None] = {}
+        raw: dict[_Series, list[Any]] = {}
+        numbers: dict[Definition, list[int]] = {}
+        for part, members in enumerate(parts):
+            for number in members:
+                delta, reason = deltas[number], "view"
+                try:
+                    definition = self._definition(delta, known)
+                    reason = "labels"
+                    labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
+                    reason = "value"
+                    value, ts_ms = self._check(definition, delta, now_ms)
+                except Invalid as error:
+                    self._refuse(number, reason, error, refused)
+                    continue
+                try:
+                    if definition.kind == "last":
+                        check_ahead(ts_ms, now_ms, self._limits.ts_ahead_max_ms)
+                except Invalid as error:
+                    self._refuse(number, reason, error, refused_now)
+                    continue
+                raw.setdefault(_Series(part, definition, series_suffix(labels)), []).append(value)
+                numbers.setdefault(definition, []).append(number)
+        sealed, wanted = self._seal(raw, numbers, refused_now, key, now_ms)
+        token = self._send(sealed, wanted, key)
+        self._remember(numbers, now_ms)
         self._metrics.inc(m.DELTAS_INGESTED, len(deltas) - len(refused or ()))
         return token
 
-    def _known(self, view: str) -> Definition | None:
-        return self._definition_of(view) or self._defined.get(view)
+    def _refuse(self, number: int, reason: str, error: object, refused: list[Refusal] | None) -> None:
+        if refused is None:
+            raise Invalid(f"delta {number}: {error}") from None
+        refused.append(Refusal(number, reason, str(error)))
+
+    def _check(self, definition: Definition, delta: RawDelta, now_ms: int) -> tuple[Any, int]:
+        """The value of a delta, as its kind keeps it, and its time."""
+        ts_ms = now_ms if delta.ts_ms is None else delta.ts_ms
+        return kind_of(definition).check(delta.value, ts_ms, self._clock.rising_ns()), ts_ms
+
+    def _definition(self, delta: RawDelta, known: dict[tuple[str, str], Definition | None]) -> Definition:
+        """What a delta is of. If it does not say whether a sum is monotone, that is as its view is known."""
+        view, kind, labels, window_s, monotone = _shape(delta)
+        if monotone is None:
+            monotone = False
+            if kind == "sum":
+                if (view, kind) not in known:
+                    known[view, kind] = self._known(view, kind)
+                was = known[view, kind]
+                monotone = was is not None and was.monotone
+        elif kind == "sum":
+            known.setdefault((view, kind), Definition(view, kind, monotone=monotone))
+        definition = Definition(view, kind, tuple(sorted(labels)), window_s, monotone)
+        check_definition(definition, KIND_NAMES)
+        return definition
+
+    def _known(self, view: str, kind: str) -> Definition | None:
+        """How a view of this kind is defined, as far as this process knows."""
+        known = self._definition_of(view)
+        if known is not None and known.kind != kind:
+            known = None
+        remembered = self._defined.get((view, kind))
+        if remembered is None or self._clock.now_ms() - remembered[1] >= _REMEMBERED_MS:
+            return known
+        return remembered[0] if known is None else _together(remembered[0], known)
+
+    def _remember(self, definitions: Iterable[Definition], now_ms: int) -> None:
+        for definition in definitions:
+            key = definition.view, definition.kind
+            was = self._defined.pop(key, None)
+            if was is not None and now_ms - was[1] < _REMEMBERED_MS:
+                definition = _together(definition, was[0])
+            self._defined[key] = definition, now_ms
+        while len(self._defined) > _REMEMBERED_MAX:
+            try:
+                del self._defined[next(iter(self._defined))]
+            except (KeyError, StopIteration, RuntimeError):  # another thread is at it
+                break
 
     def _fitted(self, deltas: Sequence[RawDelta]) -> list[RawDelta]:
-        """The deltas, with the labels of their view: those that they lack are empty, empty ones that it lacks are gone."""
-        views: dict[str, Iterable[str]] = {}
-        new: dict[str, dict[str, None]] = {}
+        """The deltas, each with all labels of its view and kind: those that it lacks are empty."""
+        unions: dict[tuple[str, str], dict[str, str]] = {}
         for delta in deltas:
-            if delta.view not in views:
-                known = self._known(delta.view)
-                views[delta.view] = new.setdefault(delta.view, {}) if known is None else known.labels
-            if delta.view in new:
-                new[delta.view].update(dict.fromkeys([name for name, value in delta.labels.items() if value]))
+            mine = {name: "" for name, value in delta.labels.items() if value}
+            unions.setdefault((delta.view, delta.kind), {}).update(mine)
+        for (view, kind), union in unions.items():
+            known = self._known(view, kind)
+            if known is not None and len(union.keys() | {*known.labels}) <= LABEL_COUNT_MAX:
+                union.update(dict.fromkeys(known.labels, ""))
         fitted = []
         for delta in deltas:
-            labels = dict.fromkeys(views[delta.view], "")
-            labels.update({name: value for name, value in delta.labels.items() if value or name in labels})
-            fitted.append(delta._replace(labels=labels))
+            labels = {name: value for name, value in delta.labels.items() if value}
+            union = unions[delta.view, delta.kind]
+            # More labels than any definition has: each delta by itself may have few enough.
+            fitted.append(delta._replace(labels={**union, **labels} if len(union) <= LABEL_COUNT_MAX else labels))
         return fitted
 
-    def _definition(self, delta: RawDelta, number: int, defined: dict[str, tuple[Definition, int]]) -> Definition:
-        view, kind, labels, window_s, monotone = _shape(delta)
-        known, _ = defined.get(view, (None, 0))
-        known = known or self._known(view)
-        if known is None:
-            known = Definition(view, kind, tuple(sorted(labels)), window_s, bool(monotone))
-            check_definition(known, KIND_NAMES)
-            if len(self._defined) + len(defined) >= _DEFINITIONS_MAX:
-                raise Invalid(f"over {_DEFINITIONS_MAX} views")
-            defined[view] = known, number
-        if known.kind != kind:
-            raise Invalid(f"view {view} is {known.kind}, not {kind:.50}")
-        if known.window_s != window_s:
-            raise Invalid(f"view {view} has window_s {known.window_s}, not {window_s}")
-        if monotone is not None and known.monotone is not monotone:
-            raise Invalid(f"view {view} is {'monotone' if known.monotone else 'not monotone'}, unlike this delta")
-        if labels.keys() != set(known.labels):
-            raise _WrongLabels(f"view {view} has labels {list(known.labels)}; got {sorted(labels)[:40]}")
-        return known
+    # From deltas to batches
 
-    def _append(self, merged: list[Merged], defined: dict[str, tuple[Definition, int]], now_ms: int) -> Token:
-        if not merged:
-            return Token({})
+    def _seal(
+        self,
+        raw: dict[_Series, list[Any]],
+        numbers: dict[Definition, list[int]],
+        refused: list[Refusal] | None,
+        key: RequestKey | None,
+        now_ms: int,
+    ) -> tuple[list[Sealed], dict[int, Collection[Definition]]]:
+        """The batches of a request, and which definitions go to which partitions: there is room for them there."""
+        if not raw:
+            return [], {}
         partition_count = self._writer.partition_count(DELTAS)
-        batch_bytes_max = min(self._settings.batch_bytes_max, self._writer.message_bytes_max(DELTAS))
+        bytes_max = self._writer.message_bytes_max(DELTAS)
+        fixed, producer_id = -1, ""
+        if key is not None:
+            producer_id = producer_of_request(key)
+            fixed = partition_of_request(producer_id, self._idempotent_partitions)
+            if fixed >= partition_count:
+                raise Unavailable(f"idempotent_partitions goes beyond the {partition_count} partitions that there are")
+        crcs = {it: crc32(series_prefix(it.definition) + it.suffix) for it in raw}
+        wanted: dict[int, dict[Definition, None]] = {}
+        for it, crc in crcs.items():
+            wanted.setdefault(fixed if fixed >= 0 else crc % partition_count, {})[it.definition] = None
+        full = self._rooms.take(wanted)
+        try:
+            if full:
+                self._refuse_full(full, numbers, refused)
+                raw = {it: run for it, run in raw.items() if it.definition not in full}
+            states = {it: kind_of(it.definition).collect(run) for it, run in raw.items()}
+            if key is not None:
+                sealed = _seal_parts(states, producer_id, fixed, now_ms)
+            else:
+                merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
+                sealed = self._seal_merged(merged, partition_count, bytes_max, now_ms)
+            for batch in sealed:
+                if len(batch.value) > bytes_max:
+                    self._settle(sealed, key)
+                    raise Invalid(f"a batch of {len(batch.value)} bytes; the log takes up to {bytes_max} only")
+        except BaseException:
+            self._rooms.sent(wanted, {})
+            raise
+        return sealed, {partition: [*definitions] for partition, definitions in wanted.items()}
+
+    def _refuse_full(
+        self, full: Mapping[Definition, str], numbers: dict[Definition, list[int]], refused: list[Refusal] | None
+    ) -> None:
+        for definition, why in full.items():
+            for number in numbers.pop(definition):
+                self._refuse(number, "view", why, refused)
+
+    def _seal_merged(self, merged: list[Pending], partition_count: int, bytes_max: int, now_ms: int) -> list[Sealed]:
         with self._lock:
-            # Before it is appended: of two requests that define a view differently, one would be dead-lettered.
-            for view, (definition, number) in defined.items():
-                was = self._defined.get(view, definition)
-                if was != definition:
-                    raise _DefinedMeanwhile(f"delta {number}: view {view} is {describe(was)} since a moment ago")
-            sealed = seal(
+            return seal(
                 merged,
                 self._outbox,
                 partition_count=partition_count,
-                batch_bytes_max=batch_bytes_max,
+                batch_bytes_max=min(self._settings.batch_bytes_max, bytes_max),
                 now_ms=now_ms,
             )
-            self._defined.update({view: definition for view, (definition, _) in defined.items()})
+
+    def _send(self, sealed: Sequence[Sealed], wanted: Mapping[int, Collection[Definition]], key: RequestKey | None) -> Token:
+        """Append batches, each of which will never be sent again."""
+        offsets: dict[int, int] = {}
+        messages = [Message(DELTAS, batch.partition, None, batch.value) for batch in sealed]
         try:
-            return self._send(sealed)
+            before = self._naming.before() if messages else ""
+            results = self._append(messages)
+            offsets = _covering(messages, results)
+            errors = [result for result in results if isinstance(result, PipelineError)]
+            if errors and len(errors) == len(results) and all(isinstance(error, Invalid) for error in errors):
+                raise errors[0]
+            _offsets(results)
         finally:
-            # Acknowledged or given up: either way these are never sent again, and the floor may pass them.
-            with self._lock:
-                for batch in sealed:
-                    self._outbox.acknowledge(batch.partition, batch.sequence)
+            self._settle(sealed, key)
+            self._rooms.sent(wanted, offsets)
+        return self._naming.name(offsets, before)
 
-    def _send(self, sealed: Sequence[Sealed]) -> Token:
-        results = self._results([Message(DELTAS, batch.partition, None, batch.value) for batch in sealed])
-        errors = [result for result in results if isinstance(result, PipelineError)]
-        if len(errors) == len(results) and all(isinstance(error, Invalid) for error in errors):
-            raise errors[0]
-        offsets = _offsets(results)
-        token = Token({})
-        for batch, offset in zip(sealed, offsets, strict=True):
-            token |= Token({batch.partition: offset})
-        return token
+    def _settle(self, sealed: Sequence[Sealed], key: RequestKey | None) -> None:
+        """Acknowledged or given up: either way these are never sent again, and the floor may pass them.
 
-    def _results(self, messages: list[Message]) -> list[int | PipelineError]:
-        return self._writer.append(messages, timeout_s=self._settings.request_timeout_ms / 1000)
+        Batches of a request with a key are of another producer: the outbox can have others, that are under way, under the
+        same sequences.
+        """
+        if key is not None:
+            return
+        with self._lock:
+            for batch in sealed:
+                self._outbox.acknowledge(batch.partition, batch.sequence)
 
-    def batches(self, batches: Sequence[bytes]) -> list[int]:
+    def _append(self, messages: list[Message]) -> list[int | PipelineError]:
+        return self._writer.append(messages, timeout_s=self._settings.request_timeout_ms / 1000) if messages else []
+
+    # Batches
+
+    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
         """Accept a publisher's sealed batches; see `ports.Ingest`."""
         partition_count = self._writer.partition_count(DELTAS)
-        messages = []
+        now_ms = self._clock.now_ms()
+        messages: list[Message] = []
+        wanted: dict[int, dict[Definition, None]] = {}
+        of_batch: list[list[tuple[int, Definition]]] = []
         for number, value in enumerate(batches):
             try:
-                batch = decode_batch(value)
-                for group in batch.groups:
-                    check_suffixes(group.definition, group.suffixes)
+                received, refused = check_batch(value, now_ms, self._limits, self._facts)
+                check_owner(received.batch.producer_id, secret)
             except BadRecord as error:
                 raise BadRecord(f"batch {number}: {error}") from None
-            if batch.partition >= partition_count:  # its publisher may have heard of new partitions first
-                raise Unavailable(f"batch {number}: there is no partition {batch.partition} yet, of {partition_count}")
-            messages.append(Message(DELTAS, batch.partition, None, value))
-        results = self._results(messages) if messages else []
-        for number, result in enumerate(results):
-            if isinstance(result, Invalid | BadRecord):  # even if others were accepted: they may be sent again
-                raise BadRecord(f"batch {number}: {result}")
-        offsets = _offsets(results)
-        self._metrics.inc(m.BATCHES_INGESTED, len(batches))
-        return offsets
+            if refused:
+                raise refusal(number, refused)
+            partition = received.batch.partition
+            if partition >= partition_count:  # its publisher may have heard of new partitions first
+                raise Unavailable(f"batch {number}: there is no partition {partition} yet, of {partition_count}")
+            definitions = [group.definition for group in received.batch.groups]
+            wanted.setdefault(partition, {}).update(dict.fromkeys(definitions))
+            of_batch.append([*zip(received.indexes, definitions, strict=True)])
+            messages.append(Message(DELTAS, partition, None, value))
+        return self._append_batches(messages, wanted, of_batch)
+
+    def _append_batches(
+        self,
+        messages: list[Message],
+        wanted: Mapping[int, Collection[Definition]],
+        of_batch: list[list[tuple[int, Definition]]],
+    ) -> tuple[list[int], Token]:
+        """Append batches of others, if there is room for the definitions that are in each."""
+        full = self._rooms.take(wanted)
+        offsets: dict[int, int] = {}
+        try:
+            for number, groups in enumerate(of_batch if full else ()):
+                refused = [RefusedGroup(index, it.view, full[it]) for index, it in groups if it in full]
+                if refused:
+                    raise refusal(number, refused)
+            before = self._naming.before() if messages else ""
+            results = self._append(messages)
+            offsets = _covering(messages, results)
+            for number, result in enumerate(results):
+                if isinstance(result, Invalid | BadRecord):  # even if others were accepted: they may be sent again
+                    raise BadRecord(f"batch {number}: {result}")
+            done = _offsets(results)
+        finally:
+            self._rooms.sent(wanted, offsets)
+        self._metrics.inc(m.BATCHES_INGESTED, len(messages))
+        return done, self._naming.name(offsets, before)
+
+    # What the server itself has to say
+
+    def controls(self, controls: Sequence[Control], key: RequestKey | None = None) -> Token:
+        """Append an order to every partition, so that each carries it out once, between two batches.
+
+        Raises `Invalid` if it is none; `Unavailable` if some partitions may not have it. With a `key` a repeat is carried
+        out once in each partition, also in those that came meanwhile.
+        """
+        for control in controls:
+            if control.action not in CONTROL_ACTIONS:
+                raise Invalid(f"{control.action:.50}: no order; known: {', '.join(CONTROL_ACTIONS)}")
+            if not NAME.match(control.view):
+                raise Invalid(f"not the name of a view: {control.view[:200]!r}")
+            if control.kind and control.kind not in KIND_NAMES:
+                raise Invalid(f"unknown kind {control.kind[:50]!r}; known: {', '.join(KIND_NAMES)}")
+        orders = [
+            msgspec.structs.replace(it, labels=None if it.labels is None else tuple(sorted(it.labels))) for it in controls
+        ]
+        # The log is asked anew: a partition that this process has not heard of can hold series. One that comes from now on
+        # can hold none of before.
+        now_ms, partitions = self._clock.now_ms(), sorted(self._writer.high_watermarks(DELTAS)) if orders else []
+        sealed: list[Sealed] = []
+        with self._lock:
+            for partition in partitions:
+                producer_id, numbers = self._outbox.producer_id, self._outbox.next_numbers(partition)
+                if key is not None:
+                    producer_id, numbers = producer_of_request(key), (0, 0)
+                batch = Batch(producer_id, 0, partition, *numbers, now_ms, [], controls=orders)
+                sealed.append(Sealed(partition, numbers[0], encode_batch(batch), 0))
+                if key is None:
+                    self._outbox.add(sealed[-1])
+        return self._send(sealed, {}, key)
+
+
+def _together(newer: Definition, older: Definition) -> Definition:
+    """The newer definition with the labels of both, if that many can be."""
+    labels = tuple(sorted({*newer.labels, *older.labels}))
+    return msgspec.structs.replace(newer, labels=labels) if len(labels) <= LABEL_COUNT_MAX else newer
+
+
+def _seal_parts(states: Mapping[_Series, Any], producer_id: str, partition: int, now_ms: int) -> list[Sealed]:
+    """The batches of a request with a key: each sequence is the place of its deltas in the request."""
+    parts: dict[int, dict[Definition, tuple[list[bytes], list[Any]]]] = {}
+    for (part, definition, suffix), state in states.items():
+        suffixes, column = parts.setdefault(part, {}).setdefault(definition, ([], []))
+        suffixes.append(suffix)
+        column.append(state)
+    sealed = []
+    for part, by_definition in parts.items():
+        groups = [Group(definition, suffixes, column) for definition, (suffixes, column) in by_definition.items()]
+        value = encode_batch(Batch(producer_id, 0, partition, part, 0, now_ms, groups))
+        sealed.append(Sealed(partition, part, value, sum([len(group.suffixes) for group in groups])))
+    return sealed
 
 
 def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int, bool | None]:
@@ -226,6 +437,15 @@ def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int, bool | No
     if monotone is not None and not isinstance(monotone, bool):
         raise Invalid(f"view {view:.200}: monotone is true or false")
     return view, kind, labels, window_s or 0, monotone
+
+
+def _covering(messages: Sequence[Message], results: Sequence[int | PipelineError]) -> dict[int, int]:
+    """By partition, the offset behind all that was acknowledged."""
+    covering: dict[int, int] = {}
+    for message, result in zip(messages, results, strict=True):
+        if isinstance(result, int):
+            covering[message.partition] = max(result, covering.get(message.partition, 0))
+    return covering
 
 
 def _offsets(results: Sequence[int | PipelineError]) -> list[int]:

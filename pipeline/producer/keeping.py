@@ -1,70 +1,34 @@
-"""Which sealed batches a journal has, so that they are sent only when they are safe, and need not stay in memory."""
+"""Knows which batches the spool has, so that they are sent only when they are safe, and need not stay in memory."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import pipeline.metrics as m
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.producer.account import Account
-from pipeline.producer.sealing import Merged
+from pipeline.publisher.drafts import Pending
+
+if TYPE_CHECKING:
+    from pipeline.producer.spooling import OwnSpool
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT_BYTES = 4 * 2**20
 """While nothing can be sealed, what was recorded is committed as merged series whenever it takes so many bytes."""
-_COMMIT_EVERY_S = 1.0
-"""While some of it can't be sealed, the rest is committed this often, because all that is left over is written each time."""
-
-
-class Journal(Protocol):
-    """Where batches survive this process; `pipeline.producer.spool` has them on disk."""
-
-    @property
-    def used_bytes(self) -> int:
-        """What it takes on the disk."""
-        ...
-
-    @property
-    def ring_bytes(self) -> int:
-        """What was recorded since the last commit."""
-        ...
-
-    @property
-    def pending_bytes(self) -> int:
-        """What the last commit's `pending` took."""
-        ...
-
-    def commit(self, batches: Sequence[Sealed], pending: Sequence[Merged]) -> None:
-        """Keep batches, and `pending` in place of what was pending before, all or nothing.
-
-        Raises `Unavailable` or `BufferFull` if it can't now; then it is called again.
-        """
-        ...
-
-    def acknowledge(self, batches: Sequence[tuple[int, int]]) -> None:
-        """Forget batches, by partition and sequence."""
-        ...
-
-    def load(self, partition: int, sequence: int) -> bytes:
-        """The bytes of a batch that is kept."""
-        ...
-
-    def sync(self) -> None:
-        """Force what was recorded to the disk."""
-        ...
 
 
 class Keeper:
-    """The journal's side of a delivery. `lock` is the delivery's: it guards the outbox and what is kept."""
+    """The batches of a delivery that are in the spool. `lock` is the delivery's: it guards the outbox and what is kept."""
 
     def __init__(
         self,
-        journal: Journal,
+        spool: OwnSpool,
         outbox: Outbox,
         account: Account,
         lock: threading.RLock,
@@ -76,23 +40,29 @@ class Keeper:
         self.durable = durable
         """Whether a batch may be sent only once it is kept."""
         self._ring_bytes_max = ring_bytes_max
-        self._journal = journal
+        self._spool = spool
         self._outbox = outbox
         self._account = account
         self._lock = lock
         self._metrics = metrics
         self._kept: set[tuple[int, int]] = set()
         self._new: dict[tuple[int, int], Sealed] = {}
-        self._committed_s = 0.0
+        self._stale: set[tuple[int, int]] = set()
+        """Batches that the spool could not forget when they were acknowledged."""
 
     @property
     def used_bytes(self) -> int:
-        """What the journal takes on the disk."""
-        return self._journal.used_bytes
+        """The bytes that the spool takes on the disk."""
+        return self._spool.used_bytes
+
+    @property
+    def is_full_of_names(self) -> bool:
+        """True if the spool refuses to record, and has room again once series are evicted."""
+        return self._spool.is_full_of_names
 
     @property
     def kept_count(self) -> int:
-        """Unacknowledged batches that the journal has."""
+        """How many unacknowledged batches the spool has."""
         return len(self._kept)
 
     # The flusher
@@ -104,32 +74,32 @@ class Keeper:
 
     def checkpoint_due(self) -> bool:
         """Whether to commit although nothing can be sealed, so that what was recorded takes less room."""
-        return self._journal.ring_bytes > min(max(_CHECKPOINT_BYTES, 2 * self._journal.pending_bytes), self._ring_bytes_max)
+        return self._spool.ring_bytes > min(max(_CHECKPOINT_BYTES, 2 * self._spool.pending_bytes), self._ring_bytes_max)
 
     @property
     def behind(self) -> bool:
         """Whether batches are held back until a commit succeeds."""
         return self.durable and bool(self._new)
 
-    def commit_due(self, now_s: float) -> bool:
-        """Whether to seal and commit although part of it can't be sealed."""
-        return now_s - self._committed_s >= _COMMIT_EVERY_S or self.checkpoint_due()
-
-    def commit(self, pending: Sequence[Merged], now_s: float) -> None:
-        """Keep all that was sealed, and what is drained but not sealed; from then on it can be sent. Raises as a journal."""
+    def commit(
+        self,
+        pending: Iterable[Pending] = (),
+        positions: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+        gone: Iterable[int] = (),
+    ) -> None:
+        """Keep all that was sealed, which can be sent from then on, and what is pending; see `OwnSpool.commit`."""
         with self._lock:
             batches = [*self._new.values()]
-        self._journal.commit(batches, pending)
-        self._committed_s = now_s
-        gone = []
+        self._spool.commit(batches, pending, positions, gone)
+        settled = []
         with self._lock:
             for batch in batches:
                 key = batch.partition, batch.sequence
                 if self._new.pop(key, None) is None:  # acknowledged meanwhile
-                    gone.append(key)
+                    settled.append(key)
                 else:
                     self._kept.add(key)
-        self.forget(gone)
+        self.forget(settled)
 
     def stow(self, bytes_max: int) -> None:
         """Let go of the bytes of kept batches until the outbox has no more than so many."""
@@ -155,10 +125,10 @@ class Keeper:
 
     def load(self, sealed: Sealed) -> bytes:
         """The bytes of a batch."""
-        return sealed.value or self._journal.load(sealed.partition, sealed.sequence)
+        return sealed.value or self._spool.load(sealed.partition, sealed.sequence)
 
     def settled(self, partition: int, sequence: int) -> bool:
-        """A batch is never sent again: whether the journal is to `forget` it. The caller holds the lock."""
+        """Take note that a batch is never sent again; return whether to `forget` it. The caller holds the lock."""
         key = partition, sequence
         self._new.pop(key, None)
         kept = key in self._kept
@@ -166,14 +136,22 @@ class Keeper:
         return kept
 
     def forget(self, batches: Sequence[tuple[int, int]]) -> None:
-        """Have the journal forget batches, without the lock."""
-        if not batches:
+        """Have the spool forget batches, and those that it could not forget before; without the lock."""
+        with self._lock:
+            stale = {*self._stale, *batches}
+        if not stale:
             return
         try:
-            self._journal.acknowledge(batches)
+            self._spool.acknowledge([*stale])
         except (Unavailable, BufferFull) as error:  # whoever finds them sends them again, and they are dropped there
-            _log.warning("the spool keeps %d batches that were acknowledged: %s", len(batches), error)
+            _log.warning("the spool keeps %d batches that were acknowledged: %s", len(stale), error)
+            with self._lock:
+                self._stale |= stale
+        else:
+            with self._lock:
+                self._stale -= stale
+            self._account.freed()  # whoever closes the publisher waits for it
 
     def sync(self) -> None:
         """Force what was recorded to the disk."""
-        self._journal.sync()
+        self._spool.sync()

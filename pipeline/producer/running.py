@@ -1,39 +1,38 @@
-"""What a publisher has in one process: its buffers, its outbox, its spool, and the threads that empty them.
+"""What a publisher has in one process: its outbox, its spool, and the threads that drain its table.
 
-Two threads: the flusher merges and seals, the sender sends batches until they are acknowledged. With a spool folder a
-third, the rescuer, sends what processes that are gone have left in it; with `drain_threads` further ones help the flusher
-to empty shards. While the log, or a partition of it, is away, few batches are sealed for it: deltas pile up as merged
-series, not as batches.
+Two threads: the flusher drains and seals, the sender sends batches until they are acknowledged. With a spool folder a
+third, the rescuer, sends what processes that are gone have left in it. While the log, or a partition of it, is away, few
+batches are sealed for it: deltas pile up as merged series, not as batches.
 
 A forked child makes all of it anew: what the parent has is the parent's to send.
 """
 
 from __future__ import annotations
 
+import _thread
 import logging
 import threading
-from _thread import start_new_thread
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pipeline.metrics as m
+from pipeline.core.record import producer_id_of
 from pipeline.core.sequence import Outbox
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, LogWriter
 from pipeline.producer.account import Account
-from pipeline.producer.buffer import Buffering, Owner, View
-from pipeline.producer.buffering import buffering_of
 from pipeline.producer.delivery import Delivery
-from pipeline.producer.flusher import Flusher
+from pipeline.producer.identity import introduce
 from pipeline.producer.keeping import Keeper
-from pipeline.producer.shards import ShardedBuffering
-from pipeline.producer.snapshot import Totals
+from pipeline.producer.outage import WatchedLog
+from pipeline.publisher.flusher import TableFlusher, table_bytes
+from pipeline.publisher.views import Table
 from pipeline.settings import PublisherSettings
+from pipeline.threads import ReentrantCondition
 
 if TYPE_CHECKING:
     from pipeline.producer.spooling import OwnSpool
@@ -41,13 +40,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _PARKED_LOOK_S = 1.0
 _RETRY_S = 0.05
-_MOVE_S = 0.1
-"""How often threads' own lists are emptied at least: nothing else stops them from growing."""
-_HELP_S = 0.02
-"""How often a drainer looks for full shards, if nobody calls it."""
 _COMPLAIN_S = 10.0
 _CHECKPOINT_SHARE = 4
 """Of a spool, what was recorded and not committed takes about one in so many bytes, and the rest is free for others."""
+_HELD_LOOK_S = 10.0
+"""How often to look whether batches are still held back: a clock may have been put right."""
+_CLOSING_S = 1.0
+"""How long to try to say that this producer sends nothing more."""
+_RESCUE_AGAIN_S = 0.5
 _RESCUE_S = 10.0
 """How often to look for what other processes have left, and how long to try to send it."""
 
@@ -70,59 +70,46 @@ class Running:
         clock: Clock,
         settings: PublisherSettings,
         metrics: Metrics,
-        views: Mapping[str, View],
-        on_register: Callable[[], None],
+        views: Mapping[str, Any],
         parent: Running | None,
+        table: Table,
     ) -> None:
-        """`on_register` is called before a series is registered. `parent`: what this forked child was made from."""
+        """`table` is where deltas wait. `parent`: what this forked child was made from."""
         # `with self.lock` can't be interrupted between taking it and the block; `with self.changed` can.
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
-        self._views = views
+        self.changed = ReentrantCondition(self.lock)
         self._writer = writer
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
         self.account = Account(settings, metrics, self.lock, self.changed)
-        outbox = Outbox(clock.new_id(), 0)
+        secret = clock.new_id()
+        introduce(writer, secret)
+        outbox = Outbox(producer_id_of(secret), 0)
         self.own: OwnSpool | None = None
         """The spool of this process, if it has one."""
         keeper: Keeper | None = None
         if settings.spool_dir:
             from pipeline.producer.spooling import OwnSpool  # only who has a spool pays for it, or needs its file locks
 
-            self.own = OwnSpool(settings, outbox.producer_id)
+            self.own = OwnSpool(settings, secret, self.account, table.ends)
             durable = settings.durability != "memory"
             most = settings.spool_bytes_max // _CHECKPOINT_SHARE
             keeper = Keeper(self.own, outbox, self.account, self.lock, metrics, durable=durable, ring_bytes_max=most)
-        self.delivery = Delivery(
-            outbox, writer, settings, metrics, self.account, self.lock, self.changed, clock.monotonic_s, keeper
-        )
-        self.inherits_handles = False
-        """Whether threads' handles of the parent live on here: what they record, nobody announces."""
-        self.buffering: Buffering
-        if parent is not None:
-            self.inherits_handles = parent.buffering.forget(self.account)
-            if parent.own is not None:
-                parent.own.abandon()
-        if parent is not None and (keeper is None or not keeper.durable):
-            self.buffering = parent.buffering
-        else:
-            self.buffering = buffering_of(settings, self.account, self.own)
-        totals = Totals(settings.local_series_max, clock.monotonic_s)
-        self.owner = Owner(self.account, self.buffering, totals, clock.now_ms, clock.monotonic_s, on_register)
-        """What views need to know of this."""
-        self.flusher = Flusher(views, self.buffering, self.delivery, self.account, totals, settings, clock, metrics, keeper)
-        self.account.merge_harder = self.flusher.merge
+        watched = WatchedLog(writer, clock, self._what_waits)
+        self.delivery = Delivery(outbox, watched, settings, metrics, self.account, self.lock, self.changed, clock, keeper)
+        if parent is not None and parent.own is not None:
+            parent.own.abandon()
+        self._table = table
+        self.flusher = TableFlusher(table, views, self.delivery, settings, clock, metrics, self.account, keeper)
         self.threads: dict[str, threading.Thread] = {}
         self.flushes: list[_Flush] = []
-        self._started = False
-        self._stopping = False
+        self._started = self._stopping = self._halting = False  # for good; or the threads, perhaps for a while
         self._stop_rescue = threading.Event()
+        self._rescued = threading.Event()
+        """Set once everything that others have left was looked at, and sent if it could be."""
         self._told_count = 0
         """Rejected batches that a flush has raised for."""
-        self._told_lost_count = 0
-        """The same of deltas that were no numbers."""
 
     @property
     def in_own_thread(self) -> bool:
@@ -135,9 +122,27 @@ class Running:
         return self.own is not None and self.own.is_held
 
     @property
+    def used_bytes(self) -> int:
+        """The memory of series and of batches that are not acknowledged."""
+        return self.account.used_bytes + self._table.used_bytes
+
+    @property
+    def series_count(self) -> int:
+        """The series in memory."""
+        return self._table.series_count
+
+    @property
     def pressed(self) -> bool:
         """Whether over half of the buffer is in use, and batches wait for their acknowledgement."""
-        return self.account.pressed and len(self.delivery.outbox) > 0
+        return self.used_bytes > self._settings.buffer_bytes_max // 2 and len(self.delivery.outbox) > 0
+
+    def full(self, size: int, count: int) -> bool:
+        """Have the flusher make room for `size` bytes; False if the `count` deltas that need them are to be dropped.
+
+        Raises `BufferFull` as `on_full` says. Called by the table, without its locks.
+        """
+        self.start_threads()  # which makes room
+        return self.account.make_room(size, count, lambda: self._table.used_bytes + size <= table_bytes(self._settings))
 
     def stats(self) -> dict[str, int]:
         """See `BasePublisher.stats`."""
@@ -149,7 +154,8 @@ class Running:
                 "entries": delivery.entry_count,
                 "rejected": delivery.rejected_count,
                 "waiting": len(delivery.outbox),
-                "buffer_bytes": self.account.used_bytes,
+                "series": self.series_count,
+                "buffer_bytes": self.used_bytes,
             }
 
     # Waiting for them
@@ -164,15 +170,16 @@ class Running:
                     self.flushes.append(flush)
                     self.changed.notify_all()
                     self.changed.wait_for(lambda: self._stopping or self._settled(flush), timeout_s)
-                    return self._outcome(flush, timeout_s)
+                    self._check_outcome(flush, timeout_s)
             finally:
                 if flush in self.flushes:
                     self.flushes.remove(flush)
+            return self.delivery.name()
 
     @contextmanager
     def locks_released(self) -> Iterator[None]:
         """Before waiting for other threads: in a signal handler or finaliser, this thread can hold what they need."""
-        locks = [self.lock, *[view.lock for view in [*self._views.values()]]]
+        locks = [self.lock, *self._table.step_over()]
         counts = [_release(lock) for lock in locks]
         try:
             yield
@@ -181,42 +188,93 @@ class Running:
                 for _ in range(count):
                     lock.acquire()
 
-    def _outcome(self, flush: _Flush, timeout_s: float) -> Token:
+    def _check_outcome(self, flush: _Flush, timeout_s: float) -> None:
         if rejected := self.delivery.rejected_since(flush.rejected_count):
             self._told_count = max(self._told_count, self.delivery.rejected_count)
             raise Invalid(rejected)
         if not self._settled(flush):
-            why = "the publisher was closed" if self._stopping else f"not acknowledged within {timeout_s} s"
-            series = sum(map(len, [*self._views.values()]))
-            raise Unavailable(
-                f"{why}: {len(self.delivery.outbox)} batches and {series} buffered series wait{self.delivery.trouble}"
-            )
-        if lost := self.flusher.lost_count - self._told_lost_count:
-            self._told_lost_count += lost
-            raise Invalid(f"{lost} deltas were no numbers, and are lost")
-        return self.delivery.token
+            raise self.late("the publisher was closed" if self._stopping else f"not acknowledged within {timeout_s} s")
+
+    def late(self, why: str) -> Unavailable:
+        """What a flush raises that was not acknowledged in time. Takes no lock."""
+        return Unavailable(
+            f"{why}: {len(self.delivery.outbox)} batches and {self.series_count} buffered series wait{self.delivery.trouble}"
+            + (f"; {held}" if (held := self.delivery.held_words) else "")
+        )
+
+    def _what_waits(self) -> str:
+        """What waits for the log, in words; empty if nothing does."""
+        batches = len(self.delivery.outbox)
+        if not batches and not self.waiting_count():
+            return ""
+        return f"{batches} batches and {self.series_count} buffered series wait ({self.used_bytes:,} bytes)"
 
     def _settled(self, flush: _Flush) -> bool:
         return flush.barrier is not None and self.delivery.outbox.settled(flush.barrier)
+
+    def say_closed(self, timeout_s: float) -> None:
+        """Tell the tasks that this producer sends nothing more, so that they need not remember it for long.
+
+        Only if all that it has recorded is acknowledged, and the spool has nothing left that would be sent again: that must
+        be known again then. One attempt: if it fails, they forget the producer later.
+        """
+        own, timeout_s = self.own, min(timeout_s, _CLOSING_S)
+        if own is not None:
+            with self.lock:
+                self.changed.wait_for(lambda: not own.batch_count, timeout_s)  # the sender is just having it forget the last
+        if self.waiting_count() or (own is not None and (own.batch_count or own.ring_bytes or own.pending_bytes)):
+            return
+        self.delivery.say_closed(timeout_s)
+
+    def wait_for_rescue(self, timeout_s: float) -> None:
+        """Wait until what others have left was sent, if this process looks for it: it may be the last one to do so."""
+        if self.own is not None and self._started:
+            self._rescued.wait(timeout_s)
 
     def stop(self) -> int:
         """End the threads, and let go of the spool: how many deltas and batches are lost, about."""
         with self.lock:
             self._stopping = True
-            self._stop_rescue.set()
-            self.changed.notify_all()
-            threads = [*self.threads.values()]
-        for thread in threads:
-            thread.join(5.0)
+        self._halt(5.0)
         if self.own is not None and not self.own.close():
             _log.warning("what was not acknowledged is left in %s", self._settings.spool_dir)
         if self._settings.durability != "memory":
             return 0
         return self.delivery.unkept_count() + self.waiting_count()
 
+    def rests(self) -> bool:
+        """Return whether no thread runs, nor had the lock of this when this process was forked."""
+        if self._started or self.threads or not self.lock.acquire(blocking=False):
+            return False
+        self.lock.release()
+        return True
+
+    def rest(self) -> bool:
+        """End the threads until they are started again; return whether they have ended, and nobody waits for them."""
+        alive = self._halt(self._settings.request_timeout_ms / 1000)
+        with self.lock:
+            self._halting = False
+            self._stop_rescue.clear()
+            self.threads, self._started = alive, False
+            rests = not alive and not self.flushes
+        if not rests:  # one that is alive may not have seen that it should end
+            self.start_threads()
+        return rests
+
+    def _halt(self, timeout_s: float) -> dict[str, threading.Thread]:
+        """Have the threads end, each at most so late; return those that have not."""
+        with self.lock:
+            self._halting = True
+            self._stop_rescue.set()
+            self.changed.notify_all()
+            threads = [*self.threads.items()]
+        for _, thread in threads:
+            thread.join(timeout_s)
+        return {name: thread for name, thread in threads if thread.is_alive()}
+
     def waiting_count(self) -> int:
         """Deltas that are in no batch yet."""
-        return sum([view.waiting_count() for view in [*self._views.values()]]) + self.buffering.waiting_count()
+        return self._table.waiting_count
 
     # The threads
 
@@ -230,7 +288,7 @@ class Running:
             return
         try:
             self._started = True  # before the helper, which takes it back if it fails
-            start_new_thread(self._start_both, ())
+            _thread.start_new_thread(self._start_both, ())  # looked up now: gevent may have replaced it since the import
         except BaseException as error:
             self._started = False  # two helpers do no harm
             if isinstance(error, RuntimeError):
@@ -242,9 +300,6 @@ class Running:
             with self.lock:
                 self._start_thread("flusher", self._flush_until_stopped)
                 self._start_thread("sender", self._send_until_stopped)
-                if isinstance(self.buffering, ShardedBuffering):
-                    for i in range(1, self.buffering.drain_threads):
-                        self._start_thread(f"drainer-{i}", partial(self._help_until_stopped, self.buffering, i))
                 if self.own is not None:
                     self._start_thread("rescuer", self._rescue_until_stopped)
         except Exception:
@@ -252,12 +307,16 @@ class Running:
             self._started = False  # whoever registers a series or flushes next tries again
 
     def _start_thread(self, name: str, run: Callable[[], None]) -> None:
-        if name in self.threads or self._stopping:
+        if name in self.threads or self._halting:
             return
 
         def run_owned() -> None:
-            self.account.own_threads.add(threading.get_ident())
-            run()
+            me = threading.get_ident()
+            self.account.own_threads.add(me)
+            try:
+                run()
+            finally:
+                self.account.own_threads.discard(me)  # another thread may get the number
 
         thread = threading.Thread(target=run_owned, name=f"pipeline-{name}", daemon=True)
         thread.start()
@@ -267,15 +326,16 @@ class Running:
 
     def _flush_until_stopped(self) -> None:
         snapshot_s = self._settings.snapshot_interval_ms / 1000
-        looked_s = pause_s = complained_s = flushed_s = 0.0
+        looked_s = pause_s = complained_s = 0.0
+        flushed_s = self._clock.monotonic_s()  # as if it had just flushed: what comes first lingers too
         while True:
             linger_s = self.delivery.linger.interval_s
             with self.lock:
                 # Whoever is starved must not keep this thread, and the interpreter lock, busy.
-                interval_s = min(linger_s, snapshot_s, _MOVE_S if self.buffering.gauges.thread_count else snapshot_s)
-                self.changed.wait_for(self._urgent, min(pause_s, interval_s))
-                self.changed.wait_for(self._asked, max(0.0, interval_s - pause_s))
-                if self._stopping:
+                interval_s = min(linger_s, snapshot_s)
+                self.changed.wait_for(self._flush_asked, min(pause_s, interval_s))
+                self.changed.wait_for(self._seal_asked, max(0.0, interval_s - pause_s))
+                if self._halting:
                     return
                 flushes = [flush for flush in self.flushes if flush.barrier is None]
                 asked = self._seal_asked()
@@ -285,10 +345,8 @@ class Running:
             seal = asked or started_s - flushed_s >= linger_s
             flushed_s = started_s if seal else flushed_s
             try:
-                if seal or self.flusher.snapshot_due(started_s):
-                    everything = self.flusher.drain(started_s, parked=look, seal=seal)
-                else:
-                    everything = self.flusher.move()
+                due = seal or self.flusher.snapshot_due(started_s)
+                everything = due and self.flusher.drain(started_s, parked=look, seal=seal)
                 if seal:
                     self._metrics.observe(m.PUBLISHER_FLUSH, self._clock.monotonic_s() - started_s)
                     self._metrics.set(m.PUBLISHER_LINGER, linger_s)
@@ -305,37 +363,13 @@ class Running:
                     self.changed.notify_all()
             elif flushes:
                 with self.lock:
-                    self.changed.wait_for(lambda: self._stopping, min(interval_s, _RETRY_S))
-
-    def _asked(self) -> bool:
-        return self.account.hurried or self.buffering.due or self._seal_asked()
+                    self.changed.wait_for(lambda: self._halting, min(interval_s, _RETRY_S))
 
     def _seal_asked(self) -> bool:
         return self.account.starved or self.account.due or self._flush_asked()
 
-    def _urgent(self) -> bool:
-        return self.account.hurried or self._flush_asked()
-
     def _flush_asked(self) -> bool:
-        return self._stopping or any(flush.barrier is None for flush in self.flushes)
-
-    def _help_until_stopped(self, shards: ShardedBuffering, number: int) -> None:
-        failed = False
-        while True:
-            with self.lock:
-                if failed:
-                    self.changed.wait_for(lambda: self._stopping, _RETRY_S)
-                self.changed.wait_for(lambda: self._stopping or shards.due, _HELP_S)
-                if self._stopping:
-                    return
-            try:
-                while shards.help_out(number):
-                    pass
-                failed = False
-            except Exception:  # its deltas are kept; the flusher tries again, too
-                if not failed:
-                    _log.exception("emptying a shard failed; trying again")
-                failed = True
+        return self._halting or any(flush.barrier is None for flush in self.flushes)
 
     # The sender
 
@@ -344,14 +378,16 @@ class Running:
         while True:
             with self.lock:
                 if backoff_s:
-                    self.changed.wait_for(lambda: self._stopping, backoff_s)
-                self.changed.wait_for(lambda: self._stopping or len(self.delivery.outbox) > 0)
-                if self._stopping:
+                    self.changed.wait_for(lambda: self._halting, backoff_s)
+                self.changed.wait_for(lambda: self._halting or len(self.delivery.outbox) > 0)
+                if self._halting:
                     return
                 batches = self.delivery.next_batches()
-                if not batches:  # none is kept yet: whoever keeps them says so
-                    self.changed.wait()
-                    continue
+                if not batches:  # none is kept yet, and whoever keeps them says so; or all are held back
+                    self.changed.wait(_HELD_LOOK_S)
+            self.delivery.tell_held()
+            if not batches:
+                continue
             try:
                 progressed = self.delivery.send(batches)
             except Exception:  # as above; the batches are still in the outbox
@@ -364,18 +400,22 @@ class Running:
 
     def _rescue_until_stopped(self) -> None:
         """Send what processes that are gone have left in the spool folder; look again now and then."""
-        from pipeline.producer.spool.drain import drain
+        from pipeline.producer.rescue import drain
 
         folder, writer = Path(self._settings.spool_dir), self._writer
         while not self._stop_rescue.is_set():
+            again = False
             try:
                 for slot in drain(folder, writer, self._clock, self._settings, timeout_s=_RESCUE_S, stop=self._stop_rescue):
+                    again |= slot.again
                     self._metrics.inc(m.PUBLISHER_RESCUED, slot.batch_count)
                     if slot.batch_count or slot.error or slot.report.corrupt:
-                        _log.info("spool of %s: %s", slot.producer_id, slot)
+                        _log.info("slot %s of the spool: %s", slot.slot, slot)
             except Exception:
                 _log.exception("looking for what other processes have left failed; trying again")
-            self._stop_rescue.wait(_RESCUE_S)
+            if not again:
+                self._rescued.set()
+            self._stop_rescue.wait(_RESCUE_AGAIN_S if again else _RESCUE_S)
 
 
 def _release(lock: threading.RLock) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pipeline.metrics as m
-from pipeline.core.merge import add, number
+from pipeline.core.kinds import add, number
 from pipeline.core.record import Definition
 from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER, Line, Malformed, parse_line
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
@@ -97,6 +97,7 @@ class StatsdSink:
         self._unset: dict[tuple[_Slot, tuple[str, ...]], int | float] = {}
         """Gauges that have changed, with the values that are not recorded yet."""
         self._set_ms = 0
+        """When gauges were last recorded."""
         self.line_count = 0
         self.refused: Counter[str] = Counter()
         """What was left out, by reason."""
@@ -135,22 +136,21 @@ class StatsdSink:
         self._metrics.inc(m.INGEST_MALFORMED, 1, protocol, reason)
 
     def tick(self) -> None:
-        """Record gauges that have changed, each at most once a millisecond: of two with one time the larger would win."""
-        now_ms = self._clock.now_ms()
-        if self._unset and now_ms > self._set_ms:
-            self._set_gauges(now_ms)
+        """Record gauges that have changed, each at most once a millisecond, so that a storm of lines costs little."""
+        if self._unset and self._clock.now_ms() != self._set_ms:
+            self._set_gauges()
 
     def close(self) -> bool:
         """Record what is still held back; False if the publisher has no room for it: flush, and call this again."""
         if self._unset:
-            self._set_gauges(max(self._clock.now_ms(), self._set_ms + 1))
+            self._set_gauges()
         return not self._unset
 
-    def _set_gauges(self, now_ms: int) -> None:
-        self._set_ms = now_ms
+    def _set_gauges(self) -> None:
+        self._set_ms = self._clock.now_ms()
         for (slot, values), value in [*self._unset.items()]:
             try:
-                slot.parts[0].view.labels(*values).set(value, now_ms)
+                slot.parts[0].view.labels(*values).set(value)
             except (BufferFull, Unavailable):  # the newest value stays, and is tried again
                 return
             del self._unset[slot, values]
@@ -190,13 +190,14 @@ class StatsdSink:
         value = slot.series[key]
         for step, relative in zip(line.values, line.relative, strict=True):
             try:
-                value = number(add(value, step) if relative else step)
+                value = add(value, step) if relative else step
+                number(_plain(value))
             except Invalid:
                 raise _Refused("value") from None
         if line.ts_ms is not None:
-            cell.set(value, line.ts_ms)
+            cell.set(_plain(value), line.ts_ms)
         else:
-            self._unset[slot, key] = value
+            self._unset[slot, key] = _plain(value)
         slot.series[key] = value
 
     def _new_slot(self, line: Line) -> _Slot:
@@ -233,6 +234,11 @@ class StatsdSink:
         if known.kind != kind or (line.type == SET and MEMBER not in known.labels):
             raise _Refused("kind")
         return known
+
+
+def _plain(total: Any) -> int | float:
+    """A gauge's value without the error term that relative steps have left."""
+    return total[0] if type(total) is tuple else total  # type: ignore[no-any-return]
 
 
 def _wanted(line: Line) -> list[tuple[str, str]]:

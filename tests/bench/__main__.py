@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import heartbeat, kafka, publisher, serving, worker, workers
+from tests.bench import heartbeat, kafka, keyed, publisher, serving, table, worker, workers
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "publisher": publisher.publisher,
+    "table": table.table,
     "fold-unique": worker.fold_unique,
     "fold-repeated": worker.fold_repeated,
     "restore": worker.restore,
@@ -29,6 +30,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
 """By name; each takes whether to be quick, which proves that it runs and measures nothing."""
 
 ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
+    "kafka-publish": keyed.publish_keyed,
     "kafka-fold-unique": kafka.fold_unique,
     "kafka-fold-repeated": kafka.fold_repeated,
     "kafka-restore": kafka.restore,

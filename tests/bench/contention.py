@@ -24,7 +24,7 @@ _RATE_DELTAS = 400_000
 """Per measurement, by all threads; slower ways do a part of it, so that each takes about as long."""
 _SAMPLES = 3_000_000
 _TAIL = 0.9999
-OURS, SHARED, SHARDED = "handles of each thread", "shared handles", "shared handles, sharded"
+OURS = "bound series"
 _LOCK, _QUEUE, _PROMETHEUS = "one lock and dict", "one queue.Queue", "prometheus_client"
 
 Way = Callable[[], Sequence[Any]]
@@ -32,11 +32,11 @@ Way = Callable[[], Sequence[Any]]
 
 
 @contextmanager
-def _ours(*, bound: bool = False, **settings: Any) -> Iterator[Way]:
-    with publisher(**settings) as opened:
+def _ours() -> Iterator[Way]:
+    with publisher() as opened:
         view = opened.sum("sales", labels=LABELS)
-        cells = [view.labels("eu", str(i)) for i in range(_SERIES)]
-        yield lambda: [cell.for_this_thread() for cell in cells] if bound else cells
+        bound = [view.labels("eu", str(i)) for i in range(_SERIES)]
+        yield lambda: bound
 
 
 class _Totals:
@@ -89,9 +89,7 @@ def _prometheus() -> Iterator[Way]:
 
 
 _WAYS: Mapping[str, tuple[Callable[[], Any], int]] = {
-    OURS: (lambda: _ours(bound=True), 4),
-    SHARED: (_ours, 4),
-    SHARDED: (lambda: _ours(buffering="sharded"), 2),
+    OURS: (_ours, 4),
     _LOCK: (_locked, 2),
     _PROMETHEUS: (_prometheus, 1),
     _QUEUE: (_queued, 1),
@@ -144,8 +142,7 @@ def rate_rows(found: Mapping[str, Mapping[int, float]]) -> list[Row]:
         *[row(OURS, threads, _QUEUE, threads, 10) for threads in THREADS],
         *[row(OURS, threads, _LOCK, threads, 4) for threads in THREADS],
         row(OURS, THREADS[-1], _PROMETHEUS, THREADS[-1], 6),
-        row(SHARED, THREADS[-1], _QUEUE, THREADS[-1], 8),
-        *[row(name, THREADS[-1], name, 1, 0.8) for name in (OURS, SHARED, SHARDED)],
+        row(OURS, THREADS[-1], OURS, 1, 0.8),
     ]
 
 
@@ -193,9 +190,8 @@ def latencies(quick: bool) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     with publisher() as opened:
         view = opened.sum("sales", labels=LABELS)
-        cells = [view.labels("eu", str(i)) for i in range(_SERIES)]
-        found[OURS] = _latencies(lambda: [cell.for_this_thread() for cell in cells], opened.flush, sample_count)
-        found[SHARED] = _latencies(lambda: cells, opened.flush, sample_count)
+        bound = [view.labels("eu", str(i)) for i in range(_SERIES)]
+        found[OURS] = _latencies(lambda: bound, opened.flush, sample_count)
     totals = _Totals()
     found[_LOCK] = _latencies(totals.handles, totals.flush, sample_count)
     return found
@@ -207,10 +203,7 @@ def tail(sorted_ns: Sequence[int]) -> float:
 
 
 def tail_rows(found: Mapping[str, Sequence[int]]) -> list[Row]:
-    """The slowest adds against those of a locked dict.
-
-    Not of shared handles: they are Python code, of which another thread's turn interrupts more than one in ten thousand.
-    """
+    """The slowest adds against those of a locked dict."""
     baseline = Figure(tail(found[_LOCK]) / 1000, "us", f"the same, {_LOCK}")
     name = f"p99.99 of one add, 64 threads, while flushing, {OURS}"
     return [cheaper(name, Figure(tail(found[OURS]) / 1000, "us"), baseline, 20)]

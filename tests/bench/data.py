@@ -6,10 +6,12 @@ import random
 from collections.abc import Iterator
 
 from pipeline.core.codec import encode_batch
-from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
+from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_prefix, series_suffix
 from pipeline.core.route import route
 
-VIEW = Definition("sales", "sum", ("region", "product"))
+SECRET = "bench"
+PRODUCER_ID = producer_id_of(SECRET)
+VIEW = Definition("sales", "sum", ("product", "region"))
 REGION_COUNT = 16
 BATCH_ENTRIES = 10_000
 """About what fits a publisher's `batch_bytes_max`."""
@@ -17,7 +19,7 @@ BATCH_ENTRIES = 10_000
 
 def labels(i: int) -> tuple[str, str]:
     """The label values of series `i`."""
-    return f"region-{i % REGION_COUNT}", f"product-{i:07d}"
+    return f"product-{i:07d}", f"region-{i % REGION_COUNT}"
 
 
 def value(i: int) -> float:
@@ -34,7 +36,7 @@ def batches(
     """
     order = [*range(series_count)]
     rng = random.Random(1)
-    prefix = series_prefix(VIEW.view)
+    prefix = series_prefix(VIEW)
     sequences = [0] * partition_count
     groups = [Group(VIEW, [], []) for _ in range(partition_count)]
 
@@ -42,7 +44,7 @@ def batches(
         group, groups[partition] = groups[partition], Group(VIEW, [], [])
         sequence = sequences[partition]
         sequences[partition] += 1
-        return partition, encode_batch(Batch("bench", 0, partition, sequence, sequence, 0, [group]))
+        return partition, encode_batch(Batch(PRODUCER_ID, 0, partition, sequence, sequence, 0, [group]))
 
     for _ in range(entry_count // series_count):
         rng.shuffle(order)

@@ -61,11 +61,11 @@ def flush_rows(quick: bool) -> list[Row]:
     ]
 
 
-def fill(series_count: int, thread_count: int, per_thread: int, *, buffering: str) -> int:
+def fill(series_count: int, thread_count: int, per_thread: int) -> int:
     """KiB of this process at its peak when so many threads, alive together, have recorded; for a process of its own."""
     threading.stack_size(2**18)
     ready, done = threading.Barrier(thread_count + 1), threading.Event()
-    with publisher(buffering=buffering) as opened:
+    with publisher() as opened:
         view = opened.sum("sales", labels=LABELS)
 
         def record(number: int) -> None:
@@ -120,9 +120,9 @@ def memory_rows(quick: bool) -> list[Row]:
     series, threads = _SERIES // scale, _THREADS // scale
     empty = Figure(_in_process("idle(8)"), "MB", "a process with as many threads that records nothing")
     crowd = Figure(_in_process(f"idle({threads})"), "MB", empty.what)
-    filled = _in_process(f"fill({series}, 8, {series}, buffering='thread')")
-    sharded = _in_process(f"fill(1_000, {threads}, 10, buffering='sharded')")
+    filled = _in_process(f"fill({series}, 8, {series})")
+    crowded = _in_process(f"fill(1_000, {threads}, 10)")
     return [
         at_most(f"{series:,} series, each from 8 threads", Figure(filled, "MB"), empty, 150),
-        at_most_times(f"1,000 series from {threads:,} threads, sharded", Figure(sharded, "MB"), crowd, 1.5),
+        at_most_times(f"1,000 series from {threads:,} threads", Figure(crowded, "MB"), crowd, 1.5),
     ]

@@ -37,15 +37,15 @@ def up(folder: Path, *, core: int | None = None) -> Iterator[Server]:
 def publish(server: Server, series_count: int) -> None:
     """Publish every series once, over HTTP, and wait until they can be read."""
     writer = HttpLogWriter(server.url)
-    token = Token({})
+    writer.introduce(data.SECRET)
+    offsets: dict[int, int] = {}
     messages: list[Message] = []
 
     def send() -> None:
-        nonlocal token
         for message, result in zip(messages, writer.append(messages, timeout_s=60), strict=True):
             if not isinstance(result, int):
                 raise result
-            token |= Token({message.partition: result})
+            offsets[message.partition] = result
         messages.clear()
 
     for partition, value in data.batches(series_count, series_count, writer.partition_count(DELTAS)):
@@ -54,6 +54,7 @@ def publish(server: Server, series_count: int) -> None:
             send()
     if messages:
         send()
+    token = Token(offsets, writer.topic_id(DELTAS))
     writer.close()
     answer = read(server, f"/v1/views/{data.VIEW.view}?by=&after={token}&timeout_ms=60000")
     assert len(answer["series"]) == 1, answer
@@ -118,7 +119,7 @@ def group_by(quick: bool) -> list[Row]:
 
 
 def _scan_ms(folder: Path) -> float:
-    prefix = series_prefix(data.VIEW.view)
+    prefix = series_prefix(data.VIEW)
     stores = RocksStores(folder / "stores", LogSettings(data=str(folder)))
     opened = [stores.open(int(path.name)) for path in sorted((folder / "stores").iterdir())]
     start = time.perf_counter()

@@ -22,8 +22,8 @@ import tests.bench.data as data
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.core.codec import ViewEntry, decode_position, encode_position, encode_states, encode_view
-from pipeline.core.merge import KINDS
+from pipeline.core.codec import DefinitionEntry, decode_position, encode_definition, encode_position, encode_states
+from pipeline.core.kinds import KINDS
 from pipeline.core.record import (
     POSITION_KEY,
     Definition,
@@ -49,20 +49,23 @@ _COMMIT = 50_000
 
 def store(log: Log, app: str, partition: int, entry_count: int) -> None:
     """Put so many entries of one view into a partition's changelog, as a worker would have committed them."""
-    prefix, now_ms = series_prefix(_STORED.view), SystemClock().now_ms()
+    prefix, now_ms = series_prefix(_STORED), SystemClock().now_ms()
     source_id = log.topic_id(DELTAS)
     transaction = log.transaction(f"{app}-{partition}")
+    end_offset = 0
     for start in range(0, entry_count, _COMMIT):
         # Neighbours are far apart in the order of keys, as they are in the changelog of a real load.
         numbers = [i * 7_919 % entry_count for i in range(start, min(start + _COMMIT, entry_count))]
         keys = [prefix + series_suffix((f"p{partition}-{number:09d}",)) for number in numbers]
         values = encode_states(KINDS["sum"], [number / 4 for number in numbers])
-        keys += definition_key(_STORED.view), POSITION_KEY
-        values.append(encode_view(ViewEntry(_STORED, start + len(numbers))))
-        values.append(encode_position(Position(0, now_ms, 0, source_id)))
-        transaction.commit(
+        keys += definition_key(_STORED), POSITION_KEY
+        values.append(encode_definition(DefinitionEntry(_STORED, start + len(numbers), 0)))
+        place = {"begin_offset": end_offset and end_offset + transaction.marker_count, "previous_end_offset": end_offset}
+        values.append(encode_position(Position(0, now_ms, 0, source_id, **place)))
+        offsets = transaction.commit(
             [Message(CHANGELOG, partition, key, value) for key, value in zip(keys, values, strict=True)], timeout_s=_WAIT_S
         )
+        end_offset = offsets[-1]
     transaction.close()
 
 

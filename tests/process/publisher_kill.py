@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pipeline import NotFound, Reader
+from pipeline.publisher.spool.look import inspect
 from tests.broker.kafka import Port
 from tests.process.load import ANSWER, MERGE
 from tests.process.network import SlowNetwork
@@ -38,7 +39,7 @@ THREADS_MAX = 4
 CHILDREN_MAX = 3
 _DOUBTS_MAX = 16
 """Interrupted calls of one series, for which all possible answers are tried."""
-_HOW = (*["load"] * 5, *["start"] * 2, *["rescue"] * 2, *["close"] * 4, "end of itself")
+_HOW = (*["load"] * 5, *["start"] * 2, *["rescue"] * 2, *["close"] * 4, *["end of itself"] * 3)
 _QUICK = {
     "retry_backoff_ms": 5,
     "retry_backoff_max_ms": 50,
@@ -246,6 +247,7 @@ class Killer:
         how = rng.choice(_HOW)
         while len(self._live) < rng.randrange(CHILDREN_MAX):
             self._start(nursery)
+        left = {slot.slot for slot in inspect(self.spool) if not slot.live} if self.spool.exists() else set()
         last = self._start(nursery, count=rng.randrange(1, 200) if how in ("close", "end of itself") else -1)
         if how == "start":
             time.sleep(rng.random() * 0.05)
@@ -261,6 +263,8 @@ class Killer:
             last = rng.choice(self._live)
         else:
             last.wait_closed()
+            after = {slot.slot for slot in inspect(self.spool) if not slot.live}  # what another one sends just now is live
+            assert not left & after, f"{last.name} has closed before it has sent what others left"
             self._live.remove(last)
             self.count.add(last)
             return
@@ -280,7 +284,6 @@ class Killer:
             "linger_ms": 2,
             "batch_bytes_max": rng.choice((1_024, 4_096, 524_288)),
             "buffer_bytes_max": rng.choice((2**18, 2**26)),
-            "on_full": rng.choice(("block", "merge_harder", "spill")),
             "spool_bytes_max": rng.choice((2**23, 2**30)),
             **self._settings,
         }

@@ -1,4 +1,4 @@
-"""The ways a publisher can buffer, each with the settings that choose it: what holds for one holds for all."""
+"""What can survive of what a publisher has, each with the settings that choose it: what holds for one holds for all."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.ports import LogWriter
-from pipeline.producer.spool.drain import drain
+from pipeline.producer.rescue import drain
 from pipeline.settings import PublisherSettings
 
 SPOOL = "a folder of the test's own"
 
 MODES: Mapping[str, Mapping[str, Any]] = {
-    "thread": {},
-    "sharded": {"buffering": "sharded"},
+    "memory": {},
     "process": {"durability": "process", "spool_dir": SPOOL},
 }
 """A value of `SPOOL` stands for a folder of the test's own."""

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
+from zlib import crc32
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.core.codec import decode_batch, decode_states, decode_view
-from pipeline.core.merge import KINDS
-from pipeline.core.record import TAG_DEFINITION, Batch, labels_of, prefix_end, series_prefix
-from pipeline.core.task import DeadLetter
+from pipeline.core.codec import DeadLetter, decode_batch, decode_definition, decode_letter, decode_states
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import TAG_DEFINITION, Batch, canonical, labels_of, prefix_end, series_prefix, series_suffix
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.metrics import Metric
 from pipeline.ports import MESSAGE_BYTES_MAX, LogWriter, Message
@@ -49,6 +47,13 @@ def publisher(writer: LogWriter, metrics: Meter | None = None, **settings: Any) 
         "close_timeout_ms": 10_000,
     }
     return BasePublisher(writer, CLOCK, PublisherSettings(**{**quick, **settings}), metrics or Meter())
+
+
+def partition_of(view: Any, *labels: str, partitions: int = 4) -> int:
+    """The partition of a series."""
+    definition = canonical(view.definition)
+    named = dict(zip(view.definition.labels, labels, strict=True))
+    return crc32(series_prefix(definition) + series_suffix([named[name] for name in definition.labels])) % partitions
 
 
 def wait_until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
@@ -145,7 +150,7 @@ Fate = Callable[[int, Batch], PipelineError | str]
 class FaultyLog:
     """A log in memory whose appends go wrong as `fate` says; `away` refuses all, `gate` holds appends up while it is clear.
 
-    `attempts` has the values of each append, `unclosed` whether nobody has closed it.
+    `attempts` has the values of each append, but those of the last, empty batches of producers that end: `closings`.
     """
 
     def __init__(self, fate: Fate = lambda n, batch: "kept", partitions: int = 4) -> None:
@@ -155,8 +160,12 @@ class FaultyLog:
         self.gate = threading.Event()
         self.gate.set()
         self.attempts: list[list[bytes]] = []
+        self.closings: list[Batch] = []
         self.closed_count = 0
         self.partition_total = partitions
+        """What `partition_count` says, which can be behind the truth."""
+        self.there_total = partitions
+        """How many there are."""
 
     def message_bytes_max(self, topic: str) -> int:
         return MESSAGE_BYTES_MAX
@@ -166,7 +175,19 @@ class FaultyLog:
             raise Unavailable("the log is away")
         return self.partition_total
 
+    def topic_id(self, topic: str) -> str:
+        if self.away:
+            raise Unavailable("the log is away")
+        return self.log.topic_id(topic)
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        return {number: end for number, end in self.log.high_watermarks(topic).items() if number < self.there_total}
+
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
+        decoded = [decode_batch(message.value or b"") for message in messages]
+        if decoded and all(batch.closing for batch in decoded):
+            self.closings += decoded
+            return [Unavailable("the log is away")] * len(messages) if self.away else self.log.append(messages, timeout_s=1)
         n = len(self.attempts)
         self.attempts.append([message.value or b"" for message in messages])
         assert self.gate.wait(20), "the gate stayed shut"
@@ -216,18 +237,19 @@ def fold(log: MemoryLog) -> Views:
         duplicates += partition.task.counts.batches_duplicate
         store = partition.store
         for _, value in store.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-            definition = decode_view(value).definition
+            definition = decode_definition(value).definition
             kinds[definition.view] = definition.kind
-            kind, prefix = KINDS[definition.kind], series_prefix(definition.view)
+            kind, prefix = KINDS[definition.kind], series_prefix(definition)
             for key, entry in store.scan(prefix, prefix_end(prefix)):
                 (state,) = decode_states(kind, [entry])
                 series = definition.view, labels_of(key, prefix)
                 states[series] = kind.merge(states[series], state) if series in states else state
         partition.close()
     dead = [
-        msgspec.msgpack.decode(value or b"", type=DeadLetter)
+        decode_letter(value)
         for number in range(log.partition_count(DEAD_LETTERS))
         for value in values(log, DEAD_LETTERS, number)
+        if value  # else the letter was replayed
     ]
     return Views({series: KINDS[kinds[series[0]]].answer(s) for series, s in states.items()}, duplicates, dead)
 
@@ -241,8 +263,9 @@ def values(log: MemoryLog, topic: str, partition: int) -> list[bytes]:
 
 
 def batches(log: MemoryLog) -> list[Batch]:
-    """All batches of a log, partition by partition."""
-    return [decode_batch(value) for number in range(log.partition_count(DELTAS)) for value in values(log, DELTAS, number)]
+    """All batches of a log that have something in them, partition by partition."""
+    found = [decode_batch(value) for number in range(log.partition_count(DELTAS)) for value in values(log, DELTAS, number)]
+    return [batch for batch in found if batch.groups]
 
 
 # Across processes
@@ -263,6 +286,12 @@ class FileLog:
 
     def partition_count(self, topic: str) -> int:
         return 2
+
+    def topic_id(self, topic: str) -> str:
+        return "file"
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        return {}
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         if self.away.exists():
@@ -309,10 +338,15 @@ def start_script(file: Path, path: Path) -> subprocess.Popen[str]:
     )
 
 
-def run_script(path: Path, script: str, *, check: bool = True, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, with `log` the FileLog at `path`; a traceback fails the test."""
+def run_script(
+    path: Path, script: str, *, check: bool = True, timeout_s: float = 60, first: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, with `log` the FileLog at `path`; a traceback fails the test.
+
+    `first` is what it does before it imports anything else.
+    """
     file = path.with_suffix(".py")
-    file.write_text(PRELUDE + script)
+    file.write_text(first + PRELUDE + script)
     with start_script(file, path) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)

@@ -1,5 +1,6 @@
 """Flushing and closing: what they promise, in whatever state they are called."""
 
+import _thread
 import gc
 import logging
 import threading
@@ -11,13 +12,11 @@ from functools import partial
 import pytest
 
 import pipeline.metrics as m
-import pipeline.producer.running as running
 from pipeline.core.codec import decode_batch
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
-from pipeline.producer.cell import SumCell
 from pipeline.producer.client import BasePublisher
-from pipeline.producer.views import SumView
+from pipeline.publisher.views import SumSeries, SumView
 from tests.producer.support import FaultyLog, Meter, batches, fold, in_threads, memory_log, publisher, wait_until
 
 
@@ -178,7 +177,7 @@ def test_close_from_many_threads_at_once() -> None:
     assert fold(log.log).of("v") == {(): 3}
 
 
-def record_until_closed(pub: BasePublisher, view: SumView, cells: list[SumCell], done: list[int], i: int) -> None:
+def record_until_closed(pub: BasePublisher, view: SumView, cells: list[SumSeries], done: list[int], i: int) -> None:
     if i == 4:
         time.sleep(0.003)
         pub.close()
@@ -289,7 +288,7 @@ def test_a_publisher_that_cannot_start_threads_says_so(
             fail()
         start(thread)
 
-    monkeypatch.setattr(running, "start_new_thread", fail)
+    monkeypatch.setattr(_thread, "start_new_thread", fail)
     with pytest.raises(Unavailable, match="can't start new thread"):
         pub.sum("v").add(1)
     assert not threads_of(pub)
@@ -305,6 +304,42 @@ def test_a_publisher_that_cannot_start_threads_says_so(
     assert len(threads_of(pub)) == 2
     pub.close()
     assert fold(log.log).of("v") == {(): 4}
+
+
+def test_a_publisher_that_rests_goes_on() -> None:
+    """No thread of it runs then, nor is any taken for one of its own; the next flush has them run again."""
+    log = memory_log()
+    pub = publisher(log)
+    cell = pub.sum("v").labels()
+    for number in range(3):
+        cell.add(10**number)
+        pub.flush()
+        assert not pub._running.rests()
+        began = threads_of(pub)
+        assert pub._running.rest()
+        assert len(began) == 2
+        assert not any(thread.is_alive() for thread in began)
+        assert not pub._running.account.own_threads
+        assert pub._running.rests()
+    pub.close()
+    assert fold(log).of("v") == {(): 111}
+
+
+def test_a_publisher_does_not_rest_while_somebody_waits() -> None:
+    """The flush goes on, and the threads with it."""
+    log = FaultyLog()
+    log.fate = lambda n, batch: Unavailable("away") if not away.is_set() else "kept"
+    away = threading.Event()
+    with publisher(log) as pub:
+        pub.sum("v").add(1)
+        waiting = threading.Thread(target=pub.flush)
+        waiting.start()
+        wait_until(lambda: pub._running.flushes and pub._running.threads)
+        assert not pub._running.rest()
+        away.set()
+        waiting.join(10)
+        assert not waiting.is_alive()
+        assert fold(log.log).of("v") == {(): 1}
 
 
 def test_a_log_handler_may_record(caplog: pytest.LogCaptureFixture) -> None:
@@ -382,6 +417,7 @@ def test_metrics_and_stats_say_what_happened() -> None:
         "entries": 0,
         "rejected": 0,
         "waiting": 0,
+        "series": 0,
         "buffer_bytes": 0,
     }
     pub.close()

@@ -3,6 +3,7 @@
 import array
 import math
 import re
+import threading
 from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -13,16 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.metrics as m
-import pipeline.producer.batch as batch_module
-import pipeline.producer.columns as columns_module
-from pipeline.core.merge import INT_BITS_MAX, TS_MS_MAX
+import pipeline.publisher.columns as columns_module
+from pipeline.core.kinds import INT_BITS_MAX, TS_MS_MAX
+from pipeline.core.kinds import KINDS as METHODS
 from pipeline.core.record import LABEL_VALUE_BYTES_MAX
 from pipeline.errors import BufferFull, Invalid
-from pipeline.producer.cell import SumCell
 from tests.producer.support import FaultyLog, Meter, fold, hurried_threads, in_threads, memory_log, publisher, wait_until
 
 np = pytest.importorskip("numpy")
 pa = pytest.importorskip("pyarrow")
+pd = pytest.importorskip("pandas")
+pl = pytest.importorskip("polars")
 
 NUMBERS = st.one_of(
     st.integers(-(2**70), 2**70),
@@ -39,28 +41,24 @@ KINDS = ["sum", "min", "max", "mean", "last"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
-@given(rows=ROWS, cut=st.integers(0, 60), run=st.integers(1, 8))
-def test_a_batch_makes_the_totals_that_its_rows_make_one_by_one(kind: str, rows: list[Any], cut: int, run: int) -> None:
-    """Of every kind, for numbers of every size, in one batch or two, however many rows one call of C takes."""
+@given(rows=ROWS, cut=st.integers(0, 60))
+def test_a_batch_makes_the_totals_that_its_rows_make_one_by_one(kind: str, rows: list[Any], cut: int) -> None:
+    """Of every kind, for numbers of every size, in one batch or two."""
     log = memory_log()
-    was, batch_module.RUN_ROWS_MAX = batch_module.RUN_ROWS_MAX, run
-    try:
-        with publisher(log) as pub:
-            alone = pub.view(kind, "alone", labels=("b", "a"))
-            batch = pub.view(kind, "batch", labels=("b", "a"))
-            times = kind == "last"
-            for b, a, value, ts_ms in rows:
-                cell = alone.labels(b, a)  # type: ignore[attr-defined]
-                getattr(cell, alone.kind.method)(value, *([ts_ms] if times else []))
-            for part in (rows[:cut], rows[cut:]):
-                table = {name: [row[i] for row in part] for i, name in enumerate(["b", "a", "value", "ts_ms"])}
-                if not times:
-                    del table["ts_ms"]
-                assert pub.record_batch(batch, table) == len(part)
-            pub.flush()
-            assert pub.stats()["deltas"] == 2 * len(rows)
-    finally:
-        batch_module.RUN_ROWS_MAX = was
+    with publisher(log) as pub:
+        alone = pub.view(kind, "alone", labels=("b", "a"))
+        batch = pub.view(kind, "batch", labels=("b", "a"))
+        times = kind == "last"
+        for b, a, value, ts_ms in rows:
+            cell = alone.labels(b, a)  # type: ignore[attr-defined]
+            getattr(cell, METHODS[kind].method)(value, *([ts_ms] if times else []))
+        for part in (rows[:cut], rows[cut:]):
+            table = {name: [row[i] for row in part] for i, name in enumerate(["b", "a", "value", "ts_ms"])}
+            if not times:
+                del table["ts_ms"]
+            assert pub.record_batch(batch, table) == len(part)
+        pub.flush()
+        assert pub.stats()["deltas"] == 2 * len(rows)
     views = fold(log)
     assert views.of("batch") == views.of("alone")
 
@@ -175,11 +173,76 @@ def test_tables_are_mappings_of_columns() -> None:
     assert views.of("none") == {(): 6}
 
 
-@pytest.mark.parametrize("codes_max", [0, 65_536])
+def frames_of(columns: dict[str, list[Any]]) -> list[Any]:
+    """The same columns as a data frame of each library."""
+    return [pd.DataFrame(columns), pl.DataFrame(columns, strict=False), pa.table(columns)]
+
+
+def test_data_frames_of_every_library_hold_the_same_rows() -> None:
+    """Also text by code, numbers of types that can lack values, and columns that were made by a filter."""
+    columns: dict[str, list[Any]] = {
+        "b": ["1", "1", "2"],
+        "a": ["x", "y", "x"],
+        "value": [1, 2**62, 4],
+        "more": [None, 1, 2],
+    }
+    frames = frames_of(columns)
+    frames.append(frames[0].astype({"a": "category", "value": "Int64"}))
+    frames.append(frames[1].with_columns(pl.col("a").cast(pl.Categorical)))
+    frames.append(pd.concat([frames[0], frames[0]])[2:5])
+    log = memory_log()
+    with publisher(log) as pub:
+        for number, frame in enumerate(frames):
+            view = pub.sum(f"v_{number}", labels=("b", "a"))
+            with pytest.raises(Invalid, match=r"got .*'more'.*name the others in `ignore`; nothing was recorded"):
+                pub.record_batch(view, frame)
+            assert pub.record_batch(view, frame, ignore=["more", "gone"]) == 3
+    views = fold(log)
+    for number in range(len(frames)):
+        assert views.of(f"v_{number}") == {("x", "1"): 1, ("y", "1"): 2**62, ("x", "2"): 4}
+
+
+@pytest.mark.parametrize("ignore", ["more", ["more", "value"], ["a"]])
+def test_what_is_needed_cannot_be_ignored(ignore: Any) -> None:
+    """A text is no list of names, and its letters might be."""
+    with publisher(memory_log()) as pub, pytest.raises(Invalid, match="ignore: names of columns that are not needed"):
+        pub.record_batch(pub.sum("v", labels=("a",)), {"a": "x", "value": 1, "more": 2}, ignore=ignore)
+
+
+def test_a_missing_value_is_named_whatever_it_is_called() -> None:
+    """None, NaN, NA, NaT and null, in labels and in values."""
+    values: list[tuple[Any, str]] = [
+        (pd.array([1, pd.NA], dtype="Int64"), "a number is needed, got NAType"),
+        (pd.Series([1, None]), "a finite number is needed, got nan"),
+        (pd.Series([1, pd.NA], dtype="object"), "a number is needed, got NAType"),
+        (pd.Series([1, pd.NaT], dtype="object"), "a number is needed, got NaTType"),
+        (pl.Series([1, None]), "a number is needed, got NoneType"),
+        (pl.Series([1.0, math.nan]), "a finite number is needed, got nan"),
+        (pa.array([1, None]), "a number is needed, got NoneType"),
+    ]
+    labels: list[tuple[Any, str]] = [
+        (pd.array(["x", pd.NA], dtype="string"), "text expected, got NAType"),
+        (pd.Series(["x", None], dtype="category"), "text expected, got float"),
+        (pl.Series(["x", None]), "text expected, got NoneType"),
+        (pl.Series(["x", None], dtype=pl.Categorical), "text expected, got NoneType"),
+        (pa.array(["x", None]).dictionary_encode(), "text expected, got NoneType"),
+    ]
+    log = memory_log()
+    with publisher(log) as pub:
+        view = pub.sum("v", labels=("a",))
+        for value, says in values:
+            with pytest.raises(Invalid, match=f"row 1: .*{says}; nothing was recorded"):
+                pub.record_batch(view, {"a": ["x", "y"], "value": value})
+        for label, says in labels:
+            with pytest.raises(Invalid, match=f"row 1: .*{says}; nothing was recorded"):
+                pub.record_batch(view, {"a": label, "value": [1, 2]})
+        view.add(1, a="x")
+    assert fold(log).of("v") == {("x",): 1}
+
+
 @pytest.mark.usefixtures("numpy_is_loaded")
-def test_labels_by_code_make_the_totals_of_their_texts(monkeypatch: pytest.MonkeyPatch, codes_max: int) -> None:
-    """By few codes or by many; also when two codes stand for one text, or rows are cut out of the middle."""
-    monkeypatch.setattr(batch_module, "CODES_MAX", codes_max)
+def test_labels_by_code_make_the_totals_of_their_texts() -> None:
+    """Also when two codes stand for one text, or rows are cut out of the middle."""
     log = memory_log()
     a, b = ["x", "y", "z", "y"] * 50, ["1", "1", "2", "3", "3"] * 40
     values = [2**i for i in range(200)]
@@ -276,7 +339,7 @@ def test_a_bad_row_is_named_and_nothing_is_recorded(kind: str, columns: Any, say
         view = pub.view("sum" if monotone else kind, "v", labels=("a",), monotone=monotone)
         with pytest.raises(Invalid, match=re.escape(says)):
             pub.record_batch(view, columns)
-        assert len(view) == 0
+        assert pub.stats()["series"] == 0
         assert pub.stats()["buffer_bytes"] == 0
         pub.flush()
         assert pub.stats()["deltas"] == 0
@@ -332,32 +395,44 @@ def test_views_of_others_and_closed_publishers_are_refused() -> None:
             pub.record_batch(theirs, {"value": [1]})
         with pytest.raises(Invalid, match="a view of this publisher is needed, got str"):
             pub.record_batch("v", {"value": [1]})  # type: ignore[arg-type]
-    with pytest.raises(Invalid, match=r"this publisher is closed$"):
+    with pytest.raises(Invalid, match="this publisher is closed"):
         pub.record_batch(mine, {"value": [1]})
     with pytest.raises(Invalid, match="closed"):
         mine.labels().add_many([1])
 
 
 @pytest.mark.parametrize("on_full", ["block", "raise", "drop_newest"])
-def test_a_batch_that_memory_cannot_hold_is_refused_whole(on_full: str) -> None:
-    """`BufferFull` says that nothing is in, or all its deltas are counted as dropped; smaller batches still fit."""
+def test_a_batch_that_memory_cannot_hold_is_recorded_in_parts(on_full: str) -> None:
+    """`BufferFull` says how many rows are in, or the rest is counted as dropped; what fits later still comes in."""
     log, meter = FaultyLog(), Meter()
     log.away = True
     pub = publisher(log, meter, buffer_bytes_max=200_000, on_full=on_full, block_timeout_ms=20)
     view = pub.sum("v", labels=("a",))
-    table = {"a": [str(i) for i in range(1_000)] * 2, "value": 1}
+    table = {"a": [str(i) for i in range(2_000)], "value": 1}
     if on_full == "drop_newest":
-        assert pub.record_batch(view, table) == 0
-        assert meter.of(m.PUBLISHER_DROPPED, "buffer_full") == 2_000
+        recorded = pub.record_batch(view, table)
+        assert meter.of(m.PUBLISHER_DROPPED, "buffer_full") == 2_000 - recorded
     else:
-        with pytest.raises(BufferFull, match="nothing of the batch of 2000 deltas was recorded"):
+        with pytest.raises(BufferFull, match=r"\d+ of the batch of 2000 deltas were recorded before") as caught:
             pub.record_batch(view, table)
-    assert len(view) == 0
-    assert pub.stats()["buffer_bytes"] == 0
-    assert pub.record_batch(view, {"a": [str(i) for i in range(100)], "value": 1}) == 100
+        recorded = int(re.findall(r"(\d+) of the batch", str(caught.value))[0])
+        assert meter.of(m.PUBLISHER_BLOCKED) == (on_full == "block")
+    assert 0 < recorded == pub.stats()["series"] < 2_000
+    assert pub.record_batch(view, {"a": "0", "value": [1] * 50}) == 50  # a series that is known
     log.away = False
+    pub.flush()
+    wait_until(lambda: pub.record_batch(view, {"a": ["never seen"], "value": [7]}) == 1)
     pub.close()
-    assert fold(log.log).total("v") == 100
+    assert fold(log.log).total("v") == recorded + 50 + 7
+
+
+def test_a_batch_that_is_full_in_the_midst_waits_for_room() -> None:
+    """With the log there, `block` brings in more series than fit at once."""
+    log = memory_log()
+    with publisher(log, buffer_bytes_max=65_536, block_timeout_ms=20_000) as pub:
+        view = pub.sum("v", labels=("a",))
+        assert pub.record_batch(view, {"a": [str(i) for i in range(5_000)], "value": 1}) == 5_000
+    assert fold(log).total("v") == 5_000
 
 
 def test_the_account_is_even_after_batches() -> None:
@@ -372,28 +447,6 @@ def test_the_account_is_even_after_batches() -> None:
             pub.flush()
         wait_until(lambda: pub.stats()["buffer_bytes"] == 0)
     assert fold(log).of("v") == {("x",): 5 * (2**400 + 2**4_000), ("y",): 5}
-
-
-def test_a_series_that_is_let_go_of_in_the_midst_of_a_batch_is_charged_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was reserved did not count it; the account is even all the same, and nothing is lost."""
-    log = memory_log()
-    with publisher(log, flush_interval_ms=100_000) as pub:
-        view = pub.sum("v", labels=("a",))
-        cells = [view.labels(name) for name in "xyz"]
-        for cell in cells:
-            cell.add(1)
-        pub.flush()
-        before = pub.stats()["buffer_bytes"]
-        opened = view.open
-
-        def let_go() -> None:
-            view._let_go([*cells])
-            opened()
-
-        monkeypatch.setattr(view, "open", let_go)
-        assert pub.record_batch(view, {"a": ["x", "y", "z", "x"], "value": 10}) == 4
-        assert pub.stats()["buffer_bytes"] == before
-    assert fold(log).of("v") == {("x",): 21, ("y",): 11, ("z",): 11}
 
 
 def test_batches_single_deltas_and_flushes_at_once_are_exact() -> None:
@@ -417,22 +470,30 @@ def test_batches_single_deltas_and_flushes_at_once_are_exact() -> None:
     assert fold(log).total("v") == 300 + 2 * 300 * sum(range(40))
 
 
-def test_a_batch_that_meets_the_close_says_how_much_of_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the one way for a part of a batch to be recorded."""
+def test_a_batch_that_meets_the_close_says_how_much_of_it_is_in() -> None:
+    """What it says is what is counted."""
     log = memory_log()
-    pub = publisher(log)
+    pub = publisher(log, flush_interval_ms=1)
     view = pub.sum("v", labels=("a",))
-    runs: list[Any] = []
+    table = {"a": [str(i % 1_000) for i in range(20_000)], "value": 1}
+    view.add(1, a="0")
+    recorded, said = [1], []
 
-    def close_behind_two(cell: SumCell, *args: Any) -> bool:
-        if len(runs) == 2:
-            pub.close()
-        runs.append(cell)
-        return record_run(cell, *args)
+    def record() -> None:
+        while True:
+            try:
+                recorded[0] += pub.record_batch(view, table)
+            except Invalid as error:
+                said.append(str(error))
+                return
 
-    record_run = SumCell.record_run
-    monkeypatch.setattr(SumCell, "record_run", close_behind_two)
-    with pytest.raises(Invalid, match="closed; 3 of the batch of 5 deltas were recorded before"):
-        pub.record_batch(view, {"a": ["x", "y", "z", "x", "z"], "value": 1})
-    assert fold(log).of("v") == {("x",): 2, ("y",): 1}
-    assert pub.stats()["buffer_bytes"] == 0
+    thread = threading.Thread(target=record)
+    thread.start()
+    wait_until(lambda: recorded[0] > 20_000)
+    pub.close()
+    thread.join(20)
+    (text,) = said
+    part = re.search(r"closed; (\d+) of the batch of 20000 deltas were recorded before", text)
+    assert part, text
+    assert fold(log).total("v") == recorded[0] + int(part[1])
+    assert pub.stats()["waiting"] == 0

@@ -5,19 +5,21 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from zlib import crc32
 
 import pytest
 
 import pipeline.metrics as m
-import pipeline.producer.delivery as delivery
 import pipeline.producer.sealing as sealing
+from pipeline.adapters.clock import SystemClock
 from pipeline.core.codec import decode_batch
-from pipeline.core.record import Batch, series_suffix
+from pipeline.core.record import Batch
 from pipeline.core.sequence import GAP_COUNT_MAX
-from pipeline.errors import BadRecord, Fenced, Invalid, NotReady, PipelineError, Unavailable
+from pipeline.errors import BadRecord, Fenced, GroupsRefused, Invalid, NotReady, PipelineError, Unavailable
+from pipeline.metrics import Metric
 from pipeline.ports import Message
-from tests.producer.support import FaultyLog, Meter, batches, fold, publisher, wait_until
+from pipeline.producer.client import BasePublisher
+from pipeline.settings import PublisherSettings
+from tests.producer.support import FaultyLog, Meter, batches, fold, partition_of, publisher, wait_until
 
 AWAY = Unavailable("away")
 
@@ -120,7 +122,7 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
             last[str(j)] = text
         time.sleep(0.001)
     wait_until(lambda: len({s for (s,) in fold(log.log).of("v")} & last.keys()) > 10)
-    stuck = [label for label in last if crc32(view.prefix + series_suffix((label,))) % 4 == 0]
+    stuck = [label for label in last if partition_of(view, label) == 0]
     assert stuck
     wait_until(lambda: fold(log.log).of("v") == {(s,): text for s, text in last.items() if s not in stuck})
     assert {batch.partition for batch in pub._running.delivery.outbox.pending()} == {0}
@@ -140,7 +142,7 @@ def test_a_partition_that_is_away_leaves_room_in_every_attempt() -> None:
     view = pub.last("v", labels=("a",))
     by_partition: dict[int, list[str]] = {0: [], 1: []}
     for i in range(1_000):
-        by_partition.setdefault(crc32(view.prefix + series_suffix((str(i),))) % 4, []).append(str(i))
+        by_partition.setdefault(partition_of(view, str(i)), []).append(str(i))
     stuck = by_partition[0][:120]
     for label in stuck:
         view.set("x" * 60_000, 1, a=label)
@@ -192,9 +194,93 @@ def test_a_rejected_batch_is_counted_and_said_once(error: PipelineError) -> None
     for i in range(40):
         view.add(10, a=str(i))
     pub.close()
-    lost = [i for i in range(40) if crc32(view.prefix + series_suffix((str(i),))) % 4 == 1]
+    lost = [i for i in range(40) if partition_of(view, str(i)) == 1]
     assert lost
     assert fold(log.log).of("v") == {(str(i),): 10 if i in lost else 11 for i in range(40)}
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("first", ["unheard", "away", "refused with others"])
+def test_what_is_said_of_a_rejected_batch_is_known(first: str, groups: bool) -> None:
+    """It may have been counted if an earlier try may have got into the log; not if none was sent, or all were answered."""
+    log = FaultyLog(partitions=2)
+    pub = publisher(log, flush_interval_ms=3_600_000)
+    view, other = pub.sum("v", labels=("a",)), pub.sum("w", labels=("a",))
+    for i in range(10):
+        view.add(1, a=str(i))
+        other.add(1, a=str(i))
+    error = GroupsRefused("no room", [(0, "v", "no room")], 0) if groups else Invalid("too large")
+    log.away = first == "away"
+    log.fate = lambda n, batch: "kept" if batch.partition or decode_batch_views(batch) == ["w"] else error
+    if first != "refused with others":
+        if first == "unheard":
+            log.fate = lambda n, batch: "unheard"
+        with pytest.raises(Unavailable):
+            pub.flush(0.05)
+        log.away = False
+        log.fate = lambda n, batch: "kept" if batch.partition or decode_batch_views(batch) == ["w"] else error
+    with pytest.raises(Invalid) as caught:
+        pub.flush()
+    said = str(caught.value)
+    what = "1 groups of batch" if groups else "batch"
+    if first == "unheard":
+        assert said.startswith(
+            f"1 batches were rejected and are lost unless they were counted before: {what} 0 for partition 0"
+        )
+        assert said.endswith("; an earlier try of it was not answered, and may have been counted")
+        assert fold(log.log).total("v") == 10, "and it was"
+    else:
+        assert said.startswith(f"1 batches were rejected and are lost: {what} 0 for partition 0")
+        assert "may have been counted" not in said
+        assert fold(log.log).total("v") < 10
+    pub.flush()
+    pub.close()
+
+
+def decode_batch_views(batch: Batch) -> list[str]:
+    return [group.definition.view for group in batch.groups]
+
+
+class LaterClock(SystemClock):
+    """The machine's clocks, days later when it is told so."""
+
+    days = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.days * 86_400_000
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.days * 86_400
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_was_never_sent_is_never_held_back(sent: bool) -> None:
+    """A try that ends before anything is sent, because nobody says the topic's id, can't have got into the log."""
+    log, clock = FaultyLog(partitions=1), LaterClock()
+    asked = threading.Event()
+
+    def nobody_says(topic: str) -> str:
+        asked.set()
+        raise AWAY
+
+    topic_id = log.topic_id
+    if sent:
+        log.fate = lambda n, batch: AWAY
+    else:
+        log.topic_id = nobody_says  # type: ignore[method-assign]
+    settings = PublisherSettings(flush_interval_ms=1, retry_backoff_ms=1, retry_backoff_max_ms=5)
+    pub = BasePublisher(log, clock, settings, Meter())
+    pub.sum("v").add(1)
+    wait_until(lambda: log.attempts if sent else asked.is_set())
+    clock.days = 30
+    log.fate, log.topic_id = (lambda n, batch: "kept"), topic_id  # type: ignore[method-assign]
+    if sent:
+        with pytest.raises(Unavailable, match="held back"):
+            pub.close(1)
+        assert not batches(log.log)
+    else:
+        pub.close(20)
+        assert fold(log.log).total("v") == 1
 
 
 def test_a_log_that_refuses_all_because_of_one_costs_one() -> None:
@@ -216,7 +302,7 @@ def test_a_log_that_refuses_all_because_of_one_costs_one() -> None:
     with pytest.raises(Invalid, match=r"1 batches .* partition 2: a record is too large"):
         pub.flush()
     assert meter.of(m.PUBLISHER_DROPPED, "rejected") == 1
-    kept = [i for i in range(40) if crc32(view.prefix + series_suffix((str(i),))) % 4 != 2]
+    kept = [i for i in range(40) if partition_of(view, str(i)) != 2]
     assert fold(log.log).of("v") == {(str(i),): 1 for i in kept}
     pub.close()
 
@@ -298,37 +384,9 @@ def test_the_token_covers_everything_acknowledged() -> None:
     assert pub.flush() == token == pub.close()
 
 
-def test_what_cannot_be_encoded_costs_its_own_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are sealed and sent; the loss is counted, logged, and said by the next flush."""
-    encode = sealing.encode_batch
-
-    def broken(batch: Batch) -> bytes:
-        if batch.partition == 3:
-            raise RuntimeError("cannot")
-        return encode(batch)
-
-    log, meter = FaultyLog(), Meter()
-    pub = publisher(log, meter, flush_interval_ms=3_600_000)
-    view = pub.sum("v", labels=("a",))
-    for i in range(40):
-        view.add(1, a=str(i))
-    monkeypatch.setattr(sealing, "encode_batch", broken)
-    with pytest.raises(Invalid, match=r"series can't be encoded: RuntimeError: cannot"):
-        pub.flush()
-    monkeypatch.undo()
-    assert meter.of(m.PUBLISHER_DROPPED, "rejected") == 1
-    for i in range(40):
-        view.add(10, a=str(i))
-    pub.flush()
-    lost = [i for i in range(40) if crc32(view.prefix + series_suffix((str(i),))) % 4 == 3]
-    assert fold(log.log).of("v") == {(str(i),): 10 if i in lost else 11 for i in range(40)}
-    pub.close()
-    assert [b.sequence for b in batches(log.log) if b.partition == 3] == [0], "a failed batch takes no number"
-
-
-@pytest.mark.parametrize("broken", ["encode_batch", "seal_runs", "merge"])
+@pytest.mark.parametrize("broken", ["encode_drafted", "Sealed"])
 def test_a_shortage_of_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    """Wherever a flush runs out of memory, its deltas are kept, and sealed by a later one."""
+    """Wherever sealing runs out of memory, what was drained is kept, and sealed by a later flush, once."""
     log = FaultyLog()
     pub = publisher(log, flush_interval_ms=5)
     view = pub.sum("v", labels=("a",))
@@ -336,32 +394,51 @@ def test_a_shortage_of_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch, bro
         view.add(1, a=str(i))
     pub.flush()
     failures = 0
+    real: Callable[..., object] = getattr(sealing, broken)
 
-    def failing(real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal failures
-            failures += 1
-            if failures % 3:
-                raise MemoryError
-            return real(*args, **kwargs)
+    def failing(*args: object, **kwargs: object) -> object:
+        nonlocal failures
+        failures += 1
+        if failures % 3:
+            raise MemoryError
+        return real(*args, **kwargs)
 
-        return call
-
-    if broken == "encode_batch":
-        monkeypatch.setattr(sealing, "encode_batch", failing(sealing.encode_batch))
-    elif broken == "seal_runs":
-        monkeypatch.setattr(delivery, "seal_runs", failing(delivery.seal_runs))
-    else:
-        monkeypatch.setattr(type(view.kind), "collect", failing(type(view.kind).collect))
+    monkeypatch.setattr(sealing, broken, failing)
     for i in range(40):
-        view.labels(str(i))._values.append(10)
-        view.labels(str(i))._values.append(100)
+        view.add(10, a=str(i))
+        view.add(100, a=str(i))
     pub.flush(20)
     assert failures >= 3
     monkeypatch.undo()
     pub.close()
     views = fold(log.log)
     assert views.of("v") == {(str(i),): 111 for i in range(40)}
+    assert views.duplicates == 0
+
+
+def test_metrics_that_fail_lose_nothing() -> None:
+    """A flush that fails between draining and counting has kept what it drained."""
+
+    class Failing(Meter):
+        failures = 0
+
+        def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
+            if metric is m.PUBLISHER_DELTAS and self.failures < 3:
+                self.failures += 1
+                raise RuntimeError("metrics are away")
+            super().inc(metric, amount, *labels)
+
+    log, meter = FaultyLog(), Failing()
+    pub = publisher(log, meter, flush_interval_ms=5)
+    view = pub.sum("v", labels=("a",))
+    for i in range(200):
+        view.add(1, a=str(i % 7))
+        if i % 50 == 0:
+            pub.flush()
+    pub.close()
+    assert meter.failures == 3
+    views = fold(log.log)
+    assert views.total("v") == 200
     assert views.duplicates == 0
 
 

@@ -1,27 +1,28 @@
 """What others publish over HTTP: all or nothing, with errors that say which delta or batch is wrong."""
 
 import random
-import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
 import pipeline.metrics as m
-import pipeline.producer.gateway as gateway_module
 import pipeline.producer.sealing as sealing
-from pipeline.core.codec import encode_batch
-from pipeline.core.record import Batch, Definition, Group, series_suffix
+from pipeline.core.codec import encode_batch, encode_drafted
+from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Message, RawDelta
 from pipeline.producer.gateway import Gateway
 from pipeline.settings import PublisherSettings
+from pipeline.topics import DELTAS
 from tests.producer.support import CLOCK, FaultyLog, Meter, batches, fold, hurried_threads, in_threads, publisher, same
 
+SECRET = "of another"
+OTHER = producer_id_of(SECRET)
 KNOWN = {
-    "known": Definition("known", "sum", ("region", "product")),
+    "known": Definition("known", "sum", ("product", "region")),
     "rising": Definition("rising", "sum", monotone=True),
 }
 
@@ -36,7 +37,7 @@ def delta(value: object = 1, view: str = "v", kind: str = "sum", ts_ms: int | No
 
 def batch(partition: int = 0, sequence: int = 0, value: int = 1, labels: tuple[str, ...] = ("x",)) -> bytes:
     groups = [Group(Definition("b", "sum", ("a",)), [series_suffix(labels)], [value])]
-    return encode_batch(Batch("other", 0, partition, sequence, 0, 5, groups))
+    return encode_batch(Batch(OTHER, 0, partition, sequence, 0, 5, groups))
 
 
 def test_deltas_are_merged_and_exact() -> None:
@@ -55,13 +56,13 @@ def test_deltas_are_merged_and_exact() -> None:
     token = gate.deltas(deltas)
     assert len(log.attempts) == 1
     assert len(batches(log.log)) == 4
-    assert token == Token(dict.fromkeys(range(4), 1))
+    assert token == Token(dict.fromkeys(range(4), 1), log.topic_id(DELTAS))
     views = fold(log.log)
     same(views.of("v"), expected)
     assert (views.of("m"), views.of("lo"), views.of("l")) == ({(): 1.5}, {(): -3}, {(): "new"})
     assert meter.of(m.DELTAS_INGESTED) == len(deltas)
     assert gate.deltas([]) == Token({})
-    assert gate.batches([]) == []
+    assert gate.batches([], "") == ([], Token())
 
 
 def test_a_delta_without_a_timestamp_is_of_now() -> None:
@@ -75,13 +76,13 @@ def test_a_delta_without_a_timestamp_is_of_now() -> None:
 
 
 def test_labels_follow_the_known_definition() -> None:
-    """Its order, not the request's; a view that nobody knows has its labels in alphabetical order."""
+    """Whatever the order in the request, labels have that of their names."""
     log = FaultyLog()
     gate = gateway(log)
     gate.deltas([delta(1, "known", product="tea", region="eu"), delta(2, "known", region="eu", product="tea")])
     gate.deltas([delta(1, "new", b="2", a="1"), delta(2, "new", a="1", b="2")])
     views = fold(log.log)
-    assert views.of("known") == {("eu", "tea"): 3}
+    assert views.of("known") == {("tea", "eu"): 3}
     assert views.of("new") == {("1", "2"): 3}
     assert not views.dead
 
@@ -110,18 +111,12 @@ def test_labels_follow_the_known_definition() -> None:
         (RawDelta("new", "sum", None, 1), "labels"),  # type: ignore[arg-type]
         (RawDelta("new", "sum", {1: "a"}, 1), "labels"),  # type: ignore[dict-item]
         (delta(1, "new", **{f"l{i}": "x" for i in range(40)}), "labels; at most"),
-        (delta(1, "known", region="eu"), r"has labels \['region', 'product'\]"),
-        (delta(1, "known", region="eu", products="tea"), "has labels"),
-        (delta(1, "known", "max", region="eu", product="tea"), "view known is sum, not max"),
-        (delta(1, "good", "mean", a="x"), "view good is sum, not mean"),
         (delta(1, "l", "last", ts_ms=-1), "ts_ms"),
         (delta(1, "l", "last", ts_ms="now"), "ts_ms"),  # type: ignore[arg-type]
         (RawDelta("new", "sum", {}, 1, None, 60), "window"),
         (RawDelta("new", "sum", {}, 1, None, "60"), "window_s"),  # type: ignore[arg-type]
-        (RawDelta("known", "sum", {"region": "a", "product": "b"}, 1, None, 60), "window_s 0, not 60"),
-        (RawDelta("known", "sum", {"region": "a", "product": "b"}, 1, monotone=True), "known is not monotone"),
-        (RawDelta("rising", "sum", {}, 1, monotone=False), "rising is monotone"),
-        (RawDelta("good", "sum", {"a": "x"}, 1, monotone=True), "good is not monotone"),
+        (delta(1, "l", "last", ts_ms=2**53), "ms ahead of now"),
+        (delta(1, "l", "last", ts_ms=CLOCK.now_ms() + 40_000_000), "at most 3600000"),
         (RawDelta("new", "max", {}, 1, monotone=True), "a max cannot be monotone"),
         (RawDelta("new", "sum", {}, 1, monotone="yes"), "monotone is true or false"),  # type: ignore[arg-type]
         (RawDelta("new", "sum", {}, -1, monotone=True), "no negative number"),
@@ -129,7 +124,7 @@ def test_labels_follow_the_known_definition() -> None:
     ],
 )
 def test_one_bad_delta_refuses_all_and_is_named(bad: RawDelta, says: str) -> None:
-    """`Invalid` with its number; nothing is appended, and nothing about it is remembered."""
+    """`Invalid` with its number; nothing is appended."""
     log = FaultyLog()
     gate = gateway(log)
     with pytest.raises(Invalid, match=says) as caught:
@@ -137,8 +132,6 @@ def test_one_bad_delta_refuses_all_and_is_named(bad: RawDelta, says: str) -> Non
     assert str(caught.value).startswith("delta 2: ")
     assert len(str(caught.value)) < 600
     assert not log.attempts
-    gate.deltas([delta(1, "good", "max", a="x")])  # the request that called it a sum was refused
-    assert fold(log.log).of("good") == {("x",): 1}
 
 
 def test_a_view_that_is_known_as_monotone_need_not_be_called_so() -> None:
@@ -159,93 +152,10 @@ def test_a_view_that_is_known_as_monotone_need_not_be_called_so() -> None:
 def test_a_negative_batch_of_a_monotone_view_is_refused() -> None:
     """At once, not only by the worker; nothing of the request is appended."""
     log = FaultyLog()
-    bad = encode_batch(Batch("other", 0, 0, 0, 0, 5, [Group(KNOWN["rising"], [series_suffix(())], [-1])]))
+    bad = encode_batch(Batch(OTHER, 0, 0, 0, 0, 5, [Group(KNOWN["rising"], [series_suffix(())], [-1])]))
     with pytest.raises(BadRecord, match=r"batch 1: .*monotone"):
-        gateway(log).batches([batch(), bad])
+        gateway(log).batches([batch(), bad], SECRET)
     assert not log.attempts
-
-
-def test_two_requests_cannot_define_a_view_differently() -> None:
-    """The first one that is appended defines it, also while its append is under way, also if it is unsure."""
-    log = FaultyLog()
-    gate = gateway(log)
-    log.gate.clear()
-    thread = threading.Thread(target=lambda: gate.deltas([delta(1, "new", a="x")]))
-    thread.start()
-    while not log.attempts:
-        threading.Event().wait(0.001)
-    with pytest.raises(Invalid, match="delta 1: view new is sum, not max"):
-        gate.deltas([delta(1), delta(1, "new", "max", a="x")])
-    log.gate.set()
-    thread.join(20)
-    log.fate = lambda n, batch: "unheard"
-    with pytest.raises(Unavailable):
-        gate.deltas([delta(1, "unsure", a="x")])
-    log.fate = lambda n, batch: "kept"
-    with pytest.raises(Invalid, match="view unsure is sum"):
-        gate.deltas([delta(1, "unsure", "max", a="x")])
-    views = fold(log.log)
-    assert views.of("new") == views.of("unsure") == {("x",): 1}
-    assert not views.dead
-
-
-def test_two_first_requests_at_once_agree_or_are_refused() -> None:
-    """Of requests that define one view differently at the same moment, one kind wins, and no accepted delta is dead."""
-    log = FaultyLog()
-    gate = gateway(log)
-    accepted: Counter[str] = Counter()
-    refused: list[str] = []
-
-    def work(i: int) -> None:
-        for n in range(50):
-            kind = ("sum", "max")[i % 2]
-            try:
-                gate.deltas([delta(1, f"v{n}", kind)])
-                accepted[f"v{n}"] += 1
-            except Invalid as error:
-                refused.append(f"{n}: {error}")
-
-    in_threads(6, work)
-    assert all(f"view v{reason.split(':')[0]} is" in reason for reason in refused)
-    views = fold(log.log)
-    assert not views.dead
-    assert views.answers.keys() == {(f"v{n}", ()) for n in range(50)}
-    assert all(views.of(f"v{n}")[()] in (1, accepted[f"v{n}"]) for n in range(50))
-
-
-def test_two_requests_that_were_both_first_cannot_both_define() -> None:
-    """Each has looked, and found the view unknown, before either is appended: one is refused."""
-    log = FaultyLog()
-    gate = gateway(log)
-    looked = threading.Semaphore(0)
-    count = log.partition_count
-
-    def counted(topic: str) -> int:
-        looked.release()
-        return count(topic)
-
-    log.partition_count = counted  # type: ignore[method-assign]
-    errors: list[str] = []
-
-    def post(kind: str) -> None:
-        try:
-            gate.deltas([delta(1, "other"), delta(1, "new", kind)])
-        except Invalid as error:
-            errors.append(str(error))
-
-    threads = [threading.Thread(target=post, args=(kind,)) for kind in ("sum", "max")]
-    with gate._lock:  # both wait for it, to number their batches
-        for thread in threads:
-            thread.start()
-        assert looked.acquire(timeout=10)
-        assert looked.acquire(timeout=10)
-    for thread in threads:
-        thread.join(10)
-    assert len(errors) == 1
-    assert errors[0].startswith("delta 1: view new is ")
-    views = fold(log.log)
-    assert views.answers == {("other", ()): 1, ("new", ()): 1}
-    assert not views.dead
 
 
 def test_failed_appends_do_no_harm() -> None:
@@ -292,12 +202,12 @@ def test_what_cannot_be_encoded_leaves_nothing_behind(monkeypatch: pytest.Monkey
     log = FaultyLog()
     gate = gateway(log)
 
-    def broken(value: Batch) -> bytes:
+    def broken(value: Batch, groups: bytes) -> bytes:
         if value.partition == 2:
             raise RuntimeError("cannot")
-        return encode_batch(value)
+        return encode_drafted(value, groups)
 
-    monkeypatch.setattr(sealing, "encode_batch", broken)
+    monkeypatch.setattr(sealing, "encode_drafted", broken)
     deltas = [delta(1, a=str(i)) for i in range(50)]
     with pytest.raises(RuntimeError):
         gate.deltas(deltas)
@@ -329,16 +239,6 @@ def test_requests_at_once_are_exact() -> None:
     assert meter.of(m.DELTAS_INGESTED) == 480 * 3
 
 
-def test_views_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway remembers so many definitions, whether they come in one request or in many."""
-    monkeypatch.setattr(gateway_module, "_DEFINITIONS_MAX", 5)
-    gate = gateway(FaultyLog())
-    gate.deltas([delta(1, f"v{i}") for i in range(4)])
-    with pytest.raises(Invalid, match="delta 1: over 5 views"):
-        gate.deltas([delta(1, "v4"), delta(1, "v5")])
-    gate.deltas([delta(1, "v4"), delta(1, "v0"), delta(1, "known", region="a", product="b")])
-
-
 # Batches
 
 
@@ -346,7 +246,10 @@ def test_batches_are_taken_as_they_are() -> None:
     """The same bytes in the log, in their order, each with the offset that covers it."""
     log, meter = FaultyLog(), Meter()
     sent = [batch(0, 0), batch(1, 0), batch(0, 1), batch(0, 0)]
-    assert gateway(log, meter).batches(sent) == [1, 1, 2, 3]
+    next_offsets, token = gateway(log, meter).batches(sent, SECRET)
+    assert next_offsets == [1, 1, 2, 3]
+    assert token.topic_id == log.topic_id(DELTAS)
+    assert token.next_offsets == {0: 3, 1: 1}
     assert log.attempts == [sent]
     views = fold(log.log)
     assert views.of("b") == {("x",): 3}
@@ -358,9 +261,10 @@ def test_batches_are_taken_as_they_are() -> None:
     ("bad", "says"),
     [
         (b"", "version"),
-        (b"\x02" + batch()[1:], "version"),
-        (batch()[:-1], "batch"),
-        (batch() + b"\x00", "batch"),
+        (b"\x01" + batch()[1:], "version"),
+        (batch()[:20] + b"\x00" + batch()[21:], "checksum"),
+        (batch()[:-1], "checksum"),
+        (batch() + b"\x00", "checksum"),
         (bytes(200), "version"),
         (batch(labels=("x", "y")), "label values"),
         (batch(labels=("x" * 5_000,)), "over 4096 bytes"),
@@ -370,7 +274,7 @@ def test_one_bad_batch_refuses_all_and_is_named(bad: bytes, says: str) -> None:
     """`BadRecord` with its number, and nothing is appended."""
     log = FaultyLog()
     with pytest.raises(BadRecord, match=says) as caught:
-        gateway(log).batches([batch(0, 0), bad, batch(0, 1)])
+        gateway(log).batches([batch(0, 0), bad, batch(0, 1)], SECRET)
     assert str(caught.value).startswith("batch 1: ")
     assert not log.attempts
 
@@ -379,7 +283,7 @@ def test_a_partition_that_is_not_known_yet() -> None:
     """A publisher may hear of new partitions before a gateway does: `Unavailable`, and nothing is appended."""
     faulty = FaultyLog()
     with pytest.raises(Unavailable, match="batch 1: there is no partition 4 yet, of 4"):
-        gateway(faulty).batches([batch(0, 0), batch(partition=4)])
+        gateway(faulty).batches([batch(0, 0), batch(partition=4)], SECRET)
     assert not faulty.attempts
 
 
@@ -390,12 +294,12 @@ def test_batches_that_are_not_acknowledged_are_sent_again_by_their_publisher() -
     sent = [batch(0, 0), batch(1, 0)]
     log.fate = lambda n, batch: Unavailable("away") if batch.partition else "kept"
     with pytest.raises(Unavailable, match="1 of 2 batches"):
-        gate.batches(sent)
+        gate.batches(sent, SECRET)
     log.fate = lambda n, batch: Invalid("too large") if batch.partition else "kept"
     with pytest.raises(BadRecord, match="batch 1: too large"):
-        gate.batches(sent)
+        gate.batches(sent, SECRET)
     log.fate = lambda n, batch: "kept"
-    assert gate.batches(sent) == [3, 1]
+    assert gate.batches(sent, SECRET)[0] == [3, 1]
     assert fold(log.log).of("b") == {("x",): 2}
 
 
@@ -406,15 +310,29 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
     gate = gateway(log)
 
     class Wire:
+        secret = ""
+
+        def introduce(self, secret: str) -> None:
+            self.secret = secret
+
+        def dismiss(self, secret: str) -> None:
+            """It is the only one."""
+
         def message_bytes_max(self, topic: str) -> int:
             return MESSAGE_BYTES_MAX
 
         def partition_count(self, topic: str) -> int:
             return 4
 
+        def topic_id(self, topic: str) -> str:
+            return log.topic_id(topic)
+
+        def high_watermarks(self, topic: str) -> Mapping[int, int]:
+            return log.high_watermarks(topic)
+
         def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
             try:
-                return [*gate.batches([message.value or b"" for message in messages])]
+                return [*gate.batches([message.value or b"" for message in messages], self.secret)[0]]
             except PipelineError as error:
                 return [error] * len(messages)
 
@@ -437,13 +355,12 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
 
 
 def test_what_fits_is_taken_and_the_rest_is_told() -> None:
-    """By index and reason; a delta may lack labels of its view, and an empty label that the view lacks is none."""
+    """By index and reason; a delta may lack labels of its view, and an empty label is none."""
     log, meter = FaultyLog(), Meter()
     gate = gateway(log, meter)
     deltas = [
         delta(1, "known", region="eu"),
         delta(2, "known", product="tea", other=""),
-        delta(4, "known", other="x"),
         delta(8, "known", "max"),
         delta(float("nan"), "known"),
         delta(-1, "rising"),
@@ -452,41 +369,12 @@ def test_what_fits_is_taken_and_the_rest_is_told() -> None:
     ]
     token, refused = gate.fitting(deltas)
     assert [(it.line, it.reason) for it in refused] == [
-        (2, "labels"), (3, "view"), (4, "value"), (5, "value"), (6, "view"), (7, "labels"),
+        (3, "value"), (4, "value"), (5, "view"), (6, "labels"),
     ]  # fmt: skip
     assert all(it.detail for it in refused)
     assert token.next_offsets
-    assert fold(log.log).of("known") == {("eu", ""): 1, ("", "tea"): 2}
-    assert meter.of(m.DELTAS_INGESTED) == 2
+    assert {labels: value for labels, value in fold(log.log).of("known").items() if labels} == {
+        ("", "eu"): 1, ("tea", ""): 2,
+    }  # fmt: skip
+    assert meter.of(m.DELTAS_INGESTED) == 3
     assert gate.fitting([]) == (Token({}), [])
-
-
-def test_what_is_refused_defines_nothing() -> None:
-    """A new view has the labels of the first request of which something was taken."""
-    log = FaultyLog()
-    gate = gateway(log)
-    for others in ([], [delta(1, "w")]):
-        token, refused = gate.fitting([delta("text", a="1"), *others])
-        assert (bool(token.next_offsets), [it.reason for it in refused]) == (bool(others), ["value"])
-    assert gate.fitting([delta(2, b="1"), delta(3, c="1")])[1] == []
-    assert [it.reason for it in gate.fitting([delta(4, a="1"), delta(5)])[1]] == ["labels"]
-    assert fold(log.log).of("v") == {("1", ""): 2, ("", "1"): 3, ("", ""): 5}
-
-
-def test_of_two_that_define_a_view_the_second_fits_itself_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the first came while the second was under way: what fits is taken, and the log has one definition."""
-    log = FaultyLog()
-    gate = gateway(log)
-    count, others = log.partition_count, [delta(1, a="first")]
-
-    def meanwhile(topic: str) -> int:
-        if others:
-            assert gate.fitting([others.pop()])[1] == []
-        return count(topic)
-
-    monkeypatch.setattr(log, "partition_count", meanwhile)
-    _, refused = gate.fitting([delta(2, b="second"), delta(4), delta(8, a="second", b="")])
-    assert [(it.line, it.reason) for it in refused] == [(0, "labels")]
-    views = fold(log.log)
-    assert not views.dead
-    assert views.of("v") == {("first",): 1, ("",): 4, ("second",): 8}

@@ -21,7 +21,7 @@ def test_a_value_that_no_batch_can_hold_is_refused_when_it_is_recorded(mode: dic
         pub.flush()
         for refused in (
             lambda: view.set("x" * 10_000, a="b"),
-            lambda: view.labels("b").set("ü" * 3_000),
+            lambda: view.labels("b").set("ü" * 5_000),
             lambda: total.add(1, a="y" * 4_096 + "z" * 6_000),
             lambda: pub.record_batch(view, {"a": ["b", "c"], "value": ["x", "x" * 10_000]}),
         ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,15 +134,14 @@ def test_a_storm_of_sets_costs_one_entry_a_flush() -> None:
         assert after["entries"] - before["entries"] <= 2  # one, and the first flush of all
         assert after["deltas"] - before["deltas"] >= 2_000
     pub.close()
-    assert fold(log).of("v") == {("x",): "2 3 499"}
+    assert fold(log).of("v")["x",] in {f"2 {i} 499" for i in range(4)}  # all are of one time: whoever was the last
     assert sum(len(group.suffixes) for batch in batches(log) for group in batch.groups) <= 5
 
 
 def test_the_last_write_wins_everywhere() -> None:
-    """By its timestamp, whichever thread, publisher or buffering it came from, and in whatever order it arrives."""
+    """By its timestamp, whichever thread or publisher it came from, and in whatever order it arrives."""
     log = memory_log()
-    modes: list[dict[str, Any]] = [{"buffering": "thread"}, {"buffering": "sharded"}]
-    pubs = [publisher(log, flush_interval_ms=1, **mode) for mode in modes]
+    pubs = [publisher(log, flush_interval_ms=1) for _ in range(2)]
     views = [pub.last("v", labels=("a",)) for pub in pubs]
 
     def work(i: int) -> None:

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 
-import pipeline.metrics as m
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
-from pipeline.producer.cell import SumCell
-from tests.producer.support import Meter, batches, fold, memory_log, publisher
+from tests.producer.support import batches, fold, memory_log, publisher
 from tests.producer.test_values import BAD, Celsius
 
 np = pytest.importorskip("numpy")
@@ -53,20 +51,18 @@ def test_what_is_not_negative_counts() -> None:
     assert fold(log).answers == {("v", ()): 15, ("w", ()): 10**400}
 
 
-def test_an_object_that_turns_negative_costs_itself_only() -> None:
-    """One that gets past the first look is lost alone, and counted, and its publisher told, like no number."""
-    log, meter = memory_log(), Meter()
-    pub = publisher(log, meter, flush_interval_ms=100_000)
+def test_an_object_that_turns_negative_counts_as_it_was() -> None:
+    """It is read when it is recorded, not when it is merged."""
+    log = memory_log()
+    pub = publisher(log, flush_interval_ms=100_000)
     cell = pub.sum("v", monotone=True).labels()
     cell.add(1)
     array = np.array(2.0)
     cell.add(array)
     cell.add(3)
     array -= 10
-    with pytest.raises(Invalid, match="1 deltas were no numbers"):
-        pub.close()
-    assert fold(log).of("v") == {(): 4}
-    assert meter.of(m.PUBLISHER_DROPPED, "no_number") == 1
+    pub.close()
+    assert fold(log).of("v") == {(): 6}
 
 
 def test_it_is_part_of_what_a_view_is() -> None:
@@ -84,10 +80,3 @@ def test_it_is_part_of_what_a_view_is() -> None:
         for wrong in (1, None, "yes"):
             with pytest.raises(Invalid, match="True or False"):
                 pub.sum("y", monotone=wrong)  # type: ignore[arg-type]
-
-
-def test_other_sums_do_not_pay_for_it() -> None:
-    """The cells of a plain sum are plain: their `add` looks at nothing new."""
-    with publisher(memory_log()) as pub:
-        assert type(pub.sum("v").labels()) is SumCell
-        assert type(pub.sum("w", monotone=True).labels()) is not SumCell

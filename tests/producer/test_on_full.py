@@ -14,14 +14,17 @@ import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryLog
 from pipeline.errors import BufferFull, PipelineError, Unavailable
 from pipeline.producer.client import BasePublisher
-from pipeline.producer.spool.drain import drain
-from pipeline.producer.spool.look import inspect
+from pipeline.producer.rescue import drain
+from pipeline.publisher.spool.look import inspect
 from pipeline.settings import PublisherSettings
-from tests.producer.spool.support import as_kill_leaves_it
 from tests.producer.support import CLOCK, FaultyLog, Meter, fold, publisher, same, wait_until
+from tests.publisher.spool.support import as_kill_leaves_it
 
 BUFFER = 2**17
 SPOOL = 2**22
+TURNS = 600
+LONG_SPOOL = 2**23
+"""Less than that many turns over 1,000 series take in a ring."""
 
 
 class Down:
@@ -49,24 +52,26 @@ def down() -> Iterator[Down]:
 @pytest.mark.parametrize("away", ["away", "down"])
 @pytest.mark.parametrize("durability", ["memory", "process"])
 def test_a_log_that_is_away_for_long_costs_what_its_series_cost(tmp_path: Path, durability: str, away: str) -> None:
-    """200,000 deltas over 1,000 series: memory does not grow with deltas, the spool is committed as series, all arrive."""
+    """600,000 deltas over 1,000 series: memory does not grow with deltas, the spool is committed as series, all arrive."""
     down = Down()
     down.is_down = away == "down"
     down.log.away = away == "away"
     settings = {"durability": durability, "spool_dir": str(tmp_path)} if durability != "memory" else {}
-    with publisher(down.log, spool_bytes_max=SPOOL, buffer_bytes_max=2**23, **settings) as pub:
+    with publisher(down.log, spool_bytes_max=LONG_SPOOL, buffer_bytes_max=2**23, **settings) as pub:
         cells = [pub.sum("v", labels=("n",)).labels(str(n)) for n in range(1_000)]
         used = []
-        for turn in range(200):
+        for turn in range(TURNS):
             for cell in cells:
                 cell.add(float(turn))
             if turn % 40 == 39:
                 used.append(pub.stats()["buffer_bytes"])
-                assert not settings or spool_bytes(tmp_path) <= SPOOL
+                assert not settings or spool_bytes(tmp_path) <= LONG_SPOOL
+                # On a loaded machine the flusher, which commits what was recorded as series, is slower than this thread.
+                wait_until(lambda: not settings or spool_bytes(tmp_path) <= LONG_SPOOL // 2)
         assert max(used) <= 2**23
         down.is_down = down.log.away = False
         pub.flush(60)
-        same(fold(down.log.log).of("v"), {(str(n),): sum(range(200)) for n in range(1_000)})
+        same(fold(down.log.log).of("v"), {(str(n),): sum(range(TURNS)) for n in range(1_000)})
 
 
 # What `on_full` says
@@ -91,19 +96,16 @@ def ones(count: int) -> dict[tuple[str, ...], Any]:
     return {(str(n),): 1 for n in range(count)}
 
 
-@pytest.mark.parametrize("durability", ["memory", "process"])
-@pytest.mark.parametrize(("on_full", "waited", "merged"), [("block", 1, 0), ("raise", 0, 0), ("merge_harder", 1, 1)])
-def test_a_full_buffer_refuses(tmp_path: Path, down: Down, on_full: str, waited: int, merged: int, durability: str) -> None:
+@pytest.mark.parametrize(("on_full", "waited"), [("block", 1), ("raise", 0)])
+def test_a_full_buffer_refuses(down: Down, on_full: str, waited: int) -> None:
     """`BufferFull`, at once or after `block_timeout_ms`; nothing that was recorded before is lost, and it goes on after."""
     meter = Meter()
-    settings = {"on_full": on_full, "block_timeout_ms": 50, "buffer_bytes_max": BUFFER, "durability": durability}
-    with publisher(down.log, meter, spool_dir=str(tmp_path), **settings) as pub:
+    with publisher(down.log, meter, on_full=on_full, block_timeout_ms=50, buffer_bytes_max=BUFFER) as pub:
         count = fill(pub)
         assert count > 50
         assert pub.stats()["buffer_bytes"] <= BUFFER
         assert meter.of(m.PUBLISHER_REFUSED) == 1
         assert min(meter.of(m.PUBLISHER_BLOCKED), 1) == waited
-        assert min(meter.of(m.PUBLISHER_MERGED_HARDER), 1) == merged
         down.is_down = False
         pub.flush(60)
         pub.sum("v", labels=("n",)).add(1.0, n=str(count))
@@ -125,12 +127,10 @@ def test_a_thread_that_is_blocked_goes_on_when_there_is_room(down: Down) -> None
     assert not meter.of(m.PUBLISHER_REFUSED)
 
 
-@pytest.mark.parametrize("durability", ["memory", "process"])
-def test_the_newest_are_dropped_and_counted(tmp_path: Path, down: Down, durability: str) -> None:
+def test_the_newest_are_dropped_and_counted(down: Down) -> None:
     """`drop_newest`: recording never fails or waits; what arrives and what is counted as dropped make up all."""
     meter = Meter()
-    settings = {"on_full": "drop_newest", "buffer_bytes_max": BUFFER, "durability": durability, "spool_dir": str(tmp_path)}
-    with publisher(down.log, meter, **settings) as pub:
+    with publisher(down.log, meter, on_full="drop_newest", buffer_bytes_max=BUFFER) as pub:
         view = pub.sum("v", labels=("n",))
         for n in range(1_000):
             view.add(1.0, n=str(n))
@@ -142,34 +142,15 @@ def test_the_newest_are_dropped_and_counted(tmp_path: Path, down: Down, durabili
     assert len(found) + dropped == 1_000
 
 
-def test_merging_makes_room_for_more_series(down: Down) -> None:
-    """`merge_harder`: lists that have grown are merged by the thread that needs room, before it waits for anybody."""
-    meter = Meter()
-    with publisher(
-        down.log, meter, on_full="merge_harder", block_timeout_ms=0, buffer_bytes_max=BUFFER, flush_interval_ms=3_600_000,
-        snapshot_interval_ms=3_600_000,
-    ) as pub:  # fmt: skip
-        cell = pub.sum("v", labels=("n",)).labels("0")
-        for _ in range(2_000):
-            cell.add(1)
-        pub.sum("v", labels=("n",)).add(0, n="0")
-        count = fill(pub, 1)
-        assert meter.of(m.PUBLISHER_MERGED_HARDER) > 0
-        assert count > 100  # half of the account was the list's
-        down.is_down = False
-        pub.flush(60)
-    same(arrived(down.log.log), {**ones(count), ("0",): 2_000})
-
-
-# Spilling
+# With a spool
 
 
 @pytest.mark.parametrize("durability", ["memory", "process"])
-def test_spilled_batches_are_bounded_by_the_disk_alone(tmp_path: Path, down: Down, durability: str) -> None:
-    """`spill`: many times more series than memory holds are recorded while the log is down, and all of them arrive."""
+def test_batches_on_disk_are_bounded_by_the_disk_alone(tmp_path: Path, down: Down, durability: str) -> None:
+    """Many times more series than memory holds are recorded while the log is down, and all of them arrive."""
     meter = Meter()
     settings = {"buffer_bytes_max": BUFFER, "durability": durability, "spool_dir": str(tmp_path), "spool_bytes_max": 2**24}
-    with publisher(down.log, meter, on_full="spill", block_timeout_ms=60_000, batch_bytes_max=4_096, **settings) as pub:
+    with publisher(down.log, meter, block_timeout_ms=60_000, batch_bytes_max=4_096, **settings) as pub:
         view = pub.sum("v", labels=("n",))
         most = 0
         for n in range(6_000):
@@ -187,9 +168,9 @@ def test_spilled_batches_are_bounded_by_the_disk_alone(tmp_path: Path, down: Dow
 
 @pytest.mark.parametrize("durability", ["memory", "process"])
 def test_a_spool_that_is_full_blocks(tmp_path: Path, down: Down, durability: str) -> None:
-    """`spill` at `spool_bytes_max`: recording waits, then raises; all that was recorded before arrives."""
+    """At `spool_bytes_max` recording waits, then raises; all that was recorded before arrives."""
     settings = {"buffer_bytes_max": BUFFER, "durability": durability, "spool_dir": str(tmp_path), "spool_bytes_max": SPOOL}
-    with publisher(down.log, on_full="spill", block_timeout_ms=300, batch_bytes_max=65_536, **settings) as pub:
+    with publisher(down.log, block_timeout_ms=300, batch_bytes_max=65_536, **settings) as pub:
         view = pub.last("v", labels=("n",))
         count = 0
         with suppress(BufferFull):
@@ -205,17 +186,17 @@ def test_a_spool_that_is_full_blocks(tmp_path: Path, down: Down, durability: str
 
 
 @pytest.mark.parametrize("durability", ["memory", "process"])
-def test_spilled_batches_count_once_after_a_kill(tmp_path: Path, durability: str) -> None:
+def test_batches_on_disk_count_once_after_a_kill(tmp_path: Path, durability: str) -> None:
     """The log has accepted all and never said so; the process dies; what is sent from its spool is dropped as known."""
     log = FaultyLog(lambda n, batch: "unheard" if batch.sequence % 2 else Unavailable("the log is down"))
     settings = {"buffer_bytes_max": BUFFER, "durability": durability, "spool_dir": str(tmp_path / "spool")}
-    pub = publisher(log, on_full="spill", batch_bytes_max=4_096, **settings)
+    pub = publisher(log, batch_bytes_max=4_096, **settings)
     view = pub.sum("v", labels=("n",))
     for n in range(2_000):
         view.add(1.0, n=str(n))
     wait_until(lambda: pub.stats()["waiting"] > 20 and len(log.attempts) > 5)
     [slot] = inspect(tmp_path / "spool")
-    as_kill_leaves_it(tmp_path / "spool" / slot.producer_id, tmp_path / "left")
+    as_kill_leaves_it(tmp_path / "spool" / slot.slot, tmp_path / "left")
     assert slot.entry_count > 500
     log.fate = lambda n, batch: "kept"
     after = FaultyLog()

@@ -135,8 +135,6 @@ def test_a_signal_handler_may_close(path: Path, then: str) -> None:
     run_script(
         path,
         """
-import pipeline.producer.cell
-pipeline.producer.cell.CELL_LIMIT_MAX = 8  # so that half the time is spent with a lock
 import random
 rng = random.Random(1)
 for i in range(30):
@@ -275,8 +273,6 @@ def test_forks_while_threads_record_and_flush(path: Path) -> None:
     done = run_script(
         path,
         """
-import pipeline.producer.cell
-pipeline.producer.cell.CELL_LIMIT_MAX = 16
 pub = publisher(log, flush_interval_ms=1, series_idle_ms=1)
 other = publisher(log, flush_interval_ms=1)
 view = pub.sum("v", labels=("who",))

@@ -1,22 +1,21 @@
-"""Programs that fork or interleave as servers do: asyncio, gunicorn and Celery, the real ones, lose and double nothing."""
+"""Programs that fork or interleave as servers do: asyncio, gunicorn and Celery, the real ones, lose and double nothing.
+
+`test_uwsgi` has that of uWSGI, and `test_process` those of multiprocessing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pipeline import Reader
 from tests.producer.modes import MODES, settings_of
+from tests.producer.serving import GUNICORN, Server, Watched
 from tests.producer.support import FileLog, batches, fold, memory_log, publisher
-from tests.support import Program, UpProcess, everything, wait_until
+from tests.support import Program, wait_until
 
-GUNICORN = [sys.executable, "-m", "gunicorn"]
 CELERY = [sys.executable, "-m", "celery"]
 NEVER_MS = 3_600_000
 """A flush interval in which no test ends: what is found was drained by the end of a process."""
@@ -64,61 +63,31 @@ def test_tasks_of_one_event_loop_are_exact(tmp_path: Path, mode: str) -> None:
 
 # gunicorn
 
-APP = """
-import os, sys
-from pipeline import Publisher
 
-pub = Publisher({url!r}, **{settings!r})
-view = pub.sum("requests", labels=("path",))
-boot = pub.sum("boot")
-boot.add(1)
-pub.flush()     # its connection, and the threads, are there before the fork
-boot.add(10)    # and this waits in the parent
-handle = view.labels("/")
+@pytest.mark.parametrize(
+    ("options", "boot"),
+    [
+        ("", 22),
+        ("--preload --max-requests 15", 11),
+        ("-k gthread --threads 4 --preload", 11),
+        ("-k gevent", 22),
+        ("-k gevent --preload", 11),
+    ],
+)
+def test_gunicorn_is_exact(tmp_path: Path, free_port: int, options: str, boot: int) -> None:
+    """A publisher made before the fork, or in each worker: each sends its own, and a graceful stop loses none.
 
-def app(environ, start_response):
-    handle.add(1)
-    view.add(1, path="all")
-    if environ["PATH_INFO"] == "/flush":
-        pub.flush()
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [str(os.getpid()).encode()]
-"""
-
-
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        pid: str = answer.read().decode()
-        return pid
-
-
-def answers(url: str) -> bool:
-    try:
-        get(url)
-    except OSError:
-        return False
-    return True
-
-
-def test_gunicorn_with_preload_is_exact(tmp_path: Path, free_port: int) -> None:
-    """A publisher made before the fork: each worker sends its own, also when it is replaced; a graceful stop loses none."""
-    url = f"http://127.0.0.1:{free_port}"
-    with UpProcess(tmp_path / "data") as up:
-        (tmp_path / "app.py").write_text(APP.format(url=up.url, settings={"flush_interval_ms": NEVER_MS}))
-        options = ["--preload", "-w", "2", "-b", url.removeprefix("http://"), "--max-requests", "40", "app:app"]
-        with Program(*options, stderr=tmp_path / "stderr", cwd=tmp_path, program=GUNICORN) as server:
-            wait_until(lambda: answers(url) or server.process.poll() is not None, "gunicorn answers")
-            with ThreadPoolExecutor(4) as pool:
-                pids = set(pool.map(get, [f"{url}/{'flush' if i % 10 == 0 else ''}" for i in range(199)]))
-            assert len(pids) > 2, "no worker was replaced"
-            server.signal(signal.SIGTERM)
-            assert server.wait() == 0, server.stderr()
-            assert "Traceback" not in server.stderr()
-        with Reader(up.url) as reader:
-            token = everything(reader)
-            assert reader.get("boot", after=token).value() == 11
-            counts = {series.labels["path"]: series.value for series in reader.get("requests", after=token).series}
-    assert counts == {"/": 200, "all": 200}
+    A worker that is replaced drains too. Threads become green behind the fork.
+    """
+    address = f"127.0.0.1:{free_port}"
+    command = [*GUNICORN, "-w", "2", "-b", address, *options.split(), "app:app"]
+    with Server(command, tmp_path, address) as server:
+        count = server.ask(3 if "--max-requests" in options else 2)
+        found, producers = server.stop()
+    assert found.of("v") == {("/",): count, ("all",): count}
+    assert found.of("boot") == {(): boot}
+    assert (found.duplicates, found.dead) == (0, [])
+    assert producers >= boot // 11 + ("--preload" in options)
 
 
 # Celery
@@ -126,11 +95,13 @@ def test_gunicorn_with_preload_is_exact(tmp_path: Path, free_port: int) -> None:
 TASKS = """
 import os
 from celery import Celery
+from tests.producer.serving import GUNICORN, Server, Watched
 from tests.producer.support import FileLog, publisher
 
 app = Celery("tasks", broker="filesystem://")
 app.conf.update(
-    broker_transport_options={{"data_folder_in": {queue!r}, "data_folder_out": {queue!r}, "control_folder": {control!r}}},
+    broker_transport_options={{"data_folder_in": {queue!r}, "data_folder_out": {queue!r}, "control_folder": {control!r},
+        "polling_interval": 0.02}},
     worker_max_tasks_per_child=10,
     worker_enable_remote_control=False,
     broker_connection_retry_on_startup=True,
@@ -152,7 +123,8 @@ def work(n):
 SEND = "import tasks\nfor i in range({count}): tasks.work.delay(i)\ntasks.view.add(1, who='sender')\n"
 
 
-def test_celery_prefork_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_celery_is_exact(tmp_path: Path, pool: str) -> None:
     """Its children end without `atexit`: what they recorded is sent all the same, when they are replaced and at the end."""
     count = 30
     queue, control, done, log = (tmp_path / name for name in ("queue", "control", "done", "log"))
@@ -163,16 +135,16 @@ def test_celery_prefork_is_exact(tmp_path: Path) -> None:
     settings = {"flush_interval_ms": NEVER_MS}
     (tmp_path / "tasks.py").write_text(TASKS.format(settings=settings, **paths))
     quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-    options = ["-A", "tasks", "worker", "-P", "prefork", "-c", "2", *quiet]
-    with Program(*options, stderr=tmp_path / "stderr", cwd=tmp_path, program=CELERY) as worker:
+    options = ["-A", "tasks", "worker", "-P", pool, "-c", "2", *quiet]
+    with Watched([*CELERY, *options], tmp_path) as worker:
         send = ["-c", SEND.format(count=count)]
         with Program(*send, stderr=tmp_path / "sent", cwd=tmp_path, program=[sys.executable]) as sender:
             assert sender.wait() == 0, sender.stderr()
         wait_until(lambda: done.stat().st_size >= count or worker.process.poll() is not None, "all tasks are done")
-        worker.signal(signal.SIGTERM)
-        assert worker.wait() == 0, worker.stderr()
-        assert "Traceback" not in worker.stderr()
+        worker.end()
+        assert worker.process.returncode == 0, worker.output()
     read = FileLog(log).read()
     found = fold(read)
     assert found.of("v") == {("task",): count * (count - 1) // 2, ("all",): count, ("boot",): 2, ("sender",): 1}
-    assert len({batch.producer_id for batch in batches(read)}) > 4, "no child was replaced"
+    producers = {batch.producer_id for batch in batches(read)}
+    assert len(producers) > 4 if pool == "prefork" else len(producers) == 2, "children are replaced, green threads are not"

@@ -27,6 +27,9 @@ class Stopped:
     def monotonic_s(self) -> float:
         return self.ms / 1_000
 
+    def rising_ns(self) -> int:
+        return CLOCK.rising_ns()
+
     def new_id(self) -> str:
         return CLOCK.new_id()
 
@@ -116,6 +119,25 @@ def test_a_gauge_of_an_older_time_is_older() -> None:
     assert world.views().answers == {("g", ()): 5, ("h", ()): 1}
 
 
+def test_a_gauge_of_a_time_far_ahead_is_refused() -> None:
+    """It would silence its series; it is counted, and what follows goes on."""
+    world = World().send("g:1|g", f"g:9|g|T{CLOCK.now_ms() // 1_000 + 7_200}", "g:2|g")
+    assert world.refused == {"refused": 1}
+    assert world.views().answers == {("g", ()): 2}
+
+
+def test_a_clock_that_is_set_back_holds_no_gauge_up() -> None:
+    """What is heard then is recorded at once, not when the clock has caught up."""
+    clock = Stopped()
+    clock.ms = 10_000_000
+    world = World(clock=clock).send("g:1|g")
+    clock.ms = 5_000_000
+    world.send("g:2|g")
+    world.publisher.flush()
+    assert world.publisher.local()["g"][()] == 2
+    assert world.views().answers == {("g", ()): 2}
+
+
 def test_a_gauge_storm_is_recorded_once_a_millisecond() -> None:
     """The clock stands still: one delta goes out at once, and one with the newest value at the end."""
     world = World(clock=Stopped())
@@ -181,15 +203,22 @@ def test_views_and_series_have_limits() -> None:
     assert world.refused == {"views_max": 2, "series_max": 4}
 
 
-def test_a_gauge_beyond_all_numbers_is_refused() -> None:
-    """The series keeps the value that it had."""
+def test_a_gauge_beyond_all_floats_is_an_int() -> None:
+    """No step is refused, and none is lost."""
     nines = "9" * 2_400
     world = World().send("g:1e308|g", "g:+1e308|g", f"i:{nines}|g", *[f"i:+{nines}|g"] * 3, "j:1.5|g", f"j:+{nines}|g")
-    assert world.refused == {"value": 2}
+    assert not world.refused
     views = world.views().answers
-    assert views["g", ()] == 1e308
+    assert views["g", ()] == 2 * int(1e308)
     assert views["i", ()] == 4 * int(nines)
-    assert views["j", ()] == 1.5
+    assert views["j", ()] == int(nines) + 1
+
+
+def test_a_gauge_that_is_moved_by_fractions_is_exact() -> None:
+    """What a float can't hold of each step is kept, so ten tenths are one, and a small step beside a large value counts."""
+    world = World().send("g:0.1|g", *["g:+0.1|g"] * 9, "big:1e16|g", "big:+1|g", "big:-1e16|g")
+    assert not world.refused
+    assert world.views().answers == {("g", ()): 1.0, ("big", ()): 1.0}
 
 
 def test_a_log_that_is_away_costs_bounded_memory() -> None:

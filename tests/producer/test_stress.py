@@ -36,7 +36,7 @@ def live(number):
     "A thread's whole life: some thousand deltas by every kind of handle, counted by itself, and handed in at the end."
     rng = random.Random(number)
     own, ended = Counter(), time.monotonic() + rng.random() * 0.1
-    bound = total.labels(str(number % SERIES)).for_this_thread()
+    bound = total.labels(str(number % SERIES))
     mine = tally[number] = [0, 0]
     values = []
     while time.monotonic() < ended:
@@ -117,7 +117,7 @@ def open_and_close():
 
 def fork():
     count = 0
-    mine = forked.for_this_thread()
+    mine = forked
     while time.monotonic() < end_s:
         time.sleep(0.05)
         child = os.fork()

@@ -31,6 +31,9 @@ class Ticking:
         self.seconds += 1
         return self.seconds
 
+    def rising_ns(self) -> int:
+        return CLOCK.rising_ns()
+
     def new_id(self) -> str:
         return CLOCK.new_id()
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-import pipeline.metrics as m
-from pipeline.core.merge import INT_BITS_MAX
-from pipeline.core.merge import KINDS as ALGEBRA
+from pipeline.core.kinds import INT_BITS_MAX
+from pipeline.core.kinds import KINDS as ALGEBRA
 from pipeline.core.record import LABEL_VALUE_BYTES_MAX
 from pipeline.errors import Invalid
-from pipeline.producer.buffer import View
 from pipeline.producer.client import BasePublisher, publisher_settings
-from tests.producer.support import Meter, fold, memory_log, publisher, same
+from tests.producer.support import fold, memory_log, publisher, same
 
 np = pytest.importorskip("numpy")
 
@@ -40,8 +38,8 @@ class OldRegion(str, enum.Enum):  # noqa: UP042  # what StrEnum replaced prints 
     EU = "eu"
 
 
-def record(view: View, value: Any) -> None:
-    getattr(view.labels(), view.kind.method)(value)  # type: ignore[attr-defined]
+def record(view: Any, value: Any) -> None:
+    getattr(view.labels(), ALGEBRA[view.definition.kind].method)(value)
 
 
 GOOD: list[tuple[Any, int | float]] = [
@@ -116,23 +114,6 @@ def test_an_object_that_changes_counts_as_it_was() -> None:
     assert fold(log).answers == {("v", ()): 2 * sum(range(1, 40)), ("m", ()): 39}
 
 
-def test_an_object_that_stops_being_a_number_costs_itself_only() -> None:
-    """One that gets past the first look, among plain numbers, is lost alone, and counted, and the next flush says so."""
-    log = memory_log()
-    meter = Meter()
-    pub = publisher(log, meter, flush_interval_ms=100_000)
-    cell = pub.sum("v").labels()
-    cell.add(1)
-    celsius = Celsius(2)
-    cell.add(celsius)  # type: ignore[arg-type]
-    cell.add(3)
-    celsius.value = "nan"
-    with pytest.raises(Invalid, match="1 deltas were no numbers"):
-        pub.close()
-    assert fold(log).of("v") == {(): 4}
-    assert meter.of(m.PUBLISHER_DROPPED, "no_number") == 1
-
-
 def test_last_takes_text_numbers_bools_and_none() -> None:
     """The newest by timestamp wins; text of a str subclass is plain text."""
     log = memory_log()
@@ -170,7 +151,7 @@ def test_labels_by_position_and_by_name_are_one_series() -> None:
         view.labels(Region.EU, "tea").add()
         view.labels(OldRegion.EU, "tea").add()
         view.labels(np.str_("eu"), "tea").add()
-        assert view.labels("eu", "tea") is view.labels(a=Region.EU, b="tea")
+        assert view.labels("eu", "tea").suffix == view.labels(a=Region.EU, b="tea").suffix
         odd = [("", ""), ("\x00", "a\x00b"), ("ü🎉", "\n"), ("x" * LABEL_VALUE_BYTES_MAX, "y")]
         for labels in odd:
             view.labels(*labels).add(2)
@@ -205,7 +186,7 @@ def test_wrong_labels_are_refused(positional: tuple[Any, ...], named: dict[str, 
         if named and not positional:
             with pytest.raises(Invalid, match=says):
                 view.add(1, **named)
-        assert len(view) == 0
+        assert pub.stats()["series"] == 0
 
 
 def test_labels_may_be_named_like_parameters() -> None:

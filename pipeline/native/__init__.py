@@ -1,0 +1,68 @@
+"""The native core, where it was built: a Rust crate in this folder, compiled at install by `hatch_build`.
+
+It does per delta what `pipeline.publisher.table` does in Python, and nothing else. Both ways always work. `PIPELINE_NATIVE`
+chooses, at install and when the program runs: `auto` (the default) uses it if it is there, `no` does not, and with `require`
+its absence is an error that says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from functools import cache
+from typing import Any
+
+from pipeline.errors import Invalid
+
+VERSION = 3
+"""The version of the extension that this package needs; `src/lib.rs` has the same number."""
+VARIABLE = "PIPELINE_NATIVE"
+_MODULE = "pipeline_native"
+_log = logging.getLogger(__name__)
+
+
+@cache
+def _found() -> tuple[Any, str]:
+    """Return the extension, or None, and a sentence that says which is in use and why."""
+    wish = os.environ.get(VARIABLE, "auto")
+    if wish not in ("auto", "no", "require"):
+        raise Invalid(f"{VARIABLE} is auto, no or require; got {wish!r:.50}")
+    if wish == "no":
+        return None, f"the native core is not in use: {VARIABLE}=no"
+    try:
+        extension = importlib.import_module(_MODULE)
+    except ImportError as error:
+        there = "is not installed" if isinstance(error, ModuleNotFoundError) else f"can't be loaded: {error}"
+        return _without(wish, f"the native core {there}")
+    if extension.VERSION != VERSION:
+        return _without(
+            wish, f"the native core has version {extension.VERSION}, and {VERSION} is needed: it is of another build"
+        )
+    return extension, f"the native core is in use, version {VERSION}"
+
+
+def _without(wish: str, why: str) -> tuple[None, str]:
+    what = "install the package again, with a Rust toolchain (cargo) on the PATH"
+    if wish == "require":
+        raise Invalid(f"{why}, and {VARIABLE}=require: {what}")
+    _log.info("%s; recording costs more without it. To have it, %s", why, what)
+    return None, f"{why}; {what}"
+
+
+def extension() -> Any:
+    """Return the extension module, or None where the plain implementation is to be used.
+
+    Raises `Invalid` where the native core is required and not there.
+    """
+    return _found()[0]
+
+
+def in_use() -> bool:
+    """Return whether the native core is in use."""
+    return extension() is not None
+
+
+def describe() -> str:
+    """Return a sentence that says whether the native core is in use, and why not."""
+    return _found()[1]

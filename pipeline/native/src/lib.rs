@@ -1,0 +1,26 @@
+//! The native core of `pipeline`: what is done per delta. Its specification is `pipeline/publisher/table.py`.
+
+mod convert;
+mod fork;
+mod labels;
+mod local;
+mod python;
+mod ring;
+mod state;
+mod table;
+mod view;
+mod wire;
+
+use pyo3::prelude::*;
+
+/// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
+const VERSION: u32 = 3;
+
+#[pymodule(gil_used = false)]
+fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("VERSION", VERSION)?;
+    m.add("SOURCES", option_env!("PIPELINE_NATIVE_SOURCES").unwrap_or(""))?;
+    fork::watch();
+    python::register(m)?;
+    view::register(m)
+}

@@ -1,0 +1,105 @@
+"""From merged states to batches: put by partition, cut to size, and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pipeline.core.codec import GROUP_COUNT_MAX, encode_groups
+from pipeline.core.kinds import State
+from pipeline.core.record import Definition, Group, travelling
+
+BATCH_BYTES = 280
+"""What a batch takes without its groups, at most."""
+GROUP_BYTES = 32
+"""What a group takes in a batch beyond its definition, at most."""
+ENTRY_BYTES = 32
+"""What a series takes in a batch beyond its suffix and `value_bytes`, at most."""
+encode = lru_cache(maxsize=10_000)(lambda definition: msgspec.msgpack.encode(travelling(definition)))
+"""A definition, as it stands in a batch."""
+
+
+def value_bytes(value: Any) -> int:
+    """Return the most that a state takes in a batch beyond `ENTRY_BYTES`: more than 0 for texts and ints."""
+    kind = type(value)
+    if kind is int:
+        return int(value.bit_length() + 7) // 8
+    if kind is str:
+        return len(value.encode())
+    return sum(map(value_bytes, value)) if kind is tuple else 0
+
+
+class Merged(NamedTuple):
+    """Merged deltas of one series, for a partition. `definition` is the same object for all series of a view."""
+
+    partition: int
+    definition: Definition
+    suffix: bytes
+    state: State
+    delta_count: int = 1
+
+
+class Pending(NamedTuple):
+    """Merged deltas of one series that are recorded, and in no batch."""
+
+    definition: Definition
+    suffix: bytes
+    state: State
+    delta_count: int = 1
+
+
+class Draft(NamedTuple):
+    """A batch to be: what was drained for one partition. `codec.encode_drafted` makes a batch of it."""
+
+    partition: int
+    groups: bytes
+    """The groups as a batch carries them."""
+    group_count: int
+    series_count: int
+    delta_count: int
+
+
+def cut(merged: Iterable[Merged], bytes_max: int) -> list[Draft]:
+    """Return batches to be, of up to `bytes_max`, by partition. A series that is larger by itself gets one by itself."""
+    growing: dict[int, list[_Growing]] = {}
+    for item in merged:
+        size = ENTRY_BYTES + len(item.suffix) + value_bytes(item.state)
+        drafts = growing.setdefault(item.partition, [])
+        if not drafts or not drafts[-1].fits(item.definition, size, bytes_max):
+            drafts.append(_Growing())
+        drafts[-1].add(item, size)
+    return [draft.done(partition) for partition in sorted(growing) for draft in growing[partition]]
+
+
+class _Growing:
+    def __init__(self) -> None:
+        self._size = BATCH_BYTES
+        self._groups: dict[int, Group] = {}  # by the id of the definition, which is quicker than its hash
+        self._delta_count = 0
+
+    def fits(self, definition: Definition, size: int, bytes_max: int) -> bool:
+        """Return whether there is room for one series more."""
+        if id(definition) in self._groups:
+            return self._size + size <= bytes_max
+        size += GROUP_BYTES + len(encode(definition))
+        return self._size + size <= bytes_max and len(self._groups) < GROUP_COUNT_MAX
+
+    def add(self, item: Merged, size: int) -> None:
+        """Add a series."""
+        group = self._groups.get(id(item.definition))
+        if group is None:
+            self._size += GROUP_BYTES + len(encode(item.definition))
+            group = self._groups[id(item.definition)] = Group(item.definition, [], [])
+        self._size += size
+        group.suffixes.append(item.suffix)
+        group.states.append(item.state)
+        self._delta_count += item.delta_count
+
+    def done(self, partition: int) -> Draft:
+        """Return it as it is now."""
+        groups = [*self._groups.values()]
+        series_count = sum([len(group.suffixes) for group in groups])
+        return Draft(partition, encode_groups(groups), len(groups), series_count, self._delta_count)

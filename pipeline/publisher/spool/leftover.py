@@ -1,0 +1,305 @@
+"""What a process has left in its slot: claimed, and sent under its own producer id until nothing is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from pipeline.core.codec import decode_batch, encode_batch
+from pipeline.core.kinds import KINDS, STATE_INT_BYTES_MAX, State, kind_of
+from pipeline.core.kinds.base import from_wire
+from pipeline.core.record import Definition
+from pipeline.core.sequence import Sealed
+from pipeline.errors import BadRecord, Invalid
+from pipeline.publisher.drafts import Pending
+from pipeline.publisher.spool.database import (
+    FORMAT,
+    LOG,
+    NAME,
+    SEAL,
+    Contents,
+    Database,
+    Root,
+    create,
+    encode_pending,
+)
+from pipeline.publisher.spool.ring import (
+    DEFINITION,
+    DELTA,
+    HEADER,
+    SERIES,
+    scan,
+    segment_header,
+    segment_name,
+    segment_path,
+)
+from pipeline.publisher.spool.slot import CORRUPT, explained, lock_slot, open_folder, remove_slot, slots, sweep
+
+_RUN = 1_000_000
+"""Records that are held in memory at a time."""
+_Value = int | float | str | bool | msgspec.msgpack.Ext | None
+_decode_numbers = msgspec.msgpack.Decoder(list[int | float | msgspec.msgpack.Ext]).decode
+_decode_triples = msgspec.msgpack.Decoder(list[tuple[int, int, _Value]]).decode
+_decode_series = msgspec.msgpack.Decoder(tuple[int, bytes]).decode
+_decode_definition = msgspec.msgpack.Decoder(Definition).decode
+_BAD = (BadRecord, msgspec.MsgspecError, ValueError, TypeError, OverflowError)
+
+
+class Report(msgspec.Struct):
+    """What was not as it should be in a slot."""
+
+    torn_bytes: int = 0
+    """Of records that were begun and not ended when the process died; nobody was told that they were recorded."""
+    corrupt: list[str] = []
+    """What is damaged, and which files were set aside. Then some deltas can be lost, and the files are kept."""
+    bad_count: int = 0
+    """Records of series that are not known, or with values that the series can't have. Lost."""
+    lossy: bool = False
+    """Whether deltas were left aside, for a human, because nobody can say whether they were sent."""
+
+
+class Recorded:
+    """What was recorded and is in no batch, merged by series. Reading changes nothing."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.report = Report(corrupt=[*contents.damages])
+        self.merged: dict[tuple[Definition, bytes], Pending] = {}
+        self.stale: list[Path] = []
+        """Segments that no transaction knows any more, or yet: with nothing that is to be sent."""
+        self._definitions: dict[int, Definition] = {}
+        self.series: dict[int, tuple[int, bytes]] = {}
+        self.report.corrupt += [f"{kept.name}: set aside before" for kept in sorted(contents.folder.glob(f"*{CORRUPT}"))]
+        if contents.root is None or contents.lost:
+            self.report.lossy = True
+            return
+        for pending in contents.pending:
+            self._merge(pending)
+        for number, (kind, payload) in contents.names.items():
+            self._name(number, kind, payload)
+        self._look_around(contents.folder, contents.root)
+        deltas: dict[int, list[bytes]] = {}
+        for i, (word, payload) in enumerate(self._records(contents.folder, contents.owner, contents.root), 1):
+            if word & 3 == DELTA:
+                deltas.setdefault(word >> 2, []).append(payload)
+            else:  # of ring 0, which is read first
+                self._name(word >> 2, word & 3, payload)
+            if i % _RUN == 0:
+                self._take_all(deltas)
+        self._take_all(deltas)
+
+    def _take_all(self, deltas: dict[int, list[bytes]]) -> None:
+        for series_id, payloads in deltas.items():
+            self._take(series_id, payloads)
+        deltas.clear()
+
+    def _name(self, number: int, kind: int, payload: bytes) -> None:
+        try:
+            if kind == DEFINITION:
+                self._definitions[number] = _decode_definition(payload)
+            elif kind == SERIES:
+                self.series[number] = _decode_series(payload)
+        except _BAD:
+            self.report.bad_count += 1
+
+    def _look_around(self, folder: Path, root: Root) -> None:
+        for path in sorted(folder.glob("ring-*")):
+            ring, number = segment_name(path) or (-1, 0)
+            first, _, end = root.rings.get(ring, (0, 0, 0))
+            if ring < 0 and not path.name.endswith(CORRUPT):
+                self.report.corrupt.append(f"{path.name}: a foreign file")
+            elif ring >= 0 and not first <= number < end:
+                self.stale.append(path)
+                if number >= end and any(path.read_bytes()[HEADER.size :]):
+                    self.report.corrupt.append(f"{path.name}: a segment that the database does not know")
+
+    def _records(self, folder: Path, owner: bytes, root: Root) -> Iterator[tuple[int, bytes]]:
+        for ring, (first, offset, end) in sorted(root.rings.items()):
+            goes_on = True
+            for number in range(first, end):
+                path = segment_path(folder, ring, number)
+                header, seed = segment_header(owner, ring, number, root.segment_bytes)
+                try:
+                    data = path.read_bytes()
+                except FileNotFoundError:
+                    self.report.corrupt.append(f"{path.name}: missing")
+                    continue
+                start = max(len(header), offset if number == first else 0)
+                found = scan(data, seed, start)
+                damages = found.damages
+                if len(data) != root.segment_bytes:
+                    damages.append(f"{len(data)} bytes, not {root.segment_bytes}")
+                if data[: len(header)] != header:
+                    damages.append("a wrong header")
+                if not goes_on and (found.records or found.ended):
+                    damages.append("the segment before it has no end")
+                self.report.corrupt += [f"{path.name}: {damage}" for damage in damages]
+                self.report.torn_bytes += found.torn_bytes
+                goes_on = found.ended or (goes_on and found.end == len(header))  # one that was never used can lie between
+                yield from found.records
+
+    def _merge(self, part: Pending) -> None:
+        key = part.definition, part.suffix
+        old = self.merged.get(key)
+        if old is not None:
+            state = KINDS[part.definition.kind].merge(old.state, part.state)
+            part = part._replace(state=state, delta_count=old.delta_count + part.delta_count)
+        self.merged[key] = part
+
+    def _take(self, series_id: int, payloads: list[bytes]) -> None:
+        try:
+            if series_id not in self.series or self.series[series_id][0] not in self._definitions:
+                raise BadRecord("a series that is not known")
+            number, suffix = self.series[series_id]
+            definition = self._definitions[number]
+            deltas = _deltas(definition, b"\xdd" + len(payloads).to_bytes(4, "big") + b"".join(payloads))
+            if len(deltas) != len(payloads) or (definition.monotone and min(deltas) < 0):
+                raise BadRecord("not a delta each")
+            self._merge(Pending(definition, suffix, kind_of(definition).collect(deltas), len(deltas)))
+        except _BAD:
+            if len(payloads) == 1:
+                self.report.bad_count += 1
+            else:
+                for payload in payloads:
+                    self._take(series_id, [payload])
+
+
+def _deltas(definition: Definition, encoded: bytes) -> list[State]:
+    if definition.kind != "last":
+        return from_wire(_decode_numbers(encoded), definition.kind, STATE_INT_BYTES_MAX)
+    rows = _decode_triples(encoded)
+    return KINDS["last"].from_columns([[row[i] for row in rows] for i in range(3)], len(rows))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return the slots of a spool folder, those of living processes included: `Leftover.claim` tells them apart.
+
+    Raises `Invalid` for a folder that is no spool, or of another version.
+    """
+    open_folder(folder, FORMAT, make=False)
+    sweep(folder)
+    return slots(folder)
+
+
+class Leftover:
+    """The slot of a process that is gone. One thread at a time.
+
+    Make an outbox from `producer_id`, `epoch`, `next_sequences` and `batches`; seal `pending` with it, and `commit` that
+    before anything new is sent; `acknowledge` what the log has accepted; at the end, `remove`.
+    """
+
+    def __init__(self, path: Path, lock_fd: int, *, fsync: bool) -> None:
+        self.path, self._lock_fd = path, lock_fd
+        contents = Contents(path)
+        try:
+            recorded = Recorded(contents)
+            if contents.damages:
+                _set_aside(contents, whole=not recorded.report.lossy, fsync=fsync)
+        finally:
+            contents.close()
+        self.report = recorded.report
+        self._database = Database(path, fsync=fsync)
+        for stale in recorded.stale:
+            stale.unlink(missing_ok=True)
+        root = self._database.root
+        self.producer_id, self.secret, self.epoch = root.producer_id, root.secret, root.epoch + 1
+        with self._database.transaction(epoch=self.epoch):  # a task refuses what an earlier owner sends late
+            self.next_sequences: dict[int, int] = dict(root.next_sequences)
+        kept = sorted(self._database.batches.items())
+        self.batches = [Sealed(key[0], key[1], b"", item.entry_count) for key, item in kept]
+        """Committed and not acknowledged, without their bytes, which can be more than memory holds: `load` has them."""
+        self.pending = [*recorded.merged.values()]
+        """Everything that was recorded and is in no batch, each series once."""
+
+    @classmethod
+    def claim(cls, path: Path, *, fsync: bool = False) -> Leftover | None:
+        """Take over a slot; None if its owner lives, or it is gone. Raises `Fenced` for a copy of one.
+
+        A claim that ends without `remove`, by a crash or `release`, leaves a slot for the next one.
+        """
+        lock_fd = lock_slot(path)
+        if lock_fd is None:
+            return None
+        try:
+            with explained(f"claiming {path}"):
+                return cls(path, lock_fd, fsync=fsync)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+
+    def load(self, partition: int, sequence: int) -> bytes:
+        """Return the bytes of a batch that is not acknowledged, with the new epoch."""
+        batch = decode_batch(self._database.load(partition, sequence))
+        return encode_batch(msgspec.structs.replace(batch, epoch=self.epoch))
+
+    def size_of(self, partition: int, sequence: int) -> int:
+        """Return the bytes of such a batch, about."""
+        return self._database.batches[partition, sequence].size
+
+    def commit(self, batches: Sequence[Sealed], pending: Sequence[Pending] = ()) -> None:
+        """Write that all of `pending`, as it was, is in `batches` now, or in `pending`. As `Spool.commit`."""
+        rings = self._database.root.rings
+        self._database.commit(batches, encode_pending(pending), {key: (end, 0, end) for key, (_, _, end) in rings.items()})
+        self.pending = [*pending]
+        with explained("deleting segments"):
+            for path in self.path.glob("ring-*"):
+                if not self.report.corrupt and not self.report.bad_count:
+                    path.unlink(missing_ok=True)
+                elif not path.name.endswith(CORRUPT):
+                    path.rename(path.with_name(path.name + CORRUPT))
+
+    def acknowledge(self, batches: Sequence[tuple[int, int]]) -> None:
+        """Forget batches, each a partition and a sequence: the log has them, or never will."""
+        self._database.acknowledge(batches)
+
+    def remove(self) -> None:
+        """Remove the slot, which must be empty, and let go. If something in it is for a human, it is only put aside."""
+        batches = self._database.batches
+        if batches or self.pending:
+            raise Invalid(f"slot {self.path.name} is not empty: {len(batches)} batches, {len(self.pending)} series")
+        self._database.close()
+        remove_slot(self.path, aside=bool(self.report.corrupt or self.report.bad_count))
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the slot; what is left in it waits for the next claim."""
+        self._database.close()
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _set_aside(contents: Contents, *, whole: bool, fsync: bool) -> None:
+    """Put a database with what is proven in place of one that is damaged, which is kept.
+
+    Not `whole`: the rings are kept, too, and are not read again. Nobody can say what was sent of them.
+    """
+    folder, base, lost = contents.folder, contents.root or Root("unknown", "", 0), max(0, contents.lost)
+    new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o700)
+    nothing = {"batch_count": 0, "batch_sum": 0, "pending_count": 0, "rings": {}}
+    start = msgspec.structs.replace(base, number=base.number + lost, epoch=base.epoch + lost, **nothing)
+    database = create(new, start, fsync=fsync)
+    batches = []
+    for key, kept in contents.batches.items():
+        with suppress(BadRecord):
+            batches.append(Sealed(key[0], key[1], contents.load(*key), kept.entry_count))
+    if whole:
+        database.commit(batches, encode_pending(contents.pending), base.rings, contents.names)
+    else:
+        database.commit(batches, (), {})
+        for path in folder.glob("ring-*[0-9]"):
+            path.rename(path.with_name(path.name + CORRUPT))
+    database.close()
+    with suppress(FileNotFoundError):  # the log first: it must never meet another database
+        (folder / LOG).rename(folder / f"{LOG}{CORRUPT}")
+    for name in (NAME, SEAL):
+        with suppress(FileNotFoundError, FileExistsError):
+            os.link(folder / name, folder / f"{name}{CORRUPT}")
+        (new / name).rename(folder / name)
+    new.rmdir()

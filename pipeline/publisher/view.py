@@ -1,0 +1,310 @@
+"""The views and series of the plain table: what an app records to.
+
+The native ones (`pipeline_native.pyi`) have the same recording methods, and `definition`, `overflow_count`, `labels`,
+`add_many`, `record_columns` and `series_type`; a series has `view` and `suffix`. What else is here is for the plain table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from math import inf, isfinite
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pipeline.core.kinds import KINDS, State, kind_of
+from pipeline.core.record import Definition, canonical, check_label_values, series_prefix, series_suffix
+from pipeline.errors import Invalid, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.publisher.table import Table
+
+QUEUE_MAX = 512
+"""Deltas that wait to be merged before somebody merges them."""
+SHORT = 2.0**190
+"""Numbers up to here, on both sides of 0, need no check of their size."""
+
+
+class Slot:
+    """The place of a series in the table."""
+
+    __slots__ = ("adds", "least", "number", "out", "seen", "suffix", "view")
+
+    def __init__(self, view: View, suffix: bytes, seen: int, *, open: bool = True) -> None:
+        self.view = view
+        self.suffix = suffix
+        self.seen = seen
+        """The drain that last found something here, or the last one before the series came in."""
+        self.adds = view.kind == "sum"
+        self.least = view.least if open else inf
+        """From here to `SHORT` a float or int can be recorded as it is, without a question."""
+        self.number = 0
+        """What records of the series are known by in the journal; 0: it has none yet."""
+        self.out = False
+        """Whether the table has let go of it, for good: the series gets another one when it is recorded again."""
+
+    def leave(self) -> None:
+        """The table lets go of it."""
+        self.out, self.least = True, inf
+
+
+def check_value(kind: str, monotone: bool, value: object) -> Any:
+    """Return the plain value that a delta of a kind is, or raise `Invalid`: what `check` is for most publishers."""
+    checked = kind_of(Definition("", kind, monotone=monotone)).check(value)
+    return checked[2] if kind == "last" else checked
+
+
+def label_values(definition: Definition, values: Sequence[Any], names: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return plain label values in the order of the definition, given by position or by name, or raise `Invalid`."""
+    labels = definition.labels
+    if names:
+        if values:
+            raise Invalid(f"view {definition.view}: label values by position or by name, not both")
+        if names.keys() != set(labels):
+            raise Invalid(f"view {definition.view} has labels {list(labels)}; got {list(names)}")
+        values = [names[label] for label in labels]
+    return check_label_values(definition, values)
+
+
+class View:
+    """A view that this process records to. Subclasses have the recording method of their kinds; subclass those."""
+
+    method: ClassVar[str]
+    series_type: ClassVar[type[Series]]
+    """What `labels` returns. A subclass may name a subclass."""
+
+    def __init__(self, table: Table, definition: Definition, series_max: int) -> None:
+        if KINDS[definition.kind].method != self.method:
+            raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {self.method}")
+        self.definition = definition
+        """The definition with labels in the order in which this process names them."""
+        self.overflow_count = 0
+        """Deltas that went to the overflow series."""
+        self.table = table
+        self.kind = definition.kind
+        self.merge = KINDS[definition.kind].merge
+        self.monotone = definition.monotone
+        self.window_ms = definition.window_s * 1_000
+        self.series_max = series_max
+        self.canonical = canonical(definition)
+        self.number = 0
+        self.prefix = series_prefix(self.canonical)
+        self.slots: dict[bytes, Slot] = {}
+        """The series that are in the table, by suffix."""
+        self.own_count = 0
+        """How many of them are not overflow series."""
+        self.by_labels: dict[Any, Slot] = {}
+        """Some of them, by label values in the order of the definition; the value itself if there is one label."""
+        simple = KINDS[self.kind].single and not self.window_ms
+        self.least = (0.0 if self.monotone else -SHORT) if simple else inf
+        """The least number that is its own delta: not in a view with windows, or of another kind of state."""
+        self._order = [definition.labels.index(name) for name in self.canonical.labels]
+        self._label_count = len(self._order)
+        self._names = itemgetter(*definition.labels) if definition.labels else tuple
+        self._queue = table.queue
+        table.join(self)
+
+    def leave(self) -> None:
+        """Have no series any more: the process is a forked child."""
+        for slot in self.slots.values():
+            slot.leave()
+        self.slots, self.by_labels, self.own_count = {}, {}, 0
+
+    def labels(self, /, *values: str, **names: str) -> Any:
+        """Return the series with these label values, by position or by name. Nothing is charged before it is recorded."""
+        return self.series_type(self, *values, **names)
+
+    def add_many(self, labels: Sequence[str], values: Iterable[Any], ts_ms: Iterable[Any] | None = None) -> int:
+        """Record values to one series, checked before the first is recorded; return how many were not dropped."""
+        suffix = self.suffix(label_values(self.definition, tuple(labels), {}))
+        return self._record_rows(repeat(suffix), self._rows(values, ts_ms))
+
+    def record_columns(
+        self, label_columns: Sequence[Iterable[str]], values: Iterable[Any], ts_ms: Iterable[Any] | None = None
+    ) -> int:
+        """Record rows, all of them checked before the first is recorded; return how many were not dropped.
+
+        There is a column for each label, in the order of the definition.
+        """
+        columns = [tuple(column) for column in label_columns]
+        rows = self._rows(values, ts_ms)
+        if len(columns) != len(self._order) or any(len(column) != len(rows) for column in columns):
+            raise Invalid(f"view {self.definition.view}: a column of {len(rows)} rows is needed for each label")
+        suffixes = []
+        for row, labels in enumerate(zip(*columns, strict=True) if columns else repeat((), len(rows))):
+            try:
+                suffixes.append(self.suffix(label_values(self.definition, labels, {})))
+            except Invalid as error:
+                raise self._wrong_row("", row, error) from None
+        return self._record_rows(suffixes, rows)
+
+    def _wrong_row(self, column: str, row: int, error: Invalid) -> Invalid:
+        return Invalid(f"view {self.definition.view}: {column}row {row}: {error}; nothing was recorded")
+
+    def _rows(self, values: Iterable[Any], ts_ms: Iterable[Any] | None) -> list[tuple[State, bytes]]:
+        view, values = self.definition.view, tuple(values)
+        times = None if ts_ms is None else tuple(ts_ms)
+        if times is not None and len(times) != len(values):
+            raise Invalid(f"view {view}: columns of different lengths; nothing was recorded")
+        if times is not None and self.kind != "last":
+            self.check_windows(0)
+        rows, now = [], self.table.now_ms()
+        for row, value in enumerate(values):
+            column = "column ts_ms, "
+            try:
+                ts = now if times is None else self.table.time_of(times[row])[0]
+                column = "column value, "
+                rows.append((self.delta(value, ts, now), self.window(ts)))
+            except Invalid as error:
+                raise self._wrong_row(column, row, error) from None
+        return rows
+
+    def _record_rows(self, suffixes: Iterable[bytes], rows: list[tuple[State, bytes]]) -> int:
+        record, done = self.table.record, 0
+        try:
+            for suffix, (delta, window) in zip(suffixes, rows, strict=False):
+                done += record(self, window + suffix[8:], delta)
+        except PipelineError as error:
+            raise type(error)(f"{error}; {done} of the batch of {len(rows)} deltas were recorded before") from None
+        return done
+
+    def check_windows(self, ts_ms: object) -> None:
+        """Raise `Invalid` if a time is given to a view that has none."""
+        if ts_ms is not None and not self.window_ms:
+            raise Invalid(f"view {self.definition.view}: it has no windows, so its deltas have no ts_ms")
+
+    def suffix(self, values: tuple[str, ...]) -> bytes:
+        """Return the suffix, in no window, of checked label values in the order of the definition."""
+        return series_suffix([values[i] for i in self._order])
+
+    def window(self, ts_ms: int) -> bytes:
+        """Return the start of the window of a time, as a suffix begins with it."""
+        return (ts_ms - ts_ms % self.window_ms if self.window_ms else 0).to_bytes(8, "big")
+
+    def delta(self, value: Any, ts_ms: int = 0, now_ms: int = 0) -> State:
+        """Return the state that one delta is; `Invalid` if it is none."""
+        kind = type(value)
+        if self.kind == "last":
+            if value is not None and kind is not bool and not (kind is float and isfinite(value)):
+                value = self.table.check("last", False, value)
+            return ts_ms, self.table.rise(now_ms), value
+        plain = kind in (int, float) and -SHORT <= value <= SHORT  # not so for NaN
+        if not plain or (self.monotone and value < 0):
+            value = self.table.check(self.kind, self.monotone, value)
+        return (value, 1) if self.kind == "mean" else value
+
+    def record(self, suffix: bytes, value: Any, ts_ms: object = None) -> None:
+        """Record a delta to the series with a suffix, in the window of a time."""
+        if not self.window_ms and self.kind != "last":
+            self.table.record(self, suffix, self.delta(value))
+            return
+        ts, now = self.table.time_of(ts_ms)
+        delta = self.delta(value, ts, now)
+        self.table.record(self, self.window(ts) + suffix[8:] if self.window_ms else suffix, delta)
+
+    def record_named(self, value: Any, names: dict[str, Any]) -> None:
+        """Record a delta to the series with these labels; of a view with windows, `ts_ms` is the time."""
+        kind = type(value)
+        if (kind is float or kind is int) and len(names) == self._label_count:
+            try:
+                slot = self.by_labels[self._names(names)]
+            except (KeyError, TypeError):
+                pass
+            else:
+                if slot.least <= value <= SHORT:
+                    self._queue.append((slot, value))
+                    if len(self._queue) >= QUEUE_MAX:
+                        self.table.settle()
+                    return
+        ts_ms = names.pop("ts_ms", None) if self.window_ms else None
+        values = label_values(self.definition, (), names)
+        suffix = self.suffix(values)
+        self.record(suffix, value, ts_ms)
+        if suffix in self.slots:
+            self.by_labels[values if len(values) != 1 else values[0]] = self.slots[suffix]
+
+
+class Series:
+    """A series that deltas can be recorded to, from any thread: `Series(view, "eu")` is `view.labels("eu")`."""
+
+    def __init__(self, view: View, /, *values: str, **names: str) -> None:
+        self.view = view
+        self.suffix = view.suffix(label_values(view.definition, values, names))
+        """The suffix of the series, in no window."""
+        self._slot = Slot(view, self.suffix, 0, open=False)
+        self._queue = view.table.queue
+
+    def _record(self, value: Any, ts_ms: object) -> None:
+        view = self.view
+        view.check_windows(ts_ms)
+        view.record(self.suffix, value, ts_ms)
+        self._slot = view.slots.get(self.suffix, self._slot)
+
+
+class AddSeries(Series):
+    """A series of a sum."""
+
+    def add(self, value: float = 1, /, *, ts_ms: int | None = None) -> None:
+        """Add `value`, of a view with windows to the window of `ts_ms` (None: now)."""
+        kind = type(value)
+        if (kind is float or kind is int) and self._slot.least <= value <= SHORT and ts_ms is None:
+            self._queue.append((self._slot, value))
+            if len(self._queue) >= QUEUE_MAX:
+                self.view.table.settle()
+        else:
+            self._record(value, ts_ms)
+
+
+class ObserveSeries(Series):
+    """A series of a min, max or mean."""
+
+    def observe(self, value: float, /, *, ts_ms: int | None = None) -> None:
+        """Observe `value`, of a view with windows in the window of `ts_ms` (None: now)."""
+        kind = type(value)
+        if (kind is float or kind is int) and self._slot.least <= value <= SHORT and ts_ms is None:
+            self._queue.append((self._slot, value))
+            if len(self._queue) >= QUEUE_MAX:
+                self.view.table.settle()
+        else:
+            self._record(value, ts_ms)
+
+
+class SetSeries(Series):
+    """A series of a last."""
+
+    def set(self, value: str | float | bool | None, /, ts_ms: int | None = None) -> None:
+        """Set the value, as of `ts_ms` (None: now)."""
+        self.view.record(self.suffix, value, ts_ms)
+
+
+class AddView(View):
+    """Totals, by series."""
+
+    method = "add"
+    series_type = AddSeries
+
+    def add(self, value: float = 1, /, **labels: Any) -> None:
+        """Add `value` to the series with these labels; of a view with windows, `ts_ms` is the time (absent: now)."""
+        self.record_named(value, labels)
+
+
+class ObserveView(View):
+    """Smallest, largest or mean observations, by series."""
+
+    method = "observe"
+    series_type = ObserveSeries
+
+    def observe(self, value: float, /, **labels: Any) -> None:
+        """Observe `value` in the series with these labels; of a view with windows, `ts_ms` is the time (absent: now)."""
+        self.record_named(value, labels)
+
+
+class SetView(View):
+    """The newest values, by series."""
+
+    method = "set"
+    series_type = SetSeries
+
+    def set(self, value: str | float | bool | None, /, ts_ms: int | None = None, **labels: Any) -> None:
+        """Set the series with these labels, as of `ts_ms` (None: now); a label of that name is for `labels` only."""
+        self.record(self.suffix(label_values(self.definition, (), labels)), value, ts_ms)

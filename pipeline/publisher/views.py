@@ -1,0 +1,188 @@
+"""The views and series that an app records to: those of the table in use, with what is the same for both tables.
+
+A view has from its publisher what the table does not know: a clock, and how to read the last snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline import native
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import Definition, canonical, parse_suffix
+from pipeline.core.view import describe
+from pipeline.errors import Invalid
+from pipeline.publisher.columns import Column, Scalar, Vector, read_table, read_value, rows_in, rows_of
+from pipeline.publisher.local import LocalView
+from pipeline.publisher.timing import ExceptionCounter, Exceptions, Timer
+
+__all__ = ["Table", "View"]
+_extension = native.extension()
+if TYPE_CHECKING or _extension is None:
+    from pipeline.publisher.table import Table
+    from pipeline.publisher.view import AddSeries, AddView, ObserveSeries, ObserveView, SetSeries, SetView, View
+else:
+    Table, View = _extension.Table, _extension.View
+    AddSeries, AddView = _extension.AddSeries, _extension.AddView
+    ObserveSeries, ObserveView = _extension.ObserveSeries, _extension.ObserveView
+    SetSeries, SetView = _extension.SetSeries, _extension.SetView
+
+
+class _Owned:
+    """What views of all kinds have beyond recording."""
+
+    definition: Definition
+    read_local: Callable[[Any], LocalView]
+    """What reads the last snapshot of a view. The publisher sets it, and `monotonic_s`."""
+    monotonic_s: Callable[[], float]
+
+    def local(self) -> LocalView:
+        """Return what this process alone has recorded since it started, as of the last snapshot. Takes no lock."""
+        return self.read_local(self)
+
+    def __repr__(self) -> str:
+        return f"<view {self.definition.view}: {describe(self.definition)}>"
+
+
+def _clock_of(series: Any) -> Callable[[], float]:
+    clock: Callable[[], float] = series.view.monotonic_s
+    return clock
+
+
+class SumSeries(AddSeries):
+    """A series of a sum view. Get it from `labels(...)`, keep it, share it between threads."""
+
+    __slots__ = ()
+
+    def add_many(self, values: Any, /) -> int:
+        """Add each of `values`: a sequence, or a NumPy or Arrow array. Return how many were recorded.
+
+        Raises `Invalid`, which names the row, before anything is recorded; `BufferFull` as `on_full` says.
+        """
+        return record_many(self, values)
+
+    def time(self) -> Timer:
+        """Add the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
+        return Timer(self.add, _clock_of(self))
+
+    def count_exceptions(self, exception: Exceptions = Exception) -> ExceptionCounter:
+        """Add 1 when `exception` leaves a `with` block or a call of a decorated function; see `ExceptionCounter`."""
+        return ExceptionCounter(self.add, exception)
+
+
+class ObservedSeries(ObserveSeries):
+    """A series of a min, max or mean view."""
+
+    __slots__ = ()
+
+    def observe_many(self, values: Any, /) -> int:
+        """Observe each of `values`; see `SumSeries.add_many`."""
+        return record_many(self, values)
+
+    def time(self) -> Timer:
+        """Observe the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
+        return Timer(self.observe, _clock_of(self))
+
+
+class LastSeries(SetSeries):
+    """A series of a last view."""
+
+    __slots__ = ()
+
+
+class SumView(_Owned, AddView):
+    """Totals, by series."""
+
+    series_type = SumSeries
+
+    if TYPE_CHECKING:
+
+        def labels(self, /, *values: str, **names: str) -> SumSeries:
+            """Return the series with these label values, by position or by name: recording to it is the fast path."""
+
+    def add_many(self, values: Any, /, **labels: str) -> int:  # type: ignore[override]
+        """Add each of `values` to the series with these labels; see `SumSeries.add_many`."""
+        return record_many(self.labels(**labels), values)
+
+    def time(self, **labels: str) -> Timer:
+        """Add the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
+        return self.labels(**labels).time()
+
+    def count_exceptions(self, exception: Exceptions = Exception, **labels: str) -> ExceptionCounter:
+        """Add 1 when `exception` leaves a `with` block or a call of a decorated function; see `ExceptionCounter`.
+
+        A label named `exception` can only be given to `labels`.
+        """
+        return self.labels(**labels).count_exceptions(exception)
+
+
+class ObservedView(_Owned, ObserveView):
+    """Smallest, largest or mean observation, by series."""
+
+    series_type = ObservedSeries
+
+    if TYPE_CHECKING:
+
+        def labels(self, /, *values: str, **names: str) -> ObservedSeries:
+            """Return the series with these label values, by position or by name: recording to it is the fast path."""
+
+    def observe_many(self, values: Any, /, **labels: str) -> int:
+        """Observe each of `values` in the series with these labels; see `SumSeries.add_many`."""
+        return record_many(self.labels(**labels), values)
+
+    def time(self, **labels: str) -> Timer:
+        """Observe the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
+        return self.labels(**labels).time()
+
+
+class LastView(_Owned, SetView):
+    """The newest value, by series."""
+
+    series_type = LastSeries
+
+    if TYPE_CHECKING:
+
+        def labels(self, /, *values: str, **names: str) -> LastSeries:
+            """Return the series with these label values, by position or by name: recording to it is the fast path."""
+
+
+VIEW_TYPES: Mapping[str, type[View]] = {
+    "sum": SumView,
+    "min": ObservedView,
+    "max": ObservedView,
+    "mean": ObservedView,
+    "last": LastView,
+}
+"""The view class of each kind."""
+assert VIEW_TYPES.keys() == KINDS.keys()
+
+
+def record_many(series: Any, values: Any) -> int:
+    """Record values to one series; see `SumSeries.add_many`."""
+    view = series.view
+    column = read_value("value", values)
+    if isinstance(column, Scalar):
+        raise Invalid(f"view {view.definition.view}: a sequence of numbers is needed, got {type(values).__name__}")
+    by_name = dict(zip(canonical(view.definition).labels, parse_suffix(series.suffix)[1], strict=True))
+    labels = [by_name[name] for name in view.definition.labels]
+    recorded: int = View.add_many(view, labels, numbers_of(column, len(column)))
+    return recorded
+
+
+def record_table(view: Any, table: Any, ignore: Iterable[str] = ()) -> int:
+    """Record the rows of a table; see `BasePublisher.record_batch`."""
+    definition = view.definition
+    columns = read_table(definition, table, ignore)
+    row_count = rows_in(definition, columns)
+    labels = [rows_of(columns[name], row_count) for name in definition.labels]
+    times = rows_of(columns["ts_ms"], row_count) if definition.kind == "last" and "ts_ms" in columns else None
+    recorded: int = view.record_columns(labels, numbers_of(columns["value"], row_count), times)
+    return recorded
+
+
+def numbers_of(column: Column, row_count: int) -> Any:
+    """Return a column of values as the table takes it: as a buffer where it is one of 64-bit numbers."""
+    if isinstance(column, Vector) and column.array.dtype.str in ("<f8", "<i8"):
+        return column.array
+    return rows_of(column, row_count)

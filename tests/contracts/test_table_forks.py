@@ -1,0 +1,168 @@
+"""A forked child begins anew, whatever its parent's threads were in the midst of; or goes on, if they were in nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from pipeline.core.record import series_suffix
+from tests.contracts.tables import WAYS, Lab, every_journal, every_table, every_table_without_journal, states_of
+from tests.contracts.test_table_threads import tiny_switches
+
+
+def in_child(body: Callable[[], bool]) -> None:
+    """Run in a forked child, which must end, and say that all was well."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with suppress(BaseException):
+            signal.alarm(60)
+            code = 0 if body() else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@every_table
+@pytest.mark.parametrize("held", [True, False])
+def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
+    """However busy the parent's threads are at that moment, with hooks around the fork or without."""
+    lab = Lab(way)
+    view = lab.define(series_max=200)
+    bound = view.labels("eu")
+    drafts: list[Any] = []
+    stop = threading.Event()
+    recorded = [0, 0]
+
+    def record(number: int) -> None:
+        while not stop.is_set():
+            bound.add(1)
+            view.add(1, region=f"{recorded[number] % 300}")
+            recorded[number] += 2
+
+    def disturb() -> None:
+        while not stop.is_set():
+            drafts.extend(lab.drain())
+            lab.table.snapshot()
+            lab.table.evict(1)
+
+    def child() -> bool:
+        lab.table.forget()
+        bound.add(1)
+        view.add(2, region="child")
+        view.labels("child").add(3)
+        bound.add(4)
+        lab.table.snapshot()
+        mine = lab.table.local(view)
+        return (
+            states_of(lab.drain(2)) == {("sum", ("eu",)): 5, ("sum", ("child",)): 5}
+            and mine[series_suffix(["eu"])] == 5
+            and lab.table.series_count == 2
+            and view.add_many(["eu"], [1]) == 1
+        )
+
+    threads = [threading.Thread(target=record, args=(0,)), threading.Thread(target=record, args=(1,))]
+    threads.append(threading.Thread(target=disturb))
+    with tiny_switches():
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(10):
+                if held:
+                    lab.table.hold()
+                try:
+                    in_child(child)
+                finally:
+                    if held:
+                        lab.table.release()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    drafts += lab.drain()
+    assert sum(states_of(drafts).values()) == sum(recorded)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
+def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
+    """The native table is closed and empty there: no lock of a thread that is gone, and it asks before the first delta."""
+    lab = Lab(way)
+    view = lab.define()
+    bound = view.labels("eu")
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            bound.add(1)
+            lab.drain()
+            lab.table.snapshot()
+
+    def child(begin: Callable[[], None]) -> bool:
+        opened, lab.on_open = lab.opened, begin
+        bound.add(2)
+        view.add(3, region="eu")
+        return lab.opened > opened and states_of(lab.drain()) == {("sum", ("eu",)): 5}
+
+    def grandchild() -> bool:
+        in_child(lambda: child(lab.table.forget))
+        return child(lab.table.forget)
+
+    thread = threading.Thread(target=disturb)
+    with tiny_switches():
+        thread.start()
+        try:
+            for _ in range(5):
+                in_child(lambda: child(lambda: None))
+                in_child(grandchild)
+        finally:
+            stop.set()
+            thread.join()
+
+
+@every_journal
+def test_a_child_does_not_go_on_with_a_journal(way: str) -> None:
+    """Its files are the parent's."""
+    lab = Lab(way)
+    lab.define().labels("eu").add(1)
+    in_child(lambda: not lab.table.keep())
+    assert states_of(lab.drain()) == {("sum", ("eu",)): 1}
+
+
+@every_table_without_journal
+def test_a_child_goes_on_with_what_is_whole(way: str) -> None:
+    """It keeps what its parent had, unless a thread, which it does not have, may have been in the midst of it."""
+    lab = Lab(way)
+    bound = lab.define().labels("eu")
+    bound.add(1)
+
+    def keeps() -> bool:
+        kept = lab.table.keep()
+        bound.add(2)
+        return bool(kept) and lab.opened == 1 and states_of(lab.drain()) == {("sum", ("eu",)): 3}
+
+    in_child(keeps)
+    lab.table.hold()
+    in_child(keeps)
+    lab.table.release()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        lab.table.hold()
+        held.set()
+        done.wait(30)
+        lab.table.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(30)
+        in_child(lambda: not lab.table.keep())
+    finally:
+        done.set()
+        thread.join()
+    assert states_of(lab.drain()) == {("sum", ("eu",)): 1}

@@ -1,0 +1,382 @@
+"""Both tables stay exact whoever records meanwhile: threads, signal handlers, finalisers."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from tests.contracts.tables import Lab, every_table, states_of
+
+THREADS = 4
+EACH = 4_000
+
+
+@contextmanager
+def tiny_switches() -> Iterator[None]:
+    """Threads take turns as often as the interpreter can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def together(*bodies: Callable[[], object]) -> None:
+    """Run each in a thread; raise what one of them raised."""
+    failed: list[BaseException] = []
+
+    def guarded(body: Callable[[], object]) -> None:
+        try:
+            body()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in failed:
+        raise error
+
+
+@every_table
+def test_nothing_is_lost_and_nothing_twice(way: str) -> None:
+    """Threads that record in each way, while others drain, evict, take snapshots and look: all deltas come out, once."""
+    lab = Lab(way)
+    view, mean = lab.define(series_max=30), lab.define("mean")
+    hot = view.labels("hot")
+    drafts: list[Any] = []
+    stop = threading.Event()
+
+    def record(number: int) -> None:
+        for i in range(EACH):
+            hot.add(1)
+            view.add(1, region=str(i % 50))
+            mean.observe(number, region="one")
+            if not i % 100:
+                view.add_many(["many"], [1] * 10)
+                view.labels(f"{number}-{i}").add(1)
+
+    def drain() -> None:
+        while not stop.is_set():
+            busy = None if lab.journal else bytes([number := len(drafts) % 2, 1 - number, 0])
+            drafts.extend(lab.drain(3, busy, 2_000))
+
+    def disturb() -> None:
+        while not stop.is_set():
+            lab.table.evict(0)
+            lab.table.snapshot()
+            assert len(lab.table.local(view)) >= 0
+            assert lab.table.used_bytes >= 0
+            assert lab.table.waiting_count >= 0
+            lab.table.hold()
+            lab.table.release()
+
+    with tiny_switches():
+        others = [threading.Thread(target=drain), threading.Thread(target=disturb)]
+        for thread in others:
+            thread.start()
+        try:
+            together(*(lambda number=number: record(number) for number in range(THREADS)))
+        finally:
+            stop.set()
+            for thread in others:
+                thread.join()
+    drafts += lab.drain(3)
+    states = states_of(drafts)
+    hundreds = EACH // 100
+    recorded = THREADS * (2 * EACH + 11 * hundreds)
+    assert sum(state for key, state in states.items() if key[0] == "sum") == recorded
+    assert states["mean", ("one",)] == (EACH * sum(range(THREADS)), EACH * THREADS)
+    assert sum(draft.delta_count for draft in drafts) == recorded + EACH * THREADS
+    lab.table.snapshot()
+    assert sum(lab.table.local(view)[suffix] for suffix in lab.table.local(view)) == recorded
+    assert lab.table.evict(0) >= 0
+    assert lab.table.used_bytes == 0
+
+
+@every_table
+def test_threads_that_meet_the_limit(way: str) -> None:
+    """Each makes room for itself; nothing is lost."""
+    lab = Lab(way, bytes_max=60_000)
+    view = lab.define()
+    drafts: list[Any] = []
+
+    def drain() -> bool:
+        drafts.extend(lab.drain())
+        lab.table.evict(0)
+        return True
+
+    lab.on_full = drain
+    with tiny_switches():
+        together(
+            *(lambda n=n: [view.add(1, region=f"{n}-{i}") for i in range(500)] for n in range(3)),
+            lambda: [view.record_columns([[str(i) for i in range(100)]], [1] * 100) for _ in range(5)],
+        )
+    drafts += lab.drain()
+    assert sum(states_of(drafts).values()) == 2_000
+
+
+@every_table
+def test_close_among_threads(way: str) -> None:
+    """What was recorded without an exception is drained; what is refused is not."""
+    lab = Lab(way)
+    view = lab.define()
+    bound = view.labels("eu")
+    done: list[int] = []
+
+    def record() -> None:
+        count = 0
+        with suppress(RuntimeError):
+            while True:
+                bound.add(1)
+                count += 1
+        done.append(count)
+
+    def refuse() -> None:
+        raise RuntimeError("closed")
+
+    def close() -> None:
+        deadline = time.monotonic() + 30
+        while lab.table.waiting_count < 1_000 and time.monotonic() < deadline:
+            pass
+        lab.on_open = refuse
+        lab.table.close()
+
+    with tiny_switches():
+        together(record, record, close)
+    assert states_of(lab.drain()) == {("sum", ("eu",)): sum(done)}
+
+
+@contextmanager
+def interrupted(handler: Callable[[], object]) -> Iterator[None]:
+    """A signal handler runs as often as the system lets it, also within itself, but not for ever."""
+    depth = 0
+
+    def handle(*_: object) -> None:
+        nonlocal depth
+        if depth < 3:
+            depth += 1
+            try:
+                handler()
+            finally:
+                depth -= 1
+
+    callbacks, gc.callbacks[:] = gc.callbacks[:], []  # hypothesis has one, in which what a handler raises is lost
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        gc.callbacks[:] = callbacks
+
+
+@every_table
+def test_signal_handlers_record(way: str) -> None:
+    """In the midst of recording, draining and evicting of the same thread: nothing waits for itself, nothing is lost."""
+    lab = Lab(way)
+    view = lab.define()
+    bound = view.labels("eu")
+    drafts: list[Any] = []
+    handled = 0
+
+    def handle() -> None:
+        nonlocal handled
+        handled += 3
+        bound.add(1)
+        view.add(1, region="eu")
+        view.add(1, region=f"new-{handled}")
+        drafts.extend(lab.drain())
+        lab.table.evict(0)
+
+    recorded = 0
+    with interrupted(handle):
+        deadline = time.monotonic() + 60
+        while (handled < 600 or recorded < 20_000) and time.monotonic() < deadline:
+            for _ in range(100):
+                bound.add(1)
+                view.add(1, region="eu")
+                recorded += 2
+            drafts.extend(lab.drain())
+            lab.table.snapshot()
+            lab.table.hold()
+            lab.table.release()
+    assert handled >= 600
+    drafts += lab.drain()
+    assert sum(states_of(drafts).values()) == recorded + handled
+
+
+class Stop(Exception):
+    pass
+
+
+@every_table
+def test_signal_handlers_raise(way: str) -> None:
+    """An exception in the midst of recording loses no delta but, at most, the one that was being recorded."""
+    lab = Lab(way)
+    view = lab.define()
+    bound = view.labels("eu")
+    armed = False
+
+    def handle() -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Stop
+
+    surely = maybe = 0
+
+    def record() -> None:
+        nonlocal armed, surely
+        armed = True
+        while armed:
+            bound.add(1)
+            surely += 1
+
+    with interrupted(handle):
+        deadline = time.monotonic() + 60
+        while maybe < 200 and time.monotonic() < deadline:
+            try:
+                record()
+            except Stop:
+                maybe += 1
+    total = sum(states_of(lab.drain()).values())
+    assert maybe >= 200
+    assert surely <= total <= surely + 2 * maybe
+
+
+@every_table
+def test_signal_handlers_raise_while_deltas_are_merged(way: str) -> None:
+    """What was recorded before is there once, wherever the exception came."""
+    lab = Lab(way)
+    view = lab.define()
+    bound = view.labels("eu")
+    armed = False
+    raised = recorded = 0
+
+    def handle() -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Stop
+
+    def look() -> None:
+        nonlocal armed
+        armed = True
+        while armed:
+            assert lab.table.waiting_count >= 0
+
+    with interrupted(handle):
+        deadline = time.monotonic() + 60
+        while raised < 300 and time.monotonic() < deadline:
+            for _ in range(400):  # so few that nobody merges them yet
+                bound.add(1.5)
+                recorded += 1
+            try:
+                look()
+            except Stop:
+                raised += 1
+    assert raised >= 300
+    (draft,) = lab.drain()
+    assert (states_of([draft]), draft.delta_count) == ({("sum", ("eu",)): 1.5 * recorded}, recorded)
+
+
+@every_table
+def test_finalisers_record(way: str) -> None:
+    """Objects that record when they are collected, which can be in the midst of anything."""
+    lab = Lab(way)
+    view = lab.define()
+    bound = view.labels("eu")
+    count = 0
+
+    class Late:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            nonlocal count
+            count += 2
+            bound.add(1)
+            view.add(1, region=f"late-{count}")
+
+    before = gc.get_threshold()
+    gc.set_threshold(5, 2, 2)
+    drafts: list[Any] = []
+    try:
+        for i in range(2_000):
+            Late()
+            bound.add(1)
+            view.add(1, region=str(i % 7))
+            if not i % 50:
+                drafts += lab.drain()
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    drafts += lab.drain()
+    assert count == 4_000
+    assert sum(states_of(drafts).values()) == 4_000 + count
+
+
+@every_table
+def test_while_a_table_is_held_nobody_else_drains(way: str) -> None:
+    """Who holds it may, and others go on recording to known series; one `release` for each `hold` lets them in.
+
+    With a journal the plain table lets them wait.
+    """
+    lab = Lab(way)
+    view = lab.define()
+    view.add(1, region="us")
+    drained: list[Any] = []
+    other = threading.Thread(target=lambda: drained.extend(lab.drain()))
+    lab.table.hold()
+    lab.table.hold()
+    view.add(1, region="eu")
+    if way == "plain-journal":
+        view.add(1, region="us")
+    else:
+        together(lambda: view.add(1, region="us"))
+    assert states_of(lab.drain()) == {("sum", ("us",)): 2, ("sum", ("eu",)): 1}
+    view.add(1, region="late")
+    other.start()
+    other.join(0.05)
+    assert other.is_alive()
+    assert not drained
+    lab.table.release()
+    lab.table.release()
+    other.join()
+    assert states_of(drained) == {("sum", ("late",)): 1}
+
+
+@every_table
+def test_a_table_is_collected_with_its_publisher(way: str) -> None:
+    """A cycle through what the table calls is found: nothing lives for ever because it recorded."""
+
+    class Owner:
+        def __init__(self) -> None:
+            self.lab = Lab(way)
+            self.lab.on_open = self.opening
+            self.series = self.lab.define().labels("eu")
+
+        def opening(self) -> None:
+            alive.append(1)
+
+        def __del__(self) -> None:
+            gone.append(1)
+
+    alive: list[int] = []
+    gone: list[int] = []
+    owner = Owner()
+    owner.series.add(1)
+    del owner
+    gc.collect()
+    assert (alive, gone) == ([1], [1])

@@ -1,0 +1,174 @@
+"""Two thousand damages to what a killed process has left: the result is exact, or the report says what is damaged."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.kinds import State
+from pipeline.errors import PipelineError
+from pipeline.publisher.spool.leftover import Leftover
+from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.ring import HEADER, segment_path
+from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, end, suffix
+
+DAMAGES, SLOTS = 2_000, 40
+FILES = ("spool.db", "spool.db", "spool.db-wal", "spool.db-wal", "SEAL", "ring", "ring", "ring")
+WAYS = ("flip", "flip", "flip", "flip", "truncate", "truncate", "missing", "zero")
+SERIES = 9
+
+
+def recorded(folder: Path, chance: random.Random, *, closed: bool) -> tuple[Path, list[bytes], dict[bytes, State]]:
+    """A slot as a process has left it, what a task has folded by then, and what must come out."""
+    recorder, folded, truth = Recorder(folder), [], Counter[bytes]()
+
+    def record(most: int, series: int) -> None:
+        for _ in range(chance.randrange(most)):
+            recorder.add(name := chance.randrange(series), shard=chance.randrange(2))
+            truth[suffix(name)] += 1
+
+    for _ in range(chance.randrange(2, 6)):
+        record(400, SERIES)
+        recorder.commit(chance.randrange(SERIES))
+        for batch in [*recorder.outbox.pending()]:
+            if chance.random() < 0.5:
+                folded.append(recorder.spool.load(batch.partition, batch.sequence))
+                if chance.random() < 0.5:
+                    recorder.acknowledge(batch)
+    record(300, SERIES + 2)
+    if closed:
+        assert not recorder.spool.close()
+    copy = as_kill_leaves_it(recorder.spool.path, folder.with_name(folder.name + "-killed"))
+    end(recorder.spool)
+    return copy, folded, dict(truth)
+
+
+def damage(path: Path, chance: random.Random) -> str:
+    """Damage a file of a slot, and return how."""
+    while True:
+        kind, way = chance.choice(FILES), chance.choice(WAYS)
+        files = [file for file in path.iterdir() if file.name == kind or file.name.startswith(f"{kind}-0")]
+        files = [file for file in sorted(files) if file.stat().st_size]
+        if not files:
+            continue
+        file = chance.choice(files)
+        data = bytearray(file.read_bytes())
+        place = chance.randrange(len(data))
+        if kind == "ring" and chance.random() < 0.8:  # mostly where something is
+            place %= len(data.rstrip(b"\0"))
+        if kind == "SEAL":
+            place %= 264
+        if way == "missing":
+            file.unlink()
+        elif way == "flip":
+            data[place] ^= 1 << chance.randrange(8)
+        elif way == "truncate":
+            del data[place:]
+        else:
+            # A sector that was never written, in the midst of what was. (As the last one it would be the end of a ring that
+            # a power loss cut off, which `durability="process"` does not promise to stand.)
+            start = place // 512 * 512
+            if not any(data[start + 512 :]) or not any(data[start : start + 512]):
+                continue
+            data[start : start + 512] = bytes(512)
+        if way != "missing":
+            file.write_bytes(data)
+        return f"{kind} {way}"
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_no_damage_is_silent(tmp_path: Path, part: int) -> None:
+    """Whatever bit, sector or file is gone: nothing is counted twice, and what is missing is told."""
+    seen: Counter[str] = Counter()
+    for slot in range(part, SLOTS, 8):
+        chance = random.Random(slot)
+        origin, folded, truth = recorded(tmp_path / f"s{slot}", chance, closed=chance.random() < 0.4)
+        for turn in range(DAMAGES // SLOTS):
+            path = as_kill_leaves_it(origin, tmp_path / "copy")
+            task = Task()
+            for value in folded:
+                task.fold(value)
+            what = damage(path, chance)
+            inspect(path.parent)
+            leftover = Leftover.claim(path)
+            assert leftover is not None
+            report = leftover.report
+            if turn % 3 == 0:  # a claim that comes to nothing changes nothing
+                leftover.release()
+                leftover = Leftover.claim(path)
+                assert leftover is not None
+            task.finish(leftover)
+            told = bool(report.corrupt or report.bad_count)
+            exact = task.states == truth
+            assert exact or told, (slot, turn, what, task.states, truth)
+            assert all(state <= truth[key] for key, state in task.states.items()), (slot, turn, what, report)
+            assert told == path.with_name(path.name + ".corrupt").exists(), (slot, turn, what)
+            seen[f"{what}: {'exact' if exact else 'lossy'}, {'told' if told else 'quiet'}"] += 1
+            shutil.rmtree(path.parent)
+    print(*[f"{count} {what}" for what, count in sorted(seen.items())], sep="\n")
+
+
+@pytest.mark.parametrize("what", ["batch", "pending", "name", "old row", "old database", "old seal"])
+def test_what_sqlite_finds_nothing_wrong_with(tmp_path: Path, what: str) -> None:
+    """Rows that vanish or come back, each whole in itself: nothing is counted twice, and what is missing is told."""
+    recorder = Recorder(tmp_path / "s")
+    for n in range(8):
+        recorder.add(n)
+    recorder.commit(0)
+    before = as_kill_leaves_it(recorder.spool.path, tmp_path / "before")
+    recorder.commit(6)
+    for n in range(8):
+        recorder.add(n)
+    path = as_kill_leaves_it(recorder.spool.path, tmp_path / "k")
+    if what in ("old database", "old seal"):
+        for name in ("SEAL",) if what == "old seal" else ("spool.db", "spool.db-wal"):
+            shutil.copy(before / name, path / name)
+    else:
+        with closing(sqlite3.connect(path / "spool.db")) as database, database:
+            if what == "old row":
+                database.execute("ATTACH ? AS old", [str(before / "spool.db")])
+                database.execute("INSERT INTO pending SELECT * FROM old.pending")
+            else:
+                table = {"batch": "batches", "pending": "pending", "name": "names"}[what]
+                database.execute(f"DELETE FROM {table} WHERE rowid = (SELECT max(rowid) FROM {table})")
+    task, leftover = Task(), Leftover.claim(path)
+    assert leftover is not None
+    task.finish(leftover)
+    exact = what in ("old row", "old seal")
+    assert bool(leftover.report.corrupt or leftover.report.bad_count) == (not exact)
+    assert (task.states == {suffix(n): 2 for n in range(8)}) == exact
+    assert all(state <= 2 for state in task.states.values())
+
+
+def test_records_behind_damage_count(tmp_path: Path) -> None:
+    """One record of a hundred can't be read: the others are proven by themselves, and sent."""
+    recorder = Recorder(tmp_path / "s")
+    for n in range(100):
+        recorder.add("a", 2**n)
+    path = as_kill_leaves_it(recorder.spool.path, tmp_path / "k")
+    file = segment_path(path, 1, 0)
+    data = bytearray(file.read_bytes())
+    data[HEADER.size + 30 * 24 + 16] ^= 1
+    file.write_bytes(data)
+    task, leftover = Task(), Leftover.claim(path)
+    assert leftover is not None
+    assert len(leftover.report.corrupt) == 1
+    task.finish(leftover)
+    assert task.states == {suffix("a"): 2**100 - 1 - 2**30}
+
+
+def test_a_missing_lock_is_nobodys(tmp_path: Path) -> None:
+    """A slot whose LOCK is gone can't be claimed: nobody can say that it is no copy."""
+    recorder = Recorder(tmp_path / "s")
+    recorder.add("a")
+    assert not recorder.spool.close()
+    (recorder.spool.path / "LOCK").unlink()
+    assert Leftover.claim(recorder.spool.path) is None
+    with pytest.raises(PipelineError):
+        Recorder(tmp_path / "s")
