@@ -5,14 +5,15 @@ exactly once, and a query API serves merged views that say how stale they are.
 
 Reading order, from the nouns inward out:
 
-1. `errors`, `core.record`, `core.merge`: what can go wrong, what travels, and the one algebra that merges it.
+1. `errors`, `core.record`, `core.kinds`: what can go wrong, what travels, and the one algebra that merges it.
 2. `core.codec`, `core.sequence`, `core.token`: bytes, exactly once, read your writes.
 3. `core.task`: the protocol of a partition, as a state machine without side effects.
 4. `ports`: what the shells need; `adapters.memory` is the shortest implementation, `adapters.embedded` the durable one.
 5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `holding` and `commits`, runs those that
    are ours, `worker.replica` follows the changelog for query servers and standbys, `worker.watchdog` ends what stalls.
-6. `producer` (it has a reading order of its own): where deltas wait, and how they leave; `adapters.bridge` for code that is
-   instrumented; `core.statsd`, `producer.statsd`, `adapters.statsd` and `adapters.pushed` for what others send.
+6. `publisher` (`table`, `views`; the same in `native`): where deltas wait; `publisher.spool`: how they outlive a process;
+   `producer` (it has a reading order of its own): how they leave; `adapters.bridge` for code that is instrumented;
+   `core.statsd`, `producer.statsd`, `adapters.statsd` and `adapters.pushed` for what others send.
 7. `core.view`, `query.reader`, `query.api`: answers.
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
 9. `core.placement`: who gets which partition; `adapters.faust`: `wire` (what members tell each other), `app`, `membership`,
@@ -22,7 +23,7 @@ Reading order, from the nouns inward out:
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.connect import Publisher, Reader
+from pipeline.connect import Publisher
 from pipeline.core.token import Token
 from pipeline.errors import (
     BadRecord,
@@ -39,6 +40,7 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.adapters.http import HttpReader as Reader
     from pipeline.cluster.agents import faust_app as faust_app
 
 __all__ = [
@@ -60,7 +62,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`faust_app` loads Faust and RocksDB: only who asks for it pays for them. So it is not in `__all__`."""
+    """Load what an app that only publishes does not pay for: an HTTP client for `Reader`; Faust and RocksDB for `faust_app`.
+
+    `faust_app` is not in `__all__`, because it can be installed without.
+    """
+    if name == "Reader":
+        from pipeline.adapters.http import HttpReader
+
+        globals()[name] = HttpReader
+        return HttpReader
     if name != "faust_app":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     try:

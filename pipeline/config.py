@@ -24,7 +24,11 @@ from pydantic_settings import (
 
 from pipeline.errors import Invalid
 from pipeline.settings import (
+    ENV_PREFIX,
+    FILE,
+    FILE_VARIABLE,
     GROUPS,
+    OTHER_VARIABLES,
     IngestSettings,
     KafkaSettings,
     LogSettings,
@@ -33,12 +37,6 @@ from pipeline.settings import (
     WorkerSettings,
     default_of,
 )
-
-ENV_PREFIX = "PIPELINE_"
-FILE = "pipeline.toml"
-FILE_VARIABLE = "PIPELINE_CONFIG"
-OTHER_VARIABLES = frozenset({FILE_VARIABLE, "PIPELINE_REQUIRE_KAFKA", "PIPELINE_TEST_KAFKA"})
-"""Variables with our prefix that are not settings."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ def load(flags: Mapping[str, Any] | None = None) -> Config:
         name = str(wrong["loc"][0])
         if wrong["type"] == "extra_forbidden":
             raise _unknown(name, f"in {path}") from None
-        raise Invalid(f"setting {name}: {wrong['msg']}, got {wrong['input']!r:.100}") from None
+        needed = _needed(wrong["type"]) or wrong["msg"]
+        raise Invalid(f"setting {name}: {needed}, got {wrong['input']!r:.100}") from None
     except SettingsError as error:  # the only setting that is no plain value
         raise Invalid(f"setting kafka: {ENV_PREFIX}KAFKA must be a JSON object: {error.__cause__}") from None
     except (ValueError, OSError) as error:
@@ -118,6 +117,22 @@ def _check_names(names: Any, where: str) -> None:
 def _unknown(name: str, where: str) -> Invalid:
     close = get_close_matches(name, _names, n=1)
     return Invalid(f"unknown setting {name!r:.100}{where and ' '}{where}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _needed(error_type: str) -> str:
+    """Return in words what a setting must be, from pydantic's name of the error: the names stay, its words change."""
+    return next((words for start, words in _NEEDED.items() if error_type.startswith(start)), "")
+
+
+_NEEDED = {
+    "int_": "a whole number is needed",
+    "float_": "a number is needed",
+    "finite_": "a number is needed",
+    "bool_": "true or false is needed",
+    "dict_": "a table of options is needed",
+    "string_": "a text is needed",
+    "path_": "a path is needed",
+}
 
 
 def _of(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:

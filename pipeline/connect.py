@@ -1,4 +1,4 @@
-"""The public classes that take a URL: `Publisher` and `Reader`.
+"""The public class that publishes to a URL: `Publisher`.
 
 Drivers load only for the kind of URL that needs them, so that an app which publishes over HTTP loads neither RocksDB nor
 a web framework.
@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http import HttpLogWriter, HttpReader
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter
 from pipeline.producer.client import BasePublisher, publisher_settings
-from pipeline.producer.process import drain_when_child_ends
-from pipeline.settings import KafkaSettings, PublisherSettings
+from pipeline.producer.process import check_fork, drain_when_child_ends, is_nest
+from pipeline.producer.surroundings import find_settings
+from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
+from pipeline.threads import in_hub
 
 if TYPE_CHECKING:
     from pipeline.adapters.bridge import Bridge, Collector
+    from pipeline.adapters.registry import Registry, RegistryMetrics
 
-Reader = HttpReader
 _log = logging.getLogger(__name__)
 
 
@@ -37,6 +38,8 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
         raise Invalid(f"a URL is text, got {type(url).__name__}")
     scheme, _, rest = url.partition(":")
     if scheme in ("http", "https"):
+        from pipeline.adapters.http import HttpLogWriter
+
         return HttpLogWriter(url)
     if scheme == "embedded" and rest:
         from pipeline.engine import open_shared_log
@@ -56,6 +59,14 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
     raise Invalid(f"unknown URL {url!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER")
 
 
+def _shown_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
+    from pipeline.adapters.registry import RegistryMetrics
+
+    if metrics is not NO_METRICS:
+        raise Invalid("metrics and registry: only one of them can have the publisher's metrics")
+    return RegistryMetrics(registry)
+
+
 class Publisher(BasePublisher):
     """Publishes deltas from any thread, at about the cost of a dictionary update.
 
@@ -66,21 +77,41 @@ class Publisher(BasePublisher):
             cell.add(12.5)
             token = pub.flush()  # acknowledged: it survives kill -9 of the server
 
-    `url` is `kafka://host:port[,host:port...][/app]` of brokers, `http://host:port` of a server, or `embedded:FOLDER`, a log
-    in this process that `pipeline up --data FOLDER` folds. Keywords are the publisher and Kafka settings (README). What was
-    recorded since the last flush is lost if this process is killed; `close()`, leaving the `with` block, and the end of the
-    interpreter flush it.
+    `url` is `kafka://host:port[,host:port...][/app]` of brokers, `http://host:port` of a server, or
+    `embedded:FOLDER`, a log in this process that `pipeline up --data FOLDER` folds. Keywords are the publisher and
+    Kafka settings (README); what is not given is looked for in the environment (`PIPELINE_*`), then in
+    `pipeline.toml`. `registry` is one of prometheus_client, which then shows the publisher's own metrics; a label
+    `publisher` tells it from others there. What was recorded since the last flush is lost if this process is killed;
+    `close()`, leaving the `with` block, and the end of the interpreter flush it.
 
     Raises `Invalid` for a wrong URL or setting; `Unavailable` if an embedded log can't be opened. A server that is away
     is no error here: deltas wait for it.
     """
 
-    def __init__(self, url: str, *, metrics: Metrics = NO_METRICS, **settings: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        metrics: Metrics = NO_METRICS,
+        registry: Registry | None = None,
+        **settings: Unpack[PublisherKeywords],
+    ) -> None:
+        found: dict[str, Any] = find_settings(settings, kafka=str(url).startswith("kafka:"))
+        found.update(settings)
         known = {item.name for item in fields(KafkaSettings)}
-        kafka = KafkaSettings(**{name: value for name, value in settings.items() if name in known})
-        checked = publisher_settings({name: value for name, value in settings.items() if name not in known})
+        kafka = KafkaSettings(**{name: value for name, value in found.items() if name in known})
+        checked = publisher_settings({name: value for name, value in found.items() if name not in known})
         self._bridges: list[Bridge] = []
-        super().__init__(log_writer(url, checked, kafka), SystemClock(), checked, metrics)
+        self._shown = None if registry is None else _shown_in(registry, metrics)
+        try:
+            super().__init__(log_writer(url, checked, kafka), SystemClock(), checked, self._shown or metrics)
+        except BaseException:
+            self._leave_registry()
+            raise
+
+    def _leave_registry(self) -> None:
+        if self._shown is not None:
+            self._shown.close()
 
     def bridge(
         self,
@@ -117,23 +148,35 @@ class Publisher(BasePublisher):
             from_now=from_now,
             metrics=self._metrics,
             drain_when_child_ends=drain_when_child_ends,
+            may_run=not is_nest(),
         )
         self._bridges.append(bridge)
         return bridge
 
     def close(self, timeout_s: float | None = None) -> Token:
         """As of `BasePublisher`; what bridges have still to publish goes first."""
-        if not self._running.in_own_thread:
+        check_fork()
+        if not self._running.in_own_thread and not in_hub():
             with self._running.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
                 for bridge in [*self._bridges]:
                     try:
                         bridge.close()
                     except Exception:  # what was recorded must be flushed all the same
                         _log.exception("closing a bridge")
-        return super().close(timeout_s)
+        try:
+            return super().close(timeout_s)
+        finally:
+            if self._closed:
+                self._leave_registry()
 
     def start_clean(self) -> None:
         """As of `BasePublisher`; bridges go on in the child."""
         super().start_clean()
         for bridge in [*self._bridges]:
             bridge.start_clean()
+
+    def wake(self) -> None:
+        """As of `BasePublisher`; bridges begin too."""
+        super().wake()
+        for bridge in [*self._bridges]:
+            bridge.wake()

@@ -20,20 +20,24 @@ from pipeline.errors import NotFound, NotReady, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter, Message, Store
 from pipeline.producer.gateway import Gateway
+from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
+from pipeline.query.facts import StoredFacts
 from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.figures import partition_status
 from pipeline.worker.follower import Progress
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition, partition_status
+from pipeline.worker.partition import Partition
 
 
 class Engine:
     """One process' whole pipeline. `start` returns at once; restoring goes on behind, `ready` says when it is over.
 
     `on_fatal` is called at most once, from any thread, with what ended the worker or the log: stop the engine then and end
-    the process with exit code 3. Raises `Unavailable` if another process has the data directory, `Invalid` if it is none.
+    the process with `errors.exit_code`. Raises `Unavailable` if another process has the data directory, `Invalid` if it is
+    none, `LogCorrupt` if something of the log is lost.
     """
 
     def __init__(
@@ -54,9 +58,17 @@ class Engine:
         self._progress: dict[int, Progress] = {}
         self._data = DataDir(log_settings.data)
         described = topics.load()
-        worker = worker_settings or WorkerSettings()
+        worker, query = worker_settings or WorkerSettings(), query_settings or QuerySettings()
         try:
-            self.log = EmbeddedLog(self._data.log, described, log_settings, self.clock, metrics, self._fail)
+            self.log = EmbeddedLog(
+                self._data.log,
+                described,
+                log_settings,
+                self.clock,
+                metrics,
+                self._fail,
+                accept_loss=worker.accept_loss,
+            )
         except BaseException:
             self._data.close()
             raise
@@ -86,16 +98,41 @@ class Engine:
         self._loop.assign(range(len(self.partitions)))
         self.reader = ViewReader(
             stores=self.stores,
-            ends=EndsNow(partial(self.log.end_offsets, DELTAS), partial(self.log.start_offsets, DELTAS), self.clock),
+            ends=EndsNow(
+                partial(self.log.high_watermarks, DELTAS),
+                partial(self.log.start_offsets, DELTAS),
+                self.clock,
+                source_id=self.log.topic_id(DELTAS),
+            ),
             clock=self.clock,
-            settings=query_settings or QuerySettings(),
+            settings=query,
             metrics=metrics,
+            distrust=self._loop.distrust,
         )
-        self.ingest = Gateway(self.log, self.clock, publisher_settings or PublisherSettings(), self._definition_of, metrics)
+        self.ingest = self._gateway(publisher_settings, worker, query.idempotent_partitions, metrics)
+
+    def _gateway(
+        self, settings: PublisherSettings | None, worker: WorkerSettings, partitions: int, metrics: Metrics
+    ) -> Gateway:
+        return Gateway(
+            self.log,
+            self.clock,
+            settings or PublisherSettings(),
+            self._definition_of,
+            metrics,
+            limits=worker.task_limits(),
+            facts=StoredFacts(self.stores),
+            idempotent_partitions=partitions,
+        )
+
+    @property
+    def letters(self) -> DeadLetters:
+        """What was refused when it was folded."""
+        return DeadLetters(self.log, self.clock)
 
     @property
     def ready(self) -> bool:
-        """Whether every partition is restored and folding."""
+        """Whether every partition is restored and folding; false again while a damaged store is rebuilt."""
         return self._loop.ready
 
     def start(self) -> None:
@@ -132,6 +169,7 @@ class Engine:
             "at_ms": self.clock.now_ms(),
             "ready": self.ready,
             "partition_count": len(self.partitions),
+            "topic_id": self.log.topic_id(DELTAS),
             "partitions": [
                 partition_status(it, self.log.watermarks(DELTAS, it.number).end_offset, self._progress.get(it.number))
                 for it in self.partitions
@@ -187,6 +225,12 @@ class SharedLog(LogWriter):
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         return self._shared.log.append(messages, timeout_s=timeout_s)
+
+    def topic_id(self, topic: str) -> str:
+        return self._shared.log.topic_id(topic)
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        return self._shared.log.high_watermarks(topic)
 
     def close(self) -> None:
         with _shared_lock:

@@ -29,9 +29,15 @@ BATCHES_DUPLICATE = Metric(
     "pipeline_batches_duplicate_total", "counter", "Batches dropped because they were folded before.", _P
 )
 BATCHES_STALE = Metric("pipeline_batches_stale_total", "counter", "Batches refused because of an old producer epoch.", _P)
-DEAD_LETTERS = Metric("pipeline_dead_letters_total", "counter", "Records written to the dead-letter topic.", _P)
-PRODUCERS_EVICTED = Metric(
-    "pipeline_producers_evicted_total", "counter", "Producers forgotten before their time, at producers_max.", _P
+DEAD_LETTERS = Metric("pipeline_dead_letters_total", "counter", "Records and groups written to the dead-letter topic.", _P)
+GROUPS_REFUSED = Metric(
+    "pipeline_groups_refused_total", "counter", "Groups of batches that became dead letters by themselves.", _P
+)
+SERIES_OVERFLOWED = Metric(
+    "pipeline_series_overflowed_total", "counter", "Entries merged into an overflow series, at series_max.", _P
+)
+PRODUCERS_FORGOTTEN = Metric(
+    "pipeline_producers_forgotten_total", "counter", "Producers forgotten because they were silent for producer_ttl_ms.", _P
 )
 ENTRIES_COMMITTED = Metric(
     "pipeline_entries_committed_total", "counter", "Series entries written to changelog and store.", _P
@@ -40,11 +46,23 @@ COMMITS = Metric("pipeline_commits_total", "counter", "Commits.", _P)
 COMMIT_SECONDS = Metric(
     "pipeline_commit_seconds", "histogram", "Time from freezing an overlay to its being durable.", (), _SECONDS
 )
+COMMIT_BOUND = Metric(
+    "pipeline_commit_entries_max",
+    "gauge",
+    "Entries that may be folded before a commit, so that it ends within its timeout; learned from how long commits take.",
+    _P,
+)
 OVERLAY_FULL = Metric("pipeline_overlay_full_total", "counter", "Commits made early because the overlay was full.", _P)
 NEXT_OFFSET = Metric(
     "pipeline_position_next_offset", "gauge", "First record of the deltas topic that is not in the state.", _P
 )
-LAG = Metric("pipeline_lag_records", "gauge", "Records behind: end offset of the deltas topic less next offset.", _P)
+LAG = Metric("pipeline_lag_records", "gauge", "Records behind: high watermark of the deltas topic less next offset.", _P)
+HELD_UP = Metric(
+    "pipeline_held_up_records",
+    "gauge",
+    "Records of the deltas topic that can't be read, because a transaction that is none of ours is open in front of them.",
+    _P,
+)
 RETENTION_MARGIN = Metric(
     "pipeline_retention_margin_records",
     "gauge",
@@ -58,10 +76,30 @@ RESTORE_REMAINING = Metric(
     "pipeline_restore_remaining_records", "gauge", "Changelog records that a restore has still to read.", _P
 )
 STALLS = Metric(
-    "pipeline_stalls_total", "counter", "Partitions that stood still with lag for stall_timeout_ms; the process ends then."
+    "pipeline_stalls_total",
+    "counter",
+    "Partitions that stood still with lag for stall_timeout_ms, and threads; the process ends then.",
+)
+THREAD_ERRORS = Metric(
+    "pipeline_thread_errors_total",
+    "counter",
+    "Exceptions that nobody expected, by the thread that raised them; the log has their tracebacks.",
+    ("thread",),
 )
 FENCED = Metric(
     "pipeline_fenced_total", "counter", "Partitions lost because another worker took them over before this one let go."
+)
+CHANGELOG_FOREIGN = Metric(
+    "pipeline_changelog_foreign_records_total",
+    "counter",
+    "Changelog records that were left out because no owner of the partition wrote them.",
+    _P,
+)
+DELTAS_HOLES = Metric(
+    "pipeline_deltas_holes_total",
+    "counter",
+    "Offsets of the deltas topic that hold no record: ends of transactions of others, or records that the log has lost.",
+    _P,
 )
 STORES_REBUILT = Metric(
     "pipeline_stores_rebuilt_total", "counter", "Stores deleted and restored because they could not be trusted.", _P
@@ -71,6 +109,15 @@ LOG_BYTES = Metric(
     "pipeline_log_appended_bytes_total", "counter", "Bytes of keys and values appended to the embedded log.", ("topic",)
 )
 LOG_REMOVED = Metric("pipeline_log_removed_total", "counter", "Records removed from the embedded log.", ("topic", "by"))
+LOG_LOST = Metric(
+    "pipeline_log_lost_total", "counter", "Records of the embedded log that were gone when it was opened.", ("topic",)
+)
+STORES_SET_ASIDE = Metric(
+    "pipeline_stores_set_aside_total",
+    "counter",
+    "Stores that were ahead of their changelog, kept under another name and restored from what it says.",
+    _P,
+)
 REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answered.", ("path", "status"))
 REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
@@ -99,13 +146,10 @@ PUBLISHER_RETRIES = Metric("pipeline_publisher_retries_total", "counter", "Attem
 PUBLISHER_DROPPED = Metric(
     "pipeline_publisher_dropped_total",
     "counter",
-    "Deltas given up: buffer_full, closed, no_number; and batches that the log refused for good: rejected.",
+    "Deltas given up: buffer_full, closed; and batches that the log refused for good: rejected.",
     ("reason",),
 )
 PUBLISHER_BLOCKED = Metric("pipeline_publisher_blocked_total", "counter", "Times that a caller waited at buffer_bytes_max.")
-PUBLISHER_MERGED_HARDER = Metric(
-    "pipeline_publisher_merged_harder_total", "counter", "Times that a caller merged all that waited, at buffer_bytes_max."
-)
 PUBLISHER_REFUSED = Metric(
     "pipeline_publisher_refused_total", "counter", "Deltas refused with BufferFull: their caller was told."
 )
@@ -130,19 +174,21 @@ PUBLISHER_ACKNOWLEDGED = Metric(
 )
 PUBLISHER_IN_FLIGHT = Metric("pipeline_publisher_batches_waiting", "gauge", "Batches sealed and not acknowledged.")
 PUBLISHER_LINGER = Metric("pipeline_publisher_linger_seconds", "gauge", "Time between flushes, as tuned.")
-PUBLISHER_THREADS = Metric("pipeline_publisher_thread_handles", "gauge", "Threads' own handles that are alive.")
-PUBLISHER_SHARDS = Metric("pipeline_publisher_shards", "gauge", "Shards in use; 0 unless buffering is sharded.")
-PUBLISHER_SHARD_UTILISATION = Metric(
-    "pipeline_publisher_shard_utilisation_ratio", "gauge", "How full the fullest shard was when it was last drained."
-)
-PUBLISHER_CONTENDED = Metric(
-    "pipeline_publisher_shard_contended_total", "counter", "Times that a thread found its shard full, and went elsewhere."
-)
 PUBLISHER_SNAPSHOT_AGE = Metric(
     "pipeline_publisher_snapshot_age_seconds", "gauge", "Age of what local() returns, at a flush."
 )
 PUBLISHER_RESCUED = Metric(
     "pipeline_publisher_rescued_total", "counter", "Batches of processes that are gone, sent from their spools."
+)
+PUBLISHER_OVERFLOWED = Metric(
+    "pipeline_publisher_series_overflowed_total",
+    "counter",
+    "Times that a new label set was merged into an overflow series, because its view has series_max of them.",
+)
+PUBLISHER_HELD_BACK = Metric(
+    "pipeline_publisher_batches_held_back",
+    "gauge",
+    "Batches not sent again, because tasks may have forgotten by now that they have folded them (producer_ttl_ms).",
 )
 PUBLISHER_BYTES = Metric(
     "pipeline_publisher_buffer_bytes", "gauge", "Memory account of buffered series and unacknowledged batches."
@@ -163,6 +209,12 @@ CHANGES = Metric("pipeline_changes_total", "counter", "Changes of a view that an
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in [*globals().values()] if isinstance(value, Metric))
 """Every metric there is."""
+OF_PUBLISHERS: tuple[Metric, ...] = (
+    *(it for it in CATALOGUE if it.name.startswith("pipeline_publisher_")),
+    INGEST_MALFORMED,
+    THREAD_ERRORS,
+)
+"""The metrics that a publisher and its bridges record."""
 PARTITION_GAUGES: tuple[Metric, ...] = tuple(it for it in CATALOGUE if it.type == "gauge" and it.labels == _P)
 """What `Metrics.forget` takes back."""
 

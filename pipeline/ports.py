@@ -5,14 +5,16 @@ Offsets are Kafka's: they rise within a partition, can have holes, and every `ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from pipeline.core.record import Records
+from pipeline.core.record import Control, Records
+from pipeline.core.sequence import Folded
 from pipeline.core.token import Token
-from pipeline.errors import PipelineError
+from pipeline.errors import Discontinuous, Displaced, PipelineError
 
 MESSAGE_BYTES_MAX = 16 * 2**20
 """Where a log has no limit of its own: beyond every limit of a batch."""
@@ -34,18 +36,30 @@ class Watermarks(NamedTuple):
     end_offset: int
 
 
+Begins = Mapping[tuple[str, int], int]
+"""By topic and partition, the offset at which a commit has to begin."""
+NO_BEGINS: Begins = MappingProxyType({})
+NO_EPOCHS: Mapping[int, int] = MappingProxyType({})
+
+
 class LogReader(Protocol):
     """A cursor over partitions of one topic. Owned by one thread at a time; sees committed records only."""
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
-        """Read these partitions, and no others, from these offsets on."""
+    def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
+        """Read these partitions, and no others, from these offsets on.
+
+        `leader_epochs` are those of the last records that were read below the offsets, where they are known: on a log that
+        has them, `poll` then raises `RecordsLost` if the offset belongs to records that are not in the log any more.
+        """
         ...
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
         """What is there beyond the cursor, waiting up to `timeout_s` for the first record; the cursor moves on.
 
         Returns about as much as the limits say, at least one record if there is one, an empty list after the timeout.
-        Raises `RecordsLost` if a cursor is below the log's start, `Unavailable` if the log is away.
+        Raises `RecordsLost` if a cursor is below the log's start or in a history that is gone, `Unavailable` if the log is
+        away, `Discontinuous` if what comes next stands below the cursor, `LogCorrupt` if records are missing that nothing
+        can have removed.
         """
         ...
 
@@ -74,8 +88,34 @@ class LogWriter(Protocol):
         """
         ...
 
+    def topic_id(self, topic: str) -> str:
+        """What tells a topic from every other, also from one of its name that was made anew: up to 64 of `A-Za-z0-9_-`.
+
+        An id is never used twice. The log is asked at each call, and what it answers is at least as new as any offset that
+        `append` had returned before the call. Raises `Unavailable` if the log is away.
+        """
+        ...
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        """The offset behind everything that the topic has acknowledged, by partition; of the topic that is there now.
+
+        Nothing that `append` returned, and that is of this topic, is beyond it. Open transactions don't hold it down.
+        It is beyond the last stable offset while somebody's transaction is open there: what was acknowledged behind the
+        beginning of that transaction can't be read yet. Lag and staleness are measured against it.
+        """
+        ...
+
     def close(self) -> None:
         """Give back connections. Unacknowledged messages may be lost."""
+        ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A log writer that has threads, and can do without."""
+
+    def rest(self) -> bool:
+        """End them until the next call, giving back connections; return whether they have ended."""
         ...
 
 
@@ -85,8 +125,17 @@ class Transaction(Protocol):
     A new Transaction of the same id fences every older one: their next call raises `Fenced` (KIP-98).
     """
 
-    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+    @property
+    def marker_count(self) -> int:
+        """How many offsets the end of a transaction takes in each partition that it wrote to: 1 in Kafka, or none."""
+        ...
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
         """Append all messages in one transaction; the `next_offset` behind each.
+
+        `begins` says where in a partition the first of its messages has to stand, the others following without a gap. If
+        that can't be, nothing is committed: `Discontinuous` if the partition ends before it, else `Displaced`, after which
+        another commit can be tried.
 
         When it returns they are durable. Readers see them then or a moment later, a new owner of the id in any case.
 
@@ -100,23 +149,30 @@ class Transaction(Protocol):
         ...
 
 
+def check_begins(begins: Begins, found: Mapping[tuple[str, int], int]) -> None:
+    """Raise `Discontinuous` or `Displaced` unless a transaction begins where it has to; `found` says where it would."""
+    for place, expected in begins.items():
+        begin = found.get(place, expected)
+        where = f"{place[0]}-{place[1]}"
+        if begin < expected:
+            raise Discontinuous(f"{where} went back from {expected} to {begin}: it was made anew or truncated")
+        if begin > expected:
+            raise Displaced(f"something else has written to {where}: a commit would begin at {begin}, not at {expected}")
+
+
 class Log(LogWriter, Protocol):
     """A durable, partitioned log with transactions: Kafka, the embedded one, or the one in memory."""
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
-        """The partition's offsets now. Its end is the last stable offset: everything below is committed."""
+        """The partition's offsets now. Its end is the last stable offset: everything below it is decided and readable."""
         ...
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
-        """The end offset of every partition that the topic has now."""
+        """The last stable offset of every partition that the topic has now: what readers can reach."""
         ...
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         """The start offset of every partition that the topic has now."""
-        ...
-
-    def topic_id(self, topic: str) -> str:
-        """What tells a topic from one of the same name that was made anew; empty where that can't happen."""
         ...
 
     def reader(self, topic: str) -> LogReader:
@@ -175,6 +231,13 @@ class Stores(Protocol):
         """Delete a partition's store, which must be closed."""
         ...
 
+    def set_aside(self, partition: int, reason: str) -> str:
+        """Keep a partition's store, which must be there and closed, under another name; where it is now.
+
+        `open` makes a new one then. For a store that holds what its changelog does not: it is the only copy.
+        """
+        ...
+
     def close(self) -> None:
         """Close every open store."""
         ...
@@ -185,6 +248,10 @@ class Clock(Protocol):
 
     def now_ms(self) -> int:
         """Wall clock: milliseconds since 1970."""
+        ...
+
+    def rising_ns(self) -> int:
+        """Nanoseconds since 1970, about: in one process it never falls, even when the wall clock is set back."""
         ...
 
     def monotonic_s(self) -> float:
@@ -263,6 +330,15 @@ class RawDelta(NamedTuple):
     """None: as the view is known, or not monotone if it is new."""
 
 
+class RequestKey(NamedTuple):
+    """What makes a repeat of a request known: the client's word for it, and what it is about."""
+
+    path: str
+    key: str
+    digest: bytes
+    """Of the body: a request with the same key and another body is another request."""
+
+
 class Refusal(NamedTuple):
     """What was left out of something that was taken in part: where it stood, from 1, and why."""
 
@@ -283,28 +359,61 @@ class Pushed(NamedTuple):
     """False: it has more than may be taken at once, and was not read to its end."""
 
 
-class Ingest(Protocol):
-    """Where an HTTP server puts what it is sent. Safe from any thread; blocks until the log has acknowledged."""
+class Orders(Protocol):
+    """Who puts orders into the log. Safe from any thread; blocks until the log has acknowledged them."""
 
-    def deltas(self, deltas: Sequence[RawDelta]) -> Token:
-        """Accept all deltas. Raises `Invalid`, saying which one is wrong and why: none is accepted. Raises `Unavailable` if
-        unsure: any of them may be.
+    def controls(self, controls: Sequence[Control], key: RequestKey | None = None) -> Token:
+        """Append orders to every partition, so that each carries them out once, in this order, between two batches.
+
+        Raises `Invalid` if one is none; `Unavailable` if some partitions may not have them. With a `key` a repeat is carried
+        out once in each partition, also in those that came meanwhile.
         """
         ...
 
-    def fitting(self, deltas: Sequence[RawDelta]) -> tuple[Token, list[Refusal]]:
+
+class Ingest(Orders, Protocol):
+    """Where an HTTP server puts what it is sent. Safe from any thread; blocks until the log has acknowledged."""
+
+    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
+        """Accept all deltas. Raises `Invalid`, saying which one is wrong and why: none is accepted. Raises `Unavailable` if
+        unsure: any of them may be. With a `key`, a repeat counts once.
+        """
+        ...
+
+    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
         """Accept those deltas that can be; the others, by index as `line`. Raises `Unavailable` as `deltas` does.
 
         Here, as in Prometheus, an empty label is none: a delta may lack labels that its view has.
         """
         ...
 
-    def batches(self, batches: Sequence[bytes]) -> list[int]:
-        """Accept a publisher's sealed batches: the `next_offset` that covers each.
+    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
+        """Accept a publisher's sealed batches: the `next_offset` that covers each, and the token that covers all. `secret`
+        proves that their producer id is the publisher's own; see `core.record.producer_id_of`.
 
-        Raises `BadRecord`, saying which batch is wrong and why; `Unavailable` if unsure. Any of the others may be accepted:
+        Raises `BadRecord`, saying which batch is wrong and why, and `GroupsRefused` if it is some groups only that can't be
+        taken; then none of the batches is. Raises `Unavailable` if unsure. Any of the others may be accepted:
         send the same bytes again.
         """
+        ...
+
+
+class KnownDefinitions(NamedTuple):
+    """The definitions that a partition has, by their keys, as of an offset of its log."""
+
+    next_offset: int
+    keys: Collection[bytes]
+
+
+class Facts(Protocol):
+    """What this process knows of the tasks' state, which can lag behind. Safe from any thread; None: it knows nothing."""
+
+    def definitions(self, partition: int) -> KnownDefinitions | None:
+        """The definitions of a partition."""
+        ...
+
+    def producer(self, partition: int, producer_id: str) -> Folded | None:
+        """What a partition has folded of a producer."""
         ...
 
 

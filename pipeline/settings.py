@@ -1,21 +1,39 @@
 """Every setting, once: its name, default, meaning and bounds.
 
 Plain data, so that a publisher inside somebody's app loads nothing for it. `pipeline.config` reads them from
-`pipeline.toml`, the environment (`PIPELINE_*`) and flags; `Publisher` takes its own as keywords.
+`pipeline.toml`, the environment (`PIPELINE_*`) and flags; `Publisher` takes its own as keywords, and what was not given from
+`producer.surroundings`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
-from pipeline.core.task import TaskLimits
+from pipeline.core.limits import TaskLimits
 from pipeline.errors import Invalid
 
-ON_FULL = ("block", "raise", "drop_newest", "merge_harder", "spill")
-BUFFERING = ("thread", "sharded")
-DURABILITY = ("memory", "process", "disk")
+ENV_PREFIX = "PIPELINE_"
+FILE = "pipeline.toml"
+FILE_VARIABLE = "PIPELINE_CONFIG"
+HOLD_VARIABLE = "PIPELINE_HOLD"
+OTHER_VARIABLES = frozenset(
+    {
+        FILE_VARIABLE,
+        HOLD_VARIABLE,
+        "PIPELINE_LONG_TESTS",
+        "PIPELINE_NATIVE",
+        "PIPELINE_REQUIRE_KAFKA",
+        "PIPELINE_TEST_KAFKA",
+    }
+)
+"""Variables with our prefix that are not settings."""
+
+OnFull = Literal["block", "raise", "drop_newest"]
+Durability = Literal["memory", "process", "disk"]
+ON_FULL: tuple[str, ...] = get_args(OnFull)
+DURABILITY: tuple[str, ...] = get_args(Durability)
 
 
 def _setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
@@ -30,18 +48,28 @@ def default_of(item: Field[Any]) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+def check_value(item: Field[Any], value: object) -> None:
+    """Raise `Invalid` if a setting can't have this value."""
+    default, least, most = default_of(item), item.metadata["least"], item.metadata["most"]
+    if isinstance(default, int) and not isinstance(default, bool):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
+    elif not isinstance(value, type(default)):
+        raise Invalid(f"{item.name}: {type(default).__name__} expected, got {value!r:.50}")
+    known = _CHOICES.get(item.name)
+    if known and value not in known:
+        raise Invalid(f"{item.name}: {', '.join(known[:-1])} or {known[-1]}, got {value!r:.50}")
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DURABILITY}
+
+
 class _Checked:
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
-            value, least, most = getattr(self, item.name), item.metadata["least"], item.metadata["most"]
-            default = default_of(item)
-            if isinstance(default, int) and not isinstance(default, bool):
-                if not isinstance(value, int) or isinstance(value, bool):
-                    raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
-                if (least is not None and value < least) or (most is not None and value > most):
-                    raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
-            elif not isinstance(value, type(default)):
-                raise Invalid(f"{item.name}: {type(default).__name__} expected, got {value!r:.50}")
+            check_value(item, getattr(self, item.name))
 
 
 @dataclass(frozen=True)
@@ -65,31 +93,6 @@ class PublisherSettings(_Checked):
         "series that `local()` knows, all views together; further ones are left out, and said to be; 0: none",
         least=0,
     )
-    buffering: str = _setting(
-        "thread",
-        "`thread`: a list for each series, and more of them for threads that ask for their own; `sharded`: a few lists for "
-        "all series and threads. With a `durability` beyond memory both wait in one file instead",
-    )
-    thread_deltas_max: int = _setting(
-        100_000, "deltas waiting in a thread's own handle at which the flusher comes early", least=8
-    )
-    shards_max: int = _setting(
-        64,
-        "`sharded`: most shards; their number doubles while threads find theirs full, and halves when they do not",
-        least=1,
-    )
-    shard_deltas_max: int = _setting(
-        8_192,
-        "`sharded`: deltas that a shard holds; then its threads wait a moment, and go on to the series' own list",
-        least=8,
-    )
-    drain_threads: int = _setting(
-        0,
-        "`sharded`: threads that empty the shards; 0: one, or where no interpreter lock lets only one thread run half as "
-        "many as there are CPUs, up to 4",
-        least=0,
-        most=64,
-    )
     batch_bytes_max: int = _setting(
         524_288,
         "a batch is sealed before it grows beyond this; one series is never split",
@@ -103,8 +106,8 @@ class PublisherSettings(_Checked):
     )
     on_full: str = _setting(
         "block",
-        "at `buffer_bytes_max`: `block`, `raise` BufferFull, `drop_newest` (counted), `merge_harder` (the caller merges all "
-        "that waits, then blocks), or `spill` (sealed batches go to `spool_dir`, then it blocks)",
+        "at `buffer_bytes_max`, for series that are new: `block`, `raise` BufferFull, or `drop_newest` (counted). With a "
+        "`spool_dir`, batches wait on the disk before that",
     )
     block_timeout_ms: int = _setting(10_000, "how long `block` waits before it raises BufferFull", least=0)
     durability: str = _setting(
@@ -124,17 +127,25 @@ class PublisherSettings(_Checked):
         30_000, "how long `close()`, interpreter exit and Ctrl-C wait for the last flush", least=0
     )
     series_idle_ms: int = _setting(60_000, "a buffered series that was silent for so long gives its memory back", least=1)
+    series_max: int = _setting(
+        1_000_000,
+        "series of a view that this process buffers; further ones merge into the series whose labels are all __overflow__",
+        least=1,
+    )
+    ts_ahead_max_ms: int = _setting(
+        3_600_000, "how far `ts_ms` of a `last` value may be ahead of this machine's clock; else it is Invalid", least=0
+    )
+    producer_ttl_ms: int = _setting(
+        604_800_000,
+        "how long workers remember a producer; a batch that may have been sent longer ago than that, less a day or half of "
+        "it, is held back: it may be folded and forgotten, and would count twice",
+        least=1_000,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("on_full", ON_FULL), ("buffering", BUFFERING), ("durability", DURABILITY)):
-            if getattr(self, name) not in known:
-                raise Invalid(f"{name}: {', '.join(known[:-1])} or {known[-1]}, got {getattr(self, name)!r:.50}")
-        if self.shards_max & (self.shards_max - 1):
-            raise Invalid(f"shards_max: a power of two is needed, got {self.shards_max}")
-        if not self.spool_dir and (self.durability != "memory" or self.on_full == "spill"):
-            setting = f"durability={self.durability}" if self.durability != "memory" else "on_full=spill"
-            raise Invalid(f"{setting} needs spool_dir, a folder")
+        if not self.spool_dir and self.durability != "memory":
+            raise Invalid(f"durability={self.durability} needs spool_dir, a folder")
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,39 @@ class KafkaSettings(_Checked):
     )
 
 
+class PublisherKeywords(TypedDict, total=False):
+    """The settings that `Publisher` takes as keywords, for type checkers and editors.
+
+    Names and types are those of `PublisherSettings` and `KafkaSettings`, which also have the defaults, bounds and meanings;
+    tests/producer/test_keywords.py holds them together.
+    """
+
+    flush_interval_ms: int
+    linger_ms: int
+    snapshot_interval_ms: int
+    local_series_max: int
+    batch_bytes_max: int
+    buffer_bytes_max: int
+    on_full: OnFull
+    block_timeout_ms: int
+    durability: Durability
+    spool_dir: str
+    spool_bytes_max: int
+    fsync_interval_ms: int
+    request_timeout_ms: int
+    retry_backoff_ms: int
+    retry_backoff_max_ms: int
+    close_timeout_ms: int
+    series_idle_ms: int
+    series_max: int
+    ts_ahead_max_ms: int
+    producer_ttl_ms: int
+    kafka: Mapping[str, Any]
+    kafka_timeout_ms: int
+    metadata_refresh_ms: int
+    transaction_timeout_ms: int
+
+
 @dataclass(frozen=True)
 class WorkerSettings(_Checked):
     """Of whoever folds."""
@@ -193,8 +237,28 @@ class WorkerSettings(_Checked):
     cache_entries_max: int = _setting(100_000, "committed states a partition keeps in memory", least=0)
     cache_bytes_max: int = _setting(67_108_864, "the same in bytes of their encodings", least=0)
     producer_ttl_ms: int = _setting(604_800_000, "a producer silent for so long is forgotten", least=1_000)
-    producers_max: int = _setting(100_000, "producers a partition remembers; then the longest silent is forgotten", least=1)
-    views_max: int = _setting(10_000, "views of a partition; a batch that defines one more is dead-lettered", least=1)
+    closed_producer_ttl_ms: int = _setting(
+        3_600_000,
+        "a producer that was closed in order is forgotten after so long, when no copy of a batch can come",
+        least=0,
+    )
+    letter_ttl_ms: int = _setting(
+        7_776_000_000,
+        "a dead letter that was replayed is remembered for so long, so that it counts once; longer than they are kept",
+        least=1_000,
+    )
+    producers_max: int = _setting(100_000, "producers a partition keeps in memory; its store remembers all of them", least=1)
+    views_max: int = _setting(10_000, "definitions of views in a partition; what would add one is dead-lettered", least=1)
+    series_max: int = _setting(
+        1_000_000,
+        "series of a definition in a partition; what is beyond is merged into a series with the label values __overflow__",
+        least=1,
+    )
+    ts_ahead_max_ms: int = _setting(
+        3_600_000,
+        "how far the time of a `last` value may be ahead of its record's; else it is dead-lettered",
+        least=0,
+    )
     mirror_interval_ms: int = _setting(
         5_000, "how often positions are mirrored to the group `APP-position`, for lag tools; 0: never. Kafka only", least=0
     )
@@ -215,7 +279,11 @@ class WorkerSettings(_Checked):
         "0: never. Kafka only",
         least=0,
     )
-    accept_loss: bool = _setting(False, "go on although records were deleted before they were folded")
+    accept_loss: bool = _setting(
+        False,
+        "go on although records are lost: deleted before they were folded, gone from a damaged log, or only in a store that "
+        "is ahead of its changelog; the better copy is kept aside. An embedded log is read as a whole at each start then",
+    )
 
     def task_limits(self) -> TaskLimits:
         """The part that the core enforces."""
@@ -237,6 +305,19 @@ class QuerySettings(_Checked):
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
     )
+    idempotency_keys_max: int = _setting(
+        100_000,
+        "keys of `Idempotency-Key` whose bodies a server remembers, to refuse another body with 422; the oldest make room, "
+        "and a repeat counts once all the same",
+        least=1,
+    )
+    idempotent_partitions: int = _setting(
+        1,
+        "requests with an `Idempotency-Key` go to one of the first so many partitions, by the key; to be the same on all "
+        "servers, and to be changed only while no request is repeated",
+        least=1,
+        most=1_024,
+    )
     limit_default: int = _setting(10_000, "series in an answer when the request has no `limit`", least=1)
     limit_max: int = _setting(1_000_000, "largest `limit`", least=1)
     matchers_max: int = _setting(64, "`where` and `by`, or `view`, parameters of one request", least=1)
@@ -251,6 +332,11 @@ class QuerySettings(_Checked):
     read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
     reads_waiting_max: int = _setting(256, "reads that wait or run; one more is refused with 503", least=1)
     connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
+    compaction_lag_ms: int = _setting(
+        0,
+        "min.compaction.lag.ms of the changelog, for a server that may not see it (DESCRIBE_CONFIGS); 0: it must see it",
+        least=0,
+    )
     end_offsets_interval_ms: int = _setting(
         100, "how often a query server asks Kafka where the log ends: the least staleness that it can state", least=1
     )
@@ -286,4 +372,4 @@ GROUPS: tuple[type[_Checked], ...] = (
     QuerySettings,
     IngestSettings,
 )
-"""All settings; no name stands in two groups."""
+"""All settings. A name that stands in two groups means one thing to both, has one default, and is set for both at once."""

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.support import LONG
+
 if TYPE_CHECKING:
     from tests.broker.kafka import App, Broker
 
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+EXAMPLES = 100 if LONG else 40
+settings.register_profile("local", deadline=None, max_examples=EXAMPLES)
+settings.register_profile("ci", deadline=None, max_examples=EXAMPLES, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -24,6 +27,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seeds", type=int, default=500, metavar="N", help="seeds the simulator runs in all (default: %(default)s)"
     )
+    parser.addoption("--quick", action="store_true", help="leave out what needs a broker or minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not _is_long(item))  # what takes long begins first, so that all processes end at one time
+    quick = config.getoption("--quick")
+
+    def is_left_out(item: pytest.Item) -> bool:
+        return (quick and _is_long(item)) or (not LONG and item.get_closest_marker("long") is not None)
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
+
+
+LONG_FOLDERS = ("bench", "broker", "process", "readme", "sim")
+"""Folders that `--quick` leaves out."""
+
+
+def _is_long(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    return folder in LONG_FOLDERS or "kafka_jars" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, Self
 
 from pipeline import Reader, Token
@@ -21,6 +23,11 @@ from pipeline import Reader, Token
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+NO_LISTENER = os.strerror(errno.ECONNREFUSED)
+"""What the system says where nobody listens."""
+LONG = os.environ.get("PIPELINE_LONG_TESTS") == "1"
+"""Whether tests that kill at random do so as often as for a release; else about a fifth of that, and
+hypothesis tries fewer examples."""
 READY_S = 60.0
 """How long a start may take on a busy machine."""
 
@@ -54,15 +61,27 @@ def pipeline(
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
 
-def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
-    """The first true result of `done`; fails, saying what was waited for, if there is none in time."""
+def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 30.0, *, seen: Callable[[], str] = lambda: "") -> Any:
+    """Return the first true result of `done`; fail, saying what was waited for and what `seen` returns then, if there is
+    none in time.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         result = done()
         if result:
             return result
-        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
+        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}\n{seen()}".rstrip()
         time.sleep(0.01)
+
+
+@contextmanager
+def traced(trace: Callable[[FrameType, str, Any], Any]) -> Iterator[None]:
+    """Have `trace` called at each line that this thread runs in the block; see `sys.settrace`."""
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 @contextmanager
@@ -88,9 +107,14 @@ class HandClock:
 
     def __init__(self) -> None:
         self.s = 1_000.0
+        self._ns = 0
 
     def now_ms(self) -> int:
         return int((self.s + 1_700_000_000) * 1000)
+
+    def rising_ns(self) -> int:
+        self._ns = max(self._ns + 1, self.now_ms() * 1_000_000)
+        return self._ns
 
     def monotonic_s(self) -> float:
         return self.s
@@ -101,7 +125,8 @@ class HandClock:
 
 def everything(reader: Reader) -> Token:
     """What covers all that the server's log has now."""
-    return Token({it["partition"]: it["end_offset"] for it in reader.status()["partitions"]})
+    status = reader.status()
+    return Token({it["partition"]: it["end_offset"] for it in status["partitions"]}, status["topic_id"])
 
 
 class Program:

@@ -17,9 +17,11 @@ from prometheus_client import REGISTRY, Metric
 from prometheus_client.samples import Sample
 
 import pipeline.metrics as m
+from pipeline.adapters.registry import publishers_families
 from pipeline.errors import BufferFull, Invalid, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
+from pipeline.threads import Failures, LoopThread, guarded
 
 _PROTOCOL = "bridge"
 _FORK_LOOK_S = 10.0
@@ -81,7 +83,9 @@ class Bridge:
         from_now: bool = False,
         metrics: Metrics = NO_METRICS,
         drain_when_child_ends: Callable[[], None] = lambda: None,
+        may_run: bool = True,
     ) -> None:
+        """With `may_run` False no thread begins before `wake` is called."""
         if type(interval_ms) is not int or interval_ms < 1:
             raise Invalid(f"interval_ms is a whole number from 1, got {interval_ms!r:.50}")
         if not callable(getattr(registry, "collect", None)):
@@ -89,11 +93,13 @@ class Bridge:
         self._publisher = publisher
         self.registry = registry
         self._clock = clock
-        self._set_ms = 0
         self._interval_s = interval_ms / 1000
         self._gauges = gauges
         self._metrics = metrics
         self._drain_when_child_ends = drain_when_child_ends
+        # Made once, and not in a forked child: they touch metrics, whose locks may be held there for ever.
+        self._failures = Failures(_log, "pipeline-bridge", metrics)
+        self._guarded_look = guarded(_log, "pipeline-bridge-look", self._look, metrics)
         self._closed = False
         self._cells: dict[Key, Any] = {}
         self._told: set[tuple[str, str]] = set()
@@ -103,15 +109,30 @@ class Bridge:
             self._look()
         self._watch_children()
         self._start()
+        if may_run:
+            self._thread.start()
 
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._closing = threading.RLock()
         self._collecting = 0
         """The thread that publishes just now."""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-bridge", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread(
+            "pipeline-bridge",
+            self.collect,
+            log=_log,
+            clock=self._clock,
+            metrics=self._metrics,
+            interval_s=self._interval_s,
+            waits_first=True,
+            while_away="the bridge waits",
+            failures=self._failures,
+        )
+
+    def wake(self) -> None:
+        """Have the thread run."""
+        if not self._closed and not self._thread.started:
+            self._thread.start()
 
     def _watch_children(self) -> None:
         """A child of `multiprocessing` ends without `atexit`; what drains it can be set up once it has begun."""
@@ -119,13 +140,6 @@ class Bridge:
 
         self._drain_when_child_ends()
         util.register_after_fork(self, lambda bridge: bridge._drain_when_child_ends())
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            try:
-                self.collect()
-            except Exception:
-                _log.exception("the bridge failed; trying again")
 
     def collect(self) -> bool:
         """Publish what has been counted since the last time, now. Safe from any thread; one that is within it returns.
@@ -137,7 +151,6 @@ class Bridge:
             return True
         with self._lock:
             self._collecting = me
-            self._set_ms = max(self._clock.now_ms(), self._set_ms + 1)  # of two values with one time the larger would win
             try:
                 for collector in self._collectors():
                     families = self._families(collector)
@@ -157,9 +170,7 @@ class Bridge:
         with self._closing:  # a second thread waits for the first; both locks can be taken again, by a signal handler
             if self._closed:
                 return
-            self._stop.set()
-            if self._thread is not threading.current_thread():
-                self._thread.join(_JOIN_S)
+            self._thread.stop(_JOIN_S)
             for _ in range(_LAST_LOOKS):
                 if self.collect():
                     break
@@ -180,7 +191,11 @@ class Bridge:
             return
         self._cells = {}
         self._values = WeakKeyDictionary()
-        thread = threading.Thread(target=self._look, name="pipeline-bridge-look", daemon=True)
+        thread = threading.Thread(
+            target=self._guarded_look,
+            name="pipeline-bridge-look",
+            daemon=True,
+        )
         thread.start()
         thread.join(_FORK_LOOK_S)
         if thread.is_alive():
@@ -189,6 +204,7 @@ class Bridge:
             _log.error("a metric was in use when this process was forked: the child's metrics are not published")
             return
         self._start()
+        self._thread.start()
 
     def _look(self) -> None:
         """Take what is there as published."""
@@ -198,12 +214,14 @@ class Bridge:
                 self._values[collector] = {it.key: it.value for it in self._found(families)}
 
     def _collectors(self) -> list[Any]:
-        """Those of the registry one by one, so that one that fails leaves the others alone."""
+        """Return the collectors of the registry, one by one, so that each fails alone, without those of publishers."""
         known = getattr(self.registry, "_collector_to_names", None)
         if known is None:
             return [self.registry]
         with self.registry._lock:  # type: ignore[attr-defined]  # as its own `collect` does
-            return [*known]
+            collectors = [*known]
+        own = publishers_families(self.registry)  # each look would change them, and they would never be at rest
+        return [it for it in collectors if it not in own]
 
     def _families(self, collector: Collector) -> list[Metric] | None:
         try:
@@ -253,7 +271,7 @@ class Bridge:
             if it.rises:
                 self._cell(it).add(_plain(it.value) - _plain(before or 0))  # exact if both are whole
             else:
-                self._cell(it).set(_plain(it.value), self._set_ms)
+                self._cell(it).set(_plain(it.value))
         except BufferFull:
             raise
         except PipelineError as error:

@@ -1,38 +1,103 @@
 """How the embedded log lays records out: in chunks, as Kafka stores record batches.
 
-A chunk is one value for some neighbouring records of a partition, under the offset of the last of them, so that a seek to
-any offset finds the chunk that covers it:
+A chunk is one value for a range of neighbouring offsets of a partition, under the last offset of the range, so that a seek
+to any offset finds the chunk that covers it:
 
-    msgpack([at_ms, offsets, keys, values])
+    msgpack([begin, at_ms, offsets, keys, values, lost])
+
+The chunks of a partition are a chain: each says at which offset its range begins, which is where the range of the chunk
+before it ends. Compaction keeps the chain: what it makes of several chunks covers the offsets of all of them, records or
+not. So a file that is missing shows wherever it was: a range of offsets that no chunk covers.
 """
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import msgspec
 
+from pipeline.topics import Topic
+
+_RECORD_KEY = struct.Struct(">cBIQ")
+_META_KEY = struct.Struct(">cBI")
 CHUNK_RECORDS_MAX = 2_000
 CHUNK_BYTES = 262_144
 """A chunk ends with the record that reaches this."""
 
 
-class Chunk(msgspec.Struct, array_like=True, frozen=True):
-    """Some records of one partition."""
+class Meta(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """What a partition holds. The cleaner writes it; an append changes only what the last chunk tells as well."""
 
+    start_offset: int = 0
+    end_offset: int = 0
+    clean_end_offset: int = 0
+    clean_count: int = 0
+    """Records below `clean_end_offset`."""
+    newest_ms: int = 0
+    """When the newest record was accepted; it may be gone since."""
+    horizon_offset: int = 0
+    """A reader that begins after `horizon_ms` finds nothing that a tombstone below this offset has deleted."""
+    horizon_ms: int = 0
+
+
+class Partition:
+    """One partition of the log: where its records are, and which there are."""
+
+    def __init__(self, topic: Topic, topic_number: int, number: int, meta: Meta) -> None:
+        self.topic = topic
+        self.topic_number = topic_number
+        self.number = number
+        self.meta = meta
+        self.flushed_offset = 0
+        """See `ends.Noted`."""
+
+    @property
+    def name(self) -> str:
+        """Topic and number, as people write it."""
+        return f"{self.topic.name}-{self.number}"
+
+    def key(self, last_offset: int) -> bytes:
+        """The key of the chunk whose range ends with `last_offset`."""
+        return _RECORD_KEY.pack(b"r", self.topic_number, self.number, last_offset)
+
+    @property
+    def end_key(self) -> bytes:
+        """A key behind those of all chunks."""
+        return _META_KEY.pack(b"r", self.topic_number, self.number + 1)
+
+    @property
+    def meta_key(self) -> bytes:
+        """The key of the partition's meta."""
+        return _META_KEY.pack(b"m", self.topic_number, self.number)
+
+
+def last_offset_of(key: bytes) -> int:
+    """The last offset of the range of the chunk under this key."""
+    last_offset: int = _RECORD_KEY.unpack(key)[3]
+    return last_offset
+
+
+class Chunk(msgspec.Struct, array_like=True, frozen=True):
+    """The records of one range of offsets of one partition."""
+
+    begin: int
+    """The first offset of the range. The last one is in the chunk's key."""
     at_ms: int | list[int]
     offsets: list[int] | None
-    """None: without holes up to the offset in the chunk's key."""
+    """None: the range has a record at every offset."""
     keys: list[bytes | None] | None
     """None: no record has a key."""
     values: list[bytes | None]
+    lost: bool = False
+    """Whether records of the range were lost, and an operator accepted the loss."""
 
     @property
     def newest_ms(self) -> int:
-        """When its last record was accepted."""
-        return self.at_ms if isinstance(self.at_ms, int) else self.at_ms[-1]
+        """When its last record was accepted; 0 if it has none, and says no time."""
+        return self.at_ms if isinstance(self.at_ms, int) else self.at_ms[-1] if self.at_ms else 0
 
     def columns(self, last_offset: int) -> tuple[Sequence[int], list[int], list[bytes | None]]:
         """Offsets, times and keys, written out."""
@@ -40,6 +105,11 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
         offsets = range(last_offset + 1 - count, last_offset + 1) if self.offsets is None else self.offsets
         at_ms = [self.at_ms] * count if isinstance(self.at_ms, int) else self.at_ms
         return offsets, at_ms, [None] * count if self.keys is None else self.keys
+
+
+def lost_chunk(begin: int, at_ms: int) -> Chunk:
+    """The chunk that takes the place of lost records from `begin` on; `at_ms` is when that was decided."""
+    return Chunk(begin, at_ms, [], None, [], lost=True)
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -61,5 +131,6 @@ def cut(
         full = (ends[first - 1] if first else 0) + CHUNK_BYTES
         end = min(first + CHUNK_RECORDS_MAX, bisect_left(ends, full, lo=first) + 1, len(values))
         part = keys[first:end]
-        yield start + end - 1, Chunk(at_ms, None, None if part.count(None) == len(part) else [*part], [*values[first:end]])
+        some_keys = None if part.count(None) == len(part) else [*part]
+        yield start + end - 1, Chunk(start + first, at_ms, None, some_keys, [*values[first:end]])
         first = end

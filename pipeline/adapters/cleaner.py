@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 from collections.abc import Callable
 from itertools import compress, repeat
 from operator import le
@@ -19,12 +18,13 @@ from typing import NamedTuple
 from rocksdict import WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX, Chunk, encode, record_sizes
-from pipeline.adapters.embedded import EmbeddedLog, Partition
+from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX, Chunk, Partition, encode, record_sizes
+from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.settings import LogSettings
+from pipeline.threads import LoopThread
 
 _log = logging.getLogger(__name__)
 END_OFFSET_MAX = 2**63 - 1
@@ -50,8 +50,16 @@ class Cleaner:
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-cleaner", daemon=True)
+        self._thread = LoopThread(
+            "pipeline-cleaner",
+            self.step,
+            log=_log,
+            clock=clock,
+            metrics=metrics,
+            interval_s=settings.maintenance_interval_ms / 1000,
+            waits_first=True,
+        )
+        self._stop = self._thread.stopping
 
     def start(self) -> None:
         """Begin."""
@@ -61,18 +69,14 @@ class Cleaner:
     def stop(self) -> None:
         """End, after the chunk that is being rewritten. Twice is fine."""
         atexit.unregister(self.stop)
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.stop(None)
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._settings.maintenance_interval_ms / 1000):
-            try:
-                self.clean()
-            except PipelineError as error:
-                _log.error("cleaning: %s", error)
-            except Exception:  # a cleaner that dies lets the disk fill up
-                _log.exception("cleaning")
+    def step(self) -> None:
+        """Clean once; what can't be done now is done the next time."""
+        try:
+            self.clean()
+        except PipelineError as error:
+            _log.error("cleaning: %s", error)
 
     def clean(self, *, dirty_count_min: int = _DIRTY_COUNT_MIN) -> int:
         """One round over all partitions; how many records it removed."""
@@ -87,6 +91,7 @@ class Cleaner:
             if count:
                 self._metrics.inc(m.LOG_REMOVED, count, partition.topic.name, partition.topic.cleanup_policy)
             removed += count
+        self._log.note_flushed()
         return removed
 
     # Retention
@@ -104,11 +109,12 @@ class Cleaner:
             batch.delete(partition.key(last_offset))
             start_offset = last_offset + 1
             removed += len(chunk.values)
-        if removed:
+        if start_offset:
             with self._log.changed:
                 partition.meta.start_offset = start_offset
                 self._log.put_meta(batch, partition)
                 self._log.write(batch, durable=False)
+                self._log.note(partition)
         return removed
 
     # Compaction
@@ -136,8 +142,6 @@ class Cleaner:
             offsets, _, keys = chunk.columns(last_offset)
             newest.update(zip(keys, offsets, strict=True))
             clean_end = last_offset + 1
-        else:
-            clean_end = end_offset  # beyond the last chunk there can be a hole
         newest.pop(None, None)  # records without a key supersede nothing
         return newest, clean_end
 
@@ -151,6 +155,10 @@ class Cleaner:
         for last_offset, chunk, _ in self._log.chunks(self._log.cursor(), partition, 0):
             if last_offset >= clean_end or self._stop.is_set():
                 break
+            if chunk.lost:  # it stays, so that nobody takes what is left for all there was
+                self._replace(partition, run)
+                run = _Run()
+                continue
             columns = _kept(last_offset, chunk, newest, tombstones_end)
             kept += len(columns.values)
             removed += len(chunk.values) - len(columns.values)
@@ -158,7 +166,7 @@ class Cleaner:
             if not run.has_room_for(len(columns.values), size):
                 self._replace(partition, run)
                 run = _Run()
-            run.add(last_offset, columns, size, whole=len(columns.values) == len(chunk.values))
+            run.add(chunk.begin, last_offset, columns, size, whole=len(columns.values) == len(chunk.values))
         self._replace(partition, run)
         if not self._stop.is_set():
             with self._log.changed:
@@ -166,7 +174,6 @@ class Cleaner:
                 meta.clean_count = kept
                 if ripe:
                     meta.horizon_offset, meta.horizon_ms = clean_end, self._clock.now_ms()
-                # With it the end is kept: once the newest record is a tombstone that went, nothing else remembers it.
                 batch = WriteBatch(raw_mode=True)
                 self._log.put_meta(batch, partition)
                 self._log.write(batch, durable=False)
@@ -174,14 +181,13 @@ class Cleaner:
         return removed
 
     def _replace(self, partition: Partition, run: _Run) -> None:
-        """Put one chunk, or none, in the place of those that a run is made of."""
+        """Put one chunk in the place of those that a run is made of. It covers their offsets, if no record is left too."""
         if run.as_it_was:
             return
         batch = WriteBatch(raw_mode=True)
         for last_offset in run.last_offsets:
             batch.delete(partition.key(last_offset))
-        if run.columns.values:
-            batch.put(partition.key(run.columns.offsets[-1]), encode(Chunk(*run.columns)))
+        batch.put(partition.key(run.last_offsets[-1]), encode(Chunk(run.begin, *run.columns)))
         with self._log.changed:
             self._log.write(batch, durable=False)
 
@@ -202,7 +208,7 @@ def _kept(last_offset: int, chunk: Chunk, newest: _Newest, tombstones_end: int) 
     """What is kept of a chunk: what no newer record supersedes, but for tombstones below `tombstones_end`."""
     offsets, at_ms, keys = chunk.columns(last_offset)
     keep = [*map(le, map(newest.get, keys, repeat(-1)), offsets)]
-    if offsets[0] < tombstones_end and None in chunk.values:
+    if None in chunk.values and offsets[0] < tombstones_end:
         for index, value in enumerate(chunk.values):
             if value is None and offsets[index] < tombstones_end:
                 keep[index] = False
@@ -217,6 +223,7 @@ class _Run:
     """Neighbouring chunks that become one: which they were, and what is kept of them."""
 
     def __init__(self) -> None:
+        self.begin = 0
         self.last_offsets: list[int] = []
         self.columns = _Columns([], [], [], [])
         self.as_it_was = True
@@ -231,9 +238,10 @@ class _Run:
             and self._bytes + size <= CHUNK_BYTES
         )
 
-    def add(self, last_offset: int, more: _Columns, size: int, *, whole: bool) -> None:
+    def add(self, begin: int, last_offset: int, more: _Columns, size: int, *, whole: bool) -> None:
         """Take a chunk in; `whole` if everything of it is kept."""
         self.as_it_was = whole and not self.last_offsets
+        self.begin = self.begin if self.last_offsets else begin
         self.last_offsets.append(last_offset)
         self.columns.at_ms.extend(more.at_ms)
         self.columns.offsets.extend(more.offsets)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import time
 
+_STARTED_NS = time.time_ns() - time.monotonic_ns()
+
 
 class SystemClock:
     """A `ports.Clock` on the machine's clocks."""
 
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
+
+    def rising_ns(self) -> int:
+        return _STARTED_NS + time.monotonic_ns()
 
     def monotonic_s(self) -> float:
         return time.monotonic()

@@ -6,12 +6,17 @@ import errno
 import fcntl
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.errors import Invalid, LogCorrupt, NewerFormat, NoSpace, PipelineError, Unavailable
+from pipeline.folders import make_private
 
-_VERSION = "1"
+_VERSION = "2"
 _NEW_VERSION = "VERSION.new"
 _APP = "APP"
 
@@ -28,7 +33,7 @@ class DataDir:
         self._with_log = with_log
         self._lock = -1
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_private(self.path)
             self._lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             _open.add(self)
             self._take()
@@ -41,7 +46,7 @@ class DataDir:
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             self.close()
-            raise _translate(self.path, error) from None
+            raise _translate(f"data directory {self.path}", error) from None
         except BaseException:
             self.close()
             raise
@@ -61,13 +66,19 @@ class DataDir:
                 raise Invalid(f"{self.path} is neither empty nor a data directory (no VERSION file)") from None
             self._write_version()
             return
+        if found.isdecimal() and int(found) > int(_VERSION):
+            raise NewerFormat(f"data directory {self.path} has version {found[:20]}; this program reads {_VERSION}")
         if found != _VERSION:
             raise Invalid(f"data directory {self.path} has version {found[:20]!r}; this program reads {_VERSION}")
         if not self._with_log and self.log.exists():
             raise Invalid(f"data directory {self.path} holds an embedded log; stores of a broker's log need another one")
         if self._with_log and self.stores.exists() and not self.log.exists():
-            # A new log would make the stores look wrong, and they would be deleted: they are all that is left.
-            raise Invalid(f"data directory {self.path} has stores, but its log is gone; to begin anew, delete them too")
+            if (self.path / _APP).exists():
+                raise Invalid(f"data directory {self.path} has stores of a broker's log, and no log of its own")
+            # The stores are all that is left.
+            raise LogCorrupt(
+                f"data directory {self.path} has stores, but its log is gone: bring it back, or begin anew in another"
+            )
 
     def check_app(self, app: str) -> None:
         """Raise `Invalid` if the stores are known to be another app's: they would look wrong, and be made anew."""
@@ -112,9 +123,29 @@ class DataDir:
         self.close()
 
 
-def _translate(path: Path, error: OSError) -> PipelineError:
-    busy = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
-    return (Unavailable if busy else Invalid)(f"data directory {path}: {error.strerror}")
+@contextmanager
+def translate_os(what: str) -> Iterator[None]:
+    """Raise our error for one of the file system; `what` leads its text."""
+    try:
+        yield
+    except OSError as error:
+        raise _translate(what, error) from None
+
+
+def _translate(what: str, error: OSError) -> PipelineError:
+    kind: type[PipelineError] = Invalid
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind = NoSpace
+    elif error.errno in (errno.EIO, errno.EMFILE, errno.ENFILE):
+        kind = Unavailable
+    return kind(f"{what}: {error.strerror}")
+
+
+def aside(path: Path, now_ms: int) -> Path:
+    """Return a name for what is kept of `path` and not used any more: one that is not taken, with the time in it (UTC)."""
+    stem = f"{path.name}.lost-{datetime.fromtimestamp(now_ms / 1000, UTC):%Y%m%dT%H%M%S}"
+    names = (path.with_name(stem if not number else f"{stem}-{number}") for number in count())
+    return next(name for name in names if not name.exists())
 
 
 _open: weakref.WeakSet[DataDir] = weakref.WeakSet()

@@ -2,90 +2,54 @@
 
     "r" topic(1) partition(4) last-offset(8)  ->  a chunk of records (chunk.py)
     "m" topic(1) partition(4)                 ->  msgpack of Meta
-    "t" topic name                            ->  msgpack([topic number, partition count])
+    "t" topic name                            ->  msgpack([topic number, partition count, topic id])
 
 Every append is one RocksDB write with its write-ahead log, so it is acknowledged when the kernel has it (kill -9 of this
 process loses nothing); with `fsync`, when the disk has it. A transaction is one such write over several topics.
+
+What the log has lost is noticed, by `whole.py` when it is opened and by every reader: the chunks of a partition are a chain
+without gaps, and `ends.py` knows where it ended. A log that is not whole opens only with `accept_loss`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import struct
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-from rocksdict import DBCompressionType, DBRecoveryMode, Options, WriteBatch
+from rocksdict import DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import Chunk, cut, decode_chunk, encode, record_sizes
+from pipeline.adapters.chunk import Chunk, Meta, Partition, cut, decode_chunk, encode, last_offset_of, record_sizes
+from pipeline.adapters.ends import Ends, Noted
+from pipeline.adapters.reading import EmbeddedReader
 from pipeline.adapters.rocks import Cursor, Translated, close_quietly, keep_from_children, open_db
-from pipeline.core.record import Records
-from pipeline.errors import Fenced, Invalid, LogCorrupt, PipelineError, RecordsLost, Unavailable
+from pipeline.adapters.whole import Gap, check, mark_lost
+from pipeline.errors import Fenced, Invalid, LogCorrupt, NoSpace, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Message, Watermarks
+from pipeline.ports import NO_BEGINS, Begins, Clock, Message, Watermarks, check_begins
 from pipeline.settings import LogSettings
 from pipeline.topics import Topic
 
 _log = logging.getLogger(__name__)
-_RECORD_KEY = struct.Struct(">cBIQ")
-_META_KEY = struct.Struct(">cBI")
+T = TypeVar("T")
 RECORD_BYTES_MAX = 32 * 2**20
 """Largest key and value of a record together."""
-
-
-class Meta(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """What a partition holds. It is written when the cleaner changes it; appends move only what the last chunk tells too."""
-
-    start_offset: int = 0
-    end_offset: int = 0
-    clean_end_offset: int = 0
-    clean_count: int = 0
-    """Records below `clean_end_offset`."""
-    newest_ms: int = 0
-    """When the newest record was accepted; it may be gone since."""
-    horizon_offset: int = 0
-    """Whoever begins to read after `horizon_ms` finds nothing that a tombstone below this offset has deleted."""
-    horizon_ms: int = 0
-
-
-T = TypeVar("T")
-
-
-class Partition:
-    """One partition of the log: where its records are, and which there are."""
-
-    def __init__(self, topic: Topic, topic_number: int, number: int, meta: Meta) -> None:
-        self.topic = topic
-        self.topic_number = topic_number
-        self.number = number
-        self.meta = meta
-
-    def key(self, last_offset: int) -> bytes:
-        """Of the chunk whose last record is at `last_offset`."""
-        return _RECORD_KEY.pack(b"r", self.topic_number, self.number, last_offset)
-
-    @property
-    def end_key(self) -> bytes:
-        """Behind the keys of all chunks."""
-        return _META_KEY.pack(b"r", self.topic_number, self.number + 1)
-
-    @property
-    def meta_key(self) -> bytes:
-        """Of the partition's meta."""
-        return _META_KEY.pack(b"m", self.topic_number, self.number)
 
 
 class EmbeddedLog:
     """A `ports.Log` in a folder. One process, any number of threads.
 
+    Raises `LogCorrupt`, with the number of records that are gone, if the log is not whole, before a file of it is changed.
+    With `accept_loss` a copy of its files is kept beside it, and it opens without them (whole.py).
+
     `on_failed` is called once when the disk fails a write: the log then takes no more, and the process should end.
-    With `read_only` no data file is written; `NotFound` if there is no log in the folder.
+    With `read_only` no data file is written, and a log that is not whole opens, to be looked at; `NotFound` if there is no
+    log in the folder.
     """
 
     def __init__(
@@ -98,31 +62,71 @@ class EmbeddedLog:
         on_failed: Callable[[PipelineError], None] = lambda _: None,
         *,
         read_only: bool = False,
+        accept_loss: bool = False,
     ) -> None:
         self._clock = clock
         self._metrics = metrics
         self._on_failed = on_failed
-        self._failed = ""
+        self._failure: Unavailable | None = None
         self._pid = os.getpid()
         self._owners: dict[str, int] = {}
         self.closed = False
+        self.passes_lost = read_only or accept_loss
+        """Whether readers skip records that are known to be lost, in place of raising `RecordsLost`."""
         self.changed = threading.Condition()
         """Guards every write and every partition's meta; notified when records come."""
+        self.path = path
         self._translated = Translated(f"log {path}", corrupt=LogCorrupt, closed=Unavailable)
         self._fsync = settings.fsync
-        self.db = open_db(path, _options(settings), self._translated, read_only=read_only)
+        options = log_options(settings)
+        gaps = [] if read_only else self._check_whole(topics, settings, options, accept_loss=accept_loss)
+        self.db = open_db(path, options, self._translated, read_only=read_only)
         keep_from_children(self)
+        self._ends: Ends | None = None
+        self._flushing: tuple[int, dict[Partition, int]] | None = None
         try:
+            self._ends = Ends(ends_path(path), read_only=read_only)
             self._partitions = self._load(topics, settings.partitions, create=not read_only)
+            if gaps:
+                mark_lost(self, gaps, metrics, clock.now_ms())
+            if not read_only:  # opening has moved all there was from write-ahead logs to files
+                for partition in self.all_partitions():
+                    self.note(partition, partition.meta.end_offset)
         except BaseException:
-            close_quietly(self.db, self._translated.what)
+            self._close_files()
             raise
 
+    def _check_whole(
+        self, topics: Mapping[str, Topic], settings: LogSettings, options: Options, *, accept_loss: bool
+    ) -> list[Gap]:
+        def repair() -> None:
+            with self._translated:
+                Rdict.repair(str(self.path), options)
+
+        def look() -> EmbeddedLog:
+            return EmbeddedLog(self.path, topics, settings, self._clock, read_only=True)
+
+        return check(
+            self.path,
+            ends_path(self.path),
+            look=look,
+            repair=repair,
+            accept_loss=accept_loss,
+            now_ms=self._clock.now_ms(),
+        )
+
     def _load(self, topics: Mapping[str, Topic], partition_count: int, *, create: bool) -> dict[str, list[Partition]]:
-        known: dict[str, tuple[int, int]] = {}
+        known: dict[str, tuple[int, int, str]] = {}
         for key, value in self.cursor().scan(b"t", b"u"):
-            known[key[1:].decode()] = self._decoded(value, tuple[int, int])
-        counts = {name: count for name, (_, count) in known.items() if name in topics}
+            known[key[1:].decode()] = self._decoded(value, tuple[int, int, str])
+        stored = set(known)
+        if not known:  # a new log, or what is left of one: then their ends tell what is missing
+            copy = b"" if self._ends is None else self._ends.get_topics()
+            if copy:
+                known = self._decoded(copy, dict[str, tuple[int, int, str]])
+            elif self.cursor().last_before(b"s") is not None:
+                raise LogCorrupt(f"{self._translated.what}: which records are of which topic is gone")
+        counts = {name: count for name, (_, count, _) in known.items() if name in topics}
         if partition_count and counts and set(counts.values()) != {partition_count}:
             raise Invalid(
                 f"{self._translated.what} has partitions {counts}; the setting says {partition_count}, and it can't change"
@@ -132,10 +136,15 @@ class EmbeddedLog:
             agreed = next(iter(counts.values())) if len(set(counts.values())) == 1 else 0
             batch = WriteBatch(raw_mode=True)
             for name in [name for name in topics if name not in known]:
-                known[name] = len(known), partition_count or agreed or topics[name].partitions
+                # The id tells the topic from that of another folder, and of this one if it is emptied and filled again.
+                known[name] = len(known), partition_count or agreed or topics[name].partitions, self._clock.new_id()
+            for name in known.keys() - stored:
                 batch.put(b"t" + name.encode(), encode(known[name]))
             with self._translated:
                 self.db.write(batch)
+            if self._ends is not None:
+                self._ends.put_topics(encode(known))
+        self._topic_ids = {name: topic_id for name, (_, _, topic_id) in known.items()}
         return {
             name: [self._load_partition(topic, known[name][0], number) for number in range(known[name][1])]
             for name, topic in topics.items()
@@ -151,7 +160,7 @@ class EmbeddedLog:
         meta = partition.meta
         last = self.cursor().last_before(partition.end_key)
         if last is not None and last[0] >= partition.key(0):
-            meta.end_offset = max(meta.end_offset, _RECORD_KEY.unpack(last[0])[3] + 1)
+            meta.end_offset = max(meta.end_offset, last_offset_of(last[0]) + 1)
             meta.newest_ms = max(meta.newest_ms, self._decoded(last[1], Chunk).newest_ms)
         return partition
 
@@ -184,6 +193,9 @@ class EmbeddedLog:
     def end_offsets(self, topic: str) -> Mapping[int, int]:
         return {n: self.watermarks(topic, n).end_offset for n in range(self.partition_count(topic))}
 
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        return self.end_offsets(topic)  # what is appended is committed
+
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         return {n: self.watermarks(topic, n).start_offset for n in range(self.partition_count(topic))}
 
@@ -192,7 +204,7 @@ class EmbeddedLog:
 
     def topic_id(self, topic: str) -> str:
         self.partition_count(topic)
-        return ""  # the stores are in the same folder
+        return self._topic_ids[topic]
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         meta = self._partition(topic, partition).meta
@@ -255,6 +267,7 @@ class EmbeddedLog:
             self._metrics.inc(m.LOG_BYTES, size, partition.topic.name)
             partition.meta.end_offset = end
             partition.meta.newest_ms = at_ms
+            self.note(partition)
         self.changed.notify_all()
         return out
 
@@ -263,8 +276,8 @@ class EmbeddedLog:
 
         `durable`: with `fsync`, wait for the disk. A write that loses nothing when it is lost need not be.
         """
-        if self._failed:
-            raise Unavailable(self._failed)
+        if self._failure is not None:
+            raise self._again()
         try:
             with self._translated:
                 self.db.write(batch)
@@ -272,11 +285,16 @@ class EmbeddedLog:
                     self.db.flush_wal(True)  # not WriteOptions.sync: that waits for the disk with the GIL held
         except PipelineError as error:
             # What reached the disk is unknown, so offsets are too: only opening the log again can tell.
-            self._failed = f"{error}; restart to go on"
-            _log.critical("%s", self._failed)
+            self._failure = (NoSpace if isinstance(error, NoSpace) else Unavailable)(f"{error}; restart to go on")
+            _log.critical("%s", self._failure)
             self.changed.notify_all()
-            self._on_failed(Unavailable(self._failed))
-            raise Unavailable(self._failed) from None
+            self._on_failed(self._again())
+            raise self._again() from None
+
+    def _again(self) -> Unavailable:
+        """What failed, to be raised once more: an error object that is raised twice collects the frames of both."""
+        kind = NoSpace if isinstance(self._failure, NoSpace) else Unavailable
+        return kind(str(self._failure))
 
     def put_meta(self, batch: WriteBatch, partition: Partition) -> None:
         """Add a partition's meta to a batch. The caller holds `changed`."""
@@ -287,24 +305,75 @@ class EmbeddedLog:
         with self._translated:
             self.db.flush()
 
+    # How far it goes
+
+    def noted(self, partition: Partition) -> Noted:
+        """The offsets of a partition that are kept beside the log."""
+        return Noted() if self._ends is None else self._ends.get(partition)
+
+    def note(self, partition: Partition, flushed_offset: int | None = None) -> None:
+        """Note how far a partition goes. The caller holds `changed`, or is alone."""
+        if self._ends is not None:
+            before = partition.flushed_offset
+            partition.flushed_offset = before if flushed_offset is None else flushed_offset
+            meta = partition.meta
+            self._ends.put(partition, Noted(meta.start_offset, partition.flushed_offset, meta.end_offset))
+
+    def note_flushed(self) -> None:
+        """Note what has moved from write-ahead logs to files since the last call but one: opening need not look at it again.
+
+        RocksDB does not tell offsets. So where the log ends is remembered with the number of the newest write-ahead log at
+        that time, until that one is needed no more.
+        """
+        with self.changed, self._translated:
+            if self.closed:
+                return
+            needed = self.db.property_int_value("rocksdb.min-log-number-to-keep") or 0
+            if self._flushing is not None and self._flushing[0] < needed:
+                for partition, end_offset in self._flushing[1].items():
+                    self.note(partition, end_offset)
+                self._flushing = None
+            if self._flushing is None:
+                newest = max((int(file.stem) for file in self.path.glob("*.log") if file.stem.isdecimal()), default=0)
+                self._flushing = newest, {it: it.meta.end_offset for it in self.all_partitions()}
+
     # Reading
 
-    def reader(self, topic: str) -> _EmbeddedReader:
-        return _EmbeddedReader(self, topic)
+    def reader(self, topic: str) -> EmbeddedReader:
+        return EmbeddedReader(self, topic)
 
     def cursor(self) -> Cursor:
         """The log at one moment."""
         return Cursor(self.db, self._translated)
 
-    def chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]:
-        """The chunk that holds `next_offset` and those behind it: last offset, chunk, size in bytes."""
+    def stored_chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]:
+        """The chunk that holds `next_offset` and those behind it, gaps or not: last offset, chunk, size in bytes."""
         for key, value in cursor.scan(partition.key(next_offset), partition.end_key):
             try:
                 chunk = decode_chunk(value)
             except msgspec.MsgspecError as error:
-                where = f"{partition.topic.name}-{partition.number}"
-                raise LogCorrupt(f"{self._translated.what}: {where}: {error}") from None
-            yield _RECORD_KEY.unpack(key)[3], chunk, len(value)
+                raise LogCorrupt(f"{self._translated.what}: {partition.name}: {error}") from None
+            yield last_offset_of(key), chunk, len(value)
+
+    def chunks(
+        self, cursor: Cursor, partition: Partition, next_offset: int, end_offset: int = 0
+    ) -> Iterator[tuple[int, Chunk, int]]:
+        """The same, as a chain: `LogCorrupt` at an offset from `next_offset` to `end_offset` that no chunk covers."""
+        expected = next_offset
+        for last_offset, chunk, size in self.stored_chunks(cursor, partition, next_offset):
+            if chunk.begin > expected or (chunk.begin < expected != next_offset):
+                raise self.gap(partition, expected, chunk.begin)
+            yield last_offset, chunk, size
+            expected = last_offset + 1
+        if expected < end_offset:
+            raise self.gap(partition, expected, end_offset)
+
+    def gap(self, partition: Partition, begin: int, end: int) -> LogCorrupt:
+        """The error for a chain that should go on at `begin`, and goes on at `end`."""
+        where = f"{self._translated.what}: {partition.name}"
+        if end <= begin:
+            return LogCorrupt(f"{where}: what should begin at {begin} begins at {end}: files of different times are mixed")
+        return LogCorrupt(f"{where}: {end - begin} records ({begin} to {end - 1}) are gone")
 
     def transaction(self, transactional_id: str) -> _EmbeddedTransaction:
         self._check_process()
@@ -312,12 +381,13 @@ class EmbeddedLog:
             self._owners[transactional_id] = owner = self._owners.get(transactional_id, 0) + 1
         return _EmbeddedTransaction(self, transactional_id, owner)
 
-    def commit(self, transactional_id: str, owner: int, messages: Sequence[Message]) -> list[int]:
+    def commit(self, transactional_id: str, owner: int, messages: Sequence[Message], begins: Begins) -> list[int]:
         """What a transaction does, if it still owns its id."""
         self._check_process()
         with self.changed:
             if self._owners[transactional_id] != owner:
                 raise Fenced(f"transactional id {transactional_id} has a newer owner")
+            check_begins(begins, {place: self._partition(*place).meta.end_offset for place in begins})
             return self._append(messages)
 
     def poll(self, places: Mapping[Partition, int], timeout_s: float) -> list[tuple[Partition, Watermarks, Cursor]]:
@@ -331,10 +401,10 @@ class EmbeddedLog:
             return [partition for partition, next_offset in places.items() if next_offset < partition.meta.end_offset]
 
         with self.changed:
-            if not self.changed.wait_for(lambda: behind() or self._failed, timeout_s):
+            if not self.changed.wait_for(lambda: behind() or self._failure, timeout_s):
                 return []
-            if self.closed or (self._failed and not behind()):
-                raise Unavailable(self._failed)
+            if self.closed or (self._failure is not None and not behind()):
+                raise self._again()
             cursor = self.cursor()
             return [(p, Watermarks(p.meta.start_offset, p.meta.end_offset), cursor) for p in behind()]
 
@@ -345,19 +415,31 @@ class EmbeddedLog:
         with self.changed:
             if not self.closed:
                 self.closed = True
-                self._failed = f"{self._translated.what} is closed"
-                close_quietly(self.db, self._translated.what)
+                self._failure = Unavailable(f"{self._translated.what} is closed")
+                self._close_files()
                 self.changed.notify_all()
 
+    def _close_files(self) -> None:
+        close_quietly(self.db, self._translated.what)
+        if self._ends is not None:
+            self._ends.close()
 
-def _options(settings: LogSettings) -> Options:
+
+def ends_path(path: Path) -> Path:
+    """The file beside a log's folder that says how far the log goes."""
+    return path.with_name(f"{path.name}.ends")
+
+
+def log_options(settings: LogSettings) -> Options:
+    """How RocksDB keeps a log."""
     options = Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_write_buffer_size(settings.log_write_buffer_bytes)
     options.set_max_write_buffer_number(2)
     options.set_compression_type(DBCompressionType.lz4())
     # A torn tail is what kill -9 leaves of a write that was not acknowledged; anything else must not be cut off silently.
-    # (What RocksDB can't tell from a torn tail: a changed record length in the last 32 KB of the write-ahead log.)
+    # (RocksDB can't tell a torn tail from a changed record length in the last 32 KB of a write-ahead log, and takes one in
+    # an older write-ahead log for harmless: those, `whole.py` finds.)
     options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
     options.set_keep_log_file_num(2)
     options.set_max_background_jobs(2)
@@ -384,72 +466,16 @@ def _runs(messages: Sequence[Message]) -> Iterator[_Run]:
         yield topic, number, indices, [keys[i] for i in indices], [values[i] for i in indices]
 
 
-class _EmbeddedReader:
-    def __init__(self, log: EmbeddedLog, topic: str) -> None:
-        self._log = log
-        self._topic = topic
-        self._partitions = log.partitions(topic)
-        self._next: dict[Partition, int] = {}
-
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
-        for number in next_offsets:
-            if not 0 <= number < len(self._partitions):
-                raise Invalid(f"no partition {number} of topic {self._topic}")
-        self._next = {self._partitions[number]: next_offset for number, next_offset in next_offsets.items()}
-
-    def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
-        out = {
-            partition: self._read(partition, watermarks, cursor, record_count_max, bytes_max)
-            for partition, watermarks, cursor in self._log.poll(self._next, timeout_s)
-        }
-        # Only now: if reading one partition fails, what was read of the others must come again.
-        self._next.update((partition, records.next_offset) for partition, records in out.items())
-        return [*out.values()]
-
-    def _read(
-        self, partition: Partition, watermarks: Watermarks, cursor: Cursor, record_count_max: int, bytes_max: int
-    ) -> Records:
-        next_offset = self._next[partition]
-        start, end = watermarks
-        if next_offset < start:
-            where = f"{self._topic}-{partition.number}"
-            raise RecordsLost(f"{where}: {start - next_offset} records from {next_offset} on are gone")
-        offsets: list[int] = []
-        at_ms: list[int] = []
-        keys: list[bytes | None] = []
-        values: list[bytes | None] = []
-        size = 0
-        for last_offset, chunk, chunk_size in self._log.chunks(cursor, partition, next_offset):
-            if last_offset >= end:  # of a write that failed after all
-                next_offset = end
-                break
-            some_offsets, some_at_ms, some_keys = chunk.columns(last_offset)
-            skip = bisect_left(some_offsets, next_offset)
-            stop = skip + record_count_max - len(offsets)
-            offsets += some_offsets[skip:stop]
-            at_ms += some_at_ms[skip:stop]
-            keys += some_keys[skip:stop]
-            values += chunk.values[skip:stop]
-            size += chunk_size
-            next_offset = last_offset + 1 if stop >= len(chunk.values) else offsets[-1] + 1
-            if len(offsets) >= record_count_max or size >= bytes_max:
-                break
-        else:
-            next_offset = end
-        return Records(partition.number, offsets, at_ms, keys, values, next_offset)
-
-    def close(self) -> None:
-        self._next = {}
-
-
 class _EmbeddedTransaction:
     def __init__(self, log: EmbeddedLog, transactional_id: str, owner: int) -> None:
         self._log = log
         self._id = transactional_id
         self._owner = owner
 
-    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
-        return self._log.commit(self._id, self._owner, messages)
+    marker_count = 0
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
+        return self._log.commit(self._id, self._owner, messages, begins)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -16,6 +16,7 @@ from http.client import (
     IncompleteRead,
     RemoteDisconnected,
 )
+from itertools import groupby
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -23,9 +24,10 @@ import msgspec
 
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
-from pipeline.core.codec import encode_frames
+from pipeline.core.codec import encode_frames, producer_of
+from pipeline.core.record import producer_id_of
 from pipeline.core.token import Token
-from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
+from pipeline.errors import BadRecord, GroupsRefused, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
 from pipeline.topics import DELTAS
 
@@ -34,23 +36,33 @@ REQUEST_BYTES_MAX = 4 * 2**20
 _OURS = "urn:pipeline:"
 _OUR_ERRORS = "urn:pipeline:error:"
 PARTITION_COUNT_TTL_S = 30.0
+_STATUS_S = 10.0
 IDLE_CONNECTIONS_MAX = 64
 T = TypeVar("T")
 _CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+
+class _WrongGroup(msgspec.Struct):
+    group: int
+    view: str = ""
+    reason: str = ""
 
 
 class _Problem(msgspec.Struct):
     type: str = ""
     title: str = ""
     detail: str = ""
+    groups: list[_WrongGroup] = []
 
 
 class _Accepted(msgspec.Struct):
     next_offsets: list[int]
+    token: str
 
 
 class _Status(msgspec.Struct):
     partition_count: int
+    topic_id: str
 
 
 class AsOf(msgspec.Struct, frozen=True):
@@ -69,6 +81,14 @@ class Series(msgspec.Struct, frozen=True):
     value: Any
 
 
+class Alternative(msgspec.Struct, frozen=True):
+    """A kind and window that a view has too, beside those that an answer is about."""
+
+    kind: str
+    window_s: int
+    """0: without windows."""
+
+
 class Answer(msgspec.Struct, frozen=True):
     """A merged view."""
 
@@ -81,6 +101,8 @@ class Answer(msgspec.Struct, frozen=True):
     """Whether there are more series than these."""
     series_total: int | None = None
     """How many there are, if the answer is truncated."""
+    also: list[Alternative] = []
+    """What else the view is: what `kind` and `window_s` of a read choose."""
 
     def value(self) -> Any:
         """The only series' value, None if there is none; `Invalid` if there are several."""
@@ -90,7 +112,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """What a view is, and how many series of it there are; one that lives in two partitions counts twice."""
+    """A definition of a view, and how many series of it there are; one that lives in two partitions counts twice."""
 
     name: str
     kind: str
@@ -99,6 +121,10 @@ class View(msgspec.Struct, frozen=True):
     series_count: int
     monotone: bool = False
     """Whether it is a sum that never falls."""
+    defined_at_ms: int = 0
+    """When the log accepted the first batch of it."""
+    answers: bool = True
+    """Whether a read that chooses no kind and no window merges it."""
 
 
 class _Views(msgspec.Struct):
@@ -124,11 +150,19 @@ class _Client:
         self._pid = os.getpid()
 
     def request(
-        self, method: str, path: str, *, timeout_s: float, body: bytes | None = None, content_type: str = ""
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout_s: float,
+        body: bytes | None = None,
+        content_type: str = "",
+        more_headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
         """Status and body of the answer, whatever they are; `Unavailable` if there is none in time."""
         deadline = self._clock.monotonic_s() + timeout_s
         headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if content_type else {})
+        headers.update(more_headers or {})
         if self._pid != os.getpid():
             self._pid, self._idle = os.getpid(), []  # a child shares its parent's sockets: two writers, one stream
         while True:
@@ -208,9 +242,19 @@ def _error(url: str, status: int, body: bytes) -> PipelineError:
     ours = problem.type.startswith(_OUR_ERRORS)
     named = getattr(errors, problem.type.removeprefix(_OUR_ERRORS), None) if ours else None
     detail = problem.detail or problem.title or f"HTTP {status}"
+    if named is GroupsRefused:
+        return GroupsRefused(detail, [(it.group, it.view, it.reason) for it in problem.groups])
     if isinstance(named, type) and issubclass(named, PipelineError):
         return named(detail)
-    return Invalid(detail) if status in (400, 413, 414, 422) else Unavailable(f"{url}: HTTP {status}: {detail}")
+    return Invalid(detail) if status in (400, 409, 413, 414, 422) else Unavailable(f"{url}: HTTP {status}: {detail}")
+
+
+def _producer_of(message: Message) -> str:
+    """Whose batch a message is; empty if it is none, which the server will say."""
+    try:
+        return producer_of(message.value or b"")
+    except BadRecord:
+        return ""
 
 
 def _is_ours(body: bytes) -> bool:
@@ -228,6 +272,20 @@ class HttpLogWriter:
         self._clock = clock or SystemClock()
         self._client = _Client(url, self._clock)
         self._partition_count: tuple[float, int] | None = None
+        self._secrets: dict[str, str] = {}
+        """Of the producers whose batches are sent, by their ids."""
+        self._topic_id = ""
+        """Of the topic that the server has, as it said with its last answer."""
+        self._acknowledged: dict[int, int] = {}
+        """By partition, the offset behind all that this topic has acknowledged."""
+
+    def introduce(self, secret: str) -> None:
+        """Batches of the producer with this secret will come: the server wants to have it with them."""
+        self._secrets[producer_id_of(secret)] = secret
+
+    def dismiss(self, secret: str) -> None:
+        """No more of them will."""
+        self._secrets.pop(producer_id_of(secret), None)
 
     def partition_count(self, topic: str) -> int:
         if topic != DELTAS:
@@ -236,16 +294,33 @@ class HttpLogWriter:
         if known is not None and now - known[0] < PARTITION_COUNT_TTL_S:
             return known[1]
         try:
-            status, body = self._client.request("GET", "/v1/status", timeout_s=10.0)
-            if status != 200:
-                raise _error(self._client.url, status, body)
-            count = msgspec.json.decode(body, type=_Status).partition_count
-        except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            found = self._status(_Status)
+        except Unavailable:
             if known is not None:
                 return known[1]
+            raise
+        self._partition_count = now, found.partition_count
+        return found.partition_count
+
+    def _status(self, kind: type[T]) -> T:
+        try:
+            status, body = self._client.request("GET", "/v1/status", timeout_s=_STATUS_S)
+            if status != 200:
+                raise _error(self._client.url, status, body)
+            return msgspec.json.decode(body, type=kind)
+        except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
-        self._partition_count = now, count
-        return count
+
+    def topic_id(self, topic: str) -> str:
+        """The id of the topic behind the server, which tells it with each acknowledgement."""
+        self._topic_id = self._topic_id or self._status(_Status).topic_id
+        if not self._topic_id:
+            raise Unavailable(f"{self._client.url}: the server does not know its topic yet")
+        return self._topic_id
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        """As far as this writer can know: behind all that the topic has acknowledged to it."""
+        return dict(self._acknowledged)
 
     def message_bytes_max(self, topic: str) -> int:
         """The server has a limit of its own, which `batch_bytes_max` can't exceed."""
@@ -254,17 +329,19 @@ class HttpLogWriter:
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         deadline = self._clock.monotonic_s() + timeout_s
         out: list[int | PipelineError] = []
-        start = 0
-        while start < len(messages):
-            stop, size = start, 0
-            while stop < len(messages) and (stop == start or size + len(messages[stop].value or b"") < REQUEST_BYTES_MAX):
-                size += len(messages[stop].value or b"")
-                stop += 1
-            out += self._send(messages[start:stop], deadline)
-            start = stop
+        for producer_id, run in groupby(messages, key=_producer_of):
+            own, secret = [*run], self._secrets.get(producer_id, "")
+            start = 0
+            while start < len(own):
+                stop, size = start, 0
+                while stop < len(own) and (stop == start or size + len(own[stop].value or b"") < REQUEST_BYTES_MAX):
+                    size += len(own[stop].value or b"")
+                    stop += 1
+                out += self._send(own[start:stop], secret, deadline)
+                start = stop
         return out
 
-    def _send(self, messages: Sequence[Message], deadline: float) -> list[int | PipelineError]:
+    def _send(self, messages: Sequence[Message], secret: str, deadline: float) -> list[int | PipelineError]:
         if any(message.topic != DELTAS or message.value is None for message in messages):
             raise Invalid("only batches for the deltas topic can be sent over HTTP")
         count = len(messages)
@@ -276,26 +353,35 @@ class HttpLogWriter:
                 timeout_s=deadline - self._clock.monotonic_s(),
                 body=body,
                 content_type="application/octet-stream",
+                more_headers={"Pipeline-Producer": secret} if secret else {},
             )
         except Unavailable as error:
             return [error] * count
         if status == 200:
             try:
-                next_offsets = msgspec.json.decode(answer, type=_Accepted).next_offsets
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                next_offsets = []
-            if len(next_offsets) == count:
-                return list(next_offsets)
+                accepted = msgspec.json.decode(answer, type=_Accepted)
+                topic_id = Token.parse(accepted.token).topic_id
+            except (msgspec.MsgspecError, UnicodeDecodeError, Invalid):
+                accepted, topic_id = _Accepted([], ""), ""
+            if len(accepted.next_offsets) == count:
+                self._note(topic_id, messages, accepted.next_offsets)
+                return list(accepted.next_offsets)
             return [Unavailable(f"{self._client.url}: not an answer to batches: {answer[:200]!r}")] * count
         refusal = _error(self._client.url, status, answer)
         # Only our server's word is final: what a proxy refuses today, the server may take tomorrow.
         for_good = status in (400, 413) and isinstance(refusal, Invalid | BadRecord) and _is_ours(answer)
         if count > 1 and (for_good or status == 413):
             half = count // 2  # the server takes all or none: find the ones that it will not take
-            return self._send(messages[:half], deadline) + self._send(messages[half:], deadline)
+            return self._send(messages[:half], secret, deadline) + self._send(messages[half:], secret, deadline)
         if for_good or isinstance(refusal, Unavailable):
             return [refusal] * count
         return [Unavailable(f"{self._client.url}: HTTP {status}: {refusal}")] * count
+
+    def _note(self, topic_id: str, messages: Sequence[Message], next_offsets: Sequence[int]) -> None:
+        if topic_id != self._topic_id:
+            self._topic_id, self._acknowledged = topic_id, {}
+        for message, next_offset in zip(messages, next_offsets, strict=True):
+            self._acknowledged[message.partition] = max(next_offset, self._acknowledged.get(message.partition, 0))
 
     def close(self) -> None:
         self._client.close()
@@ -339,6 +425,8 @@ class HttpReader:
         where: Mapping[str, str] | Sequence[str] | None = None,
         by: Sequence[str] | None = None,
         *,
+        kind: str | None = None,
+        window_s: int | None = None,
         top: int | None = None,
         limit: int | None = None,
         after: Token | str | None = None,
@@ -349,12 +437,15 @@ class HttpReader:
 
         `where`: label values that must be equal, or conditions such as `region!=eu` and `region=~e.*`, all of which must
         hold. `by`: labels to keep; empty for one total, None for each series by itself. `after`: wait until what a flush
-        returned is in. `max_staleness_ms`: rather wait, and then fail, than answer with older data.
+        returned is in. `max_staleness_ms`: rather wait, and then fail, than answer with older data. `kind`, `window_s`: of
+        a view that several publish differently, which of its definitions; None: the kind and window that came first.
         """
         path = view_path(
             view,
             where,
             by,
+            kind=kind,
+            window_s=window_s,
             top=top,
             limit=limit,
             after=after,
@@ -372,15 +463,26 @@ class HttpReader:
         """The server's partitions, their lag and staleness, and whether it is ready."""
         return self._get("/v1/status", dict[str, Any], self._timeout_s)
 
-    def fetch(self, path: str, *, timeout_s: float | None = None) -> bytes:
-        """The body that the server answers `GET path` with, as it came. Raises as `get` does."""
-        status, body = self._client.request("GET", path, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
+    def fetch(
+        self, path: str, *, timeout_s: float | None = None, body: bytes | None = None, key: str | None = None
+    ) -> bytes:
+        """The body that the server answers with, as it came; JSON in `body` is posted, under a `key`. Raises as `get`."""
+        status, answer = self._client.request(
+            "GET" if body is None else "POST",
+            path,
+            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+            body=body,
+            content_type="" if body is None else "application/json",
+            more_headers=None if key is None else {"Idempotency-Key": key},
+        )
         if status != 200:
-            raise _error(self._client.url, status, body)
-        return body
+            raise _error(self._client.url, status, answer)
+        return answer
 
     def _get(self, path: str, kind: type[T], timeout_s: float) -> T:
-        body = self.fetch(path, timeout_s=timeout_s)
+        return self._decoded(self.fetch(path, timeout_s=timeout_s), kind)
+
+    def _decoded(self, body: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(body, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 
 import msgspec
 
-from pipeline.core.record import Records
-from pipeline.errors import Fenced, Invalid, PipelineError, RecordsLost
-from pipeline.ports import MESSAGE_BYTES_MAX, Message, Store, StoreView, Watermarks
+from pipeline.core.record import EPOCH_NONE, Records
+from pipeline.errors import Fenced, Invalid, LogCorrupt, PipelineError, RecordsLost
+from pipeline.ports import (
+    MESSAGE_BYTES_MAX,
+    NO_BEGINS,
+    NO_EPOCHS,
+    Begins,
+    Message,
+    Store,
+    StoreView,
+    Watermarks,
+    check_begins,
+)
+
+_made = count(1)
+"""Numbers the logs of this process."""
 
 
 class _Row(msgspec.Struct, frozen=True, gc=False):
@@ -26,16 +40,31 @@ class _Partition:
         self.start_offset = 0
         self.end_offset = 0
         self.at_ms = 0
+        self.markers: set[int] = set()
+        """Offsets without a record that the log has used for itself."""
+        self.compacted = False
+        self.epochs = [0]
+        """Where each leader's records begin; a leader's epoch is its index."""
+        self.open: list[int] = []
+        """Where open transactions begin."""
+
+    @property
+    def stable_offset(self) -> int:
+        """The last stable offset: where reading ends."""
+        return min(self.open, default=self.end_offset)
 
 
 class MemoryLog:
-    """A `ports.Log` that lives as long as the object."""
+    """A `ports.Log` that lives as long as the object. `log_id` stands in the ids of its topics; no other log may have it."""
 
-    def __init__(self, topics: Mapping[str, int], now_ms: Callable[[], int]) -> None:
+    def __init__(self, topics: Mapping[str, int], now_ms: Callable[[], int], *, log_id: str = "") -> None:
+        self._log_id = log_id or f"memory-{next(_made)}"
         self._topics = {name: [_Partition() for _ in range(count)] for name, count in topics.items()}
         self._now_ms = now_ms
         self._changed = threading.Condition()
         self._owners: dict[str, int] = {}
+        self.marker_count = 0
+        """How many offsets the end of a transaction takes in each partition that it wrote to."""
 
     def _partition(self, topic: str, partition: int) -> _Partition:
         partitions = self._topics.get(topic)
@@ -51,7 +80,7 @@ class MemoryLog:
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         with self._changed:
             at = self._partition(topic, partition)
-            return Watermarks(at.start_offset, at.end_offset)
+            return Watermarks(at.start_offset, at.stable_offset)
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         out: list[int | PipelineError] = []
@@ -77,6 +106,10 @@ class MemoryLog:
     def end_offsets(self, topic: str) -> Mapping[int, int]:
         return {n: self.watermarks(topic, n).end_offset for n in range(self.partition_count(topic))}
 
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        with self._changed:
+            return {n: self._partition(topic, n).end_offset for n in range(self.partition_count(topic))}
+
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         return {n: self.watermarks(topic, n).start_offset for n in range(self.partition_count(topic))}
 
@@ -85,7 +118,7 @@ class MemoryLog:
 
     def topic_id(self, topic: str) -> str:
         self.partition_count(topic)
-        return ""
+        return f"{self._log_id}-{[*self._topics].index(topic)}"
 
     def reader(self, topic: str) -> _MemoryReader:
         self.partition_count(topic)
@@ -95,6 +128,41 @@ class MemoryLog:
         with self._changed:
             self._owners[transactional_id] = owner = self._owners.get(transactional_id, 0) + 1
         return _MemoryTransaction(self, transactional_id, owner)
+
+    def leave_open(self, messages: Sequence[Message]) -> OpenTransaction:
+        """Append messages in a transaction that stays open: as a producer of somebody else does that hangs."""
+        with self._changed:
+            return OpenTransaction(self, messages)
+
+    def skip(self, topic: str, partition: int, count: int = 1) -> None:
+        """What the end of somebody's transaction does: use offsets that hold no record."""
+        with self._changed:
+            at = self._partition(topic, partition)
+            at.markers.update(range(at.end_offset, at.end_offset + count))
+            at.end_offset += count
+            self._changed.notify_all()
+
+    def lose_tail(self, topic: str, partition: int, end_offset: int) -> None:
+        """What the election of a leader does that lacks the newest records: they are gone, and others take their offsets."""
+        with self._changed:
+            at = self._partition(topic, partition)
+            at.rows = [row for row in at.rows if row.offset < end_offset]
+            at.end_offset = end_offset
+            at.markers = {offset for offset in at.markers if offset < end_offset}
+            at.epochs.append(end_offset)
+            at.epochs = [min(begin, end_offset) for begin in at.epochs]
+
+    def commit(self, transactional_id: str, owner: int, messages: Sequence[Message], begins: Begins) -> list[int]:
+        """What a transaction does, if it still owns its id."""
+        with self._changed:
+            if self._owners[transactional_id] != owner:
+                raise Fenced(f"transactional id {transactional_id} has a newer owner")
+            places = {(message.topic, message.partition): None for message in messages}
+            check_begins(begins, {place: self._partition(*place).end_offset for place in places})
+            out = self._append(messages)
+            for place in places:
+                self.skip(*place, self.marker_count)
+            return out
 
     def truncate(self, topic: str, partition: int, start_offset: int) -> None:
         """What retention does: forget the records below `start_offset`."""
@@ -112,6 +180,7 @@ class MemoryLog:
         """
         with self._changed:
             at = self._partition(topic, partition)
+            at.compacted = True
             young_offset = at.end_offset if young_offset is None else young_offset
             end_offset = min(end_offset, young_offset)
             newest = {row.key: row.offset for row in at.rows if row.offset < young_offset}
@@ -131,26 +200,31 @@ class _MemoryReader:
         self._log = log
         self._topic = topic
         self._next: dict[int, int] = {}
+        self._epochs: dict[int, int] = {}
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
+    def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
         for partition in next_offsets:
             self._log._partition(self._topic, partition)
-        self._next = dict(next_offsets)
+        self._next, self._epochs = dict(next_offsets), dict(leader_epochs)
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
         changed = self._log._changed
         with changed:
-            changed.wait_for(self._behind, timeout_s)
+            for partition in self._next:  # as Kafka does, which finds it out before it fetches anything
+                self._check_history(self._log._partition(self._topic, partition), partition)
+            if timeout_s:
+                changed.wait_for(self._behind, timeout_s)
             out = [
                 self._read(partition, record_count_max, bytes_max)
                 for partition, next_offset in self._next.items()
-                if next_offset < self._log._partition(self._topic, partition).end_offset
+                if next_offset < self._log._partition(self._topic, partition).stable_offset
             ]
         self._next.update((records.partition, records.next_offset) for records in out)  # only when all were read
+        self._epochs.update((records.partition, records.leader_epoch) for records in out)
         return out
 
     def _behind(self) -> bool:
-        return any(n < self._log._partition(self._topic, p).end_offset for p, n in self._next.items())
+        return any(n < self._log._partition(self._topic, p).stable_offset for p, n in self._next.items())
 
     def _read(self, partition: int, record_count_max: int, bytes_max: int) -> Records:
         at = self._log._partition(self._topic, partition)
@@ -159,23 +233,42 @@ class _MemoryReader:
             raise RecordsLost(
                 f"{self._topic}-{partition}: {at.start_offset - next_offset} records from {next_offset} on are gone"
             )
+        self._check_history(at, partition)
         rows: list[_Row] = []
         size = 0
         start = bisect_left(at.rows, next_offset, key=lambda row: row.offset)
-        for row in at.rows[start : start + record_count_max]:
+        end = bisect_left(at.rows, at.stable_offset, key=lambda row: row.offset)
+        for row in at.rows[start : min(start + record_count_max, end)]:
             if rows and size >= bytes_max:
                 break
             rows.append(row)
             size += len(row.key or b"") + len(row.value or b"")
-        whole = start + len(rows) == len(at.rows)
+        whole = start + len(rows) == end
+        self._check_holes(at, partition, rows, at.stable_offset if whole else rows[-1].offset + 1)
         return Records(
             partition=partition,
             offsets=[row.offset for row in rows],
             at_ms=[row.at_ms for row in rows],
             keys=[row.key for row in rows],
             values=[row.value for row in rows],
-            next_offset=at.end_offset if whole else rows[-1].offset + 1,
+            next_offset=at.stable_offset if whole else rows[-1].offset + 1,
+            leader_epoch=bisect_right(at.epochs, rows[-1].offset) - 1 if rows else self._epochs.get(partition, EPOCH_NONE),
         )
+
+    def _check_history(self, at: _Partition, partition: int) -> None:
+        """Raise `RecordsLost` if the last leader whose records were read ended below the cursor."""
+        epoch, next_offset = self._epochs.get(partition, EPOCH_NONE), self._next[partition]
+        if 0 <= epoch < len(at.epochs) - 1 and at.epochs[epoch + 1] < next_offset:
+            raise RecordsLost(
+                f"{self._topic}-{partition}: what was read below {next_offset}, of leader epoch {epoch}, is not in the log"
+            )
+
+    def _check_holes(self, at: _Partition, partition: int, rows: list[_Row], next_offset: int) -> None:
+        begin = self._next[partition]
+        if not at.compacted and len(rows) < next_offset - begin:
+            missing = {*range(begin, next_offset)} - {row.offset for row in rows} - at.markers
+            if missing:
+                raise LogCorrupt(f"{self._topic}-{partition}: {len(missing)} records from {min(missing)} on are missing")
 
     def close(self) -> None:
         self._next = {}
@@ -187,14 +280,47 @@ class _MemoryTransaction:
         self._id = transactional_id
         self._owner = owner
 
-    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
-        with self._log._changed:
-            if self._log._owners[self._id] != self._owner:
-                raise Fenced(f"transactional id {self._id} has a newer owner")
-            return self._log._append(messages)
+    @property
+    def marker_count(self) -> int:
+        return self._log.marker_count
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
+        return self._log.commit(self._id, self._owner, messages, begins)
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+class OpenTransaction:
+    """Writes that nobody can read before they are committed, and that end what can be read meanwhile."""
+
+    def __init__(self, log: MemoryLog, messages: Sequence[Message]) -> None:
+        self._log = log
+        partitions = dict.fromkeys(log._partition(message.topic, message.partition) for message in messages)
+        self._begins = {at: at.end_offset for at in partitions}
+        log._append(messages)
+        self._ends = {at: at.end_offset for at in partitions}
+        for at, offset in self._begins.items():
+            at.open.append(offset)
+
+    def commit(self) -> None:
+        """Let everybody read them."""
+        self._end(keep=True)
+
+    def abort(self) -> None:
+        """Discard them; their offsets stay as holes."""
+        self._end(keep=False)
+
+    def _end(self, *, keep: bool) -> None:
+        with self._log._changed:
+            for at, begin in self._begins.items():
+                at.open.remove(begin)
+                if not keep:
+                    at.rows = [row for row in at.rows if not begin <= row.offset < self._ends[at]]
+                    at.markers.update(range(begin, self._ends[at]))
+                at.markers.add(at.end_offset)  # it says how the transaction ended
+                at.end_offset += 1
+            self._log._changed.notify_all()
 
 
 class _Snapshot:
@@ -235,12 +361,19 @@ class MemoryStores:
 
     def __init__(self) -> None:
         self._stores: dict[int, MemoryStore] = {}
+        self.aside: dict[str, MemoryStore] = {}
+        """What was set aside, by its new name."""
 
     def open(self, partition: int) -> Store:
         return self._stores.setdefault(partition, MemoryStore())
 
     def destroy(self, partition: int) -> None:
         self._stores.pop(partition, None)
+
+    def set_aside(self, partition: int, reason: str) -> str:
+        name = f"{partition}.lost-{len(self.aside)}"
+        self.aside[name] = self._stores.pop(partition)
+        return name
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -33,18 +33,25 @@ from rocksdict import (
     WriteOptions,
 )
 
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.datadir import aside, translate_os
 from pipeline.core.record import runs
-from pipeline.errors import Invalid, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.errors import Invalid, NoSpace, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
 from pipeline.ports import Store, StoreView
 from pipeline.settings import LogSettings
 
 _log = logging.getLogger(__name__)
+_REASON = "WHY-ASIDE"
+"""A file in a store that was set aside, for the person who finds it."""
 _CORRUPT = ("Corruption:", "Invalid argument:", "NotFound:", "Not implemented:")
+_GONE = ("No such file", "Input/output error")
+"""What the system says of a file that is not there, and of a sector that can't be read: trying again does not help."""
 _STALL = "Result incomplete: Write stall"
 _STALLED = ("rocksdb.is-write-stopped", "rocksdb.actual-delayed-write-rate")
 _STALL_LOOK_S = 0.01
 _STALL_LOOKS = 100
 """After so many looks it is tried again in any case: an error can have come meanwhile."""
+_FULL = ("No space left on device", "Disk quota exceeded")
 _HOPELESS = ("Permission denied", "Read-only file system", "Not a directory", "Is a directory", "File exists")
 
 
@@ -55,9 +62,15 @@ class Translated:
     """
 
     def __init__(
-        self, what: str, *, corrupt: type[PipelineError] = StoreCorrupt, closed: type[PipelineError] = NotReady
+        self,
+        what: str,
+        *,
+        corrupt: type[PipelineError] = StoreCorrupt,
+        closed: type[PipelineError] = NotReady,
+        partition: int | None = None,
     ) -> None:
         self.what = what
+        self._partition = partition
         self.corrupt = corrupt
         self._closed = closed
 
@@ -66,8 +79,13 @@ class Translated:
         text = f"{self.what}: {error}"
         if isinstance(error, DbClosedError):
             return self._closed(f"{self.what} is closed")
-        if str(error).startswith(_CORRUPT) or (str(error).startswith("IO error:") and "No such file" in text):
-            return self.corrupt(text)
+        if str(error).startswith(_CORRUPT) or (str(error).startswith("IO error:") and any(it in text for it in _GONE)):
+            damage = self.corrupt(text)
+            if isinstance(damage, StoreCorrupt):
+                damage.partition = self._partition
+            return damage
+        if any(reason in text for reason in _FULL):
+            return NoSpace(text)
         return Invalid(text) if any(reason in text for reason in _HOPELESS) else Unavailable(text)
 
     def __enter__(self) -> None:
@@ -192,8 +210,8 @@ class Cursor:
 class RocksStore:
     """A `ports.Store` in a folder of its own."""
 
-    def __init__(self, path: Path, options: Options, *, read_only: bool = False) -> None:
-        self._translated = Translated(f"store {path}")
+    def __init__(self, path: Path, options: Options, *, partition: int | None = None, read_only: bool = False) -> None:
+        self._translated = Translated(f"store {path}", partition=partition)
         self._read_only = read_only
         self.db = open_db(path, options, self._translated, read_only=read_only)
         keep_from_children(self)
@@ -303,7 +321,9 @@ class RocksStores:
         store = self._open.get(partition)
         if store is not None and not store.closed:
             raise Unavailable(f"store {partition} is open already")
-        self._open[partition] = store = RocksStore(self._path / str(partition), self._options(), read_only=self._read_only)
+        self._open[partition] = store = RocksStore(
+            self._path / str(partition), self._options(), partition=partition, read_only=self._read_only
+        )
         return store
 
     def destroy(self, partition: int) -> None:
@@ -314,6 +334,17 @@ class RocksStores:
         with Translated(f"store {path}"):
             if path.exists():  # what a crash leaves of it half way is a store that can't be opened, so it comes here again
                 shutil.rmtree(path)
+
+    def set_aside(self, partition: int, reason: str) -> str:
+        store = self._open.pop(partition, None)
+        if store is not None:
+            store.close()
+        path = self._path / str(partition)
+        kept = aside(path, SystemClock().now_ms())
+        with translate_os(f"store {path}"):
+            (path / _REASON).write_text(f"{reason}\n")
+            path.rename(kept)
+        return str(kept)
 
     def close(self) -> None:
         failed: PipelineError | None = None

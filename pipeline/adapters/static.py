@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable
 
+from pipeline.adapters.clock import SystemClock
 from pipeline.errors import PipelineError, Unavailable
-from pipeline.ports import Member, MembershipListener
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock, Member, MembershipListener
+from pipeline.threads import LoopThread
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
@@ -16,24 +18,38 @@ _LOOK_S = 0.5
 class StaticMembership:
     """All partitions of `partition_count()`, or the listed ones, as long as it runs. Whoever starts last fences."""
 
-    def __init__(self, partition_count: Callable[[], int], partitions: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        partition_count: Callable[[], int],
+        partitions: Iterable[int] | None = None,
+        *,
+        clock: Clock | None = None,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self._partition_count = partition_count
         self._listed = None if partitions is None else frozenset(partitions)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._listener: MembershipListener | None = None
+        self._assigned: frozenset[int] | None = None
+        self._generation = 0
+        self.thread = LoopThread(
+            "pipeline-membership",
+            self.step,
+            log=_log,
+            clock=clock or SystemClock(),
+            metrics=metrics,
+            interval_s=_LOOK_S,
+            put_off=self._put_off,
+        )
+        """The thread that looks how many partitions there are."""
 
     def start(self, listener: MembershipListener) -> None:
         """See `Membership`."""
-        self._thread = threading.Thread(target=self._run, args=(listener,), name="pipeline-membership", daemon=True)
-        self._thread.start()
+        self._listener = listener
+        self.thread.start()
 
     def stop(self, *, leave: bool, timeout_s: float) -> bool:
         """See `Membership`. There is nobody to hand over to, so nothing is revoked."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            return not self._thread.is_alive()
-        return True
+        return self.thread.stop(timeout_s)
 
     def set_warm(self, partitions: frozenset[int]) -> None:
         """Nobody asks."""
@@ -42,18 +58,21 @@ class StaticMembership:
         """Nobody knows."""
         return []
 
-    def _run(self, listener: MembershipListener) -> None:
-        generation, had = 0, None
-        while not self._stop.is_set():
-            try:
-                actives = frozenset(range(self._partition_count())) if self._listed is None else self._listed
-            except Unavailable as error:
-                _log.debug("which partitions there are is not known: %s", error)
-            except PipelineError as error:
-                listener.on_failed(error)
-                return
-            else:
-                if actives != had:
-                    generation, had = generation + 1, actives
-                    listener.on_assigned(actives, frozenset(), generation)
-            self._stop.wait(_LOOK_S)
+    def step(self) -> None:
+        """Look once, and tell the listener if there are other partitions than before."""
+        assert self._listener is not None
+        try:
+            actives = frozenset(range(self._partition_count())) if self._listed is None else self._listed
+        except Unavailable:
+            raise
+        except PipelineError as error:
+            self._listener.on_failed(error)
+            self.thread.stopping.set()
+            return
+        if actives != self._assigned:
+            self._listener.on_assigned(actives, frozenset(), self._generation + 1)
+            self._generation, self._assigned = self._generation + 1, actives
+
+    def _put_off(self, error: Unavailable) -> None:
+        _log.debug("which partitions there are is not known: %s", error)
+        self.thread.stopping.wait(_LOOK_S)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
-import threading
 from contextlib import suppress
+from functools import partial
 
 from pipeline.errors import Invalid
+from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LineSink
 from pipeline.settings import IngestSettings
+from pipeline.threads import LoopThread
 
 UDP, TCP = "statsd_udp", "statsd_tcp"
 _TICK_S = 0.05
@@ -44,7 +46,9 @@ class _Connection:
 class StatsdServer:
     """Listens from the moment it is made; `start` begins to read. `Invalid` if the address is taken or is none of ours."""
 
-    def __init__(self, host: str, port: int, settings: IngestSettings, sink: LineSink, clock: Clock) -> None:
+    def __init__(
+        self, host: str, port: int, settings: IngestSettings, sink: LineSink, clock: Clock, metrics: Metrics = NO_METRICS
+    ) -> None:
         self._settings = settings
         self._sink = sink
         self._clock = clock
@@ -57,11 +61,22 @@ class StatsdServer:
         for sock in (self._listener, self._udp, self._woken):
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
-        self._stopping = False
         self._accept_at_s: float | None = None
-        self._thread = threading.Thread(target=self._run, name="pipeline-statsd", daemon=True)
-        self.failed = False
+        self._thread = LoopThread(
+            "pipeline-statsd",
+            partial(self._turn, _TICK_S),
+            log=_log,
+            clock=clock,
+            metrics=metrics,
+            on_fatal=lambda _: None,  # `failed` says it
+            at_end="receiving ends",
+            on_end=self._finish,
+        )
+
+    @property
+    def failed(self) -> bool:
         """Whether the thread has ended by itself."""
+        return self._thread.failed
 
     @property
     def address(self) -> tuple[str, int]:
@@ -81,23 +96,19 @@ class StatsdServer:
 
     def stop(self, timeout_s: float = 30.0) -> bool:
         """Take in what has arrived, then close; whether that was done in time. Twice is fine."""
-        self._stopping = True
+        self._thread.stopping.set()
         with suppress(OSError):
             self._wake.send(b"x")
-        if self._thread.ident is None:
+        if not self._thread.started:
             self._close()
             return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._thread.stop(timeout_s)
 
-    def _run(self) -> None:
+    def _finish(self) -> None:
+        """Take in what has arrived, unless that has failed already, and close."""
         try:
-            while not self._stopping:
-                self._turn(_TICK_S)
-            self._drain()
-        except Exception:
-            _log.exception("receiving failed")
-            self.failed = True
+            if not self._thread.failed:
+                self._drain()
         finally:
             self._close()
 

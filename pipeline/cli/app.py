@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.dead_letters import dead_letters
 from pipeline.cli.ingest import ingest
+from pipeline.cli.inspect import inspect
 from pipeline.cli.options import (
     DEFAULT_URL,
     AcceptLoss,
@@ -31,11 +33,13 @@ from pipeline.cli.options import (
     load,
 )
 from pipeline.cli.spool import spool
-from pipeline.errors import PipelineError
+from pipeline.cli.topics import topics
+from pipeline.cli.views import views
+from pipeline.errors import Exit, PipelineError
 
 app = typer.Typer(
     name="pipeline",
-    epilog="Exit codes: 0 fine, 1 failed, 2 the call or a setting is wrong, 3 fenced, stalled or a failed commit: restart.",
+    epilog="Exit codes: 0 fine, 1 failed, 2 the call or a setting is wrong, 3 start it again, 4 a person must decide first.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -79,7 +83,7 @@ def up(
     There is no broker: everything is in one directory, which one process has at a time. Publish to the URL it prints, read
     from it, open it in a browser (/docs). Ctrl-C or SIGTERM commits and stops; kill -9 loses nothing that was acknowledged.
     Settings come from pipeline.toml (or the file that PIPELINE_CONFIG names), then PIPELINE_* variables, then flags. Exit
-    code 3 means that a commit failed: start it again.
+    code 3 means that a commit failed: start it again. Exit code 4 means that something is lost, or the disk is full.
     """
     from pipeline.cli import console
 
@@ -111,7 +115,7 @@ def worker(
     log_json: LogJson = False,
     json: Json = False,
 ) -> None:
-    """Fold deltas from Kafka, exactly once, into stores and changelog.
+    """Fold deltas from Kafka into stores, exactly once.
 
     \b
         pipeline topics apply --to kafka://127.0.0.1:9092
@@ -131,7 +135,7 @@ def worker(
     Stores are restored from the changelog; delete --data and they are built again. The port answers /metrics, /healthz,
     /readyz and /v1/status; views are read from `pipeline serve`. Ctrl-C or SIGTERM commits and stops; kill -9 is safe at any
     time. Exit code 3 means fenced, stalled, or a commit that failed: start it again. With --processes that is done here: a
-    worker that fails is started again, after 0.5 s, then twice that, up to 30 s.
+    worker that fails is started again, after 0.5 s, then twice that, up to 30 s; not after 4, which a person must look into.
     """
     from pipeline.cli import console
 
@@ -163,6 +167,7 @@ def serve(
     ] = False,
     port: Port = None,
     host: Host = None,
+    accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
     log_json: LogJson = False,
@@ -183,7 +188,8 @@ def serve(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.cluster import run_serve
 
-    raise SystemExit(run_serve(load(set_, data=data, port=port, host=host), from_, ingest=ingest, as_json=json))
+    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
+    raise SystemExit(run_serve(config, from_, ingest=ingest, as_json=json))
 
 
 @app.command()
@@ -266,6 +272,12 @@ def get(
         list[str] | None, typer.Option(metavar="LABEL", help="Merge series to these labels. Can be repeated: a,b or --by b.")
     ] = None,
     total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Of a view that is published in several kinds, which of them.")
+    ] = None,
+    window_s: Annotated[
+        int | None, typer.Option(metavar="S", min=0, help="The same for the length of windows; 0: without windows.")
+    ] = None,
     top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
@@ -281,24 +293,24 @@ def get(
         pipeline get
         pipeline get revenue --by region
         pipeline get revenue --where region=eu --where 'product!~t.*' --top 10
-        pipeline get revenue --total --after 0-42.3-17 --json
+        pipeline get revenue --total --after "$token" --json
 
     Every answer says how stale it is at most. --json prints the answer of the HTTP API as it came.
     """
     from pipeline.cli.read import Read, run_get, run_views
 
-    asked = (where, by, total, top, limit, after, max_staleness_ms, timeout_ms)
+    asked = (where, by, total, kind, window_s, top, limit, after, max_staleness_ms, timeout_ms)
     if view is None:
-        if any(asked):
+        if any(asked) or window_s is not None:
             raise typer.BadParameter("the other options are for a view: pipeline get VIEW")
         raise SystemExit(run_views(url, as_json=json))
-    read = Read(view, where or [], by or [], total, top, limit, after, max_staleness_ms, timeout_ms)
+    read = Read(view, where or [], by or [], total, kind, window_s, top, limit, after, max_staleness_ms, timeout_ms)
     raise SystemExit(run_get(url, read, as_json=json))
 
 
 @app.command()
 def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) -> None:
-    """Show lag, last commit, staleness and restore of each partition.
+    """Show lag, staleness and restore of each partition.
 
     \b
         pipeline status --from http://127.0.0.1:8080
@@ -388,7 +400,7 @@ def bench(
     plots: Annotated[str | None, typer.Option("--plots", metavar="FOLDER", help="Draw the publisher's as SVG.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure speed and memory against their targets, on this machine.
+    """Measure speed and memory against their targets here.
 
     \b
         pipeline bench
@@ -404,78 +416,11 @@ def bench(
 
 
 app.add_typer(ingest, name="ingest", help="Take in what other programs send: StatsD.")
-topics = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(views, name="views", help="List, drop or reset views.")
+app.add_typer(inspect, name="inspect", help="Print what is in the log or a store, record by record.")
 app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
+app.add_typer(dead_letters, name="dead-letters", help="Look at what was refused when it was folded, or replay it.")
 app.add_typer(spool, name="spool", help="Look at what publishers left on disk, or send it.")
-
-Kafka = Annotated[str, typer.Option("--to", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")]
-Partitions = Annotated[
-    int | None,
-    typer.Option("--partitions", metavar="N", min=1, max=1024, help="Of all three topics; can grow, never shrink."),
-]
-Replication = Annotated[
-    int, typer.Option("--replication-factor", metavar="N", help="Of new topics. Default: -1, the broker's default.")
-]
-InSync = Annotated[
-    int | None,
-    typer.Option("--min-insync-replicas", metavar="N", min=1, help="Replicas that hold what is acknowledged, at least."),
-]
-TopicLoss = Annotated[bool, typer.Option("--accept-loss", help="Let deltas be deleted earlier than they are now.")]
-
-
-@topics.command("plan")
-def topics_plan(
-    to: Kafka,
-    partitions: Partitions = None,
-    replication_factor: Replication = -1,
-    min_insync_replicas: InSync = None,
-    accept_loss: TopicLoss = False,
-    set_: Set = None,
-    json: Json = False,
-) -> None:
-    """Show what apply would do, and change nothing.
-
-    \b
-        pipeline topics plan --to kafka://127.0.0.1:9092
-        pipeline topics plan --to kafka://127.0.0.1:9092/shop --partitions 8 --json
-
-    One line for each setting that differs: what the broker has, what is wanted, and whether apply would create, alter or
-    refuse it. Exit code 1 means that something would be refused; the line says what would follow from it.
-    """
-    from pipeline.adapters.kafka.plan import Wish
-    from pipeline.cli.topics import run_plan
-
-    wish = Wish(partitions, replication_factor, min_insync_replicas, accept_loss)
-    raise SystemExit(run_plan(to, wish, load(set_), as_json=json))
-
-
-@topics.command("apply")
-def topics_apply(
-    to: Kafka,
-    partitions: Partitions = None,
-    replication_factor: Replication = -1,
-    min_insync_replicas: InSync = None,
-    accept_loss: TopicLoss = False,
-    set_: Set = None,
-    json: Json = False,
-) -> None:
-    """Create what is missing, alter what is safe.
-
-    \b
-        pipeline topics apply --to kafka://127.0.0.1:9092
-        pipeline topics apply --to kafka://b1:9092,b2:9092/shop --replication-factor 3 --min-insync-replicas 2
-        pipeline topics apply --to kafka://127.0.0.1:9092 --partitions 7
-
-    If anything is not safe, nothing is changed, and its line says what would follow from it. Can be run at any time, while
-    publishers and workers run, and by several at once. Partitions that are added are used from then on; nothing is
-    replayed. For TLS or a login: --set kafka.security.protocol=SASL_SSL and so on. Exit code 1 means that something was
-    refused, or that no broker answered within kafka_timeout_ms.
-    """
-    from pipeline.adapters.kafka.plan import Wish
-    from pipeline.cli.topics import run_apply
-
-    wish = Wish(partitions, replication_factor, min_insync_replicas, accept_loss)
-    raise SystemExit(run_apply(to, wish, load(set_), as_json=json))
 
 
 def run() -> None:
@@ -484,5 +429,12 @@ def run() -> None:
         app(prog_name="pipeline")
     except PipelineError as error:
         from pipeline.cli import console
+        from pipeline.cli.hold import holding
 
-        raise SystemExit(console.explain(error)) from None
+        raise SystemExit(holding(console.explain(error))) from None
+    except SystemExit as error:
+        if error.code == Exit.USAGE and error.__context__ is not None:  # of the parser, which has said what is wrong
+            from pipeline.cli.hold import holding
+
+            holding(Exit.USAGE)
+        raise

@@ -64,7 +64,7 @@ def run_worker(
     def make_app(worker: ClusterWorker, metrics: PrometheusMetrics) -> Any:
         return create_operations_app(config.query, metrics, worker.clock, worker.status, lambda: worker.ready)
 
-    served = Served(config.query, make, make_app)
+    served = Served(config.query, make, make_app, accept_loss=config.worker.accept_loss)
     # Where others ask for its status: everybody's address is nobody's.
     wildcard = config.query.host in ("0.0.0.0", "::")
     served.role.url = f"http://{socket.gethostname()}:{served.url.rpartition(':')[2]}" if wildcard else served.url
@@ -89,5 +89,5 @@ def run_serve(config: Config, url: str, *, ingest: bool, as_json: bool) -> int:
             on_progress=hooks.on_progress,
         )
 
-    served = Served(config.query, make, partial(query_app, config.query))
+    served = Served(config.query, make, partial(query_app, config.query), accept_loss=config.worker.accept_loss)
     return run_served(served, data=config.log.data, as_json=as_json)

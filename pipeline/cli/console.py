@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from pipeline.errors import Fenced, Invalid, NewerFormat, PipelineError
+from pipeline.errors import Exit, Invalid, PipelineError, exit_code
 
-OK, FAILED, USAGE, FATAL = 0, 1, 2, 3
-"""Exit codes: fine; failed; the call or a setting is wrong; fenced, stalled, or a commit failed: restart me."""
+OK, FAILED, USAGE, FATAL, DECIDE = map(int, Exit)
+"""Exit codes: fine; failed; the call or a setting is wrong; a restart helps; a person must decide."""
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -37,6 +38,14 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def utc(at_ms: int) -> str:
+    """A time in ms since 1970 as text; as it is, if no calendar has it."""
+    try:
+        return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return f"{at_ms} ms"
+
+
 def print_error(error: object) -> None:
     """One line to standard error."""
     err.print(f"pipeline: {printable(str(error))}", style="red", markup=False, soft_wrap=True)
@@ -45,9 +54,7 @@ def print_error(error: object) -> None:
 def explain(error: PipelineError) -> int:
     """Print the error; the exit code that it calls for."""
     print_error(error)
-    if isinstance(error, Fenced):
-        return FATAL
-    return USAGE if isinstance(error, Invalid | NewerFormat) else FAILED
+    return exit_code(error)
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
 from pipeline.cli.machine import VIEWS, Nothing, Source, sources
 from pipeline.cli.screen import Screen
@@ -23,7 +24,7 @@ from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.cli.tally import Recorder, differences, expected_answers
 from pipeline.cli.up import Up
 from pipeline.config import Config
-from pipeline.connect import Publisher, Reader
+from pipeline.connect import Publisher
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, PipelineError
 from pipeline.ports import Clock
@@ -290,7 +291,8 @@ def _summary(
 
 def _everything(reader: Reader) -> Token:
     """What covers all that the log holds: also a batch that came twice must be folded before answers are compared."""
-    return Token({partition["partition"]: partition["end_offset"] for partition in reader.status()["partitions"]})
+    status = reader.status()
+    return Token({it["partition"]: it["end_offset"] for it in status["partitions"]}, status["topic_id"])
 
 
 def _print(summary: Summary, data: str | None) -> None:

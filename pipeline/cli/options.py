@@ -57,7 +57,8 @@ Processes = Annotated[
     ),
 ]
 AcceptLoss = Annotated[
-    bool | None, typer.Option("--accept-loss", help="Go on although records were deleted before they were folded.")
+    bool | None,
+    typer.Option("--accept-loss", help="Go on without records that are lost; the better copy is kept."),
 ]
 LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines, for machines.")]

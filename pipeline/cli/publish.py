@@ -18,11 +18,12 @@ import msgspec
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
 from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row, read_rows
 from pipeline.cli.signals import Stop, stopping_on_signals
-from pipeline.connect import Publisher, Reader
-from pipeline.core.merge import KIND_NAMES, KINDS
+from pipeline.connect import Publisher
+from pipeline.core.kinds import KIND_NAMES, KINDS
 from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.core.view import describe
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
@@ -208,7 +209,7 @@ class _Run:
         return self._end("stopped by a signal; nothing was published", self._stop.exit_code)
 
     def _agreed_definition(self) -> Definition:
-        """The view as the server has it, with the labels in its order; `Invalid` if it has another view of this name."""
+        """The definition as the server has it, labels in its order; `Invalid` if it has only others of this view."""
         mine = self._request.definition
         if not self._request.url.startswith("http"):
             self._connect()
@@ -230,11 +231,13 @@ class _Run:
                         console.err.print(f"waiting for a server: {error}", markup=False, soft_wrap=True)
                     if self._stop.wait(0.2):
                         raise Interrupted from None
-        for view in found:
-            theirs = Definition(view.name, view.kind, tuple(view.labels), view.window_s or 0, view.monotone)
-            if canonical(theirs) != canonical(mine):
-                raise Invalid(f"view {mine.view} is {describe(theirs)} at {self._request.url}, not {describe(mine)}")
-            mine = theirs
+        known = [Definition(it.name, it.kind, tuple(it.labels), it.window_s or 0, it.monotone) for it in found]
+        for theirs in known:
+            if canonical(theirs) == canonical(mine):
+                return theirs
+        if known:
+            there = ", ".join(map(describe, known))
+            raise Invalid(f"view {mine.view} is {there} at {self._request.url}, not {describe(mine)}")
         return mine
 
     def _connect(self) -> None:
@@ -258,11 +261,15 @@ class _Run:
         with closing(KafkaLog(parse_url(self._request.url), settings, self._clock)) as log:
             log.connect([DELTAS], wait)
 
+    def _latest_ms(self) -> int:
+        """How far ahead the time of a row may be."""
+        return self._clock.now_ms() + self._settings.ts_ahead_max_ms
+
     def _rows(self, lines: Lines) -> Iterator[Row | BadRow]:
         columns = Columns(
             tuple(self._request.columns[label] for label in self._definition.labels), self._request.value, self._request.ts
         )
-        rows = read_rows(lines, self._request.format, self._definition, columns)
+        rows = read_rows(lines, self._request.format, self._definition, columns, self._latest_ms)
         return (row for row in rows if row.line >= self._request.start_line)
 
     def _check(self, byte_count: int) -> int:
@@ -302,7 +309,7 @@ class _Run:
         report = self._report
         to = self._definition
         view = publisher.view(to.kind, to.view, labels=to.labels, monotone=to.monotone)
-        find: Any = view.labels  # type: ignore[attr-defined]
+        find: Any = view.labels
         method = KINDS[to.kind].method
         started_s = shown_s = flushed_s = self._clock.monotonic_s()
         try:

@@ -21,6 +21,8 @@ class Read(msgspec.Struct, frozen=True):
     by: Sequence[str]
     """Labels, several of them separated by commas; empty: each series by itself, unless `total`."""
     total: bool
+    kind: str | None
+    window_s: int | None
     top: int | None
     limit: int | None
     after: str | None
@@ -43,6 +45,8 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
         read.view,
         read.where,
         by,
+        kind=read.kind,
+        window_s=read.window_s,
         top=read.top,
         limit=read.limit,
         after=read.after,
@@ -62,6 +66,9 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
     if answer.truncated:
         shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top)"
     stale = answer.as_of.staleness_ms
+    if answer.also:
+        others = ", ".join(f"--kind {it.kind}" + f" --window-s {it.window_s}" * bool(it.window_s) for it in answer.also)
+        shown = f"{shown} of kind {answer.kind} (this view also has {others})"
     print(f"{shown}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
     return console.OK
 

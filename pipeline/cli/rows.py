@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline.core.merge import kind_of
+from pipeline.core.kinds import TS_MS_MAX, kind_of
 from pipeline.core.record import Definition, check_label_values
 from pipeline.errors import Invalid
+from pipeline.faults import Field, decode_fault, is_scalar, object_fault
 
 ROW_BYTES_MAX = 1_048_576
 """Longest row, whether it is one line or a quoted cell spans several; more is a bad row."""
 FORMATS = ("csv", "ndjson")
+NO_CSV = "not CSV: a quote that is never closed or has text behind it, or a line break of which half is missing"
 
 _BUFFER_BYTES = 262_144
 _REMEMBERED_MAX = 100_000
@@ -135,7 +137,8 @@ class Lines(Iterator[bytes]):
 class _Checker:
     """From cells to rows, as a view's definition wants them."""
 
-    def __init__(self, definition: Definition, columns: Columns) -> None:
+    def __init__(self, definition: Definition, columns: Columns, latest_ms: Callable[[], int]) -> None:
+        self._latest_ms = latest_ms
         self._definition = definition
         self._kind = kind_of(definition)
         names = columns.distinct()
@@ -151,6 +154,10 @@ class _Checker:
         if labels not in self._known:
             labels = self._checked(labels)
         ts_ms = None if self._ts is None else parse_time_ms(cells[self._ts], self._columns.ts)
+        if ts_ms is not None and TS_MS_MAX >= ts_ms > (latest_ms := self._latest_ms()):
+            raise Invalid(
+                f"column {self._columns.ts}: {ts_ms} is too far ahead of now; at most {latest_ms} (ts_ahead_max_ms)"
+            )
         if self._value is None:
             return Row(line, last_line, labels, 1, ts_ms)
         try:
@@ -220,12 +227,23 @@ def _same(value: Any) -> Any:
     return value
 
 
-def read_rows(lines: Lines, format_: str, definition: Definition, columns: Columns) -> Iterator[Row | BadRow]:
+def _no_latest() -> int:
+    return TS_MS_MAX
+
+
+def read_rows(
+    lines: Lines,
+    format_: str,
+    definition: Definition,
+    columns: Columns,
+    latest_ms: Callable[[], int] = _no_latest,
+) -> Iterator[Row | BadRow]:
     """The rows of all lines; empty lines are none. A CSV's header is read at once, everything else as it is asked for.
+    A time beyond `latest_ms()` makes a row bad.
 
     Raises `Invalid` if there is no header or it has not the columns, and `Interrupted` as `lines` does, now or later.
     """
-    checker = _Checker(definition, columns)
+    checker = _Checker(definition, columns, latest_ms)
     if format_ == "csv":
         return _csv_rows(lines, checker, parse_scalar if definition.kind == "last" else parse_number, columns)
     return _ndjson_rows(lines, checker, columns)
@@ -276,6 +294,7 @@ def _picker(header: Sequence[str], columns: Columns) -> Callable[[Sequence[str]]
 
 def _ndjson_rows(lines: Lines, checker: _Checker, columns: Columns) -> Iterator[Row | BadRow]:
     names = {f"c{number}": name for number, name in enumerate(columns.distinct())}
+    wanted = {name: Field("a text, a number, true, false or null", is_scalar) for name in names.values()}
     decode = msgspec.json.Decoder(_row_type(names)).decode
     as_tuple = msgspec.structs.astuple
     while True:
@@ -287,8 +306,10 @@ def _ndjson_rows(lines: Lines, checker: _Checker, columns: Columns) -> Iterator[
             row: Row | BadRow = checker.row(line, line, as_tuple(decode(text)), _same)
         except StopIteration:
             return
-        except (Invalid, UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
-            row = BadRow(line, line, _reason(error))
+        except Invalid as error:
+            row = BadRow(line, line, str(error))
+        except (UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
+            row = BadRow(line, line, object_fault(text, wanted, others=True) or str(error))
         yield row
 
 
@@ -298,5 +319,5 @@ def _row_type(names: Mapping[str, str]) -> type[msgspec.Struct]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
-    return str(error)
+        return decode_fault(error)
+    return NO_CSV if isinstance(error, csv.Error) else str(error)

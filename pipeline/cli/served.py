@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -15,15 +16,19 @@ from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.adapters.pushed import parse_pushed
 from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
+from pipeline.cli.hold import holding
 from pipeline.cli.server import HttpServer, bind, url_of
 from pipeline.cli.signals import stopping_on_signals
-from pipeline.errors import Invalid, NewerFormat
+from pipeline.errors import exit_code
 from pipeline.ports import Ingest
 from pipeline.query.api import create_app
+from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.reader import ViewReader
 from pipeline.settings import QuerySettings
+from pipeline.threads import guarded
 from pipeline.worker.follower import Progress
 
+_log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = {-8: 2, -3: 2**20, -1: 4 * 2**20}
 """By malloc.h's numbers: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD."""
 
@@ -44,6 +49,9 @@ class QueryRole(Role, Protocol):
     """An `Engine` or a `ClusterServer`."""
 
     reader: ViewReader
+
+    @property
+    def letters(self) -> DeadLetters: ...
 
     @property
     def ingest(self) -> Ingest | None: ...
@@ -74,11 +82,14 @@ class Served(Generic[RoleT]):
         settings: QuerySettings,
         make: Callable[[Hooks], RoleT],
         make_app: Callable[[RoleT, PrometheusMetrics], Any],
+        *,
+        accept_loss: bool = False,
     ) -> None:
+        self._accept_loss = accept_loss
         self._fatal: BaseException | None = None
         self._ready = False
         self._bars = RestoreBars()
-        metrics = PrometheusMetrics()
+        self._metrics = metrics = PrometheusMetrics()
         self.role = make(Hooks(metrics, self._fail, self._bars))
         try:  # only now: of two wrongs, a directory in use says more than a port in use
             self._listener = bind(settings)
@@ -90,7 +101,8 @@ class Served(Generic[RoleT]):
 
     def run(self, on_ready: Callable[[str], None] = lambda _: None) -> int:
         """Serve until `stop` or a fatal error, then close everything; the exit code. `on_ready` gets the URL."""
-        watcher = threading.Thread(target=self._announce, args=(on_ready,), name="pipeline-ready", daemon=True)
+        announce = guarded(_log, "pipeline-ready", self._announce, self._metrics)
+        watcher = threading.Thread(target=announce, args=(on_ready,), name="pipeline-ready", daemon=True)
         try:
             self.role.start()
             watcher.start()
@@ -101,9 +113,7 @@ class Served(Generic[RoleT]):
             self._listener.close()
         if self._fatal is not None:
             console.print_error(self._fatal)
-            # Starting again can't help where a newer program is needed, nor if the broker or a setting forbids the start.
-            wrong = isinstance(self._fatal, NewerFormat) or (isinstance(self._fatal, Invalid) and not self._ready)
-            return console.USAGE if wrong else console.FATAL
+            return exit_code(self._fatal, started=True, ready=self._ready, decided=self._accept_loss)
         return console.OK if stopped else console.FATAL
 
     def _announce(self, on_ready: Callable[[str], None]) -> None:
@@ -134,6 +144,7 @@ def query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetri
         ready=lambda: role.ready,
         render_views=render_views,
         parse_pushed=parse_pushed,
+        letters=role.letters,
     )
 
 
@@ -162,7 +173,8 @@ def run_served(served: Served[Any], *, data: str, as_json: bool) -> int:
 
     with stopping_on_signals(served.stop):
         code = served.run(announce)
-    if code == console.FATAL:
+    holding(code)
+    if code != console.OK:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a thread that hangs in a disk's write would keep the interpreter from ending

@@ -10,8 +10,8 @@ import typer
 from pipeline.cli.options import Json, Set, To, load
 
 if TYPE_CHECKING:
-    from pipeline.producer.spool.drain import DrainedSlot
-    from pipeline.producer.spool.look import SlotInfo
+    from pipeline.producer.rescue import DrainedSlot
+    from pipeline.publisher.spool.slot import SlotInfo
 
 spool = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -31,7 +31,7 @@ def ls(folder: Folder, json: Json = False) -> None:
     """
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
-    from pipeline.producer.spool.look import inspect
+    from pipeline.publisher.spool.look import inspect
 
     now_ms = SystemClock().now_ms()
     slots = inspect(folder)
@@ -58,7 +58,8 @@ def _as_json(slot: SlotInfo, now_ms: int) -> dict[str, Any]:
 def _line(slot: SlotInfo, now_ms: int) -> str:
     age_s = _age_s(slot, now_ms)
     parts = [
-        f"{slot.producer_id}  {'live' if slot.live else 'left'}  epoch {slot.epoch}  {slot.bytes_total} bytes",
+        f"{slot.slot}  {'live' if slot.live else 'left'}  epoch {slot.epoch}  {slot.bytes_total} bytes",
+        f"producer {slot.producer or 'unknown'}",
         f"{slot.batch_count} batches ({slot.entry_count} entries) unacknowledged",
         f"{slot.delta_count} deltas waiting in {slot.series_count} series",
     ]
@@ -76,7 +77,7 @@ def drain(
     folder: Folder,
     to: To,
     timeout_s: Annotated[float, typer.Option("--timeout", metavar="S", min=0, help="How long to try, in seconds.")] = 30.0,
-    force: Annotated[bool, typer.Option("--force", help="Send also batches that were sealed over 6 days ago.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Send also what is so old that it may count twice.")] = False,
     set_: Set = None,
     json: Json = False,
 ) -> None:
@@ -86,21 +87,23 @@ def drain(
         pipeline spool drain ./spool --to kafka://127.0.0.1:9092
 
     Each delta counts once, whatever was sent before. Slots of living processes are not touched; can be run at any time, and
-    again. A task forgets a producer after producer_ttl_ms (7 days), so batches that were sealed 6 days ago, and may have
-    been sent then, need --force. Exit code 1 means that something is left, or is corrupt and was put aside.
+    again. A task forgets a producer after producer_ttl_ms (7 days), so batches that were sealed longer ago than that less a
+    day, and may have been sent then, need --force. Exit code 1 means that something is left, or is corrupt and was put
+    aside.
     """
     from contextlib import closing
 
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
     from pipeline.connect import log_writer
-    from pipeline.producer.spool.drain import drain as drain_folder
-    from pipeline.producer.spool.leftover import leftovers
+    from pipeline.producer.rescue import drain as drain_folder
+    from pipeline.publisher.spool.leftover import leftovers
     from pipeline.settings import PublisherSettings
 
     console.configure_logging("warning")
     leftovers(folder)  # before anything is connected to
-    config, settings = load(set_), PublisherSettings()
+    config = load(set_)
+    settings = PublisherSettings(producer_ttl_ms=config.publisher.producer_ttl_ms)
     bad = False
     with closing(log_writer(to, settings, config.kafka)) as writer:
         slots = []
@@ -116,19 +119,18 @@ def drain(
 
 def _drained_line(slot: DrainedSlot) -> str:
     if slot.live:
-        return f"{slot.producer_id}  live: not touched"
-    parts = [f"{slot.producer_id}  {slot.batch_count} batches acknowledged, {slot.delta_count} deltas were in none before"]
+        return f"{slot.slot}  live: not touched"
+    parts = [f"{slot.slot}  {slot.batch_count} batches acknowledged, {slot.delta_count} deltas were in none before"]
     report = slot.report
     for count, what in (
         (slot.left_count, "batches left"),
         (report.torn_bytes, "bytes of an unfinished write cut off"),
-        (report.hole_count, "records were begun and not ended"),
         (report.bad_count, "records can't be read, and are lost"),
     ):
         if count:
             parts.append(f"{count} {what}")
     if report.corrupt:
-        parts.append(f"CORRUPT, put aside: {report.corrupt}")
+        parts.append(f"CORRUPT, put aside: {'; '.join(report.corrupt)}")
     if slot.error:
         parts.append(slot.error)
     return "; ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,20 +13,23 @@ import msgspec
 from rich.progress import Progress, TextColumn
 
 from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.http import HttpReader as Reader
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.adapters.statsd import StatsdServer
 from pipeline.cli import console
 from pipeline.cli.server import HttpServer, bind, url_of
 from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.config import Config
-from pipeline.connect import Publisher, Reader
+from pipeline.connect import Publisher
 from pipeline.core.record import Definition
 from pipeline.core.statsd import prometheus_name
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.producer.statsd import StatsdSink
 from pipeline.query.api import create_operations_app
+from pipeline.threads import guarded
 
+_log = logging.getLogger(__name__)
 _SHOW_S = 0.2
 _CONTACT_S = 2.0
 
@@ -109,7 +113,7 @@ class _Run:
         self._started_s = self._clock.monotonic_s()
         known = _known_views(request.url)
         self._sink = StatsdSink(publisher, self._clock, config.ingest, metrics, known=known, labels=request.labels)
-        self._server = StatsdServer(request.host, request.port, config.ingest, self._sink, self._clock)
+        self._server = StatsdServer(request.host, request.port, config.ingest, self._sink, self._clock, metrics)
         try:
             self._operations = self._serve_operations(config, metrics)
         except BaseException:
@@ -206,7 +210,9 @@ class _Operations:
         self.url = url_of(self._listener)
         app = create_operations_app(settings, metrics, clock, status, lambda: True)
         self._server = HttpServer(app, self._listener, settings)
-        self._thread = threading.Thread(target=self._server.run, name="pipeline-http", daemon=True)
+        self._thread = threading.Thread(
+            target=guarded(_log, "pipeline-http", self._server.run, metrics), name="pipeline-http", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.cli import console
+from pipeline.cli.hold import holding
 from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.config import Config
 from pipeline.errors import Invalid
 from pipeline.ports import Clock
+from pipeline.settings import HOLD_VARIABLE
 
 _PORT_MAX = 65_535
 _LOOK_S = 0.1
@@ -88,9 +90,10 @@ class _Child:
 
 
 class Supervisor:
-    """Runs each command until it ends with 0; any other end but 2, a wrong call, starts it again after a pause.
+    """Runs each command until it ends with 0; other ends start it again after a pause.
 
-    `say` gets a line for each event: whose it is, and what happened.
+    But not 2, a wrong call, which is everybody's, and ends all; nor 4, after which every start would end in the same way
+    until a person has decided: the others go on without it. `say` gets a line for each event: whose it is, and what it was.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class Supervisor:
         if child.due_s is not None and now_s >= child.due_s:
             child.due_s, child.began_s = None, now_s
             try:
-                child.process = subprocess.Popen(child.command, stdin=stdin, process_group=0)
+                child.process = subprocess.Popen(child.command, stdin=stdin, process_group=0, env=_environment())
             except OSError as error:
                 self._say(child.label, f"can't be started: {error}")
                 self._again(child, console.FATAL)
@@ -145,7 +148,9 @@ class Supervisor:
         how = self._ended(child)
         if how is None:
             return
-        if child.code in (console.OK, console.USAGE):
+        if child.code == console.DECIDE:
+            self._say(child.label, f"{how}; not started again: a person must decide what it says")
+        elif child.code in (console.OK, console.USAGE):
             self._say(child.label, how)
         else:
             self._say(child.label, f"{how}; again in {self._again(child, child.code):g} s")
@@ -198,6 +203,11 @@ class Supervisor:
                 child.process = None
 
 
+def _environment() -> dict[str, str]:
+    """A child's: if there is something to be waited for, its parent does."""
+    return {name: value for name, value in os.environ.items() if name != HOLD_VARIABLE}
+
+
 def run_processes(count: int, config: Config, *, name: str | None, as_json: bool) -> int:
     """Run `count` workers with our own command line until SIGINT or SIGTERM; the exit code.
 
@@ -222,4 +232,5 @@ def run_processes(count: int, config: Config, *, name: str | None, as_json: bool
         say=say,
     )
     with stopping_on_signals() as stop:
-        return supervisor.run(stop)
+        code = supervisor.run(stop)
+    return code if stop.is_set() else holding(code)

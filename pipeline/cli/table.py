@@ -11,8 +11,8 @@ from rich import table
 from rich.cells import cell_len
 from rich.text import Text
 
+from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
-from pipeline.connect import Reader
 from pipeline.errors import Unavailable
 
 T = TypeVar("T")

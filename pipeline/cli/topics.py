@@ -1,72 +1,80 @@
-"""`pipeline topics`: the broker's topics against topics/*.toml, as lines or as JSON."""
+"""The commands of `pipeline topics`; what they do is in `plan`, which is imported when one runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
 
-import pipeline.topics as topics
-from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.kafka.options import Address, parse_url
-from pipeline.adapters.kafka.plan import Plan, Step, Wish
-from pipeline.adapters.kafka.topics import TopicAdmin
-from pipeline.cli import console
-from pipeline.config import Config
-from pipeline.settings import KafkaSettings
+import typer
 
+from pipeline.cli.options import Json, Set, load
 
-def run_plan(url: str, wish: Wish, config: Config, *, as_json: bool) -> int:
-    """Print what differs; the exit code, 1 if any of it would be refused."""
-    address = parse_url(url)
-    plan = _admin(address, config.kafka).plan(wish)
-    summary = f"{_count(plan.changes)} to apply" if plan.changes else "nothing to do"
-    if plan.refused:
-        summary = f"{len(plan.refused)} refused: apply would change nothing"
-    return _print(address, plan, plan.steps, summary, as_json=as_json)
+topics = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-
-def run_apply(url: str, wish: Wish, config: Config, *, as_json: bool) -> int:
-    """Create and alter; print what was done, or why nothing was; the exit code."""
-    address = parse_url(url)
-    applied = _admin(address, config.kafka).apply(wish)
-    plan, done = applied.plan, applied.done
-    summary = f"{_count(done)} applied" if done else "nothing to do"
-    if plan.refused:
-        summary = f"{len(plan.refused)} refused: {f'{_count(done)} applied before' if done else 'nothing was changed'}"
-    left = [step for step in plan.steps if step not in plan.changes]
-    return _print(address, plan, [*done, *left], summary, as_json=as_json)
+Kafka = Annotated[str, typer.Option("--to", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")]
+Partitions = Annotated[
+    int | None,
+    typer.Option("--partitions", metavar="N", min=1, max=1024, help="Of all three topics; can grow, never shrink."),
+]
+Replication = Annotated[
+    int, typer.Option("--replication-factor", metavar="N", help="Of new topics. Default: -1, the broker's default.")
+]
+InSync = Annotated[
+    int | None,
+    typer.Option("--min-insync-replicas", metavar="N", min=1, help="Replicas that hold what is acknowledged, at least."),
+]
+TopicLoss = Annotated[bool, typer.Option("--accept-loss", help="Let deltas be deleted earlier than they are now.")]
 
 
-def _admin(address: Address, settings: KafkaSettings) -> TopicAdmin:
-    return TopicAdmin(address, settings.kafka, topics.load(), SystemClock(), timeout_ms=settings.kafka_timeout_ms)
+@topics.command("plan")
+def topics_plan(
+    to: Kafka,
+    partitions: Partitions = None,
+    replication_factor: Replication = -1,
+    min_insync_replicas: InSync = None,
+    accept_loss: TopicLoss = False,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Show what apply would do, and change nothing.
+
+    \b
+        pipeline topics plan --to kafka://127.0.0.1:9092
+        pipeline topics plan --to kafka://127.0.0.1:9092/shop --partitions 8 --json
+
+    One line for each setting that differs: what the broker has, what is wanted, and whether apply would create, alter or
+    refuse it. Exit code 1 means that something would be refused; the line says what would follow from it.
+    """
+    from pipeline.adapters.kafka.plan import Wish
+    from pipeline.cli.plan import run_plan
+
+    wish = Wish(partitions, replication_factor, min_insync_replicas, accept_loss)
+    raise SystemExit(run_plan(to, wish, load(set_), as_json=json))
 
 
-def _print(address: Address, plan: Plan, steps: Sequence[Step], summary: str, *, as_json: bool) -> int:
-    if as_json:
-        console.print_json({"to": str(address), "summary": summary, "steps": [_as_json(address, step) for step in steps]})
-    else:
-        for step in steps:
-            print(_line(address, step))
-        print(summary)
-    return console.FAILED if plan.refused else console.OK
+@topics.command("apply")
+def topics_apply(
+    to: Kafka,
+    partitions: Partitions = None,
+    replication_factor: Replication = -1,
+    min_insync_replicas: InSync = None,
+    accept_loss: TopicLoss = False,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Create what is missing, alter what is safe.
 
+    \b
+        pipeline topics apply --to kafka://127.0.0.1:9092
+        pipeline topics apply --to kafka://b1:9092,b2:9092/shop --replication-factor 3 --min-insync-replicas 2
+        pipeline topics apply --to kafka://127.0.0.1:9092 --partitions 7
 
-def _as_json(address: Address, step: Step) -> dict[str, Any]:
-    return {
-        "action": step.action,
-        "topic": address.topic(step.topic),
-        "setting": step.setting,
-        "found": step.found,
-        "wanted": step.wanted,
-        "note": step.note,
-    }
+    If anything is not safe, nothing is changed, and its line says what would follow from it. Can be run at any time, while
+    publishers and workers run, and by several at once. Partitions that are added are used from then on; nothing is
+    replayed. For TLS or a login: --set kafka.security.protocol=SASL_SSL and so on. Exit code 1 means that something was
+    refused, or that no broker answered within kafka_timeout_ms.
+    """
+    from pipeline.adapters.kafka.plan import Wish
+    from pipeline.cli.plan import run_apply
 
-
-def _line(address: Address, step: Step) -> str:
-    has = "missing" if step.found is None else step.found
-    text = f"{step.action:6}  {address.topic(step.topic)}  {step.setting}: broker {has}, wanted {step.wanted}"
-    return console.printable(text + (f" ({step.note})" if step.note else ""))
-
-
-def _count(steps: Sequence[Step]) -> str:
-    return f"{len(steps)} change{'' if len(steps) == 1 else 's'}"
+    wish = Wish(partitions, replication_factor, min_insync_replicas, accept_loss)
+    raise SystemExit(run_apply(to, wish, load(set_), as_json=json))

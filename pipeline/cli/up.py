@@ -24,7 +24,7 @@ class Up(Served[Engine]):
                 on_progress=hooks.on_progress,
             )
 
-        super().__init__(config.query, make, partial(query_app, config.query))
+        super().__init__(config.query, make, partial(query_app, config.query), accept_loss=config.worker.accept_loss)
 
 
 def run_up(config: Config, *, as_json: bool) -> int:

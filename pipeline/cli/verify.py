@@ -16,9 +16,10 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
+from pipeline.adapters.whole import find_gaps, said
 from pipeline.cli import console
 from pipeline.config import Config
-from pipeline.errors import Invalid, NotFound
+from pipeline.errors import Invalid, LogCorrupt, NotFound
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.verify import Difference, Result, verify
 from pipeline.worker.verify import Progress as VerifyProgress
@@ -33,8 +34,8 @@ _TEXT_MAX = 200
 def run_verify(config: Config, *, url: str | None = None, as_json: bool, limit: int) -> int:
     """Verify the data directory and print what was found, at most `limit` differences a partition; the exit code.
 
-    The changelog is in the directory, or at the broker `url`. Raises `Unavailable` if another process has the directory,
-    or no broker answers, `Invalid` if it is no data directory.
+    The changelog is in the directory, with a log of which every record is read then, or at the broker `url`. Raises
+    `Unavailable` if another process has the directory, or no broker answers, `Invalid` if it is no data directory.
     """
     path = Path(config.log.data).expanduser().absolute()
     if not (path / "VERSION").is_file():  # opening would make one
@@ -44,12 +45,12 @@ def run_verify(config: Config, *, url: str | None = None, as_json: bool, limit: 
             from pipeline.adapters.kafka.options import parse_url
 
             data.check_app(parse_url(url).app)
-        results = _verify_all(data, config, limit, url)
-    fine = all(result.fine for result in results)
+        results, damage = _verify_all(data, config, limit, url)
+    fine = all(result.fine for result in results) and not damage
     if as_json:
-        console.print_json({"data": str(path), "fine": fine, "partitions": results})
+        console.print_json({"data": str(path), "fine": fine, "log": damage, "partitions": results})
     else:
-        _print(results, data.stores)
+        _print(results, damage, data.stores)
     return console.OK if fine else console.FAILED
 
 
@@ -68,7 +69,18 @@ def _log(data: DataDir, config: Config, url: str | None) -> EmbeddedLog | KafkaL
         raise Invalid(f"{data.path} has no log: nothing was ever published to it") from None
 
 
-def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> list[Result]:
+def _damage_of(log: EmbeddedLog | KafkaLog) -> str:
+    """What is wrong with a log, after reading all of it; empty if nothing is. A broker looks after its own."""
+    if not isinstance(log, EmbeddedLog):
+        return ""
+    try:
+        gaps = find_gaps(log, full=True)
+    except LogCorrupt as error:
+        return str(error)
+    return said(gaps) if gaps else ""
+
+
+def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> tuple[list[Result], str]:
     clock = SystemClock()
     described = topics.load()
     log = _log(data, config, url)
@@ -78,7 +90,7 @@ def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> l
         stores = RocksStores(data.stores, config.log, read_only=True)
         scratch = RocksStores(scratch_path, config.log)
         try:
-            return [
+            results = [
                 verify(
                     partition,
                     stores=stores,
@@ -92,6 +104,7 @@ def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> l
                 )
                 for partition in range(log.partition_count(CHANGELOG))
             ]
+            return results, _damage_of(log)
         finally:
             shutil.rmtree(scratch_path, ignore_errors=True)
 
@@ -122,7 +135,9 @@ def _bars() -> Iterator[Callable[[VerifyProgress], None]]:
         yield show
 
 
-def _print(results: Sequence[Result], stores: Path) -> None:
+def _print(results: Sequence[Result], damage: str, stores: Path) -> None:
+    if damage:
+        console.out.print(f"the log: {console.printable(damage)}", style="red", markup=False, soft_wrap=True)
     for result in results:
         bad = not result.fine
         console.out.print(
@@ -133,7 +148,7 @@ def _print(results: Sequence[Result], stores: Path) -> None:
         if result.difference_count > len(result.differences):
             console.out.print(f"  and {result.difference_count - len(result.differences):,} more (--limit)")
     bad_stores = [result for result in results if not result.fine and result.verdict != "unreadable"]
-    if any(result.verdict == "unreadable" for result in results):
+    if damage or any(result.verdict in ("unreadable", "ahead") for result in results):
         console.out.print("The log is damaged. Keep everything as it is: the stores may be all there is.", soft_wrap=True)
     elif bad_stores:
         which = ", ".join(str(stores / str(result.partition)) for result in bad_stores)
@@ -162,7 +177,7 @@ def _said(result: Result) -> str:
             behind = f", behind by {result.behind:,} records" if result.behind else ""
             return f"{result.difference_count:,} differences, {compared}{behind}"
         case "ahead":
-            return (
+            return result.detail or (
                 f"the store is ahead: it reflects the changelog up to {result.store_next_offset},"
                 f" which ends at {result.changelog_end_offset}"
             )

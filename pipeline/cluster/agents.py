@@ -14,11 +14,11 @@ from pipeline.adapters.faust.agents import AgentsApp
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.connect import log_writer
-from pipeline.core.codec import decode_view
-from pipeline.core.record import Definition, definition_key
-from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.core.codec import DefinitionEntry, decode_definition
+from pipeline.core.record import definitions_prefix, prefix_end
+from pipeline.errors import BadRecord, Invalid, NotReady, PipelineError, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import Metrics
-from pipeline.ports import Clock, Message
+from pipeline.ports import Clock, Message, ReadableStore
 from pipeline.producer.client import BasePublisher
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings
 from pipeline.topics import CHANGELOG
@@ -59,6 +59,12 @@ class _Nowhere:
 
     message_bytes_max = partition_count
 
+    def topic_id(self, topic: str) -> str:
+        raise Unavailable("no worker runs this app")
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        raise Unavailable("no worker runs this app")
+
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         return [Unavailable("no worker runs this app") for _ in messages]
 
@@ -87,10 +93,10 @@ class AgentPublisher(BasePublisher):
         """Whether over half of its buffer is in use, and batches wait for their acknowledgement."""
         return self._running.pressed
 
-    def _on_register(self) -> None:
+    def _opening(self) -> None:
         if not self._bound:
             raise Invalid("deltas can be recorded once `pipeline worker -A` runs this app: in an agent, timer or task")
-        super()._on_register()
+        super()._opening()
 
 
 class _GroupOffsets:
@@ -108,7 +114,7 @@ class _GroupOffsets:
 
 
 class Feeds:
-    """The feeds of all agents that read changes. `partitions` are those that the worker folds now."""
+    """The feeds of all agents that read changes. `partitions` are those that the worker folds now, `distrust` its loop's."""
 
     def __init__(
         self,
@@ -119,10 +125,12 @@ class Feeds:
         log_settings: LogSettings,
         clock: Clock,
         partitions: Callable[[], Mapping[int, Partition]],
+        distrust: Callable[[int, ReadableStore, StoreCorrupt], None],
         on_fatal: Callable[[BaseException], None],
         metrics: Metrics,
     ) -> None:
         self._partitions = partitions
+        self._distrust = distrust
         self._stores: list[RocksStores] = []
         self._feeds: list[ChangeFeed] = []
         small = replace(log_settings, store_write_buffer_bytes=_STORE_BYTES, store_cache_bytes=_STORE_BYTES)
@@ -135,19 +143,25 @@ class Feeds:
                 stores=stores,
                 clock=clock,
                 progresses=_GroupOffsets(log, agent),
-                definition_of=partial(self._definition_of, channel.view),
+                definitions_of=partial(self._definitions_of, channel.view),
                 deliver=channel.gate.offer,
                 on_fatal=on_fatal,
                 metrics=metrics,
             )
             self._feeds.append(feed)
 
-    def _definition_of(self, view: str, partition: int) -> Definition | None:
+    def _definitions_of(self, view: str, partition: int) -> list[DefinitionEntry]:
         found = self._partitions().get(partition)
         if found is None or not found.started:
-            return None
-        (value,) = found.store.get([definition_key(view)])
-        return None if value is None else decode_view(value).definition
+            raise NotReady(f"partition {partition} is not restored yet")
+        prefix, store = definitions_prefix(view), found.store
+        try:
+            return [decode_definition(value) for _, value in store.scan(prefix, prefix_end(prefix))]
+        except BadRecord as error:
+            self._distrust(partition, store, Unreadable(f"partition {partition}, view {view}: {error}", partition))
+        except StoreCorrupt as error:
+            self._distrust(partition, store, error)
+        raise NotReady(f"partition {partition}: its store is damaged; it is rebuilt from the changelog")
 
     def start(self) -> None:
         """Follow nothing yet."""

@@ -121,7 +121,7 @@ def overview(url: str, settings: KafkaSettings) -> Overview:
                 "One without is in no group: ask it by its URL, pipeline status --from http://host:port"
             )
         notes: list[str] = []
-        ends = log.end_offsets(DELTAS)
+        ends = log.high_watermarks(DELTAS)
         mirrored: Mapping[int, int] = {}
         try:
             mirrored = log.mirrored_positions()
@@ -136,7 +136,10 @@ def _ask_all(address: Address, members: Sequence[Member]) -> list[_Answer | str]
     answers: list[_Answer | str] = [f"no answer within {TIMEOUT_S:g} s" for _ in members]
 
     def ask(index: int) -> None:
-        answers[index] = _asked(address, members[index])
+        try:
+            answers[index] = _asked(address, members[index])
+        except Exception as error:  # of one member: the others' answers are shown all the same
+            answers[index] = f"its answer can't be understood: {error!r}"
 
     threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(len(members))]
     clock = SystemClock()

@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from pipeline.adapters.kafka.compaction import CompactionLag
 from pipeline.cluster.role import Role
 from pipeline.core.record import Definition
 from pipeline.errors import NotFound
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
 from pipeline.producer.gateway import Gateway
+from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
+from pipeline.query.facts import StoredFacts
 from pipeline.query.reader import ViewReader
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
 from pipeline.worker.follower import Progress
 from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
 
 
 class ClusterServer(Role):
@@ -41,30 +45,73 @@ class ClusterServer(Role):
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         publisher, query = publisher_settings or PublisherSettings(), query_settings or QuerySettings()
-        super().__init__(url, log_settings, kafka_settings or KafkaSettings(), publisher, on_fatal)
+        worker = worker_settings or WorkerSettings()
+        kafka = kafka_settings or KafkaSettings()
+        super().__init__(url, log_settings, kafka, publisher, on_fatal)
+        lag_max_s = CompactionLag(self.log, query.compaction_lag_ms)
+        try:
+            lag_max_s.check()
+        except BaseException:
+            self._close()
+            raise
         self._replicas = ReplicaLoop(
             log=self.log,
             stores=self._stores,
             clock=self.clock,
-            settings=worker_settings or WorkerSettings(),
+            settings=worker,
             delete_retention_ms=self._delete_retention_ms,
             on_fatal=self._fail,
             on_progress=on_progress,
+            ask_lag_max_s=lag_max_s,
             metrics=metrics,
         )
         self._ends = EndsPolled(
-            partial(self.log.end_offsets, DELTAS),
+            partial(self.log.high_watermarks, DELTAS),
             partial(self.log.start_offsets, DELTAS),
             self.clock,
             interval_ms=query.end_offsets_interval_ms,
             source_id=partial(self.log.topic_id, DELTAS),
+            metrics=metrics,
+        )
+        self._watchdog = Watchdog(
+            lambda: (-1.0, {}),  # it folds nothing: only threads can stand still
+            lambda _: {},
+            clock=self.clock,
+            stall_timeout_ms=worker.stall_timeout_ms,
+            commit_timeout_ms=worker.commit_timeout_ms,
+            on_fatal=self._fail,
+            threads=[self._ends.thread],
+            silent_s=max(WAIT_S, CALLS_OF_A_STEP * kafka.kafka_timeout_ms / 1000),
+            metrics=metrics,
         )
         self.reader = ViewReader(
-            stores=self._replicas.stores, ends=self._ends, clock=self.clock, settings=query, metrics=metrics
+            stores=self._replicas.stores,
+            ends=self._ends,
+            clock=self.clock,
+            settings=query,
+            metrics=metrics,
+            distrust=self._replicas.distrust,
         )
-        self.ingest: Ingest | None = (
-            Gateway(self.log, self.clock, publisher, self._definition_of, metrics) if ingest else None
+        self.ingest: Ingest | None = None
+        if ingest:
+            self.ingest = self._gateway(publisher, worker, query.idempotent_partitions, metrics)
+
+    def _gateway(self, settings: PublisherSettings, worker: WorkerSettings, partitions: int, metrics: Metrics) -> Gateway:
+        return Gateway(
+            self.log,
+            self.clock,
+            settings,
+            self._definition_of,
+            metrics,
+            limits=worker.task_limits(),
+            facts=StoredFacts(self.stores),
+            idempotent_partitions=partitions,
         )
+
+    @property
+    def letters(self) -> DeadLetters:
+        """What was refused when it was folded."""
+        return DeadLetters(self.log, self.clock)
 
     @property
     def ready(self) -> bool:
@@ -75,6 +122,7 @@ class ClusterServer(Role):
         """Begin to follow."""
         self._ends.start()
         self._replicas.start()
+        self._watchdog.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until views can be read, or for so long."""
@@ -82,6 +130,7 @@ class ClusterServer(Role):
 
     def stop(self) -> bool:
         """Close everything; whether it was done in time. Twice is fine."""
+        self._watchdog.stop()
         self._ends.stop()
         self.log.close()
         done = self._replicas.stop()
@@ -100,6 +149,7 @@ class ClusterServer(Role):
             "app": self.log.address.app,
             "ready": self.ready,
             "partition_count": self.log.partition_count(DELTAS),
+            "topic_id": self._ends().source_id,
             "partitions": self._replicas.status(),
         }
 

@@ -7,20 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapters.kafka.compaction import CompactionLag
 from pipeline.adapters.static import StaticMembership
 from pipeline.cluster.member import Member
 from pipeline.cluster.role import TOPICS, Role
-from pipeline.errors import Invalid, LogCorrupt, PipelineError
+from pipeline.errors import Invalid, LogCorrupt, PipelineError, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Membership
+from pipeline.ports import Membership, ReadableStore
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.figures import partition_status
 from pipeline.worker.follower import Progress
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.mirror import Mirror
-from pipeline.worker.partition import Partition, partition_status
+from pipeline.worker.mirror import Ends, Mirror
+from pipeline.worker.partition import Partition
 from pipeline.worker.replica import ReplicaLoop
-from pipeline.worker.watchdog import AWAY_S, Watchdog, look_at
+from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
 
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
@@ -43,9 +45,9 @@ class ClusterWorker(Role):
     a partition fences who had it before. With one it is a member of the group `app`, which shares the partitions and keeps
     copies warm; with `static` too a restart within `session_timeout_ms` moves nothing. `agents` run beside it then.
 
-    `start` returns at once. `on_fatal` is called at most once, from any thread: stop then, and end the process with exit
-    code 3. Raises `Unavailable` if no broker answers or another process has the data directory, `Invalid` if topics or
-    settings are wrong.
+    `start` returns at once. `on_fatal` is called at most once, from any thread: stop then, and end the process with
+    `errors.exit_code`. Raises `Unavailable` if no broker answers or another process has the data directory, `Invalid` if
+    topics or settings are wrong.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class ClusterWorker(Role):
         self._standbys = self._new_standbys()
         self._loop = self._new_loop()
         self._mirror = self._new_mirror()
+        self._watched = [self._mirror.thread]
+        """Threads whose silence nothing else would show."""
         self._watchdog = self._new_watchdog()
 
     def _bind_agents(self, agents: AgentsApp, url: str, settings: PublisherSettings, log_settings: LogSettings) -> None:
@@ -115,9 +119,13 @@ class ClusterWorker(Role):
             log_settings=log_settings,
             clock=self.clock,
             partitions=lambda: self._loop.partitions,
+            distrust=self._distrust,
             on_fatal=self._fail,
             metrics=self._metrics,
         )
+
+    def _distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
+        self._loop.distrust(partition, store, error)  # made after the feeds, which it is passed to
 
     def _new_standbys(self) -> ReplicaLoop:
         standbys = ReplicaLoop(
@@ -144,18 +152,21 @@ class ClusterWorker(Role):
             on_moved=self._tell_warm,
             standbys=self._standbys,
             settle_s=_SETTLE_S if self._name else 0.0,
+            transaction_timeout_ms=self._kafka.transaction_timeout_ms,
             metrics=self._metrics,
         )
 
     def _new_mirror(self) -> Mirror:
         return Mirror(
             self._positions,
-            end_offsets=self._end_offsets,
+            ends=self._ask_ends,
             start_offsets=partial(self.log.start_offsets, DELTAS),
             commit=self.log.mirror_positions,
             clock=self.clock,
             interval_ms=self._worker.mirror_interval_ms,
             ours=lambda: self._loop.partitions,
+            bootstrap=self.log.address.bootstrap,
+            topic=self.log.address.topic(DELTAS),
             metrics=self._metrics,
         )
 
@@ -167,6 +178,8 @@ class ClusterWorker(Role):
             stall_timeout_ms=self._worker.stall_timeout_ms,
             commit_timeout_ms=self._worker.commit_timeout_ms,
             on_fatal=self._fail,
+            threads=self._watched,
+            silent_s=max(WAIT_S, CALLS_OF_A_STEP * self._kafka.kafka_timeout_ms / 1000),
             metrics=self._metrics,
         )
 
@@ -180,12 +193,20 @@ class ClusterWorker(Role):
             settings=self._worker,
             delete_retention_ms=self._delete_retention_ms,
             app=self.log.address.app,
+            ask_lag_max_s=CompactionLag(self.log),
             metrics=self._metrics,
         )
 
     def _new_membership(self) -> Membership:
         if self._security is None:
-            return StaticMembership(lambda: min(self.log.partition_count(topic) for topic in TOPICS), self._listed)
+            static = StaticMembership(
+                lambda: min(self.log.partition_count(topic) for topic in TOPICS),
+                self._listed,
+                clock=self.clock,
+                metrics=self._metrics,
+            )
+            self._watched.append(static.thread)
+            return static
         from pipeline.adapters.faust.membership import FaustMembership  # heavy, and not every worker needs it
 
         address, worker = self.log.address, self._worker
@@ -204,13 +225,18 @@ class ClusterWorker(Role):
             revoke_timeout_ms=worker.revoke_timeout_ms,
             metadata_refresh_ms=self._kafka.metadata_refresh_ms,
             app_of_agents=self._agents,
+            metrics=self._metrics,
         )
 
     def _ask_topic_ids(self) -> Mapping[str, str]:
         return {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
 
-    def _end_offsets(self) -> Mapping[int, int]:
-        """Of deltas, each second. A topic made anew shows in nothing else if it has grown as long as the old one."""
+    def _ask_ends(self) -> Ends:
+        """Ask for the ends of deltas, and of the changelog, each second.
+
+        A topic made anew shows in nothing else if it has grown as long as the old one. And an owner that has nothing to
+        commit would come across what others have written to its changelog too late: see `CompactionLag`.
+        """
         for topic, topic_id in self._ask_topic_ids().items():
             if self._topic_ids[topic] != topic_id:
                 error = LogCorrupt(
@@ -218,7 +244,9 @@ class ClusterWorker(Role):
                 )
                 self._fail(error)
                 raise error
-        return self.log.end_offsets(DELTAS)
+        self._loop.note_changelog_ends(self.log.end_offsets(CHANGELOG))
+        stable_offsets = self.log.end_offsets(DELTAS)  # first: so that the others are never below them
+        return Ends(self.log.high_watermarks(DELTAS), stable_offsets)
 
     def _told(self) -> tuple[float, Mapping[int, int]]:
         """For the watchdog: where the log ends, and when it said so; an old answer while it can't be read from."""

@@ -6,7 +6,7 @@ of the older text format, so that a scrape has the same views in both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -18,7 +18,6 @@ from pipeline.core.view import Labels
 OMITTED = "pipeline_view_omitted"
 STALENESS = "pipeline_view_staleness_seconds"
 
-CONTRADICTION = "contradictory_definitions"
 RESERVED_LABEL = "reserved_label"
 NAME_COLLISION = "name_collision"
 SERIES_MAX = "series_max"
@@ -66,19 +65,15 @@ def sample_value(answer: Any) -> int | float | None:
     return answer
 
 
-def choose(definitions: Mapping[str, Collection[Definition]]) -> tuple[list[Definition], dict[str, str]]:
-    """Of views by name, each with its different definitions: those that can be exposed, by name, and why others can't.
+def choose(definitions: Mapping[str, Definition]) -> tuple[list[Definition], dict[str, str]]:
+    """Of views by name, each with what its definitions are together: those that can be exposed, and why others can't.
 
     Of two that collide, the first by name stays. What is chosen depends on definitions only, so it does not flicker.
     """
     chosen: list[Definition] = []
     omitted: dict[str, str] = {}
     taken = {OMITTED, STALENESS}
-    for view, found in sorted(definitions.items()):
-        if len(found) > 1:
-            omitted[view] = CONTRADICTION
-            continue
-        (definition,) = found
+    for view, definition in sorted(definitions.items()):
         names = family_names(definition)
         if any(label.startswith("__") for label in definition.labels):
             omitted[view] = RESERVED_LABEL

@@ -1,19 +1,24 @@
 """The nouns that travel: definitions, batches, log records, positions; and the layout of keys.
 
-Keys order entries so that "all series of a view", "all series of a window" and "expire a window" are each one range:
+Keys order entries so that all series of a view, all series of a definition, and a range of a definition's windows are each
+one range:
 
-    tag(1) view-name NUL window-start(8, big endian) msgpack([label value, ...])
+    position    0x00
+    definition  0x01 view-name NUL definition-id(8)
+    series      0x02 view-name NUL definition-id(8) window-start(8, big endian) msgpack([label value, ...])
+    producer    0x03 producer-id
 
-Everything behind the NUL is the *suffix* of a series: what a batch carries, once per view instead of once per entry.
+What stands behind the definition id is the *suffix* of a series: a batch carries the definition once, and then suffixes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
+from hashlib import sha256
 from itertools import islice
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -32,16 +37,25 @@ TAG_POSITION = b"\x00"
 TAG_DEFINITION = b"\x01"
 TAG_SERIES = b"\x02"
 TAG_PRODUCER = b"\x03"
+TAG_FENCE = b"\x04"
 
 POSITION_KEY = TAG_POSITION
+FENCE_KEY = TAG_FENCE
 STORE_META_KEY = b"\xff"
 """Where a store keeps which part of the changelog it reflects; never in the changelog itself."""
 WINDOW_NONE = bytes(8)
 """The window start of a view without windows."""
+DEFINITION_ID_BYTES = 8
+OVERFLOW = "__overflow__"
+"""The value of every label of the series that takes in what is beyond `series_max`."""
 
 RUN_ENTRIES_MAX = 100_000
 """What a worker does in one call of C it does to so many entries at most: the call keeps all other threads waiting, and
 those that keep the worker in its group are among them."""
+
+EPOCH_NONE = -1
+Offset = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""An offset, or a time in ms: what fits 63 bits."""
 
 _GAP = b"\xc0\xc0"
 T = TypeVar("T")
@@ -50,23 +64,60 @@ _decode_labels = msgspec.msgpack.Decoder(tuple[str, ...]).decode
 
 
 class Definition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a view is. The first definition that a partition folds is the definition there."""
+    """What a view is to those who publish it. A view can have several definitions; their series lie side by side."""
 
     view: str
     kind: str
     labels: tuple[str, ...] = ()
+    """In the order of their names, wherever a definition travels; see `canonical`."""
     window_s: int = 0
     """Length of a tumbling window in seconds; 0: the view has no windows."""
     monotone: bool = False
     """Whether this sum takes no negative delta, and so never falls: a counter."""
+    retention_s: int = 0
+    """How long a window, or a silent series, is kept, in seconds; 0: for ever."""
+    parameters: tuple[tuple[str, int | float | str], ...] = ()
+    """Of the kind, by name, in the order of their names."""
 
 
 class Group(msgspec.Struct, frozen=True):
-    """The series of one view in a batch, column by column: `states[i]` belongs to `suffixes[i]`; suffixes are unique."""
+    """The series of one definition in a batch, column by column: `states[i]` belongs to `suffixes[i]`."""
 
     definition: Definition
     suffixes: list[bytes]
-    states: list  # type: ignore[type-arg]  # states of `definition.kind`; see core.merge
+    states: list  # type: ignore[type-arg]  # states of `definition.kind`; see core.kinds
+
+
+_DEFAULTS = (None, None, None, *Definition.__struct_defaults__[1:])
+"""What each field of a definition is if it is left out; the first three never are."""
+
+
+class Control(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An order to a partition, from the log like every delta: so it takes effect exactly once, and between two batches."""
+
+    action: str
+    """`drop`: the definitions and their series go. `reset`: only the series go."""
+    view: str
+    kind: str = ""
+    """Only definitions of this kind; empty: of every kind."""
+    labels: tuple[str, ...] | None = None
+    """Only definitions with exactly these labels, in the order of their names; None: with any."""
+
+    def concerns(self, definition: Definition) -> bool:
+        """Whether the order is about this definition."""
+        return (
+            definition.view == self.view and self.kind in ("", definition.kind) and self.labels in (None, definition.labels)
+        )
+
+
+CONTROL_ACTIONS = ("drop", "reset")
+
+
+class Origin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The batch that a replayed one stands for: if the task has folded that one, it leaves this one out."""
+
+    producer_id: str
+    sequence: int
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -83,6 +134,16 @@ class Batch(msgspec.Struct, frozen=True):
     floor: int
     created_at_ms: int
     groups: list[Group]
+    closing: bool = False
+    """Whether the producer sends nothing after this batch."""
+    controls: list[Control] = []
+    """Carried out in their order, before the groups are folded."""
+    origin: Origin | None = None
+
+    @property
+    def producer_ids(self) -> list[str]:
+        """Its producer, and that of the batch that it stands for."""
+        return [self.producer_id] if self.origin is None else [self.producer_id, self.origin.producer_id]
 
 
 class Records(msgspec.Struct, frozen=True):
@@ -99,17 +160,42 @@ class Records(msgspec.Struct, frozen=True):
     keys: Sequence[bytes | None]
     values: Sequence[bytes | None]
     next_offset: int
+    leader_epoch: int = EPOCH_NONE
+    """The epoch of the leader that took the last record of the run, where the log has such epochs (KIP-101)."""
 
 
 class Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The last record of every commit: which source records the state reflects."""
+    """The last record of every commit: which source records the state reflects, and where in the changelog the commit is.
 
-    next_offset: int
-    committed_at_ms: int
-    source_at_ms: int
+    Later formats begin with these fields, so that a program can tell the position of a newer one from noise.
+    """
+
+    next_offset: Offset
+    committed_at_ms: Offset
+    source_at_ms: Offset
     """When the log accepted the last record that is folded in; 0 before the first."""
     source_id: str = ""
     """Of which topic those records are; see `ports.Log.topic_id`."""
+    definitions_version: Offset = 0
+    """Rises with every commit that adds or drops a definition: who knows the definitions of then knows them still."""
+    leader_epoch: Annotated[int, msgspec.Meta(ge=EPOCH_NONE, le=2**31 - 1)] = EPOCH_NONE
+    """The epoch of the leader that took the last of those records; `EPOCH_NONE` if the log has no epochs."""
+    records_end_offset: Offset = 0
+    """The offset behind the last of those records. From there to `next_offset` the log held none."""
+    begin_offset: Offset = 0
+    """The offset of the commit's first record in the changelog. All records from there to the position are the commit's."""
+    previous_end_offset: Offset = 0
+    """The offset behind the position record of the commit before. What stands between it and `begin_offset` and is no fence
+    record was written by somebody who is no owner of the partition."""
+    owner_id: str = ""
+    """Who committed it: the `owner_id` of the owner's fence record."""
+
+
+class Fence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a new owner of a partition commits before it restores: it has read all that was there when it reads this."""
+
+    owner_id: str
+    at_ms: Offset
 
 
 NO_POSITION = Position(0, 0, 0)
@@ -122,9 +208,28 @@ def runs(items: Iterable[T]) -> Iterator[list[T]]:
         yield run
 
 
-def definition_key(view: str) -> bytes:
-    """The key of a view's definition entry."""
-    return TAG_DEFINITION + view.encode()
+def travelling(definition: Definition) -> tuple[object, ...]:
+    """The fields of a definition as they travel: without those at the end that are as in every other definition."""
+    fields = msgspec.structs.astuple(definition)
+    while fields[-1] == _DEFAULTS[len(fields) - 1]:
+        fields = fields[:-1]
+    return fields
+
+
+@lru_cache(maxsize=65_536)
+def definition_id(definition: Definition) -> bytes:
+    """The 8 bytes that stand for a definition in keys: the first of the SHA-256 of how it travels."""
+    return sha256(_encode_labels(travelling(canonical(definition)))).digest()[:DEFINITION_ID_BYTES]
+
+
+def definitions_prefix(view: str) -> bytes:
+    """What the keys of all definition entries of `view`, and no other keys, start with."""
+    return TAG_DEFINITION + view.encode() + b"\x00"
+
+
+def definition_key(definition: Definition) -> bytes:
+    """The key of a definition's entry."""
+    return definitions_prefix(definition.view) + definition_id(definition)
 
 
 def producer_key(producer_id: str) -> bytes:
@@ -132,19 +237,56 @@ def producer_key(producer_id: str) -> bytes:
     return TAG_PRODUCER + producer_id.encode()
 
 
-def series_prefix(view: str) -> bytes:
-    """What the keys of all series of `view`, and no other keys, start with."""
+def fingerprint(producer_id: str) -> str:
+    """What messages and listings call a producer: nobody who reads it can send in that producer's name."""
+    return sha256(producer_id.encode()).hexdigest()[:8]
+
+
+def producer_id_of(secret: str) -> str:
+    """The producer id of whoever has this secret. Who has only seen the id can't tell the secret, and so can't prove it."""
+    return sha256(b"producer\x00" + secret.encode()).hexdigest()[:32]
+
+
+def view_prefix(view: str) -> bytes:
+    """What the keys of all series of `view`, of any definition, and no other keys, start with."""
     return TAG_SERIES + view.encode() + b"\x00"
 
 
+@lru_cache(maxsize=65_536)
+def series_prefix(definition: Definition) -> bytes:
+    """What the keys of all series of a definition, and no other keys, start with."""
+    return view_prefix(definition.view) + definition_id(definition)
+
+
+def split_key(key: bytes) -> tuple[str, bytes, bytes]:
+    """View name, definition id and suffix of a series' or definition's key; `BadRecord` if it is neither's.
+
+    A definition's key has an empty suffix. What a series' suffix holds is not looked at: see `parse_suffix`.
+    """
+    view, nul, rest = key[1:].partition(b"\x00")
+    of_series = key[:1] == TAG_SERIES and len(rest) > DEFINITION_ID_BYTES + len(WINDOW_NONE)
+    if not nul or not (of_series or (key[:1] == TAG_DEFINITION and len(rest) == DEFINITION_ID_BYTES)):
+        raise BadRecord("key: of no series and no definition")
+    try:
+        return view.decode("ascii"), rest[:DEFINITION_ID_BYTES], rest[DEFINITION_ID_BYTES:]
+    except UnicodeDecodeError:
+        raise BadRecord("key: a view name that is not ASCII") from None
+
+
 def prefix_end(prefix: bytes) -> bytes:
-    """The first key behind every key that starts with `prefix` (whose last byte is not 0xff)."""
-    return prefix[:-1] + bytes((prefix[-1] + 1,))
+    """The first key behind every key that starts with `prefix`, which has a byte below 0xff."""
+    short = prefix.rstrip(b"\xff")
+    return short[:-1] + bytes((short[-1] + 1,))
 
 
 def series_suffix(labels: Sequence[str], window_start_ms: int = 0) -> bytes:
-    """The part of a series' key behind its view: window start and label values, in the definition's order."""
+    """The part of a series' key behind its definition: window start and label values, in the definition's order."""
     return window_start_ms.to_bytes(8, "big") + _encode_labels(labels)
+
+
+def overflow_suffix(definition: Definition, window_start: bytes = WINDOW_NONE) -> bytes:
+    """The suffix of the series that takes in what is beyond `series_max` in a window, which starts as a suffix does."""
+    return window_start + _encode_labels((OVERFLOW,) * len(definition.labels))
 
 
 def parse_suffix(suffix: bytes) -> tuple[int, tuple[str, ...]]:
@@ -212,8 +354,11 @@ def _are_plain(definition: Definition, suffixes: Sequence[bytes]) -> bool:
 
 
 def canonical(definition: Definition) -> Definition:
-    """The definition with its labels in the order of their names: what publishers send, so that all of them agree."""
-    return msgspec.structs.replace(definition, labels=tuple(sorted(definition.labels)))
+    """The definition with labels and parameters in the order of their names: what publishers send, so that all agree."""
+    labels, parameters = tuple(sorted(definition.labels)), tuple(sorted(definition.parameters))
+    if (labels, parameters) == (definition.labels, definition.parameters):
+        return definition
+    return msgspec.structs.replace(definition, labels=labels, parameters=parameters)
 
 
 def check_label_values(definition: Definition, values: Sequence[object]) -> tuple[str, ...]:
@@ -252,5 +397,7 @@ def check_definition(definition: Definition, kinds: Sequence[str]) -> None:
         raise Invalid(f"view {definition.view}: {len(definition.labels)} labels; at most {LABEL_COUNT_MAX}")
     if len(set(definition.labels)) != len(definition.labels):
         raise Invalid(f"view {definition.view}: a label name stands twice in {list(definition.labels)}")
-    if definition.window_s:
-        raise Invalid(f"view {definition.view}: windowed views are not supported by this version")
+    if definition.window_s or definition.retention_s:
+        raise Invalid(f"view {definition.view}: windows and retention are not supported by this version")
+    if definition.parameters:
+        raise Invalid(f"view {definition.view}: kind {definition.kind} has no parameters")

@@ -18,6 +18,10 @@ from pipeline.errors import BadRecord
 
 GAP_COUNT_MAX = 1_000
 """Most gaps in one producer's folded sequences. A correct publisher has at most one per unacknowledged batch."""
+SEQUENCE_STEP_MAX = 100_000
+"""How much further a producer's sequences may be than its batches in the log account for: batches that it gave up."""
+EPOCH_STEP_MAX = 1_000_000
+"""How often a spool may be opened between two batches for one partition."""
 
 Counter = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
@@ -30,7 +34,11 @@ class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     beyond: list[tuple[Counter, Counter]] = []
     """Half-open ranges above `next_sequence`, sorted, apart from each other and from `next_sequence`."""
     seen_at_ms: Counter = 0
-    """When the log accepted the producer's newest batch; it expires `producer_ttl_ms` after that."""
+    """When the producer's newest batch was accepted or folded, whichever clock says the later."""
+    seen_offset: Counter = 0
+    """The offset of the producer's newest batch."""
+    closed: bool = False
+    """Whether the producer has said that it sends nothing more."""
 
     def has(self, sequence: int) -> bool:
         """Whether `sequence` was folded or is settled."""
@@ -39,7 +47,31 @@ class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         i = bisect_right(self.beyond, (sequence, 2**63))
         return i > 0 and sequence < self.beyond[i - 1][1]
 
-    def with_folded(self, sequence: int, floor: int, epoch: int, seen_at_ms: int) -> Folded:
+    @property
+    def end(self) -> int:
+        """The sequence behind the highest that was folded."""
+        return self.beyond[-1][1] if self.beyond else self.next_sequence
+
+    def is_step(self, sequence: int, offset: int) -> bool:
+        """Whether a correct publisher can have come to `sequence` at `offset` of the log.
+
+        Each of a producer's batches is a record, so its sequences rise by no more than the offsets between two of them,
+        and by what it gave up. In a topic that was made anew offsets begin again, and nothing can be said.
+        """
+        return offset < self.seen_offset or sequence <= self.end + (offset - self.seen_offset) + SEQUENCE_STEP_MAX
+
+    def check_step(self, sequence: int, epoch: int, offset: int) -> None:
+        """Raise `BadRecord` if a batch of a producer that is known is further ahead than a correct publisher can be."""
+        if not self.is_step(sequence, offset):
+            raise BadRecord(f"sequence {sequence} jumps: the producer's sequences end at {self.end}")
+        if epoch > self.epoch + EPOCH_STEP_MAX:
+            raise BadRecord(f"epoch {epoch} jumps: the producer's epoch is {self.epoch}")
+
+    def still_closed(self, sequence: int, epoch: int) -> bool:
+        """Whether the producer stays closed after a batch that does not close it: one that was sent before the last."""
+        return self.closed and sequence < self.end and epoch <= self.epoch
+
+    def with_folded(self, sequence: int, floor: int, epoch: int, seen_at_ms: int, seen_offset: int = 0) -> Folded:
         """This memory after folding `sequence`, which `has` did not hold; `BadRecord` if there would be too many gaps."""
         ranges = sorted([*self.beyond, (sequence, sequence + 1)])
         next_sequence = max(self.next_sequence, floor)
@@ -53,7 +85,7 @@ class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
                 beyond.append((start, end))
         if len(beyond) > GAP_COUNT_MAX:
             raise BadRecord(f"over {GAP_COUNT_MAX} gaps in the sequences of one producer")
-        return Folded(max(self.epoch, epoch), next_sequence, beyond, max(self.seen_at_ms, seen_at_ms))
+        return Folded(max(self.epoch, epoch), next_sequence, beyond, max(self.seen_at_ms, seen_at_ms), seen_offset)
 
 
 class Sealed(msgspec.Struct, frozen=True):

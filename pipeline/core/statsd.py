@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from pipeline.core.merge import INT_BITS_MAX
+from pipeline.core.kinds import INT_BITS_MAX
 from pipeline.core.record import LABEL_COUNT_MAX, LABEL_VALUE_BYTES_MAX, NAME, NAME_BYTES_MAX
 
 COUNTER, GAUGE, TIMER, HISTOGRAM, SET = "counter", "gauge", "timer", "histogram", "set"

@@ -2,46 +2,52 @@
 
 The shell reads records, asks the task what they mean, and carries out what it answers, in this order (DESIGN section 5):
 
-    restored(...)            the store is at a commit boundary: here are its position, definitions and producers
-    fold(records)            into the overlay; allowed at any time from then on, also while a commit is under way
-    freeze() -> keys         swap the overlay; the shell looks these keys up in the store
-    prepare_commit(values)   -> Commit: entries, dead letters, and the position last
-                             the shell commits the Commit in one transaction, then writes it to the store in one batch
-    committed()              only now may the next freeze come
+    restored(...)                   the store is at a commit boundary: here are its position and definitions
+    read(records) -> Reading        decode; the shell looks up `Reading.producer_keys` in the store
+    fold(reading, values)           into the overlay; allowed at any time from then on, also while a commit is under way
+    sweep(entries)                  some producers of the store: those that were silent for long are forgotten
+    freeze() -> Lookup              swap the overlay; the shell looks up `Lookup.keys`, and which keys `Lookup.prefixes` have
+    prepare_commit(values, existing) -> Commit: entries, dead letters, and the position last
+                                    the shell commits the Commit in one transaction, then writes it to the store in one batch
+    committed()                     only now may the next freeze come
 
 A crash at any point, or a failed commit, is handled by throwing the task away: the next one folds the same records again
 and arrives at the same states, because nothing but the committed entries survives.
+
+A group of a batch is the unit of refusal: what is wrong with one view touches no other. What was refused becomes a dead
+letter in the same commit.
 """
 
 from __future__ import annotations
 
-from bisect import bisect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from itertools import chain, islice
 from typing import NamedTuple
 
 import msgspec
 
 from pipeline.core import codec
-from pipeline.core.merge import KINDS, State
+from pipeline.core.codec import DeadLetter, DefinitionEntry, Received, RefusedGroup
+from pipeline.core.kinds import kind_of
+from pipeline.core.letters import group_key, is_letter_producer, letter_key, refused_key
+from pipeline.core.limits import TaskLimits
+from pipeline.core.overlay import Cache, Changes, Definitions, Known, Overlay, Producers, gone_keys
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
-    RUN_ENTRIES_MAX,
+    TAG_DEFINITION,
     Batch,
-    Definition,
+    Control,
     Group,
     Position,
     Records,
     check_suffixes,
-    definition_key,
+    fingerprint,
     producer_key,
     runs,
     series_prefix,
 )
-from pipeline.core.sequence import Folded
-from pipeline.core.view import describe
+from pipeline.core.sequence import EPOCH_STEP_MAX, Folded
 from pipeline.errors import BadRecord, IllegalTransition, StoreCorrupt
 
 
@@ -76,25 +82,6 @@ TRANSITIONS: Mapping[tuple[Phase, Step], Phase] = {
 """Every legal step; any other raises `IllegalTransition`."""
 
 
-class TaskLimits(msgspec.Struct, frozen=True):
-    """Bounds on what a task holds in memory, each with its behaviour at the bound."""
-
-    overlay_entries_max: int = 50_000
-    """`Task.full` turns true: the shell commits before it folds on. One batch can go beyond it."""
-    overlay_bytes_max: int = 32 * 2**20
-    """The same, counted in bytes of the records that were folded into it."""
-    cache_entries_max: int = 100_000
-    """Committed states that are kept; the least recently committed half makes room."""
-    cache_bytes_max: int = 64 * 2**20
-    """The same, counted in bytes of their suffixes and encodings. One commit can go beyond either."""
-    producer_ttl_ms: int = 7 * 86_400_000
-    """A producer that was silent for so long is forgotten; a batch that it sends again later would count again."""
-    producers_max: int = 100_000
-    """Producers that are remembered; at the limit the longest silent is forgotten early, and counted."""
-    views_max: int = 10_000
-    """Views of a partition; a batch that would define another is a bad record."""
-
-
 class Counts(msgspec.Struct):
     """What a task has seen since it was made. Counters only."""
 
@@ -104,8 +91,14 @@ class Counts(msgspec.Struct):
     batches_stale: int = 0
     """Refused because their producer has been opened by a newer process."""
     records_bad: int = 0
-    """Dead-lettered, stale batches included."""
-    producers_evicted: int = 0
+    """Dead-lettered as a whole, stale batches included."""
+    groups_refused: int = 0
+    """Dead-lettered groups of batches whose other groups were folded."""
+    series_cleared: int = 0
+    """Committed series of definitions that were dropped or reset: about as many tombstones go into the next commit."""
+    series_overflowed: int = 0
+    """Entries that were merged into an overflow series, because their definition has `series_max` series."""
+    producers_forgotten: int = 0
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -113,94 +106,31 @@ class Commit(msgspec.Struct, frozen=True):
 
     keys: list[bytes]
     values: list[bytes | None]
-    dead_letters: list[tuple[bytes, bytes]]
+    dead_letters: list[tuple[bytes, bytes | None]]
+    """By key; None: what the letter of this key holds has been folded by now."""
     position: Position
     series_count: int
     """Series entries among the keys."""
 
 
-class DeadLetter(msgspec.Struct, frozen=True):
-    """What is kept of a bad record. Its bytes are those of the record, whole."""
+class Reading(NamedTuple):
+    """Decoded records, and what must be looked up before they can be folded."""
 
-    partition: int
-    offset: int
-    at_ms: int
-    reason: str
-    value: bytes | None
-
-
-class _Overlay:
-    """Folded, not yet committed."""
-
-    def __init__(self) -> None:
-        self.states: dict[str, dict[bytes, State]] = {}
-        self.producers: dict[str, Folded | None] = {}
-        self.definitions: set[str] = set()
-        self.dead_letters: list[DeadLetter] = []
-        self.bytes_total = 0
-        self.next_offset = 0
-        self.source_at_ms = 0
-
-    def entry_count(self) -> int:
-        return sum(map(len, self.states.values())) + len(self.producers) + len(self.dead_letters)
+    records: Records
+    received: list[Received | BadRecord]
+    producers: dict[str, Folded | None]
+    """What is known of their producers without the store."""
+    producer_keys: list[bytes]
+    """The entries of all others."""
 
 
-class _Cache:
-    """Committed states in two generations: when the young one reaches half a limit, it becomes the old one."""
+class Lookup(NamedTuple):
+    """What the store must be asked before a commit can be prepared."""
 
-    def __init__(self, entries_max: int, bytes_max: int) -> None:
-        self._entries_half = entries_max // 2
-        self._bytes_half = bytes_max // 2
-        self._young: dict[str, dict[bytes, State]] = {}
-        self._old: dict[str, dict[bytes, State]] = {}
-        self._young_count = 0
-        self._young_bytes = 0
-
-    def of(self, view: str) -> tuple[Mapping[bytes, State], Mapping[bytes, State]]:
-        """The view's states, young ones first; a suffix can be in both, and then the young one counts."""
-        return self._young.get(view, {}), self._old.get(view, {})
-
-    def states(self, view: str, suffixes: list[bytes]) -> list[State | None]:
-        """One for each suffix, None where it is not cached."""
-        young, old = self.of(view)
-        states = [*map(young.get, suffixes)]
-        missing = states.count(None) if old else 0
-        if missing == len(states):
-            return [*map(old.get, suffixes)]
-        return (
-            [old.get(s) if state is None else state for s, state in zip(suffixes, states, strict=True)]
-            if missing
-            else states
-        )
-
-    def update(self, view: str, suffixes: list[bytes], states: list[State], bytes_total: int) -> None:
-        young = self._young.setdefault(view, {})
-        self._young_count -= len(young)
-        young.update(zip(suffixes, states, strict=True))
-        self._young_count += len(young)
-        self._young_bytes += bytes_total  # an updated state counts again: the bound holds, a little early
-        if self._young_count > self._entries_half or self._young_bytes > self._bytes_half:
-            self._old, self._young = self._young, {}
-            self._young_count = self._young_bytes = 0
-
-
-class _Change(NamedTuple):
-    """A run of what a commit changes of one view, by column, in the order of keys: so lookup and write are cheap."""
-
-    view: str
-    suffixes: list[bytes]
     keys: list[bytes]
-    cached: list[State | None]
-    """The committed states, as far as the cache knows them."""
-
-
-class _Merged(NamedTuple):
-    """The new absolute states of such a run."""
-
-    view: str
-    suffixes: list[bytes]
-    states: list[State]
-    bytes_total: int
+    """Series whose committed values are needed."""
+    prefixes: list[bytes]
+    """Definitions, by the prefix of their series, that were dropped or reset: which series they have is needed."""
 
 
 class Task:
@@ -217,16 +147,18 @@ class Task:
         """What the last commit made durable."""
         self._skipped = False
         self._limits = limits
-        self._definitions: dict[str, Definition] = {}
-        self._series_counts: dict[str, int] = {}
-        self._producers: dict[str, Folded] = {}
-        self._overlay = _Overlay()
-        self._frozen = _Overlay()
-        self._changes: list[_Change] = []
-        self._merged: list[_Merged] = []
-        self._counted: dict[str, int] = {}
+        self._known = Definitions()
+        self._producers = Producers(limits.producers_max)
+        self._log_ms = 0
+        """The time of the log, which neither falls nor is ahead of the shell's clock."""
+        self._folded_ms = 0  # up to which all is folded, by log, publishers and shell: one that lags can't tell by its own
+        self._overlay = Overlay()
+        self._frozen = Overlay()
+        self._frozen_known: dict[bytes, Known] = {}
+        """The definitions that the frozen overlay is about, as they were when it was frozen."""
+        self._changes: Changes | None = None
         self._pending = NO_POSITION
-        self._cache = _Cache(limits.cache_entries_max, limits.cache_bytes_max)
+        self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
 
     def _step(self, step: Step) -> None:
         try:
@@ -244,23 +176,30 @@ class Task:
     def dirty(self) -> bool:
         """Whether anything was folded, or skipped, that the next commit must record."""
         frozen = self.phase in (Phase.FROZEN, Phase.COMMITTING)
-        return self._skipped or self.next_offset != (self._frozen.next_offset if frozen else self.position.next_offset)
+        known = self._frozen.next_offset if frozen else self.position.next_offset
+        return self._skipped or self.next_offset > known or self._overlay.entry_count() > 0
 
-    def restored(self, position: Position, views: Iterable[bytes], producers: Iterable[tuple[str, bytes]]) -> None:
-        """Start from committed entries: the position, the values of definition entries, `(producer id, value)` pairs."""
+    def restored(self, position: Position, definitions: Iterable[bytes], *, next_offset: int | None = None) -> None:
+        """Start from committed entries: the position, and the values of definition entries.
+
+        `next_offset`: where folding goes on, if it is known that from there to the position the log held no record.
+        """
         self._step(Step.RESTORED)
         try:
-            for value in views:
-                entry = codec.decode_view(value)
-                self._definitions[entry.definition.view] = entry.definition
-                self._series_counts[entry.definition.view] = entry.series_count
-            known = [(producer_id, codec.decode_folded(value)) for producer_id, value in producers]
+            for value in definitions:
+                entry = codec.decode_definition(value)
+                known = Known(entry.definition, entry.series_count, entry.defined_at_ms)
+                self._known.add(series_prefix(entry.definition), known)
         except BadRecord as error:
             raise StoreCorrupt(f"partition {self.partition}: {error}") from None
-        self._producers = dict(sorted(known, key=lambda item: item[1].seen_at_ms))
         self.position = position
-        self.next_offset = self._overlay.next_offset = position.next_offset
+        self._log_ms = min(position.source_at_ms, position.committed_at_ms)
+        self.next_offset = self._overlay.next_offset = position.next_offset if next_offset is None else next_offset
         self._overlay.source_at_ms = position.source_at_ms
+
+    def pass_hole(self) -> None:
+        """Fold on from the position: the offsets below it, which held no record, are not in the log any more."""
+        self.next_offset = self._overlay.next_offset = self.position.next_offset
 
     def skip_to(self, next_offset: int) -> None:
         """Go on elsewhere in the log, because what lay between is lost. The next commit records it."""
@@ -269,203 +208,286 @@ class Task:
 
     # Folding
 
-    def fold(self, records: Records) -> None:
-        """Merge records into the overlay. Records below `next_offset` were folded before and are skipped.
-
-        A bad record becomes a dead letter and changes nothing else; it never stops the partition.
-        """
-        self._step(Step.FOLD)
-        overlay = self._overlay
-        for offset, at_ms, value in zip(records.offsets, records.at_ms, records.values, strict=True):
+    def read(self, records: Records) -> Reading:
+        """Decode records. The values of `producer_keys`, from the store, go with them to `fold`."""
+        received: list[Received | BadRecord] = []
+        known: dict[str, Folded | None] = {}
+        needed: dict[bytes, None] = {}
+        for offset, value in zip(records.offsets, records.values, strict=True):
             if offset < self.next_offset:
+                received.append(BadRecord("folded before"))
                 continue
             try:
-                self._fold_batch(codec.decode_batch(value or b""), at_ms)
+                one = codec.receive_batch(value or b"")
+            except BadRecord as error:
+                received.append(error)
+                continue
+            received.append(one)
+            for producer_id in one.batch.producer_ids:
+                if producer_id in known:
+                    continue
+                if self._has_producer(producer_id):
+                    known[producer_id] = self._producer(producer_id)
+                else:
+                    needed[producer_key(producer_id)] = None
+        return Reading(records, received, known, [*needed])
+
+    def _has_producer(self, producer_id: str) -> bool:
+        """Whether a producer is known, or known to be forgotten; if not, only the store can tell."""
+        return any(producer_id in it for it in (self._overlay.producers, self._frozen.producers, self._producers))
+
+    def _producer(self, producer_id: str) -> Folded | None:
+        """What is known of a producer; None if it was forgotten."""
+        for producers in (self._overlay.producers, self._frozen.producers):
+            if producer_id in producers:
+                return producers[producer_id]
+        return self._producers[producer_id]
+
+    def fold(self, reading: Reading, values: Sequence[bytes | None], *, now_ms: int) -> None:
+        """Merge what was read into the overlay. Records below `next_offset` were folded before and are skipped. It ends
+        behind a batch whose orders fill the next commit: fold the rest, from `next_offset` on, after a freeze.
+
+        What is wrong becomes a dead letter and changes nothing else; it never stops the partition. `values` are those of
+        the producers that `read` asked for, `now_ms` is the shell's clock.
+        """
+        self._step(Step.FOLD)
+        known = self._learned(reading, values)
+        overlay, records = self._overlay, reading.records
+        for offset, at_ms, value, received in zip(
+            records.offsets, records.at_ms, records.values, reading.received, strict=True
+        ):
+            if offset < self.next_offset:
+                continue
+            self._log_ms = max(self._log_ms, min(at_ms, now_ms))
+            try:
+                if isinstance(received, BadRecord):
+                    raise received
+                self._folded_ms = max(self._folded_ms, min(at_ms, now_ms, received.batch.created_at_ms))
+                self._fold_batch(received, known, offset, at_ms, max(at_ms, now_ms))
             except BadRecord as error:
                 self.counts.records_bad += 1
-                overlay.dead_letters.append(DeadLetter(self.partition, offset, at_ms, str(error), value))
-            self.next_offset = offset + 1
+                key = refused_key(received, self.partition, offset, self._source_id)
+                self._refuse(key, offset, at_ms, str(error), "", value)
+            self.next_offset = overlay.next_offset = offset + 1
             overlay.source_at_ms = at_ms
             overlay.bytes_total += len(value or b"")
+            if isinstance(received, Received) and received.batch.controls and self.full:
+                return
         self.next_offset = overlay.next_offset = max(self.next_offset, records.next_offset)
 
-    def _fold_batch(self, batch: Batch, at_ms: int) -> None:
+    def _learned(self, reading: Reading, values: Sequence[bytes | None]) -> dict[str, Folded | None]:
+        """What is known of the producers of a reading: what was folded or forgotten since, or else what was found then."""
+        learned = {**reading.producers}
+        try:
+            for key, value in zip(reading.producer_keys, values, strict=True):
+                producer_id = key[1:].decode()
+                learned[producer_id] = folded = None if value is None else codec.decode_folded(value)
+                if not self._has_producer(producer_id):
+                    self._producers.keep(producer_id, folded)
+        except BadRecord as error:
+            raise StoreCorrupt(f"partition {self.partition}: {error}") from None
+        return {it: self._producer(it) if self._has_producer(it) else folded for it, folded in learned.items()}
+
+    def _fold_batch(
+        self, received: Received, known: dict[str, Folded | None], offset: int, at_ms: int, seen_at_ms: int
+    ) -> None:
+        """Fold a batch. `known` is what was known of each producer, and is kept up."""
+        batch = received.batch
         if batch.partition != self.partition:
             raise BadRecord(f"batch for partition {batch.partition} in partition {self.partition}")
-        producer = self._producers.get(batch.producer_id, _NEW_PRODUCER)
-        if batch.epoch < producer.epoch:
-            self.counts.batches_stale += 1
-            raise BadRecord(f"stale epoch {batch.epoch} of producer {batch.producer_id}; epoch {producer.epoch} was seen")
+        before, letter = known[batch.producer_id], letter_key(batch.producer_id, self.partition)
+        producer = before or Folded()
+        if (
+            letter is not None
+        ):  # what it holds was folded before, is folded now, or comes back: who replays it waits for that
+            self._overlay.letters[letter] = None
         if producer.has(batch.sequence):
             self.counts.batches_duplicate += 1
-            if batch.epoch > producer.epoch:
-                self._remember(batch.producer_id, msgspec.structs.replace(producer, epoch=batch.epoch))
+            if producer.epoch < batch.epoch <= producer.epoch + EPOCH_STEP_MAX:
+                opened = msgspec.structs.replace(producer, epoch=batch.epoch, closed=False)
+                self._remember(known, batch.producer_id, opened)
             return
-        producer = producer.with_folded(batch.sequence, batch.floor, batch.epoch, at_ms)
-        groups = [*chain.from_iterable(map(_parts, batch.groups))]
-        self._check_groups(groups)
-        for group in groups:
-            self._merge_group(group)
-        self._remember(batch.producer_id, producer)
-        self.counts.batches_folded += 1
+        if batch.epoch < producer.epoch:
+            self.counts.batches_stale += 1
+            name = fingerprint(batch.producer_id)
+            raise BadRecord(f"stale epoch {batch.epoch}: epoch {producer.epoch} of producer {name} was seen")
+        if before is not None:
+            before.check_step(batch.sequence, batch.epoch, offset)
+        folded = producer.with_folded(batch.sequence, batch.floor, batch.epoch, seen_at_ms, offset)
+        folded.closed = batch.closing or producer.still_closed(batch.sequence, batch.epoch)
+        settled, origin = self._settle(batch, known, offset, seen_at_ms)
+        if settled:
+            self.counts.batches_duplicate += 1
+        else:
+            for control in batch.controls:
+                self._carry_out(control)
+            self._fold_groups(received, letter, offset, at_ms)
+            self.counts.batches_folded += 1
+        if letter is None or self._overlay.letters[letter] is None:
+            for producer_id, it in (*origin, (batch.producer_id, folded)):
+                self._remember(known, producer_id, it)
 
-    def _remember(self, producer_id: str, producer: Folded) -> None:
-        self._producers.pop(producer_id, None)  # so that the dict stays in the order of silence
-        self._producers[producer_id] = self._overlay.producers[producer_id] = producer
+    def _remember(self, known: dict[str, Folded | None], producer_id: str, folded: Folded) -> None:
+        known[producer_id] = self._overlay.producers[producer_id] = folded
 
-    def _check_groups(self, groups: Sequence[Group]) -> None:
-        """All or nothing: raise before anything is merged."""
-        new: dict[str, Definition] = {}
-        for group in groups:
-            definition = group.definition
-            known = self._definitions.get(definition.view) or new.setdefault(definition.view, definition)
-            if known != definition:
-                raise BadRecord(f"view {definition.view} is {describe(known)}; the batch says {describe(definition)}")
-            unknown = set(group.suffixes)
-            for states in (self._overlay.states.get(definition.view, {}), *self._cache.of(definition.view)):
+    def _settle(
+        self, batch: Batch, known: dict[str, Folded | None], offset: int, seen_at_ms: int
+    ) -> tuple[bool, list[tuple[str, Folded]]]:
+        """Return whether a replayed batch stands for one that was folded after all. If not, that one counts as folded once
+        this one is: what is then to be remembered of its producer is returned, too.
+
+        An origin whose sequence jumps is left alone: the task would refuse that batch itself.
+        """
+        origin = batch.origin
+        if origin is None:
+            return False, []
+        producer = known[origin.producer_id]
+        if producer is None:
+            raise BadRecord("its producer was forgotten: it can't be told whether what it replays was counted after all")
+        if producer.has(origin.sequence):
+            return True, []
+        if not producer.is_step(origin.sequence, offset):
+            return False, []
+        folded = producer.with_folded(origin.sequence, 0, producer.epoch, seen_at_ms, producer.seen_offset)
+        folded.closed = producer.closed
+        return False, [(origin.producer_id, folded)]
+
+    def _fold_groups(self, received: Received, letter: bytes | None, offset: int, at_ms: int) -> None:
+        batch = received.batch
+        refused = [*received.refused]
+        for index, group in zip(received.indexes, batch.groups, strict=True):
+            try:
+                self._check_group(group, at_ms)
+            except BadRecord as error:
+                refused.append(RefusedGroup(index, group.definition.view, str(error)))
+            else:
+                self.counts.entries_folded += len(group.suffixes)
+                self._overlay.merge(series_prefix(group.definition), group)
+        record = refused_key(received, self.partition, offset, self._source_id)
+        alone = letter is not None and len(batch.groups) + len(received.refused) == 1
+        for it in refused:
+            self.counts.groups_refused += 1
+            key = record if alone else group_key(record, it.index)
+            self._refuse(key, offset, at_ms, it.reason, it.view, codec.with_group(received, it.index, whole=alone))
+
+    def _refuse(self, key: bytes, offset: int, at_ms: int, reason: str, view: str, value: bytes | None) -> None:
+        self._overlay.letters[key] = DeadLetter(self.partition, offset, at_ms, reason, view, value)
+
+    def _check_group(self, group: Group, at_ms: int) -> None:
+        """Raise `BadRecord` before anything of the group is merged."""
+        definition = group.definition
+        prefix = series_prefix(definition)
+        known = self._known.get(prefix)
+        if known is None and len(self._known) >= self._limits.views_max:
+            raise BadRecord(f"over {self._limits.views_max} definitions of views in partition {self.partition} (views_max)")
+        if known is not None and known.definition != definition:
+            raise BadRecord(f"view {definition.view}: another definition has the same id")
+        known_states = self._overlay.states.get(prefix, {}), *self._cache.of(prefix)
+        for suffixes in runs(group.suffixes):
+            unknown = set(suffixes)
+            for states in known_states:
                 unknown = unknown.difference(states)
             check_suffixes(definition, [*unknown])
-        if new and len(self._definitions) + len(new) > self._limits.views_max:
-            raise BadRecord(f"over {self._limits.views_max} views")
-        self._definitions.update(new)
-        self._overlay.definitions.update(new)
+        kind_of(definition).check_times(group.states, at_ms + self._limits.ts_ahead_max_ms)
+        if known is None:
+            self._known.define(prefix, definition, self._log_ms)
+            self._overlay.defined.add(prefix)
 
-    def _merge_group(self, group: Group) -> None:
-        states = self._overlay.states.setdefault(group.definition.view, {})
-        self.counts.entries_folded += len(group.suffixes)
-        new = dict(zip(group.suffixes, group.states, strict=True))
-        if len(new) == len(group.suffixes) and states.keys().isdisjoint(new):
-            states.update(new)
-            return
-        merge = KINDS[group.definition.kind].merge
-        get = states.get
-        for suffix, state in zip(group.suffixes, group.states, strict=True):
-            old = get(suffix)
-            states[suffix] = state if old is None else merge(old, state)
+    def _carry_out(self, control: Control) -> None:
+        """Drop or reset what the order concerns, as it is now: what is folded later counts from nothing."""
+        overlay = self._overlay
+        for prefix, known in self._known.of(control.view):
+            if not control.concerns(known.definition):
+                continue
+            overlay.states.pop(prefix, None)
+            overlay.cleared.add(prefix)
+            self._cache.clear(prefix)
+            overlay.cleared_count += known.series_count
+            self.counts.series_cleared += known.series_count
+            known.series_count = 0
+            if control.action == "drop":
+                self._known.drop(prefix)
+                overlay.defined.discard(prefix)
 
     # Committing
 
-    def freeze(self) -> list[bytes]:
-        """Swap the overlay for an empty one, and return the keys that `prepare_commit` needs the committed values of."""
+    def sweep(self, entries: Iterable[tuple[bytes, bytes]], *, now_ms: int) -> None:
+        """Forget those of these producer entries of the store that were silent for too long, by all clocks."""
+        latest_ms, limits = min(self._folded_ms, now_ms), self._limits
+        for key, value in entries:
+            try:
+                producer_id, producer = key[1:].decode(), codec.decode_folded(value)
+            except (BadRecord, UnicodeDecodeError) as error:
+                raise StoreCorrupt(f"partition {self.partition}: {error}") from None
+            ttl_ms = limits.closed_producer_ttl_ms if producer.closed else limits.producer_ttl_ms
+            ttl_ms = limits.letter_ttl_ms if is_letter_producer(producer_id) else ttl_ms
+            folded = producer_id in self._overlay.producers or producer_id in self._frozen.producers
+            if producer.seen_at_ms + ttl_ms < latest_ms and not folded:
+                self.counts.producers_forgotten += 1
+                self._overlay.producers[producer_id] = None
+
+    def freeze(self) -> Lookup:
+        """Swap the overlay for an empty one, and return what `prepare_commit` needs from the store."""
         self._step(Step.FREEZE)
         self._skipped = False
-        self._forget_producers()
-        self._frozen, self._overlay = self._overlay, _Overlay()
-        self._overlay.next_offset = self._frozen.next_offset
-        self._overlay.source_at_ms = self._frozen.source_at_ms
-        self._changes = []
-        keys: list[bytes] = []
-        for view, states in sorted(self._frozen.states.items()):
-            prefix = series_prefix(view)
-            for suffixes in _in_order(states):
-                cached = self._cache.states(view, suffixes)
-                change = _Change(view, suffixes, [prefix + suffix for suffix in suffixes], cached)
-                self._changes.append(change)
-                if cached.count(None) == len(cached):
-                    keys += change.keys
-                else:
-                    keys += [key for key, state in zip(change.keys, cached, strict=True) if state is None]
-        return keys
+        frozen, self._frozen, self._overlay = self._overlay, self._overlay, Overlay()
+        self._overlay.next_offset = frozen.next_offset
+        self._overlay.source_at_ms = frozen.source_at_ms
+        concerned = frozen.states.keys() | frozen.defined | frozen.cleared
+        self._frozen_known = {
+            prefix: Known(it.definition, it.series_count, it.defined_at_ms)
+            for prefix in concerned
+            if (it := self._known.get(prefix)) is not None
+        }
+        self._changes = Changes(self.partition, frozen, self._frozen_known, self._cache, series_max=self._limits.series_max)
+        return Lookup(self._changes.keys, sorted(frozen.cleared))
 
-    def _forget_producers(self) -> None:
-        overlay, limits = self._overlay, self._limits
-        forgotten: list[str] = []
-        for producer_id, producer in self._producers.items():
-            expired = producer.seen_at_ms + limits.producer_ttl_ms < overlay.source_at_ms
-            if not expired and len(self._producers) - len(forgotten) <= limits.producers_max:
-                break
-            self.counts.producers_evicted += not expired
-            forgotten.append(producer_id)
-        for producer_id in forgotten:
-            del self._producers[producer_id]
-            overlay.producers[producer_id] = None
-
-    def prepare_commit(self, values: Sequence[bytes | None], *, now_ms: int) -> Commit:
-        """What to make durable, given the committed values of the keys that `freeze` returned, in their order."""
+    def prepare_commit(self, values: Sequence[bytes | None], existing: Sequence[bytes] = (), *, now_ms: int) -> Commit:
+        """What to make durable, given what `freeze` asked for: the committed values of the keys, in their order, and the
+        keys that the store has under the prefixes, in order.
+        """
         self._step(Step.PREPARE)
+        assert self._changes is not None
         frozen = self._frozen
-        self._merged, self._counted = [], {}
-        keys: list[bytes] = []
-        out: list[bytes | None] = []
-        start = 0
-        for change in self._changes:
-            view, suffixes = change.view, change.suffixes
-            end = start + change.cached.count(None)
-            states = self._merge_committed(change, values[start:end])
-            start = end
-            keys += change.keys
-            encoded = codec.encode_states(KINDS[self._definitions[view].kind], states)
-            out += encoded
-            self._merged.append(_Merged(view, suffixes, states, sum(map(len, encoded)) + sum(map(len, suffixes))))
-        if start != len(values):
-            raise ValueError(f"{len(values)} values for {start} keys")
-        series_count = len(keys)
-        for view in sorted(frozen.definitions | self._counted.keys()):
-            count = self._series_counts.get(view, 0) + self._counted.get(view, 0)
-            keys.append(definition_key(view))
-            out.append(codec.encode_view(codec.ViewEntry(self._definitions[view], count)))
+        series, states = self._changes.merge(values)
+        self.counts.series_overflowed += self._changes.overflow_count
+        # Definitions before their series, those that are dropped behind them: whoever follows knows what a series is of.
+        keys, out = self._definition_entries(self._changes.new_counts)
+        gone = gone_keys(existing, series, frozen.cleared)
+        dropped = sorted(TAG_DEFINITION + prefix[1:] for prefix in frozen.cleared - self._frozen_known.keys())
+        keys += [*series, *gone, *dropped]
+        out += [*states, *[None] * (len(gone) + len(dropped))]
         for producer_id, producer in frozen.producers.items():
             keys.append(producer_key(producer_id))
             out.append(None if producer is None else codec.encode_folded(producer))
-        self._pending = Position(frozen.next_offset, now_ms, frozen.source_at_ms, self._source_id)
+        version = self.position.definitions_version + bool(frozen.defined or dropped)
+        self._pending = Position(frozen.next_offset, now_ms, frozen.source_at_ms, self._source_id, version)
         keys.append(POSITION_KEY)
         out.append(codec.encode_position(self._pending))
-        dead = [
-            (b"%d-%d" % (letter.partition, letter.offset), msgspec.msgpack.encode(letter)) for letter in frozen.dead_letters
-        ]
-        return Commit(keys, out, dead, self._pending, series_count)
+        letters = [(key, None if it is None else codec.encode_letter(it)) for key, it in frozen.letters.items()]
+        return Commit(keys, out, letters, self._pending, len(series) + len(gone))
 
-    def _merge_committed(self, change: _Change, found: Sequence[bytes | None]) -> list[State]:
-        """The new absolute states of a run's series; `found` are the stored values of those not in the cache."""
-        view, committed = change.view, change.cached
-        kind = KINDS[self._definitions[view].kind]
-        states = [*map(self._frozen.states[view].__getitem__, change.suffixes)]
-        stored = [value for value in found if value is not None]
-        if len(stored) < len(found):
-            self._counted[view] = self._counted.get(view, 0) + len(found) - len(stored)
-        try:
-            known = iter(codec.decode_states(kind, stored))
-        except BadRecord as error:
-            raise StoreCorrupt(f"partition {self.partition}, view {view}: {error}") from None
-        if stored:
-            looked_up = iter([None if value is None else next(known) for value in found])
-            committed = [next(looked_up) if state is None else state for state in committed]
-        elif len(found) == len(states):
-            return states  # all of them are new
-        merge = kind.merge
-        return [new if old is None else merge(old, new) for old, new in zip(committed, states, strict=True)]
+    def _definition_entries(self, new_counts: Mapping[bytes, int]) -> tuple[list[bytes], list[bytes | None]]:
+        keys: list[bytes] = []
+        out: list[bytes | None] = []
+        for prefix, known in sorted(self._frozen_known.items()):
+            if prefix in self._frozen.defined or prefix in self._frozen.cleared or prefix in new_counts:
+                count = known.series_count + new_counts.get(prefix, 0)
+                keys.append(TAG_DEFINITION + prefix[1:])
+                out.append(codec.encode_definition(DefinitionEntry(known.definition, count, known.defined_at_ms)))
+        return keys, out
 
     def committed(self) -> None:
         """The Commit is durable in the log and in the store."""
         self._step(Step.COMMITTED)
-        for merged in self._merged:
-            self._cache.update(*merged)
-        for view, count in self._counted.items():
-            self._series_counts[view] = self._series_counts.get(view, 0) + count
+        assert self._changes is not None
+        for merged in self._changes.merged:
+            if merged.prefix not in self._overlay.cleared:
+                self._cache.update(merged)
+        for prefix, count in self._changes.new_counts.items():
+            if prefix not in self._overlay.cleared:
+                self._known[prefix].series_count += count
+        for producer_id, producer in self._frozen.producers.items():
+            self._producers.keep(producer_id, producer)
         self.position = self._pending
-        self._frozen, self._merged, self._counted, self._changes = _Overlay(), [], {}, []
-
-
-def _in_order(suffixes: Collection[bytes]) -> Iterable[list[bytes]]:
-    """The suffixes in order, in runs. The order is that of all, not of each run: the store writes them all at once, and
-    five times as fast if each is behind the one before."""
-    if len(suffixes) <= RUN_ENTRIES_MAX:
-        return (sorted(suffixes),)
-    sample = sorted(islice(suffixes, 0, None, _SAMPLED))
-    bounds = sample[:: RUN_ENTRIES_MAX // 2 // _SAMPLED][1:]  # half a run, so that one that is twice as large is one still
-    found: list[list[bytes]] = [[] for _ in range(len(bounds) + 1)]
-    for suffix in suffixes:
-        found[bisect(bounds, suffix)].append(suffix)
-    return map(sorted, found)
-
-
-def _parts(group: Group) -> Iterable[Group]:
-    if len(group.suffixes) <= RUN_ENTRIES_MAX:
-        return (group,)
-    columns = zip(runs(group.suffixes), runs(group.states), strict=True)
-    return [Group(group.definition, suffixes, states) for suffixes, states in columns]
-
-
-_NEW_PRODUCER = Folded()
-_SAMPLED = 100
-"""Of how many suffixes one is looked at to find out how all of them are spread."""
+        self._frozen, self._frozen_known, self._changes = Overlay(), {}, None

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Any
 
 import msgspec
 
-from pipeline.core.merge import Kind, State
+from pipeline.core.codec import DefinitionEntry
+from pipeline.core.kinds import Kind, State
 from pipeline.core.record import Definition
 from pipeline.errors import BadRecord, Invalid, NotFound
 
@@ -48,6 +49,39 @@ class Query(msgspec.Struct, frozen=True):
     """Only so many, those with the largest answers, largest first. None: all, in the order of their labels."""
     limit: int = 10_000
     """Most series in the answer."""
+    kind: str | None = None
+    """Of a view with definitions of several kinds, which of them; None: the one that was defined first."""
+    window_s: int | None = None
+    """The same for the length of windows; 0: without windows."""
+
+
+class Alternative(msgspec.Struct, frozen=True):
+    """A kind and window that a view has too, beside those that an answer is about."""
+
+    kind: str
+    window_s: int
+
+
+class Merged(msgspec.Struct, frozen=True):
+    """What a read of a view merges: all its definitions of one kind and window."""
+
+    definition: Definition
+    """All of them together: its labels are those of any of them, and it is monotone if each of them is."""
+    parts: tuple[Definition, ...]
+    also: tuple[Alternative, ...] = ()
+    """What the view has beside them."""
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """A definition of a view, in all partitions together."""
+
+    definition: Definition
+    series_count: int
+    """A series that lives in two partitions counts twice."""
+    defined_at_ms: int
+    """When the log accepted the first batch of it."""
+    answers: bool
+    """Whether a read that chooses no kind and no window merges it."""
 
 
 class Selected(msgspec.Struct, frozen=True):
@@ -71,18 +105,69 @@ def describe(definition: Definition) -> str:
     return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)})"
 
 
-def agree(view: str, definitions: Mapping[int, Definition]) -> Definition:
-    """The one definition of `view` among those of partitions. `NotFound` if there is none, `Invalid` if they differ."""
-    found = [*definitions.values()]
-    if not found:
+def merged(view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = None, window_s: int | None = None) -> Merged:
+    """What a read of `view` merges, given its definition entries in all partitions: those of one kind and window.
+
+    Without `kind` and `window_s` it is the kind and window that were defined first, so that nobody can disturb a view that
+    exists. `NotFound` if there is no such view, or none of it is of the kind and window that were asked for.
+    """
+    first: dict[tuple[str, int], tuple[int, tuple[str, int]]] = {}
+    parts: dict[tuple[str, int], set[Definition]] = {}
+    for entry in entries:
+        shape = entry.definition.kind, entry.definition.window_s
+        first[shape] = min(first.get(shape, (entry.defined_at_ms, shape)), (entry.defined_at_ms, shape))
+        parts.setdefault(shape, set()).add(entry.definition)
+    if not parts:
         raise NotFound(f"no view {view[:100]!r}")
-    if found.count(found[0]) < len(found):
-        where: dict[Definition, int] = {}
-        for partition, definition in sorted(definitions.items()):
-            where.setdefault(definition, partition)
-        said = " but ".join(f"{describe(d)} in partition {p}" for d, p in where.items())
-        raise Invalid(f"view {view} is {said}: it was published with different definitions and cannot be merged")
-    return found[0]
+    fitting = [shape for shape in parts if kind in (None, shape[0]) and window_s in (None, shape[1])]
+    if not fitting:
+        known = ", ".join(f"{name}{f' in windows of {length} s' if length else ''}" for name, length in sorted(parts))
+        raise NotFound(f"view {view} has no definition of this kind and window; it is {known}")
+    chosen = min(fitting, key=lambda shape: first[shape])
+    found = sorted(parts[chosen], key=lambda it: (it.labels, it.monotone, it.retention_s, it.parameters))
+    labels = tuple(sorted({label for it in found for label in it.labels}))
+    together = Definition(view, chosen[0], labels, chosen[1], all(it.monotone for it in found))
+    also = tuple(Alternative(*shape) for shape in sorted(parts) if shape != chosen)
+    return Merged(together, tuple(found), also)
+
+
+def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
+    """All definitions in definition entries of all partitions, by view; those that answer for a view come first."""
+    counts: dict[Definition, int] = {}
+    since: dict[Definition, int] = {}
+    views: dict[str, list[DefinitionEntry]] = {}
+    for entry in entries:
+        definition = entry.definition
+        counts[definition] = counts.get(definition, 0) + entry.series_count
+        since[definition] = min(since.get(definition, entry.defined_at_ms), entry.defined_at_ms)
+        views.setdefault(definition.view, []).append(entry)
+    answering = {it for view, its in views.items() for it in merged(view, its).parts}
+    found = [Listed(it, count, since[it], it in answering) for it, count in counts.items()]
+    return sorted(
+        found,
+        key=lambda it: (
+            it.definition.view,
+            not it.answers,
+            it.definition.kind,
+            it.definition.window_s,
+            it.definition.labels,
+        ),
+    )
+
+
+def widen(merged: Merged, part: Definition) -> Callable[[list[Labels]], list[Labels]]:
+    """A function from rows of label values of one definition to rows of the merged one: a label that it lacks is empty."""
+    if part.labels == merged.definition.labels:
+        return lambda rows: rows
+    place = [part.labels.index(label) if label in part.labels else len(part.labels) for label in merged.definition.labels]
+    return lambda rows: [tuple([padded[i] for i in place]) for row in rows for padded in [(*row, "")]]
+
+
+def narrow(merged: Merged, part: Definition, labels: Labels) -> Labels | None:
+    """The label values, in one definition, of the series that has `labels` in the merged one; None: it can't have it."""
+    named = dict(zip(merged.definition.labels, labels, strict=True))
+    own = tuple([named.pop(label) for label in part.labels])
+    return None if any(named.values()) else own
 
 
 def label_index(definition: Definition, label: str) -> int:
@@ -207,7 +292,7 @@ class Choice:
 
     def _rank(self, labels: Labels, state: State) -> tuple[bool, int | float, Labels]:
         value = self._kind.answer(state)
-        if value is None:  # a sum or mean beyond the range of floats, or `last` of nothing: behind all numbers
+        if value is None:  # `last` of nothing: behind all numbers
             return True, 0, labels
         if type(value) is not int and type(value) is not float:
             raise Invalid(f"top needs answers that are numbers; {list(labels)} has a {type(value).__name__}")

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
@@ -24,12 +25,18 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
 import pipeline.query.openapi as docs
-from pipeline.core.codec import decode_frames, partition_of
+from pipeline.core.codec import decode_frames
 from pipeline.core.exposition import OMITTED
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
-from pipeline.ports import Clock, Ingest, Pushed
+from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.query.answer import Changed
+from pipeline.query.dead_letters import DeadLetters
+from pipeline.query.idempotency import HEADER as KEY_HEADER
+from pipeline.query.idempotency import UsedKeys, parse_key
+from pipeline.query.letters_api import add_letters
+from pipeline.query.orders import OrderService, parse_order
 from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
@@ -45,7 +52,9 @@ _JSON_HEADER = (b"content-type", docs.JSON.encode())
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
 _REFUSED_SHOWN_MAX = 10
-_Take = Callable[[Request, Callable[[bytes, str], Any]], Coroutine[Any, Any, Response]]
+_Work = Callable[[bytes, Headers], Any]
+"""What is done with a body that was sent, in a thread."""
+_Take = Callable[[Request, _Work], Coroutine[Any, Any, Response]]
 ParsePushed = Callable[[bytes, str, int, int], Pushed]
 """Reads a text of metrics of a media type, until there are more samples than a limit; lines have one too, in bytes."""
 
@@ -80,12 +89,14 @@ def create_app(
     ready: Callable[[], bool],
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
+    letters: DeadLetters | None = None,
 ) -> FastAPI:
     """The application: an ASGI app with a lifespan, which the server must run.
 
     Without `ingest` it only reads. `status` says what `/v1/status` shows, with `partition_count`, `partitions` and
     `ready`; what the reader knows of each partition is added. `ready` says whether reads can be answered.
     `render_views` writes `GET /v1/openmetrics`, which is not there without it; `parse_pushed` reads what is posted to it.
+    With `ingest`, `letters` are shown and replayed.
     """
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
@@ -109,9 +120,13 @@ def create_app(
     if render_views is not None:
         _add_scrape(app, service, settings, render_views)
     if ingest is not None:
-        take = _add_writes(app, ingest, settings, ingest_threads)
+        keys = UsedKeys(settings.idempotency_keys_max)
+        take = _add_writes(app, ingest, settings, ingest_threads, keys)
+        if letters is not None:
+            add_letters(app, letters, settings, ingest_threads, take)
+        _add_orders(app, OrderService(reader, ingest), take, keys)
         if parse_pushed is not None:
-            _add_push(app, partial(_take_pushed, ingest, parse_pushed, settings, metrics), take)
+            _add_push(app, partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys), take)
     return _finished(app, settings, metrics, reader.clock)
 
 
@@ -232,25 +247,22 @@ def _status(said: dict[str, Any], reader: ViewReader) -> dict[str, Any]:
     return {**said, "partitions": partitions}
 
 
-def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor) -> _Take:
+def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor, keys: UsedKeys) -> _Take:
     bodies = _Bodies(settings.body_bytes_max)
 
-    def take_deltas(body: bytes, content_type: str) -> docs.Accepted:
-        deltas = parse_deltas(body, content_type, settings.deltas_max)
-        return docs.Accepted(len(deltas), str(ingest.deltas(deltas)))
+    def take_deltas(body: bytes, headers: Headers) -> docs.Accepted:
+        with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body) as key:
+            deltas = parse_deltas(body, headers.get("content-type", ""), settings.deltas_max)
+            return docs.Accepted(len(deltas), str(ingest.deltas(deltas, key)))
 
-    def take_batches(body: bytes, _: str) -> docs.BatchesAccepted:
+    def take_batches(body: bytes, headers: Headers) -> docs.BatchesAccepted:
         batches = decode_frames(body)
-        next_offsets = ingest.batches(batches)
-        token = Token({})
-        for batch, next_offset in zip(batches, next_offsets, strict=True):
-            token |= Token({partition_of(batch): next_offset})
+        next_offsets, token = ingest.batches(batches, headers.get(docs.PRODUCER_HEADER, ""))
         return docs.BatchesAccepted(next_offsets, str(token))
 
-    async def take(request: Request, work: Callable[[bytes, str], Any]) -> Response:
+    async def take(request: Request, work: _Work) -> Response:
         async with bodies.of(request) as body:
-            content_type = request.headers.get("content-type", "")
-            done = await asyncio.get_running_loop().run_in_executor(threads, work, body, content_type)
+            done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
         return _json(_encode(done))
 
     @app.post(
@@ -258,11 +270,12 @@ def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: 
         tags=["write"],
         summary="Publish deltas",
         description=(
-            "A JSON array, or one JSON object a line. The log has them when this answers; if one is wrong, none is taken. "
-            "A request without an answer, or with 503, may have been taken, on Kafka also in part: sending it again counts "
-            "twice. A `Publisher` does not have this gap."
+            "A JSON array, or one JSON object a line. The log has them when this answers; if one is wrong, none of this "
+            "request is taken. A request without an answer, or with 503, may have been taken, on Kafka also in part: sent "
+            "again it counts twice, unless it has an `Idempotency-Key`. If the repeat with a key is refused, what was taken "
+            "of an earlier try is counted all the same. What a worker would refuse is refused here already."
         ),
-        responses=docs.answers("Accepted", 400, 413, 415, 503),
+        responses=docs.answers("Accepted", 400, 413, 415, 422, 503),
         openapi_extra=docs.DELTAS_BODY,
         response_class=Response,
     )
@@ -273,7 +286,11 @@ def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: 
         "/v1/batches",
         tags=["write"],
         summary="Take a publisher's sealed batches",
-        description="Each behind its length, four bytes, big endian. Sending one again is safe: it counts once.",
+        description=(
+            "Each behind its length, four bytes, big endian. Sending one again is safe: it counts once. If some groups of a "
+            "batch can't be taken, the problem names them, and nothing is taken: the batch can be sent again without them, "
+            "under the same sequence."
+        ),
         responses=docs.answers("BatchesAccepted", 400, 413, 415, 503),
         openapi_extra=docs.BATCHES_BODY,
         response_class=Response,
@@ -284,14 +301,48 @@ def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: 
     return take
 
 
+def _add_orders(app: FastAPI, orders: OrderService, take: _Take, keys: UsedKeys) -> None:
+    def add(action: str, summary: str, description: str) -> None:
+        def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
+            with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
+                return orders.give(parse_order(action, view, body, headers.get("content-type", "")), key)
+
+        @app.post(
+            f"/v1/views/{{view}}/{action}",
+            tags=["write"],
+            summary=summary,
+            description=f"{description} {docs.ORDER_NOTE}",
+            responses=docs.answers("Changed", 400, 404, 413, 415, 422, 503),
+            openapi_extra=docs.order_operation(action),
+            response_class=Response,
+        )
+        async def change_view(request: Request) -> Response:
+            return await take(request, partial(carry_out, request.path_params["view"]))
+
+    add("drop", "Drop a view", "Its definitions and series go.")
+    add("reset", "Reset a view", "Its series go, its definitions stay.")
+
+
 def _take_pushed(
-    ingest: Ingest, parse: ParsePushed, settings: QuerySettings, metrics: Metrics, body: bytes, content_type: str
+    ingest: Ingest,
+    parse: ParsePushed,
+    settings: QuerySettings,
+    metrics: Metrics,
+    keys: UsedKeys,
+    body: bytes,
+    headers: Headers,
 ) -> docs.MetricsAccepted:
     """Take a text of metrics in; `Invalid` if there is nothing in it that can be taken."""
-    pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
-    if not pushed.whole:
-        raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
-    token, unfit = ingest.fitting(pushed.deltas) if pushed.deltas else (Token({}), [])
+    with keys.using("/v1/openmetrics", parse_key(headers.getlist(KEY_HEADER)), body) as key:
+        content_type = headers.get("content-type", "")
+        pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
+        if not pushed.whole:
+            raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
+        token, unfit = ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
+        return _told(pushed, token, unfit, metrics)
+
+
+def _told(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: Metrics) -> docs.MetricsAccepted:
     refused = [*pushed.refused, *[it._replace(line=pushed.lines[it.line]) for it in unfit]]
     reasons = Counter([it.reason for it in refused])
     accepted = len(pushed.deltas) - len(unfit)
@@ -304,7 +355,7 @@ def _take_pushed(
     return docs.MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))
 
 
-def _add_push(app: FastAPI, work: Callable[[bytes, str], Any], take: _Take) -> None:
+def _add_push(app: FastAPI, work: _Work, take: _Take) -> None:
     @app.post(
         "/v1/openmetrics",
         tags=["write"],
@@ -313,9 +364,9 @@ def _add_push(app: FastAPI, work: Callable[[bytes, str], Any], take: _Take) -> N
             "Values are what has happened since the client's last push, as of a batch job that pushes once: counters, "
             "buckets, sums and counts are added to monotone sums, everything else is the newest value, by its timestamp. A "
             "line that can't be taken is left out, and told. A request without an answer, or with 503, may have been taken, "
-            "on Kafka also in part: sending it again counts twice."
+            "on Kafka also in part: sending it again counts twice, unless it has an `Idempotency-Key`."
         ),
-        responses=docs.answers("MetricsAccepted", 400, 413, 415, 503),
+        responses=docs.answers("MetricsAccepted", 400, 413, 415, 422, 503),
         openapi_extra=docs.METRICS_BODY,
         response_class=Response,
     )

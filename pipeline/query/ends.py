@@ -7,12 +7,13 @@ before that time is below the end offsets, in every partition that there was.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pipeline.errors import PipelineError, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
+from pipeline.threads import LoopThread
 
 _log = logging.getLogger(__name__)
 _SHARED_S = 0.001
@@ -34,12 +35,13 @@ class Seen(NamedTuple):
 
 
 class EndsNow:
-    """Asks when it is called: for a log in this process. Safe from any thread."""
+    """Asks when it is called: for a log in this process, whose topic has one id. Safe from any thread."""
 
-    def __init__(self, end_offsets: Offsets, start_offsets: Offsets, clock: Clock) -> None:
+    def __init__(self, end_offsets: Offsets, start_offsets: Offsets, clock: Clock, *, source_id: str = "") -> None:
         self._end_offsets = end_offsets
         self._start_offsets = start_offsets
         self._clock = clock
+        self._source_id = source_id
         self._seen: Seen | None = None
 
     def __call__(self) -> Seen:
@@ -48,9 +50,11 @@ class EndsNow:
         seen = self._seen
         if seen is None or not seen.end_offsets or at_s - seen.at_s >= _SHARED_S:
             try:
-                seen = Seen(at_s, self._end_offsets(), self._start_offsets())
+                seen = Seen(at_s, self._end_offsets(), self._start_offsets(), self._source_id)
             except Unavailable:
-                seen = Seen(at_s, {}, {})  # reads go on without the log; what was seen earlier still bounds them
+                seen = Seen(
+                    at_s, {}, {}, self._source_id
+                )  # reads go on without the log; what was seen earlier still bounds them
             self._seen = seen
         return seen
 
@@ -69,15 +73,19 @@ class EndsPolled:
         *,
         interval_ms: int,
         source_id: Callable[[], str] = lambda: "",
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self._end_offsets = end_offsets
         self._start_offsets = start_offsets
         self._source_id = source_id
         self._clock = clock
-        self._interval_s = interval_ms / 1000
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-ends", daemon=True)
+        self._starts: Mapping[int, int] = {}
+        self._next_starts_s = 0.0
+        self._away = False
         self._seen = Seen(clock.monotonic_s(), {}, {})
+        self.thread = LoopThread(
+            "pipeline-ends", self.step, log=_log, clock=clock, metrics=metrics, interval_s=interval_ms / 1000
+        )
 
     def __call__(self) -> Seen:
         """What the log said last."""
@@ -85,28 +93,24 @@ class EndsPolled:
 
     def start(self) -> None:
         """Begin to ask."""
-        self._thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
         """Ask no more. Does not wait for an answer that is under way. Twice is fine."""
-        self._stop.set()
+        self.thread.stop()
 
-    def _run(self) -> None:
-        starts: Mapping[int, int] = {}
-        next_starts_s = 0.0
-        away = False
-        while not self._stop.is_set():
-            at_s = self._clock.monotonic_s()
-            try:
-                if at_s >= next_starts_s:
-                    starts = self._start_offsets()
-                    next_starts_s = at_s + _START_OFFSETS_S
-                    at_s = self._clock.monotonic_s()
-                ends = self._end_offsets()
-                self._seen = Seen(at_s, ends, starts, self._source_id())
-                away = False
-            except PipelineError as error:
-                if not away and not self._stop.is_set():
-                    _log.warning("staleness grows: nobody says where the log ends: %s", error)
-                away = True
-            self._stop.wait(self._interval_s)
+    def step(self) -> None:
+        """Ask once."""
+        at_s = self._clock.monotonic_s()
+        try:
+            if at_s >= self._next_starts_s:
+                self._starts = self._start_offsets()
+                self._next_starts_s = at_s + _START_OFFSETS_S
+                at_s = self._clock.monotonic_s()
+            ends = self._end_offsets()
+            self._seen = Seen(at_s, ends, self._starts, self._source_id())
+            self._away = False
+        except PipelineError as error:
+            if not self._away and not self.thread.stopping.is_set():
+                _log.warning("staleness grows: nobody says where the log ends: %s", error)
+            self._away = True

@@ -8,9 +8,13 @@ from typing import Any
 
 import msgspec
 
-from pipeline.query.params import NDJSON
+from pipeline.core.description import LetterText
+from pipeline.core.kinds import KIND_NAMES
+from pipeline.query.answer import Answer, Changed, PartitionState, Views
+from pipeline.query.dead_letters import Listing, Outcome
+from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
+from pipeline.query.params import NDJSON, WINDOW_S_MAX
 from pipeline.query.problems import MEDIA_TYPE, Problem
-from pipeline.query.reader import Answer, PartitionState, Views
 from pipeline.settings import QuerySettings
 
 JSON = "application/json"
@@ -58,24 +62,41 @@ class MetricsAccepted(msgspec.Struct):
     token: str
 
 
+class LettersReplayed(msgspec.Struct):
+    """What `POST /v1/dead-letters/replay` answers."""
+
+    outcomes: list[Outcome]
+    after: str | None
+    """Where the next request goes on; null: there is no more, or the time was over."""
+
+
 class Status(msgspec.Struct):
     """What `GET /v1/status` answers, at least."""
 
     ready: bool
     partition_count: int
+    topic_id: str
+    """Of the topic of deltas, as tokens name it; empty while the log has not told it."""
     partitions: list[dict[str, Any]]
 
 
 _, _COMPONENTS = msgspec.json.schema_components(
-    (Answer, Views, PartitionState, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem), ref_template=_TEMPLATE
+    (
+        *(Answer, Views, PartitionState, Changed, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem),
+        *(Listing, LetterText, LettersReplayed),
+    ),
+    ref_template=_TEMPLATE,
 )
 
 _PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _TEMPLATE.format(name="Problem")}}}}
 _MEANINGS = {
     400: "The request is wrong; the detail says where.",
-    404: "No view of this name.",
+    404: "There is nothing of this name.",
+    409: "`after` is a token of a topic that is not the one there now: made anew, or another app's or cluster's.",
     413: "The body is too large.",
+    414: "The URL is too long.",
     415: "The body is compressed.",
+    422: "The key in Idempotency-Key was used with another body.",
     503: "Not now: try again after the time in Retry-After.",
 }
 
@@ -106,7 +127,7 @@ _DELTA = {
         },
     },
 }
-DELTAS_BODY = {
+DELTAS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -115,21 +136,72 @@ DELTAS_BODY = {
         },
     }
 }
+PRODUCER_HEADER = "Pipeline-Producer"
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": (
+        "Makes a repeat safe: requests with one key and the same bytes count once within `producer_ttl_ms` (7 days), also "
+        "if the first was cut, also at another server, or at once. With another body under a key that the server remembers "
+        "it is 422; at one that does not, it is another request. Quoted or not."
+    ),
+    "schema": {"type": "string", "minLength": 1, "maxLength": KEY_LENGTH_MAX, "pattern": KEY_PATTERN},
+}
+DELTAS_BODY["parameters"] = [_KEY]
+_PRODUCER = {
+    "name": PRODUCER_HEADER,
+    "in": "header",
+    "required": False,
+    "description": (
+        "The secret of the batches' producer, whose id is the first 32 hex digits of SHA-256 over `producer`, a zero byte, "
+        "and the secret. Batches of an id without its secret are refused."
+    ),
+    "schema": {"type": "string", "pattern": "^[!-~]*$", "maxLength": 200},
+}
 BATCHES_BODY = {
+    "parameters": [_PRODUCER],
     "requestBody": {
         "required": True,
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
+    },
 }
 METRICS_BODY = {
+    "parameters": [_KEY],
     "requestBody": {
         "required": True,
         "content": {
             "text/plain": {"schema": {"type": "string", "description": "Prometheus' text format."}},
             OPENMETRICS: {"schema": {"type": "string", "description": "OpenMetrics, with its `# EOF`."}},
         },
-    }
+    },
 }
+
+
+ORDER_NOTE = (
+    "It is an order in the log, so every partition carries it out once, between two batches: deltas that the log had before "
+    "do not count any more, those that come behind it count from zero, publishers need not stop. The token stands for the "
+    "order: a read with `after` waits until it is carried out. To send it again is safe with the same `Idempotency-Key`. "
+    "The body chooses definitions by kind and by exactly these labels; `{}` is all of them."
+)
+
+
+def order_operation(action: str) -> dict[str, Any]:
+    """What FastAPI is not told of `POST /v1/views/{view}/drop` and `reset`."""
+    choice = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "kind": {"enum": [*KIND_NAMES, None]},
+            "labels": {"type": ["array", "null"], "items": {"type": "string"}},
+        },
+    }
+    view = {"name": "view", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[a-zA-Z_]"}}
+    return {
+        "operationId": f"{action}_view",
+        "parameters": [view, _KEY],
+        "requestBody": {"required": True, "content": {JSON: {"schema": choice}}},
+    }
 
 
 def scrape_answers() -> dict[int | str, dict[str, Any]]:
@@ -171,7 +243,9 @@ def _read_operation(settings: QuerySettings) -> dict[str, Any]:
         "operationId": "read_view",
         "description": (
             "Each answer is at one commit boundary in every partition; `as_of` says which, and how stale it can be at "
-            "most. `truncated` and `series_total` are there when there are more series than the answer holds."
+            "most. `truncated` and `series_total` are there when there are more series than the answer holds. All "
+            "definitions of one kind and window are merged, a label that one of them lacks being empty; `also` names the "
+            "other kinds and windows that the view has, for `kind` and `window_s` to choose."
         ),
         "parameters": [
             {"name": "view", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[a-zA-Z_]"}},
@@ -185,6 +259,16 @@ def _read_operation(settings: QuerySettings) -> dict[str, Any]:
                 "by",
                 "A label to keep. Repeat it. Absent: each series by itself; empty: one total.",
                 texts("^([a-zA-Z_][a-zA-Z0-9_]*)?$"),
+            ),
+            parameter(
+                "kind",
+                "Of a view with definitions of several kinds, which of them; absent: the kind that was defined first.",
+                {"enum": [*KIND_NAMES]},
+            ),
+            parameter(
+                "window_s",
+                "The same for the length of windows in seconds; 0: without windows.",
+                {"type": "integer", "minimum": 0, "maximum": WINDOW_S_MAX},
             ),
             parameter("top", "Only so many series, those with the largest values first.", whole(settings.limit_max)),
             parameter("limit", "Most series in the answer.", whole(settings.limit_max, default=settings.limit_default)),
@@ -202,7 +286,7 @@ def _read_operation(settings: QuerySettings) -> dict[str, Any]:
         ],
         "responses": {
             str(status): answer
-            for status, answer in answers("Answer", 400, 404, 503, description="The view, merged.").items()
+            for status, answer in answers("Answer", 400, 404, 409, 503, description="The view, merged.").items()
         },
     }
 

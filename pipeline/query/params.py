@@ -9,16 +9,19 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.token import Token
 from pipeline.core.view import Matcher, Query, parse_matcher
 from pipeline.errors import Invalid
+from pipeline.faults import Field, is_scalar, json_fault, object_fault
 from pipeline.ports import RawDelta
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
 QUERY_BYTES_MAX = 60_000
+WINDOW_S_MAX = 10**9
 NDJSON = "application/x-ndjson"
-_SINGLE = ("top", "limit", "after", "max_staleness_ms", "timeout_ms")
+_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms")
 _WHOLE = re.compile(r"[0-9]{1,15}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
@@ -58,12 +61,17 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadR
     if len(where) + len(by) > settings.matchers_max:
         raise Invalid(f"{len(where) + len(by)} `where` and `by` parameters; at most {settings.matchers_max}")
     after = single.get("after")
+    kind = single.get("kind")
+    if kind is not None and kind not in KIND_NAMES:
+        raise Invalid(f"kind: one of {', '.join(KIND_NAMES)} is needed, got {kind[:50]!r}")
     query = Query(
         view,
         tuple(where),
         tuple(dict.fromkeys(label for label in by if label)) if by else None,
         _whole(single, "top", settings.limit_max),
         _whole(single, "limit", settings.limit_max) or min(settings.limit_default, settings.limit_max),
+        kind,
+        _whole(single, "window_s", WINDOW_S_MAX, least=0),
     )
     timeout_ms = _whole(single, "timeout_ms", settings.timeout_ms_max)
     return ReadRequest(
@@ -102,12 +110,12 @@ def _pairs(query_string: bytes, matchers_max: int, what: str = "`where` and `by`
     return [(name, value) for name, _, value in pairs]
 
 
-def _whole(single: Mapping[str, str], name: str, most: int) -> int | None:
+def _whole(single: Mapping[str, str], name: str, most: int, *, least: int = 1) -> int | None:
     text = single.get(name)
     if text is None:
         return None
-    if not _WHOLE.fullmatch(text) or not 1 <= int(text) <= most:
-        raise Invalid(f"{name}: a whole number from 1 to {most} is needed, got {text[:50]!r}")
+    if not _WHOLE.fullmatch(text) or not least <= int(text) <= most:
+        raise Invalid(f"{name}: a whole number from {least} to {most} is needed, got {text[:50]!r}")
     return int(text)
 
 
@@ -125,6 +133,25 @@ _decode_delta = msgspec.json.Decoder(_Delta).decode
 _decode_array = msgspec.json.Decoder(list[_Delta]).decode
 _split_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
+_TEXT = Field("a text", lambda it: isinstance(it, str))
+_INT = Field("an int or null", lambda it: it is None or type(it) is int, required=False)
+_FIELDS = {
+    "view": _TEXT,
+    "kind": _TEXT,
+    "value": Field("a text, a number, true, false or null", is_scalar),
+    "labels": Field(
+        "an object of texts",
+        lambda it: isinstance(it, dict) and all(isinstance(value, str) for value in it.values()),
+        required=False,
+    ),
+    "ts_ms": _INT,
+    "window_s": _INT,
+    "monotone": Field("true, false or null", lambda it: it is None or isinstance(it, bool), required=False),
+}
+
+
+def _fault(delta: bytes, error: Exception) -> str:
+    return object_fault(delta, _FIELDS, others=False) or str(error)
 
 
 def parse_deltas(body: bytes, content_type: str, deltas_max: int) -> list[RawDelta]:
@@ -149,7 +176,7 @@ def _lines(body: bytes, deltas_max: int) -> list[_Delta]:
             try:
                 deltas.append(_decode_delta(line))
             except _MALFORMED as error:
-                raise Invalid(f"line {number}: {error}") from None
+                raise Invalid(f"line {number}: {_fault(line, error)}") from None
     return deltas
 
 
@@ -161,10 +188,10 @@ def _array(body: bytes) -> list[_Delta]:
     try:
         parts = _split_array(body)
     except _MALFORMED as error:
-        raise Invalid(f"deltas: not a JSON array: {error}") from None
+        raise Invalid(f"deltas: not a JSON array: {json_fault(body) or error}") from None
     for number, part in enumerate(parts):
         try:
             _decode_delta(part)
         except _MALFORMED as error:
-            raise Invalid(f"delta {number}: {error}") from None
+            raise Invalid(f"delta {number}: {_fault(bytes(part), error)}") from None
     raise Invalid(f"deltas: {whole}")

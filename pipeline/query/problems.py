@@ -11,10 +11,12 @@ from pipeline.errors import (
     BadRecord,
     BufferFull,
     Fenced,
+    GroupsRefused,
     Invalid,
     NewerFormat,
     NotFound,
     NotReady,
+    OtherTopic,
     PipelineError,
     Unavailable,
 )
@@ -24,9 +26,11 @@ RETRY_AFTER_S = 1
 _DETAIL_LENGTH_MAX = 2_000
 
 _TITLES: Mapping[type[PipelineError], tuple[int, str]] = {
+    OtherTopic: (409, "The token is of another topic"),
     NotFound: (404, "Nothing of this name is known"),
     Invalid: (400, "Fix the request"),
     BadRecord: (400, "Not a valid batch"),
+    GroupsRefused: (400, "Some groups of a batch can't be taken"),
     NotReady: (503, "The state does not hold it yet"),
     Unavailable: (503, "Try again"),
     BufferFull: (503, "Slow down"),
@@ -35,13 +39,26 @@ _TITLES: Mapping[type[PipelineError], tuple[int, str]] = {
 }
 
 
-class Problem(msgspec.Struct):
+class WrongGroup(msgspec.Struct):
+    """A group of a batch that can't be taken."""
+
+    group: int
+    """Where it stands in the batch, from 0."""
+    view: str
+    reason: str
+
+
+class Problem(msgspec.Struct, omit_defaults=True):
     """The body of an error's answer."""
 
     type: str
     title: str
     status: int
     detail: str
+    batch: int | None = None
+    """Where a batch stands in the request, from 0, of which only some groups can't be taken."""
+    groups: list[WrongGroup] = []
+    """Those groups: the batch can be sent without them, under the same sequence."""
 
 
 class Refused(Exception):
@@ -72,7 +89,10 @@ def problem(error: Exception) -> ProblemAnswer:
     for kind in type(error).__mro__:
         if kind in _TITLES:
             status, title = _TITLES[kind]
-            return _answer(Problem(f"urn:pipeline:error:{kind.__name__}", title, status, str(error)), {})
+            said = Problem(f"urn:pipeline:error:{kind.__name__}", title, status, str(error))
+            if isinstance(error, GroupsRefused):
+                said.batch, said.groups = error.batch, [WrongGroup(*group) for group in error.groups]
+            return _answer(said, {})
     return _answer(Problem("about:blank", HTTPStatus(500).phrase, 500, "an error in the server; its log says more"), {})
 
 

@@ -7,18 +7,16 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from itertools import compress
 from math import inf
-from typing import Any, NamedTuple, TypeVar
-
-import msgspec
+from typing import Any, NamedTuple
 
 import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose
-from pipeline.core.merge import KINDS
+from pipeline.core.kinds import KINDS, Kind
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -26,7 +24,7 @@ from pipeline.core.record import (
     WINDOW_NONE,
     Definition,
     Position,
-    definition_key,
+    definitions_prefix,
     prefix_end,
     series_prefix,
     series_suffix,
@@ -34,9 +32,10 @@ from pipeline.core.record import (
 from pipeline.core.view import (
     Choice,
     Labels,
+    Listed,
+    Merged,
     Query,
     Selected,
-    agree,
     decode_labels,
     fold,
     group_key,
@@ -44,87 +43,46 @@ from pipeline.core.view import (
     in_turn,
     is_complete,
     label_index,
+    listed,
+    merged,
+    narrow,
     pinned_labels,
+    widen,
 )
-from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable
+from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
+from pipeline.query.answer import Answer, AsOf, PartitionState, Series, View, Views
 from pipeline.query.ends import Seen
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms
+from pipeline.query.trust import Distrust, blame, damaged, trust, trust_each
 from pipeline.settings import QuerySettings
 
 _BLOCK = 2_000
 """Entries that are decoded together; the deadline is looked at between blocks."""
-_DEFINITIONS_MAX = 10_000
+_PLANS_MAX = 10_000
+_POINT_TRIES = 3
+"""How often a point read looks at the definitions of a view, while others come and go."""
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_decode_view = lru_cache(maxsize=4_096)(codec.decode_view)
+_decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
 _decode_position = lru_cache(maxsize=4_096)(codec.decode_position)
-
-
-class AsOf(msgspec.Struct, frozen=True):
-    """What an answer reflects: see `adapters.http.AsOf`, its other end."""
-
-    staleness_ms: int | None
-    next_offsets: dict[str, int]
-
-
-class Series(msgspec.Struct, frozen=True):
-    """One row of an answer."""
-
-    labels: dict[str, str]
-    value: Any
-
-
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A merged view, in the shape of the HTTP API."""
-
-    view: str
-    kind: str
-    by: Labels | None
-    series: list[Series]
-    as_of: AsOf
-    truncated: bool = False
-    series_total: int | None = None
-
-
-class View(msgspec.Struct, frozen=True):
-    """A view's definition, and how many series of it there are, summed over partitions."""
-
-    name: str
-    kind: str
-    labels: Labels
-    window_s: int | None
-    series_count: int
-    monotone: bool
-
-
-class Views(msgspec.Struct, frozen=True):
-    """All views. One that partitions define differently stands there once for each definition."""
-
-    views: list[View]
-    as_of: AsOf
-
-
-class PartitionState(msgspec.Struct, frozen=True):
-    """How far one partition is."""
-
-    partition: int
-    next_offset: int
-    end_offset: int | None
-    """None: the log is away."""
-    lag: int | None
-    staleness_ms: int | None
-    committed_at_ms: int
 
 
 class _Heads(NamedTuple):
     """What the stores say of themselves and of one view, each partition at one moment."""
 
     positions: dict[int, Position]
-    definitions: dict[int, Definition]
+    entries: list[codec.DefinitionEntry]
+
+
+class _Plan(NamedTuple):
+    """What a read of a view merges, and which state of the definitions of each partition that was found out from."""
+
+    stores: Mapping[int, object]  # one that is made anew counts the states of its definitions anew
+    versions: dict[int, int]
+    merged: Merged
 
 
 class ViewReader:
@@ -132,7 +90,7 @@ class ViewReader:
 
     `stores` raises `NotReady` while they are being restored. A store may be taken away, and come back, as another object;
     `stores` must say so before it is touched: it is asked again after each look at them. `ends` says where the topic of
-    deltas ends.
+    deltas ends. `distrust` is told of each store that a read finds damaged, and has it rebuilt; reads raise `NotReady` then.
     """
 
     def __init__(
@@ -143,16 +101,28 @@ class ViewReader:
         clock: Clock,
         settings: QuerySettings,
         metrics: Metrics = NO_METRICS,
+        distrust: Distrust | None = None,
     ) -> None:
         self.clock = clock
         self._stores = stores
         self._ends = ends
         self._settings = settings
         self._metrics = metrics
+        self._distrust = distrust
         self._end_offsets: dict[int, EndOffsets] = {}
         self._seen: Seen | None = None
-        self._definitions: dict[str, Definition] = {}
+        self._plans: dict[tuple[str, str | None, int | None], _Plan] = {}
         self._closed = False
+
+    @property
+    def topic_id(self) -> str:
+        """The id of the topic of deltas, as the log told it last; empty while it has not."""
+        return self._ends().source_id
+
+    @property
+    def seen_s(self) -> float:
+        """When the log was asked for that, on `clock`."""
+        return self._ends().at_s
 
     def close(self) -> None:
         """End the reads that are under way: they raise `Unavailable`."""
@@ -161,48 +131,82 @@ class ViewReader:
     # Answers
 
     def definition(self, view: str) -> Definition:
-        """What the view is; `NotFound` if nobody has published it. Quick once it is known."""
-        known = self._definitions.get(view)
-        if known is None:
-            key = definition_key(view)
-            heads = _Heads({}, {})
-            stores = self._stores()
-            for number, store in stores.items():
-                _add_head(heads, number, *store.get([POSITION_KEY, key]))
-            self._check_unchanged(stores)
-            known = self._agreed(view, heads)
-        return known
+        """What the definitions of a view are together; `NotFound` if nobody has published it. Quick once it is known."""
+        query = Query(view)
+        return (self._plans.get(_shape(query)) or self._look(query)).merged.definition
+
+    def _look(self, query: Query) -> _Plan:
+        """Find out from the stores what to merge."""
+        stores = self._stores()
+        try:
+            heads = _heads(stores, query.view)
+        except StoreCorrupt as error:
+            raise damaged(self._distrust, stores, error) from None
+        self._check_unchanged(stores)
+        return self._plan(query, stores, heads)
+
+    def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: _Heads) -> _Plan:
+        shape = _shape(query)
+        try:
+            found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s)
+        except NotFound:
+            self._plans.pop(shape, None)
+            raise
+        if len(self._plans) >= _PLANS_MAX:
+            self._plans.clear()
+        plan = self._plans[shape] = _Plan(dict(stores), _versions(heads.positions), found)
+        return plan
 
     def point(self, query: Query) -> Answer | None:
-        """The answer, if `where` pins every label, so that it is in one key of each partition; None: `read` it."""
-        definition = self.definition(query.view)
-        labels = pinned_labels(definition, query.where)
-        if labels is None:
-            return None
+        """The answer, if `where` pins every label, so that it is in a few keys of each partition; None: `read` it."""
+        for _ in range(_POINT_TRIES):
+            plan = self._plans.get(_shape(query)) or self._look(query)
+            labels = pinned_labels(plan.merged.definition, query.where)
+            if labels is None:
+                return None
+            answer = self._point(query, plan, labels)
+            if answer is not None:
+                return answer
+            self._plans.pop(_shape(query), None)
+        return None
+
+    def _point(self, query: Query, plan: _Plan, labels: Labels) -> Answer | None:
+        """The answer in the series with these labels; None if the definitions are not those of `plan` any more."""
+        definition = plan.merged.definition
         kind = KINDS[definition.kind]
         # All labels pinned, by as many conditions: those are equalities, one for each, and nothing is left to test.
         exact = len(query.where) == len(labels)
         tests = [] if exact else self._tests(definition, query, _unlimited)
         group = group_key(definition, query.by)
+        keys = [POSITION_KEY]
+        for part in plan.merged.parts:
+            own = narrow(plan.merged, part, labels)
+            if own is not None:
+                keys.append(series_prefix(part) + series_suffix(own))
         stores = self._stores()
         seen = self._note_ends()
-        keys = [POSITION_KEY, definition_key(query.view), series_prefix(query.view) + series_suffix(labels)]
-        heads = _Heads({}, {})
-        values = []
-        for number, store in stores.items():
-            position, entry, value = store.get(keys)
-            _add_head(heads, number, position, entry)
-            if value is not None:
-                values.append(value)
+        positions: dict[int, Position] = {}
+        values: list[bytes] = []
+        holders: list[int] = []
+        try:
+            for number, store in stores.items():
+                position, *found = store.get(keys)
+                positions[number] = trust(number, _position, position)
+                for value in filter(None, found):
+                    values.append(value)
+                    holders.append(number)
+            states = trust_each(holders, partial(codec.decode_states, kind), values)
+        except StoreCorrupt as error:
+            raise damaged(self._distrust, stores, error) from None
         self._check_unchanged(stores)
-        if self._agreed(query.view, heads) != definition:  # a store made anew, and in it another view of this name
+        if _versions(positions) != plan.versions or any(plan.stores[number] is not it for number, it in stores.items()):
             return None
         groups: dict[Labels, Any] = {}
-        if values and all(test([labels[index]])[0] for index, test in tests):
-            fold(kind, groups, group([labels] * len(values)), _decode_states(kind, values))
+        if states and all(test([labels[index]])[0] for index, test in tests):
+            fold(kind, groups, group([labels] * len(states)), states)
         choice = Choice(kind, top=query.top, limit=query.limit)
         choice.offer(groups)
-        return self._answer(query, definition, choice.selected(), heads, seen)
+        return self._answer(query, plan.merged, choice.selected(), positions, seen)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """The answer, whatever it takes; `Unavailable` if that is not done by `deadline_s` on the monotonic clock."""
@@ -211,42 +215,52 @@ class ViewReader:
 
     def _scan(self, query: Query, deadline_s: float) -> Answer:
         stores = self._stores()
+        try:
+            return self._scan_stores(query, deadline_s, stores)
+        except StoreCorrupt as error:
+            raise damaged(self._distrust, stores, error) from None
+
+    def _scan_stores(self, query: Query, deadline_s: float, stores: Mapping[int, ReadableStore]) -> Answer:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        key = definition_key(query.view)
-        heads = _Heads({}, {})
-        for number, snapshot in snapshots.items():
-            _add_head(heads, number, *snapshot.get([POSITION_KEY, key]))
-        definition = self._agreed(query.view, heads)
-        check = partial(self._check, query.view, deadline_s)
-        selected = self._select(query, definition, [*snapshots.values()], check)
-        return self._answer(query, definition, selected, heads, seen)
+        heads = _heads(snapshots, query.view)
+        plan = self._plan(query, stores, heads)
+        check = partial(self._check, query.view, deadline_s, stores)
+        selected = self._select(query, plan.merged, snapshots, check)
+        return self._answer(query, plan.merged, selected, heads.positions, seen)
 
     def _select(
-        self, query: Query, definition: Definition, snapshots: Sequence[StoreView], check: Callable[[], None]
+        self, query: Query, merged: Merged, snapshots: Mapping[int, StoreView], check: Callable[[], None]
     ) -> Selected:
+        definition = merged.definition
         kind = KINDS[definition.kind]
         group = group_key(definition, query.by)
         tests = self._tests(definition, query, check)
-        prefix = series_prefix(query.view)
-        skip, width = len(prefix) + len(WINDOW_NONE), len(definition.labels)
-        scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots]
-        complete = is_complete(definition, query.by)
+        # Of several definitions, series of one and the same labels do not stand side by side in the order of keys.
+        complete = is_complete(definition, query.by) and len(merged.parts) == 1
         choice = Choice(kind, top=query.top, limit=query.limit)
         groups: dict[Labels, Any] = {}
-        for keys, values in (in_step if complete else in_turn)(scans, _BLOCK):
-            check()
-            rows = _decode_labels(keys, skip, width)
-            for index, test in tests:
-                fits = test([row[index] for row in rows])
-                rows, values = [*compress(rows, fits)], [*compress(values, fits)]
-            fold(kind, groups, group(rows), _decode_states(kind, values))
-            if complete:
-                choice.offer(groups)
-                groups.clear()
-            elif len(groups) > self._settings.limit_max:
-                raise Invalid(f"over {self._settings.limit_max} groups: keep fewer labels, or narrow `where`")
+        for part in merged.parts:
+            prefix = series_prefix(part)
+            skip, width, wide = len(prefix) + len(WINDOW_NONE), len(part.labels), widen(merged, part)
+            scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots.values()]
+            for keys, values in (in_step if complete else in_turn)(scans, _BLOCK):
+                check()
+                try:
+                    rows, matching = wide(decode_labels(keys, skip, width)), values
+                    for index, test in tests:
+                        fits = test([row[index] for row in rows])
+                        rows, matching = [*compress(rows, fits)], [*compress(matching, fits)]
+                    states = codec.decode_states(kind, matching)
+                except BadRecord:
+                    raise blame(snapshots, keys, values, partial(_decode_one, kind, skip, width)) from None
+                fold(kind, groups, group(rows), states)
+                if complete:
+                    choice.offer(groups)
+                    groups.clear()
+                elif len(groups) > self._settings.limit_max:
+                    raise Invalid(f"over {self._settings.limit_max} groups: keep fewer labels, or narrow `where`")
         choice.offer(groups)
         check()
         return choice.selected()
@@ -258,25 +272,23 @@ class ViewReader:
             for matcher in query.where
         ]
 
-    def _agreed(self, view: str, heads: _Heads) -> Definition:
-        try:
-            definition = agree(view, heads.definitions)
-        except Invalid:
-            self._definitions.pop(view, None)
-            raise
-        if self._definitions.get(view) != definition:
-            if len(self._definitions) >= _DEFINITIONS_MAX:
-                self._definitions.clear()
-            self._definitions[view] = definition
-        return definition
-
-    def _check(self, view: str, deadline_s: float, advice: str = "narrow `where`, or give it more time") -> None:
+    def _check(
+        self,
+        view: str,
+        deadline_s: float,
+        stores: Mapping[int, ReadableStore],
+        advice: str = "narrow `where`, or give it more time",
+    ) -> None:
         if self._closed:
             raise Unavailable("the server is stopping")
+        self._check_unchanged(stores)  # so that a scan holds no files that are to be deleted
         if self.clock.monotonic_s() > deadline_s:
             raise Unavailable(f"view {view}: not read within timeout_ms; {advice}")
 
-    def _answer(self, query: Query, definition: Definition, selected: Selected, heads: _Heads, seen: Seen) -> Answer:
+    def _answer(
+        self, query: Query, merged: Merged, selected: Selected, positions: Mapping[int, Position], seen: Seen
+    ) -> Answer:
+        definition = merged.definition
         names = definition.labels if query.by is None else query.by
         rows = zip(selected.labels, selected.values, strict=True)
         series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
@@ -286,26 +298,36 @@ class ViewReader:
             kind=definition.kind,
             by=query.by,
             series=series,
-            as_of=self._as_of(heads.positions, seen),
+            as_of=self._as_of(positions, seen),
             truncated=cut,
             series_total=selected.series_total if cut else None,
+            also=merged.also,
         )
 
     def views(self) -> Views:
-        """All views, by name."""
+        """All definitions, by view, and how far what is known of them goes."""
+        found, as_of = self.definitions()
+        return Views([View.of(it) for it in found], as_of)
+
+    def definitions(self) -> tuple[list[Listed], AsOf]:
+        """The same, for those who go on with it."""
         stores = self._stores()
+        try:
+            return self._list_stored(stores)
+        except StoreCorrupt as error:
+            raise damaged(self._distrust, stores, error) from None
+
+    def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        heads = _Heads({}, {})
-        counts: dict[Definition, int] = {}
+        positions: dict[int, Position] = {}
+        entries: list[codec.DefinitionEntry] = []
         for number, snapshot in snapshots.items():
-            _add_head(heads, number, snapshot.get([POSITION_KEY])[0], None)
+            positions[number] = trust(number, _position, snapshot.get([POSITION_KEY])[0])
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-                entry = _trust(number, codec.decode_view, value)
-                counts[entry.definition] = counts.get(entry.definition, 0) + entry.series_count
-        views = [View(d.view, d.kind, d.labels, d.window_s or None, count, d.monotone) for d, count in counts.items()]
-        return Views(sorted(views, key=lambda view: (view.name, view.kind)), self._as_of(heads.positions, seen))
+                entries.append(trust(number, codec.decode_definition, value))
+        return listed(entries), self._as_of(positions, seen)
 
     def scrape(self, views: Collection[str] = (), *, deadline_s: float) -> Exposition:
         """All views, or these, each whole or not at all, at one moment of each store.
@@ -314,45 +336,60 @@ class ViewReader:
         omitted. `NotFound` for an unknown view, `Unavailable` if it is not done by `deadline_s`.
         """
         stores = self._stores()
+        try:
+            return self._scrape(views, deadline_s, stores)
+        except StoreCorrupt as error:
+            raise damaged(self._distrust, stores, error) from None
+
+    def _scrape(self, views: Collection[str], deadline_s: float, stores: Mapping[int, ReadableStore]) -> Exposition:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        heads = _Heads({}, {})
-        found: dict[str, list[codec.ViewEntry]] = {}
+        positions: dict[int, Position] = {}
+        found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, str] = {}
         for number, snapshot in snapshots.items():
-            _add_head(heads, number, snapshot.get([POSITION_KEY])[0], None)
+            positions[number] = trust(number, _position, snapshot.get([POSITION_KEY])[0])
             for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-                view = key[len(TAG_DEFINITION) :].decode(errors="replace")
+                view = key[len(TAG_DEFINITION) :].partition(b"\x00")[0].decode(errors="replace")
                 if views and view not in views:
                     continue
                 try:
-                    found.setdefault(view, []).append(_decode_view(value))
-                except BadRecord as error:
-                    broken[view] = _unreadable(view, error)
+                    found.setdefault(view, []).append(trust(number, _decode_definition, value))
+                except Unreadable as error:
+                    broken[view] = self._unreadable(view, stores, error)
         if unknown := set(views) - found.keys():
             raise NotFound(f"no view {min(unknown)[:100]!r}")
-        chosen, omitted = choose({v: {it.definition for it in entries} for v, entries in found.items() if v not in broken})
+        whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
+        chosen, omitted = choose({view: it.definition for view, it in whole.items()})
         omitted |= broken
         exposed: list[Exposed] = []
         left = self._settings.openmetrics_series_max
         for definition in chosen:
             view = definition.view
-            check = partial(self._check, view, deadline_s, "ask for fewer views")
+            check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
             if max(entry.series_count for entry in found[view]) > left:  # not even looked at: so reading is bounded, too
                 omitted[view] = SERIES_MAX
                 continue
             try:
-                selected = self._select(Query(view, limit=left or 1), definition, [*snapshots.values()], check)
-            except StoreCorrupt as error:
-                omitted[view] = _unreadable(view, error)
+                selected = self._select(Query(view, limit=left or 1), whole[view], snapshots, check)
+            except Unreadable as error:
+                omitted[view] = self._unreadable(view, stores, error)
                 continue
             if selected.series_total > left:
                 omitted[view] = SERIES_MAX
                 continue
             left -= selected.series_total
             exposed.append(Exposed(definition, selected.labels, selected.values))
-        return Exposition(exposed, dict(sorted(omitted.items())), self._as_of(heads.positions, seen).staleness_ms)
+        return Exposition(exposed, dict(sorted(omitted.items())), self._as_of(positions, seen).staleness_ms)
+
+    def _unreadable(self, view: str, stores: Mapping[int, ReadableStore], error: Unreadable) -> str:
+        """Why a view is left out that a rebuild has not mended; otherwise raise `error` again, so that one is begun."""
+        damage = damaged(self._distrust, stores, error)
+        if isinstance(damage, NotReady):
+            raise error  # to where no scan is held any more
+        _log.error("view %s is left out of a scrape: %s", view, damage)
+        return UNREADABLE
 
     # Positions and staleness
 
@@ -367,7 +404,10 @@ class ViewReader:
         seen = self._note_ends()
         for number in seen.end_offsets.keys() - stores.keys():  # so new that there is no store of it
             self._metrics.set(m.STALENESS, inf, number)
-        positions = {n: _trust(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
+        try:
+            positions = {n: trust(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
+        except StoreCorrupt as error:
+            raise damaged(self._distrust, stores, error) from None
         self._check_unchanged(stores)
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         states = []
@@ -380,7 +420,8 @@ class ViewReader:
                 self._metrics.set(m.LAG, lag, number)
                 self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets.get(number, 0), number)
             self._metrics.set(m.STALENESS, inf if staleness_ms is None else staleness_ms / 1000, number)
-            states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, position.committed_at_ms))
+            at_ms, of = position.committed_at_ms, position.source_id
+            states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, at_ms, of))
         return states
 
     def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
@@ -429,35 +470,31 @@ def _reached(position: Position, seen: Seen) -> int:
     return 0 if foreign else position.next_offset
 
 
-def _unreadable(view: str, error: Exception) -> str:
-    _log.error("view %s is left out of a scrape: %s", view, error)
-    return UNREADABLE
-
-
 def _unlimited() -> None:
     """A point read matches few values."""
 
 
-def _trust(number: int | None, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decode what a store holds: it was checked before it was written."""
-    try:
-        return decode(*arguments)
-    except BadRecord as error:
-        raise StoreCorrupt(f"partition {number}: {error}" if number is not None else str(error)) from None
-
-
-_decode_labels = partial(_trust, None, decode_labels)
-_decode_states = partial(_trust, None, codec.decode_states)
+def _decode_one(kind: Kind, skip: int, width: int, key: bytes, value: bytes) -> None:
+    decode_labels([key], skip, width)
+    codec.decode_states(kind, [value])
 
 
 def _position(value: bytes | None) -> Position:
     return NO_POSITION if value is None else _decode_position(value)
 
 
-def _add_head(heads: _Heads, number: int, position: bytes | None, definition: bytes | None) -> None:
-    try:
-        heads.positions[number] = NO_POSITION if position is None else _decode_position(position)
-        if definition is not None:
-            heads.definitions[number] = _decode_view(definition).definition
-    except BadRecord as error:
-        raise StoreCorrupt(f"partition {number}: {error}") from None
+def _shape(query: Query) -> tuple[str, str | None, int | None]:
+    return query.view, query.kind, query.window_s
+
+
+def _versions(positions: Mapping[int, Position]) -> dict[int, int]:
+    return {number: position.definitions_version for number, position in positions.items()}
+
+
+def _heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
+    heads = _Heads({}, [])
+    prefix = definitions_prefix(view)
+    for number, store in stores.items():
+        heads.positions[number] = trust(number, _position, store.get([POSITION_KEY])[0])
+        heads.entries.extend(trust(number, _decode_definition, value) for _, value in store.scan(prefix, prefix_end(prefix)))
+    return heads

@@ -15,15 +15,22 @@ import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.exposition import Exposition
-from pipeline.errors import NotReady, PipelineError, Unavailable
+from pipeline.core.token import Token
+from pipeline.errors import NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
+from pipeline.query.answer import Answer, PartitionState
 from pipeline.query.params import ReadRequest
-from pipeline.query.reader import Answer, PartitionState, ViewReader
+from pipeline.query.reader import ViewReader
 from pipeline.settings import QuerySettings
+from pipeline.threads import Failures
 
 _log = logging.getLogger(__name__)
 POLL_S = 0.003
 OBSERVE_S = 0.1
+_TOPIC_S = 2.0
+"""How long the log may take to say which topic it has now."""
+
+_NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
 
 States = Sequence[PartitionState]
 T = TypeVar("T")
@@ -82,11 +89,20 @@ class ReadService:
         metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
         self._watch = _Watch(reader.partitions)
+        self._failures = Failures(_log, "observe", metrics)
         self._open = 0
         """Reads that wait or run."""
 
     async def answer(self, request: ReadRequest) -> bytes:
         """The answer, encoded. `NotReady` if what it waits for does not come, `Unavailable` if there is no time or room."""
+        try:
+            return await self._answer(request)
+        except NotFound as error:
+            if request.after is not None:
+                raise
+            raise NotFound(f"{error}; {_NOT_FOLDED}") from None
+
+    async def _answer(self, request: ReadRequest) -> bytes:
         if not request.waits:
             answer = self._reader.point(request.query)
             if answer is not None:
@@ -146,23 +162,32 @@ class ReadService:
         return most is None or (staleness_ms is not None and staleness_ms <= most)
 
     async def _wait(self, request: ReadRequest, deadline_s: float) -> None:
-        wanted = request.after.next_offsets if request.after else {}
-        most = request.max_staleness_ms
+        after = request.after or Token()
+        wanted, most = after.next_offsets, request.max_staleness_ms
 
         def behind(states: States) -> list[PartitionState]:
-            return [state for state in states if state.next_offset < wanted.get(state.partition, 0)]
+            return [
+                state
+                for state in states
+                if state.next_offset < (least := wanted.get(state.partition, 0))
+                or (least and state.topic_id != after.topic_id)
+            ]
 
         def ok(states: States) -> bool:
             fresh = most is None or all(s.staleness_ms is not None and s.staleness_ms <= most for s in states)
-            return fresh and not behind(states) and not unknown(states)
+            return (fresh and not behind(states) and not unknown(states)) or self._is_other(after)
 
         def unknown(states: States) -> set[int]:  # a publisher may see new partitions first
             return wanted.keys() - {state.partition for state in states}
 
         states = self._reader.partitions()
-        if ok(states) or await self._watch.until(ok, deadline_s - self._reader.clock.monotonic_s()):
+        await self._check_topic(after, deadline_s)
+        if not ok(states):
+            await self._watch.until(ok, deadline_s - self._reader.clock.monotonic_s())
+            states = self._reader.partitions()
+            await self._check_topic(after, deadline_s)
+        if ok(states):
             return
-        states = self._reader.partitions()
         if new := unknown(states):
             raise NotReady(f"after: there is no partition {min(new)} yet; this server has {len(states)}")
         late = behind(states)
@@ -173,6 +198,34 @@ class ReadService:
             )
         raise NotReady(_too_old(request))
 
+    def _is_other(self, after: Token) -> bool:
+        """Whether the token is of another topic than the one that the log has, as far as it said; unknown is not another."""
+        topic_id = self._reader.topic_id
+        return bool(after.next_offsets and topic_id) and topic_id != after.topic_id
+
+    async def _check_topic(self, after: Token, deadline_s: float) -> None:
+        """Raise `OtherTopic` if the token is of another topic.
+
+        A publisher may have heard of a topic made anew before this server: the log is asked once more. `NotReady` if it
+        does not answer soon.
+        """
+        if not self._is_other(after):
+            return
+        asked_s = self._reader.clock.monotonic_s()
+
+        def asked_again(_: States) -> bool:
+            return not self._is_other(after) or self._reader.seen_s >= asked_s
+
+        known = await self._watch.until(asked_again, min(_TOPIC_S, deadline_s - asked_s))
+        if self._is_other(after):
+            what = f"after: the token is of topic {after.topic_id}, but this server reads {self._reader.topic_id}"
+            if not known:
+                raise NotReady(f"{what}; whether that is the newest of its name is unknown while the log is away")
+            raise OtherTopic(
+                f"{what}: the topic was made anew since, or the token is of another app or cluster. Flush again for a new "
+                "token, or read without `after`"
+            )
+
     async def observe(self) -> None:
         """Look at positions and end offsets again and again: what staleness is known by, and the gauges."""
         while True:
@@ -180,9 +233,11 @@ class ReadService:
                 self._reader.partitions()
             except PipelineError as error:
                 _log.debug("not observed: %s", error)
-            except Exception:
-                _log.exception("not observed")
+            except Exception as error:
+                self._failures.note(error)
                 await asyncio.sleep(50 * OBSERVE_S)
+            else:
+                self._failures.forget()
             await asyncio.sleep(OBSERVE_S)
 
     def close(self) -> None:

@@ -10,18 +10,29 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import pipeline.metrics as m
-from pipeline.core.codec import decode_states, decode_view
-from pipeline.core.merge import KINDS
-from pipeline.core.record import Definition, Records, definition_key, parse_suffix, series_prefix
-from pipeline.errors import BadRecord, NotReady, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.core.codec import DefinitionEntry, decode_definition, decode_states
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import (
+    TAG_DEFINITION,
+    Definition,
+    Records,
+    definition_key,
+    definitions_prefix,
+    parse_suffix,
+    prefix_end,
+    split_key,
+    view_prefix,
+)
+from pipeline.core.view import merged
+from pipeline.errors import BadRecord, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, Store, Stores
 from pipeline.topics import CHANGELOG
+from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, StoreMeta, read_meta, write_entries
 from pipeline.worker.stepping import Stepping
 
@@ -81,7 +92,7 @@ class ChangeFeed(Stepping):
     """Hands the changes of `view` to `deliver`, partition by partition in the order of the changelog, each at least once.
 
     `deliver(changes, stopping)` returns how many of them, from the first, were taken in; fewer than all only once `stopping`
-    says so. `definition_of(partition)` is the view's definition as that partition's state has it, or raises
+    says so. `definitions_of(partition)` are the view's definitions as that partition's state has them, or raises
     `NotReady` if that is closed. `on_fatal` is called once, from the feed's thread, if it can't go on.
     """
 
@@ -93,7 +104,7 @@ class ChangeFeed(Stepping):
         stores: Stores,
         clock: Clock,
         progresses: Progresses,
-        definition_of: Callable[[int], Definition | None],
+        definitions_of: Callable[[int], Iterable[DefinitionEntry]],
         deliver: Callable[[Sequence[Change], Callable[[], bool]], int],
         on_fatal: Callable[[BaseException], None],
         metrics: Metrics = NO_METRICS,
@@ -105,22 +116,23 @@ class ChangeFeed(Stepping):
             thread=f"pipeline-changes-{view}",
             at_end=f"changes of view {view} end",
             while_away=f"changes of view {view} wait",
+            metrics=metrics,
         )
         self.view = view
         self._log = log
         self._stores = stores
         self._clock = clock
         self._progresses = progresses
-        self._definition_of = definition_of
+        self._definitions_of = definitions_of
         self._deliver = deliver
         self._metrics = metrics
-        self._prefix, self._definition_key = series_prefix(view), definition_key(view)
+        self._prefix, self._definitions_prefix = view_prefix(view), definitions_prefix(view)
         self._changed = threading.Condition()
         self._wanted: frozenset[int] = frozenset()
         self._followed: dict[int, _Followed] = {}
-        self._definitions: dict[int, Definition] = {}
-        self._made_anew: set[int] = set()
-        """Partitions whose store was corrupt."""
+        self._definitions: dict[int, dict[bytes, DefinitionEntry]] = {}
+        """Of each partition, by key."""
+        self._damages = Damages()
         self._reader: LogReader | None = None
         self._assigned = False
         self._tell_s = 0.0
@@ -136,7 +148,7 @@ class ChangeFeed(Stepping):
         """Follow nothing until told otherwise; whether the group knew in time how far all was taken in."""
         self.follow(frozenset())
         with self._changed:
-            return self._changed.wait_for(lambda: not self._followed or not self._thread.is_alive(), timeout_s)
+            return self._changed.wait_for(lambda: not self._followed or not self._thread.alive, timeout_s)
 
     def stop(self, timeout_s: float = 5.0) -> bool:
         """See `Stepping.stop`."""
@@ -185,7 +197,11 @@ class ChangeFeed(Stepping):
             self._assigned = False
             break
         if self._clock.monotonic_s() >= self._tell_s:
-            self._tell([*self._followed.values()])
+            for it in [*self._followed.values()]:
+                try:
+                    self._tell([it])
+                except StoreCorrupt as error:
+                    self._make_anew(it.number, error)
 
     def _open_new(self) -> None:
         new = self._wanted - self._followed.keys()
@@ -196,8 +212,7 @@ class ChangeFeed(Stepping):
             try:
                 followed = self._opened(number, topic_id, progress.get(number, 0))
             except StoreCorrupt as error:
-                _log.warning("changes of view %s in partition %d: making the store anew: %s", self.view, number, error)
-                self._stores.destroy(number)
+                self._destroy(number, error)
                 followed = self._opened(number, topic_id, progress.get(number, 0))
             with self._changed:
                 self._followed[number] = followed
@@ -216,12 +231,14 @@ class ChangeFeed(Stepping):
             raise
 
     def _make_anew(self, number: int, error: StoreCorrupt) -> None:
-        """Once: what is corrupt in a store that was just made is not the store."""
-        if number in self._made_anew:
-            raise error
-        self._made_anew.add(number)
-        _log.warning("changes of view %s in partition %d: making the store anew: %s", self.view, number, error)
+        """Delete a store that can't be trusted. `LogCorrupt` if that has not helped before."""
+        self._damages.note(number, error)
         self._let_go_of(number)
+        self._destroy(number, error)
+
+    def _destroy(self, number: int, error: StoreCorrupt) -> None:
+        _log.warning("changes of view %s in partition %d: making the store anew: %s", self.view, number, error)
+        self._metrics.inc(m.STORES_REBUILT, 1, number)
         self._stores.destroy(number)
 
     def _begin_anew(self) -> None:
@@ -235,13 +252,16 @@ class ChangeFeed(Stepping):
         it = self._followed[number]
         try:
             self._tell([it])
-        except Unavailable as error:
+        except (Unavailable, StoreCorrupt) as error:  # a store that is damaged is made anew when it is opened or read next
             _log.warning("changes of view %s in partition %d: some come twice: %s", self.view, number, error)
         finally:
             self._let_go_of(number)
 
     def _let_go_of(self, number: int) -> None:
-        self._followed[number].store.close()
+        try:
+            self._followed[number].store.close()
+        except PipelineError as error:  # what is left of it shows when it is opened next
+            _log.warning("changes of view %s in partition %d: closing the store: %s", self.view, number, error)
         with self._changed:
             del self._followed[number]
             self._changed.notify_all()
@@ -264,7 +284,7 @@ class ChangeFeed(Stepping):
         entries = [
             (offset, key, value)
             for offset, key, value in zip(records.offsets, records.keys, records.values, strict=True)
-            if key is not None and offset >= it.next_offset and (key.startswith(self._prefix) or key == self._definition_key)
+            if key is not None and offset >= it.next_offset and key.startswith((self._prefix, self._definitions_prefix))
         ]
         silent = {key: value for offset, key, value in entries if offset < it.silent_until}
         loud = [entry for entry in entries if entry[0] >= it.silent_until]
@@ -283,33 +303,56 @@ class ChangeFeed(Stepping):
         return False
 
     def _changes(self, it: _Followed, entries: Sequence[tuple[int, bytes, bytes | None]]) -> list[Change]:
-        keys = list(dict.fromkeys(key for _, key, _ in entries if key != self._definition_key))
+        keys = list(dict.fromkeys(key for _, key, _ in entries if key.startswith(self._prefix)))
         states = dict(zip(keys, it.store.get(keys), strict=True)) if keys else {}
         found = []
         for offset, key, value in entries:
-            if key == self._definition_key:
-                if value is not None:
-                    self._definitions[it.number] = decode_view(value).definition
+            if not key.startswith(self._prefix):
+                self._take_definition(it.number, key, value)
                 continue
-            definition = self._definition(it.number)
+            definition = self._definition(it.number, key)
+            if definition is None:
+                continue
             old, new = self._answer(definition, states[key]), self._answer(definition, value)
             known, states[key] = states[key], value
             if old != new or type(old) is not type(new) or known is None or value is None:
-                window_start, labels = parse_suffix(key[len(self._prefix) :])
+                _, _, suffix = split_key(key)
+                window_start, labels = parse_suffix(suffix)
                 named = dict(zip(definition.labels, labels, strict=True))
                 found.append(Change(named, old, new, window_start if definition.window_s else None, it.number, offset))
         return found
 
-    def _definition(self, number: int) -> Definition:
-        """Of this partition. Compaction may have left it behind the series that it defines."""
-        known = self._definitions.get(number)
-        if known is None:
-            with suppress(NotReady):  # it is closed while we look: lost, and perhaps not for long
-                known = self._definition_of(number)
-        if known is None:
-            raise Unavailable(f"partition {number} is not restored yet, or does not know view {self.view}")
-        self._definitions[number] = known
-        return known
+    def _take_definition(self, number: int, key: bytes, value: bytes | None) -> None:
+        known = self._definitions.setdefault(number, {})
+        if value is None:
+            known.pop(key, None)
+        else:
+            known[key] = decode_definition(value)
+
+    def _definition(self, number: int, key: bytes) -> Definition | None:
+        """The definition of a series; None if it was dropped, or is of a kind or window that does not answer for the view.
+
+        A definition stands before its series in the changelog, so it was read with them. Of what was read before a restart
+        the feed's own store has it, also if it was dropped since. Where compaction has left only a later entry of it, the
+        partition's store has it. `Unavailable` while that is not restored.
+        """
+        its_key = TAG_DEFINITION + key[1 : len(self._definitions_prefix) + 8]
+        known = self._definitions.setdefault(number, {})
+        if its_key not in known:
+            prefix = self._definitions_prefix
+            for stored_key, value in self._followed[number].store.scan(prefix, prefix_end(prefix)):
+                known.setdefault(stored_key, decode_definition(value))
+        if its_key not in known:
+            try:
+                entries = self._definitions_of(number)
+            except NotReady as error:
+                raise Unavailable(f"changes of view {self.view}: {error}") from None
+            for entry in entries:
+                known.setdefault(definition_key(entry.definition), entry)
+        entry_found = known.get(its_key)
+        if entry_found is None or entry_found.definition not in merged(self.view, known.values()).parts:
+            return None
+        return entry_found.definition
 
     def _answer(self, definition: Definition, value: bytes | None) -> Any:
         if value is None:
@@ -318,5 +361,5 @@ class ChangeFeed(Stepping):
         try:
             (state,) = decode_states(kind, [value])
         except BadRecord as error:
-            raise StoreCorrupt(f"changelog, view {self.view}: {error}") from None
+            raise Unreadable(f"view {self.view}: {error}") from None
         return kind.answer(state)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import pipeline.metrics as m
 from pipeline.core.task import Commit
-from pipeline.errors import Unavailable
+from pipeline.errors import PipelineError, StoreCorrupt, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.settings import WorkerSettings
+from pipeline.threads import Failures
 from pipeline.worker.holding import Held, Holdings
 
 _log = logging.getLogger(__name__)
@@ -32,14 +33,21 @@ class Commits:
         settings: WorkerSettings,
         metrics: Metrics,
         *,
+        time_max_s: float,
         lost: Callable[[Held, BaseException], bool],
     ) -> None:
+        self.time_max_s = time_max_s
+        """How long a commit may take before it fails."""
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
         self._lost = lost
+        self._failures = Failures(_log, "pipeline-commit", metrics)
+        """Those at which nobody looks: of partitions that are lost."""
         self._pool = ThreadPoolExecutor(settings.commit_thread_count, thread_name_prefix="pipeline-commit")
         self._under_way: set[Future[Commit]] = set()
+        self.changelog_ends: Mapping[int, int] = {}
+        """Where the partitions of the changelog ended when somebody looked last."""
         self._next_s = 0.0
         """When `transactions_per_s_max` allows the next commit."""
         self.stuck = False
@@ -64,11 +72,17 @@ class Commits:
         return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, _LOOK_S)
 
     def begin(self, folding: Sequence[Held]) -> bool:
-        """Begin those that are due; whether there were any. What can't wait does not wait for its turn."""
+        """Begin those that are due; whether there were any. What can't wait does not wait for its turn.
+
+        A partition behind whose last commit somebody else has written commits also if it has nothing to say: that writes
+        anew what was covered up, while this owner still has it, and before compaction takes it out of the changelog.
+        """
         now = self._clock.monotonic_s()
         idle = [held for held in folding if held.commit is None]
         for held in idle:
-            if not held.partition.task.dirty:
+            if held.partition.is_displaced(self.changelog_ends.get(held.number, 0)):
+                held.flush = True
+            elif not held.partition.task.dirty:
                 held.flush = False
             elif held.due_s is None:
                 held.due_s = now + self._settings.commit_interval_ms / 1000
@@ -88,17 +102,49 @@ class Commits:
         held.flush, held.flushing = False, held.flush
         started = self._clock.monotonic_s()
         self._next_s = max(self._next_s + 1 / self._settings.transactions_per_s_max, started - _LOOK_S)
-        partition = held.partition
-        commit = partition.prepare()
+        partition, clock = held.partition, self._clock
+        entries, records = held.note_frozen(), partition.task.next_offset - partition.task.position.next_offset
+        try:
+            commit = partition.prepare()
+        except StoreCorrupt as error:
+            if self._lost(held, error):
+                return
+            raise
+        held.begun_s = None
 
         def make_durable() -> Commit:
-            partition.make_durable(commit)
-            self._metrics.observe(m.COMMIT_SECONDS, self._clock.monotonic_s() - started)
+            held.begun_s = begun_s = clock.monotonic_s()
+            try:
+                partition.make_durable(commit)
+            except PipelineError as error:
+                self._tell_size(held.number, error, entries, records, clock.monotonic_s() - begun_s)
+                raise
+            ended_s = clock.monotonic_s()
+            held.bound.note(entries, ended_s - begun_s)
+            self._metrics.observe(m.COMMIT_SECONDS, ended_s - started)
+            self._metrics.set(m.COMMIT_BOUND, held.bound.entries_max, held.number)
             return commit
 
         held.commit = self._pool.submit(make_durable)
-        held.deadline_s = started + self._settings.commit_timeout_ms / 1000 + _LOOK_S
         self._under_way.add(held.commit)
+
+    def _tell_size(self, number: int, error: PipelineError, entries: int, records: int, took_s: float) -> None:
+        """Say of a commit that failed late what its size has to do with it."""
+        if took_s < self.time_max_s / 2:
+            return
+        _log.error(
+            "partition %d: a commit of %d records with %d entries failed after %.1f s, where commit_timeout_ms and "
+            "transaction_timeout_ms allow %.1f s: %s; %s",
+            number,
+            records,
+            entries,
+            took_s,
+            self.time_max_s,
+            error,
+            "the next start begins with a smaller one"
+            if records > 1
+            else "a single batch can't be made smaller: unless the log was away, raise both settings",
+        )
 
     def finish(self, holdings: Holdings) -> None:
         """Note those that are durable. Raises what another failed with, unless its partition is lost."""
@@ -112,18 +158,23 @@ class Commits:
                 continue
             held.commit = None
             self._under_way.discard(future)
-            error = future.exception()
+            error, held.begun_s = future.exception(), None
             if error is None:
                 held.partition.finish(future.result())
-                held.full, held.flushing = held.partition.task.full and not held.lost, False
+                held.full, held.flushing = held.is_full and not held.lost, False
             elif not self._lost(held, error):
                 raise error
-            else:
+            elif isinstance(error, PipelineError):
                 _log.info("partition %d was lost with a commit under way: %s", held.number, error)
+            else:
+                self._failures.note(error, what_follows=f"partition {held.number} is lost by now")
 
     def _check_deadline(self, held: Held, now: float) -> None:
         error = Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
-        if now > held.deadline_s and (now > held.deadline_s + _HANG_S or not self._lost(held, error)):
+        if held.begun_s is None:
+            return  # it waits for a thread, behind commits that have a deadline
+        deadline_s = held.begun_s + self._settings.commit_timeout_ms / 1000 + _LOOK_S
+        if now > deadline_s and (now > deadline_s + _HANG_S or not self._lost(held, error)):
             self.stuck = True
             raise error
 

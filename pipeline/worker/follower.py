@@ -7,18 +7,30 @@ the store is marked as between boundaries, which nobody serves or folds into, un
 
 from __future__ import annotations
 
-import logging
+from bisect import bisect_left
 from collections.abc import Callable
+from operator import lt
 
 import msgspec
 
-from pipeline.core.codec import check_version, decode_position
-from pipeline.core.record import NO_POSITION, POSITION_KEY, STORE_META_KEY, Position, Records
-from pipeline.errors import BadRecord, NewerFormat, NotReady, PipelineError, StoreCorrupt
+from pipeline.core.codec import decode_position
+from pipeline.core.record import FENCE_KEY, NO_POSITION, POSITION_KEY, STORE_META_KEY, Position, Records
+from pipeline.errors import (
+    BadRecord,
+    Discontinuous,
+    Fenced,
+    NotReady,
+    RecordsLost,
+    StoreAhead,
+    StoreCorrupt,
+    Unavailable,
+)
+from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, Store
 from pipeline.topics import CHANGELOG
+from pipeline.worker.foreign import Barrier, Foreign, Lineage, Sieve, not_entries
+from pipeline.worker.patience import Patience
 
-_log = logging.getLogger(__name__)
 FETCH_BYTES_MAX = 64 * 2**20
 
 
@@ -30,6 +42,11 @@ class StoreMeta(msgspec.Struct, frozen=True, array_like=True):
     between_boundaries: bool = False
     topic_id: str = ""
     """Of which changelog the offset is; see `ports.Log.topic_id`."""
+    position_offset: int = -1
+    """The offset of the store's position record; -1 if that is not known."""
+    caught_up: bool = False
+    """Whether the changelog is known to have held no entries behind that record once. Then the store has all that was
+    committed by then, whatever others have written since."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -42,6 +59,8 @@ class Progress(msgspec.Struct, frozen=True):
     """Offsets still to read; holes that compaction left count too, so it is an upper bound of records."""
     seconds: float
     done: bool = False
+    waiting: str = ""
+    """Why it does not go on."""
 
     @property
     def entries_per_s(self) -> float:
@@ -53,9 +72,10 @@ class Progress(msgspec.Struct, frozen=True):
         """At that rate; an upper bound, as `remaining` is."""
         return self.remaining / self.entries_per_s if self.entries_per_s else 0.0
 
-    def status(self) -> dict[str, float]:
+    def status(self) -> dict[str, float | str]:
         """What `/v1/status` says of it."""
-        return {
+        waiting: dict[str, float | str] = {"waiting": self.waiting} if self.waiting else {}
+        return waiting | {
             "entries": self.entries,
             "remaining": self.remaining,
             "entries_per_s": round(self.entries_per_s),
@@ -94,8 +114,11 @@ def write_entries(store: Store, keys: list[bytes], values: list[bytes | None], m
 class Follower:
     """Applies what is read of one partition's changelog to its store. Owned by one thread.
 
-    `buffer_entries_max` and `buffer_bytes_max` bound what is held back for a commit boundary. `on_between` is called
-    before a store that was at a boundary is written without being at one again: nobody may read it then.
+    It reads the store's last commit once more before it goes on, from `next_offset`: a changelog that has lost that commit
+    can have gone on without it, and be longer than the store knows. So it does with what a store that was left between
+    boundaries has taken in behind that commit. `buffer_entries_max` and `buffer_bytes_max` bound what
+    is held back for a commit boundary. `on_between` is called before a store that was at a boundary is written without being
+    at one again: nobody may read it then.
     """
 
     def __init__(
@@ -107,6 +130,9 @@ class Follower:
         buffer_bytes_max: int = 64 * 2**20,
         topic_id: str = "",
         on_between: Callable[[], None] = lambda: None,
+        metrics: Metrics = NO_METRICS,
+        delete_retention_ms: int | None = None,
+        start_offset: int = 0,
     ) -> None:
         self.partition = partition
         self.entries_total = 0
@@ -116,111 +142,232 @@ class Follower:
         self._topic_id = topic_id
         self._on_between = on_between
         self._meta = read_meta(store)
-        self._keys: list[bytes] = []
-        self._values: list[bytes | None] = []
-        self._bytes = 0
-        self.next_offset = self._meta.changelog_next_offset
+        self._delete_retention_ms = delete_retention_ms
+        self._since = read_position(store)
+        """What the store held when it was opened, or when all there was had been read the last time."""
+        (self._position,) = store.get([POSITION_KEY])
+        """Its position record as it was then; what is wrong with it later is damage, and says nothing of the changelog."""
+        self._holed = False
+        """Whether compaction has removed some of what was read since then."""
+        self._read_at_ms: int | None = 0
+        """When the log took in the newest of what was read since the store was opened; None once that was all there was."""
+        self._bytes = self._counted = 0
+        """Bytes of the first so many entries that are held back."""
+        self.next_offset = self.stored_offset = self._meta.changelog_next_offset
+        """`stored_offset`: up to where what is read was in the store when it was opened."""
+        self.is_proven = False
+        """Whether the store's last commit was read from the changelog, or one that names it as one before."""
+        self._differing: set[bytes] = set()
+        """Keys of which the store has something else than was read of what it has taken in behind its last commit."""
+        place = self._meta.position_offset
+        if not self._meta.between_boundaries:  # what stood behind the last commit was not ours, and can be others' by now
+            if place >= 0:
+                self.stored_offset = place + 1
+            elif self._since == NO_POSITION:
+                self.next_offset = self.stored_offset = min(self.next_offset, start_offset)
+        self.lineage = Lineage(partition, place + 1 if self._meta.between_boundaries else self.stored_offset)
+        if place >= 0 and self._since.begin_offset >= start_offset:
+            self.next_offset = min(self.next_offset, self._since.begin_offset)
+        self._reads_anew = self.next_offset < self.stored_offset
+        """Whether what it reads first is the store's last commit."""
+        self.foreign = Foreign(partition, metrics)
+        self._sieve = Sieve(self.lineage, self.foreign)
+        self._caught_up = self._had_all = self._meta.caught_up
+
+    @property
+    def had_all(self) -> bool:
+        """Whether the store had all that is committed before anything was read."""
+        return self._had_all and not self.lineage.committed
 
     @property
     def at_boundary(self) -> bool:
         """Whether the store reflects whole commits only, and everything that was read is in it."""
-        return not self._keys and not self._meta.between_boundaries
+        return not self._sieve and not self._meta.between_boundaries and self.next_offset >= self.stored_offset
 
     def apply(self, records: Records) -> None:
-        """Apply what was read next of this partition: up to its last position record now, the rest with the next one."""
-        keys = list(records.keys)
-        if None in keys:
-            raise StoreCorrupt(f"changelog-{self.partition}: a record without a key near {records.next_offset}")
-        boundary = len(keys) - keys[::-1].index(POSITION_KEY) if POSITION_KEY in keys else 0
-        self.next_offset = records.next_offset
-        self.entries_total += len(keys)
-        if boundary:
-            self._keys += keys[:boundary]  # type: ignore[arg-type]
-            self._values += records.values[:boundary]
-            last = boundary == len(keys)
-            self._write(records.next_offset if last else records.offsets[boundary - 1] + 1, between=False)
-        rest_keys, rest_values = keys[boundary:], records.values[boundary:]
-        self._keys += rest_keys  # type: ignore[arg-type]
-        self._values += rest_values
-        self._bytes += sum(map(len, rest_keys)) + sum(map(len, filter(None, rest_values)))  # type: ignore[arg-type]
-        full = len(self._keys) >= self._entries_max or self._bytes >= self._bytes_max
-        if full or (self._keys and self._meta.between_boundaries):  # there it is: to hold anything back helps nobody
-            self._write(records.next_offset, between=True)
+        """Apply what was read next of this partition: up to its last position record now, the rest with the next one.
 
-    def _write(self, next_offset: int, *, between: bool) -> None:
+        Raises `Discontinuous` if the records stand below those that were read before, `NewerFormat` if a newer program has
+        committed them.
+        """
+        first = records.offsets[0] if records.offsets else records.next_offset
+        if min(first, records.next_offset) < self.next_offset:
+            raise Discontinuous(f"changelog-{self.partition} went back from {self.next_offset} to {first}")
+        if self.next_offset < self.stored_offset:
+            records = self._take_known(records)
+        sieve = self._sieve
+        sieve.take(records)
+        if sieve.whole:
+            self._check_row()
+        self._holed = self._holed or records.next_offset - self.next_offset > len(records.keys) + MARKERS_MAX
+        if self._read_at_ms is not None:
+            self._read_at_ms = max((self._read_at_ms, *records.at_ms[-1:]))
+        self.next_offset = records.next_offset
+        self.entries_total += len(records.keys) - [*records.keys].count(FENCE_KEY)
+        if sieve.whole:
+            # What others wrote behind a commit, and its owner has not repaired, is read again after a restart.
+            last = sieve.whole == len(sieve) and not self.foreign.keys
+            self._write(sieve.whole, self.next_offset if last else sieve.whole_end, between=False)
+            self._check_away()
+        self._bytes += sieve.bytes_from(self._counted)
+        self._counted = len(sieve)
+        full = len(sieve) >= self._entries_max or self._bytes >= self._bytes_max
+        if full or (sieve and self._meta.between_boundaries):  # there it is: to hold anything back helps nobody
+            self._write(len(sieve), records.next_offset, between=True)
+        elif sieve.fenced:  # so that nothing is behind after a restart of a partition that only changes its owner
+            self.save()
+
+    def _take_known(self, records: Records) -> Records:
+        """Take in records that the store has, of its last commit or behind it; what is left are those behind them all.
+
+        Raises `StoreAhead` if others stand in the place of the commit. Compaction can have taken it; it puts nothing there.
+        """
+        count, place = bisect_left(records.offsets, self.stored_offset), self._meta.position_offset
+        for offset, key, value in zip(records.offsets[:count], records.keys[:count], records.values[:count], strict=True):
+            if offset > place or (offset < place and key not in (POSITION_KEY, FENCE_KEY)):
+                continue
+            if offset < place or key != POSITION_KEY or value != self._position:
+                what = f"the changelog has another record at {offset} than the last commit of the store"
+                raise StoreAhead(f"partition {self.partition}: {what}, which ended at {place}")
+            self.is_proven = True
+        self._check_taken(records, bisect_left(records.offsets, place + 1), count)
+        self.next_offset = min(records.next_offset, self.stored_offset)
+        return Records(
+            records.partition,
+            records.offsets[count:],
+            records.at_ms[count:],
+            records.keys[count:],
+            records.values[count:],
+            max(records.next_offset, self.next_offset),
+        )
+
+    def _check_taken(self, records: Records, start: int, end: int) -> None:
+        """Raise if the records that a store between boundaries has taken in behind its last commit are not these.
+
+        `StoreCorrupt` where the changelog holds that commit: what the store has beyond it is no whole one.
+        """
+        special = {start + i for i in not_entries(records.keys[start:end])}
+        taken = {key: records.values[i] for i, key in enumerate(records.keys[start:end], start) if key and i not in special}
+        found = dict(zip(taken, self.store.get([*taken]), strict=True))
+        self._differing = (self._differing - taken.keys()) | {key for key in taken if taken[key] != found[key]}
+        positions = [i for i in special if records.keys[i] == POSITION_KEY]
+        ended = any(self.lineage.take_position(records.offsets[i], records.values[i]) for i in positions)
+        if ended or (self._differing and self.is_proven and records.next_offset >= self.stored_offset):
+            what = f"the changelog has others up to {self.stored_offset} than the store took in behind its last commit"
+            raise (StoreCorrupt if self.is_proven else StoreAhead)(f"partition {self.partition}: {what}")
+
+    def _check_row(self) -> None:
+        """Raise `StoreAhead` if the first commit that follows was made by an owner who did not know the store's last one."""
+        place = self._meta.position_offset
+        if not self.is_proven and self.lineage.first_previous_end <= place:
+            what = f"the changelog has gone on from {self.lineage.first_previous_end} without the last commit of the store"
+            raise StoreAhead(f"partition {self.partition}: {what}, which ended at {place}")
+        self.is_proven = True
+
+    def settle(self, end_offset: int) -> None:
+        """Take note that all below `end_offset` was read, and that the log held no more when it had been.
+
+        So compaction can't have taken the position record that would end what is held back: it never was, and what is held
+        back is foreign. Raises `StoreCorrupt` if some of it is in the store already, `StoreAhead` if the changelog holds
+        neither the store's last commit nor one that follows it.
+        """
+        if self._reads_anew and not self.is_proven and self.next_offset >= self.stored_offset:
+            what = f"the changelog ends at {end_offset} without the last commit of the store"
+            raise StoreAhead(f"partition {self.partition}: {what}, which ended at {self._meta.position_offset}")
+        if self._meta.between_boundaries:
+            raise StoreCorrupt(f"changelog-{self.partition} ends within a commit; something else has written to it")
+        self._since, self._holed = read_position(self.store), False
+        self._read_at_ms = None  # from here on it is there, and not away
+        self._sieve.drop(0, end_offset)
+        self._bytes = self._counted = 0  # counted anew with the next records
+        self._caught_up = self._caught_up or not self.foreign.keys
+
+    def _check_away(self) -> None:
+        """Raise `StoreCorrupt` if tombstones can have been removed before they were read.
+
+        `check_restorable` asks the clocks of this machine and of whoever committed, and one may be wrong; here that of the
+        log says how much later it took in what was read now than the newest delta that the store had. (A commit is later
+        than its deltas, by as much as they waited; so the store can have been away for less than that, never for longer.)
+        """
+        if not self._holed or self._delete_retention_ms is None or not self._since.source_at_ms:
+            return
+        away_ms = max(self._read_at_ms or 0, read_position(self.store).source_at_ms) - self._since.source_at_ms
+        if away_ms > self._delete_retention_ms:
+            kept = f"tombstones are kept for {self._delete_retention_ms} ms"
+            raise StoreCorrupt(
+                f"changelog-{self.partition} has gone on for {away_ms} ms since the store was current; {kept}"
+            )
+
+    def save(self) -> None:
+        """Write to the store how far the changelog was read, if it is at a boundary there."""
+        if self.at_boundary and not self.foreign.keys and self._meta.changelog_next_offset < self.next_offset:
+            self._write(0, self.next_offset, between=False)
+
+    def _write(self, count: int, next_offset: int, *, between: bool) -> None:
+        """Write the first entries that are held back, and that the store reflects the changelog up to `next_offset`."""
         if between and not self._meta.between_boundaries:
             self._on_between()
-        self._meta = StoreMeta(changelog_next_offset=next_offset, between_boundaries=between, topic_id=self._topic_id)
-        latest = dict(zip(self._keys, self._values, strict=True))
+        place = self._sieve.whole_end - 1 if count and not between else self._meta.position_offset
+        self._caught_up = self._caught_up and not count
+        self._meta = StoreMeta(
+            changelog_next_offset=next_offset,
+            between_boundaries=between,
+            topic_id=self._topic_id,
+            position_offset=place,
+            caught_up=self._caught_up,
+        )
+        _, keys, values = self._sieve.pop(count)
+        latest = dict(zip(keys, values, strict=True))
         write_entries(self.store, [*latest], [*latest.values()], self._meta)
-        self._keys, self._values, self._bytes = [], [], 0
+        self._bytes = self._counted = 0
+
+
+def check_order(where: str, records: Records) -> None:
+    """Raise `Discontinuous` if the offsets do not rise, or reading would go on below them."""
+    offsets = records.offsets
+    span = offsets[-1] + 1 - offsets[0] if offsets else 0
+    if span != len(offsets) and not all(map(lt, offsets, offsets[1:])):
+        raise Discontinuous(f"{where}: offsets from {offsets[0]} to {offsets[-1]} are not in order")
+    if offsets and records.next_offset <= offsets[-1]:
+        raise Discontinuous(f"{where} went back from {offsets[-1]} to {records.next_offset}")
 
 
 MARKERS_MAX = 1
 """Offsets at the end of a changelog that can hold no tombstone: a transaction's marker, or a position record by itself."""
 
 
-def check_restorable(partition: int, store: Store, log: Log, clock: Clock, delete_retention_ms: int) -> None:
-    """Raise `StoreCorrupt` if the changelog can't bring this store up to date, so that it must be rebuilt."""
+def check_restorable(
+    partition: int, store: Store, log: Log, clock: Clock, delete_retention_ms: int, *, end_offset: int | None = None
+) -> int:
+    """Raise `StoreCorrupt` if the changelog can't bring this store up to date, so that it must be rebuilt.
+
+    Returns where the changelog begins. Raises `StoreAhead` if the store holds what the changelog does not, `RecordsLost` if
+    the changelog's beginning is gone. `end_offset` is an end of the changelog that is known for certain, such as a record of
+    one's own; without it the log is asked.
+    """
     meta = read_meta(store)
     topic_id = log.topic_id(CHANGELOG)
     if meta.changelog_next_offset and meta.topic_id != topic_id:
-        raise StoreCorrupt(f"the store reflects another changelog, of id {meta.topic_id!r}; this one has {topic_id!r}")
+        raise StoreAhead(
+            f"partition {partition}: the store is of another changelog, {meta.topic_id!r}, than there is now, {topic_id!r}"
+        )
     start, end = log.watermarks(CHANGELOG, partition)
+    end = end if end_offset is None else end_offset
     if meta.changelog_next_offset > end:
-        raise StoreCorrupt(f"the store reflects the changelog up to {meta.changelog_next_offset}, but it ends at {end}")
+        raise StoreAhead(
+            f"partition {partition}: the store has the changelog up to {meta.changelog_next_offset}, but it ends at {end}"
+        )
     if 0 < meta.changelog_next_offset < start:
-        raise StoreCorrupt(f"the changelog starts at {start}, beyond the store's {meta.changelog_next_offset}")
+        gone = f"{start - meta.changelog_next_offset} records from {meta.changelog_next_offset} on are gone"
+        raise RecordsLost(f"changelog-{partition}: {gone}: nothing can be restored from what is left, bring it back")
     position = read_position(store)
-    if meta.changelog_next_offset and not position.committed_at_ms:
+    if meta.changelog_next_offset and not position.committed_at_ms and meta.between_boundaries:
         raise StoreCorrupt("its first restore was never finished, and nothing in it says how long ago that was")
     if meta.changelog_next_offset < end - MARKERS_MAX and position.committed_at_ms:
         away_ms = clock.now_ms() - position.committed_at_ms
         if away_ms > delete_retention_ms:
             raise StoreCorrupt(f"the store is {away_ms} ms behind; tombstones are kept for {delete_retention_ms} ms")
-
-
-TAIL_COUNT = 3
-"""Offsets at the end of a changelog that hold its last position record, behind which is a marker."""
-_TAIL_POLLS_MAX = 10
-
-
-def check_format(log: Log) -> None:
-    """Raise `NewerFormat` if the newest that a changelog partition holds was written by a newer program.
-
-    Before anything is fenced: a program that can't go on must not stop one that can. What it does not see, a start does.
-    """
-    starts, ends = log.start_offsets(CHANGELOG), log.end_offsets(CHANGELOG)
-    tails = {number: max(starts.get(number, 0), end - TAIL_COUNT) for number, end in ends.items()}
-    left = {number: ends[number] for number, first in tails.items() if first < ends[number]}
-    if not left:
-        return
-    reader = log.reader(CHANGELOG)
-    try:
-        reader.assign({number: tails[number] for number in left})
-        for _ in range(_TAIL_POLLS_MAX):
-            for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=0.5):
-                for value in filter(None, records.values):
-                    _check_one(records.partition, value)
-                if records.next_offset >= left.get(records.partition, 0):
-                    left.pop(records.partition, None)
-            if not left:
-                return
-    except NewerFormat:
-        raise
-    except PipelineError as error:
-        _log.info("whether the changelog is of a newer format is not known yet: %s", error)
-    finally:
-        reader.close()
-
-
-def _check_one(partition: int, value: bytes) -> None:
-    try:
-        check_version(value, f"changelog-{partition}")
-    except NewerFormat:
-        raise
-    except BadRecord as error:
-        _log.debug("%s", error)  # whoever restores it says more
+    return start
 
 
 def restore(
@@ -229,36 +376,122 @@ def restore(
     log: Log,
     clock: Clock,
     *,
+    barrier: Barrier,
     fetch_count_max: int,
     buffer_entries_max: int,
+    delete_retention_ms: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> int:
-    """Bring a store to the end of its changelog; how many records that took.
+    metrics: Metrics = NO_METRICS,
+) -> Follower:
+    """Bring a store to the end of its changelog, which is where this owner's own fence record was read.
 
-    Call it once nobody else can commit to the partition (the old owner is fenced), so that the end is a boundary. Raises
-    `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end with a whole commit.
+    Call it once nobody else can commit to the partition (the old owner is fenced), so that the end is a boundary. What the
+    log says of its end counts for nothing: a leader that was deposed and does not know it yet tells an old one, and so does
+    every leader while a transaction of others is open. Returns the follower, which knows where the last commit ended and
+    what of others it has left out. Raises `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end
+    with a whole commit, `StoreAhead` if it does not hold the store's last one, `Discontinuous` if it lost the fence record.
     """
-    end = log.watermarks(CHANGELOG, partition).end_offset
     topic_id = log.topic_id(CHANGELOG)
-    follower = Follower(partition, store, buffer_entries_max=buffer_entries_max, topic_id=topic_id)
+    follower = Follower(
+        partition,
+        store,
+        buffer_entries_max=buffer_entries_max,
+        topic_id=topic_id,
+        metrics=metrics,
+        delete_retention_ms=delete_retention_ms,
+        start_offset=log.watermarks(CHANGELOG, partition).start_offset,
+    )
+    follower.lineage.awaited = barrier
     reader = log.reader(CHANGELOG)
+    patience = Patience(partition, log, clock, topic_id)
     started = clock.monotonic_s()
+
+    def tell(*, done: bool = False) -> None:
+        remaining = 0 if done else max(0, barrier.offset + 1 - follower.next_offset)
+        seconds = clock.monotonic_s() - started
+        waiting = "" if done else patience.waiting
+        progress(Progress(partition, follower.entries_total, remaining, seconds, done=done, waiting=waiting))
+
     try:
         reader.assign({partition: follower.next_offset})
-        while follower.next_offset < end:
-            for records in reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
+        while not follower.lineage.passed:
+            fetched = reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0)
+            for records in fetched:
                 follower.apply(records)
-            progress(
-                Progress(
-                    partition, follower.entries_total, max(0, end - follower.next_offset), clock.monotonic_s() - started
-                )
-            )
+            _check_not_missed(follower, barrier)
+            if not follower.lineage.passed:
+                patience.look(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
+            tell()
             if stopping():
-                raise NotReady(f"partition {partition}: restore was stopped")
-        if not follower.at_boundary:
-            raise StoreCorrupt(f"changelog-{partition} ends within a commit; something else has written to it")
-        progress(Progress(partition, follower.entries_total, 0, clock.monotonic_s() - started, done=True))
-        return follower.entries_total
+                raise NotReady(f"partition {partition}: restore was stopped{patience.waiting and f'; {patience.waiting}'}")
+        if not follower.lineage.committed:
+            _check_last_commit(follower)
+        follower.settle(barrier.offset + 1)
+        follower.save()
+        tell(done=True)
+        return follower
     finally:
         reader.close()
+
+
+def _check_last_commit(follower: Follower) -> None:
+    """Raise `StoreAhead` unless the changelog holds the last commit of the store.
+
+    Where nothing was committed since, that a changelog reaches so far says little: it may have lost its end, and owners that
+    noticed it, and gave up, have written their fence records in its place.
+    """
+    if follower.store.get([POSITION_KEY]) != [None] and not follower.is_proven:
+        what = f"the changelog does not hold the last commit of the store, which ended below {follower.stored_offset}"
+        raise StoreAhead(f"partition {follower.partition}: {what}")
+
+
+def foreign_keys(
+    partition: int,
+    log: Log,
+    clock: Clock,
+    *,
+    next_offset: int,
+    barrier: Barrier,
+    timeout_s: float,
+    metrics: Metrics = NO_METRICS,
+) -> set[bytes]:
+    """Return the keys of entries between an owner's last commit and its own fence record, where nobody else may write.
+
+    Raises `Unavailable` if the fence record can't be read in time.
+    """
+    lineage, foreign = Lineage(partition, barrier.offset + 1), Foreign(partition, metrics)
+    lineage.awaited = barrier
+    deadline_s = clock.monotonic_s() + timeout_s
+    reader = log.reader(CHANGELOG)
+    try:
+        reader.assign({partition: next_offset})
+        while not lineage.passed:
+            for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
+                _sort_out(records, lineage, foreign)
+            if clock.monotonic_s() >= deadline_s and not lineage.passed:
+                raise Unavailable(f"changelog-{partition} can't be read up to {barrier.offset} within {timeout_s} s")
+    finally:
+        reader.close()
+    return foreign.keys
+
+
+def _sort_out(records: Records, lineage: Lineage, foreign: Foreign) -> None:
+    """Note all records but the fences of the partition's owners as foreign."""
+    special = {*not_entries(records.keys)}
+    for index, (offset, key, value) in enumerate(zip(records.offsets, records.keys, records.values, strict=True)):
+        if index not in special and key is not None:
+            foreign.note_entry(offset, key)
+        elif key != FENCE_KEY or not lineage.take_fence(offset, value):
+            foreign.note(offset, "it stands behind our last commit")
+
+
+def _check_not_missed(follower: Follower, barrier: Barrier) -> None:
+    """Raise if what stands behind the fence record was read, and the record was not."""
+    if follower.lineage.passed or follower.next_offset <= barrier.offset:
+        return
+    fence = follower.lineage.fence
+    if fence is not None and fence.offset > barrier.offset:  # compaction keeps the newest
+        raise Fenced(f"partition {follower.partition}: {fence.owner_id} has taken it over")
+    what = f"changelog-{follower.partition} does not hold the fence record at {barrier.offset} any more"
+    raise Discontinuous(f"{what}: it was truncated or made anew")

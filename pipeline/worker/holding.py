@@ -7,12 +7,20 @@ that has ended: a store is never opened twice, and never closed under somebody's
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import ceil
 from typing import Protocol
 
+from msgspec.structs import asdict, replace
+
+from pipeline.core.record import Records
 from pipeline.core.task import Commit
 from pipeline.errors import PipelineError
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.threads import Failures
+from pipeline.worker.bound import CommitBound
 from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
 
@@ -44,15 +52,21 @@ class NoStandbys:
 class Held:
     """A partition that is starting, folding, or lost and about to be closed. Owned by the loop's thread."""
 
-    def __init__(self, partition: Partition) -> None:
+    def __init__(self, partition: Partition, commit_time_max_s: float) -> None:
         self.partition = partition
         self.number = partition.number
         self.lost = False
         """Whether it is ours no longer. Set once; what is in its overlay is dropped."""
         self.folding = False
         self.commit: Future[Commit] | None = None
-        self.deadline_s = 0.0
-        """When the commit that is under way must be decided."""
+        self.begun_s: float | None = None
+        """When a thread began with the commit that is under way; None: it waits for one."""
+        self.bound = CommitBound(commit_time_max_s)
+        self.unfolded: deque[Records] = deque()
+        """What was read and waits for a commit to make room."""
+        self._frozen_count = 0
+        self._per_record = 1
+        """Entries of a record, about."""
         self.due_s: float | None = None
         """When the next commit is due; None if there is nothing to commit."""
         self.full = False
@@ -64,6 +78,51 @@ class Held:
         self.work: Future[None] | None = None
         """Its start, or its closing."""
         self.closing = False
+
+    @property
+    def folded_count(self) -> int:
+        """Entries that were folded since the last freeze, at most so many different ones."""
+        return self._count() - self._frozen_count
+
+    def _count(self) -> int:
+        counts = self.partition.task.counts
+        entries = counts.entries_folded + counts.series_cleared
+        return entries + counts.batches_folded + counts.records_bad + counts.groups_refused
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next commit is as large as it may be."""
+        return self.partition.task.full or self.folded_count >= self.bound.entries_max
+
+    def note_frozen(self) -> int:
+        """Begin to count anew; return how many entries the overlay that was frozen is of."""
+        count = self.folded_count
+        self._frozen_count += count
+        return count
+
+    def fold_waiting(self) -> None:
+        """Fold what was read, until nothing is left of it or the next commit is as large as it may be."""
+        while self.unfolded and not self.full:
+            records = self.unfolded.popleft()
+            room = self.bound.entries_max - self.folded_count
+            count = max(1, room // self._per_record)
+            if count < len(records.offsets):
+                self.unfolded.appendleft(_part(records, count, None))
+                records = _part(records, 0, count)
+            before = self.folded_count
+            self.partition.fold(records)
+            if self.partition.task.next_offset < records.next_offset:
+                self.unfolded.appendleft(records)  # what is folded of it by now is skipped
+            if records.offsets:
+                self._per_record = max(1, ceil((self.folded_count - before) / len(records.offsets)))
+            self.full = self.is_full
+
+
+def _part(records: Records, begin: int, end: int | None) -> Records:
+    """Return the records from index `begin` to `end`, which are not all of them."""
+    columns = {name: it[begin:end] for name, it in asdict(records).items() if isinstance(it, Sequence)}
+    next_offset = records.next_offset if end is None else records.offsets[end]
+    return replace(records, **columns, next_offset=next_offset)
 
 
 class Holdings:
@@ -77,8 +136,13 @@ class Holdings:
         thread_count: int,
         stopping: Callable[[], bool],
         on_progress: Callable[[Progress], None],
+        commit_time_max_s: float,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self._make = make
+        self._commit_time_max_s = commit_time_max_s
+        self._failures = Failures(_log, "pipeline-restore", metrics)
+        """Those at which nobody looks: of partitions that are lost."""
         self._standbys = standbys
         self._stopping = stopping
         self._on_progress = on_progress
@@ -96,7 +160,7 @@ class Holdings:
     def begin(self, numbers: Iterable[int]) -> None:
         """Take partitions over that are not held."""
         for number in sorted(numbers):
-            held = self.all[number] = Held(self._make(number))
+            held = self.all[number] = Held(self._make(number), self._commit_time_max_s)
             held.work = self._pool.submit(self._start, held)
 
     def _start(self, held: Held) -> None:
@@ -115,8 +179,10 @@ class Holdings:
             work, held.work = held.work, None
             error = work.exception()
             if held.lost:
-                if error is not None:
+                if isinstance(error, PipelineError):
                     _log.info("partition %d was lost while it started: %s", held.number, error)
+                elif error is not None:
+                    self._failures.note(error, what_follows=f"partition {held.number} is lost by now")
             elif error is None:
                 held.folding = begun = True
             elif not excused(held, error):
@@ -126,10 +192,11 @@ class Holdings:
     def lose(self, held: Held, why: str) -> None:
         """It is another's: drop its overlay, and close it when nothing works in it any more."""
         if not held.lost:
-            _log.info("partition %d is ours no longer: %s", held.number, why)
+            _log.info("partition %d is let go of: %s", held.number, why)
         held.lost, held.folding = True, False
         held.full = held.flush = held.flushing = False
         held.due_s = None
+        held.unfolded.clear()
         if held.work is not None and not held.closing and held.work.cancel():
             held.work = None
 
@@ -141,7 +208,7 @@ class Holdings:
         for held in self.all.values():
             if held.lost and held.work is None and held.commit is None:
                 held.closing = True
-                held.work = self._pool.submit(_close, held.partition)
+                held.work = self._pool.submit(self._close, held.partition)
         return [held.number for held in closed]
 
     def shutdown(self, *, close: bool) -> None:
@@ -149,11 +216,12 @@ class Holdings:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if close:
             for held in self.all.values():
-                _close(held.partition)
+                self._close(held.partition)
 
-
-def _close(partition: Partition) -> None:
-    try:
-        partition.close()
-    except PipelineError as error:
-        _log.error("closing partition %d: %s", partition.number, error)
+    def _close(self, partition: Partition) -> None:
+        try:
+            partition.close()
+        except PipelineError as error:
+            _log.error("closing partition %d: %s", partition.number, error)
+        except Exception as error:
+            self._failures.note(error, what_follows=f"partition {partition.number} is not closed in order")

@@ -15,16 +15,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import pipeline.metrics as m
-from pipeline.errors import Fenced, NotReady, PipelineError, Unavailable
+from pipeline.errors import Fenced, NotReady, RecordsLost, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, LogReader
+from pipeline.ports import Clock, Log, LogReader, ReadableStore
 from pipeline.settings import WorkerSettings
+from pipeline.threads import LoopThread
 from pipeline.topics import DELTAS
-from pipeline.worker.away import Away
 from pipeline.worker.commits import Commits
+from pipeline.worker.damage import Damages
 from pipeline.worker.follower import Progress
 from pipeline.worker.holding import Held, Holdings, NoStandbys, Standbys
 from pipeline.worker.partition import Partition
@@ -43,6 +45,12 @@ class _Assigned(NamedTuple):
 class _Revoking(NamedTuple):
     partitions: frozenset[int]
     done: threading.Event
+
+
+class _Damaged(NamedTuple):
+    partition: int
+    store: ReadableStore
+    why: str
 
 
 class WorkerLoop:
@@ -67,30 +75,43 @@ class WorkerLoop:
         on_moved: Callable[[], None] = lambda: None,
         standbys: Standbys | None = None,
         settle_s: float = 0.0,
+        transaction_timeout_ms: int | None = None,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self._log = log
         self._clock = clock
         self._settings = settings
-        self._on_fatal = on_fatal
         self._on_progress = on_progress
         self._on_moved = on_moved
         self._standbys: Standbys = standbys or NoStandbys()
         self._settle_s = settle_s
         self._metrics = metrics
-        self._stop = threading.Event()
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-worker", daemon=True)
+        self._thread = LoopThread(
+            "pipeline-worker",
+            self._step,
+            log=_log,
+            clock=clock,
+            metrics=metrics,
+            put_off=self._give_up,
+            on_fatal=on_fatal,
+            at_end="the worker ends",
+            on_end=self._finish,
+        )
+        self._stop = self._thread.stopping
+        time_max_s = min(settings.commit_timeout_ms, transaction_timeout_ms or settings.commit_timeout_ms) / 1000
         self._holdings = Holdings(
             make,
             standbys=self._standbys,
             thread_count=settings.restore_thread_count,
             stopping=self._stop.is_set,
             on_progress=self._progress,
+            commit_time_max_s=time_max_s,
+            metrics=metrics,
         )
-        self._commits = Commits(clock, settings, metrics, lost=self._lost_by)
+        self._commits = Commits(clock, settings, metrics, time_max_s=time_max_s, lost=self._lost_by)
         self._lock = threading.Lock()
-        self._posts: deque[_Assigned | _Revoking] = deque()
+        self._posts: deque[_Assigned | _Revoking | _Damaged] = deque()
         """What was told and not acted upon yet."""
         self._posted = threading.Event()
         self._revoking: list[_Revoking] = []
@@ -99,11 +120,13 @@ class WorkerLoop:
         self._settled_s = 0.0
         self._new: set[int] = set()
         """What the assignment brought and does not fold yet."""
+        self._damages = Damages()
+        self._rebuilding: set[int] = set()
+        """Partitions whose stores are damaged, until they fold again with others."""
         self._assignment: _Assigned | None = None
         self._reader: LogReader | None = None
         self._reading = False
         """Whether the reader reads what folds now, from where it folds: nothing else may be folded."""
-        self._away = Away(_log, clock, self._stop, "the log is away")
         self.fenced_count = 0
         """Partitions that were lost by a fence."""
 
@@ -111,8 +134,8 @@ class WorkerLoop:
 
     @property
     def ready(self) -> bool:
-        """Whether every partition of the first assignment is restored and folding."""
-        return self._ready.is_set()
+        """Whether every partition of the first assignment is restored and folding, and no store is being rebuilt."""
+        return self._ready.is_set() and not self._rebuilding
 
     @property
     def partitions(self) -> Mapping[int, Partition]:
@@ -128,7 +151,7 @@ class WorkerLoop:
     @property
     def away_s(self) -> float:
         """When the log was found away last, by a read, on `clock`."""
-        return self._away.last_s
+        return self._thread.away.last_s
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until `ready`, or for so long."""
@@ -151,47 +174,67 @@ class WorkerLoop:
         self._post(post)
         return post.done.wait(timeout_s)
 
-    def _post(self, post: _Assigned | _Revoking) -> None:
+    def distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
+        """Rebuild a partition's store, because a reader found `error` in it: let go of it, and take it over again.
+
+        Does not block; `ready` is false from now on until that is done. Nothing is done if `store` is not what it folds
+        into any more. Raises `LogCorrupt` if a rebuild has not helped before.
+        """
+        with self._lock:
+            held = self._holdings.all.get(partition)
+            if held is None or held.lost or not held.partition.has(store) or partition in self._rebuilding:
+                return
+            self._damages.note(partition, error)
+            self._rebuilding.add(partition)
+        self._post(_Damaged(partition, store, str(error)))  # not the error: it holds scans, and they hold the store's files
+
+    def note_changelog_ends(self, ends: Mapping[int, int]) -> None:
+        """The partitions of the changelog can be read up to there: what others have written is repaired soon."""
+        self._commits.changelog_ends = ends
+
+    def _post(self, post: _Assigned | _Revoking | _Damaged) -> None:
         with self._lock:
             self._posts.append(post)
         self._posted.set()
-        if self._thread.ident is not None and not self._thread.is_alive():
+        if self._thread.started and not self._thread.alive:
             self._let_go()
 
     def stop(self, timeout_s: float = 30.0) -> bool:
         """Commit what is folded and end; whether that was done in time. May be called twice."""
         self._stop.set()
         self._posted.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self._commits.stuck
+        return self._thread.stop(timeout_s) and not self._commits.stuck
 
     # The loop
 
-    def _run(self) -> None:
+    def _give_up(self, error: Unavailable) -> None:
+        """End: reads wait for a log that is away by themselves, and nothing else that fails may be tried again."""
+        raise error
+
+    def _finish(self) -> None:
+        """Commit what is folded, unless that has failed; then give everything back, whatever fails on the way."""
+        with ExitStack() as stack:
+            stack.callback(self._let_go)
+            # Who waits for a commit that hangs, hangs too; and what it works in must not be closed under it.
+            stack.callback(lambda: self._holdings.shutdown(close=not self._commits.stuck))
+            stack.callback(self._commits.shutdown)
+            stack.callback(self._close_reader)
+            if not self._thread.failed:
+                self._commit_rest()
+            self._ready.clear()
+            self._stop.set()  # ends the restores that are under way
+
+    def _commit_rest(self) -> None:
         try:
-            while not self._stop.is_set():
-                self._step()
             for held in self._holdings.folding():
                 held.flush = True
             while self._commits.begin(self._holdings.folding()) or self._commits.under_way:
                 self._commits.wait(_LOOK_S)
                 self._commits.finish(self._holdings)
-        except BaseException as error:  # whatever it was: never acknowledge and go on
-            if isinstance(error, NotReady) and self._stop.is_set():
-                _log.info("stopped: %s", error)
-            else:
-                ours = isinstance(error, PipelineError)
-                _log.critical("the worker ends: %s", error if ours else repr(error), exc_info=not ours)
-                self._on_fatal(error)
-        finally:
-            self._ready.clear()
-            self._stop.set()  # ends the restores that are under way
-            self._close_reader()
-            # Who waits for a commit that hangs, hangs too; and what it works in must not be closed under it.
-            self._commits.shutdown()
-            self._holdings.shutdown(close=not self._commits.stuck)
-            self._let_go()
+        except NotReady as error:
+            _log.info("stopped: %s", error)
+        except BaseException as error:
+            self._thread.fail(error)
 
     def _let_go(self) -> None:
         """Nobody waits for a loop that has ended."""
@@ -200,6 +243,14 @@ class WorkerLoop:
                 post.done.set()
 
     def _step(self) -> None:
+        try:
+            self._turn()
+        except NotReady as error:
+            if not self._stop.is_set():
+                raise
+            _log.info("stopped: %s", error)
+
+    def _turn(self) -> None:
         self._act_on_posts()
         self._move()
         self._read()
@@ -221,6 +272,10 @@ class WorkerLoop:
                 self._revoking.append(post)
                 for held in self._holdings.folding():
                     held.flush = held.flush or held.number in post.partitions
+            elif isinstance(post, _Damaged):
+                found = self._holdings.all.get(post.partition)
+                if found is not None and not found.lost and found.partition.has(post.store):
+                    self._rebuild(found, post.why)
             else:
                 self._act_on(post)
             with self._lock:  # only now: `_lost_by` looks at what is still to be acted upon, too
@@ -233,6 +288,8 @@ class WorkerLoop:
             if held.number not in post.actives or skipped:
                 self._lose(held, f"generation {post.generation}")
         self._moving = False
+        with self._lock:
+            self._rebuilding &= post.actives
         self._settled_s = self._clock.monotonic_s() + self._settle_s
         self._new = {*post.actives} - {held.number for held in self._holdings.folding()}
         self._follow()
@@ -249,9 +306,20 @@ class WorkerLoop:
         if moved:
             self._on_moved()
 
+    def _rebuild(self, held: Held, why: str) -> None:
+        """Let go of a partition whose store is damaged, as if it were lost: `_move` takes it over again with a new one."""
+        held.partition.distrust(why)
+        with self._lock:
+            self._rebuilding.add(held.number)
+        self._lose(held, "its store is damaged")
+
     def _lost_by(self, held: Held, error: BaseException) -> bool:
         """Whether an error of its commit, or of its start, means that it is lost, and not that the process must end."""
         if not held.lost:
+            if isinstance(error, StoreCorrupt) and held.folding:  # one that does not even start can't be rebuilt
+                self._damages.note(held.number, error)
+                self._rebuild(held, str(error))
+                return True
             if isinstance(error, Fenced):
                 self.fenced_count += 1
                 self._metrics.inc(m.FENCED)
@@ -278,6 +346,9 @@ class WorkerLoop:
         if self._holdings.finish_starts(self._lost_by):
             self._reading = False
             folding = {held.number for held in self._holdings.folding()}
+            with self._lock:
+                told = {post.partition for post in self._posts if isinstance(post, _Damaged)}
+                self._rebuilding -= folding - told
             if self._new & folding:  # once each: two who fence each other come to an end
                 self._new -= folding
                 self._settled_s = self._clock.monotonic_s() + self._settle_s
@@ -298,13 +369,24 @@ class WorkerLoop:
             if not self._holdings.starting():
                 self._posted.wait(_LOOK_S)
             return
-        if any(held.full for held in folding):  # backpressure: nothing more is read until the overlay is empty
+        for held in folding:
+            self._fold_waiting(held)
+        folding = self._holdings.folding()  # without those whose store was found damaged
+        if not folding:
+            return
+        if any(held.full for held in folding):  # backpressure: nothing more is read until a commit has made room
             self._commits.wait(_LOOK_S)
             return
         try:
             reader = self._reader = self._reader or self._log.reader(DELTAS)
             if not self._reading:
-                reader.assign({held.number: held.partition.task.next_offset for held in folding})
+                for held in folding:
+                    held.unfolded.clear()  # it is read again
+                begins = {held.number: held.partition.resume() for held in folding}
+                reader.assign(
+                    {number: offset for number, (offset, _) in begins.items()},
+                    {number: epoch for number, (_, epoch) in begins.items()},
+                )
                 self._reading = True
             fetched = reader.poll(
                 record_count_max=self._settings.fetch_record_count_max,
@@ -312,14 +394,31 @@ class WorkerLoop:
                 timeout_s=self._commits.poll_timeout_s(folding),
             )
         except Unavailable as error:
-            self._away.wait(error)
+            self._thread.away.wait(error)
+            return
+        except RecordsLost:
+            passed = [held for held in folding if held.partition.pass_hole()]
+            if not passed:
+                raise
+            self._reading = False
             return
         for records in fetched:
             held = self._holdings.all[records.partition]
-            held.partition.fold(records)
-            if held.partition.task.full and not held.full:
-                held.full = True
-                self._metrics.inc(m.OVERLAY_FULL, 1, held.number)
+            if held.folding:  # else its store was found damaged with the records before
+                held.unfolded.append(records)
+                self._fold_waiting(held)
+
+    def _fold_waiting(self, held: Held) -> None:
+        if held.full or not held.unfolded:
+            return
+        try:
+            held.fold_waiting()
+        except StoreCorrupt as error:
+            if not self._lost_by(held, error):
+                raise
+            return
+        if held.partition.task.full:
+            self._metrics.inc(m.OVERLAY_FULL, 1, held.number)
 
     def _close_reader(self) -> None:
         reader, self._reader, self._reading = self._reader, None, False

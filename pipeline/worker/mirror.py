@@ -3,83 +3,114 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import pipeline.metrics as m
 from pipeline.errors import Invalid, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
+from pipeline.threads import LoopThread
+from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 1.0
+LOOK_S = 1.0
+HELD_UP_S = 5.0
+"""How long a transaction of somebody else may be open on deltas before it is told: well above what one takes that ends."""
 
 Offsets = Callable[[], Mapping[int, int]]
 
 
-class Mirror:
-    """A thread that looks every second, and mirrors what has changed every `interval_ms` (0: never).
+class Ends(NamedTuple):
+    """Where the partitions of deltas end, as the log says at one look."""
 
-    `positions` are the worker's by partition, of those of `ours` that fold; `end_offsets` and `start_offsets` those of the
-    deltas topic, `commit` puts positions where tools find them. Failures are logged and change nothing: nobody of ours reads
-    what is mirrored.
+    high_watermarks: Mapping[int, int]
+    """Behind all that was accepted: lag counts up to there."""
+    stable_offsets: Mapping[int, int]
+    """Behind all that can be read: a worker can get no further."""
+
+
+class _HeldUp(NamedTuple):
+    """A partition in which an open transaction is what keeps us from reading on."""
+
+    stable_offset: int
+    since_s: float
+
+
+class Mirror:
+    """A thread that looks every `look_s`, and mirrors what has changed every `interval_ms` (0: never).
+
+    `positions` are the worker's by partition, of those of `ours` that fold; `ends` and `start_offsets` those of the deltas
+    topic, `commit` puts positions where tools find them. Failures are logged and change nothing: nobody of ours reads what
+    is mirrored. `bootstrap` and `topic` are what an operator is told to give to Kafka's tools.
     """
 
     def __init__(
         self,
         positions: Offsets,
         *,
-        end_offsets: Offsets,
+        ends: Callable[[], Ends],
         start_offsets: Offsets,
         commit: Callable[[Mapping[int, int]], None],
         clock: Clock,
         interval_ms: int,
+        look_s: float = LOOK_S,
         ours: Callable[[], Collection[int]] | None = None,
+        bootstrap: str = "localhost:9092",
+        topic: str = DELTAS,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.end_offsets: Mapping[int, int] = {}
-        """Where the topic ended when it was last looked at; empty while the log is away."""
+        """The high watermarks of the topic when it was last looked at; empty while the log is away."""
         self.told: tuple[float, Mapping[int, int]] = (clock.monotonic_s(), {})
-        """When the log told its end offsets last, and what it told."""
+        """When the log told its ends last, and up to where it could be read."""
         self._positions = positions
-        self._ask_ends = end_offsets
+        self._ask_ends = ends
         self._ask_starts = start_offsets
         self._commit = commit
         self._clock = clock
         self._ours = ours or positions
+        self._tool = f"kafka-transactions.sh --bootstrap-server {bootstrap}"
+        self._topic = topic
         self._interval_s = interval_ms / 1000
         self._metrics = metrics
         self._mirrored: dict[int, int] = {}
         self._looked_at: frozenset[int] = frozenset()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-mirror", daemon=True)
+        self._held_up: dict[int, _HeldUp] = {}
+        self._told_held_up: set[int] = set()
+        self._next_commit_s = 0.0
+        self._warned = False
+        self.thread = LoopThread("pipeline-mirror", self.step, log=_log, clock=clock, metrics=metrics, interval_s=look_s)
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
         """End, without waiting. Twice is fine."""
-        self._stop.set()
+        self.thread.stop()
 
-    def _run(self) -> None:
-        next_commit_s, warned = 0.0, False
-        while not self._stop.is_set():
-            try:
-                self._look()
-            except PipelineError as error:
+    def step(self) -> None:
+        """Look once, and mirror if it is time to."""
+        answered = False
+        try:
+            self._look()
+            answered = True
+        except PipelineError as error:
+            _log.debug("nobody says where the log ends: %s", error)
+        finally:
+            if not answered:
                 self.end_offsets = {}
-                _log.debug("nobody says where the log ends: %s", error)
-            if self._interval_s and self._clock.monotonic_s() >= next_commit_s:
-                next_commit_s = self._clock.monotonic_s() + self._interval_s
-                try:
-                    self.mirror()
-                except PipelineError as error:
-                    # Of what passes by itself others complain.
-                    level = logging.WARNING if isinstance(error, Invalid) and not warned else logging.DEBUG
-                    warned |= level == logging.WARNING
-                    _log.log(level, "lag tools do not see positions, nothing else depends on it: %s", error)
-            self._stop.wait(_LOOK_S)
+        self.thread.beat()
+        if self._interval_s and self._clock.monotonic_s() >= self._next_commit_s:
+            self._next_commit_s = self._clock.monotonic_s() + self._interval_s
+            try:
+                self.mirror()
+            except PipelineError as error:
+                # What passes by itself is others' to complain of.
+                level = logging.WARNING if isinstance(error, Invalid) and not self._warned else logging.DEBUG
+                self._warned |= level == logging.WARNING
+                _log.log(level, "lag tools do not see positions, nothing else depends on it: %s", error)
 
     def _look(self) -> None:
         ours = frozenset(self._ours())
@@ -87,12 +118,53 @@ class Mirror:
             self._metrics.forget(number)  # another's now, who says how far it is
         self._looked_at = ours
         positions = {number: it for number, it in self._positions().items() if number in ours}
-        self.end_offsets = self._ask_ends()
-        self.told = self._clock.monotonic_s(), self.end_offsets
+        ends = self._ask_ends()
+        self.thread.beat()
+        self.end_offsets = ends.high_watermarks
+        self.told = self._clock.monotonic_s(), ends.stable_offsets
+        self._note_open_transactions(ends, positions)
         starts = self._ask_starts()
         for number, next_offset in positions.items():
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
             self._metrics.set(m.RETENTION_MARGIN, next_offset - starts.get(number, 0), number)
+
+    def _note_open_transactions(self, ends: Ends, positions: Mapping[int, int]) -> None:
+        """Say once of each open transaction that holds a partition up what there is to do: nothing here can end it."""
+        now_s, before = self._clock.monotonic_s(), self._held_up
+        self._held_up = {}
+        for number in positions:
+            stable_offset = ends.stable_offsets.get(number, 0)
+            waiting = max(0, ends.high_watermarks.get(number, 0) - stable_offset)
+            last = before.get(number)
+            same = last is not None and last.stable_offset == stable_offset
+            # Of the first look it is not known: records may have come between the two questions.
+            self._metrics.set(m.HELD_UP, waiting if same else 0, number)
+            if not same or not waiting:
+                self._told_held_up.discard(number)
+            if not waiting:
+                continue
+            self._held_up[number] = it = last if last is not None and same else _HeldUp(stable_offset, now_s)
+            if now_s - it.since_s >= HELD_UP_S and number not in self._told_held_up:
+                self._told_held_up.add(number)
+                self._tell_held_up(number, stable_offset, waiting, now_s - it.since_s)
+
+    def _tell_held_up(self, number: int, stable_offset: int, waiting: int, for_s: float) -> None:
+        place = f"--topic {self._topic} --partition {number}"
+        _log.error(
+            "partition %d of topic %s: a transaction that is none of ours is open from offset %d on, for over %.0f s; the "
+            "%d records from there on can't be read, and staleness grows, until its producer ends it. "
+            "`%s find-hanging %s` shows one that nobody will end, `%s abort %s --start-offset %d` ends it",
+            number,
+            self._topic,
+            stable_offset,
+            for_s,
+            waiting,
+            self._tool,
+            place,
+            self._tool,
+            place,
+            stable_offset,
+        )
 
     def mirror(self) -> None:
         """Mirror the positions that have changed since the last time."""

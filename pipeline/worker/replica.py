@@ -16,80 +16,34 @@ from typing import Any
 
 import pipeline.metrics as m
 from pipeline.core.record import Records
-from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreAhead, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, LogReader, ReadableStore, Store, Stores
+from pipeline.ports import Clock, Log, LogReader, ReadableStore, Stores
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
+from pipeline.worker.ahead import set_store_aside
+from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
+from pipeline.worker.served import LagMax, Replica
 from pipeline.worker.stepping import Stepping
 
 _log = logging.getLogger(__name__)
 LAG_MAX_S = 300.0
-"""Half of the changelog's `min.compaction.lag.ms`."""
+"""Half of the changelog's `min.compaction.lag.ms` as it is described, for logs that always have it."""
+_ASK_LAG_S = 5.0
+"""How often a log that can have another is asked for it: less than compaction takes to begin."""
 _LOOK_S = 1.0
 """How often the end of the changelog, new partitions and the topic's id are asked for; more often where the lag is short."""
 _POLL_S = 0.1
-
-
-class _Served:
-    """A store for as long as it is served without a break: after one there is another, so that reads notice."""
-
-    def __init__(self, store: Store) -> None:
-        self.get, self.scan, self.snapshot = store.get, store.scan, store.snapshot
-
-
-class Replica:
-    """One partition: its store, its follower, and whether it can be read. Owned by the loop's thread."""
-
-    def __init__(self, number: int, store: Store, follower: Follower, started_s: float) -> None:
-        self.number = number
-        self.store = store
-        self.follower = follower
-        self.started_s = started_s
-        self.caught_up_s = started_s
-        """When everything that the changelog held had been read, as far as is known."""
-        self.served: ReadableStore | None = None
-        """What is read of it now."""
-        self.target: tuple[float, int] | None = None
-        """When the end of the changelog was asked for, and the answer: to be reached."""
-        self.remaining = 0
-
-    @property
-    def serving(self) -> bool:
-        """Whether it can be read."""
-        return self.served is not None
-
-    def catch_up(self, now_s: float, lag_max_s: float) -> bool:
-        """Whether the target is reached, in time for it to count; then, or if it took too long, the next one is due."""
-        if self.target is None or self.follower.next_offset < self.target[1] or not self.follower.at_boundary:
-            return False
-        asked_s, _ = self.target
-        self.target = None
-        if now_s - asked_s > lag_max_s:
-            return False
-        self.caught_up_s = asked_s
-        return True
-
-    def progress(self, now_s: float) -> Progress:
-        """How far it is."""
-        entries, seconds = self.follower.entries_total, now_s - self.started_s
-        return Progress(self.number, entries, self.remaining, seconds, done=self.serving)
-
-    def serve(self) -> None:
-        """It can be read from now on."""
-        self.served, self.remaining = _Served(self.store), 0
-
-    def hide(self) -> None:
-        """Serve no reads until it has caught up anew."""
-        self.served = self.target = None
+_COUNTED = (m.STORES_REBUILT, m.STORES_SET_ASIDE, m.RESTORE_ENTRIES)
 
 
 class ReplicaLoop(Stepping):
     """Keeps stores up to date in a thread of its own: of all partitions, or, once `follow` was called, of those it says.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
-    if it can't go on. `lag_max_s` must be well below the time for which the log compacts nothing.
+    if it can't go on. `lag_max_s` must be well below the time for which the log compacts nothing; where an operator can
+    change that, `ask_lag_max_s` says it, and is asked again and again.
     """
 
     def __init__(
@@ -105,9 +59,16 @@ class ReplicaLoop(Stepping):
         on_served: Callable[[], None] = lambda: None,
         metrics: Metrics = NO_METRICS,
         lag_max_s: float = LAG_MAX_S,
+        ask_lag_max_s: LagMax | None = None,
     ) -> None:
         super().__init__(
-            _log, clock, on_fatal, thread="pipeline-replica", at_end="following ends", while_away="answers grow stale"
+            _log,
+            clock,
+            on_fatal,
+            thread="pipeline-replica",
+            at_end="following ends",
+            while_away="answers grow stale",
+            metrics=metrics,
         )
         self._log = log
         self._stores = stores
@@ -118,6 +79,8 @@ class ReplicaLoop(Stepping):
         self._on_served = on_served
         self._metrics = metrics
         self._lag_max_s = lag_max_s
+        self._ask_lag_max_s = ask_lag_max_s
+        self._next_ask_s = 0.0
         self._look_s = min(_LOOK_S, lag_max_s / 10)
         self._topic_id = ""
         self._replicas: dict[int, Replica] = {}
@@ -133,6 +96,11 @@ class ReplicaLoop(Stepping):
         self._assigned = False
         self._ready = threading.Event()
         self._next_look_s = 0.0
+        self._damages = Damages()
+        self._damaged: dict[int, str] = {}
+        """What readers found in stores that are not served any more, until those are made anew."""
+        self._undecided: dict[int, str] = {}
+        """By partition, why its store is neither served nor deleted."""
         self._trouble = ""
         """Why nothing was read, since something was: librdkafka tells of a missing permission only once."""
 
@@ -154,9 +122,26 @@ class ReplicaLoop(Stepping):
         """
         readable = self._readable
         if not self._needed or not self._needed <= readable.keys():
+            if self._ask_lag_max_s is not None and self._ask_lag_max_s.why_not:
+                raise NotReady(self._ask_lag_max_s.why_not)
             remaining = sum(replica.remaining for replica in [*self._replicas.values()] if not replica.serving)
-            raise NotReady(f"restoring: about {remaining} changelog records to go{self._trouble}")
+            damaged = "; rebuilding what was damaged" if self._damaged else ""
+            undecided = "".join(f"; {why}" for why in [*self._undecided.values()][:1])
+            raise NotReady(f"restoring: about {remaining} changelog records to go{damaged}{undecided}{self._trouble}")
         return readable
+
+    def distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
+        """Serve a partition's store no longer, and make it anew soon, because `error` was found in it. Does not block.
+
+        Nothing is done if `store` is not the one that is served any more. Raises `LogCorrupt` if making it anew has not
+        helped before.
+        """
+        with self._changed:
+            if self._readable.get(partition) is not store:
+                return
+            self._damages.note(partition, error)
+            self._damaged[partition] = str(error)  # not the error: it holds scans, and they hold the store's files
+            self._readable = {number: it for number, it in self._readable.items() if number != partition}
 
     def follow(self, partitions: frozenset[int]) -> None:
         """Keep stores of these and no others. None of them may be open elsewhere. Does not block."""
@@ -184,13 +169,14 @@ class ReplicaLoop(Stepping):
     def status(self) -> list[dict[str, Any]]:
         """What `/v1/status` says of each partition, apart from what the reader knows."""
         now_s = self._clock.monotonic_s()
+        readable = self._readable
         return [
             {
                 "partition": replica.number,
-                "phase": "following" if replica.serving else "restoring",
+                "phase": "following" if replica.number in readable else "restoring",
                 "changelog_next_offset": replica.follower.next_offset,
                 "changelog_remaining": replica.remaining,
-                **({} if replica.serving else {"restore": replica.progress(now_s).status()}),
+                **({} if replica.number in readable else {"restore": replica.progress(now_s).status()}),
             }
             for replica in [*self._replicas.values()]
         ]
@@ -214,6 +200,7 @@ class ReplicaLoop(Stepping):
 
     def step(self) -> None:
         """Look if it is time to, read, apply."""
+        self._rebuild_damaged()
         for replica in [*self._replicas.values()]:
             if not self._is_followed(replica.number):
                 self._drop(replica)
@@ -254,16 +241,28 @@ class ReplicaLoop(Stepping):
         try:
             if away_s * 1000 > self._delete_retention_ms:
                 raise StoreCorrupt(f"{away_s:.0f} s behind: tombstones that it needs may be gone")
+            before = replica.follower.entries_total
             replica.follower.apply(records)
-            self._metrics.inc(m.RESTORE_ENTRIES, len(records.keys), replica.number)
+            self._metrics.inc(m.RESTORE_ENTRIES, replica.follower.entries_total - before, replica.number)
         except StoreCorrupt as error:
             self._make_anew(replica.number, error)
+        except StoreAhead as error:
+            self._found_ahead(replica, error)
         except Unavailable:
             self._drop(replica)  # what was read and not written is lost to this follower: read it again
             raise
 
+    def _rebuild_damaged(self) -> None:
+        """Make anew what readers found damaged. While the log is away, what is left of a store stays: it may be all."""
+        if not self._damaged:
+            return
+        self._log.start_offsets(CHANGELOG)
+        for number, why in [*self._damaged.items()]:
+            if number in self._replicas:
+                self._make_anew(number, StoreCorrupt(why))
+
     def _note_progress(self, replica: Replica, now_s: float) -> None:
-        if replica.catch_up(now_s, self._lag_max_s) and not replica.serving:
+        if replica.catch_up(now_s, self._lag_max_s) and not replica.serving and self._lag_max_s:
             replica.serve()
             self._publish()
             _log.info("partition %d can be read", replica.number)
@@ -280,13 +279,14 @@ class ReplicaLoop(Stepping):
 
     def _look(self) -> None:
         """Ask for the end of the changelog; find partitions that are new, and a topic that was made anew."""
+        self._look_at_lag()
         asked_s = self._clock.monotonic_s()
         topic_id = self._log.topic_id(CHANGELOG)
         ends = self._log.end_offsets(CHANGELOG)
         if self._topic_id and topic_id != self._topic_id:
-            _log.warning("the changelog was made anew: so is every store")
-            for number in [*self._replicas]:
-                self._make_anew(number, StoreCorrupt("it reflects a changelog that is gone"))
+            _log.warning("the changelog was made anew")
+            for replica in [*self._replicas.values()]:
+                self._drop(replica)
         self._topic_id = topic_id
         opened = [number for number in ends if number not in self._replicas and self._is_followed(number)]
         again_s = 0.0 if opened else self._look_s
@@ -296,6 +296,10 @@ class ReplicaLoop(Stepping):
             try:
                 self._replicas = {**self._replicas, number: self._open(number)}
                 self._assigned = False
+                self._undecided.pop(number, None)
+            except StoreAhead as error:
+                self._wait_for_decision(number, error)
+                again_s = self._look_s
             except StoreCorrupt as error:  # also of one that was just made anew
                 self._destroy(number, error)
                 again_s = self._look_s
@@ -304,11 +308,55 @@ class ReplicaLoop(Stepping):
                     self._release(number)
         if not self._needed and self._followed is None:
             self._needed = frozenset(ends)
-        for number, replica in self._replicas.items():
+        for number, replica in [*self._replicas.items()]:
+            if replica.follower.next_offset == ends.get(number):  # it had read so far before the end was asked for
+                self._settle(replica)
             if replica.target is None and replica.started_s <= asked_s and number in ends:
                 replica.target = (asked_s, ends[number])
         # Those that were just opened need an end that is asked for from now on: at once, not when it is time.
         self._next_look_s = asked_s + again_s
+
+    def _look_at_lag(self) -> None:
+        """Notice that the topic's compaction lag is another than before."""
+        now_s = self._clock.monotonic_s()
+        if self._ask_lag_max_s is None or now_s < self._next_ask_s:
+            return
+        self._next_ask_s = now_s + _ASK_LAG_S
+        lag_max_s = self._ask_lag_max_s()
+        if lag_max_s == self._lag_max_s:
+            return
+        self._lag_max_s = lag_max_s
+        if lag_max_s:
+            self._look_s = min(_LOOK_S, lag_max_s / 10)
+            _log.info("partitions that are over %g s behind are not served: half of min.compaction.lag.ms", lag_max_s)
+            return
+        _log.error("nothing is served: %s", self._ask_lag_max_s.why_not)
+        for replica in self._replicas.values():
+            if replica.serving:
+                self._hide(replica)
+
+    def _settle(self, replica: Replica) -> None:
+        try:
+            replica.follower.settle(replica.follower.next_offset)
+        except StoreCorrupt as error:
+            self._make_anew(replica.number, error)
+        except StoreAhead as error:
+            self._found_ahead(replica, error)
+
+    def _found_ahead(self, replica: Replica, error: StoreAhead) -> None:
+        """Let go of a store that was ahead of a changelog that has gone on without its last commit."""
+        self._drop(replica)
+        if self._settings.accept_loss:
+            set_store_aside(replica.number, self._stores, error, accept_loss=True, metrics=self._metrics)
+            return
+        self._wait_for_decision(replica.number, error)
+        self._next_look_s = self._clock.monotonic_s() + self._look_s
+
+    def _wait_for_decision(self, number: int, error: StoreAhead) -> None:
+        """Leave a store alone that is ahead of the changelog. A broker that was cut off may say so for a while, wrongly."""
+        if self._undecided.get(number) != str(error):
+            _log.error("%s; until then the partition is not served", error)
+        self._undecided[number] = str(error)
 
     def _is_followed(self, number: int) -> bool:
         return self._followed is None or number in self._followed
@@ -327,10 +375,13 @@ class ReplicaLoop(Stepping):
             self._changed.notify_all()
 
     def _open(self, number: int) -> Replica:
-        for metric in (m.STORES_REBUILT, m.RESTORE_ENTRIES):  # there from the start: a rise shows only from a value
+        for metric in _COUNTED:  # there from the start: a rise shows only from a value
             self._metrics.inc(metric, 0, number)
         try:
             return self._opened(number)
+        except StoreAhead as error:
+            accept_loss = self._settings.accept_loss
+            set_store_aside(number, self._stores, error, accept_loss=accept_loss, metrics=self._metrics)
         except StoreCorrupt as error:
             self._destroy(number, error)
         return self._opened(number)
@@ -338,13 +389,16 @@ class ReplicaLoop(Stepping):
     def _opened(self, number: int) -> Replica:
         store = self._stores.open(number)
         try:
-            check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
+            start_offset = check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
             follower = Follower(
                 number,
                 store,
                 buffer_entries_max=self._settings.restore_buffer_entries_max,
                 topic_id=self._topic_id,
                 on_between=lambda: self._hide(self._replicas[number]),
+                metrics=self._metrics,
+                delete_retention_ms=self._delete_retention_ms,
+                start_offset=start_offset,
             )
         except BaseException:
             store.close()
@@ -356,6 +410,8 @@ class ReplicaLoop(Stepping):
         for number, replica in [*self._replicas.items()]:
             try:
                 check_restorable(number, replica.store, self._log, self._clock, self._delete_retention_ms)
+            except StoreAhead:
+                self._drop(replica)  # opening it anew finds that, too
             except StoreCorrupt as error:
                 self._make_anew(number, error)
             else:
@@ -366,14 +422,14 @@ class ReplicaLoop(Stepping):
                     self._drop(replica)  # the store is sound, but what was read beyond it is gone: read from there
         self._assigned = False
 
-    def _make_anew(self, number: int, error: StoreCorrupt) -> None:
+    def _make_anew(self, number: int, error: StoreCorrupt | StoreAhead) -> None:
         try:
             self._close_replica(self._replicas[number])
             self._destroy(number, error)
         finally:
             self._release(number)
 
-    def _destroy(self, number: int, error: StoreCorrupt) -> None:
+    def _destroy(self, number: int, error: StoreCorrupt | StoreAhead) -> None:
         _log.warning("partition %d: making the store anew: %s", number, error)
         self._metrics.inc(m.STORES_REBUILT, 1, number)
         self._stores.destroy(number)
@@ -387,6 +443,8 @@ class ReplicaLoop(Stepping):
 
     def _close_replica(self, replica: Replica) -> None:
         self._hide(replica)
+        with self._changed:
+            self._damaged.pop(replica.number, None)
         self._metrics.forget(replica.number)
         self._replicas = {number: it for number, it in self._replicas.items() if number != replica.number}
         self._assigned, self._next_look_s = False, 0.0
@@ -400,9 +458,14 @@ class ReplicaLoop(Stepping):
         self._publish()
 
     def _publish(self) -> None:
-        readable = {number: it.served for number, it in self._replicas.items() if it.served is not None}
-        self._needed |= readable.keys()
-        self._readable = readable
+        with self._changed:
+            readable = {
+                number: it.served
+                for number, it in self._replicas.items()
+                if it.served is not None and number not in self._damaged
+            }
+            self._needed |= readable.keys()
+            self._readable = readable
         if self.ready:
             self._ready.set()
         self._on_served()

@@ -22,7 +22,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from pipeline.core import codec
-from pipeline.core.merge import KINDS
+from pipeline.core.kinds import KINDS
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -31,14 +31,17 @@ from pipeline.core.record import (
     TAG_PRODUCER,
     TAG_SERIES,
     Records,
-    definition_key,
+    definitions_prefix,
+    fingerprint,
     parse_suffix,
+    split_key,
 )
 from pipeline.core.view import Entry, describe
-from pipeline.errors import BadRecord, LogCorrupt, NotFound, RecordsLost, StoreCorrupt
+from pipeline.errors import BadRecord, LogCorrupt, NotFound, RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Clock, Log, Store, Stores
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import check_restorable, read_meta, read_position
+from pipeline.worker.foreign import Foreign, Lineage, Sieve
 
 Verdict = Literal["equal", "behind", "missing", "stale", "different", "ahead", "corrupt", "unreadable"]
 """`unreadable` is the changelog, all others are the store."""
@@ -46,6 +49,8 @@ FINE: frozenset[str] = frozenset(("equal", "behind", "missing", "stale"))
 """After these a start arrives at what the changelog says, as it is meant to, and nobody has anything to do."""
 
 _OFFSET_BYTES = 8
+_HELD_MAX = 100_000
+"""Entries that wait for the end of their commit; where compaction has removed many position records they can be all."""
 _KEYS_END = b"\xff" * 8
 _PROGRESS_EVERY = 20_000
 
@@ -71,6 +76,8 @@ class Result(msgspec.Struct, frozen=True):
     detail: str = ""
     """For a person: why, unless the numbers say it."""
     changelog_record_count: int = 0
+    changelog_foreign_count: int = 0
+    """Records that no owner of the partition wrote: they are left out."""
     entries_compared: int = 0
     entries_superseded: int = 0
     """Not compared, because the store is behind and the next restore sets them."""
@@ -141,6 +148,7 @@ def verify(
             verdict,
             detail,
             changelog_record_count=reading.count,
+            changelog_foreign_count=reading.foreign.count,
             changelog_end_offset=reading.end_offset,
             changelog_position=asdict(reading.position),
             behind=reading.behind,
@@ -155,6 +163,10 @@ def verify(
             if away:
                 return replace(result, verdict="stale", detail=away)
             return _Comparison(store, truth, next_offset, differences_max, progress).run(result)
+        except StoreAhead as error:
+            return replace(result, verdict="ahead", detail=str(error))
+        except RecordsLost as error:
+            return replace(result, verdict="unreadable", detail=str(error))
         except StoreCorrupt as error:
             return replace(result, verdict="corrupt", detail=str(error))
 
@@ -185,8 +197,9 @@ class _Reading:
         self.count = self.behind = 0
         self._scratch = scratch
         self._store_next_offset = store_next_offset
-        self._last_key: bytes | None = POSITION_KEY
         start, self.end_offset = log.watermarks(CHANGELOG, partition)
+        self.foreign = Foreign(partition)
+        self._sieve = Sieve(Lineage(partition, start), self.foreign)
         with closing(log.reader(CHANGELOG)) as reader:
             reader.assign({partition: start})
             next_offset = start
@@ -195,8 +208,7 @@ class _Reading:
                     self._keep(records)
                     next_offset = records.next_offset
                 progress(Progress(partition, "reading", next_offset - start, self.end_offset - start))
-        if self._last_key != POSITION_KEY:
-            raise StoreCorrupt(f"changelog-{partition} ends within a commit; something else has written to it")
+        self._sieve.drop(0, self.end_offset)  # part of no commit: see `Follower.settle`
         (newest,) = scratch.get([POSITION_KEY])
         self.position = NO_POSITION if newest is None else codec.decode_position(newest[_OFFSET_BYTES:])
 
@@ -205,17 +217,23 @@ class _Reading:
         count = bisect_left(records.offsets, self.end_offset)
         if not count:
             return
-        keys: list[bytes] = []
-        values: list[bytes | None] = []
-        for offset, key, value in zip(records.offsets[:count], records.keys, records.values, strict=False):
-            if key is None:
-                raise StoreCorrupt(f"changelog-{records.partition}: the record at {offset} has no key")
-            keys.append(key)
-            values.append(offset.to_bytes(_OFFSET_BYTES, "big") + (value or b""))
-        self._scratch.write(keys, values)
-        self._last_key = keys[-1]
+        ended = Records(
+            records.partition,
+            records.offsets[:count],
+            records.at_ms[:count],
+            records.keys[:count],
+            records.values[:count],
+            records.next_offset,
+        )
+        self._sieve.take(ended)
+        held = len(self._sieve)
+        offsets, keys, values = self._sieve.pop(held if held > _HELD_MAX else self._sieve.whole)
+        found = [
+            offset.to_bytes(_OFFSET_BYTES, "big") + (value or b"") for offset, value in zip(offsets, values, strict=True)
+        ]
+        self._scratch.write(keys, found)
         self.count += len(keys)
-        self.behind += max(0, count - bisect_left(records.offsets, self._store_next_offset))
+        self.behind += len(offsets) - bisect_left(offsets, self._store_next_offset)
 
 
 class _Comparison:
@@ -276,22 +294,22 @@ class _Comparison:
             if key == POSITION_KEY:
                 return "the position"
             if tag == TAG_DEFINITION:
-                return f"the definition of view {rest.decode()}"
+                view, definition, _ = split_key(key)
+                return f"the definition {definition.hex()} of view {view}"
             if tag == TAG_PRODUCER:
-                return f"producer {rest.decode()}"
-            view, nul, suffix = rest.partition(b"\x00")
-            if tag == TAG_SERIES and nul:
-                return self._series_name(view.decode(), suffix)
+                return f"producer {fingerprint(rest.decode())}"
+            if tag == TAG_SERIES:
+                return self._series_name(*split_key(key))
         except (BadRecord, UnicodeDecodeError):
             pass
         return f"unknown key {key.hex()}"
 
-    def _series_name(self, view: str, suffix: bytes) -> str:
+    def _series_name(self, view: str, definition: bytes, suffix: bytes) -> str:
         _, values = parse_suffix(suffix)
-        (newest,) = self._truth.get([definition_key(view)])
+        (newest,) = self._truth.get([definitions_prefix(view) + definition])
         names: tuple[str, ...] = ()
         if newest is not None and len(newest) > _OFFSET_BYTES:
-            names = codec.decode_view(newest[_OFFSET_BYTES:]).definition.labels
+            names = codec.decode_definition(newest[_OFFSET_BYTES:]).definition.labels
         if len(names) != len(values):
             names = tuple(f"label{i}" for i in range(len(values)))
         pairs = (f"{name}={msgspec.json.encode(value).decode()}" for name, value in zip(names, values, strict=True))
@@ -323,7 +341,7 @@ def _decoded(key: bytes, value: bytes) -> Any:
         if key[:1] == TAG_PRODUCER:
             return asdict(codec.decode_folded(value))
         if key[:1] == TAG_DEFINITION:
-            entry = codec.decode_view(value)
+            entry = codec.decode_definition(value)
             return {"definition": describe(entry.definition), "series_count": entry.series_count}
         kind = KINDS[msgspec.msgpack.decode(value[1:])[0]]
         return codec.decode_states(kind, [value])[0]

@@ -1,4 +1,4 @@
-"""Ends a worker that stands still: partitions with lag whose position does not move although the log is there.
+"""Ends a process that stands still: partitions with lag whose position does not move although the log is there, and threads.
 
 What stands still is a bug, or a disk or a lock that never comes back; a restart is the way out of all of them. What only
 waits for the log is none of that: it goes on by itself.
@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import pipeline.metrics as m
@@ -18,13 +18,19 @@ from pipeline.core.task import Phase
 from pipeline.errors import PipelineError, Stalled
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
+from pipeline.threads import LoopThread
 from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.5
+LOOK_S = 0.5
 WAIT_S = 120.0
-"""How long a partition of ours may wait without any other getting on: more than all calls of a start take that fail."""
+"""How long a partition of ours may wait without any other getting on, and a step of a thread may take.
+
+It is more than all calls of a start take that fail.
+"""
+CALLS_OF_A_STEP = 4
+"""Calls, each with the timeout `kafka_timeout_ms`, that a thread makes between two signs of life, at most."""
 AWAY_S = 5.0
 """Silence of the log, or of our own process, behind which everything gets the whole time again."""
 
@@ -100,19 +106,24 @@ def look_at(
 ) -> dict[int, Seen]:
     """What partitions look like. An assigned one that is neither folding nor restoring waits for a call, which has its own
     limit, or for others: for a thread that restores, a copy that is to be closed, or its own last life's end.
+
+    A restore that waits for the log, behind a transaction of somebody else, owes nothing, and neither does what waits for
+    its thread: a restart would wait for the same, and take the partitions that fold with it.
     """
     seen: dict[int, Seen] = {}
+    held_up = False
     for number, partition in partitions.items():
         if partition.started:
             next_offset = partition.task.position.next_offset
             committing = partition.task.phase in (Phase.FROZEN, Phase.COMMITTING)
             seen[number] = Seen((next_offset,), max(0, ends.get(number, 0) - next_offset), committing)
         elif (restore := progress.get(number)) is not None and not restore.done:
-            seen[number] = Seen((restore.entries, restore.remaining), restore.remaining)
+            held_up = held_up or bool(restore.waiting)
+            seen[number] = Seen((restore.entries, restore.remaining), 0 if restore.waiting else restore.remaining)
     others = (sum(it.started for it in partitions.values()), sum(it.entries for it in [*progress.values()]))
     for number in assigned:
         if number not in seen:
-            seen[number] = Seen(others, ends.get(number, 0), waiting=True)
+            seen[number] = Seen(others, 0 if held_up else ends.get(number, 0), waiting=True)
     return seen
 
 
@@ -125,11 +136,23 @@ def stacks() -> str:
     return "\n".join(parts)
 
 
-class Watchdog:
-    """A thread that looks each time the log has told its ends, and ends the worker when a partition stalls.
+def silent(
+    threads: Sequence[LoopThread], since_s: float, now_s: float, *, silent_s: float
+) -> list[tuple[LoopThread, float]]:
+    """Return which of the threads that run took no step for `silent_s` after `since_s`, and for how long.
 
-    `ends` says when the log told them last, on `clock`, and what it told; `look` what the partitions look like then.
-    `on_fatal` is called once, from this thread, behind a dump of all threads' stacks to the log.
+    A thread whose steps all fail with what nobody expected is one of them, and one that has died.
+    """
+    waits = [(it, now_s - max(it.beat_s, since_s)) for it in threads if it.started and not it.stopping.is_set()]
+    return [(it, wait_s) for it, wait_s in waits if wait_s >= silent_s]
+
+
+class Watchdog:
+    """A thread that looks each time the log has told its ends, and ends the process when a partition or a thread stalls.
+
+    `ends` says when the log told them last, on `clock`, and up to where it can be read; `look` what the partitions look like
+    then. `threads` are those without which nobody would notice anything, such as who asks for the ends; a step of them takes
+    less than `silent_s`. `on_fatal` is called once, from this thread, behind a dump of all threads' stacks to the log.
     """
 
     def __init__(
@@ -141,10 +164,13 @@ class Watchdog:
         stall_timeout_ms: int,
         commit_timeout_ms: int,
         on_fatal: Callable[[BaseException], None],
+        threads: Sequence[LoopThread] = (),
+        silent_s: float = WAIT_S,
+        look_s: float = LOOK_S,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.stalled = False
-        """Whether it has ended the worker: what stands still may not stop either."""
+        """Whether it has ended the process: what stands still may not stop either."""
         self._ends = ends
         self._look = look
         self._stall_s = stall_timeout_ms / 1000
@@ -152,36 +178,56 @@ class Watchdog:
         self._on_fatal = on_fatal
         self._metrics = metrics
         self._since: dict[int, Since] = {}
+        self._clock = clock
+        self._threads = threads
+        self._silent_s = silent_s
+        self._looked_s = self._awake_s = clock.monotonic_s()
+        """When it looked at threads last, and since when it has done so without a break of the whole process."""
         self._told_s = clock.monotonic_s()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pipeline-watchdog", daemon=True)
+        self.thread = LoopThread("pipeline-watchdog", self.step, log=_log, clock=clock, metrics=metrics, interval_s=look_s)
         metrics.inc(m.STALLS, 0)
 
     def start(self) -> None:
         """Begin, unless `stall_timeout_ms` is 0."""
         if self._stall_s:
-            self._thread.start()
+            self.thread.start()
 
     def stop(self) -> None:
         """End, without waiting. Twice is fine."""
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self.stalled and not self._stop.wait(_LOOK_S):
-            self.step()
+        self.thread.stop()
 
     def step(self) -> None:
-        """Look, if the log has told something new. For whoever drives it without a thread, too."""
+        """Look at the threads, and at the partitions if the log has told something new."""
+        self._look_at_threads()
+        if not self.stalled:
+            self._look_at_partitions()
+
+    def _look_at_threads(self) -> None:
+        before_s, now_s = self._looked_s, self._clock.monotonic_s()
+        self._looked_s = now_s
+        if now_s - before_s > AWAY_S:
+            self._awake_s = now_s
+        found = silent(self._threads, self._awake_s, now_s, silent_s=max(self._stall_s, self._silent_s))
+        if found:
+            what = ", ".join(f"{it.name} (for {wait_s:.1f} s)" for it, wait_s in found)
+            self._end(len(found), Stalled(f"threads stand still: {what}"))
+
+    def _look_at_partitions(self) -> None:
         told_s, ends = self._ends()
         if told_s <= self._told_s:
             return
         seen = self._look(ends)
         asked_s, self._told_s = self._told_s, told_s
         self._since, stalls = judge(self._since, seen, asked_s, told_s, stall_s=self._stall_s, commit_s=self._commit_s)
-        if stalls and not self._stop.is_set():
-            self.stalled = True
-            self._metrics.inc(m.STALLS, len(stalls))
+        if stalls:
             what = ", ".join(f"{it.partition} ({it.behind} records behind, for {it.for_s:.1f} s)" for it in stalls)
-            error: PipelineError = Stalled(f"the log is there, but partitions stand still: {what} (stall_timeout_ms)")
-            _log.critical("%s; all threads:\n%s", error, stacks())
-            self._on_fatal(error)
+            self._end(len(stalls), Stalled(f"the log is there, but partitions stand still: {what} (stall_timeout_ms)"))
+
+    def _end(self, count: int, error: PipelineError) -> None:
+        if self.thread.stopping.is_set():
+            return
+        self.stalled = True
+        self.thread.stopping.set()
+        self._metrics.inc(m.STALLS, count)
+        _log.critical("%s; all threads:\n%s", error, stacks())
+        self._on_fatal(error)

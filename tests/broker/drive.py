@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +61,22 @@ class Role(UpProcess):
         """The end of what it has said."""
         return f"{self.data.name}: {self.program.stderr()[-_TAIL:]}"
 
+    def condition(self) -> str:
+        """Return, for a failure's message, whether the process runs, what its status says, and the end of its log."""
+        code = self.exit_code
+        return (
+            f"{self.data.name} "
+            + (f"ended with {code}" if code is not None else f"runs; status: {self._status()}")
+            + f"; log:\n{self.program.stderr()[-_TAIL:]}"
+        )
+
+    def _status(self) -> str:
+        try:
+            with urllib.request.urlopen(f"{self.url}/v1/status", timeout=5) as answer:
+                return str(answer.read().decode())
+        except OSError as error:
+            return f"none: {error}"
+
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._kept.close()
@@ -74,6 +90,11 @@ def worker(app: App, data: Path, *arguments: str, **settings: Any) -> Role:
 def server(app: App, data: Path, *arguments: str, **settings: Any) -> Role:
     """A query server."""
     return Role("serve", app, data, *arguments, **settings)
+
+
+def conditions(*roles: Role) -> Callable[[], str]:
+    """Return what tells the conditions of all these roles, for `wait_until`."""
+    return lambda: "\n".join(role.condition() for role in roles)
 
 
 class Supervised:

@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.cluster import ClusterServer, ClusterWorker
 from pipeline.core.codec import decode_states
-from pipeline.core.merge import KINDS
-from pipeline.core.record import labels_of, prefix_end, series_prefix
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import parse_suffix, prefix_end, split_key, view_prefix
 from pipeline.metrics import Metric
 from pipeline.ports import Store
 from pipeline.settings import KafkaSettings, LogSettings, WorkerSettings
@@ -129,9 +129,9 @@ def serving(
 
 def sums(stores: Mapping[int, Store], view: str) -> dict[tuple[str, ...], Any]:
     """What a view of kind sum holds: the states of all partitions, added."""
-    prefix = series_prefix(view)
+    prefix = view_prefix(view)
     totals: Counter[tuple[str, ...]] = Counter()
     for store in stores.values():
         for key, value in store.snapshot().scan(prefix, prefix_end(prefix)):
-            totals[labels_of(key, prefix)] += decode_states(KINDS["sum"], [value])[0]  # type: ignore[assignment]
+            totals[parse_suffix(split_key(key)[2])[1]] += decode_states(KINDS["sum"], [value])[0]  # type: ignore[assignment]
     return dict(totals)

@@ -17,8 +17,8 @@ from confluent_kafka import Consumer
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.core.codec import encode_position
-from pipeline.core.record import POSITION_KEY, Position, series_prefix
+from pipeline.core.codec import FORMAT, encode_position
+from pipeline.core.record import POSITION_KEY, Position, view_prefix
 from pipeline.ports import Message, Transaction
 from pipeline.settings import KafkaSettings
 from pipeline.topics import CHANGELOG
@@ -29,6 +29,7 @@ from tests.support import pipeline, wait_until
 
 PARTITIONS = 3
 ALL = frozenset(range(PARTITIONS))
+NEWER = FORMAT + 1
 
 
 @pytest.fixture
@@ -53,8 +54,8 @@ def owner(app: App, number: int = 0) -> Iterator[Transaction]:
 
 
 def refused(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -> None:
-    """One line on standard error, and nothing else but it."""
-    assert done.returncode == code, done.stderr
+    """One line on standard error, and nothing else but it. A person must bring a newer program: that is code 4."""
+    assert done.returncode == (4 if any("the newer program" in text for text in said) else code), done.stderr
     assert done.stdout == ""
     last = done.stderr.splitlines()[-1]
     assert last.startswith("pipeline: "), done.stderr
@@ -64,11 +65,17 @@ def refused(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -
 
 
 def test_an_older_worker_joins(topics: App, tmp_path: Path) -> None:
-    """It names both formats and ends with 2, having fenced nobody and opened nothing; the newer has what it had."""
-    with Inside(topics, "new", format=2) as newer, owner(topics):
+    """It names both formats and ends with 4, having fenced nobody and opened nothing; the newer has what it had."""
+    with Inside(topics, "new", format=NEWER) as newer, owner(topics):
         settled(newer, partitions=PARTITIONS)
         done = run(topics, tmp_path / "old", "--name", "old")
-        refused(done, "this program writes format 1", f"group '{topics.app}'", "writes format 2", "start the newer program")
+        refused(
+            done,
+            f"this program writes format {FORMAT}",
+            f"group '{topics.app}'",
+            f"writes format {NEWER}",
+            "start the newer program",
+        )
         assert not (tmp_path / "old" / "stores").exists()
         wait_until(lambda: newer.actives == ALL, "all to be the newer one's")
         assert not newer.failure
@@ -81,31 +88,31 @@ def test_a_newer_worker_joins(topics: App) -> None:
         settled(old, partitions=PARTITIONS)
         with Inside(topics, "older-too") as too:
             settled(old, too, partitions=PARTITIONS)
-            with Inside(topics, "new", format=3) as newer:
+            with Inside(topics, "new", format=NEWER) as newer:
                 settled(newer, partitions=PARTITIONS)
                 for it in (old, too):
                     wait_until(lambda it=it: it.failure, "the older to be told")
-                    assert it.failure.startswith("NewerFormat: this program writes format 1"), it.failure
-                    assert "writes format 3" in it.failure
+                    assert it.failure.startswith(f"NewerFormat: this program writes format {FORMAT}"), it.failure
+                    assert f"writes format {NEWER}" in it.failure
                     assert it.heard[-1].call == "failed", "and is given nothing behind that"
                 wait_until(lambda: [it.name for it in newer.membership.members()] == ["new"], "the older to be gone")
 
 
 def test_a_worker_that_is_joined_by_a_newer_one(topics: App, tmp_path: Path) -> None:
-    """Ends with 2 although it has folded for long: to start it again can't help."""
-    with worker(topics, tmp_path / "d", "--name=old") as role, Inside(topics, "new", format=2):
-        assert wait_exit(role, 30) == 2, role.tail()
-        assert "this program writes format 1" in role.tail().splitlines()[-1]
+    """Ends with 4 although it has folded for long: to start it again can't help."""
+    with worker(topics, tmp_path / "d", "--name=old") as role, Inside(topics, "new", format=NEWER):
+        assert wait_exit(role, 30) == 4, role.tail()
+        assert f"this program writes format {FORMAT}" in role.tail().splitlines()[-1]
 
 
 def test_an_older_program_under_a_name_of_before(topics: App) -> None:
     """A static member that comes back older within its session is told from what it had then."""
-    with Inside(topics, "one", static=True, format=2) as before:
+    with Inside(topics, "one", static=True, format=NEWER) as before:
         settled(before, partitions=PARTITIONS)
         before.stop(leave=False)
         with Inside(topics, "one", static=True) as after:
             wait_until(lambda: after.failure, "its end")
-            assert "writes format 1" in after.failure
+            assert f"writes format {FORMAT}" in after.failure
             assert not [it for it in after.heard if it.call == "assigned"]
 
 
@@ -156,12 +163,18 @@ def test_a_changelog_that_lacks_a_partition(app: App, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [(), ("--name=one",)], ids=["alone", "named"])
 def test_a_newer_changelog(topics: App, tmp_path: Path, name: tuple[str, ...]) -> None:
     """Refused with both formats before anybody is fenced, and left as it is."""
-    position = b"\x02" + encode_position(Position(1, 1, 1))[1:]
-    entries = [Message(CHANGELOG, 1, series_prefix("v") + b"x", b"\x02v"), Message(CHANGELOG, 1, POSITION_KEY, position)]
+    newest = bytes((NEWER,))
+    position = newest + encode_position(Position(1, 1, 1))[1:]
+    entries = [
+        Message(CHANGELOG, 1, view_prefix("v") + b"x", newest + b"v"),
+        Message(CHANGELOG, 1, POSITION_KEY, position),
+    ]
     with owner(topics, 1) as newer:
         newer.commit(entries, timeout_s=30)
         done = run(topics, tmp_path / "d", *name)
-        refused(done, "changelog-1: it has format 2, and this program reads 1: start the newer program")
+        refused(
+            done, f"changelog-1: position: it has format {NEWER}, and this program reads {FORMAT}: start the newer program"
+        )
         assert not (tmp_path / "d" / "stores").exists()
     assert len(records(topics, CHANGELOG)) == 3
 

@@ -57,7 +57,7 @@ def test_restore_from_a_compacted_changelog(app: App, tmp_path: Path) -> None:
     """Superseded entries and tombstones are gone from the topic; a fresh worker and a fresh server hold what is right."""
     create_topics(app.bootstrap, app.app, PARTITIONS, changelog=SMALL_SEGMENTS)
     expected: Counter[tuple[str, ...]] = Counter()
-    settings: dict[str, Any] = {"producer_ttl_ms": TTL_MS}
+    settings: dict[str, Any] = {"producer_ttl_ms": TTL_MS, "closed_producer_ttl_ms": TTL_MS}
 
     def publish(number: int) -> None:
         with Publisher(app.url) as publisher:  # a producer for each round: all but the last are forgotten
@@ -101,7 +101,9 @@ def test_restore_from_a_compacted_changelog(app: App, tmp_path: Path) -> None:
     after = raw_records(app.bootstrap, topic)
     assert not {(record.partition, record.key) for record in after} & deleted, "of what was deleted nothing is left"
     right = dict(expected)
-    alter(app.bootstrap, topic, {"delete.retention.ms": "86400000"})  # else a follower that pauses would begin anew
+    # Else a follower that pauses would begin anew, and a server would not even start.
+    alter(app.bootstrap, topic, {"delete.retention.ms": "86400000", "max.compaction.lag.ms": "9223372036854775807"})
+    alter(app.bootstrap, topic, {"min.compaction.lag.ms": "600000"})
     with folding(app, tmp_path / "fresh", **settings) as worker, serving(app, tmp_path / "server") as server:
         for stores in ({n: it.store for n, it in worker.partitions.items()}, dict(server.stores())):
             assert sums(stores, "sales") == right

@@ -519,6 +519,7 @@ def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineE
         partition_count=lambda: 1,
         start_offsets=lambda _: {0: 0},
         end_offsets=lambda _: {0: 3},
+        ask_ends=lambda _: {},
     )
     mock.fail(FETCH, code(name))
     reader.assign({0: 0})

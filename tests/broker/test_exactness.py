@@ -47,8 +47,9 @@ def test_publishers_killed_while_they_send(app: App, tmp_path: Path) -> None:
         check(app, roles[1:], tmp_path, senders=senders)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
-def test_worker_killed_ten_times(app: App, tmp_path: Path) -> None:
+def test_worker_killed_at_random(app: App, tmp_path: Path) -> None:
     """Under load, while it starts, and once with its stores gone when it comes back: exact, and nothing is a duplicate."""
     rng = random.Random(SEED)
     create_topics(app.bootstrap, app.app)

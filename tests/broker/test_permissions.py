@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.kafka.writer import KafkaLogWriter
@@ -36,13 +37,13 @@ def folded(role: ClusterWorker) -> object:
 def test_a_wrong_password(own: Own, tmp_path: Path) -> None:
     """Every command says so and what to check, ends with code 2, and does not wait for its time limit."""
     (tmp_path / "rows.csv").write_text("a\n1\n")
-    (tmp_path / "v").mkdir()
-    (tmp_path / "v" / "VERSION").write_text("1\n")
-    url, data = own.app.url, [f"--data={tmp_path}/d", "--port=0"]
+    with DataDir(tmp_path / "v", with_log=False):
+        pass
+    url = own.app.url
     commands = [
         ["publish", "v", str(tmp_path / "rows.csv"), "--to", url],
-        ["worker", "--from", url, *data],
-        ["serve", "--from", url, *data, "--ingest"],
+        ["worker", "--from", url, f"--data={tmp_path}/w", "--port=0"],
+        ["serve", "--from", url, f"--data={tmp_path}/s", "--port=0", "--ingest"],
         ["verify", "--from", url, f"--data={tmp_path}/v"],
         ["topics", "plan", "--to", url],
         ["topics", "apply", "--to", url],

@@ -26,7 +26,7 @@ def held(app: App) -> dict[str, list[int]]:
     return {it["name"]: it["partitions"] for it in found["members"]} if settled else {}
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
     """Each is a member with a folder; one that is killed is back under its name; SIGTERM ends all in order, with 0."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
@@ -48,7 +48,11 @@ def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
         assert sorted(it.name for it in (tmp_path / "d").iterdir()) == ["0", "1"]
         os.kill(pid, signal.SIGKILL)
         wait_said(r"w-1 was ended by (SIGKILL); again in 0.5 s")
-        wait_until(lambda: sorted(found := held(app)) == NAMES and found["w-1"], "it to be back", 60)
+
+        def seen() -> str:
+            return pipeline("status", "--from", app.url, "--json").stdout + program.stderr()
+
+        wait_until(lambda: sorted(found := held(app)) == NAMES and found["w-1"], "it to be back", 120, seen=seen)
         program.signal(signal.SIGTERM)
         assert program.wait(60) == 0, program.stderr()
     assert "has no members" in pipeline("status", "--from", app.url).stderr

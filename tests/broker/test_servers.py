@@ -14,6 +14,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline import Publisher, Reader, Token
+from pipeline.core.record import FENCE_KEY
 from pipeline.errors import NotFound, NotReady
 from pipeline.topics import CHANGELOG
 from tests.broker.drive import PUBLISHER, Role, Supervised, assert_same, check, finish, loaded, records, server, worker
@@ -54,10 +55,14 @@ def test_killed_under_load(app: App, tmp_path: Path) -> None:
         assert_same(both[0], load[1], killed)
         assert both[0] == both[1]
 
-        entries = len(records(app, CHANGELOG))
+        def entry_count() -> int:
+            return sum(record.key() != FENCE_KEY for record in records(app, CHANGELOG))
+
+        # The publisher's last batches, which say that it closes, may be under way still.
+        wait_until(lambda: metric(spared.url, m.RESTORE_ENTRIES) == entry_count(), "all entries")
+        entries = entry_count()
         assert stored > 100
         assert metric(killed.url, m.RESTORE_ENTRIES) < entries - stored / 2, "it read what it had"
-        assert metric(spared.url, m.RESTORE_ENTRIES) == entries
         killed.terminate()
         killed.start()
         assert_same(answers(killed.url, load[0]), load[1], killed)
@@ -105,9 +110,10 @@ def not_ready(role: Role) -> Iterator[Role]:
 
 @pytest.mark.timeout(150)
 def test_topics_made_anew(app: App, tmp_path: Path) -> None:
-    """Nothing of topics that are gone is in an answer: not in one of a server that was away, nor of one that has noticed."""
+    """Once it is accepted, nothing of topics that are gone is in an answer: a server was away, or has noticed."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
-    role, awake, away = worker(app, tmp_path / "worker"), server(app, tmp_path / "awake"), server(app, tmp_path / "away")
+    role = worker(app, tmp_path / "worker", "--accept-loss")
+    awake, away = (server(app, tmp_path / name, "--accept-loss") for name in ("awake", "away"))
     with role, away, awake, Reader(awake.url) as reader:
         with Publisher(app.url, **PUBLISHER) as publisher:
             publisher.sum("seen").add(7)
@@ -123,7 +129,7 @@ def test_topics_made_anew(app: App, tmp_path: Path) -> None:
                 assert reader.get("seen").value() == 7
                 time.sleep(0.02)
             create_topics(app.bootstrap, app.app, PARTITIONS)
-            wait_until(lambda: metric(awake.url, m.STORES_REBUILT) == PARTITIONS, f"it to notice; {awake.tail()}", WAIT_S)
+            wait_until(lambda: metric(awake.url, m.STORES_SET_ASIDE) == PARTITIONS, f"it to notice; {awake.tail()}", WAIT_S)
             assert _seen(awake) is None, f"{_seen(awake)}: of the topics that are gone"
             with Publisher(app.url, **PUBLISHER) as publisher:
                 publisher.sum("seen").add(5)
@@ -135,20 +141,21 @@ def test_topics_made_anew(app: App, tmp_path: Path) -> None:
             assert _value(awake, token) == 5
             assert all(end > before[number] for number, end in _ends(app).items())
             away.start()
-            assert metric(away.url, m.STORES_REBUILT) == PARTITIONS, away.tail()
+            assert metric(away.url, m.STORES_SET_ASIDE) == PARTITIONS, away.tail()
             for it in (awake, away):
                 assert _value(it, token) == 5
                 with Reader(it.url) as other, pytest.raises(NotFound):
                     other.get("old")
-        assert set(supervised.codes) <= {3}, f"{supervised.codes}; {role.tail()}"
+        assert set(supervised.codes) <= {3, 4}, f"{supervised.codes}; {role.tail()}"
 
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("large", [0, 300])
 def test_a_changelog_made_anew(app: App, tmp_path: Path, large: int) -> None:
-    """If only the changelog is lost, the worker folds all deltas that there are again, and servers come to the same."""
+    """If only the changelog is lost, and that is accepted, all deltas that there are count again, and servers follow."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
-    with worker(app, tmp_path / "worker") as role, server(app, tmp_path / "server") as reads:
+    accepting = worker(app, tmp_path / "worker", "--accept-loss"), server(app, tmp_path / "server", "--accept-loss")
+    with accepting[0] as role, accepting[1] as reads:
         with Supervised(role) as supervised, Publisher(app.url, **PUBLISHER) as publisher:
             publisher.sum("old").add(3)
             wide = publisher.sum("wide", labels=("n",))
@@ -162,11 +169,11 @@ def test_a_changelog_made_anew(app: App, tmp_path: Path, large: int) -> None:
                 wide.add(1, n=str(n))  # as many entries as the changelog held: its end alone tells nothing
             view.add(1)
             token = publisher.flush(timeout_s=WAIT_S)
-            wait_until(lambda: metric(reads.url, m.STORES_REBUILT) == PARTITIONS, f"it to notice; {reads.tail()}", WAIT_S)
+            wait_until(lambda: metric(reads.url, m.STORES_SET_ASIDE) == PARTITIONS, f"it to notice; {reads.tail()}", WAIT_S)
             assert _value(reads, token) == 6
             with Reader(reads.url) as reader:
                 assert reader.get("old").value() == 3
-        assert supervised.codes == [3], f"{supervised.codes}; {role.tail()}"
+        assert supervised.codes in ([3], [4]), f"{supervised.codes}; {role.tail()}"
 
 
 def _ends(app: App) -> Counter[int]:

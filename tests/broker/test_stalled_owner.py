@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import Publisher, Reader
-from pipeline.producer.cell import Cell
+from pipeline.publisher.views import SumSeries
 from tests.broker.drive import PUBLISHER, Role, Sender, check, finish, loaded, server, torn_commits, wait_exit, worker
 from tests.broker.kafka import App, create_topics
 
@@ -80,7 +80,7 @@ def test_taken_over_while_it_works(app: App, tmp_path: Path) -> None:
             assert third.exit_code is None, third.tail()
 
 
-def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: Sequence[Cell]) -> int:
+def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: Sequence[SumSeries]) -> int:
     """SIGSTOP in the midst of a commit; how often each of `cells` was added to."""
     rng = random.Random(SEED)
     rounds = 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,14 +28,15 @@ def test_a_fold_that_hangs_ends_the_worker(app: App, tmp_path: Path, caplog: pyt
     worker = worker_at(app, tmp_path / "worker", errors=errors, stall_timeout_ms=3_000)
     release = threading.Event()
 
-    def hang_here(_: object) -> None:
+    def hang_here(fold: Callable[[Any], Any], records: Any) -> Any:
         release.wait(100)
+        return fold(records)  # else the loop, which is told to stop between folds, would try again for ever
 
     try:
         worker.start()
         assert worker.wait_ready(30)
         for partition in worker.partitions.values():
-            partition.fold = hang_here  # type: ignore[method-assign, assignment]
+            partition.fold = partial(hang_here, partition.fold)  # type: ignore[method-assign]
         with Publisher(app.url) as publisher:
             publisher.sum("v").add(1)
         wait_until(lambda: errors, "the end", 30)
@@ -45,7 +49,7 @@ def test_a_fold_that_hangs_ends_the_worker(app: App, tmp_path: Path, caplog: pyt
         assert time.monotonic() - began_s < 15
     finally:
         release.set()
-        worker._loop.stop()
+        assert worker._loop.stop(30)
 
 
 def test_a_worker_that_is_restored_and_idle_is_let_alone(app: App, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def drive(app: App, tmp_path: Path) -> Drive:
     return Drive(app, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_join_and_leave(app: App, tmp_path: Path, drive: Drive) -> None:
     """A second worker is given its share under load, and the first hands over all it has: exact, and both exit with 0."""

@@ -59,6 +59,9 @@ class ThrottledStores:
     def destroy(self, partition: int) -> None:
         self._stores.destroy(partition)
 
+    def set_aside(self, partition: int, reason: str) -> str:
+        return self._stores.set_aside(partition, reason)
+
     def close(self) -> None:
         self._stores.close()
 

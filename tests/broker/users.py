@@ -49,7 +49,12 @@ LEAST = {
         (DEAD_LETTERS, "WRITE"),
         (ID, "WRITE"),
     },
-    "server": {(DELTAS, "DESCRIBE"), (CHANGELOG, "READ"), (DEAD_LETTERS, "DESCRIBE")},
+    "server": {
+        (DELTAS, "DESCRIBE"),
+        (CHANGELOG, "READ"),
+        (CHANGELOG, "DESCRIBE_CONFIGS"),
+        (DEAD_LETTERS, "DESCRIBE"),
+    },
     "operator": {
         (topic, operation)
         for topic in (DELTAS, CHANGELOG, DEAD_LETTERS)

@@ -153,7 +153,7 @@ def test_on_a_terminal(server: UpProcess) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--port", "70000"), "'--port'"),
+        (("--port", "70000"), "--port"),
         (("--port", "0", "--host", "192.0.2.1"), "can't listen on 192.0.2.1:0"),
         (("--port", "0", "--labels", "nothing"), "--labels nothing: NAME=TAG,TAG is needed"),
         (("--port", "0", "--labels", "a{=x"), "--labels a{=x: NAME=TAG,TAG is needed"),

@@ -45,20 +45,23 @@ def test_the_name_of_an_app_without_one() -> None:
         ({"default.topic.config": {"acks": 1}}, "default.topic.config is fixed"),
         ({"delivery.report.only.error": True}, "delivery.report.only.error is fixed"),
         ({"auto.commit.enable": True}, "auto.commit.enable is fixed"),
-        ({"acsk": 1}, 'No such configuration property: "acsk"'),
-        ({"socket.timeout.ms": "soon"}, 'Invalid value for configuration property "socket.timeout.ms"'),
-        ({"socket.timeout.ms": -5}, '"socket.timeout.ms" value -5 is outside allowed range 10..300000;'),
-        ({"debug": None}, '"debug"'),
-        ({"fetch.min.bytes": [1]}, '"fetch.min.bytes"'),
-        ({"retries": 0}, "`retries` must be set >= 1"),
-        ({"max.in.flight": 10}, "`max.in.flight` must be set <= 5"),
-        ({"queuing.strategy": "lifo"}, "`queuing.strategy` must be set to `fifo`"),
-        ({"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN"}, "sasl.username and sasl.password must be set"),
-        ({"security.protocol": "SSL", "ssl.ca.location": "/nope"}, "ssl.ca.location failed"),
+        ({"acsk": 1}, "acsk"),
+        ({"socket.timeout.ms": "soon"}, "socket.timeout.ms"),
+        ({"socket.timeout.ms": -5}, "socket.timeout.ms"),
+        ({"debug": None}, "debug"),
+        ({"fetch.min.bytes": [1]}, "fetch.min.bytes"),
+        ({"retries": 0}, "retries"),
+        ({"max.in.flight": 10}, "max.in.flight"),
+        ({"queuing.strategy": "lifo"}, "queuing.strategy"),
+        ({"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN"}, "sasl.username"),
+        ({"security.protocol": "SSL", "ssl.ca.location": "/nope"}, "ssl.ca.location"),
     ],
 )
 def test_a_wrong_option(options: dict[str, Any], said: str) -> None:
-    """Named before anything is connected to, as a setting; those that carry a guarantee can't be changed, by no alias."""
+    """Named before anything is connected to, as a setting; those that carry a guarantee can't be changed, by no alias.
+
+    What is wrong with the others librdkafka says in its own words; ours are which setting and which option.
+    """
     with pytest.raises(Invalid) as error:
         Publisher(URL, kafka=options)
     assert str(error.value).startswith("setting kafka: ")
@@ -69,12 +72,12 @@ def test_a_wrong_option(options: dict[str, Any], said: str) -> None:
     ("flag", "variable", "text", "said"),
     [
         ("kafka.acks=1", "", "", "setting kafka: acks is fixed"),
-        ("kafka=oops", "", "", "setting kafka: Input should be a valid dictionary"),
+        ("kafka=oops", "", "", "setting kafka: a table of options is needed, got "),
         ("", "{", "", "setting kafka: PIPELINE_KAFKA must be a JSON object: "),
-        ("", "[1]", "", "setting kafka: Input should be a valid dictionary"),
+        ("", "[1]", "", "setting kafka: a table of options is needed, got "),
         ("", '{"acks": 1}', "", "setting kafka: acks is fixed"),
         ("", "", '[kafka]\nacks = "1"\n', "setting kafka: acks is fixed"),
-        ("", "", "kafka = 1\n", "setting kafka: Input should be a valid dictionary"),
+        ("", "", "kafka = 1\n", "setting kafka: a table of options is needed, got "),
     ],
 )
 def test_wherever_it_is_said(tmp_path: Path, flag: str, variable: str, text: str, said: str) -> None:
@@ -99,6 +102,7 @@ def test_what_librdkafka_repeats_is_logged_seldom() -> None:
     seldom = Seldom()
     assert shown("FAIL [a#producer-1] h:1 refused (after 0ms)", 0)
     assert not shown("FAIL [a#producer-2] h:1 refused (after 7ms)", 59)
+    assert not shown("FAIL [a#producer-1] h:1 refused (after 0ms, 3 identical error(s) suppressed)", 59)
     assert shown("FAIL [a#producer-1] h:2 refused (after 0ms)", 59)
     assert shown("FAIL [a#producer-1] h:1 refused (after 0ms)", 61)
     for n in range(5_000):

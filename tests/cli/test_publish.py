@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import Reader, Token
+from pipeline import Publisher, Reader, Token
 from tests.cli.conftest import Here
 from tests.support import PROGRAM, Terminal, UpProcess, environment, pipeline
 
@@ -144,6 +144,43 @@ def test_values_of_kind_last(server: UpProcess) -> None:
         assert [(key, repr(value)) for key, value in found.items()] == [(key, repr(value)) for key, value in values.items()]
 
 
+@pytest.mark.parametrize("ts", [None, 5])
+def test_of_lines_of_one_time_the_later_wins(server: UpProcess, ts: int | None) -> None:
+    """Whichever value is the larger, within a run and from one run to the next; also when the file says the time."""
+    view = f"newest_{ts}"
+    for first, second in (("running", "done"), ("done", "running"), (1, 0), (0, 1)):
+        text = "".join(json.dumps({"k": "x", "v": value, "t": ts or 0}) + "\n" for value in (first, second))
+        options = (
+            "--kind",
+            "last",
+            "--value",
+            "v",
+            "--labels",
+            "k",
+            *(["--ts", "t"] if ts else []),
+            "--format",
+            "ndjson",
+            "-",
+        )
+        report = publish_ok(server, view, *options, input=text)
+        assert answer_of(server, view, report["token"]) == {"x": second}
+
+
+def test_a_line_far_ahead_of_now_is_bad(server: UpProcess, tmp_path: Path) -> None:
+    """It would silence its series; it is told of before anything is sent, or left out."""
+    file = tmp_path / "ahead.csv"
+    file.write_text(f"v,t\n1,5\n2,{2**53}\n3,2100-01-01T00:00:00Z\n")
+    arguments = ("publish", "ahead", "--to", server.url, "--kind", "last", "--value", "v", "--ts", "t", str(file))
+    done = pipeline(*arguments)
+    assert done.returncode == 1
+    assert f"line 3: column t: {2**53} is too far ahead of now" in done.stderr
+    assert "line 4: column t: 4102444800000 is too far ahead of now" in done.stderr
+    done = pipeline(*arguments, "--skip-bad", "--json")
+    report = json.loads(done.stdout)
+    assert (report["lines"], report["bad_lines"]) == (1, 2)
+    assert answer_of(server, "ahead", report["token"]) == {"": 1}
+
+
 def test_many_lines_arrive_once(server: UpProcess, tmp_path: Path) -> None:
     """More than any buffer or batch holds: the view is exact, and each line is one delta."""
     count = 120_000
@@ -166,6 +203,22 @@ def test_a_view_that_is_there_is_kept(server: UpProcess) -> None:
         done = pipeline("publish", "kept", "--to", server.url, "--value", "v", *options, "-", input=text)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"pipeline: view kept is sum(a, b) at {server.url}, not {other}\n"
+
+
+def test_a_view_with_several_definitions(server: UpProcess) -> None:
+    """What others have defined beside it does not keep anybody from publishing what is there."""
+    text = "a,b,v\nx,y,1\n"
+    publish_ok(server, "several", "--value", "v", "--labels", "a", "-", input=text)
+    with Publisher(server.url) as publisher:
+        publisher.sum("several", labels=("a", "b")).add(10, a="x", b="y")
+    with Publisher(server.url) as publisher:
+        publisher.max("several").observe(5)
+    for labels in ("a", "a,b"):
+        report = publish_ok(server, "several", "--value", "v", "--labels", labels, "-", input=text)
+    assert answer_of(server, "several", report["token"]) == {"x/": 2, "x/y": 11}
+    done = pipeline("publish", "several", "--to", server.url, "--value", "v", "--labels", "b", "-", input=text)
+    assert done.returncode == 2
+    assert f"at {server.url}, not sum(b)" in done.stderr
 
 
 def test_a_monotone_view(server: UpProcess) -> None:

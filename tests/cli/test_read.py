@@ -140,18 +140,20 @@ def test_status(here: Here, server: UpProcess, token: str) -> None:
         (("get", "revenue", "--limit", "0"), 2, "limit"),
         (("get", "revenue", "--top", "many"), 2, "--top"),
         (("get", "revenue", "--after", "yesterday"), 2, "not a token: 'yesterday'"),
-        (("get", "revenue", "--after", "0-999999", "--timeout-ms", "50"), 1, "not at 999999, after 50 ms"),
+        (("get", "revenue", "--after", "0-999999"), 2, "not a token: '0-999999'"),
+        (("get", "revenue", "--after", "other~0-1", "--timeout-ms", "60000"), 2, "the topic was made anew since, or"),
+        (("get", "revenue", "--after", "TOPIC~0-999999", "--timeout-ms", "50"), 1, "not at 999999, after 50 ms"),
         (("get", "--top", "5"), 2, "pipeline get VIEW"),
         (("get", "revenue", "--from", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: ConnectionRefusedError"),
         (("status", "--from", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: ConnectionRefusedError"),
         (("status", "--from", "127.0.0.1"), 2, "not a server's address: '127.0.0.1'; it looks like http://host:8080"),
-        (("gett", "revenue"), 2, "No such command 'gett'"),
+        (("gett", "revenue"), 2, "gett"),
     ],
 )
 def test_a_wrong_call(here: Here, server: UpProcess, token: str, arguments: Sequence[str], code: int, said: str) -> None:
     """One line on standard error says what is wrong; exit code 2 if the call is, 1 if the server can't."""
     to = () if "--from" in arguments or arguments[0] == "gett" else ("--from", server.url)
-    done = here(*arguments, *to)
+    done = here(*[it.replace("TOPIC", token.partition("~")[0]) for it in arguments], *to)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.adapters.http import HttpReader
 from pipeline.connect import Publisher
-from tests.support import PROGRAM, Terminal, UpProcess, environment, pipeline
+from tests.support import PROGRAM, Terminal, UpProcess, environment, everything, pipeline
 
 SERIES = 6_000
 PARTITIONS = 2
@@ -27,8 +27,7 @@ def fill(url: str) -> None:
 def answers(url: str, *views: str) -> list[Any]:
     """Every series of these views, once all that the log holds is folded."""
     with HttpReader(url) as reader:
-        end_offsets = {p["partition"]: p["end_offset"] for p in reader.status()["partitions"]}
-        after = ".".join(f"{partition}-{end}" for partition, end in sorted(end_offsets.items()))
+        after = everything(reader)
         return [reader.get(view, limit=1_000_000, after=after).series for view in views]
 
 

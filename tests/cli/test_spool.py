@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Here
-from tests.producer.spool.support import VIEW, new_spool, suffix
-from tests.producer.spool.test_journal import filled
+from tests.producer.test_rescue import filled
+from tests.publisher.spool.support import Recorder
 
 
 def test_left_and_live(tmp_path: Path, here: Here) -> None:
     """One line for each slot, with what waits in it; as JSON with the same names as in Python."""
-    spool, _ = filled(tmp_path / "s")
+    spool = filled(tmp_path / "s").spool
     spool.close()
-    live = new_spool(tmp_path / "s", "q")
+    live = Recorder(tmp_path / "s", "q")
     shown = here("spool", "ls", str(tmp_path / "s"))
     assert shown.returncode == 0
     first, second, last = shown.stdout.splitlines()
@@ -23,22 +23,22 @@ def test_left_and_live(tmp_path: Path, here: Here) -> None:
     assert second.startswith("q  live  epoch 0  ")
     assert last.startswith("1 live, 1 left, ")
     slots = json.loads(here("spool", "ls", str(tmp_path / "s"), "--json").stdout)["slots"]
-    assert [(slot["producer_id"], slot["live"], slot["delta_count"]) for slot in slots] == [("p", False, 6), ("q", True, 0)]
-    live.close()
+    assert [(slot["slot"], slot["live"], slot["delta_count"]) for slot in slots] == [("p", False, 6), ("q", True, 0)]
+    live.spool.close()
 
 
 def test_drained(tmp_path: Path, here: Here) -> None:
     """What was sent is gone from the spool; what lives is left alone."""
-    spool, _ = filled(tmp_path / "s")
+    spool = filled(tmp_path / "s").spool
     spool.close()
-    live = new_spool(tmp_path / "s", "q")
-    live.append_state(live.define(VIEW, suffix("a")), 1, 1)
+    live = Recorder(tmp_path / "s", "q")
+    live.add("a")
     done = here("spool", "drain", str(tmp_path / "s"), "--to", f"embedded:{tmp_path / 'log'}")
     assert done.returncode == 0, done
     assert done.stdout.splitlines() == ["p  2 batches acknowledged, 6 deltas were in none before", "q  live: not touched"]
-    live.close()
+    live.spool.close()
     done = here("spool", "drain", str(tmp_path / "s"), "--to", f"embedded:{tmp_path / 'log'}", "--json")
-    assert [(slot["producer_id"], slot["batch_count"]) for slot in json.loads(done.stdout)["slots"]] == [("q", 1)]
+    assert [(slot["slot"], slot["batch_count"]) for slot in json.loads(done.stdout)["slots"]] == [("q", 1)]
     assert here("spool", "ls", str(tmp_path / "s")).stdout == "0 live, 0 left, 0 bytes\n"
 
 

@@ -88,6 +88,7 @@ class Crew:
     """A supervisor in a thread, of children that each run a Python text with a file of their own to append lines to."""
 
     def __init__(self, folder: Path, *texts: str, drain_s: float = 60.0, first_s: float = 0.001) -> None:
+        folder.mkdir(exist_ok=True)
         self.files = [folder / f"{index}.txt" for index in range(len(texts))]
         self.said: list[tuple[str, str]] = []
         self.stop = Stop()
@@ -160,6 +161,16 @@ def test_a_child_that_ends_well_is_not_started_again(tmp_path: Path) -> None:
     wait_until(lambda: ("0", "ended with 0") in crew.said and "ready" in crew.lines(1), "the end of one", 60)
     assert crew.end() == 0
     assert (crew.runs(0), crew.runs(1)) == (1, 1)
+
+
+def test_what_a_person_must_decide_is_not_started_again(tmp_path: Path) -> None:
+    """After exit code 4 the others go on without it, and the code tells at the end."""
+    crew = Crew(tmp_path, "sys.exit(4)", POLITE)
+    wait_until(lambda: any("a person must decide" in what for _, what in crew.said) and "ready" in crew.lines(1), "it", 60)
+    assert crew.end() == 4
+    assert (crew.runs(0), crew.runs(1)) == (1, 1)
+    alone = Crew(tmp_path / "alone", "sys.exit(4)")
+    assert (alone.wait(), alone.runs()) == (4, 1)
 
 
 def test_a_wrong_call_ends_all(tmp_path: Path) -> None:

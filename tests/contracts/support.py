@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.adapters.cleaner import Cleaner
@@ -19,7 +19,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.rocks import RocksStores
-from pipeline.ports import Log, LogReader, Message, Stores, Transaction
+from pipeline.ports import Log, LogReader, Message, Store, Stores, Transaction
 from pipeline.settings import KafkaSettings, LogSettings
 from pipeline.topics import Topic
 from tests.broker.kafka import admin_client
@@ -34,9 +34,14 @@ class ManualClock:
 
     def __init__(self) -> None:
         self.at_ms = 1_700_000_000_000
+        self._ns = 0
 
     def now_ms(self) -> int:
         return self.at_ms
+
+    def rising_ns(self) -> int:
+        self._ns = max(self._ns + 1, self.at_ms * 1_000_000)
+        return self._ns
 
     def monotonic_s(self) -> float:
         return time.monotonic()
@@ -77,6 +82,18 @@ class LogLab(Protocol):
         """Compact all that is in `table` now; False if that can't be done at will."""
         ...
 
+    def leave_open(self, topic: str, partition: int, *values: bytes) -> Hanging | None:
+        """Append in a transaction of somebody else, who then hangs; None if the log lets nobody do that."""
+        ...
+
+
+class Hanging(Protocol):
+    """A transaction that is open."""
+
+    def commit(self) -> None: ...
+
+    def abort(self) -> None: ...
+
 
 class MemoryLab:
     """The log in memory."""
@@ -102,6 +119,9 @@ class MemoryLab:
             end_offset = self.log.watermarks("table", partition).end_offset
             self._memory.compact("table", partition, end_offset, drop_tombstones=drop_tombstones)
         return True
+
+    def leave_open(self, topic: str, partition: int, *values: bytes) -> Hanging | None:
+        return self._memory.leave_open([Message(topic, partition, None, value) for value in values])
 
 
 class EmbeddedLab:
@@ -144,6 +164,28 @@ class EmbeddedLab:
                 self.log.append([Message("table", partition, b"\xff\xff", b"")], timeout_s=DEADLINE_S)
             self.clean()
         return True
+
+    def leave_open(self, topic: str, partition: int, *values: bytes) -> Hanging | None:
+        return None
+
+
+class KafkaHanging:
+    """A producer of somebody else, with a transaction that has reached the broker."""
+
+    def __init__(self, bootstrap: str, topic: str, partition: int, *values: bytes, timeout_ms: int = 600_000) -> None:
+        options = {"bootstrap.servers": bootstrap, "transaction.timeout.ms": timeout_ms, "linger.ms": 0}
+        self._producer = Producer({**options, "transactional.id": f"stranger-{uuid.uuid4().hex[:10]}"})
+        self._producer.init_transactions(DEADLINE_S)
+        self._producer.begin_transaction()
+        for value in values:
+            self._producer.produce(topic, value, partition=partition)
+        assert not self._producer.flush(DEADLINE_S)
+
+    def commit(self) -> None:
+        self._producer.commit_transaction(DEADLINE_S)
+
+    def abort(self) -> None:
+        self._producer.abort_transaction(DEADLINE_S)
 
 
 class KafkaLab:
@@ -190,6 +232,19 @@ class KafkaLab:
     def compact(self, *, drop_tombstones: bool = False) -> bool:
         return False
 
+    def leave_open(self, topic: str, partition: int, *values: bytes) -> Hanging | None:
+        return KafkaHanging(self.bootstrap, self.address.topic(topic), partition, *values)
+
+    def make_anew(self, topic: str) -> None:
+        """Delete a topic, and create it."""
+        name = self.address.topic(topic)
+        (gone,) = self._admin.delete_topics([name], operation_timeout=DEADLINE_S).values()
+        gone.result(DEADLINE_S)
+        until(lambda: name not in self._admin.list_topics(timeout=DEADLINE_S).topics)
+        (made,) = self._admin.create_topics([NewTopic(name, PARTITIONS)], operation_timeout=DEADLINE_S).values()
+        made.result(DEADLINE_S)
+        until(lambda: _led(self._admin, {name}))
+
     def close(self) -> None:
         names = [self.address.topic(name) for name in (self.events, self.notes, self.table)]
         self.kafka.close()
@@ -209,15 +264,23 @@ class StoreLab(Protocol):
 
     def reopen(self) -> None: ...
 
+    def aside(self, name: str) -> Store:
+        """What was set aside under this name, open."""
+        ...
+
 
 class MemoryStoreLab:
     """The stores in memory."""
 
     def __init__(self) -> None:
-        self.stores: Stores = MemoryStores()
+        self._memory = MemoryStores()
+        self.stores: Stores = self._memory
 
     def reopen(self) -> None:
         self.stores.close()
+
+    def aside(self, name: str) -> Store:
+        return self._memory.aside[name]
 
 
 class RocksStoreLab:
@@ -230,6 +293,13 @@ class RocksStoreLab:
     def reopen(self) -> None:
         self.stores.close()
         self.stores = RocksStores(self._path, LogSettings())
+
+    def aside(self, name: str) -> Store:
+        folder = self._path.with_name(f"{self._path.name}-aside")
+        folder.mkdir(exist_ok=True)
+        number = sum(1 for _ in folder.iterdir())
+        Path(name).rename(folder / str(number))
+        return RocksStores(folder, LogSettings()).open(number)
 
 
 class Row(NamedTuple):

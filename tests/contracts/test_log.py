@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.errors import Fenced, Invalid, RecordsLost, Unavailable
+from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, RecordsLost, Unavailable
 from pipeline.ports import LogReader, Message
 from tests.contracts.support import (
     DEADLINE_S,
@@ -387,6 +387,37 @@ def test_a_new_owner_fences_the_old_one(lab: LogLab) -> None:
     assert read(lab.log, lab.notes, 1) == []
 
 
+def test_a_commit_begins_where_it_has_to(lab: LogLab) -> None:
+    """Behind the end of the last one and the offset that its end takes; nothing of one that would not is ever visible.
+
+    One that was displaced can be tried again, behind what stands there.
+    """
+    transaction = lab.log.transaction("t")
+    place, markers = (lab.table, 0), transaction.marker_count
+    rows = [Message(lab.table, 0, b"%d" % number, b"v") for number in range(5)]
+    begin, kept = 0, 0
+    for count in (1, 5, 2):
+        letter = Message(lab.notes, 0, b"k", b"v")
+        covering = transaction.commit([letter, *rows[:count]], timeout_s=DEADLINE_S, begins={place: begin})
+        assert covering[1:] == [begin + count] * count or covering[1:] == [*range(begin + 1, begin + count + 1)]
+        begin, kept = begin + count + markers, kept + count
+    append(lab.log, lab.table, 0, b"of somebody else", key=b"k")
+    with pytest.raises(Displaced, match=f"begin at {begin + 1}, not at {begin}"):
+        transaction.commit(rows, timeout_s=DEADLINE_S, begins={place: begin})
+    (covers,) = transaction.commit([Message(lab.table, 0, b"k", b"fence")], timeout_s=DEADLINE_S)
+    with pytest.raises(Discontinuous, match="went back from 1000 to"):
+        transaction.commit(rows, timeout_s=DEADLINE_S, begins={place: 1_000})
+    transaction.close()
+    after = lab.log.transaction("t")
+    (covers,) = committed(lab.log, after, Message(lab.table, 0, b"k", b"fence"))
+    committed_rows = after.commit(rows, timeout_s=DEADLINE_S, begins={place: covers + markers})
+    assert committed_rows[-1] == covers + markers + len(rows)
+    until(lambda: lab.log.watermarks(*place).end_offset >= committed_rows[-1])
+    assert len(read(lab.log, lab.table, 0)) == kept + 1 + 2 + len(rows)
+    assert len(read(lab.log, lab.notes, 0)) == 3
+    after.close()
+
+
 def test_fencing_a_writer_in_full_flight(lab: LogLab) -> None:
     """However commits and takeovers meet: what an owner was told is committed is there, and nothing of it comes later."""
     committed: dict[int, list[bytes]] = {}
@@ -526,3 +557,39 @@ def test_compaction_leaves_other_topics_alone(lab: LogLab) -> None:
     lab.compact()
     assert len(read(lab.log, lab.events, 3)) == 40
     assert len(read(lab.log, lab.notes, 3)) == 20
+
+
+# What is open
+
+
+def test_the_high_watermark_is_the_end_where_nothing_is_open(lab: LogLab) -> None:
+    """Of every partition, and as soon as a message is acknowledged."""
+    for partition in range(PARTITIONS):
+        (covers,) = append(lab.log, lab.events, partition, b"x")
+        assert lab.log.high_watermarks(lab.events)[partition] >= covers
+        committed(lab.log, lab.log.transaction(f"h-{partition}"), Message(lab.events, partition, None, b"y"))
+    assert lab.log.high_watermarks(lab.events) == lab.log.end_offsets(lab.events)
+
+
+@pytest.mark.parametrize("ends", ["commit", "abort"])
+def test_an_open_transaction_ends_what_can_be_read_and_not_what_was_accepted(lab: LogLab, ends: str) -> None:
+    """Behind its beginning nothing is read, acknowledged or not; the high watermark shows what waits. Then all is well:
+    what was aborted is never read, and a reader that has read all is at the end."""
+    (before,) = append(lab.log, lab.events, 0, b"before")
+    hanging = lab.leave_open(lab.events, 0, b"theirs")
+    if hanging is None:
+        assert lab.log.high_watermarks(lab.events) == lab.log.end_offsets(lab.events)
+        return
+    try:
+        (covers,) = append(lab.log, lab.events, 0, b"behind")
+        assert lab.log.end_offsets(lab.events)[0] == lab.log.watermarks(lab.events, 0).end_offset == before
+        assert lab.log.high_watermarks(lab.events)[0] >= covers
+        assert values(read(lab.log, lab.events, 0)) == [b"before"]
+        append(lab.log, lab.events, 1, b"elsewhere")
+        assert values(read(lab.log, lab.events, 1)) == [b"elsewhere"], "other partitions are not held up"
+    finally:
+        getattr(hanging, ends)()
+    until(lambda: lab.log.end_offsets(lab.events)[0] > covers)  # its marker
+    assert lab.log.high_watermarks(lab.events) == lab.log.end_offsets(lab.events)
+    wanted = [b"before", *([b"theirs"] if ends == "commit" else []), b"behind"]
+    assert values(read(lab.log, lab.events, 0)) == wanted

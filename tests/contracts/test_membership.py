@@ -147,3 +147,21 @@ def test_one_that_does_not_know_what_there_is(error: PipelineError, tells: bool)
     wait_until(lambda: listener.heard, "a word")
     assert listener.heard == (["failed"] if tells else ["assigned"])
     assert membership.stop(leave=True, timeout_s=20)
+
+
+def test_what_its_listener_raises_is_no_secret(lab: Lab) -> None:
+    """Partitions that were given and not taken must not lie still: they are given again, or the member fails."""
+
+    class Broken(Listener):
+        def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
+            super().on_assigned(actives, standbys, generation)
+            if len(self.assigned) == 1:
+                raise RuntimeError("a bug")
+
+    listener = Broken()
+    lab.membership.start(listener)
+    wait_until(lambda: len(listener.assigned) > 1 or listener.failures, "another try, or a failure")
+    if listener.failures:
+        assert "a bug" in str(listener.failures[0])
+    else:
+        assert listener.assigned[0] == listener.assigned[1]

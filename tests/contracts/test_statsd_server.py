@@ -162,7 +162,7 @@ def test_what_has_arrived_is_taken_before_the_end() -> None:
     socks = [tcp(server, b"t%d:1|c\n" % n + b"rest") for n in range(20)]
     stopping = threading.Thread(target=server.stop)
     stopping.start()
-    wait_until(lambda: server._stopping, "the end to begin")
+    wait_until(server._thread.stopping.is_set, "the end to begin")
     heard.gate.set()
     stopping.join(30)
     for sock in socks:

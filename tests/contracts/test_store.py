@@ -152,6 +152,23 @@ def test_stores_are_apart(store_lab: StoreLab) -> None:
     assert store_lab.stores.open(1).get([b"k"]) == [b"other"]
 
 
+def test_a_store_that_is_set_aside(store_lab: StoreLab) -> None:
+    """It is kept, under a name that is told, as often as it happens; the next one is new, and the neighbours stay."""
+    other = store_lab.stores.open(1)
+    other.write([b"k"], [b"other"])
+    names = []
+    for value in (b"first", b"second"):
+        store = store_lab.stores.open(0)
+        assert store.get([b"k"]) == [None]
+        store.write([b"k"], [value])
+        store.close()
+        names.append(store_lab.stores.set_aside(0, "it is ahead of its changelog"))
+    assert len(set(names)) == 2
+    assert other.get([b"k"]) == [b"other"]
+    assert [store_lab.aside(name).get([b"k"]) for name in names] == [[b"first"], [b"second"]]
+    assert store_lab.stores.open(0).get([b"k"]) == [None]
+
+
 def test_a_snapshot_stays_as_it_was(store: Store) -> None:
     """Whatever is written later, and also to a scan that has begun; many writes make RocksDB move everything about."""
     some = [b"%05d" % number for number in range(2_000)]

@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
-from pipeline.core.codec import decode_position, decode_states, decode_view, encode_batch
-from pipeline.core.merge import KINDS
+from pipeline.core.codec import (
+    DeadLetter,
+    DefinitionEntry,
+    decode_definition,
+    decode_letter,
+    decode_position,
+    decode_states,
+    encode_batch,
+)
+from pipeline.core.kinds import KINDS
+from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -14,15 +21,18 @@ from pipeline.core.record import (
     TAG_PRODUCER,
     TAG_SERIES,
     Batch,
+    Control,
     Definition,
     Group,
-    definition_key,
+    Origin,
+    Records,
+    definitions_prefix,
     labels_of,
     producer_key,
     series_prefix,
     series_suffix,
 )
-from pipeline.core.task import Commit, DeadLetter, Task, TaskLimits
+from pipeline.core.task import Commit, Lookup, Task
 from tests.core.strategies import records
 
 NOW_MS = 5_000
@@ -31,15 +41,24 @@ NOW_MS = 5_000
 def group(definition: Definition, deltas: dict[tuple[str, ...], Any]) -> Group:
     """One delta for each series."""
     kind = KINDS[definition.kind]
-    states = [kind.collect([kind.check(value, 0)]) for value in deltas.values()]
+    states = [kind.collect([kind.check(value)]) for value in deltas.values()]
     return Group(definition, [series_suffix(labels) for labels in deltas], states)
 
 
 def batch(
-    sequence: int, *groups: Group, producer_id: str = "p", epoch: int = 0, partition: int = 0, floor: int = 0
+    sequence: int,
+    *groups: Group,
+    producer_id: str = "p",
+    epoch: int = 0,
+    partition: int = 0,
+    floor: int = 0,
+    closing: bool = False,
+    controls: Sequence[Control] = (),
+    origin: Origin | None = None,
 ) -> bytes:
     """The bytes of a batch."""
-    return encode_batch(Batch(producer_id, epoch, partition, sequence, min(floor, sequence), 0, [*groups]))
+    floor = min(floor, sequence)
+    return encode_batch(Batch(producer_id, epoch, partition, sequence, floor, 0, [*groups], closing, [*controls], origin))
 
 
 class Shell:
@@ -50,18 +69,18 @@ class Shell:
         self.log: list[bytes | None] = []
         self.store: dict[bytes, bytes] = {}
         self.dead_letters: dict[bytes, bytes] = {}
-        self.keys: list[bytes] = []
+        self.lookup = Lookup([], [])
+        self.now_ms = NOW_MS
         self.prepared: Commit
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, source_id: str = "") -> None:
         """Throw the task away, as a crash does, and start another one on what is committed."""
-        self.task = Task(0, self.limits)
+        self.task = Task(0, self.limits, source_id)
         found = self.store.get(POSITION_KEY)
         self.task.restored(
             NO_POSITION if found is None else decode_position(found),
             [value for key, value in sorted(self.store.items()) if key[:1] == TAG_DEFINITION],
-            [(key[1:].decode(), value) for key, value in sorted(self.store.items()) if key[:1] == TAG_PRODUCER],
         )
 
     def append(self, *values: bytes | None) -> None:
@@ -72,18 +91,38 @@ class Shell:
         self.append(*values)
         start = self.task.next_offset
         end = min(start + count, len(self.log))
-        self.task.fold(records({offset: self.log[offset] for offset in range(start, end)}, end))
+        self.hand_over(records({offset: self.log[offset] for offset in range(start, end)}, end))
+
+    def hand_over(self, found: Records) -> None:
+        """Hand the task records, with what it needs of the store."""
+        reading = self.task.read(found)
+        self.task.fold(reading, [self.store.get(key) for key in reading.producer_keys], now_ms=self.now_ms)
+
+    def hand_over_at(self, at_ms: int, *values: bytes) -> None:
+        """Append values that the log accepted from `at_ms` on, and fold them; without any, an empty batch."""
+        start = len(self.log)
+        self.append(*(values or (encode_batch(Batch(f"tick-{start}", 0, 0, 0, 0, at_ms, [])),)))
+        end = len(self.log)
+        self.hand_over(records({i: self.log[i] for i in range(start, end)}, end, at_ms=at_ms - start))
+
+    def sweep(self) -> None:
+        """Let the task forget producers."""
+        self.task.sweep(
+            [(key, value) for key, value in sorted(self.store.items()) if key[:1] == TAG_PRODUCER], now_ms=self.now_ms
+        )
 
     def refold(self) -> None:
         """Hand the task, once more, all records that it has read."""
         end = self.task.next_offset
-        self.task.fold(records(dict(enumerate(self.log[:end])), end))
+        self.hand_over(records(dict(enumerate(self.log[:end])), end))
 
     def freeze(self) -> None:
-        self.keys = self.task.freeze()
+        self.lookup = self.task.freeze()
 
     def prepare(self) -> None:
-        self.prepared = self.task.prepare_commit([self.store.get(key) for key in self.keys], now_ms=NOW_MS)
+        found = [self.store.get(key) for key in self.lookup.keys]
+        existing = [key for key in sorted(self.store) if key.startswith(tuple(self.lookup.prefixes))]
+        self.prepared = self.task.prepare_commit(found, existing, now_ms=self.now_ms)
 
     def write(self) -> None:
         """The Commit becomes durable."""
@@ -93,7 +132,11 @@ class Shell:
                 self.store.pop(key, None)
             else:
                 self.store[key] = value
-        self.dead_letters.update(commit.dead_letters)
+        for key, value in commit.dead_letters:
+            if value is None:
+                self.dead_letters.pop(key, None)
+            else:
+                self.dead_letters[key] = value
 
     def committed(self) -> None:
         self.write()
@@ -108,23 +151,33 @@ class Shell:
     # What is committed
 
     def series(self, view: str) -> dict[tuple[str, ...], Any]:
-        """The committed states of a view, by label values."""
-        prefix = series_prefix(view)
+        """The committed states of a view that has one definition, by label values."""
+        return self.series_of(self.definition(view))
+
+    def series_of(self, definition: Definition) -> dict[tuple[str, ...], Any]:
+        """The committed states of a definition, by label values."""
+        prefix = series_prefix(definition)
         found = {key: value for key, value in self.store.items() if key.startswith(prefix)}
-        states = decode_states(KINDS[self.definition(view).kind], [*found.values()])
+        states = decode_states(KINDS[definition.kind], [*found.values()])
         return {labels_of(key, prefix): state for key, state in zip(found, states, strict=True)}
 
+    def entries(self, view: str) -> list[DefinitionEntry]:
+        prefix = definitions_prefix(view)
+        return [decode_definition(value) for key, value in sorted(self.store.items()) if key.startswith(prefix)]
+
     def definition(self, view: str) -> Definition:
-        return decode_view(self.store[definition_key(view)]).definition
+        (entry,) = self.entries(view)
+        return entry.definition
 
     def series_count(self, view: str) -> int:
-        return decode_view(self.store[definition_key(view)]).series_count
+        (entry,) = self.entries(view)
+        return entry.series_count
 
     def has_producer(self, producer_id: str) -> bool:
         return producer_key(producer_id) in self.store
 
     def letters(self) -> list[DeadLetter]:
-        return [msgspec.msgpack.decode(value, type=DeadLetter) for value in self.dead_letters.values()]
+        return [decode_letter(value) for value in self.dead_letters.values()]
 
     def reasons(self) -> list[str]:
         return [letter.reason for letter in self.letters()]

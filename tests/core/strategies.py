@@ -1,14 +1,25 @@
 """Hypothesis strategies for the nouns of the core: deltas, states, definitions, series, batches, records."""
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from pipeline.core.codec import encode_states
-from pipeline.core.merge import INT_BITS_MAX, KINDS, TS_MS_MAX, Kind, State
-from pipeline.core.record import LABEL_COUNT_MAX, Batch, Definition, Group, Records, series_suffix
+from pipeline.core.kinds import INT_BITS_MAX, KINDS, RECORDED_NS_MAX, TS_MS_MAX, Kind, State
+from pipeline.core.record import (
+    CONTROL_ACTIONS,
+    LABEL_COUNT_MAX,
+    Batch,
+    Control,
+    Definition,
+    Group,
+    Origin,
+    Records,
+    series_suffix,
+)
 
 big_ints = (
     st.integers()
@@ -24,6 +35,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
 numbers = big_ints | floats
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 stamps = st.integers(0, TS_MS_MAX) | st.integers(0, 3)
+recorded = st.integers(0, RECORDED_NS_MAX) | st.integers(0, 3)
 scalars = st.none() | st.booleans() | texts | numbers | st.sampled_from([0, 0.0, -0.0, False, 1, 1.0, True, "", "1"])
 
 ADDITIVE = ("sum", "mean")
@@ -36,22 +48,42 @@ def families(kind: str) -> SearchStrategy[SearchStrategy[Any]]:
     A kind that is not named here is given numbers.
     """
     if kind == "last":
-        return st.just(st.tuples(stamps, scalars))
+        return st.just(st.tuples(stamps, recorded, scalars))
     if kind in ADDITIVE:
         return st.sampled_from([big_ints, grid])
     return st.just(numbers)
 
 
 def runs(kind: str, *, count: int = 1, size_max: int = 6) -> SearchStrategy[list[list[Any]]]:
-    """`count` non-empty runs of raw deltas of one family."""
-    return families(kind).flatmap(
-        lambda deltas: st.lists(st.lists(deltas, min_size=1, max_size=size_max), min_size=count, max_size=count)
-    )
+    """`count` non-empty runs of raw deltas of one family. No two of a run of `last` were recorded at the same time."""
+    unique_by = itemgetter(0, 1) if kind == "last" else None
+
+    def of(deltas: SearchStrategy[Any]) -> SearchStrategy[list[list[Any]]]:
+        run = st.lists(deltas, min_size=1, max_size=size_max, unique_by=unique_by)
+        return st.lists(run, min_size=count, max_size=count)
+
+    return families(kind).flatmap(of)
 
 
 def states(kind: str, *, count: int = 1) -> SearchStrategy[list[State]]:
     """`count` states of one family."""
     return runs(kind, count=count, size_max=3).map(lambda found: [KINDS[kind].collect(run) for run in found])
+
+
+def any_states(kind: str, *, count: int = 1) -> SearchStrategy[list[State]]:
+    """`count` states of a kind, float sums with an error term among them: their merge depends on the order a little."""
+    if kind not in ADDITIVE:
+        return states(kind, count=count)
+    run = st.lists(numbers, min_size=1, max_size=3)
+    inexact = st.lists(run.map(KINDS[kind].collect), min_size=count, max_size=count)
+    return states(kind, count=count) | inexact
+
+
+def magnitude(total: Any) -> Any:
+    """The absolute value of a sum."""
+    if type(total) is tuple:
+        return total if total[0] >= 0 else (-total[0], -total[1])
+    return abs(total)
 
 
 def image(kind: Kind, state: State) -> bytes:
@@ -72,36 +104,48 @@ label_values = texts | st.sampled_from(["", "\0", "a\0b", "\U0001f600", "x" * 31
 def definitions(draw: st.DrawFn, kinds: SearchStrategy[str] = st.sampled_from([*KINDS])) -> Definition:  # noqa: B008
     labels = draw(st.lists(names, max_size=4, unique=True) | st.just([f"l{i}" for i in range(LABEL_COUNT_MAX)]))
     kind = draw(kinds)
-    return Definition(draw(names), kind, tuple(labels), monotone=kind == "sum" and draw(st.booleans()))
+    return Definition(draw(names), kind, tuple(sorted(labels)), monotone=kind == "sum" and draw(st.booleans()))
 
 
 @st.composite
 def groups(draw: st.DrawFn, definition: Definition | None = None) -> Group:
     definition = definition or draw(definitions())
     width = len(definition.labels)
-    series = draw(st.lists(st.tuples(*[label_values] * width), max_size=4 if width < 9 else 1, unique=True))
-    found = draw(states(definition.kind, count=len(series)))
+    series = draw(st.lists(st.tuples(*[label_values] * width), min_size=1, max_size=4 if width < 9 else 1, unique=True))
+    found = draw(any_states(definition.kind, count=len(series)))
     if definition.monotone:
-        found = [abs(state) for state in found]
+        found = [magnitude(state) for state in found]
     return Group(definition, [series_suffix(labels) for labels in series], found)
 
 
 counters = st.integers(0, 2**63 - 2) | st.integers(0, 5)
 producer_ids = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25)
+controls = st.builds(
+    Control,
+    st.sampled_from(CONTROL_ACTIONS),
+    names,
+    st.sampled_from(["", *KINDS]),
+    st.none() | st.lists(names, max_size=2).map(tuple),
+)
+origins = st.builds(Origin, producer_ids, counters)
 
 
 @st.composite
 def batches(draw: st.DrawFn, groups_max: int = 3) -> Batch:
     """Batches that are right by themselves; two of them can contradict each other."""
     sequence = draw(counters)
+    producer_id = draw(producer_ids)
     return Batch(
-        producer_id=draw(producer_ids),
+        producer_id=producer_id,
         epoch=draw(counters),
         partition=draw(st.integers(0, 2**32 - 1)),
         sequence=sequence,
         floor=draw(st.integers(0, sequence)),
         created_at_ms=draw(counters),
         groups=draw(st.lists(groups(), max_size=groups_max)),
+        closing=draw(st.booleans()),
+        controls=draw(st.lists(controls, max_size=2)),
+        origin=draw(st.none() | origins.filter(lambda origin: origin.producer_id != producer_id)),
     )
 
 

@@ -1,6 +1,5 @@
 """Monotone sums in the core: what they take in, how they travel, what contradicts them."""
 
-import math
 from typing import Any
 
 import msgspec
@@ -9,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core import codec
-from pipeline.core.merge import KIND_NAMES, KINDS, kind_of
-from pipeline.core.record import Batch, Definition, Group, canonical, check_definition, series_suffix
-from pipeline.core.view import describe
+from pipeline.core.kinds import KIND_NAMES, KINDS, kind_of
+from pipeline.core.record import Batch, Definition, Group, canonical, check_definition, definition_id, series_suffix
+from pipeline.core.view import describe, merged
 from pipeline.errors import BadRecord, Invalid
 from tests.core import strategies as some
-from tests.core.driver import Shell, batch, group
+from tests.core.driver import Shell, batch, group, totals
 
 PLAIN = Definition("v", "sum", ("a",))
 RISING = Definition("v", "sum", ("a",), monotone=True)
@@ -29,7 +28,7 @@ def test_only_a_sum_is_monotone() -> None:
         with pytest.raises(Invalid, match=f"a {kind} cannot be monotone"):
             check_definition(definition, KIND_NAMES)
         with pytest.raises(BadRecord, match="cannot be monotone"):
-            codec.decode_view(codec.encode_view(codec.ViewEntry(definition, 0)))
+            codec.decode_definition(codec.encode_definition(codec.DefinitionEntry(definition, 0, 0)))
 
 
 def test_it_is_part_of_the_definition() -> None:
@@ -41,30 +40,35 @@ def test_it_is_part_of_the_definition() -> None:
 
 
 def test_only_what_is_monotone_has_a_fifth_field() -> None:
-    """All other definitions have the bytes that they always had; five fields with false are read, too."""
-    wire = {False: ["v", "sum", ["a"], 0], True: ["v", "sum", ["a"], 0, True]}
+    """All other definitions have three; five fields with false are read, too, and are the same definition."""
+    wire = {False: ["v", "sum", ["a"]], True: ["v", "sum", ["a"], 0, True]}
     for definition in (PLAIN, RISING):
-        entry = codec.ViewEntry(definition, 3)
-        value = codec.encode_view(entry)
-        assert msgspec.msgpack.decode(value[1:]) == [wire[definition.monotone], 3]
-        assert codec.decode_view(value) == entry
+        entry = codec.DefinitionEntry(definition, 3, 4)
+        value = codec.encode_definition(entry)
+        assert msgspec.msgpack.decode(value[1:]) == [wire[definition.monotone], 3, 4]
+        assert codec.decode_definition(value) == entry
         sealed = codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(definition, [X], [1])]))
-        assert msgspec.msgpack.decode(sealed[5:])[-1] == [[wire[definition.monotone], [X], [[1]]]]
-    assert codec.decode_view(codec.VERSION + msgspec.msgpack.encode([["v", "sum", ["a"], 0, False], 3])).definition == PLAIN
+        assert msgspec.msgpack.decode(sealed[9:])[-1] == [[wire[definition.monotone], [X], [[1]]]]
+    for tail in ([0], [0, False], [0, False, 0, []]):
+        value = codec.VERSION + msgspec.msgpack.encode([["v", "sum", ["a"], *tail], 3, 4])
+        assert codec.decode_definition(value).definition == PLAIN
+        assert definition_id(codec.decode_definition(value).definition) == definition_id(PLAIN)
     for fields in (["v", "sum", ["a"], 0, 1], ["v", "sum", ["a"], 0, None], ["v", "sum", ["a"], 0, True, True]):
         with pytest.raises(BadRecord):
-            codec.decode_view(codec.VERSION + msgspec.msgpack.encode([fields, 3]))
+            codec.decode_definition(codec.VERSION + msgspec.msgpack.encode([fields, 3, 4]))
 
 
-@pytest.mark.parametrize("state", [-1, -0.5, -(2**70), -math.inf, math.nan, -5e-324])
+@pytest.mark.parametrize("state", [-1, -0.5, -(2**70), (-1e16, 1.0), -5e-324])
 def test_a_negative_state_is_a_bad_record(state: Any) -> None:
-    """Wherever it stands in a batch; of a sum that may fall it is fine. NaN is not from 0 either."""
+    """Wherever it stands in a batch; of a sum that may fall it is fine. An error term may be negative, a sum not."""
     for states in ([state], [1, state, 2]):
         suffixes = [series_suffix((str(i),)) for i in range(len(states))]
         value = codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(RISING, suffixes, states)]))
         with pytest.raises(BadRecord, match="monotone"):
             codec.decode_batch(value)
         codec.decode_batch(codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(PLAIN, suffixes, states)])))
+        rising = Group(RISING, suffixes, [(1e16, -1.0)] * len(states))
+        assert codec.decode_batch(codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [rising]))).groups == [rising]
 
 
 @given(st.lists(some.numbers, min_size=1, max_size=8))
@@ -88,33 +92,39 @@ def test_it_takes_what_a_sum_takes_unless_that_is_negative(deltas: list[Any]) ->
         kind.check("1", 0)
 
 
-def test_a_negative_batch_is_a_dead_letter_whole() -> None:
-    """Nothing of it is folded, its good neighbours neither, and those behind it are."""
+def test_a_negative_group_is_a_dead_letter() -> None:
+    """Nothing of it is folded; its good neighbours are, and those behind it."""
     shell = Shell()
     good = batch(0, group(RISING, {("x",): 2}))
-    bad = batch(1, group(Definition("w", "max"), {(): 9}), Group(RISING, [series_suffix(("y",)), X], [1, -1]))
+    wrong = Group(RISING, [series_suffix(("y",)), X], [1, -1])
+    bad = batch(1, group(Definition("w", "max"), {(): 9}), wrong)
     shell.fold(good, bad, batch(2, group(RISING, {("x",): 3})))
     shell.commit()
     (letter,) = shell.letters()
-    assert (letter.offset, letter.value) == (1, bad)
+    assert (letter.offset, letter.view, letter.value) == (1, "v", batch(1, wrong))
     assert "monotone" in letter.reason
+    assert totals(shell, "w") == [9]
+    assert totals(shell) == [5]
     assert shell.definition("v") == RISING
-    assert shell.series_count("v") == shell.entry_count() == 1
     shell.restart()
     shell.fold(batch(3, group(RISING, {("x",): 4})))
     shell.commit()
     assert len(shell.dead_letters) == 1, "the definition came back as it was"
+    assert totals(shell) == [9]
 
 
 @pytest.mark.parametrize(("first", "second"), [(PLAIN, RISING), (RISING, PLAIN)])
-def test_to_be_monotone_or_not_is_a_contradiction(first: Definition, second: Definition) -> None:
-    """The first definition counts, before and after a restart; the other one is a bad record that says both."""
+def test_to_be_monotone_or_not_makes_another_definition(first: Definition, second: Definition) -> None:
+    """Both live side by side, before and after a restart; a read merges them, and is monotone only if both are."""
     shell = Shell()
-    shell.fold(batch(0, group(first, {("x",): 1})), batch(1, group(second, {("x",): 1})))
+    shell.fold(batch(0, group(first, {("x",): 1})), batch(1, group(second, {("x",): 2})))
     shell.commit()
     shell.restart()
-    shell.fold(batch(2, group(second, {("x",): 1})))
+    shell.fold(batch(2, group(second, {("x",): 4})))
     shell.commit()
-    assert [letter.offset for letter in shell.letters()] == [1, 2]
-    assert f"v is {describe(first)}; the batch says {describe(second)}" in shell.letters()[0].reason
-    assert shell.definition("v") == first
+    assert shell.letters() == []
+    assert shell.series_of(first) == {("x",): 1}
+    assert shell.series_of(second) == {("x",): 6}
+    found = merged("v", shell.entries("v"))
+    assert {*found.parts} == {first, second}
+    assert not found.definition.monotone

@@ -3,15 +3,18 @@
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.core.merge import KIND_NAMES
+from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import (
+    DEFINITION_ID_BYTES,
     LABEL_COUNT_MAX,
     LABEL_VALUE_BYTES_MAX,
     NAME_BYTES_MAX,
+    OVERFLOW,
     POSITION_KEY,
     STORE_META_KEY,
     SUFFIX_BYTES_MAX,
@@ -24,13 +27,20 @@ from pipeline.core.record import (
     check_label_values,
     check_suffix,
     check_suffixes,
+    definition_id,
     definition_key,
+    definitions_prefix,
+    fingerprint,
     labels_of,
+    overflow_suffix,
     parse_suffix,
     prefix_end,
     producer_key,
     series_prefix,
     series_suffix,
+    split_key,
+    travelling,
+    view_prefix,
 )
 from pipeline.errors import BadRecord, Invalid
 from tests.core import strategies as some
@@ -94,6 +104,8 @@ def test_bad_names(name: str) -> None:
         (Definition("v", "sum", ("a",) * 100_000), "100000 labels"),
         (Definition("v", "sum", (), 60), "window"),
         (Definition("v", "sum", (), -1), "window"),
+        (Definition("v", "sum", (), retention_s=60), "retention"),
+        (Definition("v", "sum", parameters=(("precision", 12),)), "no parameters"),
     ],
     ids=lambda value: f"{value!r:.40}",
 )
@@ -295,58 +307,147 @@ def test_parse_suffix_is_the_inverse(labels: tuple[str, ...], window_start_ms: i
     assert suffix.startswith(WINDOW_NONE) == (window_start_ms == 0)
 
 
-@given(view=some.names, labels=label_tuples)
-def test_labels_of_a_key(view: str, labels: tuple[str, ...]) -> None:
+definitions = some.definitions(st.sampled_from(["sum", "last"]))
+
+
+@given(definition=definitions, labels=label_tuples)
+def test_labels_of_a_key(definition: Definition, labels: tuple[str, ...]) -> None:
     """The label values of a stored key come back."""
-    prefix = series_prefix(view)
+    prefix = series_prefix(definition)
     assert labels_of(prefix + series_suffix(labels), prefix) == labels
 
 
 @given(
-    one=st.tuples(some.names, st.integers(0, 3), label_tuples),
-    two=st.tuples(some.names, st.integers(0, 3), label_tuples),
+    one=st.tuples(definitions, st.integers(0, 3), label_tuples),
+    two=st.tuples(definitions, st.integers(0, 3), label_tuples),
 )
 def test_different_series_have_different_keys(
-    one: tuple[str, int, tuple[str, ...]], two: tuple[str, int, tuple[str, ...]]
+    one: tuple[Definition, int, tuple[str, ...]], two: tuple[Definition, int, tuple[str, ...]]
 ) -> None:
-    """Keys are equal only if view, window and labels are."""
-    key, other = (series_prefix(view) + series_suffix(labels, window) for view, window, labels in (one, two))
-    assert (key == other) == (one == two)
+    """Keys are equal only if definition, window and labels are."""
+    for first, second in ((one, two), (one, (two[0], *one[1:])), (one, (one[0], *two[1:]))):
+        key, other = (series_prefix(it) + series_suffix(labels, window) for it, window, labels in (first, second))
+        assert (key == other) == (first == second)
 
 
-@given(short=some.names, more=st.text("abz_AZ09", max_size=3), other=some.names, labels=st.lists(label_tuples, min_size=1))
-def test_all_series_of_a_view_are_one_range(short: str, more: str, other: str, labels: list[tuple[str, ...]]) -> None:
-    """A view's keys fill the range of its prefix, and no other view's key lies in it, even if one name starts the other."""
-    for view in {short + more, other} - {short}:
-        start, end = series_prefix(short), prefix_end(series_prefix(short))
-        for values in labels:
-            suffix = series_suffix(values)
-            assert start <= series_prefix(short) + suffix < end
-            assert not start <= series_prefix(view) + suffix < end
+@given(definition=definitions, window=st.integers(0, 2**64 - 1), labels=label_tuples)
+def test_a_key_says_what_it_is_of(definition: Definition, window: int, labels: tuple[str, ...]) -> None:
+    """View, id and suffix come back from the key of a series, and of a definition, which has no suffix."""
+    suffix, identity = series_suffix(labels, window), definition_id(definition)
+    assert split_key(series_prefix(definition) + suffix) == (definition.view, identity, suffix)
+    assert split_key(definition_key(definition)) == (definition.view, identity, b"")
+    assert definition_key(definition)[1:] == series_prefix(definition)[1:]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"", b"\x00", b"\x01", b"\x02", b"\x03p", b"\xff", b"\x02v", b"\x02v\x00", b"\x02v\x00" + bytes(7),
+        b"\x02" + bytes(5),
+        b"\x05v\x00" + bytes(8), b"\x02\xff\x00" + bytes(8), b"\x02\xc3\xa9\x00" + bytes(8), b"\x01v\x00" + bytes(9),
+        b"\x02v\x00" + bytes(8), b"\x02v\x00" + bytes(16),
+    ],
+)  # fmt: skip
+def test_other_keys_are_bad(key: bytes) -> None:
+    """What is the key of no series and no definition is `BadRecord`: in a changelog it came from elsewhere."""
+    with pytest.raises(BadRecord, match="key"):
+        split_key(key)
+
+
+@given(
+    short=some.names, more=st.text("abz_AZ09", max_size=3), other=some.names, definition=definitions,
+    labels=st.lists(label_tuples, min_size=1), window=st.sampled_from([0, 1, 2**64 - 1]),
+)  # fmt: skip
+def test_all_series_of_a_view_are_one_range(
+    short: str, more: str, other: str, definition: Definition, labels: list[tuple[str, ...]], window: int
+) -> None:
+    """A view's keys fill the range of its prefix, whatever their definitions, and no other view's key lies in it, even if
+    one name starts the other. The same holds for the entries of its definitions.
+    """
+    mine = [msgspec.structs.replace(definition, view=short, kind=kind) for kind in ("sum", "last")]
+    foreign = [msgspec.structs.replace(definition, view=view) for view in {short + more, other} - {short}]
+    for values in labels:
+        suffix = series_suffix(values, window)
+        keys = [series_prefix(it) + suffix for it in mine]
+        others = [series_prefix(it) + suffix for it in foreign]
+        assert_range(view_prefix(short), keys, others)
+        assert_range(series_prefix(mine[0]), keys[:1], [*keys[1:], *others])
+    assert_range(definitions_prefix(short), [*map(definition_key, mine)], [*map(definition_key, foreign)])
+
+
+def assert_range(prefix: bytes, inside: list[bytes], outside: list[bytes]) -> None:
+    end = prefix_end(prefix)
+    for key in inside:
+        assert prefix <= key < end
+    for key in outside:
+        assert not prefix <= key < end
 
 
 @given(windows=st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=2, unique=True), one=label_tuples, two=label_tuples)
 def test_windows_are_in_the_order_of_time(windows: list[int], one: tuple[str, ...], two: tuple[str, ...]) -> None:
-    """Within a view keys are sorted by window start first, so that a window, or all that expired, is one range."""
+    """Within a definition keys are sorted by window start first, so that a window, or all that expired, is one range."""
     early, late = sorted(windows)
     assert series_suffix(one, early) < series_suffix(two, late)
 
 
-@given(view=some.names, producer_id=some.producer_ids, labels=label_tuples)
-def test_kinds_of_entries_do_not_mix(view: str, producer_id: str, labels: tuple[str, ...]) -> None:
+@given(definition=definitions, producer_id=some.producer_ids, labels=label_tuples)
+def test_kinds_of_entries_do_not_mix(definition: Definition, producer_id: str, labels: tuple[str, ...]) -> None:
     """Position, definitions, series, producers and the store's meta are apart, in this order."""
     keys = [
-        POSITION_KEY, definition_key(view), series_prefix(view) + series_suffix(labels), producer_key(producer_id),
-        STORE_META_KEY,
+        POSITION_KEY, definition_key(definition), series_prefix(definition) + series_suffix(labels),
+        producer_key(producer_id), STORE_META_KEY,
     ]  # fmt: skip
     assert keys == sorted(set(keys))
     for tag, key in zip((TAG_DEFINITION, TAG_SERIES, TAG_PRODUCER), keys[1:], strict=False):
         assert tag <= key < prefix_end(tag)
 
 
-@given(prefix=st.binary(min_size=1), key=st.binary())
-def test_prefix_end(prefix: bytes, key: bytes) -> None:
-    """Of all keys, those between a prefix and its end are those that start with it."""
-    assume(prefix[-1] != 0xFF)
-    assert (prefix <= key < prefix_end(prefix)) == key.startswith(prefix)
-    assert prefix <= prefix + key < prefix_end(prefix)
+@given(prefix=st.binary(), tail=st.binary(max_size=3), key=st.binary())
+def test_prefix_end(prefix: bytes, tail: bytes, key: bytes) -> None:
+    """Of all keys, those between a prefix and its end are those that start with it, also if it ends in 0xff bytes."""
+    assume(prefix.strip(b"\xff"))
+    for whole in (prefix, prefix + b"\xff", prefix + b"\xff" * 8):
+        for candidate in (key, whole + key, whole[:-1] + tail, whole + b"\xff" * 9):
+            assert (whole <= candidate < prefix_end(whole)) == candidate.startswith(whole)
+
+
+# Identities of definitions
+
+
+@given(definition=definitions, data=st.data())
+def test_an_id_is_of_what_a_definition_says(definition: Definition, data: st.DataObject) -> None:
+    """The order of labels does not matter; everything else does."""
+    shuffled = msgspec.structs.replace(definition, labels=tuple(data.draw(st.permutations(definition.labels))))
+    identity = definition_id(definition)
+    assert len(identity) == DEFINITION_ID_BYTES
+    assert definition_id(shuffled) == identity
+    assert definition_id(msgspec.structs.replace(definition)) == identity
+    changes: list[dict[str, Any]] = [
+        {"view": definition.view + "_"}, {"kind": "min"}, {"labels": (*definition.labels, "zz")}, {"window_s": 60},
+        {"monotone": not definition.monotone}, {"retention_s": 60}, {"parameters": (("precision", 12),)},
+    ]  # fmt: skip
+    others = [definition_id(msgspec.structs.replace(definition, **change)) for change in changes]
+    assert len({identity, *others}) == len(changes) + 1
+
+
+def test_what_a_definition_leaves_out_when_it_travels() -> None:
+    """Fields at its end that are as in every other definition: a new field changes no id that there is."""
+    full = Definition("v", "sum", ("a",), 60, True, 3_600, (("p", 1),))
+    assert travelling(full) == msgspec.structs.astuple(full)
+    assert travelling(Definition("v", "sum")) == ("v", "sum", ())
+    assert travelling(Definition("v", "sum", ("a",), monotone=True)) == ("v", "sum", ("a",), 0, True)
+    assert travelling(Definition("v", "sum", retention_s=5)) == ("v", "sum", (), 0, False, 5)
+
+
+def test_an_overflow_series_is_one_a_window() -> None:
+    """All its labels are `__overflow__`; it is a series like any other of its definition."""
+    definition = Definition("v", "sum", ("a", "b"))
+    assert overflow_suffix(definition) == series_suffix((OVERFLOW, OVERFLOW))
+    assert overflow_suffix(definition, (60_000).to_bytes(8, "big")) == series_suffix((OVERFLOW, OVERFLOW), 60_000)
+    check_suffix(definition, overflow_suffix(definition))
+
+
+def test_a_fingerprint_tells_producers_apart_and_nothing_of_their_ids() -> None:
+    """Eight hex digits, the same everywhere and for ever."""
+    assert fingerprint("p") == "148de9c5"
+    assert len({fingerprint(f"p-{i}") for i in range(1_000)}) == 1_000

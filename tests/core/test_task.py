@@ -1,32 +1,40 @@
 """The protocol of one partition, step by step."""
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 
 import pytest
 
-from pipeline.core.codec import ViewEntry, encode_folded, encode_states, encode_view
-from pipeline.core.merge import BATCH_INT_BYTES_MAX, KINDS
+import pipeline.core.record
+from pipeline.core.codec import DefinitionEntry, encode_definition, encode_folded, encode_states
+from pipeline.core.kinds import BATCH_INT_BYTES_MAX, KINDS
+from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
     Definition,
     Group,
+    Origin,
     Position,
-    definition_key,
     producer_key,
     series_prefix,
     series_suffix,
 )
 from pipeline.core.sequence import GAP_COUNT_MAX, Folded
-from pipeline.core.task import TRANSITIONS, Counts, Phase, Step, Task, TaskLimits
+from pipeline.core.task import TRANSITIONS, Counts, Phase, Step, Task
+from pipeline.core.view import merged
 from pipeline.errors import IllegalTransition, StoreCorrupt
 from tests.core.driver import NOW_MS, Shell, batch, group, totals
 from tests.core.strategies import records
 
 V = Definition("v", "sum", ("a",))
 W = Definition("w", "max")
+
+
+def said(position: Position) -> tuple[int, int, int]:
+    return position.next_offset, position.committed_at_ms, position.source_at_ms
 
 
 def add(value: float, label: str = "x") -> Group:
@@ -36,8 +44,8 @@ def add(value: float, label: str = "x") -> Group:
 # Steps
 
 STEPS: dict[Step, Callable[[Task], object]] = {
-    Step.RESTORED: lambda task: task.restored(NO_POSITION, [], []),
-    Step.FOLD: lambda task: task.fold(records({}, 0)),
+    Step.RESTORED: lambda task: task.restored(NO_POSITION, []),
+    Step.FOLD: lambda task: task.fold(task.read(records({}, 0)), [], now_ms=0),
     Step.FREEZE: lambda task: task.freeze(),
     Step.PREPARE: lambda task: task.prepare_commit([], now_ms=0),
     Step.COMMITTED: lambda task: task.committed(),
@@ -91,7 +99,7 @@ def test_states_are_merged_across_commits() -> None:
     commit = shell.commit()
     assert commit.keys[-1] == POSITION_KEY
     assert commit.series_count == 3
-    assert commit.position == Position(2, NOW_MS, 1_001)
+    assert said(commit.position) == (2, NOW_MS, 1_001)
     assert shell.series("v") == {("x",): 3, ("y",): 10}
     shell.fold(batch(2, add(4), group(W, {(): 3})))
     assert shell.commit().series_count == 2
@@ -142,21 +150,21 @@ def test_an_empty_commit_is_a_position() -> None:
     shell = Shell()
     commit = shell.commit()
     assert (commit.keys, commit.dead_letters, commit.series_count) == ([POSITION_KEY], [], 0)
-    assert commit.position == Position(0, NOW_MS, 0)
+    assert said(commit.position) == (0, NOW_MS, 0)
     shell.fold(batch(0, add(1)))
     shell.commit()
     for _ in range(2):
-        assert shell.commit().position == Position(1, NOW_MS, 1_000)
+        assert said(shell.commit().position) == (1, NOW_MS, 1_000)
 
 
-def test_a_group_without_series_defines_its_view() -> None:
-    """No deltas, no entry: only the definition is kept."""
+def test_a_group_without_series_is_refused() -> None:
+    """It has nothing to say, and so defines no view: nobody uses up `views_max` with nothing."""
     shell = Shell()
-    shell.fold(batch(0, Group(V, [], [])))
-    assert shell.commit().series_count == 0
-    assert shell.definition("v") == V
-    assert shell.series_count("v") == 0
-    assert shell.entry_count() == 0
+    shell.fold(batch(0, Group(V, [], []), group(W, {(): 1})))
+    assert shell.commit().series_count == 1
+    assert shell.entries("v") == []
+    assert shell.reasons() == ["a group without series"]
+    assert totals(shell, "w") == [1]
 
 
 def test_one_series_twice_in_a_group_is_merged() -> None:
@@ -172,12 +180,12 @@ def test_one_series_twice_in_a_group_is_merged() -> None:
 def test_holes_in_the_offsets() -> None:
     """Folding goes on behind the run's `next_offset`, which transaction markers put beyond the last record."""
     shell = Shell()
-    shell.task.fold(records({0: batch(0, add(1)), 4: batch(1, add(2))}, 7))
+    shell.hand_over(records({0: batch(0, add(1)), 4: batch(1, add(2))}, 7))
     assert shell.task.next_offset == 7
     assert shell.commit().position.next_offset == 7
-    shell.task.fold(records({}, 9))
+    shell.hand_over(records({}, 9))
     assert shell.task.dirty
-    assert shell.commit().position == Position(9, NOW_MS, 1_004)
+    assert said(shell.commit().position) == (9, NOW_MS, 1_004)
 
 
 def test_records_below_the_position_are_skipped() -> None:
@@ -186,12 +194,12 @@ def test_records_below_the_position_are_skipped() -> None:
     first, second = batch(0, add(1)), batch(1, add(2))
     shell.fold(first)
     for _ in range(2):
-        shell.task.fold(records({0: first, 1: second}, 2))
-        shell.task.fold(records({0: b"bad"}, 1))
+        shell.hand_over(records({0: first, 1: second}, 2))
+        shell.hand_over(records({0: b"bad"}, 1))
     assert shell.task.next_offset == 2
     shell.commit()
     shell.restart()
-    shell.task.fold(records({0: first, 1: second}, 2))
+    shell.hand_over(records({0: first, 1: second}, 2))
     assert shell.task.counts == Counts()
     shell.commit()
     assert totals(shell) == [3]
@@ -232,12 +240,12 @@ def test_skip_to() -> None:
     shell.task.skip_to(50)
     assert shell.task.dirty
     assert shell.commit().position.next_offset == 50
-    shell.task.fold(records({10: batch(1, add(2)), 50: batch(2, add(4))}, 51))
+    shell.hand_over(records({10: batch(1, add(2)), 50: batch(2, add(4))}, 51))
     shell.commit()
     assert totals(shell) == [5]
     shell.task.skip_to(3)
     assert shell.task.dirty
-    shell.task.fold(records({3: batch(3, add(8)), 4: batch(2, add(4))}, 5))
+    shell.hand_over(records({3: batch(3, add(8)), 4: batch(2, add(4))}, 5))
     assert shell.commit().position.next_offset == 5
     assert totals(shell) == [13]
     assert shell.task.counts.batches_duplicate == 1
@@ -321,8 +329,8 @@ def test_an_old_epoch_is_refused() -> None:
     assert totals(shell) == [7]
     assert shell.task.counts == Counts(batches_folded=1, entries_folded=1, batches_stale=1, records_bad=1)
     assert shell.reasons() == [
-        "stale epoch 2 of producer p; epoch 3 was seen",
-        "stale epoch 3 of producer p; epoch 4 was seen",
+        "stale epoch 2: epoch 3 of producer 148de9c5 was seen",
+        "stale epoch 3: epoch 4 of producer 148de9c5 was seen",
     ]
 
 
@@ -343,25 +351,16 @@ def test_a_duplicate_raises_the_epoch() -> None:
 # Bad records
 
 
+SEALED = batch(5, add(1))
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "version byte missing"), (b"", "version byte missing"), (b"\x02abc", "version byte 02"),
-        (b"\x01", "truncated"), (b"\x01\0\0\0\0\x96\xa1p", "truncated"),
-        (batch(5, add(1), partition=1), "for partition 1 in partition 0"),
-        (batch(5, group(Definition("v", "max", ("a",)), {("x",): 1})), r"v is sum\(a\); the batch says max\(a\)"),
-        (batch(5, group(Definition("v", "sum", ("b",)), {("x",): 1})), r"v is sum\(a\); the batch says sum\(b\)"),
-        (batch(5, group(Definition("v", "sum"), {(): 1})), r"v is sum\(a\); the batch says sum\(\)"),
-        (batch(5, group(W, {(): 9}), Group(V, [b"short"], [1])), "series key"),
-        (batch(5, group(W, {(): 9}), Group(V, [series_suffix(())], [1])), "0 label values"),
-        (batch(5, group(W, {(): 9}), Group(V, [series_suffix(("x",), 60_000)], [1])), "window"),
-        (batch(5, group(W, {(): 9}), Group(V, [bytes(8) + b"\x91\xd9\x01x"], [1])), "canonical"),
-        (batch(5, add(1), Group(V, [series_suffix(("z",)), series_suffix(("x" * 5_000,))], [1, 1])), "4096"),
-        (batch(5, Group(V, [series_suffix(("x",))], [2 ** (8 * BATCH_INT_BYTES_MAX)])), "int of over"),
-        (
-            batch(5, group(Definition("u", "sum"), {(): 1}), group(Definition("u", "min"), {(): 1})),
-            r"u is sum\(\); the batch says min\(\)",
-        ),
+        (None, "version byte missing"), (b"", "version byte missing"), (b"\x01" + SEALED[1:], "version byte 01"),
+        (b"\x03abc", "version byte 03"), (b"\x02", "version byte"), (SEALED[:-1], "checksum"),
+        (SEALED[:20] + b"?" + SEALED[21:], "checksum"), (batch(5, add(1), partition=1), "for partition 1 in partition 0"),
+        (batch(1, add(1), producer_id="q", origin=Origin("q", 0)), "its own producer"),
     ],
     ids=lambda value: f"{value!r:.30}",
 )  # fmt: skip
@@ -369,55 +368,145 @@ def test_bad_records_are_dead_lettered_whole(value: bytes | None, reason: str) -
     """A bad record is kept with its reason, changes nothing else, and never stops those behind it."""
     shell = Shell()
     shell.fold(batch(0, add(1)), value, batch(1, add(2)))
-    before = shell.task.counts
-    assert before == Counts(batches_folded=2, entries_folded=2, records_bad=1)
+    assert shell.task.counts == Counts(batches_folded=2, entries_folded=2, records_bad=1)
     commit = shell.commit()
     (letter,) = shell.letters()
-    assert (letter.partition, letter.offset, letter.at_ms, letter.value) == (0, 1, 1_001, value)
+    assert (letter.partition, letter.offset, letter.at_ms, letter.view, letter.value) == (0, 1, 1_001, "", value)
     assert re.search(reason, letter.reason)
     assert commit.dead_letters[0][0] == b"0-1"
     assert totals(shell) == [3]
     assert shell.series_count("v") == shell.entry_count() == 1
-    assert {key for key in shell.store if key[:1] == b"\x01"} == {definition_key("v")}
     shell.fold(batch(5, add(4)))
     shell.commit()
     assert totals(shell) == [7], "the number of a bad batch was not used up"
     assert len(shell.dead_letters) == 1
 
 
-def test_the_first_definition_wins() -> None:
-    """A view is what the first good batch says, before and after its commit, and after a restart."""
+U = Definition("u", "sum", ("a",))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (Group(U, [b"short"], [1]), "series key"), (Group(U, [series_suffix(())], [1]), "0 label values"),
+        (Group(U, [series_suffix(("x",), 60_000)], [1]), "window"),
+        (Group(U, [bytes(8) + b"\x91\xd9\x01x"], [1]), "canonical"),
+        (Group(U, [series_suffix(("z",)), series_suffix(("x" * 5_000,))], [1, 1]), "4096"),
+        (Group(U, [series_suffix(("x",))], [2 ** (8 * BATCH_INT_BYTES_MAX)]), "int of over"),
+        (Group(U, [], []), "without series"),
+        (Group(U, [series_suffix(("x",))], [math.nan]), "not finite"),
+        (Group(U, [series_suffix(("x",))], [-math.inf]), "not finite"),
+        (Group(U, [series_suffix(("x",))], [(1.0, 1.0)]), "error term"),
+        (Group(Definition("u", "mean"), [series_suffix(())], [(math.inf, 1)]), "not finite"),
+        (Group(Definition("u", "max"), [series_suffix(())], [math.inf]), "not finite"),
+        (Group(Definition("u", "last"), [series_suffix(())], [(0, 0, math.nan)]), "not finite"),
+        (Group(Definition("u", "last"), [series_suffix(())], [(3_601_001, 0, 1)]), "of 3601001; at most 3601000"),
+        (Group(Definition("u", "sum", ("b", "a")), [series_suffix(("x", "y"))], [1]), "not in the order of their names"),
+        (Group(Definition("u", "sum", (), 60), [series_suffix(())], [1]), "windows"),
+        (Group(Definition("u-u", "sum"), [series_suffix(())], [1]), "does not match"),
+        (Group(Definition("u", "min", monotone=True), [series_suffix(())], [1]), "monotone"),
+    ],
+    ids=lambda value: f"{value!r:.70}",
+)  # fmt: skip
+def test_a_group_is_the_unit_of_refusal(wrong: Group, reason: str) -> None:
+    """What is wrong with one view touches no other: that group alone is dead-lettered, as a batch of its own."""
     shell = Shell()
-    other = Definition("v", "sum", ("b",))
-    contradiction = batch(9, group(other, {("x",): 1}))
-    shell.fold(batch(0, Group(other, [b"bad"], [1])), batch(1, add(1)), contradiction)
-    shell.freeze()
-    shell.fold(contradiction)
-    shell.prepare()
-    shell.committed()
-    shell.commit()
-    shell.restart()
-    shell.fold(contradiction)
-    shell.commit()
-    assert shell.definition("v") == V
+    shell.fold(batch(0, add(1), wrong, group(W, {(): 5})))
+    assert shell.task.counts == Counts(batches_folded=1, entries_folded=2, groups_refused=1)
+    commit = shell.commit()
+    assert [key for key, _ in commit.dead_letters] == [b"0-0-1"]
+    (letter,) = shell.letters()
+    assert (letter.partition, letter.offset, letter.at_ms) == (0, 0, 1_000)
+    assert letter.view == wrong.definition.view
+    assert re.search(reason, letter.reason)
+    assert letter.value == batch(0, wrong)
     assert totals(shell) == [1]
-    assert len(shell.dead_letters) == 4
+    assert totals(shell, "w") == [5]
+    assert shell.entries("u") == []
+    shell.restart()
+    shell.fold(batch(0, add(1), wrong, group(W, {(): 5})))
+    assert shell.task.counts == Counts(batches_duplicate=1), "the batch was folded"
 
 
-def test_views_are_limited() -> None:
-    """A batch that would define one view too many is bad as a whole; batches of known views go on."""
+def test_a_time_ahead_is_measured_from_the_record() -> None:
+    """A `last` value may be as far ahead of its record's own time as the limit says, and no further; the past is free."""
+    last = Definition("l", "last", ("a",))
+    shell = Shell(TaskLimits(ts_ahead_max_ms=50))
+
+    def at(*stamps: int) -> Group:
+        return Group(last, [series_suffix((str(ts),)) for ts in stamps], [(ts, 0, ts) for ts in stamps])
+
+    shell.now_ms = 10**9
+    shell.fold(batch(0, at(0, 1_050)), batch(1, at(1_051)), batch(2, at(0, 1_053)), batch(3, at(1_053)))
+    shell.commit()
+    assert [letter.offset for letter in shell.letters()] == [2], "whatever the worker's clock says"
+    assert [*shell.series("l")] == [("0",), ("1050",), ("1051",), ("1053",)]
+
+
+def test_definitions_of_a_view_lie_side_by_side() -> None:
+    """Kinds, labels, monotone or not: nothing is refused, each definition has its own series, before and after a restart."""
+    definitions = [
+        V,
+        Definition("v", "sum", ("a", "b")),
+        Definition("v", "max", ("a",)),
+        Definition("v", "sum", ("a",), 0, True),
+    ]
+    shell = Shell()
+    for i, definition in enumerate(definitions * 2):
+        if i == 5:
+            shell.commit()
+            shell.restart()
+        shell.fold(batch(i, group(definition, {("x", "y")[: len(definition.labels)]: i + 1})))
+    shell.commit()
+    assert shell.letters() == []
+    assert [[*shell.series_of(it).values()] for it in definitions] == [[6], [8], [7], [12]]
+    assert {entry.definition for entry in shell.entries("v")} == {*definitions}
+
+
+def test_an_id_that_two_definitions_share_is_refused_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If two hashes begin alike, the later definition is dead-lettered, and never merged with the earlier one."""
+    pipeline.core.record.series_prefix.cache_clear()
+    monkeypatch.setattr(pipeline.core.record, "definition_id", lambda definition: bytes(8))
+    try:
+        shell = Shell()
+        shell.fold(batch(0, add(1)), batch(1, group(Definition("v", "max", ("a",)), {("x",): 9}), group(W, {(): 1})))
+        shell.commit()
+        assert shell.reasons() == ["view v: another definition has the same id"]
+        assert totals(shell) == [1]
+        assert totals(shell, "w") == [1]
+    finally:
+        pipeline.core.record.series_prefix.cache_clear()
+
+
+def test_a_later_definition_never_wins() -> None:
+    """A definition of a view is later than those that the partition has, whatever both clocks say, also after a restart."""
+    kinds = [Definition("v", kind) for kind in ("sum", "min", "max", "last")]
+    shell = Shell()
+    for i, (definition, at_ms, now_ms) in enumerate(zip(kinds, (9_000, 10, 9_000, 0), (9_500, 9_500, 20, 0), strict=True)):
+        shell.now_ms = now_ms
+        shell.hand_over(records({i: batch(i, group(definition, {(): 1}))}, i + 1, at_ms=at_ms - i))
+        shell.commit()
+        shell.restart()
+        assert merged("v", shell.entries("v")).definition.kind == "sum"
+    by_time = sorted(shell.entries("v"), key=lambda entry: entry.defined_at_ms)
+    assert [entry.definition for entry in by_time] == kinds
+    assert [entry.defined_at_ms for entry in by_time] == [9_000, 9_001, 9_002, 9_003]
+
+
+def test_definitions_are_limited() -> None:
+    """A group that would add one too many is refused; those of known definitions go on, also beside it."""
     shell = Shell(TaskLimits(views_max=2))
     u = Definition("u", "sum")
-    shell.fold(batch(0, add(1)), batch(1, add(2), group(W, {(): 1}), group(u, {(): 1})), batch(1, add(4), group(W, {(): 1})))
-    shell.fold(batch(2, group(u, {(): 1})))
+    shell.fold(batch(0, add(1)), batch(1, add(2), group(W, {(): 1}), group(u, {(): 1})), batch(2, add(4), group(W, {(): 1})))
+    shell.fold(batch(3, group(u, {(): 1})), batch(4, group(Definition("v", "min"), {(): 1})))
     shell.commit()
-    assert totals(shell) == [5]
-    assert shell.reasons() == ["over 2 views"] * 2
+    assert totals(shell) == [7]
+    assert shell.reasons() == ["over 2 definitions of views in partition 0 (views_max)"] * 3
     shell.limits = TaskLimits(views_max=1)
     shell.restart()
-    shell.fold(batch(3, add(8)))
+    shell.fold(batch(5, add(8)))
     shell.commit()
-    assert totals(shell) == [13], "a limit that was lowered keeps new views out, not known ones"
+    assert totals(shell) == [15], "a limit that was lowered keeps new definitions out, not known ones"
 
 
 def test_gaps_are_limited() -> None:
@@ -455,92 +544,6 @@ def test_the_largest_ints_can_be_stored(kind: str) -> None:
         shell.commit()
     assert shell.task.counts.records_bad == 0
     assert totals(shell) == [1_500 * largest if kind == "sum" else (1_500 * largest, 1_500 * largest)]
-
-
-# Producers
-
-
-def seen(shell: Shell, at_ms: int, value: bytes) -> None:
-    """Fold one record that the log accepted at `at_ms`."""
-    offset = shell.task.next_offset
-    shell.task.fold(records({offset: value}, offset + 1, at_ms=at_ms - offset))
-
-
-def test_silent_producers_expire() -> None:
-    """A producer that was silent for longer than its time to live is forgotten, in memory and in the store."""
-    shell = Shell(TaskLimits(producer_ttl_ms=1_000))
-    seen(shell, 5_000, batch(0, add(1), producer_id="old"))
-    seen(shell, 5_500, batch(0, add(1), producer_id="young"))
-    shell.commit()
-    seen(shell, 6_000, batch(1, add(1), producer_id="young"))
-    shell.commit()
-    assert shell.has_producer("old"), "its time is not over yet"
-    seen(shell, 6_001, batch(2, add(1), producer_id="young"))
-    commit = shell.commit()
-    assert commit.values[commit.keys.index(producer_key("old"))] is None
-    assert not shell.has_producer("old")
-    assert shell.has_producer("young")
-    assert shell.task.counts.producers_evicted == 0, "expiry is not eviction"
-    shell.restart()
-    seen(shell, 6_002, batch(0, add(1), producer_id="old"))
-    seen(shell, 6_003, batch(2, add(1), producer_id="young"))
-    shell.commit()
-    assert shell.task.counts == Counts(batches_folded=1, entries_folded=1, batches_duplicate=1)
-
-
-def test_time_to_live_starts_anew_with_each_batch() -> None:
-    """A producer that goes on sending is never forgotten, nor one that does so in the commit that would forget it."""
-    shell = Shell(TaskLimits(producer_ttl_ms=1_000))
-    for i in range(5):
-        seen(shell, 5_000 + 900 * i, batch(i, add(1)))
-        shell.commit()
-    seen(shell, 20_000, batch(5, add(1)))
-    shell.commit()
-    assert shell.has_producer("p")
-    shell.restart()
-    seen(shell, 20_500, batch(5, add(1)))
-    assert shell.task.counts.batches_duplicate == 1
-
-
-def test_a_producer_that_returns_while_its_tombstone_is_committed_is_kept() -> None:
-    """Forgotten in one commit and folded again during it: the next commit holds it again."""
-    shell = Shell(TaskLimits(producer_ttl_ms=1_000))
-    seen(shell, 5_000, batch(0, add(1), producer_id="old"))
-    shell.commit()
-    seen(shell, 9_000, batch(0, add(1), producer_id="young"))
-    shell.freeze()
-    seen(shell, 9_001, batch(3, add(1), producer_id="old"))
-    shell.prepare()
-    shell.committed()
-    assert not shell.has_producer("old")
-    shell.commit()
-    shell.restart()
-    seen(shell, 9_002, batch(3, add(1), producer_id="old"))
-    assert shell.task.counts.batches_duplicate == 1
-
-
-def test_producers_are_limited() -> None:
-    """At the limit the longest silent are forgotten early, counted, and gone from the store."""
-    shell = Shell(TaskLimits(producers_max=3))
-    for i, producer_id in enumerate("abcad"):
-        seen(shell, 5_000 + i, batch(i, add(1), producer_id=producer_id))
-    shell.commit()
-    assert [p for p in "abcd" if shell.has_producer(p)] == ["a", "c", "d"]
-    shell.restart()
-    seen(shell, 6_000, batch(0, add(1), producer_id="e"))
-    shell.commit()
-    assert [p for p in "abcdef" if shell.has_producer(p)] == ["a", "d", "e"], "the order of silence survives a restart"
-    assert shell.task.counts.producers_evicted == 1
-
-
-def test_a_producer_can_be_forgotten_in_the_commit_that_saw_it() -> None:
-    """More new producers in one commit than may be remembered: the earliest never reach the store."""
-    shell = Shell(TaskLimits(producers_max=2))
-    shell.fold(*(batch(0, add(1), producer_id=p) for p in "abcd"))
-    commit = shell.commit()
-    assert [p for p in "abcd" if shell.has_producer(p)] == ["c", "d"]
-    assert len(commit.keys) == len(set(commit.keys))
-    assert totals(shell) == [4]
 
 
 # Limits of memory
@@ -582,7 +585,7 @@ def cached(shell: Shell, values: list[bytes]) -> int:
     """How many of the series in `values` a freeze needs no lookup for."""
     before = shell.task.counts.entries_folded
     shell.fold(*values)
-    return shell.task.counts.entries_folded - before - len(shell.task.freeze())
+    return shell.task.counts.entries_folded - before - len(shell.task.freeze().keys)
 
 
 @pytest.mark.parametrize("entries_max", [0, 1, 10, 100, 1_000])
@@ -615,7 +618,7 @@ def test_a_cached_state_is_the_committed_one() -> None:
     for i in range(100):
         shell.fold(batch(i, add(1, "hot"), add(1, f"cold-{i}")))
         shell.freeze()
-        assert (series_prefix("v") + series_suffix(("hot",)) in shell.keys) == (i == 0)
+        assert (series_prefix(V) + series_suffix(("hot",)) in shell.lookup.keys) == (i == 0)
         shell.prepare()
         shell.committed()
     assert shell.series("v")[("hot",)] == 100
@@ -624,30 +627,43 @@ def test_a_cached_state_is_the_committed_one() -> None:
 
 # Corrupt stores
 
-GOOD_VIEW = encode_view(ViewEntry(V, 1))
+GOOD_VIEW = encode_definition(DefinitionEntry(V, 1, 0))
 GOOD_STATE = encode_states(KINDS["sum"], [1])[0]
 
 
 @pytest.mark.parametrize(
-    ("views", "producers"),
+    "definitions",
     [
-        ([b""], []), ([b"\x01"], []), ([b"\x02" + GOOD_VIEW[1:]], []), ([GOOD_VIEW[:-1]], []),
-        ([GOOD_VIEW, encode_view(ViewEntry(Definition("u", "median"), 1))], []),
-        ([], [("p", b"")]), ([], [("p", b"\x01\x90\x90")]), ([], [("a", encode_folded(Folded())), ("p", b"\x01\x91\xc0")]),
+        [b""], [b"\x02"], [b"\x03" + GOOD_VIEW[1:]], [b"\x01" + GOOD_VIEW[1:]], [GOOD_VIEW[:-1]],
+        [GOOD_VIEW, encode_definition(DefinitionEntry(Definition("u", "median"), 1, 0))],
     ],
 )  # fmt: skip
-def test_a_corrupt_store_is_refused(views: list[bytes], producers: list[tuple[str, bytes]]) -> None:
-    """Definitions or producers that cannot be read are `StoreCorrupt`: rebuild it from the changelog."""
+def test_a_corrupt_store_is_refused(definitions: list[bytes]) -> None:
+    """Definitions that cannot be read are `StoreCorrupt`: rebuild it from the changelog."""
     with pytest.raises(StoreCorrupt, match="partition 3"):
-        Task(3, TaskLimits()).restored(NO_POSITION, views, producers)
+        Task(3, TaskLimits()).restored(NO_POSITION, definitions)
+
+
+@pytest.mark.parametrize("value", [b"", b"\x02", b"\x01\x90\x90", b"\x02\x91\xc0", encode_folded(Folded()) + b"\x00"])
+def test_a_corrupt_producer_is_refused(value: bytes) -> None:
+    """A producer's entry that cannot be read is `StoreCorrupt`, when it is needed and when it is swept."""
+    shell = Shell()
+    shell.fold(batch(0, add(1)))
+    shell.commit()
+    shell.restart()
+    shell.store[producer_key("p")] = value
+    with pytest.raises(StoreCorrupt, match="partition 0"):
+        shell.sweep()
+    with pytest.raises(StoreCorrupt, match="partition 0"):
+        shell.fold(batch(1, add(1)))
 
 
 @pytest.mark.parametrize(
     "value",
     [
         b"",
-        b"\x01",
-        b"\x02\x93\xa3sum\x00\x01",
+        b"\x02",
+        b"\x01\x93\xa3sum\x00\x01",
         encode_states(KINDS["max"], [1])[0],
         encode_states(KINDS["sum"], [1])[0] + b"\0",
     ],
@@ -660,7 +676,7 @@ def test_a_corrupt_state_is_refused(value: bytes) -> None:
     shell.restart()
     shell.fold(batch(1, add(1, "x"), add(1, "y")))
     shell.freeze()
-    values = [shell.store[key] for key in shell.keys]
+    values = [shell.store[key] for key in shell.lookup.keys]
     with pytest.raises(StoreCorrupt, match="partition 0, view v"):
         shell.task.prepare_commit([values[0], value], now_ms=0)
 

@@ -8,21 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.merge import KINDS
+from pipeline.core.codec import DefinitionEntry
+from pipeline.core.kinds import KINDS
 from pipeline.core.record import Definition, series_prefix, series_suffix
 from pipeline.core.view import (
     Choice,
     Labels,
     Matcher,
-    agree,
     decode_labels,
+    describe,
     fold,
     group_key,
     in_step,
     in_turn,
     is_complete,
+    merged,
+    narrow,
     parse_matcher,
     pinned_labels,
+    widen,
 )
 from pipeline.errors import BadRecord, Invalid, NotFound
 from tests.core import strategies as some
@@ -66,14 +70,95 @@ def test_any_text_is_a_matcher_or_invalid(text: str) -> None:
     assert matcher.label + matcher.op + matcher.pattern == text
 
 
-def test_partitions_must_agree_on_a_view() -> None:
-    """One definition is the view's; none is `NotFound`; two are `Invalid`, and both are named."""
-    other = Definition("revenue", "max", ("region",))
-    assert agree("revenue", {0: REVENUE, 3: REVENUE}) == REVENUE
-    with pytest.raises(NotFound, match="revenue"):
-        agree("revenue", {})
-    with pytest.raises(Invalid, match=r"sum\(region, product\) in partition 1 but max\(region\) in partition 2"):
-        agree("revenue", {2: other, 1: REVENUE, 3: other})
+# Definitions that a read merges
+
+SHAPES = [("sum", 0), ("sum", 60), ("last", 0), ("max", 0)]
+view_entries = st.builds(
+    lambda shape, labels, monotone, defined_at_ms: DefinitionEntry(
+        Definition("revenue", shape[0], labels, shape[1], monotone and shape[0] == "sum"), 1, defined_at_ms
+    ),
+    st.sampled_from(SHAPES),
+    st.sets(st.sampled_from(["a", "b", "c"])).map(lambda labels: tuple(sorted(labels))),
+    st.booleans(),
+    st.integers(0, 3),
+)
+
+
+@given(entries=st.lists(view_entries, min_size=1, max_size=6), data=st.data())
+def test_a_read_merges_the_definitions_of_the_kind_and_window_that_came_first(
+    entries: list[DefinitionEntry], data: st.DataObject
+) -> None:
+    """Whatever the order and partition of entries: all of the first kind and window are merged, the others are named."""
+    found = merged("revenue", entries)
+    assert merged("revenue", data.draw(st.permutations(entries))) == found
+    shape = found.definition.kind, found.definition.window_s
+    first_ms = min(entry.defined_at_ms for entry in entries)
+    assert shape in {shape_of(entry) for entry in entries if entry.defined_at_ms == first_ms}
+    assert {*found.parts} == {entry.definition for entry in entries if shape_of(entry) == shape}
+    assert len({*found.parts}) == len(found.parts)
+    assert [(it.kind, it.window_s) for it in found.also] == sorted({*map(shape_of, entries)} - {shape})
+    assert found.definition.labels == tuple(sorted({label for part in found.parts for label in part.labels}))
+    assert found.definition.monotone == all(part.monotone for part in found.parts)
+
+
+def shape_of(entry: DefinitionEntry) -> tuple[str, int]:
+    return entry.definition.kind, entry.definition.window_s
+
+
+@given(entries=st.lists(view_entries, min_size=1, max_size=6), later=view_entries)
+def test_a_later_definition_never_disturbs_a_read(entries: list[DefinitionEntry], later: DefinitionEntry) -> None:
+    """What is defined after all others adds to an answer of its kind and window, or is named in it."""
+    before = merged("revenue", entries)
+    last_ms = max(entry.defined_at_ms for entry in entries)
+    late = DefinitionEntry(later.definition, later.series_count, last_ms + 1)
+    after = merged("revenue", [*entries, late])
+    assert (after.definition.kind, after.definition.window_s) == (before.definition.kind, before.definition.window_s)
+    assert {*before.parts} <= {*after.parts}
+
+
+@given(entries=st.lists(view_entries, min_size=1, max_size=6))
+def test_kind_and_window_choose(entries: list[DefinitionEntry]) -> None:
+    """Every kind and window that a view has can be read by name; what it has not is `NotFound`, which says what it has."""
+    there = {*map(shape_of, entries)}
+    for kind, window_s in SHAPES:
+        if (kind, window_s) not in there:
+            with pytest.raises(NotFound, match="no definition of this kind and window; it is "):
+                merged("revenue", entries, kind=kind, window_s=window_s)
+            continue
+        found = merged("revenue", entries, kind=kind, window_s=window_s)
+        assert (found.definition.kind, found.definition.window_s) == (kind, window_s)
+        assert merged("revenue", entries, kind=kind).definition.kind == kind
+        assert merged("revenue", entries, window_s=window_s).definition.window_s == window_s
+
+
+def test_a_view_without_definitions_is_not_found() -> None:
+    """The name is in the message, as far as it is one."""
+    with pytest.raises(NotFound, match="no view 'revenue'"):
+        merged("revenue", [])
+
+
+@given(entries=st.lists(view_entries, min_size=1, max_size=6), values=st.lists(some.texts, min_size=3, max_size=3))
+def test_a_label_that_a_definition_lacks_is_empty(entries: list[DefinitionEntry], values: list[str]) -> None:
+    """A row is widened to the labels of all definitions, and narrowed back; a definition has no series with a label
+    that it does not know.
+    """
+    found = merged("revenue", entries)
+    named = dict(zip("abc", values, strict=True))
+    for part in found.parts:
+        row = tuple([named[label] for label in part.labels])
+        ((*wide,),) = widen(found, part)([row])
+        assert wide == [named[label] if label in part.labels else "" for label in found.definition.labels]
+        assert widen(found, part)([row, row]) == [tuple(wide)] * 2
+        assert narrow(found, part, tuple(wide)) == row
+        asked = tuple([named[label] for label in found.definition.labels])
+        fits = all(label in part.labels or not named[label] for label in found.definition.labels)
+        assert narrow(found, part, asked) == (row if fits else None)
+
+
+def test_definitions_in_short() -> None:
+    """For messages: kind and labels, and whether it is monotone."""
+    assert describe(REVENUE) == "sum(region, product)"
+    assert describe(Definition("v", "sum", monotone=True)) == "monotone sum()"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +227,7 @@ def test_the_order_and_place_of_entries_do_not_matter(data: st.DataObject, kind:
 @given(st.lists(st.tuples(some.label_values, some.label_values), max_size=20), some.names)
 def test_label_values_come_back_from_keys(rows: list[Labels], view: str) -> None:
     """Decoding many keys at once is decoding each."""
-    prefix = series_prefix(view)
+    prefix = series_prefix(Definition(view, "sum", ("a", "b")))
     assert decode_labels([prefix + series_suffix(row) for row in rows], len(prefix) + 8, 2) == rows
 
 
@@ -235,10 +320,9 @@ def test_top_needs_numbers() -> None:
         with pytest.raises(Invalid, match="top needs answers that are numbers"):
             top_of_last([("a", 1), ("b", value)])
     assert top_of_last([("a", None), ("b", -5), ("c", 2**70), ("d", 0.5)]) == ["c", "d", "b", "a"]
-    assert chosen({("a",): float("inf"), ("b",): -1.0}, top=5, limit=5)[1] == [-1.0, None]
 
 
 def top_of_last(values: Sequence[tuple[str, Any]]) -> list[str]:
     choice = Choice(KINDS["last"], top=10, limit=10)
-    choice.offer({(label,): (1, value) for label, value in values})
+    choice.offer({(label,): (1, 1, value) for label, value in values})
     return [labels[0] for labels in choice.selected().labels]

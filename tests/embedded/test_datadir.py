@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.adapters.datadir import DataDir
-from pipeline.errors import Invalid, Unavailable
+from pipeline.errors import Invalid, LogCorrupt, NewerFormat, Unavailable
 from tests.contracts.support import until
 from tests.embedded.support import child, run_child, wait_for_line
 
@@ -74,11 +74,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "VERSION").exists()
 
 
-@pytest.mark.parametrize("version", [b"2\n", b"", b"\xff\xfe", b"1.0\n", b"x" * 1000])
+@pytest.mark.parametrize("version", [b"1\n", b"3\n", b"", b"\xff\xfe", b"1.0\n", b"x" * 1000])
 def test_another_version_is_refused(tmp_path: Path, version: bytes) -> None:
     """What this program did not write, it does not read."""
     (tmp_path / "VERSION").write_bytes(version)
-    with pytest.raises(Invalid, match=r"has version '.*'; this program reads 1"):
+    error = NewerFormat if version == b"3\n" else Invalid
+    with pytest.raises(error, match=r"has version .*; this program reads 2"):
         DataDir(tmp_path)
     assert (tmp_path / "VERSION").read_bytes() == version
 
@@ -88,17 +89,17 @@ def test_a_crash_while_it_is_made_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "LOCK").touch()
     (tmp_path / "VERSION.new").touch()
     with DataDir(tmp_path):
-        assert (tmp_path / "VERSION").read_text() == "1\n"
+        assert (tmp_path / "VERSION").read_text() == "2\n"
 
 
 def test_stores_without_their_log_are_not_thrown_away(tmp_path: Path) -> None:
-    """A log that is gone would be made anew, and the stores deleted as too new: they are the last copy."""
+    """A log that is gone is not made anew: the stores are the last copy, so a person must decide."""
     with DataDir(tmp_path) as data:
         data.log.mkdir()
         (data.stores / "0").mkdir(parents=True)
     DataDir(tmp_path).close()
     (tmp_path / "log").rmdir()
-    with pytest.raises(Invalid, match="its log is gone"):
+    with pytest.raises(LogCorrupt, match="its log is gone"):
         DataDir(tmp_path)
     (tmp_path / "stores" / "0").rmdir()
     (tmp_path / "stores").rmdir()

@@ -11,20 +11,20 @@ import pytest
 
 from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.rocks import RocksStores
-from pipeline.errors import Unavailable
+from pipeline.errors import NoSpace
 from pipeline.settings import LogSettings
 from tests.contracts.support import append, read
 from tests.embedded.children import STORE_KEYS, open_log
 from tests.embedded.support import Acknowledged, run_child
 
 
-def check_said(said: list[str], reason: str) -> Acknowledged:
+def check_said(said: list[str], reason: str, error: str = "Unavailable") -> Acknowledged:
     """What a child said whose disk filled up; what it was told is safe."""
     *acknowledgements, failed, again, readable = said[1:]
-    assert failed.startswith("failed Unavailable log ")
+    assert failed.startswith(f"failed {error} log ")
     assert reason in failed
     assert failed.endswith("; restart to go on")
-    assert again.startswith("again Unavailable")
+    assert again.startswith(f"again {error}")
     acknowledged = Acknowledged()
     assert acknowledged.note([line + "\n" for line in acknowledgements]) == len(acknowledgements) > 10
     # Once a write has failed the log takes no more, but what was acknowledged can still be read.
@@ -66,11 +66,11 @@ def fill(path: Path) -> None:
 def test_a_log_on_a_full_disk(small_disk: Path) -> None:
     """The error names the reason; with more room all that was acknowledged is there, and appending goes on."""
     path = small_disk / "log"
-    acknowledged = check_said(run_child("append", path, "", 3_000), "No space left on device")
+    acknowledged = check_said(run_child("append", path, "", 3_000), "No space left on device", "NoSpace")
     fill(small_disk / "filler")
-    with pytest.raises(Unavailable, match="No space left on device"):
+    with pytest.raises(NoSpace, match="No space left on device"):
         DataDir(small_disk / "data")
-    with pytest.raises(Unavailable, match="No space left on device"):
+    with pytest.raises(NoSpace, match="No space left on device"):
         open_log(path)
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX
-from pipeline.adapters.embedded import RECORD_BYTES_MAX, EmbeddedLog, Partition
+from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX, Partition
+from pipeline.adapters.embedded import RECORD_BYTES_MAX, EmbeddedLog
 from pipeline.errors import Invalid, NotFound, NotReady, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import LogSettings
@@ -310,10 +310,10 @@ def test_a_poll_that_fails_loses_nothing(lab: EmbeddedLab, monkeypatch: pytest.M
     reader.assign({0: 0, 1: 0, 2: 0})
     chunks = lab.embedded.chunks
 
-    def failing(cursor: Any, partition: Partition, next_offset: int) -> Any:
+    def failing(cursor: Any, partition: Partition, *offsets: int) -> Any:
         if partition.number == 1:
             raise Unavailable("a hiccup")
-        return chunks(cursor, partition, next_offset)
+        return chunks(cursor, partition, *offsets)
 
     monkeypatch.setattr(lab.embedded, "chunks", failing)
     for _ in range(2):

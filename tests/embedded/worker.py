@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.codec import decode_states, encode_batch
-from pipeline.core.merge import KINDS
+from pipeline.core.kinds import KINDS
 from pipeline.core.record import (
     STORE_META_KEY,
     Batch,
@@ -72,7 +72,7 @@ def entries(partition: Partition) -> dict[bytes, bytes]:
 
 def answer(partition: Partition) -> dict[str, int]:
     """What the view says."""
-    prefix = series_prefix(VIEW.view)
+    prefix = series_prefix(VIEW)
     found = [*partition.store.scan(prefix, prefix_end(prefix))]
     states = decode_states(KINDS[VIEW.kind], [value for _, value in found])
     return {labels_of(key, prefix)[0]: state for (key, _), state in zip(found, states, strict=True)}

@@ -21,18 +21,24 @@ from pipeline.adapters.openmetrics import render_views
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.adapters.pushed import parse_pushed
 from pipeline.core.codec import encode_batch
-from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
+from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_prefix, series_suffix
 from pipeline.core.route import route
+from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.producer.gateway import Gateway
 from pipeline.query.api import create_app
+from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
+from pipeline.query.facts import StoredFacts
 from pipeline.query.reader import ViewReader
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import Partition
 from tests.support import again_and_again
+
+SECRET = "support"
+"""Of the producer of a world's batches."""
 
 
 class World:
@@ -45,36 +51,53 @@ class World:
         clock: Clock | None = None,
         settings: QuerySettings | None = None,
         stores: Stores | None = None,
+        worker: WorkerSettings | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
         self.settings = settings or QuerySettings()
         self.metrics = PrometheusMetrics()
         topics = dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count)
         self.log = MemoryLog(topics, self.clock.now_ms)
-        memory = MemoryStores()
+        self._stores = stores or MemoryStores()
+        self.partitions: list[Partition] = []
+        self._partition_count = partition_count
+        self.work(worker or WorkerSettings(ts_ahead_max_ms=2**53))
+        self.ready = True
+        self.reader = self.new_reader()
+        self.ingest: Ingest | None = Gateway(
+            self.log, self.clock, PublisherSettings(), self._definition_of, facts=StoredFacts(self.stores)
+        )
+        self.letters = DeadLetters(self.log, self.clock)
+        self._lock = threading.Lock()
+        self._sequences: dict[int, int] = {}
+
+    def work(self, settings: WorkerSettings) -> None:
+        """Fold with these settings from now on: other owners take the partitions over."""
+        for partition in self.partitions:
+            partition.close()
         self.partitions = [
             Partition(
                 number,
                 log=self.log,
-                stores=stores or memory,
+                stores=self._stores,
                 clock=self.clock,
-                settings=WorkerSettings(),
+                settings=settings,
                 delete_retention_ms=86_400_000,
             )
-            for number in range(partition_count)
+            for number in range(self._partition_count)
         ]
         for partition in self.partitions:
             partition.start()
-        self.ready = True
-        self.reader = self.new_reader()
-        self.ingest: Ingest | None = Gateway(self.log, self.clock, PublisherSettings(), self._definition_of)
-        self._lock = threading.Lock()
-        self._sequences: dict[int, int] = {}
 
     def new_reader(self) -> ViewReader:
         return ViewReader(
             stores=self.stores,
-            ends=EndsNow(partial(self.log.end_offsets, DELTAS), partial(self.log.start_offsets, DELTAS), self.clock),
+            ends=EndsNow(
+                partial(self.log.high_watermarks, DELTAS),
+                partial(self.log.start_offsets, DELTAS),
+                self.clock,
+                source_id=self.log.topic_id(DELTAS),
+            ),
             clock=self.clock,
             settings=self.settings,
             metrics=self.metrics,
@@ -95,8 +118,13 @@ class World:
         return {
             "ready": self.ready,
             "partition_count": len(self.partitions),
+            "topic_id": self.log.topic_id(DELTAS),
             "partitions": [{"partition": partition.number, "phase": "folding"} for partition in self.partitions],
         }
+
+    def token(self, next_offsets: Mapping[int, int]) -> Token:
+        """A token of this log."""
+        return Token(next_offsets, self.log.topic_id(DELTAS))
 
     def batch(self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any]) -> bytes:
         """A sealed batch of states by label values."""
@@ -104,10 +132,11 @@ class World:
             sequence = self._sequences.get(partition, 0)
             self._sequences[partition] = sequence + 1
         group = Group(definition, [series_suffix(labels) for labels in series], [*series.values()])
-        return encode_batch(Batch("support", 0, partition, sequence, 0, self.clock.now_ms(), [group]))
+        return encode_batch(Batch(producer_id_of(SECRET), 0, partition, sequence, 0, self.clock.now_ms(), [group]))
 
     def append(self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any]) -> int:
         """Put states into one partition's log; the `next_offset` that covers them."""
+        definition, series = travelling(definition, series)
         (result,) = self.log.append(
             [Message(DELTAS, partition, None, self.batch(partition, definition, series))], timeout_s=1
         )
@@ -116,7 +145,8 @@ class World:
 
     def publish(self, definition: Definition, series: Mapping[Sequence[str], Any]) -> None:
         """Route, append and fold states, as a publisher and the worker would."""
-        prefix = series_prefix(definition.view)
+        definition, series = travelling(definition, series)
+        prefix = series_prefix(definition)
         parts: dict[int, dict[Sequence[str], Any]] = {}
         for labels, state in series.items():
             number = route(prefix + series_suffix(labels), len(self.partitions))
@@ -141,6 +171,12 @@ class World:
     def folding(self, interval_s: float = 0.002) -> AbstractContextManager[None]:
         """Fold in a thread, again and again."""
         return again_and_again(self.fold, interval_s)
+
+
+def travelling(definition: Definition, series: Mapping[Sequence[str], Any]) -> tuple[Definition, dict[Sequence[str], Any]]:
+    """A definition and its series with the labels in the order in which publishers send them."""
+    order = [definition.labels.index(name) for name in sorted(definition.labels)]
+    return canonical(definition), {tuple(labels[i] for i in order): state for labels, state in series.items()}
 
 
 class Reply(NamedTuple):
@@ -211,6 +247,7 @@ def serving(world: World, port: int = 0) -> Iterator[Server]:
         lambda: world.ready,
         render_views,
         parse_pushed,
+        world.letters,
     )
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)

@@ -48,7 +48,17 @@ def conforms(operation: Any, mode: schemathesis.GenerationMode, examples: int) -
 @pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)
 @pytest.mark.parametrize(
     ("verb", "path"),
-    [("get", "/v1/views/{view}"), ("get", "/v1/openmetrics"), ("post", "/v1/deltas"), ("post", "/v1/openmetrics")],
+    [
+        ("get", "/v1/views/{view}"),
+        ("get", "/v1/openmetrics"),
+        ("post", "/v1/deltas"),
+        ("post", "/v1/openmetrics"),
+        ("post", "/v1/views/{view}/drop"),
+        ("post", "/v1/views/{view}/reset"),
+        ("get", "/v1/dead-letters"),
+        ("get", "/v1/dead-letters/{key}"),
+        ("post", "/v1/dead-letters/replay"),
+    ],
 )
 def test_requests_are_answered_as_documented(
     api_schema: Any, verb: str, path: str, mode: schemathesis.GenerationMode
@@ -75,8 +85,15 @@ def test_the_document_is_whole(server: Server) -> None:
     assert operations == {
         ("get", "/v1/views"),
         ("get", "/v1/views/{view}"),
+        ("post", "/v1/views/{view}/drop"),
+        ("post", "/v1/views/{view}/reset"),
         ("post", "/v1/deltas"),
         ("post", "/v1/batches"),
+        ("get", "/v1/dead-letters"),
+        ("get", "/v1/dead-letters/{key}"),
+        ("post", "/v1/dead-letters/replay"),
+        ("post", "/v1/views/{view}/drop"),
+        ("post", "/v1/views/{view}/reset"),
         ("get", "/v1/status"),
         ("get", "/healthz"),
         ("get", "/readyz"),
@@ -85,7 +102,7 @@ def test_the_document_is_whole(server: Server) -> None:
         ("post", "/v1/openmetrics"),
     }
     names = {parameter["name"] for parameter in document["paths"]["/v1/views/{view}"]["get"]["parameters"]}
-    assert names == {"view", "where", "by", "top", "limit", "after", "max_staleness_ms", "timeout_ms"}
+    assert names == {"view", "where", "by", "kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms"}
     for reference in references(document):
         found: Any = document
         for part in reference.removeprefix("#/").split("/"):

@@ -15,20 +15,27 @@ import pytest
 
 from pipeline.adapters import http as clients
 from pipeline.adapters.http import HttpLogWriter, HttpReader
-from pipeline.core.record import Definition
-from pipeline.core.token import Token
-from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
+from pipeline.core.codec import encode_batch
+from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
+from pipeline.errors import BadRecord, GroupsRefused, Invalid, NotFound, NotReady, PipelineError, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import QuerySettings
 from pipeline.topics import DELTAS
-from tests.query.support import Server, World, serving
+from tests.query.support import SECRET, Server, World, serving
 
 DEFINITION = Definition("v", "sum", ("x", "y"))
 
 
+def new_writer(url: str) -> HttpLogWriter:
+    """A writer that can prove whose a world's batches are."""
+    made = HttpLogWriter(url)
+    made.introduce(SECRET)
+    return made
+
+
 @pytest.fixture
 def writer(server: Server) -> Iterator[HttpLogWriter]:
-    made = HttpLogWriter(server.url)
+    made = new_writer(server.url)
     yield made
     made.close()
 
@@ -55,7 +62,7 @@ def test_batches_are_appended_in_order(server: Server, writer: HttpLogWriter, re
     assert isinstance(start, int)
     assert results == [start + i for i in range(5)]
     server.world.fold()
-    assert reader.get("ordered", by=(), after=Token({2: results[-1]})).value() == 5  # type: ignore[dict-item]
+    assert reader.get("ordered", by=(), after=server.world.token({2: results[-1]})).value() == 5  # type: ignore[dict-item]
     assert writer.append([], timeout_s=1) == []
 
 
@@ -75,12 +82,43 @@ def test_a_bad_batch_is_found_among_good_ones(server: Server, writer: HttpLogWri
 def test_a_batch_that_is_too_large_will_never_be_taken() -> None:
     """413 is an error of that message alone, and not one to try again."""
     with serving(World(settings=QuerySettings(body_bytes_max=1_024))) as server:
-        writer = HttpLogWriter(server.url)
+        writer = new_writer(server.url)
         small = messages(server.world, 2)
         big = Message(DELTAS, 0, None, server.world.batch(0, DEFINITION, {("a" * 2_000, "b"): 1}))
         results = writer.append([small[0], big, small[1]], timeout_s=10)
         assert [type(result) for result in results] == [int, Invalid, int]
         writer.close()
+
+
+def test_each_producer_is_proved_by_its_own_secret(server: Server, writer: HttpLogWriter) -> None:
+    """Batches of several go in requests of their own; of one that was not introduced, or was dismissed, none is taken."""
+    definition = Definition("proved", "sum")
+    group = Group(definition, [series_suffix(())], [1])
+
+    def message(secret: str, sequence: int) -> Message:
+        return Message(DELTAS, 0, None, encode_batch(Batch(producer_id_of(secret), 0, 0, sequence, 0, 1, [group])))
+
+    writer.introduce("one")
+    writer.introduce("two")
+    sent = [message(secret, i) for i in range(2) for secret in ("one", "two", "three")]
+    results = writer.append(sent, timeout_s=10)
+    assert [type(result) for result in results] == [int, int, BadRecord] * 2
+    writer.dismiss("two")
+    assert [type(it) for it in writer.append([message("one", 2), message("two", 2)], timeout_s=10)] == [int, BadRecord]
+    server.world.fold()
+    assert server.view("proved")["series"][0]["value"] == 5
+
+
+def test_groups_that_are_refused_are_named(server: Server, writer: HttpLogWriter) -> None:
+    """The error says which groups of which batch, so that its publisher can leave them out; good batches are appended."""
+    world = server.world
+    far = world.batch(0, Definition("far", "last"), {(): (2**53, 1, "x")})
+    results = writer.append([*messages(world, 1, "near"), Message(DELTAS, 0, None, far)], timeout_s=10)
+    assert isinstance(results[0], int)
+    assert isinstance(results[1], GroupsRefused)
+    ((index, view, reason),) = results[1].groups
+    assert (index, view) == (0, "far")
+    assert "timestamp" in reason
 
 
 def test_much_is_sent_in_several_requests(server: Server, writer: HttpLogWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +169,7 @@ def test_the_partition_count_is_remembered(free_port: int) -> None:
     with pytest.raises(Unavailable):
         HttpLogWriter(f"http://127.0.0.1:{free_port}").partition_count(DELTAS)
     with serving(World(partition_count=3)) as server:
-        writer = HttpLogWriter(server.url)
+        writer = new_writer(server.url)
         assert writer.partition_count(DELTAS) == 3
     writer._partition_count = (-1e9, 3)
     assert writer.partition_count(DELTAS) == 3
@@ -291,7 +329,7 @@ def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpRead
     top = reader.get("asked", top=1)
     assert (len(top.series), top.truncated, top.series_total) == (1, True, 4)
     assert reader.get("asked", limit=3).truncated
-    assert reader.get("asked", by=(), after="0-0", max_staleness_ms=60_000, timeout_ms=500).series
+    assert reader.get("asked", by=(), after=server.world.token({0: 0}), max_staleness_ms=60_000, timeout_ms=500).series
     with pytest.raises(Invalid, match="4 series"):
         everything.value()
 
@@ -300,16 +338,20 @@ def test_lists(server: Server, reader: HttpReader) -> None:
     """Views and status."""
     server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
     server.world.publish(Definition("rising", "sum", monotone=True), {(): 1})
-    assert clients.View("listed", "max", ["x"], None, 1) in reader.views()
-    assert clients.View("rising", "sum", [], None, 1, monotone=True) in reader.views()
+    (listed,) = [it for it in reader.views() if it.name == "listed"]
+    assert listed == clients.View("listed", "max", ["x"], None, 1, defined_at_ms=listed.defined_at_ms)
+    (rising,) = [it for it in reader.views() if it.name == "rising"]
+    assert rising == clients.View("rising", "sum", [], None, 1, monotone=True, defined_at_ms=rising.defined_at_ms)
     assert reader.status()["partition_count"] == 4
 
 
 def test_problems_come_back_as_errors(server: Server, reader: HttpReader) -> None:
     """Of the same name, with the server's words."""
     server.world.publish(Definition("w", "sum", ("x",)), {("a",): 1})
-    with pytest.raises(NotFound, match="no view 'nothing'"):
+    with pytest.raises(NotFound, match=r"no view 'nothing'; .* pass the token that flush\(\) returned: after=token"):
         reader.get("nothing")
+    with pytest.raises(NotFound, match=r"no view 'nothing'$"):
+        reader.get("nothing", after=server.world.token({}))
     for name in ("a/b", "..", "é", "a?b#c", ""):
         with pytest.raises(PipelineError):
             reader.get(name)
@@ -318,7 +360,7 @@ def test_problems_come_back_as_errors(server: Server, reader: HttpReader) -> Non
     with pytest.raises(Invalid, match="regular expression"):
         reader.get("w", ["x=~("])
     with pytest.raises(NotReady, match="partition 1 is at"):
-        reader.get("w", after=Token({1: 10**6}), timeout_ms=50)
+        reader.get("w", after=server.world.token({1: 10**6}), timeout_ms=50)
 
 
 def test_a_reader_survives_a_restart_of_the_server() -> None:

@@ -64,8 +64,7 @@ def polled(log: Log) -> Iterator[EndsPolled]:
     finally:
         ends.stop()
         ends.stop()
-        ends._thread.join(60)
-        assert not ends._thread.is_alive()
+        assert ends.thread.stop(60)
 
 
 def look_twice(log: Log) -> None:
@@ -145,7 +144,7 @@ def test_polled_asks_for_the_topic_after_its_ends(log: Log) -> None:
     ends.start()
     wait_until(lambda: len(asked) > 3, "four looks", 60)
     ends.stop()
-    ends._thread.join(60)
+    assert ends.thread.stop(60)
     assert asked[:3] == [1, 2, 3]
     assert ends().source_id == f"id after look {log.looks}"
 

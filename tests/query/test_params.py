@@ -41,7 +41,7 @@ def test_defaults_come_from_the_settings() -> None:
     settings = QuerySettings(limit_default=50, limit_max=20, timeout_ms_default=900, timeout_ms_max=500)
     asked = parse_read("v", b"", settings)
     assert (asked.query.limit, asked.timeout_ms) == (20, 500)
-    asked = parse_read("v", b"limit=7&timeout_ms=8&top=9&max_staleness_ms=10&after=0-11", settings)
+    asked = parse_read("v", b"limit=7&timeout_ms=8&top=9&max_staleness_ms=10&after=t~0-11", settings)
     assert (asked.query.limit, asked.timeout_ms, asked.query.top, asked.max_staleness_ms) == (7, 8, 9, 10)
-    assert str(asked.after) == "0-11"
+    assert str(asked.after) == "t~0-11"
     assert asked.waits

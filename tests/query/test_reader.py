@@ -8,23 +8,25 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.adapters.memory import MemoryStores
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core import codec
-from pipeline.core.merge import KINDS
-from pipeline.core.record import POSITION_KEY, Definition, definition_key, series_prefix, series_suffix
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import POSITION_KEY, Definition, canonical, definition_key, series_prefix, series_suffix
 from pipeline.core.view import Labels, Query, parse_matcher
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable
-from pipeline.query.reader import Answer
+from pipeline.query.answer import Answer
 from pipeline.settings import LogSettings, QuerySettings
 from tests.core import strategies as some
-from tests.query.support import World
+from tests.query.support import World, wait_until
 
 REVENUE = Definition("revenue", "sum", ("region", "product"))
 FAR_S = 1e18
+
+V = Definition("v", "sum", ("a",))
 
 
 def query(
@@ -49,12 +51,14 @@ def test_an_answer_is_the_merge_of_all_partitions(data: st.DataObject, kind: Any
     """A series that lives in several partitions is one; the answer is a naive count's, for any `where` and `by`."""
     definition = Definition("v", kind.name, ("x", "y"))
     parts = data.draw(st.lists(st.lists(st.tuples(small, small), unique=True, max_size=6), min_size=3, max_size=3))
+    assume(any(parts))  # an empty group defines nothing
     states = iter(data.draw(some.states(kind.name, count=1 + sum(map(len, parts)))))
     world = World(partition_count=3)
     naive: dict[Labels, Any] = {}
     for number, labels in enumerate(parts):
         part = {key: next(states) for key in labels}
-        world.append(number, definition, part)
+        if part:
+            world.append(number, definition, part)
         for key, state in part.items():
             naive[key] = kind.merge(naive[key], state) if key in naive else state
     world.fold()
@@ -70,7 +74,7 @@ def test_an_answer_is_the_merge_of_all_partitions(data: st.DataObject, kind: Any
     assert [key for key, _ in rows(answer)] == sorted(groups)
     for key, value in rows(answer):
         assert value == kind.answer(groups[key])
-    assert answer.as_of.next_offsets == {"0": 1, "1": 1, "2": 1}
+    assert answer.as_of.next_offsets == {str(number): int(bool(part)) for number, part in enumerate(parts)}
     assert not answer.truncated
 
 
@@ -88,7 +92,7 @@ def fits(value: str, op: str, pattern: str) -> bool:
     extra=st.lists(operators, max_size=2),
     value=small,
     by=st.sampled_from([None, (), ("x",), ("y", "x")]),
-    present=st.lists(st.tuples(small, small), unique=True, max_size=8),
+    present=st.lists(st.tuples(small, small), unique=True, min_size=1, max_size=8),
 )
 def test_a_point_read_answers_as_a_scan(
     key: Labels, extra: list[tuple[str, str]], value: str, by: Labels | None, present: list[Labels]
@@ -112,7 +116,7 @@ def test_reads_without_all_labels_pinned_are_no_point_reads() -> None:
     world = World()
     world.publish(REVENUE, {("eu", "tea"): 1})
     assert world.reader.point(query("revenue", "region=eu")) is None
-    assert rows(read(world, query("revenue", "region=eu"))) == [(("eu", "tea"), 1)]
+    assert rows(read(world, query("revenue", "region=eu"))) == [(("tea", "eu"), 1)]
 
 
 def test_top_limit_and_what_was_cut() -> None:
@@ -120,12 +124,12 @@ def test_top_limit_and_what_was_cut() -> None:
     world = World()
     world.publish(REVENUE, {("eu", f"p{i}"): i for i in range(10)})
     best = read(world, query(top=3))
-    assert rows(best) == [(("eu", "p9"), 9), (("eu", "p8"), 8), (("eu", "p7"), 7)]
+    assert rows(best) == [(("p9", "eu"), 9), (("p8", "eu"), 8), (("p7", "eu"), 7)]
     assert (best.truncated, best.series_total) == (True, 10)
     first = read(world, query(limit=2))
-    assert rows(first) == [(("eu", "p0"), 0), (("eu", "p1"), 1)]
+    assert rows(first) == [(("p0", "eu"), 0), (("p1", "eu"), 1)]
     assert (first.truncated, first.series_total) == (True, 10)
-    assert rows(read(world, query(top=3, limit=1))) == [(("eu", "p9"), 9)]
+    assert rows(read(world, query(top=3, limit=1))) == [(("p9", "eu"), 9)]
     assert read(world, query(limit=10)).series_total is None
     assert b"truncated" not in msgspec.json.encode(read(world, query(top=10)))
 
@@ -145,31 +149,96 @@ def test_blocks_do_not_show() -> None:
     assert sum(series.value for series in each.series) == total
 
 
-def test_a_view_that_partitions_define_differently_is_not_merged() -> None:
-    """`Invalid` names both definitions, for scans and point reads; other views are not touched."""
+def test_definitions_of_one_kind_are_merged() -> None:
+    """A label that a definition lacks is empty; equal series of two definitions are one; where and by see all labels."""
     world = World(partition_count=2)
-    world.append(0, REVENUE, {("eu", "tea"): 1})
-    world.append(1, Definition("revenue", "max", ("region",)), {("eu",): 1})
-    world.append(1, Definition("other", "sum"), {(): 1})
+    world.append(0, Definition("orders", "sum", ("region",)), {("eu",): 1, ("us",): 10})
+    world.append(1, Definition("orders", "sum", ("product", "region")), {("tea", "eu"): 100, ("", "us"): 1_000})
+    world.append(1, Definition("orders", "sum", ("channel",)), {("web",): 10_000})
     world.fold()
-    for it in (query(), query("revenue", "region=eu", "product=tea"), query("revenue", "region=eu")):
-        with pytest.raises(Invalid, match=r"sum\(region, product\) in partition 0 but max\(region\) in partition 1"):
-            read(world, it)
-    with pytest.raises(Invalid):
-        world.reader.definition("revenue")
-    assert rows(read(world, query("other"))) == [((), 1)]
-    assert [(view.name, view.kind) for view in world.reader.views().views] == [
-        ("other", "sum"),
-        ("revenue", "max"),
-        ("revenue", "sum"),
+    assert world.reader.definition("orders").labels == ("channel", "product", "region")
+    assert rows(read(world, query("orders"))) == [
+        (("", "", "eu"), 1),
+        (("", "", "us"), 1_010),
+        (("", "tea", "eu"), 100),
+        (("web", "", ""), 10_000),
     ]
+    assert rows(read(world, query("orders", by=("region",)))) == [(("",), 10_000), (("eu",), 101), (("us",), 1_010)]
+    assert rows(read(world, query("orders", "product=", by=()))) == [((), 11_011)]
+    pinned = query("orders", "channel=", "product=", "region=us")
+    assert world.reader.point(pinned).series == read(world, pinned).series
+    assert rows(read(world, pinned)) == [(("", "", "us"), 1_010)]
+    assert rows(read(world, query("orders", "channel=web", "product=tea", "region="))) == []
+
+
+@given(data=st.data())
+def test_merged_definitions_answer_as_one_wide_definition_does(data: st.DataObject) -> None:
+    """However the series of a view are spread over definitions and partitions, any read is that of one definition."""
+    names = ("x", "y", "z")
+    narrow, wide = World(partition_count=2), World(partition_count=2)
+    for number in range(2):
+        for labels in data.draw(st.lists(st.sampled_from([("x",), ("y", "z"), ("x", "y", "z"), ()]), unique=True)):
+            values = data.draw(st.lists(st.tuples(*[small] * len(labels)), unique=True, min_size=1, max_size=4))
+            series = {value: data.draw(st.integers(-9, 9)) for value in values}
+            narrow.append(number, Definition("v", "sum", labels), series)
+            padded = {tuple(dict(zip(labels, it, strict=True)).get(name, "") for name in names): series[it] for it in series}
+            wide.append(number, Definition("v", "sum", names), padded)
+    for world in (narrow, wide):
+        world.append(0, Definition("v", "sum", names), {("a", "a", "a"): 0})
+        world.fold()
+    wanted = [f"{label}{op}{data.draw(small)}" for label, op in data.draw(st.lists(operators, max_size=3))]
+    pins = [f"{name}={data.draw(small)}" for name in names] if data.draw(st.booleans()) else []
+    by = data.draw(st.sampled_from([None, (), ("z",), ("y", "x")]))
+    it = query("v", *pins, *wanted, by=by)
+    assert rows(read(narrow, it)) == rows(read(wide, it))
+
+
+def test_the_kind_that_was_first_answers() -> None:
+    """Whoever defines a view differently later disturbs nothing: the answer names it, and `kind` chooses it."""
+    world = World(partition_count=2)
+    world.append(0, Definition("revenue", "sum", ("region",)), {("eu",): 1})
+    first_ms = world.clock.now_ms()
+    world.fold()
+    wait_until(lambda: world.clock.now_ms() > first_ms)
+    world.append(1, Definition("revenue", "max", ("region",)), {("eu",): 7})
+    world.append(0, Definition("revenue", "last"), {(): (1, 0, "text")})
+    world.fold()
+    answer = read(world, query("revenue"))
+    assert (answer.kind, rows(answer)) == ("sum", [(("eu",), 1)])
+    assert [(it.kind, it.window_s) for it in answer.also] == [("last", 0), ("max", 0)]
+    chosen = read(world, msgspec.structs.replace(query("revenue", "region=eu"), kind="max"))
+    assert (chosen.kind, rows(chosen)) == ("max", [(("eu",), 7)])
+    assert [(it.kind, it.window_s) for it in chosen.also] == [("last", 0), ("sum", 0)]
+    assert rows(read(world, msgspec.structs.replace(query("revenue"), window_s=0))) == [(("eu",), 1)]
+    with pytest.raises(NotFound, match="it is last, max, sum"):
+        read(world, msgspec.structs.replace(query("revenue"), kind="mean"))
+    with pytest.raises(NotFound):
+        read(world, msgspec.structs.replace(query("revenue"), window_s=60))
+    assert [(view.name, view.kind) for view in world.reader.views().views] == [
+        ("revenue", "sum"),
+        ("revenue", "last"),
+        ("revenue", "max"),
+    ], "the one that answers is the first"
+
+
+def test_a_point_read_sees_a_definition_that_came_later() -> None:
+    """What a reader remembers of a view is compared with each partition's definitions at every read."""
+    world = World(partition_count=2)
+    world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
+    world.fold()
+    pinned = query("v", "a=x")
+    assert rows(read(world, pinned)) == [(("x",), 1)]
+    world.append(1, Definition("v", "sum", ("a", "b")), {("x", ""): 10, ("x", "y"): 100})
+    world.fold()
+    assert rows(read(world, query("v", "a=x", by=()))) == [((), 111)]
+    assert rows(read(world, query("v", "a=x", "b="))) == [(("x", ""), 11)]
 
 
 def test_a_definition_is_read_again_when_stores_are_made_anew() -> None:
     """What the reader remembers of a view does not outlive it."""
     world = World(partition_count=1)
     world.publish(REVENUE, {("eu", "tea"): 1})
-    assert world.reader.definition("revenue") == REVENUE
+    assert world.reader.definition("revenue") == canonical(REVENUE)
     other = World(partition_count=1)
     other.publish(Definition("revenue", "max", ("region",)), {("eu",): 7})
     world.partitions = other.partitions
@@ -180,6 +249,18 @@ def test_a_definition_is_read_again_when_stores_are_made_anew() -> None:
         read(world, query())
 
 
+def test_a_point_read_in_a_store_made_anew_looks_at_its_definitions() -> None:
+    """It has counted as many changes of its definitions as the one before, and they are others."""
+    world, other = World(partition_count=1), World(partition_count=1)
+    world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
+    other.append(0, Definition("v", "sum", ("a", "b")), {("x", "y"): 10, ("x", "z"): 100})
+    world.fold()
+    other.fold()
+    assert rows(read(world, query("v", "a=x", by=()))) == [((), 1)]
+    world.partitions = other.partitions
+    assert rows(read(world, query("v", "a=x", by=()))) == [((), 110)]
+
+
 def test_wrong_names_are_told() -> None:
     """An unknown view is `NotFound`, an unknown label `Invalid` in `where` and in `by`."""
     world = World()
@@ -188,7 +269,7 @@ def test_wrong_names_are_told() -> None:
         with pytest.raises(NotFound):
             read(world, query(name))
     for it in (query("revenue", "country=eu"), query(by=("country",)), query("revenue", "region=a", "product=b", "x=c")):
-        with pytest.raises(Invalid, match="its labels: region, product"):
+        with pytest.raises(Invalid, match="its labels: product, region"):
             read(world, it)
 
 
@@ -201,7 +282,7 @@ def test_views_count_series_over_partitions() -> None:
     assert (view.name, view.kind, view.labels, view.window_s, view.series_count) == (
         "revenue",
         "sum",
-        ("region", "product"),
+        ("product", "region"),
         None,
         50,
     )
@@ -238,18 +319,20 @@ def test_too_many_groups_are_refused() -> None:
     assert read(world, query("v", by=("y", "x"), limit=1)).series_total == 11
 
 
-@pytest.mark.parametrize("where", [[], ["x=a"]])
+@pytest.mark.parametrize("where", [[], ["a=a"]])
 @pytest.mark.parametrize("damage", ["position", "definition", "state", "kind"])
 def test_a_damaged_store_is_found(damage: str, where: list[str]) -> None:
     """What cannot be decoded is `StoreCorrupt`, never a wrong answer."""
     world = World(partition_count=1)
-    definition = Definition("v", "sum", ("x",))
-    world.publish(definition, {("a",): 1, ("b",): 2})
+    world.publish(V, {("a",): 1, ("b",): 2})
     key, value = {
-        "position": (POSITION_KEY, b"\x01\x91"),
-        "definition": (definition_key("v"), b"\x01\xc0"),
-        "state": (series_prefix("v") + series_suffix(("a",)), b"\x01\x93\xa3sum\x00"),
-        "kind": (series_prefix("v") + series_suffix(("a",)), codec.encode_states(KINDS["max"], [1])[0]),
+        "position": (POSITION_KEY, b"\x02\x91"),
+        "definition": (definition_key(V), b"\x02\xc0"),
+        "state": (series_prefix(V) + series_suffix(("a",)), b"\x02\x93\xa3sum\x00"),
+        "kind": (
+            series_prefix(V) + series_suffix(("a",)),
+            codec.encode_states(KINDS["max"], [1])[0],
+        ),
     }[damage]
     world.partitions[0].store.write([key], [value])
     with pytest.raises(StoreCorrupt):

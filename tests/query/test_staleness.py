@@ -12,8 +12,10 @@ from pipeline.adapters.memory import MemoryLog
 from pipeline.core.record import NO_POSITION, Definition, Position
 from pipeline.core.view import Query
 from pipeline.errors import NotReady, Unavailable
+from pipeline.ports import Message
+from pipeline.query.answer import AsOf
 from pipeline.query.ends import EndsNow, Seen
-from pipeline.query.reader import AsOf, ViewReader
+from pipeline.query.reader import ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsets, bound_ms
 from pipeline.topics import DELTAS
 from tests.query.support import World
@@ -293,3 +295,30 @@ def test_a_position_in_a_topic_that_is_gone_covers_nothing(monkeypatch: pytest.M
     assert answer.staleness_ms >= 3_000
     (state,) = world.reader.partitions()
     assert (state.lag, state.staleness_ms) == (end, answer.staleness_ms)
+
+
+def test_what_waits_behind_an_open_transaction_is_missing() -> None:
+    """Staleness grows and lag shows while somebody's transaction is open; when it is over, all is as ever."""
+    clock = HandClock()
+    world = World(partition_count=1, clock=clock)
+    world.append(0, DEFINITION, {(): 1})
+    world.fold()
+
+    def staleness_ms() -> int | None:
+        return world.reader.read(Query("v"), deadline_s=1e18).as_of.staleness_ms
+
+    assert staleness_ms() == 0
+    clock.s += 1
+    hanging = world.log.leave_open([Message(DELTAS, 0, None, b"theirs")])
+    world.append(0, DEFINITION, {(): 1})
+    for seconds in range(1, 20):
+        clock.s += 1
+        world.fold()
+        assert (staleness_ms() or 0) >= seconds * 1000
+        (state,) = world.reader.partitions()
+        assert state.lag == 2
+        assert (state.staleness_ms or 0) >= seconds * 1000
+    hanging.abort()
+    world.fold()
+    assert staleness_ms() == 0
+    assert world.reader.partitions()[0].lag == 0

@@ -8,8 +8,11 @@ from pipeline.core.sequence import Sealed
 from pipeline.errors import Invalid
 from pipeline.ports import Message
 from pipeline.topics import DELTAS
+from tests.sim.clocks import NodeClock
+from tests.sim.count import Order
+from tests.sim.entries import View
 from tests.sim.faults import FaultyLog, Process, SimulatedCrash
-from tests.sim.publishers import SimPublisher, message_of, some_views
+from tests.sim.publishers import SimPublisher, message_of, other_definition, some_views
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -25,16 +28,41 @@ class Crowd:
         self.zombies: list[SimPublisher] = []
         """Publishers whose spool another process has opened, and that do not know."""
         self._views = some_views(world.rng)
+        self.clocks = [NodeClock(f"publishers {n}", world.time) for n in range(2)]
+        """The machines that publishers run on, each with its clock."""
+        self._closed: dict[bytes, int] = {}
+        """When a producer closed."""
         self.publishers = [self.new_publisher() for _ in range(world.rng.randint(1, 3))]
 
     # What happens
 
     def new_publisher(self) -> SimPublisher:
         world = self.world
-        publisher = SimPublisher(f"p{world.new_number()}", world.auditor, world.rng, self._views, world.partition_count)
+        publisher = self.new_life(f"p{world.new_number()}", self.some_views())
         if world.rng.random() < 0.5:
             publisher.spool = {}
         return publisher
+
+    def new_life(self, producer_id: str, views: list[View]) -> SimPublisher:
+        """A process that publishes under this identity."""
+        world = self.world
+        return SimPublisher(
+            producer_id,
+            world.auditor,
+            world.rng,
+            views,
+            world.partition_count,
+            world.rng.choice(self.clocks),
+            ties="ties" in world.switches,
+            floats="floats" in world.switches,
+        )
+
+    def some_views(self) -> list[View]:
+        """The views as one publisher defines them; with conflicts, not as others do."""
+        rng = self.world.rng
+        if "conflicts" not in self.world.switches or rng.random() < 0.3:
+            return self._views
+        return [other_definition(rng, view) if rng.random() < 0.4 else view for view in self._views]
 
     def send_all(self) -> None:
         """Whatever was recorded gets there in the end."""
@@ -42,7 +70,7 @@ class Crowd:
         for message in self.network:
             world.cluster.deliver(message)
         for publisher in self.publishers:
-            publisher.seal(world.clock.at_ms)
+            publisher.seal()
             while len(publisher.outbox):
                 self.send_from(publisher)
 
@@ -51,9 +79,9 @@ class Crowd:
         publisher = rng.choice(self.publishers)
         publisher.record(rng.randint(1, 6))
         if rng.random() < 0.7:
-            world.note("%s seals %s", publisher.producer_id, [s[:2] for s in map(_brief, publisher.seal(world.clock.at_ms))])
+            world.note("%s seals %s", publisher.producer_id, [s[:2] for s in map(_brief, publisher.seal())])
         elif rng.random() < 0.1:
-            world.note("%s seals a bad %s", publisher.producer_id, _brief(publisher.seal_bad(world.clock.at_ms)))
+            world.note("%s seals a bad %s", publisher.producer_id, _brief(publisher.seal_bad()))
 
     def send(self) -> None:
         self.send_from(self.world.rng.choice(self.publishers))
@@ -65,7 +93,7 @@ class Crowd:
             publisher = rng.choice(self.zombies)
             if rng.random() < 0.3:
                 publisher.record(2)
-                publisher.seal(world.clock.at_ms)
+                publisher.seal()
             world.count("zombie publisher sends")
             self.send_from(publisher)
 
@@ -108,6 +136,54 @@ class Crowd:
     def _never_sent(self, message: Message) -> bool:
         return all(row.value != message.value for row in self.world.auditor.rows[message.partition])
 
+    def job(self) -> None:
+        """A short-lived process: it records a little, sends it, perhaps twice, and is never heard of again."""
+        world, rng = self.world, self.world.rng
+        publisher = self.new_life(f"j{world.new_number()}", self.some_views())
+        last = rng.randint(0, 1)
+        for turn in range(last + 1):
+            publisher.record(rng.randint(1, 3))
+            if turn == last and rng.random() < 0.7:
+                self._close(publisher, publisher.seal(closing=True))
+            else:
+                self._deliver(publisher, publisher.seal())
+        world.count("job")
+
+    def say_something(self, partition: int) -> None:
+        """A batch of a new producer, by which the partition sees that time has passed."""
+        publisher = self.new_life(f"z{self.world.new_number()}", self._views)
+        self._deliver(publisher, [publisher.seal_for(partition)])
+
+    def order(self) -> None:
+        """Somebody drops or resets a view, or one definition of it, while all others go on."""
+        world, rng = self.world, self.world.rng
+        view = rng.choice(self.some_views())
+        kind = rng.choice(("", "", view.kind))
+        labels = rng.choice((None, None, view.labels))
+        order = Order(rng.choice(("drop", "reset")), view.name, kind, labels)
+        admin = self.new_life(f"o{world.new_number()}", self.some_views())
+        if rng.random() < 0.3:
+            admin.record(2)
+        self._deliver(admin, admin.seal_order(order))
+        world.note("somebody orders %s", order)
+        world.count(f"order: {order.action}")
+
+    def _deliver(self, publisher: SimPublisher, batches: list[Sealed]) -> None:
+        """All of them get there; of some a copy comes later."""
+        world, rng = self.world, self.world.rng
+        for sealed in batches:
+            message = message_of(sealed, publisher.producer_id)
+            world.cluster.acknowledge(sealed.partition, world.cluster.deliver(message) + 1)
+            publisher.acknowledge(sealed, accepted=True)
+            if rng.random() < 0.4:
+                self.network.append(message)
+
+    def forget_old_copies(self) -> None:
+        """No copy of a batch comes as late as a closed producer is forgotten."""
+        world = self.world
+        oldest_ms = world.time.at_ms - world.settings.closed_producer_ttl_ms
+        self.network = [m for m in self.network if self._closed.get(m.key or b"", world.time.at_ms) > oldest_ms]
+
     def deliver_late(self) -> None:
         world, rng = self.world, self.world.rng
         if self.network:
@@ -116,6 +192,22 @@ class Crowd:
             offset = world.cluster.deliver(message)
             world.note("a late message of %r comes in at %s-%s", message.key, message.partition, offset)
             world.count("late message")
+
+    def close_publisher(self) -> None:
+        """One that has nothing unacknowledged ends in order and says so; another takes its place."""
+        world, rng = self.world, self.world.rng
+        i = rng.randrange(len(self.publishers))
+        publisher = self.publishers[i]
+        if len(publisher.outbox) == 0:
+            publisher.record(rng.randint(1, 3))
+            self._close(publisher, publisher.seal(closing=True))
+            self.publishers[i] = self.new_publisher()
+            world.note("publisher %s closes", publisher.producer_id)
+            world.count("publisher closed")
+
+    def _close(self, publisher: SimPublisher, batches: list[Sealed]) -> None:
+        self._deliver(publisher, batches)
+        self._closed[publisher.producer_id.encode()] = self.world.time.at_ms
 
     def crash_publisher(self) -> None:
         self._restart_publisher(self.world.rng.choice(self.publishers), "chance")
@@ -146,18 +238,21 @@ class Crowd:
             world.note("an offset of partition %s holds no record", partition)
             return
         real = [row.value for rows in world.auditor.rows for row in rows if row.sent and row.value]
-        kind = rng.choice(("none", "noise", "cut", "version", "elsewhere")) if real else "noise"
+        kind = rng.choice(("none", "noise", "cut", "version", "elsewhere", "flip")) if real else "noise"
         value: bytes | None = None
         if kind == "noise":
-            value = rng.choice((b"", b"\x01")) + rng.randbytes(rng.randint(0, 30))
+            value = rng.choice((b"", b"\x02")) + rng.randbytes(rng.randint(0, 30))
         elif kind != "none":
             value = rng.choice(real)
             assert value is not None
             if kind == "cut":
                 value = value[: rng.randrange(len(value))]
             elif kind == "version":
-                value = b"\x02" + value[1:]
-            elif int.from_bytes(value[1:5], "big") == partition:
+                value = rng.choice((b"\x01", b"\x03")) + value[1:]
+            elif kind == "flip":
+                at = rng.randrange(len(value))
+                value = value[:at] + bytes((value[at] ^ 1 << rng.randrange(8),)) + value[at + 1 :]
+            elif int.from_bytes(value[5:9], "big") == partition:
                 return
         offset = world.cluster.deliver(Message(DELTAS, partition, None, value))
         world.note("junk (%s) comes in at %s-%s", kind, partition, offset)

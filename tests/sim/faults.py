@@ -9,12 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 
-from pipeline.adapters.memory import MemoryLog, MemoryStore
+import msgspec
+
+from pipeline.adapters.memory import MemoryStore
 from pipeline.core.record import Records
-from pipeline.errors import Fenced, Invalid, PipelineError, StoreCorrupt, Unavailable
-from pipeline.ports import LogReader, Message, Store, StoreView, Transaction, Watermarks
-from pipeline.topics import DELTAS
-from tests.sim.auditor import Auditor, Failure
+from pipeline.errors import Fenced, Invalid, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.ports import (
+    NO_BEGINS,
+    NO_EPOCHS,
+    Begins,
+    LogReader,
+    Message,
+    Store,
+    StoreView,
+    Transaction,
+    Watermarks,
+)
+from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.follower import read_meta
+from tests.sim.clocks import NodeClock
+from tests.sim.cluster import Cluster, Deposed
+from tests.sim.entries import POSITION, Failure
 
 
 class SimulatedCrash(BaseException):
@@ -39,63 +54,6 @@ class Process:
             raise SimulatedCrash(f"{self.name} is dead")
 
 
-class SimClock:
-    """A `ports.Clock` that stands still until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.at_ms = 1_700_000_000_000
-
-    def now_ms(self) -> int:
-        return self.at_ms
-
-    def monotonic_s(self) -> float:
-        return self.at_ms / 1000
-
-    def new_id(self) -> str:
-        raise Failure("nothing in the protocol makes up identities")
-
-
-class Cluster:
-    """The log itself: what survives every process, and who owns which transactional id."""
-
-    def __init__(self, topics: Mapping[str, int], clock: SimClock, auditor: Auditor) -> None:
-        self.memory = MemoryLog(topics, clock.now_ms)
-        self.auditor = auditor
-        self.owners: dict[str, FaultyTransaction] = {}
-        self.safe_offsets = dict.fromkeys(range(topics[DELTAS]), 0)
-        """Up to here each partition was read or acknowledged: no crash may take it back."""
-        self.markers = False
-        """Whether the end of a transaction takes an offset, as in Kafka."""
-
-    def deliver(self, message: Message) -> int:
-        """Append one record of the deltas topic; its offset."""
-        (result,) = self.memory.append([message], timeout_s=0)
-        assert isinstance(result, int)
-        row = self.memory._partition(DELTAS, message.partition).rows[-1]
-        self.auditor.appended(message.partition, row.at_ms, message.value)
-        return result - 1
-
-    def skip(self, topic: str, partition: int) -> None:
-        """An offset without a record."""
-        self.memory._partition(topic, partition).end_offset += 1
-        if topic == DELTAS:
-            self.auditor.skipped(partition)
-
-    def tear(self, partition: int, rng: Random) -> int:
-        """Lose some of the newest records that nobody has read and nobody was told to be safe; how many."""
-        at = self.memory._partition(DELTAS, partition)
-        keep = rng.randint(min(self.safe_offsets[partition], at.end_offset), at.end_offset)
-        torn = at.end_offset - keep
-        if torn:
-            at.rows = [row for row in at.rows if row.offset < keep]
-            at.end_offset = keep
-            self.auditor.torn(partition, keep)
-        return torn
-
-    def acknowledge(self, partition: int, next_offset: int) -> None:
-        self.safe_offsets[partition] = max(self.safe_offsets[partition], next_offset)
-
-
 Fate = Callable[[Message], str]
 """What becomes of a message that is sent: `in`, `unsure` (in, but its sender never hears so), `late` (the sender gives up
 waiting, the message comes in later), `gone`, `refused`, `crash before` or `crash after`."""
@@ -111,9 +69,11 @@ class FaultyLog:
         *,
         fate: Fate = lambda _: "in",
         fenced_others: Callable[[], None] = lambda: None,
+        deposed: Deposed | None = None,
     ) -> None:
         self._cluster = cluster
         self._process = process
+        self._deposed = deposed or Deposed({}, 0)
         self._fate = fate
         self._fenced_others = fenced_others
         self.late: list[Message] = []
@@ -123,11 +83,21 @@ class FaultyLog:
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         self._process.check()
-        return self._cluster.memory.watermarks(topic, partition)
+        self._deposed.called()
+        return self._seen(topic, partition)
+
+    def _seen(self, topic: str, partition: int) -> Watermarks:
+        start, end = self._cluster.stable(topic, partition)
+        return Watermarks(start, self._deposed.end_offset(topic, partition, end))
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
         self._process.point("end offsets")
-        return self._cluster.memory.end_offsets(topic)
+        self._deposed.called()
+        return {n: self._seen(topic, n).end_offset for n in range(self.partition_count(topic))}
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        self._process.point("high watermarks")
+        return self._cluster.memory.high_watermarks(topic)
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         self._process.check()
@@ -157,7 +127,7 @@ class FaultyLog:
         return Invalid("too large") if fate == "refused" else Unavailable("no answer in time")
 
     def reader(self, topic: str) -> LogReader:
-        return FaultyReader(self._cluster, self._process, topic)
+        return FaultyReader(self._cluster, self._process, topic, self._deposed)
 
     def transaction(self, transactional_id: str) -> Transaction:
         self._process.point("transaction")
@@ -172,24 +142,65 @@ class FaultyLog:
 
 
 class FaultyReader:
-    """A `ports.LogReader` that may be cut off, and that makes what it has read safe."""
+    """A `ports.LogReader` that may be cut off, that may see an old end, and that makes what it has read safe."""
 
-    def __init__(self, cluster: Cluster, process: Process, topic: str) -> None:
+    def __init__(self, cluster: Cluster, process: Process, topic: str, deposed: Deposed) -> None:
         self._cluster = cluster
         self._process = process
         self._topic = topic
+        self._deposed = deposed
         self._inner = cluster.memory.reader(topic)
+        self._next: dict[int, int] = {}
+        self._epochs: dict[int, int] = {}
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
+    def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
+        self._next, self._epochs = dict(next_offsets), dict(leader_epochs)
         self._inner.assign(next_offsets)
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
         self._process.point("poll")
-        fetched = self._inner.poll(record_count_max=record_count_max, bytes_max=bytes_max, timeout_s=0)
+        self._deposed.called()
         if self._topic == DELTAS:
-            for records in fetched:
+            self._check_epochs()
+        polled = self._inner.poll(record_count_max=record_count_max, bytes_max=bytes_max, timeout_s=0)
+        seen = [*map(self._visible, polled)]
+        fetched = [records for records in seen if records is not None]
+        if not fetched:
+            for partition in self._next:
+                self._cluster.wait_in_vain(self._topic, partition)
+        for records in fetched:
+            self._next[records.partition] = records.next_offset
+            if self._topic == DELTAS:
                 self._cluster.acknowledge(records.partition, records.next_offset)
-        return fetched
+        if any(a is not b for a, b in zip(seen, polled, strict=True)):
+            self._inner.assign(self._next)
+        return [self._with_epoch(records) for records in fetched] if self._topic == DELTAS else fetched
+
+    def _check_epochs(self) -> None:
+        for partition, next_offset in self._next.items():
+            if self._cluster.is_gone(partition, next_offset, self._epochs.get(partition, -1)):
+                raise RecordsLost(f"what was read below {next_offset} of partition {partition} is not in the log any more")
+
+    def _with_epoch(self, records: Records) -> Records:
+        next_offset = records.next_offset  # the broker tells the client of the epochs of holes, too, but not its caller
+        self._epochs[records.partition] = self._cluster.leader_epoch(records.partition, next_offset - 1)
+        if not records.offsets:
+            return records
+        return msgspec.structs.replace(
+            records, leader_epoch=self._cluster.leader_epoch(records.partition, records.offsets[-1])
+        )
+
+    def _visible(self, records: Records) -> Records | None:
+        """The part of them that is not hidden."""
+        end = self._cluster.stable(self._topic, records.partition).end_offset
+        end = self._deposed.end_offset(self._topic, records.partition, end)
+        if records.next_offset <= end:
+            return records
+        if self._next[records.partition] >= end:
+            return None
+        count = sum(offset < end for offset in records.offsets)
+        columns = {name: getattr(records, name)[:count] for name in ("offsets", "at_ms", "keys", "values")}
+        return msgspec.structs.replace(records, **columns, next_offset=end)
 
     def close(self) -> None:
         self._inner.close()
@@ -208,12 +219,16 @@ class FaultyTransaction:
     def fenced(self) -> bool:
         return self._cluster.owners[self._id] is not self
 
-    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+    @property
+    def marker_count(self) -> int:
+        return self._inner.marker_count
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
         self._process.point("commit: before")
         partitions = {(message.topic, message.partition) for message in messages}
         before = [self._cluster.memory.watermarks(*at) for at in partitions]
         try:
-            offsets = self._inner.commit(messages, timeout_s=timeout_s)
+            offsets = self._inner.commit(messages, timeout_s=timeout_s, begins=begins)
         except Fenced:
             if not self.fenced:
                 raise Failure(f"{self._process.name} owns {self._id}, but was fenced") from None
@@ -222,9 +237,9 @@ class FaultyTransaction:
             raise
         if self.fenced:
             raise Failure(f"{self._process.name} was fenced, but could commit as {self._id}")
-        self._cluster.auditor.committed(
-            int(self._id.rsplit("-", 1)[1]), [(m.topic, m.partition, m.key, m.value) for m in messages]
-        )
+        partition, auditor = int(self._id.rsplit("-", 1)[1]), self._cluster.auditor
+        if auditor.committed(partition, [(m.topic, m.partition, m.key, m.value) for m in messages]):
+            self._cluster.committed(partition, auditor.states[partition][POSITION])
         self._process.point("commit: after")
         return offsets
 
@@ -268,15 +283,17 @@ class Disk:
 class Machine:
     """What has disks of its own: a process that moves to another machine finds other stores there."""
 
-    def __init__(self, name: str, partition_count: int) -> None:
-        self.name = name
+    def __init__(self, clock: NodeClock, partition_count: int) -> None:
+        self.name = clock.name
+        self.clock = clock
         self.disks = [Disk() for _ in range(partition_count)]
 
 
 class FaultyStores:
     """A `ports.Stores` for one process on one machine."""
 
-    def __init__(self, machine: Machine, process: Process) -> None:
+    def __init__(self, cluster: Cluster, machine: Machine, process: Process) -> None:
+        self._cluster = cluster
         self._machine = machine
         self._process = process
 
@@ -295,8 +312,21 @@ class FaultyStores:
         opened_by = self._machine.disks[partition].opened_by
         if opened_by is not None and opened_by.alive:
             raise Failure(f"store {partition} of {self._machine.name} is destroyed, but open in {opened_by.name}")
+        self._check_worth(partition)
         self._machine.disks[partition] = Disk()
         self._process.point("destroyed")
+
+    def set_aside(self, partition: int, reason: str) -> str:
+        self._process.check()
+        self._machine.disks[partition] = Disk()
+        return f"{self._machine.name}, {partition}"
+
+    def _check_worth(self, partition: int) -> None:
+        """No store may be thrown away that holds what the changelog has lost."""
+        disk = self._machine.disks[partition]
+        end_offset = self._cluster.memory.watermarks(CHANGELOG, partition).end_offset
+        if not disk.damage and read_meta(disk.memory).changelog_next_offset > end_offset:
+            raise Failure(f"store {partition} of {self._machine.name} is ahead of its changelog, and is destroyed")
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -55,17 +55,20 @@ class Nature:
         What is younger than the compaction lag stays, and nothing goes because of it.
         """
         world, rng = self.world, self.world.rng
+        if world.cluster.forged[partition]:
+            return  # a forgery would supersede what is true, and nobody could tell any more
         memory, known = world.cluster.memory, self._tombstones[partition]
         rows = memory._partition(CHANGELOG, partition).rows
         end = memory.watermarks(CHANGELOG, partition).end_offset
-        young_ms = world.clock.at_ms - world.compaction_lag_ms
+        young_ms = world.time.at_ms - world.compaction_lag_ms
         young = next((row.offset for row in rows if row.at_ms > young_ms), end)
         end = young
         if rng.random() < 0.7:
             end = rng.randint(0, end)
-        kept = (r.offset for r in rows if r.value is None and known.get(r.offset, world.clock.at_ms) >= world.clock.at_ms)
+        kept = (r.offset for r in rows if r.value is None and known.get(r.offset, world.time.at_ms) >= world.time.at_ms)
         drop_end = min(end, next(kept, end))
         before = sum(row.value is None for row in rows)
+        world.cluster.superseding[partition] = max(world.cluster.superseding[partition], young)
         memory.compact(CHANGELOG, partition, drop_end, drop_tombstones=True, young_offset=young)
         world.stats["tombstones dropped"] += before - sum(
             row.value is None for row in memory._partition(CHANGELOG, partition).rows
@@ -73,7 +76,7 @@ class Nature:
         memory.compact(CHANGELOG, partition, end, young_offset=young)
         for row in memory._partition(CHANGELOG, partition).rows:
             if row.value is None and row.offset < end:
-                known.setdefault(row.offset, world.clock.at_ms + world.delete_retention_ms)
+                known.setdefault(row.offset, world.time.at_ms + world.delete_retention_ms)
         world.compactions[partition] += 1
         world.note("changelog-%s is compacted up to %s", partition, end)
         world.count("compaction")
@@ -81,7 +84,7 @@ class Nature:
     def hold_up(self) -> None:
         """Nobody comes to do anything, except the log's cleaner: for long enough that what is there is young no more."""
         world = self.world
-        world.clock.at_ms += int(world.compaction_lag_ms * world.rng.uniform(0.3, 1.5))
+        world.time.at_ms += int(world.compaction_lag_ms * world.rng.uniform(0.3, 1.5))
         world.note("a hold-up")
         world.count("hold-up")
         for partition in range(world.partition_count):
@@ -144,16 +147,21 @@ class Nature:
         ttl_ms = world.settings.producer_ttl_ms
         if rng.random() < 0.5 or self._young_ms > ttl_ms / 2:
             crowd = world.crowd
-            crowd.publishers = [crowd.new_publisher() for _ in crowd.publishers]
+            # A stranger that has the id of somebody who is forgotten can take it over; only that ids are secret prevents it.
+            outliving = 0.0 if "strangers" in world.switches else 0.3
+            crowd.publishers = [
+                p.outlived() if rng.random() < outliving else crowd.new_publisher() for p in crowd.publishers
+            ]
             crowd.zombies, crowd.network = [], []
             self._young_ms = 0
-            world.clock.at_ms += ttl_ms + 1
-            world.note("all producers sleep for ever; new ones take their place")
+            world.time.at_ms += ttl_ms + 1
+            world.note("producers sleep so long that they are forgotten; new ones take the place of most")
             world.count("producers expire")
         else:
             asleep_ms = rng.choice((world.delete_retention_ms // 2, world.delete_retention_ms + 1))
             self._young_ms += asleep_ms
-            world.clock.at_ms += asleep_ms
+            world.time.at_ms += asleep_ms
+            world.crowd.forget_old_copies()
             world.note("nothing happens for %s ms", asleep_ms)
             world.count("sleep")
         for partition in range(world.partition_count):

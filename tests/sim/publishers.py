@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
 
+import msgspec
+
 from pipeline.core.codec import encode_batch
-from pipeline.core.merge import KINDS
-from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import Batch, Control, Definition, Group, series_prefix, series_suffix
 from pipeline.core.route import route
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.ports import Message
 from pipeline.topics import DELTAS
-from tests.sim.auditor import Auditor, Sent, Series, View
+from tests.sim.auditor import Auditor
+from tests.sim.clocks import NodeClock
+from tests.sim.count import Order, Sent, SentGroup
+from tests.sim.entries import View
+from tests.sim.laws import Set
 
 LABEL_VALUES = ("", "a", "b", "a\x00b", "ü", "x" * 40)
+
+Recorded = tuple[View, tuple[str, ...], Any]
+"""A definition, label values, and a delta as the auditor knows it."""
 
 
 def some_views(rng: Random) -> list[View]:
@@ -27,91 +37,137 @@ def some_views(rng: Random) -> list[View]:
     ]
 
 
-def some_number(rng: Random, view: View) -> int | float:
+def other_definition(rng: Random, view: View) -> View:
+    """What somebody else may think that the view is: other labels, another kind, or a counter."""
+    if view.kind == "sum" and rng.random() < 0.4:
+        return replace(view, monotone=not view.monotone)
+    if rng.random() < 0.5:
+        return replace(view, labels=rng.choice([labels for labels in _LABELS if labels != view.labels]))
+    return View(view.name, rng.choice([k for k in KINDS if k != view.kind]), view.labels)
+
+
+_LABELS: tuple[tuple[str, ...], ...] = ((), ("l",), ("l", "m"), ("k", "l"))
+
+
+def some_number(rng: Random, view: View, *, floats: bool = False) -> int | float:
     """A number that the view takes."""
-    number = _signed_number(rng, view)
+    number = _signed_number(rng, view, floats=floats)
     return abs(number) if view.monotone else number
 
 
-def _signed_number(rng: Random, view: View) -> int | float:
-    """Ints, some beyond 64 bits, in every other view; in the others floats whose sums are exact in any order."""
+def _signed_number(rng: Random, view: View, *, floats: bool) -> int | float:
+    """Ints, some beyond 64 bits, in every other view; in the others floats whose sums are exact in any order.
+
+    With `floats` these are so large and so small that their sums are exact only together with what rounding leaves out.
+    """
     if view.name[-1] in "02468":
         bits = rng.choice((3, 3, 3, 31, 63, 64, 65, 200))
         return rng.randint(-(2**bits), 2**bits)
+    if floats and rng.random() < 0.4:
+        scale = rng.choice((2**53, 2**60, 2**80))
+        return rng.choice((float, float, int))(rng.randint(-9, 9) * scale)
     return rng.randint(-4000, 4000) / 8 if rng.random() < 0.8 else rng.randint(-9, 9)
-
-
-def some_delta(rng: Random, view: View) -> Any:
-    """A raw delta, as `Kind.check` returns it."""
-    if view.kind != "last":
-        return some_number(rng, view)
-    value = rng.choice((None, True, False, "", "text", "ü", some_number(rng, view), some_number(rng, view)))
-    return rng.randint(0, 6), value
 
 
 class SimPublisher:
     """One life of a publisher. Its buffers are lists of raw deltas; a batch merges them as the real one would."""
 
-    def __init__(self, producer_id: str, auditor: Auditor, rng: Random, views: list[View], partition_count: int) -> None:
+    def __init__(
+        self,
+        producer_id: str,
+        auditor: Auditor,
+        rng: Random,
+        views: Sequence[View],
+        partition_count: int,
+        clock: NodeClock,
+        *,
+        ties: bool = False,
+        floats: bool = False,
+        epoch: int = 0,
+    ) -> None:
         self.producer_id = producer_id
-        self.outbox = Outbox(producer_id, epoch=0)
+        self.outbox = Outbox(producer_id, epoch=epoch)
         self.spool: dict[tuple[int, int], tuple[Batch, Sent]] | None = None
         """Sealed batches by partition and sequence, if they survive a crash."""
+        self.views = views
+        self.clock = clock
         self._auditor = auditor
         self._rng = rng
-        self._views = views
         self._partition_count = partition_count
-        self._buffer: dict[int, list[tuple[View, Series, Any]]] = {}
+        self._ties = ties
+        self._floats = floats
+        self._buffer: dict[int, list[Recorded]] = {}
+        self._sets = 0
+        self._recorded_ns = 0
 
     def record(self, count: int) -> None:
         """Some deltas, of few series, so that they meet."""
-        rng = self._rng
         for _ in range(count):
-            view = rng.choice(self._views)
-            labels = tuple(rng.choice(LABEL_VALUES[:3] if rng.random() < 0.9 else LABEL_VALUES) for _ in view.labels)
-            key = series_prefix(view.name) + series_suffix(labels)
-            partition = route(key, self._partition_count)
-            self._buffer.setdefault(partition, []).append((view, (view.name, labels), some_delta(rng, view)))
+            view, labels, delta = self._some_recorded()
+            partition = route(series_prefix(_definition(view)) + series_suffix(labels), self._partition_count)
+            self._buffer.setdefault(partition, []).append((view, labels, delta))
 
-    def seal(self, now_ms: int) -> list[Sealed]:
+    def _some_recorded(self) -> Recorded:
+        rng = self._rng
+        view = rng.choice(self.views)
+        labels = tuple(rng.choice(LABEL_VALUES[:3] if rng.random() < 0.9 else LABEL_VALUES) for _ in view.labels)
+        return view, labels, self.some_delta(view)
+
+    def some_groups(self, count: int) -> tuple[SentGroup, ...]:
+        """What a batch of so many deltas holds."""
+        return tuple(grouped([self._some_recorded() for _ in range(count)]))
+
+    def some_delta(self, view: View) -> Any:
+        """A delta of the view; of a `last`, the next set of this process, perhaps in the very millisecond of another."""
+        rng = self._rng
+        if view.kind != "last":
+            return some_number(rng, view, floats=self._floats)
+        number = some_number(rng, view), some_number(rng, view)
+        value = rng.choice((None, True, False, "", "text", "ü", *number))
+        self._sets += 1
+        ts_ms = self._sets
+        if self._ties:
+            ts_ms = rng.randint(0, 6) if rng.random() < 0.8 else self.clock.now_ms()
+        recorded_ns = self.clock.now_ms() * 1_000_000 if self._sets == 1 else self._recorded_ns + rng.choice((1, 1, 10**6))
+        self._recorded_ns = recorded_ns
+        return Set(f"{self.producer_id}/{self.outbox.epoch}", self._sets, ts_ms, value, recorded_ns)
+
+    def seal(self, *, closing: bool = False) -> list[Sealed]:
         """Make batches of all that is buffered, one for each partition, and count on sending them."""
         buffered, self._buffer = self._buffer, {}
-        return [self._seal(partition, deltas, now_ms) for partition, deltas in buffered.items()]
+        return [self._seal(partition, deltas, closing=closing) for partition, deltas in buffered.items()]
 
-    def seal_bad(self, now_ms: int) -> Sealed:
-        """A batch that no partition may fold.
+    def seal_for(self, partition: int) -> Sealed:
+        """A batch of nothing."""
+        return self._seal(partition, [])
 
-        It contradicts a definition, or a series is not one of its view, or it takes from a view that only grows.
-        """
+    def seal_order(self, order: Order) -> list[Sealed]:
+        """The order for every partition, before what is buffered for it."""
+        buffered, self._buffer = self._buffer, {}
+        return [
+            self._seal(partition, buffered.get(partition, []), orders=(order,)) for partition in range(self._partition_count)
+        ]
+
+    def seal_bad(self) -> Sealed:
+        """A batch with a group that no partition may fold: a series is not one of its view, or a counter falls."""
         rng = self._rng
-        view = rng.choice(self._views)
-        labels = ("a",) * len(view.labels)
-        delta = some_delta(rng, view)
-        malformed = unreadable = False
-        if view.monotone and rng.random() < 0.3:
-            unreadable = True
-            delta = -1 - delta
-        elif rng.random() < 0.5:
-            malformed = True
-            labels += ("a",)
-        elif view.kind == "sum" and rng.random() < 0.5:
-            view = View(view.name, "sum", view.labels, not view.monotone)
-            delta = abs(delta)
+        view = rng.choice(self.views)
+        labels, delta = ("a",) * len(view.labels), self.some_delta(view)
+        if view.monotone and rng.random() < 0.5:
+            flaw, delta = "negative", -1 - delta
         else:
-            view = View(view.name, rng.choice([k for k in KINDS if k != view.kind]), view.labels)
-            delta = some_delta(rng, view)
+            flaw, labels = "labels", (*labels, "a")
         partition = rng.randrange(self._partition_count)
-        # Good neighbours fall with it: a batch is folded whole or not at all. But they could make up for a negative delta.
-        deltas = [] if unreadable else self._buffer.pop(partition, [])
-        return self._seal(partition, [*deltas, (view, (view.name, labels), delta)], now_ms, malformed, unreadable)
+        return self._seal(partition, self._buffer.pop(partition, []), SentGroup(view, ((labels, delta),), flaw))
 
     def _seal(
         self,
         partition: int,
-        deltas: list[tuple[View, Series, Any]],
-        now_ms: int,
-        malformed: bool = False,
-        unreadable: bool = False,
+        deltas: list[Recorded],
+        bad: SentGroup | None = None,
+        *,
+        closing: bool = False,
+        orders: tuple[Order, ...] = (),
     ) -> Sealed:
         rng = self._rng
         sequence, floor = self.outbox.next_numbers(partition)
@@ -119,24 +175,14 @@ class SimPublisher:
         if rng.random() < 0.1:  # a view may come in several groups
             cut = rng.randint(0, len(deltas))
             parts = [deltas[:cut], deltas[cut:]]
-        groups = [group for part in parts for group in _groups(part)]
-        views = [View(d.view, d.kind, d.labels, d.monotone) for d in (g.definition for g in groups)]
+        groups = [group for part in parts for group in grouped(part)]
+        if bad is not None:
+            groups.insert(rng.randint(0, len(groups)), bad)
         if rng.random() < 0.1:  # a view may be defined before it has a series
-            view = rng.choice(self._views)
-            groups.append(Group(_definition(view), [], []))
-            views.append(view)
-        batch = Batch(self.producer_id, self.outbox.epoch, partition, sequence, floor, now_ms, groups)
-        sent = Sent(
-            self.producer_id,
-            self.outbox.epoch,
-            partition,
-            sequence,
-            floor,
-            tuple(views),
-            tuple((series, delta) for _, series, delta in deltas),
-            malformed,
-            unreadable,
-        )
+            groups.append(SentGroup(rng.choice(self.views), ()))
+        numbers = self.outbox.epoch, partition, sequence, floor
+        sent = Sent(self.producer_id, *numbers, tuple(groups), closing=closing, orders=orders)
+        batch = batch_of(sent, self.clock.now_ms())
         sealed = self._encode(batch, sent)
         self.outbox.add(sealed)
         if self.spool is not None:
@@ -146,7 +192,7 @@ class SimPublisher:
     def _encode(self, batch: Batch, sent: Sent) -> Sealed:
         value = encode_batch(batch)
         self._auditor.sealed(value, sent)
-        return Sealed(batch.partition, batch.sequence, value, len(sent.deltas))
+        return Sealed(batch.partition, batch.sequence, value, sum(len(group.suffixes) for group in batch.groups))
 
     def acknowledge(self, sealed: Sealed, *, accepted: bool) -> None:
         """The log has taken it, or never will."""
@@ -155,15 +201,32 @@ class SimPublisher:
         if self.spool is not None and (not accepted or self._rng.random() < 0.8):  # what is sent again does no harm
             self.spool.pop((sealed.partition, sealed.sequence), None)
 
+    def outlived(self) -> SimPublisher:
+        """The same process after a pause so long that it may send nothing again of what it sent before."""
+        for sealed in [*self.outbox.pending()]:
+            self.outbox.acknowledge(sealed.partition, sealed.sequence)
+        if self.spool is not None:
+            self.spool = {}
+        return self
+
     def reopened(self) -> SimPublisher:
         """Another process on the same spool: the same identity, the next epoch; what is in the spool is sent again."""
         assert self.spool is not None
-        new = SimPublisher(self.producer_id, self._auditor, self._rng, self._views, self._partition_count)
-        new.outbox.epoch = epoch = self.outbox.epoch + 1
+        new = SimPublisher(
+            self.producer_id,
+            self._auditor,
+            self._rng,
+            self.views,
+            self._partition_count,
+            self.clock,
+            ties=self._ties,
+            floats=self._floats,
+            epoch=self.outbox.epoch + 1,
+        )
         new.spool = {}
         for (partition, sequence), (batch, sent) in sorted(self.spool.items(), key=lambda item: item[0]):
-            batch = Batch(batch.producer_id, epoch, partition, sequence, batch.floor, batch.created_at_ms, batch.groups)
-            sent = replace(sent, epoch=epoch)
+            epoch = new.outbox.epoch
+            batch, sent = msgspec.structs.replace(batch, epoch=epoch), replace(sent, epoch=epoch)
             new.spool[partition, sequence] = batch, sent
             new.outbox._next[partition] = sequence
             new.outbox.add(new._encode(batch, sent))
@@ -176,19 +239,42 @@ def message_of(sealed: Sealed, producer_id: str) -> Message:
     return Message(DELTAS, sealed.partition, producer_id.encode(), sealed.value)
 
 
+def grouped(deltas: list[Recorded]) -> list[SentGroup]:
+    """A group for each definition, in the order of their first deltas."""
+    by_view: dict[View, list[tuple[tuple[str, ...], Any]]] = {}
+    for view, labels, delta in deltas:
+        by_view.setdefault(view, []).append((labels, delta))
+    return [SentGroup(view, tuple(found)) for view, found in by_view.items()]
+
+
+def batch_of(sent: Sent, created_at_ms: int) -> Batch:
+    """The batch that says it."""
+    groups = [_group(group) for group in sent.groups]
+    return Batch(
+        sent.producer_id,
+        sent.epoch,
+        sent.partition,
+        sent.sequence,
+        sent.floor,
+        created_at_ms,
+        groups,
+        closing=sent.closing,
+        controls=[Control(order.action, order.view, order.kind, order.labels) for order in sent.orders],
+    )
+
+
+def _group(group: SentGroup) -> Group:
+    columns: dict[bytes, list[Any]] = {}
+    for labels, delta in group.deltas:
+        columns.setdefault(series_suffix(labels), []).append(_raw(group.view, delta))
+    kind = KINDS[group.view.kind]
+    return Group(_definition(group.view), [*columns], [kind.collect(raw) for raw in columns.values()])
+
+
+def _raw(view: View, delta: Any) -> Any:
+    """A delta as its kind collects it."""
+    return (delta.ts_ms, delta.recorded_ns, delta.value) if view.kind == "last" else delta
+
+
 def _definition(view: View) -> Definition:
     return Definition(view.name, view.kind, view.labels, monotone=view.monotone)
-
-
-def _groups(deltas: list[tuple[View, Series, Any]]) -> list[Group]:
-    columns: dict[View, dict[bytes, list[Any]]] = {}
-    for view, (_, labels), delta in deltas:
-        columns.setdefault(view, {}).setdefault(series_suffix(labels), []).append(delta)
-    return [
-        Group(
-            _definition(view),
-            [*series],
-            [KINDS[view.kind].collect(raw) for raw in series.values()],
-        )
-        for view, series in columns.items()
-    ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.errors import NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.errors import LogCorrupt, NotReady, PipelineError, StoreCorrupt, Unavailable
 from pipeline.worker.follower import read_meta, read_position
 from pipeline.worker.replica import ReplicaLoop
-from tests.sim.auditor import META, Entries, Failure, compare
+from tests.sim.entries import META, POSITION, Entries, Failure, compare
 from tests.sim.faults import Disk, FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
+from tests.sim.logfaults import Noticed
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -23,7 +24,7 @@ class Server:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.machine = Machine("Q", world.partition_count)
+        self.machine = Machine(world.clocks["Q"], world.partition_count)
         self._process = Process("no server yet", world.interrupt)
         self._loop: ReplicaLoop | None = None
         self._busy = False
@@ -54,9 +55,15 @@ class Server:
         except Unavailable as error:
             world.note("%s: %s", self._process.name, error)
         except StoreCorrupt as error:
+            if world.wounds:
+                raise Noticed(str(error)) from error
             if not any(disk.damage for disk in self.machine.disks):  # the store was made anew, and that one rots too
                 raise Failure(f"{self._process.name} can't make a store anew: {error}") from error
             self.stop()
+        except LogCorrupt as error:
+            if not world.wounds:
+                raise Failure(f"{self._process.name} ends: {error!r}") from error
+            raise Noticed(str(error)) from error
         except PipelineError as error:
             raise Failure(f"{self._process.name} ends: {error!r}") from error
         self.check()
@@ -66,9 +73,9 @@ class Server:
         self._process = process = Process(f"server {world.new_number()}", self._interrupt)
         world.note("%s starts", process.name)
         return ReplicaLoop(
-            log=FaultyLog(world.cluster, process),
-            stores=FaultyStores(self.machine, process),
-            clock=world.clock,
+            log=FaultyLog(world.cluster, process, deposed=world.log_faults.some_deposed_of_all()),
+            stores=FaultyStores(world.cluster, self.machine, process),
+            clock=self.machine.clock,
             settings=replace(
                 world.settings,
                 restore_buffer_entries_max=world.rng.choice((3, 1_000, 1_000)),  # those that never hide for it, too
@@ -107,7 +114,7 @@ class Server:
                 continue
             if read_meta(disk.memory).between_boundaries:
                 raise Failure(f"{self._process.name} answers from partition {number} between boundaries")
-            expected = world.auditor.boundaries[number][read_position(disk.memory).next_offset]
+            expected = world.auditor.boundaries[number][entries.get(POSITION, b"")]
             found = {key: value for key, value in entries.items() if key != META}
             compare(f"{self._process.name} at a boundary of partition {number}", found, expected)
             self._checked[number] = entries
@@ -172,11 +179,14 @@ class Server:
             if disk.damage:
                 self.stop()  # what is damaged for a reader only is found when it is opened again
         for _ in range(STEPS_MAX):
-            world.clock.at_ms += 1
+            world.time.at_ms += 1
             self.step()
             if self._was_readable and all(
                 read_position(self.machine.disks[number].memory).next_offset == world.auditor.position(number)
                 for number in range(world.partition_count)
             ):
                 return
-        raise Failure(f"{self._process.name} never holds all that there is")
+        if world.wounds and self._loop is not None and self._loop._undecided:
+            raise Noticed("; ".join(self._loop._undecided.values()))
+        if not any(world.cluster.forged):
+            raise Failure(f"{self._process.name} never holds all that there is")

@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING
 import pipeline.metrics as m
 from pipeline.core.record import Records
 from pipeline.core.task import Commit
-from pipeline.errors import Fenced, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.errors import (
+    Discontinuous,
+    Fenced,
+    LogCorrupt,
+    NotReady,
+    PipelineError,
+    RecordsLost,
+    StoreCorrupt,
+    Unavailable,
+)
 from pipeline.ports import LogReader
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.follower import Follower, check_restorable, read_meta, read_position
 from pipeline.worker.partition import Partition
-from tests.sim.auditor import META, SERIES, Failure, compare
+from tests.sim.entries import FENCE, META, POSITION, PRODUCER, SERIES, Failure, compare
 from tests.sim.faults import FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
+from tests.sim.logfaults import Noticed
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -51,12 +61,13 @@ class Worker:
         self.machine = machine
         self.process = Process(f"worker {world.new_number()} ({partition} on {machine.name})", world.interrupt)
         self.metrics = Recorder()
-        self.log = FaultyLog(world.cluster, self.process, fenced_others=lambda: world.owned(self))
+        self.deposed = world.log_faults.some_deposed(partition)
+        self.log = FaultyLog(world.cluster, self.process, fenced_others=lambda: world.owned(self), deposed=self.deposed)
         self.part = Partition(
             partition,
             log=self.log,
-            stores=FaultyStores(machine, self.process),
-            clock=world.clock,
+            stores=FaultyStores(world.cluster, machine, self.process),
+            clock=machine.clock,
             settings=settings,
             delete_retention_ms=world.delete_retention_ms,
             metrics=self.metrics,
@@ -65,9 +76,13 @@ class Worker:
         self.state = "starting"
         self.commit: Commit | None = None
         self.rebuild_due = False
+        self._due = ""
+        """What its start must notice."""
         self._reader: LogReader | None = None
         self._start_offset = 0
         self._cursor = 0
+        self._has_read = False
+        """Whether its first read, which finds out what the log has lost, is behind it."""
 
     @property
     def alive(self) -> bool:
@@ -82,6 +97,7 @@ class Worker:
         """Take the partition over and check what was restored."""
         world, number = self.world, self.number
         self.rebuild_due, excuses = world.rebuild_is_due(number, self.machine), world.excuses
+        self._due = "" if self.fenced else world.log_faults.must_notice(number, self.machine)
         stop = not world.quiet and world.rng.random() < 0.02
         try:
             self.part.start(stopping=lambda: stop)
@@ -89,14 +105,27 @@ class Worker:
             world.crashed(self, str(error))
         except (Unavailable, NotReady) as error:
             self.end(f"start: {error}")
-        except RecordsLost as error:
+        except Fenced as error:
+            if not self.fenced:
+                raise
+            self.end(f"start: {error}")
+        except Discontinuous as error:
+            self._displaced(f"start: {error}")
+        except (RecordsLost, LogCorrupt) as error:
+            if number in world.wounds:
+                world.count(f"noticed: {self._due or 'what is gone was needed'}")
+                raise Noticed(str(error)) from error
             if not self.fenced and (world.gap(number) == (0, 0) or self.accept_loss):
                 raise Failure(f"nothing was lost, or the loss was accepted: {error}") from error
             world.accept_loss[number] = True
             world.count("loss noticed")
             self.end(f"start: {error}")
         except StoreCorrupt as error:
-            if not self.fenced and self.machine.disks[number].damage == "":
+            is_sound = self.machine.disks[number].damage == ""
+            if is_sound and (number in world.wounds or world.cluster.foreign[number]):
+                world.count("noticed: no store can be restored")
+                raise Noticed(str(error)) from error
+            if not self.fenced and is_sound:
                 raise Failure(f"the changelog restores no store: {error}") from error
             self.end(f"start: {error}")
         else:
@@ -107,12 +136,19 @@ class Worker:
         self.state = "idle"
         self._start_offset = self.part.task.next_offset
         self._reader = self.log.reader(DELTAS)
-        self._assign()
+        self._assign(first=True)
         rebuilt = self.metrics.of(m.STORES_REBUILT)
         world.count("store rebuilt" if rebuilt else "store restored")
         if self.fenced:
             return
-        if rebuilt and undisturbed and not self.rebuild_due:
+        if self.accept_loss and number in world.wounds:
+            world.count("noticed: somebody goes on without what is gone")
+            raise Noticed("the loss is accepted")
+        still_due = world.log_faults.must_notice(number, self.machine)
+        if self._due.startswith("its store") or (self._due and still_due):
+            raise Failure(f"{self.process.name} starts, although {self._due}")
+        excused = self.rebuild_due or world.clocks_off or world.cluster.foreign[number]
+        if rebuilt and undisturbed and not excused:
             raise Failure(f"{self.process.name} rebuilt a store that was sound")
         if world.gap(number) != (0, 0):
             if not self.accept_loss:
@@ -120,11 +156,15 @@ class Worker:
             world.auditor.lost(number, *world.gap(number))
             world.accept_loss[number] = False
             world.count("loss accepted")
-        elif self._start_offset != world.auditor.position(number):
+        elif self._start_offset not in (world.auditor.position(number), self._records_end()):
             raise Failure(f"starts at {self._start_offset}, not at position {world.auditor.position(number)}")
         if undisturbed:
             self._find_damage()
         self.audit()
+
+    def _records_end(self) -> int:
+        """Where the last folded record ends: what lies between that and the position held no record."""
+        return self.part.task.position.records_end_offset
 
     def audit(self) -> None:
         """The store is exactly what the changelog holds, and that is exactly what the log calls for."""
@@ -136,20 +176,22 @@ class Worker:
         at = world.cluster.memory._partition(CHANGELOG, number)
         meta = read_meta(self.part.store)
         entries.pop(META, None)
-        whole = (at.rows[-1].offset + 1 if at.rows else 0) <= meta.changelog_next_offset <= at.end_offset
+        forged = world.cluster.forged[number]
+        ours = (row.offset + 1 for row in reversed(at.rows) if row.offset not in forged and row.key != FENCE)
+        whole = next(ours, 0) <= meta.changelog_next_offset <= at.end_offset
         if not whole or meta.between_boundaries:
             raise Failure(f"store {number}: {meta}, but the changelog ends at {at.end_offset}")
         compare(f"store {number} against its changelog", entries, world.replay(number))
         world.auditor.check_entries(number, entries)
 
     def _find_damage(self) -> None:
-        """What is wrong in a store that was trusted can only be a series that nothing has read yet."""
+        """What is wrong in a store that was trusted can only be what nothing has read yet: a series, or a producer."""
         disk = self.machine.disks[self.number]
         entries, expected = disk.entries(), self.world.replay(self.number)
         wrong = [k for k in entries.keys() | expected.keys() if k != META and entries.get(k) != expected.get(k)]
         if disk.damage and not wrong:
             disk.healed()
-        if any(key[:1] != SERIES for key in wrong):
+        if any(key[:1] not in (SERIES, PRODUCER) for key in wrong):
             raise Failure(f"{self.process.name} started on a store with damage to {wrong}")
 
     # One step at a time
@@ -157,7 +199,7 @@ class Worker:
     def step(self) -> None:
         """Whatever comes next, by chance."""
         rng, task = self.world.rng, self.part.task
-        if self.state in ("starting", "preparing"):
+        if self.state in ("starting", "preparing", "folding"):
             return
         if self.state == "committing":  # its commit is being made durable, further up the stack
             self.fold()
@@ -170,26 +212,33 @@ class Worker:
         else:
             self.fold()
 
-    def _assign(self) -> None:
-        """Read from where folding goes on, or from before: what was folded already is skipped."""
-        world, next_offset = self.world, self.part.task.next_offset
+    def _assign(self, *, first: bool = False) -> None:
+        """Read from where folding goes on, or, but for the first time, from before: what was folded already is skipped."""
+        world, (next_offset, leader_epoch) = self.world, self.part.resume()
         assert self._reader is not None
-        if world.rng.random() < 0.3:
+        if world.rng.random() < 0.3 and not first:
             start, _ = world.cluster.memory.watermarks(DELTAS, self.number)
-            next_offset = min(next_offset, max(start, next_offset - world.rng.randint(1, 10)))
+            earlier = min(next_offset, max(start, next_offset - world.rng.randint(1, 10)))
+            leader_epoch = leader_epoch if earlier == next_offset else -1
+            next_offset = earlier
         self._cursor = next_offset
-        self._reader.assign({self.number: next_offset})
+        self._reader.assign({self.number: next_offset}, {self.number: leader_epoch})
 
     def fold(self) -> int:
         """Read some records and fold them; how many."""
         assert self._reader is not None
-        if not self.world.quiet and self.world.rng.random() < 0.02:
+        if not self.world.quiet and self.world.rng.random() < 0.02 and self._has_read:
             self._assign()
         try:
             fetched = self._reader.poll(record_count_max=self.world.rng.randint(1, 8), bytes_max=2**20, timeout_s=0)
+            self._has_read = True
         except Unavailable:
             return 0
-        except RecordsLost as error:
+        except (RecordsLost, LogCorrupt) as error:
+            if self.part.pass_hole():
+                self._assign(first=True)
+                return 0
+            self._notice_hole(error)
             folded_before = self._cursor < self.part.task.next_offset  # retention took what is only read again
             if not self.fenced and not folded_before and self.world.gap(self.number) == (0, 0):
                 raise Failure(f"nothing was lost: {error}") from error
@@ -200,8 +249,31 @@ class Worker:
             return 0
         for records in fetched:
             self._cursor = records.next_offset
-            self._fold(records)
+            damage = self.machine.disks[self.number].damage
+            state, self.state = self.state, "folding"
+            try:
+                self._fold(records)
+                self.state = state
+            except (RecordsLost, LogCorrupt) as error:
+                self._notice_hole(error)
+                raise
+            except StoreCorrupt as error:
+                if not damage:
+                    raise Failure(f"a sound store was not trusted: {error}") from error
+                self.end(f"fold: {error}")
+                return 0
+            except SimulatedCrash as error:
+                self.world.crashed(self, str(error))
+                return 0
+            if self.part.task.next_offset < records.next_offset:  # an order filled the commit: the rest is read again
+                self._cursor = self.part.task.next_offset
+                self._reader.assign({self.number: self._cursor})
         return sum(len(records.offsets) for records in fetched)
+
+    def _notice_hole(self, error: PipelineError) -> None:
+        if self.number in self.world.wounds:
+            self.world.count("noticed: what was read is gone")
+            raise Noticed(str(error)) from error
 
     def _fold(self, records: Records) -> None:
         self.part.fold(records)
@@ -210,8 +282,10 @@ class Worker:
 
     def check_counts(self) -> None:
         if not self.fenced:
-            task = self.part.task
-            self.world.auditor.check_counts(self.number, self._start_offset, task.next_offset, task.counts)
+            task, commit = self.part.task, self.commit
+            entries = zip(commit.keys, commit.values, strict=True) if commit else ()
+            forgetting = [key[1:].decode() for key, value in entries if key[:1] == PRODUCER and value is None]
+            self.world.auditor.check_counts(self.number, self._start_offset, task.next_offset, task.counts, forgetting)
 
     def prepare(self) -> None:
         self.state = "preparing"
@@ -247,9 +321,17 @@ class Worker:
             self.end(str(error))
         except (Unavailable, StoreCorrupt) as error:
             self.end(f"commit: {error}")
+        except Discontinuous as error:
+            self._displaced(f"commit: {error}")
         else:
             self.state = "durable"
             world.note("%s made position %s durable", self.process.name, commit.position.next_offset)
+
+    def _displaced(self, why: str) -> None:
+        """Something was in the way of a commit, again and again."""
+        if not self.world.cluster.foreign[self.number] and not self.fenced:
+            raise Failure(f"nobody else writes to the changelog: {why}")
+        self.end(why)
 
     def finish(self) -> None:
         assert self.commit is not None
@@ -316,23 +398,47 @@ class Standby:
                 world.standbys.pop(self.number)
         except Unavailable:
             pass
+        except StoreCorrupt as error:
+            world.note("%s makes its store anew: %s", self.process.name, error)
+            world.count("standby made anew")
+            self.close()
+            self._follower = None
+            self._destroy()
+            if world.standbys.get(self.number) is self:
+                world.standbys.pop(self.number)
         except PipelineError as error:
-            raise Failure(f"{self.process.name}: {error}") from error
+            if self.number not in world.wounds:
+                raise Failure(f"{self.process.name}: {error}") from error
+            raise Noticed(str(error)) from error
         finally:
             self._busy = False
 
+    def _destroy(self) -> None:
+        """Delete the store, as the last thing that somebody does, perhaps."""
+        world, process = self.world, Process("cleaner", self.world.interrupt)
+        try:
+            FaultyStores(world.cluster, self.machine, process).destroy(self.number)
+        except SimulatedCrash as error:
+            world.note("%s dies: %s", process.name, error)
+
     def _open(self) -> None:
         world, number = self.world, self.number
-        stores, log = FaultyStores(self.machine, self.process), FaultyLog(world.cluster, self.process)
+        stores, log = FaultyStores(world.cluster, self.machine, self.process), FaultyLog(world.cluster, self.process)
         try:
             store = stores.open(number)
-            check_restorable(number, store, log, world.clock, world.delete_retention_ms)
+            check_restorable(number, store, log, self.machine.clock, world.delete_retention_ms)
             read_position(store)
         except StoreCorrupt:
             self.close()
             stores.destroy(number)
             store = stores.open(number)
-        self._follower = Follower(number, store, buffer_entries_max=world.settings.restore_buffer_entries_max)
+        self._follower = Follower(
+            number,
+            store,
+            buffer_entries_max=world.settings.restore_buffer_entries_max,
+            topic_id=log.topic_id(CHANGELOG),
+            delete_retention_ms=world.delete_retention_ms,
+        )
         self._reader = log.reader(CHANGELOG)
         self._reader.assign({number: self._follower.next_offset})
 
@@ -340,7 +446,7 @@ class Standby:
         world, number = self.world, self.number
         end_offset = world.cluster.memory.watermarks(CHANGELOG, number).end_offset
         if follower.next_offset == end_offset:
-            if not follower.at_boundary:
+            if not follower.at_boundary and not world.cluster.forged[number]:
                 raise Failure(f"{self.process.name} has read the whole changelog, but is at no boundary")
             self._compactions = world.compactions[number]  # from here on it sees every commit whole
         disk = self.machine.disks[number]
@@ -348,7 +454,7 @@ class Standby:
         if disk.damage or not entries or self._compactions != world.compactions[number]:
             return
         if entries.pop(META) and not read_meta(disk.memory).between_boundaries:
-            expected = world.auditor.boundaries[number][read_position(disk.memory).next_offset]
+            expected = world.auditor.boundaries[number][entries.get(POSITION, b"")]
             compare(f"{self.process.name} at a boundary", entries, expected)
             world.count("standby at a boundary")
 

@@ -2,10 +2,11 @@
 
     python -m tests.sim.world --seed 7 --trace      replays one history and prints its steps
     python -m tests.sim.world --seeds 5000          runs many, stops at the first that fails
+    python -m tests.sim.world --only clocks,ties    with these troubles in every history, and none of the others
 
-Single-threaded. All chance comes from one `Random(seed)`, all time from one clock that steps by hand; so a seed is a
-history, on every machine. While code under test runs, `World.interrupt` may kill it or let others act at each call that it
-makes through a port. The `Auditor` watches all along.
+Single-threaded. All chance comes from one `Random(seed)`, all time from one true time that steps by hand and from clocks
+that may differ from it; so a seed is a history, on every machine. While code under test runs, `World.interrupt` may kill it
+or let others act at each call that it makes through a port. The `Auditor` watches all along.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ from dataclasses import replace
 from random import Random
 
 from pipeline.errors import Unavailable
-from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.follower import read_meta, read_position
-from tests.sim.auditor import Auditor, Entries, Failure
+from pipeline.worker.partition import PRODUCERS_SWEPT
+from tests.sim.auditor import Auditor
+from tests.sim.clocks import NodeClock, TrueTime
+from tests.sim.cluster import Cluster
+from tests.sim.count import Limits
 from tests.sim.crowd import Crowd
-from tests.sim.faults import Cluster, Machine, Process, SimClock, SimulatedCrash
+from tests.sim.entries import FENCE, POSITION, PRODUCER, Entries, Failure, unpack
+from tests.sim.faults import Machine, Process, SimulatedCrash
+from tests.sim.logfaults import LogFaults, Noticed
 from tests.sim.nature import Nature
 from tests.sim.servers import Server
+from tests.sim.strangers import Strangers
 from tests.sim.workers import Standby, Worker
 
 DEPTH_MAX = 2
@@ -36,16 +43,48 @@ STEPS_MAX = 10_000
 """Of one worker until it has folded everything; far more than it needs."""
 
 
+SWITCHES = {
+    "clocks": 0.2,
+    "conflicts": 0.25,
+    "ties": 0.3,
+    "floats": 0.3,
+    "orders": 0.2,
+    "overflow": 0.15,
+    "strangers": 0.2,
+    "swarm": 0.15,
+    "old end": 0.25,
+    "pins": 0.2,
+    "cuts": 0.1,
+    "forgeries": 0.1,
+}
+"""Troubles that a history may have besides the usual ones, and how many of the histories have them."""
+SIMPLE = 0.3
+"""How many of the histories have none of them."""
+
+
+def some_switches(rng: Random) -> frozenset[str]:
+    """The troubles of one history."""
+    chosen = frozenset(name for name, share in SWITCHES.items() if rng.random() < share)
+    return frozenset() if rng.random() < SIMPLE else chosen
+
+
 class World:
     """One history."""
 
-    def __init__(self, seed: int, *, tracing: bool = False) -> None:
+    def __init__(self, seed: int, *, tracing: bool = False, switches: frozenset[str] | None = None) -> None:
         self.rng = rng = Random(seed)
+        chosen = some_switches(rng)
+        self.switches = chosen if switches is None else switches
         self.trace: list[str] = []
         self.stats: Counter[str] = Counter()
-        self.clock = SimClock()
+        self.time = TrueTime()
+        self.clocks = {name: NodeClock(name, self.time) for name in ("log", "A", "B", "Q", "C")}
+        self.clocks_off = False
+        """Whether a clock was ever wrong."""
         self.quiet = False
         """Nothing goes wrong any more."""
+        self.wounds: set[int] = set()
+        """Partitions whose log has lost what was safe."""
         self.excuses = 0
         """Rises with everything that may force a worker to rebuild a store."""
         self.depth = 0
@@ -61,15 +100,22 @@ class World:
             restore_buffer_entries_max=rng.randint(1, 10),
             restore_fetch_count_max=rng.randint(1, 7),
             producer_ttl_ms=10_000_000,
+            closed_producer_ttl_ms=3_000_000,
+            series_max=rng.randint(1, 4) if "overflow" in self.switches else 1_000_000,
             views_max=2 if rng.random() < 0.1 else 10_000,
+            producers_max=rng.randint(1, 6) if "swarm" in self.switches else 100_000,
         )
-        self.auditor = Auditor(
-            self.partition_count, views_max=self.settings.views_max, producer_ttl_ms=self.settings.producer_ttl_ms
+        limits = Limits(
+            self.settings.views_max,
+            self.settings.series_max,
+            self.settings.producer_ttl_ms,
+            self.settings.closed_producer_ttl_ms,
         )
+        self.auditor = Auditor(self.partition_count, limits, self.time)
         topics = dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), self.partition_count)
-        self.cluster = Cluster(topics, self.clock, self.auditor)
-        self.cluster.markers = rng.random() < 0.5
-        self.machines = [Machine(name, self.partition_count) for name in "AB"]
+        self.cluster = Cluster(topics, self.time, self.clocks["log"], self.auditor)
+        self.cluster.memory.marker_count = rng.choice((0, 1))
+        self.machines = [Machine(self.clocks[name], self.partition_count) for name in "AB"]
         self.active: list[Worker | None] = [None] * self.partition_count
         self.zombies: list[Worker] = []
         self.standbys: dict[int, Standby] = {}
@@ -78,6 +124,8 @@ class World:
         self.server = Server(self)
         self.crowd = Crowd(self)
         self.nature = Nature(self)
+        self.strangers = Strangers(self)
+        self.log_faults = LogFaults(self)
         self.trouble = rng.choice((0.0, 0.3, 1.0, 1.0, 2.0))
         self._loss_by_retention = rng.random() < 0.06
         self._steps = self._weigh()
@@ -93,6 +141,7 @@ class World:
             crowd.send_junk: rng.uniform(0, 4),
             crowd.crash_publisher: rng.uniform(0, 3),
             crowd.send_as_zombie: rng.uniform(0, 5),
+            crowd.close_publisher: rng.uniform(0, 1.5),
             self.crash_worker: rng.uniform(0, 3),
             self.take_over: rng.uniform(0, 3),
             self.work_as_zombie: rng.uniform(2, 10),
@@ -111,7 +160,25 @@ class World:
         }
         if self._loss_by_retention:
             weights[nature.lose_records] = 1.0
+        for switch, (step, least, most) in self._troubles().items():
+            if switch in self.switches:
+                weights[step] = rng.uniform(least, most)
         return rng.choices([*weights], [*weights.values()], k=1_000)
+
+    def _troubles(self) -> dict[str, tuple[Callable[[], None], float, float]]:
+        """The step that each switch adds, and between which limits its weight is."""
+        return {
+            "clocks": (self.log_faults.jump_clock, 1, 6),
+            "strangers": (self.strangers.step, 1, 8),
+            "swarm": (self._crowded, 0.5, 2),
+            "orders": (self.crowd.order, 0.5, 4),
+            "cuts": (self.log_faults.cut, 0.3, 1),
+            "forgeries": (self.log_faults.forge, 0.3, 1),
+            "pins": (self.log_faults.step_of_pins, 1, 6),
+        }
+
+    def _crowded(self) -> None:
+        self.rng.choice((self.crowd.job, self.crowd.job, self.crowd.job, self.strangers.swarm))()
 
     # Bookkeeping
 
@@ -129,7 +196,10 @@ class World:
     def replay(self, partition: int) -> Entries:
         """What the changelog, as it is now, holds."""
         entries: Entries = {}
+        forged = self.cluster.forged[partition]
         for row in self.cluster.memory._partition(CHANGELOG, partition).rows:
+            if row.offset in forged or row.key == FENCE:
+                continue
             assert row.key is not None
             if row.value is None:
                 entries.pop(row.key, None)
@@ -149,7 +219,11 @@ class World:
             return True
         meta, position = read_meta(disk.memory), read_position(disk.memory)
         end_offset = self.cluster.memory.watermarks(CHANGELOG, partition).end_offset
-        away_ms = self.clock.at_ms - position.committed_at_ms
+        newest = self.auditor.states[partition].get(POSITION)
+        by_log_ms = unpack(newest)[2] - position.source_at_ms if newest and position.source_at_ms else 0
+        if position.source_at_ms:  # by when the log takes in what is read now; a commit is later than its deltas
+            by_log_ms = max(by_log_ms, self.clocks["log"].now_ms() - position.source_at_ms)
+        away_ms = max(self.time.at_ms - position.committed_at_ms, by_log_ms)
         return 0 < meta.changelog_next_offset < end_offset and away_ms > self.delete_retention_ms
 
     def interrupt(self, process: Process, where: str) -> None:
@@ -268,7 +342,7 @@ class World:
     # All together
 
     def step(self) -> None:
-        self.clock.at_ms += self.rng.randint(0, 20)
+        self.time.at_ms += self.rng.randint(0, 20)
         self.rng.choice(self._steps)()
 
     def run(self) -> None:
@@ -277,23 +351,35 @@ class World:
             self.step()
         self.quiet = True
         self.note("peace")
+        for clock in [*self.clocks.values(), *self.crowd.clocks]:
+            clock.off_ms = 0
+        for at in [*self.cluster.pins]:
+            self.cluster.unpin(*at)
         self.crowd.send_all()
         for partition in range(self.partition_count):
             self._drain(partition, self.rng.choice(self.machines))
             self._fence_zombies(partition)
         self.server.finish()
-        fresh = Machine("C", self.partition_count)
+        fresh = Machine(self.clocks["C"], self.partition_count)
         for partition in range(self.partition_count):
             self._end(partition)
             self._drain(partition, fresh)
-            self.cluster.deliver(Message(DELTAS, partition, None, b"the last"))
-            self._drain(partition, fresh)
+            self._outlive_producers(partition, fresh)
             letters = [row.key for row in self.cluster.memory._partition(DEAD_LETTERS, partition).rows]
             self.auditor.check_drained(partition, letters)
-            self.auditor.check_forgotten(partition, self.auditor.expired(partition))
             self._end(partition)
             self.start(partition, self.rng.choice(self.machines))
             self._end(partition)
+
+    def _outlive_producers(self, partition: int, machine: Machine) -> None:
+        """So much time passes that every producer is forgotten, a few with each commit."""
+        known = [key for key in self.auditor.states[partition] if key[:1] == PRODUCER]
+        self.time.at_ms += self.settings.producer_ttl_ms + 1
+        for _ in range(2 + len(known) // PRODUCERS_SWEPT):
+            self.crowd.say_something(partition)
+            self._drain(partition, machine)
+        if not self.clocks_off:  # else they are remembered for longer
+            self.auditor.check_forgotten(partition, known)
 
     def _drain(self, partition: int, machine: Machine) -> None:
         """Fold all that is there."""
@@ -342,20 +428,22 @@ def no_logs() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def run(seed: int, *, tracing: bool = False) -> tuple[World, Exception | None]:
-    """One history, and what went wrong in it."""
-    world = World(seed, tracing=tracing)
+def run(seed: int, *, tracing: bool = False, switches: frozenset[str] | None = None) -> tuple[World, Exception | None]:
+    """One history, and what went wrong in it. `switches` replaces the troubles that the seed would choose."""
+    world = World(seed, tracing=tracing, switches=switches)
     try:
         with no_logs():
             world.run()
+    except Noticed as noticed:
+        world.note("the history ends: %s", noticed)
     except Exception as error:
         return world, error
     return world, None
 
 
-def explain(seed: int, error: Exception) -> str:
+def explain(seed: int, error: Exception, switches: frozenset[str] | None = None) -> str:
     """Run the history again, and tell it."""
-    world, again = run(seed, tracing=True)
+    world, again = run(seed, tracing=True, switches=switches)
     trace = "\n".join(world.trace[-400:])
     same = "" if repr(again) == repr(error) else f"\nIt did not fail alike the second time: {again!r}"
     return f"seed {seed}: {error!r}{same}\npython -m tests.sim.world --seed {seed} --trace\n{trace}"
@@ -376,14 +464,18 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print its steps")
     parser.add_argument("--seeds", type=int, default=2000, help="run so many histories (default: %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
+    parser.add_argument("--only", metavar="A,B", help=f"have just these troubles, of {', '.join(SWITCHES)}; empty: none")
     parser.add_argument("--digests", action="store_true", help="print what each history made durable, as a number")
     args = parser.parse_args()
+    switches = None if args.only is None else frozenset(filter(None, args.only.split(",")))
+    if switches is not None and not switches <= SWITCHES.keys():
+        parser.error(f"--only: no such trouble: {', '.join(switches - SWITCHES.keys())}")
     stats: Counter[str] = Counter()
     seeds = [args.seed] if args.seed is not None else range(args.start, args.start + args.seeds)
     for seed in seeds:
-        world, error = run(seed, tracing=args.trace)
+        world, error = run(seed, tracing=args.trace, switches=switches)
         if error is not None:
-            print("\n".join(world.trace) if args.trace else explain(seed, error))
+            print("\n".join(world.trace) if args.trace else explain(seed, error, switches))
             print(f"seed {seed} fails: {error!r}", file=sys.stderr)
             return 1
         stats += world.stats

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from pipeline.adapters.memory import MemoryLog, MemoryStore, MemoryStores, _Partition
 from pipeline.core.codec import decode_states, encode_batch
-from pipeline.core.merge import KINDS
-from pipeline.core.record import Batch, Definition, Group, Records, series_prefix, series_suffix
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import FENCE_KEY, Batch, Definition, Group, Records, prefix_end, series_prefix, series_suffix
 from pipeline.errors import StoreCorrupt, Unavailable
 from pipeline.metrics import PARTITION_GAUGES, Metric
-from pipeline.ports import LogReader, Message, ReadableStore, Store, Watermarks
+from pipeline.ports import NO_EPOCHS, LogReader, Message, ReadableStore, Store, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import Partition
@@ -53,6 +54,13 @@ class ChangingLog(MemoryLog):
         self.away = False
         self.ids = dict.fromkeys(TOPICS, "first")
         self.bytes_max = 2**24
+        self.readable: dict[tuple[str, int], int] = {}
+        """Where readers do not get beyond, as with a leader that was deposed or while a transaction of others is open."""
+        self.told: dict[tuple[str, int], int] = {}
+        """Ends that are told in place of the real ones."""
+
+    def waited(self, timeout_s: float) -> None:
+        """Called when a reader has found nothing, with the time that it would have waited."""
 
     def check(self) -> None:
         if self.away:
@@ -77,35 +85,65 @@ class ChangingLog(MemoryLog):
         self.check()
         return self.ids[topic]
 
+    def hold_back(self, topic: str, partition: int, end_offset: int) -> None:
+        """Show nothing beyond an offset, until `show`, to readers and to those who ask for the end."""
+        self.readable[topic, partition] = self.told[topic, partition] = end_offset
+
+    def show(self) -> None:
+        """Show all there is."""
+        self.readable, self.told = {}, {}
+
     def end_offsets(self, topic: str) -> Mapping[int, int]:
         self.check()
-        return super().end_offsets(topic)
+        return {number: self.told.get((topic, number), end) for number, end in super().end_offsets(topic).items()}
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        self.check()
+        return super().high_watermarks(topic)
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         self.check()
-        return super().watermarks(topic, partition)
+        start, end = super().watermarks(topic, partition)
+        return Watermarks(start, self.told.get((topic, partition), end))
 
     def message_bytes_max(self, topic: str) -> int:
         return self.bytes_max
 
     def reader(self, topic: str) -> LogReader:
-        return _Reader(self, super().reader(topic))
+        return _Reader(self, topic, super().reader(topic))
 
 
 class _Reader:
-    """Never waits."""
+    """Never waits, but takes its time if there is nothing."""
 
-    def __init__(self, log: ChangingLog, inner: LogReader) -> None:
+    def __init__(self, log: ChangingLog, topic: str, inner: LogReader) -> None:
         self._log = log
+        self._topic = topic
         self._inner = inner
+        self._next: dict[int, int] = {}
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
+    def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
         self._log.check()
-        self._inner.assign(next_offsets)
+        self._next = dict(next_offsets)
+        self._inner.assign(next_offsets, leader_epochs)
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
         self._log.check()
-        return self._inner.poll(record_count_max=record_count_max, bytes_max=bytes_max, timeout_s=0)
+        fetched = self._inner.poll(record_count_max=record_count_max, bytes_max=bytes_max, timeout_s=0)
+        ends = {number: self._log.readable.get((self._topic, number), 2**63) for number in self._next}
+        shown = [it if it.next_offset <= ends[it.partition] else self._cut(it, ends[it.partition]) for it in fetched]
+        shown = [it for it in shown if it.next_offset > self._next[it.partition]]
+        self._next |= {it.partition: it.next_offset for it in shown}
+        if len(shown) < len(fetched) or any(it not in fetched for it in shown):
+            self._inner.assign(self._next)
+        if not shown:
+            self._log.waited(timeout_s)
+        return shown
+
+    def _cut(self, records: Records, end_offset: int) -> Records:
+        count = bisect_left(records.offsets, end_offset)
+        columns = (column[:count] for column in (records.offsets, records.at_ms, records.keys, records.values))
+        return Records(records.partition, *columns, max(end_offset, self._next[records.partition]))
 
     def close(self) -> None:
         self._inner.close()
@@ -182,6 +220,11 @@ class Worker:
         self.partition(number).commit()
 
 
+def is_fence(messages: Sequence[Message]) -> bool:
+    """Whether these are no commit, but what a new owner writes before it restores."""
+    return [message.key for message in messages] == [FENCE_KEY]
+
+
 def new_partition(
     number: int,
     log: MemoryLog,
@@ -190,6 +233,7 @@ def new_partition(
     *,
     settings: WorkerSettings | None = None,
     metrics: Recorder | None = None,
+    young_s: float = 0.0,
 ) -> Partition:
     return Partition(
         number,
@@ -198,6 +242,7 @@ def new_partition(
         clock=clock,
         settings=settings or WorkerSettings(),
         delete_retention_ms=DAY_MS,
+        ask_lag_max_s=lambda: young_s,
         metrics=metrics or Recorder(),
     )
 
@@ -212,8 +257,8 @@ def fold_all(log: MemoryLog, partition: Partition) -> None:
 
 def series_of(store: ReadableStore) -> dict[str, float]:
     """What a store holds of `VIEW`, by its one label value."""
-    prefix = series_prefix(VIEW.view)
-    found = [*store.scan(prefix, prefix[:-1] + b"\x01")]
+    prefix = series_prefix(VIEW)
+    found = [*store.scan(prefix, prefix_end(prefix))]
     states = decode_states(KINDS["sum"], [value for _, value in found])
     names = [key[len(prefix) + 10 :].decode() for key, _ in found]  # window start, array of one, short text
     return dict(zip(names, states, strict=True))

@@ -13,10 +13,18 @@ import pytest
 import pipeline.worker.changes as changes
 from pipeline.adapters.faust.changes import Gate
 from pipeline.adapters.memory import MemoryLog, MemoryStore, MemoryStores
-from pipeline.core.codec import ViewEntry, encode_position, encode_states, encode_view
-from pipeline.core.merge import KINDS
-from pipeline.core.record import POSITION_KEY, Definition, Position, definition_key, series_prefix, series_suffix
-from pipeline.errors import NotReady, StoreCorrupt, Unavailable
+from pipeline.core.codec import DefinitionEntry, encode_definition, encode_position, encode_states
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import (
+    POSITION_KEY,
+    Definition,
+    Position,
+    definition_key,
+    series_prefix,
+    series_suffix,
+    view_prefix,
+)
+from pipeline.errors import LogCorrupt, NotReady, StoreCorrupt, Unavailable
 from pipeline.ports import Message
 from pipeline.topics import CHANGELOG
 from pipeline.worker.changes import Change, ChangeFeed
@@ -49,6 +57,13 @@ class Group:
         self.offsets.update(next_offsets)
 
 
+def known(definition: Definition | None) -> list[DefinitionEntry]:
+    """The definitions of a view in a partition's state."""
+    if definition is None:
+        raise NotReady("it is not restored yet")
+    return [DefinitionEntry(definition, 1, 0)]
+
+
 class World:
     """A changelog of two partitions, a group, and feeds that are driven by hand."""
 
@@ -62,18 +77,30 @@ class World:
 
     def commit(self, partition: int = 0, definition: Definition | None = None, /, **sums: Any) -> None:
         """One commit of the sums by region; with a definition, of that too."""
-        keys = [series_prefix(VIEW.view) + series_suffix((region,)) for region in sums]
+        keys = [series_prefix(VIEW) + series_suffix((region,)) for region in sums]
         values = [None if value is None else encode_states(KINDS["sum"], [value])[0] for value in sums.values()]
         entries = [*zip(keys, values, strict=True), (POSITION_KEY, encode_position(Position(1, 1, 1)))]
         if definition is not None:
-            entries.insert(0, (definition_key(definition.view), encode_view(ViewEntry(definition, len(sums)))))
+            entries.insert(0, (definition_key(definition), encode_definition(DefinitionEntry(definition, len(sums), 0))))
         messages = [Message(CHANGELOG, partition, key, value) for key, value in entries]
         self.log.transaction(f"t-{partition}").commit(messages, timeout_s=1)
 
+    def drop(self, *regions: str) -> None:
+        """The commit of a drop: the series that there were, then their definition."""
+        keys = [*[series_prefix(VIEW) + series_suffix((region,)) for region in regions], definition_key(VIEW)]
+        messages = [Message(CHANGELOG, 0, key, None) for key in keys]
+        position = Message(CHANGELOG, 0, POSITION_KEY, encode_position(Position(1, 1, 1)))
+        self.log.transaction("t-0").commit([*messages, position], timeout_s=1)
+
     def feed(
-        self, stores: MemoryStores | None = None, definition: Definition | None = VIEW, view: str = "revenue"
+        self,
+        stores: MemoryStores | None = None,
+        definition: Definition | None = VIEW,
+        view: str = "revenue",
+        *,
+        nothing: bool = False,
     ) -> ChangeFeed:
-        """One on these stores, or new ones. Its worker's state knows `definition`."""
+        """One on these stores, or new ones. Its worker's state knows `definition`, or `nothing`."""
 
         def deliver(some: Sequence[Change], stopping: Callable[[], bool]) -> int:
             count = len(some) if self.limit is None else min(self.limit, len(some))
@@ -86,7 +113,7 @@ class World:
             stores=stores or MemoryStores(),
             clock=self.clock,
             progresses=self.group,
-            definition_of=lambda _: definition,
+            definitions_of=lambda _: [] if nothing else known(definition),
             deliver=deliver,
             on_fatal=lambda error: pytest.fail(repr(error)),
         )
@@ -166,7 +193,7 @@ def test_a_definition_behind_its_series() -> None:
 def test_answers_not_states() -> None:
     """A mean is told as a number; one that is the same after more observations is no change."""
     world = World()
-    key = series_prefix("mean") + series_suffix(())
+    key = series_prefix(MEAN) + series_suffix(())
     for state in ((4, 2), (6, 3), (9, 3)):
         world.log.transaction("t").commit(
             [Message(CHANGELOG, 0, key, encode_states(KINDS["mean"], [state])[0])], timeout_s=1
@@ -279,24 +306,24 @@ def test_a_state_that_is_closed_while_it_is_asked() -> None:
     world = World()
     world.commit(0, eu=1)
     feed = world.feed()
-    known: list[Definition] = []
+    restored: list[Definition] = []
 
-    def definition_of(_: int) -> Definition:
-        if not known:
+    def definitions_of(_: int) -> list[DefinitionEntry]:
+        if not restored:
             raise NotReady("partition 0 is being restored")
-        return known[0]
+        return known(restored[0])
 
-    feed._definition_of = definition_of
+    feed._definitions_of = definitions_of
     with pytest.raises(Unavailable):
         world.run(feed, 0)
-    known.append(VIEW)
+    restored.append(VIEW)
     feed._assigned = False
     assert world.run(feed, 0) == [("eu", None, 1)]
 
 
 class _Rotten(MemoryStore):
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        if any(key.startswith(series_prefix("revenue")) for key in keys):
+        if any(key.startswith(view_prefix("revenue")) for key in keys):
             raise StoreCorrupt("a block is missing")
         return super().get(keys)
 
@@ -312,7 +339,40 @@ def test_a_corrupt_store_is_made_anew() -> None:
     world.commit(0, eu=3)
     feed = world.feed(stores)
     assert world.run(feed, 0) == [("eu", 1, 3)]
-    key = series_prefix(VIEW.view) + series_suffix(("eu",))
+    key = series_prefix(VIEW) + series_suffix(("eu",))
     world.log.transaction("t-0").commit([Message(CHANGELOG, 0, key, b"\xff")], timeout_s=1)
-    with pytest.raises(StoreCorrupt):
+    with pytest.raises(LogCorrupt):
         world.run(feed, 0)
+
+
+def test_a_view_that_is_dropped() -> None:
+    """Each series is told to be gone, though the definition goes in the same commit; what comes then is new."""
+    world = World()
+    world.commit(0, VIEW, eu=1, us=2)
+    feed = world.feed()
+    assert world.run(feed) == [("eu", None, 1), ("us", None, 2)]
+    world.drop("eu", "us")
+    world.commit(0, VIEW, eu=7)
+    assert world.run(feed) == [("eu", 1, None), ("us", 2, None), ("eu", None, 7)]
+
+
+def test_a_view_that_was_dropped_while_no_feed_ran() -> None:
+    """The partition knows nothing of it any more, but the own store of the feed does: its series are told to be gone."""
+    world = World()
+    stores = MemoryStores()
+    world.commit(0, VIEW, eu=1, us=2)
+    feed = world.feed(stores)
+    assert len(world.run(feed)) == 2
+    feed.close()
+    world.drop("eu", "us")
+    assert world.run(world.feed(stores, nothing=True)) == [("eu", 1, None), ("us", 2, None)]
+
+
+def test_a_view_that_is_reset() -> None:
+    """The definition comes first, then each series is told to be gone."""
+    world = World()
+    world.commit(0, VIEW, eu=1)
+    feed = world.feed()
+    world.run(feed)
+    world.commit(0, VIEW, eu=None)
+    assert world.run(feed) == [("eu", 1, None)]

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from pipeline.adapters.memory import MemoryLog, MemoryStore, MemoryStores
+from pipeline.core import codec
 from pipeline.core.codec import encode_position
-from pipeline.core.record import POSITION_KEY, Position, Records
-from pipeline.errors import NewerFormat, NotReady, StoreCorrupt
+from pipeline.core.record import FENCE_KEY, POSITION_KEY, Fence, Position, Records
+from pipeline.errors import NewerFormat, NotReady, RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Message
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import (
@@ -16,16 +17,23 @@ from pipeline.worker.follower import (
     Follower,
     Progress,
     StoreMeta,
-    check_format,
     check_restorable,
     read_meta,
     restore,
     write_entries,
 )
+from pipeline.worker.foreign import Barrier
+from pipeline.worker.newer import check_format
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, ChangingLog, WatchedStore, Worker, series_of
 
-POSITION = (POSITION_KEY, encode_position(Position(1, 1, 1)))
+A, B = b"\x02a", b"\x02b"
+
+
+def position(begin_offset: int, previous_end_offset: int = 0) -> tuple[bytes, bytes]:
+    """What ends a commit that begins there, the one before having ended there."""
+    plain = Position(1, 1, 1, begin_offset=begin_offset, previous_end_offset=previous_end_offset)
+    return POSITION_KEY, encode_position(plain)
 
 
 def records(start: int, *rows: tuple[bytes | None, bytes | None], next_offset: int | None = None) -> Records:
@@ -46,12 +54,12 @@ def test_up_to_the_last_position_in_one_write() -> None:
     """All but what is behind it; of a key's values the last; the offset is the one behind the position."""
     store = WatchedStore()
     follower = Follower(0, store, buffer_entries_max=100, topic_id="t")
-    follower.apply(records(5, (b"a", b"1"), POSITION, (b"a", b"2"), (b"b", b"2"), POSITION, (b"a", b"3")))
-    assert (store.writes, store.get([b"a", b"b"])) == (1, [b"2", b"2"])
-    assert read_meta(store) == StoreMeta(changelog_next_offset=10, topic_id="t")
+    follower.apply(records(5, (A, b"1"), position(5), (A, b"2"), (B, b"2"), position(7, 7), (A, b"3")))
+    assert (store.writes, store.get([A, B])) == (1, [b"2", b"2"])
+    assert read_meta(store) == StoreMeta(changelog_next_offset=10, topic_id="t", position_offset=9)
     assert (follower.next_offset, follower.at_boundary) == (11, False)
-    follower.apply(records(11, (b"b", None), POSITION, next_offset=14))
-    assert (store.writes, store.get([b"a", b"b"])) == (2, [b"3", None])
+    follower.apply(records(11, (B, None), position(10, 10), next_offset=14))
+    assert (store.writes, store.get([A, B])) == (2, [b"3", None])
     assert read_meta(store).changelog_next_offset == 14, "beyond the marker"
     assert follower.at_boundary
     follower.apply(records(14, next_offset=20))
@@ -70,8 +78,8 @@ def test_what_is_held_back_is_bounded(entries_max: int, bytes_max: int) -> None:
         buffer_bytes_max=bytes_max,
         on_between=lambda: told.append(store.writes),
     )
-    row = (b"k" * 5, b"v" * 5)
-    follower.apply(records(0, row, POSITION, row, row))
+    row = (b"\x02" * 5, b"v" * 5)
+    follower.apply(records(0, row, position(0), row, row))
     assert (store.writes, told) == (1, [])
     follower.apply(records(4, row))
     assert (store.writes, told) == (2, [1]), "told before it was written"
@@ -79,7 +87,7 @@ def test_what_is_held_back_is_bounded(entries_max: int, bytes_max: int) -> None:
     assert read_meta(store).changelog_next_offset == 5
     follower.apply(records(5, row, row, row))
     assert (store.writes, told) == (3, [1]), "told once"
-    follower.apply(records(8, row, POSITION))
+    follower.apply(records(8, row, position(2, 2)))
     assert follower.at_boundary
     assert not read_meta(store).between_boundaries
     follower.apply(records(10, row, row, row))
@@ -90,21 +98,12 @@ def test_the_bound_counts_tombstones_and_starts_anew() -> None:
     """A deletion costs its key; what is written counts no more."""
     store = WatchedStore()
     follower = Follower(0, store, buffer_entries_max=100, buffer_bytes_max=30)
-    follower.apply(records(0, (b"k" * 29, None)))
+    follower.apply(records(0, (b"\x02" * 29, None)))
     assert store.writes == 0
-    follower.apply(records(1, POSITION, (b"k" * 29, None)))
+    follower.apply(records(1, position(0), (b"\x02" * 29, None)))
     assert store.writes == 1
-    follower.apply(records(3, (b"k", None)))
+    follower.apply(records(3, (b"\x02", None)))
     assert store.writes == 2
-
-
-def test_a_record_without_a_key() -> None:
-    """No worker writes one: whatever else wrote it, nothing of this poll is applied."""
-    store = WatchedStore()
-    follower = Follower(0, store, buffer_entries_max=100)
-    with pytest.raises(StoreCorrupt, match="without a key"):
-        follower.apply(records(0, (b"a", b"1"), (None, b"x"), POSITION))
-    assert store.writes == 0
 
 
 @pytest.mark.parametrize("behind", range(4))
@@ -124,6 +123,25 @@ def test_markers_are_nothing_to_be_behind(behind: int) -> None:
             check_restorable(0, store, log, clock, DAY_MS)
 
 
+@pytest.mark.parametrize("wrong_ms", [-5 * DAY_MS, 0, 5 * DAY_MS])
+@pytest.mark.parametrize("hole", [0, 3])
+def test_the_log_says_how_long_a_store_was_away(hole: int, wrong_ms: int) -> None:
+    """By when it took records in, whatever clocks of owners say, and also if what was committed since is of old deltas."""
+    start_ms = 100 * DAY_MS
+    store = WatchedStore()
+    value = encode_position(Position(1, start_ms + wrong_ms, start_ms, begin_offset=0))
+    write_entries(store, [POSITION_KEY], [value], StoreMeta(changelog_next_offset=10, topic_id="t", position_offset=-1))
+    follower = Follower(0, store, buffer_entries_max=100, topic_id="t", delete_retention_ms=DAY_MS)
+    begin = 10 + hole
+    value = encode_position(Position(2, start_ms + wrong_ms, start_ms, begin_offset=begin, previous_end_offset=begin))
+    read = msgspec.structs.replace(records(begin, (A, b"1"), (POSITION_KEY, value)), at_ms=[start_ms + DAY_MS + 1] * 2)
+    if hole:  # a tombstone may have been there
+        with pytest.raises(StoreCorrupt, match="tombstones"):
+            follower.apply(read)
+    else:
+        follower.apply(read)
+
+
 @pytest.mark.parametrize(
     ("offset", "topic_id", "reason"),
     [
@@ -131,15 +149,15 @@ def test_markers_are_nothing_to_be_behind(behind: int) -> None:
         (0, "other", None),  # nothing of it is in the store
         (5, "first", None),
         (10, "first", None),
-        (5, "", "another changelog"),  # from before topics had ids, or from the embedded log
-        (5, "other", "another changelog"),
+        (5, "", "of another changelog"),  # from before topics had ids, or from the embedded log
+        (5, "other", "of another changelog"),
         (11, "first", "ends at 10"),
-        (1, "first", "starts at 2"),
+        (1, "first", "1 records from 1 on are gone"),
         (2, "first", None),
     ],
 )
 def test_which_stores_can_be_read_on(offset: int, topic_id: str, reason: str | None) -> None:
-    """Those that reflect a part of this very changelog that is still there."""
+    """Those that reflect a part of this very changelog that is still there; one that goes beyond it is the better copy."""
     clock = HandClock()
     log = ChangingLog(1, clock)
     log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
@@ -148,7 +166,7 @@ def test_which_stores_can_be_read_on(offset: int, topic_id: str, reason: str | N
     if reason is None:
         check_restorable(0, store, log, clock, DAY_MS)
     else:
-        with pytest.raises(StoreCorrupt, match=reason):
+        with pytest.raises(RecordsLost if "gone" in reason else StoreAhead, match=reason):
             check_restorable(0, store, log, clock, DAY_MS)
 
 
@@ -174,17 +192,21 @@ def test_a_meta_that_cannot_be_read(value: bytes) -> None:
 
 @pytest.mark.parametrize("newest", [1, 0])
 def test_a_newer_changelog_is_seen_before_it_is_taken_over(newest: int) -> None:
-    """In whichever partition, at its end; one that holds what is no entry at all is for its restore to complain of."""
+    """In whichever partition, at its end; what only looks like it for a byte or two is noise."""
     clock = HandClock()
     log = MemoryLog({"changelog": 2, "deltas": 2}, clock.now_ms)
     check_format(log)
-    old = encode_position(Position(1, 1, 1))
+    later = bytes((codec.FORMAT + 1,))
     for number in (0, 1):
-        log.append([Message("changelog", number, POSITION_KEY, old)] * 5, timeout_s=1)
-    log.append([Message("changelog", 0, b"\x02v", b"\xff noise")], timeout_s=1)
-    check_format(log)
-    log.append([Message("changelog", newest, POSITION_KEY, b"\x02" + old[1:])], timeout_s=1)
-    with pytest.raises(NewerFormat, match=f"changelog-{newest}: it has format 2, and this program reads 1"):
+        for offset in range(5):
+            log.append([Message("changelog", number, *position(offset, offset))], timeout_s=1)
+    _, value = position(5, 5)
+    for noise in (b"\xff noise", later + b"noise", later + value[1:-4], later + position(99, 9)[1][1:]):
+        log.append([Message("changelog", 0, b"\x02v", noise), Message("changelog", 0, POSITION_KEY, noise)], timeout_s=1)
+        check_format(log)
+    end_offset = log.watermarks("changelog", newest).end_offset
+    log.append([Message("changelog", newest, POSITION_KEY, later + position(end_offset, 5)[1][1:])], timeout_s=1)
+    with pytest.raises(NewerFormat, match=f"it has format {later[0]}, and this program reads {codec.FORMAT}"):
         check_format(log)
 
 
@@ -195,6 +217,14 @@ def test_a_meta_from_before_topics_had_ids() -> None:
     assert read_meta(store) == StoreMeta(changelog_next_offset=5)
 
 
+def fence(log: ChangingLog, clock: HandClock, owner_id: str = "pipeline-0:new") -> Barrier:
+    """What a new owner writes first."""
+    value = codec.encode_fence(Fence(owner_id, clock.now_ms()))
+    (offset,) = log.append([Message(CHANGELOG, 0, FENCE_KEY, value)], timeout_s=1)
+    assert isinstance(offset, int)
+    return Barrier(offset - 1, owner_id)
+
+
 def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
     """Told after each poll, done at last; stopped, it leaves a store that another restore goes on with."""
     clock = HandClock()
@@ -203,6 +233,7 @@ def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
     for i in range(10):
         worker.commit(0, {str(i): i})
     stores, told = MemoryStores(), list[Progress]()
+    barrier = fence(log, clock)
 
     def go(stop_after: int) -> int:
         told.clear()
@@ -211,26 +242,19 @@ def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
             stores.open(0),
             log,
             clock,
+            barrier=barrier,
             fetch_count_max=10,
             buffer_entries_max=100,
             progress=told.append,
             stopping=lambda: len(told) >= stop_after,
-        )
+        ).entries_total
 
+    end = barrier.offset + 1
     with pytest.raises(NotReady):
         go(2)
-    assert read_meta(stores.open(0)).changelog_next_offset == 20
-    assert go(100) == 20
-    assert [(it.remaining, it.done) for it in told] == [(10, False), (0, False), (0, True)]
-    assert read_meta(stores.open(0)).topic_id == "first"
+    assert 10 < (held := read_meta(stores.open(0)).changelog_next_offset) <= 20
+    assert go(100) == end - held - 1, "without the fence"
+    assert [(it.remaining, it.done) for it in told][-2:] == [(0, False), (0, True)]
+    meta = StoreMeta(changelog_next_offset=end, topic_id="first", position_offset=barrier.offset - 1)
+    assert read_meta(stores.open(0)) == meta, "with the fence"
     assert series_of(stores.open(0)) == {str(i): i for i in range(10)}
-
-
-def test_a_changelog_that_ends_within_a_commit() -> None:
-    """Is no changelog of ours: a commit is there as a whole, or not at all."""
-    clock = HandClock()
-    log = ChangingLog(1, clock)
-    Worker(log, clock).commit(0, {"a": 1})
-    log.append([Message(CHANGELOG, 0, b"k", b"v")], timeout_s=1)
-    with pytest.raises(StoreCorrupt, match="ends within a commit"):
-        restore(0, MemoryStore(), log, clock, fetch_count_max=10, buffer_entries_max=100)

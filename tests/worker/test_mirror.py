@@ -11,7 +11,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.errors import Unavailable
-from pipeline.worker.mirror import Mirror
+from pipeline.worker.mirror import Ends, Mirror
 from tests.support import HandClock, wait_until
 from tests.worker.support import Recorder
 
@@ -24,12 +24,14 @@ class Watched:
         self.metrics = Recorder()
         self.positions = {0: 5, 1: 7}
         self.ends = {0: 9, 1: 7}
+        self.stable: dict[int, int] = {}
+        """Last stable offsets, where they are not the ends."""
         self.commits: list[dict[int, int]] = []
         self.looks = 0
         self.ends_fail = self.commits_fail = False
         self.mirror = Mirror(
             lambda: dict(self.positions),
-            end_offsets=self._end_offsets,
+            ends=self._ask_ends,
             start_offsets=lambda: {0: 2, 1: 0},
             commit=self._commit,
             clock=self.clock,
@@ -37,11 +39,11 @@ class Watched:
             metrics=self.metrics,
         )
 
-    def _end_offsets(self) -> Mapping[int, int]:
+    def _ask_ends(self) -> Ends:
         self.looks += 1
         if self.ends_fail:
             raise Unavailable("the log is away")
-        return self.ends
+        return Ends(self.ends, self.ends | self.stable)
 
     def _commit(self, positions: Mapping[int, int]) -> None:
         if self.commits_fail:
@@ -50,14 +52,13 @@ class Watched:
 
     @contextmanager
     def running(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr("pipeline.worker.mirror._LOOK_S", 0.001)
+        self.mirror.thread._interval_s = 0.001
         self.mirror.start()
         try:
             yield
         finally:
             self.mirror.stop()
-            self.mirror._thread.join(60)
-            assert not self.mirror._thread.is_alive()
+            assert self.mirror.thread.stop(60)
 
     def look_twice(self) -> None:
         """So that one whole round has passed."""
@@ -170,3 +171,43 @@ def test_stop_before_start() -> None:
     it.mirror.stop()
     assert threading.active_count() >= 1
     assert not it.looks
+
+
+def held_up(it: Watched, seconds: int) -> None:
+    """So many looks, a second apart."""
+    for _ in range(seconds):
+        it.clock.s += 1
+        it.mirror.step()
+
+
+def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """What it holds up is lag, and shown by itself; after some seconds the log says, once, how it is ended."""
+    it = Watched()
+    it.stable = {0: 6}
+    held_up(it, 4)
+    assert it.metrics.of(m.LAG, 0) == 4, "against the high watermark"
+    assert it.metrics.of(m.HELD_UP, 0) == 3
+    assert it.metrics.of(m.HELD_UP, 1) == 0
+    assert it.mirror.end_offsets == {0: 9, 1: 7}
+    assert it.mirror.told == (it.clock.s, {0: 6, 1: 7}), "up to where a worker can get"
+    assert not caplog.records
+    held_up(it, 600)
+    (told,) = caplog.records
+    for text in ("partition 0", "offset 6", "find-hanging --topic deltas --partition 0", "abort", "--start-offset 6"):
+        assert text in told.getMessage()
+    it.stable = {}
+    held_up(it, 2)
+    assert it.metrics.of(m.HELD_UP, 0) == 0
+    it.stable, it.ends = {0: 10}, {0: 12, 1: 7}
+    held_up(it, 10)
+    assert len(caplog.records) == 2, "another one is told again"
+
+
+def test_traffic_is_no_open_transaction(caplog: pytest.LogCaptureFixture) -> None:
+    """Records come between the two questions; and transactions of others that end are nobody's trouble."""
+    it = Watched()
+    for offset in range(10, 100):
+        it.ends, it.stable = {0: offset + 3, 1: 7}, {0: offset}
+        held_up(it, 1)
+        assert it.metrics.of(m.HELD_UP, 0) == 0
+    assert not caplog.records

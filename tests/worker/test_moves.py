@@ -18,14 +18,14 @@ from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Group, series_suffix
 from pipeline.errors import Fenced, NotReady, Unavailable
 from pipeline.metrics import PARTITION_GAUGES, Metric
-from pipeline.ports import Message, Store, Transaction
+from pipeline.ports import NO_BEGINS, Begins, Message, Store, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import Partition
 from pipeline.worker.replica import ReplicaLoop
 from tests.support import wait_until
-from tests.worker.support import DAY_MS, TOPICS, VIEW, series_of
+from tests.worker.support import DAY_MS, TOPICS, VIEW, is_fence, series_of
 
 NEVER_MS = 600_000
 SEED = 5
@@ -97,14 +97,18 @@ class _Held:
     def __init__(self, log: _Log, number: int, inner: Transaction) -> None:
         self._log, self._number, self._inner = log, number, inner
 
-    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+    marker_count = 0
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
+        if is_fence(messages):
+            return self._inner.commit(messages, timeout_s=timeout_s)
         self._log.committing[self._number] += 1
         if self._number in self._log.held:
             self._log.held[self._number].wait(30)
         error = self._log.errors.pop(self._number, None)
         if error is not None:
             raise error
-        return self._inner.commit(messages, timeout_s=timeout_s)
+        return self._inner.commit(messages, timeout_s=timeout_s, begins=begins)
 
     def close(self) -> None:
         self._inner.close()

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import msgspec
 import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
-from pipeline.core.record import POSITION_KEY, STORE_META_KEY, definition_key, producer_key
-from pipeline.core.task import DeadLetter
-from pipeline.errors import LogCorrupt, NotReady, RecordsLost, StoreCorrupt
+from pipeline.core.codec import FORMAT, DeadLetter, decode_letter, encode_batch, encode_position
+from pipeline.core.record import (
+    POSITION_KEY,
+    STORE_META_KEY,
+    Batch,
+    Definition,
+    Group,
+    Position,
+    definition_key,
+    producer_key,
+    series_suffix,
+)
+from pipeline.errors import Discontinuous, LogCorrupt, NewerFormat, NotReady, RecordsLost, StoreAhead
 from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.follower import read_meta, read_position
+from pipeline.worker.follower import StoreMeta, read_meta, read_position, write_entries
 from tests.support import HandClock
-from tests.worker.support import ChangingLog, Recorder, Worker, fold_all, new_partition, series_of
+from tests.worker.support import VIEW, ChangingLog, Recorder, Worker, fold_all, new_partition, series_of
 
 
 @pytest.fixture
@@ -59,11 +71,36 @@ def test_deltas_made_anew_are_not_taken_for_the_old_ones(worker: Worker, length:
     assert partition.task.dirty
     partition.commit()
     assert not partition.task.dirty
-    assert read_position(partition.store) == partition.task.position
+    assert read_position(partition.store).next_offset == partition.task.position.next_offset
     assert partition.task.position.source_id == "second"
     assert not again(worker).task.dirty
     partition = worker.partitions[0]
     assert series_of(partition.store) == {"a": 2 + length}
+
+
+@pytest.mark.parametrize("folded_before", [0, 1])
+def test_deltas_made_anew_under_a_worker(worker: Worker, folded_before: int) -> None:
+    """What is folded of the new topic, as long as the old one by then, is never committed, nor what was folded with it."""
+    worker.commit(0, {"a": 1})
+    worker.commit(0, {"a": 1})
+    partition = worker.partitions[0]
+    for _ in range(folded_before):
+        worker.append(0, {"a": 1})
+        fold_all(worker.log, partition)
+    worker.log.make_anew(DELTAS, "second")
+    for _ in range(4):
+        worker.append(0, {"b": 1})
+    fold_all(worker.log, partition)
+    assert partition.task.dirty
+    end_offset = worker.log.watermarks(CHANGELOG, 0).end_offset
+    with pytest.raises(LogCorrupt, match="was made anew while it was folded"):
+        partition.commit()
+    assert worker.log.watermarks(CHANGELOG, 0).end_offset == end_offset
+    assert series_of(partition.store) == {"a": 2}
+    partition = again(worker, accept_loss=True)
+    fold_all(worker.log, partition)
+    partition.commit()
+    assert series_of(partition.store) == {"a": 2, "b": 4}
 
 
 def test_deltas_that_end_before_the_position(worker: Worker) -> None:
@@ -92,7 +129,7 @@ def test_a_changelog_made_anew_under_a_worker(worker: Worker) -> None:
     store = worker.partitions[0].store
     meta = read_meta(store)
     worker.log.make_anew(CHANGELOG, "second")
-    with pytest.raises(LogCorrupt, match=r"went back from 10 to 0: it was made anew or truncated"):
+    with pytest.raises(Discontinuous, match=r"went back from 11 to 0: it was made anew or truncated"):
         worker.commit(0, {"a": 1})
     assert series_of(store) == {"a": 3}
     assert read_meta(store) == meta
@@ -104,18 +141,55 @@ def test_the_first_commit_of_a_process_notices_it_too(worker: Worker) -> None:
         worker.commit(0, {"a": 1})
     again(worker)
     worker.log.cut(CHANGELOG, 0, 4)
-    with pytest.raises(LogCorrupt, match=r"went back from 10 to"):
+    with pytest.raises(Discontinuous, match=r"went back from 12 to 4"):
         worker.commit(0, {"a": 1})
 
 
-def test_a_store_of_another_changelog_is_made_anew(worker: Worker) -> None:
-    """From what the present one holds: nothing, so all that the deltas still hold is folded again, once."""
+def test_a_store_that_is_ahead_is_set_aside(worker: Worker) -> None:
+    """It is never deleted: the partition stops until somebody decides; then the changelog counts, and the store is kept."""
+    for _ in range(3):
+        worker.commit(0, {"a": 1})
+    before = dict(worker.stores.open(0).scan(b"", b"\xff\xff"))
+    worker.log.cut(CHANGELOG, 0, 8)
+    for end_offset in (8, 9):  # with the record of the owner that noticed it first
+        with pytest.raises(StoreAhead, match=rf"partition 0: .* up to 11, but it ends at {end_offset}; .*--accept-loss"):
+            again(worker)
+        assert dict(worker.stores.open(0).scan(b"", b"\xff\xff")) == before
+    metrics = Recorder()
+    partition = again(worker, accept_loss=True, metrics=metrics)
+    assert [dict(store.scan(b"", b"\xff\xff")) for store in worker.stores.aside.values()] == [before]
+    assert (metrics.of(m.STORES_SET_ASIDE, 0), metrics.of(m.STORES_REBUILT, 0)) == (1, 0)
+    assert series_of(partition.store) == {"a": 2}
+    fold_all(worker.log, partition)
+    partition.commit()
+    assert series_of(partition.store) == {"a": 3}, "the deltas are there still"
+    assert series_of(again(worker).store) == {"a": 3}
+
+
+def test_a_changelog_that_lost_its_beginning(worker: Worker) -> None:
+    """Nothing can be restored from it, so the store stays, whatever was decided."""
+    for _ in range(3):
+        worker.commit(0, {"a": 1})
+    behind = MemoryStores()
+    behind.open(0).write(*zip(*worker.stores.open(0).scan(b"", b"\xff\xff"), strict=True))
+    write_entries(behind.open(0), [], [], StoreMeta(changelog_next_offset=4, topic_id="first"))
+    worker.log.truncate(CHANGELOG, 0, 7)
+    for accept_loss in (False, True):
+        with pytest.raises(RecordsLost, match="changelog-0: 3 records from 4 on are gone"):
+            again(worker, stores=behind, accept_loss=accept_loss)
+    assert series_of(behind.open(0)) == {"a": 3}
+
+
+def test_a_store_of_another_changelog_is_set_aside(worker: Worker) -> None:
+    """Of the present one nothing was folded, so all that the deltas still hold is folded again, once."""
     metrics = Recorder()
     worker.commit(0, {"a": 1})
     worker.commit(0, {"a": 1})
     worker.log.make_anew(CHANGELOG, "second")
-    partition = again(worker, metrics=metrics)
-    assert metrics.of(m.STORES_REBUILT, 0) == 1
+    with pytest.raises(StoreAhead, match=r"of another changelog, 'first', than there is now, 'second'; .*--accept-loss"):
+        again(worker)
+    partition = again(worker, accept_loss=True, metrics=metrics)
+    assert metrics.of(m.STORES_SET_ASIDE, 0) == 1
     assert partition.task.next_offset == 0
     fold_all(worker.log, partition)
     partition.commit()
@@ -123,12 +197,24 @@ def test_a_store_of_another_changelog_is_made_anew(worker: Worker) -> None:
     assert read_meta(partition.store).topic_id == "second"
 
 
+def test_a_store_that_is_ahead_stays_ahead(worker: Worker) -> None:
+    """However much the owners that noticed it have written behind what is left of the changelog."""
+    for _ in range(3):
+        worker.commit(0, {"a": 1})
+    store = worker.partitions[0].store
+    worker.log.cut(CHANGELOG, 0, 5)
+    for number in range(20):
+        with pytest.raises(StoreAhead, match="but it ends at" if number <= 5 else "not hold the last commit|another record"):
+            again(worker)
+        assert series_of(store) == {"a": 3}
+
+
 def letters(worker: Worker) -> list[DeadLetter]:
     rows = worker.log._partition(DEAD_LETTERS, 0).rows
-    return [msgspec.msgpack.decode(row.value or b"", type=DeadLetter) for row in rows]
+    return [decode_letter(row.value or b"") for row in rows]
 
 
-@pytest.mark.parametrize("key", [STORE_META_KEY, POSITION_KEY, definition_key("v"), producer_key("p")])
+@pytest.mark.parametrize("key", [STORE_META_KEY, POSITION_KEY, definition_key(Definition("v", "sum")), producer_key("p")])
 def test_a_store_of_a_newer_format_is_made_anew(worker: Worker, key: bytes) -> None:
     """It is a copy: what is no older than the changelog, and can't be read, is damaged."""
     worker.commit(0, {"a": 1})
@@ -140,9 +226,13 @@ def test_a_store_of_a_newer_format_is_made_anew(worker: Worker, key: bytes) -> N
 def test_a_changelog_of_a_newer_format_is_left_as_it_is(worker: Worker) -> None:
     """The start fails naming both formats, as often as it is tried, whatever is in the store."""
     worker.commit(0, {"a": 1})
-    worker.log.append([Message(CHANGELOG, 0, POSITION_KEY, b"\x02newer")], timeout_s=1)
+    later = bytes((FORMAT + 1,))
+    worker.log.append([Message(CHANGELOG, 0, POSITION_KEY, later + b"noise")], timeout_s=1)
+    end_offset = again(worker)._begin
+    position = Position(1, 1, 1, begin_offset=end_offset, previous_end_offset=5)
+    worker.log.append([Message(CHANGELOG, 0, POSITION_KEY, later + encode_position(position)[1:])], timeout_s=1)
     for _ in range(2):
-        with pytest.raises(StoreCorrupt, match="format 2, and this program reads 1"):
+        with pytest.raises(NewerFormat, match=f"format {later[0]}, and this program reads {FORMAT}"):
             again(worker)
 
 
@@ -172,3 +262,48 @@ def test_a_partition_that_was_not_started() -> None:
     with pytest.raises(NotReady):
         _ = partition.store
     partition.close()
+
+
+class JumpingClock(HandClock):
+    """A machine's clock that somebody sets: the wall clock jumps, the other one does not."""
+
+    ahead_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.ahead_ms
+
+
+def test_a_machine_whose_clock_is_set_ahead_forgets_nobody() -> None:
+    """The log, the publishers and the worker of one machine can all be wrong by 8 days: a batch sent again counts once."""
+    clock = JumpingClock()
+    log = ChangingLog(1, clock)
+    worker = Worker(log, clock)
+    first = worker.batch(0, {"a": 1})
+    log.append([Message(DELTAS, 0, None, first)], timeout_s=1)
+    fold_all(log, worker.partition(0))
+    worker.partition(0).commit()
+    clock.ahead_ms = 8 * 86_400_000
+    for _ in range(3):
+        log.append([Message(DELTAS, 0, None, others(clock.now_ms()))], timeout_s=1)
+        fold_all(log, worker.partition(0))
+        worker.partition(0).commit()
+    clock.ahead_ms = 0
+    log.append([Message(DELTAS, 0, None, first)], timeout_s=1)
+    fold_all(log, worker.partition(0))
+    worker.partition(0).commit()
+    assert series_of(worker.partition(0).store) == {"a": 1, "b": 3}
+    clock.s += 8 * 86_400  # now it is true
+    for _ in range(3):
+        log.append([Message(DELTAS, 0, None, others(clock.now_ms()))], timeout_s=1)
+        fold_all(log, worker.partition(0))
+        worker.partition(0).commit()
+    assert worker.partition(0).store.get([producer_key("p")]) == [None]
+
+
+_others = count()
+
+
+def others(now_ms: int) -> bytes:
+    """A batch of a producer of its own."""
+    group = Group(VIEW, [series_suffix(("b",))], [1])
+    return encode_batch(Batch(f"other-{next(_others)}", 0, 0, 0, 0, now_ms, [group]))

@@ -10,8 +10,9 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
-from pipeline.core.record import POSITION_KEY, STORE_META_KEY
+from pipeline.core.record import POSITION_KEY, STORE_META_KEY, TAG_SERIES
 from pipeline.errors import NotReady, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import Progress, read_meta, read_position
@@ -79,17 +80,13 @@ def pair() -> Iterator[Server]:
 
 def only_half(server: Server) -> None:
     """From now on the changelog shows the newest commit without its position record; see `whole`."""
-    at = server.log._partition(CHANGELOG, 0)
-    server.held = (at.rows[-1], at.end_offset)  # type: ignore[attr-defined]
-    assert at.rows[-1].key == POSITION_KEY
-    at.rows = at.rows[:-1]
-    at.end_offset -= 1
+    last = server.log._partition(CHANGELOG, 0).rows[-1]
+    assert last.key == POSITION_KEY
+    server.log.readable[CHANGELOG, 0] = last.offset
 
 
 def whole(server: Server) -> None:
-    at = server.log._partition(CHANGELOG, 0)
-    row, at.end_offset = server.held  # type: ignore[attr-defined]
-    at.rows.append(row)
+    server.log.show()
 
 
 def test_what_was_committed_can_be_read(server: Server) -> None:
@@ -105,7 +102,7 @@ def test_what_was_committed_can_be_read(server: Server) -> None:
     server.step()
     assert server.read() == {"a": 6, "b": 2}
     assert server.loop.status() == [
-        {"partition": 0, "phase": "following", "changelog_next_offset": 8, "changelog_remaining": 0}
+        {"partition": 0, "phase": "following", "changelog_next_offset": 9, "changelog_remaining": 0}
     ]
 
 
@@ -216,8 +213,8 @@ def test_between_boundaries_is_remembered(server: Server) -> None:
     assert server.read() == {"a": 1, "b": 1, "c": 1, "x": 1}
 
 
-def test_a_changelog_made_anew_makes_the_stores_anew(pair: Server) -> None:
-    """Even if it is longer than the old one; all that was read of the old one is gone, and not served meanwhile."""
+def test_a_changelog_made_anew_is_a_decision(pair: Server) -> None:
+    """Even if it is longer than the old one: what was read of the old one is not served, nor deleted, then kept aside."""
     for number in (0, 1):
         pair.worker.commit(number, {"old": 1})
     pair.follow()
@@ -229,38 +226,53 @@ def test_a_changelog_made_anew_makes_the_stores_anew(pair: Server) -> None:
             other.commit(number, {"new": 1})
     pair.clock.s += 2
     pair.loop._look()
-    with pytest.raises(NotReady):
+    pair.step(5, s=1.0)
+    with pytest.raises(NotReady, match=r"of another changelog, 'first', than there is now, 'second'; .*--accept-loss"):
         pair.loop.stores()
+    assert not pair.stores.destroyed
+    assert series_of(pair.stores.at(0)) == {"old": 1}
+    pair.start(accept_loss=True)
     pair.follow()
     assert pair.read(0).keys() == pair.read(1).keys() == {"new"}
-    assert sorted(pair.stores.destroyed) == [0, 1]
+    assert not pair.stores.destroyed
+    assert [series_of(store) for store in pair.stores.aside.values()] == [{"old": 1}] * 2
+    assert pair.metrics.of(m.STORES_SET_ASIDE, 0) == 1
     assert read_meta(pair.stores.at(0)).topic_id == "second"
 
 
-def test_a_store_of_another_changelog_is_not_trusted(server: Server) -> None:
-    """Also if the changelog was made anew while the server was down."""
+def test_a_store_of_another_changelog_is_not_served(server: Server) -> None:
+    """Also if the changelog was made anew while the server was down; should the old one come back, it goes on."""
     server.worker.commit(0, {"old": 1})
     server.follow()
     server.log.ids[CHANGELOG] = "second"
     server.start()
-    server.step()
-    assert server.stores.destroyed == [0]
+    server.step(3, s=1.0)
+    with pytest.raises(NotReady, match="of another changelog"):
+        server.loop.stores()
+    server.log.ids[CHANGELOG] = "first"
+    server.follow()
+    assert server.read() == {"old": 1}
+    assert not server.stores.destroyed
 
 
 def test_a_changelog_that_lost_its_tail(pair: Server) -> None:
-    """A store that reflects more than there is is made anew; its neighbour is left alone."""
+    """A store that reflects more than there is is not served, and not deleted; its neighbour is followed."""
     for number in (0, 1):
         for _ in range(3):
             pair.worker.commit(number, {"a": 1})
     pair.follow()
-    pair.log.cut(CHANGELOG, 0, 7)
+    pair.log.cut(CHANGELOG, 0, 8)
     pair.loop._reader.poll = _lost_once(pair)  # type: ignore[method-assign, union-attr]
-    pair.step()
-    assert pair.stores.destroyed == [0]
-    with pytest.raises(NotReady):
+    pair.worker.commit(1, {"a": 1})
+    pair.step(5, s=1.0)
+    with pytest.raises(NotReady, match=r"partition 0: the store has the changelog up to 11, but it ends at 8"):
         pair.loop.stores()
+    assert pair.loop.caught_up() == {1}
+    assert (series_of(pair.stores.at(0)), series_of(pair.stores.at(1))) == ({"a": 3}, {"a": 4})
+    pair.start(accept_loss=True)
     pair.follow()
-    assert (pair.read(0), pair.read(1)) == ({"a": 2}, {"a": 3})
+    assert (pair.read(0), pair.read(1)) == ({"a": 2}, {"a": 4})
+    assert not pair.stores.destroyed
 
 
 def _lost_once(server: Server) -> object:
@@ -284,6 +296,7 @@ def test_what_was_read_beyond_the_end_is_read_again(server: Server) -> None:
     only_half(server)
     server.step()
     server.log.cut(CHANGELOG, 0, end_offset)
+    server.log.show()
     server.loop._reader.poll = _lost_once(server)  # type: ignore[method-assign, union-attr]
     server.step()
     assert not server.stores.destroyed
@@ -305,7 +318,7 @@ def test_a_changelog_that_begins_too_late_is_fatal(server: Server) -> None:
 
 
 def test_a_store_below_the_start_of_the_changelog_is_not_read_on(server: Server) -> None:
-    """What it needs is gone, so it is made anew, and that fails loudly if the log can't do it."""
+    """What it needs is gone, and no store could be made of the rest: it says so, and the store stays."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     for _ in range(3):
@@ -313,7 +326,8 @@ def test_a_store_below_the_start_of_the_changelog_is_not_read_on(server: Server)
     server.log.truncate(CHANGELOG, 0, 9)
     with pytest.raises(RecordsLost):
         server.step(5, s=1.0)
-    assert server.stores.destroyed == [0]
+    assert not server.stores.destroyed
+    assert series_of(server.stores.at(0)) == {"a": 1}
 
 
 def test_a_store_that_was_away_for_too_long_is_made_anew(server: Server) -> None:
@@ -373,7 +387,7 @@ def test_an_end_that_took_too_long_to_reach_does_not_count(server: Server) -> No
         server.worker.commit(0, {"a": 1})
     server.start(restore_fetch_count_max=10)
     server.step(4, s=LAG_MAX_S / 2)
-    assert server.loop.status()[0]["changelog_next_offset"] == 31
+    assert server.loop.status()[0]["changelog_next_offset"] == 32
     assert not server.loop.ready
     server.follow()
 
@@ -434,7 +448,7 @@ def test_no_answer_lacks_a_partition(pair: Server) -> None:
     pair.worker.commit(0, {"a": 1})
     for _ in range(5):
         pair.worker.commit(1, {"a": 1})
-    pair.start(restore_fetch_count_max=4)
+    pair.start(restore_fetch_count_max=5)
     pair.step()
     assert [it["phase"] for it in pair.loop.status()] == ["following", "restoring"]
     with pytest.raises(NotReady):
@@ -495,14 +509,14 @@ def test_it_says_how_far_it_is(server: Server) -> None:
         server.worker.commit(0, {str(i): 1})
     server.start(restore_fetch_count_max=10)
     server.step()
-    with pytest.raises(NotReady, match="about 30 changelog records"):
+    with pytest.raises(NotReady, match="about 31 changelog records"):
         server.loop.stores()
-    assert server.metrics.of(m.RESTORE_REMAINING, 0) == 30
+    assert server.metrics.of(m.RESTORE_REMAINING, 0) == 31
     assert server.loop.status()[0]["phase"] == "restoring"
     server.follow()
-    assert [it.remaining for it in server.progress] == [30, 20, 10, 0]
-    assert [it.entries for it in server.progress] == [10, 20, 30, 40]
-    assert [it.done for it in server.progress] == [False, False, False, True]
+    assert [it.remaining for it in server.progress] == [31, 21, 11, 1, 0]
+    assert [it.entries for it in server.progress] == [9, 19, 29, 39, 40]
+    assert [it.done for it in server.progress] == [False, False, False, False, True]
     assert server.metrics.of(m.RESTORE_REMAINING, 0) == 0
 
 
@@ -551,3 +565,96 @@ def test_a_position_that_is_deleted_is_none(server: Server) -> None:
     server.worker.commit(0, {"a": 1})
     server.follow()
     assert read_position(server.stores.at(0)).next_offset == 1
+
+
+class Lag:
+    """A `worker.replica.LagMax` that an operator changes."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.asked = 0
+
+    @property
+    def why_not(self) -> str:
+        return "" if self.seconds else "the lag is too short"
+
+    def __call__(self) -> float:
+        self.asked += 1
+        return self.seconds
+
+
+def with_lag(server: Server, lag: Lag) -> None:
+    """Start anew, with a lag that is asked for."""
+    server.loop = ReplicaLoop(
+        log=server.log,
+        stores=server.stores,
+        clock=server.clock,
+        settings=WorkerSettings(),
+        delete_retention_ms=DAY_MS,
+        on_fatal=server.fatal.append,
+        ask_lag_max_s=lag,
+    )
+
+
+def test_the_lag_that_counts_is_the_topics_own(server: Server) -> None:
+    """Whoever is behind for longer than it is hidden, however short it is; it is asked for now and then."""
+    lag = Lag(20.0)
+    with_lag(server, lag)
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    assert 1 < lag.asked < 5
+    server.worker.commit(0, {"a": 1})
+    server.loop._next_look_s = 1e18
+    server.clock.s += 21
+    server.step()
+    assert not server.loop.ready
+    server.loop._next_look_s = 0
+    server.follow()
+    assert server.read() == {"a": 2}
+
+
+def test_a_lag_that_becomes_too_short_hides_all(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Reads are told why, and nothing is served, caught up or not, until it is longer again."""
+    lag = Lag(300.0)
+    with_lag(server, lag)
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    lag.seconds = 0.0
+    server.step(10, s=1.0)
+    for _ in range(10):
+        with pytest.raises(NotReady, match="the lag is too short"):
+            server.loop.stores()
+        server.step(s=0.0)
+    assert caplog.text.count("nothing is served") == 1
+    assert not server.loop.ready
+    assert not server.stores.destroyed
+    lag.seconds = 300.0
+    server.follow()
+    assert server.read() == {"a": 1}
+
+
+@pytest.mark.parametrize("is_between", [False, True])
+def test_a_commit_that_is_gone_without_another_in_its_place(is_between: bool) -> None:
+    """A store that has it is the better copy: it is neither served nor deleted, until somebody decides."""
+    server = Server()
+    server.worker.commit(0, {"a": 1})
+    kept = server.log.watermarks(CHANGELOG, 0).end_offset
+    server.worker.commit(0, {"a": 1})
+    server.follow()
+    if is_between:
+        server.start(restore_buffer_entries_max=1)
+        server.log.append([Message(CHANGELOG, 0, TAG_SERIES + b"of nobody", b"")], timeout_s=1)
+        server.step(s=1.0)
+        assert read_meta(server.stores.at(0)).between_boundaries
+    end = server.log.watermarks(CHANGELOG, 0).end_offset
+    server.log.cut(CHANGELOG, 0, kept)
+    server.log.skip(CHANGELOG, 0, end - kept)
+    server.start()
+    for _ in range(10):
+        server.step(s=1.0)
+    assert not server.loop.ready
+    assert (server.stores.destroyed, series_of(server.stores.at(0))["a"]) == ([], 2)
+    server.start(accept_loss=True)
+    server.follow()
+    assert series_of(server.loop.stores()[0]) == {"a": 1}
+    assert len(server.stores.aside) == 1

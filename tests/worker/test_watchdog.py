@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
 from pipeline.errors import Stalled
+from pipeline.threads import LoopThread
 from pipeline.worker.follower import Progress
 from pipeline.worker.watchdog import AWAY_S, WAIT_S, Seen, Since, Watchdog, judge, look_at, stacks
-from tests.support import HandClock
+from tests.support import HandClock, wait_until
 from tests.worker.support import ChangingLog, Recorder, Worker, new_partition
 
 STALL_S, COMMIT_S = 15.0, 30.0
@@ -50,6 +51,21 @@ def test_lag_and_a_position_that_stands_still_is_a_stall() -> None:
     for _ in range(15):
         assert course.look({0: Seen((next(moving),), 9), 1: STILL, 2: Seen((5,), 0)}) == []
     assert course.look({0: Seen((next(moving),), 9), 1: STILL, 2: Seen((5,), 0)}) == [1]
+
+
+def test_a_restore_that_the_log_holds_up_is_no_stall() -> None:
+    """Behind somebody's open transaction a restore waits for as long as that is open, and so does what waits for its thread:
+    a restart would wait for the same. A restore that stands still for no reason that it knows is a stall.
+    """
+    clock = HandClock()
+    log = ChangingLog(3, clock)
+    held, queued = (new_partition(number, log, MemoryStores(), clock) for number in (1, 2))
+    partitions, ends = {1: held, 2: queued}, {1: 50, 2: 50}
+    told = Progress(1, 500, 1_500, 1.0, waiting="a transaction of somebody else is open there")
+    course = Course()
+    assert course.looks(look_at(partitions, ends, {1: told}, {1, 2}), 300) is None
+    silent = look_at(partitions, ends, {1: Progress(1, 500, 1_500, 1.0)}, {1, 2})
+    assert course.looks(silent, 300) == STALL_S - 1
 
 
 def test_any_move_begins_anew() -> None:
@@ -144,7 +160,7 @@ def test_a_restore_that_gets_on_is_no_stall() -> None:
 class Watched:
     """A watchdog of one partition that stands still, and a log that tells when it is told to."""
 
-    def __init__(self, stall_timeout_ms: int = 15_000) -> None:
+    def __init__(self, stall_timeout_ms: int = 15_000, look_s: float = 0.5, threads: Sequence[LoopThread] = ()) -> None:
         self.clock = HandClock()
         self.metrics = Recorder()
         self.told: tuple[float, Mapping[int, int]] = (self.clock.s, {0: 10})
@@ -157,6 +173,8 @@ class Watched:
             stall_timeout_ms=stall_timeout_ms,
             commit_timeout_ms=30_000,
             on_fatal=self.errors.append,
+            threads=threads,
+            look_s=look_s,
             metrics=self.metrics,
         )
 
@@ -217,8 +235,7 @@ def test_stopped_it_ends_nobody() -> None:
 
 def test_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks by itself, reports once, and ends then."""
-    monkeypatch.setattr("pipeline.worker.watchdog._LOOK_S", 0.001)
-    it = Watched()
+    it = Watched(look_s=0.001)
     step = it.watchdog.step
 
     def go_on() -> None:
@@ -226,10 +243,9 @@ def test_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         it.told = (it.clock.s, {0: 10})
         step()
 
-    monkeypatch.setattr(it.watchdog, "step", go_on)
+    monkeypatch.setattr(it.watchdog.thread, "_step", go_on)
     it.watchdog.start()
-    it.watchdog._thread.join(60)
-    assert not it.watchdog._thread.is_alive()
+    wait_until(lambda: not it.watchdog.thread.alive, "its end", 60)
     assert len(it.errors) == 1
 
 
@@ -237,7 +253,7 @@ def test_a_timeout_of_0_watches_nothing() -> None:
     """No thread; stop is fine all the same."""
     it = Watched(stall_timeout_ms=0)
     it.watchdog.start()
-    assert it.watchdog._thread.ident is None
+    assert not it.watchdog.thread.started
     it.watchdog.stop()
 
 

@@ -27,7 +27,9 @@ from pipeline.adapters.faust.security import PLAIN, Security
 from pipeline.adapters.faust.wire import CLIENT, NOWHERE, refusal
 from pipeline.core.codec import FORMAT
 from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Member, MembershipListener
+from pipeline.threads import Failures
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
@@ -73,7 +75,9 @@ class FaustMembership:
         revoke_timeout_ms: int = 3_000,
         metadata_refresh_ms: int = 10_000,
         app_of_agents: MemberApp | None = None,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self._failures = Failures(_log, "pipeline-membership", metrics)
         self._group, self._name, self._static = app, name, static
         self._taken = taken
         self._session_s = session_timeout_ms / 1000
@@ -161,7 +165,7 @@ class FaustMembership:
         try:
             self._loop.run_until_complete(self._serve())
         except BaseException as error:  # Faust ends programs with SystemExit
-            _log.exception("leaving group %r failed", self._group)
+            self._failures.note(error, what_follows="membership ends")
             self._fail(Unavailable(f"membership in group {self._group!r} ended: {error!r}"))
 
     async def _serve(self) -> None:
@@ -206,8 +210,11 @@ class FaustMembership:
         def called() -> None:
             try:
                 getattr(self._listener, method)(*arguments)
-            except Exception:
-                _log.exception("%s failed", method)
+            except BaseException as error:
+                # The group believes that we do what it told us. Others have the partitions once the process has ended.
+                self._failures.note(error, what_follows=f"{method} was not carried out, the worker ends")
+                if method != "on_failed":
+                    self._fail(Unavailable(f"membership in group {self._group!r}: {method} failed: {error!r}"))
 
         return self._calls.submit(called)
 

@@ -12,7 +12,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaE
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, error_of, translate
-from pipeline.adapters.kafka.metadata import Metadata
+from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.said import Cause
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 class KafkaLog:
     """A `ports.Log`. Safe from any thread; every call has the deadline `kafka_timeout_ms`, unless it takes one.
 
-    Offsets come from the broker at each call, as read_committed sees them.
+    Offsets come from the broker at each call, as read_committed sees them but for `high_watermarks`.
     """
 
     def __init__(self, address: Address, settings: KafkaSettings, clock: Clock, *, request_timeout_ms: int = 10_000) -> None:
@@ -112,7 +112,7 @@ class KafkaLog:
         def ask() -> str:
             attempt_s = min(self._timeout_s, _ATTEMPT_S)
             futures = self._admin.describe_topics(TopicCollection([name]), request_timeout=attempt_s)
-            return str(self._result(futures[name], f"describe {name}").topic_id)
+            return id_text(self._result(futures[name], f"describe {name}").topic_id)
 
         return self._again(ask)
 
@@ -161,6 +161,10 @@ class KafkaLog:
         """
         return self._ask_offsets(self._places(topic), OffsetSpec.latest())
 
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        """As `end_offsets`, but as read_uncommitted sees them; see `ports.LogWriter`."""
+        return self._ask_offsets(self._places(topic), OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
+
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         """The start offset of each partition that the topic has now."""
         return self._again(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
@@ -174,20 +178,34 @@ class KafkaLog:
     def _offsets(self, places: Sequence[TopicPartition], spec: OffsetSpec) -> dict[int, int]:
         return self._again(lambda: self._ask_offsets(places, spec))
 
-    def _ask_offsets(self, places: Sequence[TopicPartition], spec: OffsetSpec) -> dict[int, int]:
-        futures = self._admin.list_offsets(
-            dict.fromkeys(places, spec),
-            isolation_level=IsolationLevel.READ_COMMITTED,
-            request_timeout=min(self._timeout_s, _ATTEMPT_S),
-        )
+    def _ask_offsets(
+        self,
+        places: Sequence[TopicPartition],
+        spec: OffsetSpec,
+        isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
+    ) -> dict[int, int]:
         found: dict[int, int] = {}
-        for place, future in futures.items():
-            what = f"offsets of {place.topic}-{place.partition}"
+        for partition, future in self._begin_offsets(places, spec, isolation).items():
+            what = f"offsets of {places[0].topic}-{partition}"
             offset: int = self._result(future, what).offset
             if offset < 0:  # how librdkafka says, without an error, that one of several leaders did not answer
                 raise Unavailable(f"{what}: its leader does not answer")
-            found[place.partition] = offset
+            found[partition] = offset
         return found
+
+    def _begin_offsets(
+        self,
+        places: Sequence[TopicPartition],
+        spec: OffsetSpec,
+        isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
+    ) -> dict[int, Future[Any]]:
+        """Ask, and return at once: the answers by partition, all of one topic."""
+        futures = self._admin.list_offsets(
+            dict.fromkeys(places, spec),
+            isolation_level=isolation,
+            request_timeout=min(self._timeout_s, _ATTEMPT_S),
+        )
+        return {place.partition: future for place, future in futures.items()}
 
     def _again(self, ask: Callable[[], T]) -> T:
         """Ask until there is an answer, or no time: leaders move, and topics take a moment to be there."""
@@ -219,6 +237,7 @@ class KafkaLog:
             partition_count=lambda: self._metadata.ask(topic, self._timeout_s),
             start_offsets=lambda partitions: self._offsets(self._some(topic, partitions), OffsetSpec.earliest()),
             end_offsets=lambda partitions: self._offsets(self._some(topic, partitions), OffsetSpec.latest()),
+            ask_ends=lambda partitions: self._begin_offsets(self._some(topic, partitions), OffsetSpec.latest()),
         )
 
     def transaction(self, transactional_id: str) -> KafkaTransaction:
@@ -314,7 +333,5 @@ def check_changelog(log: KafkaLog, described: Topic) -> int:
         wanted = described.kafka.get(option)
         found = options.get(option)
         if found is not None and wanted is not None and (int(found) < wanted if type(wanted) is int else found != wanted):
-            _log.warning(
-                "topic %s has %s=%s, not %s: servers may answer wrongly after a pause; %s", name, option, found, wanted, do
-            )
+            _log.warning("topic %s has %s=%s, not %s: query servers need it; %s", name, option, found, wanted, do)
     return min(described.delete_retention_ms, int(options.get("delete.retention.ms", described.delete_retention_ms)))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from math import ceil
 from typing import Any, NamedTuple
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition, Uuid
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
 from pipeline.adapters.kafka.errors import error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options
 from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
+from pipeline.threads import GREEN_LOOK_S, are_green, guarded
 
 _log = logging.getLogger(__name__)
 _FIRST_S = 1.0
@@ -25,6 +30,8 @@ _UNTOLD_BYTES_MAX = 1_000_000
 """Where nobody tells: a little below Kafka's default, whatever it counts as overhead."""
 _OVERHEAD_BYTES = 1_024
 """Of a batch of one message, with what compression adds to bytes that can't be compressed (lz4: 0.4 %)."""
+
+_URL_SAFE = str.maketrans("+/", "-_", "=")
 
 ListTopics = Callable[[str, float], ClusterMetadata]
 
@@ -60,11 +67,15 @@ class Metadata:
         self._cause = cause
         self._clock = clock
         self._refresh_s = refresh_s
+        self._pid = os.getpid()
+        """The process whose threads `_asking` is about."""
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
         self._asking: set[str] = set()
         self._gone: dict[str, str] = {}
         self._bytes_max: dict[str, int] = {}
+        self._made: tuple[int, AdminClient] | None = None
+        """The client that asks for what a producer can't, and the process that it belongs to."""
 
     def partition_count(self, topic: str) -> int:
         """How many partitions a topic has; `Invalid` if there is none of the name, `Unavailable` if nobody says."""
@@ -102,6 +113,8 @@ class Metadata:
         return len(found.partitions)
 
     def _ask_behind(self, topic: str) -> None:
+        if self._pid != os.getpid():  # who was asking is not in this forked child, and the lock may have been taken
+            self._pid, self._lock, self._asking = os.getpid(), threading.Lock(), set()
         with self._lock:
             if topic in self._asking:
                 return
@@ -117,7 +130,8 @@ class Metadata:
             finally:
                 self._asking.discard(topic)
 
-        threading.Thread(target=ask, name="pipeline-kafka-metadata", daemon=True).start()
+        run = guarded(_log, "pipeline-kafka-metadata", ask)
+        threading.Thread(target=run, name="pipeline-kafka-metadata", daemon=True).start()
 
     def check(self, topic: str, partition: int) -> None:
         """Raise `Invalid` if there is no such partition. One that is not known of may be new: it is asked for."""
@@ -136,6 +150,56 @@ class Metadata:
             return f"topic {self._address.topic(topic)} has no partition {partition}; it has {count}: pipeline topics apply"
         return self._gone.get(topic, "")
 
+    def topic_id(self, topic: str, timeout_s: float) -> str:
+        """The broker's id of the topic, asked for once, now."""
+        name = self._address.topic(topic)
+        admin = self._admin()
+        futures = admin.describe_topics(TopicCollection([name]), request_timeout=timeout_s)
+        return id_text(self._result(admin, futures[name], f"describe {name}", timeout_s).topic_id)
+
+    def high_watermarks(self, topic: str, timeout_s: float) -> dict[int, int]:
+        """The high watermark of each partition that the topic has now, asked for once."""
+        name = self._address.topic(topic)
+        places = [TopicPartition(name, number) for number in range(self.ask(topic, timeout_s))]
+        admin = self._admin()
+        futures = admin.list_offsets(
+            dict.fromkeys(places, OffsetSpec.latest()),
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=timeout_s,
+        )
+        found = {
+            place.partition: self._result(admin, future, f"offsets of {name}-{place.partition}", timeout_s).offset
+            for place, future in futures.items()
+        }
+        if min(found.values()) < 0:  # how librdkafka says that a leader did not answer
+            raise Unavailable(f"offsets of {name}: a leader does not answer")
+        return found
+
+    def _admin(self) -> AdminClient:
+        made = self._made
+        if made is not None and made[0] == os.getpid():
+            return made[1]
+        if made is not None:  # its threads are the parent's: to free it here would be to wait for them
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(made[1]))
+        admin = AdminClient({**admin_options(self._address, self._user), "error_cb": self._cause})
+        self._made = os.getpid(), admin
+        return admin
+
+    def _result(self, admin: AdminClient, future: Future[Any], what: str, timeout_s: float) -> Any:
+        try:
+            return _answer(future, timeout_s + _FIRST_S)
+        except KafkaException as exception:
+            raise translate(error_of(exception), what) from None
+        except TimeoutError:
+            raise Unavailable(f"{what}: no answer within {timeout_s} s") from None
+        finally:
+            admin.poll(0)  # errors and log lines wait for it, and take memory
+
+    def close(self) -> None:
+        """Give back the connection of `topic_id` and `high_watermarks`, if this process made it."""
+        if self._made is not None and self._made[0] == os.getpid():
+            self._made = None
+
     def forget_bytes_max(self, topic: str) -> None:
         """The topic has refused what it should have taken: ask again."""
         self._bytes_max.pop(topic, None)
@@ -150,12 +214,35 @@ class Metadata:
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
         try:
             (future,) = admin.describe_configs([resource], request_timeout=timeout_s).values()
-            limit = _less_overhead(int(future.result(timeout_s)["max.message.bytes"].value))
+            limit = _less_overhead(int(_answer(future, timeout_s)["max.message.bytes"].value))
         except (KafkaException, KeyError, TimeoutError) as error:
             _log.info("max.message.bytes of %s is unknown: %s", name, error)
             return _less_overhead(_UNTOLD_BYTES_MAX)  # only what was told is remembered
         self._bytes_max[topic] = limit
         return limit
+
+
+def _answer(future: Future[Any], timeout_s: float) -> Any:
+    """Return the result of `future`, which a thread of librdkafka sets.
+
+    Where threads are green, that thread can't wake them, and a lock that it holds is none that they may wait for: so this
+    looks again and again, without the future's lock.
+    """
+    if not are_green():
+        return future.result(timeout_s)
+    never = threading.Event()
+    for _ in range(ceil(timeout_s / GREEN_LOOK_S)):
+        if future._state == "FINISHED":  # set after the other two
+            if future._exception is not None:
+                raise future._exception
+            return future._result
+        never.wait(GREEN_LOOK_S)
+    raise TimeoutError
+
+
+def id_text(topic_id: Uuid) -> str:
+    """Return a topic's id as Kafka's own tools write it: URL-safe, unlike `str(topic_id)`."""
+    return str(topic_id).translate(_URL_SAFE)
 
 
 def _less_overhead(bytes_max: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any
@@ -9,10 +11,15 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate
-from pipeline.core.record import Records
-from pipeline.errors import Invalid, PipelineError, RecordsLost, Unavailable
-from pipeline.ports import Clock
+from pipeline.adapters.kafka.silence import AskEnds, Silence
+from pipeline.core.record import EPOCH_NONE, Records
+from pipeline.errors import Discontinuous, Invalid, PipelineError, RecordsLost, Unavailable
+from pipeline.ports import NO_EPOCHS, Clock
 
+_log = logging.getLogger(__name__)
+_REFUSED_MAX = 3
+_SEEK_S = 5.0
+_PAUSE_S = 0.005
 _CHUNK = 5_000
 """Messages that one call of librdkafka hands over: enough to make the call cheap, few enough to stop at `bytes_max`."""
 
@@ -29,32 +36,74 @@ class KafkaReader:
         partition_count: Callable[[], int],
         start_offsets: Callable[[Iterable[int]], Mapping[int, int]],
         end_offsets: Callable[[Iterable[int]], Mapping[int, int]],
+        ask_ends: AskEnds,
     ) -> None:
         self._topic = topic
         self._clock = clock
         self._partition_count = partition_count
         self._start_offsets = start_offsets
         self._end_offsets = end_offsets
-        self._consumer: Consumer | None = Consumer(dict(options))
+        self._options = dict(options)
+        self._silence = Silence(ask_ends, clock)
+        self._consumer: Consumer | None = Consumer(self._options)
+        self._drained = False
+        """Whether librdkafka had nothing more when it was asked last."""
         self._next: dict[int, int] = {}
+        self._epochs: dict[int, int] = {}
+        """The leader epoch of the last record that was read below each cursor."""
+        self._refused: dict[int, tuple[int, int]] = {}
+        """A cursor that was refused although the log has its offset, and how many times in a row it was."""
+        self._pause = threading.Event()
+        """Nobody sets it."""
         self._waiting: list[Message] = []
         self._out_of_range: dict[int, int] = {}
         """Where a cursor was when the broker said that nothing is there."""
 
-    def assign(self, next_offsets: Mapping[int, int]) -> None:
-        """Read these partitions, and no others, from these offsets on."""
+    def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
+        """Read these partitions, and no others, from these offsets on; see `ports.LogReader`."""
+        self._refused = {}
+        self._assign(next_offsets, {number: leader_epochs.get(number, EPOCH_NONE) for number in next_offsets})
+
+    def _assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int]) -> None:
         count = self._partition_count()
         for partition in next_offsets:
             if not 0 <= partition < count:
                 raise Invalid(f"topic {self._topic} has no partition {partition}; it has {count}")
-        self._next = dict(next_offsets)
+        self._next, self._epochs = dict(next_offsets), dict(leader_epochs)
         starts = self._start_offsets([*next_offsets])
         self._waiting = []
+        self._silence.forget()
         self._out_of_range = {number: offset for number, offset in next_offsets.items() if offset < starts[number]}
+        self._place_all(self._open())
+
+    def _place_all(self, consumer: Consumer) -> None:
+        """Have a consumer read from the cursors on."""
+        places = [
+            TopicPartition(self._topic, it, offset, leader_epoch=self._epochs[it]) for it, offset in self._next.items()
+        ]
         try:
-            self._open().assign([TopicPartition(self._topic, number, offset) for number, offset in next_offsets.items()])
+            consumer.assign(places)
+            for place in places:
+                # librdkafka asks the leader where an epoch ends when it learns of a leader or is told to seek, not when it
+                # is assigned a partition whose leader it knows (its issue 5158).
+                if self._epochs[place.partition] >= 0:
+                    self._seek(consumer, place)
         except KafkaException as exception:
             raise translate(error_of(exception), f"assign {self._topic}") from None
+
+    def _seek(self, consumer: Consumer, place: TopicPartition) -> None:
+        """Seek as soon as the assignment, which librdkafka carries out in a thread of its own, has come so far."""
+        deadline_s = self._clock.monotonic_s() + _SEEK_S
+        while True:
+            try:
+                consumer.seek(place)
+                return
+            except KafkaException as exception:
+                if error_of(exception).code() != KafkaError._STATE:
+                    raise
+                if self._clock.monotonic_s() >= deadline_s:
+                    raise Unavailable(f"{self._topic}-{place.partition}: its assignment takes over {_SEEK_S} s") from None
+                self._pause.wait(_PAUSE_S)
 
     def _open(self) -> Consumer:
         if self._consumer is None:
@@ -68,6 +117,8 @@ class KafkaReader:
             if self._out_of_range:
                 self._raise_lost()
             out = self._records(self._taken(record_count_max, bytes_max, timeout_s))
+            if self._drained and not self._waiting and (silent := self._silence.look(self._next)):
+                self._renew(silent)
             timeout_s = deadline_s - self._clock.monotonic_s()
             if out or timeout_s <= 0:
                 return out
@@ -95,7 +146,21 @@ class KafkaReader:
                 messages = [] if first is None else [first, *consumer.consume(count - 1, 0.0)] if count > 1 else [first]
         except KafkaException as exception:
             raise translate(error_of(exception), f"read {self._topic}") from None
+        self._drained = len(messages) < count
         return messages
+
+    def _renew(self, silent: Mapping[int, int]) -> None:
+        """Go on with another consumer, from where the cursors are."""
+        for partition, end in silent.items():
+            _log.warning(
+                "%s-%d: nothing comes from %d on, though it ends at %d: reading goes on with another consumer",
+                *(self._topic, partition, self._next[partition], end),
+            )
+        self._silence.forget()
+        old, self._consumer = self._open(), Consumer(self._options)
+        # Beside us: what waits for an answer that never comes may be waited for by the close, too.
+        threading.Thread(target=old.close, name="pipeline-kafka-close", daemon=True).start()
+        self._place_all(self._consumer)
 
     def _take(self, taken: list[Message], count_max: int, bytes_max: int) -> int:
         """Move from `waiting` to `taken` up to the limits; the bytes moved."""
@@ -135,7 +200,9 @@ class KafkaReader:
                     elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:  # of a group that no reader joins
                         self._note(partition, error, errors)
             if run:
+                self._check_forward(partition, run[0].offset())
                 next_offset = max(next_offset, run[-1].offset() + 1)
+                self._epochs[partition] = _epoch(run[-1])
             if next_offset > self._next[partition]:
                 out.append(
                     Records(
@@ -145,14 +212,21 @@ class KafkaReader:
                         keys=[*map(Message.key, run)],
                         values=[*map(Message.value, run)],
                         next_offset=next_offset,
+                        leader_epoch=self._epochs[partition],
                     )
                 )
-        self._next.update((records.partition, records.next_offset) for records in out)
+        for records in out:
+            self._next[records.partition] = records.next_offset
+            self._refused.pop(records.partition, None)
         if errors and not out:
             raise errors[0]
         if self._out_of_range and not out:
             self._raise_lost()
         return out
+
+    def _check_forward(self, partition: int, offset: int) -> None:
+        if offset < self._next[partition]:
+            raise Discontinuous(f"{self._topic}-{partition} went back from {self._next[partition]} to {offset}")
 
     def _note(self, partition: int, error: KafkaError, errors: list[PipelineError]) -> None:
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._LOG_TRUNCATION):
@@ -170,10 +244,30 @@ class KafkaReader:
                 raise RecordsLost(f"{where}: {starts[partition] - next_offset} records from {next_offset} on are gone")
             if next_offset > ends[partition]:
                 raise RecordsLost(f"{where} ends at {ends[partition]}, before {next_offset}: it was truncated or made anew")
-        self.assign(self._next)  # it is in range after all: a leader that moved
+            self._check_refused(partition, next_offset)
+        self._assign(self._next, self._epochs)  # it is in range after all: a leader that moved
+
+    def _check_refused(self, partition: int, next_offset: int) -> None:
+        """Raise `RecordsLost` if the log has the offset, but again and again not in the history of what was read before.
+
+        librdkafka tells of an epoch that ends below the cursor with the same code as of an offset that is out of range.
+        """
+        offset, count = self._refused.get(partition, (next_offset, 0))
+        self._refused[partition] = next_offset, count + 1 if offset == next_offset else 1
+        epoch = self._epochs[partition]
+        if epoch >= 0 and self._refused[partition][1] >= _REFUSED_MAX:
+            raise RecordsLost(
+                f"{self._topic}-{partition}: what was read below {next_offset}, of leader epoch {epoch}, is not in the log"
+                " any more: a leader that lacked it was elected, or the topic was brought back from a backup"
+            )
 
     def close(self) -> None:
         """Give back what the cursor holds. Twice is fine."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             consumer.close()
+
+
+def _epoch(message: Message) -> int:
+    epoch = message.leader_epoch()
+    return EPOCH_NONE if epoch is None else epoch

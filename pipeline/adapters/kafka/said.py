@@ -11,7 +11,7 @@ from pipeline.adapters.kafka.errors import text_of
 
 _AGAIN_S = 60.0
 _REMEMBERED_MAX = 1_000
-_VARYING = re.compile(r"\d+ms|#\w+-\d+")
+_VARYING = re.compile(r"\d+ms|#\w+-\d+|, \d+ identical error\(s\) suppressed")
 
 
 class Cause:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,8 +14,8 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate, verdict_of
-from pipeline.errors import Fenced, LogCorrupt, PipelineError, Unavailable
-from pipeline.ports import Clock, Message
+from pipeline.errors import Discontinuous, Displaced, Fenced, PipelineError, Unavailable
+from pipeline.ports import NO_BEGINS, Begins, Clock, Message, check_begins
 
 _log = logging.getLogger(__name__)
 _BACKOFF_S = 0.05
@@ -43,11 +42,16 @@ def _runs(messages: Sequence[Message]) -> list[_Run]:
 
 
 class _Reports:
-    """What was delivered where. Only the last message of each run reports: the others lie below it."""
+    """What was delivered where. Only the first and the last message of each run report: the others lie between them."""
 
     def __init__(self, *, every: bool) -> None:
         self.every = every
+        self.first: dict[tuple[str, int], int] = {}
         self.covering: dict[tuple[str, int], int] = {}
+        self.placeless: set[tuple[str, int]] = set()
+        """Where the broker took a message and did not say at which offset: it has had it before."""
+        self.failed = False
+        """Whether a message was not delivered, so that the transaction can't be committed."""
         self.hopeless: tuple[KafkaError, str] | None = None
         """Why a message can never be delivered, and where."""
 
@@ -58,10 +62,15 @@ class _Reports:
     def _delivered(self, place: tuple[str, int], error: KafkaError | None, message: Delivered) -> None:
         if error is None:
             offset = message.offset()
-            if offset is not None:  # None: the broker has had it before, and does not say where
+            if offset is None:
+                self.placeless.add(place)
+            else:
+                self.first[place] = min(self.first.get(place, offset), offset)
                 self.covering[place] = max(self.covering.get(place, 0), offset + 1)
-        elif code_of(error).verdict in (Verdict.MESSAGE, Verdict.OPERATOR):
-            self.hopeless = error, f"write to {message.topic()}-{message.partition()}"
+        else:
+            self.failed = True
+            if code_of(error).verdict in (Verdict.MESSAGE, Verdict.OPERATOR):
+                self.hopeless = error, f"write to {message.topic()}-{message.partition()}"
 
 
 class KafkaTransaction:
@@ -89,8 +98,6 @@ class KafkaTransaction:
         """Why nothing can be committed any more."""
         self._ask_all = False
         """Whether every message shall report, because librdkafka says of an abort only that some message failed."""
-        self._ends: dict[tuple[str, int], int] = {}
-        """Where each partition ended behind what was committed last."""
         self._needs = "WRITE on the topic"
         self._producer: Producer | None = Producer(dict(options))
         deadline_s = clock.monotonic_s() + timeout_s
@@ -99,11 +106,16 @@ class KafkaTransaction:
         except _Aborted as error:  # pragma: no cover  # librdkafka names none for init_transactions
             raise Unavailable(str(error)) from None
 
-    def commit(self, messages: Sequence[Message], *, timeout_s: float) -> list[int]:
+    @property
+    def marker_count(self) -> int:
+        """One: the broker writes a control record to each partition of a transaction."""
+        return 1
+
+    def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
         """Append all messages in one transaction; see `ports.Transaction`.
 
-        What the broker or librdkafka aborts is begun again until `timeout_s` is over: nothing of it is visible, and as
-        long as we are not fenced nobody else has written meanwhile.
+        What the broker or librdkafka aborts is begun again until `timeout_s` is over: nothing of it is visible. But what of
+        it was appended keeps its offsets, so with `begins` the second attempt can be `Displaced` by the first.
         """
         if self._over is not None:
             raise self._over
@@ -117,12 +129,14 @@ class KafkaTransaction:
         try:
             while True:
                 try:
-                    return self._attempt(runs, deadline_s)
+                    return self._attempt(runs, begins, deadline_s)
                 except _Aborted as error:
                     _log.warning("transaction %s was aborted, trying again: %s", self._id, error)
                     if self._clock.monotonic_s() >= deadline_s:
                         raise Unavailable(f"transaction {self._id}: {error}") from None
                     self._poll(_BACKOFF_S)
+        except Displaced:
+            raise
         except PipelineError as error:
             self._over = error
             raise
@@ -137,7 +151,7 @@ class KafkaTransaction:
         with suppress(KafkaException):
             self._open().poll(timeout_s)
 
-    def _attempt(self, runs: Sequence[_Run], deadline_s: float) -> list[int]:
+    def _attempt(self, runs: Sequence[_Run], begins: Begins, deadline_s: float) -> list[int]:
         producer = self._open()
         reports = _Reports(every=self._ask_all)
         self._ask_all = False
@@ -155,9 +169,13 @@ class KafkaTransaction:
             # Before it is decided: entries of state that is nowhere else must not become what a topic made anew begins with.
             # What it raises is of a producer that is given up, which is for the commit to tell; SystemError is how the
             # driver raises it where librdkafka logs in the same call.
+            waiting_count = 0
             with suppress(KafkaException, SystemError):
-                producer.flush(max(deadline_s - self._clock.monotonic_s(), 0.001))
-            self._check_beyond(runs, reports, deadline_s)
+                waiting_count = producer.flush(max(deadline_s - self._clock.monotonic_s(), 0.001))
+            if begins and waiting_count:
+                raise Unavailable(f"transaction {self._id}: {waiting_count} messages were not delivered in time")
+            if not reports.failed:
+                self._check_place(runs, begins, reports, deadline_s)
             self._until_decided(producer.commit_transaction, deadline_s, "commit")
         except _Aborted:
             if reports.hopeless is not None:
@@ -171,27 +189,36 @@ class KafkaTransaction:
             if next_offset is None:
                 raise Unavailable(f"transaction {self._id}: committed, but the broker does not say where")
             covering += repeat(next_offset, len(messages))
-        self._ends |= reports.covering
         return covering
 
-    def _check_beyond(self, runs: Sequence[_Run], reports: _Reports, deadline_s: float) -> None:
-        """Abort, and raise `LogCorrupt`, if something was appended where there is something of ours already."""
-        counts = Counter({(run.topic, run.partition): 0 for run in runs})
-        for topic, partition, messages in runs:
-            counts[topic, partition] += len(messages)
-        for place, count in counts.items():
-            end, next_offset = self._ends.get(place, 0), reports.covering.get(place, 0)
-            if next_offset and next_offset - count < end:
+    def _check_place(self, runs: Sequence[_Run], begins: Begins, reports: _Reports, deadline_s: float) -> None:
+        """Abort, and raise, unless everything stands where `begins` says, without anything between.
+
+        Where there is no report at all the producer was given up, and the commit is going to say why.
+        """
+        for place, begin in begins.items():
+            count = sum(len(run.messages) for run in runs if (run.topic, run.partition) == place)
+            where = f"{place[0]}-{place[1]}"
+            try:
+                if count and place in reports.placeless:
+                    raise Displaced(f"the broker does not say where in {where} a commit stands")
+                if count and place in reports.first:
+                    check_begins({place: begin}, {place: reports.first[place]})
+                    if reports.covering[place] - reports.first[place] != count:
+                        raise Displaced(f"something else has written to {where} between the records of a commit")
+            except Discontinuous:
                 self._abort(deadline_s)
-                went = f"from {end} to {next_offset - count}"
-                raise LogCorrupt(f"{place[0]}-{place[1]} went back {went}: it was made anew or truncated")
+                raise
 
     def _produce(self, producer: Producer, run: _Run, reports: _Reports, deadline_s: float) -> None:
         topic, partition, messages = run
         name, report = self._broker_topic(topic), reports.callback(topic, partition)
         silent = 0 if reports.every else len(messages) - 1
         produce = producer.produce
-        for message in messages[:silent]:
+        if silent:
+            first = messages[0]
+            self._produce_in_time(producer, (name, first.value, first.key, partition, report), deadline_s)
+        for message in messages[1:silent]:
             try:
                 produce(name, message.value, message.key, partition)
             except BufferError:

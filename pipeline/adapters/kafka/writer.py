@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import ceil
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -20,6 +21,7 @@ from pipeline.adapters.kafka.options import Address, publisher_options, try_user
 from pipeline.adapters.kafka.said import Cause, Seldom
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
+from pipeline.threads import GREEN_LOOK_S, are_green, wait_in_c
 from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ _LOOK_S = 2.0
 _GRACE_S = 2.0
 """librdkafka looks for messages that have timed out once a second; it is given the time to say so itself."""
 _PURGE_S = 5.0
+_ASK_S = 2.0
 
 
 class _Append:
@@ -63,14 +66,16 @@ class _Client:
         """Whether librdkafka has given this producer up."""
         self.fatal: KafkaError | None = None
         """Why, as far as it has said so."""
+        self._green = are_green()
+        """True where threads are green: `poll` then never waits, because a wait in C stops all of them."""
         self._told = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="pipeline-kafka", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
-        while not self._stop.is_set():
-            self._poll(_POLL_S)
+        while not (self._stop.wait(_POLL_S) if self._green else self._stop.is_set()):
+            self._poll(0 if self._green else _POLL_S)
         self._poll(0)
 
     def _poll(self, timeout_s: float) -> None:
@@ -85,6 +90,15 @@ class _Client:
         except Exception:
             _log.exception("a delivery report could not be read")
 
+    def wait_answered(self, call: _Append, timeout_s: float) -> bool:
+        """Wait, at most so long, until all messages of `call` have an answer; return whether they have."""
+        waits = ceil(timeout_s / GREEN_LOOK_S) if self._green else 0
+        for _ in range(waits):  # a green thread has to ask for the callbacks itself, again and again
+            self._poll(0)
+            if call.done.wait(GREEN_LOOK_S):
+                return True
+        return call.done.wait(0 if waits else timeout_s)
+
     def wait_told(self, timeout_s: float) -> None:
         """Wait, at most so long, until it is known why the producer is given up."""
         self._told.wait(timeout_s)
@@ -93,11 +107,12 @@ class _Client:
         """Wait, at most so long, until the client is closed; whether it is."""
         return self._stop.wait(timeout_s)
 
-    def close(self) -> None:
-        """Give everything up that is not delivered."""
+    def close(self) -> bool:
+        """Give everything up that is not delivered; return whether the thread has ended."""
         self.producer.purge()
         self._stop.set()
         self._thread.join(_PURGE_S)
+        return not self._thread.is_alive()
 
     def abandon(self) -> None:
         """In a forked child: never free the parent's producer, whose threads are not here to be waited for."""
@@ -151,7 +166,7 @@ class KafkaLogWriter:
             return self._made
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
-        return self._client().producer.list_topics(topic, timeout_s)
+        return wait_in_c(self._client().producer.list_topics, topic, timeout_s)
 
     def partition_count(self, topic: str) -> int:
         """How many partitions `topic` has, as of some seconds ago."""
@@ -160,6 +175,23 @@ class KafkaLogWriter:
     def message_bytes_max(self, topic: str) -> int:
         """The largest value that the topic takes."""
         return self._metadata.message_bytes_max(topic, self._timeout_s)
+
+    def topic_id(self, topic: str) -> str:
+        """The broker's id of the topic, asked for once."""
+        try:
+            return self._metadata.topic_id(topic, min(self._timeout_s, _ASK_S))
+        except Invalid as error:  # the topic may be there again soon, and the permission too
+            raise Unavailable(str(error)) from None
+
+    def high_watermarks(self, topic: str) -> Mapping[int, int]:
+        """The high watermark of each partition that the topic has now; asked again while partitions have no leader yet."""
+        deadline_s = self._clock.monotonic_s() + self._timeout_s
+        while True:
+            try:
+                return self._metadata.high_watermarks(topic, min(self._timeout_s, _ASK_S))
+            except Unavailable:
+                if self._clock.monotonic_s() >= deadline_s or self._client().wait_stopped(_POLL_S):
+                    raise
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         """Append, and wait for acks=all of each message; see `ports.LogWriter`."""
@@ -175,10 +207,10 @@ class KafkaLogWriter:
             refused = self._produce(client, message, partial(self._delivered, client, call, number), deadline_s)
             if refused is not None:
                 call.answer(number, refused)
-        if not call.done.wait(max(0.0, deadline_s - self._clock.monotonic_s())):
+        if not client.wait_answered(call, max(0.0, deadline_s - self._clock.monotonic_s())):
             _log.warning("%s: messages are taken back after %.1f s", self._address, timeout_s)
             client.producer.purge()
-            call.done.wait(_PURGE_S)
+            client.wait_answered(call, _PURGE_S)
         return list(call.results)
 
     def _produce(
@@ -201,7 +233,7 @@ class KafkaLogWriter:
                     if looked or error_of(exception).code() != KafkaError._UNKNOWN_PARTITION:
                         raise
                     looked = True
-                    client.producer.list_topics(topic, _LOOK_S)  # its own view is older than ours
+                    wait_in_c(client.producer.list_topics, topic, _LOOK_S)  # its own view is older than ours
         except KafkaException as exception:
             error = error_of(exception)
             if error.code() == KafkaError._FATAL:  # which says nothing; the cause comes to the other thread
@@ -232,10 +264,18 @@ class KafkaLogWriter:
         # Only what is wrong with the message itself is for good: a permission can be granted, and nothing is lost till then.
         return Invalid(text) if code_of(error).verdict is Verdict.MESSAGE else Unavailable(text)
 
+    def rest(self) -> bool:
+        """As of `ports.Resting`."""
+        with self._lock:
+            client, self._made = self._made, None
+        self._metadata.close()
+        return client is None or client.close()
+
     def close(self) -> None:
         """Give back connections. Unacknowledged messages may be lost. Twice is fine."""
         with self._lock:
             self._closed = True
+            self._metadata.close()
             client, self._made = self._made, None
         if client is not None:
             if client.pid == os.getpid():

@@ -95,8 +95,10 @@ def report(drive: Drive, done: Sequence[str]) -> None:
     print(f"\n{len(done)} scenarios: {' '.join(done)}")
     print(
         f"{drive.load.delta_count} deltas, {drive.checks} times every series compared, {reads.count} reads,"
-        f" {reads.failed_count} failed, staleness {reads.staleness_most_ms} ms at most; unasked exits: {drive.fleet.exits}"
+        f" {reads.failed_count} failed, staleness {reads.staleness_most_ms} ms at most"
     )
+    codes = ", ".join(f"{code} {count} times" for code, count in sorted(drive.fleet.codes.items()))
+    print(f"{len(drive.refused)} dead letters; workers ended with {codes or 'nothing'}; unasked: {drive.fleet.exits}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from pipeline.core.codec import decode_batch, decode_folded
-from pipeline.core.record import TAG_PRODUCER
-from pipeline.topics import CHANGELOG, DELTAS
+from confluent_kafka import Message
+
+from pipeline.core.codec import DeadLetter, decode_folded, decode_letter, receive_batch
+from pipeline.core.record import TAG_PRODUCER, Batch
+from pipeline.errors import BadRecord
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import records
 from tests.broker.kafka import App
+
+SEQUENCE_MAX = 10_000_000
+"""Beyond what anybody comes to in a drive: what claims more is refused."""
 
 
 class Audit(NamedTuple):
@@ -20,28 +26,47 @@ class Audit(NamedTuple):
     wrong: list[str]
 
 
+def letters(app: App) -> list[DeadLetter]:
+    """All dead letters."""
+    return [decode_letter(record.value()) for record in records(app, DEAD_LETTERS) if record.value() is not None]
+
+
+def _batch(record: Message) -> Batch | None:
+    """The batch of a record, also if some of its groups are refused; None if the record is refused as a whole."""
+    try:
+        batch = receive_batch(record.value() or b"").batch
+    except BadRecord:
+        return None
+    refused = batch.partition != record.partition() or max(batch.sequence, batch.epoch) > SEQUENCE_MAX
+    return None if refused else batch
+
+
 def audit(app: App) -> Audit:
     """Compare the sequences in deltas with those that the last committed state of each partition says are folded."""
     sent: dict[tuple[int, str], set[int]] = defaultdict(set)
     count = copies = 0
     for record in records(app, DELTAS):
-        batch = decode_batch(record.value())
+        batch = _batch(record)
+        if batch is None:
+            continue
         sequences = sent[record.partition(), batch.producer_id]
         count, copies = count + 1, copies + (batch.sequence in sequences)
         sequences.add(batch.sequence)
     folded = {}
     for record in records(app, CHANGELOG):
         key, value = record.key(), record.value()
-        if key[:1] == TAG_PRODUCER and value is not None:
-            folded[record.partition(), key[1:].decode()] = decode_folded(value)
+        if key[:1] == TAG_PRODUCER:
+            folded[record.partition(), key[1:]] = value
     wrong = []
     for (partition, producer), sequences in sent.items():
-        known = folded.get((partition, producer))
+        value = folded.pop((partition, producer.encode()), None)
+        known = None if value is None else decode_folded(value)
         if known is None:
             wrong.append(f"partition {partition}: nothing of producer {producer} is folded")
             continue
         missing = sorted(sequence for sequence in sequences if not known.has(sequence))
         if missing or known.beyond or known.next_sequence != max(sequences) + 1:
             wrong.append(f"partition {partition}, producer {producer}: {known} of {len(sequences)}, missing {missing[:5]}")
-    wrong += [f"partition {it[0]}: folded of producer {it[1]}, which sent nothing" for it in folded.keys() - sent.keys()]
+    strangers = [it for it, value in folded.items() if value]
+    wrong += [f"partition {partition}: folded of producer {key!r}, which sent nothing" for partition, key in strangers]
     return Audit(count, copies, wrong)

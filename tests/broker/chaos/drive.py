@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,20 +13,21 @@ from typing import NamedTuple, Self
 
 import pipeline.metrics as m
 from pipeline import Reader, Token
-from pipeline.topics import DEAD_LETTERS
-from tests.broker.chaos.audit import audit
-from tests.broker.chaos.fleet import GUARD, Fleet
-from tests.broker.chaos.load import LABELS, SERIES, VIEW, Again, Labels, Load
+from tests.broker.chaos.audit import audit, letters
+from tests.broker.chaos.fleet import GUARD, SHIFTED, Fleet
+from tests.broker.chaos.load import LABELS, VIEW, Again, Load
+from tests.broker.chaos.others import EXTRA, LIMIT, READ_MS, Opinions, Orders
+from tests.broker.chaos.stranger import Place, Stranger
 from tests.broker.chaos.watch import Board, Commits, Problems, Reads
-from tests.broker.drive import Role, records, server
+from tests.broker.drive import Role, server
 from tests.broker.kafka import App, Broker, Cluster, admin_client, create_topics
+from tests.broker.shifted import SHIFTED_MS
 from tests.process.load import metric
 from tests.support import PROGRAM, wait_until
 
 PARTITIONS = 8
 MOVED_S = 90.0
 """How long partitions may stand still before it is called a hang."""
-READ_MS = 60_000
 SLACK = 3.0
 """How many times its target a pause may last on a slow machine before it is wrong."""
 
@@ -62,7 +64,11 @@ class Drive:
         self.rng = random.Random(seed)
         self.pauses: list[Pause] = []
         self.checks = 0
-        self._folder, self._seed, self._count, self._rate = folder, seed, brokers, rate
+        self.refused: set[Place] = set()
+        """Where records stand of which all or some must be a dead letter."""
+        self.others = Token()
+        """Of what was recorded beside the load."""
+        self.folder, self._seed, self._count, self._rate = folder, seed, brokers, rate
         self._began_s = time.monotonic()
         self._show = show
         self._stack = ExitStack()
@@ -84,23 +90,24 @@ class Drive:
     def _enter(self) -> None:
         enter = self._stack.enter_context
         if self._count == 1:
-            self.brokers: Sequence[Broker] = [enter(Broker(self._folder / "kafka"))]
+            self.brokers: Sequence[Broker] = [enter(Broker(self.folder / "kafka"))]
         else:
-            self.brokers = enter(Cluster(self._folder / "kafka", self._count)).brokers
+            self.brokers = enter(Cluster(self.folder / "kafka", self._count)).brokers
         self.app = App(",".join(it.bootstrap for it in self.brokers), "chaos")
         create_topics(self.app.bootstrap, self.app.app, PARTITIONS)
         self.say(f"{len(self.brokers)} brokers at {self.app.bootstrap}, {PARTITIONS} partitions")
-        self.fleet = enter(Fleet(self.app, self._folder, PARTITIONS, self.problems, self.say))
-        self.reads: Role = enter(self._server("server"))
+        self.fleet = enter(Fleet(self.app, self.folder, PARTITIONS, self.problems, self.say))
+        self.reads: Role = enter(self.server("server"))
         self.load = enter(Load(self.app, per_s=self._rate, seed=self._seed))
-        self.again = Again(self.app, PARTITIONS, self.rng)
+        self.again = Again(self.app, PARTITIONS, self.rng, but=self.refused)
         self._stack.callback(self.again.close)
+        self.stranger = Stranger(self.app)
+        self._stack.callback(self.stranger.close)
+        self.opinions = Opinions(self.app, self.load.history, self.rng)
+        self.orders = Orders(self.app, self.stranger, PARTITIONS, self.rng)
         self.commits = enter(Commits(self.app, PARTITIONS, self.load.history, self.problems))
         self.reader = enter(Reads(self.reads.url, self.load.history, self.problems, self._seed))
         enter(Board(self.fleet.urls, self.problems, self.say, self._now))
-
-    def _server(self, name: str) -> Role:
-        return server(self.app, self._folder / name, program=(*GUARD, *PROGRAM), stdin=subprocess.PIPE)
 
     def begin(self) -> None:
         """A first worker, and the load."""
@@ -147,6 +154,11 @@ class Drive:
         finally:
             self.fleet.excused = frozenset()
 
+    def server(self, name: str, *, ahead_ms: int = 0) -> Role:
+        """A query server, not started yet, with a clock that is ahead by so much."""
+        program, env = (SHIFTED, {SHIFTED_MS: str(ahead_ms)}) if ahead_ms else (PROGRAM, None)
+        return server(self.app, self.folder / name, program=(*GUARD, *program), stdin=subprocess.PIPE, env=env)
+
     def wait_moved(self, positions: Mapping[int, int], timeout_s: float = MOVED_S) -> None:
         """Wait until these partitions are committed beyond these positions."""
 
@@ -187,7 +199,7 @@ class Drive:
 
     def quiet(self) -> Token:
         """Pause the load, and wait until everything is folded; the token of it."""
-        token = self.load.pause()
+        token = self.load.pause() | self.others
         self.wait_folded(token.next_offsets)
         return token
 
@@ -202,20 +214,24 @@ class Drive:
         began_s = time.monotonic()
         token = self.quiet()
         self.compare(self.reads, token)
-        assert not records(self.app, DEAD_LETTERS), "there are dead letters"
+        self._check_letters()
         self.checks += 1
         took_s = time.monotonic() - began_s
         self.say(f"  exact: {len(self.load.expected())} series, {self.load.history.total} in all ({took_s:.1f} s)")
-        if self.rng.random() < 0.5:
-            self.again.send(self.rng.randrange(1, 20))
+        ends = self.again.send(self.rng.randrange(1, 20)) if self.rng.random() < 0.5 else {}
         self.load.resume()
+        self.wait_folded(ends)  # so that no scenario takes the duplicates of another for its own
 
     def compare(self, role: Role, token: Token) -> None:
         """Series by series."""
         with Reader(role.url, timeout_s=READ_MS / 1000 + 10) as reader:
-            answer = reader.get(VIEW, after=token, limit=SERIES, timeout_ms=READ_MS)
-        found: dict[Labels, int] = {(it.labels[LABELS[0]], it.labels[LABELS[1]]): it.value for it in answer.series}
-        expected = self.load.expected()
+            answer = reader.get(VIEW, after=token, limit=LIMIT, timeout_ms=READ_MS)
+        names = (*LABELS, EXTRA)
+        found: dict[tuple[str, ...], int] = {
+            tuple(it.labels.get(name, "") for name in names): it.value for it in answer.series
+        }
+        expected = Counter({(*labels, ""): value for labels, value in self.load.expected().items()})
+        expected.update(self.opinions.sums)
         wrong = {
             it: (found.get(it), expected.get(it))
             for it in expected.keys() | found.keys()
@@ -224,6 +240,15 @@ class Drive:
         lost = sum((want or 0) - (have or 0) for have, want in wrong.values())
         some = dict([*wrong.items()][:3])
         assert not wrong, f"{role.data.name}: {len(wrong)} series are wrong, {lost} missing in all (found, right): {some}"
+        others = self.opinions.compare_kinds(role.url, token) + self.orders.compare(role.url, token)
+        assert not others, f"{role.data.name}: {'; '.join(others)}"
+
+    def _check_letters(self) -> None:
+        """Whatever had to be refused is a dead letter, and nothing else is."""
+        found = {Place(it.partition, it.offset) for it in letters(self.app)}
+        unasked, missing = found - self.refused, self.refused - found
+        assert not unasked, f"{len(unasked)} dead letters of what is right, such as {sorted(unasked)[:3]}"
+        assert not missing, f"{len(missing)} records are no dead letters, such as {sorted(missing)[:3]}"
 
     def finish(self, delta_count_min: int) -> None:
         """The rest of the load, a last check, a server that is restored from nothing, and what the logs say."""
@@ -234,9 +259,9 @@ class Drive:
         token = self.quiet()
         self.compare(self.reads, token)
         self.say("- a server is restored from nothing")
-        with self._server("fresh") as fresh:
+        with self.server("fresh") as fresh:
             self.compare(fresh, token)
-        assert not records(self.app, DEAD_LETTERS), "there are dead letters"
+        self._check_letters()
         found = audit(self.app)
         assert not found.wrong, f"{len(found.wrong)} producers are folded wrongly: {found.wrong[:3]}"
         assert found.copy_count >= self.again.count, f"{found.copy_count} copies in the log, {self.again.count} were sent"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +16,7 @@ from typing import Any, Self
 from tests.broker.chaos.watch import Problems, folded, status
 from tests.broker.drive import Role
 from tests.broker.kafka import GUARDED, App
+from tests.broker.shifted import SHIFTED_MS
 from tests.support import PROGRAM, wait_until
 
 SESSION_MS = 6_000
@@ -23,6 +26,7 @@ AGAIN_S = 0.5
 GUARD = ("sh", "-c", GUARDED, "sh")
 """Behind which a process ends when the drive does, however that ends."""
 SLOW = (sys.executable, "-m", "tests.broker.throttled")
+SHIFTED = (sys.executable, "-m", "tests.broker.shifted")
 
 
 class Worker:
@@ -46,6 +50,8 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self.exits: list[tuple[str, int]] = []
         """Unasked ends: name and code."""
+        self.codes: Counter[int] = Counter()
+        """How often a worker ended with which code, asked or not."""
         self.excused: frozenset[int] = frozenset()
         """Exit codes that are no surprise of any worker now."""
         self._problems, self._say = problems, say
@@ -55,19 +61,25 @@ class Fleet:
 
     # Processes
 
-    def make(self, name: str, *, bears: str = "", slow: Mapping[str, str] | None = None) -> Worker:
-        """Not started yet; as member `bears`, if not under its own name; with a disk as slow as `slow` says."""
-        program = PROGRAM if slow is None else SLOW
+    def make(
+        self, name: str, *arguments: str, bears: str = "", slow: Mapping[str, str] | None = None, ahead_ms: int = 0
+    ) -> Worker:
+        """Not started yet; as member `bears`, if not under its own name; with a disk as slow as `slow` says, or a clock that
+        is ahead by so much.
+        """
+        program, env = (PROGRAM, None) if slow is None else (SLOW, slow)
+        if ahead_ms:
+            program, env = SHIFTED, {SHIFTED_MS: str(ahead_ms)}
         return Worker(
             name,
             Role(
                 "worker",
                 self.app,
                 self.folder / name,
-                *("--name", bears or name, "--log-level", "info"),
+                *("--name", bears or name, "--log-level", "info", *arguments),
                 program=(*GUARD, *program),
                 stdin=subprocess.PIPE,
-                env=slow,
+                env=env,
                 session_timeout_ms=SESSION_MS,
                 commit_interval_ms=100,
             ),
@@ -97,9 +109,15 @@ class Fleet:
             for name in names:
                 self.workers[name].wanted = False
                 self.workers[name].role.program.process.kill()
+                self.codes[-signal.SIGKILL] += 1
             for name in names:
                 self.workers[name].role.kill()
         self._say(f"  {' '.join(names)} killed")
+
+    def lose_disk(self, name: str) -> None:
+        """Delete all that one that is down has on disk."""
+        shutil.rmtree(self.workers[name].role.data)
+        self._say(f"  the disk of {name} is lost")
 
     def leave(self, name: str, timeout_s: float = 45.0) -> None:
         """SIGTERM, and wait; it must end with 0."""
@@ -113,6 +131,7 @@ class Fleet:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{name} does not end within {timeout_s:g} s of SIGTERM") from None
         worker.role.kill()
+        self.codes[code] += 1
         assert code == 0, f"{name} was asked to leave and ended with {code}"
 
     def signal(self, name: str, number: int) -> None:
@@ -198,6 +217,7 @@ class Fleet:
         if worker.ended_s is None:
             worker.ended_s = now_s
             self.exits.append((worker.name, code))
+            self.codes[code] += 1
             self._say(f"  {worker.name} ended by itself with {code}")
             worker.wanted = worker.again
             if code not in self.excused | worker.excused:

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +14,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 
 from pipeline import Publisher, Token, Unavailable
 from pipeline.topics import DELTAS
+from tests.broker.chaos.stranger import Place
 from tests.broker.kafka import App
 
 VIEW = "chaos"
@@ -54,10 +55,12 @@ class Acked(NamedTuple):
 
 
 class History:
-    """What was recorded in all, and what was acknowledged when. Written by one thread, read by any."""
+    """What was recorded in all, and what was acknowledged when. Written by one thread but for `others`, read by any."""
 
     def __init__(self) -> None:
         self.total = 0
+        self.others = 0
+        """What somebody else may have added to the same view."""
         self.acked: list[Acked] = []
 
     def acknowledged(self, at_s: float) -> Acked | None:
@@ -195,7 +198,9 @@ class Load(threading.Thread):
 class Again:
     """Sends batches again that are in the log already: the same bytes, under the same key, to the same partition."""
 
-    def __init__(self, app: App, partition_count: int, rng: random.Random) -> None:
+    def __init__(self, app: App, partition_count: int, rng: random.Random, but: Collection[Place] = ()) -> None:
+        """What stands at one of the places `but` is not sent again."""
+        self._but = but
         self._topic = app.topic(DELTAS)
         self._partitions = range(partition_count)
         self._rng = rng
@@ -243,7 +248,7 @@ class Again:
         consumer.assign([TopicPartition(self._topic, partition, max(start, end - 100))])
         found = []
         for message in consumer.consume(min(100, end - start), 2.0):
-            if message.error() is None:
+            if message.error() is None and Place(message.partition(), message.offset()) not in self._but:
                 found.append(message)
         return found
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tests.broker.chaos.anew import anew_changelog, anew_deltas
 from tests.broker.chaos.drive import Drive
 from tests.broker.chaos.fleet import SESSION_MS
+from tests.broker.chaos.hostile import clocks, garbage, noise, open_on_changelog, open_on_deltas, opinions, orders
 from tests.broker.kafka import Broker
 from tests.broker.throttled import OPEN_MS, WRITE_MS
 from tests.support import wait_until
@@ -128,8 +129,7 @@ def kill_all(d: Drive) -> None:
     with d.event("kill -9 of all"):
         d.fleet.kill(*names)
         lost = d.rng.choice(names)
-        d.say(f"  the disk of {lost} is lost")
-        shutil.rmtree(d.fleet.workers[lost].role.data)
+        d.fleet.lose_disk(lost)
         for name in names:
             d.fleet.start(name)
         d.fleet.settled()
@@ -295,8 +295,10 @@ def brokers_blink(d: Drive) -> None:
 
 ALL = (
     Scenario("join", join, first=True),
+    Scenario("noise", noise, first=True),
     Scenario("leave", leave, first=True),
     Scenario("restart", restart, first=True),
+    Scenario("orders", orders, first=True),
     Scenario("duplicates", duplicates, first=True),
     Scenario("kill", kill, first=True),
     Scenario("stall", stall, first=True),
@@ -305,6 +307,13 @@ ALL = (
     Scenario("each_broker", each_broker, 3, first=True),
     Scenario("same_name", same_name, first=True),
     Scenario("kill_all", kill_all, first=True),
+    Scenario("opinions", opinions),
+    Scenario("garbage", garbage),
+    Scenario("open_on_deltas", open_on_deltas),
+    Scenario("open_on_changelog", open_on_changelog),
+    Scenario("clocks", clocks),
+    Scenario("anew_deltas", anew_deltas),
+    Scenario("anew_changelog", anew_changelog),
     Scenario("kill_two", kill_two),
     Scenario("each_broker_stopped", each_broker_stopped, 3),
     Scenario("brokers_blink", brokers_blink, 3),

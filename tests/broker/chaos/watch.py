@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
-from pipeline import NotFound, PipelineError, Reader, Token
+from pipeline import NotFound, PipelineError, Reader
 from pipeline.adapters.http import Answer
 from pipeline.core.codec import decode_position
 from pipeline.core.record import POSITION_KEY
@@ -111,13 +111,13 @@ class Reads(_Watch):
             return
         self.staleness_ms, self.staleness_most_ms = stale_ms, max(stale_ms, self.staleness_most_ms)
         had = self._history.acknowledged(asked_s - stale_ms / 1000)
-        how = f"staleness {stale_ms} ms, offsets {Token({int(p): n for p, n in answer.as_of.next_offsets.items()})}"
+        how = f"staleness {stale_ms} ms, offsets {answer.as_of.next_offsets}"
         if had is not None:
             how += f"; acknowledged by then, {asked_s - had.at_s:.3f} s before it was asked for, were {had.token}"
         if group is None:
             self._judge_total(int(answer.value() or 0), 0 if had is None else had.total, how)
             return
-        found = {(it.labels["group"], it.labels["series"]): it.value for it in answer.series}
+        found = {(it.labels["group"], it.labels["series"]): it.value for it in answer.series if not it.labels.get("extra")}
         for labels, before in self._last.items():
             if labels[0] == group and found.get(labels, 0) < before:
                 self.problems.add(f"series {labels} went back from {before} to {found.get(labels)}; {how}")
@@ -127,7 +127,7 @@ class Reads(_Watch):
         self._last |= found
 
     def _judge_total(self, total: int, least: int, how: str) -> None:
-        most = self._history.total
+        most = self._history.total + self._history.others
         if total < self._last_total:
             self.problems.add(f"the total went back from {self._last_total} to {total}; {how}")
         if total < least:
@@ -147,6 +147,9 @@ class Commits(_Watch):
         super().__init__("commits", problems)
         self._topic = app.topic(CHANGELOG)
         self._history = history
+        self.forged: set[bytes] = set()
+        """Values of position records that somebody else has written, or copied."""
+        self._owners: dict[int, str] = {}
         self._came: dict[int, list[Came]] = {number: [] for number in range(partition_count)}
         self._consumer = Consumer(
             {
@@ -171,16 +174,20 @@ class Commits(_Watch):
                 continue  # the broker is away
             now_s = time.monotonic()
             for message in messages:
-                if message.error() is None and message.key() == POSITION_KEY:
-                    self.note(message.partition(), decode_position(message.value()).next_offset, now_s)
+                value = message.value()
+                if message.error() is None and message.key() == POSITION_KEY and value and value not in self.forged:
+                    position = decode_position(value)
+                    self.note(message.partition(), position.next_offset, now_s, position.owner_id)
         self._consumer.close()
 
-    def note(self, partition: int, position: int, now_s: float) -> None:
-        """A commit has come."""
+    def note(self, partition: int, position: int, now_s: float, owner_id: str = "") -> None:
+        """A commit has come. A new owner may begin with one that repairs what others have written, and folds nothing."""
         came = self._came[partition]
-        if came and position <= came[-1].position:
-            self.problems.add(f"partition {partition} was committed at {position} behind {came[-1].position}")
-        else:
+        new_owner, self._owners[partition] = self._owners.get(partition) != owner_id, owner_id
+        last = came[-1].position if came else -1
+        if position < last or (position == last and not new_owner):
+            self.problems.add(f"partition {partition} was committed at {position} behind {last}")
+        elif position > last:
             came.append(Came(now_s, position))
 
     def positions(self) -> dict[int, int]:

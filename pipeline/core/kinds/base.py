@@ -1,0 +1,154 @@
+"""What every kind of view shares: the base class, plain numbers, and long ints on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite, ldexp
+from operator import index
+from typing import Any, ClassVar
+
+import msgspec
+from msgspec.msgpack import Ext
+
+from pipeline.errors import BadRecord, Invalid
+
+State = Any
+"""A state of some kind: see the table in `pipeline.core.kinds`."""
+
+INT_BITS_MAX = 8_192
+"""Largest recorded int. Sums grow beyond it; 2**64 of the largest stay printable (Python prints up to 4,300 digits)."""
+BATCH_INT_BYTES_MAX = 1_040
+"""Longest int in a batch: the largest recorded int, merged more often than anybody can."""
+STATE_INT_BYTES_MAX = 1_100
+"""Longest int in a state. Batches stay so far below it that no number of them reaches it."""
+
+PLAIN = frozenset((int, float))
+_INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
+_NUMBER_TYPES = frozenset((int, float, Ext))
+_LONG_INT = 1
+"""The msgpack extension type of ints beyond 64 bits: signed, big endian."""
+encode = msgspec.msgpack.Encoder().encode
+
+
+def number(value: object) -> int | float:
+    """`value` as an int or a finite float; `Invalid` if it is neither.
+
+    Bools are ints, as in Python. Other numbers (NumPy, Decimal, Fraction) become ints if they are integral types and
+    floats if not.
+    """
+    kind = type(value)
+    if kind is float:
+        if isfinite(value):  # type: ignore[arg-type]
+            return value  # type: ignore[return-value]
+        raise Invalid(f"a finite number is needed, got {value}")
+    if kind is not int:
+        if isinstance(value, str | bytes | bytearray) or value is None:
+            raise Invalid(f"a number is needed, got {type(value).__name__}")
+        try:
+            value = index(value)  # type: ignore[arg-type]
+        except TypeError:
+            try:
+                return number(ldexp(value, 0))  # type: ignore[arg-type]  # float() would read text and buffers too
+            except (TypeError, ValueError, OverflowError):
+                raise Invalid(f"a number is needed, got {type(value).__name__}") from None
+    if value.bit_length() > INT_BITS_MAX:  # type: ignore[attr-defined]
+        raise Invalid(f"an int of {value.bit_length()} bits; at most {INT_BITS_MAX}")  # type: ignore[attr-defined]
+    return value  # type: ignore[return-value]
+
+
+def numbers(values: Sequence[Any]) -> Sequence[int | float]:
+    """`values`, each as by `number`; unchanged when they are plain already."""
+    return values if PLAIN.issuperset(map(type, values)) else [number(value) for value in values]
+
+
+def to_wire(column: list[Any]) -> list[Any]:
+    """The column with ints beyond 64 bits as an extension type, because msgpack has no such ints.
+
+    It costs one pass: callers encode the plain column first, and come here when that overflows.
+    """
+    return [
+        Ext(_LONG_INT, v.to_bytes(v.bit_length() // 8 + 1, "big", signed=True))
+        if type(v) is int and not _INT64_MIN <= v <= _UINT64_MAX
+        else v
+        for v in column
+    ]
+
+
+def from_wire(column: list[Any], what: str, int_bytes_max: int) -> list[Any]:
+    """The inverse of `to_wire`; `BadRecord` unless every value is a finite number."""
+    types = set(map(type, column))
+    if not _NUMBER_TYPES.issuperset(types):
+        raise BadRecord(f"{what}: a number is needed")
+    if Ext in types:
+        if any(type(v) is Ext and (v.code != _LONG_INT or memoryview(v.data).nbytes > int_bytes_max) for v in column):
+            raise BadRecord(f"{what}: an int of over {int_bytes_max} bytes, or another extension type")
+        column = [int.from_bytes(v.data, "big", signed=True) if type(v) is Ext else v for v in column]
+    if float in types:
+        check_finite(column, what)
+    return column
+
+
+def check_finite(column: Iterable[Any], what: str) -> None:
+    """Raise `BadRecord` if one of the numbers is an infinity or NaN."""
+    column = list(column)
+    try:
+        if isfinite(sum(column)):  # a sum is not finite, once one of its terms is not: one call in C for all of them
+            return
+    except OverflowError:  # an int beyond all floats
+        pass
+    if any(type(v) is float and not isfinite(v) for v in column):
+        raise BadRecord(f"{what}: not finite")
+
+
+class Kind:
+    """What one kind of view does with deltas and states. Instances are stateless; `KINDS` holds one of each."""
+
+    name: ClassVar[str]
+    method: ClassVar[str]
+    """What recording a delta is called: `add`, `observe` or `set`."""
+    single: ClassVar[bool] = False
+    """Whether the state of one delta is that delta."""
+    merge: Callable[[State, State], State]
+    """The monoid's operation. May return either argument; arguments are never changed."""
+
+    def merge_all(self, a: Sequence[State], b: Sequence[State]) -> list[State]:
+        """`merge` of each state of `a` with that of `b` in its place."""
+        return [*map(self.merge, a, b)]
+
+    def check(self, value: object, ts_ms: int = 0, recorded_ns: int = 0) -> Any:
+        """`value` as one raw delta, or `Invalid`. `ts_ms` and `recorded_ns` matter to kinds that order deltas."""
+        return number(value)
+
+    def are_plain(self, values: Sequence[Any]) -> bool:
+        """Whether `check` would surely return each number of `values` as it is; False says nothing."""
+        try:
+            return PLAIN.issuperset(map(type, values)) and all(map(isfinite, values))
+        except OverflowError:  # an int beyond all floats
+            return False
+
+    def collect(self, deltas: Sequence[Any]) -> State:
+        """The state of a non-empty run of raw deltas, as `check` returns them, in the order in which they were recorded."""
+        raise NotImplementedError
+
+    def to_columns(self, states: list[State]) -> list[list[Any]]:
+        """States as columns that msgpack can carry, once `to_wire` has seen to large ints."""
+        return [states]
+
+    def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
+        """The inverse of `to_columns`, from untrusted input: `BadRecord` unless it is `count` states of this kind."""
+        raise NotImplementedError
+
+    def check_times(self, states: Sequence[State], latest_ms: int) -> None:
+        """Raise `BadRecord` if a state's own timestamp is beyond `latest_ms`; most kinds have none."""
+
+    def answer(self, state: State) -> Any:
+        """What a reader sees: a number, text, bool or None."""
+        return state
+
+    def _one_column(self, columns: list[list[Any]], count: int) -> list[Any]:
+        return self._columns(columns, 1, count)[0]
+
+    def _columns(self, columns: list[list[Any]], width: int, count: int) -> list[list[Any]]:
+        if len(columns) != width or any(len(column) != count for column in columns):
+            raise BadRecord(f"kind {self.name}: {width} columns of {count} values expected")
+        return columns

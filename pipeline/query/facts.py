@@ -1,0 +1,58 @@
+"""What the stores of this process say of the tasks' state, for a gateway that refuses what a task is certain to refuse."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from pipeline.core.codec import decode_folded, decode_position
+from pipeline.core.record import POSITION_KEY, TAG_DEFINITION, Position, prefix_end, producer_key
+from pipeline.core.sequence import Folded
+from pipeline.errors import PipelineError
+from pipeline.ports import KnownDefinitions, ReadableStore
+
+
+class _Seen(NamedTuple):
+    store: ReadableStore
+    version: int
+    keys: frozenset[bytes]
+
+
+class StoredFacts:
+    """Facts from the stores that `stores` returns, by partition; None while they can't tell. Safe from any thread."""
+
+    def __init__(self, stores: Callable[[], Mapping[int, ReadableStore]]) -> None:
+        self._stores = stores
+        self._lock = threading.Lock()
+        self._seen: dict[int, _Seen] = {}
+
+    def definitions(self, partition: int) -> KnownDefinitions | None:
+        """The definitions of a partition: looked up anew only when some came or went."""
+        try:
+            store = self._stores()[partition]
+            position = _position(store.get([POSITION_KEY])[0])
+            with self._lock:
+                seen = self._seen.get(partition)
+            if seen is None or seen.store is not store or seen.version != position.definitions_version:
+                view = store.snapshot()
+                position = _position(view.get([POSITION_KEY])[0])
+                keys = frozenset([key for key, _ in view.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION))])
+                seen = _Seen(store, position.definitions_version, keys)
+                with self._lock:
+                    self._seen[partition] = seen
+            return KnownDefinitions(position.next_offset, seen.keys)
+        except (KeyError, PipelineError):
+            return None
+
+    def producer(self, partition: int, producer_id: str) -> Folded | None:
+        """What a partition has folded of a producer."""
+        try:
+            value = self._stores()[partition].get([producer_key(producer_id)])[0]
+            return None if value is None else decode_folded(value)
+        except (KeyError, PipelineError):
+            return None
+
+
+def _position(value: bytes | None) -> Position:
+    return Position(0, 0, 0) if value is None else decode_position(value)

@@ -1,0 +1,279 @@
+"""`/v1/dead-letters`: what tasks refused, shown and replayed, on servers that take deltas."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
+
+import pipeline.query.openapi as docs
+from pipeline.core.description import describe_letter
+from pipeline.core.letters import KEY_PATTERN
+from pipeline.errors import Invalid, Unavailable
+from pipeline.faults import Field, object_fault
+from pipeline.query.dead_letters import DeadLetters, Place, Wanted
+from pipeline.query.params import QUERY_BYTES_MAX
+from pipeline.query.problems import Refused
+from pipeline.settings import QuerySettings
+
+LIST_MAX = 10_000
+REPLAY_MAX = 10_000
+SERIES_MAX = 100_000
+_LIST_DEFAULT, _REPLAY_DEFAULT, _SERIES_DEFAULT = 100, 1_000, 1_000
+_AT_ONCE_MAX = 4
+"""Requests that read the topic at once: each may hold a few letters of the largest size."""
+_OFFSET_MAX = 10**15
+_PARTITION_MAX = 1_000_000
+_encode = msgspec.json.Encoder().encode
+_Take = Callable[[Request, Callable[[bytes, Headers], Any]], Coroutine[Any, Any, Response]]
+T = TypeVar("T")
+
+
+class ReplayOrder(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /v1/dead-letters/replay`: which letters, and how."""
+
+    keys: list[str] = []
+    view: str = ""
+    reason: str = ""
+    partition: int | None = None
+    since_ms: int = 0
+    after: str = ""
+    limit: int = _REPLAY_DEFAULT
+    timeout_ms: int | None = None
+    dry_run: bool = False
+    forgotten: bool = False
+
+
+_decode_order = msgspec.json.Decoder(ReplayOrder).decode
+_TEXT = Field("a text", lambda it: isinstance(it, str), required=False)
+_BOOL = Field("true or false", lambda it: isinstance(it, bool), required=False)
+_ORDER = {
+    "keys": Field(
+        "an array of texts", lambda it: isinstance(it, list) and all(isinstance(key, str) for key in it), required=False
+    ),
+    "view": _TEXT,
+    "reason": _TEXT,
+    "partition": Field("an int or null", lambda it: it is None or type(it) is int, required=False),
+    "since_ms": Field("an int", lambda it: type(it) is int, required=False),
+    "after": _TEXT,
+    "limit": Field("an int", lambda it: type(it) is int, required=False),
+    "timeout_ms": Field("an int or null", lambda it: it is None or type(it) is int, required=False),
+    "dry_run": _BOOL,
+    "forgotten": _BOOL,
+}
+
+
+class _Service:
+    """What the three operations do, in a thread of the server's."""
+
+    def __init__(self, letters: DeadLetters, settings: QuerySettings) -> None:
+        self._letters = letters
+        self._settings = settings
+        self._room = threading.BoundedSemaphore(_AT_ONCE_MAX)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        if not self._room.acquire(blocking=False):
+            raise Unavailable(f"{_AT_ONCE_MAX} requests read the dead letters already")
+        try:
+            yield
+        finally:
+            self._room.release()
+
+    def listing(self, query_string: bytes) -> bytes:
+        single = _single(query_string, ("view", "reason", "partition", "since_ms", "limit"))
+        wanted = Wanted(
+            view=single.get("view", ""),
+            reason=single.get("reason", ""),
+            partition=None if "partition" not in single else _whole(single, "partition", 0, _PARTITION_MAX, 0),
+            since_ms=_whole(single, "since_ms", 0, _OFFSET_MAX, 0),
+        )
+        limit = _whole(single, "limit", _LIST_DEFAULT, LIST_MAX)
+        with self._reading():
+            return _encode(self._letters.listing(wanted, limit))
+
+    def show(self, query_string: bytes, key: str) -> bytes:
+        series_max = _whole(_single(query_string, ("series",)), "series", _SERIES_DEFAULT, SERIES_MAX)
+        with self._reading():
+            return _encode(describe_letter(key.encode(), self._letters.get(key), series_max=series_max))
+
+    def replay(self, body: bytes, _: Headers) -> docs.LettersReplayed:
+        order = _parse_order(body)
+        timeout_ms = self._settings.timeout_ms_default if order.timeout_ms is None else order.timeout_ms
+        _check("timeout_ms", timeout_ms, self._settings.timeout_ms_max)
+        with self._reading():
+            done = self._letters.replay(
+                _wanted(order),
+                limit=order.limit,
+                timeout_s=timeout_ms / 1000,
+                dry_run=order.dry_run,
+                forgotten=order.forgotten,
+            )
+        return docs.LettersReplayed(done.outcomes, None if done.after is None else str(done.after))
+
+
+def add_letters(
+    app: FastAPI, letters: DeadLetters, settings: QuerySettings, threads: ThreadPoolExecutor, take: _Take
+) -> None:
+    """Add the three operations to the application. `take` reads a body and does what is to be done with it in a thread."""
+    service = _Service(letters, settings)
+
+    async def answered(work: Callable[..., bytes], *args: Any) -> Response:
+        body = await asyncio.get_running_loop().run_in_executor(threads, work, *args)
+        return Response(body, media_type=docs.JSON)
+
+    @app.get(
+        "/v1/dead-letters",
+        tags=["dead letters"],
+        summary="What was refused, and is not replayed yet",
+        description="Letters by partition, the oldest first; `letter_count` is of all that are asked for, listed or not.",
+        responses=docs.answers("Listing", 400, 414, 503),
+        openapi_extra=_list_parameters(),
+        response_class=Response,
+    )
+    async def list_letters(request: Request) -> Response:
+        return await answered(service.listing, request.scope["query_string"])
+
+    @app.get(
+        "/v1/dead-letters/{key}",
+        tags=["dead letters"],
+        summary="A letter, with what it holds",
+        responses=docs.answers("LetterText", 400, 404, 414, 503),
+        openapi_extra=_show_parameters(),
+        response_class=Response,
+    )
+    async def show_letter(request: Request) -> Response:
+        return await answered(service.show, request.scope["query_string"], request.path_params["key"])
+
+    @app.post(
+        "/v1/dead-letters/replay",
+        tags=["dead letters"],
+        summary="Replay letters",
+        description=(
+            "Each letter counts once, however often it is replayed, also by several at once. Answers when tasks have folded "
+            "what was replayed, or when the time is over; `after` of the answer, sent with the next request, goes on."
+        ),
+        responses=docs.answers("LettersReplayed", 400, 413, 415, 503),
+        openapi_extra=_ORDER_BODY,
+        response_class=Response,
+    )
+    async def replay_letters(request: Request) -> Response:
+        return await take(request, service.replay)
+
+
+def _parse_order(body: bytes) -> ReplayOrder:
+    try:
+        order = _decode_order(body or b"{}")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Invalid(object_fault(body, _ORDER, others=False) or str(error)) from None
+    _check("limit", order.limit, REPLAY_MAX)
+    if len(order.keys) > REPLAY_MAX:
+        raise Invalid(f"{len(order.keys)} keys; at most {REPLAY_MAX}")
+    if order.since_ms < 0 or (order.partition is not None and order.partition < 0):
+        raise Invalid("since_ms and partition are whole numbers from 0")
+    return order
+
+
+def _wanted(order: ReplayOrder) -> Wanted:
+    after = Place.parse(order.after) if order.after else None
+    return Wanted(frozenset(order.keys), order.view, order.reason, order.partition, order.since_ms, after)
+
+
+def _check(name: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise Invalid(f"{name}: a whole number from 1 to {most} is needed, got {value}")
+
+
+def _single(query_string: bytes, known: tuple[str, ...]) -> dict[str, str]:
+    if len(query_string) > QUERY_BYTES_MAX:
+        raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
+    single: dict[str, str] = {}
+    try:
+        pairs = parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError:
+        raise Invalid("the query string is not UTF-8, or has over 100 parameters") from None
+    for name, value in pairs:
+        if name not in known:
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: {', '.join(known)}")
+        if name in single:
+            raise Invalid(f"parameter {name} stands twice")
+        single[name] = value
+    return single
+
+
+def _whole(single: Mapping[str, str], name: str, default: int, most: int, least: int = 1) -> int:
+    text = single.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or len(text) > 16 or not least <= int(text) <= most:
+        raise Invalid(f"{name}: a whole number from {least} to {most} is needed, got {text[:50]!r}")
+    return int(text)
+
+
+def _parameter(name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+def _list_parameters() -> dict[str, Any]:
+    whole = {"type": "integer", "minimum": 0, "maximum": _OFFSET_MAX}
+    return {
+        "parameters": [
+            _parameter("view", "Only groups of this view.", {"type": "string"}),
+            _parameter("reason", "Only letters whose reason has this in it.", {"type": "string"}),
+            _parameter("partition", "Only letters of this partition.", {**whole, "maximum": _PARTITION_MAX}),
+            _parameter("since_ms", "Only what the log accepted then or later; ms since 1970.", whole),
+            _parameter("limit", "Most letters.", {**whole, "minimum": 1, "maximum": LIST_MAX, "default": _LIST_DEFAULT}),
+        ]
+    }
+
+
+def _show_parameters() -> dict[str, Any]:
+    schema = {"type": "integer", "minimum": 1, "maximum": SERIES_MAX, "default": _SERIES_DEFAULT}
+    key = {"name": "key", "in": "path", "required": True, "schema": {"type": "string", "pattern": f"^{KEY_PATTERN}$"}}
+    return {"parameters": [key, _parameter("series", "Most series of each group.", schema)]}
+
+
+_ORDER_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            docs.JSON: {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "keys": {
+                            "type": "array",
+                            "items": {"type": "string"},
+                            "maxItems": REPLAY_MAX,
+                            "description": "Only these. Absent or empty: any.",
+                        },
+                        "view": {"type": "string"},
+                        "reason": {"type": "string", "description": "A part of the reason."},
+                        "partition": {"type": ["integer", "null"], "minimum": 0},
+                        "since_ms": {"type": "integer", "minimum": 0},
+                        "after": {"type": "string", "description": "`after` of the answer before."},
+                        "limit": {"type": "integer", "minimum": 1, "maximum": REPLAY_MAX, "default": _REPLAY_DEFAULT},
+                        "timeout_ms": {"type": ["integer", "null"], "minimum": 1},
+                        "dry_run": {"type": "boolean", "description": "Say what could be replayed, and change nothing."},
+                        "forgotten": {
+                            "type": "boolean",
+                            "description": (
+                                "Count also whole records whose sender the task has forgotten, so that it can't tell "
+                                "whether they were counted after all."
+                            ),
+                        },
+                    },
+                }
+            }
+        },
+    }
+}

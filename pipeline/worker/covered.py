@@ -1,0 +1,165 @@
+"""What is left of entries that others have written over, once compaction may have been there.
+
+Compaction keeps the newest record of a key, whoever wrote it. So while a partition has no owner a record of somebody else
+can take ours out of the changelog. A store that has not read ours by then can't say whether there was one. An owner that
+wrote "there is none" would make that true for good; so a person decides, unless something else tells.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+
+from pipeline.core.codec import decode_definition
+from pipeline.core.record import (
+    POSITION_KEY,
+    TAG_DEFINITION,
+    TAG_FENCE,
+    TAG_PRODUCER,
+    TAG_SERIES,
+    Records,
+    fingerprint,
+    prefix_end,
+    split_key,
+)
+from pipeline.errors import BadRecord, NotReady, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.ports import Clock, Log, ReadableStore
+from pipeline.topics import CHANGELOG
+from pipeline.worker.follower import FETCH_BYTES_MAX
+from pipeline.worker.foreign import Barrier, Lineage, not_entries
+
+_log = logging.getLogger(__name__)
+_SILENT_MAX_S = 60.0
+_HINT = "or start with --accept-loss to go on without them"
+_NAMED_MAX = 3
+
+
+class Traces:
+    """Which of some keys have a record of ours in the changelog, and when the first that is left of each was written."""
+
+    def __init__(self, partition: int, keys: Collection[bytes]) -> None:
+        self.ours: set[bytes] = set()
+        self.first_ms: dict[bytes, int] = {}
+        self.at_ms = 0
+        """When the newest record of all was written."""
+        self._keys = frozenset(keys)
+        self._lineage = Lineage(partition, 0)
+        self._waiting: list[tuple[int, bytes]] = []
+        """Offset and key of records behind the last commit: it is not known yet whether they are part of the next."""
+
+    def take(self, records: Records) -> None:
+        """Take in what was read next."""
+        special = {*not_entries(records.keys)}
+        rows = zip(records.offsets, records.at_ms, records.keys, records.values, strict=True)
+        for index, (offset, at_ms, key, value) in enumerate(rows):
+            self.at_ms = max(self.at_ms, at_ms)
+            if key in self._keys:
+                self.first_ms.setdefault(key, at_ms)
+            if index in special:
+                if key == POSITION_KEY and (position := self._lineage.take_position(offset, value)) is not None:
+                    foreign = range(position.previous_end_offset, position.begin_offset)
+                    self.ours.update(it for at, it in self._waiting if at not in foreign)
+                    self.ours.add(POSITION_KEY)
+                    self._waiting.clear()
+            elif key in self._keys:
+                self._waiting.append((offset, key))
+
+
+def find_traces(
+    partition: int, log: Log, clock: Clock, keys: Collection[bytes], barrier: Barrier, stopping: Callable[[], bool]
+) -> Traces:
+    """Read the changelog from its start to a fence record that was read before.
+
+    Raises `Unavailable` if that can't be, `NotReady` if `stopping` turns true.
+    """
+    traces, next_offset = Traces(partition, keys), log.watermarks(CHANGELOG, partition).start_offset
+    reader = log.reader(CHANGELOG)
+    try:
+        reader.assign({partition: next_offset})
+        came_s = clock.monotonic_s()
+        while next_offset <= barrier.offset:
+            for records in reader.poll(record_count_max=10_000, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
+                traces.take(records)
+                next_offset, came_s = records.next_offset, clock.monotonic_s()
+            if stopping():
+                raise NotReady(f"partition {partition}: its start was stopped")
+            if clock.monotonic_s() - came_s > _SILENT_MAX_S:
+                raise Unavailable(f"changelog-{partition} can't be read from {next_offset} on")
+        return traces
+    finally:
+        reader.close()
+
+
+def check_told(
+    partition: int, store: ReadableStore, keys: Collection[bytes], traces: Traces, *, young_s: float, accept_loss: bool
+) -> None:
+    """Raise `RecordsLost` if nobody can tell any more what we had committed of some of the keys that others wrote over.
+
+    `store` was restored up to where the traces were read. One of these tells of a key: a record of ours is left, which then
+    is the newest of ours, and in the store; those of others are younger than `young_s`, so compaction has removed nothing
+    because of them; a series is not in the store, and its definition says that the store lacks none. With `accept_loss` what
+    nothing tells of is only said.
+    """
+    young_ms = traces.at_ms - young_s * 1000
+    unknown = {key for key in keys if key not in traces.ours and traces.first_ms.get(key, 0) <= young_ms}
+    if [*keys] == [POSITION_KEY] and next(iter(store.scan(TAG_DEFINITION, TAG_FENCE)), None) is None:
+        return  # there are no entries: if there was a position, all that it is of is folded again, or missed there
+    lost = sorted(unknown - _never_there(partition, store, unknown))
+    if not lost:
+        return
+    what = (
+        f"changelog-{partition}: somebody else has written over {len(lost)} entries ({described(lost)}), and no record of "
+        "ours is left that would tell what they were"
+    )
+    if not accept_loss:
+        raise RecordsLost(f"{what}: bring back the changelog, or a store of an earlier owner; {_HINT}")
+    _log.error("%s; going on without them", what)
+
+
+def _never_there(partition: int, store: ReadableStore, unknown: Collection[bytes]) -> set[bytes]:
+    """Those of the keys that are of series which the store does not have and is not missing."""
+    never: set[bytes] = set()
+    series = sorted(key for key in unknown if key[:1] == TAG_SERIES)
+    whole: dict[bytes, bool] = {}
+    for key, value in zip(series, store.get(series), strict=True):
+        try:
+            _, _, suffix = split_key(key)
+        except BadRecord:
+            never.add(key)  # we write no such key
+            continue
+        prefix = key.removesuffix(suffix)
+        definition = TAG_DEFINITION + prefix[1:]
+        if value is None and definition not in unknown:
+            if prefix not in whole:
+                whole[prefix] = _is_whole(partition, store, prefix, definition)
+            if whole[prefix]:
+                never.add(key)
+    return never
+
+
+def _is_whole(partition: int, store: ReadableStore, prefix: bytes, definition: bytes) -> bool:
+    """Whether a store has all series of a definition that is as we committed it; one that is not there has none."""
+    (value,) = store.get([definition])
+    try:
+        expected = 0 if value is None else decode_definition(value).series_count
+    except BadRecord as error:
+        raise StoreCorrupt(f"partition {partition}: {error}") from None
+    return sum(1 for _ in store.scan(prefix, prefix_end(prefix))) == expected
+
+
+def described(keys: Collection[bytes]) -> str:
+    """Say of what the keys are, in short."""
+    named = dict.fromkeys(map(_name, keys))
+    return ", ".join([*named][:_NAMED_MAX]) + (" and more" if len(named) > _NAMED_MAX else "")
+
+
+def _name(key: bytes) -> str:
+    if key == POSITION_KEY:
+        return "the position"
+    if key[:1] == TAG_PRODUCER:
+        return f"producer {fingerprint(key[1:].decode(errors='replace'))}"
+    try:
+        view, _, _ = split_key(key)
+    except BadRecord:
+        return "an entry of no view"
+    return f"view {view}"

@@ -1,0 +1,220 @@
+"""Records in a changelog that no owner of the partition wrote: how they are told from ours, and what becomes of them.
+
+Every commit says where it begins and where the commit before it ended (`record.Position`). Its records stand without a gap
+from its beginning to its position record: the transaction is aborted otherwise. So between two commits there are only fence
+records, the ends of transactions, and what somebody else wrote. Followers leave that out. The owner writes the committed
+value of each such key anew, so that compaction, which keeps the newest record of a key whoever wrote it, keeps ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import pipeline.metrics as m
+from pipeline.core import codec
+from pipeline.core.record import FENCE_KEY, POSITION_KEY, TAG_DEFINITION, TAG_PRODUCER, TAG_SERIES, Position, Records
+from pipeline.errors import BadRecord, NewerFormat
+from pipeline.metrics import NO_METRICS, Metrics
+
+_log = logging.getLogger(__name__)
+_ENTRY_TAGS = frozenset(tag[0] for tag in (TAG_DEFINITION, TAG_SERIES, TAG_PRODUCER))
+
+
+def owner_id(app: str, partition: int, unique: str) -> str:
+    """The id of one owner of a partition. It names the partition, so that a record that was copied from another is told."""
+    return f"{app}-{partition}:{unique}"
+
+
+def is_owner_of(partition: int, name: str) -> bool:
+    """Whether `owner_id` has made the name for this partition; a position of before fences names nobody."""
+    return not name or name.partition(":")[0].endswith(f"-{partition}")
+
+
+def not_entries(keys: Iterable[bytes | None]) -> list[int]:
+    """The indices of the keys that are not those of entries: positions, fences, and what can't be ours."""
+    firsts = [key[0] if key else -1 for key in keys]
+    if _ENTRY_TAGS.issuperset(firsts):
+        return []
+    return [index for index, first in enumerate(firsts) if first not in _ENTRY_TAGS]
+
+
+class Barrier(NamedTuple):
+    """A fence record: where it stands, and whose it is."""
+
+    offset: int
+    owner_id: str
+
+
+class Foreign:
+    """What others wrote to the changelog of one partition, as far as somebody who reads it has come across it."""
+
+    def __init__(self, partition: int, metrics: Metrics = NO_METRICS) -> None:
+        self.partition = partition
+        self.count = 0
+        self.keys: set[bytes] = set()
+        """Keys whose newest record is foreign and was not repaired yet, as far as is known."""
+        self._metrics = metrics
+        metrics.inc(m.CHANGELOG_FOREIGN, 0, partition)
+
+    def note(self, offset: int, what: str) -> None:
+        """Count a foreign record; say so once."""
+        if not self.count:
+            _log.error(
+                "changelog-%d: the record at %d was not written by an owner of the partition (%s). It is left out, as others"
+                " of its kind will be; find out who can write to the topic, and take the permission away (kafka-acls)",
+                self.partition,
+                offset,
+                what,
+            )
+        self.count += 1
+        self._metrics.inc(m.CHANGELOG_FOREIGN, 1, self.partition)
+
+    def note_entry(self, offset: int, key: bytes) -> None:
+        """Count a foreign record of an entry, and keep its key for the repair."""
+        self.note(offset, "it stands between two commits")
+        self.keys.add(key)
+
+
+class Lineage:
+    """Which position records of a changelog belong to the row of our commits, read in the order of the log."""
+
+    def __init__(self, partition: int, end_offset: int) -> None:
+        self.partition = partition
+        self.end_offset = end_offset
+        """The offset behind the last commit: no commit that is still to come begins below it."""
+        self.committed = False
+        """Whether a commit was read."""
+        self.first_previous_end = 0
+        """Where the commit before the first one that was read ended."""
+        self.fence: Barrier | None = None
+        """The last fence record."""
+        self.awaited: Barrier | None = None
+        """The fence record whose reading ends a restore."""
+        self.passed = False
+        """Whether it was read."""
+
+    def take_fence(self, offset: int, value: bytes | None) -> bool:
+        """Take in what has the key of a fence record; whether it is one of ours."""
+        try:
+            fence = codec.decode_fence(value or b"")
+        except BadRecord:
+            return False
+        if not is_owner_of(self.partition, fence.owner_id):
+            return False
+        self.fence = Barrier(offset, fence.owner_id)
+        self.passed = self.passed or self.fence == self.awaited
+        return True
+
+    def take_position(self, offset: int, value: bytes | None) -> Position | None:
+        """Take in what has the key of a position record: the position, or None if it ends no commit of ours.
+
+        Raises `NewerFormat` if it does, and a newer program wrote it.
+        """
+        try:
+            position = codec.decode_position(value or b"")
+        except NewerFormat as error:
+            newer = codec.newer_position(value or b"")
+            if newer is not None and self._follows(offset, newer):
+                raise NewerFormat(f"changelog-{self.partition}: {error}") from None
+            return None
+        except BadRecord:
+            return None
+        if not self._follows(offset, position):
+            return None
+        if not self.committed:
+            self.first_previous_end = position.previous_end_offset
+        self.end_offset, self.committed = offset + 1, True
+        return position
+
+    def _follows(self, offset: int, position: Position) -> bool:
+        """Whether a position at `offset` can be that of the commit that comes next, or of a later one.
+
+        `previous_end_offset` can be lower than our end: then this reader took a forgery for a commit, and this commit, which
+        writes the entries of the forgery anew, sets it right.
+        """
+        in_order = position.previous_end_offset <= position.begin_offset <= offset
+        return in_order and position.begin_offset >= self.end_offset and is_owner_of(self.partition, position.owner_id)
+
+
+class Sieve:
+    """Holds back what is read of a changelog until the position record that ends its commit, and leaves out what is foreign.
+
+    `lineage.end_offset` is to be where the reading begins, if that is at a commit boundary.
+    """
+
+    def __init__(self, lineage: Lineage, foreign: Foreign) -> None:
+        self.lineage = lineage
+        self.foreign = foreign
+        self._offsets: list[int] = []
+        self._keys: list[bytes] = []
+        self._values: list[bytes | None] = []
+        self.whole = self.whole_end = 0
+        """How many of the entries that are held back belong to whole commits, and the offset behind those commits."""
+        self.fenced = False
+        """Whether the records that were taken in last hold a fence record."""
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def take(self, records: Records) -> None:
+        """Hold back what was read next. Raises `NewerFormat` if a newer program has committed it."""
+        self.fenced = False
+        start = 0
+        for index in not_entries(records.keys):
+            self._hold(records, start, index)
+            self._take_special(records.offsets[index], records.keys[index], records.values[index])
+            start = index + 1
+        self._hold(records, start, len(records.keys))
+
+    def _hold(self, records: Records, start: int, end: int) -> None:
+        if start < end:
+            self._offsets += records.offsets[start:end]
+            self._keys += records.keys[start:end]  # type: ignore[arg-type]
+            self._values += records.values[start:end]
+
+    def _take_special(self, offset: int, key: bytes | None, value: bytes | None) -> None:
+        if key == FENCE_KEY:
+            self.fenced = True
+            if not self.lineage.take_fence(offset, value):
+                self.foreign.note(offset, "it is no fence record of this partition")
+        elif key == POSITION_KEY:
+            position = self.lineage.take_position(offset, value)
+            if position is None:
+                self.foreign.note(offset, "its position does not follow from the commits before")
+                self.foreign.keys.add(POSITION_KEY)
+            else:
+                self.drop(position.previous_end_offset, position.begin_offset)
+                self.foreign.keys.clear()  # with this commit its owner has repaired them
+                self._offsets.append(offset)
+                self._keys.append(POSITION_KEY)
+                self._values.append(value)
+                self.whole, self.whole_end = len(self._keys), offset + 1
+        else:
+            self.foreign.note(offset, "its key is of no kind that this program knows")
+
+    def drop(self, first_offset: int, end_offset: int) -> None:
+        """Leave out the entries from `first_offset` to below `end_offset`: they are part of no commit."""
+        start = max(self.whole, bisect_left(self._offsets, first_offset))
+        end = bisect_left(self._offsets, end_offset)
+        for offset, key in zip(self._offsets[start:end], self._keys[start:end], strict=True):
+            self.foreign.note_entry(offset, key)
+        if start < end:
+            del self._offsets[start:end], self._keys[start:end], self._values[start:end]
+
+    def pop(self, count: int) -> tuple[list[int], list[bytes], list[bytes | None]]:
+        """Return the first entries that are held back, and hold them back no more: offsets, keys and values."""
+        if count == len(self._keys):
+            popped = self._offsets, self._keys, self._values
+            self._offsets, self._keys, self._values = [], [], []
+        else:
+            popped = self._offsets[:count], self._keys[:count], self._values[:count]
+            del self._offsets[:count], self._keys[:count], self._values[:count]
+        self.whole = max(0, self.whole - count)
+        return popped
+
+    def bytes_from(self, index: int) -> int:
+        """Return how many bytes the entries from an index on take."""
+        return sum(map(len, self._keys[index:])) + sum(map(len, filter(None, self._values[index:])))

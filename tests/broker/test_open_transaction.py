@@ -1,0 +1,112 @@
+"""Somebody else's transaction stays open on deltas: what waits behind it is seen to be missing, and is counted then."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import pipeline.metrics as m
+from pipeline import Publisher, Reader
+from pipeline.errors import NotFound, NotReady
+from pipeline.metrics import Metric
+from pipeline.topics import DELTAS
+from tests.broker.drive import PUBLISHER, Role, server, worker
+from tests.broker.kafka import App, create_topics
+from tests.contracts.support import KafkaHanging
+from tests.support import wait_until
+
+PARTITIONS = 2
+SERIES = 50
+HELD_UP_MS = 8_000
+"""Longer than a worker waits before it says that it is held up."""
+FRESH_MS = 1_000
+
+
+def gauge(role: Role, metric: Metric, partition: int) -> float:
+    """What a process says of one partition now."""
+    with urllib.request.urlopen(f"{role.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found = re.findall(rf'^{metric.name}\{{partition="{partition}"\}} (\S+)$', text, re.M)
+    return float(found[0]) if found else -1.0
+
+
+def lags(role: Role) -> dict[int, int]:
+    """By partition, as `/v1/status` has it."""
+    with Reader(role.url) as reader:
+        return {it["partition"]: it["lag"] for it in reader.status()["partitions"]}
+
+
+def total(reader: Reader, **options: int) -> tuple[float, int]:
+    """The sum over all series, and how stale it is said to be."""
+    answer = reader.get("v", by=[], **options)
+    assert answer.as_of.staleness_ms is not None
+    return sum(it.value for it in answer.series), answer.as_of.staleness_ms
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("ends", ["abort", "commit"])
+def test_staleness_and_lag_show_what_waits(app: App, tmp_path: Path, ends: str) -> None:
+    """Staleness is never below the age of an acknowledged delta that an answer lacks, lag is above 0 wherever it is told,
+    and the worker says once what to do. When the transaction is over, all counts, once."""
+    create_topics(app.bootstrap, app.app, PARTITIONS)
+    with (
+        worker(app, tmp_path / "worker", stall_timeout_ms=3_000) as folds,
+        server(app, tmp_path / "server") as reads,
+        Publisher(app.url, **PUBLISHER) as publisher,
+        Reader(reads.url) as reader,
+    ):
+
+        def publish() -> float:
+            before_s = time.monotonic()
+            for number in range(SERIES):
+                publisher.sum("v", labels=("n",)).add(1, n=str(number))
+            publisher.flush(timeout_s=30)
+            return before_s
+
+        publish()
+        wait_until(lambda: _value(reader) == SERIES, "the first round", 60)
+        wait_until(lambda: total(reader)[1] < FRESH_MS, "a fresh answer", 30)
+        hanging = KafkaHanging(app.bootstrap, app.topic(DELTAS), 0, b"theirs")
+        try:
+            publish()
+            acknowledged_s = time.monotonic()
+            waited_ms = 0.0
+            while waited_ms < HELD_UP_MS:
+                # Before the read: so old is what is missing at least.
+                waited_ms = (time.monotonic() - acknowledged_s) * 1000
+                value, staleness_ms = total(reader)
+                assert SERIES <= value < 2 * SERIES, "what is behind the transaction can't be read"
+                assert staleness_ms >= waited_ms
+                time.sleep(0.05)
+            with pytest.raises(NotReady):
+                total(reader, max_staleness_ms=FRESH_MS, timeout_ms=300)
+            for role in (folds, reads):
+                wait_until(lambda role=role: lags(role)[0] > 0, "lag in the status")
+                assert lags(role)[1] == 0, "the other partition is not held up"
+                wait_until(lambda role=role: gauge(role, m.LAG, 0) == lags(role)[0], "lag in the metrics")
+            assert gauge(reads, m.STALENESS, 0) >= HELD_UP_MS / 1000
+            wait_until(lambda: gauge(folds, m.HELD_UP, 0) == lags(folds)[0], "what is held up")
+            assert gauge(folds, m.HELD_UP, 1) == 0
+            assert folds.exit_code is None, "it waits, and is not taken for one that stands still"
+            assert folds.program.stderr().count("kafka-transactions.sh") == 2, "find-hanging and abort, once"
+            assert f"--topic {app.topic(DELTAS)} --partition 0 --start-offset" in folds.program.stderr()
+        finally:
+            getattr(hanging, ends)()
+        wait_until(lambda: _value(reader) == 2 * SERIES, "all of it", 60)
+        for role in (folds, reads):
+            wait_until(lambda role=role: lags(role) == {0: 0, 1: 0} and gauge(role, m.LAG, 0) == 0, "no lag")
+        wait_until(lambda: total(reader)[1] < FRESH_MS, "a fresh answer", 30)
+        wait_until(lambda: gauge(folds, m.HELD_UP, 0) == 0, "nothing held up")
+        publish()
+        wait_until(lambda: _value(reader) == 3 * SERIES, "the third round", 60)
+
+
+def _value(reader: Reader) -> float:
+    try:
+        return total(reader)[0]
+    except (NotFound, NotReady):
+        return 0

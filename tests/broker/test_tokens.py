@@ -1,0 +1,91 @@
+"""Tokens on a real broker: of a topic that was made anew, and of another app."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import Publisher, Reader
+from pipeline.errors import Invalid, OtherTopic
+from pipeline.topics import DELTAS
+from tests.broker.drive import server, wait_exit, worker
+from tests.broker.kafka import App, create_topics, delete_topics, new_app
+from tests.support import wait_until
+
+AT_ONCE_S = 5.0
+WAIT_S = 60.0
+
+
+@pytest.mark.timeout(150)
+def test_deltas_made_anew_under_publishers(app: App, tmp_path: Path) -> None:
+    """Their next flushes, direct and through a gateway, return tokens of the new topic, for which reads wait; those of
+    before are refused at once, whatever their offsets are.
+    """
+    create_topics(app.bootstrap, app.app, 1)
+    with (
+        server(app, tmp_path / "server", "--ingest") as reads,
+        worker(app, tmp_path / "worker") as role,
+        Publisher(app.url) as direct,
+        Publisher(reads.url) as gateway,
+        Reader(reads.url) as reader,
+    ):
+        both = direct, gateway
+        cells = [publisher.sum("v").labels() for publisher in both]
+        for _ in range(5):
+            for publisher, cell in zip(both, cells, strict=True):
+                cell.add(1)
+                publisher.flush(WAIT_S)
+        before = direct.flush(WAIT_S) | gateway.flush(WAIT_S)
+        assert reader.get("v", after=before).value() == 10
+
+        delete_topics(app.bootstrap, app.app, only=(DELTAS,))
+        create_topics(app.bootstrap, app.app, 1, only=(DELTAS,))
+        tokens = []
+        for publisher, cell in zip(both, cells, strict=True):
+            cell.add(1)
+            tokens.append(publisher.flush(WAIT_S))
+        after = tokens[0] | tokens[1]
+        assert after.topic_id != before.topic_id
+        assert after.next_offsets == {0: 2}
+
+        def refused() -> bool:
+            """Return whether the server has heard of the new topic; until then answers hold all that the token covers."""
+            try:
+                assert reader.get("v", after=before, timeout_ms=30_000).value() == 10
+            except OtherTopic:
+                return True
+            return False
+
+        wait_until(refused, "the server to hear of the new topic", AT_ONCE_S)
+        started_s = time.monotonic()
+        with pytest.raises(OtherTopic, match="made anew"):
+            reader.get("v", after=before, timeout_ms=30_000)
+        assert time.monotonic() - started_s < AT_ONCE_S
+        with pytest.raises(Invalid, match="two topics"):
+            _ = before | after
+        assert wait_exit(role, WAIT_S) == 4, role.tail()
+        with worker(app, tmp_path / "worker", "--accept-loss"):
+            assert reader.get("v", after=after, timeout_ms=30_000).value() == 12
+
+
+@pytest.mark.timeout(150)
+def test_tokens_of_another_app(app: App, tmp_path: Path) -> None:
+    """One broker, two apps: a token of the one is refused by the servers of the other."""
+    other = new_app(app.bootstrap)
+    for it in (app, other):
+        create_topics(it.bootstrap, it.app, 1)
+    with (
+        server(app, tmp_path / "server") as reads,
+        worker(app, tmp_path / "worker"),
+        Publisher(app.url) as ours,
+        Publisher(other.url) as theirs,
+        Reader(reads.url) as reader,
+    ):
+        for publisher in (ours, theirs):
+            publisher.sum("v").add(1)
+        assert reader.get("v", after=ours.flush(WAIT_S)).value() == 1
+        with pytest.raises(OtherTopic, match="another app or cluster"):
+            reader.get("v", after=theirs.flush(WAIT_S), timeout_ms=30_000)
+    delete_topics(other.bootstrap, other.app)

@@ -1,0 +1,99 @@
+"""Requests with an `Idempotency-Key` on the embedded engine: a repeat counts once, also at the next engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.core.record import Control
+from pipeline.core.token import Token
+from pipeline.core.view import Query
+from pipeline.engine import Engine
+from pipeline.errors import Unavailable
+from pipeline.ports import Message, RawDelta, RequestKey
+from pipeline.settings import LogSettings, WorkerSettings
+from tests.support import wait_until
+
+MANY = [RawDelta("v", "sum", {"n": str(number)}, 1) for number in range(3_000)]
+
+
+@contextmanager
+def running(data: Path) -> Iterator[Engine]:
+    engine = Engine(LogSettings(data=str(data), partitions=4), worker_settings=WorkerSettings(commit_interval_ms=5))
+    engine.start()
+    try:
+        assert engine.wait_ready(60)
+        yield engine
+    finally:
+        assert engine.stop()
+
+
+def key(name: str, path: str = "/v1/deltas") -> RequestKey:
+    return RequestKey(path, name, sha256(name.encode()).digest())
+
+
+def total(engine: Engine, view: str, token: Token) -> Any:
+    """The sum of a view, once what the token covers is folded."""
+
+    def folded() -> bool:
+        return all(
+            engine.partitions[number].task.position.next_offset >= offset for number, offset in token.next_offsets.items()
+        )
+
+    wait_until(folded, "the token is folded")
+    answer = engine.reader.read(Query(view, by=()), deadline_s=SystemClock().monotonic_s() + 30)
+    return sum(it.value for it in answer.series)
+
+
+def cut(engine: Engine, kept_count: int) -> None:
+    """Let the next append take so many batches, and then answer nothing, as a process that is killed."""
+    append = engine.log.append
+
+    def part(messages: Sequence[Message], *, timeout_s: float) -> Any:
+        engine.log.append = append  # type: ignore[method-assign]
+        append(messages[:kept_count], timeout_s=timeout_s)
+        return [Unavailable("cut")] * len(messages)
+
+    engine.log.append = part  # type: ignore[method-assign]
+
+
+def test_a_repeat_counts_once(tmp_path: Path) -> None:
+    """At the same engine, and after a restart, which folds nothing anew."""
+    for _ in range(2):
+        with running(tmp_path / "data") as engine:
+            for _ in range(2):
+                assert total(engine, "v", engine.ingest.deltas(MANY, key("k"))) == len(MANY)
+                engine.ingest.fitting([RawDelta("pushed", "sum", {"n": "1"}, 1)], key("k", "/v1/openmetrics"))
+    with running(tmp_path / "data") as engine:
+        token = engine.ingest.deltas(MANY[:1], key("other"))
+        assert (total(engine, "v", token), total(engine, "pushed", token)) == (len(MANY) + 1, 1)
+
+
+@pytest.mark.parametrize("kept_count", [0, 1, 9])
+def test_a_first_try_that_was_cut(tmp_path: Path, kept_count: int) -> None:
+    """Nothing of it is in the log, or a part, or all: the repeat at the next engine makes it whole."""
+    with running(tmp_path / "data") as engine:
+        cut(engine, kept_count)
+        with pytest.raises(Unavailable):
+            engine.ingest.deltas(MANY, key("k"))
+    with running(tmp_path / "data") as engine:
+        assert total(engine, "v", engine.ingest.deltas(MANY, key("k"))) == len(MANY)
+
+
+def test_an_order_that_was_cut(tmp_path: Path) -> None:
+    """Some partitions have it. Its repeat is carried out where it is missing; elsewhere it takes nothing that came since."""
+    with running(tmp_path / "data") as engine:
+        total(engine, "v", engine.ingest.deltas(MANY))
+        cut(engine, 2)
+        reset = [Control("reset", "v", "", None)], key("order", "/v1/views/v/reset")
+        with pytest.raises(Unavailable):
+            engine.ingest.controls(*reset)
+        assert total(engine, "v", engine.ingest.controls(*reset)) == 0
+        engine.ingest.deltas(MANY)
+        assert total(engine, "v", engine.ingest.controls(*reset)) == len(MANY)

@@ -1,0 +1,43 @@
+"""Every thread of the program has a base that an unexpected exception does not get past (DESIGN section 9)."""
+
+from __future__ import annotations
+
+import ast
+
+from tests.house.test_tidy import modules
+
+LOOPS = "pipeline/threads.py"
+CHECKED = {
+    "pipeline/adapters/bridge.py": "guarded: a look after a fork",
+    "pipeline/adapters/faust/agents.py": "pool: its futures are awaited",
+    "pipeline/adapters/faust/membership.py": "Faust's loop: all is caught and told as `on_failed`; its pool of calls alike",
+    "pipeline/adapters/kafka/metadata.py": "guarded: one question",
+    "pipeline/adapters/kafka/reader.py": "closes a consumer beside its reader, which no longer needs it",
+    "pipeline/adapters/kafka/writer.py": "serves callbacks: all is caught within its loop",
+    "pipeline/cli/demo.py": "the demo: its threads report what they fail with",
+    "pipeline/cli/served.py": "guarded: says that the role is ready",
+    "pipeline/cli/statsd.py": "guarded: HTTP beside the sockets",
+    "pipeline/cli/supervisor.py": "reads standard input, and ends the process",
+    "pipeline/cluster/overview.py": "one question a member: what it fails with is the answer",
+    "pipeline/producer/awaited.py": "flushes for coroutines, which raise what it fails with",
+    "pipeline/producer/client.py": "the publisher's own",
+    "pipeline/producer/running.py": "the publisher's own",
+    "pipeline/publisher/spool/apart.py": "work that is waited for: what it fails with is raised",
+    "pipeline/query/api.py": "pool: its futures are awaited by requests",
+    "pipeline/query/service.py": "pool: its futures are awaited by requests",
+    "pipeline/worker/commits.py": "pool: each future is looked at, or its failure noted",
+    "pipeline/worker/holding.py": "pool: each future is looked at, or its failure noted",
+}
+"""Where threads are made without `LoopThread`, and why none of them can end without a word."""
+
+
+def test_threads_are_made_where_somebody_looks_at_them() -> None:
+    """A new one is a `LoopThread`, or wrapped by `guarded`; else it is put on the list with the reason."""
+    found = set()
+    for name, text in modules():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called in ("Thread", "ThreadPoolExecutor", "start_new_thread"):
+                    found.add(name)
+    assert found == CHECKED.keys() | {LOOPS}

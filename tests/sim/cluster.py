@@ -1,0 +1,186 @@
+"""The log itself, as it is: what survives every process, what a reader may see of it, and what can happen to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import TYPE_CHECKING
+
+from pipeline.adapters.memory import MemoryLog
+from pipeline.ports import Message, Watermarks
+from pipeline.topics import CHANGELOG, DELTAS
+from tests.sim.auditor import Auditor
+from tests.sim.clocks import NodeClock, TrueTime
+
+if TYPE_CHECKING:
+    from tests.sim.faults import FaultyTransaction
+
+At = tuple[str, int]
+"""A topic and a partition of it."""
+
+
+class Pin:
+    """A foreign transaction that stays open: nobody reads beyond its first record until it ends."""
+
+    def __init__(self, offset: int, patience: int) -> None:
+        self.offset = offset
+        self.patience = patience
+        """How often somebody waits in vain before the broker aborts it."""
+
+
+class Cluster:
+    """The log, and who owns which transactional id."""
+
+    def __init__(self, topics: Mapping[str, int], true_time: TrueTime, clock: NodeClock, auditor: Auditor) -> None:
+        self.memory = MemoryLog(topics, self._now_ms, log_id="sim")
+        self.auditor = auditor
+        self.clock = clock
+        """What stamps the records of publishers."""
+        self.owners: dict[str, FaultyTransaction] = {}
+        self.safe_offsets = dict.fromkeys(range(topics[DELTAS]), 0)
+        """Up to here each partition was read or acknowledged: no crash may take it back."""
+        self.pins: dict[At, Pin] = {}
+        self.ends: list[list[int]] = [[0] for _ in range(topics[DELTAS])]
+        """Where the changelog of each partition ended once, newest last."""
+        self._epochs: list[list[tuple[int, int]]] = [[(0, 0)] for _ in range(topics[DELTAS])]
+        """By partition of the deltas topic, where each leader epoch begins: a log that loses its tail has a new leader."""
+        self.superseding = [0] * topics[DELTAS]
+        """By partition of the changelog, where the records end that compaction has let others give way to."""
+        self.cuts: list[list[tuple[bytes, int]]] = [[(b"", 0)] for _ in range(topics[DELTAS])]
+        """Position records of the newest commits of each partition, and where the changelog ended behind them."""
+        self.forged: list[set[int]] = [set() for _ in range(topics[DELTAS])]
+        """Offsets of changelog records that no worker wrote."""
+        self.foreign = [False] * topics[DELTAS]
+        """Whether somebody who is no worker has written to the changelog of a partition."""
+        self._true_time = true_time
+        self._stamping = False
+
+    def _now_ms(self) -> int:
+        return self.clock.now_ms() if self._stamping else self._true_time.at_ms
+
+    def deliver(self, message: Message) -> int:
+        """Append one record of the deltas topic; its offset."""
+        at = self.memory._partition(DELTAS, message.partition)
+        at.at_ms = min(at.at_ms, self.clock.now_ms())  # a broker whose clock is set back stamps what comes next so
+        self._stamping = True
+        (result,) = self.memory.append([message], timeout_s=0)
+        self._stamping = False
+        assert isinstance(result, int)
+        self.auditor.appended(message.partition, at.rows[-1].at_ms, message.value)
+        return result - 1
+
+    def skip(self, topic: str, partition: int) -> None:
+        """An offset without a record."""
+        self.memory.skip(topic, partition)
+        if topic == DELTAS:
+            self.auditor.skipped(partition)
+
+    def committed(self, partition: int, position: bytes) -> None:
+        """A transaction with this position record went through."""
+        end_offset = self.memory.watermarks(CHANGELOG, partition).end_offset
+        self.ends[partition].append(end_offset)
+        self.cuts[partition].append((position, end_offset))
+        del self.ends[partition][:-6], self.cuts[partition][:-6]
+
+    def forge(self, partition: int, key: bytes | None, value: bytes | None) -> None:
+        """A record in the changelog that no worker wrote."""
+        (next_offset,) = self.memory.append([Message(CHANGELOG, partition, key, value)], timeout_s=0)
+        assert isinstance(next_offset, int)
+        self.forged[partition].add(next_offset - 1)
+        self.foreign[partition] = True
+
+    def cut(self, topic: str, partition: int, end_offset: int) -> None:
+        """The log loses its tail, whoever was told that it is safe."""
+        self.pins.pop((topic, partition), None)
+        self._end_at(topic, partition, end_offset)
+        if topic == DELTAS:
+            self.safe_offsets[partition] = min(self.safe_offsets[partition], end_offset)
+        else:
+            self.ends[partition] = [end_offset]
+            self.cuts[partition] = [cut for cut in self.cuts[partition] if cut[1] <= end_offset]
+
+    def _end_at(self, topic: str, partition: int, end_offset: int) -> None:
+        at = self.memory._partition(topic, partition)
+        at.rows = [row for row in at.rows if row.offset < end_offset]
+        at.markers = {offset for offset in at.markers if offset < end_offset}
+        at.end_offset = end_offset
+        if topic == DELTAS:
+            epochs = self._epochs[partition]
+            epochs[:] = [*(it for it in epochs if it[0] < end_offset), (end_offset, epochs[-1][1] + 1)]
+
+    def leader_epoch(self, partition: int, offset: int) -> int:
+        """The epoch of the leader that took a record of the deltas topic."""
+        return max(epoch for start, epoch in self._epochs[partition] if start <= offset)
+
+    def is_gone(self, partition: int, next_offset: int, leader_epoch: int) -> bool:
+        """Whether the log has lost the record below an offset, which was of this leader epoch."""
+        later = [start for start, epoch in self._epochs[partition] if epoch > leader_epoch]
+        return leader_epoch >= 0 and bool(later) and next_offset > min(later)
+
+    # Foreign transactions
+
+    def pin(self, topic: str, partition: int, patience: int) -> None:
+        """Somebody begins a transaction and writes a record that will never be committed."""
+        if (topic, partition) not in self.pins:
+            self.pins[topic, partition] = Pin(self.memory.watermarks(topic, partition).end_offset, patience)
+            self.skip(topic, partition)
+            if topic == CHANGELOG:
+                self.foreign[partition] = True
+
+    def unpin(self, topic: str, partition: int) -> None:
+        """It is aborted."""
+        if self.pins.pop((topic, partition), None) is not None and self.memory.marker_count:
+            self.skip(topic, partition)
+
+    def wait_in_vain(self, topic: str, partition: int) -> None:
+        """A reader found nothing behind a pin; time passes."""
+        pin = self.pins.get((topic, partition))
+        if pin is not None:
+            pin.patience -= 1
+            if pin.patience <= 0:
+                self.unpin(topic, partition)
+
+    def stable(self, topic: str, partition: int) -> Watermarks:
+        """The offsets of which readers know."""
+        start, end = self.memory.watermarks(topic, partition)
+        pin = self.pins.get((topic, partition))
+        return Watermarks(start, end if pin is None else max(start, min(pin.offset, end)))
+
+    # Losses
+
+    def tear(self, partition: int, rng: Random) -> int:
+        """Lose some of the newest records that nobody has read and nobody was told to be safe; how many."""
+        at = self.memory._partition(DELTAS, partition)
+        keep = rng.randint(min(self.safe_offsets[partition], at.end_offset), at.end_offset)
+        torn = at.end_offset - keep
+        if torn:
+            self.pins.pop((DELTAS, partition), None)
+            self._end_at(DELTAS, partition, keep)
+            self.auditor.torn(partition, keep)
+        return torn
+
+    def acknowledge(self, partition: int, next_offset: int) -> None:
+        self.safe_offsets[partition] = max(self.safe_offsets[partition], next_offset)
+
+
+class Deposed:
+    """A leader that was replaced and does not know: whoever asks it sees the log end where it ended once.
+
+    A client finds the new leader after some calls, or when it is late.
+    """
+
+    def __init__(self, ends: Mapping[At, int], calls: int, is_late: Callable[[], bool] = lambda: False) -> None:
+        self._ends = dict(ends)
+        self._calls = calls
+        self._is_late = is_late
+
+    def called(self) -> None:
+        """One call more."""
+        if self._ends:
+            self._calls -= 1
+            if self._calls <= 0 or self._is_late():
+                self._ends = {}
+
+    def end_offset(self, topic: str, partition: int, end_offset: int) -> int:
+        """Where the log ends, for those who still ask this leader."""
+        return min(end_offset, self._ends.get((topic, partition), end_offset)) if self._ends else end_offset

@@ -1,0 +1,213 @@
+"""The naive count of one partition: lists of deltas and sets of numbers, record by record in the order of the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.sim.entries import Series, View, key_of
+
+Delta = tuple[tuple[str, ...], Any]
+"""Label values, and what was recorded for them."""
+
+AHEAD_MS_MAX = 3_600_000
+"""How far a `last` may be ahead of its record."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a control record says: drop or reset the definitions of a view, all of them or some."""
+
+    action: str
+    view: str
+    kind: str = ""
+    labels: tuple[str, ...] | None = None
+
+    def concerns(self, view: View) -> bool:
+        return view.name == self.view and self.kind in ("", view.kind) and self.labels in (None, view.labels)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the workers of a history are told."""
+
+    views_max: int
+    series_max: int
+    producer_ttl_ms: int
+    closed_producer_ttl_ms: int
+
+
+@dataclass(frozen=True)
+class SentGroup:
+    """The part of a batch that belongs to one definition."""
+
+    view: View
+    deltas: tuple[Delta, ...]
+    flaw: str = ""
+    """Why no partition may fold it: `labels` that can't be its view's, or a `negative` delta of a counter."""
+
+    def is_bad(self, at_ms: int) -> bool:
+        """Whether it is refused in a record that the log accepted then."""
+        ahead = self.view.kind == "last" and any(delta.ts_ms > at_ms + AHEAD_MS_MAX for _, delta in self.deltas)
+        return bool(self.flaw) or ahead or not self.deltas
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a sealed batch says. Two batches with one identity say the same, unless a zombie or a stranger made one."""
+
+    producer_id: str
+    epoch: int
+    partition: int
+    sequence: int
+    floor: int
+    groups: tuple[SentGroup, ...]
+    closing: bool = False
+    orders: tuple[Order, ...] = ()
+    law: str = ""
+    """`free`: it may be folded or refused, as its task sees fit. `jump`: the same, but refused if its producer is known."""
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return self.producer_id, self.partition, self.sequence
+
+
+@dataclass
+class Producer:
+    """What is known of one producer in one partition."""
+
+    epoch: int = 0
+    floor: int = 0
+    seen_at_ms: int = 0
+    """True time at which the log accepted its newest batch."""
+    closed: bool = False
+    accepted: set[int] = field(default_factory=set)
+
+    def settled(self, sequence: int) -> bool:
+        return sequence in self.accepted or sequence < self.floor
+
+    def as_stored(self) -> list[Any]:
+        """The entry that a partition must hold: all below the first gap as one number, the rest as ranges."""
+        start = self.floor
+        while start in self.accepted:
+            start += 1
+        ranges: list[list[int]] = []
+        for sequence in sorted(s for s in self.accepted if s > start):
+            if ranges and ranges[-1][1] == sequence:
+                ranges[-1][1] += 1
+            else:
+                ranges.append([sequence, sequence + 1])
+        return [self.epoch, start, ranges]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record of the deltas topic, as the log accepted it; or an offset that the log uses for itself."""
+
+    at_ms: int
+    """What the log says."""
+    true_ms: int
+    value: bytes | None
+    sent: Sent | None
+    hole: bool = False
+
+
+class Count:
+    """What one partition must hold, up to an offset."""
+
+    def __init__(self, partition: int, limits: Limits) -> None:
+        self.partition = partition
+        self.next_offset = 0
+        self.source_at_ms = 0
+        self.verdicts: list[str] = []
+        self.refused: dict[int, tuple[int, ...]] = {}
+        """By offset, the groups of a folded batch that were refused, by index."""
+        self.views: dict[View, set[bytes]] = {}
+        """Definitions in the order of their first batches, and the keys of their series."""
+        self.producers: dict[str, Producer] = {}
+        """Those that are remembered."""
+        self.folded: set[tuple[str, int]] = set()
+        """Producer and sequence of all batches that were ever folded."""
+        self.series: dict[bytes, Series] = {}
+        self.deltas: dict[bytes, list[Any]] = {}
+        """By the key of their entry."""
+        self.touched: set[View] = set()
+        """Definitions whose series have changed, until somebody clears it."""
+        self.had_loss = False
+        self.unsure = False
+        """Whether a record was taken of which the law does not say whether it is folded."""
+        self._limits = limits
+
+    def take(self, row: Row, *, lost: bool, refused: bool = False) -> str:
+        """Count the next record; what becomes of it. `refused` says how the task chose where the law leaves it free."""
+        verdict = "lost" if lost else "hole" if row.hole else self._judge(row, refused)
+        self.verdicts.append(verdict)
+        self.next_offset += 1
+        self.unsure |= bool(row.sent and row.sent.law)
+        self.had_loss |= lost
+        if lost or row.hole:
+            return verdict
+        self.source_at_ms = row.at_ms
+        if verdict in ("folded", "duplicate"):
+            assert row.sent is not None
+            producer = self.producers.setdefault(row.sent.producer_id, Producer())
+            if row.sent.law != "jump" or verdict == "folded":
+                producer.epoch = max(producer.epoch, row.sent.epoch)
+            if verdict == "folded":
+                self._fold(producer, row, row.sent)
+        return verdict
+
+    def _fold(self, producer: Producer, row: Row, sent: Sent) -> None:
+        producer.floor = max(producer.floor, sent.floor)
+        producer.seen_at_ms = row.true_ms
+        producer.closed = sent.closing
+        producer.accepted.add(sent.sequence)
+        self.folded.add((sent.producer_id, sent.sequence))
+        for order in sent.orders:
+            self._carry_out(order)
+        refused = tuple(i for i, group in enumerate(sent.groups) if not self._fold_group(group, row.at_ms))
+        if refused:
+            self.refused[self.next_offset - 1] = refused
+
+    def _fold_group(self, group: SentGroup, at_ms: int) -> bool:
+        full = group.view not in self.views and len(self.views) >= self._limits.views_max
+        if full or group.is_bad(at_ms):
+            return False
+        keys = self.views.setdefault(group.view, set())
+        self.touched.add(group.view)
+        for labels, delta in group.deltas:
+            key = key_of((group.view, labels))
+            keys.add(key)
+            self.series[key] = group.view, labels
+            self.deltas.setdefault(key, []).append(delta)
+        return True
+
+    def _carry_out(self, order: Order) -> None:
+        for view in [view for view in self.views if order.concerns(view)]:
+            for key in self.views[view]:
+                del self.series[key], self.deltas[key]
+            self.touched.add(view)
+            self.views[view] = set()
+            if order.action == "drop":
+                del self.views[view]
+
+    def remembers(self, producer: Producer, now_ms: int) -> bool:
+        """Whether a partition may not have forgotten the producer by then, whatever its clocks say."""
+        limits = self._limits
+        ttl_ms = limits.closed_producer_ttl_ms if producer.closed else limits.producer_ttl_ms
+        return now_ms - producer.seen_at_ms <= ttl_ms
+
+    def _judge(self, row: Row, refused: bool) -> str:
+        sent = row.sent
+        if sent is None or sent.partition != self.partition:
+            return "bad"
+        producer = self.producers.get(sent.producer_id)
+        if producer is None:
+            return "bad" if sent.law and refused else "folded"
+        if producer.settled(sent.sequence):
+            return "duplicate"
+        if sent.epoch < producer.epoch:
+            return "stale"
+        if sent.law == "jump" and self.remembers(producer, row.true_ms):
+            return "bad"
+        return "bad" if sent.law and refused else "folded"

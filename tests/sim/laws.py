@@ -1,0 +1,77 @@
+"""What a series may say, given the deltas that it was told: by arithmetic of fractions and by the law alone.
+
+Nothing here knows how the code under test decides. Where the law leaves a choice, every answer that it allows is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+
+class Set(NamedTuple):
+    """One delta of a `last` view: which process set it, as which of its sets, and what it said."""
+
+    process: str
+    index: int
+    ts_ms: int
+    value: Any
+    recorded_ns: int = 0
+    """What the process told the code under test; the law knows the index."""
+
+
+class Found(NamedTuple):
+    """The state that an entry holds, whatever its format."""
+
+    total: Any = None
+    """Of sums and means, or the number of a min or max; the value of a `last`."""
+    error: float = 0.0
+    """What is to be added to a float total."""
+    count: int = 0
+    """Of means."""
+    ts_ms: int = 0
+    """Of a `last`."""
+
+
+def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
+    """What is wrong with a state; empty if it is one that the law allows."""
+    if kind in ("sum", "mean"):
+        if kind == "mean" and found.count != len(deltas):
+            return f"counts {found.count} of {len(deltas)} deltas"
+        return _of_sum(deltas, found)
+    if kind in ("min", "max"):
+        expected = sorted(deltas)[0 if kind == "min" else -1]
+        return (
+            "" if found.total == expected and type(found.total) in (int, float) else f"is {found.total!r}, not {expected!r}"
+        )
+    return _of_last(deltas, found)
+
+
+def _of_sum(deltas: Sequence[Any], found: Found) -> str:
+    exact = sum(map(Fraction, deltas)) if float in map(type, deltas) else sum(deltas)
+    if type(exact) is int:
+        same = type(found.total) is int and found.total == exact and not found.error
+        return "" if same else f"is {found.total!r} and {found.error!r}, not the int {exact}"
+    if type(found.total) is not float:
+        return f"is {found.total!r}, although a float is among its deltas"
+    if Fraction(found.total) + Fraction(found.error) != exact or found.total != float(exact):
+        return f"is {found.total!r} and {found.error!r}, not {float(exact)!r}, that is {exact}"
+    return ""
+
+
+def _of_last(deltas: Sequence[Set], found: Found) -> str:
+    newest = max(delta.ts_ms for delta in deltas)
+    lasts: dict[str, Set] = {}
+    for delta in deltas:
+        if delta.ts_ms == newest and (delta.process not in lasts or lasts[delta.process].index < delta.index):
+            lasts[delta.process] = delta
+    allowed = [delta.value for delta in lasts.values()]
+    if found.ts_ms == newest and any(same(found.total, value) for value in allowed):
+        return ""
+    return f"is {found.total!r} at {found.ts_ms}, not one of {allowed!r} at {newest}"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, and of one type: 1 and 1.0 and True are one to Python."""
+    return type(a) is type(b) and bool(a == b)

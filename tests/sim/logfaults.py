@@ -1,0 +1,178 @@
+"""What can be wrong with the log itself and with time: old leaders, foreign transactions, lost files, clocks that jump."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.worker.follower import read_meta
+from tests.sim.cluster import Deposed
+from tests.sim.entries import POSITION
+from tests.sim.faults import Machine
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+class Noticed(BaseException):
+    """Somebody has said that the log has lost what was safe. It is for people to decide how to go on: the history ends."""
+
+
+class LogFaults:
+    """Troubles that nobody who is asked can see by himself, one step at a time."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        clocks = [*world.clocks.values()]
+        self._wrong = world.rng.choice((*clocks, world.crowd.clocks[0]))
+        """The only node of this history whose clock may be wrong: one must do no harm."""
+
+    def jump_clock(self) -> None:
+        """A clock is off by hours or days from now on, or right again."""
+        world, rng = self.world, self.world.rng
+        clock = self._wrong
+        clock.jump(rng)
+        world.excuses += 1
+        world.clocks_off = True
+        world.note("the clock of %s is off by %s ms", clock.name, clock.off_ms)
+        world.count("clock jumps" if clock.off_ms else "clock is right again")
+
+    def some_deposed(self, partition: int) -> Deposed:
+        """Whom a new worker of a partition asks: the leader, or one that was."""
+        world, rng = self.world, self.world.rng
+        if "old end" not in world.switches or world.quiet or rng.random() < 0.5:
+            return Deposed({}, 0)
+        end_offset = rng.choice(world.cluster.ends[partition])
+        world.note("whoever starts next asks a deposed leader: changelog-%s ends at %s", partition, end_offset)
+        world.count("deposed leader")
+        return Deposed({(CHANGELOG, partition): end_offset}, rng.randint(2, 40))
+
+    def some_deposed_of_all(self) -> Deposed:
+        """Whom a server asks: the leader, or one of a while ago, by far less than what compaction leaves alone."""
+        world, rng = self.world, self.world.rng
+        if "old end" not in world.switches or world.quiet or rng.random() < 0.5:
+            return Deposed({}, 0)
+        partition = rng.randrange(world.partition_count)
+        end_offset = world.cluster.ends[partition][-1]
+        latest_ms = world.time.at_ms + world.compaction_lag_ms // 8
+        world.note("a server asks a deposed leader: changelog-%s ends at %s", partition, end_offset)
+        world.count("deposed leader of a server")
+        return Deposed({(CHANGELOG, partition): end_offset}, 200, lambda: world.time.at_ms > latest_ms)
+
+    def step_of_pins(self) -> None:
+        """A foreign transaction opens, or ends."""
+        self.world.rng.choice((self.pin, self.pin, self.unpin))()
+
+    def pin(self) -> None:
+        """Somebody begins a transaction and leaves it open."""
+        world, rng = self.world, self.world.rng
+        topic, partition = rng.choice((DELTAS, CHANGELOG)), rng.randrange(world.partition_count)
+        world.cluster.pin(topic, partition, rng.randint(1, 30))
+        world.note("a foreign transaction opens on %s-%s", topic, partition)
+        world.count(f"foreign transaction on {topic}")
+
+    def unpin(self) -> None:
+        """A foreign transaction is aborted."""
+        world = self.world
+        if world.cluster.pins:
+            at = world.rng.choice([*world.cluster.pins])
+            world.cluster.unpin(*at)
+            world.note("the foreign transaction on %s-%s ends", *at)
+
+    # Losses of what was safe
+
+    def cut(self) -> None:
+        """Everything dies, and when it comes back the log lacks its newest file, or one in the middle."""
+        world, rng = self.world, self.world.rng
+        partition = rng.randrange(world.partition_count)
+        if world.depth or partition in world.wounds or not world.auditor.position(partition):
+            return
+        world.nature.black_out()
+        how = rng.choice(("both", "both", "changelog", "deltas", "middle"))
+        if how in ("both", "changelog"):
+            self._cut_changelog(partition)
+        if how in ("both", "deltas"):
+            self._cut_deltas(partition)
+        if how == "middle":
+            self._cut_middle(partition)
+
+    def _cut_changelog(self, partition: int) -> None:
+        """The newest commits are gone, and stores may hold them."""
+        world, rng = self.world, self.world.rng
+        position, end_offset = rng.choice(world.cluster.cuts[partition])
+        rows = world.cluster.memory._partition(CHANGELOG, partition).rows
+        is_there = not end_offset or any(row.offset < end_offset and row.value == position for row in rows)
+        if position == world.auditor.states[partition].get(POSITION, b"") or not is_there:
+            return  # where compaction has taken the position, the partition begins anew, and says so if it can't
+        if end_offset < world.cluster.superseding[partition]:
+            return  # what superseded others is gone, and it is older than the compaction lag: nothing that is left can tell
+        world.cluster.cut(CHANGELOG, partition, end_offset)
+        world.auditor.rewound(partition, position)
+        world.wounds.add(partition)
+        world.note("changelog-%s lost its tail: it ends at %s", partition, end_offset)
+        world.count("changelog cut")
+
+    def _cut_deltas(self, partition: int) -> None:
+        """The newest records are gone; some of them are folded."""
+        world, rng = self.world, self.world.rng
+        rows = world.cluster.memory._partition(DELTAS, partition).rows
+        position = world.auditor.position(partition)
+        folded = [row.offset for row in rows if row.offset < position]
+        if folded:  # a log without the offsets behind the last of them, which held no record, has lost nothing
+            keep = rng.randint(world.cluster.memory.watermarks(DELTAS, partition).start_offset, folded[-1])
+            world.cluster.cut(DELTAS, partition, keep)
+            world.auditor.cut(partition, keep)
+            world.wounds.add(partition)
+            world.note("deltas-%s lost its tail: it ends at %s", partition, keep)
+            world.count("deltas cut")
+
+    def _cut_middle(self, partition: int) -> None:
+        """Records in the middle that are not folded yet are gone; those behind them are there."""
+        world, rng = self.world, self.world.rng
+        at = world.cluster.memory._partition(DELTAS, partition)
+        position, end = world.auditor.position(partition), at.end_offset
+        if position + 2 <= end and at.start_offset <= position:
+            first = rng.randint(position, end - 2)
+            last = rng.randint(first, end - 2)
+            gone = [row.offset for row in at.rows if first <= row.offset <= last]
+            if not gone:
+                return  # offsets that held no record hold no less now
+            at.rows = [row for row in at.rows if not first <= row.offset <= last]
+            world.auditor.holed(partition, gone[0])
+            world.wounds.add(partition)
+            world.note("deltas-%s lost %s to %s", partition, first, last)
+            world.count("deltas holed")
+
+    def forge(self) -> None:
+        """Somebody else writes into the changelog: noise, an entry of no known kind, or what looks like a true one."""
+        world, rng = self.world, self.world.rng
+        partition = rng.randrange(world.partition_count)
+        state = world.auditor.states[partition]
+        how = rng.choice(("no key", "noise", "entry", "entry", "tombstone", "position"))
+        key: bytes | None = None
+        value: bytes | None = rng.randbytes(9)
+        if how == "noise":
+            key = rng.choice((b"", b"\x00\x00", b"\x02", b"k", b"\xff"))
+        elif how == "position":
+            key, value = POSITION, rng.choice([*world.auditor.boundaries[partition].values()]).get(POSITION, value)
+        elif how != "no key":
+            known = sorted(state.keys() - {POSITION})
+            key = rng.choice(known or [b"k"])
+            same_tag = [state[other] for other in known if other[:1] == key[:1]]
+            value = None if how == "tombstone" else rng.choice(same_tag or [b""])
+        world.cluster.forge(partition, key, value)
+        world.note("somebody writes %r into changelog-%s: %s", key, partition, how)
+        world.count(f"forged: {how}")
+
+    def must_notice(self, partition: int, machine: Machine) -> str:
+        """What a start on this machine can't help seeing; empty if it may go on, and then what is there must be exact."""
+        world = self.world
+        if partition not in world.wounds:
+            return ""
+        end_offset = world.cluster.memory.watermarks(CHANGELOG, partition).end_offset
+        disk = machine.disks[partition]
+        if not disk.damage and read_meta(disk.memory).changelog_next_offset > end_offset:
+            return "its store is ahead of the changelog"
+        if world.auditor.position(partition) > world.cluster.memory.watermarks(DELTAS, partition).end_offset:
+            return "the position is beyond the end of deltas"
+        return ""

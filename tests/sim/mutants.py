@@ -1,0 +1,240 @@
+"""Breaks each invariant of the design once, in a copy of the tree, and tells how many seeds the simulator takes to notice.
+
+    python -m tests.sim.mutants                 all of them
+    python -m tests.sim.mutants 3 10            those of these invariants
+    python -m tests.sim.mutants --seeds 2000    as many seeds as each may take (default: 1,000)
+
+It is not part of the suite: it takes minutes, and it quotes the source, so it has to be kept up by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("pipeline", "tests", "topics", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """One change of the source that breaks one invariant of DESIGN 5."""
+
+    invariant: int
+    what: str
+    path: str
+    old: str
+    new: str
+    only: str | None = None
+    """The troubles of each history, if the ones that its seed would choose are not to be waited for."""
+
+
+MUTANTS = (
+    Mutant(
+        1,
+        "the store is written before the transaction",
+        "pipeline/worker/partition.py",
+        "        offsets = self._right.commit(\n            messages,",
+        "        write_entries(self.store, keys, values, StoreMeta(changelog_next_offset=self._begin + len(keys)))\n"
+        "        offsets = self._right.commit(\n            messages,",
+    ),
+    Mutant(
+        2,
+        "an old owner is not fenced",
+        "pipeline/adapters/memory.py",
+        "self._owners[transactional_id] = owner = self._owners.get(transactional_id, 0) + 1",
+        "self._owners[transactional_id] = owner = 1",
+    ),
+    Mutant(
+        3,
+        "a restore ends where the log says that it ends",
+        "pipeline/worker/follower.py",
+        "        while not follower.lineage.passed:\n",
+        "        end = log.watermarks(CHANGELOG, partition).end_offset\n"
+        "        while not follower.lineage.passed and follower.next_offset < end:\n",
+        "old end",
+    ),
+    Mutant(
+        4,
+        "a commit begins wherever the changelog ends",
+        "pipeline/worker/partition.py",
+        "            begins={(CHANGELOG, self.number): self._begin},\n",
+        "",
+        "forgeries,pins",
+    ),
+    Mutant(
+        4,
+        "a reader does not mind a hole in deltas",
+        "pipeline/adapters/memory.py",
+        "            if missing:\n",
+        "            if False:\n",
+        "cuts",
+    ),
+    Mutant(
+        5,
+        "folding begins one record before the position",
+        "pipeline/core/task.py",
+        "position.next_offset if next_offset is None else next_offset\n",
+        "max(0, (position.next_offset if next_offset is None else next_offset) - 1)\n",
+    ),
+    Mutant(
+        6,
+        "a follower writes what it holds back as if it were whole",
+        "pipeline/worker/follower.py",
+        "self._write(len(sieve), records.next_offset, between=True)",
+        "self._write(len(sieve), records.next_offset, between=False)",
+    ),
+    Mutant(
+        6,
+        "a store is brought up to date however long it was away",
+        "pipeline/worker/follower.py",
+        "        if away_ms > delete_retention_ms:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        7,
+        "records below the position are folded again",
+        "pipeline/core/task.py",
+        "            if offset < self.next_offset:\n                continue\n            self._log_ms",
+        "            self._log_ms",
+    ),
+    Mutant(
+        8,
+        "a commit of which nobody knows whether it went through is taken for done",
+        "pipeline/worker/partition.py",
+        "            except Displaced as error:\n",
+        "            except Displaced:\n                raise\n            except Exception:\n                return\n"
+        "            except Displaced as error:\n",
+    ),
+    Mutant(
+        9,
+        "bad bytes are skipped",
+        "pipeline/core/task.py",
+        '                self._refuse(key, offset, at_ms, str(error), "", value)\n',
+        "",
+    ),
+    Mutant(
+        9,
+        "one bad group refuses its whole batch",
+        "pipeline/core/task.py",
+        "                refused.append(RefusedGroup(index, group.definition.view, str(error)))\n",
+        "                raise\n",
+    ),
+    Mutant(
+        10,
+        "a position beyond the end of deltas is folded on from",
+        "pipeline/worker/partition.py",
+        "        if start <= next_offset <= end and not anew and not history:\n",
+        "        if start <= next_offset and not anew and not history:\n",
+        "cuts",
+    ),
+    Mutant(
+        10,
+        "nobody asks whether what was read is still there",
+        "tests/sim/workers.py",
+        "{self.number: leader_epoch})",
+        "{self.number: -1})",
+        "cuts",
+    ),
+    Mutant(
+        10,
+        "a store that is ahead of its changelog is destroyed",
+        "pipeline/worker/partition.py",
+        "            set_store_aside(self.number, self._stores, error, accept_loss=accept_loss, metrics=self._metrics)\n",
+        "            self._stores.destroy(self.number)\n",
+        "cuts",
+    ),
+    Mutant(
+        10,
+        "a store is left at an offset within its last commit",
+        "pipeline/worker/follower.py",
+        "self.next_offset if last else sieve.whole_end, between=False)",
+        "self.next_offset if last else self._meta.changelog_next_offset, between=False)",
+        "forgeries",
+    ),
+    Mutant(
+        10,
+        "a store between boundaries forgets where its last commit stands",
+        "pipeline/worker/follower.py",
+        "place = self._sieve.whole_end - 1 if count and not between else self._meta.position_offset\n",
+        "place = -1 if between else self._sieve.whole_end - 1 if count else self._meta.position_offset\n",
+        "forgeries",
+    ),
+    Mutant(
+        12,
+        "producers expire by the time of the log alone",
+        "pipeline/core/task.py",
+        "latest_ms, limits = min(self._folded_ms, now_ms), self._limits",
+        "latest_ms, limits = self._overlay.source_at_ms, self._limits",
+        "clocks",
+    ),
+    Mutant(
+        12,
+        "producers expire by the clock of the worker alone",
+        "pipeline/core/task.py",
+        "latest_ms, limits = min(self._folded_ms, now_ms), self._limits",
+        "latest_ms, limits = now_ms, self._limits",
+        "clocks",
+    ),
+)
+"""Invariant 11 is about what a reader says of its staleness, which the simulator does not ask; see tests/query."""
+
+
+class Outcome(NamedTuple):
+    """What became of a mutant."""
+
+    seed_count: int
+    failure: str
+    seconds: float
+
+
+def try_out(mutant: Mutant, seed_count: int) -> Outcome:
+    """Run histories over a copy of the tree with the mutant in it until one fails."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        path = Path(folder) / mutant.path
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.path} has not once but {text.count(mutant.old)} times: {mutant.old!r}")
+        path.write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "tests.sim.world", "--seeds", str(seed_count)]
+        if mutant.only is not None:
+            command += ["--only", mutant.only]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    found = re.search(r"^seed (\d+) fails: (.*)", done.stderr, re.MULTILINE)
+    if done.returncode and not found:
+        raise SystemExit(done.stderr)
+    seconds = time.monotonic() - started
+    return Outcome(int(found[1]) + 1, found[2], seconds) if found else Outcome(0, "", seconds)
+
+
+def main() -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("invariants", type=int, nargs="*", help="those to break; all if none is named")
+    parser.add_argument("--seeds", type=int, default=1_000, help="how many each may take (default: %(default)s)")
+    args = parser.parse_args()
+    alive = 0
+    for mutant in MUTANTS:
+        if args.invariants and mutant.invariant not in args.invariants:
+            continue
+        outcome = try_out(mutant, args.seeds)
+        alive += not outcome.seed_count
+        seeds = f"{outcome.seed_count:4} seeds" if outcome.seed_count else "NOT FOUND"
+        troubles = f" ({mutant.only})" if mutant.only else ""
+        print(f"{mutant.invariant:2}  {seeds}  {outcome.seconds:5.1f} s  {mutant.what}{troubles}: {outcome.failure[:90]}")
+        sys.stdout.flush()
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""What others write to a changelog changes no number: owners, followers and restores leave it out, count it, and say so."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+
+import pytest
+
+import pipeline.metrics as m
+from pipeline.adapters.memory import MemoryStores
+from pipeline.core.codec import FORMAT, encode_fence, encode_position
+from pipeline.core.record import (
+    FENCE_KEY,
+    POSITION_KEY,
+    STORE_META_KEY,
+    TAG_DEFINITION,
+    TAG_SERIES,
+    Fence,
+    Position,
+    definition_key,
+    fingerprint,
+    producer_key,
+    series_prefix,
+    series_suffix,
+)
+from pipeline.errors import RecordsLost, StoreCorrupt
+from pipeline.ports import Message
+from pipeline.settings import WorkerSettings
+from pipeline.topics import CHANGELOG
+from pipeline.worker.partition import Partition
+from pipeline.worker.replica import ReplicaLoop
+from tests.support import HandClock
+from tests.worker.support import DAY_MS, VIEW, ChangingLog, Recorder, Worker, fold_all, new_partition, series_of
+
+A = series_prefix(VIEW) + series_suffix(("a",))
+GHOST = series_prefix(VIEW) + series_suffix(("ghost",))
+LATER = bytes((FORMAT + 1,))
+
+
+class _World:
+    """An owner, a server that follows it, and somebody else who may write to the changelog."""
+
+    def __init__(self, marker_count: int) -> None:
+        self.clock = HandClock()
+        self.log = ChangingLog(1, self.clock)
+        self.log.marker_count = marker_count
+        self.worker = Worker(self.log, self.clock)
+        self.worker.stores = MemoryStores()
+        self.metrics = Recorder()
+        self.accept_loss = False
+        self.server = self.new_server()
+
+    def new_server(self) -> ReplicaLoop:
+        return ReplicaLoop(
+            log=self.log,
+            stores=MemoryStores(),
+            clock=self.clock,
+            settings=WorkerSettings(),
+            delete_retention_ms=DAY_MS,
+            on_fatal=lambda error: pytest.fail(str(error)),
+            metrics=self.metrics,
+        )
+
+    def commit(self, **series: float) -> None:
+        self.worker.commit(0, series)
+
+    def write(self, key: bytes | None, value: bytes | None) -> None:
+        """What a stranger does."""
+        self.log.append([Message(CHANGELOG, 0, key, value)], timeout_s=1)
+
+    def read(self) -> dict[str, float]:
+        """What the server answers once it has had time."""
+        for _ in range(6):
+            self.clock.s += 1.1
+            self.server.step()
+        return series_of(self.server.stores()[0])
+
+    def new_owner(self, stores: MemoryStores | None = None, *, young_s: float = 0.0) -> Partition:
+        settings = WorkerSettings(accept_loss=self.accept_loss)
+        owner = new_partition(0, self.log, stores or MemoryStores(), self.clock, settings=settings, young_s=young_s)
+        self.worker.partitions[0] = owner
+        owner.start()
+        return owner
+
+    def newest(self) -> dict[bytes | None, bytes | None]:
+        """What compaction would keep of each key."""
+        return {row.key: row.value for row in self.log._partition(CHANGELOG, 0).rows}
+
+
+@pytest.fixture(params=[0, 1], ids=["no markers", "markers"])
+def world(request: pytest.FixtureRequest) -> _World:
+    it = _World(request.param)
+    it.commit(a=1, b=2)
+    it.commit(a=1)
+    return it
+
+
+def strange(world: _World) -> dict[str, tuple[bytes | None, bytes | None]]:
+    """A record of each kind that a stranger can write, those of ours at other times among them."""
+    rows = {row.key: row.value for row in world.log._partition(CHANGELOG, 0).rows}
+    first = next(row for row in world.log._partition(CHANGELOG, 0).rows if row.key == POSITION_KEY)
+    end = world.log.watermarks(CHANGELOG, 0).end_offset
+    elsewhere = Position(9, 9, 9, begin_offset=end, previous_end_offset=end, owner_id="pipeline-1:id")
+    return {
+        "a series with a state that is not ours": (A, rows[A][:-1] + b"\x63"),  # type: ignore[index]
+        "a series that nobody has recorded": (GHOST, rows[A]),
+        "a series that is deleted": (A, None),
+        "a series with a value that can't be read": (A, b"\xff\xff"),
+        "a series of no definition": (TAG_SERIES + b"nonsense", b"\x02"),
+        "a producer that is forgotten": (producer_key("p"), None),
+        "a producer with noise": (producer_key("p"), b"noise"),
+        "the first position again": (POSITION_KEY, first.value),
+        "the last position again": (POSITION_KEY, rows[POSITION_KEY]),
+        "the position of another partition": (POSITION_KEY, encode_position(elsewhere)),
+        "no position": (POSITION_KEY, None),
+        "noise for a position": (POSITION_KEY, b"garbage"),
+        "noise that looks like a newer position": (POSITION_KEY, LATER + b"garbage"),
+        "a newer position of another place": (POSITION_KEY, LATER + rows[POSITION_KEY][1:]),  # type: ignore[index]
+        "no key": (None, b"v"),
+        "an empty key": (b"", b"v"),
+        "a key of no kind": (b"k", b"v"),
+        "a store's own key": (STORE_META_KEY, b"\x95\x01\xcd\x03\xe7\xc2\xa0"),
+        "a longer position key": (POSITION_KEY + b"x", rows[POSITION_KEY]),
+        "a fence of noise": (FENCE_KEY, b"noise"),
+        "the fence of another partition": (FENCE_KEY, encode_fence(Fence("pipeline-7:x", 1))),
+    }
+
+
+def kinds() -> list[str]:
+    it = _World(0)
+    it.commit(a=1)
+    return [*strange(it)]
+
+
+KINDS = kinds()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_goes_on(world: _World, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It answers as if the record were not there: before and behind it, and after the next commit."""
+    assert world.read() == {"a": 2, "b": 2}
+    world.write(*strange(world)[kind])
+    assert world.read() == {"a": 2, "b": 2}
+    world.commit(b=1)
+    assert world.read() == {"a": 2, "b": 3}
+    assert world.metrics.of(m.CHANGELOG_FOREIGN, 0) == 1
+    said = [record for record in caplog.records if "kafka-acls" in record.message and record.levelno == logging.ERROR]
+    assert 1 <= len(said) <= 2, "once by the owner, once by the server"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_starts_behind_it_becomes_ready(world: _World, kind: str) -> None:
+    """Although no commit follows; then it answers as the owner would."""
+    world.write(*strange(world)[kind])
+    assert world.read() == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_owner_restores_the_numbers(world: _World, kind: str) -> None:
+    """From nothing and from the store of the last one; and what the changelog keeps in the end is ours again."""
+    ours = world.newest()
+    world.write(*strange(world)[kind])
+    for stores in (MemoryStores(), world.worker.stores):
+        owner = world.new_owner(stores)
+        assert series_of(owner.store) == {"a": 2, "b": 2}
+        assert owner.task.next_offset == 2
+    newest = world.newest()
+    keys = [key for key in ours if key not in (POSITION_KEY, FENCE_KEY)]
+    assert [newest[key] for key in keys] == [ours[key] for key in keys]
+    assert newest.get(GHOST) is None
+    end_offset = world.log.watermarks(CHANGELOG, 0).end_offset
+    world.log.compact(CHANGELOG, 0, end_offset, drop_tombstones=True)
+    assert series_of(world.new_owner().store) == {"a": 2, "b": 2}
+    assert world.read() == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_owner_goes_on_committing(world: _World, kind: str) -> None:
+    """Its next commit finds the record in its way, repairs what it covers, and begins behind it."""
+    world.write(*strange(world)[kind])
+    world.commit(b=1)
+    world.commit(b=1)
+    world.log.compact(CHANGELOG, 0, world.log.watermarks(CHANGELOG, 0).end_offset, drop_tombstones=True)
+    assert series_of(world.new_owner().store) == {"a": 2, "b": 4}
+    assert world.read() == {"a": 2, "b": 4}
+
+
+@pytest.mark.parametrize(
+    ("key", "at_start"),
+    [(A, True), (producer_key("p"), True), (A, False), (TAG_DEFINITION + series_prefix(VIEW)[1:], False)],
+)
+def test_a_damaged_store_mends_nothing(world: _World, key: bytes, at_start: bool) -> None:
+    """What it has of an entry that others have written over, and can't be read, is not committed in place of theirs."""
+    owner, stores = world.worker.partitions[0], world.worker.stores
+    world.write(key, b"theirs")
+    if at_start:
+        owner.close()
+    store = stores.open(0)
+    store.write([key], [store.get([key])[0][:-1]])  # type: ignore[index]
+    with pytest.raises(StoreCorrupt):
+        world.new_owner(stores) if at_start else world.commit(b=1)
+    assert world.newest()[key] == b"theirs"
+    world.worker.partitions[0].close()
+    restored = world.new_owner(stores)
+    assert series_of(restored.store) == {"a": 2, "b": 2}
+    assert world.newest()[key] != b"theirs"
+
+
+def test_all_of_it_at_once(world: _World) -> None:
+    """Before, between and behind commits, in any order, with owners that come and go."""
+    kinds = [*strange(world).values()]
+    total = 2.0
+    for count, (key, value) in enumerate(chain(kinds, reversed(kinds))):
+        world.write(key, value)
+        if count % 3 == 0:
+            world.commit(b=1)
+            total += 1
+        if count % 5 == 0:
+            world.new_owner(world.worker.stores if count % 2 else None)
+        assert world.read() == {"a": 2, "b": total}
+    fold_all(world.log, world.worker.partitions[0])
+    assert series_of(world.new_owner().store) == {"a": 2, "b": total}
+
+
+def test_somebody_who_never_stops(world: _World) -> None:
+    """A commit that finds something in its way again and again ends the process, which says what to look at."""
+    owner = world.worker.partitions[0]
+    world.worker.append(0, {"b": 1})
+    fold_all(world.log, owner)
+    commit, write = owner.prepare(), world.log.skip
+
+    class Busy:
+        marker_count = world.log.marker_count
+
+        def __init__(self, inner: object) -> None:
+            self.commit = lambda *args, **options: (write(CHANGELOG, 0), inner.commit(*args, **options))[1]  # type: ignore[attr-defined]
+
+    owner._transaction = Busy(owner._transaction)  # type: ignore[assignment]
+    with pytest.raises(Exception, match="something else has written to changelog-0"):
+        owner.make_durable(commit)
+    assert series_of(owner.store) == {"a": 2, "b": 2}
+
+
+COVERS = [
+    "a series with a state that is not ours",
+    "a series that is deleted",
+    "a producer that is forgotten",
+    "a definition that is deleted",
+]
+
+
+def cover(world: _World, kind: str) -> int:
+    """Write over an entry of ours, and compact hours later; where the changelog ends then."""
+    world.write(*(strange(world) | {"a definition that is deleted": (definition_key(VIEW), None)})[kind])
+    world.clock.s += 36_000
+    end_offset = world.log.watermarks(CHANGELOG, 0).end_offset
+    world.log.compact(CHANGELOG, 0, end_offset)
+    return end_offset
+
+
+def copy_of(stores: MemoryStores) -> MemoryStores:
+    copy = MemoryStores()
+    copy.open(0).write(*zip(*stores.open(0).scan(b"", b"\xff\xff"), strict=True))
+    return copy
+
+
+def written_since(world: _World, end_offset: int) -> set[bytes | None]:
+    return {row.key for row in world.log._partition(CHANGELOG, 0).rows if row.offset >= end_offset}
+
+
+@pytest.mark.parametrize("kind", COVERS)
+@pytest.mark.parametrize("disk", ["empty", "behind"])
+def test_what_compaction_took_before_a_takeover(world: _World, kind: str, disk: str) -> None:
+    """A disk that has not read ours can't tell what it was: a person decides, and nothing is written before."""
+    stores = MemoryStores() if disk == "empty" else copy_of(world.worker.stores)
+    world.commit(a=3, b=3, c=1)
+    right = {"a": 5, "b": 5, "c": 1}
+    end_offset = cover(world, kind)
+    for _ in range(2):
+        with pytest.raises(RecordsLost, match=r"written over 1 entries \((view v|producer \w+)\), .*--accept-loss"):
+            world.new_owner(stores)
+        assert written_since(world, end_offset) == {FENCE_KEY}
+    owner = world.new_owner(copy_of(world.worker.stores))
+    assert series_of(owner.store) == right, "the store of the last owner has it all, and repairs what was covered"
+    assert series_of(world.new_owner(stores).store) == right
+    cover(world, kind)
+    world.accept_loss = True
+    world.new_owner(MemoryStores())
+    world.accept_loss = False
+    world.new_owner(MemoryStores())
+
+
+def test_a_position_that_compaction_took(world: _World) -> None:
+    """Without it nobody can tell which entries are whole commits: nothing is restored, and nothing is written."""
+    end_offset = cover(world, "noise for a position")
+    for _ in range(2):
+        with pytest.raises(RecordsLost, match=r"written over \d+ entries \(the position, .*--accept-loss"):
+            world.new_owner(MemoryStores())
+        assert written_since(world, end_offset) == {FENCE_KEY}
+
+
+def test_a_position_of_a_changelog_without_entries_needs_nobody() -> None:
+    """Nothing can be missed in it that is not folded again."""
+    world = _World(1)
+    world.write(POSITION_KEY, b"noise")
+    assert series_of(world.new_owner().store) == {}
+    world.commit(a=1)
+    assert series_of(world.new_owner().store) == {"a": 1}
+
+
+@pytest.mark.parametrize("there", ["before", "after"])
+def test_a_store_that_has_followed_can_not_tell_either(world: _World, there: str) -> None:
+    """It does not say whether it was there when ours was: one that was made since holds what is left, and looks the same."""
+    if there == "before":
+        assert world.read() == {"a": 2, "b": 2}
+    end_offset = cover(world, COVERS[0])
+    world.read()
+    stores = copy_of_server(world)
+    for _ in range(2):
+        with pytest.raises(RecordsLost, match="written over 1 entries"):
+            world.new_owner(stores)
+        assert written_since(world, end_offset) == {FENCE_KEY}
+    assert series_of(world.new_owner(copy_of(world.worker.stores)).store) == {"a": 2, "b": 2}
+
+
+def copy_of_server(world: _World) -> MemoryStores:
+    copy = MemoryStores()
+    copy.open(0).write(*zip(*world.server.stores()[0].scan(b"", b"\xff\xff"), strict=True))
+    return copy
+
+
+@pytest.mark.parametrize("key", [GHOST, TAG_SERIES + b"nonsense"])
+def test_a_series_that_never_was_needs_nobody(world: _World, key: bytes) -> None:
+    """The definition says how many series it has, so it is known that compaction has taken none of ours."""
+    world.write(key, b"\x02")
+    world.clock.s += 86_400
+    world.log.compact(CHANGELOG, 0, world.log.watermarks(CHANGELOG, 0).end_offset)
+    assert series_of(world.new_owner().store) == {"a": 2, "b": 2}
+    assert world.newest()[key] is None
+
+
+def test_a_record_that_is_too_young_for_compaction_needs_nobody(world: _World) -> None:
+    """Ours would be there still, if there had been one; but not if an older one of others was there before."""
+    world.write(producer_key("ghost"), b"noise")
+    world.clock.s += 200
+    world.write(producer_key("other"), b"noise")
+    world.write(producer_key("ghost"), b"noise")
+    world.clock.s += 101
+    with pytest.raises(RecordsLost, match=f"over 1 entries .producer {fingerprint('ghost')}"):
+        world.new_owner(young_s=300)
+    assert series_of(world.new_owner(young_s=302).store) == {"a": 2, "b": 2}
+    assert world.newest()[producer_key("ghost")] is None
