@@ -16,11 +16,18 @@ from confluent_kafka import Producer
 
 from pipeline.adapters.faust import app as adapter
 from tests.broker.kafka import App, Port, admin_client, create_topics
-from tests.broker.member import SESSION_MS, Inside, Outside, settled
+from tests.broker.member import SESSION_MS, Heard, Inside, Outside, settled
 from tests.support import wait_until
 
 PARTITIONS = 4
 ALL = frozenset(range(PARTITIONS))
+
+
+class Cold(Inside):
+    """A member whose standbys do not become warm by themselves."""
+
+    def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
+        self.heard.append(Heard("assigned", time.monotonic(), actives, standbys, generation))
 
 
 @pytest.fixture
@@ -216,6 +223,29 @@ def test_slow_listener(topics: App) -> None:
             assert time.monotonic() - began_s < 10
             held.set()
             settled(one, two, partitions=PARTITIONS)
+
+
+def test_warm_while_the_group_is_joined(topics: App) -> None:
+    """A member that becomes warm for another partition in the middle of a rebalance is given that one too."""
+    cold = Cold(topics, "b")
+
+    class Telling(Inside):
+        def on_revoked(self, partitions: frozenset[int], timeout_s: float) -> None:
+            super().on_revoked(partitions, timeout_s)
+            if cold.membership._ours.told_warm == {0}:  # the other has joined, and waits for this member
+                cold.membership.set_warm(frozenset({0, 1}))
+                faust: Any = cold.membership._faust
+                wait_until(faust.coordinator._rejoin_needed_fut.done, "the request", 2)
+
+    with Telling(topics, "a") as one:
+        settled(one, partitions=PARTITIONS)
+        with cold:
+            wait_until(lambda: cold.last is not None and one.last is not None, "both to be in the group")
+            assert (one.actives, cold.actives) == (ALL, frozenset())
+            wait_until(lambda: len(cold.membership.members()) == 2, "the others to be known")
+            cold.membership.set_warm(frozenset({0}))
+            settled(one, cold, partitions=PARTITIONS)
+            assert cold.actives == {0, 1}
 
 
 def test_no_broker() -> None:

@@ -98,6 +98,8 @@ class Ours:
     """How long agents may hold up a rebalance."""
     warm: frozenset[int] = frozenset()
     """Partitions that could be taken over at once: told to the group when it is joined again."""
+    told_warm: frozenset[int] = frozenset()
+    """What `warm` was when the group was joined last."""
 
     @property
     def kin(self) -> Kin:
@@ -276,7 +278,9 @@ class _Assignor(PartitionAssignor):
     @property
     def _metadata(self) -> ClientMetadata:
         said = super()._metadata
-        said.topic_groups = told(self.app.ours.kin, self.app.ours.warm)
+        ours = self.app.ours
+        ours.told_warm = ours.warm
+        said.topic_groups = told(ours.kin, ours.told_warm)
         return said
 
     def _update_member_urls(self, clients_metadata: Mapping[str, ClientMetadata]) -> None:

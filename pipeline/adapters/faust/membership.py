@@ -116,7 +116,6 @@ class FaustMembership:
         self._looked_s = 0.0
         self._slept_s = -_NEVER_S
         """When it was found that this process had stood still for as long as a session."""
-        self._asked: frozenset[int] = frozenset()
         self._leave = False
 
     def start(self, listener: MembershipListener) -> None:
@@ -144,14 +143,15 @@ class FaustMembership:
         self._ask()
 
     def _ask(self) -> None:
-        """For another round, if we have too few and are warm for more than when we last asked: it can't go on for ever."""
-        app, warm = self._faust, self._ours.warm
-        self._asked &= warm
-        if app is None or app.coordinator is None or warm <= self._asked:
+        """Ask for a rebalance if we have too few partitions, and are warm for some that the group was not told of.
+
+        Compared with what the group was told: aiokafka forgets a request that comes while the group is being joined.
+        """
+        app = self._faust
+        if app is None or app.coordinator is None or self._ours.warm <= self._ours.told_warm:
             return
         most = max((len(member.actives) for member in app.members()), default=0)
         if most > len(self._actives) + 1:
-            self._asked = warm
             app.in_consumer_thread(app.coordinator.request_rejoin)
 
     def members(self) -> list[Member]:
