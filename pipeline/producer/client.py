@@ -32,7 +32,7 @@ from pipeline.settings import PublisherKeywords, PublisherSettings
 from pipeline.threads import are_green, guarded, in_hub
 
 if TYPE_CHECKING:
-    from pipeline.producer.spooling import OwnSpool
+    from pipeline.producer.spooling import PublisherSpool
     from pipeline.publisher.spool.ring import Segment
 
 _log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class BasePublisher:
         self._inherited = False
         self._start()
         process.join(self)
-        if self._running.own is not None:
-            self._running.own.get()  # so that a folder that can't be used is an error here
+        if self._running.spool is not None:
+            self._running.spool.open()  # so that a folder that can't be used is an error here
             if not process.is_nest():
                 self._running.start_threads()
 
@@ -102,14 +102,14 @@ class BasePublisher:
 
     def keep(self) -> bool:
         """Go on with what the parent had, which gives it away; False if that can't be done: call `start_clean`."""
-        if self._running.own is not None or not self._running.rests() or not self._table.keep():
+        if self._running.spool is not None or not self._running.rests() or not self._table.keep():
             return False  # what is in a spool is sent by whoever finds it
         self.wake()
         return True
 
     def wake(self) -> None:
         """Have threads run, if there is something to do for them: uWSGI has forked."""
-        if self._used or self._running.own is not None:
+        if self._used or self._running.spool is not None:
             self._running.start_threads()
 
     def _rest(self) -> bool:
@@ -345,17 +345,17 @@ class _Journal:
     def __init__(self, publisher: BasePublisher) -> None:
         self._of = weakref.ref(publisher)
 
-    def _own(self) -> OwnSpool:
+    def _spool(self) -> PublisherSpool:
         publisher = self._of()
-        if publisher is None or publisher._running.own is None:
+        if publisher is None or publisher._running.spool is None:
             raise Invalid("this publisher is closed")
-        return publisher._running.own
+        return publisher._running.spool
 
     def define(self, definition: bytes, suffix: bytes) -> int | None:
-        return self._own().define(definition, suffix)
+        return self._spool().define(definition, suffix)
 
     def segment(self, shard: int, full: int, length: int) -> Segment | None:
-        return self._own().segment(shard, full, length)
+        return self._spool().segment(shard, full, length)
 
 
 PublisherT = TypeVar("PublisherT", bound=BasePublisher)

@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import pipeline.metrics as m
 from pipeline.core.codec import decode_batch, encode_batch, without_groups
@@ -17,13 +18,15 @@ from pipeline.errors import BadRecord, BufferFull, Fenced, GroupsRefused, Invali
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, LogWriter, Message
 from pipeline.producer.account import Account
-from pipeline.producer.keeping import Keeper
 from pipeline.producer.linger import Linger
 from pipeline.producer.naming import Naming
 from pipeline.producer.sealing import number
 from pipeline.publisher.drafts import Draft
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
+
+if TYPE_CHECKING:
+    from pipeline.producer.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 SEND_BYTES_MAX = 4 * 2**20
@@ -54,7 +57,7 @@ class Delivery:
         lock: threading.RLock,
         changed: threading.Condition,
         clock: Clock,
-        keeper: Keeper | None = None,
+        spool: PublisherSpool | None = None,
     ) -> None:
         self.outbox = outbox
         self.linger = Linger(settings.linger_ms, settings.flush_interval_ms)
@@ -75,7 +78,7 @@ class Delivery:
         self._lock = lock
         self._changed = changed
         self._clock = clock
-        self._keeper = keeper
+        self._spool = spool
         self._drafts: deque[Draft] = deque()
         """What was drained from a table and has no number yet."""
         self._partition_count = 0
@@ -100,7 +103,7 @@ class Delivery:
         """How many partitions there are, 0 if nothing can be sealed now, and those that have enough batches waiting."""
         self.stow_if_pressed()
         with self._lock:
-            if self.outbox.bytes_total > self._settings.buffer_bytes_max // (4 if self._keeper is None else 2):
+            if self.outbox.bytes_total > self._settings.buffer_bytes_max // (4 if self._spool is None else 2):
                 return 0, ()
             waiting = Counter([sealed.partition for sealed in self.outbox.pending()])
         try:
@@ -109,18 +112,18 @@ class Delivery:
             self._batch_bytes_max = min(self._settings.batch_bytes_max, self._account.message_bytes_max)
         except PipelineError as error:
             self.trouble = f"; the log is away: {error}"
-            if self._keeper is None:
+            if self._spool is None:
                 return 0, ()
         return self._partition_count, {partition for partition, count in waiting.items() if count >= _WAITING_MAX}
 
     def stow_if_pressed(self) -> None:
         """Put the bytes of all batches into the spool while memory is short, if there is one and it has room."""
-        if self._keeper is None or not self._account.pressed:
+        if self._spool is None or not self._account.pressed:
             return
         try:
-            if not self._keeper.durable:
-                self._keeper.commit()
-            self._keeper.stow(0)
+            if not self._spool.durable:
+                self._spool.commit()
+            self._spool.release_memory(0)
         except (Unavailable, BufferFull) as error:
             self.trouble = f"; the spool: {error}"
             _log.warning("batches stay in memory: %s", error)
@@ -138,8 +141,8 @@ class Delivery:
                 sealed = number(self._drafts[0], self.outbox, now_ms)
                 self.outbox.add(sealed)  # until here, what there was no memory for is tried again; from here on never
                 self._drafts.popleft()
-                if self._keeper is not None:
-                    self._keeper.sealed([sealed])
+                if self._spool is not None:
+                    self._spool.sealed(sealed)
                 self._account.force(len(sealed.value))
             self._changed.notify_all()
 
@@ -150,7 +153,7 @@ class Delivery:
 
     def unkept_count(self) -> int:
         """Batches that end with this process, and deltas of what is no batch yet."""
-        kept_count = self._keeper.kept_count if self._keeper is not None else 0
+        kept_count = self._spool.kept_count if self._spool is not None else 0
         return len(self.outbox) - kept_count + sum([draft.delta_count for draft in [*self._drafts]])
 
     # The sender
@@ -170,7 +173,7 @@ class Delivery:
             if self._is_held(sealed, now_s, now_ms):
                 self.held_count += 1
                 continue
-            if self._keeper is not None and self._keeper.holds_back(sealed):
+            if self._spool is not None and self._spool.holds_back(sealed):
                 continue
             run = by_partition.setdefault(sealed.partition, [])
             # A task remembers so many gaps: what is sent must stay that close to the oldest that it may lack.
@@ -268,8 +271,8 @@ class Delivery:
                     self._suspects[sealed.partition, sealed.sequence] = sealed
             self.trouble = f"; the last error: {errors[-1]}" if errors else ""
             self._changed.notify_all()
-        if self._keeper is not None:
-            self._keeper.forget(gone)
+        if self._spool is not None:
+            self._spool.forget(gone)
         self._metrics.inc(m.PUBLISHER_BATCHES, len(accepted))
         if accepted:
             self._metrics.observe(m.PUBLISHER_ACKNOWLEDGED, took_s)
@@ -282,7 +285,7 @@ class Delivery:
 
     def _bytes_of(self, sealed: Sealed) -> bytes:
         """The bytes of a batch, without the groups that can't be taken."""
-        value = self._keeper.load(sealed) if self._keeper is not None else sealed.value
+        value = self._spool.load(sealed) if self._spool is not None else sealed.value
         for indexes in self._without.get((sealed.partition, sealed.sequence), ()):
             value = without_groups(value, indexes)
         return value
@@ -371,7 +374,7 @@ class Delivery:
         if gone is None:
             return []
         self._account.used_bytes -= len(gone.value)
-        return [key] if self._keeper is not None and self._keeper.settled(*key) else []
+        return [key] if self._spool is not None and self._spool.settled(*key) else []
 
     # What became of them
 

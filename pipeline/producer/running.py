@@ -27,7 +27,6 @@ from pipeline.ports import Clock, LogWriter
 from pipeline.producer.account import Account
 from pipeline.producer.delivery import Delivery
 from pipeline.producer.identity import introduce
-from pipeline.producer.keeping import Keeper
 from pipeline.producer.outage import WatchedLog
 from pipeline.publisher.flusher import TableFlusher, table_bytes
 from pipeline.publisher.views import Table
@@ -35,14 +34,12 @@ from pipeline.settings import PublisherSettings
 from pipeline.threads import ReentrantCondition
 
 if TYPE_CHECKING:
-    from pipeline.producer.spooling import OwnSpool
+    from pipeline.producer.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 _PARKED_LOOK_S = 1.0
 _RETRY_S = 0.05
 _COMPLAIN_S = 10.0
-_CHECKPOINT_SHARE = 4
-"""Of a spool, what was recorded and not committed takes about one in so many bytes, and the rest is free for others."""
 _HELD_LOOK_S = 10.0
 """How often to look whether batches are still held back: a clock may have been put right."""
 _CLOSING_S = 1.0
@@ -86,22 +83,22 @@ class Running:
         secret = clock.new_id()
         introduce(writer, secret)
         outbox = Outbox(producer_id_of(secret), 0)
-        self.own: OwnSpool | None = None
+        self.spool: PublisherSpool | None = None
         """The spool of this process, if it has one."""
-        keeper: Keeper | None = None
         if settings.spool_dir:
-            from pipeline.producer.spooling import OwnSpool  # only who has a spool pays for it, or needs its file locks
+            from pipeline.producer.spooling import (
+                PublisherSpool,  # only who has a spool pays for it, or needs its file locks
+            )
 
-            self.own = OwnSpool(settings, secret, self.account, table.ends)
-            durable = settings.durability != "memory"
-            most = settings.spool_bytes_max // _CHECKPOINT_SHARE
-            keeper = Keeper(self.own, outbox, self.account, self.lock, metrics, durable=durable, ring_bytes_max=most)
+            self.spool = PublisherSpool(settings, secret, table.ends, outbox, self.account, self.lock, metrics)
         watched = WatchedLog(writer, clock, self._what_waits)
-        self.delivery = Delivery(outbox, watched, settings, metrics, self.account, self.lock, self.changed, clock, keeper)
-        if parent is not None and parent.own is not None:
-            parent.own.abandon()
+        self.delivery = Delivery(
+            outbox, watched, settings, metrics, self.account, self.lock, self.changed, clock, self.spool
+        )
+        if parent is not None and parent.spool is not None:
+            parent.spool.abandon()
         self._table = table
-        self.flusher = TableFlusher(table, views, self.delivery, settings, clock, metrics, self.account, keeper)
+        self.flusher = TableFlusher(table, views, self.delivery, settings, clock, metrics, self.account, self.spool)
         self.threads: dict[str, threading.Thread] = {}
         self.flushes: list[_Flush] = []
         self._started = self._stopping = self._halting = False  # for good; or the threads, perhaps for a while
@@ -119,7 +116,7 @@ class Running:
     @property
     def is_held(self) -> bool:
         """Whether the caller has interrupted its own thread in a write to the spool."""
-        return self.own is not None and self.own.is_held
+        return self.spool is not None and self.spool.is_held
 
     @property
     def used_bytes(self) -> int:
@@ -218,17 +215,17 @@ class Running:
         Only if all that it has recorded is acknowledged, and the spool has nothing left that would be sent again: that must
         be known again then. One attempt: if it fails, they forget the producer later.
         """
-        own, timeout_s = self.own, min(timeout_s, _CLOSING_S)
-        if own is not None:
+        spool, timeout_s = self.spool, min(timeout_s, _CLOSING_S)
+        if spool is not None:
             with self.lock:
-                self.changed.wait_for(lambda: not own.batch_count, timeout_s)  # the sender is just having it forget the last
-        if self.waiting_count() or (own is not None and (own.batch_count or own.ring_bytes or own.pending_bytes)):
+                self.changed.wait_for(lambda: not spool.batch_count, timeout_s)  # the sender is having it forget the last
+        if self.waiting_count() or (spool is not None and not spool.is_empty):
             return
         self.delivery.say_closed(timeout_s)
 
     def wait_for_rescue(self, timeout_s: float) -> None:
         """Wait until what others have left was sent, if this process looks for it: it may be the last one to do so."""
-        if self.own is not None and self._started:
+        if self.spool is not None and self._started:
             self._rescued.wait(timeout_s)
 
     def stop(self) -> int:
@@ -236,7 +233,7 @@ class Running:
         with self.lock:
             self._stopping = True
         self._halt(5.0)
-        if self.own is not None and not self.own.close():
+        if self.spool is not None and not self.spool.close():
             _log.warning("what was not acknowledged is left in %s", self._settings.spool_dir)
         if self._settings.durability != "memory":
             return 0
@@ -300,7 +297,7 @@ class Running:
             with self.lock:
                 self._start_thread("flusher", self._flush_until_stopped)
                 self._start_thread("sender", self._send_until_stopped)
-                if self.own is not None:
+                if self.spool is not None:
                     self._start_thread("rescuer", self._rescue_until_stopped)
         except Exception:
             _log.exception("the publisher's threads can't be started; what is recorded waits")

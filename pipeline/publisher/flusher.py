@@ -65,8 +65,8 @@ class Batches(Protocol):
         ...
 
 
-class Keeper(Protocol):
-    """The spool, as the flusher needs it: see `pipeline.producer.keeping`."""
+class Spool(Protocol):
+    """The spool, as the flusher needs it: see `pipeline.producer.spooling`."""
 
     durable: bool
 
@@ -75,10 +75,10 @@ class Keeper(Protocol):
     @property
     def is_full_of_names(self) -> bool: ...
     @property
-    def behind(self) -> bool: ...
-    def checkpoint_due(self) -> bool: ...
+    def is_behind(self) -> bool: ...
+    def is_checkpoint_due(self) -> bool: ...
     def commit(self, pending: Iterable[Pending], positions: Mapping[int, tuple[int, int]], gone: Iterable[int]) -> None: ...
-    def stow(self, bytes_max: int) -> None: ...
+    def release_memory(self, bytes_max: int) -> None: ...
     def sync(self) -> None: ...
 
 
@@ -108,7 +108,7 @@ class TableFlusher:
         clock: Clock,
         metrics: Metrics,
         account: Account,
-        keeper: Keeper | None = None,
+        spool: Spool | None = None,
     ) -> None:
         self.delta_count = 0
         """Deltas that were sealed."""
@@ -129,7 +129,7 @@ class TableFlusher:
         self._history: deque[tuple[float, int]] = deque()
         """When how many drains had been made, from about `series_idle_ms` ago on."""
         self._changed = False
-        self._keeper = keeper
+        self._spool = spool
         self._stow_bytes = settings.buffer_bytes_max // 4
         self._fsync_s = settings.fsync_interval_ms / 1000 if settings.durability == "disk" else 0.0
         self._synced_s = self._complained_s = self._seal_again_s = self._seal_pause_s = 0.0
@@ -166,8 +166,8 @@ class TableFlusher:
             everything = seal and self._seal(now_s)
         elif seal:
             self._batches.seal_drafts([], self._clock.now_ms())
-        if self._keeper is not None:
-            self._keep(self._keeper, now_s)
+        if self._spool is not None:
+            self._keep(self._spool, now_s)
         self._metrics.set(m.PUBLISHER_SNAPSHOT_AGE, self._clock.monotonic_s() - self.taken_s)
         if parked or self.snapshot_due(now_s):
             if self._changed:
@@ -181,9 +181,9 @@ class TableFlusher:
     def _seal(self, now_s: float) -> bool:
         now_ms = self._clock.now_ms()
         partition_count, busy = self._batches.room(now_ms)
-        if not partition_count or (self._keeper is not None and busy and not self._seals_more(now_s)):
+        if not partition_count or (self._spool is not None and busy and not self._seals_more(now_s)):
             return False
-        flags = bytes([number in busy for number in range(partition_count)]) if busy and self._keeper is None else None
+        flags = bytes([number in busy for number in range(partition_count)]) if busy and self._spool is None else None
         self._torn = True
         drafts = self.table.drain(partition_count, flags, self._batches.batch_bytes_max)
         self._torn = False
@@ -212,18 +212,18 @@ class TableFlusher:
 
     # The spool
 
-    def _keep(self, keeper: Keeper, now_s: float) -> None:
+    def _keep(self, spool: Spool, now_s: float) -> None:
         """Have the spool know what became of what was recorded. If it can't be written now, the next flush tries again."""
         try:
             try:
-                if not keeper.durable:
+                if not spool.durable:
                     self._batches.stow_if_pressed()
                 elif not self._batches.has_drafts and not self._torn:  # else what was drained is not all in batches
-                    self._commit(keeper)
+                    self._commit(spool)
             finally:  # what is in the rings needs no room on the disk
                 if self._fsync_s and now_s - self._synced_s >= self._fsync_s:
                     self._synced_s = now_s
-                    keeper.sync()
+                    spool.sync()
         except (Unavailable, BufferFull) as error:
             self._batches.trouble = f"; the spool: {error}"
             if not self._complained_s or now_s - self._complained_s >= _COMPLAIN_S:
@@ -232,27 +232,27 @@ class TableFlusher:
         finally:
             self._account.freed()  # the sender waits for it
 
-    def _commit(self, keeper: Keeper) -> None:
+    def _commit(self, spool: Spool) -> None:
         """Commit what was sealed; and what can't be, as merged series, once that takes less room than the rings."""
         if self._cut_due:
             self._positions, gone = self.table.cut()
             self._gone += self._late + gone
             self._late, self._cut_due, self._evicted = [], False, False
-        if keeper.behind:
-            keeper.commit((), self._positions, self._gone)
+        if spool.is_behind:
+            spool.commit((), self._positions, self._gone)
             self._gone = []
-            keeper.stow(self._stow_bytes)
+            spool.release_memory(self._stow_bytes)
         # Names can be what the spool is full of: then nothing is recorded, and no drain comes that they would go with.
-        if keeper.checkpoint_due() or (self._evicted and not self.table.waiting_count):
+        if spool.is_checkpoint_due() or (self._evicted and not self.table.waiting_count):
             waiting = self.table.waiting_states()
             positions, gone = self.table.cut()
             self._late += gone
-            keeper.commit(_pending(waiting), positions, self._gone + self._late)
+            spool.commit(_pending(waiting), positions, self._gone + self._late)
             self._gone, self._late, self._evicted = [], [], False
 
     def _evict(self, now_s: float) -> None:
         """Let go of series that were silent for `series_idle_ms`, or, if there is no room, of all in which nothing waits."""
-        if self.pressed or (self._keeper is not None and self._keeper.is_full_of_names):
+        if self.pressed or (self._spool is not None and self._spool.is_full_of_names):
             if self.table.evict(0):
                 self._evicted = True
                 self._account.freed()
@@ -277,8 +277,8 @@ class TableFlusher:
         self._metrics.set(m.PUBLISHER_SERIES, self.table.series_count)
         self._metrics.set(m.PUBLISHER_IN_FLIGHT, len(self._batches.outbox))
         self._metrics.set(m.PUBLISHER_HELD_BACK, self._batches.held_count)
-        if self._keeper is not None:
-            self._metrics.set(m.PUBLISHER_SPOOL_BYTES, self._keeper.used_bytes)
+        if self._spool is not None:
+            self._metrics.set(m.PUBLISHER_SPOOL_BYTES, self._spool.used_bytes)
 
 
 def _pending(waiting: Iterable[tuple[bytes, bytes, Any, int]]) -> Iterator[Pending]:

@@ -370,7 +370,7 @@ def test_a_spool_that_was_full_has_room_again(tmp_path: Path, away: bool, idle_m
             n += 1
         log.away = False
         pub.flush(20)
-        wait_until(lambda: not pub._running.own.batch_count)  # type: ignore[union-attr]
+        wait_until(lambda: not pub._running.spool.batch_count)  # type: ignore[union-attr]
         for i in range(50 if away else 3 * n):
             wait_until(lambda name=f"{'y' * 2_000}{i}": is_recorded(name))  # type: ignore[misc]
 
@@ -389,8 +389,8 @@ from tests.producer.support import FaultyLog
 log = FaultyLog()
 pub = durable()
 told = []
-logging.getLogger("pipeline.producer.keeping").addFilter(told.append)
-kept = pub._running.own._spool._database.batches
+logging.getLogger("pipeline.producer.spooling").addFilter(told.append)
+kept = pub._running.spool._spool._database.batches
 cell = pub.sum("v").labels()
 cell.add(1.0)
 pub.flush(60)
@@ -431,7 +431,7 @@ pub = publisher(log, durability="disk", spool_dir=spool, fsync_interval_ms=10)
 cell = pub.sum("v").labels()
 cell.add(1.0)
 pub.flush(60)
-wait_until(lambda: not pub._running.own.batch_count)
+wait_until(lambda: not pub._running.spool.batch_count)
 [size] = [file.stat().st_size for file in Path(spool).glob("*/spool.db-wal")]
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 cell.add(2.0)
@@ -452,9 +452,9 @@ def test_a_batch_that_is_damaged_in_the_spool_holds_up_no_other(tmp_path: Path) 
     view, running = pub.sum("v", labels=("a",)), pub._running
     for i in range(3):
         view.add(10**i, a=str(i))
-        wait_until(lambda sealed=i + 1: running.delivery._keeper.kept_count == sealed)  # type: ignore[misc, union-attr]
-    running.delivery._keeper.stow(0)  # type: ignore[union-attr]
-    database = running.own._spool._database  # type: ignore[union-attr]
+        wait_until(lambda sealed=i + 1: running.spool.kept_count == sealed)  # type: ignore[misc, union-attr]
+    running.spool.release_memory(0)  # type: ignore[union-attr]
+    database = running.spool._spool._database  # type: ignore[union-attr]
     with database.lock:
         database._connection.execute("UPDATE batches SET value = zeroblob(9) WHERE sequence = 1")  # type: ignore[union-attr]
     log.fate = lambda n, batch: "kept"
