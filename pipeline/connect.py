@@ -15,9 +15,9 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter
-from pipeline.producer.client import BasePublisher, publisher_settings
-from pipeline.producer.process import check_fork, drain_when_child_ends, is_nest
-from pipeline.producer.surroundings import find_settings
+from pipeline.publisher.client import BasePublisher, publisher_settings
+from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_nest
+from pipeline.publisher.surroundings import find_settings
 from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
 from pipeline.threads import in_hub
 

@@ -17,9 +17,9 @@ from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.record import Definition
 from pipeline.errors import NotFound, NotReady, PipelineError
+from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter, Message, Store
-from pipeline.producer.gateway import Gateway
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
 from pipeline.query.facts import StoredFacts

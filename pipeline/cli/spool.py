@@ -10,7 +10,7 @@ import typer
 from pipeline.cli.options import Json, Set, To, load
 
 if TYPE_CHECKING:
-    from pipeline.producer.rescue import DrainedSlot
+    from pipeline.publisher.rescue import DrainedSlot
     from pipeline.publisher.spool.slot import SlotInfo
 
 spool = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -96,7 +96,7 @@ def drain(
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
     from pipeline.connect import log_writer
-    from pipeline.producer.rescue import drain as drain_folder
+    from pipeline.publisher.rescue import drain as drain_folder
     from pipeline.publisher.spool.leftover import leftovers
     from pipeline.settings import PublisherSettings
 

@@ -24,8 +24,8 @@ from pipeline.connect import Publisher
 from pipeline.core.record import Definition
 from pipeline.core.statsd import prometheus_name
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.ingest.statsd import StatsdSink
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.producer.statsd import StatsdSink
 from pipeline.query.api import create_operations_app
 from pipeline.threads import guarded
 

@@ -19,7 +19,7 @@ from pipeline.core.record import definitions_prefix, prefix_end
 from pipeline.errors import BadRecord, Invalid, NotReady, PipelineError, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Message, ReadableStore
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.changes import ChangeFeed

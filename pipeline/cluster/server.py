@@ -10,9 +10,9 @@ from pipeline.adapters.kafka.compaction import CompactionLag
 from pipeline.cluster.role import Role
 from pipeline.core.record import Definition
 from pipeline.errors import NotFound
+from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
-from pipeline.producer.gateway import Gateway
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
 from pipeline.query.facts import StoredFacts

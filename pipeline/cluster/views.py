@@ -18,8 +18,8 @@ from pipeline.core.record import Control, Definition
 from pipeline.core.token import Token
 from pipeline.core.view import Listed, listed
 from pipeline.errors import Invalid, NotFound, NotReady, Unavailable
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, RequestKey
-from pipeline.producer.gateway import Gateway
 from pipeline.settings import KafkaSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.catalogue import Catalogue

@@ -1,19 +1,9 @@
-"""Where deltas wait. `table` is where recorded deltas accumulate until they are drained, `view` what apps record to,
-`drafts` how what was drained becomes batches, `flusher` what is done with a table each time, `spool` what outlives a kill.
+"""Record deltas in an app, and send them until the log has them. Reading order:
 
-The first two exist twice: in Python, which says what they do, and in the native core, which does the same (`table_type`).
+- `table` is where recorded deltas accumulate until they are drained, and `view` what apps record to. Both exist twice: in
+  Python, which says what they do, and in the native core, which does the same; `views` takes those in use.
+- `batching` makes batches of what was drained, `flusher` drains, `delivery` sends; `running` has the threads that do so, and
+  `account` the memory that batches take.
+- `client` is the publisher; `fork` has it begin anew in forked children, and drain when the process ends.
+- `spool` outlives a kill; `spooling` is this process' own, and `rescue` sends what other processes have left.
 """
-
-from __future__ import annotations
-
-from pipeline import native
-from pipeline.publisher.table import Table
-
-
-def table_type() -> type[Table]:
-    """Return the native table where the native core is in use, and else the plain one.
-
-    The native class is no subclass of the plain one, but has the same interface; so have the views that it defines.
-    """
-    extension = native.extension()
-    return Table if extension is None else extension.Table

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,9 +15,14 @@ from pipeline.core.record import Definition
 from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
-from pipeline.publisher.drafts import Draft, Pending
+from pipeline.publisher.account import Account
+from pipeline.publisher.batching import Pending
+from pipeline.publisher.delivery import Delivery
 from pipeline.publisher.views import Table, View
 from pipeline.settings import PublisherSettings
+
+if TYPE_CHECKING:
+    from pipeline.publisher.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 _EVICT_EVERY_S = 1.0
@@ -27,75 +32,6 @@ outage takes follows the number of series."""
 _COMPLAIN_S = 10.0
 
 
-class Batches(Protocol):
-    """Where drained deltas go: batches that are numbered, kept and sent."""
-
-    held_count: int
-    """Batches that are held back just now."""
-    batch_count: int
-    """Batches that were acknowledged."""
-    trouble: str
-    """What went wrong last, to be added to a message."""
-
-    @property
-    def outbox(self) -> Sized:
-        """Batches that are not acknowledged."""
-        ...
-
-    def seal_drafts(self, drafts: Iterable[Draft], now_ms: int) -> None:
-        """Number drafts and keep them, with those for which there was no memory before."""
-        ...
-
-    def room(self, now_ms: int) -> tuple[int, Any]:
-        """Return how many partitions there are, 0 if nothing can be sealed now, and those that have enough waiting."""
-        ...
-
-    @property
-    def has_drafts(self) -> bool:
-        """True if drafts wait for a number, because there was no memory for it."""
-        ...
-
-    @property
-    def batch_bytes_max(self) -> int:
-        """How large a batch may be."""
-        ...
-
-    def stow_if_pressed(self) -> None:
-        """Put the bytes of all batches into the spool while memory is short, if there is one and it has room."""
-        ...
-
-
-class Spool(Protocol):
-    """The spool, as the flusher needs it: see `pipeline.producer.spooling`."""
-
-    durable: bool
-
-    @property
-    def used_bytes(self) -> int: ...
-    @property
-    def is_full_of_names(self) -> bool: ...
-    @property
-    def is_behind(self) -> bool: ...
-    def is_checkpoint_due(self) -> bool: ...
-    def commit(self, pending: Iterable[Pending], positions: Mapping[int, tuple[int, int]], gone: Iterable[int]) -> None: ...
-    def release_memory(self, bytes_max: int) -> None: ...
-    def sync(self) -> None: ...
-
-
-class Account(Protocol):
-    """The memory of batches, and who waits for memory."""
-
-    used_bytes: int
-
-    def drained(self) -> None:
-        """Take note that a drain begins, which is what threads without memory have asked for."""
-        ...
-
-    def freed(self) -> None:
-        """Wake threads that wait for memory."""
-        ...
-
-
 class TableFlusher:
     """Drains the table of a publisher into its batches. For one thread, the flusher's."""
 
@@ -103,12 +39,12 @@ class TableFlusher:
         self,
         table: Table,
         views: Mapping[str, View],
-        batches: Batches,
+        delivery: Delivery,
         settings: PublisherSettings,
         clock: Clock,
         metrics: Metrics,
         account: Account,
-        spool: Spool | None = None,
+        spool: PublisherSpool | None = None,
     ) -> None:
         self.delta_count = 0
         """Deltas that were sealed."""
@@ -116,7 +52,7 @@ class TableFlusher:
         """When the last snapshot was taken."""
         self.table = table
         self._views = views
-        self._batches = batches
+        self._delivery = delivery
         self._snapshot_s = settings.snapshot_interval_ms / 1000
         self._idle_s = settings.series_idle_ms / 1000
         self._clock = clock
@@ -165,7 +101,7 @@ class TableFlusher:
             self._changed = True
             everything = seal and self._seal(now_s)
         elif seal:
-            self._batches.seal_drafts([], self._clock.now_ms())
+            self._delivery.seal_drafts([], self._clock.now_ms())
         if self._spool is not None:
             self._keep(self._spool, now_s)
         self._metrics.set(m.PUBLISHER_SNAPSHOT_AGE, self._clock.monotonic_s() - self.taken_s)
@@ -180,15 +116,15 @@ class TableFlusher:
 
     def _seal(self, now_s: float) -> bool:
         now_ms = self._clock.now_ms()
-        partition_count, busy = self._batches.room(now_ms)
+        partition_count, busy = self._delivery.room(now_ms)
         if not partition_count or (self._spool is not None and busy and not self._seals_more(now_s)):
             return False
         flags = bytes([number in busy for number in range(partition_count)]) if busy and self._spool is None else None
         self._torn = True
-        drafts = self.table.drain(partition_count, flags, self._batches.batch_bytes_max)
+        drafts = self.table.drain(partition_count, flags, self._delivery.batch_bytes_max)
         self._torn = False
         try:  # first: if it fails, it has them all the same
-            self._batches.seal_drafts(drafts, now_ms)
+            self._delivery.seal_drafts(drafts, now_ms)
         finally:
             self._cut_due = True
             self._drain_count += 1
@@ -201,8 +137,8 @@ class TableFlusher:
 
     def _seals_more(self, now_s: float) -> bool:
         """Return whether to make more batches, although many wait: now and then, because not all partitions need be away."""
-        if self._batches.batch_count != self._acknowledged:
-            self._acknowledged = self._batches.batch_count
+        if self._delivery.batch_count != self._acknowledged:
+            self._acknowledged = self._delivery.batch_count
             self._seal_again_s, self._seal_pause_s = min(self._seal_again_s, now_s + _SEAL_EVERY_S), 0.0
         if now_s < self._seal_again_s and not self.pressed:
             return False
@@ -212,27 +148,27 @@ class TableFlusher:
 
     # The spool
 
-    def _keep(self, spool: Spool, now_s: float) -> None:
+    def _keep(self, spool: PublisherSpool, now_s: float) -> None:
         """Have the spool know what became of what was recorded. If it can't be written now, the next flush tries again."""
         try:
             try:
                 if not spool.durable:
-                    self._batches.stow_if_pressed()
-                elif not self._batches.has_drafts and not self._torn:  # else what was drained is not all in batches
+                    self._delivery.stow_if_pressed()
+                elif not self._delivery.has_drafts and not self._torn:  # else what was drained is not all in batches
                     self._commit(spool)
             finally:  # what is in the rings needs no room on the disk
                 if self._fsync_s and now_s - self._synced_s >= self._fsync_s:
                     self._synced_s = now_s
                     spool.sync()
         except (Unavailable, BufferFull) as error:
-            self._batches.trouble = f"; the spool: {error}"
+            self._delivery.trouble = f"; the spool: {error}"
             if not self._complained_s or now_s - self._complained_s >= _COMPLAIN_S:
                 self._complained_s = now_s
                 _log.warning("the spool can't be written; batches wait for it: %s", error)
         finally:
             self._account.freed()  # the sender waits for it
 
-    def _commit(self, spool: Spool) -> None:
+    def _commit(self, spool: PublisherSpool) -> None:
         """Commit what was sealed; and what can't be, as merged series, once that takes less room than the rings."""
         if self._cut_due:
             self._positions, gone = self.table.cut()
@@ -275,8 +211,8 @@ class TableFlusher:
         self._overflowed = overflowed
         self._metrics.set(m.PUBLISHER_BYTES, self.table.used_bytes + self._account.used_bytes)
         self._metrics.set(m.PUBLISHER_SERIES, self.table.series_count)
-        self._metrics.set(m.PUBLISHER_IN_FLIGHT, len(self._batches.outbox))
-        self._metrics.set(m.PUBLISHER_HELD_BACK, self._batches.held_count)
+        self._metrics.set(m.PUBLISHER_IN_FLIGHT, len(self._delivery.outbox))
+        self._metrics.set(m.PUBLISHER_HELD_BACK, self._delivery.held_count)
         if self._spool is not None:
             self._metrics.set(m.PUBLISHER_SPOOL_BYTES, self._spool.used_bytes)
 

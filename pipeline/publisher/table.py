@@ -32,7 +32,7 @@ from zlib import crc32
 
 from pipeline.core.kinds import KINDS, State, check_ahead
 from pipeline.core.record import Definition, overflow_suffix
-from pipeline.publisher.drafts import Draft, Merged, cut, encode, value_bytes
+from pipeline.publisher.batching import Draft, Merged, cut, encode, value_bytes
 from pipeline.publisher.view import QUEUE_MAX, SHORT, AddView, ObserveView, SetView, Slot, View
 
 if TYPE_CHECKING:

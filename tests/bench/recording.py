@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 from pipeline.adapters.clock import SystemClock
 from pipeline.errors import PipelineError
 from pipeline.ports import MESSAGE_BYTES_MAX, Message
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
 from tests.bench.measure import Figure, Row, at_most_times, cheaper
 

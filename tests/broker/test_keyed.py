@@ -18,8 +18,8 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.errors import Unavailable
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Message, RequestKey
-from pipeline.producer.gateway import Gateway
 from pipeline.query.params import parse_deltas
 from pipeline.settings import KafkaSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS

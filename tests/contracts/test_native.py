@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import native
 from pipeline.native.sources import digest
-from pipeline.publisher import table_type
+from pipeline.publisher import views
 from pipeline.publisher.table import Table
 from tests.contracts.tables import extension
 from tests.support import ROOT, environment
@@ -52,7 +52,7 @@ def test_both_tables_have_one_interface() -> None:
         if inspect.isroutine(getattr(found, name)):
             one, other = (inspect.signature(getattr(kind, name)).parameters for kind in (found, Table))
             assert [it.name for it in one.values()] == [it.name for it in other.values()], name
-    assert table_type() is found
+    assert views.Table is found
 
 
 def run(code: str, *path: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -65,8 +65,8 @@ def run(code: str, *path: Path, **env: str) -> subprocess.CompletedProcess[str]:
 SHOW = """
 import logging; logging.basicConfig(level="INFO")
 from pipeline import native
-from pipeline.publisher import table_type
-print(native.in_use(), table_type().__module__, native.describe(), native.describe() == native.describe())
+from pipeline.publisher.views import Table
+print(native.in_use(), Table.__module__, native.describe(), native.describe() == native.describe())
 """
 
 

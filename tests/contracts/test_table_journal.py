@@ -25,8 +25,7 @@ from pipeline.core.kinds import KINDS, State
 from pipeline.core.record import OVERFLOW, Definition, series_suffix
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.errors import Unavailable
-from pipeline.producer.sealing import number
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending, number
 from pipeline.publisher.spool.live import Spool
 from pipeline.publisher.spool.ring import DELTA, END_BYTES, HEADER, encode_delta, scan
 from tests.contracts.tables import NOW_MS, Lab, Page, Pages, every_journal, extension, states_of

@@ -15,9 +15,9 @@ from pipeline.core.token import Token
 from pipeline.core.view import Query
 from pipeline.engine import Engine
 from pipeline.errors import GroupsRefused, Invalid, NotFound
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import RawDelta
-from pipeline.producer.client import BasePublisher
-from pipeline.producer.gateway import Gateway
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import DEAD_LETTERS
 from tests.support import wait_until

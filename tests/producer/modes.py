@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.ports import LogWriter
-from pipeline.producer.rescue import drain
+from pipeline.publisher.rescue import drain
 from pipeline.settings import PublisherSettings
 
 SPOOL = "a folder of the test's own"

@@ -23,7 +23,7 @@ from pipeline.core.record import TAG_DEFINITION, Batch, canonical, labels_of, pr
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.metrics import Metric
 from pipeline.ports import MESSAGE_BYTES_MAX, LogWriter, Message
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import Partition

@@ -9,8 +9,8 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.errors import BufferFull, Invalid
-from pipeline.producer.account import Account
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.account import Account
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
 from tests.producer.support import FaultyLog, Meter, fold, in_threads, memory_log, publisher, wait_until
 

@@ -15,7 +15,7 @@ import pipeline.metrics as m
 from pipeline.core.codec import decode_batch
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.publisher.views import SumSeries, SumView
 from tests.producer.support import FaultyLog, Meter, batches, fold, in_threads, memory_log, publisher, wait_until
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 import pipeline.metrics as m
-import pipeline.producer.sealing as sealing
+import pipeline.publisher.batching as sealing
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.codec import decode_batch
 from pipeline.core.record import Batch
@@ -17,7 +17,7 @@ from pipeline.core.sequence import GAP_COUNT_MAX
 from pipeline.errors import BadRecord, Fenced, GroupsRefused, Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metric
 from pipeline.ports import Message
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
 from tests.producer.support import FaultyLog, Meter, batches, fold, partition_of, publisher, wait_until
 

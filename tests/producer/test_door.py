@@ -10,8 +10,8 @@ from pipeline.core.limits import TaskLimits
 from pipeline.core.record import Batch, Control, Definition, Group, Origin, definition_key, producer_id_of, series_suffix
 from pipeline.core.sequence import Folded
 from pipeline.errors import BadRecord, GroupsRefused, Invalid, Unavailable
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import KnownDefinitions, RawDelta, RequestKey
-from pipeline.producer.gateway import Gateway
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, fold, publisher
 

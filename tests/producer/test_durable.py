@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
-from pipeline.producer.rescue import drain
+from pipeline.publisher.rescue import drain
 from pipeline.publisher.spool.look import inspect
 from pipeline.settings import PublisherSettings
 from tests.producer.support import (
@@ -389,7 +389,7 @@ from tests.producer.support import FaultyLog
 log = FaultyLog()
 pub = durable()
 told = []
-logging.getLogger("pipeline.producer.spooling").addFilter(told.append)
+logging.getLogger("pipeline.publisher.spooling").addFilter(told.append)
 kept = pub._running.spool._spool._database.batches
 cell = pub.sum("v").labels()
 cell.add(1.0)

@@ -8,9 +8,9 @@ import pytest
 import pipeline.metrics as m
 from pipeline.core.codec import decode_batch
 from pipeline.errors import Invalid, Unavailable
-from pipeline.producer.client import BasePublisher
-from pipeline.producer.delivery import held_after_ms
-from pipeline.producer.rescue import drain
+from pipeline.publisher.client import BasePublisher
+from pipeline.publisher.delivery import held_after_ms
+from pipeline.publisher.rescue import drain
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, Meter, fold, publisher, values, wait_until
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 import pipeline.metrics as m
-import pipeline.producer.sealing as sealing
+import pipeline.publisher.batching as sealing
 from pipeline.core.codec import encode_batch, encode_drafted
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import MESSAGE_BYTES_MAX, Message, RawDelta
-from pipeline.producer.gateway import Gateway
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 from tests.producer.support import CLOCK, FaultyLog, Meter, batches, fold, hurried_threads, in_threads, publisher, same

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import pipeline.producer.process as process
+import pipeline.publisher.fork as fork
 from pipeline.errors import BufferFull, Invalid, Unavailable
 from tests.producer.support import (
     FaultyLog,
@@ -131,20 +131,20 @@ def test_two_threads_that_fork_release_what_they_hold_themselves(monkeypatch: py
         start_clean = close
 
     member = Member()
-    monkeypatch.setattr(process, "_all", lambda: [member])
+    monkeypatch.setattr(fork, "_all", lambda: [member])
     held, go_on = threading.Event(), threading.Event()
 
     def other() -> None:
-        process._before_fork()
+        fork._before_fork()
         held.set()
         assert go_on.wait(20)
-        process._after_fork_in_parent()
+        fork._after_fork_in_parent()
 
     thread = threading.Thread(target=other)
-    process._before_fork()
+    fork._before_fork()
     thread.start()
     assert held.wait(20)
-    process._after_fork_in_parent()
+    fork._after_fork_in_parent()
     assert member.holders == [thread.ident]
     go_on.set()
     thread.join(20)
@@ -258,7 +258,7 @@ def test_what_could_not_be_sealed_is_counted_as_lost(monkeypatch: pytest.MonkeyP
     def failing(*_: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr("pipeline.producer.sealing.encode_drafted", failing)
+    monkeypatch.setattr("pipeline.publisher.batching.encode_drafted", failing)
     pub.sum("v").add(1)
     wait_until(lambda: pub._running.delivery._drafts)
     with pytest.raises(Unavailable):

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-import pipeline.producer.keyed as keyed
+import pipeline.ingest.idempotency as keyed
 from pipeline.core.codec import GROUP_COUNT_MAX, decode_batch
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import Control, Definition
 from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.ingest.gateway import Gateway
+from pipeline.ingest.idempotency import partition_of_request, producer_of_request
 from pipeline.ports import KnownDefinitions, RawDelta, RequestKey
-from pipeline.producer.gateway import Gateway
-from pipeline.producer.keyed import partition_of_request, producer_of_request
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, batches, fold, in_threads
 

@@ -33,7 +33,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     """An empty working directory, and an environment without settings."""
     import os
 
-    import pipeline.producer.surroundings as surroundings
+    import pipeline.publisher.surroundings as surroundings
 
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.upper().startswith("PIPELINE_")]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.adapters.clock import SystemClock
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import RawDelta
-from pipeline.producer.gateway import Gateway
 from pipeline.settings import PublisherSettings
 from tests.producer.support import fold, memory_log, publisher
 

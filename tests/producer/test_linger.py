@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pipeline.metrics as m
 from pipeline.errors import PipelineError
 from pipeline.ports import Message
-from pipeline.producer.linger import Linger
+from pipeline.publisher.linger import Linger
 from tests.producer.support import (
     FaultyLog,
     Meter,

@@ -12,7 +12,7 @@ import pytest
 import pipeline.metrics as m
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.errors import BufferFull, Invalid, Unavailable
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, fold, wait_until
 

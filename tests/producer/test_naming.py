@@ -8,9 +8,9 @@ import pytest
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import PipelineError, Unavailable
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Message, RawDelta
-from pipeline.producer.gateway import Gateway
-from pipeline.producer.naming import Naming
+from pipeline.publisher.naming import Naming
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 from tests.producer.support import CLOCK, FaultyLog, memory_log, publisher

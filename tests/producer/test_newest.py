@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import Invalid
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FileLog, Meter, fold, memory_log, publisher, run_script
 

@@ -13,8 +13,8 @@ import pytest
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryLog
 from pipeline.errors import BufferFull, PipelineError, Unavailable
-from pipeline.producer.client import BasePublisher
-from pipeline.producer.rescue import drain
+from pipeline.publisher.client import BasePublisher
+from pipeline.publisher.rescue import drain
 from pipeline.publisher.spool.look import inspect
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, Meter, fold, publisher, same, wait_until

@@ -11,9 +11,8 @@ from pipeline.core.record import series_prefix
 from pipeline.core.sequence import Sealed
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Message
-from pipeline.producer.rescue import DrainedSlot, drain
-from pipeline.producer.sealing import seal
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending, seal
+from pipeline.publisher.rescue import DrainedSlot, drain
 from pipeline.publisher.spool.leftover import Leftover, leftovers
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS

@@ -6,13 +6,12 @@ from zlib import crc32
 
 import pytest
 
-import pipeline.producer.sealing as sealing
+import pipeline.publisher.batching as sealing
 from pipeline.core.codec import GROUP_COUNT_MAX, decode_batch, encode_drafted
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import Batch, Definition, series_prefix, series_suffix
 from pipeline.core.sequence import Outbox, Sealed
-from pipeline.producer.sealing import seal
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending, seal
 from tests.producer.support import FaultyLog, batches, fold, publisher
 
 TEXTS = ["", "x", "ü" * 31, "x" * 200, "🎉" * 300, "x" * 5_000]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pipeline.metrics as m
 from pipeline.core.record import Definition
-from pipeline.producer.statsd import StatsdSink
+from pipeline.ingest.statsd import StatsdSink
 from pipeline.settings import IngestSettings
 from tests.producer.support import CLOCK, FaultyLog, Meter, Views, fold, publisher
 

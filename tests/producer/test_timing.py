@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BufferFull, Invalid
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
 from tests.producer.support import CLOCK, FaultyLog, Views, fold, in_threads, memory_log, publisher
 

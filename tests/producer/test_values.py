@@ -14,7 +14,7 @@ from pipeline.core.kinds import INT_BITS_MAX
 from pipeline.core.kinds import KINDS as ALGEBRA
 from pipeline.core.record import LABEL_VALUE_BYTES_MAX
 from pipeline.errors import Invalid
-from pipeline.producer.client import BasePublisher, publisher_settings
+from pipeline.publisher.client import BasePublisher, publisher_settings
 from tests.producer.support import fold, memory_log, publisher, same
 
 np = pytest.importorskip("numpy")

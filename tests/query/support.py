@@ -25,8 +25,8 @@ from pipeline.core.record import Batch, Definition, Group, canonical, producer_i
 from pipeline.core.route import route
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
-from pipeline.producer.gateway import Gateway
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-import pipeline.producer.keyed as keyed
+import pipeline.ingest.idempotency as keyed
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid, Unavailable
-from pipeline.producer.door import Rooms
-from pipeline.producer.gateway import Gateway
+from pipeline.ingest.admission import Rooms
+from pipeline.ingest.gateway import Gateway
 from pipeline.query.facts import StoredFacts
 from pipeline.query.idempotency import KEY_LENGTH_MAX, UsedKeys, parse_key
 from pipeline.query.problems import Refused

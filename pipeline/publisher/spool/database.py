@@ -37,7 +37,7 @@ from pipeline.core.kinds import State
 from pipeline.core.record import Batch, Definition, Group
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BadRecord, Invalid, Unavailable
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.slot import explained
 from pipeline.threads import fork_gate
 

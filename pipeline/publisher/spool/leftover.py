@@ -16,7 +16,7 @@ from pipeline.core.kinds.base import from_wire
 from pipeline.core.record import Definition
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BadRecord, Invalid
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.database import (
     FORMAT,
     LOG,

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.apart import apart
 from pipeline.publisher.spool.database import FORMAT, Database, Rings, Root, create, encode_pending
 from pipeline.publisher.spool.ring import (

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from pipeline.core.kinds import State
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.ring import encode_delta
 from tests.publisher.spool.support import VIEW, Recorder, sealed, suffix
 

@@ -13,7 +13,7 @@ from pipeline.core.codec import decode_batch, encode_batch
 from pipeline.core.kinds import KINDS, State, add
 from pipeline.core.record import Batch, Definition, Group, canonical, series_prefix, series_suffix
 from pipeline.core.sequence import Folded, Outbox, Sealed
-from pipeline.publisher.drafts import Pending, encode
+from pipeline.publisher.batching import Pending, encode
 from pipeline.publisher.spool.leftover import Leftover
 from pipeline.publisher.spool.live import Spool
 from pipeline.publisher.spool.ring import DELTA, Position, Ring, encode_delta

@@ -24,17 +24,17 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, LogWriter
-from pipeline.producer.account import Account
-from pipeline.producer.delivery import Delivery
-from pipeline.producer.identity import introduce
-from pipeline.producer.outage import WatchedLog
+from pipeline.publisher.account import Account
+from pipeline.publisher.delivery import Delivery
 from pipeline.publisher.flusher import TableFlusher, table_bytes
+from pipeline.publisher.identity import introduce
+from pipeline.publisher.outage import WatchedLog
 from pipeline.publisher.views import Table
 from pipeline.settings import PublisherSettings
 from pipeline.threads import ReentrantCondition
 
 if TYPE_CHECKING:
-    from pipeline.producer.spooling import PublisherSpool
+    from pipeline.publisher.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 _PARKED_LOOK_S = 1.0
@@ -86,7 +86,7 @@ class Running:
         self.spool: PublisherSpool | None = None
         """The spool of this process, if it has one."""
         if settings.spool_dir:
-            from pipeline.producer.spooling import (
+            from pipeline.publisher.spooling import (
                 PublisherSpool,  # only who has a spool pays for it, or needs its file locks
             )
 
@@ -397,7 +397,7 @@ class Running:
 
     def _rescue_until_stopped(self) -> None:
         """Send what processes that are gone have left in the spool folder; look again now and then."""
-        from pipeline.producer.rescue import drain
+        from pipeline.publisher.rescue import drain
 
         folder, writer = Path(self._settings.spool_dir), self._writer
         while not self._stop_rescue.is_set():

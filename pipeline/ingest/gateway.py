@@ -29,13 +29,12 @@ from pipeline.core.record import (
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
+from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, refusal
+from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
-from pipeline.producer.door import NoFacts, Rooms, check_batch, check_owner, refusal
-from pipeline.producer.keyed import chunks, partition_of_request, producer_of_request
-from pipeline.producer.naming import Naming
-from pipeline.producer.sealing import seal
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.batching import Pending, seal
+from pipeline.publisher.naming import Naming
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.ports import Clock, LogWriter, Message
-from pipeline.producer.delivery import FOR_GOOD
+from pipeline.publisher.delivery import FOR_GOOD
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

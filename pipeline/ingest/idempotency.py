@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from zlib import crc32
 
+from pipeline.ingest.admission import KEY_PREFIX
 from pipeline.ports import RawDelta, RequestKey
-from pipeline.producer.door import KEY_PREFIX
 
 # What follows is part of a request's identity, as are `_size`, `partition_of_request` and `producer_of_request`: servers of
 # two versions must cut alike. If they did not, a repeat at the other one would have other deltas under the sequence of a

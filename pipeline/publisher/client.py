@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pipeline.metrics as m
-import pipeline.producer.process as process
+import pipeline.publisher.fork as fork
 from pipeline import native
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition, canonical, check_definition
@@ -20,20 +20,20 @@ from pipeline.core.view import describe
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter, Resting
-from pipeline.producer.awaited import AwaitedFlushes
-from pipeline.producer.running import Running
-from pipeline.producer.surroundings import closest
-from pipeline.publisher.drafts import value_bytes
+from pipeline.publisher.awaited import AwaitedFlushes
+from pipeline.publisher.batching import value_bytes
 from pipeline.publisher.flusher import table_bytes
 from pipeline.publisher.local import LocalView
+from pipeline.publisher.running import Running
+from pipeline.publisher.surroundings import closest
 from pipeline.publisher.view import check_value
 from pipeline.publisher.views import VIEW_TYPES, LastView, ObservedView, SumView, Table, View, record_table
 from pipeline.settings import PublisherKeywords, PublisherSettings
 from pipeline.threads import are_green, guarded, in_hub
 
 if TYPE_CHECKING:
-    from pipeline.producer.spooling import PublisherSpool
     from pipeline.publisher.spool.ring import Segment
+    from pipeline.publisher.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 _VIEWS_MAX = 10_000
@@ -75,10 +75,10 @@ class BasePublisher:
         self._closed = False
         self._inherited = False
         self._start()
-        process.join(self)
+        fork.join(self)
         if self._running.spool is not None:
             self._running.spool.open()  # so that a folder that can't be used is an error here
-            if not process.is_nest():
+            if not fork.is_nest():
                 self._running.start_threads()
 
     def _start(self, parent: Running | None = None) -> None:
@@ -134,15 +134,15 @@ class BasePublisher:
 
     def _opening(self) -> None:
         """A series comes in: raise `Invalid` if the publisher is closed, and see to it that the threads run."""
-        process.check_fork()
+        fork.check_fork()
         if self._closing:
             raise Invalid("this publisher is closed")
         if not self._used:
             if self._green != are_green():  # patched since, as gunicorn's gevent workers are after the fork: other locks
                 self.start_clean()
             self._used = True
-            process.drain_when_child_ends()
-        if not process.is_nest():
+            fork.drain_when_child_ends()
+        if not fork.is_nest():
             self._running.start_threads()
         self._running.account.entered()
 
@@ -150,7 +150,7 @@ class BasePublisher:
         return self._running.full(size, count)
 
     def _local(self, view: Any) -> LocalView:
-        process.check_fork()
+        fork.check_fork()
         taken_s = self._running.flusher.taken_s  # first: states that are newer than it says are no lie
         states = self._table.local(view)
         now_s = self._clock.monotonic_s
@@ -201,7 +201,7 @@ class BasePublisher:
     def _view(
         self, _: type[ViewT], kind: str, view: str, labels: Sequence[str], window_s: int | None, monotone: bool = False
     ) -> ViewT:
-        process.check_fork()
+        fork.check_fork()
         if self._closing:
             raise Invalid("this publisher is closed")
         definition = _definition(kind, view, labels, window_s, monotone)
@@ -248,7 +248,7 @@ class BasePublisher:
         Raises `Unavailable` after `timeout_s`; the deltas stay buffered and are sent all the same. Raises `Invalid` if
         batches were rejected for good since the last flush: what was in them is gone, and counted.
         """
-        process.check_fork()
+        fork.check_fork()
         if self._closed:
             raise Invalid("this publisher is closed")
         return self._flush(timeout_s)
@@ -267,7 +267,7 @@ class BasePublisher:
         return token
 
     def _flush_awake(self, timeout_s: float) -> Token:
-        with process.awake(self._rest):
+        with fork.awake(self._rest):
             return self._running.flush(timeout_s)
 
     async def flush_async(self, timeout_s: float = 10.0) -> Token:
@@ -277,7 +277,7 @@ class BasePublisher:
         been `Invalid` is raised by the next flush. Recording needs no such method: `add` waits for no network, and for
         memory only if `on_full` says so.
         """
-        process.check_fork()
+        fork.check_fork()
         if self._closed:
             raise Invalid("this publisher is closed")
         if not self._used:
@@ -293,7 +293,7 @@ class BasePublisher:
         Raises as `flush` does, after letting go: what was not acknowledged until then is lost, and counted, unless it
         waits in a spool. In a signal handler that has interrupted a write to the spool, another thread closes it.
         """
-        process.check_fork()
+        fork.check_fork()
         running = self._running
         if running.in_own_thread or running.is_held or in_hub():  # a finaliser, run there by chance, or a signal handler
             _thread.start_new_thread(guarded(_log, "pipeline-closer", self.close), (timeout_s,))  # `Thread.start` would wait
@@ -327,7 +327,7 @@ class BasePublisher:
         if self._closed:
             return
         self._closed = True
-        process.leave(self)
+        fork.leave(self)
         if lost := self._running.stop():
             self._metrics.inc(m.PUBLISHER_DROPPED, lost, "closed")
         if self._used or not self._inherited:  # connections that only the parent has used are the parent's to close
@@ -335,7 +335,7 @@ class BasePublisher:
 
     def stats(self) -> dict[str, int]:
         """Deltas drained; batches, entries acknowledged; batches rejected, waiting; series and bytes in memory."""
-        process.check_fork()
+        fork.check_fork()
         return self._running.stats()
 
 

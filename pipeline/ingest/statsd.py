@@ -23,7 +23,7 @@ from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER,
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
-from pipeline.producer.client import BasePublisher
+from pipeline.publisher.client import BasePublisher
 from pipeline.settings import IngestSettings
 
 MEMBER = "member"

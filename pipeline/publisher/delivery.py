@@ -17,16 +17,15 @@ from pipeline.core.token import Token
 from pipeline.errors import BadRecord, BufferFull, Fenced, GroupsRefused, Invalid, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, LogWriter, Message
-from pipeline.producer.account import Account
-from pipeline.producer.linger import Linger
-from pipeline.producer.naming import Naming
-from pipeline.producer.sealing import number
-from pipeline.publisher.drafts import Draft
+from pipeline.publisher.account import Account
+from pipeline.publisher.batching import Draft, number
+from pipeline.publisher.linger import Linger
+from pipeline.publisher.naming import Naming
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
 if TYPE_CHECKING:
-    from pipeline.producer.spooling import PublisherSpool
+    from pipeline.publisher.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 SEND_BYTES_MAX = 4 * 2**20

@@ -1,16 +1,18 @@
-"""From merged states to batches: put by partition, cut to size, and encoded."""
+"""From merged states to batches: put by partition, cut to size, numbered, and encoded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 
-from pipeline.core.codec import GROUP_COUNT_MAX, encode_groups
+from pipeline.core.codec import GROUP_COUNT_MAX, encode_drafted, encode_groups
 from pipeline.core.kinds import State
-from pipeline.core.record import Definition, Group, travelling
+from pipeline.core.record import Batch, Definition, Group, series_prefix, travelling
+from pipeline.core.sequence import Outbox, Sealed
 
 BATCH_BYTES = 280
 """What a batch takes without its groups, at most."""
@@ -103,3 +105,35 @@ class _Growing:
         groups = [*self._groups.values()]
         series_count = sum([len(group.suffixes) for group in groups])
         return Draft(partition, encode_groups(groups), len(groups), series_count, self._delta_count)
+
+
+def number(draft: Draft, outbox: Outbox, now_ms: int) -> Sealed:
+    """Return a draft as the next batch of a producer; the caller adds it to the outbox."""
+    sequence, floor = outbox.next_numbers(draft.partition)
+    batch = Batch(outbox.producer_id, outbox.epoch, draft.partition, sequence, floor, now_ms, [])
+    return Sealed(draft.partition, sequence, encode_drafted(batch, draft.groups), draft.series_count)
+
+
+def seal(
+    items: Iterable[Pending], outbox: Outbox, *, partition_count: int, batch_bytes_max: int, now_ms: int
+) -> list[Sealed]:
+    """Put series, each of them once, into batches of at most `batch_bytes_max`, numbered by `outbox`, which keeps them.
+
+    A series that is larger by itself gets a batch by itself. All or nothing: what fails raises, and nothing is sealed.
+    """
+    known: dict[Definition, tuple[Definition, bytes]] = {}
+    routed = []
+    for item in items:
+        definition, prefix = known.setdefault(item.definition, (item.definition, series_prefix(item.definition)))
+        partition = crc32(prefix + item.suffix) % partition_count
+        routed.append(Merged(partition, definition, item.suffix, item.state))
+    out: list[Sealed] = []
+    try:
+        for draft in cut(routed, batch_bytes_max):
+            out.append(number(draft, outbox, now_ms))
+            outbox.add(out[-1])
+    except BaseException:
+        for sealed in out:
+            outbox.acknowledge(sealed.partition, sealed.sequence)
+        raise
+    return out

@@ -12,9 +12,9 @@ from pipeline.core.codec import decode_batch
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, LogWriter, Message
-from pipeline.producer.delivery import FOR_GOOD, SEND_BYTES_MAX, held_after_ms
-from pipeline.producer.identity import dismiss, introduce
-from pipeline.producer.sealing import seal
+from pipeline.publisher.batching import seal
+from pipeline.publisher.delivery import FOR_GOOD, SEND_BYTES_MAX, held_after_ms
+from pipeline.publisher.identity import dismiss, introduce
 from pipeline.publisher.spool.leftover import Leftover, Report, leftovers
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS

@@ -1,6 +1,6 @@
 """Who a producer is: a secret that only it knows, and an id, made from the secret, that everybody may see.
 
-A gateway takes batches of an id only from whoever sends the secret with them (`door.check_owner`). On Kafka it is the
+A gateway takes batches of an id only from whoever sends the secret with them (`check_owner`). On Kafka it is the
 broker's permissions that say who may write.
 """
 

@@ -14,8 +14,8 @@ from pipeline.core.record import producer_id_of
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metrics
-from pipeline.producer.account import Account
-from pipeline.publisher.drafts import Pending
+from pipeline.publisher.account import Account
+from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.apart import apart
 from pipeline.publisher.spool.live import Spool
 from pipeline.publisher.spool.ring import Segment
@@ -47,7 +47,7 @@ class PublisherSpool:
         lock: threading.RLock,
         metrics: Metrics,
     ) -> None:
-        """`secret` is that of the producer; see `pipeline.producer.identity`. `ends`: where the table's rings end now."""
+        """`secret` is that of the producer; see `pipeline.publisher.identity`. `ends`: where the table's rings end now."""
         self.durable = settings.durability != "memory"
         """True if a batch may be sent only once it is kept; else batches are kept so that they need no memory."""
         self._settings = settings
