@@ -11,9 +11,9 @@ Reading order, from the nouns inward out:
 4. `ports`: what the shells need; `adapters.memory` is the shortest implementation, `adapters.embedded` the durable one.
 5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `holding` and `commits`, runs those that
    are ours, `worker.replica` follows the changelog for query servers and standbys, `worker.watchdog` ends what stalls.
-6. `publisher` (`table`, `views`; the same in `native`): where deltas wait; `publisher.spool`: how they outlive a process;
-   `producer` (it has a reading order of its own): how they leave; `adapters.bridge` for code that is instrumented;
-   `core.statsd`, `producer.statsd`, `adapters.statsd` and `adapters.pushed` for what others send.
+6. `publisher` (it has a reading order of its own): where deltas wait, how they leave, and how they outlive a process; the
+   table is in `native` too. `ingest`, `core.statsd`, `adapters.statsd`, `adapters.pushed` and `adapters.bridge`: deltas from
+   programs that do not use it.
 7. `core.view`, `query.reader`, `query.api`: answers.
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
 9. `core.placement`: who gets which partition; `adapters.faust`: `wire` (what members tell each other), `app`, `membership`,

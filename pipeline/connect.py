@@ -79,7 +79,7 @@ class Publisher(BasePublisher):
 
     `url` is `kafka://host:port[,host:port...][/app]` of brokers, `http://host:port` of a server, or
     `embedded:FOLDER`, a log in this process that `pipeline up --data FOLDER` folds. Keywords are the publisher and
-    Kafka settings (README); what is not given is looked for in the environment (`PIPELINE_*`), then in
+    Kafka settings (`pipeline docs settings`); what is not given is looked for in the environment (`PIPELINE_*`), then in
     `pipeline.toml`. `registry` is one of prometheus_client, which then shows the publisher's own metrics; a label
     `publisher` tells it from others there. What was recorded since the last flush is lost if this process is killed;
     `close()`, leaving the `with` block, and the end of the interpreter flush it.

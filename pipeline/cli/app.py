@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.dead_letters import dead_letters
+from pipeline.cli.docs import docs
 from pipeline.cli.ingest import ingest
 from pipeline.cli.inspect import inspect
 from pipeline.cli.options import (
@@ -415,6 +416,7 @@ def bench(
     raise SystemExit(run_bench(names or [], kafka=kafka, quick=quick, plots=plots, as_json=json))
 
 
+app.command()(docs)
 app.add_typer(ingest, name="ingest", help="Take in what other programs send: StatsD.")
 app.add_typer(views, name="views", help="List, drop or reset views.")
 app.add_typer(inspect, name="inspect", help="Print what is in the log or a store, record by record.")

@@ -30,7 +30,7 @@ FromKafka = Annotated[str, typer.Option("--from", metavar="URL", help="The broke
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name (README, Settings). Can be repeated."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name (pipeline docs settings). Can be repeated."),
 ]
 Name = Annotated[
     str | None,

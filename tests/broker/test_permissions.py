@@ -1,4 +1,4 @@
-"""Logins and permissions on a real broker: with the least that README names all works; who lacks some of it says so."""
+"""Logins and permissions on a real broker: with the least that the docs name all works; who lacks some of it says so."""
 
 from __future__ import annotations
 

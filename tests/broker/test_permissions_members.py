@@ -1,4 +1,4 @@
-"""Workers with a name at a broker with logins: the least that README names is enough, and who lacks some of it says so."""
+"""Workers with a name at a broker with logins: the least that the docs name is enough, and who lacks some of it says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README tells the truth: its code blocks run, its tables are complete, its commands are those that CI runs."""
+"""README and docs tell the truth: their code blocks run, their tables are complete, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme.tables import README, with_tables
+from tests.docs.tables import PAGES, ROOT, with_tables
 from tests.support import UpProcess
 
-TEXT = README.read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.S | re.M)
-ROOT = README.parent
+README = PAGES[0]
+BLOCKS = [it for page in PAGES for it in re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), flags=re.S | re.M)]
 
 
 def blocks(language: str) -> list[str]:
-    """The code blocks of one language."""
+    """Return the code blocks of one language: those of the README, then of the pages in alphabetical order."""
     return [code for name, code in BLOCKS if name == language]
 
 
@@ -42,8 +41,37 @@ def run(command: list[str], cwd: Path) -> str:
 
 
 def test_tables_are_complete() -> None:
-    """Every setting and every metric stands in the README, as the code has it."""
-    assert with_tables(TEXT) == TEXT, "run python -m tests.readme.tables"
+    """Every setting and every metric stands in the docs, as the code has it."""
+    text = "".join(page.read_text() for page in PAGES)
+    assert with_tables(text) == text, "run python -m tests.docs.tables"
+    assert text.count("written by python -m tests.docs.tables") == 2
+
+
+def test_the_readme_is_short() -> None:
+    """A user reads one page of at most 200 lines, and finds every other page from there."""
+    text = README.read_text()
+    assert text.count("\n") <= 200
+    assert all(f"(pipeline/docs/{page.name})" in text for page in PAGES[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Each link to a file or a heading of ours finds it."""
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        other = page.parent / target if target else page
+        assert other.exists(), target
+        headings = {
+            re.sub(r"[^a-z0-9 -]", "", it.lower()).replace(" ", "-")
+            for it in re.findall(r"^#+ (.*)$", other.read_text(), re.M)
+        }
+        assert not heading or heading in headings, heading
+
+
+def test_docs_command(tmp_path: Path) -> None:
+    """`pipeline docs` names every page, and prints one."""
+    shown = run(["pipeline", "docs"], tmp_path)
+    assert all(page.stem in shown for page in PAGES[1:])
+    assert run(["pipeline", "docs", "kafka"], tmp_path) == (ROOT / "pipeline" / "docs" / "kafka.md").read_text()
 
 
 def test_setup_commands_are_those_of_ci() -> None:
@@ -54,15 +82,20 @@ def test_setup_commands_are_those_of_ci() -> None:
         assert step in ci
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+@pytest.mark.parametrize("code", blocks("python")[1:], ids=lambda code: code.splitlines()[0])
 def test_python_blocks_run(code: str, server: UpProcess, tmp_path: Path) -> None:
     """Each Python block does what it says, against a server."""
     run([sys.executable, "-c", code.replace("http://127.0.0.1:8080", server.url)], tmp_path)
 
 
-def test_the_example_is_short() -> None:
-    """A newcomer can take the example in at a glance: about twenty lines."""
-    assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 22
+def test_the_example_can_be_run_twice(tmp_path: Path) -> None:
+    """A newcomer can take it in at a glance, and it counts on when it is run again."""
+    example = blocks("python")[0]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 22
+    with UpProcess(tmp_path / "data") as up:
+        code = example.replace("http://127.0.0.1:8080", up.url)
+        answers = [run([sys.executable, "-c", code], tmp_path).split()[0] for _ in range(2)]
+    assert answers == ["16012.5", "32025.0"]
 
 
 @pytest.mark.parametrize("code", blocks("sh"), ids=lambda code: code.splitlines()[0][:40])

@@ -1,4 +1,4 @@
-"""The README's commands for Kafka, on a broker."""
+"""The docs' commands for Kafka, on a broker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.broker.kafka import App, create_topics
-from tests.readme.test_readme import blocks, run
+from tests.docs.test_readme import blocks, run
 
 ENDING = "trap 'kill $(jobs -p) && wait' EXIT\n"
 USE = """
@@ -23,7 +23,7 @@ curl -sf http://127.0.0.1:{worker}/metrics | grep pipeline_commits_total
 
 @pytest.mark.timeout(120)
 def test_the_commands_make_a_pipeline(app: App, tmp_path: Path) -> None:
-    """Topics, a worker and a query server as the README starts them count what is published to Kafka and to the server."""
+    """Topics, a worker and a query server as the docs start them count what is published to Kafka and to the server."""
     with socket.socket() as one, socket.socket() as other:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def test_the_commands_make_a_pipeline(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_workers_with_names_share_the_partitions(app: App, tmp_path: Path) -> None:
-    """As the README starts them; and its last command shows who has what."""
+    """As the docs start them; and its last command shows who has what."""
     create_topics(app.bootstrap, app.app, 4)
     *workers, status = _real(blocks("bash")[1], app, {"8081": 0, "8082": 0}).splitlines()
     ready = f"until {status} --json 2> /dev/null > shown && grep -q w1 shown && grep -q w2 shown; do sleep 0.5; done\n"

@@ -1,4 +1,4 @@
-"""The README's tables of settings and metrics, made from the code. `python -m tests.readme.tables` writes them."""
+"""The tables of settings and metrics in the docs, made from the code. `python -m tests.docs.tables` writes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from pipeline.settings import (
     default_of,
 )
 
-README = Path(__file__).parent.parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "pipeline" / "docs").glob("*.md"))]
+"""What a user reads: the README first."""
 TITLES = {
     PublisherSettings: "publisher",
     KafkaSettings: "Kafka",
@@ -52,11 +54,12 @@ def metrics_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """The README's text with both tables as they should be."""
+    """Return the text of a page with the tables in it as they should be."""
     for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
         text = re.sub(rf"(<!-- {name}:[^\n]*\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))

@@ -1,11 +1,11 @@
-"""The README's StatsD, against a server."""
+"""The docs' StatsD, against a server."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
 
-from tests.readme.test_readme import blocks, run
+from tests.docs.test_readme import blocks, run
 from tests.support import UpProcess
 
 ENDING = "trap 'kill $(jobs -p) 2> /dev/null && wait' EXIT\n"
@@ -14,7 +14,7 @@ READ = "until pipeline get checkout_orders --from {url} 2> /dev/null | grep eu; 
 
 
 def test_it_counts_what_a_shell_sends(tmp_path: Path) -> None:
-    """As the README starts it and sends to it: one in ten is ten."""
+    """As the docs start it and sends to it: one in ten is ten."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The README's agents, on a broker."""
+"""The docs' agents, on a broker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from confluent_kafka import Producer
 
 from tests.broker.agents import SESSION_MS, Source
 from tests.broker.kafka import App
-from tests.readme.test_readme import blocks
+from tests.docs.test_readme import blocks
 from tests.support import Program
 
 
