@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -65,6 +66,19 @@ def test_links_lead_somewhere(page: Path) -> None:
             for it in re.findall(r"^#+ (.*)$", other.read_text(), re.M)
         }
         assert not heading or heading in headings, heading
+
+
+def test_each_step_of_a_delta_is_there() -> None:
+    """The page that follows a delta has at most 30 steps, and names functions that exist."""
+    text = (ROOT / "pipeline" / "docs" / "inside.md").read_text()
+    steps = re.split(r"^\d+\. ", text, flags=re.M)[1:]
+    assert 20 <= len(steps) <= 30
+    for step in steps:
+        names = re.findall(r"`(pipeline\.[\w.]+)`", step)
+        assert names, step
+        for name in names:
+            found = pkgutil.resolve_name(name)
+            assert callable(found) or isinstance(found, property), name
 
 
 def test_docs_command(tmp_path: Path) -> None:
