@@ -9,7 +9,7 @@ Reading order, from the nouns inward out:
 2. `core.codec`, `core.sequence`, `core.token`: bytes, exactly once, read your writes.
 3. `core.task`: the protocol of a partition, as a state machine without side effects.
 4. `ports`: what the shells need; `adapters.memory` is the shortest implementation, `adapters.embedded` the durable one.
-5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `holding` and `commits`, runs those that
+5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `active` and `commits`, runs those that
    are ours, `worker.replica` follows the changelog for query servers and standbys, `worker.watchdog` ends what stalls.
 6. `publisher` (it has a reading order of its own): where deltas wait, how they leave, and how they outlive a process; the
    table is in `native` too. `ingest`, `core.statsd`, `adapters.statsd`, `adapters.pushed` and `adapters.bridge`: deltas from

@@ -88,7 +88,7 @@ def in_hub() -> bool:
     return sys.modules["greenlet"].getcurrent() is hub
 
 
-class Away:
+class OutageLogger:
     """The pause of a thread while the log is away. A warning that says `what_follows` is logged at most every ten seconds.
 
     `stop` ends a pause. Owned by one thread.
@@ -161,9 +161,9 @@ class LoopThread:
     """A thread that calls `step`, and waits `interval_s`, again and again until it is stopped; or waits first.
 
     `Unavailable` from a step means that the log is away: `put_off` is called with it, and waits; by default the pause is
-    that of `Away`, and its warning is `while_away`. Any other exception is one that nobody expected. With `on_fatal` the
-    thread then ends: `at_end` is logged and `on_fatal` called, once, from the thread, so that the process ends. Without it
-    the thread goes on after a pause that doubles. `on_end` is called at the thread's end, whatever ended it.
+    that of `OutageLogger`, and its warning is `while_away`. Any other exception is one that nobody expected. With `on_fatal`
+    the thread then ends: `at_end` is logged and `on_fatal` called, once, from the thread, so that the process ends. Without
+    it the thread goes on after a pause that doubles. `on_end` is called at the thread's end, whatever ended it.
     `failures` are those of an earlier thread of the same name: a forked child must touch no metric, whose lock may be held.
     """
 
@@ -186,7 +186,7 @@ class LoopThread:
     ) -> None:
         self.stopping = threading.Event()
         """Set once the thread is to end; a step may wait for it."""
-        self.away = Away(log, clock, self.stopping, while_away)
+        self.away = OutageLogger(log, clock, self.stopping, while_away)
         self.failed = False
         """Whether the thread has ended by itself."""
         self.beat_s = clock.monotonic_s()

@@ -18,8 +18,8 @@ from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, Wor
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
 from pipeline.worker.follower import Progress
+from pipeline.worker.lag import Ends, LagReporter
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.mirror import Ends, Mirror
 from pipeline.worker.partition import Partition
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
@@ -156,8 +156,8 @@ class ClusterWorker(Role):
             metrics=self._metrics,
         )
 
-    def _new_mirror(self) -> Mirror:
-        return Mirror(
+    def _new_mirror(self) -> LagReporter:
+        return LagReporter(
             self._positions,
             ends=self._ask_ends,
             start_offsets=partial(self.log.start_offsets, DELTAS),

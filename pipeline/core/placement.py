@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Standing(NamedTuple):
+class MemberState(NamedTuple):
     """What a member had in the last round, and of which partitions it could take over at once."""
 
     actives: frozenset[int] = frozenset()
@@ -19,14 +19,14 @@ class Standing(NamedTuple):
     warm: frozenset[int] = frozenset()
 
 
-class Placed(NamedTuple):
+class Assignment(NamedTuple):
     """What a member has in this round."""
 
     actives: frozenset[int]
     standbys: frozenset[int]
 
 
-def place(partition_count: int, members: Mapping[str, Standing], standby_count: int) -> dict[str, Placed]:
+def place(partition_count: int, members: Mapping[str, MemberState], standby_count: int) -> dict[str, Assignment]:
     """Place partitions on members. Each is active in exactly one, standby in `standby_count` others if there are so many.
 
     The same for the same arguments. Moves nothing if no two members' counts of actives differ by more than one.
@@ -38,7 +38,7 @@ def place(partition_count: int, members: Mapping[str, Standing], standby_count: 
     planned = _level(owners, members, names)
     copies = _copies(partition_count, owners, planned, members, names, standby_count)
     return {
-        name: Placed(
+        name: Assignment(
             frozenset(number for number, owner in owners.items() if owner == name),
             frozenset(number for number, holders in copies.items() if name in holders),
         )
@@ -46,7 +46,7 @@ def place(partition_count: int, members: Mapping[str, Standing], standby_count: 
     }
 
 
-def _owners(count: int, members: Mapping[str, Standing], names: list[str]) -> dict[int, str]:
+def _owners(count: int, members: Mapping[str, MemberState], names: list[str]) -> dict[int, str]:
     """Who had it keeps it; what nobody has goes where it is warm, within a fair share."""
     owners: dict[int, str] = {}
     for name in names:
@@ -64,7 +64,7 @@ def _owners(count: int, members: Mapping[str, Standing], names: list[str]) -> di
     return owners
 
 
-def _level(owners: dict[int, str], members: Mapping[str, Standing], names: list[str]) -> dict[int, str]:
+def _level(owners: dict[int, str], members: Mapping[str, MemberState], names: list[str]) -> dict[int, str]:
     """Move actives between members until they are level; where the taker is cold, only plan it: partition to taker."""
     planned: dict[int, str] = {}
     loads = _loads(owners, names)
@@ -87,7 +87,7 @@ def _copies(
     count: int,
     owners: Mapping[int, str],
     planned: Mapping[int, str],
-    members: Mapping[str, Standing],
+    members: Mapping[str, MemberState],
     names: list[str],
     standby_count: int,
 ) -> dict[int, set[str]]:
@@ -113,5 +113,5 @@ def _loads(owners: Mapping[int, str], names: list[str]) -> dict[str, int]:
     return loads
 
 
-def _coldness(member: Standing, number: int) -> tuple[bool, bool]:
+def _coldness(member: MemberState, number: int) -> tuple[bool, bool]:
     return (number not in member.warm and number not in member.actives, number not in member.standbys)

@@ -231,14 +231,14 @@ def decode_labels(keys: Sequence[bytes], skip: int, width: int) -> list[Labels]:
     return rows
 
 
-def in_turn(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+def chain_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
     """The entries of all scans, as columns of at most `size`."""
     for scan in scans:
         while block := list(islice(scan, size)):
             yield [key for key, _ in block], [value for _, value in block]
 
 
-def in_step(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
     """The entries of all scans, as columns, so that no key stands in two blocks; each scan is sorted by key.
 
     So a block's series are complete, whichever partitions they live in, and need not be held until the end.
@@ -266,7 +266,7 @@ def in_step(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[
             return
 
 
-class Choice:
+class TopN:
     """Keeps what `top` and `limit` select from groups that are offered once each; holds little more than those."""
 
     def __init__(self, kind: Kind, *, top: int | None, limit: int) -> None:

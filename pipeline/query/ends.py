@@ -24,7 +24,7 @@ _START_OFFSETS_S = 10.0
 Offsets = Callable[[], Mapping[int, int]]
 
 
-class Seen(NamedTuple):
+class LogEnds(NamedTuple):
     """Where the log ended and began, by partition, at or after `at_s` on the monotonic clock; empty: it did not say."""
 
     at_s: float
@@ -42,17 +42,17 @@ class EndsNow:
         self._start_offsets = start_offsets
         self._clock = clock
         self._source_id = source_id
-        self._seen: Seen | None = None
+        self._seen: LogEnds | None = None
 
-    def __call__(self) -> Seen:
+    def __call__(self) -> LogEnds:
         """What the log says now."""
         at_s = self._clock.monotonic_s()
         seen = self._seen
         if seen is None or not seen.end_offsets or at_s - seen.at_s >= _SHARED_S:
             try:
-                seen = Seen(at_s, self._end_offsets(), self._start_offsets(), self._source_id)
+                seen = LogEnds(at_s, self._end_offsets(), self._start_offsets(), self._source_id)
             except Unavailable:
-                seen = Seen(
+                seen = LogEnds(
                     at_s, {}, {}, self._source_id
                 )  # reads go on without the log; what was seen earlier still bounds them
             self._seen = seen
@@ -82,12 +82,12 @@ class EndsPolled:
         self._starts: Mapping[int, int] = {}
         self._next_starts_s = 0.0
         self._away = False
-        self._seen = Seen(clock.monotonic_s(), {}, {})
+        self._seen = LogEnds(clock.monotonic_s(), {}, {})
         self.thread = LoopThread(
             "pipeline-ends", self.step, log=_log, clock=clock, metrics=metrics, interval_s=interval_ms / 1000
         )
 
-    def __call__(self) -> Seen:
+    def __call__(self) -> LogEnds:
         """What the log said last."""
         return self._seen
 
@@ -108,7 +108,7 @@ class EndsPolled:
                 self._next_starts_s = at_s + _START_OFFSETS_S
                 at_s = self._clock.monotonic_s()
             ends = self._end_offsets()
-            self._seen = Seen(at_s, ends, self._starts, self._source_id())
+            self._seen = LogEnds(at_s, ends, self._starts, self._source_id())
             self._away = False
         except PipelineError as error:
             if not self._away and not self.thread.stopping.is_set():

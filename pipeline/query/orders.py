@@ -18,7 +18,7 @@ _REMEMBERED_MAX = 1_000
 _JSON = "application/json"
 
 
-class Choice(msgspec.Struct, forbid_unknown_fields=True):
+class DefinitionChoice(msgspec.Struct, forbid_unknown_fields=True):
     """The body of an order: which definitions of the view. `{}` is all of them."""
 
     kind: str | None = None
@@ -35,7 +35,7 @@ def parse_order(action: str, view: str, body: bytes, content_type: str) -> Contr
     if content_type.partition(";")[0].strip().lower() != _JSON:
         raise Refused(415, f'the body is {_JSON}: {{}}, or {{"kind": ..., "labels": [...]}} for some definitions only')
     try:
-        choice = msgspec.json.decode(body, type=Choice)
+        choice = msgspec.json.decode(body, type=DefinitionChoice)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Invalid(f"the body is not JSON that chooses definitions: {error}") from None
     return order(action, view, choice.kind, choice.labels)

@@ -30,20 +30,20 @@ from pipeline.core.record import (
     series_suffix,
 )
 from pipeline.core.view import (
-    Choice,
     Labels,
     Listed,
     Merged,
     Query,
     Selected,
+    TopN,
+    chain_blocks,
     decode_labels,
     fold,
     group_key,
-    in_step,
-    in_turn,
     is_complete,
     label_index,
     listed,
+    merge_sorted_blocks,
     merged,
     narrow,
     pinned_labels,
@@ -53,7 +53,7 @@ from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
 from pipeline.query.answer import Answer, AsOf, PartitionState, Series, View, Views
-from pipeline.query.ends import Seen
+from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms
 from pipeline.query.trust import Distrust, blame, damaged, trust, trust_each
@@ -97,7 +97,7 @@ class ViewReader:
         self,
         *,
         stores: Callable[[], Mapping[int, ReadableStore]],
-        ends: Callable[[], Seen],
+        ends: Callable[[], LogEnds],
         clock: Clock,
         settings: QuerySettings,
         metrics: Metrics = NO_METRICS,
@@ -110,7 +110,7 @@ class ViewReader:
         self._metrics = metrics
         self._distrust = distrust
         self._end_offsets: dict[int, EndOffsets] = {}
-        self._seen: Seen | None = None
+        self._seen: LogEnds | None = None
         self._plans: dict[tuple[str, str | None, int | None], _Plan] = {}
         self._closed = False
 
@@ -204,7 +204,7 @@ class ViewReader:
         groups: dict[Labels, Any] = {}
         if states and all(test([labels[index]])[0] for index, test in tests):
             fold(kind, groups, group([labels] * len(states)), states)
-        choice = Choice(kind, top=query.top, limit=query.limit)
+        choice = TopN(kind, top=query.top, limit=query.limit)
         choice.offer(groups)
         return self._answer(query, plan.merged, choice.selected(), positions, seen)
 
@@ -239,13 +239,13 @@ class ViewReader:
         tests = self._tests(definition, query, check)
         # Of several definitions, series of one and the same labels do not stand side by side in the order of keys.
         complete = is_complete(definition, query.by) and len(merged.parts) == 1
-        choice = Choice(kind, top=query.top, limit=query.limit)
+        choice = TopN(kind, top=query.top, limit=query.limit)
         groups: dict[Labels, Any] = {}
         for part in merged.parts:
             prefix = series_prefix(part)
             skip, width, wide = len(prefix) + len(WINDOW_NONE), len(part.labels), widen(merged, part)
             scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots.values()]
-            for keys, values in (in_step if complete else in_turn)(scans, _BLOCK):
+            for keys, values in (merge_sorted_blocks if complete else chain_blocks)(scans, _BLOCK):
                 check()
                 try:
                     rows, matching = wide(decode_labels(keys, skip, width)), values
@@ -286,7 +286,7 @@ class ViewReader:
             raise Unavailable(f"view {view}: not read within timeout_ms; {advice}")
 
     def _answer(
-        self, query: Query, merged: Merged, selected: Selected, positions: Mapping[int, Position], seen: Seen
+        self, query: Query, merged: Merged, selected: Selected, positions: Mapping[int, Position], seen: LogEnds
     ) -> Answer:
         definition = merged.definition
         names = definition.labels if query.by is None else query.by
@@ -430,7 +430,7 @@ class ViewReader:
         if any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
 
-    def _note_ends(self) -> Seen:
+    def _note_ends(self) -> LogEnds:
         seen = self._ends()
         if seen is not self._seen:
             for number, end_offset in seen.end_offsets.items():
@@ -441,7 +441,7 @@ class ViewReader:
             self._seen = seen
         return seen
 
-    def _staleness_ms(self, number: int, position: Position, seen: Seen, now_s: float, now_ms: int) -> int | None:
+    def _staleness_ms(self, number: int, position: Position, seen: LogEnds, now_s: float, now_ms: int) -> int | None:
         reached_s: float | None = None
         if _caught_up(number, position, seen):
             reached_s = seen.at_s
@@ -449,7 +449,7 @@ class ViewReader:
             reached_s = self._end_offsets[number].reached_s(_reached(position, seen))
         return bound_ms(position, reached_s, now_s=now_s, now_ms=now_ms)
 
-    def _as_of(self, positions: Mapping[int, Position], seen: Seen) -> AsOf:
+    def _as_of(self, positions: Mapping[int, Position], seen: LogEnds) -> AsOf:
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         staleness_ms: int | None = seen_ms(seen.at_s, now_s)
         for number in positions.keys() | seen.end_offsets.keys():
@@ -460,11 +460,11 @@ class ViewReader:
         return AsOf(staleness_ms, {str(number): _reached(position, seen) for number, position in positions.items()})
 
 
-def _caught_up(number: int, position: Position, seen: Seen) -> bool:
+def _caught_up(number: int, position: Position, seen: LogEnds) -> bool:
     return number in seen.end_offsets and seen.end_offsets[number] <= _reached(position, seen)
 
 
-def _reached(position: Position, seen: Seen) -> int:
+def _reached(position: Position, seen: LogEnds) -> int:
     """Up to where the topic that is there now is folded: if the position is of one that is gone, nothing of it is."""
     foreign = position.source_id and seen.source_id and position.source_id != seen.source_id
     return 0 if foreign else position.next_offset

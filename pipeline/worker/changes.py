@@ -34,7 +34,7 @@ from pipeline.ports import Clock, Log, LogReader, Store, Stores
 from pipeline.topics import CHANGELOG
 from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, StoreMeta, read_meta, write_entries
-from pipeline.worker.stepping import Stepping
+from pipeline.worker.periodic import PeriodicThread
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -88,7 +88,7 @@ class _Followed:
         write_entries(self.store, [*entries], [*entries.values()], meta)
 
 
-class ChangeFeed(Stepping):
+class ChangeFeed(PeriodicThread):
     """Hands the changes of `view` to `deliver`, partition by partition in the order of the changelog, each at least once.
 
     `deliver(changes, stopping)` returns how many of them, from the first, were taken in; fewer than all only once `stopping`
@@ -151,7 +151,7 @@ class ChangeFeed(Stepping):
             return self._changed.wait_for(lambda: not self._followed or not self._thread.alive, timeout_s)
 
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """See `Stepping.stop`."""
+        """See `PeriodicThread.stop`."""
         return super().stop(timeout_s)
 
     # The thread

@@ -13,7 +13,7 @@ from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.settings import WorkerSettings
 from pipeline.threads import Failures
-from pipeline.worker.holding import Held, Holdings
+from pipeline.worker.active import ActivePartition, ActivePartitions
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
@@ -34,7 +34,7 @@ class Commits:
         metrics: Metrics,
         *,
         time_max_s: float,
-        lost: Callable[[Held, BaseException], bool],
+        lost: Callable[[ActivePartition, BaseException], bool],
     ) -> None:
         self.time_max_s = time_max_s
         """How long a commit may take before it fails."""
@@ -63,70 +63,70 @@ class Commits:
         if self._under_way:
             wait(self._under_way, timeout_s, FIRST_COMPLETED)
 
-    def poll_timeout_s(self, folding: Iterable[Held]) -> float:
+    def poll_timeout_s(self, folding: Iterable[ActivePartition]) -> float:
         """Until the next commit is due; short while commits are under way, so that their end is noticed."""
         if self._under_way:
             return 0.002
-        due_s = max(min((held.due_s for held in folding if held.due_s is not None), default=1e9), self._next_s)
+        due_s = max(min((active.due_s for active in folding if active.due_s is not None), default=1e9), self._next_s)
         wait_s = due_s - self._clock.monotonic_s()
         return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, _LOOK_S)
 
-    def begin(self, folding: Sequence[Held]) -> bool:
+    def begin(self, folding: Sequence[ActivePartition]) -> bool:
         """Begin those that are due; whether there were any. What can't wait does not wait for its turn.
 
         A partition behind whose last commit somebody else has written commits also if it has nothing to say: that writes
         anew what was covered up, while this owner still has it, and before compaction takes it out of the changelog.
         """
         now = self._clock.monotonic_s()
-        idle = [held for held in folding if held.commit is None]
-        for held in idle:
-            if held.partition.is_displaced(self.changelog_ends.get(held.number, 0)):
-                held.flush = True
-            elif not held.partition.task.dirty:
-                held.flush = False
-            elif held.due_s is None:
-                held.due_s = now + self._settings.commit_interval_ms / 1000
-        urgent = [held for held in idle if held.full or held.flush]
-        for held in urgent:
-            self._begin(held)
+        idle = [active for active in folding if active.commit is None]
+        for active in idle:
+            if active.partition.is_displaced(self.changelog_ends.get(active.number, 0)):
+                active.flush = True
+            elif not active.partition.task.dirty:
+                active.flush = False
+            elif active.due_s is None:
+                active.due_s = now + self._settings.commit_interval_ms / 1000
+        urgent = [active for active in idle if active.full or active.flush]
+        for active in urgent:
+            self._begin(active)
         # The longest due first: at `transactions_per_s_max` every partition has its turn.
-        due = sorted((held.due_s, held.number, held) for held in idle if held.commit is None and held.due_s is not None)
-        for count, (due_s, _, held) in enumerate(due):
+        due = sorted((it.due_s, it.number, it) for it in idle if it.commit is None and it.due_s is not None)
+        for count, (due_s, _, active) in enumerate(due):
             if now < max(due_s, self._next_s):
                 return bool(urgent or count)
-            self._begin(held)
+            self._begin(active)
         return bool(urgent or due)
 
-    def _begin(self, held: Held) -> None:
-        held.due_s = None
-        held.flush, held.flushing = False, held.flush
+    def _begin(self, active: ActivePartition) -> None:
+        active.due_s = None
+        active.flush, active.flushing = False, active.flush
         started = self._clock.monotonic_s()
         self._next_s = max(self._next_s + 1 / self._settings.transactions_per_s_max, started - _LOOK_S)
-        partition, clock = held.partition, self._clock
-        entries, records = held.note_frozen(), partition.task.next_offset - partition.task.position.next_offset
+        partition, clock = active.partition, self._clock
+        entries, records = active.note_frozen(), partition.task.next_offset - partition.task.position.next_offset
         try:
             commit = partition.prepare()
         except StoreCorrupt as error:
-            if self._lost(held, error):
+            if self._lost(active, error):
                 return
             raise
-        held.begun_s = None
+        active.begun_s = None
 
         def make_durable() -> Commit:
-            held.begun_s = begun_s = clock.monotonic_s()
+            active.begun_s = begun_s = clock.monotonic_s()
             try:
                 partition.make_durable(commit)
             except PipelineError as error:
-                self._tell_size(held.number, error, entries, records, clock.monotonic_s() - begun_s)
+                self._tell_size(active.number, error, entries, records, clock.monotonic_s() - begun_s)
                 raise
             ended_s = clock.monotonic_s()
-            held.bound.note(entries, ended_s - begun_s)
+            active.bound.note(entries, ended_s - begun_s)
             self._metrics.observe(m.COMMIT_SECONDS, ended_s - started)
-            self._metrics.set(m.COMMIT_BOUND, held.bound.entries_max, held.number)
+            self._metrics.set(m.COMMIT_BOUND, active.bound.entries_max, active.number)
             return commit
 
-        held.commit = self._pool.submit(make_durable)
-        self._under_way.add(held.commit)
+        active.commit = self._pool.submit(make_durable)
+        self._under_way.add(active.commit)
 
     def _tell_size(self, number: int, error: PipelineError, entries: int, records: int, took_s: float) -> None:
         """Say of a commit that failed late what its size has to do with it."""
@@ -146,35 +146,35 @@ class Commits:
             else "a single batch can't be made smaller: unless the log was away, raise both settings",
         )
 
-    def finish(self, holdings: Holdings) -> None:
+    def finish(self, actives: ActivePartitions) -> None:
         """Note those that are durable. Raises what another failed with, unless its partition is lost."""
         now = self._clock.monotonic_s()
-        for held in [*holdings.all.values()]:
-            future = held.commit
+        for active in [*actives.all.values()]:
+            future = active.commit
             if future is None:
                 continue
             if not future.done():
-                self._check_deadline(held, now)
+                self._check_deadline(active, now)
                 continue
-            held.commit = None
+            active.commit = None
             self._under_way.discard(future)
-            error, held.begun_s = future.exception(), None
+            error, active.begun_s = future.exception(), None
             if error is None:
-                held.partition.finish(future.result())
-                held.full, held.flushing = held.is_full and not held.lost, False
-            elif not self._lost(held, error):
+                active.partition.finish(future.result())
+                active.full, active.flushing = active.is_full and not active.lost, False
+            elif not self._lost(active, error):
                 raise error
             elif isinstance(error, PipelineError):
-                _log.info("partition %d was lost with a commit under way: %s", held.number, error)
+                _log.info("partition %d was lost with a commit under way: %s", active.number, error)
             else:
-                self._failures.note(error, what_follows=f"partition {held.number} is lost by now")
+                self._failures.note(error, what_follows=f"partition {active.number} is lost by now")
 
-    def _check_deadline(self, held: Held, now: float) -> None:
+    def _check_deadline(self, active: ActivePartition, now: float) -> None:
         error = Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
-        if held.begun_s is None:
+        if active.begun_s is None:
             return  # it waits for a thread, behind commits that have a deadline
-        deadline_s = held.begun_s + self._settings.commit_timeout_ms / 1000 + _LOOK_S
-        if now > deadline_s and (now > deadline_s + _HANG_S or not self._lost(held, error)):
+        deadline_s = active.begun_s + self._settings.commit_timeout_ms / 1000 + _LOOK_S
+        if now > deadline_s and (now > deadline_s + _HANG_S or not self._lost(active, error)):
             self.stuck = True
             raise error
 

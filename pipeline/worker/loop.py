@@ -25,10 +25,10 @@ from pipeline.ports import Clock, Log, LogReader, ReadableStore
 from pipeline.settings import WorkerSettings
 from pipeline.threads import LoopThread
 from pipeline.topics import DELTAS
+from pipeline.worker.active import ActivePartition, ActivePartitions, NoStandbys, Standbys
 from pipeline.worker.commits import Commits
 from pipeline.worker.damage import Damages
 from pipeline.worker.follower import Progress
-from pipeline.worker.holding import Held, Holdings, NoStandbys, Standbys
 from pipeline.worker.partition import Partition
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class WorkerLoop:
         )
         self._stop = self._thread.stopping
         time_max_s = min(settings.commit_timeout_ms, transaction_timeout_ms or settings.commit_timeout_ms) / 1000
-        self._holdings = Holdings(
+        self._actives = ActivePartitions(
             make,
             standbys=self._standbys,
             thread_count=settings.restore_thread_count,
@@ -140,7 +140,7 @@ class WorkerLoop:
     @property
     def partitions(self) -> Mapping[int, Partition]:
         """Those that are ours, as far as the loop has come; they may not be `started` yet."""
-        return {held.number: held.partition for held in [*self._holdings.all.values()] if not held.lost}
+        return {active.number: active.partition for active in [*self._actives.all.values()] if not active.lost}
 
     @property
     def assigned(self) -> frozenset[int]:
@@ -181,8 +181,8 @@ class WorkerLoop:
         into any more. Raises `LogCorrupt` if a rebuild has not helped before.
         """
         with self._lock:
-            held = self._holdings.all.get(partition)
-            if held is None or held.lost or not held.partition.has(store) or partition in self._rebuilding:
+            active = self._actives.all.get(partition)
+            if active is None or active.lost or not active.partition.has(store) or partition in self._rebuilding:
                 return
             self._damages.note(partition, error)
             self._rebuilding.add(partition)
@@ -216,7 +216,7 @@ class WorkerLoop:
         with ExitStack() as stack:
             stack.callback(self._let_go)
             # Who waits for a commit that hangs, hangs too; and what it works in must not be closed under it.
-            stack.callback(lambda: self._holdings.shutdown(close=not self._commits.stuck))
+            stack.callback(lambda: self._actives.shutdown(close=not self._commits.stuck))
             stack.callback(self._commits.shutdown)
             stack.callback(self._close_reader)
             if not self._thread.failed:
@@ -226,11 +226,11 @@ class WorkerLoop:
 
     def _commit_rest(self) -> None:
         try:
-            for held in self._holdings.folding():
-                held.flush = True
-            while self._commits.begin(self._holdings.folding()) or self._commits.under_way:
+            for active in self._actives.folding():
+                active.flush = True
+            while self._commits.begin(self._actives.folding()) or self._commits.under_way:
                 self._commits.wait(_LOOK_S)
-                self._commits.finish(self._holdings)
+                self._commits.finish(self._actives)
         except NotReady as error:
             _log.info("stopped: %s", error)
         except BaseException as error:
@@ -254,9 +254,9 @@ class WorkerLoop:
         self._act_on_posts()
         self._move()
         self._read()
-        self._commits.finish(self._holdings)
-        self._commits.begin(self._holdings.folding())
-        if not any(held.flush or held.flushing for held in self._holdings.all.values()):
+        self._commits.finish(self._actives)
+        self._commits.begin(self._actives.folding())
+        if not any(active.flush or active.flushing for active in self._actives.all.values()):
             for post in self._revoking:
                 post.done.set()
             self._revoking = []
@@ -270,10 +270,10 @@ class WorkerLoop:
             if isinstance(post, _Revoking):
                 self._moving = True
                 self._revoking.append(post)
-                for held in self._holdings.folding():
-                    held.flush = held.flush or held.number in post.partitions
+                for active in self._actives.folding():
+                    active.flush = active.flush or active.number in post.partitions
             elif isinstance(post, _Damaged):
-                found = self._holdings.all.get(post.partition)
+                found = self._actives.all.get(post.partition)
                 if found is not None and not found.lost and found.partition.has(post.store):
                     self._rebuild(found, post.why)
             else:
@@ -284,41 +284,41 @@ class WorkerLoop:
     def _act_on(self, post: _Assigned) -> None:
         before, self._assignment = self._assignment, post
         skipped = before is not None and post.generation - before.generation not in (0, 1)
-        for held in self._holdings.all.values():
-            if held.number not in post.actives or skipped:
-                self._lose(held, f"generation {post.generation}")
+        for active in self._actives.all.values():
+            if active.number not in post.actives or skipped:
+                self._lose(active, f"generation {post.generation}")
         self._moving = False
         with self._lock:
             self._rebuilding &= post.actives
         self._settled_s = self._clock.monotonic_s() + self._settle_s
-        self._new = {*post.actives} - {held.number for held in self._holdings.folding()}
+        self._new = {*post.actives} - {active.number for active in self._actives.folding()}
         self._follow()
 
     def _follow(self) -> None:
         """What is held is not followed: its store is open, or about to be."""
         if self._assignment is not None:
-            self._standbys.follow(self._assignment.standbys - self._holdings.all.keys())
+            self._standbys.follow(self._assignment.standbys - self._actives.all.keys())
 
-    def _lose(self, held: Held, why: str) -> None:
-        self._reading = self._reading and not held.folding
-        moved = held.folding
-        self._holdings.lose(held, why)
+    def _lose(self, active: ActivePartition, why: str) -> None:
+        self._reading = self._reading and not active.folding
+        moved = active.folding
+        self._actives.lose(active, why)
         if moved:
             self._on_moved()
 
-    def _rebuild(self, held: Held, why: str) -> None:
+    def _rebuild(self, active: ActivePartition, why: str) -> None:
         """Let go of a partition whose store is damaged, as if it were lost: `_move` takes it over again with a new one."""
-        held.partition.distrust(why)
+        active.partition.distrust(why)
         with self._lock:
-            self._rebuilding.add(held.number)
-        self._lose(held, "its store is damaged")
+            self._rebuilding.add(active.number)
+        self._lose(active, "its store is damaged")
 
-    def _lost_by(self, held: Held, error: BaseException) -> bool:
+    def _lost_by(self, active: ActivePartition, error: BaseException) -> bool:
         """Whether an error of its commit, or of its start, means that it is lost, and not that the process must end."""
-        if not held.lost:
-            if isinstance(error, StoreCorrupt) and held.folding:  # one that does not even start can't be rebuilt
-                self._damages.note(held.number, error)
-                self._rebuild(held, str(error))
+        if not active.lost:
+            if isinstance(error, StoreCorrupt) and active.folding:  # one that does not even start can't be rebuilt
+                self._damages.note(active.number, error)
+                self._rebuild(active, str(error))
                 return True
             if isinstance(error, Fenced):
                 self.fenced_count += 1
@@ -328,24 +328,24 @@ class WorkerLoop:
             settling = isinstance(error, Fenced) and self._clock.monotonic_s() < self._settled_s
             if not settling and not (moving and isinstance(error, Fenced | Unavailable)):
                 return False
-            self._lose(held, str(error))
+            self._lose(active, str(error))
         return True
 
     def _move(self) -> None:
         """Start what is ours and not held, let it fold when it is restored, close what is lost."""
-        if closed := self._holdings.close_lost():
+        if closed := self._actives.close_lost():
             for number in closed:  # only now: a commit that was under way has told its position
                 self._metrics.forget(number)
             self._follow()
         if self._assignment is None:
             return
         if not self._moving:  # what is lost meanwhile may be ours again after it, or not
-            self._holdings.begin(self._assignment.actives - self._holdings.all.keys())
-        if not self._holdings.folding() and (starting := self._holdings.starting()):
+            self._actives.begin(self._assignment.actives - self._actives.all.keys())
+        if not self._actives.folding() and (starting := self._actives.starting()):
             wait(starting, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
-        if self._holdings.finish_starts(self._lost_by):
+        if self._actives.finish_starts(self._lost_by):
             self._reading = False
-            folding = {held.number for held in self._holdings.folding()}
+            folding = {active.number for active in self._actives.folding()}
             with self._lock:
                 told = {post.partition for post in self._posts if isinstance(post, _Damaged)}
                 self._rebuilding -= folding - told
@@ -353,7 +353,7 @@ class WorkerLoop:
                 self._new -= folding
                 self._settled_s = self._clock.monotonic_s() + self._settle_s
             self._on_moved()
-        if not self._holdings.starting():
+        if not self._actives.starting():
             self._ready.set()
 
     def _progress(self, progress: Progress) -> None:
@@ -363,26 +363,26 @@ class WorkerLoop:
     # Folding
 
     def _read(self) -> None:
-        folding = self._holdings.folding()
+        folding = self._actives.folding()
         if not folding:
             self._close_reader()
-            if not self._holdings.starting():
+            if not self._actives.starting():
                 self._posted.wait(_LOOK_S)
             return
-        for held in folding:
-            self._fold_waiting(held)
-        folding = self._holdings.folding()  # without those whose store was found damaged
+        for active in folding:
+            self._fold_waiting(active)
+        folding = self._actives.folding()  # without those whose store was found damaged
         if not folding:
             return
-        if any(held.full for held in folding):  # backpressure: nothing more is read until a commit has made room
+        if any(active.full for active in folding):  # backpressure: nothing more is read until a commit has made room
             self._commits.wait(_LOOK_S)
             return
         try:
             reader = self._reader = self._reader or self._log.reader(DELTAS)
             if not self._reading:
-                for held in folding:
-                    held.unfolded.clear()  # it is read again
-                begins = {held.number: held.partition.resume() for held in folding}
+                for active in folding:
+                    active.unfolded.clear()  # it is read again
+                begins = {active.number: active.partition.resume() for active in folding}
                 reader.assign(
                     {number: offset for number, (offset, _) in begins.items()},
                     {number: epoch for number, (_, epoch) in begins.items()},
@@ -397,28 +397,28 @@ class WorkerLoop:
             self._thread.away.wait(error)
             return
         except RecordsLost:
-            passed = [held for held in folding if held.partition.pass_hole()]
+            passed = [active for active in folding if active.partition.pass_hole()]
             if not passed:
                 raise
             self._reading = False
             return
         for records in fetched:
-            held = self._holdings.all[records.partition]
-            if held.folding:  # else its store was found damaged with the records before
-                held.unfolded.append(records)
-                self._fold_waiting(held)
+            active = self._actives.all[records.partition]
+            if active.folding:  # else its store was found damaged with the records before
+                active.unfolded.append(records)
+                self._fold_waiting(active)
 
-    def _fold_waiting(self, held: Held) -> None:
-        if held.full or not held.unfolded:
+    def _fold_waiting(self, active: ActivePartition) -> None:
+        if active.full or not active.unfolded:
             return
         try:
-            held.fold_waiting()
+            active.fold_waiting()
         except StoreCorrupt as error:
-            if not self._lost_by(held, error):
+            if not self._lost_by(active, error):
                 raise
             return
-        if held.partition.task.full:
-            self._metrics.inc(m.OVERLAY_FULL, 1, held.number)
+        if active.partition.task.full:
+            self._metrics.inc(m.OVERLAY_FULL, 1, active.number)
 
     def _close_reader(self) -> None:
         reader, self._reader, self._reading = self._reader, None, False

@@ -24,8 +24,8 @@ from pipeline.topics import CHANGELOG
 from pipeline.worker.ahead import set_store_aside
 from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
+from pipeline.worker.periodic import PeriodicThread
 from pipeline.worker.served import LagMax, Replica
-from pipeline.worker.stepping import Stepping
 
 _log = logging.getLogger(__name__)
 LAG_MAX_S = 300.0
@@ -38,7 +38,7 @@ _POLL_S = 0.1
 _COUNTED = (m.STORES_REBUILT, m.STORES_SET_ASIDE, m.RESTORE_ENTRIES)
 
 
-class ReplicaLoop(Stepping):
+class ReplicaLoop(PeriodicThread):
     """Keeps stores up to date in a thread of its own: of all partitions, or, once `follow` was called, of those it says.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
@@ -182,7 +182,7 @@ class ReplicaLoop(Stepping):
         ]
 
     def stop(self, timeout_s: float = 30.0) -> bool:
-        """See `Stepping.stop`. The stores are left open, for reads that are under way."""
+        """See `PeriodicThread.stop`. The stores are left open, for reads that are under way."""
         return super().stop(timeout_s)
 
     # The loop

@@ -35,7 +35,7 @@ AWAY_S = 5.0
 """Silence of the log, or of our own process, behind which everything gets the whole time again."""
 
 
-class Seen(NamedTuple):
+class Observation(NamedTuple):
     """One partition at one look."""
 
     mark: tuple[int, ...]
@@ -66,7 +66,13 @@ class Stall(NamedTuple):
 
 
 def judge(
-    before: Mapping[int, Since], seen: Mapping[int, Seen], asked_s: float, now_s: float, *, stall_s: float, commit_s: float
+    before: Mapping[int, Since],
+    seen: Mapping[int, Observation],
+    asked_s: float,
+    now_s: float,
+    *,
+    stall_s: float,
+    commit_s: float,
 ) -> tuple[dict[int, Since], list[Stall]]:
     """What to remember at the next look, and what has stood still for `stall_s`.
 
@@ -103,27 +109,27 @@ def look_at(
     ends: Mapping[int, int],
     progress: Mapping[int, Progress],
     assigned: Collection[int] = (),
-) -> dict[int, Seen]:
+) -> dict[int, Observation]:
     """What partitions look like. An assigned one that is neither folding nor restoring waits for a call, which has its own
     limit, or for others: for a thread that restores, a copy that is to be closed, or its own last life's end.
 
     A restore that waits for the log, behind a transaction of somebody else, owes nothing, and neither does what waits for
     its thread: a restart would wait for the same, and take the partitions that fold with it.
     """
-    seen: dict[int, Seen] = {}
+    seen: dict[int, Observation] = {}
     held_up = False
     for number, partition in partitions.items():
         if partition.started:
             next_offset = partition.task.position.next_offset
             committing = partition.task.phase in (Phase.FROZEN, Phase.COMMITTING)
-            seen[number] = Seen((next_offset,), max(0, ends.get(number, 0) - next_offset), committing)
+            seen[number] = Observation((next_offset,), max(0, ends.get(number, 0) - next_offset), committing)
         elif (restore := progress.get(number)) is not None and not restore.done:
             held_up = held_up or bool(restore.waiting)
-            seen[number] = Seen((restore.entries, restore.remaining), 0 if restore.waiting else restore.remaining)
+            seen[number] = Observation((restore.entries, restore.remaining), 0 if restore.waiting else restore.remaining)
     others = (sum(it.started for it in partitions.values()), sum(it.entries for it in [*progress.values()]))
     for number in assigned:
         if number not in seen:
-            seen[number] = Seen(others, 0 if held_up else ends.get(number, 0), waiting=True)
+            seen[number] = Observation(others, 0 if held_up else ends.get(number, 0), waiting=True)
     return seen
 
 
@@ -158,7 +164,7 @@ class Watchdog:
     def __init__(
         self,
         ends: Callable[[], tuple[float, Mapping[int, int]]],
-        look: Callable[[Mapping[int, int]], Mapping[int, Seen]],
+        look: Callable[[Mapping[int, int]], Mapping[int, Observation]],
         *,
         clock: Clock,
         stall_timeout_ms: int,

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import Publisher
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.adapters.kafka.said import Seldom
+from pipeline.adapters.kafka.said import RateLimitFilter
 from pipeline.errors import Invalid
 from tests.support import pipeline
 
@@ -99,7 +99,7 @@ def test_what_librdkafka_repeats_is_logged_seldom() -> None:
         record.created = at_s
         return seldom.filter(record)
 
-    seldom = Seldom()
+    seldom = RateLimitFilter()
     assert shown("FAIL [a#producer-1] h:1 refused (after 0ms)", 0)
     assert not shown("FAIL [a#producer-2] h:1 refused (after 7ms)", 59)
     assert not shown("FAIL [a#producer-1] h:1 refused (after 0ms, 3 identical error(s) suppressed)", 59)

@@ -7,21 +7,34 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.faust.group import STABLE, Group
-from pipeline.adapters.faust.wire import NOBODY, Kin, kin_of, name_and_url, refusal, ruling, told, warm_of
+from pipeline.adapters.faust.wire import (
+    NOBODY,
+    AppIdentity,
+    as_topic_groups,
+    elect,
+    identity_of,
+    name_and_url,
+    refusal,
+    warm_of,
+)
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.cluster.overview import Overview, _Answer, _Copy, _Held, _joined
 from pipeline.errors import Invalid, NewerFormat
 from pipeline.ports import Member
 
-OURS, NEWER, OTHER = Kin("deltas", "changelog", 1), Kin("deltas", "changelog", 2), Kin("x.deltas", "x.changelog", 7)
+OURS, NEWER, OTHER = (
+    AppIdentity("deltas", "changelog", 1),
+    AppIdentity("deltas", "changelog", 2),
+    AppIdentity("x.deltas", "x.changelog", 7),
+)
 RESTORE = {"entries": 10.0, "remaining": 30.0, "entries_per_s": 5.0, "seconds_left": 6.0}
 
 
 def test_what_is_told_is_understood() -> None:
     """Topics, format and what is warm come back; of a program that says none of it, nothing does."""
-    said = told(OURS, {1, 12})
-    assert (kin_of(said), warm_of(said)) == (OURS, {1, 12})
-    assert kin_of({"a-topic": 3}) == NOBODY
+    said = as_topic_groups(OURS, {1, 12})
+    assert (identity_of(said), warm_of(said)) == (OURS, {1, 12})
+    assert identity_of({"a-topic": 3}) == NOBODY
     assert name_and_url("http://h:1/#w.1") == ("w.1", "http://h:1")
     assert name_and_url("http://0.0.0.0/#w") == ("w", "")
 
@@ -39,9 +52,9 @@ def test_what_is_told_is_understood() -> None:
         ({OURS: 0, NOBODY: 9}, OURS, OURS),
     ],
 )
-def test_whose_group_it_is(members: dict[Kin, int], leader: Kin, expected: Kin) -> None:
+def test_whose_group_it_is(members: dict[AppIdentity, int], leader: AppIdentity, expected: AppIdentity) -> None:
     """Of the app that has most partitions, whoever leads; the leader's if none has more; and of its newest format."""
-    assert ruling(members, leader) == expected
+    assert elect(members, leader) == expected
 
 
 def test_who_may_stay() -> None:

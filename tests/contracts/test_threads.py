@@ -24,8 +24,8 @@ from pipeline.settings import IngestSettings, WorkerSettings
 from pipeline.threads import Failures, LoopThread, guarded
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.changes import ChangeFeed
+from pipeline.worker.lag import Ends, LagReporter
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.mirror import Ends, Mirror
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.watchdog import Watchdog
 from tests.support import HandClock, wait_until
@@ -96,7 +96,7 @@ class World:
         return Lab("ends", ends.start, lambda: ends.thread.stop(60), lambda: ends.thread.alive, lambda: ends().end_offsets)
 
     def mirror(self) -> Lab:
-        mirror = Mirror(
+        mirror = LagReporter(
             lambda: {0: 0},
             ends=lambda: Ends(self.log.high_watermarks(DELTAS), self.log.end_offsets(DELTAS)),
             start_offsets=lambda: {0: 0},

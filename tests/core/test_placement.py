@@ -5,19 +5,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.placement import Placed, Standing, place
+from pipeline.core.placement import Assignment, MemberState, place
 
 NUMBERS = st.frozensets(st.integers(0, 12))
-MEMBERS = st.dictionaries(st.sampled_from("abcdef"), st.builds(Standing, NUMBERS, NUMBERS, NUMBERS), min_size=1)
+MEMBERS = st.dictionaries(st.sampled_from("abcdef"), st.builds(MemberState, NUMBERS, NUMBERS, NUMBERS), min_size=1)
 
 
-def warmed(placed: dict[str, Placed]) -> dict[str, Standing]:
+def warmed(placed: dict[str, Assignment]) -> dict[str, MemberState]:
     """The members of the next round, all of whose copies are warm by then."""
-    return {name: Standing(it.actives, it.standbys, it.actives | it.standbys) for name, it in placed.items()}
+    return {name: MemberState(it.actives, it.standbys, it.actives | it.standbys) for name, it in placed.items()}
 
 
 @given(st.integers(0, 12), MEMBERS, st.integers(0, 3))
-def test_whole(count: int, members: dict[str, Standing], standby_count: int) -> None:
+def test_whole(count: int, members: dict[str, MemberState], standby_count: int) -> None:
     """Each partition is active once and standby elsewhere, as often as was asked for at least; nobody has it twice."""
     placed = place(count, members, standby_count)
     assert sorted(number for it in placed.values() for number in it.actives) == list(range(count))
@@ -29,7 +29,7 @@ def test_whole(count: int, members: dict[str, Standing], standby_count: int) -> 
 
 
 @given(st.integers(0, 12), MEMBERS, st.integers(0, 3))
-def test_settles(count: int, members: dict[str, Standing], standby_count: int) -> None:
+def test_settles(count: int, members: dict[str, MemberState], standby_count: int) -> None:
     """With copies warm after each round it is level within three, and no active moves after that."""
     placed = place(count, members, standby_count)
     for _ in range(3):
@@ -41,7 +41,7 @@ def test_settles(count: int, members: dict[str, Standing], standby_count: int) -
 
 
 @given(st.integers(0, 12), MEMBERS, st.integers(0, 3))
-def test_moves_only_to_warm(count: int, members: dict[str, Standing], standby_count: int) -> None:
+def test_moves_only_to_warm(count: int, members: dict[str, MemberState], standby_count: int) -> None:
     """What has an owner that is there stays, or goes to one that is warm."""
     for name, it in place(count, members, standby_count).items():
         for number in it.actives - members[name].actives:
@@ -51,7 +51,7 @@ def test_moves_only_to_warm(count: int, members: dict[str, Standing], standby_co
 
 def test_joiner_warms_first() -> None:
     """A cold joiner is given copies first, and actives in the round after."""
-    alone = {"a": Standing(frozenset(range(4)), warm=frozenset(range(4))), "b": Standing()}
+    alone = {"a": MemberState(frozenset(range(4)), warm=frozenset(range(4))), "b": MemberState()}
     first = place(4, alone, 0)
     assert first["a"].actives == frozenset(range(4))
     assert len(first["b"].standbys) == 2

@@ -12,16 +12,16 @@ from pipeline.core.codec import DefinitionEntry
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import Definition, series_prefix, series_suffix
 from pipeline.core.view import (
-    Choice,
     Labels,
     Matcher,
+    TopN,
+    chain_blocks,
     decode_labels,
     describe,
     fold,
     group_key,
-    in_step,
-    in_turn,
     is_complete,
+    merge_sorted_blocks,
     merged,
     narrow,
     parse_matcher,
@@ -256,7 +256,7 @@ short_keys = st.text("ab", max_size=4).map(str.encode)  # many are the beginning
 entries = st.lists(st.dictionaries(short_keys, st.binary(max_size=1), max_size=12), min_size=1, max_size=4)
 
 
-@given(entries, st.integers(1, 5), st.sampled_from([in_turn, in_step]))
+@given(entries, st.integers(1, 5), st.sampled_from([chain_blocks, merge_sorted_blocks]))
 def test_blocks_hold_each_entry_once(parts: list[dict[bytes, bytes]], size: int, blocks: Any) -> None:
     """All entries of all scans come, none twice, in blocks that are never empty."""
     got: Counter[tuple[bytes, bytes]] = Counter()
@@ -268,16 +268,16 @@ def test_blocks_hold_each_entry_once(parts: list[dict[bytes, bytes]], size: int,
 
 @given(entries, st.integers(1, 5))
 def test_no_key_stands_in_two_blocks_in_step(parts: list[dict[bytes, bytes]], size: int) -> None:
-    """What `in_step` yields is complete: a key that several scans have comes in one block. Blocks stay small."""
+    """What `merge_sorted_blocks` yields is complete: a key that several scans have comes in one block. Blocks stay small."""
     seen: set[bytes] = set()
-    for keys, _ in in_step([iter(sorted(part.items())) for part in parts], size):
+    for keys, _ in merge_sorted_blocks([iter(sorted(part.items())) for part in parts], size):
         assert seen.isdisjoint(keys)
         assert len(keys) <= size * len(parts)
         seen.update(keys)
 
 
 def chosen(groups: dict[Labels, Any], *, top: int | None, limit: int, blocks: int = 1) -> tuple[list[Any], list[Any], int]:
-    choice = Choice(SUM, top=top, limit=limit)
+    choice = TopN(SUM, top=top, limit=limit)
     items = [*groups.items()]
     for i in range(blocks):
         choice.offer(dict(items[i::blocks]))
@@ -305,7 +305,7 @@ def test_what_is_chosen_is_the_head_of_everything_sorted(
 @pytest.mark.parametrize("top", [None, 10])
 def test_choosing_holds_little_more_than_it_selects(top: int | None) -> None:
     """Far more rows than are kept go through, in an order that is bad for it, and the right ones stay."""
-    choice = Choice(SUM, top=top, limit=10)
+    choice = TopN(SUM, top=top, limit=10)
     held = 0
     for start in range(200_000, 0, -1_000):
         choice.offer({(f"{i:06}",): -i for i in range(start - 1_000, start)})
@@ -323,6 +323,6 @@ def test_top_needs_numbers() -> None:
 
 
 def top_of_last(values: Sequence[tuple[str, Any]]) -> list[str]:
-    choice = Choice(KINDS["last"], top=10, limit=10)
+    choice = TopN(KINDS["last"], top=10, limit=10)
     choice.offer({(label,): (1, 1, value) for label, value in values})
     return [labels[0] for labels in choice.selected().labels]

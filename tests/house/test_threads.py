@@ -26,7 +26,7 @@ CHECKED = {
     "pipeline/query/api.py": "pool: its futures are awaited by requests",
     "pipeline/query/service.py": "pool: its futures are awaited by requests",
     "pipeline/worker/commits.py": "pool: each future is looked at, or its failure noted",
-    "pipeline/worker/holding.py": "pool: each future is looked at, or its failure noted",
+    "pipeline/worker/active.py": "pool: each future is looked at, or its failure noted",
 }
 """Where threads are made without `LoopThread`, and why none of them can end without a word."""
 

@@ -14,7 +14,7 @@ from pipeline.core.view import Query
 from pipeline.errors import NotReady, Unavailable
 from pipeline.ports import Message
 from pipeline.query.answer import AsOf
-from pipeline.query.ends import EndsNow, Seen
+from pipeline.query.ends import EndsNow, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsets, bound_ms
 from pipeline.topics import DELTAS
@@ -192,7 +192,7 @@ def test_gauges_hide_nothing() -> None:
     """Staleness that nobody knows is infinite, not what it was: of stores being restored, and of partitions without one."""
     clock = HandClock()
     world = World(partition_count=2, clock=clock)
-    seen = Seen(clock.s, {0: 0, 1: 0, 2: 0}, {})
+    seen = LogEnds(clock.s, {0: 0, 1: 0, 2: 0}, {})
     world.reader = ViewReader(
         stores=world.stores, ends=lambda: seen, clock=clock, settings=world.settings, metrics=world.metrics
     )
@@ -284,11 +284,11 @@ def test_a_position_in_a_topic_that_is_gone_covers_nothing(monkeypatch: pytest.M
     for _ in range(2):
         world.append(0, DEFINITION, {(): 1})
     world.fold()
-    seen = Seen(clock.s, {0: 2}, {0: 0}, "old")
+    seen = LogEnds(clock.s, {0: 2}, {0: 0}, "old")
     world.reader = ViewReader(stores=world.stores, ends=lambda: seen, clock=clock, settings=world.settings)
     assert as_of(world) == AsOf(0, {"0": 2})
     clock.s += 3
-    seen = Seen(clock.s, {0: end}, {0: 0}, "new")
+    seen = LogEnds(clock.s, {0: end}, {0: 0}, "new")
     answer = as_of(world)
     assert answer.next_offsets == {"0": 0}, "so that no token of the new topic is taken for covered"
     assert answer.staleness_ms is not None

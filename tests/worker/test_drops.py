@@ -8,7 +8,7 @@ from pipeline.core.record import Batch, Control, Definition, Group, prefix_end, 
 from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import DELTAS
-from pipeline.worker.holding import Held
+from pipeline.worker.active import ActivePartition
 from tests.support import HandClock
 from tests.worker.support import ChangingLog, new_partition
 
@@ -31,7 +31,7 @@ def test_each_drop_has_a_commit_of_its_own() -> None:
     log, stores = ChangingLog(1, clock), MemoryStores()
     partition = new_partition(0, log, stores, clock, settings=WorkerSettings(overlay_entries_max=SERIES))
     partition.start()
-    held = Held(partition, 60.0)
+    held = ActivePartition(partition, 60.0)
     held.bound.entries_max = 10**6
     values = [filled(it, number, SERIES) for number, it in enumerate(VIEWS)]
     for number, it in enumerate(VIEWS):

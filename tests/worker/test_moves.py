@@ -449,10 +449,10 @@ def test_lost_before_it_fences(world: _World) -> None:
     a.assign(0)
     assert world.log.asked.wait(30)
     a.assign()
-    wait_until(lambda: all(held.lost for held in a.loop._holdings.all.values()), "the assignment to be acted upon")
+    wait_until(lambda: all(active.lost for active in a.loop._actives.all.values()), "the assignment to be acted upon")
     world.log.held_ask = None
     gate.set()
-    wait_until(lambda: not a.loop._holdings.all, "the end of the start")
+    wait_until(lambda: not a.loop._actives.all, "the end of the start")
     assert "pipeline-0" not in world.log._owners
     assert not a.errors
 

@@ -13,7 +13,7 @@ from pipeline.adapters.memory import MemoryStores
 from pipeline.errors import Stalled
 from pipeline.threads import LoopThread
 from pipeline.worker.follower import Progress
-from pipeline.worker.watchdog import AWAY_S, WAIT_S, Seen, Since, Watchdog, judge, look_at, stacks
+from pipeline.worker.watchdog import AWAY_S, WAIT_S, Observation, Since, Watchdog, judge, look_at, stacks
 from tests.support import HandClock, wait_until
 from tests.worker.support import ChangingLog, Recorder, Worker, new_partition
 
@@ -28,12 +28,12 @@ class Course:
         self.since: Mapping[int, Since] = {}
         self.stalled: list[int] = []
 
-    def look(self, seen: Mapping[int, Seen], *, after_s: float = 1.0) -> list[int]:
+    def look(self, seen: Mapping[int, Observation], *, after_s: float = 1.0) -> list[int]:
         asked_s, self.s = self.s, self.s + after_s
         self.since, stalls = judge(self.since, seen, asked_s, self.s, stall_s=STALL_S, commit_s=COMMIT_S)
         return [it.partition for it in stalls]
 
-    def looks(self, seen: Mapping[int, Seen], count: int) -> int | None:
+    def looks(self, seen: Mapping[int, Observation], count: int) -> int | None:
         """So many looks at the same; at which of them a stall was seen first."""
         for number in range(count):
             if self.look(seen):
@@ -41,7 +41,7 @@ class Course:
         return None
 
 
-STILL = Seen((7,), 3)
+STILL = Observation((7,), 3)
 
 
 def test_lag_and_a_position_that_stands_still_is_a_stall() -> None:
@@ -49,8 +49,8 @@ def test_lag_and_a_position_that_stands_still_is_a_stall() -> None:
     course = Course()
     moving = iter(range(100))
     for _ in range(15):
-        assert course.look({0: Seen((next(moving),), 9), 1: STILL, 2: Seen((5,), 0)}) == []
-    assert course.look({0: Seen((next(moving),), 9), 1: STILL, 2: Seen((5,), 0)}) == [1]
+        assert course.look({0: Observation((next(moving),), 9), 1: STILL, 2: Observation((5,), 0)}) == []
+    assert course.look({0: Observation((next(moving),), 9), 1: STILL, 2: Observation((5,), 0)}) == [1]
 
 
 def test_a_restore_that_the_log_holds_up_is_no_stall() -> None:
@@ -72,15 +72,15 @@ def test_any_move_begins_anew() -> None:
     """However small, and however large the lag stays."""
     course = Course()
     assert course.looks({0: STILL}, 15) is None
-    assert course.look({0: Seen((8,), 10_000)}) == []
-    assert course.looks({0: Seen((8,), 10_000)}, 14) is None
-    assert course.look({0: Seen((8,), 10_000)}) == [0]
+    assert course.look({0: Observation((8,), 10_000)}) == []
+    assert course.looks({0: Observation((8,), 10_000)}, 14) is None
+    assert course.look({0: Observation((8,), 10_000)}) == [0]
 
 
 def test_without_lag_nothing_stands_still() -> None:
     """And lag that comes after hours has the whole timeout."""
     course = Course()
-    assert course.looks({0: Seen((7,), 0)}, 10_000) is None
+    assert course.looks({0: Observation((7,), 0)}, 10_000) is None
     assert course.looks({0: STILL}, 30) == 14
 
 
@@ -102,7 +102,7 @@ def test_a_log_that_only_dawdles_hides_no_stall() -> None:
 def test_a_commit_has_its_own_time() -> None:
     """While it is undecided the others wait too; beyond `commit_timeout_ms` it is no excuse any more."""
     course = Course()
-    seen = {0: Seen((7,), 3, committing=True), 1: STILL}
+    seen = {0: Observation((7,), 3, committing=True), 1: STILL}
     first = course.looks(seen, 100)
     assert first is not None
     assert COMMIT_S < first <= COMMIT_S + STALL_S + 1
@@ -111,14 +111,14 @@ def test_a_commit_has_its_own_time() -> None:
 def test_commits_that_come_to_an_end_excuse_nobody() -> None:
     """A partition that stands still is seen though another commits all the time."""
     course = Course()
-    found = [course.look({0: Seen((n,), 3, committing=True), 1: STILL}) for n in range(16)]
+    found = [course.look({0: Observation((n,), 3, committing=True), 1: STILL}) for n in range(16)]
     assert found == [[]] * 15 + [[1]]
 
 
 def test_a_short_commit_is_no_excuse() -> None:
     """Only one that takes over a third of the timeout: what is due to the log, not to us."""
     course = Course()
-    found = [course.look({0: Seen((n // 5,), 3, committing=n % 5 > 0), 1: STILL}) for n in range(16)]
+    found = [course.look({0: Observation((n // 5,), 3, committing=n % 5 > 0), 1: STILL}) for n in range(16)]
     assert found == [[]] * 15 + [[1]]
 
 
@@ -143,7 +143,7 @@ def test_what_partitions_look_like() -> None:
     restore = Progress(2, 500, 1_500, 1.0)
     ends = dict(log.end_offsets("deltas"))
     seen = look_at(partitions, ends, {2: restore})
-    assert seen == {0: Seen((1,), 1), 2: Seen((500, 1_500), 1_500), 3: Seen((0,), 0)}
+    assert seen == {0: Observation((1,), 1), 2: Observation((500, 1_500), 1_500), 3: Observation((0,), 0)}
     worker.partition(0).task.freeze()
     assert look_at(partitions, ends, {})[0].committing
     assert look_at({2: restoring}, ends, {2: Progress(2, 2_000, 0, 2.0, done=True)}) == {}
@@ -153,8 +153,8 @@ def test_a_restore_that_gets_on_is_no_stall() -> None:
     """However long it takes; one that does not is one."""
     course = Course()
     for n in range(100):
-        assert course.look({0: Seen((n, 1_000 - n), 1_000 - n)}) == []
-    assert course.looks({0: Seen((99, 901), 901)}, 30) == 14
+        assert course.look({0: Observation((n, 1_000 - n), 1_000 - n)}) == []
+    assert course.looks({0: Observation((99, 901), 901)}, 30) == 14
 
 
 class Watched:
@@ -168,7 +168,7 @@ class Watched:
         self.errors: list[BaseException] = []
         self.watchdog = Watchdog(
             lambda: self.told,
-            lambda ends: {0: Seen((self.position,), ends[0] - self.position)},
+            lambda ends: {0: Observation((self.position,), ends[0] - self.position)},
             clock=self.clock,
             stall_timeout_ms=stall_timeout_ms,
             commit_timeout_ms=30_000,
@@ -266,9 +266,9 @@ def test_stacks_names_threads() -> None:
 def test_nobody_waits_for_ever_for_what_is_ours() -> None:
     """What is assigned and neither folds nor restores has longer, as long as nothing else gets on; then it stands still."""
     course = Course()
-    assert course.looks({0: Seen((1, 500), 3, waiting=True)}, 300) == WAIT_S
+    assert course.looks({0: Observation((1, 500), 3, waiting=True)}, 300) == WAIT_S
     for entries in range(300):
-        assert course.look({0: Seen((1, entries), 3, waiting=True)}) == []
+        assert course.look({0: Observation((1, entries), 3, waiting=True)}) == []
 
 
 def test_what_waits_looks_like() -> None:
@@ -281,10 +281,10 @@ def test_what_waits_looks_like() -> None:
     ends = dict(log.end_offsets("deltas"))
     progress = {0: Progress(0, 500, 1_500, 1.0)}
     assert look_at(unstarted, ends, progress, {0, 1, 2}) == {
-        0: Seen((500, 1_500), 1_500),
-        1: Seen((0, 500), 0, waiting=True),
-        2: Seen((0, 500), 1, waiting=True),  # its last life has not ended
+        0: Observation((500, 1_500), 1_500),
+        1: Observation((0, 500), 0, waiting=True),
+        2: Observation((0, 500), 1, waiting=True),  # its last life has not ended
     }
     unstarted[0].start()
-    assert look_at(unstarted, ends, progress, {0, 2})[2] == Seen((1, 500), 1, waiting=True)
+    assert look_at(unstarted, ends, progress, {0, 2})[2] == Observation((1, 500), 1, waiting=True)
     assert look_at(unstarted, ends, progress).keys() == {0}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,17 @@ from mode import Service
 from mode.threads import WorkerThread
 from yarl import URL
 
-from pipeline.adapters.faust.wire import NOBODY, Kin, kin_of, name_and_url, ruling, standbys_key, told, warm_of
-from pipeline.core.placement import Standing, place
+from pipeline.adapters.faust.wire import (
+    NOBODY,
+    AppIdentity,
+    as_topic_groups,
+    elect,
+    identity_of,
+    name_and_url,
+    standbys_key,
+    warm_of,
+)
+from pipeline.core.placement import MemberState, place
 from pipeline.errors import Invalid, PipelineError
 from pipeline.ports import Member
 
@@ -102,9 +112,9 @@ class Ours:
     """What `warm` was when the group was joined last."""
 
     @property
-    def kin(self) -> Kin:
+    def identity(self) -> AppIdentity:
         """What all members must have in common."""
-        return Kin(self.deltas, self.changelog, self.format)
+        return AppIdentity(self.deltas, self.changelog, self.format)
 
 
 class _Boot(BootStrategy):
@@ -170,9 +180,9 @@ class MemberApp(faust.App):
         return frozenset(it.partition for it in assigned if it.topic == self.ours.changelog)
 
     @property
-    def rules(self) -> Kin:
+    def rules(self) -> AppIdentity:
         """Whose group it is, as of the last assignment."""
-        rules: Kin = self.assignor.rules
+        rules: AppIdentity = self.assignor.rules
         return rules
 
     def members(self) -> list[Member]:
@@ -265,9 +275,9 @@ class _Recovery(Recovery):
 class _Assignor(PartitionAssignor):
     """Places our partitions by `place`, others as Faust does."""
 
-    _standing: Mapping[str, Standing]
+    _states: Mapping[str, MemberState]
     """Of those who may stay, by member id."""
-    rules: Kin = NOBODY
+    rules: AppIdentity = NOBODY
     _known_at: str = ""
     """Where a static member was in its last life: it is given what it had then, address included."""
 
@@ -280,39 +290,39 @@ class _Assignor(PartitionAssignor):
         said = super()._metadata
         ours = self.app.ours
         ours.told_warm = ours.warm
-        said.topic_groups = told(ours.kin, ours.told_warm)
+        said.topic_groups = as_topic_groups(ours.identity, ours.told_warm)
         return said
 
     def _update_member_urls(self, clients_metadata: Mapping[str, ClientMetadata]) -> None:
         """The leader's first step, and the only one that sees what each member said."""
         super()._update_member_urls(clients_metadata)
-        kin = {member: kin_of(it.topic_groups) for member, it in clients_metadata.items()}
-        held: dict[Kin, int] = {}
+        identities = {member: identity_of(it.topic_groups) for member, it in clients_metadata.items()}
+        counts: Counter[AppIdentity] = Counter()
         for member, it in clients_metadata.items():
-            held[kin[member]] = held.get(kin[member], 0) + len(it.assignment.actives.get(kin[member].changelog, ()))
-        self.rules = ruling(held, self.app.ours.kin)
+            counts[identities[member]] += len(it.assignment.actives.get(identities[member].changelog, ()))
+        self.rules = elect(counts, self.app.ours.identity)
         changelog = self.app.ours.changelog
-        self._standing = {
-            member: Standing(
+        self._states = {
+            member: MemberState(
                 frozenset(it.assignment.actives.get(changelog, ())),
                 frozenset(it.assignment.standbys.get(changelog, ())),
                 warm_of(it.topic_groups),
             )
             for member, it in clients_metadata.items()
-            if kin[member] == self.rules
+            if identities[member] == self.rules
         }
 
     def _global_table_standby_assignments(self, assignments: Any, partitions_by_topic: Mapping[str, int]) -> Any:
         """The leader's last step before it tells."""
         ours = self.app.ours
-        if not ours.kin.same_app(self.rules):
-            self._standing = {}  # we can't place what we do not know, and are about to leave
-        for member in assignments.keys() - self._standing.keys():
+        if not ours.identity.same_app(self.rules):
+            self._states = {}  # we can't place what we do not know, and are about to leave
+        for member in assignments.keys() - self._states.keys():
             assignments[member].actives, assignments[member].standbys = {}, {}
         topics = {ours.deltas, ours.changelog} & partitions_by_topic.keys()
         # Deltas grow last: until they have, what is new of the changelog is nothing that could be folded.
         count = min((partitions_by_topic[topic] for topic in topics), default=0)
-        for member, placed in place(count, self._standing, self.replicas).items():
+        for member, placed in place(count, self._states, self.replicas).items():
             for topic in topics:
                 assignments[member].actives[topic] = sorted(placed.actives)
                 assignments[member].standbys[topic] = sorted(placed.standbys)
@@ -324,16 +334,16 @@ class _Assignor(PartitionAssignor):
         changelog = self.app.ours.changelog
         for member, it in assignments.items():
             found[self._member_urls[member]][standbys_key(changelog)] = list(it.standbys.get(changelog, ()))
-        return {self._member_urls[member]: found[self._member_urls[member]] for member in self._standing}
+        return {self._member_urls[member]: found[self._member_urls[member]] for member in self._states}
 
     def _protocol_assignments(self, assignments: Any, changelogs: Any, topics: Any, groups: Mapping[str, int]) -> Any:
         """Tells all whose group it is."""
-        return super()._protocol_assignments(assignments, changelogs, topics, {**groups, **told(self.rules)})
+        return super()._protocol_assignments(assignments, changelogs, topics, {**groups, **as_topic_groups(self.rules)})
 
     def on_assignment(self, assignment: Any) -> None:
         """Called by aiokafka between making an assignment and anything that could fetch: in its thread, with no await."""
         metadata = ClientMetadata.loads(self._decompress(assignment.user_data))
-        self.rules = kin_of(metadata.topic_groups)
+        self.rules = identity_of(metadata.topic_groups)
         moved = metadata.url != str(self._url)
         self._known_at = metadata.url
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.adapters.kafka.said import Seldom
+from pipeline.adapters.kafka.said import RateLimitFilter
 
 _LOGGERS = ("aiokafka", "aiokafka.conn", "aiokafka.consumer.group_coordinator", "faust", "faust.app.base")
 _NORMAL = (
@@ -17,7 +17,7 @@ _NORMAL = (
 )
 
 
-class _Quiet(Seldom):
+class _Quiet(RateLimitFilter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to log it."""
         return not any(text in record.getMessage() for text in _NORMAL) and super().filter(record)

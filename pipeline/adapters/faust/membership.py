@@ -271,7 +271,7 @@ class FaustMembership:
         app = self._faust
         if app is None or generation != app.consumer_generation_id or self._stopping.is_set():
             return  # another rebalance has begun
-        refused = refusal(self._ours.kin, app.rules, self._group)
+        refused = refusal(self._ours.identity, app.rules, self._group)
         if refused is not None:
             self._leave = True  # also a static member: it will not be back as it is
             self._fail(refused)

@@ -22,33 +22,33 @@ _STANDBYS = "standbys:"
 _DELTAS, _CHANGELOG, _FORMAT = "deltas:", "changelog:", "format"
 
 
-class Kin(NamedTuple):
+class AppIdentity(NamedTuple):
     """What members have to have in common: topics, by their names on the broker, and the format that they write."""
 
     deltas: str
     changelog: str
     format: int
 
-    def same_app(self, other: Kin) -> bool:
+    def same_app(self, other: AppIdentity) -> bool:
         """Whether they fold the same topics."""
         return (self.deltas, self.changelog) == (other.deltas, other.changelog)
 
 
-NOBODY = Kin("", "", 0)
+NOBODY = AppIdentity("", "", 0)
 """Of a program that is none of ours."""
 
 
-def told(kin: Kin, warm: Iterable[int] = ()) -> dict[str, int]:
-    """As topic groups: nobody reads those of one that joins, and of those that a leader tells, only what a topic is for."""
-    said = {_FORMAT: kin.format, _DELTAS + kin.deltas: 1, _CHANGELOG + kin.changelog: 1}
+def as_topic_groups(identity: AppIdentity, warm: Iterable[int] = ()) -> dict[str, int]:
+    """Encode an identity, and what is warm, as the topic groups of Faust's metadata, which Faust does not need."""
+    said = {_FORMAT: identity.format, _DELTAS + identity.deltas: 1, _CHANGELOG + identity.changelog: 1}
     return said | {f"{_WARM}{number}": 1 for number in warm}
 
 
-def kin_of(groups: Mapping[str, int]) -> Kin:
-    """The inverse of `told`."""
+def identity_of(groups: Mapping[str, int]) -> AppIdentity:
+    """Return the identity that `as_topic_groups` has encoded; `NOBODY` if there is none."""
     deltas = [it.removeprefix(_DELTAS) for it in groups if it.startswith(_DELTAS)]
     changelogs = [it.removeprefix(_CHANGELOG) for it in groups if it.startswith(_CHANGELOG)]
-    return Kin(deltas[0], changelogs[0], groups.get(_FORMAT, 0)) if deltas and changelogs else NOBODY
+    return AppIdentity(deltas[0], changelogs[0], groups.get(_FORMAT, 0)) if deltas and changelogs else NOBODY
 
 
 def warm_of(groups: Mapping[str, int]) -> frozenset[int]:
@@ -56,21 +56,21 @@ def warm_of(groups: Mapping[str, int]) -> frozenset[int]:
     return frozenset(int(group.removeprefix(_WARM)) for group in groups if group.startswith(_WARM))
 
 
-def ruling(members: Mapping[Kin, int], leader: Kin) -> Kin:
-    """Whose group this is: that of those who have most of the partitions, by `members`; and the newest format among them.
+def elect(members: Mapping[AppIdentity, int], leader: AppIdentity) -> AppIdentity:
+    """Return whose group this is: of the app with most of the partitions, by `members`, in the newest format that it has there.
 
-    Of those who have as many, the leader's.
+    Of apps that have as many, it is the leader's.
     """
     apps: dict[tuple[str, str], int] = {}
-    for kin, count in members.items():
-        if kin != NOBODY:
-            apps[kin.deltas, kin.changelog] = apps.get((kin.deltas, kin.changelog), 0) + count
+    for identity, count in members.items():
+        if identity != NOBODY:
+            apps[identity.deltas, identity.changelog] = apps.get((identity.deltas, identity.changelog), 0) + count
     own = (leader.deltas, leader.changelog)
     app = max(apps, key=lambda it: (apps[it], it == own, it), default=own)
-    return Kin(*app, max((it.format for it in members if (it.deltas, it.changelog) == app), default=leader.format))
+    return AppIdentity(*app, max((it.format for it in members if (it.deltas, it.changelog) == app), default=leader.format))
 
 
-def refusal(own: Kin, rules: Kin, group: str) -> PipelineError | None:
+def refusal(own: AppIdentity, rules: AppIdentity, group: str) -> PipelineError | None:
     """Why a member may not stay: `Invalid` if it is of another app, `NewerFormat` if it is older. None: it may."""
     if not own.same_app(rules):
         whose = "is not this program's" if rules == NOBODY else f"folds topic {rules.deltas!r}"

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from pipeline.adapters.kafka.said import Seldom
+from pipeline.adapters.kafka.said import RateLimitFilter
 from pipeline.errors import Invalid
 
 _log = logging.getLogger("pipeline.kafka")
-_log.addFilter(Seldom())
+_log.addFilter(RateLimitFilter())
 _APP = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}\Z")
 _SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+):[0-9]{1,5}\Z")
 PORT_MAX = 65_535

@@ -34,7 +34,7 @@ class Cause:
         return text_of(self.last or error)
 
 
-class Seldom(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets a line through once a minute: a broker that is away is told of at each attempt, which is many a second."""
 
     def __init__(self) -> None:

@@ -18,14 +18,14 @@ from confluent_kafka.admin import ClusterMetadata
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of
 from pipeline.adapters.kafka.metadata import Denied, Metadata
 from pipeline.adapters.kafka.options import Address, publisher_options, try_user_options
-from pipeline.adapters.kafka.said import Cause, Seldom
+from pipeline.adapters.kafka.said import Cause, RateLimitFilter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
 from pipeline.threads import GREEN_LOOK_S, are_green, wait_in_c
 from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
-_log.addFilter(Seldom())
+_log.addFilter(RateLimitFilter())
 _POLL_S = 0.1
 _LOOK_S = 2.0
 _GRACE_S = 2.0

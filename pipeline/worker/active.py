@@ -1,6 +1,6 @@
-"""The partitions that one process holds, each from its start until its store is closed again.
+"""The active partitions of a process, each from its start until its store is closed again.
 
-A partition is held once at a time. One that is lost while it starts, or while a commit of it is under way, is held until
+A partition is active once at a time. One that is lost while it starts, or while a commit of it is under way, stays until
 that has ended: a store is never opened twice, and never closed under somebody's hands.
 """
 
@@ -49,7 +49,7 @@ class NoStandbys:
         """It is open nowhere."""
 
 
-class Held:
+class ActivePartition:
     """A partition that is starting, folding, or lost and about to be closed. Owned by the loop's thread."""
 
     def __init__(self, partition: Partition, commit_time_max_s: float) -> None:
@@ -125,7 +125,7 @@ def _part(records: Records, begin: int, end: int | None) -> Records:
     return replace(records, **columns, next_offset=next_offset)
 
 
-class Holdings:
+class ActivePartitions:
     """All of them, by number. Starts and closes them in threads of a pool; everything else is the loop's thread's."""
 
     def __init__(
@@ -147,76 +147,76 @@ class Holdings:
         self._stopping = stopping
         self._on_progress = on_progress
         self._pool = ThreadPoolExecutor(thread_count, thread_name_prefix="pipeline-restore")
-        self.all: dict[int, Held] = {}
+        self.all: dict[int, ActivePartition] = {}
 
-    def folding(self) -> list[Held]:
+    def folding(self) -> list[ActivePartition]:
         """Those that fold."""
-        return [held for held in self.all.values() if held.folding]
+        return [active for active in self.all.values() if active.folding]
 
     def starting(self) -> list[Future[None]]:
         """What there is to wait for before all that are ours fold."""
-        return [held.work for held in self.all.values() if held.work is not None and not held.lost]
+        return [active.work for active in self.all.values() if active.work is not None and not active.lost]
 
     def begin(self, numbers: Iterable[int]) -> None:
         """Take partitions over that are not held."""
         for number in sorted(numbers):
-            held = self.all[number] = Held(self._make(number), self._commit_time_max_s)
-            held.work = self._pool.submit(self._start, held)
+            active = self.all[number] = ActivePartition(self._make(number), self._commit_time_max_s)
+            active.work = self._pool.submit(self._start, active)
 
-    def _start(self, held: Held) -> None:
+    def _start(self, active: ActivePartition) -> None:
         def stopping() -> bool:
-            return held.lost or self._stopping()
+            return active.lost or self._stopping()
 
-        self._standbys.take(held.number, stopping)
-        held.partition.start(self._on_progress, stopping)
+        self._standbys.take(active.number, stopping)
+        active.partition.start(self._on_progress, stopping)
 
-    def finish_starts(self, excused: Callable[[Held, BaseException], bool]) -> bool:
+    def finish_starts(self, excused: Callable[[ActivePartition, BaseException], bool]) -> bool:
         """Let those fold that are restored; whether there are any. Raises what keeps one from it, unless that is excused."""
         begun = False
-        for held in self.all.values():
-            if held.work is None or held.closing or not held.work.done():
+        for active in self.all.values():
+            if active.work is None or active.closing or not active.work.done():
                 continue
-            work, held.work = held.work, None
+            work, active.work = active.work, None
             error = work.exception()
-            if held.lost:
+            if active.lost:
                 if isinstance(error, PipelineError):
-                    _log.info("partition %d was lost while it started: %s", held.number, error)
+                    _log.info("partition %d was lost while it started: %s", active.number, error)
                 elif error is not None:
-                    self._failures.note(error, what_follows=f"partition {held.number} is lost by now")
+                    self._failures.note(error, what_follows=f"partition {active.number} is lost by now")
             elif error is None:
-                held.folding = begun = True
-            elif not excused(held, error):
+                active.folding = begun = True
+            elif not excused(active, error):
                 raise error
         return begun
 
-    def lose(self, held: Held, why: str) -> None:
+    def lose(self, active: ActivePartition, why: str) -> None:
         """It is another's: drop its overlay, and close it when nothing works in it any more."""
-        if not held.lost:
-            _log.info("partition %d is let go of: %s", held.number, why)
-        held.lost, held.folding = True, False
-        held.full = held.flush = held.flushing = False
-        held.due_s = None
-        held.unfolded.clear()
-        if held.work is not None and not held.closing and held.work.cancel():
-            held.work = None
+        if not active.lost:
+            _log.info("partition %d is let go of: %s", active.number, why)
+        active.lost, active.folding = True, False
+        active.full = active.flush = active.flushing = False
+        active.due_s = None
+        active.unfolded.clear()
+        if active.work is not None and not active.closing and active.work.cancel():
+            active.work = None
 
     def close_lost(self) -> list[int]:
-        """Close those that are lost; the numbers of those that are closed now, and so held no longer."""
-        closed = [held for held in self.all.values() if held.closing and held.work is not None and held.work.done()]
-        for held in closed:
-            del self.all[held.number]
-        for held in self.all.values():
-            if held.lost and held.work is None and held.commit is None:
-                held.closing = True
-                held.work = self._pool.submit(self._close, held.partition)
-        return [held.number for held in closed]
+        """Close those that are lost; return the numbers of those that are closed now, and so active no longer."""
+        closed = [it for it in self.all.values() if it.closing and it.work is not None and it.work.done()]
+        for active in closed:
+            del self.all[active.number]
+        for active in self.all.values():
+            if active.lost and active.work is None and active.commit is None:
+                active.closing = True
+                active.work = self._pool.submit(self._close, active.partition)
+        return [active.number for active in closed]
 
     def shutdown(self, *, close: bool) -> None:
         """End the starts, which `stopping` does, and close everything unless a commit hangs in it."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if close:
-            for held in self.all.values():
-                self._close(held.partition)
+            for active in self.all.values():
+                self._close(active.partition)
 
     def _close(self, partition: Partition) -> None:
         try:

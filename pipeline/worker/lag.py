@@ -37,7 +37,7 @@ class _HeldUp(NamedTuple):
     since_s: float
 
 
-class Mirror:
+class LagReporter:
     """A thread that looks every `look_s`, and mirrors what has changed every `interval_ms` (0: never).
 
     `positions` are the worker's by partition, of those of `ours` that fold; `ends` and `start_offsets` those of the deltas

@@ -11,7 +11,7 @@ from pipeline.ports import Clock
 from pipeline.threads import LoopThread
 
 
-class Stepping:
+class PeriodicThread:
     """A loop in a thread of its own, until it is stopped. Subclasses say what a step is.
 
     `thread` is its name; `at_end` and `while_away` are what is logged when it can't go on and while the log is away.

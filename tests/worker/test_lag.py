@@ -11,7 +11,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.errors import Unavailable
-from pipeline.worker.mirror import Ends, Mirror
+from pipeline.worker.lag import Ends, LagReporter
 from tests.support import HandClock, wait_until
 from tests.worker.support import Recorder
 
@@ -29,7 +29,7 @@ class Watched:
         self.commits: list[dict[int, int]] = []
         self.looks = 0
         self.ends_fail = self.commits_fail = False
-        self.mirror = Mirror(
+        self.mirror = LagReporter(
             lambda: dict(self.positions),
             ends=self._ask_ends,
             start_offsets=lambda: {0: 2, 1: 0},
