@@ -24,6 +24,7 @@ import msgspec
 
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
+from pipeline.core.answer import Answer, View
 from pipeline.core.codec import encode_frames, producer_of
 from pipeline.core.record import producer_id_of
 from pipeline.core.token import Token
@@ -63,68 +64,6 @@ class _Accepted(msgspec.Struct):
 class _Status(msgspec.Struct):
     partition_count: int
     topic_id: str
-
-
-class AsOf(msgspec.Struct, frozen=True):
-    """What an answer reflects."""
-
-    staleness_ms: int | None
-    """Upper bound on the age of anything that the log had accepted and the answer lacks; None: unknown."""
-    next_offsets: dict[str, int]
-    """By partition: the first record of the deltas topic that is not in the answer."""
-
-
-class Series(msgspec.Struct, frozen=True):
-    """One row of an answer."""
-
-    labels: dict[str, str]
-    value: Any
-
-
-class Alternative(msgspec.Struct, frozen=True):
-    """A kind and window that a view has too, beside those that an answer is about."""
-
-    kind: str
-    window_s: int
-    """0: without windows."""
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """A merged view."""
-
-    view: str
-    kind: str
-    by: list[str] | None
-    series: list[Series]
-    as_of: AsOf
-    truncated: bool = False
-    """Whether there are more series than these."""
-    series_total: int | None = None
-    """How many there are, if the answer is truncated."""
-    also: list[Alternative] = []
-    """What else the view is: what `kind` and `window_s` of a read choose."""
-
-    def value(self) -> Any:
-        """The only series' value, None if there is none; `Invalid` if there are several."""
-        if len(self.series) > 1:
-            raise Invalid(f"view {self.view}: {len(self.series)} series; ask with by=() for their total")
-        return self.series[0].value if self.series else None
-
-
-class View(msgspec.Struct, frozen=True):
-    """A definition of a view, and how many series of it there are; one that lives in two partitions counts twice."""
-
-    name: str
-    kind: str
-    labels: list[str]
-    window_s: int | None
-    series_count: int
-    monotone: bool = False
-    """Whether it is a sum that never falls."""
-    defined_at_ms: int = 0
-    """When the log accepted the first batch of it."""
-    answers: bool = True
-    """Whether a read that chooses no kind and no window merges it."""
 
 
 class _Views(msgspec.Struct):

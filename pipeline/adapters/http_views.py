@@ -6,20 +6,10 @@ from urllib.parse import quote
 
 import msgspec
 
-from pipeline.adapters.http import HttpReader, View
+from pipeline.adapters.http import HttpReader
+from pipeline.core.answer import Changed
 from pipeline.core.record import Control
 from pipeline.core.token import Token
-
-
-class Changed(msgspec.Struct, frozen=True):
-    """What was dropped or reset."""
-
-    action: str
-    view: str
-    definitions: list[View]
-    """As they were known when the order was given."""
-    token: str
-    """`after=<token>` of a read waits until the order is carried out."""
 
 
 class _Partition(msgspec.Struct):

@@ -7,9 +7,10 @@ from typing import Any
 
 import msgspec
 
-from pipeline.adapters.http import Answer, View, view_path
+from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import Table, fetched
+from pipeline.core.answer import Answer, View
 from pipeline.errors import Invalid
 
 

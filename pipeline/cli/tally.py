@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.adapters.http import Answer
+from pipeline.core.answer import Answer
 from pipeline.core.record import Definition
 from pipeline.ports import Clock
 

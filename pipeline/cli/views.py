@@ -11,8 +11,8 @@ import typer
 from pipeline.cli.options import DEFAULT_URL, Json, Set, load
 
 if TYPE_CHECKING:
-    from pipeline.adapters.http import View
     from pipeline.cluster.views import Outcome
+    from pipeline.core.answer import View
 
 views = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 

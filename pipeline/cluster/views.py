@@ -9,10 +9,10 @@ from typing import Protocol
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http import View
-from pipeline.adapters.http_views import Changed, HttpViews
+from pipeline.adapters.http_views import HttpViews
 from pipeline.adapters.kafka.log import KafkaLog, check_topics
 from pipeline.adapters.kafka.options import parse_url
+from pipeline.core.answer import Changed, View
 from pipeline.core.orders import concerned
 from pipeline.core.record import Control, Definition
 from pipeline.core.token import Token
@@ -62,7 +62,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 def about(control: Control, views: Views) -> list[View]:
     """Which definitions an order is about, as far as they are known."""
-    return [it for it in views.views() if control.concerns(Definition(it.name, it.kind, tuple(it.labels)))]
+    return [it for it in views.views() if control.concerns(Definition(it.name, it.kind, it.labels))]
 
 
 def change(views: Views, control: Control, *, timeout_s: float, clock: Clock, key: str = "") -> Outcome:
@@ -125,7 +125,7 @@ class KafkaViews:
 
     def views(self) -> list[View]:
         """All definitions, by view; those that answer for a view come first."""
-        return [_view(it) for it in self._listed()]
+        return [View.of(it) for it in self._listed()]
 
     def _listed(self) -> list[Listed]:
         self._catalogue.read(self._clock.monotonic_s() + self._timeout_s)
@@ -133,7 +133,7 @@ class KafkaViews:
 
     def change(self, control: Control, key: str) -> Changed:
         """See `Views.change`."""
-        definitions = [_view(it) for it in concerned(control, self._listed())]
+        definitions = [View.of(it) for it in concerned(control, self._listed())]
         token = self._orders.controls(
             [control], RequestKey(f"{control.action} {control.view}", key, msgspec.json.encode(control))
         )
@@ -157,8 +157,3 @@ def open_views(url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, 
     if url.startswith(("http://", "https://")):
         return HttpViews(url)
     raise Invalid(f"not where views are: {url!r:.200}; known: http://host:port, kafka://host:port[/app]")
-
-
-def _view(it: Listed) -> View:
-    d = it.definition
-    return View(d.view, d.kind, [*d.labels], d.window_s or None, it.series_count, d.monotone, it.defined_at_ms, it.answers)

@@ -60,6 +60,7 @@ class Alternative(msgspec.Struct, frozen=True):
 
     kind: str
     window_s: int
+    """0: without windows."""
 
 
 class Merged(msgspec.Struct, frozen=True):

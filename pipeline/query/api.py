@@ -25,13 +25,13 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
 import pipeline.query.openapi as docs
+from pipeline.core.answer import Changed
 from pipeline.core.codec import decode_frames
 from pipeline.core.exposition import OMITTED
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
-from pipeline.query.answer import Changed
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key

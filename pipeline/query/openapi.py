@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from pipeline.core.answer import Answer, Changed, PartitionState, Views
 from pipeline.core.description import LetterText
 from pipeline.core.kinds import KIND_NAMES
-from pipeline.query.answer import Answer, Changed, PartitionState, Views
 from pipeline.query.dead_letters import Listing, Outcome
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
 from pipeline.query.params import NDJSON, WINDOW_S_MAX

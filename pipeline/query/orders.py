@@ -6,11 +6,11 @@ import threading
 
 import msgspec
 
+from pipeline.core.answer import Changed, View
 from pipeline.core.orders import concerned, order
 from pipeline.core.record import Control
 from pipeline.errors import Invalid
 from pipeline.ports import Orders, RequestKey
-from pipeline.query.answer import Changed, View
 from pipeline.query.problems import Refused
 from pipeline.query.reader import ViewReader
 

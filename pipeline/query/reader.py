@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pipeline.metrics as m
 from pipeline.core import codec
+from pipeline.core.answer import Answer, AsOf, PartitionState, Series, View, Views
 from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose
 from pipeline.core.kinds import KINDS, Kind
 from pipeline.core.record import (
@@ -52,7 +53,6 @@ from pipeline.core.view import (
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
-from pipeline.query.answer import Answer, AsOf, PartitionState, Series, View, Views
 from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import msgspec
 
 import pipeline.metrics as m
+from pipeline.core.answer import Answer, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
-from pipeline.query.answer import Answer, PartitionState
 from pipeline.query.params import ReadRequest
 from pipeline.query.reader import ViewReader
 from pipeline.settings import QuerySettings

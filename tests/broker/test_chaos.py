@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import Token
-from pipeline.adapters.http import Answer, AsOf, Series
+from pipeline.core.answer import Answer, AsOf, Series
 from pipeline.core.record import Batch, Control, Definition, Group, series_suffix
 from tests.broker.chaos.__main__ import parse, plan
 from tests.broker.chaos.ledger import PartitionLedger

@@ -14,9 +14,10 @@ import pytest
 
 import pipeline.cli.machine as machine
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http import Answer, AsOf, HttpReader, Series
+from pipeline.adapters.http import HttpReader
 from pipeline.cli.demo import parse_duration_s
 from pipeline.cli.tally import Recorder, differences, expected_answers
+from pipeline.core.answer import Answer, AsOf, Series
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid, NotFound, NotReady
 from tests.support import Program, pipeline, wait_until

@@ -12,13 +12,13 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.rocks import Translated
+from pipeline.core.answer import Answer
 from pipeline.core.exposition import Exposition
 from pipeline.core.record import Definition, definition_key, prefix_end, view_prefix
 from pipeline.core.view import Query, parse_matcher
 from pipeline.engine import Engine
 from pipeline.errors import LogCorrupt, NoSpace, NotReady, StoreCorrupt, Unavailable
 from pipeline.ports import RawDelta
-from pipeline.query.answer import Answer
 from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings
 from tests.producer.support import Meter as PublisherMeter

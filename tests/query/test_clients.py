@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.adapters import http as clients
 from pipeline.adapters.http import HttpLogWriter, HttpReader
+from pipeline.core.answer import Series, View
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
 from pipeline.errors import BadRecord, GroupsRefused, Invalid, NotFound, NotReady, PipelineError, Unavailable
@@ -320,8 +321,8 @@ def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpRead
     assert reader.get("asked", {"x": "a", "y": "2"}).value() == 2
     assert reader.get("asked", {"x": "~", "y": "é&=\0"}).value() == 4
     assert reader.get("asked", ["x=~a|b", "y!=2"], by=["x"]).series == [
-        clients.Series({"x": "a"}, 1),
-        clients.Series({"x": "b"}, 2**70),
+        Series({"x": "a"}, 1),
+        Series({"x": "b"}, 2**70),
     ]
     assert reader.get("asked", "x=a", by=()).value() == 3
     assert reader.get("asked", {"x": "none"}, by=()).value() is None
@@ -339,9 +340,9 @@ def test_lists(server: Server, reader: HttpReader) -> None:
     server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
     server.world.publish(Definition("rising", "sum", monotone=True), {(): 1})
     (listed,) = [it for it in reader.views() if it.name == "listed"]
-    assert listed == clients.View("listed", "max", ["x"], None, 1, defined_at_ms=listed.defined_at_ms)
+    assert listed == View("listed", "max", ("x",), None, 1, defined_at_ms=listed.defined_at_ms)
     (rising,) = [it for it in reader.views() if it.name == "rising"]
-    assert rising == clients.View("rising", "sum", [], None, 1, monotone=True, defined_at_ms=rising.defined_at_ms)
+    assert rising == View("rising", "sum", (), None, 1, monotone=True, defined_at_ms=rising.defined_at_ms)
     assert reader.status()["partition_count"] == 4
 
 

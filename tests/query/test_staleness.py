@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.adapters.memory import MemoryLog
+from pipeline.core.answer import AsOf
 from pipeline.core.record import NO_POSITION, Definition, Position
 from pipeline.core.view import Query
 from pipeline.errors import NotReady, Unavailable
 from pipeline.ports import Message
-from pipeline.query.answer import AsOf
 from pipeline.query.ends import EndsNow, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsets, bound_ms

@@ -57,7 +57,7 @@ def warm_of(groups: Mapping[str, int]) -> frozenset[int]:
 
 
 def elect(members: Mapping[AppIdentity, int], leader: AppIdentity) -> AppIdentity:
-    """Return whose group this is: of the app with most of the partitions, by `members`, in the newest format that it has there.
+    """Return whose group this is: of the app with most partitions, by `members`, in the newest format that it has there.
 
     Of apps that have as many, it is the leader's.
     """

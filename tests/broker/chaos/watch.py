@@ -14,7 +14,7 @@ from typing import Any, Self
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
 from pipeline import NotFound, PipelineError, Reader
-from pipeline.adapters.http import Answer
+from pipeline.core.answer import Answer
 from pipeline.core.codec import decode_position
 from pipeline.core.record import POSITION_KEY
 from pipeline.topics import CHANGELOG

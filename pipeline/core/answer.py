@@ -1,4 +1,4 @@
-"""What the server answers to reads, as values: the other end of each is in `adapters.http`."""
+"""Answers to reads, as values: servers encode them, and clients decode the same."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 import msgspec
 
 from pipeline.core.view import Alternative, Labels, Listed
+from pipeline.errors import Invalid
 
 
 class AsOf(msgspec.Struct, frozen=True):
-    """What an answer reflects: see `adapters.http.AsOf`, its other end."""
+    """What an answer reflects."""
 
     staleness_ms: int | None
+    """Upper bound on the age of anything that the log had accepted and the answer lacks; None: unknown."""
     next_offsets: dict[str, int]
+    """By partition: the first record of the deltas topic that is not in the answer."""
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -32,9 +35,17 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     series: list[Series]
     as_of: AsOf
     truncated: bool = False
+    """True if there are more series than these."""
     series_total: int | None = None
+    """The number of all series, if the answer is truncated."""
     also: tuple[Alternative, ...] = ()
     """What else the view is: kinds and windows that `kind` and `window_s` choose."""
+
+    def value(self) -> Any:
+        """Return the only series' value, None if there is none. Raises `Invalid` if there are several."""
+        if len(self.series) > 1:
+            raise Invalid(f"view {self.view}: {len(self.series)} series; ask with by=() for their total")
+        return self.series[0].value if self.series else None
 
 
 class View(msgspec.Struct, frozen=True):
@@ -45,15 +56,16 @@ class View(msgspec.Struct, frozen=True):
     labels: Labels
     window_s: int | None
     series_count: int
-    monotone: bool
-    defined_at_ms: int
+    monotone: bool = False
+    """True for a sum that never falls."""
+    defined_at_ms: int = 0
     """When the log accepted the first batch of it."""
-    answers: bool
-    """Whether a read that chooses no kind and no window merges it."""
+    answers: bool = True
+    """True if a read that chooses no kind and no window merges it."""
 
     @classmethod
     def of(cls, it: Listed) -> View:
-        """A definition as it is listed."""
+        """Return a definition as it is listed."""
         d = it.definition
         return cls(d.view, d.kind, d.labels, d.window_s or None, it.series_count, d.monotone, it.defined_at_ms, it.answers)
 
@@ -71,9 +83,9 @@ class Changed(msgspec.Struct, frozen=True):
     action: str
     view: str
     definitions: list[View]
-    """As the server knew them when it gave the order."""
+    """As they were known when the order was given."""
     token: str
-    """`after=<token>` of a read waits until it is carried out."""
+    """`after=<token>` of a read waits until the order is carried out."""
 
 
 class PartitionState(msgspec.Struct, frozen=True):
