@@ -12,9 +12,17 @@ from math import inf, isfinite
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.core.kinds import KINDS, State, kind_of
-from pipeline.core.record import Definition, canonical, check_label_values, series_prefix, series_suffix
+from pipeline.core.kinds import KINDS, State, check_ahead, kind_of
+from pipeline.core.record import (
+    Definition,
+    canonical,
+    check_label_values,
+    overflow_suffix,
+    series_prefix,
+    series_suffix,
+)
 from pipeline.errors import Invalid, PipelineError
+from pipeline.publisher.drafts import encode
 
 if TYPE_CHECKING:
     from pipeline.publisher.table import Table
@@ -54,6 +62,23 @@ def check_value(kind: str, monotone: bool, value: object) -> Any:
     return checked[2] if kind == "last" else checked
 
 
+def check_time(ts_ms: Any, now_ms: int, ahead_max_ms: int) -> None:
+    """Raise `Invalid` if a time is none, or too far ahead of now."""
+    KINDS["last"].check(None, ts_ms)
+    check_ahead(ts_ms, now_ms, ahead_max_ms)
+
+
+def outline(definition: Definition, method: str) -> tuple[Definition, bytes, bytes, bytes]:
+    """Return what a view records by: its canonical definition, and encoded that, its prefix and its overflow labels.
+
+    Raises `Invalid` if deltas of its kind are not recorded by `method`.
+    """
+    if KINDS[definition.kind].method != method:
+        raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {method}")
+    own = canonical(definition)
+    return own, encode(own), series_prefix(own), overflow_suffix(own, b"")
+
+
 def label_values(definition: Definition, values: Sequence[Any], names: Mapping[str, Any]) -> tuple[str, ...]:
     """Return plain label values in the order of the definition, given by position or by name, or raise `Invalid`."""
     labels = definition.labels
@@ -74,8 +99,6 @@ class View:
     """What `labels` returns. A subclass may name a subclass."""
 
     def __init__(self, table: Table, definition: Definition, series_max: int) -> None:
-        if KINDS[definition.kind].method != self.method:
-            raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {self.method}")
         self.definition = definition
         """The definition with labels in the order in which this process names them."""
         self.overflow_count = 0
@@ -86,9 +109,8 @@ class View:
         self.monotone = definition.monotone
         self.window_ms = definition.window_s * 1_000
         self.series_max = series_max
-        self.canonical = canonical(definition)
+        self.canonical, _, self.prefix, _ = outline(definition, self.method)
         self.number = 0
-        self.prefix = series_prefix(self.canonical)
         self.slots: dict[bytes, Slot] = {}
         """The series that are in the table, by suffix."""
         self.own_count = 0

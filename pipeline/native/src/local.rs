@@ -45,17 +45,17 @@ impl States {
     }
 
     /// Merge a state of a series in; one that is not there yet takes one of `room`, or makes this incomplete.
-    pub fn merge(&mut self, hash: u32, suffix: &[u8], state: State, count: u64, room: &mut usize) {
+    pub fn merge(&mut self, hash: u32, suffix: &[u8], state: &State, count: u64, room: &mut usize) {
         if let Some(at) = self.place(hash, suffix) {
             let entry = &mut self.entries[at];
-            entry.state.merge(self.kind, state);
+            entry.state.merge(self.kind, state.clone());
             entry.count += count;
         } else if *room == 0 {
             self.complete = false;
         } else {
             *room -= 1;
             let at = self.entries.len() as u32;
-            self.entries.push(Entry { suffix: suffix.into(), state, count, hash });
+            self.entries.push(Entry { suffix: suffix.into(), state: state.clone(), count, hash });
             let entries = &self.entries;
             self.index.insert_unique(spread(hash), at, |at| spread(entries[*at as usize].hash));
         }
@@ -63,6 +63,7 @@ impl States {
 }
 
 /// What a process has recorded since it began, and a drain has taken, by the id of the view.
+#[derive(Clone)]
 pub struct Totals {
     pub by_view: HashMap<u32, States>,
     /// How many series more may be known.

@@ -11,13 +11,15 @@
 
 use crate::local::{spread, States, Totals};
 use crate::ring::Ring;
-use crate::state::{Kind, State};
+use crate::state::{int_bytes, Kind, State};
 use crate::wire::*;
 use hashbrown::HashTable;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use std::cell::UnsafeCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 const SHARD_COUNT: usize = 64;
 const CHUNK: usize = 32;
@@ -62,6 +64,29 @@ impl ViewInfo {
     fn count(&self, core: u32, more: i64) {
         let to = |_| Some((core as u64) << 32 | (self.series_count(core) as i64 + more) as u64);
         let _ = self.counted.fetch_update(Relaxed, Relaxed, to);
+    }
+
+    /// Whether its deltas have a time.
+    pub fn is_timed(&self) -> bool {
+        self.window_ms > 0 || self.kind == Kind::Last
+    }
+
+    /// The start of the window of a time, in ms; 0 if the view has no windows.
+    pub fn window_of(&self, ts_ms: i64) -> i64 {
+        if self.window_ms == 0 {
+            return 0;
+        }
+        ts_ms - ts_ms.rem_euclid(self.window_ms)
+    }
+
+    /// Whether a number is a delta as it is.
+    #[inline]
+    pub fn fits(&self, number: &State) -> bool {
+        match number {
+            State::F(f) => f.is_finite() && !(self.monotone && *f < 0.0) && self.kind != Kind::Last,
+            State::I(i) => !(self.monotone && *i < 0) && self.kind != Kind::Last,
+            _ => false,
+        }
     }
 
     pub fn is_overflow(&self, suffix: &[u8]) -> bool {
@@ -112,7 +137,7 @@ impl Inner {
     #[inline(always)]
     fn find(&self, key: Key<'_>) -> Option<u32> {
         let is = |at: &u32| {
-            let slot = &self.chunks[*at as usize / CHUNK][*at as usize % CHUNK];
+            let slot = slot_in(&self.chunks, *at);
             let same = slot.hash == key.hash && slot.view.as_ref().is_some_and(|v| Arc::ptr_eq(v, key.view));
             same && *slot.suffix == *key.suffix
         };
@@ -126,28 +151,30 @@ impl Inner {
         (slot.stamp == stamp && stamp != 0).then_some(at)
     }
 
+    fn slot_count(&self) -> usize {
+        self.live + self.free.len()
+    }
+
     fn insert(&mut self, slot: Slot) -> u32 {
         let hash = slot.hash;
-        let at = match self.free.pop() {
-            Some(at) => {
-                *self.slot(at) = slot;
-                at
-            }
-            None => {
-                if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
-                    self.chunks.push(Vec::with_capacity(CHUNK));
-                }
-                let last = self.chunks.len() - 1;
-                self.chunks[last].push(slot);
-                (last * CHUNK + self.chunks[last].len() - 1) as u32
-            }
-        };
+        let at = self.free.pop().unwrap_or(self.slot_count() as u32);
+        if at as usize / CHUNK == self.chunks.len() {
+            self.chunks.push(Vec::with_capacity(CHUNK));
+        }
+        let chunk = &mut self.chunks[at as usize / CHUNK];
+        match chunk.get_mut(at as usize % CHUNK) {
+            Some(free) => *free = slot,
+            None => chunk.push(slot),
+        }
         self.live += 1;
-        let chunks = &self.chunks;
-        let hash_of = |at: &u32| spread(chunks[*at as usize / CHUNK][*at as usize % CHUNK].hash);
-        self.index.insert_unique(spread(hash), at, hash_of);
+        self.index.insert_unique(spread(hash), at, |at| spread(slot_in(&self.chunks, *at).hash));
         at
     }
+}
+
+#[inline]
+fn slot_in(chunks: &[Vec<Slot>], at: u32) -> &Slot {
+    &chunks[at as usize / CHUNK][at as usize % CHUNK]
 }
 
 /// A part of the table with a lock and cache lines of its own. The lock is a flag: to give it back is a store, where a mutex
@@ -242,14 +269,12 @@ pub enum Outcome {
     NoRoom(i64, usize),
 }
 
-/// What the journal has to know of a drain, or of a look at what waits.
-#[derive(Default, Clone)]
-pub struct Cut {
-    /// By shard, where its ring ended.
-    pub positions: Vec<(usize, i64, usize)>,
-    /// Numbers of series that are in the table no more: all their records lie before the positions.
-    pub gone: Vec<u64>,
-}
+/// By shard, where its ring ends: a segment and the offset in it.
+pub type Positions = BTreeMap<usize, (i64, usize)>;
+
+/// What the journal has to know of a drain, or of a look at what waits: where the rings ended, and the numbers of series that
+/// are in the table no more. All records of those lie before the positions.
+pub type Cut = (Positions, Vec<u64>);
 
 /// A series' view and suffix, its state, and how many deltas are in it.
 pub type Waiting = (Arc<ViewInfo>, Box<[u8]>, State, u64);
@@ -258,6 +283,7 @@ pub type Waiting = (Arc<ViewInfo>, Box<[u8]>, State, u64);
 struct Taken {
     start: usize,
     len: usize,
+    /// The place of its view among those of a drain.
     view: u32,
     partition: u32,
     hash: u32,
@@ -265,62 +291,103 @@ struct Taken {
     state: State,
 }
 
+/// What a drain has taken out.
 #[derive(Default)]
+struct Drained {
+    taken: Vec<Taken>,
+    arena: Vec<u8>,
+    views: Vec<Arc<ViewInfo>>,
+}
+
+impl Drained {
+    fn suffix(&self, of: &Taken) -> &[u8] {
+        &self.arena[of.start..of.start + of.len]
+    }
+}
+
+/// A batch to be: the groups of one partition. See `pipeline.publisher.drafts.Draft`.
+#[pyclass(frozen, module = "pipeline_native")]
+#[derive(Default, Clone)]
 pub struct Draft {
+    #[pyo3(get)]
     pub partition: u32,
-    pub groups: Vec<u8>,
+    pub groups: Arc<Vec<u8>>,
+    #[pyo3(get)]
     pub group_count: usize,
+    #[pyo3(get)]
     pub series_count: u64,
+    #[pyo3(get)]
     pub delta_count: u64,
+}
+
+#[pymethods]
+impl Draft {
+    #[getter]
+    fn groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.groups)
+    }
+}
+
+/// Take a lock that nothing leaves half done: a panic ends the process.
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Lets one thread at a time drain, evict or take a snapshot; who holds it across a fork may do so too.
 #[derive(Default)]
 pub struct Gate {
-    state: Mutex<(bool, u32)>,
+    inside: Mutex<Option<u32>>,
     freed: Condvar,
 }
 
 impl Gate {
     /// Enter, waiting for others; false: this thread is inside already.
     pub fn enter(&self, me: u32) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
-        while state.0 {
-            if state.1 == me {
-                return false;
-            }
-            state = self.freed.wait(state).unwrap_or_else(|e| e.into_inner());
+        let mut inside = locked(&self.inside);
+        while inside.is_some_and(|other| other != me) {
+            inside = self.freed.wait(inside).unwrap_or_else(|e| e.into_inner());
         }
-        *state = (true, me);
-        true
+        inside.replace(me).is_none()
     }
 
     /// Leave, if this thread is inside.
     pub fn leave(&self, me: u32) {
-        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
-        if *state == (true, me) {
-            state.0 = false;
+        if locked(&self.inside).take_if(|other| *other == me).is_some() {
             self.freed.notify_one();
         }
     }
 }
 
+/// How a table is to be.
+#[derive(Clone, Copy)]
+pub struct Config {
+    pub bytes_max: usize,
+    /// 0: as many as are good.
+    pub shard_count: usize,
+    pub lane_count: usize,
+    pub local_series_max: usize,
+    pub journal: bool,
+}
+
 /// Everything that a forked child must not find: it gets a new one, and never looks into the old one, of which another
 /// thread may have held a lock.
 pub struct Core {
-    pub id: u32,
+    id: u32,
+    /// In which process it is in use: see `crate::fork`.
+    pub forks: AtomicU64,
+    /// The parent's, if this is the closed one of a forked child that has neither begun anew nor gone on with it.
+    pub left: Option<&'static Core>,
     pub closed: AtomicBool,
     pub shards: Box<[Shard]>,
     pub used: AtomicUsize,
     pub series: AtomicUsize,
-    pub contended: AtomicU64,
     pub gate: Gate,
-    pub totals: Mutex<Totals>,
+    totals: Mutex<Totals>,
     /// The totals as of the last snapshot.
     pub published: Mutex<HashMap<u32, Arc<States>>>,
     /// What was drained and not handed over, because Python had no memory for it.
-    pub undelivered: Mutex<Vec<Arc<Draft>>>,
-    pub journal: bool,
+    pub undelivered: Mutex<Vec<Draft>>,
+    journal: bool,
     /// Numbers of series that are let go of, or were never used.
     pub gone: Mutex<Vec<u64>>,
     /// What belongs to what was handed over last.
@@ -341,38 +408,38 @@ fn slot_bytes(suffix: &[u8]) -> usize {
 }
 
 impl Core {
-    pub fn new(bytes_max: usize, shard_count: usize, lane_count: usize, local_series_max: usize, journal: bool) -> Core {
+    pub fn new(config: Config, forks: u64, left: Option<&'static Core>) -> Core {
         static IDS: AtomicU32 = AtomicU32::new(1);
-        let shards = match shard_count {
-            0 if journal => 1, // each has a ring, whose segments take room on the disk
+        let shards = match config.shard_count {
+            0 if config.journal => 1, // each has a ring, whose segments take room on the disk
             0 => SHARD_COUNT,
             n => n.next_power_of_two(),
         };
-        let lanes = lane_count.max(1).next_power_of_two();
         Core {
             id: IDS.fetch_add(1, Relaxed),
-            closed: AtomicBool::new(false),
-            shards: (0..shards * lanes).map(|_| Shard::default()).collect(),
+            forks: AtomicU64::new(forks),
+            left,
+            closed: AtomicBool::new(left.is_some()),
+            shards: (0..shards * config.lane_count).map(|_| Shard::default()).collect(),
             used: AtomicUsize::new(0),
             series: AtomicUsize::new(0),
-            contended: AtomicU64::new(0),
             gate: Gate::default(),
-            totals: Mutex::new(Totals { by_view: HashMap::new(), room: local_series_max }),
+            totals: Mutex::new(Totals { by_view: HashMap::new(), room: config.local_series_max }),
             published: Mutex::default(),
             undelivered: Mutex::default(),
-            journal,
+            journal: config.journal,
             gone: Mutex::default(),
             cut: Mutex::default(),
             drains: AtomicU32::new(0),
-            bytes_max,
-            lane_mask: lanes as u32 - 1,
+            bytes_max: config.bytes_max,
+            lane_mask: config.lane_count as u32 - 1,
             lane_shift: shards.trailing_zeros(),
         }
     }
 
     /// Whether nobody but thread `me` is in the midst of anything here.
     pub fn is_whole(&self, me: u32) -> bool {
-        let gate = self.gate.state.try_lock().is_ok_and(|state| !state.0 || state.1 == me);
+        let gate = self.gate.inside.try_lock().is_ok_and(|inside| inside.is_none_or(|other| other == me));
         let rest =
             self.totals.try_lock().is_ok() && self.published.try_lock().is_ok() && self.undelivered.try_lock().is_ok();
         gate && rest && self.shards.iter().all(|shard| shard.try_lock().is_some())
@@ -500,159 +567,145 @@ impl Core {
     }
 
     pub fn waiting(&self) -> u64 {
-        let undelivered = self.undelivered.lock().unwrap_or_else(|e| e.into_inner());
-        let drained: u64 = undelivered.iter().map(|draft| draft.delta_count).sum();
+        let drained: u64 = locked(&self.undelivered).iter().map(|draft| draft.delta_count).sum();
         drained + self.shards.iter().map(|shard| shard.lock().waiting).sum::<u64>()
     }
 
     /// Take out what waits, but for busy partitions, merge it into the totals, and encode it as batches to be; they come behind
     /// what an earlier drain could not hand over.
-    pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize) -> (Vec<Arc<Draft>>, Cut) {
-        let mut drafts = Vec::new();
-        let mut arena = Vec::new();
-        let mut views = Vec::new();
-        let mut cut = self.begin_cut();
-        let mut taken = self.take(partition_count, busy, &mut arena, &mut views, &mut cut);
+    pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize) -> (Vec<Draft>, Cut) {
+        let (mut drained, cut) = self.take(partition_count, busy);
         if self.lane_mask > 0 {
-            taken = merge_lanes(taken, &arena, &views);
+            merge_lanes(&mut drained);
         }
-        self.add_totals(&taken, &arena, &views);
-        encode(&taken, &arena, &views, partition_count, bytes_max, &mut drafts);
-        let mut all = std::mem::take(&mut *self.undelivered.lock().unwrap_or_else(|e| e.into_inner()));
-        all.extend(drafts.into_iter().map(Arc::new));
+        self.add_totals(&drained);
+        let mut all = std::mem::take(&mut *locked(&self.undelivered));
+        encode(&drained, partition_count, bytes_max, &mut all);
         (all, cut)
     }
 
-    fn begin_cut(&self) -> Cut {
-        Cut { positions: Vec::new(), gone: std::mem::take(&mut *self.gone.lock().unwrap_or_else(|e| e.into_inner())) }
+    /// Where the rings end now.
+    pub fn ends(&self) -> Positions {
+        let end = |(number, shard): (usize, &Shard)| shard.lock().ring.end().map(|end| (number, end));
+        self.shards.iter().enumerate().filter_map(end).collect()
     }
 
     /// What waits, which stays where it is, and where the rings end as of that.
     pub fn look(&self) -> (Vec<Waiting>, Cut) {
-        let (mut out, mut cut) = (Vec::new(), self.begin_cut());
-        for (number, shard) in self.shards.iter().enumerate() {
-            let mut inner = shard.lock();
-            let inner = &mut *inner;
-            cut.positions.extend(inner.ring.end().map(|(segment, offset)| (number, segment, offset)));
-            for at in &inner.dirty {
-                let slot = &inner.chunks[*at as usize / CHUNK][*at as usize % CHUNK];
-                out.extend(slot.view.clone().map(|view| (view, slot.suffix.clone(), slot.state.clone(), slot.count)));
-            }
-        }
-        (out, cut)
+        let mut out = Vec::new();
+        let gone = std::mem::take(&mut *locked(&self.gone));
+        let positions = self.visit(usize::MAX, |slot| {
+            out.extend(slot.view.clone().map(|view| (view, slot.suffix.clone(), slot.state.clone(), slot.count)));
+            true
+        });
+        (out, (positions, gone))
     }
 
-    fn take(
-        &self,
-        partition_count: u32,
-        busy: &[u8],
-        arena: &mut Vec<u8>,
-        views: &mut Vec<Arc<ViewInfo>>,
-        cut: &mut Cut,
-    ) -> Vec<Taken> {
-        let drain = self.drains.fetch_add(1, Relaxed) + 1;
-        let mut places: HashMap<u32, u32> = HashMap::new();
-        let mut last = (0, 0);
-        let mut out = Vec::new();
-        // What is behind a ring's position is not in what was taken, and nothing before it is left out: so with a journal a
-        // shard is taken in one hold.
-        let hold_max = if self.journal { usize::MAX } else { HOLD_MAX };
+    /// Show every series in which something waits; what `keep` returns false of waits no more. Returns where the rings end.
+    ///
+    /// A shard's lock is held for so many series at a time.
+    fn visit(&self, hold_max: usize, mut keep: impl FnMut(&mut Slot) -> bool) -> Positions {
+        let mut positions = Positions::new();
         for (number, shard) in self.shards.iter().enumerate() {
-            let expected = shard.lock().dirty.len();
-            reserve(&mut out, arena, expected.min(hold_max));
             let mut inner = shard.lock();
             let dirty = std::mem::take(&mut inner.dirty);
-            cut.positions.extend(inner.ring.end().map(|(segment, offset)| (number, segment, offset)));
+            positions.extend(inner.ring.end().map(|end| (number, end)));
             let mut kept = Vec::new();
             for (i, part) in dirty.chunks(hold_max).enumerate() {
                 if i > 0 {
                     drop(inner);
-                    reserve(&mut out, arena, part.len());
                     inner = shard.lock();
                 }
                 for at in part {
                     let slot = inner.slot(*at);
-                    let partition = slot.crc % partition_count;
-                    if busy.get(partition as usize).is_some_and(|busy| *busy != 0) {
+                    if keep(slot) {
                         kept.push(*at);
-                        continue;
+                    } else {
+                        let count = std::mem::take(&mut slot.count);
+                        inner.waiting -= count;
                     }
-                    let Some(view) = &slot.view else { continue };
-                    if views.is_empty() || last.0 != view.id {
-                        let place = *places.entry(view.id).or_insert_with(|| {
-                            views.push(view.clone());
-                            views.len() as u32 - 1
-                        });
-                        last = (view.id, place);
-                    }
-                    let heap = slot.state.heap_bytes();
-                    if heap > 0 {
-                        self.used.fetch_sub(heap, Relaxed);
-                    }
-                    let count = std::mem::take(&mut slot.count);
-                    slot.seen = drain;
-                    out.push(Taken {
-                        start: arena.len(),
-                        len: slot.suffix.len(),
-                        view: last.1,
-                        partition,
-                        hash: slot.hash,
-                        count,
-                        state: std::mem::replace(&mut slot.state, State::Empty),
-                    });
-                    arena.extend_from_slice(&slot.suffix);
-                    inner.waiting -= count;
                 }
             }
-            if !kept.is_empty() {
-                kept.append(&mut inner.dirty);
-                inner.dirty = kept;
-            }
+            kept.append(&mut inner.dirty);
+            inner.dirty = kept;
         }
-        out
+        positions
     }
 
-    fn add_totals(&self, taken: &[Taken], arena: &[u8], views: &[Arc<ViewInfo>]) {
-        let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
+    fn take(&self, partition_count: u32, busy: &[u8]) -> (Drained, Cut) {
+        let drain = self.drains.fetch_add(1, Relaxed) + 1;
+        let mut places: HashMap<u32, u32> = HashMap::new();
+        let mut last = (0, 0);
+        // Nearly all the memory that is needed, before a lock is held.
+        let expected = self.shards.iter().map(|shard| shard.lock().dirty.len()).sum();
+        let mut out =
+            Drained { taken: Vec::with_capacity(expected), arena: Vec::with_capacity(expected * 64), views: Vec::new() };
+        // What is behind a ring's position is not in what was taken, and nothing before it is left out: so with a journal a
+        // shard is taken in one hold.
+        let hold_max = if self.journal { usize::MAX } else { HOLD_MAX };
+        let gone = std::mem::take(&mut *locked(&self.gone));
+        let positions = self.visit(hold_max, |slot| {
+            let partition = slot.crc % partition_count;
+            if busy.get(partition as usize).is_some_and(|busy| *busy != 0) {
+                return true;
+            }
+            let Some(view) = &slot.view else { return false };
+            if out.views.is_empty() || last.0 != view.id {
+                let place = *places.entry(view.id).or_insert_with(|| {
+                    out.views.push(view.clone());
+                    out.views.len() as u32 - 1
+                });
+                last = (view.id, place);
+            }
+            let heap = slot.state.heap_bytes();
+            if heap > 0 {
+                self.used.fetch_sub(heap, Relaxed);
+            }
+            slot.seen = drain;
+            out.taken.push(Taken {
+                start: out.arena.len(),
+                len: slot.suffix.len(),
+                view: last.1,
+                partition,
+                hash: slot.hash,
+                count: slot.count,
+                state: std::mem::replace(&mut slot.state, State::Empty),
+            });
+            out.arena.extend_from_slice(&slot.suffix);
+            false
+        });
+        (out, (positions, gone))
+    }
+
+    fn add_totals(&self, drained: &Drained) {
+        let mut totals = locked(&self.totals);
         let Totals { by_view, room } = &mut *totals;
         let known = |view: &Arc<ViewInfo>| by_view.remove(&view.id).unwrap_or_else(|| States::new(view.kind));
-        let mut states: Vec<States> = views.iter().map(known).collect();
-        for t in taken {
-            states[t.view as usize].merge(t.hash, &arena[t.start..t.start + t.len], t.state.clone(), t.count, room);
+        let mut states: Vec<States> = drained.views.iter().map(known).collect();
+        for t in &drained.taken {
+            states[t.view as usize].merge(t.hash, drained.suffix(t), &t.state, t.count, room);
         }
-        by_view.extend(views.iter().map(|view| view.id).zip(states));
+        by_view.extend(drained.views.iter().map(|view| view.id).zip(states));
     }
 
     /// Publish the totals together with what waits.
     pub fn snapshot(&self) {
         let mut waiting: HashMap<u32, States> = HashMap::new();
-        for shard in self.shards.iter() {
-            let dirty = shard.lock().dirty.clone();
-            for part in dirty.chunks(HOLD_MAX) {
-                let mut inner = shard.lock();
-                for at in part {
-                    let slot = inner.slot(*at);
-                    if let Some(view) = &slot.view {
-                        let states = waiting.entry(view.id).or_insert_with(|| States::new(view.kind));
-                        states.merge(slot.hash, &slot.suffix, slot.state.clone(), slot.count, &mut usize::MAX.clone());
-                    }
-                }
+        self.visit(HOLD_MAX, |slot| {
+            if let Some(view) = &slot.view {
+                let states = waiting.entry(view.id).or_insert_with(|| States::new(view.kind));
+                states.merge(slot.hash, &slot.suffix, &slot.state, slot.count, &mut usize::MAX.clone());
+            }
+            true
+        });
+        let Totals { mut by_view, mut room } = locked(&self.totals).clone();
+        for (id, more) in waiting {
+            let states = by_view.entry(id).or_insert_with(|| States::new(more.kind));
+            for entry in &more.entries {
+                states.merge(entry.hash, &entry.suffix, &entry.state, entry.count, &mut room);
             }
         }
-        let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
-        let mut room = totals.room;
-        for (id, states) in &waiting {
-            totals.by_view.entry(*id).or_insert_with(|| States::new(states.kind));
-        }
-        let mut published = HashMap::new();
-        for (id, states) in totals.by_view.iter() {
-            let mut copy = states.clone();
-            for entry in waiting.get(id).map_or(&[][..], |waiting| &waiting.entries) {
-                copy.merge(entry.hash, &entry.suffix, entry.state.clone(), entry.count, &mut room);
-            }
-            published.insert(*id, Arc::new(copy));
-        }
-        *self.published.lock().unwrap_or_else(|e| e.into_inner()) = published;
+        *locked(&self.published) = by_view.into_iter().map(|(id, states)| (id, Arc::new(states))).collect();
     }
 
     /// Let go of series in which nothing waits and that were silent for so many drains.
@@ -663,12 +716,10 @@ impl Core {
             let mut next = 0;
             loop {
                 let mut inner = shard.lock();
-                let end = (next + HOLD_MAX).min(inner.chunks.len() * CHUNK);
-                for at in next..end {
-                    gone += self.let_go(&mut inner, at as u32, drain, silent_drains) as usize;
-                }
+                let end = inner.slot_count().min(next + HOLD_MAX);
+                gone += (next..end).filter(|at| self.let_go(&mut inner, *at as u32, drain, silent_drains)).count();
                 next = end;
-                if next >= inner.chunks.len() * CHUNK {
+                if next == inner.slot_count() {
                     if inner.live == 0 && inner.dirty.is_empty() {
                         *inner = Inner { ring: std::mem::take(&mut inner.ring), ..Inner::default() };
                     }
@@ -680,14 +731,14 @@ impl Core {
     }
 
     fn let_go(&self, inner: &mut Inner, at: u32, drain: u32, silent_drains: u32) -> bool {
-        let Some(slot) = inner.chunks[at as usize / CHUNK].get_mut(at as usize % CHUNK) else { return false };
-        if slot.view.is_none() || slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
+        let slot = inner.slot(at);
+        if slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
             return false;
         }
         let Some(view) = slot.view.take() else { return false };
         slot.stamp = 0;
         if slot.number > 0 {
-            self.gone.lock().unwrap_or_else(|e| e.into_inner()).push(slot.number);
+            locked(&self.gone).push(slot.number);
         }
         let suffix = std::mem::take(&mut slot.suffix);
         let hash = slot.hash;
@@ -703,11 +754,6 @@ impl Core {
     }
 }
 
-fn reserve(out: &mut Vec<Taken>, arena: &mut Vec<u8>, count: usize) {
-    out.reserve(count);
-    arena.reserve(count * 64);
-}
-
 /// A number that each thread keeps.
 pub fn thread_index() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -715,67 +761,44 @@ pub fn thread_index() -> u32 {
     INDEX.with(|index| *index)
 }
 
-/// Each series once, where it first stood.
-fn merge_lanes(taken: Vec<Taken>, arena: &[u8], views: &[Arc<ViewInfo>]) -> Vec<Taken> {
-    let mut out: Vec<Taken> = Vec::with_capacity(taken.len());
-    let mut index: HashTable<u32> = HashTable::with_capacity(taken.len());
-    for t in taken {
+/// Have each series once, where it first stood.
+fn merge_lanes(drained: &mut Drained) {
+    let lanes = std::mem::take(&mut drained.taken);
+    let mut index: HashTable<u32> = HashTable::with_capacity(lanes.len());
+    for t in lanes {
         let is = |at: &u32| {
-            let o = &out[*at as usize];
-            o.hash == t.hash && o.view == t.view && arena[o.start..o.start + o.len] == arena[t.start..t.start + t.len]
+            let other = &drained.taken[*at as usize];
+            other.hash == t.hash && other.view == t.view && drained.suffix(other) == drained.suffix(&t)
         };
         if let Some(at) = index.find(spread(t.hash), is).copied() {
-            let into = &mut out[at as usize];
+            let into = &mut drained.taken[at as usize];
             into.count += t.count;
-            into.state.merge(views[t.view as usize].kind, t.state);
+            into.state.merge(drained.views[t.view as usize].kind, t.state);
         } else {
-            index.insert_unique(spread(t.hash), out.len() as u32, |at| spread(out[*at as usize].hash));
-            out.push(t);
+            let at = drained.taken.len() as u32;
+            index.insert_unique(spread(t.hash), at, |at| spread(drained.taken[*at as usize].hash));
+            drained.taken.push(t);
         }
     }
-    out
 }
 
 /// What was taken, as the groups of batches of up to `bytes_max`: by partition, then by view in the order of their definition.
-fn encode(
-    taken: &[Taken],
-    arena: &[u8],
-    views: &[Arc<ViewInfo>],
-    partition_count: u32,
-    bytes_max: usize,
-    drafts: &mut Vec<Draft>,
-) {
-    let mut by_id: Vec<usize> = (0..views.len()).collect();
-    by_id.sort_by_key(|place| views[*place].id);
-    let mut rank = vec![0; views.len()];
-    for (i, place) in by_id.iter().enumerate() {
-        rank[*place] = i;
-    }
-    // A counting sort
-    let bucket = |t: &Taken| t.partition as usize * views.len() + rank[t.view as usize];
-    let mut starts = vec![0u32; partition_count as usize * views.len() + 1];
-    for t in taken {
-        starts[bucket(t) + 1] += 1;
-    }
-    for i in 1..starts.len() {
-        starts[i] += starts[i - 1];
-    }
-    let mut next = starts.clone();
-    let mut order = vec![0u32; taken.len()];
-    for (i, t) in taken.iter().enumerate() {
-        let place = &mut next[bucket(t)];
-        order[*place as usize] = i as u32;
-        *place += 1;
+fn encode(drained: &Drained, partition_count: u32, bytes_max: usize, drafts: &mut Vec<Draft>) {
+    let views = &drained.views;
+    let mut in_order: Vec<usize> = (0..views.len()).collect();
+    in_order.sort_by_key(|place| views[*place].id);
+    let mut buckets: Vec<Vec<u32>> = vec![Vec::new(); partition_count as usize * views.len()];
+    for (i, t) in drained.taken.iter().enumerate() {
+        buckets[t.partition as usize * views.len() + t.view as usize].push(i as u32);
     }
     for partition in 0..partition_count {
         let mut batch = Batch { size: BATCH_BYTES, ..Batch::default() };
-        for (i, place) in by_id.iter().enumerate() {
-            let at = partition as usize * views.len() + i;
+        for place in &in_order {
             let view = &views[*place];
-            for number in &order[starts[at] as usize..starts[at + 1] as usize] {
-                let t = &taken[*number as usize];
-                let entry =
-                    ENTRY_BYTES + t.len + t.state.size() + if view.kind == Kind::Mean { count_bytes(t.count) } else { 0 };
+            for i in &buckets[partition as usize * views.len() + place] {
+                let t = &drained.taken[*i as usize];
+                let count = if view.kind == Kind::Mean { int_bytes(t.count as i64) } else { 0 };
+                let entry = ENTRY_BYTES + t.len + t.state.size() + count;
                 let group = GROUP_BYTES + view.definition.len();
                 let more = entry + if batch.entries == 0 { group } else { 0 };
                 let crowded = batch.entries == 0 && batch.draft.group_count == GROUP_COUNT_MAX;
@@ -784,7 +807,7 @@ fn encode(
                     drafts.push(batch.finish(partition));
                 }
                 batch.size += entry + if batch.entries == 0 { group } else { 0 };
-                batch.add(view.kind, t, &arena[t.start..t.start + t.len]);
+                batch.add(view.kind, t, drained.suffix(t));
             }
             batch.end_group(view);
         }
@@ -794,14 +817,11 @@ fn encode(
     }
 }
 
-fn count_bytes(count: u64) -> usize {
-    (64 - count.leading_zeros() as usize).div_ceil(8)
-}
-
 /// A batch to be that grows: the groups that are done, and the columns of the one that is not.
 #[derive(Default)]
 struct Batch {
     draft: Draft,
+    groups: Vec<u8>,
     size: usize,
     entries: usize,
     suffixes: Vec<u8>,
@@ -834,7 +854,7 @@ impl Batch {
         if n == 0 {
             return;
         }
-        let out = &mut self.draft.groups;
+        let out = &mut self.groups;
         out.push(0x93);
         out.extend_from_slice(&view.definition);
         write_array_head(out, n);
@@ -849,10 +869,10 @@ impl Batch {
 
     fn finish(&mut self, partition: u32) -> Draft {
         self.size = BATCH_BYTES;
-        let mut draft = std::mem::take(&mut self.draft);
-        let mut groups = Vec::with_capacity(draft.groups.len() + 5);
+        let draft = std::mem::take(&mut self.draft);
+        let mut groups = Vec::with_capacity(self.groups.len() + 5);
         write_array_head(&mut groups, draft.group_count);
-        groups.append(&mut draft.groups);
-        Draft { partition, groups, ..draft }
+        groups.append(&mut self.groups);
+        Draft { partition, groups: Arc::new(groups), ..draft }
     }
 }
