@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from math import inf, isfinite
 from operator import itemgetter
+from sys import intern
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.core.kinds import KINDS, State, check_ahead, kind_of
@@ -68,15 +69,24 @@ def check_time(ts_ms: Any, now_ms: int, ahead_max_ms: int) -> None:
     check_ahead(ts_ms, now_ms, ahead_max_ms)
 
 
-def outline(definition: Definition, method: str) -> tuple[Definition, bytes, bytes, bytes]:
-    """Return what a view records by: its canonical definition, and encoded that, its prefix and its overflow labels.
+def outline(definition: Definition, method: str) -> tuple[tuple[str, ...], list[int], bytes, bytes, bytes]:
+    """Return what a view records by: its label names in their own order, and by place in that order the place as declared.
 
-    Raises `Invalid` if deltas of its kind are not recorded by `method`.
+    And, encoded, its definition as it travels, its prefix, and the labels of its overflow series. Raises `Invalid` if deltas
+    of its kind are not recorded by `method`.
     """
     if KINDS[definition.kind].method != method:
         raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {method}")
     own = canonical(definition)
-    return own, encode(own), series_prefix(own), overflow_suffix(own, b"")
+    order = [definition.labels.index(name) for name in own.labels]
+    return tuple(map(intern, own.labels)), order, encode(own), series_prefix(own), overflow_suffix(own, b"")
+
+
+def in_parts(error: BaseException, done: int, total: int) -> BaseException:
+    """Return an error in the midst of a batch; one of this package's says how much of it is recorded."""
+    if not isinstance(error, PipelineError):
+        return error
+    return type(error)(f"{error}; {done} of the batch of {total} deltas were recorded before")
 
 
 def label_values(definition: Definition, values: Sequence[Any], names: Mapping[str, Any]) -> tuple[str, ...]:
@@ -109,7 +119,8 @@ class View:
         self.monotone = definition.monotone
         self.window_ms = definition.window_s * 1_000
         self.series_max = series_max
-        self.canonical, _, self.prefix, _ = outline(definition, self.method)
+        _, self._order, _, self.prefix, _ = outline(definition, self.method)
+        self.canonical = canonical(definition)
         self.number = 0
         self.slots: dict[bytes, Slot] = {}
         """The series that are in the table, by suffix."""
@@ -120,7 +131,6 @@ class View:
         simple = KINDS[self.kind].single and not self.window_ms
         self.least = (0.0 if self.monotone else -SHORT) if simple else inf
         """The least number that is its own delta: not in a view with windows, or of another kind of state."""
-        self._order = [definition.labels.index(name) for name in self.canonical.labels]
         self._label_count = len(self._order)
         self._names = itemgetter(*definition.labels) if definition.labels else tuple
         self._queue = table.queue
@@ -187,7 +197,7 @@ class View:
             for suffix, (delta, window) in zip(suffixes, rows, strict=False):
                 done += record(self, window + suffix[8:], delta)
         except PipelineError as error:
-            raise type(error)(f"{error}; {done} of the batch of {len(rows)} deltas were recorded before") from None
+            raise in_parts(error, done, len(rows)) from None
         return done
 
     def check_windows(self, ts_ms: object) -> None:

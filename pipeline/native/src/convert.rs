@@ -1,6 +1,6 @@
 //! Between Python's objects and states.
 
-use crate::state::{int_state, Kind, State};
+use crate::state::{int_state, Kind, Number, State};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyFloat, PyInt, PyString};
 use pyo3::IntoPyObjectExt;
@@ -11,12 +11,12 @@ const LONG_TEXT: usize = 4_096;
 
 /// A finite number of type float or int as it is; None: something else, or beyond 64 bits.
 #[inline]
-pub fn plain(value: &Bound<'_, PyAny>) -> Option<State> {
+pub fn plain(value: &Bound<'_, PyAny>) -> Option<Number> {
     if value.is_exact_instance_of::<PyFloat>() {
-        return value.extract().ok().filter(|f: &f64| f.is_finite()).map(State::F);
+        return value.extract().ok().filter(|f: &f64| f.is_finite()).map(Number::F);
     }
     if value.is_exact_instance_of::<PyInt>() {
-        return value.extract().ok().map(State::I);
+        return value.extract().ok().map(Number::I);
     }
     None
 }
@@ -33,11 +33,11 @@ fn plain_value(value: &Bound<'_, PyAny>) -> Option<State> {
     if value.is_none() {
         Some(State::Empty)
     } else if let Ok(bool) = value.cast::<PyBool>() {
-        Some(State::Bool(bool.is_true()))
+        Some(if bool.is_true() { State::True } else { State::False })
     } else if let Ok(text) = value.cast_exact::<PyString>() {
         Some(State::S(text.to_str().ok()?.into()))
     } else {
-        plain(value)
+        plain(value).map(State::from)
     }
 }
 
@@ -45,7 +45,7 @@ fn plain_value(value: &Bound<'_, PyAny>) -> Option<State> {
 #[cold]
 pub fn checked(check: &Py<PyAny>, kind: Kind, monotone: bool, value: &Bound<'_, PyAny>) -> PyResult<State> {
     let checked = check.bind(value.py()).call1((kind.name(), monotone, value))?;
-    match if kind == Kind::Last { plain_value(&checked) } else { plain(&checked) } {
+    match if kind == Kind::Last { plain_value(&checked) } else { plain(&checked).map(State::from) } {
         Some(state) => Ok(state),
         None => Ok(int_state(checked.cast_exact::<PyInt>()?.extract()?)),
     }
@@ -67,7 +67,8 @@ pub fn to_python<'py>(py: Python<'py>, kind: Kind, state: &State, count: u64) ->
         State::F(f) => f.into_bound_py_any(py)?,
         State::P(high, low) => (high, low).into_bound_py_any(py)?,
         State::B(b) => (&**b).into_bound_py_any(py)?,
-        State::Bool(b) => b.into_bound_py_any(py)?,
+        State::False => false.into_bound_py_any(py)?,
+        State::True => true.into_bound_py_any(py)?,
         State::S(s) => (&**s).into_bound_py_any(py)?,
         State::L(s) => (s.ts_ms, s.recorded_ns, to_python(py, kind, &s.value, 0)?).into_bound_py_any(py)?,
     };

@@ -6,7 +6,6 @@
 
 use crate::table::{thread_index, Config, Core};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering::*};
-use std::sync::Once;
 
 /// How many forks lie between this process and the one that loaded the extension.
 static FORKS: AtomicU64 = AtomicU64::new(0);
@@ -75,22 +74,10 @@ extern "C" fn child() {
 
 /// Have the system count the forks.
 pub fn watch() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        #[cfg(unix)]
-        // SAFETY: the function stays, because an extension module is never unloaded, and it does nothing that a process with
-        // one of its parent's threads may not. Without memory for it (the only failure) Python's own hook is left.
-        unsafe {
-            pthread_atfork(None, None, Some(child));
-        }
-    });
-}
-
-#[cfg(unix)]
-extern "C" {
-    fn pthread_atfork(
-        prepare: Option<extern "C" fn()>,
-        parent: Option<extern "C" fn()>,
-        child: Option<extern "C" fn()>,
-    ) -> std::ffi::c_int;
+    #[cfg(unix)]
+    // SAFETY: the function stays, because an extension module is never unloaded, and it does nothing that a process with one
+    // of its parent's threads may not. Without memory for it (the only failure) Python's own hook is left.
+    unsafe {
+        libc::pthread_atfork(None, None, Some(child));
+    }
 }

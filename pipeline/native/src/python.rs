@@ -4,7 +4,7 @@ use crate::convert::*;
 use crate::fork::Cores;
 use crate::local::{Entry, States};
 use crate::ring::Segment;
-use crate::state::State;
+use crate::state::{Number, State};
 use crate::table::*;
 use crate::view::{view_type_of, View};
 use pyo3::exceptions::{PyKeyError, PyValueError};
@@ -86,7 +86,7 @@ impl Table {
         let now = self.now(py)?;
         let Some(given) = ts_ms.filter(|ts_ms| !ts_ms.is_none()) else { return Ok((now, now)) };
         match plain(given) {
-            Some(State::I(ts)) if (0..=TS_MS_MAX).contains(&ts) && ts <= now.saturating_add(self.ts_ahead_max_ms) => {
+            Some(Number::I(ts)) if (0..=TS_MS_MAX).contains(&ts) && ts <= now.saturating_add(self.ts_ahead_max_ms) => {
                 Ok((ts, now))
             }
             _ => {
@@ -102,67 +102,44 @@ impl Table {
         let core = self.core();
         let lane = core.lane();
         let mut held = lock(py, core.shard(key.hash, lane));
-        // Under the lock, through which `close` goes: what is recorded without a question is recorded before it returns.
-        let closed = core.closed.load(Relaxed);
-        let mut known = false;
-        if !closed {
-            match core.record(&mut held, key, &mut delta, places.get(lane as usize), None) {
-                Outcome::Done => return Ok(true),
-                outcome => known = matches!(outcome, Outcome::Full(_) | Outcome::NoRoom(..)),
-            }
-        }
+        let outcome = core.record(&mut held, key, &mut delta, places.get(lane as usize), None);
         drop(held);
-        if !known {
-            self.opening.bind(py).call0()?;
+        match outcome {
+            Outcome::Done => Ok(true),
+            outcome => self.record_slowly(py, key, delta, outcome),
         }
-        self.record_slowly(py, key, delta, closed)
     }
 
-    /// Record a delta that may need memory; `asked` says whether `opening` was called since the table was closed.
+    /// Record a delta of which this is the outcome so far: do what is missing, and try again.
     #[cold]
     #[inline(never)]
-    fn record_slowly(&self, py: Python<'_>, key: Key<'_>, mut delta: State, mut asked: bool) -> PyResult<bool> {
+    fn record_slowly(&self, py: Python<'_>, key: Key<'_>, mut delta: State, mut outcome: Outcome) -> PyResult<bool> {
         let overflow = [&key.suffix[..WINDOW_BYTES], &key.view.overflow_labels].concat();
         let mut target = key;
         let mut core = self.core();
-        let mut number = 0;
+        let mut insert = Insert::default();
         loop {
-            if !std::ptr::eq(core, self.core()) {
-                (core, number) = (self.core(), 0); // what was called has forked: this is the child
-            }
             let shard = core.shard_number(target.hash, core.lane());
-            let outcome = {
-                let mut held = lock(py, &core.shards[shard]);
-                if core.closed.load(Relaxed) && !asked {
-                    None
-                } else {
-                    Some(core.record(&mut held, target, &mut delta, None, Some(&mut number)))
-                }
-            };
-            let Some(outcome) = outcome else {
-                self.opening.bind(py).call0()?;
-                asked = true;
-                continue;
-            };
-            if number > 0 {
-                // Another thread has given the series a number, or it is one too many.
-                locked(&core.gone).push(std::mem::take(&mut number));
-            }
             match outcome {
                 Outcome::Done => {
                     let redirected = target.suffix.as_ptr() == overflow.as_ptr();
                     key.view.overflow_count.fetch_add(redirected as u64, Relaxed);
                     return Ok(true);
                 }
+                Outcome::Missing | Outcome::Closed => {
+                    self.opening.bind(py).call0()?;
+                    insert.asked = matches!(outcome, Outcome::Closed);
+                }
                 Outcome::Full(bytes) => {
                     if !self.full.bind(py).call1((bytes, 1))?.is_truthy()? {
                         return Ok(false);
                     }
                 }
+                Outcome::Overflow => target = Key { hash: self.hash(key.view, &overflow), suffix: &overflow, ..key },
                 Outcome::Unnamed => {
                     let name = (PyBytes::new(py, &key.view.definition), PyBytes::new(py, target.suffix));
                     let Some(given) = self.ask(py, "define", name)? else { return Ok(false) };
-                    number = given.extract()?;
+                    insert.number = given.extract()?;
                 }
                 Outcome::NoRoom(full, length) => {
                     let Some(made) = self.ask(py, "segment", (shard, full, length))? else { return Ok(false) };
@@ -172,7 +149,17 @@ impl Table {
                         drop(old);
                     }
                 }
-                _ => target = Key { hash: self.hash(key.view, &overflow), suffix: &overflow, ..key },
+            }
+            if !std::ptr::eq(core, self.core()) {
+                (core, insert.number) = (self.core(), 0); // what was called has forked: this is the child
+            }
+            let shard = core.shard_number(target.hash, core.lane());
+            let mut held = lock(py, &core.shards[shard]);
+            outcome = core.record(&mut held, target, &mut delta, None, Some(&mut insert));
+            drop(held);
+            if insert.number > 0 {
+                // Another thread has given the series a number, or it is one too many.
+                locked(&core.gone).push(std::mem::take(&mut insert.number));
             }
         }
     }
@@ -307,7 +294,7 @@ impl Table {
     ) -> PyResult<Vec<(Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyAny>, u64)>> {
         let (waiting, cut) = self.alone(py, Core::look);
         self.keep_cut(cut);
-        let row = |(view, suffix, state, count): &Waiting| {
+        let row = |Merged { view, suffix, state, count, .. }: &Merged| {
             let state = to_python(py, view.kind, state, *count)?;
             Ok((PyBytes::new(py, &view.definition), PyBytes::new(py, suffix), state, *count))
         };
@@ -402,7 +389,8 @@ pub struct Local {
 impl Local {
     fn find(&self, suffix: &[u8]) -> Option<&Entry> {
         let view = self.view.get();
-        self.states.find(view.table.get().hash(&view.info, suffix), suffix)
+        let at = self.states.find(view.table.get().hash(&view.info, suffix), suffix)?;
+        self.states.entries.get(at)
     }
 }
 

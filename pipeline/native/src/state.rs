@@ -3,6 +3,7 @@
 use crate::wire::*;
 use num_bigint::BigInt;
 use num_traits::{FromPrimitive, ToPrimitive};
+use pyo3::IntoPyObject;
 use std::cmp::Ordering;
 
 /// How deltas of a view merge. A kind whose state is a Python object would get an arm here and a `State` of its own, whose
@@ -44,7 +45,26 @@ pub struct Stamped {
     pub value: State,
 }
 
+/// A number as most deltas are. Beside `State` because it can be passed in registers, which shows where one is recorded.
+#[derive(Clone, Copy, IntoPyObject)]
+pub enum Number {
+    I(i64),
+    F(f64),
+}
+
+impl From<Number> for State {
+    #[inline(always)]
+    fn from(number: Number) -> State {
+        match number {
+            Number::I(i) => I(i),
+            Number::F(f) => F(f),
+        }
+    }
+}
+
 /// The state of a series, one delta, or what a `last` view holds. The count of a mean stands beside it.
+///
+/// No variant has a payload of less than eight bytes: it would lie where the others have none, and moving any would cost more.
 #[derive(Debug, Clone)]
 pub enum State {
     Empty,
@@ -53,7 +73,8 @@ pub enum State {
     /// A float sum and its error term.
     P(f64, f64),
     B(Box<BigInt>),
-    Bool(bool),
+    False,
+    True,
     S(Box<str>),
     L(Box<Stamped>),
 }
@@ -181,7 +202,8 @@ impl State {
             }
             B(b) => write_big(out, b),
             Empty => out.push(0xc0),
-            Bool(b) => out.push(0xc2 + *b as u8),
+            False => out.push(0xc2),
+            True => out.push(0xc3),
             S(s) => write_str(out, s),
             L(stamped) => {
                 write_array_head(out, 3);

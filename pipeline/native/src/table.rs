@@ -9,9 +9,9 @@
 //! A slot is reached by its place and under its shard's lock only, so all of this is safe Rust. No Python code runs under a
 //! lock.
 
-use crate::local::{spread, States, Totals};
+use crate::local::{spread, Entry, States, Totals};
 use crate::ring::Ring;
-use crate::state::{int_bytes, Kind, State};
+use crate::state::{int_bytes, Kind, Number, State};
 use crate::wire::*;
 use hashbrown::HashTable;
 use pyo3::prelude::*;
@@ -22,7 +22,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering:
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 const SHARD_COUNT: usize = 64;
-const CHUNK: usize = 32;
 /// Slots that are looked at in one hold of a lock by who is not recording.
 const HOLD_MAX: usize = 512;
 pub const WINDOW_BYTES: usize = 8;
@@ -40,37 +39,18 @@ pub struct ViewInfo {
     pub kind: Kind,
     pub monotone: bool,
     pub window_ms: i64,
+    /// Whether its deltas have a time.
+    pub is_timed: bool,
     pub series_max: usize,
     /// The definition as it travels.
     pub definition: Vec<u8>,
     /// The suffix of the overflow series, without its window.
     pub overflow_labels: Vec<u8>,
     pub prefix_crc: crc32fast::Hasher,
-    /// The series that count against `series_max`, of the core whose number is in the upper half.
-    pub counted: AtomicU64,
     pub overflow_count: AtomicU64,
 }
 
 impl ViewInfo {
-    fn series_count(&self, core: u32) -> u64 {
-        let counted = self.counted.load(Relaxed);
-        if (counted >> 32) as u32 == core {
-            counted & 0xffff_ffff
-        } else {
-            0
-        }
-    }
-
-    fn count(&self, core: u32, more: i64) {
-        let to = |_| Some((core as u64) << 32 | (self.series_count(core) as i64 + more) as u64);
-        let _ = self.counted.fetch_update(Relaxed, Relaxed, to);
-    }
-
-    /// Whether its deltas have a time.
-    pub fn is_timed(&self) -> bool {
-        self.window_ms > 0 || self.kind == Kind::Last
-    }
-
     /// The start of the window of a time, in ms; 0 if the view has no windows.
     pub fn window_of(&self, ts_ms: i64) -> i64 {
         if self.window_ms == 0 {
@@ -80,13 +60,14 @@ impl ViewInfo {
     }
 
     /// Whether a number is a delta as it is.
-    #[inline]
-    pub fn fits(&self, number: &State) -> bool {
-        match number {
-            State::F(f) => f.is_finite() && !(self.monotone && *f < 0.0) && self.kind != Kind::Last,
-            State::I(i) => !(self.monotone && *i < 0) && self.kind != Kind::Last,
-            _ => false,
-        }
+    #[inline(always)]
+    pub fn fits(&self, number: Number) -> bool {
+        let negative = match number {
+            Number::F(f) if !f.is_finite() => return false,
+            Number::F(f) => f < 0.0,
+            Number::I(i) => i < 0,
+        };
+        !(self.monotone && negative) && self.kind != Kind::Last
     }
 
     pub fn is_overflow(&self, suffix: &[u8]) -> bool {
@@ -104,7 +85,7 @@ pub struct Key<'a> {
 
 struct Slot {
     view: Option<Arc<ViewInfo>>,
-    suffix: Box<[u8]>,
+    suffix: Arc<[u8]>,
     state: State,
     count: u64,
     hash: u32,
@@ -117,27 +98,30 @@ struct Slot {
     number: u64,
 }
 
+impl Slot {
+    fn merged(&self, state: State) -> Option<Merged> {
+        let Slot { suffix, count, hash, crc, .. } = self;
+        let view = self.view.clone()?;
+        Some(Merged { view, suffix: suffix.clone(), state, count: *count, hash: *hash, crc: *crc })
+    }
+}
+
 #[derive(Default)]
 pub struct Inner {
     index: HashTable<u32>,
-    chunks: Vec<Vec<Slot>>,
+    slots: Vec<Slot>,
+    /// The places of those that are not in use.
     free: Vec<u32>,
-    live: usize,
     dirty: Vec<u32>,
     waiting: u64,
     pub ring: Ring,
 }
 
 impl Inner {
-    #[inline]
-    fn slot(&mut self, at: u32) -> &mut Slot {
-        &mut self.chunks[at as usize / CHUNK][at as usize % CHUNK]
-    }
-
     #[inline(always)]
     fn find(&self, key: Key<'_>) -> Option<u32> {
         let is = |at: &u32| {
-            let slot = slot_in(&self.chunks, *at);
+            let slot = &self.slots[*at as usize];
             let same = slot.hash == key.hash && slot.view.as_ref().is_some_and(|v| Arc::ptr_eq(v, key.view));
             same && *slot.suffix == *key.suffix
         };
@@ -147,34 +131,28 @@ impl Inner {
     #[inline]
     fn find_at(&self, place: &Place) -> Option<u32> {
         let (at, stamp) = (place.at.load(Relaxed), place.stamp.load(Relaxed));
-        let slot = self.chunks.get(at as usize / CHUNK)?.get(at as usize % CHUNK)?;
+        let slot = self.slots.get(at as usize)?;
         (slot.stamp == stamp && stamp != 0).then_some(at)
-    }
-
-    fn slot_count(&self) -> usize {
-        self.live + self.free.len()
     }
 
     fn insert(&mut self, slot: Slot) -> u32 {
         let hash = slot.hash;
-        let at = self.free.pop().unwrap_or(self.slot_count() as u32);
-        if at as usize / CHUNK == self.chunks.len() {
-            self.chunks.push(Vec::with_capacity(CHUNK));
-        }
-        let chunk = &mut self.chunks[at as usize / CHUNK];
-        match chunk.get_mut(at as usize % CHUNK) {
-            Some(free) => *free = slot,
-            None => chunk.push(slot),
-        }
-        self.live += 1;
-        self.index.insert_unique(spread(hash), at, |at| spread(slot_in(&self.chunks, *at).hash));
+        let at = match self.free.pop() {
+            Some(at) => {
+                self.slots[at as usize] = slot;
+                at
+            }
+            None => {
+                if self.slots.len() == self.slots.capacity() {
+                    self.slots.reserve_exact((self.slots.len() / 8).max(32)); // less to spare than a vector takes by itself
+                }
+                self.slots.push(slot);
+                self.slots.len() as u32 - 1
+            }
+        };
+        self.index.insert_unique(spread(hash), at, |at| spread(self.slots[*at as usize].hash));
         at
     }
-}
-
-#[inline]
-fn slot_in(chunks: &[Vec<Slot>], at: u32) -> &Slot {
-    &chunks[at as usize / CHUNK][at as usize % CHUNK]
 }
 
 /// A part of the table with a lock and cache lines of its own. The lock is a flag: to give it back is a store, where a mutex
@@ -254,9 +232,20 @@ pub struct Place {
     stamp: AtomicU64,
 }
 
+/// What is needed to record a delta whose series may be new.
+#[derive(Default)]
+pub struct Insert {
+    /// Whether `opening` was called since the table was closed.
+    pub asked: bool,
+    /// What the journal knows the series by, if it has been asked; what is used is taken.
+    pub number: u64,
+}
+
 /// What became of a delta.
 pub enum Outcome {
     Done,
+    /// The table is closed, and it was not asked whether the delta may be recorded.
+    Closed,
     /// The series is not in the table, and `insert` was not given.
     Missing,
     /// There are so many bytes too few.
@@ -276,33 +265,14 @@ pub type Positions = BTreeMap<usize, (i64, usize)>;
 /// are in the table no more. All records of those lie before the positions.
 pub type Cut = (Positions, Vec<u64>);
 
-/// A series' view and suffix, its state, and how many deltas are in it.
-pub type Waiting = (Arc<ViewInfo>, Box<[u8]>, State, u64);
-
-/// Merged deltas of one series that were taken out. The suffix lies in an arena.
-struct Taken {
-    start: usize,
-    len: usize,
-    /// The place of its view among those of a drain.
-    view: u32,
-    partition: u32,
+/// Merged deltas of one series, and how many they are.
+pub struct Merged {
+    pub view: Arc<ViewInfo>,
+    pub suffix: Arc<[u8]>,
+    pub state: State,
+    pub count: u64,
     hash: u32,
-    count: u64,
-    state: State,
-}
-
-/// What a drain has taken out.
-#[derive(Default)]
-struct Drained {
-    taken: Vec<Taken>,
-    arena: Vec<u8>,
-    views: Vec<Arc<ViewInfo>>,
-}
-
-impl Drained {
-    fn suffix(&self, of: &Taken) -> &[u8] {
-        &self.arena[of.start..of.start + of.len]
-    }
+    crc: u32,
 }
 
 /// A batch to be: the groups of one partition. See `pipeline.publisher.drafts.Draft`.
@@ -372,7 +342,6 @@ pub struct Config {
 /// Everything that a forked child must not find: it gets a new one, and never looks into the old one, of which another
 /// thread may have held a lock.
 pub struct Core {
-    id: u32,
     /// In which process it is in use: see `crate::fork`.
     pub forks: AtomicU64,
     /// The parent's, if this is the closed one of a forked child that has neither begun anew nor gone on with it.
@@ -381,6 +350,8 @@ pub struct Core {
     pub shards: Box<[Shard]>,
     pub used: AtomicUsize,
     pub series: AtomicUsize,
+    /// How many of them are not overflow series, by view.
+    own_series: Mutex<HashMap<u32, usize>>,
     pub gate: Gate,
     totals: Mutex<Totals>,
     /// The totals as of the last snapshot.
@@ -404,27 +375,26 @@ fn malloc_bytes(n: usize) -> usize {
 
 /// What a series is charged for: its slot, its suffix, its places in the index and in the list of what is dirty.
 fn slot_bytes(suffix: &[u8]) -> usize {
-    std::mem::size_of::<Slot>() + 14 + malloc_bytes(suffix.len())
+    std::mem::size_of::<Slot>() + 14 + malloc_bytes(suffix.len() + 16)
 }
 
 impl Core {
     pub fn new(config: Config, forks: u64, left: Option<&'static Core>) -> Core {
-        static IDS: AtomicU32 = AtomicU32::new(1);
         let shards = match config.shard_count {
             0 if config.journal => 1, // each has a ring, whose segments take room on the disk
             0 => SHARD_COUNT,
             n => n.next_power_of_two(),
         };
         Core {
-            id: IDS.fetch_add(1, Relaxed),
             forks: AtomicU64::new(forks),
             left,
             closed: AtomicBool::new(left.is_some()),
             shards: (0..shards * config.lane_count).map(|_| Shard::default()).collect(),
             used: AtomicUsize::new(0),
             series: AtomicUsize::new(0),
+            own_series: Mutex::default(),
             gate: Gate::default(),
-            totals: Mutex::new(Totals { by_view: HashMap::new(), room: config.local_series_max }),
+            totals: Mutex::new(Totals { by_view: BTreeMap::new(), room: config.local_series_max }),
             published: Mutex::default(),
             undelivered: Mutex::default(),
             journal: config.journal,
@@ -466,7 +436,7 @@ impl Core {
     }
 
     /// Merge a delta into its series, and have the ring have it. `place` is where a bound series was last found, and `delta`
-    /// stays unless it is done. `insert`: the series may be new; the number that is there, if it is not 0, becomes its own.
+    /// stays unless it is done. `insert`: the series may be new; see there.
     #[inline(always)]
     pub fn record(
         &self,
@@ -474,8 +444,12 @@ impl Core {
         key: Key<'_>,
         delta: &mut State,
         place: Option<&Place>,
-        insert: Option<&mut u64>,
+        insert: Option<&mut Insert>,
     ) -> Outcome {
+        // Under the lock, through which `close` goes: what is recorded without a question is recorded before it returns.
+        if self.closed.load(Relaxed) && !insert.as_ref().is_some_and(|insert| insert.asked) {
+            return Outcome::Closed;
+        }
         let inner = &mut **held;
         let at = match place.and_then(|place| inner.find_at(place)) {
             Some(at) => at,
@@ -485,16 +459,16 @@ impl Core {
             },
         };
         let more = delta.heap_bytes();
-        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slot(at).state.heap_bytes() {
+        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slots[at as usize].state.heap_bytes() {
             return Outcome::Full(more);
         }
         if self.journal {
-            let series = inner.slot(at).number;
+            let series = inner.slots[at as usize].number;
             if let Err(length) = inner.ring.append(series, delta) {
                 return Outcome::NoRoom(inner.ring.end().map_or(-1, |end| end.0), length);
             }
         }
-        let slot = inner.slot(at);
+        let slot = &mut inner.slots[at as usize];
         if !slot.state.add_simply(key.view.kind, delta) {
             let was = slot.state.heap_bytes();
             slot.state.merge(key.view.kind, std::mem::replace(delta, State::Empty));
@@ -518,15 +492,15 @@ impl Core {
         key: Key<'_>,
         delta: &State,
         place: Option<&Place>,
-        insert: Option<&mut u64>,
+        insert: Option<&mut Insert>,
     ) -> Result<u32, Outcome> {
         let at = match (inner.find(key), insert) {
             (Some(at), _) => at,
             (None, None) => return Err(Outcome::Missing),
-            (None, Some(number)) => self.insert(inner, key, delta, number)?,
+            (None, Some(Insert { number, .. })) => self.insert(inner, key, delta, number)?,
         };
         if let Some(place) = place {
-            place.stamp.store(inner.slot(at).stamp, Relaxed);
+            place.stamp.store(inner.slots[at as usize].stamp, Relaxed);
             place.at.store(at, Relaxed);
         }
         Ok(at)
@@ -537,7 +511,7 @@ impl Core {
         let Key { view, suffix, hash } = key;
         static STAMPS: AtomicU64 = AtomicU64::new(1);
         let own = !view.is_overflow(suffix);
-        if own && view.series_count(self.id) >= view.series_max as u64 {
+        if own && locked(&self.own_series).get(&view.id).map_or(0, |count| *count) >= view.series_max {
             return Err(Outcome::Overflow);
         }
         let bytes = slot_bytes(suffix);
@@ -549,7 +523,7 @@ impl Core {
         }
         self.used.fetch_add(bytes, Relaxed);
         self.series.fetch_add(1, Relaxed);
-        view.count(self.id, own as i64);
+        *locked(&self.own_series).entry(view.id).or_default() += own as usize;
         let mut crc = view.prefix_crc.clone();
         crc.update(suffix);
         let slot = Slot {
@@ -574,14 +548,23 @@ impl Core {
     /// Take out what waits, but for busy partitions, merge it into the totals, and encode it as batches to be; they come behind
     /// what an earlier drain could not hand over.
     pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize) -> (Vec<Draft>, Cut) {
-        let (mut drained, cut) = self.take(partition_count, busy);
+        let (mut taken, cut) = self.take(partition_count, busy);
         if self.lane_mask > 0 {
-            merge_lanes(&mut drained);
+            taken = merge_lanes(taken);
         }
-        self.add_totals(&drained);
-        let mut all = std::mem::take(&mut *locked(&self.undelivered));
-        encode(&drained, partition_count, bytes_max, &mut all);
-        (all, cut)
+        let mut groups: BTreeMap<(u32, u32), Vec<&Merged>> = BTreeMap::new();
+        for merged in &taken {
+            groups.entry((merged.crc % partition_count, merged.view.id)).or_default().push(merged);
+        }
+        let mut totals = locked(&self.totals);
+        for group in groups.values() {
+            let (states, room) = totals.of(group[0].view.id, group[0].view.kind);
+            group.iter().for_each(|merged| states.merge(merged.hash, &merged.suffix, &merged.state, merged.count, room));
+        }
+        drop(totals);
+        let mut drafts = std::mem::take(&mut *locked(&self.undelivered));
+        encode(groups, bytes_max, &mut drafts);
+        (drafts, cut)
     }
 
     /// Where the rings end now.
@@ -591,11 +574,11 @@ impl Core {
     }
 
     /// What waits, which stays where it is, and where the rings end as of that.
-    pub fn look(&self) -> (Vec<Waiting>, Cut) {
+    pub fn look(&self) -> (Vec<Merged>, Cut) {
         let mut out = Vec::new();
         let gone = std::mem::take(&mut *locked(&self.gone));
         let positions = self.visit(usize::MAX, |slot| {
-            out.extend(slot.view.clone().map(|view| (view, slot.suffix.clone(), slot.state.clone(), slot.count)));
+            out.extend(slot.merged(slot.state.clone()));
             true
         });
         (out, (positions, gone))
@@ -617,7 +600,7 @@ impl Core {
                     inner = shard.lock();
                 }
                 for at in part {
-                    let slot = inner.slot(*at);
+                    let slot = &mut inner.slots[*at as usize];
                     if keep(slot) {
                         kept.push(*at);
                     } else {
@@ -632,80 +615,48 @@ impl Core {
         positions
     }
 
-    fn take(&self, partition_count: u32, busy: &[u8]) -> (Drained, Cut) {
+    fn take(&self, partition_count: u32, busy: &[u8]) -> (Vec<Merged>, Cut) {
         let drain = self.drains.fetch_add(1, Relaxed) + 1;
-        let mut places: HashMap<u32, u32> = HashMap::new();
-        let mut last = (0, 0);
         // Nearly all the memory that is needed, before a lock is held.
-        let expected = self.shards.iter().map(|shard| shard.lock().dirty.len()).sum();
-        let mut out =
-            Drained { taken: Vec::with_capacity(expected), arena: Vec::with_capacity(expected * 64), views: Vec::new() };
+        let mut out = Vec::with_capacity(self.shards.iter().map(|shard| shard.lock().dirty.len()).sum());
         // What is behind a ring's position is not in what was taken, and nothing before it is left out: so with a journal a
         // shard is taken in one hold.
         let hold_max = if self.journal { usize::MAX } else { HOLD_MAX };
         let gone = std::mem::take(&mut *locked(&self.gone));
         let positions = self.visit(hold_max, |slot| {
-            let partition = slot.crc % partition_count;
-            if busy.get(partition as usize).is_some_and(|busy| *busy != 0) {
+            if busy.get((slot.crc % partition_count) as usize).is_some_and(|busy| *busy != 0) {
                 return true;
-            }
-            let Some(view) = &slot.view else { return false };
-            if out.views.is_empty() || last.0 != view.id {
-                let place = *places.entry(view.id).or_insert_with(|| {
-                    out.views.push(view.clone());
-                    out.views.len() as u32 - 1
-                });
-                last = (view.id, place);
             }
             let heap = slot.state.heap_bytes();
             if heap > 0 {
                 self.used.fetch_sub(heap, Relaxed);
             }
             slot.seen = drain;
-            out.taken.push(Taken {
-                start: out.arena.len(),
-                len: slot.suffix.len(),
-                view: last.1,
-                partition,
-                hash: slot.hash,
-                count: slot.count,
-                state: std::mem::replace(&mut slot.state, State::Empty),
-            });
-            out.arena.extend_from_slice(&slot.suffix);
+            let state = std::mem::replace(&mut slot.state, State::Empty);
+            out.extend(slot.merged(state));
             false
         });
         (out, (positions, gone))
     }
 
-    fn add_totals(&self, drained: &Drained) {
-        let mut totals = locked(&self.totals);
-        let Totals { by_view, room } = &mut *totals;
-        let known = |view: &Arc<ViewInfo>| by_view.remove(&view.id).unwrap_or_else(|| States::new(view.kind));
-        let mut states: Vec<States> = drained.views.iter().map(known).collect();
-        for t in &drained.taken {
-            states[t.view as usize].merge(t.hash, drained.suffix(t), &t.state, t.count, room);
-        }
-        by_view.extend(drained.views.iter().map(|view| view.id).zip(states));
-    }
-
     /// Publish the totals together with what waits.
     pub fn snapshot(&self) {
-        let mut waiting: HashMap<u32, States> = HashMap::new();
+        let mut waiting = Totals { by_view: BTreeMap::new(), room: usize::MAX };
         self.visit(HOLD_MAX, |slot| {
             if let Some(view) = &slot.view {
-                let states = waiting.entry(view.id).or_insert_with(|| States::new(view.kind));
-                states.merge(slot.hash, &slot.suffix, &slot.state, slot.count, &mut usize::MAX.clone());
+                let (states, room) = waiting.of(view.id, view.kind);
+                states.merge(slot.hash, &slot.suffix, &slot.state, slot.count, room);
             }
             true
         });
-        let Totals { mut by_view, mut room } = locked(&self.totals).clone();
-        for (id, more) in waiting {
-            let states = by_view.entry(id).or_insert_with(|| States::new(more.kind));
-            for entry in &more.entries {
-                states.merge(entry.hash, &entry.suffix, &entry.state, entry.count, &mut room);
+        let mut totals = locked(&self.totals).clone();
+        for (id, more) in waiting.by_view {
+            let (states, room) = totals.of(id, more.kind);
+            for Entry { suffix, state, count, hash } in &more.entries {
+                states.merge(*hash, suffix, state, *count, room);
             }
         }
-        *locked(&self.published) = by_view.into_iter().map(|(id, states)| (id, Arc::new(states))).collect();
+        *locked(&self.published) = totals.by_view.into_iter().map(|(id, states)| (id, Arc::new(states))).collect();
     }
 
     /// Let go of series in which nothing waits and that were silent for so many drains.
@@ -716,11 +667,11 @@ impl Core {
             let mut next = 0;
             loop {
                 let mut inner = shard.lock();
-                let end = inner.slot_count().min(next + HOLD_MAX);
+                let end = inner.slots.len().min(next + HOLD_MAX);
                 gone += (next..end).filter(|at| self.let_go(&mut inner, *at as u32, drain, silent_drains)).count();
                 next = end;
-                if next == inner.slot_count() {
-                    if inner.live == 0 && inner.dirty.is_empty() {
+                if next == inner.slots.len() {
+                    if inner.free.len() == inner.slots.len() && inner.dirty.is_empty() {
                         *inner = Inner { ring: std::mem::take(&mut inner.ring), ..Inner::default() };
                     }
                     break;
@@ -731,7 +682,7 @@ impl Core {
     }
 
     fn let_go(&self, inner: &mut Inner, at: u32, drain: u32, silent_drains: u32) -> bool {
-        let slot = inner.slot(at);
+        let slot = &mut inner.slots[at as usize];
         if slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
             return false;
         }
@@ -742,14 +693,13 @@ impl Core {
         }
         let suffix = std::mem::take(&mut slot.suffix);
         let hash = slot.hash;
-        view.count(self.id, -(!view.is_overflow(&suffix) as i64));
+        *locked(&self.own_series).entry(view.id).or_default() -= !view.is_overflow(&suffix) as usize;
         self.used.fetch_sub(slot_bytes(&suffix), Relaxed);
         self.series.fetch_sub(1, Relaxed);
         if let Ok(found) = inner.index.find_entry(spread(hash), |other| *other == at) {
             found.remove();
         }
         inner.free.push(at);
-        inner.live -= 1;
         true
     }
 }
@@ -762,59 +712,47 @@ pub fn thread_index() -> u32 {
 }
 
 /// Have each series once, where it first stood.
-fn merge_lanes(drained: &mut Drained) {
-    let lanes = std::mem::take(&mut drained.taken);
-    let mut index: HashTable<u32> = HashTable::with_capacity(lanes.len());
-    for t in lanes {
-        let is = |at: &u32| {
-            let other = &drained.taken[*at as usize];
-            other.hash == t.hash && other.view == t.view && drained.suffix(other) == drained.suffix(&t)
-        };
-        if let Some(at) = index.find(spread(t.hash), is).copied() {
-            let into = &mut drained.taken[at as usize];
-            into.count += t.count;
-            into.state.merge(drained.views[t.view as usize].kind, t.state);
-        } else {
-            let at = drained.taken.len() as u32;
-            index.insert_unique(spread(t.hash), at, |at| spread(drained.taken[*at as usize].hash));
-            drained.taken.push(t);
+fn merge_lanes(lanes: Vec<Merged>) -> Vec<Merged> {
+    let mut out: Vec<Merged> = Vec::with_capacity(lanes.len());
+    let mut places: HashMap<(u32, Arc<[u8]>), usize> = HashMap::new();
+    for merged in lanes {
+        let place = *places.entry((merged.view.id, merged.suffix.clone())).or_insert(out.len());
+        match out.get_mut(place) {
+            Some(into) => {
+                into.count += merged.count;
+                into.state.merge(merged.view.kind, merged.state);
+            }
+            None => out.push(merged),
         }
     }
+    out
 }
 
-/// What was taken, as the groups of batches of up to `bytes_max`: by partition, then by view in the order of their definition.
-fn encode(drained: &Drained, partition_count: u32, bytes_max: usize, drafts: &mut Vec<Draft>) {
-    let views = &drained.views;
-    let mut in_order: Vec<usize> = (0..views.len()).collect();
-    in_order.sort_by_key(|place| views[*place].id);
-    let mut buckets: Vec<Vec<u32>> = vec![Vec::new(); partition_count as usize * views.len()];
-    for (i, t) in drained.taken.iter().enumerate() {
-        buckets[t.partition as usize * views.len() + t.view as usize].push(i as u32);
-    }
-    for partition in 0..partition_count {
-        let mut batch = Batch { size: BATCH_BYTES, ..Batch::default() };
-        for place in &in_order {
-            let view = &views[*place];
-            for i in &buckets[partition as usize * views.len() + place] {
-                let t = &drained.taken[*i as usize];
-                let count = if view.kind == Kind::Mean { int_bytes(t.count as i64) } else { 0 };
-                let entry = ENTRY_BYTES + t.len + t.state.size() + count;
-                let group = GROUP_BYTES + view.definition.len();
-                let more = entry + if batch.entries == 0 { group } else { 0 };
-                let crowded = batch.entries == 0 && batch.draft.group_count == GROUP_COUNT_MAX;
-                if (batch.size + more > bytes_max || crowded) && batch.draft.series_count > 0 {
-                    batch.end_group(view);
-                    drafts.push(batch.finish(partition));
-                }
-                batch.size += entry + if batch.entries == 0 { group } else { 0 };
-                batch.add(view.kind, t, drained.suffix(t));
+/// Make batches of up to `bytes_max` of series by partition and view, whose numbers are in the order of their definition.
+fn encode(groups: BTreeMap<(u32, u32), Vec<&Merged>>, bytes_max: usize, drafts: &mut Vec<Draft>) {
+    let mut batch = Batch::default();
+    for ((partition, _), group) in groups {
+        if partition != batch.draft.partition {
+            batch.finish(drafts);
+            batch.draft.partition = partition;
+        }
+        let view = &group[0].view;
+        for merged in group {
+            let count = if view.kind == Kind::Mean { int_bytes(merged.count as i64) } else { 0 };
+            let entry = ENTRY_BYTES + merged.suffix.len() + merged.state.size() + count;
+            let head = GROUP_BYTES + view.definition.len();
+            let more = entry + if batch.entries == 0 { head } else { 0 };
+            let crowded = batch.entries == 0 && batch.draft.group_count == GROUP_COUNT_MAX;
+            if batch.size + more > bytes_max.saturating_sub(BATCH_BYTES) || crowded {
+                batch.end_group(view);
+                batch.finish(drafts);
             }
-            batch.end_group(view);
+            batch.size += entry + if batch.entries == 0 { head } else { 0 };
+            batch.add(merged);
         }
-        if batch.draft.series_count > 0 {
-            drafts.push(batch.finish(partition));
-        }
+        batch.end_group(view);
     }
+    batch.finish(drafts);
 }
 
 /// A batch to be that grows: the groups that are done, and the columns of the one that is not.
@@ -830,10 +768,10 @@ struct Batch {
 
 impl Batch {
     #[inline]
-    fn add(&mut self, kind: Kind, t: &Taken, suffix: &[u8]) {
-        write_bin(&mut self.suffixes, suffix);
+    fn add(&mut self, merged: &Merged) {
+        write_bin(&mut self.suffixes, &merged.suffix);
         let [first, second, third] = &mut self.columns;
-        match &t.state {
+        match &merged.state {
             State::L(stamped) => {
                 write_int(first, stamped.ts_ms);
                 write_int(second, stamped.recorded_ns);
@@ -841,12 +779,12 @@ impl Batch {
             }
             state => state.write(first),
         }
-        if kind == Kind::Mean {
-            write_uint(second, t.count);
+        if merged.view.kind == Kind::Mean {
+            write_uint(second, merged.count);
         }
         self.entries += 1;
         self.draft.series_count += 1;
-        self.draft.delta_count += t.count;
+        self.draft.delta_count += merged.count;
     }
 
     fn end_group(&mut self, view: &ViewInfo) {
@@ -867,12 +805,17 @@ impl Batch {
         self.draft.group_count += 1;
     }
 
-    fn finish(&mut self, partition: u32) -> Draft {
-        self.size = BATCH_BYTES;
-        let draft = std::mem::take(&mut self.draft);
+    /// Begin anew in the same partition.
+    fn finish(&mut self, drafts: &mut Vec<Draft>) {
+        if self.draft.series_count == 0 {
+            return;
+        }
+        let partition = self.draft.partition;
+        let done = std::mem::replace(&mut self.draft, Draft { partition, ..Draft::default() });
         let mut groups = Vec::with_capacity(self.groups.len() + 5);
-        write_array_head(&mut groups, draft.group_count);
+        write_array_head(&mut groups, done.group_count);
         groups.append(&mut self.groups);
-        Draft { partition, groups: Arc::new(groups), ..draft }
+        self.size = 0;
+        drafts.push(Draft { groups: Arc::new(groups), ..done });
     }
 }

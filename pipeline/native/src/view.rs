@@ -3,16 +3,17 @@
 use crate::convert::*;
 use crate::labels::*;
 use crate::python::Table;
-use crate::state::{Kind, Stamped, State};
+use crate::state::{Kind, Number, Stamped, State};
 use crate::table::{Key, Place, ViewInfo, WINDOW_BYTES};
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pyclass::{boolean_struct::True, PyClass};
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyString, PyTuple, PyType};
+use pyo3::IntoPyObjectExt;
 use std::ffi::CStr;
 use std::iter::repeat;
 use std::ops::Range;
@@ -28,6 +29,7 @@ pub struct View {
     pub table: Py<Table>,
     pub info: Arc<ViewInfo>,
     /// As it was given: its labels stand in the order in which this process names them.
+    #[pyo3(get, name = "definition")]
     declared: Py<PyAny>,
     /// Label names in their own order, interned.
     names: Vec<Py<PyString>>,
@@ -40,6 +42,7 @@ pub struct View {
 pub struct Series {
     table: Py<Table>,
     info: Arc<ViewInfo>,
+    #[pyo3(get)]
     view: Py<View>,
     suffix: Box<[u8]>,
     hash: u32,
@@ -94,7 +97,7 @@ impl View {
         suffix.start(self.names.len());
         for place in 0..self.names.len() {
             match value(place).as_ref().and_then(|value| text(value)) {
-                Some(label) if label.len() <= LABEL_BYTES_MAX => suffix.push_label(label.as_bytes()),
+                Some(label) if label.len() <= LABEL_BYTES_MAX => suffix.push_label(label),
                 _ => return false,
             }
         }
@@ -104,7 +107,7 @@ impl View {
     /// Build the suffix of labels by name; the keyword at `time` is none.
     #[inline]
     fn by_name(&self, call: &Call<'_>, time: Option<usize>, suffix: &mut Suffix) -> PyResult<()> {
-        let value = |place: usize| Some(call.get(call.find(&self.names[place], self.order[place])?));
+        let value = |place: usize| Some(call.get(call.find(self.names[place].bind(call.py), self.order[place])?));
         if call.label_count(time) == self.names.len() && self.build(suffix, value) {
             return Ok(());
         }
@@ -155,7 +158,7 @@ impl View {
         if times.as_ref().is_some_and(|times| times.len() != column.len()) {
             return Err(invalid(py, format!("view {}: columns of different lengths; nothing was recorded", info.name)));
         }
-        if times.is_some() && !info.is_timed() {
+        if times.is_some() && !info.is_timed {
             return Err(no_windows(py, info));
         }
         let now = table.now(py)?;
@@ -164,8 +167,8 @@ impl View {
             let time = |times: &Column<'_>| table.time_of(py, Some(&times.get(py, row)?));
             let time = times.as_ref().map_or(Ok((now, now)), time);
             let (ts, _) = time.map_err(|e| self.rows_error(py, "column ts_ms, ", row, e))?;
-            let delta = match &column {
-                Column::Numbers(numbers) if info.fits(&numbers[row]) => Ok(numbers[row].clone()),
+            let delta = match column.number(row) {
+                Some(number) if info.fits(number) => Ok(number.into()),
                 _ => column.get(py, row).and_then(|value| state_of(table, info, &value, (ts, now))),
             };
             deltas.push((delta.map_err(|e| self.rows_error(py, "column value, ", row, e))?, info.window_of(ts)));
@@ -198,14 +201,11 @@ impl View {
 /// An error in the midst of a batch, which says how much of it is recorded.
 #[cold]
 fn in_parts(py: Python<'_>, error: PyErr, done: usize, total: usize) -> PyErr {
-    let said = || -> PyResult<Option<PyErr>> {
-        if !error.is_instance(py, &py.import("pipeline.errors")?.getattr("PipelineError")?) {
-            return Ok(None);
-        }
-        let text = format!("{}; {done} of the batch of {total} deltas were recorded before", error.value(py));
-        Ok(Some(PyErr::from_value(error.get_type(py).call1((text,))?)))
-    };
-    said().ok().flatten().unwrap_or(error)
+    let view = py.import("pipeline.publisher.view");
+    match view.and_then(|view| view.call_method1("in_parts", (error.value(py), done, total))) {
+        Ok(error) => PyErr::from_value(error),
+        Err(error) => error,
+    }
 }
 
 /// Let other threads have the interpreter from time to time.
@@ -218,17 +218,17 @@ fn breathe(py: Python<'_>, row: usize) {
 
 /// A column of values: what a buffer of 64-bit floats or ints holds, or a copy of a sequence.
 enum Column<'py> {
-    Numbers(Vec<State>),
+    Numbers(Vec<Number>),
     Objects(Bound<'py, PyTuple>),
 }
 
 impl<'py> Column<'py> {
     fn read(values: &Bound<'py, PyAny>) -> PyResult<Column<'py>> {
-        fn numbers<T: Element>(values: &Bound<'_, PyAny>, state: fn(T) -> State) -> Option<Vec<State>> {
+        fn numbers<T: Element>(values: &Bound<'_, PyAny>, number: fn(T) -> Number) -> Option<Vec<Number>> {
             let buffer = PyBuffer::get(values).ok().filter(|buffer| buffer.dimensions() == 1)?;
-            Some(buffer.to_vec(values.py()).ok()?.into_iter().map(state).collect())
+            Some(buffer.to_vec(values.py()).ok()?.into_iter().map(number).collect())
         }
-        match numbers(values, State::F).or_else(|| numbers(values, State::I)) {
+        match numbers(values, Number::F).or_else(|| numbers(values, Number::I)) {
             Some(numbers) => Ok(Column::Numbers(numbers)),
             None => Ok(Column::Objects(tuple(values)?)),
         }
@@ -241,9 +241,17 @@ impl<'py> Column<'py> {
         }
     }
 
+    #[inline]
+    fn number(&self, row: usize) -> Option<Number> {
+        match self {
+            Column::Numbers(numbers) => Some(numbers[row]),
+            Column::Objects(objects) => plain(&*objects.get_borrowed_item(row).ok()?),
+        }
+    }
+
     fn get(&self, py: Python<'py>, row: usize) -> PyResult<Bound<'py, PyAny>> {
         match self {
-            Column::Numbers(numbers) => to_python(py, Kind::Sum, &numbers[row], 0),
+            Column::Numbers(numbers) => numbers[row].into_bound_py_any(py),
             Column::Objects(objects) => objects.get_item(row),
         }
     }
@@ -254,16 +262,21 @@ fn tuple<'py>(values: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
     Ok(values.py().get_type::<PyTuple>().call1((values,))?.cast_into()?)
 }
 
-/// The delta that a value is, as of a time and now.
+/// A number that is a delta as it is.
 #[inline(always)]
+fn number(info: &ViewInfo, value: &Bound<'_, PyAny>) -> Option<Number> {
+    plain(value).filter(|number| info.fits(*number))
+}
+
+/// The delta that a value is, as of a time and now.
 fn state_of(table: &Table, info: &ViewInfo, value: &Bound<'_, PyAny>, (ts_ms, now_ms): (i64, i64)) -> PyResult<State> {
     if info.kind == Kind::Last {
         let value = value_of(&table.check, value)?;
         return Ok(State::L(Box::new(Stamped { ts_ms, recorded_ns: table.rise(now_ms), value })));
     }
-    match plain(value) {
-        Some(delta) if info.fits(&delta) => Ok(delta),
-        _ => checked(&table.check, info.kind, info.monotone, value),
+    match number(info, value) {
+        Some(delta) => Ok(delta.into()),
+        None => checked(&table.check, info.kind, info.monotone, value),
     }
 }
 
@@ -273,30 +286,27 @@ impl View {
     #[classmethod]
     fn new(cls: &Bound<'_, PyType>, table: Py<Table>, definition: Bound<'_, PyAny>, series_max: usize) -> PyResult<View> {
         let py = cls.py();
-        let outline =
-            py.import("pipeline.publisher.view")?.call_method1("outline", (&definition, cls.getattr("method")?))?;
-        let (canonical, encoded, prefix, overflow_labels): (Bound<'_, PyAny>, Vec<u8>, Vec<u8>, Vec<u8>) =
-            outline.extract()?;
-        let declared: Vec<String> = definition.getattr("labels")?.extract()?;
-        let labels: Vec<String> = canonical.getattr("labels")?.extract()?;
+        let outline = py.import("pipeline.publisher.view")?.getattr("outline")?;
+        let (names, order, encoded, prefix, overflow_labels): (Vec<_>, Vec<_>, Vec<u8>, Vec<u8>, Vec<u8>) =
+            outline.call1((&definition, cls.getattr("method")?))?.extract()?;
         let kind: String = definition.getattr("kind")?.extract()?;
+        let kind = Kind::of(&kind).ok_or_else(|| PyValueError::new_err(kind))?;
+        let window_ms = definition.getattr("window_s")?.extract::<i64>()? * 1_000;
         let mut prefix_crc = crc32fast::Hasher::new();
         prefix_crc.update(&prefix);
         let info = ViewInfo {
             id: table.get().next_view(),
             name: definition.getattr("view")?.extract()?,
-            kind: Kind::of(&kind).ok_or_else(|| PyValueError::new_err(kind))?,
+            kind,
             monotone: definition.getattr("monotone")?.extract()?,
-            window_ms: definition.getattr("window_s")?.extract::<i64>()? * 1_000,
+            window_ms,
+            is_timed: window_ms > 0 || kind == Kind::Last,
             series_max,
             definition: encoded,
             overflow_labels,
             prefix_crc,
-            counted: AtomicU64::new(0),
             overflow_count: AtomicU64::new(0),
         };
-        let order = labels.iter().filter_map(|label| declared.iter().position(|other| other == label)).collect();
-        let names = labels.iter().map(|label| PyString::intern(py, label).unbind()).collect();
         Ok(View { table, info: Arc::new(info), declared: definition.unbind(), names, order })
     }
 
@@ -311,11 +321,6 @@ impl View {
     }
 
     #[getter]
-    fn definition<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
-        self.declared.bind(py).clone()
-    }
-
-    #[getter]
     fn overflow_count(&self) -> u64 {
         self.info.overflow_count.load(Relaxed)
     }
@@ -327,7 +332,7 @@ impl View {
         names: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let all = PyTuple::new(slf.py(), [slf.as_any().clone()].into_iter().chain(values).collect::<Vec<_>>())?;
-        slf.getattr("series_type")?.call(all, names)
+        slf.getattr(intern!(slf.py(), "series_type"))?.call(all, names)
     }
 
     #[pyo3(signature = (labels, values, ts_ms=None))]
@@ -409,11 +414,6 @@ impl Series {
     }
 
     #[getter]
-    fn view<'py>(&self, py: Python<'py>) -> Bound<'py, View> {
-        self.view.bind(py).clone()
-    }
-
-    #[getter]
     fn suffix<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.suffix)
     }
@@ -438,16 +438,20 @@ impl<'py> Call<'py> {
     }
 
     /// Where the value of a keyword is. Nearly always its name is the same, interned object, and stands where it is expected.
-    #[inline]
-    fn find(&self, name: &Py<PyString>, expected: usize) -> Option<usize> {
-        let names = self.names.as_deref()?;
-        let is = |i: &usize| names.get_borrowed_item(*i).is_ok_and(|other| other.is(name));
-        if expected < self.name_count && is(&expected) {
+    #[inline(always)]
+    fn find(&self, name: &Bound<'_, PyString>, expected: usize) -> Option<usize> {
+        let names = self.names.as_deref().filter(|_| expected < self.name_count);
+        if names.is_some_and(|names| names.get_borrowed_item(expected).is_ok_and(|other| other.is(name))) {
             return Some(self.positional + expected);
         }
-        let equals = |i: &usize| names.get_borrowed_item(*i).is_ok_and(|other| other.eq(name).unwrap_or(false));
-        let all = 0..self.name_count;
-        all.clone().find(is).or_else(|| all.clone().find(equals)).map(|i| self.positional + i)
+        self.search(name)
+    }
+
+    #[inline(never)]
+    fn search(&self, name: &Bound<'_, PyString>) -> Option<usize> {
+        let names = self.names?;
+        let is = |i: &usize| names.get_borrowed_item(*i).is_ok_and(|other| other.eq(name).unwrap_or(false));
+        (0..self.name_count).find(is).map(|i| self.positional + i)
     }
 
     /// How many of the keywords are labels, if the one at `time` is none.
@@ -456,31 +460,24 @@ impl<'py> Call<'py> {
         self.name_count - time.is_some_and(|place| place >= self.positional) as usize
     }
 
-    /// Where `ts_ms` is, if it can be given at all.
-    #[inline(always)]
-    fn check(&self, kind: Kind, timed: bool) -> PyResult<Option<usize>> {
+    /// Check how many arguments there are, and return where `ts_ms` is, if it can be given by name.
+    fn time(&self, kind: Kind, by_name: bool) -> PyResult<Option<usize>> {
         let (least, most) = ((kind != Kind::Sum) as usize, 1 + (kind == Kind::Last) as usize);
         if self.positional < least || self.positional > most {
             let text = format!("takes {least} to {most} arguments by position; got {}", self.positional);
             return Err(PyTypeError::new_err(format!("{}() {text}", kind.method())));
         }
-        let by_position = (self.positional > 1).then_some(1);
-        if !timed || self.name_count == 0 {
-            return Ok(by_position);
-        }
-        static NAME: PyOnceLock<Py<PyString>> = PyOnceLock::new();
-        let by_name = self.find(NAME.get_or_init(self.py, || PyString::intern(self.py, "ts_ms").unbind()), 0);
-        if by_position.is_some() && by_name.is_some() {
+        let named = if by_name && self.name_count > 0 { self.find(intern!(self.py, "ts_ms"), 0) } else { None };
+        if named.is_some() && self.positional > 1 {
             return Err(PyTypeError::new_err("set() got multiple values for argument 'ts_ms'"));
         }
-        Ok(by_name.or(by_position))
+        Ok(named.or((self.positional > 1).then_some(1)))
     }
 
     /// The delta that is given, and the start of its window.
-    #[inline(always)]
     fn delta(&self, table: &Table, info: &ViewInfo, time: Option<usize>) -> PyResult<(State, i64)> {
         let time = time.map(|place| self.get(place));
-        let times = if info.is_timed() { table.time_of(self.py, time.as_deref())? } else { (0, 0) };
+        let times = if info.is_timed { table.time_of(self.py, time.as_deref())? } else { (0, 0) };
         let delta = if self.positional > 0 { state_of(table, info, &self.get(0), times)? } else { State::I(1) };
         Ok((delta, info.window_of(times.0)))
     }
@@ -495,39 +492,70 @@ impl Target for View {
     #[inline(always)]
     fn record(&self, call: &Call<'_>) -> PyResult<()> {
         let (table, info) = (self.table.get(), &self.info);
-        let time = call.check(info.kind, info.is_timed())?;
         let mut suffix = Suffix::empty();
-        self.by_name(call, time, &mut suffix)?;
-        let (delta, window) = call.delta(table, info, time)?;
-        if info.window_ms > 0 {
-            suffix.set_window(window);
+        if call.positional == 1 && !info.is_timed {
+            self.by_name(call, None, &mut suffix)?;
+            if let Some(delta) = number(info, &call.get(0)) {
+                return table.record(call.py, table.key(info, suffix.bytes()), delta.into(), &[]).map(drop);
+            }
         }
-        table.record(call.py, table.key(info, suffix.bytes()), delta, &[])?;
-        Ok(())
+        self.record_any(call, &mut suffix)
+    }
+}
+
+impl View {
+    /// Record what may have a time, or is no plain number.
+    #[inline(never)]
+    fn record_any(&self, call: &Call<'_>, suffix: &mut Suffix) -> PyResult<()> {
+        let (table, info) = (self.table.get(), &self.info);
+        let time = call.time(info.kind, info.is_timed)?;
+        self.by_name(call, time, suffix)?;
+        let (delta, window) = call.delta(table, info, time)?;
+        suffix.set_window(window);
+        table.record(call.py, table.key(info, suffix.bytes()), delta, &[]).map(drop)
     }
 }
 
 impl Target for Series {
     #[inline(always)]
     fn record(&self, call: &Call<'_>) -> PyResult<()> {
+        if !self.info.is_timed && call.name_count == 0 {
+            let delta = match call.positional {
+                1 => number(&self.info, &call.get(0)),
+                _ => (call.positional == 0 && self.info.kind == Kind::Sum).then_some(Number::I(1)),
+            };
+            if let Some(delta) = delta {
+                return self.table.get().record(call.py, self.key(), delta.into(), &self.places).map(drop);
+            }
+        }
+        self.record_any(call)
+    }
+}
+
+impl Series {
+    #[inline(always)]
+    fn key(&self) -> Key<'_> {
+        Key { view: &self.info, suffix: &self.suffix, hash: self.hash }
+    }
+
+    /// Record what may have a time, or is no plain number.
+    #[inline(never)]
+    fn record_any(&self, call: &Call<'_>) -> PyResult<()> {
         let (table, info) = (self.table.get(), &self.info);
-        let time = call.check(info.kind, true)?;
+        let time = call.time(info.kind, true)?;
         if call.label_count(time) > 0 {
             return Err(PyTypeError::new_err("a bound series has its labels: only ts_ms can be given by name"));
         }
-        if !info.is_timed() && time.is_some_and(|place| !call.get(place).is_none()) {
+        if !info.is_timed && time.is_some_and(|place| !call.get(place).is_none()) {
             return Err(no_windows(call.py, info));
         }
         let (delta, window) = call.delta(table, info, time)?;
         if info.window_ms == 0 {
-            let key = Key { view: info, suffix: &self.suffix, hash: self.hash };
-            table.record(call.py, key, delta, &self.places)?;
-        } else {
-            let mut suffix = self.suffix.clone();
-            suffix[..WINDOW_BYTES].copy_from_slice(&window.to_be_bytes());
-            table.record(call.py, table.key(info, &suffix), delta, &[])?;
+            return table.record(call.py, self.key(), delta, &self.places).map(drop);
         }
-        Ok(())
+        let mut suffix = self.suffix.clone();
+        suffix[..WINDOW_BYTES].copy_from_slice(&window.to_be_bytes());
+        table.record(call.py, table.key(info, &suffix), delta, &[]).map(drop)
     }
 }
 
