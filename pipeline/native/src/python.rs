@@ -10,9 +10,9 @@ use crate::view::{view_type_of, View};
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyIterator, PyList, PyType};
+use pyo3::types::{PyBytes, PyList, PyType};
 use std::hash::{BuildHasher, Hasher};
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::*};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicUsize, Ordering::*};
 use std::sync::Arc;
 
 /// A process's unsent states. See `pipeline.publisher.table.Table`, which says the same in Python.
@@ -21,7 +21,8 @@ pub struct Table {
     cores: Cores,
     hasher: foldhash::fast::RandomState,
     rising_ns: AtomicI64,
-    next_view: AtomicU32,
+    /// The number of the next view.
+    pub next_view: AtomicU32,
     pub check: Py<PyAny>,
     opening: Py<PyAny>,
     full: Py<PyAny>,
@@ -34,27 +35,23 @@ pub struct Table {
 /// Take a shard's lock. Where it is taken, wait without the interpreter: who holds the shards across a fork may need it.
 #[inline(always)]
 fn lock<'a>(py: Python<'_>, shard: &'a Shard) -> Held<'a> {
-    shard.try_lock().unwrap_or_else(|| wait(py, shard))
+    loop {
+        match shard.try_lock() {
+            Some(held) => return held,
+            None => wait(py, shard),
+        }
+    }
 }
 
 #[cold]
-fn wait<'a>(py: Python<'_>, shard: &'a Shard) -> Held<'a> {
-    loop {
-        py.detach(|| drop(shard.lock()));
-        if let Some(held) = shard.try_lock() {
-            return held;
-        }
-    }
+fn wait(py: Python<'_>, shard: &Shard) {
+    py.detach(|| drop(shard.lock()));
 }
 
 impl Table {
     #[inline]
     pub fn core(&self) -> &Core {
         self.cores.get()
-    }
-
-    pub fn next_view(&self) -> u32 {
-        self.next_view.fetch_add(1, Relaxed)
     }
 
     #[inline]
@@ -105,43 +102,38 @@ impl Table {
         let outcome = core.record(&mut held, key, &mut delta, places.get(lane as usize), None);
         drop(held);
         match outcome {
-            Outcome::Done => Ok(true),
-            outcome => self.record_slowly(py, key, delta, outcome),
+            Ok(()) => Ok(true),
+            Err(refusal) => self.record_slowly(py, key, delta, refusal),
         }
     }
 
-    /// Record a delta of which this is the outcome so far: do what is missing, and try again.
+    /// Record a delta that was refused: do what is missing, and try again.
     #[cold]
     #[inline(never)]
-    fn record_slowly(&self, py: Python<'_>, key: Key<'_>, mut delta: State, mut outcome: Outcome) -> PyResult<bool> {
+    fn record_slowly(&self, py: Python<'_>, key: Key<'_>, mut delta: State, mut refusal: Refusal) -> PyResult<bool> {
         let overflow = [&key.suffix[..WINDOW_BYTES], &key.view.overflow_labels].concat();
         let mut target = key;
         let mut core = self.core();
         let mut insert = Insert::default();
         loop {
             let shard = core.shard_number(target.hash, core.lane());
-            match outcome {
-                Outcome::Done => {
-                    let redirected = target.suffix.as_ptr() == overflow.as_ptr();
-                    key.view.overflow_count.fetch_add(redirected as u64, Relaxed);
-                    return Ok(true);
-                }
-                Outcome::Missing | Outcome::Closed => {
+            match refusal {
+                Refusal::Missing | Refusal::Closed => {
                     self.opening.bind(py).call0()?;
-                    insert.asked = matches!(outcome, Outcome::Closed);
+                    insert.asked = matches!(refusal, Refusal::Closed);
                 }
-                Outcome::Full(bytes) => {
+                Refusal::Full(bytes) => {
                     if !self.full.bind(py).call1((bytes, 1))?.is_truthy()? {
                         return Ok(false);
                     }
                 }
-                Outcome::Overflow => target = Key { hash: self.hash(key.view, &overflow), suffix: &overflow, ..key },
-                Outcome::Unnamed => {
+                Refusal::Overflow => target = Key { hash: self.hash(key.view, &overflow), suffix: &overflow, ..key },
+                Refusal::Unnamed => {
                     let name = (PyBytes::new(py, &key.view.definition), PyBytes::new(py, target.suffix));
                     let Some(given) = self.ask(py, "define", name)? else { return Ok(false) };
                     insert.number = given.extract()?;
                 }
-                Outcome::NoRoom(full, length) => {
+                Refusal::NoRoom(full, length) => {
                     let Some(made) = self.ask(py, "segment", (shard, full, length))? else { return Ok(false) };
                     let new = Segment::open(&made)?;
                     if std::ptr::eq(core, self.core()) {
@@ -155,12 +147,18 @@ impl Table {
             }
             let shard = core.shard_number(target.hash, core.lane());
             let mut held = lock(py, &core.shards[shard]);
-            outcome = core.record(&mut held, target, &mut delta, None, Some(&mut insert));
+            let outcome = core.record(&mut held, target, &mut delta, None, Some(&mut insert));
             drop(held);
             if insert.number > 0 {
                 // Another thread has given the series a number, or it is one too many.
                 locked(&core.gone).push(std::mem::take(&mut insert.number));
             }
+            let Err(again) = outcome else {
+                let redirected = target.suffix.as_ptr() == overflow.as_ptr();
+                key.view.overflow_count.fetch_add(redirected as u64, Relaxed);
+                return Ok(true);
+            };
+            refusal = again;
         }
     }
 
@@ -237,10 +235,7 @@ impl Table {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.check)?;
-        visit.call(&self.opening)?;
-        visit.call(&self.full)?;
-        visit.call(&self.now_ms)?;
+        [&self.check, &self.opening, &self.full, &self.now_ms].into_iter().try_for_each(|asked| visit.call(asked))?;
         visit.call(&self.journal)
     }
 
@@ -411,13 +406,31 @@ impl Local {
         self.find(suffix).is_some()
     }
 
-    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
-        PyList::new(py, self.states.entries.iter().map(|entry| PyBytes::new(py, &entry.suffix)))?.try_iter()
+    fn __iter__(&self) -> LocalIterator {
+        LocalIterator { states: self.states.clone(), next: AtomicUsize::new(0) }
     }
 
     #[getter]
     fn complete(&self) -> bool {
         self.states.complete
+    }
+}
+
+#[pyclass(frozen)]
+struct LocalIterator {
+    states: Arc<States>,
+    next: AtomicUsize,
+}
+
+#[pymethods]
+impl LocalIterator {
+    fn __iter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __next__<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        let entry = self.states.entries.get(self.next.fetch_add(1, Relaxed))?;
+        Some(PyBytes::new(py, &entry.suffix))
     }
 }
 

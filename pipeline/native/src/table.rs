@@ -14,9 +14,9 @@ use crate::ring::Ring;
 use crate::state::{int_bytes, Kind, Number, State};
 use crate::wire::*;
 use hashbrown::HashTable;
+use lock_api::{GuardSend, RawMutex};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use std::cell::UnsafeCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -155,41 +155,25 @@ impl Inner {
     }
 }
 
-/// A part of the table with a lock and cache lines of its own. The lock is a flag: to give it back is a store, where a mutex
-/// takes a second atomic operation, a fifth of what recording costs. It is held for microseconds, so that waiting is rare.
-#[repr(align(128))]
-#[derive(Default)]
-pub struct Shard {
-    taken: AtomicBool,
-    inner: UnsafeCell<Inner>,
-}
+/// A lock that is a flag: to give it back is a store, where another mutex takes a second atomic operation, a fifth of what
+/// recording costs. It is held for microseconds, so that waiting is rare.
+pub struct Flag(AtomicBool);
 
-// SAFETY: `inner` is reached through a `Held` only, of which there is one at a time: `try_lock` makes one if it was who turned
-// `taken` from false to true, and its end turns `taken` back. Acquire and Release order what is done in between. `Inner` can
-// be sent: it owns all that it holds, and what it shares, `ViewInfo`, is Sync.
-unsafe impl Sync for Shard {}
+// SAFETY: who has turned the flag from false to true has the lock, and nobody else, until it turns it back. Acquire and Release
+// order what is done in between.
+unsafe impl RawMutex for Flag {
+    const INIT: Flag = Flag(AtomicBool::new(false));
+    type GuardMarker = GuardSend;
 
-pub struct Held<'a>(&'a Shard);
-
-impl Shard {
-    /// Take the lock if it is free.
     #[inline]
-    pub fn try_lock(&self) -> Option<Held<'_>> {
-        // A `Held` must not be made if the lock was taken: its end would give the lock back.
-        if self.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok() {
-            Some(Held(self))
-        } else {
-            None
-        }
+    fn try_lock(&self) -> bool {
+        self.0.compare_exchange(false, true, Acquire, Relaxed).is_ok()
     }
 
     /// Wait for the lock; not while attached to the interpreter, which who holds the lock may be waiting for.
-    pub fn lock(&self) -> Held<'_> {
+    fn lock(&self) {
         let mut tries = 0;
-        loop {
-            if let Some(held) = self.try_lock() {
-                return held;
-            }
+        while !self.try_lock() {
             tries += 1;
             match tries {
                 0..100 => std::hint::spin_loop(),
@@ -198,30 +182,27 @@ impl Shard {
             }
         }
     }
-}
 
-impl Drop for Held<'_> {
+    // SAFETY: who calls has the lock: nothing but the guard that `lock_api` makes of it does.
     #[inline]
-    fn drop(&mut self) {
-        self.0.taken.store(false, Release);
+    unsafe fn unlock(&self) {
+        self.0.store(false, Release);
     }
 }
 
-impl std::ops::Deref for Held<'_> {
-    type Target = Inner;
+/// A part of the table with a lock and cache lines of its own.
+#[repr(align(128))]
+#[derive(Default)]
+pub struct Shard(lock_api::Mutex<Flag, Inner>);
+
+pub type Held<'a> = lock_api::MutexGuard<'a, Flag, Inner>;
+
+impl std::ops::Deref for Shard {
+    type Target = lock_api::Mutex<Flag, Inner>;
 
     #[inline]
-    fn deref(&self) -> &Inner {
-        // SAFETY: there is no other `Held` of this shard, and so no other reference to `inner`: see `Sync` above.
-        unsafe { &*self.0.inner.get() }
-    }
-}
-
-impl std::ops::DerefMut for Held<'_> {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut Inner {
-        // SAFETY: as in `deref`; `&mut self` keeps further references from being made through this `Held`.
-        unsafe { &mut *self.0.inner.get() }
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
 }
 
@@ -241,9 +222,8 @@ pub struct Insert {
     pub number: u64,
 }
 
-/// What became of a delta.
-pub enum Outcome {
-    Done,
+/// Why a delta is not recorded.
+pub enum Refusal {
     /// The table is closed, and it was not asked whether the delta may be recorded.
     Closed,
     /// The series is not in the table, and `insert` was not given.
@@ -445,27 +425,29 @@ impl Core {
         delta: &mut State,
         place: Option<&Place>,
         insert: Option<&mut Insert>,
-    ) -> Outcome {
+    ) -> Result<(), Refusal> {
         // Under the lock, through which `close` goes: what is recorded without a question is recorded before it returns.
         if self.closed.load(Relaxed) && !insert.as_ref().is_some_and(|insert| insert.asked) {
-            return Outcome::Closed;
+            return Err(Refusal::Closed);
         }
         let inner = &mut **held;
-        let at = match place.and_then(|place| inner.find_at(place)) {
+        let found = place.and_then(|place| inner.find_at(place));
+        let at = match found.or_else(|| inner.find(key)) {
             Some(at) => at,
-            None => match self.locate(inner, key, delta, place, insert) {
-                Ok(at) => at,
-                Err(outcome) => return outcome,
-            },
+            None => self.insert(inner, key, delta, insert.ok_or(Refusal::Missing)?)?,
         };
+        if let Some(place) = place.filter(|_| found.is_none()) {
+            place.stamp.store(inner.slots[at as usize].stamp, Relaxed);
+            place.at.store(at, Relaxed);
+        }
         let more = delta.heap_bytes();
         if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slots[at as usize].state.heap_bytes() {
-            return Outcome::Full(more);
+            return Err(Refusal::Full(more));
         }
         if self.journal {
             let series = inner.slots[at as usize].number;
             if let Err(length) = inner.ring.append(series, delta) {
-                return Outcome::NoRoom(inner.ring.end().map_or(-1, |end| end.0), length);
+                return Err(Refusal::NoRoom(inner.ring.end().map_or(-1, |end| end.0), length));
             }
         }
         let slot = &mut inner.slots[at as usize];
@@ -482,44 +464,23 @@ impl Core {
             inner.dirty.push(at);
         }
         inner.waiting += 1;
-        Outcome::Done
-    }
-
-    #[inline(always)]
-    fn locate(
-        &self,
-        inner: &mut Inner,
-        key: Key<'_>,
-        delta: &State,
-        place: Option<&Place>,
-        insert: Option<&mut Insert>,
-    ) -> Result<u32, Outcome> {
-        let at = match (inner.find(key), insert) {
-            (Some(at), _) => at,
-            (None, None) => return Err(Outcome::Missing),
-            (None, Some(Insert { number, .. })) => self.insert(inner, key, delta, number)?,
-        };
-        if let Some(place) = place {
-            place.stamp.store(inner.slots[at as usize].stamp, Relaxed);
-            place.at.store(at, Relaxed);
-        }
-        Ok(at)
+        Ok(())
     }
 
     #[cold]
-    fn insert(&self, inner: &mut Inner, key: Key<'_>, delta: &State, number: &mut u64) -> Result<u32, Outcome> {
+    fn insert(&self, inner: &mut Inner, key: Key<'_>, delta: &State, insert: &mut Insert) -> Result<u32, Refusal> {
         let Key { view, suffix, hash } = key;
         static STAMPS: AtomicU64 = AtomicU64::new(1);
         let own = !view.is_overflow(suffix);
         if own && locked(&self.own_series).get(&view.id).map_or(0, |count| *count) >= view.series_max {
-            return Err(Outcome::Overflow);
+            return Err(Refusal::Overflow);
         }
         let bytes = slot_bytes(suffix);
         if self.used.load(Relaxed) + bytes + delta.heap_bytes() > self.bytes_max {
-            return Err(Outcome::Full(bytes + delta.heap_bytes()));
+            return Err(Refusal::Full(bytes + delta.heap_bytes()));
         }
-        if self.journal && *number == 0 {
-            return Err(Outcome::Unnamed);
+        if self.journal && insert.number == 0 {
+            return Err(Refusal::Unnamed);
         }
         self.used.fetch_add(bytes, Relaxed);
         self.series.fetch_add(1, Relaxed);
@@ -535,7 +496,7 @@ impl Core {
             crc: crc.finalize(),
             seen: self.drains.load(Relaxed),
             stamp: STAMPS.fetch_add(1, Relaxed),
-            number: std::mem::take(number),
+            number: std::mem::take(&mut insert.number),
         };
         Ok(inner.insert(slot))
     }

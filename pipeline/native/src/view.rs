@@ -295,7 +295,7 @@ impl View {
         let mut prefix_crc = crc32fast::Hasher::new();
         prefix_crc.update(&prefix);
         let info = ViewInfo {
-            id: table.get().next_view(),
+            id: table.get().next_view.fetch_add(1, Relaxed),
             name: definition.getattr("view")?.extract()?,
             kind,
             monotone: definition.getattr("monotone")?.extract()?,
