@@ -22,22 +22,27 @@ pub fn plain(value: &Bound<'_, PyAny>) -> Option<Number> {
 }
 
 /// A text in UTF-8; None: no text, or a lone surrogate in it.
-#[inline]
+#[inline(always)]
 pub fn text<'a>(value: &'a Bound<'_, PyAny>) -> Option<&'a str> {
     // The exact check is the quicker one, and does for nearly all.
-    value.cast_exact::<PyString>().or_else(|_| value.cast()).ok()?.to_str().ok()
+    if !value.is_exact_instance_of::<PyString>() && !value.is_instance_of::<PyString>() {
+        return None;
+    }
+    // SAFETY: it was just checked.
+    unsafe { value.cast_unchecked::<PyString>() }.to_str().ok()
 }
 
 /// What a `last` view can hold; None: whatever `check` says.
+#[inline]
 fn plain_value(value: &Bound<'_, PyAny>) -> Option<State> {
-    if value.is_none() {
-        Some(State::Empty)
-    } else if let Ok(bool) = value.cast::<PyBool>() {
-        Some(if bool.is_true() { State::True } else { State::False })
-    } else if let Ok(text) = value.cast_exact::<PyString>() {
-        Some(State::S(text.to_str().ok()?.into()))
+    if let Some(number) = plain(value) {
+        Some(number.into())
+    } else if value.is_exact_instance_of::<PyString>() {
+        Some(State::S(text(value)?.into()))
+    } else if value.is_exact_instance_of::<PyBool>() {
+        Some(if value.is_truthy().ok()? { State::True } else { State::False })
     } else {
-        plain(value).map(State::from)
+        value.is_none().then_some(State::Empty)
     }
 }
 
@@ -52,6 +57,7 @@ pub fn checked(check: &Py<PyAny>, kind: Kind, monotone: bool, value: &Bound<'_, 
 }
 
 /// The value that a `last` view is to hold.
+#[inline]
 pub fn value_of(check: &Py<PyAny>, value: &Bound<'_, PyAny>) -> PyResult<State> {
     match plain_value(value) {
         Some(plain) if !matches!(&plain, State::S(text) if text.len() > LONG_TEXT) => Ok(plain),

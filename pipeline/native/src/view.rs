@@ -105,20 +105,25 @@ impl View {
     }
 
     /// Build the suffix of labels by name; the keyword at `time` is none.
-    #[inline]
+    #[inline(always)]
     fn by_name(&self, call: &Call<'_>, time: Option<usize>, suffix: &mut Suffix) -> PyResult<()> {
         let value = |place: usize| Some(call.get(call.find(self.names[place].bind(call.py), self.order[place])?));
         if call.label_count(time) == self.names.len() && self.build(suffix, value) {
             return Ok(());
         }
+        *suffix = self.checked_names(call, time)?;
+        Ok(())
+    }
+
+    #[cold]
+    fn checked_names(&self, call: &Call<'_>, time: Option<usize>) -> PyResult<Suffix> {
         let by_name = PyDict::new(call.py);
         for (i, name) in call.names.iter().flat_map(|names| names.iter()).enumerate() {
             if Some(call.positional + i) != time {
                 by_name.set_item(name, call.get(call.positional + i))?;
             }
         }
-        *suffix = self.checked_labels(&PyTuple::empty(call.py), Some(&by_name))?;
-        Ok(())
+        self.checked_labels(&PyTuple::empty(call.py), Some(&by_name))
     }
 
     /// Build the suffix of labels in the order of their declaration.
@@ -269,6 +274,7 @@ fn number(info: &ViewInfo, value: &Bound<'_, PyAny>) -> Option<Number> {
 }
 
 /// The delta that a value is, as of a time and now.
+#[inline]
 fn state_of(table: &Table, info: &ViewInfo, value: &Bound<'_, PyAny>, (ts_ms, now_ms): (i64, i64)) -> PyResult<State> {
     if info.kind == Kind::Last {
         let value = value_of(&table.check, value)?;
@@ -461,6 +467,7 @@ impl<'py> Call<'py> {
     }
 
     /// Check how many arguments there are, and return where `ts_ms` is, if it can be given by name.
+    #[inline]
     fn time(&self, kind: Kind, by_name: bool) -> PyResult<Option<usize>> {
         let (least, most) = ((kind != Kind::Sum) as usize, 1 + (kind == Kind::Last) as usize);
         if self.positional < least || self.positional > most {
@@ -475,6 +482,7 @@ impl<'py> Call<'py> {
     }
 
     /// The delta that is given, and the start of its window.
+    #[inline(always)]
     fn delta(&self, table: &Table, info: &ViewInfo, time: Option<usize>) -> PyResult<(State, i64)> {
         let time = time.map(|place| self.get(place));
         let times = if info.is_timed { table.time_of(self.py, time.as_deref())? } else { (0, 0) };
