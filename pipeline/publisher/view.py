@@ -1,7 +1,8 @@
 """The views and series of the plain table: what an app records to.
 
 The native ones (`pipeline_native.pyi`) have the same recording methods, and `definition`, `overflow_count`, `labels`,
-`add_many`, `record_columns` and `series_type`; a series has `view` and `suffix`. What else is here is for the plain table.
+`add_many`, `record_columns` and `series_type`; a series has `view` and `suffix`. The functions here serve both, and what
+else the classes have is for the plain table.
 """
 
 from __future__ import annotations
