@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering:
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 const SHARD_COUNT: usize = 64;
+const CHUNK: usize = 32;
 /// Slots that are looked at in one hold of a lock by who is not recording.
 const HOLD_MAX: usize = 512;
 pub const WINDOW_BYTES: usize = 8;
@@ -109,7 +110,9 @@ impl Slot {
 #[derive(Default)]
 pub struct Inner {
     index: HashTable<u32>,
-    slots: Vec<Slot>,
+    /// In chunks, which stay where they are when there are more: a vector that grows leaves holes in the heap.
+    chunks: Vec<Vec<Slot>>,
+    slot_count: usize,
     /// The places of those that are not in use.
     free: Vec<u32>,
     dirty: Vec<u32>,
@@ -117,11 +120,21 @@ pub struct Inner {
     pub ring: Ring,
 }
 
+#[inline]
+fn slot_in(chunks: &[Vec<Slot>], at: u32) -> &Slot {
+    &chunks[at as usize / CHUNK][at as usize % CHUNK]
+}
+
 impl Inner {
+    #[inline]
+    fn slot(&mut self, at: u32) -> &mut Slot {
+        &mut self.chunks[at as usize / CHUNK][at as usize % CHUNK]
+    }
+
     #[inline(always)]
     fn find(&self, key: Key<'_>) -> Option<u32> {
         let is = |at: &u32| {
-            let slot = &self.slots[*at as usize];
+            let slot = slot_in(&self.chunks, *at);
             let same = slot.hash == key.hash && slot.view.as_ref().is_some_and(|v| Arc::ptr_eq(v, key.view));
             same && *slot.suffix == *key.suffix
         };
@@ -131,7 +144,7 @@ impl Inner {
     #[inline]
     fn find_at(&self, place: &Place) -> Option<u32> {
         let (at, stamp) = (place.at.load(Relaxed), place.stamp.load(Relaxed));
-        let slot = self.slots.get(at as usize)?;
+        let slot = self.chunks.get(at as usize / CHUNK)?.get(at as usize % CHUNK)?;
         (slot.stamp == stamp && stamp != 0).then_some(at)
     }
 
@@ -139,18 +152,19 @@ impl Inner {
         let hash = slot.hash;
         let at = match self.free.pop() {
             Some(at) => {
-                self.slots[at as usize] = slot;
+                *self.slot(at) = slot;
                 at
             }
             None => {
-                if self.slots.len() == self.slots.capacity() {
-                    self.slots.reserve_exact((self.slots.len() / 8).max(32)); // less to spare than a vector takes by itself
+                if self.slot_count % CHUNK == 0 {
+                    self.chunks.push(Vec::with_capacity(CHUNK));
                 }
-                self.slots.push(slot);
-                self.slots.len() as u32 - 1
+                self.slot_count += 1;
+                self.chunks[(self.slot_count - 1) / CHUNK].push(slot);
+                self.slot_count as u32 - 1
             }
         };
-        self.index.insert_unique(spread(hash), at, |at| spread(self.slots[*at as usize].hash));
+        self.index.insert_unique(spread(hash), at, |at| spread(slot_in(&self.chunks, *at).hash));
         at
     }
 }
@@ -437,20 +451,20 @@ impl Core {
             None => self.insert(inner, key, delta, insert.ok_or(Refusal::Missing)?)?,
         };
         if let Some(place) = place.filter(|_| found.is_none()) {
-            place.stamp.store(inner.slots[at as usize].stamp, Relaxed);
+            place.stamp.store(inner.slot(at).stamp, Relaxed);
             place.at.store(at, Relaxed);
         }
         let more = delta.heap_bytes();
-        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slots[at as usize].state.heap_bytes() {
+        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slot(at).state.heap_bytes() {
             return Err(Refusal::Full(more));
         }
         if self.journal {
-            let series = inner.slots[at as usize].number;
+            let series = inner.slot(at).number;
             if let Err(length) = inner.ring.append(series, delta) {
                 return Err(Refusal::NoRoom(inner.ring.end().map_or(-1, |end| end.0), length));
             }
         }
-        let slot = &mut inner.slots[at as usize];
+        let slot = inner.slot(at);
         if !slot.state.add_simply(key.view.kind, delta) {
             let was = slot.state.heap_bytes();
             slot.state.merge(key.view.kind, std::mem::replace(delta, State::Empty));
@@ -561,7 +575,7 @@ impl Core {
                     inner = shard.lock();
                 }
                 for at in part {
-                    let slot = &mut inner.slots[*at as usize];
+                    let slot = inner.slot(*at);
                     if keep(slot) {
                         kept.push(*at);
                     } else {
@@ -628,11 +642,11 @@ impl Core {
             let mut next = 0;
             loop {
                 let mut inner = shard.lock();
-                let end = inner.slots.len().min(next + HOLD_MAX);
+                let end = inner.slot_count.min(next + HOLD_MAX);
                 gone += (next..end).filter(|at| self.let_go(&mut inner, *at as u32, drain, silent_drains)).count();
                 next = end;
-                if next == inner.slots.len() {
-                    if inner.free.len() == inner.slots.len() && inner.dirty.is_empty() {
+                if next == inner.slot_count {
+                    if inner.free.len() == inner.slot_count && inner.dirty.is_empty() {
                         *inner = Inner { ring: std::mem::take(&mut inner.ring), ..Inner::default() };
                     }
                     break;
@@ -643,7 +657,7 @@ impl Core {
     }
 
     fn let_go(&self, inner: &mut Inner, at: u32, drain: u32, silent_drains: u32) -> bool {
-        let slot = &mut inner.slots[at as usize];
+        let slot = inner.slot(at);
         if slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
             return false;
         }
