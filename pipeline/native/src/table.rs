@@ -156,7 +156,7 @@ impl Inner {
                 at
             }
             None => {
-                if self.slot_count % CHUNK == 0 {
+                if self.slot_count.is_multiple_of(CHUNK) {
                     self.chunks.push(Vec::with_capacity(CHUNK));
                 }
                 self.slot_count += 1;
