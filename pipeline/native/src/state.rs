@@ -65,8 +65,9 @@ impl From<Number> for State {
 /// The state of a series, one delta, or what a `last` view holds. The count of a mean stands beside it.
 ///
 /// No variant has a payload of less than eight bytes: it would lie where the others have none, and moving any would cost more.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub enum State {
+    #[default]
     Empty,
     I(i64),
     F(f64),

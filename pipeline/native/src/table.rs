@@ -84,6 +84,7 @@ pub struct Key<'a> {
     pub hash: u32,
 }
 
+#[derive(Default)]
 struct Slot {
     view: Option<Arc<ViewInfo>>,
     suffix: Arc<[u8]>,
@@ -111,7 +112,7 @@ impl Slot {
 pub struct Inner {
     index: HashTable<u32>,
     /// In chunks, which stay where they are when there are more: a vector that grows leaves holes in the heap.
-    chunks: Vec<Vec<Slot>>,
+    chunks: Vec<Box<[Slot; CHUNK]>>,
     slot_count: usize,
     /// The places of those that are not in use.
     free: Vec<u32>,
@@ -120,8 +121,8 @@ pub struct Inner {
     pub ring: Ring,
 }
 
-#[inline]
-fn slot_in(chunks: &[Vec<Slot>], at: u32) -> &Slot {
+#[inline(always)]
+fn slot_in(chunks: &[Box<[Slot; CHUNK]>], at: u32) -> &Slot {
     &chunks[at as usize / CHUNK][at as usize % CHUNK]
 }
 
@@ -144,26 +145,20 @@ impl Inner {
     #[inline]
     fn find_at(&self, place: &Place) -> Option<u32> {
         let (at, stamp) = (place.at.load(Relaxed), place.stamp.load(Relaxed));
-        let slot = self.chunks.get(at as usize / CHUNK)?.get(at as usize % CHUNK)?;
+        let slot = &self.chunks.get(at as usize / CHUNK)?[at as usize % CHUNK];
         (slot.stamp == stamp && stamp != 0).then_some(at)
     }
 
     fn insert(&mut self, slot: Slot) -> u32 {
         let hash = slot.hash;
-        let at = match self.free.pop() {
-            Some(at) => {
-                *self.slot(at) = slot;
-                at
+        let at = self.free.pop().unwrap_or_else(|| {
+            if self.slot_count.is_multiple_of(CHUNK) {
+                self.chunks.push(Box::default());
             }
-            None => {
-                if self.slot_count.is_multiple_of(CHUNK) {
-                    self.chunks.push(Vec::with_capacity(CHUNK));
-                }
-                self.slot_count += 1;
-                self.chunks[(self.slot_count - 1) / CHUNK].push(slot);
-                self.slot_count as u32 - 1
-            }
-        };
+            self.slot_count += 1;
+            self.slot_count as u32 - 1
+        });
+        *self.slot(at) = slot;
         self.index.insert_unique(spread(hash), at, |at| spread(slot_in(&self.chunks, *at).hash));
         at
     }
@@ -450,21 +445,21 @@ impl Core {
             Some(at) => at,
             None => self.insert(inner, key, delta, insert.ok_or(Refusal::Missing)?)?,
         };
+        let Inner { chunks, ring, dirty, waiting, .. } = inner;
+        let slot = &mut chunks[at as usize / CHUNK][at as usize % CHUNK];
         if let Some(place) = place.filter(|_| found.is_none()) {
-            place.stamp.store(inner.slot(at).stamp, Relaxed);
+            place.stamp.store(slot.stamp, Relaxed);
             place.at.store(at, Relaxed);
         }
         let more = delta.heap_bytes();
-        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slot(at).state.heap_bytes() {
+        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + slot.state.heap_bytes() {
             return Err(Refusal::Full(more));
         }
         if self.journal {
-            let series = inner.slot(at).number;
-            if let Err(length) = inner.ring.append(series, delta) {
-                return Err(Refusal::NoRoom(inner.ring.end().map_or(-1, |end| end.0), length));
+            if let Err(length) = ring.append(slot.number, delta) {
+                return Err(Refusal::NoRoom(ring.end().map_or(-1, |end| end.0), length));
             }
         }
-        let slot = inner.slot(at);
         if !slot.state.add_simply(key.view.kind, delta) {
             let was = slot.state.heap_bytes();
             slot.state.merge(key.view.kind, std::mem::replace(delta, State::Empty));
@@ -475,9 +470,9 @@ impl Core {
         }
         slot.count += 1;
         if slot.count == 1 {
-            inner.dirty.push(at);
+            dirty.push(at);
         }
-        inner.waiting += 1;
+        *waiting += 1;
         Ok(())
     }
 
