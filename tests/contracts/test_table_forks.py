@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core.record import series_suffix
 from tests.contracts.tables import WAYS, Lab, every_journal, every_table, every_table_without_journal, states_of
-from tests.contracts.test_table_threads import tiny_switches
+from tests.producer.support import hurried_threads
 
 
 def in_child(body: Callable[[], bool]) -> None:
@@ -68,7 +68,7 @@ def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
 
     threads = [threading.Thread(target=record, args=(0,)), threading.Thread(target=record, args=(1,))]
     threads.append(threading.Thread(target=disturb))
-    with tiny_switches():
+    with hurried_threads():
         for thread in threads:
             thread.start()
         try:
@@ -113,7 +113,7 @@ def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
         return child(lab.table.forget)
 
     thread = threading.Thread(target=disturb)
-    with tiny_switches():
+    with hurried_threads():
         thread.start()
         try:
             for _ in range(5):

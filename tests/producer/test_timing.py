@@ -54,7 +54,7 @@ def test_a_block_is_timed_on_every_kind(pub: BasePublisher, log: Any) -> None:
         assert timer is not None
         with pytest.raises(KeyError), view.time(a="x"):
             raise KeyError
-    again: Any = pub.sum("again")
+    again: Any = pub.max("again")
     again.monotonic_s = Ticking().monotonic_s
     timer = again.time()
     with timer, timer:  # from 1 to 4 and from 2 to 3
@@ -64,7 +64,7 @@ def test_a_block_is_timed_on_every_kind(pub: BasePublisher, log: Any) -> None:
     pub.close()
     found = fold(log).answers
     assert [found[name, ("x",)] for name in ("s", "m", "lo", "hi", "avg")] == [5, 5, 1, 3, 5 / 3]
-    assert found["again", ()] == 3 + 1 + 1
+    assert found["again", ()] == 3
 
 
 def test_functions_are_timed_each_call(pub: BasePublisher, log: Any) -> None:
