@@ -9,35 +9,13 @@ import pytest
 from pipeline.errors import Unavailable
 from tests.producer.support import (
     FaultyLog,
-    batches,
     fold,
-    hurried_threads,
     in_threads,
     memory_log,
     publisher,
     same,
     wait_until,
 )
-
-
-def test_64_threads_on_1000_shared_series_are_exact() -> None:
-    """Threads share handles without locks, and no delta is lost or counted twice."""
-    log = memory_log()
-    with publisher(log, flush_interval_ms=2) as pub:
-        revenue = pub.sum("revenue", labels=("region", "product"))
-        cells = [revenue.labels(f"r{i % 10}", f"p{i}") for i in range(1000)]
-
-        def work(i: int) -> None:
-            for j in range(2_000):
-                cells[(i * 31 + j) % 1000].add(1)
-
-        with hurried_threads():
-            in_threads(64, work)
-    views = fold(log)
-    expected = Counter((f"p{s}", f"r{s % 10}") for i in range(64) for s in [(i * 31 + j) % 1000 for j in range(2_000)])
-    same(views.of("revenue"), expected)
-    assert views.duplicates == 0
-    assert not views.dead
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,40 +64,6 @@ def test_all_kinds_from_many_threads_over_a_bad_log(seed: int) -> None:
     }
     assert views.duplicates > 0, "the log was not bad enough"
     assert not views.dead
-
-
-def test_buffers_of_ended_threads_are_flushed() -> None:
-    """Nothing belongs to a thread: what one recorded before it ended is flushed, whether its handle lives or not."""
-    log = memory_log()
-    pub = publisher(log, flush_interval_ms=100_000)
-    view = pub.sum("v", labels=("a",))
-    kept = []
-
-    def work() -> None:
-        kept.append(view.labels("kept"))
-        kept[0].add(3)
-        view.labels("dropped").add(4)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    pub.flush()
-    same(fold(log).of("v"), {("kept",): 3, ("dropped",): 4})
-    pub.close()
-
-
-def test_deltas_of_a_series_merge_before_they_leave() -> None:
-    """A hundred thousand deltas of one series are one entry of one batch."""
-    log = memory_log()
-    with publisher(log, flush_interval_ms=100_000) as pub:
-        cell = pub.sum("v").labels()
-        for i in range(100_000):
-            cell.add(i)
-        pub.flush()
-        assert pub.stats()["deltas"] == 100_000
-        assert pub.stats()["batches"] == pub.stats()["entries"] == 1
-    (batch,) = batches(log)
-    assert batch.groups[0].states == [sum(range(100_000))]
 
 
 def test_a_batch_that_is_full_is_sent_early() -> None:

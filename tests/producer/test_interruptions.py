@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import gc
 import inspect
 import signal
 import threading
@@ -132,41 +131,6 @@ def test_a_signal_handler_may_record_and_flush_and_raise(raises: bool) -> None:
     in_threads(4, lambda i: [cell.add(1) for _ in range(100)])
     pub.close()
     assert low <= fold(log).total("v") - 2 * handled - 400 <= low + maybe
-
-
-def test_a_finaliser_may_record() -> None:
-    """The garbage collector can run one anywhere, also in the flusher: no deadlock, no delta lost."""
-    log = memory_log()
-    pub = publisher(log, flush_interval_ms=1, series_idle_ms=1)
-    view = pub.sum("v", labels=("a",))
-    cell = view.labels("0")
-    finalised: list[int] = []
-
-    class Trash:
-        def __init__(self) -> None:
-            self.me = self
-
-        def __del__(self) -> None:
-            cell.add(1)
-            view.add(1, a="1")
-            finalised.append(1)
-
-    def work(i: int) -> None:
-        for _ in range(1_000):
-            Trash()
-            cell.add(1)
-            view.labels(str(i)).add(1)
-
-    threshold = gc.get_threshold()
-    gc.set_threshold(20)
-    try:
-        in_threads(4, work)
-    finally:
-        gc.set_threshold(*threshold)
-    gc.collect()
-    pub.close()
-    assert len(finalised) == 4_000
-    assert fold(log).total("v") == 4 * 2_000 + 2 * 4_000
 
 
 def test_a_publisher_closed_by_a_finaliser_in_its_own_thread_is_drained() -> None:

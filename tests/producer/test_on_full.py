@@ -16,12 +16,10 @@ from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metric
 from pipeline.producer.account import Account
 from pipeline.producer.client import BasePublisher
-from pipeline.producer.rescue import drain
 from pipeline.publisher.spool.look import inspect
 from pipeline.settings import ON_FULL, PublisherSettings
 from tests.producer.modes import MODES, settings_of
-from tests.producer.support import CLOCK, FaultyLog, Meter, fold, in_threads, publisher, same, wait_until
-from tests.publisher.spool.support import as_kill_leaves_it
+from tests.producer.support import FaultyLog, Meter, fold, in_threads, publisher, same, wait_until
 
 BUFFER = 2**17
 SPOOL = 2**22
@@ -283,30 +281,3 @@ def test_a_spool_that_is_full_blocks(tmp_path: Path, down: Down, durability: str
         down.is_down = False
         pub.flush(60)
     same(fold(down.log.log).of("v"), {(str(n),): "x" * 2_000 for n in range(count)})
-
-
-@pytest.mark.parametrize("durability", ["memory", "process"])
-def test_batches_on_disk_count_once_after_a_kill(tmp_path: Path, durability: str) -> None:
-    """The log has accepted all and never said so; the process dies; what is sent from its spool is dropped as known."""
-    log = FaultyLog(lambda n, batch: "unheard" if batch.sequence % 2 else AWAY)
-    settings = {"buffer_bytes_max": BUFFER, "durability": durability, "spool_dir": str(tmp_path / "spool")}
-    pub = publisher(log, batch_bytes_max=4_096, **settings)
-    view = pub.sum("v", labels=("n",))
-    for n in range(2_000):
-        view.add(1.0, n=str(n))
-    wait_until(lambda: pub.stats()["waiting"] > 20 and len(log.attempts) > 5)
-    [slot] = inspect(tmp_path / "spool")
-    as_kill_leaves_it(tmp_path / "spool" / slot.slot, tmp_path / "left")
-    assert slot.entry_count > 500
-    log.fate = lambda n, batch: "kept"
-    after = FaultyLog()
-    after.log = log.log
-    [drained] = drain(tmp_path / "left", after, CLOCK, PublisherSettings(), timeout_s=30)
-    assert not drained.error
-    found = fold(log.log)
-    assert found.duplicates > 0
-    assert set(found.of("v").values()) == {1}
-    if durability == "process":
-        same(found.of("v"), {(str(n),): 1 for n in range(2_000)})
-    assert len(found.of("v")) >= slot.entry_count
-    pub.close()  # it lives on here only because it is not really killed: what it sends now is of an epoch that is over
