@@ -10,11 +10,12 @@ from collections.abc import Callable
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core import codec
@@ -76,8 +77,8 @@ ops = st.lists(
 )
 
 
-def carry_out(views: list[Any], op: Op) -> None:
-    """Record a delta in one of the ways to do it."""
+def carry_out(views: list[Any], op: Op) -> int:
+    """Record a delta in one of the ways to do it; return how many times."""
     view, (b, a) = views[op.view], op.labels
     method = KINDS[VIEWS[op.view].kind].method
     if op.way == "keyed":
@@ -85,28 +86,39 @@ def carry_out(views: list[Any], op: Op) -> None:
     elif op.way == "bound":
         getattr(view.labels(b, a), method)(op.value)
     elif op.way == "many":
-        assert view.add_many((b, a), [op.value]) == 1
+        assert view.add_many((b, a), [op.value] * 2) == 2
     else:
-        assert view.record_columns([[b], [a]], [op.value]) == 1
+        assert view.record_columns([[b] * 3, [a] * 3], [op.value] * 3) == 3
+    return {"many": 2, "columns": 3}.get(op.way, 1)
+
+
+WIDE = [
+    Op(number, way, ("eu", "us"), value)
+    for number in range(len(VIEWS))
+    for way, value in zip(cycle(["keyed", "bound", "many", "columns"]), [*ODD, 1e16, 1.0, 0.1, 0.2, -1e16], strict=False)
+]
 
 
 @every_table
 @given(ops)
+@example(WIDE)
 @settings(max_examples=60)
 def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
     """Whatever is recorded, in whichever way: each series' state is its deltas merged one by one, to the bit."""
     lab = Lab(way)
     views = [lab.table.define(definition, 100) for definition in VIEWS]
     expected = defaultdict(list)
+    count = 0
     for number, op in enumerate(run):
-        carry_out(views, op)
+        times = carry_out(views, op)
+        count += times
         kind = VIEWS[op.view].kind
         delta = plain(kind, op.value)
         state = (delta, 1) if kind == "mean" else (NOW_MS, NOW_MS * 10**6 + number, delta) if kind == "last" else delta
-        expected[VIEWS[op.view].view, (op.labels[1], op.labels[0])].append((kind, state))
-    assert lab.table.waiting_count == len(run)
+        expected[VIEWS[op.view].view, (op.labels[1], op.labels[0])] += [(kind, state)] * times
+    assert lab.table.waiting_count == count
     drafts = lab.drain()
-    assert sum(draft.delta_count for draft in drafts) == len(run)
+    assert sum(draft.delta_count for draft in drafts) == count
     found = states_of(drafts)
     assert found.keys() == expected.keys()
     for key, deltas in expected.items():
