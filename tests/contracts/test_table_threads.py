@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.contracts.tables import Lab, every_table, states_of
+from tests.contracts.test_table_forks import busy
 from tests.producer.support import hurried_threads, in_threads, wait_until
 
 THREADS = 4
@@ -31,7 +32,6 @@ def test_nothing_is_lost_and_nothing_twice(way: str) -> None:
     view, mean = lab.define(series_max=30), lab.define("mean")
     hot = view.labels("hot")
     drafts: list[Any] = []
-    stop = threading.Event()
 
     def record(number: int) -> None:
         for i in range(EACH):
@@ -43,30 +43,20 @@ def test_nothing_is_lost_and_nothing_twice(way: str) -> None:
                 view.labels(f"{number}-{i}").add(1)
 
     def drain() -> None:
-        while not stop.is_set():
-            busy = None if lab.journal else bytes([number := len(drafts) % 2, 1 - number, 0])
-            drafts.extend(lab.drain(3, busy, 2_000))
+        busy = None if lab.journal else bytes([number := len(drafts) % 2, 1 - number, 0])
+        drafts.extend(lab.drain(3, busy, 2_000))
 
     def disturb() -> None:
-        while not stop.is_set():
-            lab.table.evict(0)
-            lab.table.snapshot()
-            assert len(lab.table.local(view)) >= 0
-            assert lab.table.used_bytes >= 0
-            assert lab.table.waiting_count >= 0
-            lab.table.hold()
-            lab.table.release()
+        lab.table.evict(0)
+        lab.table.snapshot()
+        assert len(lab.table.local(view)) >= 0
+        assert lab.table.used_bytes >= 0
+        assert lab.table.waiting_count >= 0
+        lab.table.hold()
+        lab.table.release()
 
-    with hurried_threads():
-        others = [threading.Thread(target=drain), threading.Thread(target=disturb)]
-        for thread in others:
-            thread.start()
-        try:
-            together(*(lambda number=number: record(number) for number in range(THREADS)))
-        finally:
-            stop.set()
-            for thread in others:
-                thread.join()
+    with busy(drain, disturb):
+        in_threads(THREADS, record)
     drafts += lab.drain(3)
     states = states_of(drafts)
     hundreds = EACH // 100
