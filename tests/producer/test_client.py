@@ -292,3 +292,15 @@ def test_a_publisher_nobody_used_or_holds_is_freed() -> None:
     del pub
     gc.collect()
     assert ref() is None
+
+
+def test_a_batch_that_is_full_is_sent_early() -> None:
+    """New series that fill a batch do not wait for the interval."""
+    log = memory_log()
+    pub = publisher(log, flush_interval_ms=3_600_000, batch_bytes_max=10_000)
+    view = pub.sum("v", labels=("a",))
+    for i in range(1_000):
+        view.labels(f"label value {i}").add(1)
+    wait_until(lambda: pub.stats()["entries"] >= 500)
+    pub.close()
+    assert fold(log).total("v") == 1_000

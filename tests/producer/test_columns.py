@@ -89,46 +89,19 @@ def test_columns_of_every_shape_hold_the_same_rows() -> None:
             assert {type(answer) for answer in views.of(f"{name}_{i}").values()} == {type(values[0])}
 
 
-def test_tables_are_mappings_of_columns() -> None:
-    """An Arrow table or record batch in place of the mapping; one value in place of a column; no rows at all."""
-    log = memory_log()
-    with publisher(log) as pub:
-        view = pub.sum("v", labels=("b", "a"))
-        table = pa.table({"value": [1, 2, 3], "a": ["x", "y", "x"], "b": ["1", "1", "1"]})
-        assert pub.record_batch(view, table) == 3
-        assert pub.record_batch(view, table.to_batches()[0]) == 3
-        assert pub.record_batch(view, {"a": "x", "b": np.str_("1"), "value": [10, 20]}) == 2
-        assert pub.record_batch(view, {"a": ["x", "z"], "b": pa.scalar("1"), "value": np.int64(100)}) == 2
-        assert pub.record_batch(view, {"a": "z", "b": "1", "value": np.array(0.5)}) == 1
-        assert pub.record_batch(view, {"a": [], "b": "1", "value": 1}) == 0
-        assert pub.record_batch(view, table.slice(0, 0)) == 0
-        assert (
-            pub.record_batch(view, pa.table({name: pa.chunked_array([], pa.string()) for name in "ab"} | {"value": []})) == 0
-        )
-        none = pub.sum("none")
-        assert pub.record_batch(none, {"value": [1, 2, 3]}) == 3
-    views = fold(log)
-    assert views.of("v") == {("x", "1"): 2 * 4 + 30 + 100, ("y", "1"): 2 * 2, ("z", "1"): 100.5}
-    assert views.of("none") == {(): 6}
-
-
-def frames_of(columns: dict[str, list[Any]]) -> list[Any]:
-    """The same columns as a data frame of each library."""
-    return [pd.DataFrame(columns), pl.DataFrame(columns, strict=False), pa.table(columns)]
-
-
 def test_data_frames_of_every_library_hold_the_same_rows() -> None:
     """Also text by code, numbers of types that can lack values, and columns that were made by a filter."""
-    columns: dict[str, list[Any]] = {
-        "b": ["1", "1", "2"],
-        "a": ["x", "y", "x"],
-        "value": [1, 2**62, 4],
-        "more": [None, 1, 2],
-    }
-    frames = frames_of(columns)
-    frames.append(frames[0].astype({"a": "category", "value": "Int64"}))
-    frames.append(frames[1].with_columns(pl.col("a").cast(pl.Categorical)))
-    frames.append(pd.concat([frames[0], frames[0]])[2:5])
+    columns = {"b": ["1", "1", "2"], "a": ["x", "y", "x"], "value": [1, 2**62, 4], "more": [None, 1, 2]}
+    pandas, polars = pd.DataFrame(columns), pl.DataFrame(columns, strict=False)
+    frames = [
+        pandas,
+        polars,
+        pa.table(columns),
+        pa.table(columns).to_batches()[0],
+        pandas.astype({"a": "category", "value": "Int64"}),
+        polars.with_columns(pl.col("a").cast(pl.Categorical)),
+        pd.concat([pandas, pandas])[2:5],
+    ]
     log = memory_log()
     with publisher(log) as pub:
         for number, frame in enumerate(frames):
@@ -136,9 +109,22 @@ def test_data_frames_of_every_library_hold_the_same_rows() -> None:
             with pytest.raises(Invalid, match=r"got .*'more'.*name the others in `ignore`; nothing was recorded"):
                 pub.record_batch(view, frame)
             assert pub.record_batch(view, frame, ignore=["more", "gone"]) == 3
+            assert pub.record_batch(view, frame[:0], ignore=["more"]) == 0
+        view, none = pub.sum("v", labels=("b", "a")), pub.sum("none")
+        for a, b, value, count in (  # one value in place of a column, or no rows at all
+            ("x", np.str_("1"), [10, 20], 2),
+            (["x", "z"], pa.scalar("1"), np.int64(100), 2),
+            ("z", "1", np.array(0.5), 1),
+            ([], "1", 1, 0),
+            (pa.chunked_array([], pa.string()), pa.chunked_array([], pa.string()), [], 0),
+        ):
+            assert pub.record_batch(view, {"a": a, "b": b, "value": value}) == count
+        assert pub.record_batch(none, {"value": [1, 2, 3]}) == 3
     views = fold(log)
     for number in range(len(frames)):
         assert views.of(f"v_{number}") == {("x", "1"): 1, ("y", "1"): 2**62, ("x", "2"): 4}
+    assert views.of("v") == {("x", "1"): 130, ("z", "1"): 100.5}
+    assert views.of("none") == {(): 6}
 
 
 OK = ["x", "y", "z"]

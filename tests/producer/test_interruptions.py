@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dis
 import inspect
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from pipeline.errors import Invalid
 from pipeline.publisher.spool.ring import Ring
 from pipeline.threads import ReentrantCondition
+from tests.contracts.test_table_threads import interrupted
 from tests.producer.support import fold, hurried_threads, in_threads, memory_log, publisher, wait_until
 from tests.support import traced
 
@@ -59,33 +58,6 @@ def _wake(waiting_count: int, at: int) -> bool:
     return next(lines) > at
 
 
-@contextmanager
-def interrupted(handler: Callable[[], object]) -> Iterator[list[int]]:
-    """Send this thread signals, one after the other, as quickly as they can be taken; yields how many were taken."""
-    taken, main, stop = [0], threading.get_ident(), threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        taken[0] += 1
-        handler()
-
-    def send() -> None:
-        while not stop.is_set():
-            seen = taken[0]
-            signal.pthread_kill(main, signal.SIGUSR1)
-            while taken[0] == seen and not stop.is_set():
-                stop.wait(0.00002)
-
-    before = signal.signal(signal.SIGUSR1, handle)
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        yield taken
-    finally:
-        stop.set()
-        sender.join()
-        signal.signal(signal.SIGUSR1, before)
-
-
 class Interrupted(Exception):
     """Raised by a signal handler, wherever the program happens to be."""
 
@@ -121,8 +93,8 @@ def test_a_signal_handler_may_record_and_flush_and_raise(raises: bool) -> None:
             low += 1
         armed = False
 
-    with hurried_threads(), interrupted(handle) as taken:
-        while taken[0] < 400:
+    with hurried_threads(), interrupted(handle):
+        while handled < 400:
             try:
                 record()
             except Interrupted:

@@ -2,67 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import threading
-import time
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 
-from tests.producer.modes import MODES, settings_of
-from tests.producer.support import FaultyLog, fold, hurried_threads, in_threads, memory_log, publisher, stalled, wait_until
-
-
-@pytest.mark.parametrize("away", [False, True], ids=["log there", "log away"])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_snapshot_is_as_old_as_it_says_at_most(mode: str, away: bool, tmp_path: Path) -> None:
-    """Of each thread and series, it has all that was recorded when it was taken, and nothing that was begun after."""
-    log = FaultyLog()
-    log.away = away
-    pub = publisher(log, snapshot_interval_ms=2, flush_interval_ms=5, series_idle_ms=5, **settings_of(mode, tmp_path))
-    view = pub.sum("v", labels=("thread",))
-    thread_count = 4
-    begun = [0] * (2 * thread_count)
-    done: list[list[tuple[float, int]]] = [[(0.0, 0)] for _ in begun]
-    stop = threading.Event()
-
-    def record(i: int) -> None:
-        handles = [(s, view.labels(str(s))) for s in (i, i + thread_count)]
-        rng = random.Random(i)
-        while not stop.is_set():
-            for s, handle in handles:
-                begun[s] += 1
-                handle.add(1)
-                done[s].append((time.monotonic(), begun[s]))
-            if rng.random() < 0.05:
-                time.sleep(rng.random() * 0.01)  # silent for so long that the series is let go of
-
-    def check() -> None:
-        last = dict.fromkeys(map(str, range(len(begun))), 0)
-        for _ in range(150):
-            local = view.local()
-            assert time.monotonic() - local.taken_s >= local.age_ms / 1_000 - 0.5
-            for (s,), total in local.items():
-                assert last[s] <= total <= begun[int(s)]  # never falls
-                last[s] = total
-            for i, history in enumerate(done):
-                assert local.get((str(i),), 0) >= next((n for at_s, n in reversed([*history]) if at_s <= local.taken_s), 0)
-                history[:] = history[-20_000:]
-
-    def work(i: int) -> None:
-        try:
-            check() if i == thread_count else record(i)
-        finally:
-            stop.set()
-
-    with hurried_threads():
-        in_threads(thread_count + 1, work)
-    log.away = False
-    pub.flush()
-    assert {s: total for (s,), total in view.local().items()} == {str(i): count for i, count in enumerate(begun) if count}
-    pub.close()
-    assert fold(log.log).of("v") == view.local()
+from tests.producer.support import fold, memory_log, publisher, stalled, wait_until
 
 
 def test_after_a_flush_or_close_it_has_everything_and_never_changes() -> None:
