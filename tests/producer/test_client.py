@@ -141,20 +141,32 @@ def test_a_flush_that_ends_early_leaves_no_trace(ended_by: str) -> None:
     log = FaultyLog(lambda n, batch: Unavailable("away"))
     pub = publisher(log, flush_interval_ms=HOUR_MS, retry_backoff_ms=500, retry_backoff_max_ms=500)
     pub.sum("v").add(1)
-    main, failed = threading.get_ident(), []
+    main, ended, interrupts, failed = threading.get_ident(), threading.Event(), [], []
+
+    def interrupt(*_: object) -> None:
+        if not interrupts:
+            interrupts.append(1)
+            raise KeyboardInterrupt
 
     def end_it() -> None:
         wait_until(lambda: log.attempts)  # which there are none of before the flush
-        try:
-            pub.close(0.05) if ended_by == "close" else signal.pthread_kill(main, signal.SIGINT)
-        except Unavailable as error:
-            failed.append(error)
+        if ended_by == "close":
+            try:
+                pub.close(0.05)
+            except Unavailable as error:
+                failed.append(error)
+            return
+        while not ended.wait(0.05):  # again: one that comes just before the wait is only seen after it
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    before = signal.signal(signal.SIGUSR1, interrupt)
     thread = threading.Thread(target=end_it)
     thread.start()
     with pytest.raises(Unavailable if ended_by == "close" else KeyboardInterrupt, match=r"closed|^$"):
         pub.flush(60)
+    ended.set()
     thread.join(10)
+    signal.signal(signal.SIGUSR1, before)
     assert len(failed) == (ended_by == "close")
     log.fate = lambda n, batch: "kept"
     pub.close()
