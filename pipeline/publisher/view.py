@@ -24,7 +24,7 @@ from pipeline.core.record import (
     series_suffix,
 )
 from pipeline.errors import Invalid, PipelineError
-from pipeline.publisher.drafts import encode
+from pipeline.publisher.batching import encode
 
 if TYPE_CHECKING:
     from pipeline.publisher.table import Table

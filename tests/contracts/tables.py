@@ -36,7 +36,6 @@ JOURNALS: Mapping[str, Mapping[str, int]] = {
 """Those of a publisher whose deltas outlive it."""
 
 every_table = pytest.mark.parametrize("way", [*WAYS, *JOURNALS])
-every_table_without_journal = pytest.mark.parametrize("way", WAYS)
 every_journal = pytest.mark.parametrize("way", JOURNALS)
 
 

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core import codec
-from pipeline.core.kinds import KINDS, TS_MS_MAX
+from pipeline.core.kinds import INT_BITS_MAX, KINDS, TS_MS_MAX
 from pipeline.core.record import OVERFLOW, Definition, parse_suffix, series_suffix
 from pipeline.errors import BufferFull, Invalid
 from tests.contracts.tables import NOW_MS, Lab, batch_of, every_table, extension, fold, header, raw_series, same, states_of
 from tests.core import strategies as some
 
+
+class Number:
+    """A number of another library: it can become a float, and change."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+
 ODD = [
-    np.float64(0.5),
-    np.int32(-3),
-    Decimal("2.5"),
-    Fraction(1, 4),
-    True,
-    7,
-    -0.0,
-    2**63,
-    -(2**63),
-    2**64,
-    1e308,
-    -1e308,
-    5e-324,
-]
+    True, 7, -0.0, 2**63, -(2**63), 2**63 - 1, -(2**63) - 1, 2**64, 10**400, 2**INT_BITS_MAX - 1, 1e308, -1e308, 5e-324,
+    Decimal("2.5"), Fraction(1, 4), Number(1.5), np.float64(0.5), np.float32(0.5), np.int8(3), np.int32(-3), np.int64(-5),
+    np.uint64(2**64 - 1), np.bool_(True), np.array(4.5), np.array(7),
+]  # fmt: skip
 odd = st.sampled_from(ODD)
 regions = st.sampled_from(["eu", "us", "", "ü" * 20, "x" * 300])
 
@@ -73,8 +77,8 @@ ops = st.lists(
 )
 
 
-def carry_out(views: list[Any], op: Op) -> None:
-    """Record a delta in one of the ways to do it."""
+def carry_out(views: list[Any], op: Op) -> int:
+    """Record a delta in one of the ways to do it; return how many times."""
     view, (b, a) = views[op.view], op.labels
     method = KINDS[VIEWS[op.view].kind].method
     if op.way == "keyed":
@@ -82,28 +86,39 @@ def carry_out(views: list[Any], op: Op) -> None:
     elif op.way == "bound":
         getattr(view.labels(b, a), method)(op.value)
     elif op.way == "many":
-        assert view.add_many((b, a), [op.value]) == 1
+        assert view.add_many((b, a), [op.value] * 2) == 2
     else:
-        assert view.record_columns([[b], [a]], [op.value]) == 1
+        assert view.record_columns([[b] * 3, [a] * 3], [op.value] * 3) == 3
+    return {"many": 2, "columns": 3}.get(op.way, 1)
+
+
+WIDE = [
+    Op(number, way, ("eu", "us"), value)
+    for number in range(len(VIEWS))
+    for way, value in zip(cycle(["keyed", "bound", "many", "columns"]), [*ODD, 1e16, 1.0, 0.1, 0.2, -1e16], strict=False)
+]
 
 
 @every_table
 @given(ops)
+@example(WIDE)
 @settings(max_examples=60)
 def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
     """Whatever is recorded, in whichever way: each series' state is its deltas merged one by one, to the bit."""
     lab = Lab(way)
     views = [lab.table.define(definition, 100) for definition in VIEWS]
     expected = defaultdict(list)
+    count = 0
     for number, op in enumerate(run):
-        carry_out(views, op)
+        times = carry_out(views, op)
+        count += times
         kind = VIEWS[op.view].kind
         delta = plain(kind, op.value)
         state = (delta, 1) if kind == "mean" else (NOW_MS, NOW_MS * 10**6 + number, delta) if kind == "last" else delta
-        expected[VIEWS[op.view].view, (op.labels[1], op.labels[0])].append((kind, state))
-    assert lab.table.waiting_count == len(run)
+        expected[VIEWS[op.view].view, (op.labels[1], op.labels[0])] += [(kind, state)] * times
+    assert lab.table.waiting_count == count
     drafts = lab.drain()
-    assert sum(draft.delta_count for draft in drafts) == len(run)
+    assert sum(draft.delta_count for draft in drafts) == count
     found = states_of(drafts)
     assert found.keys() == expected.keys()
     for key, deltas in expected.items():
@@ -151,32 +166,68 @@ def test_both_tables_make_the_same_bytes(run: list[Op], partition_count: int, by
             assert labs[0].table.evict(1) == labs[1].table.evict(1)
 
 
+NO_NUMBERS: list[Any] = [
+    math.nan, math.inf, -math.inf, None, "", "1", b"1", 1j, [1], {}, object(), int, range(1), 2**INT_BITS_MAX,
+    -(2**INT_BITS_MAX), np.float64("nan"), np.float32("inf"), np.array([1.0, 2.0]), np.datetime64(0, "s"), Decimal("NaN"),
+    Decimal("sNaN"), Decimal("1e400"), Number("nan"),
+]  # fmt: skip
+NEGATIVE: list[Any] = [
+    -1, -0.5, -5e-324, -(2**70), -(10**400), -1.7e308, Decimal("-0.1"), np.int8(-1), np.float32(-0.5), np.array(-2),
+    Number(-1),
+]  # fmt: skip
+NO_VALUES: list[Any] = [math.nan, math.inf, b"x", object(), "\ud800", "x" * 65_537, 1j, 2**INT_BITS_MAX]
+REFUSED = dict.fromkeys(KINDS, NO_NUMBERS) | {"counter": NO_NUMBERS + NEGATIVE, "last": NO_VALUES}
+
+
 @every_table
-def test_what_is_no_number_is_refused(way: str) -> None:
-    """With the words of `kinds`, and nothing recorded."""
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_value_is_refused(way: str, kind: str) -> None:
+    """In each way to record, at first and among others, with the words of `kinds`; and nothing is recorded."""
     lab = Lab(way)
-    view, counter = lab.define(), lab.define(monotone=True, view="counter")
-    for value in (float("nan"), float("inf"), "1", None, b"1", [1], 2**9_000, object()):
-        with pytest.raises(Invalid, match=r"needed|bits"):
-            view.add(value, region="eu")
-        with pytest.raises(Invalid, match=r"needed|bits"):
-            view.labels("eu").add(value)
-        with pytest.raises(Invalid, match=r"column value, row 1: .*nothing was recorded"):
-            view.add_many(["eu"], [1, value])
-    for value in (-1, -0.5, -(2**70)):
-        with pytest.raises(Invalid, match="negative"):
-            counter.add(value, region="eu")
-    counter.add(-0.0, region="eu")
-    for wrong in (
-        lambda: view.add(1, 2, region="eu"),
-        lambda: view.labels("eu").add(1, 2),
-        lambda: view.labels("eu").add(x=1),
-    ):
+    view = lab.define("sum", monotone=True) if kind == "counter" else lab.define(kind)
+    method = KINDS[view.definition.kind].method
+    bound = view.labels("eu")
+    ways: list[Callable[[Any], object]] = [
+        lambda value: getattr(view, method)(value, region="eu"),
+        getattr(bound, method),
+        lambda value: view.add_many(["eu"], [1, value]),
+        lambda value: view.record_columns([["eu", "us"]], [1, value]),
+    ]
+    for record in ways:
+        before = lab.table.waiting_count
+        for value in REFUSED[kind]:
+            for refused in ways[:2]:
+                with pytest.raises(Invalid, match=r"needed|bits|negative|text|Unicode|bytes"):
+                    refused(value)
+            for refused in ways[2:]:
+                with pytest.raises(Invalid, match=r"column value, row 1: .*nothing was recorded"):
+                    refused(value)
+        assert lab.table.waiting_count == before
+        record(-0.0)
+    for mistaken in (lambda: getattr(view, method)(1, 2, 3, region="eu"), lambda: getattr(bound, method)(1, 2, 3)):
         with pytest.raises(TypeError):
-            wrong()
-    with pytest.raises(TypeError):
-        lab.define("min").observe(region="eu")
-    assert lab.table.waiting_count == 1
+            mistaken()
+
+
+@every_table
+def test_a_number_that_changes_counts_as_it_was(way: str) -> None:
+    """It is read when it is recorded, not when it is merged."""
+    lab = Lab(way)
+    views = [(lab.define("sum", monotone=True), "add"), (lab.define("max"), "observe")]
+    array, number, own = np.zeros(()), Number(0), [1.0, 2.0]
+    for i in range(1, 40):
+        array += 1
+        number.value = i
+        for view, method in views:
+            for value in (array, number):
+                getattr(view.labels("eu"), method)(value)
+                getattr(view, method)(value, region="eu")
+        array -= 1_000
+        number.value = "nan"
+        array += 1_000
+    views[0][0].add_many(["us"], own)
+    own[:] = [100, 200]
+    assert states_of(lab.drain()) == {("sum", ("eu",)): 4 * 780, ("sum", ("us",)): 3, ("max", ("eu",)): 39}
 
 
 class Region(StrEnum):
@@ -208,6 +259,7 @@ def test_labels(way: str) -> None:
         (("x",), {}),
         (("x", "y", "z"), {}),
         (("x",), {"z": "y"}),
+        (("x", "y"), {"a": "x", "z": "y"}),
         (("x", None), {}),
     ]
     for values, names in wrong:
@@ -307,26 +359,23 @@ def test_of_two_sets_in_one_millisecond_the_later_wins(way: str) -> None:
 
 @every_table
 def test_columns(way: str) -> None:
-    """Buffers of 64-bit numbers and sequences of anything; nothing is recorded if one row is wrong."""
+    """Buffers of 64-bit numbers and sequences of anything, of as many rows as there are labels for."""
     lab = Lab(way)
-    view = lab.define(labels=("z", "a"))
+    view, none = lab.define(labels=("z", "a")), lab.define(labels=(), view="none")
     zs, as_ = ["y", "y", "Y"], ("x", "x", "x")
-    assert view.record_columns([zs, as_], np.array([0.5, 1.5, 2.5])) == 3
-    assert view.record_columns([zs, as_], np.array([1, 2, 3])) == 3
-    assert view.record_columns([zs, as_], [Decimal(1), 2**70, True]) == 3
+    for values in (np.array([0.5, 1.5, 2.5]), np.array([1, 2, 3]), [Decimal(1), 2**70, True]):
+        assert view.record_columns([zs, as_], values) == 3
+    assert (view.add_many(["y", "x"], np.arange(10)), none.record_columns([], [1, 2])) == (10, 2)
     assert view.record_columns([[], []], []) == 0
-    for wrong in (
-        lambda: view.record_columns([zs, as_], np.array([0.5, np.nan, 2.5])),
-        lambda: view.record_columns([zs, ("x", 5, "x")], [1, 2, 3]),
+    for columns, values, says in (
+        ([zs, ("x", 5, "x")], [1, 2, 3], r"row 1: .*; nothing was recorded"),
+        ([zs, as_], np.array([0.5, np.nan, 2.5]), r"row 1: .*; nothing was recorded"),
+        ([zs], [1, 2, 3], "column"),
+        ([zs, as_], [1, 2], "column"),
+        ([zs, as_[:2]], [1, 2, 3], "column"),
     ):
-        with pytest.raises(Invalid, match=r"row 1: .*; nothing was recorded"):
-            wrong()
-    for columns, values in (([zs], [1, 2, 3]), ([zs, as_], [1, 2]), ([zs, as_[:2]], [1, 2, 3])):
-        with pytest.raises(Invalid, match="column"):
+        with pytest.raises(Invalid, match=says):
             view.record_columns(columns, values)
-    assert view.add_many(["y", "x"], np.arange(10)) == 10
-    none = lab.define(labels=(), view="none")
-    assert none.record_columns([], [1, 2]) == 2
     assert states_of(lab.drain()) == {
         ("sum", ("x", "y")): (float(2**70), 51.0),
         ("sum", ("x", "Y")): 6.5,
@@ -351,42 +400,6 @@ def test_beyond_series_max_all_merge_into_one(way: str) -> None:
     assert lab.table.evict(1) == 2
     bound.add(5)
     assert states_of(lab.drain()) == {("sum", ("c",)): 5}
-
-
-@every_table
-def test_labels_cost_nothing_before_something_is_recorded(way: str) -> None:
-    """`labels` charges nothing; the first delta does, and `opening` is asked first."""
-    lab = Lab(way)
-    view = lab.define()
-    bound = [view.labels(str(i)) for i in range(100)]
-    assert (lab.table.used_bytes, lab.table.series_count, lab.opened) == (0, 0, 0)
-    for series in bound:
-        series.add()
-        series.add()
-    assert (lab.table.series_count, lab.opened) == (100, 100)
-    assert lab.table.used_bytes > 0
-
-
-@every_table
-def test_at_the_limit_the_table_is_drained_early(way: str) -> None:
-    """`full` makes room and says so: far more series than fit go through, and `used_bytes` never passes `bytes_max`."""
-    lab = Lab(way, bytes_max=100_000)
-    view = lab.define()
-    drafts: list[Any] = []
-
-    def drain() -> bool:
-        drafts.extend(lab.drain())
-        return lab.table.evict(0) > 0
-
-    lab.on_full = drain
-    for i in range(5_000):
-        view.add(1, region=str(i))
-        assert lab.table.used_bytes <= 100_000
-    assert view.record_columns([[str(i) for i in range(5_000)]], [1] * 5_000) == 5_000
-    assert lab.asked
-    states = states_of([*drafts, *lab.drain()])
-    assert len(states) == 5_000
-    assert set(states.values()) == {2}
 
 
 @every_table
@@ -480,10 +493,11 @@ def test_totals_survive(way: str) -> None:
 
 @every_table
 def test_silent_series_are_let_go_of(way: str) -> None:
-    """After so many drains without a delta; what waits stays, and a bound series comes in again."""
+    """After so many drains without a delta; what waits stays, and a bound series comes in again, for nothing until then."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("bound")
+    assert (lab.table.used_bytes, lab.table.series_count, lab.opened) == (0, 0, 0)
     bound.add(1)
     view.add(1, region="busy")
     assert lab.table.evict(0) == 0
@@ -532,61 +546,38 @@ def test_a_closed_table_asks_before_each_record(way: str) -> None:
 
 @every_table
 def test_views_and_series_can_be_subclassed(way: str) -> None:
-    """`define` makes the view of a given class, and `labels` the series that it names."""
+    """`define` makes the view of a given class, and `labels` the series that it names; what they override stays so."""
     lab = Lab(way)
     base: Any = type(lab.define())
 
-    class MySeries(base.series_type):  # type: ignore[misc]
-        twice = 2
+    class Doubling(base.series_type):  # type: ignore[misc]
+        def add(self, value: float = 1, /) -> None:
+            super().add(2 * value)
 
+    class MySeries(Doubling):
         def add_twice(self, value: float) -> None:
-            self.add(self.twice * value)
+            self.add(value)
+            self.add(value)
 
-    class MyView(base):  # type: ignore[misc]
+    class DoublingView(base):  # type: ignore[misc]
+        def add(self, value: float = 1, /, **labels: str) -> None:
+            super().add(2 * value, **labels)
+
+    class MyView(DoublingView):
         series_type = MySeries
 
         def name(self) -> str:
             return str(self.definition.view)
 
     view = lab.table.define(Definition("mine", "sum", ("region",)), 5, MyView)
-    assert type(view) is MyView
-    assert view.name() == "mine"
     series = view.labels("eu")
-    assert type(series) is MySeries
-    assert type(view.labels(region="eu")) is MySeries
-    assert series.view is view
-    assert series.suffix == series_suffix(["eu"])
+    assert (type(view), view.name(), type(series), type(view.labels(region="eu"))) == (MyView, "mine", MySeries, MySeries)
+    assert (series.view, series.suffix) == (view, series_suffix(["eu"]))
     series.add_twice(4)
     view.add(1, region="eu")
-    assert states_of(lab.drain()) == {("mine", ("eu",)): 9}
+    assert states_of(lab.drain()) == {("mine", ("eu",)): 18}
     with pytest.raises(Invalid, match="kind last"):
         lab.table.define(Definition("x", "last"), 5, MyView)
-
-
-@every_table
-def test_a_method_that_is_overridden_stays_so(way: str) -> None:
-    """Also for subclasses of the class that overrides it, which call it as their own."""
-    lab = Lab(way)
-    base: Any = type(lab.define())
-
-    class DoublingView(base):  # type: ignore[misc]
-        def add(self, value: float = 1, /, **labels: str) -> None:
-            super().add(2 * value, **labels)
-
-    class DoublingSeries(base.series_type):  # type: ignore[misc]
-        def add(self, value: float = 1, /) -> None:
-            super().add(2 * value)
-
-    class MySeries(DoublingSeries):
-        pass
-
-    class MyView(DoublingView):
-        series_type = MySeries
-
-    view = lab.table.define(Definition("twice", "sum", ("region",)), 10, MyView)
-    view.add(1, region="eu")
-    view.labels("eu").add(10)
-    assert states_of(lab.drain()) == {("twice", ("eu",)): 22}
 
 
 @every_table

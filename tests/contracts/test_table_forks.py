@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 
 from pipeline.core.record import series_suffix
-from tests.contracts.tables import WAYS, Lab, every_journal, every_table, every_table_without_journal, states_of
-from tests.contracts.test_table_threads import tiny_switches
+from tests.contracts.tables import WAYS, Lab, every_table, states_of
+from tests.producer.support import hurried_threads
 
 
 def in_child(body: Callable[[], bool]) -> None:
@@ -28,6 +28,27 @@ def in_child(body: Callable[[], bool]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@contextmanager
+def busy(*works: Callable[[], object]) -> Iterator[None]:
+    """Threads that do their work again and again while the context lasts, and take turns as often as they can."""
+    stop = threading.Event()
+
+    def run(work: Callable[[], object]) -> None:
+        while not stop.is_set():
+            work()
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    with hurried_threads():
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
 @every_table
 @pytest.mark.parametrize("held", [True, False])
 def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
@@ -36,20 +57,17 @@ def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
     view = lab.define(series_max=200)
     bound = view.labels("eu")
     drafts: list[Any] = []
-    stop = threading.Event()
     recorded = [0, 0]
 
     def record(number: int) -> None:
-        while not stop.is_set():
-            bound.add(1)
-            view.add(1, region=f"{recorded[number] % 300}")
-            recorded[number] += 2
+        bound.add(1)
+        view.add(1, region=f"{recorded[number] % 300}")
+        recorded[number] += 2
 
     def disturb() -> None:
-        while not stop.is_set():
-            drafts.extend(lab.drain())
-            lab.table.snapshot()
-            lab.table.evict(1)
+        drafts.extend(lab.drain())
+        lab.table.snapshot()
+        lab.table.evict(1)
 
     def child() -> bool:
         lab.table.forget()
@@ -66,24 +84,15 @@ def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
             and view.add_many(["eu"], [1]) == 1
         )
 
-    threads = [threading.Thread(target=record, args=(0,)), threading.Thread(target=record, args=(1,))]
-    threads.append(threading.Thread(target=disturb))
-    with tiny_switches():
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in range(10):
+    with busy(lambda: record(0), lambda: record(1), disturb):
+        for _ in range(10):
+            if held:
+                lab.table.hold()
+            try:
+                in_child(child)
+            finally:
                 if held:
-                    lab.table.hold()
-                try:
-                    in_child(child)
-                finally:
-                    if held:
-                        lab.table.release()
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
+                    lab.table.release()
     drafts += lab.drain()
     assert sum(states_of(drafts).values()) == sum(recorded)
 
@@ -94,13 +103,6 @@ def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("eu")
-    stop = threading.Event()
-
-    def disturb() -> None:
-        while not stop.is_set():
-            bound.add(1)
-            lab.drain()
-            lab.table.snapshot()
 
     def child(begin: Callable[[], None]) -> bool:
         opened, lab.on_open = lab.opened, begin
@@ -112,38 +114,27 @@ def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
         in_child(lambda: child(lab.table.forget))
         return child(lab.table.forget)
 
-    thread = threading.Thread(target=disturb)
-    with tiny_switches():
-        thread.start()
-        try:
-            for _ in range(5):
-                in_child(lambda: child(lambda: None))
-                in_child(grandchild)
-        finally:
-            stop.set()
-            thread.join()
+    with busy(lambda: bound.add(1), lab.drain, lab.table.snapshot):
+        for _ in range(5):
+            in_child(lambda: child(lambda: None))
+            in_child(grandchild)
 
 
-@every_journal
-def test_a_child_does_not_go_on_with_a_journal(way: str) -> None:
-    """Its files are the parent's."""
-    lab = Lab(way)
-    lab.define().labels("eu").add(1)
-    in_child(lambda: not lab.table.keep())
-    assert states_of(lab.drain()) == {("sum", ("eu",)): 1}
-
-
-@every_table_without_journal
+@every_table
 def test_a_child_goes_on_with_what_is_whole(way: str) -> None:
-    """It keeps what its parent had, unless a thread, which it does not have, may have been in the midst of it."""
+    """It keeps what its parent had, unless a thread, which it does not have, may have been in the midst of it.
+
+    It does not go on with a journal, whose files are the parent's.
+    """
     lab = Lab(way)
     bound = lab.define().labels("eu")
     bound.add(1)
 
     def keeps() -> bool:
-        kept = lab.table.keep()
+        if not lab.table.keep() or lab.opened != 1:
+            return lab.journal is not None
         bound.add(2)
-        return bool(kept) and lab.opened == 1 and states_of(lab.drain()) == {("sum", ("eu",)): 3}
+        return lab.journal is None and states_of(lab.drain()) == {("sum", ("eu",)): 3}
 
     in_child(keeps)
     lab.table.hold()

@@ -282,7 +282,7 @@ def test_a_segment_is_as_the_format_says(way: str, tmp_path: Path) -> None:
     """Both tables write the bytes that `Ring` writes, ends of segments too; and each value comes back."""
     lab = Lab(way)
     total, newest = lab.define("sum", ("name",)), lab.define("last", ("name",))
-    numbers = [1, -1, 127, 128, -33, 255, 256, 65_536, 2**32, 2**63, 2**64 - 1, -(2**63), 2**70, -(2**70), 0.5, -0.0, 1e300]
+    numbers = [1, -1, 127, 128, -33, 255, 256, 65_536, 2**32, 2**63, 2**64 - 1, -(2**63), -(2**300), 0.5, -0.0, 1e300]
     texts = ["", "tea", "x" * 31, "x" * 32, "x" * 300, None, True, 2.5, 2**64]
     for value in numbers * 20:
         total.add(value, name="a")
@@ -297,24 +297,6 @@ def test_a_segment_is_as_the_format_says(way: str, tmp_path: Path) -> None:
             payloads += [payload for word, payload in found.records if word & 3 == DELTA]
     deltas: list[Any] = numbers * 20 + [(5, NOW_MS * 10**6 + n, text) for n, text in enumerate(texts)]
     assert Counter(payloads) == Counter(map(encode_delta, deltas))
-
-
-def test_both_tables_write_the_same_bytes() -> None:
-    """With one shard, segments are equal to the byte: what holds for the plain writer's, damaged or not, holds for both."""
-    extension()
-    written = []
-    for way in ("plain-journal", "native-journal"):
-        lab = Lab(way)
-        views = [lab.define(kind, ("name",), series_max=3) for kind in KIND_NAMES]
-        for n, value in enumerate([1, -1, 0.5, 2**64, -(2**300), 2**31, -129, 1e-300] * 40):
-            for kind, view in zip(KIND_NAMES, views, strict=True):
-                getattr(view, KINDS[kind].method)(value if kind != "last" else "x" * n, name=str(n % 5))
-            if n % 30 == 0:
-                lab.drain()
-                lab.table.evict(0)
-        written.append([bytes(page.bytes) for page in lab.journal.pages[0].values()])
-    assert len(written[0]) > 5
-    assert written[0] == written[1]
 
 
 @every_journal

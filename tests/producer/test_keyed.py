@@ -57,62 +57,6 @@ def test_a_repeat_counts_once() -> None:
     assert fold(log.log).total("v") == 1_113
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_a_first_try_that_was_cut(seed: int) -> None:
-    """Some of its batches are in, of others nobody knows, and the repeat comes to a server that knows the view otherwise."""
-    rng = random.Random(seed)
-    faults: list[PipelineError | str] = [*["kept"] * 6, "unheard", AWAY]
-    log = FaultyLog(lambda n, batch: rng.choice(faults))
-    known = [{}, {"v": Definition("v", "sum", ("b", "c"), monotone=True)}, {"v": Definition("v", "max")}]
-    done = False
-    while not done:
-        try:
-            gateway(log, rng.choice(known), batch_bytes_max=rng.choice([1_024, 524_288])).deltas(MANY, key())
-            done = True
-        except Unavailable:
-            log.partition_total = min(4, log.partition_total + 1)  # the topic grows meanwhile
-    assert len(batches(log.log)) > 1
-    views = fold(log.log)
-    assert views.total("v") == len(MANY)
-    assert not views.dead
-
-
-def test_a_topic_that_grew_between_two_tries() -> None:
-    """All of a request goes to one of the first partitions, so the number of partitions does not matter."""
-    log = FaultyLog(lambda n, batch: "unheard")
-    log.partition_total = 1
-    with pytest.raises(Unavailable):
-        gateway(log).deltas(MANY, key())
-    log.fate, log.partition_total = (lambda n, batch: "kept"), 4
-    gateway(log).deltas(MANY, key())
-    assert fold(log.log).total("v") == len(MANY)
-
-
-def test_metrics_that_are_pushed_twice() -> None:
-    """Also when the second server knows the view with other labels, or has refused something."""
-    log = FaultyLog()
-    deltas = [delta(1, "m", a="1"), delta("text", "m"), delta(2, "m", b="1", c="")]
-    for known in ({}, {"m": Definition("m", "sum", ("z",))}, {"m": Definition("m", "max", ("y",))}):
-        _, refused = gateway(log, known).fitting(deltas, key(path="/v1/openmetrics"))
-        assert [it.line for it in refused] == [1]
-    assert fold(log.log).total("m") == 3
-
-
-def test_many_metrics_that_are_pushed_twice() -> None:
-    """They are cut alike, also when the view has got more labels since the first try."""
-    log = FaultyLog()
-    deltas = [delta(1, "m", a=str(i)) for i in range(5_000)]
-    gate = gateway(log)
-    gate.fitting(deltas, key(path="/v1/openmetrics"))
-    gate.fitting([delta(100, "m", zone="1", rack="2", host="3")])
-    gate.fitting(deltas, key(path="/v1/openmetrics"))
-    more = tuple(f"label_{i:02}_of_another_app" for i in range(20))
-    gateway(log, {"m": Definition("m", "sum", more)}).fitting(deltas, key(path="/v1/openmetrics"))
-    views = fold(log.log)
-    assert views.total("m") == 5_100
-    assert views.duplicates == 2 * len([*keyed.chunks(deltas)]) > 2
-
-
 def test_what_can_be_taken_later_only() -> None:
     """A push with a key that has such a thing is refused as a whole: its repeat would not count it, and say that it did."""
     log = FaultyLog()
@@ -139,64 +83,17 @@ class Full:
         return None
 
 
-@pytest.mark.parametrize("what", ["deltas", "controls"])
-def test_it_does_not_settle_what_others_have_under_way(what: str) -> None:
-    """A batch without a key stays unsettled until it is in the log, whatever is done with a key under the same sequence."""
-    log = FaultyLog(partitions=1)
-    gate = gateway(log)
-    held, go_on, append = threading.Event(), threading.Event(), log.append
-
-    def slow(messages: Any, *, timeout_s: float) -> Any:
-        if threading.current_thread().name == "slow":
-            held.set()
-            assert go_on.wait(20)
-        return append(messages, timeout_s=timeout_s)
-
-    log.append = slow  # type: ignore[method-assign]
-    thread = threading.Thread(target=gate.deltas, args=([delta(1, a="x")],), name="slow")
-    thread.start()
-    assert held.wait(20)
-    if what == "deltas":
-        gate.deltas([delta(10, "other", a="x")], key())
-    else:
-        gate.controls([Control("reset", "other", "", None)], key())
-    gate.deltas([delta(100, a="x")])
-    go_on.set()
-    thread.join(20)
-    assert fold(log.log).total("v") == 101
-
-
-def test_repeats_at_once() -> None:
-    """At several servers, at the same moment."""
-    log = FaultyLog()
-    in_threads(6, lambda i: gateway(log).deltas(MANY, key()))
-    views = fold(log.log)
-    assert views.total("v") == 6_000
-    assert views.duplicates == 5 * len([*keyed.chunks(MANY)])
-
-
-def test_requests_spread_over_the_first_partitions() -> None:
-    """As many as `idempotent_partitions` says; until there are so many, nothing is taken."""
-    log = FaultyLog()
-    for number in range(60):
-        gateway(log, idempotent_partitions=3).deltas([delta()], key(str(number)))
-    assert {batch.partition for batch in batches(log.log)} == {0, 1, 2}
-    log.partition_total = 1
-    elsewhere = [number for number in range(60) if partition_of_request(producer_of_request(key(str(number))), 3)]
-    with pytest.raises(Unavailable, match="idempotent_partitions goes beyond the 1 partitions"):
-        gateway(log, idempotent_partitions=3).deltas([delta()], key(str(elsewhere[0])))
-    assert fold(log.log).total("v") == 60
-
-
 def test_a_request_is_cut_by_what_it_says() -> None:
     """Every delta is in one part, in order; parts are bounded in deltas and bytes; what is no delta is cut as well."""
     rng = random.Random(1)
     texts = ["", "x" * 5_000, "é" * 3_000, "\ud800"]
-    deltas = [delta(rng.choice([1, 2**8_000, "t" * 60_000]), a=rng.choice(texts)) for _ in range(500)]
+    large = [delta("t" * keyed.CHUNK_BYTES_MAX)] * 2
+    deltas = large + [delta(rng.choice([1, 2**8_000, "t" * 60_000]), a=rng.choice(texts)) for _ in range(500)] + large
     deltas += [RawDelta(3, "sum", None, 1), RawDelta("v", "sum", {"a": 5}, 1)]  # type: ignore[arg-type,dict-item]
     deltas += [delta(1)] * 11_000
     parts = [*keyed.chunks(deltas)]
     assert [i for part in parts for i in part] == [*range(len(deltas))]
+    assert all(parts)
     assert 1_000 < max(map(len, parts)) < GROUP_COUNT_MAX
     for part in parts:
         assert sum(map(keyed._size, [deltas[i] for i in part])) <= keyed.CHUNK_BYTES_MAX or len(part) == 1
@@ -237,3 +134,90 @@ def test_the_key_is_no_secret_but_nobody_can_send_as_it() -> None:
     assert decode_batch(batch).producer_id.startswith("key:")
     with pytest.raises(PipelineError, match="only the server itself"):
         gate.batches([batch], "anything")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_first_try_that_was_cut(seed: int) -> None:
+    """Some of its batches are in, of others nobody knows, and the repeat comes to a server that knows the view otherwise.
+
+    Meanwhile the topic grows. Some repeats come at once, to several servers.
+    """
+    rng = random.Random(seed)
+    faults: list[PipelineError | str] = [*["kept"] * 6, "unheard", AWAY]
+    log = FaultyLog(lambda n, batch: rng.choice(faults))
+    log.partition_total = 1
+    known = [{}, {"v": Definition("v", "sum", ("b", "c"), monotone=True)}, {"v": Definition("v", "max")}]
+    done = False
+    while not done:
+        try:
+            gateway(log, rng.choice(known), batch_bytes_max=rng.choice([1_024, 524_288])).deltas(MANY, key())
+            done = True
+        except Unavailable:
+            log.partition_total = min(4, log.partition_total + 1)
+    log.fate = lambda n, batch: "kept"
+    in_threads(6, lambda i: gateway(log).deltas(MANY, key()))
+    views = fold(log.log)
+    assert len(batches(log.log)) > 1
+    assert (views.total("v"), views.dead) == (len(MANY), [])
+    assert views.duplicates >= 6 * len([*keyed.chunks(MANY)])
+
+
+def test_metrics_that_are_pushed_twice() -> None:
+    """Also when the second server knows the view with other labels, or more of them, or has refused something."""
+    log, pushed = FaultyLog(), key(path="/v1/openmetrics")
+    deltas = [delta(1, "m", a="1"), delta("text", "m"), delta(2, "m", b="1", c="")]
+    deltas += [delta(1, "m", a=str(i)) for i in range(5_000)]
+    more = tuple(f"label_{i:02}_of_another_app" for i in range(20))
+    gateway(log).fitting([delta(100, "m", zone="1", rack="2", host="3")])
+    servers: list[dict[str, Definition]] = [
+        {},
+        {"m": Definition("m", "sum", ("z",))},
+        {"m": Definition("m", "max", ("y",))},
+        {"m": Definition("m", "sum", more)},
+    ]
+    for known in servers:
+        _, refused = gateway(log, known).fitting(deltas, pushed)
+        assert [it.line for it in refused] == [1]
+    views = fold(log.log)
+    assert views.total("m") == 5_103
+    assert views.duplicates == 3 * len([*keyed.chunks(deltas)]) > 3
+
+
+@pytest.mark.parametrize("what", ["deltas", "controls"])
+def test_it_does_not_settle_what_others_have_under_way(what: str) -> None:
+    """A batch without a key stays unsettled until it is in the log, whatever is done with a key under the same sequence."""
+    log = FaultyLog(partitions=1)
+    gate = gateway(log)
+    held, go_on, append = threading.Event(), threading.Event(), log.append
+
+    def slow(messages: Any, *, timeout_s: float) -> Any:
+        if threading.current_thread().name == "slow":
+            held.set()
+            assert go_on.wait(20)
+        return append(messages, timeout_s=timeout_s)
+
+    log.append = slow  # type: ignore[method-assign]
+    thread = threading.Thread(target=gate.deltas, args=([delta(1, a="x")],), name="slow")
+    thread.start()
+    assert held.wait(20)
+    if what == "deltas":
+        gate.deltas([delta(10, "other", a="x")], key())
+    else:
+        gate.controls([Control("reset", "other", "", None)], key())
+    gate.deltas([delta(100, a="x")])
+    go_on.set()
+    thread.join(20)
+    assert fold(log.log).total("v") == 101
+
+
+def test_requests_spread_over_the_first_partitions() -> None:
+    """As many as `idempotent_partitions` says; until there are so many, nothing is taken."""
+    log = FaultyLog()
+    for number in range(60):
+        gateway(log, idempotent_partitions=3).deltas([delta()], key(str(number)))
+    assert {batch.partition for batch in batches(log.log)} == {0, 1, 2}
+    log.partition_total = 1
+    elsewhere = next(n for n in range(60) if partition_of_request(producer_of_request(key(str(n))), 3))
+    with pytest.raises(Unavailable, match="idempotent_partitions goes beyond the 1 partitions"):
+        gateway(log, idempotent_partitions=3).deltas([delta()], key(str(elsewhere)))
+    assert fold(log.log).total("v") == 60

@@ -79,12 +79,6 @@ def test_a_type_checker_finds_a_wrong_setting(tmp_path: Path) -> None:
         assert said in "".join(lines)
 
 
-def test_an_unknown_keyword_says_what_was_perhaps_meant() -> None:
-    """Who uses no type checker hears of it when the program runs."""
-    with pytest.raises(Invalid, match="unknown settings: bach_bytes_max; did you mean batch_bytes_max"):
-        Publisher(HTTP, bach_bytes_max=1_024)  # type: ignore[call-arg]
-
-
 @pytest.fixture
 def made() -> Iterator[list[Publisher]]:
     """Publishers that are closed afterwards."""
@@ -112,6 +106,9 @@ def test_keywords_win_over_the_environment_and_that_over_the_file(
     monkeypatch.setenv("PIPELINE_FLUSH_INTERVAL_MS", "")
     assert room_of(made) == 80_000
     assert room_of(made, buffer_bytes_max=90_000) == 90_000
+    Path("pipeline.toml").unlink()
+    Path("pipeline.toml").mkdir()  # a folder of that name is nothing
+    assert room_of(made) == 80_000
     assert not caplog.records
 
 
@@ -181,12 +178,6 @@ def test_a_strangers_file_breaks_nothing(
     assert "name it in PIPELINE_CONFIG" in record.getMessage()
 
 
-def test_a_folder_of_that_name_is_nothing(made: list[Publisher], caplog: pytest.LogCaptureFixture) -> None:
-    Path("pipeline.toml").mkdir()
-    made.append(Publisher(HTTP))
-    assert not caplog.records
-
-
 def test_options_of_librdkafka_come_from_a_file_only_if_it_was_named(
     made: list[Publisher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,17 +204,19 @@ def test_options_of_librdkafka_come_from_a_file_only_if_it_was_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "keywords", "said"),
     [
-        ("LINGER_MS", "soon", "PIPELINE_LINGER_MS: linger_ms: a whole number is needed, got 'soon'"),
-        ("LINGER_MS", "0", "PIPELINE_LINGER_MS: linger_ms: 0 is outside 1 to any"),
-        ("ON_FULL", "blok", "PIPELINE_ON_FULL: on_full: block, raise"),
-        ("DURABILITY", "process", "durability=process needs spool_dir"),
+        ("LINGER_MS", "soon", {}, "PIPELINE_LINGER_MS: linger_ms: a whole number is needed, got 'soon'"),
+        ("LINGER_MS", "0", {}, "PIPELINE_LINGER_MS: linger_ms: 0 is outside 1 to any"),
+        ("ON_FULL", "blok", {}, "PIPELINE_ON_FULL: on_full: block, raise"),
+        ("DURABILITY", "process", {}, "durability=process needs spool_dir"),
+        ("LINGER_MS", "1", {"bach_bytes_max": 1_024}, "unknown settings: bach_bytes_max; did you mean batch_bytes_max"),
     ],
 )
-def test_a_wrong_value_in_the_environment_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, name: str, text: str, said: str
+def test_what_is_wrong_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, keywords: dict[str, Any], said: str
 ) -> None:
+    """In the environment, and in keywords: who uses no type checker hears of it when the program runs."""
     monkeypatch.setenv(f"PIPELINE_{name}", text)
     with pytest.raises(Invalid, match=said):
-        Publisher(HTTP)
+        Publisher(HTTP, **keywords)

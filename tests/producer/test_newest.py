@@ -1,7 +1,9 @@
 """Of two values that are set, the later wins, however close they are and whichever way they took; none is far ahead."""
 
-import threading
+from __future__ import annotations
+
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from pipeline.errors import Invalid
 from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings
-from tests.producer.support import CLOCK, FileLog, Meter, fold, memory_log, publisher, run_script
+from tests.producer.modes import MODES, settings_of
+from tests.producer.support import CLOCK, FileLog, Meter, fold, in_threads, memory_log, publisher, run_script
 
 PAIRS = [("running", "done"), ("done", "running"), (1, 0), (0, 1), (True, None), ("x" * 100, "y")]
 
@@ -23,57 +26,42 @@ class Still:
     def now_ms(self) -> int:
         return self.ms
 
-    def rising_ns(self) -> int:
-        return CLOCK.rising_ns()
-
-    def monotonic_s(self) -> float:
-        return CLOCK.monotonic_s()
-
-    def new_id(self) -> str:
-        return CLOCK.new_id()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(CLOCK, name)
 
 
-def set_values(pub: BasePublisher, way: str, first: Any, second: Any) -> None:
-    view = pub.last("v", labels=("a",))
-    if way == "set":
-        view.set(first, a="x")
-        view.set(second, a="x")
-    elif way == "flushed":
-        view.set(first, a="x")
-        pub.flush()
-        view.set(second, a="x")
-    elif way == "stamped":
-        stamp = CLOCK.now_ms()
-        view.set(first, stamp, a="x")
-        view.set(second, stamp, a="x")
-    elif way == "threads":
-        for value in (first, second):
-            thread = threading.Thread(target=lambda value=value: view.labels("x").set(value))  # type: ignore[misc]
-            thread.start()
-            thread.join()
-    elif way == "rows":
-        pub.record_batch(view, {"a": ["x", "y", "x"], "value": [first, 5, second]})
-    else:
-        for value in (first, second):
-            assert pub.record_batch(view, {"a": "x", "value": [value], "ts_ms": 1}) == 1
+Set = Callable[[BasePublisher, Any, Any, int | None], object]
+WAYS: dict[str, Set] = {
+    "set": lambda pub, view, value, ts_ms: view.set(value, ts_ms, a="x"),
+    "flushed": lambda pub, view, value, ts_ms: (view.set(value, ts_ms, a="x"), pub.flush()),
+    "threads": lambda pub, view, value, ts_ms: in_threads(1, lambda _: view.labels("x").set(value, ts_ms)),
+    "column": lambda pub, view, value, ts_ms: pub.record_batch(
+        view, {"a": "x", "value": [value]} if ts_ms is None else {"a": "x", "value": [value], "ts_ms": [ts_ms]}
+    ),
+}
 
 
-@pytest.mark.parametrize("mode", ["memory", "process", "disk"])
-@pytest.mark.parametrize("way", ["set", "flushed", "stamped", "threads", "rows", "record_batch"])
-def test_the_later_wins(way: str, mode: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("durability", ["memory", "process", "disk"])
+@pytest.mark.parametrize("stamped", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_later_wins(way: str, stamped: bool, durability: str, tmp_path: Path) -> None:
     """Whatever the larger value is, whatever survives a kill."""
-    for number, (first, second) in enumerate(PAIRS):
-        spool = {} if mode == "memory" else {"durability": mode, "spool_dir": str(tmp_path / str(number))}
-        log = memory_log()
-        settings = PublisherSettings(flush_interval_ms=1_000, linger_ms=1_000, **spool)
-        with BasePublisher(log, Still(), settings, Meter()) as pub:
-            set_values(pub, way, first, second)
-            pub.flush()
-            assert pub.local()["v"]["x",] == second
-        assert fold(log).of("v")["x",] == second
+    spool = {} if durability == "memory" else {"durability": durability, "spool_dir": str(tmp_path)}
+    log, clock = memory_log(), Still()
+    settings = PublisherSettings(flush_interval_ms=1_000, linger_ms=1_000, **spool)
+    with BasePublisher(log, clock, settings, Meter()) as pub:
+        for number, pair in enumerate(PAIRS):
+            for value in pair:
+                WAYS[way](pub, pub.last(f"v{number}", labels=("a",)), value, clock.ms if stamped else None)
+        rows = pub.last("rows", labels=("a",))
+        pub.record_batch(rows, {"a": ["x", "y", "x"], "value": [1, 5, 0]})
+        pub.flush()
+        found = {name: local["x",] for name, local in pub.local().items()}
+    assert found == {**{f"v{number}": second for number, (_, second) in enumerate(PAIRS)}, "rows": 0}
+    assert {name: fold(log).of(name)["x",] for name in found} == found
 
 
-def test_a_child_that_sets_later_wins(tmp_path: Any) -> None:
+def test_a_child_that_sets_later_wins(tmp_path: Path) -> None:
     """After a fork the child's clock goes on from the parent's, although the wall clock stands still."""
     script = """
 from tests.producer.support import CLOCK
@@ -94,26 +82,18 @@ pub.close()
     assert fold(FileLog(tmp_path / "log").read()).of("v") == {(): "a: of the child"}
 
 
-WAYS: dict[str, Callable[[Any, Any, int], object]] = {
-    "set": lambda pub, view, ts_ms: view.set("x", ts_ms, a="x"),
-    "cell": lambda pub, view, ts_ms: view.labels("x").set("x" * 50, ts_ms),
-    "column": lambda pub, view, ts_ms: pub.record_batch(view, {"a": "x", "value": [1, 2], "ts_ms": [1, ts_ms]}),
-    "texts": lambda pub, view, ts_ms: pub.record_batch(view, {"a": "x", "value": ["t", "u"], "ts_ms": [1, ts_ms]}),
-}
-
-
-@pytest.mark.parametrize("durability", ["memory", "process"])
-@pytest.mark.parametrize("way", [*WAYS])
-def test_a_time_far_ahead_is_refused(way: str, durability: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_time_far_ahead_is_refused(way: str, mode: str, tmp_path: Path) -> None:
     """It would silence its series for ever; up to the limit it is taken. `ts_ahead_max_ms` is the publisher's, too."""
-    spool = {} if durability == "memory" else {"durability": durability, "spool_dir": str(tmp_path / "s")}
     log = memory_log()
-    with publisher(log, ts_ahead_max_ms=10_000, **spool) as pub:
+    with publisher(log, ts_ahead_max_ms=10_000, **settings_of(mode, tmp_path)) as pub:
         view = pub.last("v", labels=("a",))
         for ts_ms in (2**53, CLOCK.now_ms() + 60_000):
-            with pytest.raises(Invalid, match=r"ts_ms.* ahead of now; at most 10000 \(ts_ahead_max_ms\)"):
-                WAYS[way](pub, view, ts_ms)
+            for value in ("x" * 50, 1):
+                with pytest.raises(Invalid, match=r"ts_ms.* ahead of now; at most 10000 \(ts_ahead_max_ms\)"):
+                    WAYS[way](pub, view, value, ts_ms)
         pub.flush()
         assert not pub.local()["v"]
-        WAYS[way](pub, view, CLOCK.now_ms() + 5_000)
+        WAYS[way](pub, view, 1, CLOCK.now_ms() + 5_000)
     assert len(fold(log).of("v")) == 1

@@ -52,14 +52,7 @@ def test_publishers_share_a_registry(url: str, registry: CollectorRegistry) -> N
         assert value(registry, "deltas_total", 0) == 4
         assert value(registry, "deltas_total", 2) is None
     second.close()
-
-
-def test_by_default_it_shows_nothing(url: str) -> None:
-    """Other people's registries are theirs."""
-    with Publisher(url) as pub:
-        pub.sum("v").add(1)
-        pub.flush()
-    assert "pipeline_publisher" not in generate_latest(REGISTRY).decode()
+    assert "pipeline_publisher" not in generate_latest(REGISTRY).decode()  # other people's registries are theirs
 
 
 def test_what_can_not_be_shown_is_refused(url: str, registry: CollectorRegistry) -> None:
@@ -93,12 +86,13 @@ def test_a_bridge_of_the_registry_leaves_them_out(url: str, registry: CollectorR
         assert 'thread="bridge"' in generate_latest(registry).decode()
 
 
-MULTIPROCESS = """
-import multiprocessing, sys
+HEAD = """
+import multiprocessing, os, signal, sys, threading
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from pipeline import Publisher
-
+"""
+CHILDREN = """
 def work(publisher):
     publisher.sum("v").add(1)
     publisher.flush()
@@ -107,10 +101,10 @@ def child(url):
     work(Publisher(url, registry=REGISTRY, buffer_bytes_max=70_000))
 
 if __name__ == "__main__":
-    with Publisher("embedded:" + sys.argv[1], registry=REGISTRY, buffer_bytes_max=100_000) as publisher:
+    with Publisher("embedded:data", registry=REGISTRY, buffer_bytes_max=100_000) as publisher:
         work(publisher)
         for number in range(3):
-            process = multiprocessing.get_context("spawn").Process(target=child, args=(f"embedded:{sys.argv[1]}{number}",))
+            process = multiprocessing.get_context("spawn").Process(target=child, args=(f"embedded:data{number}",))
             process.start()
             process.join()
             assert process.exitcode == 0
@@ -118,39 +112,31 @@ if __name__ == "__main__":
                 mark_process_dead(process.pid)
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
-        print(generate_latest(registry).decode())
+        found = generate_latest(registry).decode()
+        assert 'pipeline_publisher_deltas_total{publisher="0"} 4.0' in found, found
+        assert 'pipeline_publisher_buffer_bytes_max{publisher="0"} 100000.0' in found, found
 """
-
-
-def test_it_is_in_the_files_of_multiprocess_mode(tmp_path: Path) -> None:
-    """Counters add up over processes, gauges over those that live."""
-    script, files = tmp_path / "app.py", tmp_path / "metrics"
-    script.write_text(MULTIPROCESS)
-    files.mkdir()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PROMETHEUS_MULTIPROC_DIR": str(files)}
-    command = [sys.executable, str(script), str(tmp_path / "data")]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert 'pipeline_publisher_deltas_total{publisher="0"} 4.0' in done.stdout
-    assert 'pipeline_publisher_buffer_bytes_max{publisher="0"} 100000.0' in done.stdout
-
-
-FORKS = """
-import os, signal, sys, threading
-from prometheus_client import CollectorRegistry, generate_latest
-from pipeline import Publisher
-
+FULL = """
 registry = CollectorRegistry()
 pub = Publisher("http://127.0.0.1:1", registry=registry, buffer_bytes_max=65_536, on_full="drop_newest")
 view = pub.sum("v", labels=("a",))
+count = 0
 
-def drop():
+def drop(*_):
+    global count
+    view.add(1, a=os.urandom(8).hex())  # there is no room for one more: it is counted as dropped
+    count += 1
+
+def dropped():
+    return registry.get_sample_value("pipeline_publisher_dropped_total", {"publisher": "0", "reason": "buffer_full"})
+"""
+FORKS = """
+def drop_on():
     while True:
-        view.add(1, a=os.urandom(8).hex())  # there is no room for one more: it is counted as dropped
+        drop()
 
 for i in range(4):
-    threading.Thread(target=drop, daemon=True).start()
+    threading.Thread(target=drop_on, daemon=True).start()
 sys.setswitchinterval(1e-6)
 for i in range(100):
     pid = os.fork()
@@ -161,26 +147,7 @@ for i in range(100):
     assert os.waitpid(pid, 0)[1] == 0, f"child {i} hangs"
 os._exit(0)
 """
-
-
 SIGNALS = """
-import os, signal, sys
-from prometheus_client import CollectorRegistry
-from pipeline import Publisher
-
-registry = CollectorRegistry()
-pub = Publisher("http://127.0.0.1:1", registry=registry, buffer_bytes_max=65_536, on_full="drop_newest")
-view = pub.sum("v", labels=("a",))
-count = 0
-
-def drop(*_):
-    global count
-    view.add(1, a=os.urandom(8).hex())
-    count += 1
-
-def dropped():
-    return registry.get_sample_value("pipeline_publisher_dropped_total", {"publisher": "0", "reason": "buffer_full"})
-
 while not dropped():
     drop()
 before, count = dropped(), 0
@@ -195,15 +162,17 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("code", [FORKS, SIGNALS], ids=["fork", "signal"])
-def test_forks_and_signal_handlers_find_no_lock_taken(tmp_path: Path, code: str) -> None:
-    """Threads touch the publisher's metrics all the time, and no fork falls into that; a handler's deltas are counted, too.
+@pytest.mark.parametrize("code", [CHILDREN, FULL + FORKS, FULL + SIGNALS], ids=["children", "fork", "signal"])
+def test_multiprocess_mode(tmp_path: Path, code: str) -> None:
+    """Counters add up over processes, gauges over those that live; forks and signal handlers find no lock taken.
 
-    In multiprocess mode one lock of prometheus_client guards all metrics, for so long that a few forks would meet it.
+    In this mode one lock of prometheus_client guards all metrics, for so long that a few forks would meet it.
     """
     script, files = tmp_path / "app.py", tmp_path / "metrics"
-    script.write_text(code)
+    script.write_text(HEAD + code)
     files.mkdir()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PROMETHEUS_MULTIPROC_DIR": str(files)}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=100, check=False)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-2_000:]
+    assert "Traceback" not in done.stderr

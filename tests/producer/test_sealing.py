@@ -1,5 +1,7 @@
 """From merged deltas to batches: routed, cut to size, within what the codec reads, each series once."""
 
+from __future__ import annotations
+
 import random
 from typing import Any
 from zlib import crc32
@@ -8,11 +10,9 @@ import pytest
 
 import pipeline.publisher.batching as sealing
 from pipeline.core.codec import GROUP_COUNT_MAX, decode_batch, encode_drafted
-from pipeline.core.kinds import KINDS
 from pipeline.core.record import Batch, Definition, series_prefix, series_suffix
 from pipeline.core.sequence import Outbox, Sealed
-from pipeline.publisher.batching import Pending, seal
-from tests.producer.support import FaultyLog, batches, fold, publisher
+from pipeline.publisher.batching import Pending
 
 TEXTS = ["", "x", "ü" * 31, "x" * 200, "🎉" * 300, "x" * 5_000]
 STATES: dict[str, list[Any]] = {
@@ -24,99 +24,61 @@ STATES: dict[str, list[Any]] = {
 }
 
 
-def merged(view: Definition, labels: tuple[str, ...], state: Any) -> Pending:
-    return Pending(view, series_suffix(labels), state)
-
-
 def some_merged(rng: random.Random, count: int) -> list[Pending]:
     out = {}
     for _ in range(count):
         kind = rng.choice([*STATES])
         names = tuple(f"label_{i}" for i in range(rng.randrange(4)))
         view = Definition(f"{kind}_{len(names)}_{rng.randrange(5)}", kind, names)
-        item = merged(view, tuple(rng.choice([*TEXTS[:5], str(rng.random())]) for _ in names), rng.choice(STATES[kind]))
-        out[item.definition, item.suffix] = item  # each series once
+        suffix = series_suffix([rng.choice([*TEXTS[:5], str(rng.random())]) for _ in names])
+        out[view, suffix] = Pending(view, suffix, rng.choice(STATES[kind]))  # each series once
     return [*out.values()]
 
 
-def sealed_from(items: list[Pending], outbox: Outbox | None = None, **kwargs: Any) -> list[Sealed]:
-    settings = {"partition_count": 3, "batch_bytes_max": 4_096, "now_ms": 7}
-    outbox = Outbox("p", 0) if outbox is None else outbox
-    return seal(items, outbox, **{**settings, **kwargs})  # type: ignore[arg-type]
+def numbered(view: Definition, states: list[Any]) -> list[Pending]:
+    """A series for each state."""
+    return [Pending(view, series_suffix([str(i)]), state) for i, state in enumerate(states)]
+
+
+def sealed_from(items: list[Pending], outbox: Outbox, **kwargs: Any) -> list[Sealed]:
+    return sealing.seal(items, outbox, **{"partition_count": 1, "batch_bytes_max": 4_096, "now_ms": 7, **kwargs})
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_batches_hold_everything_within_their_size(seed: int) -> None:
-    """Decoded again they merge to what went in; none is over the limit, but one of a single series; few are half empty."""
+    """Decoded again they are what went in; none is over the limit, but one of a single series; small entries fill them."""
     rng = random.Random(seed)
-    items = some_merged(rng, 300)
+    large = numbered(Definition("large", "last", ("a",)), [(1, 1, "x" * (60_000 if i == 5 else 10)) for i in range(10)])
+    small = numbered(Definition("small", "sum", ("a",)), [0.5] * 3_000)
+    items = [*some_merged(rng, 300), *large, *small]
     limit = rng.choice([1_024, 4_096, 50_000])
     outbox = Outbox("p" * 32, 0)
-    found = sealed_from(items, outbox, batch_bytes_max=limit)
-    states: dict[tuple[str, bytes], Any] = {}
-    for item in items:
-        key = item.definition.view, item.suffix
-        kind = KINDS[item.definition.kind]
-        states[key] = kind.merge(states[key], item.state) if key in states else item.state
-    folded: dict[tuple[str, bytes], Any] = {}
+    folded: dict[tuple[Definition, bytes], Any] = {}
+    sizes = []
+    found = sealed_from(items, outbox, batch_bytes_max=limit, partition_count=3)
     for sealed in found:
         batch = decode_batch(sealed.value)
         assert len(sealed.value) <= limit or sealed.entry_count == 1
         assert (batch.partition, batch.sequence) == (sealed.partition, sealed.sequence)
         assert sealed.entry_count == sum(len(group.suffixes) for group in batch.groups)
         assert len({group.definition for group in batch.groups}) == len(batch.groups)
+        sizes += [len(sealed.value)] * ({group.definition.view for group in batch.groups} == {"small"})
         for group in batch.groups:
-            assert len(set(group.suffixes)) == len(group.suffixes)
-            kind = KINDS[group.definition.kind]
             for suffix, state in zip(group.suffixes, group.states, strict=True):
-                key = group.definition.view, suffix
                 assert crc32(series_prefix(group.definition) + suffix) % 3 == sealed.partition
-                folded[key] = kind.merge(folded[key], state) if key in folded else state
-    assert {k: pytest.approx(v) if type(v) is float else v for k, v in states.items()} == folded
+                assert (group.definition, suffix) not in folded
+                folded[group.definition, suffix] = state
+    assert folded == {(item.definition, item.suffix): item.state for item in items}
+    assert len(sizes) - sum(size > limit // 3 for size in sizes) <= 3  # the last of each partition
     for partition in range(3):
-        assert [s.sequence for s in found if s.partition == partition] == [*range(outbox.next_sequences().get(partition, 0))]
-
-
-def test_batches_are_filled() -> None:
-    """Small entries fill a batch to more than half of its limit."""
-    view = Definition("v", "sum", ("a",))
-    found = sealed_from([merged(view, (str(i),), 0.5) for i in range(3_000)], batch_bytes_max=4_096)
-    assert len(found) > 10
-    full = [sealed for sealed in found if sealed.sequence < 3]
-    assert all(len(sealed.value) > 1_500 for sealed in full)
-
-
-def test_one_large_series_goes_alone() -> None:
-    """A series beyond the limit gets a batch to itself, and its neighbours keep to theirs."""
-    view = Definition("v", "last", ("a",))
-    items = [merged(view, (str(i),), (1, 1, "x" * (60_000 if i == 5 else 10))) for i in range(10)]
-    found = sealed_from(items, partition_count=1, batch_bytes_max=1_024)
-    large = [sealed for sealed in found if len(sealed.value) > 1_024]
-    assert [sealed.entry_count for sealed in large] == [1]
-    assert sum(sealed.entry_count for sealed in found) == 10
+        assert [s.sequence for s in found if s.partition == partition] == [*range(outbox.next_sequences()[partition])]
 
 
 def test_a_batch_has_no_more_views_than_the_codec_reads() -> None:
     """However large a batch may be, it is cut where a task would refuse it."""
-    count = GROUP_COUNT_MAX + 5
-    items = [merged(Definition(f"v{i}", "sum"), (), 1) for i in range(count)]
-    found = sealed_from(items, partition_count=1, batch_bytes_max=16_777_216)
-    decoded = [decode_batch(sealed.value) for sealed in found]
-    assert [len(batch.groups) for batch in decoded] == [GROUP_COUNT_MAX, 5]
-
-
-def test_a_publisher_keeps_to_batch_bytes_max() -> None:
-    """From recording to the log."""
-    log = FaultyLog()
-    with publisher(log, flush_interval_ms=3_600_000, batch_bytes_max=2_048) as pub:
-        view = pub.last("v", labels=("a", "b"))
-        for i in range(300):
-            view.set("ü" * (i % 300), 1, a=str(i), b="x" * (i % 50))
-    assert max(len(value) for attempt in log.attempts for value in attempt) <= 2_048
-    assert len(batches(log.log)) > 50
-    views = fold(log.log)
-    assert len(views.answers) == 300
-    assert not views.dead
+    items = [Pending(Definition(f"v{i}", "sum"), series_suffix(()), 1) for i in range(GROUP_COUNT_MAX + 5)]
+    found = sealed_from(items, Outbox("p", 0), batch_bytes_max=16_777_216)
+    assert [len(decode_batch(sealed.value).groups) for sealed in found] == [GROUP_COUNT_MAX, 5]
 
 
 def test_a_failure_in_the_middle_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +90,7 @@ def test_a_failure_in_the_middle_is_all_or_nothing(monkeypatch: pytest.MonkeyPat
         return encode_drafted(batch, groups)
 
     monkeypatch.setattr(sealing, "encode_drafted", broken)
-    view = Definition("v", "sum", ("a",))
-    items = [merged(view, (str(i),), 1) for i in range(30)]
     outbox = Outbox("p", 0)
     with pytest.raises(RuntimeError):
-        sealed_from(items, outbox)
+        sealed_from(numbered(Definition("v", "sum", ("a",)), [1] * 30), outbox, partition_count=3)
     assert (len(outbox), outbox.bytes_total) == (0, 0)

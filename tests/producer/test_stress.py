@@ -107,7 +107,7 @@ def open_and_close():
                 pass
         threads = [threading.Thread(target=record, args=(i,)) for i in range(2)]
         for thread in threads: thread.start()
-        time.sleep(0.02)
+        wait_until(lambda: sum(taken) > 100)
         other.close(30)
         for thread in threads: thread.join()
         count += 1
