@@ -90,8 +90,11 @@ class Running:
         """The spool of this process, if it has one."""
         keeper: Keeper | None = None
         if settings.spool_dir:
-            from pipeline.producer.spooling import OwnSpool  # only who has a spool pays for it, or needs its file locks
+            # Only who has a spool pays for these. Not in a thread: a fork in the midst of an import would hang the child's.
+            from pipeline.producer.rescue import drain
+            from pipeline.producer.spooling import OwnSpool
 
+            self._drain = drain
             self.own = OwnSpool(settings, secret, self.account, table.ends)
             durable = settings.durability != "memory"
             most = settings.spool_bytes_max // _CHECKPOINT_SHARE
@@ -400,9 +403,7 @@ class Running:
 
     def _rescue_until_stopped(self) -> None:
         """Send what processes that are gone have left in the spool folder; look again now and then."""
-        from pipeline.producer.rescue import drain
-
-        folder, writer = Path(self._settings.spool_dir), self._writer
+        folder, writer, drain = Path(self._settings.spool_dir), self._writer, self._drain
         while not self._stop_rescue.is_set():
             again = False
             try:

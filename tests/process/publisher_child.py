@@ -1,9 +1,10 @@
-"""Publishers that tell through a pipe what they are about to record and what they have recorded, until they are killed.
+"""Publishers that tell in a file what they are about to record and what they have recorded, until they are killed.
 
     python -m tests.process.publisher_child
 
-Reads a JSON object a line: a publisher to be started, in a process that is forked from this one, so that each start costs no
-imports. It tells, two bytes at a time, what happens: `Told`, and the number of the thread.
+Reads a JSON object a line, and answers with a process id. A job is a publisher to be started, in a process that is forked
+from this one, so that each start costs no imports; {"kill": id} has such a process killed, and is answered once it is gone.
+What happens is told two bytes at a time: `Told`, and the number of the thread.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from typing import Any
 
 from pipeline import Publisher
 from tests.process.publisher_stream import Recorder, stream
-
-FAILED = 3
-"""Exit code of a publisher that ended by itself, and not in order."""
 
 
 class Told(IntEnum):
@@ -41,35 +39,30 @@ class Told(IntEnum):
 
 def run(job: dict[str, Any]) -> None:
     """Record in several threads until killed, or `count` calls in each, and close."""
-    pipe = os.open(job["pipe"], os.O_WRONLY)
+    file = os.open(job["told"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     sys.setswitchinterval(job["switch_s"])
 
     def tell(what: Told, thread: int = 0) -> None:
-        os.write(pipe, bytes((what, thread)))
+        os.write(file, bytes((what, thread)))
 
     publisher = Publisher(job["url"], **job["settings"])
     tell(Told.OPEN)
 
     def work(thread: int) -> None:
         name = f"{job['name']}-{thread}"
-        rng, recorder, pause = random.Random(name), Recorder(publisher), threading.Event()
-        left = 0
-        try:
-            for number, op in enumerate(stream(name, job["slot"] + thread)):
-                if number == job["count"]:
-                    return
-                if not left:
-                    left = rng.randrange(1, job["burst"])
-                    pause.wait(rng.random() * job["pause_s"])
-                left -= 1
-                tell(Told.BEGIN, thread)
-                recorder.record(op)
-                tell(Told.END, thread)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(FAILED)
+        rng, recorder, pause, left = random.Random(name), Recorder(publisher), threading.Event(), 0
+        for number, op in enumerate(stream(name, job["slot"] + thread)):
+            if number == job["count"]:
+                return
+            if not left:
+                left = rng.randrange(1, job["burst"])
+                pause.wait(rng.random() * job["pause_s"])
+            left -= 1
+            tell(Told.BEGIN, thread)
+            recorder.record(op)
+            tell(Told.END, thread)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(job["threads"])]
+    threads = [threading.Thread(target=end_of, args=(lambda n=n: work(n),)) for n in range(job["threads"])]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -79,26 +72,38 @@ def run(job: dict[str, Any]) -> None:
     tell(Told.CLOSED)
 
 
+def end_of(work: Any) -> None:
+    """Do `work`; a failure ends the process, with a traceback."""
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(3)
+
+
 def main() -> None:
-    """Start what is asked for, say its process id, until the end of the input; then all of them are killed."""
+    """Start and kill what is asked for, until the end of the input; then all of them are killed."""
     children: set[int] = set()
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid:
-            children.add(pid)
-            print(pid, flush=True)
-            continue
-        sys.stdin.close()
-        os.close(1)
-        try:
-            run(json.loads(line))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(FAILED)
-        os._exit(0)
-    for pid in children:
+
+    def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)  # not waited for yet, so nobody else has its number
         os.waitpid(pid, 0)
+        children.remove(pid)
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        if pid := job.get("kill"):
+            kill(pid)
+        elif pid := os.fork():
+            children.add(pid)
+        else:
+            sys.stdin.close()
+            os.close(1)
+            end_of(lambda job=job: run(job))
+            os._exit(0)
+        print(pid, flush=True)
+    for pid in [*children]:
+        kill(pid)
 
 
 if __name__ == "__main__":
