@@ -7,32 +7,35 @@ it was surely recorded, surely not, or was interrupted: one of each thread that 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
-import subprocess
-import sys
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import reduce
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from pipeline import NotFound, Reader
 from pipeline.publisher.spool.look import inspect
 from tests.broker.kafka import Port
 from tests.process.load import ANSWER, MERGE
 from tests.process.network import SlowNetwork
-from tests.process.publisher_child import Told
+from tests.process.publisher_child import Told, run
 from tests.process.publisher_stream import SLOTS, VIEWS, Series, stream
-from tests.support import ROOT, UpProcess, environment, everything, pipeline, wait_until
+from tests.support import UpProcess, everything, pipeline, wait_until
 
 THREADS_MAX = 4
 CHILDREN_MAX = 3
 _DOUBTS_MAX = 16
 """Interrupted calls of one series, for which all possible answers are tried."""
 _HOW = (*["load"] * 5, *["start"] * 2, *["rescue"] * 2, *["close"] * 4, *["end of itself"] * 3)
+_NURSERY = multiprocessing.get_context("forkserver")
+_NURSERY.set_forkserver_preload(["pytest", "tests.process.publisher_child"])  # so that each start costs no imports
 _QUICK = {
     "retry_backoff_ms": 5,
     "retry_backoff_max_ms": 50,
@@ -47,57 +50,13 @@ _QUICK = {
 class Child(NamedTuple):
     """A publisher that runs, and the file in which it tells what it does."""
 
-    pid: int
+    process: BaseProcess
     job: Mapping[str, Any]
     file: Path
 
     def has_told(self, what: Told) -> bool:
         """Return whether it has."""
         return self.file.exists() and what in self.file.read_bytes()[::2]
-
-
-class Nursery:
-    """Forks publishers, and kills them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._errors = folder / "children.stderr"
-        with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.process.publisher_child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment(),
-                cwd=ROOT,
-                text=True,
-                start_new_session=True,
-            )
-
-    def _ask(self, what: Mapping[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(what), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def start(self, job: Mapping[str, Any]) -> Child:
-        """One more."""
-        file = self._folder / f"{job['name']}.told"
-        return Child(self._ask({**job, "told": str(file)}), job, file)
-
-    def kill(self, child: Child) -> None:
-        """kill -9, unless it has ended; all that it told is known then."""
-        self._ask({"kill": child.pid})
-
-    def errors(self) -> str:
-        """What publishers have printed."""
-        return self._errors.read_text(errors="replace")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=60)
 
 
 class Count:
@@ -110,7 +69,7 @@ class Count:
 
     def add(self, child: Child) -> None:
         """All calls of a publisher that is gone."""
-        told = child.file.read_bytes()
+        told = child.file.read_bytes() if child.file.exists() else b""
         calls = Counter(zip(told[::2], told[1::2], strict=True))
         for thread in range(child.job["threads"]):
             begun, ended = calls[Told.BEGIN, thread], calls[Told.END, thread]
@@ -177,27 +136,23 @@ class Killer:
 
     def run(self, rounds: int, disturb: Callable[[int], None]) -> None:
         """Kill so many of them; `disturb(n)` is called before the n-th."""
-        with Nursery(self._folder) as nursery:
-            try:
-                number = 0
-                while self._kills < rounds:
-                    disturb(number)
-                    self._round(nursery)
-                    number += 1
-                while self._live:
-                    self._end(nursery, self._live[-1])
-            except BaseException:
-                print(nursery.errors()[-8_000:], file=sys.stderr)
-                raise
-            assert "Traceback" not in nursery.errors(), nursery.errors()[-8_000:]
+        number = 0
+        try:
+            while self._kills < rounds:
+                disturb(number)
+                self._round()
+                number += 1
+        finally:
+            while self._live:
+                self._end(self._live[-1])
 
-    def _round(self, nursery: Nursery) -> None:
+    def _round(self) -> None:
         rng = self._rng
         how = rng.choice(_HOW)
         while len(self._live) < rng.randrange(CHILDREN_MAX):
-            self._start(nursery)
+            self._start()
         left = self._left()
-        last = self._start(nursery, count=rng.randrange(1, 200) if how in ("close", "end of itself") else -1)
+        last = self._start(rng.randrange(1, 200) if how in ("close", "end of itself") else -1)
         if how == "start":
             time.sleep(rng.random() * 0.05)
         elif how == "rescue":  # of what was left by those before it
@@ -215,7 +170,7 @@ class Killer:
             # what another one sends just now is live
             assert not left & self._left(), f"{last.job['name']} has closed before it has sent what others left"
         self._kills += how != "end of itself"
-        self._end(nursery, last)
+        self._end(last)
 
     def _left(self) -> set[str]:
         return {slot.slot for slot in inspect(self.spool) if not slot.live} if self.spool.exists() else set()
@@ -223,7 +178,7 @@ class Killer:
     def _wait(self, child: Child, told: Told) -> None:
         wait_until(lambda: child.has_told(told), f"{child.job['name']} {told!r}", 90)
 
-    def _start(self, nursery: Nursery, count: int = -1) -> Child:
+    def _start(self, count: int = -1) -> Child:
         rng = self._rng
         settings = {
             **_QUICK,
@@ -237,20 +192,26 @@ class Killer:
             "spool_bytes_max": rng.choice((2**23, 2**30)),
             **self._settings,
         }
-        slot = self._started * THREADS_MAX
+        slot, name = self._started * THREADS_MAX, f"{self._name}-{self._started}"
         assert slot < SLOTS
+        file = self._folder / f"{name}.told"
         job = {
-            "url": self._url, "settings": settings, "name": f"{self._name}-{self._started}", "slot": slot, "count": count,
+            "url": self._url, "settings": settings, "name": name, "slot": slot, "count": count, "told": str(file),
             "threads": rng.randrange(1, THREADS_MAX + 1), "burst": rng.choice((10, 50, 200)),
             "pause_s": rng.choice((0.005, 0.03)), "switch_s": rng.choice((5e-3, 1e-5)),
         }  # fmt: skip
+        process = _NURSERY.Process(target=run, args=(job,))
+        process.start()
         self._started += 1
-        self._live.append(child := nursery.start(job))
+        self._live.append(child := Child(process, job, file))
         return child
 
-    def _end(self, nursery: Nursery, child: Child) -> None:
-        nursery.kill(child)
+    def _end(self, child: Child) -> None:
+        """kill -9, unless it has ended; all that it told is known then."""
         self._live.remove(child)
+        child.process.kill()
+        child.process.join(60)
+        assert child.process.exitcode in (0, -signal.SIGKILL), "it has failed, and said why on standard error"
         self.count.add(child)
 
     def drain(self) -> None:

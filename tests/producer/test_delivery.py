@@ -16,8 +16,8 @@ from pipeline.core.sequence import GAP_COUNT_MAX
 from pipeline.errors import BadRecord, Fenced, GroupsRefused, Invalid, NotReady, PipelineError, Unavailable
 from pipeline.ports import Message
 from tests.producer.modes import MODES, SPOOL, settings_of
-from tests.producer.support import FaultyLog, Meter, batches, fold, partition_of, publisher, wait_until
-from tests.publisher.spool.support import as_kill_leaves_it, claim
+from tests.producer.support import FaultyLog, Meter, batches, fold, partition_of, publisher, stalled, wait_until
+from tests.publisher.spool.support import Task, as_kill_leaves_it, claim
 
 AWAY = Unavailable("away")
 
@@ -92,14 +92,15 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
             view.set(f"{label} {i}", 2 + i, a=label)
         if i % 5 == 0:
             wait_until(lambda i=i: fold(log.log).of("v") == {(label,): f"{label} {i}" for label in there})  # type: ignore[misc]
-    assert {batch.partition for batch in pub._running.delivery.outbox.pending()} == {0}
+    wait_until(lambda: {batch.partition for batch in pub._running.delivery.outbox.pending()} == {0})
     assert pub.stats()["waiting"] <= max(waiting_count, 16 + len(stuck))
     with pytest.raises(Unavailable, match=r"not acknowledged .* away"):
         pub.flush(0.05)
     log.fate = lambda n, batch: "kept"
-    pub.close()
+    pub.flush()  # which waits for what could not be drained at once, too
     last = {(label,): f"{label} 49" for label in (*there, *stuck[:20])}
     assert fold(log.log).of("v") == {(label,): "x" * 60_000 for label in stuck} | last
+    pub.close()
 
 
 def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
@@ -272,37 +273,40 @@ def test_what_fails_in_a_flush_loses_nothing(
 
     Until then the spool does not take it for sealed.
     """
-    failures, away = 0, True
+    calls, stuck = 0, True
 
     def failing(real: Callable[..., object]) -> Callable[..., object]:
         def fail(*args: object, **kwargs: object) -> object:
-            nonlocal failures
+            nonlocal calls
             if broken != "metrics" or args[0] is m.PUBLISHER_DELTAS:
-                failures += 1
-                if away or failures % 3:
+                calls += 1
+                if (stuck and (calls > 1 or broken == "metrics")) or calls % 3 == 2:  # of what was drained a part is sealed
                     raise MemoryError
             return real(*args, **kwargs)
 
         return fail
 
-    log, meter = FaultyLog(), Meter()
-    pub = publisher(log, meter, flush_interval_ms=5, snapshot_interval_ms=5, **settings_of(mode, tmp_path))
+    log, meter, is_kept = FaultyLog(), Meter(), SPOOL in MODES[mode].values()
+    pub = publisher(log, meter, flush_interval_ms=40, snapshot_interval_ms=2, **settings_of(mode, tmp_path))
     view = pub.sum("v", labels=("a",))
     for i in range(40):
         view.add(1, a=str(i))
     pub.flush()
+    wait_until(lambda: not is_kept or not pub._running.own.batch_count)  # type: ignore[union-attr]
+    log.fate = lambda n, batch: AWAY
     place, name = (meter, "inc") if broken == "metrics" else (sealing, broken)
     monkeypatch.setattr(place, name, failing(getattr(place, name)))
-    for i in range(40):
-        view.add(10, a=str(i))
-        view.add(100, a=str(i))
-    wait_until(lambda: failures > (0 if broken == "metrics" else 10))
-    if SPOOL in MODES[mode].values() and broken != "metrics":
+    with stalled(pub):
+        for i in range(40):
+            view.add(10, a=str(i))
+            view.add(100, a=str(i))
+    wait_until(lambda: calls > (0 if broken == "metrics" else 10))
+    if is_kept and broken != "metrics":
         [slot] = (tmp_path / "spool").glob("*[0-9a-f]")
-        left = claim(as_kill_leaves_it(slot, tmp_path / "copy"))
-        assert sum(pending.state for pending in left.pending) == 40 * 110
-        left.release()
-    away = False
+        task = Task()
+        task.finish(claim(as_kill_leaves_it(slot, tmp_path / "copy")))
+        assert sum(task.states.values()) == 40 * 110
+    stuck, log.fate = False, lambda n, batch: "kept"
     pub.flush(20)
     monkeypatch.undo()
     pub.close()
