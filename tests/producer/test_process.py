@@ -62,8 +62,9 @@ def test_however_a_process_ends(path: Path, mode: str, ending: str, code: int, *
     script = f"{USE}pub.flush(20)\n{go_away}\nlast = lambda: (cell.add(2.5), cell.add(4))\n{ending}"
     done = run(path, script, mode, check=False, close_timeout_ms=300 if away else 20_000)
     assert done.returncode == code, done.stderr
-    assert ("is left in" in done.stderr) == (away and drains)
-    assert "at exit" not in done.stderr or away
+    if "daemon" not in ending:  # which can be caught in the midst of recording
+        assert ("is left in" in done.stderr) == (away and drains)
+        assert "at exit" not in done.stderr or away
     FileLog(path).away.unlink(missing_ok=True)
     assert fold(FileLog(path).read()).of("v") == {("main",): 7.5 if drains and not away else 1}
     assert views(path).of("v") == {("main",): 7.5 if drains or SPOOL in MODES[mode].values() else 1}
