@@ -86,10 +86,11 @@ class Running:
         self.spool: PublisherSpool | None = None
         """The spool of this process, if it has one."""
         if settings.spool_dir:
-            from pipeline.publisher.spooling import (
-                PublisherSpool,  # only who has a spool pays for it, or needs its file locks
-            )
+            # Only who has a spool pays for these. Not in a thread: a fork in the midst of an import would hang the child's.
+            from pipeline.publisher.rescue import drain
+            from pipeline.publisher.spooling import PublisherSpool
 
+            self._drain = drain
             self.spool = PublisherSpool(settings, secret, table.ends, outbox, self.account, self.lock, metrics)
         watched = WatchedLog(writer, clock, self._what_waits)
         self.delivery = Delivery(
@@ -397,9 +398,7 @@ class Running:
 
     def _rescue_until_stopped(self) -> None:
         """Send what processes that are gone have left in the spool folder; look again now and then."""
-        from pipeline.publisher.rescue import drain
-
-        folder, writer = Path(self._settings.spool_dir), self._writer
+        folder, writer, drain = Path(self._settings.spool_dir), self._writer, self._drain
         while not self._stop_rescue.is_set():
             again = False
             try:

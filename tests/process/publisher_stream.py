@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import count
 from typing import Any, NamedTuple
 
 from pipeline import Publisher
@@ -38,33 +39,32 @@ def stream(name: str, slot: int) -> Iterator[Op]:
     `slot`, less than `SLOTS`, is of this thread alone: no other has its timestamps.
     """
     rng = random.Random(name)
-    order = slot / SLOTS
-    number = 0
-    while True:
-        number += 1
-        hot = str(rng.randrange(HOT))
-        view = rng.choice(_CHOICE)
-        if view in ("ints", "mean"):
-            yield Op(view, [(hot, [rng.randrange(-(2**40), 2**40)])])
-        elif view == "floats":
-            yield Op(view, [(hot, [rng.randrange(-(2**36), 2**36) / 1024])])
-        elif view == "big":
-            yield Op(view, [(hot, [rng.getrandbits(BIG_BITS) - 2 ** (BIG_BITS - 1)])])
-        elif view == "up":
-            yield Op(view, [(hot, [rng.randrange(2**36) / 1024])])
-        elif view == "own":
-            yield Op(view, [(f"{name} {number}", [float(number)])])
-        elif view == "many":
-            yield Op(view, [(hot, [rng.randrange(2**40) for _ in range(rng.randrange(1, 8))])])
-        elif view == "table":
-            names = rng.sample(range(HOT), rng.randrange(1, HOT))
-            yield Op(view, [(str(n), [rng.randrange(2**40)]) for n in names])
-        elif view in ("low", "high"):
-            extreme = number + order
-            yield Op(view, [(hot, [extreme if view == "high" else -extreme])])
-        else:
-            value = rng.choice((number, name, "x" * rng.randrange(TEXT_MAX), None))
-            yield Op(view, [(hot, [(number * SLOTS + slot, value)])])
+    for number in count(1):
+        hot, view = str(rng.randrange(HOT)), rng.choice(_CHOICE)
+        values: list[Any]
+        match view:
+            case "ints" | "mean":
+                values = [rng.randrange(-(2**40), 2**40)]
+            case "floats":
+                values = [rng.randrange(-(2**36), 2**36) / 1024]
+            case "big":
+                values = [rng.getrandbits(BIG_BITS) - 2 ** (BIG_BITS - 1)]
+            case "up":
+                values = [rng.randrange(2**36) / 1024]
+            case "own":
+                hot, values = f"{name} {number}", [float(number)]
+            case "many":
+                values = [rng.randrange(2**40) for _ in range(rng.randrange(1, 8))]
+            case "table":
+                names = rng.sample(range(HOT), rng.randrange(1, HOT))
+                yield Op(view, [(str(n), [rng.randrange(2**40)]) for n in names])
+                continue
+            case "low" | "high":
+                values = [(number + slot / SLOTS) * (1 if view == "high" else -1)]
+            case _:
+                value = rng.choice((number, name, "x" * rng.randrange(TEXT_MAX), None))
+                values = [(number * SLOTS + slot, value)]
+        yield Op(view, [(hot, values)])
 
 
 class Recorder:
@@ -86,24 +86,13 @@ class Recorder:
             self._publisher.record_batch(view, {"name": labels, "value": values})
             return
         [(label, values)] = op.parts
-        cell = self._cell(view, op.view, label)
-        if op.view == "many":
-            cell.add_many(values)
-        elif op.view == "newest":
-            ts_ms, value = values[0]
-            cell.set(value, ts_ms)
-        elif VIEWS[op.view] == "sum":
-            cell.add(values[0])
-        else:
-            cell.observe(values[0])
-
-    def _cell(self, view: Any, name: str, label: str) -> Any:
-        if name == "own":
-            return view.labels(label)
+        cell = view.labels(label) if op.view == "own" else self._cells.setdefault((op.view, label), view.labels(label))
         self._count += 1
         if self._count % 500 == 0:
             self._cells.clear()
-        cell = self._cells.get((name, label))
-        if cell is None:
-            cell = self._cells[name, label] = view.labels(label)
-        return cell
+        if op.view == "many":
+            cell.add_many(values)
+        elif op.view == "newest":
+            cell.set(values[0][1], values[0][0])
+        else:
+            (cell.add if VIEWS[op.view] == "sum" else cell.observe)(values[0])

@@ -9,7 +9,9 @@ from typing import Any
 from pipeline.adapters.clock import SystemClock
 from pipeline.ports import LogWriter
 from pipeline.publisher.rescue import drain
+from pipeline.publisher.spool.look import inspect
 from pipeline.settings import PublisherSettings
+from tests.producer.support import FileLog, Views, fold
 
 SPOOL = "a folder of the test's own"
 
@@ -29,3 +31,15 @@ def send_spools(folder: Path, writer: LogWriter) -> None:
     """Send what processes that are gone have left in their spools, if they had any."""
     if folder.exists():
         [*drain(folder, writer, SystemClock(), PublisherSettings(), timeout_s=30)]
+
+
+def all_sent(path: Path) -> Views:
+    """What tasks make of the `FileLog` at `path` once all that is left in a spool beside it was sent, with nothing wrong."""
+    if (folder := path.parent / "spool").exists():
+        for slot in drain(folder, FileLog(path), SystemClock(), PublisherSettings(), timeout_s=30):
+            wrong = slot.error, slot.live, slot.report.bad_count, slot.report.corrupt
+            assert not any(wrong), slot
+        assert inspect(folder) == []
+    found = fold(FileLog(path).read())
+    assert not found.dead
+    return found

@@ -33,6 +33,19 @@ CLOCK = SystemClock()
 HOUR_MS = 3_600_000
 
 
+class MovedClock(SystemClock):
+    """The machine's clocks, which a test moves: the wall clock and the monotonic one apart."""
+
+    ms = 0
+    s = 0.0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.ms
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.s
+
+
 def memory_log(partitions: int = 4) -> MemoryLog:
     return MemoryLog(dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partitions), CLOCK.now_ms)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import suppress
-from http.client import HTTPException
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.producer.modes import send_spools
+from tests.producer.modes import all_sent
 from tests.producer.serving import UWSGI, Server
-from tests.producer.support import FileLog, fold
 from tests.support import wait_until
 
 pytestmark = needed = pytest.mark.skipif(not Path(UWSGI[0]).exists(), reason="uWSGI is not installed")
@@ -24,56 +21,38 @@ def serve(folder: Path, port: int, *options: str, **more: str) -> Server:
 
 
 @pytest.mark.parametrize(
-    ("options", "first"),
+    ("options", "workers", "boot"),
     [
-        ("", ""),
-        ("--py-call-osafterfork", ""),
-        ("--py-call-uwsgi-fork-hooks --threads 2", ""),
-        ("--max-requests 15 --min-worker-lifetime 0", ""),
-        ("--skip-atexit-teardown", "import uwsgidecorators"),
+        ("", 2, 11),
+        ("--py-call-osafterfork", 2, 11),
+        ("--py-call-uwsgi-fork-hooks --threads 2", 2, 11),
+        ("--max-requests 15 --min-worker-lifetime 0", 3, 11),
+        ("--skip-atexit-teardown", 2, 11),
+        ("--lazy-apps", 2, 22),
+        ("--gevent 10 --gevent-monkey-patch", 2, 11),
+        ("--processes 1", 1, 11),
     ],
 )
-def test_what_it_forks_counts_all(tmp_path: Path, free_port: int, options: str, first: str) -> None:
-    """What waits in the master is sent by one of its children, and what a worker has when it is stopped is sent too."""
-    with serve(tmp_path, free_port, "--master", *GRACEFUL, *options.split(), first=first) as server:
-        count = server.ask(3 if "--max-requests" in options else 2)
-        found, producers = server.stop()
-    assert "threads: MainThread\n" in server.output(), "one that has the interpreter's lock at the fork stops a worker"
-    assert found.of("v") == {("/",): count, ("all",): count}
-    assert found.of("boot") == {(): 11}
-    assert (found.duplicates, found.dead) == (0, [])
-    assert producers >= 2
+def test_what_it_forks_counts_all(tmp_path: Path, free_port: int, options: str, workers: int, boot: int) -> None:
+    """What waits in the master is sent by one of its children, and what a worker has when it is stopped is sent too.
 
-
-def test_apps_that_workers_load(tmp_path: Path, free_port: int) -> None:
-    """With --lazy-apps nothing is there before the fork: each worker has loaded the app, and counts that."""
-    with serve(tmp_path, free_port, "--master", *GRACEFUL, "--lazy-apps") as server:
-        count = server.ask(2)
-        found, producers = server.stop()
-    assert found.of("v") == {("/",): count, ("all",): count}
-    assert (found.of("boot"), producers) == ({(): 22}, 2)
-
-
-def test_green_workers(tmp_path: Path, free_port: int) -> None:
-    """Its gevent mode runs no exit code at all, so that what was not flushed, or had no time to be sent, is lost."""
-    with serve(tmp_path, free_port, "--master", *GRACEFUL, "--gevent", "10", "--gevent-monkey-patch") as server:
-        count, flushed = server.ask(2), set[str]()
-        while len(flushed) < 2:
+    With --lazy-apps each worker has loaded the app, and counts that. The gevent mode runs no exit code at all, and a single
+    process without a master, whose threads begin when uWSGI says so, none for Python: what they have not flushed is lost.
+    """
+    first = "import uwsgidecorators" if "--skip" in options else ""
+    master = ["--master", *GRACEFUL] if workers > 1 else []
+    with serve(tmp_path, free_port, *master, *options.split(), first=first) as server:
+        count, flushed = server.ask(workers), set[str]()
+        while ("gevent" in options or workers == 1) and len(flushed) < workers:
             flushed.add(server.get("/flush"))
             count += 1
-        found, _ = server.stop()
-    assert found.of("v") == {("/",): count, ("all",): count}
-    assert found.of("boot") == {(): 11}
-
-
-def test_a_worker_that_is_nobodys_child(tmp_path: Path, free_port: int) -> None:
-    """Without a master the process that has loaded the app answers, too: its threads begin when uWSGI says so."""
-    with serve(tmp_path, free_port, "--processes", "1") as server:
-        count = server.ask(1)
-        server.get("/flush")
         found, producers = server.stop()
-    assert found.of("v") == {("/",): count + 1, ("all",): count + 1}
-    assert (found.of("boot"), producers) == ({(): 11}, 1)
+    if "lazy" not in options and "gevent" not in options:
+        assert "threads: MainThread\n" in server.output(), "one that has the interpreter's lock at the fork stops a worker"
+    assert found.of("v") == {("/",): count, ("all",): count}
+    assert found.of("boot") == {(): boot}
+    assert (found.duplicates, found.dead) == (0, [])
+    assert producers >= 2 if workers > 1 else producers == 1
 
 
 @pytest.mark.parametrize(("graceful", "mode"), [(True, "memory"), (False, "memory"), (False, "process")])
@@ -84,25 +63,16 @@ def test_a_stop_in_the_midst_of_a_request(tmp_path: Path, free_port: int, *, gra
     """
     with serve(tmp_path, free_port, "--master", *(GRACEFUL if graceful else []), mode=mode) as server:
         count = server.ask(2)
-
-        def slow() -> None:
-            with suppress(OSError, HTTPException):
-                server.get("/slow")
-
-        asking = threading.Thread(target=slow)
-        asking.start()
-        wait_until(lambda: "\nslow\n" in server.output(), "a worker is busy", 10.0, seen=server.output)
-        found, _ = server.stop()
-        asking.join()
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(server.get, "/slow")
+            wait_until(lambda: "\nslow\n" in server.output(), "a worker is busy", 10.0, seen=server.output)
+            found, _ = server.stop()
+            assert not graceful or asked.result()
     boot, counted = found.of("boot")[()], found.of("v")[("all",)]
-    if graceful:
-        assert (boot, counted) == (11, count + 1)
-    else:  # all of one worker's, which may be the one that had what waited in the master
-        assert boot in (1, 11)
-        assert counted < count + 1
+    # Else all of one worker's is lost, which may be the one that had what waited in the master.
+    assert (boot, counted) == (11, count + 1) if graceful else boot in (1, 11) and counted < count + 1
     assert found.of("v") == {("/",): counted, ("all",): counted}
     if mode == "process":
-        send_spools(tmp_path / "spool", FileLog(server.log))
-        found = fold(FileLog(server.log).read())
+        found = all_sent(server.log)
         assert found.of("v") == {("/",): count + 1, ("all",): count + 1}
         assert (found.of("boot"), found.duplicates) == ({(): 11}, 0)

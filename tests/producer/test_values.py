@@ -13,9 +13,9 @@ import pytest
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from pipeline.ingest.gateway import Gateway
 from pipeline.ports import RawDelta
 from pipeline.publisher.client import publisher_settings
-from pipeline.ingest.gateway import Gateway
 from pipeline.settings import PublisherSettings
 from tests.producer.modes import MODES, settings_of
 from tests.producer.support import FaultyLog, batches, fold, memory_log, publisher
