@@ -112,6 +112,7 @@ impl Slot {
 pub struct Inner {
     index: HashTable<u32>,
     /// In chunks, which stay where they are when there are more: a vector that grows leaves holes in the heap.
+    #[allow(clippy::vec_box)]
     chunks: Vec<Box<[Slot; CHUNK]>>,
     slot_count: usize,
     /// The places of those that are not in use.
