@@ -34,7 +34,20 @@ _COMPLAIN_S = 10.0
 
 
 class ReentrantCondition(threading.Condition):
-    """A condition of an `RLock` whose `notify_all` a signal handler or finaliser may call in the midst of the same call."""
+    """A condition of an `RLock`, made for signal handlers and finalisers that raise, or call it, in the midst of a call."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait as `Condition.wait` does, with the lock held once.
+
+        What a handler raises leaves it with the lock held, so that the caller's `with` hands on that exception, and not one
+        of its own about a lock that it does not have.
+        """
+        try:
+            return super().wait(timeout)
+        except BaseException:
+            if not self._is_owned():  # type: ignore[attr-defined]
+                self.acquire()
+            raise
 
     def notify_all(self) -> None:
         """Wake all threads that wait."""

@@ -62,6 +62,39 @@ class Interrupted(Exception):
     """Raised by a signal handler, wherever the program happens to be."""
 
 
+def test_what_a_handler_raises_leaves_a_wait() -> None:
+    """At each line of it: nothing is raised in its place, and the lock is free for others afterwards."""
+    at = 0
+    while _interrupt_wait(at):
+        at += 1
+    assert at > 10
+
+
+def _interrupt_wait(at: int) -> bool:
+    """Raise at one line of a wait; return whether there is such a line."""
+    condition, lines = ReentrantCondition(threading.RLock()), count()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code is not threading.Condition.wait.__code__:
+            return None
+        if event == "line" and next(lines) == at:
+            raise Interrupted
+        return trace
+
+    raised = False
+    try:
+        with condition, traced(trace):
+            condition.wait(0.001)
+    except Interrupted:
+        raised = True
+    free = []
+    taker = threading.Thread(target=lambda: free.append(condition.acquire(timeout=10)))
+    taker.start()
+    taker.join()
+    assert free == [True]
+    return raised
+
+
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_signal_handler_may_record_and_flush_or_raise(raises: bool) -> None:
     """It is exact, never waits for its own thread, and what was recorded before it raises counts once. Nothing is stuck."""
