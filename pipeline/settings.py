@@ -186,7 +186,7 @@ class PublisherKeywords(TypedDict, total=False):
     """The settings that `Publisher` takes as keywords, for type checkers and editors.
 
     Names and types are those of `PublisherSettings` and `KafkaSettings`, which also have the defaults, bounds and meanings;
-    tests/producer/test_keywords.py holds them together.
+    tests/publisher/test_keywords.py holds them together.
     """
 
     flush_interval_ms: int

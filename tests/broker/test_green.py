@@ -11,7 +11,7 @@ import pytest
 from pipeline.topics import DELTAS
 from tests.broker.kafka import App, create_topics, new_app
 from tests.broker.log import fold, raw_records
-from tests.producer.test_green import PATCHES
+from tests.publisher.test_green import PATCHES
 from tests.support import ROOT, environment
 
 SCRIPT = """

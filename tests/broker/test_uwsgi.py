@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.topics import DELTAS
 from tests.broker.kafka import App, create_topics
 from tests.broker.log import fold, raw_records
-from tests.producer.test_uwsgi import GRACEFUL, needed, serve
+from tests.publisher.test_uwsgi import GRACEFUL, needed, serve
 
 pytestmark = needed
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Here
-from tests.producer.test_rescue import filled
 from tests.publisher.spool.support import Recorder
+from tests.publisher.test_rescue import filled
 
 
 def test_left_and_live(tmp_path: Path, here: Here) -> None:

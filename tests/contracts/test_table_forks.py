@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core.record import series_suffix
 from tests.contracts.tables import WAYS, Lab, every_table, states_of
-from tests.producer.support import hurried_threads
+from tests.publisher.support import hurried_threads
 
 
 def in_child(body: Callable[[], bool]) -> None:

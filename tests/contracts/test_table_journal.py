@@ -29,8 +29,8 @@ from pipeline.publisher.batching import Pending, number
 from pipeline.publisher.spool.live import Spool
 from pipeline.publisher.spool.ring import DELTA, END_BYTES, HEADER, encode_delta, scan
 from tests.contracts.tables import NOW_MS, Lab, Page, Pages, every_journal, extension, states_of
-from tests.producer.support import hurried_threads, in_threads
 from tests.publisher.spool.support import Task, as_kill_leaves_it, claim, end
+from tests.publisher.support import hurried_threads, in_threads
 from tests.support import traced
 
 KIND_NAMES = ("sum", "mean", "max", "last")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.contracts.tables import Lab, every_table, states_of
 from tests.contracts.test_table_forks import busy
-from tests.producer.support import hurried_threads, in_threads, wait_until
+from tests.publisher.support import hurried_threads, in_threads, wait_until
 
 THREADS = 4
 EACH = 4_000

@@ -21,7 +21,7 @@ from pipeline.errors import LogCorrupt, NoSpace, NotReady, StoreCorrupt, Unavail
 from pipeline.ports import RawDelta
 from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings
-from tests.producer.support import Meter as PublisherMeter
+from tests.publisher.support import Meter as PublisherMeter
 from tests.support import wait_until
 
 SERIES = 3_000

@@ -18,8 +18,8 @@ from pipeline.publisher.spool.leftover import Leftover, leftovers
 from pipeline.publisher.spool.live import Spool
 from pipeline.publisher.spool.look import inspect
 from pipeline.publisher.spool.ring import segment_path
-from tests.producer.support import ROOT, in_threads
 from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, claim, sealed, suffix
+from tests.publisher.support import ROOT, in_threads
 
 
 def filled(folder: Path, name: str = "p") -> Recorder:

@@ -1,0 +1,272 @@
+"""StatsD lines as deltas of views, within limits, and without ever raising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeline.metrics as m
+from pipeline.core.record import Definition
+from pipeline.ingest.statsd import StatsdSink
+from pipeline.settings import IngestSettings
+from tests.publisher.support import CLOCK, FaultyLog, Meter, Views, fold, publisher
+
+
+class Stopped:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.ms = 1_000
+
+    def now_ms(self) -> int:
+        return self.ms
+
+    def monotonic_s(self) -> float:
+        return self.ms / 1_000
+
+    def rising_ns(self) -> int:
+        return CLOCK.rising_ns()
+
+    def new_id(self) -> str:
+        return CLOCK.new_id()
+
+
+class World:
+    """A sink, its publisher and its log."""
+
+    def __init__(
+        self, *, clock: Any = CLOCK, known: Any = None, labels: Any = None, on_full: str = "raise", **limits: Any
+    ) -> None:
+        publishing = {name: limits.pop(name) for name in [*limits] if not name.startswith("ingest_")}
+        self.log = FaultyLog()
+        self.meter = Meter()
+        self.publisher = publisher(self.log, on_full=on_full, **publishing)
+        self.sink = StatsdSink(
+            self.publisher,
+            clock,
+            IngestSettings(**limits),
+            self.meter,
+            known=known,
+            labels=labels,
+        )
+
+    def send(self, *lines: str | bytes, protocol: str = "statsd_udp") -> World:
+        self.sink.take([line.encode() if isinstance(line, str) else line for line in lines], protocol)
+        return self
+
+    def views(self) -> Views:
+        """What the tasks make of all of it."""
+        assert self.sink.close()
+        self.publisher.close()
+        views = fold(self.log.log)
+        assert not views.dead
+        return views
+
+    @property
+    def refused(self) -> dict[str, int]:
+        counted = {
+            labels[1]: count
+            for (name, *labels), count in self.meter.values.items()
+            if name == m.INGEST_MALFORMED.name and count
+        }
+        assert counted == dict(self.sink.refused)
+        return dict(self.sink.refused)
+
+
+def test_each_type_makes_its_views() -> None:
+    """Counters add up, timers and histograms have mean, largest and count, of sets the members are series."""
+    world = World()
+    world.send("hits:1|c", "hits:2|c|@0.5", "hits:-1|c")
+    world.send("req.time:10:20|ms", "req.time:60|ms|@0.1", "size:7|h", "size:9|d", "load_ms:3|ms")
+    world.send("users:ann|s", "users:bob|s", "users:ann|s|@0.1")
+    answers = world.views().answers
+    assert answers == {
+        ("hits", ()): 4,
+        ("req_time_ms", ()): 30.0,
+        ("req_time_ms_max", ()): 60,
+        ("req_time_ms_count", ()): 12,
+        ("size", ()): 8.0,
+        ("size_max", ()): 9,
+        ("size_count", ()): 2,
+        ("load_ms", ()): 3.0,
+        ("load_ms_max", ()): 3,
+        ("load_ms_count", ()): 1,
+        ("users", ("ann",)): 2,
+        ("users", ("bob",)): 1,
+    }
+    assert world.refused == {}
+    assert world.meter.of(m.INGEST_LINES, "statsd_udp") == 11
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_the_last_gauge_counts(moves: bool) -> None:
+    """Whatever its size, however quickly it follows another, and relative to the value that its series has now."""
+    clock = Stopped()
+    world = World(clock=clock)
+    for line in ("g:9|g", "g:5|g", "g:+2:-4|g", "h:-3|g", "t:10|g|#a:1", "t:+1|g|#a:2", "big:1|g", "big:+0.5|g"):
+        world.send(line)
+        clock.ms += moves
+    answers = world.views().answers
+    assert answers == {("g", ()): 3, ("h", ()): -3, ("t", ("1",)): 10, ("t", ("2",)): 1, ("big", ()): 1.5}
+
+
+def test_a_gauge_of_an_older_time_is_older() -> None:
+    """A timestamp of DogStatsD's is when it was so."""
+    world = World().send("g:5|g", "g:9|g|T1000", "h:1|g|T2000", "h:2|g|T1000")
+    assert world.views().answers == {("g", ()): 5, ("h", ()): 1}
+
+
+def test_a_gauge_of_a_time_far_ahead_is_refused() -> None:
+    """It would silence its series; it is counted, and what follows goes on."""
+    world = World().send("g:1|g", f"g:9|g|T{CLOCK.now_ms() // 1_000 + 7_200}", "g:2|g")
+    assert world.refused == {"refused": 1}
+    assert world.views().answers == {("g", ()): 2}
+
+
+def test_a_clock_that_is_set_back_holds_no_gauge_up() -> None:
+    """What is heard then is recorded at once, not when the clock has caught up."""
+    clock = Stopped()
+    clock.ms = 10_000_000
+    world = World(clock=clock).send("g:1|g")
+    clock.ms = 5_000_000
+    world.send("g:2|g")
+    world.publisher.flush()
+    assert world.publisher.local()["g"][()] == 2
+    assert world.views().answers == {("g", ()): 2}
+
+
+def test_a_gauge_storm_is_recorded_once_a_millisecond() -> None:
+    """The clock stands still: one delta goes out at once, and one with the newest value at the end."""
+    world = World(clock=Stopped())
+    for value in range(1_000):
+        world.send(f"g:{value}|g")
+    views = world.views()
+    assert views.answers == {("g", ()): 999}
+    assert world.publisher.stats()["deltas"] == 2
+
+
+def test_tags_are_labels_in_any_order() -> None:
+    """One that is missing is empty; a further one is left out, by reason; so the first line decides."""
+    world = World().send("a:1|c|#x:1,y:2", "a:2|c|#y:2,x:1", "a:4|c|#x:1", "a:8|c", "a:16|c|#x:1,z:1")
+    assert world.views().of("a") == {("1", "2"): 3, ("1", ""): 4, ("", ""): 8}
+    assert world.refused == {"labels": 1}
+
+
+def test_labels_can_be_known_before() -> None:
+    """Those that the server has, then those that were asked for, then those of the first line."""
+    known = {"a": Definition("a", "sum", ("z", "x"), monotone=True), "g": Definition("g", "max", ())}
+    world = World(known=known, labels={"a": ["q"], "b": ["x", "y"], "s": ["x"]})
+    world.send("a:1|c|#x:1", "a:2|c|#q:1", "a:-1|c", "b:1|c", "b:1|c|#z:1", "g:1|g", "s:m|s|#x:1")
+    answers = world.views().answers
+    assert answers == {("a", ("1", "")): 1, ("b", ("", "")): 1, ("s", ("m", "1")): 1}
+    assert world.refused == {"labels": 2, "refused": 1, "kind": 1}
+
+
+def test_names_that_become_the_same_are_told_apart() -> None:
+    """The second is left out, whichever it is; so is another type that needs a view which is taken."""
+    world = World().send(
+        "a.b:1|c", "a-b:1|c", "a_b:1|c", "a.b:1|g", "t:1|ms", "t_ms:1|c", "t.ms.max:1|c", "t:1|c", "a.b:1|c"
+    )
+    assert world.views().answers == {
+        ("a_b", ()): 2, ("t_ms", ()): 1.0, ("t_ms_max", ()): 1, ("t_ms_count", ()): 1, ("t", ()): 1,
+    }  # fmt: skip
+    assert world.refused == {"collision": 4, "kind": 1}
+
+
+def test_a_set_has_no_tag_named_member() -> None:
+    """That is the label of its members."""
+    world = World().send("s:x|s|#member:y", "s:x|s|#a:y", "s:x|s|#a:y,member:z")
+    assert world.views().answers == {("s", ("y", "x")): 1}
+    assert world.refused == {"collision": 2}
+
+
+def test_bad_lines_stop_nothing() -> None:
+    """Each is counted by its reason and protocol, the good ones between them are recorded."""
+    bad = [b"\xff", b"nope", b"a:x|c", b"a:1|q", b"_e{1,1}:a|b", b"x" * 9_000, b"a:1|c|@7", b"n" * 199 + b":1|ms"]
+    lines = [line for one in bad for line in (one, b"good:1|c", b"")]
+    world = World().send(*lines, protocol="statsd_tcp")
+    assert world.meter.of(m.INGEST_LINES, "statsd_tcp") == 16
+    assert world.refused == {
+        "utf8": 1, "format": 1, "value": 1, "type": 1, "unsupported": 1, "line_long": 1, "rate": 1, "refused": 1,
+    }  # fmt: skip
+    assert world.views().of("good") == {(): 8}
+
+
+def test_views_and_series_have_limits() -> None:
+    """What there is goes on; one more is left out, by its reason."""
+    world = World(ingest_views_max=4, ingest_series_max=5)
+    world.send("a:1|c|#x:1", "t:1|ms", "b:1|c", "a:1|c|#x:2", "s:1|s", *[f"a:1|c|#x:{n}" for n in range(1, 9)], "t:2|ms")
+    assert world.views().total("a") == 2 + 4
+    assert world.refused == {"views_max": 2, "series_max": 4}
+
+
+def test_a_gauge_beyond_all_floats_is_an_int() -> None:
+    """No step is refused, and none is lost."""
+    nines = "9" * 2_400
+    world = World().send("g:1e308|g", "g:+1e308|g", f"i:{nines}|g", *[f"i:+{nines}|g"] * 3, "j:1.5|g", f"j:+{nines}|g")
+    assert not world.refused
+    views = world.views().answers
+    assert views["g", ()] == 2 * int(1e308)
+    assert views["i", ()] == 4 * int(nines)
+    assert views["j", ()] == int(nines) + 1
+
+
+def test_a_gauge_that_is_moved_by_fractions_is_exact() -> None:
+    """What a float can't hold of each step is kept, so ten tenths are one, and a small step beside a large value counts."""
+    world = World().send("g:0.1|g", *["g:+0.1|g"] * 9, "big:1e16|g", "big:+1|g", "big:-1e16|g")
+    assert not world.refused
+    assert world.views().answers == {("g", ()): 1.0, ("big", ()): 1.0}
+
+
+def test_a_log_that_is_away_costs_bounded_memory() -> None:
+    """What does not fit is left out as buffer_full; what was recorded arrives, and a gauge with its newest value."""
+    world = World(buffer_bytes_max=65_536)
+    world.log.away = True
+    sent = 3_000
+    for n in range(sent):
+        world.send(f"a:1|c|#n:{n}", f"g:{n}|g")
+    assert world.publisher.stats()["buffer_bytes"] <= 65_536
+    dropped = world.refused["buffer_full"]
+    assert 0 < dropped < sent
+    world.log.away = False
+    world.publisher.flush()
+    views = world.views()
+    assert views.total("a") == sent - dropped
+    assert views.of("g") == {(): sent - 1}
+
+
+def test_gauges_wait_for_room() -> None:
+    """Those that there is no room for are not left out: their newest values are recorded when there is."""
+    world = World(buffer_bytes_max=65_536)
+    world.log.away = True
+    for value in (1, 2):
+        world.send(*[f"g:{value}{n}|g|#n:{n}" for n in range(300)])
+    assert not world.sink.close()
+    assert world.refused == {}
+    world.log.away = False
+    deadline = CLOCK.monotonic_s() + 20
+    while not world.sink.close():
+        world.publisher.flush()
+        assert CLOCK.monotonic_s() < deadline
+    assert world.views().of("g") == {(str(n),): int(f"2{n}") for n in range(300)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.binary(max_size=40) | st.from_regex(rb"[ab]:[+-]?[0-9]{1,3}\|(c|g|ms|s)(\|#[xy]:[0-9])?", fullmatch=True))
+)
+def test_any_lines_are_taken_or_counted(lines: list[bytes]) -> None:
+    """Nothing raises, and every line that is not blank is counted."""
+    world = World().send(*lines)
+    assert world.sink.line_count == len([line for line in lines if parses(line)])
+    world.views()
+
+
+def parses(line: bytes) -> bool:
+    try:
+        return bool(line.decode().strip())
+    except UnicodeDecodeError:
+        return True

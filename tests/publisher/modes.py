@@ -1,0 +1,45 @@
+"""What can survive of what a publisher has, each with the settings that choose it: what holds for one holds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.ports import LogWriter
+from pipeline.publisher.rescue import drain
+from pipeline.publisher.spool.look import inspect
+from pipeline.settings import PublisherSettings
+from tests.publisher.support import FileLog, Views, fold
+
+SPOOL = "a folder of the test's own"
+
+MODES: Mapping[str, Mapping[str, Any]] = {
+    "memory": {},
+    "process": {"durability": "process", "spool_dir": SPOOL},
+}
+"""A value of `SPOOL` stands for a folder of the test's own."""
+
+
+def settings_of(mode: str, folder: Path) -> dict[str, Any]:
+    """The keywords for a `Publisher` of this mode, whose spool, if it has one, is in `folder`."""
+    return {name: str(folder / "spool") if value == SPOOL else value for name, value in MODES[mode].items()}
+
+
+def send_spools(folder: Path, writer: LogWriter) -> None:
+    """Send what processes that are gone have left in their spools, if they had any."""
+    if folder.exists():
+        [*drain(folder, writer, SystemClock(), PublisherSettings(), timeout_s=30)]
+
+
+def all_sent(path: Path) -> Views:
+    """What tasks make of the `FileLog` at `path` once all that is left in a spool beside it was sent, with nothing wrong."""
+    if (folder := path.parent / "spool").exists():
+        for slot in drain(folder, FileLog(path), SystemClock(), PublisherSettings(), timeout_s=30):
+            wrong = slot.error, slot.live, slot.report.bad_count, slot.report.corrupt
+            assert not any(wrong), slot
+        assert inspect(folder) == []
+    found = fold(FileLog(path).read())
+    assert not found.dead
+    return found
