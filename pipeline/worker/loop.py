@@ -324,12 +324,17 @@ class WorkerLoop:
                 self.fenced_count += 1
                 self._metrics.inc(m.FENCED)
             with self._lock:
-                moving = self._moving or any(isinstance(post, _Revoking) for post in self._posts)
+                moving = self._moving or any(self._takes(post, active.number) for post in self._posts)
             settling = isinstance(error, Fenced) and self._clock.monotonic_s() < self._settled_s
             if not settling and not (moving and isinstance(error, Fenced | Unavailable)):
                 return False
             self._lose(active, str(error))
         return True
+
+    @staticmethod
+    def _takes(post: _Assigned | _Revoking | _Damaged, partition: int) -> bool:
+        """Return whether a partition may be another's by a post that is still to be acted upon."""
+        return isinstance(post, _Revoking) or (isinstance(post, _Assigned) and partition not in post.actives)
 
     def _move(self) -> None:
         """Start what is ours and not held, let it fold when it is restored, close what is lost."""

@@ -129,7 +129,7 @@ def test_without_a_value_lines_are_counted(server: UpProcess) -> None:
     report = publish_ok(server, "counted", "--labels", "where=region", "--format", "ndjson", "-", input=ndjson_of(ROWS))
     assert answer_of(server, "counted", report["token"]) == naive(ROWS, len)
     with Reader(server.url) as reader:
-        assert [view.labels for view in reader.views() if view.name == "counted"] == [["where"]]
+        assert [view.labels for view in reader.views() if view.name == "counted"] == [("where",)]
 
 
 def test_values_of_kind_last(server: UpProcess) -> None:

@@ -15,7 +15,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStore
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.core.codec import encode_batch
-from pipeline.core.record import Batch, Group, series_suffix
+from pipeline.core.record import Batch, Group, Records, series_suffix
 from pipeline.errors import Fenced, NotReady, Unavailable
 from pipeline.metrics import PARTITION_GAUGES, Metric
 from pipeline.ports import NO_BEGINS, Begins, Message, Store, Transaction
@@ -359,6 +359,40 @@ def test_fenced_while_moving(world: _World) -> None:
     assert not a.errors
     assert a.loop.fenced_count == 1
     assert a.shown(m.FENCED) == {0: 1}
+
+
+def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
+    """The next owner may have heard of it first; what stays goes on."""
+    a = world.host()
+    a.assign(0, 1)
+    a.folds(0, 1)
+    for number in (0, 1):
+        world.send(number)
+        world.exact(number)
+    gate = world.log.held[0] = threading.Event()
+    world.send(0)
+    wait_until(lambda: a.loop._actives.all[0].commit, "a commit")
+    folding, go_on = threading.Event(), threading.Event()
+    fold = a.made[1].fold
+
+    def hold(records: Records) -> None:
+        folding.set()
+        go_on.wait(30)
+        fold(records)
+
+    a.made[1].fold = hold  # type: ignore[method-assign]
+    world.send(1)
+    assert folding.wait(30)
+    world.log.transaction("pipeline-0")
+    a.assign(1)
+    commit = a.loop._actives.all[0].commit
+    assert commit is not None
+    gate.set()
+    wait_until(commit.done, "the end of the commit")
+    go_on.set()
+    world.exact(1)
+    a.folds(1)
+    assert not a.errors
 
 
 def test_undecided_while_moving(world: _World) -> None:
