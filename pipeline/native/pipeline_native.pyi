@@ -46,6 +46,10 @@ class Table:
     def series_count(self) -> int: ...
     @property
     def waiting_count(self) -> int: ...
+    @property
+    def shard_count(self) -> int: ...
+    @property
+    def contended_count(self) -> int: ...
 
 @final
 class Draft:
@@ -90,25 +94,19 @@ class Series:
     def suffix(self) -> bytes: ...
 
 class AddView(View):
-    method: ClassVar[str]
     def add(self, value: float = 1, /, **labels: Any) -> None: ...
 
 class ObserveView(View):
-    method: ClassVar[str]
     def observe(self, value: float, /, **labels: Any) -> None: ...
 
 class SetView(View):
-    method: ClassVar[str]
     def set(self, value: str | float | bool | None, /, ts_ms: int | None = None, **labels: Any) -> None: ...
 
 class AddSeries(Series):
-    method: ClassVar[str]
     def add(self, value: float = 1, /, *, ts_ms: int | None = None) -> None: ...
 
 class ObserveSeries(Series):
-    method: ClassVar[str]
     def observe(self, value: float, /, *, ts_ms: int | None = None) -> None: ...
 
 class SetSeries(Series):
-    method: ClassVar[str]
     def set(self, value: str | float | bool | None, /, ts_ms: int | None = None) -> None: ...

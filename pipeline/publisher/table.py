@@ -30,10 +30,10 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from zlib import crc32
 
-from pipeline.core.kinds import KINDS, State
+from pipeline.core.kinds import KINDS, State, check_ahead
 from pipeline.core.record import Definition, overflow_suffix
 from pipeline.publisher.batching import Draft, Merged, cut, encode, value_bytes
-from pipeline.publisher.view import QUEUE_MAX, SHORT, AddView, ObserveView, SetView, Slot, View, check_time
+from pipeline.publisher.view import QUEUE_MAX, SHORT, AddView, ObserveView, SetView, Slot, View
 
 if TYPE_CHECKING:
     from pipeline.publisher.spool.ring import Segment
@@ -89,6 +89,9 @@ class Local(Mapping[bytes, State]):
 
 class Table:
     """A process's unsent states, and the totals of what it has recorded. All methods may be called from any thread."""
+
+    shard_count = 1
+    contended_count = 0
 
     def __init__(
         self,
@@ -185,7 +188,8 @@ class Table:
         now = self.now_ms()
         if ts_ms is None:
             return now, now
-        check_time(ts_ms, now, self._ts_ahead_max_ms)
+        KINDS["last"].check(None, ts_ms)
+        check_ahead(ts_ms, now, self._ts_ahead_max_ms)
         return ts_ms, now
 
     def rise(self, now_ms: int) -> int:

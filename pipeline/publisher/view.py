@@ -1,8 +1,7 @@
 """The views and series of the plain table: what an app records to.
 
 The native ones (`pipeline_native.pyi`) have the same recording methods, and `definition`, `overflow_count`, `labels`,
-`add_many`, `record_columns` and `series_type`; a series has `view` and `suffix`. The functions here serve both, and what
-else the classes have is for the plain table.
+`add_many`, `record_columns` and `series_type`; a series has `view` and `suffix`. What else is here is for the plain table.
 """
 
 from __future__ import annotations
@@ -11,20 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from math import inf, isfinite
 from operator import itemgetter
-from sys import intern
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.core.kinds import KINDS, State, check_ahead, kind_of
-from pipeline.core.record import (
-    Definition,
-    canonical,
-    check_label_values,
-    overflow_suffix,
-    series_prefix,
-    series_suffix,
-)
+from pipeline.core.kinds import KINDS, State, kind_of
+from pipeline.core.record import Definition, canonical, check_label_values, series_prefix, series_suffix
 from pipeline.errors import Invalid, PipelineError
-from pipeline.publisher.batching import encode
 
 if TYPE_CHECKING:
     from pipeline.publisher.table import Table
@@ -64,32 +54,6 @@ def check_value(kind: str, monotone: bool, value: object) -> Any:
     return checked[2] if kind == "last" else checked
 
 
-def check_time(ts_ms: Any, now_ms: int, ahead_max_ms: int) -> None:
-    """Raise `Invalid` if a time is none, or too far ahead of now."""
-    KINDS["last"].check(None, ts_ms)
-    check_ahead(ts_ms, now_ms, ahead_max_ms)
-
-
-def outline(definition: Definition, method: str) -> tuple[tuple[str, ...], list[int], bytes, bytes, bytes]:
-    """Return what a view records by: its label names in their own order, and by place in that order the place as declared.
-
-    And, encoded, its definition as it travels, its prefix, and the labels of its overflow series. Raises `Invalid` if deltas
-    of its kind are not recorded by `method`.
-    """
-    if KINDS[definition.kind].method != method:
-        raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {method}")
-    own = canonical(definition)
-    order = [definition.labels.index(name) for name in own.labels]
-    return tuple(map(intern, own.labels)), order, encode(own), series_prefix(own), overflow_suffix(own, b"")
-
-
-def in_parts(error: BaseException, done: int, total: int) -> BaseException:
-    """Return an error in the midst of a batch; one of this package's says how much of it is recorded."""
-    if not isinstance(error, PipelineError):
-        return error
-    return type(error)(f"{error}; {done} of the batch of {total} deltas were recorded before")
-
-
 def label_values(definition: Definition, values: Sequence[Any], names: Mapping[str, Any]) -> tuple[str, ...]:
     """Return plain label values in the order of the definition, given by position or by name, or raise `Invalid`."""
     labels = definition.labels
@@ -110,6 +74,8 @@ class View:
     """What `labels` returns. A subclass may name a subclass."""
 
     def __init__(self, table: Table, definition: Definition, series_max: int) -> None:
+        if KINDS[definition.kind].method != self.method:
+            raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {self.method}")
         self.definition = definition
         """The definition with labels in the order in which this process names them."""
         self.overflow_count = 0
@@ -120,9 +86,9 @@ class View:
         self.monotone = definition.monotone
         self.window_ms = definition.window_s * 1_000
         self.series_max = series_max
-        _, self._order, _, self.prefix, _ = outline(definition, self.method)
         self.canonical = canonical(definition)
         self.number = 0
+        self.prefix = series_prefix(self.canonical)
         self.slots: dict[bytes, Slot] = {}
         """The series that are in the table, by suffix."""
         self.own_count = 0
@@ -132,6 +98,7 @@ class View:
         simple = KINDS[self.kind].single and not self.window_ms
         self.least = (0.0 if self.monotone else -SHORT) if simple else inf
         """The least number that is its own delta: not in a view with windows, or of another kind of state."""
+        self._order = [definition.labels.index(name) for name in self.canonical.labels]
         self._label_count = len(self._order)
         self._names = itemgetter(*definition.labels) if definition.labels else tuple
         self._queue = table.queue
@@ -198,7 +165,7 @@ class View:
             for suffix, (delta, window) in zip(suffixes, rows, strict=False):
                 done += record(self, window + suffix[8:], delta)
         except PipelineError as error:
-            raise in_parts(error, done, len(rows)) from None
+            raise type(error)(f"{error}; {done} of the batch of {len(rows)} deltas were recorded before") from None
         return done
 
     def check_windows(self, ts_ms: object) -> None:

@@ -1,7 +1,6 @@
 //! The suffix of a series while it is being built: on the stack as long as it is short.
 
 use crate::table::WINDOW_BYTES;
-use crate::wire::{write_array_head, write_str};
 
 pub const LABEL_BYTES_MAX: usize = 4_096;
 pub const SUFFIX_BYTES_MAX: usize = 32_768;
@@ -9,37 +8,37 @@ const STACK_BYTES: usize = 128;
 
 pub struct Suffix {
     stack: [u8; STACK_BYTES],
-    size: usize,
-    /// All of it, once it is too long for the stack.
+    /// All of it, once it is longer than the stack.
     heap: Vec<u8>,
+    size: usize,
 }
 
 impl Suffix {
     /// Nothing yet: `start` begins it, in place, because what is returned by value may be copied.
     #[inline(always)]
     pub fn empty() -> Suffix {
-        Suffix { stack: [0; STACK_BYTES], size: 0, heap: Vec::new() }
+        Suffix { stack: [0; STACK_BYTES], heap: Vec::new(), size: 0 }
     }
 
     /// Begin the suffix of a series in no window, of so many labels, which are to be pushed.
     #[inline(always)]
     pub fn start(&mut self, label_count: usize) {
-        self.heap.clear();
         self.size = WINDOW_BYTES;
+        self.heap.clear();
         if label_count < 16 {
             self.stack[WINDOW_BYTES] = 0x90 | label_count as u8;
             self.size += 1;
         } else {
-            write_array_head(self.spill(), label_count);
+            self.push(&[0xdc, (label_count >> 8) as u8, label_count as u8]);
         }
     }
 
     #[inline(always)]
-    pub fn push_label(&mut self, label: &str) {
+    pub fn push_label(&mut self, label: &[u8]) {
         let (n, start) = (label.len(), self.size + 1);
         if n < 32 && start + 32 <= STACK_BYTES {
             self.stack[self.size] = 0xa0 | n as u8;
-            copy(&mut self.stack[start..start + n], label.as_bytes());
+            copy(&mut self.stack[start..start + n], label);
             self.size = start + n;
         } else {
             self.push_long(label);
@@ -47,24 +46,27 @@ impl Suffix {
     }
 
     #[cold]
-    fn push_long(&mut self, label: &str) {
-        let (n, start) = (label.len(), self.size + 2);
-        if (32..256).contains(&n) && start + n <= STACK_BYTES {
-            self.stack[self.size..start].copy_from_slice(&[0xd9, n as u8]);
-            self.stack[start..start + n].copy_from_slice(label.as_bytes());
-            self.size = start + n;
-        } else {
-            write_str(self.spill(), label);
+    fn push_long(&mut self, label: &[u8]) {
+        let n = label.len();
+        match n {
+            0..32 => self.push(&[0xa0 | n as u8]),
+            32..256 => self.push(&[0xd9, n as u8]),
+            _ => self.push(&[0xda, (n >> 8) as u8, n as u8]),
         }
+        self.push(label);
     }
 
-    /// Go on without the stack.
-    fn spill(&mut self) -> &mut Vec<u8> {
-        if self.heap.is_empty() {
-            self.heap.extend_from_slice(&self.stack[..self.size]);
-            self.size = STACK_BYTES + 1;
+    fn push(&mut self, bytes: &[u8]) {
+        let end = self.size + bytes.len();
+        if end <= STACK_BYTES {
+            self.stack[self.size..end].copy_from_slice(bytes);
+        } else {
+            if self.heap.is_empty() {
+                self.heap.extend_from_slice(&self.stack[..self.size]);
+            }
+            self.heap.extend_from_slice(bytes);
         }
-        &mut self.heap
+        self.size = end;
     }
 
     #[inline(always)]

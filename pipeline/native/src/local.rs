@@ -1,8 +1,8 @@
-//! States by series, in the order in which they came: the totals of a process.
+//! States by series in the order in which they came: the totals of a process, and what drains of several lanes merge in.
 
 use crate::state::{Kind, State};
 use hashbrown::HashTable;
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 #[derive(Clone)]
@@ -32,7 +32,11 @@ impl States {
         States { kind, entries: Vec::new(), complete: true, index: HashTable::new() }
     }
 
-    pub fn find(&self, hash: u32, suffix: &[u8]) -> Option<usize> {
+    pub fn find(&self, hash: u32, suffix: &[u8]) -> Option<&Entry> {
+        self.place(hash, suffix).map(|at| &self.entries[at])
+    }
+
+    fn place(&self, hash: u32, suffix: &[u8]) -> Option<usize> {
         let is = |at: &u32| {
             let entry = &self.entries[*at as usize];
             entry.hash == hash && *entry.suffix == *suffix
@@ -41,32 +45,26 @@ impl States {
     }
 
     /// Merge a state of a series in; one that is not there yet takes one of `room`, or makes this incomplete.
-    pub fn merge(&mut self, hash: u32, suffix: &Arc<[u8]>, state: &State, count: u64, room: &mut usize) {
-        if let Some(at) = self.find(hash, suffix) {
+    pub fn merge(&mut self, hash: u32, suffix: &[u8], state: State, count: u64, room: &mut usize) {
+        if let Some(at) = self.place(hash, suffix) {
             let entry = &mut self.entries[at];
-            entry.state.merge(self.kind, state.clone());
+            entry.state.merge(self.kind, state);
             entry.count += count;
         } else if *room == 0 {
             self.complete = false;
         } else {
             *room -= 1;
             let at = self.entries.len() as u32;
-            self.entries.push(Entry { suffix: suffix.clone(), state: state.clone(), count, hash });
-            self.index.insert_unique(spread(hash), at, |at| spread(self.entries[*at as usize].hash));
+            self.entries.push(Entry { suffix: suffix.into(), state, count, hash });
+            let entries = &self.entries;
+            self.index.insert_unique(spread(hash), at, |at| spread(entries[*at as usize].hash));
         }
     }
 }
 
 /// What a process has recorded since it began, and a drain has taken, by the id of the view.
-#[derive(Clone)]
 pub struct Totals {
-    pub by_view: BTreeMap<u32, States>,
+    pub by_view: HashMap<u32, States>,
     /// How many series more may be known.
     pub room: usize,
-}
-
-impl Totals {
-    pub fn of(&mut self, id: u32, kind: Kind) -> (&mut States, &mut usize) {
-        (self.by_view.entry(id).or_insert_with(|| States::new(kind)), &mut self.room)
-    }
 }

@@ -1,18 +1,18 @@
-//! What Python sees of the table: `Table`, `Local`.
+//! What Python sees of the table: `Table`, `Draft`, `Local`.
 
 use crate::convert::*;
 use crate::fork::Cores;
-use crate::local::{Entry, States};
+use crate::local::States;
 use crate::ring::Segment;
-use crate::state::{Number, State};
+use crate::state::State;
 use crate::table::*;
-use crate::view::{view_type_of, View};
+use crate::view::{AddView, ObserveView, SetView, View};
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyType};
+use pyo3::types::{PyBytes, PyDict, PyList, PyType};
 use std::hash::{BuildHasher, Hasher};
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::*};
 use std::sync::Arc;
 
 /// A process's unsent states. See `pipeline.publisher.table.Table`, which says the same in Python.
@@ -21,37 +21,49 @@ pub struct Table {
     cores: Cores,
     hasher: foldhash::fast::RandomState,
     rising_ns: AtomicI64,
-    /// The number of the next view.
-    pub next_view: AtomicU32,
+    next_view: AtomicU32,
     pub check: Py<PyAny>,
     opening: Py<PyAny>,
     full: Py<PyAny>,
     now_ms: Py<PyAny>,
     journal: Option<Py<PyAny>>,
     ts_ahead_max_ms: i64,
-    pub lane_count: usize,
+    config: (usize, usize, usize, usize),
 }
 
 /// Take a shard's lock. Where it is taken, wait without the interpreter: who holds the shards across a fork may need it.
 #[inline(always)]
-fn lock<'a>(py: Python<'_>, shard: &'a Shard) -> Held<'a> {
-    loop {
-        match shard.try_lock() {
-            Some(held) => return held,
-            None => wait(py, shard),
-        }
+fn lock<'a>(py: Python<'_>, core: &Core, shard: &'a Shard) -> Held<'a> {
+    match shard.try_lock() {
+        Some(held) => held,
+        None => wait(py, core, shard),
     }
 }
 
 #[cold]
-fn wait(py: Python<'_>, shard: &Shard) {
-    py.detach(|| drop(shard.lock()));
+fn wait<'a>(py: Python<'_>, core: &Core, shard: &'a Shard) -> Held<'a> {
+    loop {
+        core.contended.fetch_add(1, Relaxed);
+        py.detach(|| drop(shard.lock()));
+        if let Some(held) = shard.try_lock() {
+            return held;
+        }
+    }
 }
 
 impl Table {
     #[inline]
     pub fn core(&self) -> &Core {
         self.cores.get()
+    }
+
+    pub fn lane_count(&self) -> usize {
+        self.config.2
+    }
+
+    pub fn next_view(&self) -> u32 {
+        self.cores.join(); // Python never moves an object
+        self.next_view.fetch_add(1, Relaxed)
     }
 
     #[inline]
@@ -83,11 +95,13 @@ impl Table {
         let now = self.now(py)?;
         let Some(given) = ts_ms.filter(|ts_ms| !ts_ms.is_none()) else { return Ok((now, now)) };
         match plain(given) {
-            Some(Number::I(ts)) if (0..=TS_MS_MAX).contains(&ts) && ts <= now.saturating_add(self.ts_ahead_max_ms) => {
+            Some(State::I(ts)) if (0..=TS_MS_MAX).contains(&ts) && ts <= now.saturating_add(self.ts_ahead_max_ms) => {
                 Ok((ts, now))
             }
             _ => {
-                py.import("pipeline.publisher.view")?.call_method1("check_time", (given, now, self.ts_ahead_max_ms))?;
+                let kinds = py.import("pipeline.core.kinds")?;
+                kinds.getattr("KINDS")?.get_item("last")?.call_method1("check", (py.None(), given))?;
+                kinds.call_method1("check_ahead", (given, now, self.ts_ahead_max_ms))?;
                 Err(PyValueError::new_err("ts_ms"))
             }
         }
@@ -98,67 +112,79 @@ impl Table {
     pub fn record(&self, py: Python<'_>, key: Key<'_>, mut delta: State, places: &[Place]) -> PyResult<bool> {
         let core = self.core();
         let lane = core.lane();
-        let mut held = lock(py, core.shard(key.hash, lane));
-        let outcome = core.record(&mut held, key, &mut delta, places.get(lane as usize), None);
-        drop(held);
-        match outcome {
-            Ok(()) => Ok(true),
-            Err(refusal) => self.record_slowly(py, key, delta, refusal),
+        let mut held = lock(py, core, core.shard(key.hash, lane));
+        // Under the lock, through which `close` goes: what is recorded without a question is recorded before it returns.
+        let closed = core.closed.load(Relaxed);
+        let mut known = false;
+        if !closed {
+            match core.record(&mut held, key, &mut delta, places.get(lane as usize), None) {
+                Outcome::Done => return Ok(true),
+                outcome => known = matches!(outcome, Outcome::Full(_) | Outcome::NoRoom(..)),
+            }
         }
+        drop(held);
+        if !known {
+            self.opening.bind(py).call0()?;
+        }
+        self.record_slowly(py, key, delta, closed)
     }
 
-    /// Record a delta that was refused: do what is missing, and try again.
+    /// Record a delta that may need memory; `asked` says whether `opening` was called since the table was closed.
     #[cold]
     #[inline(never)]
-    fn record_slowly(&self, py: Python<'_>, key: Key<'_>, mut delta: State, mut refusal: Refusal) -> PyResult<bool> {
+    fn record_slowly(&self, py: Python<'_>, key: Key<'_>, mut delta: State, mut asked: bool) -> PyResult<bool> {
         let overflow = [&key.suffix[..WINDOW_BYTES], &key.view.overflow_labels].concat();
         let mut target = key;
         let mut core = self.core();
-        let mut insert = Insert::default();
+        let mut number = 0;
         loop {
+            if !std::ptr::eq(core, self.core()) {
+                (core, number) = (self.core(), 0); // what was called has forked: this is the child
+            }
             let shard = core.shard_number(target.hash, core.lane());
-            match refusal {
-                Refusal::Missing | Refusal::Closed => {
-                    self.opening.bind(py).call0()?;
-                    insert.asked = matches!(refusal, Refusal::Closed);
+            let outcome = {
+                let mut held = lock(py, core, &core.shards[shard]);
+                if core.closed.load(Relaxed) && !asked {
+                    None
+                } else {
+                    Some(core.record(&mut held, target, &mut delta, None, Some(&mut number)))
                 }
-                Refusal::Full(bytes) => {
+            };
+            let Some(outcome) = outcome else {
+                self.opening.bind(py).call0()?;
+                asked = true;
+                continue;
+            };
+            if number > 0 {
+                // Another thread has given the series a number, or it is one too many.
+                core.gone.lock().unwrap_or_else(|e| e.into_inner()).push(std::mem::take(&mut number));
+            }
+            match outcome {
+                Outcome::Done => {
+                    let redirected = target.suffix.as_ptr() == overflow.as_ptr();
+                    key.view.overflow_count.fetch_add(redirected as u64, Relaxed);
+                    return Ok(true);
+                }
+                Outcome::Full(bytes) => {
                     if !self.full.bind(py).call1((bytes, 1))?.is_truthy()? {
                         return Ok(false);
                     }
                 }
-                Refusal::Overflow => target = Key { hash: self.hash(key.view, &overflow), suffix: &overflow, ..key },
-                Refusal::Unnamed => {
+                Outcome::Unnamed => {
                     let name = (PyBytes::new(py, &key.view.definition), PyBytes::new(py, target.suffix));
                     let Some(given) = self.ask(py, "define", name)? else { return Ok(false) };
-                    insert.number = given.extract()?;
+                    number = given.extract()?;
                 }
-                Refusal::NoRoom(full, length) => {
+                Outcome::NoRoom(full, length) => {
                     let Some(made) = self.ask(py, "segment", (shard, full, length))? else { return Ok(false) };
                     let new = Segment::open(&made)?;
                     if std::ptr::eq(core, self.core()) {
-                        let old = lock(py, &core.shards[shard]).ring.adopt(new);
+                        let old = lock(py, core, &core.shards[shard]).ring.adopt(new);
                         drop(old);
                     }
                 }
+                _ => target = Key { hash: self.hash(key.view, &overflow), suffix: &overflow, ..key },
             }
-            if !std::ptr::eq(core, self.core()) {
-                (core, insert.number) = (self.core(), 0); // what was called has forked: this is the child
-            }
-            let shard = core.shard_number(target.hash, core.lane());
-            let mut held = lock(py, &core.shards[shard]);
-            let outcome = core.record(&mut held, target, &mut delta, None, Some(&mut insert));
-            drop(held);
-            if insert.number > 0 {
-                // Another thread has given the series a number, or it is one too many.
-                locked(&core.gone).push(std::mem::take(&mut insert.number));
-            }
-            let Err(again) = outcome else {
-                let redirected = target.suffix.as_ptr() == overflow.as_ptr();
-                key.view.overflow_count.fetch_add(redirected as u64, Relaxed);
-                return Ok(true);
-            };
-            refusal = again;
         }
     }
 
@@ -173,10 +199,10 @@ impl Table {
         Ok(Some(journal.bind(py).call_method1(method, arguments)?).filter(|answer| !answer.is_none()))
     }
 
-    fn keep_cut(&self, (positions, gone): Cut) {
-        let mut kept = locked(&self.core().cut);
-        kept.0 = positions;
-        kept.1.extend(gone);
+    fn keep_cut(&self, cut: Cut) {
+        let mut kept = self.core().cut.lock().unwrap_or_else(|e| e.into_inner());
+        kept.positions = cut.positions;
+        kept.gone.extend(cut.gone);
     }
 
     fn alone<R: Send>(&self, py: Python<'_>, work: impl FnOnce(&Core) -> R + Send) -> R {
@@ -211,16 +237,16 @@ impl Table {
         lane_count: usize,
         journal: Option<Py<PyAny>>,
     ) -> PyResult<Table> {
-        let journaled = journal.is_some();
-        let lane_count = match lane_count {
+        let lanes = match lane_count {
             0 if has_gil(py)? => 1,
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get().min(if journaled { 8 } else { usize::MAX })),
+            0 if journal.is_some() => std::thread::available_parallelism().map_or(1, |n| n.get().min(8)),
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
             n => n,
         };
-        let lane_count = lane_count.next_power_of_two();
-        let config = Config { bytes_max, shard_count, lane_count, local_series_max, journal: journaled };
+        let config = (bytes_max, shard_count, lanes.next_power_of_two(), local_series_max);
+        let (core, spare) = new_cores(config, journal.is_some());
         Ok(Table {
-            cores: Cores::new(config),
+            cores: Cores::new(core, spare),
             hasher: Default::default(),
             rising_ns: AtomicI64::new(0),
             next_view: AtomicU32::new(0),
@@ -230,12 +256,15 @@ impl Table {
             now_ms,
             journal,
             ts_ahead_max_ms,
-            lane_count,
+            config,
         })
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        [&self.check, &self.opening, &self.full, &self.now_ms].into_iter().try_for_each(|asked| visit.call(asked))?;
+        visit.call(&self.check)?;
+        visit.call(&self.opening)?;
+        visit.call(&self.full)?;
+        visit.call(&self.now_ms)?;
         visit.call(&self.journal)
     }
 
@@ -247,9 +276,13 @@ impl Table {
         view_type: Option<Bound<'py, PyType>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
-        let by_kind = || {
-            let record = py.import("pipeline.core.kinds")?.getattr("KINDS")?.get_item(definition.getattr("kind")?)?;
-            view_type_of(py, &record.getattr("method")?.extract::<String>()?)
+        let by_kind = || -> PyResult<Bound<'py, PyType>> {
+            let kind: String = definition.getattr("kind")?.extract()?;
+            Ok(match kind.as_str() {
+                "sum" => py.get_type::<AddView>(),
+                "last" => py.get_type::<SetView>(),
+                _ => py.get_type::<ObserveView>(),
+            })
         };
         view_type.map_or_else(by_kind, Ok)?.call1((slf, definition, series_max))
     }
@@ -270,40 +303,42 @@ impl Table {
         }
         let busy = busy.unwrap_or(&[]).to_vec();
         let (drafts, cut) = self.alone(py, |core| core.drain(partition_count, &busy, batch_bytes_max));
-        let made = drafts.iter().map(|draft| Py::new(py, draft.clone())).collect::<PyResult<Vec<_>>>();
+        let made = drafts.iter().map(|draft| Py::new(py, PyDraft(draft.clone()))).collect::<PyResult<Vec<_>>>();
         let made = made.and_then(|made| PyList::new(py, made));
         if made.is_err() {
             // There was no memory for the objects. Nothing is lost: the next drain returns it, and the cut is that one's.
-            locked(&self.core().undelivered).extend(drafts);
-            locked(&self.core().gone).extend(cut.1);
+            self.core().undelivered.lock().unwrap_or_else(|e| e.into_inner()).extend(drafts);
+            self.core().gone.lock().unwrap_or_else(|e| e.into_inner()).extend(cut.gone);
         } else {
             self.keep_cut(cut);
         }
         made
     }
 
-    #[allow(clippy::type_complexity)] // that of `Table.waiting_states` in Python
-    fn waiting_states<'py>(
-        &self,
-        py: Python<'py>,
-    ) -> PyResult<Vec<(Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyAny>, u64)>> {
+    fn waiting_states<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let (waiting, cut) = self.alone(py, Core::look);
-        self.keep_cut(cut);
-        let row = |Merged { view, suffix, state, count, .. }: &Merged| {
+        let rows = waiting.iter().map(|(view, suffix, state, count)| {
             let state = to_python(py, view.kind, state, *count)?;
-            Ok((PyBytes::new(py, &view.definition), PyBytes::new(py, suffix), state, *count))
+            (PyBytes::new(py, &view.definition), PyBytes::new(py, suffix), state, *count).into_pyobject(py)
+        });
+        let made = PyList::new(py, rows.collect::<PyResult<Vec<_>>>()?)?;
+        self.keep_cut(cut);
+        Ok(made)
+    }
+
+    fn cut<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyDict>, Vec<u64>)> {
+        let cut = {
+            let mut kept = self.core().cut.lock().unwrap_or_else(|e| e.into_inner());
+            Cut { positions: kept.positions.clone(), gone: std::mem::take(&mut kept.gone) }
         };
-        waiting.iter().map(row).collect()
+        Ok((positions(py, cut.positions.into_iter())?, cut.gone))
     }
 
-    fn cut(&self) -> Cut {
-        let mut kept = locked(&self.core().cut);
-        (kept.0.clone(), std::mem::take(&mut kept.1))
-    }
-
-    fn ends(&self, py: Python<'_>) -> Positions {
+    fn ends<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let core = self.core();
-        py.detach(|| core.ends())
+        let of =
+            |(number, shard): (usize, &Shard)| shard.lock().ring.end().map(|(segment, offset)| (number, segment, offset));
+        positions(py, py.detach(|| core.shards.iter().enumerate().filter_map(of).collect::<Vec<_>>()).into_iter())
     }
 
     fn snapshot(&self, py: Python<'_>) {
@@ -312,7 +347,7 @@ impl Table {
 
     fn local(&self, view: &Bound<'_, View>) -> Local {
         let info = &view.get().info;
-        let states = locked(&self.core().published).get(&info.id).cloned();
+        let states = self.core().published.lock().unwrap_or_else(|e| e.into_inner()).get(&info.id).cloned();
         Local { states: states.unwrap_or_else(|| Arc::new(States::new(info.kind))), view: view.clone().unbind() }
     }
 
@@ -336,11 +371,12 @@ impl Table {
     }
 
     fn forget(&self) {
-        self.cores.begin();
+        let (core, spare) = new_cores(self.config, self.journal.is_some());
+        self.cores.replace(core, spare);
     }
 
     fn keep(&self) -> bool {
-        self.journal.is_none() && self.cores.keep()
+        self.journal.is_none() && self.cores.keep(new_cores(self.config, false).1)
     }
 
     #[getter]
@@ -363,6 +399,31 @@ impl Table {
         let core = self.core();
         py.detach(|| core.waiting())
     }
+
+    #[getter]
+    fn shard_count(&self) -> usize {
+        self.core().shards.len()
+    }
+
+    #[getter]
+    fn contended_count(&self) -> u64 {
+        self.core().contended.load(Relaxed)
+    }
+}
+
+/// A core, and a small one that takes its place in a forked child.
+fn new_cores(config: (usize, usize, usize, usize), journal: bool) -> (Core, Core) {
+    let (bytes_max, shard_count, lane_count, local_series_max) = config;
+    let core = |shard_count| Core::new(bytes_max, shard_count, lane_count, local_series_max, journal);
+    (core(shard_count), core(1))
+}
+
+fn positions(py: Python<'_>, ends: impl Iterator<Item = (usize, i64, usize)>) -> PyResult<Bound<'_, PyDict>> {
+    let by_shard = PyDict::new(py);
+    for (shard, segment, offset) in ends {
+        by_shard.set_item(shard, (segment, offset))?;
+    }
+    Ok(by_shard)
 }
 
 fn has_gil(py: Python<'_>) -> PyResult<bool> {
@@ -374,19 +435,43 @@ fn has_gil(py: Python<'_>) -> PyResult<bool> {
     }
 }
 
+/// A batch to be: the groups of one partition. See `pipeline.publisher.table.Draft`.
+#[pyclass(frozen, name = "Draft", module = "pipeline_native")]
+pub struct PyDraft(Arc<Draft>);
+
+#[pymethods]
+impl PyDraft {
+    #[getter]
+    fn partition(&self) -> u32 {
+        self.0.partition
+    }
+
+    #[getter]
+    fn groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.groups)
+    }
+
+    #[getter]
+    fn group_count(&self) -> usize {
+        self.0.group_count
+    }
+
+    #[getter]
+    fn series_count(&self) -> u64 {
+        self.0.series_count
+    }
+
+    #[getter]
+    fn delta_count(&self) -> u64 {
+        self.0.delta_count
+    }
+}
+
 /// The totals of a view as of a snapshot, by suffix. Never changes.
 #[pyclass(frozen, mapping, module = "pipeline_native")]
 pub struct Local {
     states: Arc<States>,
     view: Py<View>,
-}
-
-impl Local {
-    fn find(&self, suffix: &[u8]) -> Option<&Entry> {
-        let view = self.view.get();
-        let at = self.states.find(view.table.get().hash(&view.info, suffix), suffix)?;
-        self.states.entries.get(at)
-    }
 }
 
 #[pymethods]
@@ -395,19 +480,21 @@ impl Local {
         self.states.entries.len()
     }
 
-    fn __getitem__<'py>(&self, py: Python<'py>, suffix: &[u8]) -> PyResult<Bound<'py, PyAny>> {
-        match self.find(suffix) {
+    fn __getitem__(&self, py: Python<'_>, suffix: &[u8]) -> PyResult<Py<PyAny>> {
+        let view = self.view.get();
+        match self.states.find(view.table.get().hash(&view.info, suffix), suffix) {
             Some(entry) => to_python(py, self.states.kind, &entry.state, entry.count),
             None => Err(PyKeyError::new_err(PyBytes::new(py, suffix).unbind())),
         }
     }
 
     fn __contains__(&self, suffix: &[u8]) -> bool {
-        self.find(suffix).is_some()
+        let view = self.view.get();
+        self.states.find(view.table.get().hash(&view.info, suffix), suffix).is_some()
     }
 
     fn __iter__(&self) -> LocalIterator {
-        LocalIterator { states: self.states.clone(), next: AtomicUsize::new(0) }
+        LocalIterator { states: self.states.clone(), next: Default::default() }
     }
 
     #[getter]
@@ -419,7 +506,7 @@ impl Local {
 #[pyclass(frozen)]
 struct LocalIterator {
     states: Arc<States>,
-    next: AtomicUsize,
+    next: std::sync::atomic::AtomicUsize,
 }
 
 #[pymethods]
@@ -436,6 +523,6 @@ impl LocalIterator {
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Table>()?;
-    m.add_class::<Draft>()?;
+    m.add_class::<PyDraft>()?;
     m.add_class::<Local>()
 }

@@ -69,7 +69,7 @@ impl Ring {
     #[inline]
     pub fn append(&mut self, series: u64, delta: &State) -> Result<(), usize> {
         self.payload.clear();
-        delta.write(&mut self.payload);
+        delta.write_delta(&mut self.payload);
         match &mut self.segment {
             Some(segment) if segment.has_room(self.payload.len()) => {
                 segment.write(series << 2, &self.payload);

@@ -3,7 +3,6 @@
 use crate::wire::*;
 use num_bigint::BigInt;
 use num_traits::{FromPrimitive, ToPrimitive};
-use pyo3::IntoPyObject;
 use std::cmp::Ordering;
 
 /// How deltas of a view merge. A kind whose state is a Python object would get an arm here and a `State` of its own, whose
@@ -19,16 +18,18 @@ pub enum Kind {
 
 impl Kind {
     pub fn of(name: &str) -> Option<Kind> {
-        [Kind::Sum, Kind::Min, Kind::Max, Kind::Mean, Kind::Last].into_iter().find(|kind| kind.name() == name)
+        Some(match name {
+            "sum" => Kind::Sum,
+            "min" => Kind::Min,
+            "max" => Kind::Max,
+            "mean" => Kind::Mean,
+            "last" => Kind::Last,
+            _ => return None,
+        })
     }
 
     pub fn name(self) -> &'static str {
         ["sum", "min", "max", "mean", "last"][self as usize]
-    }
-
-    /// What its deltas are recorded by.
-    pub fn method(self) -> &'static str {
-        ["add", "observe", "observe", "observe", "set"][self as usize]
     }
 
     /// The columns of its states in a batch.
@@ -37,46 +38,55 @@ impl Kind {
     }
 }
 
+/// A text, number, bool or None that a `last` view holds.
 #[derive(Debug, Clone)]
-pub struct Stamped {
-    pub ts_ms: i64,
-    pub recorded_ns: i64,
-    /// A text, number, bool, or `Empty` for None.
-    pub value: State,
-}
-
-/// A number as most deltas are. Beside `State` because it can be passed in registers, which shows where one is recorded.
-#[derive(Clone, Copy, IntoPyObject)]
-pub enum Number {
+pub enum Value {
+    Nil,
+    Bool(bool),
     I(i64),
     F(f64),
+    B(Box<BigInt>),
+    S(Box<str>),
 }
 
-impl From<Number> for State {
-    #[inline(always)]
-    fn from(number: Number) -> State {
-        match number {
-            Number::I(i) => I(i),
-            Number::F(f) => F(f),
+impl Value {
+    pub fn write(&self, out: &mut Vec<u8>) {
+        match self {
+            Value::Nil => out.push(0xc0),
+            Value::Bool(b) => out.push(0xc2 + *b as u8),
+            Value::I(i) => write_int(out, *i),
+            Value::F(f) => write_float(out, *f),
+            Value::B(b) => write_big(out, b),
+            Value::S(s) => write_str(out, s),
+        }
+    }
+
+    fn size(&self) -> usize {
+        match self {
+            Value::I(i) => int_bytes(*i),
+            Value::B(b) => big_bytes(b),
+            Value::S(s) => s.len(),
+            _ => 0,
         }
     }
 }
 
-/// The state of a series, one delta, or what a `last` view holds. The count of a mean stands beside it.
-///
-/// No variant has a payload of less than eight bytes: it would lie where the others have none, and moving any would cost more.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
+pub struct Stamped {
+    pub ts_ms: i64,
+    pub recorded_ns: i64,
+    pub value: Value,
+}
+
+/// The state of a series, or one delta. The count of a mean stands beside it.
+#[derive(Debug, Clone)]
 pub enum State {
-    #[default]
     Empty,
     I(i64),
     F(f64),
     /// A float sum and its error term.
     P(f64, f64),
     B(Box<BigInt>),
-    False,
-    True,
-    S(Box<str>),
     L(Box<Stamped>),
 }
 
@@ -90,7 +100,7 @@ pub fn int_state(v: BigInt) -> State {
     }
 }
 
-pub fn int_bytes(i: i64) -> usize {
+fn int_bytes(i: i64) -> usize {
     (64 - i.unsigned_abs().leading_zeros() as usize).div_ceil(8)
 }
 
@@ -121,24 +131,42 @@ impl State {
 
     /// Merge a delta, or a state, into this one.
     pub fn merge(&mut self, kind: Kind, other: State) {
-        let takes_over = match kind {
-            _ if matches!(self, Empty) => true,
-            Kind::Sum | Kind::Mean => return self.add(kind, &other),
-            Kind::Min => other.compare(self) == Ordering::Less,
-            Kind::Max => other.compare(self) == Ordering::Greater,
-            Kind::Last => other.is_newer(self),
-        };
-        if takes_over {
-            *self = other;
+        match kind {
+            Kind::Sum | Kind::Mean => self.add(other),
+            Kind::Min => {
+                if matches!(self, Empty) || other.compare(self) == Ordering::Less {
+                    *self = other
+                }
+            }
+            Kind::Max => {
+                if matches!(self, Empty) || other.compare(self) == Ordering::Greater {
+                    *self = other
+                }
+            }
+            Kind::Last => self.set(other),
         }
     }
 
-    fn add(&mut self, kind: Kind, other: &State) {
-        if self.add_simply(kind, other) {
-            return;
+    fn add(&mut self, other: State) {
+        match (&mut *self, other) {
+            (I(a), I(b)) => match a.checked_add(b) {
+                Some(sum) => *a = sum,
+                None => *self = int_state(BigInt::from(*a) + b),
+            },
+            (F(a), F(b)) => *self = two_sum((*a, 0.0), (b, 0.0)).unwrap_or_else(|| exactly(&F(*a), &F(b))),
+            (Empty, other) => *self = other,
+            (_, other) => self.add_mixed(other),
         }
-        let floats = if self.is_int() && other.is_int() { None } else { self.as_floats().zip(other.as_floats()) };
-        *self = floats.and_then(|(a, b)| two_sum(a, b)).unwrap_or_else(|| exactly(self, other));
+    }
+
+    #[cold]
+    fn add_mixed(&mut self, other: State) {
+        if self.is_int() && other.is_int() {
+            *self = exactly(self, &other);
+        } else {
+            let floats = self.as_floats().zip(other.as_floats());
+            *self = floats.and_then(|(a, b)| two_sum(a, b)).unwrap_or_else(|| exactly(self, &other));
+        }
     }
 
     fn is_int(&self) -> bool {
@@ -166,53 +194,58 @@ impl State {
         match (self, other) {
             (I(a), I(b)) => a.cmp(b),
             (F(a), F(b)) => a.partial_cmp(b).unwrap_or(Ordering::Equal),
+            (I(a), F(b)) => compare_int(*a, *b),
+            (F(a), I(b)) => compare_int(*b, *a).reverse(),
             (B(a), B(b)) => a.cmp(b),
+            (B(a), I(b)) => (**a).cmp(&BigInt::from(*b)),
             (I(a), B(b)) => BigInt::from(*a).cmp(b),
-            // Numbers beyond 128 bits become the last ones within, which no 64-bit int is.
-            (I(a), F(b)) => {
-                (*a as i128).cmp(&(*b as i128)).then_with(|| 0.0.partial_cmp(&b.fract()).unwrap_or(Ordering::Equal))
-            }
-            // Beyond 64 bits what is behind the point decides nothing.
-            (B(a), F(b)) => BigInt::from_f64(b.trunc()).map_or(Ordering::Equal, |b| (**a).cmp(&b)),
-            (F(_), I(_) | B(_)) | (B(_), I(_)) => other.compare(self).reverse(),
+            (B(a), F(b)) => compare_big(a, *b),
+            (F(a), B(b)) => compare_big(b, *a).reverse(),
             _ => Ordering::Equal,
         }
     }
 
-    fn is_newer(&self, other: &State) -> bool {
-        let (L(a), L(b)) = (self, other) else { return false };
-        let newness = (a.ts_ms, a.recorded_ns).cmp(&(b.ts_ms, b.recorded_ns)).then_with(|| {
-            let (mut mine, mut others) = (Vec::new(), Vec::new());
-            a.value.write(&mut mine);
-            b.value.write(&mut others);
-            mine.cmp(&others)
-        });
-        newness == Ordering::Greater
+    fn set(&mut self, other: State) {
+        if let (L(a), L(b)) = (&*self, &other) {
+            let newness = (a.ts_ms, a.recorded_ns).cmp(&(b.ts_ms, b.recorded_ns)).then_with(|| {
+                let (mut mine, mut others) = (Vec::new(), Vec::new());
+                a.value.write(&mut mine);
+                b.value.write(&mut others);
+                mine.cmp(&others)
+            });
+            if newness != Ordering::Less {
+                return;
+            }
+        }
+        *self = other;
     }
 
-    /// Write a value, or a pair or triple of them.
+    /// Write a number, or a pair of them.
     #[inline]
     pub fn write(&self, out: &mut Vec<u8>) {
         match self {
             F(f) => write_float(out, *f),
             I(i) => write_int(out, *i),
             P(high, low) => {
-                write_array_head(out, 2);
+                out.push(0x92);
                 write_float(out, *high);
                 write_float(out, *low);
             }
             B(b) => write_big(out, b),
+            L(stamped) => stamped.value.write(out),
             Empty => out.push(0xc0),
-            False => out.push(0xc2),
-            True => out.push(0xc3),
-            S(s) => write_str(out, s),
-            L(stamped) => {
-                write_array_head(out, 3);
-                write_int(out, stamped.ts_ms);
-                write_int(out, stamped.recorded_ns);
-                stamped.value.write(out);
-            }
         }
+    }
+
+    /// Write one delta, as a ring has it.
+    #[inline]
+    pub fn write_delta(&self, out: &mut Vec<u8>) {
+        if let L(stamped) = self {
+            out.push(0x93);
+            write_int(out, stamped.ts_ms);
+            write_int(out, stamped.recorded_ns);
+        }
+        self.write(out);
     }
 
     /// What it is charged for in a batch: `value_bytes` of `pipeline/publisher/table.py`.
@@ -221,7 +254,6 @@ impl State {
         match self {
             I(i) => int_bytes(*i),
             B(b) => big_bytes(b),
-            S(s) => s.len(),
             L(s) => int_bytes(s.ts_ms) + int_bytes(s.recorded_ns) + s.value.size(),
             _ => 0,
         }
@@ -232,8 +264,13 @@ impl State {
     pub fn heap_bytes(&self) -> usize {
         match self {
             B(b) => 56 + big_bytes(b),
-            S(text) => 16 + text.len(),
-            L(s) => 64 + s.value.heap_bytes(),
+            L(s) => {
+                64 + match &s.value {
+                    Value::S(text) => 16 + text.len(),
+                    Value::B(b) => 56 + big_bytes(b),
+                    _ => 0,
+                }
+            }
             _ => 0,
         }
     }
@@ -283,4 +320,24 @@ fn exactly(a: &State, b: &State) -> State {
         }
     }
     int_state(sum)
+}
+
+fn compare_int(i: i64, f: f64) -> Ordering {
+    const BEYOND: f64 = (1u64 << 63) as f64;
+    if f >= BEYOND {
+        return Ordering::Less;
+    }
+    if f < -BEYOND {
+        return Ordering::Greater;
+    }
+    let whole = f.trunc();
+    i.cmp(&(whole as i64)).then_with(|| (0.0).partial_cmp(&(f - whole)).unwrap_or(Ordering::Equal))
+}
+
+/// An int beyond 64 bits against a float: what is behind the point decides nothing.
+fn compare_big(b: &BigInt, f: f64) -> Ordering {
+    match BigInt::from_f64(f.trunc()) {
+        Some(other) => b.cmp(&other),
+        None => Ordering::Equal,
+    }
 }

@@ -9,17 +9,15 @@
 //! A slot is reached by its place and under its shard's lock only, so all of this is safe Rust. No Python code runs under a
 //! lock.
 
-use crate::local::{spread, Entry, States, Totals};
+use crate::local::{spread, States, Totals};
 use crate::ring::Ring;
-use crate::state::{int_bytes, Kind, Number, State};
+use crate::state::{Kind, State};
 use crate::wire::*;
 use hashbrown::HashTable;
-use lock_api::{GuardSend, RawMutex};
-use pyo3::prelude::*;
-use pyo3::types::PyBytes;
-use std::collections::{BTreeMap, HashMap};
+use std::cell::UnsafeCell;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 
 const SHARD_COUNT: usize = 64;
 const CHUNK: usize = 32;
@@ -40,35 +38,30 @@ pub struct ViewInfo {
     pub kind: Kind,
     pub monotone: bool,
     pub window_ms: i64,
-    /// Whether its deltas have a time.
-    pub is_timed: bool,
     pub series_max: usize,
     /// The definition as it travels.
     pub definition: Vec<u8>,
     /// The suffix of the overflow series, without its window.
     pub overflow_labels: Vec<u8>,
     pub prefix_crc: crc32fast::Hasher,
+    /// The series that count against `series_max`, of the core whose number is in the upper half.
+    pub counted: AtomicU64,
     pub overflow_count: AtomicU64,
 }
 
 impl ViewInfo {
-    /// The start of the window of a time, in ms; 0 if the view has no windows.
-    pub fn window_of(&self, ts_ms: i64) -> i64 {
-        if self.window_ms == 0 {
-            return 0;
+    fn series_count(&self, core: u32) -> u64 {
+        let counted = self.counted.load(Relaxed);
+        if (counted >> 32) as u32 == core {
+            counted & 0xffff_ffff
+        } else {
+            0
         }
-        ts_ms - ts_ms.rem_euclid(self.window_ms)
     }
 
-    /// Whether a number is a delta as it is.
-    #[inline(always)]
-    pub fn fits(&self, number: Number) -> bool {
-        let negative = match number {
-            Number::F(f) if !f.is_finite() => return false,
-            Number::F(f) => f < 0.0,
-            Number::I(i) => i < 0,
-        };
-        !(self.monotone && negative) && self.kind != Kind::Last
+    fn count(&self, core: u32, more: i64) {
+        let to = |_| Some((core as u64) << 32 | (self.series_count(core) as i64 + more) as u64);
+        let _ = self.counted.fetch_update(Relaxed, Relaxed, to);
     }
 
     pub fn is_overflow(&self, suffix: &[u8]) -> bool {
@@ -84,10 +77,9 @@ pub struct Key<'a> {
     pub hash: u32,
 }
 
-#[derive(Default)]
 struct Slot {
     view: Option<Arc<ViewInfo>>,
-    suffix: Arc<[u8]>,
+    suffix: Box<[u8]>,
     state: State,
     count: u64,
     hash: u32,
@@ -100,31 +92,15 @@ struct Slot {
     number: u64,
 }
 
-impl Slot {
-    fn merged(&self, state: State) -> Option<Merged> {
-        let Slot { suffix, count, hash, crc, .. } = self;
-        let view = self.view.clone()?;
-        Some(Merged { view, suffix: suffix.clone(), state, count: *count, hash: *hash, crc: *crc })
-    }
-}
-
 #[derive(Default)]
 pub struct Inner {
     index: HashTable<u32>,
-    /// In chunks, which stay where they are when there are more: a vector that grows leaves holes in the heap.
-    #[allow(clippy::vec_box)]
-    chunks: Vec<Box<[Slot; CHUNK]>>,
-    slot_count: usize,
-    /// The places of those that are not in use.
+    chunks: Vec<Vec<Slot>>,
     free: Vec<u32>,
+    live: usize,
     dirty: Vec<u32>,
     waiting: u64,
     pub ring: Ring,
-}
-
-#[inline(always)]
-fn slot_in(chunks: &[Box<[Slot; CHUNK]>], at: u32) -> &Slot {
-    &chunks[at as usize / CHUNK][at as usize % CHUNK]
 }
 
 impl Inner {
@@ -136,7 +112,7 @@ impl Inner {
     #[inline(always)]
     fn find(&self, key: Key<'_>) -> Option<u32> {
         let is = |at: &u32| {
-            let slot = slot_in(&self.chunks, *at);
+            let slot = &self.chunks[*at as usize / CHUNK][*at as usize % CHUNK];
             let same = slot.hash == key.hash && slot.view.as_ref().is_some_and(|v| Arc::ptr_eq(v, key.view));
             same && *slot.suffix == *key.suffix
         };
@@ -146,44 +122,69 @@ impl Inner {
     #[inline]
     fn find_at(&self, place: &Place) -> Option<u32> {
         let (at, stamp) = (place.at.load(Relaxed), place.stamp.load(Relaxed));
-        let slot = &self.chunks.get(at as usize / CHUNK)?[at as usize % CHUNK];
+        let slot = self.chunks.get(at as usize / CHUNK)?.get(at as usize % CHUNK)?;
         (slot.stamp == stamp && stamp != 0).then_some(at)
     }
 
     fn insert(&mut self, slot: Slot) -> u32 {
         let hash = slot.hash;
-        let at = self.free.pop().unwrap_or_else(|| {
-            if self.slot_count.is_multiple_of(CHUNK) {
-                self.chunks.push(Box::default());
+        let at = match self.free.pop() {
+            Some(at) => {
+                *self.slot(at) = slot;
+                at
             }
-            self.slot_count += 1;
-            self.slot_count as u32 - 1
-        });
-        *self.slot(at) = slot;
-        self.index.insert_unique(spread(hash), at, |at| spread(slot_in(&self.chunks, *at).hash));
+            None => {
+                if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
+                    self.chunks.push(Vec::with_capacity(CHUNK));
+                }
+                let last = self.chunks.len() - 1;
+                self.chunks[last].push(slot);
+                (last * CHUNK + self.chunks[last].len() - 1) as u32
+            }
+        };
+        self.live += 1;
+        let chunks = &self.chunks;
+        let hash_of = |at: &u32| spread(chunks[*at as usize / CHUNK][*at as usize % CHUNK].hash);
+        self.index.insert_unique(spread(hash), at, hash_of);
         at
     }
 }
 
-/// A lock that is a flag: to give it back is a store, where another mutex takes a second atomic operation, a fifth of what
-/// recording costs. It is held for microseconds, so that waiting is rare.
-pub struct Flag(AtomicBool);
+/// A part of the table with a lock and cache lines of its own. The lock is a flag: to give it back is a store, where a mutex
+/// takes a second atomic operation, a fifth of what recording costs. It is held for microseconds, so that waiting is rare.
+#[repr(align(128))]
+#[derive(Default)]
+pub struct Shard {
+    taken: AtomicBool,
+    inner: UnsafeCell<Inner>,
+}
 
-// SAFETY: who has turned the flag from false to true has the lock, and nobody else, until it turns it back. Acquire and Release
-// order what is done in between.
-unsafe impl RawMutex for Flag {
-    const INIT: Flag = Flag(AtomicBool::new(false));
-    type GuardMarker = GuardSend;
+// SAFETY: `inner` is reached through a `Held` only, of which there is one at a time: `try_lock` makes one if it was who turned
+// `taken` from false to true, and its end turns `taken` back. Acquire and Release order what is done in between. `Inner` can
+// be sent: it owns all that it holds, and what it shares, `ViewInfo`, is Sync.
+unsafe impl Sync for Shard {}
 
+pub struct Held<'a>(&'a Shard);
+
+impl Shard {
+    /// Take the lock if it is free.
     #[inline]
-    fn try_lock(&self) -> bool {
-        self.0.compare_exchange(false, true, Acquire, Relaxed).is_ok()
+    pub fn try_lock(&self) -> Option<Held<'_>> {
+        // A `Held` must not be made if the lock was taken: its end would give the lock back.
+        if self.taken.compare_exchange(false, true, Acquire, Relaxed).is_ok() {
+            Some(Held(self))
+        } else {
+            None
+        }
     }
 
     /// Wait for the lock; not while attached to the interpreter, which who holds the lock may be waiting for.
-    fn lock(&self) {
+    pub fn lock(&self) -> Held<'_> {
         let mut tries = 0;
-        while !self.try_lock() {
+        loop {
+            if let Some(held) = self.try_lock() {
+                return held;
+            }
             tries += 1;
             match tries {
                 0..100 => std::hint::spin_loop(),
@@ -192,27 +193,30 @@ unsafe impl RawMutex for Flag {
             }
         }
     }
+}
 
-    // SAFETY: who calls has the lock: nothing but the guard that `lock_api` makes of it does.
+impl Drop for Held<'_> {
     #[inline]
-    unsafe fn unlock(&self) {
-        self.0.store(false, Release);
+    fn drop(&mut self) {
+        self.0.taken.store(false, Release);
     }
 }
 
-/// A part of the table with a lock and cache lines of its own.
-#[repr(align(128))]
-#[derive(Default)]
-pub struct Shard(lock_api::Mutex<Flag, Inner>);
-
-pub type Held<'a> = lock_api::MutexGuard<'a, Flag, Inner>;
-
-impl std::ops::Deref for Shard {
-    type Target = lock_api::Mutex<Flag, Inner>;
+impl std::ops::Deref for Held<'_> {
+    type Target = Inner;
 
     #[inline]
-    fn deref(&self) -> &Self::Target {
-        &self.0
+    fn deref(&self) -> &Inner {
+        // SAFETY: there is no other `Held` of this shard, and so no other reference to `inner`: see `Sync` above.
+        unsafe { &*self.0.inner.get() }
+    }
+}
+
+impl std::ops::DerefMut for Held<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Inner {
+        // SAFETY: as in `deref`; `&mut self` keeps further references from being made through this `Held`.
+        unsafe { &mut *self.0.inner.get() }
     }
 }
 
@@ -223,19 +227,9 @@ pub struct Place {
     stamp: AtomicU64,
 }
 
-/// What is needed to record a delta whose series may be new.
-#[derive(Default)]
-pub struct Insert {
-    /// Whether `opening` was called since the table was closed.
-    pub asked: bool,
-    /// What the journal knows the series by, if it has been asked; what is used is taken.
-    pub number: u64,
-}
-
-/// Why a delta is not recorded.
-pub enum Refusal {
-    /// The table is closed, and it was not asked whether the delta may be recorded.
-    Closed,
+/// What became of a delta.
+pub enum Outcome {
+    Done,
     /// The series is not in the table, and `insert` was not given.
     Missing,
     /// There are so many bytes too few.
@@ -248,107 +242,85 @@ pub enum Refusal {
     NoRoom(i64, usize),
 }
 
-/// By shard, where its ring ends: a segment and the offset in it.
-pub type Positions = BTreeMap<usize, (i64, usize)>;
-
-/// What the journal has to know of a drain, or of a look at what waits: where the rings ended, and the numbers of series that
-/// are in the table no more. All records of those lie before the positions.
-pub type Cut = (Positions, Vec<u64>);
-
-/// Merged deltas of one series, and how many they are.
-pub struct Merged {
-    pub view: Arc<ViewInfo>,
-    pub suffix: Arc<[u8]>,
-    pub state: State,
-    pub count: u64,
-    hash: u32,
-    crc: u32,
-}
-
-/// A batch to be: the groups of one partition. See `pipeline.publisher.batching.Draft`.
-#[pyclass(frozen, module = "pipeline_native")]
+/// What the journal has to know of a drain, or of a look at what waits.
 #[derive(Default, Clone)]
+pub struct Cut {
+    /// By shard, where its ring ended.
+    pub positions: Vec<(usize, i64, usize)>,
+    /// Numbers of series that are in the table no more: all their records lie before the positions.
+    pub gone: Vec<u64>,
+}
+
+/// A series' view and suffix, its state, and how many deltas are in it.
+pub type Waiting = (Arc<ViewInfo>, Box<[u8]>, State, u64);
+
+/// Merged deltas of one series that were taken out. The suffix lies in an arena.
+struct Taken {
+    start: usize,
+    len: usize,
+    view: u32,
+    partition: u32,
+    hash: u32,
+    count: u64,
+    state: State,
+}
+
+#[derive(Default)]
 pub struct Draft {
-    #[pyo3(get)]
     pub partition: u32,
-    pub groups: Arc<Vec<u8>>,
-    #[pyo3(get)]
+    pub groups: Vec<u8>,
     pub group_count: usize,
-    #[pyo3(get)]
     pub series_count: u64,
-    #[pyo3(get)]
     pub delta_count: u64,
-}
-
-#[pymethods]
-impl Draft {
-    #[getter]
-    fn groups<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.groups)
-    }
-}
-
-/// Take a lock that nothing leaves half done: a panic ends the process.
-pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Lets one thread at a time drain, evict or take a snapshot; who holds it across a fork may do so too.
 #[derive(Default)]
 pub struct Gate {
-    inside: Mutex<Option<u32>>,
+    state: Mutex<(bool, u32)>,
     freed: Condvar,
 }
 
 impl Gate {
     /// Enter, waiting for others; false: this thread is inside already.
     pub fn enter(&self, me: u32) -> bool {
-        let mut inside = locked(&self.inside);
-        while inside.is_some_and(|other| other != me) {
-            inside = self.freed.wait(inside).unwrap_or_else(|e| e.into_inner());
+        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        while state.0 {
+            if state.1 == me {
+                return false;
+            }
+            state = self.freed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
-        inside.replace(me).is_none()
+        *state = (true, me);
+        true
     }
 
     /// Leave, if this thread is inside.
     pub fn leave(&self, me: u32) {
-        if locked(&self.inside).take_if(|other| *other == me).is_some() {
+        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        if *state == (true, me) {
+            state.0 = false;
             self.freed.notify_one();
         }
     }
 }
 
-/// How a table is to be.
-#[derive(Clone, Copy)]
-pub struct Config {
-    pub bytes_max: usize,
-    /// 0: as many as are good.
-    pub shard_count: usize,
-    pub lane_count: usize,
-    pub local_series_max: usize,
-    pub journal: bool,
-}
-
 /// Everything that a forked child must not find: it gets a new one, and never looks into the old one, of which another
 /// thread may have held a lock.
 pub struct Core {
-    /// In which process it is in use: see `crate::fork`.
-    pub forks: AtomicU64,
-    /// The parent's, if this is the closed one of a forked child that has neither begun anew nor gone on with it.
-    pub left: Option<&'static Core>,
+    pub id: u32,
     pub closed: AtomicBool,
     pub shards: Box<[Shard]>,
     pub used: AtomicUsize,
     pub series: AtomicUsize,
-    /// How many of them are not overflow series, by view.
-    own_series: Mutex<HashMap<u32, usize>>,
+    pub contended: AtomicU64,
     pub gate: Gate,
-    totals: Mutex<Totals>,
+    pub totals: Mutex<Totals>,
     /// The totals as of the last snapshot.
     pub published: Mutex<HashMap<u32, Arc<States>>>,
     /// What was drained and not handed over, because Python had no memory for it.
-    pub undelivered: Mutex<Vec<Draft>>,
-    journal: bool,
+    pub undelivered: Mutex<Vec<Arc<Draft>>>,
+    pub journal: bool,
     /// Numbers of series that are let go of, or were never used.
     pub gone: Mutex<Vec<u64>>,
     /// What belongs to what was handed over last.
@@ -365,41 +337,42 @@ fn malloc_bytes(n: usize) -> usize {
 
 /// What a series is charged for: its slot, its suffix, its places in the index and in the list of what is dirty.
 fn slot_bytes(suffix: &[u8]) -> usize {
-    std::mem::size_of::<Slot>() + 14 + malloc_bytes(suffix.len() + 16)
+    std::mem::size_of::<Slot>() + 14 + malloc_bytes(suffix.len())
 }
 
 impl Core {
-    pub fn new(config: Config, forks: u64, left: Option<&'static Core>) -> Core {
-        let shards = match config.shard_count {
-            0 if config.journal => 1, // each has a ring, whose segments take room on the disk
+    pub fn new(bytes_max: usize, shard_count: usize, lane_count: usize, local_series_max: usize, journal: bool) -> Core {
+        static IDS: AtomicU32 = AtomicU32::new(1);
+        let shards = match shard_count {
+            0 if journal => 1, // each has a ring, whose segments take room on the disk
             0 => SHARD_COUNT,
             n => n.next_power_of_two(),
         };
+        let lanes = lane_count.max(1).next_power_of_two();
         Core {
-            forks: AtomicU64::new(forks),
-            left,
-            closed: AtomicBool::new(left.is_some()),
-            shards: (0..shards * config.lane_count).map(|_| Shard::default()).collect(),
+            id: IDS.fetch_add(1, Relaxed),
+            closed: AtomicBool::new(false),
+            shards: (0..shards * lanes).map(|_| Shard::default()).collect(),
             used: AtomicUsize::new(0),
             series: AtomicUsize::new(0),
-            own_series: Mutex::default(),
+            contended: AtomicU64::new(0),
             gate: Gate::default(),
-            totals: Mutex::new(Totals { by_view: BTreeMap::new(), room: config.local_series_max }),
+            totals: Mutex::new(Totals { by_view: HashMap::new(), room: local_series_max }),
             published: Mutex::default(),
             undelivered: Mutex::default(),
-            journal: config.journal,
+            journal,
             gone: Mutex::default(),
             cut: Mutex::default(),
             drains: AtomicU32::new(0),
-            bytes_max: config.bytes_max,
-            lane_mask: config.lane_count as u32 - 1,
+            bytes_max,
+            lane_mask: lanes as u32 - 1,
             lane_shift: shards.trailing_zeros(),
         }
     }
 
     /// Whether nobody but thread `me` is in the midst of anything here.
     pub fn is_whole(&self, me: u32) -> bool {
-        let gate = self.gate.inside.try_lock().is_ok_and(|inside| inside.is_none_or(|other| other == me));
+        let gate = self.gate.state.try_lock().is_ok_and(|state| !state.0 || state.1 == me);
         let rest =
             self.totals.try_lock().is_ok() && self.published.try_lock().is_ok() && self.undelivered.try_lock().is_ok();
         gate && rest && self.shards.iter().all(|shard| shard.try_lock().is_some())
@@ -426,7 +399,7 @@ impl Core {
     }
 
     /// Merge a delta into its series, and have the ring have it. `place` is where a bound series was last found, and `delta`
-    /// stays unless it is done. `insert`: the series may be new; see there.
+    /// stays unless it is done. `insert`: the series may be new; the number that is there, if it is not 0, becomes its own.
     #[inline(always)]
     pub fn record(
         &self,
@@ -434,33 +407,27 @@ impl Core {
         key: Key<'_>,
         delta: &mut State,
         place: Option<&Place>,
-        insert: Option<&mut Insert>,
-    ) -> Result<(), Refusal> {
-        // Under the lock, through which `close` goes: what is recorded without a question is recorded before it returns.
-        if self.closed.load(Relaxed) && !insert.as_ref().is_some_and(|insert| insert.asked) {
-            return Err(Refusal::Closed);
-        }
+        insert: Option<&mut u64>,
+    ) -> Outcome {
         let inner = &mut **held;
-        let found = place.and_then(|place| inner.find_at(place));
-        let at = match found.or_else(|| inner.find(key)) {
+        let at = match place.and_then(|place| inner.find_at(place)) {
             Some(at) => at,
-            None => self.insert(inner, key, delta, insert.ok_or(Refusal::Missing)?)?,
+            None => match self.locate(inner, key, delta, place, insert) {
+                Ok(at) => at,
+                Err(outcome) => return outcome,
+            },
         };
-        let Inner { chunks, ring, dirty, waiting, .. } = inner;
-        let slot = &mut chunks[at as usize / CHUNK][at as usize % CHUNK];
-        if let Some(place) = place.filter(|_| found.is_none()) {
-            place.stamp.store(slot.stamp, Relaxed);
-            place.at.store(at, Relaxed);
-        }
         let more = delta.heap_bytes();
-        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + slot.state.heap_bytes() {
-            return Err(Refusal::Full(more));
+        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slot(at).state.heap_bytes() {
+            return Outcome::Full(more);
         }
         if self.journal {
-            if let Err(length) = ring.append(slot.number, delta) {
-                return Err(Refusal::NoRoom(ring.end().map_or(-1, |end| end.0), length));
+            let series = inner.slot(at).number;
+            if let Err(length) = inner.ring.append(series, delta) {
+                return Outcome::NoRoom(inner.ring.end().map_or(-1, |end| end.0), length);
             }
         }
+        let slot = inner.slot(at);
         if !slot.state.add_simply(key.view.kind, delta) {
             let was = slot.state.heap_bytes();
             slot.state.merge(key.view.kind, std::mem::replace(delta, State::Empty));
@@ -471,30 +438,51 @@ impl Core {
         }
         slot.count += 1;
         if slot.count == 1 {
-            dirty.push(at);
+            inner.dirty.push(at);
         }
-        *waiting += 1;
-        Ok(())
+        inner.waiting += 1;
+        Outcome::Done
+    }
+
+    #[inline(always)]
+    fn locate(
+        &self,
+        inner: &mut Inner,
+        key: Key<'_>,
+        delta: &State,
+        place: Option<&Place>,
+        insert: Option<&mut u64>,
+    ) -> Result<u32, Outcome> {
+        let at = match (inner.find(key), insert) {
+            (Some(at), _) => at,
+            (None, None) => return Err(Outcome::Missing),
+            (None, Some(number)) => self.insert(inner, key, delta, number)?,
+        };
+        if let Some(place) = place {
+            place.stamp.store(inner.slot(at).stamp, Relaxed);
+            place.at.store(at, Relaxed);
+        }
+        Ok(at)
     }
 
     #[cold]
-    fn insert(&self, inner: &mut Inner, key: Key<'_>, delta: &State, insert: &mut Insert) -> Result<u32, Refusal> {
+    fn insert(&self, inner: &mut Inner, key: Key<'_>, delta: &State, number: &mut u64) -> Result<u32, Outcome> {
         let Key { view, suffix, hash } = key;
         static STAMPS: AtomicU64 = AtomicU64::new(1);
         let own = !view.is_overflow(suffix);
-        if own && locked(&self.own_series).get(&view.id).map_or(0, |count| *count) >= view.series_max {
-            return Err(Refusal::Overflow);
+        if own && view.series_count(self.id) >= view.series_max as u64 {
+            return Err(Outcome::Overflow);
         }
         let bytes = slot_bytes(suffix);
         if self.used.load(Relaxed) + bytes + delta.heap_bytes() > self.bytes_max {
-            return Err(Refusal::Full(bytes + delta.heap_bytes()));
+            return Err(Outcome::Full(bytes + delta.heap_bytes()));
         }
-        if self.journal && insert.number == 0 {
-            return Err(Refusal::Unnamed);
+        if self.journal && *number == 0 {
+            return Err(Outcome::Unnamed);
         }
         self.used.fetch_add(bytes, Relaxed);
         self.series.fetch_add(1, Relaxed);
-        *locked(&self.own_series).entry(view.id).or_default() += own as usize;
+        view.count(self.id, own as i64);
         let mut crc = view.prefix_crc.clone();
         crc.update(suffix);
         let slot = Slot {
@@ -506,128 +494,165 @@ impl Core {
             crc: crc.finalize(),
             seen: self.drains.load(Relaxed),
             stamp: STAMPS.fetch_add(1, Relaxed),
-            number: std::mem::take(&mut insert.number),
+            number: std::mem::take(number),
         };
         Ok(inner.insert(slot))
     }
 
     pub fn waiting(&self) -> u64 {
-        let drained: u64 = locked(&self.undelivered).iter().map(|draft| draft.delta_count).sum();
+        let undelivered = self.undelivered.lock().unwrap_or_else(|e| e.into_inner());
+        let drained: u64 = undelivered.iter().map(|draft| draft.delta_count).sum();
         drained + self.shards.iter().map(|shard| shard.lock().waiting).sum::<u64>()
     }
 
     /// Take out what waits, but for busy partitions, merge it into the totals, and encode it as batches to be; they come behind
     /// what an earlier drain could not hand over.
-    pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize) -> (Vec<Draft>, Cut) {
-        let (mut taken, cut) = self.take(partition_count, busy);
+    pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize) -> (Vec<Arc<Draft>>, Cut) {
+        let mut drafts = Vec::new();
+        let mut arena = Vec::new();
+        let mut views = Vec::new();
+        let mut cut = self.begin_cut();
+        let mut taken = self.take(partition_count, busy, &mut arena, &mut views, &mut cut);
         if self.lane_mask > 0 {
-            taken = merge_lanes(taken);
+            taken = merge_lanes(taken, &arena, &views);
         }
-        let mut groups: BTreeMap<(u32, u32), Vec<&Merged>> = BTreeMap::new();
-        for merged in &taken {
-            groups.entry((merged.crc % partition_count, merged.view.id)).or_default().push(merged);
-        }
-        let mut totals = locked(&self.totals);
-        for group in groups.values() {
-            let (states, room) = totals.of(group[0].view.id, group[0].view.kind);
-            group.iter().for_each(|merged| states.merge(merged.hash, &merged.suffix, &merged.state, merged.count, room));
-        }
-        drop(totals);
-        let mut drafts = std::mem::take(&mut *locked(&self.undelivered));
-        encode(groups, bytes_max, &mut drafts);
-        (drafts, cut)
+        self.add_totals(&taken, &arena, &views);
+        encode(&taken, &arena, &views, partition_count, bytes_max, &mut drafts);
+        let mut all = std::mem::take(&mut *self.undelivered.lock().unwrap_or_else(|e| e.into_inner()));
+        all.extend(drafts.into_iter().map(Arc::new));
+        (all, cut)
     }
 
-    /// Where the rings end now.
-    pub fn ends(&self) -> Positions {
-        let end = |(number, shard): (usize, &Shard)| shard.lock().ring.end().map(|end| (number, end));
-        self.shards.iter().enumerate().filter_map(end).collect()
+    fn begin_cut(&self) -> Cut {
+        Cut { positions: Vec::new(), gone: std::mem::take(&mut *self.gone.lock().unwrap_or_else(|e| e.into_inner())) }
     }
 
     /// What waits, which stays where it is, and where the rings end as of that.
-    pub fn look(&self) -> (Vec<Merged>, Cut) {
-        let mut out = Vec::new();
-        let gone = std::mem::take(&mut *locked(&self.gone));
-        let positions = self.visit(usize::MAX, |slot| {
-            out.extend(slot.merged(slot.state.clone()));
-            true
-        });
-        (out, (positions, gone))
-    }
-
-    /// Show every series in which something waits; what `keep` returns false of waits no more. Returns where the rings end.
-    ///
-    /// A shard's lock is held for so many series at a time.
-    fn visit(&self, hold_max: usize, mut keep: impl FnMut(&mut Slot) -> bool) -> Positions {
-        let mut positions = Positions::new();
+    pub fn look(&self) -> (Vec<Waiting>, Cut) {
+        let (mut out, mut cut) = (Vec::new(), self.begin_cut());
         for (number, shard) in self.shards.iter().enumerate() {
             let mut inner = shard.lock();
+            let inner = &mut *inner;
+            cut.positions.extend(inner.ring.end().map(|(segment, offset)| (number, segment, offset)));
+            for at in &inner.dirty {
+                let slot = &inner.chunks[*at as usize / CHUNK][*at as usize % CHUNK];
+                out.extend(slot.view.clone().map(|view| (view, slot.suffix.clone(), slot.state.clone(), slot.count)));
+            }
+        }
+        (out, cut)
+    }
+
+    fn take(
+        &self,
+        partition_count: u32,
+        busy: &[u8],
+        arena: &mut Vec<u8>,
+        views: &mut Vec<Arc<ViewInfo>>,
+        cut: &mut Cut,
+    ) -> Vec<Taken> {
+        let drain = self.drains.fetch_add(1, Relaxed) + 1;
+        let mut places: HashMap<u32, u32> = HashMap::new();
+        let mut last = (0, 0);
+        let mut out = Vec::new();
+        // What is behind a ring's position is not in what was taken, and nothing before it is left out: so with a journal a
+        // shard is taken in one hold.
+        let hold_max = if self.journal { usize::MAX } else { HOLD_MAX };
+        for (number, shard) in self.shards.iter().enumerate() {
+            let expected = shard.lock().dirty.len();
+            reserve(&mut out, arena, expected.min(hold_max));
+            let mut inner = shard.lock();
             let dirty = std::mem::take(&mut inner.dirty);
-            positions.extend(inner.ring.end().map(|end| (number, end)));
+            cut.positions.extend(inner.ring.end().map(|(segment, offset)| (number, segment, offset)));
             let mut kept = Vec::new();
             for (i, part) in dirty.chunks(hold_max).enumerate() {
                 if i > 0 {
                     drop(inner);
+                    reserve(&mut out, arena, part.len());
                     inner = shard.lock();
                 }
                 for at in part {
                     let slot = inner.slot(*at);
-                    if keep(slot) {
+                    let partition = slot.crc % partition_count;
+                    if busy.get(partition as usize).is_some_and(|busy| *busy != 0) {
                         kept.push(*at);
-                    } else {
-                        let count = std::mem::take(&mut slot.count);
-                        inner.waiting -= count;
+                        continue;
                     }
+                    let Some(view) = &slot.view else { continue };
+                    if views.is_empty() || last.0 != view.id {
+                        let place = *places.entry(view.id).or_insert_with(|| {
+                            views.push(view.clone());
+                            views.len() as u32 - 1
+                        });
+                        last = (view.id, place);
+                    }
+                    let heap = slot.state.heap_bytes();
+                    if heap > 0 {
+                        self.used.fetch_sub(heap, Relaxed);
+                    }
+                    let count = std::mem::take(&mut slot.count);
+                    slot.seen = drain;
+                    out.push(Taken {
+                        start: arena.len(),
+                        len: slot.suffix.len(),
+                        view: last.1,
+                        partition,
+                        hash: slot.hash,
+                        count,
+                        state: std::mem::replace(&mut slot.state, State::Empty),
+                    });
+                    arena.extend_from_slice(&slot.suffix);
+                    inner.waiting -= count;
                 }
             }
-            kept.append(&mut inner.dirty);
-            inner.dirty = kept;
+            if !kept.is_empty() {
+                kept.append(&mut inner.dirty);
+                inner.dirty = kept;
+            }
         }
-        positions
+        out
     }
 
-    fn take(&self, partition_count: u32, busy: &[u8]) -> (Vec<Merged>, Cut) {
-        let drain = self.drains.fetch_add(1, Relaxed) + 1;
-        // Nearly all the memory that is needed, before a lock is held.
-        let mut out = Vec::with_capacity(self.shards.iter().map(|shard| shard.lock().dirty.len()).sum());
-        // What is behind a ring's position is not in what was taken, and nothing before it is left out: so with a journal a
-        // shard is taken in one hold.
-        let hold_max = if self.journal { usize::MAX } else { HOLD_MAX };
-        let gone = std::mem::take(&mut *locked(&self.gone));
-        let positions = self.visit(hold_max, |slot| {
-            if busy.get((slot.crc % partition_count) as usize).is_some_and(|busy| *busy != 0) {
-                return true;
-            }
-            let heap = slot.state.heap_bytes();
-            if heap > 0 {
-                self.used.fetch_sub(heap, Relaxed);
-            }
-            slot.seen = drain;
-            let state = std::mem::replace(&mut slot.state, State::Empty);
-            out.extend(slot.merged(state));
-            false
-        });
-        (out, (positions, gone))
+    fn add_totals(&self, taken: &[Taken], arena: &[u8], views: &[Arc<ViewInfo>]) {
+        let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
+        let Totals { by_view, room } = &mut *totals;
+        let known = |view: &Arc<ViewInfo>| by_view.remove(&view.id).unwrap_or_else(|| States::new(view.kind));
+        let mut states: Vec<States> = views.iter().map(known).collect();
+        for t in taken {
+            states[t.view as usize].merge(t.hash, &arena[t.start..t.start + t.len], t.state.clone(), t.count, room);
+        }
+        by_view.extend(views.iter().map(|view| view.id).zip(states));
     }
 
     /// Publish the totals together with what waits.
     pub fn snapshot(&self) {
-        let mut waiting = Totals { by_view: BTreeMap::new(), room: usize::MAX };
-        self.visit(HOLD_MAX, |slot| {
-            if let Some(view) = &slot.view {
-                let (states, room) = waiting.of(view.id, view.kind);
-                states.merge(slot.hash, &slot.suffix, &slot.state, slot.count, room);
-            }
-            true
-        });
-        let mut totals = locked(&self.totals).clone();
-        for (id, more) in waiting.by_view {
-            let (states, room) = totals.of(id, more.kind);
-            for Entry { suffix, state, count, hash } in &more.entries {
-                states.merge(*hash, suffix, state, *count, room);
+        let mut waiting: HashMap<u32, States> = HashMap::new();
+        for shard in self.shards.iter() {
+            let dirty = shard.lock().dirty.clone();
+            for part in dirty.chunks(HOLD_MAX) {
+                let mut inner = shard.lock();
+                for at in part {
+                    let slot = inner.slot(*at);
+                    if let Some(view) = &slot.view {
+                        let states = waiting.entry(view.id).or_insert_with(|| States::new(view.kind));
+                        states.merge(slot.hash, &slot.suffix, slot.state.clone(), slot.count, &mut usize::MAX.clone());
+                    }
+                }
             }
         }
-        *locked(&self.published) = totals.by_view.into_iter().map(|(id, states)| (id, Arc::new(states))).collect();
+        let mut totals = self.totals.lock().unwrap_or_else(|e| e.into_inner());
+        let mut room = totals.room;
+        for (id, states) in &waiting {
+            totals.by_view.entry(*id).or_insert_with(|| States::new(states.kind));
+        }
+        let mut published = HashMap::new();
+        for (id, states) in totals.by_view.iter() {
+            let mut copy = states.clone();
+            for entry in waiting.get(id).map_or(&[][..], |waiting| &waiting.entries) {
+                copy.merge(entry.hash, &entry.suffix, entry.state.clone(), entry.count, &mut room);
+            }
+            published.insert(*id, Arc::new(copy));
+        }
+        *self.published.lock().unwrap_or_else(|e| e.into_inner()) = published;
     }
 
     /// Let go of series in which nothing waits and that were silent for so many drains.
@@ -638,11 +663,13 @@ impl Core {
             let mut next = 0;
             loop {
                 let mut inner = shard.lock();
-                let end = inner.slot_count.min(next + HOLD_MAX);
-                gone += (next..end).filter(|at| self.let_go(&mut inner, *at as u32, drain, silent_drains)).count();
+                let end = (next + HOLD_MAX).min(inner.chunks.len() * CHUNK);
+                for at in next..end {
+                    gone += self.let_go(&mut inner, at as u32, drain, silent_drains) as usize;
+                }
                 next = end;
-                if next == inner.slot_count {
-                    if inner.free.len() == inner.slot_count && inner.dirty.is_empty() {
+                if next >= inner.chunks.len() * CHUNK {
+                    if inner.live == 0 && inner.dirty.is_empty() {
                         *inner = Inner { ring: std::mem::take(&mut inner.ring), ..Inner::default() };
                     }
                     break;
@@ -653,26 +680,32 @@ impl Core {
     }
 
     fn let_go(&self, inner: &mut Inner, at: u32, drain: u32, silent_drains: u32) -> bool {
-        let slot = inner.slot(at);
-        if slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
+        let Some(slot) = inner.chunks[at as usize / CHUNK].get_mut(at as usize % CHUNK) else { return false };
+        if slot.view.is_none() || slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
             return false;
         }
         let Some(view) = slot.view.take() else { return false };
         slot.stamp = 0;
         if slot.number > 0 {
-            locked(&self.gone).push(slot.number);
+            self.gone.lock().unwrap_or_else(|e| e.into_inner()).push(slot.number);
         }
         let suffix = std::mem::take(&mut slot.suffix);
         let hash = slot.hash;
-        *locked(&self.own_series).entry(view.id).or_default() -= !view.is_overflow(&suffix) as usize;
+        view.count(self.id, -(!view.is_overflow(&suffix) as i64));
         self.used.fetch_sub(slot_bytes(&suffix), Relaxed);
         self.series.fetch_sub(1, Relaxed);
         if let Ok(found) = inner.index.find_entry(spread(hash), |other| *other == at) {
             found.remove();
         }
         inner.free.push(at);
+        inner.live -= 1;
         true
     }
+}
+
+fn reserve(out: &mut Vec<Taken>, arena: &mut Vec<u8>, count: usize) {
+    out.reserve(count);
+    arena.reserve(count * 64);
 }
 
 /// A number that each thread keeps.
@@ -682,55 +715,93 @@ pub fn thread_index() -> u32 {
     INDEX.with(|index| *index)
 }
 
-/// Have each series once, where it first stood.
-fn merge_lanes(lanes: Vec<Merged>) -> Vec<Merged> {
-    let mut out: Vec<Merged> = Vec::with_capacity(lanes.len());
-    let mut places: HashMap<(u32, Arc<[u8]>), usize> = HashMap::new();
-    for merged in lanes {
-        let place = *places.entry((merged.view.id, merged.suffix.clone())).or_insert(out.len());
-        match out.get_mut(place) {
-            Some(into) => {
-                into.count += merged.count;
-                into.state.merge(merged.view.kind, merged.state);
-            }
-            None => out.push(merged),
+/// Each series once, where it first stood.
+fn merge_lanes(taken: Vec<Taken>, arena: &[u8], views: &[Arc<ViewInfo>]) -> Vec<Taken> {
+    let mut out: Vec<Taken> = Vec::with_capacity(taken.len());
+    let mut index: HashTable<u32> = HashTable::with_capacity(taken.len());
+    for t in taken {
+        let is = |at: &u32| {
+            let o = &out[*at as usize];
+            o.hash == t.hash && o.view == t.view && arena[o.start..o.start + o.len] == arena[t.start..t.start + t.len]
+        };
+        if let Some(at) = index.find(spread(t.hash), is).copied() {
+            let into = &mut out[at as usize];
+            into.count += t.count;
+            into.state.merge(views[t.view as usize].kind, t.state);
+        } else {
+            index.insert_unique(spread(t.hash), out.len() as u32, |at| spread(out[*at as usize].hash));
+            out.push(t);
         }
     }
     out
 }
 
-/// Make batches of up to `bytes_max` of series by partition and view, whose numbers are in the order of their definition.
-fn encode(groups: BTreeMap<(u32, u32), Vec<&Merged>>, bytes_max: usize, drafts: &mut Vec<Draft>) {
-    let mut batch = Batch::default();
-    for ((partition, _), group) in groups {
-        if partition != batch.draft.partition {
-            batch.finish(drafts);
-            batch.draft.partition = partition;
-        }
-        let view = &group[0].view;
-        for merged in group {
-            let count = if view.kind == Kind::Mean { int_bytes(merged.count as i64) } else { 0 };
-            let entry = ENTRY_BYTES + merged.suffix.len() + merged.state.size() + count;
-            let head = GROUP_BYTES + view.definition.len();
-            let more = entry + if batch.entries == 0 { head } else { 0 };
-            let crowded = batch.entries == 0 && batch.draft.group_count == GROUP_COUNT_MAX;
-            if batch.size + more > bytes_max.saturating_sub(BATCH_BYTES) || crowded {
-                batch.end_group(view);
-                batch.finish(drafts);
-            }
-            batch.size += entry + if batch.entries == 0 { head } else { 0 };
-            batch.add(merged);
-        }
-        batch.end_group(view);
+/// What was taken, as the groups of batches of up to `bytes_max`: by partition, then by view in the order of their definition.
+fn encode(
+    taken: &[Taken],
+    arena: &[u8],
+    views: &[Arc<ViewInfo>],
+    partition_count: u32,
+    bytes_max: usize,
+    drafts: &mut Vec<Draft>,
+) {
+    let mut by_id: Vec<usize> = (0..views.len()).collect();
+    by_id.sort_by_key(|place| views[*place].id);
+    let mut rank = vec![0; views.len()];
+    for (i, place) in by_id.iter().enumerate() {
+        rank[*place] = i;
     }
-    batch.finish(drafts);
+    // A counting sort
+    let bucket = |t: &Taken| t.partition as usize * views.len() + rank[t.view as usize];
+    let mut starts = vec![0u32; partition_count as usize * views.len() + 1];
+    for t in taken {
+        starts[bucket(t) + 1] += 1;
+    }
+    for i in 1..starts.len() {
+        starts[i] += starts[i - 1];
+    }
+    let mut next = starts.clone();
+    let mut order = vec![0u32; taken.len()];
+    for (i, t) in taken.iter().enumerate() {
+        let place = &mut next[bucket(t)];
+        order[*place as usize] = i as u32;
+        *place += 1;
+    }
+    for partition in 0..partition_count {
+        let mut batch = Batch { size: BATCH_BYTES, ..Batch::default() };
+        for (i, place) in by_id.iter().enumerate() {
+            let at = partition as usize * views.len() + i;
+            let view = &views[*place];
+            for number in &order[starts[at] as usize..starts[at + 1] as usize] {
+                let t = &taken[*number as usize];
+                let entry =
+                    ENTRY_BYTES + t.len + t.state.size() + if view.kind == Kind::Mean { count_bytes(t.count) } else { 0 };
+                let group = GROUP_BYTES + view.definition.len();
+                let more = entry + if batch.entries == 0 { group } else { 0 };
+                let crowded = batch.entries == 0 && batch.draft.group_count == GROUP_COUNT_MAX;
+                if (batch.size + more > bytes_max || crowded) && batch.draft.series_count > 0 {
+                    batch.end_group(view);
+                    drafts.push(batch.finish(partition));
+                }
+                batch.size += entry + if batch.entries == 0 { group } else { 0 };
+                batch.add(view.kind, t, &arena[t.start..t.start + t.len]);
+            }
+            batch.end_group(view);
+        }
+        if batch.draft.series_count > 0 {
+            drafts.push(batch.finish(partition));
+        }
+    }
+}
+
+fn count_bytes(count: u64) -> usize {
+    (64 - count.leading_zeros() as usize).div_ceil(8)
 }
 
 /// A batch to be that grows: the groups that are done, and the columns of the one that is not.
 #[derive(Default)]
 struct Batch {
     draft: Draft,
-    groups: Vec<u8>,
     size: usize,
     entries: usize,
     suffixes: Vec<u8>,
@@ -739,10 +810,10 @@ struct Batch {
 
 impl Batch {
     #[inline]
-    fn add(&mut self, merged: &Merged) {
-        write_bin(&mut self.suffixes, &merged.suffix);
+    fn add(&mut self, kind: Kind, t: &Taken, suffix: &[u8]) {
+        write_bin(&mut self.suffixes, suffix);
         let [first, second, third] = &mut self.columns;
-        match &merged.state {
+        match &t.state {
             State::L(stamped) => {
                 write_int(first, stamped.ts_ms);
                 write_int(second, stamped.recorded_ns);
@@ -750,12 +821,12 @@ impl Batch {
             }
             state => state.write(first),
         }
-        if merged.view.kind == Kind::Mean {
-            write_uint(second, merged.count);
+        if kind == Kind::Mean {
+            write_uint(second, t.count);
         }
         self.entries += 1;
         self.draft.series_count += 1;
-        self.draft.delta_count += merged.count;
+        self.draft.delta_count += t.count;
     }
 
     fn end_group(&mut self, view: &ViewInfo) {
@@ -763,7 +834,7 @@ impl Batch {
         if n == 0 {
             return;
         }
-        let out = &mut self.groups;
+        let out = &mut self.draft.groups;
         out.push(0x93);
         out.extend_from_slice(&view.definition);
         write_array_head(out, n);
@@ -776,17 +847,12 @@ impl Batch {
         self.draft.group_count += 1;
     }
 
-    /// Begin anew in the same partition.
-    fn finish(&mut self, drafts: &mut Vec<Draft>) {
-        if self.draft.series_count == 0 {
-            return;
-        }
-        let partition = self.draft.partition;
-        let done = std::mem::replace(&mut self.draft, Draft { partition, ..Draft::default() });
-        let mut groups = Vec::with_capacity(self.groups.len() + 5);
-        write_array_head(&mut groups, done.group_count);
-        groups.append(&mut self.groups);
-        self.size = 0;
-        drafts.push(Draft { groups: Arc::new(groups), ..done });
+    fn finish(&mut self, partition: u32) -> Draft {
+        self.size = BATCH_BYTES;
+        let mut draft = std::mem::take(&mut self.draft);
+        let mut groups = Vec::with_capacity(draft.groups.len() + 5);
+        write_array_head(&mut groups, draft.group_count);
+        groups.append(&mut draft.groups);
+        Draft { partition, groups, ..draft }
     }
 }

@@ -3,46 +3,49 @@
 use crate::convert::*;
 use crate::labels::*;
 use crate::python::Table;
-use crate::state::{Kind, Number, Stamped, State};
+use crate::state::{Kind, Stamped, State};
 use crate::table::{Key, Place, ViewInfo, WINDOW_BYTES};
-use pyo3::buffer::{Element, PyBuffer};
+use crate::wire::{write_array_head, write_str};
+use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::pyclass::{boolean_struct::True, PyClass};
 use pyo3::types::{PyBytes, PyDict, PyString, PyTuple, PyType};
-use pyo3::IntoPyObjectExt;
 use std::ffi::CStr;
-use std::iter::repeat;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::sync::Arc;
 
 /// Rows that are recorded before other threads get the interpreter.
 const ROWS_AT_ONCE: usize = 4_096;
 
-/// A view that this process records to. See `pipeline.publisher.view.View`.
+/// A view that this process records to. See `pipeline.publisher.table.View`.
 #[pyclass(frozen, subclass, module = "pipeline_native")]
 pub struct View {
     pub table: Py<Table>,
     pub info: Arc<ViewInfo>,
     /// As it was given: its labels stand in the order in which this process names them.
-    #[pyo3(get, name = "definition")]
     declared: Py<PyAny>,
     /// Label names in their own order, interned.
     names: Vec<Py<PyString>>,
     /// By place in that order, the place among the labels as declared.
     order: Vec<usize>,
+    /// What `labels` returns, if it is a subclass.
+    series_type: Option<Py<PyType>>,
 }
 
-/// A series that deltas can be recorded to. See `pipeline.publisher.view.Series`.
+#[pyclass(frozen, subclass, extends = View, module = "pipeline_native")]
+pub struct AddView;
+#[pyclass(frozen, subclass, extends = View, module = "pipeline_native")]
+pub struct ObserveView;
+#[pyclass(frozen, subclass, extends = View, module = "pipeline_native")]
+pub struct SetView;
+
+/// A series that deltas can be recorded to. See `pipeline.publisher.table.Series`.
 #[pyclass(frozen, subclass, module = "pipeline_native")]
 pub struct Series {
     table: Py<Table>,
     info: Arc<ViewInfo>,
-    #[pyo3(get)]
     view: Py<View>,
     suffix: Box<[u8]>,
     hash: u32,
@@ -50,35 +53,12 @@ pub struct Series {
     places: Box<[Place]>,
 }
 
-/// A way to record. There is a subclass of `View` and one of `Series` for each.
-struct Method {
-    /// What their names begin with.
-    title: &'static str,
-    name: &'static CStr,
-    of_view: &'static CStr,
-    of_series: &'static CStr,
-}
-
-const METHODS: [Method; 3] = [
-    Method {
-        title: "Add",
-        name: c"add",
-        of_view: c"add($self, value=1, /, **labels)\n--\n\nAdd `value` to the series with these labels.",
-        of_series: c"add($self, value=1, /, *, ts_ms=None)\n--\n\nAdd `value`.",
-    },
-    Method {
-        title: "Observe",
-        name: c"observe",
-        of_view: c"observe($self, value, /, **labels)\n--\n\nObserve `value` in the series with these labels.",
-        of_series: c"observe($self, value, /, *, ts_ms=None)\n--\n\nObserve `value`.",
-    },
-    Method {
-        title: "Set",
-        name: c"set",
-        of_view: c"set($self, value, /, ts_ms=None, **labels)\n--\n\nSet the series with these labels, as of `ts_ms`.",
-        of_series: c"set($self, value, /, ts_ms=None)\n--\n\nSet the value, as of `ts_ms`.",
-    },
-];
+#[pyclass(frozen, subclass, extends = Series, module = "pipeline_native")]
+pub struct AddSeries;
+#[pyclass(frozen, subclass, extends = Series, module = "pipeline_native")]
+pub struct ObserveSeries;
+#[pyclass(frozen, subclass, extends = Series, module = "pipeline_native")]
+pub struct SetSeries;
 
 fn invalid(py: Python<'_>, text: String) -> PyErr {
     match py.import("pipeline.errors").and_then(|errors| errors.getattr("Invalid")?.call1((text,))) {
@@ -88,6 +68,61 @@ fn invalid(py: Python<'_>, text: String) -> PyErr {
 }
 
 impl View {
+    fn open(
+        slf: &Bound<'_, PyType>,
+        table: Py<Table>,
+        definition: Bound<'_, PyAny>,
+        series_max: usize,
+        method: &CStr,
+    ) -> PyResult<View> {
+        let py = slf.py();
+        let record = py.import("pipeline.core.record")?;
+        let canonical = record.call_method1("canonical", (&definition,))?;
+        let declared: Vec<String> = definition.getattr("labels")?.extract()?;
+        let labels: Vec<String> = canonical.getattr("labels")?.extract()?;
+        let (name, kind_name): (String, String) =
+            (definition.getattr("view")?.extract()?, definition.getattr("kind")?.extract()?);
+        let kind = Kind::of(&kind_name).filter(|kind| match kind {
+            Kind::Sum => method == c"add",
+            Kind::Last => method == c"set",
+            _ => method == c"observe",
+        });
+        let Some(kind) = kind else {
+            return Err(invalid(
+                py,
+                format!("view {name}: kind {kind_name} is not recorded by {}", method.to_string_lossy()),
+            ));
+        };
+        let travelling = record.call_method1("travelling", (&canonical,))?;
+        let encoded = py.import("msgspec.msgpack")?.call_method1("encode", (travelling,))?;
+        let prefix = record.call_method1("series_prefix", (&canonical,))?;
+        let mut prefix_crc = crc32fast::Hasher::new();
+        prefix_crc.update(prefix.cast::<PyBytes>()?.as_bytes());
+        let overflow: String = record.getattr("OVERFLOW")?.extract()?;
+        let mut overflow_labels = Vec::new();
+        write_array_head(&mut overflow_labels, labels.len());
+        labels.iter().for_each(|_| write_str(&mut overflow_labels, &overflow));
+        let info = ViewInfo {
+            id: table.get().next_view(),
+            name,
+            kind,
+            monotone: definition.getattr("monotone")?.extract()?,
+            window_ms: definition.getattr("window_s")?.extract::<i64>()? * 1_000,
+            series_max,
+            definition: encoded.cast::<PyBytes>()?.as_bytes().to_vec(),
+            overflow_labels,
+            prefix_crc,
+            counted: AtomicU64::new(0),
+            overflow_count: AtomicU64::new(0),
+        };
+        let order = labels.iter().filter_map(|label| declared.iter().position(|other| other == label)).collect();
+        let names = labels.iter().map(|label| PyString::intern(py, label).unbind()).collect();
+        let series_type = slf.getattr("series_type")?.cast_into::<PyType>()?;
+        let own = [py.get_type::<AddSeries>(), py.get_type::<ObserveSeries>(), py.get_type::<SetSeries>()];
+        let series_type = (!own.iter().any(|own| own.is(&series_type))).then(|| series_type.unbind());
+        Ok(View { table, info: Arc::new(info), declared: definition.unbind(), names, order, series_type })
+    }
+
     /// Build the suffix of labels by their place in their own order; false: something is wrong with them.
     #[inline(always)]
     fn build<'py, T>(&self, suffix: &mut Suffix, value: impl Fn(usize) -> Option<T>) -> bool
@@ -97,33 +132,38 @@ impl View {
         suffix.start(self.names.len());
         for place in 0..self.names.len() {
             match value(place).as_ref().and_then(|value| text(value)) {
-                Some(label) if label.len() <= LABEL_BYTES_MAX => suffix.push_label(label),
+                Some(utf8) if utf8.len() <= LABEL_BYTES_MAX => suffix.push_label(utf8),
                 _ => return false,
             }
         }
         suffix.bytes().len() <= SUFFIX_BYTES_MAX
     }
 
-    /// Build the suffix of labels by name; the keyword at `time` is none.
-    #[inline(always)]
-    fn by_name(&self, call: &Call<'_>, time: Option<usize>, suffix: &mut Suffix) -> PyResult<()> {
-        let value = |place: usize| Some(call.get(call.find(self.names[place].bind(call.py), self.order[place])?));
-        if call.label_count(time) == self.names.len() && self.build(suffix, value) {
+    /// Build the suffix of labels by name; the keyword at `skip` is none.
+    #[inline]
+    fn by_name(
+        &self,
+        names: Option<&Bound<'_, PyTuple>>,
+        values: &Args<'_>,
+        skip: Option<usize>,
+        suffix: &mut Suffix,
+    ) -> PyResult<()> {
+        let given = names.map_or(0, |names| names.len());
+        let value = |place: usize| {
+            let found = find(names?, given, &self.names[place], self.order[place])?;
+            (Some(found) != skip).then(|| values.get(found))
+        };
+        if given == self.names.len() + skip.is_some() as usize && self.build(suffix, value) {
             return Ok(());
         }
-        *suffix = self.checked_names(call, time)?;
-        Ok(())
-    }
-
-    #[cold]
-    fn checked_names(&self, call: &Call<'_>, time: Option<usize>) -> PyResult<Suffix> {
-        let by_name = PyDict::new(call.py);
-        for (i, name) in call.names.iter().flat_map(|names| names.iter()).enumerate() {
-            if Some(call.positional + i) != time {
-                by_name.set_item(name, call.get(call.positional + i))?;
+        let by_name = PyDict::new(values.py);
+        for place in (0..given).filter(|place| Some(*place) != skip) {
+            if let Some(names) = names {
+                by_name.set_item(names.get_item(place)?, values.get(place))?;
             }
         }
-        self.checked_labels(&PyTuple::empty(call.py), Some(&by_name))
+        *suffix = self.checked_labels(&PyTuple::empty(values.py), Some(&by_name))?;
+        Ok(())
     }
 
     /// Build the suffix of labels in the order of their declaration.
@@ -151,7 +191,8 @@ impl View {
     }
 
     fn rows_error(&self, py: Python<'_>, column: &str, row: usize, error: PyErr) -> PyErr {
-        invalid(py, format!("view {}: {column}row {row}: {}; nothing was recorded", self.info.name, error.value(py)))
+        let of = if column.is_empty() { String::new() } else { format!("column {column}, ") };
+        invalid(py, format!("view {}: {of}row {row}: {}; nothing was recorded", self.info.name, error.value(py)))
     }
 
     /// The deltas of rows, all of them checked, and in which window each is.
@@ -163,37 +204,40 @@ impl View {
         if times.as_ref().is_some_and(|times| times.len() != column.len()) {
             return Err(invalid(py, format!("view {}: columns of different lengths; nothing was recorded", info.name)));
         }
-        if times.is_some() && !info.is_timed {
+        if times.is_some() && info.kind != Kind::Last && info.window_ms == 0 {
             return Err(no_windows(py, info));
         }
         let now = table.now(py)?;
         let mut deltas = Vec::with_capacity(column.len());
         for row in 0..column.len() {
-            let time = |times: &Column<'_>| table.time_of(py, Some(&times.get(py, row)?));
-            let time = times.as_ref().map_or(Ok((now, now)), time);
-            let (ts, _) = time.map_err(|e| self.rows_error(py, "column ts_ms, ", row, e))?;
-            let delta = match column.number(row) {
-                Some(number) if info.fits(number) => Ok(number.into()),
-                _ => column.get(py, row).and_then(|value| state_of(table, info, &value, (ts, now))),
+            let ts = match &times {
+                Some(times) => {
+                    table.time_of(py, Some(&times.get(py, row)?)).map_err(|e| self.rows_error(py, "ts_ms", row, e))?.0
+                }
+                None => now,
             };
-            deltas.push((delta.map_err(|e| self.rows_error(py, "column value, ", row, e))?, info.window_of(ts)));
+            let plain_number = match &column {
+                Column::Numbers(numbers) if info.kind != Kind::Last => Some(numbers[row].clone()).filter(|s| fits(info, s)),
+                _ => None,
+            };
+            let delta = match plain_number {
+                Some(delta) => Ok(delta),
+                None => column.get(py, row).and_then(|value| match info.kind {
+                    Kind::Last => Ok(stamped(table, ts, now, value_of(&table.check, &value)?)),
+                    _ => number(info, table, &value),
+                }),
+            };
+            deltas.push((delta.map_err(|e| self.rows_error(py, "value", row, e))?, window_of(info, ts)));
             breathe(py, row);
         }
         Ok(deltas)
     }
 
-    /// Record rows whose suffixes lie in `arena`.
-    fn record_rows(
-        &self,
-        py: Python<'_>,
-        deltas: Vec<(State, i64)>,
-        mut arena: Vec<u8>,
-        suffixes: impl Iterator<Item = Range<usize>>,
-    ) -> PyResult<usize> {
+    fn record_rows(&self, py: Python<'_>, deltas: Vec<(State, i64)>, suffixes: &mut Rows) -> PyResult<usize> {
         let table = self.table.get();
         let (mut done, total) = (0, deltas.len());
-        for (row, ((delta, window), suffix)) in deltas.into_iter().zip(suffixes).enumerate() {
-            let suffix = &mut arena[suffix];
+        for (row, (delta, window)) in deltas.into_iter().enumerate() {
+            let suffix = suffixes.at(row);
             suffix[..WINDOW_BYTES].copy_from_slice(&window.to_be_bytes());
             let recorded = table.record(py, table.key(&self.info, suffix), delta, &[]);
             done += recorded.map_err(|error| in_parts(py, error, done, total))? as usize;
@@ -206,11 +250,14 @@ impl View {
 /// An error in the midst of a batch, which says how much of it is recorded.
 #[cold]
 fn in_parts(py: Python<'_>, error: PyErr, done: usize, total: usize) -> PyErr {
-    let view = py.import("pipeline.publisher.view");
-    match view.and_then(|view| view.call_method1("in_parts", (error.value(py), done, total))) {
-        Ok(error) => PyErr::from_value(error),
-        Err(error) => error,
-    }
+    let said = || -> PyResult<Option<PyErr>> {
+        if !error.is_instance(py, &py.import("pipeline.errors")?.getattr("PipelineError")?) {
+            return Ok(None);
+        }
+        let text = format!("{}; {done} of the batch of {total} deltas were recorded before", error.value(py));
+        Ok(Some(PyErr::from_value(error.get_type(py).call1((text,))?)))
+    };
+    said().ok().flatten().unwrap_or(error)
 }
 
 /// Let other threads have the interpreter from time to time.
@@ -221,22 +268,38 @@ fn breathe(py: Python<'_>, row: usize) {
     }
 }
 
+/// The suffixes of rows, or one of all of them.
+struct Rows {
+    arena: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl Rows {
+    fn at(&mut self, row: usize) -> &mut [u8] {
+        if self.ends.is_empty() {
+            return &mut self.arena;
+        }
+        let start = if row == 0 { 0 } else { self.ends[row - 1] };
+        &mut self.arena[start..self.ends[row]]
+    }
+}
+
 /// A column of values: what a buffer of 64-bit floats or ints holds, or a copy of a sequence.
 enum Column<'py> {
-    Numbers(Vec<Number>),
+    Numbers(Vec<State>),
     Objects(Bound<'py, PyTuple>),
 }
 
 impl<'py> Column<'py> {
     fn read(values: &Bound<'py, PyAny>) -> PyResult<Column<'py>> {
-        fn numbers<T: Element>(values: &Bound<'_, PyAny>, number: fn(T) -> Number) -> Option<Vec<Number>> {
-            let buffer = PyBuffer::get(values).ok().filter(|buffer| buffer.dimensions() == 1)?;
-            Some(buffer.to_vec(values.py()).ok()?.into_iter().map(number).collect())
+        let py = values.py();
+        if let Some(buffer) = PyBuffer::<f64>::get(values).ok().filter(|buffer| buffer.dimensions() == 1) {
+            return Ok(Column::Numbers(buffer.to_vec(py)?.into_iter().map(State::F).collect()));
         }
-        match numbers(values, Number::F).or_else(|| numbers(values, Number::I)) {
-            Some(numbers) => Ok(Column::Numbers(numbers)),
-            None => Ok(Column::Objects(tuple(values)?)),
+        if let Some(buffer) = PyBuffer::<i64>::get(values).ok().filter(|buffer| buffer.dimensions() == 1) {
+            return Ok(Column::Numbers(buffer.to_vec(py)?.into_iter().map(State::I).collect()));
         }
+        Ok(Column::Objects(tuple(values)?))
     }
 
     fn len(&self) -> usize {
@@ -246,17 +309,9 @@ impl<'py> Column<'py> {
         }
     }
 
-    #[inline]
-    fn number(&self, row: usize) -> Option<Number> {
-        match self {
-            Column::Numbers(numbers) => Some(numbers[row]),
-            Column::Objects(objects) => plain(&*objects.get_borrowed_item(row).ok()?),
-        }
-    }
-
     fn get(&self, py: Python<'py>, row: usize) -> PyResult<Bound<'py, PyAny>> {
         match self {
-            Column::Numbers(numbers) => numbers[row].into_bound_py_any(py),
+            Column::Numbers(numbers) => Ok(to_python(py, Kind::Sum, &numbers[row], 0)?.into_bound(py)),
             Column::Objects(objects) => objects.get_item(row),
         }
     }
@@ -267,63 +322,62 @@ fn tuple<'py>(values: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
     Ok(values.py().get_type::<PyTuple>().call1((values,))?.cast_into()?)
 }
 
-/// A number that is a delta as it is.
-#[inline(always)]
-fn number(info: &ViewInfo, value: &Bound<'_, PyAny>) -> Option<Number> {
-    plain(value).filter(|number| info.fits(*number))
+#[inline]
+fn fits(info: &ViewInfo, delta: &State) -> bool {
+    match delta {
+        State::F(f) => f.is_finite() && !(info.monotone && *f < 0.0),
+        State::I(i) => !(info.monotone && *i < 0),
+        _ => false,
+    }
 }
 
-/// The delta that a value is, as of a time and now.
-#[inline]
-fn state_of(table: &Table, info: &ViewInfo, value: &Bound<'_, PyAny>, (ts_ms, now_ms): (i64, i64)) -> PyResult<State> {
-    if info.kind == Kind::Last {
-        let value = value_of(&table.check, value)?;
-        return Ok(State::L(Box::new(Stamped { ts_ms, recorded_ns: table.rise(now_ms), value })));
+#[inline(always)]
+fn number(info: &ViewInfo, table: &Table, value: &Bound<'_, PyAny>) -> PyResult<State> {
+    match plain(value) {
+        Some(delta) if fits(info, &delta) => Ok(delta),
+        _ => checked(&table.check, info.kind, info.monotone, value),
     }
-    match number(info, value) {
-        Some(delta) => Ok(delta.into()),
-        None => checked(&table.check, info.kind, info.monotone, value),
+}
+
+fn stamped(table: &Table, ts_ms: i64, now_ms: i64, value: crate::state::Value) -> State {
+    State::L(Box::new(Stamped { ts_ms, recorded_ns: table.rise(now_ms), value }))
+}
+
+/// The start of the window of a time, in ms; 0 if the view has no windows.
+fn window_of(info: &ViewInfo, ts_ms: i64) -> i64 {
+    if info.window_ms == 0 {
+        0
+    } else {
+        ts_ms - ts_ms.rem_euclid(info.window_ms)
+    }
+}
+
+/// Where a name stands among so many keywords: nearly always they are the same, interned object, and in the same order.
+#[inline]
+fn find(names: &Bound<'_, PyTuple>, count: usize, name: &Py<PyString>, first: usize) -> Option<usize> {
+    // SAFETY: places are below `count`, the length of the tuple, whose items are live, and texts, because keywords are.
+    unsafe {
+        let item = |place: usize| ffi::PyTuple_GetItem(names.as_ptr(), place as ffi::Py_ssize_t);
+        if first < count && item(first) == name.as_ptr() {
+            return Some(first);
+        }
+        (0..count)
+            .find(|place| item(*place) == name.as_ptr())
+            .or_else(|| (0..count).find(|place| ffi::PyUnicode_Compare(item(*place), name.as_ptr()) == 0))
     }
 }
 
 #[pymethods]
 impl View {
-    #[new]
-    #[classmethod]
-    fn new(cls: &Bound<'_, PyType>, table: Py<Table>, definition: Bound<'_, PyAny>, series_max: usize) -> PyResult<View> {
-        let py = cls.py();
-        let outline = py.import("pipeline.publisher.view")?.getattr("outline")?;
-        let (names, order, encoded, prefix, overflow_labels): (Vec<_>, Vec<_>, Vec<u8>, Vec<u8>, Vec<u8>) =
-            outline.call1((&definition, cls.getattr("method")?))?.extract()?;
-        let kind: String = definition.getattr("kind")?.extract()?;
-        let kind = Kind::of(&kind).ok_or_else(|| PyValueError::new_err(kind))?;
-        let window_ms = definition.getattr("window_s")?.extract::<i64>()? * 1_000;
-        let mut prefix_crc = crc32fast::Hasher::new();
-        prefix_crc.update(&prefix);
-        let info = ViewInfo {
-            id: table.get().next_view.fetch_add(1, Relaxed),
-            name: definition.getattr("view")?.extract()?,
-            kind,
-            monotone: definition.getattr("monotone")?.extract()?,
-            window_ms,
-            is_timed: window_ms > 0 || kind == Kind::Last,
-            series_max,
-            definition: encoded,
-            overflow_labels,
-            prefix_crc,
-            overflow_count: AtomicU64::new(0),
-        };
-        Ok(View { table, info: Arc::new(info), declared: definition.unbind(), names, order })
-    }
-
-    #[classmethod]
-    fn __init_subclass__(cls: &Bound<'_, PyType>) -> PyResult<()> {
-        add_method(cls, |method| method.of_view, record_by_call::<View>)
-    }
-
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.table)?;
-        visit.call(&self.declared)
+        visit.call(&self.declared)?;
+        visit.call(&self.series_type)
+    }
+
+    #[getter]
+    fn definition<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
+        self.declared.bind(py).clone()
     }
 
     #[getter]
@@ -337,8 +391,19 @@ impl View {
         values: &Bound<'py, PyTuple>,
         names: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let all = PyTuple::new(slf.py(), [slf.as_any().clone()].into_iter().chain(values).collect::<Vec<_>>())?;
-        slf.getattr(intern!(slf.py(), "series_type"))?.call(all, names)
+        let py = slf.py();
+        let view = slf.get();
+        if let Some(series_type) = &view.series_type {
+            let mut all = vec![slf.clone().into_any()];
+            all.extend(values.iter());
+            return series_type.bind(py).call(PyTuple::new(py, all)?, names);
+        }
+        let series = PyClassInitializer::from(Series::open(slf, values, names)?);
+        Ok(match view.info.kind {
+            Kind::Sum => Bound::new(py, series.add_subclass(AddSeries))?.into_any(),
+            Kind::Last => Bound::new(py, series.add_subclass(SetSeries))?.into_any(),
+            _ => Bound::new(py, series.add_subclass(ObserveSeries))?.into_any(),
+        })
     }
 
     #[pyo3(signature = (labels, values, ts_ms=None))]
@@ -348,10 +413,9 @@ impl View {
         values: &Bound<'_, PyAny>,
         ts_ms: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<usize> {
-        let suffix = self.by_place(&tuple(labels)?)?.bytes().to_vec();
+        let suffix = self.by_place(&tuple(labels)?)?;
         let deltas = self.check_rows(values, ts_ms)?;
-        let everywhere = repeat(0..suffix.len());
-        self.record_rows(values.py(), deltas, suffix, everywhere)
+        self.record_rows(values.py(), deltas, &mut Rows { arena: suffix.bytes().to_vec(), ends: Vec::new() })
     }
 
     #[pyo3(signature = (label_columns, values, ts_ms=None))]
@@ -368,7 +432,7 @@ impl View {
             let text = format!("view {}: a column of {} rows is needed for each label", self.info.name, deltas.len());
             return Err(invalid(py, text));
         }
-        let (mut arena, mut suffixes) = (Vec::with_capacity(deltas.len() * 32), Vec::with_capacity(deltas.len()));
+        let mut rows = Rows { arena: Vec::with_capacity(deltas.len() * 32), ends: Vec::with_capacity(deltas.len()) };
         for row in 0..deltas.len() {
             let mut suffix = Suffix::empty();
             if !self.build(&mut suffix, |place| columns[self.order[place]].get_borrowed_item(row).ok()) {
@@ -376,11 +440,47 @@ impl View {
                 let checked = self.checked_labels(&PyTuple::new(py, values)?, None);
                 suffix = checked.map_err(|e| self.rows_error(py, "", row, e))?;
             }
-            suffixes.push(arena.len()..arena.len() + suffix.bytes().len());
-            arena.extend_from_slice(suffix.bytes());
+            rows.arena.extend_from_slice(suffix.bytes());
+            rows.ends.push(rows.arena.len());
             breathe(py, row);
         }
-        self.record_rows(py, deltas, arena, suffixes.into_iter())
+        self.record_rows(py, deltas, &mut rows)
+    }
+}
+
+impl Series {
+    fn open(of: &Bound<'_, View>, values: &Bound<'_, PyTuple>, names: Option<&Bound<'_, PyDict>>) -> PyResult<Series> {
+        let view = of.get();
+        let suffix = match names {
+            None => view.by_place(values)?,
+            Some(names) => view.checked_labels(values, Some(names))?,
+        };
+        let table = view.table.get();
+        Ok(Series {
+            table: view.table.clone_ref(of.py()),
+            info: view.info.clone(),
+            view: of.clone().unbind(),
+            suffix: suffix.bytes().into(),
+            hash: table.hash(&view.info, suffix.bytes()),
+            places: (0..table.lane_count()).map(|_| Place::default()).collect(),
+        })
+    }
+
+    #[inline]
+    fn key(&self) -> Key<'_> {
+        Key { view: &self.info, suffix: &self.suffix, hash: self.hash }
+    }
+
+    #[inline]
+    fn record(&self, py: Python<'_>, table: &Table, delta: State, window: i64) -> PyResult<()> {
+        if self.info.window_ms == 0 {
+            table.record(py, self.key(), delta, &self.places)?;
+            return Ok(());
+        }
+        let mut suffix = self.suffix.clone();
+        suffix[..WINDOW_BYTES].copy_from_slice(&window.to_be_bytes());
+        table.record(py, table.key(&self.info, &suffix), delta, &[])?;
+        Ok(())
     }
 }
 
@@ -391,32 +491,14 @@ fn no_windows(py: Python<'_>, info: &ViewInfo) -> PyErr {
 
 #[pymethods]
 impl Series {
-    #[new]
-    #[pyo3(signature = (view, /, *values, **names))]
-    fn new(view: &Bound<'_, View>, values: &Bound<'_, PyTuple>, names: Option<&Bound<'_, PyDict>>) -> PyResult<Series> {
-        let View { table, info, .. } = view.get();
-        let suffix = match names {
-            None => view.get().by_place(values)?,
-            Some(names) => view.get().checked_labels(values, Some(names))?,
-        };
-        Ok(Series {
-            table: table.clone_ref(view.py()),
-            info: info.clone(),
-            view: view.clone().unbind(),
-            suffix: suffix.bytes().into(),
-            hash: table.get().hash(info, suffix.bytes()),
-            places: (0..table.get().lane_count).map(|_| Place::default()).collect(),
-        })
-    }
-
-    #[classmethod]
-    fn __init_subclass__(cls: &Bound<'_, PyType>) -> PyResult<()> {
-        add_method(cls, |method| method.of_series, record_by_call::<Series>)
-    }
-
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.table)?;
         visit.call(&self.view)
+    }
+
+    #[getter]
+    fn view<'py>(&self, py: Python<'py>) -> Bound<'py, View> {
+        self.view.bind(py).clone()
     }
 
     #[getter]
@@ -425,147 +507,95 @@ impl Series {
     }
 }
 
-/// The arguments of a call that records: so many by position, then one for each name.
-struct Call<'py> {
+macro_rules! constructors {
+    ($view:ident, $series:ident, $number:ident, $name:literal, $view_doc:literal, $series_doc:literal) => {
+        #[pymethods]
+        impl $view {
+            #[new]
+            #[classmethod]
+            fn new(
+                cls: &Bound<'_, PyType>,
+                table: Py<Table>,
+                definition: Bound<'_, PyAny>,
+                series_max: usize,
+            ) -> PyResult<PyClassInitializer<$view>> {
+                Ok(PyClassInitializer::from(View::open(cls, table, definition, series_max, $name)?).add_subclass($view))
+            }
+
+            #[classattr]
+            fn series_type(py: Python<'_>) -> Bound<'_, PyType> {
+                py.get_type::<$series>()
+            }
+
+            #[classmethod]
+            fn __init_subclass__(cls: &Bound<'_, PyType>) -> PyResult<()> {
+                add_method(cls, $name, $view_doc, view_record::<$number>)
+            }
+        }
+
+        #[pymethods]
+        impl $series {
+            #[new]
+            #[pyo3(signature = (view, /, *values, **names))]
+            fn new(
+                view: &Bound<'_, View>,
+                values: &Bound<'_, PyTuple>,
+                names: Option<&Bound<'_, PyDict>>,
+            ) -> PyResult<PyClassInitializer<$series>> {
+                Ok(PyClassInitializer::from(Series::open(view, values, names)?).add_subclass($series))
+            }
+
+            #[classmethod]
+            fn __init_subclass__(cls: &Bound<'_, PyType>) -> PyResult<()> {
+                add_method(cls, $name, $series_doc, series_record::<$number>)
+            }
+        }
+    };
+}
+
+constructors!(
+    AddView,
+    AddSeries,
+    ADD,
+    c"add",
+    c"add($self, value=1, /, **labels)\n--\n\nAdd `value` to the series with these labels.",
+    c"add($self, value=1, /, *, ts_ms=None)\n--\n\nAdd `value`."
+);
+constructors!(
+    ObserveView,
+    ObserveSeries,
+    OBSERVE,
+    c"observe",
+    c"observe($self, value, /, **labels)\n--\n\nObserve `value` in the series with these labels.",
+    c"observe($self, value, /, *, ts_ms=None)\n--\n\nObserve `value`."
+);
+constructors!(
+    SetView,
+    SetSeries,
+    SET,
+    c"set",
+    c"set($self, value, /, ts_ms=None, **labels)\n--\n\nSet the series with these labels, as of `ts_ms`.",
+    c"set($self, value, /, ts_ms=None)\n--\n\nSet the value, as of `ts_ms`."
+);
+
+/// The arguments of a call, from the first keyword on.
+struct Args<'py> {
     py: Python<'py>,
     first: *const *mut ffi::PyObject,
-    positional: usize,
-    names: Option<Borrowed<'py, 'py, PyTuple>>,
-    name_count: usize,
 }
 
-impl<'py> Call<'py> {
+impl<'py> Args<'py> {
     #[inline]
     fn get(&self, place: usize) -> Borrowed<'_, 'py, PyAny> {
-        debug_assert!(place < self.positional + self.name_count);
-        // SAFETY: who calls has `place` from the counts, and CPython passes as many values; they are live as long as the call,
-        // which `Call` does not outlive.
+        // SAFETY: who calls counts places in the tuple of keywords, and CPython passes as many values behind `first`; they are
+        // live as long as the call, which `Args` does not outlive.
         unsafe { Borrowed::from_ptr(self.py, *self.first.add(place)) }
     }
-
-    /// Where the value of a keyword is. Nearly always its name is the same, interned object, and stands where it is expected.
-    #[inline(always)]
-    fn find(&self, name: &Bound<'_, PyString>, expected: usize) -> Option<usize> {
-        let names = self.names.as_deref().filter(|_| expected < self.name_count);
-        if names.is_some_and(|names| names.get_borrowed_item(expected).is_ok_and(|other| other.is(name))) {
-            return Some(self.positional + expected);
-        }
-        self.search(name)
-    }
-
-    #[inline(never)]
-    fn search(&self, name: &Bound<'_, PyString>) -> Option<usize> {
-        let names = self.names?;
-        let is = |i: &usize| names.get_borrowed_item(*i).is_ok_and(|other| other.eq(name).unwrap_or(false));
-        (0..self.name_count).find(is).map(|i| self.positional + i)
-    }
-
-    /// How many of the keywords are labels, if the one at `time` is none.
-    #[inline]
-    fn label_count(&self, time: Option<usize>) -> usize {
-        self.name_count - time.is_some_and(|place| place >= self.positional) as usize
-    }
-
-    /// Check how many arguments there are, and return where `ts_ms` is, if it can be given by name.
-    #[inline]
-    fn time(&self, kind: Kind, by_name: bool) -> PyResult<Option<usize>> {
-        let (least, most) = ((kind != Kind::Sum) as usize, 1 + (kind == Kind::Last) as usize);
-        if self.positional < least || self.positional > most {
-            let text = format!("takes {least} to {most} arguments by position; got {}", self.positional);
-            return Err(PyTypeError::new_err(format!("{}() {text}", kind.method())));
-        }
-        let named = if by_name && self.name_count > 0 { self.find(intern!(self.py, "ts_ms"), 0) } else { None };
-        if named.is_some() && self.positional > 1 {
-            return Err(PyTypeError::new_err("set() got multiple values for argument 'ts_ms'"));
-        }
-        Ok(named.or((self.positional > 1).then_some(1)))
-    }
-
-    /// The delta that is given, and the start of its window.
-    #[inline(always)]
-    fn delta(&self, table: &Table, info: &ViewInfo, time: Option<usize>) -> PyResult<(State, i64)> {
-        let time = time.map(|place| self.get(place));
-        let times = if info.is_timed { table.time_of(self.py, time.as_deref())? } else { (0, 0) };
-        let delta = if self.positional > 0 { state_of(table, info, &self.get(0), times)? } else { State::I(1) };
-        Ok((delta, info.window_of(times.0)))
-    }
 }
 
-/// What deltas are recorded to.
-trait Target: PyClass<Frozen = True> + Sync {
-    fn record(&self, call: &Call<'_>) -> PyResult<()>;
-}
-
-impl Target for View {
-    #[inline(always)]
-    fn record(&self, call: &Call<'_>) -> PyResult<()> {
-        let (table, info) = (self.table.get(), &self.info);
-        let mut suffix = Suffix::empty();
-        if call.positional == 1 && !info.is_timed {
-            self.by_name(call, None, &mut suffix)?;
-            if let Some(delta) = number(info, &call.get(0)) {
-                return table.record(call.py, table.key(info, suffix.bytes()), delta.into(), &[]).map(drop);
-            }
-        }
-        self.record_any(call, &mut suffix)
-    }
-}
-
-impl View {
-    /// Record what may have a time, or is no plain number.
-    #[inline(never)]
-    fn record_any(&self, call: &Call<'_>, suffix: &mut Suffix) -> PyResult<()> {
-        let (table, info) = (self.table.get(), &self.info);
-        let time = call.time(info.kind, info.is_timed)?;
-        self.by_name(call, time, suffix)?;
-        let (delta, window) = call.delta(table, info, time)?;
-        suffix.set_window(window);
-        table.record(call.py, table.key(info, suffix.bytes()), delta, &[]).map(drop)
-    }
-}
-
-impl Target for Series {
-    #[inline(always)]
-    fn record(&self, call: &Call<'_>) -> PyResult<()> {
-        if !self.info.is_timed && call.name_count == 0 {
-            let delta = match call.positional {
-                1 => number(&self.info, &call.get(0)),
-                _ => (call.positional == 0 && self.info.kind == Kind::Sum).then_some(Number::I(1)),
-            };
-            if let Some(delta) = delta {
-                return self.table.get().record(call.py, self.key(), delta.into(), &self.places).map(drop);
-            }
-        }
-        self.record_any(call)
-    }
-}
-
-impl Series {
-    #[inline(always)]
-    fn key(&self) -> Key<'_> {
-        Key { view: &self.info, suffix: &self.suffix, hash: self.hash }
-    }
-
-    /// Record what may have a time, or is no plain number.
-    #[inline(never)]
-    fn record_any(&self, call: &Call<'_>) -> PyResult<()> {
-        let (table, info) = (self.table.get(), &self.info);
-        let time = call.time(info.kind, true)?;
-        if call.label_count(time) > 0 {
-            return Err(PyTypeError::new_err("a bound series has its labels: only ts_ms can be given by name"));
-        }
-        if !info.is_timed && time.is_some_and(|place| !call.get(place).is_none()) {
-            return Err(no_windows(call.py, info));
-        }
-        let (delta, window) = call.delta(table, info, time)?;
-        if info.window_ms == 0 {
-            return table.record(call.py, self.key(), delta, &self.places).map(drop);
-        }
-        let mut suffix = self.suffix.clone();
-        suffix[..WINDOW_BYTES].copy_from_slice(&window.to_be_bytes());
-        table.record(call.py, table.key(info, &suffix), delta, &[]).map(drop)
-    }
-}
+const ADD: u8 = 0;
+const OBSERVE: u8 = 1;
+const SET: u8 = 2;
 
 type FastCall = unsafe extern "C" fn(
     *mut ffi::PyObject,
@@ -574,24 +604,74 @@ type FastCall = unsafe extern "C" fn(
     *mut ffi::PyObject,
 ) -> *mut ffi::PyObject;
 
-/// # Safety
-/// To be called by CPython only, as a method of `T`'s subclasses: then `slf` is one, this thread is attached, and the other
-/// arguments are as METH_FASTCALL | METH_KEYWORDS says.
-unsafe extern "C" fn record_by_call<T: Target>(
-    slf: *mut ffi::PyObject,
+/// What a call gives: the value, the time, and where the time stands among the keywords.
+struct Given<'a, 'py> {
+    value: Option<Borrowed<'a, 'py, PyAny>>,
+    ts_ms: Option<Borrowed<'a, 'py, PyAny>>,
+    skip: Option<usize>,
+    names: Option<Borrowed<'a, 'py, PyTuple>>,
+    keywords: Args<'py>,
+}
+
+#[inline]
+fn call<'py, const METHOD: u8>(
+    py: Python<'py>,
     args: *const *mut ffi::PyObject,
     nargs: ffi::Py_ssize_t,
     kwnames: *mut ffi::PyObject,
-) -> *mut ffi::PyObject {
-    // SAFETY: see above. The descriptor checks the type of `slf`; `kwnames` is a tuple of texts or null; and the caller keeps
-    // all alive until this returns, and so longer than what is made of them here.
-    let (py, slf, names) = unsafe {
-        let py = Python::assume_attached();
-        let names = Borrowed::from_ptr_or_opt(py, kwnames).map(|names| names.cast_unchecked::<PyTuple>());
-        (py, Borrowed::from_ptr(py, slf).cast_unchecked::<T>(), names)
+    timed: bool,
+) -> PyResult<Given<'py, 'py>> {
+    let nargs = nargs as usize;
+    let most = 1 + (METHOD == SET) as usize;
+    if nargs > most || (METHOD != ADD && nargs == 0) {
+        let (name, least) = (["add", "observe", "set"][METHOD as usize], (METHOD != ADD) as usize);
+        return Err(PyTypeError::new_err(format!("{name}() takes {least} to {most} arguments by position; got {nargs}")));
+    }
+    // SAFETY: CPython passes `nargs` values at `args`, then one for each name in `kwnames`, which is a tuple of texts or null;
+    // all are live until the call returns, and so longer than what is made of them here.
+    let (value, mut ts_ms, names, keywords) = unsafe {
+        (
+            (nargs > 0).then(|| Borrowed::from_ptr(py, *args)),
+            (nargs > 1).then(|| Borrowed::from_ptr(py, *args.add(1))),
+            (!kwnames.is_null()).then(|| Borrowed::from_ptr(py, kwnames).cast_unchecked::<PyTuple>()),
+            Args { py, first: args.add(nargs) },
+        )
     };
-    let name_count = names.map_or(0, |names| names.len());
-    match slf.get().record(&Call { py, first: args, positional: nargs as usize, names, name_count }) {
+    let mut skip = None;
+    if timed {
+        if let Some(place) = names.as_ref().and_then(|names| find(names, names.len(), time_name(py), 0)) {
+            if ts_ms.is_some() {
+                return Err(PyTypeError::new_err("set() got multiple values for argument 'ts_ms'"));
+            }
+            skip = Some(place);
+            // SAFETY: as in `Args::get`.
+            ts_ms = Some(unsafe { Borrowed::from_ptr(py, *keywords.first.add(place)) });
+        }
+    }
+    Ok(Given { value, ts_ms, skip, names, keywords })
+}
+
+/// The delta that a call gives, and the start of its window.
+#[inline]
+fn delta<const METHOD: u8>(py: Python<'_>, table: &Table, info: &ViewInfo, given: &Given<'_, '_>) -> PyResult<(State, i64)> {
+    let timed = METHOD == SET || info.window_ms > 0;
+    let (ts_ms, now_ms) = if timed { table.time_of(py, given.ts_ms.as_deref())? } else { (0, 0) };
+    let delta = match &given.value {
+        None => State::I(1),
+        Some(value) if METHOD == SET => stamped(table, ts_ms, now_ms, value_of(&table.check, value)?),
+        Some(value) => number(info, table, value)?,
+    };
+    Ok((delta, window_of(info, ts_ms)))
+}
+
+fn time_name(py: Python<'_>) -> &Py<PyString> {
+    static NAME: pyo3::sync::PyOnceLock<Py<PyString>> = pyo3::sync::PyOnceLock::new();
+    NAME.get_or_init(py, || PyString::intern(py, "ts_ms").unbind())
+}
+
+#[inline]
+fn returned(py: Python<'_>, result: PyResult<()>) -> *mut ffi::PyObject {
+    match result {
         Ok(()) => py.None().into_ptr(),
         Err(error) => {
             error.restore(py);
@@ -600,60 +680,125 @@ unsafe extern "C" fn record_by_call<T: Target>(
     }
 }
 
+/// # Safety
+/// To be called by CPython only, as a method of `View`'s subclasses: then `slf` is one, this thread is attached, and the
+/// other arguments are as METH_FASTCALL | METH_KEYWORDS says.
+unsafe extern "C" fn view_record<const METHOD: u8>(
+    slf: *mut ffi::PyObject,
+    args: *const *mut ffi::PyObject,
+    nargs: ffi::Py_ssize_t,
+    kwnames: *mut ffi::PyObject,
+) -> *mut ffi::PyObject {
+    // SAFETY: see above. The descriptor checks the type of `slf`, and the caller keeps it alive.
+    let (py, slf) = unsafe {
+        let py = Python::assume_attached();
+        (py, Borrowed::from_ptr(py, slf).cast_unchecked::<View>())
+    };
+    let view = slf.get();
+    let (table, info) = (view.table.get(), &view.info);
+    if METHOD != SET && nargs == 1 && info.window_ms == 0 {
+        // What most calls are, without a look for anything else.
+        let keywords = Args { py, first: args.wrapping_add(1) };
+        // SAFETY: there is one value, and `kwnames` is a tuple or null; the caller keeps both alive.
+        let (value, names) = unsafe {
+            let names = (!kwnames.is_null()).then(|| Borrowed::from_ptr(py, kwnames).cast_unchecked::<PyTuple>());
+            (Borrowed::from_ptr(py, *args), names)
+        };
+        let mut suffix = Suffix::empty();
+        let done = match view.by_name(names.as_deref(), &keywords, None, &mut suffix) {
+            Ok(()) => match number(info, table, &value) {
+                Ok(delta) => table.record(py, table.key(info, suffix.bytes()), delta, &[]),
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        return returned(py, done.map(drop));
+    }
+    let record = || {
+        let timed = METHOD == SET || info.window_ms > 0;
+        let given = call::<METHOD>(py, args, nargs, kwnames, timed)?;
+        let mut suffix = Suffix::empty();
+        view.by_name(given.names.as_deref(), &given.keywords, given.skip, &mut suffix)?;
+        let (delta, window) = delta::<METHOD>(py, table, info, &given)?;
+        if info.window_ms > 0 {
+            suffix.set_window(window);
+        }
+        table.record(py, table.key(info, suffix.bytes()), delta, &[])?;
+        Ok(())
+    };
+    returned(py, record())
+}
+
+/// # Safety
+/// As `view_record`, of `Series`' subclasses.
+unsafe extern "C" fn series_record<const METHOD: u8>(
+    slf: *mut ffi::PyObject,
+    args: *const *mut ffi::PyObject,
+    nargs: ffi::Py_ssize_t,
+    kwnames: *mut ffi::PyObject,
+) -> *mut ffi::PyObject {
+    // SAFETY: as in `view_record`.
+    let (py, slf) = unsafe {
+        let py = Python::assume_attached();
+        (py, Borrowed::from_ptr(py, slf).cast_unchecked::<Series>())
+    };
+    let series = slf.get();
+    let (table, info) = (series.table.get(), &series.info);
+    if METHOD != SET && nargs <= 1 && kwnames.is_null() && info.window_ms == 0 && (METHOD == ADD || nargs == 1) {
+        // SAFETY: there is one value, which the caller keeps alive.
+        let value = (nargs == 1).then(|| unsafe { Borrowed::from_ptr(py, *args) });
+        let delta = value.map_or(Ok(State::I(1)), |value| number(info, table, &value));
+        let done = delta.and_then(|delta| table.record(py, series.key(), delta, &series.places));
+        return returned(py, done.map(drop));
+    }
+    let record = || {
+        let given = call::<METHOD>(py, args, nargs, kwnames, true)?;
+        if given.names.as_ref().is_some_and(|names| names.len() > given.skip.is_some() as usize) {
+            return Err(PyTypeError::new_err("a bound series has its labels: only ts_ms can be given by name"));
+        }
+        if METHOD != SET && info.window_ms == 0 && given.ts_ms.as_ref().is_some_and(|ts_ms| !ts_ms.is_none()) {
+            return Err(no_windows(py, info));
+        }
+        let (delta, window) = delta::<METHOD>(py, table, info, &given)?;
+        series.record(py, table, delta, window)
+    };
+    returned(py, record())
+}
+
 /// Give a type its recording method, unless somebody has overridden it. Subclasses get one too: CPython calls a method quickly
 /// only if the object is exactly of the type that the method was made for.
-fn add_method(to: &Bound<'_, PyType>, doc: fn(&Method) -> &'static CStr, function: FastCall) -> PyResult<()> {
-    let name: String = to.getattr("method")?.extract()?;
-    let Some(method) = METHODS.iter().find(|method| method.name.to_bytes() == name.as_bytes()) else { return Ok(()) };
-    if let Some(inherited) = to.getattr_opt(&name)? {
+fn add_method(to: &Bound<'_, PyType>, name: &'static CStr, doc: &'static CStr, method: FastCall) -> PyResult<()> {
+    let text = name.to_str().unwrap_or_default();
+    if let Some(inherited) = to.getattr_opt(text)? {
         if inherited.get_type().name()? != "method_descriptor" {
             return Ok(());
         }
     }
     let def = Box::leak(Box::new(ffi::PyMethodDef {
-        ml_name: method.name.as_ptr(),
-        ml_meth: ffi::PyMethodDefPointer { PyCFunctionFastWithKeywords: function },
+        ml_name: name.as_ptr(),
+        ml_meth: ffi::PyMethodDefPointer { PyCFunctionFastWithKeywords: method },
         ml_flags: ffi::METH_FASTCALL | ffi::METH_KEYWORDS,
-        ml_doc: doc(method).as_ptr(),
+        ml_doc: doc.as_ptr(),
     }));
     // SAFETY: `to` is a type, and `def` lives for ever.
-    let made = unsafe { Bound::from_owned_ptr_or_err(to.py(), ffi::PyDescr_NewMethod(to.as_ptr().cast(), def))? };
-    to.setattr(name, made)
-}
-
-/// The class of views that record by a method.
-pub fn view_type_of<'py>(py: Python<'py>, method: &str) -> PyResult<Bound<'py, PyType>> {
-    let title = METHODS.iter().find(|known| known.name.to_bytes() == method.as_bytes()).map_or("", |known| known.title);
-    Ok(py.import("pipeline_native")?.getattr(format!("{title}View"))?.cast_into()?)
-}
-
-/// Make the subclass of `View` or `Series` that records by a method.
-fn subclass<'py>(
-    m: &Bound<'py, PyModule>,
-    of: Bound<'py, PyType>,
-    method: &Method,
-    series_type: Option<Bound<'py, PyAny>>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let py = m.py();
-    let name = format!("{}{}", method.title, of.name()?);
-    let body = PyDict::new(py);
-    body.set_item("__module__", "pipeline_native")?;
-    body.set_item("__slots__", PyTuple::empty(py))?;
-    body.set_item("method", method.name.to_string_lossy())?;
-    if let Some(series_type) = series_type {
-        body.set_item("series_type", series_type)?;
-    }
-    let made = py.get_type::<PyType>().call1((&name, (of,), body))?;
-    m.add(name, &made)?;
-    Ok(made)
+    let method = unsafe { Bound::from_owned_ptr_or_err(to.py(), ffi::PyDescr_NewMethod(to.as_ptr().cast(), def))? };
+    to.setattr(text, method)
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = m.py();
     m.add_class::<View>()?;
     m.add_class::<Series>()?;
-    for method in &METHODS {
-        let series_type = subclass(m, m.py().get_type::<Series>(), method, None)?;
-        subclass(m, m.py().get_type::<View>(), method, Some(series_type))?;
-    }
-    Ok(())
+    m.add_class::<AddView>()?;
+    m.add_class::<ObserveView>()?;
+    m.add_class::<SetView>()?;
+    m.add_class::<AddSeries>()?;
+    m.add_class::<ObserveSeries>()?;
+    m.add_class::<SetSeries>()?;
+    AddView::__init_subclass__(&py.get_type::<AddView>())?;
+    ObserveView::__init_subclass__(&py.get_type::<ObserveView>())?;
+    SetView::__init_subclass__(&py.get_type::<SetView>())?;
+    AddSeries::__init_subclass__(&py.get_type::<AddSeries>())?;
+    ObserveSeries::__init_subclass__(&py.get_type::<ObserveSeries>())?;
+    SetSeries::__init_subclass__(&py.get_type::<SetSeries>())
 }
