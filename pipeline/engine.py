@@ -15,14 +15,13 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.embedded import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
-from pipeline.core.record import Definition
-from pipeline.errors import NotFound, NotReady, PipelineError
+from pipeline.errors import NotReady, PipelineError
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter, Message, Store
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
-from pipeline.query.facts import StoredFacts
+from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
@@ -118,7 +117,7 @@ class Engine:
             self.log,
             self.clock,
             settings or PublisherSettings(),
-            self._definition_of,
+            partial(find_definition, self.reader),
             metrics,
             limits=worker.task_limits(),
             facts=StoredFacts(self.stores),
@@ -181,12 +180,6 @@ class Engine:
         if topic != DELTAS:
             return END_OFFSET_MAX
         return self.partitions[partition].task.position.next_offset if self.ready else 0
-
-    def _definition_of(self, view: str) -> Definition | None:
-        try:
-            return self.reader.definition(view)
-        except NotFound:
-            return None
 
     def _note_progress(self, progress: Progress) -> None:
         self._progress[progress.partition] = progress

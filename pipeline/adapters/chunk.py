@@ -29,7 +29,7 @@ CHUNK_BYTES = 262_144
 
 
 class Meta(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """What a partition holds. The cleaner writes it; an append changes only what the last chunk tells as well."""
+    """The bounds and counts of a partition. The cleaner writes them; an append changes only what its chunk has too."""
 
     start_offset: int = 0
     end_offset: int = 0
@@ -92,7 +92,7 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
     """None: no record has a key."""
     values: list[bytes | None]
     lost: bool = False
-    """Whether records of the range were lost, and an operator accepted the loss."""
+    """True if records of this chunk's range were lost and an operator has accepted that."""
 
     @property
     def newest_ms(self) -> int:

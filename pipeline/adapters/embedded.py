@@ -72,7 +72,7 @@ class EmbeddedLog:
         self._owners: dict[str, int] = {}
         self.closed = False
         self.passes_lost = read_only or accept_loss
-        """Whether readers skip records that are known to be lost, in place of raising `RecordsLost`."""
+        """True if readers skip records that are known to be lost; False if they raise `RecordsLost`."""
         self.changed = threading.Condition()
         """Guards every write and every partition's meta; notified when records come."""
         self.path = path
@@ -292,7 +292,7 @@ class EmbeddedLog:
             raise self._again() from None
 
     def _again(self) -> Unavailable:
-        """What failed, to be raised once more: an error object that is raised twice collects the frames of both."""
+        """Return a new error with the text of the failure: one object, raised twice, would collect the frames of both."""
         kind = NoSpace if isinstance(self._failure, NoSpace) else Unavailable
         return kind(str(self._failure))
 
@@ -347,7 +347,7 @@ class EmbeddedLog:
         return Cursor(self.db, self._translated)
 
     def stored_chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]:
-        """The chunk that holds `next_offset` and those behind it, gaps or not: last offset, chunk, size in bytes."""
+        """Yield the chunk of `next_offset` and all behind it: last offset, chunk, size in bytes. Gaps are no error."""
         for key, value in cursor.scan(partition.key(next_offset), partition.end_key):
             try:
                 chunk = decode_chunk(value)
@@ -358,7 +358,7 @@ class EmbeddedLog:
     def chunks(
         self, cursor: Cursor, partition: Partition, next_offset: int, end_offset: int = 0
     ) -> Iterator[tuple[int, Chunk, int]]:
-        """The same, as a chain: `LogCorrupt` at an offset from `next_offset` to `end_offset` that no chunk covers."""
+        """Yield what `stored_chunks` does. Raises `LogCorrupt` if an offset up to `end_offset` is in no chunk."""
         expected = next_offset
         for last_offset, chunk, size in self.stored_chunks(cursor, partition, next_offset):
             if chunk.begin > expected or (chunk.begin < expected != next_offset):

@@ -33,7 +33,7 @@ _TOPICS_BYTES_MAX = 2**20
 
 
 class Noted(NamedTuple):
-    """What is noted of one partition."""
+    """The offsets of one partition that are noted in the file: where it starts, is flushed to, and ends."""
 
     start_offset: int = 0
     flushed_offset: int = 0

@@ -8,14 +8,12 @@ from typing import Any
 
 from pipeline.adapters.kafka.compaction import CompactionLag
 from pipeline.cluster.role import Role
-from pipeline.core.record import Definition
-from pipeline.errors import NotFound
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
-from pipeline.query.facts import StoredFacts
+from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
@@ -101,7 +99,7 @@ class ClusterServer(Role):
             self.log,
             self.clock,
             settings,
-            self._definition_of,
+            partial(find_definition, self.reader),
             metrics,
             limits=worker.task_limits(),
             facts=StoredFacts(self.stores),
@@ -152,9 +150,3 @@ class ClusterServer(Role):
             "topic_id": self._ends().source_id,
             "partitions": self._replicas.status(),
         }
-
-    def _definition_of(self, view: str) -> Definition | None:
-        try:
-            return self.reader.definition(view)
-        except NotFound:
-            return None

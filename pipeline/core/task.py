@@ -48,7 +48,8 @@ from pipeline.core.record import (
     series_prefix,
 )
 from pipeline.core.sequence import EPOCH_STEP_MAX, Folded
-from pipeline.errors import BadRecord, IllegalTransition, StoreCorrupt
+from pipeline.core.transitions import next_state
+from pipeline.errors import BadRecord, StoreCorrupt
 
 
 class Phase(Enum):
@@ -161,10 +162,7 @@ class Task:
         self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
 
     def _step(self, step: Step) -> None:
-        try:
-            self.phase = TRANSITIONS[self.phase, step]
-        except KeyError:
-            raise IllegalTransition(f"partition {self.partition}: {step.value} while {self.phase.value}") from None
+        self.phase = next_state(TRANSITIONS, self.phase, step, self.partition)
 
     @property
     def full(self) -> bool:

@@ -7,16 +7,25 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pipeline.core.codec import decode_folded, decode_position
-from pipeline.core.record import POSITION_KEY, TAG_DEFINITION, Position, prefix_end, producer_key
+from pipeline.core.record import POSITION_KEY, TAG_DEFINITION, Definition, Position, prefix_end, producer_key
 from pipeline.core.sequence import Folded
-from pipeline.errors import PipelineError
+from pipeline.errors import NotFound, PipelineError
 from pipeline.ports import KnownDefinitions, ReadableStore
+from pipeline.query.reader import ViewReader
 
 
 class _Seen(NamedTuple):
     store: ReadableStore
     version: int
     keys: frozenset[bytes]
+
+
+def find_definition(reader: ViewReader, view: str) -> Definition | None:
+    """Return what the definitions of a view are together; None if nobody has published it."""
+    try:
+        return reader.definition(view)
+    except NotFound:
+        return None
 
 
 class StoredFacts:

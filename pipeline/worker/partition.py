@@ -28,6 +28,7 @@ from pipeline.core.record import (
     runs,
 )
 from pipeline.core.task import Commit, Task
+from pipeline.core.transitions import next_state
 from pipeline.errors import (
     BadRecord,
     Displaced,
@@ -60,7 +61,7 @@ from pipeline.worker.follower import (
 from pipeline.worker.foreign import Barrier, owner_id
 from pipeline.worker.history import LastRecord, last_common, what_is_gone, why_lost
 from pipeline.worker.letters import letter_messages
-from pipeline.worker.stage import Stage, Step, after
+from pipeline.worker.stage import TRANSITIONS, Stage, Step
 
 _log = logging.getLogger(__name__)
 _OPEN_LOOK_S = 0.05
@@ -146,7 +147,7 @@ class Partition:
         self._source_id = self._log.topic_id(DELTAS)
         if stopping():  # as late as can be: who is fenced by one that gives up has lost time for nothing
             raise NotReady(f"partition {self.number}: its start was stopped")
-        self.stage = after(self.stage, Step.OWN, self.number)
+        self.stage = next_state(TRANSITIONS, self.stage, Step.OWN, self.number)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         self._owner_id = owner_id(self._app, self.number, self._clock.new_id())
         barrier = self._fence()
@@ -166,7 +167,7 @@ class Partition:
         self._store, self._rebuilding = store, False
         self._check_covered(barrier, stopping)
         self._check_position(stopping)
-        self.stage = after(self.stage, Step.OPEN, self.number)
+        self.stage = next_state(TRANSITIONS, self.stage, Step.OPEN, self.number)
         if self._foreign:
             self._commit_repairs()
 
@@ -366,7 +367,7 @@ class Partition:
         _log.warning("partition %d: rebuilding the store: %s", self.number, why)
         self._metrics.inc(m.STORES_REBUILT, 1, self.number)
         store, self._store, self._damage, self._rebuilding = self._store, None, "", True
-        self.stage = after(self.stage, Step.DISCARD, self.number)
+        self.stage = next_state(TRANSITIONS, self.stage, Step.DISCARD, self.number)
         try:
             if store is not None:
                 store.close()
@@ -487,7 +488,7 @@ class Partition:
 
     def close(self) -> None:
         """Let go of the store and of the right to commit. What is in the overlay is dropped; it will be folded again."""
-        self.stage = after(self.stage, Step.CLOSE, self.number)
+        self.stage = next_state(TRANSITIONS, self.stage, Step.CLOSE, self.number)
         if self._transaction is not None:
             self._transaction.close()
         if self._damage:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from pipeline.errors import IllegalTransition
-
 
 class Stage(Enum):
     """Where a partition is."""
@@ -44,11 +42,3 @@ TRANSITIONS: Mapping[tuple[Stage, Step], Stage] = {
     (Stage.CLOSED, Step.DISCARD): Stage.CLOSED,
 }
 """Every legal step; any other raises `IllegalTransition`."""
-
-
-def after(stage: Stage, step: Step, partition: int) -> Stage:
-    """Return the stage of a partition after a step."""
-    try:
-        return TRANSITIONS[stage, step]
-    except KeyError:
-        raise IllegalTransition(f"partition {partition}: {step.value} while {stage.value}") from None
