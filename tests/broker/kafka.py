@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
 import pytest
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
+from pipeline.adapters.kafka.errors import error_of, translate
+from pipeline.errors import Unavailable
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS, Topic, load
 from tests.broker.jars import Missing, jars, locked, need
 from tests.support import wait_until
@@ -316,16 +318,29 @@ def create_topics(
     for made in admin.create_topics(wanted, operation_timeout=30, request_timeout=30).values():
         made.result(30)
 
-    def ready() -> bool:
-        known = admin.list_topics(timeout=10).topics
-        return all(
-            it.topic in known
-            and len(known[it.topic].partitions) == partitions
-            and all(part.leader >= 0 for part in known[it.topic].partitions.values())
-            for it in wanted
-        )
+    names = [it.topic for it in wanted]
+    wait_until(lambda: leaders_answer(admin, names, partitions), f"topics of {app or 'no app'}")
 
-    wait_until(ready, f"topics of {app or 'no app'}")
+
+def leaders_answer(admin: AdminClient, topics: Collection[str], partitions: int) -> bool:
+    """Whether each topic has this many partitions and the leader of each answers a request.
+
+    A broker names itself as a leader in its metadata a moment before it acts as one: until then it answers
+    NOT_LEADER_FOR_PARTITION.
+    """
+    known = admin.list_topics(timeout=10).topics
+    for name in topics:
+        if name not in known or len(known[name].partitions) != partitions:
+            return False
+    places = [TopicPartition(name, number) for name in topics for number in range(partitions)]
+    futures = admin.list_offsets(dict.fromkeys(places, OffsetSpec.latest()), request_timeout=10)
+    try:
+        return all(future.result(11).offset >= 0 for future in futures.values())
+    except KafkaException as exception:
+        error = translate(error_of(exception), "offsets")
+        if not isinstance(error, Unavailable):
+            raise error from None
+        return False
 
 
 def delete_topics(bootstrap: str, app: str, *, only: Collection[str] = (DELTAS, CHANGELOG, DEAD_LETTERS)) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import NewTopic
 
 from pipeline.adapters.cleaner import Cleaner
 from pipeline.adapters.clock import SystemClock
@@ -22,7 +22,7 @@ from pipeline.adapters.rocks import RocksStores
 from pipeline.ports import Log, LogReader, Message, Store, Stores, Transaction
 from pipeline.settings import KafkaSettings, LogSettings
 from pipeline.topics import Topic
-from tests.broker.kafka import admin_client
+from tests.broker.kafka import admin_client, leaders_answer
 
 DEADLINE_S = 20.0
 DAY_MS = 86_400_000
@@ -209,8 +209,8 @@ class KafkaLab:
         ]
         for made in self._admin.create_topics(wanted, operation_timeout=DEADLINE_S).values():
             made.result(DEADLINE_S)
-        names = {topic.topic for topic in wanted}
-        until(lambda: _led(self._admin, names))
+        names = [topic.topic for topic in wanted]
+        until(lambda: leaders_answer(self._admin, names, PARTITIONS))
         kafka = KafkaLog(
             self.address,
             KafkaSettings(kafka={"fetch.wait.max.ms": 10}),
@@ -243,18 +243,13 @@ class KafkaLab:
         until(lambda: name not in self._admin.list_topics(timeout=DEADLINE_S).topics)
         (made,) = self._admin.create_topics([NewTopic(name, PARTITIONS)], operation_timeout=DEADLINE_S).values()
         made.result(DEADLINE_S)
-        until(lambda: _led(self._admin, {name}))
+        until(lambda: leaders_answer(self._admin, [name], PARTITIONS))
 
     def close(self) -> None:
         names = [self.address.topic(name) for name in (self.events, self.notes, self.table)]
         self.kafka.close()
         for gone in self._admin.delete_topics(names).values():
             gone.result(DEADLINE_S)
-
-
-def _led(admin: AdminClient, names: set[str]) -> bool:
-    known = admin.list_topics(timeout=DEADLINE_S).topics
-    return all(name in known and all(p.leader >= 0 for p in known[name].partitions.values()) for name in names)
 
 
 class StoreLab(Protocol):
