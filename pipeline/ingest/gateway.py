@@ -34,7 +34,7 @@ from pipeline.ingest.idempotency import chunks, partition_of_request, producer_o
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
 from pipeline.publisher.batching import Pending, seal
-from pipeline.publisher.naming import Naming
+from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
@@ -77,7 +77,7 @@ class Gateway:
     ) -> None:
         """`limits` are those of the tasks; `facts` is what is known of their state."""
         self._writer = writer
-        self._naming = Naming(writer)
+        self._tokens = TokenMaker(writer)
         self._clock = clock
         self._settings = settings
         self._definition_of = definition_of
@@ -286,7 +286,7 @@ class Gateway:
         offsets: dict[int, int] = {}
         messages = [Message(DELTAS, batch.partition, None, batch.value) for batch in sealed]
         try:
-            before = self._naming.before() if messages else ""
+            before = self._tokens.topic_id_before() if messages else ""
             results = self._append(messages)
             offsets = _covering(messages, results)
             errors = [result for result in results if isinstance(result, PipelineError)]
@@ -296,7 +296,7 @@ class Gateway:
         finally:
             self._settle(sealed, key)
             self._rooms.sent(wanted, offsets)
-        return self._naming.name(offsets, before)
+        return self._tokens.make(offsets, before)
 
     def _settle(self, sealed: Sequence[Sealed], key: RequestKey | None) -> None:
         """Acknowledged or given up: either way these are never sent again, and the floor may pass them.
@@ -353,7 +353,7 @@ class Gateway:
                 refused = [RefusedGroup(index, it.view, full[it]) for index, it in groups if it in full]
                 if refused:
                     raise refusal(number, refused)
-            before = self._naming.before() if messages else ""
+            before = self._tokens.topic_id_before() if messages else ""
             results = self._append(messages)
             offsets = _covering(messages, results)
             for number, result in enumerate(results):
@@ -363,7 +363,7 @@ class Gateway:
         finally:
             self._rooms.sent(wanted, offsets)
         self._metrics.inc(m.BATCHES_INGESTED, len(messages))
-        return done, self._naming.name(offsets, before)
+        return done, self._tokens.make(offsets, before)
 
     # What the server itself has to say
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import NotFound, Reader
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import inspect
 from tests.broker.kafka import Port
 from tests.process.load import ANSWER, MERGE
 from tests.process.network import SlowNetwork

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.adapters.clock import SystemClock
 from pipeline.ports import LogWriter
 from pipeline.publisher.rescue import drain
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import inspect
 from pipeline.settings import PublisherSettings
 from tests.publisher.support import FileLog, Views, fold
 

@@ -230,14 +230,14 @@ def test_a_publisher_rests_and_goes_on() -> None:
         for _ in range(3):
             cell.add(1)
             pub.flush()
-            assert pub._running.rest()
+            assert pub._runtime.rest()
             assert own_threads() <= before
         log.fate = lambda n, batch: Unavailable("away")
         cell.add(1)
         waiting = threading.Thread(target=pub.flush)
         waiting.start()
         wait_until(lambda: len(log.attempts) > 4)  # which there would not be without the flush
-        assert not pub._running.rest()
+        assert not pub._runtime.rest()
         log.fate = lambda n, batch: "kept"
         waiting.join(10)
         assert fold(log.log).of("v") == {(): 4}

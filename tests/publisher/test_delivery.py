@@ -85,14 +85,14 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
     stuck, there = labels[0][:120], labels[1][:20]
     for label in stuck:
         view.set("x" * 60_000, 1, a=label)
-    wait_until(lambda: sum(len(batch.value) for batch in pub._running.delivery.outbox.pending()) > 6 * 2**20)
+    wait_until(lambda: sum(len(batch.value) for batch in pub._runtime.sender.outbox.pending()) > 6 * 2**20)
     waiting_count = pub.stats()["waiting"]
     for i in range(50):
         for label in (*there, *stuck[:20]):
             view.set(f"{label} {i}", 2 + i, a=label)
         if i % 5 == 0:
             wait_until(lambda i=i: fold(log.log).of("v") == {(label,): f"{label} {i}" for label in there})  # type: ignore[misc]
-    wait_until(lambda: {batch.partition for batch in pub._running.delivery.outbox.pending()} == {0})
+    wait_until(lambda: {batch.partition for batch in pub._runtime.sender.outbox.pending()} == {0})
     assert pub.stats()["waiting"] <= max(waiting_count, 16 + len(stuck))
     with pytest.raises(Unavailable, match=r"not acknowledged .* away"):
         pub.flush(0.05)
@@ -294,7 +294,7 @@ def test_what_fails_in_a_flush_loses_nothing(
     for i in range(40):
         view.add(1, a=str(i))
     pub.flush()
-    wait_until(lambda: not is_kept or not pub._running.spool.batch_count)  # type: ignore[union-attr]
+    wait_until(lambda: not is_kept or not pub._runtime.spool.batch_count)  # type: ignore[union-attr]
     log.fate = lambda n, batch: AWAY
     place, name = (meter, "inc") if broken == "metrics" else (sealing, broken)
     monkeypatch.setattr(place, name, failing(getattr(place, name)))

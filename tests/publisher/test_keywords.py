@@ -33,12 +33,12 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     """An empty working directory, and an environment without settings."""
     import os
 
-    import pipeline.publisher.surroundings as surroundings
+    import pipeline.publisher.environment as environment
 
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.upper().startswith("PIPELINE_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(surroundings, "_told", set())
+    monkeypatch.setattr(environment, "_warned", set())
     caplog.set_level(logging.WARNING, "pipeline")
 
 

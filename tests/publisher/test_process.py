@@ -295,7 +295,7 @@ view = pub.sum("v", labels=("who",))
 main = view.labels("main")
 main.add(1)
 pub.flush()
-delivery = pub._running.delivery
+delivery = pub._runtime.sender
 seal, held, go_on = delivery.seal_drafts, threading.Event(), threading.Event()
 
 def stalled(drafts, now_ms):

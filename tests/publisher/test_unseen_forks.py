@@ -19,8 +19,8 @@ cell = view.labels("main")
 if FLUSHED:
     cell.add(0.0)
     pub.flush(20)
-    assert pub._running.rest()
-pub._running.start_threads = lambda: None
+    assert pub._runtime.rest()
+pub._runtime.start_threads = lambda: None
 cell.add(1.0)
 cell.add(10.0)
 child = fork_in_c()
@@ -29,7 +29,7 @@ if child == 0:
     CHILD
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
-del pub._running.start_threads
+del pub._runtime.start_threads
 cell.add(100.0)
 """
 
@@ -87,6 +87,6 @@ def test_a_child_that_begins_with_a_series_of_its_parents(path: Path, *, flushed
 def test_a_child_of_the_child(path: Path) -> None:
     """It begins anew too, whether its parent has recorded or not."""
     once = "child = fork_in_c(); child or (cell.add(1000.0), pub.flush(20), os._exit(0)); os.waitpid(child, 0); "
-    resting = "pub.flush(20); assert pub._running.rest(); "  # a thread that waits for the interpreter would stop the child
+    resting = "pub.flush(20); assert pub._runtime.rest(); "  # a thread that waits for the interpreter would stop the child
     run(path, f"{once}view.add(10_000, who='new'); {resting}{once}pub.close()")
     assert fold(FileLog(path).read()).of("v") == {("main",): 2111 if native.in_use() else 1111, ("new",): 10_000}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
 from pipeline.publisher.batching import Pending
-from pipeline.publisher.spool.apart import apart
 from pipeline.publisher.spool.database import FORMAT, Database, Rings, Root, create, encode_pending
 from pipeline.publisher.spool.ring import (
     DEFINITION,
@@ -29,10 +29,48 @@ from pipeline.publisher.spool.ring import (
 )
 from pipeline.publisher.spool.slot import explained, make_slot, open_folder, publish_slot, remove_slot, sweep, sync
 
+T = TypeVar("T")
 SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX = 2**17, 2**20
 """A segment has room for the longest text of a `last` view."""
 _OWN = 0
 """The ring that definitions and series are recorded to; that of shard `n` is `n + 1`."""
+_WAIT_S, _WAITS = 1.0, 60
+"""How long a thread waits for the disk: so many times so many seconds."""
+
+
+def run_uninterrupted(work: Callable[[], T]) -> T:
+    """Do `work` in a thread of its own, where no signal handler runs, and return its result or raise its error.
+
+    A signal handler or finaliser that runs in the calling thread meanwhile may need the same work: it finds nothing half
+    done.
+    """
+    done, pid = allocate_lock(), os.getpid()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.release()
+
+    done.acquire()
+    try:
+        start_new_thread(run, ())
+    except RuntimeError:  # the interpreter is ending, or the system has no more threads
+        return work()
+    for _ in range(_WAITS):
+        if done.acquire(timeout=_WAIT_S):
+            break
+        if os.getpid() != pid:  # a handler has forked
+            raise Unavailable("this process was forked while it waited for its parent's spool")
+    else:
+        raise Unavailable(f"the disk does not answer for {_WAITS * _WAIT_S:.0f} s")
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _ring_lock() -> AbstractContextManager[Any]:
@@ -143,7 +181,7 @@ class Spool:
         self._check_open()
         if self.is_held:  # by a finaliser, or a handler that has interrupted something else than recording
             raise Unavailable("this thread was interrupted while it writes to the spool")
-        return apart(lambda: self._next_segment(ring, full, length))
+        return run_uninterrupted(lambda: self._next_segment(ring, full, length))
 
     def _next_segment(self, ring: int, full: int, length: int) -> Segment:
         database = self._database

@@ -14,9 +14,8 @@ import pytest
 
 from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
 from pipeline.publisher.spool.database import Database
-from pipeline.publisher.spool.leftover import Leftover, leftovers
 from pipeline.publisher.spool.live import Spool
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import Orphan, find_slots, inspect
 from pipeline.publisher.spool.ring import segment_path
 from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, claim, sealed, suffix
 from tests.publisher.support import ROOT, in_threads
@@ -48,7 +47,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
     assert (left.report.corrupt, len(left.batches)) == ([], 1)
     spool = filled(tmp_path / "t").spool
     files = {path.name: path.read_bytes() for path in spool.path.iterdir()}
-    assert Leftover.claim(spool.path) is None
+    assert Orphan.claim(spool.path) is None
     [info] = inspect(tmp_path / "t")
     assert (info.live, info.epoch, info.batch_count, info.entry_count) == (True, 0, 1, 1)
     assert (info.series_count, info.delta_count, info.oldest_ms, info.corrupt) == (4, 4, 1, "")
@@ -56,7 +55,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
     assert not spool.close()
     left = claim(spool.path)
     assert inspect(tmp_path / "t")[0].live
-    assert Leftover.claim(spool.path) is None
+    assert Orphan.claim(spool.path) is None
     with pytest.raises(Invalid, match="not empty"):
         left.remove()
     left.release()
@@ -69,8 +68,8 @@ def test_claims_at_once(tmp_path: Path) -> None:
     """Of many that claim a slot in the same moment one gets it."""
     path = filled(tmp_path / "s").spool.path
     for n in range(20):
-        copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Leftover | None]()
-        in_threads(4, lambda i, copy=copy, got=got: got.append(Leftover.claim(copy)))  # type: ignore[misc]
+        copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Orphan | None]()
+        in_threads(4, lambda i, copy=copy, got=got: got.append(Orphan.claim(copy)))  # type: ignore[misc]
         [left] = filter(None, got)
         task = Task()
         task.finish(left)
@@ -82,11 +81,11 @@ def test_a_copy_is_refused(tmp_path: Path) -> None:
     filled(tmp_path / "s").spool.close()
     shutil.copytree(tmp_path / "s", tmp_path / "t")
     with pytest.raises(Fenced, match="copy"):
-        Leftover.claim(tmp_path / "t" / "p")
+        Orphan.claim(tmp_path / "t" / "p")
     (tmp_path / "s").rename(tmp_path / "u")
     task = Task()
     task.finish(claim(tmp_path / "u" / "p"))
-    assert (task.states, leftovers(tmp_path / "u")) == (TRUTH, [])
+    assert (task.states, find_slots(tmp_path / "u")) == (TRUTH, [])
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir(mode=0o700)
     (tmp_path / "f" / "letter").touch()
     for folder, match in ((tmp_path / "s", "'pipeline spool 2'.*'pipeline spool 3'"), (tmp_path / "f", "no spool")):
-        for call in (lambda folder=folder: Recorder(folder, "q"), lambda folder=folder: leftovers(folder)):
+        for call in (lambda folder=folder: Recorder(folder, "q"), lambda folder=folder: find_slots(folder)):
             with pytest.raises(Invalid, match=match):
                 call()
 
@@ -207,7 +206,7 @@ def test_a_forked_child_lets_go(tmp_path: Path, how: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("4\n", -signal.SIGKILL), done.stderr
     task = Task()
-    for path in leftovers(tmp_path / "s"):
+    for path in find_slots(tmp_path / "s"):
         left = claim(path)
         assert not left.report.corrupt
         task.finish(left)

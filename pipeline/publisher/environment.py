@@ -38,7 +38,7 @@ _SERVICE_LINK = re.compile(
     rf"{ENV_PREFIX}([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
 """What Kubernetes puts into the environment of every pod if a service is called `pipeline`, or `pipeline-...`."""
-_told: set[str] = set()
+_warned: set[str] = set()
 """Warnings that this process has given: an app may make many publishers."""
 
 Wanted = Mapping[str, Field[Any]]
@@ -137,6 +137,6 @@ def _parsed(item: Field[Any], text: str) -> Any:
 
 
 def _warn(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
+    if text not in _warned:
+        _warned.add(text)
         _log.warning("%s", text)
