@@ -17,7 +17,7 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter
 from pipeline.publisher.client import BasePublisher, publisher_settings
 from pipeline.publisher.environment import find_settings
-from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_nest
+from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_prefork
 from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
 from pipeline.threads import in_hub
 
@@ -148,7 +148,7 @@ class Publisher(BasePublisher):
             from_now=from_now,
             metrics=self._metrics,
             drain_when_child_ends=drain_when_child_ends,
-            may_run=not is_nest(),
+            may_run=not is_prefork(),
         )
         self._bridges.append(bridge)
         return bridge

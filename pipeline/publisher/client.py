@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,8 +37,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _VIEWS_MAX = 10_000
 _SWEEPS = 3
+"""How often a close flushes again, for deltas that other threads were just recording."""
 _BATCH_MARGIN = 900
-"""The bytes of a batch of one series beyond those of its value, at most, unless its labels are very long."""
+"""The most bytes that a batch of one series takes beyond its value, unless its labels are very long."""
 
 ViewT = TypeVar("ViewT", bound=BaseView)
 
@@ -78,7 +78,7 @@ class BasePublisher:
         fork.join(self)
         if self._runtime.spool is not None:
             self._runtime.spool.open()  # so that a folder that can't be used is an error here
-            if not fork.is_nest():
+            if not fork.is_prefork():
                 self._runtime.start_threads()
 
     def _start(self, parent: Runtime | None = None) -> None:
@@ -145,7 +145,7 @@ class BasePublisher:
                 self.start_clean()
             self._used = True
             fork.drain_when_child_ends()
-        if not fork.is_nest():
+        if not fork.is_prefork():
             self._runtime.start_threads()
         self._runtime.account.add_series()
 
@@ -212,7 +212,8 @@ class BasePublisher:
             known = self._views.setdefault(definition.view, self._new_view(definition))
         if known.definition != definition:
             raise Invalid(f"view {definition.view} is {describe(known.definition)} here; not {describe(definition)}")
-        return known  # type: ignore[no-any-return]
+        found: ViewT = known
+        return found
 
     def _new_view(self, definition: Definition) -> Any:
         view = self._table.define(definition, self._settings.series_max, VIEW_TYPES[definition.kind])
@@ -332,22 +333,21 @@ class BasePublisher:
             self._writer.close()
 
     def stats(self) -> dict[str, int]:
-        """Deltas drained; batches, entries acknowledged; batches rejected, waiting; series and bytes in memory."""
+        """Return counts: deltas drained, batches and entries acknowledged, batches rejected, waiting, series and bytes."""
         fork.check_fork()
         return self._runtime.stats()
 
 
 class _Journal:
-    """The spool of the process that runs now, as the journal of a publisher's table."""
+    """The journal of a publisher's table: the spool of the process that runs now."""
 
     def __init__(self, publisher: BasePublisher) -> None:
-        self._of = weakref.ref(publisher)
+        self._publisher = publisher
 
     def _spool(self) -> PublisherSpool:
-        publisher = self._of()
-        if publisher is None or publisher._runtime.spool is None:
-            raise Invalid("this publisher is closed")
-        return publisher._runtime.spool
+        spool = self._publisher._runtime.spool
+        assert spool is not None, "a durability beyond memory needs a spool"
+        return spool
 
     def define(self, definition: bytes, suffix: bytes) -> int | None:
         return self._spool().define(definition, suffix)
@@ -360,7 +360,7 @@ PublisherT = TypeVar("PublisherT", bound=BasePublisher)
 
 
 def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any) -> Definition:
-    """A checked definition, of plain text also when the names are members of a `StrEnum`."""
+    """Return a checked definition. Its names are plain text, even if they were given as members of a `StrEnum`."""
     names = (labels,) if isinstance(labels, str) else tuple(labels) if isinstance(labels, Iterable) else (None,)
     if not isinstance(view, str) or not all(isinstance(name, str) for name in names):
         raise Invalid("view and label names are text")
@@ -376,7 +376,7 @@ def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any)
 
 
 def publisher_settings(keywords: Mapping[str, Any]) -> PublisherSettings:
-    """Settings from keywords; `Invalid` for a name that is none."""
+    """Return the settings that keywords name, or raise `Invalid` for an unknown name."""
     known = PublisherKeywords.__annotations__.keys()
     if unknown := sorted(keywords.keys() - {item.name for item in fields(PublisherSettings)}):
         raise Invalid(f"unknown settings: {', '.join(unknown)}{closest(unknown[0], known)}")

@@ -51,12 +51,11 @@ def drain(
     stop: threading.Event | None = None,
     force: bool = False,
 ) -> Iterator[DrainedSlot]:
-    """Send what is left in each slot of a spool folder whose process is gone, slot by slot, and remove it.
+    """Send the content of each slot of a spool folder whose process is gone, slot by slot, and remove the slot.
 
-    What is not acknowledged within `timeout_s` stays for another attempt, under the same sequences. Raises `Invalid` for a
-    folder that is no spool; what is wrong with one slot is in its result. `stop` ends it early.
-    Batches that were sealed so long ago that tasks may have forgotten by now whether they have folded them
-    (`producer_ttl_ms` less a day) are only sent with `force`.
+    Batches that are not acknowledged within `timeout_s` stay for another attempt, under the same sequences. Raises `Invalid`
+    for a folder that is no spool; errors of one slot are in its result. `stop` ends the draining early. Batches that are so
+    old that tasks may have forgotten whether they folded them (`producer_ttl_ms` less a day) are sent with `force` only.
     """
     stop = stop or threading.Event()
     end_s = clock.monotonic_s() + timeout_s

@@ -1,6 +1,6 @@
-"""The views and series that an app records to: those of the table in use, with what is the same for both tables.
+"""The views and series that an app records to, on top of those of the table in use, native or plain.
 
-A view has from its publisher what the table does not know: a clock, and how to read the last snapshot.
+The publisher gives a view what the table does not know: a clock, and a way to read the last snapshot.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ else:
 
 
 class _Owned:
-    """What views of all kinds have beyond recording."""
+    """The methods of views of all kinds beyond recording."""
 
     definition: Definition
     read_local: Callable[[Any], LocalView]
-    """What reads the last snapshot of a view. The publisher sets it, and `monotonic_s`."""
+    """Reads the last snapshot of a view. The publisher sets it, and `monotonic_s`."""
     monotonic_s: Callable[[], float]
 
     def local(self) -> LocalView:
@@ -101,7 +101,7 @@ class SumView(_Owned, AddView):
         def labels(self, /, *values: str, **names: str) -> SumSeries:
             """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
-    def add_many(self, values: Any, /, **labels: str) -> int:  # type: ignore[override]
+    def add_many(self, values: Any, /, **labels: str) -> int:  # type: ignore[override]  # the table's takes label values
         """Add each of `values` to the series with these labels; see `SumSeries.add_many`."""
         return record_many(self.labels(**labels), values)
 
@@ -182,7 +182,7 @@ def record_table(view: Any, table: Any, ignore: Iterable[str] = ()) -> int:
 
 
 def numbers_of(column: Column, row_count: int) -> Any:
-    """Return a column of values as the table takes it: as a buffer where it is one of 64-bit numbers."""
+    """Return a column of values for the table: an array of 64-bit numbers as it is, everything else as a list."""
     if isinstance(column, Vector) and column.array.dtype.str in ("<f8", "<i8"):
         return column.array
     return rows_of(column, row_count)

@@ -80,12 +80,12 @@ def _ring_lock() -> AbstractContextManager[Any]:
 
 
 class Spool:
-    """What this process records, in files. Safe from any thread, unless something else is said.
+    """The files to which this process records. Safe from any thread, unless a method says otherwise.
 
-    The table records to rings, one for each of its shards, in a `segment` after the other; the flusher drains, seals, and
-    says with `commit` what became of everything that was recorded up to some positions. What is committed can be sent, and
-    nothing else; what the log has accepted is acknowledged. When the process dies instead, the next to look finds a
-    `Leftover`.
+    The table records to rings, one for each of its shards, in one `segment` after the other. The flusher drains and seals,
+    and `commit` states in which batches everything is that was recorded before some positions. Only committed batches may
+    be sent; those that the log has accepted are acknowledged. When the process dies, another one claims the slot as an
+    `Orphan`.
 
     Recording is refused (`BufferFull`) beyond three quarters of `bytes_max`. The rest is for commits and acknowledgements,
     which `bytes_max` never refuses: a commit makes room, because the segments that it covers go.
@@ -105,8 +105,9 @@ class Spool:
     ) -> None:
         """Make a slot for this process, which nobody else touches while the process lives.
 
-        `ends` says where the rings of shards end now. `secret` proves that the id is the producer's; `name` is that of the
-        slot, as others may see it. `fsync`: a commit is on the disk when it returns, and `sync` sees to the rest. Raises
+        `ends` returns where the rings of shards end now. `secret` proves that the id is the producer's; `name` is the name
+        of the slot, which others may see. With `fsync`, a commit is on the disk when it returns, and `sync` writes the rest.
+        Raises
         `Invalid` for a folder that is no spool or of another version, and if there is a slot of this name; `BufferFull` if
         the disk is full.
         """
@@ -211,7 +212,7 @@ class Spool:
             return new
 
     def _make(self, ring: int, rings: Rings) -> tuple[Segment, Rings]:
-        """Make a segment. Return it, and what a transaction must say before it is used."""
+        """Make a segment. Return it, and the rings that a transaction must write before it is used."""
         first, offset, number = rings.get(ring, (0, 0, 0))
         path = segment_path(self.path, ring, number)
         with explained("making a segment"):
@@ -242,16 +243,16 @@ class Spool:
         positions: Mapping[int, tuple[int, int]],
         gone: Iterable[int] = (),
     ) -> None:
-        """Write where all is that was recorded before `positions`, by shard: in `batches`, earlier ones, or `pending`.
+        """Write that everything recorded before `positions`, by shard, is in `batches`, earlier batches, or `pending`.
 
-        `pending` replaces what was pending before. `gone`: series whose records all lie before the positions, and to which
-        nobody records any more. Atomic: after `Unavailable` or `BufferFull` nothing has happened, and the same call can be
-        repeated. For the thread that drains.
+        `pending` replaces the pending deltas of before. `gone` are series whose records all lie before the positions, and
+        to which nobody records any more. Atomic: after `Unavailable` or `BufferFull` nothing has happened, and the same
+        call can be repeated. For the thread that drains.
         """
         waiting = encode_pending(pending)
         self._check_open()
         own = self._own.end()
-        named = [*self._named]  # behind the position: what is named in between is there twice, which does no harm
+        named = [*self._named]  # after the position: a series named in between is written twice, which does no harm
         read = {shard + 1: position for shard, position in positions.items()} | ({} if own is None else {_OWN: own})
         with self._database.lock:
             before = self._database.root.rings
@@ -264,11 +265,11 @@ class Spool:
         del self._named[: len(named)]
         for key, (first, _, _) in before.items():
             for number in range(first, after[key][0]):
-                with suppress(OSError):  # whoever claims the slot deletes what no transaction knows any more
+                with suppress(OSError):  # the next owner deletes segments that no transaction names
                     segment_path(self.path, key, number).unlink()
 
     def _more(self, rings: Rings) -> tuple[Rings, dict[int, Segment]]:
-        """Make segments for rings that will soon need one, so that whoever records does not wait for it."""
+        """Make segments for rings that will soon need one, so that no recording thread waits for it."""
         spares: dict[int, Segment] = {}
         for key, (first, offset, end) in rings.items():
             if first == end - 1 and 4 * offset > self._database.root.segment_bytes and 2 * self.used_bytes < self._bytes_max:
@@ -299,18 +300,18 @@ class Spool:
 
     @property
     def is_held(self) -> bool:
-        """Whether this thread was interrupted while it has the database, for which the others wait."""
-        return bool(self._database.lock._is_owned())  # type: ignore[attr-defined]
+        """True if this thread was interrupted while it has the database, for which the others wait."""
+        return bool(self._database.lock._is_owned())  # type: ignore[attr-defined]  # typeshed does not declare it
 
     @property
     def used_bytes(self) -> int:
-        """What the slot takes on the disk."""
+        """The bytes of the slot on the disk."""
         root = self._database.root
         return self._database.used_bytes + root.segment_bytes * sum([end - first for first, _, end in root.rings.values()])
 
     @property
     def is_full_of_names(self) -> bool:
-        """True if recording is refused, and most of the room is taken by names of series, which go with them."""
+        """True if recording is refused, and names of series take most of the room: evicting series frees it."""
         if not self._is_full:
             return False
         with self._database.lock:
@@ -319,12 +320,16 @@ class Spool:
 
     @property
     def batch_count(self) -> int:
-        """Committed batches that are not acknowledged."""
+        """The number of committed batches that are not acknowledged."""
         return len(self._database.batches)
+
+    def has(self, partition: int, sequence: int) -> bool:
+        """Return whether a batch is committed and not acknowledged."""
+        return (partition, sequence) in self._database.batches
 
     @property
     def ring_bytes(self) -> int:
-        """What was recorded and is in no commit yet, about."""
+        """The bytes, about, of records that no commit covers yet."""
         return sum(self._ring_bytes().values())
 
     def _ring_bytes(self) -> dict[int, int]:
@@ -337,15 +342,15 @@ class Spool:
 
     @property
     def pending_bytes(self) -> int:
-        """What the pending deltas of the last commit take."""
+        """The bytes of the pending deltas of the last commit."""
         return self._database.pending_bytes
 
     # The end
 
     def close(self) -> bool:
-        """Remove the slot if nothing waits in it, or leave it to be found; return whether it was removed.
+        """Remove the slot if nothing waits in it, else leave it for another process; return whether it was removed.
 
-        Whoever records to a ring of a shard has ended that before.
+        No thread records to the rings any more.
         """
         with self._database.lock:
             if self._closed:
@@ -358,14 +363,14 @@ class Spool:
                 if self._fsync and not empty:
                     self.sync()
             finally:
-                self._let_go()
+                self._release()
                 self._database.close()
                 if empty:
                     remove_slot(self.path)
                 os.close(self._lock_fd)
             return empty
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         for segment in [*self._last.values()]:
             segment.limit = 0
         self._own = Ring()
@@ -373,9 +378,9 @@ class Spool:
         self._spares.clear()
 
     def abandon(self) -> None:
-        """Let go of the parent's files, without a trace in them: what a forked child does first."""
+        """Forget the parent's files, in a forked child, without a change to them."""
         if not self._closed:
             self._closed = True
             self._database.abandon()
-            self._let_go()
+            self._release()
             os.close(self._lock_fd)

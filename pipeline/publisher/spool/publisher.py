@@ -57,8 +57,6 @@ class PublisherSpool:
         self._metrics = metrics
         self._making = RLock()
         self._spool: Spool | None = None
-        self._kept: set[tuple[int, int]] = set()
-        """Unacknowledged batches that the spool has."""
         self._new: dict[tuple[int, int], Sealed] = {}
         """Sealed batches that it does not have yet."""
         self._stale: set[tuple[int, int]] = set()
@@ -175,8 +173,6 @@ class PublisherSpool:
                 key = batch.partition, batch.sequence
                 if self._new.pop(key, None) is None:  # acknowledged meanwhile
                     settled.append(key)
-                else:
-                    self._kept.add(key)
         self.forget(settled)
 
     def release_memory(self, bytes_max: int) -> None:
@@ -186,7 +182,7 @@ class PublisherSpool:
             if self._outbox.bytes_total > bytes_max:
                 # The newest first: the oldest are sent next.
                 for batch in reversed([*self._outbox.pending()]):
-                    if (batch.partition, batch.sequence) in self._kept:
+                    if self._has(batch.partition, batch.sequence):
                         sealed = self._outbox.stow(batch.partition, batch.sequence)
                         back += len(sealed.value) if sealed else 0
                         count += sealed is not None
@@ -205,11 +201,11 @@ class PublisherSpool:
     @property
     def kept_count(self) -> int:
         """The number of unacknowledged batches that the spool has."""
-        return len(self._kept)
+        return self.batch_count - len(self._stale)
 
     def holds_back(self, sealed: Sealed) -> bool:
         """Return whether a batch may not be sent yet. The caller holds the lock."""
-        return self.durable and (sealed.partition, sealed.sequence) not in self._kept
+        return self.durable and not self._has(sealed.partition, sealed.sequence)
 
     def load(self, sealed: Sealed) -> bytes:
         """Return the bytes of a batch."""
@@ -217,11 +213,11 @@ class PublisherSpool:
 
     def settled(self, partition: int, sequence: int) -> bool:
         """Take note that a batch is never sent again; return whether to `forget` it. The caller holds the lock."""
-        key = partition, sequence
-        self._new.pop(key, None)
-        kept = key in self._kept
-        self._kept.discard(key)
-        return kept
+        self._new.pop((partition, sequence), None)
+        return self._has(partition, sequence)
+
+    def _has(self, partition: int, sequence: int) -> bool:
+        return self._spool is not None and self._spool.has(partition, sequence)
 
     def forget(self, batches: Sequence[tuple[int, int]]) -> None:
         """Have the spool forget batches, and those that it could not forget before. The caller does not hold the lock."""
