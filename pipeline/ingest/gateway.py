@@ -247,14 +247,20 @@ class Gateway:
         full = self._rooms.take(wanted)
         try:
             if full:
-                self._refuse_full(full, numbers, refused)
+                for definition, why in full.items():
+                    for number in numbers.pop(definition):
+                        self._refuse(number, "view", why, refused)
                 raw = {it: run for it, run in raw.items() if it.definition not in full}
             states = {it: kind_of(it.definition).collect(run) for it, run in raw.items()}
             if key is not None:
                 sealed = _seal_parts(states, producer_id, fixed, now_ms)
             else:
                 merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
-                sealed = self._seal_merged(merged, partition_count, bytes_max, now_ms)
+                batch_max = min(self._settings.batch_bytes_max, bytes_max)
+                with self._lock:
+                    sealed = seal(
+                        merged, self._outbox, partition_count=partition_count, batch_bytes_max=batch_max, now_ms=now_ms
+                    )
             for batch in sealed:
                 if len(batch.value) > bytes_max:
                     self._settle(sealed, key)
@@ -263,23 +269,6 @@ class Gateway:
             self._rooms.sent(wanted, {})
             raise
         return sealed, {partition: [*definitions] for partition, definitions in wanted.items()}
-
-    def _refuse_full(
-        self, full: Mapping[Definition, str], numbers: dict[Definition, list[int]], refused: list[Refusal] | None
-    ) -> None:
-        for definition, why in full.items():
-            for number in numbers.pop(definition):
-                self._refuse(number, "view", why, refused)
-
-    def _seal_merged(self, merged: list[Pending], partition_count: int, bytes_max: int, now_ms: int) -> list[Sealed]:
-        with self._lock:
-            return seal(
-                merged,
-                self._outbox,
-                partition_count=partition_count,
-                batch_bytes_max=min(self._settings.batch_bytes_max, bytes_max),
-                now_ms=now_ms,
-            )
 
     def _send(self, sealed: Sequence[Sealed], wanted: Mapping[int, Collection[Definition]], key: RequestKey | None) -> Token:
         """Append batches, none of which is ever sent again."""

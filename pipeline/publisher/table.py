@@ -263,7 +263,7 @@ class Table:
                 return False
 
     def _write(self, slot: Slot, delta: State, payload: bytes, heap: int) -> bool:
-        """Record a delta to its slot; return False if the ring has no room, or the slot is out. The caller holds the lock."""
+        """Record a delta to its slot; return False if its ring or the slot is out of use. The caller holds the lock."""
         self.used_bytes += heap
         if self._journal is None:
             self.queue.append((slot, delta))

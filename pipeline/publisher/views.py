@@ -6,7 +6,7 @@ The publisher gives a view what the table does not know: a clock, and a way to r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline import native
 from pipeline.core.kinds import KINDS
@@ -18,6 +18,7 @@ from pipeline.publisher.local import LocalView
 from pipeline.publisher.timing import ExceptionCounter, Exceptions, Timer
 
 __all__ = ["BaseView", "Table"]
+SeriesT = TypeVar("SeriesT")
 _extension = native.extension()
 if TYPE_CHECKING or _extension is None:
     from pipeline.publisher.table import Table
@@ -29,13 +30,18 @@ else:
     SetSeries, SetView = _extension.SetSeries, _extension.SetView
 
 
-class _Owned:
+class _PublisherView(Generic[SeriesT]):
     """The methods of views of all kinds beyond recording."""
 
     definition: Definition
     read_local: Callable[[Any], LocalView]
     """Reads the last snapshot of a view. The publisher sets it, and `monotonic_s`."""
     monotonic_s: Callable[[], float]
+
+    if TYPE_CHECKING:
+
+        def labels(self, /, *values: str, **names: str) -> SeriesT:
+            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
     def local(self) -> LocalView:
         """Return what this process alone has recorded since it started, as of the last snapshot. Takes no lock."""
@@ -91,15 +97,10 @@ class LastSeries(SetSeries):
     __slots__ = ()
 
 
-class SumView(_Owned, AddView):
+class SumView(_PublisherView[SumSeries], AddView):
     """Totals, by series."""
 
     series_type = SumSeries
-
-    if TYPE_CHECKING:
-
-        def labels(self, /, *values: str, **names: str) -> SumSeries:
-            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
     def add_many(self, values: Any, /, **labels: str) -> int:  # type: ignore[override]  # the table's takes label values
         """Add each of `values` to the series with these labels; see `SumSeries.add_many`."""
@@ -117,15 +118,10 @@ class SumView(_Owned, AddView):
         return self.labels(**labels).count_exceptions(exception)
 
 
-class ObservedView(_Owned, ObserveView):
+class ObservedView(_PublisherView[ObservedSeries], ObserveView):
     """Smallest, largest or mean observation, by series."""
 
     series_type = ObservedSeries
-
-    if TYPE_CHECKING:
-
-        def labels(self, /, *values: str, **names: str) -> ObservedSeries:
-            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
     def observe_many(self, values: Any, /, **labels: str) -> int:
         """Observe each of `values` in the series with these labels; see `SumSeries.add_many`."""
@@ -136,15 +132,10 @@ class ObservedView(_Owned, ObserveView):
         return self.labels(**labels).time()
 
 
-class LastView(_Owned, SetView):
+class LastView(_PublisherView[LastSeries], SetView):
     """The newest value, by series."""
 
     series_type = LastSeries
-
-    if TYPE_CHECKING:
-
-        def labels(self, /, *values: str, **names: str) -> LastSeries:
-            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
 
 VIEW_TYPES: Mapping[str, type[BaseView]] = {
