@@ -26,7 +26,7 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.reader import ViewReader
 from pipeline.settings import QuerySettings
 from pipeline.threads import guarded
-from pipeline.worker.follower import Progress
+from pipeline.worker.restore import RestoreProgress
 
 _log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = {-8: 2, -3: 2**20, -1: 4 * 2**20}
@@ -65,7 +65,7 @@ class Hooks(NamedTuple):
 
     metrics: PrometheusMetrics
     on_fatal: Callable[[BaseException], None]
-    on_progress: Callable[[Progress], None]
+    on_progress: Callable[[RestoreProgress], None]
 
 
 RoleT = TypeVar("RoleT", bound=Role)

@@ -21,8 +21,7 @@ from pipeline.cli import console
 from pipeline.config import Config
 from pipeline.errors import Invalid, LogCorrupt, NotFound
 from pipeline.topics import CHANGELOG, DELTAS
-from pipeline.worker.verify import Difference, Result, verify
-from pipeline.worker.verify import Progress as VerifyProgress
+from pipeline.worker.verify import Difference, Result, VerifyProgress, verify
 
 if TYPE_CHECKING:
     from pipeline.adapters.kafka.log import KafkaLog

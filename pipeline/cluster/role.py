@@ -13,7 +13,7 @@ from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.newer import check_format
+from pipeline.worker.restore import check_format
 
 TOPICS = (DELTAS, CHANGELOG, DEAD_LETTERS)
 

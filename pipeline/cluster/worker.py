@@ -17,11 +17,11 @@ from pipeline.ports import Membership, ReadableStore
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.follower import Progress
 from pipeline.worker.lag import Ends, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import Partition
 from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class ClusterWorker(Role):
         publisher_settings: PublisherSettings | None = None,
         metrics: Metrics = NO_METRICS,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
     ) -> None:
         if agents is not None and not name:
             raise Invalid("agents need a worker with a name: their topics are shared by a group")
@@ -85,7 +85,7 @@ class ClusterWorker(Role):
         self._worker = worker_settings or WorkerSettings()
         self._metrics = metrics
         self._on_progress = on_progress
-        self._progress: dict[int, Progress] = {}
+        self._progress: dict[int, RestoreProgress] = {}
         self._listed = partitions
         self._member: Member | None = None
         try:
@@ -340,6 +340,6 @@ class ClusterWorker(Role):
         if self._member is not None:
             self._member.tell_warm()
 
-    def _note_progress(self, progress: Progress) -> None:
+    def _note_progress(self, progress: RestoreProgress) -> None:
         self._progress[progress.partition] = progress
         self._on_progress(progress)

@@ -22,8 +22,8 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.threads import Failures
 from pipeline.worker.bound import CommitBound
-from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
+from pipeline.worker.restore import RestoreProgress
 
 _log = logging.getLogger(__name__)
 _AT_ONCE_S = -inf
@@ -308,7 +308,7 @@ class ActivePartitions:
         standbys: Standbys,
         thread_count: int,
         stopping: Callable[[], bool],
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[RestoreProgress], None],
         commit_time_max_s: float,
         metrics: Metrics = NO_METRICS,
     ) -> None:

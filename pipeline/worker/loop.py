@@ -27,9 +27,8 @@ from pipeline.threads import LoopThread
 from pipeline.topics import DELTAS
 from pipeline.worker.active import ActivePartition, ActivePartitions, NoStandbys, Standbys
 from pipeline.worker.commits import Commits
-from pipeline.worker.damage import Damages
-from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
+from pipeline.worker.restore import DamageHistory, RestoreProgress
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1
@@ -71,7 +70,7 @@ class WorkerLoop:
         clock: Clock,
         settings: WorkerSettings,
         on_fatal: Callable[[BaseException], None],
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
         on_moved: Callable[[], None] = lambda: None,
         standbys: Standbys | None = None,
         settle_s: float = 0.0,
@@ -120,7 +119,7 @@ class WorkerLoop:
         self._settled_s = 0.0
         self._new: set[int] = set()
         """What the assignment brought and does not fold yet."""
-        self._damages = Damages()
+        self._damages = DamageHistory()
         self._rebuilding: set[int] = set()
         """Partitions whose stores are damaged, until they fold again with others."""
         self._assignment: _Assigned | None = None
@@ -362,7 +361,7 @@ class WorkerLoop:
         if not self._actives.starting():
             self._ready.set()
 
-    def _progress(self, progress: Progress) -> None:
+    def _progress(self, progress: RestoreProgress) -> None:
         self._metrics.set(m.RESTORE_REMAINING, progress.remaining, progress.partition)
         self._on_progress(progress)
 

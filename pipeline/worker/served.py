@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from pipeline.ports import ReadableStore, Store
-from pipeline.worker.follower import Follower, Progress
+from pipeline.worker.follower import Follower
+from pipeline.worker.restore import RestoreProgress
 
 
 class LagMax(Protocol):
@@ -58,10 +59,10 @@ class Replica:
         self.caught_up_s = asked_s
         return True
 
-    def progress(self, now_s: float) -> Progress:
+    def progress(self, now_s: float) -> RestoreProgress:
         """How far it is."""
         entries, seconds = self.follower.entries_total, now_s - self.started_s
-        return Progress(self.number, entries, self.remaining, seconds, done=self.serving)
+        return RestoreProgress(self.number, entries, self.remaining, seconds, done=self.serving)
 
     def serve(self) -> None:
         """It can be read from now on."""
