@@ -14,7 +14,7 @@ from pipeline.cli import console
 from pipeline.cli.signals import stopping_on_signals
 from pipeline.settings import HOLD_VARIABLE
 
-_LOOK_S = 3_600.0
+_WAKE_INTERVAL_S = 3_600.0
 
 
 def holding(code: int) -> int:
@@ -22,6 +22,6 @@ def holding(code: int) -> int:
     if code in (console.USAGE, console.DECIDE) and os.environ.get(HOLD_VARIABLE, "") not in ("", "0"):
         console.print_error(f"exit code {code:d}: to start again can't help; waiting to be stopped ({HOLD_VARIABLE} is set)")
         with stopping_on_signals() as stop:
-            while not stop.wait(_LOOK_S):
+            while not stop.wait(_WAKE_INTERVAL_S):
                 pass
     return code

@@ -364,7 +364,7 @@ class ActivePartitions:
             if isinstance(error, PipelineError):
                 _log.info("partition %d was lost while it started: %s", active.number, error)
             elif error is not None:
-                self._failures.note(error, what_follows=f"partition {active.number} is lost by now")
+                self._failures.note(error, consequence=f"partition {active.number} is lost by now")
         return begun
 
     def close_lost(self) -> list[int]:
@@ -390,4 +390,4 @@ class ActivePartitions:
         except PipelineError as error:
             _log.error("closing partition %d: %s", partition.number, error)
         except Exception as error:
-            self._failures.note(error, what_follows=f"partition {partition.number} is not closed in order")
+            self._failures.note(error, consequence=f"partition {partition.number} is not closed in order")
