@@ -23,7 +23,7 @@ class _Status(msgspec.Struct):
 
 
 class HttpViews(HttpReader):
-    """A `cluster.views.Views` behind a server of this package."""
+    """A `cluster.views.ViewAdmin` behind a server of this package."""
 
     def change(self, control: Control, key: str) -> Changed:
         """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""
