@@ -9,7 +9,7 @@ from pipeline.worker.follower import Follower, Progress
 
 
 class LagMax(Protocol):
-    """Says how far behind a store may be and be served: `adapters.kafka.compaction.CompactionLag`."""
+    """Says how far behind a store may be and be served: `adapters.kafka.checks.CompactionLag`."""
 
     why_not: str
     """Why nothing may be served, as of the last call; empty: it may."""
