@@ -70,7 +70,7 @@ class _Views(msgspec.Struct):
     views: list[View]
 
 
-class _Client:
+class _HttpClient:
     """Requests to one server. Safe from any thread, and after a fork."""
 
     def __init__(self, url: str, clock: Clock) -> None:
@@ -209,7 +209,7 @@ class HttpLogWriter:
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
-        self._client = _Client(url, self._clock)
+        self._client = _HttpClient(url, self._clock)
         self._partition_count: tuple[float, int] | None = None
         self._secrets: dict[str, str] = {}
         """Of the producers whose batches are sent, by their ids."""
@@ -355,7 +355,7 @@ class HttpReader:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._client = _Client(url, clock or SystemClock())
+        self._client = _HttpClient(url, clock or SystemClock())
         self._timeout_s = timeout_s
 
     def get(
@@ -449,7 +449,7 @@ class _Positions(msgspec.Struct):
 
 
 class HttpViews(HttpReader):
-    """A `cluster.views.Views` behind a server of this package."""
+    """A `cluster.views.ViewAdmin` behind a server of this package."""
 
     def change(self, control: Control, key: str) -> Changed:
         """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""

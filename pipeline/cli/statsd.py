@@ -34,7 +34,7 @@ _SHOW_S = 0.2
 _CONTACT_S = 2.0
 
 
-class Request(msgspec.Struct, frozen=True):
+class StatsdRequest(msgspec.Struct, frozen=True):
     """What the command line asks for."""
 
     url: str
@@ -56,7 +56,7 @@ class Ready(msgspec.Struct):
     metrics_url: str | None = None
 
 
-class Report(msgspec.Struct):
+class StatsdReport(msgspec.Struct):
     """What became of a run: the last line of `--json`."""
 
     complete: bool
@@ -88,7 +88,7 @@ def parse_labels(pairs: Sequence[str]) -> dict[str, list[str]]:
     return labels
 
 
-def run_statsd(request: Request, config: Config) -> int:
+def run_statsd(request: StatsdRequest, config: Config) -> int:
     """Receive until SIGINT or SIGTERM, publish the rest, print what became of it; the exit code."""
     metrics: Metrics = NO_METRICS if request.metrics_port is None else PrometheusMetrics()
     with stopping_on_signals() as stop:
@@ -97,14 +97,14 @@ def run_statsd(request: Request, config: Config) -> int:
             settings["on_full"] = "raise"
         publisher = Publisher(request.url, metrics=metrics, **settings)
         try:
-            return _Run(request, config, publisher, metrics, stop).run()
+            return _StatsdRun(request, config, publisher, metrics, stop).run()
         finally:
             with suppress(PipelineError):  # what is not acknowledged by now was reported
                 publisher.close(timeout_s=0)
 
 
-class _Run:
-    def __init__(self, request: Request, config: Config, publisher: Publisher, metrics: Metrics, stop: Stop) -> None:
+class _StatsdRun:
+    def __init__(self, request: StatsdRequest, config: Config, publisher: Publisher, metrics: Metrics, stop: Stop) -> None:
         self._request = request
         self._publisher = publisher
         self._timeout_s = config.publisher.close_timeout_ms / 1000
@@ -179,7 +179,7 @@ class _Run:
         if self._request.as_json:
             counts = stats["deltas"], stats["entries"], stats["batches"]
             left_out = dict(sorted(sink.refused.items()))
-            console.print_json(Report(failure is None, sink.line_count, left_out, *counts, token, seconds, failure))
+            console.print_json(StatsdReport(failure is None, sink.line_count, left_out, *counts, token, seconds, failure))
         else:
             merged = f"{stats['deltas']:,} deltas in {stats['entries']:,} entries of {stats['batches']:,} batches"
             console.out.print(f"{sink.line_count:,} lines, {merged}, {seconds:.1f} s", soft_wrap=True)

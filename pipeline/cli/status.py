@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pipeline.cli import console
-from pipeline.cli.table import Table, fetched
+from pipeline.cli.table import TextTable, fetched
 from pipeline.settings import KafkaSettings
 
 _UNKNOWN = "?"
@@ -51,7 +51,7 @@ def run_status(url: str, *, as_json: bool) -> int:
     status = fetched(url, "/v1/status", _Status, as_json=as_json)
     if status is None:
         return console.OK
-    table = Table("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
+    table = TextTable("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
     for it in status.partitions:
         age_ms = status.at_ms - it.committed_at_ms if status.at_ms and it.committed_at_ms else None
         stale = "" if it.staleness_ms is None else f"{it.staleness_ms:,} ms"
@@ -84,13 +84,13 @@ def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
             return f"unreachable: {it.error}"
         return "ready" if it.ready else "restoring"
 
-    table = Table("member", "url", "partitions", "standbys", right=("lag", "fenced", "state"))
+    table = TextTable("member", "url", "partitions", "standbys", right=("lag", "fenced", "state"))
     for member in found.members:
         has = (_numbers(member.partitions), _numbers(member.standbys), _count(member.lag), _count(member.fenced_count))
         table.add_row(*map(console.printable, (member.name, member.url, *has, state(member))))
     table.print()
     print()
-    table = Table("partition", "member", "phase", right=("next_offset", "end_offset", "lag", "commit", "restore"))
+    table = TextTable("partition", "member", "phase", right=("next_offset", "end_offset", "lag", "commit", "restore"))
     for it in found.partitions:
         offsets = (_count(it.next_offset), _count(it.end_offset), _count(it.lag))
         owner = console.printable(it.member or "nobody")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.faust.group import STABLE, Group, describe_group
+from pipeline.adapters.faust.group import STABLE, ConsumerGroup, describe_group
 from pipeline.adapters.faust.security import security_of
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.kafka.log import KafkaLog
@@ -173,7 +173,7 @@ class _Row(NamedTuple):
 
 def _joined(
     address: Address,
-    group: Group,
+    group: ConsumerGroup,
     answers: Sequence[_Answer | str],
     ends: Mapping[int, int],
     mirrored: Mapping[int, int],
@@ -189,7 +189,7 @@ def _joined(
     return Overview(address.app, group.state, [row.state for row in rows], partitions, notes)
 
 
-def _row(group: Group, member: Member, answer: _Answer | str) -> _Row:
+def _row(group: ConsumerGroup, member: Member, answer: _Answer | str) -> _Row:
     """Where the partitions are is for the group to say, while it is stable."""
     actives, standbys = member.actives, member.standbys
     if isinstance(answer, str):

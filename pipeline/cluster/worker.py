@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.kafka.checks import CompactionLag
 from pipeline.adapters.static_membership import StaticMembership
-from pipeline.cluster.member import Member
+from pipeline.cluster.member import ClusterMember
 from pipeline.cluster.role import TOPICS, Role
 from pipeline.errors import Invalid, LogCorrupt, PipelineError, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
@@ -87,7 +87,7 @@ class ClusterWorker(Role):
         self._on_progress = on_progress
         self._progress: dict[int, Progress] = {}
         self._listed = partitions
-        self._member: Member | None = None
+        self._member: ClusterMember | None = None
         try:
             if unknown := [number for number in sorted(partitions or ()) if not 0 <= number < self.partition_count]:
                 raise Invalid(f"there is no partition {unknown[0]}; topic deltas has {self.partition_count}")
@@ -268,7 +268,7 @@ class ClusterWorker(Role):
 
     def start(self) -> None:
         """Join; then fence, restore, and fold what is ours."""
-        self._member = Member(
+        self._member = ClusterMember(
             self._new_membership(),
             self._loop,
             self._standbys,

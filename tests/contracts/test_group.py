@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.adapters.faust.group import STABLE, Group
+from pipeline.adapters.faust.group import STABLE, ConsumerGroup
 from pipeline.adapters.faust.member_metadata import (
     NOBODY,
     AppIdentity,
@@ -76,7 +76,9 @@ def seen(state: str, *answers: Any) -> Overview:
     names = zip(("a", "b"), placed, strict=True)
     moving = frozenset[int]()
     members = [Member(name, "", *(it if state == STABLE else (moving, moving))) for name, it in names]
-    return _joined(parse_url("kafka://h:1"), Group(state, members), answers, {0: 100, 1: 50, 2: 7}, {0: 90, 2: 7}, [])
+    return _joined(
+        parse_url("kafka://h:1"), ConsumerGroup(state, members), answers, {0: 100, 1: 50, 2: 7}, {0: 90, 2: 7}, []
+    )
 
 
 def answer(name: str, held: _Held, copy: _Copy) -> _Answer:
