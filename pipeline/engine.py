@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.topics as topics
-from pipeline.adapters.cleaner import END_OFFSET_MAX, Cleaner
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.cleaner import END_OFFSET_MAX, Cleaner
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.errors import NotReady, PipelineError
 from pipeline.ingest.gateway import Gateway

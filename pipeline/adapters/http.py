@@ -24,9 +24,9 @@ import msgspec
 
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
-from pipeline.core.answer import Answer, View
+from pipeline.core.answer import Answer, Changed, View
 from pipeline.core.codec import encode_frames, producer_of
-from pipeline.core.record import producer_id_of
+from pipeline.core.record import Control, producer_id_of
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, GroupsRefused, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
@@ -436,3 +436,32 @@ class HttpReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _PartitionPosition(msgspec.Struct):
+    partition: int
+    next_offset: int = 0
+    topic_id: str = ""
+
+
+class _Positions(msgspec.Struct):
+    partitions: list[_PartitionPosition]
+
+
+class HttpViews(HttpReader):
+    """A `cluster.views.ViewAdmin` behind a server of this package."""
+
+    def change(self, control: Control, key: str) -> Changed:
+        """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""
+        labels = None if control.labels is None else list(control.labels)
+        path = f"/v1/views/{quote(control.view, safe='')}/{control.action}"
+        body = msgspec.json.encode({"kind": control.kind or None, "labels": labels})
+        return self._decoded(self.fetch(path, body=body, key=key), Changed)
+
+    def folded(self, token: Token) -> bool:
+        """Whether the server's own state holds what the token stands for."""
+        states = {it.partition: it for it in self._get("/v1/status", _Positions, self._timeout_s).partitions}
+        return all(
+            number in states and states[number].topic_id == token.topic_id and states[number].next_offset >= next_offset
+            for number, next_offset in token.next_offsets.items()
+        )

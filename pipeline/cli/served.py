@@ -11,9 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from pipeline.adapters.openmetrics import render_views
-from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.adapters.pushed import parse_pushed
+from pipeline.adapters.openmetrics import parse_pushed
+from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
 from pipeline.cli.hold import holding

@@ -15,7 +15,6 @@ from rich.progress import Progress, TextColumn
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
 from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.adapters.statsd import StatsdServer
 from pipeline.cli import console
 from pipeline.cli.server import HttpServer, bind, url_of
 from pipeline.cli.signals import Stop, stopping_on_signals
@@ -25,6 +24,7 @@ from pipeline.core.record import Definition
 from pipeline.core.statsd import prometheus_name
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.ingest.statsd import StatsdSink
+from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.query.api import create_operations_app
 from pipeline.threads import guarded

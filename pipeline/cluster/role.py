@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.kafka.log import KafkaLog, check_changelog, check_topics
+from pipeline.adapters.kafka.checks import check_changelog, check_topics
+from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from pipeline.adapters.kafka.compaction import CompactionLag
+from pipeline.adapters.kafka.checks import CompactionLag
 from pipeline.cluster.role import Role
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics

@@ -9,8 +9,9 @@ from typing import Protocol
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http_views import HttpViews
-from pipeline.adapters.kafka.log import KafkaLog, check_topics
+from pipeline.adapters.http import HttpViews
+from pipeline.adapters.kafka.checks import check_topics
+from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.core.answer import Changed, View
 from pipeline.core.orders import concerned

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.adapters.kafka.compaction import CompactionLag
-from pipeline.adapters.static import StaticMembership
+from pipeline.adapters.kafka.checks import CompactionLag
+from pipeline.adapters.static_membership import StaticMembership
 from pipeline.cluster.member import ClusterMember
 from pipeline.cluster.role import TOPICS, Role
 from pipeline.errors import Invalid, LogCorrupt, PipelineError, StoreCorrupt

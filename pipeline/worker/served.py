@@ -10,7 +10,7 @@ from pipeline.worker.restore import RestoreProgress
 
 
 class LagMax(Protocol):
-    """Says how far behind a store may be and be served: `adapters.kafka.compaction.CompactionLag`."""
+    """Says how far behind a store may be and be served: `adapters.kafka.checks.CompactionLag`."""
 
     why_not: str
     """Why nothing may be served, as of the last call; empty: it may."""

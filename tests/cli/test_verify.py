@@ -9,9 +9,9 @@ import pytest
 from msgspec import structs
 
 import pipeline.topics as topics
-from pipeline.adapters.cleaner import Cleaner
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.cleaner import Cleaner
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.rocks import RocksStores

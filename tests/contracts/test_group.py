@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.faust.group import STABLE, ConsumerGroup
-from pipeline.adapters.faust.wire import (
+from pipeline.adapters.faust.member_metadata import (
     NOBODY,
     AppIdentity,
     as_topic_groups,

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from rocksdict import WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX, Chunk, Partition, encode, record_sizes
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.chunks import CHUNK_BYTES, CHUNK_RECORDS_MAX, Chunk, Partition, encode, record_sizes
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
