@@ -7,23 +7,13 @@ from urllib.parse import quote
 import msgspec
 
 from pipeline.adapters.http import HttpReader
-from pipeline.core.answer import Changed
+from pipeline.core.answer import Changed, Status, known
 from pipeline.core.record import Control
 from pipeline.core.token import Token
 
 
-class _Partition(msgspec.Struct):
-    partition: int
-    next_offset: int = 0
-    topic_id: str = ""
-
-
-class _Status(msgspec.Struct):
-    partitions: list[_Partition]
-
-
 class HttpViews(HttpReader):
-    """A `cluster.views.Views` behind a server of this package."""
+    """A `roles.view_admin.Views` behind a server of this package."""
 
     def change(self, control: Control, key: str) -> Changed:
         """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""
@@ -34,8 +24,10 @@ class HttpViews(HttpReader):
 
     def folded(self, token: Token) -> bool:
         """Whether the server's own state holds what the token stands for."""
-        states = {it.partition: it for it in self._get("/v1/status", _Status, self._timeout_s).partitions}
+        states = {it.partition: it for it in self._get("/v1/status", Status, self._timeout_s).partitions}
         return all(
-            number in states and states[number].topic_id == token.topic_id and states[number].next_offset >= next_offset
+            number in states
+            and states[number].topic_id == token.topic_id
+            and (known(states[number].next_offset) or 0) >= next_offset
             for number, next_offset in token.next_offsets.items()
         )

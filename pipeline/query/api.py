@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
 import pipeline.query.openapi as docs
-from pipeline.core.answer import Changed
+from pipeline.core.answer import Changed, Status
 from pipeline.core.codec import decode_frames
 from pipeline.core.exposition import OMITTED
 from pipeline.core.token import Token
@@ -71,7 +71,7 @@ def create_operations_app(
     settings: QuerySettings,
     metrics: ExposedMetrics,
     clock: Clock,
-    status: Callable[[], dict[str, Any]],
+    status: Callable[[], Status],
     ready: Callable[[], bool],
 ) -> FastAPI:
     """The application of a process that answers no reads: metrics, health and status."""
@@ -85,7 +85,7 @@ def create_app(
     ingest: Ingest | None,
     settings: QuerySettings,
     metrics: ExposedMetrics,
-    status: Callable[[], dict[str, Any]],
+    status: Callable[[], Status],
     ready: Callable[[], bool],
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
@@ -116,7 +116,7 @@ def create_app(
     app = _new_app("Merged views of deltas, each answer with a bound on how stale it is.", lifespan)
     app.router.routes.insert(0, Route(docs.READ_PATH, _ReadView(service, settings), methods=["GET"]))
     _add_reads(app, service)
-    _add_operations(app, metrics, lambda: _status(status(), reader), ready)
+    _add_operations(app, metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
         _add_scrape(app, service, settings, render_views)
     if ingest is not None:
@@ -181,7 +181,7 @@ def _add_reads(app: FastAPI, service: ReadService) -> None:
 def _add_operations(
     app: FastAPI,
     metrics: ExposedMetrics,
-    status: Callable[[], dict[str, Any]],
+    status: Callable[[], Status],
     ready: Callable[[], bool],
 ) -> None:
     state = docs.answers("Status")
@@ -237,14 +237,19 @@ def _add_scrape(app: FastAPI, service: ReadService, settings: QuerySettings, ren
         return Response(body, headers={"Content-Type": media_type})
 
 
-def _status(said: dict[str, Any], reader: ViewReader) -> dict[str, Any]:
-    """What the process says of itself, with what the reader knows of each partition."""
+def _with_staleness(status: Status, reader: ViewReader) -> Status:
+    """Add to a status what the reader knows of each partition."""
     try:
-        known = {state.partition: msgspec.structs.asdict(state) for state in reader.partitions()}
+        states = {state.partition: state for state in reader.partitions()}
     except PipelineError:
-        known = {}
-    partitions = [{"staleness_ms": None, **it, **known.get(it["partition"], {})} for it in said.get("partitions", ())]
-    return {**said, "partitions": partitions}
+        states = {}
+    for it in status.partitions:
+        state = states.get(it.partition)
+        it.staleness_ms = None if state is None else state.staleness_ms
+        if state is not None:
+            it.next_offset, it.end_offset, it.lag = state.next_offset, state.end_offset, state.lag
+            it.committed_at_ms, it.topic_id = state.committed_at_ms, state.topic_id
+    return status
 
 
 def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor, keys: UsedKeys) -> _Take:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.core.answer import Answer, Changed, PartitionState, Views
+from pipeline.core.answer import Answer, Changed, PartitionState, Status, Views
 from pipeline.core.description import LetterText
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.query.dead_letters import Listing, Outcome
@@ -68,16 +68,6 @@ class LettersReplayed(msgspec.Struct):
     outcomes: list[Outcome]
     after: str | None
     """Where the next request goes on; null: there is no more, or the time was over."""
-
-
-class Status(msgspec.Struct):
-    """What `GET /v1/status` answers, at least."""
-
-    ready: bool
-    partition_count: int
-    topic_id: str
-    """Of the topic of deltas, as tokens name it; empty while the log has not told it."""
-    partitions: list[dict[str, Any]]
 
 
 _, _COMPONENTS = msgspec.json.schema_components(

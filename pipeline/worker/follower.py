@@ -13,6 +13,7 @@ from operator import lt
 
 import msgspec
 
+from pipeline.core.answer import RestoreStatus
 from pipeline.core.codec import decode_position
 from pipeline.core.record import FENCE_KEY, NO_POSITION, POSITION_KEY, STORE_META_KEY, Position, Records
 from pipeline.errors import (
@@ -72,15 +73,10 @@ class Progress(msgspec.Struct, frozen=True):
         """At that rate; an upper bound, as `remaining` is."""
         return self.remaining / self.entries_per_s if self.entries_per_s else 0.0
 
-    def status(self) -> dict[str, float | str]:
-        """What `/v1/status` says of it."""
-        waiting: dict[str, float | str] = {"waiting": self.waiting} if self.waiting else {}
-        return waiting | {
-            "entries": self.entries,
-            "remaining": self.remaining,
-            "entries_per_s": round(self.entries_per_s),
-            "seconds_left": round(self.seconds_left, 1),
-        }
+    def status(self) -> RestoreStatus:
+        """Return what `/v1/status` shows of it."""
+        rates = round(self.entries_per_s), round(self.seconds_left, 1)
+        return RestoreStatus(self.entries, self.remaining, *rates, self.waiting)
 
 
 def read_meta(store: Store) -> StoreMeta:
