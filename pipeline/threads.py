@@ -1,7 +1,7 @@
-"""The threads of this program: an exception that nobody expected never ends one without a word (DESIGN section 9).
+"""Threads that log and count every unexpected exception, and then go on or end the process (DESIGN section 9).
 
-`LoopThread` is the base of every thread that does something again and again; `guarded` wraps what a thread does once.
-Both log such an exception with its traceback, count it in `pipeline_thread_errors_total`, and then go on or end the process.
+`PeriodicThread` is the base of threads that repeat a step; `guarded` wraps a function that a thread calls once.
+Exceptions are counted in `pipeline_thread_errors_total`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from pipeline.ports import Clock
 P = ParamSpec("P")
 T = TypeVar("T")
 fork_gate = threading.RLock()
-"""Held while this process forks (`producer.process`), and by whoever must not be caught by a fork in what it does just now:
-a child would find the locks taken that a thread had which is not there any more."""
-GREEN_LOOK_S = 0.005
-"""How often a green thread looks for what a real one sets, which can't wake it."""
+"""Lock that is held while this process forks, and by code that must not be interrupted by a fork: locks of that code would
+stay taken in the child, where the thread that took them does not exist."""
+POLL_INTERVAL_S = 0.1
+"""Time between checks of a state whose change cannot wake the waiting thread. The default for all threads."""
+GREEN_INTERVAL_S = 0.005
+"""Time between checks by a green thread of an event that a real thread sets: the real one cannot wake it."""
 _PREFIX = "pipeline-"
 _BACKOFF_S = 0.1
 _BACKOFF_S_MAX = 5.0
-_AWAY_S = 0.2
-_COMPLAIN_S = 10.0
+_UNAVAILABLE_PAUSE_S = 0.2
+_WARNING_INTERVAL_S = 10.0
 
 
 class ReentrantCondition(threading.Condition):
-    """A condition of an `RLock`, made for signal handlers and finalisers that raise, or call it, in the midst of a call."""
+    """A condition of an `RLock` that stays usable when a signal handler or finaliser interrupts one of its calls."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait as `Condition.wait` does, with the lock held once.
+        """Wait as `Condition.wait` does.
 
-        What a handler raises leaves it with the lock held, so that the caller's `with` hands on that exception, and not one
-        of its own about a lock that it does not have.
+        If a signal handler raises meanwhile, the lock is held again when the exception leaves this method: the caller's
+        `with` block could not release it otherwise, and would raise an error that hides the handler's.
         """
         try:
             return super().wait(timeout)
@@ -51,7 +53,7 @@ class ReentrantCondition(threading.Condition):
 
     def notify_all(self) -> None:
         """Wake all threads that wait."""
-        with suppress(IndexError):  # those that it was about to wake were woken from inside it
+        with suppress(IndexError):  # a handler that interrupted this call has woken some of them already
             super().notify_all()
 
 
@@ -68,7 +70,7 @@ def are_green() -> bool:
 
 
 def wait_in_c(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what `call` does, which waits in C. Where threads are green, a real one calls, so that the others go on."""
+    """Return the result of `call`, which blocks in C. Green threads let a real thread call it, so that others go on."""
     library = _green_library()
     if not library:
         return call(*args, **kwargs)
@@ -93,7 +95,10 @@ def wait_in_c(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def in_hub() -> bool:
-    """Return whether the caller runs in the hub of green threads, as callbacks and signal handlers can: it must not wait."""
+    """Return whether the caller runs in the hub of green threads, where waiting is not possible.
+
+    Callbacks and signal handlers can run there.
+    """
     library = _green_library()
     if not library:
         return False
@@ -102,33 +107,33 @@ def in_hub() -> bool:
 
 
 class OutageLogger:
-    """The pause of a thread while the log is away. A warning that says `what_follows` is logged at most every ten seconds.
+    """Pauses a thread while the log is unavailable, and logs a warning at most every ten seconds.
 
-    `stop` ends a pause. Owned by one thread.
+    `consequence` begins the warning. Setting `stop` ends a pause. An instance belongs to one thread.
     """
 
-    def __init__(self, log: logging.Logger, clock: Clock, stop: threading.Event, what_follows: str) -> None:
+    def __init__(self, log: logging.Logger, clock: Clock, stop: threading.Event, consequence: str) -> None:
         self._log = log
         self._clock = clock
         self._stop = stop
-        self._what_follows = what_follows
-        self._warned_s = -_COMPLAIN_S
-        self.last_s = -_COMPLAIN_S
-        """When the log was last found away, on `clock`."""
+        self._consequence = consequence
+        self._warned_s = -_WARNING_INTERVAL_S
+        self.last_s = -_WARNING_INTERVAL_S
+        """Time on `clock` at which the log was last found unavailable."""
 
     def wait(self, error: Unavailable) -> None:
-        """Wait until it is time to try again what failed with `error`."""
+        """Pause after `error`, before the next attempt."""
         now_s = self.last_s = self._clock.monotonic_s()
-        if now_s - self._warned_s >= _COMPLAIN_S:
+        if now_s - self._warned_s >= _WARNING_INTERVAL_S:
             self._warned_s = now_s
-            self._log.warning("%s: %s", self._what_follows, error)
-        self._stop.wait(_AWAY_S)
+            self._log.warning("%s: %s", self._consequence, error)
+        self._stop.wait(_UNAVAILABLE_PAUSE_S)
 
 
 class Failures:
-    """The unexpected exceptions of one thread: each is counted, and each new one is logged with its traceback.
+    """Counts the unexpected exceptions of one thread, and logs each new one with its traceback.
 
-    One that is raised again at the same place, with no success between, is counted only.
+    An exception that is raised again at the same place, without a success in between, is counted but not logged.
     """
 
     def __init__(self, log: logging.Logger, thread: str, metrics: Metrics = NO_METRICS) -> None:
@@ -136,10 +141,10 @@ class Failures:
         self._thread = thread.removeprefix(_PREFIX)
         self._metrics = metrics
         self._last: tuple[type[BaseException], object] | None = None
-        metrics.inc(m.THREAD_ERRORS, 0, self._thread)  # there from the start: a rise shows only from a value
+        metrics.inc(m.THREAD_ERRORS, 0, self._thread)  # from the start: PromQL's `increase` needs a first value
 
-    def note(self, error: BaseException, *, level: int = logging.ERROR, what_follows: str = "it goes on") -> None:
-        """Count `error`, and log it unless it was the last one too."""
+    def note(self, error: BaseException, *, level: int = logging.ERROR, consequence: str = "it goes on") -> None:
+        """Count `error`, and log it unless it repeats the previous one."""
         self._metrics.inc(m.THREAD_ERRORS, 1, self._thread)
         frames = traceback.extract_tb(error.__traceback__)
         place = (type(error), (frames[-1].filename, frames[-1].lineno) if frames else None)
@@ -147,37 +152,38 @@ class Failures:
             return
         self._last = place
         ours = isinstance(error, PipelineError)
-        said = error if ours else repr(error)
-        self._log.log(level, "thread %s: %s; %s", self._thread, said, what_follows, exc_info=None if ours else error)
+        text = error if ours else repr(error)
+        self._log.log(level, "thread %s: %s; %s", self._thread, text, consequence, exc_info=None if ours else error)
 
     def forget(self) -> None:
-        """Note a success: an exception after it is news again."""
+        """Note a success: the next exception is logged, even if it is the same again."""
         if self._last is not None:
             self._last = None
             self._log.info("thread %s works again", self._thread)
 
 
 def guarded(log: logging.Logger, thread: str, call: Callable[P, object], metrics: Metrics = NO_METRICS) -> Callable[P, None]:
-    """Return `call` for a thread, or for a future at which nobody looks: what it raises is logged and counted."""
+    """Return `call` wrapped so that an exception is logged and counted, for threads and for futures that are not awaited."""
     failures = Failures(log, thread, metrics)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             call(*args, **kwargs)
         except BaseException as error:
-            failures.note(error, what_follows="it ends")
+            failures.note(error, consequence="it ends")
 
     return run
 
 
-class LoopThread:
-    """A thread that calls `step`, and waits `interval_s`, again and again until it is stopped; or waits first.
+class PeriodicThread:
+    """A thread that calls `step` every `interval_s` until it is stopped. With `waits_first` the first call waits, too.
 
-    `Unavailable` from a step means that the log is away: `put_off` is called with it, and waits; by default the pause is
-    that of `OutageLogger`, and its warning is `while_away`. Any other exception is one that nobody expected. With `on_fatal`
-    the thread then ends: `at_end` is logged and `on_fatal` called, once, from the thread, so that the process ends. Without
-    it the thread goes on after a pause that doubles. `on_end` is called at the thread's end, whatever ended it.
-    `failures` are those of an earlier thread of the same name: a forked child must touch no metric, whose lock may be held.
+    If a step raises `Unavailable`, `put_off` is called with it and must pause; by default `OutageLogger` does, with the
+    warning `while_away`. Any other exception is unexpected. With `on_fatal` it ends the thread: `at_end` is logged, and
+    `on_fatal` is called once, from the thread, and must end the process. Without `on_fatal` the thread goes on after a pause
+    that doubles. `on_end` is called when the thread ends, for whatever reason.
+    `failures` is passed on from an earlier thread of the same name by a forked child, which must touch no metric: another
+    thread of the parent may have held the metric's lock at the fork.
     """
 
     def __init__(
@@ -198,19 +204,19 @@ class LoopThread:
         failures: Failures | None = None,
     ) -> None:
         self.stopping = threading.Event()
-        """Set once the thread is to end; a step may wait for it."""
-        self.away = OutageLogger(log, clock, self.stopping, while_away)
+        """Set when the thread must end. A step that pauses waits for this event."""
+        self.outage = OutageLogger(log, clock, self.stopping, while_away)
         self.failed = False
-        """Whether the thread has ended by itself."""
+        """True once an exception has ended the thread."""
         self.beat_s = clock.monotonic_s()
-        """When a step last ended as it should, or found the log away, or `beat` was called; on `clock`."""
+        """Time on `clock` of the last step that succeeded or found the log unavailable, or of the last call of `beat`."""
         self._name = name.removeprefix(_PREFIX)
         self._step = step
         self._log = log
         self._clock = clock
         self._interval_s = interval_s
         self._waits_first = waits_first
-        self._put_off = put_off or self.away.wait
+        self._put_off = put_off or self.outage.wait
         self._on_fatal = on_fatal
         self._at_end = at_end
         self._on_end = on_end
@@ -224,28 +230,28 @@ class LoopThread:
 
     @property
     def started(self) -> bool:
-        """Whether `start` was called."""
+        """True once `start` was called."""
         return self._thread.ident is not None
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """True while the thread runs."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self.beat_s = self._clock.monotonic_s()
         self._thread.start()
 
     def stop(self, timeout_s: float | None = 0.0) -> bool:
-        """End, and wait so long for it, or as long as it takes; return whether the thread has ended. Twice is fine."""
+        """Stop the thread and wait for its end, without limit if `timeout_s` is None; return whether it has ended."""
         self.stopping.set()
         if self.started and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def beat(self) -> None:
-        """Say, from within a long step, that it gets on."""
+        """Record a sign of life from within a long step."""
         self.beat_s = self._clock.monotonic_s()
 
     def _run(self) -> None:
@@ -277,9 +283,9 @@ class LoopThread:
             self._end("on_end", self._on_end)
 
     def fail(self, error: BaseException) -> None:
-        """Say, from the thread, that it can't go on, and end the process by `on_fatal`."""
+        """Log and count `error`, which ends the thread, and call `on_fatal`. Called from the thread."""
         self.failed = True
-        self._failures.note(error, level=logging.CRITICAL, what_follows=self._at_end)
+        self._failures.note(error, level=logging.CRITICAL, consequence=self._at_end)
         if self._on_fatal is not None:
             self._end("on_fatal", self._on_fatal, error)
 
@@ -288,4 +294,4 @@ class LoopThread:
             call(*args, **kwargs)
         except BaseException as error:
             self.failed = True
-            self._failures.note(error, level=logging.CRITICAL, what_follows=f"its end, {what}, is not complete")
+            self._failures.note(error, level=logging.CRITICAL, consequence=f"its end, {what}, is not complete")

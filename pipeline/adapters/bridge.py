@@ -21,12 +21,12 @@ from pipeline.adapters.registry import publishers_families
 from pipeline.errors import BufferFull, Invalid, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
-from pipeline.threads import Failures, LoopThread, guarded
+from pipeline.threads import Failures, PeriodicThread, guarded
 
 _PROTOCOL = "bridge"
-_FORK_LOOK_S = 10.0
+_FORK_TIMEOUT_S = 10.0
 _JOIN_S = 5.0
-_LAST_LOOKS = 100
+_LAST_TRIES = 100
 """How often what a full buffer delays is flushed and published at the end, at most."""
 _TOLD_MAX = 1_000
 _ADDED: Mapping[str, tuple[str, ...]] = {
@@ -117,7 +117,7 @@ class Bridge:
         self._closing = threading.RLock()
         self._collecting = 0
         """The thread that publishes just now."""
-        self._thread = LoopThread(
+        self._thread = PeriodicThread(
             "pipeline-bridge",
             self.collect,
             log=_log,
@@ -171,7 +171,7 @@ class Bridge:
             if self._closed:
                 return
             self._thread.stop(_JOIN_S)
-            for _ in range(_LAST_LOOKS):
+            for _ in range(_LAST_TRIES):
                 if self.collect():
                     break
                 try:
@@ -197,7 +197,7 @@ class Bridge:
             daemon=True,
         )
         thread.start()
-        thread.join(_FORK_LOOK_S)
+        thread.join(_FORK_TIMEOUT_S)
         if thread.is_alive():
             self._closed = True
             self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "fork")

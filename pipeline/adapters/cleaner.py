@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.settings import LogSettings
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 
 _log = logging.getLogger(__name__)
 END_OFFSET_MAX = 2**63 - 1
@@ -50,7 +50,7 @@ class Cleaner:
         self._settings = settings
         self._clock = clock
         self._metrics = metrics
-        self._thread = LoopThread(
+        self._thread = PeriodicThread(
             "pipeline-cleaner",
             self.step,
             log=_log,

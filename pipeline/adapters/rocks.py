@@ -48,8 +48,8 @@ _GONE = ("No such file", "Input/output error")
 """What the system says of a file that is not there, and of a sector that can't be read: trying again does not help."""
 _STALL = "Result incomplete: Write stall"
 _STALLED = ("rocksdb.is-write-stopped", "rocksdb.actual-delayed-write-rate")
-_STALL_LOOK_S = 0.01
-_STALL_LOOKS = 100
+_STALL_INTERVAL_S = 0.01
+_STALL_WAITS = 100
 """After so many looks it is tried again in any case: an error can have come meanwhile."""
 _FULL = ("No space left on device", "Disk quota exceeded")
 _HOPELESS = ("Permission denied", "Read-only file system", "Not a directory", "Is a directory", "File exists")
@@ -232,10 +232,10 @@ class RocksStore:
     def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
         with self._translated:
             while not self._is_written(self._batch(keys, values)):
-                for _ in range(_STALL_LOOKS):
+                for _ in range(_STALL_WAITS):
                     if not any(map(self.db.property_int_value, _STALLED)):
                         break
-                    self._pause.wait(_STALL_LOOK_S)
+                    self._pause.wait(_STALL_INTERVAL_S)
 
     def _is_written(self, batch: WriteBatch) -> bool:
         """False if the disk does not keep up. RocksDB would wait for it, but with the GIL: not even heartbeats went on."""

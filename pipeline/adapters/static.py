@@ -9,10 +9,10 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Member, MembershipListener
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.5
+_MEMBERSHIP_INTERVAL_S = 0.5
 
 
 class StaticMembership:
@@ -31,13 +31,13 @@ class StaticMembership:
         self._listener: MembershipListener | None = None
         self._assigned: frozenset[int] | None = None
         self._generation = 0
-        self.thread = LoopThread(
+        self.thread = PeriodicThread(
             "pipeline-membership",
             self.step,
             log=_log,
             clock=clock or SystemClock(),
             metrics=metrics,
-            interval_s=_LOOK_S,
+            interval_s=_MEMBERSHIP_INTERVAL_S,
             put_off=self._put_off,
         )
         """The thread that looks how many partitions there are."""
@@ -75,4 +75,4 @@ class StaticMembership:
 
     def _put_off(self, error: Unavailable) -> None:
         _log.debug("which partitions there are is not known: %s", error)
-        self.thread.stopping.wait(_LOOK_S)
+        self.thread.stopping.wait(_MEMBERSHIP_INTERVAL_S)

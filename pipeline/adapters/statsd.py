@@ -17,7 +17,7 @@ from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LineSink
 from pipeline.settings import IngestSettings
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 
 UDP, TCP = "statsd_udp", "statsd_tcp"
 _TICK_S = 0.05
@@ -62,7 +62,7 @@ class StatsdServer:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
         self._accept_at_s: float | None = None
-        self._thread = LoopThread(
+        self._thread = PeriodicThread(
             "pipeline-statsd",
             partial(self._turn, _TICK_S),
             log=_log,

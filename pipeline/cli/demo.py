@@ -29,13 +29,13 @@ from pipeline.ports import Clock
 from pipeline.roles.http_server import bind
 from pipeline.roles.service import embedded_service
 from pipeline.roles.signals import Stop, stopping_on_signals
+from pipeline.threads import POLL_INTERVAL_S
 
 _log = logging.getLogger(__name__)
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 UNATTENDED_S = 20.0
 """How long it runs when nobody said so and nobody is there to press Ctrl-C."""
-_LOOK_EVERY_S = 0.1
 _REST_FACTOR = 9
 """A source rests so many times as long as its look took: it uses at most a tenth of a CPU, however many processes run."""
 _SCREEN_EVERY_S = 0.5
@@ -98,8 +98,8 @@ class _Server:
     def start(self) -> None:
         """Return once it answers. Raises `PipelineError` if it ends before."""
         self._thread.start()
-        for _ in range(int(_START_TIMEOUT_S / _LOOK_EVERY_S)):
-            if self._ready.wait(_LOOK_EVERY_S):
+        for _ in range(int(_START_TIMEOUT_S / POLL_INTERVAL_S)):
+            if self._ready.wait(POLL_INTERVAL_S):
                 return
             if not self.running:
                 break
@@ -156,7 +156,7 @@ class _Recording:
                 recorder.record("samples", 1)
                 recorder.record("sample_us", round(took_s * 1e6), source.name)
                 looks += 1
-                self._stop.wait(max(_LOOK_EVERY_S - took_s, _REST_FACTOR * took_s))
+                self._stop.wait(max(POLL_INTERVAL_S - took_s, _REST_FACTOR * took_s))
         except PipelineError as error:
             self.failures.append(f"{source.name}: could not record: {error}")
         except Nothing as nothing:

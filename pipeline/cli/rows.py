@@ -18,6 +18,7 @@ from pipeline.core.kinds import TS_MS_MAX, kind_of
 from pipeline.core.record import Definition, check_label_values
 from pipeline.errors import Invalid
 from pipeline.faults import Field, decode_fault, is_scalar, object_fault
+from pipeline.threads import POLL_INTERVAL_S
 
 ROW_BYTES_MAX = 1_048_576
 """Longest row, whether it is one line or a quoted cell spans several; more is a bad row."""
@@ -26,7 +27,6 @@ NO_CSV = "not CSV: a quote that is never closed or has text behind it, or a line
 
 _BUFFER_BYTES = 262_144
 _REMEMBERED_MAX = 100_000
-_LOOK_S = 0.1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MS = timedelta(milliseconds=1)
 _INT = re.compile(r"[+-]?[0-9]+")
@@ -83,7 +83,7 @@ class _Pipe(RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not select.select([self._fd], [], [], _LOOK_S)[0]:
+        while not select.select([self._fd], [], [], POLL_INTERVAL_S)[0]:
             if self._stopped():
                 return 0
         data = os.read(self._fd, len(buffer))

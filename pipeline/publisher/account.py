@@ -17,7 +17,7 @@ from pipeline.settings import PublisherSettings
 T = TypeVar("T")
 _SERIES_BYTES = 48
 """The bytes that a new series adds to a batch, about."""
-_LOOK_S = 0.02
+_ROOM_INTERVAL_S = 0.02
 """How often a thread that waits for room on the disk tries again."""
 _NEVER = threading.Lock()
 """Taken for ever, so that to wait for it is to sleep."""
@@ -95,8 +95,8 @@ class Account:
         if self._on_full == "block" and threading.get_ident() not in self.own_threads:
             self._metrics.inc(m.PUBLISHER_BLOCKED)
             # Without `_lock`: the attempt takes the spool's, whose holder can come to the account in a finaliser.
-            for _ in range(max(1, ceil(self._timeout_s / _LOOK_S))):
-                _NEVER.acquire(timeout=min(_LOOK_S, self._timeout_s))
+            for _ in range(max(1, ceil(self._timeout_s / _ROOM_INTERVAL_S))):
+                _NEVER.acquire(timeout=min(_ROOM_INTERVAL_S, self._timeout_s))
                 with suppress(BufferFull, Unavailable):
                     return attempt()
         self._metrics.inc(m.PUBLISHER_REFUSED)

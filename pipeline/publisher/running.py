@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from pipeline.publisher.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
-_PARKED_LOOK_S = 1.0
+_PARKED_INTERVAL_S = 1.0
 _RETRY_S = 0.05
 _COMPLAIN_S = 10.0
-_HELD_LOOK_S = 10.0
+_HELD_INTERVAL_S = 10.0
 """How often to look whether batches are still held back: a clock may have been put right."""
 _CLOSING_S = 1.0
 """How long to try to say that this producer sends nothing more."""
@@ -338,7 +338,7 @@ class Running:
                 flushes = [flush for flush in self.flushes if flush.barrier is None]
                 asked = self._seal_asked()
             started_s = self._clock.monotonic_s()
-            look = bool(flushes) or started_s - looked_s >= _PARKED_LOOK_S
+            look = bool(flushes) or started_s - looked_s >= _PARKED_INTERVAL_S
             looked_s = started_s if look else looked_s
             seal = asked or started_s - flushed_s >= linger_s
             flushed_s = started_s if seal else flushed_s
@@ -382,7 +382,7 @@ class Running:
                     return
                 batches = self.delivery.next_batches()
                 if not batches:  # none is kept yet, and whoever keeps them says so; or all are held back
-                    self.changed.wait(_HELD_LOOK_S)
+                    self.changed.wait(_HELD_INTERVAL_S)
             self.delivery.tell_held()
             if not batches:
                 continue

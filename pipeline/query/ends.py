@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 
 _log = logging.getLogger(__name__)
 _SHARED_S = 0.001
@@ -83,7 +83,7 @@ class EndsPolled:
         self._next_starts_s = 0.0
         self._away = False
         self._seen = LogEnds(clock.monotonic_s(), {}, {})
-        self.thread = LoopThread(
+        self.thread = PeriodicThread(
             "pipeline-ends", self.step, log=_log, clock=clock, metrics=metrics, interval_s=interval_ms / 1000
         )
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_LOOK_S = 0.05
+_SIGNAL_INTERVAL_S = 0.05
 
 
 class Stop:
@@ -29,8 +29,8 @@ class Stop:
     def wait(self, timeout_s: float) -> bool:
         """Wait until it comes, or for so long; whether it has come."""
         while not self.number and timeout_s > 0:
-            self._never.wait(min(timeout_s, _LOOK_S))
-            timeout_s -= _LOOK_S
+            self._never.wait(min(timeout_s, _SIGNAL_INTERVAL_S))
+            timeout_s -= _SIGNAL_INTERVAL_S
         return self.number != 0
 
     @property

@@ -18,8 +18,8 @@ from pipeline.errors import Exit
 from pipeline.ports import Clock
 from pipeline.roles.signals import Stop
 from pipeline.settings import HOLD_VARIABLE
+from pipeline.threads import POLL_INTERVAL_S
 
-_LOOK_S = 0.1
 _KILL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 DRAIN_S = 45.0
@@ -110,7 +110,7 @@ class Supervisor:
         """
         ours, theirs = os.pipe()
         try:
-            while not stop.wait(_LOOK_S):
+            while not stop.wait(POLL_INTERVAL_S):
                 for child in self._children:
                     self._look_after(child, ours)
                 if any(child.code == Exit.USAGE for child in self._children):
@@ -181,7 +181,7 @@ class Supervisor:
                 how = self._ended(child)
                 if how is not None:
                     self._say(child.label, how)
-            never.wait(_LOOK_S)
+            never.wait(POLL_INTERVAL_S)
         self._kill()
 
     def _kill(self) -> None:

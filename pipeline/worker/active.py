@@ -182,7 +182,7 @@ class ActivePartitions:
                 if isinstance(error, PipelineError):
                     _log.info("partition %d was lost while it started: %s", active.number, error)
                 elif error is not None:
-                    self._failures.note(error, what_follows=f"partition {active.number} is lost by now")
+                    self._failures.note(error, consequence=f"partition {active.number} is lost by now")
             elif error is None:
                 active.folding = begun = True
             elif not excused(active, error):
@@ -224,4 +224,4 @@ class ActivePartitions:
         except PipelineError as error:
             _log.error("closing partition %d: %s", partition.number, error)
         except Exception as error:
-            self._failures.note(error, what_follows=f"partition {partition.number} is not closed in order")
+            self._failures.note(error, consequence=f"partition {partition.number} is not closed in order")

@@ -9,12 +9,12 @@ from pipeline.core.record import POSITION_KEY, STORE_META_KEY, TAG_DEFINITION
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, StoreCorrupt, Unavailable
 from pipeline.ports import Clock, Log, LogReader, StoreView
+from pipeline.threads import POLL_INTERVAL_S
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, read_position
 
 _FETCH_COUNT_MAX = 10_000
 _BUFFER_ENTRIES_MAX = 10_000
-_POLL_S = 0.1
 
 
 class _Heads:
@@ -69,7 +69,7 @@ class Catalogue:
         assert self._reader is not None
         while any(it.next_offset < ends[number] for number, it in self._followers.items()):
             for records in self._reader.poll(
-                record_count_max=_FETCH_COUNT_MAX, bytes_max=FETCH_BYTES_MAX, timeout_s=_POLL_S
+                record_count_max=_FETCH_COUNT_MAX, bytes_max=FETCH_BYTES_MAX, timeout_s=POLL_INTERVAL_S
             ):
                 self._followers[records.partition].apply(records)
             if self._clock.monotonic_s() > deadline_s:

@@ -31,13 +31,12 @@ from pipeline.core.view import merged
 from pipeline.errors import BadRecord, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, Store, Stores
+from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import CHANGELOG
 from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, StoreMeta, read_meta, write_entries
-from pipeline.worker.periodic import PeriodicThread
 
 _log = logging.getLogger(__name__)
-_POLL_S = 0.1
 _TELL_S = 0.5
 """How often progress is told to the group; it is also when a partition is let go of."""
 _RECORDS_MAX = 1_000
@@ -88,7 +87,7 @@ class _Followed:
         write_entries(self.store, [*entries], [*entries.values()], meta)
 
 
-class ChangeFeed(PeriodicThread):
+class ChangeFeed:
     """Hands the changes of `view` to `deliver`, partition by partition in the order of the changelog, each at least once.
 
     `deliver(changes, stopping)` returns how many of them, from the first, were taken in; fewer than all only once `stopping`
@@ -109,15 +108,19 @@ class ChangeFeed(PeriodicThread):
         on_fatal: Callable[[BaseException], None],
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        super().__init__(
-            _log,
-            clock,
-            on_fatal,
-            thread=f"pipeline-changes-{view}",
-            at_end=f"changes of view {view} end",
-            while_away=f"changes of view {view} wait",
+        self._thread = PeriodicThread(
+            f"pipeline-changes-{view}",
+            self.step,
+            log=_log,
+            clock=clock,
             metrics=metrics,
+            while_away=f"changes of view {view} wait",
+            put_off=self._put_off,
+            on_fatal=on_fatal,
+            at_end=f"changes of view {view} end",
+            on_end=self.close,
         )
+        self._stop = self._thread.stopping
         self.view = view
         self._log = log
         self._stores = stores
@@ -150,15 +153,19 @@ class ChangeFeed(PeriodicThread):
         with self._changed:
             return self._changed.wait_for(lambda: not self._followed or not self._thread.alive, timeout_s)
 
+    def start(self) -> None:
+        """Begin in a thread of its own."""
+        self._thread.start()
+
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """See `PeriodicThread.stop`."""
-        return super().stop(timeout_s)
+        """End; return whether the thread has ended in time. Twice is fine."""
+        return self._thread.stop(timeout_s)
 
     # The thread
 
     def _put_off(self, error: Unavailable) -> None:
         self._assigned = False  # what was read and not taken in is read again
-        super()._put_off(error)
+        self._thread.outage.wait(error)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -175,14 +182,14 @@ class ChangeFeed(PeriodicThread):
                 self._drop(number)
         self._open_new()
         if not self._followed:
-            self._stop.wait(_POLL_S / 2)
+            self._stop.wait(POLL_INTERVAL_S / 2)
             return
         reader = self._reader = self._reader or self._log.reader(CHANGELOG)
         if not self._assigned:
             reader.assign({number: it.next_offset for number, it in self._followed.items()})
             self._assigned = True
         try:
-            fetched = reader.poll(record_count_max=_RECORDS_MAX, bytes_max=FETCH_BYTES_MAX, timeout_s=_POLL_S)
+            fetched = reader.poll(record_count_max=_RECORDS_MAX, bytes_max=FETCH_BYTES_MAX, timeout_s=POLL_INTERVAL_S)
         except RecordsLost as error:
             _log.warning("changes of view %s: %s", self.view, error)
             self._begin_anew()

@@ -12,11 +12,10 @@ from pipeline.errors import PipelineError, StoreCorrupt, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.settings import WorkerSettings
-from pipeline.threads import Failures
+from pipeline.threads import POLL_INTERVAL_S, Failures
 from pipeline.worker.active import ActivePartition, ActivePartitions
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.1
 _HANG_S = 10.0
 """How much longer than its deadline a commit of a lost partition may hang in a thread that is needed."""
 
@@ -69,7 +68,7 @@ class Commits:
             return 0.002
         due_s = max(min((active.due_s for active in folding if active.due_s is not None), default=1e9), self._next_s)
         wait_s = due_s - self._clock.monotonic_s()
-        return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, _LOOK_S)
+        return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, POLL_INTERVAL_S)
 
     def begin(self, folding: Sequence[ActivePartition]) -> bool:
         """Begin those that are due; whether there were any. What can't wait does not wait for its turn.
@@ -101,7 +100,7 @@ class Commits:
         active.due_s = None
         active.flush, active.flushing = False, active.flush
         started = self._clock.monotonic_s()
-        self._next_s = max(self._next_s + 1 / self._settings.transactions_per_s_max, started - _LOOK_S)
+        self._next_s = max(self._next_s + 1 / self._settings.transactions_per_s_max, started - POLL_INTERVAL_S)
         partition, clock = active.partition, self._clock
         entries, records = active.note_frozen(), partition.task.next_offset - partition.task.position.next_offset
         try:
@@ -167,13 +166,13 @@ class Commits:
             elif isinstance(error, PipelineError):
                 _log.info("partition %d was lost with a commit under way: %s", active.number, error)
             else:
-                self._failures.note(error, what_follows=f"partition {active.number} is lost by now")
+                self._failures.note(error, consequence=f"partition {active.number} is lost by now")
 
     def _check_deadline(self, active: ActivePartition, now: float) -> None:
         error = Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
         if active.begun_s is None:
             return  # it waits for a thread, behind commits that have a deadline
-        deadline_s = active.begun_s + self._settings.commit_timeout_ms / 1000 + _LOOK_S
+        deadline_s = active.begun_s + self._settings.commit_timeout_ms / 1000 + POLL_INTERVAL_S
         if now > deadline_s and (now > deadline_s + _HANG_S or not self._lost(active, error)):
             self.stuck = True
             raise error

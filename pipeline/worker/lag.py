@@ -10,11 +10,11 @@ import pipeline.metrics as m
 from pipeline.errors import Invalid, PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
-LOOK_S = 1.0
+INTERVAL_S = 1.0
 HELD_UP_S = 5.0
 """How long a transaction of somebody else may be open on deltas before it is told: well above what one takes that ends."""
 
@@ -54,7 +54,7 @@ class LagReporter:
         commit: Callable[[Mapping[int, int]], None],
         clock: Clock,
         interval_ms: int,
-        look_s: float = LOOK_S,
+        poll_interval_s: float = INTERVAL_S,
         ours: Callable[[], Collection[int]] | None = None,
         bootstrap: str = "localhost:9092",
         topic: str = DELTAS,
@@ -80,7 +80,9 @@ class LagReporter:
         self._told_held_up: set[int] = set()
         self._next_commit_s = 0.0
         self._warned = False
-        self.thread = LoopThread("pipeline-mirror", self.step, log=_log, clock=clock, metrics=metrics, interval_s=look_s)
+        self.thread = PeriodicThread(
+            "pipeline-mirror", self.step, log=_log, clock=clock, metrics=metrics, interval_s=poll_interval_s
+        )
 
     def start(self) -> None:
         """Begin."""

@@ -23,7 +23,7 @@ from pipeline.errors import Fenced, NotReady, RecordsLost, StoreCorrupt, Unavail
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, ReadableStore
 from pipeline.settings import WorkerSettings
-from pipeline.threads import LoopThread
+from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import DELTAS
 from pipeline.worker.active import ActivePartition, ActivePartitions, NoStandbys, Standbys
 from pipeline.worker.commits import Commits
@@ -32,7 +32,6 @@ from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.1
 """How often a wait for commits or for restores looks up."""
 
 
@@ -87,7 +86,7 @@ class WorkerLoop:
         self._settle_s = settle_s
         self._metrics = metrics
         self._ready = threading.Event()
-        self._thread = LoopThread(
+        self._thread = PeriodicThread(
             "pipeline-worker",
             self._step,
             log=_log,
@@ -151,7 +150,7 @@ class WorkerLoop:
     @property
     def away_s(self) -> float:
         """When the log was found away last, by a read, on `clock`."""
-        return self._thread.away.last_s
+        return self._thread.outage.last_s
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until `ready`, or for so long."""
@@ -229,7 +228,7 @@ class WorkerLoop:
             for active in self._actives.folding():
                 active.flush = True
             while self._commits.begin(self._actives.folding()) or self._commits.under_way:
-                self._commits.wait(_LOOK_S)
+                self._commits.wait(POLL_INTERVAL_S)
                 self._commits.finish(self._actives)
         except NotReady as error:
             _log.info("stopped: %s", error)
@@ -347,7 +346,7 @@ class WorkerLoop:
         if not self._moving:  # what is lost meanwhile may be ours again after it, or not
             self._actives.begin(self._assignment.actives - self._actives.all.keys())
         if not self._actives.folding() and (starting := self._actives.starting()):
-            wait(starting, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+            wait(starting, timeout=POLL_INTERVAL_S, return_when=FIRST_COMPLETED)
         if self._actives.finish_starts(self._lost_by):
             self._reading = False
             folding = {active.number for active in self._actives.folding()}
@@ -372,7 +371,7 @@ class WorkerLoop:
         if not folding:
             self._close_reader()
             if not self._actives.starting():
-                self._posted.wait(_LOOK_S)
+                self._posted.wait(POLL_INTERVAL_S)
             return
         for active in folding:
             self._fold_waiting(active)
@@ -380,7 +379,7 @@ class WorkerLoop:
         if not folding:
             return
         if any(active.full for active in folding):  # backpressure: nothing more is read until a commit has made room
-            self._commits.wait(_LOOK_S)
+            self._commits.wait(POLL_INTERVAL_S)
             return
         try:
             reader = self._reader = self._reader or self._log.reader(DELTAS)
@@ -399,7 +398,7 @@ class WorkerLoop:
                 timeout_s=self._commits.poll_timeout_s(folding),
             )
         except Unavailable as error:
-            self._thread.away.wait(error)
+            self._thread.outage.wait(error)
             return
         except RecordsLost:
             passed = [active for active in folding if active.partition.pass_hole()]

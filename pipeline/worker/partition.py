@@ -64,8 +64,8 @@ from pipeline.worker.letters import letter_messages
 from pipeline.worker.stage import TRANSITIONS, Stage, Step
 
 _log = logging.getLogger(__name__)
-_OPEN_LOOK_S = 0.05
-_OPEN_LOOKS = 400
+_OPEN_RETRY_S = 0.05
+_OPEN_RETRIES = 400
 _ATTEMPTS_MAX = 3
 """Of a commit, while others write to the changelog."""
 PRODUCERS_SWEPT = 200
@@ -216,13 +216,13 @@ class Partition:
 
     def _open_store(self, stopping: Callable[[], bool]) -> Store:
         """Open the store. One that was just deleted can be open still: a scan of it ends when it looks up next."""
-        for _ in range(_OPEN_LOOKS if self._rebuilding else 0):
+        for _ in range(_OPEN_RETRIES if self._rebuilding else 0):
             try:
                 return self._stores.open(self.number)
             except Unavailable:
                 if stopping():
                     raise
-            self._pause.wait(_OPEN_LOOK_S)
+            self._pause.wait(_OPEN_RETRY_S)
         return self._stores.open(self.number)
 
     def _new_task(self) -> Task:

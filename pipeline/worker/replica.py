@@ -22,11 +22,11 @@ from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreAhead, St
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, ReadableStore, Stores
 from pipeline.settings import WorkerSettings
+from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import CHANGELOG
 from pipeline.worker.ahead import set_store_aside
 from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
-from pipeline.worker.periodic import PeriodicThread
 from pipeline.worker.served import LagMax, Replica
 
 _log = logging.getLogger(__name__)
@@ -34,13 +34,12 @@ LAG_MAX_S = 300.0
 """Half of the changelog's `min.compaction.lag.ms` as it is described, for logs that always have it."""
 _ASK_LAG_S = 5.0
 """How often a log that can have another is asked for it: less than compaction takes to begin."""
-_LOOK_S = 1.0
+_END_INTERVAL_S = 1.0
 """How often the end of the changelog, new partitions and the topic's id are asked for; more often where the lag is short."""
-_POLL_S = 0.1
 _COUNTED = (m.STORES_REBUILT, m.STORES_SET_ASIDE, m.RESTORE_ENTRIES)
 
 
-class ReplicaLoop(PeriodicThread):
+class ReplicaLoop:
     """Keeps stores up to date in a thread of its own: of all partitions, or, once `follow` was called, of those it says.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
@@ -63,14 +62,17 @@ class ReplicaLoop(PeriodicThread):
         lag_max_s: float = LAG_MAX_S,
         ask_lag_max_s: LagMax | None = None,
     ) -> None:
-        super().__init__(
-            _log,
-            clock,
-            on_fatal,
-            thread="pipeline-replica",
-            at_end="following ends",
-            while_away="answers grow stale",
+        self._thread = PeriodicThread(
+            "pipeline-replica",
+            self.step,
+            log=_log,
+            clock=clock,
             metrics=metrics,
+            while_away="answers grow stale",
+            put_off=self._put_off,
+            on_fatal=on_fatal,
+            at_end="following ends",
+            on_end=self.close,
         )
         self._log = log
         self._stores = stores
@@ -83,7 +85,7 @@ class ReplicaLoop(PeriodicThread):
         self._lag_max_s = lag_max_s
         self._ask_lag_max_s = ask_lag_max_s
         self._next_ask_s = 0.0
-        self._look_s = min(_LOOK_S, lag_max_s / 10)
+        self._end_interval_s = min(_END_INTERVAL_S, lag_max_s / 10)
         self._topic_id = ""
         self._replicas: dict[int, Replica] = {}
         self._changed = threading.Condition()
@@ -162,7 +164,7 @@ class ReplicaLoop(PeriodicThread):
             while partition in self._claimed:
                 if stopping():
                     raise NotReady(f"partition {partition}: its store is open still")
-                self._changed.wait(_POLL_S)
+                self._changed.wait(POLL_INTERVAL_S)
 
     def caught_up(self) -> frozenset[int]:
         """The partitions whose stores hold all that the changelog did a moment ago."""
@@ -183,9 +185,13 @@ class ReplicaLoop(PeriodicThread):
             for it in [*self._replicas.values()]
         ]
 
+    def start(self) -> None:
+        """Begin in a thread of its own."""
+        self._thread.start()
+
     def stop(self, timeout_s: float = 30.0) -> bool:
-        """See `PeriodicThread.stop`. The stores are left open, for reads that are under way."""
-        return super().stop(timeout_s)
+        """End; return whether the thread has ended in time. The stores stay open for reads that are under way."""
+        return self._thread.stop(timeout_s)
 
     # The loop
 
@@ -198,7 +204,7 @@ class ReplicaLoop(PeriodicThread):
 
     def _put_off(self, error: Unavailable) -> None:
         self._trouble = f"; {error}"
-        super()._put_off(error)
+        self._thread.outage.wait(error)
 
     def step(self) -> None:
         """Look if it is time to, read, apply."""
@@ -208,7 +214,7 @@ class ReplicaLoop(PeriodicThread):
                 self._drop(replica)
         if self._followed is not None and not self._followed:
             self.close()
-            self._stop.wait(_POLL_S)
+            self._thread.stopping.wait(POLL_INTERVAL_S)
             return
         reader = self._reader = self._reader or self._log.reader(CHANGELOG)
         if self._clock.monotonic_s() >= self._next_look_s:
@@ -216,13 +222,13 @@ class ReplicaLoop(PeriodicThread):
                 self._look()
             except Unavailable as error:  # perhaps of one partition only: the others are followed
                 self._put_off(error)
-                self._next_look_s = self._clock.monotonic_s() + self._look_s
+                self._next_look_s = self._clock.monotonic_s() + self._end_interval_s
         if not self._assigned:
             reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})
             self._assigned = True
         fetch_count_max = self._settings.restore_fetch_count_max
         try:
-            fetched = reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=_POLL_S)
+            fetched = reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=POLL_INTERVAL_S)
         except RecordsLost as error:
             _log.warning("%s", error)
             self._check_all(error)
@@ -291,7 +297,7 @@ class ReplicaLoop(PeriodicThread):
                 self._drop(replica)
         self._topic_id = topic_id
         opened = [number for number in ends if number not in self._replicas and self._is_followed(number)]
-        again_s = 0.0 if opened else self._look_s
+        again_s = 0.0 if opened else self._end_interval_s
         for number in opened:
             if not self._claim(number):
                 continue
@@ -301,10 +307,10 @@ class ReplicaLoop(PeriodicThread):
                 self._undecided.pop(number, None)
             except StoreAhead as error:
                 self._wait_for_decision(number, error)
-                again_s = self._look_s
+                again_s = self._end_interval_s
             except StoreCorrupt as error:  # also of one that was just made anew
                 self._destroy(number, error)
-                again_s = self._look_s
+                again_s = self._end_interval_s
             finally:
                 if number not in self._replicas:
                     self._release(number)
@@ -329,7 +335,7 @@ class ReplicaLoop(PeriodicThread):
             return
         self._lag_max_s = lag_max_s
         if lag_max_s:
-            self._look_s = min(_LOOK_S, lag_max_s / 10)
+            self._end_interval_s = min(_END_INTERVAL_S, lag_max_s / 10)
             _log.info("partitions that are over %g s behind are not served: half of min.compaction.lag.ms", lag_max_s)
             return
         _log.error("nothing is served: %s", self._ask_lag_max_s.why_not)
@@ -352,7 +358,7 @@ class ReplicaLoop(PeriodicThread):
             set_store_aside(replica.number, self._stores, error, accept_loss=True, metrics=self._metrics)
             return
         self._wait_for_decision(replica.number, error)
-        self._next_look_s = self._clock.monotonic_s() + self._look_s
+        self._next_look_s = self._clock.monotonic_s() + self._end_interval_s
 
     def _wait_for_decision(self, number: int, error: StoreAhead) -> None:
         """Leave a store alone that is ahead of the changelog. A broker that was cut off may say so for a while, wrongly."""

@@ -18,12 +18,12 @@ from pipeline.core.task import Phase
 from pipeline.errors import PipelineError, Stalled
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 from pipeline.worker.follower import Progress
 from pipeline.worker.partition import Partition
 
 _log = logging.getLogger(__name__)
-LOOK_S = 0.5
+INTERVAL_S = 0.5
 WAIT_S = 120.0
 """How long a partition of ours may wait without any other getting on, and a step of a thread may take.
 
@@ -143,8 +143,8 @@ def stacks() -> str:
 
 
 def silent(
-    threads: Sequence[LoopThread], since_s: float, now_s: float, *, silent_s: float
-) -> list[tuple[LoopThread, float]]:
+    threads: Sequence[PeriodicThread], since_s: float, now_s: float, *, silent_s: float
+) -> list[tuple[PeriodicThread, float]]:
     """Return which of the threads that run took no step for `silent_s` after `since_s`, and for how long.
 
     A thread whose steps all fail with what nobody expected is one of them, and one that has died.
@@ -170,9 +170,9 @@ class Watchdog:
         stall_timeout_ms: int,
         commit_timeout_ms: int,
         on_fatal: Callable[[BaseException], None],
-        threads: Sequence[LoopThread] = (),
+        threads: Sequence[PeriodicThread] = (),
         silent_s: float = WAIT_S,
-        look_s: float = LOOK_S,
+        interval_s: float = INTERVAL_S,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.stalled = False
@@ -190,7 +190,9 @@ class Watchdog:
         self._looked_s = self._awake_s = clock.monotonic_s()
         """When it looked at threads last, and since when it has done so without a break of the whole process."""
         self._told_s = clock.monotonic_s()
-        self.thread = LoopThread("pipeline-watchdog", self.step, log=_log, clock=clock, metrics=metrics, interval_s=look_s)
+        self.thread = PeriodicThread(
+            "pipeline-watchdog", self.step, log=_log, clock=clock, metrics=metrics, interval_s=interval_s
+        )
         metrics.inc(m.STALLS, 0)
 
     def start(self) -> None:

@@ -21,7 +21,7 @@ from pipeline.adapters.statsd import StatsdServer
 from pipeline.errors import Stalled, Unavailable
 from pipeline.query.ends import EndsPolled
 from pipeline.settings import IngestSettings, WorkerSettings
-from pipeline.threads import Failures, LoopThread, guarded
+from pipeline.threads import Failures, PeriodicThread, guarded
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.changes import ChangeFeed
 from pipeline.worker.lag import Ends, LagReporter
@@ -103,7 +103,7 @@ class World:
             commit=lambda _: None,
             clock=self.clock,
             interval_ms=1,
-            look_s=0.001,
+            poll_interval_s=0.001,
             metrics=self.metrics,
         )
         return Lab(
@@ -145,7 +145,7 @@ class World:
             stall_timeout_ms=1_000,
             commit_timeout_ms=1_000,
             on_fatal=self.fatal.append,
-            look_s=0.001,
+            interval_s=0.001,
             metrics=self.metrics,
         )
         thread = watchdog.thread
@@ -326,8 +326,8 @@ def test_a_bridge_goes_on(caplog: pytest.LogCaptureFixture) -> None:
 # The base
 
 
-def loop(step: Callable[[], object], metrics: Recorder, **options: Any) -> LoopThread:
-    return LoopThread("pipeline-x", step, log=logging.getLogger("x"), clock=SystemClock(), metrics=metrics, **options)
+def loop(step: Callable[[], object], metrics: Recorder, **options: Any) -> PeriodicThread:
+    return PeriodicThread("pipeline-x", step, log=logging.getLogger("x"), clock=SystemClock(), metrics=metrics, **options)
 
 
 def test_the_log_being_away_is_no_error() -> None:
@@ -420,7 +420,7 @@ class Watched:
     def __init__(self) -> None:
         self.clock = HandClock()
         self.errors: list[BaseException] = []
-        self.thread = LoopThread("pipeline-ends", lambda: None, log=logging.getLogger("x"), clock=self.clock)
+        self.thread = PeriodicThread("pipeline-ends", lambda: None, log=logging.getLogger("x"), clock=self.clock)
         self.watchdog = Watchdog(
             lambda: (-1.0, {}),
             lambda _: {},
@@ -442,7 +442,7 @@ class Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    monkeypatch.setattr(LoopThread, "started", True)
+    monkeypatch.setattr(PeriodicThread, "started", True)
     return Watched()
 
 
@@ -486,7 +486,7 @@ def test_errors_that_nobody_expects_are_no_sign_of_life() -> None:
         clock.s += 1
         raise RuntimeError("each time")
 
-    thread = LoopThread("pipeline-x", step, log=logging.getLogger("x"), clock=clock)
+    thread = PeriodicThread("pipeline-x", step, log=logging.getLogger("x"), clock=clock)
     thread.start()
     beat_s = thread.beat_s
     for _ in range(3):

@@ -1,11 +1,15 @@
-"""The tables of settings and metrics in the docs, made from the code. `python -m tests.docs.tables` writes them."""
+"""The tables of settings, metrics and errors in the docs, made from the code. `python -m tests.docs.tables` writes them."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import pipeline
+from pipeline.errors import PipelineError, exit_code
 from pipeline.metrics import CATALOGUE
 from pipeline.settings import (
     GROUPS,
@@ -53,9 +57,28 @@ def metrics_table() -> str:
     return "\n".join(rows)
 
 
+def errors_table() -> str:
+    """One row for each error, with those that are a kind of it below it."""
+    rows = ["| error | what to do | exit code of a command | of a process that served |", "|---|---|---|---|"]
+    for depth, error in _kinds(PipelineError, 0):
+        name = f"`{error.__name__}`" + ("" if hasattr(pipeline, error.__name__) else " (`pipeline.errors`)")
+        doc = " ".join((inspect.getdoc(error) or "").split())
+        one = error.__new__(error)
+        codes = exit_code(one), exit_code(one, started=True, ready=True)
+        rows.append(f"| {'&nbsp;&nbsp;' * depth}{name} | {doc} | {' | '.join(str(int(code)) for code in codes)} |")
+    return "\n".join(rows)
+
+
+def _kinds(error: type[PipelineError], depth: int) -> Iterator[tuple[int, type[PipelineError]]]:
+    yield depth, error
+    for kind in error.__subclasses__():
+        if kind.__module__ == error.__module__:
+            yield from _kinds(kind, depth + 1)
+
+
 def with_tables(text: str) -> str:
     """Return the text of a page with the tables in it as they should be."""
-    for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
+    for name, table in (("settings", settings_table()), ("metrics", metrics_table()), ("errors", errors_table())):
         text = re.sub(rf"(<!-- {name}:[^\n]*\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
     return text
 

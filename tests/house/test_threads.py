@@ -13,7 +13,6 @@ CHECKED = {
     "pipeline/adapters/faust/membership.py": "Faust's loop: all is caught and told as `on_failed`; its pool of calls alike",
     "pipeline/adapters/kafka/metadata.py": "guarded: one question",
     "pipeline/adapters/kafka/reader.py": "closes a consumer beside its reader, which no longer needs it",
-    "pipeline/adapters/kafka/writer.py": "serves callbacks: all is caught within its loop",
     "pipeline/cli/demo.py": "the demo: its threads report what they fail with",
     "pipeline/roles/service.py": "guarded: says that the role is ready",
     "pipeline/roles/statsd.py": "guarded: HTTP beside the sockets",
@@ -28,11 +27,11 @@ CHECKED = {
     "pipeline/worker/commits.py": "pool: each future is looked at, or its failure noted",
     "pipeline/worker/active.py": "pool: each future is looked at, or its failure noted",
 }
-"""Where threads are made without `LoopThread`, and why none of them can end without a word."""
+"""Where threads are made without `PeriodicThread`, and why none of them can end without a word."""
 
 
 def test_threads_are_made_where_somebody_looks_at_them() -> None:
-    """A new one is a `LoopThread`, or wrapped by `guarded`; else it is put on the list with the reason."""
+    """A new one is a `PeriodicThread`, or wrapped by `guarded`; else it is put on the list with the reason."""
     found = set()
     for name, text in modules():
         for node in ast.walk(ast.parse(text)):

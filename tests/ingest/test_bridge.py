@@ -592,7 +592,7 @@ def test_forks_while_threads_count(path: Path) -> None:
         PRELUDE
         + """
 import pipeline.adapters.bridge as module
-module._FORK_LOOK_S = 3.0
+module._FORK_TIMEOUT_S = 3.0
 pub = connect.Publisher("memory:", flush_interval_ms=1)
 bridge = pub.bridge(registry, interval_ms=1)
 stop = threading.Event()
@@ -630,7 +630,7 @@ def test_a_lock_that_was_held_at_the_fork_hangs_nobody(path: Path) -> None:
         PRELUDE
         + """
 import pipeline.adapters.bridge as module
-module._FORK_LOOK_S = 0.2
+module._FORK_TIMEOUT_S = 0.2
 class Locked:
     def __init__(self): self.lock = threading.Lock()
     def describe(self): return []

@@ -37,7 +37,7 @@ MEAN = Definition("mean", "mean", ())
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "_POLL_S", 0.0)
+    monkeypatch.setattr(changes, "POLL_INTERVAL_S", 0.0)
 
 
 class Group:

@@ -11,7 +11,7 @@ import pytest
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
 from pipeline.errors import Stalled
-from pipeline.threads import LoopThread
+from pipeline.threads import PeriodicThread
 from pipeline.worker.follower import Progress
 from pipeline.worker.watchdog import AWAY_S, WAIT_S, Observation, Since, Watchdog, judge, look_at, stacks
 from tests.support import HandClock, wait_until
@@ -160,7 +160,9 @@ def test_a_restore_that_gets_on_is_no_stall() -> None:
 class Watched:
     """A watchdog of one partition that stands still, and a log that tells when it is told to."""
 
-    def __init__(self, stall_timeout_ms: int = 15_000, look_s: float = 0.5, threads: Sequence[LoopThread] = ()) -> None:
+    def __init__(
+        self, stall_timeout_ms: int = 15_000, interval_s: float = 0.5, threads: Sequence[PeriodicThread] = ()
+    ) -> None:
         self.clock = HandClock()
         self.metrics = Recorder()
         self.told: tuple[float, Mapping[int, int]] = (self.clock.s, {0: 10})
@@ -174,7 +176,7 @@ class Watched:
             commit_timeout_ms=30_000,
             on_fatal=self.errors.append,
             threads=threads,
-            look_s=look_s,
+            interval_s=interval_s,
             metrics=self.metrics,
         )
 
@@ -235,7 +237,7 @@ def test_stopped_it_ends_nobody() -> None:
 
 def test_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks by itself, reports once, and ends then."""
-    it = Watched(look_s=0.001)
+    it = Watched(interval_s=0.001)
     step = it.watchdog.step
 
     def go_on() -> None:

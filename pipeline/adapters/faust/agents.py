@@ -40,7 +40,7 @@ from pipeline.metrics import NO_METRICS, Metrics
 _log = logging.getLogger(__name__)
 _COMMIT_INTERVAL_S = 1.0
 _FLUSH_S = 10.0
-_LOOK_S = 0.02
+_ROOM_INTERVAL_S = 0.02
 _PRESSED_S = 10.0
 """How long an agent is given nothing because the publisher's buffer is half full: a buffer that does not get emptier by
 waiting holds series that are in use."""
@@ -185,7 +185,7 @@ class AgentsApp(MemberApp):
         """Wait while the publisher's buffer is under pressure, so that recording does not block the loop."""
         until_s = self.loop.time() + _PRESSED_S
         while self.publisher.pressed and self.loop.time() < until_s:  # noqa: ASYNC110 # it is no event of this loop
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_ROOM_INTERVAL_S)
 
     def failed(self, what: str, topic: str, reason: str, error: BaseException) -> bool:
         """Log and count it; whether the event is done all the same."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import faust
 
-_LOOK_S = 0.05
+_ROOM_INTERVAL_S = 0.05
 _GRACE_S = 1.0
 """How long the change that an agent is at is waited for when the others are taken back."""
 
@@ -37,7 +37,7 @@ class Gate:
             self._done_count, self._under_way = 0, False
             self._wake()
             while self._done_count < len(changes) and not stopping():
-                self._changed.wait(_LOOK_S)
+                self._changed.wait(_ROOM_INTERVAL_S)
             self._waiting.clear()
             if self._under_way:
                 self._changed.wait_for(lambda: not self._under_way, _GRACE_S)

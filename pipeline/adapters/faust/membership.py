@@ -32,7 +32,7 @@ from pipeline.ports import Member, MembershipListener
 from pipeline.threads import Failures
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.5
+_INTERVAL_S = 0.5
 """How often it is looked whether Faust and the coordinator's tasks are alive: nothing else would tell."""
 _HEARTBEAT_S_MAX = 1.0
 """A heartbeat is also how a member hears of a rebalance, which does not wait for long: one that is late is put out."""
@@ -165,7 +165,7 @@ class FaustMembership:
         try:
             self._loop.run_until_complete(self._serve())
         except BaseException as error:  # Faust ends programs with SystemExit
-            self._failures.note(error, what_follows="membership ends")
+            self._failures.note(error, consequence="membership ends")
             self._fail(Unavailable(f"membership in group {self._group!r} ended: {error!r}"))
 
     async def _serve(self) -> None:
@@ -182,7 +182,7 @@ class FaustMembership:
             self._looked_s = self._loop.time()
             while not self._stopping.is_set() and self._failed is None:
                 self._note_sleep()
-                await asyncio.sleep(_LOOK_S / 10 if self._generation < 0 else _LOOK_S)
+                await asyncio.sleep(_INTERVAL_S / 10 if self._generation < 0 else _INTERVAL_S)
                 if starting.done():
                     starting.result()
                 app.probe()
@@ -212,7 +212,7 @@ class FaustMembership:
                 getattr(self._listener, method)(*arguments)
             except BaseException as error:
                 # The group believes that we do what it told us. Others have the partitions once the process has ended.
-                self._failures.note(error, what_follows=f"{method} was not carried out, the worker ends")
+                self._failures.note(error, consequence=f"{method} was not carried out, the worker ends")
                 if method != "on_failed":
                     self._fail(Unavailable(f"membership in group {self._group!r}: {method} failed: {error!r}"))
 
@@ -261,7 +261,7 @@ class FaustMembership:
                 return self._name in await self._loop.run_in_executor(None, self._taken)
             except Unavailable as error:
                 _log.warning("who is in group %r is not known: %s", self._group, error)
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_INTERVAL_S)
             except PipelineError as error:
                 _log.error("who is in group %r can't be known: %s", self._group, error)
                 break

@@ -15,7 +15,7 @@ from faust.types import TP, EventT
 
 from pipeline.adapters.faust.app import _Consumer, _ConsumerThread, _Transport
 
-_LOOK_S = 0.005
+_DONE_INTERVAL_S = 0.005
 
 PRIVATE: Mapping[type, frozenset[str]] = {
     BaseConsumer: frozenset(
@@ -143,7 +143,7 @@ class _OffsetsConsumer(_Consumer):
             queue._queue.extend(begun)
         until_s = self.loop.time() + timeout_s / 2
         while self._unacked_messages and self.loop.time() < until_s:  # noqa: ASYNC110 # Faust has no event for it
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_DONE_INTERVAL_S)
         if left := len(self._unacked_messages):
             self.app.put_off(f"{left} events are still under way; who has the partitions next reads them again")
         self.app.flow_control.suspend()  # with no pause in which an agent could begin another

@@ -19,7 +19,7 @@ from pipeline.adapters.kafka.options import Address, admin_options
 from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
-from pipeline.threads import GREEN_LOOK_S, are_green, guarded
+from pipeline.threads import GREEN_INTERVAL_S, are_green, guarded
 
 _log = logging.getLogger(__name__)
 _FIRST_S = 1.0
@@ -231,12 +231,12 @@ def _answer(future: Future[Any], timeout_s: float) -> Any:
     if not are_green():
         return future.result(timeout_s)
     never = threading.Event()
-    for _ in range(ceil(timeout_s / GREEN_LOOK_S)):
+    for _ in range(ceil(timeout_s / GREEN_INTERVAL_S)):
         if future._state == "FINISHED":  # set after the other two
             if future._exception is not None:
                 raise future._exception
             return future._result
-        never.wait(GREEN_LOOK_S)
+        never.wait(GREEN_INTERVAL_S)
     raise TimeoutError
 
 

@@ -21,13 +21,11 @@ from pipeline.adapters.kafka.options import Address, publisher_options, try_user
 from pipeline.adapters.kafka.said import Cause, RateLimitFilter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
-from pipeline.threads import GREEN_LOOK_S, are_green, wait_in_c
+from pipeline.threads import GREEN_INTERVAL_S, POLL_INTERVAL_S, PeriodicThread, are_green, wait_in_c
 from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
 _log.addFilter(RateLimitFilter())
-_POLL_S = 0.1
-_LOOK_S = 2.0
 _GRACE_S = 2.0
 """librdkafka looks for messages that have timed out once a second; it is given the time to say so itself."""
 _PURGE_S = 5.0
@@ -59,7 +57,7 @@ _NO_OFFSET = Unavailable("appended, but the broker does not say where")
 class _Client:
     """One producer and the thread that serves its callbacks. It belongs to the process that made it."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], clock: Clock) -> None:
         self.pid = os.getpid()
         self.producer = Producer(dict(options))
         self.broken = False
@@ -69,17 +67,19 @@ class _Client:
         self._green = are_green()
         """True where threads are green: `poll` then never waits, because a wait in C stops all of them."""
         self._told = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="pipeline-kafka", daemon=True)
+        self._thread = PeriodicThread(
+            "pipeline-kafka",
+            lambda: self._poll(0 if self._green else POLL_INTERVAL_S),
+            log=_log,
+            clock=clock,
+            interval_s=POLL_INTERVAL_S if self._green else 0,
+            waits_first=self._green,
+            on_end=lambda: self._poll(0),
+        )
         self._thread.start()
 
-    def _serve(self) -> None:
-        while not (self._stop.wait(_POLL_S) if self._green else self._stop.is_set()):
-            self._poll(0 if self._green else _POLL_S)
-        self._poll(0)
-
     def _poll(self, timeout_s: float) -> None:
-        """Serve callbacks. A thread that died of what they raise would leave every later append without an answer."""
+        """Serve callbacks."""
         try:
             self.producer.poll(timeout_s)
         except KafkaException as exception:
@@ -87,15 +87,13 @@ class _Client:
             self.broken = True
             self._told.set()
             _log.warning("%s", describe(self.fatal, "librdkafka has given a producer up, the next append makes a new one"))
-        except Exception:
-            _log.exception("a delivery report could not be read")
 
     def wait_answered(self, call: _Append, timeout_s: float) -> bool:
         """Wait, at most so long, until all messages of `call` have an answer; return whether they have."""
-        waits = ceil(timeout_s / GREEN_LOOK_S) if self._green else 0
+        waits = ceil(timeout_s / GREEN_INTERVAL_S) if self._green else 0
         for _ in range(waits):  # a green thread has to ask for the callbacks itself, again and again
             self._poll(0)
-            if call.done.wait(GREEN_LOOK_S):
+            if call.done.wait(GREEN_INTERVAL_S):
                 return True
         return call.done.wait(0 if waits else timeout_s)
 
@@ -105,14 +103,12 @@ class _Client:
 
     def wait_stopped(self, timeout_s: float) -> bool:
         """Wait, at most so long, until the client is closed; whether it is."""
-        return self._stop.wait(timeout_s)
+        return self._thread.stopping.wait(timeout_s)
 
     def close(self) -> bool:
         """Give everything up that is not delivered; return whether the thread has ended."""
         self.producer.purge()
-        self._stop.set()
-        self._thread.join(_PURGE_S)
-        return not self._thread.is_alive()
+        return self._thread.stop(_PURGE_S)
 
     def abandon(self) -> None:
         """In a forked child: never free the parent's producer, whose threads are not here to be waited for."""
@@ -162,7 +158,7 @@ class KafkaLogWriter:
             if self._made is None or self._made.broken:
                 if self._made is not None:
                     self._made.close()
-                self._made = _Client(self._options)
+                self._made = _Client(self._options, self._clock)
             return self._made
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
@@ -190,7 +186,7 @@ class KafkaLogWriter:
             try:
                 return self._metadata.high_watermarks(topic, min(self._timeout_s, _ASK_S))
             except Unavailable:
-                if self._clock.monotonic_s() >= deadline_s or self._client().wait_stopped(_POLL_S):
+                if self._clock.monotonic_s() >= deadline_s or self._client().wait_stopped(POLL_INTERVAL_S):
                     raise
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
@@ -227,17 +223,17 @@ class KafkaLogWriter:
                     client.producer.produce(topic, message.value, message.key, message.partition, report)
                     return None
                 except BufferError:
-                    if self._clock.monotonic_s() >= deadline_s or client.wait_stopped(_POLL_S):
+                    if self._clock.monotonic_s() >= deadline_s or client.wait_stopped(POLL_INTERVAL_S):
                         return Unavailable(f"append to {topic}: librdkafka's queue stays full")
                 except KafkaException as exception:
                     if looked or error_of(exception).code() != KafkaError._UNKNOWN_PARTITION:
                         raise
                     looked = True
-                    wait_in_c(client.producer.list_topics, topic, _LOOK_S)  # its own view is older than ours
+                    wait_in_c(client.producer.list_topics, topic, _ASK_S)  # its own view is older than ours
         except KafkaException as exception:
             error = error_of(exception)
             if error.code() == KafkaError._FATAL:  # which says nothing; the cause comes to the other thread
-                client.wait_told(_LOOK_S)
+                client.wait_told(_ASK_S)
             return self._refusal(client, error, topic, message.partition)
         except Denied as error:
             return Unavailable(str(error))

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pipeline.errors import Unavailable
 
 T = TypeVar("T")
-_LOOK_S, _LOOKS = 1.0, 60
+_WAIT_S, _WAITS = 1.0, 60
 
 
 def apart(work: Callable[[], T]) -> T:
@@ -35,13 +35,13 @@ def apart(work: Callable[[], T]) -> T:
         start_new_thread(run, ())
     except RuntimeError:  # the interpreter is ending, or the system has no more
         return work()
-    for _ in range(_LOOKS):
-        if done.acquire(timeout=_LOOK_S):
+    for _ in range(_WAITS):
+        if done.acquire(timeout=_WAIT_S):
             break
         if os.getpid() != pid:  # a handler has forked
             raise Unavailable("this process was forked while it waited for its parent's spool")
     else:
-        raise Unavailable(f"the disk does not answer for {_LOOKS * _LOOK_S:.0f} s")
+        raise Unavailable(f"the disk does not answer for {_WAITS * _WAIT_S:.0f} s")
     if errors:
         raise errors[0]
     return results[0]
