@@ -79,7 +79,7 @@ class PublisherSettings(_Checked):
     flush_interval_ms: int = _setting(
         100, "longest time that a delta waits before it is sealed into a batch, while the log keeps up", least=1
     )
-    linger_ms: int = _setting(
+    flush_interval_min_ms: int = _setting(
         50,
         "shortest time between flushes, at most `flush_interval_ms`; between the two the publisher tunes itself: four times "
         "as long as the log needs to acknowledge",
@@ -190,7 +190,7 @@ class PublisherKeywords(TypedDict, total=False):
     """
 
     flush_interval_ms: int
-    linger_ms: int
+    flush_interval_min_ms: int
     snapshot_interval_ms: int
     local_series_max: int
     batch_bytes_max: int

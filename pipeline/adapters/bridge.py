@@ -47,7 +47,7 @@ class Collector(Protocol):
     def collect(self) -> Iterable[Metric]: ...
 
 
-class Views(Protocol):
+class BridgeTarget(Protocol):
     """What a bridge needs of a publisher."""
 
     def sum(self, view: str, *, labels: tuple[str, ...], monotone: bool) -> Any: ...
@@ -57,7 +57,7 @@ class Views(Protocol):
     def flush(self) -> Any: ...
 
 
-class _Found(NamedTuple):
+class _BridgedSample(NamedTuple):
     """A sample that is published."""
 
     key: Key
@@ -74,7 +74,7 @@ class Bridge:
 
     def __init__(
         self,
-        publisher: Views,
+        publisher: BridgeTarget,
         registry: Collector,
         *,
         clock: Clock,
@@ -233,7 +233,7 @@ class Bridge:
                 _log.exception("collector %s: %s; it is left out, and tried again", name, error)
             return None
 
-    def _found(self, families: Iterable[Metric]) -> Iterator[_Found]:
+    def _found(self, families: Iterable[Metric]) -> Iterator[_BridgedSample]:
         for family in families:
             added = tuple([family.name + end for end in _ADDED.get(family.type, ())])
             for sample in family.samples:
@@ -241,7 +241,7 @@ class Bridge:
                 if not rises and (added or not self._gauges):
                     continue  # when it was created, or a quantile, which can't be added up
                 if isfinite(sample.value):
-                    yield _Found(_key(sample), sample.value, rises)
+                    yield _BridgedSample(_key(sample), sample.value, rises)
                 else:
                     self._refuse("value", sample.name, f"{sample.value} is not finite")
 
@@ -260,7 +260,7 @@ class Bridge:
                 del values[key]
                 self._cells.pop(key, None)
 
-    def _publish_one(self, before: float | None, it: _Found) -> bool:
+    def _publish_one(self, before: float | None, it: _BridgedSample) -> bool:
         """Whether it is published as it is now. Raises `BufferFull`."""
         if before == it.value:
             return True
@@ -279,7 +279,7 @@ class Bridge:
             return False
         return True
 
-    def _cell(self, it: _Found) -> Any:
+    def _cell(self, it: _BridgedSample) -> Any:
         cell = self._cells.get(it.key)
         if cell is None:
             name, labels = it.key

@@ -25,9 +25,9 @@ from msgspec import UNSET
 
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
-from pipeline.core.answer import Answer, Status, View, known
+from pipeline.core.answer import Answer, Changed, Status, View, known
 from pipeline.core.codec import encode_frames, producer_of
-from pipeline.core.record import producer_id_of
+from pipeline.core.record import Control, producer_id_of
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, GroupsRefused, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
@@ -66,7 +66,7 @@ class _Views(msgspec.Struct):
     views: list[View]
 
 
-class _Client:
+class _HttpClient:
     """Requests to one server. Safe from any thread, and after a fork."""
 
     def __init__(self, url: str, clock: Clock) -> None:
@@ -205,7 +205,7 @@ class HttpLogWriter:
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
-        self._client = _Client(url, self._clock)
+        self._client = _HttpClient(url, self._clock)
         self._partition_count: tuple[float, int] | None = None
         self._secrets: dict[str, str] = {}
         """Of the producers whose batches are sent, by their ids."""
@@ -354,7 +354,7 @@ class HttpReader:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._client = _Client(url, clock or SystemClock())
+        self._client = _HttpClient(url, clock or SystemClock())
         self._timeout_s = timeout_s
 
     def get(
@@ -435,3 +435,24 @@ class HttpReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class HttpViews(HttpReader):
+    """A `roles.view_admin.ViewAdmin` behind a server of this package."""
+
+    def change(self, control: Control, key: str) -> Changed:
+        """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""
+        labels = None if control.labels is None else list(control.labels)
+        path = f"/v1/views/{quote(control.view, safe='')}/{control.action}"
+        body = msgspec.json.encode({"kind": control.kind or None, "labels": labels})
+        return self._decoded(self.fetch(path, body=body, key=key), Changed)
+
+    def folded(self, token: Token) -> bool:
+        """Whether the server's own state holds what the token stands for."""
+        states = {it.partition: it for it in self._get("/v1/status", Status, self._timeout_s).partitions}
+        return all(
+            number in states
+            and states[number].topic_id == token.topic_id
+            and (known(states[number].next_offset) or 0) >= next_offset
+            for number, next_offset in token.next_offsets.items()
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.errors import PipelineError
 from pipeline.ports import LogWriter, Message
 from pipeline.settings import LogSettings

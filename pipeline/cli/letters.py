@@ -19,7 +19,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader
 from pipeline.cli import console
 from pipeline.cli.rows import parse_time_ms
-from pipeline.cli.table import Table
+from pipeline.cli.table import TextTable
 from pipeline.config import Config
 from pipeline.core.description import describe_letter
 from pipeline.errors import Invalid, NotFound, Unavailable
@@ -145,7 +145,7 @@ def opened(config: Config, *, url: str, data: str | None) -> Iterator[Source]:
 @contextmanager
 def _stopped(config: Config, folder: str) -> Iterator[Log]:
     from pipeline.adapters.datadir import DataDir
-    from pipeline.adapters.embedded import EmbeddedLog
+    from pipeline.adapters.embedded.log import EmbeddedLog
 
     path = Path(folder).expanduser().absolute()
     if not (path / "VERSION").is_file():  # opening would make one
@@ -182,7 +182,7 @@ def run_ls(source: Source, asked: Wanted, limit: int, *, as_json: bool) -> int:
         console.print_json(found)
         return console.OK
     if found.letters:
-        table = Table("key", "view", "producer", "time", "reason", right=("series", "bytes"))
+        table = TextTable("key", "view", "producer", "time", "reason", right=("series", "bytes"))
         for it in found.letters:
             cells = it.key, it.view or "-", it.producer or "-", _time(it.at_ms), it.reason
             table.add_row(*map(console.printable, cells), f"{it.series_count:,}", f"{it.size_bytes:,}")
@@ -242,7 +242,7 @@ def _print_group(group: dict[str, Any]) -> None:
     labels = ", ".join(definition["labels"])
     count, series = group.get("series_count", 0), group.get("series", [])
     print(console.printable(f"  group {group['index']}: {definition['kind']} {group['view']}({labels}), {count:,} series"))
-    table = Table("    " + "labels", "state", right=("answer",))
+    table = TextTable("    " + "labels", "state", right=("answer",))
     for it in series:
         pairs = ", ".join(f"{name}={value}" for name, value in it["labels"].items())
         cells = f"    {pairs}", msgspec.json.encode(it["state"]).decode(), msgspec.json.encode(it["answer"]).decode()

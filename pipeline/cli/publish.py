@@ -37,7 +37,7 @@ _SHOW_S = 0.1
 _CONTACT_S = 5.0
 
 
-class Request(msgspec.Struct, frozen=True):
+class PublishRequest(msgspec.Struct, frozen=True):
     """What the command line asks for."""
 
     url: str
@@ -54,7 +54,7 @@ class Request(msgspec.Struct, frozen=True):
     as_json: bool
 
 
-class Report(msgspec.Struct):
+class PublishReport(msgspec.Struct):
     """What became of a run, as `--json` prints it."""
 
     view: str
@@ -79,7 +79,7 @@ class Report(msgspec.Struct):
 def make_request(  # one argument for each option
     *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
     skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False,
-) -> Request:  # fmt: skip
+) -> PublishRequest:  # fmt: skip
     """Check what can be checked before anything is opened; `Invalid` if the options don't fit together."""
     columns: dict[str, str] = {}
     names = []
@@ -100,13 +100,13 @@ def make_request(  # one argument for each option
         format_ = "ndjson" if source.endswith((".ndjson", ".jsonl")) else "csv"
     if format_ not in FORMATS:
         raise Invalid(f"--format {format_}: one of {', '.join(FORMATS)}")
-    return Request(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json)
+    return PublishRequest(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json)
 
 
-def run_publish(request: Request, settings: PublisherSettings, kafka: KafkaSettings) -> int:
+def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings) -> int:
     """Publish, print what became of it; the exit code. Raises `Invalid` if the call is wrong: nothing was sent then."""
     with stopping_on_signals() as stop, _opened(request.source) as fd:
-        run = _Run(request, settings, kafka, fd, stop)
+        run = _PublishRun(request, settings, kafka, fd, stop)
         try:
             return run.run()
         except Interrupted:
@@ -158,10 +158,12 @@ class _Bar:
             self._progress = None
 
 
-class _Run:
+class _PublishRun:
     """One run over one file descriptor."""
 
-    def __init__(self, request: Request, settings: PublisherSettings, kafka: KafkaSettings, fd: int, stop: Stop) -> None:
+    def __init__(
+        self, request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings, fd: int, stop: Stop
+    ) -> None:
         self.bar = _Bar()
         self._request = request
         self._settings = settings
@@ -171,7 +173,7 @@ class _Run:
         self._stop = stop
         self._clock = SystemClock()
         self._started_s = self._clock.monotonic_s()
-        self._report = Report(request.definition.view)
+        self._report = PublishReport(request.definition.view)
         self._definition = request.definition
 
     def run(self) -> int:

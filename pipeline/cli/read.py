@@ -9,7 +9,7 @@ import msgspec
 
 from pipeline.adapters.http import view_path
 from pipeline.cli import console
-from pipeline.cli.table import Table, fetched
+from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import Answer, View
 from pipeline.errors import Invalid
 
@@ -59,7 +59,7 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
     if answer is None:
         return console.OK
     names = [*answer.series[0].labels] if answer.series else answer.by or []
-    table = Table(*names, right=(answer.kind,))
+    table = TextTable(*names, right=(answer.kind,))
     for series in answer.series:
         table.add_row(*map(console.printable, series.labels.values()), _shown(series.value))
     table.print()
@@ -80,7 +80,7 @@ def run_views(url: str, *, as_json: bool) -> int:
     if answer is None:
         return console.OK
     views = answer.views
-    table = Table("view", "kind", "labels", right=("series",))
+    table = TextTable("view", "kind", "labels", right=("series",))
     for view in views:
         table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), f"{view.series_count:,}")
     table.print()

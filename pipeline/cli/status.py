@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.cli import console
-from pipeline.cli.table import Table, fetched
+from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import MemberStatus, RestoreStatus, Status, known
 from pipeline.settings import KafkaSettings
 
@@ -17,7 +17,7 @@ def run_status(url: str, *, as_json: bool) -> int:
     status = fetched(url, "/v1/status", Status, as_json=as_json)
     if status is None:
         return console.OK
-    table = Table("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
+    table = TextTable("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
     at_ms = known(status.at_ms)
     for it in status.partitions:
         committed_at_ms, staleness_ms = known(it.committed_at_ms), known(it.staleness_ms)
@@ -52,13 +52,13 @@ def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
             return f"unreachable: {it.error}"
         return "ready" if it.ready else "restoring"
 
-    table = Table("member", "url", "partitions", "standbys", right=("lag", "fenced", "state"))
+    table = TextTable("member", "url", "partitions", "standbys", right=("lag", "fenced", "state"))
     for member in found.members:
         has = (_numbers(member.partitions), _numbers(member.standbys), _count(member.lag), _count(member.fenced_count))
         table.add_row(*map(console.printable, (member.name, member.url, *has, state(member))))
     table.print()
     print()
-    table = Table("partition", "member", "phase", right=("next_offset", "end_offset", "lag", "commit", "restore"))
+    table = TextTable("partition", "member", "phase", right=("next_offset", "end_offset", "lag", "commit", "restore"))
     for it in found.partitions:
         offsets = (_count(it.next_offset), _count(it.end_offset), _count(it.lag))
         owner = console.printable(it.member or "nobody")

@@ -18,7 +18,7 @@ from pipeline.errors import Unavailable
 T = TypeVar("T")
 
 
-class Table:
+class TextTable:
     """Rows of cells: folded to fit on a terminal; anywhere else whole, and quickly, however many there are."""
 
     def __init__(self, *left: str, right: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pipeline.cli.options import DEFAULT_URL, Json, Set, load
 
 if TYPE_CHECKING:
     from pipeline.core.answer import View
-    from pipeline.roles.view_admin import Outcome
+    from pipeline.roles.view_admin import ControlOutcome
 
 views = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -161,7 +161,7 @@ def _is_sure(action: str, name: str, definitions: list[View]) -> bool:
     return typer.confirm(f"{action} {console.printable(name)}: {_counted(definitions)}?", err=True)
 
 
-def _print_outcome(outcome: Outcome) -> None:
+def _print_outcome(outcome: ControlOutcome) -> None:
     from pipeline.cli import console
 
     done = {"drop": "dropped", "reset": "reset"}[outcome.action]
@@ -186,9 +186,9 @@ def _text(it: View) -> str:
 
 def _print(definitions: list[View]) -> None:
     from pipeline.cli import console
-    from pipeline.cli.table import Table
+    from pipeline.cli.table import TextTable
 
-    table = Table("view", "kind", "labels", "window", "defined", "answers", right=("series",))
+    table = TextTable("view", "kind", "labels", "window", "defined", "answers", right=("series",))
     for it in definitions:
         window = f"{it.window_s} s" if it.window_s else ""
         kind = "monotone " * it.monotone + it.kind

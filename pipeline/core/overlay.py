@@ -190,7 +190,7 @@ class Producers:
         self._young[producer_id] = folded  # also where there is room for none: until the next one is kept
 
 
-class _Run(NamedTuple):
+class _KeyRun(NamedTuple):
     """A run of what a commit changes of one definition, by column, in the order of keys: so lookup and write are cheap."""
 
     prefix: bytes
@@ -227,7 +227,7 @@ class Changes:
         self._series_max = series_max
         self._overflow: dict[bytes, dict[bytes, State | None]] = {}
         """The overflow series of definitions that may need one, by prefix and suffix, and what is to be merged into it."""
-        self._runs: list[_Run] = []
+        self._runs: list[_KeyRun] = []
         self._states = overlay.states
         self.keys: list[bytes] = []
         """Series whose committed values `merge` needs."""
@@ -241,7 +241,7 @@ class Changes:
             self._set_overflow_apart(prefix, states)
             for suffixes in _in_order(states):
                 cached: list[State | None] = cache.states(prefix, suffixes) if asked else [None] * len(suffixes)
-                run = _Run(prefix, suffixes, [prefix + suffix for suffix in suffixes], cached, asked)
+                run = _KeyRun(prefix, suffixes, [prefix + suffix for suffix in suffixes], cached, asked)
                 self._runs.append(run)
                 if not asked:
                     continue
@@ -289,7 +289,7 @@ class Changes:
         self.merged.append(Merged(prefix, suffixes, states, sum(map(len, encoded)) + sum(map(len, suffixes))))
         return encoded
 
-    def _merge_run(self, run: _Run, found: Sequence[bytes | None]) -> tuple[list[bytes], list[State]]:
+    def _merge_run(self, run: _KeyRun, found: Sequence[bytes | None]) -> tuple[list[bytes], list[State]]:
         """The series of a run and their new absolute states; `found` are the stored values of those not in the cache."""
         prefix, suffixes, committed = run.prefix, run.suffixes, run.cached
         states = [*map(self._states[prefix].__getitem__, suffixes)]
@@ -327,7 +327,7 @@ class Changes:
         return max(0, self._series_max - self._known[prefix].series_count - self.new_counts.get(prefix, 0))
 
     def _take_excess(
-        self, run: _Run, committed: Sequence[State | None], states: list[State], room: int
+        self, run: _KeyRun, committed: Sequence[State | None], states: list[State], room: int
     ) -> tuple[list[bytes], list[State | None], list[State]]:
         """The run without those of its new series for which there is no room: they go to the overflow series."""
         overflow = self._overflow[run.prefix]

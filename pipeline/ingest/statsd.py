@@ -57,7 +57,7 @@ class _Part:
         return tuple([tags.get(label, "") for label in self.labels])
 
 
-class _Slot:
+class _MetricViews:
     """What lines of one name and type make."""
 
     def __init__(self, source: str, parts: Sequence[_Part]) -> None:
@@ -90,11 +90,11 @@ class StatsdSink:
         self._metrics = metrics
         self._known = known or {}
         self._labels = labels or {}
-        self._slots: dict[tuple[str, str], _Slot] = {}
+        self._slots: dict[tuple[str, str], _MetricViews] = {}
         self._owners: dict[str, tuple[str, str]] = {}
         """Whose a view is: source and type."""
         self._series_count = 0
-        self._unset: dict[tuple[_Slot, tuple[str, ...]], int | float] = {}
+        self._unset: dict[tuple[_MetricViews, tuple[str, ...]], int | float] = {}
         """Gauges that have changed, with the values that are not recorded yet."""
         self._set_ms = 0
         """When gauges were last recorded."""
@@ -186,7 +186,7 @@ class StatsdSink:
                 largest.observe(value)
                 count.add(line.weight)
 
-    def _record_gauge(self, line: Line, slot: _Slot, key: tuple[str, ...], cell: Any) -> None:
+    def _record_gauge(self, line: Line, slot: _MetricViews, key: tuple[str, ...], cell: Any) -> None:
         value = slot.series[key]
         for step, relative in zip(line.values, line.relative, strict=True):
             try:
@@ -200,7 +200,7 @@ class StatsdSink:
             self._unset[slot, key] = _plain(value)
         slot.series[key] = value
 
-    def _new_slot(self, line: Line) -> _Slot:
+    def _new_slot(self, line: Line) -> _MetricViews:
         wanted = _wanted(line)
         if len(self._owners) + len(wanted) > self._settings.ingest_views_max:
             raise _Refused("views_max")
@@ -219,7 +219,7 @@ class StatsdSink:
         ]
         for view, _ in wanted:
             self._owners[view] = line.source, line.type
-        slot = self._slots[line.type, line.name] = _Slot(line.source, parts)
+        slot = self._slots[line.type, line.name] = _MetricViews(line.source, parts)
         return slot
 
     def _definition(self, line: Line, view: str, kind: str) -> Definition:

@@ -34,7 +34,7 @@ def value_bytes(value: Any) -> int:
     return sum(map(value_bytes, value)) if kind is tuple else 0
 
 
-class Merged(NamedTuple):
+class Routed(NamedTuple):
     """Merged deltas of one series, for a partition. `definition` is the same object for all series of a view."""
 
     partition: int
@@ -64,7 +64,7 @@ class Draft(NamedTuple):
     delta_count: int
 
 
-def cut(merged: Iterable[Merged], bytes_max: int) -> list[Draft]:
+def cut(merged: Iterable[Routed], bytes_max: int) -> list[Draft]:
     """Return batches to be, of up to `bytes_max`, by partition. A series that is larger by itself gets one by itself."""
     growing: dict[int, list[_Growing]] = {}
     for item in merged:
@@ -89,7 +89,7 @@ class _Growing:
         size += GROUP_BYTES + len(encode(definition))
         return self._size + size <= bytes_max and len(self._groups) < GROUP_COUNT_MAX
 
-    def add(self, item: Merged, size: int) -> None:
+    def add(self, item: Routed, size: int) -> None:
         """Add a series."""
         group = self._groups.get(id(item.definition))
         if group is None:
@@ -126,7 +126,7 @@ def seal(
     for item in items:
         definition, prefix = known.setdefault(item.definition, (item.definition, series_prefix(item.definition)))
         partition = crc32(prefix + item.suffix) % partition_count
-        routed.append(Merged(partition, definition, item.suffix, item.state))
+        routed.append(Routed(partition, definition, item.suffix, item.state))
     out: list[Sealed] = []
     try:
         for draft in cut(routed, batch_bytes_max):

@@ -27,7 +27,7 @@ from pipeline.publisher.local import LocalView
 from pipeline.publisher.running import Running
 from pipeline.publisher.surroundings import closest
 from pipeline.publisher.view import check_value
-from pipeline.publisher.views import VIEW_TYPES, LastView, ObservedView, SumView, Table, View, record_table
+from pipeline.publisher.views import VIEW_TYPES, BaseView, LastView, ObservedView, SumView, Table, record_table
 from pipeline.settings import PublisherKeywords, PublisherSettings
 from pipeline.threads import are_green, guarded, in_hub
 
@@ -41,7 +41,7 @@ _SWEEPS = 3
 _BATCH_MARGIN = 900
 """The bytes of a batch of one series beyond those of its value, at most, unless its labels are very long."""
 
-ViewT = TypeVar("ViewT", bound=View)
+ViewT = TypeVar("ViewT", bound=BaseView)
 
 
 class BasePublisher:
@@ -194,9 +194,9 @@ class BasePublisher:
 
     def view(
         self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False
-    ) -> View:
+    ) -> BaseView:
         """The view of this name and of a kind that is only known at run time."""
-        return self._view(View, kind, view, labels, window_s, monotone)
+        return self._view(BaseView, kind, view, labels, window_s, monotone)
 
     def _view(
         self, _: type[ViewT], kind: str, view: str, labels: Sequence[str], window_s: int | None, monotone: bool = False
@@ -223,7 +223,7 @@ class BasePublisher:
         """What this process has recorded since it started, by view: see `view.local()`."""
         return {name: view.local() for name, view in [*self._views.items()]}
 
-    def record_batch(self, view: View, columns: Any, *, ignore: Iterable[str] = ()) -> int:
+    def record_batch(self, view: BaseView, columns: Any, *, ignore: Iterable[str] = ()) -> int:
         """Record rows at once: one column for each label name, `value`, and for last views `ts_ms`, in `columns`.
 
         `columns` is a mapping, a data frame of pandas or Polars, or an Arrow table or record batch. A column is a sequence,
@@ -234,7 +234,7 @@ class BasePublisher:
         All rows are checked first: `Invalid` names the column and the row, of missing values too, and means that nothing was
         recorded. `BufferFull` says how many were. Returns how many rows were recorded: fewer if `on_full` has them dropped.
         """
-        if not isinstance(view, View):
+        if not isinstance(view, BaseView):
             raise Invalid(f"a view of this publisher is needed, got {type(view).__name__}")
         if self._views.get(view.definition.view) is not view:
             raise Invalid(f"view {view.definition.view} is not of this publisher")

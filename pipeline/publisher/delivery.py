@@ -59,7 +59,7 @@ class Delivery:
         spool: PublisherSpool | None = None,
     ) -> None:
         self.outbox = outbox
-        self.linger = Linger(settings.linger_ms, settings.flush_interval_ms)
+        self.linger = Linger(settings.flush_interval_min_ms, settings.flush_interval_ms)
         self.token = Token()
         """What `name` returned last."""
         self.batch_count = self.entry_count = self.rejected_count = 0

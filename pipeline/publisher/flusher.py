@@ -18,7 +18,7 @@ from pipeline.ports import Clock
 from pipeline.publisher.account import Account
 from pipeline.publisher.batching import Pending
 from pipeline.publisher.delivery import Delivery
-from pipeline.publisher.views import Table, View
+from pipeline.publisher.views import BaseView, Table
 from pipeline.settings import PublisherSettings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class TableFlusher:
     def __init__(
         self,
         table: Table,
-        views: Mapping[str, View],
+        views: Mapping[str, BaseView],
         delivery: Delivery,
         settings: PublisherSettings,
         clock: Clock,

@@ -27,7 +27,7 @@ from pipeline.threads import fork_gate
 _log = logging.getLogger(__name__)
 
 
-class Member(Protocol):
+class ForkAware(Protocol):
     """What happens to a publisher when its process ends or forks."""
 
     def close(self) -> object:
@@ -60,7 +60,7 @@ class Member(Protocol):
         ...
 
 
-_members: dict[int, weakref.ref[Member]] = {}  # a dict, because one call copies it: no lock that a fork could catch held
+_members: dict[int, weakref.ref[ForkAware]] = {}  # a dict, because one call copies it: no lock that a fork could catch held
 _finalizer_pid = 0
 _pid = os.getpid()
 """The process in which the publishers began."""
@@ -68,19 +68,19 @@ _beginning: dict[int, threading.RLock] = {}
 """By process: held by the thread that has them begin there. A lock of the parent's could be held for ever."""
 
 
-def join(member: Member) -> None:
+def join(member: ForkAware) -> None:
     """From now on `member` is told when the process ends or forks, as long as it lives."""
     key = id(member)
     _members[key] = weakref.ref(member, lambda _: _members.pop(key, None))
     _listen_to_uwsgi()
 
 
-def leave(member: Member) -> None:
+def leave(member: ForkAware) -> None:
     """Undo `join`."""
     _members.pop(id(member), None)
 
 
-def _all() -> list[Member]:
+def _all() -> list[ForkAware]:
     return [member for member in [ref() for ref in [*_members.values()]] if member is not None]
 
 
@@ -117,7 +117,7 @@ def close_all() -> None:
             _log.exception("at exit")
 
 
-_held: dict[int, list[Member]] = {}
+_held: dict[int, list[ForkAware]] = {}
 """What each thread that forks keeps still: several may fork at once."""
 
 
@@ -143,7 +143,7 @@ def check_fork() -> None:
         )
 
 
-def _begin_in_child() -> list[Member]:
+def _begin_in_child() -> list[ForkAware]:
     """Have every publisher start clean, or go on in its parent's place, unless that is done; return those."""
     global _pid, _nest  # noqa: PLW0603
     pid = os.getpid()

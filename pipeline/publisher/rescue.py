@@ -15,7 +15,7 @@ from pipeline.ports import Clock, LogWriter, Message
 from pipeline.publisher.batching import seal
 from pipeline.publisher.delivery import FOR_GOOD, SEND_BYTES_MAX, held_after_ms
 from pipeline.publisher.identity import dismiss, introduce
-from pipeline.publisher.spool.leftover import Leftover, Report, leftovers
+from pipeline.publisher.spool.leftover import Leftover, SlotReport, leftovers
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
@@ -36,7 +36,7 @@ class DrainedSlot(msgspec.Struct):
     """Batches that were acknowledged now."""
     left_count: int = 0
     """Batches that were not, and wait for the next attempt."""
-    report: Report = msgspec.field(default_factory=Report)
+    report: SlotReport = msgspec.field(default_factory=SlotReport)
     error: str = ""
     again: bool = False
     """Whether the log was away: to try again is all that it takes."""

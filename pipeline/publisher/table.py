@@ -32,8 +32,8 @@ from zlib import crc32
 
 from pipeline.core.kinds import KINDS, State, check_ahead
 from pipeline.core.record import Definition, overflow_suffix
-from pipeline.publisher.batching import Draft, Merged, cut, encode, value_bytes
-from pipeline.publisher.view import QUEUE_MAX, SHORT, AddView, ObserveView, SetView, Slot, View
+from pipeline.publisher.batching import Draft, Routed, cut, encode, value_bytes
+from pipeline.publisher.view import QUEUE_MAX, SHORT, AddView, BaseView, ObserveView, SetView, Slot
 
 if TYPE_CHECKING:
     from pipeline.publisher.spool.ring import Segment
@@ -112,7 +112,7 @@ class Table:
         self._opening, self._full, self._journal = opening, full, journal
         self._ring: Any = None
         self._bytes_max, self._ts_ahead_max_ms, self._local_series_max = bytes_max, ts_ahead_max_ms, local_series_max
-        self._views: list[View] = []
+        self._views: list[BaseView] = []
         self._recorded_ns = 0
         self.queue: deque[tuple[Slot, State]] = deque()
         """Deltas on their way into the states. Whoever appends one calls `settle` if there are `QUEUE_MAX`."""
@@ -129,7 +129,7 @@ class Table:
         self._states: _Waiting = {}
         self._drains = 0
         self._totals = _Totals(self._local_series_max)
-        self._locals: dict[View, Local] = {}
+        self._locals: dict[BaseView, Local] = {}
         self._gone: list[int] = []
         self._cut: tuple[dict[int, tuple[int, int]], list[int]] = {}, []
         self.used_bytes = 0
@@ -150,12 +150,12 @@ class Table:
         self._pid = os.getpid()
         return self._inside is None
 
-    def define(self, definition: Definition, series_max: int, view_type: type[View] | None = None) -> Any:
+    def define(self, definition: Definition, series_max: int, view_type: type[BaseView] | None = None) -> Any:
         """Return a new view, of `view_type` or of the base class of its kind. Each definition is to be given once."""
         by_kind = {"add": AddView, "observe": ObserveView, "set": SetView}
         return (view_type or by_kind[KINDS[definition.kind].method])(self, definition, series_max)
 
-    def join(self, view: View) -> None:
+    def join(self, view: BaseView) -> None:
         """Take in a view that was made: batches have the groups of views in this order."""
         view.number = len(self._views)
         self._views.append(view)
@@ -207,7 +207,7 @@ class Table:
             self._opening()
         self._alone(bool, None)
 
-    def record(self, view: View, suffix: bytes, delta: State) -> bool:
+    def record(self, view: BaseView, suffix: bytes, delta: State) -> bool:
         """Record a delta; False if it was dropped, because there is no memory for it."""
         heap = _heap_bytes(delta)
         slot = view.slots.get(suffix)
@@ -220,7 +220,7 @@ class Table:
             self.settle()
         return True
 
-    def _admit(self, view: View, suffix: bytes, delta: State, heap: int) -> bool:
+    def _admit(self, view: BaseView, suffix: bytes, delta: State, heap: int) -> bool:
         """Record a delta, charging what it needs, to the series or the overflow series; False if it is dropped."""
         asked = self.closed
         if asked or suffix not in view.slots:
@@ -272,7 +272,7 @@ class Table:
         self.used_bytes -= heap
         return False
 
-    def _define(self, view: View, suffix: bytes) -> int:
+    def _define(self, view: BaseView, suffix: bytes) -> int:
         assert self._journal is not None
         return self._journal.define(encode(view.canonical), suffix) or 0
 
@@ -283,7 +283,7 @@ class Table:
             ring.adopt(segment)
         return segment is not None
 
-    def _enter(self, view: View, suffix: bytes) -> Slot:
+    def _enter(self, view: BaseView, suffix: bytes) -> Slot:
         """Return the slot of a series, which may be new. The caller holds the lock."""
         own, size = suffix != overflow_suffix(view.canonical, suffix[:8]), SERIES_BYTES + len(suffix)
         new = Slot(view, suffix, self._drains, open=not self.closed and self._journal is None)
@@ -366,7 +366,7 @@ class Table:
                 kept[slot] = item
                 continue
             taken[slot] = item
-            merged.append(Merged(partition, slot.view.canonical, slot.suffix, *item))
+            merged.append(Routed(partition, slot.view.canonical, slot.suffix, *item))
         result = cut(merged, batch_bytes_max)
         self._states, self._cut = kept, cut_here
         self._drains += 1
@@ -422,7 +422,7 @@ class Table:
             totals.add(slot, state)
         self._locals = {view: Local(states, complete=view not in totals.cut) for view, states in totals.states.items()}
 
-    def local(self, view: View) -> Local:
+    def local(self, view: BaseView) -> Local:
         """Return the totals of a view as of the last snapshot."""
         return self._locals.get(view, Local({}, complete=True))
 
@@ -470,8 +470,8 @@ class _Totals:
     """States of up to so many series, by view."""
 
     def __init__(self, room: int) -> None:
-        self.states: dict[View, dict[bytes, State]] = {}
-        self.cut: set[View] = set()
+        self.states: dict[BaseView, dict[bytes, State]] = {}
+        self.cut: set[BaseView] = set()
         """Views of which series were left out."""
         self._room = room
 

@@ -30,7 +30,7 @@ class Slot:
 
     __slots__ = ("adds", "least", "number", "out", "seen", "suffix", "view")
 
-    def __init__(self, view: View, suffix: bytes, seen: int, *, open: bool = True) -> None:
+    def __init__(self, view: BaseView, suffix: bytes, seen: int, *, open: bool = True) -> None:
         self.view = view
         self.suffix = suffix
         self.seen = seen
@@ -66,11 +66,11 @@ def label_values(definition: Definition, values: Sequence[Any], names: Mapping[s
     return check_label_values(definition, values)
 
 
-class View:
+class BaseView:
     """A view that this process records to. Subclasses have the recording method of their kinds; subclass those."""
 
     method: ClassVar[str]
-    series_type: ClassVar[type[Series]]
+    series_type: ClassVar[type[BaseSeries]]
     """What `labels` returns. A subclass may name a subclass."""
 
     def __init__(self, table: Table, definition: Definition, series_max: int) -> None:
@@ -224,10 +224,10 @@ class View:
             self.by_labels[values if len(values) != 1 else values[0]] = self.slots[suffix]
 
 
-class Series:
-    """A series that deltas can be recorded to, from any thread: `Series(view, "eu")` is `view.labels("eu")`."""
+class BaseSeries:
+    """A series that deltas can be recorded to, from any thread: `BaseSeries(view, "eu")` is `view.labels("eu")`."""
 
-    def __init__(self, view: View, /, *values: str, **names: str) -> None:
+    def __init__(self, view: BaseView, /, *values: str, **names: str) -> None:
         self.view = view
         self.suffix = view.suffix(label_values(view.definition, values, names))
         """The suffix of the series, in no window."""
@@ -241,7 +241,7 @@ class Series:
         self._slot = view.slots.get(self.suffix, self._slot)
 
 
-class AddSeries(Series):
+class AddSeries(BaseSeries):
     """A series of a sum."""
 
     def add(self, value: float = 1, /, *, ts_ms: int | None = None) -> None:
@@ -255,7 +255,7 @@ class AddSeries(Series):
             self._record(value, ts_ms)
 
 
-class ObserveSeries(Series):
+class ObserveSeries(BaseSeries):
     """A series of a min, max or mean."""
 
     def observe(self, value: float, /, *, ts_ms: int | None = None) -> None:
@@ -269,7 +269,7 @@ class ObserveSeries(Series):
             self._record(value, ts_ms)
 
 
-class SetSeries(Series):
+class SetSeries(BaseSeries):
     """A series of a last."""
 
     def set(self, value: str | float | bool | None, /, ts_ms: int | None = None) -> None:
@@ -277,7 +277,7 @@ class SetSeries(Series):
         self.view.record(self.suffix, value, ts_ms)
 
 
-class AddView(View):
+class AddView(BaseView):
     """Totals, by series."""
 
     method = "add"
@@ -288,7 +288,7 @@ class AddView(View):
         self.record_named(value, labels)
 
 
-class ObserveView(View):
+class ObserveView(BaseView):
     """Smallest, largest or mean observations, by series."""
 
     method = "observe"
@@ -299,7 +299,7 @@ class ObserveView(View):
         self.record_named(value, labels)
 
 
-class SetView(View):
+class SetView(BaseView):
     """The newest values, by series."""
 
     method = "set"

@@ -17,13 +17,13 @@ from pipeline.publisher.columns import Column, Scalar, Vector, read_table, read_
 from pipeline.publisher.local import LocalView
 from pipeline.publisher.timing import ExceptionCounter, Exceptions, Timer
 
-__all__ = ["Table", "View"]
+__all__ = ["BaseView", "Table"]
 _extension = native.extension()
 if TYPE_CHECKING or _extension is None:
     from pipeline.publisher.table import Table
-    from pipeline.publisher.view import AddSeries, AddView, ObserveSeries, ObserveView, SetSeries, SetView, View
+    from pipeline.publisher.view import AddSeries, AddView, BaseView, ObserveSeries, ObserveView, SetSeries, SetView
 else:
-    Table, View = _extension.Table, _extension.View
+    Table, BaseView = _extension.Table, _extension.View
     AddSeries, AddView = _extension.AddSeries, _extension.AddView
     ObserveSeries, ObserveView = _extension.ObserveSeries, _extension.ObserveView
     SetSeries, SetView = _extension.SetSeries, _extension.SetView
@@ -147,7 +147,7 @@ class LastView(_Owned, SetView):
             """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
 
-VIEW_TYPES: Mapping[str, type[View]] = {
+VIEW_TYPES: Mapping[str, type[BaseView]] = {
     "sum": SumView,
     "min": ObservedView,
     "max": ObservedView,
@@ -166,7 +166,7 @@ def record_many(series: Any, values: Any) -> int:
         raise Invalid(f"view {view.definition.view}: a sequence of numbers is needed, got {type(values).__name__}")
     by_name = dict(zip(canonical(view.definition).labels, parse_suffix(series.suffix)[1], strict=True))
     labels = [by_name[name] for name in view.definition.labels]
-    recorded: int = View.add_many(view, labels, numbers_of(column, len(column)))
+    recorded: int = BaseView.add_many(view, labels, numbers_of(column, len(column)))
     return recorded
 
 

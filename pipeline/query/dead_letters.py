@@ -215,7 +215,7 @@ class DeadLetters:
             lines = [*islice(found.kept.values(), left)]
             left -= len(lines)
             if lines:
-                run = _Run(self._log, self._clock, number, found, deadline_s, dry_run=dry_run, forgotten=forgotten)
+                run = _Replay(self._log, self._clock, number, found, deadline_s, dry_run=dry_run, forgotten=forgotten)
                 outcomes += run.replay(lines, self._records(number, lines[0].letter_offset, found.end_offset))
             if any(outcome.result == "unknown" for outcome in outcomes):
                 return Replayed(outcomes)
@@ -295,7 +295,7 @@ class DeadLetters:
             reader.close()
 
 
-class _Run:
+class _Replay:
     """The replay of letters of one partition."""
 
     def __init__(

@@ -51,7 +51,7 @@ def faust_app(*, on_error: str = "skip", **options: Any) -> AgentsApp:
     return AgentsApp(AgentPublisher(), on_error=on_error, **options)
 
 
-class _Nowhere:
+class _NoLog:
     """Where nothing can be sent, because nothing is recorded."""
 
     def partition_count(self, topic: str) -> int:
@@ -77,7 +77,7 @@ class AgentPublisher(BasePublisher):
 
     def __init__(self) -> None:
         self._bound = False
-        super().__init__(_Nowhere(), SystemClock(), PublisherSettings())
+        super().__init__(_NoLog(), SystemClock(), PublisherSettings())
 
     def bind(self, url: str, settings: PublisherSettings, kafka: KafkaSettings, metrics: Metrics) -> None:
         """From now on what is recorded goes to the log at `url`. Once only."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import pipeline.topics as topics
-from pipeline.adapters.cleaner import END_OFFSET_MAX, Cleaner
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.cleaner import END_OFFSET_MAX, Cleaner
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.answer import Status
 from pipeline.errors import NotReady
@@ -25,9 +25,9 @@ from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.follower import Progress
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import Partition
+from pipeline.worker.restore import RestoreProgress
 
 
 class Engine:
@@ -47,13 +47,13 @@ class Engine:
         publisher_settings: PublisherSettings | None = None,
         metrics: Metrics = NO_METRICS,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
     ) -> None:
         self.clock = SystemClock()
         self._on_fatal = on_fatal
         self._on_progress = on_progress
         self._fatal_once = threading.Lock()
-        self._progress: dict[int, Progress] = {}
+        self._progress: dict[int, RestoreProgress] = {}
         self._data = DataDir(log_settings.data)
         described = topics.load()
         worker, query = worker_settings or WorkerSettings(), query_settings or QuerySettings()
@@ -180,7 +180,7 @@ class Engine:
             return END_OFFSET_MAX
         return self.partitions[partition].task.position.next_offset if self.ready else 0
 
-    def _note_progress(self, progress: Progress) -> None:
+    def _note_progress(self, progress: RestoreProgress) -> None:
         self._progress[progress.partition] = progress
         self._on_progress(progress)
 

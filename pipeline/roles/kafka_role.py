@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.kafka.log import KafkaLog, check_changelog, check_topics
+from pipeline.adapters.kafka.checks import check_changelog, check_topics
+from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.newer import check_format
+from pipeline.worker.restore import check_format
 
 TOPICS = (DELTAS, CHANGELOG, DEAD_LETTERS)
 

@@ -30,7 +30,7 @@ class Follower(Protocol):
         ...
 
 
-class Member:
+class ClusterMember:
     """Listens to `membership` for the loop that folds and the one that keeps standbys warm. `fail` ends the process."""
 
     def __init__(

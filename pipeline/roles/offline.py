@@ -9,7 +9,7 @@ from pathlib import Path
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.faust.group import STABLE, Group, describe_group
+from pipeline.adapters.faust.group import STABLE, ConsumerGroup, describe_group
 from pipeline.adapters.faust.security import security_of
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.kafka.log import KafkaLog
@@ -149,7 +149,7 @@ class _MemberAnswer(NamedTuple):
 
 def _joined(
     address: Address,
-    group: Group,
+    group: ConsumerGroup,
     answers: Sequence[Status | str],
     ends: Mapping[int, int],
     mirrored: Mapping[int, int],
@@ -165,7 +165,7 @@ def _joined(
     return Overview(address.app, group.state, [row.state for row in rows], partitions, notes)
 
 
-def _row(group: Group, member: Member, answer: Status | str) -> _MemberAnswer:
+def _row(group: ConsumerGroup, member: Member, answer: Status | str) -> _MemberAnswer:
     """Where the partitions are is for the group to say, while it is stable."""
     actives, standbys = member.actives, member.standbys
     if isinstance(answer, str):

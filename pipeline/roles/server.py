@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from pipeline.adapters.kafka.compaction import CompactionLag
+from pipeline.adapters.kafka.checks import CompactionLag
 from pipeline.core.answer import Status
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
@@ -17,8 +17,8 @@ from pipeline.query.reader import ViewReader
 from pipeline.roles.kafka_role import KafkaRole
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
-from pipeline.worker.follower import Progress
 from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
 
 
@@ -40,7 +40,7 @@ class ClusterServer(KafkaRole):
         ingest: bool = False,
         metrics: Metrics = NO_METRICS,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
     ) -> None:
         publisher, query = publisher_settings or PublisherSettings(), query_settings or QuerySettings()
         worker = worker_settings or WorkerSettings()

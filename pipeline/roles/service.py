@@ -11,9 +11,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from pipeline.adapters.openmetrics import render_views
-from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.adapters.pushed import parse_pushed
+from pipeline.adapters.openmetrics import parse_pushed
+from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
@@ -24,7 +23,7 @@ from pipeline.query.reader import ViewReader
 from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.settings import QuerySettings
 from pipeline.threads import guarded
-from pipeline.worker.follower import Progress
+from pipeline.worker.restore import RestoreProgress
 
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
@@ -36,7 +35,7 @@ _log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = {-8: 2, -3: 2**20, -1: 4 * 2**20}
 """Values of M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, by their numbers in malloc.h."""
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[RestoreProgress], None]
 
 
 def _ignore(_: Any) -> None:

@@ -13,13 +13,13 @@ import msgspec
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.adapters.statsd import StatsdServer
 from pipeline.config import Config
 from pipeline.connect import Publisher
 from pipeline.core.answer import IngestStatus, Status
 from pipeline.core.record import Definition
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.ingest.statsd import StatsdSink
+from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.query.api import create_operations_app
 from pipeline.roles.http_server import HttpServer, bind, url_of

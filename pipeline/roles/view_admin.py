@@ -9,8 +9,9 @@ from typing import Protocol
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http_views import HttpViews
-from pipeline.adapters.kafka.log import KafkaLog, check_topics
+from pipeline.adapters.http import HttpViews
+from pipeline.adapters.kafka.checks import check_topics
+from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.core.answer import Changed, View
 from pipeline.core.orders import concerned
@@ -27,7 +28,7 @@ from pipeline.worker.catalogue import Catalogue
 _PAUSE_S = 0.05
 
 
-class Views(Protocol):
+class ViewAdmin(Protocol):
     """Who knows the definitions of views, and gives orders about them. One thread at a time."""
 
     def views(self) -> list[View]:
@@ -47,7 +48,7 @@ class Views(Protocol):
         ...
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class ControlOutcome(msgspec.Struct, frozen=True):
     """What became of an order."""
 
     action: str
@@ -60,12 +61,12 @@ class Outcome(msgspec.Struct, frozen=True):
     """Whether it is carried out in all partitions, as far as was waited for."""
 
 
-def about(control: Control, views: Views) -> list[View]:
+def about(control: Control, views: ViewAdmin) -> list[View]:
     """Which definitions an order is about, as far as they are known."""
     return [it for it in views.views() if control.concerns(Definition(it.name, it.kind, it.labels))]
 
 
-def change(views: Views, control: Control, *, timeout_s: float, clock: Clock, key: str = "") -> Outcome:
+def change(views: ViewAdmin, control: Control, *, timeout_s: float, clock: Clock, key: str = "") -> ControlOutcome:
     """Give an order, again until the log has acknowledged it, and wait until it is carried out, all within `timeout_s`.
 
     It counts once, whatever became of the tries before. Raises `NotFound` if it is about nothing, and `Unavailable` if it
@@ -75,10 +76,12 @@ def change(views: Views, control: Control, *, timeout_s: float, clock: Clock, ke
     known = about(control, views)
     changed = _acknowledged(views, control, key, known, deadline_s, clock)
     folded = _wait_folded(views, Token.parse(changed.token), deadline_s, clock)
-    return Outcome(control.action, control.view, changed.definitions, changed.token, folded)
+    return ControlOutcome(control.action, control.view, changed.definitions, changed.token, folded)
 
 
-def _acknowledged(views: Views, control: Control, key: str, known: list[View], deadline_s: float, clock: Clock) -> Changed:
+def _acknowledged(
+    views: ViewAdmin, control: Control, key: str, known: list[View], deadline_s: float, clock: Clock
+) -> Changed:
     pause, tried = threading.Event(), False
     while True:
         try:
@@ -94,7 +97,7 @@ def _acknowledged(views: Views, control: Control, key: str, known: list[View], d
         pause.wait(_PAUSE_S)
 
 
-def _wait_folded(views: Views, token: Token, deadline_s: float, clock: Clock) -> bool:
+def _wait_folded(views: ViewAdmin, token: Token, deadline_s: float, clock: Clock) -> bool:
     pause = threading.Event()
     while True:
         with suppress(NotReady, Unavailable):
@@ -106,7 +109,7 @@ def _wait_folded(views: Views, token: Token, deadline_s: float, clock: Clock) ->
 
 
 class KafkaViews:
-    """A `Views` on a broker, without a server: what is known of definitions is read from the changelog.
+    """A `ViewAdmin` on a broker, without a server: what is known of definitions is read from the changelog.
 
     That takes as long as a restore, each time that one of these is made. `timeout_s` is for that reading.
     """
@@ -132,7 +135,7 @@ class KafkaViews:
         return listed(self._catalogue.entries())
 
     def change(self, control: Control, key: str) -> Changed:
-        """See `Views.change`."""
+        """See `ViewAdmin.change`."""
         definitions = [View.of(it) for it in concerned(control, self._listed())]
         token = self._orders.controls(
             [control], RequestKey(f"{control.action} {control.view}", key, msgspec.json.encode(control))
@@ -150,7 +153,7 @@ class KafkaViews:
         self._log.close()
 
 
-def open_views(url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, timeout_s: float) -> Views:
+def open_views(url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, timeout_s: float) -> ViewAdmin:
     """What sees to the views of `url`, http://host:port or kafka://host:port[/app]. Raises as its adapters do."""
     if url.startswith("kafka://"):
         return KafkaViews(url, kafka, publisher, timeout_s=timeout_s)

@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.adapters.kafka.compaction import CompactionLag
-from pipeline.adapters.static import StaticMembership
+from pipeline.adapters.kafka.checks import CompactionLag
+from pipeline.adapters.static_membership import StaticMembership
 from pipeline.core.answer import MemberStatus, Status
 from pipeline.errors import Invalid, LogCorrupt, PipelineError, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Membership, ReadableStore
 from pipeline.roles.kafka_role import TOPICS, KafkaRole
-from pipeline.roles.member import Member
+from pipeline.roles.member import ClusterMember
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.follower import Progress
 from pipeline.worker.lag import Ends, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import Partition
 from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ClusterWorker(KafkaRole):
         publisher_settings: PublisherSettings | None = None,
         metrics: Metrics = NO_METRICS,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
     ) -> None:
         if agents is not None and not name:
             raise Invalid("agents need a worker with a name: their topics are shared by a group")
@@ -86,9 +86,9 @@ class ClusterWorker(KafkaRole):
         self._worker = worker_settings or WorkerSettings()
         self._metrics = metrics
         self._on_progress = on_progress
-        self._progress: dict[int, Progress] = {}
+        self._progress: dict[int, RestoreProgress] = {}
         self._listed = partitions
-        self._member: Member | None = None
+        self._member: ClusterMember | None = None
         try:
             if unknown := [number for number in sorted(partitions or ()) if not 0 <= number < self.partition_count]:
                 raise Invalid(f"there is no partition {unknown[0]}; topic deltas has {self.partition_count}")
@@ -269,7 +269,7 @@ class ClusterWorker(KafkaRole):
 
     def start(self) -> None:
         """Join; then fence, restore, and fold what is ours."""
-        self._member = Member(
+        self._member = ClusterMember(
             self._new_membership(),
             self._loop,
             self._standbys,
@@ -338,6 +338,6 @@ class ClusterWorker(KafkaRole):
         if self._member is not None:
             self._member.tell_warm()
 
-    def _note_progress(self, progress: Progress) -> None:
+    def _note_progress(self, progress: RestoreProgress) -> None:
         self._progress[progress.partition] = progress
         self._on_progress(progress)

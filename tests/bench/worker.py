@@ -14,7 +14,7 @@ from rocksdict import WriteBatch
 import pipeline.topics as topics
 import tests.bench.data as data
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStore, RocksStores
 from pipeline.core.codec import decode_batch
 from pipeline.ports import Log, Message

@@ -12,7 +12,7 @@ import pytest
 
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Control, Definition, Group, fingerprint, series_suffix
 from pipeline.ports import Message

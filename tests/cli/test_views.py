@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http_views import HttpViews
+from pipeline.adapters.http import HttpViews
 from pipeline.core.answer import Changed
 from pipeline.core.orders import order
 from pipeline.core.record import Control

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from msgspec import UNSET, UnsetType
 
-from pipeline.adapters.faust.group import STABLE, Group
-from pipeline.adapters.faust.wire import (
+from pipeline.adapters.faust.group import STABLE, ConsumerGroup
+from pipeline.adapters.faust.member_metadata import (
     NOBODY,
     AppIdentity,
     as_topic_groups,
@@ -78,7 +78,9 @@ def seen(state: str, *answers: Any) -> Overview:
     names = zip(("a", "b"), placed, strict=True)
     moving = frozenset[int]()
     members = [Member(name, "", *(it if state == STABLE else (moving, moving))) for name, it in names]
-    return _joined(parse_url("kafka://h:1"), Group(state, members), answers, {0: 100, 1: 50, 2: 7}, {0: 90, 2: 7}, [])
+    return _joined(
+        parse_url("kafka://h:1"), ConsumerGroup(state, members), answers, {0: 100, 1: 50, 2: 7}, {0: 90, 2: 7}, []
+    )
 
 
 def folded(

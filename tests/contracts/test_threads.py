@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 import pipeline.metrics as m
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.adapters.static import StaticMembership
-from pipeline.adapters.statsd import StatsdServer
+from pipeline.adapters.static_membership import StaticMembership
 from pipeline.errors import Stalled, Unavailable
+from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.query.ends import EndsPolled
 from pipeline.settings import IngestSettings, WorkerSettings
 from pipeline.threads import Failures, PeriodicThread, guarded

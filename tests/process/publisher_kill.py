@@ -186,7 +186,7 @@ class Killer:
             "fsync_interval_ms": 20,
             "spool_dir": str(self.spool),
             "flush_interval_ms": rng.choice((2, 10, 30)),
-            "linger_ms": 2,
+            "flush_interval_min_ms": 2,
             "batch_bytes_max": rng.choice((1_024, 4_096, 524_288)),
             "buffer_bytes_max": rng.choice((2**18, 2**26)),
             "spool_bytes_max": rng.choice((2**23, 2**30)),

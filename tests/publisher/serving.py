@@ -56,13 +56,14 @@ def app(environ, start_response):
 
 ON_A_FILE = """
 from tests.publisher.support import FileLog, publisher
-pub = publisher(FileLog({log!r}), flush_interval_ms=3_600_000, linger_ms=3_600_000, **{settings!r})  # in which no test ends
+never_ms = 3_600_000  # no test takes so long
+pub = publisher(FileLog({log!r}), flush_interval_ms=never_ms, flush_interval_min_ms=never_ms, **{settings!r})
 also = lambda: None
 """
 ON_KAFKA = """
 from prometheus_client import CollectorRegistry, Counter
 from pipeline import Publisher
-pub = Publisher({url!r}, flush_interval_ms=3_600_000, linger_ms=3_600_000)
+pub = Publisher({url!r}, flush_interval_ms=3_600_000, flush_interval_min_ms=3_600_000)
 registry = CollectorRegistry()
 also = Counter("asked", "", registry=registry).inc
 also()

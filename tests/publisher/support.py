@@ -54,7 +54,7 @@ def publisher(writer: LogWriter, metrics: Meter | None = None, **settings: Any) 
     """A publisher that is quick to flush and to try again."""
     quick = {
         "flush_interval_ms": 5,
-        "linger_ms": settings.get("flush_interval_ms", 5),
+        "flush_interval_min_ms": settings.get("flush_interval_ms", 5),
         "retry_backoff_ms": 1,
         "retry_backoff_max_ms": 5,
         "close_timeout_ms": 10_000,

@@ -72,7 +72,7 @@ def test_what_may_be_forgotten_is_held_back() -> None:
     """
     log, clock, meter = FaultyLog(partitions=1), MovedClock(), Meter()
     log.fate = lambda n, batch: "unheard"
-    settings = PublisherSettings(flush_interval_ms=5, linger_ms=5, retry_backoff_ms=1, retry_backoff_max_ms=2)
+    settings = PublisherSettings(flush_interval_ms=5, flush_interval_min_ms=5, retry_backoff_ms=1, retry_backoff_max_ms=2)
     pub = BasePublisher(log, clock, settings, meter)
     view = pub.sum("v")
     view.add(1)
@@ -114,7 +114,8 @@ def test_what_was_never_sent_is_not_held_back(fails: str) -> None:
         log.topic_id = nobody_says  # type: ignore[method-assign]
     elif fails == "sending":
         log.fate = lambda n, batch: AWAY
-    pub = BasePublisher(log, clock, PublisherSettings(flush_interval_ms=5, linger_ms=5, retry_backoff_max_ms=50), Meter())
+    settings = PublisherSettings(flush_interval_ms=5, flush_interval_min_ms=5, retry_backoff_max_ms=50)
+    pub = BasePublisher(log, clock, settings, Meter())
     pub.sum("v").add(1)
     with pytest.raises(Unavailable):
         pub.flush(0.1)

@@ -120,9 +120,9 @@ def test_a_named_file_is_meant(made: list[Publisher], monkeypatch: pytest.Monkey
     with pytest.raises(Invalid, match=r"PIPELINE_CONFIG names a file that is not there: .*ours\.toml"):
         Publisher(HTTP)
     for text, said in [
-        ("linger_ms = 'x'\n", r"ours\.toml: linger_ms: a whole number is needed, got 'x'"),
+        ("flush_interval_min_ms = 'x'\n", r"ours\.toml: flush_interval_min_ms: a whole number is needed, got 'x'"),
         ("on_full = 'blok'\n", r"ours\.toml: on_full: block, .* got 'blok'"),
-        ("linger_ms =\n", r"ours\.toml: Invalid value"),
+        ("flush_interval_min_ms =\n", r"ours\.toml: Invalid value"),
     ]:
         named.write_text(text)
         with pytest.raises(Invalid, match=said):
@@ -136,7 +136,7 @@ def test_unknown_names_are_warnings_once(
 ) -> None:
     """In a file that was named, and in the environment, but for what Kubernetes and tests put there."""
     named = tmp_path / "ours.toml"
-    named.write_text("linger_mss = 1\nbuffer_bytes_max = 70_000\n")
+    named.write_text("flush_interval_min_mss = 1\nbuffer_bytes_max = 70_000\n")
     monkeypatch.setenv("PIPELINE_CONFIG", str(named))
     monkeypatch.setenv("PIPELINE_WORKSPACE", "/builds")
     monkeypatch.setenv("PIPELINE_FLUSH_INTERVALL_MS", "5")
@@ -147,9 +147,9 @@ def test_unknown_names_are_warnings_once(
     for _ in range(2):
         assert room_of(made) == 70_000
     assert sorted(record.getMessage() for record in caplog.records) == [
+        f"unknown setting 'flush_interval_min_mss' in {named}; did you mean flush_interval_min_ms?",
         "unknown setting 'flush_intervall_ms' in the environment (PIPELINE_FLUSH_INTERVALL_MS); "
         "did you mean flush_interval_ms?",
-        f"unknown setting 'linger_mss' in {named}; did you mean linger_ms?",
         "unknown setting 'workspace' in the environment (PIPELINE_WORKSPACE)",
     ]
 
@@ -158,7 +158,10 @@ def test_unknown_names_are_warnings_once(
     ("text", "said"),
     [
         ("[stages]\nbuild = 1\n", "unknown setting 'stages'"),
-        ("buffer_bytes_max = 70_000\nlinger_mss = 1\n", "unknown setting 'linger_mss'; did you mean linger_ms?"),
+        (
+            "buffer_bytes_max = 70_000\nflush_interval_min_mss = 1\n",
+            "unknown setting 'flush_interval_min_mss'; did you mean flush_interval_min_ms?",
+        ),
         ("buffer_bytes_max = 'all'\n", "buffer_bytes_max: a whole number is needed"),
         ("durability = ['a']\n", "durability: str expected"),
         ("stages:\n  - build\n", "Expected '=' after a key"),
@@ -206,11 +209,11 @@ def test_options_of_librdkafka_come_from_a_file_only_if_it_was_named(
 @pytest.mark.parametrize(
     ("name", "text", "keywords", "said"),
     [
-        ("LINGER_MS", "soon", {}, "PIPELINE_LINGER_MS: linger_ms: a whole number is needed, got 'soon'"),
-        ("LINGER_MS", "0", {}, "PIPELINE_LINGER_MS: linger_ms: 0 is outside 1 to any"),
+        ("SERIES_MAX", "soon", {}, "PIPELINE_SERIES_MAX: series_max: a whole number is needed, got 'soon'"),
+        ("SERIES_MAX", "0", {}, "PIPELINE_SERIES_MAX: series_max: 0 is outside 1 to any"),
         ("ON_FULL", "blok", {}, "PIPELINE_ON_FULL: on_full: block, raise"),
         ("DURABILITY", "process", {}, "durability=process needs spool_dir"),
-        ("LINGER_MS", "1", {"bach_bytes_max": 1_024}, "unknown settings: bach_bytes_max; did you mean batch_bytes_max"),
+        ("SERIES_MAX", "1", {"bach_bytes_max": 1_024}, "unknown settings: bach_bytes_max; did you mean batch_bytes_max"),
     ],
 )
 def test_what_is_wrong_is_an_error(

@@ -65,9 +65,9 @@ class SlowLog(FaultyLog):
 
 
 def test_the_interval_follows_the_log() -> None:
-    """A slow log brings it to `flush_interval_ms`, a quick one back to `linger_ms`."""
+    """A slow log brings it to `flush_interval_ms`, a quick one back to `flush_interval_min_ms`."""
     log, meter = SlowLog(), Meter()
-    pub = publisher(log, meter, linger_ms=2, flush_interval_ms=60)
+    pub = publisher(log, meter, flush_interval_min_ms=2, flush_interval_ms=60)
     cell = pub.sum("v").labels()
 
     def interval_is(least_s: float, most_s: float) -> bool:

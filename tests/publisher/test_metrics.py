@@ -56,7 +56,7 @@ def opened(closing: list[Shown], **settings: Any) -> Shown:
 
 def test_what_is_recorded_and_sent(closing: list[Shown]) -> None:
     """Deltas, what merging saved, batches, their times, how much waits, and how old a snapshot becomes."""
-    it = opened(closing, flush_interval_ms=40, linger_ms=20, series_idle_ms=1_000, snapshot_interval_ms=30)
+    it = opened(closing, flush_interval_ms=40, flush_interval_min_ms=20, series_idle_ms=1_000, snapshot_interval_ms=30)
     view = it.pub.sum("v", labels=("a",))
     for i in range(100_000):
         view.add(1, a=str(i % 4))

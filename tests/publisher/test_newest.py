@@ -48,7 +48,7 @@ def test_the_later_wins(way: str, stamped: bool, durability: str, tmp_path: Path
     """Whatever the larger value is, whatever survives a kill."""
     spool = {} if durability == "memory" else {"durability": durability, "spool_dir": str(tmp_path)}
     log, clock = memory_log(), Still()
-    settings = PublisherSettings(flush_interval_ms=1_000, linger_ms=1_000, **spool)
+    settings = PublisherSettings(flush_interval_ms=1_000, flush_interval_min_ms=1_000, **spool)
     with BasePublisher(log, clock, settings, Meter()) as pub:
         for number, pair in enumerate(PAIRS):
             for value in pair:

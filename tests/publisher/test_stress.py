@@ -19,7 +19,7 @@ from pipeline.errors import Invalid
 
 SERIES = 1_500
 sys.setswitchinterval(1e-6)
-pub = publisher(log, flush_interval_ms=2, linger_ms=1, series_idle_ms=5, snapshot_interval_ms=5, **SETTINGS)
+pub = publisher(log, flush_interval_ms=2, flush_interval_min_ms=1, series_idle_ms=5, snapshot_interval_ms=5, **SETTINGS)
 total, lowest = pub.sum("total", labels=("s",)), pub.min("lowest", labels=("s",))
 mean, newest = pub.mean("mean", labels=("s",)), pub.last("newest", labels=("s",))
 forked = total.labels("forked")

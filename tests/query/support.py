@@ -17,9 +17,8 @@ import uvicorn
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.adapters.openmetrics import render_views
-from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.adapters.pushed import parse_pushed
+from pipeline.adapters.openmetrics import parse_pushed
+from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import PartitionStatus, Status
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_prefix, series_suffix

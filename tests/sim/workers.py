@@ -20,8 +20,9 @@ from pipeline.errors import (
 from pipeline.ports import LogReader
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
-from pipeline.worker.follower import Follower, check_restorable, read_meta, read_position
+from pipeline.worker.follower import Follower, read_meta, read_position
 from pipeline.worker.partition import Partition
+from pipeline.worker.restore import check_restorable
 from tests.sim.entries import FENCE, META, POSITION, PRODUCER, SERIES, Failure, compare
 from tests.sim.faults import FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
 from tests.sim.logfaults import Noticed

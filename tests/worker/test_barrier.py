@@ -17,9 +17,9 @@ from pipeline.ports import Message, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.follower import Follower, Progress, read_meta, read_position
+from pipeline.worker.follower import Follower, read_meta, read_position
 from pipeline.worker.partition import Partition
-from pipeline.worker.patience import PATIENCE_S
+from pipeline.worker.restore import PATIENCE_S, RestoreProgress
 from tests.support import HandClock
 from tests.worker.support import VIEW, ChangingLog, fold_all, new_partition, series_of
 
@@ -46,7 +46,7 @@ class _World:
         self.clock = HandClock()
         self.log = _Log(self.clock, marker_count=marker_count)
         self.sequence = 0
-        self.told: list[Progress] = []
+        self.told: list[RestoreProgress] = []
 
     def send(self, **series: float) -> None:
         group = Group(VIEW, [series_suffix((name,)) for name in series], [*series.values()])

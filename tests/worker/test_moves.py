@@ -371,7 +371,7 @@ def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
         world.exact(number)
     gate = world.log.held[0] = threading.Event()
     world.send(0)
-    wait_until(lambda: a.loop._actives.all[0].commit, "a commit")
+    wait_until(lambda: a.loop._actives.all[0].is_committing, "a commit")
     folding, go_on = threading.Event(), threading.Event()
     fold = a.made[1].fold
 
@@ -385,7 +385,7 @@ def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
     assert folding.wait(30)
     world.log.transaction("pipeline-0")
     a.assign(1)
-    commit = a.loop._actives.all[0].commit
+    commit = a.loop._actives.all[0].commit_future()
     assert commit is not None
     gate.set()
     wait_until(commit.done, "the end of the commit")
@@ -483,7 +483,7 @@ def test_lost_before_it_fences(world: _World) -> None:
     a.assign(0)
     assert world.log.asked.wait(30)
     a.assign()
-    wait_until(lambda: all(active.lost for active in a.loop._actives.all.values()), "the assignment to be acted upon")
+    wait_until(lambda: all(not active.is_ours for active in a.loop._actives.all.values()), "the assignment to be acted upon")
     world.log.held_ask = None
     gate.set()
     wait_until(lambda: not a.loop._actives.all, "the end of the start")

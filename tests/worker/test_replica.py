@@ -16,8 +16,9 @@ from pipeline.errors import NotReady, RecordsLost, StoreCorrupt, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
-from pipeline.worker.follower import Progress, read_meta, read_position
+from pipeline.worker.follower import read_meta, read_position
 from pipeline.worker.replica import LAG_MAX_S, ReplicaLoop
+from pipeline.worker.restore import RestoreProgress
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, ChangingLog, Recorder, WatchedStores, Worker, series_of
 
@@ -31,7 +32,7 @@ class Server:
         self.worker = Worker(self.log, self.clock)
         self.stores = WatchedStores()
         self.metrics = Recorder()
-        self.progress: list[Progress] = []
+        self.progress: list[RestoreProgress] = []
         self.fatal: list[BaseException] = []
         self.loop = self.start()
 

@@ -12,10 +12,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError, for_code
 
-from pipeline.adapters.faust.errors import translate
-from pipeline.adapters.faust.logs import quieten
+from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.member_metadata import CLIENT, name_and_url, partitions_of
 from pipeline.adapters.faust.security import Security
-from pipeline.adapters.faust.wire import CLIENT, name_and_url, partitions_of
 from pipeline.adapters.kafka.options import Address
 from pipeline.ports import Member
 from pipeline.topics import CHANGELOG, DELTAS
@@ -24,7 +23,7 @@ STABLE = "Stable"
 _AGAIN_S = 0.2
 
 
-class Group(NamedTuple):
+class ConsumerGroup(NamedTuple):
     """A group at one moment."""
 
     state: str
@@ -33,7 +32,7 @@ class Group(NamedTuple):
     """Without partitions, and perhaps without URLs, unless it is stable."""
 
 
-def describe_group(address: Address, security: Security, *, timeout_s: float) -> Group:
+def describe_group(address: Address, security: Security, *, timeout_s: float) -> ConsumerGroup:
     """The group of an app's workers, which is waited for until it is stable, or for so long.
 
     Raises `Unavailable` if no broker answers in time, `Invalid` if it may not be seen.
@@ -45,7 +44,7 @@ def describe_group(address: Address, security: Security, *, timeout_s: float) ->
         raise translate(error, address.app, f"asking who is in group {address.app}", needs="DESCRIBE") from None
 
 
-async def _described(address: Address, security: Security, timeout_s: float) -> Group:
+async def _described(address: Address, security: Security, timeout_s: float) -> ConsumerGroup:
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + timeout_s
     async with asyncio.timeout(timeout_s * 2):
@@ -72,12 +71,12 @@ async def _described(address: Address, security: Security, timeout_s: float) -> 
             await admin.close()
 
 
-async def _asked(admin: AIOKafkaAdminClient, address: Address) -> Group:
+async def _asked(admin: AIOKafkaAdminClient, address: Address) -> ConsumerGroup:
     (answer,) = await admin.describe_consumer_groups([address.app])
     ((code, _, state, _, _, members, *_),) = answer.groups
     if code:
         raise for_code(code)
-    return Group(state, sorted(_member(address, *it) for it in members))
+    return ConsumerGroup(state, sorted(_member(address, *it) for it in members))
 
 
 def _member(address: Address, _: str, client_id: str, __: str, metadata: bytes, assignment: bytes) -> Member:

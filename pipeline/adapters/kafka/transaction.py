@@ -26,7 +26,7 @@ class _Aborted(Exception):
     """Nothing of the attempt is or will become visible; the same messages can be sent again."""
 
 
-class _Run(NamedTuple):
+class _MessageRun(NamedTuple):
     """Neighbours for the same partition: a commit has tens of thousands, in one or two runs."""
 
     topic: str
@@ -34,11 +34,11 @@ class _Run(NamedTuple):
     messages: Sequence[Message]
 
 
-def _runs(messages: Sequence[Message]) -> list[_Run]:
+def _runs(messages: Sequence[Message]) -> list[_MessageRun]:
     topics, partitions = {message.topic for message in messages}, {message.partition for message in messages}
     if len(topics) == len(partitions) == 1:
-        return [_Run(topics.pop(), partitions.pop(), messages)]
-    return [_Run(*place, [*run]) for place, run in groupby(messages, attrgetter("topic", "partition"))]
+        return [_MessageRun(topics.pop(), partitions.pop(), messages)]
+    return [_MessageRun(*place, [*run]) for place, run in groupby(messages, attrgetter("topic", "partition"))]
 
 
 class _Reports:
@@ -151,7 +151,7 @@ class KafkaTransaction:
         with suppress(KafkaException):
             self._open().poll(timeout_s)
 
-    def _attempt(self, runs: Sequence[_Run], begins: Begins, deadline_s: float) -> list[int]:
+    def _attempt(self, runs: Sequence[_MessageRun], begins: Begins, deadline_s: float) -> list[int]:
         producer = self._open()
         reports = _Reports(every=self._ask_all)
         self._ask_all = False
@@ -191,7 +191,7 @@ class KafkaTransaction:
             covering += repeat(next_offset, len(messages))
         return covering
 
-    def _check_place(self, runs: Sequence[_Run], begins: Begins, reports: _Reports, deadline_s: float) -> None:
+    def _check_place(self, runs: Sequence[_MessageRun], begins: Begins, reports: _Reports, deadline_s: float) -> None:
         """Abort, and raise, unless everything stands where `begins` says, without anything between.
 
         Where there is no report at all the producer was given up, and the commit is going to say why.
@@ -210,7 +210,7 @@ class KafkaTransaction:
                 self._abort(deadline_s)
                 raise
 
-    def _produce(self, producer: Producer, run: _Run, reports: _Reports, deadline_s: float) -> None:
+    def _produce(self, producer: Producer, run: _MessageRun, reports: _Reports, deadline_s: float) -> None:
         topic, partition, messages = run
         name, report = self._broker_topic(topic), reports.callback(topic, partition)
         silent = 0 if reports.every else len(messages) - 1

@@ -50,7 +50,7 @@ _decode_definition = msgspec.msgpack.Decoder(Definition).decode
 _BAD = (BadRecord, msgspec.MsgspecError, ValueError, TypeError, OverflowError)
 
 
-class Report(msgspec.Struct):
+class SlotReport(msgspec.Struct):
     """What was not as it should be in a slot."""
 
     torn_bytes: int = 0
@@ -67,7 +67,7 @@ class Recorded:
     """What was recorded and is in no batch, merged by series. Reading changes nothing."""
 
     def __init__(self, contents: Contents) -> None:
-        self.report = Report(corrupt=[*contents.damages])
+        self.report = SlotReport(corrupt=[*contents.damages])
         self.merged: dict[tuple[Definition, bytes], Pending] = {}
         self.stale: list[Path] = []
         """Segments that no transaction knows any more, or yet: with nothing that is to be sent."""

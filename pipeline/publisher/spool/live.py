@@ -21,8 +21,8 @@ from pipeline.publisher.spool.ring import (
     END_BYTES,
     HEADER,
     SERIES,
-    Position,
     Ring,
+    RingPosition,
     Segment,
     encode,
     segment_path,
@@ -183,9 +183,9 @@ class Spool:
                 sync(self.path)
         return segment, {**rings, ring: (first, offset, number + 1)}
 
-    def _ends(self) -> dict[int, Position]:
+    def _ends(self) -> dict[int, RingPosition]:
         """Return where all rings end that were ever recorded to."""
-        ends = {shard + 1: Position(*end) for shard, end in self._shard_ends().items()}
+        ends = {shard + 1: RingPosition(*end) for shard, end in self._shard_ends().items()}
         own = self._own.end()
         return ends if own is None else {_OWN: own, **ends}
 

@@ -54,7 +54,7 @@ def encode_delta(delta: Any) -> bytes:
         return encode(to_wire([*delta]) if type(delta) is tuple else to_wire([delta])[0])
 
 
-class Position(NamedTuple):
+class RingPosition(NamedTuple):
     """A place in a ring: everything before it was recorded before."""
 
     number: int
@@ -108,13 +108,13 @@ class Segment:
         """Where records end, so that there is room for the one that says so."""
 
 
-class _Nowhere:
+class _NoSegment:
     """Where a ring is before it has a segment: no record fits."""
 
     number, offset, limit, seed = -1, 0, 0, 0
 
 
-class _Slot(Protocol):
+class _SeriesSlot(Protocol):
     out: bool
     """Whether the series is recorded by this number no more."""
 
@@ -129,10 +129,12 @@ class Ring:
     out = False
 
     def __init__(self) -> None:
-        self.segment: Any = _Nowhere
+        self.segment: Any = _NoSegment
         self._pid = getpid()
 
-    def append(self, word: int, payload: bytes, queue: Any = None, items: Any = (None,), slot: _Slot | None = None) -> bool:
+    def append(
+        self, word: int, payload: bytes, queue: Any = None, items: Any = (None,), slot: _SeriesSlot | None = None
+    ) -> bool:
         """Write a record, and add the one of `items` to `queue` in one; False: there is no room, or `slot` is out."""
         whose = self if slot is None else slot
         queue = [] if queue is None else queue
@@ -170,11 +172,11 @@ class Ring:
                     old.limit = 0
                 self.segment = new
 
-    def end(self) -> Position | None:
+    def end(self) -> RingPosition | None:
         """Return where the ring ends; None if nothing was ever recorded."""
         segment = self.segment
         number, offset = segment.number, segment.offset
-        return Position(number, offset) if number >= 0 else None
+        return RingPosition(number, offset) if number >= 0 else None
 
 
 class Scan(NamedTuple):

@@ -16,7 +16,7 @@ from pipeline.core.sequence import Folded, Outbox, Sealed
 from pipeline.publisher.batching import Pending, encode
 from pipeline.publisher.spool.leftover import Leftover
 from pipeline.publisher.spool.live import Spool
-from pipeline.publisher.spool.ring import DELTA, Position, Ring, encode_delta
+from pipeline.publisher.spool.ring import DELTA, Ring, RingPosition, encode_delta
 
 VIEW = Definition("hits", "sum", ("page",))
 SHARDS = 2
@@ -36,7 +36,7 @@ class Recorder:
         self.outbox = Outbox(name, 0)
         self.waiting: dict[object, Pending] = {}
 
-    def ends(self) -> dict[int, Position]:
+    def ends(self) -> dict[int, RingPosition]:
         return {shard: end for shard, ring in self.rings.items() if (end := ring.end())}
 
     def append(self, series: int, payload: bytes, shard: int = 0, kind: int = DELTA) -> None:

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pipeline.errors import Unavailable
 from pipeline.publisher.spool.leftover import leftovers
 from pipeline.publisher.spool.look import inspect
-from pipeline.publisher.spool.ring import HEADER, Position, segment_path
+from pipeline.publisher.spool.ring import HEADER, RingPosition, segment_path
 from tests.publisher.spool.support import SHARDS, Recorder, Task, as_kill_leaves_it, claim, end, sealed, suffix
 from tests.support import traced
 
@@ -44,7 +44,7 @@ class Spools(RuleBasedStateMachine):
         self.process_count += 1
         self.recorder = Recorder(self.root / "s", f"p{self.process_count}", fsync=self.process_count % 2 == 0)
         self.spool, self.outbox = self.recorder.spool, self.recorder.outbox
-        self.unsynced: list[tuple[int, Position, bytes, int]] = []
+        self.unsynced: list[tuple[int, RingPosition, bytes, int]] = []
 
     @rule(name=NAMES, shard=st.integers(0, SHARDS - 1), value=st.integers(1, 2**70), count=st.sampled_from([1, 3, 200]))
     def add(self, name: str, shard: int, value: int, count: int) -> None:
@@ -123,7 +123,7 @@ class Spools(RuleBasedStateMachine):
                 self.cut_off(shard, lost[0][1])
         self.start()
 
-    def cut_off(self, shard: int, end: Position) -> None:
+    def cut_off(self, shard: int, end: RingPosition) -> None:
         """Zero everything behind the begin of the record that ends at `end`."""
         for number in range(end.number, 10**6):
             file = segment_path(self.left[-1], shard + 1, number)

@@ -24,11 +24,11 @@ import msgspec
 from rocksdict import DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import Chunk, Meta, Partition, cut, decode_chunk, encode, last_offset_of, record_sizes
-from pipeline.adapters.ends import Ends, Noted
-from pipeline.adapters.reading import EmbeddedReader
+from pipeline.adapters.embedded.checkpoint import Ends, Noted
+from pipeline.adapters.embedded.chunks import Chunk, Meta, Partition, cut, decode_chunk, encode, last_offset_of, record_sizes
+from pipeline.adapters.embedded.integrity import Gap, check, mark_lost
+from pipeline.adapters.embedded.reader import EmbeddedReader
 from pipeline.adapters.rocks import Cursor, Translated, close_quietly, keep_from_children, open_db
-from pipeline.adapters.whole import Gap, check, mark_lost
 from pipeline.errors import Fenced, Invalid, LogCorrupt, NoSpace, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import NO_BEGINS, Begins, Clock, Message, Watermarks, check_begins

@@ -1,4 +1,4 @@
-"""A partition that librdkafka reads no longer is noticed, and read on; one in which nothing happens is left alone."""
+"""A partition that librdkafka stops to fetch is detected and read on; one without new records is left alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from confluent_kafka import Consumer, TopicPartition
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.adapters.kafka.reader import KafkaReader
-from pipeline.adapters.kafka.silence import ASK_S, SILENT_S, Silence
+from pipeline.adapters.kafka.reader import KafkaReader, StallDetector
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
@@ -24,8 +23,16 @@ from tests.broker.kafka import App, create_topics
 from tests.support import HandClock, wait_until
 
 PARTITIONS = 3
-NOTICED_S = 3 * ASK_S
-"""Two answers after the question that was on its way."""
+ASK_S, STALLED_S = 1.0, 0.75
+DETECTED_S = 3 * ASK_S
+"""Time for the two answers after the request that was under way."""
+
+
+@pytest.fixture(autouse=True)
+def intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask four times as often as in production."""
+    monkeypatch.setattr("pipeline.adapters.kafka.reader.ASK_INTERVAL_S", ASK_S)
+    monkeypatch.setattr("pipeline.adapters.kafka.reader.STALLED_S", STALLED_S)
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def read(reader: KafkaReader, into: dict[int, list[bytes | None]]) -> None:
 
 @pytest.mark.usefixtures("kafka_jars")
 def test_a_partition_that_librdkafka_forgets_is_read_on(log: KafkaLog, app: App) -> None:
-    """Within seconds, from the record where it stopped, each record once; the others never wait for it."""
+    """The reader goes on within seconds, with each record once; other partitions do not wait."""
     with closing(log.reader(DELTAS)) as reader:
         reader.assign(dict.fromkeys(range(PARTITIONS), 0))
         found: dict[int, list[bytes | None]] = {partition: [] for partition in range(PARTITIONS)}
@@ -66,9 +73,8 @@ def test_a_partition_that_librdkafka_forgets_is_read_on(log: KafkaLog, app: App)
         first = inside(reader)
         first.pause([TopicPartition(app.topic(DELTAS), 1)])  # what it looks like from outside
         append(log, b"2", b"3")
-        wait_until(lambda: read(reader, found) or len(found[0]) == len(found[2]) == 3, "the other two", ASK_S)
-        assert found[1] == [b"1"]
-        wait_until(lambda: read(reader, found) or len(found[1]) == 3, "the one that was forgotten", NOTICED_S)
+        wait_until(lambda: read(reader, found) or len(found[0]) == len(found[2]) == 3, "the other two")
+        wait_until(lambda: read(reader, found) or len(found[1]) == 3, "the one that was forgotten")
         assert inside(reader) is not first
         append(log, b"4")
         wait_until(lambda: read(reader, found) or all(len(it) == 4 for it in found.values()), "all")
@@ -76,15 +82,15 @@ def test_a_partition_that_librdkafka_forgets_is_read_on(log: KafkaLog, app: App)
 
 
 @pytest.mark.usefixtures("kafka_jars")
-def test_where_nothing_happens_nothing_is_done(log: KafkaLog) -> None:
-    """An idle reader keeps its consumer, also behind a transaction, whose end is a marker that no reader sees."""
+def test_an_idle_reader_keeps_its_consumer(log: KafkaLog) -> None:
+    """A reader at the end keeps its consumer, also behind a transaction, whose end is a marker that no reader sees."""
     with closing(log.reader(DELTAS)) as reader:
         reader.assign(dict.fromkeys(range(PARTITIONS), 0))
         found: dict[int, list[bytes | None]] = {partition: [] for partition in range(PARTITIONS)}
         append(log, b"1")
         with closing(log.transaction("t")) as transaction:
             transaction.commit([Message(DELTAS, 0, None, b"2")], timeout_s=20)
-        first, until_s = inside(reader), time.monotonic() + NOTICED_S
+        first, until_s = inside(reader), time.monotonic() + DETECTED_S
         while time.monotonic() < until_s:
             read(reader, found)
         assert found == {0: [b"1", b"2"], 1: [b"1"], 2: [b"1"]}
@@ -98,7 +104,7 @@ class World:
         self.clock = HandClock()
         self.ends: dict[int, int | Exception] = {}
         self.asked: list[dict[int, Future[Any]]] = []
-        self.silence = Silence(self.ask, self.clock)
+        self.detector = StallDetector(self.ask, self.clock)
 
     def ask(self, partitions: Any) -> Mapping[int, Future[Any]]:
         self.asked.append({it: Future() for it in partitions})
@@ -113,17 +119,17 @@ class World:
                 future.set_result(SimpleNamespace(offset=end))
 
     def look(self, after_s: float, cursors: Mapping[int, int], *, answered: bool = True) -> dict[int, int]:
-        """Time goes on, the log is asked and answers, and the cursors are looked at again."""
+        """Advance the clock, let the log answer, and return the stalled partitions."""
         self.clock.s += after_s
-        found = self.silence.look(cursors)
+        found = self.detector.stalled(cursors)
         if answered and self.asked:
             self.answer()
-            found |= self.silence.look(cursors)
+            found |= self.detector.stalled(cursors)
         return found
 
 
 def test_it_takes_two_answers() -> None:
-    """Of a log that goes on behind a cursor that does not move; each partition by itself."""
+    """A partition is stalled once two answers show records behind a cursor that does not move, each by itself."""
     world = World()
     world.ends = {0: 5, 1: 5, 2: 5}
     assert world.look(ASK_S - 0.1, {0: 5, 1: 3, 2: 3}) == {}, "it is not asked all the time"
@@ -131,8 +137,8 @@ def test_it_takes_two_answers() -> None:
     assert world.look(ASK_S, {0: 5, 1: 3, 2: 4}) == {1: 5}
 
 
-def test_an_outage_makes_nothing_silent() -> None:
-    """However long it lasts: what can't answer can't be read from. The first answer behind it counts as it comes."""
+def test_an_outage_is_no_stall() -> None:
+    """A log that does not answer makes no partition stalled, however long that lasts."""
     world = World()
     world.ends = {0: 5}
     assert world.look(ASK_S, {0: 3}) == {}
@@ -147,10 +153,10 @@ def test_an_outage_makes_nothing_silent() -> None:
 
 
 def test_another_assignment_begins_anew() -> None:
-    """What was asked for the one before says nothing of this one."""
+    """An answer for an earlier assignment says nothing about the present one."""
     world = World()
     world.ends = {0: 5}
     assert world.look(ASK_S, {0: 3}) == {}
-    world.silence.forget()
+    world.detector.forget()
     assert world.look(ASK_S, {0: 3}) == {}
-    assert world.look(max(ASK_S, SILENT_S), {0: 3}) == {0: 5}
+    assert world.look(max(ASK_S, STALLED_S), {0: 3}) == {0: 5}

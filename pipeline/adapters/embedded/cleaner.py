@@ -18,8 +18,8 @@ from typing import NamedTuple
 from rocksdict import WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX, Chunk, Partition, encode, record_sizes
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.chunks import CHUNK_BYTES, CHUNK_RECORDS_MAX, Chunk, Partition, encode, record_sizes
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
@@ -151,13 +151,13 @@ class Cleaner:
         ripe = self._clock.now_ms() - meta.horizon_ms > partition.topic.delete_retention_ms
         tombstones_end = meta.horizon_offset if ripe else 0
         kept = removed = 0
-        run = _Run()
+        run = _ChunkRun()
         for last_offset, chunk, _ in self._log.chunks(self._log.cursor(), partition, 0):
             if last_offset >= clean_end or self._stop.is_set():
                 break
             if chunk.lost:  # it stays, so that nobody takes what is left for all there was
                 self._replace(partition, run)
-                run = _Run()
+                run = _ChunkRun()
                 continue
             columns = _kept(last_offset, chunk, newest, tombstones_end)
             kept += len(columns.values)
@@ -165,7 +165,7 @@ class Cleaner:
             size = sum(record_sizes(columns.keys, columns.values))
             if not run.has_room_for(len(columns.values), size):
                 self._replace(partition, run)
-                run = _Run()
+                run = _ChunkRun()
             run.add(chunk.begin, last_offset, columns, size, whole=len(columns.values) == len(chunk.values))
         self._replace(partition, run)
         if not self._stop.is_set():
@@ -180,7 +180,7 @@ class Cleaner:
             self._log.flush()  # so that what was superseded within memory never reaches the disk
         return removed
 
-    def _replace(self, partition: Partition, run: _Run) -> None:
+    def _replace(self, partition: Partition, run: _ChunkRun) -> None:
         """Put one chunk in the place of those that a run is made of. It covers their offsets, if no record is left too."""
         if run.as_it_was:
             return
@@ -219,7 +219,7 @@ def _kept(last_offset: int, chunk: Chunk, newest: _Newest, tombstones_end: int) 
     )
 
 
-class _Run:
+class _ChunkRun:
     """Neighbouring chunks that become one: which they were, and what is kept of them."""
 
     def __init__(self) -> None:

@@ -28,9 +28,9 @@ from typing import NamedTuple, Protocol
 from rocksdict import WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import Chunk, Partition, encode, lost_chunk
 from pipeline.adapters.datadir import aside, translate_os
-from pipeline.adapters.ends import Noted
+from pipeline.adapters.embedded.checkpoint import Noted
+from pipeline.adapters.embedded.chunks import Chunk, Partition, encode, lost_chunk
 from pipeline.adapters.rocks import Cursor
 from pipeline.errors import LogCorrupt
 from pipeline.metrics import Metrics

@@ -19,8 +19,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.adapters.chunk import Partition
 from pipeline.adapters.datadir import translate_os
+from pipeline.adapters.embedded.chunks import Partition
 
 _log = logging.getLogger(__name__)
 _PARTITIONS_MAX = 1_024

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from pipeline.adapters.chunk import Chunk, Partition
+from pipeline.adapters.embedded.chunks import Chunk, Partition
 from pipeline.adapters.rocks import Cursor
 from pipeline.core.record import Records
 from pipeline.errors import Invalid, RecordsLost
