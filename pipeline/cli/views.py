@@ -136,7 +136,7 @@ def _change(
 ) -> int:
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
-    from pipeline.core.orders import order
+    from pipeline.core.query import order
     from pipeline.roles.view_admin import about, change, open_views
 
     console.configure_logging("error")

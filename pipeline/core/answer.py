@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from pipeline.core.view import Alternative, Labels, Listed
+from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.errors import Invalid
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
-from pipeline.core.orders import order
+from pipeline.core.query import order
 from pipeline.errors import NotFound
 from pipeline.roles.view_admin import change, open_views
 from pipeline.settings import KafkaSettings, PublisherSettings

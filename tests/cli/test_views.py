@@ -11,7 +11,7 @@ from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpViews
 from pipeline.core.answer import Changed
-from pipeline.core.orders import order
+from pipeline.core.query import order
 from pipeline.core.record import Control
 from pipeline.errors import NotFound, Unavailable
 from pipeline.roles.view_admin import change
