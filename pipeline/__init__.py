@@ -1,23 +1,24 @@
-"""Count things in production: apps publish deltas from any thread, a log carries merged batches, workers fold them
+"""Exact counts from many processes: apps publish deltas from any thread, a log carries merged batches, workers fold them
 exactly once, and a query API serves merged views that say how stale they are.
 
     from pipeline import Publisher, Reader
 
-Reading order, from the nouns inward out:
+Reading order, from the data types outward:
 
-1. `errors`, `core.record`, `core.kinds`: what can go wrong, what travels, and the one algebra that merges it.
-2. `core.codec`, `core.sequence`, `core.token`: bytes, exactly once, read your writes.
+1. `errors`, `core.record`, `core.kinds`: what can go wrong, the types that travel, and how values of each kind merge.
+2. `core.codec`, `core.sequence`, `core.token`: encoding, deduplication, reads of one's own writes.
 3. `core.task`: the protocol of a partition, as a state machine without side effects.
-4. `ports`: what the shells need; `adapters.memory` is the shortest implementation, `adapters.embedded` the durable one.
-5. `worker.follower`, `worker.partition`: restore, fold, commit; `worker.loop`, with `active` and `commits`, runs those that
-   are ours, `worker.replica` follows the changelog for query servers and standbys, `worker.watchdog` ends what stalls.
-6. `publisher` (it has a reading order of its own): where deltas wait, how they leave, and how they outlive a process; the
-   table is in `native` too. `ingest`, `core.statsd`, `adapters.statsd`, `adapters.pushed` and `adapters.bridge`: deltas from
-   programs that do not use it.
-7. `core.view`, `query.reader`, `query.api`: answers.
+4. `ports`: the interfaces to log, store and clock; `adapters.memory` is the shortest implementation, `adapters.embedded` the
+   durable one.
+5. `worker.follower`, `worker.partition`: restore, fold, commit. `worker.loop`, with `active` and `commits`, runs what is
+   assigned; `worker.replica` follows the changelog for query servers and standbys; `worker.watchdog` ends a process that
+   stands still.
+6. `publisher`, which has a reading order of its own: buffering, sending, spooling. `native` has a second table.
+   `ingest`, `core.statsd`, `adapters.openmetrics` and `adapters.bridge` take deltas from programs that do not use it.
+7. `core.query`, `query.reader`, `query.api`: answers.
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
-9. `core.placement`: who gets which partition; `adapters.faust`: `wire` (what members tell each other), `app`, `membership`,
-   then `agents`, `offsets` and `changes` (with `worker.changes`) for agents of users' own.
+9. `core.placement`: which member gets which partition. `adapters.faust`: `member_metadata`, `app`, `membership`, then
+   `agents`, `offsets` and `changes` (with `worker.changes`) for users' own agents.
 10. `engine` (all in one process), `cluster` (each role a process of its own: `worker` with `member`, `server`), `cli`.
 """
 
@@ -41,7 +42,7 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.adapters.http import HttpReader as Reader
-    from pipeline.cluster.agents import faust_app as faust_app
+    from pipeline.roles.agents import faust_app as faust_app
 
 __all__ = [
     "BadRecord",
@@ -62,9 +63,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what an app that only publishes does not pay for: an HTTP client for `Reader`; Faust and RocksDB for `faust_app`.
+    """Import `Reader` and `faust_app` on first use: an app that only publishes needs no HTTP client, Faust or RocksDB.
 
-    `faust_app` is not in `__all__`, because it can be installed without.
+    `faust_app` is not in `__all__`, because the package can be installed without Faust.
     """
     if name == "Reader":
         from pipeline.adapters.http import HttpReader
@@ -74,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name != "faust_app":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     try:
-        from pipeline.cluster.agents import faust_app
+        from pipeline.roles.agents import faust_app
     except ModuleNotFoundError as error:
         raise ImportError(f"pipeline.faust_app needs {error.name}: pip install 'delta-pipeline[server]'") from error
     return faust_app

@@ -1,53 +1,180 @@
-"""Views as Prometheus families, written by prometheus_client's encoders.
+"""Metrics that are pushed as text, in OpenMetrics or in Prometheus' own format, read by prometheus_client's parsers.
 
-These write every value as the float64 that Prometheus makes of it anyway: an int beyond 2**53 is rounded, as it would be
-there, and one beyond all floats is infinite, where its digits would make Prometheus refuse the whole scrape.
+Those give up at the first line that is wrong, so each line is given to them alone, and what spans lines is kept here:
+which type a family has, and that OpenMetrics ends with `# EOF`. Exemplars are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import inf
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from prometheus_client import Metric
-from prometheus_client.registry import Collector
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as _parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as _parse_plain
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
-from pipeline.adapters.prometheus import encoder_for
-from pipeline.core.exposition import OMITTED, STALENESS, Exposed, Exposition, family_name, sample_value
+from pipeline.ports import Pushed, RawDelta, Refusal
 
-
-class _Families(Collector):
-    """The families of one scrape, made one by one as they are written."""
-
-    def __init__(self, exposition: Exposition) -> None:
-        self._exposition = exposition
-
-    def collect(self) -> Iterator[Metric]:
-        it = self._exposition
-        stale = Metric(STALENESS, "Upper bound on the age of anything accepted but not in this scrape.", "gauge")
-        stale.add_sample(STALENESS, {}, inf if it.staleness_ms is None else it.staleness_ms / 1000)
-        yield stale
-        omitted = Metric(OMITTED, "Views that are left out of this scrape, and why.", "gauge")
-        for view, reason in it.omitted.items():
-            omitted.add_sample(OMITTED, {"view": view, "reason": reason}, 1)
-        yield omitted
-        yield from map(_family, it.views)
+OPENMETRICS = "application/openmetrics-text"
+_ADD, _BUCKET, _NEWEST, _CREATED, _QUANTILE, _NONE = "add", "bucket", "newest", "created", "quantile", "none"
+_DISTRIBUTION = {"_sum": _ADD, "_count": _ADD, "_created": _CREATED}
+_ROLES = {
+    "counter": {"_total": _ADD, "_created": _CREATED},
+    "histogram": {**_DISTRIBUTION, "_bucket": _BUCKET, "": _NONE},
+    "summary": {**_DISTRIBUTION, "": _QUANTILE},
+}
+"""What the samples of a family are, by what follows its name; of any other type each is a value of its own."""
+_EXEMPLAR = " # {"
+_DETAIL_MAX = 200
 
 
-def _family(exposed: Exposed) -> Metric:
-    definition = exposed.definition
-    name = family_name(definition)
-    kind, sample = ("counter", f"{name}_total") if definition.monotone else ("gauge", name)
-    family = Metric(name, f"View of kind {definition.kind}{', monotone' * definition.monotone}.", kind)
-    for labels, answer in zip(exposed.labels, exposed.values, strict=True):
-        value = sample_value(answer)
-        if value is not None:
-            family.samples.append(Sample(sample, dict(zip(definition.labels, labels, strict=True)), value))
-    return family
+class _Wrong(Exception):
+    """This line is left out."""
+
+    def __init__(self, reason: str, detail: object) -> None:
+        self.reason = reason
+        self.detail = str(detail)[:_DETAIL_MAX]
 
 
-def render_views(exposition: Exposition, accept: str = "") -> tuple[bytes, str]:
-    """The scrape as text, and the media type of that text: what Prometheus' Accept header prefers."""
-    encode, media_type = encoder_for(accept)
-    return encode(_Families(exposition)), media_type
+class _Role(NamedTuple):
+    name: str
+    """The view."""
+    does: str
+
+
+def parse_pushed(body: bytes, content_type: str, samples_max: int, line_bytes_max: int) -> Pushed:
+    """What a text says, line by line; no more is read once it has over `samples_max` samples.
+
+    It is OpenMetrics if its media type says so, and Prometheus' text format otherwise.
+    """
+    reader = _Reader(openmetrics=content_type.partition(";")[0].strip().lower() == OPENMETRICS)
+    deltas: list[RawDelta] = []
+    lines: list[int] = []
+    refused: list[Refusal] = []
+    number = 0
+    for number, line in enumerate(_lines(body), start=1):
+        try:
+            if len(line) > line_bytes_max:
+                raise _Wrong("line_long", f"{len(line)} bytes; at most {line_bytes_max}")
+            delta = reader.read(line)
+        except _Wrong as wrong:
+            refused.append(Refusal(number, wrong.reason, wrong.detail))
+        else:
+            if delta is not None:
+                deltas.append(delta)
+                lines.append(number)
+        if len(deltas) + len(refused) > samples_max:
+            return Pushed(deltas, lines, refused, whole=False)
+    if reader.unended and number:
+        refused.append(Refusal(number, "eof", "there is no # EOF: some of it may be missing"))
+    return Pushed(deltas, lines, refused)
+
+
+def _lines(body: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(body):
+        end = body.find(b"\n", start)
+        end = len(body) if end < 0 else end
+        yield body[start:end]
+        start = end + 1
+
+
+class _Reader:
+    def __init__(self, *, openmetrics: bool) -> None:
+        self._openmetrics = openmetrics
+        self._ended = False
+        self._roles: dict[str, _Role] = {}
+
+    @property
+    def unended(self) -> bool:
+        """Whether an end was due and has not come."""
+        return self._openmetrics and not self._ended
+
+    def read(self, line: bytes) -> RawDelta | None:
+        """The sample of a line, as a delta; None if there is none in it that counts."""
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise _Wrong("utf8", error) from None
+        if self._ended and text:
+            raise _Wrong("eof", "a line behind # EOF")
+        if text == "# EOF":
+            self._ended = self._openmetrics
+        elif text.startswith("#"):
+            if text[1:].split(None, 1)[:1] == ["TYPE"]:
+                self._note_type(text)
+        elif text:
+            return self._delta(self._sample(text))
+        return None
+
+    def _note_type(self, text: str) -> None:
+        try:
+            (family,) = self._families(text)
+        except Exception as error:
+            raise _Wrong("type", str(error) or text) from None
+        name, roles = family.name, _ROLES.get(family.type, {"": _NEWEST})
+        for suffix, does in roles.items():
+            before = self._roles.get(name + suffix)
+            if does == _NEWEST and before is not None and before.does == _CREATED:
+                continue  # the text format has no other way to say that than a gauge
+            self._roles[name + suffix] = _Role(name + suffix, does)
+        if family.type == "counter" and not self._openmetrics:  # there the sample has the family's name, as it is written
+            self._roles[text.split(None, 3)[2]] = _Role(f"{name}_total", _ADD)
+
+    def _sample(self, text: str) -> Sample:
+        try:
+            return self._parse(text)
+        except Exception as error:
+            if self._openmetrics and _EXEMPLAR in text:
+                try:
+                    return self._parse(text.rpartition(_EXEMPLAR)[0])
+                except Exception:  # the first error says more
+                    pass
+            raise _Wrong("syntax", str(error) or "not a sample") from None
+
+    def _parse(self, text: str) -> Sample:
+        ((sample,),) = [family.samples for family in self._families(text)]
+        return sample
+
+    def _families(self, text: str) -> Iterable[Metric]:
+        if not self._openmetrics:
+            return _parse_plain(text)
+        families: Iterable[Metric] = _parse_openmetrics(f"{text}\n# EOF\n")  # type: ignore[no-untyped-call]
+        return families
+
+    def _delta(self, sample: Sample) -> RawDelta | None:
+        role = self._roles.get(sample.name) or _Role(sample.name, _NEWEST)
+        labels = dict(sample.labels)
+        if role.does == _CREATED:
+            return None
+        if role.does == _QUANTILE:
+            raise _Wrong("quantile", f"{sample.name}: quantiles can't be added up")
+        if role.does == _NONE:
+            raise _Wrong("suffix", f"{sample.name} is a histogram: it has _bucket, _sum and _count")
+        if role.does == _NEWEST:
+            return RawDelta(role.name, "last", labels, sample.value, _ts_ms(sample))
+        if role.does == _BUCKET:
+            labels["le"] = _boundary(sample)
+        value: Any = sample.value  # an int, too
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return RawDelta(role.name, "sum", labels, value, monotone=True)
+
+
+def _boundary(sample: Sample) -> str:
+    """The upper bound of a bucket, in the one way to write it."""
+    try:
+        return str(floatToGoString(float(sample.labels["le"])))  # type: ignore[no-untyped-call]
+    except (KeyError, ValueError):
+        raise _Wrong("le", f"{sample.name}: a bucket needs le, its upper bound") from None
+
+
+def _ts_ms(sample: Sample) -> int | None:
+    if sample.timestamp is None:
+        return None
+    try:
+        return round(float(sample.timestamp) * 1_000)
+    except (ValueError, OverflowError):
+        raise _Wrong("timestamp", f"{sample.name}: {sample.timestamp}") from None

@@ -1,16 +1,24 @@
-"""The metric catalogue as Prometheus families, with those of the process and of Python beside them."""
+"""Text for Prometheus to scrape: the program's own metrics, and the views, both by prometheus_client's encoders.
+
+Every value is written as a float64, which is what Prometheus stores: an int beyond 2**53 is rounded, and one beyond all
+floats is infinite, because its digits would make Prometheus refuse the whole scrape.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import Metric as Family
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
+from pipeline.core.exposition import OMITTED, STALENESS, Exposed, Exposition, family_name, sample_value
 from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
 
 
@@ -75,3 +83,39 @@ def encoder_for(accept: str) -> tuple[Callable[[Collector], bytes], str]:
         return choose_encoder(accept)
     except TypeError:  # a version that is no number
         return choose_encoder("")
+
+
+class _ViewFamilies(Collector):
+    """The families of one scrape, made one by one as they are written."""
+
+    def __init__(self, exposition: Exposition) -> None:
+        self._exposition = exposition
+
+    def collect(self) -> Iterator[Family]:
+        it = self._exposition
+        stale = Family(STALENESS, "Upper bound on the age of anything accepted but not in this scrape.", "gauge")
+        stale.add_sample(STALENESS, {}, inf if it.staleness_ms is None else it.staleness_ms / 1000)
+        yield stale
+        omitted = Family(OMITTED, "Views that are left out of this scrape, and why.", "gauge")
+        for view, reason in it.omitted.items():
+            omitted.add_sample(OMITTED, {"view": view, "reason": reason}, 1)
+        yield omitted
+        yield from map(_family, it.views)
+
+
+def _family(exposed: Exposed) -> Family:
+    definition = exposed.definition
+    name = family_name(definition)
+    kind, sample = ("counter", f"{name}_total") if definition.monotone else ("gauge", name)
+    family = Family(name, f"View of kind {definition.kind}{', monotone' * definition.monotone}.", kind)
+    for labels, answer in zip(exposed.labels, exposed.values, strict=True):
+        value = sample_value(answer)
+        if value is not None:
+            family.samples.append(Sample(sample, dict(zip(definition.labels, labels, strict=True)), value))
+    return family
+
+
+def render_views(exposition: Exposition, accept: str = "") -> tuple[bytes, str]:
+    """The scrape as text, and the media type of that text: what Prometheus' Accept header prefers."""
+    encode, media_type = encoder_for(accept)
+    return encode(_ViewFamilies(exposition)), media_type

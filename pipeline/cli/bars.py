@@ -7,7 +7,7 @@ import threading
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pipeline.cli import console
-from pipeline.worker.follower import Progress as RestoreProgress
+from pipeline.worker.restore import RestoreProgress
 
 
 class RestoreBars:

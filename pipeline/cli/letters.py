@@ -145,7 +145,7 @@ def opened(config: Config, *, url: str, data: str | None) -> Iterator[Source]:
 @contextmanager
 def _stopped(config: Config, folder: str) -> Iterator[Log]:
     from pipeline.adapters.datadir import DataDir
-    from pipeline.adapters.embedded import EmbeddedLog
+    from pipeline.adapters.embedded.log import EmbeddedLog
 
     path = Path(folder).expanduser().absolute()
     if not (path / "VERSION").is_file():  # opening would make one

@@ -14,15 +14,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.integrity import find_gaps, said
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
-from pipeline.adapters.whole import find_gaps, said
 from pipeline.cli import console
 from pipeline.config import Config
 from pipeline.errors import Invalid, LogCorrupt, NotFound
 from pipeline.topics import CHANGELOG, DELTAS
-from pipeline.worker.verify import Difference, Result, verify
-from pipeline.worker.verify import Progress as VerifyProgress
+from pipeline.worker.verify import Difference, Result, VerifyProgress, verify
 
 if TYPE_CHECKING:
     from pipeline.adapters.kafka.log import KafkaLog
@@ -57,7 +56,8 @@ def run_verify(config: Config, *, url: str | None = None, as_json: bool, limit: 
 def _log(data: DataDir, config: Config, url: str | None) -> EmbeddedLog | KafkaLog:
     clock = SystemClock()
     if url is not None:
-        from pipeline.adapters.kafka.log import KafkaLog, check_topics
+        from pipeline.adapters.kafka.checks import check_topics
+        from pipeline.adapters.kafka.log import KafkaLog
         from pipeline.adapters.kafka.options import parse_url
 
         log = KafkaLog(parse_url(url), config.kafka, clock)

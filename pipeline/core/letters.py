@@ -134,3 +134,12 @@ def _array_size(encoded: bytes) -> int:
     if first in (0xDC, 0xDD):
         return int.from_bytes(encoded[1 : 3 if first == 0xDC else 5], "big")
     return first & 0x0F if first & 0xF0 == 0x90 else 0
+
+
+def shorten(value: bytes | None, bytes_max: int) -> bytes | None:
+    """Return an encoded dead letter, without the bytes of its record if it is longer than `bytes_max` with them."""
+    if value is None or len(value) <= bytes_max:
+        return value
+    letter = codec.decode_letter(value)
+    left_out = f"left out: its {len(letter.value or b'')} bytes, too many for the dead-letter topic"
+    return codec.encode_letter(msgspec.structs.replace(letter, reason=f"{letter.reason}; {left_out}", value=None))

@@ -1,87 +1,194 @@
 """The active partitions of a process, each from its start until its store is closed again.
 
-A partition is active once at a time. One that is lost while it starts, or while a commit of it is under way, stays until
-that has ended: a store is never opened twice, and never closed under somebody's hands.
+A partition is active once at a time. One that is lost while a thread starts it, or commits it, stays until that thread has
+ended: a store is never opened twice, and never closed while it is in use.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import ceil
-from typing import Protocol
+from enum import Enum
+from math import ceil, inf
+from typing import Any, Protocol
 
 from msgspec.structs import asdict, replace
 
 from pipeline.core.record import Records
-from pipeline.core.task import Commit
+from pipeline.core.transitions import next_state
 from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.threads import Failures
 from pipeline.worker.bound import CommitBound
-from pipeline.worker.follower import Progress
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
+from pipeline.worker.restore import RestoreProgress
 
 _log = logging.getLogger(__name__)
+_AT_ONCE_S = -inf
+
+
+class ActiveState(Enum):
+    """State of an active partition: whether it is ours, and what another thread does with it."""
+
+    STARTING = "starting"
+    FOLDING = "folding"
+    COMMITTING = "committing"
+    """Folding goes on while a thread commits what was folded before."""
+    LOST_STARTING = "lost while starting"
+    LOST_COMMITTING = "lost while committing"
+    LOST = "lost"
+    """No thread works in it: it can be closed."""
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class ActiveEvent(Enum):
+    """Event in the life of an active partition."""
+
+    START_ENDED = "end of the start"
+    COMMIT = "commit"
+    COMMIT_ENDED = "end of the commit"
+    LOSE = "loss"
+    CLOSE = "close"
+    CLOSE_ENDED = "end of the close"
+
+
+TRANSITIONS: Mapping[tuple[ActiveState, ActiveEvent], ActiveState] = {
+    (ActiveState.STARTING, ActiveEvent.START_ENDED): ActiveState.FOLDING,
+    (ActiveState.STARTING, ActiveEvent.LOSE): ActiveState.LOST_STARTING,
+    (ActiveState.LOST_STARTING, ActiveEvent.START_ENDED): ActiveState.LOST,
+    (ActiveState.FOLDING, ActiveEvent.COMMIT): ActiveState.COMMITTING,
+    (ActiveState.FOLDING, ActiveEvent.LOSE): ActiveState.LOST,
+    (ActiveState.COMMITTING, ActiveEvent.COMMIT_ENDED): ActiveState.FOLDING,
+    (ActiveState.COMMITTING, ActiveEvent.LOSE): ActiveState.LOST_COMMITTING,
+    (ActiveState.LOST_COMMITTING, ActiveEvent.COMMIT_ENDED): ActiveState.LOST,
+    (ActiveState.LOST, ActiveEvent.CLOSE): ActiveState.CLOSING,
+    (ActiveState.CLOSING, ActiveEvent.CLOSE_ENDED): ActiveState.CLOSED,
+}
+"""Every legal event; any other raises `IllegalTransition`."""
+_OURS = frozenset((ActiveState.STARTING, ActiveState.FOLDING, ActiveState.COMMITTING))
+_FOLDING = frozenset((ActiveState.FOLDING, ActiveState.COMMITTING))
+_STARTING = frozenset((ActiveState.STARTING, ActiveState.LOST_STARTING))
+_COMMITTING = frozenset((ActiveState.COMMITTING, ActiveState.LOST_COMMITTING))
 
 
 class Standbys(Protocol):
-    """Who keeps copies of partitions warm that others fold."""
+    """The stores that this process keeps up to date for partitions that others fold."""
 
     def follow(self, partitions: frozenset[int]) -> None:
-        """Keep copies of these and no others. None of their stores is open elsewhere. Does not block."""
+        """Keep copies of these partitions and no others. None of their stores is open elsewhere. Does not block."""
         ...
 
     def take(self, partition: int, stopping: Callable[[], bool]) -> None:
-        """Wait until its store is not open any more; `NotReady` if `stopping` turns true before."""
+        """Wait until a partition's store is closed here; raise `NotReady` if `stopping` turns true before."""
         ...
 
 
 class NoStandbys:
-    """For whoever folds all there is."""
+    """The standbys of a process that has none."""
 
     def follow(self, partitions: frozenset[int]) -> None:
-        """There are no copies."""
+        """Do nothing."""
 
     def take(self, partition: int, stopping: Callable[[], bool]) -> None:
-        """It is open nowhere."""
+        """Do nothing: no store is open here."""
 
 
 class ActivePartition:
-    """A partition that is starting, folding, or lost and about to be closed. Owned by the loop's thread."""
+    """A partition from the beginning of its start until its store is closed again.
 
-    def __init__(self, partition: Partition, commit_time_max_s: float) -> None:
+    The loop's thread owns it and calls everything here, except that a commit's thread calls `note_commit_begun`.
+    """
+
+    def __init__(self, partition: OwnedPartition, commit_time_max_s: float) -> None:
         self.partition = partition
         self.number = partition.number
-        self.lost = False
-        """Whether it is ours no longer. Set once; what is in its overlay is dropped."""
-        self.folding = False
-        self.commit: Future[Commit] | None = None
-        self.begun_s: float | None = None
-        """When a thread began with the commit that is under way; None: it waits for one."""
         self.bound = CommitBound(commit_time_max_s)
-        self.unfolded: deque[Records] = deque()
-        """What was read and waits for a commit to make room."""
+        self._state = ActiveState.STARTING
+        self._work: Future[Any] | None = None
+        """The start, commit or close that a thread carries out, in the states that are named for it."""
+        self._commit_begun_s: float | None = None
+        self._is_flush = False
+        """Whether the commit that is under way was asked for by `flush`."""
+        self._due_s: float | None = None
+        self._full = False
+        self._unfolded: deque[Records] = deque()
         self._frozen_count = 0
-        self._per_record = 1
-        """Entries of a record, about."""
-        self.due_s: float | None = None
-        """When the next commit is due; None if there is nothing to commit."""
-        self.full = False
-        """Whether nothing may be read until a commit has made room."""
-        self.flush = False
-        """Whether to commit at once what is dirty."""
-        self.flushing = False
-        """Whether that commit is under way."""
-        self.work: Future[None] | None = None
-        """Its start, or its closing."""
-        self.closing = False
+        self._entries_per_record = 1
+
+    # Life
+
+    @property
+    def state(self) -> ActiveState:
+        """Where the partition is in its life."""
+        return self._state
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the partition was not lost. Any thread may ask."""
+        return self._state in _OURS
+
+    @property
+    def is_folding(self) -> bool:
+        """Whether the partition is ours and its start has ended."""
+        return self._state in _FOLDING
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether a commit is under way, also one of a partition that was lost meanwhile."""
+        return self._state in _COMMITTING
+
+    def _step(self, event: ActiveEvent) -> None:
+        self._state = next_state(TRANSITIONS, self._state, event, self.number)
+
+    def begin_start(self, work: Future[None]) -> None:
+        """Note that a thread starts the partition."""
+        self._work = work
+
+    def start_future(self) -> Future[None] | None:
+        """Return the start that is under way, or has ended and was not noted; None if there is none."""
+        return self._work if self._state in _STARTING else None
+
+    def end_start(self) -> None:
+        """Note that the start has ended: the partition folds, or can be closed if it was lost meanwhile."""
+        self._step(ActiveEvent.START_ENDED)
+        self._work = None
+
+    def lose(self, why: str) -> None:
+        """Drop the overlay of a partition that is another's by now. Does nothing if it was lost before."""
+        if not self.is_ours:
+            return
+        self._step(ActiveEvent.LOSE)
+        _log.info("partition %d is lost: %s", self.number, why)
+        self._due_s, self._full, self._is_flush = None, False, False
+        self._unfolded.clear()
+        if (start := self.start_future()) is not None and start.cancel():
+            self.end_start()
+
+    def begin_close(self, work: Future[None]) -> None:
+        """Note that a thread closes the partition, which was lost."""
+        self._step(ActiveEvent.CLOSE)
+        self._work = work
+
+    def end_close(self) -> bool:
+        """Return whether the partition is closed, and note it."""
+        if self._state is not ActiveState.CLOSING or self._work is None or not self._work.done():
+            return False
+        self._step(ActiveEvent.CLOSE_ENDED)
+        return True
+
+    # Folding
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing may be folded before a commit has ended: the next one is as large as it may be."""
+        return self._full
 
     @property
     def folded_count(self) -> int:
-        """Entries that were folded since the last freeze, at most so many different ones."""
+        """Number of entries that were folded since the last freeze; at most so many different ones."""
         return self._count() - self._frozen_count
 
     def _count(self) -> int:
@@ -89,33 +196,99 @@ class ActivePartition:
         entries = counts.entries_folded + counts.series_cleared
         return entries + counts.batches_folded + counts.records_bad + counts.groups_refused
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the next commit is as large as it may be."""
+    def _is_full(self) -> bool:
         return self.partition.task.full or self.folded_count >= self.bound.entries_max
 
-    def note_frozen(self) -> int:
-        """Begin to count anew; return how many entries the overlay that was frozen is of."""
-        count = self.folded_count
-        self._frozen_count += count
-        return count
+    def take(self, records: Records) -> None:
+        """Keep records that were read, for `fold`."""
+        self._unfolded.append(records)
 
-    def fold_waiting(self) -> None:
-        """Fold what was read, until nothing is left of it or the next commit is as large as it may be."""
-        while self.unfolded and not self.full:
-            records = self.unfolded.popleft()
+    def drop_unfolded(self) -> None:
+        """Forget the records that were not folded; they are read again."""
+        self._unfolded.clear()
+
+    def fold(self) -> bool:
+        """Fold the records that were read, until none is left or the next commit is as large as it may be.
+
+        Return whether anything was folded.
+        """
+        folded = False
+        while self._unfolded and not self._full:
+            folded = True
+            records = self._unfolded.popleft()
             room = self.bound.entries_max - self.folded_count
-            count = max(1, room // self._per_record)
+            count = max(1, room // self._entries_per_record)
             if count < len(records.offsets):
-                self.unfolded.appendleft(_part(records, count, None))
+                self._unfolded.appendleft(_part(records, count, None))
                 records = _part(records, 0, count)
             before = self.folded_count
             self.partition.fold(records)
             if self.partition.task.next_offset < records.next_offset:
-                self.unfolded.appendleft(records)  # what is folded of it by now is skipped
+                self._unfolded.appendleft(records)  # the part of it that is folded by now is skipped
             if records.offsets:
-                self._per_record = max(1, ceil((self.folded_count - before) / len(records.offsets)))
-            self.full = self.is_full
+                self._entries_per_record = max(1, ceil((self.folded_count - before) / len(records.offsets)))
+            self._full = self._is_full()
+        return folded
+
+    # Committing
+
+    @property
+    def due_s(self) -> float | None:
+        """When the next commit is due; None if there is nothing to commit."""
+        return self._due_s
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the next commit waits neither for its time nor for its turn."""
+        return self._full or self._due_s == _AT_ONCE_S
+
+    @property
+    def is_flushing(self) -> bool:
+        """Whether a commit that `flush` asked for has not ended."""
+        return self._is_flush or self._due_s == _AT_ONCE_S
+
+    def flush(self) -> None:
+        """Ask for a commit at once, if there is anything to commit."""
+        self._due_s = _AT_ONCE_S
+
+    def schedule(self, due_s: float) -> None:
+        """Note when to commit what was folded, if that is not known yet; forget it if there is nothing to commit."""
+        if not self.partition.task.dirty:
+            self._due_s = None
+        elif self._due_s is None:
+            self._due_s = due_s
+
+    def freeze(self) -> int:
+        """Note that the overlay is frozen for a commit; return the number of entries that were folded into it."""
+        self._is_flush, self._due_s = self._due_s == _AT_ONCE_S, None
+        count = self.folded_count
+        self._frozen_count += count
+        return count
+
+    def begin_commit(self, work: Future[Any]) -> None:
+        """Note that a commit of what was frozen is handed to a thread."""
+        self._step(ActiveEvent.COMMIT)
+        self._work = work
+
+    def note_commit_begun(self, now_s: float) -> None:
+        """Note when a thread has begun with the commit."""
+        self._commit_begun_s = now_s
+
+    @property
+    def commit_begun_s(self) -> float | None:
+        """When a thread began with the commit that is under way; None if the commit waits for a thread."""
+        return self._commit_begun_s
+
+    def commit_future(self) -> Future[Any] | None:
+        """Return the commit that is under way, or has ended and was not noted; None if there is none."""
+        return self._work if self.is_committing else None
+
+    def end_commit(self) -> None:
+        """Note that the commit has ended: there is room again, or the partition can be closed if it was lost."""
+        self._step(ActiveEvent.COMMIT_ENDED)
+        self._work = self._commit_begun_s = None
+        self._is_flush = False
+        self._full = self.is_ours and self._is_full()
 
 
 def _part(records: Records, begin: int, end: int | None) -> Records:
@@ -126,23 +299,23 @@ def _part(records: Records, begin: int, end: int | None) -> Records:
 
 
 class ActivePartitions:
-    """All of them, by number. Starts and closes them in threads of a pool; everything else is the loop's thread's."""
+    """The active partitions by number. A pool of threads starts and closes them; the loop's thread does all else."""
 
     def __init__(
         self,
-        make: Callable[[int], Partition],
+        make: Callable[[int], OwnedPartition],
         *,
         standbys: Standbys,
         thread_count: int,
         stopping: Callable[[], bool],
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[RestoreProgress], None],
         commit_time_max_s: float,
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self._make = make
         self._commit_time_max_s = commit_time_max_s
         self._failures = Failures(_log, "pipeline-restore", metrics)
-        """Those at which nobody looks: of partitions that are lost."""
+        """Unexpected errors of partitions that are lost; they end nothing."""
         self._standbys = standbys
         self._stopping = stopping
         self._on_progress = on_progress
@@ -150,75 +323,68 @@ class ActivePartitions:
         self.all: dict[int, ActivePartition] = {}
 
     def folding(self) -> list[ActivePartition]:
-        """Those that fold."""
-        return [active for active in self.all.values() if active.folding]
+        """Return the partitions that fold."""
+        return [active for active in self.all.values() if active.is_folding]
 
     def starting(self) -> list[Future[None]]:
-        """What there is to wait for before all that are ours fold."""
-        return [active.work for active in self.all.values() if active.work is not None and not active.lost]
+        """Return the starts that must end before all partitions that are ours fold."""
+        works = [active.start_future() for active in self.all.values() if active.is_ours]
+        return [work for work in works if work is not None]
 
     def begin(self, numbers: Iterable[int]) -> None:
-        """Take partitions over that are not held."""
+        """Start partitions that are not active."""
         for number in sorted(numbers):
             active = self.all[number] = ActivePartition(self._make(number), self._commit_time_max_s)
-            active.work = self._pool.submit(self._start, active)
+            active.begin_start(self._pool.submit(self._start, active))
 
     def _start(self, active: ActivePartition) -> None:
         def stopping() -> bool:
-            return active.lost or self._stopping()
+            return not active.is_ours or self._stopping()
 
         self._standbys.take(active.number, stopping)
         active.partition.start(self._on_progress, stopping)
 
     def finish_starts(self, excused: Callable[[ActivePartition, BaseException], bool]) -> bool:
-        """Let those fold that are restored; whether there are any. Raises what keeps one from it, unless that is excused."""
+        """Let partitions fold whose start has ended; return whether there are any.
+
+        Raises the error of a start that failed, unless its partition is lost or `excused` loses it for that error.
+        """
         begun = False
         for active in self.all.values():
-            if active.work is None or active.closing or not active.work.done():
+            start = active.start_future()
+            if start is None or not start.done():
                 continue
-            work, active.work = active.work, None
-            error = work.exception()
-            if active.lost:
-                if isinstance(error, PipelineError):
-                    _log.info("partition %d was lost while it started: %s", active.number, error)
-                elif error is not None:
-                    self._failures.note(error, consequence=f"partition {active.number} is lost by now")
-            elif error is None:
-                active.folding = begun = True
-            elif not excused(active, error):
+            error, was_ours = start.exception(), active.is_ours
+            if error is not None and was_ours and not excused(active, error):
                 raise error
+            active.end_start()
+            begun = begun or active.is_folding
+            if was_ours:
+                continue
+            if isinstance(error, PipelineError):
+                _log.info("partition %d was lost while it started: %s", active.number, error)
+            elif error is not None:
+                self._failures.note(error, consequence=f"partition {active.number} is lost by now")
         return begun
 
-    def lose(self, active: ActivePartition, why: str) -> None:
-        """It is another's: drop its overlay, and close it when nothing works in it any more."""
-        if not active.lost:
-            _log.info("partition %d is let go of: %s", active.number, why)
-        active.lost, active.folding = True, False
-        active.full = active.flush = active.flushing = False
-        active.due_s = None
-        active.unfolded.clear()
-        if active.work is not None and not active.closing and active.work.cancel():
-            active.work = None
-
     def close_lost(self) -> list[int]:
-        """Close those that are lost; return the numbers of those that are closed now, and so active no longer."""
-        closed = [it for it in self.all.values() if it.closing and it.work is not None and it.work.done()]
-        for active in closed:
-            del self.all[active.number]
+        """Close lost partitions in which no thread works; return the numbers of those that are closed now."""
+        closed = [number for number, active in self.all.items() if active.end_close()]
+        for number in closed:
+            del self.all[number]
         for active in self.all.values():
-            if active.lost and active.work is None and active.commit is None:
-                active.closing = True
-                active.work = self._pool.submit(self._close, active.partition)
-        return [active.number for active in closed]
+            if active.state is ActiveState.LOST:
+                active.begin_close(self._pool.submit(self._close, active.partition))
+        return closed
 
     def shutdown(self, *, close: bool) -> None:
-        """End the starts, which `stopping` does, and close everything unless a commit hangs in it."""
+        """Wait for starts, which `stopping` ends, and for closes; with `close`, close all partitions."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if close:
             for active in self.all.values():
                 self._close(active.partition)
 
-    def _close(self, partition: Partition) -> None:
+    def _close(self, partition: OwnedPartition) -> None:
         try:
             partition.close()
         except PipelineError as error:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import pipeline.metrics as m
 from pipeline.core.codec import DefinitionEntry, decode_definition, decode_states
 from pipeline.core.kinds import KINDS
+from pipeline.core.query import merged
 from pipeline.core.record import (
     TAG_DEFINITION,
     Definition,
@@ -27,14 +29,13 @@ from pipeline.core.record import (
     split_key,
     view_prefix,
 )
-from pipeline.core.view import merged
 from pipeline.errors import BadRecord, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, Store, Stores
 from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import CHANGELOG
-from pipeline.worker.damage import Damages
 from pipeline.worker.follower import FETCH_BYTES_MAX, StoreMeta, read_meta, write_entries
+from pipeline.worker.restore import DamageHistory, StoreOpener
 
 _log = logging.getLogger(__name__)
 _TELL_S = 0.5
@@ -123,7 +124,7 @@ class ChangeFeed:
         self._stop = self._thread.stopping
         self.view = view
         self._log = log
-        self._stores = stores
+        self._opener = StoreOpener(stores, metrics=metrics, what=f"changes of view {view}, ")
         self._clock = clock
         self._progresses = progresses
         self._definitions_of = definitions_of
@@ -135,7 +136,7 @@ class ChangeFeed:
         self._followed: dict[int, _Followed] = {}
         self._definitions: dict[int, dict[bytes, DefinitionEntry]] = {}
         """Of each partition, by key."""
-        self._damages = Damages()
+        self._damages = DamageHistory()
         self._reader: LogReader | None = None
         self._assigned = False
         self._tell_s = 0.0
@@ -216,37 +217,23 @@ class ChangeFeed:
             return
         progress, topic_id = self._progresses.read(), self._log.topic_id(CHANGELOG)
         for number in sorted(new):
-            try:
-                followed = self._opened(number, topic_id, progress.get(number, 0))
-            except StoreCorrupt as error:
-                self._destroy(number, error)
-                followed = self._opened(number, topic_id, progress.get(number, 0))
+            followed = self._opener.open(number, partial(self._load, number, topic_id, progress.get(number, 0)))
             with self._changed:
                 self._followed[number] = followed
             self._assigned = False
 
-    def _opened(self, number: int, topic_id: str, progress: int) -> _Followed:
-        store = self._stores.open(number)
-        try:
-            meta = read_meta(store)
-            end = self._log.watermarks(CHANGELOG, number).end_offset
-            if meta.changelog_next_offset > end or (meta.changelog_next_offset and meta.topic_id != topic_id):
-                raise StoreCorrupt(f"it reflects another changelog, up to {meta.changelog_next_offset}; this ends at {end}")
-            return _Followed(number, store, topic_id, min(progress, end))
-        except BaseException:
-            store.close()
-            raise
+    def _load(self, number: int, topic_id: str, progress: int, store: Store) -> _Followed:
+        meta = read_meta(store)
+        end = self._log.watermarks(CHANGELOG, number).end_offset
+        if meta.changelog_next_offset > end or (meta.changelog_next_offset and meta.topic_id != topic_id):
+            raise StoreCorrupt(f"it reflects another changelog, up to {meta.changelog_next_offset}; this ends at {end}")
+        return _Followed(number, store, topic_id, min(progress, end))
 
     def _make_anew(self, number: int, error: StoreCorrupt) -> None:
         """Delete a store that can't be trusted. `LogCorrupt` if that has not helped before."""
         self._damages.note(number, error)
         self._let_go_of(number)
-        self._destroy(number, error)
-
-    def _destroy(self, number: int, error: StoreCorrupt) -> None:
-        _log.warning("changes of view %s in partition %d: making the store anew: %s", self.view, number, error)
-        self._metrics.inc(m.STORES_REBUILT, 1, number)
-        self._stores.destroy(number)
+        self._opener.destroy(number, str(error))
 
     def _begin_anew(self) -> None:
         """The log no longer has what some partition would read next."""

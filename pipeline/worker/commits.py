@@ -77,19 +77,17 @@ class Commits:
         anew what was covered up, while this owner still has it, and before compaction takes it out of the changelog.
         """
         now = self._clock.monotonic_s()
-        idle = [active for active in folding if active.commit is None]
+        idle = [active for active in folding if not active.is_committing]
         for active in idle:
             if active.partition.is_displaced(self.changelog_ends.get(active.number, 0)):
-                active.flush = True
-            elif not active.partition.task.dirty:
-                active.flush = False
-            elif active.due_s is None:
-                active.due_s = now + self._settings.commit_interval_ms / 1000
-        urgent = [active for active in idle if active.full or active.flush]
+                active.flush()
+            else:
+                active.schedule(now + self._settings.commit_interval_ms / 1000)
+        urgent = [active for active in idle if active.is_urgent]
         for active in urgent:
             self._begin(active)
         # The longest due first: at `transactions_per_s_max` every partition has its turn.
-        due = sorted((it.due_s, it.number, it) for it in idle if it.commit is None and it.due_s is not None)
+        due = sorted((it.due_s, it.number, it) for it in idle if not it.is_committing and it.due_s is not None)
         for count, (due_s, _, active) in enumerate(due):
             if now < max(due_s, self._next_s):
                 return bool(urgent or count)
@@ -97,22 +95,20 @@ class Commits:
         return bool(urgent or due)
 
     def _begin(self, active: ActivePartition) -> None:
-        active.due_s = None
-        active.flush, active.flushing = False, active.flush
         started = self._clock.monotonic_s()
         self._next_s = max(self._next_s + 1 / self._settings.transactions_per_s_max, started - POLL_INTERVAL_S)
         partition, clock = active.partition, self._clock
-        entries, records = active.note_frozen(), partition.task.next_offset - partition.task.position.next_offset
+        entries, records = active.freeze(), partition.task.next_offset - partition.task.position.next_offset
         try:
             commit = partition.prepare()
         except StoreCorrupt as error:
             if self._lost(active, error):
                 return
             raise
-        active.begun_s = None
 
         def make_durable() -> Commit:
-            active.begun_s = begun_s = clock.monotonic_s()
+            begun_s = clock.monotonic_s()
+            active.note_commit_begun(begun_s)
             try:
                 partition.make_durable(commit)
             except PipelineError as error:
@@ -124,8 +120,9 @@ class Commits:
             self._metrics.set(m.COMMIT_BOUND, active.bound.entries_max, active.number)
             return commit
 
-        active.commit = self._pool.submit(make_durable)
-        self._under_way.add(active.commit)
+        work = self._pool.submit(make_durable)
+        self._under_way.add(work)
+        active.begin_commit(work)
 
     def _tell_size(self, number: int, error: PipelineError, entries: int, records: int, took_s: float) -> None:
         """Say of a commit that failed late what its size has to do with it."""
@@ -149,30 +146,31 @@ class Commits:
         """Note those that are durable. Raises what another failed with, unless its partition is lost."""
         now = self._clock.monotonic_s()
         for active in [*actives.all.values()]:
-            future = active.commit
+            future = active.commit_future()
             if future is None:
                 continue
             if not future.done():
                 self._check_deadline(active, now)
                 continue
-            active.commit = None
             self._under_way.discard(future)
-            error, active.begun_s = future.exception(), None
+            error = future.exception()
             if error is None:
                 active.partition.finish(future.result())
-                active.full, active.flushing = active.is_full and not active.lost, False
             elif not self._lost(active, error):
                 raise error
-            elif isinstance(error, PipelineError):
+            active.end_commit()
+            if error is None:
+                continue
+            if isinstance(error, PipelineError):
                 _log.info("partition %d was lost with a commit under way: %s", active.number, error)
             else:
                 self._failures.note(error, consequence=f"partition {active.number} is lost by now")
 
     def _check_deadline(self, active: ActivePartition, now: float) -> None:
         error = Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
-        if active.begun_s is None:
+        if active.commit_begun_s is None:
             return  # it waits for a thread, behind commits that have a deadline
-        deadline_s = active.begun_s + self._settings.commit_timeout_ms / 1000 + POLL_INTERVAL_S
+        deadline_s = active.commit_begun_s + self._settings.commit_timeout_ms / 1000 + POLL_INTERVAL_S
         if now > deadline_s and (now > deadline_s + _HANG_S or not self._lost(active, error)):
             self.stuck = True
             raise error

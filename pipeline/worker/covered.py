@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 
 from pipeline.core.codec import decode_definition
 from pipeline.core.record import (
+    FENCE_KEY,
     POSITION_KEY,
     TAG_DEFINITION,
     TAG_FENCE,
@@ -23,10 +24,11 @@ from pipeline.core.record import (
     split_key,
 )
 from pipeline.errors import BadRecord, NotReady, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, ReadableStore
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import FETCH_BYTES_MAX
-from pipeline.worker.foreign import Barrier, Lineage, not_entries
+from pipeline.worker.foreign import Barrier, Foreign, Lineage, not_entries
 
 _log = logging.getLogger(__name__)
 _SILENT_MAX_S = 60.0
@@ -90,7 +92,7 @@ def find_traces(
         reader.close()
 
 
-def check_told(
+def check_recoverable(
     partition: int, store: ReadableStore, keys: Collection[bytes], traces: Traces, *, young_s: float, accept_loss: bool
 ) -> None:
     """Raise `RecordsLost` if nobody can tell any more what we had committed of some of the keys that others wrote over.
@@ -163,3 +165,43 @@ def _name(key: bytes) -> str:
     except BadRecord:
         return "an entry of no view"
     return f"view {view}"
+
+
+def foreign_keys(
+    partition: int,
+    log: Log,
+    clock: Clock,
+    *,
+    next_offset: int,
+    barrier: Barrier,
+    timeout_s: float,
+    metrics: Metrics = NO_METRICS,
+) -> set[bytes]:
+    """Return the keys of entries between an owner's last commit and its own fence record, where nobody else may write.
+
+    Raises `Unavailable` if the fence record can't be read in time.
+    """
+    lineage, foreign = Lineage(partition, barrier.offset + 1), Foreign(partition, metrics)
+    lineage.awaited = barrier
+    deadline_s = clock.monotonic_s() + timeout_s
+    reader = log.reader(CHANGELOG)
+    try:
+        reader.assign({partition: next_offset})
+        while not lineage.passed:
+            for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
+                _sort_out(records, lineage, foreign)
+            if clock.monotonic_s() >= deadline_s and not lineage.passed:
+                raise Unavailable(f"changelog-{partition} can't be read up to {barrier.offset} within {timeout_s} s")
+    finally:
+        reader.close()
+    return foreign.keys
+
+
+def _sort_out(records: Records, lineage: Lineage, foreign: Foreign) -> None:
+    """Note all records but the fences of the partition's owners as foreign."""
+    special = {*not_entries(records.keys)}
+    for index, (offset, key, value) in enumerate(zip(records.offsets, records.keys, records.values, strict=True)):
+        if index not in special and key is not None:
+            foreign.note_entry(offset, key)
+        elif key != FENCE_KEY or not lineage.take_fence(offset, value):
+            foreign.note(offset, "it stands behind our last commit")

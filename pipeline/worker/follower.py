@@ -18,20 +18,16 @@ from pipeline.core.record import FENCE_KEY, NO_POSITION, POSITION_KEY, STORE_MET
 from pipeline.errors import (
     BadRecord,
     Discontinuous,
-    Fenced,
-    NotReady,
-    RecordsLost,
     StoreAhead,
     StoreCorrupt,
-    Unavailable,
 )
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, Store
-from pipeline.topics import CHANGELOG
-from pipeline.worker.foreign import Barrier, Foreign, Lineage, Sieve, not_entries
-from pipeline.worker.patience import Patience
+from pipeline.ports import Store
+from pipeline.worker.foreign import Foreign, Lineage, Sieve, not_entries
 
 FETCH_BYTES_MAX = 64 * 2**20
+MARKERS_MAX = 1
+"""Offsets at the end of a changelog that can hold no tombstone: a transaction's marker, or a position record by itself."""
 
 
 class StoreMeta(msgspec.Struct, frozen=True, array_like=True):
@@ -47,40 +43,6 @@ class StoreMeta(msgspec.Struct, frozen=True, array_like=True):
     caught_up: bool = False
     """Whether the changelog is known to have held no entries behind that record once. Then the store has all that was
     committed by then, whatever others have written since."""
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """How far a restore is."""
-
-    partition: int
-    entries: int
-    """Changelog records applied so far."""
-    remaining: int
-    """Offsets still to read; holes that compaction left count too, so it is an upper bound of records."""
-    seconds: float
-    done: bool = False
-    waiting: str = ""
-    """Why it does not go on."""
-
-    @property
-    def entries_per_s(self) -> float:
-        """The rate so far."""
-        return self.entries / self.seconds if self.seconds else 0.0
-
-    @property
-    def seconds_left(self) -> float:
-        """At that rate; an upper bound, as `remaining` is."""
-        return self.remaining / self.entries_per_s if self.entries_per_s else 0.0
-
-    def status(self) -> dict[str, float | str]:
-        """What `/v1/status` says of it."""
-        waiting: dict[str, float | str] = {"waiting": self.waiting} if self.waiting else {}
-        return waiting | {
-            "entries": self.entries,
-            "remaining": self.remaining,
-            "entries_per_s": round(self.entries_per_s),
-            "seconds_left": round(self.seconds_left, 1),
-        }
 
 
 def read_meta(store: Store) -> StoreMeta:
@@ -330,168 +292,3 @@ def check_order(where: str, records: Records) -> None:
         raise Discontinuous(f"{where}: offsets from {offsets[0]} to {offsets[-1]} are not in order")
     if offsets and records.next_offset <= offsets[-1]:
         raise Discontinuous(f"{where} went back from {offsets[-1]} to {records.next_offset}")
-
-
-MARKERS_MAX = 1
-"""Offsets at the end of a changelog that can hold no tombstone: a transaction's marker, or a position record by itself."""
-
-
-def check_restorable(
-    partition: int, store: Store, log: Log, clock: Clock, delete_retention_ms: int, *, end_offset: int | None = None
-) -> int:
-    """Raise `StoreCorrupt` if the changelog can't bring this store up to date, so that it must be rebuilt.
-
-    Returns where the changelog begins. Raises `StoreAhead` if the store holds what the changelog does not, `RecordsLost` if
-    the changelog's beginning is gone. `end_offset` is an end of the changelog that is known for certain, such as a record of
-    one's own; without it the log is asked.
-    """
-    meta = read_meta(store)
-    topic_id = log.topic_id(CHANGELOG)
-    if meta.changelog_next_offset and meta.topic_id != topic_id:
-        raise StoreAhead(
-            f"partition {partition}: the store is of another changelog, {meta.topic_id!r}, than there is now, {topic_id!r}"
-        )
-    start, end = log.watermarks(CHANGELOG, partition)
-    end = end if end_offset is None else end_offset
-    if meta.changelog_next_offset > end:
-        raise StoreAhead(
-            f"partition {partition}: the store has the changelog up to {meta.changelog_next_offset}, but it ends at {end}"
-        )
-    if 0 < meta.changelog_next_offset < start:
-        gone = f"{start - meta.changelog_next_offset} records from {meta.changelog_next_offset} on are gone"
-        raise RecordsLost(f"changelog-{partition}: {gone}: nothing can be restored from what is left, bring it back")
-    position = read_position(store)
-    if meta.changelog_next_offset and not position.committed_at_ms and meta.between_boundaries:
-        raise StoreCorrupt("its first restore was never finished, and nothing in it says how long ago that was")
-    if meta.changelog_next_offset < end - MARKERS_MAX and position.committed_at_ms:
-        away_ms = clock.now_ms() - position.committed_at_ms
-        if away_ms > delete_retention_ms:
-            raise StoreCorrupt(f"the store is {away_ms} ms behind; tombstones are kept for {delete_retention_ms} ms")
-    return start
-
-
-def restore(
-    partition: int,
-    store: Store,
-    log: Log,
-    clock: Clock,
-    *,
-    barrier: Barrier,
-    fetch_count_max: int,
-    buffer_entries_max: int,
-    delete_retention_ms: int | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
-    stopping: Callable[[], bool] = lambda: False,
-    metrics: Metrics = NO_METRICS,
-) -> Follower:
-    """Bring a store to the end of its changelog, which is where this owner's own fence record was read.
-
-    Call it once nobody else can commit to the partition (the old owner is fenced), so that the end is a boundary. What the
-    log says of its end counts for nothing: a leader that was deposed and does not know it yet tells an old one, and so does
-    every leader while a transaction of others is open. Returns the follower, which knows where the last commit ended and
-    what of others it has left out. Raises `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end
-    with a whole commit, `StoreAhead` if it does not hold the store's last one, `Discontinuous` if it lost the fence record.
-    """
-    topic_id = log.topic_id(CHANGELOG)
-    follower = Follower(
-        partition,
-        store,
-        buffer_entries_max=buffer_entries_max,
-        topic_id=topic_id,
-        metrics=metrics,
-        delete_retention_ms=delete_retention_ms,
-        start_offset=log.watermarks(CHANGELOG, partition).start_offset,
-    )
-    follower.lineage.awaited = barrier
-    reader = log.reader(CHANGELOG)
-    patience = Patience(partition, log, clock, topic_id)
-    started = clock.monotonic_s()
-
-    def tell(*, done: bool = False) -> None:
-        remaining = 0 if done else max(0, barrier.offset + 1 - follower.next_offset)
-        seconds = clock.monotonic_s() - started
-        waiting = "" if done else patience.waiting
-        progress(Progress(partition, follower.entries_total, remaining, seconds, done=done, waiting=waiting))
-
-    try:
-        reader.assign({partition: follower.next_offset})
-        while not follower.lineage.passed:
-            fetched = reader.poll(record_count_max=fetch_count_max, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0)
-            for records in fetched:
-                follower.apply(records)
-            _check_not_missed(follower, barrier)
-            if not follower.lineage.passed:
-                patience.look(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
-            tell()
-            if stopping():
-                raise NotReady(f"partition {partition}: restore was stopped{patience.waiting and f'; {patience.waiting}'}")
-        if not follower.lineage.committed:
-            _check_last_commit(follower)
-        follower.settle(barrier.offset + 1)
-        follower.save()
-        tell(done=True)
-        return follower
-    finally:
-        reader.close()
-
-
-def _check_last_commit(follower: Follower) -> None:
-    """Raise `StoreAhead` unless the changelog holds the last commit of the store.
-
-    Where nothing was committed since, that a changelog reaches so far says little: it may have lost its end, and owners that
-    noticed it, and gave up, have written their fence records in its place.
-    """
-    if follower.store.get([POSITION_KEY]) != [None] and not follower.is_proven:
-        what = f"the changelog does not hold the last commit of the store, which ended below {follower.stored_offset}"
-        raise StoreAhead(f"partition {follower.partition}: {what}")
-
-
-def foreign_keys(
-    partition: int,
-    log: Log,
-    clock: Clock,
-    *,
-    next_offset: int,
-    barrier: Barrier,
-    timeout_s: float,
-    metrics: Metrics = NO_METRICS,
-) -> set[bytes]:
-    """Return the keys of entries between an owner's last commit and its own fence record, where nobody else may write.
-
-    Raises `Unavailable` if the fence record can't be read in time.
-    """
-    lineage, foreign = Lineage(partition, barrier.offset + 1), Foreign(partition, metrics)
-    lineage.awaited = barrier
-    deadline_s = clock.monotonic_s() + timeout_s
-    reader = log.reader(CHANGELOG)
-    try:
-        reader.assign({partition: next_offset})
-        while not lineage.passed:
-            for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
-                _sort_out(records, lineage, foreign)
-            if clock.monotonic_s() >= deadline_s and not lineage.passed:
-                raise Unavailable(f"changelog-{partition} can't be read up to {barrier.offset} within {timeout_s} s")
-    finally:
-        reader.close()
-    return foreign.keys
-
-
-def _sort_out(records: Records, lineage: Lineage, foreign: Foreign) -> None:
-    """Note all records but the fences of the partition's owners as foreign."""
-    special = {*not_entries(records.keys)}
-    for index, (offset, key, value) in enumerate(zip(records.offsets, records.keys, records.values, strict=True)):
-        if index not in special and key is not None:
-            foreign.note_entry(offset, key)
-        elif key != FENCE_KEY or not lineage.take_fence(offset, value):
-            foreign.note(offset, "it stands behind our last commit")
-
-
-def _check_not_missed(follower: Follower, barrier: Barrier) -> None:
-    """Raise if what stands behind the fence record was read, and the record was not."""
-    if follower.lineage.passed or follower.next_offset <= barrier.offset:
-        return
-    fence = follower.lineage.fence
-    if fence is not None and fence.offset > barrier.offset:  # compaction keeps the newest
-        raise Fenced(f"partition {follower.partition}: {fence.owner_id} has taken it over")
-    what = f"changelog-{follower.partition} does not hold the fence record at {barrier.offset} any more"
-    raise Discontinuous(f"{what}: it was truncated or made anew")

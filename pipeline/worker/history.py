@@ -30,11 +30,13 @@ class LastRecord(NamedTuple):
 
 
 def what_is_gone(next_offset: int, start: int, end: int, *, anew: bool) -> str:
-    """Return in words what a position says is missing of a log that goes from `start` to `end`."""
+    """Return in words what a log that goes from `start` to `end` lacks of a position; empty if it lacks nothing."""
     if anew:
         return f"the topic was made anew: the position, {next_offset}, is in the one that is gone"
     if next_offset < start:
         return f"{start - next_offset} records ({next_offset} to {start - 1}) were deleted before they were folded"
+    if next_offset <= end:
+        return ""
     return f"the position is {next_offset}, but the topic ends at {end}: it was truncated or made anew"
 
 

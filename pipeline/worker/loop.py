@@ -27,9 +27,8 @@ from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import DELTAS
 from pipeline.worker.active import ActivePartition, ActivePartitions, NoStandbys, Standbys
 from pipeline.worker.commits import Commits
-from pipeline.worker.damage import Damages
-from pipeline.worker.follower import Progress
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
+from pipeline.worker.restore import DamageHistory, RestoreProgress
 
 _log = logging.getLogger(__name__)
 """How often a wait for commits or for restores looks up."""
@@ -53,24 +52,24 @@ class _Damaged(NamedTuple):
 
 
 class WorkerLoop:
-    """Folds the partitions that it is assigned until it is told to stop.
+    """Folds the partitions that are assigned to it until it is stopped.
 
-    `make` returns a new `Partition`, each time that one is taken over. `on_fatal` is called once, from the loop's thread,
-    when the loop can't go on: a commit failed, or records are lost. Whoever owns the process must then end it with exit code
-    3; nothing that was not committed has been acknowledged. `on_moved` is called from the loop's thread when other
-    partitions fold than before. For `settle_s` after an assignment, and after what it brought has been taken over, a fence
-    may still come from one before it: the partition is taken over again then.
+    `make` returns the `OwnedPartition` to start when a partition is taken over. `on_fatal` is called once, from the
+    loop's thread, when the loop can't go on: a commit failed, or records are lost. The owner of the process must then end it
+    with exit code 3; nothing that was not committed has been acknowledged. `on_moved` is called from the loop's thread when
+    other partitions fold than before. For `settle_s` after an assignment, and after the partitions that it added have
+    started, a fence may still come from an owner of the assignment before: then the partition is taken over again.
     """
 
     def __init__(
         self,
-        make: Callable[[int], Partition],
+        make: Callable[[int], OwnedPartition],
         *,
         log: Log,
         clock: Clock,
         settings: WorkerSettings,
         on_fatal: Callable[[BaseException], None],
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
         on_moved: Callable[[], None] = lambda: None,
         standbys: Standbys | None = None,
         settle_s: float = 0.0,
@@ -119,7 +118,7 @@ class WorkerLoop:
         self._settled_s = 0.0
         self._new: set[int] = set()
         """What the assignment brought and does not fold yet."""
-        self._damages = Damages()
+        self._damages = DamageHistory()
         self._rebuilding: set[int] = set()
         """Partitions whose stores are damaged, until they fold again with others."""
         self._assignment: _Assigned | None = None
@@ -137,9 +136,9 @@ class WorkerLoop:
         return self._ready.is_set() and not self._rebuilding
 
     @property
-    def partitions(self) -> Mapping[int, Partition]:
+    def partitions(self) -> Mapping[int, OwnedPartition]:
         """Those that are ours, as far as the loop has come; they may not be `started` yet."""
-        return {active.number: active.partition for active in [*self._actives.all.values()] if not active.lost}
+        return {active.number: active.partition for active in [*self._actives.all.values()] if active.is_ours}
 
     @property
     def assigned(self) -> frozenset[int]:
@@ -181,7 +180,7 @@ class WorkerLoop:
         """
         with self._lock:
             active = self._actives.all.get(partition)
-            if active is None or active.lost or not active.partition.has(store) or partition in self._rebuilding:
+            if active is None or not active.is_ours or not active.partition.has(store) or partition in self._rebuilding:
                 return
             self._damages.note(partition, error)
             self._rebuilding.add(partition)
@@ -226,7 +225,7 @@ class WorkerLoop:
     def _commit_rest(self) -> None:
         try:
             for active in self._actives.folding():
-                active.flush = True
+                active.flush()
             while self._commits.begin(self._actives.folding()) or self._commits.under_way:
                 self._commits.wait(POLL_INTERVAL_S)
                 self._commits.finish(self._actives)
@@ -255,7 +254,7 @@ class WorkerLoop:
         self._read()
         self._commits.finish(self._actives)
         self._commits.begin(self._actives.folding())
-        if not any(active.flush or active.flushing for active in self._actives.all.values()):
+        if not any(active.is_flushing for active in self._actives.all.values()):
             for post in self._revoking:
                 post.done.set()
             self._revoking = []
@@ -270,10 +269,11 @@ class WorkerLoop:
                 self._moving = True
                 self._revoking.append(post)
                 for active in self._actives.folding():
-                    active.flush = active.flush or active.number in post.partitions
+                    if active.number in post.partitions:
+                        active.flush()
             elif isinstance(post, _Damaged):
                 found = self._actives.all.get(post.partition)
-                if found is not None and not found.lost and found.partition.has(post.store):
+                if found is not None and found.is_ours and found.partition.has(post.store):
                     self._rebuild(found, post.why)
             else:
                 self._act_on(post)
@@ -299,10 +299,10 @@ class WorkerLoop:
             self._standbys.follow(self._assignment.standbys - self._actives.all.keys())
 
     def _lose(self, active: ActivePartition, why: str) -> None:
-        self._reading = self._reading and not active.folding
-        moved = active.folding
-        self._actives.lose(active, why)
+        moved = active.is_folding
+        active.lose(why)
         if moved:
+            self._reading = False
             self._on_moved()
 
     def _rebuild(self, active: ActivePartition, why: str) -> None:
@@ -314,8 +314,8 @@ class WorkerLoop:
 
     def _lost_by(self, active: ActivePartition, error: BaseException) -> bool:
         """Whether an error of its commit, or of its start, means that it is lost, and not that the process must end."""
-        if not active.lost:
-            if isinstance(error, StoreCorrupt) and active.folding:  # one that does not even start can't be rebuilt
+        if active.is_ours:
+            if isinstance(error, StoreCorrupt) and active.is_folding:  # one that does not even start can't be rebuilt
                 self._damages.note(active.number, error)
                 self._rebuild(active, str(error))
                 return True
@@ -360,7 +360,7 @@ class WorkerLoop:
         if not self._actives.starting():
             self._ready.set()
 
-    def _progress(self, progress: Progress) -> None:
+    def _progress(self, progress: RestoreProgress) -> None:
         self._metrics.set(m.RESTORE_REMAINING, progress.remaining, progress.partition)
         self._on_progress(progress)
 
@@ -374,18 +374,18 @@ class WorkerLoop:
                 self._posted.wait(POLL_INTERVAL_S)
             return
         for active in folding:
-            self._fold_waiting(active)
+            self._fold(active)
         folding = self._actives.folding()  # without those whose store was found damaged
         if not folding:
             return
-        if any(active.full for active in folding):  # backpressure: nothing more is read until a commit has made room
+        if any(active.is_full for active in folding):  # backpressure: nothing more is read until a commit has made room
             self._commits.wait(POLL_INTERVAL_S)
             return
         try:
             reader = self._reader = self._reader or self._log.reader(DELTAS)
             if not self._reading:
                 for active in folding:
-                    active.unfolded.clear()  # it is read again
+                    active.drop_unfolded()  # the records are read again
                 begins = {active.number: active.partition.resume() for active in folding}
                 reader.assign(
                     {number: offset for number, (offset, _) in begins.items()},
@@ -408,20 +408,18 @@ class WorkerLoop:
             return
         for records in fetched:
             active = self._actives.all[records.partition]
-            if active.folding:  # else its store was found damaged with the records before
-                active.unfolded.append(records)
-                self._fold_waiting(active)
+            if active.is_folding:  # else its store was found damaged with the records before
+                active.take(records)
+                self._fold(active)
 
-    def _fold_waiting(self, active: ActivePartition) -> None:
-        if active.full or not active.unfolded:
-            return
+    def _fold(self, active: ActivePartition) -> None:
         try:
-            active.fold_waiting()
+            folded = active.fold()
         except StoreCorrupt as error:
             if not self._lost_by(active, error):
                 raise
             return
-        if active.partition.task.full:
+        if folded and active.partition.task.full:
             self._metrics.inc(m.OVERLAY_FULL, 1, active.number)
 
     def _close_reader(self) -> None:

@@ -1,20 +1,22 @@
-"""Carries out the protocol of one task: what the core decides, in the order that it decides, through the ports.
+"""Carries out, through the ports, what the task of one partition decides.
 
-It has no thread and no loop, so the simulator drives exactly this code, with a crash between any two durable steps.
+This module has no thread and no loop: the simulator drives exactly this code, with a crash between any two durable steps.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from enum import Enum
 from itertools import islice, repeat
-from threading import Event
+from threading import Lock
 
 import msgspec
 
 import pipeline.metrics as m
 from pipeline.core import codec
+from pipeline.core.letters import shorten
 from pipeline.core.record import (
     EPOCH_NONE,
     FENCE_KEY,
@@ -36,44 +38,71 @@ from pipeline.errors import (
     NotReady,
     PipelineError,
     RecordsLost,
-    StoreAhead,
     StoreCorrupt,
-    Unavailable,
     Unreadable,
 )
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, Message, ReadableStore, Store, Stores, Transaction
 from pipeline.settings import WorkerSettings
-from pipeline.topics import CHANGELOG, DELTAS
-from pipeline.worker.ahead import set_store_aside
-from pipeline.worker.covered import check_told, find_traces
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from pipeline.worker.covered import check_recoverable, find_traces, foreign_keys
 from pipeline.worker.figures import Figures
-from pipeline.worker.follower import (
-    Progress,
-    StoreMeta,
-    check_order,
-    check_restorable,
-    foreign_keys,
-    read_position,
-    restore,
-    write_entries,
-)
+from pipeline.worker.follower import StoreMeta, check_order, read_position, write_entries
 from pipeline.worker.foreign import Barrier, owner_id
 from pipeline.worker.history import LastRecord, last_common, what_is_gone, why_lost
-from pipeline.worker.letters import letter_messages
-from pipeline.worker.stage import TRANSITIONS, Stage, Step
+from pipeline.worker.restore import RestoreProgress, StoreOpener, check_restorable, restore
 
 _log = logging.getLogger(__name__)
-_OPEN_RETRY_S = 0.05
-_OPEN_RETRIES = 400
 _ATTEMPTS_MAX = 3
-"""Of a commit, while others write to the changelog."""
+"""How often a commit is tried while others write to the changelog."""
 PRODUCERS_SWEPT = 200
-"""Producer entries that are looked at with each commit, to find those that may be forgotten."""
+"""Number of producer entries that each commit examines, to find producers that may be forgotten."""
 
 
-class Partition:
-    """One partition that is ours: its task, its store and its right to commit."""
+class Stage(Enum):
+    """State of a partition's store, and of the right to commit."""
+
+    NEW = "new"
+    OWNING = "owning"
+    """The old owner is fenced; the store is not restored yet."""
+    OPEN = "open"
+    """The store is at a commit boundary: folding and committing can go on."""
+    DISTRUSTED = "distrusted"
+    """The store is damaged, and open until `close` deletes it."""
+    DISCARDED = "discarded"
+    """The damaged store was deleted."""
+    CLOSED = "closed"
+
+
+class StageEvent(Enum):
+    """Event that changes the stage of a partition."""
+
+    OWN = "own"
+    """Take the right to commit, anew if it was ours before."""
+    OPEN = "open"
+    DISTRUST = "distrust"
+    DISCARD = "discard"
+    CLOSE = "close"
+
+
+TRANSITIONS: Mapping[tuple[Stage, StageEvent], Stage] = {
+    (Stage.NEW, StageEvent.OWN): Stage.OWNING,
+    (Stage.OWNING, StageEvent.OWN): Stage.OWNING,
+    (Stage.DISCARDED, StageEvent.OWN): Stage.OWNING,
+    (Stage.CLOSED, StageEvent.OWN): Stage.OWNING,
+    (Stage.OWNING, StageEvent.OPEN): Stage.OPEN,
+    (Stage.OPEN, StageEvent.DISTRUST): Stage.DISTRUSTED,
+    (Stage.DISTRUSTED, StageEvent.DISTRUST): Stage.DISTRUSTED,
+    (Stage.DISCARDED, StageEvent.DISTRUST): Stage.DISCARDED,
+    (Stage.OPEN, StageEvent.DISCARD): Stage.DISCARDED,
+    (Stage.DISTRUSTED, StageEvent.DISCARD): Stage.DISCARDED,
+    **{(stage, StageEvent.CLOSE): Stage.CLOSED for stage in Stage},
+}
+"""Every legal event; any other raises `IllegalTransition`."""
+
+
+class OwnedPartition:
+    """A partition that this process folds: its task, its store and its right to commit."""
 
     def __init__(
         self,
@@ -88,91 +117,87 @@ class Partition:
         ask_lag_max_s: Callable[[], float] = lambda: 0.0,
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        """`ask_lag_max_s` says for how long a record of the changelog surely lets none give way to it."""
+        """`ask_lag_max_s` returns for how long a new record of the changelog surely removes no older one of its key."""
         self.number = number
         self._ask_lag_max_s = ask_lag_max_s
         self._log = log
-        self._stores = stores
+        self._opener = StoreOpener(stores, accept_loss=settings.accept_loss, metrics=metrics)
         self._clock = clock
         self._settings = settings
         self._source_id = self._topic_id = self._owner_id = ""
         self._swept = TAG_PRODUCER
         self._committed_end = 0
-        """The offset behind the position record of the last commit."""
+        """Offset behind the position record of the last commit."""
         self._begin = 0
-        """The offset at which the next commit begins, if nobody else writes to the changelog."""
-        self._leader_epoch = EPOCH_NONE
-        """Of the last record that was folded."""
-        self._records_end = 0
-        """The offset behind that record."""
+        """Offset at which the next commit begins, if nobody else writes to the changelog."""
+        self._last = LastRecord(EPOCH_NONE, 0)
+        """The last record that was folded."""
         self.task = self._new_task()
-        self._delete_retention_ms = delete_retention_ms
-        self._app = app
-        self._metrics = metrics
-        self._figures = Figures(number, metrics)
-        self.stage = Stage.NEW
+        self._delete_retention_ms, self._app = delete_retention_ms, app
+        self._metrics, self._figures = metrics, Figures(number, metrics)
+        self._stage = Stage.NEW
+        self._stage_lock = Lock()  # a commit's thread can find damage while the loop's discards the store
         self._transaction: Transaction | None = None
         self._store: Store | None = None
         self._foreign: set[bytes] = set()
-        """Keys of the changelog whose newest record is not of an owner of the partition."""
+        """Keys whose newest record in the changelog was not written by an owner of the partition."""
         self._had_all = False
-        """Whether the store that was restored had all that was ever committed before anything was read."""
+        """Whether the store held all that was ever committed before its restore read anything."""
         self._damage = ""
-        """Why the store must be rebuilt; empty: it is trusted."""
-        self._rebuilding = False
-        """Whether the store was deleted, and readers may still have the one that was there before."""
-        self._pause = Event()
+        """Why the store is distrusted."""
         self._began_ms, self._began_s = clock.now_ms(), clock.monotonic_s()
 
     @property
     def store(self) -> Store:
-        """The store, once `start` has returned: at a commit boundary at any time."""
+        """Store at a commit boundary. Raises `NotReady` before it is restored."""
         if self._store is None:
             raise NotReady(f"partition {self.number} is being restored")
         return self._store
 
     @property
+    def stage(self) -> Stage:
+        """Where the partition is in its life."""
+        return self._stage
+
+    @property
     def started(self) -> bool:
-        """Whether `start` has returned: what the task says is true."""
-        return self.stage is Stage.OPEN
+        """Whether `start` has returned, and the store was not deleted since."""
+        return self._stage in (Stage.OPEN, Stage.DISTRUSTED)
+
+    def _step(self, event: StageEvent) -> Stage:
+        """Go on to the stage that follows; return the one before."""
+        with self._stage_lock:
+            before = self._stage
+            self._stage = next_state(TRANSITIONS, before, event, self.number)
+            return before
 
     def start(
-        self, progress: Callable[[Progress], None] = lambda _: None, stopping: Callable[[], bool] = lambda: False
+        self, progress: Callable[[RestoreProgress], None] = lambda _: None, stopping: Callable[[], bool] = lambda: False
     ) -> None:
-        """Take the partition over: fence the old owner, restore, load the position. Blocks until it can fold.
+        """Take the partition over: fence the old owner, restore, load the position. Return once `fold` may be called.
 
         Raises `RecordsLost` if records between position and log start are gone, or the store is ahead of the changelog, and
         `accept_loss` is off; `NotReady` if `stopping` turned true.
         """
         self._source_id = self._log.topic_id(DELTAS)
-        if stopping():  # as late as can be: who is fenced by one that gives up has lost time for nothing
+        if stopping():  # as late as can be: an owner that is fenced by one that gives up has lost time for nothing
             raise NotReady(f"partition {self.number}: its start was stopped")
-        self.stage = next_state(TRANSITIONS, self.stage, Step.OWN, self.number)
+        self._step(StageEvent.OWN)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         self._owner_id = owner_id(self._app, self.number, self._clock.new_id())
         barrier = self._fence()
         self._topic_id = self._log.topic_id(CHANGELOG)
-        corrupt = ""
-        try:
-            store = self._restore(barrier, progress, stopping)
-        except StoreAhead as error:
-            accept_loss = self._settings.accept_loss
-            set_store_aside(self.number, self._stores, error, accept_loss=accept_loss, metrics=self._metrics)
-            store = self._restore(barrier, progress, stopping)
-        except StoreCorrupt as error:
-            corrupt = str(error)
-        if corrupt:  # only here: as long as the error is there, it holds scans that hold the store's files
-            self._discard_store(corrupt)
-            store = self._restore(barrier, progress, stopping)
-        self._store, self._rebuilding = store, False
+        self._store = self._opener.open(
+            self.number, lambda store: self._restore(store, barrier, progress, stopping), stopping
+        )
         self._check_covered(barrier, stopping)
         self._check_position(stopping)
-        self.stage = next_state(TRANSITIONS, self.stage, Step.OPEN, self.number)
+        self._step(StageEvent.OPEN)
         if self._foreign:
             self._commit_repairs()
 
     def _fence(self) -> Barrier:
-        """Commit a fence record of our own. It stands behind everything that an owner before us has committed."""
+        """Commit a fence record of our own, which stands behind all that earlier owners have committed."""
         fence = codec.encode_fence(Fence(self._owner_id, self._clock.now_ms()))
         message = Message(CHANGELOG, self.number, FENCE_KEY, fence)
         (end,) = self._right.commit([message], timeout_s=self._settings.commit_timeout_ms / 1000)
@@ -181,74 +206,57 @@ class Partition:
 
     @property
     def _right(self) -> Transaction:
-        """The right to commit."""
         if self._transaction is None:
             raise NotReady(f"partition {self.number} was not started")
         return self._transaction
 
-    def _restore(self, barrier: Barrier, progress: Callable[[Progress], None], stopping: Callable[[], bool]) -> Store:
-        store = self._open_store(stopping)
-        try:
-            check_restorable(
-                self.number, store, self._log, self._clock, self._delete_retention_ms, end_offset=barrier.offset
-            )
-            follower = restore(
-                self.number,
-                store,
-                self._log,
-                self._clock,
-                barrier=barrier,
-                fetch_count_max=self._settings.restore_fetch_count_max,
-                buffer_entries_max=self._settings.restore_buffer_entries_max,
-                delete_retention_ms=self._delete_retention_ms,
-                progress=progress,
-                stopping=stopping,
-                metrics=self._metrics,
-            )
-            self._committed_end, self._foreign = follower.lineage.end_offset, set(follower.foreign.keys)
-            self._had_all = follower.had_all
-            self._load(store)
-        except BaseException:
-            store.close()
-            raise
+    def _restore(
+        self, store: Store, barrier: Barrier, progress: Callable[[RestoreProgress], None], stopping: Callable[[], bool]
+    ) -> Store:
+        check_restorable(self.number, store, self._log, self._clock, self._delete_retention_ms, end_offset=barrier.offset)
+        follower = restore(
+            self.number,
+            store,
+            self._log,
+            self._clock,
+            barrier=barrier,
+            fetch_count_max=self._settings.restore_fetch_count_max,
+            buffer_entries_max=self._settings.restore_buffer_entries_max,
+            delete_retention_ms=self._delete_retention_ms,
+            progress=progress,
+            stopping=stopping,
+            metrics=self._metrics,
+        )
+        self._committed_end, self._foreign = follower.lineage.end_offset, set(follower.foreign.keys)
+        self._had_all = follower.had_all
+        self._load(store)
         self._metrics.inc(m.RESTORE_ENTRIES, follower.entries_total, self.number)
         return store
-
-    def _open_store(self, stopping: Callable[[], bool]) -> Store:
-        """Open the store. One that was just deleted can be open still: a scan of it ends when it looks up next."""
-        for _ in range(_OPEN_RETRIES if self._rebuilding else 0):
-            try:
-                return self._stores.open(self.number)
-            except Unavailable:
-                if stopping():
-                    raise
-            self._pause.wait(_OPEN_RETRY_S)
-        return self._stores.open(self.number)
 
     def _new_task(self) -> Task:
         return Task(self.number, self._settings.task_limits(), self._source_id)
 
     def _load(self, store: Store) -> None:
-        """A new task, from the store's entries."""
         self.task = self._new_task()
         position = read_position(store)
-        self._leader_epoch, self._records_end = position.leader_epoch, position.records_end_offset
+        self._last = LastRecord(position.leader_epoch, position.records_end_offset)
         self.task.restored(
             position,
             (value for _, value in store.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION))),
             # A log that has lost the offsets behind the last record, which held none, can have records there by now.
-            next_offset=None if self._leader_epoch == EPOCH_NONE else self._records_end,
+            next_offset=None if self._last.leader_epoch == EPOCH_NONE else self._last.end_offset,
         )
 
     def _check_covered(self, barrier: Barrier, stopping: Callable[[], bool]) -> None:
-        """Raise `RecordsLost` if others have written over entries of which nobody can tell any more what they were."""
+        """Raise `RecordsLost` if others have written over entries whose committed values nothing tells any more."""
         if not self._foreign or self._had_all:
             return
-        keys, young_s, accept_loss = self._foreign, self._ask_lag_max_s(), self._settings.accept_loss
-        traces = find_traces(self.number, self._log, self._clock, keys, barrier, stopping)
-        check_told(self.number, self.store, keys, traces, young_s=young_s, accept_loss=accept_loss)
+        young_s, accept_loss = self._ask_lag_max_s(), self._settings.accept_loss
+        traces = find_traces(self.number, self._log, self._clock, self._foreign, barrier, stopping)
+        check_recoverable(self.number, self.store, self._foreign, traces, young_s=young_s, accept_loss=accept_loss)
 
     def _check_position(self, stopping: Callable[[], bool]) -> None:
+        """Raise `RecordsLost` if the log lost records that are not folded; with `accept_loss` skip them."""
         high = self._log.high_watermarks(DELTAS)  # which nobody's open transaction holds down, unlike the last stable offset
         start, end = self._log.watermarks(DELTAS, self.number)
         end = max(end, high.get(self.number, end))
@@ -256,33 +264,26 @@ class Partition:
         anew = bool(source_id) and source_id != self._source_id
         if not anew:
             self.pass_hole()
-        next_offset = self.task.next_offset
-        history = self._lost_history() if start < next_offset <= end and not anew else ""
-        if start <= next_offset <= end and not anew and not history:
+        next_offset, accept_loss = self.task.next_offset, self._settings.accept_loss
+        what = what_is_gone(next_offset, start, end, anew=anew)
+        if not what and accept_loss and start < next_offset:  # else the first read finds it out, which waits for no probe
+            what = why_lost(self._log, self.number, self._last)
+        if not what:
             return
-        what = history or what_is_gone(next_offset, start, end, anew=anew)
-        if not self._settings.accept_loss:
+        if not accept_loss:
             raise RecordsLost(f"partition {self.number}: {what}; start with --accept-loss to go on without them")
-        common = LastRecord(EPOCH_NONE, start)
         if not anew and start < next_offset:  # a tail is gone: what is left below that was folded
-            last = LastRecord(self._leader_epoch, self._records_end)
-            common = last_common(self._log, self._clock, self.number, last, start=start, end=end, stopping=stopping)
-        self._leader_epoch, self._records_end = common
-        self.task.skip_to(self._records_end)
-        _log.error("partition %d: %s; going on without them, at %d", self.number, what, self._records_end)
-
-    def _lost_history(self) -> str:
-        """Why the position belongs to a history that the log has lost; empty if it does not, or nobody would go on anyhow.
-
-        Without `accept_loss` the first read finds it out, which waits for no probe.
-        """
-        last = LastRecord(self._leader_epoch, self._records_end)
-        return why_lost(self._log, self.number, last) if self._settings.accept_loss else ""
+            log, clock = self._log, self._clock
+            self._last = last_common(log, clock, self.number, self._last, start=start, end=end, stopping=stopping)
+        else:
+            self._last = LastRecord(EPOCH_NONE, start)
+        self.task.skip_to(self._last.end_offset)
+        _log.error("partition %d: %s; going on without them, at %d", self.number, what, self._last.end_offset)
 
     def pass_hole(self) -> bool:
-        """Fold on from the position if the offsets below it, which held no record, are gone from the log; whether it did.
+        """Fold on from the position if the offsets below it, which held no record, are gone from the log.
 
-        Retention can take them between a start and its first read.
+        Return whether they are. Retention can take them between a start and its first read.
         """
         begin, end = self.task.next_offset, self.task.position.next_offset
         if begin >= end or not begin < self._log.watermarks(DELTAS, self.number).start_offset <= end:
@@ -291,20 +292,20 @@ class Partition:
         return True
 
     def resume(self) -> tuple[int, int]:
-        """Return where to read `deltas` on, and the epoch of the leader that took the record right below, if it is known.
+        """Return the offset to read `deltas` from, and the epoch of the leader that took the record below it, if known.
 
-        A start begins behind the last record that is folded, even if offsets behind that one held none: so a log that has
-        lost that record, and has others in its place, is found out.
+        A start reads from behind the last folded record, even if the position is further: so it notices a log that has lost
+        that record and has others in its place.
         """
         next_offset = self.task.next_offset
-        return next_offset, self._leader_epoch if self._records_end == next_offset else EPOCH_NONE
+        return next_offset, self._last.leader_epoch if self._last.end_offset == next_offset else EPOCH_NONE
 
     def fold(self, records: Records) -> None:
-        """Fold records of this partition into the overlay. Raises `Discontinuous` if they do not stand in order.
-        Those from `task.next_offset` on are left for after the next commit; see `Task.fold`.
+        """Fold records of this partition into the overlay. Raises `Discontinuous` if they are not in order.
 
-        Offsets that hold no record are counted, not refused: in Kafka the end of a transaction of others takes one, and what
-        they have aborted takes more, and a reader is not told of either. A log that has no such things refuses them itself.
+        Records from `task.next_offset` on are to be folded again after the next commit; see `Task.fold`. Offsets without a
+        record are counted, not refused: in Kafka markers and aborted records of other producers' transactions take offsets,
+        and readers are not told of them. A log that has no transactions of others refuses holes itself.
         """
         before = self.task.next_offset
         check_order(f"deltas-{self.number}", records)
@@ -317,16 +318,15 @@ class Partition:
         end = bisect_left(records.offsets, self.task.next_offset)
         count = end - bisect_left(records.offsets, before)
         if count:
-            self._records_end = records.offsets[end - 1] + 1
-            # That of the run is its last record's. If folding stopped before that, it may be of a later leader than this
-            # record's: what the log has lost shows all the same, because that leader began behind the record.
-            self._leader_epoch = records.leader_epoch
+            # The epoch is that of the last record that was read. If folding stopped before it, this record's can be earlier:
+            # what the log has lost shows all the same, because the later leader began behind this record.
+            self._last = LastRecord(records.leader_epoch, records.offsets[end - 1] + 1)
         if holes := self.task.next_offset - before - count:
             self._metrics.inc(m.DELTAS_HOLES, holes, self.number)
 
     def prepare(self) -> Commit:
-        """Freeze the overlay and work out its commit: to be called only when no commit is under way."""
-        now_ms, lineage = self._clock.now_ms(), (self._leader_epoch, self._records_end)
+        """Freeze the overlay and return its commit. Call it only when no commit is under way."""
+        now_ms, last = self._clock.now_ms(), self._last
         try:
             self.task.sweep(self._next_producers(), now_ms=min(now_ms, self._elapsed_ms()))
             lookup, found = self.task.freeze(), list[bytes | None]()
@@ -334,55 +334,52 @@ class Partition:
                 found += self.store.get(run)
             existing = [key for prefix in lookup.prefixes for key, _ in self.store.scan(prefix, prefix_end(prefix))]
             commit = self.task.prepare_commit(found, existing, now_ms=now_ms)
-            return msgspec.structs.replace(commit, position=self._signed(commit.position, lineage))
+            return msgspec.structs.replace(commit, position=self._signed(commit.position, last))
         except StoreCorrupt as error:
             raise self._damaged(error) from None
 
     def _elapsed_ms(self) -> int:
-        """What the wall clock would say if nobody had set it since this object was made: a jump ages no producer."""
+        """Return the wall clock as it would be if nobody had set it since this object was made: a jump ages no producer."""
         return self._began_ms + int((self._clock.monotonic_s() - self._began_s) * 1000)
 
     def _next_producers(self) -> list[tuple[bytes, bytes]]:
-        """A few producer entries of the store, from where the last ones ended: so that all have their turn."""
         entries = [*islice(self.store.scan(self._swept, prefix_end(TAG_PRODUCER)), PRODUCERS_SWEPT)]
         self._swept = entries[-1][0] + b"\x00" if len(entries) == PRODUCERS_SWEPT else TAG_PRODUCER
         return entries
 
     def _damaged(self, error: StoreCorrupt) -> StoreCorrupt:
-        """Delete the store in which `error` was met, so that the next start rebuilds it; what to raise."""
+        """Delete the store in which `error` was met, so that the next start rebuilds it; return the error to raise."""
         self._discard_store(str(error))
         # The store says of which partition it is; the task, which could not decode an entry, does not.
         return Unreadable(str(error), self.number) if error.partition is None else error
 
     def has(self, store: ReadableStore) -> bool:
-        """Whether this is the store that `start` opened, and it is trusted."""
-        return self._store is store and not self._damage
+        """Return whether `store` is the one that `start` opened, and is trusted."""
+        return self._store is store and self._stage is Stage.OPEN
 
     def distrust(self, why: str) -> None:
-        """The store is damaged: `close` deletes it, so that the next start rebuilds it, whatever that start reads of it."""
-        if self._store is not None:
-            self._damage = why
+        """Note that the store is damaged: `close` deletes it, so that the next start rebuilds it."""
+        self._damage = why
+        self._step(StageEvent.DISTRUST)
 
     def _discard_store(self, why: str) -> None:
-        _log.warning("partition %d: rebuilding the store: %s", self.number, why)
-        self._metrics.inc(m.STORES_REBUILT, 1, self.number)
-        store, self._store, self._damage, self._rebuilding = self._store, None, "", True
-        self.stage = next_state(TRANSITIONS, self.stage, Step.DISCARD, self.number)
+        store, self._store = self._store, None
+        self._step(StageEvent.DISCARD)
         try:
             if store is not None:
                 store.close()
         except PipelineError as error:  # its newest writes can't be kept, and need not be
             _log.debug("partition %d: closing a damaged store: %s", self.number, error)
-        self._stores.destroy(self.number)
+        self._opener.destroy(self.number, why)
 
     def make_durable(self, commit: Commit) -> None:
-        """The two durable steps, in their order. Safe from another thread while `fold` goes on.
+        """Write a commit to the changelog, then to the store. Safe from another thread while `fold` goes on.
 
-        Any error means that the process must end without acknowledging anything more (DESIGN section 5, invariant 6).
+        After any error the process must end, without acknowledging anything more (DESIGN section 5, invariant 8).
         """
         if commit.position.next_offset != self.task.position.next_offset:
             self._check_source()
-        letters = letter_messages(self.number, commit.dead_letters, self._log) if commit.dead_letters else []
+        letters = self._letters(commit) if commit.dead_letters else []
         keys, values = commit.keys[:-1], commit.values[:-1]
         for attempt in range(_ATTEMPTS_MAX):
             position = msgspec.structs.replace(
@@ -395,15 +392,19 @@ class Partition:
                 _log.warning("partition %d: looking at what was written to its changelog: %s", self.number, error)
                 if attempt + 1 == _ATTEMPTS_MAX:
                     raise
-            self._look_behind()
+            self._find_foreign()
             repairs = self._repairs(without=commit.keys)
             keys, values = [*repairs, *commit.keys[:-1]], [*repairs.values(), *commit.values[:-1]]
 
-    def _check_source(self) -> None:
-        """Raise `LogCorrupt` if some of what is folded can be of a topic that was made anew since the start.
+    def _letters(self, commit: Commit) -> list[Message]:
+        bytes_max = self._log.message_bytes_max(DEAD_LETTERS)
+        return [Message(DEAD_LETTERS, self.number, key, shorten(value, bytes_max)) for key, value in commit.dead_letters]
 
-        It is read before this is asked, and an id never comes back. So while the topic has the id that it had at the start,
-        all that is folded is of that topic; a reader does not notice another one that is as long.
+    def _check_source(self) -> None:
+        """Raise `LogCorrupt` if `deltas` was deleted and created again since the start.
+
+        All that is folded was read before this asks for the topic's id, and an id never comes back: as long as it is the id
+        of the start, all that is folded is of one topic. A reader does not notice a new topic that is as long.
         """
         if self._log.topic_id(DELTAS) != self._source_id:
             raise LogCorrupt(f"partition {self.number}: topic {DELTAS} was made anew while it was folded: start again")
@@ -424,17 +425,17 @@ class Partition:
         )
         write_entries(self.store, keys, values, meta)
 
-    # What others write to the changelog
+    # Foreign records in the changelog
 
     def is_displaced(self, end_offset: int) -> bool:
-        """Whether somebody else has written behind our last commit, if the changelog ended there before now.
+        """Return whether others have written behind our last commit, given an end that the changelog had some time ago.
 
-        To be asked only when no commit is under way.
+        Call it only when no commit is under way.
         """
         return end_offset > self._begin
 
-    def _look_behind(self) -> None:
-        """Find the end of the changelog anew, and what others have written behind our last commit."""
+    def _find_foreign(self) -> None:
+        """Find the new end of the changelog, and the keys that others have written behind our last commit."""
         barrier = self._fence()
         self._foreign |= foreign_keys(
             self.number,
@@ -447,9 +448,9 @@ class Partition:
         )
 
     def _repairs(self, without: Collection[bytes]) -> dict[bytes, bytes | None]:
-        """The committed values of those keys of which the changelog's newest record is of others.
+        """Return the committed values of keys whose newest record in the changelog is foreign.
 
-        Raises `StoreCorrupt` if one can't be read, which would make the changelog as damaged as the store is.
+        Raises `StoreCorrupt` if one can't be decoded: writing it would make the changelog as damaged as the store is.
         """
         keys = sorted(self._foreign.difference(without))
         repairs = dict(zip(keys, self.store.get(keys), strict=True))
@@ -463,37 +464,36 @@ class Partition:
         return repairs
 
     def _commit_repairs(self) -> None:
-        """Commit nothing but the committed values that others have covered up, so that compaction keeps ours."""
+        """Write the committed values of foreign keys once more, so that compaction keeps ours."""
         _log.warning("partition %d: writing %d entries anew that others have written over", self.number, len(self._foreign))
         repairs = self._repairs(without=[POSITION_KEY])
-        position = self._signed(self.task.position, (self._leader_epoch, self._records_end))
+        position = self._signed(self.task.position, self._last)
         position = msgspec.structs.replace(position, committed_at_ms=self._clock.now_ms())
         self.make_durable(Commit([*repairs, POSITION_KEY], [*repairs.values(), None], [], position, 0))
 
-    def _signed(self, position: Position, lineage: tuple[int, int]) -> Position:
-        epoch, end = lineage
+    def _signed(self, position: Position, last: LastRecord) -> Position:
+        epoch, end = last
         return msgspec.structs.replace(position, leader_epoch=epoch, records_end_offset=end, owner_id=self._owner_id)
 
     def finish(self, commit: Commit) -> None:
-        """The commit is durable: let the task know, and count."""
+        """Note that the commit is durable."""
         self.task.committed()
         self._figures.committed(commit, self.task.counts, self.task.position)
 
     def commit(self) -> Commit:
-        """All of a commit, in this thread."""
+        """Carry out a whole commit in this thread."""
         commit = self.prepare()
         self.make_durable(commit)
         self.finish(commit)
         return commit
 
     def close(self) -> None:
-        """Let go of the store and of the right to commit. What is in the overlay is dropped; it will be folded again."""
-        self.stage = next_state(TRANSITIONS, self.stage, Step.CLOSE, self.number)
+        """Give back the store and the right to commit. The overlay is dropped; its records will be folded again."""
         if self._transaction is not None:
             self._transaction.close()
-        if self._damage:
+        if self._stage is Stage.DISTRUSTED:
             self._discard_store(self._damage)
-        if self._rebuilding:
+        if self._step(StageEvent.CLOSE) is Stage.DISCARDED:
             self.task = self._new_task()  # only here: a commit that was under way has come to its end
         if self._store is not None:
             self._store.close()

@@ -12,19 +12,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+
+from msgspec import UNSET
 
 import pipeline.metrics as m
+from pipeline.core.answer import PartitionStatus
 from pipeline.core.record import Records
 from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreAhead, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, LogReader, ReadableStore, Stores
+from pipeline.ports import Clock, Log, LogReader, ReadableStore, Store, Stores
 from pipeline.settings import WorkerSettings
 from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import CHANGELOG
-from pipeline.worker.ahead import set_store_aside
-from pipeline.worker.damage import Damages
-from pipeline.worker.follower import FETCH_BYTES_MAX, Follower, Progress, check_restorable
+from pipeline.worker.follower import FETCH_BYTES_MAX, Follower
+from pipeline.worker.restore import DamageHistory, RestoreProgress, StoreOpener, check_restorable
 from pipeline.worker.served import LagMax, Replica
 
 _log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class ReplicaLoop:
         settings: WorkerSettings,
         delete_retention_ms: int,
         on_fatal: Callable[[BaseException], None],
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
         on_served: Callable[[], None] = lambda: None,
         metrics: Metrics = NO_METRICS,
         lag_max_s: float = LAG_MAX_S,
@@ -73,7 +75,7 @@ class ReplicaLoop:
             on_end=self.close,
         )
         self._log = log
-        self._stores = stores
+        self._opener = StoreOpener(stores, accept_loss=settings.accept_loss, metrics=metrics)
         self._clock = clock
         self._settings = settings
         self._delete_retention_ms = delete_retention_ms
@@ -98,7 +100,7 @@ class ReplicaLoop:
         self._assigned = False
         self._ready = threading.Event()
         self._next_look_s = 0.0
-        self._damages = Damages()
+        self._damages = DamageHistory()
         self._damaged: dict[int, str] = {}
         """What readers found in stores that are not served any more, until those are made anew."""
         self._undecided: dict[int, str] = {}
@@ -168,19 +170,19 @@ class ReplicaLoop:
         """The partitions whose stores hold all that the changelog did a moment ago."""
         return frozenset(self._readable)
 
-    def status(self) -> list[dict[str, Any]]:
-        """What `/v1/status` says of each partition, apart from what the reader knows."""
+    def status(self) -> list[PartitionStatus]:
+        """Return the status of each partition, without what the reader knows."""
         now_s = self._clock.monotonic_s()
         readable = self._readable
         return [
-            {
-                "partition": replica.number,
-                "phase": "following" if replica.number in readable else "restoring",
-                "changelog_next_offset": replica.follower.next_offset,
-                "changelog_remaining": replica.remaining,
-                **({} if replica.number in readable else {"restore": replica.progress(now_s).status()}),
-            }
-            for replica in [*self._replicas.values()]
+            PartitionStatus(
+                partition=it.number,
+                phase="following" if it.number in readable else "restoring",
+                changelog_next_offset=it.follower.next_offset,
+                changelog_remaining=it.remaining,
+                restore=UNSET if it.number in readable else it.progress(now_s).status(),
+            )
+            for it in [*self._replicas.values()]
         ]
 
     def start(self) -> None:
@@ -300,14 +302,16 @@ class ReplicaLoop:
             if not self._claim(number):
                 continue
             try:
-                self._replicas = {**self._replicas, number: self._open(number)}
+                for metric in _COUNTED:  # there from the start: a rise shows only from a value
+                    self._metrics.inc(metric, 0, number)
+                self._replicas = {**self._replicas, number: self._opener.open(number, partial(self._load, number))}
                 self._assigned = False
                 self._undecided.pop(number, None)
             except StoreAhead as error:
                 self._wait_for_decision(number, error)
                 again_s = self._end_interval_s
             except StoreCorrupt as error:  # also of one that was just made anew
-                self._destroy(number, error)
+                self._opener.destroy(number, str(error))
                 again_s = self._end_interval_s
             finally:
                 if number not in self._replicas:
@@ -353,7 +357,7 @@ class ReplicaLoop:
         """Let go of a store that was ahead of a changelog that has gone on without its last commit."""
         self._drop(replica)
         if self._settings.accept_loss:
-            set_store_aside(replica.number, self._stores, error, accept_loss=True, metrics=self._metrics)
+            self._opener.set_aside(replica.number, error)
             return
         self._wait_for_decision(replica.number, error)
         self._next_look_s = self._clock.monotonic_s() + self._end_interval_s
@@ -380,35 +384,18 @@ class ReplicaLoop:
             self._claimed.discard(number)
             self._changed.notify_all()
 
-    def _open(self, number: int) -> Replica:
-        for metric in _COUNTED:  # there from the start: a rise shows only from a value
-            self._metrics.inc(metric, 0, number)
-        try:
-            return self._opened(number)
-        except StoreAhead as error:
-            accept_loss = self._settings.accept_loss
-            set_store_aside(number, self._stores, error, accept_loss=accept_loss, metrics=self._metrics)
-        except StoreCorrupt as error:
-            self._destroy(number, error)
-        return self._opened(number)
-
-    def _opened(self, number: int) -> Replica:
-        store = self._stores.open(number)
-        try:
-            start_offset = check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
-            follower = Follower(
-                number,
-                store,
-                buffer_entries_max=self._settings.restore_buffer_entries_max,
-                topic_id=self._topic_id,
-                on_between=lambda: self._hide(self._replicas[number]),
-                metrics=self._metrics,
-                delete_retention_ms=self._delete_retention_ms,
-                start_offset=start_offset,
-            )
-        except BaseException:
-            store.close()
-            raise
+    def _load(self, number: int, store: Store) -> Replica:
+        start_offset = check_restorable(number, store, self._log, self._clock, self._delete_retention_ms)
+        follower = Follower(
+            number,
+            store,
+            buffer_entries_max=self._settings.restore_buffer_entries_max,
+            topic_id=self._topic_id,
+            on_between=lambda: self._hide(self._replicas[number]),
+            metrics=self._metrics,
+            delete_retention_ms=self._delete_retention_ms,
+            start_offset=start_offset,
+        )
         return Replica(number, store, follower, self._clock.monotonic_s())
 
     def _check_all(self, lost: RecordsLost) -> None:
@@ -431,14 +418,9 @@ class ReplicaLoop:
     def _make_anew(self, number: int, error: StoreCorrupt | StoreAhead) -> None:
         try:
             self._close_replica(self._replicas[number])
-            self._destroy(number, error)
+            self._opener.destroy(number, str(error))
         finally:
             self._release(number)
-
-    def _destroy(self, number: int, error: StoreCorrupt | StoreAhead) -> None:
-        _log.warning("partition %d: making the store anew: %s", number, error)
-        self._metrics.inc(m.STORES_REBUILT, 1, number)
-        self._stores.destroy(number)
 
     def _drop(self, replica: Replica) -> None:
         """Let go of a replica; the next look opens it again if it is still followed."""

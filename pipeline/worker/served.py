@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from pipeline.ports import ReadableStore, Store
-from pipeline.worker.follower import Follower, Progress
+from pipeline.worker.follower import Follower
+from pipeline.worker.restore import RestoreProgress
 
 
 class LagMax(Protocol):
-    """Says how far behind a store may be and be served: `adapters.kafka.compaction.CompactionLag`."""
+    """Says how far behind a store may be and be served: `adapters.kafka.checks.CompactionLag`."""
 
     why_not: str
     """Why nothing may be served, as of the last call; empty: it may."""
@@ -58,10 +59,10 @@ class Replica:
         self.caught_up_s = asked_s
         return True
 
-    def progress(self, now_s: float) -> Progress:
+    def progress(self, now_s: float) -> RestoreProgress:
         """How far it is."""
         entries, seconds = self.follower.entries_total, now_s - self.started_s
-        return Progress(self.number, entries, self.remaining, seconds, done=self.serving)
+        return RestoreProgress(self.number, entries, self.remaining, seconds, done=self.serving)
 
     def serve(self) -> None:
         """It can be read from now on."""

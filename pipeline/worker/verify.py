@@ -23,6 +23,7 @@ from msgspec.structs import asdict, replace
 
 from pipeline.core import codec
 from pipeline.core.kinds import KINDS
+from pipeline.core.query import Entry, describe
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -36,12 +37,12 @@ from pipeline.core.record import (
     parse_suffix,
     split_key,
 )
-from pipeline.core.view import Entry, describe
 from pipeline.errors import BadRecord, LogCorrupt, NotFound, RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Clock, Log, Store, Stores
 from pipeline.topics import CHANGELOG
-from pipeline.worker.follower import check_restorable, read_meta, read_position
+from pipeline.worker.follower import read_meta, read_position
 from pipeline.worker.foreign import Foreign, Lineage, Sieve
+from pipeline.worker.restore import check_restorable
 
 Verdict = Literal["equal", "behind", "missing", "stale", "different", "ahead", "corrupt", "unreadable"]
 """`unreadable` is the changelog, all others are the store."""
@@ -98,7 +99,7 @@ class Result(msgspec.Struct, frozen=True):
         return self.verdict in FINE
 
 
-class Progress(msgspec.Struct, frozen=True):
+class VerifyProgress(msgspec.Struct, frozen=True):
     """How far the verification of one partition is."""
 
     partition: int
@@ -118,7 +119,7 @@ def verify(
     delete_retention_ms: int,
     fetch_count_max: int,
     differences_max: int,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[VerifyProgress], None] = lambda _: None,
 ) -> Result:
     """Compare one partition. `stores.open` must raise `NotFound` for a store that is not there, and not make one.
 
@@ -140,7 +141,7 @@ def verify(
             verdict, detail = "corrupt", str(error)
         try:
             # Whatever the store is like: nobody should delete one that the changelog could not replace.
-            reading = _Reading(partition, log, truth, next_offset, fetch_count_max, progress)
+            reading = _ChangelogScan(partition, log, truth, next_offset, fetch_count_max, progress)
         except (BadRecord, LogCorrupt, RecordsLost, StoreCorrupt) as error:
             return Result(partition, "unreadable", str(error))
         result = Result(
@@ -180,7 +181,7 @@ def _too_old(partition: int, store: Store, log: Log, clock: Clock, delete_retent
     return ""
 
 
-class _Reading:
+class _ChangelogScan:
     """Reads a changelog into a scratch store: of each key's newest record the offset, and then, unless it is a tombstone,
     the value.
     """
@@ -192,7 +193,7 @@ class _Reading:
         scratch: Store,
         store_next_offset: int,
         fetch_count_max: int,
-        progress: Callable[[Progress], None],
+        progress: Callable[[VerifyProgress], None],
     ) -> None:
         self.count = self.behind = 0
         self._scratch = scratch
@@ -207,7 +208,7 @@ class _Reading:
                 for records in reader.poll(record_count_max=fetch_count_max, bytes_max=64 * 2**20, timeout_s=1.0):
                     self._keep(records)
                     next_offset = records.next_offset
-                progress(Progress(partition, "reading", next_offset - start, self.end_offset - start))
+                progress(VerifyProgress(partition, "reading", next_offset - start, self.end_offset - start))
         self._sieve.drop(0, self.end_offset)  # part of no commit: see `Follower.settle`
         (newest,) = scratch.get([POSITION_KEY])
         self.position = NO_POSITION if newest is None else codec.decode_position(newest[_OFFSET_BYTES:])
@@ -245,7 +246,7 @@ class _Comparison:
         truth: Store,
         store_next_offset: int,
         differences_max: int,
-        progress: Callable[[Progress], None],
+        progress: Callable[[VerifyProgress], None],
     ) -> None:
         self._store = store
         self._truth = truth
@@ -259,7 +260,7 @@ class _Comparison:
         ours = ((key, value) for key, value in self._store.scan(b"", _KEYS_END) if key != STORE_META_KEY)
         for count, (key, found, newest) in enumerate(_side_by_side(ours, self._truth.scan(b"", _KEYS_END))):
             if count % _PROGRESS_EVERY == 0:
-                self._progress(Progress(result.partition, "comparing", count, result.changelog_record_count))
+                self._progress(VerifyProgress(result.partition, "comparing", count, result.changelog_record_count))
             expected = None
             if newest is not None:
                 if int.from_bytes(newest[:_OFFSET_BYTES], "big") >= self._store_next_offset:

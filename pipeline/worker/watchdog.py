@@ -19,8 +19,8 @@ from pipeline.errors import PipelineError, Stalled
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.threads import PeriodicThread
-from pipeline.worker.follower import Progress
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
+from pipeline.worker.restore import RestoreProgress
 
 _log = logging.getLogger(__name__)
 INTERVAL_S = 0.5
@@ -105,9 +105,9 @@ def _first(committing_s: float | None, now_s: float) -> float:
 
 
 def look_at(
-    partitions: Mapping[int, Partition],
+    partitions: Mapping[int, OwnedPartition],
     ends: Mapping[int, int],
-    progress: Mapping[int, Progress],
+    progress: Mapping[int, RestoreProgress],
     assigned: Collection[int] = (),
 ) -> dict[int, Observation]:
     """What partitions look like. An assigned one that is neither folding nor restoring waits for a call, which has its own

@@ -68,7 +68,7 @@ def test_killed_under_load(app: App, tmp_path: Path) -> None:
         assert_same(answers(killed.url, load[0]), load[1], killed)
         assert metric(killed.url, m.RESTORE_ENTRIES) == 0, "it read what it had"
         assert metric(killed.url, m.STORES_REBUILT) == 0, killed.tail()
-        assert "making the store anew" not in killed.program.stderr()
+        assert "rebuilding the store" not in killed.program.stderr()
 
         killed.kill()
         shutil.rmtree(killed.data)

@@ -19,10 +19,10 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
+from pipeline.adapters.kafka.errors import Cause
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.metadata import Metadata
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, PipelineError, StoreAhead, Unavailable
 from pipeline.settings import KafkaSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pipeline.cli import console
 from pipeline.cli.bars import RestoreBars
-from pipeline.worker.follower import Progress
+from pipeline.worker.restore import RestoreProgress
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -19,9 +19,9 @@ def test_a_partition_is_restored_again(monkeypatch: pytest.MonkeyPatch, closed: 
     bars = RestoreBars()
     for _ in range(3):
         for number in (0, 1):
-            bars(Progress(number, 10, 90, 0.1))
+            bars(RestoreProgress(number, 10, 90, 0.1))
         for number in (1, 0) if closed != "closed" else ():
-            bars(Progress(number, 100, 0, 1.0, done=True))
+            bars(RestoreProgress(number, 100, 0, 1.0, done=True))
         if closed != "done":
             bars.close()
     assert bars._progress is None

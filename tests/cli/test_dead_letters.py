@@ -15,7 +15,7 @@ import pipeline.topics as topics
 from pipeline import Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.cli.letters import parse_since
 from pipeline.core.codec import DeadLetter, encode_batch, encode_letter
 from pipeline.core.record import Batch, Definition, Group, series_suffix

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline import Publisher
+from pipeline.adapters.kafka.errors import RateLimitFilter
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.adapters.kafka.said import RateLimitFilter
 from pipeline.errors import Invalid
 from tests.support import pipeline
 

@@ -18,7 +18,7 @@ import pipeline.topics as topics
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog, ends_path
+from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
 from pipeline.errors import Exit, PipelineError, Unavailable, exit_code
 from pipeline.ports import Message
 from pipeline.settings import LogSettings

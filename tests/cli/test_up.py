@@ -18,7 +18,7 @@ import pipeline.topics as topics
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.settings import LogSettings
 from pipeline.topics import DELTAS

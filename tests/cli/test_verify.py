@@ -9,9 +9,9 @@ import pytest
 from msgspec import structs
 
 import pipeline.topics as topics
-from pipeline.adapters.cleaner import Cleaner
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.cleaner import Cleaner
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.rocks import RocksStores
@@ -30,14 +30,15 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.engine import Engine
 from pipeline.errors import NotFound
 from pipeline.ports import Message, RawDelta
+from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings
 from pipeline.topics import CHANGELOG
-from pipeline.worker.follower import StoreMeta, restore, write_entries
+from pipeline.worker.follower import StoreMeta, write_entries
 from pipeline.worker.foreign import Barrier
-from pipeline.worker.verify import Progress, Result, verify
+from pipeline.worker.restore import restore
+from pipeline.worker.verify import Result, VerifyProgress, verify
 from tests.support import UpProcess, pipeline, wait_until
 
 SERIES = 40
@@ -57,7 +58,7 @@ def fold(data: Path, start: int) -> None:
         for _ in range(2):  # two batches: the second supersedes entries of the first
             deltas = [RawDelta("revenue", "sum", {"region": f"r{n}"}, n) for n in range(start, start + SERIES)]
             engine.ingest.deltas([*deltas, RawDelta("note", "last", {}, f"from {start}", 1_000 + start)])
-            wait_until(lambda: all(p["lag"] == 0 for p in engine.status()["partitions"]), "everything folded")
+            wait_until(lambda: all(it.lag == 0 for it in engine.status().partitions), "everything folded")
     finally:
         assert engine.stop()
 
@@ -449,7 +450,7 @@ def test_progress_never_goes_beyond_its_total() -> None:
     bench = Bench()
     bench.commit({A: ONE, B: ONE, C: ONE})
     bench.restore()
-    seen: list[Progress] = []
+    seen: list[VerifyProgress] = []
     bench.verify(progress=seen.append)
     reading = [step for step in seen if step.doing == "reading"]
     assert [step.done for step in reading] == sorted(step.done for step in reading)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import NewTopic
 
-from pipeline.adapters.cleaner import Cleaner
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.cleaner import Cleaner
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.rocks import RocksStores
 from pipeline.ports import Log, LogReader, Message, Store, Stores, Transaction

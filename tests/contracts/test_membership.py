@@ -8,7 +8,7 @@ from typing import Protocol
 import pytest
 from confluent_kafka.admin import NewPartitions
 
-from pipeline.adapters.static import StaticMembership
+from pipeline.adapters.static_membership import StaticMembership
 from pipeline.errors import LogCorrupt, PipelineError, Unavailable
 from pipeline.ports import Membership
 from tests.support import wait_until

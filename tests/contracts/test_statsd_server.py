@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-import pipeline.adapters.statsd as statsd
+import pipeline.ingest.statsd_server as statsd
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.statsd import StatsdServer
 from pipeline.errors import Invalid
+from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.settings import IngestSettings
 from tests.support import wait_until
 

@@ -16,15 +16,15 @@ from prometheus_client import CollectorRegistry
 import pipeline.metrics as m
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.adapters.static import StaticMembership
-from pipeline.adapters.statsd import StatsdServer
+from pipeline.adapters.static_membership import StaticMembership
 from pipeline.errors import Stalled, Unavailable
+from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.query.ends import EndsPolled
 from pipeline.settings import IngestSettings, WorkerSettings
 from pipeline.threads import Failures, PeriodicThread, guarded
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.changes import ChangeFeed
-from pipeline.worker.lag import Ends, LagReporter
+from pipeline.worker.lag import EndOffsets, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.watchdog import Watchdog
@@ -98,7 +98,7 @@ class World:
     def mirror(self) -> Lab:
         mirror = LagReporter(
             lambda: {0: 0},
-            ends=lambda: Ends(self.log.high_watermarks(DELTAS), self.log.end_offsets(DELTAS)),
+            ends=lambda: EndOffsets(self.log.high_watermarks(DELTAS), self.log.end_offsets(DELTAS)),
             start_offsets=lambda: {0: 0},
             commit=lambda _: None,
             clock=self.clock,

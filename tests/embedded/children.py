@@ -13,10 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.adapters.cleaner import Cleaner
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded import EmbeddedLog
+from pipeline.adapters.embedded.cleaner import Cleaner
+from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.errors import PipelineError
 from pipeline.ports import Message

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX
-from pipeline.adapters.cleaner import Cleaner
+from pipeline.adapters.embedded.chunks import CHUNK_BYTES, CHUNK_RECORDS_MAX
+from pipeline.adapters.embedded.cleaner import Cleaner
 from pipeline.errors import LogCorrupt, RecordsLost, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import LogSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.adapters.embedded import EmbeddedLog, ends_path
+from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.record import STORE_META_KEY, definitions_prefix
 from pipeline.errors import LogCorrupt, StoreCorrupt

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import pipeline.metrics as m
-from pipeline.adapters.chunk import CHUNK_BYTES, CHUNK_RECORDS_MAX, Partition
-from pipeline.adapters.embedded import RECORD_BYTES_MAX, EmbeddedLog
+from pipeline.adapters.embedded.chunks import CHUNK_BYTES, CHUNK_RECORDS_MAX, Partition
+from pipeline.adapters.embedded.log import RECORD_BYTES_MAX, EmbeddedLog
 from pipeline.errors import Invalid, NotFound, NotReady, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import LogSettings

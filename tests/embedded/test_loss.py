@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import pipeline.metrics as m
-from pipeline.adapters.embedded import EmbeddedLog, ends_path
-from pipeline.adapters.whole import find_gaps
+from pipeline.adapters.embedded.integrity import find_gaps
+from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
 from pipeline.errors import LogCorrupt, RecordsLost
 from pipeline.ports import Message
 from pipeline.settings import LogSettings

@@ -12,17 +12,17 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
+from zlib import crc32
 
 import uvicorn
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.adapters.openmetrics import render_views
-from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.adapters.pushed import parse_pushed
+from pipeline.adapters.openmetrics import parse_pushed
+from pipeline.adapters.prometheus import PrometheusMetrics, render_views
+from pipeline.core.answer import PartitionStatus, Status
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_prefix, series_suffix
-from pipeline.core.route import route
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
@@ -34,7 +34,7 @@ from pipeline.query.facts import StoredFacts
 from pipeline.query.reader import ViewReader
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.support import again_and_again
 
 SECRET = "support"
@@ -59,7 +59,7 @@ class World:
         topics = dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count)
         self.log = MemoryLog(topics, self.clock.now_ms)
         self._stores = stores or MemoryStores()
-        self.partitions: list[Partition] = []
+        self.partitions: list[OwnedPartition] = []
         self._partition_count = partition_count
         self.work(worker or WorkerSettings(ts_ahead_max_ms=2**53))
         self.ready = True
@@ -76,7 +76,7 @@ class World:
         for partition in self.partitions:
             partition.close()
         self.partitions = [
-            Partition(
+            OwnedPartition(
                 number,
                 log=self.log,
                 stores=self._stores,
@@ -114,13 +114,13 @@ class World:
         except (NotFound, NotReady):
             return None
 
-    def status(self) -> dict[str, Any]:
-        return {
-            "ready": self.ready,
-            "partition_count": len(self.partitions),
-            "topic_id": self.log.topic_id(DELTAS),
-            "partitions": [{"partition": partition.number, "phase": "folding"} for partition in self.partitions],
-        }
+    def status(self) -> Status:
+        return Status(
+            ready=self.ready,
+            partition_count=len(self.partitions),
+            topic_id=self.log.topic_id(DELTAS),
+            partitions=[PartitionStatus(partition=it.number, phase="folding") for it in self.partitions],
+        )
 
     def token(self, next_offsets: Mapping[int, int]) -> Token:
         """A token of this log."""
@@ -149,7 +149,7 @@ class World:
         prefix = series_prefix(definition)
         parts: dict[int, dict[Sequence[str], Any]] = {}
         for labels, state in series.items():
-            number = route(prefix + series_suffix(labels), len(self.partitions))
+            number = crc32(prefix + series_suffix(labels)) % len(self.partitions)
             parts.setdefault(number, {})[labels] = state
         for number, part in parts.items():
             self.append(number, definition, part)

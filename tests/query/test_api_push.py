@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.adapters.pushed import parse_pushed
+from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import Unavailable

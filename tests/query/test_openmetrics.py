@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
-from pipeline.adapters.openmetrics import render_views
+from pipeline.adapters.prometheus import render_views
 from pipeline.core.exposition import Exposed, Exposition, choose
 from pipeline.core.record import Definition, definition_key, series_prefix, series_suffix
 from pipeline.errors import NotFound, Unavailable

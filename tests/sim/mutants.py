@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(
         3,
         "a restore ends where the log says that it ends",
-        "pipeline/worker/follower.py",
+        "pipeline/worker/restore.py",
         "        while not follower.lineage.passed:\n",
         "        end = log.watermarks(CHANGELOG, partition).end_offset\n"
         "        while not follower.lineage.passed and follower.next_offset < end:\n",
@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant(
         6,
         "a store is brought up to date however long it was away",
-        "pipeline/worker/follower.py",
+        "pipeline/worker/restore.py",
         "        if away_ms > delete_retention_ms:\n",
         "        if False:\n",
     ),
@@ -130,8 +130,8 @@ MUTANTS = (
         10,
         "a position beyond the end of deltas is folded on from",
         "pipeline/worker/partition.py",
-        "        if start <= next_offset <= end and not anew and not history:\n",
-        "        if start <= next_offset and not anew and not history:\n",
+        "what_is_gone(next_offset, start, end, anew=anew)\n",
+        "what_is_gone(next_offset, start, 2**63, anew=anew)\n",
         "cuts",
     ),
     Mutant(
@@ -145,9 +145,9 @@ MUTANTS = (
     Mutant(
         10,
         "a store that is ahead of its changelog is destroyed",
-        "pipeline/worker/partition.py",
-        "            set_store_aside(self.number, self._stores, error, accept_loss=accept_loss, metrics=self._metrics)\n",
-        "            self._stores.destroy(self.number)\n",
+        "pipeline/worker/restore.py",
+        "            self.set_aside(partition, error)\n",
+        "            self._stores.destroy(partition)\n",
         "cuts",
     ),
     Mutant(

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.adapters.memory import MemoryStores
 from pipeline.core import codec
+from pipeline.core.answer import known
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import EPOCH_NONE, FENCE_KEY, POSITION_KEY, Batch, Group, producer_key, series_suffix
 from pipeline.errors import Discontinuous, NotReady, PipelineError, RecordsLost, StoreAhead, Unavailable
@@ -16,9 +17,9 @@ from pipeline.ports import Message, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.follower import Follower, Progress, read_meta, read_position
-from pipeline.worker.partition import Partition
-from pipeline.worker.patience import PATIENCE_S
+from pipeline.worker.follower import Follower, read_meta, read_position
+from pipeline.worker.partition import OwnedPartition
+from pipeline.worker.restore import PATIENCE_S, RestoreProgress
 from tests.support import HandClock
 from tests.worker.support import VIEW, ChangingLog, fold_all, new_partition, series_of
 
@@ -45,7 +46,7 @@ class _World:
         self.clock = HandClock()
         self.log = _Log(self.clock, marker_count=marker_count)
         self.sequence = 0
-        self.told: list[Progress] = []
+        self.told: list[RestoreProgress] = []
 
     def send(self, **series: float) -> None:
         group = Group(VIEW, [series_suffix((name,)) for name in series], [*series.values()])
@@ -59,14 +60,14 @@ class _World:
         stopping: Callable[[], bool] = lambda: False,
         *,
         accept_loss: bool = False,
-    ) -> Partition:
+    ) -> OwnedPartition:
         settings = WorkerSettings(commit_timeout_ms=5_000, accept_loss=accept_loss)
         partition = new_partition(0, self.log, stores or MemoryStores(), self.clock, settings=settings)
         self.told.clear()
         partition.start(self.told.append, stopping)
         return partition
 
-    def fold(self, partition: Partition, count: int) -> None:
+    def fold(self, partition: OwnedPartition, count: int) -> None:
         """The next records, so many."""
         reader = self.log.reader(DELTAS)
         reader.assign({0: partition.task.next_offset})
@@ -131,8 +132,10 @@ def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -
         world.owner(stopping=lambda: world.clock.s > begun_s + 5 * PATIENCE_S)
     waiting = new_partition(0, world.log, MemoryStores(), world.clock)
     status = partition_status(waiting, None, world.told[-1])
-    assert "a transaction of somebody else is open" in status["restore"]["waiting"]
-    assert "kafka-transactions.sh" in status["restore"]["waiting"]
+    restore = known(status.restore)
+    assert restore is not None
+    assert "a transaction of somebody else is open" in restore.waiting
+    assert "kafka-transactions.sh" in restore.waiting
     world.log.show()
     assert go_on(world) == {"x": 11, "y": 11}
     assert not world.told[-1].waiting
@@ -288,7 +291,7 @@ def test_a_tail_that_can_not_be_looked_at(world: _World) -> None:
     assert series_of(accepting.store) == {"x": 4}
 
 
-def fold_on(world: _World, owner: Partition) -> None:
+def fold_on(world: _World, owner: OwnedPartition) -> None:
     reader = world.log.reader(DELTAS)
     offset, epoch = owner.resume()
     reader.assign({0: offset}, {0: epoch})

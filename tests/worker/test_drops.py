@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 from pipeline.adapters.memory import MemoryStores
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Control, Definition, Group, prefix_end, series_prefix, series_suffix
@@ -31,21 +33,23 @@ def test_each_drop_has_a_commit_of_its_own() -> None:
     log, stores = ChangingLog(1, clock), MemoryStores()
     partition = new_partition(0, log, stores, clock, settings=WorkerSettings(overlay_entries_max=SERIES))
     partition.start()
-    held = ActivePartition(partition, 60.0)
-    held.bound.entries_max = 10**6
+    active = ActivePartition(partition, 60.0)
+    active.end_start()
+    active.bound.entries_max = 10**6
     values = [filled(it, number, SERIES) for number, it in enumerate(VIEWS)]
     for number, it in enumerate(VIEWS):
         values += [dropped(it, 3 + 2 * number), filled(it, 4 + 2 * number, 1)]
     log.append([Message(DELTAS, 0, None, value) for value in values], timeout_s=1)
     reader = log.reader(DELTAS)
     reader.assign({0: 0})
-    held.unfolded += reader.poll(record_count_max=1_000, bytes_max=2**30, timeout_s=0)
+    for records in reader.poll(record_count_max=1_000, bytes_max=2**30, timeout_s=0):
+        active.take(records)
     tombstones = []
-    while held.unfolded or partition.task.dirty:
-        held.fold_waiting()
-        held.note_frozen()
+    while active.fold() or partition.task.dirty:
+        active.freeze()
+        active.begin_commit(Future())
         tombstones.append(partition.commit().values.count(None))
-        held.full = False
+        active.end_commit()
     assert partition.task.next_offset == len(values)
     assert max(tombstones) <= SERIES + 1, tombstones
     assert sum(tombstones) >= SERIES * 2, "the first can be folded with what it drops"

@@ -12,18 +12,9 @@ from pipeline.core.record import FENCE_KEY, POSITION_KEY, Fence, Position, Recor
 from pipeline.errors import NewerFormat, NotReady, RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Message
 from pipeline.topics import CHANGELOG
-from pipeline.worker.follower import (
-    MARKERS_MAX,
-    Follower,
-    Progress,
-    StoreMeta,
-    check_restorable,
-    read_meta,
-    restore,
-    write_entries,
-)
+from pipeline.worker.follower import MARKERS_MAX, Follower, StoreMeta, read_meta, write_entries
 from pipeline.worker.foreign import Barrier
-from pipeline.worker.newer import check_format
+from pipeline.worker.restore import RestoreProgress, check_format, check_restorable, restore
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, ChangingLog, WatchedStore, Worker, series_of
 
@@ -232,7 +223,7 @@ def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
     worker = Worker(log, clock)
     for i in range(10):
         worker.commit(0, {str(i): i})
-    stores, told = MemoryStores(), list[Progress]()
+    stores, told = MemoryStores(), list[RestoreProgress]()
     barrier = fence(log, clock)
 
     def go(stop_after: int) -> int:

@@ -22,7 +22,7 @@ from pipeline.ports import NO_BEGINS, Begins, Message, Store, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from tests.support import wait_until
 from tests.worker.support import DAY_MS, TOPICS, VIEW, is_fence, series_of
@@ -134,11 +134,11 @@ class _Host:
             lag_max_s=1.0,  # so that it looks often
         )
         self.replicas.follow(frozenset())
-        self.made: list[Partition] = []
+        self.made: list[OwnedPartition] = []
 
-        def make(number: int) -> Partition:
+        def make(number: int) -> OwnedPartition:
             self.made.append(
-                Partition(
+                OwnedPartition(
                     number,
                     log=log,
                     stores=self.stores,
@@ -371,7 +371,7 @@ def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
         world.exact(number)
     gate = world.log.held[0] = threading.Event()
     world.send(0)
-    wait_until(lambda: a.loop._actives.all[0].commit, "a commit")
+    wait_until(lambda: a.loop._actives.all[0].is_committing, "a commit")
     folding, go_on = threading.Event(), threading.Event()
     fold = a.made[1].fold
 
@@ -385,7 +385,7 @@ def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
     assert folding.wait(30)
     world.log.transaction("pipeline-0")
     a.assign(1)
-    commit = a.loop._actives.all[0].commit
+    commit = a.loop._actives.all[0].commit_future()
     assert commit is not None
     gate.set()
     wait_until(commit.done, "the end of the commit")
@@ -483,7 +483,7 @@ def test_lost_before_it_fences(world: _World) -> None:
     a.assign(0)
     assert world.log.asked.wait(30)
     a.assign()
-    wait_until(lambda: all(active.lost for active in a.loop._actives.all.values()), "the assignment to be acted upon")
+    wait_until(lambda: all(not active.is_ours for active in a.loop._actives.all.values()), "the assignment to be acted upon")
     world.log.held_ask = None
     gate.set()
     wait_until(lambda: not a.loop._actives.all, "the end of the start")

@@ -9,8 +9,8 @@ import pytest
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryLog
 from pipeline.adapters.rocks import RocksStores
+from pipeline.core.query import Query
 from pipeline.core.record import Definition, prefix_end, view_prefix
-from pipeline.core.view import Query
 from pipeline.errors import LogCorrupt, NotReady, StoreCorrupt, Unavailable
 from pipeline.ports import ReadableStore
 from pipeline.query.ends import EndsNow
@@ -100,7 +100,7 @@ def test_a_damaged_store_is_made_anew(server: Server) -> None:
     for look in (server.total, server.reader.views, server.reader.partitions):
         with pytest.raises(NotReady, match=r"restoring: about .* rebuilding what was damaged"):
             look()
-    assert [it["phase"] for it in server.loop.status()] == ["following", "restoring"]
+    assert [it.phase for it in server.loop.status()] == ["following", "restoring"]
     server.follow()
     assert server.total() == TOTAL
     assert server.rebuilt() == [0, 1]

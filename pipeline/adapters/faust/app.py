@@ -38,7 +38,7 @@ from mode import Service
 from mode.threads import WorkerThread
 from yarl import URL
 
-from pipeline.adapters.faust.wire import (
+from pipeline.adapters.faust.member_metadata import (
     NOBODY,
     AppIdentity,
     as_topic_groups,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 
 from aiokafka import errors
 
+from pipeline.adapters.kafka.errors import RateLimitFilter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 
 _GRANT = "grant it with kafka-acls"
+_LOGGERS = ("aiokafka", "aiokafka.conn", "aiokafka.consumer.group_coordinator", "faust", "faust.app.base")
+_NORMAL = (
+    "Group Coordinator Request failed: [Error 15]",  # the first member of a new cluster, for some seconds
+    "Missing sensor state",  # nobody measures rebalances there
+    "because it is rebalancing",
+)
 
 
 def translate(error: BaseException, group: str, what: str, *, needs: str = "READ") -> PipelineError:
@@ -37,3 +45,19 @@ def translate(error: BaseException, group: str, what: str, *, needs: str = "READ
         case ssl.SSLError():
             return Invalid(f"{what}: {error}: check ssl.* and security.protocol in the setting `kafka`")
     return Unavailable(f"{what}: {error!r}")
+
+
+class _Quiet(RateLimitFilter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it."""
+        return not any(text in record.getMessage() for text in _NORMAL) and super().filter(record)
+
+
+def quieten() -> None:
+    """Of all members of this process. Twice is fine."""
+    if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
+        logging.getLogger("faust").setLevel(logging.WARNING)
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(it, _Quiet) for it in logger.filters):
+            logger.addFilter(_Quiet())

@@ -12,10 +12,9 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError, for_code
 
-from pipeline.adapters.faust.errors import translate
-from pipeline.adapters.faust.logs import quieten
+from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.member_metadata import CLIENT, name_and_url, partitions_of
 from pipeline.adapters.faust.security import Security
-from pipeline.adapters.faust.wire import CLIENT, name_and_url, partitions_of
 from pipeline.adapters.kafka.options import Address
 from pipeline.ports import Member
 from pipeline.topics import CHANGELOG, DELTAS

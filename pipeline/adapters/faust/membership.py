@@ -21,10 +21,9 @@ from faust.auth import Credentials, SASLCredentials, SSLCredentials
 from yarl import URL
 
 from pipeline.adapters.faust.app import MemberApp, Ours
-from pipeline.adapters.faust.errors import translate
-from pipeline.adapters.faust.logs import quieten
+from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.member_metadata import CLIENT, NOWHERE, refusal
 from pipeline.adapters.faust.security import PLAIN, Security
-from pipeline.adapters.faust.wire import CLIENT, NOWHERE, refusal
 from pipeline.core.codec import FORMAT
 from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics

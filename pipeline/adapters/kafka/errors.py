@@ -10,6 +10,7 @@ rdkafka.h and INTRODUCTION.md; [M] measured, see tests/broker.
 
 from __future__ import annotations
 
+import logging
 import re
 from enum import Enum
 from typing import NamedTuple
@@ -45,6 +46,9 @@ _NEEDS = "READ, WRITE or DESCRIBE on the topic"
 _FRAME = re.compile(r"^\S+/(?:bootstrap|\d+): | \(after \d+ms in state .*$")
 """What librdkafka puts around the words of a connection."""
 _UPGRADE = "Kafka 2.5 or newer is needed"
+_REPEAT_S = 60.0
+_REMEMBERED_MAX = 1_000
+_VARYING = re.compile(r"\d+ms|#\w+-\d+|, \d+ identical error\(s\) suppressed")
 
 CODES: dict[str, Code] = {
     # The other side is away, or busy with becoming the other side.
@@ -193,3 +197,41 @@ def translate(error: KafkaError, what: str, verdict: Verdict | None = None, *, n
         case Verdict.MESSAGE | Verdict.OPERATOR:
             return Invalid(text)
     return PipelineError(text)
+
+
+class Cause:
+    """An `error_cb`: why nobody answers. Safe from any thread, as long as somebody polls the client."""
+
+    def __init__(self) -> None:
+        self.last: KafkaError | None = None
+        """What was wrong with a connection, since `forget`."""
+
+    def __call__(self, error: KafkaError) -> None:
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says less than the one before
+            self.last = error
+
+    def forget(self) -> None:
+        """Somebody has answered."""
+        self.last = None
+
+    def text(self, error: KafkaError) -> str:
+        """The reason in words; `error` is what the call failed with, which says little."""
+        return text_of(self.last or error)
+
+
+class RateLimitFilter(logging.Filter):
+    """Lets a line through once a minute: a broker that is away is told of at each attempt, which is many a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_s: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it."""
+        key = _VARYING.sub("", record.getMessage())
+        if record.created < self._next_s.get(key, 0.0):
+            return False
+        if len(self._next_s) >= _REMEMBERED_MAX:
+            self._next_s.clear()
+        self._next_s[key] = record.created + _REPEAT_S
+        return True

@@ -11,17 +11,16 @@ from typing import Any, TypeVar
 from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import Verdict, code_of, error_of, translate
+from pipeline.adapters.kafka.errors import Cause, Verdict, code_of, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
-from pipeline.adapters.kafka.said import Cause
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message, Watermarks
 from pipeline.settings import KafkaSettings
-from pipeline.topics import CHANGELOG, DELTAS, Topic
+from pipeline.topics import DELTAS
 
 T = TypeVar("T")
 _BACKOFF_S = 0.1
@@ -308,30 +307,3 @@ class KafkaLog:
         """Give back connections, and end the calls that wait for an answer. Twice is fine."""
         self._closed.set()
         self._writer.close()
-
-
-def check_topics(log: KafkaLog, names: Sequence[str]) -> int:
-    """How many partitions the topics have; `Invalid` if they differ, `Unavailable` if no broker answers."""
-    log.connect(names)
-    counts = {name: log.partition_count(name) for name in names}
-    if len(set(counts.values())) > 1:
-        said = ", ".join(f"{log.address.topic(name)} {count}" for name, count in counts.items())
-        raise Invalid(
-            f"the topics need as many partitions as each other, but have: {said}; pipeline topics plan --to {log.address}"
-        )
-    return counts[names[0]]
-
-
-def check_changelog(log: KafkaLog, described: Topic) -> int:
-    """For how many ms the changelog keeps tombstones, at least; `Invalid` if it deletes state. Warns of what is unwise."""
-    options = log.topic_options(CHANGELOG)
-    name, do = log.address.topic(CHANGELOG), f"pipeline topics plan --to {log.address}"
-    policy = options.get("cleanup.policy", "compact")
-    if policy != "compact":
-        raise Invalid(f"topic {name} has cleanup.policy={policy}, which deletes committed state; it must be compact: {do}")
-    for option in ("min.compaction.lag.ms", "message.timestamp.type"):
-        wanted = described.kafka.get(option)
-        found = options.get(option)
-        if found is not None and wanted is not None and (int(found) < wanted if type(wanted) is int else found != wanted):
-            _log.warning("topic %s has %s=%s, not %s: query servers need it; %s", name, option, found, wanted, do)
-    return min(described.delete_retention_ms, int(options.get("delete.retention.ms", described.delete_retention_ms)))

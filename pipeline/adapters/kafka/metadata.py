@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import error_of, translate
+from pipeline.adapters.kafka.errors import Cause, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options
-from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
 from pipeline.threads import GREEN_INTERVAL_S, are_green, guarded

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from pipeline.adapters.kafka.said import RateLimitFilter
+from pipeline.adapters.kafka.errors import RateLimitFilter
 from pipeline.errors import Invalid
 
 _log = logging.getLogger("pipeline.kafka")

@@ -19,7 +19,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate
+from pipeline.adapters.kafka.errors import Cause, Verdict, code_of, describe, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options, try_user_options
 from pipeline.adapters.kafka.plan import (
     DEFAULT_REPLICATION,
@@ -32,7 +32,6 @@ from pipeline.adapters.kafka.plan import (
     Wish,
     make_plan,
 )
-from pipeline.adapters.kafka.said import Cause
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock
 from pipeline.topics import Topic

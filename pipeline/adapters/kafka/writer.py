@@ -15,10 +15,9 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 from confluent_kafka.admin import ClusterMetadata
 
-from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of
+from pipeline.adapters.kafka.errors import Cause, RateLimitFilter, Verdict, code_of, describe, error_of
 from pipeline.adapters.kafka.metadata import Denied, Metadata
 from pipeline.adapters.kafka.options import Address, publisher_options, try_user_options
-from pipeline.adapters.kafka.said import Cause, RateLimitFilter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
 from pipeline.threads import GREEN_INTERVAL_S, POLL_INTERVAL_S, PeriodicThread, are_green, wait_in_c

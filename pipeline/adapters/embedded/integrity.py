@@ -1,0 +1,197 @@
+"""Whether an embedded log is whole. It is looked at before it is opened for writing, which deletes what could be saved.
+
+Three things together show the loss of any file, or of a part of it:
+- RocksDB does not open without a file that its manifest names, and checks a checksum of every block that is read.
+- What it takes for an honest end, a write-ahead log that is gone, or cut, or a manifest that is older than it was, makes a
+  partition end below the end that is noted beside the log (ends.py), or leaves a gap in the chain of its chunks (chunk.py).
+- At its start such a gap can be only in what was not in files yet when the log was used last: from there on the chain is
+  read. The rest of it is checked by whoever reads it, and by `pipeline verify`.
+
+To go on without what is gone is a decision: `accept_loss`. The log's files are then copied aside (files that never change
+are linked), RocksDB repairs what it can if it does not open, all of it is read, and in the place of what is missing stands
+a chunk without records that says so, because an offset must never mean two records: a token of a lost one would be satisfied
+by another. A reader that comes to it without `accept_loss` ends with `RecordsLost`. Only what is missing at the end of a
+compacted topic is not marked. There the topic ends earlier than it did, so that its stores are ahead of it, which is
+another decision for whoever starts it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from rocksdict import WriteBatch
+
+import pipeline.metrics as m
+from pipeline.adapters.datadir import aside, translate_os
+from pipeline.adapters.embedded.checkpoint import Noted
+from pipeline.adapters.embedded.chunks import Chunk, Partition, encode, lost_chunk
+from pipeline.adapters.rocks import Cursor
+from pipeline.errors import LogCorrupt
+from pipeline.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_SAID_MAX = 5
+
+
+class Log(Protocol):
+    """What is needed of an `EmbeddedLog`."""
+
+    def all_partitions(self) -> list[Partition]: ...
+
+    def cursor(self) -> Cursor: ...
+
+    def stored_chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]: ...
+
+    def noted(self, partition: Partition) -> Noted: ...
+
+    def gap(self, partition: Partition, begin: int, end: int) -> LogCorrupt: ...
+
+    def put_meta(self, batch: WriteBatch, partition: Partition) -> None: ...
+
+    def write(self, batch: WriteBatch, *, durable: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Gap(NamedTuple):
+    """Offsets of a partition at which there were records, and of which nothing is left."""
+
+    topic: str
+    partition: int
+    begin: int
+    end: int
+
+    def __str__(self) -> str:
+        """Text for a person."""
+        return f"{self.topic}-{self.partition}: {self.end - self.begin} records ({self.begin} to {self.end - 1}) are gone"
+
+
+def find_gaps(log: Log, *, full: bool = False) -> list[Gap]:
+    """Return what is missing; with `full` all of the log is read, otherwise as little as the module says.
+
+    Raises `LogCorrupt` if something can't be read, or files of different times are mixed.
+    """
+    cursor = log.cursor()
+    return [
+        Gap(partition.topic.name, partition.number, begin, end)
+        for partition in log.all_partitions()
+        for begin, end in _gaps(log, cursor, partition, full=full)
+    ]
+
+
+def _gaps(log: Log, cursor: Cursor, partition: Partition, *, full: bool) -> Iterator[tuple[int, int]]:
+    noted, meta = log.noted(partition), partition.meta
+    start, end = max(meta.start_offset, noted.start_offset), max(meta.end_offset, noted.end_offset)
+    # From one before: the chunk that ends there is named by the manifest, so it tells of an older manifest.
+    begin = start if full else max(start, noted.flushed_offset - 1)
+    if begin > start:
+        first = next(log.stored_chunks(cursor, partition, start), None)
+        if first is not None and first[1].begin > start:
+            yield start, min(begin, first[1].begin)
+    expected = begin
+    for last_offset, chunk, _ in log.stored_chunks(cursor, partition, begin):
+        if chunk.begin > expected:
+            yield expected, chunk.begin
+        elif chunk.begin < expected and expected != begin:
+            raise log.gap(partition, expected, chunk.begin)
+        expected = last_offset + 1
+    if expected < end:
+        yield expected, end
+
+
+def said(gaps: Sequence[Gap]) -> str:
+    """Text for a person: how many records are gone, and where."""
+    some = "; ".join(map(str, gaps[:_SAID_MAX]))
+    more = f"; and {len(gaps) - _SAID_MAX} more gaps" if len(gaps) > _SAID_MAX else ""
+    return f"{sum(gap.end - gap.begin for gap in gaps)} records are gone: {some}{more}"
+
+
+def check(
+    path: Path, ends: Path, *, look: Callable[[], Log], repair: Callable[[], None], accept_loss: bool, now_ms: int
+) -> list[Gap]:
+    """Return the gaps of a log that is about to be opened for writing, and that somebody decided to go on without.
+
+    `look` opens it for reading. Raises `LogCorrupt` if the log is not whole and nobody has decided.
+    """
+    if not _is_there(path):
+        if not ends.exists() or not ends.stat().st_size:
+            return []
+        text = f"log {path} is gone: {ends} says that there was one"
+        if not accept_loss:
+            raise LogCorrupt(f"{text}; bring it back, or start with --accept-loss to begin anew")
+        _log.error("%s; beginning anew", text)
+        ends.unlink()
+        return []
+    try:
+        gaps = _look(look, full=accept_loss)
+    except LogCorrupt as error:
+        if not accept_loss:
+            hint = "bring it back from a backup, or start with --accept-loss to go on with what can be read"
+            raise LogCorrupt(f"{error}; {hint}") from None
+        kept = keep_copy(path, now_ms)
+        _log.error("%s; all that is there is kept in %s, and what can be read is repaired", error, kept)
+        repair()
+        gaps = _look(look, full=True)
+    else:
+        if not gaps:
+            return []
+        if not accept_loss:
+            hint = "bring the log back from a backup, or start with --accept-loss to go on without them"
+            raise LogCorrupt(f"log {path}: {said(gaps)}; {hint}")
+        kept = keep_copy(path, now_ms)
+    if gaps:
+        _log.error("log %s: %s; going on without them; the log as it was is kept in %s", path, said(gaps), kept)
+    return gaps
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a log, or what is left of one; a first start that was killed leaves neither of these."""
+    return (path / "CURRENT").exists() or any(path.glob("*.sst"))
+
+
+def _look(look: Callable[[], Log], *, full: bool) -> list[Gap]:
+    with closing(look()) as log:
+        return find_gaps(log, full=full)
+
+
+def keep_copy(path: Path, now_ms: int) -> Path:
+    """Copy the files of a log aside, and return where they are. What never changes is linked, and costs nothing."""
+    kept = aside(path, now_ms)
+    with translate_os(f"a copy of {path}"):
+        kept.mkdir()
+        for file in path.iterdir():
+            if file.name == "LOCK" or not file.is_file():
+                continue
+            if file.suffix == ".sst":
+                try:
+                    os.link(file, kept / file.name)
+                    continue
+                except OSError:  # a file system without links
+                    pass
+            shutil.copy2(file, kept / file.name)
+    return kept
+
+
+def mark_lost(log: Log, gaps: Sequence[Gap], metrics: Metrics, now_ms: int) -> None:
+    """Close gaps of a log that was just opened, in one write: with chunks that say so, or by an earlier end."""
+    batch = WriteBatch(raw_mode=True)
+    partitions = {(it.topic.name, it.number): it for it in log.all_partitions()}
+    for gap in gaps:
+        partition = partitions[gap.topic, gap.partition]
+        meta = partition.meta
+        metrics.inc(m.LOG_LOST, gap.end - gap.begin, gap.topic)
+        if gap.end >= meta.end_offset and partition.topic.cleanup_policy == "compact":
+            meta.end_offset = gap.begin
+            meta.clean_end_offset = min(meta.clean_end_offset, gap.begin)
+            meta.horizon_offset = min(meta.horizon_offset, gap.begin)
+        else:
+            batch.put(partition.key(gap.end - 1), encode(lost_chunk(gap.begin, now_ms)))
+            meta.end_offset, meta.newest_ms = max(meta.end_offset, gap.end), max(meta.newest_ms, now_ms)
+        log.put_meta(batch, partition)
+    log.write(batch, durable=True)

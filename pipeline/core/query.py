@@ -1,0 +1,341 @@
+"""Queries of views: which series match, what they merge to, which of them make the answer; and orders about views.
+
+A series may live in several partitions, so an answer is a fold over all of them with the same `merge` that buffers and
+overlays use: the order of partitions and of entries does not matter. Rows travel column by column: `labels[i]` are the
+label values, in the definition's order, of the series whose state is `states[i]`.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import itemgetter
+from typing import Any
+
+import msgspec
+
+from pipeline.core.codec import DefinitionEntry
+from pipeline.core.kinds import KIND_NAMES, Kind, State
+from pipeline.core.record import CONTROL_ACTIONS, NAME, NAME_BYTES_MAX, Control, Definition
+from pipeline.errors import BadRecord, Invalid, NotFound
+
+Labels = tuple[str, ...]
+Entry = tuple[bytes, bytes]
+"""A key and its value, as a store scans them."""
+
+_MATCHER = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)(=~|!~|!=|=)(.*)", re.DOTALL)
+_decode_rows = msgspec.msgpack.Decoder(list[Labels]).decode
+
+
+class Matcher(msgspec.Struct, frozen=True):
+    """A condition on one label's value, as in Prometheus: `=`, `!=`, or a regular expression `=~`, `!~`."""
+
+    label: str
+    op: str
+    pattern: str
+
+
+class Query(msgspec.Struct, frozen=True):
+    """What to read of a view."""
+
+    view: str
+    where: tuple[Matcher, ...] = ()
+    """All must match."""
+    by: Labels | None = None
+    """Labels to keep; series that agree in them merge. Empty: one total. None: each series by itself."""
+    top: int | None = None
+    """Only so many, those with the largest answers, largest first. None: all, in the order of their labels."""
+    limit: int = 10_000
+    """Most series in the answer."""
+    kind: str | None = None
+    """Of a view with definitions of several kinds, which of them; None: the one that was defined first."""
+    window_s: int | None = None
+    """The same for the length of windows; 0: without windows."""
+
+
+class Alternative(msgspec.Struct, frozen=True):
+    """A kind and window that a view has too, beside those that an answer is about."""
+
+    kind: str
+    window_s: int
+    """0: without windows."""
+
+
+class MergedDefinition(msgspec.Struct, frozen=True):
+    """What a read of a view merges: all its definitions of one kind and window."""
+
+    definition: Definition
+    """All of them together: its labels are those of any of them, and it is monotone if each of them is."""
+    parts: tuple[Definition, ...]
+    also: tuple[Alternative, ...] = ()
+    """What the view has beside them."""
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """A definition of a view, in all partitions together."""
+
+    definition: Definition
+    series_count: int
+    """A series that lives in two partitions counts twice."""
+    defined_at_ms: int
+    """When the log accepted the first batch of it."""
+    answers: bool
+    """Whether a read that chooses no kind and no window merges it."""
+
+
+class Selected(msgspec.Struct, frozen=True):
+    """The rows of an answer, and how many there were before `top` and `limit` cut."""
+
+    labels: list[Labels]
+    values: list[Any]
+    series_total: int
+
+
+def parse_matcher(text: str) -> Matcher:
+    """`region=eu`, `region!=eu`, `region=~e.*` or `region!~e.*`; `Invalid` for anything else."""
+    match = _MATCHER.fullmatch(text)
+    if match is None:
+        raise Invalid(f"where: {text[:100]!r} is not label=value, label!=value, label=~regex or label!~regex")
+    return Matcher(match[1], match[2], match[3])
+
+
+def describe(definition: Definition) -> str:
+    """A definition in short, for messages: `sum(region, product)`, `monotone sum(region)`."""
+    return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)})"
+
+
+def merged(
+    view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = None, window_s: int | None = None
+) -> MergedDefinition:
+    """What a read of `view` merges, given its definition entries in all partitions: those of one kind and window.
+
+    Without `kind` and `window_s` it is the kind and window that were defined first, so that nobody can disturb a view that
+    exists. `NotFound` if there is no such view, or none of it is of the kind and window that were asked for.
+    """
+    first: dict[tuple[str, int], tuple[int, tuple[str, int]]] = {}
+    parts: dict[tuple[str, int], set[Definition]] = {}
+    for entry in entries:
+        shape = entry.definition.kind, entry.definition.window_s
+        first[shape] = min(first.get(shape, (entry.defined_at_ms, shape)), (entry.defined_at_ms, shape))
+        parts.setdefault(shape, set()).add(entry.definition)
+    if not parts:
+        raise NotFound(f"no view {view[:100]!r}")
+    fitting = [shape for shape in parts if kind in (None, shape[0]) and window_s in (None, shape[1])]
+    if not fitting:
+        known = ", ".join(f"{name}{f' in windows of {length} s' if length else ''}" for name, length in sorted(parts))
+        raise NotFound(f"view {view} has no definition of this kind and window; it is {known}")
+    chosen = min(fitting, key=lambda shape: first[shape])
+    found = sorted(parts[chosen], key=lambda it: (it.labels, it.monotone, it.retention_s, it.parameters))
+    labels = tuple(sorted({label for it in found for label in it.labels}))
+    together = Definition(view, chosen[0], labels, chosen[1], all(it.monotone for it in found))
+    also = tuple(Alternative(*shape) for shape in sorted(parts) if shape != chosen)
+    return MergedDefinition(together, tuple(found), also)
+
+
+def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
+    """All definitions in definition entries of all partitions, by view; those that answer for a view come first."""
+    counts: dict[Definition, int] = {}
+    since: dict[Definition, int] = {}
+    views: dict[str, list[DefinitionEntry]] = {}
+    for entry in entries:
+        definition = entry.definition
+        counts[definition] = counts.get(definition, 0) + entry.series_count
+        since[definition] = min(since.get(definition, entry.defined_at_ms), entry.defined_at_ms)
+        views.setdefault(definition.view, []).append(entry)
+    answering = {it for view, its in views.items() for it in merged(view, its).parts}
+    found = [Listed(it, count, since[it], it in answering) for it, count in counts.items()]
+    return sorted(
+        found,
+        key=lambda it: (
+            it.definition.view,
+            not it.answers,
+            it.definition.kind,
+            it.definition.window_s,
+            it.definition.labels,
+        ),
+    )
+
+
+def widen(merged: MergedDefinition, part: Definition) -> Callable[[list[Labels]], list[Labels]]:
+    """A function from rows of label values of one definition to rows of the merged one: a label that it lacks is empty."""
+    if part.labels == merged.definition.labels:
+        return lambda rows: rows
+    place = [part.labels.index(label) if label in part.labels else len(part.labels) for label in merged.definition.labels]
+    return lambda rows: [tuple([padded[i] for i in place]) for row in rows for padded in [(*row, "")]]
+
+
+def narrow(merged: MergedDefinition, part: Definition, labels: Labels) -> Labels | None:
+    """The label values, in one definition, of the series that has `labels` in the merged one; None: it can't have it."""
+    named = dict(zip(merged.definition.labels, labels, strict=True))
+    own = tuple([named.pop(label) for label in part.labels])
+    return None if any(named.values()) else own
+
+
+def label_index(definition: Definition, label: str) -> int:
+    """Where `label` stands in the view's label values; `Invalid`, naming the view's labels, if it has no such label."""
+    try:
+        return definition.labels.index(label)
+    except ValueError:
+        raise Invalid(
+            f"view {definition.view} has no label {label[:100]!r}; its labels: {', '.join(definition.labels) or 'none'}"
+        ) from None
+
+
+def pinned_labels(definition: Definition, where: Sequence[Matcher]) -> Labels | None:
+    """The label values of the only series that can match, if `where` has an equality for every label of the view."""
+    pinned = {matcher.label: matcher.pattern for matcher in where if matcher.op == "="}
+    try:
+        return tuple(pinned[label] for label in definition.labels)
+    except KeyError:
+        return None
+
+
+def is_complete(definition: Definition, by: Sequence[str] | None) -> bool:
+    """Whether each group is one series, because every label is kept."""
+    return by is None or set(by) >= set(definition.labels)
+
+
+def group_key(definition: Definition, by: Sequence[str] | None) -> Callable[[Sequence[Labels]], Sequence[Labels]]:
+    """A function from rows of label values to the label values of their groups."""
+    if by is None or tuple(by) == definition.labels:
+        return lambda rows: rows
+    index = [label_index(definition, label) for label in by]
+    if not index:
+        return lambda rows: [()] * len(rows)
+    if len(index) == 1:
+        only = index[0]
+        return lambda rows: [(row[only],) for row in rows]
+    pick = itemgetter(*index)
+    return lambda rows: [*map(pick, rows)]
+
+
+def fold(kind: Kind, groups: dict[Labels, State], keys: Sequence[Labels], states: Sequence[State]) -> None:
+    """Merge `states[i]` into `groups[keys[i]]`."""
+    merge, get = kind.merge, groups.get
+    for key, state in zip(keys, states, strict=True):
+        old = get(key)
+        groups[key] = state if old is None else merge(old, state)
+
+
+def decode_labels(keys: Sequence[bytes], skip: int, width: int) -> list[Labels]:
+    """The `width` label values of each key, which begin behind `skip` bytes; `BadRecord` if these are not label values.
+
+    One call decodes all, so bytes that are missing in one key and left over in another can make up for each other: the
+    keys must have been checked when they were folded, as those of a store were.
+    """
+    try:
+        rows = _decode_rows(b"\xdd" + len(keys).to_bytes(4, "big") + b"".join([key[skip:] for key in keys]))
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadRecord(f"series key: {error}") from None
+    if not {width}.issuperset(map(len, rows)):
+        raise BadRecord(f"series key: not {width} label values")
+    return rows
+
+
+def chain_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    """The entries of all scans, as columns of at most `size`."""
+    for scan in scans:
+        while block := list(islice(scan, size)):
+            yield [key for key, _ in block], [value for _, value in block]
+
+
+def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    """The entries of all scans, as columns, so that no key stands in two blocks; each scan is sorted by key.
+
+    So a block's series are complete, whichever partitions they live in, and need not be held until the end.
+    """
+    buffers: list[tuple[list[bytes], list[bytes], Iterator[Entry]]] = [([], [], scan) for scan in scans]
+    while buffers:
+        ends = []
+        for keys, values, scan in buffers:
+            more = list(islice(scan, size - len(keys)))
+            keys += [key for key, _ in more]
+            values += [value for _, value in more]
+            if len(keys) == size:  # a scan that yields less has ended, and holds nothing back
+                ends.append(keys[-1])
+        end = min(ends, default=None)
+        out_keys: list[bytes] = []
+        out_values: list[bytes] = []
+        for keys, values, _ in buffers:
+            count = len(keys) if end is None else bisect_right(keys, end)
+            out_keys += keys[:count]
+            out_values += values[:count]
+            del keys[:count], values[:count]
+        if out_keys:
+            yield out_keys, out_values
+        if end is None:
+            return
+
+
+class TopN:
+    """Keeps what `top` and `limit` select from groups that are offered once each; holds little more than those."""
+
+    def __init__(self, kind: Kind, *, top: int | None, limit: int) -> None:
+        self._kind = kind
+        self._top = top
+        self._most = limit if top is None else min(top, limit)
+        self._rows: list[tuple[Any, State]] = []
+        self._bound: Any = None
+        """What ranks behind it has lost."""
+        self._total = 0
+
+    def offer(self, groups: Mapping[Labels, State]) -> None:
+        """Take part; `Invalid` if `top` was asked for and an answer is no number."""
+        self._total += len(groups)
+        rows: Any = groups.items()
+        if self._top is not None:
+            rows = zip(map(self._rank, groups, groups.values()), groups.values(), strict=True)
+        if self._bound is not None:
+            rows = [row for row in rows if row[0] < self._bound]
+        self._rows += rows
+        if len(self._rows) > self._most + max(self._most // 4, 4_096):
+            self._cut()
+
+    def _rank(self, labels: Labels, state: State) -> tuple[bool, int | float, Labels]:
+        value = self._kind.answer(state)
+        if value is None:  # `last` of nothing: behind all numbers
+            return True, 0, labels
+        if type(value) is not int and type(value) is not float:
+            raise Invalid(f"top needs answers that are numbers; {list(labels)} has a {type(value).__name__}")
+        return False, -value, labels
+
+    def _cut(self) -> None:
+        self._rows.sort(key=itemgetter(0))
+        del self._rows[self._most :]
+        if len(self._rows) == self._most:
+            self._bound = self._rows[-1][0]
+
+    def selected(self) -> Selected:
+        """The rows chosen from all that was offered, in their order."""
+        self._cut()
+        ranks = [rank for rank, _ in self._rows]
+        labels = ranks if self._top is None else [rank[-1] for rank in ranks]
+        return Selected(labels, [self._kind.answer(state) for _, state in self._rows], self._total)
+
+
+def order(action: str, view: str, kind: str | None, labels: Sequence[str] | None) -> Control:
+    """Return the order to `drop` or `reset` those definitions of a view that have this kind and exactly these labels.
+
+    None means any. Raises `Invalid` for an action, view or kind that can't be.
+    """
+    if action not in CONTROL_ACTIONS:
+        raise Invalid(f"unknown action {action:.50}; known: {', '.join(CONTROL_ACTIONS)}")
+    if not NAME.match(view) or len(view) > NAME_BYTES_MAX:
+        raise Invalid(f"not the name of a view: {view[:NAME_BYTES_MAX]!r}")
+    if kind is not None and kind not in KIND_NAMES:
+        raise Invalid(f"unknown kind {kind[:50]!r}; known: {', '.join(KIND_NAMES)}")
+    return Control(action, view, kind or "", None if labels is None else tuple(sorted(labels)))
+
+
+def concerned(control: Control, known: Iterable[Listed]) -> list[Listed]:
+    """Return the known definitions that an order is about. Raises `NotFound`, naming what there is, if there are none."""
+    of_view = [it for it in known if it.definition.view == control.view]
+    if not of_view:
+        raise NotFound(f"no view {control.view}")
+    found = [it for it in of_view if control.concerns(it.definition)]
+    if not found:
+        there = ", ".join(describe(it.definition) for it in of_view)
+        raise NotFound(f"view {control.view} has no definition of this kind and these labels; it has {there}")
+    return found

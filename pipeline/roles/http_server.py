@@ -1,0 +1,83 @@
+"""Serves HTTP with uvicorn until a signal or a fatal error ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from pipeline.errors import Invalid
+from pipeline.settings import QuerySettings
+
+_GRACEFUL_S = 5
+
+
+def bind(settings: QuerySettings) -> socket.socket:
+    """A listening socket; `Invalid` if the address is taken or is none of this machine's."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise Invalid(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}; try --port") from None
+    listener.listen(1024)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine finds the listener."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `serve`: uvicorn would raise them again before the log and the stores are closed."""
+        yield
+
+
+class HttpServer:
+    """One server. `run` blocks; `stop` ends it from any thread or signal handler."""
+
+    def __init__(self, app: Any, listener: socket.socket) -> None:
+        self._listener = listener
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACEFUL_S,
+                lifespan="on",
+            )
+        )
+
+    def run(self) -> None:
+        """Serve until `stop`; requests under way get some seconds to finish."""
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(self._server.serve(sockets=[self._listener]))
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._server.should_exit = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._server.should_exit
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,152 @@
+"""A query server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from pipeline.adapters.kafka.checks import CompactionLag
+from pipeline.core.answer import Status
+from pipeline.ingest.gateway import Gateway
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Ingest, ReadableStore
+from pipeline.query.dead_letters import DeadLetters
+from pipeline.query.ends import EndsPolled
+from pipeline.query.facts import StoredFacts, find_definition
+from pipeline.query.reader import ViewReader
+from pipeline.roles.kafka_role import KafkaRole
+from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
+from pipeline.topics import DELTAS
+from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.restore import RestoreProgress
+from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
+
+
+class ClusterServer(KafkaRole):
+    """Answers from stores that follow the changelog of a Kafka log. As many as wanted, each with a data directory.
+
+    With `ingest` it is a gateway too. `start` returns at once. Raises as `ClusterWorker` does.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        log_settings: LogSettings,
+        *,
+        kafka_settings: KafkaSettings | None = None,
+        worker_settings: WorkerSettings | None = None,
+        query_settings: QuerySettings | None = None,
+        publisher_settings: PublisherSettings | None = None,
+        ingest: bool = False,
+        metrics: Metrics = NO_METRICS,
+        on_fatal: Callable[[BaseException], None] = lambda _: None,
+        on_progress: Callable[[RestoreProgress], None] = lambda _: None,
+    ) -> None:
+        publisher, query = publisher_settings or PublisherSettings(), query_settings or QuerySettings()
+        worker = worker_settings or WorkerSettings()
+        kafka = kafka_settings or KafkaSettings()
+        super().__init__(url, log_settings, kafka, publisher, on_fatal)
+        lag_max_s = CompactionLag(self.log, query.compaction_lag_ms)
+        try:
+            lag_max_s.check()
+        except BaseException:
+            self._close()
+            raise
+        self._replicas = ReplicaLoop(
+            log=self.log,
+            stores=self._stores,
+            clock=self.clock,
+            settings=worker,
+            delete_retention_ms=self._delete_retention_ms,
+            on_fatal=self._fail,
+            on_progress=on_progress,
+            ask_lag_max_s=lag_max_s,
+            metrics=metrics,
+        )
+        self._ends = EndsPolled(
+            partial(self.log.high_watermarks, DELTAS),
+            partial(self.log.start_offsets, DELTAS),
+            self.clock,
+            interval_ms=query.end_offsets_interval_ms,
+            source_id=partial(self.log.topic_id, DELTAS),
+            metrics=metrics,
+        )
+        self._watchdog = Watchdog(
+            lambda: (-1.0, {}),  # it folds nothing: only threads can stand still
+            lambda _: {},
+            clock=self.clock,
+            stall_timeout_ms=worker.stall_timeout_ms,
+            commit_timeout_ms=worker.commit_timeout_ms,
+            on_fatal=self._fail,
+            threads=[self._ends.thread],
+            silent_s=max(WAIT_S, CALLS_OF_A_STEP * kafka.kafka_timeout_ms / 1000),
+            metrics=metrics,
+        )
+        self.reader = ViewReader(
+            stores=self._replicas.stores,
+            ends=self._ends,
+            clock=self.clock,
+            settings=query,
+            metrics=metrics,
+            distrust=self._replicas.distrust,
+        )
+        self.ingest: Ingest | None = None
+        if ingest:
+            self.ingest = self._gateway(publisher, worker, query.idempotent_partitions, metrics)
+
+    def _gateway(self, settings: PublisherSettings, worker: WorkerSettings, partitions: int, metrics: Metrics) -> Gateway:
+        return Gateway(
+            self.log,
+            self.clock,
+            settings,
+            partial(find_definition, self.reader),
+            metrics,
+            limits=worker.task_limits(),
+            facts=StoredFacts(self.stores),
+            idempotent_partitions=partitions,
+        )
+
+    @property
+    def letters(self) -> DeadLetters:
+        """What was refused when it was folded."""
+        return DeadLetters(self.log, self.clock)
+
+    @property
+    def ready(self) -> bool:
+        """Whether views can be read."""
+        return self._replicas.ready
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._ends.start()
+        self._replicas.start()
+        self._watchdog.start()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until views can be read, or for so long."""
+        return self._replicas.wait_ready(timeout_s)
+
+    def stop(self) -> bool:
+        """Close everything; whether it was done in time. Twice is fine."""
+        self._watchdog.stop()
+        self._ends.stop()
+        self.log.close()
+        done = self._replicas.stop()
+        if done:
+            self._close()
+        return done
+
+    def stores(self) -> Mapping[int, ReadableStore]:
+        """The stores, by partition; see `ReplicaLoop.stores`."""
+        return self._replicas.stores()
+
+    def status(self) -> Status:
+        """Return what `/v1/status` shows; the reader adds how stale it is."""
+        return Status(
+            role="server",
+            app=self.log.address.app,
+            ready=self.ready,
+            partition_count=self.log.partition_count(DELTAS),
+            topic_id=self._ends().source_id,
+            partitions=self._replicas.status(),
+        )
