@@ -218,7 +218,7 @@ class FaultyLog:
 
 
 class Views(NamedTuple):
-    """What the tasks make of a log."""
+    """The totals that tasks fold from a log."""
 
     answers: dict[tuple[str, tuple[str, ...]], Any]
     duplicates: int
@@ -321,7 +321,7 @@ class FileLog:
         """Nothing to give back."""
 
     def read(self) -> MemoryLog:
-        """What was appended, as a log in memory."""
+        """Return everything that was appended, as a log in memory."""
         log = memory_log(2)
         data = self.path.read_bytes() if self.path.exists() else b""
         start = 0

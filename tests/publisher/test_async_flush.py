@@ -71,7 +71,7 @@ def test_a_timeout_is_what_a_flush_would_raise() -> None:
 
 
 def test_a_task_can_be_cancelled() -> None:
-    """It ends at once, `asyncio.run` does too, and nothing is lost, kept waiting, or left running."""
+    """The task ends at once, `asyncio.run` does too, and nothing is lost, kept waiting, or left running."""
     log, pub = away()
 
     async def main() -> None:
@@ -153,7 +153,7 @@ def test_any_number_of_coroutines_wait_in_one_thread() -> None:
 
 
 def test_closing_ends_the_wait() -> None:
-    """What could not be acknowledged until then is said to wait in vain."""
+    """A coroutine that still waits is told that the publisher was closed."""
     _, pub = away()
 
     async def main() -> None:

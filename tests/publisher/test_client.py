@@ -137,7 +137,7 @@ def test_close(fate: str, error: type[PipelineError] | None, thread_count: int) 
 
 @pytest.mark.parametrize("ended_by", ["close", "signal"])
 def test_a_flush_that_ends_early_leaves_no_trace(ended_by: str) -> None:
-    """It does not wait for what nobody will send any more; after Ctrl-C the publisher goes on as if it had not been."""
+    """A flush ends when the publisher is closed; after Ctrl-C the publisher goes on as if there had been no flush."""
     log = FaultyLog(lambda n, batch: Unavailable("away"))
     pub = publisher(log, flush_interval_ms=HOUR_MS, retry_backoff_ms=500, retry_backoff_max_ms=500)
     pub.sum("v").add(1)
@@ -244,7 +244,7 @@ def test_a_publisher_rests_and_goes_on() -> None:
 
 
 def test_a_log_handler_may_record() -> None:
-    """What the publisher logs can be counted with it: no thread waits for a lock that it holds."""
+    """A handler may count the lines that the publisher logs: no thread waits for a lock that it holds itself."""
     log = FaultyLog(lambda n, batch: Invalid("too large") if n < 30 else "kept")
     pub = publisher(log, flush_interval_ms=1)
     errors = pub.sum("errors", labels=("logger",))

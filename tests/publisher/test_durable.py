@@ -88,7 +88,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_disk_that_is_full_from_the_start(path: Path) -> None:
-    """It is an error where the publisher is made, and nothing is left behind."""
+    """Making the publisher raises, and leaves nothing behind."""
     said = run(path, "files_end_at(2**19)\ntry: durable()\nexcept BufferFull as error: print(error, os.listdir(spool))")
     assert "making a segment" in " ".join(said)
     assert said[-1] == "['VERSION']"
@@ -299,7 +299,7 @@ def test_nothing_is_sent_before_it_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_signal_handler_may_record(path: Path) -> None:
-    """It comes in while its own thread writes the journal; the process is killed; each delta of both is there once.
+    """The handler interrupts its own thread's writes to the journal; after a kill each delta of both counts once.
 
     Part of them as what was pending, because the journal has little room.
     """

@@ -1,4 +1,4 @@
-"""How a producer ends: it says so, and what tasks may have forgotten is not sent again."""
+"""The end of a producer: it tells the tasks, and batches that tasks may have forgotten are not sent again."""
 
 import threading
 from pathlib import Path

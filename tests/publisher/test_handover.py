@@ -1,4 +1,4 @@
-"""What was drained from the table is handed over once: not lost, and not sent twice, whatever comes in between."""
+"""Drained states are handed over once: none is lost or sent twice, whatever comes in between."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
 
 
 def test_keywords_are_the_settings() -> None:
-    """What editors and type checkers are told has each setting of the dataclasses, with its type, and nothing else."""
+    """The keywords known to editors and type checkers are the settings of the dataclasses, with the types of these."""
     hints = get_type_hints(PublisherKeywords)
     items = {item.name: item for group in (PublisherSettings, KafkaSettings) for item in fields(group)}
     assert hints.keys() == items.keys()

@@ -1,4 +1,4 @@
-"""How a test records to a spool, and what a task would make of what is sent."""
+"""Recording to a spool in a test, and a task that folds the batches that are sent."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def as_kill_leaves_it(path: Path, folder: Path) -> Path:
 
 
 class Task:
-    """What a task does with batches: each once, none of an epoch that is over."""
+    """A task that folds each batch once, and none of an epoch that is over."""
 
     def __init__(self) -> None:
         self.states: dict[Any, State] = {}

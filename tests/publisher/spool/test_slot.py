@@ -65,7 +65,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_claims_at_once(tmp_path: Path) -> None:
-    """Of many that claim a slot in the same moment one gets it."""
+    """One of many that claim a slot in the same moment gets it."""
     path = filled(tmp_path / "s").spool.path
     for n in range(20):
         copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Orphan | None]()
@@ -112,7 +112,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_what_is_half_made_or_half_removed_goes(tmp_path: Path) -> None:
-    """Of processes that died in the midst nothing stays, and an empty slot goes at the end."""
+    """Slots that processes left half made or half removed are swept, and an empty slot goes at the end."""
     recorder = Recorder(tmp_path / "s")
     for name in (".new-x", ".gone-x"):
         shutil.copytree(recorder.spool.path, tmp_path / "s" / name)
@@ -164,7 +164,7 @@ def test_a_handler_that_raises_behind_a_commit(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
-    """When somebody deletes the spool under a process, it is told so."""
+    """A process whose spool was deleted gets an error that says so."""
     recorder = filled(tmp_path / "s")
     shutil.rmtree(tmp_path / "s")
     with pytest.raises(Unavailable, match="making a segment"):
@@ -201,7 +201,7 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.parametrize("how", ["seen", "unseen"])
 def test_a_forked_child_lets_go(tmp_path: Path, how: str) -> None:
-    """It can't write to its parent's slot, not even by ending as a program does, also if nobody has told it of the fork."""
+    """A child can't write to its parent's slot, not even at its end, also if no hook has told it of the fork."""
     command = [sys.executable, "-c", CHILD, str(tmp_path / "s"), how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("4\n", -signal.SIGKILL), done.stderr
