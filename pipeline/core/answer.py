@@ -11,12 +11,12 @@ from pipeline.errors import Invalid
 
 
 class AsOf(msgspec.Struct, frozen=True):
-    """What an answer reflects."""
+    """Part of the log that an answer reflects."""
 
     staleness_ms: int | None
     """Upper bound on the age of anything that the log had accepted and the answer lacks; None: unknown."""
     next_offsets: dict[str, int]
-    """By partition: the first record of the deltas topic that is not in the answer."""
+    """By partition, the offset of the first record of the deltas topic that is not in the answer."""
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -39,7 +39,7 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     series_total: int | None = None
     """The number of all series, if the answer is truncated."""
     also: tuple[Alternative, ...] = ()
-    """What else the view is: kinds and windows that `kind` and `window_s` choose."""
+    """Other kinds and windows of the view, which `kind` and `window_s` choose."""
 
     def value(self) -> Any:
         """Return the only series' value, None if there is none. Raises `Invalid` if there are several."""
@@ -78,18 +78,18 @@ class Views(msgspec.Struct, frozen=True):
 
 
 class Changed(msgspec.Struct, frozen=True):
-    """What was dropped or reset."""
+    """Definitions that an order drops or resets."""
 
     action: str
     view: str
     definitions: list[View]
-    """As they were known when the order was given."""
+    """Definitions as they were known when the order was given."""
     token: str
     """`after=<token>` of a read waits until the order is carried out."""
 
 
 class PartitionState(msgspec.Struct, frozen=True):
-    """How far one partition is."""
+    """Progress of one partition."""
 
     partition: int
     next_offset: int
