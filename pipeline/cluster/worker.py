@@ -22,7 +22,7 @@ from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.restore import RestoreProgress
-from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
+from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, observe
 
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
@@ -173,7 +173,7 @@ class ClusterWorker(Role):
     def _new_watchdog(self) -> Watchdog:
         return Watchdog(
             self._told,
-            lambda ends: look_at(self._loop.partitions, ends, self._progress, self._loop.assigned),
+            lambda ends: observe(self._loop.partitions, ends, self._progress, self._loop.assigned),
             clock=self.clock,
             stall_timeout_ms=self._worker.stall_timeout_ms,
             commit_timeout_ms=self._worker.commit_timeout_ms,
@@ -250,7 +250,7 @@ class ClusterWorker(Role):
 
     def _told(self) -> tuple[float, Mapping[int, int]]:
         """For the watchdog: where the log ends, and when it said so; an old answer while it can't be read from."""
-        told_s, ends = self._mirror.told
+        told_s, ends = self._mirror.last_answer
         return (told_s, ends) if told_s - self._loop.away_s > AWAY_S else (-1.0, {})
 
     def _positions(self) -> dict[int, int]:

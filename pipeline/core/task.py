@@ -152,7 +152,9 @@ class Task:
         self._producers = Producers(limits.producers_max)
         self._log_ms = 0
         """Time of the log, which neither falls nor is ahead of the shell's clock."""
-        self._folded_ms = 0  # the least of what log, publishers and shell say: a clock that is ahead expires nothing
+        self._folded_ms = (
+            0  # the time that log, publisher and shell have all reached: one clock that is ahead expires nothing
+        )
         self._overlay = Overlay()
         self._frozen = Overlay()
         self._frozen_known: dict[bytes, Known] = {}

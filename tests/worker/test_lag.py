@@ -189,7 +189,7 @@ def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> N
     assert it.metrics.of(m.HELD_UP, 0) == 3
     assert it.metrics.of(m.HELD_UP, 1) == 0
     assert it.mirror.end_offsets == {0: 9, 1: 7}
-    assert it.mirror.told == (it.clock.s, {0: 6, 1: 7}), "up to where a worker can get"
+    assert it.mirror.last_answer == (it.clock.s, {0: 6, 1: 7}), "up to where a worker can get"
     assert not caplog.records
     held_up(it, 600)
     (told,) = caplog.records

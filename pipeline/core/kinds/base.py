@@ -116,7 +116,7 @@ class Kind:
         return [*map(self.merge, a, b)]
 
     def check(self, value: object, ts_ms: int = 0, recorded_ns: int = 0) -> Any:
-        """Return `value` as one raw delta, or raise `Invalid`. `ts_ms` and `recorded_ns` count for kinds that order deltas."""
+        """Return `value` as one raw delta, or raise `Invalid`. `ts_ms` and `recorded_ns` are for kinds that order deltas."""
         return number(value)
 
     def are_plain(self, values: Sequence[Any]) -> bool:
