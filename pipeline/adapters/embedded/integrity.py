@@ -1,18 +1,16 @@
-"""Whether an embedded log is whole. It is looked at before it is opened for writing, which deletes what could be saved.
+"""Checks an embedded log before it is opened for writing, which would delete files that could be saved.
 
-Three things together show the loss of any file, or of a part of it:
-- RocksDB does not open without a file that its manifest names, and checks a checksum of every block that is read.
-- What it takes for an honest end, a write-ahead log that is gone, or cut, or a manifest that is older than it was, makes a
-  partition end below the end that is noted beside the log (ends.py), or leaves a gap in the chain of its chunks (chunk.py).
-- At its start such a gap can be only in what was not in files yet when the log was used last: from there on the chain is
-  read. The rest of it is checked by whoever reads it, and by `pipeline verify`.
+Three facts together reveal the loss of any file, or of a part of it: - RocksDB does not open without a file that its
+manifest names, and verifies a checksum of every block that it reads. - A write-ahead log that is missing or cut, or an old
+manifest, looks like a regular end to RocksDB. But then a partition ends below the end offset in the checkpoint, or its chain
+of chunks has a gap. - At the start such a gap can only be in records that were not in files yet when the log was used last.
+The chain is read from there on. Readers, and `pipeline verify`, check the rest.
 
-To go on without what is gone is a decision: `accept_loss`. The log's files are then copied aside (files that never change
-are linked), RocksDB repairs what it can if it does not open, all of it is read, and in the place of what is missing stands
-a chunk without records that says so, because an offset must never mean two records: a token of a lost one would be satisfied
-by another. A reader that comes to it without `accept_loss` ends with `RecordsLost`. Only what is missing at the end of a
-compacted topic is not marked. There the topic ends earlier than it did, so that its stores are ahead of it, which is
-another decision for whoever starts it.
+Whether to go on without lost records is a person's decision: `accept_loss`. The log's files are then copied aside (immutable
+files are linked), RocksDB repairs what it can if it does not open, and all of it is read. Each gap is filled with a chunk
+without records that says so, because an offset must never mean two records: a token of a lost one would be satisfied by
+another. A reader that comes to such a chunk without `accept_loss` raises `RecordsLost`. Only a gap at the end of a compacted
+topic is not filled: the topic then ends earlier, so that its stores are ahead of it, which is a decision of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ _SAID_MAX = 5
 
 
 class Log(Protocol):
-    """What is needed of an `EmbeddedLog`."""
+    """The methods of `EmbeddedLog` that the checks call."""
 
     def all_partitions(self) -> list[Partition]: ...
 
@@ -60,7 +58,7 @@ class Log(Protocol):
 
 
 class Gap(NamedTuple):
-    """Offsets of a partition at which there were records, and of which nothing is left."""
+    """A range of offsets of a partition whose records are lost."""
 
     topic: str
     partition: int
@@ -68,14 +66,13 @@ class Gap(NamedTuple):
     end: int
 
     def __str__(self) -> str:
-        """Text for a person."""
         return f"{self.topic}-{self.partition}: {self.end - self.begin} records ({self.begin} to {self.end - 1}) are gone"
 
 
 def find_gaps(log: Log, *, full: bool = False) -> list[Gap]:
-    """Return what is missing; with `full` all of the log is read, otherwise as little as the module says.
+    """Return the gaps of a log: with `full` of all of it, otherwise of its newest part (see above).
 
-    Raises `LogCorrupt` if something can't be read, or files of different times are mixed.
+    Raises `LogCorrupt` if a chunk can't be read, or files of different times are mixed.
     """
     cursor = log.cursor()
     return [
@@ -106,7 +103,7 @@ def _gaps(log: Log, cursor: Cursor, partition: Partition, *, full: bool) -> Iter
 
 
 def said(gaps: Sequence[Gap]) -> str:
-    """Text for a person: how many records are gone, and where."""
+    """Return in words how many records are lost, and where."""
     some = "; ".join(map(str, gaps[:_SAID_MAX]))
     more = f"; and {len(gaps) - _SAID_MAX} more gaps" if len(gaps) > _SAID_MAX else ""
     return f"{sum(gap.end - gap.begin for gap in gaps)} records are gone: {some}{more}"
@@ -115,9 +112,9 @@ def said(gaps: Sequence[Gap]) -> str:
 def check(
     path: Path, ends: Path, *, look: Callable[[], Log], repair: Callable[[], None], accept_loss: bool, now_ms: int
 ) -> list[Gap]:
-    """Return the gaps of a log that is about to be opened for writing, and that somebody decided to go on without.
+    """Return the accepted gaps of a log that is about to be opened for writing.
 
-    `look` opens it for reading. Raises `LogCorrupt` if the log is not whole and nobody has decided.
+    `look` opens the log for reading. Raises `LogCorrupt` if there are gaps that are not accepted.
     """
     if not _is_there(path):
         if not ends.exists() or not ends.stat().st_size:
@@ -151,7 +148,7 @@ def check(
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a log, or what is left of one; a first start that was killed leaves neither of these."""
+    """Return whether there is a log, or a part of one. A first start that was killed leaves no such file."""
     return (path / "CURRENT").exists() or any(path.glob("*.sst"))
 
 
@@ -161,7 +158,7 @@ def _look(look: Callable[[], Log], *, full: bool) -> list[Gap]:
 
 
 def keep_copy(path: Path, now_ms: int) -> Path:
-    """Copy the files of a log aside, and return where they are. What never changes is linked, and costs nothing."""
+    """Copy the files of a log aside, and return the folder. Immutable files are linked, which costs nothing."""
     kept = aside(path, now_ms)
     with translate_os(f"a copy of {path}"):
         kept.mkdir()
@@ -179,7 +176,7 @@ def keep_copy(path: Path, now_ms: int) -> Path:
 
 
 def mark_lost(log: Log, gaps: Sequence[Gap], metrics: Metrics, now_ms: int) -> None:
-    """Close gaps of a log that was just opened, in one write: with chunks that say so, or by an earlier end."""
+    """Fill the gaps of a log that was just opened, in one write: by chunks that say so, or by an earlier end."""
     batch = WriteBatch(raw_mode=True)
     partitions = {(it.topic.name, it.number): it for it in log.all_partitions()}
     for gap in gaps:
