@@ -27,7 +27,7 @@ from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, Wor
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import RestoreProgress
 
 
@@ -73,8 +73,8 @@ class Engine:
             raise
         self._cleaner = Cleaner(self.log, log_settings, self.clock, metrics, self._keep_from)
         self._stores = RocksStores(self._data.stores, log_settings)
-        self.partitions: Sequence[Partition] = [
-            Partition(
+        self.partitions: Sequence[OwnedPartition] = [
+            OwnedPartition(
                 number,
                 log=self.log,
                 stores=self._stores,

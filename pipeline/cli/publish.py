@@ -24,8 +24,8 @@ from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row,
 from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.connect import Publisher
 from pipeline.core.kinds import KIND_NAMES, KINDS
+from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, check_definition
-from pipeline.core.view import describe
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.settings import KafkaSettings, PublisherSettings
 from pipeline.topics import DELTAS

@@ -71,7 +71,7 @@ def run_status(url: str, *, as_json: bool) -> int:
 
 def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
     """Print what all workers of an app say; the exit code, 1 if none does."""
-    from pipeline.cluster.overview import MemberState, overview
+    from pipeline.cluster.overview import MemberStatus, overview
 
     found = overview(url, settings)
     code = console.OK if any(member.error is None for member in found.members) else console.FAILED
@@ -79,7 +79,7 @@ def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
         console.print_json(found)
         return code
 
-    def state(it: MemberState) -> str:
+    def state(it: MemberStatus) -> str:
         if it.error is not None:
             return f"unreachable: {it.error}"
         return "ready" if it.ready else "restoring"

@@ -137,7 +137,7 @@ def _change(
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
     from pipeline.cluster.views import about, change, open_views
-    from pipeline.core.orders import order
+    from pipeline.core.query import order
 
     console.configure_logging("error")
     names = None if labels is None else [it.strip() for it in labels.split(",") if it.strip()]

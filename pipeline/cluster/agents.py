@@ -23,7 +23,7 @@ from pipeline.publisher.client import BasePublisher
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.changes import ChangeFeed
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 
 _BLOCK_MS = 1_000
 """Longest that recording may hold up Faust's loop, in which agents run and which takes part in rebalances."""
@@ -124,7 +124,7 @@ class Feeds:
         data: Path,
         log_settings: LogSettings,
         clock: Clock,
-        partitions: Callable[[], Mapping[int, Partition]],
+        partitions: Callable[[], Mapping[int, OwnedPartition]],
         distrust: Callable[[int, ReadableStore, StoreCorrupt], None],
         on_fatal: Callable[[BaseException], None],
         metrics: Metrics,

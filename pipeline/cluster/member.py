@@ -18,7 +18,7 @@ _LEAVE_S = 10.0
 _LET_GO_S = 1.0
 
 
-class Follower(Protocol):
+class FeedFollower(Protocol):
     """Follows the partitions that are folded here: `cluster.agents.Feeds`."""
 
     def follow(self, partitions: frozenset[int]) -> None:
@@ -41,7 +41,7 @@ class ClusterMember:
         fail: Callable[[BaseException], None],
         *,
         revoke_timeout_s: float,
-        feeds: Follower | None = None,
+        feeds: FeedFollower | None = None,
     ) -> None:
         self._feeds = feeds
         self._membership = membership

@@ -67,7 +67,7 @@ class StandbyState(msgspec.Struct):
     restore: dict[str, float] | None = None
 
 
-class PartitionState(msgspec.Struct):
+class PartitionStatus(msgspec.Struct):
     """A partition. What nobody tells is None, and `phase` then `unknown`."""
 
     partition: int
@@ -82,7 +82,7 @@ class PartitionState(msgspec.Struct):
     standbys: list[StandbyState]
 
 
-class MemberState(msgspec.Struct):
+class MemberStatus(msgspec.Struct):
     """A member. `error` says why it is unreachable; what only it knows is None then: while they move, its partitions too."""
 
     name: str
@@ -101,8 +101,8 @@ class Overview(msgspec.Struct):
     app: str
     group_state: str
     """Kafka's name for it. While it is not Stable, partitions are moving, and are where the members say."""
-    members: list[MemberState]
-    partitions: list[PartitionState]
+    members: list[MemberStatus]
+    partitions: list[PartitionStatus]
     notes: list[str]
     """What could not be found out."""
 
@@ -167,7 +167,7 @@ def _asked(address: Address, member: Member) -> _Answer | str:
 
 
 class _Row(NamedTuple):
-    state: MemberState
+    state: MemberStatus
     answer: _Answer | None
 
 
@@ -195,16 +195,16 @@ def _row(group: ConsumerGroup, member: Member, answer: _Answer | str) -> _Row:
     if isinstance(answer, str):
         unknown = group.state != STABLE
         has, keeps = (None, None) if unknown else (sorted(actives), sorted(standbys))
-        return _Row(MemberState(member.name, member.url, has, keeps, error=answer), None)
+        return _Row(MemberStatus(member.name, member.url, has, keeps, error=answer), None)
     if group.state != STABLE:
         actives = frozenset(it.partition for it in answer.partitions)
         standbys = frozenset(it.partition for it in answer.standbys)
-    state = MemberState(member.name, member.url, sorted(actives), sorted(standbys))
+    state = MemberStatus(member.name, member.url, sorted(actives), sorted(standbys))
     state.ready, state.fenced_count = answer.ready, answer.fenced_count
     return _Row(state, answer)
 
 
-def _partition(number: int, rows: Sequence[_Row], end_offset: int, mirrored: int | None) -> PartitionState:
+def _partition(number: int, rows: Sequence[_Row], end_offset: int, mirrored: int | None) -> PartitionStatus:
     owner = next((row for row in rows if number in (row.state.partitions or ())), None)
     answer = None if owner is None else owner.answer
     held = None if answer is None else next((it for it in answer.partitions if it.partition == number), None)
@@ -213,7 +213,7 @@ def _partition(number: int, rows: Sequence[_Row], end_offset: int, mirrored: int
     age_ms = None
     if answer is not None and held is not None and held.committed_at_ms:
         age_ms = max(0, answer.at_ms - held.committed_at_ms)
-    return PartitionState(
+    return PartitionStatus(
         partition=number,
         member=None if owner is None else owner.state.name,
         phase="unknown" if held is None else "restoring" if held.restore else held.phase,

@@ -14,10 +14,9 @@ from pipeline.adapters.kafka.checks import check_topics
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.core.answer import Changed, View
-from pipeline.core.orders import concerned
+from pipeline.core.query import Listed, concerned, listed
 from pipeline.core.record import Control, Definition
 from pipeline.core.token import Token
-from pipeline.core.view import Listed, listed
 from pipeline.errors import Invalid, NotFound, NotReady, Unavailable
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, RequestKey

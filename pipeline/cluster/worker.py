@@ -17,9 +17,9 @@ from pipeline.ports import Membership, ReadableStore
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.lag import Ends, LagReporter
+from pipeline.worker.lag import EndOffsets, LagReporter
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
@@ -183,9 +183,9 @@ class ClusterWorker(Role):
             metrics=self._metrics,
         )
 
-    def _partition(self, number: int) -> Partition:
+    def _partition(self, number: int) -> OwnedPartition:
         self._progress.pop(number, None)  # of an earlier time that it was ours
-        return Partition(
+        return OwnedPartition(
             number,
             log=self.log,
             stores=self._stores,
@@ -231,7 +231,7 @@ class ClusterWorker(Role):
     def _ask_topic_ids(self) -> Mapping[str, str]:
         return {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
 
-    def _ask_ends(self) -> Ends:
+    def _ask_ends(self) -> EndOffsets:
         """Ask for the ends of deltas, and of the changelog, each second.
 
         A topic made anew shows in nothing else if it has grown as long as the old one. And an owner that has nothing to
@@ -246,7 +246,7 @@ class ClusterWorker(Role):
                 raise error
         self._loop.note_changelog_ends(self.log.end_offsets(CHANGELOG))
         stable_offsets = self.log.end_offsets(DELTAS)  # first: so that the others are never below them
-        return Ends(self.log.high_watermarks(DELTAS), stable_offsets)
+        return EndOffsets(self.log.high_watermarks(DELTAS), stable_offsets)
 
     def _told(self) -> tuple[float, Mapping[int, int]]:
         """For the watchdog: where the log ends, and when it said so; an old answer while it can't be read from."""
@@ -257,7 +257,7 @@ class ClusterWorker(Role):
         return {number: it.task.position.next_offset for number, it in self._loop.partitions.items() if it.started}
 
     @property
-    def partitions(self) -> Mapping[int, Partition]:
+    def partitions(self) -> Mapping[int, OwnedPartition]:
         """Those that are ours now, by number; see `WorkerLoop.partitions`."""
         return self._loop.partitions
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.core.view import Alternative, Labels, Listed
+from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.errors import Invalid
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.core.query import Labels
 from pipeline.core.record import Definition
-from pipeline.core.view import Labels
 
 OMITTED = "pipeline_view_omitted"
 STALENESS = "pipeline_view_staleness_seconds"

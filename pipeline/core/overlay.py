@@ -146,7 +146,7 @@ class Cache:
             else states
         )
 
-    def update(self, merged: Merged) -> None:
+    def update(self, merged: MergedRun) -> None:
         """Keep states that are committed now."""
         young = self._young.setdefault(merged.prefix, {})
         self._young_count -= len(young)
@@ -202,7 +202,7 @@ class _KeyRun(NamedTuple):
     """Whether the store is asked for the others; if not, there are none."""
 
 
-class Merged(NamedTuple):
+class MergedRun(NamedTuple):
     """New absolute states of a run."""
 
     prefix: bytes
@@ -231,7 +231,7 @@ class Changes:
         self._states = overlay.states
         self.keys: list[bytes] = []
         """Series whose committed values `merge` needs."""
-        self.merged: list[Merged] = []
+        self.merged: list[MergedRun] = []
         self.new_counts: dict[bytes, int] = {}
         """By prefix, how many series are new."""
         self.overflow_count = 0
@@ -286,7 +286,7 @@ class Changes:
 
     def _encode(self, prefix: bytes, suffixes: list[bytes], states: list[State]) -> list[bytes]:
         encoded = codec.encode_states(KINDS[self._known[prefix].definition.kind], states)
-        self.merged.append(Merged(prefix, suffixes, states, sum(map(len, encoded)) + sum(map(len, suffixes))))
+        self.merged.append(MergedRun(prefix, suffixes, states, sum(map(len, encoded)) + sum(map(len, suffixes))))
         return encoded
 
     def _merge_run(self, run: _KeyRun, found: Sequence[bytes | None]) -> tuple[list[bytes], list[State]]:

@@ -61,7 +61,7 @@ class Phase(Enum):
     COMMITTING = "committing"
 
 
-class Step(Enum):
+class TaskEvent(Enum):
     """What can happen to it."""
 
     RESTORED = "restored"
@@ -71,14 +71,14 @@ class Step(Enum):
     COMMITTED = "committed"
 
 
-TRANSITIONS: Mapping[tuple[Phase, Step], Phase] = {
-    (Phase.ASSIGNED, Step.RESTORED): Phase.FOLDING,
-    (Phase.FOLDING, Step.FOLD): Phase.FOLDING,
-    (Phase.FOLDING, Step.FREEZE): Phase.FROZEN,
-    (Phase.FROZEN, Step.FOLD): Phase.FROZEN,
-    (Phase.FROZEN, Step.PREPARE): Phase.COMMITTING,
-    (Phase.COMMITTING, Step.FOLD): Phase.COMMITTING,
-    (Phase.COMMITTING, Step.COMMITTED): Phase.FOLDING,
+TRANSITIONS: Mapping[tuple[Phase, TaskEvent], Phase] = {
+    (Phase.ASSIGNED, TaskEvent.RESTORED): Phase.FOLDING,
+    (Phase.FOLDING, TaskEvent.FOLD): Phase.FOLDING,
+    (Phase.FOLDING, TaskEvent.FREEZE): Phase.FROZEN,
+    (Phase.FROZEN, TaskEvent.FOLD): Phase.FROZEN,
+    (Phase.FROZEN, TaskEvent.PREPARE): Phase.COMMITTING,
+    (Phase.COMMITTING, TaskEvent.FOLD): Phase.COMMITTING,
+    (Phase.COMMITTING, TaskEvent.COMMITTED): Phase.FOLDING,
 }
 """Every legal step; any other raises `IllegalTransition`."""
 
@@ -161,7 +161,7 @@ class Task:
         self._pending = NO_POSITION
         self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: TaskEvent) -> None:
         self.phase = next_state(TRANSITIONS, self.phase, step, self.partition)
 
     @property
@@ -182,7 +182,7 @@ class Task:
 
         `next_offset`: where folding goes on, if it is known that from there to the position the log held no record.
         """
-        self._step(Step.RESTORED)
+        self._step(TaskEvent.RESTORED)
         try:
             for value in definitions:
                 entry = codec.decode_definition(value)
@@ -248,7 +248,7 @@ class Task:
         What is wrong becomes a dead letter and changes nothing else; it never stops the partition. `values` are those of
         the producers that `read` asked for, `now_ms` is the shell's clock.
         """
-        self._step(Step.FOLD)
+        self._step(TaskEvent.FOLD)
         known = self._learned(reading, values)
         overlay, records = self._overlay, reading.records
         for offset, at_ms, value, received in zip(
@@ -426,7 +426,7 @@ class Task:
 
     def freeze(self) -> Lookup:
         """Swap the overlay for an empty one, and return what `prepare_commit` needs from the store."""
-        self._step(Step.FREEZE)
+        self._step(TaskEvent.FREEZE)
         self._skipped = False
         frozen, self._frozen, self._overlay = self._overlay, self._overlay, Overlay()
         self._overlay.next_offset = frozen.next_offset
@@ -444,7 +444,7 @@ class Task:
         """What to make durable, given what `freeze` asked for: the committed values of the keys, in their order, and the
         keys that the store has under the prefixes, in order.
         """
-        self._step(Step.PREPARE)
+        self._step(TaskEvent.PREPARE)
         assert self._changes is not None
         frozen = self._frozen
         series, states = self._changes.merge(values)
@@ -477,7 +477,7 @@ class Task:
 
     def committed(self) -> None:
         """The Commit is durable in the log and in the store."""
-        self._step(Step.COMMITTED)
+        self._step(TaskEvent.COMMITTED)
         assert self._changes is not None
         for merged in self._changes.merged:
             if merged.prefix not in self._overlay.cleared:

@@ -14,9 +14,9 @@ import pipeline.metrics as m
 import pipeline.publisher.fork as fork
 from pipeline import native
 from pipeline.core.kinds import KIND_NAMES
+from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.core.token import Token
-from pipeline.core.view import describe
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter, Resting

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import native
 from pipeline.core.kinds import KINDS
+from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, parse_suffix
-from pipeline.core.view import describe
 from pipeline.errors import Invalid
 from pipeline.publisher.columns import Column, Scalar, Vector, read_table, read_value, rows_in, rows_of
 from pipeline.publisher.local import LocalView

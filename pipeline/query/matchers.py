@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import re2
 
-from pipeline.core.view import Matcher
+from pipeline.core.query import Matcher
 from pipeline.errors import Invalid
 
 COMPILED_BYTES_MAX = 2**18

@@ -7,7 +7,7 @@ import threading
 import msgspec
 
 from pipeline.core.answer import Changed, View
-from pipeline.core.orders import concerned, order
+from pipeline.core.query import concerned, order
 from pipeline.core.record import Control
 from pipeline.errors import Invalid
 from pipeline.ports import Orders, RequestKey

@@ -10,8 +10,8 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from pipeline.core.kinds import KIND_NAMES
+from pipeline.core.query import Matcher, Query, parse_matcher
 from pipeline.core.token import Token
-from pipeline.core.view import Matcher, Query, parse_matcher
 from pipeline.errors import Invalid
 from pipeline.faults import Field, is_scalar, json_fault, object_fault
 from pipeline.ports import RawDelta

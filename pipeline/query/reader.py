@@ -1,6 +1,6 @@
 """Reads merged views from this process's stores: every answer is at one commit boundary in each partition.
 
-What to read is `core.view.Query`. A read notes where the log ends, then looks at each store: the position it reports and
+What to read is `core.query.Query`. A read notes where the log ends, then looks at each store: the position it reports and
 the entries it merges are of one moment of that store, so `as_of` says exactly what is in the answer.
 """
 
@@ -18,22 +18,10 @@ from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, Series, View, Views
 from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose
 from pipeline.core.kinds import KINDS, Kind
-from pipeline.core.record import (
-    NO_POSITION,
-    POSITION_KEY,
-    TAG_DEFINITION,
-    WINDOW_NONE,
-    Definition,
-    Position,
-    definitions_prefix,
-    prefix_end,
-    series_prefix,
-    series_suffix,
-)
-from pipeline.core.view import (
+from pipeline.core.query import (
     Labels,
     Listed,
-    Merged,
+    MergedDefinition,
     Query,
     Selected,
     TopN,
@@ -49,6 +37,18 @@ from pipeline.core.view import (
     narrow,
     pinned_labels,
     widen,
+)
+from pipeline.core.record import (
+    NO_POSITION,
+    POSITION_KEY,
+    TAG_DEFINITION,
+    WINDOW_NONE,
+    Definition,
+    Position,
+    definitions_prefix,
+    prefix_end,
+    series_prefix,
+    series_suffix,
 )
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
@@ -82,7 +82,7 @@ class _Plan(NamedTuple):
 
     stores: Mapping[int, object]  # one that is made anew counts the states of its definitions anew
     versions: dict[int, int]
-    merged: Merged
+    merged: MergedDefinition
 
 
 class ViewReader:
@@ -231,7 +231,7 @@ class ViewReader:
         return self._answer(query, plan.merged, selected, heads.positions, seen)
 
     def _select(
-        self, query: Query, merged: Merged, snapshots: Mapping[int, StoreView], check: Callable[[], None]
+        self, query: Query, merged: MergedDefinition, snapshots: Mapping[int, StoreView], check: Callable[[], None]
     ) -> Selected:
         definition = merged.definition
         kind = KINDS[definition.kind]
@@ -286,7 +286,7 @@ class ViewReader:
             raise Unavailable(f"view {view}: not read within timeout_ms; {advice}")
 
     def _answer(
-        self, query: Query, merged: Merged, selected: Selected, positions: Mapping[int, Position], seen: LogEnds
+        self, query: Query, merged: MergedDefinition, selected: Selected, positions: Mapping[int, Position], seen: LogEnds
     ) -> Answer:
         definition = merged.definition
         names = definition.labels if query.by is None else query.by

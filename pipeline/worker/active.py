@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.threads import Failures
 from pipeline.worker.bound import CommitBound
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import RestoreProgress
 
 _log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class ActivePartition:
     The loop's thread owns it and calls everything here, except that a commit's thread calls `note_commit_begun`.
     """
 
-    def __init__(self, partition: Partition, commit_time_max_s: float) -> None:
+    def __init__(self, partition: OwnedPartition, commit_time_max_s: float) -> None:
         self.partition = partition
         self.number = partition.number
         self.bound = CommitBound(commit_time_max_s)
@@ -303,7 +303,7 @@ class ActivePartitions:
 
     def __init__(
         self,
-        make: Callable[[int], Partition],
+        make: Callable[[int], OwnedPartition],
         *,
         standbys: Standbys,
         thread_count: int,
@@ -384,7 +384,7 @@ class ActivePartitions:
             for active in self.all.values():
                 self._close(active.partition)
 
-    def _close(self, partition: Partition) -> None:
+    def _close(self, partition: OwnedPartition) -> None:
         try:
             partition.close()
         except PipelineError as error:

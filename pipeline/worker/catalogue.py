@@ -17,7 +17,7 @@ _FETCH_COUNT_MAX = 10_000
 _BUFFER_ENTRIES_MAX = 10_000
 
 
-class _Heads:
+class _DefinitionStore:
     """A `ports.Store` that keeps definitions and the position, and forgets all else."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Catalogue:
     def __init__(self, log: Log, clock: Clock) -> None:
         self._log = log
         self._clock = clock
-        self._heads: dict[int, _Heads] = {}
+        self._heads: dict[int, _DefinitionStore] = {}
         self._followers: dict[int, Follower] = {}
         self._reader: LogReader | None = None
 
@@ -79,7 +79,7 @@ class Catalogue:
         """Read from the partitions that there are now."""
         new = {*partitions} - self._followers.keys()
         for number in new:
-            heads = self._heads[number] = _Heads()
+            heads = self._heads[number] = _DefinitionStore()
             self._followers[number] = Follower(number, heads, buffer_entries_max=_BUFFER_ENTRIES_MAX)
         if self._reader is None:
             self._reader = self._log.reader(CHANGELOG)

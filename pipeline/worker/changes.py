@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import pipeline.metrics as m
 from pipeline.core.codec import DefinitionEntry, decode_definition, decode_states
 from pipeline.core.kinds import KINDS
+from pipeline.core.query import merged
 from pipeline.core.record import (
     TAG_DEFINITION,
     Definition,
@@ -28,7 +29,6 @@ from pipeline.core.record import (
     split_key,
     view_prefix,
 )
-from pipeline.core.view import merged
 from pipeline.errors import BadRecord, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, LogReader, Store, Stores

@@ -15,7 +15,7 @@ from pipeline.metrics import Metrics
 from pipeline.worker.restore import RestoreProgress
 
 if TYPE_CHECKING:
-    from pipeline.worker.partition import Partition
+    from pipeline.worker.partition import OwnedPartition
 
 _log = logging.getLogger(__name__)
 _EXPORTED = {
@@ -69,7 +69,7 @@ class Figures:
         self._metrics.set(m.NEXT_OFFSET, position.next_offset, partition)
 
 
-def partition_status(partition: Partition, end_offset: int | None, progress: RestoreProgress | None) -> dict[str, Any]:
+def partition_status(partition: OwnedPartition, end_offset: int | None, progress: RestoreProgress | None) -> dict[str, Any]:
     """What `/v1/status` says of a partition that is folded here. Without `end_offset` the log is away."""
     next_offset = partition.task.position.next_offset
     status: dict[str, Any] = {

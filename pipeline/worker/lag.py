@@ -21,7 +21,7 @@ HELD_UP_S = 5.0
 Offsets = Callable[[], Mapping[int, int]]
 
 
-class Ends(NamedTuple):
+class EndOffsets(NamedTuple):
     """Where the partitions of deltas end, as the log says at one look."""
 
     high_watermarks: Mapping[int, int]
@@ -49,7 +49,7 @@ class LagReporter:
         self,
         positions: Offsets,
         *,
-        ends: Callable[[], Ends],
+        ends: Callable[[], EndOffsets],
         start_offsets: Offsets,
         commit: Callable[[Mapping[int, int]], None],
         clock: Clock,
@@ -130,7 +130,7 @@ class LagReporter:
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
             self._metrics.set(m.RETENTION_MARGIN, next_offset - starts.get(number, 0), number)
 
-    def _note_open_transactions(self, ends: Ends, positions: Mapping[int, int]) -> None:
+    def _note_open_transactions(self, ends: EndOffsets, positions: Mapping[int, int]) -> None:
         """Say once of each open transaction that holds a partition up what there is to do: nothing here can end it."""
         now_s, before = self._clock.monotonic_s(), self._held_up
         self._held_up = {}

@@ -27,7 +27,7 @@ from pipeline.threads import POLL_INTERVAL_S, PeriodicThread
 from pipeline.topics import DELTAS
 from pipeline.worker.active import ActivePartition, ActivePartitions, NoStandbys, Standbys
 from pipeline.worker.commits import Commits
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import DamageHistory, RestoreProgress
 
 _log = logging.getLogger(__name__)
@@ -52,18 +52,18 @@ class _Damaged(NamedTuple):
 
 
 class WorkerLoop:
-    """Folds the partitions that it is assigned until it is told to stop.
+    """Folds the partitions that are assigned to it until it is stopped.
 
-    `make` returns a new `Partition`, each time that one is taken over. `on_fatal` is called once, from the loop's thread,
-    when the loop can't go on: a commit failed, or records are lost. Whoever owns the process must then end it with exit code
-    3; nothing that was not committed has been acknowledged. `on_moved` is called from the loop's thread when other
-    partitions fold than before. For `settle_s` after an assignment, and after what it brought has been taken over, a fence
-    may still come from one before it: the partition is taken over again then.
+    `make` returns the `OwnedPartition` to start when a partition is taken over. `on_fatal` is called once, from the
+    loop's thread, when the loop can't go on: a commit failed, or records are lost. The owner of the process must then end it
+    with exit code 3; nothing that was not committed has been acknowledged. `on_moved` is called from the loop's thread when
+    other partitions fold than before. For `settle_s` after an assignment, and after the partitions that it added have
+    started, a fence may still come from an owner of the assignment before: then the partition is taken over again.
     """
 
     def __init__(
         self,
-        make: Callable[[int], Partition],
+        make: Callable[[int], OwnedPartition],
         *,
         log: Log,
         clock: Clock,
@@ -136,7 +136,7 @@ class WorkerLoop:
         return self._ready.is_set() and not self._rebuilding
 
     @property
-    def partitions(self) -> Mapping[int, Partition]:
+    def partitions(self) -> Mapping[int, OwnedPartition]:
         """Those that are ours, as far as the loop has come; they may not be `started` yet."""
         return {active.number: active.partition for active in [*self._actives.all.values()] if active.is_ours}
 

@@ -101,7 +101,7 @@ TRANSITIONS: Mapping[tuple[Stage, StageEvent], Stage] = {
 """Every legal event; any other raises `IllegalTransition`."""
 
 
-class Partition:
+class OwnedPartition:
     """A partition that this process folds: its task, its store and its right to commit."""
 
     def __init__(

@@ -23,6 +23,7 @@ from msgspec.structs import asdict, replace
 
 from pipeline.core import codec
 from pipeline.core.kinds import KINDS
+from pipeline.core.query import Entry, describe
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -36,7 +37,6 @@ from pipeline.core.record import (
     parse_suffix,
     split_key,
 )
-from pipeline.core.view import Entry, describe
 from pipeline.errors import BadRecord, LogCorrupt, NotFound, RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Clock, Log, Store, Stores
 from pipeline.topics import CHANGELOG
@@ -141,7 +141,7 @@ def verify(
             verdict, detail = "corrupt", str(error)
         try:
             # Whatever the store is like: nobody should delete one that the changelog could not replace.
-            reading = _Reading(partition, log, truth, next_offset, fetch_count_max, progress)
+            reading = _ChangelogScan(partition, log, truth, next_offset, fetch_count_max, progress)
         except (BadRecord, LogCorrupt, RecordsLost, StoreCorrupt) as error:
             return Result(partition, "unreadable", str(error))
         result = Result(
@@ -181,7 +181,7 @@ def _too_old(partition: int, store: Store, log: Log, clock: Clock, delete_retent
     return ""
 
 
-class _Reading:
+class _ChangelogScan:
     """Reads a changelog into a scratch store: of each key's newest record the offset, and then, unless it is a tombstone,
     the value.
     """

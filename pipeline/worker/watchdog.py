@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError, Stalled
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.threads import PeriodicThread
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import RestoreProgress
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _first(committing_s: float | None, now_s: float) -> float:
 
 
 def look_at(
-    partitions: Mapping[int, Partition],
+    partitions: Mapping[int, OwnedPartition],
     ends: Mapping[int, int],
     progress: Mapping[int, RestoreProgress],
     assigned: Collection[int] = (),

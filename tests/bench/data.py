@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from zlib import crc32
 
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_prefix, series_suffix
-from pipeline.core.route import route
 
 SECRET = "bench"
 PRODUCER_ID = producer_id_of(SECRET)
@@ -50,7 +50,7 @@ def batches(
         rng.shuffle(order)
         for i in order:
             suffix = series_suffix(labels(i))
-            partition = route(prefix + suffix, partition_count)
+            partition = crc32(prefix + suffix) % partition_count
             group = groups[partition]
             group.suffixes.append(suffix)
             group.states.append(value(i))

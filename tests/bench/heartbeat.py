@@ -20,7 +20,7 @@ from pipeline.core.codec import decode_batch
 from pipeline.ports import Message
 from pipeline.settings import LogSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.bench.measure import Figure, Row, at_most
 
 _BEAT_S = 0.01
@@ -104,7 +104,7 @@ class Worker:
         clock = SystemClock()
         self.log = log or MemoryLog(dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), 1), clock.now_ms)
         self.stores = RocksStores(path, LogSettings(data=str(path)))
-        self.partition = Partition(
+        self.partition = OwnedPartition(
             0,
             log=self.log,
             stores=self.stores,

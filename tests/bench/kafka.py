@@ -21,8 +21,8 @@ from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.cluster import ClusterServer
 from pipeline.core.codec import encode_batch
+from pipeline.core.query import Query
 from pipeline.core.record import Batch, Definition, Group, series_suffix
-from pipeline.core.view import Query
 from pipeline.errors import NotFound
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings, LogSettings

@@ -21,7 +21,7 @@ from pipeline.ports import Log, Message
 from pipeline.settings import LogSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.bench.measure import Figure, Row, at_least, cpu_seconds
 
 _UNIT = "entries per CPU s"
@@ -63,7 +63,7 @@ class House:
         """Restore, fold everything that was published, commit it, stop."""
         stores = RocksStores(self.path / "stores", self.settings)
         partitions = [
-            Partition(
+            OwnedPartition(
                 number, log=self.log, stores=stores, clock=self.clock, settings=_WORKER, delete_retention_ms=86_400_000
             )
             for number in range(self.partition_count)

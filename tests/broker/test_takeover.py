@@ -21,7 +21,7 @@ from pipeline.errors import LogCorrupt, RecordsLost, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.broker.kafka import App, Broker, create_topics, delete_topics, new_app
 from tests.support import wait_until
 from tests.worker.support import DAY_MS, VIEW, Recorder, series_of
@@ -44,8 +44,8 @@ class _World:
         (covers,) = self.log.append([Message(DELTAS, 0, None, batch)], timeout_s=20)
         assert isinstance(covers, int)
 
-    def owner(self, *, commit_timeout_ms: int = 20_000, accept_loss: bool = False) -> Partition:
-        return Partition(
+    def owner(self, *, commit_timeout_ms: int = 20_000, accept_loss: bool = False) -> OwnedPartition:
+        return OwnedPartition(
             0,
             log=self.log,
             stores=MemoryStores(),
@@ -56,7 +56,7 @@ class _World:
             metrics=Recorder(),
         )
 
-    def fold(self, partition: Partition, next_offset: int) -> None:
+    def fold(self, partition: OwnedPartition, next_offset: int) -> None:
         with closing(self.log.reader(DELTAS)) as reader:
             offset, epoch = partition.resume()
             reader.assign({0: offset}, {0: epoch})

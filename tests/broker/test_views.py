@@ -11,7 +11,7 @@ import pytest
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.cluster.views import change, open_views
-from pipeline.core.orders import order
+from pipeline.core.query import order
 from pipeline.errors import NotFound
 from pipeline.settings import KafkaSettings, PublisherSettings
 from tests.broker.drive import finish, loaded, server, worker

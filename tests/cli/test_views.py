@@ -12,7 +12,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpViews
 from pipeline.cluster.views import change
 from pipeline.core.answer import Changed
-from pipeline.core.orders import order
+from pipeline.core.query import order
 from pipeline.core.record import Control
 from pipeline.errors import NotFound, Unavailable
 from tests.cli.conftest import Here

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.core import codec
 from pipeline.core.kinds import KIND_NAMES, KINDS, kind_of
+from pipeline.core.query import describe, merged
 from pipeline.core.record import Batch, Definition, Group, canonical, check_definition, definition_id, series_suffix
-from pipeline.core.view import describe, merged
 from pipeline.errors import BadRecord, Invalid
 from tests.core import strategies as some
 from tests.core.driver import Shell, batch, group, totals

@@ -11,6 +11,7 @@ import pipeline.core.record
 from pipeline.core.codec import DefinitionEntry, encode_definition, encode_folded, encode_states
 from pipeline.core.kinds import BATCH_INT_BYTES_MAX, KINDS
 from pipeline.core.limits import TaskLimits
+from pipeline.core.query import merged
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -24,7 +25,6 @@ from pipeline.core.record import (
 )
 from pipeline.core.sequence import GAP_COUNT_MAX, Folded
 from pipeline.core.task import TRANSITIONS, Counts, Phase, Step, Task
-from pipeline.core.view import merged
 from pipeline.errors import IllegalTransition, StoreCorrupt
 from tests.core.driver import NOW_MS, Shell, batch, group, totals
 from tests.core.strategies import records

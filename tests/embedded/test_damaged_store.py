@@ -14,8 +14,8 @@ import pipeline.metrics as m
 from pipeline.adapters.rocks import Translated
 from pipeline.core.answer import Answer
 from pipeline.core.exposition import Exposition
+from pipeline.core.query import Query, parse_matcher
 from pipeline.core.record import Definition, definition_key, prefix_end, view_prefix
-from pipeline.core.view import Query, parse_matcher
 from pipeline.engine import Engine
 from pipeline.errors import LogCorrupt, NoSpace, NotReady, StoreCorrupt, Unavailable
 from pipeline.ports import RawDelta

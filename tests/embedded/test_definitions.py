@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.codec import encode_batch
+from pipeline.core.query import Query
 from pipeline.core.record import Batch, Control, Definition, Group, producer_id_of
 from pipeline.core.token import Token
-from pipeline.core.view import Query
 from pipeline.engine import Engine
 from pipeline.errors import GroupsRefused, Invalid, NotFound
 from pipeline.ingest.gateway import Gateway

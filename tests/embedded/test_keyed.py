@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.clock import SystemClock
+from pipeline.core.query import Query
 from pipeline.core.record import Control
 from pipeline.core.token import Token
-from pipeline.core.view import Query
 from pipeline.engine import Engine
 from pipeline.errors import Unavailable
 from pipeline.ports import Message, RawDelta, RequestKey

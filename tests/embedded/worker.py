@@ -20,7 +20,7 @@ from pipeline.core.record import (
 from pipeline.ports import Log, Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS, Topic
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.contracts.support import DAY_MS, DEADLINE_S, EmbeddedLab, appended
 
 WORKER_TOPICS = {
@@ -41,9 +41,9 @@ def publish(log: Log, first_sequence: int, batches: Sequence[Mapping[str, int]])
     appended(log, messages)
 
 
-def new_partition(lab: EmbeddedLab, stores: RocksStores) -> Partition:
+def new_partition(lab: EmbeddedLab, stores: RocksStores) -> OwnedPartition:
     """The partition, taken over and restored."""
-    partition = Partition(
+    partition = OwnedPartition(
         0,
         log=lab.log,
         stores=stores,
@@ -55,7 +55,7 @@ def new_partition(lab: EmbeddedLab, stores: RocksStores) -> Partition:
     return partition
 
 
-def fold_all(partition: Partition, lab: EmbeddedLab, *, record_count_max: int = 1) -> None:
+def fold_all(partition: OwnedPartition, lab: EmbeddedLab, *, record_count_max: int = 1) -> None:
     """Fold and commit, so many records at a time, until nothing is left."""
     reader = lab.log.reader(DELTAS)
     reader.assign({0: partition.task.next_offset})
@@ -65,12 +65,12 @@ def fold_all(partition: Partition, lab: EmbeddedLab, *, record_count_max: int = 
         partition.commit()
 
 
-def entries(partition: Partition) -> dict[bytes, bytes]:
+def entries(partition: OwnedPartition) -> dict[bytes, bytes]:
     """All that its store holds, but for what the store says of itself."""
     return {key: value for key, value in partition.store.scan(b"", b"\xff\xff") if key != STORE_META_KEY}
 
 
-def answer(partition: Partition) -> dict[str, int]:
+def answer(partition: OwnedPartition) -> dict[str, int]:
     """What the view says."""
     prefix = series_prefix(VIEW)
     found = [*partition.store.scan(prefix, prefix_end(prefix))]

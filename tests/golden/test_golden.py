@@ -32,7 +32,6 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.core.route import route
 from pipeline.core.sequence import Folded
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, NewerFormat
@@ -335,12 +334,6 @@ def test_keys() -> None:
     key = prefix + series_suffix(("eu", "tea"), 60_000)
     assert key == b"\x02revenue\x00" + identity + b"\x00\x00\x00\x00\x00\x00\xea\x60" + b"\x92\xa2eu\xa3tea"
     assert labels_of(key, prefix) == ("eu", "tea")
-
-
-def test_routes() -> None:
-    """A series stays in its partition for ever, as long as their number does: moving it costs an entry in both."""
-    prefix = series_prefix(REVENUE)
-    assert [route(prefix + series_suffix(labels), 1_000) for labels in LABELS] == [140, 184, 977]
 
 
 def write_missing() -> None:

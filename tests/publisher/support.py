@@ -26,7 +26,7 @@ from pipeline.ports import MESSAGE_BYTES_MAX, LogWriter, Message
 from pipeline.publisher.client import BasePublisher
 from pipeline.settings import PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = SystemClock()
@@ -238,7 +238,7 @@ def fold(log: MemoryLog) -> Views:
     kinds: dict[str, str] = {}
     duplicates = 0
     for number in range(log.partition_count(DELTAS)):
-        partition = Partition(
+        partition = OwnedPartition(
             number, log=log, stores=stores, clock=CLOCK, settings=WorkerSettings(), delete_retention_ms=HOUR_MS
         )
         partition.start()

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
+from zlib import crc32
 
 import uvicorn
 
@@ -21,7 +22,6 @@ from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_prefix, series_suffix
-from pipeline.core.route import route
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
@@ -33,7 +33,7 @@ from pipeline.query.facts import StoredFacts
 from pipeline.query.reader import ViewReader
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.support import again_and_again
 
 SECRET = "support"
@@ -58,7 +58,7 @@ class World:
         topics = dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count)
         self.log = MemoryLog(topics, self.clock.now_ms)
         self._stores = stores or MemoryStores()
-        self.partitions: list[Partition] = []
+        self.partitions: list[OwnedPartition] = []
         self._partition_count = partition_count
         self.work(worker or WorkerSettings(ts_ahead_max_ms=2**53))
         self.ready = True
@@ -75,7 +75,7 @@ class World:
         for partition in self.partitions:
             partition.close()
         self.partitions = [
-            Partition(
+            OwnedPartition(
                 number,
                 log=self.log,
                 stores=self._stores,
@@ -148,7 +148,7 @@ class World:
         prefix = series_prefix(definition)
         parts: dict[int, dict[Sequence[str], Any]] = {}
         for labels, state in series.items():
-            number = route(prefix + series_suffix(labels), len(self.partitions))
+            number = crc32(prefix + series_suffix(labels)) % len(self.partitions)
             parts.setdefault(number, {})[labels] = state
         for number, part in parts.items():
             self.append(number, definition, part)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from pipeline.core.query import Query
 from pipeline.core.record import Definition
-from pipeline.core.view import Query
 from pipeline.errors import Invalid, NotReady, Unavailable
 from pipeline.ports import Store
 from pipeline.query.ends import EndsNow, EndsPolled

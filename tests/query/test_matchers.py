@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.adapters.http import _condition
-from pipeline.core.view import parse_matcher
+from pipeline.core.query import parse_matcher
 from pipeline.errors import Invalid, Unavailable
 from pipeline.query import matchers
 from pipeline.query.matchers import Test, compile_matcher

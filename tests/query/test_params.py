@@ -5,7 +5,7 @@ from urllib.parse import parse_qsl, quote_plus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.view import Matcher, Query
+from pipeline.core.query import Matcher, Query
 from pipeline.query.params import _pairs, parse_read
 from pipeline.settings import QuerySettings
 from tests.core import strategies as some

@@ -16,8 +16,8 @@ from pipeline.adapters.rocks import RocksStores
 from pipeline.core import codec
 from pipeline.core.answer import Answer
 from pipeline.core.kinds import KINDS
+from pipeline.core.query import Labels, Query, parse_matcher
 from pipeline.core.record import POSITION_KEY, Definition, canonical, definition_key, series_prefix, series_suffix
-from pipeline.core.view import Labels, Query, parse_matcher
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable
 from pipeline.settings import LogSettings, QuerySettings
 from tests.core import strategies as some

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.adapters.memory import MemoryLog
 from pipeline.core.answer import AsOf
+from pipeline.core.query import Query
 from pipeline.core.record import NO_POSITION, Definition, Position
-from pipeline.core.view import Query
 from pipeline.errors import NotReady, Unavailable
 from pipeline.ports import Message
 from pipeline.query.ends import EndsNow, LogEnds

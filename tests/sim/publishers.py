@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
+from zlib import crc32
 
 import msgspec
 
 from pipeline.core.codec import encode_batch
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import Batch, Control, Definition, Group, series_prefix, series_suffix
-from pipeline.core.route import route
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.ports import Message
 from pipeline.topics import DELTAS
@@ -104,7 +104,7 @@ class SimPublisher:
         """Some deltas, of few series, so that they meet."""
         for _ in range(count):
             view, labels, delta = self._some_recorded()
-            partition = route(series_prefix(_definition(view)) + series_suffix(labels), self._partition_count)
+            partition = crc32(series_prefix(_definition(view)) + series_suffix(labels)) % self._partition_count
             self._buffer.setdefault(partition, []).append((view, labels, delta))
 
     def _some_recorded(self) -> Recorded:

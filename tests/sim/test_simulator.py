@@ -21,7 +21,7 @@ from pipeline.ports import Message
 from pipeline.topics import DEAD_LETTERS
 from pipeline.worker import partition, replica
 from pipeline.worker.follower import Follower, StoreMeta, read_meta, read_position, write_entries
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.served import Replica
 from tests.sim.auditor import Failure
@@ -74,35 +74,35 @@ def test_everything_happens() -> None:
     assert not missing
 
 
-def store_first(self: Partition, commit: Commit) -> None:
+def store_first(self: OwnedPartition, commit: Commit) -> None:
     write_entries(self.store, commit.keys, commit.values, read_meta(self.store))
     make_durable(self, commit)
 
 
-def shrug_off(self: Partition, commit: Commit) -> None:
+def shrug_off(self: OwnedPartition, commit: Commit) -> None:
     try:
         make_durable(self, commit)
     except Unavailable:
         write_entries(self.store, commit.keys, commit.values, read_meta(self.store))
 
 
-def without_producers(self: Partition, commit: Commit) -> None:
+def without_producers(self: OwnedPartition, commit: Commit) -> None:
     pairs = [(key, value) for key, value in zip(commit.keys, commit.values, strict=True) if key[:1] != TAG_PRODUCER]
     keys, values = [key for key, _ in pairs], [value for _, value in pairs]
     make_durable(self, msgspec.structs.replace(commit, keys=keys, values=values))
 
 
-def position_first(self: Partition, commit: Commit) -> None:
+def position_first(self: OwnedPartition, commit: Commit) -> None:
     make_durable(self, msgspec.structs.replace(commit, keys=commit.keys[::-1], values=commit.values[::-1]))
 
 
-def wrong_meta(self: Partition, commit: Commit) -> None:
+def wrong_meta(self: OwnedPartition, commit: Commit) -> None:
     make_durable(self, commit)
     meta = StoreMeta(changelog_next_offset=read_meta(self.store).changelog_next_offset + 2)
     write_entries(self.store, [], [], meta)
 
 
-def letters_apart(self: Partition, commit: Commit) -> None:
+def letters_apart(self: OwnedPartition, commit: Commit) -> None:
     assert self._transaction is not None
     if commit.dead_letters:
         letters = [Message(DEAD_LETTERS, self.number, key, value) for key, value in commit.dead_letters]
@@ -110,7 +110,7 @@ def letters_apart(self: Partition, commit: Commit) -> None:
     make_durable(self, msgspec.structs.replace(commit, dead_letters=[]))
 
 
-def fence_late(self: Partition, **hooks: Any) -> None:
+def fence_late(self: OwnedPartition, **hooks: Any) -> None:
     """Restore first, fence the old owner afterwards."""
     log = self._log
 
@@ -166,22 +166,22 @@ def half_of_it(self: Follower, records: Any) -> None:
     self._sieve.pop(len(self._sieve))
 
 
-make_durable, start, fold, read = Partition.make_durable, Partition.start, Task.fold, Task.read
+make_durable, start, fold, read = OwnedPartition.make_durable, OwnedPartition.start, Task.fold, Task.read
 with_folded = Folded.with_folded
 apply = ReplicaLoop._apply
 write, apply_records = Follower._write, Follower.apply
 
 BREAKS: dict[str, tuple[Any, str, Any]] = {
-    "1: the store is written before the transaction": (Partition, "make_durable", store_first),
-    "2: the old owner is fenced after the restore": (Partition, "start", fence_late),
+    "1: the store is written before the transaction": (OwnedPartition, "make_durable", store_first),
+    "2: the old owner is fenced after the restore": (OwnedPartition, "start", fence_late),
     "2: the log does not fence": (memory._MemoryTransaction, "__init__", None),
     "3: the position is one too low": (partition, "read_position", from_elsewhere),
     "4: a follower takes every read for a boundary": (Follower, "apply", always_at_boundary),
     "4: an old store is never rebuilt": (partition, "check_restorable", lambda *_, **__: 0),
     "5: records below the position are folded again": (Task, "read", again),
-    "6: a failed commit is taken for a success": (Partition, "make_durable", shrug_off),
+    "6: a failed commit is taken for a success": (OwnedPartition, "make_durable", shrug_off),
     "7: bad bytes are skipped silently": (Task, "fold", silently),
-    "7: dead letters have a transaction of their own": (Partition, "make_durable", letters_apart),
+    "7: dead letters have a transaction of their own": (OwnedPartition, "make_durable", letters_apart),
     "a set is taken for its largest member": (
         Folded,
         "has",
@@ -203,9 +203,9 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
         "with_folded",
         lambda self, n, floor, epoch, *rest: with_folded(self, n, floor, 0, *rest),
     ),
-    "the position is not the last of its commit": (Partition, "make_durable", position_first),
-    "the store says that it reflects too much": (Partition, "make_durable", wrong_meta),
-    "producers are not in the commit": (Partition, "make_durable", without_producers),
+    "the position is not the last of its commit": (OwnedPartition, "make_durable", position_first),
+    "the store says that it reflects too much": (OwnedPartition, "make_durable", wrong_meta),
+    "producers are not in the commit": (OwnedPartition, "make_durable", without_producers),
     "a server serves at once": (Replica, "catch_up", serve_at_once),
     "a server serves between boundaries": (Replica, "hide", lambda self: None),
     "a server does not notice how far behind it is": (ReplicaLoop, "_apply", never_behind),

@@ -1,4 +1,4 @@
-"""Workers and standbys of the simulator: the real `Partition` and `Follower`, one call at a time."""
+"""Workers and standbys of the simulator: the real `OwnedPartition` and `Follower`, one call at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.ports import LogReader
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.follower import Follower, read_meta, read_position
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import check_restorable
 from tests.sim.entries import FENCE, META, POSITION, PRODUCER, SERIES, Failure, compare
 from tests.sim.faults import FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
@@ -64,7 +64,7 @@ class Worker:
         self.metrics = Recorder()
         self.deposed = world.log_faults.some_deposed(partition)
         self.log = FaultyLog(world.cluster, self.process, fenced_others=lambda: world.owned(self), deposed=self.deposed)
-        self.part = Partition(
+        self.part = OwnedPartition(
             partition,
             log=self.log,
             stores=FaultyStores(world.cluster, machine, self.process),

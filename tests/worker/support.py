@@ -14,7 +14,7 @@ from pipeline.metrics import PARTITION_GAUGES, Metric
 from pipeline.ports import NO_EPOCHS, LogReader, Message, ReadableStore, Store, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.support import HandClock
 
 DAY_MS = 86_400_000
@@ -196,10 +196,10 @@ class Worker:
         self.log = log
         self.clock = clock
         self.stores = MemoryStores()
-        self.partitions: dict[int, Partition] = {}
+        self.partitions: dict[int, OwnedPartition] = {}
         self._sequence = 0
 
-    def partition(self, number: int) -> Partition:
+    def partition(self, number: int) -> OwnedPartition:
         if number not in self.partitions:
             self.partitions[number] = partition = new_partition(number, self.log, self.stores, self.clock)
             partition.start()
@@ -234,8 +234,8 @@ def new_partition(
     settings: WorkerSettings | None = None,
     metrics: Recorder | None = None,
     young_s: float = 0.0,
-) -> Partition:
-    return Partition(
+) -> OwnedPartition:
+    return OwnedPartition(
         number,
         log=log,
         stores=stores,
@@ -247,7 +247,7 @@ def new_partition(
     )
 
 
-def fold_all(log: MemoryLog, partition: Partition) -> None:
+def fold_all(log: MemoryLog, partition: OwnedPartition) -> None:
     reader = log.reader(DELTAS)
     reader.assign({partition.number: partition.task.next_offset})
     while fetched := reader.poll(record_count_max=1_000, bytes_max=2**30, timeout_s=0):

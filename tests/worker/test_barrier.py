@@ -17,7 +17,7 @@ from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
 from pipeline.worker.follower import Follower, read_meta, read_position
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import PATIENCE_S, RestoreProgress
 from tests.support import HandClock
 from tests.worker.support import VIEW, ChangingLog, fold_all, new_partition, series_of
@@ -59,14 +59,14 @@ class _World:
         stopping: Callable[[], bool] = lambda: False,
         *,
         accept_loss: bool = False,
-    ) -> Partition:
+    ) -> OwnedPartition:
         settings = WorkerSettings(commit_timeout_ms=5_000, accept_loss=accept_loss)
         partition = new_partition(0, self.log, stores or MemoryStores(), self.clock, settings=settings)
         self.told.clear()
         partition.start(self.told.append, stopping)
         return partition
 
-    def fold(self, partition: Partition, count: int) -> None:
+    def fold(self, partition: OwnedPartition, count: int) -> None:
         """The next records, so many."""
         reader = self.log.reader(DELTAS)
         reader.assign({0: partition.task.next_offset})
@@ -288,7 +288,7 @@ def test_a_tail_that_can_not_be_looked_at(world: _World) -> None:
     assert series_of(accepting.store) == {"x": 4}
 
 
-def fold_on(world: _World, owner: Partition) -> None:
+def fold_on(world: _World, owner: OwnedPartition) -> None:
     reader = world.log.reader(DELTAS)
     offset, epoch = owner.resume()
     reader.assign({0: offset}, {0: epoch})

@@ -21,7 +21,7 @@ from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.bound import CommitBound
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.support import HandClock, wait_until
 from tests.worker.support import VIEW, Recorder, new_partition, series_of
 
@@ -144,7 +144,7 @@ class Supervised:
         self.metrics = Recorder()
         self.starts = 0
         self.failures: list[BaseException] = []
-        self.partition: Partition | None = None
+        self.partition: OwnedPartition | None = None
 
     def run(self, done: Callable[[], bool], starts_max: int = 50) -> None:
         while not done() and self.starts < starts_max:
@@ -170,7 +170,7 @@ class Supervised:
             wait_until(lambda ended=ended: done() or ended.is_set(), "the end", 60)
             loop.stop(60)
 
-    def _make(self, number: int) -> Partition:
+    def _make(self, number: int) -> OwnedPartition:
         self.partition = new_partition(number, self.log, self.stores, self.log.clock, metrics=self.metrics)
         return self.partition
 

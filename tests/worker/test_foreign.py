@@ -28,7 +28,7 @@ from pipeline.errors import RecordsLost, StoreCorrupt
 from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, VIEW, ChangingLog, Recorder, Worker, fold_all, new_partition, series_of
@@ -76,7 +76,7 @@ class _World:
             self.server.step()
         return series_of(self.server.stores()[0])
 
-    def new_owner(self, stores: MemoryStores | None = None, *, young_s: float = 0.0) -> Partition:
+    def new_owner(self, stores: MemoryStores | None = None, *, young_s: float = 0.0) -> OwnedPartition:
         settings = WorkerSettings(accept_loss=self.accept_loss)
         owner = new_partition(0, self.log, stores or MemoryStores(), self.clock, settings=settings, young_s=young_s)
         self.worker.partitions[0] = owner

@@ -18,7 +18,7 @@ from pipeline.ports import NO_BEGINS, Begins, Message, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from tests.support import wait_until
 from tests.worker.support import VIEW, is_fence
 
@@ -58,7 +58,9 @@ def test_a_commit_that_hangs_ends_the_worker() -> None:
     errors: list[BaseException] = []
     clock, log = SystemClock(), _HangingLog(release)
     settings = WorkerSettings(commit_interval_ms=1, commit_timeout_ms=100)
-    partition = Partition(0, log=log, stores=MemoryStores(), clock=clock, settings=settings, delete_retention_ms=86_400_000)
+    partition = OwnedPartition(
+        0, log=log, stores=MemoryStores(), clock=clock, settings=settings, delete_retention_ms=86_400_000
+    )
 
     def on_fatal(error: BaseException) -> None:
         errors.append(error)
@@ -86,7 +88,9 @@ def test_a_commit_that_fails_ends_the_worker_once() -> None:
     clock = SystemClock()
     log = MemoryLog({DELTAS: 1, CHANGELOG: 1, DEAD_LETTERS: 1}, clock.now_ms)
     settings = WorkerSettings(commit_interval_ms=1)
-    partition = Partition(0, log=log, stores=MemoryStores(), clock=clock, settings=settings, delete_retention_ms=86_400_000)
+    partition = OwnedPartition(
+        0, log=log, stores=MemoryStores(), clock=clock, settings=settings, delete_retention_ms=86_400_000
+    )
     loop = WorkerLoop(
         lambda _: partition,
         log=log,
@@ -144,7 +148,7 @@ class _Pool:
         return self.log.watermarks(DEAD_LETTERS, number).end_offset
 
 
-class _Slow(Partition):
+class _Slow(OwnedPartition):
     """A partition whose start waits for `gate`, and fails with `error`."""
 
     gate: threading.Event | None = None

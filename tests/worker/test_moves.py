@@ -22,7 +22,7 @@ from pipeline.ports import NO_BEGINS, Begins, Message, Store, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.partition import Partition
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from tests.support import wait_until
 from tests.worker.support import DAY_MS, TOPICS, VIEW, is_fence, series_of
@@ -134,11 +134,11 @@ class _Host:
             lag_max_s=1.0,  # so that it looks often
         )
         self.replicas.follow(frozenset())
-        self.made: list[Partition] = []
+        self.made: list[OwnedPartition] = []
 
-        def make(number: int) -> Partition:
+        def make(number: int) -> OwnedPartition:
             self.made.append(
-                Partition(
+                OwnedPartition(
                     number,
                     log=log,
                     stores=self.stores,

@@ -9,8 +9,8 @@ import pytest
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryLog
 from pipeline.adapters.rocks import RocksStores
+from pipeline.core.query import Query
 from pipeline.core.record import Definition, prefix_end, view_prefix
-from pipeline.core.view import Query
 from pipeline.errors import LogCorrupt, NotReady, StoreCorrupt, Unavailable
 from pipeline.ports import ReadableStore
 from pipeline.query.ends import EndsNow

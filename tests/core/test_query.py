@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.kinds import KINDS
-from pipeline.core.record import Definition, series_prefix, series_suffix
-from pipeline.core.view import (
+from pipeline.core.query import (
     Labels,
     Matcher,
     TopN,
@@ -28,6 +27,7 @@ from pipeline.core.view import (
     pinned_labels,
     widen,
 )
+from pipeline.core.record import Definition, series_prefix, series_suffix
 from pipeline.errors import BadRecord, Invalid, NotFound
 from tests.core import strategies as some
 

@@ -1,4 +1,4 @@
-"""Reading a view: which series match, what they merge to, which of them make the answer.
+"""Queries of views: which series match, what they merge to, which of them make the answer; and orders about views.
 
 A series may live in several partitions, so an answer is a fold over all of them with the same `merge` that buffers and
 overlays use: the order of partitions and of entries does not matter. Rows travel column by column: `labels[i]` are the
@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from pipeline.core.codec import DefinitionEntry
-from pipeline.core.kinds import Kind, State
-from pipeline.core.record import Definition
+from pipeline.core.kinds import KIND_NAMES, Kind, State
+from pipeline.core.record import CONTROL_ACTIONS, NAME, NAME_BYTES_MAX, Control, Definition
 from pipeline.errors import BadRecord, Invalid, NotFound
 
 Labels = tuple[str, ...]
@@ -63,7 +63,7 @@ class Alternative(msgspec.Struct, frozen=True):
     """0: without windows."""
 
 
-class Merged(msgspec.Struct, frozen=True):
+class MergedDefinition(msgspec.Struct, frozen=True):
     """What a read of a view merges: all its definitions of one kind and window."""
 
     definition: Definition
@@ -106,7 +106,9 @@ def describe(definition: Definition) -> str:
     return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)})"
 
 
-def merged(view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = None, window_s: int | None = None) -> Merged:
+def merged(
+    view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = None, window_s: int | None = None
+) -> MergedDefinition:
     """What a read of `view` merges, given its definition entries in all partitions: those of one kind and window.
 
     Without `kind` and `window_s` it is the kind and window that were defined first, so that nobody can disturb a view that
@@ -129,7 +131,7 @@ def merged(view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = 
     labels = tuple(sorted({label for it in found for label in it.labels}))
     together = Definition(view, chosen[0], labels, chosen[1], all(it.monotone for it in found))
     also = tuple(Alternative(*shape) for shape in sorted(parts) if shape != chosen)
-    return Merged(together, tuple(found), also)
+    return MergedDefinition(together, tuple(found), also)
 
 
 def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
@@ -156,7 +158,7 @@ def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
     )
 
 
-def widen(merged: Merged, part: Definition) -> Callable[[list[Labels]], list[Labels]]:
+def widen(merged: MergedDefinition, part: Definition) -> Callable[[list[Labels]], list[Labels]]:
     """A function from rows of label values of one definition to rows of the merged one: a label that it lacks is empty."""
     if part.labels == merged.definition.labels:
         return lambda rows: rows
@@ -164,7 +166,7 @@ def widen(merged: Merged, part: Definition) -> Callable[[list[Labels]], list[Lab
     return lambda rows: [tuple([padded[i] for i in place]) for row in rows for padded in [(*row, "")]]
 
 
-def narrow(merged: Merged, part: Definition, labels: Labels) -> Labels | None:
+def narrow(merged: MergedDefinition, part: Definition, labels: Labels) -> Labels | None:
     """The label values, in one definition, of the series that has `labels` in the merged one; None: it can't have it."""
     named = dict(zip(merged.definition.labels, labels, strict=True))
     own = tuple([named.pop(label) for label in part.labels])
@@ -311,3 +313,29 @@ class TopN:
         ranks = [rank for rank, _ in self._rows]
         labels = ranks if self._top is None else [rank[-1] for rank in ranks]
         return Selected(labels, [self._kind.answer(state) for _, state in self._rows], self._total)
+
+
+def order(action: str, view: str, kind: str | None, labels: Sequence[str] | None) -> Control:
+    """Return the order to `drop` or `reset` those definitions of a view that have this kind and exactly these labels.
+
+    None means any. Raises `Invalid` for an action, view or kind that can't be.
+    """
+    if action not in CONTROL_ACTIONS:
+        raise Invalid(f"unknown action {action:.50}; known: {', '.join(CONTROL_ACTIONS)}")
+    if not NAME.match(view) or len(view) > NAME_BYTES_MAX:
+        raise Invalid(f"not the name of a view: {view[:NAME_BYTES_MAX]!r}")
+    if kind is not None and kind not in KIND_NAMES:
+        raise Invalid(f"unknown kind {kind[:50]!r}; known: {', '.join(KIND_NAMES)}")
+    return Control(action, view, kind or "", None if labels is None else tuple(sorted(labels)))
+
+
+def concerned(control: Control, known: Iterable[Listed]) -> list[Listed]:
+    """Return the known definitions that an order is about. Raises `NotFound`, naming what there is, if there are none."""
+    of_view = [it for it in known if it.definition.view == control.view]
+    if not of_view:
+        raise NotFound(f"no view {control.view}")
+    found = [it for it in of_view if control.concerns(it.definition)]
+    if not found:
+        there = ", ".join(describe(it.definition) for it in of_view)
+        raise NotFound(f"view {control.view} has no definition of this kind and these labels; it has {there}")
+    return found

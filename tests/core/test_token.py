@@ -1,14 +1,11 @@
-"""Tokens, and where series go."""
+"""Tokens as text."""
 
-from collections import Counter
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.record import Definition, series_prefix, series_suffix
-from pipeline.core.route import route
 from pipeline.core.token import TOKEN_LENGTH_MAX, Token, name_acknowledged
 from pipeline.errors import Invalid
 
@@ -122,21 +119,3 @@ def test_a_token_of_a_thousand_partitions_can_be_read() -> None:
     """The limit on a token's length holds every token of a topic with 1,024 partitions."""
     token = Token(dict.fromkeys(range(1_024), 2**63 - 1), "x" * 64)
     assert Token.parse(str(token)) == token
-
-
-@pytest.mark.parametrize(
-    ("key", "crc"),
-    [(b"", 0), (b"a", 0xE8B7BE43), (b"123456789", 0xCBF43926), (b"The quick brown fox jumps over the lazy dog", 0x414FA339)],
-)
-def test_route_is_crc32(key: bytes, crc: int) -> None:
-    """The partition is the standard CRC-32 modulo their count, as librdkafka's `consistent` partitioner has it."""
-    for partition_count in (1, 2, 4, 7, 1_000):
-        assert route(key, partition_count) == crc % partition_count
-
-
-def test_route_balances() -> None:
-    """Series of one view spread over all partitions within a few percent."""
-    prefix = series_prefix(Definition("v", "sum", ("user",)))
-    load = Counter(route(prefix + series_suffix((f"user-{i}",)), 8) for i in range(8_000))
-    assert len(load) == 8
-    assert max(load.values()) < 1.2 * 1_000
