@@ -126,7 +126,7 @@ class Bridge:
             metrics=self._metrics,
             interval_s=self._interval_s,
             waits_first=True,
-            while_away="the bridge waits",
+            outage_message="the bridge waits",
             failures=self._failures,
         )
 

@@ -61,12 +61,12 @@ class _Accepted(msgspec.Struct):
     token: str
 
 
-class _Status(msgspec.Struct):
+class _TopicStatus(msgspec.Struct):
     partition_count: int
     topic_id: str
 
 
-class _Views(msgspec.Struct):
+class _ViewList(msgspec.Struct):
     views: list[View]
 
 
@@ -233,7 +233,7 @@ class HttpLogWriter:
         if known is not None and now - known[0] < PARTITION_COUNT_TTL_S:
             return known[1]
         try:
-            found = self._status(_Status)
+            found = self._status(_TopicStatus)
         except Unavailable:
             if known is not None:
                 return known[1]
@@ -252,7 +252,7 @@ class HttpLogWriter:
 
     def topic_id(self, topic: str) -> str:
         """Return the id of the server's deltas topic, which comes with each acknowledgement."""
-        self._topic_id = self._topic_id or self._status(_Status).topic_id
+        self._topic_id = self._topic_id or self._status(_TopicStatus).topic_id
         if not self._topic_id:
             raise Unavailable(f"{self._client.url}: the server does not know its topic yet")
         return self._topic_id
@@ -396,7 +396,7 @@ class HttpReader:
 
     def views(self) -> list[View]:
         """Return the definitions of all views."""
-        return self._get("/v1/views", _Views, self._timeout_s).views
+        return self._get("/v1/views", _ViewList, self._timeout_s).views
 
     def status(self) -> dict[str, Any]:
         """Return the server's partitions, their lag and staleness, and whether it is ready."""

@@ -27,16 +27,16 @@ _made = count(1)
 """Numbers for the logs of this process."""
 
 
-class _Row(msgspec.Struct, frozen=True, gc=False):
+class _MemoryRecord(msgspec.Struct, frozen=True, gc=False):
     offset: int
     at_ms: int
     key: bytes | None
     value: bytes | None
 
 
-class _Partition:
+class _MemoryPartition:
     def __init__(self) -> None:
-        self.rows: list[_Row] = []
+        self.rows: list[_MemoryRecord] = []
         self.start_offset = 0
         self.end_offset = 0
         self.at_ms = 0
@@ -59,14 +59,14 @@ class MemoryLog:
 
     def __init__(self, topics: Mapping[str, int], now_ms: Callable[[], int], *, log_id: str = "") -> None:
         self._log_id = log_id or f"memory-{next(_made)}"
-        self._topics = {name: [_Partition() for _ in range(count)] for name, count in topics.items()}
+        self._topics = {name: [_MemoryPartition() for _ in range(count)] for name, count in topics.items()}
         self._now_ms = now_ms
         self._changed = threading.Condition()
         self._owners: dict[str, int] = {}
         self.marker_count = 0
         """Number of offsets that the end of a transaction takes in each partition that it wrote to."""
 
-    def _partition(self, topic: str, partition: int) -> _Partition:
+    def _partition(self, topic: str, partition: int) -> _MemoryPartition:
         partitions = self._topics.get(topic)
         if partitions is None or not 0 <= partition < len(partitions):
             raise Invalid(f"no partition {partition} of topic {topic}")
@@ -97,7 +97,7 @@ class MemoryLog:
         out = []
         for at, message in zip(partitions, messages, strict=True):
             at.at_ms = max(self._now_ms(), at.at_ms)
-            at.rows.append(_Row(at.end_offset, at.at_ms, message.key, message.value))
+            at.rows.append(_MemoryRecord(at.end_offset, at.at_ms, message.key, message.value))
             at.end_offset += 1
             out.append(at.end_offset)
         self._changed.notify_all()
@@ -235,7 +235,7 @@ class _MemoryReader:
                 f"{self._topic}-{partition}: {at.start_offset - next_offset} records from {next_offset} on are gone"
             )
         self._check_history(at, partition)
-        rows: list[_Row] = []
+        rows: list[_MemoryRecord] = []
         size = 0
         start = bisect_left(at.rows, next_offset, key=lambda row: row.offset)
         end = bisect_left(at.rows, at.stable_offset, key=lambda row: row.offset)
@@ -256,7 +256,7 @@ class _MemoryReader:
             leader_epoch=bisect_right(at.epochs, rows[-1].offset) - 1 if rows else self._epochs.get(partition, EPOCH_NONE),
         )
 
-    def _check_history(self, at: _Partition, partition: int) -> None:
+    def _check_history(self, at: _MemoryPartition, partition: int) -> None:
         """Raise `RecordsLost` if the leader epoch of the last record that was read ended below the cursor."""
         epoch, next_offset = self._epochs.get(partition, EPOCH_NONE), self._next[partition]
         if 0 <= epoch < len(at.epochs) - 1 and at.epochs[epoch + 1] < next_offset:
@@ -264,7 +264,7 @@ class _MemoryReader:
                 f"{self._topic}-{partition}: what was read below {next_offset}, of leader epoch {epoch}, is not in the log"
             )
 
-    def _check_holes(self, at: _Partition, partition: int, rows: list[_Row], next_offset: int) -> None:
+    def _check_holes(self, at: _MemoryPartition, partition: int, rows: list[_MemoryRecord], next_offset: int) -> None:
         begin = self._next[partition]
         if not at.compacted and len(rows) < next_offset - begin:
             missing = {*range(begin, next_offset)} - {row.offset for row in rows} - at.markers

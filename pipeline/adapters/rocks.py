@@ -54,8 +54,8 @@ _FULL = ("No space left on device", "Disk quota exceeded")
 _HOPELESS = ("Permission denied", "Read-only file system", "Not a directory", "Is a directory", "File exists")
 
 
-class Translated:
-    """`with Translated(...):` translates rocksdict's errors into those of `pipeline.errors`. Reusable, from any thread.
+class TranslatedErrors:
+    """`with TranslatedErrors(...):` raises errors of `pipeline.errors` for rocksdict's. Reusable, from any thread.
 
     `what` begins every text. `corrupt` is raised when bytes can't be trusted, `closed` when the RocksDB is closed.
     """
@@ -100,7 +100,7 @@ class Translated:
             raise self.translate(error) from None
 
 
-def open_db(path: Path, options: Options, translated: Translated, *, read_only: bool = False) -> Any:
+def open_db(path: Path, options: Options, translated: TranslatedErrors, *, read_only: bool = False) -> Any:
     """Open or create a RocksDB. With `read_only` raise `NotFound` if there is none; only RocksDB's own log is written."""
     with translated:
         if not read_only:
@@ -120,7 +120,7 @@ class Owner(Protocol):
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 
 
-def keep_from_children(owner: Owner) -> None:
+def protect_from_forks(owner: Owner) -> None:
     """Keep forked children from closing the parent's RocksDB: its threads do not exist there, so they would crash."""
     _watch_forks()
     _owners.add(owner)
@@ -154,7 +154,7 @@ class Cursor:
     rocksdict's `items()` ends without an error at a corrupt block, and the iterators of its `Snapshot` show later writes.
     """
 
-    def __init__(self, db: Rdict, translated: Translated) -> None:
+    def __init__(self, db: Rdict, translated: TranslatedErrors) -> None:
         self._translated = translated
         with translated:
             self._iterator: Any = db.iter()
@@ -211,10 +211,10 @@ class RocksStore:
     """A `ports.Store` in a folder."""
 
     def __init__(self, path: Path, options: Options, *, partition: int | None = None, read_only: bool = False) -> None:
-        self._translated = Translated(f"store {path}", partition=partition)
+        self._translated = TranslatedErrors(f"store {path}", partition=partition)
         self._read_only = read_only
         self.db = open_db(path, options, self._translated, read_only=read_only)
-        keep_from_children(self)
+        protect_from_forks(self)
         write_options: Any = WriteOptions()
         write_options.disable_wal = True  # an attribute, whatever the stub says
         write_options.no_slowdown = True
@@ -333,7 +333,7 @@ class RocksStores:
         if store is not None:
             store.abandon()
         path = self._path / str(partition)
-        with Translated(f"store {path}"):
+        with TranslatedErrors(f"store {path}"):
             if path.exists():  # what a crash leaves of it half way is a store that can't be opened, so it comes here again
                 shutil.rmtree(path)
 

@@ -41,7 +41,7 @@ class StaticMembership:
             clock=clock or SystemClock(),
             metrics=metrics,
             interval_s=_MEMBERSHIP_INTERVAL_S,
-            put_off=self._put_off,
+            on_unavailable=self._on_unavailable,
         )
         """Thread that looks for new partitions."""
 
@@ -76,6 +76,6 @@ class StaticMembership:
             self._listener.on_assigned(actives, frozenset(), self._generation + 1)
             self._generation, self._assigned = self._generation + 1, actives
 
-    def _put_off(self, error: Unavailable) -> None:
+    def _on_unavailable(self, error: Unavailable) -> None:
         _log.debug("which partitions there are is not known: %s", error)
         self.thread.stopping.wait(_MEMBERSHIP_INTERVAL_S)

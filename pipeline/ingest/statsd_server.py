@@ -69,7 +69,7 @@ class StatsdServer:
             clock=clock,
             metrics=metrics,
             on_fatal=lambda _: None,  # `failed` says it
-            at_end="receiving ends",
+            fatal_message="receiving ends",
             on_end=self._finish,
         )
 

@@ -13,7 +13,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.embedded.integrity import find_gaps
-from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
+from pipeline.adapters.embedded.log import EmbeddedLog, checkpoint_path
 from pipeline.errors import LogCorrupt, RecordsLost
 from pipeline.ports import Message
 from pipeline.settings import LogSettings
@@ -59,7 +59,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 def copy_of(path: Path, to: Path) -> Path:
     """What kill -9 would leave of a log: its files as they are, and the file beside them."""
     shutil.copytree(path, to, ignore=shutil.ignore_patterns("LOCK"))
-    shutil.copy(ends_path(path), ends_path(to))
+    shutil.copy(checkpoint_path(path), checkpoint_path(to))
     return to
 
 
@@ -290,7 +290,7 @@ def test_the_file_beside_the_log(lab: EmbeddedLab, damage: Callable[[Path], None
     """It guards the log, it is not the log: without it everything is there, and it is made anew."""
     everything = contents(lab.embedded)
     lab.embedded.close()
-    damage(ends_path(lab.path))
+    damage(checkpoint_path(lab.path))
     log = open_log(lab.path)
     assert contents(log) == everything
     assert all(log.noted(it).end_offset == it.meta.end_offset for it in log.all_partitions())

@@ -32,7 +32,7 @@ _TOPICS_AT = 256 * _PARTITIONS_MAX * _SLOT_BYTES
 _TOPICS_BYTES_MAX = 2**20
 
 
-class Noted(NamedTuple):
+class CheckpointOffsets(NamedTuple):
     """Offsets of one partition in the file."""
 
     start_offset: int = 0
@@ -41,7 +41,7 @@ class Noted(NamedTuple):
     end_offset: int = 0
 
 
-class Ends:
+class OffsetCheckpoint:
     """The file. With `read_only` it is not written, and may be missing."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -56,22 +56,22 @@ class Ends:
                 if not read_only:
                     raise
 
-    def get(self, partition: Partition) -> Noted:
+    def get(self, partition: Partition) -> CheckpointOffsets:
         """Return the offsets of a partition: zeros if there are none, or they are damaged, which is logged."""
         with translate_os(str(self.path)):
             data = os.pread(self._file, _SLOT_BYTES, _place(partition)) if self._file >= 0 else b""
         data = data[: _OFFSETS.size + _CRC.size]
         if not any(data):
-            return Noted()
+            return CheckpointOffsets()
         offsets, crc = data[: _OFFSETS.size], data[_OFFSETS.size :]
         if len(crc) < _CRC.size or _CRC.unpack(crc)[0] != zlib.crc32(offsets):
             _log.warning("%s is damaged: whether %s lost its newest records can't be told", self.path, partition.name)
-            return Noted()
-        return Noted(*_OFFSETS.unpack(offsets))
+            return CheckpointOffsets()
+        return CheckpointOffsets(*_OFFSETS.unpack(offsets))
 
-    def put(self, partition: Partition, noted: Noted) -> None:
+    def put(self, partition: Partition, checkpointed: CheckpointOffsets) -> None:
         """Write the offsets of a partition. The first failure is logged; the records themselves are safe."""
-        offsets = _OFFSETS.pack(*noted)
+        offsets = _OFFSETS.pack(*checkpointed)
         self._write(offsets + _CRC.pack(zlib.crc32(offsets)), _place(partition))
 
     def get_topics(self) -> bytes:

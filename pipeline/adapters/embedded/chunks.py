@@ -52,7 +52,7 @@ class Partition:
         self.number = number
         self.meta = meta
         self.flushed_offset = 0
-        """See `checkpoint.Noted`."""
+        """See `checkpoint.CheckpointOffsets`."""
 
     @property
     def name(self) -> str:

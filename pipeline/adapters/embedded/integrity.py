@@ -27,17 +27,17 @@ from rocksdict import WriteBatch
 
 import pipeline.metrics as m
 from pipeline.adapters.datadir import aside, translate_os
-from pipeline.adapters.embedded.checkpoint import Noted
+from pipeline.adapters.embedded.checkpoint import CheckpointOffsets
 from pipeline.adapters.embedded.chunks import Chunk, Partition, encode, lost_chunk
 from pipeline.adapters.rocks import Cursor
 from pipeline.errors import LogCorrupt
 from pipeline.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-_SAID_MAX = 5
+_GAPS_MAX = 5
 
 
-class Log(Protocol):
+class CheckedLog(Protocol):
     """The methods of `EmbeddedLog` that the checks call."""
 
     def all_partitions(self) -> list[Partition]: ...
@@ -46,7 +46,7 @@ class Log(Protocol):
 
     def stored_chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]: ...
 
-    def noted(self, partition: Partition) -> Noted: ...
+    def checkpointed(self, partition: Partition) -> CheckpointOffsets: ...
 
     def gap(self, partition: Partition, begin: int, end: int) -> LogCorrupt: ...
 
@@ -69,7 +69,7 @@ class Gap(NamedTuple):
         return f"{self.topic}-{self.partition}: {self.end - self.begin} records ({self.begin} to {self.end - 1}) are gone"
 
 
-def find_gaps(log: Log, *, full: bool = False) -> list[Gap]:
+def find_gaps(log: CheckedLog, *, full: bool = False) -> list[Gap]:
     """Return the gaps of a log: with `full` of all of it, otherwise of its newest part (see above).
 
     Raises `LogCorrupt` if a chunk can't be read, or files of different times are mixed.
@@ -82,11 +82,11 @@ def find_gaps(log: Log, *, full: bool = False) -> list[Gap]:
     ]
 
 
-def _gaps(log: Log, cursor: Cursor, partition: Partition, *, full: bool) -> Iterator[tuple[int, int]]:
-    noted, meta = log.noted(partition), partition.meta
-    start, end = max(meta.start_offset, noted.start_offset), max(meta.end_offset, noted.end_offset)
+def _gaps(log: CheckedLog, cursor: Cursor, partition: Partition, *, full: bool) -> Iterator[tuple[int, int]]:
+    checkpointed, meta = log.checkpointed(partition), partition.meta
+    start, end = max(meta.start_offset, checkpointed.start_offset), max(meta.end_offset, checkpointed.end_offset)
     # From one before: the chunk that ends there is named by the manifest, so it tells of an older manifest.
-    begin = start if full else max(start, noted.flushed_offset - 1)
+    begin = start if full else max(start, checkpointed.flushed_offset - 1)
     if begin > start:
         first = next(log.stored_chunks(cursor, partition, start), None)
         if first is not None and first[1].begin > start:
@@ -102,15 +102,15 @@ def _gaps(log: Log, cursor: Cursor, partition: Partition, *, full: bool) -> Iter
         yield expected, end
 
 
-def said(gaps: Sequence[Gap]) -> str:
+def describe_gaps(gaps: Sequence[Gap]) -> str:
     """Return in words how many records are lost, and where."""
-    some = "; ".join(map(str, gaps[:_SAID_MAX]))
-    more = f"; and {len(gaps) - _SAID_MAX} more gaps" if len(gaps) > _SAID_MAX else ""
+    some = "; ".join(map(str, gaps[:_GAPS_MAX]))
+    more = f"; and {len(gaps) - _GAPS_MAX} more gaps" if len(gaps) > _GAPS_MAX else ""
     return f"{sum(gap.end - gap.begin for gap in gaps)} records are gone: {some}{more}"
 
 
 def check(
-    path: Path, ends: Path, *, look: Callable[[], Log], repair: Callable[[], None], accept_loss: bool, now_ms: int
+    path: Path, ends: Path, *, look: Callable[[], CheckedLog], repair: Callable[[], None], accept_loss: bool, now_ms: int
 ) -> list[Gap]:
     """Return the accepted gaps of a log that is about to be opened for writing.
 
@@ -140,10 +140,10 @@ def check(
             return []
         if not accept_loss:
             hint = "bring the log back from a backup, or start with --accept-loss to go on without them"
-            raise LogCorrupt(f"log {path}: {said(gaps)}; {hint}")
+            raise LogCorrupt(f"log {path}: {describe_gaps(gaps)}; {hint}")
         kept = keep_copy(path, now_ms)
     if gaps:
-        _log.error("log %s: %s; going on without them; the log as it was is kept in %s", path, said(gaps), kept)
+        _log.error("log %s: %s; going on without them; the log as it was is kept in %s", path, describe_gaps(gaps), kept)
     return gaps
 
 
@@ -152,7 +152,7 @@ def _is_there(path: Path) -> bool:
     return (path / "CURRENT").exists() or any(path.glob("*.sst"))
 
 
-def _look(look: Callable[[], Log], *, full: bool) -> list[Gap]:
+def _look(look: Callable[[], CheckedLog], *, full: bool) -> list[Gap]:
     with closing(look()) as log:
         return find_gaps(log, full=full)
 
@@ -175,7 +175,7 @@ def keep_copy(path: Path, now_ms: int) -> Path:
     return kept
 
 
-def mark_lost(log: Log, gaps: Sequence[Gap], metrics: Metrics, now_ms: int) -> None:
+def mark_lost(log: CheckedLog, gaps: Sequence[Gap], metrics: Metrics, now_ms: int) -> None:
     """Fill the gaps of a log that was just opened, in one write: by chunks that say so, or by an earlier end."""
     batch = WriteBatch(raw_mode=True)
     partitions = {(it.topic.name, it.number): it for it in log.all_partitions()}

@@ -24,11 +24,11 @@ import msgspec
 from rocksdict import DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.embedded.checkpoint import Ends, Noted
+from pipeline.adapters.embedded.checkpoint import CheckpointOffsets, OffsetCheckpoint
 from pipeline.adapters.embedded.chunks import Chunk, Meta, Partition, cut, decode_chunk, encode, last_offset_of, record_sizes
 from pipeline.adapters.embedded.integrity import Gap, check, mark_lost
 from pipeline.adapters.embedded.reader import EmbeddedReader
-from pipeline.adapters.rocks import Cursor, Translated, close_quietly, keep_from_children, open_db
+from pipeline.adapters.rocks import Cursor, TranslatedErrors, close_quietly, open_db, protect_from_forks
 from pipeline.errors import Fenced, Invalid, LogCorrupt, NoSpace, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import NO_BEGINS, Begins, Clock, Message, Watermarks, check_begins
@@ -75,16 +75,16 @@ class EmbeddedLog:
         self.changed = threading.Condition()
         """Guards every write and every partition's meta; notified when records come."""
         self.path = path
-        self._translated = Translated(f"log {path}", corrupt=LogCorrupt, closed=Unavailable)
+        self._translated = TranslatedErrors(f"log {path}", corrupt=LogCorrupt, closed=Unavailable)
         self._fsync = settings.fsync
         options = log_options(settings)
         gaps = [] if read_only else self._check_whole(topics, settings, options, accept_loss=accept_loss)
         self.db = open_db(path, options, self._translated, read_only=read_only)
-        keep_from_children(self)
-        self._ends: Ends | None = None
+        protect_from_forks(self)
+        self._checkpoint: OffsetCheckpoint | None = None
         self._flushing: tuple[int, dict[Partition, int]] | None = None
         try:
-            self._ends = Ends(ends_path(path), read_only=read_only)
+            self._checkpoint = OffsetCheckpoint(checkpoint_path(path), read_only=read_only)
             self._partitions = self._load(topics, settings.partitions, create=not read_only)
             if gaps:
                 mark_lost(self, gaps, metrics, clock.now_ms())
@@ -107,7 +107,7 @@ class EmbeddedLog:
 
         return check(
             self.path,
-            ends_path(self.path),
+            checkpoint_path(self.path),
             look=look,
             repair=repair,
             accept_loss=accept_loss,
@@ -120,7 +120,7 @@ class EmbeddedLog:
             known[key[1:].decode()] = self._decoded(value, tuple[int, int, str])
         stored = set(known)
         if not known:  # a new log, or what is left of one: then their ends tell what is missing
-            copy = b"" if self._ends is None else self._ends.get_topics()
+            copy = b"" if self._checkpoint is None else self._checkpoint.get_topics()
             if copy:
                 known = self._decoded(copy, dict[str, tuple[int, int, str]])
             elif self.cursor().last_before(b"s") is not None:
@@ -141,8 +141,8 @@ class EmbeddedLog:
                 batch.put(b"t" + name.encode(), encode(known[name]))
             with self._translated:
                 self.db.write(batch)
-            if self._ends is not None:
-                self._ends.put_topics(encode(known))
+            if self._checkpoint is not None:
+                self._checkpoint.put_topics(encode(known))
         self._topic_ids = {name: topic_id for name, (_, _, topic_id) in known.items()}
         return {
             name: [self._load_partition(topic, known[name][0], number) for number in range(known[name][1])]
@@ -276,7 +276,7 @@ class EmbeddedLog:
         `durable`: with `fsync`, wait for the disk. Only a write that may be lost without harm need not be durable.
         """
         if self._failure is not None:
-            raise self._again()
+            raise self._failure_again()
         try:
             with self._translated:
                 self.db.write(batch)
@@ -287,10 +287,10 @@ class EmbeddedLog:
             self._failure = (NoSpace if isinstance(error, NoSpace) else Unavailable)(f"{error}; restart to go on")
             _log.critical("%s", self._failure)
             self.changed.notify_all()
-            self._on_failed(self._again())
-            raise self._again() from None
+            self._on_failed(self._failure_again())
+            raise self._failure_again() from None
 
-    def _again(self) -> Unavailable:
+    def _failure_again(self) -> Unavailable:
         """Return a new error with the text of the failure: one object, raised twice, would collect the frames of both."""
         kind = NoSpace if isinstance(self._failure, NoSpace) else Unavailable
         return kind(str(self._failure))
@@ -306,17 +306,17 @@ class EmbeddedLog:
 
     # How far it goes
 
-    def noted(self, partition: Partition) -> Noted:
+    def checkpointed(self, partition: Partition) -> CheckpointOffsets:
         """Return the offsets of a partition in the checkpoint."""
-        return Noted() if self._ends is None else self._ends.get(partition)
+        return CheckpointOffsets() if self._checkpoint is None else self._checkpoint.get(partition)
 
     def note(self, partition: Partition, flushed_offset: int | None = None) -> None:
         """Write the offsets of a partition to the checkpoint. The caller holds `changed`, or is the only thread."""
-        if self._ends is not None:
+        if self._checkpoint is not None:
             before = partition.flushed_offset
             partition.flushed_offset = before if flushed_offset is None else flushed_offset
             meta = partition.meta
-            self._ends.put(partition, Noted(meta.start_offset, partition.flushed_offset, meta.end_offset))
+            self._checkpoint.put(partition, CheckpointOffsets(meta.start_offset, partition.flushed_offset, meta.end_offset))
 
     def note_flushed(self) -> None:
         """Write to the checkpoint which offsets are in files by now, so that opening the log need not check them again.
@@ -403,7 +403,7 @@ class EmbeddedLog:
             if not self.changed.wait_for(lambda: behind() or self._failure, timeout_s):
                 return []
             if self.closed or (self._failure is not None and not behind()):
-                raise self._again()
+                raise self._failure_again()
             cursor = self.cursor()
             return [(p, Watermarks(p.meta.start_offset, p.meta.end_offset), cursor) for p in behind()]
 
@@ -420,11 +420,11 @@ class EmbeddedLog:
 
     def _close_files(self) -> None:
         close_quietly(self.db, self._translated.what)
-        if self._ends is not None:
-            self._ends.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
 
 
-def ends_path(path: Path) -> Path:
+def checkpoint_path(path: Path) -> Path:
     """Return the path of the checkpoint of a log."""
     return path.with_name(f"{path.name}.ends")
 

@@ -76,7 +76,7 @@ PRIVATE: Mapping[type, frozenset[str]] = {
 time."""
 
 
-class _Boot(BootStrategy):
+class _AgentsBoot(BootStrategy):
     enable_web = False
 
 
@@ -87,7 +87,7 @@ class AgentsApp(MemberApp):
     goes on with the next; "stop" ends the worker with exit code 3, and the event is read again after a restart.
     """
 
-    BootStrategy = _Boot
+    BootStrategy = _AgentsBoot
 
     def __init__(self, publisher: Any, *, on_error: str = "skip", **options: Any) -> None:
         if on_error not in ("skip", "stop"):
@@ -163,11 +163,11 @@ class AgentsApp(MemberApp):
                 await self.loop.run_in_executor(self._flusher, self.publisher.flush, _FLUSH_S)
                 await self.producer.flush()  # what agents sent to other topics
         except (PipelineError, TimeoutError) as error:
-            self.put_off(error)
+            self.note_uncommitted(error)
             return False
         return True
 
-    def put_off(self, error: object) -> None:
+    def note_uncommitted(self, error: object) -> None:
         """Count and log that offsets are not committed now."""
         self.metrics.inc(m.AGENT_COMMITS_FAILED)
         if self.loop.time() - self._complained_s >= _COMPLAIN_S:
@@ -215,9 +215,9 @@ class _Agent(faust.Agent):
             await asyncio.sleep(_WAKE_S)
 
     async def _execute_actor(self, coro: Any, aref: Any) -> None:
-        await super()._execute_actor(self._watched(coro, aref), aref)
+        await super()._execute_actor(self._report_failure(coro, aref), aref)
 
-    async def _watched(self, coro: Any, aref: Any) -> None:
+    async def _report_failure(self, coro: Any, aref: Any) -> None:
         stream = aref.stream.get_active_stream()
         try:
             await coro
@@ -235,7 +235,7 @@ class _Agent(faust.Agent):
                 with suppress(RuntimeError):  # it is another task's
                     await stream.iteration.aclose()  # now, not when it is collected: that is what acknowledges the event
             stream.raised = False
-            stream.let_go()
+            stream.release()
             aref._crash(error)  # as Faust would, without its account of it
             await self._begin_again(aref)
         else:
@@ -286,7 +286,7 @@ class _Stream(faust.Stream):
 
     async def _taken(self) -> tuple[EventT | None, Any, Any]:
         """Return the next event, its value (`_skipped_value` if a filter dropped it), and the state of sensors."""
-        self.let_go()  # its agent went on
+        self.release()  # its agent went on
         while True:
             await asyncio.sleep(0)
             await self.app.room()
@@ -328,7 +328,7 @@ class _Stream(faust.Stream):
         """Acknowledge an event for `take` and similar, unless an error is about to end the worker."""
         return self.app.failure is None and bool(await super().ack(event))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Count the event at which a processor raised as done."""
         broken, self.broken = self.broken, None
         if broken is not None:

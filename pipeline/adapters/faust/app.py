@@ -108,7 +108,7 @@ class Ours:
     """Longest time for which agents may hold up a rebalance."""
     warm: frozenset[int] = frozenset()
     """Partitions with a caught-up copy, which the group learns at the next join."""
-    told_warm: frozenset[int] = frozenset()
+    announced_warm: frozenset[int] = frozenset()
     """Value of `warm` at the last join."""
 
     @property
@@ -280,19 +280,19 @@ class _Assignor(PartitionAssignor):
     _states: Mapping[str, MemberState]
     """By member id, the state of each member that may stay."""
     rules: AppIdentity = NOBODY
-    _known_at: str = ""
+    _former_url: str = ""
     """URL of a static member before its restart, under which it gets its former partitions."""
 
     @property
     def _url(self) -> URL:
-        return URL(self._known_at) if self._known_at else super()._url
+        return URL(self._former_url) if self._former_url else super()._url
 
     @property
     def _metadata(self) -> ClientMetadata:
         said = super()._metadata
         ours = self.app.ours
-        ours.told_warm = ours.warm
-        said.topic_groups = as_topic_groups(ours.identity, ours.told_warm)
+        ours.announced_warm = ours.warm
+        said.topic_groups = as_topic_groups(ours.identity, ours.announced_warm)
         return said
 
     def _update_member_urls(self, clients_metadata: Mapping[str, ClientMetadata]) -> None:
@@ -347,11 +347,11 @@ class _Assignor(PartitionAssignor):
         metadata = ClientMetadata.loads(self._decompress(assignment.user_data))
         self.rules = identity_of(metadata.topic_groups)
         moved = metadata.url != str(self._url)
-        self._known_at = metadata.url
+        self._former_url = metadata.url
         try:
             super().on_assignment(assignment)  # which insists on the address
         finally:
-            self._known_at = ""
+            self._former_url = ""
         if moved or self.rules.format < self.app.ours.format:
             self.app.coordinator.request_rejoin()  # so that the others hear of it
         consumer = self.app.consumer._thread._consumer
@@ -382,10 +382,10 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
     async def on_start(self) -> None:
         """Connect with short time-outs."""
         await super().on_start()
-        _be_impatient(self._consumer._client, self.app.conf.broker_session_timeout / _TRIES)
+        _shorten_timeouts(self._consumer._client, self.app.conf.broker_session_timeout / _TRIES)
 
 
-def _be_impatient(client: Any, timeout_s: float) -> None:
+def _shorten_timeouts(client: Any, timeout_s: float) -> None:
     """Drop a broker that does not answer in time, except while a member waits for others to join.
 
     A broker that stands still keeps its connections. aiokafka would wait for its answer to a heartbeat for as long as the

@@ -47,17 +47,17 @@ def translate(error: BaseException, group: str, what: str, *, needs: str = "READ
     return Unavailable(f"{what}: {error!r}")
 
 
-class _Quiet(RateLimitFilter):
+class _NoiseFilter(RateLimitFilter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to log the record."""
         return not any(text in record.getMessage() for text in _NORMAL) and super().filter(record)
 
 
-def quieten() -> None:
+def limit_logging() -> None:
     """Log each line of Faust and aiokafka once a minute, and none about regular operation. Idempotent."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         logging.getLogger("faust").setLevel(logging.WARNING)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        if not any(isinstance(it, _Quiet) for it in logger.filters):
-            logger.addFilter(_Quiet())
+        if not any(isinstance(it, _NoiseFilter) for it in logger.filters):
+            logger.addFilter(_NoiseFilter())

@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError, for_code
 
-from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.errors import limit_logging, translate
 from pipeline.adapters.faust.member_metadata import CLIENT, name_and_url, partitions_of
 from pipeline.adapters.faust.security import Security
 from pipeline.adapters.kafka.options import Address
@@ -37,7 +37,7 @@ def describe_group(address: Address, security: Security, *, timeout_s: float) ->
 
     Raises `Unavailable` if no broker answers in time, `Invalid` without the permission to see the group.
     """
-    quieten()
+    limit_logging()
     try:
         return asyncio.run(_described(address, security, timeout_s))
     except (KafkaError, TimeoutError, OSError) as error:

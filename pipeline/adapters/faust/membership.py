@@ -21,7 +21,7 @@ from faust.auth import Credentials, SASLCredentials, SSLCredentials
 from yarl import URL
 
 from pipeline.adapters.faust.app import MemberApp, Ours
-from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.errors import limit_logging, translate
 from pipeline.adapters.faust.member_metadata import CLIENT, NOWHERE, refusal
 from pipeline.adapters.faust.security import PLAIN, Security
 from pipeline.core.codec import FORMAT
@@ -118,7 +118,7 @@ class FaustMembership:
         self._leave = False
 
     def start(self, listener: MembershipListener) -> None:
-        quieten()
+        limit_logging()
         self._listener = listener
         self._thread.start()
 
@@ -141,10 +141,10 @@ class FaustMembership:
     def _ask(self) -> None:
         """Ask for a rebalance if we have too few partitions, and warm copies of some that the group does not know of.
 
-        `told_warm` is what the group knows: aiokafka forgets a request that comes while the group is being joined.
+        `announced_warm` is what the group knows: aiokafka forgets a request that comes while the group is being joined.
         """
         app = self._faust
-        if app is None or app.coordinator is None or self._ours.warm <= self._ours.told_warm:
+        if app is None or app.coordinator is None or self._ours.warm <= self._ours.announced_warm:
             return
         most = max((len(member.actives) for member in app.members()), default=0)
         if most > len(self._actives) + 1:

@@ -55,12 +55,12 @@ class _OffsetsThread(_ConsumerThread):
         try:
             await self._ensure_consumer().commit(wanted)
         except KafkaError as error:
-            self.app.put_off(repr(error))
+            self.app.note_uncommitted(repr(error))
             return False
         return True
 
 
-class _Reading:
+class _PartitionOffsets:
     """One partition in one generation: which of the events that were read are not done yet."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class _OffsetsConsumer(_Consumer):
         super().__init__(transport, read, *arguments, **options)
         self._lock = threading.Lock()
         """Events may be acknowledged by any thread."""
-        self._readings: dict[TP, _Reading] = {}
+        self._readings: dict[TP, _PartitionOffsets] = {}
         self.settling = False
         """True while agents may begin nothing new."""
 
@@ -99,7 +99,7 @@ class _OffsetsConsumer(_Consumer):
             return  # partitions have moved since it was fetched: nobody will do it
         if self.app.topics.acks_enabled_for(message.topic):
             with self._lock:
-                reading = self._readings.setdefault(message.tp, _Reading())
+                reading = self._readings.setdefault(message.tp, _PartitionOffsets())
                 reading.under_way.add(message.offset)
                 reading.next_offset = message.offset + 1
 
@@ -148,7 +148,7 @@ class _OffsetsConsumer(_Consumer):
         while self._unacked_messages and self.loop.time() < until_s:  # noqa: ASYNC110 # Faust has no event for it
             await asyncio.sleep(_DONE_INTERVAL_S)
         if left := len(self._unacked_messages):
-            self.app.put_off(f"{left} events are still under way; who has the partitions next reads them again")
+            self.app.note_uncommitted(f"{left} events are still under way; who has the partitions next reads them again")
         self.app.flow_control.suspend()  # with no pause in which an agent could begin another
         self.app.flow_control.clear()
         try:
@@ -156,7 +156,7 @@ class _OffsetsConsumer(_Consumer):
                 await self.commit()
                 await self.commit()  # the first may have waited for one that was under way already, and done nothing
         except TimeoutError:
-            self.app.put_off("not flushed in time; who has the partitions next reads again what was not committed")
+            self.app.note_uncommitted("not flushed in time; who has the partitions next reads again what was not committed")
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         """Settle and forget the revoked partitions. The group waits for this."""

@@ -201,7 +201,7 @@ def translate(error: KafkaError, what: str, verdict: Verdict | None = None, *, n
     return PipelineError(text)
 
 
-class Cause:
+class LastError:
     """An `error_cb` that keeps the last connection error of a client. Safe from any thread; the client must be polled."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import Cause, Verdict, code_of, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
@@ -43,12 +43,12 @@ class KafkaLog:
         self._clock = clock
         self._timeout_s = settings.kafka_timeout_ms / 1000
         self._closed = threading.Event()
-        self._cause = Cause()
+        self._last_error = LastError()
         self._metadata = Metadata(
             address,
             settings.kafka,
             self._list_topics,
-            self._cause,
+            self._last_error,
             clock,
             refresh_s=settings.metadata_refresh_ms / 1000,
         )
@@ -61,7 +61,7 @@ class KafkaLog:
             metadata=self._metadata,
         )
         # Behind the writer, which tries the user's options: it says more of a wrong one than this client does.
-        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._cause})
+        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._last_error})
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
         try:
@@ -84,7 +84,7 @@ class KafkaLog:
                 for topic in topics:
                     self._metadata.ask(topic, min(self._timeout_s, attempt_s))
             except Unavailable as error:
-                cause = self._cause.last
+                cause = self._last_error.last
                 if cause is not None and code_of(cause).verdict is Verdict.OPERATOR:
                     raise translate(cause, str(self.address)) from None
                 if on_wait is not None:
@@ -94,7 +94,7 @@ class KafkaLog:
                 attempt_s = min(attempt_s * 2, _ATTEMPT_S)
                 raise
 
-        self._again(ask)
+        self._retry(ask)
 
     def partition_count(self, topic: str) -> int:
         """Return the partition count of a topic, which can be some seconds old."""
@@ -113,7 +113,7 @@ class KafkaLog:
             futures = self._admin.describe_topics(TopicCollection([name]), request_timeout=attempt_s)
             return id_text(self._result(futures[name], f"describe {name}").topic_id)
 
-        return self._again(ask)
+        return self._retry(ask)
 
     def topic_options(self, topic: str) -> Mapping[str, str]:
         """Return the topic's configuration, by Kafka's names; empty without the permission to read it."""
@@ -125,7 +125,7 @@ class KafkaLog:
             return {name: entry.value for name, entry in found.items()}
 
         try:
-            return self._again(ask)
+            return self._retry(ask)
         except Invalid:
             _log.info("no DESCRIBE_CONFIGS on topic %s: whether it keeps what it must is not checked", resource.name)
             return {}
@@ -134,7 +134,7 @@ class KafkaLog:
         """Return those of the given topics, named as on the broker, that do not exist. Creates none."""
         if not names:
             return []
-        there = self._again(self._all_topics)
+        there = self._retry(self._all_topics)
         return [name for name in names if name not in there]
 
     def _all_topics(self) -> Collection[str]:
@@ -166,7 +166,7 @@ class KafkaLog:
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         """Return the start offset of each present partition."""
-        return self._again(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
+        return self._retry(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
 
     def _places(self, topic: str) -> list[TopicPartition]:
         return self._some(topic, range(self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))))
@@ -175,7 +175,7 @@ class KafkaLog:
         return [TopicPartition(self.address.topic(topic), partition) for partition in partitions]
 
     def _offsets(self, places: Sequence[TopicPartition], spec: OffsetSpec) -> dict[int, int]:
-        return self._again(lambda: self._ask_offsets(places, spec))
+        return self._retry(lambda: self._ask_offsets(places, spec))
 
     def _ask_offsets(
         self,
@@ -206,7 +206,7 @@ class KafkaLog:
         )
         return {place.partition: future for place, future in futures.items()}
 
-    def _again(self, ask: Callable[[], T]) -> T:
+    def _retry(self, ask: Callable[[], T]) -> T:
         """Repeat `ask` until it succeeds or time is over: leaders move, and new topics take a moment to be known."""
         deadline_s = self._clock.monotonic_s() + self._timeout_s
         while True:
@@ -293,7 +293,7 @@ class KafkaLog:
                 raise translate(failed[0].error, f"offsets of group {group}")
             return {place.partition: place.offset for place in found if place.offset >= 0}
 
-        return self._again(ask)
+        return self._retry(ask)
 
     def static_members(self, group: str) -> frozenset[str]:
         """Return the group's static members (KIP-345 `group.instance.id`), as its coordinator knows them now."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import Cause, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
@@ -47,7 +47,7 @@ class Denied(Invalid):
 class Metadata:
     """Metadata of one app's topics, cached for `refresh_s` and refreshed in the background. Safe from any thread.
 
-    `list_topics` asks a client: topic name on the broker, timeout in seconds. `cause` gets the errors of that client.
+    `list_topics` asks a client: topic name on the broker, timeout in seconds. `last_error` gets the errors of that client.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Metadata:
         address: Address,
         user: Mapping[str, Any],
         list_topics: ListTopics,
-        cause: Cause,
+        last_error: LastError,
         clock: Clock,
         *,
         refresh_s: float,
@@ -63,7 +63,7 @@ class Metadata:
         self._address = address
         self._user = user
         self._list_topics = list_topics
-        self._cause = cause
+        self._last_error = last_error
         self._clock = clock
         self._refresh_s = refresh_s
         self._pid = os.getpid()
@@ -94,11 +94,11 @@ class Metadata:
             error = error_of(exception)
             if error.code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN):
                 raise Unavailable(
-                    f"no broker answers at {self._address.bootstrap} ({self._cause.text(error)}): check the address, the "
-                    "broker, its advertised.listeners, and security.protocol in the setting `kafka`"
+                    f"no broker answers at {self._address.bootstrap} ({self._last_error.text(error)}): check the address, "
+                    "the broker, its advertised.listeners, and security.protocol in the setting `kafka`"
                 ) from None
             raise translate(error, f"metadata of {name}") from None
-        self._cause.forget()
+        self._last_error.forget()
         if found is None or found.error is not None:
             code = KafkaError.UNKNOWN_TOPIC_OR_PART if found is None else found.error.code()
             if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
@@ -180,7 +180,7 @@ class Metadata:
             return made[1]
         if made is not None:  # its threads are the parent's: to free it here would be to wait for them
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(made[1]))
-        admin = AdminClient({**admin_options(self._address, self._user), "error_cb": self._cause})
+        admin = AdminClient({**admin_options(self._address, self._user), "error_cb": self._last_error})
         self._made = os.getpid(), admin
         return admin
 

@@ -19,7 +19,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from pipeline.adapters.kafka.errors import Cause, Verdict, code_of, describe, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, describe, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options, try_user_options
 from pipeline.adapters.kafka.plan import (
     DEFAULT_REPLICATION,
@@ -80,9 +80,9 @@ class TopicAdmin:
         self._clock = clock
         self._timeout_ms = timeout_ms
         self._deadline_s = clock.monotonic_s() + timeout_ms / 1000
-        self._cause = Cause()
+        self._last_error = LastError()
         try_user_options(address, user, timeout_ms=timeout_ms)
-        options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._cause}
+        options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._last_error}
         if "debug" not in user:
             options["log_level"] = 2  # why nobody answers is in the error
         # Kept until the end: a client that is collected cancels what it was asked.
@@ -158,7 +158,7 @@ class TopicAdmin:
             except KafkaException as exception:
                 error = error_of(exception)
             self._client.poll(0)
-            for it in (error, self._cause.last):
+            for it in (error, self._last_error.last):
                 if it is not None and code_of(it).verdict is not Verdict.RETRY:
                     raise translate(it, str(self._address))
             if self._clock.monotonic_s() >= self._deadline_s:
@@ -263,7 +263,7 @@ class TopicAdmin:
         self._client.poll(_PAUSE_S)
 
     def _nobody(self, error: KafkaError | None) -> Unavailable:
-        why = "" if error is None else f" ({self._cause.text(error)})"
+        why = "" if error is None else f" ({self._last_error.text(error)})"
         return Unavailable(
             f"{self._address}: no broker answers in {self._timeout_ms} ms{why}: check the address, that the broker runs and "
             "its advertised.listeners can be reached from here, and security.protocol in the setting `kafka`"

@@ -15,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 from confluent_kafka.admin import ClusterMetadata
 
-from pipeline.adapters.kafka.errors import Cause, RateLimitFilter, Verdict, code_of, describe, error_of
+from pipeline.adapters.kafka.errors import LastError, RateLimitFilter, Verdict, code_of, describe, error_of
 from pipeline.adapters.kafka.metadata import Denied, Metadata
 from pipeline.adapters.kafka.options import Address, publisher_options, try_user_options
 from pipeline.errors import Invalid, PipelineError, Unavailable
@@ -65,7 +65,7 @@ class _Client:
         """The fatal error, once it is known."""
         self._green = are_green()
         """True with green threads: `poll` then never waits, because a wait in C stops all of them."""
-        self._told = threading.Event()
+        self._fatal_known = threading.Event()
         self._thread = PeriodicThread(
             "pipeline-kafka",
             lambda: self._poll(0 if self._green else POLL_INTERVAL_S),
@@ -84,7 +84,7 @@ class _Client:
         except KafkaException as exception:
             self.fatal = error_of(exception)
             self.broken = True
-            self._told.set()
+            self._fatal_known.set()
             _log.warning("%s", describe(self.fatal, "librdkafka has given a producer up, the next append makes a new one"))
 
     def wait_answered(self, call: _Append, timeout_s: float) -> bool:
@@ -96,9 +96,9 @@ class _Client:
                 return True
         return call.done.wait(0 if waits else timeout_s)
 
-    def wait_told(self, timeout_s: float) -> None:
+    def wait_fatal(self, timeout_s: float) -> None:
         """Wait until the fatal error is known, or time is over."""
-        self._told.wait(timeout_s)
+        self._fatal_known.wait(timeout_s)
 
     def wait_stopped(self, timeout_s: float) -> bool:
         """Wait until the client is closed, or time is over; return whether it is closed."""
@@ -132,8 +132,8 @@ class KafkaLogWriter:
         metadata: Metadata | None = None,
     ) -> None:
         try_user_options(address, user, timeout_ms=timeout_ms)
-        cause = Cause()
-        self._options = {**publisher_options(address, user, timeout_ms=timeout_ms), "error_cb": cause}
+        last_error = LastError()
+        self._options = {**publisher_options(address, user, timeout_ms=timeout_ms), "error_cb": last_error}
         self._address = address
         self._clock = clock
         self._timeout_s = timeout_ms / 1000
@@ -141,7 +141,7 @@ class KafkaLogWriter:
         self._made: _Client | None = None
         self._closed = False
         refresh_s = metadata_refresh_ms / 1000
-        self._metadata = metadata or Metadata(address, user, self._list_topics, cause, clock, refresh_s=refresh_s)
+        self._metadata = metadata or Metadata(address, user, self._list_topics, last_error, clock, refresh_s=refresh_s)
 
     def _client(self) -> _Client:
         client = self._made
@@ -231,8 +231,8 @@ class KafkaLogWriter:
                     wait_in_c(client.producer.list_topics, topic, _ASK_S)  # its own view is older than ours
         except KafkaException as exception:
             error = error_of(exception)
-            if error.code() == KafkaError._FATAL:  # which says nothing; the cause comes to the other thread
-                client.wait_told(_ASK_S)
+            if error.code() == KafkaError._FATAL:  # which says nothing; the last_error comes to the other thread
+                client.wait_fatal(_ASK_S)
             return self._refusal(client, error, topic, message.partition)
         except Denied as error:
             return Unavailable(str(error))

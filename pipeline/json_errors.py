@@ -31,17 +31,17 @@ def is_scalar(value: object) -> bool:
     return not isinstance(value, dict | list)
 
 
-def decode_fault(error: UnicodeDecodeError) -> str:
+def utf8_error(error: UnicodeDecodeError) -> str:
     """Return which byte, counted from 0, is not UTF-8."""
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
 
 
-def json_fault(data: bytes) -> str:
+def json_error(data: bytes) -> str:
     """Return why `data` is not one JSON value, with the byte at which that shows; empty if it is one."""
     return _parsed(data)[1]
 
 
-def object_fault(data: bytes, fields: Mapping[str, Field], *, others: bool) -> str:
+def object_error(data: bytes, fields: Mapping[str, Field], *, others: bool) -> str:
     """Return why `data` is not a JSON object with these fields; empty if it is one. `others` allows further fields."""
     value, fault = _parsed(data)
     if fault:
@@ -63,7 +63,7 @@ def _parsed(data: bytes) -> tuple[Any, str]:
     try:
         text = data.decode().rstrip()  # an end that is missing is missed where the text ends, not behind blanks
     except UnicodeDecodeError as error:
-        return None, decode_fault(error)
+        return None, utf8_error(error)
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
         json.dumps(value, ensure_ascii=False).encode()
