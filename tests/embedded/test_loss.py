@@ -293,14 +293,14 @@ def test_the_file_beside_the_log(lab: EmbeddedLab, damage: Callable[[Path], None
     damage(checkpoint_path(lab.path))
     log = open_log(lab.path)
     assert contents(log) == everything
-    assert all(log.noted(it).end_offset == it.meta.end_offset for it in log.all_partitions())
+    assert all(log.checkpointed(it).end_offset == it.meta.end_offset for it in log.all_partitions())
     log.close()
 
 
 def test_opening_looks_at_little(lab: EmbeddedLab) -> None:
     """At what was in no file that the manifest names when the log was used last; while it is used, that moves on."""
     settle(lab)
-    starts = [lab.embedded.noted(it) for it in lab.embedded.all_partitions()]
+    starts = [lab.embedded.checkpointed(it) for it in lab.embedded.all_partitions()]
     assert all(noted.flushed_offset == noted.end_offset for noted in starts)
     fill(lab, 5)
     assert [it.flushed_offset for it in map(lab.embedded.noted, lab.embedded.all_partitions())] == [
