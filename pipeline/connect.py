@@ -42,7 +42,7 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
 
         return HttpLogWriter(url)
     if scheme == "embedded" and rest:
-        from pipeline.engine import open_shared_log
+        from pipeline.adapters.shared_log import open_shared_log
 
         return open_shared_log(rest)
     if scheme == "kafka":

@@ -21,10 +21,11 @@ from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
+from msgspec import UNSET
 
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
-from pipeline.core.answer import Answer, Changed, View
+from pipeline.core.answer import Answer, Changed, Status, View, known
 from pipeline.core.codec import encode_frames, producer_of
 from pipeline.core.record import Control, producer_id_of
 from pipeline.core.token import Token
@@ -59,11 +60,6 @@ class _Problem(msgspec.Struct):
 class _Accepted(msgspec.Struct):
     next_offsets: list[int]
     token: str
-
-
-class _TopicStatus(msgspec.Struct):
-    partition_count: int
-    topic_id: str
 
 
 class _ViewList(msgspec.Struct):
@@ -229,30 +225,33 @@ class HttpLogWriter:
     def partition_count(self, topic: str) -> int:
         if topic != DELTAS:
             raise Invalid(f"topic {topic} cannot be written over HTTP")
-        known, now = self._partition_count, self._clock.monotonic_s()
-        if known is not None and now - known[0] < PARTITION_COUNT_TTL_S:
-            return known[1]
+        cached, now = self._partition_count, self._clock.monotonic_s()
+        if cached is not None and now - cached[0] < PARTITION_COUNT_TTL_S:
+            return cached[1]
         try:
-            found = self._status(_TopicStatus)
+            found = self._status()
         except Unavailable:
-            if known is not None:
-                return known[1]
+            if cached is not None:
+                return cached[1]
             raise
         self._partition_count = now, found.partition_count
         return found.partition_count
 
-    def _status(self, kind: type[T]) -> T:
+    def _status(self) -> Status:
         try:
             status, body = self._client.request("GET", "/v1/status", timeout_s=_STATUS_S)
             if status != 200:
                 raise _error(self._client.url, status, body)
-            return msgspec.json.decode(body, type=kind)
+            found = msgspec.json.decode(body, type=Status)
         except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
+        if found.topic_id is UNSET:
+            raise Unavailable(f"{self._client.url}: a {known(found.role)} takes no batches")
+        return found
 
     def topic_id(self, topic: str) -> str:
         """Return the id of the server's deltas topic, which comes with each acknowledgement."""
-        self._topic_id = self._topic_id or self._status(_TopicStatus).topic_id
+        self._topic_id = self._topic_id or known(self._status().topic_id) or ""
         if not self._topic_id:
             raise Unavailable(f"{self._client.url}: the server does not know its topic yet")
         return self._topic_id
@@ -438,23 +437,11 @@ class HttpReader:
         self.close()
 
 
-class _PartitionPosition(msgspec.Struct):
-    partition: int
-    next_offset: int = 0
-    topic_id: str = ""
-
-
-class _Positions(msgspec.Struct):
-    partitions: list[_PartitionPosition]
-
-
 class HttpViews(HttpReader):
-    """A `cluster.views.ViewAdmin` behind a server of this package."""
+    """A `roles.view_admin.ViewAdmin` behind a server of this package."""
 
     def change(self, control: Control, key: str) -> Changed:
-        """Drop or reset views through the server. Repeating the call with the same `key` is safe. Raises `NotFound` if no
-        view matches.
-        """
+        """Drop or reset views; `NotFound` if there are none. A repeated call with the same `key` has no further effect."""
         labels = None if control.labels is None else list(control.labels)
         path = f"/v1/views/{quote(control.view, safe='')}/{control.action}"
         body = msgspec.json.encode({"kind": control.kind or None, "labels": labels})
@@ -462,8 +449,10 @@ class HttpViews(HttpReader):
 
     def folded(self, token: Token) -> bool:
         """Return whether the server has folded everything up to the token."""
-        states = {it.partition: it for it in self._get("/v1/status", _Positions, self._timeout_s).partitions}
+        states = {it.partition: it for it in self._get("/v1/status", Status, self._timeout_s).partitions}
         return all(
-            number in states and states[number].topic_id == token.topic_id and states[number].next_offset >= next_offset
+            number in states
+            and states[number].topic_id == token.topic_id
+            and (known(states[number].next_offset) or 0) >= next_offset
             for number, next_offset in token.next_offsets.items()
         )

@@ -13,9 +13,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+
+from msgspec import UNSET
 
 import pipeline.metrics as m
+from pipeline.core.answer import PartitionStatus
 from pipeline.core.record import Records
 from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreAhead, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
@@ -168,19 +170,19 @@ class ReplicaLoop:
         """The partitions whose stores hold all that the changelog did a moment ago."""
         return frozenset(self._readable)
 
-    def status(self) -> list[dict[str, Any]]:
-        """What `/v1/status` says of each partition, apart from what the reader knows."""
+    def status(self) -> list[PartitionStatus]:
+        """Return the status of each partition, without what the reader knows."""
         now_s = self._clock.monotonic_s()
         readable = self._readable
         return [
-            {
-                "partition": replica.number,
-                "phase": "following" if replica.number in readable else "restoring",
-                "changelog_next_offset": replica.follower.next_offset,
-                "changelog_remaining": replica.remaining,
-                **({} if replica.number in readable else {"restore": replica.progress(now_s).status()}),
-            }
-            for replica in [*self._replicas.values()]
+            PartitionStatus(
+                partition=it.number,
+                phase="following" if it.number in readable else "restoring",
+                changelog_next_offset=it.follower.next_offset,
+                changelog_remaining=it.remaining,
+                restore=UNSET if it.number in readable else it.progress(now_s).status(),
+            )
+            for it in [*self._replicas.values()]
         ]
 
     def start(self) -> None:

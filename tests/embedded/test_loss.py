@@ -303,14 +303,14 @@ def test_opening_looks_at_little(lab: EmbeddedLab) -> None:
     starts = [lab.embedded.checkpointed(it) for it in lab.embedded.all_partitions()]
     assert all(noted.flushed_offset == noted.end_offset for noted in starts)
     fill(lab, 5)
-    assert [it.flushed_offset for it in map(lab.embedded.noted, lab.embedded.all_partitions())] == [
+    assert [it.flushed_offset for it in map(lab.embedded.checkpointed, lab.embedded.all_partitions())] == [
         it.flushed_offset for it in starts
     ]
     lab.embedded.note_flushed()
     lab.embedded.flush()
     fill(lab, 1)
     lab.embedded.note_flushed()
-    assert [it.flushed_offset for it in map(lab.embedded.noted, lab.embedded.all_partitions())] == [
+    assert [it.flushed_offset for it in map(lab.embedded.checkpointed, lab.embedded.all_partitions())] == [
         it.flushed_offset + 5 for it in starts
     ]
     lab.embedded.close()
