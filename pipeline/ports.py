@@ -121,6 +121,23 @@ class Resting(Protocol):
         ...
 
 
+@runtime_checkable
+class ProvesProducers(Protocol):
+    """A log writer that has to prove to a gateway whose batches it sends on.
+
+    A producer is known by a secret that only it has, and by an id, made from the secret, that everybody may see. On Kafka
+    the broker's permissions say who may write.
+    """
+
+    def introduce(self, secret: str) -> None:
+        """Take note that batches of the producer with this secret will come."""
+        ...
+
+    def dismiss(self, secret: str) -> None:
+        """Take note that no more of them will come."""
+        ...
+
+
 class Transaction(Protocol):
     """Writes of one transactional id, atomic over topics and partitions. Owned by one thread at a time.
 
