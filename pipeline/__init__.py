@@ -42,7 +42,7 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.adapters.http import HttpReader as Reader
-    from pipeline.cluster.agents import faust_app as faust_app
+    from pipeline.roles.agents import faust_app as faust_app
 
 __all__ = [
     "BadRecord",
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name != "faust_app":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     try:
-        from pipeline.cluster.agents import faust_app
+        from pipeline.roles.agents import faust_app
     except ModuleNotFoundError as error:
         raise ImportError(f"pipeline.faust_app needs {error.name}: pip install 'delta-pipeline[server]'") from error
     return faust_app

@@ -16,8 +16,8 @@ from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter
 from pipeline.publisher.client import BasePublisher, publisher_settings
-from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_nest
-from pipeline.publisher.surroundings import find_settings
+from pipeline.publisher.environment import find_settings
+from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_prefork
 from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
 from pipeline.threads import in_hub
 
@@ -42,7 +42,7 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
 
         return HttpLogWriter(url)
     if scheme == "embedded" and rest:
-        from pipeline.engine import open_shared_log
+        from pipeline.adapters.shared_log import open_shared_log
 
         return open_shared_log(rest)
     if scheme == "kafka":
@@ -148,7 +148,7 @@ class Publisher(BasePublisher):
             from_now=from_now,
             metrics=self._metrics,
             drain_when_child_ends=drain_when_child_ends,
-            may_run=not is_nest(),
+            may_run=not is_prefork(),
         )
         self._bridges.append(bridge)
         return bridge
@@ -156,8 +156,8 @@ class Publisher(BasePublisher):
     def close(self, timeout_s: float | None = None) -> Token:
         """As of `BasePublisher`; what bridges have still to publish goes first."""
         check_fork()
-        if not self._running.in_own_thread and not in_hub():
-            with self._running.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
+        if not self._runtime.in_own_thread and not in_hub():
+            with self._runtime.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
                 for bridge in [*self._bridges]:
                     try:
                         bridge.close()

@@ -89,7 +89,7 @@ def up(
     from pipeline.cli import console
 
     console.configure_logging(log_level, as_json=log_json)
-    from pipeline.cli.up import run_up
+    from pipeline.cli.services import run_up
 
     config = load(set_, data=data, port=port, host=host, partitions=partitions, fsync=fsync, accept_loss=accept_loss)
     raise SystemExit(run_up(config, as_json=json))
@@ -141,19 +141,19 @@ def worker(
     from pipeline.cli import console
 
     check_group(name, processes=processes, agents=agents, standbys=standbys, static=static)
-    if supervised or processes:
-        from pipeline.cli import supervisor
+    if supervised:
+        from pipeline.roles.supervisor import die_with_parent
 
-        if supervised:
-            supervisor.die_with_parent()
+        die_with_parent()
 
     console.configure_logging(log_level, as_json=log_json)
     config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss, standby_count=standbys)
+    from pipeline.cli.services import parse_partitions, run_processes, run_worker
+
     if processes and not supervised:
         if partitions is not None:
             raise typer.BadParameter("--processes: they share all partitions; leave out --partitions")
-        raise SystemExit(supervisor.run_processes(processes, config, name=name, as_json=json))
-    from pipeline.cli.cluster import parse_partitions, run_worker
+        raise SystemExit(run_processes(processes, config, name=name, as_json=json))
 
     listed = parse_partitions(partitions)
     raise SystemExit(run_worker(config, from_, partitions=listed, name=name, static=static, agents=agents, as_json=json))
@@ -187,7 +187,7 @@ def serve(
     from pipeline.cli import console
 
     console.configure_logging(log_level, as_json=log_json)
-    from pipeline.cli.cluster import run_serve
+    from pipeline.cli.services import run_serve
 
     config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
     raise SystemExit(run_serve(config, from_, ingest=ingest, as_json=json))
@@ -431,12 +431,11 @@ def run() -> None:
         app(prog_name="pipeline")
     except PipelineError as error:
         from pipeline.cli import console
-        from pipeline.cli.hold import holding
 
-        raise SystemExit(holding(console.explain(error))) from None
+        raise SystemExit(console.wait_if_restart_is_useless(console.explain(error))) from None
     except SystemExit as error:
         if error.code == Exit.USAGE and error.__context__ is not None:  # of the parser, which has said what is wrong
-            from pipeline.cli.hold import holding
+            from pipeline.cli import console
 
-            holding(Exit.USAGE)
+            console.wait_if_restart_is_useless(Exit.USAGE)
         raise

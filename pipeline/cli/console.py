@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -11,9 +12,13 @@ import msgspec
 from rich.console import Console
 
 from pipeline.errors import Exit, Invalid, PipelineError, exit_code
+from pipeline.roles.signals import stopping_on_signals
+from pipeline.settings import HOLD_VARIABLE
 
 OK, FAILED, USAGE, FATAL, DECIDE = map(int, Exit)
 """Exit codes: fine; failed; the call or a setting is wrong; a restart helps; a person must decide."""
+
+_WAIT_S = 3_600.0
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -46,6 +51,16 @@ def utc(at_ms: int) -> str:
         return f"{at_ms} ms"
 
 
+def show(text: str, *, style: str | None = None) -> None:
+    """Print one line to standard output, as it is."""
+    out.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print one line to standard error, with control characters spelled out."""
+    err.print(printable(text), markup=False, soft_wrap=True)
+
+
 def print_error(error: object) -> None:
     """One line to standard error."""
     err.print(f"pipeline: {printable(str(error))}", style="red", markup=False, soft_wrap=True)
@@ -55,6 +70,20 @@ def explain(error: PipelineError) -> int:
     """Print the error; the exit code that it calls for."""
     print_error(error)
     return exit_code(error)
+
+
+def wait_if_restart_is_useless(code: int) -> int:
+    """Return the exit code; if PIPELINE_HOLD is set and a restart can't help (2 and 4), only after SIGINT or SIGTERM.
+
+    Docker's restart policies do not look at exit codes: `unless-stopped` starts a container again after any. A process that
+    waits answers no health check, so it is noticed, and its log gives the reason once and not a thousand times.
+    """
+    if code in (USAGE, DECIDE) and os.environ.get(HOLD_VARIABLE, "") not in ("", "0"):
+        print_error(f"exit code {code:d}: to start again can't help; waiting to be stopped ({HOLD_VARIABLE} is set)")
+        with stopping_on_signals() as stop:
+            while not stop.wait(_WAIT_S):
+                pass
+    return code
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:

@@ -19,15 +19,16 @@ from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
 from pipeline.cli.machine import VIEWS, Nothing, Source, sources
 from pipeline.cli.screen import Screen
-from pipeline.cli.server import bind
-from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.cli.tally import Recorder, differences, expected_answers
-from pipeline.cli.up import Up
 from pipeline.config import Config
 from pipeline.connect import Publisher
+from pipeline.core.answer import Status, known
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, PipelineError
 from pipeline.ports import Clock
+from pipeline.roles.http_server import bind
+from pipeline.roles.service import embedded_service
+from pipeline.roles.signals import Stop, stopping_on_signals
 from pipeline.threads import POLL_INTERVAL_S
 
 _log = logging.getLogger(__name__)
@@ -78,14 +79,16 @@ class _Server:
 
     def __init__(self, config: Config) -> None:
         self.exit_code = console.OK
-        self._up = Up(config)
-        self.url = self._up.url
+        self._service = embedded_service(config)
+        self.url = self._service.url
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="demo-server")
 
     def _run(self) -> None:
         self.exit_code = console.FATAL
-        self.exit_code = self._up.run(lambda _: self._ready.set())
+        self.exit_code = self._service.run(lambda _: self._ready.set())
+        if self._service.fatal is not None:
+            console.print_error(self._service.fatal)
 
     @property
     def running(self) -> bool:
@@ -104,7 +107,7 @@ class _Server:
 
     def stop(self) -> None:
         """Commit, close, and wait for it."""
-        self._up.stop()
+        self._service.stop()
         self._thread.join()
 
 
@@ -291,8 +294,9 @@ def _summary(
 
 def _everything(reader: Reader) -> Token:
     """What covers all that the log holds: also a batch that came twice must be folded before answers are compared."""
-    status = reader.status()
-    return Token({it["partition"]: it["end_offset"] for it in status["partitions"]}, status["topic_id"])
+    status = msgspec.convert(reader.status(), Status)
+    ends = {it.partition: known(it.end_offset) or 0 for it in status.partitions}
+    return Token(ends, known(status.topic_id) or "")
 
 
 def _print(summary: Summary, data: str | None) -> None:

@@ -57,7 +57,7 @@ def ingest_statsd(
     from pipeline.cli import console
 
     console.configure_logging(log_level, as_json=log_json)
-    from pipeline.cli.statsd import StatsdRequest, parse_labels, run_statsd
+    from pipeline.cli.statsd import run_statsd
 
-    request = StatsdRequest(to, host, port, parse_labels(labels or []), metrics_port, json)
-    raise SystemExit(run_statsd(request, load(set_)))
+    config = load(set_)
+    raise SystemExit(run_statsd(config, to, host, port, labels=labels or [], metrics_port=metrics_port, as_json=json))

@@ -65,7 +65,7 @@ def deltas(
     view, kind, labels, and of each series the state that is merged into what was there.
     """
     from pipeline.cli.described import record_lines, show
-    from pipeline.cluster.inspected import open_log
+    from pipeline.roles.offline import open_log
     from pipeline.topics import DELTAS
     from pipeline.worker.inspect import read_deltas
 
@@ -99,7 +99,7 @@ def changelog(
     foreign records: what somebody else wrote, who should not be able to.
     """
     from pipeline.cli.described import changelog_lines, show
-    from pipeline.cluster.inspected import open_log
+    from pipeline.roles.offline import open_log
     from pipeline.topics import CHANGELOG
     from pipeline.worker.inspect import read_changelog
 
@@ -130,7 +130,7 @@ def store(
     from itertools import chain
 
     from pipeline.cli.described import show, store_lines
-    from pipeline.cluster.inspected import open_stores
+    from pipeline.roles.offline import open_stores
     from pipeline.worker.inspect import read_store
 
     config = load(set_, data=data)
@@ -147,7 +147,7 @@ def _check_follow(follow: bool, url: str | None, end: int | None) -> None:
 
 
 def _numbers(listed: str | None) -> list[int] | None:
-    from pipeline.cli.cluster import parse_partitions
+    from pipeline.cli.services import parse_partitions
 
     return parse_partitions(listed)
 

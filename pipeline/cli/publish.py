@@ -21,12 +21,12 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
 from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row, read_rows
-from pipeline.cli.signals import Stop, stopping_on_signals
 from pipeline.connect import Publisher
 from pipeline.core.kinds import KIND_NAMES, KINDS
 from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.roles.signals import Stop, stopping_on_signals
 from pipeline.settings import KafkaSettings, PublisherSettings
 from pipeline.topics import DELTAS
 

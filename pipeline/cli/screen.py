@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from pipeline.adapters.http import HttpReader
 from pipeline.cli import console
+from pipeline.core.answer import Status, known
 from pipeline.core.record import Definition
 from pipeline.errors import NotFound, PipelineError
 
@@ -104,7 +106,7 @@ class Screen:
                 per_s = self._per_s(definition, labels, now_s, series.value)
                 rows.append(Row(view, definition.kind, labels, series.value, per_s))
         try:
-            lag = sum(partition["lag"] for partition in self._reader.status()["partitions"])
+            lag = sum(known(it.lag) or 0 for it in msgspec.convert(self._reader.status(), Status).partitions)
         except PipelineError as error:
             problem = str(error)
         worst = max((ms for ms in staleness if ms is not None), default=0) if None not in staleness else None

@@ -4,74 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
+from pipeline.core.answer import MemberStatus, RestoreStatus, Status, known
 from pipeline.settings import KafkaSettings
 
 _UNKNOWN = "?"
 
 
-class _Partition(msgspec.Struct):
-    partition: int
-    phase: str
-    next_offset: int
-    end_offset: int | None
-    lag: int | None
-    committed_at_ms: int = 0
-    staleness_ms: int | None = None
-    restore: dict[str, float] | None = None
-
-
-class _Standby(msgspec.Struct):
-    partition: int
-    phase: str
-    restore: dict[str, float] | None = None
-
-
-class _Member(msgspec.Struct):
-    name: str
-    url: str
-    partitions: list[int]
-    standbys: list[int] = []
-
-
-class _Status(msgspec.Struct):
-    ready: bool
-    partitions: list[_Partition]
-    at_ms: int = 0
-    fenced_count: int = 0
-    standbys: list[_Standby] = []
-    members: list[_Member] = []
-
-
 def run_status(url: str, *, as_json: bool) -> int:
     """Print what one process says; the exit code."""
-    status = fetched(url, "/v1/status", _Status, as_json=as_json)
+    status = fetched(url, "/v1/status", Status, as_json=as_json)
     if status is None:
         return console.OK
     table = TextTable("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
+    at_ms = known(status.at_ms)
     for it in status.partitions:
-        age_ms = status.at_ms - it.committed_at_ms if status.at_ms and it.committed_at_ms else None
-        stale = "" if it.staleness_ms is None else f"{it.staleness_ms:,} ms"
-        numbers = ("" if number is None else f"{number:,}" for number in (it.next_offset, it.end_offset, it.lag))
-        table.add_row(str(it.partition), it.phase, *numbers, _age(age_ms), stale, _restore(it.restore))
-    for standby in status.standbys:
-        table.add_row(str(standby.partition), f"standby, {standby.phase}", "", "", "", "", "", _restore(standby.restore))
+        committed_at_ms, staleness_ms = known(it.committed_at_ms), known(it.staleness_ms)
+        age_ms = at_ms - committed_at_ms if at_ms and committed_at_ms else None
+        stale = "" if staleness_ms is None else f"{staleness_ms:,} ms"
+        numbers = ("" if it is None else f"{it:,}" for it in map(known, (it.next_offset, it.end_offset, it.lag)))
+        table.add_row(str(it.partition), it.phase, *numbers, _age(age_ms), stale, _restore(known(it.restore)))
+    for it in known(status.standbys) or ():
+        table.add_row(str(it.partition), f"standby, {it.phase}", "", "", "", "", "", _restore(known(it.restore)))
     table.print()
-    for member in status.members:
+    for member in known(status.members) or ():
         print(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")
-    if status.fenced_count:
-        print(f"fenced {status.fenced_count:,} times")
-    lag = sum(it.lag or 0 for it in status.partitions)
+    if fenced_count := known(status.fenced_count):
+        print(f"fenced {fenced_count:,} times")
+    lag = sum(known(it.lag) or 0 for it in status.partitions)
     print(f"{'ready' if status.ready else 'not ready: restoring'}, lag {lag:,} records")
     return console.OK
 
 
 def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
     """Print what all workers of an app say; the exit code, 1 if none does."""
-    from pipeline.cluster.overview import MemberStatus, overview
+    from pipeline.roles.overview import MemberOverview, overview
 
     found = overview(url, settings)
     code = console.OK if any(member.error is None for member in found.members) else console.FAILED
@@ -79,7 +47,7 @@ def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
         console.print_json(found)
         return code
 
-    def state(it: MemberStatus) -> str:
+    def state(it: MemberOverview) -> str:
         if it.error is not None:
             return f"unreachable: {it.error}"
         return "ready" if it.ready else "restoring"
@@ -109,7 +77,7 @@ def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
     return code
 
 
-def _has(member: _Member) -> str:
+def _has(member: MemberStatus) -> str:
     partitions = f"partitions {_numbers(member.partitions)}" if member.partitions else "no partitions"
     return partitions + (f", standbys {_numbers(member.standbys)}" if member.standbys else "")
 
@@ -126,8 +94,5 @@ def _age(age_ms: int | None) -> str:
     return "" if age_ms is None else f"{max(0, age_ms) / 1000:,.1f} s ago"
 
 
-def _restore(restore: dict[str, float] | None) -> str:
-    if restore is None:
-        return ""
-    done, remaining, seconds = (restore.get(name, 0) for name in ("entries", "remaining", "seconds_left"))
-    return f"{done:,.0f} entries, {remaining:,.0f} to go, {seconds:,.0f} s left"
+def _restore(it: RestoreStatus | None) -> str:
+    return "" if it is None else f"{it.entries:,} entries, {it.remaining:,} to go, {it.seconds_left:,.0f} s left"

@@ -11,8 +11,8 @@ import typer
 from pipeline.cli.options import DEFAULT_URL, Json, Set, load
 
 if TYPE_CHECKING:
-    from pipeline.cluster.views import ControlOutcome
     from pipeline.core.answer import View
+    from pipeline.roles.view_admin import ControlOutcome
 
 views = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -59,7 +59,7 @@ def ls(url: ViewsFrom = DEFAULT_URL, timeout_s: Timeout = 60.0, set_: Set = None
     takes a second for some hundred thousand series; a server knows.
     """
     from pipeline.cli import console
-    from pipeline.cluster.views import open_views
+    from pipeline.roles.view_admin import open_views
 
     console.configure_logging("error")
     config = load(set_)
@@ -136,8 +136,8 @@ def _change(
 ) -> int:
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
-    from pipeline.cluster.views import about, change, open_views
     from pipeline.core.query import order
+    from pipeline.roles.view_admin import about, change, open_views
 
     console.configure_logging("error")
     names = None if labels is None else [it.strip() for it in labels.split(",") if it.strip()]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.errors import Invalid
@@ -100,3 +101,89 @@ class PartitionState(msgspec.Struct, frozen=True):
     committed_at_ms: int
     topic_id: str
     """The id of the topic that `next_offset` is of; empty before a first commit."""
+
+
+class RestoreStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Progress of the restore of a store."""
+
+    entries: int
+    """Changelog records that are applied."""
+    remaining: int
+    """Upper bound on the records still to read: offsets, of which compaction has emptied some."""
+    entries_per_s: float
+    seconds_left: float
+    waiting: str = ""
+    """Reason why the restore does not go on."""
+
+
+class PartitionStatus(msgspec.Struct, kw_only=True):
+    """A partition in `GET /v1/status`: offsets of deltas where it is folded or read, of the changelog where it is copied."""
+
+    partition: int
+    phase: str
+    next_offset: int | UnsetType = UNSET
+    end_offset: int | UnsetType | None = UNSET
+    """Null: the log is away."""
+    lag: int | UnsetType | None = UNSET
+    committed_at_ms: int | UnsetType = UNSET
+    staleness_ms: int | UnsetType | None = UNSET
+    """Only from servers that answer reads; null: unknown."""
+    topic_id: str | UnsetType = UNSET
+    """The id of the topic that `next_offset` is of; empty before a first commit."""
+    changelog_next_offset: int | UnsetType = UNSET
+    changelog_remaining: int | UnsetType = UNSET
+    restore: RestoreStatus | UnsetType = UNSET
+    """Only while the store is restored."""
+
+
+class MemberStatus(msgspec.Struct, frozen=True):
+    """A member of a worker's group, as that worker knows it."""
+
+    name: str
+    url: str
+    partitions: list[int]
+    standbys: list[int] = []
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """The body of `GET /v1/status`. What does not apply to a role is left out."""
+
+    ready: bool
+    partition_count: int
+    partitions: list[PartitionStatus]
+    role: str | UnsetType = UNSET
+    """`worker`, `server` or `ingest`; left out in the embedded mode."""
+    app: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    at_ms: int | UnsetType = UNSET
+    """Time of the status."""
+    topic_id: str | UnsetType = UNSET
+    """The id of the topic of deltas, as tokens name it; empty while the log has not told it."""
+    fenced_count: int | UnsetType = UNSET
+    standbys: list[PartitionStatus] | UnsetType = UNSET
+    """The copies that a worker keeps warm."""
+    members: list[MemberStatus] | UnsetType = UNSET
+
+
+class IngestStatus(Status, kw_only=True):
+    """The status of a StatsD gateway, with the counts of its publisher (`Publisher.stats`)."""
+
+    lines: int
+    """Lines that have arrived."""
+    left_out: dict[str, int]
+    """Lines that were left out, by reason."""
+    deltas: int
+    batches: int
+    entries: int
+    rejected: int
+    waiting: int
+    series: int
+    buffer_bytes: int
+
+
+T = TypeVar("T")
+
+
+def known(value: T | UnsetType | None) -> T | None:
+    """Return a field of a status; None if it was left out."""
+    return None if isinstance(value, UnsetType) else value

@@ -1,6 +1,6 @@
-"""The HTTP API of DESIGN section 8. What reads is `service`, what is read from a request `params`; here they are joined.
+"""The HTTP API of DESIGN section 8, as routes of Starlette: `params` reads requests, `service` reads views.
 
-The hot path, `GET /v1/views/{view}`, is a plain Starlette route that goes around FastAPI's parameter machinery.
+The hot path, `GET /v1/views/{view}`, makes no Request and no Response.
 """
 
 from __future__ import annotations
@@ -8,26 +8,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
-import pipeline.query.openapi as docs
-from pipeline.core.answer import Changed
+from pipeline.core.answer import Changed, Status
 from pipeline.core.codec import decode_frames
-from pipeline.core.exposition import OMITTED
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
@@ -35,11 +34,13 @@ from pipeline.ports import Clock, Ingest, Pushed, Refusal
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.letters_api import add_letters
+from pipeline.query.letters_api import letter_routes
+from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
 from pipeline.query.orders import OrderService, parse_order
 from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
+from pipeline.query.responses import JSON, Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.settings import QuerySettings
 
@@ -48,13 +49,14 @@ _INGEST_THREADS = 16
 _BODIES_HELD_MAX = 4
 """Request bodies that are in memory at once, counted as bodies of the largest size."""
 _CLIENT_GONE = 499
-_JSON_HEADER = (b"content-type", docs.JSON.encode())
+_JSON_HEADER = (b"content-type", JSON.encode())
+_PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
 _REFUSED_SHOWN_MAX = 10
-_Work = Callable[[bytes, Headers], Any]
-"""What is done with a body that was sent, in a thread."""
-_Take = Callable[[Request, _Work], Coroutine[Any, Any, Response]]
+Work = Callable[[bytes, Headers], Any]
+"""Makes the answer to a body, in a thread."""
+Take = Callable[[Request, Work], Coroutine[Any, Any, Response]]
 ParsePushed = Callable[[bytes, str, int, int], Pushed]
 """Reads a text of metrics of a media type, until there are more samples than a limit; lines have one too, in bytes."""
 
@@ -71,13 +73,11 @@ def create_operations_app(
     settings: QuerySettings,
     metrics: ExposedMetrics,
     clock: Clock,
-    status: Callable[[], dict[str, Any]],
+    status: Callable[[], Status],
     ready: Callable[[], bool],
-) -> FastAPI:
-    """The application of a process that answers no reads: metrics, health and status."""
-    app = _new_app("What a worker says of itself.", None)
-    _add_operations(app, metrics, status, ready)
-    return _finished(app, settings, metrics, clock)
+) -> Starlette:
+    """Return the application of a process that answers no reads: metrics, health and status."""
+    return _create(_operation_routes(metrics, status, ready), settings, metrics, clock)
 
 
 def create_app(
@@ -85,24 +85,23 @@ def create_app(
     ingest: Ingest | None,
     settings: QuerySettings,
     metrics: ExposedMetrics,
-    status: Callable[[], dict[str, Any]],
+    status: Callable[[], Status],
     ready: Callable[[], bool],
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
     letters: DeadLetters | None = None,
-) -> FastAPI:
-    """The application: an ASGI app with a lifespan, which the server must run.
+) -> Starlette:
+    """Return the application: an ASGI app with a lifespan, which the server must run.
 
-    Without `ingest` it only reads. `status` says what `/v1/status` shows, with `partition_count`, `partitions` and
-    `ready`; what the reader knows of each partition is added. `ready` says whether reads can be answered.
-    `render_views` writes `GET /v1/openmetrics`, which is not there without it; `parse_pushed` reads what is posted to it.
-    With `ingest`, `letters` are shown and replayed.
+    Without `ingest` it only reads. `status` returns what `/v1/status` shows; what the reader knows of each partition is
+    added. `ready` says whether reads can be answered. `render_views` writes `GET /v1/openmetrics`, which is not there
+    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed.
     """
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         observing = asyncio.create_task(service.observe())
         try:
             yield
@@ -113,46 +112,45 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
-    app = _new_app("Merged views of deltas, each answer with a bound on how stale it is.", lifespan)
-    app.router.routes.insert(0, Route(docs.READ_PATH, _ReadView(service, settings), methods=["GET"]))
-    _add_reads(app, service)
-    _add_operations(app, metrics, lambda: _status(status(), reader), ready)
+    async def list_views(_: Request) -> Response:
+        return _json(await service.views())
+
+    routes = [Route(READ_PATH, _ReadView(service, settings), methods=["GET"]), Route("/v1/views", list_views)]
+    routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
-        _add_scrape(app, service, settings, render_views)
+        routes.append(_scrape_route(service, settings, render_views))
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = _add_writes(app, ingest, settings, ingest_threads, keys)
+        take = partial(_take, _Bodies(settings.body_bytes_max), ingest_threads)
+        routes += _write_routes(ingest, settings, keys, take)
+        routes += _order_routes(OrderService(reader, ingest), keys, take)
         if letters is not None:
-            add_letters(app, letters, settings, ingest_threads, take)
-        _add_orders(app, OrderService(reader, ingest), take, keys)
+            routes += letter_routes(letters, settings, ingest_threads, take)
         if parse_pushed is not None:
-            _add_push(app, partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys), take)
-    return _finished(app, settings, metrics, reader.clock)
+            push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
+            routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
+    return _create(routes, settings, metrics, reader.clock, lifespan)
 
 
-def _new_app(description: str, lifespan: Lifespan[FastAPI] | None) -> FastAPI:
-    return FastAPI(
-        title="pipeline",
-        version="1",
-        description=description,
-        docs_url=None,
-        redoc_url=None,
-        lifespan=lifespan,
-        redirect_slashes=False,
-    )
-
-
-def _finished(app: FastAPI, settings: QuerySettings, metrics: ExposedMetrics, clock: Clock) -> FastAPI:
-    _document(app, settings)
-    for kind in (PipelineError, Refused, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _problem)
-    paths = {route.endpoint: route.path_format for route in app.routes if isinstance(route, Route)}
-    app.add_middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=clock)
+def _create(
+    routes: Sequence[Route],
+    settings: QuerySettings,
+    metrics: ExposedMetrics,
+    clock: Clock,
+    lifespan: Lifespan[Starlette] | None = None,
+) -> Starlette:
+    operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
+    routes = [*routes, *docs_routes(openapi_document(operations, settings))]
+    paths = {it.endpoint: it.path for it in routes}
+    guard = Middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=clock)
+    handlers = dict.fromkeys((PipelineError, Refused, HTTPException), _problem)
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
     return app
 
 
 class _ReadView:
-    """`GET /v1/views/{view}`, without so much as a Request or a Response."""
+    """`GET /v1/views/{view}` as a plain ASGI application."""
 
     def __init__(self, service: ReadService, settings: QuerySettings) -> None:
         self._service = service
@@ -167,160 +165,99 @@ class _ReadView:
 
 
 def _json(body: bytes) -> Response:
-    return Response(body, media_type=docs.JSON)
+    return Response(body, media_type=JSON)
 
 
-def _add_reads(app: FastAPI, service: ReadService) -> None:
-    views = docs.answers("Views", 503, description="All views.")
-
-    @app.get("/v1/views", tags=["read"], summary="All views", responses=views, response_class=Response)
-    async def list_views() -> Response:
-        return _json(await service.views())
-
-
-def _add_operations(
-    app: FastAPI,
-    metrics: ExposedMetrics,
-    status: Callable[[], dict[str, Any]],
-    ready: Callable[[], bool],
-) -> None:
-    state = docs.answers("Status")
-
-    @app.get("/v1/status", tags=["operate"], summary="How the server is", responses=state, response_class=Response)
-    async def show_status() -> Response:
+def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
+    async def show_status(_: Request) -> Response:
         return _json(_encode(status()))
 
-    @app.get("/healthz", tags=["operate"], summary="Whether the process is alive", response_class=Response)
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         return _json(b'{"alive":true}')
 
-    @app.get(
-        "/readyz",
-        tags=["operate"],
-        summary="Whether views can be read",
-        responses={503: docs.answers("Status", 503)[503]},
-        response_class=Response,
-    )
-    async def readiness() -> Response:
+    async def readiness(_: Request) -> Response:
         if not ready():
             raise NotReady("the state is being restored; /v1/status shows how far it is")
         return _json(b'{"ready":true}')
 
-    @app.get(
-        "/metrics",
-        tags=["operate"],
-        summary="The server's own metrics, for Prometheus",
-        responses={200: {"content": {"text/plain": {}}}},
-        response_class=Response,
-    )
     async def show_metrics(request: Request) -> Response:
         body, media_type = metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": media_type})
 
+    return [
+        Route("/v1/status", show_status),
+        Route("/healthz", health),
+        Route("/readyz", readiness),
+        Route("/metrics", show_metrics),
+    ]
 
-def _add_scrape(app: FastAPI, service: ReadService, settings: QuerySettings, render: RenderViews) -> None:
-    @app.get(
-        "/v1/openmetrics",
-        tags=["read"],
-        summary="All views, for Prometheus",
-        description=(
-            "Monotone sums are counters, everything else gauges; series whose value is text or null are left out. "
-            f"A view that can't be shown is named in `{OMITTED}`, with the reason."
-        ),
-        responses=docs.scrape_answers(),
-        openapi_extra=docs.scrape_parameters(settings),
-        response_class=Response,
-    )
+
+def _scrape_route(service: ReadService, settings: QuerySettings, render: RenderViews) -> Route:
     async def scrape(request: Request) -> Response:
         views = parse_scrape(request.scope["query_string"], settings)
         body, media_type = await service.scrape(views, render, request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": media_type})
 
+    return Route("/v1/openmetrics", scrape)
 
-def _status(said: dict[str, Any], reader: ViewReader) -> dict[str, Any]:
-    """What the process says of itself, with what the reader knows of each partition."""
+
+def _with_staleness(status: Status, reader: ViewReader) -> Status:
+    """Add to a status what the reader knows of each partition."""
     try:
-        known = {state.partition: msgspec.structs.asdict(state) for state in reader.partitions()}
+        states = {state.partition: state for state in reader.partitions()}
     except PipelineError:
-        known = {}
-    partitions = [{"staleness_ms": None, **it, **known.get(it["partition"], {})} for it in said.get("partitions", ())]
-    return {**said, "partitions": partitions}
+        states = {}
+    for it in status.partitions:
+        state = states.get(it.partition)
+        it.staleness_ms = None if state is None else state.staleness_ms
+        if state is not None:
+            it.next_offset, it.end_offset, it.lag = state.next_offset, state.end_offset, state.lag
+            it.committed_at_ms, it.topic_id = state.committed_at_ms, state.topic_id
+    return status
 
 
-def _add_writes(app: FastAPI, ingest: Ingest, settings: QuerySettings, threads: ThreadPoolExecutor, keys: UsedKeys) -> _Take:
-    bodies = _Bodies(settings.body_bytes_max)
+async def _take(bodies: _Bodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+    """Read the body of a request, do `work` with it in a thread, and return what that answers."""
+    async with bodies.of(request) as body:
+        done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
+    return _json(_encode(done))
 
-    def take_deltas(body: bytes, headers: Headers) -> docs.Accepted:
+
+def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take: Take) -> list[Route]:
+    def take_deltas(body: bytes, headers: Headers) -> Accepted:
         with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body) as key:
             deltas = parse_deltas(body, headers.get("content-type", ""), settings.deltas_max)
-            return docs.Accepted(len(deltas), str(ingest.deltas(deltas, key)))
+            return Accepted(len(deltas), str(ingest.deltas(deltas, key)))
 
-    def take_batches(body: bytes, headers: Headers) -> docs.BatchesAccepted:
+    def take_batches(body: bytes, headers: Headers) -> BatchesAccepted:
         batches = decode_frames(body)
-        next_offsets, token = ingest.batches(batches, headers.get(docs.PRODUCER_HEADER, ""))
-        return docs.BatchesAccepted(next_offsets, str(token))
+        next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""))
+        return BatchesAccepted(next_offsets, str(token))
 
-    async def take(request: Request, work: _Work) -> Response:
-        async with bodies.of(request) as body:
-            done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
-        return _json(_encode(done))
-
-    @app.post(
-        "/v1/deltas",
-        tags=["write"],
-        summary="Publish deltas",
-        description=(
-            "A JSON array, or one JSON object a line. The log has them when this answers; if one is wrong, none of this "
-            "request is taken. A request without an answer, or with 503, may have been taken, on Kafka also in part: sent "
-            "again it counts twice, unless it has an `Idempotency-Key`. If the repeat with a key is refused, what was taken "
-            "of an earlier try is counted all the same. What a worker would refuse is refused here already."
-        ),
-        responses=docs.answers("Accepted", 400, 413, 415, 422, 503),
-        openapi_extra=docs.DELTAS_BODY,
-        response_class=Response,
-    )
     async def post_deltas(request: Request) -> Response:
         return await take(request, take_deltas)
 
-    @app.post(
-        "/v1/batches",
-        tags=["write"],
-        summary="Take a publisher's sealed batches",
-        description=(
-            "Each behind its length, four bytes, big endian. Sending one again is safe: it counts once. If some groups of a "
-            "batch can't be taken, the problem names them, and nothing is taken: the batch can be sent again without them, "
-            "under the same sequence."
-        ),
-        responses=docs.answers("BatchesAccepted", 400, 413, 415, 503),
-        openapi_extra=docs.BATCHES_BODY,
-        response_class=Response,
-    )
     async def post_batches(request: Request) -> Response:
         return await take(request, take_batches)
 
-    return take
+    return [
+        Route("/v1/deltas", post_deltas, methods=["POST"]),
+        Route("/v1/batches", post_batches, methods=["POST"]),
+    ]
 
 
-def _add_orders(app: FastAPI, orders: OrderService, take: _Take, keys: UsedKeys) -> None:
-    def add(action: str, summary: str, description: str) -> None:
+def _order_routes(orders: OrderService, keys: UsedKeys, take: Take) -> list[Route]:
+    def route(action: str) -> Route:
         def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
             with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
                 return orders.give(parse_order(action, view, body, headers.get("content-type", "")), key)
 
-        @app.post(
-            f"/v1/views/{{view}}/{action}",
-            tags=["write"],
-            summary=summary,
-            description=f"{description} {docs.ORDER_NOTE}",
-            responses=docs.answers("Changed", 400, 404, 413, 415, 422, 503),
-            openapi_extra=docs.order_operation(action),
-            response_class=Response,
-        )
         async def change_view(request: Request) -> Response:
             return await take(request, partial(carry_out, request.path_params["view"]))
 
-    add("drop", "Drop a view", "Its definitions and series go.")
-    add("reset", "Reset a view", "Its series go, its definitions stay.")
+        return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
+
+    return [route("drop"), route("reset")]
 
 
 def _take_pushed(
@@ -331,7 +268,7 @@ def _take_pushed(
     keys: UsedKeys,
     body: bytes,
     headers: Headers,
-) -> docs.MetricsAccepted:
+) -> MetricsAccepted:
     """Take a text of metrics in; `Invalid` if there is nothing in it that can be taken."""
     with keys.using("/v1/openmetrics", parse_key(headers.getlist(KEY_HEADER)), body) as key:
         content_type = headers.get("content-type", "")
@@ -339,10 +276,10 @@ def _take_pushed(
         if not pushed.whole:
             raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
         token, unfit = ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
-        return _told(pushed, token, unfit, metrics)
+        return _pushed_answer(pushed, token, unfit, metrics)
 
 
-def _told(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: Metrics) -> docs.MetricsAccepted:
+def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: Metrics) -> MetricsAccepted:
     refused = [*pushed.refused, *[it._replace(line=pushed.lines[it.line]) for it in unfit]]
     reasons = Counter([it.reason for it in refused])
     accepted = len(pushed.deltas) - len(unfit)
@@ -351,27 +288,8 @@ def _told(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: Metrics) 
         metrics.inc(m.INGEST_MALFORMED, count, _PUSH, reason)
     if refused and not accepted:
         raise Invalid(f"nothing could be taken; line {refused[0].line}: {refused[0].reason}: {refused[0].detail}")
-    first = [docs.LeftOut(it.line, it.reason, it.detail) for it in sorted(refused)[:_REFUSED_SHOWN_MAX]]
-    return docs.MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))
-
-
-def _add_push(app: FastAPI, work: _Work, take: _Take) -> None:
-    @app.post(
-        "/v1/openmetrics",
-        tags=["write"],
-        summary="Publish metrics as text",
-        description=(
-            "Values are what has happened since the client's last push, as of a batch job that pushes once: counters, "
-            "buckets, sums and counts are added to monotone sums, everything else is the newest value, by its timestamp. A "
-            "line that can't be taken is left out, and told. A request without an answer, or with 503, may have been taken, "
-            "on Kafka also in part: sending it again counts twice, unless it has an `Idempotency-Key`."
-        ),
-        responses=docs.answers("MetricsAccepted", 400, 413, 415, 422, 503),
-        openapi_extra=docs.METRICS_BODY,
-        response_class=Response,
-    )
-    async def push(request: Request) -> Response:
-        return await take(request, work)
+    first = [LeftOut(it.line, it.reason, it.detail) for it in sorted(refused)[:_REFUSED_SHOWN_MAX]]
+    return MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))
 
 
 class _Bodies:
@@ -383,7 +301,7 @@ class _Bodies:
 
     @asynccontextmanager
     async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, which counts as held until the context ends."""
+        """Yield the body, which counts as in memory until the context ends."""
         if request.headers.get("content-encoding", "identity") != "identity":
             raise Refused(415, "compressed bodies are not understood")
         announced = request.headers.get("content-length", "0")
@@ -408,23 +326,6 @@ class _Bodies:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
 
 
-def _document(app: FastAPI, settings: QuerySettings) -> None:
-    plain = app.openapi
-    made: list[dict[str, Any]] = []
-
-    def openapi() -> dict[str, Any]:
-        if not made:
-            made.append(docs.complete(plain(), settings))
-        return made[0]
-
-    async def page(_: Request) -> Response:
-        headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return Response(docs.docs_page(app.openapi()), media_type="text/html", headers=headers)
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of extending it
-    app.add_route("/docs", page, include_in_schema=False)
-
-
 def _refused(error: HTTPException, request: Request) -> Refused:
     headers: Mapping[str, str] = error.headers or {}
     if error.status_code == 404:
@@ -437,8 +338,6 @@ def _refused(error: HTTPException, request: Request) -> Refused:
 async def _problem(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = _refused(error, request)
-    elif isinstance(error, RequestValidationError):
-        error = Refused(422, str(error))
     answer = problem(error)
     if answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
         _log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)

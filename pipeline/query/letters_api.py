@@ -11,17 +11,18 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
-from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-import pipeline.query.openapi as docs
 from pipeline.core.description import describe_letter
-from pipeline.core.letters import KEY_PATTERN
 from pipeline.errors import Invalid, Unavailable
-from pipeline.faults import Field, object_fault
+from pipeline.json_errors import Field, object_error
 from pipeline.query.dead_letters import DeadLetters, Place, Wanted
 from pipeline.query.params import QUERY_BYTES_MAX
 from pipeline.query.problems import Refused
+from pipeline.query.responses import JSON, LettersReplayed
 from pipeline.settings import QuerySettings
 
 LIST_MAX = 10_000
@@ -33,7 +34,7 @@ _AT_ONCE_MAX = 4
 _OFFSET_MAX = 10**15
 _PARTITION_MAX = 1_000_000
 _encode = msgspec.json.Encoder().encode
-_Take = Callable[[Request, Callable[[bytes, Headers], Any]], Coroutine[Any, Any, Response]]
+Take = Callable[[Request, Callable[[bytes, Headers], Any]], Coroutine[Any, Any, Response]]
 T = TypeVar("T")
 
 
@@ -71,7 +72,7 @@ _ORDER = {
 }
 
 
-class _Service:
+class _LetterService:
     """What the three operations do, in a thread of the server's."""
 
     def __init__(self, letters: DeadLetters, settings: QuerySettings) -> None:
@@ -105,7 +106,7 @@ class _Service:
         with self._reading():
             return _encode(describe_letter(key.encode(), self._letters.get(key), series_max=series_max))
 
-    def replay(self, body: bytes, _: Headers) -> docs.LettersReplayed:
+    def replay(self, body: bytes, _: Headers) -> LettersReplayed:
         order = _parse_order(body)
         timeout_ms = self._settings.timeout_ms_default if order.timeout_ms is None else order.timeout_ms
         _check("timeout_ms", timeout_ms, self._settings.timeout_ms_max)
@@ -117,63 +118,38 @@ class _Service:
                 dry_run=order.dry_run,
                 forgotten=order.forgotten,
             )
-        return docs.LettersReplayed(done.outcomes, None if done.after is None else str(done.after))
+        return LettersReplayed(done.outcomes, None if done.after is None else str(done.after))
 
 
-def add_letters(
-    app: FastAPI, letters: DeadLetters, settings: QuerySettings, threads: ThreadPoolExecutor, take: _Take
-) -> None:
-    """Add the three operations to the application. `take` reads a body and does what is to be done with it in a thread."""
-    service = _Service(letters, settings)
+def letter_routes(letters: DeadLetters, settings: QuerySettings, threads: ThreadPoolExecutor, take: Take) -> list[Route]:
+    """Return the routes of the three operations. `take` reads a body and does what is to be done with it in a thread."""
+    service = _LetterService(letters, settings)
 
     async def answered(work: Callable[..., bytes], *args: Any) -> Response:
         body = await asyncio.get_running_loop().run_in_executor(threads, work, *args)
-        return Response(body, media_type=docs.JSON)
+        return Response(body, media_type=JSON)
 
-    @app.get(
-        "/v1/dead-letters",
-        tags=["dead letters"],
-        summary="What was refused, and is not replayed yet",
-        description="Letters by partition, the oldest first; `letter_count` is of all that are asked for, listed or not.",
-        responses=docs.answers("Listing", 400, 414, 503),
-        openapi_extra=_list_parameters(),
-        response_class=Response,
-    )
     async def list_letters(request: Request) -> Response:
         return await answered(service.listing, request.scope["query_string"])
 
-    @app.get(
-        "/v1/dead-letters/{key}",
-        tags=["dead letters"],
-        summary="A letter, with what it holds",
-        responses=docs.answers("LetterText", 400, 404, 414, 503),
-        openapi_extra=_show_parameters(),
-        response_class=Response,
-    )
     async def show_letter(request: Request) -> Response:
         return await answered(service.show, request.scope["query_string"], request.path_params["key"])
 
-    @app.post(
-        "/v1/dead-letters/replay",
-        tags=["dead letters"],
-        summary="Replay letters",
-        description=(
-            "Each letter counts once, however often it is replayed, also by several at once. Answers when tasks have folded "
-            "what was replayed, or when the time is over; `after` of the answer, sent with the next request, goes on."
-        ),
-        responses=docs.answers("LettersReplayed", 400, 413, 415, 503),
-        openapi_extra=_ORDER_BODY,
-        response_class=Response,
-    )
     async def replay_letters(request: Request) -> Response:
         return await take(request, service.replay)
+
+    return [
+        Route("/v1/dead-letters", list_letters),
+        Route("/v1/dead-letters/replay", replay_letters, methods=["POST"]),
+        Route("/v1/dead-letters/{key}", show_letter),
+    ]
 
 
 def _parse_order(body: bytes) -> ReplayOrder:
     try:
         order = _decode_order(body or b"{}")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Invalid(object_fault(body, _ORDER, others=False) or str(error)) from None
+        raise Invalid(object_error(body, _ORDER, others=False) or str(error)) from None
     _check("limit", order.limit, REPLAY_MAX)
     if len(order.keys) > REPLAY_MAX:
         raise Invalid(f"{len(order.keys)} keys; at most {REPLAY_MAX}")
@@ -216,64 +192,3 @@ def _whole(single: Mapping[str, str], name: str, default: int, most: int, least:
     if not text.isascii() or not text.isdecimal() or len(text) > 16 or not least <= int(text) <= most:
         raise Invalid(f"{name}: a whole number from {least} to {most} is needed, got {text[:50]!r}")
     return int(text)
-
-
-def _parameter(name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
-
-
-def _list_parameters() -> dict[str, Any]:
-    whole = {"type": "integer", "minimum": 0, "maximum": _OFFSET_MAX}
-    return {
-        "parameters": [
-            _parameter("view", "Only groups of this view.", {"type": "string"}),
-            _parameter("reason", "Only letters whose reason has this in it.", {"type": "string"}),
-            _parameter("partition", "Only letters of this partition.", {**whole, "maximum": _PARTITION_MAX}),
-            _parameter("since_ms", "Only what the log accepted then or later; ms since 1970.", whole),
-            _parameter("limit", "Most letters.", {**whole, "minimum": 1, "maximum": LIST_MAX, "default": _LIST_DEFAULT}),
-        ]
-    }
-
-
-def _show_parameters() -> dict[str, Any]:
-    schema = {"type": "integer", "minimum": 1, "maximum": SERIES_MAX, "default": _SERIES_DEFAULT}
-    key = {"name": "key", "in": "path", "required": True, "schema": {"type": "string", "pattern": f"^{KEY_PATTERN}$"}}
-    return {"parameters": [key, _parameter("series", "Most series of each group.", schema)]}
-
-
-_ORDER_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            docs.JSON: {
-                "schema": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": {
-                        "keys": {
-                            "type": "array",
-                            "items": {"type": "string"},
-                            "maxItems": REPLAY_MAX,
-                            "description": "Only these. Absent or empty: any.",
-                        },
-                        "view": {"type": "string"},
-                        "reason": {"type": "string", "description": "A part of the reason."},
-                        "partition": {"type": ["integer", "null"], "minimum": 0},
-                        "since_ms": {"type": "integer", "minimum": 0},
-                        "after": {"type": "string", "description": "`after` of the answer before."},
-                        "limit": {"type": "integer", "minimum": 1, "maximum": REPLAY_MAX, "default": _REPLAY_DEFAULT},
-                        "timeout_ms": {"type": ["integer", "null"], "minimum": 1},
-                        "dry_run": {"type": "boolean", "description": "Say what could be replayed, and change nothing."},
-                        "forgotten": {
-                            "type": "boolean",
-                            "description": (
-                                "Count also whole records whose sender the task has forgotten, so that it can't tell "
-                                "whether they were counted after all."
-                            ),
-                        },
-                    },
-                }
-            }
-        },
-    }
-}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 import pipeline.metrics as m
+from pipeline.core.answer import PartitionStatus
 from pipeline.core.codec import decode_letter
 from pipeline.core.record import Position
 from pipeline.core.task import Commit, Counts
@@ -69,17 +70,17 @@ class Figures:
         self._metrics.set(m.NEXT_OFFSET, position.next_offset, partition)
 
 
-def partition_status(partition: OwnedPartition, end_offset: int | None, progress: RestoreProgress | None) -> dict[str, Any]:
-    """Return the part of `/v1/status` about a partition that is folded here. `end_offset` is None while the log is away."""
+def partition_status(partition: OwnedPartition, end_offset: int | None, progress: RestoreProgress | None) -> PartitionStatus:
+    """Return the status of a partition that is folded here. `end_offset` is None while the log is away."""
     next_offset = partition.task.position.next_offset
-    status: dict[str, Any] = {
-        "partition": partition.number,
-        "phase": partition.task.phase.value,
-        "next_offset": next_offset,
-        "end_offset": end_offset,
-        "lag": None if end_offset is None else max(0, end_offset - next_offset),
-        "committed_at_ms": partition.task.position.committed_at_ms,
-    }
+    status = PartitionStatus(
+        partition=partition.number,
+        phase=partition.task.phase.value,
+        next_offset=next_offset,
+        end_offset=end_offset,
+        lag=None if end_offset is None else max(0, end_offset - next_offset),
+        committed_at_ms=partition.task.position.committed_at_ms,
+    )
     if progress is not None and not progress.done:
-        status["restore"] = progress.status()
+        status.restore = progress.status()
     return status

@@ -21,7 +21,7 @@ HELD_UP_S = 5.0
 Offsets = Callable[[], Mapping[int, int]]
 
 
-class EndOffsets(NamedTuple):
+class DeltasEnds(NamedTuple):
     """Ends of the partitions of deltas, asked for at one time."""
 
     high_watermarks: Mapping[int, int]
@@ -49,7 +49,7 @@ class LagReporter:
         self,
         positions: Offsets,
         *,
-        ends: Callable[[], EndOffsets],
+        ends: Callable[[], DeltasEnds],
         start_offsets: Offsets,
         commit: Callable[[Mapping[int, int]], None],
         clock: Clock,
@@ -130,7 +130,7 @@ class LagReporter:
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
             self._metrics.set(m.RETENTION_MARGIN, next_offset - starts.get(number, 0), number)
 
-    def _note_open_transactions(self, ends: EndOffsets, positions: Mapping[int, int]) -> None:
+    def _note_open_transactions(self, ends: DeltasEnds, positions: Mapping[int, int]) -> None:
         """Log once for each open transaction that holds a partition up how an operator can end it."""
         now_s, before = self._clock.monotonic_s(), self._held_up
         self._held_up = {}

@@ -13,9 +13,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+
+from msgspec import UNSET
 
 import pipeline.metrics as m
+from pipeline.core.answer import PartitionStatus
 from pipeline.core.record import Records
 from pipeline.errors import NotReady, PipelineError, RecordsLost, StoreAhead, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
@@ -66,10 +68,10 @@ class ReplicaLoop:
             log=_log,
             clock=clock,
             metrics=metrics,
-            while_away="answers grow stale",
-            put_off=self._put_off,
+            outage_message="answers grow stale",
+            on_unavailable=self._on_unavailable,
             on_fatal=on_fatal,
-            at_end="following ends",
+            fatal_message="following ends",
             on_end=self.close,
         )
         self._log = log
@@ -167,19 +169,19 @@ class ReplicaLoop:
         """Return the partitions whose stores hold all that the changelog did a moment ago."""
         return frozenset(self._readable)
 
-    def status(self) -> list[dict[str, Any]]:
-        """Return the part of `/v1/status` about each partition's replica."""
+    def status(self) -> list[PartitionStatus]:
+        """Return the status of each partition, without what the reader knows."""
         now_s = self._clock.monotonic_s()
         readable = self._readable
         return [
-            {
-                "partition": replica.number,
-                "phase": "following" if replica.number in readable else "restoring",
-                "changelog_next_offset": replica.follower.next_offset,
-                "changelog_remaining": replica.remaining,
-                **({} if replica.number in readable else {"restore": replica.progress(now_s).status()}),
-            }
-            for replica in [*self._replicas.values()]
+            PartitionStatus(
+                partition=it.number,
+                phase="following" if it.number in readable else "restoring",
+                changelog_next_offset=it.follower.next_offset,
+                changelog_remaining=it.remaining,
+                restore=UNSET if it.number in readable else it.progress(now_s).status(),
+            )
+            for it in [*self._replicas.values()]
         ]
 
     def start(self) -> None:
@@ -199,7 +201,7 @@ class ReplicaLoop:
         if reader is not None:
             reader.close()
 
-    def _put_off(self, error: Unavailable) -> None:
+    def _on_unavailable(self, error: Unavailable) -> None:
         self._trouble = f"; {error}"
         self._thread.outage.wait(error)
 
@@ -218,7 +220,7 @@ class ReplicaLoop:
             try:
                 self._ask_ends()
             except Unavailable as error:  # perhaps one partition only has no leader: the others are followed
-                self._put_off(error)
+                self._on_unavailable(error)
                 self._next_ends_s = self._clock.monotonic_s() + self._end_interval_s
         if not self._assigned:
             reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})

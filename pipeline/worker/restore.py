@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 
 import pipeline.metrics as m
+from pipeline.core.answer import RestoreStatus
 from pipeline.core.record import POSITION_KEY
 from pipeline.errors import (
     Discontinuous,
@@ -168,15 +169,10 @@ class RestoreProgress(msgspec.Struct, frozen=True):
         """Time left at that rate; an upper bound, as `remaining` is."""
         return self.remaining / self.entries_per_s if self.entries_per_s else 0.0
 
-    def status(self) -> dict[str, float | str]:
-        """Return the part of `/v1/status` about a restore."""
-        waiting: dict[str, float | str] = {"waiting": self.waiting} if self.waiting else {}
-        return waiting | {
-            "entries": self.entries,
-            "remaining": self.remaining,
-            "entries_per_s": round(self.entries_per_s),
-            "seconds_left": round(self.seconds_left, 1),
-        }
+    def status(self) -> RestoreStatus:
+        """Return the restore as `/v1/status` shows it."""
+        rates = round(self.entries_per_s), round(self.seconds_left, 1)
+        return RestoreStatus(self.entries, self.remaining, *rates, self.waiting)
 
 
 def check_restorable(

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.cli.server import HttpServer, bind, url_of
+from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.settings import QuerySettings
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     settings = QuerySettings(port=0)
     listener = bind(settings)
     print(url_of(listener), flush=True)
-    HttpServer(Starlette(routes=[Route("/v1/views/{view}", constant)]), listener, settings).run()
+    HttpServer(Starlette(routes=[Route("/v1/views/{view}", constant)]), listener).run()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from pipeline import Publisher
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.cluster import ClusterServer
 from pipeline.core.codec import encode_batch
 from pipeline.core.query import Query
 from pipeline.core.record import Batch, Definition, Group, series_suffix
 from pipeline.errors import NotFound
 from pipeline.ports import Message
+from pipeline.roles.server import ClusterServer
 from pipeline.settings import KafkaSettings, LogSettings
 from pipeline.topics import DELTAS
 from tests.bench.measure import ROOT, Figure, Row, at_most

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import ClusterServer, ClusterWorker
 from pipeline.core.codec import decode_states
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import parse_suffix, prefix_end, split_key, view_prefix
 from pipeline.metrics import Metric
 from pipeline.ports import Store
+from pipeline.roles.server import ClusterServer
+from pipeline.roles.worker import ClusterWorker
 from pipeline.settings import KafkaSettings, LogSettings, WorkerSettings
 from tests.broker.kafka import App
 from tests.support import wait_until

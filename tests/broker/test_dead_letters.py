@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 
-from pipeline.cluster import ClusterWorker
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, series_suffix
+from pipeline.roles.worker import ClusterWorker
 from tests.broker.inside import folding, sums, wait_folded
 from tests.broker.kafka import App, create_topics, delete_topics
 from tests.support import UpProcess, pipeline, wait_until

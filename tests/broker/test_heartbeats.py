@@ -47,11 +47,11 @@ def test_a_member_that_restores_a_million_entries_stays_one(app: App, tmp_path: 
     try:
         late_ms = latest_ms(restore)
         took_s = time.monotonic() - assigned[0][0]
-        (partition,) = worker.status()["partitions"]
+        (partition,) = worker.status().partitions
         wait_until(lambda: time.monotonic() - assigned[0][0] > SESSION_MS / 1000 + 1 or errors, "the session to pass", 30)
         assert not errors
         assert len({generation for _, generation in assigned}) == 1, assigned
-        assert partition["phase"] == "folding"
+        assert partition.phase == "folding"
         assert worker._loop.partitions[0].store.get([b"\xff"]) != [None]
         print(f"restored {ENTRIES:,} entries in {took_s:.1f} s; a thread was {late_ms:.0f} ms late at most")
         assert late_ms < SESSION_MS / 2

@@ -16,9 +16,9 @@ from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.kafka.writer import KafkaLogWriter
-from pipeline.cluster import ClusterWorker
 from pipeline.errors import NotReady, Unavailable
 from pipeline.ports import Message
+from pipeline.roles.worker import ClusterWorker
 from pipeline.settings import KafkaSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import PUBLISHER, server, worker

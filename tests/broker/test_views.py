@@ -10,9 +10,9 @@ import pytest
 
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
-from pipeline.cluster.views import change, open_views
 from pipeline.core.query import order
 from pipeline.errors import NotFound
+from pipeline.roles.view_admin import change, open_views
 from pipeline.settings import KafkaSettings, PublisherSettings
 from tests.broker.drive import finish, loaded, server, worker
 from tests.broker.kafka import App, create_topics

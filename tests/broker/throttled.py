@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pipeline.cluster.role as role
+import pipeline.roles.kafka_role as role
 from pipeline.adapters.rocks import RocksStores
 from pipeline.cli import main
 from pipeline.ports import Store, StoreView

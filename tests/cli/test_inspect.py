@@ -15,8 +15,8 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Control, Definition, Group, fingerprint, series_suffix
-from pipeline.engine import Engine
 from pipeline.ports import Message
+from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from tests.cli.conftest import Here
@@ -57,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for value in VALUES:
             (result,) = engine.log.append([Message(DELTAS, 0, None, value)], timeout_s=10)
             assert isinstance(result, int), result
-            wait_until(lambda: all(p["lag"] == 0 for p in engine.status()["partitions"]), "everything folded")
+            wait_until(lambda: all(it.lag == 0 for it in engine.status().partitions), "everything folded")
     finally:
         assert engine.stop()
     log = EmbeddedLog(path / "log", topics.load(), settings, SystemClock())

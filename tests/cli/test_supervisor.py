@@ -14,8 +14,8 @@ import typer
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.cli.app import app
-from pipeline.cli.signals import Stop
-from pipeline.cli.supervisor import Backoff, Supervisor, child_command
+from pipeline.roles.signals import Stop
+from pipeline.roles.supervisor import Backoff, Supervisor, child_command
 from tests.cli.conftest import Here
 from tests.support import Program, wait_until
 
@@ -266,7 +266,7 @@ def lines(program: Program, count: int) -> list[str]:
 
 CHILD = """
 import os, time
-import pipeline.cli.supervisor as supervisor
+import pipeline.roles.supervisor as supervisor
 supervisor.{without}
 supervisor.die_with_parent()
 print("child", os.getpid(), flush=True)
@@ -275,8 +275,8 @@ time.sleep(600)
 PARENT = """
 import sys
 from pipeline.adapters.clock import SystemClock
-from pipeline.cli.signals import stopping_on_signals
-from pipeline.cli.supervisor import Supervisor
+from pipeline.roles.signals import stopping_on_signals
+from pipeline.roles.supervisor import Supervisor
 with stopping_on_signals() as stop:
     command = [sys.executable, "-c", {child!r}]
     supervisor = Supervisor([command] * 2, labels=["a", "b"], clock=SystemClock(), say=lambda *_: None)

@@ -30,9 +30,9 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.engine import Engine
 from pipeline.errors import NotFound
 from pipeline.ports import Message, RawDelta
+from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import StoreMeta, write_entries
@@ -58,7 +58,7 @@ def fold(data: Path, start: int) -> None:
         for _ in range(2):  # two batches: the second supersedes entries of the first
             deltas = [RawDelta("revenue", "sum", {"region": f"r{n}"}, n) for n in range(start, start + SERIES)]
             engine.ingest.deltas([*deltas, RawDelta("note", "last", {}, f"from {start}", 1_000 + start)])
-            wait_until(lambda: all(p["lag"] == 0 for p in engine.status()["partitions"]), "everything folded")
+            wait_until(lambda: all(it.lag == 0 for it in engine.status().partitions), "everything folded")
     finally:
         assert engine.stop()
 

@@ -10,11 +10,11 @@ import pytest
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpViews
-from pipeline.cluster.views import change
 from pipeline.core.answer import Changed
 from pipeline.core.query import order
 from pipeline.core.record import Control
 from pipeline.errors import NotFound, Unavailable
+from pipeline.roles.view_admin import change
 from tests.cli.conftest import Here
 from tests.support import UpProcess, pipeline, wait_until
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import UNSET, UnsetType
 
 from pipeline.adapters.faust.group import STABLE, ConsumerGroup
 from pipeline.adapters.faust.member_metadata import (
@@ -18,16 +19,17 @@ from pipeline.adapters.faust.member_metadata import (
     warm_of,
 )
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.cluster.overview import Overview, _Answer, _Copy, _Held, _joined
+from pipeline.core.answer import PartitionStatus, RestoreStatus, Status
 from pipeline.errors import Invalid, NewerFormat
 from pipeline.ports import Member
+from pipeline.roles.overview import Overview, _joined
 
 OURS, NEWER, OTHER = (
     AppIdentity("deltas", "changelog", 1),
     AppIdentity("deltas", "changelog", 2),
     AppIdentity("x.deltas", "x.changelog", 7),
 )
-RESTORE = {"entries": 10.0, "remaining": 30.0, "entries_per_s": 5.0, "seconds_left": 6.0}
+RESTORE = RestoreStatus(10, 30, 5.0, 6.0)
 
 
 def test_what_is_told_is_understood() -> None:
@@ -81,15 +83,35 @@ def seen(state: str, *answers: Any) -> Overview:
     )
 
 
-def answer(name: str, held: _Held, copy: _Copy) -> _Answer:
-    return _Answer("pipeline", name, ready=True, at_ms=5_000, partitions=[held], standbys=[copy], fenced_count=2)
+def folded(
+    number: int, phase: str, next_offset: int, at_ms: int, restore: RestoreStatus | UnsetType = UNSET
+) -> PartitionStatus:
+    return PartitionStatus(partition=number, phase=phase, next_offset=next_offset, committed_at_ms=at_ms, restore=restore)
+
+
+def copied(number: int, phase: str, restore: RestoreStatus | UnsetType = UNSET) -> PartitionStatus:
+    return PartitionStatus(partition=number, phase=phase, changelog_remaining=30, restore=restore)
+
+
+def answer(name: str, has: PartitionStatus, standby: PartitionStatus) -> Status:
+    return Status(
+        role="worker",
+        app="pipeline",
+        name=name,
+        ready=True,
+        at_ms=5_000,
+        partition_count=3,
+        partitions=[has],
+        standbys=[standby],
+        fenced_count=2,
+    )
 
 
 @pytest.mark.parametrize("state", [STABLE, "PreparingRebalance"])
 def test_a_group_is_joined_with_what_members_say(state: str) -> None:
     """Lag, age of the last commit, restores of owners and copies with the time left, fences; also while partitions move."""
-    a = answer("a", _Held(0, "folding", 96, 4_000), _Copy(1, "restoring", 30, RESTORE))
-    b = answer("b", _Held(1, "assigned", 0, 0, RESTORE), _Copy(0, "following"))
+    a = answer("a", folded(0, "folding", 96, 4_000), copied(1, "restoring", RESTORE))
+    b = answer("b", folded(1, "assigned", 0, 0, RESTORE), copied(0, "following"))
     found = seen(state, a, b)
     assert [(it.name, it.partitions, it.standbys, it.lag, it.fenced_count) for it in found.members] == [
         ("a", [0], [1], 4, 2), ("b", [1], [0], None, 2),
@@ -106,7 +128,7 @@ def test_a_group_is_joined_with_what_members_say(state: str) -> None:
 
 def test_an_unreachable_member_hides_nothing_else() -> None:
     """Its partitions are known from the group, and how far they are from the mirrored position."""
-    b = answer("b", _Held(1, "folding", 50, 4_000), _Copy(0, "following"))
+    b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     found = seen(STABLE, "timed out", b)
     assert [(it.name, it.error, it.lag) for it in found.members] == [("a", "timed out", 10), ("b", None, 0)]
     zero, one, _ = found.partitions
@@ -116,6 +138,6 @@ def test_an_unreachable_member_hides_nothing_else() -> None:
 
 def test_what_an_unreachable_member_has_while_partitions_move_is_unknown() -> None:
     """Neither the group nor anybody else knows: it is not said to have none, or no lag."""
-    b = answer("b", _Held(1, "folding", 50, 4_000), _Copy(0, "following"))
+    b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     a, _ = seen("PreparingRebalance", "timed out", b).members
     assert (a.partitions, a.standbys, a.lag) == (None, None, None)

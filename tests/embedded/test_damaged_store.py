@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 import pipeline.metrics as m
-from pipeline.adapters.rocks import Translated
+from pipeline.adapters.rocks import TranslatedErrors
 from pipeline.core.answer import Answer
 from pipeline.core.exposition import Exposition
 from pipeline.core.query import Query, parse_matcher
 from pipeline.core.record import Definition, definition_key, prefix_end, view_prefix
-from pipeline.engine import Engine
 from pipeline.errors import LogCorrupt, NoSpace, NotReady, StoreCorrupt, Unavailable
 from pipeline.ports import RawDelta
 from pipeline.query.reader import ViewReader
+from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings
 from tests.publisher.support import Meter as PublisherMeter
 from tests.support import wait_until
@@ -160,8 +160,8 @@ def test_while_it_is_rebuilt_nothing_is_answered(running: Running) -> None:
         assert not running.engine.ready
         with pytest.raises(NotReady, match="restoring: about"):
             look()
-    assert running.engine.status()["ready"] is False
-    phases = {it["partition"]: it["phase"] for it in running.engine.status()["partitions"]}
+    assert running.engine.status().ready is False
+    phases = {it.partition: it.phase for it in running.engine.status().partitions}
     wait_until(lambda: running.rebuilt() == [1, 0], "the store to be deleted")
     assert phases[1] != "restoring"
     gate.set()
@@ -366,6 +366,6 @@ def test_a_commit_that_meets_what_can_not_be_decoded(running: Running) -> None:
 )
 def test_what_rocksdb_says(said: str, kind: type[Exception]) -> None:
     """What can't be read is damage, and of which partition; what can pass is not."""
-    error = Translated("store 3", partition=3).translate(Exception(said))
+    error = TranslatedErrors("store 3", partition=3).translate(Exception(said))
     assert type(error) is kind
     assert getattr(error, "partition", 3) == 3

@@ -13,11 +13,11 @@ from pipeline.core.codec import encode_batch
 from pipeline.core.query import Query
 from pipeline.core.record import Batch, Control, Definition, Group, producer_id_of
 from pipeline.core.token import Token
-from pipeline.engine import Engine
 from pipeline.errors import GroupsRefused, Invalid, NotFound
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import RawDelta
 from pipeline.publisher.client import BasePublisher
+from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import DEAD_LETTERS
 from tests.support import wait_until

@@ -14,9 +14,9 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.core.query import Query
 from pipeline.core.record import Control
 from pipeline.core.token import Token
-from pipeline.engine import Engine
 from pipeline.errors import Unavailable
 from pipeline.ports import Message, RawDelta, RequestKey
+from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings, WorkerSettings
 from tests.support import wait_until
 

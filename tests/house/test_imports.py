@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HEAVY = [
     "faust",
-    "fastapi",
     "psutil",
     "pydantic",
     "re2",

@@ -20,6 +20,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
+from pipeline.core.answer import PartitionStatus, Status
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_prefix, series_suffix
 from pipeline.core.token import Token
@@ -113,13 +114,13 @@ class World:
         except (NotFound, NotReady):
             return None
 
-    def status(self) -> dict[str, Any]:
-        return {
-            "ready": self.ready,
-            "partition_count": len(self.partitions),
-            "topic_id": self.log.topic_id(DELTAS),
-            "partitions": [{"partition": partition.number, "phase": "folding"} for partition in self.partitions],
-        }
+    def status(self) -> Status:
+        return Status(
+            ready=self.ready,
+            partition_count=len(self.partitions),
+            topic_id=self.log.topic_id(DELTAS),
+            partitions=[PartitionStatus(partition=it.number, phase="folding") for it in self.partitions],
+        )
 
     def token(self, next_offsets: Mapping[int, int]) -> Token:
         """A token of this log."""

@@ -1,5 +1,6 @@
 """The API is what `/openapi.json` says, for requests that nobody thought of."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
+from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
+from pipeline.query.letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
+from pipeline.query.openapi import openapi_document
+from pipeline.query.orders import DefinitionChoice
+from pipeline.query.params import _Delta
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
 
@@ -101,12 +108,53 @@ def test_the_document_is_whole(server: Server) -> None:
         ("get", "/v1/openmetrics"),
         ("post", "/v1/openmetrics"),
     }
-    names = {parameter["name"] for parameter in document["paths"]["/v1/views/{view}"]["get"]["parameters"]}
-    assert names == {"view", "where", "by", "kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms"}
+    parameters = resolved(document, document["paths"]["/v1/views/{view}"]["get"]["parameters"])
+    assert {parameter["name"] for parameter in parameters} == {
+        "view",
+        "where",
+        "by",
+        "kind",
+        "window_s",
+        "top",
+        "limit",
+        "after",
+        "max_staleness_ms",
+        "timeout_ms",
+    }
     for reference in references(document):
-        found: Any = document
-        for part in reference.removeprefix("#/").split("/"):
-            found = found[part]
+        resolved(document, [{"$ref": reference}])
+    limits = {parameter["name"]: parameter["schema"] for parameter in parameters}
+    assert (limits["timeout_ms"]["maximum"], limits["timeout_ms"]["default"]) == (50, 40)
+    assert limits["limit"] == {"type": "integer", "minimum": 1, "maximum": 1_000_000, "default": 10_000}
+    assert limits["where"]["maxItems"] == QuerySettings().matchers_max
+    assert limits["kind"] == {"enum": [*KIND_NAMES]}
+
+
+def test_the_document_is_what_requests_are_held_to() -> None:
+    """Kinds, fields and limits in the file are those of the code."""
+    document = openapi_document([("get", "/v1/dead-letters")], QuerySettings())
+    assert [*document["paths"]] == ["/v1/dead-letters"]
+    schemas = document["components"]["schemas"]
+    assert schemas["Delta"]["properties"]["kind"] == {"enum": [*KIND_NAMES]}
+    assert schemas["DefinitionChoice"]["properties"]["kind"] == {"enum": [*KIND_NAMES, None]}
+    for name, kind in (("Delta", _Delta), ("DefinitionChoice", DefinitionChoice), ("ReplayOrder", ReplayOrder)):
+        assert {*schemas[name]["properties"]} == {*kind.__struct_fields__}
+    replay, listed = schemas["ReplayOrder"]["properties"], document["paths"]["/v1/dead-letters"]["get"]["parameters"]
+    assert (replay["limit"]["maximum"], replay["keys"]["maxItems"]) == (REPLAY_MAX, REPLAY_MAX)
+    assert next(it["schema"]["maximum"] for it in listed if it["name"] == "limit") == LIST_MAX
+    key = document["components"]["parameters"]["Idempotency-Key"]["schema"]
+    assert (key["pattern"], key["maxLength"]) == (KEY_PATTERN, KEY_LENGTH_MAX)
+
+
+def resolved(document: Any, nodes: list[Any]) -> list[Any]:
+    """The same list, with what references lead to in their place."""
+    found = []
+    for node in nodes:
+        if "$ref" in node:
+            place = node["$ref"].removeprefix("#/").split("/")
+            node = functools.reduce(lambda at, part: at[part], place, document)
+        found.append(node)
+    return found
 
 
 def references(node: Any) -> list[str]:

@@ -163,7 +163,7 @@ def test_the_document_says_it(server: Server) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     for path in ("/v1/deltas", "/v1/openmetrics"):
         operation = paths[path]["post"]
-        assert [it["name"] for it in operation["parameters"]] == ["Idempotency-Key"]
+        assert operation["parameters"] == [{"$ref": "#/components/parameters/Idempotency-Key"}]
         assert "422" in operation["responses"]
 
 

@@ -140,4 +140,4 @@ def test_the_schema_says_it(server: Server) -> None:
         operation = paths[f"/v1/views/{{view}}/{action}"]["post"]
         assert {"200", "400", "404", "415", "422", "503"} <= operation["responses"].keys()
         assert "application/json" in operation["requestBody"]["content"]
-        assert {"view", "Idempotency-Key"} == {it["name"] for it in operation["parameters"]}
+        assert [it["$ref"].rpartition("/")[2] for it in operation["parameters"]] == ["view", "Idempotency-Key"]

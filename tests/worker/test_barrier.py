@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.adapters.memory import MemoryStores
 from pipeline.core import codec
+from pipeline.core.answer import known
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import EPOCH_NONE, FENCE_KEY, POSITION_KEY, Batch, Group, producer_key, series_suffix
 from pipeline.errors import Discontinuous, NotReady, PipelineError, RecordsLost, StoreAhead, Unavailable
@@ -131,8 +132,10 @@ def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -
         world.owner(stopping=lambda: world.clock.s > begun_s + 5 * PATIENCE_S)
     waiting = new_partition(0, world.log, MemoryStores(), world.clock)
     status = partition_status(waiting, None, world.told[-1])
-    assert "a transaction of somebody else is open" in status["restore"]["waiting"]
-    assert "kafka-transactions.sh" in status["restore"]["waiting"]
+    restore = known(status.restore)
+    assert restore is not None
+    assert "a transaction of somebody else is open" in restore.waiting
+    assert "kafka-transactions.sh" in restore.waiting
     world.log.show()
     assert go_on(world) == {"x": 11, "y": 11}
     assert not world.told[-1].waiting

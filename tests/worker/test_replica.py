@@ -10,6 +10,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
+from pipeline.core.answer import PartitionStatus, known
 from pipeline.core.record import POSITION_KEY, STORE_META_KEY, TAG_SERIES
 from pipeline.errors import NotReady, RecordsLost, StoreCorrupt, Unavailable
 from pipeline.ports import Message
@@ -103,7 +104,7 @@ def test_what_was_committed_can_be_read(server: Server) -> None:
     server.step()
     assert server.read() == {"a": 6, "b": 2}
     assert server.loop.status() == [
-        {"partition": 0, "phase": "following", "changelog_next_offset": 9, "changelog_remaining": 0}
+        PartitionStatus(partition=0, phase="following", changelog_next_offset=9, changelog_remaining=0)
     ]
 
 
@@ -132,7 +133,7 @@ def test_half_a_commit_is_never_read(server: Server) -> None:
     only_half(server)
     server.follow()
     assert server.read() == {"a": 1}
-    assert read_meta(server.stores.at(0)).changelog_next_offset < server.loop.status()[0]["changelog_next_offset"]
+    assert read_meta(server.stores.at(0)).changelog_next_offset < (known(server.loop.status()[0].changelog_next_offset) or 0)
     whole(server)
     server.step()
     assert server.read() == {"a": 2, "b": 1}
@@ -387,7 +388,7 @@ def test_an_end_that_took_too_long_to_reach_does_not_count(server: Server) -> No
         server.worker.commit(0, {"a": 1})
     server.start(restore_fetch_count_max=10)
     server.step(4, s=LAG_MAX_S / 2)
-    assert server.loop.status()[0]["changelog_next_offset"] == 32
+    assert server.loop.status()[0].changelog_next_offset == 32
     assert not server.loop.ready
     server.follow()
 
@@ -450,7 +451,7 @@ def test_no_answer_lacks_a_partition(pair: Server) -> None:
         pair.worker.commit(1, {"a": 1})
     pair.start(restore_fetch_count_max=5)
     pair.step()
-    assert [it["phase"] for it in pair.loop.status()] == ["following", "restoring"]
+    assert [it.phase for it in pair.loop.status()] == ["following", "restoring"]
     with pytest.raises(NotReady):
         pair.loop.stores()
     pair.follow()
@@ -512,7 +513,7 @@ def test_it_says_how_far_it_is(server: Server) -> None:
     with pytest.raises(NotReady, match="about 31 changelog records"):
         server.loop.stores()
     assert server.metrics.of(m.RESTORE_REMAINING, 0) == 31
-    assert server.loop.status()[0]["phase"] == "restoring"
+    assert server.loop.status()[0].phase == "restoring"
     server.follow()
     assert [it.remaining for it in server.progress] == [31, 21, 11, 1, 0]
     assert [it.entries for it in server.progress] == [9, 19, 29, 39, 40]

@@ -100,7 +100,7 @@ def test_a_damaged_store_is_made_anew(server: Server) -> None:
     for look in (server.total, server.reader.views, server.reader.partitions):
         with pytest.raises(NotReady, match=r"restoring: about .* rebuilding what was damaged"):
             look()
-    assert [it["phase"] for it in server.loop.status()] == ["following", "restoring"]
+    assert [it.phase for it in server.loop.status()] == ["following", "restoring"]
     server.follow()
     assert server.total() == TOTAL
     assert server.rebuilt() == [0, 1]

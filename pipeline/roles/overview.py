@@ -7,7 +7,7 @@ what is known of its partitions without it: that it has them, and the position t
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from pipeline.adapters.faust.security import security_of
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import Address, parse_url
+from pipeline.core.answer import PartitionStatus, RestoreStatus, Status, known
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.ports import Member
 from pipeline.settings import KafkaSettings
@@ -31,43 +32,16 @@ _BROKER_MS_MAX = 5_000
 """How long the broker may: whoever asks for the status when it is away wants to hear that soon."""
 
 
-class _Held(msgspec.Struct):
-    partition: int
-    phase: str
-    next_offset: int
-    committed_at_ms: int = 0
-    restore: dict[str, float] | None = None
-
-
-class _Copy(msgspec.Struct):
-    partition: int
-    phase: str
-    changelog_remaining: int = 0
-    restore: dict[str, float] | None = None
-
-
-class _Answer(msgspec.Struct):
-    """What is needed of a worker's `/v1/status`."""
-
-    app: str
-    name: str
-    ready: bool
-    at_ms: int
-    partitions: list[_Held]
-    standbys: list[_Copy]
-    fenced_count: int = 0
-
-
-class StandbyState(msgspec.Struct):
+class StandbyOverview(msgspec.Struct):
     """A copy of a partition. `phase` is `following`, `restoring`, or `unknown` if its member does not answer."""
 
     member: str
     phase: str
     remaining: int | None = None
-    restore: dict[str, float] | None = None
+    restore: RestoreStatus | None = None
 
 
-class PartitionStatus(msgspec.Struct):
+class PartitionOverview(msgspec.Struct):
     """A partition. What nobody tells is None, and `phase` then `unknown`."""
 
     partition: int
@@ -78,11 +52,11 @@ class PartitionStatus(msgspec.Struct):
     end_offset: int
     lag: int | None
     commit_age_ms: int | None
-    restore: dict[str, float] | None
-    standbys: list[StandbyState]
+    restore: RestoreStatus | None
+    standbys: list[StandbyOverview]
 
 
-class MemberStatus(msgspec.Struct):
+class MemberOverview(msgspec.Struct):
     """A member. `error` says why it is unreachable; what only it knows is None then: while they move, its partitions too."""
 
     name: str
@@ -101,8 +75,8 @@ class Overview(msgspec.Struct):
     app: str
     group_state: str
     """Kafka's name for it. While it is not Stable, partitions are moving, and are where the members say."""
-    members: list[MemberStatus]
-    partitions: list[PartitionStatus]
+    members: list[MemberOverview]
+    partitions: list[PartitionOverview]
     notes: list[str]
     """What could not be found out."""
 
@@ -131,9 +105,9 @@ def overview(url: str, settings: KafkaSettings) -> Overview:
     return _joined(address, group, answers, ends, mirrored, notes)
 
 
-def _ask_all(address: Address, members: Sequence[Member]) -> list[_Answer | str]:
+def _ask_all(address: Address, members: Sequence[Member]) -> list[Status | str]:
     """Each member's answer, or why there is none. In time, whatever they do, and however long a name takes to resolve."""
-    answers: list[_Answer | str] = [f"no answer within {TIMEOUT_S:g} s" for _ in members]
+    answers: list[Status | str] = [f"no answer within {TIMEOUT_S:g} s" for _ in members]
 
     def ask(index: int) -> None:
         try:
@@ -151,30 +125,32 @@ def _ask_all(address: Address, members: Sequence[Member]) -> list[_Answer | str]
     return [*answers]
 
 
-def _asked(address: Address, member: Member) -> _Answer | str:
+def _asked(address: Address, member: Member) -> Status | str:
     if not member.url:
         return "it has told no address yet"
     try:
         with HttpReader(member.url) as reader:
-            answer = msgspec.json.decode(reader.fetch("/v1/status", timeout_s=TIMEOUT_S), type=_Answer)
+            answer = msgspec.json.decode(reader.fetch("/v1/status", timeout_s=TIMEOUT_S), type=Status)
     except PipelineError as error:
         return str(error).removeprefix(f"{member.url}: ")
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return f"not a worker's answer: {error}"
+    if answer.role != "worker":
+        return f"not a worker's answer: role {known(answer.role)}"
     if (answer.app, answer.name) != (address.app, member.name):
-        return f"worker {answer.name or '(without a name)'} of {answer.app} answers there"
+        return f"worker {known(answer.name) or '(without a name)'} of {known(answer.app)} answers there"
     return answer
 
 
-class _Row(NamedTuple):
-    state: MemberStatus
-    answer: _Answer | None
+class _MemberAnswer(NamedTuple):
+    state: MemberOverview
+    answer: Status | None
 
 
 def _joined(
     address: Address,
     group: ConsumerGroup,
-    answers: Sequence[_Answer | str],
+    answers: Sequence[Status | str],
     ends: Mapping[int, int],
     mirrored: Mapping[int, int],
     notes: list[str],
@@ -189,45 +165,52 @@ def _joined(
     return Overview(address.app, group.state, [row.state for row in rows], partitions, notes)
 
 
-def _row(group: ConsumerGroup, member: Member, answer: _Answer | str) -> _Row:
+def _row(group: ConsumerGroup, member: Member, answer: Status | str) -> _MemberAnswer:
     """Where the partitions are is for the group to say, while it is stable."""
     actives, standbys = member.actives, member.standbys
     if isinstance(answer, str):
         unknown = group.state != STABLE
         has, keeps = (None, None) if unknown else (sorted(actives), sorted(standbys))
-        return _Row(MemberStatus(member.name, member.url, has, keeps, error=answer), None)
+        return _MemberAnswer(MemberOverview(member.name, member.url, has, keeps, error=answer), None)
     if group.state != STABLE:
         actives = frozenset(it.partition for it in answer.partitions)
-        standbys = frozenset(it.partition for it in answer.standbys)
-    state = MemberStatus(member.name, member.url, sorted(actives), sorted(standbys))
-    state.ready, state.fenced_count = answer.ready, answer.fenced_count
-    return _Row(state, answer)
+        standbys = frozenset(it.partition for it in known(answer.standbys) or ())
+    state = MemberOverview(member.name, member.url, sorted(actives), sorted(standbys))
+    state.ready, state.fenced_count = answer.ready, known(answer.fenced_count)
+    return _MemberAnswer(state, answer)
 
 
-def _partition(number: int, rows: Sequence[_Row], end_offset: int, mirrored: int | None) -> PartitionStatus:
+def _partition(number: int, rows: Sequence[_MemberAnswer], end_offset: int, mirrored: int | None) -> PartitionOverview:
     owner = next((row for row in rows if number in (row.state.partitions or ())), None)
     answer = None if owner is None else owner.answer
-    held = None if answer is None else next((it for it in answer.partitions if it.partition == number), None)
-    known = held is not None and held.phase != "assigned"  # before that it does not know its position
-    next_offset = held.next_offset if held is not None and known else mirrored
-    age_ms = None
-    if answer is not None and held is not None and held.committed_at_ms:
-        age_ms = max(0, answer.at_ms - held.committed_at_ms)
-    return PartitionStatus(
+    status = None if answer is None else _find(number, answer.partitions)
+    next_offset, age_ms, phase = mirrored, None, "unknown"
+    if answer is not None and status is not None:
+        phase = "restoring" if status.restore else status.phase
+        if status.phase != "assigned":  # before that it does not know its position
+            next_offset = known(status.next_offset)
+        at_ms, committed_at_ms = known(answer.at_ms), known(status.committed_at_ms)
+        if at_ms and committed_at_ms:
+            age_ms = max(0, at_ms - committed_at_ms)
+    return PartitionOverview(
         partition=number,
         member=None if owner is None else owner.state.name,
-        phase="unknown" if held is None else "restoring" if held.restore else held.phase,
+        phase=phase,
         next_offset=next_offset,
         end_offset=end_offset,
         lag=None if next_offset is None else max(0, end_offset - next_offset),
         commit_age_ms=age_ms,
-        restore=None if held is None else held.restore,
-        standbys=[_copy(row, number) for row in rows if number in (row.state.standbys or ())],
+        restore=None if status is None else known(status.restore),
+        standbys=[_standby(row, number) for row in rows if number in (row.state.standbys or ())],
     )
 
 
-def _copy(row: _Row, number: int) -> StandbyState:
-    copies = [] if row.answer is None else [it for it in row.answer.standbys if it.partition == number]
-    if not copies:
-        return StandbyState(row.state.name, "unknown")
-    return StandbyState(row.state.name, copies[0].phase, copies[0].changelog_remaining, copies[0].restore)
+def _find(number: int, partitions: Iterable[PartitionStatus]) -> PartitionStatus | None:
+    return next((it for it in partitions if it.partition == number), None)
+
+
+def _standby(row: _MemberAnswer, number: int) -> StandbyOverview:
+    status = None if row.answer is None else _find(number, known(row.answer.standbys) or ())
+    if status is None:
+        return StandbyOverview(row.state.name, "unknown")
+    return StandbyOverview(row.state.name, status.phase, known(status.changelog_remaining) or 0, known(status.restore))

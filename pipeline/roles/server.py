@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from pipeline.adapters.kafka.checks import CompactionLag
-from pipeline.cluster.role import Role
+from pipeline.core.answer import Status
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
@@ -15,6 +14,7 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
 from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
+from pipeline.roles.kafka_role import KafkaRole
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
 from pipeline.worker.replica import ReplicaLoop
@@ -22,7 +22,7 @@ from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
 
 
-class ClusterServer(Role):
+class ClusterServer(KafkaRole):
     """Answers from stores that follow the changelog of a Kafka log. As many as wanted, each with a data directory.
 
     With `ingest` it is a gateway too. `start` returns at once. Raises as `ClusterWorker` does.
@@ -140,13 +140,13 @@ class ClusterServer(Role):
         """The stores, by partition; see `ReplicaLoop.stores`."""
         return self._replicas.stores()
 
-    def status(self) -> dict[str, Any]:
-        """What `/v1/status` says of the process; the reader adds how stale it is."""
-        return {
-            "role": "server",
-            "app": self.log.address.app,
-            "ready": self.ready,
-            "partition_count": self.log.partition_count(DELTAS),
-            "topic_id": self._ends().source_id,
-            "partitions": self._replicas.status(),
-        }
+    def status(self) -> Status:
+        """Return what `/v1/status` shows; the reader adds how stale it is."""
+        return Status(
+            role="server",
+            app=self.log.address.app,
+            ready=self.ready,
+            partition_count=self.log.partition_count(DELTAS),
+            topic_id=self._ends().source_id,
+            partitions=self._replicas.status(),
+        )

@@ -19,7 +19,7 @@ _LET_GO_S = 1.0
 
 
 class FeedFollower(Protocol):
-    """Follows the partitions that are folded here: `cluster.agents.Feeds`."""
+    """Follows the partitions that are folded here: `roles.agents.Feeds`."""
 
     def follow(self, partitions: frozenset[int]) -> None:
         """These from now on. Does not block."""

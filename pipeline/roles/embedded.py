@@ -6,8 +6,6 @@ import atexit
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
@@ -15,10 +13,11 @@ from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.embedded.cleaner import END_OFFSET_MAX, Cleaner
 from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
-from pipeline.errors import NotReady, PipelineError
+from pipeline.core.answer import Status
+from pipeline.errors import NotReady
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import LogWriter, Message, Store
+from pipeline.ports import Store
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
 from pipeline.query.facts import StoredFacts, find_definition
@@ -162,18 +161,18 @@ class Engine:
             raise NotReady(f"restoring: about {remaining} changelog records to go")
         return {partition.number: partition.store for partition in self.partitions}
 
-    def status(self) -> dict[str, Any]:
-        """What `/v1/status` says of the process; the reader adds how stale it is."""
-        return {
-            "at_ms": self.clock.now_ms(),
-            "ready": self.ready,
-            "partition_count": len(self.partitions),
-            "topic_id": self.log.topic_id(DELTAS),
-            "partitions": [
+    def status(self) -> Status:
+        """Return what `/v1/status` shows; the reader adds how stale it is."""
+        return Status(
+            at_ms=self.clock.now_ms(),
+            ready=self.ready,
+            partition_count=len(self.partitions),
+            topic_id=self.log.topic_id(DELTAS),
+            partitions=[
                 partition_status(it, self.log.watermarks(DELTAS, it.number).end_offset, self._progress.get(it.number))
                 for it in self.partitions
             ],
-        }
+        )
 
     def _keep_from(self, topic: str, partition: int) -> int:
         """What retention must leave: deltas that are not in the state yet, however old they are."""
@@ -188,71 +187,3 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         if self._fatal_once.acquire(blocking=False):
             self._on_fatal(error)
-
-
-_shared: dict[Path, _Shared] = {}
-_shared_lock = threading.Lock()
-
-
-class _Shared:
-    """A log that publishers of this process share; the last one to close it lets go of the data directory."""
-
-    def __init__(self, data: DataDir, log: EmbeddedLog) -> None:
-        self.data = data
-        self.log = log
-        self.users = 0
-
-
-class SharedLog(LogWriter):
-    """One publisher's share of an embedded log in this process."""
-
-    def __init__(self, shared: _Shared) -> None:
-        self._shared = shared
-        self._closed = False
-
-    def partition_count(self, topic: str) -> int:
-        return self._shared.log.partition_count(topic)
-
-    def message_bytes_max(self, topic: str) -> int:
-        return self._shared.log.message_bytes_max(topic)
-
-    def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
-        return self._shared.log.append(messages, timeout_s=timeout_s)
-
-    def topic_id(self, topic: str) -> str:
-        return self._shared.log.topic_id(topic)
-
-    def high_watermarks(self, topic: str) -> Mapping[int, int]:
-        return self._shared.log.high_watermarks(topic)
-
-    def close(self) -> None:
-        with _shared_lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._shared.users -= 1
-            if not self._shared.users:
-                del _shared[self._shared.data.path]
-                self._shared.log.close()
-                self._shared.data.close()
-
-
-def open_shared_log(path: str) -> LogWriter:
-    """The embedded log in a data directory, for publishers of this process; `pipeline up --data` folds it later.
-
-    Raises `Unavailable` if another process has the directory: publish to its `http://host:port` then.
-    """
-    key = Path(path).expanduser().absolute()
-    with _shared_lock:
-        shared = _shared.get(key)
-        if shared is None:
-            data = DataDir(key)
-            settings = LogSettings(data=str(key))
-            try:
-                log = EmbeddedLog(data.log, topics.load(), settings, SystemClock())
-            except BaseException:
-                data.close()
-                raise
-            shared = _shared[key] = _Shared(data, log)
-        shared.users += 1
-        return SharedLog(shared)

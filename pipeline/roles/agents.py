@@ -91,7 +91,7 @@ class AgentPublisher(BasePublisher):
     @property
     def pressed(self) -> bool:
         """Whether over half of its buffer is in use, and batches wait for their acknowledgement."""
-        return self._running.pressed
+        return self._runtime.is_short_of_memory
 
     def _opening(self) -> None:
         if not self._bound:

@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
-import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.adapters.clock import SystemClock
-from pipeline.cli import console
-from pipeline.cli.hold import holding
-from pipeline.cli.signals import Stop, stopping_on_signals
-from pipeline.config import Config
-from pipeline.errors import Invalid
+from pipeline.errors import Exit
 from pipeline.ports import Clock
+from pipeline.roles.signals import Stop
 from pipeline.settings import HOLD_VARIABLE
 from pipeline.threads import POLL_INTERVAL_S
 
-_PORT_MAX = 65_535
 _KILL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 DRAIN_S = 45.0
@@ -86,7 +78,7 @@ class _Child:
         self.began_s = 0.0
         self.due_s: float | None = 0.0
         """When it is to be started; None: it runs, or has ended for good."""
-        self.code = console.OK
+        self.code: int = Exit.OK
 
 
 class Supervisor:
@@ -121,9 +113,9 @@ class Supervisor:
             while not stop.wait(POLL_INTERVAL_S):
                 for child in self._children:
                     self._look_after(child, ours)
-                if any(child.code == console.USAGE for child in self._children):
+                if any(child.code == Exit.USAGE for child in self._children):
                     self._drain(signal.SIGTERM)
-                    return console.USAGE
+                    return Exit.USAGE
                 if not any(child.process or child.due_s is not None for child in self._children):
                     break
             else:
@@ -142,15 +134,15 @@ class Supervisor:
                 child.process = subprocess.Popen(child.command, stdin=stdin, process_group=0, env=_environment())
             except OSError as error:
                 self._say(child.label, f"can't be started: {error}")
-                self._again(child, console.FATAL)
+                self._again(child, Exit.RESTART)
                 return
             self._say(child.label, f"started, pid {child.process.pid}")
         how = self._ended(child)
         if how is None:
             return
-        if child.code == console.DECIDE:
+        if child.code == Exit.DECIDE:
             self._say(child.label, f"{how}; not started again: a person must decide what it says")
-        elif child.code in (console.OK, console.USAGE):
+        elif child.code in (Exit.OK, Exit.USAGE):
             self._say(child.label, how)
         else:
             self._say(child.label, f"{how}; again in {self._again(child, child.code):g} s")
@@ -206,31 +198,3 @@ class Supervisor:
 def _environment() -> dict[str, str]:
     """A child's: if there is something to be waited for, its parent does."""
     return {name: value for name, value in os.environ.items() if name != HOLD_VARIABLE}
-
-
-def run_processes(count: int, config: Config, *, name: str | None, as_json: bool) -> int:
-    """Run `count` workers with our own command line until SIGINT or SIGTERM; the exit code.
-
-    Without a name they have this host's, which is what they are known by when they come again.
-    """
-    name = name or re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:90] or "worker"
-    port = config.query.port
-    if port and port + count - 1 > _PORT_MAX:
-        raise Invalid(f"--processes {count}: ports {port} to {port + count - 1} are needed, and {_PORT_MAX} is the last")
-    own = [sys.executable, *sys.orig_argv[1:]]
-
-    def say(label: str, what: str) -> None:
-        if as_json:
-            console.print_json({"worker": label, "event": what})
-        else:
-            print(f"{label} {what}", flush=True)
-
-    supervisor = Supervisor(
-        [child_command(own, index, name=name, data=config.log.data, port=port) for index in range(count)],
-        labels=[f"{name}-{index}" for index in range(count)],
-        clock=SystemClock(),
-        say=say,
-    )
-    with stopping_on_signals() as stop:
-        code = supervisor.run(stop)
-    return code if stop.is_set() else holding(code)

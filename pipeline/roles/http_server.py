@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,6 @@ import uvicorn
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
 
-_log = logging.getLogger(__name__)
 _GRACEFUL_S = 5
 
 
@@ -49,7 +47,7 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """One server. `run` blocks; `stop` ends it from any thread or signal handler."""
 
-    def __init__(self, app: Any, listener: socket.socket, settings: QuerySettings) -> None:
+    def __init__(self, app: Any, listener: socket.socket) -> None:
         self._listener = listener
         self._server = _Server(
             uvicorn.Config(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.adapters.kafka.checks import CompactionLag
 from pipeline.adapters.static_membership import StaticMembership
-from pipeline.cluster.member import ClusterMember
-from pipeline.cluster.role import TOPICS, Role
+from pipeline.core.answer import MemberStatus, Status
 from pipeline.errors import Invalid, LogCorrupt, PipelineError, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Membership, ReadableStore
+from pipeline.roles.kafka_role import TOPICS, KafkaRole
+from pipeline.roles.member import ClusterMember
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.lag import EndOffsets, LagReporter
+from pipeline.worker.lag import DeltasEnds, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
@@ -27,7 +28,7 @@ from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, 
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
     from pipeline.adapters.faust.security import Security
-    from pipeline.cluster.agents import Feeds
+    from pipeline.roles.agents import Feeds
 
 _log = logging.getLogger(__name__)
 _STOP_S = 30.0
@@ -38,7 +39,7 @@ _SETTLE_S = 5.0
 """How long a member may take to notice that a partition is not its own after all, and fence nobody any more."""
 
 
-class ClusterWorker(Role):
+class ClusterWorker(KafkaRole):
     """Folds partitions of a Kafka log.
 
     Without a `name`: all of them, those that are added later too, or the ones that are listed; whoever is started later for
@@ -107,7 +108,7 @@ class ClusterWorker(Role):
         self._watchdog = self._new_watchdog()
 
     def _bind_agents(self, agents: AgentsApp, url: str, settings: PublisherSettings, log_settings: LogSettings) -> None:
-        from pipeline.cluster.agents import Feeds, check_topics_read  # with Faust behind it
+        from pipeline.roles.agents import Feeds, check_topics_read  # with Faust behind it
 
         check_topics_read(agents, self.log)
         agents.count_in(self._metrics)
@@ -231,7 +232,7 @@ class ClusterWorker(Role):
     def _ask_topic_ids(self) -> Mapping[str, str]:
         return {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
 
-    def _ask_ends(self) -> EndOffsets:
+    def _ask_ends(self) -> DeltasEnds:
         """Ask for the ends of deltas, and of the changelog, each second.
 
         A topic made anew shows in nothing else if it has grown as long as the old one. And an owner that has nothing to
@@ -246,7 +247,7 @@ class ClusterWorker(Role):
                 raise error
         self._loop.note_changelog_ends(self.log.end_offsets(CHANGELOG))
         stable_offsets = self.log.end_offsets(DELTAS)  # first: so that the others are never below them
-        return EndOffsets(self.log.high_watermarks(DELTAS), stable_offsets)
+        return DeltasEnds(self.log.high_watermarks(DELTAS), stable_offsets)
 
     def _told(self) -> tuple[float, Mapping[int, int]]:
         """For the watchdog: where the log ends, and when it said so; an old answer while it can't be read from."""
@@ -313,28 +314,25 @@ class ClusterWorker(Role):
         except PipelineError as error:  # of events, it is read again: their offsets are not committed
             _log.warning("what agents recorded last: %s", error)
 
-    def status(self) -> dict[str, Any]:
-        """What `/v1/status` says."""
+    def status(self) -> Status:
+        """Return what `/v1/status` shows."""
         ends = self._mirror.end_offsets
         members = [] if self._member is None else self._member.members()
-        return {
-            "role": "worker",
-            "app": self.log.address.app,
-            "name": self._name,
-            "at_ms": self.clock.now_ms(),
-            "ready": self.ready,
-            "fenced_count": self._loop.fenced_count,
-            "partition_count": self.log.partition_count(DELTAS),
-            "partitions": [
+        return Status(
+            role="worker",
+            app=self.log.address.app,
+            name=self._name,
+            at_ms=self.clock.now_ms(),
+            ready=self.ready,
+            fenced_count=self._loop.fenced_count,
+            partition_count=self.log.partition_count(DELTAS),
+            partitions=[
                 partition_status(partition, ends.get(number), self._progress.get(number))
                 for number, partition in sorted(self._loop.partitions.items())
             ],
-            "standbys": sorted(self._standbys.status(), key=lambda it: int(it["partition"])),
-            "members": [
-                {"name": it.name, "url": it.url, "partitions": sorted(it.actives), "standbys": sorted(it.standbys)}
-                for it in members
-            ],
-        }
+            standbys=sorted(self._standbys.status(), key=lambda it: it.partition),
+            members=[MemberStatus(it.name, it.url, sorted(it.actives), sorted(it.standbys)) for it in members],
+        )
 
     def _tell_warm(self) -> None:
         if self._member is not None:

@@ -19,7 +19,7 @@ from pipeline.worker.restore import check_format
 TOPICS = (DELTAS, CHANGELOG, DEAD_LETTERS)
 
 
-class Role:
+class KafkaRole:
     """What both roles have: a data directory, stores, a connection, and at most one report of what ended them."""
 
     def __init__(

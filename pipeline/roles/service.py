@@ -1,0 +1,237 @@
+"""A role with its HTTP server in front of it: what `pipeline up`, `worker` and `serve` run."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from pipeline.adapters.openmetrics import parse_pushed
+from pipeline.adapters.prometheus import PrometheusMetrics, render_views
+from pipeline.config import Config
+from pipeline.core.answer import Status
+from pipeline.errors import Exit, exit_code
+from pipeline.ports import Ingest
+from pipeline.query.api import create_app, create_operations_app
+from pipeline.query.dead_letters import DeadLetters
+from pipeline.query.reader import ViewReader
+from pipeline.roles.http_server import HttpServer, bind, url_of
+from pipeline.settings import QuerySettings
+from pipeline.threads import guarded
+from pipeline.worker.restore import RestoreProgress
+
+if TYPE_CHECKING:
+    from pipeline.adapters.faust.agents import AgentsApp
+    from pipeline.roles.embedded import Engine
+    from pipeline.roles.server import ClusterServer
+    from pipeline.roles.worker import ClusterWorker
+
+_log = logging.getLogger(__name__)
+_MALLOC_OPTIONS = {-8: 2, -3: 2**20, -1: 4 * 2**20}
+"""Values of M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, by their numbers in malloc.h."""
+
+OnProgress = Callable[[RestoreProgress], None]
+
+
+def _ignore(_: Any) -> None:
+    pass
+
+
+class Role(Protocol):
+    """An `Engine`, a `ClusterWorker` or a `ClusterServer`."""
+
+    def start(self) -> None: ...
+
+    def wait_ready(self, timeout_s: float) -> bool: ...
+
+    def stop(self) -> bool: ...
+
+    def status(self) -> Status: ...
+
+
+class QueryRole(Role, Protocol):
+    """An `Engine` or a `ClusterServer`."""
+
+    reader: ViewReader
+
+    @property
+    def letters(self) -> DeadLetters: ...
+
+    @property
+    def ingest(self) -> Ingest | None: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+
+class Hooks(NamedTuple):
+    """What a role reports to."""
+
+    metrics: PrometheusMetrics
+    on_fatal: Callable[[BaseException], None]
+    on_progress: OnProgress
+
+
+RoleT = TypeVar("RoleT", bound=Role)
+
+
+class Service(Generic[RoleT]):
+    """A role and the HTTP server in front of it. `url` is known from the start, also for port 0.
+
+    Raises what the role raises, and `Invalid` if the port is taken.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        make: Callable[[Hooks], RoleT],
+        make_app: Callable[[RoleT, PrometheusMetrics], Any],
+        on_progress: OnProgress,
+    ) -> None:
+        self.fatal: BaseException | None = None
+        """The error that ended the role."""
+        self._accept_loss = config.worker.accept_loss
+        self._ready = False
+        self._metrics = metrics = PrometheusMetrics()
+        self.role = make(Hooks(metrics, self._fail, on_progress))
+        try:  # after the role: that a directory is in use says more than that a port is in use
+            self._listener = bind(config.query)
+        except BaseException:
+            self.role.stop()
+            raise
+        self.url = url_of(self._listener)
+        self._server = HttpServer(make_app(self.role, metrics), self._listener)
+
+    def run(self, on_ready: Callable[[str], None] = _ignore) -> int:
+        """Serve until `stop` or a fatal error, then close everything; return the exit code. `on_ready` gets the URL."""
+        announce = guarded(_log, "pipeline-ready", self._announce, self._metrics)
+        watcher = threading.Thread(target=announce, args=(on_ready,), name="pipeline-ready", daemon=True)
+        try:
+            self.role.start()
+            watcher.start()
+            self._server.run()
+        finally:
+            stopped = self.role.stop()
+            self._listener.close()
+        if self.fatal is not None:
+            return exit_code(self.fatal, started=True, ready=self._ready, decided=self._accept_loss)
+        return Exit.OK if stopped else Exit.RESTART
+
+    def _announce(self, on_ready: Callable[[str], None]) -> None:
+        while self.fatal is None and not self._server.stopped:
+            if self.role.wait_ready(0.2):
+                self._ready = True
+                on_ready(self.url)
+                return
+
+    def stop(self) -> None:
+        """End `run`, from any thread or a signal handler."""
+        self._server.stop()
+
+    def _fail(self, error: BaseException) -> None:
+        self.fatal = error
+        self.stop()
+
+
+def embedded_service(config: Config, on_progress: OnProgress = _ignore) -> Service[Engine]:
+    """Return log, worker and query API in one process, without a broker."""
+    from pipeline.roles.embedded import Engine
+
+    def make(hooks: Hooks) -> Engine:
+        return Engine(
+            config.log,
+            worker_settings=config.worker,
+            query_settings=config.query,
+            publisher_settings=config.publisher,
+            **hooks._asdict(),
+        )
+
+    return Service(config, make, partial(_query_app, config.query), on_progress)
+
+
+def worker_service(
+    config: Config,
+    url: str,
+    *,
+    partitions: Sequence[int] | None,
+    name: str,
+    static: bool,
+    agents: AgentsApp | None,
+    on_progress: OnProgress = _ignore,
+) -> Service[ClusterWorker]:
+    """Return a worker of the Kafka log at `url`; see `ClusterWorker`."""
+    from pipeline.roles.worker import ClusterWorker
+
+    def make(hooks: Hooks) -> ClusterWorker:
+        return ClusterWorker(
+            url,
+            config.log,
+            kafka_settings=config.kafka,
+            worker_settings=config.worker,
+            partitions=partitions,
+            name=name,
+            static=static,
+            agents=agents,
+            publisher_settings=config.publisher,
+            **hooks._asdict(),
+        )
+
+    def make_app(worker: ClusterWorker, metrics: PrometheusMetrics) -> Any:
+        return create_operations_app(config.query, metrics, worker.clock, worker.status, lambda: worker.ready)
+
+    service = Service(config, make, make_app, on_progress)
+    # Other members ask this URL for the status, and nobody can connect to a wildcard address.
+    wildcard = config.query.host in ("0.0.0.0", "::")
+    service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
+    return service
+
+
+def query_service(config: Config, url: str, *, ingest: bool, on_progress: OnProgress = _ignore) -> Service[ClusterServer]:
+    """Return a query server of the Kafka log at `url`, with `ingest` a gateway too."""
+    from pipeline.roles.server import ClusterServer
+
+    def make(hooks: Hooks) -> ClusterServer:
+        return ClusterServer(
+            url,
+            config.log,
+            kafka_settings=config.kafka,
+            worker_settings=config.worker,
+            query_settings=config.query,
+            publisher_settings=config.publisher,
+            ingest=ingest,
+            **hooks._asdict(),
+        )
+
+    return Service(config, make, partial(_query_app, config.query), on_progress)
+
+
+def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics) -> Any:
+    return create_app(
+        role.reader,
+        role.ingest,
+        settings,
+        metrics,
+        status=role.status,
+        ready=lambda: role.ready,
+        render_views=render_views,
+        parse_pushed=parse_pushed,
+        letters=role.letters,
+    )
+
+
+def return_memory() -> None:
+    """Let glibc's malloc keep less of the memory that is freed; a no-op elsewhere. Call it before threads start.
+
+    By default each thread gets an arena of its own, and what is freed there is of no use to the others; and the more a
+    program frees at once, the more of it malloc keeps. With the threads and buffers of RocksDB that is a quarter of the
+    process' memory.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in _MALLOC_OPTIONS.items():
+            mallopt(option, value)
