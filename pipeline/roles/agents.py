@@ -173,10 +173,10 @@ class Feeds:
         for feed in self._feeds:
             feed.follow(partitions)
 
-    def let_go(self, timeout_s: float) -> None:
+    def release(self, timeout_s: float) -> None:
         """Wait until nothing is followed, after `follow` of nothing."""
         for feed in self._feeds:
-            feed.let_go(timeout_s)
+            feed.release(timeout_s)
 
     def stop(self) -> bool:
         """End; whether that was done in time. Twice is fine."""
