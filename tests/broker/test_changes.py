@@ -124,7 +124,7 @@ def test_moved(app: App, tmp_path: Path) -> None:
     """A second worker goes on where the first got to, in order or after kill -9; a new agent gets all that there is."""
     source, seen, load = Source(app, tmp_path, WATCH), Seen(tmp_path / "seen"), Load(app)
     with load.running():
-        wait_until(lambda: len(load.expected) > 10, "changes of most series", WAIT_S)
+        wait_until(lambda: sum(load.expected.values()) > 10_000, "load", WAIT_S)
     env = {"SEEN": str(seen.path)}
     with source.worker("one", env=env) as one, server(app, tmp_path / "server"), ExitStack() as stack:
         seen.wait(dict(load.expected))
