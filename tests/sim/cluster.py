@@ -60,7 +60,7 @@ class Cluster:
 
     def deliver(self, message: Message) -> int:
         """Append one record of the deltas topic; its offset."""
-        at = self.memory._partition(DELTAS, message.partition)
+        at = self.memory.partition(DELTAS, message.partition)
         at.at_ms = min(at.at_ms, self.clock.now_ms())  # a broker whose clock is set back stamps what comes next so
         self._stamping = True
         (result,) = self.memory.append([message], timeout_s=0)
@@ -100,7 +100,7 @@ class Cluster:
             self.cuts[partition] = [cut for cut in self.cuts[partition] if cut[1] <= end_offset]
 
     def _end_at(self, topic: str, partition: int, end_offset: int) -> None:
-        at = self.memory._partition(topic, partition)
+        at = self.memory.partition(topic, partition)
         at.rows = [row for row in at.rows if row.offset < end_offset]
         at.markers = {offset for offset in at.markers if offset < end_offset}
         at.end_offset = end_offset
@@ -113,7 +113,7 @@ class Cluster:
         return max(epoch for start, epoch in self._epochs[partition] if start <= offset)
 
     def is_gone(self, partition: int, next_offset: int, leader_epoch: int) -> bool:
-        """Whether the log has lost the record below an offset, which was of this leader epoch."""
+        """Return whether the log has lost the record below an offset, which was of this leader epoch."""
         later = [start for start, epoch in self._epochs[partition] if epoch > leader_epoch]
         return leader_epoch >= 0 and bool(later) and next_offset > min(later)
 
@@ -128,7 +128,7 @@ class Cluster:
                 self.foreign[partition] = True
 
     def unpin(self, topic: str, partition: int) -> None:
-        """It is aborted."""
+        """Abort the transaction."""
         if self.pins.pop((topic, partition), None) is not None and self.memory.marker_count:
             self.skip(topic, partition)
 
@@ -150,7 +150,7 @@ class Cluster:
 
     def tear(self, partition: int, rng: Random) -> int:
         """Lose some of the newest records that nobody has read and nobody was told to be safe; how many."""
-        at = self.memory._partition(DELTAS, partition)
+        at = self.memory.partition(DELTAS, partition)
         keep = rng.randint(min(self.safe_offsets[partition], at.end_offset), at.end_offset)
         torn = at.end_offset - keep
         if torn:
@@ -182,5 +182,5 @@ class Deposed:
                 self._ends = {}
 
     def end_offset(self, topic: str, partition: int, end_offset: int) -> int:
-        """Where the log ends, for those who still ask this leader."""
+        """Return the end of the log that this deposed leader reports."""
         return min(end_offset, self._ends.get((topic, partition), end_offset)) if self._ends else end_offset

@@ -1,4 +1,4 @@
-"""What happens to the log, the stores and the time, with nobody meaning to do it."""
+"""Accidents of the log, the stores and the time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Nature:
         if world.cluster.forged[partition]:
             return  # a forgery would supersede what is true, and nobody could tell any more
         memory, known = world.cluster.memory, self._tombstones[partition]
-        rows = memory._partition(CHANGELOG, partition).rows
+        rows = memory.partition(CHANGELOG, partition).rows
         end = memory.watermarks(CHANGELOG, partition).end_offset
         young_ms = world.time.at_ms - world.compaction_lag_ms
         young = next((row.offset for row in rows if row.at_ms > young_ms), end)
@@ -71,10 +71,10 @@ class Nature:
         world.cluster.superseding[partition] = max(world.cluster.superseding[partition], young)
         memory.compact(CHANGELOG, partition, drop_end, drop_tombstones=True, young_offset=young)
         world.stats["tombstones dropped"] += before - sum(
-            row.value is None for row in memory._partition(CHANGELOG, partition).rows
+            row.value is None for row in memory.partition(CHANGELOG, partition).rows
         )
         memory.compact(CHANGELOG, partition, end, young_offset=young)
-        for row in memory._partition(CHANGELOG, partition).rows:
+        for row in memory.partition(CHANGELOG, partition).rows:
             if row.value is None and row.offset < end:
                 known.setdefault(row.offset, world.time.at_ms + world.delete_retention_ms)
         world.compactions[partition] += 1
@@ -82,7 +82,7 @@ class Nature:
         world.count("compaction")
 
     def hold_up(self) -> None:
-        """Nobody comes to do anything, except the log's cleaner: for long enough that what is there is young no more."""
+        """Let time pass, in which only the log's cleaner works, until all records are old enough for compaction."""
         world = self.world
         world.time.at_ms += int(world.compaction_lag_ms * world.rng.uniform(0.3, 1.5))
         world.note("a hold-up")

@@ -194,10 +194,10 @@ class World:
         return self._numbers
 
     def replay(self, partition: int) -> Entries:
-        """What the changelog, as it is now, holds."""
+        """Return the entries in the changelog as it is now."""
         entries: Entries = {}
         forged = self.cluster.forged[partition]
-        for row in self.cluster.memory._partition(CHANGELOG, partition).rows:
+        for row in self.cluster.memory.partition(CHANGELOG, partition).rows:
             if row.offset in forged or row.key == FENCE:
                 continue
             assert row.key is not None
@@ -213,7 +213,7 @@ class World:
         return (position, start) if position < start else (0, 0)
 
     def rebuild_is_due(self, partition: int, machine: Machine) -> bool:
-        """Whether the store can't be brought up to date: damaged, or away for longer than tombstones are kept."""
+        """Return whether the store must be rebuilt: it is damaged, or was away for longer than tombstones are kept."""
         disk = machine.disks[partition]
         if disk.damage:
             return True
@@ -365,7 +365,7 @@ class World:
             self._end(partition)
             self._drain(partition, fresh)
             self._outlive_producers(partition, fresh)
-            letters = [row.key for row in self.cluster.memory._partition(DEAD_LETTERS, partition).rows]
+            letters = [row.key for row in self.cluster.memory.partition(DEAD_LETTERS, partition).rows]
             self.auditor.check_drained(partition, letters)
             self._end(partition)
             self.start(partition, self.rng.choice(self.machines))

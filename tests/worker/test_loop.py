@@ -218,7 +218,7 @@ def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None
     key = series_prefix(VIEW) + series_suffix(("a",))
 
     def rows() -> list[tuple[bytes | None, bytes | None]]:
-        return [(row.key, row.value) for row in pool.log._partition(CHANGELOG, 0).rows]
+        return [(row.key, row.value) for row in pool.log.partition(CHANGELOG, 0).rows]
 
     def settled() -> bool:
         partition = pool.loop.partitions[0]
@@ -294,7 +294,7 @@ def test_a_partition_that_comes_later_and_fails_to_start_ends_the_worker() -> No
 
 
 def test_restores_run_side_by_side() -> None:
-    """As many as `restore_thread_count` says, no more; those that are done fold while others are not."""
+    """At most `restore_thread_count` restores run at once; restored partitions fold while others are not restored."""
     pool = _Pool(5, commit_interval_ms=1, restore_thread_count=2)
     gates = [threading.Event() for _ in range(5)]
     for partition, gate in zip(pool.partitions, gates, strict=True):
@@ -331,7 +331,7 @@ def test_a_start_that_fails_ends_the_worker() -> None:
 
 
 def test_stopped_while_it_restores() -> None:
-    """It ends soon, and that is no failure."""
+    """A loop that is stopped while it restores ends soon, and that is no failure."""
     pool = _Pool(3, restore_thread_count=2)
     for partition in pool.partitions:
         partition.gate = threading.Event()
