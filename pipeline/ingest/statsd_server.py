@@ -141,7 +141,7 @@ class StatsdServer:
 
     def _close(self) -> None:
         for connection in [*self._connections.values()]:
-            self._end(connection, whole=False)
+            self._end(connection, closed_in_order=False)
         for sock in (self._listener, self._udp, self._woken, self._wake):
             sock.close()
         self._selector.close()
@@ -156,7 +156,7 @@ class StatsdServer:
                 count = self._udp.recv_into(self._buffer)
             except (BlockingIOError, InterruptedError):
                 break
-            except OSError as error:  # such as an ICMP answer to somebody else's packet
+            except OSError as error:  # such as an ICMP answer to another packet
                 _log.debug("udp: %s", error)
                 continue
             if count > self._settings.ingest_packet_bytes_max:
@@ -195,11 +195,11 @@ class StatsdServer:
             data = connection.sock.recv(_READ_BYTES)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:  # it was broken off: nobody knows whether the last line was whole
-            self._end(connection, whole=False)
+        except OSError:  # the connection broke: the last line may be incomplete
+            self._end(connection, closed_in_order=False)
             return
         if not data:
-            self._end(connection, whole=True)
+            self._end(connection, closed_in_order=True)
             return
         first, *more = data.split(b"\n")
         if not more:
@@ -225,13 +225,13 @@ class StatsdServer:
             connection.skipping = True
             self._sink.refuse("line_long", TCP)
 
-    def _end(self, connection: _Connection, *, whole: bool) -> None:
+    def _end(self, connection: _Connection, *, closed_in_order: bool) -> None:
         """Close a connection. A last line without a line end counts if the sender closed in order."""
         del self._connections[connection.sock]
         self._selector.unregister(connection.sock)
         connection.sock.close()
         if connection.partial.strip():
-            if whole:
+            if closed_in_order:
                 self._sink.take([connection.partial], TCP)
             else:
                 self._sink.refuse("cut", TCP)
@@ -244,7 +244,7 @@ def _bind_both(host: str, port: int) -> tuple[socket.socket, socket.socket]:
         listener = udp = None
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            found.sort(key=lambda it: it[0] != socket.AF_INET)  # of a name that has both: what StatsD clients speak
+            found.sort(key=lambda it: it[0] != socket.AF_INET)  # IPv4 first, which StatsD clients use
             family, _, _, _, address = found[0]
             listener = socket.socket(family, socket.SOCK_STREAM)
             udp = socket.socket(family, socket.SOCK_DGRAM)
