@@ -77,6 +77,6 @@ def test_no_machine_paths() -> None:
 
 
 def test_no_registry_addresses() -> None:
-    """Where packages come from is the reader's setting, not ours."""
+    """No address of a package registry is committed: it is the reader's setting."""
     assert not lines_matching(REGISTRY_HOST)
     assert not lines_matching(PACKAGE_FILE)
