@@ -17,9 +17,9 @@ import msgspec
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
-from pipeline.cli.machine import VIEWS, Nothing, Source, sources
+from pipeline.cli.machine import VIEWS, NoCounters, Sampler, samplers
+from pipeline.cli.recount import Recorder, differences, expected_answers
 from pipeline.cli.screen import Screen
-from pipeline.cli.tally import Recorder, differences, expected_answers
 from pipeline.config import Config
 from pipeline.connect import Publisher
 from pipeline.core.answer import Status, known
@@ -74,7 +74,7 @@ def parse_duration_s(text: str) -> float:
     return float(match[1]) * _UNIT_S[match[2]]
 
 
-class _Server:
+class _DemoServer:
     """`pipeline up` in a thread."""
 
     def __init__(self, config: Config) -> None:
@@ -121,7 +121,7 @@ class _Recording:
         """What must not happen: deltas that could not be recorded, threads that did not end."""
         self.notes: list[str] = []
         """What this machine does not show."""
-        self._sources = sources(clock)
+        self._sources = samplers(clock)
         self.recorders = [Recorder(views, clock) for _ in self._sources]
         self._threads = [
             threading.Thread(target=self._record, args=pair, name=f"demo-{pair[0].name}", daemon=True)
@@ -146,12 +146,12 @@ class _Recording:
             if thread.is_alive():
                 self.failures.append(f"thread {thread.name} does not end")
 
-    def _record(self, source: Source, recorder: Recorder) -> None:
+    def _record(self, source: Sampler, recorder: Recorder) -> None:
         looks = 0
         try:
             while not self._stop.is_set():
                 started_s = self._clock.monotonic_s()
-                source.look(recorder)
+                source.sample(recorder)
                 took_s = self._clock.monotonic_s() - started_s
                 recorder.record("samples", 1)
                 recorder.record("sample_us", round(took_s * 1e6), source.name)
@@ -159,8 +159,8 @@ class _Recording:
                 self._stop.wait(max(POLL_INTERVAL_S - took_s, _REST_FACTOR * took_s))
         except PipelineError as error:
             self.failures.append(f"{source.name}: could not record: {error}")
-        except Nothing as nothing:
-            self.notes.append(f"{source.name}: {nothing}: this machine has none, or a sandbox hides them")
+        except NoCounters as missing:
+            self.notes.append(f"{source.name}: {missing}: this machine has none, or a sandbox hides them")
         except Exception as error:  # what psutil does where /proc is missing or has another shape is not for us to list
             _log.debug("source %s", source.name, exc_info=True)
             self.notes.append(f"{source.name}: can't be read here after {looks} looks: {type(error).__name__}: {error}")
@@ -176,7 +176,7 @@ def run_demo(config: Config, *, data: str | None, port: int | None, seconds: flo
         seconds = UNATTENDED_S
     with stopping_on_signals() as stop, _folder(data) as folder:
         config = replace(config, log=replace(config.log, data=str(folder)), query=_with_port(config, port))
-        server = _Server(config)
+        server = _DemoServer(config)
         try:
             server.start()
             summary = _run(server, config, seconds, stop, as_json=as_json)
@@ -212,7 +212,7 @@ def _with_port(config: Config, port: int | None) -> Any:
     return config.query
 
 
-def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, as_json: bool) -> Summary:
+def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop, *, as_json: bool) -> Summary:
     clock = SystemClock()
     if as_json:
         console.print_json({"url": server.url, "data": config.log.data})
@@ -238,7 +238,7 @@ def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, 
 
 
 @contextmanager
-def _publisher(server: _Server, config: Config) -> Iterator[Publisher]:
+def _publisher(server: _DemoServer, config: Config) -> Iterator[Publisher]:
     publisher = Publisher(server.url, **asdict(config.publisher), **asdict(config.kafka))
     try:
         yield publisher
@@ -250,7 +250,7 @@ def _publisher(server: _Server, config: Config) -> Iterator[Publisher]:
 
 
 def _summary(
-    server: _Server, config: Config, publisher: Publisher, reader: Reader, recording: _Recording, seconds: float
+    server: _DemoServer, config: Config, publisher: Publisher, reader: Reader, recording: _Recording, seconds: float
 ) -> Summary:
     """Flush, wait until all of it is in the answers, and compare every series of every view."""
     found = list(recording.failures)

@@ -64,7 +64,7 @@ def deltas(
     Of each batch its place, when the log took it, its producer, epoch, sequence and floor, the orders in it, and its groups:
     view, kind, labels, and of each series the state that is merged into what was there.
     """
-    from pipeline.cli.described import record_lines, show
+    from pipeline.cli.record_text import record_lines, show
     from pipeline.roles.offline import open_log
     from pipeline.topics import DELTAS
     from pipeline.worker.inspect import read_deltas
@@ -98,7 +98,7 @@ def changelog(
     Series with their labels and states, definitions, producers, positions, fence records of new owners, tombstones, and
     foreign records: what somebody else wrote, who should not be able to.
     """
-    from pipeline.cli.described import changelog_lines, show
+    from pipeline.cli.record_text import changelog_lines, show
     from pipeline.roles.offline import open_log
     from pipeline.topics import CHANGELOG
     from pipeline.worker.inspect import read_changelog
@@ -129,7 +129,7 @@ def store(
     """
     from itertools import chain
 
-    from pipeline.cli.described import show, store_lines
+    from pipeline.cli.record_text import show, store_lines
     from pipeline.roles.offline import open_stores
     from pipeline.worker.inspect import read_store
 

@@ -44,7 +44,7 @@ class How(msgspec.Struct, frozen=True):
     timeout_s: float | None = None
 
 
-class Source(Protocol):
+class LetterSource(Protocol):
     """Where letters are."""
 
     def listing(self, wanted: Wanted, limit: int) -> Listing: ...
@@ -125,7 +125,7 @@ class HttpSource:
 
 
 @contextmanager
-def opened(config: Config, *, url: str, data: str | None) -> Iterator[Source]:
+def opened(config: Config, *, url: str, data: str | None) -> Iterator[LetterSource]:
     """The letters of a server, of a broker, or of a folder that no process has."""
     if data is not None:
         with _stopped(config, data) as log:
@@ -175,7 +175,7 @@ def parse_since(text: str) -> int:
         raise Invalid(f"--since {text[:50]!r}: 30s, 5m, 2h, 1d, ms since 1970, or RFC 3339 with its offset") from None
 
 
-def run_ls(source: Source, asked: Wanted, limit: int, *, as_json: bool) -> int:
+def run_ls(source: LetterSource, asked: Wanted, limit: int, *, as_json: bool) -> int:
     """Print the letters; the exit code."""
     found = source.listing(asked, limit)
     if as_json:
@@ -207,7 +207,7 @@ def _time(at_ms: int) -> str:
         return str(at_ms)
 
 
-def run_show(source: Source, key: str, series_max: int, *, as_json: bool) -> int:
+def run_show(source: LetterSource, key: str, series_max: int, *, as_json: bool) -> int:
     """Print a letter; the exit code."""
     found = source.show(key, series_max)
     if as_json:
@@ -252,7 +252,7 @@ def _print_group(group: dict[str, Any]) -> None:
         print(f"    and {count - len(series):,} more (--series)")
 
 
-def run_replay(source: Source, asked: Wanted, how: How, *, ask: bool, as_json: bool) -> int:
+def run_replay(source: LetterSource, asked: Wanted, how: How, *, ask: bool, as_json: bool) -> int:
     """Replay letters, and print what becomes of each; the exit code, 1 if one stays that was to be counted."""
     total = len(asked.keys) or source.listing(asked, 1).letter_count
     asks = ask and not how.dry_run and total and sys.stdin.isatty() and sys.stdout.isatty()

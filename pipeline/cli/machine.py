@@ -32,7 +32,7 @@ VIEWS: tuple[Definition, ...] = (
     Definition("samples", "sum"),
     Definition("sample_us", "mean", ("source",)),
 )
-"""What the demo records. `samples` is one series that all sources' threads share."""
+"""What the demo records. `samples` is one series that all samplers' threads share."""
 
 _SYS_BLOCK = Path("/sys/block")
 
@@ -45,17 +45,17 @@ class Sink(Protocol):
         ...
 
 
-class Nothing(Exception):
+class NoCounters(Exception):
     """This machine, or what a sandbox shows of it, has no such counters."""
 
 
-class Source(Protocol):
+class Sampler(Protocol):
     """One thing to look at, again and again, from one thread."""
 
     name: str
 
-    def look(self, sink: Sink) -> None:
-        """Record what has happened since the last look. Raises `Nothing`, or whatever psutil does."""
+    def sample(self, sink: Sink) -> None:
+        """Record what has happened since the last look. Raises `NoCounters`, or whatever psutil does."""
         ...
 
 
@@ -90,7 +90,7 @@ class Processes:
     def __init__(self) -> None:
         self._seen: dict[tuple[int, float], int] | None = None
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         seen: dict[tuple[int, float], int] = {}
         for process in psutil.process_iter(["name", "create_time", "cpu_times"]):
             times = process.info["cpu_times"]
@@ -104,7 +104,7 @@ class Processes:
                 sink.record("cpu_ms", total_ms - before_ms, printable(process.info["name"] or "?"))
             seen[key] = max(total_ms, before_ms)
         if not seen:
-            raise Nothing("no CPU time of processes")
+            raise NoCounters("no CPU time of processes")
         self._seen = seen
 
 
@@ -116,10 +116,10 @@ class Cpus:
     def __init__(self) -> None:
         self._first = True
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         percents = psutil.cpu_percent(percpu=True)  # since this thread's last call
         if not percents:
-            raise Nothing("no use of CPUs")
+            raise NoCounters("no use of CPUs")
         if not self._first:
             for cpu, percent in enumerate(percents):
                 sink.record("cpu_percent", round(percent), str(cpu))
@@ -134,10 +134,10 @@ class Network:
     def __init__(self) -> None:
         self._growth = Growth()
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         counters = psutil.net_io_counters(pernic=True, nowrap=False) or {}
         if not counters:
-            raise Nothing("no network interfaces")
+            raise NoCounters("no network interfaces")
         values = {(name, "received"): c.bytes_recv for name, c in counters.items()}
         values.update({(name, "sent"): c.bytes_sent for name, c in counters.items()})
         for (name, direction), delta in self._growth.of(values):
@@ -152,12 +152,12 @@ class Disks:
     def __init__(self) -> None:
         self._growth = Growth()
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         counters = psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
         # Linux lists partitions beside their disks, which would count each byte twice.
         disks = {n: c for n, c in counters.items() if not _SYS_BLOCK.is_dir() or (_SYS_BLOCK / n).exists()}
         if not disks:
-            raise Nothing("no disk counters")
+            raise NoCounters("no disk counters")
         values = {(name, "read"): c.read_bytes for name, c in disks.items()}
         values.update({(name, "written"): c.write_bytes for name, c in disks.items()})
         for (name, direction), delta in self._growth.of(values):
@@ -172,7 +172,7 @@ class Switches:
     def __init__(self) -> None:
         self._growth = Growth()
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         stats = psutil.cpu_stats()
         values = {
             ("context", ""): stats.ctx_switches,
@@ -180,7 +180,7 @@ class Switches:
             ("soft_interrupt", ""): stats.soft_interrupts,
         }
         if not any(values.values()):
-            raise Nothing("no counts of context switches")
+            raise NoCounters("no counts of context switches")
         for (kind, _), delta in self._growth.of(values):
             sink.record("switches", delta, kind)
 
@@ -190,11 +190,11 @@ class Memory:
 
     name = "memory"
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         sink.record("memory_available_bytes", int(psutil.virtual_memory().available))
 
 
-class Facts:
+class HostInfo:
     """Load, and what the machine is: texts, numbers and a bool."""
 
     name = "facts"
@@ -202,7 +202,7 @@ class Facts:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         sink.record("machine", printable(platform.node()), "hostname")
         sink.record("machine", printable(platform.platform()), "system")
         cpu_count = os.cpu_count() or 1
@@ -216,6 +216,6 @@ class Facts:
         )
 
 
-def sources(clock: Clock) -> list[Source]:
+def samplers(clock: Clock) -> list[Sampler]:
     """All of them, one for each thread that records."""
-    return [Processes(), Cpus(), Network(), Disks(), Switches(), Memory(), Facts(clock)]
+    return [Processes(), Cpus(), Network(), Disks(), Switches(), Memory(), HostInfo(clock)]

@@ -10,7 +10,7 @@ import msgspec
 from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
-from pipeline.core.answer import Answer, View
+from pipeline.core.answer import Answer, Views
 from pipeline.errors import Invalid
 
 
@@ -29,10 +29,6 @@ class Read(msgspec.Struct, frozen=True):
     after: str | None
     max_staleness_ms: int | None
     timeout_ms: int | None
-
-
-class _Views(msgspec.Struct):
-    views: list[View]
 
 
 def run_get(url: str, read: Read, *, as_json: bool) -> int:
@@ -76,7 +72,7 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
 
 def run_views(url: str, *, as_json: bool) -> int:
     """Print the definitions of all views; the exit code."""
-    answer = fetched(url, "/v1/views", _Views, as_json=as_json)
+    answer = fetched(url, "/v1/views", Views, as_json=as_json)
     if answer is None:
         return console.OK
     views = answer.views

@@ -20,8 +20,8 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Store
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
-from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
+from pipeline.query.stored_state import StoredState, find_definition
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
@@ -105,7 +105,7 @@ class Engine:
             clock=self.clock,
             settings=query,
             metrics=metrics,
-            distrust=self._loop.distrust,
+            on_damage=self._loop.distrust,
         )
         self.ingest = self._gateway(publisher_settings, worker, query.idempotent_partitions, metrics)
 
@@ -119,7 +119,7 @@ class Engine:
             partial(find_definition, self.reader),
             metrics,
             limits=worker.task_limits(),
-            facts=StoredFacts(self.stores),
+            facts=StoredState(self.stores),
             idempotent_partitions=partitions,
         )
 

@@ -12,8 +12,8 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
-from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
+from pipeline.query.stored_state import StoredState, find_definition
 from pipeline.roles.kafka_role import KafkaRole
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
@@ -88,7 +88,7 @@ class ClusterServer(KafkaRole):
             clock=self.clock,
             settings=query,
             metrics=metrics,
-            distrust=self._replicas.distrust,
+            on_damage=self._replicas.distrust,
         )
         self.ingest: Ingest | None = None
         if ingest:
@@ -102,7 +102,7 @@ class ClusterServer(KafkaRole):
             partial(find_definition, self.reader),
             metrics,
             limits=worker.task_limits(),
-            facts=StoredFacts(self.stores),
+            facts=StoredState(self.stores),
             idempotent_partitions=partitions,
         )
 

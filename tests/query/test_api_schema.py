@@ -12,10 +12,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
+from pipeline.query.controls import DefinitionChoice
+from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
-from pipeline.query.letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.openapi import openapi_document
-from pipeline.query.orders import DefinitionChoice
 from pipeline.query.params import _Delta
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving

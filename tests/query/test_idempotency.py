@@ -11,9 +11,9 @@ from pipeline.core.record import Definition
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ingest.admission import Rooms
 from pipeline.ingest.gateway import Gateway
-from pipeline.query.facts import StoredFacts
 from pipeline.query.idempotency import KEY_LENGTH_MAX, UsedKeys, parse_key
 from pipeline.query.problems import Refused
+from pipeline.query.stored_state import StoredState
 from pipeline.settings import PublisherSettings, QuerySettings
 from tests.query.support import Reply, Server, World, serving
 
@@ -77,7 +77,7 @@ def test_a_repeat_that_is_refused_says_what_may_be_counted(monkeypatch: pytest.M
     """A first try of which a part got into the log, and a repeat for which there is no room: its key stays used."""
     monkeypatch.setattr(keyed, "CHUNK_BYTES_MAX", 100)
     world = World()
-    limits, facts = TaskLimits(views_max=2), StoredFacts(world.stores)
+    limits, facts = TaskLimits(views_max=2), StoredState(world.stores)
     world.ingest = gateway = Gateway(world.log, world.clock, PublisherSettings(), {}.get, limits=limits, facts=facts)
     body = json.dumps([{"view": view, "kind": "sum", "value": 1} for view in ("part_1", "part_2")])
     append = world.log.append
