@@ -31,11 +31,11 @@ from pipeline.worker.restore import RestoreProgress
 
 
 class Engine:
-    """One process' whole pipeline. `start` returns at once; restoring goes on behind, `ready` says when it is over.
+    """The whole pipeline in one process. `start` returns at once; `ready` turns true when all partitions are restored.
 
-    `on_fatal` is called at most once, from any thread, with what ended the worker or the log: stop the engine then and end
-    the process with `errors.exit_code`. Raises `Unavailable` if another process has the data directory, `Invalid` if it is
-    none, `LogCorrupt` if something of the log is lost.
+    `on_fatal` is called at most once, from any thread, with the error that ended the worker or the log: stop the engine then
+    and end the process with `errors.exit_code`. Raises `Unavailable` if another process has the data directory, `Invalid` if
+    it is no data directory, `LogCorrupt` if a part of the log is lost.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class Engine:
 
     @property
     def letters(self) -> DeadLetters:
-        """What was refused when it was folded."""
+        """Dead letters of the log."""
         return DeadLetters(self.log, self.clock)
 
     @property
     def ready(self) -> bool:
-        """Whether every partition is restored and folding; false again while a damaged store is rebuilt."""
+        """Return whether every partition is restored and folding; False again while a damaged store is rebuilt."""
         return self._loop.ready
 
     def start(self) -> None:
@@ -140,14 +140,14 @@ class Engine:
         self._loop.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until `ready`, or for so long."""
+        """Wait until `ready`, at most `timeout_s`; return whether it is."""
         return self._loop.wait_ready(timeout_s)
 
     def stop(self) -> bool:
-        """Commit what is folded, close everything; whether all of it was done in time. Twice is fine."""
+        """Commit what is folded and close everything; return whether it was done in time. May be called twice."""
         atexit.unregister(self.stop)
         done = self._loop.stop()
-        if done:  # a thread that still works in RocksDB must not lose it: the process is about to end anyway
+        if done:  # a thread that still works in RocksDB needs it open; the process is about to end anyway
             self._cleaner.stop()
             self._stores.close()
             self.log.close()
@@ -175,7 +175,7 @@ class Engine:
         )
 
     def _keep_from(self, topic: str, partition: int) -> int:
-        """What retention must leave: deltas that are not in the state yet, however old they are."""
+        """Return the offset from which retention must keep records: deltas that are not in the state yet, however old."""
         if topic != DELTAS:
             return END_OFFSET_MAX
         return self.partitions[partition].task.position.next_offset if self.ready else 0

@@ -1,4 +1,4 @@
-"""Logs and stores, opened to be looked at: nothing is written, and who uses them is not disturbed."""
+"""Logs and stores opened read-only, for inspection."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _folder(path: str) -> Path:
 
 @contextmanager
 def open_log(url: str | None, settings: LogSettings, kafka: KafkaSettings, topic: str) -> Iterator[Log]:
-    """The log of a broker, kafka://host:port[/app], or without a URL that of the data directory, which no process may have.
+    """Open the log of a broker, kafka://host:port[/app], or without a URL that of a data directory which no process has.
 
-    Raises `Invalid` if there is none, or it has no such topic; `Unavailable` if it is taken, or no broker answers.
+    Raises `Invalid` if there is no log, or no such topic in it; `Unavailable` if a process has it, or no broker answers.
     """
     if url is not None:
         if not url.startswith("kafka://"):
@@ -49,9 +49,9 @@ def open_log(url: str | None, settings: LogSettings, kafka: KafkaSettings, topic
 
 @contextmanager
 def open_stores(settings: LogSettings, partitions: list[int] | None) -> Iterator[Iterator[tuple[int, Store]]]:
-    """The stores of a data directory, which no process may have: these partitions, or all that are there, one at a time.
+    """Open the stores of these partitions, or of all, one after the other, in a data directory which no process has.
 
-    Raises `Invalid` if it is none, `NotFound` if it has no store of a partition that was asked for.
+    Raises `Invalid` if it is no data directory, `NotFound` if a partition has no store.
     """
     folder = _folder(settings.data)
     with (
