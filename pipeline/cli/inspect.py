@@ -1,4 +1,4 @@
-"""The commands of `pipeline inspect`; how records are printed is in `described`, which is imported when one runs."""
+"""The commands of `pipeline inspect`; `record_text` prints records, and is imported when one runs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What this machine is really doing, as deltas: the input of `pipeline demo`.
+"""Activity of this machine as deltas: the input of `pipeline demo`.
 
-Counters of the system only ever become deltas here: what they grew by between two looks. The first look at a counter
-records nothing, and one that was reset has grown by what it shows now, so no delta is ever negative.
+A counter of the system is recorded as its growth between two samples. The first sample records nothing, and a counter that
+was reset has grown by its present value, so no delta is negative.
 
-Everything recorded is an int, a text, a bool or a float that is a multiple of 1/64. Floats like that add up without
-rounding, in any order, so that the demo's own count can be compared with the answers for equality, not for nearness.
+Values are ints, texts, bools, and floats that are multiples of 1/64. Such floats add up without rounding, in any order, so
+that answers must equal the demo's own count exactly.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ VIEWS: tuple[Definition, ...] = (
     Definition("samples", "sum"),
     Definition("sample_us", "mean", ("source",)),
 )
-"""What the demo records. `samples` is one series that all samplers' threads share."""
+"""Views of the demo. The threads of all samplers record to the one series of `samples`."""
 
 _SYS_BLOCK = Path("/sys/block")
 
 
 class Sink(Protocol):
-    """Where readings go."""
+    """Receiver of samples."""
 
     def record(self, view: str, value: Any, *labels: str) -> None:
-        """One delta of a view of `VIEWS`, with its label values in their order."""
+        """Record a delta of a view of `VIEWS`, with label values in the order of its labels."""
         ...
 
 
 class NoCounters(Exception):
-    """This machine, or what a sandbox shows of it, has no such counters."""
+    """Raised if this machine has no such counters, or a sandbox hides them."""
 
 
 class Sampler(Protocol):
-    """One thing to look at, again and again, from one thread."""
+    """A group of counters, sampled from one thread."""
 
     name: str
 
     def sample(self, sink: Sink) -> None:
-        """Record what has happened since the last look. Raises `NoCounters`, or whatever psutil does."""
+        """Record the growth since the last sample. Raises `NoCounters`, and what psutil raises."""
         ...
 
 
 class Growth:
-    """By how much counters have grown since the last look."""
+    """Growth of counters since the last sample."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], int] = {}
 
     def of(self, values: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
-        """Those that have grown; one that is not among `values` any more is forgotten."""
+        """Return the counters that have grown, and by how much; counters that are missing in `values` are forgotten."""
         seen, self._seen = self._seen, dict(values)
         grown = []
         for key, value in values.items():
@@ -78,12 +78,12 @@ class Growth:
 
 
 def printable(text: str) -> str:
-    """A name that somebody else chose, as a label value and for a terminal: valid Unicode, without control characters."""
+    """Return a foreign name as valid Unicode without control characters, for a label value and a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)[:200] or "?"
 
 
 class Processes:
-    """CPU ms, by the name of the process. One that has ended takes what it used since the last look with it."""
+    """CPU ms by name of the process. What a process used between the last sample and its end is not seen."""
 
     name = "processes"
 
@@ -98,7 +98,7 @@ class Processes:
                 continue  # not ours to see
             key = process.pid, process.info["create_time"] or 0.0  # pids are used again
             total_ms = round(1000 * (times.user + times.system))
-            # One that the last look did not show has begun since then: all of its time is new.
+            # A process that the last sample did not show has started since: all of its time is new.
             before_ms = total_ms if self._seen is None else self._seen.get(key, 0)
             if total_ms > before_ms:
                 sink.record("cpu_ms", total_ms - before_ms, printable(process.info["name"] or "?"))
@@ -109,7 +109,7 @@ class Processes:
 
 
 class Cpus:
-    """The busiest moment of each CPU, in whole percent."""
+    """Use of each CPU in whole percent; the view keeps the maximum."""
 
     name = "cpus"
 
@@ -186,7 +186,7 @@ class Switches:
 
 
 class Memory:
-    """The least available memory, in bytes."""
+    """Available memory in bytes; the view keeps the minimum."""
 
     name = "memory"
 
@@ -195,7 +195,7 @@ class Memory:
 
 
 class HostInfo:
-    """Load, and what the machine is: texts, numbers and a bool."""
+    """Load, and properties of the machine: texts, numbers and a bool."""
 
     name = "facts"
 
@@ -217,5 +217,5 @@ class HostInfo:
 
 
 def samplers(clock: Clock) -> list[Sampler]:
-    """All of them, one for each thread that records."""
+    """Return all samplers, one for each thread that records."""
     return [Processes(), Cpus(), Network(), Disks(), Switches(), Memory(), HostInfo(clock)]

@@ -1,4 +1,4 @@
-"""`pipeline get`: answers of a server as tables, or as the JSON that it sent."""
+"""`pipeline get`: prints answers of a server as tables, or as the JSON that it sent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Read(msgspec.Struct, frozen=True):
 
 
 def run_get(url: str, read: Read, *, as_json: bool) -> int:
-    """Print the view; the exit code."""
+    """Print the view; return the exit code."""
     if read.total and read.by:
         raise Invalid("--total is one number; --by keeps labels: one of them")
     by: list[str] | None = [name.strip() for part in read.by for name in part.split(",")]
@@ -71,7 +71,7 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
 
 
 def run_views(url: str, *, as_json: bool) -> int:
-    """Print the definitions of all views; the exit code."""
+    """Print the definitions of all views; return the exit code."""
     answer = fetched(url, "/v1/views", Views, as_json=as_json)
     if answer is None:
         return console.OK

@@ -1,4 +1,4 @@
-"""What `pipeline demo` shows while it runs, read from the query API like anybody else would."""
+"""The display of `pipeline demo` while it runs, read from the query API."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ShownSeries(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """All that is on the screen at one time."""
+    """Content of the screen at one time."""
 
     rows: list[ShownSeries]
     series_total: int
@@ -82,7 +82,7 @@ class Screen:
             return
         best = {row.view: f"{row.view}{{{row.labels}}} {_number(row.value)}" for row in reversed(shown.rows)}
         top = ", ".join(best[view] for view in ("cpu_ms", "network_bytes", "switches") if view in best)
-        console.out.print(f"{head}; {shown.problem or top}", markup=False, soft_wrap=True)
+        console.show(f"{head}; {shown.problem or top}")
 
     def _read(self, now_s: float) -> Shown:
         rows: list[ShownSeries] = []
