@@ -1,7 +1,7 @@
 """Reads settings: `pipeline.toml`, then the environment (`PIPELINE_*`), then flags; later ones win.
 
-All settings are in one flat space: `flush_interval_ms` is `flush_interval_ms = 50` in the file and
-`PIPELINE_FLUSH_INTERVAL_MS=50` in the environment, whatever part of the program it belongs to.
+All settings are in one flat namespace: `flush_interval_ms` is `flush_interval_ms = 50` in the file and
+`PIPELINE_FLUSH_INTERVAL_MS=50` in the environment, in whatever group it is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pipeline.settings import (
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a process, by what they belong to."""
+    """All settings of a process, by group."""
 
     publisher: PublisherSettings
     kafka: KafkaSettings
@@ -71,7 +71,7 @@ _Settings: type[_Base] = create_model("_Settings", __base__=_Base, **_names)  # 
 
 
 def load(flags: Mapping[str, Any] | None = None) -> Config:
-    """All settings; `flags` are those that were given on the command line, None meaning not given.
+    """Return all settings. `flags` are those of the command line; None means that a flag was not given.
 
     Raises `Invalid`, naming the setting, if a value or a name is wrong, or the file is not TOML.
     """
@@ -120,7 +120,7 @@ def _unknown(name: str, where: str) -> Invalid:
 
 
 def _needed(error_type: str) -> str:
-    """Return in words what a setting must be, from pydantic's name of the error: the names stay, its words change."""
+    """Return in words what a setting must be, by pydantic's code of the error: codes are stable, its texts are not."""
     return next((words for start, words in _NEEDED.items() if error_type.startswith(start)), "")
 
 

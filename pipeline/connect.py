@@ -15,8 +15,8 @@ from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import LogWriter
 from pipeline.publisher.client import BasePublisher, publisher_settings
-from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_nest
-from pipeline.publisher.surroundings import find_settings
+from pipeline.publisher.environment import find_settings
+from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_prefork
 from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
 from pipeline.threads import in_hub
 
@@ -147,7 +147,7 @@ class Publisher(BasePublisher):
             from_now=from_now,
             metrics=self._metrics,
             drain_when_child_ends=drain_when_child_ends,
-            may_run=not is_nest(),
+            may_run=not is_prefork(),
         )
         self._bridges.append(bridge)
         return bridge
@@ -155,8 +155,8 @@ class Publisher(BasePublisher):
     def close(self, timeout_s: float | None = None) -> Token:
         """See `BasePublisher.close`; bridges publish the rest before."""
         check_fork()
-        if not self._running.in_own_thread and not in_hub():
-            with self._running.locks_released():  # in a signal handler it can hold what a bridge's thread waits for
+        if not self._runtime.in_own_thread and not in_hub():
+            with self._runtime.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
                 for bridge in [*self._bridges]:
                     try:
                         bridge.close()

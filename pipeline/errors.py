@@ -1,7 +1,7 @@
 """Errors, each named for what the caller must do (DESIGN section 9).
 
-Adapters translate driver errors into these in one place, by code or type, never by message text alone. The exit code of a
-process that an error ends is decided here too, because it says the same: what must be done.
+Adapters translate driver errors into these in one place, by code or type, never by message text alone. The exit code that an
+error leads to is decided here, too, because it depends on the same question.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,15 @@ class PipelineError(Exception):
 
 
 class Unavailable(PipelineError):
-    """Retry with backoff: the other side is away, busy, or out of space. Nothing was accepted that was not acknowledged.
+    """Retry with backoff: the other side can't be reached, is busy, or out of space. Only acknowledged items count as
+    accepted.
 
     After a timeout the request may have been carried out all the same; sending the same sealed batch again is safe.
     """
 
 
 class NoSpace(Unavailable):
-    """Make room: a disk or a quota is full. Nothing is lost, and nothing goes on until somebody has."""
+    """Free space: a disk or a quota is full. Nothing is lost, and nothing goes on until then."""
 
 
 class BufferFull(PipelineError):
@@ -37,23 +38,23 @@ class StoreCorrupt(PipelineError):
     def __init__(self, text: str = "", partition: int | None = None) -> None:
         super().__init__(text)
         self.partition = partition
-        """Of which partition the store is, where that is known."""
+        """Partition of the store, if it is known."""
 
 
 class Unreadable(StoreCorrupt):
-    """As `StoreCorrupt`, once: the bytes are whole, but an entry can't be decoded. If it comes back, the log has it."""
+    """Delete and restore the store, once: an intact entry can't be decoded. If that recurs, it is in the log."""
 
 
 class LogCorrupt(PipelineError):
-    """Stop, and bring the log back from a backup, or decide to go on without what is gone (`accept_loss`)."""
+    """Stop, and restore the log from a backup, or decide to go on without the lost records (`accept_loss`)."""
 
 
 class Discontinuous(PipelineError):
-    """Start again, which finds out what the log holds now: a log went back, or has a hole, or is another than it was."""
+    """Start the process again, which then reads what the log holds: the log went back, has a hole, or was replaced."""
 
 
 class Displaced(Discontinuous):
-    """Look at what stands where the commit was to begin, and commit behind it. Nothing of the commit will be visible."""
+    """Read which records stand where the commit was to begin, and commit after them. The commit has no effect."""
 
 
 class BadRecord(PipelineError):
@@ -66,9 +67,9 @@ class GroupsRefused(BadRecord):
     def __init__(self, detail: str, groups: Sequence[tuple[int, str, str]] = (), batch: int | None = None) -> None:
         super().__init__(detail)
         self.groups = tuple(groups)
-        """Of each group where it stands in the batch, its view, and the reason."""
+        """For each refused group its index in the batch, its view, and the reason."""
         self.batch = batch
-        """Where the batch stands in the request."""
+        """Index of the batch in the request."""
 
 
 class NotReady(PipelineError):
@@ -84,11 +85,11 @@ class NotFound(Invalid):
 
 
 class OtherTopic(Invalid):
-    """Flush again, or read without `after`: the token is of a topic that is not the one there now."""
+    """Flush again, or read without `after`: the token belongs to a topic that was replaced."""
 
 
 class NewerFormat(BadRecord):
-    """Start a newer version of this program: one wrote what is there."""
+    """Start a newer version of this program: a newer one wrote the data."""
 
 
 class RecordsLost(PipelineError):
@@ -96,15 +97,15 @@ class RecordsLost(PipelineError):
 
 
 class StoreAhead(RecordsLost):
-    """Decide: a store reflects records that its changelog does not have, so the store is the better copy.
+    """Decide: a store has records that its changelog lacks, so the store is the better copy.
 
-    The changelog was truncated, restored from a backup, or made anew. Only with `accept_loss` what it says counts, and then
-    the store is set aside, not deleted.
+    The changelog was truncated, restored from a backup, or created again. Only with `accept_loss` the changelog is followed,
+    and the store set aside, not deleted.
     """
 
 
 class Stalled(PipelineError):
-    """Start the process again: something in it stands still."""
+    """Start the process again: one of its threads or partitions makes no progress."""
 
 
 class IllegalTransition(PipelineError):
@@ -112,17 +113,17 @@ class IllegalTransition(PipelineError):
 
 
 class Exit(IntEnum):
-    """Exit codes, for whoever starts the process again: a supervisor must do so after 1 and 3, and not after 2 and 4."""
+    """Exit codes. A supervisor must start the process again after 1 and 3, and not after 2 and 4."""
 
     OK = 0
     FAILED = 1
-    """It could not be done now. A later try may succeed: no broker answers, another process has the folder."""
+    """A later attempt may succeed: no broker answers, another process has the folder."""
     USAGE = 2
     """The call, a setting, or a permission is wrong."""
     RESTART = 3
-    """The process can't go on, and a new one can: fenced, a commit that was not decided, something stands still."""
+    """A new process can go on where this one can't: it was fenced, a commit was not decided, a thread stalled."""
     DECIDE = 4
-    """A person must decide or do something first; until then every start ends in the same way."""
+    """A person must decide or act first; until then every start ends in the same way."""
 
 
 _RUNNING: dict[type[BaseException], Exit] = {
@@ -131,23 +132,24 @@ _RUNNING: dict[type[BaseException], Exit] = {
     LogCorrupt: Exit.DECIDE,
     RecordsLost: Exit.DECIDE,
 }
-"""What ends a process that was running; every other error, foreign ones too, is `RESTART`: it begins at the last commit."""
+"""Errors that end a running process otherwise than with `RESTART`, which is the code of all others, foreign ones included.
+"""
 _STARTING: dict[type[BaseException], Exit] = {
     **_RUNNING,
     Fenced: Exit.RESTART,
     Stalled: Exit.RESTART,
     Invalid: Exit.USAGE,
 }
-"""What ends a command, or a process before it was ready; every other error is `FAILED`."""
+"""Errors that end a command, or a process before it was ready, otherwise than with `FAILED`, the code of all others."""
 
 
 def exit_code(error: BaseException, *, started: bool = False, ready: bool = False, decided: bool = False) -> Exit:
-    """Return the exit code that an error calls for.
+    """Return the exit code for an error.
 
-    `started`: it ended a process that serves, such as a worker, after its start. `ready`: after that process was ready too:
-    from then on a wrong setting or permission is not the caller's, and may be put right while the process starts again; a
-    start that still finds it wrong ends with `USAGE`. `decided`: it has `accept_loss`, so a start goes on without what was
-    lost while it ran.
+    `started`: the error ended a serving process, such as a worker, after its start. `ready`: that process had become ready,
+    too. From then on a wrong setting or permission is not the caller's mistake, and may be corrected while the process
+    starts again; a start that still finds it wrong ends with `USAGE`. `decided`: the process has `accept_loss`, so a new
+    start goes on without records that were lost while it ran.
     """
     if decided and ready and isinstance(error, LogCorrupt | RecordsLost):
         return Exit.RESTART

@@ -1,6 +1,4 @@
-"""Folders that are for one user: whoever can read what is in a spool or a store knows the ids of producers, and whoever can
-write there could send in their names.
-"""
+"""Private folders. A reader of a spool or a store learns the ids of producers; a writer could send in their names."""
 
 from __future__ import annotations
 
@@ -12,18 +10,18 @@ from pipeline.errors import Invalid
 
 _log = logging.getLogger(__name__)
 _warned: set[Path] = set()
-"""Folders that somebody was told of already."""
+"""Folders that were warned about already."""
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only this user can look into, if it is not there. Raises as `check_private`, and `OSError`."""
+    """Create a folder for this user only, if it does not exist. Raises what `check_private` does, and `OSError`."""
     if not folder.is_dir():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_private(folder)
 
 
 def check_private(folder: Path) -> None:
-    """Raise `Invalid` if everybody can write to a folder; say so, once, if the group can, or others can look into it."""
+    """Raise `Invalid` if a folder is world-writable; warn, once, if group or others have any access."""
     try:
         mode = stat.S_IMODE(folder.stat().st_mode)
     except FileNotFoundError:

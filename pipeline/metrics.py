@@ -1,6 +1,6 @@
-"""The metric catalogue: every metric of every role, with its meaning; and what shells need to record one.
+"""The catalogue of metrics of all roles, and the port by which they are recorded.
 
-`adapters/prometheus.py` turns the catalogue into Prometheus families; code that is given nothing records into `NO_METRICS`.
+`adapters/prometheus.py` turns the catalogue into Prometheus families; `NO_METRICS` is the default that records nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 
 class Metric(NamedTuple):
-    """One family. Names follow Prometheus' conventions: base units, counters end in `_total`."""
+    """A family. Names follow Prometheus' conventions: base units, counters end in `_total`."""
 
     name: str
     type: Literal["counter", "gauge", "histogram"]
@@ -208,19 +208,19 @@ AGENT_COMMITS_FAILED = Metric(
 CHANGES = Metric("pipeline_changes_total", "counter", "Changes of a view that an agent has taken in.", ("view", "partition"))
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in [*globals().values()] if isinstance(value, Metric))
-"""Every metric there is."""
+"""All metrics."""
 OF_PUBLISHERS: tuple[Metric, ...] = (
     *(it for it in CATALOGUE if it.name.startswith("pipeline_publisher_")),
     INGEST_MALFORMED,
     THREAD_ERRORS,
 )
-"""The metrics that a publisher and its bridges record."""
+"""Metrics that a publisher and its bridges record."""
 PARTITION_GAUGES: tuple[Metric, ...] = tuple(it for it in CATALOGUE if it.type == "gauge" and it.labels == _P)
-"""What `Metrics.forget` takes back."""
+"""Metrics that `Metrics.forget` removes."""
 
 
 class Metrics(Protocol):
-    """Where shells record. Label values stand in the order of the metric's labels. Safe from any thread."""
+    """Records metrics. Label values stand in the order of the metric's labels. Safe from any thread."""
 
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
         """Raise a counter."""
@@ -235,22 +235,22 @@ class Metrics(Protocol):
         ...
 
     def forget(self, partition: int) -> None:
-        """Take back the gauges of a partition: it is no business of this process any more. Counters stay as they are."""
+        """Remove the gauges of a partition that this process no longer owns. Counters stay."""
         ...
 
 
 class _NoMetrics:
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def set(self, metric: Metric, value: float, *labels: object) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def forget(self, partition: int) -> None:
-        """Nothing is known."""
+        """Do nothing."""
 
 
 NO_METRICS: Metrics = _NoMetrics()

@@ -1,4 +1,4 @@
-"""What the shells need from the outside world. Every port has at least two adapters and one contract suite.
+"""Interfaces to the outside world. Every port has at least two adapters and one contract suite.
 
 Offsets are Kafka's: they rise within a partition, can have holes, and every `next_offset` and `end_offset` is exclusive.
 """
@@ -17,11 +17,11 @@ from pipeline.core.token import Token
 from pipeline.errors import Discontinuous, Displaced, PipelineError
 
 MESSAGE_BYTES_MAX = 16 * 2**20
-"""Where a log has no limit of its own: beyond every limit of a batch."""
+"""Limit of a log without a limit of its own: beyond every limit of a batch."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):  # a commit has tens of thousands; these cost a fifth of tuples
-    """What is appended: a record without its offset. A value of None is a tombstone on a compacted topic."""
+    """A record to append. A value of None is a tombstone on a compacted topic."""
 
     topic: str
     partition: int
@@ -30,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, gc=False):  # a commit has tens of th
 
 
 class Watermarks(NamedTuple):
-    """The offsets that a partition holds: `start_offset` inclusive, `end_offset` exclusive."""
+    """Range of offsets of a partition: `start_offset` inclusive, `end_offset` exclusive."""
 
     start_offset: int
     end_offset: int
@@ -48,74 +48,93 @@ class LogReader(Protocol):
     def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
         """Read these partitions, and no others, from these offsets on.
 
-        `leader_epochs` are those of the last records that were read below the offsets, where they are known: on a log that
-        has them, `poll` then raises `RecordsLost` if the offset belongs to records that are not in the log any more.
+        `leader_epochs` are those of the last records that were read below the offsets, where they are known. On a log that
+        has leader epochs, `poll` then raises `RecordsLost` if those records are not in the log any more.
         """
         ...
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
-        """What is there beyond the cursor, waiting up to `timeout_s` for the first record; the cursor moves on.
+        """Return records from the cursors on, waiting up to `timeout_s` for the first one, and move the cursors.
 
-        Returns about as much as the limits say, at least one record if there is one, an empty list after the timeout.
-        Raises `RecordsLost` if a cursor is below the log's start or in a history that is gone, `Unavailable` if the log is
-        away, `Discontinuous` if what comes next stands below the cursor, `LogCorrupt` if records are missing that nothing
-        can have removed.
+        Returns about as much as the limits say, at least one record if there is one, an empty list after the timeout. Raises
+        `RecordsLost` if a cursor is below the log's start or its leader epoch is gone, `Unavailable` if the log can't be
+        reached, `Discontinuous` if a record below the cursor comes, `LogCorrupt` if records are missing that nothing can
+        have removed.
         """
         ...
 
     def close(self) -> None:
-        """Give back what the cursor holds. It can't be used after that."""
+        """Close the cursor, which can't be used after that."""
         ...
 
 
 class LogWriter(Protocol):
-    """Appends records outside transactions: what publishers use. Safe from any thread."""
+    """Appends records outside transactions, as publishers do. Safe from any thread."""
 
     def partition_count(self, topic: str) -> int:
-        """How many partitions `topic` has now; it never falls."""
+        """Return the present partition count of `topic`; it never falls."""
         ...
 
     def message_bytes_max(self, topic: str) -> int:
-        """The largest value that `topic` takes; a larger one is `Invalid`. May ask the log when it is first called."""
+        """Return the size of the largest value that `topic` takes; a larger one is `Invalid`. The first call may ask the
+        log.
+        """
         ...
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         """Append, and wait until each message would survive kill -9 of the log.
 
-        Returns, message by message, the `next_offset` that covers it, or the error that kept it from being acknowledged;
-        after `Unavailable` it may have been appended all the same, after `Invalid` it never was and never will be.
-        Raises nothing but programming errors. Order within a partition is the order of `messages`, except across errors.
+        Returns, for each message, the `next_offset` that covers it, or the error that prevented its acknowledgement: after
+        `Unavailable` it may have been appended all the same, after `Invalid` it never was and never will be. Raises nothing
+        but programming errors. Order within a partition is the order of `messages`, except across errors.
         """
         ...
 
     def topic_id(self, topic: str) -> str:
-        """What tells a topic from every other, also from one of its name that was made anew: up to 64 of `A-Za-z0-9_-`.
+        """Return an id that no other topic has, not even one of the same name: up to 64 of `A-Za-z0-9_-`.
 
-        An id is never used twice. The log is asked at each call, and what it answers is at least as new as any offset that
-        `append` had returned before the call. Raises `Unavailable` if the log is away.
+        The log is asked at each call, and the answer is at least as new as any offset that `append` had returned before the
+        call. Raises `Unavailable` if the log can't be reached.
         """
         ...
 
     def high_watermarks(self, topic: str) -> Mapping[int, int]:
-        """The offset behind everything that the topic has acknowledged, by partition; of the topic that is there now.
+        """Return, by partition, the offset after the last acknowledged record of the present topic.
 
-        Nothing that `append` returned, and that is of this topic, is beyond it. Open transactions don't hold it down.
-        It is beyond the last stable offset while somebody's transaction is open there: what was acknowledged behind the
-        beginning of that transaction can't be read yet. Lag and staleness are measured against it.
+        Every offset that `append` has returned for this topic is covered. While somebody's transaction is open in a
+        partition, its high watermark is beyond the last stable offset: records after the beginning of the transaction are
+        acknowledged but can't be read yet. Lag and staleness are measured against the high watermark.
         """
         ...
 
     def close(self) -> None:
-        """Give back connections. Unacknowledged messages may be lost."""
+        """Close connections. Unacknowledged messages may be lost."""
         ...
 
 
 @runtime_checkable
 class Resting(Protocol):
-    """A log writer that has threads, and can do without."""
+    """A log writer whose threads and connections can be given up while it is idle."""
 
     def rest(self) -> bool:
-        """End them until the next call, giving back connections; return whether they have ended."""
+        """End threads and connections until the next call; return whether the threads have ended."""
+        ...
+
+
+@runtime_checkable
+class ProvesProducers(Protocol):
+    """A log writer that has to prove to a gateway whose batches it sends on.
+
+    A producer is known by a secret that only it has, and by an id, made from the secret, that everybody may see. On Kafka
+    the broker's permissions say who may write.
+    """
+
+    def introduce(self, secret: str) -> None:
+        """Take note that batches of the producer with this secret will come."""
+        ...
+
+    def dismiss(self, secret: str) -> None:
+        """Take note that no more of them will come."""
         ...
 
 
@@ -127,30 +146,33 @@ class Transaction(Protocol):
 
     @property
     def marker_count(self) -> int:
-        """How many offsets the end of a transaction takes in each partition that it wrote to: 1 in Kafka, or none."""
+        """Offsets that the end of a transaction takes in each partition that it wrote to: 1 in Kafka, or none."""
         ...
 
     def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
-        """Append all messages in one transaction; the `next_offset` behind each.
+        """Append all messages in one transaction; return the `next_offset` after each.
 
-        `begins` says where in a partition the first of its messages has to stand, the others following without a gap. If
-        that can't be, nothing is committed: `Discontinuous` if the partition ends before it, else `Displaced`, after which
-        another commit can be tried.
+        `begins` says where in a partition the first of its messages has to stand; the others follow without a gap. Otherwise
+        nothing is committed, and `Discontinuous` is raised if the partition ends before that offset, else `Displaced`, after
+        which another commit can be tried.
 
-        When it returns they are durable. Readers see them then or a moment later, a new owner of the id in any case.
+        When it returns the messages are durable. Readers see them at once or a moment later; a new owner of the id sees them
+        at once.
 
-        All or nothing: after an error none of them is or will become visible, unless the error is `Unavailable`, after which
-        all or none are. Raises `Fenced`, or `Unavailable` if it could not be decided in time.
+        After an error none of the messages is or will become visible, unless the error is `Unavailable`, after which all or
+        none are. Raises `Fenced`, or `Unavailable` if the outcome was not known in time.
         """
         ...
 
     def close(self) -> None:
-        """Give back what the transaction holds."""
+        """Close the transaction's producer."""
         ...
 
 
 def check_begins(begins: Begins, found: Mapping[tuple[str, int], int]) -> None:
-    """Raise `Discontinuous` or `Displaced` unless a transaction begins where it has to; `found` says where it would."""
+    """Raise `Discontinuous` or `Displaced` unless `found`, the offsets at which a transaction would begin, are the expected
+    ones.
+    """
     for place, expected in begins.items():
         begin = found.get(place, expected)
         where = f"{place[0]}-{place[1]}"
@@ -164,23 +186,25 @@ class Log(LogWriter, Protocol):
     """A durable, partitioned log with transactions: Kafka, the embedded one, or the one in memory."""
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
-        """The partition's offsets now. Its end is the last stable offset: everything below it is decided and readable."""
+        """Return the partition's offsets now. The end is the last stable offset: everything below it is decided and
+        readable.
+        """
         ...
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
-        """The last stable offset of every partition that the topic has now: what readers can reach."""
+        """Return the last stable offset of every present partition, to which readers can read."""
         ...
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
-        """The start offset of every partition that the topic has now."""
+        """Return the start offset of every present partition."""
         ...
 
     def reader(self, topic: str) -> LogReader:
-        """A new cursor, with no partitions assigned."""
+        """Return a new cursor, with no partitions assigned."""
         ...
 
     def transaction(self, transactional_id: str) -> Transaction:
-        """A new owner of `transactional_id`; older ones are fenced when this returns, their open writes discarded."""
+        """Return a new owner of `transactional_id`. Older owners are fenced by then, their open transactions aborted."""
         ...
 
 
@@ -188,43 +212,43 @@ class StoreView(Protocol):
     """A consistent, unchanging view of a store. Drop it soon: it holds files open, even beyond the store's `close`."""
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values of `keys` at one moment between two writes, in their order; None where there is none."""
+        """Return the values of `keys`, all of one moment and in their order; None where there is no value."""
         ...
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """All entries with `start <= key < end`, in the order of their keys. One scan of a view at a time."""
+        """Yield all entries with `start <= key < end`, in the order of keys. One scan of a view at a time."""
         ...
 
 
 class ReadableStore(StoreView, Protocol):
-    """What readers know of a store: it changes from one call to the next, unless they take a snapshot."""
+    """A store as its readers see it. It can change between two calls; `snapshot` does not."""
 
     def snapshot(self) -> StoreView:
-        """The store as it is now, between two writes. For scans; when a few keys are enough, `get` is much cheaper."""
+        """Return the store as it is now, between two writes, for scans. For a few keys `get` is much cheaper."""
         ...
 
 
 class Store(ReadableStore, Protocol):
-    """One partition's entries. One writer; any number of readers in other threads.
+    """Entries of one partition. One writer; any number of readers in other threads.
 
-    It may lose its newest writes when the process dies, but only whole writes and newest first: after a crash it is
+    A store may lose its newest writes when the process dies, but only whole writes and newest first: after a crash it is
     exactly as it was after some earlier write. Raises `StoreCorrupt` when its bytes cannot be trusted.
     """
 
     def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
-        """Set each key to its value (None: delete it), atomically: a crash leaves all or nothing of it."""
+        """Set each key to its value (None: delete it), atomically: a crash leaves all of it or nothing."""
         ...
 
     def close(self) -> None:
-        """Make everything durable and let go of the files."""
+        """Make everything durable and close the files."""
         ...
 
 
 class Stores(Protocol):
-    """The stores of one process, by partition."""
+    """Stores of one process, by partition."""
 
     def open(self, partition: int) -> Store:
-        """Open, or create, a partition's store. `StoreCorrupt` if it can't be; `destroy` it then."""
+        """Open or create a partition's store. `StoreCorrupt` if that fails because of its bytes: `destroy` it then."""
         ...
 
     def destroy(self, partition: int) -> None:
@@ -232,9 +256,9 @@ class Stores(Protocol):
         ...
 
     def set_aside(self, partition: int, reason: str) -> str:
-        """Keep a partition's store, which must be there and closed, under another name; where it is now.
+        """Rename a partition's store, which must exist and be closed, to keep it; return its new place.
 
-        `open` makes a new one then. For a store that holds what its changelog does not: it is the only copy.
+        For a store with data that its changelog lacks: it is the only copy. `open` then makes a new one.
         """
         ...
 
@@ -244,14 +268,14 @@ class Stores(Protocol):
 
 
 class Clock(Protocol):
-    """Time and identity, so that tests and the simulator can make their own."""
+    """Time and identifiers, so that tests and the simulator can supply their own."""
 
     def now_ms(self) -> int:
         """Wall clock: milliseconds since 1970."""
         ...
 
     def rising_ns(self) -> int:
-        """Nanoseconds since 1970, about: in one process it never falls, even when the wall clock is set back."""
+        """Nanoseconds since 1970, approximately: within a process they never fall, even when the wall clock is set back."""
         ...
 
     def monotonic_s(self) -> float:
@@ -259,66 +283,69 @@ class Clock(Protocol):
         ...
 
     def new_id(self) -> str:
-        """An identifier that nothing else has ever had."""
+        """Return an identifier that was never returned before, here or elsewhere."""
         ...
 
 
 class Member(NamedTuple):
-    """One process of an app, as the group knows it."""
+    """A process of an app, as its group knows it."""
 
     name: str
     url: str
-    """Where its status can be asked for; empty if nowhere."""
+    """URL of its status; empty if there is none."""
     actives: frozenset[int]
     standbys: frozenset[int] = frozenset()
 
 
 class MembershipListener(Protocol):
-    """What a membership tells its worker, one call at a time, from a thread of its own."""
+    """Receives the assignment from a membership: one call at a time, from a thread of its own."""
 
     def on_revoked(self, partitions: frozenset[int], timeout_s: float) -> None:
-        """These may be another's soon. Commit what can be committed within `timeout_s`, then return.
+        """Commit what can be committed within `timeout_s`: another member may get these partitions soon.
 
-        The group waits meanwhile. Folding may go on: the next owner fences. Until the next `on_assigned` a fence is
-        therefore how a partition is lost, not a reason to end; drop its overlay then, the next owner folds it again.
+        The group waits meanwhile. Folding may go on, because the next owner fences. Until the next `on_assigned` a fence is
+        therefore no reason to end, but how a partition is lost; drop its overlay then, the next owner folds its records
+        again.
         """
         ...
 
     def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
-        """From now on these are ours, no others. What was ours and is not any more is another's already. Do not block."""
+        """Own these partitions from now on, and no others. Former ones belong to another member already. Must not block."""
         ...
 
     def on_failed(self, error: PipelineError) -> None:
-        """Membership has ended and will say no more: the partitions are going to others. `Fenced`: one has our name."""
+        """End: membership is over, and other members get the partitions. `Fenced`: another process has our name."""
         ...
 
 
 class Membership(Protocol):
-    """Says which partitions this process folds, and which it keeps warm."""
+    """Decides which partitions this process folds, and of which it keeps a copy."""
 
     def start(self, listener: MembershipListener) -> None:
-        """Join; returns at once. The first thing the listener hears is `on_assigned`, or `on_failed`."""
+        """Join the group; returns at once. The listener's first call is `on_assigned` or `on_failed`."""
         ...
 
     def stop(self, *, leave: bool, timeout_s: float) -> bool:
-        """Revoke everything, then end; whether that was done in time. The listener hears nothing more. Twice is fine.
+        """Revoke everything, then end; return whether that was done in time. The listener gets no further calls. Idempotent.
 
-        With `leave` the partitions move at once. Without it a member that has a name of its own keeps its place for the
-        session timeout, so that a restart within it moves nothing; one without leaves in any case.
+        With `leave` the partitions move at once. Without it a member with a name of its own keeps its place for the session
+        timeout, so that a restart within it moves nothing; a member without a name leaves in any case.
         """
         ...
 
     def set_warm(self, partitions: frozenset[int]) -> None:
-        """Of these we have caught-up copies. A member that has too few is given no others while their owners live."""
+        """Tell the group of which partitions there is a caught-up copy. Only those are moved here from owners that are
+        alive.
+        """
         ...
 
     def members(self) -> list[Member]:
-        """All members as of the last assignment, ourselves among them; empty before that, or where nobody knows."""
+        """Return all members as of the last assignment, this one included; empty before it, or without a group."""
         ...
 
 
 class RawDelta(NamedTuple):
-    """A delta as it comes from outside: nothing about it has been checked."""
+    """A delta from outside, not validated in any way."""
 
     view: str
     kind: str
@@ -331,103 +358,102 @@ class RawDelta(NamedTuple):
 
 
 class RequestKey(NamedTuple):
-    """What makes a repeat of a request known: the client's word for it, and what it is about."""
+    """Identifies a request and its repeats: the client's key, and the content."""
 
     path: str
     key: str
     digest: bytes
-    """Of the body: a request with the same key and another body is another request."""
+    """Digest of the body: the same key with another body is another request."""
 
 
 class Refusal(NamedTuple):
-    """What was left out of something that was taken in part: where it stood, from 1, and why."""
+    """An item that was left out of a request that was accepted in part: its number, from 1, and the reason."""
 
     line: int
     reason: str
-    """One word, of few."""
+    """One word out of a few."""
     detail: str
 
 
 class Pushed(NamedTuple):
-    """What a text of metrics says."""
+    """Content of a text of metrics."""
 
     deltas: Sequence[RawDelta]
     lines: Sequence[int]
-    """Where each of them stood."""
+    """Line number of each delta."""
     refused: Sequence[Refusal]
     whole: bool = True
-    """False: it has more than may be taken at once, and was not read to its end."""
+    """False: the text has more samples than may be taken at once, and was not read to its end."""
 
 
 class Orders(Protocol):
-    """Who puts orders into the log. Safe from any thread; blocks until the log has acknowledged them."""
+    """Appends control records to the log. Safe from any thread; blocks until the log has acknowledged them."""
 
     def controls(self, controls: Sequence[Control], key: RequestKey | None = None) -> Token:
-        """Append orders to every partition, so that each carries them out once, in this order, between two batches.
+        """Append control records to every partition, so that each carries them out once, in this order, between two batches.
 
-        Raises `Invalid` if one is none; `Unavailable` if some partitions may not have them. With a `key` a repeat is carried
-        out once in each partition, also in those that came meanwhile.
+        Raises `Invalid` if one of them is invalid; `Unavailable` if some partitions may not have them. With a `key` a repeat
+        is carried out once in each partition, also in partitions that were added meanwhile.
         """
         ...
 
 
 class Ingest(Orders, Protocol):
-    """Where an HTTP server puts what it is sent. Safe from any thread; blocks until the log has acknowledged."""
+    """Accepts deltas and batches for an HTTP server. Safe from any thread; blocks until the log has acknowledged them."""
 
     def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
-        """Accept all deltas. Raises `Invalid`, saying which one is wrong and why: none is accepted. Raises `Unavailable` if
-        unsure: any of them may be. With a `key`, a repeat counts once.
+        """Accept all deltas. Raises `Invalid`, saying which one is wrong and why, if none is accepted, and `Unavailable` if
+        any of them may be. With a `key`, a repeat counts once.
         """
         ...
 
     def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
-        """Accept those deltas that can be; the others, by index as `line`. Raises `Unavailable` as `deltas` does.
+        """Accept all valid deltas; return the others, by index as `line`. Raises `Unavailable` as `deltas` does.
 
         Here, as in Prometheus, an empty label is none: a delta may lack labels that its view has.
         """
         ...
 
     def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
-        """Accept a publisher's sealed batches: the `next_offset` that covers each, and the token that covers all. `secret`
-        proves that their producer id is the publisher's own; see `core.record.producer_id_of`.
+        """Accept a publisher's batches; return the `next_offset` that covers each, and a token that covers all.
 
-        Raises `BadRecord`, saying which batch is wrong and why, and `GroupsRefused` if it is some groups only that can't be
-        taken; then none of the batches is. Raises `Unavailable` if unsure. Any of the others may be accepted:
-        send the same bytes again.
+        `secret` proves that their producer id is the publisher's own; see `core.record.producer_id_of`. Raises `BadRecord`,
+        saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong; then none of the
+        batches is accepted. Raises `Unavailable` if any of them may be: send the same bytes again.
         """
         ...
 
 
 class KnownDefinitions(NamedTuple):
-    """The definitions that a partition has, by their keys, as of an offset of its log."""
+    """Definitions of a partition by their keys, as of an offset of its log."""
 
     next_offset: int
     keys: Collection[bytes]
 
 
 class Facts(Protocol):
-    """What this process knows of the tasks' state, which can lag behind. Safe from any thread; None: it knows nothing."""
+    """Cached state of the tasks in this process, which can lag behind. Safe from any thread; None: unknown."""
 
     def definitions(self, partition: int) -> KnownDefinitions | None:
-        """The definitions of a partition."""
+        """Return the definitions of a partition."""
         ...
 
     def producer(self, partition: int, producer_id: str) -> Folded | None:
-        """What a partition has folded of a producer."""
+        """Return which sequences of a producer a partition has folded."""
         ...
 
 
 class LineSink(Protocol):
-    """Where a socket puts what it hears, line by line. One thread at a time; nothing that is sent makes it raise."""
+    """Receives lines from a socket. One thread at a time; no input makes it raise."""
 
     def take(self, lines: Sequence[bytes], protocol: str) -> None:
-        """Take lines in, without their line ends; blank ones are nothing."""
+        """Take lines, without their line ends. Blank ones are ignored."""
         ...
 
     def refuse(self, reason: str, protocol: str) -> None:
-        """Count what was no line to be taken: a packet that is too long, a connection too many."""
+        """Count rejected input: a packet that is too long, a connection too many."""
         ...
 
     def tick(self) -> None:
-        """Time has passed: called often, also when there is nothing to take."""
+        """Do periodic work. Called often, also without input."""
         ...

@@ -1,8 +1,8 @@
-"""Every setting, once: its name, default, meaning and bounds.
+"""All settings: name, default, meaning and bounds.
 
-Plain data, so that a publisher inside somebody's app loads nothing for it. `pipeline.config` reads them from
-`pipeline.toml`, the environment (`PIPELINE_*`) and flags; `Publisher` takes its own as keywords, and what was not given from
-`producer.surroundings`.
+Plain data, so that a publisher inside somebody's app loads nothing for it. `pipeline.config` reads settings from
+`pipeline.toml`, the environment (`PIPELINE_*`) and flags; a `Publisher` takes its own as keywords, and the rest from
+`publisher.surroundings`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _setting(default: Any, doc: str, *, least: int | None = None, most: int | No
 
 
 def default_of(item: Field[Any]) -> Any:
-    """A setting's default."""
+    """Return the default of a setting."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
@@ -74,7 +74,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class PublisherSettings(_Checked):
-    """Of a `Publisher`; each is also a keyword of it."""
+    """Settings of a `Publisher`; each is also one of its keywords."""
 
     flush_interval_ms: int = _setting(
         100, "longest time that a delta waits before it is sealed into a batch, while the log keeps up", least=1
@@ -150,7 +150,7 @@ class PublisherSettings(_Checked):
 
 @dataclass(frozen=True)
 class LogSettings(_Checked):
-    """Of the embedded log and of the stores beside it."""
+    """Settings of the embedded log and of the stores beside it."""
 
     data: str = _setting("./pipeline-data", "the state folder: log, stores and lock")
     partitions: int = _setting(
@@ -166,7 +166,7 @@ class LogSettings(_Checked):
 
 @dataclass(frozen=True)
 class KafkaSettings(_Checked):
-    """Of everything that talks to a broker; each is also a keyword of `Publisher`."""
+    """Settings of all connections to brokers; each is also a keyword of `Publisher`."""
 
     kafka: Mapping[str, Any] = _setting(
         {}, "further options of librdkafka, by its names (`security.protocol`, `sasl.*`, `ssl.*`...); a table, or JSON"
@@ -217,7 +217,7 @@ class PublisherKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class WorkerSettings(_Checked):
-    """Of whoever folds."""
+    """Settings of a worker."""
 
     commit_interval_ms: int = _setting(100, "longest time between folding a record and committing it", least=1)
     commit_timeout_ms: int = _setting(
@@ -286,13 +286,13 @@ class WorkerSettings(_Checked):
     )
 
     def task_limits(self) -> TaskLimits:
-        """The part that the core enforces."""
+        """Return the limits that `core.task` enforces."""
         return TaskLimits(**{name: getattr(self, name) for name in TaskLimits.__struct_fields__})
 
 
 @dataclass(frozen=True)
 class QuerySettings(_Checked):
-    """Of the HTTP server."""
+    """Settings of the HTTP server."""
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "port to listen on; 0 picks a free one", least=0, most=65_535)
@@ -344,7 +344,7 @@ class QuerySettings(_Checked):
 
 @dataclass(frozen=True)
 class IngestSettings(_Checked):
-    """Of `pipeline ingest`."""
+    """Settings of `pipeline ingest`."""
 
     ingest_line_bytes_max: int = _setting(
         8_192, "longest StatsD line; a longer one is left out and counted", least=64, most=65_536
@@ -372,4 +372,4 @@ GROUPS: tuple[type[_Checked], ...] = (
     QuerySettings,
     IngestSettings,
 )
-"""All settings. A name that stands in two groups means one thing to both, has one default, and is set for both at once."""
+"""All groups of settings. A name in two groups has one meaning and one default, and is set for both at once."""

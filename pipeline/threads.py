@@ -178,10 +178,10 @@ def guarded(log: logging.Logger, thread: str, call: Callable[P, object], metrics
 class PeriodicThread:
     """A thread that calls `step` every `interval_s` until it is stopped. With `waits_first` the first call waits, too.
 
-    If a step raises `Unavailable`, `put_off` is called with it and must pause; by default `OutageLogger` does, with the
-    warning `while_away`. Any other exception is unexpected. With `on_fatal` it ends the thread: `at_end` is logged, and
-    `on_fatal` is called once, from the thread, and must end the process. Without `on_fatal` the thread goes on after a pause
-    that doubles. `on_end` is called when the thread ends, for whatever reason.
+    If a step raises `Unavailable`, `on_unavailable` is called with it and must pause; by default `OutageLogger` does, with
+    the warning `outage_message`. Any other exception is unexpected. With `on_fatal` it ends the thread: `fatal_message` is
+    logged, and `on_fatal` is called once, from the thread, and must end the process. Without `on_fatal` the thread goes on
+    after a pause that doubles. `on_end` is called when the thread ends, for whatever reason.
     `failures` is passed on from an earlier thread of the same name by a forked child, which must touch no metric: another
     thread of the parent may have held the metric's lock at the fork.
     """
@@ -196,16 +196,16 @@ class PeriodicThread:
         metrics: Metrics = NO_METRICS,
         interval_s: float = 0.0,
         waits_first: bool = False,
-        while_away: str = "the log is away",
-        put_off: Callable[[Unavailable], None] | None = None,
+        outage_message: str = "the log is away",
+        on_unavailable: Callable[[Unavailable], None] | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
-        at_end: str = "it ends",
+        fatal_message: str = "it ends",
         on_end: Callable[[], None] = lambda: None,
         failures: Failures | None = None,
     ) -> None:
         self.stopping = threading.Event()
         """Set when the thread must end. A step that pauses waits for this event."""
-        self.outage = OutageLogger(log, clock, self.stopping, while_away)
+        self.outage = OutageLogger(log, clock, self.stopping, outage_message)
         self.failed = False
         """True once an exception has ended the thread."""
         self.beat_s = clock.monotonic_s()
@@ -216,9 +216,9 @@ class PeriodicThread:
         self._clock = clock
         self._interval_s = interval_s
         self._waits_first = waits_first
-        self._put_off = put_off or self.outage.wait
+        self._on_unavailable = on_unavailable or self.outage.wait
         self._on_fatal = on_fatal
-        self._at_end = at_end
+        self._fatal_message = fatal_message
         self._on_end = on_end
         self._failures = failures or Failures(log, name, metrics)
         self._thread = threading.Thread(target=self._run, name=_PREFIX + self._name, daemon=True)
@@ -264,7 +264,7 @@ class PeriodicThread:
                     self._step()
                 except Unavailable as error:
                     self.beat()
-                    self._put_off(error)
+                    self._on_unavailable(error)
                 except BaseException as error:
                     if self._on_fatal is not None:
                         raise
@@ -285,7 +285,7 @@ class PeriodicThread:
     def fail(self, error: BaseException) -> None:
         """Log and count `error`, which ends the thread, and call `on_fatal`. Called from the thread."""
         self.failed = True
-        self._failures.note(error, level=logging.CRITICAL, consequence=self._at_end)
+        self._failures.note(error, level=logging.CRITICAL, consequence=self._fatal_message)
         if self._on_fatal is not None:
             self._end("on_fatal", self._on_fatal, error)
 

@@ -1,4 +1,4 @@
-"""The three topics, as `topics/*.toml` describe them: one description for every mode."""
+"""The three topics, described by `topics/*.toml` for every mode."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ DEAD_LETTERS = "dead-letters"
 
 
 class Topic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One topic. Times in ms; `cleanup_policy` is Kafka's: `delete` by age, or `compact` by key."""
+    """A topic. Times in ms; `cleanup_policy` is Kafka's: `delete` by age, or `compact` by key."""
 
     name: str
     partitions: int
     cleanup_policy: str
     retention_ms: int = -1
-    """Age at which records of a `delete` topic go; -1: never."""
+    """Age at which records of a `delete` topic are deleted; -1: never."""
     delete_retention_ms: int = 86_400_000
-    """How long a `compact` topic keeps tombstones, so that followers can see them."""
+    """Time for which a `compact` topic keeps tombstones, so that followers can read them."""
     min_cleanable_dirty_ratio: float = 0.5
-    """A `compact` topic is compacted when this part of it has not been."""
+    """Share of records since the last compaction at which a `compact` topic is compacted again."""
     kafka: dict[str, Any] = {}
     """Further settings of the topic on a broker, by Kafka's names."""
 
 
 def folder() -> Path:
-    """Where the descriptions are: inside the wheel, or at the top of a checkout."""
+    """Return the folder of the descriptions: inside the wheel, or at the top of a checkout."""
     here = Path(__file__).parent
     return here / "_topics" if (here / "_topics").is_dir() else here.parent / "topics"
 
 
 def load(path: Path | None = None) -> Mapping[str, Topic]:
-    """All topics by name; `Invalid` if a description is missing or wrong."""
+    """Return all topics by name; `Invalid` if a description is missing or wrong."""
     path = path or folder()
     topics = {}
     for name in (DELTAS, CHANGELOG, DEAD_LETTERS):

@@ -1,1 +1,3 @@
-"""Where drivers live: each module turns one outside thing into a port, and its errors into ours."""
+"""Implementations of the ports: each module wraps one outside system, and translates its errors into those of
+`pipeline.errors`.
+"""

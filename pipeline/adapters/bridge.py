@@ -1,7 +1,8 @@
-"""What a prometheus_client registry counts, published as deltas: each process adds its own part.
+"""Publishes the metrics of a prometheus_client registry as deltas.
 
-A registry shows totals. What is published of one is its rise since the last look, and the look counts only once the delta
-is recorded: a full buffer delays it, and loses nothing. A total that falls was cleared, and counts from 0 again.
+A registry holds totals, and a bridge publishes their increases since the last collection. A value counts as published only
+once its delta is recorded, so that a full buffer delays an increase and loses none. A total that falls was cleared, and
+counts from 0 again.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _PROTOCOL = "bridge"
 _FORK_TIMEOUT_S = 10.0
 _JOIN_S = 5.0
 _LAST_TRIES = 100
-"""How often what a full buffer delays is flushed and published at the end, at most."""
+"""Most attempts, at the end, to flush and publish the increases that a full buffer delays."""
 _TOLD_MAX = 1_000
 _ADDED: Mapping[str, tuple[str, ...]] = {
     "counter": ("_total",),
     "histogram": ("_bucket", "_sum", "_count"),
     "summary": ("_sum", "_count"),
 }
-"""By type of family: how the names of samples end that only rise."""
+"""By type of family, the suffixes of samples that only rise."""
 _log = logging.getLogger(__name__)
 
 Labels = tuple[tuple[str, str], ...]
@@ -48,7 +49,7 @@ class Collector(Protocol):
 
 
 class BridgeTarget(Protocol):
-    """What a bridge needs of a publisher."""
+    """The methods of a publisher that a bridge calls."""
 
     def sum(self, view: str, *, labels: tuple[str, ...], monotone: bool) -> Any: ...
 
@@ -58,18 +59,18 @@ class BridgeTarget(Protocol):
 
 
 class _BridgedSample(NamedTuple):
-    """A sample that is published."""
+    """A sample to publish."""
 
     key: Key
     value: float
     rises: bool
-    """Whether it is a total, whose rise is published; else it is a value of its own."""
+    """True for a total, whose increase is published; False for a value that is published as it is."""
 
 
 class Bridge:
-    """Publishes a registry in a thread of its own, every `interval_ms`. Get it from `Publisher.bridge`.
+    """Publishes a registry every `interval_ms` from a thread of its own. Get it from `Publisher.bridge`.
 
-    A collector that raises is logged and counted, and the others are published all the same.
+    An exception in one collector is logged and counted; the other collectors are published all the same.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Bridge:
         drain_when_child_ends: Callable[[], None] = lambda: None,
         may_run: bool = True,
     ) -> None:
-        """With `may_run` False no thread begins before `wake` is called."""
+        """Start publishing; with `may_run` False not before `wake` is called."""
         if type(interval_ms) is not int or interval_ms < 1:
             raise Invalid(f"interval_ms is a whole number from 1, got {interval_ms!r:.50}")
         if not callable(getattr(registry, "collect", None)):
@@ -104,7 +105,7 @@ class Bridge:
         self._cells: dict[Key, Any] = {}
         self._told: set[tuple[str, str]] = set()
         self._values: WeakKeyDictionary[Any, dict[Key, float]] = WeakKeyDictionary()
-        """By collector: what was there at the last look, as far as it is published."""
+        """By collector, the published values of its samples."""
         if from_now:
             self._look()
         self._watch_children()
@@ -116,7 +117,7 @@ class Bridge:
         self._lock = threading.RLock()
         self._closing = threading.RLock()
         self._collecting = 0
-        """The thread that publishes just now."""
+        """Identifier of the thread that collects at the moment, or 0."""
         self._thread = PeriodicThread(
             "pipeline-bridge",
             self.collect,
@@ -125,26 +126,28 @@ class Bridge:
             metrics=self._metrics,
             interval_s=self._interval_s,
             waits_first=True,
-            while_away="the bridge waits",
+            outage_message="the bridge waits",
             failures=self._failures,
         )
 
     def wake(self) -> None:
-        """Have the thread run."""
+        """Start the thread if it does not run."""
         if not self._closed and not self._thread.started:
             self._thread.start()
 
     def _watch_children(self) -> None:
-        """A child of `multiprocessing` ends without `atexit`; what drains it can be set up once it has begun."""
+        """Register the drain at the end of the process, and again in each child of `multiprocessing`, which ends without
+        `atexit`.
+        """
         from multiprocessing import util
 
         self._drain_when_child_ends()
         util.register_after_fork(self, lambda bridge: bridge._drain_when_child_ends())
 
     def collect(self) -> bool:
-        """Publish what has been counted since the last time, now. Safe from any thread; one that is within it returns.
+        """Publish the increases since the last call; return False if some wait because the buffer is full.
 
-        False if some of it waits, because the buffer is full.
+        Safe from any thread. A call from within another one of the same thread returns at once.
         """
         me = threading.get_ident()
         if self._collecting == me:  # a signal handler or a collector came here from within
@@ -166,7 +169,7 @@ class Bridge:
         return True
 
     def close(self) -> None:
-        """Publish what is there, for the last time. Twice is fine."""
+        """Publish everything for the last time. Idempotent."""
         with self._closing:  # a second thread waits for the first; both locks can be taken again, by a signal handler
             if self._closed:
                 return
@@ -182,10 +185,10 @@ class Bridge:
             self._closed = True
 
     def start_clean(self) -> None:
-        """What a forked child does first: what has been counted until now is its parent's to publish.
+        """Leave everything that was counted before a fork to the parent. Called in the child, before anything else.
 
-        The look is another thread's, because a metric whose lock was held at the fork can never be read here. No other
-        thread runs in the child meanwhile, so what it sees is what was there at the fork.
+        Another thread takes the values, because a metric whose lock was held at the fork can never be read in the child. No
+        other thread runs in the child meanwhile, so the values are those at the fork.
         """
         if self._closed:
             return
@@ -207,14 +210,14 @@ class Bridge:
         self._thread.start()
 
     def _look(self) -> None:
-        """Take what is there as published."""
+        """Note the present values as published."""
         for collector in self._collectors():
             families = self._families(collector)
             if families is not None:
                 self._values[collector] = {it.key: it.value for it in self._found(families)}
 
     def _collectors(self) -> list[Any]:
-        """Return the collectors of the registry, one by one, so that each fails alone, without those of publishers."""
+        """Return the collectors of the registry, so that each can fail alone, except those of publishers."""
         known = getattr(self.registry, "_collector_to_names", None)
         if known is None:
             return [self.registry]
@@ -246,7 +249,7 @@ class Bridge:
                     self._refuse("value", sample.name, f"{sample.value} is not finite")
 
     def _publish(self, values: dict[Key, float], families: list[Metric]) -> None:
-        """Publish what differs from `values`, and bring them up to date, series by series."""
+        """Publish every difference from `values`, and update `values` series by series."""
         found = [*self._found(families)]
         cleared = {_group(it.key) for it in found if it.rises and it.value < values.get(it.key, 0) and not _is_sum(it.key)}
         for it in found:
@@ -261,7 +264,7 @@ class Bridge:
                 self._cells.pop(key, None)
 
     def _publish_one(self, before: float | None, it: _BridgedSample) -> bool:
-        """Whether it is published as it is now. Raises `BufferFull`."""
+        """Publish one sample; return whether its present value is published now. Raises `BufferFull`."""
         if before == it.value:
             return True
         if it.rises and it.value < (before or 0):
@@ -293,7 +296,7 @@ class Bridge:
         return cell
 
     def _refuse(self, reason: str, name: str, why: object) -> None:
-        """Leave a series out; told and counted once for each name."""
+        """Leave a series out; log and count that once for each name."""
         if self._tell_first(reason, name):
             self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, reason)
             _log.warning("%s is not published: %s", name, why)
@@ -306,7 +309,7 @@ class Bridge:
 
 
 def default_registry() -> Collector:
-    """The one that metrics are in which name no other."""
+    """Return the default registry of prometheus_client."""
     return REGISTRY
 
 
@@ -315,12 +318,12 @@ def _key(sample: Sample) -> Key:
 
 
 def _is_sum(key: Key) -> bool:
-    """Whether it may fall without having been cleared: by negative observations."""
+    """Return whether a total can fall without having been cleared: a sum does by negative observations."""
     return key[0].endswith("_sum")
 
 
 def _group(key: Key) -> Key:
-    """What is cleared together: buckets, sum and count."""
+    """Return the key that buckets, sum and count of one series share: they are cleared together."""
     name, labels = key
     name = name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
     return name, tuple([label for label in labels if label[0] != "le"])

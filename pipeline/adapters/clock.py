@@ -1,4 +1,4 @@
-"""The only place that asks the machine for the time or for randomness."""
+"""The only module that reads clocks and random numbers of the machine."""
 
 from __future__ import annotations
 

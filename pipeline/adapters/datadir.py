@@ -1,4 +1,4 @@
-"""The state folder of one process: its layout, its version, and the lock that keeps a second process out."""
+"""The state folder of one process: its layout, its version, and a lock against a second process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _APP = "APP"
 
 
 class DataDir:
-    """Holds the lock on a state folder from `__init__` to `close`. The kernel lets go of it when the process dies.
+    """A locked state folder. The lock is held from `__init__` to `close`, or to the death of the process.
 
-    Without `with_log` it is for stores only, of `app`, and the log is elsewhere. Raises `Unavailable` if another process has
-    it or the disk is full, `Invalid` if the folder can't be one, or is another app's.
+    Without `with_log` the folder holds only stores of `app`, whose log is on a broker. Raises `Unavailable` if another
+    process holds the lock or the disk is full, `Invalid` if the folder can't be a state folder or belongs to another app.
     """
 
     def __init__(self, path: str | Path, *, with_log: bool = True, app: str = "") -> None:
@@ -81,7 +81,7 @@ class DataDir:
             )
 
     def check_app(self, app: str) -> None:
-        """Raise `Invalid` if the stores are known to be another app's: they would look wrong, and be made anew."""
+        """Raise `Invalid` if the stores belong to another app: they would look damaged, and be rebuilt."""
         try:
             found = (self.path / _APP).read_bytes().strip().decode("utf-8", "replace")
         except FileNotFoundError:
@@ -102,16 +102,16 @@ class DataDir:
 
     @property
     def log(self) -> Path:
-        """Where the embedded log lives: the truth."""
+        """Folder of the embedded log."""
         return self.path / "log"
 
     @property
     def stores(self) -> Path:
-        """Where the stores live; everything in it can be restored from the log."""
+        """Folder of the stores; the log can restore everything in it."""
         return self.path / "stores"
 
     def close(self) -> None:
-        """Let go of the lock. Twice is fine."""
+        """Release the lock. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -125,7 +125,7 @@ class DataDir:
 
 @contextmanager
 def translate_os(what: str) -> Iterator[None]:
-    """Raise our error for one of the file system; `what` leads its text."""
+    """Translate `OSError` into an error of `pipeline.errors` whose text begins with `what`."""
     try:
         yield
     except OSError as error:
@@ -142,7 +142,7 @@ def _translate(what: str, error: OSError) -> PipelineError:
 
 
 def aside(path: Path, now_ms: int) -> Path:
-    """Return a name for what is kept of `path` and not used any more: one that is not taken, with the time in it (UTC)."""
+    """Return an unused path beside `path`, with the UTC time in its name, to keep a copy of `path` under."""
     stem = f"{path.name}.lost-{datetime.fromtimestamp(now_ms / 1000, UTC):%Y%m%dT%H%M%S}"
     names = (path.with_name(stem if not number else f"{stem}-{number}") for number in count())
     return next(name for name in names if not name.exists())
@@ -152,7 +152,7 @@ _open: weakref.WeakSet[DataDir] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked child that outlives its parent must not keep the folder locked."""
+    """Release the lock in a forked child, which may live longer than its parent."""
     for data in _open:
         data.close()
 

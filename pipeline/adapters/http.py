@@ -1,6 +1,6 @@
-"""Clients of the HTTP API on the standard library, so that publishing and reading cost an app no dependency.
+"""Clients of the HTTP API that need only the standard library.
 
-Connections are kept alive, shared by all threads (each request has one to itself), and never used by a forked child.
+Connections are kept alive and shared by all threads, one request at a time on each. A forked child opens its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
 from pipeline.topics import DELTAS
 
 REQUEST_BYTES_MAX = 4 * 2**20
-"""Batches are sent together up to this; a server accepts at least one batch of `batch_bytes_max` in a request."""
+"""Size up to which batches share a request; a server accepts at least one batch of `batch_bytes_max`."""
 _OURS = "urn:pipeline:"
 _OUR_ERRORS = "urn:pipeline:error:"
 PARTITION_COUNT_TTL_S = 30.0
@@ -62,12 +62,12 @@ class _Accepted(msgspec.Struct):
     token: str
 
 
-class _Views(msgspec.Struct):
+class _ViewList(msgspec.Struct):
     views: list[View]
 
 
 class _HttpClient:
-    """Requests to one server. Safe from any thread, and after a fork."""
+    """HTTP requests to one server. Safe from any thread, and after a fork."""
 
     def __init__(self, url: str, clock: Clock) -> None:
         try:
@@ -94,7 +94,7 @@ class _HttpClient:
         content_type: str = "",
         more_headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
-        """Status and body of the answer, whatever they are; `Unavailable` if there is none in time."""
+        """Return status and body of the answer; `Unavailable` if there is none in time."""
         deadline = self._clock.monotonic_s() + timeout_s
         headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if content_type else {})
         headers.update(more_headers or {})
@@ -162,14 +162,14 @@ class _HttpClient:
             connection.sock.settimeout(left_s)
 
     def close(self) -> None:
-        """Close the connections that no request is using."""
+        """Close the idle connections."""
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
 
 
 def _error(url: str, status: int, body: bytes) -> PipelineError:
-    """The error that a problem of this API names; `Unavailable` for what is none of its problems."""
+    """Return the error that a problem document names; `Unavailable` for any other error response."""
     try:
         problem = msgspec.json.decode(body, type=_Problem)
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -185,7 +185,7 @@ def _error(url: str, status: int, body: bytes) -> PipelineError:
 
 
 def _producer_of(message: Message) -> str:
-    """Whose batch a message is; empty if it is none, which the server will say."""
+    """Return the producer id of a batch, or nothing if the message is no batch: the server will say so."""
     try:
         return producer_of(message.value or b"")
     except BadRecord:
@@ -193,7 +193,7 @@ def _producer_of(message: Message) -> str:
 
 
 def _is_ours(body: bytes) -> bool:
-    """Whether this is a problem of a server of this package, not of a proxy before it."""
+    """Return whether a problem document comes from a server of this package and not from a proxy."""
     try:
         return msgspec.json.decode(body, type=_Problem).type.startswith(_OURS)
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -201,25 +201,25 @@ def _is_ours(body: bytes) -> bool:
 
 
 class HttpLogWriter:
-    """The deltas topic behind a server's `POST /v1/batches`: a `ports.LogWriter`."""
+    """A `ports.LogWriter` that sends batches to a server's `POST /v1/batches`."""
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._client = _HttpClient(url, self._clock)
         self._partition_count: tuple[float, int] | None = None
         self._secrets: dict[str, str] = {}
-        """Of the producers whose batches are sent, by their ids."""
+        """By producer id, the secret to send with its batches."""
         self._topic_id = ""
-        """Of the topic that the server has, as it said with its last answer."""
+        """Id of the server's deltas topic, as of the last answer."""
         self._acknowledged: dict[int, int] = {}
-        """By partition, the offset behind all that this topic has acknowledged."""
+        """By partition, the offset after the last record that this topic has acknowledged."""
 
     def introduce(self, secret: str) -> None:
-        """Batches of the producer with this secret will come: the server wants to have it with them."""
+        """Send this producer's secret with its batches from now on, as the server demands."""
         self._secrets[producer_id_of(secret)] = secret
 
     def dismiss(self, secret: str) -> None:
-        """No more of them will."""
+        """Forget this producer's secret: it sends no more batches."""
         self._secrets.pop(producer_id_of(secret), None)
 
     def partition_count(self, topic: str) -> int:
@@ -250,18 +250,18 @@ class HttpLogWriter:
         return found
 
     def topic_id(self, topic: str) -> str:
-        """The id of the topic behind the server, which tells it with each acknowledgement."""
+        """Return the id of the server's deltas topic, which comes with each acknowledgement."""
         self._topic_id = self._topic_id or known(self._status().topic_id) or ""
         if not self._topic_id:
             raise Unavailable(f"{self._client.url}: the server does not know its topic yet")
         return self._topic_id
 
     def high_watermarks(self, topic: str) -> Mapping[int, int]:
-        """As far as this writer can know: behind all that the topic has acknowledged to it."""
+        """Return the offsets after the last acknowledged record: this writer can't know of others."""
         return dict(self._acknowledged)
 
     def message_bytes_max(self, topic: str) -> int:
-        """The server has a limit of its own, which `batch_bytes_max` can't exceed."""
+        """Return a limit beyond that of the server, which is never below `batch_bytes_max`."""
         return MESSAGE_BYTES_MAX
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
@@ -334,7 +334,7 @@ def _condition(label: str, value: str) -> str:
 def view_path(
     view: str, where: Mapping[str, str] | Sequence[str] | None, by: Sequence[str] | None, **options: object
 ) -> str:
-    """Path and query of a read, as `HttpReader.get` makes it; options that are None are left out."""
+    """Return path and query of a read; options that are None are left out."""
     conditions = [_condition(*item) for item in where.items()] if isinstance(where, Mapping) else where or ()
     query = [("where", text) for text in ([conditions] if isinstance(conditions, str) else conditions)]
     if by is not None:
@@ -371,12 +371,12 @@ class HttpReader:
         max_staleness_ms: int | None = None,
         timeout_ms: int | None = None,
     ) -> Answer:
-        """The view, merged.
+        """Return the merged view.
 
-        `where`: label values that must be equal, or conditions such as `region!=eu` and `region=~e.*`, all of which must
-        hold. `by`: labels to keep; empty for one total, None for each series by itself. `after`: wait until what a flush
-        returned is in. `max_staleness_ms`: rather wait, and then fail, than answer with older data. `kind`, `window_s`: of
-        a view that several publish differently, which of its definitions; None: the kind and window that came first.
+        `where`: label values that must be equal, or conditions such as `region!=eu` and `region=~e.*`; all must hold. `by`:
+        labels to keep; empty for one total, None for each series by itself. `after`: wait for the deltas of a flush, given
+        its token. `max_staleness_ms`: fail, after a wait, rather than answer with older data. `kind`, `window_s`: which
+        definition of a view that has several; None: kind and window of the first one.
         """
         path = view_path(
             view,
@@ -394,17 +394,17 @@ class HttpReader:
         return self._get(path, Answer, timeout_s)
 
     def views(self) -> list[View]:
-        """All views."""
-        return self._get("/v1/views", _Views, self._timeout_s).views
+        """Return the definitions of all views."""
+        return self._get("/v1/views", _ViewList, self._timeout_s).views
 
     def status(self) -> dict[str, Any]:
-        """The server's partitions, their lag and staleness, and whether it is ready."""
+        """Return the server's partitions, their lag and staleness, and whether it is ready."""
         return self._get("/v1/status", dict[str, Any], self._timeout_s)
 
     def fetch(
         self, path: str, *, timeout_s: float | None = None, body: bytes | None = None, key: str | None = None
     ) -> bytes:
-        """The body that the server answers with, as it came; JSON in `body` is posted, under a `key`. Raises as `get`."""
+        """Return the body of the answer. JSON in `body` is posted, with the idempotency key `key`. Raises as `get` does."""
         status, answer = self._client.request(
             "GET" if body is None else "POST",
             path,
@@ -441,14 +441,14 @@ class HttpViews(HttpReader):
     """A `roles.view_admin.ViewAdmin` behind a server of this package."""
 
     def change(self, control: Control, key: str) -> Changed:
-        """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""
+        """Drop or reset views; `NotFound` if there are none. A repeated call with the same `key` has no further effect."""
         labels = None if control.labels is None else list(control.labels)
         path = f"/v1/views/{quote(control.view, safe='')}/{control.action}"
         body = msgspec.json.encode({"kind": control.kind or None, "labels": labels})
         return self._decoded(self.fetch(path, body=body, key=key), Changed)
 
     def folded(self, token: Token) -> bool:
-        """Whether the server's own state holds what the token stands for."""
+        """Return whether the server has folded everything up to the token."""
         states = {it.partition: it for it in self._get("/v1/status", Status, self._timeout_s).partitions}
         return all(
             number in states

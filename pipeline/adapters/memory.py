@@ -1,4 +1,4 @@
-"""Log and stores in memory: for tests and the simulator, held to the same contract suites as the real ones."""
+"""Log and stores in memory, for tests and the simulator. They pass the same contract suites as the durable ones."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ from pipeline.ports import (
 )
 
 _made = count(1)
-"""Numbers the logs of this process."""
+"""Numbers for the logs of this process."""
 
 
-class _Row(msgspec.Struct, frozen=True, gc=False):
+class _MemoryRecord(msgspec.Struct, frozen=True, gc=False):
     offset: int
     at_ms: int
     key: bytes | None
     value: bytes | None
 
 
-class _Partition:
+class _MemoryPartition:
     def __init__(self) -> None:
-        self.rows: list[_Row] = []
+        self.rows: list[_MemoryRecord] = []
         self.start_offset = 0
         self.end_offset = 0
         self.at_ms = 0
         self.markers: set[int] = set()
-        """Offsets without a record that the log has used for itself."""
+        """Offsets that the log uses itself, such as those of transaction markers."""
         self.compacted = False
         self.epochs = [0]
-        """Where each leader's records begin; a leader's epoch is its index."""
+        """Start offset of each leader epoch, by epoch."""
         self.open: list[int] = []
-        """Where open transactions begin."""
+        """Start offsets of open transactions."""
 
     @property
     def stable_offset(self) -> int:
-        """The last stable offset: where reading ends."""
+        """Last stable offset, at which readers stop."""
         return min(self.open, default=self.end_offset)
 
 
 class MemoryLog:
-    """A `ports.Log` that lives as long as the object. `log_id` stands in the ids of its topics; no other log may have it."""
+    """A `ports.Log` in memory. `log_id` is part of its topic ids, and must be unique."""
 
     def __init__(self, topics: Mapping[str, int], now_ms: Callable[[], int], *, log_id: str = "") -> None:
         self._log_id = log_id or f"memory-{next(_made)}"
-        self._topics = {name: [_Partition() for _ in range(count)] for name, count in topics.items()}
+        self._topics = {name: [_MemoryPartition() for _ in range(count)] for name, count in topics.items()}
         self._now_ms = now_ms
         self._changed = threading.Condition()
         self._owners: dict[str, int] = {}
         self.marker_count = 0
-        """How many offsets the end of a transaction takes in each partition that it wrote to."""
+        """Number of offsets that the end of a transaction takes in each partition that it wrote to."""
 
-    def _partition(self, topic: str, partition: int) -> _Partition:
+    def _partition(self, topic: str, partition: int) -> _MemoryPartition:
         partitions = self._topics.get(topic)
         if partitions is None or not 0 <= partition < len(partitions):
             raise Invalid(f"no partition {partition} of topic {topic}")
@@ -97,7 +97,7 @@ class MemoryLog:
         out = []
         for at, message in zip(partitions, messages, strict=True):
             at.at_ms = max(self._now_ms(), at.at_ms)
-            at.rows.append(_Row(at.end_offset, at.at_ms, message.key, message.value))
+            at.rows.append(_MemoryRecord(at.end_offset, at.at_ms, message.key, message.value))
             at.end_offset += 1
             out.append(at.end_offset)
         self._changed.notify_all()
@@ -130,12 +130,12 @@ class MemoryLog:
         return _MemoryTransaction(self, transactional_id, owner)
 
     def leave_open(self, messages: Sequence[Message]) -> OpenTransaction:
-        """Append messages in a transaction that stays open: as a producer of somebody else does that hangs."""
+        """Append messages in a transaction that stays open, like that of a foreign producer that hangs."""
         with self._changed:
             return OpenTransaction(self, messages)
 
     def skip(self, topic: str, partition: int, count: int = 1) -> None:
-        """What the end of somebody's transaction does: use offsets that hold no record."""
+        """Use `count` offsets that hold no record, as transaction markers do."""
         with self._changed:
             at = self._partition(topic, partition)
             at.markers.update(range(at.end_offset, at.end_offset + count))
@@ -143,7 +143,7 @@ class MemoryLog:
             self._changed.notify_all()
 
     def lose_tail(self, topic: str, partition: int, end_offset: int) -> None:
-        """What the election of a leader does that lacks the newest records: they are gone, and others take their offsets."""
+        """Drop the records from `end_offset` on and start a new leader epoch, as the election of a lagging leader does."""
         with self._changed:
             at = self._partition(topic, partition)
             at.rows = [row for row in at.rows if row.offset < end_offset]
@@ -153,7 +153,7 @@ class MemoryLog:
             at.epochs = [min(begin, end_offset) for begin in at.epochs]
 
     def commit(self, transactional_id: str, owner: int, messages: Sequence[Message], begins: Begins) -> list[int]:
-        """What a transaction does, if it still owns its id."""
+        """Append messages in one transaction if `owner` still owns the id."""
         with self._changed:
             if self._owners[transactional_id] != owner:
                 raise Fenced(f"transactional id {transactional_id} has a newer owner")
@@ -165,7 +165,7 @@ class MemoryLog:
             return out
 
     def truncate(self, topic: str, partition: int, start_offset: int) -> None:
-        """What retention does: forget the records below `start_offset`."""
+        """Delete the records below `start_offset`, as retention does."""
         with self._changed:
             at = self._partition(topic, partition)
             at.start_offset = max(at.start_offset, min(start_offset, at.end_offset))
@@ -174,9 +174,10 @@ class MemoryLog:
     def compact(
         self, topic: str, partition: int, end_offset: int, *, drop_tombstones: bool = False, young_offset: int | None = None
     ) -> None:
-        """What compaction does below `end_offset`: keep the newest record of each key, there and above.
+        """Keep the newest record of each key below `end_offset`, as compaction does.
 
-        Records from `young_offset` on are younger than the compaction lag: they stay, and so does what only they supersede.
+        Records from `young_offset` on are younger than the compaction lag: they stay, and so do those that only they
+        supersede.
         """
         with self._changed:
             at = self._partition(topic, partition)
@@ -234,7 +235,7 @@ class _MemoryReader:
                 f"{self._topic}-{partition}: {at.start_offset - next_offset} records from {next_offset} on are gone"
             )
         self._check_history(at, partition)
-        rows: list[_Row] = []
+        rows: list[_MemoryRecord] = []
         size = 0
         start = bisect_left(at.rows, next_offset, key=lambda row: row.offset)
         end = bisect_left(at.rows, at.stable_offset, key=lambda row: row.offset)
@@ -255,15 +256,15 @@ class _MemoryReader:
             leader_epoch=bisect_right(at.epochs, rows[-1].offset) - 1 if rows else self._epochs.get(partition, EPOCH_NONE),
         )
 
-    def _check_history(self, at: _Partition, partition: int) -> None:
-        """Raise `RecordsLost` if the last leader whose records were read ended below the cursor."""
+    def _check_history(self, at: _MemoryPartition, partition: int) -> None:
+        """Raise `RecordsLost` if the leader epoch of the last record that was read ended below the cursor."""
         epoch, next_offset = self._epochs.get(partition, EPOCH_NONE), self._next[partition]
         if 0 <= epoch < len(at.epochs) - 1 and at.epochs[epoch + 1] < next_offset:
             raise RecordsLost(
                 f"{self._topic}-{partition}: what was read below {next_offset}, of leader epoch {epoch}, is not in the log"
             )
 
-    def _check_holes(self, at: _Partition, partition: int, rows: list[_Row], next_offset: int) -> None:
+    def _check_holes(self, at: _MemoryPartition, partition: int, rows: list[_MemoryRecord], next_offset: int) -> None:
         begin = self._next[partition]
         if not at.compacted and len(rows) < next_offset - begin:
             missing = {*range(begin, next_offset)} - {row.offset for row in rows} - at.markers
@@ -292,7 +293,7 @@ class _MemoryTransaction:
 
 
 class OpenTransaction:
-    """Writes that nobody can read before they are committed, and that end what can be read meanwhile."""
+    """A transaction whose records become readable only by `commit`, and at which all reading ends until then."""
 
     def __init__(self, log: MemoryLog, messages: Sequence[Message]) -> None:
         self._log = log
@@ -304,11 +305,11 @@ class OpenTransaction:
             at.open.append(offset)
 
     def commit(self) -> None:
-        """Let everybody read them."""
+        """Make the records readable."""
         self._end(keep=True)
 
     def abort(self) -> None:
-        """Discard them; their offsets stay as holes."""
+        """Discard the records; their offsets stay as holes."""
         self._end(keep=False)
 
     def _end(self, *, keep: bool) -> None:
@@ -335,7 +336,7 @@ class _Snapshot:
 
 
 class MemoryStore(_Snapshot):
-    """A `ports.Store` that outlives `close`, as long as its `MemoryStores` does."""
+    """A `ports.Store` that survives `close`, as long as its `MemoryStores` exists."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -362,7 +363,7 @@ class MemoryStores:
     def __init__(self) -> None:
         self._stores: dict[int, MemoryStore] = {}
         self.aside: dict[str, MemoryStore] = {}
-        """What was set aside, by its new name."""
+        """By its new name, each store that was set aside."""
 
     def open(self, partition: int) -> Store:
         return self._stores.setdefault(partition, MemoryStore())

@@ -1,7 +1,7 @@
-"""Metrics that are pushed as text, in OpenMetrics or in Prometheus' own format, read by prometheus_client's parsers.
+"""Parses pushed metrics, in OpenMetrics or in the Prometheus text format, with prometheus_client's parsers.
 
-Those give up at the first line that is wrong, so each line is given to them alone, and what spans lines is kept here:
-which type a family has, and that OpenMetrics ends with `# EOF`. Exemplars are left out.
+Those parsers stop at the first wrong line. So each line is parsed by itself, and this module keeps what spans lines: the
+types of families, and the `# EOF` that ends OpenMetrics. Exemplars are left out.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _ROLES = {
     "histogram": {**_DISTRIBUTION, "_bucket": _BUCKET, "": _NONE},
     "summary": {**_DISTRIBUTION, "": _QUANTILE},
 }
-"""What the samples of a family are, by what follows its name; of any other type each is a value of its own."""
+"""By type of family, the role of a sample by its suffix. In other families each sample is a value of its own."""
 _EXEMPLAR = " # {"
 _DETAIL_MAX = 200
 
 
 class _Wrong(Exception):
-    """This line is left out."""
+    """A line that is left out."""
 
     def __init__(self, reason: str, detail: object) -> None:
         self.reason = reason
@@ -40,14 +40,14 @@ class _Wrong(Exception):
 
 class _Role(NamedTuple):
     name: str
-    """The view."""
+    """Name of the view."""
     does: str
 
 
 def parse_pushed(body: bytes, content_type: str, samples_max: int, line_bytes_max: int) -> Pushed:
-    """What a text says, line by line; no more is read once it has over `samples_max` samples.
+    """Parse a text line by line, up to `samples_max` samples.
 
-    It is OpenMetrics if its media type says so, and Prometheus' text format otherwise.
+    The media type decides between OpenMetrics and the Prometheus text format, which is the default.
     """
     reader = _Reader(openmetrics=content_type.partition(";")[0].strip().lower() == OPENMETRICS)
     deltas: list[RawDelta] = []
@@ -89,11 +89,11 @@ class _Reader:
 
     @property
     def unended(self) -> bool:
-        """Whether an end was due and has not come."""
+        """True if the `# EOF` that OpenMetrics demands has not come."""
         return self._openmetrics and not self._ended
 
     def read(self, line: bytes) -> RawDelta | None:
-        """The sample of a line, as a delta; None if there is none in it that counts."""
+        """Return the delta of a line, or None for a comment, a blank line and a creation time."""
         try:
             text = line.decode().strip()
         except UnicodeDecodeError as error:
@@ -164,7 +164,7 @@ class _Reader:
 
 
 def _boundary(sample: Sample) -> str:
-    """The upper bound of a bucket, in the one way to write it."""
+    """Return the upper bound of a bucket, spelled as prometheus_client spells it."""
     try:
         return str(floatToGoString(float(sample.labels["le"])))  # type: ignore[no-untyped-call]
     except (KeyError, ValueError):

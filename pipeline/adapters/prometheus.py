@@ -23,10 +23,9 @@ from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
 
 
 class PrometheusMetrics:
-    """`metrics.Metrics` with a registry of its own, so that two servers in one process do not meet. Safe from any thread.
+    """`metrics.Metrics` with a registry of its own, so that two servers in one process do not collide. Safe from any thread.
 
-    Families without labels are there from the start, as 0. A family's series are kept, but for what `forget` takes back:
-    label values must be few.
+    Families without labels exist from the start, as 0. Series are kept until `forget`, so label values must be few.
     """
 
     def __init__(self) -> None:
@@ -53,32 +52,29 @@ class PrometheusMetrics:
         return bound
 
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
-        """Raise a counter."""
         self._series(metric, labels).inc(amount)
 
     def set(self, metric: Metric, value: float, *labels: object) -> None:
-        """Set a gauge."""
         self._series(metric, labels).set(value)
 
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
-        """Add an observation to a histogram."""
         self._series(metric, labels).observe(value)
 
     def forget(self, partition: int) -> None:
-        """Take back the gauges of a partition."""
+        """Remove the gauges of a partition."""
         with self._lock:  # a series that is bound between the two would be shown by nobody
             for metric in PARTITION_GAUGES:
                 if self._bound.pop((metric.name, partition), None) is not None:
                     self._families[metric].remove(partition)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """All metrics as text, and the media type of that text: what Prometheus' Accept header prefers."""
+        """Return all metrics as text, and its media type, in the format that the Accept header prefers."""
         encode, media_type = encoder_for(accept)
         return encode(self.registry), media_type
 
 
 def encoder_for(accept: str) -> tuple[Callable[[Collector], bytes], str]:
-    """What writes families as an Accept header prefers, and the media type of that; plain text if it makes no sense."""
+    """Return the encoder that an Accept header prefers, and its media type; for a wrong header that of the text format."""
     try:
         return choose_encoder(accept)
     except TypeError:  # a version that is no number
@@ -86,7 +82,7 @@ def encoder_for(accept: str) -> tuple[Callable[[Collector], bytes], str]:
 
 
 class _ViewFamilies(Collector):
-    """The families of one scrape, made one by one as they are written."""
+    """Families of one scrape, made one by one while they are written."""
 
     def __init__(self, exposition: Exposition) -> None:
         self._exposition = exposition
@@ -116,6 +112,6 @@ def _family(exposed: Exposed) -> Family:
 
 
 def render_views(exposition: Exposition, accept: str = "") -> tuple[bytes, str]:
-    """The scrape as text, and the media type of that text: what Prometheus' Accept header prefers."""
+    """Return the scrape as text, and its media type, in the format that the Accept header prefers."""
     encode, media_type = encoder_for(accept)
     return encode(_ViewFamilies(exposition)), media_type

@@ -1,8 +1,8 @@
-"""The metrics of publishers in a registry of the app that they live in, beside the app's own.
+"""Metrics of publishers in a registry of the app that they are part of.
 
-All publishers of a registry share its families, and a label `publisher` tells them apart: the number of the publisher, from
-0 on. A number is free again once its publisher is closed, so that label values stay few however many publishers come and go.
-The families are prometheus_client's own, so they are in the files of its multiprocess mode, too.
+All publishers of a registry share its families. The label `publisher` tells them apart: it is a number from 0 on, which is
+free again once its publisher is closed, so that label values stay few however many publishers come and go. The families are
+prometheus_client's own, so they are in the files of its multiprocess mode, too.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _known: WeakKeyDictionary[Any, _Families] = WeakKeyDictionary()
 
 
 class _Families:
-    """The families of one registry."""
+    """Families of one registry."""
 
     def __init__(self, registry: Registry) -> None:
         self.by_metric: dict[Metric, Any] = {}
         self.taken: set[int] = set()
-        """The numbers of its publishers."""
+        """Numbers of the open publishers."""
         try:
             for metric in OF_PUBLISHERS:
                 self.by_metric[metric] = _family(metric, registry)
@@ -41,7 +41,7 @@ class _Families:
 
 
 class RegistryMetrics:
-    """`metrics.Metrics` of one publisher in a registry that it shares. Safe from any thread, and from forks."""
+    """`metrics.Metrics` of one publisher, in a shared registry. Safe from any thread, and from forks."""
 
     def __init__(self, registry: Registry) -> None:
         if not isinstance(registry, Registry):
@@ -49,7 +49,7 @@ class RegistryMetrics:
         self._bound: dict[tuple[object, ...], Any] = {}
         self._changes: deque[Callable[[], object]] = deque()
         self._toucher = 0
-        """The thread that makes changes just now."""
+        """Identifier of the thread that makes changes at the moment, or 0."""
         self._closed = False
         with fork_gate:
             families = _known.get(registry)
@@ -70,21 +70,18 @@ class RegistryMetrics:
         return bound
 
     def inc(self, metric: Metric, amount: float = 1, *labels: object) -> None:
-        """Raise a counter."""
         self._touch(lambda: self._series(metric, labels).inc(amount))
 
     def set(self, metric: Metric, value: float, *labels: object) -> None:
-        """Set a gauge."""
         self._touch(lambda: self._series(metric, labels).set(value))
 
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
-        """Add an observation to a histogram."""
         self._touch(lambda: self._series(metric, labels).observe(value))
 
     def _touch(self, change: Callable[[], object]) -> None:
-        """Make a change; or have the call do it that a signal handler or finaliser has interrupted in this thread.
+        """Make a change, or leave it to a call of this method that the present signal handler or finaliser has interrupted.
 
-        The locks of prometheus_client can't be taken twice.
+        The locks of prometheus_client can't be taken twice by one thread.
         """
         self._changes.append(change)
         me = threading.get_ident()
@@ -101,10 +98,10 @@ class RegistryMetrics:
                 self._toucher = 0
 
     def forget(self, partition: int) -> None:
-        """A publisher has no gauges of partitions."""
+        """Do nothing: a publisher has no gauges of partitions."""
 
     def close(self) -> None:
-        """Set the gauges to 0, and let another publisher have the number: its counters go on from here. Twice is fine."""
+        """Set the gauges to 0 and free the number; the next publisher with it continues its counters. Idempotent."""
         self._touch(self._leave)
 
     def _leave(self) -> None:
@@ -116,7 +113,7 @@ class RegistryMetrics:
 
 
 def publishers_families(registry: object) -> Collection[object]:
-    """Return the collectors of a registry that are of publishers."""
+    """Return the collectors in a registry that belong to publishers."""
     families = _known.get(registry)
     return frozenset(families.by_metric.values()) if families is not None else frozenset()
 

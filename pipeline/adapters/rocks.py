@@ -1,8 +1,7 @@
-"""RocksDB, through rocksdict: the stores, and what the embedded log shares with them.
+"""RocksDB, through rocksdict: the stores, and the parts that the embedded log shares with them.
 
-A store has no write-ahead log: the changelog is one already, and RocksDB flushes whole write batches in their order, so
-after a crash a store is as it was after some earlier write, which is what `ports.Store` promises (Kafka Streams runs its
-stores in the same way).
+A store has no write-ahead log, because the changelog is one. RocksDB flushes whole write batches in their order, so after a
+crash a store is as it was after some earlier write, as `ports.Store` promises. Kafka Streams does the same.
 """
 
 from __future__ import annotations
@@ -42,23 +41,23 @@ from pipeline.settings import LogSettings
 
 _log = logging.getLogger(__name__)
 _REASON = "WHY-ASIDE"
-"""A file in a store that was set aside, for the person who finds it."""
+"""Name of a file in a store that was set aside: it tells a person why."""
 _CORRUPT = ("Corruption:", "Invalid argument:", "NotFound:", "Not implemented:")
 _GONE = ("No such file", "Input/output error")
-"""What the system says of a file that is not there, and of a sector that can't be read: trying again does not help."""
+"""Errors of the file system after which another attempt does not help: a missing file, an unreadable sector."""
 _STALL = "Result incomplete: Write stall"
 _STALLED = ("rocksdb.is-write-stopped", "rocksdb.actual-delayed-write-rate")
 _STALL_INTERVAL_S = 0.01
 _STALL_WAITS = 100
-"""After so many looks it is tried again in any case: an error can have come meanwhile."""
+"""Waits before the next attempt of a write, even if RocksDB still reports a stall: it may have failed meanwhile."""
 _FULL = ("No space left on device", "Disk quota exceeded")
 _HOPELESS = ("Permission denied", "Read-only file system", "Not a directory", "Is a directory", "File exists")
 
 
-class Translated:
-    """`with Translated(...):` raises our errors for rocksdict's. To be used again and again, by any thread.
+class TranslatedErrors:
+    """`with TranslatedErrors(...):` raises errors of `pipeline.errors` for rocksdict's. Reusable, from any thread.
 
-    `what` leads every text. `corrupt` is raised when bytes can't be trusted, `closed` when the RocksDB was closed before.
+    `what` begins every text. `corrupt` is raised when bytes can't be trusted, `closed` when the RocksDB is closed.
     """
 
     def __init__(
@@ -75,7 +74,9 @@ class Translated:
         self._closed = closed
 
     def translate(self, error: Exception) -> PipelineError:
-        """Our error for one of rocksdict's. Its types say little: RocksDB's or the system's status is in the text."""
+        """Return the error for one of rocksdict's, whose types say little: the status of RocksDB or the system is in the
+        text.
+        """
         text = f"{self.what}: {error}"
         if isinstance(error, DbClosedError):
             return self._closed(f"{self.what} is closed")
@@ -99,8 +100,8 @@ class Translated:
             raise self.translate(error) from None
 
 
-def open_db(path: Path, options: Options, translated: Translated, *, read_only: bool = False) -> Any:
-    """Open, or create, a RocksDB. With `read_only`: `NotFound` if there is none; only RocksDB's own log is written then."""
+def open_db(path: Path, options: Options, translated: TranslatedErrors, *, read_only: bool = False) -> Any:
+    """Open or create a RocksDB. With `read_only` raise `NotFound` if there is none; only RocksDB's own log is written."""
     with translated:
         if not read_only:
             path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def open_db(path: Path, options: Options, translated: Translated, *, read_only: 
 
 
 class Owner(Protocol):
-    """What has a RocksDB open."""
+    """An object that has a RocksDB open."""
 
     db: Any
 
@@ -119,8 +120,8 @@ class Owner(Protocol):
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 
 
-def keep_from_children(owner: Owner) -> None:
-    """Let forked children end in peace: they have neither the threads of their parent's RocksDB nor any business with it."""
+def protect_from_forks(owner: Owner) -> None:
+    """Keep forked children from closing the parent's RocksDB: its threads do not exist there, so they would crash."""
     _watch_forks()
     _owners.add(owner)
 
@@ -140,7 +141,7 @@ def _after_fork_in_child() -> None:
 
 
 def close_quietly(db: Any, what: str) -> None:
-    """Close a RocksDB; one that failed a write fails this too, and has let go of its files all the same."""
+    """Close a RocksDB and log an error. After a failed write the close fails too, but the files are released."""
     try:
         db.close()
     except Exception as error:
@@ -148,19 +149,18 @@ def close_quietly(db: Any, what: str) -> None:
 
 
 class Cursor:
-    """An iterator over a RocksDB as it was when the cursor was made, whatever is written meanwhile.
+    """An iterator over a RocksDB as it was when the cursor was made.
 
-    Not rocksdict's `items()`, which ends without an error at a corrupt block, and not its `Snapshot`, whose iterators
-    show later writes.
+    rocksdict's `items()` ends without an error at a corrupt block, and the iterators of its `Snapshot` show later writes.
     """
 
-    def __init__(self, db: Rdict, translated: Translated) -> None:
+    def __init__(self, db: Rdict, translated: TranslatedErrors) -> None:
         self._translated = translated
         with translated:
             self._iterator: Any = db.iter()
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """As `ports.StoreView.get`."""
+        """See `ports.StoreView.get`."""
         return [self._get(key) for key in keys]
 
     def _get(self, key: bytes) -> bytes | None:
@@ -171,7 +171,7 @@ class Cursor:
         return None
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """As `ports.StoreView.scan`."""
+        """See `ports.StoreView.scan`."""
         iterator = self._iterator
         valid, get_key, get_value, forward = iterator.valid, iterator.key, iterator.value, iterator.next
         iterator.seek(start)
@@ -185,7 +185,7 @@ class Cursor:
         self._check()
 
     def last_before(self, end: bytes) -> tuple[bytes, bytes] | None:
-        """The entry with the largest key below `end`."""
+        """Return the entry with the largest key below `end`."""
         self._iterator.seek_for_prev(end)
         if self._iterator.valid() and self._iterator.key() == end:
             self._iterator.prev()
@@ -195,10 +195,10 @@ class Cursor:
         return None
 
     def _check(self) -> None:
-        """Tell the end from an error.
+        """Raise the error, if one and not the end of the range has stopped the iterator.
 
-        After an error the cursor is of no use and holds no files: whoever handles the error wants to delete them, and the
-        error, while it is handled, keeps every frame that it came through.
+        After an error the cursor drops its iterator, which would keep files open that the error's handler may want to
+        delete: a traceback holds every frame, and so the cursor, as long as the error is handled.
         """
         try:
             self._iterator.status()
@@ -208,13 +208,13 @@ class Cursor:
 
 
 class RocksStore:
-    """A `ports.Store` in a folder of its own."""
+    """A `ports.Store` in a folder."""
 
     def __init__(self, path: Path, options: Options, *, partition: int | None = None, read_only: bool = False) -> None:
-        self._translated = Translated(f"store {path}", partition=partition)
+        self._translated = TranslatedErrors(f"store {path}", partition=partition)
         self._read_only = read_only
         self.db = open_db(path, options, self._translated, read_only=read_only)
-        keep_from_children(self)
+        protect_from_forks(self)
         write_options: Any = WriteOptions()
         write_options.disable_wal = True  # an attribute, whatever the stub says
         write_options.no_slowdown = True
@@ -238,7 +238,9 @@ class RocksStore:
                     self._pause.wait(_STALL_INTERVAL_S)
 
     def _is_written(self, batch: WriteBatch) -> bool:
-        """False if the disk does not keep up. RocksDB would wait for it, but with the GIL: not even heartbeats went on."""
+        """Write; return False if RocksDB stalls. It must not wait by itself, because it would hold the GIL, and stop even
+        heartbeats.
+        """
         try:
             self.db.write(batch, self._write_options)
         except Exception as error:
@@ -282,9 +284,9 @@ class RocksStore:
 
 
 class RocksStores:
-    """A `ports.Stores`: one RocksDB for each partition, one budget of memory for all.
+    """A `ports.Stores` with one RocksDB for each partition and one memory budget for all.
 
-    With `read_only`, `open` raises `NotFound` for a store that is not there, and nothing is written but RocksDB's own log.
+    With `read_only`, `open` raises `NotFound` if there is no store, and only RocksDB's own log file is written.
     """
 
     def __init__(self, path: Path, settings: LogSettings, *, read_only: bool = False) -> None:
@@ -331,7 +333,7 @@ class RocksStores:
         if store is not None:
             store.abandon()
         path = self._path / str(partition)
-        with Translated(f"store {path}"):
+        with TranslatedErrors(f"store {path}"):
             if path.exists():  # what a crash leaves of it half way is a store that can't be opened, so it comes here again
                 shutil.rmtree(path)
 

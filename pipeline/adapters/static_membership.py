@@ -1,4 +1,4 @@
-"""Membership without a group: the partitions that are listed, or all, those that are added later too."""
+"""Membership without a group: listed partitions, or all, including those that are added later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _MEMBERSHIP_INTERVAL_S = 0.5
 
 
 class StaticMembership:
-    """All partitions of `partition_count()`, or the listed ones, as long as it runs. Whoever starts last fences."""
+    """Assigns the listed partitions, or all `partition_count()` ones, for as long as it runs.
+
+    Of two processes with the same partition the one that starts later fences the other.
+    """
 
     def __init__(
         self,
@@ -38,28 +41,28 @@ class StaticMembership:
             clock=clock or SystemClock(),
             metrics=metrics,
             interval_s=_MEMBERSHIP_INTERVAL_S,
-            put_off=self._put_off,
+            on_unavailable=self._on_unavailable,
         )
-        """The thread that looks how many partitions there are."""
+        """Thread that looks for new partitions."""
 
     def start(self, listener: MembershipListener) -> None:
-        """See `Membership`."""
+        """See `ports.Membership`."""
         self._listener = listener
         self.thread.start()
 
     def stop(self, *, leave: bool, timeout_s: float) -> bool:
-        """See `Membership`. There is nobody to hand over to, so nothing is revoked."""
+        """See `ports.Membership`. Nothing is revoked, because there is no other member."""
         return self.thread.stop(timeout_s)
 
     def set_warm(self, partitions: frozenset[int]) -> None:
-        """Nobody asks."""
+        """Do nothing: there is no other member."""
 
     def members(self) -> list[Member]:
-        """Nobody knows."""
+        """Return no members: there is no group."""
         return []
 
     def step(self) -> None:
-        """Look once, and tell the listener if there are other partitions than before."""
+        """Read the partition count, and call the listener if the partitions have changed."""
         assert self._listener is not None
         try:
             actives = frozenset(range(self._partition_count())) if self._listed is None else self._listed
@@ -73,6 +76,6 @@ class StaticMembership:
             self._listener.on_assigned(actives, frozenset(), self._generation + 1)
             self._generation, self._assigned = self._generation + 1, actives
 
-    def _put_off(self, error: Unavailable) -> None:
+    def _on_unavailable(self, error: Unavailable) -> None:
         _log.debug("which partitions there are is not known: %s", error)
         self.thread.stopping.wait(_MEMBERSHIP_INTERVAL_S)

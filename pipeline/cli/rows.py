@@ -17,7 +17,7 @@ import msgspec
 from pipeline.core.kinds import TS_MS_MAX, kind_of
 from pipeline.core.record import Definition, check_label_values
 from pipeline.errors import Invalid
-from pipeline.faults import Field, decode_fault, is_scalar, object_fault
+from pipeline.json_errors import Field, is_scalar, object_error, utf8_error
 from pipeline.threads import POLL_INTERVAL_S
 
 ROW_BYTES_MAX = 1_048_576
@@ -309,7 +309,7 @@ def _ndjson_rows(lines: Lines, checker: _Checker, columns: Columns) -> Iterator[
         except Invalid as error:
             row = BadRow(line, line, str(error))
         except (UnicodeDecodeError, msgspec.MsgspecError, RecursionError) as error:
-            row = BadRow(line, line, object_fault(text, wanted, others=True) or str(error))
+            row = BadRow(line, line, object_error(text, wanted, others=True) or str(error))
         yield row
 
 
@@ -319,5 +319,5 @@ def _row_type(names: Mapping[str, str]) -> type[msgspec.Struct]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return decode_fault(error)
+        return utf8_error(error)
     return NO_CSV if isinstance(error, csv.Error) else str(error)

@@ -31,7 +31,7 @@ def ls(folder: Folder, json: Json = False) -> None:
     """
     from pipeline.adapters.clock import SystemClock
     from pipeline.cli import console
-    from pipeline.publisher.spool.look import inspect
+    from pipeline.publisher.spool.orphan import inspect
 
     now_ms = SystemClock().now_ms()
     slots = inspect(folder)
@@ -97,11 +97,11 @@ def drain(
     from pipeline.cli import console
     from pipeline.connect import log_writer
     from pipeline.publisher.rescue import drain as drain_folder
-    from pipeline.publisher.spool.leftover import leftovers
+    from pipeline.publisher.spool.orphan import find_slots
     from pipeline.settings import PublisherSettings
 
     console.configure_logging("warning")
-    leftovers(folder)  # before anything is connected to
+    find_slots(folder)  # before anything is connected to
     config = load(set_)
     settings = PublisherSettings(producer_ttl_ms=config.publisher.producer_ttl_ms)
     bad = False

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded.integrity import find_gaps, said
+from pipeline.adapters.embedded.integrity import describe_gaps, find_gaps
 from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
 from pipeline.cli import console
@@ -76,7 +76,7 @@ def _damage_of(log: EmbeddedLog | KafkaLog) -> str:
         gaps = find_gaps(log, full=True)
     except LogCorrupt as error:
         return str(error)
-    return said(gaps) if gaps else ""
+    return describe_gaps(gaps) if gaps else ""
 
 
 def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> tuple[list[Result], str]:

@@ -1,7 +1,7 @@
-"""What a gateway refuses at its door: whatever a task is certain to refuse, so that nothing accepted is a dead letter.
+"""Refuse, at a gateway, everything that a task is certain to refuse, so that accepted deltas do not become dead letters.
 
-`Facts` is what this process knows of the tasks' state, from the stores that it answers reads from. It can lag behind, so a
-gateway can be wrong in one direction only: what it takes may still be refused when another gateway was quicker.
+`Facts` has what this process knows of the tasks' state, from the stores that it answers reads from. It can lag behind, so a
+gateway can be wrong in one direction only: a batch that it takes may still be refused if another gateway was quicker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.errors import BadRecord, GroupsRefused
 from pipeline.ports import Facts, KnownDefinitions
 
 KEY_PREFIX = "key:"
-"""What the producer ids of requests with an `Idempotency-Key` start with."""
+"""Prefix of the producer ids of requests with an `Idempotency-Key`."""
 
 
 class NoFacts:
@@ -36,15 +36,15 @@ class NoFacts:
 
 
 def is_reserved(producer_id: str) -> bool:
-    """Whether only a gateway itself makes batches with this producer id."""
+    """Return whether only a gateway itself makes batches with this producer id."""
     return producer_id.startswith(KEY_PREFIX) or is_letter_producer(producer_id)
 
 
 def check_owner(producer_id: str, secret: str) -> None:
-    """Raise `BadRecord` unless whoever sends a batch of this producer has its secret.
+    """Raise `BadRecord` unless the secret is that of the producer.
 
     The id is a hash of the secret, so any gateway can tell, without a memory, also after a restart; and an id that was
-    seen in a log or in a topic is of no use to anybody.
+    seen in a log or in a topic is of no use without the secret.
     """
     if is_reserved(producer_id):
         raise BadRecord("its producer id begins as those that only the server itself uses")
@@ -53,7 +53,10 @@ def check_owner(producer_id: str, secret: str) -> None:
 
 
 def check_batch(value: bytes, now_ms: int, limits: TaskLimits, facts: Facts) -> tuple[Received, list[RefusedGroup]]:
-    """A batch from outside, and which of its groups a task would refuse; `BadRecord` if it would refuse the whole."""
+    """Decode a batch from outside; return it, and the groups that a task would refuse.
+
+    Raises `BadRecord` if a task would refuse the whole batch.
+    """
     received = receive_batch(value)
     batch = received.batch
     if batch.controls:
@@ -83,7 +86,7 @@ def _check_producer(received: Received, facts: Facts) -> None:
 
 
 def refusal(number: int, refused: Iterable[RefusedGroup]) -> GroupsRefused:
-    """The error that names the groups of a batch that can't be taken."""
+    """Return the error that names the groups of a batch that are refused."""
     groups = sorted((it.index, it.view, it.reason) for it in refused)
     first = ", ".join(f"group {index} (view {view}): {reason}" for index, view, reason in groups[:3])
     more = f", and {len(groups) - 3} more groups" if len(groups) > 3 else ""
@@ -91,19 +94,19 @@ def refusal(number: int, refused: Iterable[RefusedGroup]) -> GroupsRefused:
 
 
 class Rooms:
-    """Room for definitions: a partition holds so many, and some are on their way to it. Safe from any thread."""
+    """Room for definitions in partitions, those included that are on their way there. Safe from any thread."""
 
     def __init__(self, facts: Facts, views_max: int) -> None:
         self._facts = facts
         self._views_max = views_max
         self._lock = threading.Lock()
         self._coming: dict[int, dict[bytes, float]] = {}
-        """By partition: definitions that were sent, each with the offset from which on the partition must have it."""
+        """By partition: definitions that were sent, each with the offset from which on the tasks must know it."""
 
     def take(self, wanted: Mapping[int, Collection[Definition]]) -> dict[Definition, str]:
-        """Take the room that definitions need in the partitions that they go to: those for which there is none, and why.
+        """Reserve room for definitions in partitions; return those for which there is none, with the reason.
 
-        For the others `sent` must follow, once it is known where they are in the log.
+        For the others `sent` must be called once their place in the log is known.
         """
         refused: dict[Definition, str] = {}
         with self._lock:
@@ -131,7 +134,7 @@ class Rooms:
         return refused
 
     def sent(self, wanted: Mapping[int, Collection[Definition]], next_offsets: Mapping[int, int]) -> None:
-        """Definitions were sent to partitions; where, if it is known. Else their room is given back."""
+        """Take note of the offsets behind definitions that were sent, or give their room back in partitions without one."""
         with self._lock:
             for partition, definitions in wanted.items():
                 coming = self._coming.get(partition, {})

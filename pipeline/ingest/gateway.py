@@ -1,4 +1,4 @@
-"""Takes in what others publish over HTTP: single deltas, which it merges and seals, and batches that are sealed already."""
+"""Takes deltas published over HTTP: single deltas, which it merges and seals, and batches that are sealed already."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from pipeline.ingest.idempotency import chunks, partition_of_request, producer_o
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
 from pipeline.publisher.batching import Pending, seal
-from pipeline.publisher.naming import Naming
+from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 
 _REMEMBERED_MAX = 10_000
 _REMEMBERED_MS = 60_000
-"""How long a gateway remembers how a view was defined here: then the stores that it reads from know."""
+"""How long a gateway remembers definitions of its own requests: by then the stores that it reads from have them."""
 
 
 class _Series(NamedTuple):
-    """Deltas of a request that make one state of a batch."""
+    """The key under which deltas of a request merge into one state of a batch."""
 
     part: int
-    """Of a request with a key: which of its batches they are in; else 0."""
+    """Number of the batch within a request with a key; else 0."""
     definition: Definition
     suffix: bytes
 
 
 class Gateway:
-    """A `ports.Ingest` on a log. `definition_of` says what is known of a view: of a delta that does not say everything, the
-    rest is as it is known.
+    """A `ports.Ingest` on a log. `definition_of` returns the known definition of a view: a delta that leaves something out
+    gets it from there.
 
     If anything in a request is wrong, nothing of it is appended. The rest is one append: on the embedded log that is atomic,
     on Kafka a broker's failure can cut it between partitions. A client that gets no answer and sends single deltas again
@@ -75,9 +75,9 @@ class Gateway:
         facts: Facts | None = None,
         idempotent_partitions: int = 1,
     ) -> None:
-        """`limits` are those of the tasks; `facts` is what is known of their state."""
+        """`limits` are those of the tasks; `facts` knows their state."""
         self._writer = writer
-        self._naming = Naming(writer)
+        self._tokens = TokenMaker(writer)
         self._clock = clock
         self._settings = settings
         self._definition_of = definition_of
@@ -89,7 +89,7 @@ class Gateway:
         self._lock = threading.Lock()
         self._outbox = Outbox(clock.new_id(), 0)
         self._defined: dict[tuple[str, str], tuple[Definition, int]] = {}
-        """By view and kind: how it was defined here, and when."""
+        """By view and kind: the definition of the last request here, and its time."""
 
     # Deltas
 
@@ -98,10 +98,10 @@ class Gateway:
         return self._take(deltas, deltas, None, key)
 
     def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
-        """Accept those deltas that can be; see `ports.Ingest`.
+        """Accept the deltas that are valid; see `ports.Ingest`.
 
-        An empty label is none. All deltas of one view and kind get all labels that one of them has, or that the view is
-        known with: so a text of metrics makes one definition of a view, not one for each set of labels that is in it.
+        An empty label counts as missing. All deltas of one view and kind get all labels that one of them has, or that the
+        view is known with: so a text of metrics makes one definition of a view, not one for each set of labels in it.
         """
         refused: list[Refusal] = []
         return self._take(self._fitted(deltas), deltas, refused, key), refused
@@ -115,13 +115,13 @@ class Gateway:
     ) -> Token:
         """Append the deltas; those that are wrong go to `refused`, or without it raise `Invalid` before anything is done.
 
-        `said` is the deltas as the client sent them: by these a request with a key is cut, because the labels that a view is
-        known with can be others when the request comes again.
+        `said` are the deltas as the client sent them. A request with a key is cut by these, because the known labels of a
+        view can be others when the request is repeated.
         """
         now_ms = self._clock.now_ms()
         parts = [*chunks(said)] if key is not None else [range(len(deltas))]
-        # What can't be taken now may be taken from a repeat. Tasks would not count it there, because they know the batch by
-        # its key: so a request with a key is then refused as a whole.
+        # A delta that is refused now may be valid in a repeat, where tasks would not count it, because they know the batch
+        # by its key. So a request with a key is then refused as a whole.
         refused_now = refused if key is None else None
         known: dict[tuple[str, str], Definition | None] = {}
         raw: dict[_Series, list[Any]] = {}
@@ -158,12 +158,12 @@ class Gateway:
         refused.append(Refusal(number, reason, str(error)))
 
     def _check(self, definition: Definition, delta: RawDelta, now_ms: int) -> tuple[Any, int]:
-        """The value of a delta, as its kind keeps it, and its time."""
+        """Return the value of a delta, as its kind keeps it, and its time."""
         ts_ms = now_ms if delta.ts_ms is None else delta.ts_ms
         return kind_of(definition).check(delta.value, ts_ms, self._clock.rising_ns()), ts_ms
 
     def _definition(self, delta: RawDelta, known: dict[tuple[str, str], Definition | None]) -> Definition:
-        """What a delta is of. If it does not say whether a sum is monotone, that is as its view is known."""
+        """Return the definition of a delta. If it does not say whether a sum is monotone, the known view decides."""
         view, kind, labels, window_s, monotone = _shape(delta)
         if monotone is None:
             monotone = False
@@ -179,7 +179,7 @@ class Gateway:
         return definition
 
     def _known(self, view: str, kind: str) -> Definition | None:
-        """How a view of this kind is defined, as far as this process knows."""
+        """Return the definition of a view of this kind that this process knows."""
         known = self._definition_of(view)
         if known is not None and known.kind != kind:
             known = None
@@ -202,7 +202,7 @@ class Gateway:
                 break
 
     def _fitted(self, deltas: Sequence[RawDelta]) -> list[RawDelta]:
-        """The deltas, each with all labels of its view and kind: those that it lacks are empty."""
+        """Return the deltas, each with all labels of its view and kind: missing ones are empty."""
         unions: dict[tuple[str, str], dict[str, str]] = {}
         for delta in deltas:
             mine = {name: "" for name, value in delta.labels.items() if value}
@@ -215,7 +215,7 @@ class Gateway:
         for delta in deltas:
             labels = {name: value for name, value in delta.labels.items() if value}
             union = unions[delta.view, delta.kind]
-            # More labels than any definition has: each delta by itself may have few enough.
+            # Together they may have more labels than a definition can; each delta by itself may have few enough.
             fitted.append(delta._replace(labels={**union, **labels} if len(union) <= LABEL_COUNT_MAX else labels))
         return fitted
 
@@ -229,7 +229,7 @@ class Gateway:
         key: RequestKey | None,
         now_ms: int,
     ) -> tuple[list[Sealed], dict[int, Collection[Definition]]]:
-        """The batches of a request, and which definitions go to which partitions: there is room for them there."""
+        """Return the batches of a request, and by partition the definitions for which room was reserved."""
         if not raw:
             return [], {}
         partition_count = self._writer.partition_count(DELTAS)
@@ -247,14 +247,20 @@ class Gateway:
         full = self._rooms.take(wanted)
         try:
             if full:
-                self._refuse_full(full, numbers, refused)
+                for definition, why in full.items():
+                    for number in numbers.pop(definition):
+                        self._refuse(number, "view", why, refused)
                 raw = {it: run for it, run in raw.items() if it.definition not in full}
             states = {it: kind_of(it.definition).collect(run) for it, run in raw.items()}
             if key is not None:
                 sealed = _seal_parts(states, producer_id, fixed, now_ms)
             else:
                 merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
-                sealed = self._seal_merged(merged, partition_count, bytes_max, now_ms)
+                batch_max = min(self._settings.batch_bytes_max, bytes_max)
+                with self._lock:
+                    sealed = seal(
+                        merged, self._outbox, partition_count=partition_count, batch_bytes_max=batch_max, now_ms=now_ms
+                    )
             for batch in sealed:
                 if len(batch.value) > bytes_max:
                     self._settle(sealed, key)
@@ -264,29 +270,12 @@ class Gateway:
             raise
         return sealed, {partition: [*definitions] for partition, definitions in wanted.items()}
 
-    def _refuse_full(
-        self, full: Mapping[Definition, str], numbers: dict[Definition, list[int]], refused: list[Refusal] | None
-    ) -> None:
-        for definition, why in full.items():
-            for number in numbers.pop(definition):
-                self._refuse(number, "view", why, refused)
-
-    def _seal_merged(self, merged: list[Pending], partition_count: int, bytes_max: int, now_ms: int) -> list[Sealed]:
-        with self._lock:
-            return seal(
-                merged,
-                self._outbox,
-                partition_count=partition_count,
-                batch_bytes_max=min(self._settings.batch_bytes_max, bytes_max),
-                now_ms=now_ms,
-            )
-
     def _send(self, sealed: Sequence[Sealed], wanted: Mapping[int, Collection[Definition]], key: RequestKey | None) -> Token:
-        """Append batches, each of which will never be sent again."""
+        """Append batches, none of which is ever sent again."""
         offsets: dict[int, int] = {}
         messages = [Message(DELTAS, batch.partition, None, batch.value) for batch in sealed]
         try:
-            before = self._naming.before() if messages else ""
+            before = self._tokens.topic_id_before() if messages else ""
             results = self._append(messages)
             offsets = _covering(messages, results)
             errors = [result for result in results if isinstance(result, PipelineError)]
@@ -296,13 +285,12 @@ class Gateway:
         finally:
             self._settle(sealed, key)
             self._rooms.sent(wanted, offsets)
-        return self._naming.name(offsets, before)
+        return self._tokens.make(offsets, before)
 
     def _settle(self, sealed: Sequence[Sealed], key: RequestKey | None) -> None:
-        """Acknowledged or given up: either way these are never sent again, and the floor may pass them.
+        """Forget batches that are acknowledged or given up, so that the floor may pass them.
 
-        Batches of a request with a key are of another producer: the outbox can have others, that are under way, under the
-        same sequences.
+        Batches of a request with a key have a producer of their own: the outbox can have others under the same sequences.
         """
         if key is not None:
             return
@@ -345,7 +333,7 @@ class Gateway:
         wanted: Mapping[int, Collection[Definition]],
         of_batch: list[list[tuple[int, Definition]]],
     ) -> tuple[list[int], Token]:
-        """Append batches of others, if there is room for the definitions that are in each."""
+        """Append batches of publishers, if there is room for their definitions."""
         full = self._rooms.take(wanted)
         offsets: dict[int, int] = {}
         try:
@@ -353,7 +341,7 @@ class Gateway:
                 refused = [RefusedGroup(index, it.view, full[it]) for index, it in groups if it in full]
                 if refused:
                     raise refusal(number, refused)
-            before = self._naming.before() if messages else ""
+            before = self._tokens.topic_id_before() if messages else ""
             results = self._append(messages)
             offsets = _covering(messages, results)
             for number, result in enumerate(results):
@@ -363,15 +351,15 @@ class Gateway:
         finally:
             self._rooms.sent(wanted, offsets)
         self._metrics.inc(m.BATCHES_INGESTED, len(messages))
-        return done, self._naming.name(offsets, before)
+        return done, self._tokens.make(offsets, before)
 
-    # What the server itself has to say
+    # Orders
 
     def controls(self, controls: Sequence[Control], key: RequestKey | None = None) -> Token:
-        """Append an order to every partition, so that each carries it out once, between two batches.
+        """Append orders to every partition, so that each carries them out once, between two batches.
 
-        Raises `Invalid` if it is none; `Unavailable` if some partitions may not have it. With a `key` a repeat is carried
-        out once in each partition, also in those that came meanwhile.
+        Raises `Invalid` for an unknown order; `Unavailable` if some partitions may not have it. With a `key` a repeat is
+        carried out once in each partition, also in those that were added meanwhile.
         """
         for control in controls:
             if control.action not in CONTROL_ACTIONS:
@@ -383,8 +371,8 @@ class Gateway:
         orders = [
             msgspec.structs.replace(it, labels=None if it.labels is None else tuple(sorted(it.labels))) for it in controls
         ]
-        # The log is asked anew: a partition that this process has not heard of can hold series. One that comes from now on
-        # can hold none of before.
+        # The log is asked anew, because a partition that this process does not know yet can hold series. A partition that is
+        # added from now on can hold none of before.
         now_ms, partitions = self._clock.now_ms(), sorted(self._writer.high_watermarks(DELTAS)) if orders else []
         sealed: list[Sealed] = []
         with self._lock:
@@ -400,13 +388,13 @@ class Gateway:
 
 
 def _together(newer: Definition, older: Definition) -> Definition:
-    """The newer definition with the labels of both, if that many can be."""
+    """Return the newer definition with the labels of both, unless these are too many."""
     labels = tuple(sorted({*newer.labels, *older.labels}))
     return msgspec.structs.replace(newer, labels=labels) if len(labels) <= LABEL_COUNT_MAX else newer
 
 
 def _seal_parts(states: Mapping[_Series, Any], producer_id: str, partition: int, now_ms: int) -> list[Sealed]:
-    """The batches of a request with a key: each sequence is the place of its deltas in the request."""
+    """Return the batches of a request with a key: the sequence of each is the place of its deltas in the request."""
     parts: dict[int, dict[Definition, tuple[list[bytes], list[Any]]]] = {}
     for (part, definition, suffix), state in states.items():
         suffixes, column = parts.setdefault(part, {}).setdefault(definition, ([], []))
@@ -421,7 +409,7 @@ def _seal_parts(states: Mapping[_Series, Any], producer_id: str, partition: int,
 
 
 def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int, bool | None]:
-    """View, kind, labels, window and `monotone` of a delta, of the types that they should have; `Invalid` otherwise."""
+    """Return view, kind, labels, window and `monotone` of a delta, or raise `Invalid` if one has a wrong type."""
     view: Any = delta.view
     kind: Any = delta.kind
     labels: Any = delta.labels
@@ -439,7 +427,7 @@ def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int, bool | No
 
 
 def _covering(messages: Sequence[Message], results: Sequence[int | PipelineError]) -> dict[int, int]:
-    """By partition, the offset behind all that was acknowledged."""
+    """Return, by partition, the offset behind all that was acknowledged."""
     covering: dict[int, int] = {}
     for message, result in zip(messages, results, strict=True):
         if isinstance(result, int):
@@ -448,7 +436,7 @@ def _covering(messages: Sequence[Message], results: Sequence[int | PipelineError
 
 
 def _offsets(results: Sequence[int | PipelineError]) -> list[int]:
-    """The offsets; `Unavailable` unless each was acknowledged."""
+    """Return the offsets, or raise `Unavailable` unless each batch was acknowledged."""
     errors = [result for result in results if isinstance(result, PipelineError)]
     if errors:
         raise Unavailable(f"{len(errors)} of {len(results)} batches not acknowledged: {errors[0]}") from errors[0]

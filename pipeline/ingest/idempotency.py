@@ -4,10 +4,10 @@ A task counts each (producer, partition, sequence) once. So the batches of such 
 from what the client repeats: path, key and body. Then a repeat is the same batches again, if two things are the same in
 every try, without any memory that servers would have to share:
 
-- which deltas are in which batch: the request is cut by what it says itself, never by a setting, by what is known of a
-  view, or by what was refused;
-- which partition they go to: not that of each series, which depends on the number of partitions, and that may have grown
-  between two tries; but one of the first partitions, which are always there (`idempotent_partitions`), by the producer.
+- which deltas are in which batch: the request is cut by its own content, never by a setting, by the known definition of a
+  view, or by refusals;
+- which partition they go to: the partition of a series depends on the number of partitions, which may grow between two
+  tries; so all go to one of the first partitions, which are always there (`idempotent_partitions`), chosen by the producer.
   Any partition is right for any series, because reads merge all of them.
 
 The body is part of the identity. So another body under the same key, at a server that does not remember the first one, is
@@ -24,30 +24,30 @@ from zlib import crc32
 from pipeline.ingest.admission import KEY_PREFIX
 from pipeline.ports import RawDelta, RequestKey
 
-# What follows is part of a request's identity, as are `_size`, `partition_of_request` and `producer_of_request`: servers of
-# two versions must cut alike. If they did not, a repeat at the other one would have other deltas under the sequence of a
-# batch that is counted, and they would be acknowledged and dropped. So whatever is changed here needs another `KEY_PREFIX`,
-# and even then a repeat that crosses the upgrade counts twice.
+# These constants, `_size`, `partition_of_request` and `producer_of_request` are part of a request's identity: servers of two
+# versions must cut alike. If they did not, a repeat at the other one would have other deltas under the sequence of a batch
+# that is counted, and they would be acknowledged and dropped. So any change here needs another `KEY_PREFIX`, and even then a
+# repeat that crosses the upgrade counts twice.
 CHUNK_BYTES_MAX = 262_144
-"""Bytes of one batch, at most, but for a delta that is larger by itself: so that every log takes it, and no batch has more
-groups than a task reads, even if each delta is one by itself."""
+"""The most bytes of one batch, unless a delta is larger by itself: every log takes so many, and no batch has more groups
+than a task reads, even if each delta is a group of its own."""
 _DELTA_BYTES = 160
-"""What a delta takes in a batch beyond its texts and digits, at most, as a group by itself."""
+"""The most bytes that a delta takes in a batch beyond its texts and digits, as a group of its own."""
 
 
 def producer_of_request(key: RequestKey) -> str:
-    """The producer of the batches of a request."""
+    """Return the producer id of the batches of a request."""
     said = (key.path.encode(), key.key.encode(), key.digest)
     return KEY_PREFIX + sha256(b"".join([len(part).to_bytes(4, "big") + part for part in said])).hexdigest()
 
 
 def partition_of_request(producer_id: str, partitions: int) -> int:
-    """The partition of all batches of a request: one of the first `partitions`."""
+    """Return the partition of all batches of a request: one of the first `partitions`."""
     return crc32(producer_id.encode()) % partitions
 
 
 def chunks(deltas: Sequence[RawDelta]) -> Iterator[range]:
-    """Which deltas, by number, are in which batch: batch by batch."""
+    """Return the deltas of each batch, by number."""
     start = size = 0
     for number, delta in enumerate(deltas):
         more = _size(delta)
@@ -60,7 +60,7 @@ def chunks(deltas: Sequence[RawDelta]) -> Iterator[range]:
 
 
 def _size(delta: RawDelta) -> int:
-    """What a delta takes in a batch, at most; of one that is none, anything."""
+    """Return the most bytes that a delta takes in a batch; any number if it is not valid."""
     try:
         size = _DELTA_BYTES + _text_bytes(delta.view)
         for name, text in delta.labels.items():

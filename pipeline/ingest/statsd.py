@@ -1,4 +1,4 @@
-"""StatsD lines as deltas: which views they make, within which limits.
+"""Record StatsD lines as deltas: the views that they make, and the limits.
 
     counter    NAME            sum
     gauge      NAME            last
@@ -6,7 +6,7 @@
     histogram  NAME            mean    NAME_max     max    NAME_count     sum
     set        NAME{member}    sum; its series are the members, so their number is the set's size
 
-What a line says wrong is counted by reason, and never keeps another line from being recorded.
+A line that is wrong is counted by reason, and keeps no other line from being recorded.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _log = logging.getLogger(__name__)
 
 
 class _Refused(Exception):
-    """This line is left out, for a reason."""
+    """A line is left out, for a reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 class _Part:
-    """One view that lines of a name and type are recorded to."""
+    """One of the views that lines of a name and type are recorded to."""
 
     def __init__(self, view: Any, labels: tuple[str, ...]) -> None:
         self.view = view
@@ -51,27 +51,27 @@ class _Part:
         self._names = frozenset(labels)
 
     def values(self, tags: Mapping[str, str]) -> tuple[str, ...]:
-        """The label values of a line: empty for a tag that it lacks."""
+        """Return the label values of a line, empty for a tag that it lacks."""
         if not tags.keys() <= self._names:
             raise _Refused("labels")
         return tuple([tags.get(label, "") for label in self.labels])
 
 
 class _MetricViews:
-    """What lines of one name and type make."""
+    """The views and series of the lines of one name and type."""
 
     def __init__(self, source: str, parts: Sequence[_Part]) -> None:
         self.source = source
         self.parts = parts
         self.series: dict[tuple[str, ...], Any] = {}
-        """Label values that were seen; of a gauge its value now."""
+        """Values of gauges by label values; of other types None."""
 
 
 class StatsdSink:
     """A `ports.LineSink` that records to a publisher. Its owner calls `close` before the last flush.
 
     The labels of a view are those of `known`, by the view's name; else of `labels`, by the metric's Prometheus name; else
-    the tags of the first line. A line that lacks one of them has it empty; one that has another is left out.
+    the tags of the first line. A label that a line lacks is empty; a line with another label is left out.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class StatsdSink:
         self._labels = labels or {}
         self._slots: dict[tuple[str, str], _MetricViews] = {}
         self._owners: dict[str, tuple[str, str]] = {}
-        """Whose a view is: source and type."""
+        """By view, the source and type of the lines that it belongs to."""
         self._series_count = 0
         self._unset: dict[tuple[_MetricViews, tuple[str, ...]], int | float] = {}
-        """Gauges that have changed, with the values that are not recorded yet."""
+        """Values of gauges that are not recorded yet."""
         self._set_ms = 0
-        """When gauges were last recorded."""
+        """The time at which gauges were last recorded."""
         self.line_count = 0
         self.refused: Counter[str] = Counter()
-        """What was left out, by reason."""
+        """Number of lines that were left out, by reason."""
         for protocol in PROTOCOLS:
             metrics.inc(m.INGEST_LINES, 0, protocol)
             for reason in (*REASONS, *_OWN_REASONS):
@@ -136,12 +136,12 @@ class StatsdSink:
         self._metrics.inc(m.INGEST_MALFORMED, 1, protocol, reason)
 
     def tick(self) -> None:
-        """Record gauges that have changed, each at most once a millisecond, so that a storm of lines costs little."""
+        """Record gauges that have changed, at most once a millisecond, so that a storm of lines costs little."""
         if self._unset and self._clock.now_ms() != self._set_ms:
             self._set_gauges()
 
     def close(self) -> bool:
-        """Record what is still held back; False if the publisher has no room for it: flush, and call this again."""
+        """Record the remaining gauges; return False if the publisher has no room: flush, and call this again."""
         if self._unset:
             self._set_gauges()
         return not self._unset
@@ -237,12 +237,13 @@ class StatsdSink:
 
 
 def _plain(total: Any) -> int | float:
-    """A gauge's value without the error term that relative steps have left."""
-    return total[0] if type(total) is tuple else total  # type: ignore[no-any-return]
+    """Return a gauge's value without the error term that relative steps have left."""
+    value: int | float = total[0] if type(total) is tuple else total
+    return value
 
 
 def _wanted(line: Line) -> list[tuple[str, str]]:
-    """The views that a line is recorded to, and their kinds."""
+    """Return the views that a line is recorded to, with their kinds."""
     name = line.name
     if line.type in (COUNTER, SET):
         return [(name, "sum")]

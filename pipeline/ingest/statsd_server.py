@@ -1,8 +1,8 @@
-"""A UDP and a TCP socket on one port, as StatsD clients know them: one thread reads both, and hands lines on.
+"""A StatsD server: a UDP and a TCP socket on one port, read by one thread that passes lines on.
 
-Packets that come faster than they are read are dropped by the kernel, where this process can't see it: `ss -lunm` counts
-them (`d`). TCP is held up instead. Whatever is sent, memory is bounded: by the kernel's buffers, one partial line for each
-connection, and one read of each socket.
+Packets that come faster than they are read are dropped by the kernel, which only `ss -lunm` shows (`d`). TCP senders are
+slowed down instead. Memory is bounded whatever is sent: by the kernel's buffers, one partial line for each connection, and
+one read of each socket.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ UDP, TCP = "statsd_udp", "statsd_tcp"
 _TICK_S = 0.05
 _READ_BYTES = 65_536
 _BURST_PACKETS = 256
-"""Packets that are taken in at once, before TCP has its turn."""
+"""Packets to read at once before TCP has its turn."""
 _BURST_BYTES = 1_048_576
 _DRAIN_S = 2.0
-"""How long senders that do not stop may hold up the end."""
+"""Longest time for which senders that do not stop may hold up the end."""
 _PAUSE_S = 1.0
-"""How long no connection is accepted after one could not be: there are no file descriptors left."""
+"""Pause after a connection could not be accepted for lack of file descriptors."""
 _PORT_TRIES = 20
 _log = logging.getLogger(__name__)
 
 
 class _Connection:
-    """What a connection has sent of a line that is not ended yet."""
+    """A connection, with the beginning of a line whose end has not come."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.partial = b""
         self.skipping = False
-        """Whether a line that is too long is under way."""
+        """True while the rest of an oversized line is skipped."""
 
 
 class StatsdServer:
-    """Listens from the moment it is made; `start` begins to read. `Invalid` if the address is taken or is none of ours."""
+    """Listens as soon as it is made; `start` begins to read. `Invalid` if the address is taken or not of this machine."""
 
     def __init__(
         self, host: str, port: int, settings: IngestSettings, sink: LineSink, clock: Clock, metrics: Metrics = NO_METRICS
@@ -69,13 +69,13 @@ class StatsdServer:
             clock=clock,
             metrics=metrics,
             on_fatal=lambda _: None,  # `failed` says it
-            at_end="receiving ends",
+            fatal_message="receiving ends",
             on_end=self._finish,
         )
 
     @property
     def failed(self) -> bool:
-        """Whether the thread has ended by itself."""
+        """True if an exception has ended the thread."""
         return self._thread.failed
 
     @property
@@ -86,16 +86,16 @@ class StatsdServer:
 
     @property
     def receive_buffer_bytes(self) -> int:
-        """What the kernel has granted for packets that wait; it says twice that, for its own records."""
+        """Bytes that the kernel grants for waiting packets; it reports twice that, for its own records."""
         granted = self._udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         return granted // 2 if hasattr(socket, "SO_PASSCRED") else granted
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start to read."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 30.0) -> bool:
-        """Take in what has arrived, then close; whether that was done in time. Twice is fine."""
+        """Take in what has arrived, then close; return whether that was done in time. Idempotent."""
         self._thread.stopping.set()
         with suppress(OSError):
             self._wake.send(b"x")
@@ -105,7 +105,7 @@ class StatsdServer:
         return self._thread.stop(timeout_s)
 
     def _finish(self) -> None:
-        """Take in what has arrived, unless that has failed already, and close."""
+        """Take in what has arrived, unless reading has failed, and close."""
         try:
             if not self._thread.failed:
                 self._drain()
@@ -113,7 +113,7 @@ class StatsdServer:
             self._close()
 
     def _turn(self, timeout_s: float) -> bool:
-        """Wait for something to read, and read some of everything that has; whether there was any."""
+        """Wait for input, and read some from every socket that has any; return whether one had."""
         ready = self._selector.select(timeout_s)
         for key, _ in ready:
             self._read(key.fileobj)
@@ -132,7 +132,7 @@ class StatsdServer:
             self._read_stream(self._connections[sock])
 
     def _drain(self) -> None:
-        """Read on until nothing is left, or for so long."""
+        """Read until nothing is left, or time is over."""
         with suppress(KeyError):
             self._selector.unregister(self._woken)
         deadline_s = self._clock.monotonic_s() + _DRAIN_S
@@ -226,7 +226,7 @@ class StatsdServer:
             self._sink.refuse("line_long", TCP)
 
     def _end(self, connection: _Connection, *, whole: bool) -> None:
-        """Let go of a connection. Its last line counts without a line end if it was closed in order."""
+        """Close a connection. A last line without a line end counts if the sender closed in order."""
         del self._connections[connection.sock]
         self._selector.unregister(connection.sock)
         connection.sock.close()
@@ -238,7 +238,7 @@ class StatsdServer:
 
 
 def _bind_both(host: str, port: int) -> tuple[socket.socket, socket.socket]:
-    """A listening TCP socket and a UDP socket on one port; for port 0 on any that has both free."""
+    """Return a listening TCP socket and a UDP socket on one port; for port 0 on any that is free for both."""
     error: OSError | None = None
     for _ in range(1 if port else _PORT_TRIES):
         listener = udp = None

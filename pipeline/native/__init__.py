@@ -1,8 +1,8 @@
 """The native core, where it was built: a Rust crate in this folder, compiled at install by `hatch_build`.
 
-It does per delta what `pipeline.publisher.table` does in Python, and nothing else. Both ways always work. `PIPELINE_NATIVE`
-chooses, at install and when the program runs: `auto` (the default) uses it if it is there, `no` does not, and with `require`
-its absence is an error that says what to do.
+It does for each delta the same as `pipeline.publisher.table` does in Python, and nothing else. Both always work.
+`PIPELINE_NATIVE` chooses, at install and when the program runs: `auto` (the default) uses the native core if it is there,
+`no` does not, and with `require` its absence is an error that says what to do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hatchling's build hook: compiles the native core if there is a Rust toolchain; without one the package is pure Python.
 
-`PIPELINE_NATIVE` says what is wanted: `auto` (the default), `no`, or `require`, with which a failure ends the build.
+`PIPELINE_NATIVE` is `auto` (the default), `no`, or `require`, with which a failure ends the build.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIBRARIES = ("libpipeline_native.so", "libpipeline_native.dylib", "pipeline_nati
 BUILD_S_MAX = 900
 
 
-class NativeHook(BuildHookInterface):  # type: ignore[type-arg]
+class NativeHook(BuildHookInterface[Any]):
     """Adds the compiled extension to a wheel, as a module of its own beside the package."""
 
     PLUGIN_NAME = "custom"
@@ -47,7 +47,7 @@ class NativeHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def _compile() -> Path:
-    """Return the library that cargo made."""
+    """Compile the crate; return the library."""
     cargo = shutil.which("cargo")
     if cargo is None:
         raise RuntimeError("cargo is not on the PATH")

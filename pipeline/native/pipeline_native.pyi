@@ -1,4 +1,4 @@
-"""The native core's extension module. What each thing does is said in `pipeline.publisher.table` and `.view`."""
+"""The native core's extension module. `pipeline.publisher.table` and `pipeline.publisher.view` describe the classes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
@@ -8,7 +8,7 @@ from pipeline.publisher.table import Journal
 
 VERSION: int
 SOURCES: str
-"""The digest of the sources of which it was built; empty if cargo was run by hand."""
+"""The digest of the sources from which it was built; empty if cargo was run by hand."""
 
 @final
 class Table:

@@ -1,4 +1,4 @@
-"""The digest of the crate's sources: an extension knows of which it was built, so that tests find a stale build."""
+"""The digest of the crate's sources. An extension has that of its own build, so that tests find a stale one."""
 
 from __future__ import annotations
 

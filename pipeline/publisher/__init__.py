@@ -1,9 +1,9 @@
 """Record deltas in an app, and send them until the log has them. Reading order:
 
-- `table` is where recorded deltas accumulate until they are drained, and `view` what apps record to. Both exist twice: in
-  Python, which says what they do, and in the native core, which does the same; `views` takes those in use.
-- `batching` makes batches of what was drained, `flusher` drains, `delivery` sends; `running` has the threads that do so, and
-  `account` the memory that batches take.
+- `view` is what apps record to, and `table` where recorded deltas accumulate until they are drained. Both exist twice: in
+  Python, which is the specification, and in the native core; `views` takes those in use.
+- `batching` makes batches of drained states, `flusher` drains, `sender` sends; `runtime` has the threads that do so, and
+  `memory` accounts for the bytes of batches.
 - `client` is the publisher; `fork` has it begin anew in forked children, and drain when the process ends.
-- `spool` outlives a kill; `spooling` is this process' own, and `rescue` sends what other processes have left.
+- `spool` outlives a kill, and `rescue` sends what processes that are gone have left in it.
 """

@@ -1,4 +1,4 @@
-"""From merged states to batches: put by partition, cut to size, numbered, and encoded."""
+"""Batches made of merged states: by partition, cut to size, numbered, and encoded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.core.record import Batch, Definition, Group, series_prefix, travel
 from pipeline.core.sequence import Outbox, Sealed
 
 BATCH_BYTES = 280
-"""What a batch takes without its groups, at most."""
+"""The most bytes that a batch takes without its groups."""
 GROUP_BYTES = 32
-"""What a group takes in a batch beyond its definition, at most."""
+"""The most bytes that a group takes in a batch beyond its definition."""
 ENTRY_BYTES = 32
-"""What a series takes in a batch beyond its suffix and `value_bytes`, at most."""
+"""The most bytes that a series takes in a batch beyond its suffix and `value_bytes`."""
 encode = lru_cache(maxsize=10_000)(lambda definition: msgspec.msgpack.encode(travelling(definition)))
-"""A definition, as it stands in a batch."""
+"""Return the bytes of a definition in a batch."""
 
 
 def value_bytes(value: Any) -> int:
@@ -54,7 +54,7 @@ class Pending(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A batch to be: what was drained for one partition. `codec.encode_drafted` makes a batch of it."""
+    """A batch without a number: states drained for one partition. `codec.encode_drafted` makes a batch of it."""
 
     partition: int
     groups: bytes
@@ -65,18 +65,18 @@ class Draft(NamedTuple):
 
 
 def cut(merged: Iterable[Routed], bytes_max: int) -> list[Draft]:
-    """Return batches to be, of up to `bytes_max`, by partition. A series that is larger by itself gets one by itself."""
-    growing: dict[int, list[_Growing]] = {}
+    """Return drafts of up to `bytes_max`, by partition. A series that is larger by itself gets a draft of its own."""
+    growing: dict[int, list[_GrowingDraft]] = {}
     for item in merged:
         size = ENTRY_BYTES + len(item.suffix) + value_bytes(item.state)
         drafts = growing.setdefault(item.partition, [])
         if not drafts or not drafts[-1].fits(item.definition, size, bytes_max):
-            drafts.append(_Growing())
+            drafts.append(_GrowingDraft())
         drafts[-1].add(item, size)
     return [draft.done(partition) for partition in sorted(growing) for draft in growing[partition]]
 
 
-class _Growing:
+class _GrowingDraft:
     def __init__(self) -> None:
         self._size = BATCH_BYTES
         self._groups: dict[int, Group] = {}  # by the id of the definition, which is quicker than its hash
@@ -101,7 +101,7 @@ class _Growing:
         self._delta_count += item.delta_count
 
     def done(self, partition: int) -> Draft:
-        """Return it as it is now."""
+        """Return the draft."""
         groups = [*self._groups.values()]
         series_count = sum([len(group.suffixes) for group in groups])
         return Draft(partition, encode_groups(groups), len(groups), series_count, self._delta_count)
@@ -119,7 +119,7 @@ def seal(
 ) -> list[Sealed]:
     """Put series, each of them once, into batches of at most `batch_bytes_max`, numbered by `outbox`, which keeps them.
 
-    A series that is larger by itself gets a batch by itself. All or nothing: what fails raises, and nothing is sealed.
+    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed.
     """
     known: dict[Definition, tuple[Definition, bytes]] = {}
     routed = []

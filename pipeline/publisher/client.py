@@ -1,11 +1,10 @@
-"""The publisher, as an app has it: views to record to, `flush`, `close`. What does the work is in `running`."""
+"""The publisher, as an app has it: views to record to, `flush`, `close`. The threads behind it are in `runtime`."""
 
 from __future__ import annotations
 
 import _thread
 import logging
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,26 +19,27 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter, Resting
-from pipeline.publisher.awaited import AwaitedFlushes
+from pipeline.publisher.async_flush import AsyncFlushes
 from pipeline.publisher.batching import value_bytes
+from pipeline.publisher.environment import closest
 from pipeline.publisher.flusher import table_bytes
 from pipeline.publisher.local import LocalView
-from pipeline.publisher.running import Running
-from pipeline.publisher.surroundings import closest
+from pipeline.publisher.runtime import Runtime
 from pipeline.publisher.view import check_value
 from pipeline.publisher.views import VIEW_TYPES, BaseView, LastView, ObservedView, SumView, Table, record_table
 from pipeline.settings import PublisherKeywords, PublisherSettings
 from pipeline.threads import are_green, guarded, in_hub
 
 if TYPE_CHECKING:
+    from pipeline.publisher.spool.publisher import PublisherSpool
     from pipeline.publisher.spool.ring import Segment
-    from pipeline.publisher.spooling import PublisherSpool
 
 _log = logging.getLogger(__name__)
 _VIEWS_MAX = 10_000
 _SWEEPS = 3
+"""How often a close flushes again, for deltas that other threads were just recording."""
 _BATCH_MARGIN = 900
-"""The bytes of a batch of one series beyond those of its value, at most, unless its labels are very long."""
+"""The most bytes that a batch of one series takes beyond its value, unless its labels are very long."""
 
 ViewT = TypeVar("ViewT", bound=BaseView)
 
@@ -76,23 +76,23 @@ class BasePublisher:
         self._inherited = False
         self._start()
         fork.join(self)
-        if self._running.spool is not None:
-            self._running.spool.open()  # so that a folder that can't be used is an error here
-            if not fork.is_nest():
-                self._running.start_threads()
+        if self._runtime.spool is not None:
+            self._runtime.spool.open()  # so that a folder that can't be used is an error here
+            if not fork.is_prefork():
+                self._runtime.start_threads()
 
-    def _start(self, parent: Running | None = None) -> None:
+    def _start(self, parent: Runtime | None = None) -> None:
         self._closing_lock = threading.RLock()
         self._closing = self._closed
         self._used = False
         self._green = are_green()
-        self._awaited = AwaitedFlushes(self._clock)
-        self._running = Running(self._writer, self._clock, self._settings, self._metrics, self._views, parent, self._table)
+        self._async_flushes = AsyncFlushes(self._flush_awake, self._clock)
+        self._runtime = Runtime(self._writer, self._clock, self._settings, self._metrics, self._views, parent, self._table)
 
     def start_clean(self) -> None:
-        """What a forked child does first: what is buffered is its parent's to send."""
+        """Begin anew in a forked child: what is buffered is its parent's to send."""
         self._inherited = True
-        self._start(self._running)
+        self._start(self._runtime)
         self._table.forget()
 
     @property
@@ -101,20 +101,20 @@ class BasePublisher:
         return native.in_use()
 
     def keep(self) -> bool:
-        """Go on with what the parent had, which gives it away; False if that can't be done: call `start_clean`."""
-        if self._running.spool is not None or not self._running.rests() or not self._table.keep():
+        """Go on with what the parent recorded and gives away; return False if `start_clean` must be called instead."""
+        if self._runtime.spool is not None or not self._runtime.rests() or not self._table.keep():
             return False  # what is in a spool is sent by whoever finds it
         self.wake()
         return True
 
     def wake(self) -> None:
         """Have threads run, if there is something to do for them: uWSGI has forked."""
-        if self._used or self._running.spool is not None:
-            self._running.start_threads()
+        if self._used or self._runtime.spool is not None:
+            self._runtime.start_threads()
 
     def _rest(self) -> bool:
         """End all threads for now, because uWSGI is about to fork; return whether they have ended."""
-        return self._running.rest() and (not isinstance(self._writer, Resting) or self._writer.rest())
+        return self._runtime.rest() and (not isinstance(self._writer, Resting) or self._writer.rest())
 
     def hold(self) -> None:
         """Keep the table as it is until `release`: the process is about to fork."""
@@ -128,12 +128,15 @@ class BasePublisher:
         """Return the plain value of a delta; `Invalid` if it is none, or too large for any batch that the log takes."""
         plain = check_value(kind, monotone, value)
         size = value_bytes(plain)
-        if size and size + _BATCH_MARGIN > (most := self._running.account.message_bytes_max):
+        if size and size + _BATCH_MARGIN > (most := self._runtime.account.message_bytes_max):
             raise Invalid(f"a value of {size} bytes; the log takes batches of up to {most} only")
         return plain
 
+    def _full(self, size: int, count: int) -> bool:
+        return self._runtime.full(size, count)  # a forked child has another one
+
     def _opening(self) -> None:
-        """A series comes in: raise `Invalid` if the publisher is closed, and see to it that the threads run."""
+        """Prepare for a new series: raise `Invalid` if the publisher is closed, and see to it that the threads run."""
         fork.check_fork()
         if self._closing:
             raise Invalid("this publisher is closed")
@@ -142,16 +145,13 @@ class BasePublisher:
                 self.start_clean()
             self._used = True
             fork.drain_when_child_ends()
-        if not fork.is_nest():
-            self._running.start_threads()
-        self._running.account.entered()
-
-    def _full(self, size: int, count: int) -> bool:
-        return self._running.full(size, count)
+        if not fork.is_prefork():
+            self._runtime.start_threads()
+        self._runtime.account.add_series()
 
     def _local(self, view: Any) -> LocalView:
         fork.check_fork()
-        taken_s = self._running.flusher.taken_s  # first: states that are newer than it says are no lie
+        taken_s = self._runtime.flusher.taken_s  # first: states that are newer than it says are no lie
         states = self._table.local(view)
         now_s = self._clock.monotonic_s
         return LocalView(view.definition, canonical(view.definition), states, taken_s, now_s, complete=states.complete)
@@ -170,32 +170,32 @@ class BasePublisher:
     # Views
 
     def sum(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False) -> SumView:
-        """The view of this name, as the total of what is added. `labels` names its labels, in the order of keys.
+        """Return the view of this name: the total of what is added. `labels` are its label names, in the order of keys.
 
-        A `monotone` one takes no negative number, everywhere, so it never falls: Prometheus sees it as a counter.
+        A `monotone` view takes no negative number, so it never falls: Prometheus sees it as a counter.
         """
         return self._view(SumView, "sum", view, labels, window_s, monotone)
 
     def min(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
-        """The view of this name, as the smallest observation."""
+        """Return the view of this name: the smallest observation."""
         return self._view(ObservedView, "min", view, labels, window_s)
 
     def max(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
-        """The view of this name, as the largest observation."""
+        """Return the view of this name: the largest observation."""
         return self._view(ObservedView, "max", view, labels, window_s)
 
     def mean(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
-        """The view of this name, as the mean of all observations."""
+        """Return the view of this name: the mean of all observations."""
         return self._view(ObservedView, "mean", view, labels, window_s)
 
     def last(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> LastView:
-        """The view of this name, as the newest value that was set."""
+        """Return the view of this name: the newest value that was set."""
         return self._view(LastView, "last", view, labels, window_s)
 
     def view(
         self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False
     ) -> BaseView:
-        """The view of this name and of a kind that is only known at run time."""
+        """Return the view of this name and of a kind that is only known at run time."""
         return self._view(BaseView, kind, view, labels, window_s, monotone)
 
     def _view(
@@ -212,7 +212,8 @@ class BasePublisher:
             known = self._views.setdefault(definition.view, self._new_view(definition))
         if known.definition != definition:
             raise Invalid(f"view {definition.view} is {describe(known.definition)} here; not {describe(definition)}")
-        return known  # type: ignore[no-any-return]
+        found: ViewT = known
+        return found
 
     def _new_view(self, definition: Definition) -> Any:
         view = self._table.define(definition, self._settings.series_max, VIEW_TYPES[definition.kind])
@@ -220,7 +221,7 @@ class BasePublisher:
         return view
 
     def local(self) -> dict[str, LocalView]:
-        """What this process has recorded since it started, by view: see `view.local()`."""
+        """Return what this process has recorded since it started, by view: see `view.local()`."""
         return {name: view.local() for name, view in [*self._views.items()]}
 
     def record_batch(self, view: BaseView, columns: Any, *, ignore: Iterable[str] = ()) -> int:
@@ -254,53 +255,51 @@ class BasePublisher:
         return self._flush(timeout_s)
 
     def _flush(self, timeout_s: float) -> Token:
-        if self._running.in_own_thread:
+        if self._runtime.in_own_thread:
             raise Invalid("the publisher's own threads can't wait for it")  # a finaliser or log handler was run by one
-        if self._running.is_held:
+        if self._runtime.is_held:
             raise Unavailable("this has interrupted its own thread while it was recording, for which the others wait")
         if in_hub():
             raise Unavailable("a callback or signal handler in the hub of green threads can't wait for them")
         if not self._used:
-            return self._running.delivery.token
+            return self._runtime.sender.token
         token = self._flush_awake(timeout_s)
-        self._awaited.raise_untold()
+        self._async_flushes.raise_missed()
         return token
 
     def _flush_awake(self, timeout_s: float) -> Token:
         with fork.awake(self._rest):
-            return self._running.flush(timeout_s)
+            return self._runtime.flush(timeout_s)
 
     async def flush_async(self, timeout_s: float = 10.0) -> Token:
-        """As `flush`, for a coroutine: the event loop goes on meanwhile. Returns, and raises, the same.
+        """Do as `flush` does, for a coroutine: the event loop goes on meanwhile.
 
-        A task that is cancelled here stops waiting at once; what it has recorded is sent all the same, and what would have
-        been `Invalid` is raised by the next flush. Recording needs no such method: `add` waits for no network, and for
+        A task that is cancelled here stops waiting at once; what it has recorded is sent all the same, and an error that
+        nobody has seen is raised by the next flush. Recording needs no such method: `add` waits for no network, and for
         memory only if `on_full` says so.
         """
         fork.check_fork()
         if self._closed:
             raise Invalid("this publisher is closed")
         if not self._used:
-            return self._running.delivery.token
-        running = self._running
-        return await self._awaited.flush(
-            self._flush_awake, timeout_s, lambda: running.late(f"not acknowledged within {timeout_s} s")
-        )
+            return self._runtime.sender.token
+        runtime = self._runtime
+        return await self._async_flushes.flush(timeout_s, lambda: runtime.late(f"not acknowledged within {timeout_s} s"))
 
     def close(self, timeout_s: float | None = None) -> Token:
-        """Flush, then let go of threads and connections; from then on recording raises `Invalid`. Twice is fine.
+        """Flush, then end threads and connections; from then on recording raises `Invalid`. Closing twice is fine.
 
-        Raises as `flush` does, after letting go: what was not acknowledged until then is lost, and counted, unless it
-        waits in a spool. In a signal handler that has interrupted a write to the spool, another thread closes it.
+        Raises as `flush` does, at the end: what was not acknowledged until then is lost, and counted, unless it waits in a
+        spool. In a signal handler that has interrupted a write to the spool, another thread closes it.
         """
         fork.check_fork()
-        running = self._running
+        running = self._runtime
         if running.in_own_thread or running.is_held or in_hub():  # a finaliser, run there by chance, or a signal handler
             _thread.start_new_thread(guarded(_log, "pipeline-closer", self.close), (timeout_s,))  # `Thread.start` would wait
-            return running.delivery.token
+            return running.sender.token
         with running.locks_released(), self._closing_lock:  # a second thread waits for the first
             if self._closed:
-                return self._running.delivery.token
+                return self._runtime.sender.token
             return self._close(self._settings.close_timeout_ms / 1000 if timeout_s is None else timeout_s)
 
     def _close(self, timeout_s: float) -> Token:
@@ -309,47 +308,46 @@ class BasePublisher:
         end_s = self._clock.monotonic_s() + timeout_s
         try:
             token = self._flush(timeout_s)
-            for _ in range(_SWEEPS):  # what threads were in the midst of recording when it was shut
-                if not self._running.waiting_count():
+            for _ in range(_SWEEPS):  # for deltas that threads were just recording when the table was closed
+                if not self._table.waiting_count:
                     break
                 token = self._flush(timeout_s)
-            self._running.say_closed(timeout_s)
-            self._running.wait_for_rescue(end_s - self._clock.monotonic_s())
+            self._runtime.say_closed(timeout_s)
+            self._runtime.wait_for_rescue(end_s - self._clock.monotonic_s())
             return token
         except Unavailable:
             if self._closed:  # by a signal handler, in the midst of this
-                return self._running.delivery.token
+                return self._runtime.sender.token
             raise
         finally:
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._closed:
             return
         self._closed = True
         fork.leave(self)
-        if lost := self._running.stop():
+        if lost := self._runtime.stop():
             self._metrics.inc(m.PUBLISHER_DROPPED, lost, "closed")
         if self._used or not self._inherited:  # connections that only the parent has used are the parent's to close
             self._writer.close()
 
     def stats(self) -> dict[str, int]:
-        """Deltas drained; batches, entries acknowledged; batches rejected, waiting; series and bytes in memory."""
+        """Return counts: deltas drained, batches and entries acknowledged, batches rejected, waiting, series and bytes."""
         fork.check_fork()
-        return self._running.stats()
+        return self._runtime.stats()
 
 
 class _Journal:
-    """The spool of the process that runs now, as the journal of a publisher's table."""
+    """The journal of a publisher's table: the spool of the process that runs now."""
 
     def __init__(self, publisher: BasePublisher) -> None:
-        self._of = weakref.ref(publisher)
+        self._publisher = publisher
 
     def _spool(self) -> PublisherSpool:
-        publisher = self._of()
-        if publisher is None or publisher._running.spool is None:
-            raise Invalid("this publisher is closed")
-        return publisher._running.spool
+        spool = self._publisher._runtime.spool
+        assert spool is not None, "a durability beyond memory needs a spool"
+        return spool
 
     def define(self, definition: bytes, suffix: bytes) -> int | None:
         return self._spool().define(definition, suffix)
@@ -362,7 +360,7 @@ PublisherT = TypeVar("PublisherT", bound=BasePublisher)
 
 
 def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any) -> Definition:
-    """A checked definition, of plain text also when the names are members of a `StrEnum`."""
+    """Return a checked definition. Its names are plain text, even if they were given as members of a `StrEnum`."""
     names = (labels,) if isinstance(labels, str) else tuple(labels) if isinstance(labels, Iterable) else (None,)
     if not isinstance(view, str) or not all(isinstance(name, str) for name in names):
         raise Invalid("view and label names are text")
@@ -378,7 +376,7 @@ def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any)
 
 
 def publisher_settings(keywords: Mapping[str, Any]) -> PublisherSettings:
-    """Settings from keywords; `Invalid` for a name that is none."""
+    """Return the settings that keywords name, or raise `Invalid` for an unknown name."""
     known = PublisherKeywords.__annotations__.keys()
     if unknown := sorted(keywords.keys() - {item.name for item in fields(PublisherSettings)}):
         raise Invalid(f"unknown settings: {', '.join(unknown)}{closest(unknown[0], known)}")

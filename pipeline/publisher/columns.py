@@ -1,6 +1,6 @@
 """Columns of a batch: sequences, NumPy arrays, Arrow arrays and chunked arrays, columns of pandas and Polars.
 
-They are known by what they can do, so that none of these libraries is needed here, or loaded.
+Columns are recognised by their methods, so that none of these libraries has to be imported.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 
 _NOT_NUMBERS = ("m", "M")
-"""NumPy's kinds of dates and spans, whose `tolist` can yield bare ints of some unit."""
+"""NumPy's kinds of dates and time spans, whose `tolist` can return bare ints of some unit."""
 _FORMATS = {
     "int8": "b", "int16": "h", "int32": "i", "int64": "q", "uint8": "B", "uint16": "H", "uint32": "I", "uint64": "Q",
     "float": "f", "double": "d",
 }  # fmt: skip
-"""Arrow's numbers, as the buffer protocol calls them."""
+"""Arrow's types of numbers, with their names in the buffer protocol."""
 _TEXTS = frozenset(("string", "large_string", "string_view"))
 
 
@@ -44,22 +44,23 @@ class Vector:
         return len(self.array)
 
     def rows(self) -> list[Any]:
-        """The number of each row."""
-        return self.array.tolist()  # type: ignore[no-any-return]
+        """Return the number of each row."""
+        numbers: list[Any] = self.array.tolist()
+        return numbers
 
 
 Column = list[Any] | Scalar | Vector
 
 
 def rows_of(column: Column, row_count: int) -> list[Any]:
-    """What each row has."""
+    """Return the value of each row."""
     if isinstance(column, Scalar):
         return [column.value] * row_count
     return column if isinstance(column, list) else column.rows()
 
 
 def read(name: str, column: Any) -> Column:
-    """A column as a list of its own, or the one value that stands for it. `Invalid` if it has no order or is no column."""
+    """Return a column as a new list, or one value for all rows. Raise `Invalid` if it has no order or is no column."""
     if column is None or isinstance(column, str | bytes | bytearray):
         return Scalar(column)
     if getattr(getattr(column, "dtype", None), "kind", "") in _NOT_NUMBERS:
@@ -82,7 +83,7 @@ def read(name: str, column: Any) -> Column:
 
 
 def read_value(name: str, column: Any) -> Column:
-    """As `read`; numbers stay in the NumPy array that they are in, or that Arrow makes of them for nothing."""
+    """Do as `read` does, but leave numbers in a NumPy array, if they are in one or Arrow makes one without a copy."""
     if numpy := sys.modules.get("numpy"):
         chunks = getattr(column, "chunks", [column])
         if len(chunks) == 1 and str(getattr(chunks[0], "type", "")) in _FORMATS and not chunks[0].null_count:
@@ -121,10 +122,12 @@ def _read_arrow(array: Any) -> Sequence[Any]:
         return [*map(words.__getitem__, codes)] if not array.null_count else [None if c is None else words[c] for c in codes]
     form = _FORMATS.get(kind)
     if form is None or array.null_count or not len(array):
-        return array.to_pylist()  # type: ignore[no-any-return]
+        values: list[Any] = array.to_pylist()
+        return values
     data = memoryview(array.buffers()[1])
     start, size = array.offset, struct.calcsize(form)
-    return data[start * size : (start + len(array)) * size].cast(form).tolist()  # type: ignore[call-overload,no-any-return]
+    numbers: list[Any] = data[start * size : (start + len(array)) * size].cast(form).tolist()  # type: ignore[call-overload]
+    return numbers  # typeshed takes literal formats only
 
 
 def read_table(definition: Definition, table: Any, ignore: Iterable[str] = ()) -> dict[str, Column]:
@@ -156,7 +159,7 @@ def read_table(definition: Definition, table: Any, ignore: Iterable[str] = ()) -
 
 
 def rows_in(definition: Definition, columns: Mapping[str, Column]) -> int:
-    """Return how many rows columns have; 1 if none of them says."""
+    """Return the number of rows; 1 if all columns are single values."""
     count, first = 1, ""
     for name, column in columns.items():
         if isinstance(column, Scalar):

@@ -1,4 +1,4 @@
-"""What the flusher does each time with a table: drain it into batches, have the spool know, take a snapshot, evict."""
+"""The flusher: drains the table into batches, commits to the spool, takes snapshots, and evicts silent series."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pipeline.core.record import Definition
 from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
-from pipeline.publisher.account import Account
 from pipeline.publisher.batching import Pending
-from pipeline.publisher.delivery import Delivery
+from pipeline.publisher.memory import MemoryAccount
+from pipeline.publisher.sender import Sender
 from pipeline.publisher.views import BaseView, Table
 from pipeline.settings import PublisherSettings
 
 if TYPE_CHECKING:
-    from pipeline.publisher.spooling import PublisherSpool
+    from pipeline.publisher.spool.publisher import PublisherSpool
 
 _log = logging.getLogger(__name__)
 _EVICT_EVERY_S = 1.0
 _SEAL_EVERY_S, _SEAL_EVERY_S_MAX = 1.0, 600.0
 """While batches pile up in a spool, how often more are made: less and less while none is acknowledged, so that what an
 outage takes follows the number of series."""
-_COMPLAIN_S = 10.0
+_WARN_S = 10.0
 
 
 class TableFlusher:
@@ -39,20 +39,20 @@ class TableFlusher:
         self,
         table: Table,
         views: Mapping[str, BaseView],
-        delivery: Delivery,
+        sender: Sender,
         settings: PublisherSettings,
         clock: Clock,
         metrics: Metrics,
-        account: Account,
+        account: MemoryAccount,
         spool: PublisherSpool | None = None,
     ) -> None:
         self.delta_count = 0
-        """Deltas that were sealed."""
+        """The number of deltas that were sealed."""
         self.taken_s = clock.monotonic_s()
-        """When the last snapshot was taken."""
+        """The time of the last snapshot, on the monotonic clock."""
         self.table = table
         self._views = views
-        self._delivery = delivery
+        self._sender = sender
         self._snapshot_s = settings.snapshot_interval_ms / 1000
         self._idle_s = settings.series_idle_ms / 1000
         self._clock = clock
@@ -61,39 +61,41 @@ class TableFlusher:
         self._bytes_max = table_bytes(settings)
         self._drain_count = 0
         self._torn = False
-        """True if the last drain has failed: the table may have taken out deltas that nobody else has yet."""
+        """True if the last drain has failed: deltas may be out of the table and in no batch."""
         self._history: deque[tuple[float, int]] = deque()
-        """When how many drains had been made, from about `series_idle_ms` ago on."""
+        """Times and numbers of drains, from about `series_idle_ms` ago on."""
         self._changed = False
+        """True if anything was recorded since the last snapshot."""
         self._spool = spool
-        self._stow_bytes = settings.buffer_bytes_max // 4
+        self._spill_bytes = settings.buffer_bytes_max // 4
         self._fsync_s = settings.fsync_interval_ms / 1000 if settings.durability == "disk" else 0.0
-        self._synced_s = self._complained_s = self._seal_again_s = self._seal_pause_s = 0.0
+        self._synced_s = self._warned_s = self._seal_again_s = self._seal_pause_s = 0.0
         self._acknowledged = 0
         self._cut_due = False
-        """True if there was a drain since the last look at the table's cut."""
+        """True if there was a drain since `Table.cut` was last called."""
         self._positions: Mapping[int, tuple[int, int]] = {}
         """By shard, where the ring ended at the last drain; everything before that was drained."""
         self._gone: list[int] = []
+        """Numbers of evicted series all of whose records were drained."""
         self._late: list[int] = []
-        """Numbers of evicted series that a failed checkpoint named; they go with a later one, or with the next drain."""
+        """Numbers of evicted series that a failed checkpoint named; a later one, or the next drain, removes them."""
         self._evicted = False
         """True if series were evicted whose names the spool still has."""
-        self._overflowed = self._overflow_count()  # a forked child's views count on from what their parent has told
+        self._overflowed = self._overflow_count()  # a forked child's views count on from their parent's
 
     @property
-    def pressed(self) -> bool:
-        """Whether most of the table's memory is in use, so that what is not needed should go."""
+    def _is_short(self) -> bool:
+        """True if most of the table's memory is in use, so that series in which nothing waits should go."""
         return self.table.used_bytes > self._bytes_max * 3 // 4
 
     def snapshot_due(self, now_s: float) -> bool:
-        """Return whether what `local` returns is as old as it may become."""
+        """Return whether the snapshot that `local` reads is as old as it may become."""
         return now_s - self.taken_s >= self._snapshot_s
 
     def drain(self, now_s: float, *, parked: bool, seal: bool) -> bool:
-        """Seal what there is room for, if `seal` says so; return whether all that was recorded before is sealed now.
+        """Seal what there is room for, if `seal` says so; return whether everything recorded before is sealed now.
 
-        `parked` takes a snapshot: somebody waits for the flush.
+        With `parked`, take a snapshot even if none is due.
         """
         self._account.drained()
         everything = True
@@ -101,7 +103,7 @@ class TableFlusher:
             self._changed = True
             everything = seal and self._seal(now_s)
         elif seal:
-            self._delivery.seal_drafts([], self._clock.now_ms())
+            self._sender.seal_drafts([], self._clock.now_ms())
         if self._spool is not None:
             self._keep(self._spool, now_s)
         self._metrics.set(m.PUBLISHER_SNAPSHOT_AGE, self._clock.monotonic_s() - self.taken_s)
@@ -111,20 +113,20 @@ class TableFlusher:
                 self._changed = False
             self.taken_s = now_s
         self._evict(now_s)
-        self._tell()
+        self._set_metrics()
         return everything
 
     def _seal(self, now_s: float) -> bool:
         now_ms = self._clock.now_ms()
-        partition_count, busy = self._delivery.room(now_ms)
+        partition_count, busy = self._sender.room()
         if not partition_count or (self._spool is not None and busy and not self._seals_more(now_s)):
             return False
         flags = bytes([number in busy for number in range(partition_count)]) if busy and self._spool is None else None
         self._torn = True
-        drafts = self.table.drain(partition_count, flags, self._delivery.batch_bytes_max)
+        drafts = self.table.drain(partition_count, flags, self._sender.batch_bytes_max)
         self._torn = False
         try:  # first: if it fails, it has them all the same
-            self._delivery.seal_drafts(drafts, now_ms)
+            self._sender.seal_drafts(drafts, now_ms)
         finally:
             self._cut_due = True
             self._drain_count += 1
@@ -137,10 +139,10 @@ class TableFlusher:
 
     def _seals_more(self, now_s: float) -> bool:
         """Return whether to make more batches, although many wait: now and then, because not all partitions need be away."""
-        if self._delivery.batch_count != self._acknowledged:
-            self._acknowledged = self._delivery.batch_count
+        if self._sender.batch_count != self._acknowledged:
+            self._acknowledged = self._sender.batch_count
             self._seal_again_s, self._seal_pause_s = min(self._seal_again_s, now_s + _SEAL_EVERY_S), 0.0
-        if now_s < self._seal_again_s and not self.pressed:
+        if now_s < self._seal_again_s and not self._is_short:
             return False
         self._seal_pause_s = min(max(_SEAL_EVERY_S, 2 * self._seal_pause_s), _SEAL_EVERY_S_MAX)
         self._seal_again_s = now_s + self._seal_pause_s
@@ -149,27 +151,27 @@ class TableFlusher:
     # The spool
 
     def _keep(self, spool: PublisherSpool, now_s: float) -> None:
-        """Have the spool know what became of what was recorded. If it can't be written now, the next flush tries again."""
+        """Commit drained deltas to the spool, and sync it. If it can't be written now, the next flush tries again."""
         try:
             try:
                 if not spool.durable:
-                    self._delivery.stow_if_pressed()
-                elif not self._delivery.has_drafts and not self._torn:  # else what was drained is not all in batches
+                    self._sender.spill_if_short()
+                elif not self._sender.has_drafts and not self._torn:  # else drained deltas may be in no batch
                     self._commit(spool)
-            finally:  # what is in the rings needs no room on the disk
+            finally:  # the rings need no more room on the disk
                 if self._fsync_s and now_s - self._synced_s >= self._fsync_s:
                     self._synced_s = now_s
                     spool.sync()
         except (Unavailable, BufferFull) as error:
-            self._delivery.trouble = f"; the spool: {error}"
-            if not self._complained_s or now_s - self._complained_s >= _COMPLAIN_S:
-                self._complained_s = now_s
+            self._sender.trouble = f"; the spool: {error}"
+            if not self._warned_s or now_s - self._warned_s >= _WARN_S:
+                self._warned_s = now_s
                 _log.warning("the spool can't be written; batches wait for it: %s", error)
         finally:
             self._account.freed()  # the sender waits for it
 
     def _commit(self, spool: PublisherSpool) -> None:
-        """Commit what was sealed; and what can't be, as merged series, once that takes less room than the rings."""
+        """Commit sealed batches, and unsealed deltas as merged series once these take less room than the rings."""
         if self._cut_due:
             self._positions, gone = self.table.cut()
             self._gone += self._late + gone
@@ -177,8 +179,8 @@ class TableFlusher:
         if spool.is_behind:
             spool.commit((), self._positions, self._gone)
             self._gone = []
-            spool.release_memory(self._stow_bytes)
-        # Names can be what the spool is full of: then nothing is recorded, and no drain comes that they would go with.
+            spool.release_memory(self._spill_bytes)
+        # A spool that is full of names of series records nothing, so no drain comes that would take the names away.
         if spool.is_checkpoint_due() or (self._evicted and not self.table.waiting_count):
             waiting = self.table.waiting_states()
             positions, gone = self.table.cut()
@@ -187,8 +189,8 @@ class TableFlusher:
             self._gone, self._late, self._evicted = [], [], False
 
     def _evict(self, now_s: float) -> None:
-        """Let go of series that were silent for `series_idle_ms`, or, if there is no room, of all in which nothing waits."""
-        if self.pressed or (self._spool is not None and self._spool.is_full_of_names):
+        """Evict series that were silent for `series_idle_ms`, or, if there is no room, all in which nothing waits."""
+        if self._is_short or (self._spool is not None and self._spool.is_full_of_names):
             if self.table.evict(0):
                 self._evicted = True
                 self._account.freed()
@@ -205,14 +207,14 @@ class TableFlusher:
     def _overflow_count(self) -> int:
         return sum([view.overflow_count for view in [*self._views.values()]])
 
-    def _tell(self) -> None:
+    def _set_metrics(self) -> None:
         overflowed = self._overflow_count()
         self._metrics.inc(m.PUBLISHER_OVERFLOWED, overflowed - self._overflowed)
         self._overflowed = overflowed
         self._metrics.set(m.PUBLISHER_BYTES, self.table.used_bytes + self._account.used_bytes)
         self._metrics.set(m.PUBLISHER_SERIES, self.table.series_count)
-        self._metrics.set(m.PUBLISHER_IN_FLIGHT, len(self._delivery.outbox))
-        self._metrics.set(m.PUBLISHER_HELD_BACK, self._delivery.held_count)
+        self._metrics.set(m.PUBLISHER_IN_FLIGHT, len(self._sender.outbox))
+        self._metrics.set(m.PUBLISHER_HELD_BACK, self._sender.held_count)
         if self._spool is not None:
             self._metrics.set(m.PUBLISHER_SPOOL_BYTES, self._spool.used_bytes)
 

@@ -1,12 +1,12 @@
 """The life of a process: its publishers drain when it ends, and start clean in its forks.
 
-Python tells of forks that it makes itself. Of those that C code makes `check_fork` finds out, by the process id, where that
-costs nothing: before a series comes in, at `flush`, `close` and whatever reads. The native table sees to it that in such a
-child every series is a new one; of the plain table's, those that the parent had are not.
+Python calls hooks for forks that it makes itself. Forks made by C code are noticed by `check_fork`, which compares process
+ids where that costs nothing: before a series comes in, at `flush`, at `close` and at reads. In such a child the native table
+makes every series a new one, so that its next delta is noticed; the plain table does not for series that the parent had.
 
-uWSGI forks in C, after it has loaded the app, and says so to a hook. A thread that has the interpreter's lock at that moment
-has it for ever in the child, which then hangs: so while uWSGI has not forked, publishers have no threads but within `flush`.
-Its master does not run Python any more afterwards, so what waits there is given to the first process that asks.
+uWSGI forks in C, after it has loaded the app, and then calls a hook. A thread that has the interpreter's lock at that moment
+has it for ever in the child, which then hangs: so until uWSGI has forked, publishers have threads within `flush` only. Its
+master does not run Python any more afterwards, so the deltas that wait in it go to the first worker that asks for them.
 """
 
 from __future__ import annotations
@@ -28,48 +28,28 @@ _log = logging.getLogger(__name__)
 
 
 class ForkAware(Protocol):
-    """What happens to a publisher when its process ends or forks."""
+    """A publisher, as far as the end and the forks of its process concern it; see `BasePublisher`."""
 
-    def close(self) -> object:
-        """Flush, and let go."""
-        ...
-
-    def hold(self) -> None:
-        """Let nothing be in the midst of a change until `release` or, in a child, `start_clean`: the process forks."""
-        ...
-
-    def release(self) -> None:
-        """Undo `hold`."""
-        ...
-
-    def start_clean(self) -> None:
-        """Forget what is the parent's to send. No other thread runs in the child yet."""
-        ...
-
-    def keep(self) -> bool:
-        """Go on with what the parent had, which gives it away; False if that can't be done: call `start_clean`."""
-        ...
-
-    def wake(self) -> None:
-        """Have threads run: the process is none any more in which they must not."""
-        ...
-
+    def close(self) -> object: ...
+    def hold(self) -> None: ...
+    def release(self) -> None: ...
+    def start_clean(self) -> None: ...
+    def keep(self) -> bool: ...
+    def wake(self) -> None: ...
     @property
-    def notices_forks(self) -> bool:
-        """True if the first delta of a forked child always comes to `check_fork`, however the child was forked."""
-        ...
+    def notices_forks(self) -> bool: ...
 
 
 _members: dict[int, weakref.ref[ForkAware]] = {}  # a dict, because one call copies it: no lock that a fork could catch held
 _finalizer_pid = 0
 _pid = os.getpid()
-"""The process in which the publishers began."""
+"""The process in which the publishers were started."""
 _beginning: dict[int, threading.RLock] = {}
-"""By process: held by the thread that has them begin there. A lock of the parent's could be held for ever."""
+"""By process, the lock of the thread that starts the publishers there. The parent's lock could be held for ever."""
 
 
 def join(member: ForkAware) -> None:
-    """From now on `member` is told when the process ends or forks, as long as it lives."""
+    """Call `member` when the process ends or forks, as long as it lives."""
     key = id(member)
     _members[key] = weakref.ref(member, lambda _: _members.pop(key, None))
     _listen_to_uwsgi()
@@ -118,7 +98,7 @@ def close_all() -> None:
 
 
 _held: dict[int, list[ForkAware]] = {}
-"""What each thread that forks keeps still: several may fork at once."""
+"""The publishers that each forking thread holds: several threads may fork at once."""
 
 
 def _before_fork() -> None:
@@ -135,7 +115,7 @@ def _after_fork_in_parent() -> None:
 
 
 def check_fork() -> None:
-    """Have the publishers begin here, if this process was forked by code that told nobody."""
+    """Start the publishers anew, if this process was forked by code that calls no hook."""
     if _pid != os.getpid() and not all(member.notices_forks for member in _begin_in_child()):
         _log.warning(
             "this process was forked by C code that Python does not see: what it has recorded until now, to series that its "
@@ -144,17 +124,17 @@ def check_fork() -> None:
 
 
 def _begin_in_child() -> list[ForkAware]:
-    """Have every publisher start clean, or go on in its parent's place, unless that is done; return those."""
-    global _pid, _nest  # noqa: PLW0603
+    """Have every publisher start clean, or take over its parent's deltas; return the publishers, or none if that is done."""
+    global _pid, _prefork  # noqa: PLW0603
     pid = os.getpid()
     with _beginning.setdefault(pid, threading.RLock()):
         if _pid == pid:
             return []
-        fork_gate._at_fork_reinit()  # type: ignore[attr-defined]  # first: what starts clean may start threads that need it
+        fork_gate._at_fork_reinit()  # type: ignore[attr-defined]  # not in typeshed; first, because new threads may need it
         held = _held.pop(threading.get_ident(), [])
         _held.clear()
-        nest, _nest = _nest, None
-        heir = nest is not None and nest.take()
+        prefork, _prefork = _prefork, None
+        heir = prefork is not None and prefork.take()
         members = _all()
         for member in members:
             if not heir or not member.keep():
@@ -169,33 +149,33 @@ def _begin_in_child() -> list[ForkAware]:
 # uWSGI
 
 
-class _Nest:
-    """A process of uWSGI that has not forked yet. What was recorded in it is for one process: for who takes the token."""
+class _Prefork:
+    """A process of uWSGI that has not forked yet. One process, the one that takes the token, sends what it recorded."""
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe()  # one byte in a pipe: whoever reads it, no other process does
+        self._read, self._write = os.pipe()  # the token is one byte in a pipe, which one process can read
         os.set_blocking(self._read, False)
         self.give()
 
     def give(self) -> None:
-        """Let another process go on with what was recorded."""
+        """Let another process take over the deltas."""
         os.write(self._write, b"1")
 
     def take(self) -> bool:
-        """Return whether this process may go on with it."""
+        """Return whether this process takes over the deltas."""
         try:
             return bool(os.read(self._read, 1))
         except BlockingIOError:
             return False
 
 
-_nest: _Nest | None = None
-"""Set while no thread may run but within `awake`."""
+_prefork: _Prefork | None = None
+"""Set while threads may run within `awake` only."""
 
 
 def _listen_to_uwsgi() -> None:
-    """Have uWSGI tell when it has forked, beside what others have it do then."""
-    global _nest  # noqa: PLW0603
+    """Add hooks to uWSGI, beside those of others, that it calls once it has forked and when it ends."""
+    global _prefork  # noqa: PLW0603
     uwsgi: Any = sys.modules.get("uwsgi")  # which is there within its processes only
     if uwsgi is None:
         return
@@ -206,14 +186,14 @@ def _listen_to_uwsgi() -> None:
         decorators.postfork(_uwsgi_has_forked)
     if "skip-atexit-teardown" in uwsgi.opt:  # then it calls nothing else
         _hook(uwsgi, "atexit", close_all)
-    if not _heard and _nest is None and _is_unforked(uwsgi):
-        _nest = _Nest()
+    if not _heard and _prefork is None and _is_unforked(uwsgi):
+        _prefork = _Prefork()
 
 
 def _hook(uwsgi: Any, name: str, ours: Callable[[], object]) -> None:
-    """Have uWSGI call `ours`, after what it was told to call there."""
+    """Have uWSGI call `ours` after the hook that is set now."""
     other = getattr(uwsgi, name, None)
-    if getattr(other, "ours", None) is ours:
+    if other is not None and other is _hooks.get(name):
         return
 
     def both() -> None:
@@ -223,12 +203,14 @@ def _hook(uwsgi: Any, name: str, ours: Callable[[], object]) -> None:
         finally:
             ours()
 
-    both.ours = ours  # type: ignore[attr-defined]
+    _hooks[name] = both
     setattr(uwsgi, name, both)
 
 
+_hooks: dict[str, Callable[[], object]] = {}
+"""The hooks that this module has set, by name."""
 _heard = False
-"""True once uWSGI has said that it has forked: this process is one that serves."""
+"""True once uWSGI has called the hook after its fork: this process serves requests."""
 
 
 def _is_unforked(uwsgi: Any) -> bool:
@@ -236,16 +218,16 @@ def _is_unforked(uwsgi: Any) -> bool:
 
 
 def _uwsgi_has_forked() -> None:
-    global _nest, _heard  # noqa: PLW0603
+    global _prefork, _heard  # noqa: PLW0603
     _heard = True
     _begin_in_child()
-    nest, _nest = _nest, None
-    if nest is not None:  # a worker without a master is the process that has loaded the app
-        _leave(nest)
+    prefork, _prefork = _prefork, None
+    if prefork is not None:  # a worker without a master is the process that loaded the app, which was not forked
+        _end_prefork(prefork)
 
 
-def _leave(nest: _Nest) -> None:
-    mine = nest.take()
+def _end_prefork(prefork: _Prefork) -> None:
+    mine = prefork.take()
     for member in _all():
         if mine:
             member.wake()
@@ -253,24 +235,24 @@ def _leave(nest: _Nest) -> None:
             member.start_clean()
 
 
-def is_nest() -> bool:
+def is_prefork() -> bool:
     """Return whether no thread of ours may run yet, because uWSGI is about to fork this process."""
-    return _nest is not None
+    return _prefork is not None
 
 
 @contextmanager
 def awake(rest: Callable[[], bool]) -> Iterator[None]:
-    """Let threads run in the block, and have `rest` end them behind it, if this is no process in which they go on running.
+    """Let threads run within the block, also before uWSGI has forked; then have `rest` end them again.
 
-    If `rest` returns that they run still, they do so from now on.
+    If `rest` returns False, they could not be ended, and go on.
     """
-    global _nest  # noqa: PLW0603
-    nest = _nest
-    if nest is None:
+    global _prefork  # noqa: PLW0603
+    prefork = _prefork
+    if prefork is None:
         yield
         return
-    _nest = None  # a fork in between is an ordinary one
-    if not nest.take():  # it was given away: this is a master that runs Python after all
+    _prefork = None  # a fork in between is an ordinary one
+    if not prefork.take():  # another process has the deltas: this is a master that runs Python after all
         for member in _all():
             member.start_clean()
         yield
@@ -279,8 +261,8 @@ def awake(rest: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         if rest():
-            nest.give()
-            _nest = nest
+            prefork.give()
+            _prefork = prefork
 
 
 atexit.register(close_all)

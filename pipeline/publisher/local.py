@@ -1,4 +1,4 @@
-"""What a process has recorded, as its own code reads it: a view's totals, by label values."""
+"""The totals that a process has recorded itself, for its own code to read: by view and label values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.core.record import Definition, parse_suffix, series_suffix
 class LocalView(Mapping[tuple[str, ...], Any]):
     """A view as this process alone has recorded it since it started: answers by label values, as reads show them.
 
-    Label values stand in the order of `labels`. It never changes; ask the view again for a newer one.
+    Label values are in the order of `labels`. A `LocalView` never changes; `view.local()` returns a newer one.
     """
 
     __slots__ = ("_canonical_order", "_kind", "_now_s", "_order", "_states", "complete", "labels", "taken_s", "view")
@@ -33,7 +33,7 @@ class LocalView(Mapping[tuple[str, ...], Any]):
         self.complete = complete
         """False if series were left out, because there are more than `local_series_max`."""
         self.taken_s = taken_s
-        """When it was taken, on the monotonic clock."""
+        """Time of the snapshot, on the monotonic clock."""
         self._states = states
         self._kind: Kind = kind_of(definition)
         self._order = [definition.labels.index(name) for name in declared.labels]
@@ -42,7 +42,7 @@ class LocalView(Mapping[tuple[str, ...], Any]):
 
     @property
     def age_ms(self) -> float:
-        """How old it is: what was recorded before that is in."""
+        """Age of the snapshot: everything recorded before it is in."""
         return max(0.0, self._now_s() - self.taken_s) * 1_000
 
     def _labels_of(self, suffix: bytes) -> tuple[str, ...]:

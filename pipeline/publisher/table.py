@@ -1,23 +1,23 @@
 """The table: a process's unsent states. This is the plain one, and the specification of the native one.
 
-Recording appends to a queue, which no signal handler, finaliser or other thread can find half done; whoever finds the queue
-long merges it into the states, under a lock. A thread that comes to the lock inside itself, because a signal handler or a
-finaliser runs there, leaves the work to the frame outside. So recording is allowed anywhere, and never waits for a drain.
+Recording appends to a queue, which is one step that no signal handler, finaliser or other thread can interrupt. A thread
+that finds the queue long merges it into the states, under a lock. If it holds the lock already, because it is in a signal
+handler or finaliser that has interrupted a merge, it leaves the work to that merge. So recording is allowed anywhere, and
+never waits for a drain.
 
 Neither table owns a thread, a clock or a log. The publisher passes in what the table may not decide:
 
-- `check(kind, monotone, value)` returns the plain number (of a `last` view also text, bool or None) that a value is, or
-  raises `Invalid`. It is called for whatever is not plain already: see `check_value`.
+- `check(kind, monotone, value)` returns a value as a plain number (for a `last` view also text, bool or None), or raises
+  `Invalid`. It is called for every value that is not plain already: see `check_value`.
 - `opening()` is called before a series comes in, before every record after `close()`, and when it is found that the process
-  was forked and nobody has called `forget`; what it raises, the call raises.
-- `full(bytes_needed, delta_count)` is called when something does not fit in `bytes_max`: True to try again, False to drop
-  the delta. The caller of `add` gets what it raises.
-- `now_ms()` is the time.
-- `journal`, if deltas are to outlive the process: see `Journal`. Then each delta is also recorded to a ring, in one breath
-  with being recorded here, and a drain knows where the ring ended: what lies before is in what was drained, or in an earlier
-  drain, and what lies behind is not.
+  was forked and nobody has called `forget`. Its errors reach the caller who records.
+- `full(bytes_needed, delta_count)` is called when something does not fit in `bytes_max`. It returns True to try again, False
+  to drop the delta. Its errors reach the caller who records.
+- `now_ms()` returns the time.
+- `journal` is given if deltas are to outlive the process: see `Journal`. Each delta is then recorded to the table and to a
+  ring, both or neither, and a drain states where the ring ended: everything before that was drained, nothing behind it was.
 
-All of it is called without a lock.
+All of these are called without a lock.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from pipeline.publisher.spool.ring import Segment
 
 SERIES_BYTES = 520
-"""What a series takes in memory beyond its suffix (measured; see tests/contracts)."""
+"""The memory of a series beyond its suffix (measured; see tests/contracts)."""
 T = TypeVar("T")
 _Waiting = dict[Slot, list[Any]]
-"""In the order in which they were recorded first: each series' state and how many deltas are in it."""
+"""State and number of deltas of each series, in the order in which the series were first recorded."""
 
 
 def _heap_bytes(value: Any) -> int:
-    """Return the memory that a state is charged for: that of texts and of long ints."""
+    """Return the memory that a state is charged for: texts and long ints."""
     kind = type(value)
     if kind is float or (kind is int and -SHORT <= value <= SHORT):
         return 0
@@ -55,22 +55,22 @@ def _heap_bytes(value: Any) -> int:
 
 
 class Journal(Protocol):
-    """Where deltas are recorded so that they outlive the process; `pipeline.publisher.spool` has it in files.
+    """A record of deltas that outlives the process: `pipeline.publisher.spool` keeps it in files.
 
-    Both methods raise what the call that records is to raise, or return None if the delta is to be dropped.
+    The errors of both methods reach the caller who records. If they return None, the delta is dropped.
     """
 
     def define(self, definition: bytes, suffix: bytes) -> int | None:
-        """Return a number for a series, which is never given again; what is recorded by it is the series' from then on."""
+        """Return a new number for a series, by which its deltas are recorded from then on."""
         ...
 
     def segment(self, shard: int, full: int, length: int) -> Segment | None:
-        """Return where a shard's ring goes on behind segment `full` (-1: at its begin), with a payload of `length` bytes."""
+        """Return the segment of a shard's ring after number `full` (-1: the first), with room for `length` bytes."""
         ...
 
 
 class Local(Mapping[bytes, State]):
-    """The totals of a view as of a snapshot, by suffix. Never changes."""
+    """The totals of a view as of a snapshot, by suffix. A `Local` never changes."""
 
     def __init__(self, states: Mapping[bytes, State], *, complete: bool) -> None:
         self._states = states
@@ -107,7 +107,7 @@ class Table:
         lane_count: int = 0,
         journal: Journal | None = None,
     ) -> None:
-        """See the module for what is passed in; `shard_count` and `lane_count` are the native table's (0: as it likes)."""
+        """The module says what is passed in. `shard_count` and `lane_count` are for the native table (0: its own choice)."""
         self.check, self.now_ms = check, now_ms
         self._opening, self._full, self._journal = opening, full, journal
         self._ring: Any = None
@@ -115,7 +115,7 @@ class Table:
         self._views: list[BaseView] = []
         self._recorded_ns = 0
         self.queue: deque[tuple[Slot, State]] = deque()
-        """Deltas on their way into the states. Whoever appends one calls `settle` if there are `QUEUE_MAX`."""
+        """Deltas that are not merged yet. A caller that appends one calls `settle` if there are `QUEUE_MAX`."""
         self.forget()
 
     def forget(self) -> None:
@@ -123,7 +123,7 @@ class Table:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._inside: object = None
-        """What the thread that merges, drains or evicts is known by."""
+        """A token of the thread that merges, drains or evicts now; None: no thread does."""
         self.closed = False
         self.queue.clear()
         self._states: _Waiting = {}
@@ -134,16 +134,16 @@ class Table:
         self._cut: tuple[dict[int, tuple[int, int]], list[int]] = {}, []
         self.used_bytes = 0
         if self._journal is not None:
-            from pipeline.publisher.spool.ring import Ring, encode_delta  # only who has a journal pays for it
+            from pipeline.publisher.spool.ring import Ring, encode_delta  # imported only with a journal
 
             if self._ring is not None:
-                self._ring.segment.limit = 0  # whoever was interrupted in a write, in a child, must not go on with it
+                self._ring.segment.limit = 0  # a write that a fork has interrupted must not go on in the child
             self._ring, self._encode = Ring(), encode_delta
         for view in self._views:
             view.leave()
 
     def keep(self) -> bool:
-        """Go on, in a forked child, with what the parent had; False with a journal, or if it was perhaps being changed."""
+        """Keep the parent's deltas, in a forked child; return False with a journal, or if a change was under way."""
         if self._journal is not None or not self._lock.acquire(blocking=False):
             return False
         self._lock.release()
@@ -156,17 +156,17 @@ class Table:
         return (view_type or by_kind[KINDS[definition.kind].method])(self, definition, series_max)
 
     def join(self, view: BaseView) -> None:
-        """Take in a view that was made: batches have the groups of views in this order."""
+        """Add a new view. Batches have the groups of views in this order."""
         view.number = len(self._views)
         self._views.append(view)
 
     def step_over(self) -> list[Any]:
         """Return the locks that the caller is to release while it waits for a drain, perhaps in a signal handler.
 
-        If it has interrupted its own thread in the midst of a change, that finds its states replaced, and stops short of
-        changing anything.
+        If the handler has interrupted a merge of its own thread, the merge finds its states replaced, and stops without a
+        change.
         """
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # typeshed does not declare it
             self._states = self._states.copy()
             self._inside = None
         return [self._lock]
@@ -184,7 +184,7 @@ class Table:
     # Recording
 
     def time_of(self, ts_ms: Any) -> tuple[int, int]:
-        """Return the time that was given (None: now), if it is one, and now."""
+        """Return a checked time (None: now), and now."""
         now = self.now_ms()
         if ts_ms is None:
             return now, now
@@ -208,7 +208,7 @@ class Table:
         self._alone(bool, None)
 
     def record(self, view: BaseView, suffix: bytes, delta: State) -> bool:
-        """Record a delta; False if it was dropped, because there is no memory for it."""
+        """Record a delta; return False if it was dropped, because there is no memory for it."""
         heap = _heap_bytes(delta)
         slot = view.slots.get(suffix)
         if heap or slot is None or self.closed or self._journal is not None:
@@ -221,14 +221,14 @@ class Table:
         return True
 
     def _admit(self, view: BaseView, suffix: bytes, delta: State, heap: int) -> bool:
-        """Record a delta, charging what it needs, to the series or the overflow series; False if it is dropped."""
+        """Record a delta for which memory must be charged, or the journal written; return False if it is dropped."""
         asked = self.closed
         if asked or suffix not in view.slots:
             self._opening()
         payload = self._encode(delta[0] if view.kind == "mean" else delta) if self._journal is not None else b""
         ring, number, named = self._ring, 0, b""
         while True:
-            if ring is not self._ring:  # what was called has forked, and this is the child
+            if ring is not self._ring:  # a callback has forked, and this is the child
                 ring, number, named = self._ring, 0, b""
             with self._lock:
                 if self.closed and not asked:
@@ -254,15 +254,16 @@ class Table:
                 if not self._full(needed, 1):
                     return False
             elif not known:
+                assert self._journal is not None
                 self._gone += [number] * (number > 0)
-                number, named = self._define(view, to), to
+                number, named = self._journal.define(encode(view.canonical), to) or 0, to
                 if not number:
                     return False
             elif not self._extend(ring, full, len(payload)):
                 return False
 
     def _write(self, slot: Slot, delta: State, payload: bytes, heap: int) -> bool:
-        """Record a delta to its slot; False if its ring has no room, or the slot is out. The caller holds the lock."""
+        """Record a delta to its slot; return False if its ring or the slot is out of use. The caller holds the lock."""
         self.used_bytes += heap
         if self._journal is None:
             self.queue.append((slot, delta))
@@ -271,10 +272,6 @@ class Table:
             return True
         self.used_bytes -= heap
         return False
-
-    def _define(self, view: BaseView, suffix: bytes) -> int:
-        assert self._journal is not None
-        return self._journal.define(encode(view.canonical), suffix) or 0
 
     def _extend(self, ring: Any, full: int, length: int) -> bool:
         assert self._journal is not None
@@ -294,7 +291,7 @@ class Table:
         return slot
 
     def _alone(self, work: Callable[[], T], otherwise: T) -> T:
-        """Merge what was recorded, and do `work`; return `otherwise` if this very thread is in the midst of such work."""
+        """Merge the queue, and do `work`; return `otherwise` if this very thread is doing such work already."""
         with self._lock:
             if self._inside is not None:
                 return otherwise
@@ -312,17 +309,17 @@ class Table:
             slot, delta = queue[0]
             item = states.get(slot)
             if item is None:
-                if slot.out:  # it was let go of since
+                if slot.out:  # it was evicted meanwhile
                     slot = self._enter(slot.view, slot.suffix)
                     item = states.setdefault(slot, [None, 0])
                 else:
                     states[slot] = item = [None, 0]
             kind = type(delta)
-            if states is not self._states:  # a signal handler has forked, or called `step_over`: another goes on from here
+            if states is not self._states:  # a signal handler has forked, or called `step_over`
                 return
             old = item[0]
             if slot.adds and kind is float and type(old) is float:
-                merged = old + delta  # what `merge` does where nothing is rounded away, without the call
+                merged = old + delta  # as `merge` does where nothing is rounded away
                 if merged - old == delta and merged - delta == old:
                     item[0] = merged
                     item[1] += 1
@@ -334,8 +331,8 @@ class Table:
                 more = _heap_bytes(merged) - _heap_bytes(old) - _heap_bytes(delta)
             if states is not self._states:  # as above
                 return
-            # The interpreter looks for signals, and threads that wait, after a call and at the end of a loop only: so from
-            # here until the delta has left the queue, nothing comes in between, and no exception either.
+            # The interpreter runs signal handlers and other threads only after a call and at the end of a loop: so nothing
+            # comes in between, and no exception either, from here until the delta has left the queue.
             self.used_bytes += more
             item[0] = merged
             item[1] += 1
@@ -344,10 +341,10 @@ class Table:
     # Draining
 
     def drain(self, partition_count: int, busy: bytes | None, batch_bytes_max: int) -> list[Draft]:
-        """Take out what waits, but for partitions whose byte in `busy` is not 0, as batches of up to `batch_bytes_max`.
+        """Take out waiting states as drafts of up to `batch_bytes_max`, except for partitions whose byte in `busy` is not 0.
 
-        A series that is larger by itself gets a batch by itself. What was taken counts towards the totals. To be called from
-        a thread of the publisher's own: in the main thread, what a signal handler raises can take the place of the result.
+        A series that is larger by itself gets a draft of its own. Drained states count towards the totals. To be called from
+        a thread of the publisher's own: in the main thread, an error of a signal handler can take the place of the result.
         """
         if partition_count < 1 or (busy is not None and len(busy) != partition_count):
             raise ValueError("busy has a byte for each of at least one partition")
@@ -356,7 +353,7 @@ class Table:
         return self._alone(lambda: self._drain(partition_count, busy or bytes(partition_count), batch_bytes_max), [])
 
     def _drain(self, partition_count: int, busy: bytes, batch_bytes_max: int) -> list[Draft]:
-        cut_here = self._look_at_ring()
+        cut_here = self._merge_to_ring_end()
         kept: _Waiting = {}
         taken: _Waiting = {}
         merged = []
@@ -376,31 +373,31 @@ class Table:
             self._totals.add(slot, state)
         return result
 
-    def _look_at_ring(self) -> tuple[dict[int, tuple[int, int]], list[int]]:
-        """Merge what was recorded, and return where the ring ends as of that, and the series that are gone."""
+    def _merge_to_ring_end(self) -> tuple[dict[int, tuple[int, int]], list[int]]:
+        """Merge the queue; return where the ring ended when it was empty, and the series that were gone by then."""
         if self._journal is None:
             return {}, []
         while True:
             self._merge_queue()
             gone, segment = [*self._gone], self._ring.segment
             number, offset = segment.number, segment.offset
-            if not self.queue:  # nothing came in since `segment` was read: there was no call, and nothing was made
+            if not self.queue:  # nothing was recorded since `segment` was read: there was no call in between
                 return {0: (number, offset)} if number >= 0 else {}, gone
 
     def waiting_states(self) -> list[tuple[bytes, bytes, State, int]]:
-        """Return a copy of what waits: of each series its encoded definition, suffix, state and number of deltas."""
+        """Return a copy of the waiting states: encoded definition, suffix, state and number of deltas of each series."""
         return self._alone(self._waiting_states, [])
 
     def _waiting_states(self) -> list[tuple[bytes, bytes, State, int]]:
-        cut_here = self._look_at_ring()
+        cut_here = self._merge_to_ring_end()
         waiting = [(encode(slot.view.canonical), slot.suffix, *item) for slot, item in self._states.items()]
         self._cut = cut_here
         return waiting
 
     def cut(self) -> tuple[dict[int, tuple[int, int]], list[int]]:
-        """Return, by shard, where its ring ended at the last `drain` or `waiting_states`, and numbers of series.
+        """Return, by shard, where its ring ended at the last `drain` or `waiting_states`, and numbers of evicted series.
 
-        Those are no more in use, and all of their records lie before the positions. Each is returned once.
+        All records of these series lie before the positions. Each number is returned once.
         """
         positions, gone = self._cut
         self._cut = positions, []
@@ -427,7 +424,7 @@ class Table:
         return self._locals.get(view, Local({}, complete=True))
 
     def evict(self, silent_drains: int) -> int:
-        """Let go of series in which nothing waits and nothing was found by so many drains; return how many.
+        """Evict series in which nothing waits and in which so many drains found nothing; return how many.
 
         A bound series comes in again when it is recorded to. Totals stay.
         """
@@ -450,7 +447,7 @@ class Table:
         return gone
 
     def close(self) -> None:
-        """From now on every record calls `opening`, which may refuse it. What waits can still be drained."""
+        """Have every later record call `opening`, which may refuse it. Waiting states can still be drained."""
         with self._lock:
             self.closed = True
             for view in self._views:
@@ -458,11 +455,11 @@ class Table:
                     slot.least = inf
 
     def hold(self) -> None:
-        """Wait until nobody drains, evicts or takes a snapshot, and have others wait, also who records: before a fork."""
+        """Wait until no thread drains, evicts or takes a snapshot, and stop all that change the table: before a fork."""
         self._lock.acquire()
 
     def release(self) -> None:
-        """Undo `hold`, in the parent. A child calls `forget`."""
+        """End `hold`, in the parent. A child calls `forget`."""
         self._lock.release()
 
 
@@ -472,11 +469,11 @@ class _Totals:
     def __init__(self, room: int) -> None:
         self.states: dict[BaseView, dict[bytes, State]] = {}
         self.cut: set[BaseView] = set()
-        """Views of which series were left out."""
+        """Views some of whose series were left out."""
         self._room = room
 
     def add(self, slot: Slot, state: State) -> None:
-        """Merge a state in, if there is room for its series, and memory: a drain must not fail because of what is shown."""
+        """Merge a state in, if there is room and memory for its series: a drain must not fail because of a snapshot."""
         try:
             states = self.states.setdefault(slot.view, {})
             known = slot.suffix in states
@@ -489,7 +486,7 @@ class _Totals:
         self.cut.add(slot.view)
 
     def copy(self) -> _Totals:
-        """Return one of its own."""
+        """Return a copy."""
         other = _Totals(self._room)
         other.states = {view: states.copy() for view, states in self.states.items()}
         other.cut = self.cut.copy()

@@ -1,7 +1,7 @@
-"""Recording by `with` and by decorator: how long a block or a call takes, and which exceptions leave it.
+"""Context managers and decorators that record how long a block or a call takes, and which exceptions leave it.
 
-The exceptions of the code inside are its own: they go on unchanged, also when recording fails at that moment, which is
-logged then. Where nothing else was raised, recording raises as it always does.
+Exceptions of the code inside go on unchanged. If recording fails at that moment, that is only logged; where the code inside
+raised nothing, an error of recording is raised.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from pipeline.errors import Invalid
 
@@ -21,7 +21,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 class _Around:
-    """A context manager that can also decorate functions, async ones too: each call has one of its own."""
+    """A context manager that can also decorate functions, async ones too. Each call uses one of its own."""
 
     def _new(self) -> Self:
         raise NotImplementedError
@@ -45,14 +45,14 @@ class _Around:
                 with self._new():
                     return await function(*args, **kwargs)
 
-            return around_await  # type: ignore[return-value]
+            return cast(FunctionT, around_await)
 
         @wraps(function)
         def around(*args: Any, **kwargs: Any) -> Any:
             with self._new():
                 return function(*args, **kwargs)
 
-        return around  # type: ignore[return-value]
+        return cast(FunctionT, around)
 
     def _record(self, record: Callable[[float], None], value: float, error: BaseException | None) -> None:
         if error is None:
@@ -73,8 +73,8 @@ class Timer(_Around):
         @latency.labels("/cart").time()
         async def cart(request): ...
 
-    Seconds are of a clock that never goes back. Inside each other, one may be entered again; threads and tasks need one
-    each. A decorated function may run in any number of them.
+    The clock never goes back. A timer may be entered again inside itself; threads and tasks need one each. A decorated
+    function may run in any number of threads and tasks.
     """
 
     def __init__(self, record: Callable[[float], None], now_s: Callable[[], float]) -> None:

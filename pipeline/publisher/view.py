@@ -1,7 +1,7 @@
 """The views and series of the plain table: what an app records to.
 
 The native ones (`pipeline_native.pyi`) have the same recording methods, and `definition`, `overflow_count`, `labels`,
-`add_many`, `record_columns` and `series_type`; a series has `view` and `suffix`. What else is here is for the plain table.
+`add_many`, `record_columns` and `series_type`; their series have `view` and `suffix`. The rest is for the plain table only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pipeline.publisher.table import Table
 
 QUEUE_MAX = 512
-"""Deltas that wait to be merged before somebody merges them."""
+"""Length of the queue at which a recording thread merges it."""
 SHORT = 2.0**190
-"""Numbers up to here, on both sides of 0, need no check of their size."""
+"""Numbers up to this size need no check, because they are small as states too."""
 
 
 class Slot:
@@ -34,22 +34,22 @@ class Slot:
         self.view = view
         self.suffix = suffix
         self.seen = seen
-        """The drain that last found something here, or the last one before the series came in."""
+        """Number of the drain that last found something here, or of the last one before the series came in."""
         self.adds = view.kind == "sum"
         self.least = view.least if open else inf
-        """From here to `SHORT` a float or int can be recorded as it is, without a question."""
+        """The least number that can be recorded without a check; up to `SHORT`."""
         self.number = 0
-        """What records of the series are known by in the journal; 0: it has none yet."""
+        """The number of the series in the journal; 0: it has none yet."""
         self.out = False
-        """Whether the table has let go of it, for good: the series gets another one when it is recorded again."""
+        """True once the series was evicted: it gets another slot when it is recorded again."""
 
     def leave(self) -> None:
-        """The table lets go of it."""
+        """Mark the slot as evicted."""
         self.out, self.least = True, inf
 
 
 def check_value(kind: str, monotone: bool, value: object) -> Any:
-    """Return the plain value that a delta of a kind is, or raise `Invalid`: what `check` is for most publishers."""
+    """Return the plain value of a delta of a kind, or raise `Invalid`. Most publishers use it as the table's `check`."""
     checked = kind_of(Definition("", kind, monotone=monotone)).check(value)
     return checked[2] if kind == "last" else checked
 
@@ -92,12 +92,12 @@ class BaseView:
         self.slots: dict[bytes, Slot] = {}
         """The series that are in the table, by suffix."""
         self.own_count = 0
-        """How many of them are not overflow series."""
+        """The number of series that are not overflow series."""
         self.by_labels: dict[Any, Slot] = {}
-        """Some of them, by label values in the order of the definition; the value itself if there is one label."""
+        """A cache of slots by label values in the order of the definition; by the value itself if there is one label."""
         simple = KINDS[self.kind].single and not self.window_ms
         self.least = (0.0 if self.monotone else -SHORT) if simple else inf
-        """The least number that is its own delta: not in a view with windows, or of another kind of state."""
+        """The least number that is its own delta; infinity in a view with windows, or with another kind of state."""
         self._order = [definition.labels.index(name) for name in self.canonical.labels]
         self._label_count = len(self._order)
         self._names = itemgetter(*definition.labels) if definition.labels else tuple
@@ -105,13 +105,13 @@ class BaseView:
         table.join(self)
 
     def leave(self) -> None:
-        """Have no series any more: the process is a forked child."""
+        """Forget all series, in a forked child."""
         for slot in self.slots.values():
             slot.leave()
         self.slots, self.by_labels, self.own_count = {}, {}, 0
 
     def labels(self, /, *values: str, **names: str) -> Any:
-        """Return the series with these label values, by position or by name. Nothing is charged before it is recorded."""
+        """Return the series with these label values, by position or by name. It takes no memory before it is recorded."""
         return self.series_type(self, *values, **names)
 
     def add_many(self, labels: Sequence[str], values: Iterable[Any], ts_ms: Iterable[Any] | None = None) -> int:
@@ -182,13 +182,13 @@ class BaseView:
         return (ts_ms - ts_ms % self.window_ms if self.window_ms else 0).to_bytes(8, "big")
 
     def delta(self, value: Any, ts_ms: int = 0, now_ms: int = 0) -> State:
-        """Return the state that one delta is; `Invalid` if it is none."""
+        """Return the state of one delta, or raise `Invalid`."""
         kind = type(value)
         if self.kind == "last":
             if value is not None and kind is not bool and not (kind is float and isfinite(value)):
                 value = self.table.check("last", False, value)
             return ts_ms, self.table.rise(now_ms), value
-        plain = kind in (int, float) and -SHORT <= value <= SHORT  # not so for NaN
+        plain = kind in (int, float) and -SHORT <= value <= SHORT  # false for NaN
         if not plain or (self.monotone and value < 0):
             value = self.table.check(self.kind, self.monotone, value)
         return (value, 1) if self.kind == "mean" else value

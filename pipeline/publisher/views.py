@@ -1,12 +1,12 @@
-"""The views and series that an app records to: those of the table in use, with what is the same for both tables.
+"""The views and series that an app records to, on top of those of the table in use, native or plain.
 
-A view has from its publisher what the table does not know: a clock, and how to read the last snapshot.
+The publisher gives a view what the table does not know: a clock, and a way to read the last snapshot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline import native
 from pipeline.core.kinds import KINDS
@@ -18,6 +18,7 @@ from pipeline.publisher.local import LocalView
 from pipeline.publisher.timing import ExceptionCounter, Exceptions, Timer
 
 __all__ = ["BaseView", "Table"]
+SeriesT = TypeVar("SeriesT")
 _extension = native.extension()
 if TYPE_CHECKING or _extension is None:
     from pipeline.publisher.table import Table
@@ -29,13 +30,18 @@ else:
     SetSeries, SetView = _extension.SetSeries, _extension.SetView
 
 
-class _Owned:
-    """What views of all kinds have beyond recording."""
+class _PublisherView(Generic[SeriesT]):
+    """The methods of views of all kinds beyond recording."""
 
     definition: Definition
     read_local: Callable[[Any], LocalView]
-    """What reads the last snapshot of a view. The publisher sets it, and `monotonic_s`."""
+    """Reads the last snapshot of a view. The publisher sets it, and `monotonic_s`."""
     monotonic_s: Callable[[], float]
+
+    if TYPE_CHECKING:
+
+        def labels(self, /, *values: str, **names: str) -> SeriesT:
+            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
     def local(self) -> LocalView:
         """Return what this process alone has recorded since it started, as of the last snapshot. Takes no lock."""
@@ -91,17 +97,12 @@ class LastSeries(SetSeries):
     __slots__ = ()
 
 
-class SumView(_Owned, AddView):
+class SumView(_PublisherView[SumSeries], AddView):
     """Totals, by series."""
 
     series_type = SumSeries
 
-    if TYPE_CHECKING:
-
-        def labels(self, /, *values: str, **names: str) -> SumSeries:
-            """Return the series with these label values, by position or by name: recording to it is the fast path."""
-
-    def add_many(self, values: Any, /, **labels: str) -> int:  # type: ignore[override]
+    def add_many(self, values: Any, /, **labels: str) -> int:  # type: ignore[override]  # the table's takes label values
         """Add each of `values` to the series with these labels; see `SumSeries.add_many`."""
         return record_many(self.labels(**labels), values)
 
@@ -117,15 +118,10 @@ class SumView(_Owned, AddView):
         return self.labels(**labels).count_exceptions(exception)
 
 
-class ObservedView(_Owned, ObserveView):
+class ObservedView(_PublisherView[ObservedSeries], ObserveView):
     """Smallest, largest or mean observation, by series."""
 
     series_type = ObservedSeries
-
-    if TYPE_CHECKING:
-
-        def labels(self, /, *values: str, **names: str) -> ObservedSeries:
-            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
     def observe_many(self, values: Any, /, **labels: str) -> int:
         """Observe each of `values` in the series with these labels; see `SumSeries.add_many`."""
@@ -136,15 +132,10 @@ class ObservedView(_Owned, ObserveView):
         return self.labels(**labels).time()
 
 
-class LastView(_Owned, SetView):
+class LastView(_PublisherView[LastSeries], SetView):
     """The newest value, by series."""
 
     series_type = LastSeries
-
-    if TYPE_CHECKING:
-
-        def labels(self, /, *values: str, **names: str) -> LastSeries:
-            """Return the series with these label values, by position or by name: recording to it is the fast path."""
 
 
 VIEW_TYPES: Mapping[str, type[BaseView]] = {
@@ -182,7 +173,7 @@ def record_table(view: Any, table: Any, ignore: Iterable[str] = ()) -> int:
 
 
 def numbers_of(column: Column, row_count: int) -> Any:
-    """Return a column of values as the table takes it: as a buffer where it is one of 64-bit numbers."""
+    """Return a column of values for the table: an array of 64-bit numbers as it is, everything else as a list."""
     if isinstance(column, Vector) and column.array.dtype.str in ("<f8", "<i8"):
         return column.array
     return rows_of(column, row_count)

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from pipeline.core.description import describe_letter
 from pipeline.errors import Invalid, Unavailable
-from pipeline.faults import Field, object_fault
+from pipeline.json_errors import Field, object_error
 from pipeline.query.dead_letters import DeadLetters, Place, Wanted
 from pipeline.query.params import single_parameters, whole_number
 from pipeline.query.responses import JSON, LettersReplayed
@@ -147,7 +147,7 @@ def _parse_replay(body: bytes) -> ReplayOrder:
     try:
         order = _decode_order(body or b"{}")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Invalid(object_fault(body, _ORDER, others=False) or str(error)) from None
+        raise Invalid(object_error(body, _ORDER, others=False) or str(error)) from None
     _check("limit", order.limit, REPLAY_MAX)
     if len(order.keys) > REPLAY_MAX:
         raise Invalid(f"{len(order.keys)} keys; at most {REPLAY_MAX}")

@@ -13,7 +13,7 @@ from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.query import Matcher, Query, parse_matcher
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
-from pipeline.faults import Field, is_scalar, json_fault, object_fault
+from pipeline.json_errors import Field, is_scalar, json_error, object_error
 from pipeline.ports import RawDelta
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
@@ -166,7 +166,7 @@ _FIELDS = {
 
 
 def _fault(delta: bytes, error: Exception) -> str:
-    return object_fault(delta, _FIELDS, others=False) or str(error)
+    return object_error(delta, _FIELDS, others=False) or str(error)
 
 
 def parse_deltas(body: bytes, content_type: str, deltas_max: int) -> list[RawDelta]:
@@ -203,7 +203,7 @@ def _array(body: bytes) -> list[_Delta]:
     try:
         parts = _split_array(body)
     except _MALFORMED as error:
-        raise Invalid(f"deltas: not a JSON array: {json_fault(body) or error}") from None
+        raise Invalid(f"deltas: not a JSON array: {json_error(body) or error}") from None
     for number, part in enumerate(parts):
         try:
             _decode_delta(part)

@@ -176,7 +176,7 @@ class ViewReader:
         kind = KINDS[definition.kind]
         # As many conditions as pinned labels: each is an equality, and nothing is left to test.
         exact = len(query.where) == len(labels)
-        tests = [] if exact else self._tests(definition, query, _unlimited)
+        tests = [] if exact else self._tests(definition, query, lambda: None)
         group = group_key(definition, query.by)
         keys = [POSITION_KEY]
         for part in plan.merged.parts:
@@ -468,10 +468,6 @@ def _reached(position: Position, seen: LogEnds) -> int:
     """Return the offset up to which the present topic is folded: 0 if the position is of an earlier topic of its name."""
     foreign = position.source_id and seen.source_id and position.source_id != seen.source_id
     return 0 if foreign else position.next_offset
-
-
-def _unlimited() -> None:
-    """Do nothing: a point read matches too few values for a deadline."""
 
 
 def _decode_one(kind: Kind, skip: int, width: int, key: bytes, value: bytes) -> None:

@@ -91,7 +91,7 @@ class AgentPublisher(BasePublisher):
     @property
     def pressed(self) -> bool:
         """Return whether over half of the buffer is in use while batches wait for their acknowledgement."""
-        return self._running.pressed
+        return self._runtime.is_short_of_memory
 
     def _opening(self) -> None:
         if not self._bound:

@@ -115,10 +115,10 @@ class ChangeFeed:
             log=_log,
             clock=clock,
             metrics=metrics,
-            while_away=f"changes of view {view} wait",
-            put_off=self._put_off,
+            outage_message=f"changes of view {view} wait",
+            on_unavailable=self._on_unavailable,
             on_fatal=on_fatal,
-            at_end=f"changes of view {view} end",
+            fatal_message=f"changes of view {view} end",
             on_end=self.close,
         )
         self._stop = self._thread.stopping
@@ -164,7 +164,7 @@ class ChangeFeed:
 
     # The thread
 
-    def _put_off(self, error: Unavailable) -> None:
+    def _on_unavailable(self, error: Unavailable) -> None:
         self._assigned = False  # what was read and not taken in is read again
         self._thread.outage.wait(error)
 

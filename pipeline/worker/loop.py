@@ -91,9 +91,9 @@ class WorkerLoop:
             log=_log,
             clock=clock,
             metrics=metrics,
-            put_off=self._give_up,
+            on_unavailable=self._give_up,
             on_fatal=on_fatal,
-            at_end="the worker ends",
+            fatal_message="the worker ends",
             on_end=self._finish,
         )
         self._stop = self._thread.stopping

@@ -68,10 +68,10 @@ class ReplicaLoop:
             log=_log,
             clock=clock,
             metrics=metrics,
-            while_away="answers grow stale",
-            put_off=self._put_off,
+            outage_message="answers grow stale",
+            on_unavailable=self._on_unavailable,
             on_fatal=on_fatal,
-            at_end="following ends",
+            fatal_message="following ends",
             on_end=self.close,
         )
         self._log = log
@@ -202,7 +202,7 @@ class ReplicaLoop:
         if reader is not None:
             reader.close()
 
-    def _put_off(self, error: Unavailable) -> None:
+    def _on_unavailable(self, error: Unavailable) -> None:
         self._trouble = f"; {error}"
         self._thread.outage.wait(error)
 
@@ -221,7 +221,7 @@ class ReplicaLoop:
             try:
                 self._look()
             except Unavailable as error:  # perhaps of one partition only: the others are followed
-                self._put_off(error)
+                self._on_unavailable(error)
                 self._next_look_s = self._clock.monotonic_s() + self._end_interval_s
         if not self._assigned:
             reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})

@@ -45,7 +45,7 @@ def flush_rows(quick: bool) -> list[Row]:
 
         record()
         opened.flush(60)  # the threads run now, and every series is known
-        flusher = opened._running.threads["flusher"].ident
+        flusher = opened._runtime.threads["flusher"].ident
         for _ in range(2 if quick else 7):
             record()
             cpu_ms = min(cpu_ms, timed_ms(lambda: opened.flush(60)))

@@ -232,7 +232,7 @@ def test_warm_while_the_group_is_joined(topics: App) -> None:
     class Telling(Inside):
         def on_revoked(self, partitions: frozenset[int], timeout_s: float) -> None:
             super().on_revoked(partitions, timeout_s)
-            if cold.membership._ours.told_warm == {0}:  # the other has joined, and waits for this member
+            if cold.membership._ours.announced_warm == {0}:  # the other has joined, and waits for this member
                 cold.membership.set_warm(frozenset({0, 1}))
                 faust: Any = cold.membership._faust
                 wait_until(faust.coordinator._rejoin_needed_fut.done, "the request", 2)

@@ -19,7 +19,7 @@ from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.kafka.errors import Cause
+from pipeline.adapters.kafka.errors import LastError
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.metadata import Metadata
 from pipeline.adapters.kafka.options import parse_url
@@ -266,7 +266,7 @@ def test_a_limit_that_nobody_told_is_not_remembered(free_port: int, own: App) ->
     """Asked for while no broker answers, a topic's limit is a careful guess; the next time it is asked for again."""
     create_topics(own.bootstrap, own.app, 1)
     asked = iter([parse_url(f"kafka://127.0.0.1:{free_port}"), parse_url(own.url)])
-    metadata = Metadata(next(asked), {}, lambda *_: pytest.fail("not asked"), Cause(), SystemClock(), refresh_s=1)
+    metadata = Metadata(next(asked), {}, lambda *_: pytest.fail("not asked"), LastError(), SystemClock(), refresh_s=1)
     guessed = metadata.message_bytes_max(DELTAS, 0.5)
     metadata._address = next(asked)
     assert guessed < 1_000_000 < metadata.message_bytes_max(DELTAS, 30)

@@ -11,7 +11,7 @@ from aiokafka.client import AIOKafkaClient, ConnectionGroup
 from aiokafka.errors import NodeNotReadyError, RequestTimedOutError
 from aiokafka.protocol.group import HeartbeatRequest
 
-from pipeline.adapters.faust.app import _be_impatient
+from pipeline.adapters.faust.app import _shorten_timeouts
 from tests.broker.kafka import Broker
 
 TIMEOUT_S = 1.0
@@ -33,7 +33,7 @@ def test_heartbeats_are_not_waited_for(broker: Broker) -> None:
         client: Any = AIOKafkaClient(bootstrap_servers=broker.bootstrap, request_timeout_ms=int(PATIENT_S * 1000))
         await client.bootstrap()
         try:
-            _be_impatient(client, TIMEOUT_S)
+            _shorten_timeouts(client, TIMEOUT_S)
             node = client.get_random_node()
             assert await beat(client, node)
             joins = client._conns[node, ConnectionGroup.COORDINATION]
@@ -80,7 +80,7 @@ def test_cancelled_heartbeats_end() -> None:
 
     async def run() -> None:
         client: Any = Answering()
-        _be_impatient(client, 30.0)
+        _shorten_timeouts(client, 30.0)
         sending = asyncio.create_task(client.send(0, HeartbeatRequest("nobody", 0, "nobody")))
         for _ in range(10):
             await asyncio.sleep(0)  # until it waits for the answer

@@ -18,7 +18,7 @@ import pipeline.topics as topics
 from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
-from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
+from pipeline.adapters.embedded.log import EmbeddedLog, checkpoint_path
 from pipeline.errors import Exit, PipelineError, Unavailable, exit_code
 from pipeline.ports import Message
 from pipeline.settings import LogSettings
@@ -135,14 +135,14 @@ def test_stores_that_are_ahead_are_kept(data: Path) -> None:
         up.kill()
     backup = data.with_name("backup")
     shutil.copytree(data / "log", backup)
-    shutil.copy(ends_path(data / "log"), ends_path(backup))
+    shutil.copy(checkpoint_path(data / "log"), checkpoint_path(backup))
     with UpProcess(data) as up:
         record(up, 60)
         assert total(up) == 200
         assert up.terminate() == 0, "so that the stores are durable"
     shutil.rmtree(data / "log")
     shutil.copytree(backup, data / "log")
-    shutil.copy(ends_path(backup), ends_path(data / "log"))
+    shutil.copy(checkpoint_path(backup), checkpoint_path(data / "log"))
     refused(data, "the store has the changelog up to", "--accept-loss to keep the store aside")
     done = pipeline("verify", "--data", str(data))
     assert (done.returncode, "Keep everything as it is" in done.stdout) == (1, True), done.stdout

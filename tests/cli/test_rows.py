@@ -30,7 +30,7 @@ from pipeline.cli.rows import (
 )
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
-from pipeline.faults import OUT_OF_RANGE, TOO_DEEP
+from pipeline.json_errors import OUT_OF_RANGE, TOO_DEEP
 
 TOO_LONG = f"a row of over {ROW_BYTES_MAX} bytes, or a quote that is never closed"
 

@@ -153,6 +153,6 @@ def fold(kind: str, deltas: Sequence[State]) -> State:
 
 
 def same(kind: str, a: State, b: State) -> bool:
-    """Whether two states are the same to the bit."""
+    """Return whether two states are the same to the bit."""
     columns = KINDS[kind].to_columns
     return repr(columns([a])) == repr(columns([b]))

@@ -45,7 +45,7 @@ def test_the_stub_says_what_is_there() -> None:
 
 
 def test_both_tables_have_one_interface() -> None:
-    """What the native table has, the plain one has, with the same parameters."""
+    """Both tables have the same methods, with the same parameters."""
     found = extension().Table
     for name in [it for it in vars(found) if not it.startswith("_")]:
         assert hasattr(Table, name) or name == "used_bytes", name

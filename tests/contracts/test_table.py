@@ -211,7 +211,7 @@ def test_what_is_no_value_is_refused(way: str, kind: str) -> None:
 
 @every_table
 def test_a_number_that_changes_counts_as_it_was(way: str) -> None:
-    """It is read when it is recorded, not when it is merged."""
+    """A number is read when it is recorded, not when it is merged."""
     lab = Lab(way)
     views = [(lab.define("sum", monotone=True), "add"), (lab.define("max"), "observe")]
     array, number, own = np.zeros(()), Number(0), [1.0, 2.0]
@@ -404,7 +404,7 @@ def test_beyond_series_max_all_merge_into_one(way: str) -> None:
 
 @every_table
 def test_what_does_not_fit_is_dropped_or_raises(way: str) -> None:
-    """As `full` says; known series never wait."""
+    """`full` decides about a new series; known series never wait."""
     lab = Lab(way, bytes_max=10_000)
     view, last = lab.define(), lab.define("last")
     view.add(1, region="known")
@@ -520,7 +520,7 @@ def test_silent_series_are_let_go_of(way: str) -> None:
 
 @every_table
 def test_a_closed_table_asks_before_each_record(way: str) -> None:
-    """What `opening` raises, recording raises; what waits is still drained."""
+    """Recording raises the error of `opening`; waiting deltas are still drained."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("eu")

@@ -122,7 +122,7 @@ def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
 
 @every_table
 def test_a_child_goes_on_with_what_is_whole(way: str) -> None:
-    """It keeps what its parent had, unless a thread, which it does not have, may have been in the midst of it.
+    """A child keeps its parent's deltas, unless a thread, which the child does not have, may have been changing them.
 
     It does not go on with a journal, whose files are the parent's.
     """

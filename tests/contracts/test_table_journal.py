@@ -238,7 +238,7 @@ def test_what_comes_in_the_midst_of_a_drain() -> None:
 
 
 def test_a_drain_that_has_no_memory_for_its_totals() -> None:
-    """What was taken is handed over all the same, and `local` says that it is not complete."""
+    """Drained states are handed over all the same, and `local` says that it is not complete."""
     lab = Lab("plain-journal")
     view = lab.define(labels=("name",))
     for _ in range(2):
@@ -269,7 +269,7 @@ def source_of(frame: FrameType) -> str:
 
 
 def record_ends(page: Page) -> list[tuple[int, int]]:
-    """Where each record of a segment ends, but for the one that ends the segment."""
+    """Return the ends of the records of a segment, without the one that ends the segment."""
     ends, offset = [], HEADER.size
     for _, payload in scan(bytes(page.bytes), page.seed, HEADER.size).records:
         offset += 16 + len(payload) + 7 & -8

@@ -97,7 +97,7 @@ def test_threads_that_meet_the_limit(way: str) -> None:
 
 @every_table
 def test_close_among_threads(way: str) -> None:
-    """What was recorded without an exception is drained; what is refused is not."""
+    """Deltas recorded without an exception are drained; refused ones are not."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("eu")
@@ -268,7 +268,7 @@ def test_finalisers_record(way: str) -> None:
 
 @every_table
 def test_while_a_table_is_held_nobody_else_drains(way: str) -> None:
-    """Who holds it may, and others go on recording to known series; one `release` for each `hold` lets them in.
+    """The thread that holds it may, and others go on recording to known series until there is a `release` for each `hold`.
 
     With a journal the plain table lets them wait.
     """

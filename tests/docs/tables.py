@@ -1,14 +1,16 @@
-"""The tables of settings, metrics and errors in the docs, made from the code. `python -m tests.docs.tables` writes them."""
+"""Tables in the docs, made from the code: settings, metrics, errors, states. `python -m tests.docs.tables` writes them."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 
 import pipeline
+from pipeline.core import task
 from pipeline.errors import PipelineError, exit_code
 from pipeline.metrics import CATALOGUE
 from pipeline.settings import (
@@ -21,6 +23,7 @@ from pipeline.settings import (
     WorkerSettings,
     default_of,
 )
+from pipeline.worker import active, partition
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "pipeline" / "docs").glob("*.md"))]
@@ -76,9 +79,26 @@ def _kinds(error: type[PipelineError], depth: int) -> Iterator[tuple[int, type[P
             yield from _kinds(kind, depth + 1)
 
 
+def states_table() -> str:
+    """One row for each state of a partition's three machines, with the events that it takes."""
+    machines: dict[str, Mapping[tuple[Enum, Enum], Enum]] = {
+        "active partition": active.TRANSITIONS,
+        "its store": partition.TRANSITIONS,
+        "its task": task.TRANSITIONS,
+    }
+    rows = ["| machine | state | event: next state |", "|---|---|---|"]
+    for name, transitions in machines.items():
+        for state in type(next(iter(transitions))[0]):
+            events = [f"{event.value}: {after.value}" for (before, event), after in transitions.items() if before is state]
+            rows.append(f"| {name} | {state.value} | {'; '.join(events) or 'the end'} |")
+    return "\n".join(rows)
+
+
 def with_tables(text: str) -> str:
     """Return the text of a page with the tables in it as they should be."""
-    for name, table in (("settings", settings_table()), ("metrics", metrics_table()), ("errors", errors_table())):
+    tables = {"settings": settings_table, "metrics": metrics_table, "errors": errors_table, "states": states_table}
+    for name, make in tables.items():
+        table = make()
         text = re.sub(rf"(<!-- {name}:[^\n]*\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
     return text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
+from pipeline.adapters.embedded.log import EmbeddedLog, checkpoint_path
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.record import STORE_META_KEY, definitions_prefix
 from pipeline.errors import LogCorrupt, StoreCorrupt
@@ -131,7 +131,7 @@ def copy_of(lab: EmbeddedLab, path: Path) -> Path:
     for file in lab.path.iterdir():
         if file.name != "LOCK":
             (path / file.name).write_bytes(file.read_bytes())
-    ends_path(path).write_bytes(ends_path(lab.path).read_bytes())
+    checkpoint_path(path).write_bytes(checkpoint_path(lab.path).read_bytes())
     return path
 
 
@@ -182,13 +182,13 @@ def write_ahead_log(lab: EmbeddedLab) -> list[int]:
 
 def test_a_torn_tail_is_what_kill_9_leaves(log_lab: EmbeddedLab, tmp_path: Path) -> None:
     """Cut anywhere within an append that was not acknowledged: that one is gone, all before it are there, and it goes on."""
-    noted = ends_path(log_lab.path).read_bytes()
+    noted = checkpoint_path(log_lab.path).read_bytes()
     sizes = write_ahead_log(log_lab)
     for case, (number, cut) in enumerate([(299, 1), (299, 30), (299, sizes[299] - sizes[298] - 1), (150, 5), (0, 20)]):
         path = copy_of(log_lab, tmp_path / f"copy-{case}")
         with the_file(path, "*.log").open("r+b") as file:
             file.truncate(sizes[number] - cut)
-        ends_path(path).write_bytes(noted)  # of before: an append that was not acknowledged is not noted
+        checkpoint_path(path).write_bytes(noted)  # of before: an append that was not acknowledged is not noted
         log = open_copy(path)
         assert [row.value for row in read(log, "events", 0)] == [b"%d" % n + VALUE for n in range(number)]
         assert append(log, "events", 0, b"next") == [number + 1]

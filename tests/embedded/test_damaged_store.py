@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.metrics as m
-from pipeline.adapters.rocks import Translated
+from pipeline.adapters.rocks import TranslatedErrors
 from pipeline.core.answer import Answer
 from pipeline.core.exposition import Exposition
 from pipeline.core.query import Query, parse_matcher
@@ -366,6 +366,6 @@ def test_a_commit_that_meets_what_can_not_be_decoded(running: Running) -> None:
 )
 def test_what_rocksdb_says(said: str, kind: type[Exception]) -> None:
     """What can't be read is damage, and of which partition; what can pass is not."""
-    error = Translated("store 3", partition=3).translate(Exception(said))
+    error = TranslatedErrors("store 3", partition=3).translate(Exception(said))
     assert type(error) is kind
     assert getattr(error, "partition", 3) == 3

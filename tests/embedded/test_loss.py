@@ -13,7 +13,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.embedded.integrity import find_gaps
-from pipeline.adapters.embedded.log import EmbeddedLog, ends_path
+from pipeline.adapters.embedded.log import EmbeddedLog, checkpoint_path
 from pipeline.errors import LogCorrupt, RecordsLost
 from pipeline.ports import Message
 from pipeline.settings import LogSettings
@@ -59,7 +59,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 def copy_of(path: Path, to: Path) -> Path:
     """What kill -9 would leave of a log: its files as they are, and the file beside them."""
     shutil.copytree(path, to, ignore=shutil.ignore_patterns("LOCK"))
-    shutil.copy(ends_path(path), ends_path(to))
+    shutil.copy(checkpoint_path(path), checkpoint_path(to))
     return to
 
 
@@ -290,27 +290,27 @@ def test_the_file_beside_the_log(lab: EmbeddedLab, damage: Callable[[Path], None
     """It guards the log, it is not the log: without it everything is there, and it is made anew."""
     everything = contents(lab.embedded)
     lab.embedded.close()
-    damage(ends_path(lab.path))
+    damage(checkpoint_path(lab.path))
     log = open_log(lab.path)
     assert contents(log) == everything
-    assert all(log.noted(it).end_offset == it.meta.end_offset for it in log.all_partitions())
+    assert all(log.checkpointed(it).end_offset == it.meta.end_offset for it in log.all_partitions())
     log.close()
 
 
 def test_opening_looks_at_little(lab: EmbeddedLab) -> None:
     """At what was in no file that the manifest names when the log was used last; while it is used, that moves on."""
     settle(lab)
-    starts = [lab.embedded.noted(it) for it in lab.embedded.all_partitions()]
+    starts = [lab.embedded.checkpointed(it) for it in lab.embedded.all_partitions()]
     assert all(noted.flushed_offset == noted.end_offset for noted in starts)
     fill(lab, 5)
-    assert [it.flushed_offset for it in map(lab.embedded.noted, lab.embedded.all_partitions())] == [
+    assert [it.flushed_offset for it in map(lab.embedded.checkpointed, lab.embedded.all_partitions())] == [
         it.flushed_offset for it in starts
     ]
     lab.embedded.note_flushed()
     lab.embedded.flush()
     fill(lab, 1)
     lab.embedded.note_flushed()
-    assert [it.flushed_offset for it in map(lab.embedded.noted, lab.embedded.all_partitions())] == [
+    assert [it.flushed_offset for it in map(lab.embedded.checkpointed, lab.embedded.all_partitions())] == [
         it.flushed_offset + 5 for it in starts
     ]
     lab.embedded.close()

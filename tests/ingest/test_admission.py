@@ -1,4 +1,4 @@
-"""What a gateway refuses at its door, and what it says itself: orders to all partitions, dead letters that are replayed."""
+"""Refusals of a gateway, and its own batches: orders to all partitions, and dead letters that are replayed."""
 
 from collections.abc import Collection
 from typing import Any
@@ -21,7 +21,7 @@ V, W = Definition("v", "sum", ("a",)), Definition("w", "last")
 
 
 class Facts:
-    """What is known, as a test says; `next_offset` of every partition."""
+    """Facts given by a test, as of `next_offset` of every partition."""
 
     def __init__(self, known: Collection[Definition] = (), producers: dict[str, Folded] | None = None) -> None:
         self.known = {definition_key(it) for it in known}
@@ -59,7 +59,7 @@ def delta(view: str = "v", value: Any = 1, kind: str = "sum", **labels: str) -> 
 
 @pytest.mark.parametrize("secret", ["", "guessed", OTHER, SECRET.upper()])
 def test_a_producer_id_is_of_no_use_without_its_secret(secret: str) -> None:
-    """Whoever has seen the id of a live publisher can't send in its name: no epoch, no floor, no delta."""
+    """A sender that only knows the id of a live publisher can't send in its name: no epoch, no floor, no delta."""
     log = FaultyLog()
     gate = gateway(log)
     assert gate.batches([batch(group())], SECRET)[0] == [1]
@@ -119,7 +119,7 @@ def test_wrong_groups_are_named_and_can_be_left_out() -> None:
 
 
 def test_a_publisher_leaves_out_what_a_gateway_refuses() -> None:
-    """What is wrong with one view costs no other: the batch goes without it, and `flush` says what is lost."""
+    """An error in one view costs no other: the batch goes without it, and `flush` says what is lost."""
     log = FaultyLog()
     gate = gateway(log, Facts([V]), views_max=2)
 
@@ -155,7 +155,7 @@ def test_a_publisher_leaves_out_what_a_gateway_refuses() -> None:
 
 
 def test_a_view_beyond_views_max_is_refused_at_the_door() -> None:
-    """As 400, before a token: also when those that fill it are still on their way; until they are known to have gone."""
+    """A partition that is full of definitions refuses others with 400, also while those that fill it are on their way."""
     log, facts = FaultyLog(partitions=1), Facts([V])
     gate = gateway(log, facts, views_max=3)
     gate.deltas([delta(a="x"), delta("one"), delta("two")])

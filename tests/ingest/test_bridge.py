@@ -120,7 +120,7 @@ def test_it_publishes_by_itself() -> None:
 
 
 def test_the_publishers_close_takes_the_rest() -> None:
-    """What was counted since the last look is in the last flush."""
+    """Counts since the last look are in the last flush."""
     world = World()
     counter = Counter("rest", "x", registry=world.registry)
     world.bridge()
@@ -223,7 +223,7 @@ class Broken:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_collector_that_raises_stops_nobody(first: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged once, counted each time, and published once it works again: nothing of it twice."""
+    """Its error is logged once and counted each time; once it works again, its counts are published, none of them twice."""
     world = World()
     broken = Broken(Counter("inner", "x", registry=None))
     if first:
@@ -319,7 +319,7 @@ def test_a_full_buffer_is_waited_for_once_a_look() -> None:
 
 
 def test_a_signal_handler_may_close_while_it_holds_a_lock(tmp_path: Path) -> None:
-    """One that the bridge's thread waits for, in the midst of a look: nobody waits for ever, and nothing is lost."""
+    """The bridge's thread may wait for that lock in the midst of a look: no thread waits for ever, and nothing is lost."""
     world = World(durability="process", spool_dir=str(tmp_path))
     counter = Counter("c", "x", ["a"], registry=world.registry)
     bridge = world.bridge(interval_ms=1)
@@ -333,7 +333,7 @@ def test_a_signal_handler_may_close_while_it_holds_a_lock(tmp_path: Path) -> Non
 
 
 def test_a_bridge_that_fails_does_not_keep_the_publisher_from_its_flush(caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged, and what was recorded is sent."""
+    """The error is logged, and what was recorded is sent."""
     world = World()
     bridge = world.bridge()
     bridge.collect = lambda: 1 / 0
@@ -465,7 +465,7 @@ def test_threads_that_count_while_it_looks() -> None:
 
 
 def test_a_collector_may_come_back_to_the_bridge() -> None:
-    """One that looks at or closes the bridge, as a signal handler may, neither hangs nor counts twice."""
+    """A collector that looks at the bridge or closes it, as a signal handler may, neither hangs nor counts twice."""
     world = World()
     counter = Counter("c", "x", registry=world.registry)
     calls: list[Callable[[], None]] = []
@@ -528,7 +528,7 @@ def test_the_end_of_the_interpreter_takes_the_rest(path: Path, ending: str) -> N
 
 
 def test_forked_children_publish_what_they_count(path: Path) -> None:
-    """What was counted before the fork is the parent's, looked at or not; so it is for children of children."""
+    """Counts from before the fork are the parent's, looked at or not; so it is for children of children."""
     run_script(
         path,
         PRELUDE
@@ -624,7 +624,7 @@ print(sum(counts))
 
 
 def test_a_lock_that_was_held_at_the_fork_hangs_nobody(path: Path) -> None:
-    """Its metric can't be read in the child any more: that is told, the child's metrics are not published, it goes on."""
+    """If a metric can't be read in the child any more, that is logged, its counts are left out, and the child goes on."""
     done = run_script(
         path,
         PRELUDE
@@ -678,7 +678,7 @@ for child in children: assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_full_buffer_delays_the_last_look_and_loses_nothing() -> None:
-    """What has no room when a bridge is closed is published once a flush has made room."""
+    """Counts for which there is no room when a bridge is closed are published once a flush has made room."""
     log = FaultyLog()
     pub = publisher(log, on_full="raise", buffer_bytes_max=65_536, flush_interval_ms=3_600_000)
     registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""What others publish over HTTP: all or nothing, with errors that say which delta or batch is wrong."""
+"""Requests over HTTP: all or nothing, with errors that say which delta or batch is wrong."""
 
 import random
 from collections import Counter
@@ -243,7 +243,7 @@ def test_requests_at_once_are_exact() -> None:
 
 
 def test_batches_are_taken_as_they_are() -> None:
-    """The same bytes in the log, in their order, each with the offset that covers it."""
+    """The bytes of batches are in the log unchanged and in order, and each gets the offset behind it."""
     log, meter = FaultyLog(), Meter()
     sent = [batch(0, 0), batch(1, 0), batch(0, 1), batch(0, 0)]
     next_offsets, token = gateway(log, meter).batches(sent, SECRET)
@@ -316,7 +316,7 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
             self.secret = secret
 
         def dismiss(self, secret: str) -> None:
-            """It is the only one."""
+            """The producer whose secret is told is the only one."""
 
         def message_bytes_max(self, topic: str) -> int:
             return MESSAGE_BYTES_MAX

@@ -211,7 +211,7 @@ def test_it_does_not_settle_what_others_have_under_way(what: str) -> None:
 
 
 def test_requests_spread_over_the_first_partitions() -> None:
-    """As many as `idempotent_partitions` says; until there are so many, nothing is taken."""
+    """Requests go to the first `idempotent_partitions` partitions; until there are so many, nothing is taken."""
     log = FaultyLog()
     for number in range(60):
         gateway(log, idempotent_partitions=3).deltas([delta()], key(str(number)))

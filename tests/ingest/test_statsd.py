@@ -58,7 +58,7 @@ class World:
         return self
 
     def views(self) -> Views:
-        """What the tasks make of all of it."""
+        """The totals of everything that was sent."""
         assert self.sink.close()
         self.publisher.close()
         views = fold(self.log.log)
@@ -120,14 +120,14 @@ def test_a_gauge_of_an_older_time_is_older() -> None:
 
 
 def test_a_gauge_of_a_time_far_ahead_is_refused() -> None:
-    """It would silence its series; it is counted, and what follows goes on."""
+    """A time far ahead, which would silence its series, is refused and counted; later lines go on."""
     world = World().send("g:1|g", f"g:9|g|T{CLOCK.now_ms() // 1_000 + 7_200}", "g:2|g")
     assert world.refused == {"refused": 1}
     assert world.views().answers == {("g", ()): 2}
 
 
 def test_a_clock_that_is_set_back_holds_no_gauge_up() -> None:
-    """What is heard then is recorded at once, not when the clock has caught up."""
+    """Lines are then recorded at once, not when the clock has caught up."""
     clock = Stopped()
     clock.ms = 10_000_000
     world = World(clock=clock).send("g:1|g")
@@ -149,14 +149,14 @@ def test_a_gauge_storm_is_recorded_once_a_millisecond() -> None:
 
 
 def test_tags_are_labels_in_any_order() -> None:
-    """One that is missing is empty; a further one is left out, by reason; so the first line decides."""
+    """The first line decides: a missing label is empty, a line with a further one is left out by reason."""
     world = World().send("a:1|c|#x:1,y:2", "a:2|c|#y:2,x:1", "a:4|c|#x:1", "a:8|c", "a:16|c|#x:1,z:1")
     assert world.views().of("a") == {("1", "2"): 3, ("1", ""): 4, ("", ""): 8}
     assert world.refused == {"labels": 1}
 
 
 def test_labels_can_be_known_before() -> None:
-    """Those that the server has, then those that were asked for, then those of the first line."""
+    """Labels of a view are those of the server, else those that were asked for, else those of the first line."""
     known = {"a": Definition("a", "sum", ("z", "x"), monotone=True), "g": Definition("g", "max", ())}
     world = World(known=known, labels={"a": ["q"], "b": ["x", "y"], "s": ["x"]})
     world.send("a:1|c|#x:1", "a:2|c|#q:1", "a:-1|c", "b:1|c", "b:1|c|#z:1", "g:1|g", "s:m|s|#x:1")
@@ -177,7 +177,7 @@ def test_names_that_become_the_same_are_told_apart() -> None:
 
 
 def test_a_set_has_no_tag_named_member() -> None:
-    """That is the label of its members."""
+    """A tag named `member` collides with the label of the members of a set."""
     world = World().send("s:x|s|#member:y", "s:x|s|#a:y", "s:x|s|#a:y,member:z")
     assert world.views().answers == {("s", ("y", "x")): 1}
     assert world.refused == {"collision": 2}
@@ -196,7 +196,7 @@ def test_bad_lines_stop_nothing() -> None:
 
 
 def test_views_and_series_have_limits() -> None:
-    """What there is goes on; one more is left out, by its reason."""
+    """At a limit, known views and series go on; one more is left out, by its reason."""
     world = World(ingest_views_max=4, ingest_series_max=5)
     world.send("a:1|c|#x:1", "t:1|ms", "b:1|c", "a:1|c|#x:2", "s:1|s", *[f"a:1|c|#x:{n}" for n in range(1, 9)], "t:2|ms")
     assert world.views().total("a") == 2 + 4
@@ -215,14 +215,14 @@ def test_a_gauge_beyond_all_floats_is_an_int() -> None:
 
 
 def test_a_gauge_that_is_moved_by_fractions_is_exact() -> None:
-    """What a float can't hold of each step is kept, so ten tenths are one, and a small step beside a large value counts."""
+    """Steps of a gauge keep what a float rounds away: ten tenths are one, and a small step beside a large value counts."""
     world = World().send("g:0.1|g", *["g:+0.1|g"] * 9, "big:1e16|g", "big:+1|g", "big:-1e16|g")
     assert not world.refused
     assert world.views().answers == {("g", ()): 1.0, ("big", ()): 1.0}
 
 
 def test_a_log_that_is_away_costs_bounded_memory() -> None:
-    """What does not fit is left out as buffer_full; what was recorded arrives, and a gauge with its newest value."""
+    """Lines that do not fit are left out as buffer_full; recorded ones arrive, and a gauge with its newest value."""
     world = World(buffer_bytes_max=65_536)
     world.log.away = True
     sent = 3_000
@@ -239,7 +239,7 @@ def test_a_log_that_is_away_costs_bounded_memory() -> None:
 
 
 def test_gauges_wait_for_room() -> None:
-    """Those that there is no room for are not left out: their newest values are recorded when there is."""
+    """Gauges for which there is no room are not left out: their newest values are recorded when there is."""
     world = World(buffer_bytes_max=65_536)
     world.log.away = True
     for value in (1, 2):

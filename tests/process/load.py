@@ -128,7 +128,7 @@ def answers(url: str, after: Token | None = None) -> dict[str, dict[tuple[str, s
 
 
 def metric(url: str, metric: Metric) -> float:
-    """What a process has counted since its start, over all labels."""
+    """Return the counts of a process since its start, over all labels."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     return sum(float(count) for count in re.findall(rf"^{metric.name}(?:\{{.*\}})? (\S+)$", text, re.M))

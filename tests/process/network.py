@@ -26,7 +26,7 @@ class SlowNetwork:
 
     @property
     def url(self) -> str:
-        """Where clients reach the server."""
+        """The URL at which clients reach the server."""
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> Self:
@@ -73,6 +73,6 @@ class SlowNetwork:
 
 
 def _dies(server: socket.socket) -> bool:
-    """Whether it closes the connection while its answer is on its way."""
+    """Return whether to close the connection while the answer is on its way."""
     readable = select.select([server], [], [], ANSWER_S)[0]
     return bool(readable) and not server.recv(1, socket.MSG_PEEK)

@@ -15,7 +15,7 @@ from tests.process.publisher_stream import Recorder, stream
 
 
 class Told(IntEnum):
-    """What is told, two bytes at a time: one of these, and the number of the thread."""
+    """The codes of reports, each two bytes: one of these, and the number of the thread."""
 
     BEGIN = 1
     """A thread is about to record."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import NotFound, Reader
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import inspect
 from tests.broker.kafka import Port
 from tests.process.load import ANSWER, MERGE
 from tests.process.network import SlowNetwork
@@ -60,7 +60,7 @@ class Child(NamedTuple):
 
 
 class Count:
-    """What was told, as states of series: those that are sure, and those that may be there or not."""
+    """Return the reports as states of series: those that are certain, and those that may be there or not."""
 
     def __init__(self) -> None:
         self.sure: dict[Series, Any] = {}
@@ -86,7 +86,7 @@ class Count:
                         self.sure[series] = _merged(op.view, [self.sure[series], state] if series in self.sure else [state])
 
     def wrong(self, found: Mapping[Series, Any]) -> list[str]:
-        """What is not as it must be."""
+        """Return the differences from what must be there."""
         out = []
         for series in {*self.sure, *self.doubts, *found}:
             possible, answer = self._answers(series), found.get(series)
@@ -113,7 +113,7 @@ def _merged(view: str, states: list[Any]) -> Any:
 
 
 class Killing(NamedTuple):
-    """How many were killed, and how many calls were interrupted."""
+    """Return how many processes were killed, and how many calls were interrupted."""
 
     kills: int
     doubts: int

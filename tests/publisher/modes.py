@@ -1,4 +1,4 @@
-"""What can survive of what a publisher has, each with the settings that choose it: what holds for one holds for all."""
+"""The durabilities of a publisher, with the settings that choose them: a law that holds for one holds for all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.adapters.clock import SystemClock
 from pipeline.ports import LogWriter
 from pipeline.publisher.rescue import drain
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import inspect
 from pipeline.settings import PublisherSettings
 from tests.publisher.support import FileLog, Views, fold
 
@@ -34,7 +34,7 @@ def send_spools(folder: Path, writer: LogWriter) -> None:
 
 
 def all_sent(path: Path) -> Views:
-    """What tasks make of the `FileLog` at `path` once all that is left in a spool beside it was sent, with nothing wrong."""
+    """Return the totals of the `FileLog` at `path`, once everything in a spool beside it was sent without an error."""
     if (folder := path.parent / "spool").exists():
         for slot in drain(folder, FileLog(path), SystemClock(), PublisherSettings(), timeout_s=30):
             wrong = slot.error, slot.live, slot.report.bad_count, slot.report.corrupt

@@ -102,7 +102,7 @@ class Watched:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """Everything that it has printed so far."""
         return self._output.read_text(errors="replace")
 
     def end(self, number: int = signal.SIGTERM) -> None:

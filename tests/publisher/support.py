@@ -81,19 +81,19 @@ def wait_until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
 def stalled(pub: BasePublisher) -> Iterator[threading.Event]:
     """A flusher that is held up when it next seals, until this is left: the event says that it is."""
     held, go_on = threading.Event(), threading.Event()
-    delivery = pub._running.delivery
-    room = delivery.room
+    sender = pub._runtime.sender
+    room = sender.room
 
-    def stall(now_ms: int) -> Any:
+    def stall() -> Any:
         held.set()
         assert go_on.wait(30)
-        return room(now_ms)
+        return room()
 
-    delivery.room = stall  # type: ignore[method-assign]
+    sender.room = stall  # type: ignore[method-assign]
     try:
         yield held
     finally:
-        delivery.room = room  # type: ignore[method-assign]
+        sender.room = room  # type: ignore[method-assign]
         go_on.set()
 
 
@@ -218,7 +218,7 @@ class FaultyLog:
 
 
 class Views(NamedTuple):
-    """What the tasks make of a log."""
+    """The totals that tasks fold from a log."""
 
     answers: dict[tuple[str, tuple[str, ...]], Any]
     duplicates: int
@@ -321,7 +321,7 @@ class FileLog:
         """Nothing to give back."""
 
     def read(self) -> MemoryLog:
-        """What was appended, as a log in memory."""
+        """Return everything that was appended, as a log in memory."""
         log = memory_log(2)
         data = self.path.read_bytes() if self.path.exists() else b""
         start = 0

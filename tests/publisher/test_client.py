@@ -137,7 +137,7 @@ def test_close(fate: str, error: type[PipelineError] | None, thread_count: int) 
 
 @pytest.mark.parametrize("ended_by", ["close", "signal"])
 def test_a_flush_that_ends_early_leaves_no_trace(ended_by: str) -> None:
-    """It does not wait for what nobody will send any more; after Ctrl-C the publisher goes on as if it had not been."""
+    """A flush ends when the publisher is closed; after Ctrl-C the publisher goes on as if there had been no flush."""
     log = FaultyLog(lambda n, batch: Unavailable("away"))
     pub = publisher(log, flush_interval_ms=HOUR_MS, retry_backoff_ms=500, retry_backoff_max_ms=500)
     pub.sum("v").add(1)
@@ -230,21 +230,21 @@ def test_a_publisher_rests_and_goes_on() -> None:
         for _ in range(3):
             cell.add(1)
             pub.flush()
-            assert pub._running.rest()
+            assert pub._runtime.rest()
             assert own_threads() <= before
         log.fate = lambda n, batch: Unavailable("away")
         cell.add(1)
         waiting = threading.Thread(target=pub.flush)
         waiting.start()
         wait_until(lambda: len(log.attempts) > 4)  # which there would not be without the flush
-        assert not pub._running.rest()
+        assert not pub._runtime.rest()
         log.fate = lambda n, batch: "kept"
         waiting.join(10)
         assert fold(log.log).of("v") == {(): 4}
 
 
 def test_a_log_handler_may_record() -> None:
-    """What the publisher logs can be counted with it: no thread waits for a lock that it holds."""
+    """A handler may count the lines that the publisher logs: no thread waits for a lock that it holds itself."""
     log = FaultyLog(lambda n, batch: Invalid("too large") if n < 30 else "kept")
     pub = publisher(log, flush_interval_ms=1)
     errors = pub.sum("errors", labels=("logger",))

@@ -63,7 +63,7 @@ def columns_of(items: list[Any], *, text: bool = False) -> list[Any]:
 
 @pytest.fixture(params=["with NumPy", "without"])
 def numpy_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the program has loaded NumPy; Arrow gets by without."""
+    """Return whether the program has loaded NumPy, which Arrow does not need."""
     if request.param == "without":
         monkeypatch.setattr(columns_module, "sys", SimpleNamespace(modules={}))
 
@@ -274,7 +274,7 @@ def test_numbers_of_other_libraries_are_read_once() -> None:
 
 
 def test_a_batch_that_meets_the_close_says_how_much_of_it_is_in() -> None:
-    """What it says is what is counted."""
+    """The number of rows that the call returns is the number that is counted."""
     log = memory_log()
     pub = publisher(log, flush_interval_ms=1)
     view = pub.sum("v", labels=("a",))

@@ -24,7 +24,7 @@ AWAY = Unavailable("away")
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_batch_is_sent_again_with_the_same_bytes_and_in_order(seed: int) -> None:
-    """Whether it was appended or not: a sequence has one content; within an attempt and a partition sequences rise.
+    """In every attempt a sequence has the same content, and the sequences of a partition rise.
 
     Below the floor of a batch everything was accepted before it was sealed; above it not, so that gaps close.
     """
@@ -74,7 +74,7 @@ def test_a_batch_is_sent_again_with_the_same_bytes_and_in_order(seed: int) -> No
 
 
 def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
-    """Its batches wait, few of them, though more than one attempt can carry; what comes for others is sent meanwhile."""
+    """Few batches wait for it, though more than one attempt can carry; batches for other partitions are sent meanwhile."""
     log = FaultyLog()
     log.fate = lambda n, batch: AWAY if batch.partition == 0 else "kept"
     pub = publisher(log, flush_interval_ms=1)
@@ -85,14 +85,14 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
     stuck, there = labels[0][:120], labels[1][:20]
     for label in stuck:
         view.set("x" * 60_000, 1, a=label)
-    wait_until(lambda: sum(len(batch.value) for batch in pub._running.delivery.outbox.pending()) > 6 * 2**20)
+    wait_until(lambda: sum(len(batch.value) for batch in pub._runtime.sender.outbox.pending()) > 6 * 2**20)
     waiting_count = pub.stats()["waiting"]
     for i in range(50):
         for label in (*there, *stuck[:20]):
             view.set(f"{label} {i}", 2 + i, a=label)
         if i % 5 == 0:
             wait_until(lambda i=i: fold(log.log).of("v") == {(label,): f"{label} {i}" for label in there})  # type: ignore[misc]
-    wait_until(lambda: {batch.partition for batch in pub._running.delivery.outbox.pending()} == {0})
+    wait_until(lambda: {batch.partition for batch in pub._runtime.sender.outbox.pending()} == {0})
     assert pub.stats()["waiting"] <= max(waiting_count, 16 + len(stuck))
     with pytest.raises(Unavailable, match=r"not acknowledged .* away"):
         pub.flush(0.05)
@@ -128,7 +128,7 @@ def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("error", [Invalid("too large"), BadRecord("no batch"), Fenced("another")])
 def test_a_rejected_batch_is_counted_and_said_once(error: PipelineError, together: bool) -> None:
-    """It is given up at once; the next flush raises, the one after that does not; other batches are not affected.
+    """The batch is given up at once; the next flush raises, the one after that does not; other batches are not affected.
 
     Also if the log refuses all because of one: then they are asked for one by one.
     """
@@ -155,7 +155,7 @@ def test_a_rejected_batch_is_counted_and_said_once(error: PipelineError, togethe
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("first", ["unheard", "away", "refused with others"])
 def test_what_is_said_of_a_rejected_batch_is_known(first: str, groups: bool) -> None:
-    """It may have been counted if an earlier try may have got into the log; not if none was sent, or all were answered."""
+    """A rejected batch may have been counted if an earlier try was not answered, but not if none was sent."""
     log = FaultyLog(partitions=2)
     pub = publisher(log, flush_interval_ms=3_600_000)
     view, other = pub.sum("v", labels=("a",)), pub.sum("w", labels=("a",))
@@ -252,7 +252,7 @@ def test_partitions_added_between_flushes_are_used() -> None:
 
 
 def test_the_token_covers_everything_acknowledged() -> None:
-    """Its offsets are those behind the last batch of each partition, whatever order the acknowledgements came in."""
+    """A token has the offset behind the last batch of each partition, in whatever order the acknowledgements came."""
     log = FaultyLog(lambda n, batch: AWAY if (n + batch.sequence) % 2 else "kept")
     pub = publisher(log, flush_interval_ms=1)
     view = pub.sum("v", labels=("a",))
@@ -294,7 +294,7 @@ def test_what_fails_in_a_flush_loses_nothing(
     for i in range(40):
         view.add(1, a=str(i))
     pub.flush()
-    wait_until(lambda: not is_kept or not pub._running.spool.batch_count)  # type: ignore[union-attr]
+    wait_until(lambda: not is_kept or not pub._runtime.spool.batch_count)  # type: ignore[union-attr]
     log.fate = lambda n, batch: AWAY
     place, name = (meter, "inc") if broken == "metrics" else (sealing, broken)
     monkeypatch.setattr(place, name, failing(getattr(place, name)))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import inspect
 from tests.publisher.modes import all_sent
 from tests.publisher.support import FaultyLog, FileLog, fold, publisher, run_script, same, wait_until
 
@@ -82,13 +82,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFi
         with publisher(FaultyLog(), durability="process", spool_dir=str(right)) as pub:
             pub.sum("v").add(1)
             assert (right.stat().st_mode & 0o777 == 0o700) == (right != seen)
-            producer_id = pub._running.delivery.outbox.producer_id
+            producer_id = pub._runtime.sender.outbox.producer_id
             assert not [path for path in right.rglob("*") if producer_id in path.name]
         assert caplog.text.count("others can look into it") == told
 
 
 def test_a_disk_that_is_full_from_the_start(path: Path) -> None:
-    """It is an error where the publisher is made, and nothing is left behind."""
+    """Making the publisher raises, and leaves nothing behind."""
     said = run(path, "files_end_at(2**19)\ntry: durable()\nexcept BufferFull as error: print(error, os.listdir(spool))")
     assert "making a segment" in " ".join(said)
     assert said[-1] == "['VERSION']"
@@ -190,7 +190,7 @@ def test_a_spool_that_was_full_has_room_again(tmp_path: Path, away: bool, idle_m
             n += 1
         log.away = False
         pub.flush(20)
-        wait_until(lambda: not pub._running.spool.batch_count)  # type: ignore[union-attr]
+        wait_until(lambda: not pub._runtime.spool.batch_count)  # type: ignore[union-attr]
         for i in range(50 if away else 3 * n):
             wait_until(lambda name=f"{'y' * 2_000}{i}": is_recorded(name))  # type: ignore[misc]
 
@@ -206,11 +206,11 @@ def test_what_the_spool_could_not_forget(path: Path, room_again: bool) -> None:
 import logging
 log, told = FaultyLog(), []
 pub = durable(log)
-logging.getLogger("pipeline.publisher.spooling").addFilter(told.append)
+logging.getLogger("pipeline.publisher.spool.publisher").addFilter(told.append)
 cell = pub.sum("v").labels()
 cell.add(1.0)
 pub.flush(60)
-wait_until(lambda: not pub._running.spool.batch_count)
+wait_until(lambda: not pub._runtime.spool.batch_count)
 log.fate = lambda n, batch: disk_is_full() or "kept"
 cell.add(2.0)
 pub.flush(60)
@@ -242,10 +242,10 @@ pub = durable(durability="disk", fsync_interval_ms=10, flush_interval_ms=5)
 cell = pub.sum("v").labels()
 cell.add(1.0)
 pub.flush(60)
-wait_until(lambda: not pub._running.spool.batch_count)
+wait_until(lambda: not pub._runtime.spool.batch_count)
 disk_is_full()
 cell.add(2.0)
-wait_until(lambda: "the spool" in pub._running.delivery.trouble)
+wait_until(lambda: "the spool" in pub._runtime.sender.trouble)
 synced.clear()
 wait_until(lambda: any("/ring-001-" in name for name in synced))
 disk_has_room()
@@ -259,7 +259,7 @@ def test_a_batch_that_is_damaged_in_the_spool_holds_up_no_other(tmp_path: Path) 
     """The flush says that it is lost, all others arrive, and the slot is left for whoever puts the damage aside."""
     log = FaultyLog(lambda n, batch: Unavailable("away"), partitions=1)
     pub = publisher(log, durability="process", spool_dir=str(tmp_path / "s"))
-    view, running = pub.sum("v", labels=("a",)), pub._running
+    view, running = pub.sum("v", labels=("a",)), pub._runtime
     for i in range(3):
         view.add(10**i, a=str(i))
         wait_until(lambda sealed=i + 1: running.spool.kept_count == sealed)  # type: ignore[misc, union-attr]
@@ -299,7 +299,7 @@ def test_nothing_is_sent_before_it_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_signal_handler_may_record(path: Path) -> None:
-    """It comes in while its own thread writes the journal; the process is killed; each delta of both is there once.
+    """The handler interrupts its own thread's writes to the journal; after a kill each delta of both counts once.
 
     Part of them as what was pending, because the journal has little room.
     """
@@ -314,7 +314,7 @@ def handle(*_):
     counts[1] += 1
 signal.signal(signal.SIGALRM, handle)
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-while counts[0] < 40_000 or counts[1] < 50 or not pub._running.spool._spool.pending_bytes:
+while counts[0] < 40_000 or counts[1] < 50 or not pub._runtime.spool._spool.pending_bytes:
     main.add(2**70)
     counts[0] += 1
 signal.setitimer(signal.ITIMER_REAL, 0)

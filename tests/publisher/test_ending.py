@@ -1,4 +1,4 @@
-"""How a producer ends: it says so, and what tasks may have forgotten is not sent again."""
+"""The end of a producer: it tells the tasks, and batches that tasks may have forgotten are not sent again."""
 
 import threading
 from pathlib import Path
@@ -9,8 +9,8 @@ import pipeline.metrics as m
 from pipeline.core.codec import decode_batch
 from pipeline.errors import Unavailable
 from pipeline.publisher.client import BasePublisher
-from pipeline.publisher.delivery import held_after_ms
 from pipeline.publisher.rescue import drain
+from pipeline.publisher.sender import held_after_ms
 from pipeline.settings import PublisherSettings
 from tests.publisher.modes import MODES, settings_of
 from tests.publisher.support import FaultyLog, Meter, MovedClock, fold, publisher, values, wait_until

@@ -1,4 +1,4 @@
-"""What was drained from the table is handed over once: not lost, and not sent twice, whatever comes in between."""
+"""Drained states are handed over once: none is lost or sent twice, whatever comes in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_closing_while_threads_record() -> None:
 
     def work(t: int) -> None:
         if t == 0:
-            wait_until(lambda: pub._running.account.starved)
+            wait_until(lambda: pub._runtime.account.exhausted)
             log.away = False
             wait_until(lambda: sum(recorded) > 2_000)
             pub.close()
@@ -48,7 +48,7 @@ def test_what_could_not_be_sealed_is_counted_as_lost(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("pipeline.publisher.batching.encode_drafted", failing)
     pub.sum("v").add(1)
-    wait_until(lambda: pub._running.delivery.has_drafts)
+    wait_until(lambda: pub._runtime.sender.has_drafts)
     with pytest.raises(Unavailable):
         pub.close(0.1)
     assert meter.values["pipeline_publisher_dropped_total", "closed"] == 1

@@ -97,7 +97,7 @@ def _interrupt_wait(at: int) -> bool:
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_a_signal_handler_may_record_and_flush_or_raise(raises: bool) -> None:
-    """It is exact, never waits for its own thread, and what was recorded before it raises counts once. Nothing is stuck."""
+    """Totals are exact, the handler never waits for its own thread, and deltas recorded before it raises count once."""
     log = memory_log()
     pub = publisher(log, flush_interval_ms=2, series_idle_ms=1)
     view = pub.sum("v", labels=("a",))

@@ -33,17 +33,17 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     """An empty working directory, and an environment without settings."""
     import os
 
-    import pipeline.publisher.surroundings as surroundings
+    import pipeline.publisher.environment as environment
 
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.upper().startswith("PIPELINE_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(surroundings, "_told", set())
+    monkeypatch.setattr(environment, "_warned", set())
     caplog.set_level(logging.WARNING, "pipeline")
 
 
 def test_keywords_are_the_settings() -> None:
-    """What editors and type checkers are told has each setting of the dataclasses, with its type, and nothing else."""
+    """The keywords known to editors and type checkers are the settings of the dataclasses, with the types of these."""
     hints = get_type_hints(PublisherKeywords)
     items = {item.name: item for group in (PublisherSettings, KafkaSettings) for item in fields(group)}
     assert hints.keys() == items.keys()

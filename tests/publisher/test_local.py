@@ -10,7 +10,7 @@ from tests.publisher.support import fold, memory_log, publisher, stalled, wait_u
 
 
 def test_after_a_flush_or_close_it_has_everything_and_never_changes() -> None:
-    """Who flushes sees what was recorded before, however rarely snapshots are taken; so does who has closed."""
+    """A flush or a close takes a snapshot of everything recorded before, however rarely others are taken."""
     pub = publisher(memory_log(), snapshot_interval_ms=3_600_000)
     view = pub.sum("v", labels=("a",))
     seen = [view.local()]

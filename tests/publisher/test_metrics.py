@@ -28,7 +28,7 @@ class Shown:
         self.pub: BasePublisher = publisher(self.log, self.metrics, **settings)  # type: ignore[arg-type]
 
     def value(self, metric: m.Metric, **labels: str) -> float:
-        """What Prometheus would scrape; of a histogram the number of observations."""
+        """Return a metric as Prometheus would scrape it; of a histogram the number of observations."""
         shown.add(metric.name)
         name = f"{metric.name}_count" if metric.type == "histogram" else metric.name
         for line in self.metrics.render()[0].decode().splitlines():
@@ -107,7 +107,7 @@ def test_what_goes_wrong(closing: list[Shown]) -> None:
 
 
 def test_what_does_not_fit(closing: list[Shown]) -> None:
-    """Who waited for memory, and got none; label sets beyond `series_max`. What else `on_full` says: see `test_on_full`."""
+    """Calls that waited for memory or got none, and label sets beyond `series_max`, are counted. See `test_on_full`, too."""
     it = opened(closing, buffer_bytes_max=65_536, block_timeout_ms=10)
     it.log.away = True
     with pytest.raises(BufferFull):
@@ -121,7 +121,7 @@ def test_what_does_not_fit(closing: list[Shown]) -> None:
 
 
 def test_the_spool(tmp_path: Path, closing: list[Shown]) -> None:
-    """Its size and limit, batches that went there, and those that were found in the spools of others."""
+    """Metrics of the spool: its size and limit, batches that went there, and those found in the spools of others."""
     settings = {"spool_dir": str(tmp_path / "spool"), "spool_bytes_max": 8_000_000}
     gone = Shown(durability="process", **settings)
     gone.log.away = True

@@ -1,4 +1,4 @@
-"""Of two values that are set, the later wins, however close they are and whichever way they took; none is far ahead."""
+"""The later of two values that are set wins, however close they are and however they were set; none is far ahead."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ pub.close()
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_time_far_ahead_is_refused(way: str, mode: str, tmp_path: Path) -> None:
-    """It would silence its series for ever; up to the limit it is taken. `ts_ahead_max_ms` is the publisher's, too."""
+    """A time beyond `ts_ahead_max_ms`, which would silence its series for ever, is refused where it is recorded."""
     log = memory_log()
     with publisher(log, ts_ahead_max_ms=10_000, **settings_of(mode, tmp_path)) as pub:
         view = pub.last("v", labels=("a",))

@@ -14,9 +14,9 @@ import pytest
 import pipeline.metrics as m
 from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metric
-from pipeline.publisher.account import Account
 from pipeline.publisher.client import BasePublisher
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.memory import MemoryAccount
+from pipeline.publisher.spool.orphan import inspect
 from pipeline.settings import ON_FULL, PublisherSettings
 from tests.publisher.modes import MODES, settings_of
 from tests.publisher.support import FaultyLog, Meter, fold, in_threads, publisher, same, wait_until
@@ -210,8 +210,8 @@ def test_who_waits_for_room_on_the_disk_holds_nothing_meanwhile() -> None:
 
     The publisher's own threads never wait for anything.
     """
-    lock, spool_lock = threading.RLock(), threading.RLock()
-    account = Account(PublisherSettings(block_timeout_ms=2_000), Meter(), lock, threading.Condition(lock))
+    spool_lock = threading.RLock()
+    account = MemoryAccount(PublisherSettings(block_timeout_ms=2_000), Meter())
     tries, charged, found = threading.Semaphore(0), threading.Event(), []
 
     def attempt() -> bool:
@@ -224,7 +224,7 @@ def test_who_waits_for_room_on_the_disk_holds_nothing_meanwhile() -> None:
 
     tries_left = [1]
     with spool_lock:
-        waiter = threading.Thread(target=lambda: found.append(account.insist(attempt)), daemon=True)
+        waiter = threading.Thread(target=lambda: found.append(account.wait_for_disk(attempt)), daemon=True)
         waiter.start()
         assert tries.acquire(timeout=10)
         assert tries.acquire(timeout=10)  # now it tries again, and waits for the spool
@@ -234,7 +234,7 @@ def test_who_waits_for_room_on_the_disk_holds_nothing_meanwhile() -> None:
     assert found == [True]
     account.own_threads.add(threading.get_ident())
     started, tries_left = time.monotonic(), [1] * 1_000
-    for own in (lambda: account.make_room(1, 1, lambda: False), lambda: account.insist(attempt)):
+    for own in (lambda: account.make_room(1, 1, lambda: False), lambda: account.wait_for_disk(attempt)):
         with pytest.raises(BufferFull):
             own()
     assert time.monotonic() - started < 1

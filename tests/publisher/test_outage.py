@@ -17,7 +17,7 @@ TIME = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Lines:
-    """What is logged at INFO or above."""
+    """Returns the lines that are logged at INFO or above."""
     caplog.set_level(logging.INFO, "pipeline")
     return lambda: [f"{record.levelname} {record.getMessage()}" for record in [*caplog.records]]
 

@@ -32,7 +32,7 @@ def run(
 
 
 def views(path: Path) -> Views:
-    """What tasks make of what was sent, in any process."""
+    """Return the totals of everything that any process has sent."""
     found = all_sent(path)
     assert not found.duplicates or (path.parent / "spool").exists()  # what was acknowledged and not forgotten is sent again
     return found
@@ -54,7 +54,7 @@ def views(path: Path) -> Views:
     ],
 )
 def test_however_a_process_ends(path: Path, mode: str, ending: str, code: int, *, drains: bool, away: bool) -> None:
-    """What was recorded is sent where Python runs to its end, and its exit code is its own.
+    """Deltas are sent where Python runs to its end, and the exit code stays that of the program.
 
     Of `os._exit`, SIGTERM without a handler, and kill -9 only what was flushed is there, unless a spool has the rest.
     """
@@ -71,7 +71,7 @@ def test_however_a_process_ends(path: Path, mode: str, ending: str, code: int, *
 
 
 def test_an_exit_without_a_log_takes_close_timeout_ms(path: Path) -> None:
-    """It gives up in time, logs what is lost, and leaves the exit code alone."""
+    """The exit gives up in time, logs what is lost, and leaves the exit code alone."""
     FileLog(path).away.touch()
     assert "at exit: not acknowledged within 0.3 s" in run(path, USE, close_timeout_ms=300).stderr
 
@@ -166,7 +166,7 @@ cell.add(1); unused.add(1)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_batches_on_their_way_are_not_sent_by_the_child(path: Path, mode: str) -> None:
-    """What the parent had sealed when it forked is sent by the parent alone."""
+    """Batches that the parent had sealed when it forked are sent by the parent alone."""
     FileLog(path).away.touch()
     run(
         path,
@@ -241,7 +241,7 @@ in_threads(4, work)
 
 
 def test_a_signal_handler_may_fork(path: Path) -> None:
-    """It can come in the midst of recording; the child goes on from there with a table of its own."""
+    """The handler can interrupt recording; the child goes on from there with a table of its own."""
     done = run(
         path,
         """
@@ -286,7 +286,7 @@ print(count)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_fork_between_draining_and_sealing(path: Path, mode: str) -> None:
-    """What is in no batch yet is sent by the parent, once, and not by the child."""
+    """Deltas that are in no batch yet are sent by the parent, once, and not by the child."""
     run(
         path,
         """
@@ -295,7 +295,7 @@ view = pub.sum("v", labels=("who",))
 main = view.labels("main")
 main.add(1)
 pub.flush()
-delivery = pub._running.delivery
+delivery = pub._runtime.sender
 seal, held, go_on = delivery.seal_drafts, threading.Event(), threading.Event()
 
 def stalled(drafts, now_ms):

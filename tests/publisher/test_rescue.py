@@ -13,7 +13,7 @@ from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Message
 from pipeline.publisher.batching import Pending, seal
 from pipeline.publisher.rescue import DrainedSlot, drain
-from pipeline.publisher.spool.leftover import leftovers
+from pipeline.publisher.spool.orphan import find_slots
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 from tests.publisher.spool.support import VIEW, Recorder, suffix
@@ -57,7 +57,7 @@ def test_everything_left_is_sent_once(tmp_path: Path) -> None:
     views = fold(log.log)
     assert (views.total("hits"), views.dead) == (30, [])
     assert views.duplicates > 1
-    assert leftovers(tmp_path / "s") == [live.path]
+    assert find_slots(tmp_path / "s") == [live.path]
 
 
 def test_what_is_not_sent_in_time_stays(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_batches_that_a_task_may_have_forgotten_are_not_sent_unasked(tmp_path: P
     assert not log.attempts
     [slot] = drained(tmp_path / "s", log, force=True)
     assert slot.error == ""
-    assert leftovers(tmp_path / "s") == []
+    assert find_slots(tmp_path / "s") == []
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -103,10 +103,10 @@ def test_who_follows_a_killed_process_sends_what_it_left_before_it_ends(tmp_path
     log = FaultyLog(lambda n, batch: Unavailable("no") if n < 2 else "kept", partitions=1)
     log.away = True
     publisher(log, durability="process", spool_dir=str(tmp_path / "s")).close(0.1)
-    assert len(leftovers(tmp_path / "s")) == 1
+    assert len(find_slots(tmp_path / "s")) == 1
     log.away = False
     with publisher(log, durability="process", spool_dir=str(tmp_path / "s")) as pub:
         for _ in range(count):
             pub.sum("v").add(1)
-    assert leftovers(tmp_path / "s") == []
+    assert find_slots(tmp_path / "s") == []
     assert (fold(log.log).total("hits"), fold(log.log).total("v")) == (30, count)

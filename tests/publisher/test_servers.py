@@ -76,7 +76,7 @@ SEND = "import tasks\nfor i in range({count}): tasks.work.delay(i)\ntasks.view.a
 
 @pytest.mark.parametrize("pool", ["prefork", "gevent"])
 def test_celery_is_exact(tmp_path: Path, pool: str) -> None:
-    """Its children end without `atexit`: what they recorded is sent all the same, when they are replaced and at the end."""
+    """Children end without `atexit`: their deltas are sent all the same, when they are replaced and at the end."""
     count, done = 30, tmp_path / "done"
     for folder in ("queue", "control"):
         (tmp_path / folder).mkdir()

@@ -73,7 +73,7 @@ def test_functions_are_timed_each_call(pub: BasePublisher, log: Any) -> None:
 
     @mean.time()
     def plain(a: int, *, b: int = 2) -> int:
-        """Its own words."""
+        """An exception with its own words."""
         return a + b if a <= 1 else plain(a - 1, b=b) + 1
 
     @count.count_exceptions((KeyError, IndexError), job="a")
@@ -154,7 +154,7 @@ def test_calls_that_overlap_have_a_start_of_their_own(pub: BasePublisher, log: A
 def test_exceptions_are_counted_and_go_on(
     pub: BasePublisher, log: Any, counted: list[Any], raised: type[BaseException] | None, count: int
 ) -> None:
-    """Those of the given types, and their subclasses; the very same object leaves the block. All but exits by default."""
+    """Exceptions of the given types and their subclasses count, and leave the block unchanged. By default exits do not."""
     view = pub.sum("n", labels=("exception",), monotone=True)
     view.add(0, exception="x")
     for counter in (view.labels("x").count_exceptions(*counted), view.labels(exception="x").count_exceptions(*counted)):
@@ -171,7 +171,7 @@ def test_exceptions_are_counted_and_go_on(
 
 
 def test_the_code_inside_wins(caplog: pytest.LogCaptureFixture) -> None:
-    """When recording fails while its exception is on its way, that goes on unchanged, and the other is logged."""
+    """An exception of the code inside goes on unchanged if recording fails meanwhile, which is logged."""
     log = FaultyLog()
     log.away = True
     pub = publisher(log, on_full="raise", buffer_bytes_max=65_536, close_timeout_ms=10)

@@ -19,8 +19,8 @@ cell = view.labels("main")
 if FLUSHED:
     cell.add(0.0)
     pub.flush(20)
-    assert pub._running.rest()
-pub._running.start_threads = lambda: None
+    assert pub._runtime.rest()
+pub._runtime.start_threads = lambda: None
 cell.add(1.0)
 cell.add(10.0)
 child = fork_in_c()
@@ -29,7 +29,7 @@ if child == 0:
     CHILD
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
-del pub._running.start_threads
+del pub._runtime.start_threads
 cell.add(100.0)
 """
 
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(path: Path, child: str, mode: str = "memory", *, flushed: bool = False) -> str:
-    """What the script, in which the child does that, has to say."""
+    """Run a script in whose child the given lines run; return what it prints."""
     script = FORK.replace("SETTINGS", repr(settings_of(mode, path.parent))).replace("FLUSHED", repr(flushed))
     return run_script(path, script.replace("CHILD", child)).stderr
 
@@ -58,7 +58,7 @@ def run(path: Path, child: str, mode: str = "memory", *, flushed: bool = False) 
     ],
 )
 def test_whatever_the_child_calls_first(path: Path, mode: str, begin: str) -> None:
-    """It counts what it records itself, to series of its parent too, as a producer of its own; the parent goes on."""
+    """A child counts its own deltas, to series of its parent too, as a producer of its own; the parent goes on."""
     run(
         path,
         f"{begin}; cell.add(10_000.0); view.add(1000.0, who='new'); pub.flush(20); cell.add(100_000.0); pub.close()",
@@ -85,8 +85,8 @@ def test_a_child_that_begins_with_a_series_of_its_parents(path: Path, *, flushed
 
 
 def test_a_child_of_the_child(path: Path) -> None:
-    """It begins anew too, whether its parent has recorded or not."""
+    """A grandchild begins anew too, whether its parent has recorded or not."""
     once = "child = fork_in_c(); child or (cell.add(1000.0), pub.flush(20), os._exit(0)); os.waitpid(child, 0); "
-    resting = "pub.flush(20); assert pub._running.rest(); "  # a thread that waits for the interpreter would stop the child
+    resting = "pub.flush(20); assert pub._runtime.rest(); "  # a thread that waits for the interpreter would stop the child
     run(path, f"{once}view.add(10_000, who='new'); {resting}{once}pub.close()")
     assert fold(FileLog(path).read()).of("v") == {("main",): 2111 if native.in_use() else 1111, ("new",): 10_000}

@@ -34,7 +34,7 @@ def serve(folder: Path, port: int, *options: str, **more: str) -> Server:
     ],
 )
 def test_what_it_forks_counts_all(tmp_path: Path, free_port: int, options: str, workers: int, boot: int) -> None:
-    """What waits in the master is sent by one of its children, and what a worker has when it is stopped is sent too.
+    """Deltas that wait in the master are sent by one of its children, and those of a worker when it is stopped.
 
     With --lazy-apps each worker has loaded the app, and counts that. The gevent mode runs no exit code at all, and a single
     process without a master, whose threads begin when uWSGI says so, none for Python: what they have not flushed is lost.

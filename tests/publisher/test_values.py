@@ -1,4 +1,4 @@
-"""What views can be, what they take, and what is said of everything else. What deltas can be: see tests/contracts."""
+"""Definitions of views: which are valid, and which errors the others raise. For values, see tests/contracts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OldRegion(str, enum.Enum):  # noqa: UP042  # what StrEnum replaced prints 
 
 
 def test_a_view_is_defined_once() -> None:
-    """The same definition gives the same view, however often; another one is `Invalid`, and says what the view is."""
+    """A definition gives one view, however often it is asked for; another one is `Invalid`, and says what the view is."""
     log = memory_log()
     with publisher(log) as pub:
         view, counter = pub.sum("v", labels=("a", "b")), pub.sum("m", labels=("a",), monotone=True)
@@ -78,7 +78,7 @@ def test_what_is_no_view_is_refused(view: Any, more: dict[str, Any], says: str) 
 
 
 def test_there_are_at_most_so_many_views() -> None:
-    """As a partition takes; those that are there go on."""
+    """A publisher has as many views as a partition takes; those that are there go on."""
     with publisher(memory_log()) as pub:
         for i in range(10_000):
             pub.sum(f"v{i}")

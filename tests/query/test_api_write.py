@@ -13,7 +13,7 @@ from pipeline.core.codec import encode_frames
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import BufferFull, Unavailable
-from pipeline.faults import OUT_OF_RANGE
+from pipeline.json_errors import OUT_OF_RANGE
 from pipeline.ports import RawDelta, RequestKey
 from pipeline.settings import QuerySettings
 from tests.query.support import SECRET, Reply, Server, World, serving

@@ -1,13 +1,13 @@
-"""A file beside the embedded log that says how far each partition goes, so that the loss of its newest files is noticed.
+"""A file beside the embedded log that holds each partition's end offset, so that the loss of the newest files is detected.
 
-RocksDB can't tell a write-ahead log that was removed, or cut, from one that was never written: it opens, and has less. So
-each append also notes, in a file of its own, where the partition ends now. It is written behind the log and before the
-acknowledgement, so it is never ahead of the log, whatever is killed. Only power loss can make it so, and only without
-`fsync`: then acknowledged records are gone indeed. The file is beside the log's folder, not in it, so that an older copy of
-the folder that is put in its place is noticed too.
+RocksDB can't tell a write-ahead log that was removed or cut from one that was never written: it opens, with fewer records.
+So each append writes the partition's end offset to this file, after the write to the log and before the acknowledgement. The
+file is therefore never ahead of the log, whichever process is killed; only power loss without `fsync` can make it so, and
+then acknowledged records are really gone. It lies beside the log's folder, so that an older copy of the folder is detected,
+too. (Kafka has `recovery-point-offset-checkpoint` for a similar purpose.)
 
     32 bytes a partition, at (topic number * 1024 + partition) * 32:  start(8) flushed(8) end(8) crc-32(4)
-    behind the last of them, the numbers of the topics:               size(4) crc-32(4) as the log has them
+    after the last of them, the topics and their numbers:             size(4) crc-32(4) the log's own encoding
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _TOPICS_AT = 256 * _PARTITIONS_MAX * _SLOT_BYTES
 _TOPICS_BYTES_MAX = 2**20
 
 
-class Noted(NamedTuple):
-    """The offsets of one partition that are noted in the file: where it starts, is flushed to, and ends."""
+class CheckpointOffsets(NamedTuple):
+    """Offsets of one partition in the file."""
 
     start_offset: int = 0
     flushed_offset: int = 0
-    """RocksDB has everything below it in files that its manifest names: without one of them it does not open."""
+    """RocksDB's manifest names the files of all records below it: if one of them is missing, RocksDB does not open."""
     end_offset: int = 0
 
 
-class Ends:
-    """The file. With `read_only` nothing is written, and it need not be there."""
+class OffsetCheckpoint:
+    """The file. With `read_only` it is not written, and may be missing."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
@@ -56,26 +56,26 @@ class Ends:
                 if not read_only:
                     raise
 
-    def get(self, partition: Partition) -> Noted:
-        """What is noted of a partition: nothing, if it or the file is new. Damage is logged, and counts as nothing."""
+    def get(self, partition: Partition) -> CheckpointOffsets:
+        """Return the offsets of a partition: zeros if there are none, or they are damaged, which is logged."""
         with translate_os(str(self.path)):
             data = os.pread(self._file, _SLOT_BYTES, _place(partition)) if self._file >= 0 else b""
         data = data[: _OFFSETS.size + _CRC.size]
         if not any(data):
-            return Noted()
+            return CheckpointOffsets()
         offsets, crc = data[: _OFFSETS.size], data[_OFFSETS.size :]
         if len(crc) < _CRC.size or _CRC.unpack(crc)[0] != zlib.crc32(offsets):
             _log.warning("%s is damaged: whether %s lost its newest records can't be told", self.path, partition.name)
-            return Noted()
-        return Noted(*_OFFSETS.unpack(offsets))
+            return CheckpointOffsets()
+        return CheckpointOffsets(*_OFFSETS.unpack(offsets))
 
-    def put(self, partition: Partition, noted: Noted) -> None:
-        """Note something of a partition. A disk that refuses it is logged once: what it guards is there all the same."""
-        offsets = _OFFSETS.pack(*noted)
+    def put(self, partition: Partition, checkpointed: CheckpointOffsets) -> None:
+        """Write the offsets of a partition. The first failure is logged; the records themselves are safe."""
+        offsets = _OFFSETS.pack(*checkpointed)
         self._write(offsets + _CRC.pack(zlib.crc32(offsets)), _place(partition))
 
     def get_topics(self) -> bytes:
-        """What `put_topics` was given last; empty if it was not, or can't be read."""
+        """Return the text of the last `put_topics`; empty if there is none, or it is damaged."""
         with translate_os(str(self.path)):
             data = os.pread(self._file, _TOPICS_BYTES_MAX, _TOPICS_AT) if self._file >= 0 else b""
         if len(data) < _HEAD.size:
@@ -85,7 +85,7 @@ class Ends:
         return text if zlib.crc32(text) == crc else b""
 
     def put_topics(self, text: bytes) -> None:
-        """Keep a copy of which topic has which number: without that, what is left of a damaged log is of no use."""
+        """Keep a copy of the topics' numbers, without which the remains of a damaged log could not be read."""
         self._write(_HEAD.pack(len(text), zlib.crc32(text)) + text, _TOPICS_AT)
 
     def _write(self, data: bytes, place: int) -> None:
@@ -97,7 +97,7 @@ class Ends:
             self._failed = True
 
     def close(self) -> None:
-        """Let go of the file. Twice is fine."""
+        """Close the file. Idempotent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

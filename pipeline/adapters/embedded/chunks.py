@@ -1,13 +1,13 @@
-"""How the embedded log lays records out: in chunks, as Kafka stores record batches.
+"""The layout of records in the embedded log: chunks, like Kafka's record batches.
 
-A chunk is one value for a range of neighbouring offsets of a partition, under the last offset of the range, so that a seek
-to any offset finds the chunk that covers it:
+A chunk holds the records of a range of offsets of one partition. Its key has the last offset of the range, so that a seek to
+any offset finds the chunk that covers it. Its value is:
 
     msgpack([begin, at_ms, offsets, keys, values, lost])
 
-The chunks of a partition are a chain: each says at which offset its range begins, which is where the range of the chunk
-before it ends. Compaction keeps the chain: what it makes of several chunks covers the offsets of all of them, records or
-not. So a file that is missing shows wherever it was: a range of offsets that no chunk covers.
+The chunks of a partition are a chain: `begin` is the offset at which the range of the chunk before it ends. Compaction keeps
+the chain: the chunk that it makes of several covers the offsets of all of them, even those without a record. So a missing
+file shows as a range of offsets that no chunk covers.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _RECORD_KEY = struct.Struct(">cBIQ")
 _META_KEY = struct.Struct(">cBI")
 CHUNK_RECORDS_MAX = 2_000
 CHUNK_BYTES = 262_144
-"""A chunk ends with the record that reaches this."""
+"""Size at which a chunk ends, with the record that reaches it."""
 
 
 class Meta(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """The bounds and counts of a partition. The cleaner writes them; an append changes only what its chunk has too."""
+    """Bounds and counts of a partition. Only the cleaner writes them: an append changes what its chunk tells, too."""
 
     start_offset: int = 0
     end_offset: int = 0
     clean_end_offset: int = 0
     clean_count: int = 0
-    """Records below `clean_end_offset`."""
+    """Number of records below `clean_end_offset`."""
     newest_ms: int = 0
-    """When the newest record was accepted; it may be gone since."""
+    """Time at which the newest record was accepted; retention may have removed the record since."""
     horizon_offset: int = 0
-    """A reader that begins after `horizon_ms` finds nothing that a tombstone below this offset has deleted."""
+    """Readers that begin after `horizon_ms` find no value that a tombstone below this offset has deleted."""
     horizon_ms: int = 0
 
 
 class Partition:
-    """One partition of the log: where its records are, and which there are."""
+    """One partition of the log: its keys in RocksDB, and its bounds."""
 
     def __init__(self, topic: Topic, topic_number: int, number: int, meta: Meta) -> None:
         self.topic = topic
@@ -52,55 +52,55 @@ class Partition:
         self.number = number
         self.meta = meta
         self.flushed_offset = 0
-        """See `ends.Noted`."""
+        """See `checkpoint.CheckpointOffsets`."""
 
     @property
     def name(self) -> str:
-        """Topic and number, as people write it."""
+        """Topic and partition, as Kafka's tools write them."""
         return f"{self.topic.name}-{self.number}"
 
     def key(self, last_offset: int) -> bytes:
-        """The key of the chunk whose range ends with `last_offset`."""
+        """Return the key of the chunk whose last offset is `last_offset`."""
         return _RECORD_KEY.pack(b"r", self.topic_number, self.number, last_offset)
 
     @property
     def end_key(self) -> bytes:
-        """A key behind those of all chunks."""
+        """Key after those of all chunks."""
         return _META_KEY.pack(b"r", self.topic_number, self.number + 1)
 
     @property
     def meta_key(self) -> bytes:
-        """The key of the partition's meta."""
+        """Key of the partition's `Meta`."""
         return _META_KEY.pack(b"m", self.topic_number, self.number)
 
 
 def last_offset_of(key: bytes) -> int:
-    """The last offset of the range of the chunk under this key."""
+    """Return the last offset of the range of the chunk with this key."""
     last_offset: int = _RECORD_KEY.unpack(key)[3]
     return last_offset
 
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True):
-    """The records of one range of offsets of one partition."""
+    """Records of a range of offsets of one partition."""
 
     begin: int
-    """The first offset of the range. The last one is in the chunk's key."""
+    """First offset of the range. The last one is in the chunk's key."""
     at_ms: int | list[int]
     offsets: list[int] | None
-    """None: the range has a record at every offset."""
+    """None: there is a record at every offset of the range."""
     keys: list[bytes | None] | None
     """None: no record has a key."""
     values: list[bytes | None]
     lost: bool = False
-    """True if records of this chunk's range were lost and an operator has accepted that."""
+    """True if records of the range were lost, and an operator has accepted that."""
 
     @property
     def newest_ms(self) -> int:
-        """When its last record was accepted; 0 if it has none, and says no time."""
+        """Time at which the last record was accepted; 0 if there is no record."""
         return self.at_ms if isinstance(self.at_ms, int) else self.at_ms[-1] if self.at_ms else 0
 
     def columns(self, last_offset: int) -> tuple[Sequence[int], list[int], list[bytes | None]]:
-        """Offsets, times and keys, written out."""
+        """Return offsets, times and keys of all records."""
         count = len(self.values)
         offsets = range(last_offset + 1 - count, last_offset + 1) if self.offsets is None else self.offsets
         at_ms = [self.at_ms] * count if isinstance(self.at_ms, int) else self.at_ms
@@ -108,7 +108,7 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
 
 
 def lost_chunk(begin: int, at_ms: int) -> Chunk:
-    """The chunk that takes the place of lost records from `begin` on; `at_ms` is when that was decided."""
+    """Return a chunk for lost records from `begin` on; `at_ms` is when the loss was accepted."""
     return Chunk(begin, at_ms, [], None, [], lost=True)
 
 
@@ -117,14 +117,14 @@ decode_chunk = msgspec.msgpack.Decoder(Chunk).decode
 
 
 def record_sizes(keys: Iterable[bytes | None], values: Iterable[bytes | None]) -> list[int]:
-    """Bytes of each record."""
+    """Return the bytes of each record."""
     return [len(key or b"") + len(value or b"") for key, value in zip(keys, values, strict=True)]
 
 
 def cut(
     start: int, at_ms: int, keys: Sequence[bytes | None], values: Sequence[bytes | None], sizes: Sequence[int]
 ) -> Iterator[tuple[int, Chunk]]:
-    """New records from offset `start` on, as chunks, each behind the offset of its last record."""
+    """Yield new records from offset `start` on as chunks, each with the offset of its last record."""
     ends = [*accumulate(sizes)]
     first = 0
     while first < len(values):

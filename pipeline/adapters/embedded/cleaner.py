@@ -1,9 +1,9 @@
-"""Retention and compaction of the embedded log, as Kafka's log cleaner does them (KIP-58; `LogCleaner.scala`).
+"""Retention and compaction of the embedded log, as in Kafka's log cleaner (KIP-58; `LogCleaner.scala`).
 
-Retention removes whole chunks by age. Compaction keeps the newest record of each key: it maps the keys of the part that was
-never compacted to their newest offsets, as many as fit its memory, then copies what is below and drops what the map
-supersedes. Tombstones go in a later pass, `delete_retention_ms` after what they delete has gone: whoever had read that has
-so long to come to the tombstone too (KIP-534).
+Retention removes whole chunks by age. Compaction keeps the newest record of each key: it maps keys of the part that was
+never compacted to their newest offsets, as many as memory allows, then copies all chunks below and drops superseded records.
+Tombstones go in a later pass, `delete_retention_ms` after the values that they delete: a reader that has seen such a value
+has that time to reach the tombstone (KIP-534).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 END_OFFSET_MAX = 2**63 - 1
 _RUN_CHUNKS_MAX = 5_000
 _DIRTY_COUNT_MIN = 1_000
-"""Not worth a pass below this, whatever the ratio says."""
+"""Least number of records that were never compacted for a pass, whatever their ratio is."""
 
 
 class Cleaner:
@@ -44,7 +44,7 @@ class Cleaner:
         metrics: Metrics = NO_METRICS,
         keep_from: Callable[[str, int], int] = lambda _topic, _partition: END_OFFSET_MAX,
     ) -> None:
-        """`keep_from` says, for a topic and partition, the offset from which retention must leave everything."""
+        """`keep_from` returns, for a topic and partition, the offset from which retention must keep all records."""
         self._log = log
         self._keep_from = keep_from
         self._settings = settings
@@ -62,24 +62,24 @@ class Cleaner:
         self._stop = self._thread.stopping
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         atexit.register(self.stop)  # a thread that is in RocksDB when the interpreter ends would abort the process
         self._thread.start()
 
     def stop(self) -> None:
-        """End, after the chunk that is being rewritten. Twice is fine."""
+        """Stop after the present chunk. Idempotent."""
         atexit.unregister(self.stop)
         self._thread.stop(None)
 
     def step(self) -> None:
-        """Clean once; what can't be done now is done the next time."""
+        """Clean once; a failure is logged and repaired by the next call."""
         try:
             self.clean()
         except PipelineError as error:
             _log.error("cleaning: %s", error)
 
     def clean(self, *, dirty_count_min: int = _DIRTY_COUNT_MIN) -> int:
-        """One round over all partitions; how many records it removed."""
+        """Clean all partitions once; return the number of removed records."""
         removed = 0
         for partition in self._log.all_partitions():
             if self._stop.is_set():
@@ -132,7 +132,7 @@ class Cleaner:
         return removed
 
     def _map(self, partition: Partition) -> tuple[_Newest, int]:
-        """The newest offsets of the dirty part's keys, up to the returned offset, where the memory's limit was reached."""
+        """Return the newest offsets of keys that were never compacted, and the offset up to which they fit in memory."""
         newest: _Newest = {}
         clean_end = partition.meta.clean_end_offset
         end_offset = partition.meta.end_offset
@@ -146,7 +146,7 @@ class Cleaner:
         return newest, clean_end
 
     def _rewrite(self, partition: Partition, newest: _Newest, clean_end: int) -> int:
-        """Copy the records below `clean_end` that nothing supersedes. Each step is atomic, so a crash costs only time."""
+        """Copy the records below `clean_end` that are not superseded. Steps are atomic, so that a crash costs only time."""
         meta = partition.meta
         ripe = self._clock.now_ms() - meta.horizon_ms > partition.topic.delete_retention_ms
         tombstones_end = meta.horizon_offset if ripe else 0
@@ -181,7 +181,7 @@ class Cleaner:
         return removed
 
     def _replace(self, partition: Partition, run: _ChunkRun) -> None:
-        """Put one chunk in the place of those that a run is made of. It covers their offsets, if no record is left too."""
+        """Replace the chunks of a run by one that covers their offsets, even if it holds no record."""
         if run.as_it_was:
             return
         batch = WriteBatch(raw_mode=True)
@@ -196,7 +196,7 @@ _Newest = dict[bytes | None, int]
 
 
 class _Columns(NamedTuple):
-    """The records of a chunk, with every column written out."""
+    """Records of a chunk, with every column written out."""
 
     at_ms: list[int]
     offsets: list[int]
@@ -205,7 +205,7 @@ class _Columns(NamedTuple):
 
 
 def _kept(last_offset: int, chunk: Chunk, newest: _Newest, tombstones_end: int) -> _Columns:
-    """What is kept of a chunk: what no newer record supersedes, but for tombstones below `tombstones_end`."""
+    """Return the records of a chunk that are not superseded, without tombstones below `tombstones_end`."""
     offsets, at_ms, keys = chunk.columns(last_offset)
     keep = [*map(le, map(newest.get, keys, repeat(-1)), offsets)]
     if None in chunk.values and offsets[0] < tombstones_end:
@@ -220,18 +220,18 @@ def _kept(last_offset: int, chunk: Chunk, newest: _Newest, tombstones_end: int) 
 
 
 class _ChunkRun:
-    """Neighbouring chunks that become one: which they were, and what is kept of them."""
+    """Neighbouring chunks that become one, and their remaining records."""
 
     def __init__(self) -> None:
         self.begin = 0
         self.last_offsets: list[int] = []
         self.columns = _Columns([], [], [], [])
         self.as_it_was = True
-        """Whether writing it would change nothing."""
+        """True if writing the run would change nothing."""
         self._bytes = 0
 
     def has_room_for(self, count: int, size: int) -> bool:
-        """Whether one chunk can hold so many records more, of so many bytes."""
+        """Return whether one chunk can hold `count` more records of `size` bytes."""
         return (
             len(self.last_offsets) < _RUN_CHUNKS_MAX
             and len(self.columns.values) + count <= CHUNK_RECORDS_MAX
@@ -239,7 +239,7 @@ class _ChunkRun:
         )
 
     def add(self, begin: int, last_offset: int, more: _Columns, size: int, *, whole: bool) -> None:
-        """Take a chunk in; `whole` if everything of it is kept."""
+        """Add a chunk; `whole` if all of its records remain."""
         self.as_it_was = whole and not self.last_offsets
         self.begin = self.begin if self.last_offsets else begin
         self.last_offsets.append(last_offset)

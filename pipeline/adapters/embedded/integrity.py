@@ -1,18 +1,16 @@
-"""Whether an embedded log is whole. It is looked at before it is opened for writing, which deletes what could be saved.
+"""Checks an embedded log before it is opened for writing, which would delete files that could be saved.
 
-Three things together show the loss of any file, or of a part of it:
-- RocksDB does not open without a file that its manifest names, and checks a checksum of every block that is read.
-- What it takes for an honest end, a write-ahead log that is gone, or cut, or a manifest that is older than it was, makes a
-  partition end below the end that is noted beside the log (ends.py), or leaves a gap in the chain of its chunks (chunk.py).
-- At its start such a gap can be only in what was not in files yet when the log was used last: from there on the chain is
-  read. The rest of it is checked by whoever reads it, and by `pipeline verify`.
+Three facts together reveal the loss of any file, or of a part of it: - RocksDB does not open without a file that its
+manifest names, and verifies a checksum of every block that it reads. - A write-ahead log that is missing or cut, or an old
+manifest, looks like a regular end to RocksDB. But then a partition ends below the end offset in the checkpoint, or its chain
+of chunks has a gap. - At the start such a gap can only be in records that were not in files yet when the log was used last.
+The chain is read from there on. Readers, and `pipeline verify`, check the rest.
 
-To go on without what is gone is a decision: `accept_loss`. The log's files are then copied aside (files that never change
-are linked), RocksDB repairs what it can if it does not open, all of it is read, and in the place of what is missing stands
-a chunk without records that says so, because an offset must never mean two records: a token of a lost one would be satisfied
-by another. A reader that comes to it without `accept_loss` ends with `RecordsLost`. Only what is missing at the end of a
-compacted topic is not marked. There the topic ends earlier than it did, so that its stores are ahead of it, which is
-another decision for whoever starts it.
+Whether to go on without lost records is a person's decision: `accept_loss`. The log's files are then copied aside (immutable
+files are linked), RocksDB repairs what it can if it does not open, and all of it is read. Each gap is filled with a chunk
+without records that says so, because an offset must never mean two records: a token of a lost one would be satisfied by
+another. A reader that comes to such a chunk without `accept_loss` raises `RecordsLost`. Only a gap at the end of a compacted
+topic is not filled: the topic then ends earlier, so that its stores are ahead of it, which is a decision of its own.
 """
 
 from __future__ import annotations
@@ -29,18 +27,18 @@ from rocksdict import WriteBatch
 
 import pipeline.metrics as m
 from pipeline.adapters.datadir import aside, translate_os
-from pipeline.adapters.embedded.checkpoint import Noted
+from pipeline.adapters.embedded.checkpoint import CheckpointOffsets
 from pipeline.adapters.embedded.chunks import Chunk, Partition, encode, lost_chunk
 from pipeline.adapters.rocks import Cursor
 from pipeline.errors import LogCorrupt
 from pipeline.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-_SAID_MAX = 5
+_GAPS_MAX = 5
 
 
-class Log(Protocol):
-    """What is needed of an `EmbeddedLog`."""
+class CheckedLog(Protocol):
+    """The methods of `EmbeddedLog` that the checks call."""
 
     def all_partitions(self) -> list[Partition]: ...
 
@@ -48,7 +46,7 @@ class Log(Protocol):
 
     def stored_chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]: ...
 
-    def noted(self, partition: Partition) -> Noted: ...
+    def checkpointed(self, partition: Partition) -> CheckpointOffsets: ...
 
     def gap(self, partition: Partition, begin: int, end: int) -> LogCorrupt: ...
 
@@ -60,7 +58,7 @@ class Log(Protocol):
 
 
 class Gap(NamedTuple):
-    """Offsets of a partition at which there were records, and of which nothing is left."""
+    """A range of offsets of a partition whose records are lost."""
 
     topic: str
     partition: int
@@ -68,14 +66,13 @@ class Gap(NamedTuple):
     end: int
 
     def __str__(self) -> str:
-        """Text for a person."""
         return f"{self.topic}-{self.partition}: {self.end - self.begin} records ({self.begin} to {self.end - 1}) are gone"
 
 
-def find_gaps(log: Log, *, full: bool = False) -> list[Gap]:
-    """Return what is missing; with `full` all of the log is read, otherwise as little as the module says.
+def find_gaps(log: CheckedLog, *, full: bool = False) -> list[Gap]:
+    """Return the gaps of a log: with `full` of all of it, otherwise of its newest part (see above).
 
-    Raises `LogCorrupt` if something can't be read, or files of different times are mixed.
+    Raises `LogCorrupt` if a chunk can't be read, or files of different times are mixed.
     """
     cursor = log.cursor()
     return [
@@ -85,11 +82,11 @@ def find_gaps(log: Log, *, full: bool = False) -> list[Gap]:
     ]
 
 
-def _gaps(log: Log, cursor: Cursor, partition: Partition, *, full: bool) -> Iterator[tuple[int, int]]:
-    noted, meta = log.noted(partition), partition.meta
-    start, end = max(meta.start_offset, noted.start_offset), max(meta.end_offset, noted.end_offset)
+def _gaps(log: CheckedLog, cursor: Cursor, partition: Partition, *, full: bool) -> Iterator[tuple[int, int]]:
+    checkpointed, meta = log.checkpointed(partition), partition.meta
+    start, end = max(meta.start_offset, checkpointed.start_offset), max(meta.end_offset, checkpointed.end_offset)
     # From one before: the chunk that ends there is named by the manifest, so it tells of an older manifest.
-    begin = start if full else max(start, noted.flushed_offset - 1)
+    begin = start if full else max(start, checkpointed.flushed_offset - 1)
     if begin > start:
         first = next(log.stored_chunks(cursor, partition, start), None)
         if first is not None and first[1].begin > start:
@@ -105,19 +102,19 @@ def _gaps(log: Log, cursor: Cursor, partition: Partition, *, full: bool) -> Iter
         yield expected, end
 
 
-def said(gaps: Sequence[Gap]) -> str:
-    """Text for a person: how many records are gone, and where."""
-    some = "; ".join(map(str, gaps[:_SAID_MAX]))
-    more = f"; and {len(gaps) - _SAID_MAX} more gaps" if len(gaps) > _SAID_MAX else ""
+def describe_gaps(gaps: Sequence[Gap]) -> str:
+    """Return in words how many records are lost, and where."""
+    some = "; ".join(map(str, gaps[:_GAPS_MAX]))
+    more = f"; and {len(gaps) - _GAPS_MAX} more gaps" if len(gaps) > _GAPS_MAX else ""
     return f"{sum(gap.end - gap.begin for gap in gaps)} records are gone: {some}{more}"
 
 
 def check(
-    path: Path, ends: Path, *, look: Callable[[], Log], repair: Callable[[], None], accept_loss: bool, now_ms: int
+    path: Path, ends: Path, *, look: Callable[[], CheckedLog], repair: Callable[[], None], accept_loss: bool, now_ms: int
 ) -> list[Gap]:
-    """Return the gaps of a log that is about to be opened for writing, and that somebody decided to go on without.
+    """Return the accepted gaps of a log that is about to be opened for writing.
 
-    `look` opens it for reading. Raises `LogCorrupt` if the log is not whole and nobody has decided.
+    `look` opens the log for reading. Raises `LogCorrupt` if there are gaps that are not accepted.
     """
     if not _is_there(path):
         if not ends.exists() or not ends.stat().st_size:
@@ -143,25 +140,25 @@ def check(
             return []
         if not accept_loss:
             hint = "bring the log back from a backup, or start with --accept-loss to go on without them"
-            raise LogCorrupt(f"log {path}: {said(gaps)}; {hint}")
+            raise LogCorrupt(f"log {path}: {describe_gaps(gaps)}; {hint}")
         kept = keep_copy(path, now_ms)
     if gaps:
-        _log.error("log %s: %s; going on without them; the log as it was is kept in %s", path, said(gaps), kept)
+        _log.error("log %s: %s; going on without them; the log as it was is kept in %s", path, describe_gaps(gaps), kept)
     return gaps
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a log, or what is left of one; a first start that was killed leaves neither of these."""
+    """Return whether there is a log, or a part of one. A first start that was killed leaves no such file."""
     return (path / "CURRENT").exists() or any(path.glob("*.sst"))
 
 
-def _look(look: Callable[[], Log], *, full: bool) -> list[Gap]:
+def _look(look: Callable[[], CheckedLog], *, full: bool) -> list[Gap]:
     with closing(look()) as log:
         return find_gaps(log, full=full)
 
 
 def keep_copy(path: Path, now_ms: int) -> Path:
-    """Copy the files of a log aside, and return where they are. What never changes is linked, and costs nothing."""
+    """Copy the files of a log aside, and return the folder. Immutable files are linked, which costs nothing."""
     kept = aside(path, now_ms)
     with translate_os(f"a copy of {path}"):
         kept.mkdir()
@@ -178,8 +175,8 @@ def keep_copy(path: Path, now_ms: int) -> Path:
     return kept
 
 
-def mark_lost(log: Log, gaps: Sequence[Gap], metrics: Metrics, now_ms: int) -> None:
-    """Close gaps of a log that was just opened, in one write: with chunks that say so, or by an earlier end."""
+def mark_lost(log: CheckedLog, gaps: Sequence[Gap], metrics: Metrics, now_ms: int) -> None:
+    """Fill the gaps of a log that was just opened, in one write: by chunks that say so, or by an earlier end."""
     batch = WriteBatch(raw_mode=True)
     partitions = {(it.topic.name, it.number): it for it in log.all_partitions()}
     for gap in gaps:

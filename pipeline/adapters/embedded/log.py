@@ -1,14 +1,14 @@
 """The embedded log: topics, partitions, offsets and transactions as in Kafka, in one RocksDB of one process.
 
-    "r" topic(1) partition(4) last-offset(8)  ->  a chunk of records (chunk.py)
+    "r" topic(1) partition(4) last-offset(8)  ->  a chunk of records (chunks.py)
     "m" topic(1) partition(4)                 ->  msgpack of Meta
     "t" topic name                            ->  msgpack([topic number, partition count, topic id])
 
-Every append is one RocksDB write with its write-ahead log, so it is acknowledged when the kernel has it (kill -9 of this
-process loses nothing); with `fsync`, when the disk has it. A transaction is one such write over several topics.
+Every append is one RocksDB write with its write-ahead log. It is acknowledged when the kernel has it, so that kill -9 of
+this process loses nothing; with `fsync`, when the disk has it. A transaction is one such write over several topics.
 
-What the log has lost is noticed, by `whole.py` when it is opened and by every reader: the chunks of a partition are a chain
-without gaps, and `ends.py` knows where it ended. A log that is not whole opens only with `accept_loss`.
+Lost records are detected when the log is opened (integrity.py, checkpoint.py) and by every reader: the chunks of a partition
+are a chain without gaps. A log with gaps opens only with `accept_loss`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import msgspec
 from rocksdict import DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
 
 import pipeline.metrics as m
-from pipeline.adapters.embedded.checkpoint import Ends, Noted
+from pipeline.adapters.embedded.checkpoint import CheckpointOffsets, OffsetCheckpoint
 from pipeline.adapters.embedded.chunks import Chunk, Meta, Partition, cut, decode_chunk, encode, last_offset_of, record_sizes
 from pipeline.adapters.embedded.integrity import Gap, check, mark_lost
 from pipeline.adapters.embedded.reader import EmbeddedReader
-from pipeline.adapters.rocks import Cursor, Translated, close_quietly, keep_from_children, open_db
+from pipeline.adapters.rocks import Cursor, TranslatedErrors, close_quietly, open_db, protect_from_forks
 from pipeline.errors import Fenced, Invalid, LogCorrupt, NoSpace, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import NO_BEGINS, Begins, Clock, Message, Watermarks, check_begins
@@ -38,18 +38,17 @@ from pipeline.topics import Topic
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 RECORD_BYTES_MAX = 32 * 2**20
-"""Largest key and value of a record together."""
+"""Largest size of a record's key and value together."""
 
 
 class EmbeddedLog:
-    """A `ports.Log` in a folder. One process, any number of threads.
+    """A `ports.Log` in a folder, for one process and any number of threads.
 
-    Raises `LogCorrupt`, with the number of records that are gone, if the log is not whole, before a file of it is changed.
-    With `accept_loss` a copy of its files is kept beside it, and it opens without them (whole.py).
+    Raises `LogCorrupt`, with the number of lost records, before any file is changed. With `accept_loss` the log opens
+    without them, and a copy of its files is kept beside it (integrity.py).
 
-    `on_failed` is called once when the disk fails a write: the log then takes no more, and the process should end.
-    With `read_only` no data file is written, and a log that is not whole opens, to be looked at; `NotFound` if there is no
-    log in the folder.
+    `on_failed` is called once when the disk fails a write: the log then takes no more, and the process should end. With
+    `read_only` no data file is written, and a log with gaps opens, for inspection; `NotFound` if the folder has no log.
     """
 
     def __init__(
@@ -76,16 +75,16 @@ class EmbeddedLog:
         self.changed = threading.Condition()
         """Guards every write and every partition's meta; notified when records come."""
         self.path = path
-        self._translated = Translated(f"log {path}", corrupt=LogCorrupt, closed=Unavailable)
+        self._translated = TranslatedErrors(f"log {path}", corrupt=LogCorrupt, closed=Unavailable)
         self._fsync = settings.fsync
         options = log_options(settings)
         gaps = [] if read_only else self._check_whole(topics, settings, options, accept_loss=accept_loss)
         self.db = open_db(path, options, self._translated, read_only=read_only)
-        keep_from_children(self)
-        self._ends: Ends | None = None
+        protect_from_forks(self)
+        self._checkpoint: OffsetCheckpoint | None = None
         self._flushing: tuple[int, dict[Partition, int]] | None = None
         try:
-            self._ends = Ends(ends_path(path), read_only=read_only)
+            self._checkpoint = OffsetCheckpoint(checkpoint_path(path), read_only=read_only)
             self._partitions = self._load(topics, settings.partitions, create=not read_only)
             if gaps:
                 mark_lost(self, gaps, metrics, clock.now_ms())
@@ -108,7 +107,7 @@ class EmbeddedLog:
 
         return check(
             self.path,
-            ends_path(self.path),
+            checkpoint_path(self.path),
             look=look,
             repair=repair,
             accept_loss=accept_loss,
@@ -121,7 +120,7 @@ class EmbeddedLog:
             known[key[1:].decode()] = self._decoded(value, tuple[int, int, str])
         stored = set(known)
         if not known:  # a new log, or what is left of one: then their ends tell what is missing
-            copy = b"" if self._ends is None else self._ends.get_topics()
+            copy = b"" if self._checkpoint is None else self._checkpoint.get_topics()
             if copy:
                 known = self._decoded(copy, dict[str, tuple[int, int, str]])
             elif self.cursor().last_before(b"s") is not None:
@@ -142,8 +141,8 @@ class EmbeddedLog:
                 batch.put(b"t" + name.encode(), encode(known[name]))
             with self._translated:
                 self.db.write(batch)
-            if self._ends is not None:
-                self._ends.put_topics(encode(known))
+            if self._checkpoint is not None:
+                self._checkpoint.put_topics(encode(known))
         self._topic_ids = {name: topic_id for name, (_, _, topic_id) in known.items()}
         return {
             name: [self._load_partition(topic, known[name][0], number) for number in range(known[name][1])]
@@ -171,14 +170,14 @@ class EmbeddedLog:
             raise LogCorrupt(f"{self._translated.what}: {error}") from None
 
     def partitions(self, topic: str) -> list[Partition]:
-        """All partitions of a topic; `Invalid` if there is none of this name."""
+        """Return all partitions of a topic; `Invalid` if there is no such topic."""
         found = self._partitions.get(topic)
         if found is None:
             raise Invalid(f"no topic {topic}")
         return found
 
     def all_partitions(self) -> list[Partition]:
-        """The partitions of every topic."""
+        """Return the partitions of all topics."""
         return [partition for partitions in self._partitions.values() for partition in partitions]
 
     def _partition(self, topic: str, number: int) -> Partition:
@@ -211,7 +210,7 @@ class EmbeddedLog:
         return Watermarks(meta.start_offset, meta.end_offset)
 
     def _check_process(self) -> None:
-        """To be called before `changed` is taken: in a forked process nobody may ever let go of it."""
+        """Raise `Invalid` in a forked process. Call it before `changed` is taken, which may be locked for ever there."""
         if self._pid != os.getpid():
             raise Invalid("an embedded log can't be used in a forked process; publish to http://host:port instead")
 
@@ -228,7 +227,7 @@ class EmbeddedLog:
         return [next(offsets) if refusal is None else refusal for refusal in refused]
 
     def _refusal(self, message: Message) -> Invalid | None:
-        """Why this message can never be appended."""
+        """Return the reason why this message can never be appended, or None."""
         try:
             self._partition(message.topic, message.partition)
         except Invalid as error:
@@ -238,7 +237,7 @@ class EmbeddedLog:
         return None
 
     def _append(self, messages: Sequence[Message]) -> list[int]:
-        """One atomic write. The caller holds `changed`."""
+        """Append in one atomic write. The caller holds `changed`."""
         if not messages:
             return []
         out = [0] * len(messages)
@@ -274,10 +273,10 @@ class EmbeddedLog:
     def write(self, batch: WriteBatch, *, durable: bool) -> None:
         """Write a batch. The caller holds `changed`. After one failure nothing more is written.
 
-        `durable`: with `fsync`, wait for the disk. A write that loses nothing when it is lost need not be.
+        `durable`: with `fsync`, wait for the disk. Only a write that may be lost without harm need not be durable.
         """
         if self._failure is not None:
-            raise self._again()
+            raise self._failure_again()
         try:
             with self._translated:
                 self.db.write(batch)
@@ -288,10 +287,10 @@ class EmbeddedLog:
             self._failure = (NoSpace if isinstance(error, NoSpace) else Unavailable)(f"{error}; restart to go on")
             _log.critical("%s", self._failure)
             self.changed.notify_all()
-            self._on_failed(self._again())
-            raise self._again() from None
+            self._on_failed(self._failure_again())
+            raise self._failure_again() from None
 
-    def _again(self) -> Unavailable:
+    def _failure_again(self) -> Unavailable:
         """Return a new error with the text of the failure: one object, raised twice, would collect the frames of both."""
         kind = NoSpace if isinstance(self._failure, NoSpace) else Unavailable
         return kind(str(self._failure))
@@ -301,29 +300,29 @@ class EmbeddedLog:
         batch.put(partition.meta_key, encode(partition.meta))
 
     def flush(self) -> None:
-        """Move the newest records from memory to files."""
+        """Write the newest records from memory to files."""
         with self._translated:
             self.db.flush()
 
     # How far it goes
 
-    def noted(self, partition: Partition) -> Noted:
-        """The offsets of a partition that are kept beside the log."""
-        return Noted() if self._ends is None else self._ends.get(partition)
+    def checkpointed(self, partition: Partition) -> CheckpointOffsets:
+        """Return the offsets of a partition in the checkpoint."""
+        return CheckpointOffsets() if self._checkpoint is None else self._checkpoint.get(partition)
 
     def note(self, partition: Partition, flushed_offset: int | None = None) -> None:
-        """Note how far a partition goes. The caller holds `changed`, or is alone."""
-        if self._ends is not None:
+        """Write the offsets of a partition to the checkpoint. The caller holds `changed`, or is the only thread."""
+        if self._checkpoint is not None:
             before = partition.flushed_offset
             partition.flushed_offset = before if flushed_offset is None else flushed_offset
             meta = partition.meta
-            self._ends.put(partition, Noted(meta.start_offset, partition.flushed_offset, meta.end_offset))
+            self._checkpoint.put(partition, CheckpointOffsets(meta.start_offset, partition.flushed_offset, meta.end_offset))
 
     def note_flushed(self) -> None:
-        """Note what has moved from write-ahead logs to files since the last call but one: opening need not look at it again.
+        """Write to the checkpoint which offsets are in files by now, so that opening the log need not check them again.
 
-        RocksDB does not tell offsets. So where the log ends is remembered with the number of the newest write-ahead log at
-        that time, until that one is needed no more.
+        RocksDB does not report offsets. So the end offsets are remembered together with the number of the newest write-ahead
+        log, and are flushed once RocksDB needs that write-ahead log no more.
         """
         with self.changed, self._translated:
             if self.closed:
@@ -343,11 +342,11 @@ class EmbeddedLog:
         return EmbeddedReader(self, topic)
 
     def cursor(self) -> Cursor:
-        """The log at one moment."""
+        """Return a cursor over the log as it is now."""
         return Cursor(self.db, self._translated)
 
     def stored_chunks(self, cursor: Cursor, partition: Partition, next_offset: int) -> Iterator[tuple[int, Chunk, int]]:
-        """Yield the chunk of `next_offset` and all behind it: last offset, chunk, size in bytes. Gaps are no error."""
+        """Yield the chunk of `next_offset` and all after it: last offset, chunk, size in bytes. Gaps raise nothing."""
         for key, value in cursor.scan(partition.key(next_offset), partition.end_key):
             try:
                 chunk = decode_chunk(value)
@@ -369,7 +368,7 @@ class EmbeddedLog:
             raise self.gap(partition, expected, end_offset)
 
     def gap(self, partition: Partition, begin: int, end: int) -> LogCorrupt:
-        """The error for a chain that should go on at `begin`, and goes on at `end`."""
+        """Return the error for a chain that should go on at `begin`, and goes on at `end`."""
         where = f"{self._translated.what}: {partition.name}"
         if end <= begin:
             return LogCorrupt(f"{where}: what should begin at {begin} begins at {end}: files of different times are mixed")
@@ -382,7 +381,7 @@ class EmbeddedLog:
         return _EmbeddedTransaction(self, transactional_id, owner)
 
     def commit(self, transactional_id: str, owner: int, messages: Sequence[Message], begins: Begins) -> list[int]:
-        """What a transaction does, if it still owns its id."""
+        """Append messages in one transaction if `owner` still owns the id."""
         self._check_process()
         with self.changed:
             if self._owners[transactional_id] != owner:
@@ -391,9 +390,9 @@ class EmbeddedLog:
             return self._append(messages)
 
     def poll(self, places: Mapping[Partition, int], timeout_s: float) -> list[tuple[Partition, Watermarks, Cursor]]:
-        """Wait for records beyond the given offsets: where there are some, with a cursor of the same moment.
+        """Wait for records from the given offsets on; return the partitions that have some, each with a cursor.
 
-        Of the same moment, because offsets alone go out of date: the cleaner may delete or merge chunks at any time.
+        Offsets and cursor are of the same moment, because the cleaner may delete or merge chunks at any time.
         """
         self._check_process()
 
@@ -404,12 +403,12 @@ class EmbeddedLog:
             if not self.changed.wait_for(lambda: behind() or self._failure, timeout_s):
                 return []
             if self.closed or (self._failure is not None and not behind()):
-                raise self._again()
+                raise self._failure_again()
             cursor = self.cursor()
             return [(p, Watermarks(p.meta.start_offset, p.meta.end_offset), cursor) for p in behind()]
 
     def close(self) -> None:
-        """Let go of the files. Twice is fine."""
+        """Close the files. Idempotent."""
         if self._pid != os.getpid():
             return
         with self.changed:
@@ -421,17 +420,17 @@ class EmbeddedLog:
 
     def _close_files(self) -> None:
         close_quietly(self.db, self._translated.what)
-        if self._ends is not None:
-            self._ends.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
 
 
-def ends_path(path: Path) -> Path:
-    """The file beside a log's folder that says how far the log goes."""
+def checkpoint_path(path: Path) -> Path:
+    """Return the path of the checkpoint of a log."""
     return path.with_name(f"{path.name}.ends")
 
 
 def log_options(settings: LogSettings) -> Options:
-    """How RocksDB keeps a log."""
+    """Return RocksDB's options for a log."""
     options = Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_write_buffer_size(settings.log_write_buffer_bytes)
@@ -450,7 +449,7 @@ _Run = tuple[str, int, Sequence[int], Sequence[bytes | None], Sequence[bytes | N
 
 
 def _runs(messages: Sequence[Message]) -> Iterator[_Run]:
-    """The messages by topic and partition: topic, partition, their indices, keys, values."""
+    """Yield the messages by topic and partition: topic, partition, their indices, keys, values."""
     count = len(messages)
     topics = [message.topic for message in messages]  # not zip(*messages): its many iterators set off the garbage collector
     numbers = [message.partition for message in messages]

@@ -1,4 +1,4 @@
-"""Reads the embedded log: a cursor over partitions of one topic."""
+"""A cursor over partitions of one topic of the embedded log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class ReadLog(Protocol):
-    """What a reader needs of an `EmbeddedLog`."""
+    """The methods of `EmbeddedLog` that a reader calls."""
 
     passes_lost: bool
 
@@ -89,7 +89,7 @@ class EmbeddedReader:
         return Records(partition.number, offsets, at_ms, keys, values, next_offset)
 
     def _pass(self, partition: Partition, begin: int, last_offset: int) -> None:
-        """Go on behind lost records, if that may be. Of dead letters it may: nothing is counted from them."""
+        """Skip lost records if that is allowed. It always is for dead letters, from which nothing is counted."""
         what = f"{partition.name}: {last_offset + 1 - begin} records ({begin} to {last_offset}) were lost earlier"
         if not self._log.passes_lost and partition.topic.name != DEAD_LETTERS:
             raise RecordsLost(f"{what}; start with --accept-loss to go on without them")

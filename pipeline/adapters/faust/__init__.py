@@ -1,4 +1,8 @@
-"""Faust, as the control plane: membership in a group, and users' agents. The only package that imports faust."""
+"""Faust as the control plane: group membership, and users' agents. The only package that imports faust.
+
+`app` is the Faust app of a member, `membership` joins the group with it; `member_metadata` is what members tell each other.
+`agents`, `offsets` and `changes` run users' agents. `group` describes a group from outside.
+"""
 
 import sys
 

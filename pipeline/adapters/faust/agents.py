@@ -1,13 +1,14 @@
-"""Users' agents in a worker's app: what they record is in the log before the offsets of what they read are committed.
+"""Users' agents in a worker: the deltas that they record are in the log before the offsets of what they read are committed.
 
-An event is done when its agent asks for the next one, or raises. Offsets of what is done are read first, then the publisher
-is flushed, then those offsets are committed: whatever was recorded for an event up to there is acknowledged by then. If a
-flush fails nothing is committed, and the next attempt commits what this one would have.
+An event is done when its agent asks for the next one, or raises. The offsets of done events are noted, then the publisher is
+flushed, then those offsets are committed, so that all deltas recorded for these events are acknowledged by then. If a flush
+fails nothing is committed, and the next attempt commits these offsets, too.
 
-Agents run in Faust's loop, which also takes part in rebalances; heartbeats are aiokafka's, in a thread of its own.
+Agents run in Faust's event loop, which also takes part in rebalances; heartbeats are aiokafka's, in a thread of its own.
 
-Faust is corrected where it would lose an event: what an agent was cancelled at is not done; nor is what was taken out of a
-queue while partitions move; nor the one that others overtook. Values that can't be decoded do not end the agent.
+Faust would lose events in some cases, which are corrected here. These events are not done: one at which an agent was
+cancelled, one that was taken out of a queue while partitions move, and one that later events overtook. Values that can't be
+decoded do not end the agent.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ _COMMIT_INTERVAL_S = 1.0
 _FLUSH_S = 10.0
 _ROOM_INTERVAL_S = 0.02
 _PRESSED_S = 10.0
-"""How long an agent is given nothing because the publisher's buffer is half full: a buffer that does not get emptier by
-waiting holds series that are in use."""
+"""Longest time for which an agent gets no events because the publisher's buffer is half full. A buffer that stays full for
+longer holds series that are in use."""
 _COMPLAIN_S = 10.0
 _RAISED, _UNDECODABLE = "raised", "undecodable"
 _RESTARTS_MAX = 1e9
@@ -71,21 +72,22 @@ PRIVATE: Mapping[type, frozenset[str]] = {
     faust.Topic: frozenset({"on_key_decode_error", "on_value_decode_error"}),
     **offsets.PRIVATE,
 }
-"""What must exist, and mean what it does now; instance attributes are looked at while a worker runs."""
+"""Private names of Faust on which this module relies. A test checks that they exist; instance attributes are checked at run
+time."""
 
 
-class _Boot(BootStrategy):
+class _AgentsBoot(BootStrategy):
     enable_web = False
 
 
 class AgentsApp(MemberApp):
     """A `faust.App` for agents; `pipeline.faust_app` makes one. It runs in a worker, once.
 
-    `publisher` is the worker's. `on_error` says what becomes of an event at which an agent raises: "skip" logs and counts
-    it, and goes on with the next; "stop" ends the worker with exit code 3, and it is read again when that is back.
+    `publisher` is the worker's. `on_error` decides about an event at which an agent raises: "skip" logs and counts it and
+    goes on with the next; "stop" ends the worker with exit code 3, and the event is read again after a restart.
     """
 
-    BootStrategy = _Boot
+    BootStrategy = _AgentsBoot
 
     def __init__(self, publisher: Any, *, on_error: str = "skip", **options: Any) -> None:
         if on_error not in ("skip", "stop"):
@@ -96,26 +98,25 @@ class AgentsApp(MemberApp):
         self._flusher = ThreadPoolExecutor(2, thread_name_prefix="pipeline-agents-flush")
         self._complained_s = -_COMPLAIN_S
         self.leaving = False
-        """Whether the last settling has begun: agents begin nothing new any more, whatever partitions come and go."""
+        """True once the last `settle` has begun: agents begin nothing new, whatever partitions come and go."""
         self._settled = False
         super().__init__(**{"broker_commit_interval": _COMMIT_INTERVAL_S, **options})
 
     def changes(self, view: str) -> ChangesChannel:
-        """A view's changes, for one agent: each is a `Change(labels, old, new, window_start, partition, offset)`.
+        """Return a channel of a view's changes for one agent: `Change(labels, old, new, window_start, partition, offset)`.
 
-        `old` and `new` are answers. They come from the view's changelog, partition by partition in its order, for the
-        partitions that this worker folds; each at least once, and a repeated one has the same partition and offset. A new
-        agent gets all that the view holds first, with `old` None. Where a series lives in several partitions, a change is
-        one of this partition's part. Several changes of a series come as one if compaction has merged them, and `old` can
-        then be older than what was seen last, or None: only where an agent is further behind than the changelog's
-        `min.compaction.lag.ms` (10 minutes).
+        `old` and `new` are answers. Changes come from the view's changelog, in order within a partition, for the partitions
+        that this worker folds. Each comes at least once; a repeated one has the same partition and offset. A new agent first
+        gets everything that the view holds, with `old` None. Where a series lives in several partitions, a change concerns
+        one partition's part. An agent that is further behind than the changelog's `min.compaction.lag.ms` (10 minutes) can
+        get several changes of a series as one, whose `old` is then older than the last `new`, or None.
         """
         if not NAME.match(view):
             raise Invalid(f"changes: {view!r:.100} is no view's name")
         return ChangesChannel(self, view=view)
 
     def changes_read(self) -> dict[str, ChangesChannel]:
-        """The channels of changes that agents read, by the names of those."""
+        """Return the channels of changes by the name of the agent that reads them."""
         found = {name: agent.channel for name, agent in self.agents.items() if isinstance(agent.channel, ChangesChannel)}
         for name, channel in found.items():
             if self.agents[name].concurrency != 1:
@@ -125,13 +126,13 @@ class AgentsApp(MemberApp):
         return found
 
     def Table(self, *_: Any, **__: Any) -> Any:
-        """Refused."""
+        """Raise `Invalid`: tables of Faust are not supported."""
         raise Invalid("a worker keeps no tables of Faust's: publish to a view, app.publisher.sum(...), and read that")
 
     GlobalTable = SetTable = SetGlobalTable = Table
 
     def count_in(self, metrics: Metrics) -> None:
-        """Where errors are counted from now on, and from 0: what begins at 1 hides its first from PromQL's `increase`."""
+        """Count errors in `metrics` from now on. Each counter begins at 0: PromQL's `increase` needs a first value."""
         self.metrics = metrics
         for topic, reason in itertools.product(self.topics_read(), (_RAISED, _UNDECODABLE)):
             metrics.inc(m.AGENT_ERRORS, 0, topic, reason)
@@ -139,12 +140,12 @@ class AgentsApp(MemberApp):
             metrics.inc(m.AGENT_ERRORS, 0, str(channel), _RAISED)
 
     def topics_read(self) -> dict[str, str]:
-        """The topics of all agents, and one agent of each."""
+        """Return the topics of all agents, each with the name of one of its agents."""
         agents = [agent for agent in self.agents.values() if isinstance(agent.channel, faust.Topic)]
         return {topic: agent.name for agent in agents for topic in agent.get_topic_names()}
 
     async def settle(self, timeout_s: float) -> None:
-        """Give agents nothing more; wait for what they are at, and commit: half of the time for each. The last commit."""
+        """Give agents no more events, wait for the present ones, and commit for the last time: half of the time for each."""
         self.leaving = True
         if self._consumer is not None:
             await self._consumer.settle(timeout_s)
@@ -152,29 +153,29 @@ class AgentsApp(MemberApp):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is committed any more."""
+        """True once nothing is committed any more."""
         return self._settled
 
     async def flushed(self) -> bool:
-        """Flush the publisher; whether all that was recorded before the call is acknowledged."""
+        """Flush the publisher; return whether everything that was recorded before the call is acknowledged."""
         try:
             async with asyncio.timeout(_FLUSH_S):
                 await self.loop.run_in_executor(self._flusher, self.publisher.flush, _FLUSH_S)
                 await self.producer.flush()  # what agents sent to other topics
         except (PipelineError, TimeoutError) as error:
-            self.put_off(error)
+            self.note_uncommitted(error)
             return False
         return True
 
-    def put_off(self, error: object) -> None:
-        """Offsets are not committed now."""
+    def note_uncommitted(self, error: object) -> None:
+        """Count and log that offsets are not committed now."""
         self.metrics.inc(m.AGENT_COMMITS_FAILED)
         if self.loop.time() - self._complained_s >= _COMPLAIN_S:
             self._complained_s = self.loop.time()
             _log.warning("agents' offsets are not committed yet: %s", error)
 
     async def _producer_flush(self, logger: Any) -> None:
-        """Of what agents sent to other topics, which may be away for longer than Kafka's group waits for this."""
+        """Flush what agents sent to other topics, but no longer than a rebalance may be held up."""
         try:
             async with asyncio.timeout(self.ours.revoke_timeout_s):
                 await super()._producer_flush(logger)
@@ -188,7 +189,7 @@ class AgentsApp(MemberApp):
             await asyncio.sleep(_ROOM_INTERVAL_S)
 
     def failed(self, what: str, topic: str, reason: str, error: BaseException) -> bool:
-        """Log and count it; whether the event is done all the same."""
+        """Log and count an error; return whether its event counts as done."""
         self.metrics.inc(m.AGENT_ERRORS, 1, topic, reason)
         stops = self._stops or isinstance(error, BufferFull)
         done = "the worker ends, and it is read again" if stops else "it counts as done"
@@ -201,20 +202,22 @@ class AgentsApp(MemberApp):
 
 class _Agent(faust.Agent):
     def _new_supervisor(self) -> Any:
-        """Faust's would end the program when an agent raises at over a hundred events a second."""
+        """Return a supervisor without Faust's limit on restarts, which ends the program at 100 errors a second."""
         options = {"replacement": self._replace_actor, "loop": self.loop, "beacon": self.beacon}
         return self._get_supervisor_strategy()(max_restarts=_RESTARTS_MAX, over=1.0, **options)
 
     async def _begin_again(self, aref: Any) -> None:
-        """Wake the supervisor until it has: what wakes it while it is busy it forgets, and looks five seconds later."""
+        """Wake the supervisor until it restarts the agent: while it is busy it forgets a wake-up, and looks five seconds
+        later.
+        """
         while aref in self.supervisor._index and not self.supervisor.should_stop:
             self.supervisor.wakeup()
             await asyncio.sleep(_WAKE_S)
 
     async def _execute_actor(self, coro: Any, aref: Any) -> None:
-        await super()._execute_actor(self._watched(coro, aref), aref)
+        await super()._execute_actor(self._report_failure(coro, aref), aref)
 
-    async def _watched(self, coro: Any, aref: Any) -> None:
+    async def _report_failure(self, coro: Any, aref: Any) -> None:
         stream = aref.stream.get_active_stream()
         try:
             await coro
@@ -232,7 +235,7 @@ class _Agent(faust.Agent):
                 with suppress(RuntimeError):  # it is another task's
                     await stream.iteration.aclose()  # now, not when it is collected: that is what acknowledges the event
             stream.raised = False
-            stream.let_go()
+            stream.release()
             aref._crash(error)  # as Faust would, without its account of it
             await self._begin_again(aref)
         else:
@@ -242,13 +245,13 @@ class _Agent(faust.Agent):
 
 class _Stream(faust.Stream):
     raised = False
-    """Whether the event that is under way counts as done although its agent did not ask for another."""
+    """True if the present event counts as done although its agent did not ask for the next."""
 
     iteration: AsyncGenerator[Any, None] | None = None
-    """The one that was begun last."""
+    """The iteration that was begun last."""
 
     broken: tuple[EventT, Any] | None = None
-    """The event, and what sensors want to have back, at which a processor raised: its agent was never given it."""
+    """The event at which a processor raised, before its agent got it, and the state of sensors."""
 
     def __aiter__(self) -> AsyncIterator[Any]:
         self.iteration = self._iterate()
@@ -282,8 +285,8 @@ class _Stream(faust.Stream):
                 self.service_reset()
 
     async def _taken(self) -> tuple[EventT | None, Any, Any]:
-        """The next event, its value (`_skipped_value` if a filter said so), and what sensors want to have back."""
-        self.let_go()  # its agent went on
+        """Return the next event, its value (`_skipped_value` if a filter dropped it), and the state of sensors."""
+        self.release()  # its agent went on
         while True:
             await asyncio.sleep(0)
             await self.app.room()
@@ -315,18 +318,18 @@ class _Stream(faust.Stream):
                 return event, value, state
 
     def _excused(self, event: EventT, error: Exception) -> bool:
-        """What `take` and its like read for an agent, they read in the background: nobody else would hear of it."""
+        """Report an error of a filter in the background reading of `take` and similar; return whether the event is done."""
         it = event.message
         what = f"a filter of an agent failed at {it.topic}-{it.partition} offset {it.offset}"
         done: bool = self.app.failed(what, it.topic, _RAISED, error)
         return done
 
     async def ack(self, event: EventT) -> bool:
-        """Of `take` and its like, when their agent asks for more or has raised: what ends the worker is not done."""
+        """Acknowledge an event for `take` and similar, unless an error is about to end the worker."""
         return self.app.failure is None and bool(await super().ack(event))
 
-    def let_go(self) -> None:
-        """The event at which a processor raised is done."""
+    def release(self) -> None:
+        """Count the event at which a processor raised as done."""
         broken, self.broken = self.broken, None
         if broken is not None:
             self._done(*broken)
@@ -340,11 +343,11 @@ class _Stream(faust.Stream):
 
 class _Topic(faust.Topic):
     async def on_key_decode_error(self, exc: Exception, message: Any) -> None:
-        """The message is acknowledged by now; nobody gets to see it."""
+        """Report a key that can't be decoded. The message is acknowledged by now, and no agent sees it."""
         self._undecodable("key", exc, message)
 
     async def on_value_decode_error(self, exc: Exception, message: Any) -> None:
-        """The same."""
+        """Report a value that can't be decoded. The message is acknowledged by now, and no agent sees it."""
         self._undecodable("value", exc, message)
 
     def _undecodable(self, part: str, error: Exception, message: Any) -> None:

@@ -1,11 +1,11 @@
-"""Faust's app as a member that is told who has what, and does nothing more with it. With `membership`, what imports faust.
+"""A Faust app that takes part in a group only to learn the assignment of partitions.
 
-It is told of the deltas topic, as one that is subscribed to, and of the changelog, as a table's, so that its assignor knows
-actives and standbys; where they go is `place`'s to say, as Faust's own way leaves members idle and moves partitions to cold
-ones. Their partitions are paused in aiokafka before it can fetch from them, Faust's recovery is replaced by one that has
-nothing to do, and no topic is created.
+The app subscribes to the deltas topic and has a table on the changelog, so that Faust's assignor deals with actives and
+standbys. `core.placement.place` decides which member gets which partition, because Faust's own way leaves members idle and
+moves partitions to members without a copy. The partitions are paused in aiokafka before it can fetch from them, Faust's
+recovery is replaced by one that does nothing, and no topic is created.
 
-Private names of faust and aiokafka that this relies on are listed in `PRIVATE`, for a test to look at.
+Private names of faust and aiokafka that this relies on are listed in `PRIVATE`, and checked by a test.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from pipeline.errors import Invalid, PipelineError
 from pipeline.ports import Member
 
 _faust_log = logging.getLogger("faust")
-"""What Faust's services say under our classes' names is not ours."""
+"""Logger of Faust's services, whose names would otherwise be derived from our classes."""
 _TRIES = 3
-"""How many brokers, or times, can be tried within a session."""
+"""Brokers, or attempts, that fit into a session."""
 _AGAIN_S = 1.0
 
 PRIVATE: Mapping[type, frozenset[str]] = {
@@ -91,29 +91,29 @@ PRIVATE: Mapping[type, frozenset[str]] = {
     Table: frozenset({"on_start", "on_rebalance", "persisted_offset"}),
     BaseConsumer: frozenset({"_drain_messages"}),
 }
-"""What must exist, and mean what it does now; instance attributes are looked at while a member runs."""
+"""Private names on which this module relies. A test checks that they exist; instance attributes are checked at run time."""
 
 
 @dataclass
 class Ours:
-    """What the member's threads share."""
+    """State that the member's threads share."""
 
     deltas: str
     changelog: str
     on_assigned: Callable[[int], None]
-    """With the generation; called in Faust's thread."""
+    """Called with the generation, in Faust's thread."""
     format: int
-    """What is written."""
+    """Format that this program writes."""
     revoke_timeout_s: float = 3.0
-    """How long agents may hold up a rebalance."""
+    """Longest time for which agents may hold up a rebalance."""
     warm: frozenset[int] = frozenset()
-    """Partitions that could be taken over at once: told to the group when it is joined again."""
-    told_warm: frozenset[int] = frozenset()
-    """What `warm` was when the group was joined last."""
+    """Partitions with a caught-up copy, which the group learns at the next join."""
+    announced_warm: frozenset[int] = frozenset()
+    """Value of `warm` at the last join."""
 
     @property
     def identity(self) -> AppIdentity:
-        """What all members must have in common."""
+        """Identity that all members must share."""
         return AppIdentity(self.deltas, self.changelog, self.format)
 
 
@@ -123,27 +123,27 @@ class _Boot(BootStrategy):
 
 
 class MemberApp(faust.App):
-    """Faust's, without folders in the working directory, and with our consumer."""
+    """A Faust app without folders in the working directory, and with our consumer."""
 
     logger = _faust_log
 
     BootStrategy = _Boot
     ours: Ours
     failure: PipelineError | None = None
-    """Why it has to end, apart from Faust's reasons."""
+    """Reason to end, apart from Faust's own."""
 
     Transport: type[driver.Transport]
     fixed: Mapping[str, Any] = {}
-    """Settings of Faust that all members have."""
+    """Faust settings of all members."""
 
     def __init__(self, **options: Any) -> None:
         self.given = options
         super().__init__("pipeline", **{**self.fixed, **options})
 
     def join(self, id: str, *, ours: Ours, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
-        """Become a member of the group `id`, once started; before that it is nobody's. To be called in the loop's thread.
+        """Set up membership in the group `id`, before `start`. Call it in the loop's thread.
 
-        Raises `Invalid` if an option was given to the app, too.
+        Raises `Invalid` if one of these options was given to the app, too.
         """
         if taken := sorted(self.given.keys() & (options.keys() | self.fixed.keys())):
             raise Invalid(f"faust_app({taken[0]}=...): `pipeline worker` decides that")
@@ -156,24 +156,24 @@ class MemberApp(faust.App):
         self.tables.add(_Changelog(self, name="pipeline", changelog_topic=self.topic(ours.changelog, acks=False)))
 
     async def settle(self, timeout_s: float) -> None:
-        """End what agents do, before the group is left."""
+        """Do nothing; the app of agents ends their work here, before the group is left."""
 
     @property
     def coordinator(self) -> Any:
-        """Of aiokafka, if there is one yet. Its attributes may be looked at from any thread, its methods not called."""
+        """aiokafka's group coordinator, or None. Other threads may read its attributes but not call its methods."""
         consumer = self.consumer._thread._consumer
         return None if consumer is None else consumer._coordinator
 
     def in_consumer_thread(self, call: Callable[[], object]) -> None:
-        """Call it there, soon."""
+        """Schedule a call in the consumer's thread."""
         self.consumer._thread.thread_loop.call_soon_threadsafe(call)
 
     def actives(self) -> frozenset[int]:
-        """As of the last assignment."""
+        """Return our active partitions, as of the last assignment."""
         return self._partitions(self.assignor.assigned_actives())
 
     def standbys(self) -> frozenset[int]:
-        """As of the last assignment."""
+        """Return our standby partitions, as of the last assignment."""
         return self._partitions(self.assignor.assigned_standbys())
 
     def _partitions(self, assigned: Iterable[TP]) -> frozenset[int]:
@@ -181,12 +181,12 @@ class MemberApp(faust.App):
 
     @property
     def rules(self) -> AppIdentity:
-        """Whose group it is, as of the last assignment."""
+        """Identity of the group's app, as of the last assignment."""
         rules: AppIdentity = self.assignor.rules
         return rules
 
     def members(self) -> list[Member]:
-        """As of the last assignment."""
+        """Return all members, as of the last assignment."""
         changelog = self.ours.changelog
         return sorted(
             Member(*name_and_url(it), frozenset(has.get(changelog, ())), frozenset(has.get(standbys_key(changelog), ())))
@@ -194,7 +194,9 @@ class MemberApp(faust.App):
         )
 
     def probe(self) -> None:
-        """Raise what ended it. aiokafka's coordination waits for a caller of `getmany` to be told, and there is none."""
+        """Raise the error that has ended the app. aiokafka would report its errors to a caller of `getmany`, which does not
+        exist.
+        """
         if self.failure is not None:
             raise self.failure
         if self.crashed:
@@ -209,23 +211,23 @@ class MemberApp(faust.App):
                 raise self.coordinator._pending_exception
 
     async def on_first_start(self) -> None:
-        """Make nothing."""
+        """Create no folders."""
 
 
 class _Changelog(Table):
-    """A table for the assignor's sake: no store, nothing produced, nothing declared."""
+    """A table for the assignor only: without a store, without a producer, without a topic of its own."""
 
     logger = _faust_log
 
     async def on_start(self) -> None:
-        """Open nothing."""
+        """Open no store."""
 
     def persisted_offset(self, tp: TP) -> int | None:
-        """Nothing is."""
+        """Return None: nothing is persisted."""
         return None
 
     async def on_rebalance(self, assigned: set[TP], revoked: set[TP], newly: set[TP], generation_id: int = 0) -> None:
-        """Awaited when a new assignment is known, before recovery."""
+        """Report the new assignment. Awaited before recovery."""
         self.app.ours.on_assigned(generation_id)
 
 
@@ -234,7 +236,7 @@ class _Tables(TableManager):
     _recovery: Recovery | None = None
 
     async def on_start(self) -> None:
-        """As its base does, without a second's sleep."""
+        """Start as the base class does, but without its sleep of a second."""
         await self._update_channels()
         await self.recovery.start()
 
@@ -246,7 +248,7 @@ class _Tables(TableManager):
 
 
 class _Recovery(Recovery):
-    """Restores nothing: says at once that it is done, so that agents of the same app go on."""
+    """Restores nothing and reports success at once, so that agents of the same app go on."""
 
     logger = _faust_log
 
@@ -273,28 +275,28 @@ class _Recovery(Recovery):
 
 
 class _Assignor(PartitionAssignor):
-    """Places our partitions by `place`, others as Faust does."""
+    """Assigns our partitions by `place`, and other topics as Faust does."""
 
     _states: Mapping[str, MemberState]
-    """Of those who may stay, by member id."""
+    """By member id, the state of each member that may stay."""
     rules: AppIdentity = NOBODY
-    _known_at: str = ""
-    """Where a static member was in its last life: it is given what it had then, address included."""
+    _former_url: str = ""
+    """URL of a static member before its restart, under which it gets its former partitions."""
 
     @property
     def _url(self) -> URL:
-        return URL(self._known_at) if self._known_at else super()._url
+        return URL(self._former_url) if self._former_url else super()._url
 
     @property
     def _metadata(self) -> ClientMetadata:
         said = super()._metadata
         ours = self.app.ours
-        ours.told_warm = ours.warm
-        said.topic_groups = as_topic_groups(ours.identity, ours.told_warm)
+        ours.announced_warm = ours.warm
+        said.topic_groups = as_topic_groups(ours.identity, ours.announced_warm)
         return said
 
     def _update_member_urls(self, clients_metadata: Mapping[str, ClientMetadata]) -> None:
-        """The leader's first step, and the only one that sees what each member said."""
+        """Read the metadata of all members. The leader's first step, and the only one that has them."""
         super()._update_member_urls(clients_metadata)
         identities = {member: identity_of(it.topic_groups) for member, it in clients_metadata.items()}
         counts: Counter[AppIdentity] = Counter()
@@ -313,7 +315,7 @@ class _Assignor(PartitionAssignor):
         }
 
     def _global_table_standby_assignments(self, assignments: Any, partitions_by_topic: Mapping[str, int]) -> Any:
-        """The leader's last step before it tells."""
+        """Place our partitions: the leader's last step before it sends the assignment."""
         ours = self.app.ours
         if not ours.identity.same_app(self.rules):
             self._states = {}  # we can't place what we do not know, and are about to leave
@@ -329,7 +331,7 @@ class _Assignor(PartitionAssignor):
         return super()._global_table_standby_assignments(assignments, partitions_by_topic)
 
     def _get_changelog_distribution(self, assignments: Any) -> Any:
-        """What all are told of all: where the actives are, and the standbys too."""
+        """Return the active and standby partitions of all members, which each member is told."""
         found = super()._get_changelog_distribution(assignments)
         changelog = self.app.ours.changelog
         for member, it in assignments.items():
@@ -337,19 +339,19 @@ class _Assignor(PartitionAssignor):
         return {self._member_urls[member]: found[self._member_urls[member]] for member in self._states}
 
     def _protocol_assignments(self, assignments: Any, changelogs: Any, topics: Any, groups: Mapping[str, int]) -> Any:
-        """Tells all whose group it is."""
+        """Add the group's identity to every assignment."""
         return super()._protocol_assignments(assignments, changelogs, topics, {**groups, **as_topic_groups(self.rules)})
 
     def on_assignment(self, assignment: Any) -> None:
-        """Called by aiokafka between making an assignment and anything that could fetch: in its thread, with no await."""
+        """Read the assignment and pause our partitions. aiokafka calls it in its thread before anything can fetch."""
         metadata = ClientMetadata.loads(self._decompress(assignment.user_data))
         self.rules = identity_of(metadata.topic_groups)
         moved = metadata.url != str(self._url)
-        self._known_at = metadata.url
+        self._former_url = metadata.url
         try:
             super().on_assignment(assignment)  # which insists on the address
         finally:
-            self._known_at = ""
+            self._former_url = ""
         if moved or self.rules.format < self.app.ours.format:
             self.app.coordinator.request_rejoin()  # so that the others hear of it
         consumer = self.app.consumer._thread._consumer
@@ -366,7 +368,7 @@ class _Thread(WorkerThread):
         self.daemon = True  # one that is held in a rebalance must not hold up the end of the process
 
     def run(self) -> None:
-        """What ends it is told to the app by then; here it would only be printed."""
+        """Ignore the error that ends the thread: it was reported to the app, and would only be printed here."""
         try:
             super().run()
         except Exception as error:
@@ -378,15 +380,15 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
     Worker = _Thread
 
     async def on_start(self) -> None:
-        """Connect, and be patient no more."""
+        """Connect with short time-outs."""
         await super().on_start()
-        _be_impatient(self._consumer._client, self.app.conf.broker_session_timeout / _TRIES)
+        _shorten_timeouts(self._consumer._client, self.app.conf.broker_session_timeout / _TRIES)
 
 
-def _be_impatient(client: Any, timeout_s: float) -> None:
-    """Give a broker up that does not answer in time, except where it lets a member wait for the others.
+def _shorten_timeouts(client: Any, timeout_s: float) -> None:
+    """Drop a broker that does not answer in time, except while a member waits for others to join.
 
-    One that stands still keeps its connections. aiokafka would wait for its answer to a heartbeat for as long as the
+    A broker that stands still keeps its connections. aiokafka would wait for its answer to a heartbeat for as long as the
     slowest request may take, while the session that another broker coordinates by now runs out.
     """
     plain_get, plain_send = client._get_conn, client.send
@@ -423,16 +425,16 @@ class _Consumer(driver.Consumer):
         return {tp for tp in assigned if tp.topic not in (self.app.ours.deltas, self.app.ours.changelog)}
 
     def resume_partitions(self, tps: Iterable[TP]) -> None:
-        """Never ours."""
+        """Resume other partitions than ours."""
         super().resume_partitions(self._not_ours(tps))
 
     async def perform_seek(self) -> None:
-        """Only if there are agents with topics: a broker that is away would end the app for nothing."""
+        """Seek only if agents read topics: an outage would end the app otherwise."""
         if self._not_ours(self.assignment()):
             await super().perform_seek()
 
     def verify_event_path(self, now: float, tp: TP) -> None:
-        """Ours are not fetched; Faust would report that as an error every few seconds."""
+        """Check other partitions than ours. Faust would report ours, which are not fetched, every few seconds."""
         if self._not_ours([tp]):
             super().verify_event_path(now, tp)
 

@@ -1,7 +1,7 @@
-"""A view's changes as a channel that an agent reads: what a feed, in a thread of its own, hands over one by one.
+"""A channel of a view's changes for an agent, fed one by one from a thread of its own.
 
-A change is done when the agent asks for the next one, as an event is. Rebalances do not clear this channel: the feed knows
-best whose partitions are whose.
+A change is done when the agent asks for the next one, like an event. Rebalances do not clear this channel: the feed itself
+follows the assignment.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import faust
 
 _ROOM_INTERVAL_S = 0.05
 _GRACE_S = 1.0
-"""How long the change that an agent is at is waited for when the others are taken back."""
+"""Longest wait for the agent's present change when the other changes are taken back."""
 
 
 class Gate:
-    """Between a feed's thread and an agent's loop: holds what one `offer` brings, and counts what is done of it."""
+    """Hands changes from a feed's thread to an agent's loop, and counts those that are done."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -31,7 +31,7 @@ class Gate:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def offer(self, changes: Sequence[Any], stopping: Callable[[], bool]) -> int:
-        """Wait until the agent has done all, or `stopping`; how many it has done."""
+        """Wait until the agent has done all changes, or `stopping` returns True; return how many are done."""
         with self._changed:
             self._waiting.extend(changes)
             self._done_count, self._under_way = 0, False
@@ -49,7 +49,7 @@ class Gate:
             self._loop.call_soon_threadsafe(self._ready.set)
 
     async def take(self) -> Any:
-        """The next one; the one before it is done."""
+        """Return the next change. The one before it is done."""
         with self._changed:
             if self._ready is None:
                 self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
@@ -67,7 +67,7 @@ class Gate:
 
 
 class ChangesChannel(faust.Channel):
-    """Of one view, for one agent."""
+    """The changes of one view, for one agent."""
 
     def __init__(self, app: Any, *, view: str, gate: Gate | None = None, **options: Any) -> None:
         super().__init__(app, **options)

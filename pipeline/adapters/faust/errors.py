@@ -1,4 +1,4 @@
-"""Errors of aiokafka that somebody can do something about, as ours."""
+"""Translates aiokafka's errors into those of `pipeline.errors`, and limits the log lines of Faust and aiokafka."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NORMAL = (
 
 
 def translate(error: BaseException, group: str, what: str, *, needs: str = "READ") -> PipelineError:
-    """The error as one of ours; `what` says what was tried, and `needs` which permission on the group it takes."""
+    """Return one of our errors. `what` says what was tried, `needs` which permission on the group that takes."""
     match error:
         case PipelineError():
             return error
@@ -47,17 +47,17 @@ def translate(error: BaseException, group: str, what: str, *, needs: str = "READ
     return Unavailable(f"{what}: {error!r}")
 
 
-class _Quiet(RateLimitFilter):
+class _NoiseFilter(RateLimitFilter):
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log it."""
+        """Return whether to log the record."""
         return not any(text in record.getMessage() for text in _NORMAL) and super().filter(record)
 
 
-def quieten() -> None:
-    """Of all members of this process. Twice is fine."""
+def limit_logging() -> None:
+    """Log each line of Faust and aiokafka once a minute, and none about regular operation. Idempotent."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         logging.getLogger("faust").setLevel(logging.WARNING)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        if not any(isinstance(it, _Quiet) for it in logger.filters):
-            logger.addFilter(_Quiet())
+        if not any(isinstance(it, _NoiseFilter) for it in logger.filters):
+            logger.addFilter(_NoiseFilter())

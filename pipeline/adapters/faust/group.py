@@ -1,4 +1,4 @@
-"""The group of an app as its coordinator describes it: for whoever is no member, and wants to ask none."""
+"""The consumer group of an app as its coordinator describes it, for processes that are no members."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError, for_code
 
-from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.errors import limit_logging, translate
 from pipeline.adapters.faust.member_metadata import CLIENT, name_and_url, partitions_of
 from pipeline.adapters.faust.security import Security
 from pipeline.adapters.kafka.options import Address
@@ -27,17 +27,17 @@ class ConsumerGroup(NamedTuple):
     """A group at one moment."""
 
     state: str
-    """Kafka's name for it: Stable, PreparingRebalance, CompletingRebalance, Empty, Dead."""
+    """Kafka's name of the state: Stable, PreparingRebalance, CompletingRebalance, Empty, Dead."""
     members: list[Member]
-    """Without partitions, and perhaps without URLs, unless it is stable."""
+    """Unless the group is stable, members have no partitions, and perhaps no URLs."""
 
 
 def describe_group(address: Address, security: Security, *, timeout_s: float) -> ConsumerGroup:
-    """The group of an app's workers, which is waited for until it is stable, or for so long.
+    """Return the group of an app's workers once it is stable, or after `timeout_s` as it is.
 
-    Raises `Unavailable` if no broker answers in time, `Invalid` if it may not be seen.
+    Raises `Unavailable` if no broker answers in time, `Invalid` without the permission to see the group.
     """
-    quieten()
+    limit_logging()
     try:
         return asyncio.run(_described(address, security, timeout_s))
     except (KafkaError, TimeoutError, OSError) as error:

@@ -1,9 +1,8 @@
-"""What members of a group tell each other in Faust's metadata, in fields that Faust leaves to us; and what follows from it.
+"""Metadata that members of a group exchange, in fields of Faust's metadata that Faust itself does not need.
 
-One that joins says which topics it folds, which format it writes, and what it could take over at once. The leader finds out
-which app's group this is and what the newest format in it is, and tells all. Who is of another app, or older, is given
-nothing and ends: topics of another app would be folded by those who do not have them, and entries of a newer format can't
-be read by an older program.
+A joining member says which topics it folds, which format it writes, and of which partitions it has caught-up copies. The
+leader finds out which app's group this is and which format is the newest, and tells all members. A member of another app, or
+with an older format, gets no partitions and ends: it does not have the topics, or can't read the entries.
 """
 
 from __future__ import annotations
@@ -14,32 +13,32 @@ from typing import Any, NamedTuple
 from pipeline.errors import Invalid, NewerFormat, PipelineError
 
 NOWHERE = "http://0.0.0.0/"
-"""The address of a member that has none."""
+"""Address of a member without a URL."""
 CLIENT = "-membership-"
-"""Between the app and the member's name in its client id."""
+"""Text between the app and the member's name in its client id."""
 _WARM = "warm:"
 _STANDBYS = "standbys:"
 _DELTAS, _CHANGELOG, _FORMAT = "deltas:", "changelog:", "format"
 
 
 class AppIdentity(NamedTuple):
-    """What members have to have in common: topics, by their names on the broker, and the format that they write."""
+    """Topics, named as on the broker, and format: all members of a group must share them."""
 
     deltas: str
     changelog: str
     format: int
 
     def same_app(self, other: AppIdentity) -> bool:
-        """Whether they fold the same topics."""
+        """Return whether both fold the same topics."""
         return (self.deltas, self.changelog) == (other.deltas, other.changelog)
 
 
 NOBODY = AppIdentity("", "", 0)
-"""Of a program that is none of ours."""
+"""Identity of a program that is not this one."""
 
 
 def as_topic_groups(identity: AppIdentity, warm: Iterable[int] = ()) -> dict[str, int]:
-    """Encode an identity, and what is warm, as the topic groups of Faust's metadata, which Faust does not need."""
+    """Encode an identity and warm partitions as the topic groups of Faust's metadata."""
     said = {_FORMAT: identity.format, _DELTAS + identity.deltas: 1, _CHANGELOG + identity.changelog: 1}
     return said | {f"{_WARM}{number}": 1 for number in warm}
 
@@ -52,15 +51,12 @@ def identity_of(groups: Mapping[str, int]) -> AppIdentity:
 
 
 def warm_of(groups: Mapping[str, int]) -> frozenset[int]:
-    """The partitions that a member could take over at once."""
+    """Return the partitions of which a member has a caught-up copy."""
     return frozenset(int(group.removeprefix(_WARM)) for group in groups if group.startswith(_WARM))
 
 
 def elect(members: Mapping[AppIdentity, int], leader: AppIdentity) -> AppIdentity:
-    """Return whose group this is: of the app with most partitions, by `members`, in the newest format that it has there.
-
-    Of apps that have as many, it is the leader's.
-    """
+    """Return the group's identity: the app with most partitions, in its newest format. A tie goes to the leader's app."""
     apps: dict[tuple[str, str], int] = {}
     for identity, count in members.items():
         if identity != NOBODY:
@@ -71,7 +67,9 @@ def elect(members: Mapping[AppIdentity, int], leader: AppIdentity) -> AppIdentit
 
 
 def refusal(own: AppIdentity, rules: AppIdentity, group: str) -> PipelineError | None:
-    """Why a member may not stay: `Invalid` if it is of another app, `NewerFormat` if it is older. None: it may."""
+    """Return why a member may not stay: `Invalid` if it is of another app, `NewerFormat` if it is older, None if it may
+    stay.
+    """
     if not own.same_app(rules):
         whose = "is not this program's" if rules == NOBODY else f"folds topic {rules.deltas!r}"
         return Invalid(f"group {group!r} is of another app, which {whose}, not {own.deltas!r}: give this app another name")
@@ -84,18 +82,18 @@ def refusal(own: AppIdentity, rules: AppIdentity, group: str) -> PipelineError |
 
 
 def standbys_key(changelog: str) -> str:
-    """Where the leader's distribution has a member's standbys: beside the topics, as if it were one."""
+    """Return the key under which the leader's distribution holds standbys, as if it were a topic."""
     return _STANDBYS + changelog
 
 
 def name_and_url(url: str) -> tuple[str, str]:
-    """A member's name, and where it can be asked (empty: nowhere), of the address that Faust knows it by."""
+    """Return a member's name and URL (empty: none) from the address under which Faust knows it."""
     place, _, name = url.rpartition("#")
     return name, "" if place == NOWHERE else place.rstrip("/")
 
 
 def partitions_of(metadata: Mapping[str, Any], deltas: str, changelog: str) -> tuple[frozenset[int], frozenset[int]]:
-    """Actives and standbys of an assignment, as Faust's metadata have it."""
+    """Return the active and standby partitions of an assignment in Faust's metadata."""
     assignment = metadata.get("assignment") or {}
     actives, standbys = assignment.get("actives") or {}, assignment.get("standbys") or {}
     return frozenset(actives.get(deltas, ())), frozenset(standbys.get(changelog, ()))

@@ -1,10 +1,10 @@
-"""Membership in a Kafka group, by Faust: who has which partition, active or standby. It moves no data.
+"""Membership in a Kafka group by Faust: decides which partitions are active or standby here, and moves no data.
 
-It runs in threads of its own: `pipeline-membership` (Faust's loop), aiokafka's (heartbeats), and one that calls the
-listener, so that a listener that hangs holds up neither.
+There are three threads: `pipeline-membership` (Faust's loop), aiokafka's (heartbeats), and one that calls the listener, so
+that a listener that hangs holds up neither of the others.
 
-Kafka's protocol here is the eager one: before each rebalance everything is revoked, and the group waits for all members to
-have done so. `on_revoked` therefore has a deadline, after which the rebalance goes on regardless.
+The group uses Kafka's eager protocol: before each rebalance all partitions are revoked, and the group waits until all
+members have done so. `on_revoked` therefore has a deadline, after which the rebalance goes on regardless.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from faust.auth import Credentials, SASLCredentials, SSLCredentials
 from yarl import URL
 
 from pipeline.adapters.faust.app import MemberApp, Ours
-from pipeline.adapters.faust.errors import quieten, translate
+from pipeline.adapters.faust.errors import limit_logging, translate
 from pipeline.adapters.faust.member_metadata import CLIENT, NOWHERE, refusal
 from pipeline.adapters.faust.security import PLAIN, Security
 from pipeline.core.codec import FORMAT
@@ -32,12 +32,12 @@ from pipeline.threads import Failures
 
 _log = logging.getLogger(__name__)
 _INTERVAL_S = 0.5
-"""How often it is looked whether Faust and the coordinator's tasks are alive: nothing else would tell."""
+"""Time between checks that Faust and the coordinator's tasks are alive: they report their end to no other caller."""
 _HEARTBEAT_S_MAX = 1.0
-"""A heartbeat is also how a member hears of a rebalance, which does not wait for long: one that is late is put out."""
+"""Longest time between heartbeats. By them a member learns of a rebalance, which excludes members that come late."""
 _END_S = 15.0
 _NEVER_S = 1e6
-"""For what would end a member that fetches nothing."""
+"""Interval for aiokafka's limit between polls, which must not end a member that polls nothing."""
 
 
 def _credentials(it: Security) -> Credentials | None:
@@ -49,10 +49,10 @@ def _credentials(it: Security) -> Credentials | None:
 class FaustMembership:
     """A member of the group `app`, until it is stopped or fails.
 
-    `name` must be unique among the members; with `static` Kafka knows the member by it, so that a restart within
-    `session_timeout_ms` moves nothing, and `taken` asks the group for the names of all such members. `url` is where others
-    find its status. `standby_count` copies of each partition are kept warm if there are members enough.
-    `listener.on_revoked` has `revoke_timeout_ms`; so have the agents of `app_of_agents`, before it.
+    `name` must be unique among the members. With `static` it is the member's `group.instance.id`, so that a restart within
+    `session_timeout_ms` moves nothing, and `taken` returns the names of all static members. `url` is the address of its
+    status. `standby_count` copies of each partition are kept if there are enough members. `listener.on_revoked` may take
+    `revoke_timeout_ms`; so may the agents of `app_of_agents`, before it.
     """
 
     def __init__(
@@ -114,17 +114,15 @@ class FaustMembership:
         self._generation = -1
         self._looked_s = 0.0
         self._slept_s = -_NEVER_S
-        """When it was found that this process had stood still for as long as a session."""
+        """Time at which the process was found to have stood still for longer than a session."""
         self._leave = False
 
     def start(self, listener: MembershipListener) -> None:
-        """See `Membership`."""
-        quieten()
+        limit_logging()
         self._listener = listener
         self._thread.start()
 
     def stop(self, *, leave: bool, timeout_s: float) -> bool:
-        """See `Membership`."""
         done = True
         if self._thread.ident is not None:
             if not self._stopping.is_set() and self._failed is None:
@@ -137,24 +135,22 @@ class FaustMembership:
         return done and not self._thread.is_alive()
 
     def set_warm(self, partitions: frozenset[int]) -> None:
-        """See `Membership`."""
         self._ours.warm = partitions
         self._ask()
 
     def _ask(self) -> None:
-        """Ask for a rebalance if we have too few partitions, and are warm for some that the group was not told of.
+        """Ask for a rebalance if we have too few partitions, and warm copies of some that the group does not know of.
 
-        Compared with what the group was told: aiokafka forgets a request that comes while the group is being joined.
+        `announced_warm` is what the group knows: aiokafka forgets a request that comes while the group is being joined.
         """
         app = self._faust
-        if app is None or app.coordinator is None or self._ours.warm <= self._ours.told_warm:
+        if app is None or app.coordinator is None or self._ours.warm <= self._ours.announced_warm:
             return
         most = max((len(member.actives) for member in app.members()), default=0)
         if most > len(self._actives) + 1:
             app.in_consumer_thread(app.coordinator.request_rejoin)
 
     def members(self) -> list[Member]:
-        """See `Membership`."""
         return [] if self._faust is None else self._faust.members()
 
     # In Faust's thread
@@ -218,7 +214,7 @@ class FaustMembership:
         return self._calls.submit(called)
 
     async def _on_revoked(self, *_: Any, **__: Any) -> None:
-        """Kafka's eager protocol: awaited before the group is joined again."""
+        """Revoke our partitions. Awaited before the group is joined again, as the eager protocol demands."""
         coordinator = None if self._faust is None else self._faust.coordinator
         revoked = None
         if self._actives and not self._stopping.is_set():
@@ -240,11 +236,11 @@ class FaustMembership:
         self._looked_s = now_s
 
     async def _why_not_again(self) -> str:
-        """The group knows us no more: why not to join again; empty if nothing is against it.
+        """Return why a member that the group has forgotten must not join again; empty if it may.
 
-        A broker that stood still forgets its members, all of them, and they may go on. But a name may have gone to another
-        meanwhile: joining would take it back, and the other would do the same, without end. aiokafka's heartbeats do not
-        carry the name, so that the broker can't tell us which it was.
+        A broker that stood still forgets all of its members, and they may go on. But the name may have gone to another
+        member meanwhile: joining would take it back, the other would do the same, and so on without end. aiokafka's
+        heartbeats do not carry the name, so that the broker can't tell the two cases apart.
         """
         self._note_sleep()
         if self._loop.time() - self._slept_s < self._session_s:

@@ -1,4 +1,4 @@
-"""Which events of agents' topics are done, and when their offsets are committed: behind a flush, never before it."""
+"""Offsets of agents' topics: which events are done, and when their offsets are committed, always after a flush."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRIVATE: Mapping[type, frozenset[str]] = {
 
 class _OffsetsThread(_ConsumerThread):
     async def seek_to_committed(self) -> Mapping[TP, int]:
-        """Of agents' topics. Where nothing is committed yet, to where reading begins: what was fetched may be gone."""
+        """Seek agents' topics to their committed offsets, or else to their beginning: prefetched events may be gone."""
         consumer = self._ensure_consumer()
         places = [TopicPartition(*tp) for tp in self.consumer._not_ours(self.assignment())]
         offsets: Mapping[TP, int] = await self.call_thread(consumer.seek_to_committed, *places)
@@ -46,20 +46,22 @@ class _OffsetsThread(_ConsumerThread):
         return offsets
 
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        """Whether it was done. What a broker says here is never a reason to end: the next attempt, or owner, copes."""
+        """Commit offsets; return whether that succeeded. An error is never a reason to end: the next attempt, or owner,
+        repeats it.
+        """
         held = self.assignment()
         wanted = {TopicPartition(*tp): OffsetAndMetadata(offset, "") for tp, offset in offsets.items() if tp in held}
         self.tp_last_committed_at.update(dict.fromkeys(offsets, self.loop.time()))
         try:
             await self._ensure_consumer().commit(wanted)
         except KafkaError as error:
-            self.app.put_off(repr(error))
+            self.app.note_uncommitted(repr(error))
             return False
         return True
 
 
-class _Reading:
-    """One partition in one generation: what was read of it and is not done yet."""
+class _PartitionOffsets:
+    """One partition in one generation: which of the events that were read are not done yet."""
 
     def __init__(self) -> None:
         self.under_way: set[int] = set()
@@ -68,13 +70,14 @@ class _Reading:
 
     @property
     def done_offset(self) -> int:
-        """Everything below is done."""
+        """Offset below which everything is done."""
         return min(self.under_way, default=self.next_offset)
 
 
 class _OffsetsConsumer(_Consumer):
-    """Keeps account of what is done by itself: Faust's takes the event behind an offset that is not there for done, and
-    commits beyond one event that is not."""
+    """Keeps its own account of done events. Faust's account takes the event after an offset that does not exist for done,
+    and commits beyond one event that is not done.
+    """
 
     def __init__(self, transport: Any, callback: Callable[[Any], Awaitable[None]], *arguments: Any, **options: Any) -> None:
         async def read(message: Any) -> None:
@@ -84,9 +87,9 @@ class _OffsetsConsumer(_Consumer):
         super().__init__(transport, read, *arguments, **options)
         self._lock = threading.Lock()
         """Events may be acknowledged by any thread."""
-        self._readings: dict[TP, _Reading] = {}
+        self._readings: dict[TP, _PartitionOffsets] = {}
         self.settling = False
-        """Whether agents may begin nothing new."""
+        """True while agents may begin nothing new."""
 
     def _new_consumer_thread(self) -> _OffsetsThread:
         return _OffsetsThread(self, loop=self.loop, beacon=self.beacon)
@@ -96,12 +99,12 @@ class _OffsetsConsumer(_Consumer):
             return  # partitions have moved since it was fetched: nobody will do it
         if self.app.topics.acks_enabled_for(message.topic):
             with self._lock:
-                reading = self._readings.setdefault(message.tp, _Reading())
+                reading = self._readings.setdefault(message.tp, _PartitionOffsets())
                 reading.under_way.add(message.offset)
                 reading.next_offset = message.offset + 1
 
     def ack(self, message: Any) -> bool:
-        """It is done."""
+        """Note that an event is done."""
         with self._lock:
             if message.acked:
                 return False
@@ -113,7 +116,7 @@ class _OffsetsConsumer(_Consumer):
         return True
 
     def keep(self, message: Any) -> None:
-        """It is not done after all."""
+        """Note that an event is not done after all."""
         with self._lock:
             if message.tp in self._readings:
                 self._readings[message.tp].under_way.add(message.offset)
@@ -123,7 +126,7 @@ class _OffsetsConsumer(_Consumer):
             return {tp: it.done_offset for tp, it in self._readings.items() if it.done_offset > it.committed}
 
     async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:
-        """Commit, of all topics; whether that was done. One call at a time: `commit` sees to it."""
+        """Commit the offsets of all topics; return whether that succeeded. `commit` allows one call at a time."""
         readings, offsets = self._readings, self._done_offsets()
         if not offsets or self.app.settled or not await self.app.flushed() or readings is not self._readings:
             return False
@@ -145,7 +148,7 @@ class _OffsetsConsumer(_Consumer):
         while self._unacked_messages and self.loop.time() < until_s:  # noqa: ASYNC110 # Faust has no event for it
             await asyncio.sleep(_DONE_INTERVAL_S)
         if left := len(self._unacked_messages):
-            self.app.put_off(f"{left} events are still under way; who has the partitions next reads them again")
+            self.app.note_uncommitted(f"{left} events are still under way; who has the partitions next reads them again")
         self.app.flow_control.suspend()  # with no pause in which an agent could begin another
         self.app.flow_control.clear()
         try:
@@ -153,10 +156,10 @@ class _OffsetsConsumer(_Consumer):
                 await self.commit()
                 await self.commit()  # the first may have waited for one that was under way already, and done nothing
         except TimeoutError:
-            self.app.put_off("not flushed in time; who has the partitions next reads again what was not committed")
+            self.app.note_uncommitted("not flushed in time; who has the partitions next reads again what was not committed")
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """Kafka's group waits for this."""
+        """Settle and forget the revoked partitions. The group waits for this."""
         if self._not_ours(revoked) and not self.app.settled:
             await self.settle(self.app.ours.revoke_timeout_s)
         self._readings = {}
@@ -164,13 +167,13 @@ class _OffsetsConsumer(_Consumer):
         self.settling = self.app.leaving
 
     async def commit_and_end_transactions(self) -> None:
-        """It was settled before."""
+        """Do nothing: `settle` has committed."""
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        """Of Faust's account. Nothing may be awaited between fetching an event and `read`: partitions could move."""
+        """Do nothing: the account of this class has no gaps. An await between fetch and `read` would let partitions move."""
 
 
 class Transport(_Transport):
-    """Faust's, with that account."""
+    """Faust's transport, with this account of offsets."""
 
     Consumer = _OffsetsConsumer

@@ -1,4 +1,4 @@
-"""Options of librdkafka for TLS and logins, as aiokafka and Faust understand them. Imports neither."""
+"""Translates librdkafka's options for TLS and logins into those of aiokafka and Faust. Imports neither."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LESS = "a worker with --name connects with librdkafka and with aiokafka, which 
 
 
 class Security(NamedTuple):
-    """How to reach a broker."""
+    """Protocol, TLS and login of a connection to a broker."""
 
     protocol: str
     context: ssl.SSLContext | None = None
@@ -36,7 +36,7 @@ class Security(NamedTuple):
     password: str = ""
 
     def aiokafka(self) -> dict[str, Any]:
-        """As keywords of aiokafka's clients."""
+        """Return the keywords of aiokafka's clients."""
         login = {
             "sasl_mechanism": self.mechanism,
             "sasl_plain_username": self.username,
@@ -49,7 +49,7 @@ PLAIN = Security("PLAINTEXT")
 
 
 def security_of(user: Mapping[str, Any]) -> Security:
-    """What options of librdkafka ask for; `Invalid` for what aiokafka can't do, and for files that can't be read."""
+    """Translate options of librdkafka; `Invalid` for those that aiokafka lacks, and for files that can't be read."""
     protocol = str(user.get("security.protocol", "plaintext")).upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
         raise Invalid(f"setting kafka: security.protocol={protocol.lower()}; plaintext, ssl, sasl_plaintext or sasl_ssl")

@@ -1,7 +1,7 @@
-"""What each of Kafka's error codes means for the caller: a table, with where each decision comes from.
+"""The meaning of each of Kafka's error codes for the caller: a table, with the source of each decision.
 
-Codes below 0 are librdkafka's own. Errors say of themselves too whether they can be retried, abort a transaction, or end a
-producer; that comes first, because librdkafka knows the state it is in. The table is for what it leaves open.
+Codes below 0 are librdkafka's own. An error also says itself whether it can be retried, aborts a transaction, or ends a
+producer; that takes precedence, because librdkafka knows its own state. The table decides everything else.
 
 Sources: [K] org.apache.kafka.common.protocol.Errors of Kafka 4.3, by the class of the exception (RetriableException,
 ApiException, AuthorizationException...); [T] KIP-98 and KIP-360; [A] KIP-890 (TRANSACTION_ABORTABLE); [L] librdkafka's
@@ -21,7 +21,7 @@ from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
 
 
 class Verdict(Enum):
-    """What to do about an error."""
+    """Ways to handle an error."""
 
     RETRY = "again, as it was, until the deadline"
     ABORT = "abort the transaction, then do all of it again"
@@ -37,14 +37,14 @@ class Code(NamedTuple):
     verdict: Verdict
     source: str
     advice: str = ""
-    """What an operator can do."""
+    """Advice to an operator."""
 
 
 _R, _A, _F, _M, _O = Verdict.RETRY, Verdict.ABORT, Verdict.FENCED, Verdict.MESSAGE, Verdict.OPERATOR
 _GRANT = "grant it with kafka-acls"
 _NEEDS = "READ, WRITE or DESCRIBE on the topic"
 _FRAME = re.compile(r"^\S+/(?:bootstrap|\d+): | \(after \d+ms in state .*$")
-"""What librdkafka puts around the words of a connection."""
+"""Connection name and time that librdkafka puts around an error text."""
 _UPGRADE = "Kafka 2.5 or newer is needed"
 _REPEAT_S = 60.0
 _REMEMBERED_MAX = 1_000
@@ -149,13 +149,13 @@ _UNKNOWN = Code(Verdict.FATAL, "in no table")
 
 
 def error_of(exception: KafkaException) -> KafkaError:
-    """The KafkaError inside an exception."""
+    """Return the KafkaError inside an exception."""
     error: KafkaError = exception.args[0]
     return error
 
 
 def code_of(error: KafkaError) -> Code:
-    """The row of the table, or what librdkafka says where there is none."""
+    """Return the row for an error. A code without a row is retried if librdkafka says so, and fatal otherwise."""
     code = _BY_NUMBER.get(error.code(), _UNKNOWN)
     if code is _UNKNOWN and error.retriable():
         return Code(Verdict.RETRY, "[L] retriable")
@@ -163,7 +163,7 @@ def code_of(error: KafkaError) -> Code:
 
 
 def verdict_of(error: KafkaError) -> Verdict:
-    """What to do about an error of a transaction, where librdkafka's own judgement comes first."""
+    """Return how to handle an error of a transaction. librdkafka's own judgement takes precedence."""
     verdict = code_of(error).verdict
     if error.fatal():
         return verdict if verdict in (Verdict.FENCED, Verdict.OPERATOR) else Verdict.FATAL
@@ -175,19 +175,21 @@ def verdict_of(error: KafkaError) -> Verdict:
 
 
 def text_of(error: KafkaError) -> str:
-    """What it says, without connections and times."""
+    """Return the text of an error without connection and time."""
     return _FRAME.sub("", error.str()).removeprefix("Broker: ")
 
 
 def describe(error: KafkaError, what: str, needs: str = _NEEDS) -> str:
-    """The error in words, with what can be done about it; `needs` is the permission on a topic that it takes."""
+    """Return a text that begins with `what`, with advice to an operator; `needs` is the missing permission, should it be
+    one.
+    """
     advice = code_of(error).advice.replace(_NEEDS, needs)
     text = text_of(error)
     return f"{what}: {text} ({error.name()})" + (f": {advice}" if advice else "")
 
 
 def translate(error: KafkaError, what: str, verdict: Verdict | None = None, *, needs: str = _NEEDS) -> PipelineError:
-    """The error as one of ours; `what` says what was tried, and `needs` which permission on a topic it takes."""
+    """Return one of our errors. `what` says what was tried, `needs` which permission on a topic that takes."""
     text = describe(error, what, needs)
     match verdict or code_of(error).verdict:
         case Verdict.RETRY | Verdict.ABORT:
@@ -199,35 +201,35 @@ def translate(error: KafkaError, what: str, verdict: Verdict | None = None, *, n
     return PipelineError(text)
 
 
-class Cause:
-    """An `error_cb`: why nobody answers. Safe from any thread, as long as somebody polls the client."""
+class LastError:
+    """An `error_cb` that keeps the last connection error of a client. Safe from any thread; the client must be polled."""
 
     def __init__(self) -> None:
         self.last: KafkaError | None = None
-        """What was wrong with a connection, since `forget`."""
+        """Last error of a connection since `forget`."""
 
     def __call__(self, error: KafkaError) -> None:
         if error.code() != KafkaError._ALL_BROKERS_DOWN:  # says less than the one before
             self.last = error
 
     def forget(self) -> None:
-        """Somebody has answered."""
+        """Forget the error, because a broker has answered."""
         self.last = None
 
     def text(self, error: KafkaError) -> str:
-        """The reason in words; `error` is what the call failed with, which says little."""
+        """Return the reason in words: the last connection error, or `error`, which often says little."""
         return text_of(self.last or error)
 
 
 class RateLimitFilter(logging.Filter):
-    """Lets a line through once a minute: a broker that is away is told of at each attempt, which is many a second."""
+    """Passes a log line once a minute: during an outage librdkafka logs each of many attempts a second."""
 
     def __init__(self) -> None:
         super().__init__()
         self._next_s: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log it."""
+        """Return whether to log the record."""
         key = _VARYING.sub("", record.getMessage())
         if record.created < self._next_s.get(key, 0.0):
             return False

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import Cause, Verdict, code_of, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
@@ -25,16 +25,16 @@ from pipeline.topics import DELTAS
 T = TypeVar("T")
 _BACKOFF_S = 0.1
 _ATTEMPT_S = 5.0
-"""Longest that one request is waited for before it is asked again, so that `close` has an end."""
+"""Longest time for one request before it is repeated, so that `close` need not wait for longer."""
 _FIRST_ATTEMPT_S = 1.0
-"""Of connecting: why nobody answers is told only between attempts."""
+"""Longest time for the first attempt to connect: the reason for a failure is logged only between attempts."""
 _log = logging.getLogger(__name__)
 
 
 class KafkaLog:
     """A `ports.Log`. Safe from any thread; every call has the deadline `kafka_timeout_ms`, unless it takes one.
 
-    Offsets come from the broker at each call, as read_committed sees them but for `high_watermarks`.
+    Offsets are asked from the broker at each call, as read_committed sees them, except by `high_watermarks`.
     """
 
     def __init__(self, address: Address, settings: KafkaSettings, clock: Clock, *, request_timeout_ms: int = 10_000) -> None:
@@ -43,12 +43,12 @@ class KafkaLog:
         self._clock = clock
         self._timeout_s = settings.kafka_timeout_ms / 1000
         self._closed = threading.Event()
-        self._cause = Cause()
+        self._last_error = LastError()
         self._metadata = Metadata(
             address,
             settings.kafka,
             self._list_topics,
-            self._cause,
+            self._last_error,
             clock,
             refresh_s=settings.metadata_refresh_ms / 1000,
         )
@@ -61,7 +61,7 @@ class KafkaLog:
             metadata=self._metadata,
         )
         # Behind the writer, which tries the user's options: it says more of a wrong one than this client does.
-        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._cause})
+        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._last_error})
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
         try:
@@ -74,7 +74,7 @@ class KafkaLog:
     def connect(self, topics: Sequence[str], on_wait: Callable[[Unavailable], None] | None = None) -> None:
         """Raise `Unavailable` or `Invalid`, saying what to do, unless a broker answers and has these topics.
 
-        `on_wait` is called whenever an attempt has failed; by default a warning is logged once.
+        `on_wait` is called after each attempt that fails; by default a warning is logged once.
         """
         attempt_s = _FIRST_ATTEMPT_S
 
@@ -84,7 +84,7 @@ class KafkaLog:
                 for topic in topics:
                     self._metadata.ask(topic, min(self._timeout_s, attempt_s))
             except Unavailable as error:
-                cause = self._cause.last
+                cause = self._last_error.last
                 if cause is not None and code_of(cause).verdict is Verdict.OPERATOR:
                     raise translate(cause, str(self.address)) from None
                 if on_wait is not None:
@@ -94,18 +94,18 @@ class KafkaLog:
                 attempt_s = min(attempt_s * 2, _ATTEMPT_S)
                 raise
 
-        self._again(ask)
+        self._retry(ask)
 
     def partition_count(self, topic: str) -> int:
-        """How many partitions `topic` has, as of some seconds ago."""
+        """Return the partition count of a topic, which can be some seconds old."""
         return self._metadata.partition_count(topic)
 
     def message_bytes_max(self, topic: str) -> int:
-        """The largest value that the topic takes."""
+        """Return the size of the largest value that the topic takes."""
         return self._metadata.message_bytes_max(topic, self._timeout_s)
 
     def topic_id(self, topic: str) -> str:
-        """The broker's id of the topic, which a topic made anew does not share."""
+        """Return the broker's id of the topic, which a topic that was created again does not share."""
         name = self.address.topic(topic)
 
         def ask() -> str:
@@ -113,10 +113,10 @@ class KafkaLog:
             futures = self._admin.describe_topics(TopicCollection([name]), request_timeout=attempt_s)
             return id_text(self._result(futures[name], f"describe {name}").topic_id)
 
-        return self._again(ask)
+        return self._retry(ask)
 
     def topic_options(self, topic: str) -> Mapping[str, str]:
-        """The topic's configuration, by Kafka's names; empty if we may not see it."""
+        """Return the topic's configuration, by Kafka's names; empty without the permission to read it."""
         resource = ConfigResource(ConfigResource.Type.TOPIC, self.address.topic(topic))
 
         def ask() -> Mapping[str, str]:
@@ -125,16 +125,16 @@ class KafkaLog:
             return {name: entry.value for name, entry in found.items()}
 
         try:
-            return self._again(ask)
+            return self._retry(ask)
         except Invalid:
             _log.info("no DESCRIBE_CONFIGS on topic %s: whether it keeps what it must is not checked", resource.name)
             return {}
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of these topics, by the broker's names, that are not there. None is made by asking."""
+        """Return those of the given topics, named as on the broker, that do not exist. Creates none."""
         if not names:
             return []
-        there = self._again(self._all_topics)
+        there = self._retry(self._all_topics)
         return [name for name in names if name not in there]
 
     def _all_topics(self) -> Collection[str]:
@@ -146,7 +146,7 @@ class KafkaLog:
     # Offsets
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
-        """The partition's offsets now; the end is the last stable offset."""
+        """Return the partition's offsets now; the end is the last stable offset."""
         self._metadata.check(topic, partition)
         place = TopicPartition(self.address.topic(topic), partition)
         (start,) = self._offsets([place], OffsetSpec.earliest()).values()
@@ -154,19 +154,19 @@ class KafkaLog:
         return Watermarks(min(start, end), end)
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
-        """The end offset of each partition that the topic has now, in two requests however many there are.
+        """Return the end offset of each present partition, in two requests however many there are.
 
-        Asked once: who wants it asks again and again, and must not be held up by one partition that has no leader.
+        Asked without retries: callers ask periodically, and must not be held up by one partition without a leader.
         """
         return self._ask_offsets(self._places(topic), OffsetSpec.latest())
 
     def high_watermarks(self, topic: str) -> Mapping[int, int]:
-        """As `end_offsets`, but as read_uncommitted sees them; see `ports.LogWriter`."""
+        """Return what `end_offsets` does as read_uncommitted sees it; see `ports.LogWriter`."""
         return self._ask_offsets(self._places(topic), OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
-        """The start offset of each partition that the topic has now."""
-        return self._again(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
+        """Return the start offset of each present partition."""
+        return self._retry(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
 
     def _places(self, topic: str) -> list[TopicPartition]:
         return self._some(topic, range(self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))))
@@ -175,7 +175,7 @@ class KafkaLog:
         return [TopicPartition(self.address.topic(topic), partition) for partition in partitions]
 
     def _offsets(self, places: Sequence[TopicPartition], spec: OffsetSpec) -> dict[int, int]:
-        return self._again(lambda: self._ask_offsets(places, spec))
+        return self._retry(lambda: self._ask_offsets(places, spec))
 
     def _ask_offsets(
         self,
@@ -198,7 +198,7 @@ class KafkaLog:
         spec: OffsetSpec,
         isolation: IsolationLevel = IsolationLevel.READ_COMMITTED,
     ) -> dict[int, Future[Any]]:
-        """Ask, and return at once: the answers by partition, all of one topic."""
+        """Send the request and return at once the future offsets by partition, all of one topic."""
         futures = self._admin.list_offsets(
             dict.fromkeys(places, spec),
             isolation_level=isolation,
@@ -206,8 +206,8 @@ class KafkaLog:
         )
         return {place.partition: future for place, future in futures.items()}
 
-    def _again(self, ask: Callable[[], T]) -> T:
-        """Ask until there is an answer, or no time: leaders move, and topics take a moment to be there."""
+    def _retry(self, ask: Callable[[], T]) -> T:
+        """Repeat `ask` until it succeeds or time is over: leaders move, and new topics take a moment to be known."""
         deadline_s = self._clock.monotonic_s() + self._timeout_s
         while True:
             try:
@@ -227,7 +227,7 @@ class KafkaLog:
     # Clients
 
     def reader(self, topic: str) -> KafkaReader:
-        """A new cursor, with a consumer of its own."""
+        """Return a new cursor, with a consumer of its own."""
         self._metadata.partition_count(topic)
         return KafkaReader(
             reader_options(self.address, self._settings.kafka),
@@ -240,7 +240,7 @@ class KafkaLog:
         )
 
     def transaction(self, transactional_id: str) -> KafkaTransaction:
-        """A new owner of `transactional_id`; older ones are fenced when this returns, their open writes aborted."""
+        """Return a new owner of `transactional_id`. Older owners are fenced by then, and their open transactions aborted."""
         options = transaction_options(
             self.address,
             self._settings.kafka,
@@ -263,7 +263,9 @@ class KafkaLog:
     # Groups
 
     def mirror_positions(self, next_offsets: Mapping[int, int]) -> None:
-        """Commit positions to the memberless group `{app}-position`. Nothing of ours ever reads them."""
+        """Commit positions to the memberless group `{app}-position`, for lag tools. This program reads them nowhere for a
+        decision.
+        """
         self.commit_offsets(self.address.group, DELTAS, next_offsets)
 
     def commit_offsets(self, group: str, topic: str, next_offsets: Mapping[int, int]) -> None:
@@ -279,7 +281,7 @@ class KafkaLog:
             raise translate(failed[0].error, f"commit to group {group}")
 
     def committed_offsets(self, group: str, topic: str) -> Mapping[int, int]:
-        """The offsets of a topic that a group has committed, by partition."""
+        """Return the offsets of a topic that a group has committed, by partition."""
         places = self._some(topic, range(self._metadata.partition_count(topic)))
 
         def ask() -> Mapping[int, int]:
@@ -291,19 +293,19 @@ class KafkaLog:
                 raise translate(failed[0].error, f"offsets of group {group}")
             return {place.partition: place.offset for place in found if place.offset >= 0}
 
-        return self._again(ask)
+        return self._retry(ask)
 
     def static_members(self, group: str) -> frozenset[str]:
-        """The names under which the group knows members (KIP-345 `group.instance.id`), as its coordinator says now."""
+        """Return the group's static members (KIP-345 `group.instance.id`), as its coordinator knows them now."""
         futures = self._admin.describe_consumer_groups([group], request_timeout=min(self._timeout_s, _ATTEMPT_S))
         found = self._result(futures[group], f"describe group {group}")
         return frozenset(it.group_instance_id for it in found.members if it.group_instance_id)
 
     def mirrored_positions(self) -> Mapping[int, int]:
-        """What was last committed there, by partition: for whoever shows how far others are, and for no decision."""
+        """Return the mirrored positions by partition, for display."""
         return self.committed_offsets(self.address.group, DELTAS)
 
     def close(self) -> None:
-        """Give back connections, and end the calls that wait for an answer. Twice is fine."""
+        """Close connections, and end all calls that wait for an answer. Idempotent."""
         self._closed.set()
         self._writer.close()

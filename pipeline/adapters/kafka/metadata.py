@@ -1,4 +1,4 @@
-"""What the cluster says of topics: how many partitions they have, and the largest message they take."""
+"""Cached metadata of topics: partition count, topic id, high watermarks, and the largest message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition, Uuid
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import Cause, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
@@ -22,13 +22,13 @@ from pipeline.threads import GREEN_INTERVAL_S, are_green, guarded
 
 _log = logging.getLogger(__name__)
 _FIRST_S = 1.0
-"""A first answer is waited for no longer, so that whoever buffers meanwhile is not held up; it is asked for again."""
+"""Longest wait for a first answer, so that a publisher that buffers meanwhile is not held up."""
 _ANEW_S = 0.5
-"""A partition count that is older than that is asked for again before a partition is said not to be there."""
+"""Age from which a partition count is fetched again before a partition is reported as missing."""
 _UNTOLD_BYTES_MAX = 1_000_000
-"""Where nobody tells: a little below Kafka's default, whatever it counts as overhead."""
+"""Assumed limit without the permission to read it: a little below Kafka's default, for the overhead."""
 _OVERHEAD_BYTES = 1_024
-"""Of a batch of one message, with what compression adds to bytes that can't be compressed (lz4: 0.4 %)."""
+"""Overhead of a batch of one message, with the growth of incompressible bytes under compression (lz4: 0.4 %)."""
 
 _URL_SAFE = str.maketrans("+/", "-_", "=")
 
@@ -41,13 +41,13 @@ class _Known(NamedTuple):
 
 
 class Denied(Invalid):
-    """The broker does not tell us, until somebody changes that: fix a permission or a setting."""
+    """Fix a permission or a setting: the broker refuses to answer until then."""
 
 
 class Metadata:
-    """Topics of one app, remembered for `refresh_s` and then asked for again in the background. Safe from any thread.
+    """Metadata of one app's topics, cached for `refresh_s` and refreshed in the background. Safe from any thread.
 
-    `list_topics` asks a client: topic name on the broker, timeout in seconds. `cause` hears the errors of that client.
+    `list_topics` asks a client: topic name on the broker, timeout in seconds. `last_error` gets the errors of that client.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Metadata:
         address: Address,
         user: Mapping[str, Any],
         list_topics: ListTopics,
-        cause: Cause,
+        last_error: LastError,
         clock: Clock,
         *,
         refresh_s: float,
@@ -63,21 +63,21 @@ class Metadata:
         self._address = address
         self._user = user
         self._list_topics = list_topics
-        self._cause = cause
+        self._last_error = last_error
         self._clock = clock
         self._refresh_s = refresh_s
         self._pid = os.getpid()
-        """The process whose threads `_asking` is about."""
+        """Process whose threads `_asking` is about."""
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
         self._asking: set[str] = set()
         self._gone: dict[str, str] = {}
         self._bytes_max: dict[str, int] = {}
         self._made: tuple[int, AdminClient] | None = None
-        """The client that asks for what a producer can't, and the process that it belongs to."""
+        """Client for the questions that a producer has no call for, and the process that made it."""
 
     def partition_count(self, topic: str) -> int:
-        """How many partitions a topic has; `Invalid` if there is none of the name, `Unavailable` if nobody says."""
+        """Return the cached partition count; `Invalid` if there is no such topic, `Unavailable` if no broker answers."""
         known = self._known.get(topic)
         if known is None:
             return self.ask(topic, _FIRST_S)
@@ -86,7 +86,7 @@ class Metadata:
         return known.partition_count
 
     def ask(self, topic: str, timeout_s: float) -> int:
-        """As `partition_count`, but of now."""
+        """Return what `partition_count` does, as the broker says now."""
         name = self._address.topic(topic)
         try:
             found = self._list_topics(name, timeout_s).topics.get(name)
@@ -94,11 +94,11 @@ class Metadata:
             error = error_of(exception)
             if error.code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN):
                 raise Unavailable(
-                    f"no broker answers at {self._address.bootstrap} ({self._cause.text(error)}): check the address, the "
-                    "broker, its advertised.listeners, and security.protocol in the setting `kafka`"
+                    f"no broker answers at {self._address.bootstrap} ({self._last_error.text(error)}): check the address, "
+                    "the broker, its advertised.listeners, and security.protocol in the setting `kafka`"
                 ) from None
             raise translate(error, f"metadata of {name}") from None
-        self._cause.forget()
+        self._last_error.forget()
         if found is None or found.error is not None:
             code = KafkaError.UNKNOWN_TOPIC_OR_PART if found is None else found.error.code()
             if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
@@ -133,7 +133,7 @@ class Metadata:
         threading.Thread(target=run, name="pipeline-kafka-metadata", daemon=True).start()
 
     def check(self, topic: str, partition: int) -> None:
-        """Raise `Invalid` if there is no such partition. One that is not known of may be new: it is asked for."""
+        """Raise `Invalid` if there is no such partition. Beyond the cached count the broker is asked: it may be new."""
         count = self.partition_count(topic)
         if partition >= count:
             count = self.ask(topic, _FIRST_S)
@@ -141,7 +141,7 @@ class Metadata:
             raise Invalid(f"topic {self._address.topic(topic)} has no partition {partition}; it has {count}")
 
     def missing(self, topic: str, partition: int) -> str:
-        """Why nothing can be appended there now, although others have seen it; empty: it is there. It may come back."""
+        """Return why nothing can be appended to a partition at the moment, or an empty text. It may come back later."""
         count = self.partition_count(topic)
         if partition >= count and self._clock.monotonic_s() - self._known[topic].at_s > _ANEW_S:
             count = self.ask(topic, _FIRST_S)
@@ -150,14 +150,14 @@ class Metadata:
         return self._gone.get(topic, "")
 
     def topic_id(self, topic: str, timeout_s: float) -> str:
-        """The broker's id of the topic, asked for once, now."""
+        """Return the broker's id of the topic. Asks without retries."""
         name = self._address.topic(topic)
         admin = self._admin()
         futures = admin.describe_topics(TopicCollection([name]), request_timeout=timeout_s)
         return id_text(self._result(admin, futures[name], f"describe {name}", timeout_s).topic_id)
 
     def high_watermarks(self, topic: str, timeout_s: float) -> dict[int, int]:
-        """The high watermark of each partition that the topic has now, asked for once."""
+        """Return the high watermark of each present partition. Asks without retries."""
         name = self._address.topic(topic)
         places = [TopicPartition(name, number) for number in range(self.ask(topic, timeout_s))]
         admin = self._admin()
@@ -180,7 +180,7 @@ class Metadata:
             return made[1]
         if made is not None:  # its threads are the parent's: to free it here would be to wait for them
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(made[1]))
-        admin = AdminClient({**admin_options(self._address, self._user), "error_cb": self._cause})
+        admin = AdminClient({**admin_options(self._address, self._user), "error_cb": self._last_error})
         self._made = os.getpid(), admin
         return admin
 
@@ -195,16 +195,16 @@ class Metadata:
             admin.poll(0)  # errors and log lines wait for it, and take memory
 
     def close(self) -> None:
-        """Give back the connection of `topic_id` and `high_watermarks`, if this process made it."""
+        """Close the client of `topic_id` and `high_watermarks`, if this process made it."""
         if self._made is not None and self._made[0] == os.getpid():
             self._made = None
 
     def forget_bytes_max(self, topic: str) -> None:
-        """The topic has refused what it should have taken: ask again."""
+        """Forget the size limit of a topic, because it has refused a message within the limit."""
         self._bytes_max.pop(topic, None)
 
     def message_bytes_max(self, topic: str, timeout_s: float) -> int:
-        """The largest value that the topic takes, less some overhead. Asked for once, and after `forget_bytes_max`."""
+        """Return the size of the largest value that the topic takes. Cached until `forget_bytes_max`."""
         known = self._bytes_max.get(topic)
         if known is not None:
             return known
@@ -224,8 +224,8 @@ class Metadata:
 def _answer(future: Future[Any], timeout_s: float) -> Any:
     """Return the result of `future`, which a thread of librdkafka sets.
 
-    Where threads are green, that thread can't wake them, and a lock that it holds is none that they may wait for: so this
-    looks again and again, without the future's lock.
+    A real thread can't wake green ones, and they may not wait for a lock that it holds. So with green threads the future is
+    checked repeatedly, without its lock.
     """
     if not are_green():
         return future.result(timeout_s)

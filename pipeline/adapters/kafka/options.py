@@ -1,6 +1,6 @@
-"""Where a cluster is, and every librdkafka option that this package relies on, each with its reason.
+"""Addresses of clusters, and every librdkafka option that this package sets, each with its reason.
 
-Users can set any other option (`security.protocol`, `sasl.*`, `ssl.*`, sizes, timeouts) with the setting `kafka`; those
+Users can set any other option (`security.protocol`, `sasl.*`, `ssl.*`, sizes, timeouts) with the setting `kafka`; options
 that carry a guarantee are refused. Reference: librdkafka's CONFIGURATION.md.
 """
 
@@ -23,7 +23,7 @@ _SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+):[0-9]{1,5}\Z")
 PORT_MAX = 65_535
 DEFAULT_APP = "pipeline"
 MESSAGE_BYTES_MAX = 64 * 2**20
-"""Of a client; what a topic takes is for the topic to say."""
+"""Limit of our clients; each topic has its own."""
 
 _COMMON: dict[str, Any] = {
     "socket.keepalive.enable": True,  # a broker whose host is gone sends nothing; without it that takes minutes to notice
@@ -97,7 +97,8 @@ _FIXED = frozenset(
         "transactional.id",
     }
 )
-"""Options that carry a guarantee, are used by this package, or that the URL or a setting of our own is for; and aliases."""
+"""Refused options, with their aliases: they carry a guarantee, are used by this package, or are set by the URL or a setting.
+"""
 
 
 class Address(NamedTuple):
@@ -106,15 +107,15 @@ class Address(NamedTuple):
     bootstrap: str
     app: str
     prefix: str
-    """What topic names on the broker begin with."""
+    """Prefix of topic names on the broker."""
 
     @property
     def group(self) -> str:
-        """The memberless group that positions are mirrored to, for lag tools."""
+        """Memberless group to which positions are mirrored for lag tools."""
         return f"{self.app}-position"
 
     def topic(self, name: str) -> str:
-        """The name of one of our topics on the broker."""
+        """Return the name of one of our topics on the broker."""
         return self.prefix + name
 
     def __str__(self) -> str:
@@ -122,7 +123,7 @@ class Address(NamedTuple):
 
 
 def parse_url(url: str) -> Address:
-    """`kafka://host:port[,host:port...][/app]`; with an app, topics are `app.deltas` and so on. `Invalid` otherwise."""
+    """Parse `kafka://host:port[,host:port...][/app]`; with an app, topics are named `app.deltas` and so on."""
     scheme, _, rest = url.partition("://")
     servers, slash, app = rest.partition("/")
     wrong = [it for it in servers.split(",") if not _SERVER.match(it) or not 0 < int(it.rpartition(":")[2]) <= PORT_MAX]
@@ -137,14 +138,14 @@ def parse_url(url: str) -> Address:
 
 
 def check_user_options(user: Mapping[str, Any]) -> None:
-    """Raise `Invalid` if an option is one that users may not change."""
+    """Raise `Invalid` if an option is one that users may not set."""
     for name in user:
         if name in _FIXED:
             raise Invalid(f"setting kafka: {name} is fixed, because this package depends on it; leave it out")
 
 
 def try_user_options(address: Address, user: Mapping[str, Any], *, timeout_ms: int) -> None:
-    """Raise `Invalid` if librdkafka does not know an option, or can't take its value. Connects to nothing."""
+    """Raise `Invalid` if librdkafka does not know an option, or refuses its value. Opens no connection."""
     check_user_options(user)
     if not user:
         return
@@ -158,19 +159,19 @@ def try_user_options(address: Address, user: Mapping[str, Any], *, timeout_ms: i
 
 
 def reader_options(address: Address, user: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a consumer that is assigned partitions by hand. It never joins its group, but librdkafka wants a name."""
+    """Return the options of a consumer with assigned partitions. It joins no group, but librdkafka demands a group id."""
     return _merged(address, "reader", _READER, user, {"group.id": address.group})
 
 
 def publisher_options(address: Address, user: Mapping[str, Any], *, timeout_ms: int) -> dict[str, Any]:
-    """Of a producer outside transactions, which gives a message up after `timeout_ms`."""
+    """Return the options of a producer without transactions, which gives a message up after `timeout_ms`."""
     return _merged(address, "publisher", _PUBLISHER, user, {"delivery.timeout.ms": timeout_ms})
 
 
 def transaction_options(
     address: Address, user: Mapping[str, Any], *, transactional_id: str, timeout_ms: int
 ) -> dict[str, Any]:
-    """Of a transactional producer. The broker aborts a transaction that is open for longer than `timeout_ms`."""
+    """Return the options of a transactional producer. The broker aborts a transaction that is open for over `timeout_ms`."""
     own = {
         "transactional.id": transactional_id,
         "transaction.timeout.ms": timeout_ms,
@@ -181,7 +182,7 @@ def transaction_options(
 
 
 def admin_options(address: Address, user: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an AdminClient: options for producers and consumers mean nothing to it."""
+    """Return the options of an AdminClient, without those that only producers and consumers know."""
     check_user_options(user)
     common = {name: value for name, value in user.items() if name.startswith(_ADMIN)}
     return _merged(address, "admin", {}, common, {})

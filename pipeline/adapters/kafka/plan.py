@@ -1,4 +1,4 @@
-"""What has to change on a broker so that its topics are as described, and what must not. Pure: data in, decisions out."""
+"""Compares the topics on a broker with their descriptions, and decides what to change and what to refuse. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pipeline.errors import Invalid
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS, Topic
 
 ORDER = (CHANGELOG, DEAD_LETTERS, DELTAS)
-"""The only safe one: publishers use a new partition of deltas at once, and its worker then needs it in the other two."""
+"""Order of changes: publishers use a new partition of deltas at once, and its worker needs it in the other two topics by
+then."""
 DEFAULT_REPLICATION = -1
-"""Of new topics: what the broker's default.replication.factor says."""
+"""Replication factor of new topics: the broker's default.replication.factor."""
 
 Action = Literal["create", "alter", "keep", "warn", "refuse"]
 
@@ -21,7 +22,7 @@ PARTITIONS, REPLICATION, MIN_ISR = "partitions", "replication.factor", "min.insy
 _CLEANUP, _BYTES, _RETENTION, _RETENTION_BYTES = "cleanup.policy", "max.message.bytes", "retention.ms", "retention.bytes"
 _OWN = (_CLEANUP, _RETENTION, "delete.retention.ms", "min.cleanable.dirty.ratio")
 _MARGIN_BYTES = 65_536
-"""What a dead letter is larger than its record: the reason, and compression that works a little worse."""
+"""Margin for what makes a dead letter larger than its record: the reason, and slightly worse compression."""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -29,16 +30,16 @@ class Found(msgspec.Struct, frozen=True):
 
     partition_count: int
     replication: tuple[int, ...]
-    """The replica counts of its partitions, each once, ascending; more than one only after somebody's manual work."""
+    """Replica counts of its partitions, each once, ascending; several only after manual changes."""
     configs: Mapping[str, str]
-    """All that the broker knows, defaults included, by Kafka's names."""
+    """All settings on the broker, including defaults, by Kafka's names."""
 
 
 class Wish(msgspec.Struct, frozen=True):
-    """What the command line asks for beyond topics/*.toml."""
+    """Options of the command line that go beyond topics/*.toml."""
 
     partitions: int | None = None
-    """None: what topics/*.toml say, or what the broker has, if that is more."""
+    """None: the count in topics/*.toml, or that on the broker if it is larger."""
     replication_factor: int = DEFAULT_REPLICATION
     min_insync_replicas: int | None = None
     accept_loss: bool = False
@@ -52,11 +53,11 @@ class Step(msgspec.Struct, frozen=True):
     setting: str
     """`partitions`, `replication.factor` or one of Kafka's settings."""
     found: str | None
-    """What the broker has; None where it has no such topic or setting."""
+    """Value on the broker; None if it has no such topic or setting."""
     wanted: str
     action: Action
     note: str = ""
-    """What follows from it, in words; never empty for `refuse`."""
+    """Consequences in words; never empty for `refuse`."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -66,17 +67,17 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def refused(self) -> list[Step]:
-        """What can't or mustn't be done; if there is any, nothing is."""
+        """Steps that are refused; if there are any, nothing is changed."""
         return [step for step in self.steps if step.action == "refuse"]
 
     @property
     def changes(self) -> list[Step]:
-        """What is to be done."""
+        """Steps to carry out."""
         return [step for step in self.steps if step.action in ("create", "alter")]
 
 
 def describe(topic: Topic) -> dict[str, str]:
-    """The settings of a topic by Kafka's names, in Kafka's spelling; `Invalid` if one is said twice."""
+    """Return the settings of a topic by Kafka's names, in Kafka's spelling; `Invalid` if one is given twice."""
     own: dict[str, Any] = {_CLEANUP: topic.cleanup_policy}
     if topic.cleanup_policy == "delete":
         own[_RETENTION] = topic.retention_ms
@@ -92,7 +93,7 @@ def describe(topic: Topic) -> dict[str, str]:
 
 
 def make_plan(topics: Mapping[str, Topic], found: Mapping[str, Found], wish: Wish, *, broker_count: int) -> Plan:
-    """Compare. `found` has those of the three topics that are there; `broker_count` is of the cluster."""
+    """Compare described topics with those on the broker, `found`; `broker_count` is that of the cluster."""
     wanted = {name: describe(topics[name]) for name in ORDER}
     if wish.min_insync_replicas is not None:
         for configs in wanted.values():
@@ -216,7 +217,7 @@ def _altered(step: Step, current: str, value: str, wish: Wish) -> Step:
 
 
 def _message_sizes(wanted: Mapping[str, Mapping[str, str]], found: Mapping[str, Found]) -> Iterator[Step]:
-    """What deltas takes, the other two must take as well: a record that fits nowhere would stop its partition."""
+    """Check that the other topics take whatever deltas takes: a record that fits nowhere would stop its partition."""
     sizes = {}
     for name in ORDER:
         has = found[name].configs.get(_BYTES) if name in found else None
@@ -244,7 +245,7 @@ def _spelled(value: str | float) -> str:
 
 
 def _shorter(current: str, value: str) -> bool:
-    """Whether `value` is a lower limit; -1 is none at all."""
+    """Return whether `value` is a lower limit than `current`; -1 means unlimited."""
     try:
         now, then = int(current), int(value)
     except ValueError:
@@ -253,7 +254,7 @@ def _shorter(current: str, value: str) -> bool:
 
 
 def _equal(one: str, other: str) -> bool:
-    """Lists are equal in any order, and numbers in any spelling."""
+    """Return whether values are equal: lists in any order, numbers in any spelling."""
     try:
         return float(one) == float(other)
     except ValueError:

@@ -31,7 +31,7 @@ AskEnds = Callable[[Iterable[int]], Mapping[int, "Future[Any]"]]
 
 
 class KafkaReader:
-    """A `ports.LogReader`. What was fetched and not asked for yet waits here, within a chunk."""
+    """A `ports.LogReader`. Messages that were fetched in excess of a limit wait here, at most `_CHUNK`."""
 
     def __init__(
         self,
@@ -53,17 +53,17 @@ class KafkaReader:
         self._stalls = StallDetector(ask_ends, clock)
         self._consumer: Consumer | None = Consumer(self._options)
         self._drained = False
-        """Whether librdkafka had nothing more when it was asked last."""
+        """True if librdkafka had no more messages at the last call."""
         self._next: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
-        """The leader epoch of the last record that was read below each cursor."""
+        """Leader epoch of the last record that was read, by partition."""
         self._refused: dict[int, tuple[int, int]] = {}
-        """A cursor that was refused although the log has its offset, and how many times in a row it was."""
+        """By partition, a cursor that was refused although the log has its offset, and how many times in a row."""
         self._pause = threading.Event()
-        """Nobody sets it."""
+        """Event that is never set, to wait on."""
         self._waiting: list[Message] = []
         self._out_of_range: dict[int, int] = {}
-        """Where a cursor was when the broker said that nothing is there."""
+        """By partition, a cursor that the broker called out of range."""
 
     def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
         """Read these partitions, and no others, from these offsets on; see `ports.LogReader`."""
@@ -83,7 +83,7 @@ class KafkaReader:
         self._place_all(self._open())
 
     def _place_all(self, consumer: Consumer) -> None:
-        """Have a consumer read from the cursors on."""
+        """Assign the cursors to a consumer."""
         places = [
             TopicPartition(self._topic, it, offset, leader_epoch=self._epochs[it]) for it, offset in self._next.items()
         ]
@@ -98,7 +98,7 @@ class KafkaReader:
             raise translate(error_of(exception), f"assign {self._topic}") from None
 
     def _seek(self, consumer: Consumer, place: TopicPartition) -> None:
-        """Seek as soon as the assignment, which librdkafka carries out in a thread of its own, has come so far."""
+        """Seek once librdkafka's own thread has carried out the assignment."""
         deadline_s = self._clock.monotonic_s() + _SEEK_S
         while True:
             try:
@@ -117,7 +117,7 @@ class KafkaReader:
         return self._consumer
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
-        """What is there beyond the cursors; see `ports.LogReader`."""
+        """Return records from the cursors on; see `ports.LogReader`."""
         deadline_s = self._clock.monotonic_s() + timeout_s
         while True:
             if self._out_of_range:
@@ -130,7 +130,7 @@ class KafkaReader:
                 return out
 
     def _taken(self, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Message]:
-        """Messages within the limits, and events such as an end that was reached."""
+        """Return messages within the limits, and events such as a reached end."""
         if not self._waiting:
             self._waiting = self._fetch(min(record_count_max, _CHUNK), timeout_s)
         taken: list[Message] = []
@@ -143,7 +143,7 @@ class KafkaReader:
         return taken
 
     def _fetch(self, count: int, timeout_s: float) -> list[Message]:
-        """What librdkafka has; waits for the first message only."""
+        """Return what librdkafka has; wait for the first message only."""
         consumer = self._open()
         try:
             messages: list[Message] = consumer.consume(count, 0.0)
@@ -169,7 +169,7 @@ class KafkaReader:
         self._place_all(self._consumer)
 
     def _take(self, taken: list[Message], count_max: int, bytes_max: int) -> int:
-        """Move from `waiting` to `taken` up to the limits; the bytes moved."""
+        """Move messages from `_waiting` to `taken` up to the limits; return the bytes moved."""
         waiting = self._waiting
         room = count_max - len(taken)
         sizes = [*map(len, waiting[:room])]
@@ -254,9 +254,9 @@ class KafkaReader:
         self._assign(self._next, self._epochs)  # it is in range after all: a leader that moved
 
     def _check_refused(self, partition: int, next_offset: int) -> None:
-        """Raise `RecordsLost` if the log has the offset, but again and again not in the history of what was read before.
+        """Raise `RecordsLost` if the log has the offset, but repeatedly refuses it as one of another leader epoch.
 
-        librdkafka tells of an epoch that ends below the cursor with the same code as of an offset that is out of range.
+        librdkafka reports an epoch that ends below the cursor with the same code as an offset that is out of range.
         """
         offset, count = self._refused.get(partition, (next_offset, 0))
         self._refused[partition] = next_offset, count + 1 if offset == next_offset else 1
@@ -268,7 +268,7 @@ class KafkaReader:
             )
 
     def close(self) -> None:
-        """Give back what the cursor holds. Twice is fine."""
+        """Close the consumer. Idempotent."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             consumer.close()

@@ -1,4 +1,4 @@
-"""Reads a broker's topics, and makes them as described. What is to be done is decided in `plan`; here it is carried out."""
+"""Creates and changes topics on a broker. `plan` decides what to do; this module carries it out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from pipeline.adapters.kafka.errors import Cause, Verdict, code_of, describe, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, describe, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options, try_user_options
 from pipeline.adapters.kafka.plan import (
     DEFAULT_REPLICATION,
@@ -38,7 +38,7 @@ from pipeline.topics import Topic
 
 _PAUSE_S = 0.05
 _LATE_S = 1.0
-"""How much later than its own time limit librdkafka may say that time is over."""
+"""Delay with which librdkafka may report its own time-out."""
 _RACES = frozenset(
     {
         KafkaError.TOPIC_ALREADY_EXISTS,
@@ -47,17 +47,17 @@ _RACES = frozenset(
         KafkaError._UNKNOWN_TOPIC,
     }
 )
-"""Somebody else was quicker, or the broker that was asked has not heard of it yet: look again."""
+"""Errors of a race: another client was faster, or the broker has not heard of the topic yet. Look again."""
 _DENIED = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """What `TopicAdmin.apply` came to."""
+    """Result of `TopicAdmin.apply`."""
 
     plan: Plan
-    """The last one: without changes, or with refusals."""
+    """The last plan: without changes, or with refusals."""
     done: Sequence[Step]
-    """What was changed; empty if anything was refused at once."""
+    """Steps that were carried out; empty if anything was refused at once."""
 
 
 class _Again(Exception):
@@ -70,7 +70,7 @@ class _Again(Exception):
 
 
 class TopicAdmin:
-    """The three topics of one app on a broker. All that one object does has `timeout_ms` in all."""
+    """The three topics of one app on a broker. All calls of one object together may take `timeout_ms`."""
 
     def __init__(
         self, address: Address, user: Mapping[str, Any], topics: Mapping[str, Topic], clock: Clock, *, timeout_ms: int
@@ -80,18 +80,18 @@ class TopicAdmin:
         self._clock = clock
         self._timeout_ms = timeout_ms
         self._deadline_s = clock.monotonic_s() + timeout_ms / 1000
-        self._cause = Cause()
+        self._last_error = LastError()
         try_user_options(address, user, timeout_ms=timeout_ms)
-        options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._cause}
+        options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._last_error}
         if "debug" not in user:
             options["log_level"] = 2  # why nobody answers is in the error
         # Kept until the end: a client that is collected cancels what it was asked.
         self._client = AdminClient(options)
 
     def plan(self, wish: Wish) -> Plan:
-        """What `apply` would do. Reads only.
+        """Return what `apply` would do. Changes nothing.
 
-        Raises `Unavailable` if no broker answers in time, `Invalid` if one answers and says no.
+        Raises `Unavailable` if no broker answers in time, `Invalid` if one refuses to answer.
         """
         while True:
             try:
@@ -100,10 +100,10 @@ class TopicAdmin:
                 self._pause(again)
 
     def apply(self, wish: Wish) -> Applied:
-        """Do what the plan says, unless a part of it is refused, here or by the broker: then nothing.
+        """Carry out the plan, or nothing if a part of it is refused, here or by the broker.
 
-        Returns when the broker shows every change. Another apply at the same time does no harm. Raises as `plan` does;
-        what was done until then stays, and the next apply goes on from there.
+        Returns when the broker shows every change. Concurrent calls do no harm. Raises as `plan` does; the changes until
+        then stay, and the next call goes on from there.
         """
         done: list[Step] = []
         while True:
@@ -148,7 +148,9 @@ class TopicAdmin:
         return make_plan(self._topics, found, wish, broker_count=broker_count)
 
     def _metadata(self, name: str) -> ClusterMetadata:
-        """Of one topic. Asked for in ever longer slices, because only between them is it told why nobody answers."""
+        """Return the metadata of one topic. Waits in growing slices, because librdkafka tells the reason of a failure
+        between them.
+        """
         slice_s = 0.5
         while True:
             try:
@@ -156,7 +158,7 @@ class TopicAdmin:
             except KafkaException as exception:
                 error = error_of(exception)
             self._client.poll(0)
-            for it in (error, self._cause.last):
+            for it in (error, self._last_error.last):
                 if it is not None and code_of(it).verdict is not Verdict.RETRY:
                     raise translate(it, str(self._address))
             if self._clock.monotonic_s() >= self._deadline_s:
@@ -172,7 +174,7 @@ class TopicAdmin:
     # Changes
 
     def _carry_out(self, name: str, plan: Plan, *, check_only: bool) -> list[Step]:
-        """The changes of one topic, or only ask the broker whether it would make them; the steps."""
+        """Carry out the steps of one topic, or with `check_only` ask the broker whether it would; return the steps."""
         steps = [step for step in plan.changes if step.topic == name]
         wanted = {step.setting: step.wanted for step in steps}
         count = int(wanted.pop(PARTITIONS, 0))
@@ -214,7 +216,7 @@ class TopicAdmin:
         self._result(futures[self._address.topic(name)], "add partitions to", name, "ALTER")
 
     def _wait_until_shown(self, name: str, plan: Plan) -> None:
-        """Until every partition has a leader: who comes next must find them all."""
+        """Wait until every partition of a topic has a leader, as the next client needs."""
         counts = [int(step.wanted) for step in plan.changes if (step.topic, step.setting) == (name, PARTITIONS)]
         while counts:
             topic = self._metadata(name).topics[self._address.topic(name)]
@@ -253,7 +255,7 @@ class TopicAdmin:
         return translate(error, f"{self._address}: {what} topic {full}")
 
     def _pause(self, again: _Again) -> None:
-        """A moment, before the next attempt; raises if there is no time for one."""
+        """Wait for a moment before the next attempt; raise if time is over."""
         if self._clock.monotonic_s() >= self._deadline_s:
             raise Unavailable(
                 describe(again.error, f"{self._address}: {again.what}, tried for {self._timeout_ms} ms")
@@ -261,7 +263,7 @@ class TopicAdmin:
         self._client.poll(_PAUSE_S)
 
     def _nobody(self, error: KafkaError | None) -> Unavailable:
-        why = "" if error is None else f" ({self._cause.text(error)})"
+        why = "" if error is None else f" ({self._last_error.text(error)})"
         return Unavailable(
             f"{self._address}: no broker answers in {self._timeout_ms} ms{why}: check the address, that the broker runs and "
             "its advertised.listeners can be reached from here, and security.protocol in the setting `kafka`"

@@ -1,4 +1,4 @@
-"""The writes of one transactional id: a producer of its own, fenced by the next one of the same id (KIP-98)."""
+"""Transactional writes: one producer for each transactional id, fenced by the next one of the same id (KIP-98)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Aborted(Exception):
 
 
 class _MessageRun(NamedTuple):
-    """Neighbours for the same partition: a commit has tens of thousands, in one or two runs."""
+    """Neighbouring messages for the same partition: a commit has tens of thousands, in one or two runs."""
 
     topic: str
     partition: int
@@ -42,21 +42,22 @@ def _runs(messages: Sequence[Message]) -> list[_MessageRun]:
 
 
 class _Reports:
-    """What was delivered where. Only the first and the last message of each run report: the others lie between them."""
+    """Offsets of delivered messages. Only the first and the last message of each run report: the others lie between them."""
 
     def __init__(self, *, every: bool) -> None:
         self.every = every
         self.first: dict[tuple[str, int], int] = {}
         self.covering: dict[tuple[str, int], int] = {}
         self.placeless: set[tuple[str, int]] = set()
-        """Where the broker took a message and did not say at which offset: it has had it before."""
+        """Partitions of which the broker took a message without telling its offset, because it has had the message before.
+        """
         self.failed = False
-        """Whether a message was not delivered, so that the transaction can't be committed."""
+        """True if a message was not delivered, so that the transaction can't be committed."""
         self.hopeless: tuple[KafkaError, str] | None = None
-        """Why a message can never be delivered, and where."""
+        """Error and place of a message that can never be delivered."""
 
     def callback(self, topic: str, partition: int) -> Callable[[KafkaError | None, Delivered], None]:
-        """What librdkafka shall call for a message."""
+        """Return the delivery callback of a message."""
         return partial(self._delivered, (topic, partition))
 
     def _delivered(self, place: tuple[str, int], error: KafkaError | None, message: Delivered) -> None:
@@ -74,10 +75,10 @@ class _Reports:
 
 
 class KafkaTransaction:
-    """A `ports.Transaction`. Making one fences every older one of its id and aborts what that one had open.
+    """A `ports.Transaction`. A new one fences every older one of its id and aborts the transaction that those had open.
 
-    Raises `Unavailable` if no coordinator answers within `timeout_s`, `Invalid` if the broker does not allow it. The
-    producer is dropped, not closed: librdkafka's own close waits for the broker without a deadline.
+    Raises `Unavailable` if no coordinator answers within `timeout_s`, `Invalid` if the broker refuses. The producer is
+    dropped, not closed: librdkafka's own close waits for the broker without a deadline.
     """
 
     def __init__(
@@ -95,9 +96,9 @@ class KafkaTransaction:
         self._check = check
         self._broker_topic = broker_topic
         self._over: PipelineError | None = None
-        """Why nothing can be committed any more."""
+        """Error after which nothing can be committed any more."""
         self._ask_all = False
-        """Whether every message shall report, because librdkafka says of an abort only that some message failed."""
+        """True if every message must report: after an abort librdkafka says only that some message has failed."""
         self._needs = "WRITE on the topic"
         self._producer: Producer | None = Producer(dict(options))
         deadline_s = clock.monotonic_s() + timeout_s
@@ -114,8 +115,8 @@ class KafkaTransaction:
     def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
         """Append all messages in one transaction; see `ports.Transaction`.
 
-        What the broker or librdkafka aborts is begun again until `timeout_s` is over: nothing of it is visible. But what of
-        it was appended keeps its offsets, so with `begins` the second attempt can be `Displaced` by the first.
+        What the broker or librdkafka aborts is repeated until `timeout_s` is over: nothing of it is visible. But aborted
+        records keep their offsets, so that with `begins` the second attempt can be `Displaced` by the first.
         """
         if self._over is not None:
             raise self._over
@@ -147,7 +148,7 @@ class KafkaTransaction:
         return self._producer
 
     def _poll(self, timeout_s: float) -> None:
-        """Serve callbacks. That the producer is given up is for the next call of the transactional API to tell."""
+        """Serve callbacks. If the producer is broken, the next call of the transactional API reports it."""
         with suppress(KafkaException):
             self._open().poll(timeout_s)
 
@@ -192,9 +193,9 @@ class KafkaTransaction:
         return covering
 
     def _check_place(self, runs: Sequence[_MessageRun], begins: Begins, reports: _Reports, deadline_s: float) -> None:
-        """Abort, and raise, unless everything stands where `begins` says, without anything between.
+        """Abort, and raise, unless everything stands where `begins` says, without foreign records in between.
 
-        Where there is no report at all the producer was given up, and the commit is going to say why.
+        Without any report the producer is broken, and the commit reports it.
         """
         for place, begin in begins.items():
             count = sum(len(run.messages) for run in runs if (run.topic, run.partition) == place)
@@ -237,9 +238,9 @@ class KafkaTransaction:
                 producer.poll(_WAIT_S)
 
     def _until_decided(self, call: Callable[[float], None], deadline_s: float, what: str, *, abort: bool = True) -> None:
-        """Repeat a call of the transactional API, which goes on where it was, until it is decided or time is over.
+        """Repeat a call of the transactional API, which continues the previous one, until it is decided or time is over.
 
-        Without `abort`, because the call is one, what asks for an abort is tried again too.
+        An error that asks for an abort leads to one, except for the abort itself (`abort` False), which is repeated.
         """
         while True:
             left_s = deadline_s - self._clock.monotonic_s()
@@ -259,16 +260,16 @@ class KafkaTransaction:
                 self._poll(_BACKOFF_S)
 
     def _judged(self, error: KafkaError, what: str) -> Exception:
-        """The error as what to do next, once the transaction is aborted or can't be."""
+        """Return the error to raise once the transaction is aborted, or can't be."""
         verdict = verdict_of(error)
         if verdict in (Verdict.ABORT, Verdict.RETRY):
             return _Aborted(describe(error, what))
         return translate(error, f"{what} of transaction {self._id}", verdict, needs=self._needs)
 
     def _abort_because(self, error: KafkaError, what: str, deadline_s: float) -> None:
-        """Abort; of what only an operator can change that is the reason to tell, whatever becomes of the abort.
+        """Abort, and raise the error itself if only an operator can remove its cause, whether the abort succeeds or not.
 
-        A transaction that the broker let nothing into can't be aborted: it has not begun there (INVALID_TXN_STATE).
+        A transaction into which the broker let nothing can't be aborted: it has not begun there (INVALID_TXN_STATE).
         """
         forbidden = code_of(error).verdict is Verdict.OPERATOR
         try:
@@ -283,7 +284,7 @@ class KafkaTransaction:
         self._until_decided(self._open().abort_transaction, deadline_s, "abort", abort=False)
 
     def close(self) -> None:
-        """Give back what the producer holds; what it has open is aborted by the next owner, or in time. Twice is fine."""
+        """Drop the producer. The next owner, or a time-out, aborts its open transaction. Idempotent."""
         producer, self._producer = self._producer, None
         if producer is not None:
             producer.purge()

@@ -1,4 +1,4 @@
-"""Appends outside transactions: what publishers and gateways use."""
+"""Appends without transactions, for publishers and gateways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 from confluent_kafka.admin import ClusterMetadata
 
-from pipeline.adapters.kafka.errors import Cause, RateLimitFilter, Verdict, code_of, describe, error_of
+from pipeline.adapters.kafka.errors import LastError, RateLimitFilter, Verdict, code_of, describe, error_of
 from pipeline.adapters.kafka.metadata import Denied, Metadata
 from pipeline.adapters.kafka.options import Address, publisher_options, try_user_options
 from pipeline.errors import Invalid, PipelineError, Unavailable
@@ -26,13 +26,13 @@ from pipeline.topics import DELTAS
 _log = logging.getLogger(__name__)
 _log.addFilter(RateLimitFilter())
 _GRACE_S = 2.0
-"""librdkafka looks for messages that have timed out once a second; it is given the time to say so itself."""
+"""Time beyond the deadline: librdkafka looks for messages that have timed out once a second."""
 _PURGE_S = 5.0
 _ASK_S = 2.0
 
 
 class _Append:
-    """The messages of one call, until each has an answer."""
+    """Messages of one call, and their results."""
 
     def __init__(self, count: int) -> None:
         self.results: list[int | PipelineError] = [_UNANSWERED] * count
@@ -41,7 +41,7 @@ class _Append:
         self._lock = threading.Lock()
 
     def answer(self, number: int, result: int | PipelineError) -> None:
-        """The one answer to one message."""
+        """Set the result of one message."""
         with self._lock:
             self.results[number] = result
             self._left -= 1
@@ -54,18 +54,18 @@ _NO_OFFSET = Unavailable("appended, but the broker does not say where")
 
 
 class _Client:
-    """One producer and the thread that serves its callbacks. It belongs to the process that made it."""
+    """A producer, and the thread that serves its callbacks. It belongs to the process that made it."""
 
     def __init__(self, options: Mapping[str, Any], clock: Clock) -> None:
         self.pid = os.getpid()
         self.producer = Producer(dict(options))
         self.broken = False
-        """Whether librdkafka has given this producer up."""
+        """True if the producer has a fatal error, and must be replaced."""
         self.fatal: KafkaError | None = None
-        """Why, as far as it has said so."""
+        """The fatal error, once it is known."""
         self._green = are_green()
-        """True where threads are green: `poll` then never waits, because a wait in C stops all of them."""
-        self._told = threading.Event()
+        """True with green threads: `poll` then never waits, because a wait in C stops all of them."""
+        self._fatal_known = threading.Event()
         self._thread = PeriodicThread(
             "pipeline-kafka",
             lambda: self._poll(0 if self._green else POLL_INTERVAL_S),
@@ -84,11 +84,11 @@ class _Client:
         except KafkaException as exception:
             self.fatal = error_of(exception)
             self.broken = True
-            self._told.set()
+            self._fatal_known.set()
             _log.warning("%s", describe(self.fatal, "librdkafka has given a producer up, the next append makes a new one"))
 
     def wait_answered(self, call: _Append, timeout_s: float) -> bool:
-        """Wait, at most so long, until all messages of `call` have an answer; return whether they have."""
+        """Wait until all messages of `call` have a result, or time is over; return whether they have."""
         waits = ceil(timeout_s / GREEN_INTERVAL_S) if self._green else 0
         for _ in range(waits):  # a green thread has to ask for the callbacks itself, again and again
             self._poll(0)
@@ -96,29 +96,29 @@ class _Client:
                 return True
         return call.done.wait(0 if waits else timeout_s)
 
-    def wait_told(self, timeout_s: float) -> None:
-        """Wait, at most so long, until it is known why the producer is given up."""
-        self._told.wait(timeout_s)
+    def wait_fatal(self, timeout_s: float) -> None:
+        """Wait until the fatal error is known, or time is over."""
+        self._fatal_known.wait(timeout_s)
 
     def wait_stopped(self, timeout_s: float) -> bool:
-        """Wait, at most so long, until the client is closed; whether it is."""
+        """Wait until the client is closed, or time is over; return whether it is closed."""
         return self._thread.stopping.wait(timeout_s)
 
     def close(self) -> bool:
-        """Give everything up that is not delivered; return whether the thread has ended."""
+        """Give up everything that is not delivered; return whether the thread has ended."""
         self.producer.purge()
         return self._thread.stop(_PURGE_S)
 
     def abandon(self) -> None:
-        """In a forked child: never free the parent's producer, whose threads are not here to be waited for."""
+        """Leave the producer to the parent, in a forked child: freeing it would wait for threads that do not exist there."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.producer))
 
 
 class KafkaLogWriter:
     """A `ports.LogWriter` on the topics of one app. Connects when it is first used; a forked child connects anew.
 
-    A message that is not acknowledged in time is taken back as far as that can be done, so that a broker which was away
-    finds each batch once or twice when it returns, however often it was tried.
+    A message that is not acknowledged in time is purged if possible, so that a broker which was away gets each batch once or
+    twice when it returns, however many attempts there were.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class KafkaLogWriter:
         metadata: Metadata | None = None,
     ) -> None:
         try_user_options(address, user, timeout_ms=timeout_ms)
-        cause = Cause()
-        self._options = {**publisher_options(address, user, timeout_ms=timeout_ms), "error_cb": cause}
+        last_error = LastError()
+        self._options = {**publisher_options(address, user, timeout_ms=timeout_ms), "error_cb": last_error}
         self._address = address
         self._clock = clock
         self._timeout_s = timeout_ms / 1000
@@ -141,7 +141,7 @@ class KafkaLogWriter:
         self._made: _Client | None = None
         self._closed = False
         refresh_s = metadata_refresh_ms / 1000
-        self._metadata = metadata or Metadata(address, user, self._list_topics, cause, clock, refresh_s=refresh_s)
+        self._metadata = metadata or Metadata(address, user, self._list_topics, last_error, clock, refresh_s=refresh_s)
 
     def _client(self) -> _Client:
         client = self._made
@@ -164,22 +164,22 @@ class KafkaLogWriter:
         return wait_in_c(self._client().producer.list_topics, topic, timeout_s)
 
     def partition_count(self, topic: str) -> int:
-        """How many partitions `topic` has, as of some seconds ago."""
+        """Return the partition count of a topic, which can be some seconds old."""
         return self._metadata.partition_count(topic)
 
     def message_bytes_max(self, topic: str) -> int:
-        """The largest value that the topic takes."""
+        """Return the size of the largest value that the topic takes."""
         return self._metadata.message_bytes_max(topic, self._timeout_s)
 
     def topic_id(self, topic: str) -> str:
-        """The broker's id of the topic, asked for once."""
+        """Return the broker's id of the topic. Asks without retries."""
         try:
             return self._metadata.topic_id(topic, min(self._timeout_s, _ASK_S))
         except Invalid as error:  # the topic may be there again soon, and the permission too
             raise Unavailable(str(error)) from None
 
     def high_watermarks(self, topic: str) -> Mapping[int, int]:
-        """The high watermark of each partition that the topic has now; asked again while partitions have no leader yet."""
+        """Return the high watermark of each present partition. Repeated while partitions have no leader yet."""
         deadline_s = self._clock.monotonic_s() + self._timeout_s
         while True:
             try:
@@ -211,7 +211,7 @@ class KafkaLogWriter:
     def _produce(
         self, client: _Client, message: Message, report: Callable[..., None], deadline_s: float
     ) -> PipelineError | None:
-        """Hand a message over; why not, if that can't be done."""
+        """Hand a message to librdkafka; return the error if that fails."""
         topic = self._address.topic(message.topic)
         try:
             if missing := self._metadata.missing(message.topic, message.partition):
@@ -231,8 +231,8 @@ class KafkaLogWriter:
                     wait_in_c(client.producer.list_topics, topic, _ASK_S)  # its own view is older than ours
         except KafkaException as exception:
             error = error_of(exception)
-            if error.code() == KafkaError._FATAL:  # which says nothing; the cause comes to the other thread
-                client.wait_told(_ASK_S)
+            if error.code() == KafkaError._FATAL:  # which says nothing; the last_error comes to the other thread
+                client.wait_fatal(_ASK_S)
             return self._refusal(client, error, topic, message.partition)
         except Denied as error:
             return Unavailable(str(error))
@@ -260,14 +260,14 @@ class KafkaLogWriter:
         return Invalid(text) if code_of(error).verdict is Verdict.MESSAGE else Unavailable(text)
 
     def rest(self) -> bool:
-        """As of `ports.Resting`."""
+        """See `ports.Resting`."""
         with self._lock:
             client, self._made = self._made, None
         self._metadata.close()
         return client is None or client.close()
 
     def close(self) -> None:
-        """Give back connections. Unacknowledged messages may be lost. Twice is fine."""
+        """Close connections. Unacknowledged messages may be lost. Idempotent."""
         with self._lock:
             self._closed = True
             self._metadata.close()

@@ -1,8 +1,8 @@
 """The database of a slot: SQLite, which only the owner of the slot's lock writes, one transaction for each change.
 
-SQLite's pages have no checksums, and it passes over the end of a damaged log in silence. So each row carries one, over what
-it is, whose, and all that is in it; the *root*, which is there twice and is written by each transaction, says how many rows
-there must be; and SEAL, another file, has the number of the last transaction.
+SQLite's pages have no checksums, and it passes over the end of a damaged log in silence. So each row has a checksum over
+its kind, its owner, and all its fields. The *root*, of which there are two copies that each transaction writes, says how
+many rows there must be. SEAL, another file, has the number of the last transaction.
 
 Write-ahead log: a transaction is one write and, with `fsync`, one fsync; kill -9 leaves all of it or nothing. Without
 `fsync` (`synchronous=OFF`) a power loss can damage the database, and the checks say so. SQLite's own locks are of no use:
@@ -42,7 +42,7 @@ from pipeline.publisher.spool.slot import explained
 from pipeline.threads import fork_gate
 
 FORMAT = 3
-"""What this program writes into a spool folder, and the only one that it reads."""
+"""The version of spool folders that this program reads and writes."""
 NAME, LOG, SEAL = "spool.db", "spool.db-wal", "SEAL"
 Rings = Mapping[int, tuple[int, int, int]]
 _ROOTS = ("root", "mirror")
@@ -56,14 +56,14 @@ _SCHEMA = (
 _PENDING_ENTRIES = 10_000
 _SEAL_BYTES, _SEAL_PLACES = 4096, (0, 256)
 _ROWS = 100
-"""Rows that are read in one go."""
+"""Rows that are read in one call."""
 _FREE_PAGES = 256
-"""Pages that are free and stay in the file, at least."""
+"""Free pages that stay in the file."""
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class Root(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a slot holds, as of a transaction."""
+    """The content of a slot, as of a transaction."""
 
     producer_id: str
     secret: str
@@ -76,10 +76,10 @@ class Root(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     batch_sum: int = 0
     """Of the checksums of all batches, modulo 2**64."""
     pending_number: int = 0
-    """The number of the transaction that has written what is pending."""
+    """The number of the transaction that has written the pending deltas."""
     pending_count: int = 0
     rings: dict[int, tuple[int, int, int]] = {}
-    """By ring: the first segment that is there, the offset in it up to which it is read, and the number of the next one."""
+    """By ring: the first segment, the offset in it up to which it is read, and the number of the next new segment."""
 
 
 class Kept(NamedTuple):
@@ -101,7 +101,7 @@ def checksum(owner: bytes, what: str, *fields: Any) -> int:
 
 
 def encode_pending(pending: Iterable[Pending]) -> list[bytes]:
-    """Return merged deltas as values of rows: in each are the groups of a batch, and how many deltas each entry has."""
+    """Return merged deltas as values of rows, each with the groups of a batch and the number of deltas of each entry."""
     values: list[bytes] = []
     rest = iter(pending)
     while run := [*islice(rest, _PENDING_ENTRIES)]:
@@ -121,7 +121,7 @@ def encode_pending(pending: Iterable[Pending]) -> list[bytes]:
 
 
 def decode_pending(encoded: bytes) -> list[Pending]:
-    """Return the merged deltas of a row; `BadRecord` if it has none."""
+    """Return the merged deltas of a row, or raise `BadRecord`."""
     try:
         counts, batch = _decode_pending(encoded)
         rows = [(g.definition, *row) for g in decode_batch(batch).groups for row in zip(g.suffixes, g.states, strict=True)]
@@ -150,14 +150,14 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 class Contents:
-    """What a database says, and what is wrong in it. Reading changes nothing in the slot."""
+    """The rows of a database that are whole, and the damages of the others. Reading changes nothing in the slot."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damages: list[str] = []
-        """Of the database and SEAL."""
+        """What is wrong with the database and SEAL, in words."""
         self.lost = -1
-        """How many transactions are missing, of those that SEAL has seen; -1: nobody can say."""
+        """How many transactions are missing of those that SEAL has counted; -1: not known."""
         self.root: Root | None = None
         self.owner = b""
         self.batches: dict[tuple[int, int], Kept] = {}
@@ -179,7 +179,7 @@ class Contents:
                     self.names[number] = kind, encoded
 
     def _open(self, folder: Path) -> None:
-        # SQLite may delete the log when it closes a database that it has only read: so it gets a name of its own for each.
+        # SQLite may delete the log when it closes a database that it has only read: so it reads hard links to both files.
         names = Path(tempfile.mkdtemp(prefix=".look-", dir=folder))
         try:
             for name in (NAME, LOG):
@@ -199,7 +199,7 @@ class Contents:
                 self._connection.close()
 
     def load(self, partition: int, sequence: int) -> bytes:
-        """Return the bytes of a batch; `BadRecord` if the database has others there than when it was looked through."""
+        """Return the bytes of a batch, or raise `BadRecord` if they have changed since the database was read."""
         kept = self.batches[partition, sequence]
         for [found] in self._rows("SELECT value FROM batches WHERE id = ?", kept.id):
             if kept.crc == checksum(self.owner, "batch", kept.id, partition, sequence, kept.entry_count, found):
@@ -283,7 +283,7 @@ def fingerprint_of(producer_id: str) -> bytes:
 
 
 def create(folder: Path, root: Root, *, fsync: bool) -> Database:
-    """Make the database of a slot, in which nothing is yet. Whoever moves it closes it first."""
+    """Make an empty database for a slot. It must be closed before it is moved."""
     with explained("making a database"), fork_gate:
         os.close(os.open(folder / NAME, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         connection = _connect(folder / NAME, "rw")
@@ -328,10 +328,10 @@ class Database:
         assert self._connection is not None
         [[encoded]] = self._connection.execute(f"SELECT value FROM {_ROOTS[0]}").fetchall()
         self.root = _decode_root(encoded)
-        """What the last transaction has said."""
+        """The root as of the last transaction."""
         rows = self._connection.execute("SELECT partition, sequence, id, entry_count, length(value), crc FROM batches")
         self.batches = {row[:2]: Kept(*row[2:]) for row in rows.fetchall()}
-        """What is not acknowledged, by partition and sequence."""
+        """The batches that are not acknowledged, by partition and sequence."""
         self._next_id = 1 + max([kept.id for kept in self.batches.values()], default=0)
 
     def _store_seal(self) -> None:
@@ -341,7 +341,7 @@ class Database:
 
     @contextmanager
     def transaction(self, **changes: Any) -> Iterator[sqlite3.Connection]:
-        """Change rows and the root, all or nothing. The caller holds the lock since it decided what changes."""
+        """Change rows and the root, all or nothing. The caller has held the lock since it read what it changes."""
         with self.lock, fork_gate, explained("writing to the database"):
             if self._connection is None:
                 raise Invalid("the spool is closed")
@@ -356,7 +356,7 @@ class Database:
                     self._connection.execute(f"UPDATE {table} SET crc = ?, value = ?", _root_row(table, root))
                 self._connection.execute("COMMIT")
                 self.root = root
-                self._store_seal()  # before anything that this transaction says is acted on
+                self._store_seal()  # before anybody acts on this transaction
             except BaseException:
                 if self._connection is None:
                     raise Unavailable("this process was forked while it wrote to its parent's spool") from None
@@ -375,7 +375,7 @@ class Database:
         names: Mapping[int, tuple[int, bytes]] = MappingProxyType({}),
         gone: Iterable[int] = (),
     ) -> None:
-        """Write batches, `pending` in place of what was pending, and names; forget those that are gone. All or nothing."""
+        """Write batches, pending deltas in place of the old ones, and names; delete the names in `gone`. All or nothing."""
         owner = self.owner
         with self.lock:
             root, number = self.root, self.root.number + 1
@@ -407,7 +407,7 @@ class Database:
             self.batches.update(kept)
             self._next_id += len(kept)
             self.pending_bytes = sum(map(len, pending))
-            self._tidy()
+            self.shrink(everything=False)
 
     def acknowledge(self, batches: Iterable[tuple[int, int]]) -> None:
         """Forget batches, each a partition and a sequence."""
@@ -419,10 +419,10 @@ class Database:
                     connection.executemany("DELETE FROM batches WHERE id = ?", [(kept.id,) for kept in known.values()])
                 for key in known:
                     del self.batches[key]
-                self._tidy()
+                self.shrink(everything=False)
 
     def load(self, partition: int, sequence: int) -> bytes:
-        """Return the bytes of a batch; `Invalid` if it is not there, `BadRecord` if it is damaged."""
+        """Return the bytes of a batch. Raise `Invalid` if it is not there, `BadRecord` if it is damaged."""
         with self.lock, explained("reading a batch"):
             kept = self.batches.get((partition, sequence))
             if kept is None or self._connection is None:
@@ -434,30 +434,21 @@ class Database:
                 return bytes(found)
         raise BadRecord(f"the spool's batch {sequence} of partition {partition} is damaged")
 
-    def _tidy(self) -> None:
-        """Give back pages once most of the file is free, and empty the log once it is long."""
-        with suppress(sqlite3.Error, FileNotFoundError), fork_gate:  # it can wait
+    def shrink(self, *, everything: bool = True) -> None:
+        """Give back all free pages and the log; without `everything`, only once most pages are free or the log is long."""
+        with self.lock, suppress(sqlite3.Error, FileNotFoundError), fork_gate:  # it can wait
             if self._connection is not None and not self.is_writing:
                 queries = "PRAGMA page_count", "PRAGMA freelist_count"
                 [pages], [free] = (self._connection.execute(query).fetchone() for query in queries)
-                if free > max(_FREE_PAGES, pages // 2):
-                    self._connection.execute(f"PRAGMA incremental_vacuum({free - _FREE_PAGES})").fetchall()
-                if (self._folder / LOG).stat().st_size > self.log_bytes_max:
-                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def shrink(self) -> None:
-        """Give back all pages that are free, and the log: when the spool is full, others need the room."""
-        with self.lock, suppress(sqlite3.Error, FileNotFoundError), fork_gate:
-            if self._connection is not None and not self.is_writing:
-                [free] = self._connection.execute("PRAGMA freelist_count").fetchone()
-                if free:
-                    self._connection.execute(f"PRAGMA incremental_vacuum({free})").fetchall()
-                if (self._folder / LOG).stat().st_size:
+                stays = 0 if everything else _FREE_PAGES
+                if free > (0 if everything else max(stays, pages // 2)):
+                    self._connection.execute(f"PRAGMA incremental_vacuum({free - stays})").fetchall()
+                if (self._folder / LOG).stat().st_size > (0 if everything else self.log_bytes_max):
                     self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @property
     def used_bytes(self) -> int:
-        """What the database takes on the disk."""
+        """The bytes of the database on the disk."""
         sizes = [path.stat().st_size for name in (NAME, LOG) if (path := self._folder / name).exists()]
         return sum(sizes) + _SEAL_BYTES
 
@@ -471,6 +462,6 @@ class Database:
                 ctypes.pythonapi.Py_DecRef(ctypes.py_object(connection))
 
     def abandon(self) -> None:
-        """Let go of the parent's database, in a forked child: nothing of it is closed, nor written."""
+        """Forget the parent's database, in a forked child, without closing it or writing to it."""
         self.lock = threading.RLock()
         self._connection = None

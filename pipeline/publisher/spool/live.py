@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
 from pipeline.publisher.batching import Pending
-from pipeline.publisher.spool.apart import apart
 from pipeline.publisher.spool.database import FORMAT, Database, Rings, Root, create, encode_pending
 from pipeline.publisher.spool.ring import (
     DEFINITION,
@@ -29,10 +29,48 @@ from pipeline.publisher.spool.ring import (
 )
 from pipeline.publisher.spool.slot import explained, make_slot, open_folder, publish_slot, remove_slot, sweep, sync
 
+T = TypeVar("T")
 SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX = 2**17, 2**20
 """A segment has room for the longest text of a `last` view."""
 _OWN = 0
 """The ring that definitions and series are recorded to; that of shard `n` is `n + 1`."""
+_WAIT_S, _WAITS = 1.0, 60
+"""How long a thread waits for the disk: so many times so many seconds."""
+
+
+def run_uninterrupted(work: Callable[[], T]) -> T:
+    """Do `work` in a thread of its own, where no signal handler runs, and return its result or raise its error.
+
+    A signal handler or finaliser that runs in the calling thread meanwhile may need the same work: it finds nothing half
+    done.
+    """
+    done, pid = allocate_lock(), os.getpid()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.release()
+
+    done.acquire()
+    try:
+        start_new_thread(run, ())
+    except RuntimeError:  # the interpreter is ending, or the system has no more threads
+        return work()
+    for _ in range(_WAITS):
+        if done.acquire(timeout=_WAIT_S):
+            break
+        if os.getpid() != pid:  # a handler has forked
+            raise Unavailable("this process was forked while it waited for its parent's spool")
+    else:
+        raise Unavailable(f"the disk does not answer for {_WAITS * _WAIT_S:.0f} s")
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _ring_lock() -> AbstractContextManager[Any]:
@@ -42,12 +80,12 @@ def _ring_lock() -> AbstractContextManager[Any]:
 
 
 class Spool:
-    """What this process records, in files. Safe from any thread, unless something else is said.
+    """The files to which this process records. Safe from any thread, unless a method says otherwise.
 
-    The table records to rings, one for each of its shards, in a `segment` after the other; the flusher drains, seals, and
-    says with `commit` what became of everything that was recorded up to some positions. What is committed can be sent, and
-    nothing else; what the log has accepted is acknowledged. When the process dies instead, the next to look finds a
-    `Leftover`.
+    The table records to rings, one for each of its shards, in one `segment` after the other. The flusher drains and seals,
+    and `commit` states in which batches everything is that was recorded before some positions. Only committed batches may
+    be sent; those that the log has accepted are acknowledged. When the process dies, another one claims the slot as an
+    `Orphan`.
 
     Recording is refused (`BufferFull`) beyond three quarters of `bytes_max`. The rest is for commits and acknowledgements,
     which `bytes_max` never refuses: a commit makes room, because the segments that it covers go.
@@ -67,8 +105,9 @@ class Spool:
     ) -> None:
         """Make a slot for this process, which nobody else touches while the process lives.
 
-        `ends` says where the rings of shards end now. `secret` proves that the id is the producer's; `name` is that of the
-        slot, as others may see it. `fsync`: a commit is on the disk when it returns, and `sync` sees to the rest. Raises
+        `ends` returns where the rings of shards end now. `secret` proves that the id is the producer's; `name` is the name
+        of the slot, which others may see. With `fsync`, a commit is on the disk when it returns, and `sync` writes the rest.
+        Raises
         `Invalid` for a folder that is no spool or of another version, and if there is a slot of this name; `BufferFull` if
         the disk is full.
         """
@@ -143,7 +182,7 @@ class Spool:
         self._check_open()
         if self.is_held:  # by a finaliser, or a handler that has interrupted something else than recording
             raise Unavailable("this thread was interrupted while it writes to the spool")
-        return apart(lambda: self._next_segment(ring, full, length))
+        return run_uninterrupted(lambda: self._next_segment(ring, full, length))
 
     def _next_segment(self, ring: int, full: int, length: int) -> Segment:
         database = self._database
@@ -173,7 +212,7 @@ class Spool:
             return new
 
     def _make(self, ring: int, rings: Rings) -> tuple[Segment, Rings]:
-        """Make a segment. Return it, and what a transaction must say before it is used."""
+        """Make a segment. Return it, and the rings that a transaction must write before it is used."""
         first, offset, number = rings.get(ring, (0, 0, 0))
         path = segment_path(self.path, ring, number)
         with explained("making a segment"):
@@ -204,16 +243,16 @@ class Spool:
         positions: Mapping[int, tuple[int, int]],
         gone: Iterable[int] = (),
     ) -> None:
-        """Write where all is that was recorded before `positions`, by shard: in `batches`, earlier ones, or `pending`.
+        """Write that everything recorded before `positions`, by shard, is in `batches`, earlier batches, or `pending`.
 
-        `pending` replaces what was pending before. `gone`: series whose records all lie before the positions, and to which
-        nobody records any more. Atomic: after `Unavailable` or `BufferFull` nothing has happened, and the same call can be
-        repeated. For the thread that drains.
+        `pending` replaces the pending deltas of before. `gone` are series whose records all lie before the positions, and
+        to which nobody records any more. Atomic: after `Unavailable` or `BufferFull` nothing has happened, and the same
+        call can be repeated. For the thread that drains.
         """
         waiting = encode_pending(pending)
         self._check_open()
         own = self._own.end()
-        named = [*self._named]  # behind the position: what is named in between is there twice, which does no harm
+        named = [*self._named]  # after the position: a series named in between is written twice, which does no harm
         read = {shard + 1: position for shard, position in positions.items()} | ({} if own is None else {_OWN: own})
         with self._database.lock:
             before = self._database.root.rings
@@ -226,11 +265,11 @@ class Spool:
         del self._named[: len(named)]
         for key, (first, _, _) in before.items():
             for number in range(first, after[key][0]):
-                with suppress(OSError):  # whoever claims the slot deletes what no transaction knows any more
+                with suppress(OSError):  # the next owner deletes segments that no transaction names
                     segment_path(self.path, key, number).unlink()
 
     def _more(self, rings: Rings) -> tuple[Rings, dict[int, Segment]]:
-        """Make segments for rings that will soon need one, so that whoever records does not wait for it."""
+        """Make segments for rings that will soon need one, so that no recording thread waits for it."""
         spares: dict[int, Segment] = {}
         for key, (first, offset, end) in rings.items():
             if first == end - 1 and 4 * offset > self._database.root.segment_bytes and 2 * self.used_bytes < self._bytes_max:
@@ -261,18 +300,18 @@ class Spool:
 
     @property
     def is_held(self) -> bool:
-        """Whether this thread was interrupted while it has the database, for which the others wait."""
-        return bool(self._database.lock._is_owned())  # type: ignore[attr-defined]
+        """True if this thread was interrupted while it has the database, for which the others wait."""
+        return bool(self._database.lock._is_owned())  # type: ignore[attr-defined]  # typeshed does not declare it
 
     @property
     def used_bytes(self) -> int:
-        """What the slot takes on the disk."""
+        """The bytes of the slot on the disk."""
         root = self._database.root
         return self._database.used_bytes + root.segment_bytes * sum([end - first for first, _, end in root.rings.values()])
 
     @property
     def is_full_of_names(self) -> bool:
-        """True if recording is refused, and most of the room is taken by names of series, which go with them."""
+        """True if recording is refused, and names of series take most of the room: evicting series frees it."""
         if not self._is_full:
             return False
         with self._database.lock:
@@ -281,12 +320,16 @@ class Spool:
 
     @property
     def batch_count(self) -> int:
-        """Committed batches that are not acknowledged."""
+        """The number of committed batches that are not acknowledged."""
         return len(self._database.batches)
+
+    def has(self, partition: int, sequence: int) -> bool:
+        """Return whether a batch is committed and not acknowledged."""
+        return (partition, sequence) in self._database.batches
 
     @property
     def ring_bytes(self) -> int:
-        """What was recorded and is in no commit yet, about."""
+        """The bytes, about, of records that no commit covers yet."""
         return sum(self._ring_bytes().values())
 
     def _ring_bytes(self) -> dict[int, int]:
@@ -299,15 +342,15 @@ class Spool:
 
     @property
     def pending_bytes(self) -> int:
-        """What the pending deltas of the last commit take."""
+        """The bytes of the pending deltas of the last commit."""
         return self._database.pending_bytes
 
     # The end
 
     def close(self) -> bool:
-        """Remove the slot if nothing waits in it, or leave it to be found; return whether it was removed.
+        """Remove the slot if nothing waits in it, else leave it for another process; return whether it was removed.
 
-        Whoever records to a ring of a shard has ended that before.
+        No thread records to the rings any more.
         """
         with self._database.lock:
             if self._closed:
@@ -320,14 +363,14 @@ class Spool:
                 if self._fsync and not empty:
                     self.sync()
             finally:
-                self._let_go()
+                self._release()
                 self._database.close()
                 if empty:
                     remove_slot(self.path)
                 os.close(self._lock_fd)
             return empty
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         for segment in [*self._last.values()]:
             segment.limit = 0
         self._own = Ring()
@@ -335,9 +378,9 @@ class Spool:
         self._spares.clear()
 
     def abandon(self) -> None:
-        """Let go of the parent's files, without a trace in them: what a forked child does first."""
+        """Forget the parent's files, in a forked child, without a change to them."""
         if not self._closed:
             self._closed = True
             self._database.abandon()
-            self._let_go()
+            self._release()
             os.close(self._lock_fd)

@@ -62,18 +62,18 @@ class RingPosition(NamedTuple):
 
 
 def segment_path(folder: Path, ring: int, number: int) -> Path:
-    """Return where a segment is."""
+    """Return the path of a segment."""
     return folder / f"ring-{ring:03d}-{number:08d}"
 
 
 def segment_name(path: Path) -> tuple[int, int] | None:
-    """Return the ring and the number that a file's name says; None if it is no segment's."""
+    """Return the ring and the number in a file's name; None if it is no segment's."""
     found = re.fullmatch(r"ring-(\d{3,})-(\d{8,})", path.name)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def segment_header(fingerprint: bytes, ring: int, number: int, size: int) -> tuple[bytes, int]:
-    """Return what a segment begins with, and the checksum in it, from which those of its records go on."""
+    """Return the header of a segment, and the checksum in it, from which those of its records go on."""
     head = HEADER.pack(MAGIC, fingerprint, ring, size, number, 0, 0)[:-8]
     checksum = value(head)
     return HEADER.pack(MAGIC, fingerprint, ring, size, number, checksum, 0), checksum
@@ -86,7 +86,7 @@ class Segment:
 
     def __init__(self, path: Path, fingerprint: bytes, ring: int, number: int, size: int) -> None:
         """Make the file, with all its blocks: a hole would be a bus error once the disk is full. Raises `OSError`."""
-        path.unlink(missing_ok=True)  # whatever is there was never used: no transaction has named it
+        path.unlink(missing_ok=True)  # a file that is there was never used: no transaction has named it
         head, self.seed = segment_header(fingerprint, ring, number, size)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -103,27 +103,27 @@ class Segment:
         self.words = self.bytes.cast("Q")
         self.bytes[: len(head)] = head
         self.offset = len(head)
-        """Where the next record will be."""
+        """The place of the next record."""
         self.limit = size - END_BYTES
-        """Where records end, so that there is room for the one that says so."""
+        """The end of the room for records; behind it is room for the one that ends the segment."""
 
 
 class _NoSegment:
-    """Where a ring is before it has a segment: no record fits."""
+    """The segment of a ring that has none yet: no record fits."""
 
     number, offset, limit, seed = -1, 0, 0, 0
 
 
 class _SeriesSlot(Protocol):
     out: bool
-    """Whether the series is recorded by this number no more."""
+    """True once the series is not recorded by this number any more."""
 
 
 class Ring:
     """The writer of a ring. One thread at a time; with the GIL any, also in a signal handler that interrupts a write.
 
-    Writing is a matter of a few statements without a call, between which the interpreter lets nothing else come, no signal
-    handler, finaliser or thread: what came in before them has moved the ring's end, which is looked at first.
+    A record is written by a few statements without a call. Between those the interpreter runs nothing else: no signal
+    handler, finaliser or thread. A record that was written just before has moved the ring's end, which is checked first.
     """
 
     out = False
@@ -135,7 +135,10 @@ class Ring:
     def append(
         self, word: int, payload: bytes, queue: Any = None, items: Any = (None,), slot: _SeriesSlot | None = None
     ) -> bool:
-        """Write a record, and add the one of `items` to `queue` in one; False: there is no room, or `slot` is out."""
+        """Write a record and append the one of `items` to `queue`, both or neither.
+
+        Return False if there is no room, or if `slot` is out.
+        """
         whose = self if slot is None else slot
         queue = [] if queue is None else queue
         while True:
@@ -146,13 +149,13 @@ class Ring:
             end, place, body = offset + 16 + length, slice(offset + 8, offset + 16 + length), covered[8:]
             is_own = getpid() == self._pid  # also of a fork that Python has not seen
             queue += items
-            # From here on there is no call, and nothing is made that could have the garbage collector run.
+            # From here on there is no call, and no new object that could start the garbage collector.
             if end > segment.limit or whose.out or not is_own:
                 del queue[-1]
                 return False
             if segment.offset == offset and self.segment is segment:
                 segment.bytes[place] = body
-                segment.words[offset >> 3] = header  # last: a record counts once it is there
+                segment.words[offset >> 3] = header  # last: the header makes the record valid
                 segment.offset = end + 7 & -8
                 return True
             del queue[-1]
@@ -180,21 +183,21 @@ class Ring:
 
 
 class Scan(NamedTuple):
-    """What is in a segment from some place on."""
+    """The records of a segment from some place on."""
 
     records: list[tuple[int, bytes]]
     """Words and payloads, in order."""
     end: int
-    """Where the last one ends."""
+    """The place where the last one ends."""
     ended: bool
-    """Whether the record is there that says that others follow in the next segment."""
+    """True if there is a record that ends the segment: others follow in the next one."""
     torn_bytes: int
-    """Of a record that was begun when the process died: nobody was told that it was recorded."""
+    """Bytes of a record that was half written when the process died. No caller was told that it was recorded."""
     damages: list[str]
 
 
 def scan(data: bytes, seed: int, start: int) -> Scan:
-    """Read the records from `start`. What is behind damage is found again: each record is proven by itself."""
+    """Read the records from `start`. Records behind damage are found again, because each has its own checksum."""
     records: list[tuple[int, bytes]] = []
     damages: list[str] = []
     offset, torn_bytes = start, 0

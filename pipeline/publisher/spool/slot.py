@@ -24,28 +24,28 @@ FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SlotInfo(msgspec.Struct, frozen=True):
-    """One slot, at a glance."""
+    """A summary of one slot."""
 
     slot: str
     """The name of its folder."""
     producer: str
     """The fingerprint of its producer's id, as messages have it."""
     live: bool
-    """Whether the process that records to it, or one that sends what is left, holds its lock."""
+    """True if a process holds its lock: the one that records to it, or one that drains it."""
     epoch: int
     bytes_total: int
     batch_count: int
-    """Batches that are not acknowledged."""
+    """Number of batches that are not acknowledged."""
     entry_count: int
-    """Entries in them."""
+    """Number of entries in these batches."""
     series_count: int
     delta_count: int
-    """Deltas that are in no batch yet."""
+    """Number of deltas that are in no batch yet."""
     oldest_ms: int | None
-    """When the oldest of those batches was sealed; None without one."""
+    """The time at which the oldest of these batches was sealed; None without one."""
     torn_bytes: int
     corrupt: str
-    """What is damaged, or which files were set aside; empty: nothing."""
+    """Damages and files that were set aside, in words; empty if there are none."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def open_folder(folder: Path, format: int, *, make: bool) -> None:
-    """See to it that `folder` is a spool of this format. Raises `Invalid` if it is of another, or is something else."""
+    """Check that `folder` is a spool of this format, or make it one. Raises `Invalid` if it is something else."""
     version = folder / "VERSION"
     wanted = f"pipeline spool {format}\n"
     with explained(f"opening {folder}"):
@@ -99,7 +99,7 @@ def make_slot(folder: Path, name: str) -> tuple[Path, int]:
 
 
 def _own_lock(path: Path) -> int | None:
-    """Return the lock of a slot that was just made; None if somebody who sweeps was quicker, and removed it."""
+    """Return the lock of a slot that was just made; None if another process has swept it away meanwhile."""
     try:
         fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def publish_slot(path: Path, *, fsync: bool) -> Path:
 
 
 def slot_name(producer_id: str) -> str:
-    """Return the name of a producer's slot. Nobody can tell the id from it."""
+    """Return the name of a producer's slot, a hash that does not disclose the id."""
     return sha256(b"slot\x00" + producer_id.encode()).hexdigest()[:24]
 
 
@@ -143,7 +143,7 @@ def check_name(name: str) -> None:
 def lock_slot(path: Path) -> int | None:
     """Lock a slot. Return a file descriptor, or None if its owner lives, or it is gone.
 
-    Raises `Fenced` for a copy of a slot: whoever has the other one sends the same batches.
+    Raises `Fenced` for a copy of a slot, because the original has the same batches.
     """
     with explained(f"locking {path}"):
         try:
@@ -168,7 +168,7 @@ def lock_slot(path: Path) -> int | None:
 
 
 def is_live(path: Path) -> bool:
-    """Return whether a process holds the slot's lock. Looking at one that nobody holds takes a shared lock for a moment."""
+    """Return whether a process holds the slot's lock. If none does, this takes a shared lock for a moment."""
     try:
         fd = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -190,7 +190,7 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def remove_slot(path: Path, *, aside: bool = False) -> None:
-    """Remove a slot that is ours. With `aside` it is kept for a human, under a name that nobody claims."""
+    """Remove a slot that this process has locked. With `aside`, keep it for a human, under a name that no process claims."""
     with explained(f"removing {path}"):
         gone = path.with_name(path.name + CORRUPT if aside else _GONE + path.name)
         path.rename(gone)
@@ -206,7 +206,7 @@ def slots(folder: Path) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that died left half made or half removed: no delta was ever in there."""
+    """Remove slots that processes left half made or half removed when they died: these hold no delta."""
     for path in folder.iterdir():
         if path.name.startswith((_NEW, _GONE)):
             with suppress(PipelineError):

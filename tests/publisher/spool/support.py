@@ -1,4 +1,4 @@
-"""How a test records to a spool, and what a task would make of what is sent."""
+"""Recording to a spool in a test, and a task that folds the batches that are sent."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.core.kinds import KINDS, State, add
 from pipeline.core.record import Batch, Definition, Group, canonical, series_prefix, series_suffix
 from pipeline.core.sequence import Folded, Outbox, Sealed
 from pipeline.publisher.batching import Pending, encode
-from pipeline.publisher.spool.leftover import Leftover
 from pipeline.publisher.spool.live import Spool
+from pipeline.publisher.spool.orphan import Orphan
 from pipeline.publisher.spool.ring import DELTA, Ring, RingPosition, encode_delta
 
 VIEW = Definition("hits", "sum", ("page",))
@@ -91,10 +91,10 @@ def end(spool: Spool) -> None:
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(connection))
 
 
-def claim(path: Path) -> Leftover:
-    leftover = Leftover.claim(path)
-    assert leftover is not None
-    return leftover
+def claim(path: Path) -> Orphan:
+    orphan = Orphan.claim(path)
+    assert orphan is not None
+    return orphan
 
 
 def as_kill_leaves_it(path: Path, folder: Path) -> Path:
@@ -108,7 +108,7 @@ def as_kill_leaves_it(path: Path, folder: Path) -> Path:
 
 
 class Task:
-    """What a task does with batches: each once, none of an epoch that is over."""
+    """A task that folds each batch once, and none of an epoch that is over."""
 
     def __init__(self) -> None:
         self.states: dict[Any, State] = {}
@@ -137,15 +137,15 @@ class Task:
         """Return what a series is known by in `states`."""
         return suffix
 
-    def outbox_of(self, leftover: Leftover) -> Outbox:
-        return Outbox.restored(leftover.producer_id, leftover.epoch, leftover.next_sequences, leftover.batches)
+    def outbox_of(self, orphan: Orphan) -> Outbox:
+        return Outbox.restored(orphan.producer_id, orphan.epoch, orphan.next_sequences, orphan.batches)
 
-    def finish(self, leftover: Leftover) -> None:
+    def finish(self, orphan: Orphan) -> None:
         """Fold everything that a slot has, and remove it."""
-        outbox = self.outbox_of(leftover)
-        if leftover.pending:
-            leftover.commit(sealed(leftover.pending, outbox))
+        outbox = self.outbox_of(orphan)
+        if orphan.pending:
+            orphan.commit(sealed(orphan.pending, outbox))
         for batch in [*outbox.pending()]:
-            self.fold(leftover.load(batch.partition, batch.sequence))
-            leftover.acknowledge([(batch.partition, batch.sequence)])
-        leftover.remove()
+            self.fold(orphan.load(batch.partition, batch.sequence))
+            orphan.acknowledge([(batch.partition, batch.sequence)])
+        orphan.remove()

@@ -13,8 +13,7 @@ import pytest
 
 from pipeline.core.kinds import State
 from pipeline.errors import PipelineError
-from pipeline.publisher.spool.leftover import Leftover
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import Orphan, inspect
 from pipeline.publisher.spool.ring import HEADER, segment_path
 from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, claim, end, suffix
 
@@ -95,12 +94,12 @@ def test_no_damage_is_silent(tmp_path: Path, part: int) -> None:
                 task.fold(value)
             what = damage(path, chance)
             inspect(path.parent)
-            leftover = claim(path)
-            report = leftover.report
+            orphan = claim(path)
+            report = orphan.report
             if turn % 3 == 0:  # a claim that comes to nothing changes nothing
-                leftover.release()
-                leftover = claim(path)
-            task.finish(leftover)
+                orphan.release()
+                orphan = claim(path)
+            task.finish(orphan)
             told = bool(report.corrupt or report.bad_count)
             assert told or task.states == truth, (slot, turn, what, task.states, truth)
             assert all(state <= truth[key] for key, state in task.states.items()), (slot, turn, what, report)
@@ -131,10 +130,10 @@ def test_what_sqlite_finds_nothing_wrong_with(tmp_path: Path, what: str) -> None
             else:
                 table = {"batch": "batches", "pending": "pending", "name": "names"}[what]
                 database.execute(f"DELETE FROM {table} WHERE rowid = (SELECT max(rowid) FROM {table})")
-    task, leftover = Task(), claim(path)
-    task.finish(leftover)
+    task, orphan = Task(), claim(path)
+    task.finish(orphan)
     exact = what in ("old row", "old seal")
-    assert bool(leftover.report.corrupt or leftover.report.bad_count) == (not exact)
+    assert bool(orphan.report.corrupt or orphan.report.bad_count) == (not exact)
     assert (task.states == {suffix(n): 2 for n in range(8)}) == exact
     assert all(state <= 2 for state in task.states.values())
 
@@ -149,9 +148,9 @@ def test_records_behind_damage_count(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[HEADER.size + 30 * 24 + 16] ^= 1
     file.write_bytes(data)
-    task, leftover = Task(), claim(path)
-    assert len(leftover.report.corrupt) == 1
-    task.finish(leftover)
+    task, orphan = Task(), claim(path)
+    assert len(orphan.report.corrupt) == 1
+    task.finish(orphan)
     assert task.states == {suffix("a"): 2**100 - 1 - 2**30}
 
 
@@ -161,6 +160,6 @@ def test_a_missing_lock_is_nobodys(tmp_path: Path) -> None:
     recorder.add("a")
     assert not recorder.spool.close()
     (recorder.spool.path / "LOCK").unlink()
-    assert Leftover.claim(recorder.spool.path) is None
+    assert Orphan.claim(recorder.spool.path) is None
     with pytest.raises(PipelineError):
         Recorder(tmp_path / "s")

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.errors import Unavailable
-from pipeline.publisher.spool.leftover import leftovers
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import find_slots, inspect
 from pipeline.publisher.spool.ring import HEADER, RingPosition, segment_path
 from tests.publisher.spool.support import SHARDS, Recorder, Task, as_kill_leaves_it, claim, end, sealed, suffix
 from tests.support import traced
@@ -154,24 +153,24 @@ class Spools(RuleBasedStateMachine):
     @rule(seal_count=st.integers(0, 5), send_count=st.integers(0, 5), commit=st.booleans())
     def claim_and_crash(self, seal_count: int, send_count: int, commit: bool) -> None:
         path = self.left.pop(0)
-        leftover = claim(path)
-        outbox = self.task.outbox_of(leftover)
-        if leftover.pending and commit:
-            leftover.commit(sealed(leftover.pending[:seal_count], outbox), leftover.pending[seal_count:])
+        orphan = claim(path)
+        outbox = self.task.outbox_of(orphan)
+        if orphan.pending and commit:
+            orphan.commit(sealed(orphan.pending[:seal_count], outbox), orphan.pending[seal_count:])
         for n, batch in enumerate([*outbox.pending()][:send_count]):
-            self.task.fold(leftover.load(batch.partition, batch.sequence))
+            self.task.fold(orphan.load(batch.partition, batch.sequence))
             if n % 2:
-                leftover.acknowledge([(batch.partition, batch.sequence)])
-        self.crashed(path, leftover.release)
+                orphan.acknowledge([(batch.partition, batch.sequence)])
+        self.crashed(path, orphan.release)
 
     @precondition(lambda self: self.left)
     @rule()
     def claim_and_finish(self) -> None:
-        leftover = claim(self.left.pop(0))
-        assert not leftover.report.corrupt
-        assert not leftover.report.bad_count
-        self.task.finish(leftover)
-        assert not leftover.path.exists()
+        orphan = claim(self.left.pop(0))
+        assert not orphan.report.corrupt
+        assert not orphan.report.bad_count
+        self.task.finish(orphan)
+        assert not orphan.path.exists()
 
     @invariant()
     def can_be_looked_at(self) -> None:
@@ -188,7 +187,7 @@ class Spools(RuleBasedStateMachine):
             while self.late:
                 self.arrive_again()
             assert self.spool.close()
-            assert leftovers(self.root / "s") == []
+            assert find_slots(self.root / "s") == []
             assert self.task.states == {key: count for key, count in self.expected.items() if count}
         shutil.rmtree(self.root)
 
@@ -270,9 +269,9 @@ def test_a_kill_at_each_line(tmp_path: Path, what: str) -> None:
     if what in ("claim", "claimed", "damaged"):
         assert not spool.close()
     if what == "claimed":
-        leftover = claim(path)
-        batches = sealed(leftover.pending, task.outbox_of(leftover))
-        acts["claimed"] = lambda: leftover.commit(batches)
+        orphan = claim(path)
+        batches = sealed(orphan.pending, task.outbox_of(orphan))
+        acts["claimed"] = lambda: orphan.commit(batches)
     if what == "damaged":  # one of two copies of a number: nothing is lost by it
         data = bytearray((path / "SEAL").read_bytes())
         data[0] ^= 1

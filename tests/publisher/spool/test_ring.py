@@ -172,9 +172,9 @@ def test_a_record_that_was_begun_is_torn_and_not_damaged(tmp_path: Path) -> None
     end = recorder.ends()[0].offset
     data[end - 24 : end - 16] = bytes(8)
     file.write_bytes(data)
-    leftover = claim(path)
-    assert (leftover.pending[0].state, leftover.report.torn_bytes, leftover.report.corrupt) == (6, 17, [])
-    leftover.release()
+    orphan = claim(path)
+    assert (orphan.pending[0].state, orphan.report.torn_bytes, orphan.report.corrupt) == (6, 17, [])
+    orphan.release()
 
 
 def test_room_ends(tmp_path: Path) -> None:

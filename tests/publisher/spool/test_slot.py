@@ -14,9 +14,8 @@ import pytest
 
 from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
 from pipeline.publisher.spool.database import Database
-from pipeline.publisher.spool.leftover import Leftover, leftovers
 from pipeline.publisher.spool.live import Spool
-from pipeline.publisher.spool.look import inspect
+from pipeline.publisher.spool.orphan import Orphan, find_slots, inspect
 from pipeline.publisher.spool.ring import segment_path
 from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, claim, sealed, suffix
 from tests.publisher.support import ROOT, in_threads
@@ -48,7 +47,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
     assert (left.report.corrupt, len(left.batches)) == ([], 1)
     spool = filled(tmp_path / "t").spool
     files = {path.name: path.read_bytes() for path in spool.path.iterdir()}
-    assert Leftover.claim(spool.path) is None
+    assert Orphan.claim(spool.path) is None
     [info] = inspect(tmp_path / "t")
     assert (info.live, info.epoch, info.batch_count, info.entry_count) == (True, 0, 1, 1)
     assert (info.series_count, info.delta_count, info.oldest_ms, info.corrupt) == (4, 4, 1, "")
@@ -56,7 +55,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
     assert not spool.close()
     left = claim(spool.path)
     assert inspect(tmp_path / "t")[0].live
-    assert Leftover.claim(spool.path) is None
+    assert Orphan.claim(spool.path) is None
     with pytest.raises(Invalid, match="not empty"):
         left.remove()
     left.release()
@@ -66,11 +65,11 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_claims_at_once(tmp_path: Path) -> None:
-    """Of many that claim a slot in the same moment one gets it."""
+    """One of many that claim a slot in the same moment gets it."""
     path = filled(tmp_path / "s").spool.path
     for n in range(20):
-        copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Leftover | None]()
-        in_threads(4, lambda i, copy=copy, got=got: got.append(Leftover.claim(copy)))  # type: ignore[misc]
+        copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Orphan | None]()
+        in_threads(4, lambda i, copy=copy, got=got: got.append(Orphan.claim(copy)))  # type: ignore[misc]
         [left] = filter(None, got)
         task = Task()
         task.finish(left)
@@ -82,11 +81,11 @@ def test_a_copy_is_refused(tmp_path: Path) -> None:
     filled(tmp_path / "s").spool.close()
     shutil.copytree(tmp_path / "s", tmp_path / "t")
     with pytest.raises(Fenced, match="copy"):
-        Leftover.claim(tmp_path / "t" / "p")
+        Orphan.claim(tmp_path / "t" / "p")
     (tmp_path / "s").rename(tmp_path / "u")
     task = Task()
     task.finish(claim(tmp_path / "u" / "p"))
-    assert (task.states, leftovers(tmp_path / "u")) == (TRUTH, [])
+    assert (task.states, find_slots(tmp_path / "u")) == (TRUTH, [])
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -107,13 +106,13 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir(mode=0o700)
     (tmp_path / "f" / "letter").touch()
     for folder, match in ((tmp_path / "s", "'pipeline spool 2'.*'pipeline spool 3'"), (tmp_path / "f", "no spool")):
-        for call in (lambda folder=folder: Recorder(folder, "q"), lambda folder=folder: leftovers(folder)):
+        for call in (lambda folder=folder: Recorder(folder, "q"), lambda folder=folder: find_slots(folder)):
             with pytest.raises(Invalid, match=match):
                 call()
 
 
 def test_what_is_half_made_or_half_removed_goes(tmp_path: Path) -> None:
-    """Of processes that died in the midst nothing stays, and an empty slot goes at the end."""
+    """Slots that processes left half made or half removed are swept, and an empty slot goes at the end."""
     recorder = Recorder(tmp_path / "s")
     for name in (".new-x", ".gone-x"):
         shutil.copytree(recorder.spool.path, tmp_path / "s" / name)
@@ -165,7 +164,7 @@ def test_a_handler_that_raises_behind_a_commit(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
-    """When somebody deletes the spool under a process, it is told so."""
+    """A process whose spool was deleted gets an error that says so."""
     recorder = filled(tmp_path / "s")
     shutil.rmtree(tmp_path / "s")
     with pytest.raises(Unavailable, match="making a segment"):
@@ -202,12 +201,12 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.parametrize("how", ["seen", "unseen"])
 def test_a_forked_child_lets_go(tmp_path: Path, how: str) -> None:
-    """It can't write to its parent's slot, not even by ending as a program does, also if nobody has told it of the fork."""
+    """A child can't write to its parent's slot, not even at its end, also if no hook has told it of the fork."""
     command = [sys.executable, "-c", CHILD, str(tmp_path / "s"), how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("4\n", -signal.SIGKILL), done.stderr
     task = Task()
-    for path in leftovers(tmp_path / "s"):
+    for path in find_slots(tmp_path / "s"):
         left = claim(path)
         assert not left.report.corrupt
         task.finish(left)

@@ -1,4 +1,4 @@
-"""Says what is wrong with JSON from outside, in words that stay the same whichever version of a parser refused it."""
+"""Explains what is wrong with JSON input, in words that do not depend on the parser or its version."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ OUT_OF_RANGE = "a number out of range"
 
 
 class _Unfit(Exception):
-    """A number that JSON or this program does not have; the text says which."""
+    """A number that is not JSON or out of range. The text says which."""
 
 
 class Field(NamedTuple):
-    """One field of an object: what it must be, in words and as a test of the value that JSON gives."""
+    """A field of an object: its requirement in words and as a predicate on the parsed value."""
 
     needs: str
     fits: Callable[[Any], bool]
@@ -31,20 +31,18 @@ def is_scalar(value: object) -> bool:
     return not isinstance(value, dict | list)
 
 
-def decode_fault(error: UnicodeDecodeError) -> str:
-    """Return what is wrong with bytes that are no UTF-8, and at which of them, counted from 0."""
+def utf8_error(error: UnicodeDecodeError) -> str:
+    """Return which byte, counted from 0, is not UTF-8."""
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
 
 
-def json_fault(data: bytes) -> str:
-    """Return why `data` is not one JSON value, with the byte at which that shows, or nothing if it is one."""
+def json_error(data: bytes) -> str:
+    """Return why `data` is not one JSON value, with the byte at which that shows; empty if it is one."""
     return _parsed(data)[1]
 
 
-def object_fault(data: bytes, fields: Mapping[str, Field], *, others: bool) -> str:
-    """Return why `data` is not a JSON object with these fields, or nothing if it is one. `others` says whether it may have
-    further fields.
-    """
+def object_error(data: bytes, fields: Mapping[str, Field], *, others: bool) -> str:
+    """Return why `data` is not a JSON object with these fields; empty if it is one. `others` allows further fields."""
     value, fault = _parsed(data)
     if fault:
         return fault
@@ -61,11 +59,11 @@ def object_fault(data: bytes, fields: Mapping[str, Field], *, others: bool) -> s
 
 
 def _parsed(data: bytes) -> tuple[Any, str]:
-    """Return the value, or what is wrong. The standard library's parser tells places as numbers, not in a sentence."""
+    """Return the parsed value, or what is wrong. Uses the standard library's parser, which reports positions as numbers."""
     try:
         text = data.decode().rstrip()  # an end that is missing is missed where the text ends, not behind blanks
     except UnicodeDecodeError as error:
-        return None, decode_fault(error)
+        return None, utf8_error(error)
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
         json.dumps(value, ensure_ascii=False).encode()

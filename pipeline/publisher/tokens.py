@@ -1,4 +1,4 @@
-"""Names the topic of what a log has acknowledged, so that a token can tell it from every other."""
+"""Tokens of what a log has acknowledged: each names its topic by id, so that a topic that was made anew is told apart."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.topics import DELTAS
 _log = logging.getLogger(__name__)
 
 
-class Naming:
-    """Asks `writer` for the id of the topic of deltas. Safe from any thread; those that ask at once share an answer."""
+class TokenMaker:
+    """Makes tokens with the id of the topic of deltas. Safe from any thread; threads that ask at once share an answer."""
 
     def __init__(self, writer: LogWriter) -> None:
         self._writer = writer
@@ -23,20 +23,20 @@ class Naming:
         self._known = ""
         """The newest id that the log told."""
         self._begun = self._done = 0
-        """Requests to the log, numbered as they begin; one at a time."""
+        """Numbers of the last request to the log that has begun, and of the last that was answered; one runs at a time."""
         self._asking = 0
-        """The thread that has begun the last one. A signal handler that runs there must not wait for it."""
+        """The thread of the last request. A signal handler that runs in it must not wait for it."""
         self._error: PipelineError | None = None
 
-    def before(self) -> str:
-        """Return the id that the topic had at some time before now: to be called before something is appended.
+    def topic_id_before(self) -> str:
+        """Return the id that the topic had at some time before now: to be called before anything is appended.
 
         Raises `Unavailable` if no id is known and the log does not tell one.
         """
         return self._known or self._ask()
 
-    def name(self, next_offsets: Mapping[int, int], before: str) -> Token:
-        """Return the token of what was acknowledged since `before` was the topic's id.
+    def make(self, next_offsets: Mapping[int, int], before: str) -> Token:
+        """Return the token of what was acknowledged since the topic's id was `before`.
 
         If the log is away by now, the topic is taken for the one that was there before: a topic made anew in so short a
         time is then named wrongly, and a read with that token is refused, not answered too early.
@@ -54,7 +54,7 @@ class Naming:
         return name_acknowledged(next_offsets, before, after, self._writer.high_watermarks(DELTAS))
 
     def _ask(self) -> str:
-        """Return what the log answers to a request that begins from now on."""
+        """Return the log's answer to a request that begins from now on."""
         with self._changed:
             wanted = self._begun + 1
             while self._begun > self._done and self._asking != threading.get_ident():

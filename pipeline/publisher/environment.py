@@ -1,9 +1,9 @@
-"""Settings that a publisher finds around it: in `pipeline.toml`, and in the environment (`PIPELINE_*`), which wins.
+"""Settings of a publisher from `pipeline.toml` and from the environment (`PIPELINE_*`), which wins.
 
-A publisher lives in other people's apps. A file that `PIPELINE_CONFIG` names was meant for it: what is wrong in that file is
+A publisher lives in other people's apps. A file that `PIPELINE_CONFIG` names was meant for it: anything wrong in it raises
 `Invalid`. A `pipeline.toml` that merely lies in the working directory may be another program's: it is taken as a whole or,
-with a warning, not at all, so that no app fails because of it. Of such a file options of librdkafka are never taken: some of
-them load code and run commands, and whoever may write to the folder need not be who runs the app.
+with a warning, not at all, so that no app fails because of it. From such a file options of librdkafka are never taken: some
+of them load code and run commands, and the user who may write to the folder need not be the one who runs the app.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from pipeline.settings import (
 )
 
 _log = logging.getLogger(__name__)
-_ALL = {item.name for group in GROUPS for item in fields(group)}  # type: ignore[arg-type]
+_GROUPS: tuple[Any, ...] = GROUPS
+_ALL = {item.name for group in _GROUPS for item in fields(group)}
 _KAFKA = "kafka"
 _SERVICE_LINK = re.compile(
     rf"{ENV_PREFIX}([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
-"""What Kubernetes puts into the environment of every pod if a service is called `pipeline`, or `pipeline-...`."""
-_told: set[str] = set()
-"""Warnings that this process has given: an app may make many publishers."""
+"""Variables that Kubernetes sets in every pod if a service is called `pipeline`, or `pipeline-...`."""
+_warned: set[str] = set()
+"""Warnings that this process has logged: an app may make many publishers."""
 
 Wanted = Mapping[str, Field[Any]]
 
 
 def find_settings(given: Collection[str], *, kafka: bool) -> dict[str, Any]:
-    """Return the settings of a publisher that stand in the file and the environment, but for those in `given`.
+    """Return the settings of a publisher that are in the file and the environment, without those in `given`.
 
-    `kafka`: whether the publisher talks to brokers, and needs the settings for that, too. Raises `Invalid` for a wrong value
+    With `kafka`, the settings for talking to brokers are among them. Raises `Invalid` for a wrong value
     in the environment, and for anything wrong in a file that `PIPELINE_CONFIG` names. Unknown names are logged as warnings.
     """
     groups: tuple[Any, ...] = (PublisherSettings, KafkaSettings) if kafka else (PublisherSettings,)
@@ -56,7 +57,7 @@ def find_settings(given: Collection[str], *, kafka: bool) -> dict[str, Any]:
 
 
 def closest(name: str, known: Collection[str]) -> str:
-    """Return a question that names what was perhaps meant; empty if nothing is alike."""
+    """Return a question that names the known setting that is most alike; empty if there is none."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -126,7 +127,7 @@ def _in_environment(wanted: Wanted) -> dict[str, Any]:
 
 
 def _parsed(item: Field[Any], text: str) -> Any:
-    """Return the value that a text stands for; the text itself if it stands for none, which is found when it is checked."""
+    """Return the value that a text stands for, or the text itself if it stands for none, so that the check refuses it."""
     default = default_of(item)
     try:
         if isinstance(default, int):
@@ -137,6 +138,6 @@ def _parsed(item: Field[Any], text: str) -> Any:
 
 
 def _warn(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
+    if text not in _warned:
+        _warned.add(text)
         _log.warning("%s", text)

@@ -1,11 +1,11 @@
-"""What a process has left in its slot: claimed, and sent under its own producer id until nothing is left."""
+"""The slot of a process that is gone: read, repaired, claimed, and sent under the producer id of that process."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from pipeline.core.codec import decode_batch, encode_batch
 from pipeline.core.kinds import KINDS, STATE_INT_BYTES_MAX, State, kind_of
 from pipeline.core.kinds.base import from_wire
-from pipeline.core.record import Definition
+from pipeline.core.record import Definition, fingerprint
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BadRecord, Invalid
 from pipeline.publisher.batching import Pending
@@ -38,10 +38,22 @@ from pipeline.publisher.spool.ring import (
     segment_name,
     segment_path,
 )
-from pipeline.publisher.spool.slot import CORRUPT, explained, lock_slot, open_folder, remove_slot, slots, sweep
+from pipeline.publisher.spool.slot import (
+    CORRUPT,
+    SlotInfo,
+    explained,
+    is_live,
+    lock_slot,
+    open_folder,
+    remove_slot,
+    slots,
+    sweep,
+)
 
 _RUN = 1_000_000
 """Records that are held in memory at a time."""
+_ATTEMPTS = 5
+"""How often a slot is read that its owner changes meanwhile."""
 _Value = int | float | str | bool | msgspec.msgpack.Ext | None
 _decode_numbers = msgspec.msgpack.Decoder(list[int | float | msgspec.msgpack.Ext]).decode
 _decode_triples = msgspec.msgpack.Decoder(list[tuple[int, int, _Value]]).decode
@@ -51,26 +63,26 @@ _BAD = (BadRecord, msgspec.MsgspecError, ValueError, TypeError, OverflowError)
 
 
 class SlotReport(msgspec.Struct):
-    """What was not as it should be in a slot."""
+    """The damages that were found in a slot."""
 
     torn_bytes: int = 0
-    """Of records that were begun and not ended when the process died; nobody was told that they were recorded."""
+    """Bytes of records that were half written when the process died. No caller was told that these were recorded."""
     corrupt: list[str] = []
-    """What is damaged, and which files were set aside. Then some deltas can be lost, and the files are kept."""
+    """Files that are damaged or were set aside, with the reason. Some deltas can be lost then; the files are kept."""
     bad_count: int = 0
-    """Records of series that are not known, or with values that the series can't have. Lost."""
+    """Number of records that are lost: of series that are not known, or with values that the series can't have."""
     lossy: bool = False
-    """Whether deltas were left aside, for a human, because nobody can say whether they were sent."""
+    """True if deltas were set aside for a human, because it is not known whether they were sent."""
 
 
 class Recorded:
-    """What was recorded and is in no batch, merged by series. Reading changes nothing."""
+    """The deltas of a slot that are in no batch, merged by series. Reading changes nothing."""
 
     def __init__(self, contents: Contents) -> None:
         self.report = SlotReport(corrupt=[*contents.damages])
         self.merged: dict[tuple[Definition, bytes], Pending] = {}
         self.stale: list[Path] = []
-        """Segments that no transaction knows any more, or yet: with nothing that is to be sent."""
+        """Segments that no transaction names any more, or yet. Nothing in them is to be sent."""
         self._definitions: dict[int, Definition] = {}
         self.series: dict[int, tuple[int, bytes]] = {}
         self.report.corrupt += [f"{kept.name}: set aside before" for kept in sorted(contents.folder.glob(f"*{CORRUPT}"))]
@@ -175,8 +187,8 @@ def _deltas(definition: Definition, encoded: bytes) -> list[State]:
     return KINDS["last"].from_columns([[row[i] for row in rows] for i in range(3)], len(rows))
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Return the slots of a spool folder, those of living processes included: `Leftover.claim` tells them apart.
+def find_slots(folder: Path) -> list[Path]:
+    """Return the slots of a spool folder, those of living processes included: `Orphan.claim` tells them apart.
 
     Raises `Invalid` for a folder that is no spool, or of another version.
     """
@@ -185,7 +197,7 @@ def leftovers(folder: Path) -> list[Path]:
     return slots(folder)
 
 
-class Leftover:
+class Orphan:
     """The slot of a process that is gone. One thread at a time.
 
     Make an outbox from `producer_id`, `epoch`, `next_sequences` and `batches`; seal `pending` with it, and `commit` that
@@ -216,7 +228,7 @@ class Leftover:
         """Everything that was recorded and is in no batch, each series once."""
 
     @classmethod
-    def claim(cls, path: Path, *, fsync: bool = False) -> Leftover | None:
+    def claim(cls, path: Path, *, fsync: bool = False) -> Orphan | None:
         """Take over a slot; None if its owner lives, or it is gone. Raises `Fenced` for a copy of one.
 
         A claim that ends without `remove`, by a crash or `release`, leaves a slot for the next one.
@@ -237,11 +249,11 @@ class Leftover:
         return encode_batch(msgspec.structs.replace(batch, epoch=self.epoch))
 
     def size_of(self, partition: int, sequence: int) -> int:
-        """Return the bytes of such a batch, about."""
+        """Return how many bytes such a batch has, about."""
         return self._database.batches[partition, sequence].size
 
     def commit(self, batches: Sequence[Sealed], pending: Sequence[Pending] = ()) -> None:
-        """Write that all of `pending`, as it was, is in `batches` now, or in `pending`. As `Spool.commit`."""
+        """Write that everything in `self.pending` is now in `batches` or in the new `pending`; see `Spool.commit`."""
         rings = self._database.root.rings
         self._database.commit(batches, encode_pending(pending), {key: (end, 0, end) for key, (_, _, end) in rings.items()})
         self.pending = [*pending]
@@ -257,7 +269,7 @@ class Leftover:
         self._database.acknowledge(batches)
 
     def remove(self) -> None:
-        """Remove the slot, which must be empty, and let go. If something in it is for a human, it is only put aside."""
+        """Remove the slot, which must be empty, and unlock it. A slot with damaged files is only set aside."""
         batches = self._database.batches
         if batches or self.pending:
             raise Invalid(f"slot {self.path.name} is not empty: {len(batches)} batches, {len(self.pending)} series")
@@ -266,7 +278,7 @@ class Leftover:
         self.release()
 
     def release(self) -> None:
-        """Let go of the slot; what is left in it waits for the next claim."""
+        """Unlock the slot; what is left in it waits for the next claim."""
         self._database.close()
         fd, self._lock_fd = self._lock_fd, -1
         if fd >= 0:
@@ -274,9 +286,9 @@ class Leftover:
 
 
 def _set_aside(contents: Contents, *, whole: bool, fsync: bool) -> None:
-    """Put a database with what is proven in place of one that is damaged, which is kept.
+    """Replace a damaged database by one with all rows that are whole. The damaged one is kept beside it.
 
-    Not `whole`: the rings are kept, too, and are not read again. Nobody can say what was sent of them.
+    If it is not `whole`, the rings are set aside, too, because it is not known which of their deltas were sent.
     """
     folder, base, lost = contents.folder, contents.root or Root("unknown", "", 0), max(0, contents.lost)
     new = folder / ".new"
@@ -303,3 +315,52 @@ def _set_aside(contents: Contents, *, whole: bool, fsync: bool) -> None:
             os.link(folder / name, folder / f"{name}{CORRUPT}")
         (new / name).rename(folder / name)
     new.rmdir()
+
+
+def inspect(folder: Path) -> list[SlotInfo]:
+    """Return what is in all slots of a spool folder, and change nothing, also while processes record to it.
+
+    Raises `Invalid` if it is no spool folder, or of another version.
+    """
+    open_folder(folder, FORMAT, make=False)
+    found = [_inspect(path) for path in slots(folder)]
+    return [info for info in found if info is not None]
+
+
+def _inspect(path: Path) -> SlotInfo | None:
+    """Return what is in a slot; None for one that is being removed."""
+    info = None
+    for _ in range(_ATTEMPTS):
+        with explained(f"reading {path}"), suppress(FileNotFoundError):
+            live = is_live(path)
+            with closing(Contents(path)) as contents:
+                info = _info(path, contents, live=live)
+            if not (live and info.corrupt):  # its owner can have written meanwhile
+                break
+    return info if path.exists() else None
+
+
+def _info(path: Path, contents: Contents, *, live: bool) -> SlotInfo:
+    recorded = Recorded(contents)
+    root, report = contents.root, recorded.report
+    firsts: dict[int, int] = {}
+    for partition, sequence in sorted(contents.batches, reverse=True):
+        firsts[partition] = sequence
+    sealed_ms = []
+    for partition, sequence in firsts.items():
+        with suppress(BadRecord):
+            sealed_ms.append(decode_batch(contents.load(partition, sequence)).created_at_ms)
+    return SlotInfo(
+        slot=path.name,
+        producer=fingerprint(root.producer_id) if root else "",
+        live=live,
+        epoch=root.epoch if root else 0,
+        bytes_total=sum([file.stat().st_size for file in path.iterdir()]),
+        batch_count=len(contents.batches),
+        entry_count=sum([kept.entry_count for kept in contents.batches.values()]),
+        series_count=len(recorded.series),
+        delta_count=sum([pending.delta_count for pending in recorded.merged.values()]),
+        oldest_ms=min([ms for ms in sealed_ms if ms], default=None),
+        torn_bytes=0 if live else report.torn_bytes,  # of a record that is just being written
+        corrupt="; ".join([*report.corrupt, *([f"{report.bad_count} bad records"] if report.bad_count else [])]),
+    )

@@ -71,12 +71,12 @@ def test_a_timeout_is_what_a_flush_would_raise() -> None:
 
 
 def test_a_task_can_be_cancelled() -> None:
-    """It ends at once, `asyncio.run` does too, and nothing is lost, kept waiting, or left running."""
+    """The task ends at once, `asyncio.run` does too, and nothing is lost, kept waiting, or left running."""
     log, pub = away()
 
     async def main() -> None:
         tasks = [asyncio.create_task(pub.flush_async(60)) for _ in range(10)]
-        await asyncio.to_thread(wait_until, lambda: pub._running.flushes)
+        await asyncio.to_thread(wait_until, lambda: pub._runtime.flushes)
         for task in tasks:
             task.cancel()
         assert all(isinstance(it, asyncio.CancelledError) for it in await asyncio.gather(*tasks, return_exceptions=True))
@@ -107,14 +107,14 @@ def test_what_was_rejected_is_raised_once() -> None:
         attempts = len(log.attempts)
         pub.sum("v").add(1)
         task = asyncio.create_task(pub.flush_async())
-        await asyncio.to_thread(wait_until, lambda: len(log.attempts) > attempts and pub._running.flushes)
+        await asyncio.to_thread(wait_until, lambda: len(log.attempts) > attempts and pub._runtime.flushes)
         task.cancel()
         await asyncio.wait((task,))
 
     for flush in (lambda: asyncio.run(pub.flush_async()), pub.flush):
         asyncio.run(cancelled())
         log.gate.set()
-        wait_until(lambda: not pub._running.flushes)
+        wait_until(lambda: not pub._runtime.flushes)
         wait_until(lambda flush=flush: raises(flush))  # type: ignore[misc]
         raises(flush)  # a flush that was under way with another one may have heard of it, too
         assert not raises(flush)
@@ -140,7 +140,7 @@ def test_any_number_of_coroutines_wait_in_one_thread() -> None:
 
     async def main() -> None:
         tasks = [asyncio.create_task(request()) for _ in range(500)]
-        await asyncio.to_thread(wait_until, lambda: pub._running.flushes)
+        await asyncio.to_thread(wait_until, lambda: pub._runtime.flushes)
         await asyncio.to_thread(together.wait, 20)
         assert len(sys._current_frames()) < 20
         await asyncio.to_thread(together.wait, 20)
@@ -153,12 +153,12 @@ def test_any_number_of_coroutines_wait_in_one_thread() -> None:
 
 
 def test_closing_ends_the_wait() -> None:
-    """What could not be acknowledged until then is said to wait in vain."""
+    """A coroutine that still waits is told that the publisher was closed."""
     _, pub = away()
 
     async def main() -> None:
         task = asyncio.create_task(pub.flush_async(60))
-        await asyncio.to_thread(wait_until, lambda: pub._running.flushes)
+        await asyncio.to_thread(wait_until, lambda: pub._runtime.flushes)
         with pytest.raises(Unavailable):
             await asyncio.to_thread(pub.close, 0.1)
         with pytest.raises(Unavailable, match="the publisher was closed"):

@@ -1,11 +1,11 @@
-"""The spool of a publisher's process: where its table records, and which of its batches are safe."""
+"""The spool of a publisher: where its table records, and which of its batches are safe."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import RLock
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -14,10 +14,9 @@ from pipeline.core.record import producer_id_of
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.errors import BufferFull, Unavailable
 from pipeline.metrics import Metrics
-from pipeline.publisher.account import Account
 from pipeline.publisher.batching import Pending
-from pipeline.publisher.spool.apart import apart
-from pipeline.publisher.spool.live import Spool
+from pipeline.publisher.memory import MemoryAccount
+from pipeline.publisher.spool.live import Spool, run_uninterrupted
 from pipeline.publisher.spool.ring import Segment
 from pipeline.publisher.spool.slot import slot_name
 from pipeline.settings import PublisherSettings
@@ -34,7 +33,7 @@ many of the spool's, so that the rest is free for others."""
 class PublisherSpool:
     """The spool of this process, made when it is first needed, and the batches of an outbox that it has.
 
-    Safe from any thread. `lock` is that of the delivery: it guards the outbox, and what is said of its batches here.
+    Safe from any thread. `account.lock` guards the outbox, and the sets of its batches here.
     """
 
     def __init__(
@@ -43,30 +42,29 @@ class PublisherSpool:
         secret: str,
         ends: Ends,
         outbox: Outbox,
-        account: Account,
-        lock: threading.RLock,
+        account: MemoryAccount,
         metrics: Metrics,
     ) -> None:
-        """`secret` is that of the producer; see `pipeline.publisher.identity`. `ends`: where the table's rings end now."""
+        """`secret` is the producer's; see `ports.ProvesProducers`. `ends` returns where the table's rings end now."""
         self.durable = settings.durability != "memory"
-        """True if a batch may be sent only once it is kept; else batches are kept so that they need no memory."""
+        """True if a batch may be sent only once the spool has it; else the spool only has batches to save memory."""
         self._settings = settings
         self._secret = secret
         self._ends = ends
         self._outbox = outbox
         self._account = account
-        self._lock = lock
+        self._lock = account.lock
         self._metrics = metrics
-        self._making = threading.RLock()
+        self._making = RLock()
         self._spool: Spool | None = None
-        self._kept: set[tuple[int, int]] = set()
         self._new: dict[tuple[int, int], Sealed] = {}
+        """Sealed batches that it does not have yet."""
         self._stale: set[tuple[int, int]] = set()
         """Batches that the spool could not forget when they were acknowledged."""
 
     def open(self) -> Spool:
         """Return the spool, which is made now if need be. Raises as `Spool` does."""
-        return self._spool or apart(self._make)
+        return self._spool or run_uninterrupted(self._make)
 
     def _make(self) -> Spool:
         with self._making:
@@ -115,24 +113,24 @@ class PublisherSpool:
 
     def define(self, definition: bytes, suffix: bytes) -> int | None:
         """Return a number for a series; None if its delta is to be dropped, because there is no room on the disk."""
-        return self._insist(lambda: self.open().define(definition, suffix))
+        return self._wait_for_disk(lambda: self.open().define(definition, suffix))
 
     def segment(self, shard: int, full: int, length: int) -> Segment | None:
         """Return where a shard goes on; None if the delta is to be dropped."""
-        return self._insist(lambda: self.open().segment(shard, full, length))
+        return self._wait_for_disk(lambda: self.open().segment(shard, full, length))
 
-    def _insist(self, attempt: Callable[[], T]) -> T | None:
-        if self.is_held:  # to wait for room would be in vain: nobody makes room before this returns
+    def _wait_for_disk(self, attempt: Callable[[], T]) -> T | None:
+        if self.is_held:  # nobody can make room before this returns
             try:
                 return attempt()
             except Unavailable as error:
                 raise BufferFull(str(error)) from None
-        return self._account.insist(attempt)
+        return self._account.wait_for_disk(attempt)
 
     # For the flusher
 
     def sealed(self, batch: Sealed) -> None:
-        """Take note of a new batch. The caller holds the lock."""
+        """Take note of a new batch, which the next `commit` keeps. The caller holds the lock."""
         self._new[batch.partition, batch.sequence] = batch
 
     def is_checkpoint_due(self) -> bool:
@@ -157,7 +155,7 @@ class PublisherSpool:
         positions: Mapping[int, tuple[int, int]] = MappingProxyType({}),
         gone: Iterable[int] = (),
     ) -> None:
-        """Keep all that was sealed, which can be sent from then on, and what is pending; see `Spool.commit`.
+        """Keep all sealed batches, which can be sent from then on, and what is pending; see `Spool.commit`.
 
         Raises `Unavailable` or `BufferFull` if that can't be done now; then it is called again.
         """
@@ -175,8 +173,6 @@ class PublisherSpool:
                 key = batch.partition, batch.sequence
                 if self._new.pop(key, None) is None:  # acknowledged meanwhile
                     settled.append(key)
-                else:
-                    self._kept.add(key)
         self.forget(settled)
 
     def release_memory(self, bytes_max: int) -> None:
@@ -186,7 +182,7 @@ class PublisherSpool:
             if self._outbox.bytes_total > bytes_max:
                 # The newest first: the oldest are sent next.
                 for batch in reversed([*self._outbox.pending()]):
-                    if (batch.partition, batch.sequence) in self._kept:
+                    if self._has(batch.partition, batch.sequence):
                         sealed = self._outbox.stow(batch.partition, batch.sequence)
                         back += len(sealed.value) if sealed else 0
                         count += sealed is not None
@@ -205,11 +201,11 @@ class PublisherSpool:
     @property
     def kept_count(self) -> int:
         """The number of unacknowledged batches that the spool has."""
-        return len(self._kept)
+        return self.batch_count - len(self._stale)
 
     def holds_back(self, sealed: Sealed) -> bool:
         """Return whether a batch may not be sent yet. The caller holds the lock."""
-        return self.durable and (sealed.partition, sealed.sequence) not in self._kept
+        return self.durable and not self._has(sealed.partition, sealed.sequence)
 
     def load(self, sealed: Sealed) -> bytes:
         """Return the bytes of a batch."""
@@ -217,36 +213,36 @@ class PublisherSpool:
 
     def settled(self, partition: int, sequence: int) -> bool:
         """Take note that a batch is never sent again; return whether to `forget` it. The caller holds the lock."""
-        key = partition, sequence
-        self._new.pop(key, None)
-        kept = key in self._kept
-        self._kept.discard(key)
-        return kept
+        self._new.pop((partition, sequence), None)
+        return self._has(partition, sequence)
+
+    def _has(self, partition: int, sequence: int) -> bool:
+        return self._spool is not None and self._spool.has(partition, sequence)
 
     def forget(self, batches: Sequence[tuple[int, int]]) -> None:
-        """Have the spool forget batches, and those that it could not forget before; without the lock."""
+        """Have the spool forget batches, and those that it could not forget before. The caller does not hold the lock."""
         with self._lock:
             stale = {*self._stale, *batches}
         if not stale:
             return
         try:
             self.open().acknowledge([*stale])
-        except (Unavailable, BufferFull) as error:  # whoever finds them sends them again, and they are dropped there
+        except (Unavailable, BufferFull) as error:  # if they are sent again, tasks drop them
             _log.warning("the spool keeps %d batches that were acknowledged: %s", len(stale), error)
             with self._lock:
                 self._stale |= stale
         else:
             with self._lock:
                 self._stale -= stale
-            self._account.freed()  # whoever closes the publisher waits for it
+            self._account.freed()  # `Runtime.say_closed` waits for it
 
     # The end
 
     def close(self) -> bool:
-        """Let go; return whether nothing is left in the spool."""
+        """Close the spool; return whether nothing is left in it."""
         return self._spool is None or self._spool.close()
 
     def abandon(self) -> None:
-        """Let go of what is the parent's, in a forked child."""
+        """Forget the parent's spool, in a forked child."""
         if self._spool is not None:
             self._spool.abandon()

@@ -12,7 +12,7 @@ from pipeline.core.token import Token
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Message, RawDelta
-from pipeline.publisher.naming import Naming
+from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
 from tests.publisher.support import CLOCK, FaultyLog, in_threads, memory_log, publisher, wait_until
@@ -122,12 +122,12 @@ def test_a_gateway_names_the_topic_that_acknowledged() -> None:
 def test_who_asks_at_once_shares_an_answer_that_is_new_enough() -> None:
     """No answer to a request that had begun before is taken; twenty threads cost few requests."""
     log, may = Topics(), threading.Event()
-    naming = Naming(log)
-    old = naming.before()
+    maker = TokenMaker(log)
+    old = maker.topic_id_before()
     log.asked = lambda: may.wait(20)
     first: list[Token] = []
     rest: list[Token] = []
-    asking = threading.Thread(target=lambda: first.append(naming.name({0: 1}, old)))
+    asking = threading.Thread(target=lambda: first.append(maker.make({0: 1}, old)))
     asking.start()
     wait_until(lambda: log.asked_count == 2)
     log.make_anew()
@@ -137,7 +137,7 @@ def test_who_asks_at_once_shares_an_answer_that_is_new_enough() -> None:
     def ask(i: int) -> None:
         if i:
             begun.append(i)
-            rest.append(naming.name({0: 1}, old))
+            rest.append(maker.make({0: 1}, old))
         else:
             wait_until(lambda: len(begun) == 20)
             may.set()
@@ -148,4 +148,4 @@ def test_who_asks_at_once_shares_an_answer_that_is_new_enough() -> None:
     assert {token.topic_id for token in rest} <= {log.topic_id(DELTAS), ""}
     assert len(rest) == 20
     assert log.asked_count < 15, "they share answers, but for those that come late"
-    assert naming.before() == log.topic_id(DELTAS)
+    assert maker.topic_id_before() == log.topic_id(DELTAS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pipeline.metrics as m
 from pipeline.errors import PipelineError
 from pipeline.ports import Message
-from pipeline.publisher.linger import Linger
+from pipeline.publisher.sender import FlushInterval
 from tests.publisher.support import FaultyLog, Meter, fold, publisher, wait_until
 
 latencies = st.floats(0, 100, allow_nan=False)
@@ -22,15 +22,15 @@ def test_the_interval_follows_latencies_within_its_bounds(
     seen: list[tuple[float, float]], least_ms: int, most_ms: int
 ) -> None:
     """The upper bound wins over a lower one; a log that takes at least as long each time never makes it shorter."""
-    quick, slow = Linger(least_ms, most_ms), Linger(least_ms, most_ms)
+    quick, slow = FlushInterval(least_ms, most_ms), FlushInterval(least_ms, most_ms)
     least_s, most_s = min(least_ms, most_ms) / 1000, most_ms / 1000
-    assert quick.interval_s == least_s
+    assert quick.current_s == least_s
     for latency_s, more_s in seen:
         quick.observe(latency_s)
         slow.observe(latency_s + more_s)
-        assert least_s <= quick.interval_s <= most_s
+        assert least_s <= quick.current_s <= most_s
         # the average begins anew after one of exactly 0, as nobody measures it
-        assert slow.interval_s >= quick.interval_s - 1e-9 or 0.0 in [it[0] for it in seen]
+        assert slow.current_s >= quick.current_s - 1e-9 or 0.0 in [it[0] for it in seen]
 
 
 @given(st.floats(0.0001, 10), st.floats(0.0001, 10))
@@ -39,14 +39,14 @@ def test_it_adapts_both_ways(before_s: float, after_s: float) -> None:
 
     Each has a fifth of the weight.
     """
-    linger = Linger(1, 3_600_000)
+    interval = FlushInterval(1, 3_600_000)
     for latency_s in (before_s, after_s):
         for _ in range(60):
-            linger.observe(latency_s)
+            interval.observe(latency_s)
     target_s = max(0.001, 4 * after_s)
-    assert abs(linger.interval_s - target_s) <= 0.1 * target_s + 1e-3 * before_s
-    linger.observe(after_s + 1)
-    assert abs(linger.interval_s - max(0.001, 4 * (after_s + 0.2))) <= 0.1 * target_s + 1e-3 * before_s
+    assert abs(interval.current_s - target_s) <= 0.1 * target_s + 1e-3 * before_s
+    interval.observe(after_s + 1)
+    assert abs(interval.current_s - max(0.001, 4 * (after_s + 0.2))) <= 0.1 * target_s + 1e-3 * before_s
 
 
 class SlowLog(FaultyLog):
