@@ -28,7 +28,7 @@ Since = Annotated[
 
 def _place(url: str | None, data: str | None) -> dict[str, Any]:
     if url is not None and data is not None:
-        raise Invalid("--from is a server or a broker, --data a folder that nobody has: one of them")
+        raise Invalid("--from is a server or a broker, --data a folder that no process has: one of them")
     return {"url": url or DEFAULT_URL, "data": data}
 
 
@@ -100,7 +100,7 @@ def replay(
     forgotten: Annotated[
         bool,
         typer.Option(
-            "--forgotten", help="Count whole records too of which nobody can tell any more whether they were counted."
+            "--forgotten", help="Count whole records, too, of which it is not known any more whether they were counted."
         ),
     ] = False,
     timeout_s: Annotated[

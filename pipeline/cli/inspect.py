@@ -35,8 +35,8 @@ SeriesMax = Annotated[
 def main() -> None:
     """Print what is in the log or in a store, record by record, and change nothing.
 
-    A broker is read beside whoever uses it. A data directory must be nobody's: stop `pipeline up` or the worker first, or
-    copy it. Producers are told by a fingerprint, as in logs and dead letters, never by the id that lets them send.
+    Clients of a broker are not disturbed. A data directory must not be in use: stop `pipeline up` or the worker first, or
+    copy it. Producers are shown by a fingerprint, as in logs and dead letters, never by the id that lets them send.
     """
 
 
@@ -96,7 +96,7 @@ def changelog(
         pipeline inspect changelog --from kafka://127.0.0.1:9092 --partition 3 --json
 
     Series with their labels and states, definitions, producers, positions, fence records of new owners, tombstones, and
-    foreign records: what somebody else wrote, who should not be able to.
+    foreign records, which no worker wrote.
     """
     from pipeline.cli.record_text import changelog_lines, show
     from pipeline.roles.offline import open_log
@@ -141,7 +141,7 @@ def store(
 
 def _check_follow(follow: bool, url: str | None, end: int | None) -> None:
     if follow and url is None:
-        raise typer.BadParameter("--follow: a data directory that is looked at has nobody who would write to it")
+        raise typer.BadParameter("--follow: nothing is written to a data directory while it is inspected")
     if follow and end is not None:
         raise typer.BadParameter("--follow goes on; --end ends: one of them")
 

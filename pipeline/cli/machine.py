@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,9 +63,9 @@ class Growth:
     """Growth of counters since the last sample."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, ...], int] = {}
 
-    def of(self, values: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
+    def of(self, values: Mapping[tuple[str, ...], int]) -> list[tuple[tuple[str, ...], int]]:
         """Return the counters that have grown, and by how much; counters that are missing in `values` are forgotten."""
         seen, self._seen = self._seen, dict(values)
         grown = []
@@ -95,7 +95,7 @@ class Processes:
         for process in psutil.process_iter(["name", "create_time", "cpu_times"]):
             times = process.info["cpu_times"]
             if times is None:
-                continue  # not ours to see
+                continue  # no permission to read them
             key = process.pid, process.info["create_time"] or 0.0  # pids are used again
             total_ms = round(1000 * (times.user + times.system))
             # A process that the last sample did not show has started since: all of its time is new.
@@ -126,63 +126,43 @@ class Cpus:
         self._first = False
 
 
-class Network:
-    """Bytes, by interface and direction."""
+class Counters:
+    """The growth of counters, each with the labels of its series."""
 
-    name = "network"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str, view: str, read: Callable[[], Mapping[tuple[str, ...], int]]) -> None:
+        self.name = name
+        self._view = view
+        self._read = read
         self._growth = Growth()
 
     def sample(self, sink: Sink) -> None:
-        counters = psutil.net_io_counters(pernic=True, nowrap=False) or {}
-        if not counters:
-            raise NoCounters("no network interfaces")
-        values = {(name, "received"): c.bytes_recv for name, c in counters.items()}
-        values.update({(name, "sent"): c.bytes_sent for name, c in counters.items()})
-        for (name, direction), delta in self._growth.of(values):
-            sink.record("network_bytes", delta, printable(name), direction)
-
-
-class Disks:
-    """Bytes, by disk and direction."""
-
-    name = "disks"
-
-    def __init__(self) -> None:
-        self._growth = Growth()
-
-    def sample(self, sink: Sink) -> None:
-        counters = psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
-        # Linux lists partitions beside their disks, which would count each byte twice.
-        disks = {n: c for n, c in counters.items() if not _SYS_BLOCK.is_dir() or (_SYS_BLOCK / n).exists()}
-        if not disks:
-            raise NoCounters("no disk counters")
-        values = {(name, "read"): c.read_bytes for name, c in disks.items()}
-        values.update({(name, "written"): c.write_bytes for name, c in disks.items()})
-        for (name, direction), delta in self._growth.of(values):
-            sink.record("disk_bytes", delta, printable(name), direction)
-
-
-class Switches:
-    """Context switches and interrupts of the whole machine, by kind."""
-
-    name = "switches"
-
-    def __init__(self) -> None:
-        self._growth = Growth()
-
-    def sample(self, sink: Sink) -> None:
-        stats = psutil.cpu_stats()
-        values = {
-            ("context", ""): stats.ctx_switches,
-            ("interrupt", ""): stats.interrupts,
-            ("soft_interrupt", ""): stats.soft_interrupts,
-        }
+        values = self._read()
         if not any(values.values()):
-            raise NoCounters("no counts of context switches")
-        for (kind, _), delta in self._growth.of(values):
-            sink.record("switches", delta, kind)
+            raise NoCounters(f"no counters of {self.name}")
+        for labels, delta in self._growth.of(values):
+            sink.record(self._view, delta, *map(printable, labels))
+
+
+def read_network() -> dict[tuple[str, ...], int]:
+    """Return bytes by interface and direction."""
+    counters = psutil.net_io_counters(pernic=True, nowrap=False) or {}
+    received = {(name, "received"): it.bytes_recv for name, it in counters.items()}
+    return received | {(name, "sent"): it.bytes_sent for name, it in counters.items()}
+
+
+def read_disks() -> dict[tuple[str, ...], int]:
+    """Return bytes by disk and direction."""
+    counters = psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
+    # Linux lists partitions beside their disks, which would count each byte twice.
+    disks = {n: c for n, c in counters.items() if not _SYS_BLOCK.is_dir() or (_SYS_BLOCK / n).exists()}
+    read = {(name, "read"): it.read_bytes for name, it in disks.items()}
+    return read | {(name, "written"): it.write_bytes for name, it in disks.items()}
+
+
+def read_switches() -> dict[tuple[str, ...], int]:
+    """Return context switches and interrupts of the whole machine, by kind."""
+    it = psutil.cpu_stats()
+    return {("context",): it.ctx_switches, ("interrupt",): it.interrupts, ("soft_interrupt",): it.soft_interrupts}
 
 
 class Memory:
@@ -218,4 +198,9 @@ class HostInfo:
 
 def samplers(clock: Clock) -> list[Sampler]:
     """Return all samplers, one for each thread that records."""
-    return [Processes(), Cpus(), Network(), Disks(), Switches(), Memory(), HostInfo(clock)]
+    counters = [
+        Counters("network", "network_bytes", read_network),
+        Counters("disks", "disk_bytes", read_disks),
+        Counters("switches", "switches", read_switches),
+    ]
+    return [Processes(), Cpus(), *counters, Memory(), HostInfo(clock)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from itertools import compress
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pipeline.metrics as m
 from pipeline.core import codec
@@ -65,6 +65,7 @@ _PLANS_MAX = 10_000
 _POINT_TRIES = 3
 """Attempts of a point read at finding the definitions of a view, if they change meanwhile."""
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
 _decode_position = lru_cache(maxsize=4_096)(codec.decode_position)
@@ -138,10 +139,7 @@ class ViewReader:
     def _look(self, query: Query) -> _Plan:
         """Read from the stores which definitions to merge."""
         stores = self._stores()
-        try:
-            heads = _heads(stores, query.view)
-        except StoreCorrupt as error:
-            raise report_damage(self._on_damage, stores, error) from None
+        heads = self._from(stores, _heads, query.view)
         self._check_unchanged(stores)
         return self._plan(query, stores, heads)
 
@@ -211,16 +209,16 @@ class ViewReader:
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock."""
         answer = self.point(query)
-        return self._scan(query, deadline_s) if answer is None else answer
+        return self._from(self._stores(), self._scan, query, deadline_s) if answer is None else answer
 
-    def _scan(self, query: Query, deadline_s: float) -> Answer:
-        stores = self._stores()
+    def _from(self, stores: Mapping[int, ReadableStore], read: Callable[..., T], *arguments: Any) -> T:
+        """Return `read(stores, *arguments)`; a store in which it meets damage is rebuilt."""
         try:
-            return self._scan_stores(query, deadline_s, stores)
+            return read(stores, *arguments)
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
 
-    def _scan_stores(self, query: Query, deadline_s: float, stores: Mapping[int, ReadableStore]) -> Answer:
+    def _scan(self, stores: Mapping[int, ReadableStore], query: Query, deadline_s: float) -> Answer:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
@@ -311,20 +309,15 @@ class ViewReader:
 
     def definitions(self) -> tuple[list[Listed], AsOf]:
         """Return all definitions with their counts of series, and the state that they are of."""
-        stores = self._stores()
-        try:
-            return self._list_stored(stores)
-        except StoreCorrupt as error:
-            raise report_damage(self._on_damage, stores, error) from None
+        return self._from(self._stores(), self._list_stored)
 
     def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        positions: dict[int, Position] = {}
+        positions = _read_positions(snapshots)
         entries: list[codec.DefinitionEntry] = []
         for number, snapshot in snapshots.items():
-            positions[number] = decode_stored(number, _position, snapshot.get([POSITION_KEY])[0])
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 entries.append(decode_stored(number, codec.decode_definition, value))
         return listed(entries), self._as_of(positions, seen)
@@ -335,21 +328,16 @@ class ViewReader:
         At most `openmetrics_series_max` series are returned, in the order of names. Views that can't be shown are named as
         omitted. Raises `NotFound` for an unknown view, `Unavailable` if it takes beyond `deadline_s`.
         """
-        stores = self._stores()
-        try:
-            return self._scrape(views, deadline_s, stores)
-        except StoreCorrupt as error:
-            raise report_damage(self._on_damage, stores, error) from None
+        return self._from(self._stores(), self._scrape, views, deadline_s)
 
-    def _scrape(self, views: Collection[str], deadline_s: float, stores: Mapping[int, ReadableStore]) -> Exposition:
+    def _scrape(self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float) -> Exposition:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        positions: dict[int, Position] = {}
+        positions = _read_positions(snapshots)
         found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, str] = {}
         for number, snapshot in snapshots.items():
-            positions[number] = decode_stored(number, _position, snapshot.get([POSITION_KEY])[0])
             for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 view = key[len(TAG_DEFINITION) :].partition(b"\x00")[0].decode(errors="replace")
                 if views and view not in views:
@@ -404,10 +392,7 @@ class ViewReader:
         seen = self._note_ends()
         for number in seen.end_offsets.keys() - stores.keys():  # a new partition without a store
             self._metrics.set(m.STALENESS, inf, number)
-        try:
-            positions = {n: decode_stored(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
-        except StoreCorrupt as error:
-            raise report_damage(self._on_damage, stores, error) from None
+        positions = self._from(stores, _read_positions)
         self._check_unchanged(stores)
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         states = []
@@ -479,6 +464,10 @@ def _position(value: bytes | None) -> Position:
     return NO_POSITION if value is None else _decode_position(value)
 
 
+def _read_positions(stores: Mapping[int, StoreView]) -> dict[int, Position]:
+    return {n: decode_stored(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
+
+
 def _shape(query: Query) -> tuple[str, str | None, int | None]:
     return query.view, query.kind, query.window_s
 
@@ -488,11 +477,9 @@ def _versions(positions: Mapping[int, Position]) -> dict[int, int]:
 
 
 def _heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
-    heads = _Heads({}, [])
+    # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
+    positions = _read_positions(stores)
     prefix = definitions_prefix(view)
-    for number, store in stores.items():
-        heads.positions[number] = decode_stored(number, _position, store.get([POSITION_KEY])[0])
-        heads.entries.extend(
-            decode_stored(number, _decode_definition, value) for _, value in store.scan(prefix, prefix_end(prefix))
-        )
-    return heads
+    scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
+    entries = [decode_stored(number, _decode_definition, value) for number, scan in scans for _, value in scan]
+    return _Heads(positions, entries)

@@ -199,7 +199,7 @@ class ReadService:
         raise NotReady(_too_old(request))
 
     def _is_other(self, after: Token) -> bool:
-        """Return whether the token is of another topic than the log has; False while the log has not told its topic."""
+        """Return whether the token is of another topic than the log has; False while the topic of the log is unknown."""
         topic_id = self._reader.topic_id
         return bool(after.next_offsets and topic_id) and topic_id != after.topic_id
 

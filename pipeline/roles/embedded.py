@@ -107,20 +107,15 @@ class Engine:
             metrics=metrics,
             on_damage=self._loop.distrust,
         )
-        self.ingest = self._gateway(publisher_settings, worker, query.idempotent_partitions, metrics)
-
-    def _gateway(
-        self, settings: PublisherSettings | None, worker: WorkerSettings, partitions: int, metrics: Metrics
-    ) -> Gateway:
-        return Gateway(
+        self.ingest = Gateway(
             self.log,
             self.clock,
-            settings or PublisherSettings(),
+            publisher_settings or PublisherSettings(),
             partial(find_definition, self.reader),
             metrics,
             limits=worker.task_limits(),
             facts=StoredState(self.stores),
-            idempotent_partitions=partitions,
+            idempotent_partitions=query.idempotent_partitions,
         )
 
     @property

@@ -77,7 +77,7 @@ class ClusterWorker(KafkaRole):
         if name:
             from pipeline.adapters.faust.security import security_of
 
-            self._security = security_of(self._kafka.kafka)  # what it can't do is said before anything else is done
+            self._security = security_of(self._kafka.kafka)  # refuses what it can't do before anything is opened
         publisher = publisher_settings or PublisherSettings()
         super().__init__(url, log_settings, self._kafka, publisher, on_fatal)
         self.url = ""
@@ -126,7 +126,7 @@ class ClusterWorker(KafkaRole):
         )
 
     def _distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
-        self._loop.distrust(partition, store, error)  # made after the feeds, which it is passed to
+        self._loop.distrust(partition, store, error)  # a method, because the loop is made after the feeds
 
     def _new_standbys(self) -> ReplicaLoop:
         standbys = ReplicaLoop(

@@ -36,7 +36,7 @@ def end(demo: Program) -> tuple[int, dict[str, Any]]:
 
 
 def read(ask: Callable[[], Any]) -> Any:
-    """What is read, or None while the server is not that far."""
+    """Return what is read; None while the server is not that far."""
     try:
         return ask()
     except (NotFound, NotReady):
@@ -174,12 +174,12 @@ def test_sources_record_what_is_declared() -> None:
 
 
 def test_a_machine_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is nothing to read, a source says so."""
+    """A sampler without counters to read says so."""
     monkeypatch.setattr(psutil, "disk_io_counters", lambda **_: None)
     monkeypatch.setattr(psutil, "net_io_counters", lambda **_: {})
-    for source in (machine.Disks(), machine.Network()):
+    for read in (machine.read_disks, machine.read_network):
         with pytest.raises(machine.NoCounters):
-            source.sample(Sink())
+            machine.Counters("name", "view", read).sample(Sink())
 
 
 def test_names_of_others_are_made_printable() -> None:
@@ -192,7 +192,7 @@ def test_names_of_others_are_made_printable() -> None:
 
 
 class AnyView:
-    """As much of a publisher's view, and of its cells, as a recorder needs."""
+    """The parts of a publisher's view, and of its bound series, that a recorder needs."""
 
     def __init__(self, definition: Definition) -> None:
         self.definition = definition
@@ -213,7 +213,7 @@ DEFINITIONS = [Definition(f"v_{kind}", kind, ("k",)) for kind in ("sum", "min", 
 
 
 def test_counts_of_threads_add_up() -> None:
-    """What several recorders counted makes the answer that each kind promises."""
+    """The counts of several recorders make the answer that each kind promises."""
     views = {definition.view: AnyView(definition) for definition in DEFINITIONS}
     recorders = [Recorder(views, SystemClock()) for _ in range(2)]
     for values, recorder in zip(([4, -1, 7], [2.5, 3]), recorders, strict=True):

@@ -180,7 +180,7 @@ def travelling(definition: Definition, series: Mapping[Sequence[str], Any]) -> t
 
 
 class Reply(NamedTuple):
-    """What a server answered."""
+    """A server's answer."""
 
     status: int
     headers: Mapping[str, str]

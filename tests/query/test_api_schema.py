@@ -81,7 +81,7 @@ def test_any_bytes_are_answered_as_documented(api_schema: Any) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/views", "/v1/status", "/healthz", "/readyz", "/metrics"])
 def test_plain_answers_are_as_documented(api_schema: Any, path: str) -> None:
-    """What takes no parameters answers in its documented shape."""
+    """Operations without parameters answer in their documented shape."""
     conforms(api_schema[path]["get"], schemathesis.GenerationMode.POSITIVE, 3)
 
 
@@ -147,7 +147,7 @@ def test_the_document_is_what_requests_are_held_to() -> None:
 
 
 def resolved(document: Any, nodes: list[Any]) -> list[Any]:
-    """The same list, with what references lead to in their place."""
+    """Return the list with its references replaced by what they lead to."""
     found = []
     for node in nodes:
         if "$ref" in node:

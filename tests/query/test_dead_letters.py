@@ -52,7 +52,7 @@ def world() -> World:
 
 @pytest.fixture
 def server(world: World) -> Iterator[Server]:
-    """The same, served and folded all the time."""
+    """Serve the world, and fold it all the time."""
     with serving(world) as running:
         yield running
 
@@ -66,7 +66,7 @@ def total(world: World, view: str) -> Any:
 
 
 def order(server: Server, **fields: Any) -> Any:
-    """What a request to replay is answered."""
+    """Return the answer to a request to replay."""
     reply = server.request("POST", "/v1/dead-letters/replay", json.dumps(fields).encode())
     assert reply.status == 200, reply.body
     return reply.json()
@@ -146,7 +146,7 @@ def test_nobody_folds(world: World) -> None:
 
 
 def test_a_whole_record_of_which_a_group_is_refused_counts_in_part(world: World) -> None:
-    """Its good groups count; each of the others is a letter of its own, which counts when there is room for it."""
+    """The good groups count; each other group becomes a letter of its own, which counts when there is room for it."""
     put(world, batch(0, group(GOOD, 1), epoch=3), batch(1, group(GOOD, 10), group(WRONG, 20), group(OTHER, 30), epoch=2))
     world.fold()
     with world.folding():
@@ -229,7 +229,7 @@ def test_wrong_reads_are_refused(server: Server) -> None:
 
 
 def test_servers_that_only_read_have_no_letters() -> None:
-    """Who may read views may not see what was refused, nor replay it."""
+    """A server without ingest neither shows nor replays what was refused."""
     world = World(1)
     world.ingest = None
     with serving(world) as running:

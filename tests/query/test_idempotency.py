@@ -107,7 +107,7 @@ def test_a_repeat_that_is_refused_says_what_may_be_counted(monkeypatch: pytest.M
 
 
 def test_another_server_counts_a_repeat_once(server: Server) -> None:
-    """It shares nothing with the first but the log, and has just been started."""
+    """A server that was just started shares nothing with the first but the log, and counts the repeat once."""
     assert post(server, "moved", delta("moved", 7)).status == 200
     world = server.world
     first, world.ingest = world.ingest, Gateway(world.log, world.clock, PublisherSettings(), world._definition_of)
@@ -121,7 +121,7 @@ def test_another_server_counts_a_repeat_once(server: Server) -> None:
 
 @pytest.mark.parametrize("bad", ["", '""', " ", "a b", "x" * (KEY_LENGTH_MAX + 1), "ü", '"unended', '"a\\b"', "tab\t."])
 def test_a_key_that_is_none(bad: str) -> None:
-    """It is refused, not ignored: the client counts on it."""
+    """An invalid key is refused, not ignored: the client relies on it."""
     with pytest.raises(Invalid, match="Idempotency-Key: 1 to 200"):
         parse_key([bad])
 

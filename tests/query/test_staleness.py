@@ -120,7 +120,7 @@ def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
 
 
 def test_a_reader_behind_the_log_grows_stale() -> None:
-    """What was seen before the missing record was accepted bounds it, tighter than the last folded record does."""
+    """An end offset seen before the missing record was accepted gives a tighter bound than the last folded record."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
@@ -212,7 +212,7 @@ def test_gauges_hide_nothing() -> None:
 
 
 def test_late_and_fallen_observations() -> None:
-    """One that comes after a newer one is dropped; a log that ends earlier than before was made anew."""
+    """An observation that comes after a newer one is dropped; a log that ends earlier than before was made anew."""
     kept = EndOffsetHistory()
     kept.observe(2.0, 10)
     kept.observe(1.0, 5)
@@ -241,7 +241,7 @@ def test_what_was_seen_counts_before_the_wall_clock(position: Position, reached_
 
 
 def test_ends_are_noted_before_the_store_is_looked_at() -> None:
-    """What is folded between the two can only make an answer fresher than it says."""
+    """A record that is folded between the two can only make an answer fresher than it says."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
@@ -264,7 +264,7 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
     reader.definition("v")
     for call in (
         lambda: reader.point(Query("v")),
-        lambda: reader._scan(Query("v"), 1e18),
+        lambda: reader._scan(reader._stores(), Query("v"), 1e18),
         reader.views,
         reader.partitions,
     ):
