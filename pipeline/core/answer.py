@@ -12,12 +12,12 @@ from pipeline.errors import Invalid
 
 
 class AsOf(msgspec.Struct, frozen=True):
-    """What an answer reflects."""
+    """Part of the log that an answer reflects."""
 
     staleness_ms: int | None
     """Upper bound on the age of anything that the log had accepted and the answer lacks; None: unknown."""
     next_offsets: dict[str, int]
-    """By partition: the first record of the deltas topic that is not in the answer."""
+    """By partition, the offset of the first record of the deltas topic that is not in the answer."""
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     series_total: int | None = None
     """The number of all series, if the answer is truncated."""
     also: tuple[Alternative, ...] = ()
-    """What else the view is: kinds and windows that `kind` and `window_s` choose."""
+    """Other kinds and windows of the view, which `kind` and `window_s` choose."""
 
     def value(self) -> Any:
         """Return the only series' value, None if there is none. Raises `Invalid` if there are several."""
@@ -79,18 +79,18 @@ class Views(msgspec.Struct, frozen=True):
 
 
 class Changed(msgspec.Struct, frozen=True):
-    """What was dropped or reset."""
+    """Definitions that an order drops or resets."""
 
     action: str
     view: str
     definitions: list[View]
-    """As they were known when the order was given."""
+    """Definitions as they were known when the order was given."""
     token: str
     """`after=<token>` of a read waits until the order is carried out."""
 
 
 class PartitionState(msgspec.Struct, frozen=True):
-    """How far one partition is."""
+    """Progress of one partition."""
 
     partition: int
     next_offset: int
@@ -104,7 +104,7 @@ class PartitionState(msgspec.Struct, frozen=True):
 
 
 class RestoreStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How far the restore of a store is."""
+    """Progress of the restore of a store."""
 
     entries: int
     """Changelog records that are applied."""
@@ -113,7 +113,7 @@ class RestoreStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     entries_per_s: float
     seconds_left: float
     waiting: str = ""
-    """Why the restore does not go on."""
+    """Reason why the restore does not go on."""
 
 
 class PartitionStatus(msgspec.Struct, kw_only=True):
@@ -156,7 +156,7 @@ class Status(msgspec.Struct, kw_only=True):
     app: str | UnsetType = UNSET
     name: str | UnsetType = UNSET
     at_ms: int | UnsetType = UNSET
-    """When this was so."""
+    """Time of the status."""
     topic_id: str | UnsetType = UNSET
     """The id of the topic of deltas, as tokens name it; empty while the log has not told it."""
     fenced_count: int | UnsetType = UNSET

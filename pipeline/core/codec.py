@@ -1,4 +1,4 @@
-"""Bytes of batches, entries and positions. The first byte of each is a version; golden files hold every one for ever.
+"""Encoding of batches, entries and positions. The first byte of each is a version; golden files keep one of each for ever.
 
     batch       0x02 crc32c(4) partition(4) msgpack([producer_id, epoch, sequence, floor, created_at_ms, closing, origin,
                                                      controls, groups])
@@ -18,8 +18,8 @@ or empty. The checksum is CRC-32C (RFC 3720, appendix B.4), big endian, over eve
 
 Ints beyond 64 bits travel as extension type 1: signed, big endian; extension type 2 is for states that are bytes. Decoding
 arbitrary bytes yields a value or `BadRecord`, in time proportional to their length and in at most `MEMORY_FACTOR` times
-their memory. State of a version that is still to come, which only a newer program writes, is `NewerFormat` and not to be
-thrown away; batches come from anybody, so one of them is just a bad record.
+their memory. Entries and positions of a later version, which only a newer program writes, raise `NewerFormat`, because they
+must not be thrown away; anybody can send batches, so a batch of a later version is just a bad record.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ from pipeline.errors import BadRecord, Invalid, NewerFormat
 
 VERSION = b"\x02"
 FORMAT = VERSION[0]
-"""What this program writes, and the newest that it reads."""
+"""Format that this program writes, and the newest that it reads."""
 _NEWEST = b"\x1f"
-"""No format will ever be higher: what is only noise is not taken for one."""
+"""Highest number that a format will ever have; a higher first byte is noise."""
 PRODUCER_ID_BYTES_MAX = 100
 GROUP_COUNT_MAX = 10_000
 CONTROL_COUNT_MAX = 1_000
 MEMORY_FACTOR = 80
-"""Decoding needs at most so many bytes of memory for each byte of a value, whatever that holds: an empty column takes one
-byte in a batch and 65 in memory, a group that is refused 7 bytes and 500."""
+"""Upper bound of the memory that decoding takes for each byte of a value: an empty column takes one byte in a batch and 65
+in memory, a group that is refused 7 and 500."""
 HEAD_BYTES = 9
 """Version, checksum and partition of a batch."""
 
@@ -94,13 +94,13 @@ class RefusedGroup(msgspec.Struct, frozen=True):
     """A group that can't be folded; the other groups of its batch can."""
 
     index: int
-    """Where it stands in the batch."""
+    """Index of the group in the batch."""
     view: str
     reason: str
 
 
 class Received(msgspec.Struct, frozen=True):
-    """A batch as it came from outside. `batch.groups[i]` stood at `indexes[i]`; what is wrong in itself is `refused`."""
+    """A batch as it came from outside. `batch.groups[i]` stood at `indexes[i]`; `refused` are the groups that are wrong."""
 
     batch: Batch
     indexes: list[int]
@@ -109,35 +109,35 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class DefinitionEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """What a partition keeps about a definition."""
+    """Entry of a definition in a partition."""
 
     definition: Definition
     series_count: Counter
-    """How many of its series live in this partition."""
+    """Number of the definition's series in this partition."""
     defined_at_ms: Counter
-    """When the log accepted its first batch: the kind and window that a view had first are those that it answers with."""
+    """Time at which the log accepted the first batch; a view answers with the kind and window that were defined first."""
 
 
 class DeadLetter(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """What was refused when it was folded: a record, or one group of a batch."""
+    """A record, or one group of a batch, that was refused when it was folded."""
 
     partition: int
     offset: int
     at_ms: int
     reason: str
     view: str
-    """The view of the group that was refused; empty if the whole record was."""
+    """View of the group that was refused; empty if the whole record was."""
     value: bytes | None
-    """The record as it was, or a batch with nothing but the group; None if it did not fit into the dead-letter topic."""
+    """The record, or a batch with nothing but the group; None if that did not fit into the dead-letter topic."""
 
 
 class _LaterPosition(Position, array_like=True, frozen=True, forbid_unknown_fields=False):
-    """What every later format's position begins with."""
+    """Fields with which the position of every later format begins."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _POSITION_HEAD = bytes((0x90 + len(Position.__struct_fields__),))
-"""An array of as many items as a position has."""
+"""First byte of an array with as many items as a position has."""
 _decode_batch = msgspec.msgpack.Decoder(_WireBatch).decode
 _decode_head = msgspec.msgpack.Decoder(_BatchHead).decode
 _decode_entries = msgspec.msgpack.Decoder(list[tuple[_Scalar, ...]]).decode
@@ -152,7 +152,7 @@ T = TypeVar("T")
 
 
 def check_version(value: bytes, what: str) -> None:
-    """Raise `NewerFormat` if state was written by a newer program, `BadRecord` if its first byte is no version."""
+    """Raise `NewerFormat` if a newer program wrote this entry or position, `BadRecord` if its first byte is no version."""
     if VERSION < value[:1] <= _NEWEST:
         raise NewerFormat(
             f"{what}: it has format {value[0]}, and this program reads {FORMAT}: start the newer program that wrote it"
@@ -190,12 +190,12 @@ def _seal(partition: int, body: bytes) -> bytes:
 
 
 def encode_batch(batch: Batch) -> bytes:
-    """The bytes of a batch, as they go to the log."""
+    """Return the bytes of a batch, as they go to the log."""
     return encode_drafted(batch, encode_groups(batch.groups))
 
 
 def encode_groups(groups: Sequence[Group]) -> bytes:
-    """The groups of a batch as the last item of its body."""
+    """Encode the groups of a batch as the last item of its body."""
 
     def encoded(column: Callable[[list[Any]], list[Any]]) -> bytes:
         columns = [[column(c) for c in KINDS[g.definition.kind].to_columns(g.states)] for g in groups]
@@ -208,15 +208,15 @@ def encode_groups(groups: Sequence[Group]) -> bytes:
 
 
 def encode_drafted(batch: Batch, groups: bytes) -> bytes:
-    """The bytes of a batch with these groups, encoded as by `encode_groups`, in place of its own."""
+    """Return the bytes of a batch with groups that `encode_groups` has encoded in place of its own."""
     numbers = batch.epoch, batch.sequence, batch.floor, batch.created_at_ms
     head = _encode((batch.producer_id, *numbers, batch.closing, batch.origin, batch.controls))
-    # The head is an array of all but the groups: one that says one item more, and its items.
+    # The head is the array of all fields but the groups, with a length that counts the groups, too.
     return _seal(batch.partition, bytes((head[0] + 1,)) + head[1:] + groups)
 
 
 def decode_batch(value: bytes) -> Batch:
-    """The inverse of `encode_batch`; `BadRecord` if anything in it is wrong, also if it is one group only."""
+    """Decode what `encode_batch` returned. Raises `BadRecord` if anything in it is wrong, even if that is one group only."""
     received = receive_batch(value)
     for refused in received.refused:
         raise BadRecord(f"group {refused.index}: {refused.reason}")
@@ -224,7 +224,7 @@ def decode_batch(value: bytes) -> Batch:
 
 
 def receive_batch(value: bytes) -> Received:
-    """The batch in untrusted bytes: `BadRecord` if it is none as a whole; what is wrong with one group is told of that one.
+    """Decode the batch in untrusted bytes. Raises `BadRecord` if they are no batch; a group that is wrong is only left out.
 
     Suffixes are not checked; see `check_group`.
     """
@@ -269,10 +269,10 @@ def check_group(group: Group, at_ms: int, *, ts_ahead_max_ms: int) -> None:
 
 
 def with_group(received: Received, index: int, *, whole: bool = False) -> bytes:
-    """The bytes of a batch with only one group of the one that was received, as it came.
+    """Return the bytes of a batch with one group of the batch that was received, as it came.
 
-    Whatever else that one did has been done: so there are no control records, and no origin, which counts as folded by now.
-    With `whole` the group is all that there was, so that the origin was not folded, and stays.
+    The rest of the received batch is folded: so the new one has no control records, and no origin, which counts as folded.
+    With `whole` the group is all that the batch had; then the origin was not folded, and stays.
     """
     origin = received.wire.origin if whole else None
     wire = msgspec.structs.replace(received.wire, closing=False, origin=origin, controls=[], groups=[])
@@ -282,7 +282,7 @@ def with_group(received: Received, index: int, *, whole: bool = False) -> bytes:
 
 
 def with_producer(received: Received, producer_id: str, origin: Origin | None) -> bytes:
-    """The bytes of the only batch of a producer, with all groups of the one that was received, as they came."""
+    """Return the bytes of the only batch of a producer, with all groups of the batch that was received, as they came."""
     numbers = {"epoch": 0, "sequence": 0, "floor": 0}
     wire = msgspec.structs.replace(
         received.wire, producer_id=producer_id, **numbers, closing=False, origin=origin, controls=[], groups=[]
@@ -312,13 +312,13 @@ def _check_header(wire: _WireBatch) -> None:
 
 @cache
 def _entry_head(kind: Kind) -> tuple[bytes, int]:
-    """What every series entry of a kind starts with, and how many values follow."""
+    """Return the bytes with which every series entry of a kind starts, and how many values follow."""
     width = len(kind.to_columns([]))
     return VERSION + bytes((0x92 + width,)) + _encode(kind.name) + _encode(0), width
 
 
 def kind_of_entry(value: bytes) -> Kind:
-    """The kind of a series entry, by how its bytes begin; `BadRecord` if they begin as none of this version."""
+    """Return the kind of a series entry by its first bytes. Raises `BadRecord` if no entry of this version has them."""
     for kind in KINDS.values():
         if value.startswith(_entry_head(kind)[0]):
             return kind
@@ -327,7 +327,7 @@ def kind_of_entry(value: bytes) -> Kind:
 
 
 def encode_states(kind: Kind, states: list[State]) -> list[bytes]:
-    """The values of series entries, one for each state."""
+    """Return the values of series entries, one for each state."""
     columns = kind.to_columns(states)
     head, _ = _entry_head(kind)
     try:
@@ -344,7 +344,7 @@ def _rows(head: bytes, columns: list[list[Any]]) -> list[bytes]:
 
 
 def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
-    """The inverse of `encode_states`; `BadRecord` if a value is not a series entry of this kind."""
+    """Decode what `encode_states` returned. Raises `BadRecord` if a value is no series entry of this kind."""
     if not values:
         return []
     head, width = _entry_head(kind)
@@ -369,12 +369,12 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
 
 
 def encode_definition(entry: DefinitionEntry) -> bytes:
-    """The value of a definition entry."""
+    """Return the value of a definition entry."""
     return VERSION + _encode((travelling(entry.definition), entry.series_count, entry.defined_at_ms))
 
 
 def decode_definition(value: bytes) -> DefinitionEntry:
-    """The inverse of `encode_definition`."""
+    """Decode what `encode_definition` returned."""
     entry = _decode_state(_decode_definition, value, "definition entry")
     _check(entry.definition, "definition entry")
     return entry
@@ -392,32 +392,32 @@ def check_entry(key: bytes, value: bytes) -> None:
 
 
 def encode_letter(letter: DeadLetter) -> bytes:
-    """The value of a dead letter."""
+    """Return the value of a dead letter."""
     return VERSION + _encode(letter)
 
 
 def decode_letter(value: bytes) -> DeadLetter:
-    """The inverse of `encode_letter`."""
+    """Decode what `encode_letter` returned."""
     return _decode_state(_decode_letter, value, "dead letter")
 
 
 def encode_folded(folded: Folded) -> bytes:
-    """The value of a producer entry."""
+    """Return the value of a producer entry."""
     return VERSION + _encode(folded)
 
 
 def decode_folded(value: bytes) -> Folded:
-    """The inverse of `encode_folded`."""
+    """Decode what `encode_folded` returned."""
     return _decode_state(_decode_folded, value, "producer entry")
 
 
 def encode_position(position: Position) -> bytes:
-    """The value of a position record."""
+    """Return the value of a position record."""
     return VERSION + _encode(position)
 
 
 def decode_position(value: bytes) -> Position:
-    """The inverse of `encode_position`."""
+    """Decode what `encode_position` returned."""
     position = _decode_state(_decode_position, value, "position")
     if value[1:2] != _POSITION_HEAD:
         raise BadRecord("position: fields are missing")
@@ -425,20 +425,20 @@ def decode_position(value: bytes) -> Position:
 
 
 def encode_fence(fence: Fence) -> bytes:
-    """The value of a fence record."""
+    """Return the value of a fence record."""
     return VERSION + _encode(fence)
 
 
 def decode_fence(value: bytes) -> Fence:
-    """The inverse of `encode_fence`."""
+    """Decode what `encode_fence` returned."""
     return _decode_state(_decode_fence, value, "fence")
 
 
 def newer_position(value: bytes) -> Position | None:
-    """The position in a record of a newer format, as far as this program knows it; None if the bytes are no such record.
+    """Return the known fields of a position of a newer format; None if the bytes are no such position.
 
-    Noise has a version byte of a format to come one time in ten, but is hardly ever a whole array that begins as a position
-    does.
+    One random byte in ten is the version of a later format, but noise is hardly ever a whole array that begins as a
+    position.
     """
     if not VERSION < value[:1] <= _NEWEST or value[1:2] < _POSITION_HEAD:
         return None
@@ -449,12 +449,12 @@ def newer_position(value: bytes) -> Position | None:
 
 
 def encode_frames(batches: Sequence[bytes]) -> bytes:
-    """Encoded batches as one request body: each behind its length, four bytes, big endian."""
+    """Return encoded batches as one request body, each behind its length: four bytes, big endian."""
     return b"".join(part for batch in batches for part in (len(batch).to_bytes(4, "big"), batch))
 
 
 def decode_frames(body: bytes) -> list[bytes]:
-    """The inverse of `encode_frames`; `BadRecord` if a length goes beyond the body."""
+    """Decode what `encode_frames` returned. Raises `BadRecord` if a length goes beyond the body."""
     batches: list[bytes] = []
     start = 0
     while start < len(body):
@@ -475,19 +475,19 @@ def check_sealed(batch: bytes) -> None:
 
 
 def partition_of(batch: bytes) -> int:
-    """The partition that an encoded batch was sealed for, without decoding the rest."""
+    """Return the partition that an encoded batch was sealed for, without decoding the rest."""
     if batch[:1] != VERSION or len(batch) < HEAD_BYTES:
         raise BadRecord(f"batch: version byte {batch[:1].hex() or 'missing'}; this version reads {VERSION.hex()}")
     return int.from_bytes(batch[5:9], "big")
 
 
 def producer_of(batch: bytes) -> str:
-    """The producer id of an encoded batch, without decoding the rest."""
+    """Return the producer id of an encoded batch, without decoding the rest."""
     return _decode(_decode_head, batch, HEAD_BYTES, "batch").producer_id
 
 
 def without_groups(batch: bytes, indexes: Collection[int]) -> bytes:
-    """The same batch without some of its groups."""
+    """Return an encoded batch without some of its groups."""
     received = receive_batch(batch)
     groups = [
         (travelling(definition), suffixes, columns)

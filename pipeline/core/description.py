@@ -1,7 +1,7 @@
-"""What bytes of the three topics and of stores hold, as plain values for a person: everything in them is JSON.
+"""Descriptions, for a person, of the bytes in the three topics and in stores; every description can be encoded as JSON.
 
-Producers are told by their fingerprints, never by their ids, which are rights to send. Whatever the bytes are, the answer is
-a description: of what can't be decoded it is the reason and the first `RAW_BYTES_MAX` bytes, in hex.
+Producers are named by their fingerprints, never by their ids, which are rights to send. All bytes can be described: the
+description of bytes that can't be decoded is the reason, and the first `RAW_BYTES_MAX` of them in hex.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from pipeline.core.record import (
 from pipeline.errors import BadRecord, NewerFormat
 
 RAW_BYTES_MAX = 16
-"""So many bytes are shown of what can't be decoded: enough to tell what wrote it, and in a batch that is damaged too few to
-hold the id of its producer."""
+"""Number of bytes that are shown if they can't be decoded: enough to see which program wrote them, and too few to hold the
+producer id of a damaged batch."""
 
 
 class SeriesText(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,7 +45,7 @@ class SeriesText(msgspec.Struct, frozen=True, omit_defaults=True):
     labels: dict[str, str]
     state: State
     answer: Any
-    """What a reader would see of that state alone."""
+    """Answer of that state by itself."""
     window_start_ms: int = 0
 
 
@@ -56,7 +56,7 @@ class DefinitionText(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str
     labels: tuple[str, ...]
     definition_id: str
-    """In hex, as it stands in keys."""
+    """Id as it stands in keys, in hex."""
     window_s: int = 0
     monotone: bool = False
     retention_s: int = 0
@@ -76,7 +76,7 @@ class GroupText(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class OriginText(msgspec.Struct, frozen=True):
-    """The batch that a replayed one stands for."""
+    """Batch that a replayed one stands for."""
 
     producer: str
     sequence: int
@@ -88,16 +88,16 @@ class OrderText(msgspec.Struct, frozen=True):
     action: str
     view: str
     kind: str
-    """Empty: of any kind."""
+    """Kind of the definitions; empty: any kind."""
     labels: tuple[str, ...] | None
-    """None: with any labels."""
+    """Labels of the definitions; None: any labels."""
 
 
 class BatchText(msgspec.Struct, frozen=True, omit_defaults=True):
     """A batch."""
 
     producer: str
-    """The fingerprint of its producer."""
+    """Fingerprint of the producer."""
     epoch: int
     partition: int
     sequence: int
@@ -108,7 +108,7 @@ class BatchText(msgspec.Struct, frozen=True, omit_defaults=True):
     closing: bool = False
     origin: OriginText | None = None
     letter: str = ""
-    """The key of the dead letter that it replays; empty: it replays none."""
+    """Key of the dead letter that the batch replays; empty: the batch replays none."""
 
 
 class RecordText(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -121,9 +121,9 @@ class RecordText(msgspec.Struct, frozen=True, omit_defaults=True):
     size_bytes: int
     batch: BatchText | None = None
     reason: str = ""
-    """Why it is no batch; empty: it is one."""
+    """Reason why the record is no batch; empty: the record is a batch."""
     raw: str = ""
-    """Its bytes then, in hex."""
+    """Bytes of a record that is no batch, in hex."""
 
 
 class LetterText(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -136,9 +136,9 @@ class LetterText(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str
     view: str = ""
     batch: BatchText | None = None
-    """What it holds, if that can be decoded."""
+    """Refused batch, if it can be decoded."""
     raw: str = ""
-    """Its bytes otherwise, in hex; empty: they did not fit into the topic."""
+    """Bytes that can't be decoded, in hex; empty: they did not fit into the topic."""
     raw_size_bytes: int = 0
 
 
@@ -149,35 +149,35 @@ class EntryText(msgspec.Struct, frozen=True, omit_defaults=True):
     """A record of a changelog, or an entry of a store."""
 
     what: What
-    """`foreign`: nothing that this program writes, and the reason says why."""
+    """`foreign`: not written by this program, for the reason that the description names."""
     tombstone: bool = False
-    """Whether it says that what has this key is gone."""
+    """True if the record removes the entry with this key."""
     view: str = ""
     definition_id: str = ""
     series: SeriesText | None = None
-    """A series with its state; of a tombstone the state and the answer are None."""
+    """Series with its state; state and answer of a tombstone are None."""
     definition: DefinitionText | None = None
     fields: dict[str, Any] = {}
-    """What else its value holds, by name."""
+    """Further fields of the value, by name."""
     producer: str = ""
-    """The fingerprint of a producer."""
+    """Fingerprint of a producer."""
     reason: str = ""
     key: str = ""
-    """In hex, of what is foreign."""
+    """Key of a foreign record, in hex."""
     value: str = ""
 
 
 Definitions = Callable[[bytes], Definition | None]
-"""The definition whose entry has this key, if it is known."""
+"""Returns the definition whose entry has a key, None if it is not known."""
 
 
 def raw(value: bytes) -> str:
-    """The first `RAW_BYTES_MAX` bytes, in hex."""
+    """Return the first `RAW_BYTES_MAX` bytes in hex."""
     return value[:RAW_BYTES_MAX].hex() + "..." * (len(value) > RAW_BYTES_MAX)
 
 
 def describe_definition(definition: Definition) -> DefinitionText:
-    """The definition, with its id."""
+    """Return the description of a definition, with its id."""
     return DefinitionText(
         definition.view,
         definition.kind,
@@ -191,7 +191,7 @@ def describe_definition(definition: Definition) -> DefinitionText:
 
 
 def describe_batch(value: bytes, *, series_max: int | None = None) -> BatchText:
-    """The batch in these bytes; `BadRecord`, saying why, if they are none. Of each group up to `series_max` series."""
+    """Describe the batch in these bytes, with up to `series_max` series a group. Raises `BadRecord` if they are no batch."""
     received = codec.receive_batch(value)
     batch = received.batch
     origin = None if batch.origin is None else OriginText(fingerprint(batch.origin.producer_id), batch.origin.sequence)
@@ -235,7 +235,7 @@ def _series(group: Group, series_max: int | None) -> Iterator[SeriesText]:
 def describe_record(
     partition: int, offset: int, at_ms: int, value: bytes | None, *, series_max: int | None = None
 ) -> RecordText:
-    """The record of the deltas topic that has this value. Of each group up to `series_max` series."""
+    """Describe the record of the deltas topic that has this value, with up to `series_max` series a group."""
     held = value or b""
     try:
         batch = describe_batch(held, series_max=series_max)
@@ -247,7 +247,7 @@ def describe_record(
 
 
 def describe_letter(key: bytes, value: bytes, *, series_max: int | None = None) -> LetterText:
-    """The dead letter in these bytes; `BadRecord` if they are none."""
+    """Describe the dead letter in these bytes. Raises `BadRecord` if they are none."""
     letter = codec.decode_letter(value)
     batch, held = None, letter.value or b""
     with suppress(BadRecord):
@@ -266,7 +266,7 @@ def describe_letter(key: bytes, value: bytes, *, series_max: int | None = None) 
 
 
 def describe_entry(key: bytes | None, value: bytes | None, definitions: Definitions) -> EntryText:
-    """The record, or entry, of this key; a value of None is a tombstone."""
+    """Describe the changelog record, or store entry, of a key; a value of None is a tombstone."""
     try:
         if not key:
             raise BadRecord("it has no key")

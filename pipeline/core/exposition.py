@@ -1,7 +1,7 @@
-"""Views as Prometheus sees them: which families they make, and which of them can stand side by side.
+"""Prometheus families of views: their names, and which views can be exposed side by side.
 
-Names, not text: an adapter writes them down. The names that a family takes up are OpenMetrics', which are more than those
-of the older text format, so that a scrape has the same views in both.
+An adapter writes the text. A family takes up the names that OpenMetrics gives to its samples; the older text format has
+fewer, so a scrape shows the same views in both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNREADABLE = "unreadable"
 
 
 class Exposed(msgspec.Struct, frozen=True):
-    """One view, whole: `values[i]` is what the series with the label values `labels[i]` answers."""
+    """All series of one view: `values[i]` is the answer of the series with the label values `labels[i]`."""
 
     definition: Definition
     labels: Sequence[Labels]
@@ -33,29 +33,29 @@ class Exposed(msgspec.Struct, frozen=True):
 
 
 class Exposition(msgspec.Struct, frozen=True):
-    """What a scrape shows."""
+    """Content of a scrape."""
 
     views: Sequence[Exposed]
     omitted: Mapping[str, str]
-    """Why a view is left out, by its name."""
+    """By name of a view, the reason why it is left out."""
     staleness_ms: int | None
     """Upper bound on the age of anything that the log had accepted and this lacks; None: unknown."""
 
 
 def family_name(definition: Definition) -> str:
-    """The view's name; of a counter without `_total`, which its samples have."""
+    """Return the view's name; for a counter without `_total`, which only the samples have."""
     name = definition.view
     return name.removesuffix("_total") or name if definition.monotone else name
 
 
 def family_names(definition: Definition) -> set[str]:
-    """Every name that no other family may have."""
+    """Return every name that no other family may have."""
     name = family_name(definition)
     return {name, f"{name}_total", f"{name}_created"} if definition.monotone else {name}
 
 
 def sample_value(answer: Any) -> int | float | None:
-    """An answer as a sample; None for text and null, which are none. Beyond all floats it is infinite, as it is there."""
+    """Return an answer as a sample's value; None for text and null. An int beyond all floats becomes infinite."""
     if not isinstance(answer, int | float):
         return None
     try:
@@ -66,9 +66,9 @@ def sample_value(answer: Any) -> int | float | None:
 
 
 def choose(definitions: Mapping[str, Definition]) -> tuple[list[Definition], dict[str, str]]:
-    """Of views by name, each with what its definitions are together: those that can be exposed, and why others can't.
+    """Return the merged definitions that can be exposed, and by name of each other view why it can't be.
 
-    Of two that collide, the first by name stays. What is chosen depends on definitions only, so it does not flicker.
+    Of two views that collide, the first by name stays. The choice depends on definitions only, so it does not flicker.
     """
     chosen: list[Definition] = []
     omitted: dict[str, str] = {}

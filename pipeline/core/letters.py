@@ -1,4 +1,4 @@
-"""The identities of dead letters: what was refused has a key, and is replayed under an id of that key.
+"""Keys of dead letters, and the producer ids under which they are replayed.
 
     [TOPIC.]PARTITION-OFFSET          a record that was refused as a whole
     [TOPIC.]PARTITION-OFFSET-INDEX    one group of a batch; of a letter with several groups that is replayed, one more index
@@ -25,28 +25,28 @@ _KEY = re.compile(KEY_PATTERN + r"\Z")
 
 
 def record_key(partition: int, offset: int, source_id: str = "") -> bytes:
-    """The key of a record that was refused as a whole, of the topic with this id."""
+    """Return the key of a record that was refused as a whole, in the topic with this id."""
     topic = f"{fingerprint(source_id)}." if source_id else ""
     return f"{topic}{partition}-{offset}".encode()
 
 
 def group_key(record: bytes, index: int) -> bytes:
-    """The key of one group of a record, or of a letter, of this key."""
+    """Return the key of one group of the record, or letter, that has this key."""
     return b"%b-%d" % (record, index)
 
 
 def letter_producer(key: bytes) -> str:
-    """The id under which the dead letter of this key is replayed."""
+    """Return the producer id under which the dead letter of this key is replayed."""
     return _PRODUCER + key.decode()
 
 
 def is_letter_producer(producer_id: str) -> bool:
-    """Whether only what replays a dead letter has such an id."""
+    """Return whether a producer id is one under which a dead letter is replayed."""
     return producer_id.startswith(_PRODUCER)
 
 
 def letter_key(producer_id: str, partition: int) -> bytes | None:
-    """The key of the dead letter of `partition` that a producer of this id replays; None if it replays none."""
+    """Return the key of the dead letter of `partition` that a producer replays; None if the producer replays none."""
     key = producer_id.removeprefix(_PRODUCER)
     if key == producer_id or partition_of_key(key) != partition:
         return None
@@ -54,23 +54,23 @@ def letter_key(producer_id: str, partition: int) -> bytes | None:
 
 
 def partition_of_key(key: str) -> int | None:
-    """The partition that the letter of this key is of; None if no letter has such a key."""
+    """Return the partition of the letter that has this key; None if no letter can have it."""
     match = _KEY.match(key)
     return int(match[2]) if match else None
 
 
 def refused_key(received: Received | BadRecord, partition: int, offset: int, source_id: str) -> bytes:
-    """The key under which a record that was received is refused: what replays a letter keeps that letter's."""
+    """Return the key of a record that is refused: its own, or that of the letter that it replays."""
     replayed = None if isinstance(received, BadRecord) else letter_key(received.batch.producer_id, partition)
     return replayed or record_key(partition, offset, source_id)
 
 
 def replaying(key: bytes, letter: DeadLetter, *, forgotten: bool = False) -> bytes:
-    """Return the batch that replays a letter; `BadRecord`, saying why, if the letter can't be replayed.
+    """Return the batch that replays a letter. Raises `BadRecord` if the letter can't be replayed.
 
-    What was refused as a whole names the batch that it was, so that the task leaves it out if that one was counted after
-    all. If the task has forgotten who sent it, it can't tell, and refuses the letter again; with `forgotten` the letter
-    does not name it, and counts.
+    The replay of a whole batch names that batch as its origin, so that the task leaves the replay out if it has counted the
+    batch after all. A task that has forgotten the batch's producer can't know, and refuses the letter again; with
+    `forgotten` the replay names no origin, and counts.
     """
     if letter.value is None:
         raise BadRecord("its bytes were too many for the dead-letter topic, and are not there")
@@ -94,10 +94,10 @@ def replaying(key: bytes, letter: DeadLetter, *, forgotten: bool = False) -> byt
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What a letter holds, in short."""
+    """Summary of a letter."""
 
     producer: str
-    """The fingerprint of who sent it."""
+    """Fingerprint of the producer."""
     group_count: int
     series_count: int
 
@@ -118,7 +118,7 @@ _decode = msgspec.msgpack.Decoder(_Batch).decode
 
 
 def held(value: bytes | None) -> Held | None:
-    """Return what the batch in a letter holds, without decoding its series; None if there is none."""
+    """Return the summary of a letter, without decoding its series; None if it holds no batch."""
     try:
         codec.check_sealed(value or b"")
         batch = _decode(memoryview(value or b"")[codec.HEAD_BYTES :])
@@ -129,7 +129,7 @@ def held(value: bytes | None) -> Held | None:
 
 
 def _array_size(encoded: bytes) -> int:
-    """How many items an encoded array says that it has."""
+    """Return the number of items that an encoded array declares."""
     first = encoded[0]
     if first in (0xDC, 0xDD):
         return int.from_bytes(encoded[1 : 3 if first == 0xDC else 5], "big")

@@ -1,7 +1,7 @@
-"""What a task has folded and not yet committed, and how it becomes new absolute states of series.
+"""Overlay of a task: what is folded and not committed, and how it becomes new absolute states of series.
 
-Definitions are told apart by the prefix of their series' keys. `Changes` is a frozen overlay on its way into a commit: it
-says which committed values it needs, and merges them with what was folded.
+The prefix of its series' keys identifies a definition. `Changes` is a frozen overlay on its way into a commit: it names the
+committed values that it needs, and merges them with what was folded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.errors import BadRecord, StoreCorrupt
 
 
 class Known:
-    """A definition of a partition, and how many series of it are committed."""
+    """A definition of a partition, and the number of its committed series."""
 
     __slots__ = ("defined_at_ms", "definition", "series_count")
 
@@ -30,7 +30,7 @@ class Known:
 
 
 class Definitions:
-    """The definitions of a partition, by the prefix of their series' keys, those of the overlay included."""
+    """Definitions of a partition by the prefix of their series' keys, uncommitted ones included."""
 
     def __init__(self) -> None:
         self._all: dict[bytes, Known] = {}
@@ -43,19 +43,19 @@ class Definitions:
         return self._all[prefix]
 
     def get(self, prefix: bytes) -> Known | None:
-        """The definition whose series' keys start so, if there is one."""
+        """Return the definition whose series' keys start with a prefix; None if there is none."""
         return self._all.get(prefix)
 
     def of(self, view: str) -> list[tuple[bytes, Known]]:
-        """All definitions of a view, each with its prefix."""
+        """Return all definitions of a view, each with its prefix."""
         return [*self._views.get(view, {}).items()]
 
     def add(self, prefix: bytes, known: Known) -> None:
-        """Take in a definition."""
+        """Add a committed definition."""
         self._all[prefix] = self._views.setdefault(known.definition.view, {})[prefix] = known
 
     def define(self, prefix: bytes, definition: Definition, log_ms: int) -> None:
-        """Take in a new definition, defined now: later than any that the view has, whatever the clocks say."""
+        """Add a new definition as defined now, and in any case later than all that the view has."""
         latest_ms = max((it.defined_at_ms for _, it in self.of(definition.view)), default=-1)
         self.add(prefix, Known(definition, 0, max(log_ms, latest_ms + 1)))
 
@@ -68,19 +68,19 @@ class Definitions:
 
 
 class Overlay:
-    """Folded, not yet committed."""
+    """Folded and not yet committed changes."""
 
     def __init__(self) -> None:
         self.states: dict[bytes, dict[bytes, State]] = {}
-        """By prefix and suffix."""
+        """Folded states by prefix and suffix."""
         self.producers: dict[str, Folded | None] = {}
-        """None: forgotten."""
+        """Producers by id; None: forgotten."""
         self.defined: set[bytes] = set()
-        """Definitions that are new."""
+        """Prefixes of new definitions."""
         self.cleared: set[bytes] = set()
-        """Definitions that were dropped or reset: of their series only `states` is left."""
+        """Prefixes of definitions that were dropped or reset: only series in `states` are left of them."""
         self.cleared_count = 0
-        """How many committed series they had."""
+        """Number of committed series that these definitions had."""
         self.letters: dict[bytes, codec.DeadLetter | None] = {}
         """Dead letters by key; None: what the letter holds has been folded."""
         self.bytes_total = 0
@@ -88,7 +88,7 @@ class Overlay:
         self.source_at_ms = 0
 
     def entry_count(self) -> int:
-        """How many entries, tombstones and dead letters a commit of it has, about."""
+        """Return about how many entries, tombstones and dead letters a commit of this overlay has."""
         return sum(map(len, self.states.values())) + self.cleared_count + len(self.producers) + len(self.letters)
 
     def merge(self, prefix: bytes, group: Group) -> None:
@@ -130,11 +130,11 @@ class Cache:
         self._young_bytes = 0
 
     def of(self, prefix: bytes) -> tuple[Mapping[bytes, State], Mapping[bytes, State]]:
-        """The definition's states, young ones first; a suffix can be in both, and then the young one counts."""
+        """Return a definition's states by suffix, young and old ones; where a suffix is in both, the young state counts."""
         return self._young.get(prefix, {}), self._old.get(prefix, {})
 
     def states(self, prefix: bytes, suffixes: list[bytes]) -> list[State | None]:
-        """One for each suffix, None where it is not cached."""
+        """Return one state for each suffix, None where it is not cached."""
         young, old = self.of(prefix)
         states = [*map(young.get, suffixes)]
         missing = states.count(None) if old else 0
@@ -147,7 +147,7 @@ class Cache:
         )
 
     def update(self, merged: MergedRun) -> None:
-        """Keep states that are committed now."""
+        """Keep states that were just committed."""
         young = self._young.setdefault(merged.prefix, {})
         self._young_count -= len(young)
         young.update(zip(merged.suffixes, merged.states, strict=True))
@@ -158,13 +158,13 @@ class Cache:
             self._young_count = self._young_bytes = 0
 
     def clear(self, prefix: bytes) -> None:
-        """Forget the definition's states."""
+        """Forget a definition's states."""
         self._young_count -= len(self._young.pop(prefix, ()))
         self._old.pop(prefix, None)
 
 
 class Producers:
-    """Committed memories of producers, in two generations as `Cache` has them: the store has all of them."""
+    """Committed entries of producers, cached in two generations as in `Cache`."""
 
     def __init__(self, producers_max: int) -> None:
         self._half = producers_max // 2
@@ -180,7 +180,7 @@ class Producers:
         return self._young[producer_id]
 
     def keep(self, producer_id: str, folded: Folded | None) -> None:
-        """Remember what is committed of a producer; None: it is forgotten."""
+        """Keep the committed entry of a producer; None: the producer is forgotten."""
         if folded is None:
             self._young.pop(producer_id, None)
             self._old.pop(producer_id, None)
@@ -191,15 +191,15 @@ class Producers:
 
 
 class _KeyRun(NamedTuple):
-    """A run of what a commit changes of one definition, by column, in the order of keys: so lookup and write are cheap."""
+    """Changes of one definition's series, by column, in the order of keys, so that lookup and write are cheap."""
 
     prefix: bytes
     suffixes: list[bytes]
     keys: list[bytes]
     cached: list[State | None]
-    """The committed states, as far as the cache knows them."""
+    """Committed states that are cached, None elsewhere."""
     asked: bool
-    """Whether the store is asked for the others; if not, there are none."""
+    """True if the store has to be asked for the others; False if there are none."""
 
 
 class MergedRun(NamedTuple):
@@ -214,9 +214,8 @@ class MergedRun(NamedTuple):
 class Changes:
     """The states of a frozen overlay on their way into a commit.
 
-    A definition that would come to have more than `series_max` series gets no more: what is beyond merges into the series
-    whose labels are all `__overflow__`, one a window. `known` has each definition of the overlay, as it was when that was
-    frozen.
+    New series of a definition beyond `series_max` merge into the series whose labels are all `__overflow__`, one a window.
+    `known` has each definition of the overlay, as it was when the overlay was frozen.
     """
 
     def __init__(
@@ -226,16 +225,16 @@ class Changes:
         self._known = known
         self._series_max = series_max
         self._overflow: dict[bytes, dict[bytes, State | None]] = {}
-        """The overflow series of definitions that may need one, by prefix and suffix, and what is to be merged into it."""
+        """Overflow series of definitions that may need one, by prefix and suffix, with the state to be merged into it."""
         self._runs: list[_KeyRun] = []
         self._states = overlay.states
         self.keys: list[bytes] = []
-        """Series whose committed values `merge` needs."""
+        """Keys of series whose committed values `merge` needs."""
         self.merged: list[MergedRun] = []
         self.new_counts: dict[bytes, int] = {}
-        """By prefix, how many series are new."""
+        """Number of new series by prefix."""
         self.overflow_count = 0
-        """Entries that were merged into an overflow series."""
+        """Number of entries that were merged into an overflow series."""
         for prefix, states in sorted(overlay.states.items()):
             asked = prefix not in overlay.cleared
             self._set_overflow_apart(prefix, states)
@@ -263,7 +262,7 @@ class Changes:
         self._overflow[prefix] = {suffix: states.pop(suffix, None) for suffix in suffixes}
 
     def merge(self, values: Sequence[bytes | None]) -> tuple[list[bytes], list[bytes | None]]:
-        """The entries of a commit, given the committed values of `keys`, in their order."""
+        """Return keys and values of a commit's series, given the committed values of `keys` in their order."""
         if len(values) != len(self.keys):
             raise ValueError(f"{len(values)} values for {len(self.keys)} keys")
         keys: list[bytes] = []
@@ -290,7 +289,7 @@ class Changes:
         return encoded
 
     def _merge_run(self, run: _KeyRun, found: Sequence[bytes | None]) -> tuple[list[bytes], list[State]]:
-        """The series of a run and their new absolute states; `found` are the stored values of those not in the cache."""
+        """Return suffixes of a run and their new absolute states; `found` are the stored values of states not cached."""
         prefix, suffixes, committed = run.prefix, run.suffixes, run.cached
         states = [*map(self._states[prefix].__getitem__, suffixes)]
         stored = [value for value in found if value is not None]
@@ -321,7 +320,7 @@ class Changes:
             raise StoreCorrupt(f"partition {self._partition}, view {definition.view}: {error}") from None
 
     def _room(self, prefix: bytes) -> int:
-        """How many new series there is room for."""
+        """Return for how many new series of a definition there is room."""
         if prefix not in self._overflow:
             return len(self._states[prefix])
         return max(0, self._series_max - self._known[prefix].series_count - self.new_counts.get(prefix, 0))
@@ -329,7 +328,7 @@ class Changes:
     def _take_excess(
         self, run: _KeyRun, committed: Sequence[State | None], states: list[State], room: int
     ) -> tuple[list[bytes], list[State | None], list[State]]:
-        """The run without those of its new series for which there is no room: they go to the overflow series."""
+        """Return the run without the new series that have no room, whose states go to the overflow series."""
         overflow = self._overflow[run.prefix]
         by_window = {suffix[:8]: suffix for suffix in overflow}
         merge = KINDS[self._known[run.prefix].definition.kind].merge
@@ -353,9 +352,9 @@ class Changes:
 
 
 def gone_keys(existing: Sequence[bytes], series: Iterable[bytes], cleared: Collection[bytes]) -> list[bytes]:
-    """Those of the existing keys, which begin as `cleared` says, that are none of the series of a commit.
+    """Return the existing keys, which begin with prefixes in `cleared`, that are no series of a commit.
 
-    In runs, and in the order that they have: there can be a million.
+    The work is done in runs, in the order of keys, because there can be a million of them.
     """
     prefixes = tuple(cleared)
     kept = {key for key in series if key.startswith(prefixes)} if existing else set[bytes]()
@@ -368,8 +367,7 @@ def gone_keys(existing: Sequence[bytes], series: Iterable[bytes], cleared: Colle
 
 
 def _in_order(suffixes: Collection[bytes]) -> Iterable[list[bytes]]:
-    """The suffixes in order, in runs. The order is that of all, not of each run: the store writes them all at once, and
-    five times as fast if each is behind the one before."""
+    """Yield all suffixes in order, in runs: the store writes ordered entries five times as fast."""
     if len(suffixes) <= RUN_ENTRIES_MAX:
         return (sorted(suffixes),)
     sample = sorted(islice(suffixes, 0, None, _SAMPLED))
@@ -381,4 +379,4 @@ def _in_order(suffixes: Collection[bytes]) -> Iterable[list[bytes]]:
 
 
 _SAMPLED = 100
-"""Of how many suffixes one is looked at to find out how all of them are spread."""
+"""One suffix of so many is sampled to find out how all of them are spread."""

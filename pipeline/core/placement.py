@@ -1,8 +1,8 @@
-"""Which member of a group folds which partition, and which keep copies of it warm.
+"""Assignment of partitions to the members of a group: one folds each partition, others keep standby copies of it.
 
-Sticky and balanced. A partition whose owner is gone moves at once, to a warm member if there is one; one whose owner is
-there moves only to a member that is warm. A member that has too few, and is not warm for what it should have, is given that
-as a further standby first, and takes it over in a later round. So a join makes nobody wait for a restore.
+Sticky and balanced. A partition whose owner is gone moves at once, to a warm member (one with a copy that is up to date) if
+there is one. A partition whose owner is there moves only to a warm member: a member that has too few partitions gets a
+standby copy first, and takes the partition over in a later round. So after a join no partition waits for a restore.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class MemberState(NamedTuple):
-    """What a member had in the last round, and of which partitions it could take over at once."""
+    """Partitions that a member had in the last round, and those that it could take over at once."""
 
     actives: frozenset[int] = frozenset()
     standbys: frozenset[int] = frozenset()
@@ -20,16 +20,16 @@ class MemberState(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What a member has in this round."""
+    """Partitions that a member has in this round."""
 
     actives: frozenset[int]
     standbys: frozenset[int]
 
 
 def place(partition_count: int, members: Mapping[str, MemberState], standby_count: int) -> dict[str, Assignment]:
-    """Place partitions on members. Each is active in exactly one, standby in `standby_count` others if there are so many.
+    """Assign each partition to one member as active, and to `standby_count` others, if there are so many, as standby.
 
-    The same for the same arguments. Moves nothing if no two members' counts of actives differ by more than one.
+    The result depends on the arguments only. Nothing moves if no two members' counts of actives differ by more than one.
     """
     names = sorted(members)
     if not names:
@@ -47,7 +47,7 @@ def place(partition_count: int, members: Mapping[str, MemberState], standby_coun
 
 
 def _owners(count: int, members: Mapping[str, MemberState], names: list[str]) -> dict[int, str]:
-    """Who had it keeps it; what nobody has goes where it is warm, within a fair share."""
+    """Return the owner of each partition: the one of before; else, within a fair share, a warm member."""
     owners: dict[int, str] = {}
     for name in names:
         for number in sorted(members[name].actives):
@@ -65,7 +65,7 @@ def _owners(count: int, members: Mapping[str, MemberState], names: list[str]) ->
 
 
 def _level(owners: dict[int, str], members: Mapping[str, MemberState], names: list[str]) -> dict[int, str]:
-    """Move actives between members until they are level; where the taker is cold, only plan it: partition to taker."""
+    """Move actives until members are level; return, by partition, the cold members whose moves are only planned."""
     planned: dict[int, str] = {}
     loads = _loads(owners, names)
     while True:

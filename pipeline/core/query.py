@@ -23,7 +23,7 @@ from pipeline.errors import BadRecord, Invalid, NotFound
 
 Labels = tuple[str, ...]
 Entry = tuple[bytes, bytes]
-"""A key and its value, as a store scans them."""
+"""Key and value of an entry."""
 
 _MATCHER = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)(=~|!~|!=|=)(.*)", re.DOTALL)
 _decode_rows = msgspec.msgpack.Decoder(list[Labels]).decode
@@ -38,39 +38,39 @@ class Matcher(msgspec.Struct, frozen=True):
 
 
 class Query(msgspec.Struct, frozen=True):
-    """What to read of a view."""
+    """A read of a view."""
 
     view: str
     where: tuple[Matcher, ...] = ()
-    """All must match."""
+    """Matchers, all of which a series must satisfy."""
     by: Labels | None = None
     """Labels to keep; series that agree in them merge. Empty: one total. None: each series by itself."""
     top: int | None = None
-    """Only so many, those with the largest answers, largest first. None: all, in the order of their labels."""
+    """Number of series to return, those with the largest answers first; None: all, in the order of their labels."""
     limit: int = 10_000
-    """Most series in the answer."""
+    """Upper limit of the series in the answer."""
     kind: str | None = None
-    """Of a view with definitions of several kinds, which of them; None: the one that was defined first."""
+    """Kind to read, if a view has definitions of several; None: the kind that was defined first."""
     window_s: int | None = None
-    """The same for the length of windows; 0: without windows."""
+    """Length of windows to read, likewise; 0: no windows."""
 
 
 class Alternative(msgspec.Struct, frozen=True):
-    """A kind and window that a view has too, beside those that an answer is about."""
+    """Another kind and window that a view has, beside those of the answer."""
 
     kind: str
     window_s: int
-    """0: without windows."""
+    """Length of a window; 0: no windows."""
 
 
 class MergedDefinition(msgspec.Struct, frozen=True):
-    """What a read of a view merges: all its definitions of one kind and window."""
+    """All definitions of a view that have one kind and window, which a read merges."""
 
     definition: Definition
-    """All of them together: its labels are those of any of them, and it is monotone if each of them is."""
+    """Definition with the labels of all parts, which is monotone if each part is."""
     parts: tuple[Definition, ...]
     also: tuple[Alternative, ...] = ()
-    """What the view has beside them."""
+    """Other kinds and windows of the view."""
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -78,15 +78,15 @@ class Listed(msgspec.Struct, frozen=True):
 
     definition: Definition
     series_count: int
-    """A series that lives in two partitions counts twice."""
+    """Number of series; one that is in two partitions counts twice."""
     defined_at_ms: int
-    """When the log accepted the first batch of it."""
+    """Time at which the log accepted the definition's first batch."""
     answers: bool
-    """Whether a read that chooses no kind and no window merges it."""
+    """True if a read that chooses no kind and no window merges this definition."""
 
 
 class Selected(msgspec.Struct, frozen=True):
-    """The rows of an answer, and how many there were before `top` and `limit` cut."""
+    """Rows of an answer, and how many there were before `top` and `limit` were applied."""
 
     labels: list[Labels]
     values: list[Any]
@@ -94,7 +94,7 @@ class Selected(msgspec.Struct, frozen=True):
 
 
 def parse_matcher(text: str) -> Matcher:
-    """`region=eu`, `region!=eu`, `region=~e.*` or `region!~e.*`; `Invalid` for anything else."""
+    """Parse `region=eu`, `region!=eu`, `region=~e.*` or `region!~e.*`. Raises `Invalid` for anything else."""
     match = _MATCHER.fullmatch(text)
     if match is None:
         raise Invalid(f"where: {text[:100]!r} is not label=value, label!=value, label=~regex or label!~regex")
@@ -102,17 +102,17 @@ def parse_matcher(text: str) -> Matcher:
 
 
 def describe(definition: Definition) -> str:
-    """A definition in short, for messages: `sum(region, product)`, `monotone sum(region)`."""
+    """Return a definition in short, for messages: `sum(region, product)`, `monotone sum(region)`."""
     return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)})"
 
 
 def merged(
     view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = None, window_s: int | None = None
 ) -> MergedDefinition:
-    """What a read of `view` merges, given its definition entries in all partitions: those of one kind and window.
+    """Return the definitions that a read of `view` merges, given the definition entries of all partitions.
 
-    Without `kind` and `window_s` it is the kind and window that were defined first, so that nobody can disturb a view that
-    exists. `NotFound` if there is no such view, or none of it is of the kind and window that were asked for.
+    Without `kind` and `window_s` they are those of the kind and window that were defined first, so that nobody can disturb a
+    view that exists. Raises `NotFound` if there is no such view, or none of the kind and window that were asked for.
     """
     first: dict[tuple[str, int], tuple[int, tuple[str, int]]] = {}
     parts: dict[tuple[str, int], set[Definition]] = {}
@@ -135,7 +135,7 @@ def merged(
 
 
 def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
-    """All definitions in definition entries of all partitions, by view; those that answer for a view come first."""
+    """Return all definitions of all partitions, by view; the definitions that answer for a view come first."""
     counts: dict[Definition, int] = {}
     since: dict[Definition, int] = {}
     views: dict[str, list[DefinitionEntry]] = {}
@@ -159,7 +159,7 @@ def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
 
 
 def widen(merged: MergedDefinition, part: Definition) -> Callable[[list[Labels]], list[Labels]]:
-    """A function from rows of label values of one definition to rows of the merged one: a label that it lacks is empty."""
+    """Return a function from label values of one part to label values of the merged definition; missing labels are empty."""
     if part.labels == merged.definition.labels:
         return lambda rows: rows
     place = [part.labels.index(label) if label in part.labels else len(part.labels) for label in merged.definition.labels]
@@ -167,14 +167,14 @@ def widen(merged: MergedDefinition, part: Definition) -> Callable[[list[Labels]]
 
 
 def narrow(merged: MergedDefinition, part: Definition, labels: Labels) -> Labels | None:
-    """The label values, in one definition, of the series that has `labels` in the merged one; None: it can't have it."""
+    """Return the label values, in one part, of the series with `labels` in the merged definition; None: there is none."""
     named = dict(zip(merged.definition.labels, labels, strict=True))
     own = tuple([named.pop(label) for label in part.labels])
     return None if any(named.values()) else own
 
 
 def label_index(definition: Definition, label: str) -> int:
-    """Where `label` stands in the view's label values; `Invalid`, naming the view's labels, if it has no such label."""
+    """Return the index of `label` in label values. Raises `Invalid`, naming the view's labels, for any other name."""
     try:
         return definition.labels.index(label)
     except ValueError:
@@ -184,7 +184,7 @@ def label_index(definition: Definition, label: str) -> int:
 
 
 def pinned_labels(definition: Definition, where: Sequence[Matcher]) -> Labels | None:
-    """The label values of the only series that can match, if `where` has an equality for every label of the view."""
+    """Return the label values of the only series that can match, if `where` has an equality for every label of the view."""
     pinned = {matcher.label: matcher.pattern for matcher in where if matcher.op == "="}
     try:
         return tuple(pinned[label] for label in definition.labels)
@@ -193,12 +193,12 @@ def pinned_labels(definition: Definition, where: Sequence[Matcher]) -> Labels | 
 
 
 def is_complete(definition: Definition, by: Sequence[str] | None) -> bool:
-    """Whether each group is one series, because every label is kept."""
+    """Return whether each group is one series, because every label is kept."""
     return by is None or set(by) >= set(definition.labels)
 
 
 def group_key(definition: Definition, by: Sequence[str] | None) -> Callable[[Sequence[Labels]], Sequence[Labels]]:
-    """A function from rows of label values to the label values of their groups."""
+    """Return a function from rows of label values to the label values of their groups."""
     if by is None or tuple(by) == definition.labels:
         return lambda rows: rows
     index = [label_index(definition, label) for label in by]
@@ -220,10 +220,10 @@ def fold(kind: Kind, groups: dict[Labels, State], keys: Sequence[Labels], states
 
 
 def decode_labels(keys: Sequence[bytes], skip: int, width: int) -> list[Labels]:
-    """The `width` label values of each key, which begin behind `skip` bytes; `BadRecord` if these are not label values.
+    """Return the `width` label values of each key, which begin behind `skip` bytes. Raises `BadRecord` for anything else.
 
-    One call decodes all, so bytes that are missing in one key and left over in another can make up for each other: the
-    keys must have been checked when they were folded, as those of a store were.
+    One call decodes all keys, so bytes that are missing in one and left over in another can make up for each other: call
+    this only for keys that were checked when they were folded, as those of a store were.
     """
     try:
         rows = _decode_rows(b"\xdd" + len(keys).to_bytes(4, "big") + b"".join([key[skip:] for key in keys]))
@@ -235,16 +235,16 @@ def decode_labels(keys: Sequence[bytes], skip: int, width: int) -> list[Labels]:
 
 
 def chain_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
-    """The entries of all scans, as columns of at most `size`."""
+    """Yield the entries of all scans, as columns of at most `size`."""
     for scan in scans:
         while block := list(islice(scan, size)):
             yield [key for key, _ in block], [value for _, value in block]
 
 
 def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator[tuple[list[bytes], list[bytes]]]:
-    """The entries of all scans, as columns, so that no key stands in two blocks; each scan is sorted by key.
+    """Yield the entries of all scans, each of which is sorted by key, as columns, so that no key is in two blocks.
 
-    So a block's series are complete, whichever partitions they live in, and need not be held until the end.
+    So the series of a block are complete, whichever partitions have them, and need not be held until the end.
     """
     buffers: list[tuple[list[bytes], list[bytes], Iterator[Entry]]] = [([], [], scan) for scan in scans]
     while buffers:
@@ -278,11 +278,11 @@ class TopN:
         self._most = limit if top is None else min(top, limit)
         self._rows: list[tuple[Any, State]] = []
         self._bound: Any = None
-        """What ranks behind it has lost."""
+        """Rank behind which no further group can be selected."""
         self._total = 0
 
     def offer(self, groups: Mapping[Labels, State]) -> None:
-        """Take part; `Invalid` if `top` was asked for and an answer is no number."""
+        """Consider groups. Raises `Invalid` if `top` was asked for and an answer is no number."""
         self._total += len(groups)
         rows: Any = groups.items()
         if self._top is not None:
@@ -308,7 +308,7 @@ class TopN:
             self._bound = self._rows[-1][0]
 
     def selected(self) -> Selected:
-        """The rows chosen from all that was offered, in their order."""
+        """Return the rows chosen from all groups that were offered, in their order."""
         self._cut()
         ranks = [rank for rank, _ in self._rows]
         labels = ranks if self._top is None else [rank[-1] for rank in ranks]

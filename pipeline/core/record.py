@@ -1,4 +1,4 @@
-"""The nouns that travel: definitions, batches, log records, positions; and the layout of keys.
+"""Definitions, batches, log records and positions; and the layout of keys.
 
 Keys order entries so that all series of a view, all series of a definition, and a range of a definition's windows are each
 one range:
@@ -25,12 +25,12 @@ import msgspec
 from pipeline.errors import BadRecord, Invalid
 
 NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*\Z")
-"""View and label names: what Prometheus accepts, so that every view can be scraped."""
+"""View and label names that Prometheus accepts, so that every view can be scraped."""
 
 LABEL_COUNT_MAX = 32
 NAME_BYTES_MAX = 200
 LABEL_VALUE_BYTES_MAX = 4_096
-"""A label value is an identity, not a document: it is held in memory once per series in every role."""
+"""Longest label value: every process holds the label values of each of its series in memory."""
 SUFFIX_BYTES_MAX = 32_768
 
 TAG_POSITION = b"\x00"
@@ -42,20 +42,20 @@ TAG_FENCE = b"\x04"
 POSITION_KEY = TAG_POSITION
 FENCE_KEY = TAG_FENCE
 STORE_META_KEY = b"\xff"
-"""Where a store keeps which part of the changelog it reflects; never in the changelog itself."""
+"""Key under which a store keeps how much of the changelog it reflects; never in the changelog itself."""
 WINDOW_NONE = bytes(8)
-"""The window start of a view without windows."""
+"""Window start of a view without windows."""
 DEFINITION_ID_BYTES = 8
 OVERFLOW = "__overflow__"
-"""The value of every label of the series that takes in what is beyond `series_max`."""
+"""Value of every label of the series that takes in what is beyond `series_max`."""
 
 RUN_ENTRIES_MAX = 100_000
-"""What a worker does in one call of C it does to so many entries at most: the call keeps all other threads waiting, and
-those that keep the worker in its group are among them."""
+"""Upper limit of the entries that a worker passes to one call of C. The call keeps all other threads waiting, among them
+those that keep the worker in its group."""
 
 EPOCH_NONE = -1
 Offset = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-"""An offset, or a time in ms: what fits 63 bits."""
+"""An offset, or a time in ms, of at most 63 bits."""
 
 _GAP = b"\xc0\xc0"
 T = TypeVar("T")
@@ -64,20 +64,20 @@ _decode_labels = msgspec.msgpack.Decoder(tuple[str, ...]).decode
 
 
 class Definition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a view is to those who publish it. A view can have several definitions; their series lie side by side."""
+    """A view as a publisher declares it. A view can have several definitions; their series lie side by side."""
 
     view: str
     kind: str
     labels: tuple[str, ...] = ()
-    """In the order of their names, wherever a definition travels; see `canonical`."""
+    """Label names, in order wherever a definition travels; see `canonical`."""
     window_s: int = 0
     """Length of a tumbling window in seconds; 0: the view has no windows."""
     monotone: bool = False
-    """Whether this sum takes no negative delta, and so never falls: a counter."""
+    """True for a sum that takes no negative delta, and so never falls: a counter."""
     retention_s: int = 0
-    """How long a window, or a silent series, is kept, in seconds; 0: for ever."""
+    """Seconds for which a window, or a silent series, is kept; 0: for ever."""
     parameters: tuple[tuple[str, int | float | str], ...] = ()
-    """Of the kind, by name, in the order of their names."""
+    """Parameters of the kind, by name, in the order of their names."""
 
 
 class Group(msgspec.Struct, frozen=True):
@@ -89,22 +89,22 @@ class Group(msgspec.Struct, frozen=True):
 
 
 _DEFAULTS = (None, None, None, *Definition.__struct_defaults__[1:])
-"""What each field of a definition is if it is left out; the first three never are."""
+"""Value of each field of a definition that is left out; the first three never are."""
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An order to a partition, from the log like every delta: so it takes effect exactly once, and between two batches."""
+    """An order to a partition. It comes from the log as deltas do, so it takes effect exactly once, between two batches."""
 
     action: str
     """`drop`: the definitions and their series go. `reset`: only the series go."""
     view: str
     kind: str = ""
-    """Only definitions of this kind; empty: of every kind."""
+    """Kind of the definitions; empty: every kind."""
     labels: tuple[str, ...] | None = None
-    """Only definitions with exactly these labels, in the order of their names; None: with any."""
+    """Exact labels of the definitions, in the order of their names; None: any labels."""
 
     def concerns(self, definition: Definition) -> bool:
-        """Whether the order is about this definition."""
+        """Return whether the order is about a definition."""
         return (
             definition.view == self.view and self.kind in ("", definition.kind) and self.labels in (None, definition.labels)
         )
@@ -114,7 +114,7 @@ CONTROL_ACTIONS = ("drop", "reset")
 
 
 class Origin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The batch that a replayed one stands for: if the task has folded that one, it leaves this one out."""
+    """The batch that a replayed one stands for: a task that has folded the one leaves the other out."""
 
     producer_id: str
     sequence: int
@@ -135,14 +135,14 @@ class Batch(msgspec.Struct, frozen=True):
     created_at_ms: int
     groups: list[Group]
     closing: bool = False
-    """Whether the producer sends nothing after this batch."""
+    """True if the producer sends nothing after this batch."""
     controls: list[Control] = []
-    """Carried out in their order, before the groups are folded."""
+    """Orders, carried out before the groups are folded."""
     origin: Origin | None = None
 
     @property
     def producer_ids(self) -> list[str]:
-        """Its producer, and that of the batch that it stands for."""
+        """Return the producer of the batch, and that of its origin."""
         return [self.producer_id] if self.origin is None else [self.producer_id, self.origin.producer_id]
 
 
@@ -156,16 +156,16 @@ class Records(msgspec.Struct, frozen=True):
     partition: int
     offsets: Sequence[int]
     at_ms: Sequence[int]
-    """When the log accepted each record; never falls within a partition."""
+    """Time at which the log accepted each record; it never falls within a partition."""
     keys: Sequence[bytes | None]
     values: Sequence[bytes | None]
     next_offset: int
     leader_epoch: int = EPOCH_NONE
-    """The epoch of the leader that took the last record of the run, where the log has such epochs (KIP-101)."""
+    """Epoch of the leader that took the last record of the run, if the log has such epochs (KIP-101)."""
 
 
 class Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The last record of every commit: which source records the state reflects, and where in the changelog the commit is.
+    """The last record of every commit: how far the state reflects `deltas`, and where in the changelog the commit is.
 
     Later formats begin with these fields, so that a program can tell the position of a newer one from noise.
     """
@@ -173,26 +173,26 @@ class Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     next_offset: Offset
     committed_at_ms: Offset
     source_at_ms: Offset
-    """When the log accepted the last record that is folded in; 0 before the first."""
+    """Time at which the log accepted the last folded record; 0 before the first."""
     source_id: str = ""
-    """Of which topic those records are; see `ports.Log.topic_id`."""
+    """Id of the topic of the folded records; see `ports.Log.topic_id`."""
     definitions_version: Offset = 0
-    """Rises with every commit that adds or drops a definition: who knows the definitions of then knows them still."""
+    """Number that rises with every commit that adds or drops a definition: while it stays, the definitions stay."""
     leader_epoch: Annotated[int, msgspec.Meta(ge=EPOCH_NONE, le=2**31 - 1)] = EPOCH_NONE
-    """The epoch of the leader that took the last of those records; `EPOCH_NONE` if the log has no epochs."""
+    """Epoch of the leader that took the last folded record; `EPOCH_NONE` if the log has no epochs."""
     records_end_offset: Offset = 0
-    """The offset behind the last of those records. From there to `next_offset` the log held none."""
+    """Offset behind the last folded record. From there to `next_offset` the log held no record."""
     begin_offset: Offset = 0
-    """The offset of the commit's first record in the changelog. All records from there to the position are the commit's."""
+    """Offset of the commit's first record in the changelog. All records from there to the position are the commit's."""
     previous_end_offset: Offset = 0
-    """The offset behind the position record of the commit before. What stands between it and `begin_offset` and is no fence
-    record was written by somebody who is no owner of the partition."""
+    """Offset behind the position record of the commit before. Records between it and `begin_offset`, fence records apart,
+    were not written by an owner of the partition."""
     owner_id: str = ""
-    """Who committed it: the `owner_id` of the owner's fence record."""
+    """Id of the owner that committed, as in its fence record."""
 
 
 class Fence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a new owner of a partition commits before it restores: it has read all that was there when it reads this."""
+    """Record that a new owner of a partition commits before it restores, and reads last when it restores."""
 
     owner_id: str
     at_ms: Offset
@@ -202,14 +202,14 @@ NO_POSITION = Position(0, 0, 0)
 
 
 def runs(items: Iterable[T]) -> Iterator[list[T]]:
-    """The items in their order, in lists of up to `RUN_ENTRIES_MAX`."""
+    """Yield the items in their order, in lists of up to `RUN_ENTRIES_MAX`."""
     rest = iter(items)
     while run := [*islice(rest, RUN_ENTRIES_MAX)]:
         yield run
 
 
 def travelling(definition: Definition) -> tuple[object, ...]:
-    """The fields of a definition as they travel: without those at the end that are as in every other definition."""
+    """Return the fields of a definition as they travel: without those at the end that have their default values."""
     fields = msgspec.structs.astuple(definition)
     while fields[-1] == _DEFAULTS[len(fields) - 1]:
         fields = fields[:-1]
@@ -218,50 +218,50 @@ def travelling(definition: Definition) -> tuple[object, ...]:
 
 @lru_cache(maxsize=65_536)
 def definition_id(definition: Definition) -> bytes:
-    """The 8 bytes that stand for a definition in keys: the first of the SHA-256 of how it travels."""
+    """Return the 8 bytes that stand for a definition in keys: the first of the SHA-256 of its encoding."""
     return sha256(_encode_labels(travelling(canonical(definition)))).digest()[:DEFINITION_ID_BYTES]
 
 
 def definitions_prefix(view: str) -> bytes:
-    """What the keys of all definition entries of `view`, and no other keys, start with."""
+    """Return the prefix of the keys of all definition entries of `view`, and of no other keys."""
     return TAG_DEFINITION + view.encode() + b"\x00"
 
 
 def definition_key(definition: Definition) -> bytes:
-    """The key of a definition's entry."""
+    """Return the key of a definition's entry."""
     return definitions_prefix(definition.view) + definition_id(definition)
 
 
 def producer_key(producer_id: str) -> bytes:
-    """The key of a producer's entry."""
+    """Return the key of a producer's entry."""
     return TAG_PRODUCER + producer_id.encode()
 
 
 def fingerprint(producer_id: str) -> str:
-    """What messages and listings call a producer: nobody who reads it can send in that producer's name."""
+    """Return the name of a producer in messages and listings, with which nobody can send in that producer's name."""
     return sha256(producer_id.encode()).hexdigest()[:8]
 
 
 def producer_id_of(secret: str) -> str:
-    """The producer id of whoever has this secret. Who has only seen the id can't tell the secret, and so can't prove it."""
+    """Return the producer id of the holder of a secret. The id does not reveal the secret, so nobody else can claim it."""
     return sha256(b"producer\x00" + secret.encode()).hexdigest()[:32]
 
 
 def view_prefix(view: str) -> bytes:
-    """What the keys of all series of `view`, of any definition, and no other keys, start with."""
+    """Return the prefix of the keys of all series of `view`, of any definition, and of no other keys."""
     return TAG_SERIES + view.encode() + b"\x00"
 
 
 @lru_cache(maxsize=65_536)
 def series_prefix(definition: Definition) -> bytes:
-    """What the keys of all series of a definition, and no other keys, start with."""
+    """Return the prefix of the keys of all series of a definition, and of no other keys."""
     return view_prefix(definition.view) + definition_id(definition)
 
 
 def split_key(key: bytes) -> tuple[str, bytes, bytes]:
-    """View name, definition id and suffix of a series' or definition's key; `BadRecord` if it is neither's.
+    """Return view name, definition id and suffix of a series' or definition's key. Raises `BadRecord` for any other key.
 
-    A definition's key has an empty suffix. What a series' suffix holds is not looked at: see `parse_suffix`.
+    A definition's key has an empty suffix. The content of a series' suffix is not checked: see `parse_suffix`.
     """
     view, nul, rest = key[1:].partition(b"\x00")
     of_series = key[:1] == TAG_SERIES and len(rest) > DEFINITION_ID_BYTES + len(WINDOW_NONE)
@@ -274,23 +274,23 @@ def split_key(key: bytes) -> tuple[str, bytes, bytes]:
 
 
 def prefix_end(prefix: bytes) -> bytes:
-    """The first key behind every key that starts with `prefix`, which has a byte below 0xff."""
+    """Return the first key behind every key that starts with `prefix`, which has a byte below 0xff."""
     short = prefix.rstrip(b"\xff")
     return short[:-1] + bytes((short[-1] + 1,))
 
 
 def series_suffix(labels: Sequence[str], window_start_ms: int = 0) -> bytes:
-    """The part of a series' key behind its definition: window start and label values, in the definition's order."""
+    """Return the part of a series' key behind its definition: window start and label values, in the definition's order."""
     return window_start_ms.to_bytes(8, "big") + _encode_labels(labels)
 
 
 def overflow_suffix(definition: Definition, window_start: bytes = WINDOW_NONE) -> bytes:
-    """The suffix of the series that takes in what is beyond `series_max` in a window, which starts as a suffix does."""
+    """Return the suffix of the series that takes in what is beyond `series_max` in a window."""
     return window_start + _encode_labels((OVERFLOW,) * len(definition.labels))
 
 
 def parse_suffix(suffix: bytes) -> tuple[int, tuple[str, ...]]:
-    """Window start in ms and label values of a suffix; `BadRecord` if it is not one in its only valid encoding."""
+    """Return window start in ms and label values of a suffix. Raises `BadRecord` for any but its only valid encoding."""
     if len(suffix) > SUFFIX_BYTES_MAX:
         raise BadRecord(f"series key has {len(suffix)} bytes; at most {SUFFIX_BYTES_MAX}")
     try:
@@ -303,7 +303,7 @@ def parse_suffix(suffix: bytes) -> tuple[int, tuple[str, ...]]:
 
 
 def labels_of(key: bytes, prefix: bytes) -> tuple[str, ...]:
-    """The label values of a stored series key that starts with `prefix`."""
+    """Return the label values of a stored series key that starts with `prefix`."""
     return _decode_labels(key[len(prefix) + 8 :])
 
 
@@ -325,19 +325,19 @@ def _decode_label_rows(width: int) -> Callable[[bytes], list[tuple[str, ...] | N
 
 
 def _array_head(count: int) -> bytes:
-    """What an encoded array of so many items starts with."""
+    """Return the first bytes of an encoded array of so many items."""
     return _encode_labels([None] * count)[:-count]
 
 
 def check_suffixes(definition: Definition, suffixes: Sequence[bytes]) -> None:
-    """As `check_suffix` for each of them, at a third of the cost: one call decodes all that are as they should be."""
+    """Check each suffix as `check_suffix` does, at a third of the cost: one call decodes all suffixes of the usual form."""
     if suffixes and not _are_plain(definition, suffixes):
         for suffix in sorted(suffixes):
             check_suffix(definition, suffix)
 
 
 def _are_plain(definition: Definition, suffixes: Sequence[bytes]) -> bool:
-    """Whether they are surely series of `definition`; False says nothing."""
+    """Return True if all suffixes are surely series of `definition`; False leaves that open."""
     if max(map(len, suffixes)) > LABEL_VALUE_BYTES_MAX:
         return False
     rows = [suffix[8:] for suffix in suffixes]
@@ -354,7 +354,7 @@ def _are_plain(definition: Definition, suffixes: Sequence[bytes]) -> bool:
 
 
 def canonical(definition: Definition) -> Definition:
-    """The definition with labels and parameters in the order of their names: what publishers send, so that all agree."""
+    """Return the definition with labels and parameters in the order of their names, as all publishers send it."""
     labels, parameters = tuple(sorted(definition.labels)), tuple(sorted(definition.parameters))
     if (labels, parameters) == (definition.labels, definition.parameters):
         return definition
@@ -362,7 +362,7 @@ def canonical(definition: Definition) -> Definition:
 
 
 def check_label_values(definition: Definition, values: Sequence[object]) -> tuple[str, ...]:
-    """`values` as a series' label values; `Invalid` if they are too many, too few, too long or not text."""
+    """Return `values` as a series' label values. Raises `Invalid` if they are too many, too few, too long or not text."""
     if len(values) != len(definition.labels):
         raise Invalid(f"view {definition.view} has labels {list(definition.labels)}; got {len(values)} values")
     for name, value in zip(definition.labels, values, strict=True):
@@ -382,7 +382,7 @@ def check_label_values(definition: Definition, values: Sequence[object]) -> tupl
 
 
 def check_definition(definition: Definition, kinds: Sequence[str]) -> None:
-    """Raise `Invalid`, naming what is wrong, unless `definition` is one that this version can hold."""
+    """Raise `Invalid`, naming what is wrong, unless this version supports `definition`."""
     for what, name in (("view", definition.view), *(("label", label) for label in definition.labels)):
         if not NAME.match(name) or len(name) > NAME_BYTES_MAX:
             raise Invalid(

@@ -1,4 +1,4 @@
-"""Exactly once between a publisher and a task: who numbers batches, and who remembers which numbers were folded.
+"""Exactly once between a publisher and a task: numbers of batches, and the memory of the numbers that were folded.
 
 Sequences rise by one per producer and partition. The memory of a task is a *set*, not "the last one": when batch 5 fails
 while batch 6 succeeds, the re-sent 5 is new and must be folded. The set stays small because every batch carries its
@@ -17,31 +17,31 @@ import msgspec
 from pipeline.errors import BadRecord
 
 GAP_COUNT_MAX = 1_000
-"""Most gaps in one producer's folded sequences. A correct publisher has at most one per unacknowledged batch."""
+"""Upper limit of gaps in one producer's folded sequences. A correct publisher has at most one per unacknowledged batch."""
 SEQUENCE_STEP_MAX = 100_000
-"""How much further a producer's sequences may be than its batches in the log account for: batches that it gave up."""
+"""Number of batches that a producer may have given up, so that its sequences are ahead of its batches in the log."""
 EPOCH_STEP_MAX = 1_000_000
-"""How often a spool may be opened between two batches for one partition."""
+"""Number of times that a spool may be opened between two batches for one partition."""
 
 Counter = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """Which sequences of one producer a partition has folded: all below `next_sequence`, and `beyond`."""
+    """Sequences of one producer that a partition has folded: all below `next_sequence`, and `beyond`."""
 
     epoch: Counter = 0
     next_sequence: Counter = 0
     beyond: list[tuple[Counter, Counter]] = []
     """Half-open ranges above `next_sequence`, sorted, apart from each other and from `next_sequence`."""
     seen_at_ms: Counter = 0
-    """When the producer's newest batch was accepted or folded, whichever clock says the later."""
+    """Time of the producer's newest batch: when it was accepted or when it was folded, whichever is later."""
     seen_offset: Counter = 0
-    """The offset of the producer's newest batch."""
+    """Offset of the producer's newest batch."""
     closed: bool = False
-    """Whether the producer has said that it sends nothing more."""
+    """True if the producer has said that it sends nothing more."""
 
     def has(self, sequence: int) -> bool:
-        """Whether `sequence` was folded or is settled."""
+        """Return whether `sequence` was folded or is settled."""
         if sequence < self.next_sequence:
             return True
         i = bisect_right(self.beyond, (sequence, 2**63))
@@ -49,30 +49,30 @@ class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     @property
     def end(self) -> int:
-        """The sequence behind the highest that was folded."""
+        """Sequence behind the highest that was folded."""
         return self.beyond[-1][1] if self.beyond else self.next_sequence
 
     def is_step(self, sequence: int, offset: int) -> bool:
-        """Whether a correct publisher can have come to `sequence` at `offset` of the log.
+        """Return whether a correct publisher can have come to `sequence` at `offset` of the log.
 
-        Each of a producer's batches is a record, so its sequences rise by no more than the offsets between two of them,
-        and by what it gave up. In a topic that was made anew offsets begin again, and nothing can be said.
+        Each of a producer's batches is a record, so its sequences rise by no more than the offsets do, and by the batches
+        that it gave up. In a topic that was made anew offsets begin again, and every sequence is possible.
         """
         return offset < self.seen_offset or sequence <= self.end + (offset - self.seen_offset) + SEQUENCE_STEP_MAX
 
     def check_step(self, sequence: int, epoch: int, offset: int) -> None:
-        """Raise `BadRecord` if a batch of a producer that is known is further ahead than a correct publisher can be."""
+        """Raise `BadRecord` if a known producer's batch is further ahead than a correct publisher can be."""
         if not self.is_step(sequence, offset):
             raise BadRecord(f"sequence {sequence} jumps: the producer's sequences end at {self.end}")
         if epoch > self.epoch + EPOCH_STEP_MAX:
             raise BadRecord(f"epoch {epoch} jumps: the producer's epoch is {self.epoch}")
 
     def still_closed(self, sequence: int, epoch: int) -> bool:
-        """Whether the producer stays closed after a batch that does not close it: one that was sent before the last."""
+        """Return whether the producer stays closed after a batch that does not close it: one from before its last."""
         return self.closed and sequence < self.end and epoch <= self.epoch
 
     def with_folded(self, sequence: int, floor: int, epoch: int, seen_at_ms: int, seen_offset: int = 0) -> Folded:
-        """This memory after folding `sequence`, which `has` did not hold; `BadRecord` if there would be too many gaps."""
+        """Return this memory after folding a new `sequence`. Raises `BadRecord` if there would be too many gaps."""
         ranges = sorted([*self.beyond, (sequence, sequence + 1)])
         next_sequence = max(self.next_sequence, floor)
         beyond: list[tuple[int, int]] = []
@@ -89,17 +89,17 @@ class Folded(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Sealed(msgspec.Struct, frozen=True):
-    """A batch that is bytes now: it keeps its partition and sequence until it is acknowledged, and never changes."""
+    """An encoded batch, which never changes and keeps its partition and sequence until it is acknowledged."""
 
     partition: int
     sequence: int
     value: bytes
-    """Empty if its bytes were put elsewhere; see `Outbox.stow`."""
+    """Encoded batch; empty if the bytes are kept elsewhere (see `Outbox.drop_value`)."""
     entry_count: int
 
 
 class Outbox:
-    """A producer's sealed, unacknowledged batches. Pure bookkeeping; one thread at a time."""
+    """A producer's sealed, unacknowledged batches. One thread at a time."""
 
     def __init__(self, producer_id: str, epoch: int) -> None:
         self.producer_id = producer_id
@@ -111,7 +111,7 @@ class Outbox:
 
     @classmethod
     def restored(cls, producer_id: str, epoch: int, next_sequences: Mapping[int, int], batches: Iterable[Sealed]) -> Outbox:
-        """The outbox of a producer that sealed batches before: those that are not acknowledged, in order of sequences."""
+        """Return the outbox of a producer that has unacknowledged `batches` from before, in the order of sequences."""
         outbox = cls(producer_id, epoch)
         outbox._next = dict(next_sequences)
         for sealed in batches:
@@ -125,7 +125,7 @@ class Outbox:
         return sum(map(len, self._unacked.values()))
 
     def next_numbers(self, partition: int) -> tuple[int, int]:
-        """`(sequence, floor)` for the next batch that is sealed for `partition`; `add` takes the number."""
+        """Return `(sequence, floor)` for the next batch for `partition`; `add` uses the sequence up."""
         sequence = self._next.get(partition, 0)
         return sequence, min(self._unacked.get(partition, ()), default=sequence)
 
@@ -138,14 +138,14 @@ class Outbox:
         self.bytes_total += len(sealed.value)
 
     def acknowledge(self, partition: int, sequence: int) -> Sealed | None:
-        """Forget a batch that the log has accepted, or that it never will; None if it was forgotten before."""
+        """Forget and return a batch that the log has accepted, or never will; None if it was forgotten before."""
         sealed = self._unacked.get(partition, {}).pop(sequence, None)
         if sealed is not None:
             self.bytes_total -= len(sealed.value)
         return sealed
 
-    def stow(self, partition: int, sequence: int) -> Sealed | None:
-        """Keep a batch without its bytes, which are elsewhere: from now on its value is empty. As it was, or None."""
+    def drop_value(self, partition: int, sequence: int) -> Sealed | None:
+        """Empty the value of a batch whose bytes are kept elsewhere; return the batch as it was, None if there is none."""
         batches = self._unacked.get(partition, {})
         sealed = batches.get(sequence)
         if sealed is None or not sealed.value:
@@ -155,14 +155,14 @@ class Outbox:
         return sealed
 
     def next_sequences(self) -> dict[int, int]:
-        """By partition, the sequence behind every batch that was sealed so far."""
+        """Return, by partition, the sequence behind every batch that was sealed so far."""
         return dict(self._next)
 
     def settled(self, next_sequences: Mapping[int, int]) -> bool:
-        """Whether every batch below these sequences was acknowledged, or given up."""
+        """Return whether every batch below these sequences was acknowledged or given up."""
         return all(min(self._unacked.get(p, ()), default=n) >= n for p, n in next_sequences.items())
 
     def pending(self) -> Iterator[Sealed]:
-        """All unacknowledged batches, each partition's in the order of its sequences."""
+        """Yield all unacknowledged batches, each partition's in the order of its sequences."""
         for sealed in [*self._unacked.values()]:
             yield from [*sealed.values()]

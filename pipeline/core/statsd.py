@@ -1,4 +1,4 @@
-"""StatsD lines, with DogStatsD's tags, packed values and timestamps: bytes in, what they say or why they say nothing out.
+"""Parses StatsD lines, with DogStatsD's tags, packed values and timestamps.
 
     name:value[:value...]|type[|@rate][|#tag:value,flag...][|Tseconds][|c:container][|e:...][|card:...]
 
@@ -22,11 +22,11 @@ from pipeline.core.record import LABEL_COUNT_MAX, LABEL_VALUE_BYTES_MAX, NAME, N
 COUNTER, GAUGE, TIMER, HISTOGRAM, SET = "counter", "gauge", "timer", "histogram", "set"
 
 REASONS = ("line_long", "utf8", "unsupported", "format", "name", "type", "value", "rate", "tag", "timestamp", "field")
-"""Why a line can say nothing."""
+"""Reasons why a line can't be recorded."""
 
 _TYPES = {"c": COUNTER, "g": GAUGE, "ms": TIMER, "h": HISTOGRAM, "d": HISTOGRAM, "s": SET}
 _INT = re.compile(r"[+-]?[0-9]{1,2400}\Z", re.ASCII)
-"""So that it is at most an int that can be recorded."""
+"""Text of an int that can be recorded."""
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?\Z", re.ASCII)
 _FLOAT_LENGTH_MAX = 400
 _SECONDS = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
@@ -37,32 +37,32 @@ _CACHED_LENGTH_MAX = 500
 
 
 class Malformed(NamedTuple):
-    """A line that says nothing that can be recorded; `reason` is one of `REASONS`."""
+    """A line that can't be recorded, for one of `REASONS`."""
 
     reason: str
 
 
 class Line(msgspec.Struct, frozen=True, gc=False):
-    """What a line says. `name` and the names of `tags` are Prometheus names; `source` is the name as it was sent."""
+    """A parsed line. `name` and the names of `tags` are Prometheus names; `source` is the name as it was sent."""
 
     source: str
     name: str
     type: str
     values: tuple[int | float, ...]
-    """A counter's are divided by its sample rate already."""
+    """Values of the line; a counter's are divided by its sample rate already."""
     member: str = ""
-    """Of a set, which has no values."""
+    """Member of a set, which has no values."""
     relative: tuple[bool, ...] = ()
-    """Of a gauge, value by value: whether it is added to the last one."""
+    """For each value of a gauge, whether it is added to the one before."""
     weight: int | float = 1
-    """Of a timer or histogram: for how many observations each value stands."""
+    """Number of observations for which each value of a timer or histogram stands."""
     tags: tuple[tuple[str, str], ...] = ()
     """Ordered by name; no name stands twice."""
     ts_ms: int | None = None
 
 
 def parse_line(line: bytes, line_bytes_max: int) -> Line | Malformed | None:
-    """One line, without its line end; None if it is blank."""
+    """Parse one line, without its line end; return None if it is blank."""
     if len(line) > line_bytes_max:
         return Malformed("line_long")
     try:
@@ -89,7 +89,7 @@ def parse_line(line: bytes, line_bytes_max: int) -> Line | Malformed | None:
 
 
 def prometheus_name(source: str) -> str | None:
-    """`source` with dots, dashes, slashes and spaces as underscores; None if that is no name of a view or label."""
+    """Return `source` with dots, dashes, slashes and spaces as underscores; None if that is no name of a view or label."""
     return None if len(source) >= NAME_BYTES_MAX else _name(source)
 
 
@@ -127,7 +127,7 @@ def _read_fields(fields: list[str]) -> _Fields | Malformed:
             if not _SECONDS.match(field, 1):
                 return Malformed("timestamp")
             ts_ms = int(field[1:]) * 1_000
-        elif not field.startswith(("c:", "e:", "card:")):  # where it comes from: of no interest here
+        elif not field.startswith(("c:", "e:", "card:")):  # the sender, which is not recorded
             return Malformed("field")
     return _Fields(rate, tags, ts_ms)
 
@@ -140,12 +140,12 @@ def _rate(text: str) -> Fraction | None:
 
 
 def _exact(number: int | float) -> Fraction:
-    """As it was written: 0.1 is a tenth."""
+    """Return a number as it was written: 0.1 is a tenth."""
     return Fraction(number) if type(number) is int else Fraction(repr(number))
 
 
 def _tags(text: str) -> tuple[tuple[str, str], ...] | None:
-    """The tags; None if one has no name, is too long, or stands twice."""
+    """Return the tags; None if one has no name, is too long, or is there twice."""
     tags: dict[str, str] = {}
     for part in text.split(",") if text else ():
         if not part:
@@ -160,7 +160,7 @@ def _tags(text: str) -> tuple[tuple[str, str], ...] | None:
 
 
 _known_tags = lru_cache(_CACHED_MAX)(_tags)
-"""Clients send few different ones, again and again."""
+"""`_tags` with a cache: clients send few different ones, again and again."""
 
 
 def _number(text: str) -> int | float | None:
@@ -194,7 +194,7 @@ def _line(source: str, name: str, type_: str, text: str, fields: _Fields) -> Lin
 
 
 def _scaled(value: int | float, rate: Fraction | None) -> int | float | None:
-    """`value` divided by `rate`, an int if that is whole; None if no float can hold it."""
+    """Return `value` divided by `rate`, an int if that is whole; None if no float can hold it."""
     if rate is None or rate == 1:
         return value
     scaled = _exact(value) / rate

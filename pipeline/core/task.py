@@ -2,10 +2,10 @@
 
 The shell reads records, asks the task what they mean, and carries out what it answers, in this order (DESIGN section 5):
 
-    restored(...)                   the store is at a commit boundary: here are its position and definitions
+    restored(...)                   start from the position and definitions of a store that is at a commit boundary
     read(records) -> Reading        decode; the shell looks up `Reading.producer_keys` in the store
     fold(reading, values)           into the overlay; allowed at any time from then on, also while a commit is under way
-    sweep(entries)                  some producers of the store: those that were silent for long are forgotten
+    sweep(entries)                  forget those of some producers of the store that were silent for long
     freeze() -> Lookup              swap the overlay; the shell looks up `Lookup.keys`, and which keys `Lookup.prefixes` have
     prepare_commit(values, existing) -> Commit: entries, dead letters, and the position last
                                     the shell commits the Commit in one transaction, then writes it to the store in one batch
@@ -53,7 +53,7 @@ from pipeline.errors import BadRecord, StoreCorrupt
 
 
 class Phase(Enum):
-    """Where a task is."""
+    """State of a task."""
 
     ASSIGNED = "assigned"
     FOLDING = "folding"
@@ -62,7 +62,7 @@ class Phase(Enum):
 
 
 class TaskEvent(Enum):
-    """What can happen to it."""
+    """Event that changes the state of a task."""
 
     RESTORED = "restored"
     FOLD = "fold"
@@ -80,58 +80,58 @@ TRANSITIONS: Mapping[tuple[Phase, TaskEvent], Phase] = {
     (Phase.COMMITTING, TaskEvent.FOLD): Phase.COMMITTING,
     (Phase.COMMITTING, TaskEvent.COMMITTED): Phase.FOLDING,
 }
-"""Every legal step; any other raises `IllegalTransition`."""
+"""Every legal event; any other raises `IllegalTransition`."""
 
 
 class Counts(msgspec.Struct):
-    """What a task has seen since it was made. Counters only."""
+    """Counters of a task since it was made."""
 
     batches_folded: int = 0
     entries_folded: int = 0
     batches_duplicate: int = 0
     batches_stale: int = 0
-    """Refused because their producer has been opened by a newer process."""
+    """Batches that were refused because a newer process has opened their producer."""
     records_bad: int = 0
-    """Dead-lettered as a whole, stale batches included."""
+    """Records that were dead-lettered as a whole, stale batches included."""
     groups_refused: int = 0
-    """Dead-lettered groups of batches whose other groups were folded."""
+    """Groups that were dead-lettered, of batches whose other groups were folded."""
     series_cleared: int = 0
-    """Committed series of definitions that were dropped or reset: about as many tombstones go into the next commit."""
+    """Committed series of definitions that were dropped or reset: the next commit has about as many tombstones."""
     series_overflowed: int = 0
     """Entries that were merged into an overflow series, because their definition has `series_max` series."""
     producers_forgotten: int = 0
 
 
 class Commit(msgspec.Struct, frozen=True):
-    """What must become durable, all of it or none. `keys[-1]` is the position record."""
+    """Entries and dead letters that become durable together. `keys[-1]` is the position record."""
 
     keys: list[bytes]
     values: list[bytes | None]
     dead_letters: list[tuple[bytes, bytes | None]]
-    """By key; None: what the letter of this key holds has been folded by now."""
+    """Dead letters by key; None: the batch in the letter has been folded since."""
     position: Position
     series_count: int
-    """Series entries among the keys."""
+    """Number of series entries among the keys."""
 
 
 class Reading(NamedTuple):
-    """Decoded records, and what must be looked up before they can be folded."""
+    """Decoded records, and the keys to look up before they can be folded."""
 
     records: Records
     received: list[Received | BadRecord]
     producers: dict[str, Folded | None]
-    """What is known of their producers without the store."""
+    """Memories of producers that are known without the store."""
     producer_keys: list[bytes]
-    """The entries of all others."""
+    """Keys of the entries of all other producers."""
 
 
 class Lookup(NamedTuple):
-    """What the store must be asked before a commit can be prepared."""
+    """Keys and prefixes to look up in the store before a commit can be prepared."""
 
     keys: list[bytes]
-    """Series whose committed values are needed."""
+    """Keys of series whose committed values are needed."""
     prefixes: list[bytes]
-    """Definitions, by the prefix of their series, that were dropped or reset: which series they have is needed."""
+    """Prefixes of definitions that were dropped or reset, whose existing keys are needed."""
 
 
 class Task:
@@ -143,20 +143,22 @@ class Task:
         self.phase = Phase.ASSIGNED
         self.counts = Counts()
         self.next_offset = 0
-        """Where folding goes on in the deltas topic."""
+        """Offset in the deltas topic at which folding goes on."""
         self.position = NO_POSITION
-        """What the last commit made durable."""
+        """Position of the last commit."""
         self._skipped = False
         self._limits = limits
         self._known = Definitions()
         self._producers = Producers(limits.producers_max)
         self._log_ms = 0
-        """The time of the log, which neither falls nor is ahead of the shell's clock."""
-        self._folded_ms = 0  # up to which all is folded, by log, publishers and shell: one that lags can't tell by its own
+        """Time of the log, which neither falls nor is ahead of the shell's clock."""
+        self._folded_ms = (
+            0  # the time that log, publisher and shell have all reached: one clock that is ahead expires nothing
+        )
         self._overlay = Overlay()
         self._frozen = Overlay()
         self._frozen_known: dict[bytes, Known] = {}
-        """The definitions that the frozen overlay is about, as they were when it was frozen."""
+        """Definitions of the frozen overlay, as they were when it was frozen."""
         self._changes: Changes | None = None
         self._pending = NO_POSITION
         self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
@@ -166,13 +168,13 @@ class Task:
 
     @property
     def full(self) -> bool:
-        """Whether the overlay has reached its limit: commit before folding more."""
+        """True if the overlay has reached its limit: commit before folding more."""
         overlay, limits = self._overlay, self._limits
         return overlay.bytes_total >= limits.overlay_bytes_max or overlay.entry_count() >= limits.overlay_entries_max
 
     @property
     def dirty(self) -> bool:
-        """Whether anything was folded, or skipped, that the next commit must record."""
+        """True if anything was folded, or skipped, that the next commit must record."""
         frozen = self.phase in (Phase.FROZEN, Phase.COMMITTING)
         known = self._frozen.next_offset if frozen else self.position.next_offset
         return self._skipped or self.next_offset > known or self._overlay.entry_count() > 0
@@ -180,7 +182,7 @@ class Task:
     def restored(self, position: Position, definitions: Iterable[bytes], *, next_offset: int | None = None) -> None:
         """Start from committed entries: the position, and the values of definition entries.
 
-        `next_offset`: where folding goes on, if it is known that from there to the position the log held no record.
+        `next_offset` is where folding goes on, if the log is known to hold no record from there to the position.
         """
         self._step(TaskEvent.RESTORED)
         try:
@@ -231,22 +233,22 @@ class Task:
         return Reading(records, received, known, [*needed])
 
     def _has_producer(self, producer_id: str) -> bool:
-        """Whether a producer is known, or known to be forgotten; if not, only the store can tell."""
+        """Return whether a producer is known, or known to be forgotten; else the store must be asked."""
         return any(producer_id in it for it in (self._overlay.producers, self._frozen.producers, self._producers))
 
     def _producer(self, producer_id: str) -> Folded | None:
-        """What is known of a producer; None if it was forgotten."""
+        """Return the memory of a known producer; None if the producer was forgotten."""
         for producers in (self._overlay.producers, self._frozen.producers):
             if producer_id in producers:
                 return producers[producer_id]
         return self._producers[producer_id]
 
     def fold(self, reading: Reading, values: Sequence[bytes | None], *, now_ms: int) -> None:
-        """Merge what was read into the overlay. Records below `next_offset` were folded before and are skipped. It ends
-        behind a batch whose orders fill the next commit: fold the rest, from `next_offset` on, after a freeze.
+        """Merge what was read into the overlay. Records below `next_offset` were folded before and are skipped.
 
-        What is wrong becomes a dead letter and changes nothing else; it never stops the partition. `values` are those of
-        the producers that `read` asked for, `now_ms` is the shell's clock.
+        Folding ends behind a batch whose orders fill the next commit: fold the rest, from `next_offset` on, after a freeze.
+        A record or group that is wrong becomes a dead letter and changes nothing else; it never stops the partition.
+        `values` are those of the producer keys that `read` returned, `now_ms` is the shell's clock.
         """
         self._step(TaskEvent.FOLD)
         known = self._learned(reading, values)
@@ -274,7 +276,7 @@ class Task:
         self.next_offset = overlay.next_offset = max(self.next_offset, records.next_offset)
 
     def _learned(self, reading: Reading, values: Sequence[bytes | None]) -> dict[str, Folded | None]:
-        """What is known of the producers of a reading: what was folded or forgotten since, or else what was found then."""
+        """Return the memories of a reading's producers: as folded or forgotten since the reading, or else as found then."""
         learned = {**reading.producers}
         try:
             for key, value in zip(reading.producer_keys, values, strict=True):
@@ -289,15 +291,13 @@ class Task:
     def _fold_batch(
         self, received: Received, known: dict[str, Folded | None], offset: int, at_ms: int, seen_at_ms: int
     ) -> None:
-        """Fold a batch. `known` is what was known of each producer, and is kept up."""
+        """Fold a batch, and update the memory of its producer in `known`."""
         batch = received.batch
         if batch.partition != self.partition:
             raise BadRecord(f"batch for partition {batch.partition} in partition {self.partition}")
         before, letter = known[batch.producer_id], letter_key(batch.producer_id, self.partition)
         producer = before or Folded()
-        if (
-            letter is not None
-        ):  # what it holds was folded before, is folded now, or comes back: who replays it waits for that
+        if letter is not None:  # folded before, folded now, or refused again: in each case the replay is done
             self._overlay.letters[letter] = None
         if producer.has(batch.sequence):
             self.counts.batches_duplicate += 1
@@ -331,10 +331,10 @@ class Task:
     def _settle(
         self, batch: Batch, known: dict[str, Folded | None], offset: int, seen_at_ms: int
     ) -> tuple[bool, list[tuple[str, Folded]]]:
-        """Return whether a replayed batch stands for one that was folded after all. If not, that one counts as folded once
-        this one is: what is then to be remembered of its producer is returned, too.
+        """Return whether the origin of a replayed batch was folded after all, and else the memories to keep of its producer.
 
-        An origin whose sequence jumps is left alone: the task would refuse that batch itself.
+        With these memories the origin counts as folded. An origin whose sequence jumps is left alone: the task would refuse
+        it.
         """
         origin = batch.origin
         if origin is None:
@@ -372,7 +372,7 @@ class Task:
         self._overlay.letters[key] = DeadLetter(self.partition, offset, at_ms, reason, view, value)
 
     def _check_group(self, group: Group, at_ms: int) -> None:
-        """Raise `BadRecord` before anything of the group is merged."""
+        """Raise `BadRecord` if a group can't be folded. Changes nothing."""
         definition = group.definition
         prefix = series_prefix(definition)
         known = self._known.get(prefix)
@@ -392,7 +392,7 @@ class Task:
             self._overlay.defined.add(prefix)
 
     def _carry_out(self, control: Control) -> None:
-        """Drop or reset what the order concerns, as it is now: what is folded later counts from nothing."""
+        """Drop or reset the definitions of an order; series that are folded later begin from nothing."""
         overlay = self._overlay
         for prefix, known in self._known.of(control.view):
             if not control.concerns(known.definition):
@@ -410,7 +410,7 @@ class Task:
     # Committing
 
     def sweep(self, entries: Iterable[tuple[bytes, bytes]], *, now_ms: int) -> None:
-        """Forget those of these producer entries of the store that were silent for too long, by all clocks."""
+        """Forget producers, given by their entries in the store, that were silent for too long by all clocks."""
         latest_ms, limits = min(self._folded_ms, now_ms), self._limits
         for key, value in entries:
             try:
@@ -441,15 +441,16 @@ class Task:
         return Lookup(self._changes.keys, sorted(frozen.cleared))
 
     def prepare_commit(self, values: Sequence[bytes | None], existing: Sequence[bytes] = (), *, now_ms: int) -> Commit:
-        """What to make durable, given what `freeze` asked for: the committed values of the keys, in their order, and the
-        keys that the store has under the prefixes, in order.
+        """Return the commit, given what `freeze` asked for: the committed values of the keys, in their order, and the
+        existing keys under the prefixes, in order.
         """
         self._step(TaskEvent.PREPARE)
         assert self._changes is not None
         frozen = self._frozen
         series, states = self._changes.merge(values)
         self.counts.series_overflowed += self._changes.overflow_count
-        # Definitions before their series, those that are dropped behind them: whoever follows knows what a series is of.
+        # Definitions stand before their series, tombstones of definitions behind: a follower knows the definition of each
+        # series.
         keys, out = self._definition_entries(self._changes.new_counts)
         gone = gone_keys(existing, series, frozen.cleared)
         dropped = sorted(TAG_DEFINITION + prefix[1:] for prefix in frozen.cleared - self._frozen_known.keys())
@@ -476,7 +477,7 @@ class Task:
         return keys, out
 
     def committed(self) -> None:
-        """The Commit is durable in the log and in the store."""
+        """Note that the commit is durable in the log and in the store."""
         self._step(TaskEvent.COMMITTED)
         assert self._changes is not None
         for merged in self._changes.merged:

@@ -1,4 +1,4 @@
-"""What a flush returns, so that a read can wait for it: how far each partition of one topic must be folded."""
+"""Tokens, which a flush returns so that a read can wait for what was flushed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Token:
 
     @classmethod
     def parse(cls, text: str) -> Token:
-        """Return the token whose `str` is `text`; `Invalid` if there is none."""
+        """Return the token whose `str` is `text`. Raises `Invalid` if there is none."""
         if not text:
             return cls()
         match = _TOKEN.match(text) if len(text) <= TOKEN_LENGTH_MAX else None
@@ -44,7 +44,7 @@ class Token:
         return token
 
     def __or__(self, other: Token) -> Token:
-        """Return the token that covers both; `Invalid` if they are of two topics, which no read can wait for at once."""
+        """Return the token that covers both. Raises `Invalid` for two topics, which no read can wait for at once."""
         if not self.next_offsets or not other.next_offsets:
             return self if self.next_offsets else other
         if self.topic_id != other.topic_id:
@@ -75,11 +75,11 @@ class Token:
 def name_acknowledged(
     next_offsets: Mapping[int, int], before: str, after: str, high_watermarks: Mapping[int, int] | None = None
 ) -> Token:
-    """Return the token of what a log acknowledged while its topic had the id `before` at first and `after` at last.
+    """Return the token of what a log acknowledged while the id of its topic changed from `before` to `after`.
 
-    A log acknowledges with offsets only. No id is used twice, so what was acknowledged between two equal ids is of that
-    topic. Between two different ones it is of either; then `high_watermarks`, of the topic that is there now, bound what can
-    be of it: a read that waits up to there has all that it acknowledged, and waits for nothing that is not there.
+    A log acknowledges with offsets only. No id is used twice, so between two equal ids all offsets are of that topic.
+    Between two different ids they can be of either; then the `high_watermarks` of the present topic bound those that can be
+    of it: a read that waits up to there has all that the topic acknowledged, and waits for nothing that is not there.
     """
     if before == after:
         return Token(next_offsets, after)

@@ -1,4 +1,4 @@
-"""State machines as tables: which state follows from a state and a step."""
+"""State machines as tables: the state that follows from a state and an event."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ StepT = TypeVar("StepT", bound=Enum)
 
 
 def next_state(transitions: Mapping[tuple[StateT, StepT], StateT], state: StateT, step: StepT, partition: int) -> StateT:
-    """Return the state of a partition after a step. Raises `IllegalTransition` for a step that the table does not have."""
+    """Return the state of a partition after an event. Raises `IllegalTransition` if the table does not have the event."""
     try:
         return transitions[state, step]
     except KeyError:

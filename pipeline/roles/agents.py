@@ -176,10 +176,10 @@ class Feeds:
         for feed in self._feeds:
             feed.follow(partitions)
 
-    def let_go(self, timeout_s: float) -> None:
+    def release(self, timeout_s: float) -> None:
         """Wait until no partition is followed, after `follow` with an empty set."""
         for feed in self._feeds:
-            feed.let_go(timeout_s)
+            feed.release(timeout_s)
 
     def stop(self) -> bool:
         """Stop, and return whether that was done in time. May be called twice."""

@@ -25,7 +25,7 @@ class FeedFollower(Protocol):
         """Follow these partitions from now on. Does not block."""
         ...
 
-    def let_go(self, timeout_s: float) -> None:
+    def release(self, timeout_s: float) -> None:
         """Wait, at most `timeout_s`, until partitions that are no longer followed are closed in order."""
         ...
 
@@ -73,7 +73,7 @@ class ClusterMember:
             self._feeds.follow(frozenset())
         self._loop.revoking(partitions, timeout_s)
         if self._feeds is not None:
-            self._feeds.let_go(_LET_GO_S)
+            self._feeds.release(_LET_GO_S)
 
     def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
         """See `MembershipListener`."""

@@ -18,12 +18,12 @@ from pipeline.roles.member import ClusterMember
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
-from pipeline.worker.lag import EndOffsets, LagReporter
+from pipeline.worker.lag import DeltasEnds, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.restore import RestoreProgress
-from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, look_at
+from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, observe
 
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
@@ -174,7 +174,7 @@ class ClusterWorker(KafkaRole):
     def _new_watchdog(self) -> Watchdog:
         return Watchdog(
             self._last_ends,
-            lambda ends: look_at(self._loop.partitions, ends, self._progress, self._loop.assigned),
+            lambda ends: observe(self._loop.partitions, ends, self._progress, self._loop.assigned),
             clock=self.clock,
             stall_timeout_ms=self._worker.stall_timeout_ms,
             commit_timeout_ms=self._worker.commit_timeout_ms,
@@ -232,7 +232,7 @@ class ClusterWorker(KafkaRole):
     def _ask_topic_ids(self) -> Mapping[str, str]:
         return {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
 
-    def _ask_ends(self) -> EndOffsets:
+    def _ask_ends(self) -> DeltasEnds:
         """Return the end offsets of deltas, after checks of the topics: the lag reporter calls it each second.
 
         A topic that was made anew, and has grown as long as the old one, shows only in its id. The ends of the changelog
@@ -247,12 +247,12 @@ class ClusterWorker(KafkaRole):
                 raise error
         self._loop.note_changelog_ends(self.log.end_offsets(CHANGELOG))
         stable_offsets = self.log.end_offsets(DELTAS)  # before the high watermarks, which must not be below
-        return EndOffsets(self.log.high_watermarks(DELTAS), stable_offsets)
+        return DeltasEnds(self.log.high_watermarks(DELTAS), stable_offsets)
 
     def _last_ends(self) -> tuple[float, Mapping[int, int]]:
         """Return end offsets for the watchdog, and when they were asked for; -1 and none while the log can't be read."""
-        told_s, ends = self._mirror.told
-        return (told_s, ends) if told_s - self._loop.away_s > AWAY_S else (-1.0, {})
+        asked_s, ends = self._mirror.last_answer
+        return (asked_s, ends) if asked_s - self._loop.away_s > AWAY_S else (-1.0, {})
 
     def _positions(self) -> dict[int, int]:
         return {number: it.task.position.next_offset for number, it in self._loop.partitions.items() if it.started}

@@ -111,7 +111,7 @@ class ActivePartition:
         """The start, commit or close that a thread carries out, in the states that are named for it."""
         self._commit_begun_s: float | None = None
         self._is_flush = False
-        """Whether the commit that is under way was asked for by `flush`."""
+        """True if `flush` asked for the commit that is under way."""
         self._due_s: float | None = None
         self._full = False
         self._unfolded: deque[Records] = deque()
@@ -122,22 +122,22 @@ class ActivePartition:
 
     @property
     def state(self) -> ActiveState:
-        """Where the partition is in its life."""
+        """State of the partition."""
         return self._state
 
     @property
     def is_ours(self) -> bool:
-        """Whether the partition was not lost. Any thread may ask."""
+        """True until the partition is lost. Safe from any thread."""
         return self._state in _OURS
 
     @property
     def is_folding(self) -> bool:
-        """Whether the partition is ours and its start has ended."""
+        """True if the partition is ours and its start has ended."""
         return self._state in _FOLDING
 
     @property
     def is_committing(self) -> bool:
-        """Whether a commit is under way, also one of a partition that was lost meanwhile."""
+        """True while a commit is under way, also after the partition was lost."""
         return self._state in _COMMITTING
 
     def _step(self, event: ActiveEvent) -> None:
@@ -183,7 +183,7 @@ class ActivePartition:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing may be folded before a commit has ended: the next one is as large as it may be."""
+        """True if nothing may be folded before a commit has ended, because the next one is as large as it may be."""
         return self._full
 
     @property
@@ -234,17 +234,17 @@ class ActivePartition:
 
     @property
     def due_s(self) -> float | None:
-        """When the next commit is due; None if there is nothing to commit."""
+        """Time at which the next commit is due; None if there is nothing to commit."""
         return self._due_s
 
     @property
     def is_urgent(self) -> bool:
-        """Whether the next commit waits neither for its time nor for its turn."""
+        """True if the next commit waits neither for its time nor for its turn."""
         return self._full or self._due_s == _AT_ONCE_S
 
     @property
     def is_flushing(self) -> bool:
-        """Whether a commit that `flush` asked for has not ended."""
+        """True while a commit that `flush` asked for has not ended."""
         return self._is_flush or self._due_s == _AT_ONCE_S
 
     def flush(self) -> None:
@@ -276,7 +276,7 @@ class ActivePartition:
 
     @property
     def commit_begun_s(self) -> float | None:
-        """When a thread began with the commit that is under way; None if the commit waits for a thread."""
+        """Time at which a thread began with the commit that is under way; None if the commit waits for a thread."""
         return self._commit_begun_s
 
     def commit_future(self) -> Future[Any] | None:

@@ -1,4 +1,4 @@
-"""How large a commit may be so that it ends in time, learned from how long commits take.
+"""Bound of the size of commits, learned from how long commits take, so that they end in time.
 
 A commit that can't end within its timeout ends the process, and the next start folds the same records again: a commit of the
 same size would fail for ever. So every start begins with the smallest commit there is, that of one record. The bound rises
@@ -12,9 +12,9 @@ from __future__ import annotations
 from math import ceil
 
 _GOAL = 0.4
-"""The share of the timeout up to which commits grow."""
+"""Share of the timeout up to which commits grow."""
 _SLOW = 0.5
-"""The share of the timeout above which they shrink."""
+"""Share of the timeout above which commits shrink."""
 _GROWTH_MAX = 4.0
 _QUICK_GROWTH_MAX = 16.0
 _QUICK_GOAL = _GOAL / 4
@@ -23,22 +23,22 @@ _HELPED = 0.75
 
 
 def _capped(goal: float, share: float, most: float) -> float:
-    """How often `share` fits into `goal`, at most `most` times."""
+    """Return `goal / share`, at most `most`."""
     return most if share * most <= goal else goal / share
 
 
 class CommitBound:
-    """The bound of one partition's commits. `time_max_s` is what a commit may take before it fails."""
+    """Bound of one partition's commits. `time_max_s` is what a commit may take before it fails."""
 
     def __init__(self, time_max_s: float) -> None:
         self.entries_max = 1
-        """Entries that may be folded before a commit; one record may go beyond it."""
+        """Number of entries that may be folded before a commit; one record may go beyond it."""
         self._time_max_s = time_max_s
         self._slow_s: float | None = None
-        """How long the commit took for which the bound was lowered last."""
+        """Seconds that the commit took for which the bound was lowered last."""
 
     def note(self, entries: int, seconds: float) -> None:
-        """Learn from a commit of so many folded entries, which took so long."""
+        """Adjust the bound after a commit of so many folded entries, which took so long."""
         share = seconds / self._time_max_s
         if share <= _GOAL:
             self._slow_s = None
@@ -49,5 +49,5 @@ class CommitBound:
             self.entries_max = max(1, min(self.entries_max, entries) // 2)
 
     def _lowering_helps(self, seconds: float) -> bool:
-        """Whether the time is due to the size, as far as is known. Else commits would shrink to nothing for no gain."""
+        """Return whether size is what takes the time, as far as is known. Else commits would shrink for no gain."""
         return self._slow_s is None or not _HELPED * self._slow_s < seconds <= self._slow_s / _HELPED

@@ -1,4 +1,4 @@
-"""The definitions and positions of all partitions, read from the changelog by somebody who has no store of it."""
+"""Definitions and positions of all partitions, read from the changelog by a process that has no stores."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ class _DefinitionStore:
         return self
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
 
 class Catalogue:
-    """What a changelog says of definitions. One thread at a time; `read` takes in what came since the last one.
+    """Definitions in a changelog. One thread at a time.
 
-    The first `read` goes through all of the changelog: it holds little of it, but takes as long as a restore.
+    The first `read` goes through all of the changelog, which takes as long as a restore but little memory; each later one
+    reads what was written since.
     """
 
     def __init__(self, log: Log, clock: Clock) -> None:
@@ -63,7 +64,7 @@ class Catalogue:
             reader.close()
 
     def read(self, deadline_s: float) -> None:
-        """Take in all that the changelog holds now; `Unavailable` if that is not done by `deadline_s`."""
+        """Read all that the changelog holds now. Raises `Unavailable` if that is not done by `deadline_s`."""
         ends = self._log.end_offsets(CHANGELOG)
         self._open(ends)
         assert self._reader is not None
@@ -76,7 +77,7 @@ class Catalogue:
                 raise Unavailable("the changelog was not read in time")
 
     def _open(self, partitions: Iterable[int]) -> None:
-        """Read from the partitions that there are now."""
+        """Read from all partitions that there are now."""
         new = {*partitions} - self._followers.keys()
         for number in new:
             heads = self._heads[number] = _DefinitionStore()
@@ -88,7 +89,7 @@ class Catalogue:
             self._reader.assign({n: max(it.next_offset, starts.get(n, 0)) for n, it in self._followers.items()})
 
     def entries(self) -> list[DefinitionEntry]:
-        """The definition entries of all partitions."""
+        """Return the definition entries of all partitions."""
         try:
             return [
                 decode_definition(value)
@@ -100,7 +101,7 @@ class Catalogue:
             raise StoreCorrupt(str(error)) from None
 
     def covers(self, token: Token) -> bool:
-        """Whether what the token stands for is folded, as far as was read."""
+        """Return whether all that the token covers is folded, as far as was read."""
         return all(self._covers(number, offset, token.topic_id) for number, offset in token.next_offsets.items())
 
     def _covers(self, number: int, next_offset: int, topic_id: str) -> bool:

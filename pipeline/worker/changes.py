@@ -1,9 +1,9 @@
-"""What changes in a view, read from the changelog: for each entry of a series, its answer before and after.
+"""Changes of a view, read from the changelog: for each entry of a series, its answer before and after.
 
-A feed follows the partitions that are its worker's, each with a small store of its own: the entries of its view, as far as
-their changes have been taken in. What is taken in is written with the offset behind it, in one write; so after a crash the
-feed goes on just there. Where a partition has no such store, because another worker had it, the group offset tells how far
-that one got: entries up to there go into the store, and are nobody's changes any more.
+A feed follows the partitions of its worker. For each it has a small store with the entries of its view whose changes were
+delivered, and the offset behind them, which is written in the same batch: after a crash the feed goes on from there. Where
+a partition has no such store, because another worker had it, the offset in the group tells how far that worker came: entries
+up to there go into the store, and are delivered no more.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ from pipeline.worker.follower import FETCH_BYTES_MAX, StoreMeta, read_meta, writ
 from pipeline.worker.restore import DamageHistory, StoreOpener
 
 _log = logging.getLogger(__name__)
-_TELL_S = 0.5
-"""How often progress is told to the group; it is also when a partition is let go of."""
+_REPORT_INTERVAL_S = 0.5
+"""Seconds between two reports of progress to the group; there is another one when a partition is dropped."""
 _RECORDS_MAX = 1_000
-"""Records that are read, and changes that wait, at once."""
+"""Upper limit of the records that are read, and of the changes that wait, at once."""
 
 
 class Change(NamedTuple):
-    """One series of a view has another answer, in the part of it that one partition holds."""
+    """A new answer of one series of a view, in the part of the series that one partition holds."""
 
     labels: Mapping[str, str]
     old: Any
-    """The answer before; None if there was none."""
+    """Answer before; None if there was none."""
     new: Any
-    """The answer now; None if the series is gone."""
+    """Answer now; None if the series is gone."""
     window_start: int | None
-    """In ms since 1970, if the view has windows."""
+    """Start of the window in ms since 1970, if the view has windows."""
     partition: int
     offset: int
-    """Of the changelog: with the partition, the change's identity."""
+    """Offset in the changelog; with the partition it identifies the change."""
 
 
 class Progresses(Protocol):
-    """Where it is kept how far a feed got in each partition, for whoever has it next."""
+    """Place that keeps how far a feed got in each partition, for the next owner of the partition."""
 
     def read(self) -> Mapping[int, int]:
-        """The offset behind what was taken in last, by partition. Raises `Unavailable`."""
+        """Return, by partition, the offset behind the last delivered change. Raises `Unavailable`."""
         ...
 
     def write(self, next_offsets: Mapping[int, int]) -> None:
-        """Of some partitions. Raises `Unavailable`."""
+        """Keep offsets of some partitions. Raises `Unavailable`."""
         ...
 
 
 class _Followed:
-    """One partition. Owned by the feed's thread."""
+    """A partition that a feed follows. Owned by the feed's thread."""
 
     def __init__(self, number: int, store: Store, topic_id: str, progress: int) -> None:
         self.number = number
@@ -80,7 +80,7 @@ class _Followed:
         self.topic_id = topic_id
         self.next_offset = read_meta(store).changelog_next_offset
         self.silent_until = progress
-        self.told_offset = progress
+        self.reported_offset = progress
 
     def write(self, entries: Mapping[bytes, bytes | None], next_offset: int) -> None:
         self.next_offset = next_offset
@@ -91,9 +91,9 @@ class _Followed:
 class ChangeFeed:
     """Hands the changes of `view` to `deliver`, partition by partition in the order of the changelog, each at least once.
 
-    `deliver(changes, stopping)` returns how many of them, from the first, were taken in; fewer than all only once `stopping`
-    says so. `definitions_of(partition)` are the view's definitions as that partition's state has them, or raises
-    `NotReady` if that is closed. `on_fatal` is called once, from the feed's thread, if it can't go on.
+    `deliver(changes, stopping)` returns how many changes, from the first, were taken in; fewer than all only once `stopping`
+    returns True. `definitions_of(partition)` returns the view's definitions in that partition's store, or raises `NotReady`
+    if the store is closed. `on_fatal` is called once, from the feed's thread, if the feed can't go on.
     """
 
     def __init__(
@@ -135,21 +135,21 @@ class ChangeFeed:
         self._wanted: frozenset[int] = frozenset()
         self._followed: dict[int, _Followed] = {}
         self._definitions: dict[int, dict[bytes, DefinitionEntry]] = {}
-        """Of each partition, by key."""
+        """Definition entries by partition and key."""
         self._damages = DamageHistory()
         self._reader: LogReader | None = None
         self._assigned = False
-        self._tell_s = 0.0
+        self._next_report_s = 0.0
 
     # From any thread
 
     def follow(self, partitions: frozenset[int]) -> None:
-        """These from now on, and no others. Does not block."""
+        """Follow these partitions from now on, and no others. Does not block."""
         with self._changed:
             self._wanted = partitions
 
-    def let_go(self, timeout_s: float) -> bool:
-        """Follow nothing until told otherwise; whether the group knew in time how far all was taken in."""
+    def release(self, timeout_s: float) -> bool:
+        """Follow nothing until the next `follow`; return whether the group got to know in time how far this feed came."""
         self.follow(frozenset())
         with self._changed:
             return self._changed.wait_for(lambda: not self._followed or not self._thread.alive, timeout_s)
@@ -165,11 +165,11 @@ class ChangeFeed:
     # The thread
 
     def _on_unavailable(self, error: Unavailable) -> None:
-        self._assigned = False  # what was read and not taken in is read again
+        self._assigned = False  # what was read and not delivered is read again
         self._thread.outage.wait(error)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all stores and the reader."""
         for number in [*self._followed]:
             self._drop(number)
         if self._reader is not None:
@@ -177,7 +177,7 @@ class ChangeFeed:
             self._reader = None
 
     def step(self) -> None:
-        """Open and drop what there is to, read, hand over."""
+        """Open and drop partitions as `follow` asked, read, deliver."""
         for number in [*self._followed]:
             if number not in self._wanted:
                 self._drop(number)
@@ -193,7 +193,7 @@ class ChangeFeed:
             fetched = reader.poll(record_count_max=_RECORDS_MAX, bytes_max=FETCH_BYTES_MAX, timeout_s=POLL_INTERVAL_S)
         except RecordsLost as error:
             _log.warning("changes of view %s: %s", self.view, error)
-            self._begin_anew()
+            self._skip_gone()
             return
         for records in fetched:
             it = self._followed.get(records.partition)
@@ -201,15 +201,15 @@ class ChangeFeed:
                 if it is None or self._take_in(it, records):
                     continue
             except StoreCorrupt as error:
-                self._make_anew(records.partition, error)
+                self._rebuild(records.partition, error)
             self._assigned = False
             break
-        if self._clock.monotonic_s() >= self._tell_s:
+        if self._clock.monotonic_s() >= self._next_report_s:
             for it in [*self._followed.values()]:
                 try:
-                    self._tell([it])
+                    self._report_progress([it])
                 except StoreCorrupt as error:
-                    self._make_anew(it.number, error)
+                    self._rebuild(it.number, error)
 
     def _open_new(self) -> None:
         new = self._wanted - self._followed.keys()
@@ -229,14 +229,14 @@ class ChangeFeed:
             raise StoreCorrupt(f"it reflects another changelog, up to {meta.changelog_next_offset}; this ends at {end}")
         return _Followed(number, store, topic_id, min(progress, end))
 
-    def _make_anew(self, number: int, error: StoreCorrupt) -> None:
-        """Delete a store that can't be trusted. `LogCorrupt` if that has not helped before."""
+    def _rebuild(self, number: int, error: StoreCorrupt) -> None:
+        """Delete a store that can't be trusted. Raises `LogCorrupt` if that has not helped before."""
         self._damages.note(number, error)
-        self._let_go_of(number)
+        self._close(number)
         self._opener.destroy(number, str(error))
 
-    def _begin_anew(self) -> None:
-        """The log no longer has what some partition would read next."""
+    def _skip_gone(self) -> None:
+        """Read on from the start of the log where it no longer has what is read next."""
         starts = self._log.start_offsets(CHANGELOG)
         for number, it in self._followed.items():
             it.next_offset = max(it.next_offset, starts.get(number, 0))
@@ -245,36 +245,36 @@ class ChangeFeed:
     def _drop(self, number: int) -> None:
         it = self._followed[number]
         try:
-            self._tell([it])
-        except (Unavailable, StoreCorrupt) as error:  # a store that is damaged is made anew when it is opened or read next
+            self._report_progress([it])
+        except (Unavailable, StoreCorrupt) as error:  # a damaged store is rebuilt when it is opened or read next
             _log.warning("changes of view %s in partition %d: some come twice: %s", self.view, number, error)
         finally:
-            self._let_go_of(number)
+            self._close(number)
 
-    def _let_go_of(self, number: int) -> None:
+    def _close(self, number: int) -> None:
         try:
             self._followed[number].store.close()
-        except PipelineError as error:  # what is left of it shows when it is opened next
+        except PipelineError as error:  # the next `open` finds out what is left of it
             _log.warning("changes of view %s in partition %d: closing the store: %s", self.view, number, error)
         with self._changed:
             del self._followed[number]
             self._changed.notify_all()
         self._assigned = False
 
-    def _tell(self, some: Sequence[_Followed]) -> None:
-        self._tell_s = self._clock.monotonic_s() + _TELL_S
-        news = {it.number: it.next_offset for it in some if it.next_offset > it.told_offset}
+    def _report_progress(self, some: Sequence[_Followed]) -> None:
+        self._next_report_s = self._clock.monotonic_s() + _REPORT_INTERVAL_S
+        news = {it.number: it.next_offset for it in some if it.next_offset > it.reported_offset}
         if news:
             for it in some:
                 it.write({}, it.next_offset)
             self._progresses.write(news)
             for it in some:
-                it.told_offset = max(it.told_offset, it.next_offset)
+                it.reported_offset = max(it.reported_offset, it.next_offset)
 
     # One partition
 
     def _take_in(self, it: _Followed, records: Records) -> bool:
-        """Whether all of it was taken in; else what was is in the store, and the rest is to be read again."""
+        """Deliver the changes in records; return whether all were taken in. If not, the rest must be read again."""
         entries = [
             (offset, key, value)
             for offset, key, value in zip(records.offsets, records.keys, records.values, strict=True)
@@ -324,11 +324,11 @@ class ChangeFeed:
             known[key] = decode_definition(value)
 
     def _definition(self, number: int, key: bytes) -> Definition | None:
-        """The definition of a series; None if it was dropped, or is of a kind or window that does not answer for the view.
+        """Return the definition of a series; None if it was dropped, or its kind or window is not the one that answers.
 
-        A definition stands before its series in the changelog, so it was read with them. Of what was read before a restart
-        the feed's own store has it, also if it was dropped since. Where compaction has left only a later entry of it, the
-        partition's store has it. `Unavailable` while that is not restored.
+        A definition stands before its series in the changelog, so it was read with them. If that was before a restart, the
+        feed's own store has the definition, even if it was dropped since. If compaction has left only a later entry of the
+        definition, the partition's store has it. Raises `Unavailable` while that store is not restored.
         """
         its_key = TAG_DEFINITION + key[1 : len(self._definitions_prefix) + 8]
         known = self._definitions.setdefault(number, {})

@@ -1,4 +1,4 @@
-"""Which partition commits when, and what becomes of it: on time, in turn, side by side, within a deadline."""
+"""Schedule of commits: each in time, partitions in turn, several at once, each within a deadline."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pipeline.worker.active import ActivePartition, ActivePartitions
 
 _log = logging.getLogger(__name__)
 _HANG_S = 10.0
-"""How much longer than its deadline a commit of a lost partition may hang in a thread that is needed."""
+"""Seconds beyond its deadline for which a commit of a lost partition may hang in a thread that is needed."""
 
 
 class Commits:
-    """The commits of the partitions of one loop, whose thread calls everything here.
+    """Commits of the partitions of one loop, whose thread calls everything here.
 
-    `lost` says of an error of a commit whether it only means that its partition is lost, and if so loses it.
+    `lost(active, error)` returns whether a commit's error only means that its partition is lost, and if so loses it.
     """
 
     def __init__(
@@ -36,34 +36,34 @@ class Commits:
         lost: Callable[[ActivePartition, BaseException], bool],
     ) -> None:
         self.time_max_s = time_max_s
-        """How long a commit may take before it fails."""
+        """Seconds that a commit may take before it fails."""
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
         self._lost = lost
         self._failures = Failures(_log, "pipeline-commit", metrics)
-        """Those at which nobody looks: of partitions that are lost."""
+        """Unexpected errors of partitions that are lost; they end nothing."""
         self._pool = ThreadPoolExecutor(settings.commit_thread_count, thread_name_prefix="pipeline-commit")
         self._under_way: set[Future[Commit]] = set()
         self.changelog_ends: Mapping[int, int] = {}
-        """Where the partitions of the changelog ended when somebody looked last."""
+        """Ends of the changelog's partitions, as of the last time that they were asked for."""
         self._next_s = 0.0
-        """When `transactions_per_s_max` allows the next commit."""
+        """Time from which `transactions_per_s_max` allows the next commit."""
         self.stuck = False
-        """Whether a thread hangs in a commit."""
+        """True once a thread hangs in a commit."""
 
     @property
     def under_way(self) -> bool:
-        """Whether there is a commit that has not been finished."""
+        """True if there is a commit that has not been finished."""
         return bool(self._under_way)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for one to end, or for so long."""
+        """Wait for a commit to end, or for so long."""
         if self._under_way:
             wait(self._under_way, timeout_s, FIRST_COMPLETED)
 
     def poll_timeout_s(self, folding: Iterable[ActivePartition]) -> float:
-        """Until the next commit is due; short while commits are under way, so that their end is noticed."""
+        """Return the time until the next commit is due; less while commits are under way, so that their end is noticed."""
         if self._under_way:
             return 0.002
         due_s = max(min((active.due_s for active in folding if active.due_s is not None), default=1e9), self._next_s)
@@ -71,10 +71,10 @@ class Commits:
         return min(max(wait_s, 0.0), self._settings.commit_interval_ms / 1000, POLL_INTERVAL_S)
 
     def begin(self, folding: Sequence[ActivePartition]) -> bool:
-        """Begin those that are due; whether there were any. What can't wait does not wait for its turn.
+        """Begin the commits that are due; return whether there were any. Urgent ones do not wait for their turn.
 
-        A partition behind whose last commit somebody else has written commits also if it has nothing to say: that writes
-        anew what was covered up, while this owner still has it, and before compaction takes it out of the changelog.
+        A partition commits even if nothing was folded when others have written to its changelog: such a commit writes the
+        covered entries anew, while this owner has them, and before compaction takes them out of the changelog.
         """
         now = self._clock.monotonic_s()
         idle = [active for active in folding if not active.is_committing]
@@ -86,7 +86,7 @@ class Commits:
         urgent = [active for active in idle if active.is_urgent]
         for active in urgent:
             self._begin(active)
-        # The longest due first: at `transactions_per_s_max` every partition has its turn.
+        # Longest due first, so that every partition has its turn at `transactions_per_s_max`.
         due = sorted((it.due_s, it.number, it) for it in idle if not it.is_committing and it.due_s is not None)
         for count, (due_s, _, active) in enumerate(due):
             if now < max(due_s, self._next_s):
@@ -112,7 +112,7 @@ class Commits:
             try:
                 partition.make_durable(commit)
             except PipelineError as error:
-                self._tell_size(active.number, error, entries, records, clock.monotonic_s() - begun_s)
+                self._log_size(active.number, error, entries, records, clock.monotonic_s() - begun_s)
                 raise
             ended_s = clock.monotonic_s()
             active.bound.note(entries, ended_s - begun_s)
@@ -124,8 +124,8 @@ class Commits:
         self._under_way.add(work)
         active.begin_commit(work)
 
-    def _tell_size(self, number: int, error: PipelineError, entries: int, records: int, took_s: float) -> None:
-        """Say of a commit that failed late what its size has to do with it."""
+    def _log_size(self, number: int, error: PipelineError, entries: int, records: int, took_s: float) -> None:
+        """Log, for a commit that failed late, how large it was and what the operator can do."""
         if took_s < self.time_max_s / 2:
             return
         _log.error(
@@ -143,7 +143,7 @@ class Commits:
         )
 
     def finish(self, actives: ActivePartitions) -> None:
-        """Note those that are durable. Raises what another failed with, unless its partition is lost."""
+        """Note commits that are durable. Raises the error of one that failed, unless its partition is lost."""
         now = self._clock.monotonic_s()
         for active in [*actives.all.values()]:
             future = active.commit_future()
@@ -169,12 +169,12 @@ class Commits:
     def _check_deadline(self, active: ActivePartition, now: float) -> None:
         error = Unavailable(f"a commit is undecided after {self._settings.commit_timeout_ms} ms (commit_timeout_ms)")
         if active.commit_begun_s is None:
-            return  # it waits for a thread, behind commits that have a deadline
+            return  # the commit waits for a thread, behind commits that have a deadline
         deadline_s = active.commit_begun_s + self._settings.commit_timeout_ms / 1000 + POLL_INTERVAL_S
         if now > deadline_s and (now > deadline_s + _HANG_S or not self._lost(active, error)):
             self.stuck = True
             raise error
 
     def shutdown(self) -> None:
-        """End, waiting for none that hangs."""
+        """End the threads, without waiting for one that hangs."""
         self._pool.shutdown(wait=not self.stuck, cancel_futures=True)

@@ -1,8 +1,8 @@
-"""What is left of entries that others have written over, once compaction may have been there.
+"""Traces of committed entries that foreign records cover, after compaction may have removed the committed ones.
 
-Compaction keeps the newest record of a key, whoever wrote it. So while a partition has no owner a record of somebody else
-can take ours out of the changelog. A store that has not read ours by then can't say whether there was one. An owner that
-wrote "there is none" would make that true for good; so a person decides, unless something else tells.
+Compaction keeps the newest record of a key, whoever wrote it. So while a partition has no owner, a foreign record can take
+ours out of the changelog. A store that has not read ours by then can't tell whether there was one. An owner that wrote a
+tombstone would lose the entry for good; so a person decides, unless other traces tell.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _NAMED_MAX = 3
 
 
 class Traces:
-    """Which of some keys have a record of ours in the changelog, and when the first that is left of each was written."""
+    """Records of some keys in a changelog: which keys have one of ours, and when the first that is left was written."""
 
     def __init__(self, partition: int, keys: Collection[bytes]) -> None:
         self.ours: set[bytes] = set()
         self.first_ms: dict[bytes, int] = {}
         self.at_ms = 0
-        """When the newest record of all was written."""
+        """Time at which the newest record of all was written."""
         self._keys = frozenset(keys)
         self._lineage = Lineage(partition, 0)
         self._waiting: list[tuple[int, bytes]] = []
-        """Offset and key of records behind the last commit: it is not known yet whether they are part of the next."""
+        """Offsets and keys of records behind the last commit, which may be part of the next."""
 
     def take(self, records: Records) -> None:
-        """Take in what was read next."""
+        """Take in the records that were read next."""
         special = {*not_entries(records.keys)}
         rows = zip(records.offsets, records.at_ms, records.keys, records.values, strict=True)
         for index, (offset, at_ms, key, value) in enumerate(rows):
@@ -72,7 +72,7 @@ def find_traces(
 ) -> Traces:
     """Read the changelog from its start to a fence record that was read before.
 
-    Raises `Unavailable` if that can't be, `NotReady` if `stopping` turns true.
+    Raises `Unavailable` if the changelog can't be read, `NotReady` if `stopping` turns true.
     """
     traces, next_offset = Traces(partition, keys), log.watermarks(CHANGELOG, partition).start_offset
     reader = log.reader(CHANGELOG)
@@ -95,17 +95,17 @@ def find_traces(
 def check_recoverable(
     partition: int, store: ReadableStore, keys: Collection[bytes], traces: Traces, *, young_s: float, accept_loss: bool
 ) -> None:
-    """Raise `RecordsLost` if nobody can tell any more what we had committed of some of the keys that others wrote over.
+    """Raise `RecordsLost` if the committed values of some covered keys can't be known any more.
 
-    `store` was restored up to where the traces were read. One of these tells of a key: a record of ours is left, which then
-    is the newest of ours, and in the store; those of others are younger than `young_s`, so compaction has removed nothing
-    because of them; a series is not in the store, and its definition says that the store lacks none. With `accept_loss` what
-    nothing tells of is only said.
+    `store` was restored up to where the traces were read. The committed value of a key is known, and in the store, if a
+    record of ours is left, which is the newest of ours; if the foreign ones are younger than `young_s`, so that compaction
+    has removed nothing because of them; or if the key is that of a series which the store lacks although it has as many
+    series as the definition says. With `accept_loss` keys of unknown value are only logged.
     """
     young_ms = traces.at_ms - young_s * 1000
     unknown = {key for key in keys if key not in traces.ours and traces.first_ms.get(key, 0) <= young_ms}
     if [*keys] == [POSITION_KEY] and next(iter(store.scan(TAG_DEFINITION, TAG_FENCE)), None) is None:
-        return  # there are no entries: if there was a position, all that it is of is folded again, or missed there
+        return  # no entries: what a lost position covered is folded again, or missed by `_check_position`
     lost = sorted(unknown - _never_there(partition, store, unknown))
     if not lost:
         return
@@ -119,7 +119,7 @@ def check_recoverable(
 
 
 def _never_there(partition: int, store: ReadableStore, unknown: Collection[bytes]) -> set[bytes]:
-    """Those of the keys that are of series which the store does not have and is not missing."""
+    """Return the keys of series that the store does not have and does not miss."""
     never: set[bytes] = set()
     series = sorted(key for key in unknown if key[:1] == TAG_SERIES)
     whole: dict[bytes, bool] = {}
@@ -140,7 +140,7 @@ def _never_there(partition: int, store: ReadableStore, unknown: Collection[bytes
 
 
 def _is_whole(partition: int, store: ReadableStore, prefix: bytes, definition: bytes) -> bool:
-    """Whether a store has all series of a definition that is as we committed it; one that is not there has none."""
+    """Return whether a store has all series of a definition, which was not covered; an absent definition has none."""
     (value,) = store.get([definition])
     try:
         expected = 0 if value is None else decode_definition(value).series_count
@@ -150,7 +150,7 @@ def _is_whole(partition: int, store: ReadableStore, prefix: bytes, definition: b
 
 
 def described(keys: Collection[bytes]) -> str:
-    """Say of what the keys are, in short."""
+    """Return a short description of keys."""
     named = dict.fromkeys(map(_name, keys))
     return ", ".join([*named][:_NAMED_MAX]) + (" and more" if len(named) > _NAMED_MAX else "")
 

@@ -1,4 +1,4 @@
-"""What a partition that is folded here tells: its counters, and its part of `/v1/status`."""
+"""Counters of a partition that is folded here, and its part of `/v1/status`."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ _COUNTED = (
 
 
 class Figures:
-    """The counters of one partition, from one task of it."""
+    """Exports the counters of one partition's task."""
 
     def __init__(self, partition: int, metrics: Metrics) -> None:
         self._partition = partition
         self._metrics = metrics
-        self._told = Counts()
-        """What the task had counted at the last commit."""
-        for metric in _COUNTED:  # there from the start: Prometheus sees a rise only from a value it has seen
+        self._exported = Counts()
+        """Counters of the task at the last commit."""
+        for metric in _COUNTED:  # exported from the start: Prometheus sees a rise only from a value that it has seen
             metrics.inc(metric, 0, partition)
 
     def committed(self, commit: Commit, counts: Counts, position: Position) -> None:
-        """Tell what a commit that is durable now has brought."""
+        """Export the counters after a commit has become durable."""
         inc, partition = self._metrics.inc, self._partition
         inc(m.COMMITS, 1, partition)
         inc(m.ENTRIES_COMMITTED, commit.series_count, partition)
@@ -65,13 +65,13 @@ class Figures:
             last, count = decode_letter(letters[-1]), len(letters)
             _log.warning("partition %d: %d dead letters; the last, at %d: %s", partition, count, last.offset, last.reason)
         for metric, name in _EXPORTED.items():
-            inc(metric, getattr(counts, name) - getattr(self._told, name), partition)
-        self._told = msgspec.structs.replace(counts)
+            inc(metric, getattr(counts, name) - getattr(self._exported, name), partition)
+        self._exported = msgspec.structs.replace(counts)
         self._metrics.set(m.NEXT_OFFSET, position.next_offset, partition)
 
 
 def partition_status(partition: OwnedPartition, end_offset: int | None, progress: RestoreProgress | None) -> PartitionStatus:
-    """Return the status of a partition that is folded here. Without `end_offset` the log is away."""
+    """Return the status of a partition that is folded here. `end_offset` is None while the log is away."""
     next_offset = partition.task.position.next_offset
     status = PartitionStatus(
         partition=partition.number,

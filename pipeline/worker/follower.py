@@ -1,8 +1,8 @@
-"""Applies a changelog to a store: restore today; standbys and query replicas are the same thing running on.
+"""Applies a changelog to a store: for a restore, and without end for standbys and query replicas.
 
 A follower's store is always exactly at a commit boundary, that is, just behind a position record. Compaction removes old
-position records, so while catching up there may be none for a long stretch: then entries are applied all the same and
-the store is marked as between boundaries, which nobody serves or folds into, until the next position record ends it.
+position records, so while catching up there may be none for a long stretch. Then entries are applied all the same, and the
+store is marked as between boundaries until the next position record; nothing serves or folds into such a store.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ MARKERS_MAX = 1
 
 
 class StoreMeta(msgspec.Struct, frozen=True, array_like=True):
-    """What a store says of itself; written in the same batch as the entries."""
+    """Record of a store about itself, written in the same batch as the entries."""
 
     version: int = 1
     changelog_next_offset: int = 0
     between_boundaries: bool = False
     topic_id: str = ""
-    """Of which changelog the offset is; see `ports.Log.topic_id`."""
+    """Id of the changelog that the offset is of; see `ports.Log.topic_id`."""
     position_offset: int = -1
-    """The offset of the store's position record; -1 if that is not known."""
+    """Offset of the store's position record; -1 if it is not known."""
     caught_up: bool = False
-    """Whether the changelog is known to have held no entries behind that record once. Then the store has all that was
-    committed by then, whatever others have written since."""
+    """True if the changelog once held no entries behind that record. Then the store has all that was committed by then,
+    whatever others have written since."""
 
 
 def read_meta(store: Store) -> StoreMeta:
-    """What the store says of itself; `StoreCorrupt` if that is not readable."""
+    """Return the meta record of a store. Raises `StoreCorrupt` if it can't be decoded."""
     (value,) = store.get([STORE_META_KEY])
     if value is None:
         return StoreMeta()
@@ -60,7 +60,7 @@ def read_meta(store: Store) -> StoreMeta:
 
 
 def read_position(store: Store) -> Position:
-    """The position of a store that is at a boundary."""
+    """Return the position of a store that is at a boundary."""
     (value,) = store.get([POSITION_KEY])
     try:
         return NO_POSITION if value is None else decode_position(value)
@@ -69,18 +69,17 @@ def read_position(store: Store) -> Position:
 
 
 def write_entries(store: Store, keys: list[bytes], values: list[bytes | None], meta: StoreMeta) -> None:
-    """One atomic write of entries and of what part of the changelog the store reflects with them."""
+    """Write entries and the meta record that belongs to them, in one atomic batch."""
     store.write([*keys, STORE_META_KEY], [*values, msgspec.msgpack.encode(meta)])
 
 
 class Follower:
-    """Applies what is read of one partition's changelog to its store. Owned by one thread.
+    """Applies the records of one partition's changelog to its store. Owned by one thread.
 
-    It reads the store's last commit once more before it goes on, from `next_offset`: a changelog that has lost that commit
-    can have gone on without it, and be longer than the store knows. So it does with what a store that was left between
-    boundaries has taken in behind that commit. `buffer_entries_max` and `buffer_bytes_max` bound what
-    is held back for a commit boundary. `on_between` is called before a store that was at a boundary is written without being
-    at one again: nobody may read it then.
+    A follower first reads the store's last commit again, from `next_offset`: a changelog that has lost that commit can have
+    gone on without it, and be longer than the store knows. It also reads again what a store that was left between boundaries
+    has taken in behind that commit. `buffer_entries_max` and `buffer_bytes_max` bound what is held back for a commit
+    boundary. `on_between` is called before a store leaves a boundary: nothing may read the store then.
     """
 
     def __init__(
@@ -106,23 +105,23 @@ class Follower:
         self._meta = read_meta(store)
         self._delete_retention_ms = delete_retention_ms
         self._since = read_position(store)
-        """What the store held when it was opened, or when all there was had been read the last time."""
+        """Position of the store when it was opened, or when last the whole changelog had been read."""
         (self._position,) = store.get([POSITION_KEY])
-        """Its position record as it was then; what is wrong with it later is damage, and says nothing of the changelog."""
+        """Position record when the store was opened; if it differs later, the store is damaged, not the changelog."""
         self._holed = False
-        """Whether compaction has removed some of what was read since then."""
+        """True if compaction has removed some of what was read since."""
         self._read_at_ms: int | None = 0
-        """When the log took in the newest of what was read since the store was opened; None once that was all there was."""
+        """Time at which the log accepted the newest record read since the store was opened; None once all had been read."""
         self._bytes = self._counted = 0
-        """Bytes of the first so many entries that are held back."""
+        """Bytes of the entries that are held back, and the number of entries that are counted in them."""
         self.next_offset = self.stored_offset = self._meta.changelog_next_offset
-        """`stored_offset`: up to where what is read was in the store when it was opened."""
+        """Below `stored_offset` all records were in the store when it was opened."""
         self.is_proven = False
-        """Whether the store's last commit was read from the changelog, or one that names it as one before."""
+        """True if the changelog was seen to hold the store's last commit, or one that followed it."""
         self._differing: set[bytes] = set()
-        """Keys of which the store has something else than was read of what it has taken in behind its last commit."""
+        """Keys whose values in the store differ from the changelog's, among those that it took in behind its last commit."""
         place = self._meta.position_offset
-        if not self._meta.between_boundaries:  # what stood behind the last commit was not ours, and can be others' by now
+        if not self._meta.between_boundaries:  # records behind the last commit were foreign, and can be others by now
             if place >= 0:
                 self.stored_offset = place + 1
             elif self._since == NO_POSITION:
@@ -131,25 +130,25 @@ class Follower:
         if place >= 0 and self._since.begin_offset >= start_offset:
             self.next_offset = min(self.next_offset, self._since.begin_offset)
         self._reads_anew = self.next_offset < self.stored_offset
-        """Whether what it reads first is the store's last commit."""
+        """True if the follower reads the store's last commit again."""
         self.foreign = Foreign(partition, metrics)
         self._sieve = Sieve(self.lineage, self.foreign)
         self._caught_up = self._had_all = self._meta.caught_up
 
     @property
     def had_all(self) -> bool:
-        """Whether the store had all that is committed before anything was read."""
+        """True if the store had all that is committed before anything was read."""
         return self._had_all and not self.lineage.committed
 
     @property
     def at_boundary(self) -> bool:
-        """Whether the store reflects whole commits only, and everything that was read is in it."""
+        """True if the store reflects whole commits only, and everything that was read is in it."""
         return not self._sieve and not self._meta.between_boundaries and self.next_offset >= self.stored_offset
 
     def apply(self, records: Records) -> None:
-        """Apply what was read next of this partition: up to its last position record now, the rest with the next one.
+        """Apply the records that were read next: up to their last position record now, the rest with the next one.
 
-        Raises `Discontinuous` if the records stand below those that were read before, `NewerFormat` if a newer program has
+        Raises `Discontinuous` if the records are below those that were read before, `NewerFormat` if a newer program has
         committed them.
         """
         first = records.offsets[0] if records.offsets else records.next_offset
@@ -167,22 +166,22 @@ class Follower:
         self.next_offset = records.next_offset
         self.entries_total += len(records.keys) - [*records.keys].count(FENCE_KEY)
         if sieve.whole:
-            # What others wrote behind a commit, and its owner has not repaired, is read again after a restart.
+            # Foreign records behind a commit that its owner has not repaired are read again after a restart.
             last = sieve.whole == len(sieve) and not self.foreign.keys
             self._write(sieve.whole, self.next_offset if last else sieve.whole_end, between=False)
             self._check_away()
         self._bytes += sieve.bytes_from(self._counted)
         self._counted = len(sieve)
         full = len(sieve) >= self._entries_max or self._bytes >= self._bytes_max
-        if full or (sieve and self._meta.between_boundaries):  # there it is: to hold anything back helps nobody
+        if full or (sieve and self._meta.between_boundaries):  # already between boundaries: holding back gains nothing
             self._write(len(sieve), records.next_offset, between=True)
-        elif sieve.fenced:  # so that nothing is behind after a restart of a partition that only changes its owner
+        elif sieve.fenced:  # so that a partition that only changes its owner is not behind after a restart
             self.save()
 
     def _take_known(self, records: Records) -> Records:
-        """Take in records that the store has, of its last commit or behind it; what is left are those behind them all.
+        """Check records that the store has, of its last commit or behind it; return the records behind them.
 
-        Raises `StoreAhead` if others stand in the place of the commit. Compaction can have taken it; it puts nothing there.
+        Raises `StoreAhead` if other records are at the offsets of the commit. Compaction can remove it, but puts none there.
         """
         count, place = bisect_left(records.offsets, self.stored_offset), self._meta.position_offset
         for offset, key, value in zip(records.offsets[:count], records.keys[:count], records.values[:count], strict=True):
@@ -204,9 +203,10 @@ class Follower:
         )
 
     def _check_taken(self, records: Records, start: int, end: int) -> None:
-        """Raise if the records that a store between boundaries has taken in behind its last commit are not these.
+        """Raise if these are not the records that a store between boundaries has taken in behind its last commit.
 
-        `StoreCorrupt` where the changelog holds that commit: what the store has beyond it is no whole one.
+        `StoreCorrupt` if the changelog holds that commit, because the store has no whole commit beyond it; else
+        `StoreAhead`.
         """
         special = {start + i for i in not_entries(records.keys[start:end])}
         taken = {key: records.values[i] for i, key in enumerate(records.keys[start:end], start) if key and i not in special}
@@ -219,7 +219,7 @@ class Follower:
             raise (StoreCorrupt if self.is_proven else StoreAhead)(f"partition {self.partition}: {what}")
 
     def _check_row(self) -> None:
-        """Raise `StoreAhead` if the first commit that follows was made by an owner who did not know the store's last one."""
+        """Raise `StoreAhead` if the owner that made the first commit that follows did not know the store's last one."""
         place = self._meta.position_offset
         if not self.is_proven and self.lineage.first_previous_end <= place:
             what = f"the changelog has gone on from {self.lineage.first_previous_end} without the last commit of the store"
@@ -227,10 +227,10 @@ class Follower:
         self.is_proven = True
 
     def settle(self, end_offset: int) -> None:
-        """Take note that all below `end_offset` was read, and that the log held no more when it had been.
+        """Note that all below `end_offset` was read, and that the log held no more by then.
 
-        So compaction can't have taken the position record that would end what is held back: it never was, and what is held
-        back is foreign. Raises `StoreCorrupt` if some of it is in the store already, `StoreAhead` if the changelog holds
+        So compaction can't have removed a position record behind the entries that are held back: there was none, and they
+        are foreign. Raises `StoreCorrupt` if some of them are in the store already, `StoreAhead` if the changelog holds
         neither the store's last commit nor one that follows it.
         """
         if self._reads_anew and not self.is_proven and self.next_offset >= self.stored_offset:
@@ -239,7 +239,7 @@ class Follower:
         if self._meta.between_boundaries:
             raise StoreCorrupt(f"changelog-{self.partition} ends within a commit; something else has written to it")
         self._since, self._holed = read_position(self.store), False
-        self._read_at_ms = None  # from here on it is there, and not away
+        self._read_at_ms = None  # from here on the follower was never away
         self._sieve.drop(0, end_offset)
         self._bytes = self._counted = 0  # counted anew with the next records
         self._caught_up = self._caught_up or not self.foreign.keys
@@ -247,9 +247,9 @@ class Follower:
     def _check_away(self) -> None:
         """Raise `StoreCorrupt` if tombstones can have been removed before they were read.
 
-        `check_restorable` asks the clocks of this machine and of whoever committed, and one may be wrong; here that of the
-        log says how much later it took in what was read now than the newest delta that the store had. (A commit is later
-        than its deltas, by as much as they waited; so the store can have been away for less than that, never for longer.)
+        `check_restorable` compares the clocks of this machine and of the committing one, and one may be wrong. This compares
+        times of the log only: when it accepted the records read now, and the newest delta that the store had. (A commit is
+        later than its deltas, so the store was away for at most this long.)
         """
         if not self._holed or self._delete_retention_ms is None or not self._since.source_at_ms:
             return
@@ -261,12 +261,12 @@ class Follower:
             )
 
     def save(self) -> None:
-        """Write to the store how far the changelog was read, if it is at a boundary there."""
+        """Write to the store how far the changelog was read, if the store is at a boundary."""
         if self.at_boundary and not self.foreign.keys and self._meta.changelog_next_offset < self.next_offset:
             self._write(0, self.next_offset, between=False)
 
     def _write(self, count: int, next_offset: int, *, between: bool) -> None:
-        """Write the first entries that are held back, and that the store reflects the changelog up to `next_offset`."""
+        """Write the first entries that are held back, with a meta record that says how far the changelog was read."""
         if between and not self._meta.between_boundaries:
             self._on_between()
         place = self._sieve.whole_end - 1 if count and not between else self._meta.position_offset

@@ -1,9 +1,9 @@
-"""Records in a changelog that no owner of the partition wrote: how they are told from ours, and what becomes of them.
+"""Foreign records: those in a changelog that no owner of the partition wrote.
 
 Every commit says where it begins and where the commit before it ended (`record.Position`). Its records stand without a gap
 from its beginning to its position record: the transaction is aborted otherwise. So between two commits there are only fence
-records, the ends of transactions, and what somebody else wrote. Followers leave that out. The owner writes the committed
-value of each such key anew, so that compaction, which keeps the newest record of a key whoever wrote it, keeps ours.
+records, transaction markers and foreign records. Followers leave foreign records out. The owner writes the committed
+value of each of their keys anew, so that compaction, which keeps the newest record of a key whoever wrote it, keeps ours.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ENTRY_TAGS = frozenset(tag[0] for tag in (TAG_DEFINITION, TAG_SERIES, TAG_PRODU
 
 
 def owner_id(app: str, partition: int, unique: str) -> str:
-    """The id of one owner of a partition. It names the partition, so that a record that was copied from another is told."""
+    """Return the id of one owner of a partition. It names the partition, to detect records that were copied from another."""
     return f"{app}-{partition}:{unique}"
 
 
 def is_owner_of(partition: int, name: str) -> bool:
-    """Whether `owner_id` has made the name for this partition; a position of before fences names nobody."""
+    """Return whether an owner id is of this partition; the owner id of a position that is older than fences is empty."""
     return not name or name.partition(":")[0].endswith(f"-{partition}")
 
 
 def not_entries(keys: Iterable[bytes | None]) -> list[int]:
-    """The indices of the keys that are not those of entries: positions, fences, and what can't be ours."""
+    """Return the indices of keys that are not those of entries: positions, fences, and keys that can't be ours."""
     firsts = [key[0] if key else -1 for key in keys]
     if _ENTRY_TAGS.issuperset(firsts):
         return []
@@ -42,25 +42,25 @@ def not_entries(keys: Iterable[bytes | None]) -> list[int]:
 
 
 class Barrier(NamedTuple):
-    """A fence record: where it stands, and whose it is."""
+    """Offset and owner of a fence record."""
 
     offset: int
     owner_id: str
 
 
 class Foreign:
-    """What others wrote to the changelog of one partition, as far as somebody who reads it has come across it."""
+    """Foreign records that a reader has found in the changelog of one partition."""
 
     def __init__(self, partition: int, metrics: Metrics = NO_METRICS) -> None:
         self.partition = partition
         self.count = 0
         self.keys: set[bytes] = set()
-        """Keys whose newest record is foreign and was not repaired yet, as far as is known."""
+        """Keys whose newest record, as far as was read, is foreign and was not repaired."""
         self._metrics = metrics
         metrics.inc(m.CHANGELOG_FOREIGN, 0, partition)
 
     def note(self, offset: int, what: str) -> None:
-        """Count a foreign record; say so once."""
+        """Count a foreign record; log the first one."""
         if not self.count:
             _log.error(
                 "changelog-%d: the record at %d was not written by an owner of the partition (%s). It is left out, as others"
@@ -79,25 +79,25 @@ class Foreign:
 
 
 class Lineage:
-    """Which position records of a changelog belong to the row of our commits, read in the order of the log."""
+    """Chain of our commits: decides which position records of a changelog belong to it, in the order of the log."""
 
     def __init__(self, partition: int, end_offset: int) -> None:
         self.partition = partition
         self.end_offset = end_offset
-        """The offset behind the last commit: no commit that is still to come begins below it."""
+        """Offset behind the last commit; no later commit begins below it."""
         self.committed = False
-        """Whether a commit was read."""
+        """True once a commit was read."""
         self.first_previous_end = 0
-        """Where the commit before the first one that was read ended."""
+        """Offset behind the commit before the first one that was read."""
         self.fence: Barrier | None = None
-        """The last fence record."""
+        """Last fence record."""
         self.awaited: Barrier | None = None
-        """The fence record whose reading ends a restore."""
+        """Fence record whose reading ends a restore."""
         self.passed = False
-        """Whether it was read."""
+        """True once the awaited fence record was read."""
 
     def take_fence(self, offset: int, value: bytes | None) -> bool:
-        """Take in what has the key of a fence record; whether it is one of ours."""
+        """Take in a record with the key of fence records; return whether it is one of ours."""
         try:
             fence = codec.decode_fence(value or b"")
         except BadRecord:
@@ -109,9 +109,9 @@ class Lineage:
         return True
 
     def take_position(self, offset: int, value: bytes | None) -> Position | None:
-        """Take in what has the key of a position record: the position, or None if it ends no commit of ours.
+        """Take in a record with the key of position records; return the position, or None if it ends no commit of ours.
 
-        Raises `NewerFormat` if it does, and a newer program wrote it.
+        Raises `NewerFormat` if it ends a commit, and a newer program wrote it.
         """
         try:
             position = codec.decode_position(value or b"")
@@ -130,19 +130,19 @@ class Lineage:
         return position
 
     def _follows(self, offset: int, position: Position) -> bool:
-        """Whether a position at `offset` can be that of the commit that comes next, or of a later one.
+        """Return whether a position at `offset` can be that of the next commit, or of a later one.
 
-        `previous_end_offset` can be lower than our end: then this reader took a forgery for a commit, and this commit, which
-        writes the entries of the forgery anew, sets it right.
+        `previous_end_offset` can be lower than our end: then this reader took a forgery for a commit. This commit repairs
+        that: it writes the entries of the forgery anew.
         """
         in_order = position.previous_end_offset <= position.begin_offset <= offset
         return in_order and position.begin_offset >= self.end_offset and is_owner_of(self.partition, position.owner_id)
 
 
 class Sieve:
-    """Holds back what is read of a changelog until the position record that ends its commit, and leaves out what is foreign.
+    """Holds back records of a changelog until the position record that ends their commit, and leaves out foreign ones.
 
-    `lineage.end_offset` is to be where the reading begins, if that is at a commit boundary.
+    `lineage.end_offset` must be where the reading begins, if that is at a commit boundary.
     """
 
     def __init__(self, lineage: Lineage, foreign: Foreign) -> None:
@@ -152,15 +152,15 @@ class Sieve:
         self._keys: list[bytes] = []
         self._values: list[bytes | None] = []
         self.whole = self.whole_end = 0
-        """How many of the entries that are held back belong to whole commits, and the offset behind those commits."""
+        """Number of held back entries that belong to whole commits, and the offset behind those commits."""
         self.fenced = False
-        """Whether the records that were taken in last hold a fence record."""
+        """True if the records that were taken in last hold a fence record."""
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def take(self, records: Records) -> None:
-        """Hold back what was read next. Raises `NewerFormat` if a newer program has committed it."""
+        """Hold back the records that were read next. Raises `NewerFormat` if a newer program has committed them."""
         self.fenced = False
         start = 0
         for index in not_entries(records.keys):
@@ -187,7 +187,7 @@ class Sieve:
                 self.foreign.keys.add(POSITION_KEY)
             else:
                 self.drop(position.previous_end_offset, position.begin_offset)
-                self.foreign.keys.clear()  # with this commit its owner has repaired them
+                self.foreign.keys.clear()  # with this commit the owner has repaired them
                 self._offsets.append(offset)
                 self._keys.append(POSITION_KEY)
                 self._values.append(value)
@@ -196,7 +196,7 @@ class Sieve:
             self.foreign.note(offset, "its key is of no kind that this program knows")
 
     def drop(self, first_offset: int, end_offset: int) -> None:
-        """Leave out the entries from `first_offset` to below `end_offset`: they are part of no commit."""
+        """Leave out the entries from `first_offset` to below `end_offset`, which are part of no commit."""
         start = max(self.whole, bisect_left(self._offsets, first_offset))
         end = bisect_left(self._offsets, end_offset)
         for offset, key in zip(self._offsets[start:end], self._keys[start:end], strict=True):
@@ -205,7 +205,7 @@ class Sieve:
             del self._offsets[start:end], self._keys[start:end], self._values[start:end]
 
     def pop(self, count: int) -> tuple[list[int], list[bytes], list[bytes | None]]:
-        """Return the first entries that are held back, and hold them back no more: offsets, keys and values."""
+        """Remove the first entries that are held back; return their offsets, keys and values."""
         if count == len(self._keys):
             popped = self._offsets, self._keys, self._values
             self._offsets, self._keys, self._values = [], [], []

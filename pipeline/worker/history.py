@@ -1,10 +1,10 @@
-"""Where a log that has lost its tail goes on with records that were never folded.
+"""Finds the offset from which a log that has lost its tail holds records that were never folded.
 
-The election of a leader that lacks the newest records takes them out of the log, and what is appended next takes their
-offsets. Which record is which can't be told by its offset then, by its time, as clocks differ, or by its producer, which may
-be forgotten. It is told by the epoch of its leader: a leader gives out an offset once, and epochs never fall along a log
-(KIP-101). So of the offsets that were folded, the log still holds the same records below the first one of a later epoch, and
-none of them from there on.
+The election of a leader that lacks the newest records takes them out of the log, and the records that are appended next take
+their offsets. Then neither the offset identifies a record, nor its time, as clocks differ, nor its producer, which may be
+forgotten. The epoch of its leader does: a leader gives out an offset once, and epochs never fall along a log (KIP-101). So
+of the folded offsets, the log still holds the same records below the first one of a later epoch, and none of them from there
+on.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pipeline.topics import DELTAS
 
 _PROBE_S = 2.0
 _WAIT_MAX_S = 60.0
-"""How long one record of the log is waited for, at most."""
+"""Upper limit of the wait for one record of the log."""
 
 
 class LastRecord(NamedTuple):
-    """The last record of a history: its leader's epoch, and the offset behind it."""
+    """Last record of a history: its leader's epoch, and the offset behind it."""
 
     leader_epoch: int
     end_offset: int
@@ -41,7 +41,7 @@ def what_is_gone(next_offset: int, start: int, end: int, *, anew: bool) -> str:
 
 
 def why_lost(log: Log, partition: int, last: LastRecord) -> str:
-    """Why `last` belongs to a history that the log has lost; empty if it does not, or the log does not say so in time."""
+    """Return why `last` belongs to a history that the log has lost; empty if it does not, or the log is silent."""
     if last.leader_epoch == EPOCH_NONE:
         return ""
     reader = log.reader(DELTAS)
@@ -60,9 +60,8 @@ def last_common(
 ) -> LastRecord:
     """Return the last record that the log, from `start` to `end`, shares with the history that ends with `last`.
 
-    Its end offset is `start` if they share none there. Without epochs nothing can be told, and they are said to share none:
-    the memory of the producers has to tell then. Raises `Unavailable` if the log can't be read, `NotReady` if `stopping`
-    turns true.
+    Its end offset is `start` if they share no record. Without epochs that is the result, too: then only the memories of
+    producers find duplicates. Raises `Unavailable` if the log can't be read, `NotReady` if `stopping` turns true.
     """
     found, low, high = EPOCH_NONE, start, min(end, last.end_offset)
     if last.leader_epoch == EPOCH_NONE:

@@ -1,4 +1,4 @@
-"""What is in deltas, changelog and stores, record by record: described, in order, in bounded memory. Changes nothing."""
+"""Reads deltas, changelog and stores record by record, in order and in bounded memory, and describes the records."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _KEYS_END = b"\xff" * 8
 
 
 class Range(msgspec.Struct, frozen=True):
-    """Which records of each partition."""
+    """Range of records to read of each partition."""
 
     partitions: Sequence[int]
     start_offset: int = 0
     end_offset: int | None = None
-    """None: those that are there when the reading begins."""
+    """End of the range; None: the end of the topic when the reading begins."""
     follow: bool = False
-    """Whether to go on with what comes then, until told to stop."""
+    """True to read on at the end, until `stopping`."""
 
 
 class ChangelogText(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,7 +66,7 @@ class StoredText(msgspec.Struct, frozen=True, omit_defaults=True):
 def read_deltas(
     log: Log, wanted: Range, *, view: str = "", series_max: int | None = None, stopping: Callable[[], bool] = lambda: False
 ) -> Iterator[RecordText]:
-    """The records of the deltas topic; with `view`, of batches only the groups and orders about it, and no other records."""
+    """Yield the records of the deltas topic; with `view`, only batches about it, reduced to its groups and orders."""
     for records in _runs(log, DELTAS, wanted, stopping):
         for offset, at_ms, value in zip(records.offsets, records.at_ms, records.values, strict=True):
             found = describe_record(records.partition, offset, at_ms, value, series_max=series_max)
@@ -90,9 +90,9 @@ def _about(found: RecordText, view: str) -> RecordText | None:
 def read_changelog(
     log: Log, wanted: Range, *, view: str = "", stopping: Callable[[], bool] = lambda: False
 ) -> Iterator[ChangelogText]:
-    """The records of the changelog; with `view`, only its series and definitions.
+    """Yield the records of the changelog; with `view`, only its series and definitions.
 
-    Labels have their names once the definition was read; compaction can have left it behind its series.
+    Labels are named once the definition was read, which compaction can have left behind its series.
     """
     definitions: dict[int, dict[bytes, Definition]] = {}
     for records in _runs(log, CHANGELOG, wanted, stopping):
@@ -111,7 +111,7 @@ def _learn(known: dict[bytes, Definition], key: bytes, value: bytes) -> None:
 
 
 def read_store(partition: int, store: Store, *, view: str = "") -> Iterator[StoredText]:
-    """The entries of a store, in the order of their keys; with `view`, only its series and definitions."""
+    """Yield the entries of a store in the order of their keys; with `view`, only its series and definitions."""
     known: dict[bytes, Definition] = {}
     for key, value in store.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
         _learn(known, key, value)

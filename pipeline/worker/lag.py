@@ -1,4 +1,4 @@
-"""Tells others how far a worker is: lag as metrics, and its positions where Kafka's own tools look for them."""
+"""Reports how far a worker is: lag as metrics, and its positions in the group that Kafka's own tools read."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pipeline.topics import DELTAS
 _log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 HELD_UP_S = 5.0
-"""How long a transaction of somebody else may be open on deltas before it is told: well above what one takes that ends."""
+"""Seconds that a foreign transaction may be open on deltas before it is reported, far above what one takes that ends."""
 
 Offsets = Callable[[], Mapping[int, int]]
 
 
-class EndOffsets(NamedTuple):
-    """Where the partitions of deltas end, as the log says at one look."""
+class DeltasEnds(NamedTuple):
+    """Ends of the partitions of deltas, asked for at one time."""
 
     high_watermarks: Mapping[int, int]
-    """Behind all that was accepted: lag counts up to there."""
+    """Offsets behind all accepted records; lag counts up to there."""
     stable_offsets: Mapping[int, int]
-    """Behind all that can be read: a worker can get no further."""
+    """Offsets behind all readable records; a worker can get no further."""
 
 
 class _HeldUp(NamedTuple):
-    """A partition in which an open transaction is what keeps us from reading on."""
+    """A partition that can't be read on because a transaction is open."""
 
     stable_offset: int
     since_s: float
@@ -49,7 +49,7 @@ class LagReporter:
         self,
         positions: Offsets,
         *,
-        ends: Callable[[], EndOffsets],
+        ends: Callable[[], DeltasEnds],
         start_offsets: Offsets,
         commit: Callable[[Mapping[int, int]], None],
         clock: Clock,
@@ -61,9 +61,9 @@ class LagReporter:
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.end_offsets: Mapping[int, int] = {}
-        """The high watermarks of the topic when it was last looked at; empty while the log is away."""
-        self.told: tuple[float, Mapping[int, int]] = (clock.monotonic_s(), {})
-        """When the log told its ends last, and up to where it could be read."""
+        """High watermarks of the topic as of the last step; empty while the log is away."""
+        self.last_answer: tuple[float, Mapping[int, int]] = (clock.monotonic_s(), {})
+        """Time of the log's last answer about its ends, and the stable offsets in it."""
         self._positions = positions
         self._ask_ends = ends
         self._ask_starts = start_offsets
@@ -77,7 +77,7 @@ class LagReporter:
         self._mirrored: dict[int, int] = {}
         self._looked_at: frozenset[int] = frozenset()
         self._held_up: dict[int, _HeldUp] = {}
-        self._told_held_up: set[int] = set()
+        self._reported_held_up: set[int] = set()
         self._next_commit_s = 0.0
         self._warned = False
         self.thread = PeriodicThread(
@@ -93,10 +93,10 @@ class LagReporter:
         self.thread.stop()
 
     def step(self) -> None:
-        """Look once, and mirror if it is time to."""
+        """Ask for the ends once, and mirror positions if it is time to."""
         answered = False
         try:
-            self._look()
+            self._ask_ends_and_report()
             answered = True
         except PipelineError as error:
             _log.debug("nobody says where the log ends: %s", error)
@@ -109,29 +109,29 @@ class LagReporter:
             try:
                 self.mirror()
             except PipelineError as error:
-                # What passes by itself is others' to complain of.
+                # Errors that pass by themselves are logged elsewhere.
                 level = logging.WARNING if isinstance(error, Invalid) and not self._warned else logging.DEBUG
                 self._warned |= level == logging.WARNING
                 _log.log(level, "lag tools do not see positions, nothing else depends on it: %s", error)
 
-    def _look(self) -> None:
+    def _ask_ends_and_report(self) -> None:
         ours = frozenset(self._ours())
         for number in self._looked_at - ours:
-            self._metrics.forget(number)  # another's now, who says how far it is
+            self._metrics.forget(number)  # another worker reports it now
         self._looked_at = ours
         positions = {number: it for number, it in self._positions().items() if number in ours}
         ends = self._ask_ends()
         self.thread.beat()
         self.end_offsets = ends.high_watermarks
-        self.told = self._clock.monotonic_s(), ends.stable_offsets
+        self.last_answer = self._clock.monotonic_s(), ends.stable_offsets
         self._note_open_transactions(ends, positions)
         starts = self._ask_starts()
         for number, next_offset in positions.items():
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
             self._metrics.set(m.RETENTION_MARGIN, next_offset - starts.get(number, 0), number)
 
-    def _note_open_transactions(self, ends: EndOffsets, positions: Mapping[int, int]) -> None:
-        """Say once of each open transaction that holds a partition up what there is to do: nothing here can end it."""
+    def _note_open_transactions(self, ends: DeltasEnds, positions: Mapping[int, int]) -> None:
+        """Log once for each open transaction that holds a partition up how an operator can end it."""
         now_s, before = self._clock.monotonic_s(), self._held_up
         self._held_up = {}
         for number in positions:
@@ -139,18 +139,18 @@ class LagReporter:
             waiting = max(0, ends.high_watermarks.get(number, 0) - stable_offset)
             last = before.get(number)
             same = last is not None and last.stable_offset == stable_offset
-            # Of the first look it is not known: records may have come between the two questions.
+            # Not known after one step: records may have come between the two questions.
             self._metrics.set(m.HELD_UP, waiting if same else 0, number)
             if not same or not waiting:
-                self._told_held_up.discard(number)
+                self._reported_held_up.discard(number)
             if not waiting:
                 continue
             self._held_up[number] = it = last if last is not None and same else _HeldUp(stable_offset, now_s)
-            if now_s - it.since_s >= HELD_UP_S and number not in self._told_held_up:
-                self._told_held_up.add(number)
-                self._tell_held_up(number, stable_offset, waiting, now_s - it.since_s)
+            if now_s - it.since_s >= HELD_UP_S and number not in self._reported_held_up:
+                self._reported_held_up.add(number)
+                self._report_held_up(number, stable_offset, waiting, now_s - it.since_s)
 
-    def _tell_held_up(self, number: int, stable_offset: int, waiting: int, for_s: float) -> None:
+    def _report_held_up(self, number: int, stable_offset: int, waiting: int, for_s: float) -> None:
         place = f"--topic {self._topic} --partition {number}"
         _log.error(
             "partition %d of topic %s: a transaction that is none of ours is open from offset %d on, for over %.0f s; the "

@@ -1,11 +1,11 @@
 """Runs the partitions of one process: restores, reads, folds, commits on time, and ends the process when a commit fails.
 
 One thread reads and folds. Small pools restore and close partitions and carry commits out, so that folding goes on
-meanwhile. Which partitions are ours is told at any time, from any thread, and acted upon by the loop's own.
+meanwhile. Any thread may call `assign`, `revoking` and `distrust` at any time; the loop's thread acts on them.
 
-While partitions move, from `revoking` to the next `assign`, folding and committing go on: whoever takes a partition over
-fences us first and restores what we had committed by then. So being fenced is how a partition is lost then. At any other
-time it means that somebody has it who should not, and the process ends.
+While partitions move, from `revoking` to the next `assign`, folding and committing go on: an owner that takes a partition
+over fences us first and restores what we had committed by then. So a fence during a move means that the partition is lost.
+At any other time it means that another process folds what it should not, and this process ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import DamageHistory, RestoreProgress
 
 _log = logging.getLogger(__name__)
-"""How often a wait for commits or for restores looks up."""
+"""Longest wait for commits or restores before the loop acts on other things."""
 
 
 class _Assigned(NamedTuple):
@@ -110,45 +110,45 @@ class WorkerLoop:
         self._commits = Commits(clock, settings, metrics, time_max_s=time_max_s, lost=self._lost_by)
         self._lock = threading.Lock()
         self._posts: deque[_Assigned | _Revoking | _Damaged] = deque()
-        """What was told and not acted upon yet."""
+        """Calls on which the loop's thread has not acted yet."""
         self._posted = threading.Event()
         self._revoking: list[_Revoking] = []
-        """Those whose commits are under way."""
+        """Revocations whose commits are under way."""
         self._moving = False
         self._settled_s = 0.0
         self._new: set[int] = set()
-        """What the assignment brought and does not fold yet."""
+        """Partitions that the assignment added and that do not fold yet."""
         self._damages = DamageHistory()
         self._rebuilding: set[int] = set()
-        """Partitions whose stores are damaged, until they fold again with others."""
+        """Partitions whose stores are damaged, until they fold again with new stores."""
         self._assignment: _Assigned | None = None
         self._reader: LogReader | None = None
         self._reading = False
-        """Whether the reader reads what folds now, from where it folds: nothing else may be folded."""
+        """True while the reader reads exactly the partitions that fold, from where each one folds."""
         self.fenced_count = 0
-        """Partitions that were lost by a fence."""
+        """Number of partitions that were lost by a fence."""
 
     # From any thread
 
     @property
     def ready(self) -> bool:
-        """Whether every partition of the first assignment is restored and folding, and no store is being rebuilt."""
+        """True once every partition of the first assignment folds, and while no store is being rebuilt."""
         return self._ready.is_set() and not self._rebuilding
 
     @property
     def partitions(self) -> Mapping[int, OwnedPartition]:
-        """Those that are ours, as far as the loop has come; they may not be `started` yet."""
+        """Partitions that are ours, `started` or not, as far as the loop has acted on the assignment."""
         return {active.number: active.partition for active in [*self._actives.all.values()] if active.is_ours}
 
     @property
     def assigned(self) -> frozenset[int]:
-        """Those that are ours, taken over or not; none while they move."""
+        """Partitions that are assigned to us, taken over or not; none while partitions move."""
         assignment = self._assignment
         return frozenset() if assignment is None or self._moving else assignment.actives
 
     @property
     def away_s(self) -> float:
-        """When the log was found away last, by a read, on `clock`."""
+        """Time at which a read last found the log away, on `clock`."""
         return self._thread.outage.last_s
 
     def wait_ready(self, timeout_s: float) -> bool:
@@ -160,23 +160,23 @@ class WorkerLoop:
         self._thread.start()
 
     def assign(self, actives: Iterable[int], standbys: Iterable[int] = (), generation: int = 0) -> None:
-        """These are ours now, and no others. Returns at once; what is ours already goes on.
+        """Fold these partitions and no others. Returns at once; partitions that were ours before go on.
 
-        If a generation was left out, all are taken over again: another may have had them meanwhile.
+        If a generation was skipped, all are taken over again: another member may have had them meanwhile.
         """
         self._post(_Assigned(frozenset(actives), frozenset(standbys), generation))
 
     def revoking(self, partitions: Iterable[int], timeout_s: float) -> bool:
-        """These may be another's soon: commit what they have folded; whether that was done within `timeout_s`."""
+        """Commit what these partitions, which may move soon, have folded; return whether that was done in time."""
         post = _Revoking(frozenset(partitions), threading.Event())
         self._post(post)
         return post.done.wait(timeout_s)
 
     def distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
-        """Rebuild a partition's store, because a reader found `error` in it: let go of it, and take it over again.
+        """Rebuild a partition's store, in which a reader found `error`: close the partition and take it over again.
 
-        Does not block; `ready` is false from now on until that is done. Nothing is done if `store` is not what it folds
-        into any more. Raises `LogCorrupt` if a rebuild has not helped before.
+        Does not block; `ready` is false until that is done. Does nothing if the partition does not fold into `store` any
+        more. Raises `LogCorrupt` if a rebuild has not helped before.
         """
         with self._lock:
             active = self._actives.all.get(partition)
@@ -184,10 +184,10 @@ class WorkerLoop:
                 return
             self._damages.note(partition, error)
             self._rebuilding.add(partition)
-        self._post(_Damaged(partition, store, str(error)))  # not the error: it holds scans, and they hold the store's files
+        self._post(_Damaged(partition, store, str(error)))  # not the error, which holds scans that hold the store's files
 
     def note_changelog_ends(self, ends: Mapping[int, int]) -> None:
-        """The partitions of the changelog can be read up to there: what others have written is repaired soon."""
+        """Take note of the ends of the changelog's partitions, so that foreign records are repaired soon."""
         self._commits.changelog_ends = ends
 
     def _post(self, post: _Assigned | _Revoking | _Damaged) -> None:
@@ -195,10 +195,10 @@ class WorkerLoop:
             self._posts.append(post)
         self._posted.set()
         if self._thread.started and not self._thread.alive:
-            self._let_go()
+            self._release_callers()
 
     def stop(self, timeout_s: float = 30.0) -> bool:
-        """Commit what is folded and end; whether that was done in time. May be called twice."""
+        """Commit what is folded and end; return whether that was done in time. May be called twice."""
         self._stop.set()
         self._posted.set()
         return self._thread.stop(timeout_s) and not self._commits.stuck
@@ -206,14 +206,14 @@ class WorkerLoop:
     # The loop
 
     def _give_up(self, error: Unavailable) -> None:
-        """End: reads wait for a log that is away by themselves, and nothing else that fails may be tried again."""
+        """End the loop: reads wait by themselves for a log that is away, and nothing else that fails may be tried again."""
         raise error
 
     def _finish(self) -> None:
-        """Commit what is folded, unless that has failed; then give everything back, whatever fails on the way."""
+        """Commit what is folded, unless the loop failed; then close everything, whatever fails on the way."""
         with ExitStack() as stack:
-            stack.callback(self._let_go)
-            # Who waits for a commit that hangs, hangs too; and what it works in must not be closed under it.
+            stack.callback(self._release_callers)
+            # A wait for a commit that hangs would hang, too; and its partition must not be closed under it.
             stack.callback(lambda: self._actives.shutdown(close=not self._commits.stuck))
             stack.callback(self._commits.shutdown)
             stack.callback(self._close_reader)
@@ -234,8 +234,8 @@ class WorkerLoop:
         except BaseException as error:
             self._thread.fail(error)
 
-    def _let_go(self) -> None:
-        """Nobody waits for a loop that has ended."""
+    def _release_callers(self) -> None:
+        """Release callers of `revoking`, which would wait for a loop that has ended."""
         for post in [*self._revoking, *self._posts]:
             if isinstance(post, _Revoking):
                 post.done.set()
@@ -277,7 +277,7 @@ class WorkerLoop:
                     self._rebuild(found, post.why)
             else:
                 self._act_on(post)
-            with self._lock:  # only now: `_lost_by` looks at what is still to be acted upon, too
+            with self._lock:  # only now: `_lost_by` considers posts that are still to be acted upon
                 self._posts.popleft()
 
     def _act_on(self, post: _Assigned) -> None:
@@ -294,7 +294,7 @@ class WorkerLoop:
         self._follow()
 
     def _follow(self) -> None:
-        """What is held is not followed: its store is open, or about to be."""
+        """Let standbys follow what was assigned, except partitions that are still active, whose stores are open here."""
         if self._assignment is not None:
             self._standbys.follow(self._assignment.standbys - self._actives.all.keys())
 
@@ -306,16 +306,18 @@ class WorkerLoop:
             self._on_moved()
 
     def _rebuild(self, active: ActivePartition, why: str) -> None:
-        """Let go of a partition whose store is damaged, as if it were lost: `_move` takes it over again with a new one."""
+        """Lose a partition whose store is damaged: `_move` takes it over again with a new store."""
         active.partition.distrust(why)
         with self._lock:
             self._rebuilding.add(active.number)
         self._lose(active, "its store is damaged")
 
     def _lost_by(self, active: ActivePartition, error: BaseException) -> bool:
-        """Whether an error of its commit, or of its start, means that it is lost, and not that the process must end."""
+        """Return whether an error of a commit or start only means that the partition is lost; else the process must end."""
         if active.is_ours:
-            if isinstance(error, StoreCorrupt) and active.is_folding:  # one that does not even start can't be rebuilt
+            if (
+                isinstance(error, StoreCorrupt) and active.is_folding
+            ):  # a partition that does not even start can't be rebuilt
                 self._damages.note(active.number, error)
                 self._rebuild(active, str(error))
                 return True
@@ -336,14 +338,14 @@ class WorkerLoop:
         return isinstance(post, _Revoking) or (isinstance(post, _Assigned) and partition not in post.actives)
 
     def _move(self) -> None:
-        """Start what is ours and not held, let it fold when it is restored, close what is lost."""
+        """Start partitions that are ours and not active, let restored ones fold, close lost ones."""
         if closed := self._actives.close_lost():
-            for number in closed:  # only now: a commit that was under way has told its position
+            for number in closed:  # only now: a commit that was under way has set its position
                 self._metrics.forget(number)
             self._follow()
         if self._assignment is None:
             return
-        if not self._moving:  # what is lost meanwhile may be ours again after it, or not
+        if not self._moving:  # the next assignment tells whether a partition that is lost meanwhile is ours again
             self._actives.begin(self._assignment.actives - self._actives.all.keys())
         if not self._actives.folding() and (starting := self._actives.starting()):
             wait(starting, timeout=POLL_INTERVAL_S, return_when=FIRST_COMPLETED)
@@ -353,7 +355,7 @@ class WorkerLoop:
             with self._lock:
                 told = {post.partition for post in self._posts if isinstance(post, _Damaged)}
                 self._rebuilding -= folding - told
-            if self._new & folding:  # once each: two who fence each other come to an end
+            if self._new & folding:  # once for each partition, so that two workers that fence each other come to an end
                 self._new -= folding
                 self._settled_s = self._clock.monotonic_s() + self._settle_s
             self._on_moved()
@@ -375,7 +377,7 @@ class WorkerLoop:
             return
         for active in folding:
             self._fold(active)
-        folding = self._actives.folding()  # without those whose store was found damaged
+        folding = self._actives.folding()  # without partitions whose store was found damaged
         if not folding:
             return
         if any(active.is_full for active in folding):  # backpressure: nothing more is read until a commit has made room
@@ -408,7 +410,7 @@ class WorkerLoop:
             return
         for records in fetched:
             active = self._actives.all[records.partition]
-            if active.is_folding:  # else its store was found damaged with the records before
+            if active.is_folding:  # else the records before have shown that its store is damaged
                 active.take(records)
                 self._fold(active)
 

@@ -142,7 +142,7 @@ class OwnedPartition:
         self._foreign: set[bytes] = set()
         """Keys whose newest record in the changelog was not written by an owner of the partition."""
         self._had_all = False
-        """Whether the store held all that was ever committed before its restore read anything."""
+        """True if the store held all that was ever committed before its restore read anything."""
         self._damage = ""
         """Why the store is distrusted."""
         self._began_ms, self._began_s = clock.now_ms(), clock.monotonic_s()
@@ -156,12 +156,12 @@ class OwnedPartition:
 
     @property
     def stage(self) -> Stage:
-        """Where the partition is in its life."""
+        """Stage of the partition."""
         return self._stage
 
     @property
     def started(self) -> bool:
-        """Whether `start` has returned, and the store was not deleted since."""
+        """True if `start` has returned, and the store was not deleted since."""
         return self._stage in (Stage.OPEN, Stage.DISTRUSTED)
 
     def _step(self, event: StageEvent) -> Stage:

@@ -1,9 +1,9 @@
-"""Follows the changelog into stores that are only read: what a query server answers from, and what keeps standbys warm.
+"""Follows the changelog into stores that are only read: those of query servers and of standbys.
 
-A store is served from when it has reached an end of the changelog that was asked for after its reading began. Before that
-it can stand at a commit boundary and lack series all the same: compaction removes an older value of a key although the
-position records between it and the newer one are still there. Later it cannot happen, as long as the store is never
-further behind than the compaction lag (`min.compaction.lag.ms`): what is younger removes nothing yet. So a store that was
+A store is served once it has reached an end of the changelog that was asked for after its reading began. Before that it can
+be at a commit boundary and lack series all the same: compaction removes an older value of a key although the position
+records between it and the newer one are still there. After that this can't happen, as long as the store is never further
+behind than the compaction lag (`min.compaction.lag.ms`), because younger records remove nothing yet. So a store that was
 away for longer is not served until it has caught up again.
 """
 
@@ -31,20 +31,20 @@ from pipeline.worker.served import LagMax, Replica
 
 _log = logging.getLogger(__name__)
 LAG_MAX_S = 300.0
-"""Half of the changelog's `min.compaction.lag.ms` as it is described, for logs that always have it."""
+"""Half of the `min.compaction.lag.ms` that `topics/` gives to the changelog, for logs that always have it."""
 _ASK_LAG_S = 5.0
-"""How often a log that can have another is asked for it: less than compaction takes to begin."""
+"""Seconds between two questions for the lag where an operator can change it: less than compaction takes to begin."""
 _END_INTERVAL_S = 1.0
-"""How often the end of the changelog, new partitions and the topic's id are asked for; more often where the lag is short."""
+"""Seconds between two questions for the ends of the changelog and the topic's id; less where the lag is short."""
 _COUNTED = (m.STORES_REBUILT, m.STORES_SET_ASIDE, m.RESTORE_ENTRIES)
 
 
 class ReplicaLoop:
-    """Keeps stores up to date in a thread of its own: of all partitions, or, once `follow` was called, of those it says.
+    """Keeps stores up to date in a thread of its own: of all partitions or, once `follow` was called, of those only.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
-    if it can't go on. `lag_max_s` must be well below the time for which the log compacts nothing; where an operator can
-    change that, `ask_lag_max_s` says it, and is asked again and again.
+    if the loop can't go on. `lag_max_s` must be well below the time for which the log compacts nothing; where an operator
+    can change that time, `ask_lag_max_s` returns the bound, and is called again and again.
     """
 
     def __init__(
@@ -90,29 +90,29 @@ class ReplicaLoop:
         self._replicas: dict[int, Replica] = {}
         self._changed = threading.Condition()
         self._followed: frozenset[int] | None = None
-        """None: all there are."""
+        """Partitions to follow; None: all that there are."""
         self._claimed: set[int] = set()
-        """Those whose stores are open here, or about to be, or to be deleted."""
+        """Partitions whose stores are open here, or about to be opened or deleted."""
         self._needed: frozenset[int] = frozenset()
-        """Partitions without which no answer is whole."""
+        """Partitions that must be readable before anything is answered."""
         self._readable: Mapping[int, ReadableStore] = {}
         self._reader: LogReader | None = None
         self._assigned = False
         self._ready = threading.Event()
-        self._next_look_s = 0.0
+        self._next_ends_s = 0.0
         self._damages = DamageHistory()
         self._damaged: dict[int, str] = {}
-        """What readers found in stores that are not served any more, until those are made anew."""
+        """Damage that readers found, by partition, until the store is rebuilt."""
         self._undecided: dict[int, str] = {}
-        """By partition, why its store is neither served nor deleted."""
+        """By partition, the reason why its store is neither served nor deleted."""
         self._trouble = ""
-        """Why nothing was read, since something was: librdkafka tells of a missing permission only once."""
+        """Last error since anything was read: librdkafka reports a missing permission only once."""
 
     # From any thread
 
     @property
     def ready(self) -> bool:
-        """Whether all stores can be read."""
+        """True if all stores can be read."""
         return bool(self._needed) and self._needed <= self._readable.keys()
 
     def wait_ready(self, timeout_s: float) -> bool:
@@ -120,9 +120,9 @@ class ReplicaLoop:
         return self._ready.wait(timeout_s)
 
     def stores(self) -> Mapping[int, ReadableStore]:
-        """The stores that can be read, by partition; `NotReady` while one of them is being restored.
+        """Return the stores that can be read, by partition. Raises `NotReady` while one of them is being restored.
 
-        Ask again after reading: if it is not the same object any more, what was read of it may not be whole.
+        Call this again after reading: if a store is another object then, what was read of it may not be whole.
         """
         readable = self._readable
         if not self._needed or not self._needed <= readable.keys():
@@ -135,10 +135,9 @@ class ReplicaLoop:
         return readable
 
     def distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
-        """Serve a partition's store no longer, and make it anew soon, because `error` was found in it. Does not block.
+        """Stop serving a partition's store, in which `error` was found, and rebuild it soon. Does not block.
 
-        Nothing is done if `store` is not the one that is served any more. Raises `LogCorrupt` if making it anew has not
-        helped before.
+        Does nothing if `store` is not served any more. Raises `LogCorrupt` if a rebuild has not helped before.
         """
         with self._changed:
             if self._readable.get(partition) is not store:
@@ -148,15 +147,15 @@ class ReplicaLoop:
             self._readable = {number: it for number, it in self._readable.items() if number != partition}
 
     def follow(self, partitions: frozenset[int]) -> None:
-        """Keep stores of these and no others. None of them may be open elsewhere. Does not block."""
+        """Keep stores of these partitions and no others. None of the stores may be open elsewhere. Does not block."""
         with self._changed:
             self._followed = partitions
-        self._next_look_s = 0.0
+        self._next_ends_s = 0.0
 
     def take(self, partition: int, stopping: Callable[[], bool]) -> None:
-        """Follow it no longer, and wait until its store is closed; `NotReady` if `stopping` turns true before.
+        """Stop following a partition, and wait until its store is closed. Raises `NotReady` if `stopping` turns true before.
 
-        What it lacks is then what was written since it was last read: whoever restores it has little to do.
+        The store then lacks only what was written since the last read, so that its restore has little to do.
         """
         with self._changed:
             if self._followed is not None:
@@ -167,7 +166,7 @@ class ReplicaLoop:
                 self._changed.wait(POLL_INTERVAL_S)
 
     def caught_up(self) -> frozenset[int]:
-        """The partitions whose stores hold all that the changelog did a moment ago."""
+        """Return the partitions whose stores hold all that the changelog did a moment ago."""
         return frozenset(self._readable)
 
     def status(self) -> list[PartitionStatus]:
@@ -196,7 +195,7 @@ class ReplicaLoop:
     # The loop
 
     def close(self) -> None:
-        """Give back the cursor."""
+        """Close the reader."""
         reader, self._reader = self._reader, None
         self._assigned = False
         if reader is not None:
@@ -207,7 +206,7 @@ class ReplicaLoop:
         self._thread.outage.wait(error)
 
     def step(self) -> None:
-        """Look if it is time to, read, apply."""
+        """Ask for the ends of the changelog if it is time to, read, apply."""
         self._rebuild_damaged()
         for replica in [*self._replicas.values()]:
             if not self._is_followed(replica.number):
@@ -217,12 +216,12 @@ class ReplicaLoop:
             self._thread.stopping.wait(POLL_INTERVAL_S)
             return
         reader = self._reader = self._reader or self._log.reader(CHANGELOG)
-        if self._clock.monotonic_s() >= self._next_look_s:
+        if self._clock.monotonic_s() >= self._next_ends_s:
             try:
-                self._look()
-            except Unavailable as error:  # perhaps of one partition only: the others are followed
+                self._ask_ends()
+            except Unavailable as error:  # perhaps one partition only has no leader: the others are followed
                 self._on_unavailable(error)
-                self._next_look_s = self._clock.monotonic_s() + self._end_interval_s
+                self._next_ends_s = self._clock.monotonic_s() + self._end_interval_s
         if not self._assigned:
             reader.assign({number: replica.follower.next_offset for number, replica in self._replicas.items()})
             self._assigned = True
@@ -253,41 +252,41 @@ class ReplicaLoop:
             replica.follower.apply(records)
             self._metrics.inc(m.RESTORE_ENTRIES, replica.follower.entries_total - before, replica.number)
         except StoreCorrupt as error:
-            self._make_anew(replica.number, error)
+            self._rebuild(replica.number, error)
         except StoreAhead as error:
             self._found_ahead(replica, error)
         except Unavailable:
-            self._drop(replica)  # what was read and not written is lost to this follower: read it again
+            self._drop(replica)  # this follower has lost what was read and not written: read it again
             raise
 
     def _rebuild_damaged(self) -> None:
-        """Make anew what readers found damaged. While the log is away, what is left of a store stays: it may be all."""
+        """Rebuild stores that readers found damaged. While the log is away they stay: they may be all that is left."""
         if not self._damaged:
             return
         self._log.start_offsets(CHANGELOG)
         for number, why in [*self._damaged.items()]:
             if number in self._replicas:
-                self._make_anew(number, StoreCorrupt(why))
+                self._rebuild(number, StoreCorrupt(why))
 
     def _note_progress(self, replica: Replica, now_s: float) -> None:
         if replica.catch_up(now_s, self._lag_max_s) and not replica.serving and self._lag_max_s:
             replica.serve()
             self._publish()
             _log.info("partition %d can be read", replica.number)
-            self._tell(replica, now_s)
+            self._report(replica, now_s)
         elif not replica.serving and replica.target is not None:
             replica.remaining = max(0, replica.target[1] - replica.follower.next_offset)
-            self._tell(replica, now_s)
+            self._report(replica, now_s)
 
-    def _tell(self, replica: Replica, now_s: float) -> None:
+    def _report(self, replica: Replica, now_s: float) -> None:
         self._metrics.set(m.RESTORE_REMAINING, replica.remaining, replica.number)
         self._on_progress(replica.progress(now_s))
 
     # What there is to follow
 
-    def _look(self) -> None:
-        """Ask for the end of the changelog; find partitions that are new, and a topic that was made anew."""
-        self._look_at_lag()
+    def _ask_ends(self) -> None:
+        """Ask for the ends of the changelog; notice new partitions, and a topic that was deleted and created again."""
+        self._ask_lag()
         asked_s = self._clock.monotonic_s()
         topic_id = self._log.topic_id(CHANGELOG)
         ends = self._log.end_offsets(CHANGELOG)
@@ -302,7 +301,7 @@ class ReplicaLoop:
             if not self._claim(number):
                 continue
             try:
-                for metric in _COUNTED:  # there from the start: a rise shows only from a value
+                for metric in _COUNTED:  # exported from the start: a rise shows only from a value
                     self._metrics.inc(metric, 0, number)
                 self._replicas = {**self._replicas, number: self._opener.open(number, partial(self._load, number))}
                 self._assigned = False
@@ -310,7 +309,7 @@ class ReplicaLoop:
             except StoreAhead as error:
                 self._wait_for_decision(number, error)
                 again_s = self._end_interval_s
-            except StoreCorrupt as error:  # also of one that was just made anew
+            except StoreCorrupt as error:  # also in a store that was just rebuilt
                 self._opener.destroy(number, str(error))
                 again_s = self._end_interval_s
             finally:
@@ -319,15 +318,15 @@ class ReplicaLoop:
         if not self._needed and self._followed is None:
             self._needed = frozenset(ends)
         for number, replica in [*self._replicas.items()]:
-            if replica.follower.next_offset == ends.get(number):  # it had read so far before the end was asked for
+            if replica.follower.next_offset == ends.get(number):  # it had read so far before the ends were asked for
                 self._settle(replica)
             if replica.target is None and replica.started_s <= asked_s and number in ends:
                 replica.target = (asked_s, ends[number])
-        # Those that were just opened need an end that is asked for from now on: at once, not when it is time.
-        self._next_look_s = asked_s + again_s
+        # Stores that were just opened need an end that is asked for from now on: at once.
+        self._next_ends_s = asked_s + again_s
 
-    def _look_at_lag(self) -> None:
-        """Notice that the topic's compaction lag is another than before."""
+    def _ask_lag(self) -> None:
+        """Ask for the topic's compaction lag, and notice that it has changed."""
         now_s = self._clock.monotonic_s()
         if self._ask_lag_max_s is None or now_s < self._next_ask_s:
             return
@@ -349,21 +348,21 @@ class ReplicaLoop:
         try:
             replica.follower.settle(replica.follower.next_offset)
         except StoreCorrupt as error:
-            self._make_anew(replica.number, error)
+            self._rebuild(replica.number, error)
         except StoreAhead as error:
             self._found_ahead(replica, error)
 
     def _found_ahead(self, replica: Replica, error: StoreAhead) -> None:
-        """Let go of a store that was ahead of a changelog that has gone on without its last commit."""
+        """Drop a store that is ahead of a changelog that has gone on without the store's last commit."""
         self._drop(replica)
         if self._settings.accept_loss:
             self._opener.set_aside(replica.number, error)
             return
         self._wait_for_decision(replica.number, error)
-        self._next_look_s = self._clock.monotonic_s() + self._end_interval_s
+        self._next_ends_s = self._clock.monotonic_s() + self._end_interval_s
 
     def _wait_for_decision(self, number: int, error: StoreAhead) -> None:
-        """Leave a store alone that is ahead of the changelog. A broker that was cut off may say so for a while, wrongly."""
+        """Leave a store alone that is ahead of the changelog. A broker that was cut off may report so for a while."""
         if self._undecided.get(number) != str(error):
             _log.error("%s; until then the partition is not served", error)
         self._undecided[number] = str(error)
@@ -372,7 +371,7 @@ class ReplicaLoop:
         return self._followed is None or number in self._followed
 
     def _claim(self, number: int) -> bool:
-        """Whether its store may be opened; nobody is let at it then until it is released."""
+        """Return whether a partition's store may be opened; `take` then waits for its release."""
         with self._changed:
             if not self._is_followed(number):
                 return False
@@ -399,23 +398,23 @@ class ReplicaLoop:
         return Replica(number, store, follower, self._clock.monotonic_s())
 
     def _check_all(self, lost: RecordsLost) -> None:
-        """A cursor is out of range: of which store?"""
+        """Find the stores that can't be followed on, after the reader was out of range."""
         for number, replica in [*self._replicas.items()]:
             try:
                 check_restorable(number, replica.store, self._log, self._clock, self._delete_retention_ms)
             except StoreAhead:
-                self._drop(replica)  # opening it anew finds that, too
+                self._drop(replica)  # opening it again finds that, too
             except StoreCorrupt as error:
-                self._make_anew(number, error)
+                self._rebuild(number, error)
             else:
                 start, end = self._log.watermarks(CHANGELOG, number)
                 if start and not replica.follower.next_offset:
-                    raise lost  # not even a new store can be made from it
+                    raise lost  # not even a new store can be restored from it
                 if not start <= replica.follower.next_offset <= end:
-                    self._drop(replica)  # the store is sound, but what was read beyond it is gone: read from there
+                    self._drop(replica)  # the store is sound, but what was read beyond it is gone: open it again
         self._assigned = False
 
-    def _make_anew(self, number: int, error: StoreCorrupt | StoreAhead) -> None:
+    def _rebuild(self, number: int, error: StoreCorrupt | StoreAhead) -> None:
         try:
             self._close_replica(self._replicas[number])
             self._opener.destroy(number, str(error))
@@ -423,7 +422,7 @@ class ReplicaLoop:
             self._release(number)
 
     def _drop(self, replica: Replica) -> None:
-        """Let go of a replica; the next look opens it again if it is still followed."""
+        """Close a replica; it is opened again soon if it is still followed."""
         try:
             self._close_replica(replica)
         finally:
@@ -435,10 +434,10 @@ class ReplicaLoop:
             self._damaged.pop(replica.number, None)
         self._metrics.forget(replica.number)
         self._replicas = {number: it for number, it in self._replicas.items() if number != replica.number}
-        self._assigned, self._next_look_s = False, 0.0
+        self._assigned, self._next_ends_s = False, 0.0
         try:
             replica.store.close()
-        except PipelineError as error:  # it is opened or made anew next: that shows what is left of it
+        except PipelineError as error:  # the next `open` finds out what is left of it
             _log.warning("partition %d: closing its store: %s", replica.number, error)
 
     def _hide(self, replica: Replica) -> None:

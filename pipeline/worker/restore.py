@@ -41,9 +41,9 @@ from pipeline.worker.foreign import Barrier, Lineage, not_entries
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_S = 10.0
-"""How long a restore waits for its own fence record before it says so."""
+"""Seconds that a restore waits for its own fence record before it logs that."""
 TAIL_COUNT = 8
-"""Offsets at the end of a changelog that hold a position or a fence record, behind which are markers."""
+"""Number of offsets at the end of a changelog that surely hold a position or a fence record."""
 _TAIL_POLLS_MAX = 10
 _TAIL_BYTES = 64 * 2**20
 _HINT = (
@@ -133,10 +133,10 @@ class DamageHistory:
         self._found: set[tuple[int, str]] = set()
 
     def note(self, partition: int, error: StoreCorrupt) -> None:
-        """Note what was found. Raises `LogCorrupt` if it is what a rebuild was to mend: then the changelog holds it.
+        """Note damage. Raises `LogCorrupt` if a rebuild for this damage was noted before: then the changelog holds it, too.
 
-        That can only be so of an entry whose bytes are whole. What RocksDB's checksums refuse is mended by a rebuild, and
-        comes back with a disk that goes on to change bytes.
+        Only entries that can't be decoded count. Damage that RocksDB's checksums find is mended by a rebuild, and comes back
+        only with a disk that goes on to change bytes.
         """
         if not isinstance(error, Unreadable):
             return
@@ -147,30 +147,30 @@ class DamageHistory:
 
 
 class RestoreProgress(msgspec.Struct, frozen=True):
-    """How far a restore is."""
+    """Progress of a restore."""
 
     partition: int
     entries: int
-    """Changelog records applied so far."""
+    """Number of changelog records that were applied."""
     remaining: int
-    """Offsets still to read; holes that compaction left count too, so it is an upper bound of records."""
+    """Number of offsets still to read; with the holes that compaction left, an upper bound of records."""
     seconds: float
     done: bool = False
     waiting: str = ""
-    """Why it does not go on."""
+    """Reason why the restore does not go on; empty if it does."""
 
     @property
     def entries_per_s(self) -> float:
-        """The rate so far."""
+        """Entries a second so far."""
         return self.entries / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """At that rate; an upper bound, as `remaining` is."""
+        """Time left at that rate; an upper bound, as `remaining` is."""
         return self.remaining / self.entries_per_s if self.entries_per_s else 0.0
 
     def status(self) -> RestoreStatus:
-        """Return what `/v1/status` shows of it."""
+        """Return the restore as `/v1/status` shows it."""
         rates = round(self.entries_per_s), round(self.seconds_left, 1)
         return RestoreStatus(self.entries, self.remaining, *rates, self.waiting)
 
@@ -181,8 +181,8 @@ def check_restorable(
     """Raise `StoreCorrupt` if the changelog can't bring this store up to date, so that it must be rebuilt.
 
     Returns where the changelog begins. Raises `StoreAhead` if the store holds what the changelog does not, `RecordsLost` if
-    the changelog's beginning is gone. `end_offset` is an end of the changelog that is known for certain, such as a record of
-    one's own; without it the log is asked.
+    the changelog's beginning is gone. `end_offset` is an end of the changelog that is known for certain, such as the offset
+    of the caller's own record; without it the log is asked.
     """
     meta = read_meta(store)
     topic_id = log.topic_id(CHANGELOG)
@@ -209,8 +209,8 @@ def check_restorable(
     return start
 
 
-class Patience:
-    """Says why a restore does not come to its end, once nothing has come for a while."""
+class RestoreWait:
+    """Diagnosis of a restore in which nothing was read for a while."""
 
     def __init__(self, partition: int, log: Log, clock: Clock, topic_id: str) -> None:
         self._partition = partition
@@ -219,10 +219,10 @@ class Patience:
         self._topic_id = topic_id
         self._since_s = clock.monotonic_s()
         self.waiting = ""
-        """For what it waits; empty as long as records come."""
+        """Reason of the wait; empty as long as records come."""
 
-    def look(self, *, came: bool, next_offset: int, barrier: Barrier) -> None:
-        """Take note whether records came since the last look. Raises `Discontinuous` if the topic was made anew."""
+    def note(self, *, came: bool, next_offset: int, barrier: Barrier) -> None:
+        """Note whether records came since the last call. Raises `Discontinuous` if the topic is another one by now."""
         now_s = self._clock.monotonic_s()
         if came:
             self._since_s, self.waiting = now_s, ""
@@ -231,7 +231,7 @@ class Patience:
                 raise Discontinuous(f"changelog-{self._partition} was made anew while it was read")
             self._since_s = now_s
             if self._log.watermarks(CHANGELOG, self._partition).end_offset > barrier.offset:
-                self.waiting = ""  # the log lets it be read: if nothing comes, the reader stands still
+                self.waiting = ""  # the log lets it be read: the reader stands still
                 return
             self.waiting = (
                 f"changelog-{self._partition} can be read up to {next_offset} only, not up to this worker's own record at"
@@ -255,13 +255,13 @@ def restore(
     stopping: Callable[[], bool] = lambda: False,
     metrics: Metrics = NO_METRICS,
 ) -> Follower:
-    """Bring a store to the end of its changelog, which is where this owner's own fence record was read.
+    """Bring a store to the end of its changelog, which is where this owner's own fence record stands.
 
-    Call it once nobody else can commit to the partition (the old owner is fenced), so that the end is a boundary. What the
-    log says of its end counts for nothing: a leader that was deposed and does not know it yet tells an old one, and so does
-    every leader while a transaction of others is open. Returns the follower, which knows where the last commit ended and
-    what of others it has left out. Raises `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end
-    with a whole commit, `StoreAhead` if it does not hold the store's last one, `Discontinuous` if it lost the fence record.
+    Call it once the old owner is fenced, so that the end is a boundary. The end that the log reports counts for nothing: a
+    deposed leader that does not know it yet reports an old one, and so does every leader while a foreign transaction is
+    open. Returns the follower, which knows where the last commit ended and which foreign records it has left out. Raises
+    `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end with a whole commit, `StoreAhead` if it
+    does not hold the store's last one, `Discontinuous` if it lost the fence record.
     """
     topic_id = log.topic_id(CHANGELOG)
     follower = Follower(
@@ -275,13 +275,13 @@ def restore(
     )
     follower.lineage.awaited = barrier
     reader = log.reader(CHANGELOG)
-    patience = Patience(partition, log, clock, topic_id)
+    wait = RestoreWait(partition, log, clock, topic_id)
     started = clock.monotonic_s()
 
-    def tell(*, done: bool = False) -> None:
+    def report(*, done: bool = False) -> None:
         remaining = 0 if done else max(0, barrier.offset + 1 - follower.next_offset)
         seconds = clock.monotonic_s() - started
-        waiting = "" if done else patience.waiting
+        waiting = "" if done else wait.waiting
         progress(RestoreProgress(partition, follower.entries_total, remaining, seconds, done=done, waiting=waiting))
 
     try:
@@ -292,15 +292,15 @@ def restore(
                 follower.apply(records)
             _check_not_missed(follower, barrier)
             if not follower.lineage.passed:
-                patience.look(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
-            tell()
+                wait.note(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
+            report()
             if stopping():
-                raise NotReady(f"partition {partition}: restore was stopped{patience.waiting and f'; {patience.waiting}'}")
+                raise NotReady(f"partition {partition}: restore was stopped{wait.waiting and f'; {wait.waiting}'}")
         if not follower.lineage.committed:
             _check_last_commit(follower)
         follower.settle(barrier.offset + 1)
         follower.save()
-        tell(done=True)
+        report(done=True)
         return follower
     finally:
         reader.close()
@@ -309,8 +309,8 @@ def restore(
 def _check_last_commit(follower: Follower) -> None:
     """Raise `StoreAhead` unless the changelog holds the last commit of the store.
 
-    Where nothing was committed since, that a changelog reaches so far says little: it may have lost its end, and owners that
-    noticed it, and gave up, have written their fence records in its place.
+    If nothing was committed since, the length of the changelog proves little: it may have lost its end, and owners that
+    noticed that and gave up have written their fence records in its place.
     """
     if follower.store.get([POSITION_KEY]) != [None] and not follower.is_proven:
         what = f"the changelog does not hold the last commit of the store, which ended below {follower.stored_offset}"
@@ -318,20 +318,20 @@ def _check_last_commit(follower: Follower) -> None:
 
 
 def _check_not_missed(follower: Follower, barrier: Barrier) -> None:
-    """Raise if what stands behind the fence record was read, and the record was not."""
+    """Raise if records behind the fence record were read, and the fence record was not."""
     if follower.lineage.passed or follower.next_offset <= barrier.offset:
         return
     fence = follower.lineage.fence
-    if fence is not None and fence.offset > barrier.offset:  # compaction keeps the newest
+    if fence is not None and fence.offset > barrier.offset:  # compaction keeps the newest fence record
         raise Fenced(f"partition {follower.partition}: {fence.owner_id} has taken it over")
     what = f"changelog-{follower.partition} does not hold the fence record at {barrier.offset} any more"
     raise Discontinuous(f"{what}: it was truncated or made anew")
 
 
 def check_format(log: Log) -> None:
-    """Raise `NewerFormat` if the newest that a changelog partition holds was written by a newer program.
+    """Raise `NewerFormat` if a newer program wrote the newest position of a changelog partition.
 
-    Before anything is fenced: a program that can't go on must not stop one that can. What it does not see, a start does.
+    Call it before anything is fenced: a program that can't go on must not stop one that can. A start finds what this misses.
     """
     starts, ends = log.start_offsets(CHANGELOG), log.end_offsets(CHANGELOG)
     tails = {number: max(starts.get(number, 0), end - TAIL_COUNT) for number, end in ends.items()}

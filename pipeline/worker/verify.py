@@ -45,13 +45,13 @@ from pipeline.worker.foreign import Foreign, Lineage, Sieve
 from pipeline.worker.restore import check_restorable
 
 Verdict = Literal["equal", "behind", "missing", "stale", "different", "ahead", "corrupt", "unreadable"]
-"""`unreadable` is the changelog, all others are the store."""
+"""Result of verifying: `unreadable` is about the changelog, all others about the store."""
 FINE: frozenset[str] = frozenset(("equal", "behind", "missing", "stale"))
-"""After these a start arrives at what the changelog says, as it is meant to, and nobody has anything to do."""
+"""Verdicts after which a start arrives at the state of the changelog, and an operator has nothing to do."""
 
 _OFFSET_BYTES = 8
 _HELD_MAX = 100_000
-"""Entries that wait for the end of their commit; where compaction has removed many position records they can be all."""
+"""Upper limit of entries that wait for the end of their commit; compaction can have removed all position records but one."""
 _KEYS_END = b"\xff" * 8
 _PROGRESS_EVERY = 20_000
 
@@ -60,53 +60,53 @@ class Difference(msgspec.Struct, frozen=True):
     """One entry on which store and changelog do not agree."""
 
     what: Literal["missing", "extra", "different"]
-    """In the store, seen from the changelog."""
+    """State of the entry in the store, compared with the changelog."""
     entry: str
-    """Which one: the series `view{label="value"}`, the definition of a view, a producer, the position."""
+    """Name of the entry: the series `view{label="value"}`, the definition of a view, a producer, the position."""
     expected: Any
-    """What the changelog has, decoded as far as it can be, for a series its state; None: nothing."""
+    """Value in the changelog, decoded as far as it can be, for a series its state; None: nothing."""
     found: Any
-    """What the store has."""
+    """Value in the store."""
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What verifying one partition brought to light."""
+    """Result of verifying one partition."""
 
     partition: int
     verdict: Verdict
     detail: str = ""
-    """For a person: why, unless the numbers say it."""
+    """Reason of the verdict, in words, unless the numbers show it."""
     changelog_record_count: int = 0
     changelog_foreign_count: int = 0
-    """Records that no owner of the partition wrote: they are left out."""
+    """Number of foreign records, which are left out."""
     entries_compared: int = 0
     entries_superseded: int = 0
-    """Not compared, because the store is behind and the next restore sets them."""
+    """Number of entries that were not compared, because the store is behind and the next restore sets them."""
     behind: int = 0
-    """Changelog records that the store does not reflect yet."""
+    """Number of changelog records that the store does not reflect yet."""
     difference_count: int = 0
     differences: list[Difference] = []
-    """The first of them."""
+    """First differences."""
     store_next_offset: int | None = None
-    """What part of the changelog the store says it reflects."""
+    """Offset up to which the store reflects the changelog, by its own record."""
     changelog_end_offset: int = 0
     store_position: dict[str, Any] | None = None
     changelog_position: dict[str, Any] | None = None
 
     @property
     def fine(self) -> bool:
-        """Whether nobody has anything to do."""
+        """True if an operator has nothing to do."""
         return self.verdict in FINE
 
 
 class VerifyProgress(msgspec.Struct, frozen=True):
-    """How far the verification of one partition is."""
+    """Progress of verifying one partition."""
 
     partition: int
     doing: Literal["reading", "comparing"]
     done: int
     total: int
-    """An upper bound: compaction leaves holes, and several records can be of one key."""
+    """Upper bound: compaction leaves holes, and several records can be of one key."""
 
 
 def verify(
@@ -121,9 +121,9 @@ def verify(
     differences_max: int,
     progress: Callable[[VerifyProgress], None] = lambda _: None,
 ) -> Result:
-    """Compare one partition. `stores.open` must raise `NotFound` for a store that is not there, and not make one.
+    """Compare one partition. `stores.open` must raise `NotFound` for a store that does not exist.
 
-    Nobody else may write to log or store meanwhile. The scratch store grows as large as the state, and is destroyed.
+    Log and store must not be written meanwhile. The scratch store grows as large as the state, and is destroyed.
     """
     with ExitStack() as closer:
         closer.callback(scratch.destroy, partition)
@@ -140,7 +140,7 @@ def verify(
         except StoreCorrupt as error:
             verdict, detail = "corrupt", str(error)
         try:
-            # Whatever the store is like: nobody should delete one that the changelog could not replace.
+            # In any case: nobody should delete a store that the changelog could not replace.
             reading = _ChangelogScan(partition, log, truth, next_offset, fetch_count_max, progress)
         except (BadRecord, LogCorrupt, RecordsLost, StoreCorrupt) as error:
             return Result(partition, "unreadable", str(error))
@@ -173,7 +173,7 @@ def verify(
 
 
 def _too_old(partition: int, store: Store, log: Log, clock: Clock, delete_retention_ms: int) -> str:
-    """Why a restore from this store would not arrive at the changelog's state; empty if it would."""
+    """Return why a restore from this store would not arrive at the changelog's state; empty if it would."""
     try:
         check_restorable(partition, store, log, clock, delete_retention_ms)
     except StoreCorrupt as error:
@@ -182,8 +182,8 @@ def _too_old(partition: int, store: Store, log: Log, clock: Clock, delete_retent
 
 
 class _ChangelogScan:
-    """Reads a changelog into a scratch store: of each key's newest record the offset, and then, unless it is a tombstone,
-    the value.
+    """Reads a changelog into a scratch store, which keeps of each key's newest record the offset and, unless it is a
+    tombstone, the value.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class _ChangelogScan:
         self.position = NO_POSITION if newest is None else codec.decode_position(newest[_OFFSET_BYTES:])
 
     def _keep(self, records: Records) -> None:
-        # Beyond the end there may be half of a commit, of a worker that goes on.
+        # Beyond the end there may be half of a commit, if a worker goes on.
         count = bisect_left(records.offsets, self.end_offset)
         if not count:
             return
@@ -238,7 +238,7 @@ class _ChangelogScan:
 
 
 class _Comparison:
-    """Walks a store and what the changelog says side by side."""
+    """Compares a store with the scratch store, key by key."""
 
     def __init__(
         self,
@@ -318,7 +318,7 @@ class _Comparison:
 
 
 def _side_by_side(found: Iterator[Entry], expected: Iterator[Entry]) -> Iterator[tuple[bytes, bytes | None, bytes | None]]:
-    """Key and both values, or None, of every key of two scans, in order."""
+    """Yield every key of two scans, in order, with the value in each scan, or None."""
     a, b = next(found, None), next(expected, None)
     while True:
         if a is not None and (b is None or a[0] < b[0]):
@@ -335,7 +335,7 @@ def _side_by_side(found: Iterator[Entry], expected: Iterator[Entry]) -> Iterator
 
 
 def _decoded(key: bytes, value: bytes) -> Any:
-    """A value as far as it can be read; its bytes, in hex, if it can't."""
+    """Return a value decoded as far as it can be; its bytes in hex if it can't."""
     try:
         if key == POSITION_KEY:
             return asdict(codec.decode_position(value))

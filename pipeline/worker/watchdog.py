@@ -1,7 +1,7 @@
 """Ends a process that stands still: partitions with lag whose position does not move although the log is there, and threads.
 
-What stands still is a bug, or a disk or a lock that never comes back; a restart is the way out of all of them. What only
-waits for the log is none of that: it goes on by itself.
+The cause is a bug, or a disk or a lock that never comes back; a restart is the way out of all of them. A partition that only
+waits for the log goes on by itself.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from pipeline.worker.restore import RestoreProgress
 _log = logging.getLogger(__name__)
 INTERVAL_S = 0.5
 WAIT_S = 120.0
-"""How long a partition of ours may wait without any other getting on, and a step of a thread may take.
+"""Seconds that a partition may wait while no other makes progress, and that a step of a thread may take.
 
-It is more than all calls of a start take that fail.
+More than all calls of a start take together if they fail.
 """
 CALLS_OF_A_STEP = 4
-"""Calls, each with the timeout `kafka_timeout_ms`, that a thread makes between two signs of life, at most."""
+"""Upper limit of the calls, each with the timeout `kafka_timeout_ms`, that a thread makes between two beats."""
 AWAY_S = 5.0
-"""Silence of the log, or of our own process, behind which everything gets the whole time again."""
+"""Silence of the log, or of our own process, after which every stall timeout begins again."""
 
 
 class Observation(NamedTuple):
-    """One partition at one look."""
+    """State of one partition when it is checked."""
 
     mark: tuple[int, ...]
-    """Changes whenever the partition gets on: its position, or how far its restore is."""
+    """Value that changes whenever the partition makes progress: its position, or how far its restore is."""
     behind: int
-    """Records that it has still to fold, or to restore; 0: it owes nothing."""
+    """Number of records to fold or to restore; 0: the partition can't stall."""
     committing: bool = False
     waiting: bool = False
-    """Whether it waits for a call, or for one of its kind, before it can restore."""
+    """True if it waits for a call, or for another partition, before it can restore."""
 
 
 class Since(NamedTuple):
-    """What is remembered of a partition."""
+    """Memory of a partition between two checks."""
 
     mark: tuple[int, ...]
     moved_s: float
-    """When it was first seen with this mark."""
+    """Time at which the mark was first seen."""
     committing_s: float | None
-    """When it was first seen with the commit that is under way; None: with none."""
+    """Time at which the commit that is under way was first seen; None: there is none."""
 
 
 class Stall(NamedTuple):
@@ -74,11 +74,11 @@ def judge(
     stall_s: float,
     commit_s: float,
 ) -> tuple[dict[int, Since], list[Stall]]:
-    """What to remember at the next look, and what has stood still for `stall_s`.
+    """Return the memory for the next check, and the partitions that have made no progress for `stall_s`.
 
-    `now_s` is when the log told its ends for this look, `asked_s` for the last one. The log counts as away, which is no
-    stall of ours, if it was silent for over `AWAY_S`; and, for as long as `commit_s` lets a commit take, if it leaves one
-    undecided for over a third of `stall_s`. That holds up all partitions: one whose overlay is full lets none read on.
+    `now_s` is when the log answered with its ends for this check, `asked_s` for the last one. The log counts as away, which
+    is no stall, if it was silent for over `AWAY_S`; and, within the `commit_s` that a commit may take, if it leaves a commit
+    undecided for over a third of `stall_s`. That holds up all partitions: none is read on while one has a full overlay.
     """
     after: dict[int, Since] = {}
     for number, it in seen.items():
@@ -94,7 +94,7 @@ def judge(
     stalls = [
         Stall(number, seen[number].behind, now_s - it.moved_s)
         for number, it in after.items()
-        # What owes nothing has just moved.
+        # A partition that is not behind has `moved_s` of this check.
         if now_s - it.moved_s >= (max(stall_s, WAIT_S) if seen[number].waiting else stall_s)
     ]
     return after, stalls
@@ -104,17 +104,18 @@ def _first(committing_s: float | None, now_s: float) -> float:
     return now_s if committing_s is None else committing_s
 
 
-def look_at(
+def observe(
     partitions: Mapping[int, OwnedPartition],
     ends: Mapping[int, int],
     progress: Mapping[int, RestoreProgress],
     assigned: Collection[int] = (),
 ) -> dict[int, Observation]:
-    """What partitions look like. An assigned one that is neither folding nor restoring waits for a call, which has its own
-    limit, or for others: for a thread that restores, a copy that is to be closed, or its own last life's end.
+    """Return the observations of partitions.
 
-    A restore that waits for the log, behind a transaction of somebody else, owes nothing, and neither does what waits for
-    its thread: a restart would wait for the same, and take the partitions that fold with it.
+    An assigned partition that neither folds nor restores waits for a call, which has its own limit, or for a thread, for the
+    close of a standby copy, or for the close of its earlier life. A restore that waits for the log, behind a foreign
+    transaction, can't stall, and neither can a partition that waits for the thread of such a restore: a restart would wait
+    for the same, and stop the partitions that fold.
     """
     seen: dict[int, Observation] = {}
     held_up = False
@@ -134,7 +135,7 @@ def look_at(
 
 
 def stacks() -> str:
-    """Where every thread is."""
+    """Return the stacks of all threads."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
     for ident, frame in sys._current_frames().items():
@@ -147,24 +148,25 @@ def silent(
 ) -> list[tuple[PeriodicThread, float]]:
     """Return which of the threads that run took no step for `silent_s` after `since_s`, and for how long.
 
-    A thread whose steps all fail with what nobody expected is one of them, and one that has died.
+    A thread that has died is one of them, and one whose steps all fail with unexpected errors.
     """
     waits = [(it, now_s - max(it.beat_s, since_s)) for it in threads if it.started and not it.stopping.is_set()]
     return [(it, wait_s) for it, wait_s in waits if wait_s >= silent_s]
 
 
 class Watchdog:
-    """A thread that looks each time the log has told its ends, and ends the process when a partition or a thread stalls.
+    """A thread that checks partitions each time the log has answered with its ends, and ends the process when one stalls.
 
-    `ends` says when the log told them last, on `clock`, and up to where it can be read; `look` what the partitions look like
-    then. `threads` are those without which nobody would notice anything, such as who asks for the ends; a step of them takes
-    less than `silent_s`. `on_fatal` is called once, from this thread, behind a dump of all threads' stacks to the log.
+    `ends` returns when the log last answered, on `clock`, and the ends; `look` returns observations of partitions, given the
+    ends. `threads` are watched, too: those that this check needs, such as the one that asks for the ends; each of their
+    steps takes less than `silent_s`. `on_fatal` is called once, from this thread, after the stacks of all threads were
+    logged.
     """
 
     def __init__(
         self,
         ends: Callable[[], tuple[float, Mapping[int, int]]],
-        look: Callable[[Mapping[int, int]], Mapping[int, Observation]],
+        observe: Callable[[Mapping[int, int]], Mapping[int, Observation]],
         *,
         clock: Clock,
         stall_timeout_ms: int,
@@ -176,9 +178,9 @@ class Watchdog:
         metrics: Metrics = NO_METRICS,
     ) -> None:
         self.stalled = False
-        """Whether it has ended the process: what stands still may not stop either."""
+        """True once the watchdog has ended the process: a thread that stalls may not stop either."""
         self._ends = ends
-        self._look = look
+        self._observe = observe
         self._stall_s = stall_timeout_ms / 1000
         self._commit_s = commit_timeout_ms / 1000 + AWAY_S
         self._on_fatal = on_fatal
@@ -187,9 +189,9 @@ class Watchdog:
         self._clock = clock
         self._threads = threads
         self._silent_s = silent_s
-        self._looked_s = self._awake_s = clock.monotonic_s()
-        """When it looked at threads last, and since when it has done so without a break of the whole process."""
-        self._told_s = clock.monotonic_s()
+        self._checked_s = self._awake_s = clock.monotonic_s()
+        """Time of the last check of threads, and the time since when there was no break of the whole process."""
+        self._answered_s = clock.monotonic_s()
         self.thread = PeriodicThread(
             "pipeline-watchdog", self.step, log=_log, clock=clock, metrics=metrics, interval_s=interval_s
         )
@@ -205,14 +207,14 @@ class Watchdog:
         self.thread.stop()
 
     def step(self) -> None:
-        """Look at the threads, and at the partitions if the log has told something new."""
-        self._look_at_threads()
+        """Check the threads, and the partitions if the log has answered since the last check."""
+        self._check_threads()
         if not self.stalled:
-            self._look_at_partitions()
+            self._check_partitions()
 
-    def _look_at_threads(self) -> None:
-        before_s, now_s = self._looked_s, self._clock.monotonic_s()
-        self._looked_s = now_s
+    def _check_threads(self) -> None:
+        before_s, now_s = self._checked_s, self._clock.monotonic_s()
+        self._checked_s = now_s
         if now_s - before_s > AWAY_S:
             self._awake_s = now_s
         found = silent(self._threads, self._awake_s, now_s, silent_s=max(self._stall_s, self._silent_s))
@@ -220,12 +222,12 @@ class Watchdog:
             what = ", ".join(f"{it.name} (for {wait_s:.1f} s)" for it, wait_s in found)
             self._end(len(found), Stalled(f"threads stand still: {what}"))
 
-    def _look_at_partitions(self) -> None:
+    def _check_partitions(self) -> None:
         told_s, ends = self._ends()
-        if told_s <= self._told_s:
+        if told_s <= self._answered_s:
             return
-        seen = self._look(ends)
-        asked_s, self._told_s = self._told_s, told_s
+        seen = self._observe(ends)
+        asked_s, self._answered_s = self._answered_s, told_s
         self._since, stalls = judge(self._since, seen, asked_s, told_s, stall_s=self._stall_s, commit_s=self._commit_s)
         if stalls:
             what = ", ".join(f"{it.partition} ({it.behind} records behind, for {it.for_s:.1f} s)" for it in stalls)

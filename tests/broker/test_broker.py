@@ -1,4 +1,4 @@
-"""The brokers that other tests rely on: what survives what, and that nothing is left behind."""
+"""Brokers of tests leave no process behind, never share a port, and say what is missing to run them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import ConfigResource, ResourceType
 
 from tests.broker.jars import Missing, cache, jars
-from tests.broker.kafka import App, Broker, Cluster, absent, admin_client, create_topics, delete_topics, new_app
+from tests.broker.kafka import Broker, absent, create_topics
 from tests.support import ROOT, environment, wait_until
-
-QUIET = {"log_level": 0, "error_cb": lambda _: None, "reconnect.backoff.max.ms": 200}
-
-
-def producer(bootstrap: str, **options: str) -> Producer:
-    return Producer({"bootstrap.servers": bootstrap, "acks": "all", **QUIET, **options})
-
-
-def send(bootstrap: str, topic: str, value: bytes) -> None:
-    """Produce one record, acknowledged."""
-    errors: list[object] = []
-    out = producer(bootstrap)
-    out.produce(topic, value, partition=0, on_delivery=lambda error, _: errors.append(error))
-    assert out.flush(30) == 0
-    assert errors == [None]
-
-
-def first(bootstrap: str, topic: str) -> bytes | None:
-    """The first record of partition 0."""
-    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "unused", **QUIET})
-    consumer.assign([TopicPartition(topic, 0, 0)])
-    message = wait_until(lambda: (got := consumer.poll(1.0)) and not got.error() and got, "a record")
-    consumer.close()
-    value: bytes | None = message.value()
-    return value
 
 
 def alive(pid: int) -> bool:
@@ -65,52 +37,6 @@ def in_group(group: int) -> list[int]:
             except ProcessLookupError:
                 pass
     return found
-
-
-def test_topics_are_as_described(app: App) -> None:
-    """`create_topics` makes what topics/*.toml say, with the test's own settings on top; records come back."""
-    create_topics(app.bootstrap, app.app, 2, changelog={"segment.bytes": "1048576"})
-    admin = admin_client(app.bootstrap)
-    resource = ConfigResource(ResourceType.TOPIC, app.topic("changelog"))
-    settings = admin.describe_configs([resource])[resource].result(30)
-    assert settings["cleanup.policy"].value == "compact"
-    assert settings["segment.bytes"].value == "1048576"
-    assert len(admin.list_topics(timeout=10).topics[app.topic("dead-letters")].partitions) == 2
-    send(app.bootstrap, app.topic("deltas"), b"one")
-    assert first(app.bootstrap, app.topic("deltas")) == b"one"
-    delete_topics(app.bootstrap, app.app)
-    wait_until(lambda: app.topic("deltas") not in admin.list_topics(timeout=10).topics, "topics gone")
-
-
-def test_data_and_port_survive(broker: Broker) -> None:
-    """After kill -9, and after an orderly stop, `start` brings back the same port and the same records."""
-    bootstrap = broker.bootstrap
-    create_topics(bootstrap, "a", 1)
-    send(bootstrap, "a.deltas", b"kept")
-    for end in (broker.kill, broker.stop):
-        end()
-        assert not broker.running
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", broker.port), 1)
-        broker.start()
-        assert broker.bootstrap == bootstrap
-        assert first(bootstrap, "a.deltas") == b"kept"
-
-
-def test_a_paused_broker_answers_nothing_until_resumed(broker: Broker) -> None:
-    """SIGSTOP holds a record back; SIGCONT lets the same attempt through. `stop` ends a paused one, too."""
-    create_topics(broker.bootstrap, "a", 1)
-    out = producer(broker.bootstrap)
-    out.produce("a.deltas", b"before")
-    assert out.flush(30) == 0
-    broker.pause()
-    out.produce("a.deltas", b"during")
-    assert out.flush(0.5) == 1
-    broker.resume()
-    assert out.flush(30) == 0
-    broker.pause()
-    broker.stop()
-    wait_until(lambda: not in_group(broker.pid), "its processes to be gone")
 
 
 OWNER = """
@@ -161,67 +87,6 @@ def test_ports_are_apart_and_a_stolen_one_is_replaced(tmp_path: Path, kafka_jars
     finally:
         one.close()
         two.close()
-
-
-def test_a_failed_start_says_why(tmp_path: Path, kafka_jars: Path) -> None:
-    """A broker that ends during its start raises, with its own words."""
-    broken = Broker(tmp_path / "kafka", {"num.io.threads": "none"})
-    with pytest.raises(RuntimeError, match=r"num\.io\.threads"):
-        broken.start()
-    broken.close()
-
-
-def test_users_and_permissions(tmp_path: Path, kafka_jars: Path) -> None:
-    """Properties make a broker with passwords and an authorizer: no password, no answer; no permission, no write."""
-    plain = "org.apache.kafka.common.security.plain.PlainLoginModule required"
-    properties = {
-        "listeners": "SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
-        "advertised.listeners": "SASL_PLAINTEXT://127.0.0.1:{port}",
-        "inter.broker.listener.name": "SASL_PLAINTEXT",
-        "sasl.enabled.mechanisms": "PLAIN",
-        "sasl.mechanism.inter.broker.protocol": "PLAIN",
-        "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
-            f'{plain} username="root" password="r" user_root="r" user_guest="g";'
-        ),
-        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-        "super.users": "User:root;User:ANONYMOUS",
-    }
-
-    def login(name: str) -> dict[str, str]:
-        return {
-            "security.protocol": "SASL_PLAINTEXT",
-            "sasl.mechanism": "PLAIN",
-            "sasl.username": name,
-            "sasl.password": name[0],
-        }
-
-    with Broker(tmp_path / "kafka", properties, client=login("root")) as own:
-        create_topics(own.bootstrap, "a", 1, client=login("root"))
-        assert denied(own.bootstrap, login("guest")) == "TOPIC_AUTHORIZATION_FAILED"
-        assert denied(own.bootstrap, login("root")) is None
-        with pytest.raises(KafkaException):
-            admin_client(own.bootstrap).list_topics(timeout=1)
-
-
-def denied(bootstrap: str, options: Mapping[str, str]) -> str | None:
-    errors: list[str | None] = []
-    out = producer(bootstrap, **options)
-    out.produce("a.deltas", b"x", on_delivery=lambda error, _: errors.append(error.name() if error else None))
-    assert out.flush(30) == 0
-    return errors[0]
-
-
-def test_a_cluster_outlives_one_of_its_brokers(tmp_path: Path, kafka_jars: Path) -> None:
-    """With replication 3, records acknowledged before and after a broker's kill -9 are there; it can come back."""
-    with Cluster(tmp_path, 3) as cluster:
-        create_topics(cluster.bootstrap, "a", 1)
-        send(cluster.bootstrap, "a.deltas", b"before")
-        leader = admin_client(cluster.bootstrap).list_topics("a.deltas", timeout=10).topics["a.deltas"].partitions[0].leader
-        lost = cluster.brokers[leader - 1]
-        lost.kill()
-        send(cluster.bootstrap, "a.deltas", b"after")
-        assert first(cluster.bootstrap, "a.deltas") == b"before"
-        lost.start()
 
 
 @pytest.mark.parametrize("program", ["java", "mvn"])
@@ -276,11 +141,3 @@ def test_jars_are_fetched_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert {process.communicate(timeout=60)[0].decode().strip() for process in several} == {str(cache() / "lib")}
     assert runs.read_text() == "run\n"
     assert (cache() / "lib" / "a.jar").exists()
-
-
-def test_apps_do_not_meet() -> None:
-    """Two apps have different names, topics and addresses."""
-    one, two = new_app("h:1"), new_app("h:1")
-    assert one.app != two.app
-    assert one.url == f"kafka://h:1/{one.app}"
-    assert one.topic("deltas") == f"{one.app}.deltas"

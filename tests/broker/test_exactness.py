@@ -21,6 +21,7 @@ SENDER_KILLS = 4
 WORKER_KILLS = 10
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_publishers_killed_while_they_send(app: App, tmp_path: Path) -> None:
     """What was acknowledged to a killed publisher is counted once; what was not, once or not at all."""

@@ -109,9 +109,8 @@ def test_what_is_missing_is_no_older_than_the_staleness(broker: Broker, own: App
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Path, how: str) -> None:
-    """A server answers 200, at least as stale as the broker is away, and 503 to who wants fresher; then it is fresh."""
+def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Path) -> None:
+    """During an outage answers are as stale as it is long, with 200, or 503 under a lower limit; later they are fresh."""
     with (
         worker(own, tmp_path / "worker") as role,
         server(own, tmp_path / "server") as reads,
@@ -123,10 +122,7 @@ def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Pa
         view.add(1)
         token = publisher.flush()
         wait_until(lambda: reader.get("seen", after=token).as_of.staleness_ms < FRESH_MS, "a fresh answer", RETURN_S)
-        if how == "stopped":
-            broker.pause()
-        else:
-            broker.kill()
+        broker.kill()
         away_s = time.monotonic()
         _old(reader, away_s, AWAY_S)
         assert _status(f"{reads.url}/v1/views/seen") == 200
@@ -134,10 +130,7 @@ def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Pa
         with pytest.raises(NotReady, match=f"max_staleness_ms={FRESH_MS}"):
             reader.get("seen", max_staleness_ms=FRESH_MS, timeout_ms=100)
         view.add(1)
-        if how == "stopped":
-            broker.resume()
-        else:
-            broker.start()
+        broker.start()
         token = publisher.flush(timeout_s=RETURN_S)
         assert reader.get("seen", after=token, timeout_ms=60_000).value() == 2
         assert reader.get("seen", max_staleness_ms=FRESH_MS, timeout_ms=60_000).as_of.staleness_ms <= FRESH_MS

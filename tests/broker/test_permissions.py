@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline import Publisher, Reader
@@ -15,12 +17,14 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
+from pipeline.adapters.kafka.plan import Wish
+from pipeline.adapters.kafka.topics import TopicAdmin
 from pipeline.adapters.kafka.writer import KafkaLogWriter
-from pipeline.errors import NotReady, Unavailable
+from pipeline.errors import Invalid, NotReady, Unavailable
 from pipeline.ports import Message
 from pipeline.roles.worker import ClusterWorker
 from pipeline.settings import KafkaSettings
-from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS, Topic, load
 from tests.broker.drive import PUBLISHER, server, worker
 from tests.broker.inside import folding, serving, sums, wait_folded, worker_at
 from tests.broker.users import GROUP, ID, LEAST, Own, flags, login, user
@@ -45,7 +49,6 @@ def test_a_wrong_password(own: Own, tmp_path: Path) -> None:
         ["worker", "--from", url, f"--data={tmp_path}/w", "--port=0"],
         ["serve", "--from", url, f"--data={tmp_path}/s", "--port=0", "--ingest"],
         ["verify", "--from", url, f"--data={tmp_path}/v"],
-        ["topics", "plan", "--to", url],
         ["topics", "apply", "--to", url],
     ]
 
@@ -224,14 +227,36 @@ def test_a_server_may_not_read(own: Own, tmp_path: Path) -> None:
         assert sums(role.stores(), "v") == {(): 5}
 
 
-def test_topics_may_not_be_made(own: Own) -> None:
-    """Code 2, nothing is changed, and the permission is named."""
-    denied = {"CREATE": [], "ALTER": ["--partitions", "3"]}
-    own.grant("operator", *(it for it in LEAST["operator"] if it[1] not in denied))
-    for permission, more in denied.items():
-        done = pipeline("topics", "apply", "--to", own.app.url, *more, *flags("operator"))
-        assert (done.returncode, done.stdout) == (2, "")
-        assert f"{own.app.url}: no permission to " in done.stderr
-        assert f"grant {permission} on it with kafka-acls" in done.stderr
+def test_each_permission_of_an_operator_is_named(own: Own) -> None:
+    """An apply that lacks a permission changes nothing and names it; once all are granted it does its work."""
+    flushing = {**load(), CHANGELOG: msgspec.structs.replace(load()[CHANGELOG], kafka={"flush.ms": 5})}
+
+    def lacks(permission: str, described: Mapping[str, Topic]) -> bool:
+        with pytest.raises(Invalid) as error:
+            TopicAdmin(parse_url(own.app.url), login("operator"), described, SystemClock(), timeout_ms=10_000).apply(Wish(3))
+        return f"grant {permission} on it with kafka-acls" in str(error.value)
+
+    names = (DELTAS, CHANGELOG, DEAD_LETTERS)
+    for permission, described in [
+        ("DESCRIBE", load()),
+        ("CREATE", load()),
+        ("DESCRIBE_CONFIGS", flushing),
+        ("ALTER_CONFIGS", flushing),
+        ("ALTER", flushing),
+    ]:
+        wait_until(lambda p=permission, d=described: lacks(p, d), permission, WAIT_S)
         if permission == "CREATE":
             own.create_topics()
+        else:
+            own.grant("operator", *((name, permission) for name in names))
+    admin = TopicAdmin(parse_url(own.app.url), login("operator"), flushing, SystemClock(), timeout_ms=30_000)
+    wait_until(lambda: {it.setting for it in admin.plan(Wish(3)).changes} >= {"partitions", "flush.ms"}, "a plan", WAIT_S)
+
+
+def test_topics_may_not_be_made(own: Own) -> None:
+    """The command ends with code 2, changes nothing, and names the permission."""
+    own.grant("operator", *(it for it in LEAST["operator"] if it[1] != "CREATE"))
+    done = pipeline("topics", "apply", "--to", own.app.url, *flags("operator"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{own.app.url}: no permission to " in done.stderr
+    assert "grant CREATE on it with kafka-acls" in done.stderr

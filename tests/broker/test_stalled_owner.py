@@ -60,26 +60,6 @@ def test_stalled_with_an_open_transaction(app: App, tmp_path: Path) -> None:
                 assert stalled.exit_code is None, stalled.tail()
 
 
-@pytest.mark.timeout(120)
-def test_taken_over_while_it_works(app: App, tmp_path: Path) -> None:
-    """Workers that take the partitions from each other under load never write by turns; the last one goes on."""
-    create_topics(app.bootstrap, app.app, PARTITIONS)
-    with (
-        worker(app, tmp_path / "0") as first,
-        server(app, tmp_path / "server") as reads,
-        Sender(app, "s", tmp_path) as sender,
-        loaded(app) as (publisher, loads),
-        worker(app, tmp_path / "1") as second,
-    ):
-        assert wait_exit(first, EXIT_S) == 3, first.tail()
-        with worker(app, tmp_path / "2") as third:
-            assert wait_exit(second, EXIT_S) == 3, second.tail()
-            sender.wait_round()
-            load = finish(publisher, loads)
-            check(app, [reads], tmp_path, load=load, senders=[sender])
-            assert third.exit_code is None, third.tail()
-
-
 def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: Sequence[SumSeries]) -> int:
     """SIGSTOP in the midst of a commit; how often each of `cells` was added to."""
     rng = random.Random(SEED)

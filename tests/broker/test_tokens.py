@@ -11,7 +11,7 @@ from pipeline import Publisher, Reader
 from pipeline.errors import Invalid, OtherTopic
 from pipeline.topics import DELTAS
 from tests.broker.drive import server, wait_exit, worker
-from tests.broker.kafka import App, create_topics, delete_topics, new_app
+from tests.broker.kafka import App, create_topics, delete_topics
 from tests.support import wait_until
 
 AT_ONCE_S = 5.0
@@ -68,24 +68,3 @@ def test_deltas_made_anew_under_publishers(app: App, tmp_path: Path) -> None:
         assert wait_exit(role, WAIT_S) == 4, role.tail()
         with worker(app, tmp_path / "worker", "--accept-loss"):
             assert reader.get("v", after=after, timeout_ms=30_000).value() == 12
-
-
-@pytest.mark.timeout(150)
-def test_tokens_of_another_app(app: App, tmp_path: Path) -> None:
-    """One broker, two apps: a token of the one is refused by the servers of the other."""
-    other = new_app(app.bootstrap)
-    for it in (app, other):
-        create_topics(it.bootstrap, it.app, 1)
-    with (
-        server(app, tmp_path / "server") as reads,
-        worker(app, tmp_path / "worker"),
-        Publisher(app.url) as ours,
-        Publisher(other.url) as theirs,
-        Reader(reads.url) as reader,
-    ):
-        for publisher in (ours, theirs):
-            publisher.sum("v").add(1)
-        assert reader.get("v", after=ours.flush(WAIT_S)).value() == 1
-        with pytest.raises(OtherTopic, match="another app or cluster"):
-            reader.get("v", after=theirs.flush(WAIT_S), timeout_ms=30_000)
-    delete_topics(other.bootstrap, other.app)

@@ -24,7 +24,7 @@ from pipeline.settings import IngestSettings, WorkerSettings
 from pipeline.threads import Failures, PeriodicThread, guarded
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.changes import ChangeFeed
-from pipeline.worker.lag import EndOffsets, LagReporter
+from pipeline.worker.lag import DeltasEnds, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.replica import ReplicaLoop
 from pipeline.worker.watchdog import Watchdog
@@ -98,7 +98,7 @@ class World:
     def mirror(self) -> Lab:
         mirror = LagReporter(
             lambda: {0: 0},
-            ends=lambda: EndOffsets(self.log.high_watermarks(DELTAS), self.log.end_offsets(DELTAS)),
+            ends=lambda: DeltasEnds(self.log.high_watermarks(DELTAS), self.log.end_offsets(DELTAS)),
             start_offsets=lambda: {0: 0},
             commit=lambda _: None,
             clock=self.clock,

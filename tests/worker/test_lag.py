@@ -11,7 +11,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.errors import Unavailable
-from pipeline.worker.lag import EndOffsets, LagReporter
+from pipeline.worker.lag import DeltasEnds, LagReporter
 from tests.support import HandClock, wait_until
 from tests.worker.support import Recorder
 
@@ -39,11 +39,11 @@ class Watched:
             metrics=self.metrics,
         )
 
-    def _ask_ends(self) -> EndOffsets:
+    def _ask_ends(self) -> DeltasEnds:
         self.looks += 1
         if self.ends_fail:
             raise Unavailable("the log is away")
-        return EndOffsets(self.ends, self.ends | self.stable)
+        return DeltasEnds(self.ends, self.ends | self.stable)
 
     def _commit(self, positions: Mapping[int, int]) -> None:
         if self.commits_fail:
@@ -189,7 +189,7 @@ def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> N
     assert it.metrics.of(m.HELD_UP, 0) == 3
     assert it.metrics.of(m.HELD_UP, 1) == 0
     assert it.mirror.end_offsets == {0: 9, 1: 7}
-    assert it.mirror.told == (it.clock.s, {0: 6, 1: 7}), "up to where a worker can get"
+    assert it.mirror.last_answer == (it.clock.s, {0: 6, 1: 7}), "up to where a worker can get"
     assert not caplog.records
     held_up(it, 600)
     (told,) = caplog.records

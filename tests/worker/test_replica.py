@@ -227,7 +227,6 @@ def test_a_changelog_made_anew_is_a_decision(pair: Server) -> None:
         for _ in range(5):
             other.commit(number, {"new": 1})
     pair.clock.s += 2
-    pair.loop._look()
     pair.step(5, s=1.0)
     with pytest.raises(NotReady, match=r"of another changelog, 'first', than there is now, 'second'; .*--accept-loss"):
         pair.loop.stores()

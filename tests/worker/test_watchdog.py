@@ -13,7 +13,7 @@ from pipeline.adapters.memory import MemoryStores
 from pipeline.errors import Stalled
 from pipeline.threads import PeriodicThread
 from pipeline.worker.restore import RestoreProgress
-from pipeline.worker.watchdog import AWAY_S, WAIT_S, Observation, Since, Watchdog, judge, look_at, stacks
+from pipeline.worker.watchdog import AWAY_S, WAIT_S, Observation, Since, Watchdog, judge, observe, stacks
 from tests.support import HandClock, wait_until
 from tests.worker.support import ChangingLog, Recorder, Worker, new_partition
 
@@ -63,8 +63,8 @@ def test_a_restore_that_the_log_holds_up_is_no_stall() -> None:
     partitions, ends = {1: held, 2: queued}, {1: 50, 2: 50}
     told = RestoreProgress(1, 500, 1_500, 1.0, waiting="a transaction of somebody else is open there")
     course = Course()
-    assert course.looks(look_at(partitions, ends, {1: told}, {1, 2}), 300) is None
-    silent = look_at(partitions, ends, {1: RestoreProgress(1, 500, 1_500, 1.0)}, {1, 2})
+    assert course.looks(observe(partitions, ends, {1: told}, {1, 2}), 300) is None
+    silent = observe(partitions, ends, {1: RestoreProgress(1, 500, 1_500, 1.0)}, {1, 2})
     assert course.looks(silent, 300) == STALL_S - 1
 
 
@@ -142,11 +142,11 @@ def test_what_partitions_look_like() -> None:
     partitions = {0: worker.partition(0), 1: waiting, 2: restoring, 3: worker.partition(3)}
     restore = RestoreProgress(2, 500, 1_500, 1.0)
     ends = dict(log.end_offsets("deltas"))
-    seen = look_at(partitions, ends, {2: restore})
+    seen = observe(partitions, ends, {2: restore})
     assert seen == {0: Observation((1,), 1), 2: Observation((500, 1_500), 1_500), 3: Observation((0,), 0)}
     worker.partition(0).task.freeze()
-    assert look_at(partitions, ends, {})[0].committing
-    assert look_at({2: restoring}, ends, {2: RestoreProgress(2, 2_000, 0, 2.0, done=True)}) == {}
+    assert observe(partitions, ends, {})[0].committing
+    assert observe({2: restoring}, ends, {2: RestoreProgress(2, 2_000, 0, 2.0, done=True)}) == {}
 
 
 def test_a_restore_that_gets_on_is_no_stall() -> None:
@@ -282,11 +282,11 @@ def test_what_waits_looks_like() -> None:
     unstarted = {number: new_partition(number, log, MemoryStores(), clock) for number in (0, 1)}
     ends = dict(log.end_offsets("deltas"))
     progress = {0: RestoreProgress(0, 500, 1_500, 1.0)}
-    assert look_at(unstarted, ends, progress, {0, 1, 2}) == {
+    assert observe(unstarted, ends, progress, {0, 1, 2}) == {
         0: Observation((500, 1_500), 1_500),
         1: Observation((0, 500), 0, waiting=True),
         2: Observation((0, 500), 1, waiting=True),  # its last life has not ended
     }
     unstarted[0].start()
-    assert look_at(unstarted, ends, progress, {0, 2})[2] == Observation((1, 500), 1, waiting=True)
-    assert look_at(unstarted, ends, progress).keys() == {0}
+    assert observe(unstarted, ends, progress, {0, 2})[2] == Observation((1, 500), 1, waiting=True)
+    assert observe(unstarted, ends, progress).keys() == {0}

@@ -59,5 +59,5 @@ _MONOTONE_SUM = MonotoneSum()
 
 
 def kind_of(definition: Definition) -> Kind:
-    """What takes in deltas of a view, and states from outside. For merging and storing, `KINDS` is enough."""
+    """Return the kind that checks deltas of a definition, and states from outside. To merge and store, `KINDS` is enough."""
     return _MONOTONE_SUM if definition.monotone else KINDS[definition.kind]

@@ -1,4 +1,4 @@
-"""What every kind of view shares: the base class, plain numbers, and long ints on the wire."""
+"""The base class of kinds, plain numbers, and long ints on the wire."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msgspec.msgpack import Ext
 from pipeline.errors import BadRecord, Invalid
 
 State = Any
-"""A state of some kind: see the table in `pipeline.core.kinds`."""
+"""State of some kind: see the table in `pipeline.core.kinds`."""
 
 INT_BITS_MAX = 8_192
 """Largest recorded int. Sums grow beyond it; 2**64 of the largest stay printable (Python prints up to 4,300 digits)."""
@@ -26,12 +26,12 @@ PLAIN = frozenset((int, float))
 _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
 _NUMBER_TYPES = frozenset((int, float, Ext))
 _LONG_INT = 1
-"""The msgpack extension type of ints beyond 64 bits: signed, big endian."""
+"""Msgpack extension type of ints beyond 64 bits: signed, big endian."""
 encode = msgspec.msgpack.Encoder().encode
 
 
 def number(value: object) -> int | float:
-    """`value` as an int or a finite float; `Invalid` if it is neither.
+    """Return `value` as an int or a finite float. Raises `Invalid` if it is neither.
 
     Bools are ints, as in Python. Other numbers (NumPy, Decimal, Fraction) become ints if they are integral types and
     floats if not.
@@ -57,14 +57,14 @@ def number(value: object) -> int | float:
 
 
 def numbers(values: Sequence[Any]) -> Sequence[int | float]:
-    """`values`, each as by `number`; unchanged when they are plain already."""
+    """Return `values`, each as by `number`; unchanged if they are plain already."""
     return values if PLAIN.issuperset(map(type, values)) else [number(value) for value in values]
 
 
 def to_wire(column: list[Any]) -> list[Any]:
-    """The column with ints beyond 64 bits as an extension type, because msgpack has no such ints.
+    """Return the column with ints beyond 64 bits as an extension type, because msgpack has no such ints.
 
-    It costs one pass: callers encode the plain column first, and come here when that overflows.
+    This costs one pass: callers encode the plain column first, and call this if that overflows.
     """
     return [
         Ext(_LONG_INT, v.to_bytes(v.bit_length() // 8 + 1, "big", signed=True))
@@ -75,7 +75,7 @@ def to_wire(column: list[Any]) -> list[Any]:
 
 
 def from_wire(column: list[Any], what: str, int_bytes_max: int) -> list[Any]:
-    """The inverse of `to_wire`; `BadRecord` unless every value is a finite number."""
+    """Undo `to_wire`. Raises `BadRecord` unless every value is a finite number."""
     types = set(map(type, column))
     if not _NUMBER_TYPES.issuperset(types):
         raise BadRecord(f"{what}: a number is needed")
@@ -101,48 +101,48 @@ def check_finite(column: Iterable[Any], what: str) -> None:
 
 
 class Kind:
-    """What one kind of view does with deltas and states. Instances are stateless; `KINDS` holds one of each."""
+    """A kind of view: what is done with its deltas and states. Instances are stateless; `KINDS` holds one of each."""
 
     name: ClassVar[str]
     method: ClassVar[str]
-    """What recording a delta is called: `add`, `observe` or `set`."""
+    """Name of the method that records a delta: `add`, `observe` or `set`."""
     single: ClassVar[bool] = False
-    """Whether the state of one delta is that delta."""
+    """True if the state of one delta is that delta."""
     merge: Callable[[State, State], State]
-    """The monoid's operation. May return either argument; arguments are never changed."""
+    """Operation of the monoid. May return either argument; arguments are never changed."""
 
     def merge_all(self, a: Sequence[State], b: Sequence[State]) -> list[State]:
-        """`merge` of each state of `a` with that of `b` in its place."""
+        """Return the `merge` of each state of `a` with the state of `b` at the same index."""
         return [*map(self.merge, a, b)]
 
     def check(self, value: object, ts_ms: int = 0, recorded_ns: int = 0) -> Any:
-        """`value` as one raw delta, or `Invalid`. `ts_ms` and `recorded_ns` matter to kinds that order deltas."""
+        """Return `value` as one raw delta, or raise `Invalid`. `ts_ms` and `recorded_ns` are for kinds that order deltas."""
         return number(value)
 
     def are_plain(self, values: Sequence[Any]) -> bool:
-        """Whether `check` would surely return each number of `values` as it is; False says nothing."""
+        """Return True if `check` would surely return each number of `values` as it is; False leaves that open."""
         try:
             return PLAIN.issuperset(map(type, values)) and all(map(isfinite, values))
         except OverflowError:  # an int beyond all floats
             return False
 
     def collect(self, deltas: Sequence[Any]) -> State:
-        """The state of a non-empty run of raw deltas, as `check` returns them, in the order in which they were recorded."""
+        """Return the state of at least one raw delta, as `check` returns them, in the order in which they were recorded."""
         raise NotImplementedError
 
     def to_columns(self, states: list[State]) -> list[list[Any]]:
-        """States as columns that msgpack can carry, once `to_wire` has seen to large ints."""
+        """Return states as columns that msgpack can encode, once `to_wire` has replaced large ints."""
         return [states]
 
     def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
-        """The inverse of `to_columns`, from untrusted input: `BadRecord` unless it is `count` states of this kind."""
+        """Undo `to_columns` for untrusted input. Raises `BadRecord` unless the input is `count` states of this kind."""
         raise NotImplementedError
 
     def check_times(self, states: Sequence[State], latest_ms: int) -> None:
         """Raise `BadRecord` if a state's own timestamp is beyond `latest_ms`; most kinds have none."""
 
     def answer(self, state: State) -> Any:
-        """What a reader sees: a number, text, bool or None."""
+        """Return the answer of a state: a number, text, bool or None."""
         return state
 
     def _one_column(self, columns: list[list[Any]], count: int) -> list[Any]:

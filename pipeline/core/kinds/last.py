@@ -10,7 +10,7 @@ from pipeline.core.kinds.base import STATE_INT_BYTES_MAX, Kind, State, encode, f
 from pipeline.errors import BadRecord, Invalid
 
 TEXT_BYTES_MAX = 65_536
-"""Longest text of a `last` view."""
+"""Bytes of the longest text of a `last` view."""
 TS_MS_MAX = 2**53
 RECORDED_NS_MAX = 2**63 - 1
 _newness = itemgetter(0, 1)
@@ -37,8 +37,8 @@ def check_ahead(ts_ms: int, now_ms: int, ahead_max_ms: int) -> None:
 class Last(Kind):
     """The newest value: the greater (`ts_ms`, `recorded_ns`), and of two with the same the one with the larger encoding.
 
-    `ts_ms` is what the caller says, or now. `recorded_ns` rises within a process with every value that is set, so that of
-    two values of one millisecond the later one wins.
+    `ts_ms` is given by the caller, or now. `recorded_ns` rises within a process with every value that is set, so that the
+    later of two values in one millisecond wins.
     """
 
     name = "last"
@@ -64,7 +64,7 @@ class Last(Kind):
             raise Invalid(f"text, a number, a bool or None is needed: {error}") from None
 
     def collect(self, deltas: Sequence[Any]) -> State:
-        return max(reversed(deltas), key=_newness)  # of equals the first that it meets: the one that was recorded last
+        return max(reversed(deltas), key=_newness)  # `max` returns the first of equals, which here was recorded last
 
     def to_columns(self, states: list[State]) -> list[list[Any]]:
         return [[state[i] for state in states] for i in range(3)]

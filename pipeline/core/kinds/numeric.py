@@ -19,15 +19,15 @@ from pipeline.core.kinds.base import PLAIN, STATE_INT_BYTES_MAX, Kind, State, ch
 from pipeline.errors import BadRecord, Invalid
 
 Total = int | float | tuple[float, float]
-"""A sum: an exact int, a float, or a float and its error term, which is not zero and smaller than the float's last bit."""
+"""State of a sum: an exact int, a float, or a float and its error term, not zero and smaller than the float's last bit."""
 
 
 def add(a: Total, b: Total) -> Total:
-    """The sum of two sums."""
+    """Return the sum of two sums."""
     if type(a) is int and type(b) is int:
         return a + b
     try:
-        # Written out, without calls: it is done for each float that a worker folds.
+        # Written out, without calls: a worker does this for each float that it folds.
         if type(a) is float:
             a_high, a_low = a, 0.0
         else:
@@ -41,7 +41,7 @@ def add(a: Total, b: Total) -> Total:
     total = a_high + b_high
     part = total - a_high
     error = (a_high - (total - part)) + (b_high - part) + (a_low + b_low)
-    if not error:  # not so for NaN, which an overflow leaves
+    if not error:  # false for NaN, which an overflow leaves
         return total
     high = total + error
     part = high - total
@@ -57,13 +57,13 @@ def _as_floats(value: int) -> tuple[float, float]:
 
 
 def _add_exactly(a: Total, b: Total) -> int:
-    """The sum as an int: for sums of which the last bit of a float is far above one."""
+    """Return the sum as an int, for sums so large that the last bit of a float is far above one."""
     parts = [*(a if type(a) is tuple else (a,)), *(b if type(b) is tuple else (b,))]
     return sum(map(int, parts))
 
 
 def total_of(deltas: Sequence[int | float]) -> Total:
-    """The sum of plain numbers; of floats alone it is exact to the last bit of the error term."""
+    """Return the sum of plain numbers; a sum of floats only is exact to the last bit of the error term."""
     if len(deltas) == 1:
         return deltas[0]
     types = set(map(type, deltas))
@@ -75,13 +75,13 @@ def total_of(deltas: Sequence[int | float]) -> Total:
             low = fsum(chain(deltas, (-high,)))
         except OverflowError:
             return reduce(add, deltas)  # type: ignore[arg-type]
-        # The error term was rounded, too: it can have come to half of the last bit, where the float should be the next one.
+        # The error term was rounded, too: it can be half of the last bit, and then the float must be the next one.
         return add(high, low) if low else high
     return reduce(add, deltas)  # type: ignore[arg-type]
 
 
 def _quotient(total: Total, count: int) -> int | float:
-    """`total` by `count`, where one of them, or the quotient of two ints, is beyond all floats."""
+    """Return `total` by `count`, where one of them, or the quotient of two ints, is beyond all floats."""
     if type(total) is int:
         return total // count
     high: float = total[0] if type(total) is tuple else total  # type: ignore[assignment]
@@ -90,12 +90,12 @@ def _quotient(total: Total, count: int) -> int | float:
 
 
 def _plain(fold: Callable[[Sequence[Any]], Any], deltas: Sequence[Any]) -> Any:
-    """`fold(deltas)`, once each of the deltas is a plain number."""
+    """Return `fold(deltas)`, with each delta as a plain number."""
     return fold(deltas if PLAIN.issuperset(map(type, deltas)) else numbers(deltas))
 
 
 def _totals(column: list[Any], what: str, int_bytes_max: int) -> list[Total]:
-    """The sums of a column from outside; `BadRecord` unless each is what `add` returns."""
+    """Return the sums of a column from outside. Raises `BadRecord` unless each is one that `add` can return."""
     pairs = [v for v in column if type(v) is tuple] if tuple in set(map(type, column)) else []
     if not pairs:
         return from_wire(column, what, int_bytes_max)
@@ -107,7 +107,7 @@ def _totals(column: list[Any], what: str, int_bytes_max: int) -> list[Total]:
 
 
 class Sum(Kind):
-    """The total of all deltas."""
+    """Total of all deltas."""
 
     name = "sum"
     method = "add"
@@ -129,7 +129,7 @@ class Sum(Kind):
 
 
 class MonotoneSum(Sum):
-    """The total of deltas none of which is negative. Its states are those of a sum; `kind_of` finds it."""
+    """Total of deltas none of which is negative. States are those of `Sum`; `kind_of` returns this kind."""
 
     def check(self, value: object, ts_ms: int = 0, recorded_ns: int = 0) -> Any:
         delta = number(value)
@@ -154,7 +154,7 @@ class MonotoneSum(Sum):
 
 
 class Min(Kind):
-    """The smallest delta."""
+    """Smallest delta."""
 
     name = "min"
     method = "observe"
@@ -169,7 +169,7 @@ class Min(Kind):
 
 
 class Max(Min):
-    """The largest delta."""
+    """Largest delta."""
 
     name = "max"
     merge = staticmethod(max)
@@ -179,7 +179,7 @@ class Max(Min):
 
 
 class Mean(Kind):
-    """The arithmetic mean of all deltas, kept as their sum and count."""
+    """Arithmetic mean of all deltas, kept as their sum and count."""
 
     name = "mean"
     method = "observe"

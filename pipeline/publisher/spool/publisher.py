@@ -183,7 +183,7 @@ class PublisherSpool:
                 # The newest first: the oldest are sent next.
                 for batch in reversed([*self._outbox.pending()]):
                     if self._has(batch.partition, batch.sequence):
-                        sealed = self._outbox.stow(batch.partition, batch.sequence)
+                        sealed = self._outbox.drop_value(batch.partition, batch.sequence)
                         back += len(sealed.value) if sealed else 0
                         count += sealed is not None
                         if self._outbox.bytes_total <= bytes_max:
