@@ -94,19 +94,7 @@ class Engine:
             metrics=metrics,
         )
         self._loop.assign(range(len(self.partitions)))
-        self.reader = ViewReader(
-            stores=self.stores,
-            ends=EndsNow(
-                partial(self.log.high_watermarks, DELTAS),
-                partial(self.log.start_offsets, DELTAS),
-                self.clock,
-                source_id=self.log.topic_id(DELTAS),
-            ),
-            clock=self.clock,
-            settings=query,
-            metrics=metrics,
-            on_damage=self._loop.distrust,
-        )
+        self.reader = self._new_reader(query, metrics)
         self.ingest = Gateway(
             self.log,
             self.clock,
@@ -116,6 +104,21 @@ class Engine:
             limits=worker.task_limits(),
             facts=StoredState(self.stores),
             idempotent_partitions=query.idempotent_partitions,
+        )
+
+    def _new_reader(self, settings: QuerySettings, metrics: Metrics) -> ViewReader:
+        return ViewReader(
+            stores=self.stores,
+            ends=EndsNow(
+                partial(self.log.high_watermarks, DELTAS),
+                partial(self.log.start_offsets, DELTAS),
+                self.clock,
+                source_id=self.log.topic_id(DELTAS),
+            ),
+            clock=self.clock,
+            settings=settings,
+            metrics=metrics,
+            on_damage=self._loop.distrust,
         )
 
     @property
