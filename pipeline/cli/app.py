@@ -324,7 +324,7 @@ def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) 
     from pipeline.cli import console
     from pipeline.cli.status import run_overview, run_status
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
+    console.configure_logging(console.QUIET)
     if url.startswith("kafka://"):
         raise SystemExit(run_overview(url, load(set_).kafka, as_json=json))
     raise SystemExit(run_status(url, as_json=json))

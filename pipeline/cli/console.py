@@ -18,6 +18,8 @@ from pipeline.settings import HOLD_VARIABLE
 OK, FAILED, USAGE, FATAL, DECIDE = map(int, Exit)
 """Exit codes: fine; failed; the call or a setting is wrong; a restart helps; a person must decide."""
 
+QUIET = "critical"
+"""Log level of commands whose errors repeat what the drivers log."""
 _WAIT_S = 3_600.0
 
 out = Console(highlight=False)

@@ -57,10 +57,10 @@ def ls(
     from pipeline.cli import console, letters
     from pipeline.roles.dead_letters import open_letters
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
-    wanted = letters.wanted(view=view, reason=reason, partition=partition, since=since)
+    console.configure_logging(console.QUIET)
+    only = letters.letter_filter(view=view, reason=reason, partition=partition, since=since)
     with open_letters(load(set_), **_place(url, data)) as source:
-        raise SystemExit(letters.run_ls(source, wanted, limit, as_json=json))
+        raise SystemExit(letters.run_ls(source, only, limit, as_json=json))
 
 
 @dead_letters.command("show")
@@ -82,7 +82,7 @@ def show(
     from pipeline.cli import console, letters
     from pipeline.roles.dead_letters import open_letters
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
+    console.configure_logging(console.QUIET)
     with open_letters(load(set_), **_place(url, data)) as source:
         raise SystemExit(letters.run_show(source, key, series, as_json=json))
 
@@ -124,12 +124,12 @@ def replay(
     from pipeline.cli import console, letters
     from pipeline.roles.dead_letters import open_letters
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
-    wanted = letters.wanted(view=view, reason=reason, partition=partition, since=since, keys=keys or [])
+    console.configure_logging(console.QUIET)
+    only = letters.letter_filter(view=view, reason=reason, partition=partition, since=since, keys=keys or [])
     with open_letters(load(set_), **_place(url, None)) as source:
         code = letters.run_replay(
             source,
-            wanted,
+            only,
             dry_run=dry_run,
             forgotten=forgotten,
             timeout_s=timeout_s,

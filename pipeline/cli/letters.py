@@ -17,7 +17,7 @@ from pipeline.cli import console
 from pipeline.cli.rows import parse_time_ms
 from pipeline.cli.table import TextTable
 from pipeline.errors import Invalid
-from pipeline.query.dead_letters import Listing, Outcome, Wanted
+from pipeline.query.dead_letters import LetterFilter, Listing, Outcome
 from pipeline.roles.dead_letters import LetterSource
 
 _AGO = re.compile(r"([0-9]{1,9})(s|m|h|d)")
@@ -25,9 +25,11 @@ _UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _FINE = ("counted", "counted before", "replayable")
 
 
-def wanted(*, view: str, reason: str, partition: int | None, since: str | None, keys: Sequence[str] = ()) -> Wanted:
+def letter_filter(
+    *, view: str, reason: str, partition: int | None, since: str | None, keys: Sequence[str] = ()
+) -> LetterFilter:
     """Return the filter that the command line asks for."""
-    return Wanted(frozenset(keys), view, reason, partition, 0 if since is None else parse_since(since))
+    return LetterFilter(frozenset(keys), view, reason, partition, 0 if since is None else parse_since(since))
 
 
 def parse_since(text: str) -> int:
@@ -41,9 +43,9 @@ def parse_since(text: str) -> int:
         raise Invalid(f"--since {text[:50]!r}: 30s, 5m, 2h, 1d, ms since 1970, or RFC 3339 with its offset") from None
 
 
-def run_ls(source: LetterSource, asked: Wanted, limit: int, *, as_json: bool) -> int:
+def run_ls(source: LetterSource, only: LetterFilter, limit: int, *, as_json: bool) -> int:
     """Print the letters; return the exit code."""
-    found = source.listing(asked, limit)
+    found = source.listing(only, limit)
     if as_json:
         console.print_json(found)
         return console.OK
@@ -120,7 +122,7 @@ def _print_group(group: dict[str, Any]) -> None:
 
 def run_replay(
     source: LetterSource,
-    asked: Wanted,
+    only: LetterFilter,
     *,
     dry_run: bool,
     forgotten: bool,
@@ -129,13 +131,13 @@ def run_replay(
     as_json: bool,
 ) -> int:
     """Replay letters and print the result of each; return the exit code, 1 if one stays that was to be counted."""
-    total = len(asked.keys) or source.listing(asked, 1).letter_count
+    total = len(only.keys) or source.listing(only, 1).letter_count
     asks = confirm and not dry_run and total and sys.stdin.isatty() and sys.stdout.isatty()
     if asks and not typer.confirm(f"Replay {total:,} dead letter{'' if total == 1 else 's'}?"):
         return console.FAILED
     outcomes: list[Outcome] = []
     while True:
-        done = source.replay_page(asked, timeout_s=timeout_s, dry_run=dry_run, forgotten=forgotten)
+        done = source.replay_page(only, timeout_s=timeout_s, dry_run=dry_run, forgotten=forgotten)
         outcomes += done.outcomes
         for it in () if as_json else done.outcomes:
             print(console.printable(f"{it.key}  {it.result}" + (f": {it.reason}" if it.reason else "")))
@@ -143,7 +145,7 @@ def run_replay(
             break
         if console.err.is_terminal and not as_json:
             console.err.print(f"{len(outcomes):,} of {total:,}")
-        asked = msgspec.structs.replace(asked, after=done.after)
+        only = msgspec.structs.replace(only, after=done.after)
     counts = Counter([it.result for it in outcomes])
     if as_json:
         console.print_json({"outcomes": outcomes, "counts": counts})

@@ -39,7 +39,7 @@ _PLACE = re.compile(r"\d{1,9}-\d{1,18}-\d{1,18}\Z", re.ASCII)
 Result = Literal["counted", "counted before", "counted in part", "refused again", "not replayed", "unknown", "replayable"]
 
 
-class Place(NamedTuple):
+class LetterCursor(NamedTuple):
     """A cursor in the topic of dead letters, for a replay in several calls."""
 
     partition: int
@@ -52,14 +52,14 @@ class Place(NamedTuple):
         return "-".join(map(str, self))
 
     @classmethod
-    def parse(cls, text: str) -> Place:
+    def parse(cls, text: str) -> LetterCursor:
         """Return the place whose `str` is `text`; `Invalid` if there is none."""
         if not _PLACE.match(text):
             raise Invalid(f"not a place among dead letters: {text[:60]!r}; it looks like 0-17-42")
         return cls(*map(int, text.split("-")))
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class LetterFilter(msgspec.Struct, frozen=True):
     """A filter of letters: all conditions must hold."""
 
     keys: frozenset[str] = frozenset()
@@ -70,10 +70,10 @@ class Wanted(msgspec.Struct, frozen=True):
     partition: int | None = None
     since_ms: int = 0
     """Only letters whose record the log accepted at this time or later."""
-    after: Place | None = None
+    after: LetterCursor | None = None
     """Only letters after this place, where the previous call ended."""
 
-    def has(self, key: str, letter: DeadLetter) -> bool:
+    def matches(self, key: str, letter: DeadLetter) -> bool:
         """Return whether a letter passes."""
         return (
             (not self.keys or key in self.keys)
@@ -135,14 +135,14 @@ class Replayed(msgspec.Struct, frozen=True):
     """Results of one call of `replay`."""
 
     outcomes: list[Outcome]
-    after: Place | None = None
-    """Place where the next call continues; None: no letters are left, or the time is over."""
+    after: LetterCursor | None = None
+    """Cursor at which the next call continues; None: no letters are left, or the time is over."""
 
 
 _Record = tuple[int, str | None, bytes | None]
 
 
-class _Found(msgspec.Struct):
+class _PartitionLetters(msgspec.Struct):
     """Letters of one partition that pass a filter."""
 
     start_offset: int
@@ -165,12 +165,12 @@ class DeadLetters:
         self._clock = clock
         self._kept_max = kept_max
 
-    def listing(self, wanted: Wanted, limit: int) -> Listing:
+    def listing(self, only: LetterFilter, limit: int) -> Listing:
         """Return up to `limit` of the letters that are there, and how many there are."""
         lines: list[LetterLine] = []
         count = size = foreign = 0
-        for number in wanted.partitions(self._log.partition_count(DEAD_LETTERS)):
-            found = self._find(number, wanted)
+        for number in only.partitions(self._log.partition_count(DEAD_LETTERS)):
+            found = self._find(number, only)
             lines += islice(found.kept.values(), limit - len(lines))
             count += len(found.kept) + len(found.beyond)
             size += sum([line.size_bytes for line in found.kept.values()]) + sum(found.beyond.values())
@@ -195,7 +195,7 @@ class DeadLetters:
         return value
 
     def replay(
-        self, wanted: Wanted, *, limit: int, timeout_s: float, dry_run: bool = False, forgotten: bool = False
+        self, only: LetterFilter, *, limit: int, timeout_s: float, dry_run: bool = False, forgotten: bool = False
     ) -> Replayed:
         """Replay up to `limit` letters, and wait up to `timeout_s` until a task has folded them. Each counts once.
 
@@ -203,9 +203,9 @@ class DeadLetters:
         """
         deadline_s = self._clock.monotonic_s() + timeout_s
         outcomes: list[Outcome] = []
-        missing, left = set(wanted.keys), max(limit, len(wanted.keys))
-        for number in wanted.partitions(self._log.partition_count(DEAD_LETTERS)):
-            found = self._find(number, wanted)
+        missing, left = set(only.keys), max(limit, len(only.keys))
+        for number in only.partitions(self._log.partition_count(DEAD_LETTERS)):
+            found = self._find(number, only)
             missing -= found.kept.keys() | found.beyond.keys() | found.settled
             outcomes += [Outcome(key, "counted before") for key in sorted(found.settled)]
             lines = [*islice(found.kept.values(), left)]
@@ -217,28 +217,28 @@ class DeadLetters:
                 return Replayed(outcomes)
             if len(lines) < len(found.kept) + len(found.beyond):
                 done = lines[-1].letter_offset if lines else found.start_offset - 1
-                return Replayed(outcomes, Place(number, done, found.until_offset))
+                return Replayed(outcomes, LetterCursor(number, done, found.until_offset))
         outcomes += [Outcome(key, "not replayed", "there is no such letter") for key in sorted(missing)]
         return Replayed(outcomes)
 
-    def _find(self, number: int, wanted: Wanted) -> _Found:
+    def _find(self, number: int, only: LetterFilter) -> _PartitionLetters:
         end = self._end_of(number)
-        found = _Found(0, end, end)
-        if wanted.after is not None and wanted.after.partition == number:
-            found = _Found(wanted.after.letter_offset + 1, end, wanted.after.end_offset)
+        found = _PartitionLetters(0, end, end)
+        if only.after is not None and only.after.partition == number:
+            found = _PartitionLetters(only.after.letter_offset + 1, end, only.after.end_offset)
         for offset, key, value in self._records(number, found.start_offset, end):
             if key is None:
                 found.foreign_count += 1
             elif value is None:
                 found.kept.pop(key, None)
                 found.beyond.pop(key, None)
-                if key in wanted.keys:
+                if key in only.keys:
                     found.settled.add(key)
             else:
-                self._note(number, found, wanted, offset, key, value)
+                self._note(number, found, only, offset, key, value)
         return found
 
-    def _note(self, number: int, found: _Found, wanted: Wanted, offset: int, key: str, value: bytes) -> None:
+    def _note(self, number: int, found: _PartitionLetters, only: LetterFilter, offset: int, key: str, value: bytes) -> None:
         letter = _decoded(number, value)
         if letter is None:
             found.foreign_count += 1
@@ -246,7 +246,7 @@ class DeadLetters:
         found.kept.pop(key, None)
         found.beyond.pop(key, None)
         found.settled.discard(key)
-        if offset >= found.until_offset or not wanted.has(key, letter):
+        if offset >= found.until_offset or not only.matches(key, letter):
             return
         size = len(letter.value or b"")
         if len(found.kept) >= self._kept_max:
@@ -299,7 +299,7 @@ class _Replay:
         log: Log,
         clock: Clock,
         number: int,
-        found: _Found,
+        found: _PartitionLetters,
         deadline_s: float,
         *,
         dry_run: bool,

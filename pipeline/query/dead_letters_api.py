@@ -18,7 +18,7 @@ from starlette.routing import Route
 from pipeline.core.description import describe_letter
 from pipeline.errors import Invalid, Unavailable
 from pipeline.json_errors import Field, object_error
-from pipeline.query.dead_letters import DeadLetters, Place, Wanted
+from pipeline.query.dead_letters import DeadLetters, LetterCursor, LetterFilter
 from pipeline.query.params import single_parameters, whole_number
 from pipeline.query.responses import JSON, LettersReplayed
 from pipeline.settings import QuerySettings
@@ -89,7 +89,7 @@ class _LetterService:
 
     def listing(self, query_string: bytes) -> bytes:
         single = single_parameters(query_string, ("view", "reason", "partition", "since_ms", "limit"))
-        wanted = Wanted(
+        only = LetterFilter(
             view=single.get("view", ""),
             reason=single.get("reason", ""),
             partition=whole_number(single, "partition", _PARTITION_MAX, least=0),
@@ -97,7 +97,7 @@ class _LetterService:
         )
         limit = whole_number(single, "limit", LIST_MAX) or _LIST_DEFAULT
         with self._reading():
-            return _encode(self._letters.listing(wanted, limit))
+            return _encode(self._letters.listing(only, limit))
 
     def show(self, query_string: bytes, key: str) -> bytes:
         series_max = whole_number(single_parameters(query_string, ("series",)), "series", SERIES_MAX) or _SERIES_DEFAULT
@@ -110,7 +110,7 @@ class _LetterService:
         _check("timeout_ms", timeout_ms, self._settings.timeout_ms_max)
         with self._reading():
             done = self._letters.replay(
-                _wanted(order),
+                _letter_filter(order),
                 limit=order.limit,
                 timeout_s=timeout_ms / 1000,
                 dry_run=order.dry_run,
@@ -156,9 +156,9 @@ def _parse_replay(body: bytes) -> ReplayOrder:
     return order
 
 
-def _wanted(order: ReplayOrder) -> Wanted:
-    after = Place.parse(order.after) if order.after else None
-    return Wanted(frozenset(order.keys), order.view, order.reason, order.partition, order.since_ms, after)
+def _letter_filter(order: ReplayOrder) -> LetterFilter:
+    after = LetterCursor.parse(order.after) if order.after else None
+    return LetterFilter(frozenset(order.keys), order.view, order.reason, order.partition, order.since_ms, after)
 
 
 def _check(name: str, value: int, most: int) -> None:

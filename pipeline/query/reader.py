@@ -134,12 +134,12 @@ class ViewReader:
     def definition(self, view: str) -> Definition:
         """Return the merged definition of a view, from memory after the first call; `NotFound` if there is no such view."""
         query = Query(view)
-        return (self._plans.get(_shape(query)) or self._look(query)).merged.definition
+        return (self._plans.get(_shape(query)) or self._load_plan(query)).merged.definition
 
-    def _look(self, query: Query) -> _Plan:
+    def _load_plan(self, query: Query) -> _Plan:
         """Read from the stores which definitions to merge."""
         stores = self._stores()
-        heads = self._from(stores, _heads, query.view)
+        heads = self._from(stores, _read_heads, query.view)
         self._check_unchanged(stores)
         return self._plan(query, stores, heads)
 
@@ -158,7 +158,7 @@ class ViewReader:
     def point(self, query: Query) -> Answer | None:
         """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None."""
         for _ in range(_POINT_TRIES):
-            plan = self._plans.get(_shape(query)) or self._look(query)
+            plan = self._plans.get(_shape(query)) or self._load_plan(query)
             labels = pinned_labels(plan.merged.definition, query.where)
             if labels is None:
                 return None
@@ -222,7 +222,7 @@ class ViewReader:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        heads = _heads(snapshots, query.view)
+        heads = _read_heads(snapshots, query.view)
         plan = self._plan(query, stores, heads)
         check = partial(self._check, query.view, deadline_s, stores)
         selected = self._select(query, plan.merged, snapshots, check)
@@ -476,7 +476,7 @@ def _versions(positions: Mapping[int, Position]) -> dict[int, int]:
     return {number: position.definitions_version for number, position in positions.items()}
 
 
-def _heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
+def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
     # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
     positions = _read_positions(stores)
     prefix = definitions_prefix(view)

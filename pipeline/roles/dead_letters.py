@@ -15,7 +15,7 @@ from pipeline.adapters.http import HttpReader
 from pipeline.config import Config
 from pipeline.core.description import describe_letter
 from pipeline.errors import Unavailable
-from pipeline.query.dead_letters import DeadLetters, Listing, Outcome, Place, Replayed, Wanted
+from pipeline.query.dead_letters import DeadLetters, LetterCursor, LetterFilter, Listing, Outcome, Replayed
 from pipeline.roles.offline import open_log
 from pipeline.topics import DEAD_LETTERS, DELTAS
 
@@ -28,7 +28,7 @@ _READ_TIMEOUT_S = 600.0
 class LetterSource(Protocol):
     """Lists, shows and replays dead letters."""
 
-    def listing(self, wanted: Wanted, limit: int) -> Listing:
+    def listing(self, only: LetterFilter, limit: int) -> Listing:
         """Return up to `limit` letters, and how many there are."""
         ...
 
@@ -36,7 +36,7 @@ class LetterSource(Protocol):
         """Return a letter with its content, as the HTTP API shows it."""
         ...
 
-    def replay_page(self, wanted: Wanted, *, timeout_s: float | None, dry_run: bool, forgotten: bool) -> Replayed:
+    def replay_page(self, only: LetterFilter, *, timeout_s: float | None, dry_run: bool, forgotten: bool) -> Replayed:
         """Replay up to a thousand letters."""
         ...
 
@@ -50,9 +50,9 @@ class LogLetters(DeadLetters):
         found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(text))
         return found
 
-    def replay_page(self, wanted: Wanted, *, timeout_s: float | None, dry_run: bool, forgotten: bool) -> Replayed:
+    def replay_page(self, only: LetterFilter, *, timeout_s: float | None, dry_run: bool, forgotten: bool) -> Replayed:
         """See `LetterSource`."""
-        return self.replay(wanted, limit=_PAGE, timeout_s=timeout_s or _TIMEOUT_S, dry_run=dry_run, forgotten=forgotten)
+        return self.replay(only, limit=_PAGE, timeout_s=timeout_s or _TIMEOUT_S, dry_run=dry_run, forgotten=forgotten)
 
 
 class _Answered(msgspec.Struct):
@@ -66,14 +66,14 @@ class HttpLetters:
     def __init__(self, reader: HttpReader, url: str) -> None:
         self._reader, self._url = reader, url
 
-    def listing(self, wanted: Wanted, limit: int) -> Listing:
+    def listing(self, only: LetterFilter, limit: int) -> Listing:
         """See `LetterSource`."""
         query: dict[str, Any] = {"limit": limit}
-        for name, value in (("view", wanted.view), ("reason", wanted.reason), ("since_ms", wanted.since_ms)):
+        for name, value in (("view", only.view), ("reason", only.reason), ("since_ms", only.since_ms)):
             if value:
                 query[name] = value
-        if wanted.partition is not None:
-            query["partition"] = wanted.partition
+        if only.partition is not None:
+            query["partition"] = only.partition
         found: Listing = self._answer(f"/v1/dead-letters?{urlencode(query, quote_via=quote)}", Listing)
         return found
 
@@ -82,22 +82,22 @@ class HttpLetters:
         found: dict[str, Any] = self._answer(f"/v1/dead-letters/{quote(key, safe='')}?series={series_max}", dict[str, Any])
         return found
 
-    def replay_page(self, wanted: Wanted, *, timeout_s: float | None, dry_run: bool, forgotten: bool) -> Replayed:
+    def replay_page(self, only: LetterFilter, *, timeout_s: float | None, dry_run: bool, forgotten: bool) -> Replayed:
         """See `LetterSource`."""
         order = {
-            "keys": sorted(wanted.keys),
-            "view": wanted.view,
-            "reason": wanted.reason,
-            "partition": wanted.partition,
-            "since_ms": wanted.since_ms,
-            "after": "" if wanted.after is None else str(wanted.after),
+            "keys": sorted(only.keys),
+            "view": only.view,
+            "reason": only.reason,
+            "partition": only.partition,
+            "since_ms": only.since_ms,
+            "after": "" if only.after is None else str(only.after),
             "limit": _PAGE,
             "timeout_ms": None if timeout_s is None else int(timeout_s * 1000),
             "dry_run": dry_run,
             "forgotten": forgotten,
         }
         done = self._answer("/v1/dead-letters/replay", _Answered, msgspec.json.encode(order))
-        return Replayed(done.outcomes, None if done.after is None else Place.parse(done.after))
+        return Replayed(done.outcomes, None if done.after is None else LetterCursor.parse(done.after))
 
     def _answer(self, path: str, kind: Any, body: bytes | None = None) -> Any:
         answer = self._reader.fetch(path, timeout_s=_READ_TIMEOUT_S, body=body)

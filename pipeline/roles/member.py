@@ -15,7 +15,7 @@ from pipeline.worker.replica import ReplicaLoop
 _log = logging.getLogger(__name__)
 _LEAVE_S = 10.0
 """Time for leaving, beside the time that agents and commits have."""
-_LET_GO_S = 1.0
+_RELEASE_S = 1.0
 
 
 class FeedFollower(Protocol):
@@ -73,7 +73,7 @@ class ClusterMember:
             self._feeds.follow(frozenset())
         self._loop.revoking(partitions, timeout_s)
         if self._feeds is not None:
-            self._feeds.release(_LET_GO_S)
+            self._feeds.release(_RELEASE_S)
 
     def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
         """See `MembershipListener`."""
