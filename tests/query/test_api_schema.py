@@ -130,6 +130,26 @@ def test_the_document_is_whole(server: Server) -> None:
     assert limits["kind"] == {"enum": [*KIND_NAMES]}
 
 
+@pytest.mark.parametrize(
+    ("path", "bodies"),
+    [
+        ("/v1/deltas", {"application/json", "application/x-ndjson"}),
+        ("/v1/openmetrics", {"text/plain", "application/openmetrics-text"}),
+        ("/v1/views/{view}/drop", {"application/json"}),
+        ("/v1/views/{view}/reset", {"application/json"}),
+    ],
+)
+def test_writes_take_a_key(server: Server, path: str, bodies: set[str]) -> None:
+    """The document has the header Idempotency-Key, the bodies, and the refusals of each write."""
+    document = server.get("/openapi.json").json()
+    operation = document["paths"][path]["post"]
+    names = {parameter["name"] for parameter in resolved(document, operation["parameters"])}
+    assert names == {"Idempotency-Key"} | ({"view"} if "{view}" in path else set())
+    assert {*operation["requestBody"]["content"]} == bodies
+    refusals = {"400", "413", "415", "422", "503"} | ({"404"} if "{view}" in path else set())
+    assert operation["responses"].keys() == {"200"} | refusals
+
+
 def test_the_document_is_what_requests_are_held_to() -> None:
     """Kinds, fields and limits in the file are those of the code."""
     document = openapi_document([("get", "/v1/dead-letters")], QuerySettings())

@@ -131,13 +131,3 @@ def test_a_partition_is_as_before_or_as_after(server: Server, action: str) -> No
         world.fold(number)
     reply = server.get(f"/v1/views/{name}")
     assert reply.status == 404 if action == "drop" else reply.json()["series"] == []
-
-
-def test_the_schema_says_it(server: Server) -> None:
-    """Both, with their body and their answers."""
-    paths = server.get("/openapi.json").json()["paths"]
-    for action in ("drop", "reset"):
-        operation = paths[f"/v1/views/{{view}}/{action}"]["post"]
-        assert {"200", "400", "404", "415", "422", "503"} <= operation["responses"].keys()
-        assert "application/json" in operation["requestBody"]["content"]
-        assert [it["$ref"].rpartition("/")[2] for it in operation["parameters"]] == ["view", "Idempotency-Key"]

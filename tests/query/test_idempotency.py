@@ -158,15 +158,6 @@ def test_memory_is_bounded() -> None:
         assert key is None
 
 
-def test_the_document_says_it(server: Server) -> None:
-    """The header stands at both operations, and 422 among their answers."""
-    paths = server.get("/openapi.json").json()["paths"]
-    for path in ("/v1/deltas", "/v1/openmetrics"):
-        operation = paths[path]["post"]
-        assert operation["parameters"] == [{"$ref": "#/components/parameters/Idempotency-Key"}]
-        assert "422" in operation["responses"]
-
-
 def test_at_a_world_of_its_own() -> None:
     """A first try without an answer, because the log was cut off, and the repeat."""
     world = World()
