@@ -11,7 +11,7 @@ Reading order, from the data types outward:
 4. `ports`: the interfaces to log, store and clock; `adapters.memory` is the shortest implementation, `adapters.embedded` the
    durable one.
 5. `worker.follower`, `worker.partition`: restore, fold, commit. `worker.loop`, with `active` and `commits`, runs what is
-   assigned; `worker.replica` follows the changelog for query servers and standbys; `worker.watchdog` ends a process that
+   assigned; `worker.replicas` follows the changelog for query servers and standbys; `worker.watchdog` ends a process that
    stands still.
 6. `publisher`, which has a reading order of its own: buffering, sending, spooling. `native` has a second table.
    `ingest`, `core.statsd`, `adapters.openmetrics` and `adapters.bridge` take deltas from programs that do not use it.

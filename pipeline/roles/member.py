@@ -10,7 +10,7 @@ from typing import Protocol
 import pipeline.ports as ports
 from pipeline.errors import PipelineError
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 
 _log = logging.getLogger(__name__)
 _LEAVE_S = 10.0

@@ -17,7 +17,7 @@ from pipeline.query.stored_state import StoredState, find_definition
 from pipeline.roles.kafka_role import KafkaRole
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
 

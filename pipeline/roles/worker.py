@@ -21,7 +21,7 @@ from pipeline.worker.figures import partition_status
 from pipeline.worker.lag import DeltasEnds, LagReporter
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import OwnedPartition
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from pipeline.worker.restore import RestoreProgress
 from pipeline.worker.watchdog import AWAY_S, CALLS_OF_A_STEP, WAIT_S, Watchdog, observe
 

@@ -26,7 +26,7 @@ from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.changes import ChangeFeed
 from pipeline.worker.lag import DeltasEnds, LagReporter
 from pipeline.worker.loop import WorkerLoop
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from pipeline.worker.watchdog import Watchdog
 from tests.support import HandClock, wait_until
 from tests.worker.support import DAY_MS, Recorder, new_partition

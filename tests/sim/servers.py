@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import LogCorrupt, NotReady, PipelineError, StoreCorrupt, Unavailable
 from pipeline.worker.follower import read_meta, read_position
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from tests.sim.entries import META, POSITION, Entries, Failure, compare
 from tests.sim.faults import Disk, FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
 from tests.sim.logfaults import Noticed

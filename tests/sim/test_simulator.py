@@ -19,11 +19,11 @@ from pipeline.core.task import Commit, Task
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.ports import Message
 from pipeline.topics import DEAD_LETTERS
-from pipeline.worker import partition, replica
+from pipeline.worker import partition, replicas
 from pipeline.worker.follower import Follower, StoreMeta, read_meta, read_position, write_entries
 from pipeline.worker.partition import OwnedPartition
-from pipeline.worker.replica import ReplicaLoop
-from pipeline.worker.served import Replica
+from pipeline.worker.replica import Replica
+from pipeline.worker.replicas import ReplicaLoop
 from tests.sim.auditor import Failure
 from tests.sim.entries import SERIES
 from tests.sim.mutants import MUTANTS
@@ -211,7 +211,7 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
     "a server does not notice how far behind it is": (ReplicaLoop, "_apply", never_behind),
     "a follower forgets what it held back": (Follower, "apply", half_of_it),
     "a follower writes what it held back as if it were whole": (Follower, "_write", beyond_the_boundary),
-    "a server never makes an old store anew": (replica, "check_restorable", lambda *_: 0),
+    "a server never makes an old store anew": (replicas, "check_restorable", lambda *_: 0),
 }
 ALSO: dict[str, tuple[Any, str, Any]] = {
     "a server never makes an old store anew": (Follower, "_check_away", lambda self: None),

@@ -29,7 +29,7 @@ from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.partition import OwnedPartition
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, VIEW, ChangingLog, Recorder, Worker, fold_all, new_partition, series_of
 

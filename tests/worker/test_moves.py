@@ -23,7 +23,7 @@ from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import OwnedPartition
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from tests.support import wait_until
 from tests.worker.support import DAY_MS, TOPICS, VIEW, is_fence, series_of
 

@@ -17,7 +17,7 @@ from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG
 from pipeline.worker.follower import read_meta, read_position
-from pipeline.worker.replica import LAG_MAX_S, ReplicaLoop
+from pipeline.worker.replicas import LAG_MAX_S, ReplicaLoop
 from pipeline.worker.restore import RestoreProgress
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, ChangingLog, Recorder, WatchedStores, Worker, series_of

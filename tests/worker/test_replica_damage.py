@@ -17,7 +17,7 @@ from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
 from pipeline.settings import LogSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
-from pipeline.worker.replica import ReplicaLoop
+from pipeline.worker.replicas import ReplicaLoop
 from tests.embedded.test_damaged_store import flip_everywhere
 from tests.support import HandClock
 from tests.worker.support import DAY_MS, VIEW, ChangingLog, Recorder, Worker
