@@ -34,7 +34,9 @@ class _MemoryRecord(msgspec.Struct, frozen=True, gc=False):
     value: bytes | None
 
 
-class _MemoryPartition:
+class MemoryPartition:
+    """A partition of a topic; tests read and change its rows."""
+
     def __init__(self) -> None:
         self.rows: list[_MemoryRecord] = []
         self.start_offset = 0
@@ -59,14 +61,15 @@ class MemoryLog:
 
     def __init__(self, topics: Mapping[str, int], now_ms: Callable[[], int], *, log_id: str = "") -> None:
         self._log_id = log_id or f"memory-{next(_made)}"
-        self._topics = {name: [_MemoryPartition() for _ in range(count)] for name, count in topics.items()}
+        self._topics = {name: [MemoryPartition() for _ in range(count)] for name, count in topics.items()}
         self._now_ms = now_ms
         self._changed = threading.Condition()
         self._owners: dict[str, int] = {}
         self.marker_count = 0
         """Number of offsets that the end of a transaction takes in each partition that it wrote to."""
 
-    def _partition(self, topic: str, partition: int) -> _MemoryPartition:
+    def partition(self, topic: str, partition: int) -> MemoryPartition:
+        """Return a partition of a topic."""
         partitions = self._topics.get(topic)
         if partitions is None or not 0 <= partition < len(partitions):
             raise Invalid(f"no partition {partition} of topic {topic}")
@@ -79,7 +82,7 @@ class MemoryLog:
 
     def watermarks(self, topic: str, partition: int) -> Watermarks:
         with self._changed:
-            at = self._partition(topic, partition)
+            at = self.partition(topic, partition)
             return Watermarks(at.start_offset, at.stable_offset)
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
@@ -93,7 +96,7 @@ class MemoryLog:
         return out
 
     def _append(self, messages: Sequence[Message]) -> list[int]:
-        partitions = [self._partition(message.topic, message.partition) for message in messages]
+        partitions = [self.partition(message.topic, message.partition) for message in messages]
         out = []
         for at, message in zip(partitions, messages, strict=True):
             at.at_ms = max(self._now_ms(), at.at_ms)
@@ -108,7 +111,7 @@ class MemoryLog:
 
     def high_watermarks(self, topic: str) -> Mapping[int, int]:
         with self._changed:
-            return {n: self._partition(topic, n).end_offset for n in range(self.partition_count(topic))}
+            return {n: self.partition(topic, n).end_offset for n in range(self.partition_count(topic))}
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         return {n: self.watermarks(topic, n).start_offset for n in range(self.partition_count(topic))}
@@ -137,7 +140,7 @@ class MemoryLog:
     def skip(self, topic: str, partition: int, count: int = 1) -> None:
         """Use `count` offsets that hold no record, as transaction markers do."""
         with self._changed:
-            at = self._partition(topic, partition)
+            at = self.partition(topic, partition)
             at.markers.update(range(at.end_offset, at.end_offset + count))
             at.end_offset += count
             self._changed.notify_all()
@@ -145,7 +148,7 @@ class MemoryLog:
     def lose_tail(self, topic: str, partition: int, end_offset: int) -> None:
         """Drop the records from `end_offset` on and start a new leader epoch, as the election of a lagging leader does."""
         with self._changed:
-            at = self._partition(topic, partition)
+            at = self.partition(topic, partition)
             at.rows = [row for row in at.rows if row.offset < end_offset]
             at.end_offset = end_offset
             at.markers = {offset for offset in at.markers if offset < end_offset}
@@ -158,7 +161,7 @@ class MemoryLog:
             if self._owners[transactional_id] != owner:
                 raise Fenced(f"transactional id {transactional_id} has a newer owner")
             places = {(message.topic, message.partition): None for message in messages}
-            check_begins(begins, {place: self._partition(*place).end_offset for place in places})
+            check_begins(begins, {place: self.partition(*place).end_offset for place in places})
             out = self._append(messages)
             for place in places:
                 self.skip(*place, self.marker_count)
@@ -167,7 +170,7 @@ class MemoryLog:
     def truncate(self, topic: str, partition: int, start_offset: int) -> None:
         """Delete the records below `start_offset`, as retention does."""
         with self._changed:
-            at = self._partition(topic, partition)
+            at = self.partition(topic, partition)
             at.start_offset = max(at.start_offset, min(start_offset, at.end_offset))
             at.rows = [row for row in at.rows if row.offset >= at.start_offset]
 
@@ -180,7 +183,7 @@ class MemoryLog:
         supersede.
         """
         with self._changed:
-            at = self._partition(topic, partition)
+            at = self.partition(topic, partition)
             at.compacted = True
             young_offset = at.end_offset if young_offset is None else young_offset
             end_offset = min(end_offset, young_offset)
@@ -205,30 +208,30 @@ class _MemoryReader:
 
     def assign(self, next_offsets: Mapping[int, int], leader_epochs: Mapping[int, int] = NO_EPOCHS) -> None:
         for partition in next_offsets:
-            self._log._partition(self._topic, partition)
+            self._log.partition(self._topic, partition)
         self._next, self._epochs = dict(next_offsets), dict(leader_epochs)
 
     def poll(self, *, record_count_max: int, bytes_max: int, timeout_s: float) -> list[Records]:
         changed = self._log._changed
         with changed:
             for partition in self._next:  # as Kafka does, which finds it out before it fetches anything
-                self._check_history(self._log._partition(self._topic, partition), partition)
+                self._check_history(self._log.partition(self._topic, partition), partition)
             if timeout_s:
                 changed.wait_for(self._behind, timeout_s)
             out = [
                 self._read(partition, record_count_max, bytes_max)
                 for partition, next_offset in self._next.items()
-                if next_offset < self._log._partition(self._topic, partition).stable_offset
+                if next_offset < self._log.partition(self._topic, partition).stable_offset
             ]
         self._next.update((records.partition, records.next_offset) for records in out)  # only when all were read
         self._epochs.update((records.partition, records.leader_epoch) for records in out)
         return out
 
     def _behind(self) -> bool:
-        return any(n < self._log._partition(self._topic, p).stable_offset for p, n in self._next.items())
+        return any(n < self._log.partition(self._topic, p).stable_offset for p, n in self._next.items())
 
     def _read(self, partition: int, record_count_max: int, bytes_max: int) -> Records:
-        at = self._log._partition(self._topic, partition)
+        at = self._log.partition(self._topic, partition)
         next_offset = self._next[partition]
         if next_offset < at.start_offset:
             raise RecordsLost(
@@ -256,7 +259,7 @@ class _MemoryReader:
             leader_epoch=bisect_right(at.epochs, rows[-1].offset) - 1 if rows else self._epochs.get(partition, EPOCH_NONE),
         )
 
-    def _check_history(self, at: _MemoryPartition, partition: int) -> None:
+    def _check_history(self, at: MemoryPartition, partition: int) -> None:
         """Raise `RecordsLost` if the leader epoch of the last record that was read ended below the cursor."""
         epoch, next_offset = self._epochs.get(partition, EPOCH_NONE), self._next[partition]
         if 0 <= epoch < len(at.epochs) - 1 and at.epochs[epoch + 1] < next_offset:
@@ -264,7 +267,7 @@ class _MemoryReader:
                 f"{self._topic}-{partition}: what was read below {next_offset}, of leader epoch {epoch}, is not in the log"
             )
 
-    def _check_holes(self, at: _MemoryPartition, partition: int, rows: list[_MemoryRecord], next_offset: int) -> None:
+    def _check_holes(self, at: MemoryPartition, partition: int, rows: list[_MemoryRecord], next_offset: int) -> None:
         begin = self._next[partition]
         if not at.compacted and len(rows) < next_offset - begin:
             missing = {*range(begin, next_offset)} - {row.offset for row in rows} - at.markers
@@ -297,7 +300,7 @@ class OpenTransaction:
 
     def __init__(self, log: MemoryLog, messages: Sequence[Message]) -> None:
         self._log = log
-        partitions = dict.fromkeys(log._partition(message.topic, message.partition) for message in messages)
+        partitions = dict.fromkeys(log.partition(message.topic, message.partition) for message in messages)
         self._begins = {at: at.end_offset for at in partitions}
         log._append(messages)
         self._ends = {at: at.end_offset for at in partitions}
@@ -326,13 +329,13 @@ class OpenTransaction:
 
 class _Snapshot:
     def __init__(self, entries: dict[bytes, bytes]) -> None:
-        self._entries = entries
+        self.entries = entries
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        return [*map(self._entries.get, keys)]
+        return [*map(self.entries.get, keys)]
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        return iter(sorted(item for item in self._entries.items() if start <= item[0] < end))
+        return iter(sorted(item for item in self.entries.items() if start <= item[0] < end))
 
 
 class MemoryStore(_Snapshot):
@@ -342,16 +345,16 @@ class MemoryStore(_Snapshot):
         super().__init__({})
 
     def write(self, keys: Sequence[bytes], values: Sequence[bytes | None]) -> None:
-        entries = dict(self._entries)
+        entries = dict(self.entries)
         for key, value in zip(keys, values, strict=True):
             if value is None:
                 entries.pop(key, None)
             else:
                 entries[key] = value
-        self._entries = entries  # one assignment: a reader sees the store before the write or after it
+        self.entries = entries  # one assignment: a reader sees the store before the write or after it
 
     def snapshot(self) -> StoreView:
-        return _Snapshot(self._entries)
+        return _Snapshot(self.entries)
 
     def close(self) -> None:
         """Nothing to give back."""

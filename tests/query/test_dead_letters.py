@@ -167,7 +167,7 @@ def test_a_whole_record_of_which_a_group_is_refused_counts_in_part(world: World)
 def test_a_stale_listing_doubles_nothing(world: World) -> None:
     """Somebody who has read the letters and sends them after everybody else is told that they were counted before."""
     refused(world, 2)
-    stale = [row.key or b"" for row in world.log._partition(DEAD_LETTERS, 0).rows]
+    stale = [row.key or b"" for row in world.log.partition(DEAD_LETTERS, 0).rows]
     world.work(MANY)
     with world.folding():
         world.letters.replay(LetterFilter(), limit=10, timeout_s=20)

@@ -60,7 +60,7 @@ class Cluster:
 
     def deliver(self, message: Message) -> int:
         """Append one record of the deltas topic; its offset."""
-        at = self.memory._partition(DELTAS, message.partition)
+        at = self.memory.partition(DELTAS, message.partition)
         at.at_ms = min(at.at_ms, self.clock.now_ms())  # a broker whose clock is set back stamps what comes next so
         self._stamping = True
         (result,) = self.memory.append([message], timeout_s=0)
@@ -100,7 +100,7 @@ class Cluster:
             self.cuts[partition] = [cut for cut in self.cuts[partition] if cut[1] <= end_offset]
 
     def _end_at(self, topic: str, partition: int, end_offset: int) -> None:
-        at = self.memory._partition(topic, partition)
+        at = self.memory.partition(topic, partition)
         at.rows = [row for row in at.rows if row.offset < end_offset]
         at.markers = {offset for offset in at.markers if offset < end_offset}
         at.end_offset = end_offset
@@ -150,7 +150,7 @@ class Cluster:
 
     def tear(self, partition: int, rng: Random) -> int:
         """Lose some of the newest records that nobody has read and nobody was told to be safe; how many."""
-        at = self.memory._partition(DELTAS, partition)
+        at = self.memory.partition(DELTAS, partition)
         keep = rng.randint(min(self.safe_offsets[partition], at.end_offset), at.end_offset)
         torn = at.end_offset - keep
         if torn:

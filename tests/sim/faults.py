@@ -252,26 +252,26 @@ class Disk:
 
     def __init__(self) -> None:
         self.memory = MemoryStore()
-        self.versions = [self.memory._entries]
+        self.versions = [self.memory.entries]
         self.opened_by: Process | None = None
         self.damage = ""
         """`open` or `read`: the call that finds out; `bytes`: an entry is not what was written."""
 
     def entries(self) -> dict[bytes, bytes]:
-        return self.memory._entries
+        return self.memory.entries
 
     def lose_writes(self, rng: Random) -> int:
         """What a crash may do: go back to the state after some earlier write; how many writes were lost."""
         index = rng.randrange(len(self.versions))
         lost = len(self.versions) - 1 - index
-        self.memory._entries = self.versions[index]
-        self.versions = [self.memory._entries]
+        self.memory.entries = self.versions[index]
+        self.versions = [self.memory.entries]
         return lost
 
     def garble(self, key: bytes, value: bytes) -> None:
         """Change an entry behind everybody's back."""
-        self.memory._entries = {**self.memory._entries, key: value}
-        self.versions = [self.memory._entries]
+        self.memory.entries = {**self.memory.entries, key: value}
+        self.versions = [self.memory.entries]
         self.damage = "bytes"
 
     def healed(self) -> None:
@@ -362,7 +362,7 @@ class FaultyStore:
         self._process.point("write: before")
         self._check()
         self._disk.memory.write(keys, values)
-        self._disk.versions.append(self._disk.memory._entries)
+        self._disk.versions.append(self._disk.memory.entries)
         self._process.point("write: after")
 
     def close(self) -> None:

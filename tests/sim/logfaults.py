@@ -100,7 +100,7 @@ class LogFaults:
         """The newest commits are gone, and stores may hold them."""
         world, rng = self.world, self.world.rng
         position, end_offset = rng.choice(world.cluster.cuts[partition])
-        rows = world.cluster.memory._partition(CHANGELOG, partition).rows
+        rows = world.cluster.memory.partition(CHANGELOG, partition).rows
         is_there = not end_offset or any(row.offset < end_offset and row.value == position for row in rows)
         if position == world.auditor.states[partition].get(POSITION, b"") or not is_there:
             return  # where compaction has taken the position, the partition begins anew, and says so if it can't
@@ -115,7 +115,7 @@ class LogFaults:
     def _cut_deltas(self, partition: int) -> None:
         """The newest records are gone; some of them are folded."""
         world, rng = self.world, self.world.rng
-        rows = world.cluster.memory._partition(DELTAS, partition).rows
+        rows = world.cluster.memory.partition(DELTAS, partition).rows
         position = world.auditor.position(partition)
         folded = [row.offset for row in rows if row.offset < position]
         if folded:  # a log without the offsets behind the last of them, which held no record, has lost nothing
@@ -129,7 +129,7 @@ class LogFaults:
     def _cut_middle(self, partition: int) -> None:
         """Records in the middle that are not folded yet are gone; those behind them are there."""
         world, rng = self.world, self.world.rng
-        at = world.cluster.memory._partition(DELTAS, partition)
+        at = world.cluster.memory.partition(DELTAS, partition)
         position, end = world.auditor.position(partition), at.end_offset
         if position + 2 <= end and at.start_offset <= position:
             first = rng.randint(position, end - 2)

@@ -58,7 +58,7 @@ class Nature:
         if world.cluster.forged[partition]:
             return  # a forgery would supersede what is true, and nobody could tell any more
         memory, known = world.cluster.memory, self._tombstones[partition]
-        rows = memory._partition(CHANGELOG, partition).rows
+        rows = memory.partition(CHANGELOG, partition).rows
         end = memory.watermarks(CHANGELOG, partition).end_offset
         young_ms = world.time.at_ms - world.compaction_lag_ms
         young = next((row.offset for row in rows if row.at_ms > young_ms), end)
@@ -71,10 +71,10 @@ class Nature:
         world.cluster.superseding[partition] = max(world.cluster.superseding[partition], young)
         memory.compact(CHANGELOG, partition, drop_end, drop_tombstones=True, young_offset=young)
         world.stats["tombstones dropped"] += before - sum(
-            row.value is None for row in memory._partition(CHANGELOG, partition).rows
+            row.value is None for row in memory.partition(CHANGELOG, partition).rows
         )
         memory.compact(CHANGELOG, partition, end, young_offset=young)
-        for row in memory._partition(CHANGELOG, partition).rows:
+        for row in memory.partition(CHANGELOG, partition).rows:
             if row.value is None and row.offset < end:
                 known.setdefault(row.offset, world.time.at_ms + world.delete_retention_ms)
         world.compactions[partition] += 1

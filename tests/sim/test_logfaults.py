@@ -52,7 +52,7 @@ def test_a_history_ends_when_a_loss_of_what_was_safe_is_accepted() -> None:
 
 
 def offsets(world: World) -> set[int]:
-    return {row.offset for row in world.cluster.memory._partition(DELTAS, 0).rows}
+    return {row.offset for row in world.cluster.memory.partition(DELTAS, 0).rows}
 
 
 @pytest.mark.parametrize("ahead", ["---", "-r-r-", "r--r-r"])

@@ -174,7 +174,7 @@ class Worker:
         if disk.damage:
             return
         entries = dict(disk.entries())
-        at = world.cluster.memory._partition(CHANGELOG, number)
+        at = world.cluster.memory.partition(CHANGELOG, number)
         meta = read_meta(self.part.store)
         entries.pop(META, None)
         forged = world.cluster.forged[number]

@@ -197,7 +197,7 @@ class World:
         """What the changelog, as it is now, holds."""
         entries: Entries = {}
         forged = self.cluster.forged[partition]
-        for row in self.cluster.memory._partition(CHANGELOG, partition).rows:
+        for row in self.cluster.memory.partition(CHANGELOG, partition).rows:
             if row.offset in forged or row.key == FENCE:
                 continue
             assert row.key is not None
@@ -365,7 +365,7 @@ class World:
             self._end(partition)
             self._drain(partition, fresh)
             self._outlive_producers(partition, fresh)
-            letters = [row.key for row in self.cluster.memory._partition(DEAD_LETTERS, partition).rows]
+            letters = [row.key for row in self.cluster.memory.partition(DEAD_LETTERS, partition).rows]
             self.auditor.check_drained(partition, letters)
             self._end(partition)
             self.start(partition, self.rng.choice(self.machines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from pipeline.adapters.memory import MemoryLog, MemoryStore, MemoryStores, _MemoryPartition
+from pipeline.adapters.memory import MemoryLog, MemoryPartition, MemoryStore, MemoryStores
 from pipeline.core.codec import decode_states, encode_batch
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import FENCE_KEY, Batch, Definition, Group, Records, prefix_end, series_prefix, series_suffix
@@ -68,16 +68,16 @@ class ChangingLog(MemoryLog):
 
     def grow(self, partition_count: int) -> None:
         for partitions in self._topics.values():
-            partitions += [_MemoryPartition() for _ in range(partition_count - len(partitions))]
+            partitions += [MemoryPartition() for _ in range(partition_count - len(partitions))]
 
     def make_anew(self, topic: str, name: str) -> None:
         """Delete a topic, and create it."""
-        self._topics[topic] = [_MemoryPartition() for _ in self._topics[topic]]
+        self._topics[topic] = [MemoryPartition() for _ in self._topics[topic]]
         self.ids[topic] = name
 
     def cut(self, topic: str, partition: int, end_offset: int) -> None:
         """Lose a tail."""
-        at = self._partition(topic, partition)
+        at = self.partition(topic, partition)
         at.rows = [row for row in at.rows if row.offset < end_offset]
         at.end_offset = end_offset
 

@@ -163,7 +163,7 @@ def test_a_commit_begins_where_the_last_one_ended(world: _World) -> None:
     world.send(x=1)
     fold_all(world.log, second)
     second.commit()
-    rows = world.log._partition(CHANGELOG, 0).rows
+    rows = world.log.partition(CHANGELOG, 0).rows
     positions = [(row.offset, codec.decode_position(row.value or b"")) for row in rows if row.key == POSITION_KEY]
     fences = [row.offset for row in rows if row.key == FENCE_KEY]
     markers = world.log.marker_count
@@ -327,7 +327,7 @@ def test_deltas_that_the_log_has_lost_are_refused(world: _World) -> None:
     assert owner.task.next_offset == 5
     world.send(x=1)
     world.send(x=1)
-    del world.log._partition(DELTAS, 0).rows[-2]
+    del world.log.partition(DELTAS, 0).rows[-2]
     with pytest.raises(PipelineError, match="1 records from 5 on are missing"):
         fold_all(world.log, owner)
 

@@ -85,7 +85,7 @@ class _World:
 
     def newest(self) -> dict[bytes | None, bytes | None]:
         """What compaction would keep of each key."""
-        return {row.key: row.value for row in self.log._partition(CHANGELOG, 0).rows}
+        return {row.key: row.value for row in self.log.partition(CHANGELOG, 0).rows}
 
 
 @pytest.fixture(params=[0, 1], ids=["no markers", "markers"])
@@ -98,8 +98,8 @@ def world(request: pytest.FixtureRequest) -> _World:
 
 def strange(world: _World) -> dict[str, tuple[bytes | None, bytes | None]]:
     """A record of each kind that a stranger can write, those of ours at other times among them."""
-    rows = {row.key: row.value for row in world.log._partition(CHANGELOG, 0).rows}
-    first = next(row for row in world.log._partition(CHANGELOG, 0).rows if row.key == POSITION_KEY)
+    rows = {row.key: row.value for row in world.log.partition(CHANGELOG, 0).rows}
+    first = next(row for row in world.log.partition(CHANGELOG, 0).rows if row.key == POSITION_KEY)
     end = world.log.watermarks(CHANGELOG, 0).end_offset
     elsewhere = Position(9, 9, 9, begin_offset=end, previous_end_offset=end, owner_id="pipeline-1:id")
     return {
@@ -266,7 +266,7 @@ def copy_of(stores: MemoryStores) -> MemoryStores:
 
 
 def written_since(world: _World, end_offset: int) -> set[bytes | None]:
-    return {row.key for row in world.log._partition(CHANGELOG, 0).rows if row.offset >= end_offset}
+    return {row.key for row in world.log.partition(CHANGELOG, 0).rows if row.offset >= end_offset}
 
 
 @pytest.mark.parametrize("kind", COVERS)

@@ -124,23 +124,23 @@ def test_other_entries_behind_the_last_commit(other: tuple[tuple[bytes, bytes | 
 def test_a_store_between_boundaries_whose_commit_is_gone(other: Records) -> None:
     """Nothing is mixed with the history that has taken its place, and nothing is written to the store."""
     store = between(TAKEN)
-    entries = dict(store._entries)
+    entries = dict(store.entries)
     with pytest.raises(StoreAhead):
         follow(store, other)
-    assert store._entries == entries
+    assert store.entries == entries
 
 
 def test_a_commit_by_somebody_who_did_not_know_the_last_one() -> None:
     """Where that stood there is a marker by now, which no reader sees; what is behind it belongs to another history."""
     store = WatchedStore()
     follow(store, records(0, (A, b"1"), position(0)), records(4, position(4, 2), next_offset=6))
-    entries = dict(store._entries)
+    entries = dict(store.entries)
     follow(store, records(5, FENCE, (B, b"2"), position(6, 5)), entries_max=9)
     assert store.get([A, B]) == [b"1", b"2"], "the commit before is the store's, which compaction has removed"
-    store._entries = dict(entries)
+    store.entries = dict(entries)
     with pytest.raises(StoreAhead, match="has gone on from 2 without the last commit of the store, which ended at 4"):
         follow(store, records(5, FENCE, (B, b"2"), position(6, 2)), entries_max=9)
-    assert store._entries == entries
+    assert store.entries == entries
 
 
 @pytest.mark.parametrize("commit", [(), ((A, b"1"), position(0))])

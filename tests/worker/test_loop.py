@@ -218,7 +218,7 @@ def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None
     key = series_prefix(VIEW) + series_suffix(("a",))
 
     def rows() -> list[tuple[bytes | None, bytes | None]]:
-        return [(row.key, row.value) for row in pool.log._partition(CHANGELOG, 0).rows]
+        return [(row.key, row.value) for row in pool.log.partition(CHANGELOG, 0).rows]
 
     def settled() -> bool:
         partition = pool.loop.partitions[0]

@@ -218,12 +218,12 @@ class _World:
 
         def found() -> dict[str, float]:
             store = MemoryStore()
-            rows = [*self.log._partition(CHANGELOG, number).rows]
+            rows = [*self.log.partition(CHANGELOG, number).rows]
             store.write([row.key or b"" for row in rows], [row.value for row in rows])
             return series_of(store)
 
         wait_until(lambda: found() == expected, f"partition {number} to be exact: {expected}")
-        assert not self.log._partition(DEAD_LETTERS, number).rows
+        assert not self.log.partition(DEAD_LETTERS, number).rows
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_a_store_that_is_ahead_stays_ahead(worker: Worker) -> None:
 
 
 def letters(worker: Worker) -> list[DeadLetter]:
-    rows = worker.log._partition(DEAD_LETTERS, 0).rows
+    rows = worker.log.partition(DEAD_LETTERS, 0).rows
     return [decode_letter(row.value or b"") for row in rows]
 
 
@@ -250,7 +250,7 @@ def test_a_dead_letter_that_is_too_large_goes_without_its_bytes(worker: Worker) 
     assert [letter.value and len(letter.value) for letter in found] == [10, None, None, None]
     assert found[3].reason.endswith("left out: its 5000 bytes, too many for the dead-letter topic")
     assert "left out" not in found[0].reason
-    assert all(len(row.value or b"") <= 200 for row in worker.log._partition(DEAD_LETTERS, 0).rows)
+    assert all(len(row.value or b"") <= 200 for row in worker.log.partition(DEAD_LETTERS, 0).rows)
     assert series_of(partition.store) == {"a": 1}
 
 

@@ -82,7 +82,7 @@ def pair() -> Iterator[Server]:
 
 def only_half(server: Server) -> None:
     """From now on the changelog shows the newest commit without its position record; see `whole`."""
-    last = server.log._partition(CHANGELOG, 0).rows[-1]
+    last = server.log.partition(CHANGELOG, 0).rows[-1]
     assert last.key == POSITION_KEY
     server.log.readable[CHANGELOG, 0] = last.offset
 
@@ -359,7 +359,7 @@ def test_a_process_that_stood_still_for_too_long_makes_its_store_anew(server: Se
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.worker.commit(0, {"a": 1})
-    server.loop._next_look_s = 1e18  # it wakes up between a look and a read
+    server.loop._next_ends_s = 1e18  # it wakes up between a look and a read
     server.clock.s += DAY_MS / 1000 + 1
     server.step()
     assert server.stores.destroyed == [0]
@@ -372,12 +372,12 @@ def test_a_store_that_fell_behind_is_hidden_until_it_has_caught_up(server: Serve
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.worker.commit(0, {"a": 1})
-    server.loop._next_look_s = 1e18
+    server.loop._next_ends_s = 1e18
     server.clock.s += LAG_MAX_S + 1
     server.step()
     assert not server.loop.ready
     assert not server.stores.destroyed
-    server.loop._next_look_s = 0
+    server.loop._next_ends_s = 0
     server.follow()
     assert server.read() == {"a": 2}
 
@@ -605,11 +605,11 @@ def test_the_lag_that_counts_is_the_topics_own(server: Server) -> None:
     server.follow()
     assert 1 < lag.asked < 5
     server.worker.commit(0, {"a": 1})
-    server.loop._next_look_s = 1e18
+    server.loop._next_ends_s = 1e18
     server.clock.s += 21
     server.step()
     assert not server.loop.ready
-    server.loop._next_look_s = 0
+    server.loop._next_ends_s = 0
     server.follow()
     assert server.read() == {"a": 2}
 
