@@ -160,7 +160,7 @@ class Publisher(BasePublisher):
                 for bridge in [*self._bridges]:
                     try:
                         bridge.close()
-                    except Exception:  # what was recorded must be flushed all the same
+                    except Exception:  # the deltas must be flushed all the same
                         _log.exception("closing a bridge")
         try:
             return super().close(timeout_s)

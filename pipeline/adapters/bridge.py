@@ -223,7 +223,7 @@ class Bridge:
             return [self.registry]
         with self.registry._lock:  # type: ignore[attr-defined]  # as its own `collect` does
             collectors = [*known]
-        own = publishers_families(self.registry)  # each look would change them, and they would never be at rest
+        own = publishers_families(self.registry)  # each collection would change them, and so cause another delta
         return [it for it in collectors if it not in own]
 
     def _families(self, collector: Collector) -> list[Metric] | None:
@@ -254,11 +254,11 @@ class Bridge:
         cleared = {_group(it.key) for it in found if it.rises and it.value < values.get(it.key, 0) and not _is_sum(it.key)}
         for it in found:
             if cleared and it.rises and it.key in values and _group(it.key) in cleared:
-                values[it.key] = 0  # first, and all of them: what is delayed now must not look as if it fell again
+                values[it.key] = 0  # all of them first: a delayed one must not look as if it fell again
         for it in found:
             if self._publish_one(values.get(it.key), it):
                 values[it.key] = it.value
-        if len(found) < len(values):  # what is gone begins at 0 when it comes back
+        if len(found) < len(values):  # a series that comes back begins at 0
             for key in values.keys() - {it.key for it in found}:
                 del values[key]
                 self._cells.pop(key, None)

@@ -135,7 +135,7 @@ class _HttpClient:
         try:
             connection.request(method, path, body, headers)
         except (BrokenPipeError, ConnectionResetError) as error:
-            try:  # the server may have refused the body before it had all of it, and said why
+            try:  # the server may have answered with a refusal before it had the whole body
                 response = connection.getresponse()
             except (OSError, HTTPException):
                 raise error from None
@@ -306,7 +306,7 @@ class HttpLogWriter:
                 return list(accepted.next_offsets)
             return [Unavailable(f"{self._client.url}: not an answer to batches: {answer[:200]!r}")] * count
         refusal = _error(self._client.url, status, answer)
-        # Only our server's word is final: what a proxy refuses today, the server may take tomorrow.
+        # Only a refusal of our own server is final: a proxy may refuse what the server would accept.
         for_good = status in (400, 413) and isinstance(refusal, Invalid | BadRecord) and _is_ours(answer)
         if count > 1 and (for_good or status == 413):
             half = count // 2  # the server takes all or none: find the ones that it will not take

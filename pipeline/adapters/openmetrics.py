@@ -118,7 +118,7 @@ class _Reader:
         for suffix, does in roles.items():
             before = self._roles.get(name + suffix)
             if does == _NEWEST and before is not None and before.does == _CREATED:
-                continue  # the text format has no other way to say that than a gauge
+                continue  # the text format declares creation times as a gauge
             self._roles[name + suffix] = _Role(name + suffix, does)
         if family.type == "counter" and not self._openmetrics:  # there the sample has the family's name, as it is written
             self._roles[text.split(None, 3)[2]] = _Role(f"{name}_total", _ADD)

@@ -62,7 +62,7 @@ class PrometheusMetrics:
 
     def forget(self, partition: int) -> None:
         """Remove the gauges of a partition."""
-        with self._lock:  # a series that is bound between the two would be shown by nobody
+        with self._lock:  # a series that is bound between the two calls would never be shown
             for metric in PARTITION_GAUGES:
                 if self._bound.pop((metric.name, partition), None) is not None:
                     self._families[metric].remove(partition)

@@ -334,7 +334,7 @@ class RocksStores:
             store.abandon()
         path = self._path / str(partition)
         with TranslatedErrors(f"store {path}"):
-            if path.exists():  # what a crash leaves of it half way is a store that can't be opened, so it comes here again
+            if path.exists():  # a crash half way leaves a store that can't be opened, which is destroyed again
                 shutil.rmtree(path)
 
     def set_aside(self, partition: int, reason: str) -> str:

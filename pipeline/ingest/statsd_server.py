@@ -156,7 +156,7 @@ class StatsdServer:
                 count = self._udp.recv_into(self._buffer)
             except (BlockingIOError, InterruptedError):
                 break
-            except OSError as error:  # such as an ICMP answer to somebody else's packet
+            except OSError as error:  # such as an ICMP answer to another packet
                 _log.debug("udp: %s", error)
                 continue
             if count > self._settings.ingest_packet_bytes_max:
@@ -195,7 +195,7 @@ class StatsdServer:
             data = connection.sock.recv(_READ_BYTES)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:  # it was broken off: nobody knows whether the last line was whole
+        except OSError:  # the connection broke: the last line may be incomplete
             self._end(connection, whole=False)
             return
         if not data:
@@ -244,7 +244,7 @@ def _bind_both(host: str, port: int) -> tuple[socket.socket, socket.socket]:
         listener = udp = None
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            found.sort(key=lambda it: it[0] != socket.AF_INET)  # of a name that has both: what StatsD clients speak
+            found.sort(key=lambda it: it[0] != socket.AF_INET)  # IPv4 first, which StatsD clients use
             family, _, _, _, address = found[0]
             listener = socket.socket(family, socket.SOCK_STREAM)
             udp = socket.socket(family, socket.SOCK_DGRAM)

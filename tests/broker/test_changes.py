@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from pipeline import Publisher
-from tests.broker.agents import WAIT_S, Source, metric
+from tests.broker.agents import PARTITIONS, WAIT_S, Source, metric
 from tests.broker.drive import PUBLISHER, server
 from tests.broker.kafka import App
+from tests.broker.test_workers import status
 from tests.support import again_and_again, wait_until
 
 WATCH = """
@@ -123,7 +124,7 @@ def test_moved(app: App, tmp_path: Path) -> None:
     """A second worker goes on where the first got to, in order or after kill -9; a new agent gets all that there is."""
     source, seen, load = Source(app, tmp_path, WATCH), Seen(tmp_path / "seen"), Load(app)
     with load.running():
-        time.sleep(2)
+        wait_until(lambda: sum(load.expected.values()) > 10_000, "load", WAIT_S)
     env = {"SEEN": str(seen.path)}
     with source.worker("one", env=env) as one, server(app, tmp_path / "server"), ExitStack() as stack:
         seen.wait(dict(load.expected))
@@ -140,7 +141,7 @@ def test_moved(app: App, tmp_path: Path) -> None:
             two.kill()
             before = _took_in(one)
             wait_until(lambda: _took_in(one) > before + 50, "the first to go on", WAIT_S)
-            time.sleep(8)
+            wait_until(lambda: len(status(one)["partitions"]) == PARTITIONS, "the first to have all partitions", WAIT_S)
         seen.wait(dict(load.expected))
     places = Counter((it["partition"], it["offset"]) for it in seen.changes())
     print(f"{len(places)} changes, {places.total() - len(places)} came again")

@@ -20,6 +20,7 @@ ROUNDS = 2
 WAIT_S = 60.0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_damaged_under_load(app: App, tmp_path: Path) -> None:
     """No process ends; the server answers nothing but 503 from what is damaged; every delta counts once."""

@@ -133,9 +133,12 @@ def test_nothing_is_given_up_for_want_of_permission(own: Own) -> None:
 def test_a_worker_lacks(own: Own, tmp_path: Path, caplog: pytest.LogCaptureFixture, lacks: tuple[str, str]) -> None:
     """It names what is missing; when that is granted, it, or the next one, counts every delta once."""
     own.create_topics()
-    own.publish()
-    with folding(own.app, tmp_path / "w", kafka=user("admin")) as role:
-        assert folded(role) == 1
+    total = 1
+    if lacks[0] == CHANGELOG:  # an empty one is not read
+        own.publish()
+        total += 1
+        with folding(own.app, tmp_path / "w", kafka=user("admin")) as role:
+            assert folded(role) == 1
     own.publish()
     if lacks[0] == DEAD_LETTERS:
         bad_record(own)
@@ -154,11 +157,11 @@ def test_a_worker_lacks(own: Own, tmp_path: Path, caplog: pytest.LogCaptureFixtu
         own.grant("worker", lacks)
         if not errors:
             wait_until(lambda: role.wait_ready(0.05) or errors, "a worker that folds", WAIT_S)
-            assert folded(role) == 2
+            assert folded(role) == total
     finally:
         role.stop()
     with folding(own.app, tmp_path / "w3", kafka=user("worker")) as role:
-        assert folded(role) == 2
+        assert folded(role) == total
 
 
 def bad_record(own: Own) -> None:

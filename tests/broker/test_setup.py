@@ -351,24 +351,6 @@ def test_a_folder_of_another_app(own: App, tmp_path: Path, caplog: pytest.LogCap
     assert caplog.text.count("the store is kept as ") == 2
 
 
-def test_a_folder_of_the_other_mode(own: App, tmp_path: Path) -> None:
-    """A log is never left lying beside stores of a broker's, nor stores without their log taken for new."""
-    create_topics(own.bootstrap, own.app, 1)
-    embedded, stores = tmp_path / "embedded", tmp_path / "stores"
-    with Publisher(f"embedded:{embedded}") as publisher:
-        publisher.sum("v").add()
-    with folding(own, stores) as role:
-        wait_folded(role)
-    for command in (("worker", "--port", "0"), ("serve", "--port", "0"), ("verify",)):
-        done = pipeline(*command, "--from", own.url, "--data", str(embedded))
-        assert done.returncode == 2
-        assert "holds an embedded log; stores of a broker's log need another one" in done.stderr
-    for command in (("up", "--port", "0"), ("verify",)):
-        done = pipeline(*command, "--data", str(stores))
-        assert done.returncode == 2
-        assert "has stores of a broker's log, and no log of its own" in done.stderr
-
-
 def test_rows_of_any_time(own: App, tmp_path: Path) -> None:
     """Values a day ahead, if that is allowed, and a day behind: the newest wins, and staleness is that of the log."""
     create_topics(own.bootstrap, own.app, 1)

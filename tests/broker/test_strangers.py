@@ -33,6 +33,7 @@ def series(app: App) -> bytes:
     return next(key for key in entries(app) if key is not None and key.startswith(TAG_SERIES))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_what_a_stranger_covers_up(app: App, tmp_path: Path) -> None:
     """An owner that has nothing to commit writes ours anew; if there is none, a disk that can't tell what ours was waits."""

@@ -92,7 +92,7 @@ def image(kind: Kind, state: State) -> bytes:
 
 
 def same(kind: Kind, a: State, b: State) -> bool:
-    """Whether two states are one and the same to a reader. `last` keeps what it was given, so 1 is not True there."""
+    """Return whether two states are one and the same to a reader. `last` keeps the type of a value: 1 is not True."""
     return image(kind, a) == image(kind, b) if kind.name == "last" else bool(a == b)
 
 

@@ -284,7 +284,7 @@ def value_or_bad_record(read: Callable[[bytes], bytes], value: bytes) -> None:
 @settings(max_examples=120)
 @given(data=st.data())
 def test_damaged_bytes_are_a_value_or_bad(name: str, data: st.DataObject) -> None:
-    """Of valid bytes that were cut, flipped or overwritten, a decoder makes a stable value or `BadRecord`."""
+    """A decoder makes a stable value or `BadRecord` of valid bytes that were cut, flipped or overwritten."""
     read, valid = READERS[name]
     damaged = data.draw(some.damaged(valid))
     value_or_bad_record(read, damaged)
@@ -294,7 +294,7 @@ def test_damaged_bytes_are_a_value_or_bad(name: str, data: st.DataObject) -> Non
 @every_reader
 @given(data=st.data())
 def test_any_bytes_are_a_value_or_bad(name: str, data: st.DataObject) -> None:
-    """Of any bytes, and of any msgpack behind the version byte, a decoder makes a stable value or `BadRecord`."""
+    """A decoder makes a stable value or `BadRecord` of any bytes, and of any msgpack behind the version byte."""
     read, _ = READERS[name]
     anything = data.draw(st.binary(max_size=60) | some.wire_values.map(pack))
     for head in (b"", codec.VERSION, bytes(8), codec.VERSION + b"\x93\xa3sum\x00", codec.VERSION + b"\x94\xa4mean\x00"):
@@ -304,7 +304,7 @@ def test_any_bytes_are_a_value_or_bad(name: str, data: st.DataObject) -> None:
 
 @given(data=st.data())
 def test_any_columns_are_a_batch_or_bad(data: st.DataObject) -> None:
-    """Of a well-formed batch with any columns, the decoder makes a batch that can be stored, or `BadRecord`."""
+    """The decoder makes a batch that can be stored, or `BadRecord`, of a well-formed batch with any columns."""
     kind = data.draw(st.sampled_from([*KINDS.values()]))
     count = data.draw(st.integers(0, 3))
     scalar = some.scalars.filter(lambda v: type(v) is not int or -(2**63) <= v < 2**64) | st.floats()
@@ -432,7 +432,7 @@ def test_other_versions_are_bad(name: str, data: st.DataObject) -> None:
 @settings(max_examples=20)
 @given(data=st.data())
 def test_newer_state_is_not_called_bad(name: str, data: st.DataObject) -> None:
-    """It is named as what it is, with both formats, so that nobody throws it away; a batch of the same byte is just bad."""
+    """Entries of a later format raise `NewerFormat`, which names both formats; a batch of that version is just bad."""
     read, valid = READERS[name]
     newer = data.draw(st.integers(3, 31))
     with pytest.raises(NewerFormat, match=f"format {newer}, and this program reads 2"):
@@ -485,7 +485,7 @@ def group(kind: str, *columns: list[Any], labels: Any = (), count: int = 1, view
     ids=lambda value: f"{value[9:]!r:.40}",
 )  # fmt: skip
 def test_batches_at_their_limits(value: bytes) -> None:
-    """What a limit allows is allowed."""
+    """A batch that reaches every limit is decoded."""
     codec.decode_batch(value)
 
 

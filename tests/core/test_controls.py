@@ -127,7 +127,7 @@ def test_an_order_is_about_what_it_names(control: Control, left: list[str]) -> N
 
 
 class Model:
-    """What a view amounts to, from the order of the log alone."""
+    """Return the totals of a view, from the order of the log alone."""
 
     def __init__(self) -> None:
         self.states: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""What bytes hold, told to a person: every field, no right to send, and an answer whatever the bytes are."""
+"""Descriptions of bytes for a person: every field, no producer id, and a description of any bytes."""
 
 from typing import Any
 
@@ -164,7 +164,7 @@ anything = st.binary(max_size=60) | st.builds(
 
 @given(key=st.none() | anything, value=st.none() | anything)
 def test_whatever_the_bytes_are_they_are_told(key: bytes | None, value: bytes | None) -> None:
-    """As JSON that has no control characters, and not one of the bytes of a producer's id."""
+    """Any bytes have a description in JSON without control characters, which never holds the bytes of a producer's id."""
     for told in (describe_entry(key, value, known(TEA)), describe_record(0, 1, 2, value)):
         text = msgspec.json.encode(told).decode()
         assert not any(ord(c) < 32 for c in text)
@@ -172,7 +172,7 @@ def test_whatever_the_bytes_are_they_are_told(key: bytes | None, value: bytes | 
 
 @given(producer=st.text(st.characters(categories=["Ll", "Nd"]), min_size=12, max_size=40))
 def test_no_id_of_a_producer_is_told(producer: str) -> None:
-    """Who has it can send in that producer's name."""
+    """A producer's id is never shown: its holder can send in that producer's name."""
     told: list[Any] = [
         describe_batch(codec.encode_batch(batch(producer_id=producer))),
         describe_batch(codec.encode_batch(batch(origin=Origin(producer, 1)))),

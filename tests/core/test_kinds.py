@@ -100,7 +100,7 @@ def test_one_delta_is_its_own_answer(kind: Kind, value: float) -> None:
 
 
 def exact(total: Any) -> Fraction:
-    """What a sum stands for: its float and its error term together."""
+    """Return the exact value of a sum: its float and its error term together."""
     return sum(map(Fraction, total), Fraction(0)) if type(total) is tuple else Fraction(total)
 
 
@@ -189,7 +189,7 @@ def test_columns_are_merged_as_each_state_is(kind: Kind, data: st.DataObject) ->
 
 
 def test_no_delta_vanishes_beside_a_large_one() -> None:
-    """What a plain float would forget is there when the large number has gone again."""
+    """Small deltas, which a plain float would forget, are there when the large number has gone again."""
     merge = KINDS["sum"].merge
     assert merge(merge(1e16, 1), -1e16) == 1
     assert merge(merge(1e16, 1.0), -1e16) == 1
@@ -221,7 +221,7 @@ def test_ints_and_floats_compare_exactly() -> None:
 
 
 def test_a_sum_beyond_floats_goes_on_as_an_int() -> None:
-    """What no float can hold is an int, exact but for what a float of that size could not tell; it comes back, too."""
+    """A sum beyond all floats is an int, as exact as a float of that size; below, it is a float again."""
     merge = KINDS["sum"].merge
     big = int(1e308)
     assert merge(1e308, 1e308) == 2 * big
@@ -381,7 +381,7 @@ def test_numbers_that_are_taken(kind: Kind, value: Any, expected: float) -> None
 )  # fmt: skip
 @numeric_kind
 def test_numbers_that_are_refused(kind: Kind, value: Any) -> None:
-    """What is not a finite real number of a size that can be stored is `Invalid`, and says so in a short message."""
+    """Anything but a finite real number of a size that can be stored is `Invalid`, with a short message."""
     with pytest.raises(Invalid) as caught:
         number(value)
     assert len(str(caught.value)) < 200
@@ -438,7 +438,7 @@ def test_last_keeps_the_text_of_a_text_like_value(value: str) -> None:
     ids=lambda value: f"{value!r:.20}".partition(" at 0x")[0],
 )  # fmt: skip
 def test_values_that_last_refuses(value: Any) -> None:
-    """What is too long, not Unicode, not finite, or of another type is `Invalid`, in a short message."""
+    """A value that is too long, not Unicode, not finite, or of another type is `Invalid`, with a short message."""
     with pytest.raises(Invalid) as caught:
         KINDS["last"].check(value, 0)
     assert len(str(caught.value)) < 200

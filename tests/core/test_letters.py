@@ -18,12 +18,12 @@ W = Definition("w", "sum", ("a",))
 
 
 def replay(key: bytes, *groups: Group, origin: Origin | None = None) -> bytes:
-    """What replays the letter of this key."""
+    """Return the batch that replays the letter of this key."""
     return batch(0, *groups, producer_id=letters.letter_producer(key), origin=origin)
 
 
 def again(shell: Shell, key: bytes) -> bytes:
-    """What replays a letter that the shell has, from its own bytes."""
+    """Return the batch that replays a letter of the shell, from the letter's own bytes."""
     received = receive_batch(decode_letter(shell.dead_letters[key]).value or b"")
     return replay(key, *received.batch.groups)
 
@@ -79,7 +79,7 @@ def test_a_letter_that_is_replayed_counts_once() -> None:
 
 
 def test_a_letter_that_is_refused_again_comes_back_under_its_own_key() -> None:
-    """It stays one letter, with the newer reason and offset, and the next try can succeed: once."""
+    """The letter stays one, with the newer reason and offset, and the next replay can succeed: once."""
     shell = full_of(V)
     for _ in range(2):
         shell.fold(again(shell, b"0-1-1"))
@@ -197,7 +197,7 @@ def test_a_replay_leaves_a_closed_origin_closed() -> None:
 
 
 def test_a_gap_too_many_in_an_origin_refuses_the_replay_and_keeps_the_letter() -> None:
-    """What is refused as a whole changes nothing: the letter that it replays is there, and says why."""
+    """A replay that is refused as a whole changes nothing: its letter stays, with the reason."""
     shell = Shell()
     shell.fold(*(batch(2 * i + 1) for i in range(1_000)))
     value = replay(b"0-9", group(V, {("x",): 2}), origin=Origin("p", 5_000))
@@ -212,7 +212,7 @@ def test_a_gap_too_many_in_an_origin_refuses_the_replay_and_keeps_the_letter() -
 
 
 def test_the_memory_of_a_letter_is_a_producers() -> None:
-    """It is kept in the store like any other, so that it counts once across restarts."""
+    """The memory of a replay is a producer entry in the store, so that a replay counts once across restarts."""
     shell = full_of(V)
     shell.fold(again(shell, b"0-1-1"))
     shell.commit()
@@ -225,7 +225,7 @@ def test_the_memory_of_a_letter_is_a_producers() -> None:
 
 
 def test_letters_of_a_topic_made_anew_are_others() -> None:
-    """The same partition and offset in another topic is another letter: it counts, although the first was replayed."""
+    """A letter of another topic, with the same partition and offset, counts, although the first was replayed."""
     shell = Shell()
     for topic_id in ("first", "second"):
         shell.log, shell.store = [], {key: it for key, it in shell.store.items() if key != POSITION_KEY}
@@ -288,7 +288,7 @@ def test_a_stale_letter_counts_unless_its_batch_did(counted: bool) -> None:
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_letter_whose_sender_is_forgotten_is_refused(counted: bool) -> None:
-    """Whether its batch was counted can't be told any more: it stays, until somebody says that it was not."""
+    """Nothing tells whether the batch was counted: the letter stays, until a person says that it was not."""
     shell = Shell()
     value = stale_letter(shell)
     if counted:
@@ -321,7 +321,7 @@ def test_a_letter_whose_sender_is_forgotten_is_refused(counted: bool) -> None:
     ids=["no bytes", "garbage", "torn", "order", "elsewhere"],
 )
 def test_what_cant_be_replayed_says_why(value: bytes | None, reason: str) -> None:
-    """It never becomes a batch that stands for something else."""
+    """A letter that can't be replayed raises `BadRecord`, and never becomes another batch."""
     with pytest.raises(BadRecord, match=reason):
         letters.replaying(b"0-1", DeadLetter(0, 1, 0, "why", "", value))
 
@@ -339,7 +339,7 @@ def test_what_a_letter_holds_is_told_without_decoding_it() -> None:
 
 
 def test_a_whole_record_of_one_group_that_is_refused_again_counts_in_the_end() -> None:
-    """What came back names the batch that it stands for still, and the two count once."""
+    """The letter that came back still names its origin, and the two count once."""
     shell = Shell(TaskLimits(views_max=0))
     replayed = stale_letter(shell)
     shell.fold(replayed)

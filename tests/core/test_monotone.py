@@ -32,7 +32,7 @@ def test_only_a_sum_is_monotone() -> None:
 
 
 def test_it_is_part_of_the_definition() -> None:
-    """It stays when labels are put in order, is told in messages, and makes another definition."""
+    """Monotone is part of a definition: it survives `canonical`, is named in messages, and makes another id."""
     definition = Definition("v", "sum", ("b", "a"), monotone=True)
     assert canonical(definition) == Definition("v", "sum", ("a", "b"), 0, True)
     assert canonical(definition) != canonical(msgspec.structs.replace(definition, monotone=False))

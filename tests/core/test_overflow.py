@@ -110,7 +110,7 @@ def test_the_limit_is_of_a_definition() -> None:
 
 
 def test_a_definition_without_labels_has_no_excess() -> None:
-    """Its one series is always there."""
+    """A definition without labels has one series, which is never in excess."""
     shell = Shell(TaskLimits(series_max=0))
     for i in range(3):
         shell.fold(batch(i, group(Definition("v", "sum"), {(): 1})))

@@ -42,7 +42,7 @@ def test_settles(count: int, members: dict[str, MemberState], standby_count: int
 
 @given(st.integers(0, 12), MEMBERS, st.integers(0, 3))
 def test_moves_only_to_warm(count: int, members: dict[str, MemberState], standby_count: int) -> None:
-    """What has an owner that is there stays, or goes to one that is warm."""
+    """A partition whose owner is there stays, or goes to a warm member."""
     for name, it in place(count, members, standby_count).items():
         for number in it.actives - members[name].actives:
             owned = any(number in other.actives for other in members.values())

@@ -79,7 +79,7 @@ class SmallMemory(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        """Nobody's time is over."""
+        """Forget nobody."""
         self.shell.sweep()
 
     def teardown(self) -> None:
@@ -271,7 +271,7 @@ def test_a_sweep_forgets_nobody_who_has_sent_since(freeze: bool) -> None:
 
 
 def closes(shell: Shell, ms: int) -> bool:
-    """Whether the producer is forgotten within the time of those that were closed."""
+    """Return whether the producer is forgotten within the time for closed ones."""
     at(shell, ms + 102, ms + 102)
     return not shell.has_producer("p")
 
@@ -343,7 +343,7 @@ def test_steps_are_bounded(sequence: int, epoch: int, offset: int, reason: str |
 )  # fmt: skip
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_jump_silences_nobody(stranger: bytes, restart: bool) -> None:
-    """What claims to be far ahead is refused, or changes nothing: the producer goes on, and everything of it counts."""
+    """A batch that is far ahead is refused, or changes nothing: the producer goes on, and all its batches count."""
     shell = Shell()
     shell.fold(batch(0, add(1)), stranger)
     shell.commit()
@@ -355,7 +355,7 @@ def test_a_jump_silences_nobody(stranger: bytes, restart: bool) -> None:
 
 
 def test_a_producer_that_gave_up_much_goes_on() -> None:
-    """As many batches as the step allows may have been lost on the producer's own side."""
+    """A producer may have given up as many batches as the step allows."""
     shell = Shell()
     shell.fold(batch(0, add(1)), batch(SEQUENCE_STEP_MAX + 2, add(2), floor=SEQUENCE_STEP_MAX + 2))
     shell.commit()
@@ -364,7 +364,7 @@ def test_a_producer_that_gave_up_much_goes_on() -> None:
 
 
 def test_a_duplicate_of_an_old_process_is_a_duplicate() -> None:
-    """It was folded: there is nothing to refuse, and no dead letter."""
+    """A duplicate of an old process was folded: it is dropped, without a dead letter."""
     shell = Shell()
     shell.fold(batch(0, add(1), epoch=1), batch(1, add(2), epoch=2), batch(0, add(1), epoch=1))
     shell.commit()

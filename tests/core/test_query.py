@@ -1,4 +1,4 @@
-"""What a reader asks for, and how rows are matched, grouped, merged and chosen."""
+"""Queries: how rows are matched, grouped, merged and chosen."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def shape_of(entry: DefinitionEntry) -> tuple[str, int]:
 
 @given(entries=st.lists(view_entries, min_size=1, max_size=6), later=view_entries)
 def test_a_later_definition_never_disturbs_a_read(entries: list[DefinitionEntry], later: DefinitionEntry) -> None:
-    """What is defined after all others adds to an answer of its kind and window, or is named in it."""
+    """A later definition adds to an answer of its kind and window, or is named in the answer."""
     before = merged("revenue", entries)
     last_ms = max(entry.defined_at_ms for entry in entries)
     late = DefinitionEntry(later.definition, later.series_count, last_ms + 1)
@@ -268,7 +268,7 @@ def test_blocks_hold_each_entry_once(parts: list[dict[bytes, bytes]], size: int,
 
 @given(entries, st.integers(1, 5))
 def test_no_key_stands_in_two_blocks_in_step(parts: list[dict[bytes, bytes]], size: int) -> None:
-    """What `merge_sorted_blocks` yields is complete: a key that several scans have comes in one block. Blocks stay small."""
+    """All entries of a key that several scans have come in one block of `merge_sorted_blocks`. Blocks stay small."""
     seen: set[bytes] = set()
     for keys, _ in merge_sorted_blocks([iter(sorted(part.items())) for part in parts], size):
         assert seen.isdisjoint(keys)

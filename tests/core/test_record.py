@@ -59,7 +59,7 @@ def test_good_definitions(definition: Definition) -> None:
 
 @pytest.mark.parametrize("name", ["a", "_", "A9", "v" * NAME_BYTES_MAX, "__", "sum"])
 def test_good_names(name: str) -> None:
-    """What Prometheus takes is taken, as view and as label, up to the limit."""
+    """Every name that Prometheus takes is taken, as view and as label, up to the limit."""
     check_definition(Definition(name, "sum", (name,)), KIND_NAMES)
 
 
@@ -290,7 +290,7 @@ def test_many_suffixes_have_no_window(window: bytes) -> None:
 
 @given(labels=label_tuples)
 def test_publisher_and_task_agree_on_label_values(labels: tuple[str, ...]) -> None:
-    """What `check_label_values` lets out, `check_suffix` lets in."""
+    """Label values that pass `check_label_values` make suffixes that pass `check_suffix`."""
     definition = Definition("v", "sum", tuple(f"l{i}" for i in range(len(labels))))
     check_suffix(definition, series_suffix(check_label_values(definition, labels)))
 
@@ -349,7 +349,7 @@ def test_a_key_says_what_it_is_of(definition: Definition, window: int, labels: t
     ],
 )  # fmt: skip
 def test_other_keys_are_bad(key: bytes) -> None:
-    """What is the key of no series and no definition is `BadRecord`: in a changelog it came from elsewhere."""
+    """A key of no series and no definition is `BadRecord`: in a changelog it is foreign."""
     with pytest.raises(BadRecord, match="key"):
         split_key(key)
 
@@ -404,7 +404,7 @@ def test_kinds_of_entries_do_not_mix(definition: Definition, producer_id: str, l
 
 @given(prefix=st.binary(), tail=st.binary(max_size=3), key=st.binary())
 def test_prefix_end(prefix: bytes, tail: bytes, key: bytes) -> None:
-    """Of all keys, those between a prefix and its end are those that start with it, also if it ends in 0xff bytes."""
+    """Exactly the keys that start with a prefix are between it and its end, also if it ends in 0xff bytes."""
     assume(prefix.strip(b"\xff"))
     for whole in (prefix, prefix + b"\xff", prefix + b"\xff" * 8):
         for candidate in (key, whole + key, whole[:-1] + tail, whole + b"\xff" * 9):

@@ -86,7 +86,7 @@ TestTruthfulProducer = TruthfulProducer.TestCase
 
 
 def test_a_batch_that_comes_after_a_later_one_is_new() -> None:
-    """When 5 fails and 6 succeeds, the re-sent 5 is folded; a memory of "the last one" would drop it."""
+    """After 5 fails and 6 succeeds, the re-sent 5 is folded; a memory of "the last one" would drop it."""
     folded = Folded(next_sequence=5).with_folded(6, 5, 0, 0)
     assert not folded.has(5)
     assert folded.has(6)

@@ -109,7 +109,7 @@ def test_states_are_merged_across_commits() -> None:
 
 
 def test_folding_goes_on_during_a_commit() -> None:
-    """What is folded between freeze and committed is in the next commit, on top of this one."""
+    """Records folded between freeze and committed are in the next commit, on top of this one."""
     shell = Shell()
     shell.fold(batch(0, add(1)))
     shell.freeze()
@@ -158,7 +158,7 @@ def test_an_empty_commit_is_a_position() -> None:
 
 
 def test_a_group_without_series_is_refused() -> None:
-    """It has nothing to say, and so defines no view: nobody uses up `views_max` with nothing."""
+    """A group without series defines no view, so that it can't use up `views_max`."""
     shell = Shell()
     shell.fold(batch(0, Group(V, [], []), group(W, {(): 1})))
     assert shell.commit().series_count == 1
@@ -409,7 +409,7 @@ U = Definition("u", "sum", ("a",))
     ids=lambda value: f"{value!r:.70}",
 )  # fmt: skip
 def test_a_group_is_the_unit_of_refusal(wrong: Group, reason: str) -> None:
-    """What is wrong with one view touches no other: that group alone is dead-lettered, as a batch of its own."""
+    """A wrong group touches no other: it alone is dead-lettered, as a batch of its own."""
     shell = Shell()
     shell.fold(batch(0, add(1), wrong, group(W, {(): 5})))
     assert shell.task.counts == Counts(batches_folded=1, entries_folded=2, groups_refused=1)
@@ -582,7 +582,7 @@ def test_the_overlay_is_full_by_bytes() -> None:
 
 
 def cached(shell: Shell, values: list[bytes]) -> int:
-    """How many of the series in `values` a freeze needs no lookup for."""
+    """Return for how many of the series in `values` a freeze needs no lookup."""
     before = shell.task.counts.entries_folded
     shell.fold(*values)
     return shell.task.counts.entries_folded - before - len(shell.task.freeze().keys)
@@ -590,7 +590,7 @@ def cached(shell: Shell, values: list[bytes]) -> int:
 
 @pytest.mark.parametrize("entries_max", [0, 1, 10, 100, 1_000])
 def test_the_cache_is_bounded_by_entries(entries_max: int) -> None:
-    """Of many series it keeps the newest, up to its limit and one commit, and of few all."""
+    """The cache keeps all of few series, and the newest of many, up to its limit and one commit."""
     shell = Shell(TaskLimits(cache_entries_max=entries_max))
     for i in range(400):
         shell.fold(batch(i, add(1, f"s{i:03}")))

@@ -1,4 +1,4 @@
-"""What is too much for one step is done in runs: the outcome is the same."""
+"""Work that is too much for one step is done in runs, with the same result."""
 
 import random
 from collections import Counter

@@ -61,7 +61,7 @@ def streams(draw: st.DrawFn) -> list[bytes | None]:
 
 
 def plain_fold(log: list[bytes | None]) -> tuple[dict[tuple[Definition, bytes], Any], int, int]:
-    """What a stream amounts to, from the text of DESIGN alone: states by series, bad records, bad groups."""
+    """Return the result of a stream, from the text of DESIGN alone: states by series, bad records, bad groups."""
     found: dict[tuple[Definition, bytes], Any] = {}
     seen: set[tuple[str, int]] = set()
     epochs: dict[str, int] = {}

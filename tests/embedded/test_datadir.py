@@ -172,3 +172,15 @@ def test_closing_twice_is_fine(tmp_path: Path) -> None:
     data.close()
     data.close()
     until(lambda: DataDir(tmp_path).close() is None)
+
+
+def test_folders_of_the_two_modes_are_not_mixed(tmp_path: Path) -> None:
+    """A folder with an embedded log takes no stores of a broker's log, and one with such stores no embedded log."""
+    with DataDir(tmp_path / "embedded") as data:
+        data.log.mkdir()
+    with pytest.raises(Invalid, match="holds an embedded log; stores of a broker's log need another one"):
+        DataDir(tmp_path / "embedded", with_log=False)
+    with DataDir(tmp_path / "stores", with_log=False, app="a") as data:
+        data.stores.mkdir()
+    with pytest.raises(Invalid, match="has stores of a broker's log, and no log of its own"):
+        DataDir(tmp_path / "stores")

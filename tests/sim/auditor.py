@@ -175,7 +175,7 @@ class Auditor:
     def check_counts(
         self, partition: int, start_offset: int, next_offset: int, counts: Any, forgetting: Collection[str] = ()
     ) -> None:
-        """What a task has counted since it started at `start_offset`, with a commit under way that forgets some producers.
+        """Return a task's counts since it started at `start_offset`, with a commit under way that forgets some producers.
 
         What becomes of their records behind that commit is known once it went through.
         """
@@ -227,7 +227,7 @@ class Auditor:
                 raise Failure(f"acknowledged but not in: {sent}")
 
     def verdict(self, partition: int, offset: int) -> str:
-        """What became of a record below the position."""
+        """Fate of a record below the position."""
         return self._committed[partition].verdicts[offset]
 
     # How

@@ -113,7 +113,7 @@ class Cluster:
         return max(epoch for start, epoch in self._epochs[partition] if start <= offset)
 
     def is_gone(self, partition: int, next_offset: int, leader_epoch: int) -> bool:
-        """Whether the log has lost the record below an offset, which was of this leader epoch."""
+        """Return whether the log has lost the record below an offset, which was of this leader epoch."""
         later = [start for start, epoch in self._epochs[partition] if epoch > leader_epoch]
         return leader_epoch >= 0 and bool(later) and next_offset > min(later)
 
@@ -128,7 +128,7 @@ class Cluster:
                 self.foreign[partition] = True
 
     def unpin(self, topic: str, partition: int) -> None:
-        """It is aborted."""
+        """Abort the transaction."""
         if self.pins.pop((topic, partition), None) is not None and self.memory.marker_count:
             self.skip(topic, partition)
 
@@ -182,5 +182,5 @@ class Deposed:
                 self._ends = {}
 
     def end_offset(self, topic: str, partition: int, end_offset: int) -> int:
-        """Where the log ends, for those who still ask this leader."""
+        """Return the end of the log that this deposed leader reports."""
         return min(end_offset, self._ends.get((topic, partition), end_offset)) if self._ends else end_offset

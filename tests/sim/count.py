@@ -16,7 +16,7 @@ AHEAD_MS_MAX = 3_600_000
 
 @dataclass(frozen=True)
 class Order:
-    """What a control record says: drop or reset the definitions of a view, all of them or some."""
+    """Content of a control record: drop or reset the definitions of a view, all of them or some."""
 
     action: str
     view: str
@@ -29,7 +29,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the workers of a history are told."""
+    """Settings of the workers of a history."""
 
     views_max: int
     series_max: int
@@ -47,14 +47,14 @@ class SentGroup:
     """Why no partition may fold it: `labels` that can't be its view's, or a `negative` delta of a counter."""
 
     def is_bad(self, at_ms: int) -> bool:
-        """Whether it is refused in a record that the log accepted then."""
+        """Return whether it is refused in a record that the log accepted then."""
         ahead = self.view.kind == "last" and any(delta.ts_ms > at_ms + AHEAD_MS_MAX for _, delta in self.deltas)
         return bool(self.flaw) or ahead or not self.deltas
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a sealed batch says. Two batches with one identity say the same, unless a zombie or a stranger made one."""
+    """Content of a sealed batch. Two batches with one identity have the same, unless a zombie or a stranger made one."""
 
     producer_id: str
     epoch: int
@@ -74,7 +74,7 @@ class Sent:
 
 @dataclass
 class Producer:
-    """What is known of one producer in one partition."""
+    """Memory of one producer in one partition."""
 
     epoch: int = 0
     floor: int = 0
@@ -113,7 +113,7 @@ class Row:
 
 
 class Count:
-    """What one partition must hold, up to an offset."""
+    """Expected content of one partition, up to an offset."""
 
     def __init__(self, partition: int, limits: Limits) -> None:
         self.partition = partition
@@ -192,7 +192,7 @@ class Count:
                 del self.views[view]
 
     def remembers(self, producer: Producer, now_ms: int) -> bool:
-        """Whether a partition may not have forgotten the producer by then, whatever its clocks say."""
+        """Return whether a partition may not have forgotten the producer by then, whatever its clocks say."""
         limits = self._limits
         ttl_ms = limits.closed_producer_ttl_ms if producer.closed else limits.producer_ttl_ms
         return now_ms - producer.seen_at_ms <= ttl_ms

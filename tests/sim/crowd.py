@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Crowd:
-    """What publishers do, one step at a time."""
+    """Steps of publishers, one at a time."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -194,7 +194,7 @@ class Crowd:
             world.count("late message")
 
     def close_publisher(self) -> None:
-        """One that has nothing unacknowledged ends in order and says so; another takes its place."""
+        """End a publisher without unacknowledged batches in order; another takes its place."""
         world, rng = self.world, self.world.rng
         i = rng.randrange(len(self.publishers))
         publisher = self.publishers[i]

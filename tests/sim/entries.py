@@ -19,7 +19,7 @@ Entries = dict[bytes, bytes]
 
 
 class Failure(AssertionError):
-    """What the code did contradicts the count, or the law."""
+    """The code contradicts the count, or the law."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class View:
     monotone: bool = False
 
     def as_stored(self) -> list[Any]:
-        """What a partition's definition entry must say of it: what is as in most definitions is left out at the end."""
+        """Return the expected value of a definition entry, without default values at its end."""
         return [self.name, self.kind, list(self.labels), *[0, True] * self.monotone]
 
 
@@ -76,7 +76,7 @@ def state(value: bytes) -> tuple[str, Found]:
 
 @lru_cache(maxsize=10_000)
 def series_prefix(view: View) -> bytes:
-    """What the keys of all series of a definition start with."""
+    """Return the prefix of the keys of a definition's series."""
     definition_id = sha256(msgspec.msgpack.encode(view.as_stored())).digest()[:8]
     return SERIES + view.name.encode() + b"\x00" + definition_id
 

@@ -261,7 +261,7 @@ class Disk:
         return self.memory.entries
 
     def lose_writes(self, rng: Random) -> int:
-        """What a crash may do: go back to the state after some earlier write; how many writes were lost."""
+        """Go back to the state after some earlier write, as a crash may; return how many writes were lost."""
         index = rng.randrange(len(self.versions))
         lost = len(self.versions) - 1 - index
         self.memory.entries = self.versions[index]
@@ -281,7 +281,7 @@ class Disk:
 
 
 class Machine:
-    """What has disks of its own: a process that moves to another machine finds other stores there."""
+    """A machine with disks of its own: a process that moves to another machine finds other stores there."""
 
     def __init__(self, clock: NodeClock, partition_count: int) -> None:
         self.name = clock.name

@@ -1,4 +1,4 @@
-"""What a series may say, given the deltas that it was told: by arithmetic of fractions and by the law alone.
+"""Laws of a series' state, given its deltas: by arithmetic of fractions and by the law alone.
 
 Nothing here knows how the code under test decides. Where the law leaves a choice, every answer that it allows is right.
 """
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
 
 def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
-    """What is wrong with a state; empty if it is one that the law allows."""
+    """Return what is wrong with a state; empty if the law allows it."""
     if kind in ("sum", "mean"):
         if kind == "mean" and found.count != len(deltas):
             return f"counts {found.count} of {len(deltas)} deltas"

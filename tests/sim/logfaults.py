@@ -1,4 +1,4 @@
-"""What can be wrong with the log itself and with time: old leaders, foreign transactions, lost files, clocks that jump."""
+"""Faults of the log itself and of time: old leaders, foreign transactions, lost files, clocks that jump."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class LogFaults:
         world.count(f"forged: {how}")
 
     def must_notice(self, partition: int, machine: Machine) -> str:
-        """What a start on this machine can't help seeing; empty if it may go on, and then what is there must be exact."""
+        """Return the loss that a start on this machine must notice; empty if its state can and must be exact."""
         world = self.world
         if partition not in world.wounds:
             return ""

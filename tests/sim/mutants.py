@@ -187,7 +187,7 @@ MUTANTS = (
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant."""
+    """Result of trying a mutant."""
 
     seed_count: int
     failure: str

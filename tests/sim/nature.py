@@ -1,4 +1,4 @@
-"""What happens to the log, the stores and the time, with nobody meaning to do it."""
+"""Accidents of the log, the stores and the time."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Nature:
         world.count("compaction")
 
     def hold_up(self) -> None:
-        """Nobody comes to do anything, except the log's cleaner: for long enough that what is there is young no more."""
+        """Let time pass, in which only the log's cleaner works, until all records are old enough for compaction."""
         world = self.world
         world.time.at_ms += int(world.compaction_lag_ms * world.rng.uniform(0.3, 1.5))
         world.note("a hold-up")

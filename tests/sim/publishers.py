@@ -38,7 +38,7 @@ def some_views(rng: Random) -> list[View]:
 
 
 def other_definition(rng: Random, view: View) -> View:
-    """What somebody else may think that the view is: other labels, another kind, or a counter."""
+    """Return another definition of the view: other labels, another kind, or a counter."""
     if view.kind == "sum" and rng.random() < 0.4:
         return replace(view, monotone=not view.monotone)
     if rng.random() < 0.5:
@@ -114,7 +114,7 @@ class SimPublisher:
         return view, labels, self.some_delta(view)
 
     def some_groups(self, count: int) -> tuple[SentGroup, ...]:
-        """What a batch of so many deltas holds."""
+        """Return the content of a batch of so many deltas."""
         return tuple(grouped([self._some_recorded() for _ in range(count)]))
 
     def some_delta(self, view: View) -> Any:
@@ -202,7 +202,7 @@ class SimPublisher:
             self.spool.pop((sealed.partition, sealed.sequence), None)
 
     def outlived(self) -> SimPublisher:
-        """The same process after a pause so long that it may send nothing again of what it sent before."""
+        """Let a process pause for so long that it may not send again what it sent before."""
         for sealed in [*self.outbox.pending()]:
             self.outbox.acknowledge(sealed.partition, sealed.sequence)
         if self.spool is not None:

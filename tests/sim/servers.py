@@ -141,7 +141,7 @@ class Server:
         self._checked = {}
 
     def fall_behind(self) -> None:
-        """It stalls while others go on, until what they did is young no more and the cleaner has been there."""
+        """Stall while others go on, until their records are old enough for compaction, and compacted."""
         world = self.world
         if world.depth:
             return
@@ -156,7 +156,7 @@ class Server:
         self.step()
 
     def restart(self) -> None:
-        """It ends, in one way or the other; or its disk is replaced too."""
+        """End the server, in one way or the other; or replace its disk, too."""
         rng = self.world.rng
         if rng.random() < 0.5:
             self.stop()

@@ -1,4 +1,4 @@
-"""Whoever may write to the log and should not: batches under a live producer's name, invented producers, noise."""
+"""Strangers, who may write to the log and should not: batches under a live producer's name, invented producers, noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WILD = (2**40, 2**53, 2**62, 2**63 - 2)
 
 
 class Strangers:
-    """What strangers do, one step at a time. Nothing of it may cost anybody else a delta."""
+    """Steps of strangers, one at a time. None of them may cost anybody else a delta."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -1,4 +1,4 @@
-"""What the simulator calls a loss is one: an offset that held no record holds no less when it is gone."""
+"""Losses in the simulator are losses: the loss of an offset that held no record is none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def a_world(seed: int, folded: str, ahead: str = "") -> World:
 
 
 def test_the_first_read_of_a_worker_is_from_where_folding_goes_on() -> None:
-    """It alone says which leader took the last record that was folded, and so finds out what the log has lost."""
+    """The first read names the leader of the last folded record, and so finds out what the log has lost."""
     for seed in range(600):
         world = a_world(seed, "rr")
         world.log_faults._cut_deltas(0)
@@ -40,7 +40,7 @@ def test_the_first_read_of_a_worker_is_from_where_folding_goes_on() -> None:
 
 
 def test_a_history_ends_when_a_loss_of_what_was_safe_is_accepted() -> None:
-    """What a person has decided to go on without is gone, and nobody can say what must be there."""
+    """After a person has accepted a loss, nothing says any more what the state must be."""
     world = a_world(0, "rr")
     world.accept_loss[0] = True
     world.start(0, world.machines[0])
@@ -57,7 +57,7 @@ def offsets(world: World) -> set[int]:
 
 @pytest.mark.parametrize("ahead", ["---", "-r-r-", "r--r-r"])
 def test_a_hole_begins_where_a_record_is_gone(ahead: str) -> None:
-    """Whoever folds offsets that never held one has folded beyond nothing."""
+    """A worker that has folded offsets without records has folded nothing that can be lost."""
     for seed in range(30):
         world = a_world(seed, "rr", ahead)
         before = offsets(world)

@@ -51,7 +51,7 @@ zombie, zombie fenced, zombie publisher sends
 
 
 def test_a_seed_is_one_history_in_every_process() -> None:
-    """What a history makes durable depends on its seed only, not on the order of sets."""
+    """The result of a history depends on its seed only, not on the order of sets."""
     command = [sys.executable, "-m", "tests.sim.world", "--seeds", "40", "--digests"]
     outputs = [
         subprocess.run(
@@ -161,7 +161,7 @@ def beyond_the_boundary(self: Follower, count: int, next_offset: int, *, between
 
 
 def half_of_it(self: Follower, records: Any) -> None:
-    """What is behind the last position record is dropped."""
+    """Drop what is behind the last position record."""
     apply_records(self, records)
     self._sieve.pop(len(self._sieve))
 
@@ -221,7 +221,7 @@ ALSO: dict[str, tuple[Any, str, Any]] = {
 
 @pytest.mark.parametrize("is_forgotten", [True, False])
 def test_a_copy_behind_a_commit_that_forgets_its_producer(is_forgotten: bool) -> None:
-    """It counts anew. Before that commit went through nobody can hold it against the task; without one it is a duplicate."""
+    """A copy behind that commit counts anew. Before the commit is through both are right; without one it is a duplicate."""
     world = World(0, switches=frozenset())
     world.quiet = True
     publisher = world.crowd.new_life("once", world.crowd._views)
@@ -245,7 +245,7 @@ def test_a_copy_behind_a_commit_that_forgets_its_producer(is_forgotten: bool) ->
 
 
 def test_a_start_that_others_never_let_commit() -> None:
-    """Its repairs come up against another record each time: that ends the worker, and is no failure of it."""
+    """A start whose repairs meet another foreign record each time ends the worker, which is no failure."""
     world = World(0, switches=frozenset())
     world.quiet = True
     world.cluster.forge(0, SERIES + b"v", b"noise")
@@ -259,7 +259,7 @@ def test_a_start_that_others_never_let_commit() -> None:
 
 
 def test_whoever_deletes_a_store_can_die_of_it() -> None:
-    """That is the end of the cleaner, not of the simulator."""
+    """A crash while a store is deleted ends the cleaner, not the simulator."""
     world = World(0, switches=frozenset())
     world.trouble = 30.0
     for _ in range(20):
@@ -288,7 +288,7 @@ RARE = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_break_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever breaks one rule of the protocol hears of it within 600 histories, fewer than a usual run has."""
+    """A broken rule of the protocol is found within 600 histories, fewer than a usual run has."""
     place, name, replacement = BREAKS[what]
     monkeypatch.setattr(place, name, replacement or no_owner)
     if what in ALSO:

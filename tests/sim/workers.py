@@ -91,7 +91,7 @@ class Worker:
 
     @property
     def fenced(self) -> bool:
-        """Whether another worker has taken the partition over, for all that this one may not know it."""
+        """True once another worker has taken the partition over, even if this one does not know it."""
         return self.world.active[self.number] is not self
 
     def start(self) -> None:
@@ -164,7 +164,7 @@ class Worker:
         self.audit()
 
     def _records_end(self) -> int:
-        """Where the last folded record ends: what lies between that and the position held no record."""
+        """Return the offset behind the last folded record; from there to the position the log held none."""
         return self.part.task.position.records_end_offset
 
     def audit(self) -> None:
@@ -186,7 +186,7 @@ class Worker:
         world.auditor.check_entries(number, entries)
 
     def _find_damage(self) -> None:
-        """What is wrong in a store that was trusted can only be what nothing has read yet: a series, or a producer."""
+        """Check that a trusted store has no other damage than in entries that nothing has read yet: series and producers."""
         disk = self.machine.disks[self.number]
         entries, expected = disk.entries(), self.world.replay(self.number)
         wrong = [k for k in entries.keys() | expected.keys() if k != META and entries.get(k) != expected.get(k)]

@@ -194,7 +194,7 @@ class World:
         return self._numbers
 
     def replay(self, partition: int) -> Entries:
-        """What the changelog, as it is now, holds."""
+        """Return the entries in the changelog as it is now."""
         entries: Entries = {}
         forged = self.cluster.forged[partition]
         for row in self.cluster.memory.partition(CHANGELOG, partition).rows:
@@ -213,7 +213,7 @@ class World:
         return (position, start) if position < start else (0, 0)
 
     def rebuild_is_due(self, partition: int, machine: Machine) -> bool:
-        """Whether the store can't be brought up to date: damaged, or away for longer than tombstones are kept."""
+        """Return whether the store must be rebuilt: it is damaged, or was away for longer than tombstones are kept."""
         disk = machine.disks[partition]
         if disk.damage:
             return True

@@ -35,7 +35,7 @@ class Recorder:
         self.values[metric.name, *labels] = value
 
     def observe(self, metric: Metric, value: float, *labels: object) -> None:
-        """Of no interest."""
+        """Do nothing."""
 
     def forget(self, partition: int) -> None:
         for key in [*self.values]:
@@ -221,7 +221,7 @@ class Worker:
 
 
 def is_fence(messages: Sequence[Message]) -> bool:
-    """Whether these are no commit, but what a new owner writes before it restores."""
+    """Return whether messages are the fence record of a new owner, and no commit."""
     return [message.key for message in messages] == [FENCE_KEY]
 
 
@@ -256,7 +256,7 @@ def fold_all(log: MemoryLog, partition: OwnedPartition) -> None:
 
 
 def series_of(store: ReadableStore) -> dict[str, float]:
-    """What a store holds of `VIEW`, by its one label value."""
+    """Return the states of `VIEW` in a store, by the one label value."""
     prefix = series_prefix(VIEW)
     found = [*store.scan(prefix, prefix_end(prefix))]
     states = decode_states(KINDS["sum"], [value for _, value in found])

@@ -112,7 +112,7 @@ def go_on(world: _World) -> dict[str, float]:
 
 
 def test_a_deposed_leader_that_answers_with_an_old_end(world: _World, caplog: pytest.LogCaptureFixture) -> None:
-    """It tells the old end and lets nobody read beyond it, until metadata brings the new owner to the real leader."""
+    """A deposed leader reports the old end, and serves no reads beyond it, until metadata names the real leader."""
     end_offset = two_commits(world)
     world.log.hold_back(CHANGELOG, 0, end_offset)
     world.log.show_at_s = world.clock.s + 3 * PATIENCE_S
@@ -124,7 +124,7 @@ def test_a_deposed_leader_that_answers_with_an_old_end(world: _World, caplog: py
 
 
 def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -> None:
-    """Nobody is ready while it is open, and the status says why and what to do; when it ends, all is there."""
+    """No owner is ready while the transaction is open, and the status says why and what to do; then all is there."""
     end_offset = two_commits(world)
     world.log.hold_back(CHANGELOG, 0, end_offset)
     begun_s = world.clock.s
@@ -153,7 +153,7 @@ def test_a_reader_that_hangs_has_no_excuse(world: _World, monkeypatch: pytest.Mo
 
 
 def test_a_commit_begins_where_the_last_one_ended(world: _World) -> None:
-    """Its position says so; so does the first one behind a fence record."""
+    """The position of a commit says where the one before ended, also behind a fence record."""
     first = world.owner()
     for number in range(3):
         world.send(**{f"s{number}": 1})
@@ -176,7 +176,7 @@ def test_a_commit_begins_where_the_last_one_ended(world: _World) -> None:
 
 @pytest.mark.parametrize("back_by", [1, 3, 7])
 def test_a_changelog_that_went_back_takes_no_commit(world: _World, back_by: int) -> None:
-    """It was truncated under its owner: nothing is written to it or to the store, and the process ends."""
+    """After a truncation under its owner nothing is written to changelog or store, and the process ends."""
     two_commits(world)
     stores = MemoryStores()
     owner = world.owner(stores)

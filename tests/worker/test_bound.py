@@ -79,7 +79,7 @@ def test_time_that_no_size_saves_shrinks_nothing() -> None:
 
 
 def test_small_commits_of_a_quiet_time_lower_nothing() -> None:
-    """What comes in small says nothing of what large commits take."""
+    """Small commits don't change the bound: they say nothing of what large ones take."""
     bound = CommitBound(TIMEOUT_S)
     bound.note(10_000, 1.0)
     large = bound.entries_max

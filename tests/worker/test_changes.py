@@ -139,7 +139,7 @@ def test_old_and_new_of_each_commit() -> None:
 
 
 def test_a_restart_goes_on_where_it_was() -> None:
-    """What was taken in is not handed over again; what was not is, with the same old value."""
+    """A change that was taken in is not delivered again; one that was not comes again, with the same old value."""
     world, stores = World(), MemoryStores()
     world.commit(0, VIEW, eu=1)
     world.commit(0, eu=3)
@@ -329,7 +329,7 @@ class _Rotten(MemoryStore):
 
 
 def test_a_corrupt_store_is_made_anew() -> None:
-    """What it has lost comes from the changelog again, and is handed over no second time; a corrupt changelog ends it."""
+    """A new store is filled from the changelog, without delivering changes twice; a corrupt changelog ends the feed."""
     world, stores = World(), MemoryStores()
     world.commit(0, VIEW, eu=1)
     first = world.feed(stores)

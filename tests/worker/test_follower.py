@@ -22,7 +22,7 @@ A, B = b"\x02a", b"\x02b"
 
 
 def position(begin_offset: int, previous_end_offset: int = 0) -> tuple[bytes, bytes]:
-    """What ends a commit that begins there, the one before having ended there."""
+    """Return the position record of a commit that begins at an offset at which the one before ended."""
     plain = Position(1, 1, 1, begin_offset=begin_offset, previous_end_offset=previous_end_offset)
     return POSITION_KEY, encode_position(plain)
 
@@ -148,7 +148,7 @@ def test_the_log_says_how_long_a_store_was_away(hole: int, wrong_ms: int) -> Non
     ],
 )
 def test_which_stores_can_be_read_on(offset: int, topic_id: str, reason: str | None) -> None:
-    """Those that reflect a part of this very changelog that is still there; one that goes beyond it is the better copy."""
+    """A store can be read on if it reflects a part of this changelog that is still there; one beyond its end is ahead."""
     clock = HandClock()
     log = ChangingLog(1, clock)
     log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
@@ -209,7 +209,7 @@ def test_a_meta_from_before_topics_had_ids() -> None:
 
 
 def fence(log: ChangingLog, clock: HandClock, owner_id: str = "pipeline-0:new") -> Barrier:
-    """What a new owner writes first."""
+    """Return the fence record of a new owner."""
     value = codec.encode_fence(Fence(owner_id, clock.now_ms()))
     (offset,) = log.append([Message(CHANGELOG, 0, FENCE_KEY, value)], timeout_s=1)
     assert isinstance(offset, int)

@@ -1,4 +1,4 @@
-"""What others write to a changelog changes no number: owners, followers and restores leave it out, count it, and say so."""
+"""Foreign records in a changelog change no number: owners, followers and restores leave them out, count and log them."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class _World:
         self.worker.commit(0, series)
 
     def write(self, key: bytes | None, value: bytes | None) -> None:
-        """What a stranger does."""
+        """Append a foreign record."""
         self.log.append([Message(CHANGELOG, 0, key, value)], timeout_s=1)
 
     def read(self) -> dict[str, float]:
-        """What the server answers once it has had time."""
+        """Return the server's answer once it has had time."""
         for _ in range(6):
             self.clock.s += 1.1
             self.server.step()
@@ -84,7 +84,7 @@ class _World:
         return owner
 
     def newest(self) -> dict[bytes | None, bytes | None]:
-        """What compaction would keep of each key."""
+        """Return the newest value of each key, which compaction would keep."""
         return {row.key: row.value for row in self.log.partition(CHANGELOG, 0).rows}
 
 
@@ -138,7 +138,7 @@ KINDS = kinds()
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_goes_on(world: _World, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It answers as if the record were not there: before and behind it, and after the next commit."""
+    """A server answers as if the record were not there: before and behind it, and after the next commit."""
     assert world.read() == {"a": 2, "b": 2}
     world.write(*strange(world)[kind])
     assert world.read() == {"a": 2, "b": 2}
@@ -177,7 +177,7 @@ def test_a_new_owner_restores_the_numbers(world: _World, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_owner_goes_on_committing(world: _World, kind: str) -> None:
-    """Its next commit finds the record in its way, repairs what it covers, and begins behind it."""
+    """The owner's next commit finds the record in its way, repairs what it covers, and begins behind it."""
     world.write(*strange(world)[kind])
     world.commit(b=1)
     world.commit(b=1)
@@ -191,7 +191,7 @@ def test_an_owner_goes_on_committing(world: _World, kind: str) -> None:
     [(A, True), (producer_key("p"), True), (A, False), (TAG_DEFINITION + series_prefix(VIEW)[1:], False)],
 )
 def test_a_damaged_store_mends_nothing(world: _World, key: bytes, at_start: bool) -> None:
-    """What it has of an entry that others have written over, and can't be read, is not committed in place of theirs."""
+    """A damaged value of an entry that others have written over is not committed in place of theirs."""
     owner, stores = world.worker.partitions[0], world.worker.stores
     world.write(key, b"theirs")
     if at_start:
@@ -311,7 +311,7 @@ def test_a_position_of_a_changelog_without_entries_needs_nobody() -> None:
 
 @pytest.mark.parametrize("there", ["before", "after"])
 def test_a_store_that_has_followed_can_not_tell_either(world: _World, there: str) -> None:
-    """It does not say whether it was there when ours was: one that was made since holds what is left, and looks the same."""
+    """A store that follows does not prove what was there: one that was made since holds what is left, and looks the same."""
     if there == "before":
         assert world.read() == {"a": 2, "b": 2}
     end_offset = cover(world, COVERS[0])

@@ -106,7 +106,7 @@ def test_a_store_between_boundaries_goes_on(at_once: bool) -> None:
     ],
 )
 def test_other_entries_behind_the_last_commit(other: tuple[tuple[bytes, bytes | None], ...]) -> None:
-    """Of a commit that is gone a store has a part: it is no copy of any, and is made anew."""
+    """A store with a part of a commit that is gone is no copy of any history, and is rebuilt."""
     with pytest.raises(StoreCorrupt, match="has others up to 10"):
         follow(between(TAKEN), records(3, *COMMIT, *other))
 
@@ -131,7 +131,7 @@ def test_a_store_between_boundaries_whose_commit_is_gone(other: Records) -> None
 
 
 def test_a_commit_by_somebody_who_did_not_know_the_last_one() -> None:
-    """Where that stood there is a marker by now, which no reader sees; what is behind it belongs to another history."""
+    """In place of the last commit there is a marker, which no reader sees; all behind it belongs to another history."""
     store = WatchedStore()
     follow(store, records(0, (A, b"1"), position(0)), records(4, position(4, 2), next_offset=6))
     entries = dict(store.entries)
@@ -157,7 +157,7 @@ def test_fences_that_are_gone_were_no_commits(commit: tuple[tuple[bytes, bytes |
 
 
 def test_a_store_that_rots_while_it_is_read() -> None:
-    """That is damage, which who reads the position next will find, and no sign that the changelog has lost anything."""
+    """A store that rots is damaged, as the next read of its position finds; the changelog has lost nothing."""
     store = WatchedStore()
     commit = records(0, (A, b"1"), position(0))
     follow(store, commit)

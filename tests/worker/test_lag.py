@@ -98,7 +98,7 @@ def test_what_is_lost_has_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_lost_while_the_log_is_away_has_no_lag_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not take the log to know that it is another's."""
+    """A partition that moved has no lag here, even while the log is away."""
     it = Watched()
     with it.running(monkeypatch):
         it.look_twice()
@@ -150,7 +150,7 @@ def test_a_log_that_is_away_is_only_logged(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_a_group_that_cannot_be_written_hides_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is tried again at the next interval, with all that is new since the last that went through."""
+    """A write to the group is tried again at the next interval, with all that is new since the last that went through."""
     it = Watched()
     it.commits_fail = True
     with it.running(monkeypatch):
@@ -181,7 +181,7 @@ def held_up(it: Watched, seconds: int) -> None:
 
 
 def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """What it holds up is lag, and shown by itself; after some seconds the log says, once, how it is ended."""
+    """Records held up by it count as lag, and are shown by themselves; one log line says how to end it."""
     it = Watched()
     it.stable = {0: 6}
     held_up(it, 4)

@@ -294,7 +294,7 @@ def test_a_partition_that_comes_later_and_fails_to_start_ends_the_worker() -> No
 
 
 def test_restores_run_side_by_side() -> None:
-    """As many as `restore_thread_count` says, no more; those that are done fold while others are not."""
+    """At most `restore_thread_count` restores run at once; restored partitions fold while others are not restored."""
     pool = _Pool(5, commit_interval_ms=1, restore_thread_count=2)
     gates = [threading.Event() for _ in range(5)]
     for partition, gate in zip(pool.partitions, gates, strict=True):
@@ -331,7 +331,7 @@ def test_a_start_that_fails_ends_the_worker() -> None:
 
 
 def test_stopped_while_it_restores() -> None:
-    """It ends soon, and that is no failure."""
+    """A loop that is stopped while it restores ends soon, and that is no failure."""
     pool = _Pool(3, restore_thread_count=2)
     for partition in pool.partitions:
         partition.gate = threading.Event()

@@ -162,7 +162,7 @@ class _Host:
         )
 
     def shown(self, metric: Metric) -> dict[int, float]:
-        """What /metrics says of it, by partition; of a counter without labels at 0."""
+        """Return what /metrics shows of a metric, by partition; of a counter without labels at 0."""
         found = {}
         for line in self.metrics.render()[0].decode().splitlines():
             if match := re.fullmatch(rf'{metric.name}(?:{{partition="(\d+)"}})? (.+)', line):
@@ -274,7 +274,7 @@ def test_ready_with_nothing(world: _World) -> None:
 
 
 def test_revoking_commits(world: _World) -> None:
-    """What is folded is committed at once, and it is waited for; folding goes on."""
+    """`revoking` commits at once and waits for that; folding goes on."""
     a = world.host(commit_interval_ms=NEVER_MS)
     a.assign(0, 1)
     a.folds(0, 1)
@@ -289,7 +289,7 @@ def test_revoking_commits(world: _World) -> None:
 
 
 def test_gauges_move_too(world: _World) -> None:
-    """Of a partition that is another's now, nothing is told but what was counted; when it is back, it is told of again."""
+    """Gauges of a partition that moved are gone, its counters stay; when it is back, its gauges are, too."""
     a, b = world.host(), world.host()
     a.assign(0, 1)
     a.folds(0, 1)
@@ -342,7 +342,7 @@ def test_revoking_is_bounded(world: _World) -> None:
 
 
 def test_fenced_while_moving(world: _World) -> None:
-    """It is how a partition is lost then; the others go on, and if it stays ours after all, it is taken over again."""
+    """A fence during a move loses the partition; others go on, and if it stays ours after all, it is taken over again."""
     a = world.host()
     a.assign(0, 1)
     a.folds(0, 1)
@@ -428,7 +428,7 @@ def test_fenced_at_any_other_time(world: _World) -> None:
 
 
 def test_fenced_soon_after_an_assignment(world: _World) -> None:
-    """It comes from one before it: the partition is taken over again."""
+    """A fence soon after an assignment comes from an owner before it: the partition is taken over again."""
     a = world.host(settle_s=60)
     a.assign(0)
     a.folds(0)
@@ -552,7 +552,7 @@ def test_a_copy_is_taken_over(world: _World) -> None:
 
 
 def test_stopped_while_moving(world: _World) -> None:
-    """What another has by then is not committed, and that is no failure."""
+    """Partitions that another has by then are not committed, and that is no failure."""
     a, b = world.host(commit_interval_ms=NEVER_MS), world.host()
     a.assign(0)
     a.folds(0)
@@ -613,7 +613,7 @@ def test_moves_at_random(seed: int) -> None:
 
 
 def test_fenced_soon_after_a_late_start(world: _World) -> None:
-    """Who had a partition before may have been as long about fencing us as we were about fencing them; but only once."""
+    """A late start settles anew: the owner before may fence us as late as we fenced it; but only once."""
     a = world.host(settle_s=2.0)
     gate = world.log.held_start[0] = threading.Event()
     a.assign(0)
@@ -635,7 +635,7 @@ def test_fenced_soon_after_a_late_start(world: _World) -> None:
 
 
 def test_what_is_assigned(world: _World) -> None:
-    """What is ours, taken over or not, is told; nothing is while partitions move."""
+    """`assigned` has partitions that are ours, taken over or not; none while partitions move."""
     a = world.host()
     gate = world.log.held_start[0] = threading.Event()
     assert a.loop.assigned == frozenset()

@@ -80,7 +80,7 @@ def test_deltas_made_anew_are_not_taken_for_the_old_ones(worker: Worker, length:
 
 @pytest.mark.parametrize("folded_before", [0, 1])
 def test_deltas_made_anew_under_a_worker(worker: Worker, folded_before: int) -> None:
-    """What is folded of the new topic, as long as the old one by then, is never committed, nor what was folded with it."""
+    """Records of a new topic that is as long as the old one are never committed, nor anything folded with them."""
     worker.commit(0, {"a": 1})
     worker.commit(0, {"a": 1})
     partition = worker.partitions[0]
@@ -123,7 +123,7 @@ def test_a_position_from_before_topics_had_ids(worker: Worker) -> None:
 
 
 def test_a_changelog_made_anew_under_a_worker(worker: Worker) -> None:
-    """Its commit comes out below the last one: it says so, writes nothing to its store, and the process ends."""
+    """A commit that comes out below the last one says so, writes nothing to the store, and the process ends."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     store = worker.partitions[0].store
@@ -136,7 +136,7 @@ def test_a_changelog_made_anew_under_a_worker(worker: Worker) -> None:
 
 
 def test_the_first_commit_of_a_process_notices_it_too(worker: Worker) -> None:
-    """It knows from its restore how far the changelog went."""
+    """The first commit knows from the restore how far the changelog went."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     again(worker)
@@ -146,7 +146,7 @@ def test_the_first_commit_of_a_process_notices_it_too(worker: Worker) -> None:
 
 
 def test_a_store_that_is_ahead_is_set_aside(worker: Worker) -> None:
-    """It is never deleted: the partition stops until somebody decides; then the changelog counts, and the store is kept."""
+    """The store is never deleted: a person decides; then the changelog counts, and the store is kept."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     before = dict(worker.stores.open(0).scan(b"", b"\xff\xff"))
@@ -181,7 +181,7 @@ def test_a_changelog_that_lost_its_beginning(worker: Worker) -> None:
 
 
 def test_a_store_of_another_changelog_is_set_aside(worker: Worker) -> None:
-    """Of the present one nothing was folded, so all that the deltas still hold is folded again, once."""
+    """Nothing in the present changelog was folded, so all that the deltas still hold is folded again, once."""
     metrics = Recorder()
     worker.commit(0, {"a": 1})
     worker.commit(0, {"a": 1})
@@ -216,7 +216,7 @@ def letters(worker: Worker) -> list[DeadLetter]:
 
 @pytest.mark.parametrize("key", [STORE_META_KEY, POSITION_KEY, definition_key(Definition("v", "sum")), producer_key("p")])
 def test_a_store_of_a_newer_format_is_made_anew(worker: Worker, key: bytes) -> None:
-    """It is a copy: what is no older than the changelog, and can't be read, is damaged."""
+    """A store is a copy: one that can't be read, whatever its format, is rebuilt."""
     worker.commit(0, {"a": 1})
     newer = msgspec.msgpack.encode([2, 0]) if key == STORE_META_KEY else b"\x02newer"
     worker.partitions[0].store.write([key], [newer])
@@ -237,7 +237,7 @@ def test_a_changelog_of_a_newer_format_is_left_as_it_is(worker: Worker) -> None:
 
 
 def test_a_dead_letter_that_is_too_large_goes_without_its_bytes(worker: Worker) -> None:
-    """It says how many they were; its neighbours are whole, and the partition goes on."""
+    """The letter says how many bytes were left out; its neighbours are whole, and the partition goes on."""
     worker.log.bytes_max = 200
     partition = worker.partition(0)
     sizes = (10, 150, 200, 5_000)  # a letter's reason takes its place, too

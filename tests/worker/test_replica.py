@@ -126,7 +126,7 @@ def test_a_poll_is_one_write(server: Server) -> None:
 
 
 def test_half_a_commit_is_never_read(server: Server) -> None:
-    """What stands behind the last position record waits for the next one."""
+    """Entries behind the last position record wait for the next one."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.worker.commit(0, {"a": 1, "b": 1})
@@ -277,7 +277,7 @@ def test_a_changelog_that_lost_its_tail(pair: Server) -> None:
 
 
 def _lost_once(server: Server) -> object:
-    """What a broker's reader does when a cursor is beyond the end; the one in memory waits there."""
+    """Return a poll that raises, as a broker's reader does beyond the end; the one in memory waits there."""
     reader = server.loop._reader
     poll = reader.poll  # type: ignore[union-attr]
 
@@ -319,7 +319,7 @@ def test_a_changelog_that_begins_too_late_is_fatal(server: Server) -> None:
 
 
 def test_a_store_below_the_start_of_the_changelog_is_not_read_on(server: Server) -> None:
-    """What it needs is gone, and no store could be made of the rest: it says so, and the store stays."""
+    """The records that the store needs are gone, and the rest restores no store: it says so, and the store stays."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     for _ in range(3):
@@ -355,7 +355,7 @@ def test_a_store_that_was_away_for_too_long_is_made_anew(server: Server) -> None
 
 
 def test_a_process_that_stood_still_for_too_long_makes_its_store_anew(server: Server) -> None:
-    """The same without a restart: a stopped process, a machine that was asleep."""
+    """A process that was stopped, or asleep, for too long rebuilds its store, too."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.worker.commit(0, {"a": 1})
@@ -411,7 +411,7 @@ def test_while_the_log_is_away_the_stores_can_be_read(server: Server) -> None:
 
 
 def test_a_partition_without_a_leader_does_not_stop_the_others(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as nobody says where all of them end, what is there is applied all the same."""
+    """While the log can't say where all partitions end, records are applied all the same."""
     server.worker.commit(0, {"a": 1})
     server.follow()
 
@@ -460,7 +460,7 @@ def test_no_answer_lacks_a_partition(pair: Server) -> None:
 
 @pytest.mark.parametrize("error", [StoreCorrupt("a block's checksum is wrong"), Unavailable("no space left on device")])
 def test_one_broken_store_does_not_stop_the_others(pair: Server, error: Exception) -> None:
-    """What can't be written is read again, into a store made anew if this one is corrupt; nothing is lost on either side."""
+    """A write that fails is read again, into a new store if this one is corrupt; nothing is lost on either side."""
     for number in (0, 1):
         pair.worker.commit(number, {"a": 1})
     pair.follow()
@@ -494,7 +494,7 @@ def test_a_store_that_cannot_be_opened_is_made_anew(pair: Server) -> None:
 
 @pytest.mark.parametrize("key", [STORE_META_KEY, POSITION_KEY])
 def test_a_store_whose_own_record_is_rotten_is_made_anew(server: Server, key: bytes) -> None:
-    """Nobody knows what it reflects."""
+    """A store whose own record can't be decoded is rebuilt."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.stores.at(0).write([key], [b"\x07"])
@@ -541,7 +541,7 @@ def test_the_thread_follows_and_ends(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_what_it_cannot_go_on_from_is_fatal() -> None:
-    """Whoever owns the process hears of it once."""
+    """`on_fatal` is called once with an error from which the loop can't go on."""
     server = Server()
     server.worker.commit(0, {"a": 1})
     server.worker.commit(0, {"a": 1})
@@ -598,7 +598,7 @@ def with_lag(server: Server, lag: Lag) -> None:
 
 
 def test_the_lag_that_counts_is_the_topics_own(server: Server) -> None:
-    """Whoever is behind for longer than it is hidden, however short it is; it is asked for now and then."""
+    """A store that is further behind than the topic's own lag is hidden; the lag is asked for now and then."""
     lag = Lag(20.0)
     with_lag(server, lag)
     server.worker.commit(0, {"a": 1})

@@ -111,7 +111,7 @@ def test_a_damaged_store_is_made_anew(server: Server) -> None:
 
 
 def test_while_the_log_is_away_nothing_is_deleted(server: Server) -> None:
-    """What is left of the store may be all there is; it is not served, and made anew when the log is back."""
+    """A damaged store stays, unserved, while the log is away, as it may be all there is; then it is rebuilt."""
     server.damage(0)
     with pytest.raises(NotReady):
         server.total()

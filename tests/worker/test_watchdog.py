@@ -227,7 +227,7 @@ def test_without_a_new_answer_of_the_log_nothing_is_judged() -> None:
 
 
 def test_stopped_it_ends_nobody() -> None:
-    """What stands still because the worker stops is no stall."""
+    """A partition that stands still because the worker stops is no stall."""
     it = Watched()
     it.tell(15)
     it.watchdog.stop()
@@ -236,7 +236,7 @@ def test_stopped_it_ends_nobody() -> None:
 
 
 def test_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looks by itself, reports once, and ends then."""
+    """The thread checks by itself, reports once, and ends then."""
     it = Watched(interval_s=0.001)
     step = it.watchdog.step
 
@@ -260,13 +260,13 @@ def test_a_timeout_of_0_watches_nothing() -> None:
 
 
 def test_stacks_names_threads() -> None:
-    """This one among them."""
+    """`stacks` has this thread, too."""
     assert "MainThread" in stacks()
     assert "test_stacks_names_threads" in stacks()
 
 
 def test_nobody_waits_for_ever_for_what_is_ours() -> None:
-    """What is assigned and neither folds nor restores has longer, as long as nothing else gets on; then it stands still."""
+    """A partition that waits to be restored has longer, while no other makes progress; then it is a stall."""
     course = Course()
     assert course.looks({0: Observation((1, 500), 3, waiting=True)}, 300) == WAIT_S
     for entries in range(300):
@@ -274,7 +274,7 @@ def test_nobody_waits_for_ever_for_what_is_ours() -> None:
 
 
 def test_what_waits_looks_like() -> None:
-    """It gets on whenever another is restored a bit more, or begins to fold; what no longer is ours does not wait."""
+    """A waiting partition makes progress whenever another does; one that is not ours does not wait."""
     clock = HandClock()
     log = ChangingLog(3, clock)
     worker = Worker(log, clock)

@@ -155,7 +155,7 @@ class Cleaner:
         for last_offset, chunk, _ in self._log.chunks(self._log.cursor(), partition, 0):
             if last_offset >= clean_end or self._stop.is_set():
                 break
-            if chunk.lost:  # it stays, so that nobody takes what is left for all there was
+            if chunk.lost:  # it stays: the gap must remain visible
                 self._replace(partition, run)
                 run = _ChunkRun()
                 continue
@@ -177,7 +177,7 @@ class Cleaner:
                 batch = WriteBatch(raw_mode=True)
                 self._log.put_meta(batch, partition)
                 self._log.write(batch, durable=False)
-            self._log.flush()  # so that what was superseded within memory never reaches the disk
+            self._log.flush()  # superseded records that are still in memory never reach the disk
         return removed
 
     def _replace(self, partition: Partition, run: _ChunkRun) -> None:

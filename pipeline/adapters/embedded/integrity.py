@@ -85,7 +85,7 @@ def find_gaps(log: CheckedLog, *, full: bool = False) -> list[Gap]:
 def _gaps(log: CheckedLog, cursor: Cursor, partition: Partition, *, full: bool) -> Iterator[tuple[int, int]]:
     checkpointed, meta = log.checkpointed(partition), partition.meta
     start, end = max(meta.start_offset, checkpointed.start_offset), max(meta.end_offset, checkpointed.end_offset)
-    # From one before: the chunk that ends there is named by the manifest, so it tells of an older manifest.
+    # From one offset before: the manifest names the chunk that ends there, so a missing one reveals an older manifest.
     begin = start if full else max(start, checkpointed.flushed_offset - 1)
     if begin > start:
         first = next(log.stored_chunks(cursor, partition, start), None)

@@ -119,7 +119,7 @@ class EmbeddedLog:
         for key, value in self.cursor().scan(b"t", b"u"):
             known[key[1:].decode()] = self._decoded(value, tuple[int, int, str])
         stored = set(known)
-        if not known:  # a new log, or what is left of one: then their ends tell what is missing
+        if not known:  # a new log, or remains of one: the checkpoint then shows what is missing
             copy = b"" if self._checkpoint is None else self._checkpoint.get_topics()
             if copy:
                 known = self._decoded(copy, dict[str, tuple[int, int, str]])
@@ -135,7 +135,7 @@ class EmbeddedLog:
             agreed = next(iter(counts.values())) if len(set(counts.values())) == 1 else 0
             batch = WriteBatch(raw_mode=True)
             for name in [name for name in topics if name not in known]:
-                # The id tells the topic from that of another folder, and of this one if it is emptied and filled again.
+                # The id distinguishes the topic from those of other folders, and of this one after it was emptied.
                 known[name] = len(known), partition_count or agreed or topics[name].partitions, self._clock.new_id()
             for name in known.keys() - stored:
                 batch.put(b"t" + name.encode(), encode(known[name]))
@@ -283,7 +283,7 @@ class EmbeddedLog:
                 if durable and self._fsync:
                     self.db.flush_wal(True)  # not WriteOptions.sync: that waits for the disk with the GIL held
         except PipelineError as error:
-            # What reached the disk is unknown, so offsets are too: only opening the log again can tell.
+            # It is unknown what reached the disk, and so which offsets are taken, until the log is opened again.
             self._failure = (NoSpace if isinstance(error, NoSpace) else Unavailable)(f"{error}; restart to go on")
             _log.critical("%s", self._failure)
             self.changed.notify_all()
@@ -436,9 +436,9 @@ def log_options(settings: LogSettings) -> Options:
     options.set_write_buffer_size(settings.log_write_buffer_bytes)
     options.set_max_write_buffer_number(2)
     options.set_compression_type(DBCompressionType.lz4())
-    # A torn tail is what kill -9 leaves of a write that was not acknowledged; anything else must not be cut off silently.
+    # kill -9 leaves a torn tail of a write that was not acknowledged; no other damage must be cut off silently.
     # (RocksDB can't tell a torn tail from a changed record length in the last 32 KB of a write-ahead log, and takes one in
-    # an older write-ahead log for harmless: those, `whole.py` finds.)
+    # an older write-ahead log for harmless: those `integrity.py` finds.)
     options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
     options.set_keep_log_file_num(2)
     options.set_max_background_jobs(2)

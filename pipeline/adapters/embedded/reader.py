@@ -51,7 +51,7 @@ class EmbeddedReader:
             partition: self._read(partition, watermarks, cursor, record_count_max, bytes_max)
             for partition, watermarks, cursor in self._log.poll(self._next, timeout_s)
         }
-        # Only now: if reading one partition fails, what was read of the others must come again.
+        # After all reads: if one partition fails, the records of the others must be returned again.
         self._next.update((partition, records.next_offset) for partition, records in out.items())
         return [*out.values()]
 

@@ -233,7 +233,7 @@ class _Agent(faust.Agent):
             stream.raised = True
             if stream.iteration is not None:
                 with suppress(RuntimeError):  # it is another task's
-                    await stream.iteration.aclose()  # now, not when it is collected: that is what acknowledges the event
+                    await stream.iteration.aclose()  # now, not when it is garbage-collected: this acknowledges the event
             stream.raised = False
             stream.release()
             aref._crash(error)  # as Faust would, without its account of it
@@ -296,7 +296,7 @@ class _Stream(faust.Stream):
                 event, message = found, found.message
                 moved = message.generation_id != self.app.consumer_generation_id
                 if moved or not self.app.flow_control.is_active() or (self.app.consumer.settling and not message.tracked):
-                    continue  # of before a rebalance: whoever has the partition reads it again
+                    continue  # from before a rebalance: the new owner of the partition reads it again
                 if self.app.topics.acks_enabled_for(message.topic) and not message.tracked:
                     message.tracked = True
                     self.app.consumer.track_message(message)

@@ -318,11 +318,11 @@ class _Assignor(PartitionAssignor):
         """Place our partitions: the leader's last step before it sends the assignment."""
         ours = self.app.ours
         if not ours.identity.same_app(self.rules):
-            self._states = {}  # we can't place what we do not know, and are about to leave
+            self._states = {}  # another app's partitions are unknown here, and this member is about to leave
         for member in assignments.keys() - self._states.keys():
             assignments[member].actives, assignments[member].standbys = {}, {}
         topics = {ours.deltas, ours.changelog} & partitions_by_topic.keys()
-        # Deltas grow last: until they have, what is new of the changelog is nothing that could be folded.
+        # Deltas grow last: until then new partitions of the changelog have nothing to fold.
         count = min((partitions_by_topic[topic] for topic in topics), default=0)
         for member, placed in place(count, self._states, self.replicas).items():
             for topic in topics:
@@ -349,7 +349,7 @@ class _Assignor(PartitionAssignor):
         moved = metadata.url != str(self._url)
         self._former_url = metadata.url
         try:
-            super().on_assignment(assignment)  # which insists on the address
+            super().on_assignment(assignment)  # it demands the unchanged URL
         finally:
             self._former_url = ""
         if moved or self.rules.format < self.app.ours.format:

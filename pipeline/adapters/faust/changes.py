@@ -41,7 +41,7 @@ class Gate:
             self._waiting.clear()
             if self._under_way:
                 self._changed.wait_for(lambda: not self._under_way, _GRACE_S)
-                self._under_way = False  # what comes of it later is not counted
+                self._under_way = False  # its result, if it comes later, is not counted
             return self._done_count
 
     def _wake(self) -> None:

@@ -14,7 +14,7 @@ _GRANT = "grant it with kafka-acls"
 _LOGGERS = ("aiokafka", "aiokafka.conn", "aiokafka.consumer.group_coordinator", "faust", "faust.app.base")
 _NORMAL = (
     "Group Coordinator Request failed: [Error 15]",  # the first member of a new cluster, for some seconds
-    "Missing sensor state",  # nobody measures rebalances there
+    "Missing sensor state",  # Faust's rebalance sensors are not used
     "because it is rebalancing",
 )
 

@@ -206,7 +206,7 @@ class FaustMembership:
             try:
                 getattr(self._listener, method)(*arguments)
             except BaseException as error:
-                # The group believes that we do what it told us. Others have the partitions once the process has ended.
+                # The group believes that this member follows its assignment. Its end gives the partitions to others.
                 self._failures.note(error, consequence=f"{method} was not carried out, the worker ends")
                 if method != "on_failed":
                     self._fail(Unavailable(f"membership in group {self._group!r}: {method} failed: {error!r}"))

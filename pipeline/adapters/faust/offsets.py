@@ -96,7 +96,7 @@ class _OffsetsConsumer(_Consumer):
 
     def _note_read(self, message: Any) -> None:
         if not self.flow_active or message.generation_id != self.app.consumer_generation_id:
-            return  # partitions have moved since it was fetched: nobody will do it
+            return  # partitions have moved since the fetch: no agent here will get it
         if self.app.topics.acks_enabled_for(message.topic):
             with self._lock:
                 reading = self._readings.setdefault(message.tp, _PartitionOffsets())
@@ -138,7 +138,7 @@ class _OffsetsConsumer(_Consumer):
 
     async def settle(self, timeout_s: float) -> None:
         """See `AgentsApp.settle`."""
-        self.settling = True  # what was handed to an agent and not begun is dropped by it: the other agents' copies go here
+        self.settling = True  # agents drop events that they have not begun; copies for the other agents are dropped below
         self.stop_flow()
         for queue in self.app.flow_control._queues:
             begun = [it for it in queue._queue if isinstance(it, EventT) and it.message.tracked]  # by another agent

@@ -51,7 +51,7 @@ _REMEMBERED_MAX = 1_000
 _VARYING = re.compile(r"\d+ms|#\w+-\d+|, \d+ identical error\(s\) suppressed")
 
 CODES: dict[str, Code] = {
-    # The other side is away, or busy with becoming the other side.
+    # The broker can't be reached, or is about to become leader or coordinator.
     "_TRANSPORT": Code(_R, "[L]"),
     "_ALL_BROKERS_DOWN": Code(_R, "[L]"),
     "_RESOLVE": Code(_R, "[L]", "check the host name"),
@@ -102,17 +102,17 @@ CODES: dict[str, Code] = {
     "OUT_OF_ORDER_SEQUENCE_NUMBER": Code(_A, "[T] KIP-360"),
     "TRANSACTION_ABORTABLE": Code(_A, "[A]"),
     "UNKNOWN_PRODUCER_ID": Code(_A, "[T] KIP-360"),
-    # Somebody else is the owner now.
+    # Another producer is the owner now.
     "_FENCED": Code(_F, "[T] [L]"),
     "INVALID_PRODUCER_EPOCH": Code(_F, "[T] another owner's epoch, or the broker aborted what took too long"),
     "PRODUCER_FENCED": Code(_F, "[T]"),
     "TRANSACTION_COORDINATOR_FENCED": Code(_R, "[T] the coordinator, not the producer, has moved"),
-    # What is wrong is in the message.
+    # The message is wrong.
     "MSG_SIZE_TOO_LARGE": Code(
         _M, "[K]", "raise max.message.bytes of the topic; for deltas, lowering batch_bytes_max does too"
     ),
     "RECORD_LIST_TOO_LARGE": Code(_M, "[K]", "raise segment.bytes of the topic, or lower batch_bytes_max"),
-    # What is wrong is in how things are set up.
+    # The setup is wrong.
     "_AUTHENTICATION": Code(_O, "[L]", "check sasl.* in the setting `kafka`"),
     "_SSL": Code(_O, "[L]", "check ssl.* and security.protocol in the setting `kafka`"),
     "_UNSUPPORTED_FEATURE": Code(_O, "[L]", _UPGRADE),

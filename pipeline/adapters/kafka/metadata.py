@@ -112,7 +112,7 @@ class Metadata:
         return len(found.partitions)
 
     def _ask_behind(self, topic: str) -> None:
-        if self._pid != os.getpid():  # who was asking is not in this forked child, and the lock may have been taken
+        if self._pid != os.getpid():  # a forked child: the asking threads do not exist here, and one may hold the lock
             self._pid, self._lock, self._asking = os.getpid(), threading.Lock(), set()
         with self._lock:
             if topic in self._asking:
@@ -216,7 +216,7 @@ class Metadata:
             limit = _less_overhead(int(_answer(future, timeout_s)["max.message.bytes"].value))
         except (KafkaException, KeyError, TimeoutError) as error:
             _log.info("max.message.bytes of %s is unknown: %s", name, error)
-            return _less_overhead(_UNTOLD_BYTES_MAX)  # only what was told is remembered
+            return _less_overhead(_UNTOLD_BYTES_MAX)  # an assumption is not cached
         self._bytes_max[topic] = limit
         return limit
 
@@ -231,7 +231,7 @@ def _answer(future: Future[Any], timeout_s: float) -> Any:
         return future.result(timeout_s)
     never = threading.Event()
     for _ in range(ceil(timeout_s / GREEN_INTERVAL_S)):
-        if future._state == "FINISHED":  # set after the other two
+        if future._state == "FINISHED":  # set after result and exception
             if future._exception is not None:
                 raise future._exception
             return future._result

@@ -38,13 +38,13 @@ _READER: dict[str, Any] = {
     "isolation.level": "read_committed",  # invariant 4: followers see whole commits only
     "enable.auto.commit": False,  # invariant 3: positions are in the changelog
     "enable.auto.offset.store": False,
-    "auto.offset.reset": "error",  # invariant 8: a lost position is for somebody to decide on
+    "auto.offset.reset": "error",  # invariant 8: a person decides about a lost position
     "enable.partition.eof": True,  # how a reader knows that only transaction markers are left
     "check.crcs": True,  # as the Java client does: a flipped bit is an error, not a number
-    "fetch.wait.max.ms": 100,  # of a fetch that finds nothing; what is assigned anew, or ends in markers only, waits for it
+    "fetch.wait.max.ms": 100,  # of an empty fetch, for which new assignments and ends with markers only have to wait
     "fetch.error.backoff.ms": 50,  # a leader that moves must not cost half a second
     "max.partition.fetch.bytes": 4 * 2**20,  # measured: restores read one partition a third faster than with 1 MiB
-    "queued.max.messages.kbytes": 32 * 2**10,  # memory of what was fetched and not yet read, of one reader
+    "queued.max.messages.kbytes": 32 * 2**10,  # memory of fetched, unread records of one reader
 }
 
 _WRITER: dict[str, Any] = {

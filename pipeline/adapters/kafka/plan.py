@@ -249,7 +249,7 @@ def _shorter(current: str, value: str) -> bool:
     try:
         now, then = int(current), int(value)
     except ValueError:
-        return False  # the broker will say what is wrong with it
+        return False  # the broker will report the error
     return then >= 0 and (now < 0 or then < now)
 
 

@@ -84,8 +84,8 @@ class TopicAdmin:
         try_user_options(address, user, timeout_ms=timeout_ms)
         options: dict[str, Any] = {**admin_options(address, user), "error_cb": self._last_error}
         if "debug" not in user:
-            options["log_level"] = 2  # why nobody answers is in the error
-        # Kept until the end: a client that is collected cancels what it was asked.
+            options["log_level"] = 2  # the error contains the reason
+        # Kept until the end: a client that is garbage-collected cancels its requests.
         self._client = AdminClient(options)
 
     def plan(self, wish: Wish) -> Plan:
@@ -130,7 +130,7 @@ class TopicAdmin:
         except Invalid as error:
             raise error if done else Invalid(f"{error}; nothing was changed") from None
 
-    # What the broker has
+    # Reading
 
     def _plan(self, wish: Wish) -> Plan:
         found: dict[str, Found] = {}

@@ -167,9 +167,9 @@ class KafkaTransaction:
             except BufferError:
                 self._abort(deadline_s)
                 raise Unavailable(f"transaction {self._id}: librdkafka's queue stays full") from None
-            # Before it is decided: entries of state that is nowhere else must not become what a topic made anew begins with.
-            # What it raises is of a producer that is given up, which is for the commit to tell; SystemError is how the
-            # driver raises it where librdkafka logs in the same call.
+            # Flush before the commit, so that `begins` can be checked: the topic may have been created again meanwhile.
+            # It raises if the producer is broken, which the commit will report; as SystemError if librdkafka logs in the
+            # same call.
             waiting_count = 0
             with suppress(KafkaException, SystemError):
                 waiting_count = producer.flush(max(deadline_s - self._clock.monotonic_s(), 0.001))

@@ -231,7 +231,7 @@ class KafkaLogWriter:
                     wait_in_c(client.producer.list_topics, topic, _ASK_S)  # its own view is older than ours
         except KafkaException as exception:
             error = error_of(exception)
-            if error.code() == KafkaError._FATAL:  # which says nothing; the last_error comes to the other thread
+            if error.code() == KafkaError._FATAL:  # without a reason, which the polling thread gets
                 client.wait_fatal(_ASK_S)
             return self._refusal(client, error, topic, message.partition)
         except Denied as error:
@@ -242,7 +242,7 @@ class KafkaLogWriter:
     def _delivered(self, client: _Client, call: _Append, number: int, error: KafkaError | None, message: Delivered) -> None:
         if error is None:
             offset = message.offset()
-            # None: the broker has had it before (DUPLICATE_SEQUENCE_NUMBER) and does not say where; a copy will tell.
+            # None: the broker has had it before (DUPLICATE_SEQUENCE_NUMBER) and tells no offset; sending a copy will.
             call.answer(number, _NO_OFFSET if offset is None else offset + 1)
         else:
             call.answer(number, self._refusal(client, error, message.topic(), message.partition()))
@@ -256,7 +256,7 @@ class KafkaLogWriter:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self._metadata.forget_bytes_max(DELTAS)  # it takes less than it did
         text = describe(error, where, needs)
-        # Only what is wrong with the message itself is for good: a permission can be granted, and nothing is lost till then.
+        # Only a wrong message is refused for good: a permission can still be granted, and nothing is lost until then.
         return Invalid(text) if code_of(error).verdict is Verdict.MESSAGE else Unavailable(text)
 
     def rest(self) -> bool:
