@@ -32,6 +32,7 @@ from pipeline.cli.options import (
     Version,
     check_group,
     load,
+    parse_partitions,
 )
 from pipeline.cli.spool import spool
 from pipeline.cli.topics import topics
@@ -148,12 +149,13 @@ def worker(
 
     console.configure_logging(log_level, as_json=log_json)
     config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss, standby_count=standbys)
-    from pipeline.cli.services import parse_partitions, run_processes, run_worker
-
     if processes and not supervised:
+        from pipeline.cli.processes import run_processes
+
         if partitions is not None:
             raise typer.BadParameter("--processes: they share all partitions; leave out --partitions")
         raise SystemExit(run_processes(processes, config, name=name, as_json=json))
+    from pipeline.cli.services import run_worker
 
     listed = parse_partitions(partitions)
     raise SystemExit(run_worker(config, from_, partitions=listed, name=name, static=static, agents=agents, as_json=json))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Data, Set, load
+from pipeline.cli.options import Data, Set, load, parse_partitions
 
 if TYPE_CHECKING:
     from pipeline.worker.inspect import Range
@@ -134,7 +134,7 @@ def store(
     from pipeline.worker.inspect import read_store
 
     config = load(set_, data=data)
-    with open_stores(config.log, _numbers(partition)) as stores:
+    with open_stores(config.log, parse_partitions(partition)) as stores:
         entries = chain.from_iterable(read_store(number, it, view=view) for number, it in stores)
         show(entries, store_lines, limit, as_json=json)
 
@@ -146,17 +146,11 @@ def _check_follow(follow: bool, url: str | None, end: int | None) -> None:
         raise typer.BadParameter("--follow goes on; --end ends: one of them")
 
 
-def _numbers(listed: str | None) -> list[int] | None:
-    from pipeline.cli.services import parse_partitions
-
-    return parse_partitions(listed)
-
-
 def _range(listed: str | None, count: int, start: int, end: int | None, follow: bool) -> Range:
     from pipeline.errors import Invalid
     from pipeline.worker.inspect import Range
 
-    numbers = _numbers(listed)
+    numbers = parse_partitions(listed)
     for number in numbers or ():
         if number >= count:
             raise Invalid(f"there is no partition {number}, of {count}")
