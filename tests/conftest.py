@@ -17,6 +17,9 @@ from tests.support import LONG
 if TYPE_CHECKING:
     from tests.broker.kafka import App, Broker
 
+# Tests start hundreds of Python processes, and each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 EXAMPLES = 100 if LONG else 40
 settings.register_profile("local", deadline=None, max_examples=EXAMPLES)
 settings.register_profile("ci", deadline=None, max_examples=EXAMPLES, derandomize=True, print_blob=True)

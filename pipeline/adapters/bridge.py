@@ -29,7 +29,7 @@ _FORK_TIMEOUT_S = 10.0
 _JOIN_S = 5.0
 _LAST_TRIES = 100
 """Most attempts, at the end, to flush and publish the increases that a full buffer delays."""
-_TOLD_MAX = 1_000
+_REPORTED_MAX = 1_000
 _ADDED: Mapping[str, tuple[str, ...]] = {
     "counter": ("_total",),
     "histogram": ("_bucket", "_sum", "_count"),
@@ -100,14 +100,14 @@ class Bridge:
         self._drain_when_child_ends = drain_when_child_ends
         # Made once, and not in a forked child: they touch metrics, whose locks may be held there for ever.
         self._failures = Failures(_log, "pipeline-bridge", metrics)
-        self._guarded_look = guarded(_log, "pipeline-bridge-look", self._look, metrics)
+        self._guarded_skip = guarded(_log, "pipeline-bridge-look", self._skip_present, metrics)
         self._closed = False
         self._cells: dict[Key, Any] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self._values: WeakKeyDictionary[Any, dict[Key, float]] = WeakKeyDictionary()
         """By collector, the published values of its samples."""
         if from_now:
-            self._look()
+            self._skip_present()
         self._watch_children()
         self._start()
         if may_run:
@@ -161,7 +161,7 @@ class Bridge:
                         self._publish(self._values.setdefault(collector, {}), families)
             except BufferFull as error:  # each further series would wait as long
                 self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "buffer_full")
-                if self._tell_first("buffer_full", ""):
+                if self._report_first("buffer_full", ""):
                     _log.warning("the bridge waits: %s", error)
                 return False
             finally:
@@ -195,7 +195,7 @@ class Bridge:
         self._cells = {}
         self._values = WeakKeyDictionary()
         thread = threading.Thread(
-            target=self._guarded_look,
+            target=self._guarded_skip,
             name="pipeline-bridge-look",
             daemon=True,
         )
@@ -209,7 +209,7 @@ class Bridge:
         self._start()
         self._thread.start()
 
-    def _look(self) -> None:
+    def _skip_present(self) -> None:
         """Note the present values as published."""
         for collector in self._collectors():
             families = self._families(collector)
@@ -232,7 +232,7 @@ class Bridge:
         except Exception as error:
             name = type(collector).__name__
             self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "collector")
-            if self._tell_first("collector", name):
+            if self._report_first("collector", name):
                 _log.exception("collector %s: %s; it is left out, and tried again", name, error)
             return None
 
@@ -297,14 +297,14 @@ class Bridge:
 
     def _refuse(self, reason: str, name: str, why: object) -> None:
         """Leave a series out; log and count that once for each name."""
-        if self._tell_first(reason, name):
+        if self._report_first(reason, name):
             self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, reason)
             _log.warning("%s is not published: %s", name, why)
 
-    def _tell_first(self, reason: str, name: str) -> bool:
-        if (reason, name) in self._told or len(self._told) >= _TOLD_MAX:
+    def _report_first(self, reason: str, name: str) -> bool:
+        if (reason, name) in self._reported or len(self._reported) >= _REPORTED_MAX:
             return False
-        self._told.add((reason, name))
+        self._reported.add((reason, name))
         return True
 
 

@@ -247,15 +247,15 @@ class _MemoryReader:
                 break
             rows.append(row)
             size += len(row.key or b"") + len(row.value or b"")
-        whole = start + len(rows) == end
-        self._check_holes(at, partition, rows, at.stable_offset if whole else rows[-1].offset + 1)
+        complete = start + len(rows) == end
+        self._check_holes(at, partition, rows, at.stable_offset if complete else rows[-1].offset + 1)
         return Records(
             partition=partition,
             offsets=[row.offset for row in rows],
             at_ms=[row.at_ms for row in rows],
             keys=[row.key for row in rows],
             values=[row.value for row in rows],
-            next_offset=at.stable_offset if whole else rows[-1].offset + 1,
+            next_offset=at.stable_offset if complete else rows[-1].offset + 1,
             leader_epoch=bisect_right(at.epochs, rows[-1].offset) - 1 if rows else self._epochs.get(partition, EPOCH_NONE),
         )
 

@@ -141,7 +141,7 @@ class StatsdServer:
 
     def _close(self) -> None:
         for connection in [*self._connections.values()]:
-            self._end(connection, whole=False)
+            self._end(connection, closed_in_order=False)
         for sock in (self._listener, self._udp, self._woken, self._wake):
             sock.close()
         self._selector.close()
@@ -196,10 +196,10 @@ class StatsdServer:
         except (BlockingIOError, InterruptedError):
             return
         except OSError:  # the connection broke: the last line may be incomplete
-            self._end(connection, whole=False)
+            self._end(connection, closed_in_order=False)
             return
         if not data:
-            self._end(connection, whole=True)
+            self._end(connection, closed_in_order=True)
             return
         first, *more = data.split(b"\n")
         if not more:
@@ -225,13 +225,13 @@ class StatsdServer:
             connection.skipping = True
             self._sink.refuse("line_long", TCP)
 
-    def _end(self, connection: _Connection, *, whole: bool) -> None:
+    def _end(self, connection: _Connection, *, closed_in_order: bool) -> None:
         """Close a connection. A last line without a line end counts if the sender closed in order."""
         del self._connections[connection.sock]
         self._selector.unregister(connection.sock)
         connection.sock.close()
         if connection.partial.strip():
-            if whole:
+            if closed_in_order:
                 self._sink.take([connection.partial], TCP)
             else:
                 self._sink.refuse("cut", TCP)

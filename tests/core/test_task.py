@@ -24,7 +24,7 @@ from pipeline.core.record import (
     series_suffix,
 )
 from pipeline.core.sequence import GAP_COUNT_MAX, Folded
-from pipeline.core.task import TRANSITIONS, Counts, Phase, Step, Task
+from pipeline.core.task import TRANSITIONS, Counts, Phase, Task, TaskEvent
 from pipeline.errors import IllegalTransition, StoreCorrupt
 from tests.core.driver import NOW_MS, Shell, batch, group, totals
 from tests.core.strategies import records
@@ -43,14 +43,14 @@ def add(value: float, label: str = "x") -> Group:
 
 # Steps
 
-STEPS: dict[Step, Callable[[Task], object]] = {
-    Step.RESTORED: lambda task: task.restored(NO_POSITION, []),
-    Step.FOLD: lambda task: task.fold(task.read(records({}, 0)), [], now_ms=0),
-    Step.FREEZE: lambda task: task.freeze(),
-    Step.PREPARE: lambda task: task.prepare_commit([], now_ms=0),
-    Step.COMMITTED: lambda task: task.committed(),
+STEPS: dict[TaskEvent, Callable[[Task], object]] = {
+    TaskEvent.RESTORED: lambda task: task.restored(NO_POSITION, []),
+    TaskEvent.FOLD: lambda task: task.fold(task.read(records({}, 0)), [], now_ms=0),
+    TaskEvent.FREEZE: lambda task: task.freeze(),
+    TaskEvent.PREPARE: lambda task: task.prepare_commit([], now_ms=0),
+    TaskEvent.COMMITTED: lambda task: task.committed(),
 }
-ROUTE = [Step.RESTORED, Step.FREEZE, Step.PREPARE]
+ROUTE = [TaskEvent.RESTORED, TaskEvent.FREEZE, TaskEvent.PREPARE]
 PHASES = dict(zip(Phase, range(4), strict=True))
 
 
@@ -62,8 +62,8 @@ def task_in(phase: Phase) -> Task:
     return task
 
 
-@pytest.mark.parametrize(("phase", "step"), [*itertools.product(Phase, Step)], ids=lambda value: value.value)
-def test_transitions(phase: Phase, step: Step) -> None:
+@pytest.mark.parametrize(("phase", "step"), [*itertools.product(Phase, TaskEvent)], ids=lambda value: value.value)
+def test_transitions(phase: Phase, step: TaskEvent) -> None:
     """A step that the table has leads where it says; any other is a bug that crashes, and changes nothing."""
     task = task_in(phase)
     if (phase, step) in TRANSITIONS:

@@ -110,11 +110,17 @@ def describe_gaps(gaps: Sequence[Gap]) -> str:
 
 
 def check(
-    path: Path, ends: Path, *, look: Callable[[], CheckedLog], repair: Callable[[], None], accept_loss: bool, now_ms: int
+    path: Path,
+    ends: Path,
+    *,
+    open_read_only: Callable[[], CheckedLog],
+    repair: Callable[[], None],
+    accept_loss: bool,
+    now_ms: int,
 ) -> list[Gap]:
     """Return the accepted gaps of a log that is about to be opened for writing.
 
-    `look` opens the log for reading. Raises `LogCorrupt` if there are gaps that are not accepted.
+    `open_read_only` opens the log for reading. Raises `LogCorrupt` if there are gaps that are not accepted.
     """
     if not _is_there(path):
         if not ends.exists() or not ends.stat().st_size:
@@ -126,7 +132,7 @@ def check(
         ends.unlink()
         return []
     try:
-        gaps = _look(look, full=accept_loss)
+        gaps = _gaps_found(open_read_only, full=accept_loss)
     except LogCorrupt as error:
         if not accept_loss:
             hint = "bring it back from a backup, or start with --accept-loss to go on with what can be read"
@@ -134,7 +140,7 @@ def check(
         kept = keep_copy(path, now_ms)
         _log.error("%s; all that is there is kept in %s, and what can be read is repaired", error, kept)
         repair()
-        gaps = _look(look, full=True)
+        gaps = _gaps_found(open_read_only, full=True)
     else:
         if not gaps:
             return []
@@ -152,8 +158,8 @@ def _is_there(path: Path) -> bool:
     return (path / "CURRENT").exists() or any(path.glob("*.sst"))
 
 
-def _look(look: Callable[[], CheckedLog], *, full: bool) -> list[Gap]:
-    with closing(look()) as log:
+def _gaps_found(open_read_only: Callable[[], CheckedLog], *, full: bool) -> list[Gap]:
+    with closing(open_read_only()) as log:
         return find_gaps(log, full=full)
 
 

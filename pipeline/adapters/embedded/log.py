@@ -102,13 +102,13 @@ class EmbeddedLog:
             with self._translated:
                 Rdict.repair(str(self.path), options)
 
-        def look() -> EmbeddedLog:
+        def open_read_only() -> EmbeddedLog:
             return EmbeddedLog(self.path, topics, settings, self._clock, read_only=True)
 
         return check(
             self.path,
             checkpoint_path(self.path),
-            look=look,
+            open_read_only=open_read_only,
             repair=repair,
             accept_loss=accept_loss,
             now_ms=self._clock.now_ms(),

@@ -289,11 +289,11 @@ class _Assignor(PartitionAssignor):
 
     @property
     def _metadata(self) -> ClientMetadata:
-        said = super()._metadata
+        metadata = super()._metadata
         ours = self.app.ours
         ours.announced_warm = ours.warm
-        said.topic_groups = as_topic_groups(ours.identity, ours.announced_warm)
-        return said
+        metadata.topic_groups = as_topic_groups(ours.identity, ours.announced_warm)
+        return metadata
 
     def _update_member_urls(self, clients_metadata: Mapping[str, ClientMetadata]) -> None:
         """Read the metadata of all members. The leader's first step, and the only one that has them."""

@@ -39,8 +39,8 @@ NOBODY = AppIdentity("", "", 0)
 
 def as_topic_groups(identity: AppIdentity, warm: Iterable[int] = ()) -> dict[str, int]:
     """Encode an identity and warm partitions as the topic groups of Faust's metadata."""
-    said = {_FORMAT: identity.format, _DELTAS + identity.deltas: 1, _CHANGELOG + identity.changelog: 1}
-    return said | {f"{_WARM}{number}": 1 for number in warm}
+    groups = {_FORMAT: identity.format, _DELTAS + identity.deltas: 1, _CHANGELOG + identity.changelog: 1}
+    return groups | {f"{_WARM}{number}": 1 for number in warm}
 
 
 def identity_of(groups: Mapping[str, int]) -> AppIdentity:

@@ -112,7 +112,7 @@ class FaustMembership:
         self._faust: MemberApp | None = None
         self._actives: frozenset[int] = frozenset()
         self._generation = -1
-        self._looked_s = 0.0
+        self._last_check_s = 0.0
         self._slept_s = -_NEVER_S
         """Time at which the process was found to have stood still for longer than a session."""
         self._leave = False
@@ -174,7 +174,7 @@ class FaustMembership:
         app.on_partitions_revoked.connect(self._on_revoked, weak=False)
         starting = asyncio.ensure_future(app.start())
         try:
-            self._looked_s = self._loop.time()
+            self._last_check_s = self._loop.time()
             while not self._stopping.is_set() and self._failed is None:
                 self._note_sleep()
                 await asyncio.sleep(_INTERVAL_S / 10 if self._generation < 0 else _INTERVAL_S)
@@ -231,9 +231,9 @@ class FaustMembership:
 
     def _note_sleep(self) -> None:
         now_s = self._loop.time()
-        if now_s - self._looked_s > self._session_s:
+        if now_s - self._last_check_s > self._session_s:
             self._slept_s = now_s
-        self._looked_s = now_s
+        self._last_check_s = now_s
 
     async def _why_not_again(self) -> str:
         """Return why a member that the group has forgotten must not join again; empty if it may.

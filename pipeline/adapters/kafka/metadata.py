@@ -23,9 +23,9 @@ from pipeline.threads import GREEN_INTERVAL_S, are_green, guarded
 _log = logging.getLogger(__name__)
 _FIRST_S = 1.0
 """Longest wait for a first answer, so that a publisher that buffers meanwhile is not held up."""
-_ANEW_S = 0.5
+_FRESH_S = 0.5
 """Age from which a partition count is fetched again before a partition is reported as missing."""
-_UNTOLD_BYTES_MAX = 1_000_000
+_ASSUMED_BYTES_MAX = 1_000_000
 """Assumed limit without the permission to read it: a little below Kafka's default, for the overhead."""
 _OVERHEAD_BYTES = 1_024
 """Overhead of a batch of one message, with the growth of incompressible bytes under compression (lz4: 0.4 %)."""
@@ -143,7 +143,7 @@ class Metadata:
     def missing(self, topic: str, partition: int) -> str:
         """Return why nothing can be appended to a partition at the moment, or an empty text. It may come back later."""
         count = self.partition_count(topic)
-        if partition >= count and self._clock.monotonic_s() - self._known[topic].at_s > _ANEW_S:
+        if partition >= count and self._clock.monotonic_s() - self._known[topic].at_s > _FRESH_S:
             count = self.ask(topic, _FIRST_S)
         if partition >= count:
             return f"topic {self._address.topic(topic)} has no partition {partition}; it has {count}: pipeline topics apply"
@@ -216,7 +216,7 @@ class Metadata:
             limit = _less_overhead(int(_answer(future, timeout_s)["max.message.bytes"].value))
         except (KafkaException, KeyError, TimeoutError) as error:
             _log.info("max.message.bytes of %s is unknown: %s", name, error)
-            return _less_overhead(_UNTOLD_BYTES_MAX)  # an assumption is not cached
+            return _less_overhead(_ASSUMED_BYTES_MAX)  # an assumption is not cached
         self._bytes_max[topic] = limit
         return limit
 

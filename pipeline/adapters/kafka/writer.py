@@ -216,7 +216,7 @@ class KafkaLogWriter:
         try:
             if missing := self._metadata.missing(message.topic, message.partition):
                 return Unavailable(missing)
-            looked = False
+            refreshed = False
             while True:
                 try:
                     client.producer.produce(topic, message.value, message.key, message.partition, report)
@@ -225,9 +225,9 @@ class KafkaLogWriter:
                     if self._clock.monotonic_s() >= deadline_s or client.wait_stopped(POLL_INTERVAL_S):
                         return Unavailable(f"append to {topic}: librdkafka's queue stays full")
                 except KafkaException as exception:
-                    if looked or error_of(exception).code() != KafkaError._UNKNOWN_PARTITION:
+                    if refreshed or error_of(exception).code() != KafkaError._UNKNOWN_PARTITION:
                         raise
-                    looked = True
+                    refreshed = True
                     wait_in_c(client.producer.list_topics, topic, _ASK_S)  # its own view is older than ours
         except KafkaException as exception:
             error = error_of(exception)
