@@ -1,7 +1,6 @@
-"""The public class that publishes to a URL: `Publisher`.
+"""`Publisher`, the public class that publishes to a URL.
 
-Drivers load only for the kind of URL that needs them, so that an app which publishes over HTTP loads neither RocksDB nor
-a web framework.
+Drivers load only for the kind of URL that needs them: an app that publishes over HTTP loads no RocksDB and no web framework.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> LogWriter:
-    """Return the log writer for a URL.
+    """Return the log that a publisher's batches go to.
 
     `kafka://host:port[,host:port...][/app]`, `http://host:port` (a server of this package), or `embedded:FOLDER` (a log in
     this process).
@@ -59,7 +58,7 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
     raise Invalid(f"unknown URL {url!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER")
 
 
-def _shown_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
+def _metrics_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
     from pipeline.adapters.registry import RegistryMetrics
 
     if metrics is not NO_METRICS:
@@ -102,7 +101,7 @@ class Publisher(BasePublisher):
         kafka = KafkaSettings(**{name: value for name, value in found.items() if name in known})
         checked = publisher_settings({name: value for name, value in found.items() if name not in known})
         self._bridges: list[Bridge] = []
-        self._shown = None if registry is None else _shown_in(registry, metrics)
+        self._shown = None if registry is None else _metrics_in(registry, metrics)
         try:
             super().__init__(log_writer(url, checked, kafka), SystemClock(), checked, self._shown or metrics)
         except BaseException:
@@ -154,7 +153,7 @@ class Publisher(BasePublisher):
         return bridge
 
     def close(self, timeout_s: float | None = None) -> Token:
-        """Close as `BasePublisher` does, after the bridges have published their rest."""
+        """See `BasePublisher.close`; bridges publish the rest before."""
         check_fork()
         if not self._runtime.in_own_thread and not in_hub():
             with self._runtime.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
@@ -170,13 +169,13 @@ class Publisher(BasePublisher):
                 self._leave_registry()
 
     def start_clean(self) -> None:
-        """Start as `BasePublisher` does in a child, and go on with the bridges."""
+        """See `BasePublisher.start_clean`; bridges go on in the child."""
         super().start_clean()
         for bridge in [*self._bridges]:
             bridge.start_clean()
 
     def wake(self) -> None:
-        """Wake as `BasePublisher` does, and start the bridges."""
+        """See `BasePublisher.wake`; bridges begin too."""
         super().wake()
         for bridge in [*self._bridges]:
             bridge.wake()
