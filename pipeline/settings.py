@@ -2,7 +2,7 @@
 
 Plain data, so that a publisher inside somebody's app loads nothing for it. `pipeline.config` reads settings from
 `pipeline.toml`, the environment (`PIPELINE_*`) and flags; a `Publisher` takes its own as keywords, and the rest from
-`publisher.surroundings`.
+`publisher.environment`.
 """
 
 from __future__ import annotations

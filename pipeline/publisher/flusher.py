@@ -92,10 +92,10 @@ class TableFlusher:
         """Return whether the snapshot that `local` reads is as old as it may become."""
         return now_s - self.taken_s >= self._snapshot_s
 
-    def drain(self, now_s: float, *, parked: bool, seal: bool) -> bool:
+    def drain(self, now_s: float, *, take_snapshot: bool, seal: bool) -> bool:
         """Seal what there is room for, if `seal` says so; return whether everything recorded before is sealed now.
 
-        With `parked`, take a snapshot even if none is due.
+        With `take_snapshot`, take a snapshot even if none is due.
         """
         self._account.drained()
         everything = True
@@ -107,7 +107,7 @@ class TableFlusher:
         if self._spool is not None:
             self._keep(self._spool, now_s)
         self._metrics.set(m.PUBLISHER_SNAPSHOT_AGE, self._clock.monotonic_s() - self.taken_s)
-        if parked or self.snapshot_due(now_s):
+        if take_snapshot or self.snapshot_due(now_s):
             if self._changed:
                 self.table.snapshot()
                 self._changed = False

@@ -309,7 +309,7 @@ class Runtime:
 
     def _flush_until_stopped(self) -> None:
         snapshot_s = self._settings.snapshot_interval_ms / 1000
-        parked_s = pause_s = warned_s = 0.0
+        snapshot_taken_s = pause_s = warned_s = 0.0
         flushed_s = self._clock.monotonic_s()  # as if it had just flushed: the first deltas are merged for a while, too
         while True:
             flush_s = self.sender.flush_interval.current_s
@@ -323,13 +323,13 @@ class Runtime:
                 flushes = [flush for flush in self.flushes if flush.barrier is None]
                 asked = self._seal_asked()
             started_s = self._clock.monotonic_s()
-            parked = bool(flushes) or started_s - parked_s >= _SNAPSHOT_FLUSH_S
-            parked_s = started_s if parked else parked_s
+            take_snapshot = bool(flushes) or started_s - snapshot_taken_s >= _SNAPSHOT_FLUSH_S
+            snapshot_taken_s = started_s if take_snapshot else snapshot_taken_s
             seal = asked or started_s - flushed_s >= flush_s
             flushed_s = started_s if seal else flushed_s
             try:
                 due = seal or self.flusher.snapshot_due(started_s)
-                everything = due and self.flusher.drain(started_s, parked=parked, seal=seal)
+                everything = due and self.flusher.drain(started_s, take_snapshot=take_snapshot, seal=seal)
                 if seal:
                     self._metrics.observe(m.PUBLISHER_FLUSH, self._clock.monotonic_s() - started_s)
                     self._metrics.set(m.PUBLISHER_LINGER, flush_s)

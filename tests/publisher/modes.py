@@ -33,6 +33,11 @@ def send_spools(folder: Path, writer: LogWriter) -> None:
         [*drain(folder, writer, SystemClock(), PublisherSettings(), timeout_s=30)]
 
 
+def kept_count(folder: Path) -> int:
+    """Return the number of unacknowledged batches in the spools of a folder."""
+    return sum(slot.batch_count for slot in inspect(folder))
+
+
 def all_sent(path: Path) -> Views:
     """Return the totals of the `FileLog` at `path`, once everything in a spool beside it was sent without an error."""
     if (folder := path.parent / "spool").exists():

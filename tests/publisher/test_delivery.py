@@ -15,7 +15,7 @@ from pipeline.core.record import Batch
 from pipeline.core.sequence import GAP_COUNT_MAX
 from pipeline.errors import BadRecord, Fenced, GroupsRefused, Invalid, NotReady, PipelineError, Unavailable
 from pipeline.ports import Message
-from tests.publisher.modes import MODES, SPOOL, settings_of
+from tests.publisher.modes import MODES, SPOOL, kept_count, settings_of
 from tests.publisher.spool.support import Task, as_kill_leaves_it, claim
 from tests.publisher.support import FaultyLog, Meter, batches, fold, partition_of, publisher, stalled, wait_until
 
@@ -294,7 +294,7 @@ def test_what_fails_in_a_flush_loses_nothing(
     for i in range(40):
         view.add(1, a=str(i))
     pub.flush()
-    wait_until(lambda: not is_kept or not pub._runtime.spool.batch_count)  # type: ignore[union-attr]
+    wait_until(lambda: not is_kept or not kept_count(tmp_path / "spool"))
     log.fate = lambda n, batch: AWAY
     place, name = (meter, "inc") if broken == "metrics" else (sealing, broken)
     monkeypatch.setattr(place, name, failing(getattr(place, name)))

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
 from pipeline.publisher.spool.orphan import inspect
-from tests.publisher.modes import all_sent
+from tests.publisher.modes import all_sent, kept_count
 from tests.publisher.support import FaultyLog, FileLog, fold, publisher, run_script, same, wait_until
 
 USE = """
@@ -17,6 +17,7 @@ import resource
 from pathlib import Path
 import pipeline.metrics as m
 from pipeline.errors import *
+from tests.publisher.modes import kept_count
 from tests.publisher.support import FaultyLog, Meter
 meter, spool = Meter(), log.path.with_name("spool")
 def durable(log=log, **settings):
@@ -190,7 +191,7 @@ def test_a_spool_that_was_full_has_room_again(tmp_path: Path, away: bool, idle_m
             n += 1
         log.away = False
         pub.flush(20)
-        wait_until(lambda: not pub._runtime.spool.batch_count)  # type: ignore[union-attr]
+        wait_until(lambda: not kept_count(tmp_path / "s"))
         for i in range(50 if away else 3 * n):
             wait_until(lambda name=f"{'y' * 2_000}{i}": is_recorded(name))  # type: ignore[misc]
 
@@ -210,7 +211,7 @@ logging.getLogger("pipeline.publisher.spool.publisher").addFilter(told.append)
 cell = pub.sum("v").labels()
 cell.add(1.0)
 pub.flush(60)
-wait_until(lambda: not pub._runtime.spool.batch_count)
+wait_until(lambda: not kept_count(spool))
 log.fate = lambda n, batch: disk_is_full() or "kept"
 cell.add(2.0)
 pub.flush(60)
@@ -242,7 +243,7 @@ pub = durable(durability="disk", fsync_interval_ms=10, flush_interval_ms=5)
 cell = pub.sum("v").labels()
 cell.add(1.0)
 pub.flush(60)
-wait_until(lambda: not pub._runtime.spool.batch_count)
+wait_until(lambda: not kept_count(spool))
 disk_is_full()
 cell.add(2.0)
 wait_until(lambda: "the spool" in pub._runtime.sender.trouble)

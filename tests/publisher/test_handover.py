@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+import pipeline.metrics as m
 from pipeline.errors import BufferFull, Invalid, Unavailable
 from tests.publisher.support import FaultyLog, Meter, fold, hurried_threads, in_threads, publisher, wait_until
 
@@ -12,12 +15,13 @@ def test_closing_while_threads_record() -> None:
     """Every delta whose call returned is in the log, whatever threads were in the midst of, such as waiting for memory."""
     log = FaultyLog()
     log.away = True
-    pub = publisher(log, flush_interval_ms=1, buffer_bytes_max=65_536, block_timeout_ms=20_000)
+    meter = Meter()
+    pub = publisher(log, meter, flush_interval_ms=1, buffer_bytes_max=65_536, block_timeout_ms=20_000)
     view, recorded, refused = pub.sum("v", labels=("t", "i")), [0] * 6, [0] * 6
 
     def work(t: int) -> None:
         if t == 0:
-            wait_until(lambda: pub._runtime.account.exhausted)
+            wait_until(lambda: meter.of(m.PUBLISHER_BLOCKED))
             log.away = False
             wait_until(lambda: sum(recorded) > 2_000)
             pub.close()
@@ -40,15 +44,16 @@ def test_closing_while_threads_record() -> None:
 
 def test_what_could_not_be_sealed_is_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A close that gives up says so of what was drained too."""
-    meter = Meter()
+    meter, failed = Meter(), threading.Event()
     pub = publisher(FaultyLog(), meter, flush_interval_ms=1)
 
     def failing(*_: object) -> bytes:
+        failed.set()
         raise MemoryError
 
     monkeypatch.setattr("pipeline.publisher.batching.encode_drafted", failing)
     pub.sum("v").add(1)
-    wait_until(lambda: pub._runtime.sender.has_drafts)
+    assert failed.wait(20)
     with pytest.raises(Unavailable):
         pub.close(0.1)
     assert meter.values["pipeline_publisher_dropped_total", "closed"] == 1

@@ -295,8 +295,8 @@ view = pub.sum("v", labels=("who",))
 main = view.labels("main")
 main.add(1)
 pub.flush()
-delivery = pub._runtime.sender
-seal, held, go_on = delivery.seal_drafts, threading.Event(), threading.Event()
+sender = pub._runtime.sender
+seal, held, go_on = sender.seal_drafts, threading.Event(), threading.Event()
 
 def stalled(drafts, now_ms):
     drafts = [*drafts]
@@ -305,7 +305,7 @@ def stalled(drafts, now_ms):
         assert go_on.wait(20)
     return seal(drafts, now_ms)
 
-delivery.seal_drafts = stalled
+sender.seal_drafts = stalled
 main.add(10)
 assert held.wait(20)
 main.add(100)  # waits in the table
