@@ -1,7 +1,6 @@
-"""The public class that publishes to a URL: `Publisher`.
+"""`Publisher`, the public class that publishes to a URL.
 
-Drivers load only for the kind of URL that needs them, so that an app which publishes over HTTP loads neither RocksDB nor
-a web framework.
+Drivers load only for the kind of URL that needs them: an app that publishes over HTTP loads no RocksDB and no web framework.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> LogWriter:
-    """Where a publisher's batches go.
+    """Return the log that a publisher's batches go to.
 
     `kafka://host:port[,host:port...][/app]`, `http://host:port` (a server of this package), or `embedded:FOLDER` (a log in
     this process).
@@ -59,7 +58,7 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
     raise Invalid(f"unknown URL {url!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER")
 
 
-def _shown_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
+def _metrics_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
     from pipeline.adapters.registry import RegistryMetrics
 
     if metrics is not NO_METRICS:
@@ -79,13 +78,13 @@ class Publisher(BasePublisher):
 
     `url` is `kafka://host:port[,host:port...][/app]` of brokers, `http://host:port` of a server, or
     `embedded:FOLDER`, a log in this process that `pipeline up --data FOLDER` folds. Keywords are the publisher and
-    Kafka settings (`pipeline docs settings`); what is not given is looked for in the environment (`PIPELINE_*`), then in
-    `pipeline.toml`. `registry` is one of prometheus_client, which then shows the publisher's own metrics; a label
-    `publisher` tells it from others there. What was recorded since the last flush is lost if this process is killed;
-    `close()`, leaving the `with` block, and the end of the interpreter flush it.
+    Kafka settings (`pipeline docs settings`); others are read from the environment (`PIPELINE_*`), then from
+    `pipeline.toml`. `registry` is one of prometheus_client, which then shows the publisher's own metrics with a label
+    `publisher` for each. Deltas since the last flush are lost if this process is killed; `close()`, leaving the `with`
+    block, and the end of the interpreter flush them.
 
-    Raises `Invalid` for a wrong URL or setting; `Unavailable` if an embedded log can't be opened. A server that is away
-    is no error here: deltas wait for it.
+    Raises `Invalid` for a wrong URL or setting; `Unavailable` if an embedded log can't be opened. A server that does not
+    answer is no error here: deltas wait for it.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Publisher(BasePublisher):
         kafka = KafkaSettings(**{name: value for name, value in found.items() if name in known})
         checked = publisher_settings({name: value for name, value in found.items() if name not in known})
         self._bridges: list[Bridge] = []
-        self._shown = None if registry is None else _shown_in(registry, metrics)
+        self._shown = None if registry is None else _metrics_in(registry, metrics)
         try:
             super().__init__(log_writer(url, checked, kafka), SystemClock(), checked, self._shown or metrics)
         except BaseException:
@@ -121,16 +120,16 @@ class Publisher(BasePublisher):
         gauges: bool = True,
         from_now: bool = False,
     ) -> Bridge:
-        """Publish what a prometheus_client registry (None: the default one) counts, from now on, in a thread.
+        """Publish the metrics of a prometheus_client registry (None: the default one) from now on, in a thread.
 
         Counters, and the buckets, sums and counts of histograms and summaries, become monotone sums of the same names, to
-        which every process adds what it counted itself, everything since it started included; with `from_now`, only what it
-        counts from now on. Other samples are newest values, each process' own overwriting the others'; without `gauges`
-        they are left out. A forked child publishes what it counts itself: what was counted before the fork is its parent's.
+        which every process adds its own counts since its start; with `from_now` only those from now on. Other samples are
+        newest values, and those of different processes overwrite each other; without `gauges` they are left out. A forked
+        child publishes its own counts since the fork.
 
-        `close()` of the handle, or of this publisher, publishes the rest; so does the end of the interpreter. Names and
-        labels that no view can have are left out, logged and counted. A second bridge of a registry is refused: it would
-        count twice.
+        `close()` of the handle or of this publisher publishes the rest, as does the end of the interpreter. Names and labels
+        that no view can have are left out, logged and counted. A second bridge of a registry is refused: it would count
+        twice.
         """
         from pipeline.adapters.bridge import Bridge, default_registry
 
@@ -154,7 +153,7 @@ class Publisher(BasePublisher):
         return bridge
 
     def close(self, timeout_s: float | None = None) -> Token:
-        """As of `BasePublisher`; what bridges have still to publish goes first."""
+        """See `BasePublisher.close`; bridges publish the rest before."""
         check_fork()
         if not self._runtime.in_own_thread and not in_hub():
             with self._runtime.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
@@ -170,13 +169,13 @@ class Publisher(BasePublisher):
                 self._leave_registry()
 
     def start_clean(self) -> None:
-        """As of `BasePublisher`; bridges go on in the child."""
+        """See `BasePublisher.start_clean`; bridges go on in the child."""
         super().start_clean()
         for bridge in [*self._bridges]:
             bridge.start_clean()
 
     def wake(self) -> None:
-        """As of `BasePublisher`; bridges begin too."""
+        """See `BasePublisher.wake`; bridges begin too."""
         super().wake()
         for bridge in [*self._bridges]:
             bridge.wake()

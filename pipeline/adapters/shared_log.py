@@ -19,7 +19,7 @@ _shared_lock = threading.Lock()
 
 
 class _Shared:
-    """A log that publishers of this process share; the last one to close it lets go of the data directory."""
+    """A log that publishers of this process share; the last one to close it closes the data directory."""
 
     def __init__(self, data: DataDir, log: EmbeddedLog) -> None:
         self.data = data
@@ -62,7 +62,7 @@ class SharedLog(LogWriter):
 
 
 def open_shared_log(path: str) -> LogWriter:
-    """The embedded log in a data directory, for publishers of this process; `pipeline up --data` folds it later.
+    """Open the embedded log in a data directory for a publisher of this process; `pipeline up --data` folds it later.
 
     Raises `Unavailable` if another process has the directory: publish to its `http://host:port` then.
     """

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_app(where: str) -> AgentsApp:
-    """The app that `where`, MODULE:APP, names; the module is found from the current directory, too.
+    """Return the app that `where`, MODULE:APP, names; the module is looked for in the current directory, too.
 
-    Raises `Invalid` if there is none. What its import raises is shown as it is, above that.
+    Raises `Invalid` if there is none; a traceback of the module's import is printed before.
     """
     from pipeline.adapters.faust.agents import AgentsApp  # before the module, which may import faust: see there
 

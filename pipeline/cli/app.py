@@ -32,6 +32,7 @@ from pipeline.cli.options import (
     Version,
     check_group,
     load,
+    parse_partitions,
 )
 from pipeline.cli.spool import spool
 from pipeline.cli.topics import topics
@@ -128,8 +129,8 @@ def worker(
 
     With --name, start as many as wanted, on any host: they share the partitions, and keep copies of each other's warm. When
     one ends, in order or by kill -9, others go on with its partitions; when one comes, it is given its share. Without it,
-    each partition must be folded by one worker. Whoever is started later for it, or with a name that is taken, fences who
-    had it, and that one ends with exit code 3.
+    each partition must be folded by one worker. A worker that is started later for it, or with a name that is taken, fences
+    the earlier one, which ends with exit code 3.
 
     -A runs agents of your own in the worker: MODULE, found from the current directory, has APP, a pipeline.faust_app().
 
@@ -148,12 +149,13 @@ def worker(
 
     console.configure_logging(log_level, as_json=log_json)
     config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss, standby_count=standbys)
-    from pipeline.cli.services import parse_partitions, run_processes, run_worker
-
     if processes and not supervised:
+        from pipeline.cli.processes import run_processes
+
         if partitions is not None:
             raise typer.BadParameter("--processes: they share all partitions; leave out --partitions")
         raise SystemExit(run_processes(processes, config, name=name, as_json=json))
+    from pipeline.cli.services import run_worker
 
     listed = parse_partitions(partitions)
     raise SystemExit(run_worker(config, from_, partitions=listed, name=name, static=static, agents=agents, as_json=json))
@@ -298,15 +300,15 @@ def get(
 
     Every answer says how stale it is at most. --json prints the answer of the HTTP API as it came.
     """
-    from pipeline.cli.read import Read, run_get, run_views
+    from pipeline.cli.read import run_get, run_views
 
-    asked = (where, by, total, kind, window_s, top, limit, after, max_staleness_ms, timeout_ms)
+    options = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after}
+    options |= {"max_staleness_ms": max_staleness_ms, "timeout_ms": timeout_ms}
     if view is None:
-        if any(asked) or window_s is not None:
+        if where or by or total or any(value is not None for value in options.values()):
             raise typer.BadParameter("the other options are for a view: pipeline get VIEW")
         raise SystemExit(run_views(url, as_json=json))
-    read = Read(view, where or [], by or [], total, kind, window_s, top, limit, after, max_staleness_ms, timeout_ms)
-    raise SystemExit(run_get(url, read, as_json=json))
+    raise SystemExit(run_get(url, view, where=where or [], labels=by or [], total=total, as_json=json, **options))
 
 
 @app.command()
@@ -317,14 +319,14 @@ def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) 
         pipeline status --from http://127.0.0.1:8080
         pipeline status --from kafka://127.0.0.1:9092
 
-    Of a process by its URL; of a broker, of all workers with a --name: who has which partition, active or standby, and how
-    each of them is. Members that do not answer within 2 s are shown as unreachable, with what is known without them. Exit
-    code 1 if none answers, none is there, or no broker answers within 5 s.
+    With the URL of a process, its status. With that of a broker, all workers with a --name: their partitions, active and
+    standby, and how far each is. A member that does not answer within 2 s is shown as unreachable, with what is known
+    without it. Exit code 1 if no member answers, there is none, or no broker answers within 5 s.
     """
     from pipeline.cli import console
     from pipeline.cli.status import run_overview, run_status
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
+    console.configure_logging(console.QUIET)
     if url.startswith("kafka://"):
         raise SystemExit(run_overview(url, load(set_).kafka, as_json=json))
     raise SystemExit(run_status(url, as_json=json))
@@ -421,8 +423,8 @@ app.add_typer(ingest, name="ingest", help="Take in what other programs send: Sta
 app.add_typer(views, name="views", help="List, drop or reset views.")
 app.add_typer(inspect, name="inspect", help="Print what is in the log or a store, record by record.")
 app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
-app.add_typer(dead_letters, name="dead-letters", help="Look at what was refused when it was folded, or replay it.")
-app.add_typer(spool, name="spool", help="Look at what publishers left on disk, or send it.")
+app.add_typer(dead_letters, name="dead-letters", help="List, show or replay what was refused when it was folded.")
+app.add_typer(spool, name="spool", help="Show what publishers left on disk, or send it.")
 
 
 def run() -> None:
@@ -434,7 +436,7 @@ def run() -> None:
 
         raise SystemExit(console.wait_if_restart_is_useless(console.explain(error))) from None
     except SystemExit as error:
-        if error.code == Exit.USAGE and error.__context__ is not None:  # of the parser, which has said what is wrong
+        if error.code == Exit.USAGE and error.__context__ is not None:  # raised by the parser, which has printed the error
             from pipeline.cli import console
 
             console.wait_if_restart_is_useless(Exit.USAGE)

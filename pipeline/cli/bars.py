@@ -11,7 +11,7 @@ from pipeline.worker.restore import RestoreProgress
 
 
 class RestoreBars:
-    """A bar for each partition that is being restored: entries, rate, time left; a line for each when it is done."""
+    """A bar for each partition that is restored: entries, rate, time left; a line when it is done."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -19,7 +19,7 @@ class RestoreBars:
         self._tasks: dict[int, TaskID] = {}
 
     def __call__(self, progress: RestoreProgress) -> None:
-        """Show it. Safe from any thread."""
+        """Show the progress. Safe from any thread."""
         with self._lock:
             if progress.done:
                 self._finish(progress)
@@ -51,7 +51,7 @@ class RestoreBars:
         task = self._tasks.pop(progress.partition, None)
         if self._progress is not None and task is not None:
             self._progress.update(task, completed=progress.entries, total=progress.entries)
-            if not self._tasks:  # those of later restores are new ones
+            if not self._tasks:  # later restores have new bars
                 self._stop()
         if progress.entries:
             rate = f"{progress.entries_per_s:,.0f}/s"
@@ -60,7 +60,7 @@ class RestoreBars:
             )
 
     def close(self) -> None:
-        """Take the bars away. A restore that comes later has a new one."""
+        """Remove the bars. A later restore has a new one."""
         with self._lock:
             self._stop()
 

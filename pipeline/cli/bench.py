@@ -23,7 +23,7 @@ class _Figure(msgspec.Struct):
     what: str
 
 
-class _Row(msgspec.Struct):
+class _BenchResult(msgspec.Struct):
     name: str
     measured: _Figure
     baseline: _Figure
@@ -53,10 +53,10 @@ def run_bench(names: Sequence[str], *, kafka: bool, quick: bool, plots: str | No
     if unknown:
         raise Invalid(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
     options = [*(["--quick"] if quick else []), *([f"--plots={Path(plots).absolute()}"] if plots else [])]
-    rows: list[_Row] = []
+    rows: list[_BenchResult] = []
     for name in names or (listing.kafka_names if kafka else listing.names):
         with console.err.status(f"{name} ..."):
-            rows += msgspec.json.decode(_output([name, *options]), type=list[_Row])
+            rows += msgspec.json.decode(_output([name, *options]), type=list[_BenchResult])
     if as_json:
         console.print_json({"machine": listing.machine, "quick": quick, "rows": rows})
     else:
@@ -71,7 +71,7 @@ def _output(arguments: list[str]) -> bytes:
     return done.stdout
 
 
-def _table(rows: Sequence[_Row], machine: dict[str, str], *, quick: bool) -> Table:
+def _table(rows: Sequence[_BenchResult], machine: dict[str, str], *, quick: bool) -> Table:
     shape = f"{machine['cpu']}, {machine['cores']} cores, {machine['python']}, {machine['system']}"
     table = Table(caption=f"{shape}{'; a quick run: the figures mean nothing' if quick else ''}", caption_justify="left")
     for column in ("benchmark", "measured", "baseline, same run", "ratio", "target", "met"):

@@ -1,4 +1,4 @@
-"""What every command prints with: exit codes, errors, JSON, logging."""
+"""Output of all commands: exit codes, errors, JSON, logging."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from pipeline.settings import HOLD_VARIABLE
 OK, FAILED, USAGE, FATAL, DECIDE = map(int, Exit)
 """Exit codes: fine; failed; the call or a setting is wrong; a restart helps; a person must decide."""
 
+QUIET = "critical"
+"""Log level of commands whose errors repeat what the drivers log."""
 _WAIT_S = 3_600.0
 
 out = Console(highlight=False)
@@ -25,7 +27,7 @@ err = Console(stderr=True, highlight=False)
 
 
 def write(data: bytes) -> None:
-    """All of `data` to standard output, which PYTHONUNBUFFERED makes a file that may take a part of it and say nothing."""
+    """Write all of `data` to standard output: with PYTHONUNBUFFERED, one write may take only a part of it."""
     sys.stdout.flush()
     left = memoryview(data)
     while left:
@@ -34,17 +36,17 @@ def write(data: bytes) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document to standard output."""
+    """Print one JSON document to standard output."""
     write(msgspec.json.encode(value) + b"\n")
 
 
 def printable(text: str) -> str:
-    """`text` with control characters spelled out: what others publish must not steer this terminal."""
+    """Return `text` with control characters escaped: published text must not control this terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def utc(at_ms: int) -> str:
-    """A time in ms since 1970 as text; as it is, if no calendar has it."""
+    """Return a time in ms since 1970 as text; the number, if it is out of the calendar's range."""
     try:
         return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):
@@ -62,12 +64,12 @@ def note(text: str) -> None:
 
 
 def print_error(error: object) -> None:
-    """One line to standard error."""
+    """Print an error, on one line, to standard error."""
     err.print(f"pipeline: {printable(str(error))}", style="red", markup=False, soft_wrap=True)
 
 
 def explain(error: PipelineError) -> int:
-    """Print the error; the exit code that it calls for."""
+    """Print the error; return the exit code for it."""
     print_error(error)
     return exit_code(error)
 
@@ -87,7 +89,7 @@ def wait_if_restart_is_useless(code: int) -> int:
 
 
 def configure_logging(level: str, *, as_json: bool = False) -> None:
-    """Render the standard library's loggers through structlog, to standard error."""
+    """Send the standard library's loggers through structlog to standard error."""
     import structlog
 
     number = logging.getLevelNamesMapping().get(level.upper())
@@ -98,7 +100,7 @@ def configure_logging(level: str, *, as_json: bool = False) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
-    # Plain: with rich there would be all local variables in a traceback, passwords among them.
+    # Plain tracebacks: rich would print local variables, and passwords with them.
     plain = structlog.dev.ConsoleRenderer(colors=err.is_terminal, exception_formatter=structlog.dev.plain_traceback)
     renderer: Any = structlog.processors.JSONRenderer() if as_json else plain
     last = [structlog.processors.format_exc_info] if as_json else []

@@ -28,7 +28,7 @@ Since = Annotated[
 
 def _place(url: str | None, data: str | None) -> dict[str, Any]:
     if url is not None and data is not None:
-        raise Invalid("--from is a server or a broker, --data a folder that nobody has: one of them")
+        raise Invalid("--from is a server or a broker, --data a folder that no process has: one of them")
     return {"url": url or DEFAULT_URL, "data": data}
 
 
@@ -55,11 +55,12 @@ def ls(
     are not listed. Time is when the log accepted the record; the producer is shown by its fingerprint.
     """
     from pipeline.cli import console, letters
+    from pipeline.roles.dead_letters import open_letters
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
-    wanted = letters.wanted(view=view, reason=reason, partition=partition, since=since)
-    with letters.opened(load(set_), **_place(url, data)) as source:
-        raise SystemExit(letters.run_ls(source, wanted, limit, as_json=json))
+    console.configure_logging(console.QUIET)
+    only = letters.letter_filter(view=view, reason=reason, partition=partition, since=since)
+    with open_letters(load(set_), **_place(url, data)) as source:
+        raise SystemExit(letters.run_ls(source, only, limit, as_json=json))
 
 
 @dead_letters.command("show")
@@ -79,9 +80,10 @@ def show(
         pipeline dead-letters show 1f2e3d4c.0-17-2
     """
     from pipeline.cli import console, letters
+    from pipeline.roles.dead_letters import open_letters
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
-    with letters.opened(load(set_), **_place(url, data)) as source:
+    console.configure_logging(console.QUIET)
+    with open_letters(load(set_), **_place(url, data)) as source:
         raise SystemExit(letters.run_show(source, key, series, as_json=json))
 
 
@@ -98,7 +100,7 @@ def replay(
     forgotten: Annotated[
         bool,
         typer.Option(
-            "--forgotten", help="Count whole records too of which nobody can tell any more whether they were counted."
+            "--forgotten", help="Count whole records, too, of which it is not known any more whether they were counted."
         ),
     ] = False,
     timeout_s: Annotated[
@@ -120,9 +122,18 @@ def replay(
     remembers its producer (producer_ttl_ms); later that needs --forgotten. Exit code 1 means that something stays.
     """
     from pipeline.cli import console, letters
+    from pipeline.roles.dead_letters import open_letters
 
-    console.configure_logging("critical")  # what the drivers say of a broker that is away is in the error, too
-    wanted = letters.wanted(view=view, reason=reason, partition=partition, since=since, keys=keys or [])
-    with letters.opened(load(set_), **_place(url, None)) as source:
-        how = letters.How(dry_run=dry_run, forgotten=forgotten, timeout_s=timeout_s)
-        raise SystemExit(letters.run_replay(source, wanted, how, ask=not yes, as_json=json))
+    console.configure_logging(console.QUIET)
+    only = letters.letter_filter(view=view, reason=reason, partition=partition, since=since, keys=keys or [])
+    with open_letters(load(set_), **_place(url, None)) as source:
+        code = letters.run_replay(
+            source,
+            only,
+            dry_run=dry_run,
+            forgotten=forgotten,
+            timeout_s=timeout_s,
+            confirm=not yes,
+            as_json=json,
+        )
+        raise SystemExit(code)

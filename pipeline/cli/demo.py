@@ -1,4 +1,4 @@
-"""`pipeline demo`: the whole way on real input, and the proof that nothing was lost on it or counted twice."""
+"""`pipeline demo`: records real input, and proves that nothing was lost or counted twice."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import msgspec
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
-from pipeline.cli.machine import VIEWS, Nothing, Source, sources
+from pipeline.cli.machine import VIEWS, NoCounters, Sampler, samplers
+from pipeline.cli.recount import Recorder, differences, expected_answers
 from pipeline.cli.screen import Screen
-from pipeline.cli.tally import Recorder, differences, expected_answers
 from pipeline.config import Config
 from pipeline.connect import Publisher
 from pipeline.core.answer import Status, known
@@ -35,9 +35,9 @@ _log = logging.getLogger(__name__)
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 UNATTENDED_S = 20.0
-"""How long it runs when nobody said so and nobody is there to press Ctrl-C."""
+"""Seconds that it runs without --for and without a terminal."""
 _REST_FACTOR = 9
-"""A source rests so many times as long as its look took: it uses at most a tenth of a CPU, however many processes run."""
+"""A sampler pauses this many times as long as a sample took: it uses at most a tenth of a CPU."""
 _SCREEN_EVERY_S = 0.5
 _START_TIMEOUT_S = 60.0
 _FLUSH_TIMEOUT_S = 30.0
@@ -46,7 +46,7 @@ _PRINTED_MAX = 20
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What a run says at its end."""
+    """Result of a run."""
 
     url: str
     seconds: float
@@ -54,7 +54,7 @@ class Summary(msgspec.Struct, frozen=True):
     deltas_recorded: int
     batches_sent: int
     entries_stored: int
-    """Series entries in all stores, by the server's own count."""
+    """Entries of series in all stores, as the server counts them."""
     views_compared: int
     series_compared: int
     differences: list[str]
@@ -62,19 +62,19 @@ class Summary(msgspec.Struct, frozen=True):
 
     @property
     def equal(self) -> bool:
-        """Whether every answer is what the demo counted itself."""
+        """Return whether every answer equals the demo's own count."""
         return not self.differences
 
 
 def parse_duration_s(text: str) -> float:
-    """Seconds of `500ms`, `20s`, `2m` or `1h`; `Invalid` for anything else."""
+    """Return the seconds of `500ms`, `20s`, `2m` or `1h`; `Invalid` for other texts."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
         raise Invalid(f"--for {text[:50]!r}: a time is needed, such as 500ms, 20s, 2m or 1h")
     return float(match[1]) * _UNIT_S[match[2]]
 
 
-class _Server:
+class _DemoServer:
     """`pipeline up` in a thread."""
 
     def __init__(self, config: Config) -> None:
@@ -92,11 +92,11 @@ class _Server:
 
     @property
     def running(self) -> bool:
-        """Whether it still serves."""
+        """Return whether the server still runs."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Return once it answers. Raises `PipelineError` if it ends before."""
+        """Return once the server answers. Raises `PipelineError` if it ends before."""
         self._thread.start()
         for _ in range(int(_START_TIMEOUT_S / POLL_INTERVAL_S)):
             if self._ready.wait(POLL_INTERVAL_S):
@@ -106,22 +106,22 @@ class _Server:
         raise PipelineError("the server did not start")
 
     def stop(self) -> None:
-        """Commit, close, and wait for it."""
+        """Stop the server, and wait until it has committed and closed."""
         self._service.stop()
         self._thread.join()
 
 
 class _Recording:
-    """A thread for each source, until `stop`."""
+    """Records each sampler in a thread of its own, until `stop`."""
 
     def __init__(self, views: dict[str, Any], clock: Clock) -> None:
         self._clock = clock
         self._stop = threading.Event()
         self.failures: list[str] = []
-        """What must not happen: deltas that could not be recorded, threads that did not end."""
+        """Failures of the demo: deltas that could not be recorded, threads that did not end."""
         self.notes: list[str] = []
-        """What this machine does not show."""
-        self._sources = sources(clock)
+        """Counters that this machine does not show."""
+        self._sources = samplers(clock)
         self.recorders = [Recorder(views, clock) for _ in self._sources]
         self._threads = [
             threading.Thread(target=self._record, args=pair, name=f"demo-{pair[0].name}", daemon=True)
@@ -130,11 +130,11 @@ class _Recording:
 
     @property
     def delta_count(self) -> int:
-        """Recorded so far."""
+        """Deltas recorded so far."""
         return sum(recorder.delta_count for recorder in self.recorders)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
@@ -146,12 +146,12 @@ class _Recording:
             if thread.is_alive():
                 self.failures.append(f"thread {thread.name} does not end")
 
-    def _record(self, source: Source, recorder: Recorder) -> None:
+    def _record(self, source: Sampler, recorder: Recorder) -> None:
         looks = 0
         try:
             while not self._stop.is_set():
                 started_s = self._clock.monotonic_s()
-                source.look(recorder)
+                source.sample(recorder)
                 took_s = self._clock.monotonic_s() - started_s
                 recorder.record("samples", 1)
                 recorder.record("sample_us", round(took_s * 1e6), source.name)
@@ -159,24 +159,24 @@ class _Recording:
                 self._stop.wait(max(POLL_INTERVAL_S - took_s, _REST_FACTOR * took_s))
         except PipelineError as error:
             self.failures.append(f"{source.name}: could not record: {error}")
-        except Nothing as nothing:
-            self.notes.append(f"{source.name}: {nothing}: this machine has none, or a sandbox hides them")
-        except Exception as error:  # what psutil does where /proc is missing or has another shape is not for us to list
+        except NoCounters as missing:
+            self.notes.append(f"{source.name}: {missing}: this machine has none, or a sandbox hides them")
+        except Exception as error:  # psutil raises many kinds of errors where /proc is missing or has another shape
             _log.debug("source %s", source.name, exc_info=True)
             self.notes.append(f"{source.name}: can't be read here after {looks} looks: {type(error).__name__}: {error}")
 
 
 def run_demo(config: Config, *, data: str | None, port: int | None, seconds: float | None, as_json: bool) -> int:
-    """Run for `seconds`, or until SIGINT or SIGTERM; the exit code, 0 if every answer equals the demo's own count.
+    """Run for `seconds`, or until SIGINT or SIGTERM; return the exit code, 0 if every answer equals the demo's own count.
 
-    Without `data` the state lives in a folder that is removed at the end; without `port` a free one will do.
-    Raises `Invalid` if `data` is not empty: what is in there already was not counted by this run.
+    Without `data` the state is in a folder that is removed at the end; without `port` a free one is taken.
+    Raises `Invalid` if `data` is not empty: this run has not counted what is in it.
     """
     if seconds is None and not console.out.is_terminal:
         seconds = UNATTENDED_S
     with stopping_on_signals() as stop, _folder(data) as folder:
         config = replace(config, log=replace(config.log, data=str(folder)), query=_with_port(config, port))
-        server = _Server(config)
+        server = _DemoServer(config)
         try:
             server.start()
             summary = _run(server, config, seconds, stop, as_json=as_json)
@@ -212,12 +212,12 @@ def _with_port(config: Config, port: int | None) -> Any:
     return config.query
 
 
-def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, as_json: bool) -> Summary:
+def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop, *, as_json: bool) -> Summary:
     clock = SystemClock()
     if as_json:
         console.print_json({"url": server.url, "data": config.log.data})
     else:
-        console.out.print(f"server at {server.url}, its API at {server.url}/docs", markup=False, soft_wrap=True)
+        console.show(f"server at {server.url}, its API at {server.url}/docs")
     with Reader(server.url) as reader, _publisher(server, config) as publisher:
         views = {d.view: publisher.view(d.kind, d.view, labels=d.labels, monotone=d.monotone) for d in VIEWS}
         recording = _Recording(views, clock)
@@ -238,19 +238,19 @@ def _run(server: _Server, config: Config, seconds: float | None, stop: Stop, *, 
 
 
 @contextmanager
-def _publisher(server: _Server, config: Config) -> Iterator[Publisher]:
+def _publisher(server: _DemoServer, config: Config) -> Iterator[Publisher]:
     publisher = Publisher(server.url, **asdict(config.publisher), **asdict(config.kafka))
     try:
         yield publisher
     finally:
         try:
             publisher.close(_FLUSH_TIMEOUT_S if server.running else 0.0)
-        except PipelineError as error:  # what could not be flushed is among the differences already
+        except PipelineError as error:  # deltas that were not flushed are among the differences already
             _log.warning("closing the publisher: %s", error)
 
 
 def _summary(
-    server: _Server, config: Config, publisher: Publisher, reader: Reader, recording: _Recording, seconds: float
+    server: _DemoServer, config: Config, publisher: Publisher, reader: Reader, recording: _Recording, seconds: float
 ) -> Summary:
     """Flush, wait until all of it is in the answers, and compare every series of every view."""
     found = list(recording.failures)
@@ -293,7 +293,7 @@ def _summary(
 
 
 def _everything(reader: Reader) -> Token:
-    """What covers all that the log holds: also a batch that came twice must be folded before answers are compared."""
+    """Return a token of everything in the log: a batch that was appended twice must be folded before the comparison."""
     status = msgspec.convert(reader.status(), Status)
     ends = {it.partition: known(it.end_offset) or 0 for it in status.partitions}
     return Token(ends, known(status.topic_id) or "")
@@ -308,7 +308,7 @@ def _print(summary: Summary, data: str | None) -> None:
         *(f"note             {note}" for note in summary.notes),
     ]
     for line in lines:
-        console.out.print(line, markup=False, soft_wrap=True)
+        console.show(line)
     if summary.equal:
         console.out.print("answers          all equal to the demo's own count", style="green")
     else:
@@ -317,11 +317,11 @@ def _print(summary: Summary, data: str | None) -> None:
         )
         _print_differences(summary.differences)
     if data is not None:
-        console.out.print(f"state kept in {data}: pipeline verify --data {data}", markup=False, soft_wrap=True)
+        console.show(f"state kept in {data}: pipeline verify --data {data}")
 
 
 def _print_differences(found: Sequence[str]) -> None:
     for difference in found[:_PRINTED_MAX]:
-        console.out.print(f"  {console.printable(difference)}", markup=False, soft_wrap=True)
+        console.show(f"  {console.printable(difference)}")
     if len(found) > _PRINTED_MAX:
         console.out.print(f"  and {len(found) - _PRINTED_MAX:,} more (--json shows all)")

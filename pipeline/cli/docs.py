@@ -1,4 +1,4 @@
-"""`pipeline docs`: the pages behind the README, for who has installed the package and not its repository."""
+"""`pipeline docs`: prints the pages behind the README, which are in the package."""
 
 from __future__ import annotations
 

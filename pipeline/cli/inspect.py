@@ -1,4 +1,4 @@
-"""The commands of `pipeline inspect`; how records are printed is in `described`, which is imported when one runs."""
+"""The commands of `pipeline inspect`; `record_text` prints records, and is imported when one runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Data, Set, load
+from pipeline.cli.options import Data, Set, load, parse_partitions
 
 if TYPE_CHECKING:
     from pipeline.worker.inspect import Range
@@ -35,8 +35,8 @@ SeriesMax = Annotated[
 def main() -> None:
     """Print what is in the log or in a store, record by record, and change nothing.
 
-    A broker is read beside whoever uses it. A data directory must be nobody's: stop `pipeline up` or the worker first, or
-    copy it. Producers are told by a fingerprint, as in logs and dead letters, never by the id that lets them send.
+    Clients of a broker are not disturbed. A data directory must not be in use: stop `pipeline up` or the worker first, or
+    copy it. Producers are shown by a fingerprint, as in logs and dead letters, never by the id that lets them send.
     """
 
 
@@ -64,7 +64,7 @@ def deltas(
     Of each batch its place, when the log took it, its producer, epoch, sequence and floor, the orders in it, and its groups:
     view, kind, labels, and of each series the state that is merged into what was there.
     """
-    from pipeline.cli.described import record_lines, show
+    from pipeline.cli.record_text import record_lines, show
     from pipeline.roles.offline import open_log
     from pipeline.topics import DELTAS
     from pipeline.worker.inspect import read_deltas
@@ -96,9 +96,9 @@ def changelog(
         pipeline inspect changelog --from kafka://127.0.0.1:9092 --partition 3 --json
 
     Series with their labels and states, definitions, producers, positions, fence records of new owners, tombstones, and
-    foreign records: what somebody else wrote, who should not be able to.
+    foreign records, which no worker wrote.
     """
-    from pipeline.cli.described import changelog_lines, show
+    from pipeline.cli.record_text import changelog_lines, show
     from pipeline.roles.offline import open_log
     from pipeline.topics import CHANGELOG
     from pipeline.worker.inspect import read_changelog
@@ -129,34 +129,28 @@ def store(
     """
     from itertools import chain
 
-    from pipeline.cli.described import show, store_lines
+    from pipeline.cli.record_text import show, store_lines
     from pipeline.roles.offline import open_stores
     from pipeline.worker.inspect import read_store
 
     config = load(set_, data=data)
-    with open_stores(config.log, _numbers(partition)) as stores:
+    with open_stores(config.log, parse_partitions(partition)) as stores:
         entries = chain.from_iterable(read_store(number, it, view=view) for number, it in stores)
         show(entries, store_lines, limit, as_json=json)
 
 
 def _check_follow(follow: bool, url: str | None, end: int | None) -> None:
     if follow and url is None:
-        raise typer.BadParameter("--follow: a data directory that is looked at has nobody who would write to it")
+        raise typer.BadParameter("--follow: nothing is written to a data directory while it is inspected")
     if follow and end is not None:
         raise typer.BadParameter("--follow goes on; --end ends: one of them")
-
-
-def _numbers(listed: str | None) -> list[int] | None:
-    from pipeline.cli.services import parse_partitions
-
-    return parse_partitions(listed)
 
 
 def _range(listed: str | None, count: int, start: int, end: int | None, follow: bool) -> Range:
     from pipeline.errors import Invalid
     from pipeline.worker.inspect import Range
 
-    numbers = _numbers(listed)
+    numbers = parse_partitions(listed)
     for number in numbers or ():
         if number >= count:
             raise Invalid(f"there is no partition {number}, of {count}")

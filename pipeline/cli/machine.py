@@ -1,17 +1,17 @@
-"""What this machine is really doing, as deltas: the input of `pipeline demo`.
+"""Activity of this machine as deltas: the input of `pipeline demo`.
 
-Counters of the system only ever become deltas here: what they grew by between two looks. The first look at a counter
-records nothing, and one that was reset has grown by what it shows now, so no delta is ever negative.
+A counter of the system is recorded as its growth between two samples. The first sample records nothing, and a counter that
+was reset has grown by its present value, so no delta is negative.
 
-Everything recorded is an int, a text, a bool or a float that is a multiple of 1/64. Floats like that add up without
-rounding, in any order, so that the demo's own count can be compared with the answers for equality, not for nearness.
+Values are ints, texts, bools, and floats that are multiples of 1/64. Such floats add up without rounding, in any order, so
+that answers must equal the demo's own count exactly.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,41 +32,41 @@ VIEWS: tuple[Definition, ...] = (
     Definition("samples", "sum"),
     Definition("sample_us", "mean", ("source",)),
 )
-"""What the demo records. `samples` is one series that all sources' threads share."""
+"""Views of the demo. The threads of all samplers record to the one series of `samples`."""
 
 _SYS_BLOCK = Path("/sys/block")
 
 
 class Sink(Protocol):
-    """Where readings go."""
+    """Receiver of samples."""
 
     def record(self, view: str, value: Any, *labels: str) -> None:
-        """One delta of a view of `VIEWS`, with its label values in their order."""
+        """Record a delta of a view of `VIEWS`, with label values in the order of its labels."""
         ...
 
 
-class Nothing(Exception):
-    """This machine, or what a sandbox shows of it, has no such counters."""
+class NoCounters(Exception):
+    """Raised if this machine has no such counters, or a sandbox hides them."""
 
 
-class Source(Protocol):
-    """One thing to look at, again and again, from one thread."""
+class Sampler(Protocol):
+    """A group of counters, sampled from one thread."""
 
     name: str
 
-    def look(self, sink: Sink) -> None:
-        """Record what has happened since the last look. Raises `Nothing`, or whatever psutil does."""
+    def sample(self, sink: Sink) -> None:
+        """Record the growth since the last sample. Raises `NoCounters`, and what psutil raises."""
         ...
 
 
 class Growth:
-    """By how much counters have grown since the last look."""
+    """Growth of counters since the last sample."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, ...], int] = {}
 
-    def of(self, values: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
-        """Those that have grown; one that is not among `values` any more is forgotten."""
+    def of(self, values: Mapping[tuple[str, ...], int]) -> list[tuple[tuple[str, ...], int]]:
+        """Return the counters that have grown, and by how much; counters that are missing in `values` are forgotten."""
         seen, self._seen = self._seen, dict(values)
         grown = []
         for key, value in values.items():
@@ -78,131 +78,111 @@ class Growth:
 
 
 def printable(text: str) -> str:
-    """A name that somebody else chose, as a label value and for a terminal: valid Unicode, without control characters."""
+    """Return a foreign name as valid Unicode without control characters, for a label value and a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)[:200] or "?"
 
 
 class Processes:
-    """CPU ms, by the name of the process. One that has ended takes what it used since the last look with it."""
+    """CPU ms by name of the process. What a process used between the last sample and its end is not seen."""
 
     name = "processes"
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, float], int] | None = None
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         seen: dict[tuple[int, float], int] = {}
         for process in psutil.process_iter(["name", "create_time", "cpu_times"]):
             times = process.info["cpu_times"]
             if times is None:
-                continue  # not ours to see
+                continue  # no permission to read them
             key = process.pid, process.info["create_time"] or 0.0  # pids are used again
             total_ms = round(1000 * (times.user + times.system))
-            # One that the last look did not show has begun since then: all of its time is new.
+            # A process that the last sample did not show has started since: all of its time is new.
             before_ms = total_ms if self._seen is None else self._seen.get(key, 0)
             if total_ms > before_ms:
                 sink.record("cpu_ms", total_ms - before_ms, printable(process.info["name"] or "?"))
             seen[key] = max(total_ms, before_ms)
         if not seen:
-            raise Nothing("no CPU time of processes")
+            raise NoCounters("no CPU time of processes")
         self._seen = seen
 
 
 class Cpus:
-    """The busiest moment of each CPU, in whole percent."""
+    """Use of each CPU in whole percent; the view keeps the maximum."""
 
     name = "cpus"
 
     def __init__(self) -> None:
         self._first = True
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         percents = psutil.cpu_percent(percpu=True)  # since this thread's last call
         if not percents:
-            raise Nothing("no use of CPUs")
+            raise NoCounters("no use of CPUs")
         if not self._first:
             for cpu, percent in enumerate(percents):
                 sink.record("cpu_percent", round(percent), str(cpu))
         self._first = False
 
 
-class Network:
-    """Bytes, by interface and direction."""
+class Counters:
+    """The growth of counters, each with the labels of its series."""
 
-    name = "network"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str, view: str, read: Callable[[], Mapping[tuple[str, ...], int]]) -> None:
+        self.name = name
+        self._view = view
+        self._read = read
         self._growth = Growth()
 
-    def look(self, sink: Sink) -> None:
-        counters = psutil.net_io_counters(pernic=True, nowrap=False) or {}
-        if not counters:
-            raise Nothing("no network interfaces")
-        values = {(name, "received"): c.bytes_recv for name, c in counters.items()}
-        values.update({(name, "sent"): c.bytes_sent for name, c in counters.items()})
-        for (name, direction), delta in self._growth.of(values):
-            sink.record("network_bytes", delta, printable(name), direction)
-
-
-class Disks:
-    """Bytes, by disk and direction."""
-
-    name = "disks"
-
-    def __init__(self) -> None:
-        self._growth = Growth()
-
-    def look(self, sink: Sink) -> None:
-        counters = psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
-        # Linux lists partitions beside their disks, which would count each byte twice.
-        disks = {n: c for n, c in counters.items() if not _SYS_BLOCK.is_dir() or (_SYS_BLOCK / n).exists()}
-        if not disks:
-            raise Nothing("no disk counters")
-        values = {(name, "read"): c.read_bytes for name, c in disks.items()}
-        values.update({(name, "written"): c.write_bytes for name, c in disks.items()})
-        for (name, direction), delta in self._growth.of(values):
-            sink.record("disk_bytes", delta, printable(name), direction)
-
-
-class Switches:
-    """Context switches and interrupts of the whole machine, by kind."""
-
-    name = "switches"
-
-    def __init__(self) -> None:
-        self._growth = Growth()
-
-    def look(self, sink: Sink) -> None:
-        stats = psutil.cpu_stats()
-        values = {
-            ("context", ""): stats.ctx_switches,
-            ("interrupt", ""): stats.interrupts,
-            ("soft_interrupt", ""): stats.soft_interrupts,
-        }
+    def sample(self, sink: Sink) -> None:
+        values = self._read()
         if not any(values.values()):
-            raise Nothing("no counts of context switches")
-        for (kind, _), delta in self._growth.of(values):
-            sink.record("switches", delta, kind)
+            raise NoCounters(f"no counters of {self.name}")
+        for labels, delta in self._growth.of(values):
+            sink.record(self._view, delta, *map(printable, labels))
+
+
+def read_network() -> dict[tuple[str, ...], int]:
+    """Return bytes by interface and direction."""
+    counters = psutil.net_io_counters(pernic=True, nowrap=False) or {}
+    received = {(name, "received"): it.bytes_recv for name, it in counters.items()}
+    return received | {(name, "sent"): it.bytes_sent for name, it in counters.items()}
+
+
+def read_disks() -> dict[tuple[str, ...], int]:
+    """Return bytes by disk and direction."""
+    counters = psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
+    # Linux lists partitions beside their disks, which would count each byte twice.
+    disks = {n: c for n, c in counters.items() if not _SYS_BLOCK.is_dir() or (_SYS_BLOCK / n).exists()}
+    read = {(name, "read"): it.read_bytes for name, it in disks.items()}
+    return read | {(name, "written"): it.write_bytes for name, it in disks.items()}
+
+
+def read_switches() -> dict[tuple[str, ...], int]:
+    """Return context switches and interrupts of the whole machine, by kind."""
+    it = psutil.cpu_stats()
+    return {("context",): it.ctx_switches, ("interrupt",): it.interrupts, ("soft_interrupt",): it.soft_interrupts}
 
 
 class Memory:
-    """The least available memory, in bytes."""
+    """Available memory in bytes; the view keeps the minimum."""
 
     name = "memory"
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         sink.record("memory_available_bytes", int(psutil.virtual_memory().available))
 
 
-class Facts:
-    """Load, and what the machine is: texts, numbers and a bool."""
+class HostInfo:
+    """Load, and properties of the machine: texts, numbers and a bool."""
 
     name = "facts"
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def look(self, sink: Sink) -> None:
+    def sample(self, sink: Sink) -> None:
         sink.record("machine", printable(platform.node()), "hostname")
         sink.record("machine", printable(platform.platform()), "system")
         cpu_count = os.cpu_count() or 1
@@ -216,6 +196,11 @@ class Facts:
         )
 
 
-def sources(clock: Clock) -> list[Source]:
-    """All of them, one for each thread that records."""
-    return [Processes(), Cpus(), Network(), Disks(), Switches(), Memory(), Facts(clock)]
+def samplers(clock: Clock) -> list[Sampler]:
+    """Return all samplers, one for each thread that records."""
+    counters = [
+        Counters("network", "network_bytes", read_network),
+        Counters("disks", "disk_bytes", read_disks),
+        Counters("switches", "switches", read_switches),
+    ]
+    return [Processes(), Cpus(), *counters, Memory(), HostInfo(clock)]

@@ -95,6 +95,21 @@ def check_group(
         raise Invalid(f"{option}: --name (or --processes) is needed: a worker without is in no group")
 
 
+def parse_partitions(text: str | None) -> list[int] | None:
+    """Return the numbers of `0,2,5-7`; None for None and for `all`."""
+    if text is None or text.strip() == "all":
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 20:
+            raise Invalid(f"--partitions {text:.100}: numbers and ranges are needed, such as 0,2,5-7, or all")
+        numbers += range(int(first), min(int(last or first), int(first) + 100_000) + 1)
+    if not numbers:
+        raise Invalid(f"--partitions {text:.100}: no partition is in it")
+    return numbers
+
+
 def load(pairs: list[str] | None, **flags: Any) -> Config:
     """Settings from file, environment, `--set` pairs and flags, the later ones winning."""
     import pipeline.config as config  # pydantic takes its time, and not every command has settings

@@ -16,7 +16,7 @@ from pipeline.settings import KafkaSettings
 
 
 def run_plan(url: str, wish: Wish, config: Config, *, as_json: bool) -> int:
-    """Print what differs; the exit code, 1 if any of it would be refused."""
+    """Print the differences; return the exit code, 1 if one of them would be refused."""
     address = parse_url(url)
     plan = _admin(address, config.kafka).plan(wish)
     summary = f"{_count(plan.changes)} to apply" if plan.changes else "nothing to do"
@@ -26,7 +26,7 @@ def run_plan(url: str, wish: Wish, config: Config, *, as_json: bool) -> int:
 
 
 def run_apply(url: str, wish: Wish, config: Config, *, as_json: bool) -> int:
-    """Create and alter; print what was done, or why nothing was; the exit code."""
+    """Create and alter topics, print what was done or refused; return the exit code."""
     address = parse_url(url)
     applied = _admin(address, config.kafka).apply(wish)
     plan, done = applied.plan, applied.done

@@ -1,7 +1,7 @@
-"""`pipeline publish`: the rows of a file or a pipe as deltas of one view.
+"""`pipeline publish`: publishes the rows of a file or a pipe as deltas of one view.
 
-A file is read twice: all of it is checked before the first row is sent. A pipe can't be rewound, so its rows go as they
-come, and a bad one ends the run there. Either way the run says up to which line everything is acknowledged.
+A file is read twice: all of it is checked before the first row is sent. A pipe can't be rewound: its rows are sent as they
+come, and a bad row ends the run. In both cases the run reports up to which line everything is acknowledged.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from pipeline.topics import DELTAS
 
 BAD_SHOWN_MAX = 20
 CHECKPOINT_S = 2.0
-"""So often a run waits until everything so far is acknowledged: what it reports if it can't go on."""
+"""Interval of waiting until everything so far is acknowledged, which is reported if the run can't go on."""
 _SHOW_S = 0.1
 _CONTACT_S = 5.0
 
 
 class PublishRequest(msgspec.Struct, frozen=True):
-    """What the command line asks for."""
+    """Options of the command line."""
 
     url: str
     definition: Definition
@@ -55,23 +55,23 @@ class PublishRequest(msgspec.Struct, frozen=True):
 
 
 class PublishReport(msgspec.Struct):
-    """What became of a run, as `--json` prints it."""
+    """Result of a run, as `--json` prints it."""
 
     view: str
     complete: bool = False
     lines: int = 0
-    """Rows that were recorded, each as one delta."""
+    """Rows that were recorded, one delta each."""
     bad_lines: int = 0
     last_line: int = 0
-    """The last line that was recorded or left out as bad."""
+    """Last line that was recorded, or left out as bad."""
     acknowledged_line: int = 0
-    """Everything up to this line is acknowledged: it survives kill -9 of the server."""
+    """Line up to which everything is acknowledged: it survives kill -9 of the server."""
     deltas: int = 0
     entries: int = 0
     """Merged deltas, one for each series of a batch."""
     batches: int = 0
     token: str = ""
-    """For `get --after`, which then waits for all of it."""
+    """Token for `get --after`, which waits for all of it."""
     seconds: float = 0.0
     error: str | None = None
 
@@ -80,7 +80,7 @@ def make_request(  # one argument for each option
     *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
     skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False,
 ) -> PublishRequest:  # fmt: skip
-    """Check what can be checked before anything is opened; `Invalid` if the options don't fit together."""
+    """Return the checked options; `Invalid` if they don't fit together."""
     columns: dict[str, str] = {}
     names = []
     for part in labels.split(",") if labels.strip() else []:
@@ -104,7 +104,7 @@ def make_request(  # one argument for each option
 
 
 def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings) -> int:
-    """Publish, print what became of it; the exit code. Raises `Invalid` if the call is wrong: nothing was sent then."""
+    """Publish and print the result; return the exit code. Raises `Invalid`, with nothing sent, if the call is wrong."""
     with stopping_on_signals() as stop, _opened(request.source) as fd:
         run = _PublishRun(request, settings, kafka, fd, stop)
         try:
@@ -133,7 +133,7 @@ def _opened(source: str) -> Iterator[int]:
 
 
 class _Bar:
-    """Progress on a terminal: bytes and time left of a file, lines and rate of everything. Nothing elsewhere."""
+    """Progress on a terminal: lines and rate, and for a file bytes and time left."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -181,7 +181,7 @@ class _PublishRun:
             asdict(self._settings)
             | asdict(self._kafka)
             | {
-                "on_full": "block",  # a line is never dropped silently
+                "on_full": "block",  # no line may be dropped
                 "block_timeout_ms": self._settings.close_timeout_ms,
             }
         )
@@ -189,7 +189,7 @@ class _PublishRun:
         try:
             return self._run(publisher)
         finally:
-            with suppress(PipelineError):  # what is not acknowledged by now was reported
+            with suppress(PipelineError):  # the report says what is not acknowledged
                 publisher.close(timeout_s=0)
 
     def _run(self, publisher: Publisher) -> int:
@@ -207,11 +207,11 @@ class _PublishRun:
         return self._publish(publisher, byte_count, checked)
 
     def interrupted(self) -> int:
-        """Stopped before anything was recorded."""
+        """Report that a signal came before anything was recorded."""
         return self._end("stopped by a signal; nothing was published", self._stop.exit_code)
 
     def _agreed_definition(self) -> Definition:
-        """The definition as the server has it, labels in its order; `Invalid` if it has only others of this view."""
+        """Return the definition with the server's order of labels; `Invalid` if the server has only others of the view."""
         mine = self._request.definition
         if not self._request.url.startswith("http"):
             self._connect()
@@ -230,7 +230,7 @@ class _PublishRun:
                         raise Unavailable(f"no server within {self._timeout_s:g} s (--timeout-ms): {error}") from None
                     if not waiting:
                         waiting = True
-                        console.err.print(f"waiting for a server: {error}", markup=False, soft_wrap=True)
+                        console.note(f"waiting for a server: {error}")
                     if self._stop.wait(0.2):
                         raise Interrupted from None
         known = [Definition(it.name, it.kind, tuple(it.labels), it.window_s or 0, it.monotone) for it in found]
@@ -243,7 +243,7 @@ class _PublishRun:
         return mine
 
     def _connect(self) -> None:
-        """Wait for a broker; `Invalid` at once if a login, a permission or a topic is missing: nothing would arrive."""
+        """Wait for a broker; `Invalid` at once if a login, a permission or a topic is missing."""
         if not self._request.url.startswith("kafka:"):
             return
         from pipeline.adapters.kafka.log import KafkaLog
@@ -255,7 +255,7 @@ class _PublishRun:
             nonlocal waiting
             if not waiting:
                 waiting = True
-                console.err.print(f"waiting for a broker: {error}", markup=False, soft_wrap=True)
+                console.note(f"waiting for a broker: {error}")
             if self._stop.is_set():
                 raise Interrupted
 
@@ -264,7 +264,7 @@ class _PublishRun:
             log.connect([DELTAS], wait)
 
     def _latest_ms(self) -> int:
-        """How far ahead the time of a row may be."""
+        """Return the latest time that a row may have."""
         return self._clock.now_ms() + self._settings.ts_ahead_max_ms
 
     def _rows(self, lines: Lines) -> Iterator[Row | BadRow]:
@@ -275,7 +275,7 @@ class _PublishRun:
         return (row for row in rows if row.line >= self._request.start_line)
 
     def _check(self, byte_count: int) -> int:
-        """Read everything and report what is bad; the number of good rows."""
+        """Read everything and report bad rows; return the number of good rows."""
         self.bar.start("checking", byte_count)
         started_s = shown_s = self._clock.monotonic_s()
         lines = Lines(self._fd, self._stop.is_set)
@@ -307,7 +307,7 @@ class _PublishRun:
         return self._end(failure, self._stop.exit_code if self._stop.is_set() else console.FAILED)
 
     def _record(self, publisher: Publisher, lines: Lines, rows: Iterator[Row | BadRow], checked: int | None) -> str | None:
-        """Record rows until there are no more, or the run can't go on; why it can't."""
+        """Record rows until the end, or until the run can't go on; return why it can't, else None."""
         report = self._report
         to = self._definition
         view = publisher.view(to.kind, to.view, labels=to.labels, monotone=to.monotone)
@@ -363,7 +363,7 @@ class _PublishRun:
         self._report.bad_lines += 1
         if self._report.bad_lines <= BAD_SHOWN_MAX:
             where = f"line {row.line}" if row.last_line == row.line else f"lines {row.line} to {row.last_line}"
-            console.err.print(console.printable(f"{where}: {row.reason}"), markup=False, soft_wrap=True)
+            console.note(f"{where}: {row.reason}")
 
     def _bad_count(self) -> str:
         return f"{self._report.bad_lines:,} bad line{'s' if self._report.bad_lines > 1 else ''}"
@@ -386,10 +386,10 @@ class _PublishRun:
             )
             if report.bad_lines:
                 console.out.print(f"left out {self._bad_count()}")
-            console.out.print(f"token {report.token}", markup=False, soft_wrap=True)
+            console.show(f"token {report.token}")
         return console.OK if failure is None else failed
 
 
 def with_timeout(settings: PublisherSettings, timeout_ms: int | None) -> PublisherSettings:
-    """The same settings, with `--timeout-ms` if it was given."""
+    """Return the settings with `--timeout-ms`, if it was given."""
     return settings if timeout_ms is None else replace(settings, close_timeout_ms=timeout_ms)

@@ -1,4 +1,4 @@
-"""`pipeline get`: answers of a server as tables, or as the JSON that it sent."""
+"""`pipeline get`: prints answers of a server as tables, or as the JSON that it sent."""
 
 from __future__ import annotations
 
@@ -10,51 +10,25 @@ import msgspec
 from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
-from pipeline.core.answer import Answer, View
+from pipeline.core.answer import Answer, Views
 from pipeline.errors import Invalid
 
 
-class Read(msgspec.Struct, frozen=True):
-    """A read of one view, as the command line asks for it."""
+def run_get(
+    url: str, view: str, *, where: Sequence[str], labels: Sequence[str], total: bool, as_json: bool, **options: Any
+) -> int:
+    """Print the view; return the exit code.
 
-    view: str
-    where: Sequence[str]
-    by: Sequence[str]
-    """Labels, several of them separated by commas; empty: each series by itself, unless `total`."""
-    total: bool
-    kind: str | None
-    window_s: int | None
-    top: int | None
-    limit: int | None
-    after: str | None
-    max_staleness_ms: int | None
-    timeout_ms: int | None
-
-
-class _Views(msgspec.Struct):
-    views: list[View]
-
-
-def run_get(url: str, read: Read, *, as_json: bool) -> int:
-    """Print the view; the exit code."""
-    if read.total and read.by:
+    An item of `labels` can name several, with commas between; without any, each series stands by itself, unless `total`.
+    `options` are parameters of the read (`view_path`).
+    """
+    if total and labels:
         raise Invalid("--total is one number; --by keeps labels: one of them")
-    by: list[str] | None = [name.strip() for part in read.by for name in part.split(",")]
+    by: list[str] | None = [name.strip() for part in labels for name in part.split(",")]
     if not by:
-        by = [] if read.total else None
-    path = view_path(
-        read.view,
-        read.where,
-        by,
-        kind=read.kind,
-        window_s=read.window_s,
-        top=read.top,
-        limit=read.limit,
-        after=read.after,
-        max_staleness_ms=read.max_staleness_ms,
-        timeout_ms=read.timeout_ms,
-    )
-    timeout_s = None if read.timeout_ms is None else read.timeout_ms / 1000 + 5
+        by = [] if total else None
+    path = view_path(view, where, by, **options)
+    timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
     answer = fetched(url, path, Answer, as_json=as_json, timeout_s=timeout_s)
     if answer is None:
         return console.OK
@@ -75,8 +49,8 @@ def run_get(url: str, read: Read, *, as_json: bool) -> int:
 
 
 def run_views(url: str, *, as_json: bool) -> int:
-    """Print the definitions of all views; the exit code."""
-    answer = fetched(url, "/v1/views", _Views, as_json=as_json)
+    """Print the definitions of all views; return the exit code."""
+    answer = fetched(url, "/v1/views", Views, as_json=as_json)
     if answer is None:
         return console.OK
     views = answer.views

@@ -21,7 +21,7 @@ from pipeline.json_errors import Field, is_scalar, object_error, utf8_error
 from pipeline.threads import POLL_INTERVAL_S
 
 ROW_BYTES_MAX = 1_048_576
-"""Longest row, whether it is one line or a quoted cell spans several; more is a bad row."""
+"""Longest row, of one line or of several in a quoted cell; a longer row is bad."""
 FORMATS = ("csv", "ndjson")
 NO_CSV = "not CSV: a quote that is never closed or has text behind it, or a line break of which half is missing"
 
@@ -37,18 +37,18 @@ _decode_scalar: Callable[[str], _Scalar] = msgspec.json.Decoder(_Scalar).decode
 
 
 class Row(NamedTuple):
-    """One delta: checked, so that recording it cannot fail for what it says."""
+    """One delta, checked as far as recording it could fail."""
 
     line: int
     last_line: int
-    """A quoted CSV cell can span lines; usually the same as `line`."""
+    """Last line of the row; beyond `line` if a quoted CSV cell spans lines."""
     labels: tuple[str, ...]
     value: Any
     ts_ms: int | None
 
 
 class BadRow(NamedTuple):
-    """A row that is none, and why."""
+    """A row that is no delta, and the reason."""
 
     line: int
     last_line: int
@@ -56,24 +56,24 @@ class BadRow(NamedTuple):
 
 
 class Interrupted(Exception):
-    """Reading was asked to stop. Rows so far were whole."""
+    """Raised when reading was asked to stop; all rows before were whole."""
 
 
 class Columns(NamedTuple):
-    """Which column is what: one for each label of the definition, in its order."""
+    """Columns of the labels, in the order of the definition, of the value and of the time."""
 
     labels: tuple[str, ...]
     value: str | None
-    """None: every row counts 1."""
+    """None: every row counts as 1."""
     ts: str | None
 
     def distinct(self) -> tuple[str, ...]:
-        """Each column that is read, once."""
+        """Return each column once."""
         return tuple(dict.fromkeys(name for name in (*self.labels, self.value, self.ts) if name is not None))
 
 
 class _Pipe(RawIOBase):
-    """A file descriptor that ends when `stopped` turns true, even while nothing comes. Does not own it."""
+    """A stream of a file descriptor of the caller's; it ends when `stopped` turns true, even while no bytes arrive."""
 
     def __init__(self, fd: int, stopped: Callable[[], bool]) -> None:
         self._fd = fd
@@ -92,21 +92,21 @@ class _Pipe(RawIOBase):
 
 
 class Lines(Iterator[bytes]):
-    """Numbered lines of a file descriptor, which stays the caller's to close. `begin` starts a row.
+    """Numbered lines of a file descriptor, which the caller closes. `begin` starts a row.
 
     Raises `Invalid` for a row that is too long, whose rest is skipped, and `Interrupted` once `stopped` is true.
     """
 
     def __init__(self, fd: int, stopped: Callable[[], bool]) -> None:
         self.line = 0
-        """Of the line that was returned last."""
+        """Number of the last line that was returned."""
         self.bytes_read = 0
         self._stream = BufferedReader(_Pipe(fd, stopped), _BUFFER_BYTES)
         self._stopped = stopped
         self._room = 0
 
     def begin(self) -> int:
-        """A new row; the number of its first line."""
+        """Begin a row; return the number of its first line."""
         self._room = ROW_BYTES_MAX
         return self.line + 1
 
@@ -135,7 +135,7 @@ class Lines(Iterator[bytes]):
 
 
 class _Checker:
-    """From cells to rows, as a view's definition wants them."""
+    """Makes rows from cells, checked against the definition of the view."""
 
     def __init__(self, definition: Definition, columns: Columns, latest_ms: Callable[[], int]) -> None:
         self._latest_ms = latest_ms
@@ -149,7 +149,7 @@ class _Checker:
         self._known: set[tuple[str, ...]] = set()
 
     def row(self, line: int, last_line: int, cells: Sequence[Any], to_value: Callable[[Any], Any]) -> Row:
-        """`cells` are those of `columns.distinct()`; `Invalid` if they are no delta."""
+        """Return the row of cells in the order of `columns.distinct()`; `Invalid` if they are no delta."""
         labels = tuple([cells[i] for i in self._labels])
         if labels not in self._known:
             labels = self._checked(labels)
@@ -172,7 +172,7 @@ class _Checker:
         labels = check_label_values(self._definition, labels)
         if len(self._known) >= _REMEMBERED_MAX:
             self._known.clear()
-        self._known.add(labels)  # texts only, so that no 1 or True is taken for one that was checked
+        self._known.add(labels)  # texts only: 1 and True would be equal to each other
         return labels
 
 
@@ -187,7 +187,7 @@ def _label_text(cell: object, column: str) -> str:
 
 
 def parse_number(text: str) -> int | float:
-    """An int, exact at any size, if it is written as one, else a float; `Invalid` if it is no number."""
+    """Return an int of any size if `text` is one, else a float; `Invalid` if it is no number."""
     plain = text.strip()
     try:
         if _INT.fullmatch(plain):
@@ -200,7 +200,7 @@ def parse_number(text: str) -> int | float:
 
 
 def parse_scalar(text: str) -> _Scalar:
-    """What `text` is as JSON, if it is a number, a text in quotes, true, false or null there; else `text` itself."""
+    """Return the value of `text` if it is a JSON number, quoted text, true, false or null; else `text` itself."""
     try:
         return _decode_scalar(text)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -208,7 +208,7 @@ def parse_scalar(text: str) -> _Scalar:
 
 
 def parse_time_ms(value: object, column: str | None) -> int:
-    """Milliseconds since 1970, from an int, its digits, or RFC 3339; `Invalid` for anything else."""
+    """Return milliseconds since 1970 from an int, digits, or RFC 3339; `Invalid` for other values."""
     if type(value) is int:
         return value
     if isinstance(value, str):
@@ -238,10 +238,10 @@ def read_rows(
     columns: Columns,
     latest_ms: Callable[[], int] = _no_latest,
 ) -> Iterator[Row | BadRow]:
-    """The rows of all lines; empty lines are none. A CSV's header is read at once, everything else as it is asked for.
-    A time beyond `latest_ms()` makes a row bad.
+    """Yield the rows of all lines, without empty ones. The header of a CSV is read at once, rows when they are asked for.
+    A row with a time beyond `latest_ms()` is bad.
 
-    Raises `Invalid` if there is no header or it has not the columns, and `Interrupted` as `lines` does, now or later.
+    Raises `Invalid` if the header or one of the columns is missing, and `Interrupted` when `lines` does.
     """
     checker = _Checker(definition, columns, latest_ms)
     if format_ == "csv":

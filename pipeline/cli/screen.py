@@ -1,4 +1,4 @@
-"""What `pipeline demo` shows while it runs, read from the query API like anybody else would."""
+"""The display of `pipeline demo` while it runs, read from the query API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROWS_MIN = 4
 _FRAME_LINES = 5
 
 
-class Row(NamedTuple):
+class ShownSeries(NamedTuple):
     """One series on the screen."""
 
     view: str
@@ -36,9 +36,9 @@ class Row(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """All that is on the screen at one time."""
+    """Content of the screen at one time."""
 
-    rows: list[Row]
+    rows: list[ShownSeries]
     series_total: int
     staleness_ms: int | None
     lag: int
@@ -82,10 +82,10 @@ class Screen:
             return
         best = {row.view: f"{row.view}{{{row.labels}}} {_number(row.value)}" for row in reversed(shown.rows)}
         top = ", ".join(best[view] for view in ("cpu_ms", "network_bytes", "switches") if view in best)
-        console.out.print(f"{head}; {shown.problem or top}", markup=False, soft_wrap=True)
+        console.show(f"{head}; {shown.problem or top}")
 
     def _read(self, now_s: float) -> Shown:
-        rows: list[Row] = []
+        rows: list[ShownSeries] = []
         total, staleness, lag, problem = 0, [], 0, ""
         for definition in self._definitions:
             view = definition.view
@@ -104,7 +104,7 @@ class Screen:
             for series in answer.series:
                 labels = console.printable(", ".join(series.labels.values()))
                 per_s = self._per_s(definition, labels, now_s, series.value)
-                rows.append(Row(view, definition.kind, labels, series.value, per_s))
+                rows.append(ShownSeries(view, definition.kind, labels, series.value, per_s))
         try:
             lag = sum(known(it.lag) or 0 for it in msgspec.convert(self._reader.status(), Status).partitions)
         except PipelineError as error:

@@ -1,4 +1,4 @@
-"""`pipeline status`: one process' answer, or that of all workers of an app, as tables or as JSON."""
+"""`pipeline status`: the status of one process, or of all workers of an app, as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNKNOWN = "?"
 
 
 def run_status(url: str, *, as_json: bool) -> int:
-    """Print what one process says; the exit code."""
+    """Print the status of one process; return the exit code."""
     status = fetched(url, "/v1/status", Status, as_json=as_json)
     if status is None:
         return console.OK
@@ -38,7 +38,7 @@ def run_status(url: str, *, as_json: bool) -> int:
 
 
 def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
-    """Print what all workers of an app say; the exit code, 1 if none does."""
+    """Print the statuses of all workers of an app; return the exit code, 1 if none answers."""
     from pipeline.roles.overview import MemberOverview, overview
 
     found = overview(url, settings)

@@ -1,4 +1,4 @@
-"""Rows of cells on standard output, and the answers that they are made of."""
+"""Tables on standard output, and the answers that they show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class TextTable:
-    """Rows of cells: folded to fit on a terminal; anywhere else whole, and quickly, however many there are."""
+    """Rows of cells: folded to fit on a terminal, whole and quickly printed elsewhere."""
 
     def __init__(self, *left: str, right: Sequence[str]) -> None:
         self._left = left
@@ -53,9 +53,9 @@ class TextTable:
 
 
 def fetched(url: str, path: str, kind: type[T], *, as_json: bool, timeout_s: float | None = None) -> T | None:
-    """What a server answers, to be shown; None with `as_json`: it is printed as it came.
+    """Return the decoded answer of a server; with `as_json` print it as it came, and return None.
 
-    Raises as `Reader.fetch`, and `Unavailable` if it is something else than `kind`.
+    Raises as `Reader.fetch`, and `Unavailable` if the answer is no `kind`.
     """
     with Reader(url) as reader:
         body = reader.fetch(path, timeout_s=timeout_s)

@@ -1,4 +1,4 @@
-"""`pipeline verify`: whether each store says what its changelog says. Changes neither."""
+"""`pipeline verify`: compares each store with its changelog, and changes neither."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pipeline.adapters.rocks import RocksStores
 from pipeline.cli import console
 from pipeline.config import Config
 from pipeline.errors import Invalid, LogCorrupt, NotFound
+from pipeline.roles.offline import data_folder
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.verify import Difference, Result, VerifyProgress, verify
 
@@ -31,14 +32,12 @@ _TEXT_MAX = 200
 
 
 def run_verify(config: Config, *, url: str | None = None, as_json: bool, limit: int) -> int:
-    """Verify the data directory and print what was found, at most `limit` differences a partition; the exit code.
+    """Verify the data directory, print at most `limit` differences a partition, and return the exit code.
 
-    The changelog is in the directory, with a log of which every record is read then, or at the broker `url`. Raises
+    The changelog is at the broker `url`, or in the directory, where every record of the log is read, too. Raises
     `Unavailable` if another process has the directory, or no broker answers, `Invalid` if it is no data directory.
     """
-    path = Path(config.log.data).expanduser().absolute()
-    if not (path / "VERSION").is_file():  # opening would make one
-        raise Invalid(f"{path} is not a data directory")
+    path = data_folder(config.log.data)
     with DataDir(path, with_log=url is None) as data:
         if url is not None:
             from pipeline.adapters.kafka.options import parse_url
@@ -70,7 +69,7 @@ def _log(data: DataDir, config: Config, url: str | None) -> EmbeddedLog | KafkaL
 
 
 def _damage_of(log: EmbeddedLog | KafkaLog) -> str:
-    """What is wrong with a log, after reading all of it; empty if nothing is. A broker looks after its own."""
+    """Return the damage of an embedded log after reading all of it; empty without damage, and for a broker's log."""
     if not isinstance(log, EmbeddedLog):
         return ""
     try:
@@ -86,7 +85,7 @@ def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> t
     log = _log(data, config, url)
     scratch_path = data.path / _SCRATCH
     with closing(log), _bars() as progress:
-        shutil.rmtree(scratch_path, ignore_errors=True)  # of a run that was killed: we have the lock
+        shutil.rmtree(scratch_path, ignore_errors=True)  # left by a run that was killed; the directory is locked by this one
         stores = RocksStores(data.stores, config.log, read_only=True)
         scratch = RocksStores(scratch_path, config.log)
         try:
@@ -111,7 +110,7 @@ def _verify_all(data: DataDir, config: Config, limit: int, url: str | None) -> t
 
 @contextmanager
 def _bars() -> Iterator[Callable[[VerifyProgress], None]]:
-    """A bar for the partition and the step that is under way; nothing when not on a terminal."""
+    """Show a bar of the present partition and step on a terminal; yield the function that updates it."""
     with Progress(
         TextColumn("partition {task.fields[partition]}: {task.description:9}"),
         BarColumn(),
@@ -137,14 +136,12 @@ def _bars() -> Iterator[Callable[[VerifyProgress], None]]:
 
 def _print(results: Sequence[Result], damage: str, stores: Path) -> None:
     if damage:
-        console.out.print(f"the log: {console.printable(damage)}", style="red", markup=False, soft_wrap=True)
+        console.show(f"the log: {console.printable(damage)}", style="red")
     for result in results:
         bad = not result.fine
-        console.out.print(
-            f"partition {result.partition}: {_said(result)}", style="red" if bad else None, markup=False, soft_wrap=True
-        )
+        console.show(f"partition {result.partition}: {_said(result)}", style="red" if bad else None)
         for difference in result.differences:
-            console.out.print(f"  {console.printable(_difference(difference))}", markup=False, soft_wrap=True)
+            console.show(f"  {console.printable(_difference(difference))}")
         if result.difference_count > len(result.differences):
             console.out.print(f"  and {result.difference_count - len(result.differences):,} more (--limit)")
     bad_stores = [result for result in results if not result.fine and result.verdict != "unreadable"]
@@ -152,9 +149,7 @@ def _print(results: Sequence[Result], damage: str, stores: Path) -> None:
         console.out.print("The log is damaged. Keep everything as it is: the stores may be all there is.", soft_wrap=True)
     elif bad_stores:
         which = ", ".join(str(stores / str(result.partition)) for result in bad_stores)
-        console.out.print(
-            f"To repair: delete {which} and start again; they are restored from the changelog.", markup=False, soft_wrap=True
-        )
+        console.show(f"To repair: delete {which} and start again; they are restored from the changelog.")
     else:
         console.out.print(f"no differences in {sum(result.entries_compared for result in results):,} entries")
 

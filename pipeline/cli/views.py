@@ -157,7 +157,7 @@ def _is_sure(action: str, name: str, definitions: list[View]) -> bool:
     from pipeline.cli import console
 
     for it in definitions:
-        console.err.print(f"  {_text(it)}", markup=False, soft_wrap=True)
+        console.note(f"  {_text(it)}")
     return typer.confirm(f"{action} {console.printable(name)}: {_counted(definitions)}?", err=True)
 
 

@@ -31,12 +31,12 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
+from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.letters_api import letter_routes
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
-from pipeline.query.orders import OrderService, parse_order
 from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
@@ -47,7 +47,7 @@ from pipeline.settings import QuerySettings
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
 _BODIES_HELD_MAX = 4
-"""Request bodies that are in memory at once, counted as bodies of the largest size."""
+"""Request bodies in memory at once, counted in bodies of the largest size."""
 _CLIENT_GONE = 499
 _JSON_HEADER = (b"content-type", JSON.encode())
 _PRODUCER_HEADER = "Pipeline-Producer"
@@ -58,14 +58,14 @@ Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
 Take = Callable[[Request, Work], Coroutine[Any, Any, Response]]
 ParsePushed = Callable[[bytes, str, int, int], Pushed]
-"""Reads a text of metrics of a media type, until there are more samples than a limit; lines have one too, in bytes."""
+"""Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line."""
 
 
 class ExposedMetrics(Metrics, Protocol):
     """Metrics that can also be read."""
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """What `/metrics` answers, and its media type, for an Accept header."""
+        """Return the body of `/metrics` and its media type, for an Accept header."""
         ...
 
 
@@ -123,7 +123,7 @@ def create_app(
         keys = UsedKeys(settings.idempotency_keys_max)
         take = partial(_take, _Bodies(settings.body_bytes_max), ingest_threads)
         routes += _write_routes(ingest, settings, keys, take)
-        routes += _order_routes(OrderService(reader, ingest), keys, take)
+        routes += _order_routes(ControlService(reader, ingest), keys, take)
         if letters is not None:
             routes += letter_routes(letters, settings, ingest_threads, take)
         if parse_pushed is not None:
@@ -246,11 +246,11 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
     ]
 
 
-def _order_routes(orders: OrderService, keys: UsedKeys, take: Take) -> list[Route]:
+def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Route]:
     def route(action: str) -> Route:
         def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
             with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-                return orders.give(parse_order(action, view, body, headers.get("content-type", "")), key)
+                return orders.give(parse_control(action, view, body, headers.get("content-type", "")), key)
 
         async def change_view(request: Request) -> Response:
             return await take(request, partial(carry_out, request.path_params["view"]))
@@ -269,7 +269,7 @@ def _take_pushed(
     body: bytes,
     headers: Headers,
 ) -> MetricsAccepted:
-    """Take a text of metrics in; `Invalid` if there is nothing in it that can be taken."""
+    """Publish a text of metrics; `Invalid` if no line of it can be taken."""
     with keys.using("/v1/openmetrics", parse_key(headers.getlist(KEY_HEADER)), body) as key:
         content_type = headers.get("content-type", "")
         pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
@@ -293,7 +293,7 @@ def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: 
 
 
 class _Bodies:
-    """Reads request bodies, within a limit for each and a limit for all."""
+    """Reads request bodies: each, and all together, are bounded."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
@@ -345,7 +345,7 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Around everything: counts and times requests, bounds how many are open, and answers for what goes wrong inside."""
+    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems."""
 
     def __init__(
         self, app: ASGIApp, *, paths: Mapping[Any, str], connections_max: int, metrics: Metrics, clock: Clock
@@ -383,11 +383,13 @@ class _Guard:
             if not isinstance(error, PipelineError):
                 _log.exception("%s %s", scope["method"], scope["path"])
             if status != _CLIENT_GONE:
-                raise  # half an answer is sent: the server must break the connection off
+                raise  # a part of the answer is sent: the server must break off the connection
             answer = problem(error)
             await Response(answer.body, answer.status, headers=answer.headers)(scope, receive, noting)
         finally:
             self._open -= 1
-            path = self._paths.get(scope.get("endpoint"), "unmatched")  # never what the client wrote
+            path = self._paths.get(
+                scope.get("endpoint"), "unmatched"
+            )  # not the path of the request: a client could make any number of them
             self._metrics.inc(m.REQUESTS, 1, path, status)
             self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)

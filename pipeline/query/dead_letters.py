@@ -1,11 +1,11 @@
-"""The topic of dead letters: what is in it, and how it is replayed.
+"""Lists and replays the topic of dead letters.
 
-A letter is there while the newest record of its key has a value; a tombstone says that it was folded. Each partition is
-read by itself, once, to the end that it had when it was begun: a letter's value is looked at and let go of, so that memory
-holds a few hundred bytes a letter for up to `KEPT_MAX` letters of a partition, and less for what is beyond.
+A letter exists while the newest record of its key has a value; a tombstone means that it was folded. Each partition is read
+once, up to the end that it had at the start. Values are not kept: memory holds a few hundred bytes for each of up to
+`KEPT_MAX` letters of a partition, and less for each letter beyond.
 
-A replayed letter is known to be folded by what its task says in the same topic, in the commit that folded it: a tombstone,
-or the letter again, with the offset of the record that replayed it.
+When a task folds a replayed letter, the same commit writes to this topic: a tombstone, or, if the letter was refused again,
+the letter with the offset of the record that replayed it.
 """
 
 from __future__ import annotations
@@ -25,69 +25,65 @@ from pipeline.ports import Clock, Log, LogReader, Message
 from pipeline.topics import DEAD_LETTERS, DELTAS
 
 KEPT_MAX = 100_000
-"""Letters of a partition that a listing knows more of than key and size; it begins with the oldest."""
+"""Letters of a partition, the oldest first, of which a listing keeps more than key and size."""
 CHUNK_COUNT_MAX = 1_000
 CHUNK_BYTES_MAX = 16 * 2**20
-"""What is appended, and waited for, at once. One letter can go beyond it."""
+"""Letters and bytes that are appended, and waited for, at once. A single letter can be larger."""
 _POLL_COUNT_MAX = 1_000
 _POLL_BYTES_MAX = 4 * 2**20
 _POLL_S = 0.2
 _SILENT_S = 30.0
-"""How long a log that has more to read may give nothing."""
+"""Longest time that the log may return no record although there are more."""
 
 _PLACE = re.compile(r"\d{1,9}-\d{1,18}-\d{1,18}\Z", re.ASCII)
 Result = Literal["counted", "counted before", "counted in part", "refused again", "not replayed", "unknown", "replayable"]
 
 
-class Place(NamedTuple):
-    """A place in the topic of dead letters, between two calls that go through it."""
+class LetterCursor(NamedTuple):
+    """A cursor in the topic of dead letters, for a replay in several calls."""
 
     partition: int
     letter_offset: int
-    """The offset of the last letter that is done with."""
+    """Offset of the last letter that is done."""
     end_offset: int
-    """The end that the partition had at first: what is behind it came of the calls themselves."""
+    """End of the partition at the first call: later letters come from the replay itself."""
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
 
     @classmethod
-    def parse(cls, text: str) -> Place:
+    def parse(cls, text: str) -> LetterCursor:
         """Return the place whose `str` is `text`; `Invalid` if there is none."""
         if not _PLACE.match(text):
             raise Invalid(f"not a place among dead letters: {text[:60]!r}; it looks like 0-17-42")
         return cls(*map(int, text.split("-")))
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """Which letters: all of these must hold."""
+class LetterFilter(msgspec.Struct, frozen=True):
+    """A filter of letters: all conditions must hold."""
 
     keys: frozenset[str] = frozenset()
-    """Only these; empty: any."""
+    """Only letters with these keys; empty: with any."""
     view: str = ""
     reason: str = ""
-    """A part of the reason."""
+    """Text that the reason contains."""
     partition: int | None = None
     since_ms: int = 0
-    """Only letters whose record the log accepted then or later."""
-    after: Place | None = None
-    """Only letters that are behind it: where the call before ended."""
+    """Only letters whose record the log accepted at this time or later."""
+    after: LetterCursor | None = None
+    """Only letters after this place, where the previous call ended."""
 
-    def has_key(self, key: str) -> bool:
-        """Whether a letter of this key may be among them."""
-        return not self.keys or key in self.keys
-
-    def has(self, key: str, letter: DeadLetter) -> bool:
-        """Whether this letter is among them."""
+    def matches(self, key: str, letter: DeadLetter) -> bool:
+        """Return whether a letter passes."""
         return (
-            self.has_key(key)
+            (not self.keys or key in self.keys)
             and self.view in ("", letter.view)
             and self.reason in letter.reason
             and letter.at_ms >= self.since_ms
         )
 
     def partitions(self, partition_count: int) -> list[int]:
-        """Those that can have some of them."""
+        """Return the partitions that can hold such letters."""
         if self.partition is not None and self.partition >= partition_count:
             raise Invalid(f"there is no partition {self.partition} of dead letters, of {partition_count}")
         numbers = range(partition_count) if self.partition is None else (self.partition,)
@@ -102,18 +98,18 @@ class LetterLine(msgspec.Struct, frozen=True, gc=False):
     key: str
     partition: int
     offset: int
-    """Of the record that was refused, in the topic of deltas."""
+    """Offset of the refused record in the topic of deltas."""
     at_ms: int
-    """When the log accepted that record."""
+    """Time at which the log accepted that record."""
     reason: str
     view: str
-    """The view of the group that was refused; empty: the whole record was."""
+    """View of the refused group; empty: the whole record was refused."""
     producer: str
-    """The fingerprint of who sent it; empty: its bytes are no batch."""
+    """Fingerprint of the producer; empty: the bytes are no batch."""
     size_bytes: int
     series_count: int
     letter_offset: int
-    """Where the letter stands in the topic of dead letters."""
+    """Offset of the letter in the topic of dead letters."""
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -121,14 +117,14 @@ class Listing(msgspec.Struct, frozen=True):
 
     letters: list[LetterLine]
     letter_count: int
-    """All that are wanted, listed or not."""
+    """Count of all letters that pass the filter, listed or not."""
     bytes_total: int
     foreign_count: int
     """Records that no task wrote."""
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What has become of a letter that was to be replayed."""
+    """Result of replaying one letter."""
 
     key: str
     result: Result
@@ -136,28 +132,28 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Replayed(msgspec.Struct, frozen=True):
-    """What a call of `replay` did."""
+    """Results of one call of `replay`."""
 
     outcomes: list[Outcome]
-    after: Place | None = None
-    """Where the next call goes on; None: there is no more, or no time."""
+    after: LetterCursor | None = None
+    """Cursor at which the next call continues; None: no letters are left, or the time is over."""
 
 
 _Record = tuple[int, str | None, bytes | None]
 
 
-class _Found(msgspec.Struct):
-    """What one partition holds."""
+class _PartitionLetters(msgspec.Struct):
+    """Letters of one partition that pass a filter."""
 
     start_offset: int
     end_offset: int
     until_offset: int
-    """Letters from there on are not wanted; what they say of those before is."""
+    """Letters from this offset on are ignored, apart from what they say of earlier ones."""
     kept: dict[str, LetterLine] = {}
     beyond: dict[str, int] = {}
-    """Sizes of those that are not kept."""
+    """Sizes of further letters, by key."""
     settled: set[str] = set()
-    """Keys that were asked for by name and have a tombstone."""
+    """Keys of the filter that have a tombstone."""
     foreign_count: int = 0
 
 
@@ -169,12 +165,12 @@ class DeadLetters:
         self._clock = clock
         self._kept_max = kept_max
 
-    def listing(self, wanted: Wanted, limit: int) -> Listing:
+    def listing(self, only: LetterFilter, limit: int) -> Listing:
         """Return up to `limit` of the letters that are there, and how many there are."""
         lines: list[LetterLine] = []
         count = size = foreign = 0
-        for number in wanted.partitions(self._log.partition_count(DEAD_LETTERS)):
-            found = self._find(number, wanted)
+        for number in only.partitions(self._log.partition_count(DEAD_LETTERS)):
+            found = self._find(number, only)
             lines += islice(found.kept.values(), limit - len(lines))
             count += len(found.kept) + len(found.beyond)
             size += sum([line.size_bytes for line in found.kept.values()]) + sum(found.beyond.values())
@@ -199,7 +195,7 @@ class DeadLetters:
         return value
 
     def replay(
-        self, wanted: Wanted, *, limit: int, timeout_s: float, dry_run: bool = False, forgotten: bool = False
+        self, only: LetterFilter, *, limit: int, timeout_s: float, dry_run: bool = False, forgotten: bool = False
     ) -> Replayed:
         """Replay up to `limit` letters, and wait up to `timeout_s` until a task has folded them. Each counts once.
 
@@ -207,9 +203,9 @@ class DeadLetters:
         """
         deadline_s = self._clock.monotonic_s() + timeout_s
         outcomes: list[Outcome] = []
-        missing, left = set(wanted.keys), max(limit, len(wanted.keys))
-        for number in wanted.partitions(self._log.partition_count(DEAD_LETTERS)):
-            found = self._find(number, wanted)
+        missing, left = set(only.keys), max(limit, len(only.keys))
+        for number in only.partitions(self._log.partition_count(DEAD_LETTERS)):
+            found = self._find(number, only)
             missing -= found.kept.keys() | found.beyond.keys() | found.settled
             outcomes += [Outcome(key, "counted before") for key in sorted(found.settled)]
             lines = [*islice(found.kept.values(), left)]
@@ -221,28 +217,28 @@ class DeadLetters:
                 return Replayed(outcomes)
             if len(lines) < len(found.kept) + len(found.beyond):
                 done = lines[-1].letter_offset if lines else found.start_offset - 1
-                return Replayed(outcomes, Place(number, done, found.until_offset))
+                return Replayed(outcomes, LetterCursor(number, done, found.until_offset))
         outcomes += [Outcome(key, "not replayed", "there is no such letter") for key in sorted(missing)]
         return Replayed(outcomes)
 
-    def _find(self, number: int, wanted: Wanted) -> _Found:
+    def _find(self, number: int, only: LetterFilter) -> _PartitionLetters:
         end = self._end_of(number)
-        found = _Found(0, end, end)
-        if wanted.after is not None and wanted.after.partition == number:
-            found = _Found(wanted.after.letter_offset + 1, end, wanted.after.end_offset)
+        found = _PartitionLetters(0, end, end)
+        if only.after is not None and only.after.partition == number:
+            found = _PartitionLetters(only.after.letter_offset + 1, end, only.after.end_offset)
         for offset, key, value in self._records(number, found.start_offset, end):
             if key is None:
                 found.foreign_count += 1
             elif value is None:
                 found.kept.pop(key, None)
                 found.beyond.pop(key, None)
-                if key in wanted.keys:
+                if key in only.keys:
                     found.settled.add(key)
             else:
-                self._note(number, found, wanted, offset, key, value)
+                self._note(number, found, only, offset, key, value)
         return found
 
-    def _note(self, number: int, found: _Found, wanted: Wanted, offset: int, key: str, value: bytes) -> None:
+    def _note(self, number: int, found: _PartitionLetters, only: LetterFilter, offset: int, key: str, value: bytes) -> None:
         letter = _decoded(number, value)
         if letter is None:
             found.foreign_count += 1
@@ -250,7 +246,7 @@ class DeadLetters:
         found.kept.pop(key, None)
         found.beyond.pop(key, None)
         found.settled.discard(key)
-        if offset >= found.until_offset or not wanted.has(key, letter):
+        if offset >= found.until_offset or not only.matches(key, letter):
             return
         size = len(letter.value or b"")
         if len(found.kept) >= self._kept_max:
@@ -265,9 +261,9 @@ class DeadLetters:
         return self._log.watermarks(DEAD_LETTERS, number).end_offset
 
     def _records(self, number: int, start: int, end: int) -> Iterator[_Record]:
-        """Records of a partition between two offsets: offset, key, value. The key is None if no letter of it has such a one.
+        """Yield offset, key and value of the records between two offsets. The key is None if it is no key of a letter.
 
-        Records that retention has deleted meanwhile are gone: that is no loss of this topic.
+        Records that retention deletes meanwhile are skipped: in this topic that is no loss.
         """
         reader = self._log.reader(DEAD_LETTERS)
         try:
@@ -303,7 +299,7 @@ class _Replay:
         log: Log,
         clock: Clock,
         number: int,
-        found: _Found,
+        found: _PartitionLetters,
         deadline_s: float,
         *,
         dry_run: bool,
@@ -319,12 +315,12 @@ class _Replay:
         self._keys: Collection[str] = found.kept.keys()
         self._reader: LogReader | None = None
         self._said: dict[str, DeadLetter | None] = {}
-        """What has come of each key since the letters were listed: the newest letter, or None, which is a tombstone."""
+        """Newest letter of each key since the listing; None: a tombstone."""
         self._groups: dict[str, list[DeadLetter]] = {}
-        """Letters of single groups that have come since, by the letter that they were in."""
+        """Letters of single groups since the listing, by the key of the letter that contained the group."""
 
     def replay(self, lines: Sequence[LetterLine], records: Iterator[_Record]) -> list[Outcome]:
-        """Replay the letters of these lines; `records` has them."""
+        """Replay the letters of these lines, whose values are in `records`."""
         try:
             return [*self._replay(lines, records)]
         finally:
@@ -368,7 +364,7 @@ class _Replay:
         if self._clock.monotonic_s() >= self._deadline_s:
             yield from [Outcome(key, "unknown", "there was no time for it: it was not sent") for key, _ in chunk]
             return
-        self._catch_up()  # others may have replayed some meanwhile, or much time may have passed
+        self._catch_up()  # another process may have replayed some meanwhile
         sent: list[tuple[str, bytes]] = []
         for key, batch in chunk:
             if key in self._said and self._said[key] is None:
@@ -387,7 +383,7 @@ class _Replay:
         yield from self._wait(pending)
 
     def _wait(self, pending: dict[str, int | PipelineError]) -> Iterator[Outcome]:
-        """What becomes of letters that were appended: each by its `next_offset`, or the error after which it is unsure."""
+        """Yield results of appended letters; `pending` has the `next_offset` of each, or the error of an unsure append."""
         while pending:
             for key in [*pending]:
                 outcome = self._outcome(key, pending[key])
@@ -400,7 +396,7 @@ class _Replay:
             if left_s <= 0:
                 break
             self._poll(min(left_s, _POLL_S))
-            self._catch_up()  # to the end of the commit: what it says of one letter can be several records
+            self._catch_up()  # up to the end of the commit: one letter can have several records in it
         for key, result in pending.items():
             why = f"not acknowledged: {result}" if isinstance(result, PipelineError) else "no worker has folded it yet"
             yield Outcome(key, "unknown", f"{why}; if it is in the log, it counts once when it is folded")
@@ -411,7 +407,7 @@ class _Replay:
         letter = self._said[key]
         if letter is not None:
             if isinstance(result, int) and letter.offset < result - 1:
-                return None  # of somebody else's attempt, before this one
+                return None  # refused in an earlier attempt of another process
             return Outcome(key, "refused again", letter.reason)
         groups = self._groups.get(key, [])
         if groups:
@@ -428,13 +424,13 @@ class _Replay:
                 raise Unavailable(f"{DEAD_LETTERS}-{self._number}: nothing comes from {self._next_offset} on, of {end}")
 
     def _poll(self, timeout_s: float) -> bool:
-        """Take in what tasks have said; whether there was anything."""
+        """Note records that tasks have written since; return whether there were any."""
         if self._reader is None:
             self._reader = self._log.reader(DEAD_LETTERS)
             self._reader.assign({self._number: self._next_offset})
         try:
             polled = self._reader.poll(record_count_max=_POLL_COUNT_MAX, bytes_max=_POLL_BYTES_MAX, timeout_s=timeout_s)
-        except RecordsLost as error:  # after a pause as long as letters are kept
+        except RecordsLost as error:  # the replay paused for longer than retention keeps letters
             raise Unavailable(f"{error}; list them anew") from None
         for records in polled:
             for record_key, value in zip(records.keys, records.values, strict=True):
@@ -453,13 +449,13 @@ class _Replay:
 
 
 def _key(partition: int, key: bytes | None) -> str | None:
-    """The key of a record, if a letter of this partition can have it."""
+    """Return the key of a record as text; None if it is no key of a letter of this partition."""
     text = (key or b"").decode("ascii", "replace")
     return text if partition_of_key(text) == partition else None
 
 
 def _decoded(partition: int, value: bytes) -> DeadLetter | None:
-    """The letter; None if no task of this version wrote it."""
+    """Return the letter; None if it was not written by a task of this version."""
     try:
         letter = decode_letter(value)
     except (BadRecord, NewerFormat):

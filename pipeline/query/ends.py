@@ -1,7 +1,7 @@
-"""Where the log begins and ends: asked at each read where that is cheap, else again and again by a thread.
+"""Start and end offsets of the log: asked at each read where that is cheap, else by a thread at an interval.
 
-Either way the time is noted before the log is asked, and the log before the stores are looked at: whatever was accepted
-before that time is below the end offsets, in every partition that there was.
+The clock is read before the log is asked, and the log is asked before the stores are read: so whatever the log accepted
+before that time is below the end offsets.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pipeline.threads import PeriodicThread
 
 _log = logging.getLogger(__name__)
 _SHARED_S = 0.001
-"""Reads that begin so close to each other share one look."""
+"""Reads that begin within this time share one answer of the log."""
 _START_OFFSETS_S = 10.0
-"""How often start offsets are asked for: they are for metrics only."""
+"""Interval of asking for start offsets, which only metrics need."""
 
 Offsets = Callable[[], Mapping[int, int]]
 
 
 class LogEnds(NamedTuple):
-    """Where the log ended and began, by partition, at or after `at_s` on the monotonic clock; empty: it did not say."""
+    """End and start offsets by partition, as of `at_s` or later on the monotonic clock; empty: the log did not answer."""
 
     at_s: float
     end_offsets: Mapping[int, int]
     start_offsets: Mapping[int, int]
     source_id: str = ""
-    """Of which topic, or of a newer one of its name; see `ports.Log.topic_id`."""
+    """Id of the topic; see `ports.Log.topic_id`."""
 
 
 class EndsNow:
-    """Asks when it is called: for a log in this process, whose topic has one id. Safe from any thread."""
+    """Asks a log in this process when it is called. Safe from any thread."""
 
     def __init__(self, end_offsets: Offsets, start_offsets: Offsets, clock: Clock, *, source_id: str = "") -> None:
         self._end_offsets = end_offsets
@@ -45,24 +45,22 @@ class EndsNow:
         self._seen: LogEnds | None = None
 
     def __call__(self) -> LogEnds:
-        """What the log says now."""
+        """Return what the log answers now."""
         at_s = self._clock.monotonic_s()
         seen = self._seen
         if seen is None or not seen.end_offsets or at_s - seen.at_s >= _SHARED_S:
             try:
                 seen = LogEnds(at_s, self._end_offsets(), self._start_offsets(), self._source_id)
             except Unavailable:
-                seen = LogEnds(
-                    at_s, {}, {}, self._source_id
-                )  # reads go on without the log; what was seen earlier still bounds them
+                seen = LogEnds(at_s, {}, {}, self._source_id)  # reads go on: earlier answers still bound their staleness
             self._seen = seen
         return seen
 
 
 class EndsPolled:
-    """Asks every `interval_ms` in a thread: for a log behind a network, which a read must not wait for.
+    """Asks a log behind a network every `interval_ms` in a thread, so that no read waits for it.
 
-    While the log is away, what it said last goes on to be told, with the time of then. Safe from any thread.
+    While the log is away, its last answer is returned, with the time of that answer. Safe from any thread.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class EndsPolled:
         )
 
     def __call__(self) -> LogEnds:
-        """What the log said last."""
+        """Return what the log answered last."""
         return self._seen
 
     def start(self) -> None:
@@ -96,7 +94,7 @@ class EndsPolled:
         self.thread.start()
 
     def stop(self) -> None:
-        """Ask no more. Does not wait for an answer that is under way. Twice is fine."""
+        """Ask no more, without waiting for an answer under way. May be called twice."""
         self.thread.stop()
 
     def step(self) -> None:

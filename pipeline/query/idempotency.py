@@ -1,6 +1,7 @@
-"""The header `Idempotency-Key`: draft-ietf-httpapi-idempotency-key-header, as far as a server can keep it without sharing
-memory with others. What makes a repeat count once needs no memory, and is in `producer.keyed`; what is remembered here, for
-a while, is which body a key was used with, so that another one is refused.
+"""The header `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header).
+
+A repeat counts once because its batches are derived from the key (`ingest.idempotency`), without any memory of the server's.
+This module remembers, for a while, the body that a key was used with, and refuses another body.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.query.problems import Refused
 HEADER = "idempotency-key"
 KEY_LENGTH_MAX = 200
 KEY_PATTERN = r'^([!#-~][!-~]*|"([ !#-\[\]-~]|\\["\\])+")$'
-"""Of the header as a whole: without quotes, or with them, where a quote and a backslash stand behind a backslash."""
+"""Pattern of the whole header: a bare word, or a quoted string with backslash escapes."""
 _KEY = re.compile(KEY_PATTERN)
 _PERHAPS = (
     "; nothing of this try is taken, but this server has seen the Idempotency-Key before: all or a part of what it got then "
@@ -27,9 +28,9 @@ _PERHAPS = (
 
 
 def parse_key(headers: Sequence[str]) -> str | None:
-    """The key that these headers of a request give; None without one. `Invalid` if they give none that can be used.
+    """Return the key in these header values; None without a header, `Invalid` if there is no valid one.
 
-    It is a string of structured fields (RFC 9651), `"8e03978e-40d5"`, or the same without quotes, as many clients send it.
+    A key is a string of structured fields (RFC 9651), `"8e03978e-40d5"`, or without quotes, as many clients send it.
     """
     if not headers:
         return None
@@ -43,7 +44,7 @@ def parse_key(headers: Sequence[str]) -> str | None:
 
 
 class UsedKeys:
-    """Which body each of the newest `keys_max` keys was used with. Safe from any thread."""
+    """The bodies, as digests, of the newest `keys_max` keys. Safe from any thread."""
 
     def __init__(self, keys_max: int) -> None:
         self._keys_max = keys_max
@@ -52,10 +53,10 @@ class UsedKeys:
 
     @contextmanager
     def using(self, path: str, key: str | None, body: bytes) -> Iterator[RequestKey | None]:
-        """The key of a request, while it is carried out; 422 if it was used with another body.
+        """Yield the key of a request while it is carried out; 422 if the key was used with another body.
 
-        A request that is refused, so that nothing of it was taken, has not used its key; unless an earlier one has, of which
-        some may have been taken: then the refusal says so.
+        A request that is refused does not use up its key, because none of it was taken. If an earlier request had the key,
+        some of that one may have been taken, and the refusal says so.
         """
         if key is None:
             yield None
@@ -80,7 +81,7 @@ class UsedKeys:
 
 
 def _with(error: Invalid | Refused, more: str) -> Invalid | Refused:
-    """The same refusal, which says more."""
+    """Return the refusal with `more` after its text."""
     if isinstance(error, Refused):
         return Refused(error.status, error.detail + more, error.headers)
     return type(error)(f"{error}{more}")

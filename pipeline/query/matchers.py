@@ -16,14 +16,14 @@ REMEMBERED_MAX = 100_000
 _CHECK_EVERY_BYTES = 16_384
 
 Test = Callable[[Sequence[str]], list[bool]]
-"""Which values of a column fit."""
+"""Returns for each value of a column whether it matches."""
 
 
 def compile_matcher(matcher: Matcher, *, regex_bytes_max: int, check: Callable[[], None]) -> Test:
-    """The test that `matcher` stands for. A regular expression must match all of a value; `.` is any character.
+    """Return the test that `matcher` stands for. A regular expression must match the whole value; `.` is any character.
 
-    `check` is called at least once in every few milliseconds to tens of milliseconds of matching, and may raise.
-    `Invalid` for an expression that is none, is too long, or needs too much memory.
+    `check` is called every few milliseconds to tens of milliseconds of matching, and may raise.
+    Raises `Invalid` for an expression that is malformed, too long, or needs too much memory.
     """
     pattern = matcher.pattern
     if matcher.op == "=":

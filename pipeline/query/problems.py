@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: RFC 9457 problem JSON for every one, without a word of what is inside the server."""
+"""Errors as HTTP answers: RFC 9457 problem JSON, which reveals nothing of the server's inside."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class WrongGroup(msgspec.Struct):
     """A group of a batch that can't be taken."""
 
     group: int
-    """Where it stands in the batch, from 0."""
+    """Index in the batch, from 0."""
     view: str
     reason: str
 
@@ -56,13 +56,13 @@ class Problem(msgspec.Struct, omit_defaults=True):
     status: int
     detail: str
     batch: int | None = None
-    """Where a batch stands in the request, from 0, of which only some groups can't be taken."""
+    """Index in the request, from 0, of a batch of which only some groups can't be taken."""
     groups: list[WrongGroup] = []
-    """Those groups: the batch can be sent without them, under the same sequence."""
+    """The groups that can't be taken: the batch can be sent without them, under the same sequence."""
 
 
 class Refused(Exception):
-    """An error of HTTP's own, such as 413."""
+    """An error with an HTTP status of its own, such as 413."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -72,7 +72,7 @@ class Refused(Exception):
 
 
 class ProblemAnswer(msgspec.Struct):
-    """Everything of an error's answer."""
+    """Status, headers and body of an error's answer."""
 
     status: int
     headers: dict[str, str]
@@ -80,7 +80,7 @@ class ProblemAnswer(msgspec.Struct):
 
 
 def problem(error: Exception) -> ProblemAnswer:
-    """What to answer for `error`: its own words if it is one of ours, none for any other."""
+    """Return the answer for `error`: with its text if it is a `PipelineError` or `Refused`, else without."""
     if isinstance(error, Refused):
         return _answer(
             Problem(f"urn:pipeline:http:{error.status}", HTTPStatus(error.status).phrase, error.status, error.detail),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from itertools import compress
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pipeline.metrics as m
 from pipeline.core import codec
@@ -53,34 +53,35 @@ from pipeline.core.record import (
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
+from pipeline.query.damage import OnDamage, decode_all, decode_stored, find_unreadable, report_damage
 from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.staleness import EndOffsets, bound_ms, seen_ms
-from pipeline.query.trust import Distrust, blame, damaged, trust, trust_each
+from pipeline.query.staleness import EndOffsetHistory, bound_ms, seen_ms
 from pipeline.settings import QuerySettings
 
 _BLOCK = 2_000
-"""Entries that are decoded together; the deadline is looked at between blocks."""
+"""Entries that are decoded together; the deadline is checked between blocks."""
 _PLANS_MAX = 10_000
 _POINT_TRIES = 3
-"""How often a point read looks at the definitions of a view, while others come and go."""
+"""Attempts of a point read at finding the definitions of a view, if they change meanwhile."""
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
 _decode_position = lru_cache(maxsize=4_096)(codec.decode_position)
 
 
 class _Heads(NamedTuple):
-    """What the stores say of themselves and of one view, each partition at one moment."""
+    """Positions of all stores and the definitions of one view, each partition at one moment."""
 
     positions: dict[int, Position]
     entries: list[codec.DefinitionEntry]
 
 
 class _Plan(NamedTuple):
-    """What a read of a view merges, and which state of the definitions of each partition that was found out from."""
+    """The definitions that a read of a view merges, and the versions of each partition's definitions they were found in."""
 
-    stores: Mapping[int, object]  # one that is made anew counts the states of its definitions anew
+    stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
     versions: dict[int, int]
     merged: MergedDefinition
 
@@ -88,9 +89,9 @@ class _Plan(NamedTuple):
 class ViewReader:
     """Answers from the stores that `stores` returns, by partition. Safe from any thread.
 
-    `stores` raises `NotReady` while they are being restored. A store may be taken away, and come back, as another object;
-    `stores` must say so before it is touched: it is asked again after each look at them. `ends` says where the topic of
-    deltas ends. `distrust` is told of each store that a read finds damaged, and has it rebuilt; reads raise `NotReady` then.
+    `stores` raises `NotReady` while they are restored. It is called again after each access to stores, and must not return a
+    store that was taken away meanwhile; a rebuilt store is another object. `ends` returns where the topic of deltas ends.
+    `on_damage` rebuilds a store that a read finds damaged; the read raises `NotReady` then.
     """
 
     def __init__(
@@ -101,47 +102,44 @@ class ViewReader:
         clock: Clock,
         settings: QuerySettings,
         metrics: Metrics = NO_METRICS,
-        distrust: Distrust | None = None,
+        on_damage: OnDamage | None = None,
     ) -> None:
         self.clock = clock
         self._stores = stores
         self._ends = ends
         self._settings = settings
         self._metrics = metrics
-        self._distrust = distrust
-        self._end_offsets: dict[int, EndOffsets] = {}
+        self._on_damage = on_damage
+        self._end_offsets: dict[int, EndOffsetHistory] = {}
         self._seen: LogEnds | None = None
         self._plans: dict[tuple[str, str | None, int | None], _Plan] = {}
         self._closed = False
 
     @property
     def topic_id(self) -> str:
-        """The id of the topic of deltas, as the log told it last; empty while it has not."""
+        """Id of the topic of deltas as the log last answered it; empty before a first answer."""
         return self._ends().source_id
 
     @property
     def seen_s(self) -> float:
-        """When the log was asked for that, on `clock`."""
+        """Time on `clock` at which the log was asked for `topic_id`."""
         return self._ends().at_s
 
     def close(self) -> None:
-        """End the reads that are under way: they raise `Unavailable`."""
+        """End all running reads: they raise `Unavailable`."""
         self._closed = True
 
     # Answers
 
     def definition(self, view: str) -> Definition:
-        """What the definitions of a view are together; `NotFound` if nobody has published it. Quick once it is known."""
+        """Return the merged definition of a view, from memory after the first call; `NotFound` if there is no such view."""
         query = Query(view)
-        return (self._plans.get(_shape(query)) or self._look(query)).merged.definition
+        return (self._plans.get(_shape(query)) or self._load_plan(query)).merged.definition
 
-    def _look(self, query: Query) -> _Plan:
-        """Find out from the stores what to merge."""
+    def _load_plan(self, query: Query) -> _Plan:
+        """Read from the stores which definitions to merge."""
         stores = self._stores()
-        try:
-            heads = _heads(stores, query.view)
-        except StoreCorrupt as error:
-            raise damaged(self._distrust, stores, error) from None
+        heads = self._from(stores, _read_heads, query.view)
         self._check_unchanged(stores)
         return self._plan(query, stores, heads)
 
@@ -158,9 +156,9 @@ class ViewReader:
         return plan
 
     def point(self, query: Query) -> Answer | None:
-        """The answer, if `where` pins every label, so that it is in a few keys of each partition; None: `read` it."""
+        """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None."""
         for _ in range(_POINT_TRIES):
-            plan = self._plans.get(_shape(query)) or self._look(query)
+            plan = self._plans.get(_shape(query)) or self._load_plan(query)
             labels = pinned_labels(plan.merged.definition, query.where)
             if labels is None:
                 return None
@@ -171,12 +169,12 @@ class ViewReader:
         return None
 
     def _point(self, query: Query, plan: _Plan, labels: Labels) -> Answer | None:
-        """The answer in the series with these labels; None if the definitions are not those of `plan` any more."""
+        """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`."""
         definition = plan.merged.definition
         kind = KINDS[definition.kind]
-        # All labels pinned, by as many conditions: those are equalities, one for each, and nothing is left to test.
+        # As many conditions as pinned labels: each is an equality, and nothing is left to test.
         exact = len(query.where) == len(labels)
-        tests = [] if exact else self._tests(definition, query, _unlimited)
+        tests = [] if exact else self._tests(definition, query, lambda: None)
         group = group_key(definition, query.by)
         keys = [POSITION_KEY]
         for part in plan.merged.parts:
@@ -191,13 +189,13 @@ class ViewReader:
         try:
             for number, store in stores.items():
                 position, *found = store.get(keys)
-                positions[number] = trust(number, _position, position)
+                positions[number] = decode_stored(number, _position, position)
                 for value in filter(None, found):
                     values.append(value)
                     holders.append(number)
-            states = trust_each(holders, partial(codec.decode_states, kind), values)
+            states = decode_all(holders, partial(codec.decode_states, kind), values)
         except StoreCorrupt as error:
-            raise damaged(self._distrust, stores, error) from None
+            raise report_damage(self._on_damage, stores, error) from None
         self._check_unchanged(stores)
         if _versions(positions) != plan.versions or any(plan.stores[number] is not it for number, it in stores.items()):
             return None
@@ -209,22 +207,22 @@ class ViewReader:
         return self._answer(query, plan.merged, choice.selected(), positions, seen)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
-        """The answer, whatever it takes; `Unavailable` if that is not done by `deadline_s` on the monotonic clock."""
+        """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock."""
         answer = self.point(query)
-        return self._scan(query, deadline_s) if answer is None else answer
+        return self._from(self._stores(), self._scan, query, deadline_s) if answer is None else answer
 
-    def _scan(self, query: Query, deadline_s: float) -> Answer:
-        stores = self._stores()
+    def _from(self, stores: Mapping[int, ReadableStore], read: Callable[..., T], *arguments: Any) -> T:
+        """Return `read(stores, *arguments)`; a store in which it meets damage is rebuilt."""
         try:
-            return self._scan_stores(query, deadline_s, stores)
+            return read(stores, *arguments)
         except StoreCorrupt as error:
-            raise damaged(self._distrust, stores, error) from None
+            raise report_damage(self._on_damage, stores, error) from None
 
-    def _scan_stores(self, query: Query, deadline_s: float, stores: Mapping[int, ReadableStore]) -> Answer:
+    def _scan(self, stores: Mapping[int, ReadableStore], query: Query, deadline_s: float) -> Answer:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        heads = _heads(snapshots, query.view)
+        heads = _read_heads(snapshots, query.view)
         plan = self._plan(query, stores, heads)
         check = partial(self._check, query.view, deadline_s, stores)
         selected = self._select(query, plan.merged, snapshots, check)
@@ -237,7 +235,7 @@ class ViewReader:
         kind = KINDS[definition.kind]
         group = group_key(definition, query.by)
         tests = self._tests(definition, query, check)
-        # Of several definitions, series of one and the same labels do not stand side by side in the order of keys.
+        # Series of several definitions with the same labels are not neighbours in the order of keys.
         complete = is_complete(definition, query.by) and len(merged.parts) == 1
         choice = TopN(kind, top=query.top, limit=query.limit)
         groups: dict[Labels, Any] = {}
@@ -254,7 +252,7 @@ class ViewReader:
                         rows, matching = [*compress(rows, fits)], [*compress(matching, fits)]
                     states = codec.decode_states(kind, matching)
                 except BadRecord:
-                    raise blame(snapshots, keys, values, partial(_decode_one, kind, skip, width)) from None
+                    raise find_unreadable(snapshots, keys, values, partial(_decode_one, kind, skip, width)) from None
                 fold(kind, groups, group(rows), states)
                 if complete:
                     choice.offer(groups)
@@ -281,7 +279,7 @@ class ViewReader:
     ) -> None:
         if self._closed:
             raise Unavailable("the server is stopping")
-        self._check_unchanged(stores)  # so that a scan holds no files that are to be deleted
+        self._check_unchanged(stores)  # a scan must not hold files that a rebuild deletes
         if self.clock.monotonic_s() > deadline_s:
             raise Unavailable(f"view {view}: not read within timeout_ms; {advice}")
 
@@ -305,57 +303,47 @@ class ViewReader:
         )
 
     def views(self) -> Views:
-        """All definitions, by view, and how far what is known of them goes."""
+        """Return all definitions, by view, and the state that they are of."""
         found, as_of = self.definitions()
         return Views([View.of(it) for it in found], as_of)
 
     def definitions(self) -> tuple[list[Listed], AsOf]:
-        """The same, for those who go on with it."""
-        stores = self._stores()
-        try:
-            return self._list_stored(stores)
-        except StoreCorrupt as error:
-            raise damaged(self._distrust, stores, error) from None
+        """Return all definitions with their counts of series, and the state that they are of."""
+        return self._from(self._stores(), self._list_stored)
 
     def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        positions: dict[int, Position] = {}
+        positions = _read_positions(snapshots)
         entries: list[codec.DefinitionEntry] = []
         for number, snapshot in snapshots.items():
-            positions[number] = trust(number, _position, snapshot.get([POSITION_KEY])[0])
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-                entries.append(trust(number, codec.decode_definition, value))
+                entries.append(decode_stored(number, codec.decode_definition, value))
         return listed(entries), self._as_of(positions, seen)
 
     def scrape(self, views: Collection[str] = (), *, deadline_s: float) -> Exposition:
-        """All views, or these, each whole or not at all, at one moment of each store.
+        """Return all views, or these, each whole or not at all, at one moment of each store.
 
-        In all at most `openmetrics_series_max` series, in the order of names. A view that can't be shown is named as
-        omitted. `NotFound` for an unknown view, `Unavailable` if it is not done by `deadline_s`.
+        At most `openmetrics_series_max` series are returned, in the order of names. Views that can't be shown are named as
+        omitted. Raises `NotFound` for an unknown view, `Unavailable` if it takes beyond `deadline_s`.
         """
-        stores = self._stores()
-        try:
-            return self._scrape(views, deadline_s, stores)
-        except StoreCorrupt as error:
-            raise damaged(self._distrust, stores, error) from None
+        return self._from(self._stores(), self._scrape, views, deadline_s)
 
-    def _scrape(self, views: Collection[str], deadline_s: float, stores: Mapping[int, ReadableStore]) -> Exposition:
+    def _scrape(self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float) -> Exposition:
         seen = self._note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        positions: dict[int, Position] = {}
+        positions = _read_positions(snapshots)
         found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, str] = {}
         for number, snapshot in snapshots.items():
-            positions[number] = trust(number, _position, snapshot.get([POSITION_KEY])[0])
             for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 view = key[len(TAG_DEFINITION) :].partition(b"\x00")[0].decode(errors="replace")
                 if views and view not in views:
                     continue
                 try:
-                    found.setdefault(view, []).append(trust(number, _decode_definition, value))
+                    found.setdefault(view, []).append(decode_stored(number, _decode_definition, value))
                 except Unreadable as error:
                     broken[view] = self._unreadable(view, stores, error)
         if unknown := set(views) - found.keys():
@@ -368,7 +356,7 @@ class ViewReader:
         for definition in chosen:
             view = definition.view
             check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
-            if max(entry.series_count for entry in found[view]) > left:  # not even looked at: so reading is bounded, too
+            if max(entry.series_count for entry in found[view]) > left:  # not read at all, so that the work is bounded, too
                 omitted[view] = SERIES_MAX
                 continue
             try:
@@ -384,17 +372,17 @@ class ViewReader:
         return Exposition(exposed, dict(sorted(omitted.items())), self._as_of(positions, seen).staleness_ms)
 
     def _unreadable(self, view: str, stores: Mapping[int, ReadableStore], error: Unreadable) -> str:
-        """Why a view is left out that a rebuild has not mended; otherwise raise `error` again, so that one is begun."""
-        damage = damaged(self._distrust, stores, error)
+        """Return the reason for leaving a view out that a rebuild has not mended; raise `error` if a rebuild may mend it."""
+        damage = report_damage(self._on_damage, stores, error)
         if isinstance(damage, NotReady):
-            raise error  # to where no scan is held any more
+            raise error  # the caller that handles it holds no scan, and a scan holds files that a rebuild deletes
         _log.error("view %s is left out of a scrape: %s", view, damage)
         return UNREADABLE
 
     # Positions and staleness
 
     def partitions(self) -> list[PartitionState]:
-        """How far each partition is now; sets the gauges of lag and staleness."""
+        """Return the position, lag and staleness of each partition; sets their gauges."""
         try:
             stores = self._stores()
         except NotReady:
@@ -402,12 +390,9 @@ class ViewReader:
                 self._metrics.set(m.STALENESS, inf, number)
             raise
         seen = self._note_ends()
-        for number in seen.end_offsets.keys() - stores.keys():  # so new that there is no store of it
+        for number in seen.end_offsets.keys() - stores.keys():  # a new partition without a store
             self._metrics.set(m.STALENESS, inf, number)
-        try:
-            positions = {n: trust(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
-        except StoreCorrupt as error:
-            raise damaged(self._distrust, stores, error) from None
+        positions = self._from(stores, _read_positions)
         self._check_unchanged(stores)
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         states = []
@@ -425,7 +410,7 @@ class ViewReader:
         return states
 
     def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
-        """After a look at stores: raise `NotReady` if one of them was taken away meanwhile."""
+        """Raise `NotReady` if one of these stores was taken away since it was read."""
         now = self._stores()
         if any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
@@ -436,7 +421,7 @@ class ViewReader:
             for number, end_offset in seen.end_offsets.items():
                 known = self._end_offsets.get(number)
                 if known is None:
-                    known = self._end_offsets.setdefault(number, EndOffsets())
+                    known = self._end_offsets.setdefault(number, EndOffsetHistory())
                 known.observe(seen.at_s, end_offset)
             self._seen = seen
         return seen
@@ -453,7 +438,7 @@ class ViewReader:
         now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
         staleness_ms: int | None = seen_ms(seen.at_s, now_s)
         for number in positions.keys() | seen.end_offsets.keys():
-            position = positions.get(number, NO_POSITION)  # a partition so new that there is no store of it
+            position = positions.get(number, NO_POSITION)  # a new partition without a store
             if not _caught_up(number, position, seen):
                 bound = self._staleness_ms(number, position, seen, now_s, now_ms)
                 staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
@@ -465,13 +450,9 @@ def _caught_up(number: int, position: Position, seen: LogEnds) -> bool:
 
 
 def _reached(position: Position, seen: LogEnds) -> int:
-    """Up to where the topic that is there now is folded: if the position is of one that is gone, nothing of it is."""
+    """Return the offset up to which the present topic is folded: 0 if the position is of an earlier topic of its name."""
     foreign = position.source_id and seen.source_id and position.source_id != seen.source_id
     return 0 if foreign else position.next_offset
-
-
-def _unlimited() -> None:
-    """A point read matches few values."""
 
 
 def _decode_one(kind: Kind, skip: int, width: int, key: bytes, value: bytes) -> None:
@@ -483,6 +464,10 @@ def _position(value: bytes | None) -> Position:
     return NO_POSITION if value is None else _decode_position(value)
 
 
+def _read_positions(stores: Mapping[int, StoreView]) -> dict[int, Position]:
+    return {n: decode_stored(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
+
+
 def _shape(query: Query) -> tuple[str, str | None, int | None]:
     return query.view, query.kind, query.window_s
 
@@ -491,10 +476,10 @@ def _versions(positions: Mapping[int, Position]) -> dict[int, int]:
     return {number: position.definitions_version for number, position in positions.items()}
 
 
-def _heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
-    heads = _Heads({}, [])
+def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
+    # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
+    positions = _read_positions(stores)
     prefix = definitions_prefix(view)
-    for number, store in stores.items():
-        heads.positions[number] = trust(number, _position, store.get([POSITION_KEY])[0])
-        heads.entries.extend(trust(number, _decode_definition, value) for _, value in store.scan(prefix, prefix_end(prefix)))
-    return heads
+    scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
+    entries = [decode_stored(number, _decode_definition, value) for number, scan in scans for _, value in scan]
+    return _Heads(positions, entries)

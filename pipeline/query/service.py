@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 POLL_S = 0.003
 OBSERVE_S = 0.1
 _TOPIC_S = 2.0
-"""How long the log may take to say which topic it has now."""
+"""Longest wait for the log to answer which topic it has now."""
 
 _NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
 
@@ -36,20 +36,20 @@ States = Sequence[PartitionState]
 T = TypeVar("T")
 R = TypeVar("R")
 RenderViews = Callable[[Exposition, str], tuple[bytes, str]]
-"""Writes a scrape down for an Accept header: the text, and its media type."""
+"""Renders a scrape for an Accept header; returns the text and its media type."""
 _encode = msgspec.json.Encoder().encode
 
 
-class _Watch:
-    """Waits for positions: one task looks at them, for all who wait."""
+class _PositionWaiter:
+    """Waits until positions meet conditions: one task polls them for all reads that wait."""
 
-    def __init__(self, look: Callable[[], States]) -> None:
-        self._look = look
+    def __init__(self, poll: Callable[[], States]) -> None:
+        self._read_states = poll
         self._waiters: dict[asyncio.Future[None], Callable[[States], bool]] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def until(self, ok: Callable[[States], bool], timeout_s: float) -> bool:
-        """Wait until `ok` of what is looked at next; whether that came in time. `ok` must not raise."""
+        """Wait until `ok` of the polled positions; return whether that came in time. `ok` must not raise."""
         future = asyncio.get_running_loop().create_future()
         self._waiters[future] = ok
         if self._task is None or self._task.done():
@@ -66,7 +66,7 @@ class _Watch:
         while self._waiters:
             await asyncio.sleep(POLL_S)
             try:
-                states = self._look()
+                states = self._read_states()
             except Exception as error:
                 for future in self._pending():
                     future.set_exception(error)
@@ -80,7 +80,7 @@ class _Watch:
 
 
 class ReadService:
-    """Reads for one event loop; made and used on it."""
+    """Serves reads on one event loop, on which it must be made and used."""
 
     def __init__(self, reader: ViewReader, settings: QuerySettings, metrics: Metrics) -> None:
         self._reader = reader
@@ -88,13 +88,13 @@ class ReadService:
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
-        self._watch = _Watch(reader.partitions)
+        self._waiter = _PositionWaiter(reader.partitions)
         self._failures = Failures(_log, "observe", metrics)
         self._open = 0
         """Reads that wait or run."""
 
     async def answer(self, request: ReadRequest) -> bytes:
-        """The answer, encoded. `NotReady` if what it waits for does not come, `Unavailable` if there is no time or room."""
+        """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room."""
         try:
             return await self._answer(request)
         except NotFound as error:
@@ -110,11 +110,11 @@ class ReadService:
         return await self._bounded(self._slow, request)
 
     async def views(self) -> bytes:
-        """All views, encoded."""
+        """Return all views, encoded."""
         return await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
 
     async def scrape(self, views: Sequence[str], render: RenderViews, accept: str) -> tuple[bytes, str]:
-        """All views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` also without room."""
+        """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
         timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
         deadline_s = self._reader.clock.monotonic_s() + timeout_ms / 1000
         return await self._bounded(
@@ -144,7 +144,7 @@ class ReadService:
                 answer, encoded = await self._in_thread(lambda: self._read(request, deadline_s))
             if self._fresh(request, answer):
                 return encoded
-            # What was fresh enough when the read began was not when it ended. Once more, if there is time.
+            # The data was fresh enough when the read began, but not when it ended: read again if there is time.
             if clock.monotonic_s() >= deadline_s:
                 raise NotReady(_too_old(request))
             await asyncio.sleep(POLL_S)
@@ -183,7 +183,7 @@ class ReadService:
         states = self._reader.partitions()
         await self._check_topic(after, deadline_s)
         if not ok(states):
-            await self._watch.until(ok, deadline_s - self._reader.clock.monotonic_s())
+            await self._waiter.until(ok, deadline_s - self._reader.clock.monotonic_s())
             states = self._reader.partitions()
             await self._check_topic(after, deadline_s)
         if ok(states):
@@ -199,15 +199,15 @@ class ReadService:
         raise NotReady(_too_old(request))
 
     def _is_other(self, after: Token) -> bool:
-        """Whether the token is of another topic than the one that the log has, as far as it said; unknown is not another."""
+        """Return whether the token is of another topic than the log has; False while the topic of the log is unknown."""
         topic_id = self._reader.topic_id
         return bool(after.next_offsets and topic_id) and topic_id != after.topic_id
 
     async def _check_topic(self, after: Token, deadline_s: float) -> None:
         """Raise `OtherTopic` if the token is of another topic.
 
-        A publisher may have heard of a topic made anew before this server: the log is asked once more. `NotReady` if it
-        does not answer soon.
+        A publisher may learn before this server that the topic was made anew, so the log is asked once more first.
+        `NotReady` if it does not answer soon.
         """
         if not self._is_other(after):
             return
@@ -216,7 +216,7 @@ class ReadService:
         def asked_again(_: States) -> bool:
             return not self._is_other(after) or self._reader.seen_s >= asked_s
 
-        known = await self._watch.until(asked_again, min(_TOPIC_S, deadline_s - asked_s))
+        known = await self._waiter.until(asked_again, min(_TOPIC_S, deadline_s - asked_s))
         if self._is_other(after):
             what = f"after: the token is of topic {after.topic_id}, but this server reads {self._reader.topic_id}"
             if not known:
@@ -227,7 +227,7 @@ class ReadService:
             )
 
     async def observe(self) -> None:
-        """Look at positions and end offsets again and again: what staleness is known by, and the gauges."""
+        """Read positions and end offsets at an interval, for the bound on staleness and for the gauges."""
         while True:
             try:
                 self._reader.partitions()
@@ -241,7 +241,7 @@ class ReadService:
             await asyncio.sleep(OBSERVE_S)
 
     def close(self) -> None:
-        """End the reads that are under way."""
+        """End all running reads."""
         self._reader.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

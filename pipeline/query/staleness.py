@@ -1,12 +1,12 @@
-"""How stale an answer is: an upper bound on the age of anything that the log had accepted and the answer lacks.
+"""The staleness of an answer: an upper bound on the age of anything that the log had accepted and the answer lacks.
 
 Two things bound it:
 
-- What was seen. If the log ended at offset e at time t, and the position has reached e, then everything accepted before t
-  is in the answer: nothing that is missing is older than now - t.
-- What was folded. The log's times never fall within a partition, so everything that is missing was accepted no earlier
-  than the last record that is folded in. This one compares the log's wall clock with ours, which can be set, so it counts
-  only where nothing was seen.
+- End offsets. If the log ended at offset e at time t, and the position has reached e, then everything accepted before t is
+  in the answer: nothing that is missing is older than now - t.
+- The last folded record. The log's times never fall within a partition, so everything that is missing was accepted no
+  earlier than the last record that is folded in. This compares the log's wall clock with ours, and clocks can be set, so it
+  counts only where no end offset was seen.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ OBSERVATIONS_MAX = 1_000
 SPACING_S = 0.01
 
 
-class EndOffsets:
-    """Where one partition's log ended at which time: a bounded memory, of a minute or more. Safe from any thread.
+class EndOffsetHistory:
+    """End offsets of one partition and when they were seen, over a minute or more. Safe from any thread.
 
-    Forgetting an observation makes the bound looser, never wrong, so old ones are thinned out.
+    To forget an observation makes the bound looser, never wrong: old ones are thinned out.
     """
 
     def __init__(self) -> None:
@@ -33,11 +33,11 @@ class EndOffsets:
         self._offsets: list[int] = []
 
     def observe(self, at_s: float, end_offset: int) -> None:
-        """At or after `at_s`, on the monotonic clock, the log was seen to end at `end_offset`."""
+        """Note that the log ended at `end_offset`, at or after `at_s` on the monotonic clock."""
         with self._lock:
             times, offsets = self._at_s, self._offsets
             if times and at_s <= times[-1]:
-                return  # a slower thread's; a newer observation is there
+                return  # of a slower thread: there is a newer observation
             if offsets and end_offset < offsets[-1]:
                 times.clear()  # a log made anew
                 offsets.clear()
@@ -51,22 +51,22 @@ class EndOffsets:
                 del times[1:-1:2], offsets[1:-1:2]
 
     def reached_s(self, next_offset: int) -> float | None:
-        """The latest time at or after which the log was seen to end no later than at `next_offset`; None if unknown."""
+        """Return the latest time at which the log ended at `next_offset` or below; None if unknown."""
         with self._lock:
             i = bisect_right(self._offsets, next_offset)
             return self._at_s[i - 1] if i else None
 
 
 def seen_ms(reached_s: float, now_s: float) -> int:
-    """The first of the two bounds, rounded up: everything accepted before `reached_s` is in the answer."""
+    """Return the first bound, rounded up: everything accepted before `reached_s` is in the answer."""
     return max(0, ceil((now_s - reached_s) * 1000))
 
 
 def bound_ms(position: Position, reached_s: float | None, *, now_s: float, now_ms: int) -> int | None:
-    """The bound, rounded up, of one partition's entries at `position`; None if nothing is known.
+    """Return the bound, rounded up, of one partition's entries at `position`; None if nothing is known.
 
-    `reached_s` is when the log was seen to end at or below the position; `now_s` and `now_ms` are one moment on the
-    monotonic and on the wall clock.
+    `reached_s` is the latest time at which the log ended at or below the position; `now_s` and `now_ms` are one moment on
+    the monotonic and on the wall clock.
     """
     if reached_s is not None:
         return seen_ms(reached_s, now_s)

@@ -1,4 +1,4 @@
-"""Users' agents: the app that they are declared in, and the publisher that they record to."""
+"""Agents of the user in a worker: the app that declares them, and the publisher that they record to."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from pipeline.worker.changes import ChangeFeed
 from pipeline.worker.partition import OwnedPartition
 
 _BLOCK_MS = 1_000
-"""Longest that recording may hold up Faust's loop, in which agents run and which takes part in rebalances."""
+"""Longest wait of a recording call: it blocks Faust's loop, which also takes part in rebalances."""
 _STORE_BYTES = 4 * 2**20
-"""Write buffers, and cached blocks, of an agent's stores."""
+"""Bytes of write buffers, and of cached blocks, of an agent's stores."""
 
 
 def faust_app(*, on_error: str = "skip", **options: Any) -> AgentsApp:
@@ -52,7 +52,7 @@ def faust_app(*, on_error: str = "skip", **options: Any) -> AgentsApp:
 
 
 class _NoLog:
-    """Where nothing can be sent, because nothing is recorded."""
+    """The log of a publisher before `bind`: every call is `Unavailable`."""
 
     def partition_count(self, topic: str) -> int:
         raise Unavailable("no worker runs this app")
@@ -80,7 +80,7 @@ class AgentPublisher(BasePublisher):
         super().__init__(_NoLog(), SystemClock(), PublisherSettings())
 
     def bind(self, url: str, settings: PublisherSettings, kafka: KafkaSettings, metrics: Metrics) -> None:
-        """From now on what is recorded goes to the log at `url`. Once only."""
+        """Publish to the log at `url` from now on. May be called once."""
         if self._bound:
             raise Invalid("this app was run by a worker before: an app runs once")
         self._settings = replace(settings, block_timeout_ms=min(settings.block_timeout_ms, _BLOCK_MS))
@@ -90,7 +90,7 @@ class AgentPublisher(BasePublisher):
 
     @property
     def pressed(self) -> bool:
-        """Whether over half of its buffer is in use, and batches wait for their acknowledgement."""
+        """Return whether over half of the buffer is in use while batches wait for their acknowledgement."""
         return self._runtime.is_short_of_memory
 
     def _opening(self) -> None:
@@ -100,7 +100,7 @@ class AgentPublisher(BasePublisher):
 
 
 class _GroupOffsets:
-    """How far an agent got, as the offsets of a group without members."""
+    """Progress of an agent, kept as committed offsets of a group without members."""
 
     def __init__(self, log: KafkaLog, agent: str) -> None:
         self._log = log
@@ -114,7 +114,10 @@ class _GroupOffsets:
 
 
 class Feeds:
-    """The feeds of all agents that read changes. `partitions` are those that the worker folds now, `distrust` its loop's."""
+    """Feeds of changes for all agents that read them.
+
+    `partitions` returns those that the worker folds now; `distrust` has a damaged store rebuilt.
+    """
 
     def __init__(
         self,
@@ -164,22 +167,22 @@ class Feeds:
         raise NotReady(f"partition {partition}: its store is damaged; it is rebuilt from the changelog")
 
     def start(self) -> None:
-        """Follow nothing yet."""
+        """Start the threads; they follow nothing yet."""
         for feed in self._feeds:
             feed.start()
 
     def follow(self, partitions: frozenset[int]) -> None:
-        """Of these, from now on. Does not block."""
+        """Follow these partitions from now on. Does not block."""
         for feed in self._feeds:
             feed.follow(partitions)
 
     def release(self, timeout_s: float) -> None:
-        """Wait until nothing is followed, after `follow` of nothing."""
+        """Wait until no partition is followed, after `follow` with an empty set."""
         for feed in self._feeds:
             feed.release(timeout_s)
 
     def stop(self) -> bool:
-        """End; whether that was done in time. Twice is fine."""
+        """Stop, and return whether that was done in time. May be called twice."""
         self.follow(frozenset())
         done = [feed.stop() for feed in self._feeds]
         if not all(done):
@@ -190,7 +193,7 @@ class Feeds:
 
 
 def check_topics_read(app: AgentsApp, log: KafkaLog) -> None:
-    """Raise `Invalid` if an agent reads a topic that is not there."""
+    """Raise `Invalid` if an agent reads a topic that does not exist."""
     read = app.topics_read()
     for topic in log.missing([*read]):
         raise Invalid(f"agent {read[topic]} reads topic {topic}, which does not exist at {log.address.bootstrap}: create it")

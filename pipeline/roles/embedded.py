@@ -20,8 +20,8 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Store
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
-from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
+from pipeline.query.stored_state import StoredState, find_definition
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
@@ -31,11 +31,11 @@ from pipeline.worker.restore import RestoreProgress
 
 
 class Engine:
-    """One process' whole pipeline. `start` returns at once; restoring goes on behind, `ready` says when it is over.
+    """The whole pipeline in one process. `start` returns at once; `ready` turns true when all partitions are restored.
 
-    `on_fatal` is called at most once, from any thread, with what ended the worker or the log: stop the engine then and end
-    the process with `errors.exit_code`. Raises `Unavailable` if another process has the data directory, `Invalid` if it is
-    none, `LogCorrupt` if something of the log is lost.
+    `on_fatal` is called at most once, from any thread, with the error that ended the worker or the log: stop the engine then
+    and end the process with `errors.exit_code`. Raises `Unavailable` if another process has the data directory, `Invalid` if
+    it is no data directory, `LogCorrupt` if a part of the log is lost.
     """
 
     def __init__(
@@ -94,7 +94,20 @@ class Engine:
             metrics=metrics,
         )
         self._loop.assign(range(len(self.partitions)))
-        self.reader = ViewReader(
+        self.reader = self._new_reader(query, metrics)
+        self.ingest = Gateway(
+            self.log,
+            self.clock,
+            publisher_settings or PublisherSettings(),
+            partial(find_definition, self.reader),
+            metrics,
+            limits=worker.task_limits(),
+            facts=StoredState(self.stores),
+            idempotent_partitions=query.idempotent_partitions,
+        )
+
+    def _new_reader(self, settings: QuerySettings, metrics: Metrics) -> ViewReader:
+        return ViewReader(
             stores=self.stores,
             ends=EndsNow(
                 partial(self.log.high_watermarks, DELTAS),
@@ -103,34 +116,19 @@ class Engine:
                 source_id=self.log.topic_id(DELTAS),
             ),
             clock=self.clock,
-            settings=query,
+            settings=settings,
             metrics=metrics,
-            distrust=self._loop.distrust,
-        )
-        self.ingest = self._gateway(publisher_settings, worker, query.idempotent_partitions, metrics)
-
-    def _gateway(
-        self, settings: PublisherSettings | None, worker: WorkerSettings, partitions: int, metrics: Metrics
-    ) -> Gateway:
-        return Gateway(
-            self.log,
-            self.clock,
-            settings or PublisherSettings(),
-            partial(find_definition, self.reader),
-            metrics,
-            limits=worker.task_limits(),
-            facts=StoredFacts(self.stores),
-            idempotent_partitions=partitions,
+            on_damage=self._loop.distrust,
         )
 
     @property
     def letters(self) -> DeadLetters:
-        """What was refused when it was folded."""
+        """Dead letters of the log."""
         return DeadLetters(self.log, self.clock)
 
     @property
     def ready(self) -> bool:
-        """Whether every partition is restored and folding; false again while a damaged store is rebuilt."""
+        """Return whether every partition is restored and folding; False again while a damaged store is rebuilt."""
         return self._loop.ready
 
     def start(self) -> None:
@@ -140,14 +138,14 @@ class Engine:
         self._loop.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until `ready`, or for so long."""
+        """Wait until `ready`, at most `timeout_s`; return whether it is."""
         return self._loop.wait_ready(timeout_s)
 
     def stop(self) -> bool:
-        """Commit what is folded, close everything; whether all of it was done in time. Twice is fine."""
+        """Commit what is folded and close everything; return whether it was done in time. May be called twice."""
         atexit.unregister(self.stop)
         done = self._loop.stop()
-        if done:  # a thread that still works in RocksDB must not lose it: the process is about to end anyway
+        if done:  # a thread that still works in RocksDB needs it open; the process is about to end anyway
             self._cleaner.stop()
             self._stores.close()
             self.log.close()
@@ -175,7 +173,7 @@ class Engine:
         )
 
     def _keep_from(self, topic: str, partition: int) -> int:
-        """What retention must leave: deltas that are not in the state yet, however old they are."""
+        """Return the offset from which retention must keep records: deltas that are not in the state yet, however old."""
         if topic != DELTAS:
             return END_OFFSET_MAX
         return self.partitions[partition].task.position.next_offset if self.ready else 0

@@ -1,4 +1,4 @@
-"""Serves HTTP with uvicorn until a signal or a fatal error ends it."""
+"""An HTTP server (uvicorn) that is stopped from any thread or signal handler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GRACEFUL_S = 5
 
 
 def bind(settings: QuerySettings) -> socket.socket:
-    """A listening socket; `Invalid` if the address is taken or is none of this machine's."""
+    """Return a listening socket; `Invalid` if the address is taken or is not one of this machine."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -31,16 +31,16 @@ def bind(settings: QuerySettings) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a client on this machine finds the listener."""
+    """Return the URL of the listener for clients on this machine."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to `serve`: uvicorn would raise them again before the log and the stores are closed."""
+        """Leave signals to `signals`: uvicorn would raise them again before the log and the stores are closed."""
         yield
 
 
@@ -49,7 +49,7 @@ class HttpServer:
 
     def __init__(self, app: Any, listener: socket.socket) -> None:
         self._listener = listener
-        self._server = _Server(
+        self._server = _UvicornServer(
             uvicorn.Config(
                 app,
                 log_config=None,
@@ -71,7 +71,7 @@ class HttpServer:
 
     @property
     def stopped(self) -> bool:
-        """Whether `stop` was called."""
+        """Return whether `stop` was called."""
         return self._server.should_exit
 
 

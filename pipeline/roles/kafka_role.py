@@ -1,4 +1,4 @@
-"""What all roles have."""
+"""Base of the roles on Kafka: a data directory, stores and a connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOPICS = (DELTAS, CHANGELOG, DEAD_LETTERS)
 
 
 class KafkaRole:
-    """What both roles have: a data directory, stores, a connection, and at most one report of what ended them."""
+    """A data directory, stores and a connection to the log. `on_fatal` is called at most once."""
 
     def __init__(
         self,

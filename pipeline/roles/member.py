@@ -1,4 +1,4 @@
-"""A worker as a member of its group: passes on what the membership says, and tells it what is warm."""
+"""A worker as a member of its group: applies assignments, and reports which partitions are caught up."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pipeline.worker.replicas import ReplicaLoop
 
 _log = logging.getLogger(__name__)
 _LEAVE_S = 10.0
-"""How long leaving may take beside what agents and commits are given."""
-_LET_GO_S = 1.0
+"""Time for leaving, beside the time that agents and commits have."""
+_RELEASE_S = 1.0
 
 
 class FeedFollower(Protocol):
-    """Follows the partitions that are folded here: `roles.agents.Feeds`."""
+    """Follows the changes of partitions that this worker folds: `roles.agents.Feeds`."""
 
     def follow(self, partitions: frozenset[int]) -> None:
-        """These from now on. Does not block."""
+        """Follow these partitions from now on. Does not block."""
         ...
 
     def release(self, timeout_s: float) -> None:
-        """Wait, for so long, until what is not followed any more is left in order."""
+        """Wait, at most `timeout_s`, until partitions that are no longer followed are closed in order."""
         ...
 
 
 class ClusterMember:
-    """Listens to `membership` for the loop that folds and the one that keeps standbys warm. `fail` ends the process."""
+    """Listens to `membership` for the folding loop and the loop of standbys. `fail` ends the process."""
 
     def __init__(
         self,
@@ -51,16 +51,16 @@ class ClusterMember:
         self._revoke_timeout_s = revoke_timeout_s
         self._lock = threading.Lock()
         self._warm: frozenset[int] = frozenset()
-        self._telling = True
-        """Whether the membership is there to be told anything."""
+        self._reporting = True
+        """False once the membership has ended or is about to."""
 
     def join(self) -> None:
-        """Returns at once."""
+        """Join the group. Returns at once."""
         self._membership.start(self)
 
     def leave(self) -> None:
-        """Commit, and let others have the partitions. Folding goes on until they do. Twice is fine."""
-        self._stop_telling()
+        """Commit, and leave the group. Folding goes on until others have the partitions. May be called twice."""
+        self._stop_reporting()
         self._membership.stop(leave=True, timeout_s=self._revoke_timeout_s + _LEAVE_S)
 
     def members(self) -> Sequence[ports.Member]:
@@ -73,7 +73,7 @@ class ClusterMember:
             self._feeds.follow(frozenset())
         self._loop.revoking(partitions, timeout_s)
         if self._feeds is not None:
-            self._feeds.release(_LET_GO_S)
+            self._feeds.release(_RELEASE_S)
 
     def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:
         """See `MembershipListener`."""
@@ -84,18 +84,18 @@ class ClusterMember:
 
     def on_failed(self, error: PipelineError) -> None:
         """See `MembershipListener`."""
-        self._stop_telling()
+        self._stop_reporting()
         self._fail(error)
 
-    def _stop_telling(self) -> None:
+    def _stop_reporting(self) -> None:
         with self._lock:
-            self._telling = False
+            self._reporting = False
 
-    def tell_warm(self) -> None:
-        """Of what could be taken over at once, if it has changed. Called by both loops."""
+    def report_warm(self) -> None:
+        """Report the partitions that this member could fold at once, if they changed. Both loops call it."""
         with self._lock:
             started = (number for number, it in self._loop.partitions.items() if it.started)
             warm = self._standbys.caught_up() | frozenset(started)
-            if self._telling and warm != self._warm:
+            if self._reporting and warm != self._warm:
                 self._warm = warm
                 self._membership.set_warm(warm)

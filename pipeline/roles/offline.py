@@ -1,4 +1,4 @@
-"""Logs and stores, opened to be looked at: nothing is written, and who uses them is not disturbed."""
+"""Logs and stores opened read-only, for inspection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from pipeline.ports import Log, Store
 from pipeline.settings import KafkaSettings, LogSettings
 
 
-def _folder(path: str) -> Path:
+def data_folder(path: str) -> Path:
+    """Return the path of a data directory; `Invalid` if there is none."""
     folder = Path(path).expanduser().absolute()
     if not (folder / "VERSION").is_file():  # opening would make one
         raise Invalid(f"{folder} is not a data directory")
@@ -26,19 +27,19 @@ def _folder(path: str) -> Path:
 
 
 @contextmanager
-def open_log(url: str | None, settings: LogSettings, kafka: KafkaSettings, topic: str) -> Iterator[Log]:
-    """The log of a broker, kafka://host:port[/app], or without a URL that of the data directory, which no process may have.
+def open_log(url: str | None, settings: LogSettings, kafka: KafkaSettings, *topic_names: str) -> Iterator[Log]:
+    """Open the log of a broker, kafka://host:port[/app], or without a URL that of a data directory which no process has.
 
-    Raises `Invalid` if there is none, or it has no such topic; `Unavailable` if it is taken, or no broker answers.
+    Raises `Invalid` if there is no log, or no such topic in it; `Unavailable` if a process has it, or no broker answers.
     """
     if url is not None:
         if not url.startswith("kafka://"):
             raise Invalid(f"{url!r:.200} is no broker; of `pipeline up`, stop it and say --data DIR")
         with closing(KafkaLog(parse_url(url), kafka, SystemClock())) as log:
-            log.connect([topic])
+            log.connect(topic_names)
             yield log
         return
-    with DataDir(_folder(settings.data)) as data:
+    with DataDir(data_folder(settings.data)) as data:
         try:
             embedded = EmbeddedLog(data.log, topics.load(), settings, SystemClock(), read_only=True)
         except NotFound:
@@ -49,11 +50,11 @@ def open_log(url: str | None, settings: LogSettings, kafka: KafkaSettings, topic
 
 @contextmanager
 def open_stores(settings: LogSettings, partitions: list[int] | None) -> Iterator[Iterator[tuple[int, Store]]]:
-    """The stores of a data directory, which no process may have: these partitions, or all that are there, one at a time.
+    """Open the stores of these partitions, or of all, one after the other, in a data directory which no process has.
 
-    Raises `Invalid` if it is none, `NotFound` if it has no store of a partition that was asked for.
+    Raises `Invalid` if it is no data directory, `NotFound` if a partition has no store.
     """
-    folder = _folder(settings.data)
+    folder = data_folder(settings.data)
     with (
         DataDir(folder, with_log=(folder / "log").is_dir()) as data,
         closing(RocksStores(data.stores, settings, read_only=True)) as stores,

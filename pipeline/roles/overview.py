@@ -1,7 +1,7 @@
-"""All workers of an app at one moment: who is in its group, what each of them says, and how far the partitions are.
+"""All workers of an app at one moment: the members of its group, their statuses, and how far the partitions are.
 
-The group is asked, not a worker; then all of its members at once. One that does not answer is told of as unreachable, and
-what is known of its partitions without it: that it has them, and the position that was mirrored last.
+The broker is asked for the group, then all members at once. A member that does not answer is shown as unreachable; its
+partitions are known from the group, and their positions from the last mirrored ones.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
 
 TIMEOUT_S = 2.0
-"""How long the group, and each member, may take to answer."""
+"""Longest wait for the group, and for each member."""
 _BROKER_MS_MAX = 5_000
-"""How long the broker may: whoever asks for the status when it is away wants to hear that soon."""
+"""Longest wait for the broker, so that the command soon says that it is away."""
 
 
 class StandbyOverview(msgspec.Struct):
-    """A copy of a partition. `phase` is `following`, `restoring`, or `unknown` if its member does not answer."""
+    """A standby of a partition. `phase` is `following`, `restoring`, or `unknown` if its member does not answer."""
 
     member: str
     phase: str
@@ -42,11 +42,11 @@ class StandbyOverview(msgspec.Struct):
 
 
 class PartitionOverview(msgspec.Struct):
-    """A partition. What nobody tells is None, and `phase` then `unknown`."""
+    """A partition. Unknown figures are None, an unknown phase is `unknown`."""
 
     partition: int
     member: str | None
-    """Who folds it."""
+    """Name of the member that folds it."""
     phase: str
     next_offset: int | None
     end_offset: int
@@ -57,7 +57,10 @@ class PartitionOverview(msgspec.Struct):
 
 
 class MemberOverview(msgspec.Struct):
-    """A member. `error` says why it is unreachable; what only it knows is None then: while they move, its partitions too."""
+    """A member of the group.
+
+    `error` says why it is unreachable. What only the member knows is None then, while partitions move also its partitions.
+    """
 
     name: str
     url: str
@@ -70,15 +73,15 @@ class MemberOverview(msgspec.Struct):
 
 
 class Overview(msgspec.Struct):
-    """What `pipeline status --from kafka://...` shows."""
+    """Result of `pipeline status --from kafka://...`."""
 
     app: str
     group_state: str
-    """Kafka's name for it. While it is not Stable, partitions are moving, and are where the members say."""
+    """Kafka's name of the state. While it is not Stable, partitions move, and members say which ones they have."""
     members: list[MemberOverview]
     partitions: list[PartitionOverview]
     notes: list[str]
-    """What could not be found out."""
+    """Facts that could not be found out."""
 
 
 def overview(url: str, settings: KafkaSettings) -> Overview:
@@ -106,13 +109,13 @@ def overview(url: str, settings: KafkaSettings) -> Overview:
 
 
 def _ask_all(address: Address, members: Sequence[Member]) -> list[Status | str]:
-    """Each member's answer, or why there is none. In time, whatever they do, and however long a name takes to resolve."""
+    """Return each member's status, or the reason for having none, within `TIMEOUT_S` even if a name does not resolve."""
     answers: list[Status | str] = [f"no answer within {TIMEOUT_S:g} s" for _ in members]
 
     def ask(index: int) -> None:
         try:
             answers[index] = _asked(address, members[index])
-        except Exception as error:  # of one member: the others' answers are shown all the same
+        except Exception as error:  # the answers of other members are shown all the same
             answers[index] = f"its answer can't be understood: {error!r}"
 
     threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(len(members))]
@@ -166,7 +169,7 @@ def _joined(
 
 
 def _row(group: ConsumerGroup, member: Member, answer: Status | str) -> _MemberAnswer:
-    """Where the partitions are is for the group to say, while it is stable."""
+    """Join a member with its answer. A stable group says which partitions it has, else the member does."""
     actives, standbys = member.actives, member.standbys
     if isinstance(answer, str):
         unknown = group.state != STABLE

@@ -1,4 +1,4 @@
-"""A query server."""
+"""A query server of a Kafka log, which can be a gateway too."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
-from pipeline.query.facts import StoredFacts, find_definition
 from pipeline.query.reader import ViewReader
+from pipeline.query.stored_state import StoredState, find_definition
 from pipeline.roles.kafka_role import KafkaRole
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
@@ -23,7 +23,7 @@ from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
 
 
 class ClusterServer(KafkaRole):
-    """Answers from stores that follow the changelog of a Kafka log. As many as wanted, each with a data directory.
+    """Answers reads from stores that follow the changelog. Any number can run, each with a data directory of its own.
 
     With `ingest` it is a gateway too. `start` returns at once. Raises as `ClusterWorker` does.
     """
@@ -88,7 +88,7 @@ class ClusterServer(KafkaRole):
             clock=self.clock,
             settings=query,
             metrics=metrics,
-            distrust=self._replicas.distrust,
+            on_damage=self._replicas.distrust,
         )
         self.ingest: Ingest | None = None
         if ingest:
@@ -102,18 +102,18 @@ class ClusterServer(KafkaRole):
             partial(find_definition, self.reader),
             metrics,
             limits=worker.task_limits(),
-            facts=StoredFacts(self.stores),
+            facts=StoredState(self.stores),
             idempotent_partitions=partitions,
         )
 
     @property
     def letters(self) -> DeadLetters:
-        """What was refused when it was folded."""
+        """Dead letters of the log."""
         return DeadLetters(self.log, self.clock)
 
     @property
     def ready(self) -> bool:
-        """Whether views can be read."""
+        """Return whether views can be read."""
         return self._replicas.ready
 
     def start(self) -> None:
@@ -123,11 +123,11 @@ class ClusterServer(KafkaRole):
         self._watchdog.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until views can be read, or for so long."""
+        """Wait until views can be read, at most `timeout_s`; return whether they can."""
         return self._replicas.wait_ready(timeout_s)
 
     def stop(self) -> bool:
-        """Close everything; whether it was done in time. Twice is fine."""
+        """Close everything; return whether it was done in time. May be called twice."""
         self._watchdog.stop()
         self._ends.stop()
         self.log.close()
@@ -137,7 +137,7 @@ class ClusterServer(KafkaRole):
         return done
 
     def stores(self) -> Mapping[int, ReadableStore]:
-        """The stores, by partition; see `ReplicaLoop.stores`."""
+        """Return the stores by partition; see `ReplicaLoop.stores`."""
         return self._replicas.stores()
 
     def status(self) -> Status:

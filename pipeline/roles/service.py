@@ -70,7 +70,7 @@ class QueryRole(Role, Protocol):
 
 
 class Hooks(NamedTuple):
-    """What a role reports to."""
+    """Receivers of what a role reports."""
 
     metrics: PrometheusMetrics
     on_fatal: Callable[[BaseException], None]

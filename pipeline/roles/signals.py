@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks for an orderly end, a second one takes it."""
+"""SIGINT and SIGTERM: the first one stops in order, a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _SIGNAL_INTERVAL_S = 0.05
 
 
 class Stop:
-    """Whether a signal has come, for the main thread.
+    """A flag that a signal handler sets, for the main thread.
 
-    Not an Event: a handler that sets one can run while the same thread holds the Event's lock, and would wait for itself.
+    It is no Event: a handler that sets one can run while the same thread holds the Event's lock, and would deadlock.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """The signal's; 0: none has come."""
+        """Number of the signal; 0: none has come."""
         self._never = threading.Event()
 
     def is_set(self) -> bool:
-        """Whether it has come."""
+        """Return whether a signal has come."""
         return self.number != 0
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it comes, or for so long; whether it has come."""
+        """Wait for a signal, at most `timeout_s`; return whether one has come."""
         while not self.number and timeout_s > 0:
             self._never.wait(min(timeout_s, _SIGNAL_INTERVAL_S))
             timeout_s -= _SIGNAL_INTERVAL_S
@@ -35,13 +35,13 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """What a process ends with that the signal kept from finishing its work."""
+        """Exit code of a process that the signal kept from finishing its work."""
         return 128 + self.number
 
 
 @contextmanager
 def stopping_on_signals(stop: Callable[[], None] = lambda: None) -> Iterator[Stop]:
-    """SIGINT and SIGTERM call `stop`, which must not block; a second one ends the process at once, as kill -9 would.
+    """Call `stop`, which must not block, at SIGINT and SIGTERM; a second one ends the process at once, like kill -9.
 
     For the main thread only.
     """

@@ -1,6 +1,6 @@
-"""`pipeline worker --processes N`: starts workers, starts those again that fail, and ends with them.
+"""Supervises worker processes (`pipeline worker --processes N`): starts them, and restarts those that fail.
 
-The workers are children in process groups of their own, so that Ctrl-C in a terminal reaches them once, through here.
+Each worker has a process group of its own, so that Ctrl-C in a terminal reaches it once, through the supervisor.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pipeline.threads import POLL_INTERVAL_S
 _KILL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 DRAIN_S = 45.0
-"""More than a worker takes for its requests and its last commits."""
+"""Time for workers to end: more than their requests and last commits take."""
 
 
 def child_command(own: Sequence[str], index: int, *, name: str, data: str, port: int) -> list[str]:
-    """The command line of child `index`: our own, with what only this child has behind it, where it wins.
+    """Return the command line of child `index`: `own`, followed by the options of this child, which win.
 
-    `port` is the first child's; 0: each picks a free one.
+    `port` is that of the first child; 0: each child picks a free one.
     """
     command = [*own[:-1], *(argument for argument in own[-1:] if argument != "--")]
     command += ["--supervised", "--data", str(Path(data) / str(index)), "--port", str(port and port + index)]
@@ -37,10 +37,10 @@ def child_command(own: Sequence[str], index: int, *, name: str, data: str, port:
 
 
 def die_with_parent() -> None:
-    """In a child: be killed as soon as the parent has ended, however it did.
+    """Have this process killed as soon as its parent ends, in whatever way.
 
-    Linux sees to it. Elsewhere, and for a parent that ended before this call, there is standard input: a pipe into which
-    nobody writes and whose other end only the parent has.
+    Linux does that. On other systems, and for a parent that ended before this call, the end of standard input tells it: a
+    pipe whose other end only the parent has.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
@@ -55,7 +55,7 @@ def _die_at_end_of_input() -> None:
 
 
 class Backoff:
-    """How long to wait before a child is started again: `first_s`, doubling to `most_s`; `first_s` again after health."""
+    """Pauses before restarts: `first_s`, doubling up to `most_s`; `first_s` again after a run of `healthy_s`."""
 
     def __init__(self, first_s: float = 0.5, most_s: float = 30.0, healthy_s: float = 60.0) -> None:
         self._first_s = self._next_s = first_s
@@ -63,7 +63,7 @@ class Backoff:
         self._healthy_s = healthy_s
 
     def after(self, ran_s: float) -> float:
-        """The pause behind a run of so many seconds."""
+        """Return the pause after a run of `ran_s` seconds."""
         pause_s = self._first_s if ran_s >= self._healthy_s else self._next_s
         self._next_s = min(2 * pause_s, self._most_s)
         return pause_s
@@ -77,15 +77,15 @@ class _Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.began_s = 0.0
         self.due_s: float | None = 0.0
-        """When it is to be started; None: it runs, or has ended for good."""
+        """Time of the next start; None: the child runs, or has ended for good."""
         self.code: int = Exit.OK
 
 
 class Supervisor:
-    """Runs each command until it ends with 0; other ends start it again after a pause.
+    """Runs each command until it ends with 0, and restarts it after a pause if it ends otherwise.
 
-    But not 2, a wrong call, which is everybody's, and ends all; nor 4, after which every start would end in the same way
-    until a person has decided: the others go on without it. `say` gets a line for each event: whose it is, and what it was.
+    Exit code 2, a wrong call, is common to all commands and ends all. After 4 a command is not restarted, because a person
+    must decide first; the others go on. `say` gets label and text of each event.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Supervisor:
         self._drain_s = drain_s
 
     def run(self, stop: Stop) -> int:
-        """Until `stop` is set and all have ended, or all have ended by themselves; the worst exit code.
+        """Run until all children have ended, by themselves or because `stop` is set; return the worst exit code.
 
-        That of a child is its last one: 128 and the signal's number, as a shell has it, if a signal ended it.
+        The exit code of a child that a signal ended is 128 and the signal's number, as in a shell.
         """
         ours, theirs = os.pipe()
         try:
@@ -148,14 +148,14 @@ class Supervisor:
             self._say(child.label, f"{how}; again in {self._again(child, child.code):g} s")
 
     def _again(self, child: _Child, code: int) -> float:
-        """Start it again after a pause, in seconds."""
+        """Plan the next start; return the pause in seconds."""
         now_s = self._clock.monotonic_s()
         pause_s = child.backoff.after(now_s - child.began_s)
         child.code, child.due_s = code, now_s + pause_s
         return pause_s
 
     def _ended(self, child: _Child) -> str | None:
-        """How it ended, if it has; None while it runs, and if it did not run."""
+        """Return how a child ended; None while it runs, and if it was not running."""
         code = None if child.process is None else child.process.poll()
         if code is None:
             return None
@@ -169,7 +169,7 @@ class Supervisor:
             return f"was ended by signal {-code}"
 
     def _drain(self, number: int) -> None:
-        """Ask those that run to stop, once; wait; kill who does not."""
+        """Send the signal to all running children, wait for them, and kill those that do not end."""
         deadline_s = self._clock.monotonic_s() + self._drain_s
         never = threading.Event()
         for child in self._children:
@@ -189,12 +189,12 @@ class Supervisor:
             if child.process is not None:
                 self._say(child.label, f"does not stop: killed, pid {child.process.pid}")
                 child.process.kill()
-                with suppress(subprocess.TimeoutExpired):  # one that hangs in a disk's write ends when the disk answers
+                with suppress(subprocess.TimeoutExpired):  # a process that hangs in a disk write ends when the disk answers
                     child.process.wait(_KILL_S)
                 child.code = 128 + signal.SIGKILL
                 child.process = None
 
 
 def _environment() -> dict[str, str]:
-    """A child's: if there is something to be waited for, its parent does."""
+    """Return the environment of a child, without PIPELINE_HOLD: only the supervisor waits."""
     return {name: value for name, value in os.environ.items() if name != HOLD_VARIABLE}

@@ -1,4 +1,4 @@
-"""Dropping and resetting views: through a server, or on a broker without one."""
+"""Drops and resets views, through a server or directly on a broker."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ _PAUSE_S = 0.05
 
 
 class ViewAdmin(Protocol):
-    """Who knows the definitions of views, and gives orders about them. One thread at a time."""
+    """Lists the definitions of views, and appends control records about them. For one thread at a time."""
 
     def views(self) -> list[View]:
-        """All definitions, by view; those that answer for a view come first."""
+        """Return all definitions, by view; those that answer for a view come first."""
         ...
 
     def change(self, control: Control, key: str) -> Changed:
-        """Give the order. With the same `key` it is safe to call again; `NotFound` if it is about nothing."""
+        """Append a control record. A repeat with the same `key` counts once; `NotFound` if it concerns no definition."""
         ...
 
     def folded(self, token: Token) -> bool:
-        """Whether the state that is read from holds what the token stands for."""
+        """Return whether the state that reads answer from contains what the token stands for."""
         ...
 
     def close(self) -> None:
-        """Give back connections."""
+        """Close connections."""
         ...
 
 
 class ControlOutcome(msgspec.Struct, frozen=True):
-    """What became of an order."""
+    """Result of a drop or reset."""
 
     action: str
     view: str
     definitions: list[View]
-    """As they were known when it was given."""
+    """Definitions that it concerned when it was appended."""
     token: str
-    """Empty: it was carried out before an answer to the order came."""
+    """Token of the control record; empty: it was folded before the log's answer came."""
     folded: bool
-    """Whether it is carried out in all partitions, as far as was waited for."""
+    """True if all partitions have folded it within the time."""
 
 
 def about(control: Control, views: ViewAdmin) -> list[View]:
-    """Which definitions an order is about, as far as they are known."""
+    """Return the known definitions that a control record concerns."""
     return [it for it in views.views() if control.concerns(Definition(it.name, it.kind, it.labels))]
 
 
 def change(views: ViewAdmin, control: Control, *, timeout_s: float, clock: Clock, key: str = "") -> ControlOutcome:
-    """Give an order, again until the log has acknowledged it, and wait until it is carried out, all within `timeout_s`.
+    """Append a control record, with repeats until the log acknowledges it, and wait until it is folded, within `timeout_s`.
 
-    It counts once, whatever became of the tries before. Raises `NotFound` if it is about nothing, and `Unavailable` if it
-    is not acknowledged in time: then it may be carried out all the same.
+    It counts once, however often it is repeated. Raises `NotFound` if it concerns no definition, and `Unavailable` if it is
+    not acknowledged in time: then it may be folded all the same.
     """
     key, deadline_s = key or clock.new_id(), clock.monotonic_s() + timeout_s
     known = about(control, views)
@@ -88,7 +88,7 @@ def _acknowledged(
         except NotFound:
             if not tried or not known:
                 raise
-            return Changed(control.action, control.view, known, "")  # a try that got no answer has done it
+            return Changed(control.action, control.view, known, "")  # an earlier attempt, whose answer was lost, has done it
         except (NotReady, Unavailable):
             if clock.monotonic_s() >= deadline_s:
                 raise
@@ -108,9 +108,9 @@ def _wait_folded(views: ViewAdmin, token: Token, deadline_s: float, clock: Clock
 
 
 class KafkaViews:
-    """A `ViewAdmin` on a broker, without a server: what is known of definitions is read from the changelog.
+    """A `ViewAdmin` on a broker, without a server: definitions are read from the changelog.
 
-    That takes as long as a restore, each time that one of these is made. `timeout_s` is for that reading.
+    The first read takes as long as a restore; `timeout_s` is its limit.
     """
 
     def __init__(self, url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, timeout_s: float) -> None:
@@ -126,7 +126,7 @@ class KafkaViews:
             raise
 
     def views(self) -> list[View]:
-        """All definitions, by view; those that answer for a view come first."""
+        """Return all definitions, by view; those that answer for a view come first."""
         return [View.of(it) for it in self._listed()]
 
     def _listed(self) -> list[Listed]:
@@ -142,18 +142,18 @@ class KafkaViews:
         return Changed(control.action, control.view, definitions, str(token))
 
     def folded(self, token: Token) -> bool:
-        """Whether the changelog holds what the token stands for."""
+        """Return whether the changelog contains what the token stands for."""
         self._catalogue.read(self._clock.monotonic_s() + self._timeout_s)
         return self._catalogue.covers(token)
 
     def close(self) -> None:
-        """Give back connections."""
+        """Close connections."""
         self._catalogue.close()
         self._log.close()
 
 
 def open_views(url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, timeout_s: float) -> ViewAdmin:
-    """What sees to the views of `url`, http://host:port or kafka://host:port[/app]. Raises as its adapters do."""
+    """Return the `ViewAdmin` of `url`, http://host:port or kafka://host:port[/app]. Raises as its adapters do."""
     if url.startswith("kafka://"):
         return KafkaViews(url, kafka, publisher, timeout_s=timeout_s)
     if url.startswith(("http://", "https://")):

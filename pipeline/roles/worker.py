@@ -34,17 +34,17 @@ _log = logging.getLogger(__name__)
 _STOP_S = 30.0
 _PUBLISHER_STOP_S = 5.0
 _STALLED_STOP_S = 2.0
-"""What stands still will hardly stop."""
+"""Time for a loop that stands still: it will hardly stop."""
 _SETTLE_S = 5.0
-"""How long a member may take to notice that a partition is not its own after all, and fence nobody any more."""
+"""Time in which a member notices that a partition is not assigned to it after all, before it fences the owner."""
 
 
 class ClusterWorker(KafkaRole):
     """Folds partitions of a Kafka log.
 
-    Without a `name`: all of them, those that are added later too, or the ones that are listed; whoever is started later for
-    a partition fences who had it before. With one it is a member of the group `app`, which shares the partitions and keeps
-    copies warm; with `static` too a restart within `session_timeout_ms` moves nothing. `agents` run beside it then.
+    Without a `name` it folds the listed partitions, or all, later ones too; a worker that is started later for a partition
+    fences the earlier one. With a name it is a member of the group `app`, which shares the partitions and keeps standbys;
+    with `static` too, a restart within `session_timeout_ms` moves nothing. `agents` run beside a worker with a name.
 
     `start` returns at once. `on_fatal` is called at most once, from any thread: stop then, and end the process with
     `errors.exit_code`. Raises `Unavailable` if no broker answers or another process has the data directory, `Invalid` if
@@ -73,15 +73,15 @@ class ClusterWorker(KafkaRole):
             raise Invalid("a worker with a name is given its partitions by its group: leave the list out")
         self._kafka = kafka_settings or KafkaSettings()
         self._security: Security | None = None
-        """Of its membership, if it has a name."""
+        """Security settings of the membership; None without a name."""
         if name:
             from pipeline.adapters.faust.security import security_of
 
-            self._security = security_of(self._kafka.kafka)  # what it can't do is said before anything else is done
+            self._security = security_of(self._kafka.kafka)  # refuses what it can't do before anything is opened
         publisher = publisher_settings or PublisherSettings()
         super().__init__(url, log_settings, self._kafka, publisher, on_fatal)
         self.url = ""
-        """Where others can ask for the status; to be set before `start`."""
+        """URL of this worker's status for other members; set it before `start`."""
         self._name, self._static = name, static
         self._worker = worker_settings or WorkerSettings()
         self._metrics = metrics
@@ -104,7 +104,7 @@ class ClusterWorker(KafkaRole):
         self._loop = self._new_loop()
         self._mirror = self._new_mirror()
         self._watched = [self._mirror.thread]
-        """Threads whose silence nothing else would show."""
+        """Threads whose standstill nothing else would show."""
         self._watchdog = self._new_watchdog()
 
     def _bind_agents(self, agents: AgentsApp, url: str, settings: PublisherSettings, log_settings: LogSettings) -> None:
@@ -126,7 +126,7 @@ class ClusterWorker(KafkaRole):
         )
 
     def _distrust(self, partition: int, store: ReadableStore, error: StoreCorrupt) -> None:
-        self._loop.distrust(partition, store, error)  # made after the feeds, which it is passed to
+        self._loop.distrust(partition, store, error)  # a method, because the loop is made after the feeds
 
     def _new_standbys(self) -> ReplicaLoop:
         standbys = ReplicaLoop(
@@ -136,7 +136,7 @@ class ClusterWorker(KafkaRole):
             settings=self._worker,
             delete_retention_ms=self._delete_retention_ms,
             on_fatal=self._fail,
-            on_served=self._tell_warm,
+            on_served=self._report_warm,
             metrics=self._metrics,
         )
         standbys.follow(frozenset())
@@ -150,7 +150,7 @@ class ClusterWorker(KafkaRole):
             settings=self._worker,
             on_fatal=self._fail,
             on_progress=self._note_progress,
-            on_moved=self._tell_warm,
+            on_moved=self._report_warm,
             standbys=self._standbys,
             settle_s=_SETTLE_S if self._name else 0.0,
             transaction_timeout_ms=self._kafka.transaction_timeout_ms,
@@ -173,7 +173,7 @@ class ClusterWorker(KafkaRole):
 
     def _new_watchdog(self) -> Watchdog:
         return Watchdog(
-            self._told,
+            self._last_ends,
             lambda ends: observe(self._loop.partitions, ends, self._progress, self._loop.assigned),
             clock=self.clock,
             stall_timeout_ms=self._worker.stall_timeout_ms,
@@ -185,7 +185,7 @@ class ClusterWorker(KafkaRole):
         )
 
     def _partition(self, number: int) -> OwnedPartition:
-        self._progress.pop(number, None)  # of an earlier time that it was ours
+        self._progress.pop(number, None)  # of an earlier assignment
         return OwnedPartition(
             number,
             log=self.log,
@@ -233,10 +233,10 @@ class ClusterWorker(KafkaRole):
         return {topic: self.log.topic_id(topic) for topic in (DELTAS, CHANGELOG)}
 
     def _ask_ends(self) -> DeltasEnds:
-        """Ask for the ends of deltas, and of the changelog, each second.
+        """Return the end offsets of deltas, after checks of the topics: the lag reporter calls it each second.
 
-        A topic made anew shows in nothing else if it has grown as long as the old one. And an owner that has nothing to
-        commit would come across what others have written to its changelog too late: see `CompactionLag`.
+        A topic that was made anew, and has grown as long as the old one, shows only in its id. The ends of the changelog
+        tell an owner that commits nothing what others have written to it, before compaction: see `CompactionLag`.
         """
         for topic, topic_id in self._ask_topic_ids().items():
             if self._topic_ids[topic] != topic_id:
@@ -246,29 +246,29 @@ class ClusterWorker(KafkaRole):
                 self._fail(error)
                 raise error
         self._loop.note_changelog_ends(self.log.end_offsets(CHANGELOG))
-        stable_offsets = self.log.end_offsets(DELTAS)  # first: so that the others are never below them
+        stable_offsets = self.log.end_offsets(DELTAS)  # before the high watermarks, which must not be below
         return DeltasEnds(self.log.high_watermarks(DELTAS), stable_offsets)
 
-    def _told(self) -> tuple[float, Mapping[int, int]]:
-        """For the watchdog: where the log ends, and when it said so; an old answer while it can't be read from."""
-        told_s, ends = self._mirror.last_answer
-        return (told_s, ends) if told_s - self._loop.away_s > AWAY_S else (-1.0, {})
+    def _last_ends(self) -> tuple[float, Mapping[int, int]]:
+        """Return end offsets for the watchdog, and when they were asked for; -1 and none while the log can't be read."""
+        asked_s, ends = self._mirror.last_answer
+        return (asked_s, ends) if asked_s - self._loop.away_s > AWAY_S else (-1.0, {})
 
     def _positions(self) -> dict[int, int]:
         return {number: it.task.position.next_offset for number, it in self._loop.partitions.items() if it.started}
 
     @property
     def partitions(self) -> Mapping[int, OwnedPartition]:
-        """Those that are ours now, by number; see `WorkerLoop.partitions`."""
+        """Partitions that this worker folds now, by number; see `WorkerLoop.partitions`."""
         return self._loop.partitions
 
     @property
     def ready(self) -> bool:
-        """Whether every partition of the first assignment is restored and folding."""
+        """Return whether every partition of the first assignment is restored and folding."""
         return self._loop.ready
 
     def start(self) -> None:
-        """Join; then fence, restore, and fold what is ours."""
+        """Join the group; then fence, restore and fold the assigned partitions."""
         self._member = ClusterMember(
             self._new_membership(),
             self._loop,
@@ -286,13 +286,13 @@ class ClusterWorker(KafkaRole):
         self._watchdog.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until `ready`, or for so long."""
+        """Wait until `ready`, at most `timeout_s`; return whether it is."""
         return self._loop.wait_ready(timeout_s)
 
     def stop(self) -> bool:
-        """Commit what is folded, hand it over, close everything; whether all was done in time. Twice is fine.
+        """Commit what is folded, hand the partitions over, close everything; return whether it was done in time.
 
-        Folding goes on until others have the partitions, or the group knows that we have left.
+        Folding goes on until others have the partitions, or the group knows that this member has left. May be called twice.
         """
         self._watchdog.stop()
         self._mirror.stop()
@@ -300,19 +300,19 @@ class ClusterWorker(KafkaRole):
             self._member.leave()
         if self._agents is not None:
             self._close_publisher(self._agents)
-        fed = self._feeds is None or self._feeds.stop()  # before the stores that it reads definitions from
+        fed = self._feeds is None or self._feeds.stop()  # before the stores, from which feeds read definitions
         done = self._loop.stop(_STALLED_STOP_S if self._watchdog.stalled else _STOP_S) and fed
         self.log.close()
         done = self._standbys.stop() and done
-        if done:  # a thread that still works in RocksDB must not lose it: the process is about to end anyway
+        if done:  # a thread that still works in RocksDB needs it open; the process is about to end anyway
             self._close()
         return done
 
     def _close_publisher(self, agents: AgentsApp) -> None:
         try:
             agents.publisher.close(timeout_s=_PUBLISHER_STOP_S)
-        except PipelineError as error:  # of events, it is read again: their offsets are not committed
-            _log.warning("what agents recorded last: %s", error)
+        except PipelineError as error:  # the events are read again: their offsets are not committed
+            _log.warning("deltas that agents recorded last are not acknowledged: %s", error)
 
     def status(self) -> Status:
         """Return what `/v1/status` shows."""
@@ -334,9 +334,9 @@ class ClusterWorker(KafkaRole):
             members=[MemberStatus(it.name, it.url, sorted(it.actives), sorted(it.standbys)) for it in members],
         )
 
-    def _tell_warm(self) -> None:
+    def _report_warm(self) -> None:
         if self._member is not None:
-            self._member.tell_warm()
+            self._member.report_warm()
 
     def _note_progress(self, progress: RestoreProgress) -> None:
         self._progress[progress.partition] = progress

@@ -97,7 +97,7 @@ def test_changes_are_read_by_one_agent_in_order() -> None:
 
 
 def test_errors_are_counted_from_0() -> None:
-    """Of each topic and view that is read: a counter that began at 1 would hide its first error from a rate."""
+    """Each topic and view that is read has a counter from 0: one that began at 1 would hide the first error from a rate."""
     app, metrics = package.faust_app(), PrometheusMetrics()
     app.agent(app.topic("orders"), name="one")(_read)
     app.agent(app.changes("v"), name="two")(_read)

@@ -30,7 +30,7 @@ def test_a_partition_is_restored_again(monkeypatch: pytest.MonkeyPatch, closed: 
 
 
 def test_a_traceback_has_no_values(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is logged of an error says where it was, not what local variables held: they may be secret."""
+    """The log of an error says where it was, and no values of local variables, which may be secret."""
     import logging
 
     root = logging.getLogger()

@@ -87,7 +87,7 @@ def said(here: Here, *arguments: str, code: int = 0) -> Any:
 
 
 def results(answer: Any) -> list[str]:
-    """What became of each letter."""
+    """Return the result of each letter."""
     return [outcome["result"] for outcome in answer["outcomes"]]
 
 

@@ -16,7 +16,7 @@ import pipeline.cli.machine as machine
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader
 from pipeline.cli.demo import parse_duration_s
-from pipeline.cli.tally import Recorder, differences, expected_answers
+from pipeline.cli.recount import Recorder, differences, expected_answers
 from pipeline.core.answer import Answer, AsOf, Series
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid, NotFound, NotReady
@@ -36,7 +36,7 @@ def end(demo: Program) -> tuple[int, dict[str, Any]]:
 
 
 def read(ask: Callable[[], Any]) -> Any:
-    """What is read, or None while the server is not that far."""
+    """Return what is read; None while the server is not that far."""
     try:
         return ask()
     except (NotFound, NotReady):
@@ -143,30 +143,30 @@ def test_a_process_counts_from_its_start_to_its_end(tmp_path: Path) -> None:
     program = tmp_path / "busy-in-a-test"  # its name is the link's: no other process has it
     program.symlink_to(Path(sys.executable).resolve())
     sink, source = Sink(), machine.Processes()
-    source.look(sink)
+    source.sample(sink)
     assert sink.rows == [], "what was used before the first look is not this run's"
     with subprocess.Popen([program, "-S", "-c", "while True: pass"]) as busy:
         try:
             watched = psutil.Process(busy.pid)
             wait_until(lambda: watched.cpu_times().user >= 0.2, "200 ms of CPU")
-            source.look(sink)
+            source.sample(sink)
             name = watched.name()
         finally:
             busy.kill()
     assert sum(value for _, value, labels in sink.rows if labels == (name,)) >= 200
-    source.look(sink)
+    source.sample(sink)
     assert all(type(value) is int and value > 0 for _, value, _ in sink.rows)
 
 
 def test_sources_record_what_is_declared() -> None:
     """Whatever this machine shows goes to a declared view, with its labels, as a value that adds up without rounding."""
     views = {definition.view: definition for definition in machine.VIEWS}
-    for source in machine.sources(SystemClock()):
+    for source in machine.samplers(SystemClock()):
         sink = Sink()
         try:
-            source.look(sink)
-            source.look(sink)
-        except machine.Nothing:
+            source.sample(sink)
+            source.sample(sink)
+        except machine.NoCounters:
             continue
         for view, value, labels in sink.rows:
             assert len(labels) == len(views[view].labels), (view, labels)
@@ -174,12 +174,12 @@ def test_sources_record_what_is_declared() -> None:
 
 
 def test_a_machine_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is nothing to read, a source says so."""
+    """A sampler without counters to read says so."""
     monkeypatch.setattr(psutil, "disk_io_counters", lambda **_: None)
     monkeypatch.setattr(psutil, "net_io_counters", lambda **_: {})
-    for source in (machine.Disks(), machine.Network()):
-        with pytest.raises(machine.Nothing):
-            source.look(Sink())
+    for read in (machine.read_disks, machine.read_network):
+        with pytest.raises(machine.NoCounters):
+            machine.Counters("name", "view", read).sample(Sink())
 
 
 def test_names_of_others_are_made_printable() -> None:
@@ -192,7 +192,7 @@ def test_names_of_others_are_made_printable() -> None:
 
 
 class AnyView:
-    """As much of a publisher's view, and of its cells, as a recorder needs."""
+    """The parts of a publisher's view, and of its bound series, that a recorder needs."""
 
     def __init__(self, definition: Definition) -> None:
         self.definition = definition
@@ -213,7 +213,7 @@ DEFINITIONS = [Definition(f"v_{kind}", kind, ("k",)) for kind in ("sum", "min", 
 
 
 def test_counts_of_threads_add_up() -> None:
-    """What several recorders counted makes the answer that each kind promises."""
+    """The counts of several recorders make the answer that each kind promises."""
     views = {definition.view: AnyView(definition) for definition in DEFINITIONS}
     recorders = [Recorder(views, SystemClock()) for _ in range(2)]
     for values, recorder in zip(([4, -1, 7], [2.5, 3]), recorders, strict=True):

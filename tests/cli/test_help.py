@@ -30,7 +30,7 @@ def test_the_program_shows_its_commands_and_a_first_run(here: Here) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_an_example(here: Here, command: str) -> None:
-    """Its help shows a call of it, says what every option does, and has no markup in it."""
+    """The help of each command shows a call, says what every option does, and has no markup."""
     done = here(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"\n      pipeline {command}" in done.stdout
@@ -48,7 +48,7 @@ def test_version() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """What a command needs is imported when it runs."""
+    """Packages that a command needs are imported when it runs."""
     heavy = ["httpx", "psutil", "pydantic", "re2", "rocksdict", "structlog", "uvicorn"]
     code = (
         "import sys\nsys.argv = ['pipeline', '--help']\nfrom pipeline.cli import main\n"

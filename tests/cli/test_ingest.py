@@ -125,7 +125,7 @@ def test_a_server_that_is_away(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal(server: UpProcess) -> None:
-    """It says where it listens, how many lines come, and at the end what became of them."""
+    """The command prints its address, the count of lines while they come, and a report at the end."""
     terminal = Terminal()
     env = environment({"TERM": "xterm", "COLUMNS": "120"})
     command = [*PROGRAM, "ingest", "statsd", "--port", "0", "--to", server.url]

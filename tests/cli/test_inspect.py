@@ -183,7 +183,7 @@ def test_ctrl_c_ends_it_in_order(data: Path, tmp_path: Path) -> None:
     read, write = os.pipe()
     with os.fdopen(write, "wb") as out, os.fdopen(read, "rb") as slow:
         script = (
-            "import itertools, sys; from pipeline.cli.described import show;"
+            "import itertools, sys; from pipeline.cli.record_text import show;"
             "show(itertools.repeat('x' * 1000), lambda it: iter([it]), None, as_json=False)"
         )
         process = subprocess.Popen([PROGRAM[0], "-c", script], stdout=out, stderr=subprocess.PIPE, env=environment())

@@ -92,7 +92,7 @@ def test_wherever_it_is_said(tmp_path: Path, flag: str, variable: str, text: str
 
 
 def test_what_librdkafka_repeats_is_logged_seldom() -> None:
-    """The same line, whatever its times and numbers of clients, once a minute; another one at once."""
+    """A line that differs only in times and numbers of clients is logged once a minute; another line at once."""
 
     def shown(text: str, at_s: float) -> bool:
         record = logging.LogRecord("x", logging.ERROR, "", 0, text, None, None)

@@ -1,4 +1,4 @@
-"""What is lost is said with exit code 4, nothing is deleted, and `--accept-loss` goes on."""
+"""Loss ends the command with exit code 4, nothing is deleted, and `--accept-loss` goes on."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def total(up: UpProcess) -> float:
 
 
 def refused(data: Path, *says: str, options: tuple[str, ...] = ()) -> None:
-    """It does not start, with exit code 4, twice."""
+    """Check that it does not start, twice, with exit code 4."""
     for _ in range(2):
         done = pipeline("up", "--data", str(data), "--port", "0", *options)
         assert done.returncode == 4, done.stderr
@@ -111,7 +111,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_newest_file_of_the_log_is_gone(data: Path) -> None:
-    """It says how many records are gone, and deletes nothing. Then what is left counts, and what was is kept."""
+    """The error says how many records are gone; nothing is deleted. With --accept-loss the rest counts, files are kept."""
     newest = max((data / "log").glob("*.log"))
     newest.unlink()
     refused(data, "records are gone: ", "start with --accept-loss")
@@ -186,7 +186,7 @@ def test_verify_reads_all_of_the_log(data: Path) -> None:
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """It ends with 4: to start again makes no room. Once there is some, all that was acknowledged is there."""
+    """The exit code is 4, because a restart makes no room. Once there is room, everything acknowledged is there."""
     disk = tmp_path / "data"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,mode=700", "tmpfs", str(disk)], check=False).returncode:

@@ -167,7 +167,7 @@ def test_of_lines_of_one_time_the_later_wins(server: UpProcess, ts: int | None) 
 
 
 def test_a_line_far_ahead_of_now_is_bad(server: UpProcess, tmp_path: Path) -> None:
-    """It would silence its series; it is told of before anything is sent, or left out."""
+    """A time far ahead would silence its series: the line is reported before anything is sent, or left out."""
     file = tmp_path / "ahead.csv"
     file.write_text(f"v,t\n1,5\n2,{2**53}\n3,2100-01-01T00:00:00Z\n")
     arguments = ("publish", "ahead", "--to", server.url, "--kind", "last", "--value", "v", "--ts", "t", str(file))
@@ -206,7 +206,7 @@ def test_a_view_that_is_there_is_kept(server: UpProcess) -> None:
 
 
 def test_a_view_with_several_definitions(server: UpProcess) -> None:
-    """What others have defined beside it does not keep anybody from publishing what is there."""
+    """Other definitions of the view do not keep a run from publishing to its own."""
     text = "a,b,v\nx,y,1\n"
     publish_ok(server, "several", "--value", "v", "--labels", "a", "-", input=text)
     with Publisher(server.url) as publisher:

@@ -21,7 +21,7 @@ from tests.support import Program, UpProcess, everything, pipeline, wait_until
 
 
 def total(server: UpProcess, view: str) -> Any:
-    """What the view is with everything that the log has; None if nobody has published it."""
+    """Return the total of the view with everything in the log; None if the view does not exist."""
     with Reader(server.url) as reader:
         try:
             return reader.get(view, by=(), after=everything(reader), timeout_ms=20_000).value()
@@ -50,7 +50,7 @@ def test_a_bad_line_in_a_file_publishes_nothing(here: Here, server: UpProcess, t
 
 @pytest.mark.parametrize(("at", "before"), [(2, None), (4, 3), (6, 15)])
 def test_a_bad_line_in_a_pipe_ends_the_run_there(server: UpProcess, at: int, before: int | None) -> None:
-    """What stands before it is acknowledged and said to be, nothing behind it is sent, and the run is not complete."""
+    """Lines before the bad one are acknowledged and reported, nothing after it is sent, and the run is not complete."""
     lines = ["v", "1", "2", "4", "8"]
     lines.insert(at - 1, "x")
     view = f"pipe_with_bad_{at}"

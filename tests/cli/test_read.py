@@ -86,7 +86,7 @@ def test_a_cut_answer_says_so(here: Here, server: UpProcess, token: str) -> None
 
 
 def test_json_is_the_answer_as_it_came(here: Here, server: UpProcess, token: str) -> None:
-    """The same document as the API's, to the last digit of a number."""
+    """--json prints the document of the API, to the last digit of a number."""
     done = here("get", "revenue", "--after", token, "--json", "--from", server.url)
     with urllib.request.urlopen(f"{server.url}/v1/views/revenue", timeout=20) as answer:
         expected = json.load(answer)

@@ -66,7 +66,7 @@ def test_deleted_stores_come_back(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_a_line_says_it(tmp_path: Path) -> None:
-    """Where there is no terminal, a line for each partition says how many entries came back; status shows none to come."""
+    """Without a terminal, a line for each partition says how many entries were restored; status shows none to come."""
     data = tmp_path / "data"
     with UpProcess(data, "--partitions", str(PARTITIONS)) as up:
         with Publisher(up.url) as publisher:

@@ -83,7 +83,7 @@ def test_ndjson_comes_back_as_it_was_written(rows: list[tuple[str, int | float]]
     [("7", 7), (" -12 ", -12), ("+3", 3), ("1e3", 1000.0), (".5", 0.5), ("1.0", 1.0), ("18446744073709551617", 2**64 + 1)],
 )
 def test_numbers_of_a_csv(text: str, number: int | float) -> None:
-    """What is written as an int is an exact int, every other number a float."""
+    """A number that is written as an int is an exact int, every other one a float."""
     assert repr(parse_number(text)) == repr(number)
 
 
@@ -226,7 +226,7 @@ def test_memory_is_bounded_by_the_longest_row() -> None:
 
 
 def test_a_byte_order_mark_is_none_of_the_header() -> None:
-    """What spreadsheets write first."""
+    """A byte order mark, which spreadsheets write, is not a part of the header."""
     assert good(rows_of(b"\xef\xbb\xbfa,v\r\nx,1\r\n")) == [(2, ("x",), 1)]
 
 
@@ -258,7 +258,7 @@ def test_columns_nobody_needs() -> None:
 
 
 def test_a_column_can_be_two_things() -> None:
-    """The same column as label and as value."""
+    """One column can be a label and the value."""
     assert good(rows_of(b"v\n12\n", labels=("v",))) == [(2, ("12",), 12)]
     assert good(rows_of(b'{"v":12}', "ndjson", labels=("v",))) == [(1, ("12",), 12)]
 

@@ -115,7 +115,7 @@ def test_a_wrong_flag() -> None:
 
 
 def test_a_folder_named_as_the_file() -> None:
-    """It is no file, so there is none."""
+    """A folder of that name is no settings file, so there is none."""
     Path("pipeline.toml").mkdir()
     assert config.load().query.port == 8080
 

@@ -28,7 +28,7 @@ def test_left_and_live(tmp_path: Path, here: Here) -> None:
 
 
 def test_drained(tmp_path: Path, here: Here) -> None:
-    """What was sent is gone from the spool; what lives is left alone."""
+    """Sent batches are gone from the spool; slots of living processes are left alone."""
     spool = filled(tmp_path / "s").spool
     spool.close()
     live = Recorder(tmp_path / "s", "q")

@@ -23,7 +23,7 @@ OWN = ("python", "/bin/pipeline", "worker", "--from", "kafka://h:1", "--processe
 
 
 def params(command: Sequence[str]) -> dict[str, object]:
-    """What the program makes of a command line."""
+    """Return the parameters that the program parses from a command line."""
     worker = typer.main.get_command(app).commands["worker"]  # type: ignore[attr-defined]
     found: dict[str, object] = worker.make_context("worker", list(command)).params
     return found
@@ -196,7 +196,7 @@ def test_a_stop_is_passed_on_once_and_waited_for(tmp_path: Path, number: int) ->
 
 
 def test_the_worst_exit_code_is_ours(tmp_path: Path) -> None:
-    """Of those that the children ended with last."""
+    """The supervisor ends with the worst of its children's last exit codes."""
     crew = Crew(tmp_path, POLITE, POLITE.replace('int(os.environ.get("CODE", "0"))', "3"))
     wait_until(lambda: all("ready" in crew.lines(index) for index in (0, 1)), "two children", 60)
     assert crew.end() == 3
@@ -250,7 +250,7 @@ def test_what_cannot_be_started_is_tried_again() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for yet does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -259,7 +259,7 @@ def alive(pid: int) -> bool:
 
 
 def lines(program: Program, count: int) -> list[str]:
-    """What it prints next; it may come all at once."""
+    """Return the next lines that it prints; they may come all at once."""
     assert program.process.stdout is not None
     return [program.process.stdout.readline().decode() for _ in range(count)]
 

@@ -120,7 +120,7 @@ def test_changelog_and_deltas_that_differ(changelog: int, deltas: int, wrong: st
 
 
 def test_one_of_the_pair_is_missing() -> None:
-    """It gets as many partitions as the other has, and the line says what that means."""
+    """The missing topic gets as many partitions as the other, and the line says what that means."""
     (step,) = [
         it for it in plan({CHANGELOG: found(CHANGELOG, 7)}).changes if (it.topic, it.setting) == (DELTAS, "partitions")
     ]
@@ -173,7 +173,7 @@ def test_cleanup_policy(name: str, has: str, wanted: str, action: str) -> None:
     ],
 )
 def test_a_setting(name: str, setting: str, has: int, wanted: int, action: str) -> None:
-    """What can lose unfolded deltas is refused unless loss is accepted; larger message limits are kept; else alter."""
+    """Changes that can lose unfolded deltas need accepted loss; larger message limits are kept; others are altered."""
     own = {setting.replace(".", "_"): wanted}
     topics = described(name, **own) if setting == "retention.ms" else described(name, kafka={setting: wanted})
     broker = all_found(**{name.replace("-", "_"): found(name, **{setting: str(has)})})
@@ -185,7 +185,7 @@ def test_a_setting(name: str, setting: str, has: int, wanted: int, action: str) 
 
 
 def test_every_line_of_the_kafka_table_counts() -> None:
-    """It is passed on in Kafka's spelling; one that the broker has never heard of is refused."""
+    """Each setting is passed on in Kafka's spelling; a setting that the broker does not know is refused."""
     topics = described(DELTAS, kafka={"preallocate": True, "flush.ms": 5, "segmnt.ms": 1})
     has = all_found(deltas=found(DELTAS, preallocate="false", flush_ms="9"))
     assert brief(plan(has, topics)) == [
@@ -204,7 +204,7 @@ def test_a_setting_that_is_said_twice_or_is_no_value() -> None:
 
 
 def test_replication_factor() -> None:
-    """Of new topics it is at most the number of brokers; of others it can't be changed here."""
+    """The factor of new topics is at most the number of brokers; that of existing topics can't be changed here."""
     assert "the number" not in str(plan({}, replication_factor=3).refused)
     assert not plan({}, replication_factor=3).refused
     assert {it.setting for it in plan({}, replication_factor=4).refused} == {"replication.factor"}

@@ -28,7 +28,7 @@ from tests.support import PROGRAM, Program, UpProcess, environment, everything, 
 
 
 def positions(data: Path) -> list[tuple[int, int]]:
-    """Of a stopped server, by partition: what its store has folded, and where its log ends."""
+    """Return, by partition, what the store of a stopped server has folded, and where its log ends."""
     settings = LogSettings(data=str(data))
     with DataDir(data) as folder:
         log = EmbeddedLog(folder.log, topics.load(), settings, SystemClock())
@@ -82,7 +82,7 @@ def test_what_it_says_when_it_is_ready(tmp_path: Path, free_port: int) -> None:
 
 
 def test_a_second_one_is_refused(here: Here, tmp_path: Path) -> None:
-    """The same directory, on another port or on the same: an error that names the process, and the first goes on."""
+    """A second process on the directory ends with an error that names the first, whatever its port; the first goes on."""
     with UpProcess(tmp_path / "data") as up:
         for port in (0, up.port):
             done = here("up", "--data", str(up.data), "--port", str(port))
@@ -187,7 +187,7 @@ def test_partitions_are_for_ever(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """When nothing can be written any more it ends with 3, says why, and what was acknowledged is there after a restart."""
+    """A server that can't write ends with 3 and says why; everything acknowledged is there after a restart."""
     data = tmp_path / "data"
     limit = 'ulimit -f 1500; exec "$@"'  # kilobytes of a file
     up = UpProcess(data)

@@ -205,7 +205,7 @@ def test_a_planted_difference_is_found(planted: Any, data: Path, check: Any) -> 
 
 
 def test_a_planted_difference_in_a_store_that_is_behind(folders: Folders, data: Path, check: Any) -> None:
-    """What the next restore would not set right is found also in a store that is behind."""
+    """A difference that the next restore would not mend is found also in a store that is behind."""
     planted_value(data)  # r7 belongs to the first run only
     shutil.rmtree(data / "log")
     shutil.copytree(folders.late / "log", data / "log")
@@ -381,7 +381,7 @@ def test_deleted_entries() -> None:
 
 
 def test_a_worker_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is behind the end that was asked for, half a commit perhaps, says nothing about a store or the changelog."""
+    """Records after the end that was asked for, perhaps half a commit, are no difference."""
     bench = Bench()
     bench.commit({A: ONE, B: ONE})
     bench.restore()
@@ -421,7 +421,7 @@ def test_a_restore_that_was_interrupted() -> None:
 
 
 def test_a_changelog_that_ends_behind_the_last_commit() -> None:
-    """What stands behind the last commit is of nobody: it is left out, counted, and no difference."""
+    """Records after the last commit belong to none: they are left out, counted, and are no difference."""
     bench = Bench()
     bench.commit({A: ONE})
     bench.restore()

@@ -53,7 +53,7 @@ def test_what_is_listed(server: UpProcess, here: Here) -> None:
 
 
 def test_drop_and_reset(server: UpProcess, here: Here) -> None:
-    """What was done is said, and is done when the command ends."""
+    """The command prints what it did, and has done it when it ends."""
     publish(server, "gone", 4)
     done = here("views", "reset", "gone", "--to", server.url)
     assert (done.returncode, done.stderr) == (0, "")

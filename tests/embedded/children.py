@@ -1,4 +1,4 @@
-"""What runs in processes of its own, to be killed, starved, forked: `python -m tests.embedded.children NAME ARGUMENT...`.
+"""Child processes to be killed, starved or forked: `python -m tests.embedded.children NAME ARGUMENT...`.
 
 A child says `WORD ...` a line, each line in one write, so that what its parent has read is what it had said.
 """

@@ -66,7 +66,7 @@ def _name(row: Row) -> str:
 
 
 class Acknowledged:
-    """What children of a log were told, and whether the log still knows."""
+    """Acknowledgements that children of a log got, and the check that the log still has the records."""
 
     def __init__(self) -> None:
         self.values: dict[int, str] = {}

@@ -174,7 +174,7 @@ def test_a_pass_holds_no_more_keys_than_it_may(tmp_path: Path) -> None:
 
 
 def test_a_tombstone_waits_for_followers(lab: EmbeddedLab) -> None:
-    """It goes `delete_retention_ms` after the pass that took what it deletes, however old it is itself."""
+    """A tombstone is removed `delete_retention_ms` after the pass that removed the value, whatever its own age."""
     append(lab.log, "table", 0, b"v", key=b"deleted")
     append(lab.log, "table", 0, None, key=b"deleted")
     lab.clock.at_ms += 10 * DAY_MS
@@ -196,7 +196,7 @@ def test_a_tombstone_waits_for_followers(lab: EmbeddedLab) -> None:
 
 
 def test_a_slow_reader_sees_every_deletion(tmp_path: Path) -> None:
-    """Who has read a value before a round of many passes finds its tombstone after it, if it is no slower than a day."""
+    """A reader that has read a value before a round of many passes finds the tombstone, if it takes at most a day."""
     lab = EmbeddedLab(tmp_path / "log", topics=ONE, compaction_keys_max=1)
     append(lab.log, "table", 0, b"v", key=b"k")
     append(lab.log, "table", 0, None, key=b"k")
@@ -397,7 +397,7 @@ def test_a_stopped_cleaner_leaves_a_pass_where_it_is(lab: EmbeddedLab) -> None:
 
 
 def test_an_error_does_not_end_the_cleaner(lab: EmbeddedLab, caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged, nothing is deleted, and the next round tries again."""
+    """An error is logged, nothing is deleted, and the next round tries again."""
     settings_ = LogSettings(maintenance_interval_ms=10)
     rounds = [LogCorrupt("a broken block"), Unavailable("busy")]
 

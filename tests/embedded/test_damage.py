@@ -126,7 +126,7 @@ def log_lab(tmp_path: Path) -> EmbeddedLab:
 
 
 def copy_of(lab: EmbeddedLab, path: Path) -> Path:
-    """What kill -9 would leave of the log: its files as they are."""
+    """Copy the files of the log as they are, as after kill -9."""
     path.mkdir()
     for file in lab.path.iterdir():
         if file.name != "LOCK":
@@ -140,7 +140,7 @@ def open_copy(path: Path) -> EmbeddedLog:
 
 
 def test_a_broken_block_of_the_log(log_lab: EmbeddedLab, tmp_path: Path) -> None:
-    """Whoever comes to it gets LogCorrupt each time, not fewer records; what is in other blocks can be read."""
+    """Each read of the block raises LogCorrupt, and never returns fewer records; other blocks can be read."""
     path = copy_of(log_lab, tmp_path / "copy")
     log_lab.embedded.close()
     flip(the_file(path, "*.sst"), 5.5 / 16)  # the second chunk of the second partition
@@ -247,7 +247,7 @@ def read_all(log: EmbeddedLog) -> None:
 
 @pytest.mark.parametrize("what", ["bytes", "block", "file"])
 def test_a_worker_replaces_a_store_that_it_can_not_trust(tmp_path: Path, what: str) -> None:
-    """Whether an entry, a block or a file of it is bad: it is rebuilt from the changelog when its partition starts."""
+    """A store with a bad entry, block or file is rebuilt from the changelog when its partition starts."""
     lab = EmbeddedLab(tmp_path / "log", topics=WORKER_TOPICS)
     stores = RocksStores(tmp_path / "stores", lab.settings)
     partition = new_partition(lab, stores)

@@ -45,7 +45,7 @@ class Meter(PublisherMeter):
     """Counts what a worker counts; its gauges go with a partition."""
 
     def forget(self, partition: int) -> None:
-        """Of no interest here."""
+        """Do nothing: only counters matter here."""
 
 
 class Running:
@@ -365,7 +365,7 @@ def test_a_commit_that_meets_what_can_not_be_decoded(running: Running) -> None:
     ],
 )
 def test_what_rocksdb_says(said: str, kind: type[Exception]) -> None:
-    """What can't be read is damage, and of which partition; what can pass is not."""
+    """Errors of unreadable data are damage, and name the partition; errors that can pass are not."""
     error = TranslatedErrors("store 3", partition=3).translate(Exception(said))
     assert type(error) is kind
     assert getattr(error, "partition", 3) == 3

@@ -17,7 +17,7 @@ from tests.embedded.support import child, run_child, wait_for_line
 
 
 def test_a_new_folder_becomes_a_data_directory(tmp_path: Path) -> None:
-    """It is made with its parents, can be opened again, and relative paths are made absolute at once."""
+    """The folder is made with its parents, can be opened again, and a relative path is made absolute at once."""
     for _ in range(2):
         with DataDir(tmp_path / "a" / "b") as data:
             assert data.path.is_absolute()
@@ -76,7 +76,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [b"1\n", b"3\n", b"", b"\xff\xfe", b"1.0\n", b"x" * 1000])
 def test_another_version_is_refused(tmp_path: Path, version: bytes) -> None:
-    """What this program did not write, it does not read."""
+    """A data directory of another version is not read."""
     (tmp_path / "VERSION").write_bytes(version)
     error = NewerFormat if version == b"3\n" else Invalid
     with pytest.raises(error, match=r"has version .*; this program reads 2"):
@@ -107,7 +107,7 @@ def test_stores_without_their_log_are_not_thrown_away(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_another_app_is_left_alone(tmp_path: Path) -> None:
-    """Its stores would look wrong, and be made anew: refused, naming both. One from before apps were noted is taken on."""
+    """A folder of another app is refused with both names: its stores would be rebuilt. One that names no app is accepted."""
     with DataDir(tmp_path, with_log=False) as data:
         (data.stores / "0").mkdir(parents=True)
     with DataDir(tmp_path, with_log=False, app="shop"):
@@ -147,7 +147,7 @@ def public_path() -> Iterator[Path]:
 @pytest.mark.parametrize("kind", ["datadir", "log", "store"])
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 def test_a_folder_that_can_not_be_written_is_invalid(public_path: Path, kind: str, existing: bool) -> None:
-    """Whether there is something in it or not: Invalid, with the path and the reason, for the folder and what is in it."""
+    """A folder, empty or not, that can't be written is Invalid, with the path and the reason; so is a file in it."""
     if existing:
         with child("fork", public_path, "exit") as process:  # makes a data directory with everything in it
             process.communicate(timeout=60)

@@ -76,7 +76,7 @@ class _Shared:
 
 
 def test_a_view_that_is_known_otherwise_costs_no_other(engine: Engine) -> None:
-    """Of 800 that were paid, 800 are read, although the same batches have a view that the server knows with other labels."""
+    """All 800 deltas are read, although the same batches have a view that the server knows with other labels."""
     token = engine.ingest.deltas([delta("orders", 1, region="eu")])
     rows(engine, "orders", token)
     pub = BasePublisher(_Shared(engine), SystemClock(), PublisherSettings(flush_interval_ms=3_600_000))

@@ -19,7 +19,7 @@ from tests.embedded.support import Acknowledged, run_child
 
 
 def check_said(said: list[str], reason: str, error: str = "Unavailable") -> Acknowledged:
-    """What a child said whose disk filled up; what it was told is safe."""
+    """Check the output of a child whose disk filled up: everything acknowledged is safe."""
     *acknowledgements, failed, again, readable = said[1:]
     assert failed.startswith(f"failed {error} log ")
     assert reason in failed
@@ -34,7 +34,7 @@ def check_said(said: list[str], reason: str, error: str = "Unavailable") -> Ackn
 
 @pytest.mark.parametrize("file_bytes", [300_000, 1_500_000, 777_777])
 def test_a_log_that_can_not_grow(tmp_path: Path, file_bytes: int) -> None:
-    """Whether the write-ahead log or a file of records is the one that can't grow."""
+    """The log refuses records if the write-ahead log, or a file of records, can't grow."""
     path = tmp_path / "log"
     check_said(run_child("starved", path, file_bytes, 3_000), "File too large").check(path)
     log = open_log(path)

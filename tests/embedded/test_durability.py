@@ -1,4 +1,4 @@
-"""What was acknowledged survives kill -9 at any moment, and nothing is ever half there."""
+"""Acknowledged records survive kill -9 at any moment, and nothing is ever there in part."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_log_survives_kill_9(tmp_path: Path, how: str, rounds: int) -> None:
 
 
 def test_a_store_survives_kill_9_as_it_once_was(tmp_path: Path) -> None:
-    """It may have lost its newest writes, but only whole ones; and it does not lose everything for ever."""
+    """A store may lose its newest writes, but only whole ones, and does not lose everything for ever."""
     rng = random.Random(6)
     kept = []
     for _ in range(5):

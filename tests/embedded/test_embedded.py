@@ -84,7 +84,7 @@ def test_the_setting_decides_for_a_new_log(tmp_path: Path) -> None:
 
 
 def test_a_topic_may_come_later(lab: EmbeddedLab) -> None:
-    """It gets as many partitions as the others, and the records of the others stay theirs; so it does when one has gone."""
+    """A new topic gets as many partitions as the others, and each keeps its records, also while another is not declared."""
     append(lab.log, "events", 3, b"x")
     lab.embedded.close()
     more = {"a-new-one": Topic("a-new-one", 1, "delete"), **TOPICS}
@@ -167,7 +167,7 @@ def test_close_wakes_who_waits(lab: EmbeddedLab) -> None:
 
 
 def test_a_store_after_close_is_not_ready(tmp_path: Path) -> None:
-    """Who still reads a store that is being closed is told to wait, not that it is corrupt; a view lives on."""
+    """A read of a store that is being closed raises NotReady, not StoreCorrupt; a snapshot stays readable."""
     lab = RocksStoreLab(tmp_path)
     store = lab.stores.open(0)
     store.write([b"k"], [b"v"])

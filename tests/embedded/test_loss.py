@@ -57,7 +57,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def copy_of(path: Path, to: Path) -> Path:
-    """What kill -9 would leave of a log: its files as they are, and the file beside them."""
+    """Copy the files of a log as they are, and the file beside them, as after kill -9."""
     shutil.copytree(path, to, ignore=shutil.ignore_patterns("LOCK"))
     shutil.copy(checkpoint_path(path), checkpoint_path(to))
     return to
@@ -262,7 +262,7 @@ def test_an_older_copy_that_is_put_back(lab: EmbeddedLab, tmp_path: Path) -> Non
 
 
 def test_a_log_of_which_nothing_is_left(lab: EmbeddedLab, tmp_path: Path) -> None:
-    """Whether RocksDB opens an empty log in its place, or there is nothing to repair: all its records are missed."""
+    """All records are missed, whether RocksDB opens an empty log in place of the lost one or finds nothing to repair."""
     everything = contents(lab.embedded)
     lab.embedded.close()
     new = EmbeddedLab(tmp_path / "new", topics={})
@@ -287,7 +287,7 @@ def test_a_log_of_which_nothing_is_left(lab: EmbeddedLab, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("damage", [remove, halve, empty, lambda path: path.write_bytes(b"\xff" * 50_000)])
 def test_the_file_beside_the_log(lab: EmbeddedLab, damage: Callable[[Path], None]) -> None:
-    """It guards the log, it is not the log: without it everything is there, and it is made anew."""
+    """Without the file beside the log all records are there, and the file is made anew."""
     everything = contents(lab.embedded)
     lab.embedded.close()
     damage(checkpoint_path(lab.path))

@@ -13,7 +13,7 @@ from tests.embedded.support import run_child
 
 @pytest.mark.parametrize("how", ["exit", "close", "use"])
 def test_a_forked_child_ends_and_harms_nothing(tmp_path: Path, how: str) -> None:
-    """It ends by itself, whatever it tries, and even if a lock was held at the fork; its parent works on."""
+    """A forked child ends by itself, whatever it tries, even if a lock was held at the fork; its parent works on."""
     said = run_child("fork", tmp_path, how)
     assert said[-2:] == ["child ended 0", "parent fine"]
     if how == "use":

@@ -71,7 +71,7 @@ def entries(partition: OwnedPartition) -> dict[bytes, bytes]:
 
 
 def answer(partition: OwnedPartition) -> dict[str, int]:
-    """What the view says."""
+    """Return the answer of the view."""
     prefix = series_prefix(VIEW)
     found = [*partition.store.scan(prefix, prefix_end(prefix))]
     states = decode_states(KINDS[VIEW.kind], [value for _, value in found])

@@ -30,8 +30,8 @@ from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
-from pipeline.query.facts import StoredFacts
 from pipeline.query.reader import ViewReader
+from pipeline.query.stored_state import StoredState
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import OwnedPartition
@@ -65,7 +65,7 @@ class World:
         self.ready = True
         self.reader = self.new_reader()
         self.ingest: Ingest | None = Gateway(
-            self.log, self.clock, PublisherSettings(), self._definition_of, facts=StoredFacts(self.stores)
+            self.log, self.clock, PublisherSettings(), self._definition_of, facts=StoredState(self.stores)
         )
         self.letters = DeadLetters(self.log, self.clock)
         self._lock = threading.Lock()
@@ -180,7 +180,7 @@ def travelling(definition: Definition, series: Mapping[Sequence[str], Any]) -> t
 
 
 class Reply(NamedTuple):
-    """What a server answered."""
+    """A server's answer."""
 
     status: int
     headers: Mapping[str, str]

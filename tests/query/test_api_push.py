@@ -31,7 +31,7 @@ def push(server: Server, text: str | bytes, content_type: str = PLAIN) -> Reply:
 
 
 def pushed(server: Server, text: str | bytes, content_type: str = PLAIN) -> dict[str, Any]:
-    """What is answered, which must be 200."""
+    """Post a text; return the answer, which must be 200."""
     reply = push(server, text, content_type)
     assert reply.status == 200, reply.body
     answer: dict[str, Any] = reply.json()

@@ -214,7 +214,7 @@ def quote_regex(value: str) -> str:
 
 
 def test_percent_and_plus_in_a_url(shop: Server) -> None:
-    """As HTML forms do it: `+` is a blank, `%2B` a plus, and UTF-8 may stand raw."""
+    """Queries are decoded as from HTML forms: `+` is a blank, `%2B` a plus, and UTF-8 may be raw."""
     shop.world.publish(Definition("urls", "sum", ("x",)), {("a b",): 1, ("a+b",): 2, ("é",): 3})
     for text, expected in (("a+b", 1), ("a%20b", 1), ("a%2Bb", 2), ("%c3%A9", 3), ("%C3%A9", 3)):
         (row,) = shop.get(f"/v1/views/urls?where=x={text}").json()["series"]
@@ -231,7 +231,7 @@ def test_a_long_label_value_matches_nothing(shop: Server) -> None:
 
 
 def test_head_is_answered_without_a_body(shop: Server) -> None:
-    """As HTTP wants it."""
+    """HEAD has the headers of GET and no body."""
     reply = shop.request("HEAD", "/v1/views/revenue")
     assert (reply.status, reply.body) == (200, b"")
 

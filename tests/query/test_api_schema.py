@@ -12,10 +12,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
+from pipeline.query.controls import DefinitionChoice
+from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
-from pipeline.query.letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.openapi import openapi_document
-from pipeline.query.orders import DefinitionChoice
 from pipeline.query.params import _Delta
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
@@ -81,7 +81,7 @@ def test_any_bytes_are_answered_as_documented(api_schema: Any) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/views", "/v1/status", "/healthz", "/readyz", "/metrics"])
 def test_plain_answers_are_as_documented(api_schema: Any, path: str) -> None:
-    """What takes no parameters answers in its documented shape."""
+    """Operations without parameters answer in their documented shape."""
     conforms(api_schema[path]["get"], schemathesis.GenerationMode.POSITIVE, 3)
 
 
@@ -130,6 +130,26 @@ def test_the_document_is_whole(server: Server) -> None:
     assert limits["kind"] == {"enum": [*KIND_NAMES]}
 
 
+@pytest.mark.parametrize(
+    ("path", "bodies"),
+    [
+        ("/v1/deltas", {"application/json", "application/x-ndjson"}),
+        ("/v1/openmetrics", {"text/plain", "application/openmetrics-text"}),
+        ("/v1/views/{view}/drop", {"application/json"}),
+        ("/v1/views/{view}/reset", {"application/json"}),
+    ],
+)
+def test_writes_take_a_key(server: Server, path: str, bodies: set[str]) -> None:
+    """The document has the header Idempotency-Key, the bodies, and the refusals of each write."""
+    document = server.get("/openapi.json").json()
+    operation = document["paths"][path]["post"]
+    names = {parameter["name"] for parameter in resolved(document, operation["parameters"])}
+    assert names == {"Idempotency-Key"} | ({"view"} if "{view}" in path else set())
+    assert {*operation["requestBody"]["content"]} == bodies
+    refusals = {"400", "413", "415", "422", "503"} | ({"404"} if "{view}" in path else set())
+    assert operation["responses"].keys() == {"200"} | refusals
+
+
 def test_the_document_is_what_requests_are_held_to() -> None:
     """Kinds, fields and limits in the file are those of the code."""
     document = openapi_document([("get", "/v1/dead-letters")], QuerySettings())
@@ -147,7 +167,7 @@ def test_the_document_is_what_requests_are_held_to() -> None:
 
 
 def resolved(document: Any, nodes: list[Any]) -> list[Any]:
-    """The same list, with what references lead to in their place."""
+    """Return the list with its references replaced by what they lead to."""
     found = []
     for node in nodes:
         if "$ref" in node:

@@ -160,7 +160,7 @@ def test_a_wrong_body_is_told_and_nothing_of_it_taken(server: Server, body: byte
 
 
 def test_lines_by_media_type_are_not_an_array(server: Server) -> None:
-    """What is announced as lines is read as lines."""
+    """A body whose media type says lines is read as lines."""
     assert "line 1" in server.problem(400, post(server, [delta()], NDJSON))
 
 
@@ -178,7 +178,7 @@ def test_definitions_do_not_conflict(server: Server) -> None:
 
 
 def test_a_time_far_ahead_is_refused(server: Server) -> None:
-    """It would silence its series; an hour is the limit."""
+    """A value of `last` over an hour ahead is refused: no later value would count for a long time."""
     now_ms = server.world.clock.now_ms()
     for ts_ms in (2**53, now_ms + 3_700_000):
         said = server.problem(400, post(server, [delta(), delta("x", "ahead", "last") | {"ts_ms": ts_ms}]))
@@ -329,7 +329,7 @@ def test_what_the_log_refuses_is_told(error: Exception, status: int) -> None:
 
 
 def test_a_server_without_ingest_only_reads() -> None:
-    """Its API has no writes."""
+    """The API of such a server has no writes."""
     world = World()
     world.ingest = None
     with serving(world) as server:

@@ -347,7 +347,7 @@ def test_lists(server: Server, reader: HttpReader) -> None:
 
 
 def test_problems_come_back_as_errors(server: Server, reader: HttpReader) -> None:
-    """Of the same name, with the server's words."""
+    """A problem raises the error of the same name, with the server's text."""
     server.world.publish(Definition("w", "sum", ("x",)), {("a",): 1})
     with pytest.raises(NotFound, match=r"no view 'nothing'; .* pass the token that flush\(\) returned: after=token"):
         reader.get("nothing")

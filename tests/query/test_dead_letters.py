@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.codec import DeadLetter, encode_batch, encode_letter
 from pipeline.core.record import Batch, Definition, Group, series_suffix
 from pipeline.ports import Message
-from pipeline.query.dead_letters import DeadLetters, Place, Wanted
+from pipeline.query.dead_letters import DeadLetters, LetterCursor, LetterFilter
 from pipeline.settings import WorkerSettings
 from pipeline.topics import DEAD_LETTERS, DELTAS
 from tests.query.support import Server, World, serving
@@ -52,7 +52,7 @@ def world() -> World:
 
 @pytest.fixture
 def server(world: World) -> Iterator[Server]:
-    """The same, served and folded all the time."""
+    """Serve the world, and fold it all the time."""
     with serving(world) as running:
         yield running
 
@@ -66,7 +66,7 @@ def total(world: World, view: str) -> Any:
 
 
 def order(server: Server, **fields: Any) -> Any:
-    """What a request to replay is answered."""
+    """Return the answer to a request to replay."""
     reply = server.request("POST", "/v1/dead-letters/replay", json.dumps(fields).encode())
     assert reply.status == 200, reply.body
     return reply.json()
@@ -102,7 +102,7 @@ def test_memory_holds_no_values() -> None:
     world.log.append([Message(DEAD_LETTERS, 0, key, value) for key, value in values], timeout_s=5)
     tracemalloc.start()
     try:
-        found = world.letters.listing(Wanted(), 1_000)
+        found = world.letters.listing(LetterFilter(), 1_000)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -110,7 +110,7 @@ def test_memory_holds_no_values() -> None:
     assert peak < 10_000_000, peak
     few = DeadLetters(world.log, world.clock, kept_max=10)
     world.log.append([Message(DEAD_LETTERS, 0, key, None) for key, _ in values[5:15]], timeout_s=5)
-    found = few.listing(Wanted(), 1_000)
+    found = few.listing(LetterFilter(), 1_000)
     assert (len(found.letters), found.letter_count, found.bytes_total) == (5, 990, 99_000_000)
 
 
@@ -123,7 +123,7 @@ def test_a_replay_goes_on_behind_what_a_listing_keeps() -> None:
     after, count = None, 0
     with world.folding():
         while True:
-            done = letters.replay(Wanted(after=after), limit=100, timeout_s=20)
+            done = letters.replay(LetterFilter(after=after), limit=100, timeout_s=20)
             count += len(done.outcomes)
             assert {it.result for it in done.outcomes} == {"counted"}
             after = done.after
@@ -136,30 +136,30 @@ def test_a_replay_goes_on_behind_what_a_listing_keeps() -> None:
 def test_nobody_folds(world: World) -> None:
     """Without a worker the replay ends in time and says so; what it has sent counts once when one comes."""
     refused(world, 3)
-    done = world.letters.replay(Wanted(), limit=10, timeout_s=0.05)
+    done = world.letters.replay(LetterFilter(), limit=10, timeout_s=0.05)
     assert [it.result for it in done.outcomes] == ["unknown"] * 3
     assert "counts once when it is folded" in done.outcomes[0].reason
     world.work(MANY)
     world.fold()
-    assert world.letters.listing(Wanted(), 10).letters == []
+    assert world.letters.listing(LetterFilter(), 10).letters == []
     assert total(world, "wrong") == 6
 
 
 def test_a_whole_record_of_which_a_group_is_refused_counts_in_part(world: World) -> None:
-    """Its good groups count; each of the others is a letter of its own, which counts when there is room for it."""
+    """The good groups count; each other group becomes a letter of its own, which counts when there is room for it."""
     put(world, batch(0, group(GOOD, 1), epoch=3), batch(1, group(GOOD, 10), group(WRONG, 20), group(OTHER, 30), epoch=2))
     world.fold()
     with world.folding():
-        done = world.letters.replay(Wanted(), limit=10, timeout_s=20)
+        done = world.letters.replay(LetterFilter(), limit=10, timeout_s=20)
     assert [it.result for it in done.outcomes] == ["counted in part"]
     assert "2 groups are letters of their own" in done.outcomes[0].reason
     assert total(world, "good") == 11
-    left = world.letters.listing(Wanted(), 10).letters
+    left = world.letters.listing(LetterFilter(), 10).letters
     assert [it.view for it in left] == ["wrong", "other"]
     assert all(it.key.startswith(f"{done.outcomes[0].key}-") for it in left)
     world.work(MANY)
     with world.folding():
-        done = world.letters.replay(Wanted(), limit=10, timeout_s=20)
+        done = world.letters.replay(LetterFilter(), limit=10, timeout_s=20)
     assert [it.result for it in done.outcomes] == ["counted"] * 2
     assert (total(world, "wrong"), total(world, "other")) == (20, 30)
 
@@ -170,8 +170,8 @@ def test_a_stale_listing_doubles_nothing(world: World) -> None:
     stale = [row.key or b"" for row in world.log.partition(DEAD_LETTERS, 0).rows]
     world.work(MANY)
     with world.folding():
-        world.letters.replay(Wanted(), limit=10, timeout_s=20)
-        done = world.letters.replay(Wanted(frozenset(key.decode() for key in stale)), limit=10, timeout_s=20)
+        world.letters.replay(LetterFilter(), limit=10, timeout_s=20)
+        done = world.letters.replay(LetterFilter(frozenset(key.decode() for key in stale)), limit=10, timeout_s=20)
     assert [it.result for it in done.outcomes] == ["counted before"] * 2
     assert total(world, "wrong") == 3
 
@@ -183,10 +183,10 @@ def test_letters_of_partitions_that_are_gone_stay() -> None:
     letters = DeadLetters(world.log, world.clock)
     letter = encode_letter(DeadLetter(1, 0, 0, "why", "wrong", batch(0, group(WRONG, 1), partition=1)))
     world.log.append([Message(DEAD_LETTERS, 1, b"1-0-0", letter)], timeout_s=1)
-    done = letters.replay(Wanted(), limit=10, timeout_s=1)
+    done = letters.replay(LetterFilter(), limit=10, timeout_s=1)
     assert [(it.key, it.result) for it in done.outcomes] == [("1-0-0", "not replayed")]
     assert done.outcomes[0].reason == "the topic of deltas has 1 partitions, and no partition 1"
-    assert letters.listing(Wanted(), 10).letter_count == 1
+    assert letters.listing(LetterFilter(), 10).letter_count == 1
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_wrong_reads_are_refused(server: Server) -> None:
 
 
 def test_servers_that_only_read_have_no_letters() -> None:
-    """Who may read views may not see what was refused, nor replay it."""
+    """A server without ingest neither shows nor replays what was refused."""
     world = World(1)
     world.ingest = None
     with serving(world) as running:
@@ -239,4 +239,4 @@ def test_servers_that_only_read_have_no_letters() -> None:
 
 def test_places_come_back() -> None:
     """A place is a text between two calls."""
-    assert Place.parse(str(Place(3, 0, 42))) == Place(3, 0, 42)
+    assert LetterCursor.parse(str(LetterCursor(3, 0, 42))) == LetterCursor(3, 0, 42)

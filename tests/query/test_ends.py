@@ -1,4 +1,4 @@
-"""Where the log ends: the time that goes with it is never later than the look, and a read across a change is refused."""
+"""End offsets of the log: their time is never later than the question, and a read across a change is refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_polled_asks_for_the_topic_after_its_ends(log: Log) -> None:
 
 
 def test_polled_keeps_its_time_while_the_log_is_away(log: Log, caplog: pytest.LogCaptureFixture) -> None:
-    """What was seen last goes on to be told with the time of then, so that staleness grows; it warns once each time."""
+    """The last answer is returned with its own time, so that staleness grows; there is one warning each time."""
     with polled(log) as ends, caplog.at_level(logging.WARNING):
         wait_until(lambda: ends().end_offsets, "an answer", 60)
         look_twice(log)
@@ -237,7 +237,7 @@ def more(stores: dict[int, Store]) -> None:
 READS: dict[str, Callable[[ViewReader], object]] = {
     "definition": lambda reader: reader.definition("v"),
     "point": lambda reader: reader.point(Query("v", by=())),
-    "scan": lambda reader: reader._scan(Query("v", by=()), 1e18),
+    "scan": lambda reader: reader._scan(reader._stores(), Query("v", by=()), 1e18),
     "views": lambda reader: reader.views(),
     "scrape": lambda reader: reader.scrape(deadline_s=1e18),
     "partitions": lambda reader: reader.partitions(),
@@ -264,7 +264,7 @@ def test_a_read_across_a_change_is_refused(name: str, change: Callable[[dict[int
 
 @pytest.mark.parametrize("name", READS)
 def test_a_partition_more_disturbs_no_read(name: str) -> None:
-    """It was not there when the read began."""
+    """A partition that is added after a read began does not disturb it."""
     world = Taken()
     world.publish(Definition("v", "sum"), {(): 1})
     reader = world.new_reader()

@@ -11,9 +11,9 @@ from pipeline.core.record import Definition
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ingest.admission import Rooms
 from pipeline.ingest.gateway import Gateway
-from pipeline.query.facts import StoredFacts
 from pipeline.query.idempotency import KEY_LENGTH_MAX, UsedKeys, parse_key
 from pipeline.query.problems import Refused
+from pipeline.query.stored_state import StoredState
 from pipeline.settings import PublisherSettings, QuerySettings
 from tests.query.support import Reply, Server, World, serving
 
@@ -77,7 +77,7 @@ def test_a_repeat_that_is_refused_says_what_may_be_counted(monkeypatch: pytest.M
     """A first try of which a part got into the log, and a repeat for which there is no room: its key stays used."""
     monkeypatch.setattr(keyed, "CHUNK_BYTES_MAX", 100)
     world = World()
-    limits, facts = TaskLimits(views_max=2), StoredFacts(world.stores)
+    limits, facts = TaskLimits(views_max=2), StoredState(world.stores)
     world.ingest = gateway = Gateway(world.log, world.clock, PublisherSettings(), {}.get, limits=limits, facts=facts)
     body = json.dumps([{"view": view, "kind": "sum", "value": 1} for view in ("part_1", "part_2")])
     append = world.log.append
@@ -107,7 +107,7 @@ def test_a_repeat_that_is_refused_says_what_may_be_counted(monkeypatch: pytest.M
 
 
 def test_another_server_counts_a_repeat_once(server: Server) -> None:
-    """It shares nothing with the first but the log, and has just been started."""
+    """A server that was just started shares nothing with the first but the log, and counts the repeat once."""
     assert post(server, "moved", delta("moved", 7)).status == 200
     world = server.world
     first, world.ingest = world.ingest, Gateway(world.log, world.clock, PublisherSettings(), world._definition_of)
@@ -121,7 +121,7 @@ def test_another_server_counts_a_repeat_once(server: Server) -> None:
 
 @pytest.mark.parametrize("bad", ["", '""', " ", "a b", "x" * (KEY_LENGTH_MAX + 1), "ü", '"unended', '"a\\b"', "tab\t."])
 def test_a_key_that_is_none(bad: str) -> None:
-    """It is refused, not ignored: the client counts on it."""
+    """An invalid key is refused, not ignored: the client relies on it."""
     with pytest.raises(Invalid, match="Idempotency-Key: 1 to 200"):
         parse_key([bad])
 
@@ -156,15 +156,6 @@ def test_memory_is_bounded() -> None:
         assert key is not None
     with keys.using("/p", None, b"") as key:
         assert key is None
-
-
-def test_the_document_says_it(server: Server) -> None:
-    """The header stands at both operations, and 422 among their answers."""
-    paths = server.get("/openapi.json").json()["paths"]
-    for path in ("/v1/deltas", "/v1/openmetrics"):
-        operation = paths[path]["post"]
-        assert operation["parameters"] == [{"$ref": "#/components/parameters/Idempotency-Key"}]
-        assert "422" in operation["responses"]
 
 
 def test_at_a_world_of_its_own() -> None:

@@ -98,7 +98,7 @@ def test_every_view_is_a_family_with_the_values_of_the_api(server: Server, plain
 
 
 def test_the_format_is_what_accept_asks_for(server: Server) -> None:
-    """As of /metrics: plain text unless OpenMetrics is asked for, also when the header makes no sense."""
+    """The format is plain text unless OpenMetrics is asked for, also if the header is malformed."""
     for accept, media_type, end in (
         ("", "text/plain; version=0.0.4", b""),
         ("*/*", "text/plain; version=0.0.4", b""),
@@ -178,7 +178,7 @@ def test_a_series_of_several_partitions_counts_once() -> None:
 
 
 def test_a_view_that_cannot_fit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its count is enough to leave it out: a scrape's work is bounded, too."""
+    """The count of its series is enough to leave a view out: the work of a scrape is bounded, too."""
     world = World(1, settings=QuerySettings(openmetrics_series_max=2))
     world.publish(Definition("big", "sum", ("n",)), {(str(n),): n for n in range(3)})
     monkeypatch.setattr(world.reader, "_select", lambda *_: pytest.fail("read"))

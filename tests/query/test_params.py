@@ -1,4 +1,4 @@
-"""What a URL's query string says."""
+"""Query strings of reads."""
 
 from urllib.parse import parse_qsl, quote_plus
 

@@ -105,7 +105,7 @@ def test_a_point_read_answers_as_a_scan(
     world.fold()
     pinned = [f"x={key[0]}", f"y={key[1]}", *(f"{label}{op}{value}" for label, op in extra)]
     it = query("v", *pinned, by=by)
-    point, scan = world.reader.point(it), world.reader._scan(it, FAR_S)
+    point, scan = world.reader.point(it), world.reader._scan(world.reader._stores(), it, FAR_S)
     assert point is not None
     assert msgspec.structs.replace(point, as_of=scan.as_of) == scan
     assert point.as_of.next_offsets == scan.as_of.next_offsets
@@ -194,7 +194,7 @@ def test_merged_definitions_answer_as_one_wide_definition_does(data: st.DataObje
 
 
 def test_the_kind_that_was_first_answers() -> None:
-    """Whoever defines a view differently later disturbs nothing: the answer names it, and `kind` chooses it."""
+    """A later definition of another kind changes no answer: the answer names it, and `kind` chooses it."""
     world = World(partition_count=2)
     world.append(0, Definition("revenue", "sum", ("region",)), {("eu",): 1})
     first_ms = world.clock.now_ms()
@@ -222,7 +222,7 @@ def test_the_kind_that_was_first_answers() -> None:
 
 
 def test_a_point_read_sees_a_definition_that_came_later() -> None:
-    """What a reader remembers of a view is compared with each partition's definitions at every read."""
+    """The remembered definitions of a view are compared with those of each partition at every read."""
     world = World(partition_count=2)
     world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
     world.fold()
@@ -235,7 +235,7 @@ def test_a_point_read_sees_a_definition_that_came_later() -> None:
 
 
 def test_a_definition_is_read_again_when_stores_are_made_anew() -> None:
-    """What the reader remembers of a view does not outlive it."""
+    """Remembered definitions of a view are dropped when its stores are made anew."""
     world = World(partition_count=1)
     world.publish(REVENUE, {("eu", "tea"): 1})
     assert world.reader.definition("revenue") == canonical(REVENUE)
@@ -250,7 +250,7 @@ def test_a_definition_is_read_again_when_stores_are_made_anew() -> None:
 
 
 def test_a_point_read_in_a_store_made_anew_looks_at_its_definitions() -> None:
-    """It has counted as many changes of its definitions as the one before, and they are others."""
+    """The new store has counted as many changes of definitions as the old one, and the definitions differ."""
     world, other = World(partition_count=1), World(partition_count=1)
     world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
     other.append(0, Definition("v", "sum", ("a", "b")), {("x", "y"): 10, ("x", "z"): 100})
@@ -289,7 +289,7 @@ def test_views_count_series_over_partitions() -> None:
 
 
 def test_restoring_is_not_ready() -> None:
-    """Whoever has no stores yet says how far it is, in every call."""
+    """A reader whose stores are being restored says in every call how far that is."""
     world = World()
     world.ready = False
     for call in (lambda: read(world, query()), world.reader.views, world.reader.partitions):
@@ -322,7 +322,7 @@ def test_too_many_groups_are_refused() -> None:
 @pytest.mark.parametrize("where", [[], ["a=a"]])
 @pytest.mark.parametrize("damage", ["position", "definition", "state", "kind"])
 def test_a_damaged_store_is_found(damage: str, where: list[str]) -> None:
-    """What cannot be decoded is `StoreCorrupt`, never a wrong answer."""
+    """An entry that can't be decoded raises `StoreCorrupt`; it never makes a wrong answer."""
     world = World(partition_count=1)
     world.publish(V, {("a",): 1, ("b",): 2})
     key, value = {

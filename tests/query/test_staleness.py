@@ -16,7 +16,7 @@ from pipeline.errors import NotReady, Unavailable
 from pipeline.ports import Message
 from pipeline.query.ends import EndsNow, LogEnds
 from pipeline.query.reader import ViewReader
-from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsets, bound_ms
+from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsetHistory, bound_ms
 from pipeline.topics import DELTAS
 from tests.query.support import World
 from tests.support import HandClock
@@ -120,7 +120,7 @@ def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
 
 
 def test_a_reader_behind_the_log_grows_stale() -> None:
-    """What was seen before the missing record was accepted bounds it, tighter than the last folded record does."""
+    """An end offset seen before the missing record was accepted gives a tighter bound than the last folded record."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
@@ -155,7 +155,7 @@ def test_gauges_say_lag_and_staleness() -> None:
 @given(st.lists(st.tuples(st.floats(0.0001, 1.0), st.integers(0, 3)), min_size=1, max_size=60), st.data())
 def test_forgetting_makes_the_bound_looser_never_wrong(steps: list[tuple[float, int]], data: st.DataObject) -> None:
     """The memory of end offsets answers as one that forgets nothing, or with an earlier time."""
-    kept = EndOffsets()
+    kept = EndOffsetHistory()
     times: list[float] = []
     offsets: list[int] = []
     at_s, end = 0.0, data.draw(st.integers(0, 2))
@@ -173,7 +173,7 @@ def test_forgetting_makes_the_bound_looser_never_wrong(steps: list[tuple[float, 
 
 def test_a_minute_is_remembered_in_bounded_memory() -> None:
     """However many are seen, few are kept: the last minute nearly in full, and the first one."""
-    kept = EndOffsets()
+    kept = EndOffsetHistory()
     for i in range(20_000):
         kept.observe(i * 0.02, i)
     assert len(kept._offsets) <= OBSERVATIONS_MAX
@@ -212,8 +212,8 @@ def test_gauges_hide_nothing() -> None:
 
 
 def test_late_and_fallen_observations() -> None:
-    """One that comes after a newer one is dropped; a log that ends earlier than before was made anew."""
-    kept = EndOffsets()
+    """An observation that comes after a newer one is dropped; a log that ends earlier than before was made anew."""
+    kept = EndOffsetHistory()
     kept.observe(2.0, 10)
     kept.observe(1.0, 5)
     assert kept.reached_s(7) is None
@@ -241,7 +241,7 @@ def test_what_was_seen_counts_before_the_wall_clock(position: Position, reached_
 
 
 def test_ends_are_noted_before_the_store_is_looked_at() -> None:
-    """What is folded between the two can only make an answer fresher than it says."""
+    """A record that is folded between the two can only make an answer fresher than it says."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
@@ -264,7 +264,7 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
     reader.definition("v")
     for call in (
         lambda: reader.point(Query("v")),
-        lambda: reader._scan(Query("v"), 1e18),
+        lambda: reader._scan(reader._stores(), Query("v"), 1e18),
         reader.views,
         reader.partitions,
     ):

@@ -24,7 +24,7 @@ AT_ONCE_S = 1.5
 
 
 class Log:
-    """What a server polls of a log whose topic can be made anew, and which can be away."""
+    """The end offsets of a log whose topic can be made anew, and which can be away."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -89,7 +89,7 @@ def test_the_reader_says_so(server: Server) -> None:
 
 
 def test_a_topic_made_anew(server: Server, log: Log) -> None:
-    """What was acknowledged before is refused from then on; what is acknowledged by the new topic is waited for, although
+    """Tokens of the old topic are refused from then on; for those of the new topic a read waits, although
     the state is far beyond it by the old topic's offsets.
     """
     before = log.world.token({number: 1 for number in range(4) if log.world.log.end_offsets(DELTAS)[number]})

@@ -58,7 +58,7 @@ class Server:
             ends=EndsNow(lambda: MemoryLog.end_offsets(self.log, DELTAS), dict, self.clock),
             clock=self.clock,
             settings=QuerySettings(),
-            distrust=self.loop.distrust,
+            on_damage=self.loop.distrust,
         )
 
     def follow(self) -> None:

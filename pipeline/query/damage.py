@@ -1,4 +1,4 @@
-"""What a read does with a store that it can't trust: find out which one it is, and have it rebuilt."""
+"""Damaged stores: find the store in which a read met an entry that can't be decoded, and have it rebuilt."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pipeline.errors import BadRecord, LogCorrupt, NotReady, PipelineError, Stor
 from pipeline.ports import ReadableStore, StoreView
 
 T = TypeVar("T")
-Distrust = Callable[[int, ReadableStore, StoreCorrupt], None]
-"""Takes a partition's store out of service and has it rebuilt; `LogCorrupt` if that has not helped before."""
+OnDamage = Callable[[int, ReadableStore, StoreCorrupt], None]
+"""Takes a partition's store out of service and rebuilds it; `LogCorrupt` if an earlier rebuild has not helped."""
 
 
-def trust(partition: int, decode: Callable[..., T], *arguments: Any) -> T:
-    """Decode what a partition's store holds: it was checked before it was written."""
+def decode_stored(partition: int, decode: Callable[..., T], *arguments: Any) -> T:
+    """Return `decode(*arguments)` of bytes from a partition's store; `Unreadable` if they are none that a worker wrote."""
     try:
         return decode(*arguments)
     except BadRecord as error:
         raise Unreadable(f"partition {partition}: {error}", partition) from None
 
 
-def trust_each(partitions: Sequence[int], decode: Callable[[list[bytes]], T], values: list[bytes]) -> T:
-    """Decode values together, of which `partitions[i]` holds `values[i]`."""
+def decode_all(partitions: Sequence[int], decode: Callable[[list[bytes]], T], values: list[bytes]) -> T:
+    """Decode values in one call; `partitions[i]` holds `values[i]`."""
     try:
         return decode(values)
     except BadRecord:
         for partition, value in zip(partitions, values, strict=True):
-            trust(partition, decode, [value])
+            decode_stored(partition, decode, [value])
         raise
 
 
-def blame(
+def find_unreadable(
     snapshots: Mapping[int, StoreView],
     keys: Sequence[bytes],
     values: Sequence[bytes],
     decode: Callable[[bytes, bytes], object],
 ) -> StoreCorrupt:
-    """Return what is wrong with the first entry that can't be decoded, of a scan of several stores, and with which store."""
+    """Return the error of the first entry that can't be decoded, with its partition, from a scan of several stores."""
     for key, value in zip(keys, values, strict=True):
         try:
             decode(key, value)
@@ -48,14 +48,14 @@ def blame(
     return StoreCorrupt("entries that can't be decoded together can be decoded one by one")
 
 
-def damaged(distrust: Distrust | None, stores: Mapping[int, ReadableStore], error: StoreCorrupt) -> PipelineError:
-    """Have the store rebuilt in which a read of `stores` met `error`, and return what the read must raise."""
-    traceback.clear_frames(error.__traceback__)  # they hold scans, and those the files that a rebuild deletes
+def report_damage(on_damage: OnDamage | None, stores: Mapping[int, ReadableStore], error: StoreCorrupt) -> PipelineError:
+    """Have the store rebuilt in which a read of `stores` met `error`; return the error that the read must raise."""
+    traceback.clear_frames(error.__traceback__)  # the frames hold scans, and scans hold files that the rebuild deletes
     number = error.partition
-    if distrust is None or number is None or number not in stores:
+    if on_damage is None or number is None or number not in stores:
         return error
     try:
-        distrust(number, stores[number], error)
+        on_damage(number, stores[number], error)
     except LogCorrupt as known:
         return known
     return NotReady(f"partition {number}: its store was damaged; it is being rebuilt from the changelog")

@@ -1,4 +1,4 @@
-"""The demo's own count of what it records, kept beside the pipeline and sharing no code with it, and the comparison."""
+"""The demo's own count of its deltas, which shares no code with the pipeline, and its comparison with the answers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pipeline.ports import Clock
 
 Labels = tuple[str, ...]
 Series = tuple[str, Labels]
-"""A view's name and label values."""
+"""Name of a view, and label values."""
 
 
 class Recorder:
-    """Records to views of a publisher, and counts for itself. One for each thread, so that its count needs no lock."""
+    """Records to views of a publisher, and counts by itself. Each thread has one, so that counting needs no lock."""
 
     def __init__(self, views: Mapping[str, Any], clock: Clock) -> None:
         self.delta_count = 0
         self.own: dict[Series, Any] = {}
-        """Of a sum, min or max the number, of a mean the total and the count, of a last the time and the value."""
+        """Own count by series: a number; of a mean, total and count; of a last, time and value."""
         self._views = views
         self._clock = clock
 
     def record(self, view: str, value: Any, *labels: str) -> None:
-        """As `machine.Sink`. What the publisher refuses, by an exception, was never recorded, and is not counted."""
+        """See `machine.Sink`. A delta that the publisher refuses with an exception is not counted."""
         cell = self._views[view].labels(*labels)
         kind = self._views[view].definition.kind
         series = view, labels
@@ -35,7 +35,7 @@ class Recorder:
         if kind == "sum":
             cell.add(value)
         elif kind == "last":
-            # A time of its own for each, so that "newest" leaves no choice.
+            # Each value has a time of its own, so that there is one newest value.
             value = max(self._clock.now_ms(), before[0] + 1 if before else 0), value
             cell.set(value[1], value[0])
         else:
@@ -73,7 +73,7 @@ def expected_answers(definitions: Iterable[Definition], recorders: Sequence[Reco
 
 
 def differences(definition: Definition, expected: Mapping[Labels, Any], answer: Answer) -> Iterator[str]:
-    """Each series on which count and answer do not agree, in words."""
+    """Yield a line for each series whose count and answer differ."""
     found = {tuple(row.labels[label] for label in definition.labels): row.value for row in answer.series}
     if answer.truncated:
         yield f"{definition.view}: only {len(found)} of {answer.series_total} series could be read"

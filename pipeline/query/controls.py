@@ -1,4 +1,4 @@
-"""Orders to drop or reset views, as an HTTP server takes them: which definitions they are about, and what is answered."""
+"""Requests to drop or reset views: parsed into control records, and appended to the log."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _JSON = "application/json"
 
 
 class DefinitionChoice(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of an order: which definitions of the view. `{}` is all of them."""
+    """Body of a drop or reset: the definitions of the view; `{}` stands for all."""
 
     kind: str | None = None
     labels: list[str] | None = None
     """Only definitions with exactly these labels, in any order."""
 
 
-def parse_order(action: str, view: str, body: bytes, content_type: str) -> Control:
-    """The order in a request. `Invalid` if it is none.
+def parse_control(action: str, view: str, body: bytes, content_type: str) -> Control:
+    """Return the control record that a request asks for; `Invalid` if there is none.
 
-    A body that says what is JSON is needed even where it says nothing else: a page of another site can make a browser send
-    anything but that without asking the server first.
+    The content type must be JSON, because a browser asks the server before it sends JSON from a page of another site, and
+    sends other types without asking.
     """
     if content_type.partition(";")[0].strip().lower() != _JSON:
         raise Refused(415, f'the body is {_JSON}: {{}}, or {{"kind": ..., "labels": [...]}} for some definitions only')
@@ -41,18 +41,18 @@ def parse_order(action: str, view: str, body: bytes, content_type: str) -> Contr
     return order(action, view, choice.kind, choice.labels)
 
 
-class OrderService:
-    """Gives orders through `orders`, about views that `reader` knows. Safe from any thread."""
+class ControlService:
+    """Appends control records about views that `reader` knows. Safe from any thread."""
 
     def __init__(self, reader: ViewReader, orders: Orders) -> None:
         self._reader = reader
         self._orders = orders
         self._lock = threading.Lock()
         self._given: dict[RequestKey, Changed] = {}
-        """What the newest requests with a key were answered: a view that was dropped is not there for their repeats."""
+        """Answers to the newest requests with a key, for repeats: by then the view of a drop is gone."""
 
     def give(self, control: Control, key: RequestKey | None) -> Changed:
-        """Put an order into the log, and say what it is about. `NotFound` if that is nothing."""
+        """Append a control record and return the definitions that it concerns; `NotFound` if there are none."""
         given = self._given.get(key) if key is not None else None
         definitions = given.definitions if given is not None else self._concerned(control)
         token = self._orders.controls([control], key)

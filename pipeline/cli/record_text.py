@@ -1,6 +1,6 @@
 """Prints descriptions of records: as lines for a person, or one JSON object a line.
 
-Everything that others have written is made harmless on its way: no control character comes to the terminal.
+Control characters are escaped, so that published text can't control the terminal.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from pipeline.worker.inspect import ChangelogText, StoredText
 
 _HELD_BYTES_MAX = 64 * 2**10
 _CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What JSON leaves as it is, and a terminal may act upon."""
+"""Characters that JSON does not escape and a terminal may act upon."""
 T = TypeVar("T")
 
 
 def show(
     items: Iterable[T], lines: Callable[[T], Iterator[str]], limit: int | None, *, as_json: bool, soon: bool = False
 ) -> None:
-    """Print up to `limit` items, each as it comes if they are wanted `soon`. Ends in order at Ctrl-C, and when nobody reads
-    what is printed any more.
-    """
+    """Print up to `limit` items, with `soon` each as it comes. Ends in order at Ctrl-C, and when a pipe is closed."""
     held: list[str] = []
     size = 0
     try:
@@ -44,7 +42,7 @@ def show(
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what the interpreter flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes to it at its end
 
 
 def _write(lines: list[str]) -> None:
@@ -54,13 +52,13 @@ def _write(lines: list[str]) -> None:
 
 
 def json_line(value: object) -> str:
-    """The JSON of a value, in which nothing steers a terminal."""
+    """Return the JSON of a value, safe for a terminal."""
     text = msgspec.json.encode(value).decode()
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def record_lines(it: RecordText) -> Iterator[str]:
-    """A record of the deltas topic."""
+    """Yield the lines of a record of the deltas topic."""
     place = f"{it.partition}@{it.offset}  {console.utc(it.at_ms)}  {it.size_bytes:,} bytes"
     if it.batch is None:
         yield f"{place}  NO BATCH: {it.reason}  {it.raw}"
@@ -70,7 +68,7 @@ def record_lines(it: RecordText) -> Iterator[str]:
 
 
 def batch_head(batch: BatchText) -> str:
-    """Who made a batch, and which of that producer's it is."""
+    """Return producer, epoch and sequence of a batch as text."""
     head = f"producer {batch.producer}  epoch {batch.epoch}  sequence {batch.sequence}  floor {batch.floor}"
     if batch.closing:
         head += "  closing"
@@ -82,7 +80,7 @@ def batch_head(batch: BatchText) -> str:
 
 
 def batch_lines(batch: BatchText) -> Iterator[str]:
-    """What is in a batch, line by line."""
+    """Yield the lines of a batch's controls and groups."""
     for control in batch.controls:
         kind = control.kind or "any kind"
         labels = "any labels" if control.labels is None else f"({', '.join(control.labels)})"
@@ -99,34 +97,34 @@ def batch_lines(batch: BatchText) -> Iterator[str]:
 
 
 def definition_words(definition: DefinitionText) -> str:
-    """A definition in short."""
+    """Return a definition as text."""
     window = f" in windows of {definition.window_s} s" if definition.window_s else ""
     return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)}){window}"
 
 
 def series_words(series: SeriesText) -> str:
-    """Labels, window and state of a series."""
+    """Return labels, window and state of a series as text."""
     return f"{labels_words(series)} = {json_line(series.state)}"
 
 
 def labels_words(series: SeriesText) -> str:
-    """Labels and window of a series."""
+    """Return labels and window of a series as text."""
     pairs = ", ".join(f"{name}={json_line(value)}" for name, value in series.labels.items())
     return f"{{{pairs}}}" + (f" window {console.utc(series.window_start_ms)}" if series.window_start_ms else "")
 
 
 def changelog_lines(it: ChangelogText) -> Iterator[str]:
-    """A record of the changelog."""
+    """Yield the line of a record of the changelog."""
     yield f"{it.partition}@{it.offset}  {console.utc(it.at_ms)}  {entry_words(it.entry)}"
 
 
 def store_lines(it: StoredText) -> Iterator[str]:
-    """An entry of a store."""
+    """Yield the line of an entry of a store."""
     yield f"{it.partition}  {entry_words(it.entry)}"
 
 
 def entry_words(it: EntryText) -> str:
-    """An entry on one line."""
+    """Return an entry as one line."""
     fields = ", ".join(f"{name} {json_line(value)}" for name, value in it.fields.items())
     words = [f"{it.what:10}"]
     if it.what == "foreign":

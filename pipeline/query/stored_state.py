@@ -1,4 +1,4 @@
-"""What the stores of this process say of the tasks' state, for a gateway that refuses what a task is certain to refuse."""
+"""The tasks' state as the stores of this process have it, for a gateway that refuses what a task would refuse."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class _Seen(NamedTuple):
 
 
 def find_definition(reader: ViewReader, view: str) -> Definition | None:
-    """Return what the definitions of a view are together; None if nobody has published it."""
+    """Return the merged definition of a view; None if there is no such view."""
     try:
         return reader.definition(view)
     except NotFound:
         return None
 
 
-class StoredFacts:
-    """Facts from the stores that `stores` returns, by partition; None while they can't tell. Safe from any thread."""
+class StoredState:
+    """A `Facts` of the stores that `stores` returns, by partition; None while they can't be read. Safe from any thread."""
 
     def __init__(self, stores: Callable[[], Mapping[int, ReadableStore]]) -> None:
         self._stores = stores
@@ -37,7 +37,7 @@ class StoredFacts:
         self._seen: dict[int, _Seen] = {}
 
     def definitions(self, partition: int) -> KnownDefinitions | None:
-        """The definitions of a partition: looked up anew only when some came or went."""
+        """Return the definitions of a partition; they are read again only after one came or went."""
         try:
             store = self._stores()[partition]
             position = _position(store.get([POSITION_KEY])[0])
@@ -55,7 +55,7 @@ class StoredFacts:
             return None
 
     def producer(self, partition: int, producer_id: str) -> Folded | None:
-        """What a partition has folded of a producer."""
+        """Return the sequences that a partition has folded of a producer."""
         try:
             value = self._stores()[partition].get([producer_key(producer_id)])[0]
             return None if value is None else decode_folded(value)

@@ -1,14 +1,13 @@
-"""`/v1/dead-letters`: what tasks refused, shown and replayed, on servers that take deltas."""
+"""Routes of `/v1/dead-letters`, on servers that take deltas: list, show and replay what tasks refused."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.datastructures import Headers
@@ -19,9 +18,8 @@ from starlette.routing import Route
 from pipeline.core.description import describe_letter
 from pipeline.errors import Invalid, Unavailable
 from pipeline.json_errors import Field, object_error
-from pipeline.query.dead_letters import DeadLetters, Place, Wanted
-from pipeline.query.params import QUERY_BYTES_MAX
-from pipeline.query.problems import Refused
+from pipeline.query.dead_letters import DeadLetters, LetterCursor, LetterFilter
+from pipeline.query.params import single_parameters, whole_number
 from pipeline.query.responses import JSON, LettersReplayed
 from pipeline.settings import QuerySettings
 
@@ -30,7 +28,7 @@ REPLAY_MAX = 10_000
 SERIES_MAX = 100_000
 _LIST_DEFAULT, _REPLAY_DEFAULT, _SERIES_DEFAULT = 100, 1_000, 1_000
 _AT_ONCE_MAX = 4
-"""Requests that read the topic at once: each may hold a few letters of the largest size."""
+"""Most requests that read the topic at once: each can have a few letters of the largest size in memory."""
 _OFFSET_MAX = 10**15
 _PARTITION_MAX = 1_000_000
 _encode = msgspec.json.Encoder().encode
@@ -39,7 +37,7 @@ T = TypeVar("T")
 
 
 class ReplayOrder(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /v1/dead-letters/replay`: which letters, and how."""
+    """Body of `POST /v1/dead-letters/replay`."""
 
     keys: list[str] = []
     view: str = ""
@@ -73,7 +71,7 @@ _ORDER = {
 
 
 class _LetterService:
-    """What the three operations do, in a thread of the server's."""
+    """The three operations. They block: call them in a thread."""
 
     def __init__(self, letters: DeadLetters, settings: QuerySettings) -> None:
         self._letters = letters
@@ -90,29 +88,29 @@ class _LetterService:
             self._room.release()
 
     def listing(self, query_string: bytes) -> bytes:
-        single = _single(query_string, ("view", "reason", "partition", "since_ms", "limit"))
-        wanted = Wanted(
+        single = single_parameters(query_string, ("view", "reason", "partition", "since_ms", "limit"))
+        only = LetterFilter(
             view=single.get("view", ""),
             reason=single.get("reason", ""),
-            partition=None if "partition" not in single else _whole(single, "partition", 0, _PARTITION_MAX, 0),
-            since_ms=_whole(single, "since_ms", 0, _OFFSET_MAX, 0),
+            partition=whole_number(single, "partition", _PARTITION_MAX, least=0),
+            since_ms=whole_number(single, "since_ms", _OFFSET_MAX, least=0) or 0,
         )
-        limit = _whole(single, "limit", _LIST_DEFAULT, LIST_MAX)
+        limit = whole_number(single, "limit", LIST_MAX) or _LIST_DEFAULT
         with self._reading():
-            return _encode(self._letters.listing(wanted, limit))
+            return _encode(self._letters.listing(only, limit))
 
     def show(self, query_string: bytes, key: str) -> bytes:
-        series_max = _whole(_single(query_string, ("series",)), "series", _SERIES_DEFAULT, SERIES_MAX)
+        series_max = whole_number(single_parameters(query_string, ("series",)), "series", SERIES_MAX) or _SERIES_DEFAULT
         with self._reading():
             return _encode(describe_letter(key.encode(), self._letters.get(key), series_max=series_max))
 
     def replay(self, body: bytes, _: Headers) -> LettersReplayed:
-        order = _parse_order(body)
+        order = _parse_replay(body)
         timeout_ms = self._settings.timeout_ms_default if order.timeout_ms is None else order.timeout_ms
         _check("timeout_ms", timeout_ms, self._settings.timeout_ms_max)
         with self._reading():
             done = self._letters.replay(
-                _wanted(order),
+                _letter_filter(order),
                 limit=order.limit,
                 timeout_s=timeout_ms / 1000,
                 dry_run=order.dry_run,
@@ -145,7 +143,7 @@ def letter_routes(letters: DeadLetters, settings: QuerySettings, threads: Thread
     ]
 
 
-def _parse_order(body: bytes) -> ReplayOrder:
+def _parse_replay(body: bytes) -> ReplayOrder:
     try:
         order = _decode_order(body or b"{}")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -158,37 +156,11 @@ def _parse_order(body: bytes) -> ReplayOrder:
     return order
 
 
-def _wanted(order: ReplayOrder) -> Wanted:
-    after = Place.parse(order.after) if order.after else None
-    return Wanted(frozenset(order.keys), order.view, order.reason, order.partition, order.since_ms, after)
+def _letter_filter(order: ReplayOrder) -> LetterFilter:
+    after = LetterCursor.parse(order.after) if order.after else None
+    return LetterFilter(frozenset(order.keys), order.view, order.reason, order.partition, order.since_ms, after)
 
 
 def _check(name: str, value: int, most: int) -> None:
     if not 1 <= value <= most:
         raise Invalid(f"{name}: a whole number from 1 to {most} is needed, got {value}")
-
-
-def _single(query_string: bytes, known: tuple[str, ...]) -> dict[str, str]:
-    if len(query_string) > QUERY_BYTES_MAX:
-        raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
-    single: dict[str, str] = {}
-    try:
-        pairs = parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict", max_num_fields=100)
-    except ValueError:
-        raise Invalid("the query string is not UTF-8, or has over 100 parameters") from None
-    for name, value in pairs:
-        if name not in known:
-            raise Invalid(f"unknown parameter {name[:100]!r}; known: {', '.join(known)}")
-        if name in single:
-            raise Invalid(f"parameter {name} stands twice")
-        single[name] = value
-    return single
-
-
-def _whole(single: Mapping[str, str], name: str, default: int, most: int, least: int = 1) -> int:
-    text = single.get(name)
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdecimal() or len(text) > 16 or not least <= int(text) <= most:
-        raise Invalid(f"{name}: a whole number from {least} to {most} is needed, got {text[:50]!r}")
-    return int(text)
