@@ -256,6 +256,10 @@ def test_a_thread_asks_again_if_others_take_the_room() -> None:
     flusher.start()
     assert account.make_room(1, 1, lambda: len(drains) == 3)
     flusher.join(10)
+    refusing = MemoryAccount(PublisherSettings(on_full="raise"), Meter())
+    with pytest.raises(BufferFull):
+        refusing.make_room(1, 1, lambda: False)
+    assert refusing.exhausted, "the flusher comes although no thread waits"
 
 
 # With a spool
