@@ -10,7 +10,7 @@ Reading order, from the data types outward:
 3. `core.task`: the protocol of a partition, as a state machine without side effects.
 4. `ports`: the interfaces to log, store and clock; `adapters.memory` is the shortest implementation, `adapters.embedded` the
    durable one.
-5. `worker.follower`, `worker.partition`: restore, fold, commit. `worker.loop`, with `active` and `commits`, runs what is
+5. `worker.restore`, `worker.partition`: restore, fold, commit. `worker.loop`, with `active` and `commits`, runs what is
    assigned; `worker.replicas` follows the changelog for query servers and standbys; `worker.watchdog` ends a process that
    stands still.
 6. `publisher`, which has a reading order of its own: buffering, sending, spooling. `native` has a second table.

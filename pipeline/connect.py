@@ -78,13 +78,13 @@ class Publisher(BasePublisher):
 
     `url` is `kafka://host:port[,host:port...][/app]` of brokers, `http://host:port` of a server, or
     `embedded:FOLDER`, a log in this process that `pipeline up --data FOLDER` folds. Keywords are the publisher and
-    Kafka settings (`pipeline docs settings`); what is not given is looked for in the environment (`PIPELINE_*`), then in
-    `pipeline.toml`. `registry` is one of prometheus_client, which then shows the publisher's own metrics; a label
-    `publisher` tells it from others there. What was recorded since the last flush is lost if this process is killed;
-    `close()`, leaving the `with` block, and the end of the interpreter flush it.
+    Kafka settings (`pipeline docs settings`); others are read from the environment (`PIPELINE_*`), then from
+    `pipeline.toml`. `registry` is one of prometheus_client, which then shows the publisher's own metrics with a label
+    `publisher` for each. Deltas since the last flush are lost if this process is killed; `close()`, leaving the `with`
+    block, and the end of the interpreter flush them.
 
-    Raises `Invalid` for a wrong URL or setting; `Unavailable` if an embedded log can't be opened. A server that is away
-    is no error here: deltas wait for it.
+    Raises `Invalid` for a wrong URL or setting; `Unavailable` if an embedded log can't be opened. A server that does not
+    answer is no error here: deltas wait for it.
     """
 
     def __init__(
@@ -120,16 +120,16 @@ class Publisher(BasePublisher):
         gauges: bool = True,
         from_now: bool = False,
     ) -> Bridge:
-        """Publish what a prometheus_client registry (None: the default one) counts, from now on, in a thread.
+        """Publish the metrics of a prometheus_client registry (None: the default one) from now on, in a thread.
 
         Counters, and the buckets, sums and counts of histograms and summaries, become monotone sums of the same names, to
-        which every process adds what it counted itself, everything since it started included; with `from_now`, only what it
-        counts from now on. Other samples are newest values, each process' own overwriting the others'; without `gauges`
-        they are left out. A forked child publishes what it counts itself: what was counted before the fork is its parent's.
+        which every process adds its own counts since its start; with `from_now` only those from now on. Other samples are
+        newest values, and those of different processes overwrite each other; without `gauges` they are left out. A forked
+        child publishes its own counts since the fork.
 
-        `close()` of the handle, or of this publisher, publishes the rest; so does the end of the interpreter. Names and
-        labels that no view can have are left out, logged and counted. A second bridge of a registry is refused: it would
-        count twice.
+        `close()` of the handle or of this publisher publishes the rest, as does the end of the interpreter. Names and labels
+        that no view can have are left out, logged and counted. A second bridge of a registry is refused: it would count
+        twice.
         """
         from pipeline.adapters.bridge import Bridge, default_registry
 

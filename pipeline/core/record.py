@@ -302,11 +302,6 @@ def parse_suffix(suffix: bytes) -> tuple[int, tuple[str, ...]]:
     return int.from_bytes(suffix[:8], "big"), labels
 
 
-def labels_of(key: bytes, prefix: bytes) -> tuple[str, ...]:
-    """Return the label values of a stored series key that starts with `prefix`."""
-    return _decode_labels(key[len(prefix) + 8 :])
-
-
 def check_suffix(definition: Definition, suffix: bytes) -> None:
     """Raise `BadRecord` unless `suffix` is a series of `definition`."""
     window_start_ms, labels = parse_suffix(suffix)

@@ -74,7 +74,7 @@ def test_a_graceful_stop_counts_exactly(app: App, tmp_path: Path) -> None:
 
 
 def test_private_attributes() -> None:
-    """What agents read of live objects is there."""
+    """All attributes of live Faust objects that agents use exist."""
 
     async def look() -> None:
         app = pipeline_package.faust_app()
@@ -119,7 +119,7 @@ def test_formats(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_an_agent_that_returns(app: App, tmp_path: Path) -> None:
-    """It would read nothing any more, and nobody would know: the worker exits 3 and says so."""
+    """The worker exits with 3 and says so, because the agent would read nothing any more."""
     source = Source(app, tmp_path, SHOP.format(pause_s=0).replace("await asyncio.sleep(0)", "return"))
     source.send(range(5))
     with ExitStack() as ends:
@@ -350,7 +350,7 @@ async def record(stream):
 
 @pytest.mark.timeout(120)
 def test_an_error_at_a_batch_can_stop_the_worker(app: App, tmp_path: Path) -> None:
-    """Of a batch that `take` has given, nothing is done if its agent raises and the worker ends: all of it is read again."""
+    """If an agent raises at a batch from `take` and the worker ends, all of the batch is read again."""
     source = Source(app, tmp_path, TAKING)
     source.send([1_000], bad=True)
     source.send(range(5, 45, 5))  # of the same partition: the same batch
@@ -368,7 +368,7 @@ def test_an_error_at_a_batch_can_stop_the_worker(app: App, tmp_path: Path) -> No
 
 @pytest.mark.timeout(120)
 def test_a_batch_at_which_an_agent_raises(app: App, tmp_path: Path) -> None:
-    """It is done, all of it; the batches behind it are taken and counted as ever, and done when they were."""
+    """All of the batch is done, and later batches are counted, and committed once they are done."""
     source = Source(app, tmp_path, TAKING.replace('"stop"', '"skip"'))
     source.send([1_000], bad=True)
     with server(app, tmp_path / "server") as reads, source.worker("one") as worker:
@@ -472,7 +472,7 @@ async def record(stream):
 
 @pytest.mark.timeout(120)
 def test_an_event_that_is_overtaken_is_not_done(app: App, tmp_path: Path) -> None:
-    """Of an agent with several at work, nothing is committed beyond the event that one of them is still at."""
+    """With concurrency, nothing is committed beyond an event that is still under way."""
     source = Source(app, tmp_path, CONCURRENT)
     source.send(range(60))
     with server(app, tmp_path / "server") as reads, source.worker("one") as worker:

@@ -137,7 +137,7 @@ def test_the_largest_record_fits(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [100_000, 1_000_000])
 def test_a_letter_that_is_too_large_goes_without_its_bytes(app: App, tmp_path: Path, size: int) -> None:
-    """Where the dead-letter topic takes less, the reason goes and says so; what is small enough keeps its bytes."""
+    """A letter beyond the topic's limit keeps its reason, which says so, without the bytes; a smaller one keeps them."""
     create_topics(app.bootstrap, app.app, PARTITIONS, dead_letters={"max.message.bytes": "50000"})
     rng = random.Random(3)
     large, small = rng.randbytes(size), rng.randbytes(40_000)

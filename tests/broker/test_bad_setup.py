@@ -65,7 +65,7 @@ def refused(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -
 
 
 def test_an_older_worker_joins(topics: App, tmp_path: Path) -> None:
-    """It names both formats and ends with 4, having fenced nobody and opened nothing; the newer has what it had."""
+    """An older worker names both formats and exits with 4, without a fence or a store; the newer keeps its partitions."""
     with Inside(topics, "new", format=NEWER) as newer, owner(topics):
         settled(newer, partitions=PARTITIONS)
         done = run(topics, tmp_path / "old", "--name", "old")
@@ -178,7 +178,7 @@ def test_a_newer_changelog(topics: App, tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken(topics: App, tmp_path: Path) -> None:
-    """It is named, the group has not heard of the worker, and its directory is free again."""
+    """The error names the port, the worker has not joined the group, and its folder is free again."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

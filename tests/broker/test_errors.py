@@ -172,7 +172,7 @@ def test_the_table_knows_every_code() -> None:
 
 
 def test_what_is_in_no_table_is_fatal() -> None:
-    """Such a code ends the process, unless librdkafka says that it can be retried."""
+    """A code without a row ends the process, unless librdkafka calls it retriable."""
     for name in BUGS | NOT_OURS:
         assert verdict_of(KafkaError(code(name))) is Verdict.FATAL
         assert type(translate(KafkaError(code(name)), "it")) is PipelineError
@@ -181,7 +181,7 @@ def test_what_is_in_no_table_is_fatal() -> None:
 
 
 def test_librdkafka_knows_best() -> None:
-    """What an error says of itself comes before the table; fatal before all, with the reason kept if it has one."""
+    """An error's own flags come before the table; fatal comes first, and keeps its reason if there is one."""
     retry = code("NOT_COORDINATOR")
     assert verdict_of(KafkaError(retry)) is Verdict.RETRY
     assert verdict_of(KafkaError(retry, txn_requires_abort=True)) is Verdict.ABORT
@@ -509,7 +509,7 @@ def test_a_producer_that_is_given_up_is_replaced(mock: MockCluster) -> None:
     ],
 )
 def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineError] | None) -> None:
-    """What passes is not noticed, or told once; nothing is skipped. An offset that is in range after all is no loss."""
+    """A passing error is raised at most once, and nothing is skipped. An offset that is in range after all is no loss."""
     writer = writer_of(mock)
     writer.append(three(), timeout_s=2)
     reader = KafkaReader(

@@ -24,7 +24,7 @@ WORKER_KILLS = 10
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_publishers_killed_while_they_send(app: App, tmp_path: Path) -> None:
-    """What was acknowledged to a killed publisher is counted once; what was not, once or not at all."""
+    """Acknowledged deltas of killed publishers count once, others once or not at all."""
     rng = random.Random(SEED)
     create_topics(app.bootstrap, app.app)
     with ExitStack() as stack:

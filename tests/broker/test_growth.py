@@ -56,7 +56,7 @@ def test_growth_under_load(app: App, tmp_path: Path) -> None:
 
 
 def test_an_idle_log_takes_what_is_sealed_for_new_partitions(app: App) -> None:
-    """As of a gateway: who has heard of new partitions from one call can append to them with the next; others ask anew."""
+    """A writer that knows of new partitions, from any call, appends to them at once; others refresh their metadata first."""
     create_topics(app.bootstrap, app.app, BEFORE)
     settings, clock = KafkaSettings(metadata_refresh_ms=600_000), SystemClock()
     log = KafkaLog(parse_url(app.url), settings, clock)
@@ -109,7 +109,7 @@ def test_members_grow_with_their_topics(app: App, tmp_path: Path) -> None:
 
 
 def test_an_idle_log_looks_for_a_partition_that_it_does_not_know(app: App) -> None:
-    """Who is told by others of a new partition can take it over, and commit to it, before the next look at the topics."""
+    """A log whose metadata is older than a partition can read its offsets and commit to it."""
     create_topics(app.bootstrap, app.app, BEFORE)
     log = KafkaLog(parse_url(app.url), KafkaSettings(metadata_refresh_ms=600_000), SystemClock())
     try:

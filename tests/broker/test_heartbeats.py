@@ -24,7 +24,7 @@ SESSION_MS = 6_000
 
 @pytest.mark.timeout(180)
 def test_a_member_that_restores_many_entries_stays_one(app: App, tmp_path: Path) -> None:
-    """Its generation is the same when it has restored them, and nothing kept other threads waiting for half a session."""
+    """The generation is the same after the restore, and no thread waited for half a session."""
     create_topics(app.bootstrap, app.app, 1)
     log = KafkaLog(parse_url(app.url), KafkaSettings(), SystemClock())
     store(log, app.app, 0, ENTRIES)

@@ -63,7 +63,7 @@ def test_two_share(topics: App) -> None:
 
 
 def test_private_attributes(topics: App) -> None:
-    """What the adapter reads of live objects is there, and topics are assigned yet never fetched; none is made."""
+    """All used attributes of live objects exist, partitions are assigned and never fetched, and no topic is created."""
     producer = Producer({"bootstrap.servers": topics.bootstrap})
     for number in range(PARTITIONS):
         for name in ("deltas", "changelog"):
@@ -148,7 +148,7 @@ def test_static_restart(topics: App) -> None:
 
 
 def test_static_leader_restart(topics: App) -> None:
-    """So it is for the member that decides who has what."""
+    """A leader that is killed and back within the session keeps its partitions, and no other member is called."""
     with Outside(topics, "a", static=True) as one:
         settled(one, partitions=PARTITIONS)
         with Inside(topics, "b", static=True) as two:
@@ -162,7 +162,7 @@ def test_static_leader_restart(topics: App) -> None:
 
 
 def test_same_name(topics: App) -> None:
-    """Of two members of one name the earlier is told that it is fenced, and does not take the name back."""
+    """If two members share a name, the earlier is fenced, and does not take the name back."""
     with Outside(topics, "a", static=True) as one:
         settled(one, partitions=PARTITIONS)
         with Inside(topics, "a", static=True) as two:
@@ -257,7 +257,7 @@ def test_no_broker() -> None:
 
 @pytest.mark.parametrize("where", ["app", "stop", "coordinator"])
 def test_crash_is_told(topics: App, where: str) -> None:
-    """When Faust, or aiokafka's coordination, ends by itself the listener is told, once, and it can still be stopped."""
+    """The end of Faust or of aiokafka's coordination is reported to the listener once, and `stop` still works."""
     with Inside(topics, "a") as one:
         settled(one, partitions=PARTITIONS)
         app: Any = one.membership._faust

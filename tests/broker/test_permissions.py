@@ -91,7 +91,7 @@ def test_the_least_permissions(own: Own, tmp_path: Path) -> None:
 
 
 def test_a_publisher_may_not_write(own: Own, tmp_path: Path) -> None:
-    """It names the permission and keeps the batch, which is counted once when it may."""
+    """The publisher names the permission and keeps the batch, which counts once after the grant."""
     own.create_topics()
     own.grant("publisher", (DELTAS, "DESCRIBE"))
     with Publisher(own.app.url, kafka=login("publisher"), **PUBLISHER) as publisher:
@@ -131,7 +131,7 @@ def test_nothing_is_given_up_for_want_of_permission(own: Own) -> None:
 
 @pytest.mark.parametrize("lacks", sorted(LEAST["worker"]))
 def test_a_worker_lacks(own: Own, tmp_path: Path, caplog: pytest.LogCaptureFixture, lacks: tuple[str, str]) -> None:
-    """It names what is missing; when that is granted, it, or the next one, counts every delta once."""
+    """The worker names the missing permission; after the grant, it or the next worker counts every delta once."""
     own.create_topics()
     total = 1
     if lacks[0] == CHANGELOG:  # an empty one is not read
@@ -209,7 +209,7 @@ def test_a_reader_may_not_use_the_group(own: Own) -> None:
 
 
 def test_a_server_may_not_read(own: Own, tmp_path: Path) -> None:
-    """It is not ready and says why; once granted, it answers."""
+    """The server is not ready and names the permission; after the grant it answers."""
     own.create_topics()
     own.publish(5)
     with folding(own.app, tmp_path / "w", kafka=user("admin")) as role:

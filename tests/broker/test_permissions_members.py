@@ -62,7 +62,7 @@ def test_a_member_may_not_use_the_group(own: Own, tmp_path: Path) -> None:
 
 
 def test_status_may_not_see_the_group(own: Own) -> None:
-    """It says which permission; DESCRIBE on both groups is enough, and without the one of positions it shows the rest."""
+    """`status` names the permission; DESCRIBE on both groups is enough, and without that of positions the rest is shown."""
     own.create_topics()
     own.grant("server", ("deltas", "DESCRIBE"))
     done = pipeline("status", "--from", own.app.url, *flags("server"))

@@ -28,7 +28,7 @@ def held(app: App) -> dict[str, list[int]]:
 
 @pytest.mark.timeout(300)
 def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
-    """Each is a member with a folder; one that is killed is back under its name; SIGTERM ends all in order, with 0."""
+    """Every process is a member with a folder; a killed one returns under its name; SIGTERM ends all in order, with 0."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     arguments = ("--from", app.url, "--data", str(tmp_path / "d"), "--port", "0", "--name", "w", "--processes", "2")
     with Program("worker", *arguments, "--set", "session_timeout_ms=6000", stderr=tmp_path / "stderr") as program:

@@ -70,7 +70,7 @@ WHY = {"refused": NO_LISTENER, "unknown": "no-such-host.invalid", "silent": "", 
 
 @pytest.mark.parametrize("how", WHY)
 def test_no_broker(how: str, free_port: int) -> None:
-    """Whoever connects, and whoever flushes, is told whom it asked, why nobody answered, and what to check; in time."""
+    """`connect` and `flush` fail in time, and say which address was tried, why it failed, and what to check."""
     with nobody(how, free_port) as address:
         started_s = time.monotonic()
         log = KafkaLog(parse_url(f"kafka://{address}"), KafkaSettings(kafka_timeout_ms=1_500), SystemClock())
@@ -158,7 +158,7 @@ def test_topics_are_missing(own: App, tmp_path: Path, missing: tuple[str, ...]) 
 
 
 def test_partition_counts_that_differ(own: App, tmp_path: Path) -> None:
-    """Nobody folds or serves; what is published meanwhile counts once the topics were evened out by the named command."""
+    """No role starts; deltas that are published meanwhile count once the named command has corrected the topics."""
     create_topics(own.bootstrap, own.app, 1)
     admin = admin_client(own.bootstrap)
     admin.create_partitions([NewPartitions(own.topic(DELTAS), 3)])[own.topic(DELTAS)].result(30)
@@ -187,7 +187,7 @@ def test_a_transaction_timeout_above_the_brokers(own: App, tmp_path: Path) -> No
 
 
 def test_batches_fit_the_topic(own: App, tmp_path: Path) -> None:
-    """What deltas takes is asked for, so batches are cut to it; when it takes less than it did, one is refused, aloud."""
+    """Batches are cut to the topic's limit; after it is lowered at most one is refused, with advice, and then they fit."""
     create_topics(own.bootstrap, own.app, 1, deltas={"max.message.bytes": "20000"})
     admin = admin_client(own.bootstrap)
     with Publisher(own.url, flush_interval_ms=60_000) as publisher:
@@ -314,7 +314,7 @@ def test_a_publisher_keeps_what_has_no_topic(own: App, tmp_path: Path) -> None:
 
 
 def test_deltas_made_anew_under_a_running_worker(own: App, tmp_path: Path) -> None:
-    """It ends with code 4 until it is told to go on without what is gone; then the new records count, on top of the old."""
+    """The worker exits with 4 until `--accept-loss`; then the new records count in addition to the old."""
     create_topics(own.bootstrap, own.app, 1)
     publish(own, "a", 1)
     with worker(own, tmp_path / "w") as role, server(own, tmp_path / "s") as reads:

@@ -76,7 +76,7 @@ class Answering:
 
 
 def test_cancelled_heartbeats_end() -> None:
-    """Also if the answer comes at the same moment: who has cancelled them waits for their end before it joins again."""
+    """A cancelled heartbeat ends as cancelled even if its answer comes at the same moment."""
 
     async def run() -> None:
         client: Any = Answering()

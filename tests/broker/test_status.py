@@ -57,7 +57,7 @@ def publish(app: App) -> None:
 
 @pytest.mark.timeout(180)
 def test_all_members(app: App, tmp_path: Path) -> None:
-    """Who has what is told by the group; how it is by each member; one that is stopped or killed hides none of the rest."""
+    """The group tells the assignment and each member its state; a stopped or killed member hides none of the others."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with member(app, tmp_path, "one") as one, member(app, tmp_path, "two") as two:
         publish(app)

@@ -78,7 +78,7 @@ def test_a_member_over_tls(kafka_jars: Path, certificates: Certificates, tmp_pat
 
 
 def test_what_is_asked_for(certificates: Certificates) -> None:
-    """Each option of librdkafka has its place; the defaults are librdkafka's."""
+    """Every option of librdkafka is translated; defaults are librdkafka's."""
     assert security_of({}) == PLAIN == Security("PLAINTEXT")
     assert security_of({"socket.timeout.ms": 5}) == PLAIN
     asked = security_of(options(certificates))
@@ -111,14 +111,14 @@ def test_what_is_asked_for(certificates: Certificates) -> None:
     ],
 )
 def test_what_cannot_be(asked: Mapping[str, Any], said: str) -> None:
-    """It is refused, by name."""
+    """An option without a counterpart is refused by name."""
     with pytest.raises(Invalid) as error:
         security_of(asked)
     assert said in str(error.value)
 
 
 def test_a_wrong_key_password(certificates: Certificates) -> None:
-    """It is an error and no question, also if there is none."""
+    """A wrong or missing password is an error, never a prompt."""
     for wrong in ({"ssl.key.password": "wrong"}, {"ssl.key.password": ""}):
         with pytest.raises(Invalid, match=r"ssl\.key\.location="):
             security_of({**options(certificates), **wrong})

@@ -151,7 +151,7 @@ def test_what_the_broker_refuses_changes_nothing_either(app: App, name: str) -> 
 
 
 def test_retention(app: App) -> None:
-    """It is raised; it is lowered only with --accept-loss. Settings that nobody named stay as they are."""
+    """`apply` raises retention, lowers it only with --accept-loss, and leaves unnamed settings alone."""
     create_topics(app.bootstrap, app.app, deltas={"retention.ms": "1000", "flush.ms": "77"})
     assert [(it.topic, it.setting, it.found) for it in apply(app.url).done] == [(DELTAS, "retention.ms", "1000")]
     assert on_broker(app)[DELTAS][1]["retention.ms"] == "604800000"
@@ -216,7 +216,7 @@ def test_an_interrupted_growth_goes_on(app: App) -> None:
 
 
 def test_several_at_once(app: App) -> None:
-    """Each ends well, with all there, whoever made it; so does growing."""
+    """Concurrent calls all succeed, whether they create topics or add partitions."""
     for partitions in (None, 6):
         start, ended = threading.Barrier(4), list[Applied]()
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def test_a_fold_that_hangs_ends_the_worker(app: App, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It says where it hangs, and is stopped soon: what hangs is not waited for."""
+    """The worker logs where it hangs, and stops without waiting for the hanging thread."""
     create_topics(app.bootstrap, app.app, 2)
     errors: list[BaseException] = []
     worker = worker_at(app, tmp_path / "worker", errors=errors, stall_timeout_ms=3_000)

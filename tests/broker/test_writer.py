@@ -79,7 +79,7 @@ def test_a_broker_that_is_away(shared: Broker, own: App, how: str) -> None:
 
 
 def test_the_account_holds_while_the_broker_is_away(shared: Broker, own: App) -> None:
-    """Each policy does what it says at its limit, memory stays below it, and what was taken arrives."""
+    """At the memory limit each `on_full` policy holds, memory stays below it, and all accepted deltas arrive."""
     expected: Counter[tuple[str, ...]] = Counter()
     small = {**QUICK, "buffer_bytes_max": 200_000, "batch_bytes_max": 2_048}
     full = [

@@ -55,12 +55,12 @@ def test_what_is_told_is_understood() -> None:
     ],
 )
 def test_whose_group_it_is(members: dict[AppIdentity, int], leader: AppIdentity, expected: AppIdentity) -> None:
-    """Of the app that has most partitions, whoever leads; the leader's if none has more; and of its newest format."""
+    """The group belongs to the app with most partitions, in its newest format; a tie goes to the leader's app."""
     assert elect(members, leader) == expected
 
 
 def test_who_may_stay() -> None:
-    """Who folds the same topics and is not older; the error says which of the two it is, and names both sides."""
+    """A member may stay if it folds the same topics and is not older; the error names the difference, with both sides."""
     assert refusal(OURS, OURS, "g") is None
     assert refusal(NEWER, OURS, "g") is None
     older, other, foreign = refusal(OURS, NEWER, "g"), refusal(OURS, OTHER, "g"), refusal(OURS, NOBODY, "g")
@@ -127,7 +127,7 @@ def test_a_group_is_joined_with_what_members_say(state: str) -> None:
 
 
 def test_an_unreachable_member_hides_nothing_else() -> None:
-    """Its partitions are known from the group, and how far they are from the mirrored position."""
+    """The group still tells its partitions, and the mirrored positions how far they are."""
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     found = seen(STABLE, "timed out", b)
     assert [(it.name, it.error, it.lag) for it in found.members] == [("a", "timed out", 10), ("b", None, 0)]

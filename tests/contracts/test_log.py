@@ -102,7 +102,7 @@ def test_nothing_appended_is_nothing(lab: LogLab) -> None:
 
 
 def test_a_message_that_can_not_be_appended_harms_no_other(lab: LogLab) -> None:
-    """Each has its own answer: Invalid for an unknown topic, an offset for its neighbours. A partition may be there soon."""
+    """Every message has its own result: Invalid for an unknown topic, an offset for its neighbours."""
     out = lab.log.append(
         [
             Message(lab.events, 0, None, b"first"),
@@ -117,7 +117,7 @@ def test_a_message_that_can_not_be_appended_harms_no_other(lab: LogLab) -> None:
 
 
 def test_unknown_topics_and_partitions_are_invalid(lab: LogLab) -> None:
-    """Whoever asks for what is not there is told so."""
+    """Every call for an unknown topic or partition raises Invalid."""
     for partition in (-1, PARTITIONS):
         with pytest.raises(Invalid):
             lab.log.watermarks(lab.events, partition)
@@ -175,7 +175,7 @@ def test_concurrent_appenders_lose_and_double_nothing(lab: LogLab) -> None:
 
 
 def test_a_reader_reads_what_it_was_assigned(lab: LogLab) -> None:
-    """These partitions from these offsets on, and no others; the next assignment replaces the last."""
+    """A reader reads exactly the assigned partitions from the given offsets; a later assignment replaces an earlier one."""
     covering = [append(lab.log, lab.events, partition, *numbered(10)) for partition in range(PARTITIONS)]
     reader = lab.log.reader(lab.events)
     assert reader.poll(record_count_max=10, bytes_max=2**20, timeout_s=0.05) == []
@@ -272,7 +272,7 @@ def test_poll_is_woken_by_an_append(lab: LogLab) -> None:
 
 
 def test_readers_have_cursors_of_their_own(lab: LogLab) -> None:
-    """What one reader does, its end included, is nothing to another."""
+    """Nothing that one reader does, even its close, affects another."""
     start = lab.log.watermarks(lab.events, 0).start_offset
     append(lab.log, lab.events, 0, *numbered(10))
     one, other = lab.log.reader(lab.events), lab.log.reader(lab.events)
@@ -419,7 +419,7 @@ def test_a_commit_begins_where_it_has_to(lab: LogLab) -> None:
 
 
 def test_fencing_a_writer_in_full_flight(lab: LogLab) -> None:
-    """However commits and takeovers meet: what an owner was told is committed is there, and nothing of it comes later."""
+    """In any interleaving of commits and takeovers, acknowledged commits are there and others never appear later."""
     committed: dict[int, list[bytes]] = {}
     ends: dict[int, int] = {}
 
@@ -511,7 +511,7 @@ def filled(lab: LogLab) -> list[Row]:
 
 
 def test_compaction_keeps_the_newest_record_of_every_key(lab: LogLab, filled: list[Row]) -> None:
-    """What is kept is as it was, offsets, times and order included; superseded records may go."""
+    """Kept records keep offset, time and order; superseded records may go."""
     if not lab.compact():
         pytest.skip("this log can't be compacted at will")
     newest = {row.key: row for row in filled}
@@ -536,7 +536,7 @@ def test_tombstones_go_in_the_end(lab: LogLab, filled: list[Row]) -> None:
 
 
 def test_a_reader_goes_on_through_compaction(lab: LogLab, filled: list[Row]) -> None:
-    """Whoever was in the middle when it happened still ends with the newest state of every key."""
+    """A reader that compaction overtakes still ends with the newest state of every key."""
     reader = lab.log.reader(lab.table)
     for first in range(0, 300, 37):
         reader.assign({0: filled[first].offset})
@@ -563,7 +563,7 @@ def test_compaction_leaves_other_topics_alone(lab: LogLab) -> None:
 
 
 def test_the_high_watermark_is_the_end_where_nothing_is_open(lab: LogLab) -> None:
-    """Of every partition, and as soon as a message is acknowledged."""
+    """Without open transactions both ends are equal in every partition, from the moment of an acknowledgement."""
     for partition in range(PARTITIONS):
         (covers,) = append(lab.log, lab.events, partition, b"x")
         assert lab.log.high_watermarks(lab.events)[partition] >= covers

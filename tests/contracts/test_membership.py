@@ -114,7 +114,7 @@ def test_it_can_be_told_and_asked_at_any_time(lab: Lab) -> None:
 
 
 def test_after_its_end_it_is_silent(lab: Lab) -> None:
-    """It can be stopped twice, and whoever listened hears nothing more."""
+    """`stop` is idempotent, and the listener gets no call after it."""
     listener = Listener()
     lab.membership.start(listener)
     wait_until(lambda: listener.assigned, "an assignment")
@@ -133,7 +133,7 @@ def test_one_that_was_never_started_can_be_stopped(lab: Lab) -> None:
 
 @pytest.mark.parametrize(("error", "tells"), [(Unavailable("away"), False), (LogCorrupt("made anew"), True)])
 def test_one_that_does_not_know_what_there_is(error: PipelineError, tells: bool) -> None:
-    """It asks again as long as that can help, and says so if it can't."""
+    """A membership asks again after Unavailable, and fails on any other error."""
     failures = [error]
 
     def count() -> int:

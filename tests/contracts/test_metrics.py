@@ -57,7 +57,7 @@ def test_wrong_labels_are_a_bug() -> None:
 
 
 def test_two_servers_in_one_process_do_not_meet() -> None:
-    """Each has a registry of its own."""
+    """Every server has a registry of its own."""
     one, other = PrometheusMetrics(), PrometheusMetrics()
     one.inc(m.COMMITS, 1, 0)
     assert "pipeline_commits_total{'partition': '0'}" in samples(one)
@@ -86,7 +86,7 @@ def test_the_process_is_there_too() -> None:
 
 
 def test_a_partition_is_forgotten() -> None:
-    """Its gauges are gone, those of others and all counters are not; what is set anew is shown again. Twice is fine."""
+    """`forget` removes the gauges of one partition, and no counter; a gauge that is set again is shown again. Idempotent."""
     metrics = PrometheusMetrics()
     for partition in (1, 2):
         metrics.set(m.LAG, 5, partition)

@@ -30,7 +30,7 @@ def test_the_extension_is_of_these_sources() -> None:
 
 
 def test_the_stub_says_what_is_there() -> None:
-    """Each class and each public method of the extension stands in its stub, and nothing else does."""
+    """The stub lists exactly the public classes and methods of the extension."""
     found = extension()
     tree = ast.parse((CRATE / "pipeline_native.pyi").read_text("utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

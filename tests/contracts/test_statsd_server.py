@@ -87,7 +87,7 @@ def test_packets_have_lines() -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10_000])
 def test_streams_are_cut_into_lines(size: int) -> None:
-    """However they arrive; the last needs no line end if the connection is closed in order."""
+    """Lines are found in any fragmentation; the last needs no line end if the connection is closed in order."""
     lines = [b"name%d:%d|c" % (n, n) for n in range(40)]
     data = b"\n".join(lines)
     with listening() as (server, heard):
@@ -99,7 +99,7 @@ def test_streams_are_cut_into_lines(size: int) -> None:
 
 
 def test_a_line_that_does_not_end_costs_little() -> None:
-    """It is refused once, at its limit, and the next line is taken."""
+    """An endless line is refused once, at the limit, and the next line is taken."""
     with listening(ingest_line_bytes_max=64) as (server, heard):
         with tcp(server, b"x" * 10, *[b"y" * 50_000] * 20, b"\nafter:1|c\n" + b"z" * 65, b"z", b"z\nlast:1|c"):
             wait_until(lambda: b"after:1|c" in heard.tcp, "the line behind it")
@@ -111,7 +111,7 @@ def test_a_line_that_does_not_end_costs_little() -> None:
 
 
 def test_a_packet_that_is_too_long_is_refused() -> None:
-    """As a whole: who cut it can't be told from who sent half a line."""
+    """All of the packet is refused, because its last line may be cut."""
     with listening(ingest_packet_bytes_max=64) as (server, heard):
         udp(server, b"a" * 64, b"b" * 65, b"c:1|c")
         wait_until(lambda: b"c:1|c" in heard.udp, "the last packet")
@@ -138,7 +138,7 @@ def test_connections_have_a_limit() -> None:
 
 
 def test_a_connection_that_breaks_off_harms_nobody() -> None:
-    """Its last line may be half of one, and is counted as cut."""
+    """The last, incomplete line of a broken connection is counted as cut."""
     with listening() as (server, heard):
         broken = tcp(server, b"whole:1|c\nhal")
         wait_until(lambda: heard.tcp, "the whole line")
@@ -221,7 +221,7 @@ def test_an_address_that_is_taken() -> None:
 
 
 def test_one_that_was_never_started_can_be_stopped() -> None:
-    """And lets its port go."""
+    """`stop` without `start` closes the port."""
     server = StatsdServer("127.0.0.1", 0, IngestSettings(), Heard(), SystemClock())
     assert server.receive_buffer_bytes >= 4_096
     port = server.address[1]

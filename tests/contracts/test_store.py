@@ -120,7 +120,7 @@ def test_get_answers_in_the_order_it_was_asked(store: Store) -> None:
 
 
 def test_the_last_of_several_writes_to_a_key_counts(store: Store) -> None:
-    """Also within one write."""
+    """The last value of a key counts, even within one write."""
     store.write([b"a", b"b", b"a", b"b"], [b"1", b"2", None, b"3"])
     assert list(store.scan(START, END)) == [(b"b", b"3")]
 
@@ -139,7 +139,7 @@ def test_large_and_odd_entries(store_lab: StoreLab) -> None:
 
 
 def test_stores_are_apart(store_lab: StoreLab) -> None:
-    """What is done to one partition's store is nothing to another's."""
+    """Nothing that is done to one partition's store affects another's."""
     one, other = store_lab.stores.open(0), store_lab.stores.open(1)
     one.write([b"k"], [b"one"])
     other.write([b"k"], [b"other"])
@@ -153,7 +153,7 @@ def test_stores_are_apart(store_lab: StoreLab) -> None:
 
 
 def test_a_store_that_is_set_aside(store_lab: StoreLab) -> None:
-    """It is kept, under a name that is told, as often as it happens; the next one is new, and the neighbours stay."""
+    """The store is kept under a returned, unique name; the next one is empty, and other partitions stay."""
     other = store_lab.stores.open(1)
     other.write([b"k"], [b"other"])
     names = []

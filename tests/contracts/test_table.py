@@ -343,7 +343,7 @@ def test_windows(way: str) -> None:
 
 @every_table
 def test_of_two_sets_in_one_millisecond_the_later_wins(way: str) -> None:
-    """Also when the clock goes back, and across drains and views."""
+    """The later `set` wins even if the clock goes back, and across drains and views."""
     lab = Lab(way)
     view, other = lab.define("last"), lab.define("last", view="other")
     recorded = []
@@ -582,7 +582,7 @@ def test_views_and_series_can_be_subclassed(way: str) -> None:
 
 @every_table
 def test_busy_has_a_byte_for_each_partition(way: str) -> None:
-    """And there is a partition at least."""
+    """`busy` has one byte for each partition, and at least one."""
     lab = Lab(way)
     for partition_count, busy in ((0, None), (2, b"\0"), (1, b"")):
         with pytest.raises(ValueError, match="busy"):

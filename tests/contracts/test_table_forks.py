@@ -52,7 +52,7 @@ def busy(*works: Callable[[], object]) -> Iterator[None]:
 @every_table
 @pytest.mark.parametrize("held", [True, False])
 def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
-    """However busy the parent's threads are at that moment, with hooks around the fork or without."""
+    """A forked child starts empty however busy the parent's threads are, with hooks around the fork or without."""
     lab = Lab(way)
     view = lab.define(series_max=200)
     bound = view.labels("eu")

@@ -72,7 +72,7 @@ def test_nothing_is_lost_and_nothing_twice(way: str) -> None:
 
 @every_table
 def test_threads_that_meet_the_limit(way: str) -> None:
-    """Each has room made for itself: far more series than fit go through, `bytes_max` holds, and nothing is lost."""
+    """Far more series than fit go through, `bytes_max` holds, and nothing is lost."""
     lab = Lab(way, bytes_max=60_000)
     view = lab.define()
     drafts: list[Any] = []

@@ -244,7 +244,7 @@ def test_pollers_go_on(lab: Lab, world: World, error: BaseException, caplog: pyt
 
 @pytest.mark.parametrize("lab", GO_ON, indirect=True)
 def test_an_error_from_the_start_is_no_end(lab: Lab, world: World) -> None:
-    """It begins to work as soon as it can."""
+    """A thread that fails from its start works as soon as it can."""
     world.log.error = RuntimeError("not yet")
     lab.start()
     wait_until(lambda: world.counted[lab.name] >= 2, "two errors")
@@ -279,7 +279,7 @@ def test_what_works_ends_without_a_word(lab: Lab, world: World, caplog: pytest.L
 
 
 def test_a_statsd_server_says_that_it_has_ended(caplog: pytest.LogCaptureFixture) -> None:
-    """Its role ends then: lines that come would be lost in silence."""
+    """The server's `failed` ends its role: further lines would be lost without notice."""
     metrics = Recorder()
 
     class Sink:
@@ -350,7 +350,7 @@ def test_the_log_being_away_is_no_error() -> None:
 
 
 def test_an_end_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """What can't be closed is logged and counted, and known to whoever stops the thread."""
+    """An error of `on_end` is logged and counted, and `failed` is set."""
     metrics = Recorder()
     thread = loop(lambda: None, metrics, interval_s=0.001, on_end=lambda: 1 / 0)
     thread.start()
@@ -376,7 +376,7 @@ def test_a_report_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_an_error_is_news_again_after_a_success(caplog: pytest.LogCaptureFixture) -> None:
-    """And at another place at once."""
+    """A repeated error is logged again after a success, and at once if it is raised elsewhere."""
     failures = Failures(logging.getLogger("x"), "pipeline-x", Recorder())
 
     def raised(text: str, elsewhere: bool = False) -> BaseException:
@@ -400,7 +400,7 @@ def test_an_error_is_news_again_after_a_success(caplog: pytest.LogCaptureFixture
 
 
 def test_what_a_thread_does_once_is_guarded(caplog: pytest.LogCaptureFixture) -> None:
-    """Its error is logged and counted, and goes no further."""
+    """`guarded` logs and counts an error, and does not raise it."""
     metrics = Recorder()
 
     def fail(what: str) -> None:
@@ -447,7 +447,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def test_the_watchdog_notices_a_poller_that_stands_still(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
-    """One that hangs, or died, or fails each time: after two minutes the process ends, with all stacks in the log."""
+    """After two minutes without a step the process ends, with all stacks in the log."""
     watched.wait(300, beating=True)
     watched.wait(119)
     assert not watched.errors
@@ -460,7 +460,7 @@ def test_the_watchdog_notices_a_poller_that_stands_still(watched: Watched, caplo
 
 
 def test_a_process_that_stood_still_as_a_whole_is_no_stall(watched: Watched) -> None:
-    """Its threads get the whole time again."""
+    """After a pause of the whole process all threads get the full time again."""
     watched.wait(60, beating=True)
     watched.clock.s += 3_600
     watched.wait(119)
@@ -470,14 +470,14 @@ def test_a_process_that_stood_still_as_a_whole_is_no_stall(watched: Watched) -> 
 
 
 def test_a_thread_that_was_stopped_is_no_stall(watched: Watched) -> None:
-    """It takes no steps any more because it need not."""
+    """A stopped thread need not take steps."""
     watched.thread.stopping.set()
     watched.wait(300)
     assert not watched.errors
 
 
 def test_errors_that_nobody_expects_are_no_sign_of_life() -> None:
-    """So a poller that fails each time counts as one that stands still."""
+    """A poller that fails at each step counts as one that stands still."""
     clock = HandClock()
     failed = threading.Semaphore(0)
 

@@ -18,7 +18,7 @@ def test_a_topic_has_an_id_of_its_own(lab: LogLab) -> None:
 
 
 def test_what_is_acknowledged_is_below_the_high_watermark(lab: LogLab) -> None:
-    """Of each partition, at once."""
+    """The high watermark covers an acknowledged record at once."""
     for partition in range(PARTITIONS):
         assert append(lab.log, lab.events, partition, b"x", b"y")[-1] == lab.log.high_watermarks(lab.events)[partition]
 

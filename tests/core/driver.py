@@ -27,7 +27,7 @@ from pipeline.core.record import (
     Origin,
     Records,
     definitions_prefix,
-    labels_of,
+    parse_suffix,
     producer_key,
     series_prefix,
     series_suffix,
@@ -159,7 +159,7 @@ class Shell:
         prefix = series_prefix(definition)
         found = {key: value for key, value in self.store.items() if key.startswith(prefix)}
         states = decode_states(KINDS[definition.kind], [*found.values()])
-        return {labels_of(key, prefix): state for key, state in zip(found, states, strict=True)}
+        return {parse_suffix(key.removeprefix(prefix))[1]: state for key, state in zip(found, states, strict=True)}
 
     def entries(self, view: str) -> list[DefinitionEntry]:
         prefix = definitions_prefix(view)

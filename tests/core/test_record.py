@@ -31,7 +31,6 @@ from pipeline.core.record import (
     definition_key,
     definitions_prefix,
     fingerprint,
-    labels_of,
     overflow_suffix,
     parse_suffix,
     prefix_end,
@@ -308,13 +307,6 @@ def test_parse_suffix_is_the_inverse(labels: tuple[str, ...], window_start_ms: i
 
 
 definitions = some.definitions(st.sampled_from(["sum", "last"]))
-
-
-@given(definition=definitions, labels=label_tuples)
-def test_labels_of_a_key(definition: Definition, labels: tuple[str, ...]) -> None:
-    """The label values of a stored key come back."""
-    prefix = series_prefix(definition)
-    assert labels_of(prefix + series_suffix(labels), prefix) == labels
 
 
 @given(

@@ -85,15 +85,6 @@ TruthfulProducer.TestCase.settings = settings(max_examples=60, stateful_step_cou
 TestTruthfulProducer = TruthfulProducer.TestCase
 
 
-def test_a_batch_that_comes_after_a_later_one_is_new() -> None:
-    """After 5 fails and 6 succeeds, the re-sent 5 is folded; a memory of "the last one" would drop it."""
-    folded = Folded(next_sequence=5).with_folded(6, 5, 0, 0)
-    assert not folded.has(5)
-    assert folded.has(6)
-    folded = folded.with_folded(5, 5, 0, 0)
-    assert folded == Folded(next_sequence=7)
-
-
 @pytest.mark.parametrize(
     ("before", "sequence", "floor", "next_sequence", "beyond"),
     [

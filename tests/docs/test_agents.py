@@ -16,7 +16,7 @@ from tests.support import Program
 
 
 def test_they_are_short() -> None:
-    """Each takes under twenty lines, blank ones and imports included."""
+    """Every example takes under twenty lines, including blank ones and imports."""
     (code,) = blocks("py")
     head, first, second = code.split("\n\n\n")
     assert len((head + first).splitlines()) < 20

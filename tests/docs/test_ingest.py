@@ -14,7 +14,7 @@ READ = "until pipeline get checkout_orders --from {url} 2> /dev/null | grep eu; 
 
 
 def test_it_counts_what_a_shell_sends(tmp_path: Path) -> None:
-    """As the docs start it and sends to it: one in ten is ten."""
+    """The documented commands start the server and send to it: a counter sampled at one in ten counts ten."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -35,7 +35,7 @@ def test_the_commands_make_a_pipeline(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_workers_with_names_share_the_partitions(app: App, tmp_path: Path) -> None:
-    """As the docs start them; and its last command shows who has what."""
+    """The documented commands start two workers, and the last one shows their partitions."""
     create_topics(app.bootstrap, app.app, 4)
     *workers, status = _real(blocks("bash")[1], app, {"8081": 0, "8082": 0}).splitlines()
     ready = f"until {status} --json 2> /dev/null > shown && grep -q w1 shown && grep -q w2 shown; do sleep 0.5; done\n"

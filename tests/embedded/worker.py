@@ -12,7 +12,7 @@ from pipeline.core.record import (
     Batch,
     Definition,
     Group,
-    labels_of,
+    parse_suffix,
     prefix_end,
     series_prefix,
     series_suffix,
@@ -75,4 +75,4 @@ def answer(partition: OwnedPartition) -> dict[str, int]:
     prefix = series_prefix(VIEW)
     found = [*partition.store.scan(prefix, prefix_end(prefix))]
     states = decode_states(KINDS[VIEW.kind], [value for _, value in found])
-    return {labels_of(key, prefix)[0]: state for (key, _), state in zip(found, states, strict=True)}
+    return {parse_suffix(key.removeprefix(prefix))[1][0]: state for (key, _), state in zip(found, states, strict=True)}

@@ -26,7 +26,6 @@ from pipeline.core.record import (
     Position,
     definition_id,
     definition_key,
-    labels_of,
     parse_suffix,
     producer_key,
     series_prefix,
@@ -333,7 +332,7 @@ def test_keys() -> None:
     prefix = series_prefix(REVENUE)
     key = prefix + series_suffix(("eu", "tea"), 60_000)
     assert key == b"\x02revenue\x00" + identity + b"\x00\x00\x00\x00\x00\x00\xea\x60" + b"\x92\xa2eu\xa3tea"
-    assert labels_of(key, prefix) == ("eu", "tea")
+    assert parse_suffix(key.removeprefix(prefix)) == (60_000, ("eu", "tea"))
 
 
 def write_missing() -> None:

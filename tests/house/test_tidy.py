@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,32 @@ def test_no_machine_paths() -> None:
 
 
 def test_no_registry_addresses() -> None:
-    """Where packages come from is the reader's setting, not ours."""
+    """No address of a package registry is committed: it is the reader's setting."""
     assert not lines_matching(REGISTRY_HOST)
     assert not lines_matching(PACKAGE_FILE)
+
+
+OPENINGS = re.compile(r"(Of|It|Its|Those|What|Whatever|Whoever|Nobody|Whether|Who|How|Where|The same)\b")
+"""First words after which a reader has to guess the subject (DESIGN section 2)."""
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    """No two classes of the program share a name."""
+    places = defaultdict(list)
+    for name, text in modules():
+        for node in ast.walk(ast.parse(text, name)):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_docstrings_name_their_subject() -> None:
+    """A docstring begins with an imperative or a plain noun."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = [
+        f"{name}:{getattr(node, 'lineno', 1)}: {text.splitlines()[0]}"
+        for name, source in modules()
+        for node in ast.walk(ast.parse(source, name))
+        if isinstance(node, documented) and (text := ast.get_docstring(node)) and OPENINGS.match(text)
+    ]
+    assert not found

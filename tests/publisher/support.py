@@ -19,7 +19,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.core.codec import DeadLetter, decode_batch, decode_definition, decode_letter, decode_states
 from pipeline.core.kinds import KINDS
-from pipeline.core.record import TAG_DEFINITION, Batch, canonical, labels_of, prefix_end, series_prefix, series_suffix
+from pipeline.core.record import TAG_DEFINITION, Batch, canonical, parse_suffix, prefix_end, series_prefix, series_suffix
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.metrics import Metric
 from pipeline.ports import MESSAGE_BYTES_MAX, LogWriter, Message
@@ -255,7 +255,7 @@ def fold(log: MemoryLog) -> Views:
             kind, prefix = KINDS[definition.kind], series_prefix(definition)
             for key, entry in store.scan(prefix, prefix_end(prefix)):
                 (state,) = decode_states(kind, [entry])
-                series = definition.view, labels_of(key, prefix)
+                series = definition.view, parse_suffix(key.removeprefix(prefix))[1]
                 states[series] = kind.merge(states[series], state) if series in states else state
         partition.close()
     dead = [
