@@ -20,6 +20,8 @@ _SERIES_BYTES = 48
 """The bytes that a new series adds to a batch, about."""
 _RETRY_S = 0.02
 """The pause between attempts of a thread that waits for room on disk."""
+_ASK_AGAIN_S = 0.1
+"""The time after which a thread that waits for memory calls the flusher again."""
 _NEVER = threading.Lock()
 """A lock that is never released: to wait for it is to sleep."""
 _NEVER.acquire()
@@ -73,8 +75,11 @@ class MemoryAccount:
             return False
         if size <= self.bytes_max // 2 and self._may_wait():
             with self.lock:
-                if self.changed.wait_for(is_there, self._timeout_s):
-                    return True
+                for _ in range(max(1, ceil(self._timeout_s / _ASK_AGAIN_S))):
+                    if self.changed.wait_for(is_there, min(_ASK_AGAIN_S, self._timeout_s)):
+                        return True
+                    self.exhausted = True  # again: other threads can have taken the room that was made
+                    self.changed.notify_all()
         self._metrics.inc(m.PUBLISHER_REFUSED)
         raise BufferFull(f"{size} bytes needed, {self.bytes_max} (buffer_bytes_max) are in use; on_full={self._on_full}")
 

@@ -240,6 +240,24 @@ def test_who_waits_for_room_on_the_disk_holds_nothing_meanwhile() -> None:
     assert time.monotonic() - started < 1
 
 
+def test_a_thread_asks_again_if_others_take_the_room() -> None:
+    """A thread that waits for memory calls the flusher until there is room for itself: others can be quicker."""
+    account = MemoryAccount(PublisherSettings(block_timeout_ms=20_000), Meter())
+    drains = []
+
+    def flush() -> None:
+        for _ in range(3):
+            wait_until(lambda: account.exhausted)
+            account.drained()
+            drains.append(1)
+            account.freed()
+
+    flusher = threading.Thread(target=flush, daemon=True)
+    flusher.start()
+    assert account.make_room(1, 1, lambda: len(drains) == 3)
+    flusher.join(10)
+
+
 # With a spool
 
 

@@ -73,7 +73,7 @@ def test_functions_are_timed_each_call(pub: BasePublisher, log: Any) -> None:
 
     @mean.time()
     def plain(a: int, *, b: int = 2) -> int:
-        """An exception with its own words."""
+        """Its own words."""
         return a + b if a <= 1 else plain(a - 1, b=b) + 1
 
     @count.count_exceptions((KeyError, IndexError), job="a")

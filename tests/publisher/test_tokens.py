@@ -54,6 +54,7 @@ def test_a_flush_names_the_topic() -> None:
     pub = publisher(log, flush_interval_ms=1)
     assert pub.flush() == Token()
     pub.sum("v").add(1)
+    wait_until(lambda: log.asked_count)
     with pytest.raises(Unavailable, match="nobody says"):
         pub.flush(0.2)
     assert not log.attempts
