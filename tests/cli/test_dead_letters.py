@@ -318,7 +318,7 @@ def test_large_letters(tmp_path: Path, here: Here) -> None:
         assert [len(it["series"]) for it in shown["batch"]["groups"]] == [3]
         assert process.terminate() == 0
     with up(data) as process:
-        assert said(here, "replay", "--from", process.url)["counts"] == {"counted": 3}
+        assert said(here, "replay", "--from", process.url, "--timeout", "60")["counts"] == {"counted": 3}
         assert total(process, "wide") == 120_000
 
 

@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.core.kinds import KINDS
 from pipeline.core.query import Labels, Query, parse_matcher
 from pipeline.core.record import POSITION_KEY, Definition, canonical, definition_key, series_prefix, series_suffix
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable
+from pipeline.ports import Store, StoreView
 from pipeline.settings import LogSettings, QuerySettings
 from tests.core import strategies as some
 from tests.query.support import World, wait_until
@@ -232,6 +234,47 @@ def test_a_point_read_sees_a_definition_that_came_later() -> None:
     world.fold()
     assert rows(read(world, query("v", "a=x", by=()))) == [((), 111)]
     assert rows(read(world, query("v", "a=x", "b="))) == [(("x", ""), 11)]
+
+
+class ChangingStore:
+    """A store that changes once, after the first access to it."""
+
+    def __init__(self, store: Store, change: Callable[[], None]) -> None:
+        self._store = store
+        self._changes = [change]
+
+    def _accessed(self) -> None:
+        if self._changes:
+            self._changes.pop()()
+
+    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        found = self._store.get(keys)
+        self._accessed()
+        return found
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        found = [*self._store.scan(start, end)]
+        self._accessed()
+        return iter(found)
+
+    def snapshot(self) -> StoreView:
+        return self._store.snapshot()
+
+
+def test_a_definition_that_comes_while_others_are_read_is_not_missed() -> None:
+    """The position is read before the definitions: so the plan of a view never has a version of definitions it lacks."""
+    world = World(partition_count=1)
+    world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
+    world.fold()
+    world.append(0, Definition("v", "sum", ("a", "b")), {("x", ""): 10})
+    store: Any = ChangingStore(world.partitions[0].store, world.fold)
+    world.stores = lambda: {0: store}  # type: ignore[method-assign]
+    reader = world.new_reader()
+    pinned = query("v", "a=x", by=("a",))
+    reader.definition("v")
+    for _ in range(2):
+        assert rows(reader.read(query("v", "a=x", "b="), deadline_s=FAR_S)) == [(("x", ""), 11)]
+        assert rows(reader.read(pinned, deadline_s=FAR_S)) == [(("x",), 11)]
 
 
 def test_a_definition_is_read_again_when_stores_are_made_anew() -> None:
