@@ -65,6 +65,25 @@ def test_a_flush_names_the_topic() -> None:
     assert log.asked_count == asked_count
 
 
+def test_what_is_acknowledged_while_a_token_is_made_is_in_the_next() -> None:
+    """An acknowledgement that comes while the log is asked for the topic's id is not forgotten."""
+    log = Topics()
+    with publisher(log, flush_interval_ms=1) as pub:
+        cell = pub.sum("v").labels()
+        cell.add(1)
+        assert pub.flush() == log.token(1)
+
+        def acknowledge_one_more() -> None:
+            log.asked = lambda: None
+            cell.add(1)
+            wait_until(lambda: pub.stats()["entries"] == 3)
+
+        log.asked = acknowledge_one_more
+        cell.add(1)
+        assert pub.flush() == log.token(2)
+        assert pub.flush() == log.token(3)
+
+
 def test_a_signal_handler_that_flushes_does_not_wait_for_its_own_thread() -> None:
     """In the midst of a flush that asks which topic it is: both return the token."""
     found: list[Token] = []
