@@ -23,6 +23,8 @@ _FACTS = 6
 _LINE_EVERY_S = 2.0
 _ROWS_MIN = 4
 _FRAME_LINES = 5
+_RATE_OVER_S = 2.0
+"""How long the values are apart from which a rate is worked out: longer than the demo's slowest samples."""
 
 
 class ShownSeries(NamedTuple):
@@ -45,6 +47,14 @@ class Shown(NamedTuple):
     problem: str
 
 
+class _Rate(msgspec.Struct):
+    """Rate of a sum on the screen, and the value that the next one is worked out from."""
+
+    since_s: float
+    value: Any
+    per_s: float | None = None
+
+
 class Screen:
     """A live table on a terminal, a line now and then elsewhere, nothing when `quiet`. Used from one thread."""
 
@@ -53,7 +63,7 @@ class Screen:
         self._definitions = definitions
         self._url = url
         self._quiet = quiet
-        self._before: dict[tuple[str, str], tuple[float, Any]] = {}
+        self._rates: dict[tuple[str, str], _Rate] = {}
         self._line_s = 0.0
         self._live = Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="crop")
         self._is_live = not quiet and console.out.is_terminal
@@ -115,9 +125,11 @@ class Screen:
     def _per_s(self, definition: Definition, labels: str, now_s: float, value: Any) -> float | None:
         if definition.kind != "sum":
             return None
-        before_s, before = self._before.get((definition.view, labels), (now_s, value))
-        self._before[definition.view, labels] = now_s, value
-        return (value - before) / (now_s - before_s) if now_s > before_s else None
+        rate = self._rates.setdefault((definition.view, labels), _Rate(now_s, value))
+        if now_s - rate.since_s >= _RATE_OVER_S:
+            rate.per_s = (value - rate.value) / (now_s - rate.since_s)
+            rate.since_s, rate.value = now_s, value
+        return rate.per_s
 
     def _table(self, head: str, shown: Shown, notes: Sequence[str]) -> RenderableType:
         title = [line for line in (f"{self._url}   {self._url}/docs   Ctrl-C stops", head, *notes, shown.problem) if line]
