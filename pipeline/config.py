@@ -66,8 +66,9 @@ class _Base(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file())
 
 
-_names = {item.name: (type(default_of(item)), default_of(item)) for group in GROUPS for item in fields(group)}  # type: ignore[arg-type]
-_Settings: type[_Base] = create_model("_Settings", __base__=_Base, **_names)  # type: ignore[call-overload]
+_items = [item for group in GROUPS for item in fields(group)]
+_names: dict[str, Any] = {item.name: (type(default_of(item)), default_of(item)) for item in _items}
+_Settings: type[_Base] = create_model("_Settings", __base__=_Base, **_names)
 
 
 def load(flags: Mapping[str, Any] | None = None) -> Config:

@@ -66,9 +66,10 @@ def check_value(item: Field[Any], value: object) -> None:
 _CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DURABILITY}
 
 
+@dataclass(frozen=True)
 class _Checked:
     def __post_init__(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]
+        for item in fields(self):
             check_value(item, getattr(self, item.name))
 
 

@@ -47,7 +47,7 @@ class ReentrantCondition(threading.Condition):
         try:
             return super().wait(timeout)
         except BaseException:
-            if not self._is_owned():  # type: ignore[attr-defined]
+            if not self._is_owned():  # type: ignore[attr-defined]  # typeshed does not declare it
                 self.acquire()
             raise
 

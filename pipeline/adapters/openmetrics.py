@@ -141,7 +141,7 @@ class _Reader:
     def _families(self, text: str) -> Iterable[Metric]:
         if not self._openmetrics:
             return _parse_plain(text)
-        families: Iterable[Metric] = _parse_openmetrics(f"{text}\n# EOF\n")  # type: ignore[no-untyped-call]
+        families: Iterable[Metric] = _parse_openmetrics(f"{text}\n# EOF\n")  # type: ignore[no-untyped-call]  # prometheus_client has no types
         return families
 
     def _delta(self, sample: Sample) -> RawDelta | None:
@@ -166,7 +166,7 @@ class _Reader:
 def _boundary(sample: Sample) -> str:
     """Return the upper bound of a bucket, spelled as prometheus_client spells it."""
     try:
-        return str(floatToGoString(float(sample.labels["le"])))  # type: ignore[no-untyped-call]
+        return str(floatToGoString(float(sample.labels["le"])))  # type: ignore[no-untyped-call]  # it has no types
     except (KeyError, ValueError):
         raise _Wrong("le", f"{sample.name}: a bucket needs le, its upper bound") from None
 

@@ -316,7 +316,7 @@ def check_suffix(definition: Definition, suffix: bytes) -> None:
 
 @cache
 def _decode_label_rows(width: int) -> Callable[[bytes], list[tuple[str, ...] | None]]:
-    return msgspec.msgpack.Decoder(list[tuple[(str,) * width] | None]).decode  # type: ignore[misc]
+    return msgspec.msgpack.Decoder(list[tuple[(str,) * width] | None]).decode  # type: ignore[misc]  # made at run time
 
 
 def _array_head(count: int) -> bytes:

@@ -126,8 +126,8 @@ def _read_arrow(array: Any) -> Sequence[Any]:
         return values
     data = memoryview(array.buffers()[1])
     start, size = array.offset, struct.calcsize(form)
-    numbers: list[Any] = data[start * size : (start + len(array)) * size].cast(form).tolist()  # type: ignore[call-overload]
-    return numbers  # typeshed takes literal formats only
+    numbers: list[Any] = data[start * size : (start + len(array)) * size].cast(form).tolist()  # type: ignore[call-overload]  # takes literals
+    return numbers
 
 
 def read_table(definition: Definition, table: Any, ignore: Iterable[str] = ()) -> dict[str, Column]:

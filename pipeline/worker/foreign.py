@@ -172,7 +172,7 @@ class Sieve:
     def _hold(self, records: Records, start: int, end: int) -> None:
         if start < end:
             self._offsets += records.offsets[start:end]
-            self._keys += records.keys[start:end]  # type: ignore[arg-type]
+            self._keys += records.keys[start:end]  # type: ignore[arg-type]  # only special records can lack a key
             self._values += records.values[start:end]
 
     def _take_special(self, offset: int, key: bytes | None, value: bytes | None) -> None:

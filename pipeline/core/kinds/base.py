@@ -30,30 +30,31 @@ _LONG_INT = 1
 encode = msgspec.msgpack.Encoder().encode
 
 
-def number(value: object) -> int | float:
+def number(value: Any) -> int | float:
     """Return `value` as an int or a finite float. Raises `Invalid` if it is neither.
 
     Bools are ints, as in Python. Other numbers (NumPy, Decimal, Fraction) become ints if they are integral types and
     floats if not.
     """
-    kind = type(value)
-    if kind is float:
-        if isfinite(value):  # type: ignore[arg-type]
-            return value  # type: ignore[return-value]
+    if type(value) is float:
+        if isfinite(value):
+            return value
         raise Invalid(f"a finite number is needed, got {value}")
-    if kind is not int:
+    if type(value) is int:
+        whole = value
+    else:
         if isinstance(value, str | bytes | bytearray) or value is None:
             raise Invalid(f"a number is needed, got {type(value).__name__}")
         try:
-            value = index(value)  # type: ignore[arg-type]
+            whole = index(value)
         except TypeError:
             try:
-                return number(ldexp(value, 0))  # type: ignore[arg-type]  # float() would read text and buffers too
+                return number(ldexp(value, 0))  # float() would read text and buffers too
             except (TypeError, ValueError, OverflowError):
                 raise Invalid(f"a number is needed, got {type(value).__name__}") from None
-    if value.bit_length() > INT_BITS_MAX:  # type: ignore[attr-defined]
-        raise Invalid(f"an int of {value.bit_length()} bits; at most {INT_BITS_MAX}")  # type: ignore[attr-defined]
-    return value  # type: ignore[return-value]
+    if whole.bit_length() > INT_BITS_MAX:
+        raise Invalid(f"an int of {whole.bit_length()} bits; at most {INT_BITS_MAX}")
+    return whole
 
 
 def numbers(values: Sequence[Any]) -> Sequence[int | float]:

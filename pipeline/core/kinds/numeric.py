@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import chain
 from math import fsum, isfinite
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.kinds.base import PLAIN, STATE_INT_BYTES_MAX, Kind, State, check_finite, from_wire, number, numbers
 from pipeline.errors import BadRecord, Invalid
@@ -31,11 +31,11 @@ def add(a: Total, b: Total) -> Total:
         if type(a) is float:
             a_high, a_low = a, 0.0
         else:
-            a_high, a_low = a if type(a) is tuple else _as_floats(a)  # type: ignore[arg-type]
+            a_high, a_low = a if type(a) is tuple else _as_floats(a)  # type: ignore[arg-type]  # an int
         if type(b) is float:
             b_high, b_low = b, 0.0
         else:
-            b_high, b_low = b if type(b) is tuple else _as_floats(b)  # type: ignore[arg-type]
+            b_high, b_low = b if type(b) is tuple else _as_floats(b)  # type: ignore[arg-type]  # an int
     except OverflowError:
         return _add_exactly(a, b)
     total = a_high + b_high
@@ -66,7 +66,7 @@ def total_of(deltas: Sequence[int | float]) -> Total:
     """Return the sum of plain numbers; a sum of floats only is exact to the last bit of the error term."""
     if len(deltas) == 1:
         return deltas[0]
-    types = set(map(type, deltas))
+    types, totals = set(map(type, deltas)), cast("Sequence[Total]", deltas)
     if types == {int}:
         return sum(deltas)
     if types == {float}:
@@ -74,17 +74,17 @@ def total_of(deltas: Sequence[int | float]) -> Total:
             high = fsum(deltas)
             low = fsum(chain(deltas, (-high,)))
         except OverflowError:
-            return reduce(add, deltas)  # type: ignore[arg-type]
+            return reduce(add, totals)
         # The error term was rounded, too: it can be half of the last bit, and then the float must be the next one.
         return add(high, low) if low else high
-    return reduce(add, deltas)  # type: ignore[arg-type]
+    return reduce(add, totals)
 
 
 def _quotient(total: Total, count: int) -> int | float:
     """Return `total` by `count`, where one of them, or the quotient of two ints, is beyond all floats."""
     if type(total) is int:
         return total // count
-    high: float = total[0] if type(total) is tuple else total  # type: ignore[assignment]
+    high: float = total[0] if type(total) is tuple else total  # type: ignore[assignment]  # no tuple
     numerator, denominator = high.as_integer_ratio()
     return numerator / (denominator * count)
 
