@@ -28,7 +28,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--seeds", type=int, default=500, metavar="N", help="seeds the simulator runs in all (default: %(default)s)"
+        "--seeds", type=int, default=300, metavar="N", help="seeds the simulator runs in all (default: %(default)s)"
     )
     parser.addoption("--quick", action="store_true", help="leave out what needs a broker or minutes")
 

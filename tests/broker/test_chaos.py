@@ -20,7 +20,7 @@ from tests.broker.chaos.watch import Commits, Problems, Reads
 from tests.broker.kafka import App
 from tests.support import LONG, ROOT, environment
 
-MINUTES = 1.5 if LONG else 0.7
+MINUTES = 1.5 if LONG else 0.5
 SEED = 1
 TIMEOUT_S = 540
 

@@ -60,6 +60,8 @@ def test_a_worker_that_is_restored_and_idle_is_let_alone(app: App, tmp_path: Pat
             with Publisher(app.url) as publisher:
                 publisher.sum("v").add(1)
             wait_folded(worker)
-            told_s = worker._mirror.told[0]
-            wait_until(lambda told_s=told_s: worker._mirror.told[0] > told_s + 2, "the log to tell its ends")
+            answered_s = worker._mirror.last_answer[0]
+            wait_until(
+                lambda answered_s=answered_s: worker._mirror.last_answer[0] > answered_s + 2, "the log to tell its ends"
+            )
         assert not worker._watchdog.stalled

@@ -1,4 +1,4 @@
-"""Two thousand damages to what a killed process has left: the result is exact, or the report says what is damaged."""
+"""Hundreds of damages to what a killed process has left: the result is exact, or the report says what is damaged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from pipeline.errors import PipelineError
 from pipeline.publisher.spool.orphan import Orphan, inspect
 from pipeline.publisher.spool.ring import HEADER, segment_path
 from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, claim, end, suffix
+from tests.support import LONG
 
-DAMAGES, SLOTS = 2_000, 40
+DAMAGES, SLOTS = (2_000, 40) if LONG else (500, 20)
 FILES = ("spool.db", "spool.db", "spool.db-wal", "spool.db-wal", "SEAL", "ring", "ring", "ring")
 WAYS = ("flip", "flip", "flip", "flip", "truncate", "truncate", "missing", "zero")
 SERIES = 9
