@@ -19,7 +19,7 @@ Reading order, from the data types outward:
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
 9. `core.placement`: which member gets which partition. `adapters.faust`: `member_metadata`, `app`, `membership`, then
    `agents`, `offsets` and `changes` (with `worker.changes`) for users' own agents.
-10. `engine` (all in one process), `cluster` (each role a process of its own: `worker` with `member`, `server`), `cli`.
+10. `roles`: `embedded` (all in one process), `worker` with `member`, and `server`; then `cli`.
 """
 
 from typing import TYPE_CHECKING, Any

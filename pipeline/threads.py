@@ -25,7 +25,7 @@ fork_gate = threading.RLock()
 """Lock that is held while this process forks, and by code that must not be interrupted by a fork: locks of that code would
 stay taken in the child, where the thread that took them does not exist."""
 POLL_INTERVAL_S = 0.1
-"""Time between checks of a state whose change cannot wake the waiting thread. The default for all threads."""
+"""Time between checks of a state whose change cannot wake the waiting thread."""
 GREEN_INTERVAL_S = 0.005
 """Time between checks by a green thread of an event that a real thread sets: the real one cannot wake it."""
 _PREFIX = "pipeline-"

@@ -21,7 +21,6 @@ from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
-from msgspec import UNSET
 
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
@@ -60,6 +59,15 @@ class _Problem(msgspec.Struct):
 class _Accepted(msgspec.Struct):
     next_offsets: list[int]
     token: str
+
+
+class _IngestStatus(msgspec.Struct):
+    """The part of `Status` that a publisher needs. It decodes no more, so that it can send to servers of other versions."""
+
+    partition_count: int
+    topic_id: str | None = None
+    """None: the role takes no batches."""
+    role: str = ""
 
 
 class _ViewList(msgspec.Struct):
@@ -237,21 +245,21 @@ class HttpLogWriter:
         self._partition_count = now, found.partition_count
         return found.partition_count
 
-    def _status(self) -> Status:
+    def _status(self) -> _IngestStatus:
         try:
             status, body = self._client.request("GET", "/v1/status", timeout_s=_STATUS_S)
             if status != 200:
                 raise _error(self._client.url, status, body)
-            found = msgspec.json.decode(body, type=Status)
+            found = msgspec.json.decode(body, type=_IngestStatus)
         except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
-        if found.topic_id is UNSET:
-            raise Unavailable(f"{self._client.url}: a {known(found.role)} takes no batches")
+        if found.topic_id is None:
+            raise Unavailable(f"{self._client.url}: a {found.role} takes no batches")
         return found
 
     def topic_id(self, topic: str) -> str:
         """Return the id of the server's deltas topic, which comes with each acknowledgement."""
-        self._topic_id = self._topic_id or known(self._status().topic_id) or ""
+        self._topic_id = self._topic_id or self._status().topic_id or ""
         if not self._topic_id:
             raise Unavailable(f"{self._client.url}: the server does not know its topic yet")
         return self._topic_id

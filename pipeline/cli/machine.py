@@ -137,7 +137,7 @@ class Counters:
 
     def sample(self, sink: Sink) -> None:
         values = self._read()
-        if not any(values.values()):
+        if not values:
             raise NoCounters(f"no counters of {self.name}")
         for labels, delta in self._growth.of(values):
             sink.record(self._view, delta, *map(printable, labels))
@@ -160,9 +160,14 @@ def read_disks() -> dict[tuple[str, ...], int]:
 
 
 def read_switches() -> dict[tuple[str, ...], int]:
-    """Return context switches and interrupts of the whole machine, by kind."""
+    """Return context switches and interrupts of the whole machine, by kind; none where a sandbox hides them as zeros."""
     it = psutil.cpu_stats()
-    return {("context",): it.ctx_switches, ("interrupt",): it.interrupts, ("soft_interrupt",): it.soft_interrupts}
+    counts: dict[tuple[str, ...], int] = {
+        ("context",): it.ctx_switches,
+        ("interrupt",): it.interrupts,
+        ("soft_interrupt",): it.soft_interrupts,
+    }
+    return counts if any(counts.values()) else {}
 
 
 class Memory:

@@ -61,9 +61,11 @@ def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json:
         else:
             print(f"ready at {url}  (data in {config.log.data}, {count} partitions, Ctrl-C stops)", flush=True)
 
-    with stopping_on_signals(service.stop):
-        code = service.run(announce)
-    bars.close()
+    try:
+        with stopping_on_signals(service.stop):
+            code = service.run(announce)
+    finally:
+        bars.close()
     if service.fatal is not None:
         console.print_error(service.fatal)
     console.wait_if_restart_is_useless(code)

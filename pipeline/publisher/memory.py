@@ -78,8 +78,9 @@ class MemoryAccount:
                 for _ in range(max(1, ceil(self._timeout_s / _ASK_AGAIN_S))):
                     if self.changed.wait_for(is_there, min(_ASK_AGAIN_S, self._timeout_s)):
                         return True
-                    self.exhausted = True  # again: other threads can have taken the room that was made
-                    self.changed.notify_all()
+                    if not self.exhausted:  # again: other threads can have taken the room that was made
+                        self.exhausted = True
+                        self.changed.notify_all()
         self._metrics.inc(m.PUBLISHER_REFUSED)
         raise BufferFull(f"{size} bytes needed, {self.bytes_max} (buffer_bytes_max) are in use; on_full={self._on_full}")
 

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from pipeline.core.answer import Answer, Changed, Status, Views
 from pipeline.core.description import LetterText
+from pipeline.errors import NotFound
 from pipeline.query.dead_letters import Listing
 from pipeline.query.problems import Problem
 from pipeline.query.responses import JSON, Accepted, BatchesAccepted, LettersReplayed, MetricsAccepted
@@ -70,7 +71,7 @@ def docs_routes(document: dict[str, Any]) -> list[Route]:
     """Return the routes of the document and of Swagger UI, whose assets are in the package `offapi`."""
     encoded = msgspec.json.encode(document)
     found = find_spec("offapi")  # not imported: it would read ten megabytes into memory
-    assets = Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else Path()
+    assets = [Path(folder) for folder in found.submodule_search_locations or ()] if found else []
 
     async def show_document(_: Request) -> Response:
         return Response(encoded, media_type=JSON)
@@ -83,7 +84,9 @@ def docs_routes(document: dict[str, Any]) -> list[Route]:
 
     def asset(name: str, media_type: str) -> Route:
         async def show_asset(_: Request) -> Response:
-            return FileResponse(assets / name, media_type=media_type)
+            if not assets:
+                raise NotFound("the page /docs needs the package offapi: pip install 'delta-pipeline[server]'")
+            return FileResponse(assets[0] / name, media_type=media_type)
 
         return Route(f"/docs/{name}", show_asset)
 

@@ -99,7 +99,8 @@ class NoStandbys:
 class ActivePartition:
     """A partition from the beginning of its start until its store is closed again.
 
-    The loop's thread owns it and calls everything here, except that a commit's thread calls `note_commit_begun`.
+    The loop's thread owns it, and alone changes its state. Any thread may ask `is_ours`; a commit's thread calls
+    `note_commit_begun` and uses `bound`.
     """
 
     def __init__(self, partition: OwnedPartition, commit_time_max_s: float) -> None:

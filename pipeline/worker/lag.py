@@ -38,11 +38,12 @@ class _HeldUp(NamedTuple):
 
 
 class LagReporter:
-    """A thread that looks every `look_s`, and mirrors what has changed every `interval_ms` (0: never).
+    """A thread that asks for the ends of `deltas` every `poll_interval_s`, and commits positions to a consumer group.
 
-    `positions` are the worker's by partition, of those of `ours` that fold; `ends` and `start_offsets` those of the deltas
-    topic, `commit` puts positions where tools find them. Failures are logged and change nothing: nobody of ours reads what
-    is mirrored. `bootstrap` and `topic` are what an operator is told to give to Kafka's tools.
+    The group is for Kafka's tools; no process of ours reads it, so a failure is logged and changes nothing. Positions that
+    have changed are committed every `interval_ms`; 0: never. `ours` returns the worker's partitions, `positions` the
+    positions of those that fold; `ends` and `start_offsets` ask the log, `commit` writes to the group. `bootstrap` and
+    `topic` are what an operator is told to give to Kafka's tools.
     """
 
     def __init__(

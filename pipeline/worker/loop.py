@@ -31,7 +31,6 @@ from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import DamageHistory, RestoreProgress
 
 _log = logging.getLogger(__name__)
-"""Longest wait for commits or restores before the loop acts on other things."""
 
 
 class _Assigned(NamedTuple):

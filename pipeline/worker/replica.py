@@ -115,5 +115,5 @@ class Replica:
 
     def distrust(self, damage: str) -> None:
         """Let nothing be read until the store is rebuilt."""
+        self.damage = damage  # first: another thread rebuilds the store once it sees the state
         self._step(ReplicaEvent.DISTRUST)
-        self.damage = damage

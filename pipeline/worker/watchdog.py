@@ -157,8 +157,8 @@ def silent(
 class Watchdog:
     """A thread that checks partitions each time the log has answered with its ends, and ends the process when one stalls.
 
-    `ends` returns when the log last answered, on `clock`, and the ends; `look` returns observations of partitions, given the
-    ends. `threads` are watched, too: those that this check needs, such as the one that asks for the ends; each of their
+    `ends` returns when the log last answered, on `clock`, and the ends; `observe` returns observations of partitions, given
+    the ends. `threads` are watched, too: those that this check needs, such as the one that asks for the ends; each of their
     steps takes less than `silent_s`. `on_fatal` is called once, from this thread, after the stacks of all threads were
     logged.
     """

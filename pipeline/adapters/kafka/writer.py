@@ -78,7 +78,7 @@ class _Client:
         self._thread.start()
 
     def _poll(self, timeout_s: float) -> None:
-        """Serve callbacks."""
+        """Serve callbacks. What they raise must not end the thread: every later append would wait for an answer in vain."""
         try:
             self.producer.poll(timeout_s)
         except KafkaException as exception:
@@ -86,6 +86,8 @@ class _Client:
             self.broken = True
             self._fatal_known.set()
             _log.warning("%s", describe(self.fatal, "librdkafka has given a producer up, the next append makes a new one"))
+        except Exception:
+            _log.exception("a delivery report could not be read")
 
     def wait_answered(self, call: _Append, timeout_s: float) -> bool:
         """Wait until all messages of `call` have a result, or time is over; return whether they have."""
