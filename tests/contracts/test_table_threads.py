@@ -190,7 +190,7 @@ class Stop(Exception):
 
 @every_table
 @pytest.mark.parametrize("where", ["recording", "merging"])
-def test_signal_handlers_raise(way: str, where: str) -> None:
+def test_signal_handlers_raise(request: pytest.FixtureRequest, way: str, where: str) -> None:
     """In the midst of recording, an exception loses at most the delta that was being recorded; of merging, nothing."""
     lab = Lab(way)
     bound = lab.define().labels("eu")
@@ -213,6 +213,8 @@ def test_signal_handlers_raise(way: str, where: str) -> None:
             else:
                 assert lab.table.waiting_count >= 0
 
+    gc.disable()  # what is raised in a callback of a weak reference can't leave it
+    request.addfinalizer(gc.enable)
     with interrupted(handle):
         deadline = time.monotonic() + 60
         while raised < 300 and time.monotonic() < deadline:
