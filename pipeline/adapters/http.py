@@ -61,7 +61,7 @@ class _Accepted(msgspec.Struct):
     token: str
 
 
-class _IngestStatus(msgspec.Struct):
+class _TopicStatus(msgspec.Struct):
     """The part of `Status` that a publisher needs. It decodes no more, so that it can send to servers of other versions."""
 
     partition_count: int
@@ -245,12 +245,12 @@ class HttpLogWriter:
         self._partition_count = now, found.partition_count
         return found.partition_count
 
-    def _status(self) -> _IngestStatus:
+    def _status(self) -> _TopicStatus:
         try:
             status, body = self._client.request("GET", "/v1/status", timeout_s=_STATUS_S)
             if status != 200:
                 raise _error(self._client.url, status, body)
-            found = msgspec.json.decode(body, type=_IngestStatus)
+            found = msgspec.json.decode(body, type=_TopicStatus)
         except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
         if found.topic_id is None:

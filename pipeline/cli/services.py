@@ -31,9 +31,9 @@ def run_worker(
     as_json: bool,
 ) -> int:
     """Fold until SIGINT or SIGTERM; return the exit code. `agents` is MODULE:APP."""
-    app = load_app(agents) if agents else None
 
     def make(on_progress: OnProgress) -> Service[Any]:
+        app = load_app(agents) if agents else None
         return worker_service(
             config, url, partitions=partitions, name=name or "", static=static, agents=app, on_progress=on_progress
         )

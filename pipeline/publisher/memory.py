@@ -78,9 +78,7 @@ class MemoryAccount:
                 for _ in range(max(1, ceil(self._timeout_s / _ASK_AGAIN_S))):
                     if self.changed.wait_for(is_there, min(_ASK_AGAIN_S, self._timeout_s)):
                         return True
-                    if not self.exhausted:  # again: other threads can have taken the room that was made
-                        self.exhausted = True
-                        self.changed.notify_all()
+                    self._call_flusher()  # again: other threads can have taken the room that was made
         self._metrics.inc(m.PUBLISHER_REFUSED)
         raise BufferFull(f"{size} bytes needed, {self.bytes_max} (buffer_bytes_max) are in use; on_full={self._on_full}")
 
@@ -108,13 +106,18 @@ class MemoryAccount:
 
     def _drops(self, count: int) -> bool:
         """Call the flusher, which makes room; return whether `count` deltas are dropped instead of waiting for it."""
-        with self.lock:
-            self.exhausted = True
-            self.changed.notify_all()
+        self._call_flusher()
         if self._on_full != "drop_newest":
             return False
         self._metrics.inc(m.PUBLISHER_DROPPED, count, "buffer_full")
         return True
+
+    def _call_flusher(self) -> None:
+        """Have the flusher make room, unless it was called since the last drain: to wake it wakes all that wait."""
+        with self.lock:
+            if not self.exhausted:
+                self.exhausted = True
+                self.changed.notify_all()
 
     def _may_wait(self) -> bool:
         waits = self._on_full == "block" and threading.get_ident() not in self.own_threads

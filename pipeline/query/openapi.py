@@ -70,8 +70,8 @@ def _set_limits(parameters: list[dict[str, Any]], settings: QuerySettings) -> No
 def docs_routes(document: dict[str, Any]) -> list[Route]:
     """Return the routes of the document and of Swagger UI, whose assets are in the package `offapi`."""
     encoded = msgspec.json.encode(document)
-    found = find_spec("offapi")  # not imported: it would read ten megabytes into memory
-    assets = [Path(folder) for folder in found.submodule_search_locations or ()] if found else []
+    package = find_spec("offapi")  # not imported: it would read ten megabytes into memory
+    folder = Path(package.origin).parent if package is not None and package.origin is not None else None
 
     async def show_document(_: Request) -> Response:
         return Response(encoded, media_type=JSON)
@@ -84,9 +84,9 @@ def docs_routes(document: dict[str, Any]) -> list[Route]:
 
     def asset(name: str, media_type: str) -> Route:
         async def show_asset(_: Request) -> Response:
-            if not assets:
+            if folder is None:
                 raise NotFound("the page /docs needs the package offapi: pip install 'delta-pipeline[server]'")
-            return FileResponse(assets[0] / name, media_type=media_type)
+            return FileResponse(folder / name, media_type=media_type)
 
         return Route(f"/docs/{name}", show_asset)
 

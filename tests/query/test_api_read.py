@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,6 +302,15 @@ def test_docs_need_no_internet(shop: Server) -> None:
     assert "default-src 'none'" in policy
     assert "//" not in policy
     shop.problem(404, shop.request("GET", "/docs/redoc.js"))
+
+
+def test_docs_without_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the package of Swagger UI is not installed, its assets are not found, and no file of the process is shown."""
+    monkeypatch.setattr("pipeline.query.openapi.find_spec", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "swagger_bundle.js").write_text("mine")
+    with serving(World()) as server:
+        assert "offapi" in server.problem(404, server.request("GET", "/docs/swagger_bundle.js"))
 
 
 def test_an_unforeseen_error_says_nothing_of_the_inside(shop: Server, monkeypatch: pytest.MonkeyPatch) -> None:

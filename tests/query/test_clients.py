@@ -177,6 +177,14 @@ def test_the_partition_count_is_remembered(free_port: int) -> None:
     writer.close()
 
 
+def test_a_status_of_another_version_is_enough() -> None:
+    """A publisher needs two members of a server's status: others may have changed since."""
+    with peer(http("200 OK", '{"ready":"new","partition_count":7,"partitions":{"p0":[]},"topic_id":"t","more":1}')) as url:
+        writer = HttpLogWriter(url)
+        assert (writer.partition_count(DELTAS), writer.topic_id(DELTAS)) == (7, "t")
+        writer.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_never_uses_its_parents_connection(server: Server, writer: HttpLogWriter) -> None:
     """After a fork both go on, each on connections of its own."""

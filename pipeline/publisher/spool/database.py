@@ -155,7 +155,7 @@ class Contents:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damages: list[str] = []
-        """What is wrong with the database and SEAL, in words."""
+        """Descriptions of the damages that were found in the database and in SEAL."""
         self.lost = -1
         """How many transactions are missing of those that SEAL has counted; -1: not known."""
         self.root: Root | None = None
