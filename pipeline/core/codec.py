@@ -6,7 +6,7 @@
                 control = [action, view, kind, labels or nil]
                 group   = [definition, [suffix, ...], [column, ...]]
     series      0x02 msgpack([kind, expires_at_ms, one value of each column of the state])
-    definition  0x02 msgpack([definition, series_count, defined_at_ms])
+    definition  0x02 msgpack([definition, series_count, defined_at_ms, expired_before_ms]), without the last if it is 0
     producer    0x02 msgpack([epoch, next_sequence, beyond, seen_at_ms, seen_offset, closed])
     position    0x02 msgpack([next_offset, committed_at_ms, source_at_ms, source_id, definitions_version, leader_epoch,
                               records_end_offset, begin_offset, previous_end_offset, owner_id])
@@ -116,6 +116,8 @@ class DefinitionEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unkno
     """Number of the definition's series in this partition."""
     defined_at_ms: Counter
     """Time at which the log accepted the first batch; a view answers with the kind and window that were defined first."""
+    expired_before_ms: Counter = 0
+    """Start of the oldest window that has not expired in this partition; all earlier ones are gone, or about to be."""
 
 
 class DeadLetter(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -370,7 +372,8 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
 
 def encode_definition(entry: DefinitionEntry) -> bytes:
     """Return the value of a definition entry."""
-    return VERSION + _encode((travelling(entry.definition), entry.series_count, entry.defined_at_ms))
+    fields = travelling(entry.definition), entry.series_count, entry.defined_at_ms
+    return VERSION + _encode((*fields, entry.expired_before_ms) if entry.expired_before_ms else fields)
 
 
 def decode_definition(value: bytes) -> DefinitionEntry:

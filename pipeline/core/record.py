@@ -32,6 +32,10 @@ NAME_BYTES_MAX = 200
 LABEL_VALUE_BYTES_MAX = 4_096
 """Longest label value: every process holds the label values of each of its series in memory."""
 SUFFIX_BYTES_MAX = 32_768
+WINDOW_S_MAX = 10**9
+RETENTION_S_MAX = 10**10
+WINDOW_START_MS_MAX = 2**53
+"""Latest start of a window: later times can't be told apart as JSON numbers."""
 
 TAG_POSITION = b"\x00"
 TAG_DEFINITION = b"\x01"
@@ -75,7 +79,7 @@ class Definition(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     monotone: bool = False
     """True for a sum that takes no negative delta, and so never falls: a counter."""
     retention_s: int = 0
-    """Seconds for which a window, or a silent series, is kept; 0: for ever."""
+    """Seconds for which a window is kept after its end, or a series without windows after its last delta; 0: for ever."""
     parameters: tuple[tuple[str, int | float | str], ...] = ()
     """Parameters of the kind, by name, in the order of their names."""
 
@@ -302,16 +306,37 @@ def parse_suffix(suffix: bytes) -> tuple[int, tuple[str, ...]]:
     return int.from_bytes(suffix[:8], "big"), labels
 
 
+def start_of_window_ms(definition: Definition, ts_ms: int) -> int:
+    """Return the start of the window in which a time lies; 0 for a definition without windows."""
+    return ts_ms - ts_ms % (definition.window_s * 1_000) if definition.window_s else 0
+
+
+def expired_before_ms(definition: Definition, time_ms: int) -> int:
+    """Return the start of the oldest window that is kept at a time; 0 if windows are kept for ever, or there are none."""
+    if not definition.window_s or not definition.retention_s:
+        return 0
+    return max(0, start_of_window_ms(definition, time_ms - definition.retention_s * 1_000))
+
+
 def check_suffix(definition: Definition, suffix: bytes) -> None:
     """Raise `BadRecord` unless `suffix` is a series of `definition`."""
-    window_start_ms, labels = parse_suffix(suffix)
+    _, labels = parse_suffix(suffix)
     if len(labels) != len(definition.labels):
         raise BadRecord(f"view {definition.view}: {len(labels)} label values for labels {list(definition.labels)}")
     for value in labels:
         if len(value) > LABEL_VALUE_BYTES_MAX or len(value.encode()) > LABEL_VALUE_BYTES_MAX:
             raise BadRecord(f"view {definition.view}: a label value is over {LABEL_VALUE_BYTES_MAX} bytes")
-    if window_start_ms:
-        raise BadRecord(f"view {definition.view} has no windows, but a series has a window start")
+    _check_window_start(definition, suffix[: len(WINDOW_NONE)])
+
+
+def _check_window_start(definition: Definition, window_start: bytes) -> None:
+    if not definition.window_s:
+        if window_start != WINDOW_NONE:
+            raise BadRecord(f"view {definition.view} has no windows, but a series has a window start")
+        return
+    start_ms = int.from_bytes(window_start, "big")
+    if start_ms > WINDOW_START_MS_MAX or start_ms % (definition.window_s * 1_000):
+        raise BadRecord(f"view {definition.view}: {start_ms} ms is no start of a window of {definition.window_s} s")
 
 
 @cache
@@ -336,8 +361,12 @@ def _are_plain(definition: Definition, suffixes: Sequence[bytes]) -> bool:
     if max(map(len, suffixes)) > LABEL_VALUE_BYTES_MAX:
         return False
     rows = [suffix[8:] for suffix in suffixes]
-    if WINDOW_NONE + (_GAP + WINDOW_NONE).join(rows) != _GAP.join(suffixes):
-        return False
+    if not definition.window_s:
+        if WINDOW_NONE + (_GAP + WINDOW_NONE).join(rows) != _GAP.join(suffixes):
+            return False
+    else:
+        for window_start in {suffix[:8] for suffix in suffixes}:
+            _check_window_start(definition, window_start)
     # Two nils in a row are in no text and no length that is this short. So no suffix can borrow bytes from its neighbour,
     # and what stands between the gaps is one item each, if every third is a row.
     table = _array_head(3 * len(rows)) + _GAP.join(rows) + _GAP
@@ -392,7 +421,9 @@ def check_definition(definition: Definition, kinds: Sequence[str]) -> None:
         raise Invalid(f"view {definition.view}: {len(definition.labels)} labels; at most {LABEL_COUNT_MAX}")
     if len(set(definition.labels)) != len(definition.labels):
         raise Invalid(f"view {definition.view}: a label name stands twice in {list(definition.labels)}")
-    if definition.window_s or definition.retention_s:
-        raise Invalid(f"view {definition.view}: windows and retention are not supported by this version")
+    if not 0 <= definition.window_s <= WINDOW_S_MAX:
+        raise Invalid(f"view {definition.view}: window_s is 1 to {WINDOW_S_MAX}, or 0 for no windows")
+    if not 0 <= definition.retention_s <= RETENTION_S_MAX:
+        raise Invalid(f"view {definition.view}: retention_s is 0 (for ever) to {RETENTION_S_MAX}")
     if definition.parameters:
         raise Invalid(f"view {definition.view}: kind {definition.kind} has no parameters")

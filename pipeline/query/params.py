@@ -11,6 +11,7 @@ import msgspec
 
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.query import Matcher, Query, parse_matcher
+from pipeline.core.record import WINDOW_S_MAX
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, json_error, object_error
@@ -19,7 +20,6 @@ from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
 QUERY_BYTES_MAX = 60_000
-WINDOW_S_MAX = 10**9
 NDJSON = "application/x-ndjson"
 _SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms")
 _WHOLE = re.compile(r"[0-9]{1,16}")

@@ -184,7 +184,7 @@ def test_what_is_wrong_with_a_group_is_told_of_that_one(good: list[Group], data:
         Group(Definition("v", "median"), [b""], []), Group(Definition("v", "sum", ("b", "a")), [b""], [1]),
         Group(Definition("v", "sum"), [], []), Group(Definition("v-w", "sum"), [b""], [1]),
         Group(Definition("v", "sum"), [b""], [1, 2]), Group(Definition("v", "max"), [b""], [(1.5, 2.0**-60)]),
-        Group(Definition("v", "sum", (), 60), [b""], [1]), Group(Definition("v", "min", monotone=True), [b""], [1]),
+        Group(Definition("v", "sum", (), -60), [b""], [1]), Group(Definition("v", "min", monotone=True), [b""], [1]),
     ]  # fmt: skip
     chosen = data.draw(st.lists(st.sampled_from(bad), min_size=1, max_size=3))
     order = data.draw(st.permutations([*((True, it) for it in good), *((False, it) for it in chosen)]))
@@ -486,7 +486,7 @@ def test_batches_at_their_limits(value: bytes) -> None:
         wire(groups=[(("v", "min", ()), [b""], [[1]])] * 10_001), wire(groups=[(("v", "sum", ()), ["text"], [[1]])]),
         wire(groups=[(("v", "sum", (), 0, "more"), [b""], [[1]])]), wire(groups=[(("v",), [b""], [[1]])]),
         wire(groups=[(("v", "sum", (), 0, False, 0, (), 1), [b""], [[1]])]), wire(groups=[(("v", "sum", ()), [], [[]])]),
-        wire(groups=[(("v", "sum", (), 0, False, 60), [b""], [[1]])]), wire(groups=[(("v", "sum", ()), [], [])]),
+        wire(groups=[(("v", "sum", (), 0, False, -60), [b""], [[1]])]), wire(groups=[(("v", "sum", ()), [], [])]),
         wire(groups=[(("v", "sum", (), 0, False, 0, [["p", 1]]), [b""], [[1]])]), group("sum", [1], labels=["b", "a"]),
         wire(closing=1), wire(closing=None), wire(origin=["", 0]), wire(origin=["x" * 101, 0]), wire(origin=["q", -1]),
         wire(origin=["p", 0]),
@@ -523,7 +523,7 @@ def test_batches_at_their_limits(value: bytes) -> None:
         group("sum", [1], view="a\0"), group("sum", [1], view="v" * 201), group("sum", [1], labels=["a", "a"]),
         group("sum", [1], labels=["a b"]), group("sum", [1], labels=[f"l{i}" for i in range(33)]),
         group("sum", [1], labels="ab"), group("sum", [1], labels=[1]),
-        wire(groups=[(("v", "sum", (), 60), [b""], [[1]])]), wire(groups=[(("v", "sum", (), -1), [b""], [[1]])]),
+        wire(groups=[(("v", "sum", (), 10**10), [b""], [[1]])]), wire(groups=[(("v", "sum", (), -1), [b""], [[1]])]),
     ],
     ids=lambda value: f"{value[9:]!r:.60}",
 )  # fmt: skip
@@ -628,9 +628,10 @@ def test_states_outgrow_what_a_batch_may_hold() -> None:
     "entry",
     [
         [["v", "sum", []]], [["v", "sum", []], 1], [["v", "sum", []], -1, 0], [["v", "sum", []], 1, -1],
-        [["v", "sum", []], 1, 1, 1], [["v", "sum", [], 60], 1, 1], [["v", "nothing", []], 1, 1], [["v-w", "sum", []], 1, 1],
+        [["v", "sum", []], 1, 1, -1], [["v", "sum", []], 1, 1, 1, 1], [["v", "sum", [], -60], 1, 1],
+        [["v", "nothing", []], 1, 1], [["v-w", "sum", []], 1, 1],
         [["v", "sum", ["a", "a"]], 1, 1], [None, 1, 1], [], "v", [["v", "sum", [], 0, 0], 1, 1],
-        [["v", "sum", ["b", "a"]], 1, 1], [["v", "sum", [], 0, False, 60], 1, 1],
+        [["v", "sum", ["b", "a"]], 1, 1], [["v", "sum", [], 0, False, -60], 1, 1],
         [["v", "sum", [], 0, False, 0, [["p", 1]]], 1, 1],
         [["v"], 1, 1],
     ],

@@ -30,6 +30,7 @@ from pipeline.core.record import (
     definition_id,
     definition_key,
     definitions_prefix,
+    expired_before_ms,
     fingerprint,
     overflow_suffix,
     parse_suffix,
@@ -38,6 +39,7 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
     split_key,
+    start_of_window_ms,
     travelling,
     view_prefix,
 )
@@ -101,9 +103,10 @@ def test_bad_names(name: str) -> None:
         (Definition("v", "sum", ("a", "b", "a")), "twice"),
         (Definition("v", "sum", tuple(f"l{i}" for i in range(LABEL_COUNT_MAX + 1))), "33 labels"),
         (Definition("v", "sum", ("a",) * 100_000), "100000 labels"),
-        (Definition("v", "sum", (), 60), "window"),
-        (Definition("v", "sum", (), -1), "window"),
-        (Definition("v", "sum", (), retention_s=60), "retention"),
+        (Definition("v", "sum", (), -1), "window_s"),
+        (Definition("v", "sum", (), 10**9 + 1), "window_s"),
+        (Definition("v", "sum", (), retention_s=-1), "retention_s"),
+        (Definition("v", "sum", (), 60, retention_s=10**100), "retention_s"),
         (Definition("v", "sum", parameters=(("precision", 12),)), "no parameters"),
     ],
     ids=lambda value: f"{value!r:.40}",
@@ -278,6 +281,28 @@ def test_neighbours_are_not_joined(neighbours: list[bytes]) -> None:
     for suffixes in (bad, [bytes(8) + GOOD, *bad]):
         with pytest.raises(BadRecord):
             check_suffixes(ONE, suffixes)
+
+
+@pytest.mark.parametrize("start_ms", [1, 59_999, 60_001, 2**53 // 60_000 * 60_000 + 60_000, 2**64 - 1])
+def test_a_window_begins_at_a_multiple_of_its_length(start_ms: int) -> None:
+    """Any other start, and one that is beyond all times, is no series of the definition."""
+    definition = Definition("v", "sum", ("a",), 60)
+    good = [series_suffix((name,), start) for name in ("x", "y") for start in (0, 60_000, 1_700_000_040_000)]
+    check_suffixes(definition, good)
+    for check in (lambda it: check_suffix(definition, it), lambda it: check_suffixes(definition, [*good, it])):
+        with pytest.raises(BadRecord, match="no start of a window"):
+            check(series_suffix(("x",), start_ms))
+
+
+@given(ts_ms=st.integers(0, 2**53), window_s=st.integers(1, 10**9), retention_s=st.integers(1, 10**10))
+def test_windows_expire_so_long_after_their_end(ts_ms: int, window_s: int, retention_s: int) -> None:
+    """The oldest window that is kept ends less than the retention ago; the one before it does not."""
+    definition = Definition("v", "sum", (), window_s, retention_s=retention_s)
+    oldest, window_ms, retention_ms = expired_before_ms(definition, ts_ms), window_s * 1_000, retention_s * 1_000
+    assert oldest % window_ms == 0
+    assert oldest + window_ms + retention_ms > ts_ms
+    assert oldest == 0 or oldest + retention_ms <= ts_ms
+    assert expired_before_ms(definition, start_of_window_ms(definition, ts_ms)) <= start_of_window_ms(definition, ts_ms)
 
 
 @pytest.mark.parametrize("window", [bytes(7) + b"\x01", b"\x01" + bytes(7)])

@@ -402,7 +402,7 @@ U = Definition("u", "sum", ("a",))
         (Group(Definition("u", "last"), [series_suffix(())], [(0, 0, math.nan)]), "not finite"),
         (Group(Definition("u", "last"), [series_suffix(())], [(3_601_001, 0, 1)]), "of 3601001; at most 3601000"),
         (Group(Definition("u", "sum", ("b", "a")), [series_suffix(("x", "y"))], [1]), "not in the order of their names"),
-        (Group(Definition("u", "sum", (), 60), [series_suffix(())], [1]), "windows"),
+        (Group(Definition("u", "sum", (), 60), [series_suffix((), 1)], [1]), "no start of a window"),
         (Group(Definition("u-u", "sum"), [series_suffix(())], [1]), "does not match"),
         (Group(Definition("u", "min", monotone=True), [series_suffix(())], [1]), "monotone"),
     ],
