@@ -19,7 +19,7 @@ import msgspec
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.kinds import KIND_NAMES, Kind, State
 from pipeline.core.record import CONTROL_ACTIONS, NAME, NAME_BYTES_MAX, Control, Definition
-from pipeline.core.span import NO_RANGE, Range
+from pipeline.core.span import NO_RANGE, AskedRange
 from pipeline.errors import BadRecord, Invalid, NotFound
 
 Labels = tuple[str, ...]
@@ -55,8 +55,8 @@ class Query(msgspec.Struct, frozen=True):
     """Kind to read, if a view has definitions of several; None: the kind that was defined first."""
     window_s: int | None = None
     """Length of windows to read, likewise; 0: no windows."""
-    range: Range = NO_RANGE
-    """Range of a view with windows."""
+    range: AskedRange = NO_RANGE
+    """AskedRange of a view with windows."""
     fn: str | None = None
     """Function of points, one of `core.derive.FUNCTIONS`."""
 

@@ -27,7 +27,7 @@ Point = tuple[int, Any]
 """Start in ms since 1970 of what the point covers, and its value."""
 
 
-class Range(msgspec.Struct, frozen=True):
+class AskedRange(msgspec.Struct, frozen=True):
     """The range of a view with windows that a read asks for; None: the default."""
 
     start_ms: int | None = None
@@ -42,7 +42,7 @@ class Range(msgspec.Struct, frozen=True):
     """One of `FILLS`; None: points without data are left out."""
 
 
-NO_RANGE = Range()
+NO_RANGE = AskedRange()
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -102,7 +102,7 @@ def _multiple_ms(name: str, length_ms: int, window_ms: int) -> int:
     return length_ms
 
 
-def span_of(asked: Range, *, window_ms: int, now_ms: int, points_max: int) -> Span:
+def span_of(asked: AskedRange, *, window_ms: int, now_ms: int, points_max: int) -> Span:
     """Return the range that is asked for: its start rounded down to a window, its end up so that there are whole steps.
 
     Raises `Invalid` if its parts do not fit to each other or to the window, or if it has over `points_max` points.
@@ -202,7 +202,7 @@ def filled(span: Span, values: Mapping[int, Any], fill: str | None, *, zero_from
     return found
 
 
-def check_range(asked: Range) -> None:
+def check_range(asked: AskedRange) -> None:
     """Raise `Invalid` for parts of a range that fit no view, so that no view needs to be looked up for that."""
     if asked.fill is not None and asked.fill not in FILLS:
         raise Invalid(f"fill: one of {', '.join(FILLS)} is needed, got {asked.fill[:50]!r}")

@@ -12,7 +12,7 @@ import msgspec
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.query import Matcher, Query, parse_matcher
 from pipeline.core.record import WINDOW_S_MAX
-from pipeline.core.span import NO_RANGE, Range
+from pipeline.core.span import NO_RANGE, AskedRange
 from pipeline.core.times import length_ms, time_ms
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
@@ -89,10 +89,10 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadR
     )
 
 
-def _range(single: Mapping[str, str]) -> Range:
+def _range(single: Mapping[str, str]) -> AskedRange:
     times = {f"{name}_ms": time_ms(name, single[name]) for name in _TIMES if name in single}
     lengths = {f"{name}_ms": length_ms(name, single[name]) for name in _LENGTHS if name in single}
-    return Range(**times, **lengths, fill=single.get("fill"))
+    return AskedRange(**times, **lengths, fill=single.get("fill"))
 
 
 def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def _caught_up(number: int, position: Position, seen: LogEnds) -> bool:
 
 
 class Progress:
-    """What is known of the log's ends and of the times of its records. Safe from any thread."""
+    """Knowledge of the log's ends and of the times of its records. Safe from any thread."""
 
     def __init__(self, ends: Callable[[], LogEnds], clock: Clock, metrics: Metrics) -> None:
         self._ends = ends

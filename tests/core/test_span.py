@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.derive import FUNCTIONS, check_function, derived, totals
-from pipeline.core.span import FILLS, STEPS_DEFAULT, Range, Span, filled, merge_points, span_of
+from pipeline.core.span import FILLS, STEPS_DEFAULT, AskedRange, Span, filled, merge_points, span_of
 from pipeline.core.times import TIME_MS_MAX
 from pipeline.errors import Invalid
 
@@ -18,7 +18,7 @@ W = 10_000
 
 
 def span(now_ms: int = 10**12, points_max: int = 11_000, **asked: Any) -> Span:
-    return span_of(Range(**asked), window_ms=W, now_ms=now_ms, points_max=points_max)
+    return span_of(AskedRange(**asked), window_ms=W, now_ms=now_ms, points_max=points_max)
 
 
 times = st.integers(0, 200 * W)

@@ -13,7 +13,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 from pipeline.core.derive import FUNCTIONS
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
-from pipeline.core.span import FILLS, Range
+from pipeline.core.span import FILLS, AskedRange
 from pipeline.query.controls import DefinitionChoice
 from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
@@ -136,7 +136,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "by",
         "kind",
         "window_s",
-        *(name.removesuffix("_ms") for name in Range.__struct_fields__),
+        *(name.removesuffix("_ms") for name in AskedRange.__struct_fields__),
         "fn",
         "top",
         "limit",

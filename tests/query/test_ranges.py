@@ -13,7 +13,7 @@ from pipeline.core.answer import Answer
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import Labels, Query, parse_matcher
 from pipeline.core.record import Definition
-from pipeline.core.span import FILLS, Range
+from pipeline.core.span import FILLS, AskedRange
 from pipeline.errors import Invalid, NotFound
 from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
@@ -125,7 +125,7 @@ def test_points_are_a_recomputation_from_all_deltas(data: st.DataObject, kind: A
     step = data.draw(st.integers(1, 5)) * W
     over = step + data.draw(st.integers(0, 8)) * W
     fills = [None, *FILLS] if kind.name == "sum" else [None, "null", "previous"]
-    asked = Range(start, end + 1, None, step, over, data.draw(st.sampled_from(fills)))
+    asked = AskedRange(start, end + 1, None, step, over, data.draw(st.sampled_from(fills)))
     view_labels = sorted({label for delta in deltas for label in PARTS[delta.part]})
     by = data.draw(st.sampled_from([None, (), ("x",)]))
     where = data.draw(st.sampled_from([(), ("x=a",), ("x=a", "y=b")]))
@@ -172,8 +172,8 @@ def test_a_read_without_a_range_is_of_the_last_steps() -> None:
     assert answer.final_before_ms == now
     with pytest.raises(Invalid, match="2 points; ask with at="):
         answer.value()
-    assert read(world, Query("v", range=Range(at_ms=now))).value() == 4
-    assert read(world, Query("v", range=Range(at_ms=now, over_ms=60 * W))).value() == 6
+    assert read(world, Query("v", range=AskedRange(at_ms=now))).value() == 4
+    assert read(world, Query("v", range=AskedRange(at_ms=now, over_ms=60 * W))).value() == 6
 
 
 def test_a_pinned_read_gets_its_keys() -> None:
@@ -182,7 +182,7 @@ def test_a_pinned_read_gets_its_keys() -> None:
     windowed(world)
 
     def ask(end: int) -> Query:
-        return Query("v", (parse_matcher("x=b"),), range=Range(start_ms=0, end_ms=end))
+        return Query("v", (parse_matcher("x=b"),), range=AskedRange(start_ms=0, end_ms=end))
 
     few, many = ask(10 * W), ask(400 * W)
     found = world.reader.point(few)
@@ -190,7 +190,7 @@ def test_a_pinned_read_gets_its_keys() -> None:
     assert points(found) == points(scanned(world, few)) == {("b",): [(i * W, 2) for i in range(1, 10)]}
     assert world.reader.point(many) is None
     assert points(read(world, many)) == points(found)
-    assert world.reader.point(Query("v", range=Range(start_ms=0, end_ms=10 * W))) is None
+    assert world.reader.point(Query("v", range=AskedRange(start_ms=0, end_ms=10 * W))) is None
 
 
 def test_series_have_points_at_the_same_starts() -> None:
@@ -198,12 +198,12 @@ def test_series_have_points_at_the_same_starts() -> None:
     world = World(2)
     windowed(world)
     for fill, missing in (("null", None), ("zero", 0)):
-        found = points(read(world, Query("v", range=Range(start_ms=0, end_ms=4 * W, fill=fill))))
+        found = points(read(world, Query("v", range=AskedRange(start_ms=0, end_ms=4 * W, fill=fill))))
         assert found[("c",)] == [(0, missing), (W, missing), (2 * W, 3), (3 * W, 3)]
         assert {tuple(start for start, _ in its) for its in found.values()} == {(0, W, 2 * W, 3 * W)}
-    found = points(read(world, Query("v", range=Range(start_ms=8 * W, end_ms=13 * W, fill="previous"))))
+    found = points(read(world, Query("v", range=AskedRange(start_ms=8 * W, end_ms=13 * W, fill="previous"))))
     assert found[("c",)] == [(i * W, 3) for i in range(8, 13)]
-    assert points(read(world, Query("v", range=Range(start_ms=10 * W, end_ms=13 * W, fill="previous")))) == {}
+    assert points(read(world, Query("v", range=AskedRange(start_ms=10 * W, end_ms=13 * W, fill="previous")))) == {}
 
 
 def test_zero_is_for_sums() -> None:
@@ -211,14 +211,14 @@ def test_zero_is_for_sums() -> None:
     world = World(2)
     windowed(world, kind="max")
     with pytest.raises(Invalid, match="fill=zero: a max of nothing is not 0"):
-        read(world, Query("v", range=Range(start_ms=0, end_ms=W, fill="zero")))
+        read(world, Query("v", range=AskedRange(start_ms=0, end_ms=W, fill="zero")))
 
 
 def test_what_has_expired_is_not_known_to_be_zero() -> None:
     """Expired windows are hidden from both kinds of reads at once; the answer says from where on it is whole."""
     world = World(2)
     definition = windowed(world)
-    asked = Range(start_ms=0, end_ms=4 * W, fill="zero")
+    asked = AskedRange(start_ms=0, end_ms=4 * W, fill="zero")
     pinned = Query("v", (parse_matcher("x=a"),), range=asked)
     assert read(world, pinned).expired_before_ms is None
     world.expire(definition, 2 * W, 1)
@@ -236,16 +236,16 @@ def test_top_ranks_by_the_whole_range() -> None:
     for window, values in enumerate(({("a",): 5, ("b",): 1}, {("a",): 1, ("b",): 3, ("c",): 1})):
         world.append(0, definition, values, window * W)
     world.fold()
-    asked = Range(start_ms=0, end_ms=2 * W)
+    asked = AskedRange(start_ms=0, end_ms=2 * W)
     best = read(world, Query("v", top=2, range=asked))
     assert [*points(best)] == [("a",), ("b",)]
     assert (best.truncated, best.series_total) == (True, 3)
     cut = read(world, Query("v", limit=1, range=asked))
     assert points(cut) == {("a",): [(0, 5), (W, 1)]}
     assert (cut.truncated, cut.series_total) == (True, 3)
-    last = read(world, Query("v", top=1, range=Range(start_ms=W, end_ms=2 * W)))
+    last = read(world, Query("v", top=1, range=AskedRange(start_ms=W, end_ms=2 * W)))
     assert [*points(last)] == [("b",)]
-    overlapping = read(world, Query("v", top=1, range=Range(start_ms=W, end_ms=2 * W, over_ms=2 * W)))
+    overlapping = read(world, Query("v", top=1, range=AskedRange(start_ms=W, end_ms=2 * W, over_ms=2 * W)))
     assert points(overlapping) == {("a",): [(0, 6)]}
 
 
@@ -253,30 +253,34 @@ def test_shares_are_of_all_series() -> None:
     """The total is that of every series that matches, also of those that top and limit cut."""
     world = World(2)
     windowed(world)
-    asked = Range(start_ms=W, end_ms=3 * W, fill="null")
+    asked = AskedRange(start_ms=W, end_ms=3 * W, fill="null")
     found = points(read(world, Query("v", top=1, range=asked, fn="share")))
     assert found == {("b",): [(W, 2 / 3), (2 * W, 2 / 6)]}
     found = points(read(world, Query("v", (parse_matcher("x=c"),), range=asked, fn="share")))
     assert found == {("c",): [(W, None), (2 * W, 1.0)]}
-    found = points(read(world, Query("v", (parse_matcher("x=b"),), range=Range(start_ms=0, end_ms=2 * W), fn="rate")))
+    found = points(read(world, Query("v", (parse_matcher("x=b"),), range=AskedRange(start_ms=0, end_ms=2 * W), fn="rate")))
     assert found == {("b",): [(W, 0.2)]}
 
 
 @pytest.mark.parametrize(
     ("settings", "query", "said"),
     [
-        ({"answer_points_max": 5}, Query("v", range=Range(start_ms=0, end_ms=4 * W)), "over 5 points of all series"),
-        ({"answer_points_max": 11}, Query("v", range=Range(start_ms=0, end_ms=4 * W, fill="null")), "over 11 points"),
-        ({"answer_points_max": 20}, Query("v", range=Range(start_ms=0, end_ms=8 * W, over_ms=3 * W)), "over 20 points"),
-        ({"answer_points_max": 11}, Query("v", range=Range(start_ms=0, end_ms=4 * W), fn="cumulative"), "over 11 points"),
-        ({"points_max": 3}, Query("v", range=Range(start_ms=0, end_ms=4 * W)), "4 points in the range; at most 3"),
-        ({}, Query("v", range=Range(start_ms=0, end_ms=4 * W, fill="nil")), "fill: one of null, zero, previous"),
-        ({}, Query("v", range=Range(start_ms=-1)), "start: a time from 1970"),
-        ({}, Query("v", range=Range(step_ms=0)), "step: a length above 0"),
-        ({}, Query("v", by=("z",), range=Range(start_ms=0, end_ms=W)), "no label 'z'; its labels: x"),
-        ({}, Query("w", range=Range(end_ms=W)), "view w has no windows"),
+        ({"answer_points_max": 5}, Query("v", range=AskedRange(start_ms=0, end_ms=4 * W)), "over 5 points of all series"),
+        ({"answer_points_max": 11}, Query("v", range=AskedRange(start_ms=0, end_ms=4 * W, fill="null")), "over 11 points"),
+        ({"answer_points_max": 20}, Query("v", range=AskedRange(start_ms=0, end_ms=8 * W, over_ms=3 * W)), "over 20 points"),
+        (
+            {"answer_points_max": 11},
+            Query("v", range=AskedRange(start_ms=0, end_ms=4 * W), fn="cumulative"),
+            "over 11 points",
+        ),
+        ({"points_max": 3}, Query("v", range=AskedRange(start_ms=0, end_ms=4 * W)), "4 points in the range; at most 3"),
+        ({}, Query("v", range=AskedRange(start_ms=0, end_ms=4 * W, fill="nil")), "fill: one of null, zero, previous"),
+        ({}, Query("v", range=AskedRange(start_ms=-1)), "start: a time from 1970"),
+        ({}, Query("v", range=AskedRange(step_ms=0)), "step: a length above 0"),
+        ({}, Query("v", by=("z",), range=AskedRange(start_ms=0, end_ms=W)), "no label 'z'; its labels: x"),
+        ({}, Query("w", range=AskedRange(end_ms=W)), "view w has no windows"),
         ({}, Query("w", fn="rate"), "view w has no windows"),
-        ({}, Query("w", (parse_matcher("x=a"),), range=Range(fill="null")), "view w has no windows"),
+        ({}, Query("w", (parse_matcher("x=a"),), range=AskedRange(fill="null")), "view w has no windows"),
     ],
 )
 def test_a_wrong_read_is_refused(settings: dict[str, int], query: Query, said: str) -> None:
@@ -350,7 +354,7 @@ def test_no_record_comes_from_before_the_final_time(script: list[tuple[Any, ...]
             case "look":
                 reader.partitions()
             case "read":
-                answer = reader.read(Query("v", range=Range(end_ms=W)), deadline_s=FAR_S)
+                answer = reader.read(Query("v", range=AskedRange(end_ms=W)), deadline_s=FAR_S)
                 assert answer.final_before_ms is not None
                 folded = [answer.as_of.next_offsets[str(number)] for number in range(3)]
                 bounds.append((answer.final_before_ms, folded))
@@ -372,7 +376,7 @@ def test_an_idle_partition_does_not_hold_time_up_but_one_that_lags_does() -> Non
     world.fold()
 
     def final() -> int | None:
-        return read(world, Query("v", range=Range(end_ms=W))).final_before_ms
+        return read(world, Query("v", range=AskedRange(end_ms=W))).final_before_ms
 
     assert final() == first
     clock.s += 5
