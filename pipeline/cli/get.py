@@ -59,26 +59,23 @@ def get(
     """Read a merged view, or list all views.
 
     \b
-        pipeline get
         pipeline get revenue --by region
         pipeline get revenue --where region=eu --where 'product!~t.*' --top 10
         pipeline get revenue --total --after "$token" --json
         pipeline get hits --last 1h --step 5m --by route
 
-    Every answer says how stale it is at most. Of a view with windows, a terminal has a line of bars for each series, and a
-    pipe a line for each point. --json and --csv print the answer of the HTTP API as it came.
+    Every answer says how stale it is. --json and --csv print the answer of the HTTP API as it came.
     """
     from pipeline.cli.read import run_get, run_views
 
-    options = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after}
-    options |= {"start": start, "end": end, "at": at, "step": step, "over": over, "fill": fill, "fn": fn}
-    options |= {"max_staleness_ms": max_staleness_ms, "timeout_ms": timeout_ms}
+    options = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after, "start": start, "end": end}
+    options |= {"at": at, "step": step, "over": over, "fill": fill, "fn": fn, "timeout_ms": timeout_ms}
+    options["max_staleness_ms"] = max_staleness_ms
     if json and csv:
         raise typer.BadParameter("--json or --csv: one of them")
     if view is None:
         if where or by or total or last or csv or any(value is not None for value in options.values()):
             raise typer.BadParameter("the other options are for a view: pipeline get VIEW")
         raise SystemExit(run_views(url, as_json=json))
-    raise SystemExit(
-        run_get(url, view, where=where or [], labels=by or [], total=total, last=last, as_json=json, as_csv=csv, **options)
-    )
+    form = "json" if json else "csv" if csv else ""
+    raise SystemExit(run_get(url, view, where=where or [], labels=by or [], total=total, last=last, form=form, **options))

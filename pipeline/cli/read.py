@@ -29,14 +29,14 @@ def run_get(
     labels: Sequence[str],
     total: bool,
     last: str | None,
-    as_json: bool,
-    as_csv: bool,
+    form: str,
     **options: Any,
 ) -> int:
     """Print the view; return the exit code.
 
     An item of `labels` can name several, with commas between; without any, each series stands by itself, unless `total`.
-    `last` is the length of a range up to now. `options` are parameters of the read (`view_path`).
+    `last` is the length of a range up to now. `form` is `json`, `csv`, or empty for a table. `options` are
+    parameters of the read (`view_path`).
     """
     if total and labels:
         raise Invalid("--total is one number; --by keeps labels: one of them")
@@ -49,11 +49,11 @@ def run_get(
         options["start"] = max(0, SystemClock().now_ms() - length_ms("--last", last))
     path = view_path(view, where, by, **options)
     timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
-    if as_csv:
+    if form == "csv":
         with Reader(url) as reader:
             console.write(reader.fetch(path, timeout_s=timeout_s, accept=CSV))
         return console.OK
-    answer = fetched(url, path, Answer, as_json=as_json, timeout_s=timeout_s)
+    answer = fetched(url, path, Answer, as_json=form == "json", timeout_s=timeout_s)
     if answer is None:
         return console.OK
     (_values(answer) if answer.step_ms is None else _points(answer)).print()

@@ -1,4 +1,4 @@
-"""Answers as rows for other programs: CSV, NDJSON, HTML, and the tables of Arrow, pandas and polars.
+"""Answers as rows for other programs: HTML, and the tables of Arrow, pandas and polars.
 
 A row is a series, or a point of one: the label values, the start of the point where there are points, and the value. The
 libraries are imported only when their table is asked for. Values keep all digits: ints beyond 64 bits are decimals where the
@@ -7,9 +7,7 @@ library has decimals that are long enough, and texts where it has not.
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 from collections.abc import Sequence
 from decimal import Decimal
 from importlib import import_module
@@ -29,7 +27,7 @@ _DECIMAL128_DIGITS, _DECIMAL256_DIGITS = 38, 76
 _encode = msgspec.json.Encoder().encode
 
 
-class Columns(NamedTuple):
+class AnswerColumns(NamedTuple):
     """Rows of an answer, column by column."""
 
     labels: dict[str, list[str]]
@@ -41,7 +39,7 @@ class Columns(NamedTuple):
     values: list[Any]
 
 
-def columns(answer: Answer) -> Columns:
+def columns(answer: Answer) -> AnswerColumns:
     """Return the rows of an answer. Columns of starts and values get a `_` behind their name while a label has that name."""
     names = [*answer.series[0].labels] if answer.series else [*(answer.by or ())]
     value, start = "value", "start"
@@ -51,10 +49,10 @@ def columns(answer: Answer) -> Columns:
         start += "_"
     if answer.step_ms is None:
         labels = {name: [series.labels[name] for series in answer] for name in names}
-        return Columns(labels, None, [], value, [series.value for series in answer])
+        return AnswerColumns(labels, None, [], value, [series.value for series in answer])
     rows = [(series.labels, point) for series in answer for point in series.points]
     labels = {name: [of[name] for of, _ in rows] for name in names}
-    return Columns(labels, start, [point[0] for _, point in rows], value, [point[1] for _, point in rows])
+    return AnswerColumns(labels, start, [point[0] for _, point in rows], value, [point[1] for _, point in rows])
 
 
 def value_text(value: Any) -> str:
@@ -62,33 +60,6 @@ def value_text(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else _encode(value).decode()
-
-
-def to_csv(answer: Answer) -> bytes:
-    """Return the rows as CSV (RFC 4180), in UTF-8, with a head; starts are ms since 1970, in a column `start_ms`."""
-    it = columns(answer)
-    out = io.StringIO()
-    write = csv.writer(out)
-    starts = [] if it.start is None else [f"{it.start}_ms"]
-    write.writerow([*it.labels, *starts, it.value])
-    cells: list[list[Any]] = [*it.labels.values()]
-    if it.start is not None:
-        cells.append(it.starts)
-    write.writerows(zip(*cells, map(value_text, it.values), strict=True))
-    return out.getvalue().encode()
-
-
-def to_ndjson(answer: Answer) -> bytes:
-    """Return the rows as JSON objects, one a line: `labels`, `start_ms` where there are points, and `value`."""
-    if answer.step_ms is None:
-        lines = [_encode({"labels": series.labels, "value": series.value}) for series in answer]
-    else:
-        lines = [
-            _encode({"labels": series.labels, "start_ms": start_ms, "value": value})
-            for series in answer
-            for start_ms, value in series.points
-        ]
-    return b"".join([line + b"\n" for line in lines])
 
 
 def sparkline(values: Sequence[Any], width: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import csv
+import io
+from typing import Any, NamedTuple
 
 import msgspec
 
 from pipeline.core.answer import Answer
-from pipeline.core.frames import to_csv, to_ndjson
+from pipeline.core.frames import columns, value_text
 
 JSON = "application/json"
 CSV = "text/csv"
@@ -69,3 +71,30 @@ def _said(answer: Answer) -> list[Header]:
         "expired-before-ms": answer.expired_before_ms,
     }
     return [(f"pipeline-{name}".encode(), b"%d" % value) for name, value in said.items() if value is not None]
+
+
+def to_csv(answer: Answer) -> bytes:
+    """Return the rows as CSV (RFC 4180), in UTF-8, with a head; starts are ms since 1970, in a column `start_ms`."""
+    it = columns(answer)
+    out = io.StringIO()
+    write = csv.writer(out)
+    starts = [] if it.start is None else [f"{it.start}_ms"]
+    write.writerow([*it.labels, *starts, it.value])
+    cells: list[list[Any]] = [*it.labels.values()]
+    if it.start is not None:
+        cells.append(it.starts)
+    write.writerows(zip(*cells, map(value_text, it.values), strict=True))
+    return out.getvalue().encode()
+
+
+def to_ndjson(answer: Answer) -> bytes:
+    """Return the rows as JSON objects, one a line: `labels`, `start_ms` where there are points, and `value`."""
+    if answer.step_ms is None:
+        lines = [_encode({"labels": series.labels, "value": series.value}) for series in answer]
+    else:
+        lines = [
+            _encode({"labels": series.labels, "start_ms": start_ms, "value": value})
+            for series in answer
+            for start_ms, value in series.points
+        ]
+    return b"".join([line + b"\n" for line in lines])
