@@ -326,6 +326,12 @@ class QuerySettings(_Checked):
     )
     limit_default: int = _setting(10_000, "series in an answer when the request has no `limit`", least=1)
     limit_max: int = _setting(1_000_000, "largest `limit`", least=1)
+    points_max: int = _setting(
+        11_000, "points of one series in a read of a view with windows; more is refused with 400", least=1
+    )
+    answer_points_max: int = _setting(
+        1_000_000, "points of all series that such a read merges or answers with; more is refused with 400", least=1
+    )
     matchers_max: int = _setting(64, "`where` and `by`, or `view`, parameters of one request", least=1)
     regex_bytes_max: int = _setting(1_000, "longest regular expression in `where`", least=1)
     timeout_ms_default: int = _setting(
