@@ -257,8 +257,13 @@ class WorkerSettings(_Checked):
     )
     ts_ahead_max_ms: int = _setting(
         3_600_000,
-        "how far the time of a `last` value may be ahead of its record's; else it is dead-lettered",
+        "how far the time of a `last` value, or the start of a window, may be ahead of its record's; else dead-lettered",
         least=0,
+    )
+    expired_entries_max: int = _setting(
+        2_000,
+        "entries that a commit examines to delete expired windows and silent series; more if it adds more series itself",
+        least=1,
     )
     mirror_interval_ms: int = _setting(
         5_000, "how often positions are mirrored to the group `APP-position`, for lag tools; 0: never. Kafka only", least=0

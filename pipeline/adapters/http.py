@@ -13,7 +13,8 @@ import msgspec
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http_client import HttpClient, error_of, is_ours
 from pipeline.core.answer import Answer, Changed, Status, View, known
-from pipeline.core.codec import encode_frames, producer_of
+from pipeline.core.codec import producer_of
+from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
 from pipeline.core.times import Length, Time, length_ms, length_text, time_ms
 from pipeline.core.token import Token

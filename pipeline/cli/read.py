@@ -13,7 +13,7 @@ from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import Answer, Views
-from pipeline.core.frames import sparkline
+from pipeline.core.tables import sparkline
 from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
 from pipeline.query.media import CSV

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from pipeline.core import frames
+from pipeline.core import tables
 from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.core.span import Point
 from pipeline.errors import Invalid
@@ -71,20 +71,20 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
         return point[0] + (self.over_ms or 0) <= (self.final_before_ms or 0)
 
     def to_arrow(self) -> Any:
-        """Return the rows as a `pyarrow.Table`; see `core.frames`."""
-        return frames.to_arrow(self)
+        """Return the rows as a `pyarrow.Table`; see `core.tables`."""
+        return tables.to_arrow(self)
 
     def to_pandas(self) -> Any:
-        """Return the rows as a `pandas.DataFrame`; see `core.frames`."""
-        return frames.to_pandas(self)
+        """Return the rows as a `pandas.DataFrame`; see `core.tables`."""
+        return tables.to_pandas(self)
 
     def to_polars(self) -> Any:
-        """Return the rows as a `polars.DataFrame`; see `core.frames`."""
-        return frames.to_polars(self)
+        """Return the rows as a `polars.DataFrame`; see `core.tables`."""
+        return tables.to_polars(self)
 
     def _repr_html_(self) -> str:
         """Return a table for notebooks."""
-        return frames.to_html(self)
+        return tables.to_html(self)
 
     def value(self) -> Any:
         """Return the value of the only series, or of its only point; None if there is none. Raises `Invalid` for several."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pipeline.core.answer import Answer
-from pipeline.core.frames import columns, value_text
+from pipeline.core.tables import columns, value_text
 
 JSON = "application/json"
 CSV = "text/csv"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.answer import Answer, AsOf, Series
-from pipeline.core.frames import HTML_ROWS_MAX, sparkline
+from pipeline.core.tables import HTML_ROWS_MAX, sparkline
 from pipeline.query.media import to_csv, to_ndjson
 from tests.core import strategies as some
 
