@@ -29,11 +29,13 @@ from pipeline.publisher.view import check_value
 from pipeline.publisher.views import (
     VIEW_TYPES,
     BaseView,
+    DistinctView,
     HistogramView,
     LastView,
     ObservedView,
     SumView,
     Table,
+    TopKView,
     record_table,
 )
 from pipeline.settings import PublisherKeywords, PublisherSettings
@@ -204,6 +206,14 @@ class BasePublisher:
     def histogram(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> HistogramView:
         """Return the view of this name: the distribution of all observations, of which reads can ask any quantile."""
         return self._view(HistogramView, "histogram", view, labels, window_s)
+
+    def distinct(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> DistinctView:
+        """Return the view of this name: how many different items were observed, exact or estimated with bounds."""
+        return self._view(DistinctView, "distinct", view, labels, window_s)
+
+    def topk(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> TopKView:
+        """Return the view of this name: the items that were added most often, with bounds of their counts."""
+        return self._view(TopKView, "topk", view, labels, window_s)
 
     def view(
         self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False

@@ -188,7 +188,7 @@ class BaseView:
             if value is not None and kind is not bool and not (kind is float and isfinite(value)):
                 value = self.table.check("last", False, value)
             return ts_ms, self.table.rise(now_ms), value
-        plain = kind in (int, float) and -SHORT <= value <= SHORT  # false for NaN
+        plain = self.kind_rules.takes_numbers and kind in (int, float) and -SHORT <= value <= SHORT  # false for NaN
         if not plain or (self.monotone and value < 0):
             value = self.table.check(self.kind, self.monotone, value)
         return value if self.kind_rules.single else self.kind_rules.collect([value])

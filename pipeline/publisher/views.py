@@ -91,6 +91,30 @@ class ObservedSeries(ObserveSeries):
         return Timer(self.observe, _clock_of(self))
 
 
+class DistinctSeries(ObserveSeries):
+    """A series of a distinct view."""
+
+    __slots__ = ()
+
+    def observe_many(self, items: Any, /) -> int:
+        """Observe each of `items`; see `SumSeries.add_many`."""
+        return record_many(self, items)
+
+
+class TopKSeries(ObserveSeries):
+    """A series of a topk view."""
+
+    __slots__ = ()
+
+    def add(self, item: str | int, count: int = 1, /, *, ts_ms: int | None = None) -> None:
+        """Add an item so many times; in a view with windows to the window of `ts_ms` (None: now)."""
+        self.observe((item, count), ts_ms=ts_ms)
+
+    def add_many(self, items: Any, /) -> int:
+        """Add each of `items` once; see `SumSeries.add_many`."""
+        return record_many(self, items)
+
+
 class LastSeries(SetSeries):
     """A series of a last view."""
 
@@ -136,6 +160,30 @@ class HistogramView(ObservedView):
     """Distribution of observations, by series."""
 
 
+class DistinctView(_PublisherView[DistinctSeries], ObserveView):
+    """Number of different items, by series. An item is a text or an int; 7 and "7" are one item."""
+
+    series_type = DistinctSeries
+
+    def observe_many(self, items: Any, /, **labels: str) -> int:
+        """Observe each of `items` in the series with these labels; see `SumSeries.add_many`."""
+        return record_many(self.labels(**labels), items)
+
+
+class TopKView(_PublisherView[TopKSeries], ObserveView):
+    """The most frequent items, by series. An item is a text or an int; 7 and "7" are one item."""
+
+    series_type = TopKSeries
+
+    def add(self, item: str | int, count: int = 1, /, **labels: Any) -> None:
+        """Add an item so many times to the series with these labels; see `AddView.add`."""
+        self.observe((item, count), **labels)
+
+    def add_many(self, items: Any, /, **labels: str) -> int:  # type: ignore[override]  # the table's takes label values
+        """Add each of `items` once to the series with these labels; see `SumSeries.add_many`."""
+        return record_many(self.labels(**labels), items)
+
+
 class LastView(_PublisherView[LastSeries], SetView):
     """The newest value, by series."""
 
@@ -149,6 +197,8 @@ VIEW_TYPES: Mapping[str, type[BaseView]] = {
     "mean": ObservedView,
     "last": LastView,
     "histogram": HistogramView,
+    "distinct": DistinctView,
+    "topk": TopKView,
 }
 """The view class of each kind."""
 assert VIEW_TYPES.keys() == KINDS.keys()
@@ -159,7 +209,7 @@ def record_many(series: Any, values: Any) -> int:
     view = series.view
     column = read_value("value", values)
     if isinstance(column, Scalar):
-        raise Invalid(f"view {view.definition.view}: a sequence of numbers is needed, got {type(values).__name__}")
+        raise Invalid(f"view {view.definition.view}: a sequence is needed, got {type(values).__name__}")
     by_name = dict(zip(canonical(view.definition).labels, parse_suffix(series.suffix)[1], strict=True))
     labels = [by_name[name] for name in view.definition.labels]
     recorded: int = BaseView.add_many(view, labels, numbers_of(column, len(column)))

@@ -51,6 +51,10 @@ def families(kind: str) -> SearchStrategy[SearchStrategy[Any]]:
 
     A kind that is not named here is given numbers.
     """
+    if kind == "distinct":
+        return st.just(st.integers(-(2**63), 2**63 - 1) | st.integers(-9, 9))
+    if kind == "topk":
+        return st.just(st.tuples(texts, st.integers(1, 2**63 - 1) | st.integers(1, 9)))
     if kind == "last":
         return st.just(st.tuples(stamps, recorded, scalars))
     if kind == "histogram":

@@ -64,13 +64,15 @@ def test_arguments_are_unchanged(kind: Kind, data: st.DataObject) -> None:
     """`merge` and `collect` leave what they are given as it was, and nothing they return shares its later changes."""
     a, b = data.draw(some.states(kind.name, count=2))
     (run,) = data.draw(some.runs(kind.name))
-    before = deepcopy((a, b, run))
+    states = [some.image(kind, it) for it in (a, b)]
+    before = deepcopy(run)
     merged = kind.merge(a, b)
     image = some.image(kind, merged)
     kind.merge(merged, b)
     kind.merge(a, merged)
     kind.collect(run)
-    assert repr((a, b, run)) == repr(before)
+    assert repr(run) == repr(before)
+    assert [some.image(kind, it) for it in (a, b)] == states
     assert some.image(kind, merged) == image
 
 

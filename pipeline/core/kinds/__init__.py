@@ -11,6 +11,8 @@ and the answer is the same; sums of floats can differ in the last bit of the ans
 | mean | (sum as above, count) |
 | last | (ts_ms, recorded_ns, value) |
 | histogram | (sum as above, least, most, schema, zeros, positive buckets, negative buckets) |
+| distinct | set of hashes; or, of many items, bytes: a HyperLogLog register each |
+| topk | (total of all counts, what each count may lack, counts by item) |
 
 A family of kinds is a module of this package, and stands in `KINDS` below.
 """
@@ -32,6 +34,7 @@ from pipeline.core.kinds.base import (
 from pipeline.core.kinds.histogram import Histogram
 from pipeline.core.kinds.last import RECORDED_NS_MAX, TEXT_BYTES_MAX, TS_MS_MAX, Last, check_ahead
 from pipeline.core.kinds.numeric import Max, Mean, Min, MonotoneSum, Sum, add
+from pipeline.core.kinds.sketches import Distinct, TopK
 from pipeline.core.record import Definition
 
 __all__ = [
@@ -53,7 +56,9 @@ __all__ = [
     "to_wire",
 ]
 
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (Sum(), Min(), Max(), Mean(), Last(), Histogram())}
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind for kind in (Sum(), Min(), Max(), Mean(), Last(), Histogram(), Distinct(), TopK())
+}
 """Every kind by name."""
 
 KIND_NAMES: tuple[str, ...] = tuple(KINDS)

@@ -32,6 +32,7 @@ PACKED = 2
 SHORT = 2.0**190
 """Numbers up to this size need no check and no memory beyond their own, because they are small as states too."""
 encode = msgspec.msgpack.Encoder().encode
+_decode_numbers = msgspec.msgpack.Decoder(list[int | float | Ext]).decode
 
 
 def number(value: Any) -> int | float:
@@ -123,6 +124,8 @@ class Kind:
     """Name of the method that records a delta: `add`, `observe` or `set`."""
     single: ClassVar[bool] = False
     """True if the state of one delta is that delta."""
+    takes_numbers: ClassVar[bool] = True
+    """True if `check` returns an ordinary number as it is."""
     has_quantiles: ClassVar[bool] = False
     """True if a read may ask for quantiles."""
     merge: Callable[[State, State], State]
@@ -150,6 +153,13 @@ class Kind:
     def delta_of(self, state: State) -> Any:
         """Return the raw delta of a state that `collect` returned for one delta."""
         return state
+
+    def decode_deltas(self, encoded: bytes) -> list[Any]:
+        """Return raw deltas from the msgpack of a list of them. Raises `Invalid`, `BadRecord` or an error of msgspec if the
+        bytes are anything else.
+        """
+        deltas = from_wire(_decode_numbers(encoded), self.name, STATE_INT_BYTES_MAX)
+        return deltas if self.are_plain(deltas) else [*map(self.check, deltas)]
 
     def size(self, state: State) -> int:
         """Return the most bytes that a state takes in a batch beyond `ENTRY_BYTES` of `publisher.batching`."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
+import msgspec
+
 from pipeline.core.kinds.base import STATE_INT_BYTES_MAX, Kind, State, encode, from_wire, number, to_wire
 from pipeline.errors import BadRecord, Invalid
 
@@ -14,6 +16,9 @@ TEXT_BYTES_MAX = 65_536
 TS_MS_MAX = 2**53
 RECORDED_NS_MAX = 2**63 - 1
 _newness = itemgetter(0, 1)
+_decode_triples = msgspec.msgpack.Decoder(
+    list[tuple[int, int, int | float | str | bool | msgspec.msgpack.Ext | None]]
+).decode
 
 
 def _newer(a: State, b: State) -> State:
@@ -65,6 +70,10 @@ class Last(Kind):
 
     def collect(self, deltas: Sequence[Any]) -> State:
         return max(reversed(deltas), key=_newness)  # `max` returns the first of equals, which here was recorded last
+
+    def decode_deltas(self, encoded: bytes) -> list[Any]:
+        rows = _decode_triples(encoded)
+        return self.from_columns([[row[i] for row in rows] for i in range(3)], len(rows))
 
     def to_columns(self, states: list[State]) -> list[list[Any]]:
         return [[state[i] for state in states] for i in range(3)]

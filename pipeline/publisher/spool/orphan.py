@@ -11,8 +11,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.core.codec import decode_batch, encode_batch
-from pipeline.core.kinds import KINDS, STATE_INT_BYTES_MAX, State, kind_of
-from pipeline.core.kinds.base import from_wire
+from pipeline.core.kinds import KINDS, kind_of
 from pipeline.core.record import Definition, fingerprint
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BadRecord, Invalid
@@ -54,9 +53,6 @@ _RUN = 1_000_000
 """Records that are held in memory at a time."""
 _ATTEMPTS = 5
 """How often a slot is read that its owner changes meanwhile."""
-_Value = int | float | str | bool | msgspec.msgpack.Ext | None
-_decode_numbers = msgspec.msgpack.Decoder(list[int | float | msgspec.msgpack.Ext]).decode
-_decode_triples = msgspec.msgpack.Decoder(list[tuple[int, int, _Value]]).decode
 _decode_series = msgspec.msgpack.Decoder(tuple[int, bytes]).decode
 _decode_definition = msgspec.msgpack.Decoder(Definition).decode
 _BAD = (BadRecord, Invalid, msgspec.MsgspecError, ValueError, TypeError, OverflowError)
@@ -168,12 +164,10 @@ class Recorded:
                 raise BadRecord("a series that is not known")
             number, suffix = self.series[series_id]
             definition = self._definitions[number]
-            deltas = _deltas(definition, b"\xdd" + len(payloads).to_bytes(4, "big") + b"".join(payloads))
+            kind = kind_of(definition)
+            deltas = kind.decode_deltas(b"\xdd" + len(payloads).to_bytes(4, "big") + b"".join(payloads))
             if len(deltas) != len(payloads):
                 raise BadRecord("not a delta each")
-            kind = kind_of(definition)
-            if definition.kind != "last" and not kind.are_plain(deltas):
-                deltas = [*map(kind.check, deltas)]
             self._merge(Pending(definition, suffix, kind.collect(deltas), len(deltas)))
         except _BAD:
             if len(payloads) == 1:
@@ -181,13 +175,6 @@ class Recorded:
             else:
                 for payload in payloads:
                     self._take(series_id, [payload])
-
-
-def _deltas(definition: Definition, encoded: bytes) -> list[State]:
-    if definition.kind != "last":
-        return from_wire(_decode_numbers(encoded), definition.kind, STATE_INT_BYTES_MAX)
-    rows = _decode_triples(encoded)
-    return KINDS["last"].from_columns([[row[i] for row in rows] for i in range(3)], len(rows))
 
 
 def find_slots(folder: Path) -> list[Path]:
