@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from pipeline.core import tables
 from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.core.span import Point
 from pipeline.errors import Invalid
@@ -68,6 +69,22 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     def is_final(self, point: Point) -> bool:
         """Return whether every partition's time has passed the end of a point of this answer."""
         return point[0] + (self.over_ms or 0) <= (self.final_before_ms or 0)
+
+    def to_arrow(self) -> Any:
+        """Return the rows as a `pyarrow.Table`; see `core.tables`."""
+        return tables.to_arrow(self)
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a `pandas.DataFrame`; see `core.tables`."""
+        return tables.to_pandas(self)
+
+    def to_polars(self) -> Any:
+        """Return the rows as a `polars.DataFrame`; see `core.tables`."""
+        return tables.to_polars(self)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        return tables.to_html(self)
 
     def value(self) -> Any:
         """Return the value of the only series, or of its only point; None if there is none. Raises `Invalid` for several."""
