@@ -1,10 +1,11 @@
 //! Between Python's objects and states.
 
+use crate::sketches::{Distinct, TopK};
 use crate::state::{int_state, Kind, Stamped, State, Value};
 use num_bigint::BigInt;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyInt};
+use pyo3::types::{PyBytes, PyDict, PyFrozenSet, PyInt};
 
 pub const TS_MS_MAX: i64 = 1 << 53;
 const TEXT_BYTES_MAX: usize = 65_536;
@@ -69,6 +70,10 @@ fn int_of(value: &Bound<'_, PyAny>) -> PyResult<State> {
 #[cold]
 pub fn checked(check: &Py<PyAny>, kind: Kind, monotone: bool, value: &Bound<'_, PyAny>) -> PyResult<State> {
     let plain_value = check.bind(value.py()).call1((kind.name(), monotone, value))?;
+    if kind == Kind::TopK {
+        let (item, count): (String, u64) = plain_value.extract()?;
+        return Ok(State::T(Box::new(TopK::of(&item, count))));
+    }
     match plain(&plain_value) {
         Some(state) => Ok(state),
         None => int_of(&plain_value.cast_into_exact::<PyInt>()?.into_any()),
@@ -116,6 +121,13 @@ fn big_to_python(py: Python<'_>, b: &BigInt) -> PyResult<Py<PyAny>> {
     Ok(py.get_type::<PyInt>().call_method("from_bytes", (bytes, "big"), Some(&signed))?.unbind())
 }
 
+fn count_to_python(py: Python<'_>, count: u128) -> PyResult<Py<PyAny>> {
+    match u64::try_from(count) {
+        Ok(count) => Ok(count.into_pyobject(py)?.into_any().unbind()),
+        Err(_) => big_to_python(py, &BigInt::from(count)),
+    }
+}
+
 fn buckets_to_python<'py>(py: Python<'py>, buckets: &[(i32, u64)]) -> PyResult<Bound<'py, PyDict>> {
     let by_index = PyDict::new(py);
     for (index, count) in buckets {
@@ -142,6 +154,18 @@ pub fn to_python(py: Python<'_>, kind: Kind, state: &State, count: u64) -> PyRes
                 Value::S(s) => (**s).into_pyobject(py)?.into_any().unbind(),
             };
             (*ts_ms, *recorded_ns, value).into_pyobject(py)?.into_any().unbind()
+        }
+        State::D(d) => match &**d {
+            Distinct::Exact(hashes) => PyFrozenSet::new(py, hashes)?.into_any().unbind(),
+            Distinct::Registers(registers) => PyBytes::new(py, &registers[..]).into_any().unbind(),
+        },
+        State::T(t) => {
+            let counts = PyDict::new(py);
+            for (item, count) in t.rows() {
+                counts.set_item(item, count_to_python(py, count)?)?;
+            }
+            let (total, error) = (count_to_python(py, t.total)?, count_to_python(py, t.error)?);
+            (total, error, counts).into_pyobject(py)?.into_any().unbind()
         }
         State::H(h) => {
             let number = |state: &State| to_python(py, Kind::Sum, state, 0);

@@ -162,7 +162,7 @@ impl Buckets {
 }
 
 /// What the allocator takes for so many bytes.
-fn allocated(n: usize) -> usize {
+pub fn allocated(n: usize) -> usize {
     if n == 0 {
         0
     } else {

@@ -7,6 +7,7 @@ mod labels;
 mod local;
 mod python;
 mod ring;
+mod sketches;
 mod state;
 mod table;
 mod view;
@@ -15,7 +16,7 @@ mod wire;
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {

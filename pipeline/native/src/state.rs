@@ -1,13 +1,13 @@
 //! States of series and how deltas merge into them: what `pipeline/core/kinds` says, number for number.
 
 use crate::histogram::Histogram;
+use crate::sketches::{Distinct, TopK};
 use crate::wire::*;
 use num_bigint::BigInt;
 use num_traits::{FromPrimitive, ToPrimitive};
 use std::cmp::Ordering;
 
-/// How deltas of a view merge. A kind whose state is a Python object would get an arm here and a `State` of its own, whose
-/// references are taken and dropped outside of every lock.
+/// How deltas of a view merge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     Sum,
@@ -16,6 +16,8 @@ pub enum Kind {
     Mean,
     Last,
     Histogram,
+    Distinct,
+    TopK,
 }
 
 impl Kind {
@@ -27,17 +29,19 @@ impl Kind {
             "mean" => Kind::Mean,
             "last" => Kind::Last,
             "histogram" => Kind::Histogram,
+            "distinct" => Kind::Distinct,
+            "topk" => Kind::TopK,
             _ => return None,
         })
     }
 
     pub fn name(self) -> &'static str {
-        ["sum", "min", "max", "mean", "last", "histogram"][self as usize]
+        ["sum", "min", "max", "mean", "last", "histogram", "distinct", "topk"][self as usize]
     }
 
     /// The columns of its states in a batch.
     pub fn width(self) -> usize {
-        [1, 1, 1, 2, 3, 4][self as usize]
+        [1, 1, 1, 2, 3, 4, 1, 3][self as usize]
     }
 }
 
@@ -92,6 +96,8 @@ pub enum State {
     B(Box<BigInt>),
     L(Box<Stamped>),
     H(Box<Histogram>),
+    D(Box<Distinct>),
+    T(Box<TopK>),
 }
 
 use State::*;
@@ -153,6 +159,16 @@ impl State {
                 (H(a), delta) => a.observe(&delta),
                 (_, H(b)) => *self = H(b),
                 (_, delta) => *self = H(Box::new(Histogram::of(delta))),
+            },
+            Kind::Distinct => match (&mut *self, other) {
+                (D(a), D(b)) => a.merge(*b),
+                (D(a), I(hash)) => a.observe(hash),
+                (_, I(hash)) => *self = D(Box::new(Distinct::of(hash))),
+                (_, other) => *self = other,
+            },
+            Kind::TopK => match (&mut *self, other) {
+                (T(a), T(b)) => a.merge(&b),
+                (_, other) => *self = other,
             },
         }
     }
@@ -243,13 +259,16 @@ impl State {
             }
             B(b) => write_big(out, b),
             L(stamped) => stamped.value.write(out),
-            Empty | H(_) => out.push(0xc0), // a histogram has columns of its own
+            Empty | H(_) | D(_) | T(_) => out.push(0xc0), // these have columns of their own
         }
     }
 
     /// Write one delta, as a ring has it.
     #[inline]
     pub fn write_delta(&self, out: &mut Vec<u8>) {
+        if let T(one) = self {
+            return one.write_delta(out);
+        }
         if let L(stamped) = self {
             out.push(0x93);
             write_int(out, stamped.ts_ms);
@@ -266,6 +285,8 @@ impl State {
             B(b) => big_bytes(b),
             L(s) => int_bytes(s.ts_ms) + int_bytes(s.recorded_ns) + s.value.size(),
             H(h) => h.size(),
+            D(d) => d.size(),
+            T(t) => t.size(),
             _ => 0,
         }
     }
@@ -283,6 +304,8 @@ impl State {
                 }
             }
             H(h) => h.heap_bytes(),
+            D(d) => d.heap_bytes(),
+            T(t) => t.heap_bytes(),
             _ => 0,
         }
     }
@@ -291,7 +314,7 @@ impl State {
     /// state gives back.
     #[inline(always)]
     pub fn growth(&self, kind: Kind, delta: &State) -> (usize, usize) {
-        if kind != Kind::Histogram {
+        if !matches!(kind, Kind::Histogram | Kind::Distinct | Kind::TopK) {
             return match delta.heap_bytes() {
                 0 => (0, 0),
                 more => (more, self.heap_bytes()),
@@ -299,7 +322,16 @@ impl State {
         }
         match self {
             H(h) => (h.growth(delta), 0),
-            _ => (Histogram::first_bytes(delta), 0),
+            D(d) => (d.growth(), 0),
+            T(t) => match delta {
+                T(delta) => (t.growth(delta), 0),
+                _ => (0, 0),
+            },
+            _ => match kind {
+                Kind::Distinct => (Distinct::first_bytes(), 0),
+                Kind::TopK => (delta.heap_bytes(), 0),
+                _ => (Histogram::first_bytes(delta), 0),
+            },
         }
     }
 }

@@ -11,6 +11,7 @@
 
 use crate::local::{spread, States, Totals};
 use crate::ring::Ring;
+use crate::sketches::write_count;
 use crate::state::{Kind, State};
 use crate::wire::*;
 use hashbrown::HashTable;
@@ -827,6 +828,12 @@ impl Batch {
                 let mut packed = Vec::with_capacity(64);
                 histogram.pack(&mut packed);
                 write_ext(fourth, PACKED, &packed);
+            }
+            State::D(distinct) => write_ext(first, PACKED, &distinct.packed()),
+            State::T(topk) => {
+                write_count(first, topk.total);
+                write_count(second, topk.error);
+                write_ext(third, PACKED, &topk.packed());
             }
             state => state.write(first),
         }

@@ -324,6 +324,9 @@ fn tuple<'py>(values: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
 
 #[inline]
 fn fits(info: &ViewInfo, delta: &State) -> bool {
+    if matches!(info.kind, Kind::Distinct | Kind::TopK) {
+        return false; // an item is hashed, and made a text
+    }
     match delta {
         State::F(f) => f.is_finite() && !(info.monotone && *f < 0.0),
         State::I(i) => !(info.monotone && *i < 0),
