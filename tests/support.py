@@ -60,7 +60,7 @@ def pipeline(
     )
 
 
-def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 30.0, *, seen: Callable[[], str] = lambda: "") -> Any:
+def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 60.0, *, seen: Callable[[], str] = lambda: "") -> Any:
     """Return the first true result of `done`; fail, saying what was waited for and what `seen` returns then, if there is
     none in time.
     """

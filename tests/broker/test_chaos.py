@@ -20,9 +20,8 @@ from tests.broker.chaos.watch import Commits, Problems, Reads
 from tests.broker.kafka import App
 from tests.support import LONG, ROOT, environment
 
-WHAT = (
-    ("--minutes=1.5",) if LONG else ("--only", "noise", "kill", "broker_kill", "--deltas=100000", "--commit-interval-ms=400")
-)
+SHORT = ("--deltas=100000", "--commit-interval-ms=400", "--only", "noise", "kill", "broker_kill")
+WHAT = ("--minutes=1.5",) if LONG else SHORT
 SEED = 1
 TIMEOUT_S = 540
 

@@ -52,9 +52,9 @@ class Fleet:
         partition_count: int,
         problems: Problems,
         say: Callable[[str], None],
-        settings: Mapping[str, object],
+        settings: Mapping[str, object] | None = None,
     ) -> None:
-        self.app, self.folder, self.partition_count, self._settings = app, folder, partition_count, settings
+        self.app, self.folder, self.partition_count, self._settings = app, folder, partition_count, settings or {}
         self.workers: dict[str, Worker] = {}
         self.exits: list[tuple[str, int]] = []
         """Unasked ends: name and code."""
