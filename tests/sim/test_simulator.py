@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from pipeline.adapters import memory
+from pipeline.core.commit import Commit
 from pipeline.core.record import TAG_PRODUCER
 from pipeline.core.sequence import Folded, Outbox
-from pipeline.core.task import Commit, Task
+from pipeline.core.task import Task
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.ports import Message
 from pipeline.topics import DEAD_LETTERS
