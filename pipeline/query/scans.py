@@ -9,6 +9,7 @@ from itertools import compress
 from typing import Any
 
 from pipeline.core import codec
+from pipeline.core.expiry import is_silent
 from pipeline.core.kinds import KINDS, Kind
 from pipeline.core.query import (
     Labels,
@@ -29,7 +30,7 @@ from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import StoreView
 from pipeline.query.damage import find_unreadable
 from pipeline.query.matchers import Test
-from pipeline.query.ranges import Points, window_bytes
+from pipeline.query.ranges import Points, Watermarks, window_bytes
 
 _BLOCK = 2_000
 """Entries that are decoded together; the deadline is checked between blocks."""
@@ -46,6 +47,7 @@ def select(
     tests: Sequence[tuple[int, Test]],
     check: Check,
     groups_max: int,
+    marks: Watermarks,
     window_start_ms: int = 0,
 ) -> Selected:
     """Return what the query selects of all series without windows, or of those of one window."""
@@ -58,6 +60,9 @@ def select(
     for part in merged.parts:
         prefix = series_prefix(part) + window_bytes(window_start_ms)
         scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots.values()]
+        if is_silent(part):
+            before_ms = [marks[number].get(part, 0) for number in snapshots]
+            scans = [codec.alive(scan, before) for scan, before in zip(scans, before_ms, strict=True)]
         block = _Block(merged, part, tests, snapshots)
         for keys, values in (merge_sorted_blocks if complete else chain_blocks)(scans, _BLOCK):
             check()
@@ -125,6 +130,15 @@ class _Block:
             return rows, codec.decode_states(kind, matching), column
         except BadRecord:
             raise find_unreadable(self._snapshots, keys, values, partial(_decode_one, kind, skip, width)) from None
+
+
+def not_silent(
+    found: Sequence[tuple[bytes, bytes]], definitions: Sequence[codec.DefinitionEntry]
+) -> list[tuple[bytes, bytes]]:
+    """Return those series entries of a partition that have not expired, given entries of definitions of their view."""
+    marks = {series_prefix(it.definition): it.expired_before_ms for it in definitions}
+    width = max(map(len, marks), default=0)  # all of a view are as long
+    return [entry for entry in found if [*codec.alive([entry], marks.get(entry[0][:width], 0))]]
 
 
 def similar(snapshots: Mapping[int, StoreView], view: str) -> str:
