@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -28,19 +27,10 @@ def check_unwindowed(query: Query) -> None:
         raise Invalid(f"view {query.view} has no windows: start, end, at, step, over, fill and fn are for views that have")
 
 
-Watermarks = Mapping[int, Mapping[Definition, int]]
-"""By partition and definition, what its entry there has in `expired_before_ms`."""
-
-
-def watermarks(entries: Mapping[int, Sequence[DefinitionEntry]]) -> Watermarks:
-    """Return the watermarks of definitions, given the definition entries of each partition."""
-    return {number: {it.definition: it.expired_before_ms for it in its} for number, its in entries.items()}
-
-
-def expired_before(entries: Mapping[int, Sequence[DefinitionEntry]]) -> dict[Definition, int]:
+def expired_before(entries: Iterable[DefinitionEntry]) -> dict[Definition, int]:
     """Return for each definition the start of the oldest window that is kept: the latest of all partitions."""
     found: dict[Definition, int] = {}
-    for entry in chain.from_iterable(entries.values()):
+    for entry in entries:
         found[entry.definition] = max(entry.expired_before_ms, found.get(entry.definition, 0))
     return found
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, Series, View, Views
-from pipeline.core.expiry import is_silent
 from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose, exposed_as, newest_final_ms
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
@@ -40,6 +38,7 @@ from pipeline.core.record import (
     Position,
     definition_key,
     definitions_prefix,
+    expires_silent,
     prefix_end,
     series_prefix,
     series_suffix,
@@ -51,8 +50,8 @@ from pipeline.query.damage import OnDamage, decode_all, decode_stored, report_da
 from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.progress import Progress, position_of, read_positions
-from pipeline.query.ranges import Points, Watermarks, check_unwindowed, expired_before, watermarks, window_bytes
-from pipeline.query.scans import not_silent, scan_windows, select, similar, view_of
+from pipeline.query.ranges import Points, check_unwindowed, expired_before, window_bytes
+from pipeline.query.scans import alive_of, scan_windows, select, similar, view_of
 from pipeline.settings import QuerySettings
 
 _PLANS_MAX = 10_000
@@ -72,8 +71,7 @@ class _Heads(NamedTuple):
     """Positions of all stores and the definitions of one view, each partition at one moment."""
 
     positions: dict[int, Position]
-    entries: dict[int, list[codec.DefinitionEntry]]
-    """By partition."""
+    entries: list[codec.DefinitionEntry]
 
 
 class _Plan(NamedTuple):
@@ -142,7 +140,7 @@ class ViewReader:
     def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: _Heads) -> _Plan:
         shape = _shape(query)
         try:
-            found = merged(query.view, chain.from_iterable(heads.entries.values()), kind=query.kind, window_s=query.window_s)
+            found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s)
         except NotFound:
             self._plans.pop(shape, None)
             raise
@@ -190,8 +188,8 @@ class ViewReader:
         group = group_key(definition, query.by)
         fits = all(test([labels[index]])[0] for index, test in tests)
         parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
-        expiring = plan.merged.parts if points is not None else [part for part in plan.merged.parts if is_silent(part)]
-        heads = [POSITION_KEY, *map(definition_key, expiring)]
+        dated = points is not None or any(map(expires_silent, plan.merged.parts))
+        heads = [POSITION_KEY, *map(definition_key, plan.merged.parts if dated else ())]
         keys: list[bytes] = []
         for part, own in parts:
             prefix, suffix = series_prefix(part), series_suffix(own)
@@ -203,7 +201,7 @@ class ViewReader:
         stores = self._stores()
         seen = self._progress.note_ends()
         positions: dict[int, Position] = {}
-        entries: dict[int, list[codec.DefinitionEntry]] = {}
+        entries: list[codec.DefinitionEntry] = []
         found: list[tuple[bytes, bytes]] = []
         holders: list[int] = []
         try:
@@ -211,10 +209,11 @@ class ViewReader:
                 position, *values = store.get(heads + keys)
                 positions[number] = decode_stored(number, position_of, position)
                 of_parts = filter(None, values[: len(heads) - 1])
-                entries[number] = [decode_stored(number, _decode_definition, value) for value in of_parts]
+                of_store = [decode_stored(number, _decode_definition, value) for value in of_parts]
+                entries += of_store
                 there = [(key, value) for key, value in zip(keys, values[len(heads) - 1 :], strict=True) if value]
-                if points is None and expiring:
-                    there = not_silent(there, entries[number])
+                if dated and points is None:
+                    there = alive_of(there, of_store)
                 found += there
                 holders += [number] * len(there)
             states = decode_all(holders, partial(codec.decode_states, kind), [value for _, value in found])
@@ -272,11 +271,11 @@ class ViewReader:
         try:
             plan = self._plan(query, stores, heads)
         except NotFound as error:
-            raise error if any(heads.entries.values()) else NotFound(f"{error}{similar(snapshots, query.view)}") from None
+            raise error if heads.entries else NotFound(f"{error}{similar(snapshots, query.view)}") from None
         check = partial(self._check, query.view, deadline_s, stores)
         points = self._new_points(query, plan.merged)
         if points is None:
-            selected = self._select(query, plan.merged, snapshots, check, watermarks(heads.entries))
+            selected = self._select(query, plan.merged, snapshots, check)
             return self._answer(query, plan.merged, selected, heads.positions, seen)
         points.hide_expired(expired_before(heads.entries))
         scan_windows(query, plan.merged, points, snapshots, self._tests(plan.merged.definition, query, check), check)
@@ -288,11 +287,10 @@ class ViewReader:
         merged: MergedDefinition,
         snapshots: Mapping[int, StoreView],
         check: Callable[[], None],
-        marks: Watermarks,
         window_start_ms: int = 0,
     ) -> Selected:
         tests = self._tests(merged.definition, query, check)
-        return select(query, merged, snapshots, tests, check, self._settings.limit_max, marks, window_start_ms)
+        return select(query, merged, snapshots, tests, check, self._settings.limit_max, window_start_ms)
 
     def _tests(self, definition: Definition, query: Query, check: Callable[[], None]) -> list[tuple[int, Test]]:
         longest = self._settings.regex_bytes_max
@@ -397,7 +395,7 @@ class ViewReader:
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
         positions = read_positions(snapshots)
-        found: dict[str, dict[int, list[codec.DefinitionEntry]]] = {}
+        found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, str] = {}
         for number, snapshot in snapshots.items():
             for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
@@ -405,13 +403,12 @@ class ViewReader:
                 if views and view not in views:
                     continue
                 try:
-                    entry = decode_stored(number, _decode_definition, value)
-                    found.setdefault(view, {}).setdefault(number, []).append(entry)
+                    found.setdefault(view, []).append(decode_stored(number, _decode_definition, value))
                 except Unreadable as error:
                     broken[view] = self._unreadable(view, stores, error)
         if unknown := set(views) - found.keys():
             raise NotFound(f"no view {min(unknown)[:100]!r}")
-        whole = {view: merged(view, chain.from_iterable(its.values())) for view, its in found.items() if view not in broken}
+        whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
         chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()})
         final_before_ms = self._progress.final_before_ms(positions, seen)
         omitted |= broken
@@ -424,13 +421,11 @@ class ViewReader:
             if definition.window_s and window_start_ms < max(expired_before(found[view]).values()):
                 continue  # the window is gone, or there is none yet
             # Of a view without windows too many series are not read at all, so that the work is bounded, too.
-            if not definition.window_s and max(it.series_count for its in found[view].values() for it in its) > left:
+            if not definition.window_s and max(entry.series_count for entry in found[view]) > left:
                 omitted[view] = SERIES_MAX
                 continue
             try:
-                selected = self._select(
-                    Query(view, limit=left or 1), whole[view], snapshots, check, watermarks(found[view]), window_start_ms
-                )
+                selected = self._select(Query(view, limit=left or 1), whole[view], snapshots, check, window_start_ms)
             except Unreadable as error:
                 omitted[view] = self._unreadable(view, stores, error)
                 continue
@@ -483,5 +478,5 @@ def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
     positions = read_positions(stores)
     prefix = definitions_prefix(view)
     scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
-    entries = {number: [decode_stored(number, _decode_definition, value) for _, value in scan] for number, scan in scans}
+    entries = [decode_stored(number, _decode_definition, value) for number, scan in scans for _, value in scan]
     return _Heads(positions, entries)
