@@ -112,12 +112,24 @@ class View(msgspec.Struct, frozen=True):
     """When the log accepted the first batch of it."""
     answers: bool = True
     """True if a read that chooses no kind and no window merges it."""
+    retention_s: int | None = None
+    """Seconds for which a window is kept after its end, or a series without windows after its last delta; null: for ever."""
 
     @classmethod
     def of(cls, it: Listed) -> View:
         """Return a definition as it is listed."""
         d = it.definition
-        return cls(d.view, d.kind, d.labels, d.window_s or None, it.series_count, d.monotone, it.defined_at_ms, it.answers)
+        return cls(
+            d.view,
+            d.kind,
+            d.labels,
+            d.window_s or None,
+            it.series_count,
+            d.monotone,
+            it.defined_at_ms,
+            it.answers,
+            d.retention_s or None,
+        )
 
 
 class Views(msgspec.Struct, frozen=True):
