@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pipeline.core import codec
 from pipeline.core.kinds import INT_BITS_MAX, KINDS, TS_MS_MAX
 from pipeline.core.kinds.histogram import BITS_MAX, count_of
+from pipeline.core.kinds.sketches import ITEM_BYTES_MAX
 from pipeline.core.record import OVERFLOW, Definition, parse_suffix, series_suffix
 from pipeline.errors import BufferFull, Invalid
 from tests.contracts.tables import NOW_MS, Lab, batch_of, every_table, extension, fold, header, raw_series, same, states_of
@@ -60,11 +61,16 @@ def plain(kind: str, value: Any) -> Any:
 
 
 def is_taken(kind: str, value: Any) -> bool:
-    """A histogram takes no int that is beyond all floats."""
+    """A histogram takes no int that is beyond all floats; an item is a text or an int that is not too long."""
+    if kind in ("distinct", "topk"):
+        return type(value) is str or (type(value) is int and value.bit_length() <= ITEM_BYTES_MAX)
     return kind != "histogram" or type(value) is not int or value.bit_length() <= BITS_MAX
 
 
 def values_of(kind: str) -> st.SearchStrategy[Any]:
+    if kind in ("distinct", "topk"):
+        items = some.texts | st.integers(-(2**200), 2**200)
+        return items | st.tuples(items, st.integers(1, 2**63 - 1)) if kind == "topk" else items
     values = some.scalars | odd if kind == "last" else some.numbers | odd | some.close
     return values.filter(lambda value: is_taken(kind, value))
 
@@ -186,6 +192,9 @@ NEGATIVE: list[Any] = [
 NO_VALUES: list[Any] = [math.nan, math.inf, b"x", object(), "\ud800", "x" * 65_537, 1j, 2**INT_BITS_MAX]
 REFUSED = dict.fromkeys(KINDS, NO_NUMBERS) | {"counter": NO_NUMBERS + NEGATIVE, "last": NO_VALUES}
 REFUSED["histogram"] = [*NO_NUMBERS, 2**BITS_MAX, -(10**400)]
+NO_ITEMS: list[Any] = [None, 1.5, math.nan, True, b"x", object(), "\ud800", "x" * 257, 2**300, [], {}]
+REFUSED["distinct"] = [*NO_ITEMS, ("a", 1)]
+REFUSED["topk"] = [*NO_ITEMS, ("a", 0), ("a", -1), ("a", 1.0), ("a", 2**63), ("a",), (None, 1)]
 
 
 @every_table
@@ -206,13 +215,13 @@ def test_what_is_no_value_is_refused(way: str, kind: str) -> None:
         before = lab.table.waiting_count
         for value in REFUSED[kind]:
             for refused in ways[:2]:
-                with pytest.raises(Invalid, match=r"needed|bits|negative|text|Unicode|bytes"):
+                with pytest.raises(Invalid, match=r"needed|bits|negative|text|Unicode|bytes|times"):
                     refused(value)
             for refused in ways[2:]:
                 with pytest.raises(Invalid, match=r"column value, row 1: .*nothing was recorded"):
                     refused(value)
         assert lab.table.waiting_count == before
-        record(-0.0)
+        record(0)
     for mistaken in (lambda: getattr(view, method)(1, 2, 3, region="eu"), lambda: getattr(bound, method)(1, 2, 3)):
         with pytest.raises(TypeError):
             mistaken()
@@ -684,3 +693,49 @@ def test_used_bytes_are_true(way: str, count: int, buckets: int) -> None:
     measured, counted = map(float, done.stdout.split())
     assert abs(counted / measured - 1) < 0.15, (measured, counted)
     assert way == "plain" or measured < {0: 200, 20: 600, 160: 2_500}[buckets]
+
+
+@every_table
+def test_large_sets_of_items_are_charged_and_drained_as_merge_says(way: str) -> None:
+    """Beyond what is exact a set is registers, and of too many items the rarest go: as in `core.kinds`, to the bit."""
+    lab = Lab(way)
+    distinct, topk = lab.define("distinct"), lab.define("topk")
+    items = [f"item{number * number % 1_009}" for number in range(1_200)]
+    before = lab.table.used_bytes
+    for number, item in enumerate(items):
+        distinct.observe(item, region="eu")
+        topk.observe((item, 1 + number % 3) if number % 2 else item, region="eu")
+    assert lab.table.waiting_count == 2_400
+    assert lab.table.used_bytes > before + 4_096 + 100 * 64
+    assert not lab.asked
+    states = states_of(lab.drain())
+    kinds = KINDS["distinct"], KINDS["topk"]
+    assert same("distinct", states["distinct", ("eu",)], kinds[0].collect([*map(kinds[0].check, items)]))
+    deltas = [kinds[1].check((item, 1 + number % 3) if number % 2 else item) for number, item in enumerate(items)]
+    assert same("topk", states["topk", ("eu",)], kinds[1].collect(deltas))
+    assert lab.table.used_bytes < before + 4_096
+
+
+@every_table
+def test_items_for_which_there_is_no_memory_wait_for_a_drain(way: str) -> None:
+    """A set that would grow beyond the limit is drained first; nothing is lost, and the limit holds."""
+    lab = Lab(way, bytes_max=20_000 if way.startswith("plain") else 3_000)
+    views = {kind: lab.define(kind) for kind in ("distinct", "topk")}
+    states: dict[str, list[Any]] = {kind: [] for kind in views}
+
+    def drain() -> bool:
+        for (view, _), state in states_of(lab.drain()).items():
+            states[view].append(state)
+        return True
+
+    lab.on_full = drain
+    for number in range(200):
+        for view in views.values():
+            view.observe(number, region="eu")
+            assert lab.table.waiting_count >= 0  # which merges the plain table's queue
+            assert lab.table.used_bytes <= (20_000 if way.startswith("plain") else 3_000)
+    assert lab.asked
+    drain()
+    for kind, found in states.items():
+        rules = KINDS[kind]
+        assert same(kind, fold(kind, found), rules.collect([rules.check(number) for number in range(200)]))
