@@ -92,6 +92,17 @@ STATES: dict[str, list[Any]] = {
         ((1e16, 1.0), -0.0, 2**1024 - 1, 0, 3, {-997: 70_000, 1023: 1}, {}),
         (-(2**70), -(2**70), -1e-9, -5, 0, {}, {-1: 2**32, 2: 255}),
     ],
+    "distinct": [
+        frozenset([0]),
+        frozenset([KINDS["distinct"].check("tea"), KINDS["distinct"].check(7), -(2**63), 2**63 - 1, -1]),
+        KINDS["distinct"].collect([KINDS["distinct"].check(number) for number in range(257)]),
+    ],
+    "topk": [
+        (1, 0, {"": 1}),
+        (2**64 + 6, 0, {"tea": 2**64, "x" * 40: 1, "\u00e9": 5}),
+        (257 * 300, 300, {}),
+        (10**6, 2, {"a\0b": 70_000, "\U0001f600": 128}),
+    ],
 }
 """Several states of every kind, with every way in which msgpack writes their parts."""
 

@@ -82,6 +82,8 @@ def test_values_come_back_or_are_told(tmp_path: Path) -> None:
         "max": [3, 2**65],
         "mean": [1, 2],
         "histogram": [1, -0.5, 2**1000],
+        "distinct": [5, -(2**63), 5],
+        "topk": [("tea", 2), ("milk", 1), ("tea", 2**63 - 1)],
         "last": [(5, 7, "x"), (5, 8, None), (4, 9, 2**70)],
     }
     for kind, values in deltas.items():
@@ -94,15 +96,21 @@ def test_values_come_back_or_are_told(tmp_path: Path) -> None:
     distribution = recorder.define("b", Definition("vhistogram", "histogram", ("page",)))
     for delta in (4, 2**1024):
         recorder.append(distribution, encode_delta(delta))
+    distinct = recorder.define("a", Definition("vdistinct", "distinct", ("page",)))
+    topk = recorder.define("a", Definition("vtopk", "topk", ("page",)))
+    for series, delta in ((distinct, 2**63), (distinct, "tea"), (topk, "tea"), (topk, ("tea", 0)), (topk, (1, 1))):
+        recorder.append(series, encode_delta(delta))
     recorder.append(99, b"\x01")
     assert not recorder.spool.close()
     left = claim(recorder.spool.path)
-    assert (left.report.corrupt, left.report.bad_count) == ([], 6)
+    assert (left.report.corrupt, left.report.bad_count) == ([], 11)
     histograms = [item.state for item in left.pending if item.definition.kind == "histogram"]
     assert histograms == [*map(KINDS["histogram"].collect, ([1, -0.5, 2**1000], [4]))]
     found = {item.definition.view: (item.state, item.delta_count) for item in left.pending}
     assert (found["vsum"][1], found["up"]) == (7, (11, 2))
     assert (found["vmin"], found["vmax"], found["vmean"]) == ((2.5, 2), (2**65, 2), ((3, 2), 2))
+    assert found["vdistinct"] == (frozenset([5, -(2**63)]), 3)
+    assert found["vtopk"] == ((2**63 + 2, 0, {"tea": 2**63 + 1, "milk": 1}), 3)
     assert found["vlast"] == ((5, 8, None), 3)
     left.release()
 
