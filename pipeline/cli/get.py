@@ -8,6 +8,18 @@ import typer
 
 from pipeline.cli.options import DEFAULT_URL, From, Json
 
+Quantiles = Annotated[
+    list[float] | None,
+    typer.Option("--q", metavar="Q", help="A quantile of a histogram: 0.95. Can be repeated."),
+]
+Step = Annotated[
+    str | None, typer.Option(metavar="LENGTH", help="Distance of points, a multiple of the window. Default: the window.")
+]
+Over = Annotated[
+    str | None, typer.Option(metavar="LENGTH", help="What each point covers, at least the step. Default: the step.")
+]
+Fill = Annotated[str | None, typer.Option(metavar="HOW", help="Points without data: null, zero or previous. Default: none.")]
+
 
 def get(
     view: Annotated[
@@ -34,22 +46,13 @@ def get(
     start: Annotated[str | None, typer.Option(metavar="TIME", help="Start of the range: RFC 3339, or ms.")] = None,
     end: Annotated[str | None, typer.Option(metavar="TIME", help="End of the range. Default: now.")] = None,
     at: Annotated[str | None, typer.Option(metavar="TIME", help="One step that ends then.")] = None,
-    step: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="Distance of points, a multiple of the window. Default: the window.")
-    ] = None,
-    over: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="What each point covers, at least the step. Default: the step.")
-    ] = None,
-    fill: Annotated[
-        str | None, typer.Option(metavar="HOW", help="Points without data: null, zero or previous. Default: none.")
-    ] = None,
+    step: Step = None,
+    over: Over = None,
+    fill: Fill = None,
     fn: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of sums: rate, delta, avg, cumulative or share in place of values.")
     ] = None,
-    q: Annotated[
-        list[float] | None,
-        typer.Option("--q", metavar="Q", help="A quantile of a histogram: 0.95. Can be repeated."),
-    ] = None,
+    q: Quantiles = None,
     top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
