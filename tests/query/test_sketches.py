@@ -62,7 +62,7 @@ def test_deltas_are_items(server: Server) -> None:
     body += '{"view":"seen","kind":"distinct","value":"7"},{"view":"most","kind":"topk","value":"tea"}]'
     reply = post(server, body)
     assert reply.status == 200, reply.body
-    server.world.catch_up()
+    server.world.fold()
     assert server.get("/v1/views/seen").json()["series"][0]["value"]["estimate"] == 2
     for value in ("1.5", "true", "null", '"' + "x" * 300 + '"'):
         refused = post(server, f'[{{"view":"seen","kind":"distinct","value":{value}}}]')
