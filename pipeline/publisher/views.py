@@ -108,7 +108,8 @@ class TopKSeries(ObserveSeries):
 
     def add(self, item: str | int, count: int = 1, /, *, ts_ms: int | None = None) -> None:
         """Add an item so many times; in a view with windows to the window of `ts_ms` (None: now)."""
-        self.observe((item, count), ts_ms=ts_ms)
+        record: Any = self.observe  # typed for numbers
+        record((item, count), ts_ms=ts_ms)
 
     def add_many(self, items: Any, /) -> int:
         """Add each of `items` once; see `SumSeries.add_many`."""
@@ -177,7 +178,8 @@ class TopKView(_PublisherView[TopKSeries], ObserveView):
 
     def add(self, item: str | int, count: int = 1, /, **labels: Any) -> None:
         """Add an item so many times to the series with these labels; see `AddView.add`."""
-        self.observe((item, count), **labels)
+        record: Any = self.observe  # typed for numbers
+        record((item, count), **labels)
 
     def add_many(self, items: Any, /, **labels: str) -> int:  # type: ignore[override]  # the table's takes label values
         """Add each of `items` once to the series with these labels; see `SumSeries.add_many`."""

@@ -147,7 +147,8 @@ class Distinct(Kind):
         return False
 
     def delta_of(self, state: State) -> int:
-        return next(iter(state))
+        one: int = next(iter(state))
+        return one
 
     def decode_deltas(self, encoded: bytes) -> list[int]:
         hashes = _decode_hashes(encoded)
@@ -239,7 +240,8 @@ class TopK(Kind):
         return False
 
     def delta_of(self, state: State) -> tuple[str, int]:
-        return next(iter(state[2].items()))
+        counts: dict[str, int] = state[2]
+        return next(iter(counts.items()))
 
     def decode_deltas(self, encoded: bytes) -> list[tuple[str, int]]:
         return [*map(self.check, _decode_pairs(encoded))]
@@ -287,8 +289,9 @@ class TopK(Kind):
             flat = _decode_counts(packed)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise BadRecord(f"topk: {error}") from None
-        items, numbers = flat[::2], from_wire(flat[1::2], self.name, _COUNT_BYTES_MAX)
-        if len(flat) > 2 * TOPK_ITEMS_MAX or len(items) != len(numbers) or not {str}.issuperset(map(type, items)):
+        items = [item for item in flat[::2] if isinstance(item, str)]
+        numbers = from_wire(flat[1::2], self.name, _COUNT_BYTES_MAX)
+        if len(flat) > 2 * TOPK_ITEMS_MAX or 2 * len(items) != len(flat) or len(items) != len(numbers):
             raise BadRecord(f"topk: up to {TOPK_ITEMS_MAX} items, each with its count, are needed")
         if not {int}.issuperset(map(type, numbers)):
             raise BadRecord("topk: a count that is no int")
