@@ -247,7 +247,7 @@ def test_a_drain_that_has_no_memory_for_its_totals() -> None:
 
         def trace(frame: FrameType, event: str, arg: object, failed: list[int] = failed) -> Any:
             if (
-                frame.f_code.co_qualname == "_Totals.add"
+                frame.f_code.co_qualname == "Totals.add"
                 and event == "line"
                 and "states[" in source_of(frame)
                 and not failed

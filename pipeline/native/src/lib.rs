@@ -8,13 +8,14 @@ mod python;
 mod ring;
 mod state;
 mod table;
+mod time;
 mod view;
 mod wire;
 
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
