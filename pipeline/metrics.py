@@ -33,6 +33,12 @@ DEAD_LETTERS = Metric("pipeline_dead_letters_total", "counter", "Records and gro
 GROUPS_REFUSED = Metric(
     "pipeline_groups_refused_total", "counter", "Groups of batches that became dead letters by themselves.", _P
 )
+ENTRIES_EXPIRED = Metric(
+    "pipeline_entries_expired_total", "counter", "Entries that became dead letters, because their windows have expired.", _P
+)
+SERIES_EXPIRED = Metric(
+    "pipeline_series_expired_total", "counter", "Series deleted at the end of their view's retention.", _P
+)
 SERIES_OVERFLOWED = Metric(
     "pipeline_series_overflowed_total", "counter", "Entries merged into an overflow series, at series_max.", _P
 )

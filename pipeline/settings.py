@@ -257,8 +257,13 @@ class WorkerSettings(_Checked):
     )
     ts_ahead_max_ms: int = _setting(
         3_600_000,
-        "how far the time of a `last` value may be ahead of its record's; else it is dead-lettered",
+        "how far the time of a `last` value, or the start of a window, may be ahead of its record's; else dead-lettered",
         least=0,
+    )
+    expired_entries_max: int = _setting(
+        2_000,
+        "entries that a commit examines to delete expired windows and silent series; more if it adds more series itself",
+        least=1,
     )
     mirror_interval_ms: int = _setting(
         5_000, "how often positions are mirrored to the group `APP-position`, for lag tools; 0: never. Kafka only", least=0
@@ -321,6 +326,12 @@ class QuerySettings(_Checked):
     )
     limit_default: int = _setting(10_000, "series in an answer when the request has no `limit`", least=1)
     limit_max: int = _setting(1_000_000, "largest `limit`", least=1)
+    points_max: int = _setting(
+        11_000, "points of one series in a read of a view with windows; more is refused with 400", least=1
+    )
+    answer_points_max: int = _setting(
+        1_000_000, "points of all series that such a read merges or answers with; more is refused with 400", least=1
+    )
     matchers_max: int = _setting(64, "`where` and `by`, or `view`, parameters of one request", least=1)
     regex_bytes_max: int = _setting(1_000, "longest regular expression in `where`", least=1)
     timeout_ms_default: int = _setting(

@@ -25,7 +25,8 @@ import msgspec
 import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.answer import Answer, Changed, Status, View, known
-from pipeline.core.codec import encode_frames, producer_of
+from pipeline.core.codec import producer_of
+from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, GroupsRefused, Invalid, PipelineError, Unavailable

@@ -103,7 +103,8 @@ def _family(exposed: Exposed) -> Family:
     definition = exposed.definition
     name = family_name(definition)
     kind, sample = ("counter", f"{name}_total") if definition.monotone else ("gauge", name)
-    family = Family(name, f"View of kind {definition.kind}{', monotone' * definition.monotone}.", kind)
+    window = f", in windows of {definition.window_s} s: the newest that is final" if definition.window_s else ""
+    family = Family(name, f"View of kind {definition.kind}{', monotone' * definition.monotone}{window}.", kind)
     for labels, answer in zip(exposed.labels, exposed.values, strict=True):
         value = sample_value(answer)
         if value is not None:

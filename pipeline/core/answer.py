@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from pipeline.core.query import Alternative, Labels, Listed
+from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
 
@@ -20,11 +22,14 @@ class AsOf(msgspec.Struct, frozen=True):
     """By partition, the offset of the first record of the deltas topic that is not in the answer."""
 
 
-class Series(msgspec.Struct, frozen=True):
-    """One row of an answer."""
+class Series(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One row of an answer: a value, or points where the view has windows."""
 
     labels: dict[str, str]
-    value: Any
+    value: Any = UNSET
+    """Left out where there are points."""
+    points: list[Point] = []
+    """Start of what each point covers, in ms since 1970, and its value; in the order of time."""
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -41,11 +46,38 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     """The number of all series, if the answer is truncated."""
     also: tuple[Alternative, ...] = ()
     """Other kinds and windows of the view, which `kind` and `window_s` choose."""
+    start_ms: int | None = None
+    """Start of the range; this field and those below are only in answers with points."""
+    end_ms: int | None = None
+    """End of the range, where the last point ends."""
+    step_ms: int | None = None
+    """Distance of points."""
+    over_ms: int | None = None
+    """Length of what each point covers."""
+    fn: str | None = None
+    """Function that made the points of the view's values."""
+    final_before_ms: int | None = None
+    """Time that every partition has passed: points that end by then are final, but for deltas that come late."""
+    expired_before_ms: int | None = None
+    """Start of the oldest window that is kept; points that begin before it lack what has expired."""
+
+    def __iter__(self) -> Iterator[Series]:
+        """Return an iterator of the series."""
+        return iter(self.series)
+
+    def is_final(self, point: Point) -> bool:
+        """Return whether every partition's time has passed the end of a point of this answer."""
+        return point[0] + (self.over_ms or 0) <= (self.final_before_ms or 0)
 
     def value(self) -> Any:
-        """Return the only series' value, None if there is none. Raises `Invalid` if there are several."""
+        """Return the value of the only series, or of its only point; None if there is none. Raises `Invalid` for several."""
         if len(self.series) > 1:
             raise Invalid(f"view {self.view}: {len(self.series)} series; ask with by=() for their total")
+        if self.step_ms is not None:
+            points = self.series[0].points if self.series else []
+            if len(points) > 1:
+                raise Invalid(f"view {self.view}: {len(points)} points; ask with at= for a single one")
+            return points[0][1] if points else None
         return self.series[0].value if self.series else None
 
 

@@ -5,7 +5,7 @@
                 origin  = nil, or [producer_id, sequence]
                 control = [action, view, kind, labels or nil]
                 group   = [definition, [suffix, ...], [column, ...]]
-    series      0x02 msgpack([kind, expires_at_ms, one value of each column of the state])
+    series      0x02 msgpack([kind, expires_at_ms, one value of each column of the state]); 0: it never expires
     definition  0x02 msgpack([definition, series_count, defined_at_ms, expired_before_ms]), without the last if it is 0
     producer    0x02 msgpack([epoch, next_sequence, beyond, seen_at_ms, seen_offset, closed])
     position    0x02 msgpack([next_offset, committed_at_ms, source_at_ms, source_id, definitions_version, leader_epoch,
@@ -24,7 +24,7 @@ must not be thrown away; anybody can send batches, so a batch of a later version
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -47,6 +47,7 @@ from pipeline.core.record import (
     Origin,
     Position,
     canonical,
+    check_ahead_windows,
     check_definition,
     check_suffixes,
     travelling,
@@ -71,6 +72,13 @@ HEAD_BYTES = 9
 # A pair of floats is a sum with its error term. Nothing else nests: a byte must not become a dict.
 _Scalar = int | float | str | bool | tuple[float, float] | msgspec.msgpack.Ext | None
 _PAIR = 2
+_NEVER = b"\x00"
+"""What stands behind the kind of an entry that never expires."""
+_EXPIRES = b"\xcf"
+"""What stands there if the time follows, in eight bytes: whatever the time is, so that all entries have it in one place."""
+_EXPIRY_BYTES = 9
+_KIND_AT = 2
+"""Index of the kind in an entry: behind the version and the length of the array."""
 _WireGroup = tuple[Definition, list[bytes], list[list[_Scalar]]]
 
 
@@ -117,7 +125,8 @@ class DefinitionEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unkno
     defined_at_ms: Counter
     """Time at which the log accepted the first batch; a view answers with the kind and window that were defined first."""
     expired_before_ms: Counter = 0
-    """Start of the oldest window that has not expired in this partition; all earlier ones are gone, or about to be."""
+    """Start of the oldest window that has not expired in this partition; all earlier ones are gone, or about to be. Without
+    windows: of the series' entries here, those with an `expires_at_ms` up to this time are gone, or about to be."""
 
 
 class DeadLetter(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -186,7 +195,8 @@ def _check(definition: Definition, what: str) -> None:
         raise BadRecord(f"{what}: the labels of view {definition.view} are not in the order of their names")
 
 
-def _seal(partition: int, body: bytes) -> bytes:
+def seal(partition: int, body: bytes) -> bytes:
+    """Return the bytes of a batch with an encoded body."""
     rest = partition.to_bytes(4, "big") + body
     return VERSION + int(google_crc32c.value(rest)).to_bytes(4, "big") + rest
 
@@ -214,7 +224,7 @@ def encode_drafted(batch: Batch, groups: bytes) -> bytes:
     numbers = batch.epoch, batch.sequence, batch.floor, batch.created_at_ms
     head = _encode((batch.producer_id, *numbers, batch.closing, batch.origin, batch.controls))
     # The head is the array of all fields but the groups, with a length that counts the groups, too.
-    return _seal(batch.partition, bytes((head[0] + 1,)) + head[1:] + groups)
+    return seal(batch.partition, bytes((head[0] + 1,)) + head[1:] + groups)
 
 
 def decode_batch(value: bytes) -> Batch:
@@ -267,30 +277,8 @@ def check_group(group: Group, at_ms: int, *, ts_ahead_max_ms: int) -> None:
     ahead of `at_ms`, when the log accepted it: what a task is certain to refuse.
     """
     check_suffixes(group.definition, group.suffixes)
+    check_ahead_windows(group.definition, group.suffixes, at_ms + ts_ahead_max_ms)
     kind_of(group.definition).check_times(group.states, at_ms + ts_ahead_max_ms)
-
-
-def with_group(received: Received, index: int, *, whole: bool = False) -> bytes:
-    """Return the bytes of a batch with one group of the batch that was received, as it came.
-
-    The rest of the received batch is folded: so the new one has no control records, and no origin, which counts as folded.
-    With `whole` the group is all that the batch had; then the origin was not folded, and stays.
-    """
-    origin = received.wire.origin if whole else None
-    wire = msgspec.structs.replace(received.wire, closing=False, origin=origin, controls=[], groups=[])
-    definition, suffixes, columns = received.wire.groups[index]
-    fields = msgspec.structs.astuple(wire)[:-1]
-    return _seal(received.batch.partition, _encode((*fields, [(travelling(definition), suffixes, columns)])))
-
-
-def with_producer(received: Received, producer_id: str, origin: Origin | None) -> bytes:
-    """Return the bytes of the only batch of a producer, with all groups of the batch that was received, as they came."""
-    numbers = {"epoch": 0, "sequence": 0, "floor": 0}
-    wire = msgspec.structs.replace(
-        received.wire, producer_id=producer_id, **numbers, closing=False, origin=origin, controls=[], groups=[]
-    )
-    groups = [(travelling(definition), suffixes, columns) for definition, suffixes, columns in received.wire.groups]
-    return _seal(received.batch.partition, _encode((*msgspec.structs.astuple(wire)[:-1], groups)))
 
 
 def _check_header(wire: _WireBatch) -> None:
@@ -314,24 +302,25 @@ def _check_header(wire: _WireBatch) -> None:
 
 @cache
 def _entry_head(kind: Kind) -> tuple[bytes, int]:
-    """Return the bytes with which every series entry of a kind starts, and how many values follow."""
+    """Return the bytes with which every series entry of a kind starts, up to its expiry, and how many values follow that."""
     width = len(kind.to_columns([]))
-    return VERSION + bytes((0x92 + width,)) + _encode(kind.name) + _encode(0), width
+    return VERSION + bytes((0x92 + width,)) + _encode(kind.name), width
 
 
 def kind_of_entry(value: bytes) -> Kind:
     """Return the kind of a series entry by its first bytes. Raises `BadRecord` if no entry of this version has them."""
     for kind in KINDS.values():
-        if value.startswith(_entry_head(kind)[0]):
+        head = _entry_head(kind)[0]
+        if value.startswith((head + _NEVER, head + _EXPIRES)):
             return kind
     check_version(value, "series entry")
-    raise BadRecord("series entry: of a kind that this version does not know, or one that expires")
+    raise BadRecord("series entry: of a kind that this version does not know")
 
 
-def encode_states(kind: Kind, states: list[State]) -> list[bytes]:
-    """Return the values of series entries, one for each state."""
+def encode_states(kind: Kind, states: list[State], expires_at_ms: int = 0) -> list[bytes]:
+    """Return the values of series entries, one for each state. `expires_at_ms` is when all of them expire; 0: never."""
     columns = kind.to_columns(states)
-    head, _ = _entry_head(kind)
+    head = _entry_head(kind)[0] + (_EXPIRES + expires_at_ms.to_bytes(8, "big") if expires_at_ms else _NEVER)
     try:
         return _rows(head, columns)
     except OverflowError:
@@ -350,11 +339,13 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
     if not values:
         return []
     head, width = _entry_head(kind)
-    skip = len(head)
-    if {value[:skip] for value in values} != {head}:
-        for value in values:
-            check_version(value, "series entry")
-        raise BadRecord(f"series entry: not of kind {kind.name}, of another version, or one that expires")
+    skip = len(head) + 1
+    if {value[:skip] for value in values} != {head + _NEVER}:
+        values = [*map(_without_expiry, values)]
+        if {value[:skip] for value in values} != {head + _NEVER}:
+            for value in values:
+                check_version(value, "series entry")
+            raise BadRecord(f"series entry: not of kind {kind.name}, or of another version")
     # One call decodes all. Each state is wrapped in an array, so that one of the wrong length shifts the next one's array
     # to where only a number, a text or a pair of floats may stand, or leaves bytes over. An array of two, which could be a
     # pair, has a nil in front.
@@ -368,6 +359,32 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
     if set(map(len, rows)) != {width + pad}:
         raise BadRecord(f"series entry: not {width} values")
     return kind.from_columns([[row[i] for row in rows] for i in range(pad, width + pad)], len(rows))
+
+
+def _without_expiry(value: bytes) -> bytes:
+    """Return a series entry as it would be if it never expired."""
+    expires = value[_kind_end(value) :][:1] == _EXPIRES
+    return value[: _kind_end(value)] + _NEVER + value[_kind_end(value) + _EXPIRY_BYTES :] if expires else value
+
+
+def _kind_end(value: bytes) -> int:
+    """Return the index behind the kind's name in a series entry; if the value is none, any index."""
+    return 3 + (value[2] & 0x1F) if len(value) > _KIND_AT else 0
+
+
+def expires_at_ms(value: bytes) -> int:
+    """Return when a series entry expires; 0: never. The rest of the entry is not looked at."""
+    end = _kind_end(value)
+    return int.from_bytes(value[end + 1 : end + _EXPIRY_BYTES], "big") if value[end : end + 1] == _EXPIRES else 0
+
+
+def alive(entries: Iterable[tuple[bytes, bytes]], expired_before_ms: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield those series entries of a partition, with their keys, that have not expired.
+
+    `expired_before_ms` is that of the definition's entry in the same partition. Only a definition with a retention and
+    without windows has entries that expire: answers leave those out, and the worker is about to delete them.
+    """
+    return (entry for entry in entries if not 0 < expires_at_ms(entry[1]) <= expired_before_ms)
 
 
 def encode_definition(entry: DefinitionEntry) -> bytes:
@@ -451,24 +468,6 @@ def newer_position(value: bytes) -> Position | None:
         return None
 
 
-def encode_frames(batches: Sequence[bytes]) -> bytes:
-    """Return encoded batches as one request body, each behind its length: four bytes, big endian."""
-    return b"".join(part for batch in batches for part in (len(batch).to_bytes(4, "big"), batch))
-
-
-def decode_frames(body: bytes) -> list[bytes]:
-    """Decode what `encode_frames` returned. Raises `BadRecord` if a length goes beyond the body."""
-    batches: list[bytes] = []
-    start = 0
-    while start < len(body):
-        size = int.from_bytes(body[start : start + 4], "big")
-        start += 4 + size
-        if size == 0 or start > len(body):
-            raise BadRecord(f"frame {len(batches)}: {size} bytes announced, {max(0, len(body) - start + size)} there")
-        batches.append(body[start - size : start])
-    return batches
-
-
 def check_sealed(batch: bytes) -> None:
     """Raise `BadRecord` unless the version of an encoded batch is known and its checksum is right."""
     if batch[:1] != VERSION or len(batch) < HEAD_BYTES:
@@ -487,15 +486,3 @@ def partition_of(batch: bytes) -> int:
 def producer_of(batch: bytes) -> str:
     """Return the producer id of an encoded batch, without decoding the rest."""
     return _decode(_decode_head, batch, HEAD_BYTES, "batch").producer_id
-
-
-def without_groups(batch: bytes, indexes: Collection[int]) -> bytes:
-    """Return an encoded batch without some of its groups."""
-    received = receive_batch(batch)
-    groups = [
-        (travelling(definition), suffixes, columns)
-        for index, (definition, suffixes, columns) in enumerate(received.wire.groups)
-        if index not in indexes
-    ]
-    fields = msgspec.structs.astuple(received.wire)[:-1]
-    return _seal(received.batch.partition, _encode((*fields, groups)))

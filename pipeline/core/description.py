@@ -305,6 +305,8 @@ def _definition_entry(key: bytes, value: bytes | None, view: str, its_id: bytes)
     if definition_key(entry.definition) != key:
         raise BadRecord("its value is another definition than its key says")
     fields = {"series_count": entry.series_count, "defined_at_ms": entry.defined_at_ms}
+    if entry.expired_before_ms:
+        fields["expired_before_ms"] = entry.expired_before_ms
     definition = describe_definition(entry.definition)
     return EntryText("definition", view=view, definition_id=its_id.hex(), definition=definition, fields=fields)
 

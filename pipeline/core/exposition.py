@@ -42,6 +42,19 @@ class Exposition(msgspec.Struct, frozen=True):
     """Upper bound on the age of anything that the log had accepted and this lacks; None: unknown."""
 
 
+def exposed_as(definition: Definition) -> Definition:
+    """Return the definition as it is shown: a sum in windows is a gauge, because it is that of one window."""
+    return msgspec.structs.replace(definition, monotone=False) if definition.window_s else definition
+
+
+def newest_final_ms(definition: Definition, final_before_ms: int) -> int:
+    """Return the start of the newest window that is final, -1 if there is none; 0 for a definition without windows."""
+    if not definition.window_s:
+        return 0
+    window_ms = definition.window_s * 1_000
+    return (final_before_ms // window_ms - 1) * window_ms if final_before_ms >= window_ms else -1
+
+
 def family_name(definition: Definition) -> str:
     """Return the view's name; for a counter without `_total`, which only the samples have."""
     name = definition.view

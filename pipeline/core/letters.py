@@ -16,11 +16,13 @@ import msgspec
 
 from pipeline.core import codec
 from pipeline.core.codec import DeadLetter, Received
+from pipeline.core.parts import with_producer
 from pipeline.core.record import Origin, fingerprint
 from pipeline.errors import BadRecord
 
 _PRODUCER = "letter:"
 KEY_PATTERN = r"([0-9a-f]{8}[.])?(0|[1-9][0-9]{0,9})-(0|[1-9][0-9]{0,18})(-(0|[1-9][0-9]{0,18})){0,2}"
+_DASHES_MAX = 3
 _KEY = re.compile(KEY_PATTERN + r"\Z")
 
 
@@ -33,6 +35,11 @@ def record_key(partition: int, offset: int, source_id: str = "") -> bytes:
 def group_key(record: bytes, index: int) -> bytes:
     """Return the key of one group of the record, or letter, that has this key."""
     return b"%b-%d" % (record, index)
+
+
+def is_last_key(key: bytes) -> bool:
+    """Return whether a letter of this key has so many indexes that no group of it has a key of its own."""
+    return key.count(b"-") == _DASHES_MAX
 
 
 def letter_producer(key: bytes) -> str:
@@ -90,7 +97,7 @@ def replaying(key: bytes, letter: DeadLetter, *, forgotten: bool = False) -> byt
         origin = batch.origin
     elif match[4] is None:
         origin = Origin(batch.producer_id, batch.sequence)
-    return codec.with_producer(received, producer_id, None if forgotten else origin)
+    return with_producer(received, producer_id, None if forgotten else origin)
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -29,4 +29,8 @@ class TaskLimits(msgspec.Struct, frozen=True):
     series_max: int = 1_000_000
     """Number of a definition's series in a partition; more merge into the series whose labels are all `__overflow__`."""
     ts_ahead_max_ms: int = 3_600_000
-    """Time by which a `last` value's timestamp may be ahead of the record's own; a group with a later one is refused."""
+    """Time by which a `last` value's timestamp, or the start of a window, may be ahead of the record's own time; a group
+    with a later one is refused."""
+    expired_entries_max: int = 2_000
+    """Number of entries that a commit examines to delete those that have expired; more if the commit itself has more new
+    ones."""

@@ -19,14 +19,23 @@ from pipeline.errors import BadRecord, StoreCorrupt
 
 
 class Known:
-    """A definition of a partition, and the number of its committed series."""
+    """A definition of a partition, the number of its committed series, and its expiry: see `core.expiry`."""
 
-    __slots__ = ("defined_at_ms", "definition", "series_count")
+    __slots__ = ("defined_at_ms", "definition", "expired_before_ms", "round_ms", "series_count", "swept")
 
-    def __init__(self, definition: Definition, series_count: int, defined_at_ms: int) -> None:
+    def __init__(self, definition: Definition, series_count: int, defined_at_ms: int, expired_before_ms: int = 0) -> None:
         self.definition = definition
         self.series_count = series_count
         self.defined_at_ms = defined_at_ms
+        self.expired_before_ms = expired_before_ms
+        self.swept = b""
+        """Key from which the next sweep looks for expired entries; empty: from the first key on."""
+        self.round_ms = 0
+        """Watermark at which the present sweep over series without windows began."""
+
+    def copy(self) -> Known:
+        """Return the same for an entry."""
+        return Known(self.definition, self.series_count, self.defined_at_ms, self.expired_before_ms)
 
 
 class Definitions:
@@ -34,6 +43,8 @@ class Definitions:
 
     def __init__(self) -> None:
         self._all: dict[bytes, Known] = {}
+        self.expiring: dict[bytes, Known] = {}
+        """Definitions that have a retention."""
         self._views: dict[str, dict[bytes, Known]] = {}
 
     def __len__(self) -> int:
@@ -53,15 +64,20 @@ class Definitions:
     def add(self, prefix: bytes, known: Known) -> None:
         """Add a committed definition."""
         self._all[prefix] = self._views.setdefault(known.definition.view, {})[prefix] = known
+        if known.definition.retention_s:
+            self.expiring[prefix] = known
 
-    def define(self, prefix: bytes, definition: Definition, log_ms: int) -> None:
-        """Add a new definition as defined now, and in any case later than all that the view has."""
+    def define(self, prefix: bytes, definition: Definition, log_ms: int) -> Known:
+        """Add a new definition as defined now, and in any case later than all that the view has; return it."""
         latest_ms = max((it.defined_at_ms for _, it in self.of(definition.view)), default=-1)
-        self.add(prefix, Known(definition, 0, max(log_ms, latest_ms + 1)))
+        known = Known(definition, 0, max(log_ms, latest_ms + 1))
+        self.add(prefix, known)
+        return known
 
     def drop(self, prefix: bytes) -> None:
         """Forget a definition."""
         view = self._all.pop(prefix).definition.view
+        self.expiring.pop(prefix, None)
         del self._views[view][prefix]
         if not self._views[view]:
             del self._views[view]
@@ -77,6 +93,8 @@ class Overlay:
         """Producers by id; None: forgotten."""
         self.defined: set[bytes] = set()
         """Prefixes of new definitions."""
+        self.moved: set[bytes] = set()
+        """Prefixes of definitions whose watermark has risen: the commit must record it."""
         self.cleared: set[bytes] = set()
         """Prefixes of definitions that were dropped or reset: only series in `states` are left of them."""
         self.cleared_count = 0
@@ -86,6 +104,8 @@ class Overlay:
         self.bytes_total = 0
         self.next_offset = 0
         self.source_at_ms = 0
+        self.touched_ms = 0
+        """Latest time by any clock at which a record was folded: its series are silent from then on."""
 
     def entry_count(self) -> int:
         """Return about how many entries, tombstones and dead letters a commit of this overlay has."""
@@ -190,6 +210,10 @@ class Producers:
         self._young[producer_id] = folded  # also where there is room for none: until the next one is kept
 
 
+_EXPIRED = object()
+"""Stands for the committed state of a series that has expired: it is there, and nothing is merged with it."""
+
+
 class _KeyRun(NamedTuple):
     """Changes of one definition's series, by column, in the order of keys, so that lookup and write are cheap."""
 
@@ -219,10 +243,22 @@ class Changes:
     """
 
     def __init__(
-        self, partition: int, overlay: Overlay, known: Mapping[bytes, Known], cache: Cache, *, series_max: int
+        self,
+        partition: int,
+        overlay: Overlay,
+        known: Mapping[bytes, Known],
+        cache: Cache,
+        *,
+        series_max: int,
+        silent_ms: Mapping[bytes, int],
     ) -> None:
+        """`silent_ms` has the prefix of each definition whose series expire when they are silent, with the watermark that
+        the commit before has recorded: what had expired by then begins anew.
+        """
         self._partition = partition
         self._known = known
+        self._silent_ms = silent_ms
+        self._touched_ms = overlay.touched_ms
         self._series_max = series_max
         self._overflow: dict[bytes, dict[bytes, State | None]] = {}
         """Overflow series of definitions that may need one, by prefix and suffix, with the state to be merged into it."""
@@ -261,6 +297,10 @@ class Changes:
         suffixes = [overflow_suffix(known.definition, start) for start in window_starts]
         self._overflow[prefix] = {suffix: states.pop(suffix, None) for suffix in suffixes}
 
+    def touches(self, prefix: bytes, suffix: bytes) -> bool:
+        """Return whether the commit may write this series."""
+        return suffix in self._states.get(prefix, ()) or suffix in self._overflow.get(prefix, ())
+
     def merge(self, values: Sequence[bytes | None]) -> tuple[list[bytes], list[bytes | None]]:
         """Return keys and values of a commit's series, given the committed values of `keys` in their order."""
         if len(values) != len(self.keys):
@@ -284,7 +324,11 @@ class Changes:
         return keys, out
 
     def _encode(self, prefix: bytes, suffixes: list[bytes], states: list[State]) -> list[bytes]:
-        encoded = codec.encode_states(KINDS[self._known[prefix].definition.kind], states)
+        definition = self._known[prefix].definition
+        kind = KINDS[definition.kind]
+        if prefix in self._silent_ms:  # not cached: the cache does not know when a state expires
+            return codec.encode_states(kind, states, self._touched_ms + definition.retention_s * 1_000)
+        encoded = codec.encode_states(kind, states)
         self.merged.append(MergedRun(prefix, suffixes, states, sum(map(len, encoded)) + sum(map(len, suffixes))))
         return encoded
 
@@ -306,18 +350,24 @@ class Changes:
             self.new_counts[prefix] = self.new_counts.get(prefix, 0) + new_count
         if new_count == len(states):
             return suffixes, states  # all of them are new
-        kind = KINDS[self._known[prefix].definition.kind]
-        if not new_count:
+        kind, silent = KINDS[self._known[prefix].definition.kind], prefix in self._silent_ms
+        if not new_count and not silent:
             return suffixes, kind.merge_all(committed, states)
+        if silent:
+            committed = [None if old is _EXPIRED else old for old in committed]
         merge = kind.merge
         return suffixes, [new if old is None else merge(old, new) for old, new in zip(committed, states, strict=True)]
 
     def _decode(self, prefix: bytes, values: Sequence[bytes]) -> list[State]:
         definition = self._known[prefix].definition
         try:
-            return codec.decode_states(KINDS[definition.kind], values)
+            states = codec.decode_states(KINDS[definition.kind], values)
         except BadRecord as error:
             raise StoreCorrupt(f"partition {self._partition}, view {definition.view}: {error}") from None
+        if not (silent_ms := self._silent_ms.get(prefix)):
+            return states
+        expired = [0 < codec.expires_at_ms(value) <= silent_ms for value in values]
+        return [_EXPIRED if gone else state for gone, state in zip(expired, states, strict=True)]
 
     def _room(self, prefix: bytes) -> int:
         """Return for how many new series of a definition there is room."""
@@ -348,7 +398,8 @@ class Changes:
         if stored is None:
             self.new_counts[prefix] = self.new_counts.get(prefix, 0) + 1
             return state
-        return KINDS[self._known[prefix].definition.kind].merge(self._decode(prefix, [stored])[0], state)
+        (old,) = self._decode(prefix, [stored])
+        return state if old is _EXPIRED else KINDS[self._known[prefix].definition.kind].merge(old, state)
 
 
 def gone_keys(existing: Sequence[bytes], series: Iterable[bytes], cleared: Collection[bytes]) -> list[bytes]:

@@ -12,19 +12,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.kinds import KIND_NAMES, Kind, State
 from pipeline.core.record import CONTROL_ACTIONS, NAME, NAME_BYTES_MAX, Control, Definition
+from pipeline.core.span import NO_RANGE, AskedRange
 from pipeline.errors import BadRecord, Invalid, NotFound
 
 Labels = tuple[str, ...]
 Entry = tuple[bytes, bytes]
 """Key and value of an entry."""
 
+K = TypeVar("K")
 _MATCHER = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)(=~|!~|!=|=)(.*)", re.DOTALL)
 _decode_rows = msgspec.msgpack.Decoder(list[Labels]).decode
 
@@ -53,6 +55,10 @@ class Query(msgspec.Struct, frozen=True):
     """Kind to read, if a view has definitions of several; None: the kind that was defined first."""
     window_s: int | None = None
     """Length of windows to read, likewise; 0: no windows."""
+    range: AskedRange = NO_RANGE
+    """AskedRange of a view with windows."""
+    fn: str | None = None
+    """Function of points, one of `core.derive.FUNCTIONS`."""
 
 
 class Alternative(msgspec.Struct, frozen=True):
@@ -211,7 +217,7 @@ def group_key(definition: Definition, by: Sequence[str] | None) -> Callable[[Seq
     return lambda rows: [*map(pick, rows)]
 
 
-def fold(kind: Kind, groups: dict[Labels, State], keys: Sequence[Labels], states: Sequence[State]) -> None:
+def fold(kind: Kind, groups: dict[K, State], keys: Iterable[K], states: Sequence[State]) -> None:
     """Merge `states[i]` into `groups[keys[i]]`."""
     merge, get = kind.merge, groups.get
     for key, state in zip(keys, states, strict=True):
@@ -270,7 +276,7 @@ def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator
 
 
 class TopN:
-    """Keeps what `top` and `limit` select from groups that are offered once each; holds little more than those."""
+    """Chooses what `top` and `limit` select from groups that are offered once each; holds little more than those."""
 
     def __init__(self, kind: Kind, *, top: int | None, limit: int) -> None:
         self._kind = kind

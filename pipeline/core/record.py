@@ -312,10 +312,22 @@ def start_of_window_ms(definition: Definition, ts_ms: int) -> int:
 
 
 def expired_before_ms(definition: Definition, time_ms: int) -> int:
-    """Return the start of the oldest window that is kept at a time; 0 if windows are kept for ever, or there are none."""
-    if not definition.window_s or not definition.retention_s:
+    """Return the watermark of a definition at a time; 0: nothing has expired.
+
+    The watermark of windows is the start of the oldest one that is kept. Without windows it is the time up to which silent
+    series have expired; it moves in steps of a hundredth of the retention, so that few commits have to record it.
+    """
+    if not definition.retention_s:
         return 0
-    return max(0, start_of_window_ms(definition, time_ms - definition.retention_s * 1_000))
+    if definition.window_s:
+        return max(0, start_of_window_ms(definition, time_ms - definition.retention_s * 1_000))
+    return time_ms - time_ms % (max(1, definition.retention_s // 100) * 1_000)
+
+
+def check_ahead_windows(definition: Definition, suffixes: Sequence[bytes], latest_ms: int) -> None:
+    """Raise `BadRecord` if one of some valid suffixes is of a window that starts later than `latest_ms`."""
+    if definition.window_s and (start_ms := int.from_bytes(max(suffixes)[:8], "big")) > latest_ms:
+        raise BadRecord(f"view {definition.view}: a window that starts at {start_ms}; at most {latest_ms} (ts_ahead_max_ms)")
 
 
 def check_suffix(definition: Definition, suffix: bytes) -> None:

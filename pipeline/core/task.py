@@ -6,8 +6,9 @@ The shell reads records, asks the task what they mean, and carries out what it a
     read(records) -> Reading        decode; the shell looks up `Reading.producer_keys` in the store
     fold(reading, values)           into the overlay; allowed at any time from then on, also while a commit is under way
     sweep(entries)                  forget those of some producers of the store that were silent for long
-    freeze() -> Lookup              swap the overlay; the shell looks up `Lookup.keys`, and which keys `Lookup.prefixes` have
-    prepare_commit(values, existing) -> Commit: entries, dead letters, and the position last
+    freeze() -> Lookup              swap the overlay; the shell looks up `Lookup.keys`, which keys `Lookup.prefixes`
+                                    have, and which entries there are in `Lookup.sweeps`
+    prepare_commit(values, existing, swept) -> Commit: entries, dead letters, and the position last
                                     the shell commits the Commit in one transaction, then writes it to the store in one batch
     committed()                     only now may the next freeze come
 
@@ -22,16 +23,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import NamedTuple
 
 import msgspec
 
 from pipeline.core import codec
 from pipeline.core.codec import DeadLetter, DefinitionEntry, Received, RefusedGroup
+from pipeline.core.commit import Commit, Counts, Lookup, Reading
+from pipeline.core.expiry import Entry, Expiry, is_silent, late_reason, split_late
 from pipeline.core.kinds import kind_of
-from pipeline.core.letters import group_key, is_letter_producer, letter_key, refused_key
+from pipeline.core.letters import group_key, is_last_key, is_letter_producer, letter_key, refused_key
 from pipeline.core.limits import TaskLimits
 from pipeline.core.overlay import Cache, Changes, Definitions, Known, Overlay, Producers, gone_keys
+from pipeline.core.parts import with_group, with_rows
 from pipeline.core.record import (
     NO_POSITION,
     POSITION_KEY,
@@ -41,6 +44,7 @@ from pipeline.core.record import (
     Group,
     Position,
     Records,
+    check_ahead_windows,
     check_suffixes,
     fingerprint,
     producer_key,
@@ -83,57 +87,6 @@ TRANSITIONS: Mapping[tuple[Phase, TaskEvent], Phase] = {
 """Every legal event; any other raises `IllegalTransition`."""
 
 
-class Counts(msgspec.Struct):
-    """Counters of a task since it was made."""
-
-    batches_folded: int = 0
-    entries_folded: int = 0
-    batches_duplicate: int = 0
-    batches_stale: int = 0
-    """Batches that were refused because a newer process has opened their producer."""
-    records_bad: int = 0
-    """Records that were dead-lettered as a whole, stale batches included."""
-    groups_refused: int = 0
-    """Groups that were dead-lettered, of batches whose other groups were folded."""
-    series_cleared: int = 0
-    """Committed series of definitions that were dropped or reset: the next commit has about as many tombstones."""
-    series_overflowed: int = 0
-    """Entries that were merged into an overflow series, because their definition has `series_max` series."""
-    producers_forgotten: int = 0
-
-
-class Commit(msgspec.Struct, frozen=True):
-    """Entries and dead letters that become durable together. `keys[-1]` is the position record."""
-
-    keys: list[bytes]
-    values: list[bytes | None]
-    dead_letters: list[tuple[bytes, bytes | None]]
-    """Dead letters by key; None: the batch in the letter has been folded since."""
-    position: Position
-    series_count: int
-    """Number of series entries among the keys."""
-
-
-class Reading(NamedTuple):
-    """Decoded records, and the keys to look up before they can be folded."""
-
-    records: Records
-    received: list[Received | BadRecord]
-    producers: dict[str, Folded | None]
-    """Memories of producers that are known without the store."""
-    producer_keys: list[bytes]
-    """Keys of the entries of all other producers."""
-
-
-class Lookup(NamedTuple):
-    """Keys and prefixes to look up in the store before a commit can be prepared."""
-
-    keys: list[bytes]
-    """Keys of series whose committed values are needed."""
-    prefixes: list[bytes]
-    """Prefixes of definitions that were dropped or reset, whose existing keys are needed."""
-
-
 class Task:
     """The state machine of one partition. Owned by one thread; see the module's text for the protocol."""
 
@@ -149,6 +102,7 @@ class Task:
         self._skipped = False
         self._limits = limits
         self._known = Definitions()
+        self._expiry = Expiry(self._known)
         self._producers = Producers(limits.producers_max)
         self._log_ms = 0
         """Time of the log, which neither falls nor is ahead of the shell's clock."""
@@ -161,6 +115,7 @@ class Task:
         """Definitions of the frozen overlay, as they were when it was frozen."""
         self._changes: Changes | None = None
         self._pending = NO_POSITION
+        self._swept_max = 0
         self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
 
     def _step(self, step: TaskEvent) -> None:
@@ -174,10 +129,12 @@ class Task:
 
     @property
     def dirty(self) -> bool:
-        """True if anything was folded, or skipped, that the next commit must record."""
+        """True if anything was folded, skipped, or has expired, that the next commit must record."""
         frozen = self.phase in (Phase.FROZEN, Phase.COMMITTING)
         known = self._frozen.next_offset if frozen else self.position.next_offset
-        return self._skipped or self.next_offset > known or self._overlay.entry_count() > 0
+        if self._skipped or self.next_offset > known or self._overlay.entry_count() > 0:
+            return True
+        return self._expiry.due and self.next_offset == known  # below: folding has not passed a hole behind the last record
 
     def restored(self, position: Position, definitions: Iterable[bytes], *, next_offset: int | None = None) -> None:
         """Start from committed entries: the position, and the values of definition entries.
@@ -188,10 +145,11 @@ class Task:
         try:
             for value in definitions:
                 entry = codec.decode_definition(value)
-                known = Known(entry.definition, entry.series_count, entry.defined_at_ms)
+                known = Known(entry.definition, entry.series_count, entry.defined_at_ms, entry.expired_before_ms)
                 self._known.add(series_prefix(entry.definition), known)
         except BadRecord as error:
             raise StoreCorrupt(f"partition {self.partition}: {error}") from None
+        self._expiry.restored()
         self.position = position
         self._log_ms = min(position.source_at_ms, position.committed_at_ms)
         self.next_offset = self._overlay.next_offset = position.next_offset if next_offset is None else next_offset
@@ -259,6 +217,7 @@ class Task:
             if offset < self.next_offset:
                 continue
             self._log_ms = max(self._log_ms, min(at_ms, now_ms))
+            overlay.touched_ms = max(overlay.touched_ms, at_ms, now_ms)
             try:
                 if isinstance(received, BadRecord):
                     raise received
@@ -353,26 +312,43 @@ class Task:
     def _fold_groups(self, received: Received, letter: bytes | None, offset: int, at_ms: int) -> None:
         batch = received.batch
         refused = [*received.refused]
-        for index, group in zip(received.indexes, batch.groups, strict=True):
-            try:
-                self._check_group(group, at_ms)
-            except BadRecord as error:
-                refused.append(RefusedGroup(index, group.definition.view, str(error)))
-            else:
-                self.counts.entries_folded += len(group.suffixes)
-                self._overlay.merge(series_prefix(group.definition), group)
         record = refused_key(received, self.partition, offset, self._source_id)
         alone = letter is not None and len(batch.groups) + len(received.refused) == 1
+        for index, group in zip(received.indexes, batch.groups, strict=True):
+            try:
+                known = self._check_group(group, at_ms)
+            except BadRecord as error:
+                refused.append(RefusedGroup(index, group.definition.view, str(error)))
+                continue
+            kept, late = self._split_late(group, known, whole=alone and is_last_key(record))
+            if kept is not None:
+                self.counts.entries_folded += len(kept.suffixes)
+                self._overlay.merge(series_prefix(group.definition), kept)
+            if late is not None:
+                self.counts.entries_expired += len(late.suffixes)
+                key = record if alone and kept is None else group_key(record, index)
+                value = with_group(received, index, whole=alone) if kept is None else with_rows(received, late)
+                self._refuse(key, offset, at_ms, late_reason(late, group, known), group.definition.view, value)
         for it in refused:
             self.counts.groups_refused += 1
             key = record if alone else group_key(record, it.index)
-            self._refuse(key, offset, at_ms, it.reason, it.view, codec.with_group(received, it.index, whole=alone))
+            self._refuse(key, offset, at_ms, it.reason, it.view, with_group(received, it.index, whole=alone))
+
+    def _split_late(self, group: Group, known: Known, *, whole: bool) -> tuple[Group | None, Group | None]:
+        """Return the part of a group to fold and the part whose windows have expired; with `whole` one of them is empty."""
+        if not group.definition.window_s:
+            return group, None
+        prefix = series_prefix(group.definition)
+        if self._expiry.move(prefix, known, self._folded_ms):
+            self._overlay.moved.add(prefix)
+        kept, late = split_late(group, known)
+        return (None, group) if whole and late is not None else (kept, late)
 
     def _refuse(self, key: bytes, offset: int, at_ms: int, reason: str, view: str, value: bytes | None) -> None:
         self._overlay.letters[key] = DeadLetter(self.partition, offset, at_ms, reason, view, value)
 
-    def _check_group(self, group: Group, at_ms: int) -> None:
-        """Raise `BadRecord` if a group can't be folded. Changes nothing."""
+    def _check_group(self, group: Group, at_ms: int) -> Known:
+        """Return the definition of a group, which is new perhaps. Raises `BadRecord` if the group can't be folded."""
         definition = group.definition
         prefix = series_prefix(definition)
         known = self._known.get(prefix)
@@ -386,10 +362,12 @@ class Task:
             for states in known_states:
                 unknown = unknown.difference(states)
             check_suffixes(definition, [*unknown])
+        check_ahead_windows(definition, group.suffixes, at_ms + self._limits.ts_ahead_max_ms)
         kind_of(definition).check_times(group.states, at_ms + self._limits.ts_ahead_max_ms)
         if known is None:
-            self._known.define(prefix, definition, self._log_ms)
+            known = self._known.define(prefix, definition, self._log_ms)
             self._overlay.defined.add(prefix)
+        return known
 
     def _carry_out(self, control: Control) -> None:
         """Drop or reset the definitions of an order; series that are folded later begin from nothing."""
@@ -399,6 +377,7 @@ class Task:
                 continue
             overlay.states.pop(prefix, None)
             overlay.cleared.add(prefix)
+            self._expiry.forget(prefix)
             self._cache.clear(prefix)
             overlay.cleared_count += known.series_count
             self.counts.series_cleared += known.series_count
@@ -406,6 +385,7 @@ class Task:
             if control.action == "drop":
                 self._known.drop(prefix)
                 overlay.defined.discard(prefix)
+                overlay.moved.discard(prefix)
 
     # Committing
 
@@ -431,22 +411,41 @@ class Task:
         frozen, self._frozen, self._overlay = self._overlay, self._overlay, Overlay()
         self._overlay.next_offset = frozen.next_offset
         self._overlay.source_at_ms = frozen.source_at_ms
-        concerned = frozen.states.keys() | frozen.defined | frozen.cleared
-        self._frozen_known = {
-            prefix: Known(it.definition, it.series_count, it.defined_at_ms)
-            for prefix in concerned
-            if (it := self._known.get(prefix)) is not None
-        }
-        self._changes = Changes(self.partition, frozen, self._frozen_known, self._cache, series_max=self._limits.series_max)
-        return Lookup(self._changes.keys, sorted(frozen.cleared))
+        frozen.touched_ms = max(frozen.touched_ms, self._folded_ms)
+        expiring = frozen.states.keys() & self._known.expiring.keys()
+        silent_ms = {it: self._known[it].expired_before_ms for it in expiring if is_silent(self._known[it].definition)}
+        self._expiry.freeze(frozen, self._folded_ms)
+        sweeps = self._expiry.plan(frozen)
+        concerned = frozen.states.keys() | frozen.defined | frozen.cleared | frozen.moved | {it.prefix for it in sweeps}
+        self._frozen_known = {it: known.copy() for it in concerned if (known := self._known.get(it)) is not None}
+        self._changes = Changes(
+            self.partition,
+            frozen,
+            self._frozen_known,
+            self._cache,
+            series_max=self._limits.series_max,
+            silent_ms=silent_ms,
+        )
+        # A commit deletes at least as many entries as it can add, so that expiry keeps up with new windows.
+        self._swept_max = max(self._limits.expired_entries_max, len(self._changes.keys))
+        return Lookup(self._changes.keys, sorted(frozen.cleared), sweeps, self._swept_max)
 
-    def prepare_commit(self, values: Sequence[bytes | None], existing: Sequence[bytes] = (), *, now_ms: int) -> Commit:
-        """Return the commit, given what `freeze` asked for: the committed values of the keys, in their order, and the
-        existing keys under the prefixes, in order.
+    def prepare_commit(
+        self,
+        values: Sequence[bytes | None],
+        existing: Sequence[bytes] = (),
+        swept: Sequence[Sequence[Entry]] = (),
+        *,
+        now_ms: int,
+    ) -> Commit:
+        """Return the commit, given what `freeze` asked for: the committed values of the keys, in their order, the existing
+        keys under the prefixes, in order, and the entries in each of the sweeps.
         """
         self._step(TaskEvent.PREPARE)
         assert self._changes is not None
         frozen = self._frozen
+        expired = self._expiry.find(swept, self._changes, self._frozen_known, entries_max=self._swept_max)
+        self.counts.series_expired += len(expired)
         series, states = self._changes.merge(values)
         self.counts.series_overflowed += self._changes.overflow_count
         # Definitions stand before their series, tombstones of definitions behind: a follower knows the definition of each
@@ -454,8 +453,8 @@ class Task:
         keys, out = self._definition_entries(self._changes.new_counts)
         gone = gone_keys(existing, series, frozen.cleared)
         dropped = sorted(TAG_DEFINITION + prefix[1:] for prefix in frozen.cleared - self._frozen_known.keys())
-        keys += [*series, *gone, *dropped]
-        out += [*states, *[None] * (len(gone) + len(dropped))]
+        keys += [*series, *gone, *expired, *dropped]
+        out += [*states, *[None] * (len(gone) + len(expired) + len(dropped))]
         for producer_id, producer in frozen.producers.items():
             keys.append(producer_key(producer_id))
             out.append(None if producer is None else codec.encode_folded(producer))
@@ -464,16 +463,20 @@ class Task:
         keys.append(POSITION_KEY)
         out.append(codec.encode_position(self._pending))
         letters = [(key, None if it is None else codec.encode_letter(it)) for key, it in frozen.letters.items()]
-        return Commit(keys, out, letters, self._pending, len(series) + len(gone))
+        return Commit(keys, out, letters, self._pending, len(series) + len(gone) + len(expired))
 
     def _definition_entries(self, new_counts: Mapping[bytes, int]) -> tuple[list[bytes], list[bytes | None]]:
         keys: list[bytes] = []
         out: list[bytes | None] = []
+        changed = (
+            self._frozen.defined | self._frozen.cleared | self._frozen.moved | new_counts.keys() | self._expiry.gone.keys()
+        )
         for prefix, known in sorted(self._frozen_known.items()):
-            if prefix in self._frozen.defined or prefix in self._frozen.cleared or prefix in new_counts:
+            if prefix in changed:
                 count = known.series_count + new_counts.get(prefix, 0)
+                entry = DefinitionEntry(known.definition, count, known.defined_at_ms, known.expired_before_ms)
                 keys.append(TAG_DEFINITION + prefix[1:])
-                out.append(codec.encode_definition(DefinitionEntry(known.definition, count, known.defined_at_ms)))
+                out.append(codec.encode_definition(entry))
         return keys, out
 
     def committed(self) -> None:
@@ -486,6 +489,7 @@ class Task:
         for prefix, count in self._changes.new_counts.items():
             if prefix not in self._overlay.cleared:
                 self._known[prefix].series_count += count
+        self._expiry.committed(self._overlay)
         for producer_id, producer in self._frozen.producers.items():
             self._producers.keep(producer_id, producer)
         self.position = self._pending

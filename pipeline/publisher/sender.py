@@ -10,7 +10,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import pipeline.metrics as m
-from pipeline.core.codec import decode_batch, encode_batch, without_groups
+from pipeline.core.codec import decode_batch, encode_batch
+from pipeline.core.parts import without_groups
 from pipeline.core.record import Batch
 from pipeline.core.sequence import GAP_COUNT_MAX, Outbox, Sealed
 from pipeline.core.token import Token

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
-from pipeline.core.codec import decode_frames
+from pipeline.core.frames import decode_frames
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics

@@ -12,6 +12,8 @@ import msgspec
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.query import Matcher, Query, parse_matcher
 from pipeline.core.record import WINDOW_S_MAX
+from pipeline.core.span import NO_RANGE, AskedRange
+from pipeline.core.times import length_ms, time_ms
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, json_error, object_error
@@ -21,7 +23,10 @@ from pipeline.settings import QuerySettings
 
 QUERY_BYTES_MAX = 60_000
 NDJSON = "application/x-ndjson"
-_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms")
+_TIMES = ("start", "end", "at")
+_LENGTHS = ("step", "over")
+_RANGE = (*_TIMES, *_LENGTHS, "fill")
+_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms", *_RANGE, "fn")
 _WHOLE = re.compile(r"[0-9]{1,16}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
@@ -72,6 +77,8 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadR
         whole_number(single, "limit", settings.limit_max) or min(settings.limit_default, settings.limit_max),
         kind,
         whole_number(single, "window_s", WINDOW_S_MAX, least=0),
+        _range(single) if not single.keys().isdisjoint(_RANGE) else NO_RANGE,
+        single.get("fn"),
     )
     timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
     return ReadRequest(
@@ -80,6 +87,12 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadR
         None if after is None else Token.parse(after),
         whole_number(single, "max_staleness_ms", 10**15 - 1),
     )
+
+
+def _range(single: Mapping[str, str]) -> AskedRange:
+    times = {f"{name}_ms": time_ms(name, single[name]) for name in _TIMES if name in single}
+    lengths = {f"{name}_ms": length_ms(name, single[name]) for name in _LENGTHS if name in single}
+    return AskedRange(**times, **lengths, fill=single.get("fill"))
 
 
 def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[str, ...]:

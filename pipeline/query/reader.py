@@ -7,17 +7,14 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import compress
-from math import inf
 from typing import Any, NamedTuple, TypeVar
 
-import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, Series, View, Views
-from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose
-from pipeline.core.kinds import KINDS, Kind
+from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose, exposed_as, newest_final_ms
+from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
     Listed,
@@ -25,50 +22,48 @@ from pipeline.core.query import (
     Query,
     Selected,
     TopN,
-    chain_blocks,
-    decode_labels,
     fold,
     group_key,
-    is_complete,
     label_index,
     listed,
-    merge_sorted_blocks,
     merged,
     narrow,
     pinned_labels,
-    widen,
 )
 from pipeline.core.record import (
-    NO_POSITION,
     POSITION_KEY,
     TAG_DEFINITION,
     WINDOW_NONE,
     Definition,
     Position,
+    definition_key,
     definitions_prefix,
     prefix_end,
     series_prefix,
     series_suffix,
 )
-from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
+from pipeline.errors import NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
-from pipeline.query.damage import OnDamage, decode_all, decode_stored, find_unreadable, report_damage
+from pipeline.query.damage import OnDamage, decode_all, decode_stored, report_damage
 from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.staleness import EndOffsetHistory, bound_ms, seen_ms
+from pipeline.query.progress import Progress, position_of, read_positions
+from pipeline.query.ranges import Points, check_unwindowed, expired_before, window_bytes
+from pipeline.query.scans import scan_windows, select, similar, view_of
 from pipeline.settings import QuerySettings
 
-_BLOCK = 2_000
-"""Entries that are decoded together; the deadline is checked between blocks."""
 _PLANS_MAX = 10_000
+_POINT_KEYS_MAX = 500
+"""Upper limit of the keys that a read gets in the caller's thread, which may be an event loop's; a millisecond's work."""
+_KEYS_MAX = 100_000
+"""Upper limit of the keys that a read gets one by one; one that needs more walks through all series of its windows."""
 _POINT_TRIES = 3
 """Attempts of a point read at finding the definitions of a view, if they change meanwhile."""
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
-_decode_position = lru_cache(maxsize=4_096)(codec.decode_position)
 
 
 class _Heads(NamedTuple):
@@ -108,10 +103,8 @@ class ViewReader:
         self._stores = stores
         self._ends = ends
         self._settings = settings
-        self._metrics = metrics
         self._on_damage = on_damage
-        self._end_offsets: dict[int, EndOffsetHistory] = {}
-        self._seen: LogEnds | None = None
+        self._progress = Progress(ends, clock, metrics)
         self._plans: dict[tuple[str, str | None, int | None], _Plan] = {}
         self._closed = False
 
@@ -155,20 +148,36 @@ class ViewReader:
         plan = self._plans[shape] = _Plan(dict(stores), _versions(heads.positions), found)
         return plan
 
-    def point(self, query: Query) -> Answer | None:
-        """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None."""
+    def point(self, query: Query, *, keys_max: int = _POINT_KEYS_MAX) -> Answer | None:
+        """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None.
+
+        None, too, if these are over `keys_max` keys of all partitions, or if there is no such view.
+        """
         for _ in range(_POINT_TRIES):
-            plan = self._plans.get(_shape(query)) or self._load_plan(query)
+            try:
+                plan = self._plans.get(_shape(query)) or self._load_plan(query)
+            except NotFound:
+                return None  # `read` knows which views there are
             labels = pinned_labels(plan.merged.definition, query.where)
             if labels is None:
                 return None
-            answer = self._point(query, plan, labels)
+            points = self._new_points(query, plan.merged)
+            if points is not None and sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores) > keys_max:
+                return None
+            answer = self._point(query, plan, labels, points)
             if answer is not None:
                 return answer
             self._plans.pop(_shape(query), None)
         return None
 
-    def _point(self, query: Query, plan: _Plan, labels: Labels) -> Answer | None:
+    def _new_points(self, query: Query, merged: MergedDefinition) -> Points | None:
+        """Return the points of a read, without any entry yet; None for a view without windows."""
+        if merged.definition.window_s:
+            return Points(query, merged, self._settings, self.clock.now_ms())
+        check_unwindowed(query)
+        return None
+
+    def _point(self, query: Query, plan: _Plan, labels: Labels, points: Points | None) -> Answer | None:
         """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`."""
         definition = plan.merged.definition
         kind = KINDS[definition.kind]
@@ -176,39 +185,70 @@ class ViewReader:
         exact = len(query.where) == len(labels)
         tests = [] if exact else self._tests(definition, query, lambda: None)
         group = group_key(definition, query.by)
-        keys = [POSITION_KEY]
-        for part in plan.merged.parts:
-            own = narrow(plan.merged, part, labels)
-            if own is not None:
-                keys.append(series_prefix(part) + series_suffix(own))
+        fits = all(test([labels[index]])[0] for index, test in tests)
+        parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
+        heads = [POSITION_KEY] if points is None else [POSITION_KEY, *map(definition_key, plan.merged.parts)]
+        keys: list[bytes] = []
+        for part, own in parts:
+            prefix, suffix = series_prefix(part), series_suffix(own)
+            if points is None:
+                keys.append(prefix + suffix)
+            else:
+                packed = suffix[len(WINDOW_NONE) :]
+                keys += [prefix + window_bytes(start_ms) + packed for start_ms in points.windows(part)]
         stores = self._stores()
-        seen = self._note_ends()
+        seen = self._progress.note_ends()
         positions: dict[int, Position] = {}
-        values: list[bytes] = []
+        entries: list[codec.DefinitionEntry] = []
+        found: list[tuple[bytes, bytes]] = []
         holders: list[int] = []
         try:
             for number, store in stores.items():
-                position, *found = store.get(keys)
-                positions[number] = decode_stored(number, _position, position)
-                for value in filter(None, found):
-                    values.append(value)
-                    holders.append(number)
-            states = decode_all(holders, partial(codec.decode_states, kind), values)
+                position, *values = store.get(heads + keys)
+                positions[number] = decode_stored(number, position_of, position)
+                of_parts = filter(None, values[: len(heads) - 1])
+                entries += [decode_stored(number, _decode_definition, value) for value in of_parts]
+                there = [(key, value) for key, value in zip(keys, values[len(heads) - 1 :], strict=True) if value]
+                found += there
+                holders += [number] * len(there)
+            states = decode_all(holders, partial(codec.decode_states, kind), [value for _, value in found])
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
         self._check_unchanged(stores)
         if _versions(positions) != plan.versions or any(plan.stores[number] is not it for number, it in stores.items()):
             return None
+        rows = group([labels] * len(states)) if fits else []
+        if points is not None:
+            points.hide_expired(expired_before(entries))
+            if fits:
+                self._add_found(points, [part for part, _ in parts], found, rows, states)
+            return self._points_answer(query, plan.merged, points, positions, seen, lambda: None)
         groups: dict[Labels, Any] = {}
-        if states and all(test([labels[index]])[0] for index, test in tests):
-            fold(kind, groups, group([labels] * len(states)), states)
+        if fits:
+            fold(kind, groups, rows, states)
         choice = TopN(kind, top=query.top, limit=query.limit)
         choice.offer(groups)
         return self._answer(query, plan.merged, choice.selected(), positions, seen)
 
+    @staticmethod
+    def _add_found(
+        points: Points,
+        parts: Sequence[Definition],
+        found: Sequence[tuple[bytes, bytes]],
+        rows: Sequence[Labels],
+        states: Sequence[Any],
+    ) -> None:
+        """Add entries that were found by their keys, if their windows have not expired since the keys were made."""
+        for part in parts:
+            prefix, kept = series_prefix(part), points.windows(part)
+            first = prefix + window_bytes(kept.start)
+            there = [i for i, (key, _) in enumerate(found) if key.startswith(prefix) and key >= first]
+            buckets = points.buckets([found[i][0] for i in there], len(prefix))
+            points.add(buckets, [rows[i] for i in there], [states[i] for i in there])
+
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock."""
-        answer = self.point(query)
+        answer = self.point(query, keys_max=_KEYS_MAX)
         return self._from(self._stores(), self._scan, query, deadline_s) if answer is None else answer
 
     def _from(self, stores: Mapping[int, ReadableStore], read: Callable[..., T], *arguments: Any) -> T:
@@ -219,49 +259,33 @@ class ViewReader:
             raise report_damage(self._on_damage, stores, error) from None
 
     def _scan(self, stores: Mapping[int, ReadableStore], query: Query, deadline_s: float) -> Answer:
-        seen = self._note_ends()
+        seen = self._progress.note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
         heads = _read_heads(snapshots, query.view)
-        plan = self._plan(query, stores, heads)
+        try:
+            plan = self._plan(query, stores, heads)
+        except NotFound as error:
+            raise error if heads.entries else NotFound(f"{error}{similar(snapshots, query.view)}") from None
         check = partial(self._check, query.view, deadline_s, stores)
-        selected = self._select(query, plan.merged, snapshots, check)
-        return self._answer(query, plan.merged, selected, heads.positions, seen)
+        points = self._new_points(query, plan.merged)
+        if points is None:
+            selected = self._select(query, plan.merged, snapshots, check)
+            return self._answer(query, plan.merged, selected, heads.positions, seen)
+        points.hide_expired(expired_before(heads.entries))
+        scan_windows(query, plan.merged, points, snapshots, self._tests(plan.merged.definition, query, check), check)
+        return self._points_answer(query, plan.merged, points, heads.positions, seen, check)
 
     def _select(
-        self, query: Query, merged: MergedDefinition, snapshots: Mapping[int, StoreView], check: Callable[[], None]
+        self,
+        query: Query,
+        merged: MergedDefinition,
+        snapshots: Mapping[int, StoreView],
+        check: Callable[[], None],
+        window_start_ms: int = 0,
     ) -> Selected:
-        definition = merged.definition
-        kind = KINDS[definition.kind]
-        group = group_key(definition, query.by)
-        tests = self._tests(definition, query, check)
-        # Series of several definitions with the same labels are not neighbours in the order of keys.
-        complete = is_complete(definition, query.by) and len(merged.parts) == 1
-        choice = TopN(kind, top=query.top, limit=query.limit)
-        groups: dict[Labels, Any] = {}
-        for part in merged.parts:
-            prefix = series_prefix(part)
-            skip, width, wide = len(prefix) + len(WINDOW_NONE), len(part.labels), widen(merged, part)
-            scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots.values()]
-            for keys, values in (merge_sorted_blocks if complete else chain_blocks)(scans, _BLOCK):
-                check()
-                try:
-                    rows, matching = wide(decode_labels(keys, skip, width)), values
-                    for index, test in tests:
-                        fits = test([row[index] for row in rows])
-                        rows, matching = [*compress(rows, fits)], [*compress(matching, fits)]
-                    states = codec.decode_states(kind, matching)
-                except BadRecord:
-                    raise find_unreadable(snapshots, keys, values, partial(_decode_one, kind, skip, width)) from None
-                fold(kind, groups, group(rows), states)
-                if complete:
-                    choice.offer(groups)
-                    groups.clear()
-                elif len(groups) > self._settings.limit_max:
-                    raise Invalid(f"over {self._settings.limit_max} groups: keep fewer labels, or narrow `where`")
-        choice.offer(groups)
-        check()
-        return choice.selected()
+        tests = self._tests(merged.definition, query, check)
+        return select(query, merged, snapshots, tests, check, self._settings.limit_max, window_start_ms)
 
     def _tests(self, definition: Definition, query: Query, check: Callable[[], None]) -> list[tuple[int, Test]]:
         longest = self._settings.regex_bytes_max
@@ -296,10 +320,41 @@ class ViewReader:
             kind=definition.kind,
             by=query.by,
             series=series,
-            as_of=self._as_of(positions, seen),
+            as_of=self._progress.as_of(positions, seen),
             truncated=cut,
             series_total=selected.series_total if cut else None,
             also=merged.also,
+        )
+
+    def _points_answer(
+        self,
+        query: Query,
+        merged: MergedDefinition,
+        points: Points,
+        positions: Mapping[int, Position],
+        seen: LogEnds,
+        check: Callable[[], None],
+    ) -> Answer:
+        definition, span = merged.definition, points.span
+        names = definition.labels if query.by is None else query.by
+        series, total = points.series(names, check)
+        cut = total > len(series)
+        return Answer(
+            view=query.view,
+            kind=definition.kind,
+            by=query.by,
+            series=series,
+            as_of=self._progress.as_of(positions, seen),
+            truncated=cut,
+            series_total=total if cut else None,
+            also=merged.also,
+            start_ms=span.start_ms,
+            end_ms=span.end_ms,
+            step_ms=span.step_ms,
+            over_ms=span.over_ms,
+            fn=query.fn,
+            final_before_ms=self._progress.final_before_ms(positions, seen),
+            expired_before_ms=points.expired_before_ms or None,
         )
 
     def views(self) -> Views:
@@ -312,15 +367,15 @@ class ViewReader:
         return self._from(self._stores(), self._list_stored)
 
     def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
-        seen = self._note_ends()
+        seen = self._progress.note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        positions = _read_positions(snapshots)
+        positions = read_positions(snapshots)
         entries: list[codec.DefinitionEntry] = []
         for number, snapshot in snapshots.items():
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 entries.append(decode_stored(number, codec.decode_definition, value))
-        return listed(entries), self._as_of(positions, seen)
+        return listed(entries), self._progress.as_of(positions, seen)
 
     def scrape(self, views: Collection[str] = (), *, deadline_s: float) -> Exposition:
         """Return all views, or these, each whole or not at all, at one moment of each store.
@@ -331,15 +386,15 @@ class ViewReader:
         return self._from(self._stores(), self._scrape, views, deadline_s)
 
     def _scrape(self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float) -> Exposition:
-        seen = self._note_ends()
+        seen = self._progress.note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        positions = _read_positions(snapshots)
+        positions = read_positions(snapshots)
         found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, str] = {}
         for number, snapshot in snapshots.items():
             for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-                view = key[len(TAG_DEFINITION) :].partition(b"\x00")[0].decode(errors="replace")
+                view = view_of(key)
                 if views and view not in views:
                     continue
                 try:
@@ -349,18 +404,23 @@ class ViewReader:
         if unknown := set(views) - found.keys():
             raise NotFound(f"no view {min(unknown)[:100]!r}")
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-        chosen, omitted = choose({view: it.definition for view, it in whole.items()})
+        chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()})
+        final_before_ms = self._progress.final_before_ms(positions, seen)
         omitted |= broken
         exposed: list[Exposed] = []
         left = self._settings.openmetrics_series_max
         for definition in chosen:
             view = definition.view
             check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
-            if max(entry.series_count for entry in found[view]) > left:  # not read at all, so that the work is bounded, too
+            window_start_ms = newest_final_ms(definition, final_before_ms)
+            if window_start_ms < max(expired_before(found[view]).values()):
+                continue  # the window is gone, or there is none yet
+            # Of a view without windows too many series are not read at all, so that the work is bounded, too.
+            if not definition.window_s and max(entry.series_count for entry in found[view]) > left:
                 omitted[view] = SERIES_MAX
                 continue
             try:
-                selected = self._select(Query(view, limit=left or 1), whole[view], snapshots, check)
+                selected = self._select(Query(view, limit=left or 1), whole[view], snapshots, check, window_start_ms)
             except Unreadable as error:
                 omitted[view] = self._unreadable(view, stores, error)
                 continue
@@ -369,7 +429,7 @@ class ViewReader:
                 continue
             left -= selected.series_total
             exposed.append(Exposed(definition, selected.labels, selected.values))
-        return Exposition(exposed, dict(sorted(omitted.items())), self._as_of(positions, seen).staleness_ms)
+        return Exposition(exposed, dict(sorted(omitted.items())), self._progress.as_of(positions, seen).staleness_ms)
 
     def _unreadable(self, view: str, stores: Mapping[int, ReadableStore], error: Unreadable) -> str:
         """Return the reason for leaving a view out that a rebuild has not mended; raise `error` if a rebuild may mend it."""
@@ -386,86 +446,18 @@ class ViewReader:
         try:
             stores = self._stores()
         except NotReady:
-            for number in self._end_offsets:
-                self._metrics.set(m.STALENESS, inf, number)
+            self._progress.show_unknown()
             raise
-        seen = self._note_ends()
-        for number in seen.end_offsets.keys() - stores.keys():  # a new partition without a store
-            self._metrics.set(m.STALENESS, inf, number)
-        positions = self._from(stores, _read_positions)
+        seen = self._progress.note_ends()
+        positions = self._from(stores, read_positions)
         self._check_unchanged(stores)
-        now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
-        states = []
-        for number, position in positions.items():
-            next_offset = _reached(position, seen)
-            staleness_ms = self._staleness_ms(number, position, seen, now_s, now_ms)
-            end_offset = max(seen.end_offsets[number], next_offset) if number in seen.end_offsets else None
-            lag = None if end_offset is None else end_offset - next_offset
-            if lag is not None:
-                self._metrics.set(m.LAG, lag, number)
-                self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets.get(number, 0), number)
-            self._metrics.set(m.STALENESS, inf if staleness_ms is None else staleness_ms / 1000, number)
-            at_ms, of = position.committed_at_ms, position.source_id
-            states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, at_ms, of))
-        return states
+        return self._progress.partitions(positions, seen)
 
     def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
         """Raise `NotReady` if one of these stores was taken away since it was read."""
         now = self._stores()
         if any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
-
-    def _note_ends(self) -> LogEnds:
-        seen = self._ends()
-        if seen is not self._seen:
-            for number, end_offset in seen.end_offsets.items():
-                known = self._end_offsets.get(number)
-                if known is None:
-                    known = self._end_offsets.setdefault(number, EndOffsetHistory())
-                known.observe(seen.at_s, end_offset)
-            self._seen = seen
-        return seen
-
-    def _staleness_ms(self, number: int, position: Position, seen: LogEnds, now_s: float, now_ms: int) -> int | None:
-        reached_s: float | None = None
-        if _caught_up(number, position, seen):
-            reached_s = seen.at_s
-        elif number in self._end_offsets:
-            reached_s = self._end_offsets[number].reached_s(_reached(position, seen))
-        return bound_ms(position, reached_s, now_s=now_s, now_ms=now_ms)
-
-    def _as_of(self, positions: Mapping[int, Position], seen: LogEnds) -> AsOf:
-        now_s, now_ms = self.clock.monotonic_s(), self.clock.now_ms()
-        staleness_ms: int | None = seen_ms(seen.at_s, now_s)
-        for number in positions.keys() | seen.end_offsets.keys():
-            position = positions.get(number, NO_POSITION)  # a new partition without a store
-            if not _caught_up(number, position, seen):
-                bound = self._staleness_ms(number, position, seen, now_s, now_ms)
-                staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
-        return AsOf(staleness_ms, {str(number): _reached(position, seen) for number, position in positions.items()})
-
-
-def _caught_up(number: int, position: Position, seen: LogEnds) -> bool:
-    return number in seen.end_offsets and seen.end_offsets[number] <= _reached(position, seen)
-
-
-def _reached(position: Position, seen: LogEnds) -> int:
-    """Return the offset up to which the present topic is folded: 0 if the position is of an earlier topic of its name."""
-    foreign = position.source_id and seen.source_id and position.source_id != seen.source_id
-    return 0 if foreign else position.next_offset
-
-
-def _decode_one(kind: Kind, skip: int, width: int, key: bytes, value: bytes) -> None:
-    decode_labels([key], skip, width)
-    codec.decode_states(kind, [value])
-
-
-def _position(value: bytes | None) -> Position:
-    return NO_POSITION if value is None else _decode_position(value)
-
-
-def _read_positions(stores: Mapping[int, StoreView]) -> dict[int, Position]:
-    return {n: decode_stored(n, _position, store.get([POSITION_KEY])[0]) for n, store in stores.items()}
 
 
 def _shape(query: Query) -> tuple[str, str | None, int | None]:
@@ -478,7 +470,7 @@ def _versions(positions: Mapping[int, Position]) -> dict[int, int]:
 
 def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
     # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
-    positions = _read_positions(stores)
+    positions = read_positions(stores)
     prefix = definitions_prefix(view)
     scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
     entries = [decode_stored(number, _decode_definition, value) for number, scan in scans for _, value in scan]

@@ -7,13 +7,16 @@ Two things bound it:
 - The last folded record. The log's times never fall within a partition, so everything that is missing was accepted no
   earlier than the last record that is folded in. This compares the log's wall clock with ours, and clocks can be set, so it
   counts only where no end offset was seen.
+
+The time that windows have reached is bounded from below by the log's times alone: `LogTime` and `final_before_ms`.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from math import ceil
+from collections.abc import Iterable
+from math import ceil, floor
 
 from pipeline.core.record import Position
 
@@ -73,3 +76,34 @@ def bound_ms(position: Position, reached_s: float | None, *, now_s: float, now_m
     if 0 < position.source_at_ms <= now_ms:  # from the future: the clocks disagree, so that they bound nothing
         return now_ms - position.source_at_ms + 1
     return None
+
+
+class LogTime:
+    """The newest record time that this process has seen, and when it saw that first. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest_ms = 0
+        self._seen_s = 0.0
+
+    def observe(self, record_at_ms: int, now_s: float) -> None:
+        """Note that a record has this time; it was read at or before `now_s` on the monotonic clock."""
+        with self._lock:
+            if record_at_ms > self._newest_ms:
+                self._newest_ms, self._seen_s = record_at_ms, now_s
+
+    def reached_ms(self, at_s: float) -> int:
+        """Return a time that no record has to fall short of which the log accepts after `at_s`; 0 before a first record."""
+        with self._lock:
+            if not self._newest_ms:
+                return 0
+            return self._newest_ms + max(0, floor((at_s - self._seen_s) * 1_000))
+
+
+def final_before_ms(folded_ms: Iterable[int | None], reached_ms: int) -> int:
+    """Return the time that all partitions have reached: no record with an earlier time will be folded.
+
+    `folded_ms` has for each partition the time of its last folded record, 0 without one, or None if everything is folded
+    that the log accepted before the moment at which its time was `reached_ms`.
+    """
+    return min((reached_ms if it is None else it for it in folded_ms), default=0)

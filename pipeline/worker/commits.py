@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import pipeline.metrics as m
-from pipeline.core.task import Commit
+from pipeline.core.commit import Commit
 from pipeline.errors import PipelineError, StoreCorrupt, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock

@@ -10,8 +10,8 @@ import msgspec
 import pipeline.metrics as m
 from pipeline.core.answer import PartitionStatus
 from pipeline.core.codec import decode_letter
+from pipeline.core.commit import Commit, Counts
 from pipeline.core.record import Position
-from pipeline.core.task import Commit, Counts
 from pipeline.metrics import Metrics
 from pipeline.worker.restore import RestoreProgress
 
@@ -25,6 +25,8 @@ _EXPORTED = {
     m.BATCHES_DUPLICATE: "batches_duplicate",
     m.BATCHES_STALE: "batches_stale",
     m.GROUPS_REFUSED: "groups_refused",
+    m.ENTRIES_EXPIRED: "entries_expired",
+    m.SERIES_EXPIRED: "series_expired",
     m.SERIES_OVERFLOWED: "series_overflowed",
     m.PRODUCERS_FORGOTTEN: "producers_forgotten",
 }

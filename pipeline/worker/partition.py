@@ -9,27 +9,27 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
-from itertools import islice, repeat
+from itertools import repeat
 from threading import Lock
 
 import msgspec
 
 import pipeline.metrics as m
 from pipeline.core import codec
+from pipeline.core.commit import Commit
 from pipeline.core.letters import shorten
 from pipeline.core.record import (
     EPOCH_NONE,
     FENCE_KEY,
     POSITION_KEY,
     TAG_DEFINITION,
-    TAG_PRODUCER,
     Fence,
     Position,
     Records,
     prefix_end,
     runs,
 )
-from pipeline.core.task import Commit, Task
+from pipeline.core.task import Task
 from pipeline.core.transitions import next_state
 from pipeline.errors import (
     BadRecord,
@@ -50,13 +50,12 @@ from pipeline.worker.figures import Figures
 from pipeline.worker.follower import StoreMeta, check_order, read_position, write_entries
 from pipeline.worker.foreign import Barrier, owner_id
 from pipeline.worker.history import LastRecord, last_common, what_is_gone, why_lost
+from pipeline.worker.lookups import ProducerSweep, look_up
 from pipeline.worker.restore import RestoreProgress, StoreOpener, check_restorable, restore
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS_MAX = 3
 """How often a commit is tried while others write to the changelog."""
-PRODUCERS_SWEPT = 200
-"""Number of producer entries that each commit examines, to find producers that may be forgotten."""
 
 
 class Stage(Enum):
@@ -125,7 +124,7 @@ class OwnedPartition:
         self._clock = clock
         self._settings = settings
         self._source_id = self._topic_id = self._owner_id = ""
-        self._swept = TAG_PRODUCER
+        self._producers = ProducerSweep()
         self._committed_end = 0
         """Offset behind the position record of the last commit."""
         self._begin = 0
@@ -328,12 +327,8 @@ class OwnedPartition:
         """Freeze the overlay and return its commit. Call it only when no commit is under way."""
         now_ms, last = self._clock.now_ms(), self._last
         try:
-            self.task.sweep(self._next_producers(), now_ms=min(now_ms, self._elapsed_ms()))
-            lookup, found = self.task.freeze(), list[bytes | None]()
-            for run in runs(lookup.keys):
-                found += self.store.get(run)
-            existing = [key for prefix in lookup.prefixes for key, _ in self.store.scan(prefix, prefix_end(prefix))]
-            commit = self.task.prepare_commit(found, existing, now_ms=now_ms)
+            self.task.sweep(self._producers.read(self.store), now_ms=min(now_ms, self._elapsed_ms()))
+            commit = self.task.prepare_commit(*look_up(self.store, self.task.freeze()), now_ms=now_ms)
             return msgspec.structs.replace(commit, position=self._signed(commit.position, last))
         except StoreCorrupt as error:
             raise self._damaged(error) from None
@@ -341,11 +336,6 @@ class OwnedPartition:
     def _elapsed_ms(self) -> int:
         """Return the wall clock as it would be if nobody had set it since this object was made: a jump ages no producer."""
         return self._began_ms + int((self._clock.monotonic_s() - self._began_s) * 1000)
-
-    def _next_producers(self) -> list[tuple[bytes, bytes]]:
-        entries = [*islice(self.store.scan(self._swept, prefix_end(TAG_PRODUCER)), PRODUCERS_SWEPT)]
-        self._swept = entries[-1][0] + b"\x00" if len(entries) == PRODUCERS_SWEPT else TAG_PRODUCER
-        return entries
 
     def _damaged(self, error: StoreCorrupt) -> StoreCorrupt:
         """Delete the store in which `error` was met, so that the next start rebuilds it; return the error to raise."""

@@ -12,6 +12,7 @@ from pipeline.core.codec import (
     decode_states,
     encode_batch,
 )
+from pipeline.core.commit import Commit, Lookup
 from pipeline.core.kinds import KINDS
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
@@ -32,7 +33,7 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.core.task import Commit, Lookup, Task
+from pipeline.core.task import Task
 from tests.core.strategies import records
 
 NOW_MS = 5_000
@@ -122,7 +123,11 @@ class Shell:
     def prepare(self) -> None:
         found = [self.store.get(key) for key in self.lookup.keys]
         existing = [key for key in sorted(self.store) if key.startswith(tuple(self.lookup.prefixes))]
-        self.prepared = self.task.prepare_commit(found, existing, now_ms=self.now_ms)
+        swept: list[list[tuple[bytes, bytes]]] = []
+        for sweep in self.lookup.sweeps:
+            entries = [(key, value) for key, value in sorted(self.store.items()) if sweep.start <= key < sweep.end]
+            swept.append(entries[: self.lookup.swept_max - sum(map(len, swept))])
+        self.prepared = self.task.prepare_commit(found, existing, swept, now_ms=self.now_ms)
 
     def write(self) -> None:
         """The Commit becomes durable."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core import codec
+from pipeline.core import codec, frames, parts
 from pipeline.core.codec import DeadLetter, DefinitionEntry
 from pipeline.core.kinds import (
     BATCH_INT_BYTES_MAX,
@@ -98,7 +98,7 @@ COME_BACK: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any], st.Se
     "definition": (codec.encode_definition, codec.decode_definition, definition_entries),
     "dead letter": (codec.encode_letter, codec.decode_letter, letters),
     "producer": (codec.encode_folded, codec.decode_folded, foldeds()),
-    "frames": (codec.encode_frames, codec.decode_frames, st.lists(st.binary(min_size=1))),
+    "frames": (frames.encode_frames, frames.decode_frames, st.lists(st.binary(min_size=1))),
 }
 
 
@@ -197,7 +197,7 @@ def test_what_is_wrong_with_a_group_is_told_of_that_one(good: list[Group], data:
     with pytest.raises(BadRecord, match=f"group {received.refused[0].index}: "):
         codec.decode_batch(value)
     for i, (is_good, group) in enumerate(order):
-        alone = codec.receive_batch(codec.with_group(received, i))
+        alone = codec.receive_batch(parts.with_group(received, i))
         assert (alone.batch.producer_id, alone.batch.epoch, alone.batch.sequence) == ("p", 1, 7)
         assert alone.batch.partition == received.batch.partition
         assert alone.batch.groups == ([group] if is_good else [])
@@ -242,8 +242,8 @@ READERS: dict[str, tuple[Callable[[bytes], bytes], st.SearchStrategy[bytes]]] = 
     "producer": (lambda v: codec.encode_folded(codec.decode_folded(v)), foldeds().map(codec.encode_folded)),
     "position": (lambda v: codec.encode_position(codec.decode_position(v)), positions.map(codec.encode_position)),
     "frames": (
-        lambda v: codec.encode_frames(codec.decode_frames(v)),
-        st.lists(st.binary(min_size=1, max_size=20)).map(codec.encode_frames),
+        lambda v: frames.encode_frames(frames.decode_frames(v)),
+        st.lists(st.binary(min_size=1, max_size=20)).map(frames.encode_frames),
     ),
     "suffix": (reencoded_suffix, st.lists(some.label_values, max_size=4).map(series_suffix)),
     "partition": (reencoded_partition, some.batches(groups_max=0).map(codec.encode_batch)),
@@ -677,7 +677,7 @@ def test_producer_entries_that_are_bad(body: Any) -> None:
 def test_frames_that_are_bad(body: bytes) -> None:
     """A frame is never empty, and never longer than what is there."""
     with pytest.raises(BadRecord):
-        codec.decode_frames(body)
+        frames.decode_frames(body)
 
 
 @pytest.mark.parametrize("labels", [b"\xd9\x01a", b"\xda\x00\x01a", b"\xdb\x00\x00\x00\x01a"])

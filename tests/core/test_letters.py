@@ -6,10 +6,10 @@ import pytest
 
 from pipeline.core import letters
 from pipeline.core.codec import DeadLetter, decode_letter, receive_batch
+from pipeline.core.commit import Counts
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import POSITION_KEY, Control, Definition, Group, Origin, fingerprint
 from pipeline.core.sequence import SEQUENCE_STEP_MAX
-from pipeline.core.task import Counts
 from pipeline.errors import BadRecord
 from tests.core.driver import NOW_MS, Shell, batch, group, totals
 

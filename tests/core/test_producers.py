@@ -7,11 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pipeline.core.commit import Counts
 from pipeline.core.limits import TaskLimits
 from pipeline.core.overlay import Producers
 from pipeline.core.record import Definition, Group, producer_key
 from pipeline.core.sequence import EPOCH_STEP_MAX, SEQUENCE_STEP_MAX, Folded
-from pipeline.core.task import Counts, Phase
+from pipeline.core.task import Phase
 from pipeline.errors import BadRecord
 from tests.core.driver import Shell, batch, group, totals
 from tests.core.strategies import records

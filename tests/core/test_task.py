@@ -9,6 +9,7 @@ import pytest
 
 import pipeline.core.record
 from pipeline.core.codec import DefinitionEntry, encode_definition, encode_folded, encode_states
+from pipeline.core.commit import Counts
 from pipeline.core.kinds import BATCH_INT_BYTES_MAX, KINDS
 from pipeline.core.limits import TaskLimits
 from pipeline.core.query import merged
@@ -24,7 +25,7 @@ from pipeline.core.record import (
     series_suffix,
 )
 from pipeline.core.sequence import GAP_COUNT_MAX, Folded
-from pipeline.core.task import TRANSITIONS, Counts, Phase, Task, TaskEvent
+from pipeline.core.task import TRANSITIONS, Phase, Task, TaskEvent
 from pipeline.errors import IllegalTransition, StoreCorrupt
 from tests.core.driver import NOW_MS, Shell, batch, group, totals
 from tests.core.strategies import records

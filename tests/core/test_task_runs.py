@@ -7,9 +7,9 @@ import pytest
 
 import pipeline.core.overlay
 import pipeline.core.record
+from pipeline.core.commit import Commit
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import RUN_ENTRIES_MAX, TAG_SERIES, Definition, runs, view_prefix
-from pipeline.core.task import Commit
 from pipeline.errors import StoreCorrupt
 from tests.core.driver import Shell, batch, group
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.core import codec
+from pipeline.core import codec, frames
 from pipeline.core.codec import DeadLetter, DefinitionEntry
 from pipeline.core.kinds import KINDS, Kind
 from pipeline.core.record import (
@@ -231,8 +231,8 @@ CASES: dict[str, Case] = {
     ),
     "frames": Case(
         [[], [b"\x01"], [b"\x01one", b"\x01" * 300]],
-        codec.encode_frames,
-        codec.decode_frames,
+        frames.encode_frames,
+        frames.decode_frames,
     ),
     "suffix": Case(
         [(0, ()), *((0, labels) for labels in LABELS), (1_700_000_040_000, ("eu",)), (2**64 - 1, ("",) * 17)],

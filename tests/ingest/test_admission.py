@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import pipeline.core.codec as codec
+import pipeline.core.parts as parts
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import Batch, Control, Definition, Group, Origin, definition_key, producer_id_of, series_suffix
 from pipeline.core.sequence import Folded
@@ -112,7 +113,7 @@ def test_wrong_groups_are_named_and_can_be_left_out() -> None:
     assert caught.value.batch == 1
     assert [(index, view) for index, view, _ in caught.value.groups] == [(1, "empty"), (2, "v"), (3, "w"), (4, "v")]
     assert not log.attempts
-    rest = codec.without_groups(batch(*groups, sequence=1), {1, 2, 3, 4})
+    rest = parts.without_groups(batch(*groups, sequence=1), {1, 2, 3, 4})
     assert codec.decode_batch(rest) == codec.decode_batch(batch(groups[0], sequence=1))
     gate.batches([rest], SECRET)
     assert fold(log.log).answers == {("v", ("x",)): 1}

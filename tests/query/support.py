@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 from zlib import crc32
 
+import msgspec
 import uvicorn
 
 from pipeline.adapters.clock import SystemClock
@@ -21,8 +22,17 @@ from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import PartitionStatus, Status
-from pipeline.core.codec import encode_batch
-from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_prefix, series_suffix
+from pipeline.core.codec import decode_definition, encode_batch, encode_definition
+from pipeline.core.record import (
+    Batch,
+    Definition,
+    Group,
+    canonical,
+    definition_key,
+    producer_id_of,
+    series_prefix,
+    series_suffix,
+)
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
@@ -126,19 +136,23 @@ class World:
         """A token of this log."""
         return Token(next_offsets, self.log.topic_id(DELTAS))
 
-    def batch(self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any]) -> bytes:
-        """A sealed batch of states by label values."""
+    def batch(
+        self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any], window_start_ms: int = 0
+    ) -> bytes:
+        """A sealed batch of states by label values, all of one window."""
         with self._lock:
             sequence = self._sequences.get(partition, 0)
             self._sequences[partition] = sequence + 1
-        group = Group(definition, [series_suffix(labels) for labels in series], [*series.values()])
+        group = Group(definition, [series_suffix(labels, window_start_ms) for labels in series], [*series.values()])
         return encode_batch(Batch(producer_id_of(SECRET), 0, partition, sequence, 0, self.clock.now_ms(), [group]))
 
-    def append(self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any]) -> int:
+    def append(
+        self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any], window_start_ms: int = 0
+    ) -> int:
         """Put states into one partition's log; the `next_offset` that covers them."""
         definition, series = travelling(definition, series)
         (result,) = self.log.append(
-            [Message(DELTAS, partition, None, self.batch(partition, definition, series))], timeout_s=1
+            [Message(DELTAS, partition, None, self.batch(partition, definition, series, window_start_ms))], timeout_s=1
         )
         assert isinstance(result, int)
         return result
@@ -167,6 +181,16 @@ class World:
                     partition.fold(records)
             if partition.task.dirty:
                 partition.commit()
+
+    def expire(self, definition: Definition, before_ms: int, *numbers: int) -> None:
+        """Have the windows of a definition that start before a time expired in these partitions, whose entries stay."""
+        key = definition_key(canonical(definition))
+        for number in numbers:
+            store = self.partitions[number].store
+            (value,) = store.get([key])
+            assert value is not None
+            entry = msgspec.structs.replace(decode_definition(value), expired_before_ms=before_ms)
+            store.write([key], [encode_definition(entry)])
 
     def folding(self, interval_s: float = 0.002) -> AbstractContextManager[None]:
         """Fold in a thread, again and again."""

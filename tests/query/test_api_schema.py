@@ -8,10 +8,12 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from pipeline.core.derive import FUNCTIONS
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
+from pipeline.core.span import FILLS, AskedRange
 from pipeline.query.controls import DefinitionChoice
 from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
@@ -26,6 +28,8 @@ def server() -> Iterator[Server]:
     """A server with one view, whose reads do not wait for long."""
     world = World(settings=QuerySettings(timeout_ms_default=40, timeout_ms_max=50))
     world.publish(Definition("revenue", "sum", ("region",)), {("eu",): 1, ("us",): 2.5})
+    world.append(0, Definition("minutes", "sum", ("region",), window_s=60), {("eu",): 1, ("us",): 2.5}, 600_000)
+    world.fold()
     with serving(world) as running:
         yield running
 
@@ -74,6 +78,23 @@ def test_requests_are_answered_as_documented(
     conforms(api_schema[path][verb], mode, 30)
 
 
+@pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)
+def test_reads_of_windows_are_answered_as_documented(api_schema: Any, mode: schemathesis.GenerationMode) -> None:
+    """Ranges of a view that has windows: answers have points, wrong ranges are refused."""
+    operation = api_schema["/v1/views/{view}"]["get"]
+
+    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(operation.as_strategy(generation_mode=mode))
+    def run(case: Any) -> None:
+        case.path_parameters = {"view": "minutes"}
+        response = case.call()
+        assert response.status_code < 500 or response.status_code == 503
+        excluded = [positive_data_acceptance, not_a_server_error, negative_data_rejection]
+        case.validate_response(response, excluded_checks=excluded)
+
+    run()
+
+
 def test_any_bytes_are_answered_as_documented(api_schema: Any) -> None:
     """Bodies that are hardly ever batches are refused, as the document says."""
     conforms(api_schema["/v1/batches"]["post"], schemathesis.GenerationMode.POSITIVE, 30)
@@ -115,6 +136,8 @@ def test_the_document_is_whole(server: Server) -> None:
         "by",
         "kind",
         "window_s",
+        *(name.removesuffix("_ms") for name in AskedRange.__struct_fields__),
+        "fn",
         "top",
         "limit",
         "after",
@@ -128,6 +151,8 @@ def test_the_document_is_whole(server: Server) -> None:
     assert limits["limit"] == {"type": "integer", "minimum": 1, "maximum": 1_000_000, "default": 10_000}
     assert limits["where"]["maxItems"] == QuerySettings().matchers_max
     assert limits["kind"] == {"enum": [*KIND_NAMES]}
+    assert limits["fill"] == {"enum": [*FILLS]}
+    assert limits["fn"] == {"enum": [*FUNCTIONS]}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.codec import encode_frames
+from pipeline.core.frames import encode_frames
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import BufferFull, Unavailable

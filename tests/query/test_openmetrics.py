@@ -20,6 +20,7 @@ from pipeline.errors import NotFound, Unavailable
 from pipeline.query.service import ReadService
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
+from tests.support import HandClock
 
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5"}
 Samples = dict[tuple[tuple[str, str], ...], float]
@@ -335,3 +336,52 @@ def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], b
     assert {d.view for d in chosen} | out.keys() == definitions.keys()
     body, _ = render_views(Exposition([Exposed(d, [()], [1]) for d in chosen], out, None), OPENMETRICS["Accept"])
     assert len([*parse_openmetrics(body.decode())]) == len(chosen) + 2
+
+
+def test_a_view_with_windows_shows_its_newest_final_window() -> None:
+    """Its sums are gauges, whatever else it is; windows that have expired, or are not final yet, are not shown."""
+    clock = HandClock()
+    world = World(2, clock=clock)
+    definition = Definition("hits", "sum", ("path",), window_s=60, monotone=True)
+    present = clock.now_ms() // 60_000 * 60_000
+    for number, (window, values) in enumerate(
+        (
+            (present - 120_000, {("a",): 1}),
+            (present - 60_000, {("a",): 2, ("b",): 3}),
+            (present - 60_000, {("a",): 4}),
+            (present, {("a",): 8}),
+        )
+    ):
+        world.append(number % 2, definition, values, window)
+    world.fold()
+    (exposed,) = scrape(world).views
+    assert dict(zip(exposed.labels, exposed.values, strict=True)) == {("a",): 6, ("b",): 3}
+    family = families(render_views(scrape(world), OPENMETRICS["Accept"])[0])["hits"]
+    assert (family.type, samples(family)) == ("gauge", {(("path", "a"),): 6, (("path", "b"),): 3})
+    assert family.documentation == "View of kind sum, in windows of 60 s: the newest that is final."
+    clock.s += 60
+    (exposed,) = scrape(world).views
+    assert exposed.values == [8]
+    clock.s += 60
+    (exposed,) = scrape(world).views
+    assert exposed.values == []
+    world.expire(definition, present + 120_000, 0)
+    assert scrape(world).views == []
+    world.append(0, definition, {("a",): 1}, present)
+    assert scrape(world).views == []
+
+
+def test_a_view_with_windows_is_bounded_by_the_series_of_one() -> None:
+    """`openmetrics_series_max` counts what is shown, not every window that is kept."""
+    clock = HandClock()
+    world = World(1, clock=clock, settings=QuerySettings(openmetrics_series_max=2))
+    definition = Definition("v", "sum", ("x",), window_s=60)
+    present = clock.now_ms() // 60_000 * 60_000
+    for i in range(1, 6):
+        world.append(0, definition, {("a",): i, ("b",): i}, present - i * 60_000)
+    world.fold()
+    (exposed,) = scrape(world).views
+    assert exposed.values == [1, 1]
+    world.append(0, definition, {("c",): 1}, present - 60_000)
+    world.fold()
+    assert scrape(world).omitted == {"v": "series_max"}

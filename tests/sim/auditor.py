@@ -13,7 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from tests.sim.clocks import TrueTime
-from tests.sim.count import Count, Limits, Row, Sent
+from tests.sim.count import NONE_LATE, Count, Limits, Row, Sent
 from tests.sim.entries import (
     DEFINITION,
     FENCE,
@@ -26,10 +26,14 @@ from tests.sim.entries import (
     check,
     compare,
     definition_key,
+    expires_at_ms,
     overflow_key,
+    series_prefix,
+    start_of,
     state,
     unpack,
 )
+from tests.sim.expiry import Expiry
 from tests.sim.laws import verdict as verdict_of
 
 
@@ -57,6 +61,7 @@ class Auditor:
         """Offsets of records that a task refused, although the law would have let it fold them."""
         self._forgotten: list[dict[int, list[str]]] = [{} for _ in range(partition_count)]
         """By position of the commit that did so, the producers that were forgotten."""
+        self._expiry = [Expiry(true_time) for _ in range(partition_count)]
         self._committed = [Count(p, limits) for p in range(partition_count)]
         self._ahead = [Count(p, limits) for p in range(partition_count)]
         self._acknowledged: list[Sent] = []
@@ -101,6 +106,7 @@ class Auditor:
         position = unpack(record)[0] if record else 0
         self._rewound.add(partition)
         self._forgotten[partition] = {p: gone for p, gone in self._forgotten[partition].items() if p <= position}
+        self._expiry[partition].rewound(record, position)
         self.states[partition] = dict(self.boundaries[partition][record])
         self._recount(partition, position)
 
@@ -108,6 +114,7 @@ class Auditor:
         self._committed[partition] = Count(partition, self._limits)
         self._ahead[partition] = Count(partition, self._limits)
         self._advance(self._committed[partition], position)
+        self._committed[partition].expire(self._expiry[partition].gone_at(position))
 
     def acknowledged(self, value: bytes) -> None:
         self._acknowledged.append(self._sealed[value])
@@ -137,7 +144,7 @@ class Auditor:
             return False
         check(messages[-1][:3] == ("changelog", partition, POSITION), "the position is not the last of its commit")
         count, state_now = self._committed[partition], self.states[partition]
-        before = count.next_offset
+        before, old = count.next_offset, dict(state_now)
         entries = {key: value for topic, _, key, value in messages if topic == "changelog" and key is not None}
         check(len(entries) == sum(m[0] == "changelog" for m in messages), "a key stands twice in one commit")
         for key, value in entries.items():
@@ -156,12 +163,17 @@ class Auditor:
             place(key): unpack(value) for topic, _, key, value in messages if topic == "dead-letters" and value and key
         }
         self._choose(partition, before, position[0], letters)
+        expiry = self._expiry[partition]
+        expiry.note_letters(self.rows[partition], before, position[0], letters)
         self._advance(count, position[0])
+        expiry.check_rows(self.rows[partition], count, before, position[0], old, state_now)
+        count.expire(expiry.note_gone(count, state_now[POSITION], position[0], old, state_now))
         if position[2] != count.source_at_ms:
             raise Failure(f"source_at_ms {position[2]}, not {count.source_at_ms}")
         self._check_letters(partition, before, letters)
         self._check_entries(count, state_now, entries.keys(), count.touched)
         count.touched.clear()
+        count.ghosts = {key: ghost for key, ghost in count.ghosts.items() if key in state_now}
         self.boundaries[partition][state_now[POSITION]] = dict(state_now)
         gone = [k for k in count.producers if PRODUCER + k.encode() not in state_now]
         if gone:
@@ -214,7 +226,10 @@ class Auditor:
         letters = [key and place(key) for key in letters]
         bad = self._letter_keys(count, 0)
         again = len(letters) - len(set(letters))  # what is folded again, because commits were lost, is refused again
-        if {*letters} != bad or (again and partition not in self._rewound):
+        known = {*letters}
+        if partition in self._rewound:  # what was refused before the log lost that may be folded by now
+            known -= self._expiry[partition].refused_ever - bad
+        if known != bad or (again and partition not in self._rewound):
             raise Failure(f"partition {partition}: dead letters {letters}, not {bad}")
         doubtful = {
             row.sent.identity
@@ -250,17 +265,23 @@ class Auditor:
         for offset, found in count.refused.items():
             if offset >= start:
                 keys |= {b"%d-%d-%d" % (count.partition, offset, index) for index in found}
+        for offset, late in self._expiry[count.partition].late.items():
+            if start <= offset < count.next_offset and count.verdicts[offset] == "folded":
+                keys |= {b"%d-%d-%d" % (count.partition, offset, index) for index in late}
         return keys
 
     def _advance(self, count: Count, next_offset: int) -> None:
         partition = count.partition
         rows, lost, refused = self.rows[partition], self._lost[partition], self._refused[partition]
+        expiry = self._expiry[partition]
         while count.next_offset < next_offset:
             offset = count.next_offset
             row = rows[offset]
             for producer_id in self._forgotten[partition].get(offset, ()):
                 count.producers.pop(producer_id, None)
-            verdict = count.take(row, lost=offset in lost, refused=offset in refused)
+            count.expire(expiry.gone_at(offset))
+            late = expiry.late.get(offset, NONE_LATE)
+            verdict = count.take(row, lost=offset in lost, refused=offset in refused, late=late)
             if verdict == "duplicate" and row.sent and not count.had_loss:
                 known = row.sent.sequence in count.producers[row.sent.producer_id].accepted
                 if not known and all(r.sent is None or r.sent.identity != row.sent.identity for r in rows[:offset]):
@@ -288,10 +309,16 @@ class Auditor:
 
     def _check_entries(self, count: Count, entries: Entries, keys: Iterable[bytes], views: Iterable[View]) -> None:
         for key in keys:
-            if key[:1] == SERIES and key in entries and key not in count.deltas:
-                view = next((view for view in count.views if overflow_key(view) == key), None)
-                if view is None:
-                    raise Failure(f"partition {count.partition}: {key!r} is there, and has no deltas")
+            if key[:1] != SERIES or key not in entries or key in count.deltas:
+                continue
+            if key in count.ghosts:
+                if entries[key] != count.ghosts[key][1]:
+                    raise Failure(f"partition {count.partition}: {key!r} has expired, and is written")
+                continue
+            prefixes = {view: series_prefix(view) for view in count.views}
+            view = next((view for view in count.views if key.startswith(prefixes[view])), None)
+            if view is None or overflow_key(view, start_of(key, view)) != key:
+                raise Failure(f"partition {count.partition}: {key!r} is there, and has no deltas")
         for view in views:
             self._check_series(count, entries, view)
         self._check_producers(count, entries)
@@ -299,22 +326,24 @@ class Auditor:
 
     def _check_series(self, count: Count, entries: Entries, view: View) -> None:
         """Each series of a definition says what its deltas say; those without an entry are in the overflow series."""
-        overflow = overflow_key(view)
-        excess: list[Any] = []
         keys = count.views.get(view, set())
-        present = [key for key in keys if key in entries and key != overflow]
+        overflows = {start: overflow_key(view, start) for start in {start_of(key, view) for key in keys}}
+        excess: dict[int, list[Any]] = {}
+        present = [key for key in keys if key in entries and key not in overflows.values()]
         room = self._limits.series_max
         for key in keys:
-            if key == overflow or (key not in entries and view.labels and len(keys) > room):
-                excess += count.deltas[key]
+            start = start_of(key, view)
+            if key == overflows[start] or (key not in entries and view.labels and len(keys) > room):
+                excess.setdefault(start, []).extend(count.deltas[key])
             else:
                 self._check_state(count, view, entries.get(key), count.deltas[key])
-        if excess:
-            if not (overflow in keys or len(present) >= room - 1):
-                raise Failure(f"{view} overflows with {len(present)} series")
-            self._check_state(count, view, entries.get(overflow), excess)
-        elif not (overflow not in entries or not view.labels):
-            raise Failure(f"partition {count.partition}: {view} has not overflowed")
+        for start, overflow in overflows.items():
+            if start in excess:
+                if not (overflow in keys or len(present) >= room - len(overflows)):
+                    raise Failure(f"{view} overflows with {len(present)} series")
+                self._check_state(count, view, entries.get(overflow), excess[start])
+            elif not (overflow not in entries or not view.labels):
+                raise Failure(f"partition {count.partition}: {view} has not overflowed")
         if not (len(present) <= room or not view.labels):
             raise Failure(f"partition {count.partition}: {view} has {len(present)} series")
 
@@ -322,6 +351,8 @@ class Auditor:
         if value is None:
             raise Failure(f"partition {count.partition}: {view} lacks a series with deltas {deltas}")
         kind, found = state(value)
+        if bool(expires_at_ms(value)) is not view.is_silent:
+            raise Failure(f"partition {count.partition}: a series of {view} expires at {expires_at_ms(value)}")
         wrong = verdict_of(kind, deltas, found) if kind == view.kind else f"is a {kind}"
         if wrong:
             raise Failure(f"partition {count.partition}: a series of {view} {wrong}; its deltas: {deltas}")
@@ -348,6 +379,15 @@ class Auditor:
             if key in self.states[partition]:
                 raise Failure(f"{key!r} was not forgotten")
 
+    def check_expired(self, partition: int, *, all_of_it: bool) -> None:
+        """Nothing that has expired is left; with `all_of_it` every series with a retention has by now."""
+        count, states = self._committed[partition], self.states[partition]
+        left = [key for key in count.ghosts if key in states]
+        if all_of_it:
+            left += [key for key in count.deltas if count.series[key][0].retention_s]
+        if left:
+            raise Failure(f"partition {partition}: {left} have expired, and are there")
+
     def _check_views(self, count: Count, entries: Entries) -> None:
         """The definitions that are there, in the order of their first batches, and how many series each has."""
         found = {key: unpack(value) for key, value in entries.items() if key[:1] == DEFINITION}
@@ -356,7 +396,8 @@ class Auditor:
             entry = found.pop(definition_key(view), None)
             if entry is None or entry[0] != view.as_stored():
                 raise Failure(f"partition {count.partition}: the definition of {view} is {entry}")
-            series_count = sum(key in entries for key in {*count.views[view], overflow_key(view)})
+            prefix = series_prefix(view)
+            series_count = sum(key.startswith(prefix) for key in entries)
             if entry[1] != series_count:
                 raise Failure(f"partition {count.partition}: {entry[1]} series of {view}, not {series_count}")
             if entry[2] < since.get(view.name, 0):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.sim.entries import Series, View, key_of
+from tests.sim.entries import Place, Series, View, key_of
 
-Delta = tuple[tuple[str, ...], Any]
-"""Label values, and what was recorded for them."""
+Delta = tuple[Place, Any]
+"""Label values and window, and what was recorded for them."""
 
 AHEAD_MS_MAX = 3_600_000
-"""How far a `last` may be ahead of its record."""
+"""How far a `last`, or a window, may be ahead of its record."""
+
+
+NONE_LATE: Mapping[int, Container[bytes]] = {}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class SentGroup:
 
     def is_bad(self, at_ms: int) -> bool:
         """Return whether it is refused in a record that the log accepted then."""
-        ahead = self.view.kind == "last" and any(delta.ts_ms > at_ms + AHEAD_MS_MAX for _, delta in self.deltas)
+        latest_ms = at_ms + AHEAD_MS_MAX
+        ahead = self.view.kind == "last" and any(delta.ts_ms > latest_ms for _, delta in self.deltas)
+        ahead |= any(start_ms > latest_ms for (_, start_ms), _ in self.deltas)
         return bool(self.flaw) or ahead or not self.deltas
 
 
@@ -131,6 +137,10 @@ class Count:
         self.series: dict[bytes, Series] = {}
         self.deltas: dict[bytes, list[Any]] = {}
         """By the key of their entry."""
+        self.ghosts: dict[bytes, tuple[View, bytes | None]] = {}
+        """Entries of series that have expired: they may still be there, as they were."""
+        self.touched_ms: dict[bytes, int] = {}
+        """True time at which the log accepted the last delta of each series."""
         self.touched: set[View] = set()
         """Definitions whose series have changed, until somebody clears it."""
         self.had_loss = False
@@ -138,8 +148,11 @@ class Count:
         """Whether a record was taken of which the law does not say whether it is folded."""
         self._limits = limits
 
-    def take(self, row: Row, *, lost: bool, refused: bool = False) -> str:
-        """Count the next record; what becomes of it. `refused` says how the task chose where the law leaves it free."""
+    def take(self, row: Row, *, lost: bool, refused: bool = False, late: Mapping[int, Container[bytes]] = NONE_LATE) -> str:
+        """Count the next record; what becomes of it. `refused` says how the task chose where the law leaves it free.
+
+        `late` has, by the index of their group, the keys of series that the task refused because they have expired.
+        """
         verdict = "lost" if lost else "hole" if row.hole else self._judge(row, refused)
         self.verdicts.append(verdict)
         self.next_offset += 1
@@ -154,10 +167,10 @@ class Count:
             if row.sent.law != "jump" or verdict == "folded":
                 producer.epoch = max(producer.epoch, row.sent.epoch)
             if verdict == "folded":
-                self._fold(producer, row, row.sent)
+                self._fold(producer, row, row.sent, late)
         return verdict
 
-    def _fold(self, producer: Producer, row: Row, sent: Sent) -> None:
+    def _fold(self, producer: Producer, row: Row, sent: Sent, late: Mapping[int, Container[bytes]]) -> None:
         producer.floor = max(producer.floor, sent.floor)
         producer.seen_at_ms = row.true_ms
         producer.closed = sent.closing
@@ -165,27 +178,41 @@ class Count:
         self.folded.add((sent.producer_id, sent.sequence))
         for order in sent.orders:
             self._carry_out(order)
-        refused = tuple(i for i, group in enumerate(sent.groups) if not self._fold_group(group, row.at_ms))
+        refused = tuple(i for i, group in enumerate(sent.groups) if not self._fold_group(group, row, late.get(i, ())))
         if refused:
             self.refused[self.next_offset - 1] = refused
 
-    def _fold_group(self, group: SentGroup, at_ms: int) -> bool:
+    def _fold_group(self, group: SentGroup, row: Row, late: Container[bytes]) -> bool:
         full = group.view not in self.views and len(self.views) >= self._limits.views_max
-        if full or group.is_bad(at_ms):
+        if full or group.is_bad(row.at_ms):
             return False
         keys = self.views.setdefault(group.view, set())
         self.touched.add(group.view)
-        for labels, delta in group.deltas:
-            key = key_of((group.view, labels))
+        for place, delta in group.deltas:
+            key = key_of((group.view, place))
+            if key in late:
+                continue
             keys.add(key)
-            self.series[key] = group.view, labels
+            self.series[key] = group.view, place
             self.deltas.setdefault(key, []).append(delta)
+            self.touched_ms[key] = row.true_ms
+            self.ghosts.pop(key, None)
         return True
+
+    def expire(self, entries: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """From here on nothing merges with these series; their entries, as they are, may stay for a while."""
+        for key, value in entries:
+            if key in self.deltas:
+                view, _ = self.series.pop(key)
+                del self.deltas[key]
+                self.ghosts[key] = view, value
+                self.views[view].discard(key)
 
     def _carry_out(self, order: Order) -> None:
         for view in [view for view in self.views if order.concerns(view)]:
             for key in self.views[view]:
                 del self.series[key], self.deltas[key]
+            self.ghosts = {key: ghost for key, ghost in self.ghosts.items() if ghost[0] != view}
             self.touched.add(view)
             self.views[view] = set()
             if order.action == "drop":

@@ -12,7 +12,7 @@ from tests.sim.clocks import NodeClock
 from tests.sim.count import Order
 from tests.sim.entries import View
 from tests.sim.faults import FaultyLog, Process, SimulatedCrash
-from tests.sim.publishers import SimPublisher, message_of, other_definition, some_views
+from tests.sim.publishers import SimPublisher, in_time, message_of, other_definition, some_views
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -27,7 +27,7 @@ class Crowd:
         """Messages that come in late, some of them for the second time."""
         self.zombies: list[SimPublisher] = []
         """Publishers whose spool another process has opened, and that do not know."""
-        self._views = some_views(world.rng)
+        self._views = self._in_time(some_views(world.rng))
         self.clocks = [NodeClock(f"publishers {n}", world.time) for n in range(2)]
         """The machines that publishers run on, each with its clock."""
         self._closed: dict[bytes, int] = {}
@@ -62,7 +62,16 @@ class Crowd:
         rng = self.world.rng
         if "conflicts" not in self.world.switches or rng.random() < 0.3:
             return self._views
-        return [other_definition(rng, view) if rng.random() < 0.4 else view for view in self._views]
+        return [
+            rng.choice(self._in_time([other_definition(rng, view)])) if rng.random() < 0.4 else view for view in self._views
+        ]
+
+    def _in_time(self, views: list[View]) -> list[View]:
+        """Give some views windows or a retention, if the history has them. What overflows does not expire, too."""
+        world, rng = self.world, self.world.rng
+        if "windows" not in world.switches:
+            return views
+        return [in_time(rng, it, expires="overflow" not in world.switches) if rng.random() < 0.8 else it for it in views]
 
     def send_all(self) -> None:
         """Whatever was recorded gets there in the end."""

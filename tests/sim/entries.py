@@ -30,13 +30,35 @@ class View:
     kind: str
     labels: tuple[str, ...]
     monotone: bool = False
+    window_s: int = 0
+    retention_s: int = 0
+
+    @property
+    def window_ms(self) -> int:
+        return self.window_s * 1_000
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its series expire when they are silent."""
+        return bool(self.retention_s) and not self.window_s
 
     def as_stored(self) -> list[Any]:
         """Return the expected value of a definition entry, without default values at its end."""
-        return [self.name, self.kind, list(self.labels), *[0, True] * self.monotone]
+        fields = [self.name, self.kind, list(self.labels), self.window_s, self.monotone, self.retention_s]
+        while not fields[-1] and len(fields) > 3:
+            del fields[-1]
+        return fields
+
+    def expired_before_ms(self, now_ms: int) -> int:
+        """Return the latest watermark that the view may have at a time."""
+        if not self.window_s:
+            return now_ms
+        return max(0, (now_ms - self.retention_s * 1_000) // self.window_ms * self.window_ms)
 
 
-Series = tuple[View, tuple[str, ...]]
+Place = tuple[tuple[str, ...], int]
+"""Label values, and the start of a window."""
+Series = tuple[View, Place]
 
 
 def check(condition: bool, message: str) -> None:
@@ -65,13 +87,30 @@ def _number(item: Any) -> Any:
 
 def state(value: bytes) -> tuple[str, Found]:
     """The kind and state of a series' entry."""
-    kind, expires_at_ms, *columns = unpack(value)
-    check(expires_at_ms == 0, "a series that expires")
+    kind, _, *columns = unpack(value)
+    return kind, state_of(kind, columns)
+
+
+def state_of(kind: str, columns: list[Any]) -> Found:
+    """A state, given its value in each column."""
     if kind == "last":
         ts_ms, _, said = columns
-        return kind, Found(said, ts_ms=ts_ms)
+        return Found(said, ts_ms=ts_ms)
     total, error = columns[0] if isinstance(columns[0], list) else (columns[0], 0.0)
-    return kind, Found(total, error, columns[1] if kind == "mean" else 0)
+    return Found(total, error, columns[1] if kind == "mean" else 0)
+
+
+def expires_at_ms(value: bytes) -> int:
+    """When a series' entry expires; 0: never."""
+    return int(unpack(value)[1])
+
+
+def rows_of_letter(value: bytes) -> dict[bytes, Found]:
+    """The series of the only group of a refused batch, by suffix."""
+    ((definition, suffixes, columns),) = msgspec.msgpack.decode(value[9:])[-1]
+    kind = definition[1]
+    rows = zip(*[[_number(item) for item in column] for column in columns], strict=True)
+    return {suffix: state_of(kind, [*row]) for suffix, row in zip(suffixes, rows, strict=True)}
 
 
 @lru_cache(maxsize=10_000)
@@ -83,7 +122,14 @@ def series_prefix(view: View) -> bytes:
 
 def key_of(series: Series) -> bytes:
     """The key of a series' entry."""
-    return series_prefix(series[0]) + bytes(8) + msgspec.msgpack.encode(series[1])
+    view, (labels, start_ms) = series
+    return series_prefix(view) + start_ms.to_bytes(8, "big") + msgspec.msgpack.encode(labels)
+
+
+def start_of(key: bytes, view: View) -> int:
+    """The start of the window of a series' key."""
+    at = len(series_prefix(view))
+    return int.from_bytes(key[at : at + 8], "big")
 
 
 def definition_key(view: View) -> bytes:
@@ -91,6 +137,6 @@ def definition_key(view: View) -> bytes:
     return DEFINITION + series_prefix(view)[1:]
 
 
-def overflow_key(view: View) -> bytes:
-    """The key of the series that takes in what is beyond the limit."""
-    return key_of((view, (OVERFLOW,) * len(view.labels)))
+def overflow_key(view: View, start_ms: int) -> bytes:
+    """The key of the series that takes in what is beyond the limit in a window."""
+    return key_of((view, ((OVERFLOW,) * len(view.labels), start_ms)))

@@ -90,6 +90,12 @@ class Nature:
         for partition in range(world.partition_count):
             self._compact(partition)
 
+    def pass_time(self) -> None:
+        """Some seconds pass, so that windows end and expire."""
+        world = self.world
+        world.time.at_ms += world.rng.choice((300, 1_000, 1_000, 2_500, 8_000))
+        world.note("some seconds pass")
+
     def _some_disk(self) -> tuple[Machine, int, Disk]:
         world, rng = self.world, self.world.rng
         machine, partition = rng.choice(world.machines), rng.randrange(world.partition_count)

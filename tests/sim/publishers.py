@@ -18,14 +18,14 @@ from pipeline.ports import Message
 from pipeline.topics import DELTAS
 from tests.sim.auditor import Auditor
 from tests.sim.clocks import NodeClock
-from tests.sim.count import Order, Sent, SentGroup
-from tests.sim.entries import View
+from tests.sim.count import AHEAD_MS_MAX, Delta, Order, Sent, SentGroup
+from tests.sim.entries import Place, View
 from tests.sim.laws import Set
 
 LABEL_VALUES = ("", "a", "b", "a\x00b", "ü", "x" * 40)
 
-Recorded = tuple[View, tuple[str, ...], Any]
-"""A definition, label values, and a delta as the auditor knows it."""
+Recorded = tuple[View, Place, Any]
+"""A definition, label values and window, and a delta as the auditor knows it."""
 
 
 def some_views(rng: Random) -> list[View]:
@@ -35,6 +35,12 @@ def some_views(rng: Random) -> list[View]:
         View(f"v{i}", kind, ("l", "m")[: rng.choice((0, 1, 1, 2))], kind == "sum" and rng.random() < 0.5)
         for i, kind in enumerate(kinds)
     ]
+
+
+def in_time(rng: Random, view: View, *, expires: bool) -> View:
+    """Return the view with windows, or with a retention, or with both."""
+    window_s = rng.choice((0, 1, 2, 2, 7, 60))
+    return replace(view, window_s=window_s, retention_s=rng.choice((0, 1, 3, 3, 20, 600)) if expires else 0)
 
 
 def other_definition(rng: Random, view: View) -> View:
@@ -103,15 +109,27 @@ class SimPublisher:
     def record(self, count: int) -> None:
         """Some deltas, of few series, so that they meet."""
         for _ in range(count):
-            view, labels, delta = self._some_recorded()
-            partition = crc32(series_prefix(_definition(view)) + series_suffix(labels)) % self._partition_count
-            self._buffer.setdefault(partition, []).append((view, labels, delta))
+            view, place, delta = self._some_recorded()
+            partition = crc32(series_prefix(_definition(view)) + series_suffix(*place)) % self._partition_count
+            self._buffer.setdefault(partition, []).append((view, place, delta))
 
     def _some_recorded(self) -> Recorded:
         rng = self._rng
         view = rng.choice(self.views)
         labels = tuple(rng.choice(LABEL_VALUES[:3] if rng.random() < 0.9 else LABEL_VALUES) for _ in view.labels)
-        return view, labels, self.some_delta(view)
+        return view, (labels, self._some_window(view)), self.some_delta(view)
+
+    def _some_window(self, view: View) -> int:
+        """The start of the present window, of one that is soon to expire or has, or, rarely, of one far ahead."""
+        rng = self._rng
+        if not view.window_s:
+            return 0
+        kept_ms = view.window_ms + view.retention_s * 1_000
+        late_ms = rng.choice((0, 0, 0, rng.randint(0, kept_ms), rng.randint(0, 2 * kept_ms)))
+        ts_ms = self.clock.now_ms() - late_ms
+        if rng.random() < 0.02:
+            ts_ms += rng.choice((view.window_ms, 2 * AHEAD_MS_MAX))
+        return ts_ms // view.window_ms * view.window_ms
 
     def some_groups(self, count: int) -> tuple[SentGroup, ...]:
         """Return the content of a batch of so many deltas."""
@@ -158,7 +176,8 @@ class SimPublisher:
         else:
             flaw, labels = "labels", (*labels, "a")
         partition = rng.randrange(self._partition_count)
-        return self._seal(partition, self._buffer.pop(partition, []), SentGroup(view, ((labels, delta),), flaw))
+        deltas = (((labels, self._some_window(view)), delta),)
+        return self._seal(partition, self._buffer.pop(partition, []), SentGroup(view, deltas, flaw))
 
     def _seal(
         self,
@@ -241,9 +260,9 @@ def message_of(sealed: Sealed, producer_id: str) -> Message:
 
 def grouped(deltas: list[Recorded]) -> list[SentGroup]:
     """A group for each definition, in the order of their first deltas."""
-    by_view: dict[View, list[tuple[tuple[str, ...], Any]]] = {}
-    for view, labels, delta in deltas:
-        by_view.setdefault(view, []).append((labels, delta))
+    by_view: dict[View, list[Delta]] = {}
+    for view, place, delta in deltas:
+        by_view.setdefault(view, []).append((place, delta))
     return [SentGroup(view, tuple(found)) for view, found in by_view.items()]
 
 
@@ -265,8 +284,8 @@ def batch_of(sent: Sent, created_at_ms: int) -> Batch:
 
 def _group(group: SentGroup) -> Group:
     columns: dict[bytes, list[Any]] = {}
-    for labels, delta in group.deltas:
-        columns.setdefault(series_suffix(labels), []).append(_raw(group.view, delta))
+    for place, delta in group.deltas:
+        columns.setdefault(series_suffix(*place), []).append(_raw(group.view, delta))
     kind = KINDS[group.view.kind]
     return Group(_definition(group.view), [*columns], [kind.collect(raw) for raw in columns.values()])
 
@@ -277,4 +296,4 @@ def _raw(view: View, delta: Any) -> Any:
 
 
 def _definition(view: View) -> Definition:
-    return Definition(view.name, view.kind, view.labels, monotone=view.monotone)
+    return Definition(view.name, view.kind, view.labels, view.window_s, view.monotone, view.retention_s)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pipeline.metrics as m
+from pipeline.core.commit import Commit
 from pipeline.core.record import Records
-from pipeline.core.task import Commit
 from pipeline.errors import (
     Discontinuous,
     Fenced,
@@ -340,6 +340,8 @@ class Worker:
         self.commit = None
         self.state = "idle"
         counts = self.part.task.counts
+        for what, count in (("expired delta refused", counts.entries_expired), ("series expired", counts.series_expired)):
+            self.world.stats[what] += bool(count)
         if self.metrics.of(m.BATCHES_DUPLICATE) != counts.batches_duplicate:
             raise Failure("the metric of duplicates is not the task's count")
         self.world.note("%s finishes, %s", self.process.name, counts)

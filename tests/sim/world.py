@@ -24,7 +24,7 @@ from pipeline.errors import Unavailable
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.follower import read_meta, read_position
-from pipeline.worker.partition import PRODUCERS_SWEPT
+from pipeline.worker.lookups import PRODUCERS_SWEPT
 from tests.sim.auditor import Auditor
 from tests.sim.clocks import NodeClock, TrueTime
 from tests.sim.cluster import Cluster
@@ -56,6 +56,7 @@ SWITCHES = {
     "pins": 0.2,
     "cuts": 0.1,
     "forgeries": 0.1,
+    "windows": 0.4,
 }
 """Troubles that a history may have besides the usual ones, and how many of the histories have them."""
 SIMPLE = 0.3
@@ -103,6 +104,7 @@ class World:
             closed_producer_ttl_ms=3_000_000,
             series_max=rng.randint(1, 4) if "overflow" in self.switches else 1_000_000,
             views_max=2 if rng.random() < 0.1 else 10_000,
+            expired_entries_max=rng.randint(1, 6),
             producers_max=rng.randint(1, 6) if "swarm" in self.switches else 100_000,
         )
         limits = Limits(
@@ -175,6 +177,7 @@ class World:
             "cuts": (self.log_faults.cut, 0.3, 1),
             "forgeries": (self.log_faults.forge, 0.3, 1),
             "pins": (self.log_faults.step_of_pins, 1, 6),
+            "windows": (self.nature.pass_time, 1, 8),
         }
 
     def _crowded(self) -> None:
@@ -378,8 +381,20 @@ class World:
         for _ in range(2 + len(known) // PRODUCERS_SWEPT):
             self.crowd.say_something(partition)
             self._drain(partition, machine)
+        self._settle(partition)
+        self.auditor.check_expired(partition, all_of_it=not self.clocks_off)
         if not self.clocks_off:  # else they are remembered for longer
             self.auditor.check_forgotten(partition, known)
+
+    def _settle(self, partition: int) -> None:
+        """Commit until an idle partition has nothing more to do."""
+        worker = self.active[partition]
+        assert worker is not None
+        for _ in range(STEPS_MAX):
+            if worker.state == "idle" and not worker.part.task.dirty:
+                return
+            {"idle": worker.prepare, "prepared": worker.make_durable, "durable": worker.finish}[worker.state]()
+        raise Failure(f"partition {partition} never comes to rest")
 
     def _drain(self, partition: int, machine: Machine) -> None:
         """Fold all that is there."""
@@ -396,6 +411,8 @@ class World:
                     worker.prepare()
                 else:
                     worker.step()
+            if worker is not None and worker.alive and worker.state == "prepared":  # deletes what has expired, perhaps
+                worker.make_durable()
             if worker is not None and worker.alive and worker.state == "durable":
                 worker.finish()
             if worker is not None and worker.alive and worker.state == "idle":
