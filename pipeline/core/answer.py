@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from pipeline.core.query import Alternative, Labels, Listed
+from pipeline.core.record import Definition
 from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
@@ -95,12 +96,20 @@ class View(msgspec.Struct, frozen=True):
     """When the log accepted the first batch of it."""
     answers: bool = True
     """True if a read that chooses no kind and no window merges it."""
+    retention_s: int | None = None
+    """Seconds for which a window is kept after its end, or a series without windows after its last delta; None: for ever."""
+
+    @property
+    def definition(self) -> Definition:
+        """The definition."""
+        return Definition(self.name, self.kind, self.labels, self.window_s or 0, self.monotone, self.retention_s or 0)
 
     @classmethod
     def of(cls, it: Listed) -> View:
         """Return a definition as it is listed."""
         d = it.definition
-        return cls(d.view, d.kind, d.labels, d.window_s or None, it.series_count, d.monotone, it.defined_at_ms, it.answers)
+        since, kept = it.defined_at_ms, d.retention_s or None
+        return cls(d.view, d.kind, d.labels, d.window_s or None, it.series_count, d.monotone, since, it.answers, kept)
 
 
 class Views(msgspec.Struct, frozen=True):

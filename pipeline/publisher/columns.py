@@ -174,16 +174,17 @@ def read_times(name: str, column: Any) -> Column:
         raise Invalid(f"column {name}: dates without an offset from UTC; give them one, or ms since 1970")
     found = list(column.tolist()) if kind == "M" else read(name, column)
     if isinstance(found, Scalar):
-        return Scalar(_ms_of(name, found.value, 0)) if isinstance(found.value, datetime) else found
-    if isinstance(found, list) and any(isinstance(value, datetime) for value in found):
-        return [_ms_of(name, value, row) if isinstance(value, datetime) else value for row, value in enumerate(found)]
-    return found
+        return Scalar(_ms_of(name, found.value, 0))
+    return [_ms_of(name, value, row) for row, value in enumerate(rows_of(found, len(found)))]
 
 
-def _ms_of(name: str, at: datetime, row: int) -> int:
-    if at != at or at.tzinfo is None:  # noqa: PLR0124  # pandas' NaT is a datetime that differs from itself
+def _ms_of(name: str, at: Any, row: int) -> Any:
+    """Return a date in ms since 1970; of anything else the table says whether it is a time."""
+    if type(at) is int:
+        return at
+    if at is None or (isinstance(at, datetime) and (at != at or at.tzinfo is None)):  # noqa: PLR0124  # pandas' NaT
         raise Invalid(f"column {name}, row {row}: a date needs its offset from UTC, got {at!r:.60}; nothing was recorded")
-    return (at - _EPOCH) // _MS
+    return (at - _EPOCH) // _MS if isinstance(at, datetime) else at
 
 
 def rows_in(definition: Definition, columns: Mapping[str, Column]) -> int:
