@@ -41,10 +41,12 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.adapters.http import AsyncHttpReader as AsyncReader
     from pipeline.adapters.http import HttpReader as Reader
     from pipeline.roles.agents import faust_app as faust_app
 
 __all__ = [
+    "AsyncReader",
     "BadRecord",
     "BufferFull",
     "Fenced",
@@ -63,15 +65,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Reader` and `faust_app` on first use: an app that only publishes needs no HTTP client, Faust or RocksDB.
+    """Import readers and `faust_app` on first use: an app that only publishes needs no HTTP client, Faust or RocksDB.
 
     `faust_app` is not in `__all__`, because the package can be installed without Faust.
     """
-    if name == "Reader":
-        from pipeline.adapters.http import HttpReader
+    if name in ("Reader", "AsyncReader"):
+        from pipeline.adapters.http import AsyncHttpReader, HttpReader
 
-        globals()[name] = HttpReader
-        return HttpReader
+        globals().update(Reader=HttpReader, AsyncReader=AsyncHttpReader)
+        return globals()[name]
     if name != "faust_app":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     try:

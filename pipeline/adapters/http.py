@@ -1,60 +1,32 @@
-"""Clients of the HTTP API that need only the standard library.
-
-Connections are kept alive and shared by all threads, one request at a time on each. A forked child opens its own.
-"""
+"""Clients of the HTTP API: a log that takes batches, and readers of views."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
-from http.client import (
-    HTTPConnection,
-    HTTPException,
-    HTTPResponse,
-    HTTPSConnection,
-    IncompleteRead,
-    RemoteDisconnected,
-)
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Self, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import msgspec
 
-import pipeline.errors as errors
 from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.http_client import HttpClient, error_of, is_ours
 from pipeline.core.answer import Answer, Changed, Status, View, known
 from pipeline.core.codec import producer_of
 from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
+from pipeline.core.times import Length, Time, length_ms, length_text, time_ms
 from pipeline.core.token import Token
-from pipeline.errors import BadRecord, GroupsRefused, Invalid, PipelineError, Unavailable
+from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
 from pipeline.topics import DELTAS
 
 REQUEST_BYTES_MAX = 4 * 2**20
 """Size up to which batches share a request; a server accepts at least one batch of `batch_bytes_max`."""
-_OURS = "urn:pipeline:"
-_OUR_ERRORS = "urn:pipeline:error:"
 PARTITION_COUNT_TTL_S = 30.0
 _STATUS_S = 10.0
-IDLE_CONNECTIONS_MAX = 64
 T = TypeVar("T")
-_CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
-
-
-class _WrongGroup(msgspec.Struct):
-    group: int
-    view: str = ""
-    reason: str = ""
-
-
-class _Problem(msgspec.Struct):
-    type: str = ""
-    title: str = ""
-    detail: str = ""
-    groups: list[_WrongGroup] = []
 
 
 class _Accepted(msgspec.Struct):
@@ -75,124 +47,6 @@ class _ViewList(msgspec.Struct):
     views: list[View]
 
 
-class _HttpClient:
-    """HTTP requests to one server. Safe from any thread, and after a fork."""
-
-    def __init__(self, url: str, clock: Clock) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise Invalid(f"not a URL: {url!r:.200}: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-            raise Invalid(f"not a server's address: {url!r:.200}; it looks like http://host:8080")
-        self.url = url.rstrip("/")
-        self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
-        self._clock = clock
-        self._idle: list[HTTPConnection] = []
-        self._pid = os.getpid()
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        timeout_s: float,
-        body: bytes | None = None,
-        content_type: str = "",
-        more_headers: Mapping[str, str] | None = None,
-    ) -> tuple[int, bytes]:
-        """Return status and body of the answer; `Unavailable` if there is none in time."""
-        deadline = self._clock.monotonic_s() + timeout_s
-        headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if content_type else {})
-        headers.update(more_headers or {})
-        if self._pid != os.getpid():
-            self._pid, self._idle = os.getpid(), []  # a child shares its parent's sockets: two writers, one stream
-        while True:
-            idle = self._idle
-            try:
-                connection, reused = idle.pop(), True
-            except IndexError:
-                connection, reused = self._make(self._host, self._port), False
-            try:
-                status, answer, keep = self._exchange(connection, method, self._prefix + path, body, headers, deadline)
-            except (OSError, HTTPException) as error:
-                connection.close()
-                if reused and isinstance(error, _CLOSED_BY_PEER):
-                    continue  # it was closed while idle; every request of this module may be carried out twice
-                raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
-            except BaseException:
-                connection.close()
-                raise
-            if keep and len(idle) < IDLE_CONNECTIONS_MAX:
-                idle.append(connection)
-            else:
-                connection.close()
-            return status, answer
-
-    def _exchange(
-        self,
-        connection: HTTPConnection,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: dict[str, str],
-        deadline: float,
-    ) -> tuple[int, bytes, bool]:
-        self._limit(connection, deadline)
-        try:
-            connection.request(method, path, body, headers)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            try:  # the server may have answered with a refusal before it had the whole body
-                response = connection.getresponse()
-            except (OSError, HTTPException):
-                raise error from None
-            return response.status, self._read(connection, response, deadline), False
-        self._limit(connection, deadline)
-        response = connection.getresponse()
-        return response.status, self._read(connection, response, deadline), not response.will_close
-
-    def _read(self, connection: HTTPConnection, response: HTTPResponse, deadline: float) -> bytes:
-        parts = []
-        while part := response.read(2**18):
-            parts.append(part)
-            self._limit(connection, deadline)
-        if response.length:  # not so if the server sends chunks
-            raise IncompleteRead(b"", response.length)
-        return b"".join(parts)
-
-    def _limit(self, connection: HTTPConnection, deadline: float) -> None:
-        left_s = deadline - self._clock.monotonic_s()
-        if left_s <= 0:
-            raise TimeoutError("no answer in time")
-        connection.timeout = left_s
-        if connection.sock is not None:
-            connection.sock.settimeout(left_s)
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-
-def _error(url: str, status: int, body: bytes) -> PipelineError:
-    """Return the error that a problem document names; `Unavailable` for any other error response."""
-    try:
-        problem = msgspec.json.decode(body, type=_Problem)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Unavailable(f"{url}: HTTP {status}: {body[:200].decode(errors='replace')}")
-    ours = problem.type.startswith(_OUR_ERRORS)
-    named = getattr(errors, problem.type.removeprefix(_OUR_ERRORS), None) if ours else None
-    detail = problem.detail or problem.title or f"HTTP {status}"
-    if named is GroupsRefused:
-        return GroupsRefused(detail, [(it.group, it.view, it.reason) for it in problem.groups])
-    if isinstance(named, type) and issubclass(named, PipelineError):
-        return named(detail)
-    return Invalid(detail) if status in (400, 409, 413, 414, 422) else Unavailable(f"{url}: HTTP {status}: {detail}")
-
-
 def _producer_of(message: Message) -> str:
     """Return the producer id of a batch, or nothing if the message is no batch: the server will say so."""
     try:
@@ -201,20 +55,12 @@ def _producer_of(message: Message) -> str:
         return ""
 
 
-def _is_ours(body: bytes) -> bool:
-    """Return whether a problem document comes from a server of this package and not from a proxy."""
-    try:
-        return msgspec.json.decode(body, type=_Problem).type.startswith(_OURS)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return False
-
-
 class HttpLogWriter:
     """A `ports.LogWriter` that sends batches to a server's `POST /v1/batches`."""
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
-        self._client = _HttpClient(url, self._clock)
+        self._client = HttpClient(url, self._clock)
         self._partition_count: tuple[float, int] | None = None
         self._secrets: dict[str, str] = {}
         """By producer id, the secret to send with its batches."""
@@ -250,7 +96,7 @@ class HttpLogWriter:
         try:
             status, body = self._client.request("GET", "/v1/status", timeout_s=_STATUS_S)
             if status != 200:
-                raise _error(self._client.url, status, body)
+                raise error_of(self._client.url, status, body)
             found = msgspec.json.decode(body, type=_TopicStatus)
         except (PipelineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Unavailable(f"{self._client.url}/v1/status: {error}") from None
@@ -314,9 +160,9 @@ class HttpLogWriter:
                 self._note(topic_id, messages, accepted.next_offsets)
                 return list(accepted.next_offsets)
             return [Unavailable(f"{self._client.url}: not an answer to batches: {answer[:200]!r}")] * count
-        refusal = _error(self._client.url, status, answer)
+        refusal = error_of(self._client.url, status, answer)
         # Only a refusal of our own server is final: a proxy may refuse what the server would accept.
-        for_good = status in (400, 413) and isinstance(refusal, Invalid | BadRecord) and _is_ours(answer)
+        for_good = status in (400, 413) and isinstance(refusal, Invalid | BadRecord) and is_ours(answer)
         if count > 1 and (for_good or status == 413):
             half = count // 2  # the server takes all or none: find the ones that it will not take
             return self._send(messages[:half], secret, deadline) + self._send(messages[half:], secret, deadline)
@@ -363,7 +209,7 @@ class HttpReader:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._client = _HttpClient(url, clock or SystemClock())
+        self._client = HttpClient(url, clock or SystemClock())
         self._timeout_s = timeout_s
 
     def get(
@@ -376,6 +222,13 @@ class HttpReader:
         window_s: int | None = None,
         top: int | None = None,
         limit: int | None = None,
+        start: Time | None = None,
+        end: Time | None = None,
+        at: Time | None = None,
+        step: Length | None = None,
+        over: Length | None = None,
+        fill: str | None = None,
+        fn: str | None = None,
         after: Token | str | None = None,
         max_staleness_ms: int | None = None,
         timeout_ms: int | None = None,
@@ -386,6 +239,11 @@ class HttpReader:
         labels to keep; empty for one total, None for each series by itself. `after`: wait for the deltas of a flush, given
         its token. `max_staleness_ms`: fail, after a wait, rather than answer with older data. `kind`, `window_s`: which
         definition of a view that has several; None: kind and window of the first one.
+
+        A view with windows answers with points of a range. `start`, `end`, `at`: ms since 1970, a datetime with its zone, or
+        RFC 3339; without `end` the range ends now, without `start` 60 steps before, and `at` is the end of a single step.
+        `step`, `over`: distance of points, and length of what each covers: seconds, a timedelta, or a text such as `5m`.
+        `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`.
         """
         path = view_path(
             view,
@@ -395,6 +253,13 @@ class HttpReader:
             window_s=window_s,
             top=top,
             limit=limit,
+            start=None if start is None else time_ms("start", start),
+            end=None if end is None else time_ms("end", end),
+            at=None if at is None else time_ms("at", at),
+            step=None if step is None else length_text(length_ms("step", step)),
+            over=None if over is None else length_text(length_ms("over", over)),
+            fill=fill,
+            fn=fn,
             after=after,
             max_staleness_ms=max_staleness_ms,
             timeout_ms=timeout_ms,
@@ -411,19 +276,29 @@ class HttpReader:
         return self._get("/v1/status", dict[str, Any], self._timeout_s)
 
     def fetch(
-        self, path: str, *, timeout_s: float | None = None, body: bytes | None = None, key: str | None = None
+        self,
+        path: str,
+        *,
+        timeout_s: float | None = None,
+        body: bytes | None = None,
+        key: str | None = None,
+        accept: str | None = None,
     ) -> bytes:
-        """Return the body of the answer. JSON in `body` is posted, with the idempotency key `key`. Raises as `get` does."""
+        """Return the body of the answer, whose media type is to be `accept`. Raises as `get` does.
+
+        JSON in `body` is posted, with the idempotency key `key`.
+        """
+        headers = {"Idempotency-Key": key, "Accept": accept}
         status, answer = self._client.request(
             "GET" if body is None else "POST",
             path,
             timeout_s=self._timeout_s if timeout_s is None else timeout_s,
             body=body,
             content_type="" if body is None else "application/json",
-            more_headers=None if key is None else {"Idempotency-Key": key},
+            more_headers={name: value for name, value in headers.items() if value is not None},
         )
         if status != 200:
-            raise _error(self._client.url, status, answer)
+            raise error_of(self._client.url, status, answer)
         return answer
 
     def _get(self, path: str, kind: type[T], timeout_s: float) -> T:
@@ -443,6 +318,53 @@ class HttpReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def _in_thread(work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    from asyncio import to_thread  # a publisher to a server loads this module, and needs no event loop
+
+    return await to_thread(work, *arguments, **options)
+
+
+class AsyncHttpReader:
+    """Reads merged views from a server without holding up the event loop: the calls of a `Reader`, in threads.
+
+        async with AsyncReader("http://localhost:8080") as reader:
+            answer = await reader.get("hits", start="2030-01-31T08:00:00Z", step="1h")
+
+    As many calls run at once as the loop's default executor has threads. Raises as a `Reader` does.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
+        self._reader = HttpReader(url, timeout_s=timeout_s, clock=clock)
+
+    async def get(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Return the merged view; the options are those of `Reader.get`."""
+        return await _in_thread(self._reader.get, view, where, by, **options)
+
+    async def views(self) -> list[View]:
+        """Return the definitions of all views."""
+        return await _in_thread(self._reader.views)
+
+    async def status(self) -> dict[str, Any]:
+        """Return the server's partitions, their lag and staleness, and whether it is ready."""
+        return await _in_thread(self._reader.status)
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._reader.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         self.close()
 
 

@@ -8,6 +8,7 @@ import typer
 
 from pipeline.cli.dead_letters import dead_letters
 from pipeline.cli.docs import docs
+from pipeline.cli.get import get
 from pipeline.cli.ingest import ingest
 from pipeline.cli.inspect import inspect
 from pipeline.cli.options import (
@@ -15,7 +16,6 @@ from pipeline.cli.options import (
     AcceptLoss,
     Agents,
     Data,
-    From,
     FromKafka,
     Host,
     Json,
@@ -275,56 +275,6 @@ def publish(
 
 
 @app.command()
-def get(
-    view: Annotated[
-        str | None, typer.Argument(metavar="[VIEW]", help="Name of the view; without it, all are listed.")
-    ] = None,
-    url: From = DEFAULT_URL,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LABEL=VALUE", help="Also != and, with regular expressions, =~ and !~. All must hold."),
-    ] = None,
-    by: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="Merge series to these labels. Can be repeated: a,b or --by b.")
-    ] = None,
-    total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,
-    kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Of a view that is published in several kinds, which of them.")
-    ] = None,
-    window_s: Annotated[
-        int | None, typer.Option(metavar="S", min=0, help="The same for the length of windows; 0: without windows.")
-    ] = None,
-    top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
-    after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
-    max_staleness_ms: Annotated[
-        int | None, typer.Option(metavar="N", help="Wait for an answer at most so stale, or fail.")
-    ] = None,
-    timeout_ms: Annotated[int | None, typer.Option(metavar="N", min=1, help="How long to wait and work.")] = None,
-    json: Json = False,
-) -> None:
-    """Read a merged view, or list all views.
-
-    \b
-        pipeline get
-        pipeline get revenue --by region
-        pipeline get revenue --where region=eu --where 'product!~t.*' --top 10
-        pipeline get revenue --total --after "$token" --json
-
-    Every answer says how stale it is at most. --json prints the answer of the HTTP API as it came.
-    """
-    from pipeline.cli.read import run_get, run_views
-
-    options = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after}
-    options |= {"max_staleness_ms": max_staleness_ms, "timeout_ms": timeout_ms}
-    if view is None:
-        if where or by or total or any(value is not None for value in options.values()):
-            raise typer.BadParameter("the other options are for a view: pipeline get VIEW")
-        raise SystemExit(run_views(url, as_json=json))
-    raise SystemExit(run_get(url, view, where=where or [], labels=by or [], total=total, as_json=json, **options))
-
-
-@app.command()
 def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) -> None:
     """Show lag, staleness and restore of each partition.
 
@@ -432,6 +382,7 @@ def bench(
 
 
 app.command()(docs)
+app.command()(get)
 app.add_typer(ingest, name="ingest", help="Take in what other programs send: StatsD.")
 app.add_typer(views, name="views", help="List, drop or reset views.")
 app.add_typer(inspect, name="inspect", help="Print what is in the log or a store, record by record.")

@@ -7,36 +7,56 @@ from typing import Any
 
 import msgspec
 
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.http import HttpReader as Reader
 from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import Answer, Views
+from pipeline.core.tables import sparkline
+from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
+from pipeline.query.media import CSV
+
+_BARS_MAX = 60
 
 
 def run_get(
-    url: str, view: str, *, where: Sequence[str], labels: Sequence[str], total: bool, as_json: bool, **options: Any
+    url: str,
+    view: str,
+    *,
+    where: Sequence[str],
+    labels: Sequence[str],
+    total: bool,
+    last: str | None,
+    form: str,
+    **options: Any,
 ) -> int:
     """Print the view; return the exit code.
 
     An item of `labels` can name several, with commas between; without any, each series stands by itself, unless `total`.
-    `options` are parameters of the read (`view_path`).
+    `last` is the length of a range up to now. `form` is `json`, `csv`, or empty for a table. `options` are
+    parameters of the read (`view_path`).
     """
     if total and labels:
         raise Invalid("--total is one number; --by keeps labels: one of them")
     by: list[str] | None = [name.strip() for part in labels for name in part.split(",")]
     if not by:
         by = [] if total else None
+    if last is not None:
+        if any(options[name] is not None for name in ("start", "end", "at")):
+            raise Invalid("--last ends now; --start, --end and --at are for other ranges")
+        options["start"] = max(0, SystemClock().now_ms() - length_ms("--last", last))
     path = view_path(view, where, by, **options)
     timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
-    answer = fetched(url, path, Answer, as_json=as_json, timeout_s=timeout_s)
+    if form == "csv":
+        with Reader(url) as reader:
+            console.write(reader.fetch(path, timeout_s=timeout_s, accept=CSV))
+        return console.OK
+    answer = fetched(url, path, Answer, as_json=form == "json", timeout_s=timeout_s)
     if answer is None:
         return console.OK
-    names = [*answer.series[0].labels] if answer.series else answer.by or []
-    table = TextTable(*names, right=(answer.kind,))
-    for series in answer.series:
-        table.add_row(*map(console.printable, series.labels.values()), _shown(series.value))
-    table.print()
+    (_values(answer) if answer.step_ms is None else _points(answer)).print()
     shown = f"{len(answer.series):,} series"
     if answer.truncated:
         shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top)"
@@ -44,8 +64,44 @@ def run_get(
     if answer.also:
         others = ", ".join(f"--kind {it.kind}" + f" --window-s {it.window_s}" * bool(it.window_s) for it in answer.also)
         shown = f"{shown} of kind {answer.kind} (this view also has {others})"
+    if answer.step_ms is not None:
+        shown += f", {time_text(answer.start_ms or 0)} to {time_text(answer.end_ms or 0)} in steps of "
+        shown += f"{length_text(answer.step_ms)}, final before {time_text(answer.final_before_ms or 0)}"
     print(f"{shown}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
     return console.OK
+
+
+def _values(answer: Answer) -> TextTable:
+    table = TextTable(*_names(answer), right=(answer.kind,))
+    for series in answer:
+        table.add_row(*map(console.printable, series.labels.values()), _shown(series.value))
+    return table
+
+
+def _points(answer: Answer) -> TextTable:
+    """Return on a terminal a row for each series, with bars; elsewhere a row for each point."""
+    what = answer.fn or answer.kind
+    if not console.out.is_terminal:
+        table = TextTable(*_names(answer), "start", right=(what,))
+        for series in answer:
+            cells = [*map(console.printable, series.labels.values())]
+            for start_ms, value in series.points:
+                table.add_row(*cells, time_text(start_ms), _shown(value))
+        return table
+    table = TextTable(*_names(answer), "points", right=("least", "most", "newest"))
+    starts = range(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms or 1)
+    for series in answer:
+        by_end = {start_ms + (answer.over_ms or 0) - (answer.step_ms or 0): value for start_ms, value in series.points}
+        numbers = [value for value in by_end.values() if isinstance(value, int | float)]
+        extremes = (_shown(min(numbers)), _shown(max(numbers))) if numbers else ("", "")
+        newest = _shown(series.points[-1][1]) if series.points else ""
+        bars = sparkline([by_end.get(start_ms) for start_ms in starts], _BARS_MAX)
+        table.add_row(*map(console.printable, series.labels.values()), bars, *extremes, newest)
+    return table
+
+
+def _names(answer: Answer) -> Sequence[str]:
+    return [*answer.series[0].labels] if answer.series else answer.by or []
 
 
 def run_views(url: str, *, as_json: bool) -> int:

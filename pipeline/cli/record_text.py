@@ -99,12 +99,14 @@ def batch_lines(batch: BatchText) -> Iterator[str]:
 def definition_words(definition: DefinitionText) -> str:
     """Return a definition as text."""
     window = f" in windows of {definition.window_s} s" if definition.window_s else ""
+    window += f" kept for {definition.retention_s} s" if definition.retention_s else ""
     return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)}){window}"
 
 
 def series_words(series: SeriesText) -> str:
     """Return labels, window and state of a series as text."""
-    return f"{labels_words(series)} = {json_line(series.state)}"
+    expires = f", expires {console.utc(series.expires_at_ms)}" if series.expires_at_ms else ""
+    return f"{labels_words(series)} = {json_line(series.state)}{expires}"
 
 
 def labels_words(series: SeriesText) -> str:

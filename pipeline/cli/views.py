@@ -181,6 +181,7 @@ def _counted(definitions: list[View]) -> str:
 
 def _text(it: View) -> str:
     window = f" in windows of {it.window_s} s" if it.window_s else ""
+    window += f" kept for {it.retention_s} s" if it.retention_s else ""
     return f"{'monotone ' * it.monotone}{it.kind}({', '.join(it.labels)}){window}: {it.series_count:,} series"
 
 
@@ -188,11 +189,19 @@ def _print(definitions: list[View]) -> None:
     from pipeline.cli import console
     from pipeline.cli.table import TextTable
 
-    table = TextTable("view", "kind", "labels", "window", "defined", "answers", right=("series",))
+    table = TextTable("view", "kind", "labels", "window", "retention", "defined", "answers", right=("series",))
     for it in definitions:
-        window = f"{it.window_s} s" if it.window_s else ""
+        window, retention = (f"{seconds} s" if seconds else "" for seconds in (it.window_s, it.retention_s))
         kind = "monotone " * it.monotone + it.kind
-        row = it.name, kind, ", ".join(it.labels), window, console.utc(it.defined_at_ms), "yes" if it.answers else "no"
+        row = (
+            it.name,
+            kind,
+            ", ".join(it.labels),
+            window,
+            retention,
+            console.utc(it.defined_at_ms),
+            "yes" if it.answers else "no",
+        )
         table.add_row(*map(console.printable, row), f"{it.series_count:,}")
     table.print()
     names = {it.name for it in definitions}

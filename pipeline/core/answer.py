@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from pipeline.core import tables
 from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.core.record import Definition
 from pipeline.core.span import Point
@@ -70,6 +71,22 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
         """Return whether every partition's time has passed the end of a point of this answer."""
         return point[0] + (self.over_ms or 0) <= (self.final_before_ms or 0)
 
+    def to_arrow(self) -> Any:
+        """Return the rows as a `pyarrow.Table`; see `core.tables`."""
+        return tables.to_arrow(self)
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a `pandas.DataFrame`; see `core.tables`."""
+        return tables.to_pandas(self)
+
+    def to_polars(self) -> Any:
+        """Return the rows as a `polars.DataFrame`; see `core.tables`."""
+        return tables.to_polars(self)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        return tables.to_html(self)
+
     def value(self) -> Any:
         """Return the value of the only series, or of its only point; None if there is none. Raises `Invalid` for several."""
         if len(self.series) > 1:
@@ -97,7 +114,7 @@ class View(msgspec.Struct, frozen=True):
     answers: bool = True
     """True if a read that chooses no kind and no window merges it."""
     retention_s: int | None = None
-    """Seconds for which a window is kept after its end, or a series without windows after its last delta; None: for ever."""
+    """Seconds for which a window is kept after its end, or a series without windows after its last delta; null: for ever."""
 
     @property
     def definition(self) -> Definition:
@@ -108,8 +125,17 @@ class View(msgspec.Struct, frozen=True):
     def of(cls, it: Listed) -> View:
         """Return a definition as it is listed."""
         d = it.definition
-        since, kept = it.defined_at_ms, d.retention_s or None
-        return cls(d.view, d.kind, d.labels, d.window_s or None, it.series_count, d.monotone, since, it.answers, kept)
+        return cls(
+            d.view,
+            d.kind,
+            d.labels,
+            d.window_s or None,
+            it.series_count,
+            d.monotone,
+            it.defined_at_ms,
+            it.answers,
+            d.retention_s or None,
+        )
 
 
 class Views(msgspec.Struct, frozen=True):

@@ -47,6 +47,8 @@ class SeriesText(msgspec.Struct, frozen=True, omit_defaults=True):
     answer: Any
     """Answer of that state by itself."""
     window_start_ms: int = 0
+    expires_at_ms: int = 0
+    """Time at which an entry expires, unless a delta comes before; 0: never."""
 
 
 class DefinitionText(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -322,5 +324,5 @@ def _series_entry(value: bytes | None, view: str, its_id: bytes, suffix: bytes, 
         return EntryText("series", True, view, its_id.hex(), SeriesText(labels, None, None, window_start_ms))
     kind = codec.kind_of_entry(value)
     (state,) = codec.decode_states(kind, [value])
-    series = SeriesText(labels, state, kind.answer(state), window_start_ms)
+    series = SeriesText(labels, state, kind.answer(state), window_start_ms, codec.expires_at_ms(value))
     return EntryText("series", view=view, definition_id=its_id.hex(), series=series)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pipeline.core import codec
 from pipeline.core.overlay import Changes, Definitions, Known, Overlay
-from pipeline.core.record import Definition, Group, expired_before_ms, prefix_end
+from pipeline.core.record import Group, expired_before_ms, prefix_end
 
 SWEEPS_MAX = 100
 """Number of definitions in which one commit looks for expired entries: each takes a seek in the store."""
@@ -58,11 +58,6 @@ def late_reason(late: Group, whole: Group, known: Known) -> str:
         f"expired: {count} are of windows that start before {known.expired_before_ms}; windows of this view are kept for "
         f"{whole.definition.retention_s} s after their end (retention_s)"
     )
-
-
-def is_silent(definition: Definition) -> bool:
-    """Return whether the series of a definition expire when they are silent."""
-    return bool(definition.retention_s) and not definition.window_s
 
 
 class Expiry:

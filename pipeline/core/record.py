@@ -324,6 +324,11 @@ def expired_before_ms(definition: Definition, time_ms: int) -> int:
     return time_ms - time_ms % (max(1, definition.retention_s // 100) * 1_000)
 
 
+def expires_silent(definition: Definition) -> bool:
+    """Return whether a series of a definition expires when it is silent: then its entries have an `expires_at_ms`."""
+    return bool(definition.retention_s) and not definition.window_s
+
+
 def check_ahead_windows(definition: Definition, suffixes: Sequence[bytes], latest_ms: int) -> None:
     """Raise `BadRecord` if one of some valid suffixes is of a window that starts later than `latest_ms`."""
     if definition.window_s and (start_ms := int.from_bytes(max(suffixes)[:8], "big")) > latest_ms:

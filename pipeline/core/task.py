@@ -29,7 +29,7 @@ import msgspec
 from pipeline.core import codec
 from pipeline.core.codec import DeadLetter, DefinitionEntry, Received, RefusedGroup
 from pipeline.core.commit import Commit, Counts, Lookup, Reading
-from pipeline.core.expiry import Entry, Expiry, is_silent, late_reason, split_late
+from pipeline.core.expiry import Entry, Expiry, late_reason, split_late
 from pipeline.core.kinds import kind_of
 from pipeline.core.letters import group_key, is_last_key, is_letter_producer, letter_key, refused_key
 from pipeline.core.limits import TaskLimits
@@ -46,6 +46,7 @@ from pipeline.core.record import (
     Records,
     check_ahead_windows,
     check_suffixes,
+    expires_silent,
     fingerprint,
     producer_key,
     runs,
@@ -413,7 +414,7 @@ class Task:
         self._overlay.source_at_ms = frozen.source_at_ms
         frozen.touched_ms = max(frozen.touched_ms, self._folded_ms)
         expiring = frozen.states.keys() & self._known.expiring.keys()
-        silent_ms = {it: self._known[it].expired_before_ms for it in expiring if is_silent(self._known[it].definition)}
+        silent_ms = {it: self._known[it].expired_before_ms for it in expiring if expires_silent(self._known[it].definition)}
         self._expiry.freeze(frozen, self._folded_ms)
         sweeps = self._expiry.plan(frozen)
         concerned = frozen.states.keys() | frozen.defined | frozen.cleared | frozen.moved | {it.prefix for it in sweeps}
@@ -468,9 +469,8 @@ class Task:
     def _definition_entries(self, new_counts: Mapping[bytes, int]) -> tuple[list[bytes], list[bytes | None]]:
         keys: list[bytes] = []
         out: list[bytes | None] = []
-        changed = (
-            self._frozen.defined | self._frozen.cleared | self._frozen.moved | new_counts.keys() | self._expiry.gone.keys()
-        )
+        frozen = self._frozen
+        changed = frozen.defined | frozen.cleared | frozen.moved | new_counts.keys() | self._expiry.gone.keys()
         for prefix, known in sorted(self._frozen_known.items()):
             if prefix in changed:
                 count = known.series_count + new_counts.get(prefix, 0)

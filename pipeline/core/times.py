@@ -57,8 +57,8 @@ def length_ms(name: str, length: Length) -> int:
     """Return a length of time above 0 in ms. Raises `Invalid`, naming the parameter, for anything but a `Length`."""
     found = 0
     if isinstance(length, timedelta):
-        if length % _MS:
-            raise Invalid(f"{name}: whole milliseconds are needed, got {length}")
+        if length % timedelta(seconds=1):
+            raise Invalid(f"{name}: whole seconds are needed, got {length}")
         found = length // _MS
     elif isinstance(length, str) and (match := _LENGTH.fullmatch(length)):
         found = int(match[1]) * _UNITS_MS[match[2] or "s"]

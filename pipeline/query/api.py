@@ -36,11 +36,12 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
+from pipeline.query.media import JSON
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
 from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
-from pipeline.query.responses import JSON, Accepted, BatchesAccepted, LeftOut, MetricsAccepted
+from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.settings import QuerySettings
 
@@ -49,7 +50,6 @@ _INGEST_THREADS = 16
 _BODIES_HELD_MAX = 4
 """Request bodies in memory at once, counted in bodies of the largest size."""
 _CLIENT_GONE = 499
-_JSON_HEADER = (b"content-type", JSON.encode())
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
@@ -157,9 +157,9 @@ class _ReadView:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings)
-        body = await self._service.answer(asked)
-        headers = [_JSON_HEADER, (b"content-length", b"%d" % len(body))]
+        accept = b",".join([value for name, value in scope["headers"] if name == b"accept"]).decode("latin-1")
+        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, accept)
+        body, headers = await self._service.answer(asked)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

@@ -19,8 +19,9 @@ from pipeline.core.description import describe_letter
 from pipeline.errors import Invalid, Unavailable
 from pipeline.json_errors import Field, object_error
 from pipeline.query.dead_letters import DeadLetters, LetterCursor, LetterFilter
+from pipeline.query.media import JSON
 from pipeline.query.params import single_parameters, whole_number
-from pipeline.query.responses import JSON, LettersReplayed
+from pipeline.query.responses import LettersReplayed
 from pipeline.settings import QuerySettings
 
 LIST_MAX = 10_000

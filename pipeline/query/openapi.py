@@ -17,8 +17,9 @@ from pipeline.core.answer import Answer, Changed, Status, Views
 from pipeline.core.description import LetterText
 from pipeline.errors import NotFound
 from pipeline.query.dead_letters import Listing
+from pipeline.query.media import JSON
 from pipeline.query.problems import Problem
-from pipeline.query.responses import JSON, Accepted, BatchesAccepted, LettersReplayed, MetricsAccepted
+from pipeline.query.responses import Accepted, BatchesAccepted, LettersReplayed, MetricsAccepted
 from pipeline.settings import QuerySettings
 
 READ_PATH = "/v1/views/{view}"

@@ -18,11 +18,11 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, json_error, object_error
 from pipeline.ports import RawDelta
+from pipeline.query.media import JSON, NDJSON, preferred
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
 QUERY_BYTES_MAX = 60_000
-NDJSON = "application/x-ndjson"
 _TIMES = ("start", "end", "at")
 _LENGTHS = ("step", "over")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
@@ -38,6 +38,8 @@ class ReadRequest(msgspec.Struct, frozen=True):
     timeout_ms: int
     after: Token | None = None
     max_staleness_ms: int | None = None
+    media_type: str = JSON
+    """Media type of the answer."""
 
     @property
     def waits(self) -> bool:
@@ -45,8 +47,8 @@ class ReadRequest(msgspec.Struct, frozen=True):
         return self.after is not None or self.max_staleness_ms is not None
 
 
-def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadRequest:
-    """Return the read that a URL asks for."""
+def parse_read(view: str, query_string: bytes, settings: QuerySettings, accept: str = "") -> ReadRequest:
+    """Return the read that a URL and an Accept header ask for."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     where: list[Matcher] = []
@@ -86,6 +88,7 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings) -> ReadR
         timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
         None if after is None else Token.parse(after),
         whole_number(single, "max_staleness_ms", 10**15 - 1),
+        preferred(accept),
     )
 
 

@@ -38,6 +38,7 @@ from pipeline.core.record import (
     Position,
     definition_key,
     definitions_prefix,
+    expires_silent,
     prefix_end,
     series_prefix,
     series_suffix,
@@ -50,7 +51,7 @@ from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.progress import Progress, position_of, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before, window_bytes
-from pipeline.query.scans import scan_windows, select, similar, view_of
+from pipeline.query.scans import alive_of, scan_windows, select, similar, view_of
 from pipeline.settings import QuerySettings
 
 _PLANS_MAX = 10_000
@@ -192,7 +193,8 @@ class ViewReader:
         group = group_key(definition, query.by)
         fits = all(test([labels[index]])[0] for index, test in tests)
         parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
-        heads = [POSITION_KEY] if points is None else [POSITION_KEY, *map(definition_key, plan.merged.parts)]
+        dated = points is not None or any(map(expires_silent, plan.merged.parts))
+        heads = [POSITION_KEY, *map(definition_key, plan.merged.parts if dated else ())]
         keys: list[bytes] = []
         for part, own in parts:
             prefix, suffix = series_prefix(part), series_suffix(own)
@@ -212,8 +214,11 @@ class ViewReader:
                 position, *values = store.get(heads + keys)
                 positions[number] = decode_stored(number, position_of, position)
                 of_parts = filter(None, values[: len(heads) - 1])
-                entries += [decode_stored(number, _decode_definition, value) for value in of_parts]
+                of_store = [decode_stored(number, _decode_definition, value) for value in of_parts]
+                entries += of_store
                 there = [(key, value) for key, value in zip(keys, values[len(heads) - 1 :], strict=True) if value]
+                if dated and points is None:
+                    there = alive_of(there, of_store)
                 found += there
                 holders += [number] * len(there)
             states = decode_all(holders, partial(codec.decode_states, kind), [value for _, value in found])
@@ -418,7 +423,7 @@ class ViewReader:
             view = definition.view
             check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
             window_start_ms = newest_final_ms(definition, final_before_ms)
-            if window_start_ms < max(expired_before(found[view]).values()):
+            if definition.window_s and window_start_ms < max(expired_before(found[view]).values()):
                 continue  # the window is gone, or there is none yet
             # Of a view without windows too many series are not read at all, so that the work is bounded, too.
             if not definition.window_s and max(entry.series_count for entry in found[view]) > left:

@@ -6,8 +6,6 @@ import msgspec
 
 from pipeline.query.dead_letters import Outcome
 
-JSON = "application/json"
-
 
 class Accepted(msgspec.Struct):
     """Answer of `POST /v1/deltas`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import compress
 from typing import Any
 
 from pipeline.core import codec
+from pipeline.core.codec import DefinitionEntry
 from pipeline.core.kinds import KINDS, Kind
 from pipeline.core.query import (
     Labels,
@@ -24,10 +25,19 @@ from pipeline.core.query import (
     merge_sorted_blocks,
     widen,
 )
-from pipeline.core.record import NAME_BYTES_MAX, TAG_DEFINITION, WINDOW_NONE, Definition, prefix_end, series_prefix
+from pipeline.core.record import (
+    NAME_BYTES_MAX,
+    TAG_DEFINITION,
+    WINDOW_NONE,
+    Definition,
+    definition_key,
+    expires_silent,
+    prefix_end,
+    series_prefix,
+)
 from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import StoreView
-from pipeline.query.damage import find_unreadable
+from pipeline.query.damage import decode_stored, find_unreadable
 from pipeline.query.matchers import Test
 from pipeline.query.ranges import Points, window_bytes
 
@@ -57,7 +67,7 @@ def select(
     groups: dict[Labels, Any] = {}
     for part in merged.parts:
         prefix = series_prefix(part) + window_bytes(window_start_ms)
-        scans = [snapshot.scan(prefix, prefix_end(prefix)) for snapshot in snapshots.values()]
+        scans = [_scan(part, number, snapshot, prefix) for number, snapshot in snapshots.items()]
         block = _Block(merged, part, tests, snapshots)
         for keys, values in (merge_sorted_blocks if complete else chain_blocks)(scans, _BLOCK):
             check()
@@ -71,6 +81,26 @@ def select(
     choice.offer(groups)
     check()
     return choice.selected()
+
+
+def _scan(part: Definition, number: int, snapshot: StoreView, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Return the entries of one partition that have not expired."""
+    expired_before_ms = 0
+    if expires_silent(part):
+        (value,) = snapshot.get([definition_key(part)])
+        expired_before_ms = decode_stored(number, codec.decode_definition, value).expired_before_ms if value else 0
+    entries = snapshot.scan(prefix, prefix_end(prefix))
+    return codec.alive(entries, expired_before_ms) if expired_before_ms else entries
+
+
+def alive_of(entries: list[tuple[bytes, bytes]], definitions: Iterable[DefinitionEntry]) -> list[tuple[bytes, bytes]]:
+    """Return those entries of one partition, without windows, that have not expired by its definitions' own entries."""
+    for it in definitions:
+        if expires_silent(it.definition):
+            prefix = series_prefix(it.definition)
+            alive = dict(codec.alive((entry for entry in entries if entry[0].startswith(prefix)), it.expired_before_ms))
+            entries = [entry for entry in entries if not entry[0].startswith(prefix) or entry[0] in alive]
+    return entries
 
 
 def scan_windows(

@@ -19,6 +19,7 @@ from pipeline.core.exposition import Exposition
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
+from pipeline.query.media import Encoded, encode_answer
 from pipeline.query.params import ReadRequest
 from pipeline.query.reader import ViewReader
 from pipeline.settings import QuerySettings
@@ -93,7 +94,7 @@ class ReadService:
         self._open = 0
         """Reads that wait or run."""
 
-    async def answer(self, request: ReadRequest) -> bytes:
+    async def answer(self, request: ReadRequest) -> Encoded:
         """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room."""
         try:
             return await self._answer(request)
@@ -102,11 +103,11 @@ class ReadService:
                 raise
             raise NotFound(f"{error}; {_NOT_FOLDED}") from None
 
-    async def _answer(self, request: ReadRequest) -> bytes:
+    async def _answer(self, request: ReadRequest) -> Encoded:
         if not request.waits:
             answer = self._reader.point(request.query)
             if answer is not None:
-                return _encode(answer)
+                return encode_answer(answer, request.media_type)
         return await self._bounded(self._slow, request)
 
     async def views(self) -> bytes:
@@ -131,7 +132,7 @@ class ReadService:
         finally:
             self._open -= 1
 
-    async def _slow(self, request: ReadRequest) -> bytes:
+    async def _slow(self, request: ReadRequest) -> Encoded:
         clock = self._reader.clock
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
@@ -139,7 +140,7 @@ class ReadService:
                 await self._wait(request, deadline_s)
             point = self._reader.point(request.query) if request.waits else None
             if point is not None:
-                answer, encoded = point, _encode(point)
+                answer, encoded = point, encode_answer(point, request.media_type)
             else:
                 answer, encoded = await self._in_thread(lambda: self._read(request, deadline_s))
             if self._fresh(request, answer):
@@ -149,9 +150,9 @@ class ReadService:
                 raise NotReady(_too_old(request))
             await asyncio.sleep(POLL_S)
 
-    def _read(self, request: ReadRequest, deadline_s: float) -> tuple[Answer, bytes]:
+    def _read(self, request: ReadRequest, deadline_s: float) -> tuple[Answer, Encoded]:
         answer = self._reader.read(request.query, deadline_s=deadline_s)
-        return answer, _encode(answer)
+        return answer, encode_answer(answer, request.media_type)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pipeline import Publisher
+from pipeline.adapters.http import HttpLogWriter
+from pipeline.cli.read import _points
+from pipeline.core.answer import Answer, AsOf, Series
+from pipeline.core.codec import encode_batch
+from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
+from pipeline.ports import Message
+from pipeline.topics import DELTAS
 from tests.cli.conftest import Here
 from tests.support import PROGRAM, UpProcess, environment
 
@@ -29,10 +37,25 @@ def token(server: UpProcess) -> Iterator[str]:
         state.set("up\x1b[31m", host="a\nb\x1b]0;title\x07")
         state.set(None, host="ü")
         publisher.sum("total").add(3)
+        publish_hits(server.url)
         many = publisher.sum("many", labels=("n",))
         for n in range(3000):
             many.add(n, n=f"{'wide' * 50}{n}")
         yield str(publisher.flush())
+
+
+MINUTE = 1_700_000_040_000
+
+
+def publish_hits(url: str) -> None:
+    """A view of ten windows, of which the sixth is empty."""
+    definition = Definition("hits", "sum", ("path",), window_s=60)
+    suffixes = {series_suffix((path,), MINUTE + i * 60_000): i for path in ("/", "/a") for i in range(10) if i != 5}
+    batch = Batch(producer_id_of("hits"), 0, 0, 0, 0, MINUTE, [Group(definition, [*suffixes], [*suffixes.values()])])
+    writer = HttpLogWriter(url)
+    writer.introduce("hits")
+    assert [type(it) for it in writer.append([Message(DELTAS, 0, None, encode_batch(batch))], timeout_s=20)] == [int]
+    writer.close()
 
 
 def table(here: Here, server: UpProcess, *arguments: str) -> list[list[str]]:
@@ -99,12 +122,56 @@ def test_json_is_the_answer_as_it_came(here: Here, server: UpProcess, token: str
             assert shown.keys() == json.load(answer).keys()
 
 
+RANGE = ("--start", str(MINUTE), "--end", str(MINUTE + 600_000))
+
+
+def test_points_in_a_pipe(here: Here, server: UpProcess, token: str) -> None:
+    """A line for each point, and a last line that says what the range is and up to when it is final."""
+    done = here("get", "hits", *RANGE, "--step", "5m", "--after", token, "--from", server.url)
+    lines = done.stdout.splitlines()
+    assert [line.split() for line in lines[:-1]] == [
+        ["path", "start", "sum"],
+        ["/", "2023-11-14T22:14:00Z", "10"],
+        ["/", "2023-11-14T22:19:00Z", "30"],
+        ["/a", "2023-11-14T22:14:00Z", "10"],
+        ["/a", "2023-11-14T22:19:00Z", "30"],
+    ]
+    assert lines[-1].startswith("2 series, 2023-11-14T22:14:00Z to 2023-11-14T22:24:00Z in steps of 5m, final before 20")
+    assert table(here, server, "hits", "--at", str(MINUTE + 600_000), "--over", "10m", "--total") == [
+        ["start", "sum"], ["2023-11-14T22:14:00Z", "80"],
+    ]  # fmt: skip
+    assert table(here, server, "hits", *RANGE, "--fill", "zero", "--fn", "rate", "--by", "path")[6] == [
+        "/", "2023-11-14T22:19:00Z", "0",
+    ]  # fmt: skip
+    last = here("get", "hits", "--last", "2h", "--step", "1h", "--json", "--from", server.url)
+    found = json.loads(last.stdout)
+    assert found["step_ms"] == 3_600_000
+    assert found["end_ms"] - found["start_ms"] in (7_200_000, 10_800_000)
+
+
+def test_points_as_csv(here: Here, server: UpProcess, token: str) -> None:
+    """--csv prints the answer of the API as it came."""
+    done = here("get", "hits", *RANGE, "--step", "10m", "--csv", "--after", token, "--from", server.url)
+    assert done.stdout.split() == ["path,start_ms,value", f"/,{MINUTE},40", f"/a,{MINUTE},40"]
+
+
+def test_points_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of bars for each series, each at its place in the range, with the least, most and newest value."""
+    monkeypatch.setattr("pipeline.cli.console.out", Console(force_terminal=True))
+    series = [Series({"path": "/\x1b"}, points=[(0, 1), (20, 4)]), Series({"path": "b"}, points=[(10, 2)])]
+    made = _points(
+        Answer("v", "sum", None, series, AsOf(3, {}), start_ms=10, end_ms=40, step_ms=10, over_ms=20, final_before_ms=5)
+    )
+    assert made._rows == [("/\\x1b", "▃ █", "1", "4", "4"), ("b", " █ ", "2", "2", "2")]
+
+
 def test_without_a_view_all_are_listed(here: Here, server: UpProcess, token: str) -> None:
     """Name, kind, labels and number of series of each."""
     assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
     assert table(here, server)[0] == ["view", "kind", "labels", "series"]
     assert [row[:-1] for row in table(here, server)[1:]] == [
-        ["many", "sum", "n"], ["revenue", "sum", "product,", "region"], ["state", "last", "host"], ["total", "sum"],
+        ["hits", "sum", "path"], ["many", "sum", "n"], ["revenue", "sum", "product,", "region"], ["state", "last", "host"],
+        ["total", "sum"],
     ]  # fmt: skip
 
 
@@ -144,6 +211,14 @@ def test_status(here: Here, server: UpProcess, token: str) -> None:
         (("get", "revenue", "--after", "other~0-1", "--timeout-ms", "60000"), 2, "the topic was made anew since, or"),
         (("get", "revenue", "--after", "TOPIC~0-999999", "--timeout-ms", "50"), 1, "not at 999999, after 50 ms"),
         (("get", "--top", "5"), 2, "pipeline get VIEW"),
+        (("get", "--last", "1h"), 2, "pipeline get VIEW"),
+        (("get", "hits", "--last", "1 h"), 2, "--last: a length above 0"),
+        (("get", "hits", "--last", "1h", "--end", "5"), 2, "--last ends now"),
+        (("get", "hits", "--step", "90s"), 2, "no multiple of the view's window of 1m; the nearest is 2m"),
+        (("get", "hits", "--start", "now"), 2, "start: ms since 1970 or RFC 3339"),
+        (("get", "revenue", "--last", "1h"), 2, "view revenue has no windows"),
+        (("get", "revenue", "--csv", "--json"), 2, "one of them"),
+        (("get", "hitz"), 2, "no view 'hitz'; is it hits?"),
         (("get", "revenue", "--from", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: ConnectionRefusedError"),
         (("status", "--from", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1: ConnectionRefusedError"),
         (("status", "--from", "127.0.0.1"), 2, "not a server's address: '127.0.0.1'; it looks like http://host:8080"),

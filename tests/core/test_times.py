@@ -89,5 +89,5 @@ def test_what_is_no_length_is_refused(length: Any) -> None:
     """Nothing, less than nothing and what is too long are none."""
     with pytest.raises(Invalid, match=r"^over: a length above 0"):
         length_ms("over", length)
-    with pytest.raises(Invalid, match="whole milliseconds"):
+    with pytest.raises(Invalid, match="whole seconds"):
         length_ms("over", timedelta(microseconds=1_500))

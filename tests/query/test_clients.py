@@ -1,5 +1,6 @@
 """The HTTP clients: what a server says comes back as values and errors; what goes wrong on the way is `Unavailable`."""
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -8,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.adapters import http as clients
-from pipeline.adapters.http import HttpLogWriter, HttpReader
+from pipeline.adapters.http import AsyncHttpReader, HttpLogWriter, HttpReader
 from pipeline.core.answer import Series, View
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
@@ -396,3 +398,87 @@ def test_clients_load_little() -> None:
     )
     loaded: Sequence[str] = done.stdout.split()
     assert not {"httpx", "requests", "starlette", "asyncio", "re2", "rocksdict"} & {*loaded}
+
+
+@pytest.fixture(scope="module")
+def hits(server: Server) -> Definition:
+    """A view of four windows, one after the other, with 1, 2, 3 and 4 in them."""
+    definition = Definition("hits", "sum", ("path",), window_s=60)
+    for i in range(4):
+        server.world.append(i % 2, definition, {("/",): i + 1}, 1_700_000_040_000 + i * 60_000)
+    server.world.fold()
+    return definition
+
+
+def test_ranges_are_asked_for_in_any_form(reader: HttpReader, hits: Definition) -> None:
+    """Ms, datetimes in any zone and RFC 3339; seconds, timedeltas and texts."""
+    ms = 1_700_000_040_000
+    start, end = datetime.fromtimestamp(ms / 1_000, UTC), datetime.fromtimestamp(ms / 1_000 + 240, UTC)
+    points = [(ms, 3), (ms + 120_000, 7)]
+    for step in (120, "120", "2m", timedelta(minutes=2)):
+        for first, last in ((ms, ms + 240_000), (start, end), (start.isoformat(), end.isoformat())):
+            (series,) = reader.get("hits", start=first, end=last, step=step)
+            assert series.points == points
+    assert reader.get("hits", {"path": "/"}, at=end, step="1m", over="4m").value() == 10
+    answer = reader.get("hits", start=ms, end=ms + 240_000, fill="zero", fn="rate", by=())
+    assert [value for _, value in answer.series[0].points] == [1 / 60, 2 / 60, 3 / 60, 4 / 60]
+    assert (answer.fn, answer.step_ms, answer.is_final(answer.series[0].points[0])) == ("rate", 60_000, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"start": datetime(2030, 1, 1, tzinfo=UTC).replace(tzinfo=None)}, "start: a datetime without a time zone"),
+        ({"end": 1.5}, "end: ms since 1970, a datetime with its time zone, or RFC 3339"),
+        ({"at": "noon"}, "at: ms since 1970 or RFC 3339"),
+        ({"step": timedelta(milliseconds=1_500)}, "step: whole seconds"),
+        ({"over": 0}, "over: a length above 0"),
+        ({"step": 90}, "step: 90s is no multiple of the view's window of 1m; the nearest is 2m"),
+        ({"fill": "none"}, "fill: one of null, zero, previous"),
+        ({"fn": "median"}, "fn: one of rate, delta"),
+        ({"start": 5, "end": 4}, "is not before end"),
+        ({"start": 0}, "points in the range; at most 11000"),
+    ],
+)
+def test_a_wrong_range_is_refused(reader: HttpReader, hits: Definition, options: dict[str, Any], said: str) -> None:
+    """By the client where it can know, else by the server."""
+    with pytest.raises(Invalid, match=said):
+        reader.get("hits", **options)
+
+
+def test_an_async_reader_reads_as_a_reader(server: Server, hits: Definition) -> None:
+    """Several calls at once; errors are raised as they are by a reader."""
+
+    async def run() -> None:
+        async with AsyncHttpReader(server.url) as reader:
+            ends = [1_700_000_040_000 + i * 60_000 for i in range(1, 5)]
+            answers = await asyncio.gather(*[reader.get("hits", by=(), at=end) for end in ends])
+            assert [answer.value() for answer in answers] == [1, 2, 3, 4]
+            assert "hits" in {view.name for view in await reader.views()}
+            assert (await reader.status())["ready"]
+            with pytest.raises(NotFound, match="is it hits"):
+                await reader.get("hit")
+
+    asyncio.run(run())
+
+
+def test_media_types(server: Server, hits: Definition) -> None:
+    """CSV and NDJSON where they are preferred, with headers for what JSON says beside the series; else JSON."""
+    path = "/v1/views/hits?start=1700000040000&end=1700000160000&limit=1"
+    reply = server.request("GET", path, headers={"Accept": "text/csv"})
+    assert reply.body == b"path,start_ms,value\r\n/,1700000040000,1\r\n/,1700000100000,2\r\n"
+    assert reply.headers["content-type"] == "text/csv; charset=utf-8; header=present"
+    assert int(reply.headers["pipeline-final-before-ms"]) > 0
+    assert "pipeline-series-total" not in reply.headers
+    reply = server.request("GET", path, headers={"Accept": "application/x-ndjson, application/json;q=0.5"})
+    assert reply.headers["content-type"] == "application/x-ndjson"
+    assert reply.body.count(b"\n") == 2
+    for accept in ("", "*/*", "application/json, text/csv", "text/csv;q=0", "text/csv;q=x, text/html", "image/png"):
+        reply = server.request("GET", path, headers={"Accept": accept})
+        assert (reply.headers["content-type"], len(reply.json()["series"])) == ("application/json", 1)
+    server.world.publish(Definition("plain", "sum", ("x",)), {("a",): 1, ("b",): 2})
+    reply = server.request("GET", "/v1/views/plain?limit=1&max_staleness_ms=60000", headers={"Accept": "text/*, x/csv"})
+    assert (reply.body, reply.headers["pipeline-series-total"]) == (b"x,value\r\na,1\r\n", "2")
+    assert reply.headers["pipeline-staleness-ms"].isdigit()
+    refused = server.request("GET", "/v1/views/nothing", headers={"Accept": "text/csv"})
+    assert server.problem(404, refused)

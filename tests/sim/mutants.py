@@ -27,6 +27,7 @@ class Mutant(NamedTuple):
     """One change of the source that breaks one invariant of DESIGN 5."""
 
     invariant: int
+    """Number in DESIGN 5; 13: what has expired is gone for good, and nothing else."""
     what: str
     path: str
     old: str
@@ -181,6 +182,127 @@ MUTANTS = (
         "latest_ms, limits = min(self._folded_ms, now_ms), self._limits",
         "latest_ms, limits = now_ms, self._limits",
         "clocks",
+    ),
+    Mutant(
+        12,
+        "windows expire by the time of the log alone",
+        "pipeline/core/task.py",
+        "if self._expiry.move(prefix, known, self._folded_ms):",
+        "if self._expiry.move(prefix, known, self._log_ms):",
+        "windows,clocks",
+    ),
+    Mutant(
+        13,
+        "a watermark is not in the commit that relies on it",
+        "pipeline/core/task.py",
+        "entry = DefinitionEntry(known.definition, count, known.defined_at_ms, known.expired_before_ms)",
+        "entry = DefinitionEntry(known.definition, count, known.defined_at_ms)",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "a watermark is only in commits that change the definition otherwise",
+        "pipeline/core/task.py",
+        "frozen.defined | frozen.cleared | frozen.moved | new_counts.keys()",
+        "frozen.defined | frozen.cleared | new_counts.keys()",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "deltas of expired windows are folded",
+        "pipeline/core/expiry.py",
+        "    if not late:\n        return group, None\n",
+        "    return group, None\n",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "what has expired is refused, and in no dead letter",
+        "pipeline/core/task.py",
+        "                self._refuse(key, offset, at_ms, late_reason(late, group, known), group.definition.view, value)\n",
+        "",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "a group is refused as a whole if any of it has expired",
+        "pipeline/core/task.py",
+        "return (None, group) if whole and late is not None else (kept, late)",
+        "return (None, group) if late is not None else (kept, late)",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "states of windows that expire while they are folded are committed",
+        "pipeline/core/expiry.py",
+        "                del states[suffix]\n",
+        "                pass\n",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "a window is deleted that has not expired",
+        "pipeline/core/expiry.py",
+        'end = prefix + before_ms.to_bytes(8, "big") if windowed',
+        'end = prefix + (before_ms + 1).to_bytes(8, "big") if windowed',
+        "windows",
+    ),
+    Mutant(
+        13,
+        "a sweep that did not come to its end is taken for done",
+        "pipeline/core/expiry.py",
+        "if next_key or known.expired_before_ms > whole_ms:",
+        "if known.expired_before_ms > whole_ms:",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "what earlier owners left is not looked for",
+        "pipeline/core/task.py",
+        "        self._expiry.restored()\n",
+        "",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "the cache does not forget silent series",
+        "pipeline/core/overlay.py",
+        "            return codec.encode_states(kind, states, self._touched_ms + definition.retention_s * 1_000)\n",
+        "            self.merged.append(MergedRun(prefix, suffixes, states, 1))\n"
+        "            return codec.encode_states(kind, states, self._touched_ms + definition.retention_s * 1_000)\n",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "silent series go on where they were",
+        "pipeline/core/overlay.py",
+        "expired = [0 < codec.expires_at_ms(value) <= silent_ms for value in values]",
+        "expired = [False for value in values]",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "a silent series is deleted although it is written",
+        "pipeline/core/expiry.py",
+        "if key not in alive and not changes.touches(sweep.prefix, key[skip:])]",
+        "if key not in alive]",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "the count of series is not lowered in the entry",
+        "pipeline/core/expiry.py",
+        "            known[sweep.prefix].series_count -= len(expired)\n",
+        "",
+        "windows",
+    ),
+    Mutant(
+        13,
+        "the count of series is not lowered in memory",
+        "pipeline/core/expiry.py",
+        "            known.series_count -= self.gone.get(sweep.prefix, 0)\n",
+        "",
+        "windows",
     ),
 )
 """Invariant 11 is about what a reader says of its staleness, which the simulator does not ask; see tests/query."""

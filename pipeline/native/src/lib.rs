@@ -2,6 +2,7 @@
 
 mod convert;
 mod fork;
+mod histogram;
 mod labels;
 mod local;
 mod python;

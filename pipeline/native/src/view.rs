@@ -202,12 +202,12 @@ impl View {
         &self,
         py: Python<'_>,
         value: &Bound<'_, PyAny>,
-        names: &Bound<'_, PyTuple>,
+        names: Option<&Bound<'_, PyTuple>>,
         values: &Args<'_>,
     ) -> Option<PyResult<()>> {
-        let given = names.len();
+        let given = names.map_or(0, |names| names.len());
         let mut suffix = Suffix::empty();
-        let label = |place: usize| Some(values.get(find(names, given, &self.names[place], self.order[place])?));
+        let label = |place: usize| Some(values.get(find(names?, given, &self.names[place], self.order[place])?));
         if given != self.names.len() || !self.build(&mut suffix, label) {
             return None;
         }
@@ -743,12 +743,13 @@ unsafe extern "C" fn view_record<const METHOD: u8>(
         };
         return returned(py, done.map(drop));
     }
-    if METHOD != SET && nargs == 1 && info.window_ms > 0 && !view.has_time_label && !kwnames.is_null() {
+    if METHOD != SET && nargs == 1 && info.window_ms > 0 && !view.has_time_label {
         // SAFETY: as above.
         let (value, names) = unsafe {
-            (Borrowed::from_ptr(py, *args), Borrowed::from_ptr(py, kwnames).cast_unchecked::<PyTuple>().to_owned())
+            let names = (!kwnames.is_null()).then(|| Borrowed::from_ptr(py, kwnames).cast_unchecked::<PyTuple>());
+            (Borrowed::from_ptr(py, *args), names)
         };
-        if let Some(done) = view.record_now(py, &value, &names, &Args { py, first: args.wrapping_add(1) }) {
+        if let Some(done) = view.record_now(py, &value, names.as_deref(), &Args { py, first: args.wrapping_add(1) }) {
             return returned(py, done);
         }
     }
