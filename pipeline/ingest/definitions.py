@@ -17,7 +17,7 @@ _REMEMBERED_MS = 60_000
 """How long a gateway remembers definitions of its own requests: by then the stores that it reads from have them."""
 
 
-class Known(NamedTuple):
+class KnownViews(NamedTuple):
     """Definitions that the deltas of one request look up, so that each is looked up once."""
 
     views: dict[tuple[str, str], Definition | None]
@@ -26,7 +26,7 @@ class Known(NamedTuple):
     """By view, kind and window: the known definitions, or that of the first delta of the request."""
 
 
-class Definitions:
+class DefinitionFinder:
     """Finds the definitions of deltas. Safe from any thread."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Definitions:
         self._defined: dict[tuple[str, str], tuple[Definition, int]] = {}
         """By view and kind: the definition of the last request here, and its time."""
 
-    def of(self, delta: RawDelta, known: Known) -> Definition:
+    def of(self, delta: RawDelta, known: KnownViews) -> Definition:
         """Return the definition of a delta. A window, retention or `monotone` that is left out is as the view is known."""
         view, kind, labels, window_s, retention_s, monotone = _shape(delta)
         if monotone is None:

@@ -31,7 +31,7 @@ from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, refusal
-from pipeline.ingest.definitions import Definitions, Known
+from pipeline.ingest.definitions import DefinitionFinder, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
@@ -74,12 +74,12 @@ class Gateway:
         idempotent_partitions: int = 1,
         definitions_of: Callable[[str, str, int | None], Sequence[Definition]] = lambda view, kind, window_s: (),
     ) -> None:
-        """`limits` are those of the tasks; `facts` knows their state; `definitions_of` is as in `Definitions`."""
+        """`limits` are those of the tasks; `facts` knows their state; `definitions_of` is as in `DefinitionFinder`."""
         self._writer = writer
         self._tokens = TokenMaker(writer)
         self._clock = clock
         self._settings = settings
-        self._definitions = Definitions(clock, definition_of, definitions_of)
+        self._definitions = DefinitionFinder(clock, definition_of, definitions_of)
         self._metrics = metrics
         self._limits = limits or TaskLimits()
         self._facts = facts or NoFacts()
@@ -120,7 +120,7 @@ class Gateway:
         # A delta that is refused now may be valid in a repeat, where tasks would not count it, because they know the batch
         # by its key. So a request with a key is then refused as a whole.
         refused_now = refused if key is None else None
-        known = Known({}, {})
+        known = KnownViews({}, {})
         raw: dict[_Series, list[Any]] = {}
         numbers: dict[_Series, list[int]] = {}
         for part, members in enumerate(parts):
