@@ -31,7 +31,7 @@ from pipeline.publisher.spool.ring import DELTA, END_BYTES, HEADER, encode_delta
 from tests.contracts.tables import NOW_MS, Lab, Page, Pages, every_journal, extension, states_of
 from tests.publisher.spool.support import Task, as_kill_leaves_it, claim, end
 from tests.publisher.support import hurried_threads, in_threads
-from tests.support import traced
+from tests.support import LONG, traced
 
 KIND_NAMES = ("sum", "mean", "max", "last", "histogram")
 VALUES = st.integers(-5, 2**70) | st.sampled_from([0.5, -2.25, 2.0**60])
@@ -164,7 +164,11 @@ def test_any_order(way: str) -> None:
     Of.way = way
     case = Of.TestCase
     case.settings = settings(
-        max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True
+        max_examples=25 if LONG else 12,
+        stateful_step_count=30,
+        deadline=None,
+        suppress_health_check=[*HealthCheck],
+        derandomize=True,
     )
     case().runTest()
 
@@ -183,7 +187,7 @@ def test_a_drain_and_its_position_are_one(way: str) -> None:
             series = [view.labels(str(n)) for n in range(20)]
             for turn in count():
                 series[turn * i % 20].add(1)
-                if len(cuts) > 1_000:
+                if len(cuts) > (1_000 if LONG else 300):
                     break
             stop.set()
             return

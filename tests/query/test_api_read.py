@@ -122,7 +122,7 @@ def test_views_are_listed(shop: Server) -> None:
         ("limit=0", "limit: a whole number from 1 to 1000000"),
         ("limit=1000001", "limit: "),
         ("limit=1e3", "limit: "),
-        ("kind=median", "kind: one of sum, min, max, mean, last is needed"),
+        ("kind=median", "kind: one of sum, min, max, mean, last, histogram is needed"),
         ("kind=", "kind: "),
         ("window_s=-1", "window_s: a whole number from 0 to 1000000000"),
         ("limit=-1", "limit: "),
@@ -154,8 +154,8 @@ def test_views_are_listed(shop: Server) -> None:
         ("fill=null&fill=zero", "fill stands twice"),
         ("wher=region=eu", "unknown parameter 'wher'"),
         ("nonsense", "unknown parameter 'nonsense'"),
-        ("&".join(["by=region"] * 65), "`where` and `by`"),
-        ("&".join(["by=region"] * 3_000), "`where` and `by`"),
+        ("&".join(["by=region"] * 65), "`where`, `by` and `q`"),
+        ("&".join(["by=region"] * 3_000), "`where`, `by` and `q`"),
         ("where=region=%FF", "not UTF-8"),
         ("where=region=%ED%A0%80", "not UTF-8"),
     ],
@@ -368,7 +368,7 @@ def test_what_does_not_come_in_time_is_503(server: Server) -> None:
             assert said in server.problem(503, reply)
             assert reply.json()["type"] == "urn:pipeline:error:NotReady"
             assert reply.headers["retry-after"] == "1"
-            assert 0.1 <= time.monotonic() - started < 5
+            assert 0.1 <= time.monotonic() - started < 25
     finally:
         server.world.fold()
 
