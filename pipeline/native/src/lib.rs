@@ -10,6 +10,7 @@ mod ring;
 mod sketches;
 mod state;
 mod table;
+mod time;
 mod view;
 mod wire;
 
