@@ -235,13 +235,23 @@ class BasePublisher:
         """
         return self._view(HistogramView, "histogram", view, labels, window_s, retention_s)
 
-    def distinct(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> DistinctView:
-        """Return the view of this name: how many different items were observed, exact or estimated with bounds."""
-        return self._view(DistinctView, "distinct", view, labels, window_s)
+    def distinct(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> DistinctView:
+        """Return the view of this name: how many different items were observed, exact or estimated with bounds.
 
-    def topk(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> TopKView:
-        """Return the view of this name: the items that were added most often, with bounds of their counts."""
-        return self._view(TopKView, "topk", view, labels, window_s)
+        `window_s` and `retention_s` are as in `sum`.
+        """
+        return self._view(DistinctView, "distinct", view, labels, window_s, retention_s)
+
+    def topk(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> TopKView:
+        """Return the view of this name: the items that were added most often, with bounds of their counts.
+
+        `window_s` and `retention_s` are as in `sum`.
+        """
+        return self._view(TopKView, "topk", view, labels, window_s, retention_s)
 
     def view(
         self,
