@@ -19,9 +19,9 @@ from types import FrameType
 from typing import IO, Any, Self
 
 from pipeline import Reader, Token
+from tests.preloaded import PROGRAM, PreloadedPopen
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 NO_LISTENER = os.strerror(errno.ECONNREFUSED)
 """What the system says where nobody listens."""
@@ -47,31 +47,32 @@ def pipeline(
 ) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     sent = input.encode() if isinstance(input, str) else input
-    done = subprocess.run(
-        [*PROGRAM, *arguments],
-        input=sent,
-        stdin=subprocess.DEVNULL if sent is None else None,
-        capture_output=True,
-        env=environment(env),
-        cwd=cwd,
-        timeout=timeout_s,
-        check=False,
+    stdin = subprocess.DEVNULL if sent is None else subprocess.PIPE
+    command, streams = [*PROGRAM, *arguments], {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with PreloadedPopen(command, env=environment(env), cwd=cwd, **streams) as process:
+        try:
+            out, err = process.communicate(sent, timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(
+        command, process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
     )
-    out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
 
-def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 30.0, *, seen: Callable[[], str] = lambda: "") -> Any:
+def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 60.0, *, seen: Callable[[], str] = lambda: "") -> Any:
     """Return the first true result of `done`; fail, saying what was waited for and what `seen` returns then, if there is
     none in time.
     """
     deadline = time.monotonic() + timeout_s
     while True:
+        asked_s = time.monotonic()
         result = done()
         if result:
             return result
-        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}\n{seen()}".rstrip()
-        time.sleep(0.01)
+        now_s = time.monotonic()
+        assert now_s < deadline, f"not in {timeout_s:g} s: {what}\n{seen()}".rstrip()
+        time.sleep(min(max(0.01, 3 * (now_s - asked_s)), 0.3))  # so that a question that is dear leaves the CPU to others
 
 
 @contextmanager
@@ -143,7 +144,7 @@ class Program:
     ) -> None:
         self._stderr = stderr
         with stderr.open("ab") as errors:
-            self.process = subprocess.Popen(
+            self.process = PreloadedPopen(
                 [*program, *arguments],
                 bufsize=0,  # a line in a buffer of ours would be none to `select`
                 stdin=stdin,

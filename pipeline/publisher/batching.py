@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
 import msgspec
 
 from pipeline.core.codec import GROUP_COUNT_MAX, encode_drafted, encode_groups
-from pipeline.core.kinds import State
+from pipeline.core.kinds import KINDS, State
 from pipeline.core.record import Batch, Definition, Group, series_prefix, travelling
 from pipeline.core.sequence import Outbox, Sealed
 
@@ -19,19 +19,9 @@ BATCH_BYTES = 280
 GROUP_BYTES = 32
 """The most bytes that a group takes in a batch beyond its definition."""
 ENTRY_BYTES = 32
-"""The most bytes that a series takes in a batch beyond its suffix and `value_bytes`."""
+"""The most bytes that a series takes in a batch beyond its suffix and `Kind.size` of its state."""
 encode = lru_cache(maxsize=10_000)(lambda definition: msgspec.msgpack.encode(travelling(definition)))
 """Return the bytes of a definition in a batch."""
-
-
-def value_bytes(value: Any) -> int:
-    """Return the most that a state takes in a batch beyond `ENTRY_BYTES`: more than 0 for texts and ints."""
-    kind = type(value)
-    if kind is int:
-        return int(value.bit_length() + 7) // 8
-    if kind is str:
-        return len(value.encode())
-    return sum(map(value_bytes, value)) if kind is tuple else 0
 
 
 class Routed(NamedTuple):
@@ -68,7 +58,7 @@ def cut(merged: Iterable[Routed], bytes_max: int) -> list[Draft]:
     """Return drafts of up to `bytes_max`, by partition. A series that is larger by itself gets a draft of its own."""
     growing: dict[int, list[_GrowingDraft]] = {}
     for item in merged:
-        size = ENTRY_BYTES + len(item.suffix) + value_bytes(item.state)
+        size = ENTRY_BYTES + len(item.suffix) + KINDS[item.definition.kind].size(item.state)
         drafts = growing.setdefault(item.partition, [])
         if not drafts or not drafts[-1].fits(item.definition, size, bytes_max):
             drafts.append(_GrowingDraft())

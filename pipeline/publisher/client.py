@@ -13,6 +13,7 @@ import pipeline.metrics as m
 import pipeline.publisher.fork as fork
 from pipeline import native
 from pipeline.core.kinds import KIND_NAMES
+from pipeline.core.kinds.base import value_bytes
 from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, check_definition
 from pipeline.core.token import Token
@@ -20,13 +21,21 @@ from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, LogWriter, Resting
 from pipeline.publisher.async_flush import AsyncFlushes
-from pipeline.publisher.batching import value_bytes
 from pipeline.publisher.environment import closest
 from pipeline.publisher.flusher import table_bytes
 from pipeline.publisher.local import LocalView
 from pipeline.publisher.runtime import Runtime
 from pipeline.publisher.view import check_value
-from pipeline.publisher.views import VIEW_TYPES, BaseView, LastView, ObservedView, SumView, Table, record_table
+from pipeline.publisher.views import (
+    VIEW_TYPES,
+    BaseView,
+    HistogramView,
+    LastView,
+    ObservedView,
+    SumView,
+    Table,
+    record_table,
+)
 from pipeline.settings import PublisherKeywords, PublisherSettings
 from pipeline.threads import are_green, guarded, in_hub
 
@@ -191,6 +200,10 @@ class BasePublisher:
     def last(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> LastView:
         """Return the view of this name: the newest value that was set."""
         return self._view(LastView, "last", view, labels, window_s)
+
+    def histogram(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> HistogramView:
+        """Return the view of this name: the distribution of all observations, of which reads can ask any quantile."""
+        return self._view(HistogramView, "histogram", view, labels, window_s)
 
     def view(
         self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False

@@ -32,8 +32,8 @@ from zlib import crc32
 
 from pipeline.core.kinds import KINDS, State, check_ahead
 from pipeline.core.record import Definition, overflow_suffix
-from pipeline.publisher.batching import Draft, Routed, cut, encode, value_bytes
-from pipeline.publisher.view import QUEUE_MAX, SHORT, AddView, BaseView, ObserveView, SetView, Slot
+from pipeline.publisher.batching import Draft, Routed, cut, encode
+from pipeline.publisher.view import QUEUE_MAX, AddView, BaseView, ObserveView, SetView, Slot
 
 if TYPE_CHECKING:
     from pipeline.publisher.spool.ring import Segment
@@ -43,15 +43,6 @@ SERIES_BYTES = 520
 T = TypeVar("T")
 _Waiting = dict[Slot, list[Any]]
 """State and number of deltas of each series, in the order in which the series were first recorded."""
-
-
-def _heap_bytes(value: Any) -> int:
-    """Return the memory that a state is charged for: texts and long ints."""
-    kind = type(value)
-    if kind is float or (kind is int and -SHORT <= value <= SHORT):
-        return 0
-    size = value_bytes(value)
-    return 64 + size if size > 24 else 0
 
 
 class Journal(Protocol):
@@ -209,7 +200,7 @@ class Table:
 
     def record(self, view: BaseView, suffix: bytes, delta: State) -> bool:
         """Record a delta; return False if it was dropped, because there is no memory for it."""
-        heap = _heap_bytes(delta)
+        heap = view.heap_bytes(delta)
         slot = view.slots.get(suffix)
         if heap or slot is None or self.closed or self._journal is not None:
             if not self._admit(view, suffix, delta, heap):
@@ -225,8 +216,9 @@ class Table:
         asked = self.closed
         if asked or suffix not in view.slots:
             self._opening()
-        payload = self._encode(delta[0] if view.kind == "mean" else delta) if self._journal is not None else b""
+        payload = self._encode(view.kind_rules.delta_of(delta)) if self._journal is not None else b""
         ring, number, named = self._ring, 0, b""
+        settled = False
         while True:
             if ring is not self._ring:  # a callback has forked, and this is the child
                 ring, number, named = self._ring, 0, b""
@@ -250,9 +242,13 @@ class Table:
                     if slot.out:
                         continue
                     full = ring.segment.number
-            if not fits:
+            if not fits and not settled:  # what waits in the queue can take less once it is merged
+                settled = True
+                self.settle()
+            elif not fits:
                 if not self._full(needed, 1):
                     return False
+                settled = False
             elif not known:
                 assert self._journal is not None
                 self._gone += [number] * (number > 0)
@@ -328,7 +324,8 @@ class Table:
             merged, more = delta, 0
             if item[1]:
                 merged = slot.view.merge(old, delta)
-                more = _heap_bytes(merged) - _heap_bytes(old) - _heap_bytes(delta)
+                heap_bytes = slot.view.heap_bytes
+                more = heap_bytes(merged) - heap_bytes(old) - heap_bytes(delta)
             if states is not self._states:  # as above
                 return
             # The interpreter runs signal handlers and other threads only after a call and at the end of a loop: so nothing
@@ -369,7 +366,7 @@ class Table:
         self._drains += 1
         for slot, (state, _) in taken.items():
             slot.seen = self._drains
-            self.used_bytes -= _heap_bytes(state)
+            self.used_bytes -= slot.view.heap_bytes(state)
             self._totals.add(slot, state)
         return result
 

@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.core.kinds import KINDS, State, kind_of
+from pipeline.core.kinds.base import SHORT
 from pipeline.core.record import Definition, canonical, check_label_values, series_prefix, series_suffix
 from pipeline.errors import Invalid, PipelineError
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 QUEUE_MAX = 512
 """Length of the queue at which a recording thread merges it."""
-SHORT = 2.0**190
-"""Numbers up to this size need no check, because they are small as states too."""
 
 
 class Slot:
@@ -82,7 +81,8 @@ class BaseView:
         """Deltas that went to the overflow series."""
         self.table = table
         self.kind = definition.kind
-        self.merge = KINDS[definition.kind].merge
+        self.kind_rules = KINDS[definition.kind]
+        self.merge, self.heap_bytes = self.kind_rules.merge, self.kind_rules.heap_bytes
         self.monotone = definition.monotone
         self.window_ms = definition.window_s * 1_000
         self.series_max = series_max
@@ -191,7 +191,7 @@ class BaseView:
         plain = kind in (int, float) and -SHORT <= value <= SHORT  # false for NaN
         if not plain or (self.monotone and value < 0):
             value = self.table.check(self.kind, self.monotone, value)
-        return (value, 1) if self.kind == "mean" else value
+        return value if self.kind_rules.single else self.kind_rules.collect([value])
 
     def record(self, suffix: bytes, value: Any, ts_ms: object = None) -> None:
         """Record a delta to the series with a suffix, in the window of a time."""

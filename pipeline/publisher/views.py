@@ -78,7 +78,7 @@ class SumSeries(AddSeries):
 
 
 class ObservedSeries(ObserveSeries):
-    """A series of a min, max or mean view."""
+    """A series of a min, max, mean or histogram view."""
 
     __slots__ = ()
 
@@ -132,6 +132,10 @@ class ObservedView(_PublisherView[ObservedSeries], ObserveView):
         return self.labels(**labels).time()
 
 
+class HistogramView(ObservedView):
+    """Distribution of observations, by series."""
+
+
 class LastView(_PublisherView[LastSeries], SetView):
     """The newest value, by series."""
 
@@ -144,6 +148,7 @@ VIEW_TYPES: Mapping[str, type[BaseView]] = {
     "max": ObservedView,
     "mean": ObservedView,
     "last": LastView,
+    "histogram": HistogramView,
 }
 """The view class of each kind."""
 assert VIEW_TYPES.keys() == KINDS.keys()

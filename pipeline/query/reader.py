@@ -418,7 +418,7 @@ class ViewReader:
             view = definition.view
             check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
             window_start_ms = newest_final_ms(definition, final_before_ms)
-            if window_start_ms < max(expired_before(found[view]).values()):
+            if definition.window_s and window_start_ms < max(expired_before(found[view]).values()):
                 continue  # the window is gone, or there is none yet
             # Of a view without windows too many series are not read at all, so that the work is bounded, too.
             if not definition.window_s and max(entry.series_count for entry in found[view]) > left:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import heartbeat, kafka, keyed, publisher, serving, table, windows, worker, workers
+from tests.bench import heartbeat, kafka, keyed, publisher, ranges, serving, table, windows, worker, workers
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
@@ -27,6 +27,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "heartbeat": heartbeat.heartbeat,
     "point": serving.point,
     "group-by": serving.group_by,
+    "query": ranges.query,
     "memory": serving.memory,
 }
 """By name; each takes whether to be quick, which proves that it runs and measures nothing."""

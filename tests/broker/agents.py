@@ -22,7 +22,7 @@ PARTITIONS = 3
 """Of deltas and changelog."""
 SOURCE_PARTITIONS = 5
 SESSION_MS = 6_000
-WAIT_S = 60.0
+WAIT_S = 90.0
 
 SHOP = """
 import asyncio, os, pipeline

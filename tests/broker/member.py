@@ -146,7 +146,7 @@ class Outside(_Listener):
             pipe.close()
 
 
-def settled(*members: _Listener, partitions: int, timeout_s: float = 30.0) -> None:
+def settled(*members: _Listener, partitions: int, timeout_s: float = 60.0) -> None:
     """Wait until each partition is active in exactly one of the members, and all have the same generation."""
 
     def done() -> bool:

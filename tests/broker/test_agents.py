@@ -21,7 +21,7 @@ from tests.broker.agents import BOTH, FORMATS, PARTITIONS, SHOP, WAIT_S, Source,
 from tests.broker.drive import Role, server, wait_exit
 from tests.broker.kafka import App, Broker, new_app
 from tests.broker.test_workers import member, status
-from tests.support import again_and_again, pipeline, wait_until
+from tests.support import LONG, again_and_again, pipeline, wait_until
 
 FAILING = """
 import os, pipeline
@@ -56,7 +56,7 @@ def test_a_graceful_stop_counts_exactly(app: App, tmp_path: Path) -> None:
     source = Source(app, tmp_path, BOTH.format(pause_s=0.005))
     worker = source.worker("one", revoke_timeout_ms=20_000)  # agents are slow on a machine that is busy
     with server(app, tmp_path / "server") as reads, worker, sending(source):
-        for last in (False, False, True):
+        for last in (*[False] * (2 if LONG else 1), True):
             count = len(counted(reads))
             wait_until(lambda n=count: len(counted(reads)) > n + 100, "events to be counted", WAIT_S)
             worker.program.signal(signal.SIGTERM)
@@ -150,7 +150,7 @@ def test_killed_at_random(app: App, tmp_path: Path) -> None:
     bounds: list[list[int]] = []
     with server(app, tmp_path / "server") as reads, source.worker("one") as worker:
         with sending(source):
-            for _ in range(3):
+            for _ in range(3 if LONG else 2):
                 before = sum(source.committed())
                 wait_until(lambda n=before: sum(source.committed()) > n, "a commit", WAIT_S)
                 time.sleep(chance.uniform(0, 1.5))
@@ -180,7 +180,7 @@ def test_two_workers_share_a_topic(app: App, tmp_path: Path) -> None:
             two.program.signal(signal.SIGTERM)
             assert wait_exit(two, 30) == 0, two.tail()
         before = len(counted(reads))
-        wait_until(lambda: len(counted(reads)) > before + 300, "the first to go on alone", WAIT_S)
+        wait_until(lambda: len(counted(reads)) > before + 100, "the first to go on alone", WAIT_S)
         one.program.signal(signal.SIGTERM)
         assert wait_exit(one, 30) == 0, one.tail()
     with server(app, tmp_path / "server") as reads, source.worker("one") as one:
@@ -305,7 +305,7 @@ def test_a_rebalance_while_the_worker_leaves_begins_nothing() -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("what", ["failed", "decoded"])
+@pytest.mark.parametrize("what", ["failed", pytest.param("decoded", marks=pytest.mark.long)])
 def test_an_error_can_stop_the_worker(app: App, tmp_path: Path, what: str) -> None:
     """With on_error="stop" the worker exits 3 before the event, which is read again when the agent can do it."""
     source = Source(app, tmp_path, FAILING.format(on_error="stop"))
@@ -493,11 +493,12 @@ def test_an_event_that_is_overtaken_is_not_done(app: App, tmp_path: Path) -> Non
     assert sorted(number for number, times in found.items() if times == 2) == sorted(str(6 + 5 * n) for n in range(1, 11))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_broker_is_away(broker: Broker, tmp_path: Path) -> None:
     """Through kill -9 of the broker and its return no worker ends, and no event is lost; few are counted twice."""
     source = Source(new_app(broker.bootstrap), tmp_path)
-    with server(source.app, tmp_path / "server") as reads, source.worker("one") as worker:
+    patient = {"commit_timeout_ms": 120_000}  # on a machine that is busy a broker takes long to start
+    with server(source.app, tmp_path / "server") as reads, source.worker("one", **patient) as worker:
         source.send(range(1_000))
         wait_counted(reads, source.places, worker)
         source.send(range(1_000, 3_000))

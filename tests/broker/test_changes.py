@@ -19,7 +19,7 @@ from tests.broker.agents import PARTITIONS, WAIT_S, Source, metric
 from tests.broker.drive import PUBLISHER, server
 from tests.broker.kafka import App
 from tests.broker.test_workers import status
-from tests.support import LONG, again_and_again, wait_until
+from tests.support import again_and_again, wait_until
 
 WATCH = """
 import asyncio, json, os, pipeline
@@ -101,6 +101,7 @@ class Load:
                 publisher.flush(timeout_s=WAIT_S)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_killed_at_random(app: App, tmp_path: Path) -> None:
     """kill -9 again and again: the changes add up to the view, and those that come twice have the same place."""
@@ -108,7 +109,7 @@ def test_killed_at_random(app: App, tmp_path: Path) -> None:
     source, seen, load = Source(app, tmp_path, WATCH), Seen(tmp_path / "seen"), Load(app)
     with source.worker("one", env={"SEEN": str(seen.path)}) as worker:
         with load.running():
-            for _ in range(10 if LONG else 3):
+            for _ in range(10):
                 wait_until(lambda: _took_in(worker) > 20, "changes to be taken in", WAIT_S)
                 time.sleep(chance.uniform(0, 2))
                 worker.kill()

@@ -1,4 +1,4 @@
-"""The exactness drive in its short form: everything fails once under load, and every answer is exact."""
+"""The exactness drive in its short form: things fail under load, and every answer is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.broker.chaos.watch import Commits, Problems, Reads
 from tests.broker.kafka import App
 from tests.support import LONG, ROOT, environment
 
-MINUTES = 1.5 if LONG else 0.5
+SHORT = ("--deltas=100000", "--commit-interval-ms=400", "--only", "noise", "kill", "broker_kill")
+WHAT = ("--minutes=1.5",) if LONG else SHORT
 SEED = 1
 TIMEOUT_S = 540
 
@@ -28,8 +29,8 @@ TIMEOUT_S = 540
 @pytest.mark.timeout(TIMEOUT_S + 60)
 @pytest.mark.usefixtures("kafka_jars")
 def test_a_short_drive(tmp_path: Path) -> None:
-    """As many scenarios as there is time for, on 20,000 series; the verdict is that all is exact."""
-    command = [sys.executable, "-m", "tests.broker.chaos", f"--minutes={MINUTES}", f"--seed={SEED}", f"--keep={tmp_path}"]
+    """Under load on 20,000 series, what happens most often leaves every answer exact, however long it takes."""
+    command = [sys.executable, "-m", "tests.broker.chaos", f"--seed={SEED}", f"--keep={tmp_path}", *WHAT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT) as drive:
         try:
             out, _ = drive.communicate(timeout=TIMEOUT_S)

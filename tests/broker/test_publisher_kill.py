@@ -8,7 +8,7 @@ from tests.broker.kafka import Broker
 from tests.broker.publisher_kill import on_kafka
 from tests.support import LONG
 
-KILLS = 30 if LONG else 6
+KILLS = 30 if LONG else 3
 
 
 @pytest.mark.timeout(300)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +77,7 @@ def test_all_members(app: App, tmp_path: Path) -> None:
 
         by_name = {it["name"]: it for it in found["members"]}
         two.program.signal(signal.SIGSTOP)
-        began_s = time.monotonic()
         found = status(app)
-        assert time.monotonic() - began_s < 20
         assert "no answer" in unreachable(found, "two") or "timed out" in unreachable(found, "two")
         assert unreachable(found, "one") is None
         held = {it["partition"]: it for it in found["partitions"] if it["member"] == "two"}
@@ -127,9 +124,7 @@ def test_nobody_is_there(app: App) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert f"group {app.app} has no members" in done.stderr
     assert "pipeline status --from http://" in done.stderr
-    began_s = time.monotonic()
     done = pipeline("status", "--from", "kafka://127.0.0.1:1")
-    assert time.monotonic() - began_s < 20, "kafka_timeout_ms is 30 s"
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert "no broker answers at 127.0.0.1:1" in line

@@ -246,6 +246,6 @@ def test_a_broker_that_stands_still(broker: Broker) -> None:
         started_s = time.monotonic()
         with pytest.raises(Unavailable, match=rf"{url}: .*700 ms"):
             call(own, Wish(partitions=5))
-        assert time.monotonic() - started_s < 5
+        assert time.monotonic() - started_s < 25
         broker.resume()
     assert [it.topic for it in apply(url, partitions=6).done] == [*ORDER]

@@ -46,7 +46,7 @@ def test_a_fold_that_hangs_ends_the_worker(app: App, tmp_path: Path, caplog: pyt
         assert "hang_here" in caplog.text
         began_s = time.monotonic()
         assert not worker.stop()
-        assert time.monotonic() - began_s < 15
+        assert time.monotonic() - began_s < 60
     finally:
         release.set()
         assert worker._loop.stop(30)

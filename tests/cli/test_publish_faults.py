@@ -139,7 +139,7 @@ def test_a_server_that_is_away(free_port: int) -> None:
     began = time.monotonic()
     done = pipeline("publish", "away", "--to", f"http://127.0.0.1:{free_port}", "--timeout-ms", "700", "-", input="v\n1\n")
     assert done.returncode == 1
-    assert 0.7 <= time.monotonic() - began < 10
+    assert 0.7 <= time.monotonic() - began < 40
     assert f"no server within 0.7 s (--timeout-ms): http://127.0.0.1:{free_port}: " in done.stderr
 
 
@@ -198,7 +198,7 @@ def test_a_signal_publishes_what_was_read(server: UpProcess, tmp_path: Path, num
         program.signal(number)
         report = json.loads(program.read_line())
         assert program.wait() == 128 + number
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 25
     assert (report["complete"], report["lines"], report["acknowledged_line"]) == (False, 100, 101)
     assert "stopped by a signal; every line up to 101 is published; to go on: --start-line 102" in program.stderr()
     assert total(server, view) == 100

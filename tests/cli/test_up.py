@@ -59,7 +59,7 @@ def test_a_signal_commits_and_ends_it(tmp_path: Path, number: int) -> None:
             publisher.flush()
         began = time.monotonic()
         assert up.terminate(number) == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 25
         assert up.program.stderr() == ""
         found = positions(up.data)
         assert sum(next_offset for next_offset, _ in found) > 0

@@ -154,5 +154,5 @@ def fold(kind: str, deltas: Sequence[State]) -> State:
 
 def same(kind: str, a: State, b: State) -> bool:
     """Return whether two states are the same to the bit."""
-    columns = KINDS[kind].to_columns
-    return repr(columns([a])) == repr(columns([b]))
+    one, other = codec.encode_states(KINDS[kind], [a, b])
+    return one == other

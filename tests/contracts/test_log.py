@@ -249,7 +249,7 @@ def test_poll_waits_no_longer_than_it_should(lab: LogLab) -> None:
     for timeout_s, least_s in ((0.0, 0.0), (0.2, 0.15)):
         started_s = time.monotonic()
         assert poll(reader, timeout_s=timeout_s) == {}
-        assert least_s <= time.monotonic() - started_s < timeout_s + 5
+        assert least_s <= time.monotonic() - started_s < timeout_s + 30
 
 
 def test_poll_is_woken_by_an_append(lab: LogLab) -> None:

@@ -14,6 +14,7 @@ import pytest
 from pipeline.core.record import series_suffix
 from tests.contracts.tables import WAYS, Lab, every_table, states_of
 from tests.publisher.support import hurried_threads
+from tests.support import LONG
 
 
 def in_child(body: Callable[[], bool]) -> None:
@@ -85,7 +86,7 @@ def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
         )
 
     with busy(lambda: record(0), lambda: record(1), disturb):
-        for _ in range(10):
+        for _ in range(10 if LONG else 4):
             if held:
                 lab.table.hold()
             try:
@@ -115,7 +116,7 @@ def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
         return child(lab.table.forget)
 
     with busy(lambda: bound.add(1), lab.drain, lab.table.snapshot):
-        for _ in range(5):
+        for _ in range(5 if LONG else 2):
             in_child(lambda: child(lambda: None))
             in_child(grandchild)
 

@@ -15,9 +15,10 @@ import pytest
 from tests.contracts.tables import Lab, every_table, states_of
 from tests.contracts.test_table_forks import busy
 from tests.publisher.support import hurried_threads, in_threads, wait_until
+from tests.support import LONG
 
 THREADS = 4
-EACH = 4_000
+EACH = 4_000 if LONG else 1_500
 
 
 def together(*bodies: Callable[[], object]) -> None:

@@ -9,6 +9,7 @@ from hypothesis.strategies import SearchStrategy
 
 from pipeline.core.codec import encode_states
 from pipeline.core.kinds import INT_BITS_MAX, KINDS, RECORDED_NS_MAX, TS_MS_MAX, Kind, State
+from pipeline.core.kinds.histogram import BITS_MAX
 from pipeline.core.record import (
     CONTROL_ACTIONS,
     LABEL_COUNT_MAX,
@@ -31,6 +32,9 @@ big_ints = (
 grid = st.integers(-(2**20), 2**20) | st.integers(-(2**20), 2**20).map(lambda n: n * 2.0**-10)
 """Ints and floats so small and so coarse that their sums are exact in any order."""
 
+close = st.integers(-(2**12), 2**12).map(lambda n: n * 2.0**-6)
+"""Numbers so close together that a few of them fill most buckets of a histogram."""
+
 floats = st.floats(allow_nan=False, allow_infinity=False)
 numbers = big_ints | floats
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -38,7 +42,7 @@ stamps = st.integers(0, TS_MS_MAX) | st.integers(0, 3)
 recorded = st.integers(0, RECORDED_NS_MAX) | st.integers(0, 3)
 scalars = st.none() | st.booleans() | texts | numbers | st.sampled_from([0, 0.0, -0.0, False, 1, 1.0, True, "", "1"])
 
-ADDITIVE = ("sum", "mean")
+ADDITIVE = ("sum", "mean", "histogram")
 """Kinds that add numbers up, so that their laws hold exactly where floats add exactly."""
 
 
@@ -49,6 +53,8 @@ def families(kind: str) -> SearchStrategy[SearchStrategy[Any]]:
     """
     if kind == "last":
         return st.just(st.tuples(stamps, recorded, scalars))
+    if kind == "histogram":
+        return st.sampled_from([big_ints.filter(lambda n: n.bit_length() <= BITS_MAX), grid, close])
     if kind in ADDITIVE:
         return st.sampled_from([big_ints, grid])
     return st.just(numbers)
@@ -74,7 +80,8 @@ def any_states(kind: str, *, count: int = 1) -> SearchStrategy[list[State]]:
     """`count` states of a kind, float sums with an error term among them: their merge depends on the order a little."""
     if kind not in ADDITIVE:
         return states(kind, count=count)
-    run = st.lists(numbers, min_size=1, max_size=3)
+    values = numbers.filter(lambda n: type(n) is float or n.bit_length() <= BITS_MAX) if kind == "histogram" else numbers
+    run = st.lists(values, min_size=1, max_size=3)
     inexact = st.lists(run.map(KINDS[kind].collect), min_size=count, max_size=count)
     return states(kind, count=count) | inexact
 

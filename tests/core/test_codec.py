@@ -149,7 +149,7 @@ def test_sums_that_are_none_are_refused(value: Any) -> None:
 def test_no_kind_takes_what_is_not_finite(value: float) -> None:
     """Every kind refuses it as a group, also beside ints beyond all floats, and the other groups of the batch are whole."""
     innocent = Group(Definition("w", "sum"), [series_suffix(())], [7])
-    states = {"last": lambda v: (0, 0, v), "mean": lambda v: (v, 1)}
+    states = {"last": lambda v: (0, 0, v), "mean": lambda v: (v, 1), "histogram": lambda v: (v, 0, 0, 8, 1, {}, {})}
     for kind in KINDS:
         make = states.get(kind, lambda v: v)
         for others in ([], [1.5], [10**400, 1e308, 1e308], [-1e308, -1e308]):
@@ -310,8 +310,10 @@ def test_any_columns_are_a_batch_or_bad(data: st.DataObject) -> None:
     count = data.draw(st.integers(0, 3))
     scalar = some.scalars.filter(lambda v: type(v) is not int or -(2**63) <= v < 2**64) | st.floats()
     pair = st.tuples(st.floats() | st.integers(-9, 9), st.floats()) | st.sampled_from([(1e16, 1.0), (1.0, 5e-324)])
-    column = st.lists(scalar | pair | st.binary(max_size=12) | st.just([]) | st.just({}), min_size=count, max_size=count)
-    columns = data.draw(st.lists(column, max_size=3) | st.lists(column, min_size=2, max_size=2))
+    packed = st.lists(st.integers(-9, 9), max_size=7).map(lambda ints: msgspec.msgpack.Ext(2, pack(ints)))
+    item = scalar | pair | packed | st.binary(max_size=12) | st.just([]) | st.just({})
+    column = st.lists(item, min_size=count, max_size=count)
+    columns = data.draw(st.lists(column, max_size=4) | st.lists(column, min_size=2, max_size=2))
     value = wire(groups=[(("v", kind.name, ()), [b""] * count, columns)])
     try:
         batch = codec.decode_batch(value)

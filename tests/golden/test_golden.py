@@ -85,8 +85,18 @@ STATES: dict[str, list[Any]] = {
         (8, 0, -(2**200)),
         (2**53, 2**63 - 1, "x" * 40),
     ],
+    "histogram": [
+        (0, 0, 0, 8, 1, {}, {}),
+        (1, 1, 1, 8, 0, {-1: 1}, {}),
+        (1.5, -0.5, 1.0, 8, 2**64, {-301: 127, -300: 1, -1: 2**70}, {-200_000: 2**63, -257: 128}),
+        ((1e16, 1.0), -0.0, 2**1024 - 1, 0, 3, {-997: 70_000, 1023: 1}, {}),
+        (-(2**70), -(2**70), -1e-9, -5, 0, {}, {-1: 2**32, 2: 255}),
+    ],
 }
 """Several states of every kind, with every way in which msgpack writes their parts."""
+
+FIRST_KINDS = ("sum", "min", "max", "mean", "last")
+"""Kinds that version 1 had, and that are in the first file of batches."""
 
 LABELS = [("eu", "tea"), ("", "\0"), ("\u00e9", "x" * 40)]
 
@@ -126,7 +136,9 @@ BATCHES = [
             Group(Definition("load", "mean"), [series_suffix(())], [(1.5, 2)]),
         ],
     ),
-    Batch("\u00e9", 2**63 - 1, 2**32 - 1, 2**63 - 2, 2**63 - 2, 2**63 - 1, [group(*item) for item in STATES.items()]),
+    Batch(
+        "\u00e9", 2**63 - 1, 2**32 - 1, 2**63 - 2, 2**63 - 2, 2**63 - 1, [group(kind, STATES[kind]) for kind in FIRST_KINDS]
+    ),
 ]
 
 ORDERS = [
@@ -172,6 +184,11 @@ IDS = [
 CASES: dict[str, Case] = {
     "batch": Case(BATCHES, codec.encode_batch, codec.decode_batch),
     **{f"state_{name}": of_kind(kind) for name, kind in KINDS.items()},
+    "batch_histogram": Case(
+        [Batch("p", 1, 2, 3, 3, 1_700_000_000_000, [group("histogram", STATES["histogram"][:2])])],
+        codec.encode_batch,
+        codec.decode_batch,
+    ),
     "batch_orders": Case(ORDERS, codec.encode_batch, codec.decode_batch),
     "definition": Case(
         [
@@ -317,7 +334,7 @@ REFUSED = {
     "position": codec.decode_position,
     "position_source": codec.decode_position,
     "producer": codec.decode_folded,
-    **{f"state_{name}": (lambda value, kind=kind: codec.decode_states(kind, [value])) for name, kind in KINDS.items()},
+    **{f"state_{kind}": (lambda value, kind=kind: codec.decode_states(KINDS[kind], [value])) for kind in FIRST_KINDS},
 }
 """Formats of version 1 that are read no more. Frames, suffixes, dead letters and tokens had no version."""
 

@@ -20,7 +20,7 @@ from tests.process.load import SEED, SERIES, Load, Retries, answers, merged, met
 from tests.process.network import SlowNetwork
 from tests.support import LONG, UpProcess, pipeline, wait_until
 
-KILLS = 20 if LONG else 4
+KILLS = 20 if LONG else 2
 KILLS_MAX = 60
 THREADS = 4
 

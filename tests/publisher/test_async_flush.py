@@ -85,7 +85,7 @@ def test_a_task_can_be_cancelled() -> None:
 
     started = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
     log.away = False
     assert pub.flush().next_offsets
     assert asyncio.run(pub.flush_async()).next_offsets

@@ -38,7 +38,7 @@ def test_what_has_nothing_to_send_needs_no_log() -> None:
     token = pub.flush()
     log.away, started = True, time.monotonic()
     assert {pub.flush() for _ in range(20)} == {token} != {Token({})}
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
     pub.close()
     with publisher(log) as unused:
         unused.sum("v")
@@ -121,7 +121,7 @@ def test_close(fate: str, error: type[PipelineError] | None, thread_count: int) 
 
     started = time.monotonic()
     in_threads(thread_count, close)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 40
     assert [type(failed) for failed in errors] == ([error] if error else [])
     assert len({*tokens, pub.close()}) == 1
     assert bool(pub.close().next_offsets) == (fate == "kept")

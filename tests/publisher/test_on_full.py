@@ -141,7 +141,7 @@ def test_a_full_buffer(on_full: str, way: str) -> None:
         assert meter.of(m.PUBLISHER_DROPPED, "buffer_full") == dropped + (on_full == "drop_newest")
         assert meter.of(m.PUBLISHER_REFUSED) == (0 if on_full == "drop_newest" else 2)
         assert meter.of(m.PUBLISHER_BLOCKED) == (on_full == "block")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 50
         view = pub.sum("v", labels=("n",))
         for _ in range(2_000):
             view.add(1, n="0")
@@ -237,7 +237,7 @@ def test_who_waits_for_room_on_the_disk_holds_nothing_meanwhile() -> None:
     for own in (lambda: account.make_room(1, 1, lambda: False), lambda: account.wait_for_disk(attempt)):
         with pytest.raises(BufferFull):
             own()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 def test_a_thread_asks_again_if_others_take_the_room() -> None:

@@ -92,7 +92,7 @@ for i in range(15):
         def stop(*_):
             started = time.monotonic()
             pub.close(30)
-            assert time.monotonic() - started < 15
+            assert time.monotonic() - started < 50
             with publisher(log) as done: done.sum("n", labels=("child",)).add(n, child=str(i))
             {then}
         signal.signal(signal.SIGTERM, stop)
@@ -150,7 +150,7 @@ if not child:
     {end}
 started = time.monotonic()
 assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
-assert time.monotonic() - started < 15, "it has waited for what never comes"
+assert time.monotonic() - started < 50, "it has waited for what never comes"
 cell.add(1); unused.add(1)
 {end}
 """,

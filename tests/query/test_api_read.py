@@ -368,7 +368,7 @@ def test_what_does_not_come_in_time_is_503(server: Server) -> None:
             assert said in server.problem(503, reply)
             assert reply.json()["type"] == "urn:pipeline:error:NotReady"
             assert reply.headers["retry-after"] == "1"
-            assert 0.1 <= time.monotonic() - started < 5
+            assert 0.1 <= time.monotonic() - started < 25
     finally:
         server.world.fold()
 

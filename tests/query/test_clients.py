@@ -295,7 +295,7 @@ def test_a_stranger_is_unavailable(answer: Callable[[socket.socket], None]) -> N
         started = time.monotonic()
         (result,) = writer.append([Message(DELTAS, 0, None, b"\x01\x00\x00\x00\x00")], timeout_s=0.3)
         assert isinstance(result, Unavailable)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         writer.close()
 
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from pipeline.core.answer import Answer
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import Labels, Query, parse_matcher
-from pipeline.core.record import Definition
+from pipeline.core.record import Definition, prefix_end, series_prefix
 from pipeline.core.span import FILLS, AskedRange
 from pipeline.errors import Invalid, NotFound
 from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
 from pipeline.query.staleness import LogTime, final_before_ms
-from pipeline.settings import QuerySettings
+from pipeline.settings import QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
 from tests.core import strategies as some
 from tests.query.support import World
@@ -407,3 +407,55 @@ def test_the_time_of_the_log_starts_with_a_record() -> None:
     assert final_before_ms([None, None], 7_000) == 7_000
     assert final_before_ms([None, 6_000], 7_000) == 6_000
     assert final_before_ms([None, 0], 7_000) == 0
+
+
+def test_series_that_were_silent_for_too_long_are_hidden() -> None:
+    """An entry that has expired by its partition's watermark is in no answer, though it is there yet; by key and by scan."""
+    clock = HandClock()
+    world = World(2, clock=clock)
+    definition = Definition("v", "sum", ("x",), retention_s=100)
+    other = Definition("v", "sum", ("x", "y"))
+    for number in range(2):
+        world.append(number, definition, {("a",): 1, ("b",): 2})
+        world.append(number, other, {("a", ""): 4})
+    world.fold()
+    at_ms = clock.now_ms()
+    totals = Query("v", by=())
+    pinned = Query("v", (parse_matcher("x=a"), parse_matcher("y=")))
+
+    def seen() -> list[Any]:
+        (exposed,) = world.reader.scrape(deadline_s=FAR_S).views
+        point = world.reader.point(pinned)
+        assert point is not None
+        return [read(world, totals).value(), point.value(), scanned(world, pinned).value(), exposed.values]
+
+    assert seen() == [14, 10, 10, [10, 4]]
+    world.expire(definition, at_ms + 100_000 - 1, 0)
+    assert seen() == [14, 10, 10, [10, 4]]
+    world.expire(definition, at_ms + 100_000, 0)
+    assert seen() == [11, 9, 9, [9, 2]]
+    world.expire(definition, at_ms + 100_000, 1)
+    assert seen() == [8, 8, 8, [8]]
+
+
+def test_windows_that_the_worker_expires_are_hidden_at_once() -> None:
+    """From the commit on that moves the watermark, although that commit deletes only some of the entries."""
+    clock = HandClock()
+    world = World(1, clock=clock, worker=WorkerSettings(expired_entries_max=1))
+    definition = Definition("v", "sum", ("x",), window_s=10, retention_s=60)
+    start = clock.now_ms() // W * W
+    for i in range(5):
+        world.append(0, definition, {(name,): 1 for name in "abcdefgh"}, start + i * W)
+    world.fold()
+    asked = Query("v", by=(), range=AskedRange(start_ms=start, end_ms=start + 20 * W, fill="zero"))
+    assert [value for _, value in read(world, asked).series[0].points[:6]] == [8, 8, 8, 8, 8, 0]
+    clock.s += 100
+    world.append(0, definition, {("a",): 1}, start + 10 * W)
+    world.fold()
+    answer = read(world, asked)
+    before = answer.expired_before_ms
+    assert before == start + 4 * W
+    assert [value for _, value in answer.series[0].points[:6]] == [None, None, None, None, 8, 0]
+    prefix = series_prefix(definition)
+    left = [key for key, _ in world.partitions[0].store.scan(prefix, prefix_end(prefix))]
+    assert any(int.from_bytes(key[len(prefix) :][:8], "big") < before for key in left)

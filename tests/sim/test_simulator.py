@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,49 +29,22 @@ from tests.sim.entries import SERIES
 from tests.sim.mutants import MUTANTS
 from tests.sim.publishers import message_of
 from tests.sim.workers import Standby, Worker
-from tests.sim.world import World, explain, run
+from tests.sim.world import World, run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-EVENTS = """
-append: crash after, append: crash before, append: gone, append: in, append: late, append: refused, append: unsure,
-black-out, clock is right again, clock jumps, compaction, crash at commit: after, crash at commit: before, crash at end
-offsets, crash at fenced, crash at open, crash at poll, crash at transaction, crash at write: after, crash at write:
-before, damage of a server: open, damage of a server: read, damage: bytes, damage: open, damage: read, deltas cut,
-deposed leader, deposed leader of a server, expired delta refused, foreign transaction on changelog, foreign transaction
-on deltas, forged: entry, forged: noise, forged: position, hold-up, job, junk, late message, loss accepted, loss
-noticed, order: drop, order: reset, others act at commit: after, others act at commit: before, others act at destroyed,
-others act at end offsets, others act at fenced, others act at open, others act at poll, others act at transaction,
-others act at write: after, others act at write: before, producers expire, publisher closed, publisher restarted,
-retention, server at a boundary, server falls behind, server hides, series expired, sleep, spool reopened, standby at a
-boundary, store lost, store rebuilt, store restored, store rolled back, stranger: a jump, stranger: far ahead, stranger:
-invented, tombstones dropped, torn tail, unavailable at commit: after, unavailable at commit: before, unavailable at end
-offsets, unavailable at poll, zombie, zombie fenced, zombie publisher sends
-"""
 
 
 def test_a_seed_is_one_history_in_every_process() -> None:
     """The result of a history depends on its seed only, not on the order of sets."""
-    command = [sys.executable, "-m", "tests.sim.world", "--seeds", "40", "--digests"]
+    command = [sys.executable, "-m", "tests.sim.world", "--seeds", "20", "--digests"]
     outputs = [
         subprocess.run(
             command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True, timeout=100
         ).stdout
         for seed in ("1", "2")
     ]
-    assert outputs[0].count(b"\n") == 40
+    assert outputs[0].count(b"\n") == 20
     assert outputs[0] == outputs[1]
-
-
-def test_everything_happens() -> None:
-    """Each kind of trouble comes about within 200 histories."""
-    stats: Counter[str] = Counter()
-    for seed in range(200):
-        world, error = run(seed)
-        assert error is None, explain(seed, error)
-        stats += world.stats
-    missing = {event.strip() for event in EVENTS.replace("\n", " ").split(",")} - stats.keys()
-    assert not missing
 
 
 def store_first(self: OwnedPartition, commit: Commit) -> None:

@@ -10,6 +10,7 @@ and the answer is the same; sums of floats can differ in the last bit of the ans
 | min, max | int or finite float |
 | mean | (sum as above, count) |
 | last | (ts_ms, recorded_ns, value) |
+| histogram | (sum as above, least, most, schema, zeros, positive buckets, negative buckets) |
 
 A family of kinds is a module of this package, and stands in `KINDS` below.
 """
@@ -28,6 +29,7 @@ from pipeline.core.kinds.base import (
     numbers,
     to_wire,
 )
+from pipeline.core.kinds.histogram import Histogram
 from pipeline.core.kinds.last import RECORDED_NS_MAX, TEXT_BYTES_MAX, TS_MS_MAX, Last, check_ahead
 from pipeline.core.kinds.numeric import Max, Mean, Min, MonotoneSum, Sum, add
 from pipeline.core.record import Definition
@@ -51,7 +53,7 @@ __all__ = [
     "to_wire",
 ]
 
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (Sum(), Min(), Max(), Mean(), Last())}
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (Sum(), Min(), Max(), Mean(), Last(), Histogram())}
 """Every kind by name."""
 
 KIND_NAMES: tuple[str, ...] = tuple(KINDS)

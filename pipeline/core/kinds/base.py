@@ -27,6 +27,10 @@ _INT64_MIN, _UINT64_MAX = -(2**63), 2**64 - 1
 _NUMBER_TYPES = frozenset((int, float, Ext))
 _LONG_INT = 1
 """Msgpack extension type of ints beyond 64 bits: signed, big endian."""
+PACKED = 2
+"""Msgpack extension type of states, or parts of them, that are bytes in a form of their kind."""
+SHORT = 2.0**190
+"""Numbers up to this size need no check and no memory beyond their own, because they are small as states too."""
 encode = msgspec.msgpack.Encoder().encode
 
 
@@ -101,6 +105,16 @@ def check_finite(column: Iterable[Any], what: str) -> None:
         raise BadRecord(f"{what}: not finite")
 
 
+def value_bytes(value: Any) -> int:
+    """Return the most that a value takes in a batch beyond the head that every series has: over 0 for texts and ints."""
+    kind = type(value)
+    if kind is int:
+        return int(value.bit_length() + 7) // 8
+    if kind is str:
+        return len(value.encode())
+    return sum(map(value_bytes, value)) if kind is tuple else 0
+
+
 class Kind:
     """A kind of view: what is done with its deltas and states. Instances are stateless; `KINDS` holds one of each."""
 
@@ -109,6 +123,8 @@ class Kind:
     """Name of the method that records a delta: `add`, `observe` or `set`."""
     single: ClassVar[bool] = False
     """True if the state of one delta is that delta."""
+    has_quantiles: ClassVar[bool] = False
+    """True if a read may ask for quantiles."""
     merge: Callable[[State, State], State]
     """Operation of the monoid. May return either argument; arguments are never changed."""
 
@@ -131,6 +147,22 @@ class Kind:
         """Return the state of at least one raw delta, as `check` returns them, in the order in which they were recorded."""
         raise NotImplementedError
 
+    def delta_of(self, state: State) -> Any:
+        """Return the raw delta of a state that `collect` returned for one delta."""
+        return state
+
+    def size(self, state: State) -> int:
+        """Return the most bytes that a state takes in a batch beyond `ENTRY_BYTES` of `publisher.batching`."""
+        return value_bytes(state)
+
+    def heap_bytes(self, state: State) -> int:
+        """Return the memory that a publisher is charged for a state, beyond that of its series: texts and long ints."""
+        kind = type(state)
+        if kind is float or (kind is int and -SHORT <= state <= SHORT):
+            return 0
+        size = self.size(state)
+        return 64 + size if size > 24 else 0
+
     def to_columns(self, states: list[State]) -> list[list[Any]]:
         """Return states as columns that msgpack can encode, once `to_wire` has replaced large ints."""
         return [states]
@@ -143,8 +175,18 @@ class Kind:
         """Raise `BadRecord` if a state's own timestamp is beyond `latest_ms`; most kinds have none."""
 
     def answer(self, state: State) -> Any:
-        """Return the answer of a state: a number, text, bool or None."""
+        """Return the answer of a state: a number, text, bool or None; of a histogram an object."""
         return state
+
+    def answerer(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
+        """Return a function from a state to its answer, with these quantiles. Raises `Invalid` if the kind has none."""
+        if quantiles:
+            raise Invalid(f"q: a {self.name} has no quantiles, only a histogram has")
+        return self.answer
+
+    def ranker(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
+        """Return a function from a state to what `top` orders it by: a number, or None to come last."""
+        return self.answer
 
     def _one_column(self, columns: list[list[Any]], count: int) -> list[Any]:
         return self._columns(columns, 1, count)[0]

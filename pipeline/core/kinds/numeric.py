@@ -94,7 +94,7 @@ def _plain(fold: Callable[[Sequence[Any]], Any], deltas: Sequence[Any]) -> Any:
     return fold(deltas if PLAIN.issuperset(map(type, deltas)) else numbers(deltas))
 
 
-def _totals(column: list[Any], what: str, int_bytes_max: int) -> list[Total]:
+def totals(column: list[Any], what: str, int_bytes_max: int) -> list[Total]:
     """Return the sums of a column from outside. Raises `BadRecord` unless each is one that `add` can return."""
     pairs = [v for v in column if type(v) is tuple] if tuple in set(map(type, column)) else []
     if not pairs:
@@ -122,7 +122,7 @@ class Sum(Kind):
         return _plain(total_of, deltas)
 
     def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
-        return _totals(self._one_column(columns, count), "sum", int_bytes_max)
+        return totals(self._one_column(columns, count), "sum", int_bytes_max)
 
     def answer(self, state: State) -> Any:
         return state[0] if type(state) is tuple else state
@@ -191,12 +191,15 @@ class Mean(Kind):
     def collect(self, deltas: Sequence[Any]) -> State:
         return _plain(total_of, deltas), len(deltas)
 
+    def delta_of(self, state: State) -> Any:
+        return state[0]
+
     def to_columns(self, states: list[State]) -> list[list[Any]]:
         return [[state[0] for state in states], [state[1] for state in states]]
 
     def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
         sums, counts = self._columns(columns, 2, count)
-        sums, counts = _totals(sums, "mean", int_bytes_max), from_wire(counts, "mean", int_bytes_max)
+        sums, counts = totals(sums, "mean", int_bytes_max), from_wire(counts, "mean", int_bytes_max)
         if any(type(n) is not int or n < 1 for n in counts):
             raise BadRecord("mean: a count below 1")
         return list(zip(sums, counts, strict=True))

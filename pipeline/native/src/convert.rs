@@ -116,6 +116,14 @@ fn big_to_python(py: Python<'_>, b: &BigInt) -> PyResult<Py<PyAny>> {
     Ok(py.get_type::<PyInt>().call_method("from_bytes", (bytes, "big"), Some(&signed))?.unbind())
 }
 
+fn buckets_to_python<'py>(py: Python<'py>, buckets: &[(i32, u64)]) -> PyResult<Bound<'py, PyDict>> {
+    let by_index = PyDict::new(py);
+    for (index, count) in buckets {
+        by_index.set_item(index, count)?;
+    }
+    Ok(by_index)
+}
+
 pub fn to_python(py: Python<'_>, kind: Kind, state: &State, count: u64) -> PyResult<Py<PyAny>> {
     let number = match state {
         State::Empty => py.None(),
@@ -134,6 +142,14 @@ pub fn to_python(py: Python<'_>, kind: Kind, state: &State, count: u64) -> PyRes
                 Value::S(s) => (**s).into_pyobject(py)?.into_any().unbind(),
             };
             (*ts_ms, *recorded_ns, value).into_pyobject(py)?.into_any().unbind()
+        }
+        State::H(h) => {
+            let number = |state: &State| to_python(py, Kind::Sum, state, 0);
+            let numbers = (number(&h.total)?, number(&h.least)?, number(&h.most)?);
+            let [positive, negative] = h.buckets();
+            let buckets = (buckets_to_python(py, &positive)?, buckets_to_python(py, &negative)?);
+            let (total, least, most) = numbers;
+            (total, least, most, h.schema, h.zeros, buckets.0, buckets.1).into_pyobject(py)?.into_any().unbind()
         }
     };
     Ok(if kind == Kind::Mean { (number, count).into_pyobject(py)?.into_any().unbind() } else { number })

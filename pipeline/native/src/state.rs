@@ -1,5 +1,6 @@
 //! States of series and how deltas merge into them: what `pipeline/core/kinds` says, number for number.
 
+use crate::histogram::Histogram;
 use crate::wire::*;
 use num_bigint::BigInt;
 use num_traits::{FromPrimitive, ToPrimitive};
@@ -14,6 +15,7 @@ pub enum Kind {
     Max,
     Mean,
     Last,
+    Histogram,
 }
 
 impl Kind {
@@ -24,17 +26,18 @@ impl Kind {
             "max" => Kind::Max,
             "mean" => Kind::Mean,
             "last" => Kind::Last,
+            "histogram" => Kind::Histogram,
             _ => return None,
         })
     }
 
     pub fn name(self) -> &'static str {
-        ["sum", "min", "max", "mean", "last"][self as usize]
+        ["sum", "min", "max", "mean", "last", "histogram"][self as usize]
     }
 
     /// The columns of its states in a batch.
     pub fn width(self) -> usize {
-        [1, 1, 1, 2, 3][self as usize]
+        [1, 1, 1, 2, 3, 4][self as usize]
     }
 }
 
@@ -88,6 +91,7 @@ pub enum State {
     P(f64, f64),
     B(Box<BigInt>),
     L(Box<Stamped>),
+    H(Box<Histogram>),
 }
 
 use State::*;
@@ -144,6 +148,12 @@ impl State {
                 }
             }
             Kind::Last => self.set(other),
+            Kind::Histogram => match (&mut *self, other) {
+                (H(a), H(b)) => a.merge(*b),
+                (H(a), delta) => a.observe(&delta),
+                (_, H(b)) => *self = H(b),
+                (_, delta) => *self = H(Box::new(Histogram::of(delta))),
+            },
         }
     }
 
@@ -190,7 +200,7 @@ impl State {
         }
     }
 
-    fn compare(&self, other: &State) -> Ordering {
+    pub fn compare(&self, other: &State) -> Ordering {
         match (self, other) {
             (I(a), I(b)) => a.cmp(b),
             (F(a), F(b)) => a.partial_cmp(b).unwrap_or(Ordering::Equal),
@@ -233,7 +243,7 @@ impl State {
             }
             B(b) => write_big(out, b),
             L(stamped) => stamped.value.write(out),
-            Empty => out.push(0xc0),
+            Empty | H(_) => out.push(0xc0), // a histogram has columns of its own
         }
     }
 
@@ -248,13 +258,14 @@ impl State {
         self.write(out);
     }
 
-    /// What it is charged for in a batch: `value_bytes` of `pipeline/publisher/table.py`.
+    /// What it is charged for in a batch: `Kind.size` in Python.
     #[inline]
     pub fn size(&self) -> usize {
         match self {
             I(i) => int_bytes(*i),
             B(b) => big_bytes(b),
             L(s) => int_bytes(s.ts_ms) + int_bytes(s.recorded_ns) + s.value.size(),
+            H(h) => h.size(),
             _ => 0,
         }
     }
@@ -271,7 +282,24 @@ impl State {
                     _ => 0,
                 }
             }
+            H(h) => h.heap_bytes(),
             _ => 0,
+        }
+    }
+
+    /// The bytes by which merging a delta can make what it takes beyond its own memory larger, and how many of these the
+    /// state gives back.
+    #[inline(always)]
+    pub fn growth(&self, kind: Kind, delta: &State) -> (usize, usize) {
+        if kind != Kind::Histogram {
+            return match delta.heap_bytes() {
+                0 => (0, 0),
+                more => (more, self.heap_bytes()),
+            };
+        }
+        match self {
+            H(h) => (h.growth(delta), 0),
+            _ => (Histogram::first_bytes(delta), 0),
         }
     }
 }

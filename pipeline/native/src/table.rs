@@ -417,8 +417,8 @@ impl Core {
                 Err(outcome) => return outcome,
             },
         };
-        let more = delta.heap_bytes();
-        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + inner.slot(at).state.heap_bytes() {
+        let (more, less) = inner.slot(at).state.growth(key.view.kind, delta);
+        if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + less {
             return Outcome::Full(more);
         }
         if self.journal {
@@ -474,8 +474,9 @@ impl Core {
             return Err(Outcome::Overflow);
         }
         let bytes = slot_bytes(suffix);
-        if self.used.load(Relaxed) + bytes + delta.heap_bytes() > self.bytes_max {
-            return Err(Outcome::Full(bytes + delta.heap_bytes()));
+        let heap = State::Empty.growth(view.kind, delta).0;
+        if self.used.load(Relaxed) + bytes + heap > self.bytes_max {
+            return Err(Outcome::Full(bytes + heap));
         }
         if self.journal && *number == 0 {
             return Err(Outcome::Unnamed);
@@ -805,19 +806,27 @@ struct Batch {
     size: usize,
     entries: usize,
     suffixes: Vec<u8>,
-    columns: [Vec<u8>; 3],
+    columns: [Vec<u8>; 4],
 }
 
 impl Batch {
     #[inline]
     fn add(&mut self, kind: Kind, t: &Taken, suffix: &[u8]) {
         write_bin(&mut self.suffixes, suffix);
-        let [first, second, third] = &mut self.columns;
+        let [first, second, third, fourth] = &mut self.columns;
         match &t.state {
             State::L(stamped) => {
                 write_int(first, stamped.ts_ms);
                 write_int(second, stamped.recorded_ns);
                 stamped.value.write(third);
+            }
+            State::H(histogram) => {
+                histogram.total.write(first);
+                histogram.least.write(second);
+                histogram.most.write(third);
+                let mut packed = Vec::with_capacity(64);
+                histogram.pack(&mut packed);
+                write_ext(fourth, PACKED, &packed);
             }
             state => state.write(first),
         }

@@ -5,6 +5,8 @@ use num_traits::ToPrimitive;
 
 /// The extension type of ints beyond 64 bits: signed, big endian.
 const LONG_INT: u8 = 1;
+/// The extension type of states, or parts of them, that are bytes in a form of their kind.
+pub const PACKED: u8 = 2;
 
 pub fn write_int(out: &mut Vec<u8>, i: i64) {
     if i >= 0 {
@@ -62,20 +64,20 @@ pub fn write_big(out: &mut Vec<u8>, b: &BigInt) {
     while bytes.len() < size {
         bytes.insert(0, if b.sign() == Sign::Minus { 0xff } else { 0 });
     }
+    write_ext(out, LONG_INT, &bytes);
+}
+
+pub fn write_ext(out: &mut Vec<u8>, code: u8, bytes: &[u8]) {
     match bytes.len() {
+        1 => out.push(0xd4),
+        2 => out.push(0xd5),
+        4 => out.push(0xd6),
+        8 => out.push(0xd7),
         16 => out.push(0xd8),
-        n if n < 256 => out.extend_from_slice(&[0xc7, n as u8]),
-        n if n < 65_536 => {
-            out.push(0xc8);
-            out.extend_from_slice(&(n as u16).to_be_bytes())
-        }
-        n => {
-            out.push(0xc9);
-            out.extend_from_slice(&(n as u32).to_be_bytes())
-        }
+        n => write_head(out, [0xc7, 0xc8, 0xc9], n),
     }
-    out.push(LONG_INT);
-    out.extend_from_slice(&bytes);
+    out.push(code);
+    out.extend_from_slice(bytes);
 }
 
 pub fn write_str(out: &mut Vec<u8>, s: &str) {

@@ -59,7 +59,7 @@ _decode_numbers = msgspec.msgpack.Decoder(list[int | float | msgspec.msgpack.Ext
 _decode_triples = msgspec.msgpack.Decoder(list[tuple[int, int, _Value]]).decode
 _decode_series = msgspec.msgpack.Decoder(tuple[int, bytes]).decode
 _decode_definition = msgspec.msgpack.Decoder(Definition).decode
-_BAD = (BadRecord, msgspec.MsgspecError, ValueError, TypeError, OverflowError)
+_BAD = (BadRecord, Invalid, msgspec.MsgspecError, ValueError, TypeError, OverflowError)
 
 
 class SlotReport(msgspec.Struct):
@@ -169,9 +169,12 @@ class Recorded:
             number, suffix = self.series[series_id]
             definition = self._definitions[number]
             deltas = _deltas(definition, b"\xdd" + len(payloads).to_bytes(4, "big") + b"".join(payloads))
-            if len(deltas) != len(payloads) or (definition.monotone and min(deltas) < 0):
+            if len(deltas) != len(payloads):
                 raise BadRecord("not a delta each")
-            self._merge(Pending(definition, suffix, kind_of(definition).collect(deltas), len(deltas)))
+            kind = kind_of(definition)
+            if definition.kind != "last" and not kind.are_plain(deltas):
+                deltas = [*map(kind.check, deltas)]
+            self._merge(Pending(definition, suffix, kind.collect(deltas), len(deltas)))
         except _BAD:
             if len(payloads) == 1:
                 self.report.bad_count += 1

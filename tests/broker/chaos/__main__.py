@@ -44,6 +44,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", nargs="+", metavar="SCENARIO", choices=[it.name for it in ALL], help="these, in turn, and no others"
     )
     parser.add_argument("--deltas", type=int, default=1_000_000, help="how many to record at least (default: %(default)s)")
+    parser.add_argument("--commit-interval-ms", type=int, default=100, help="of the workers (default: %(default)s)")
+    parser.add_argument(
+        "--judge-pauses", action="store_true", help="folding that stands still for 3 times its target is wrong, too"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave data and logs there; default: a scratch folder")
     return parser.parse_args(arguments)
 
@@ -109,7 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     deadline_s = time.monotonic() + asked.minutes * 60 - FINISH_S
     rate = asked.deltas / max(30.0, asked.minutes * 60 - 3 * FINISH_S)
-    drive = Drive(folder, seed=asked.seed, brokers=asked.brokers, rate=rate)
+    settings = {"commit_interval_ms": asked.commit_interval_ms}
+    drive = Drive(
+        folder, seed=asked.seed, brokers=asked.brokers, rate=rate, judge_pauses=asked.judge_pauses, workers=settings
+    )
     done: list[str] = []
     try:
         with drive:

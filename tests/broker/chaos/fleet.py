@@ -45,8 +45,16 @@ class Worker:
 class Fleet:
     """All workers, by name."""
 
-    def __init__(self, app: App, folder: Path, partition_count: int, problems: Problems, say: Callable[[str], None]) -> None:
-        self.app, self.folder, self.partition_count = app, folder, partition_count
+    def __init__(
+        self,
+        app: App,
+        folder: Path,
+        partition_count: int,
+        problems: Problems,
+        say: Callable[[str], None],
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        self.app, self.folder, self.partition_count, self._settings = app, folder, partition_count, settings or {}
         self.workers: dict[str, Worker] = {}
         self.exits: list[tuple[str, int]] = []
         """Unasked ends: name and code."""
@@ -80,8 +88,7 @@ class Fleet:
                 program=(*GUARD, *program),
                 stdin=subprocess.PIPE,
                 env=env,
-                session_timeout_ms=SESSION_MS,
-                commit_interval_ms=100,
+                **{"session_timeout_ms": SESSION_MS, **self._settings},
             ),
         )
 

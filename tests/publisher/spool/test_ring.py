@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import pipeline.publisher.spool.ring as module
+from pipeline.core.kinds import KINDS
 from pipeline.core.record import Definition
 from pipeline.errors import BufferFull, Invalid
 from pipeline.publisher.spool.ring import Ring, Segment, encode_delta, scan, segment_header, segment_path
@@ -80,6 +81,7 @@ def test_values_come_back_or_are_told(tmp_path: Path) -> None:
         "min": [3, 2.5],
         "max": [3, 2**65],
         "mean": [1, 2],
+        "histogram": [1, -0.5, 2**1000],
         "last": [(5, 7, "x"), (5, 8, None), (4, 9, 2**70)],
     }
     for kind, values in deltas.items():
@@ -89,10 +91,15 @@ def test_values_come_back_or_are_told(tmp_path: Path) -> None:
     up = recorder.define("a", Definition("up", "sum", ("page",), monotone=True))
     for payload in (b"\x05", encode_delta(-1), encode_delta("x"), encode_delta((1, 2, 3)), b"\xc1", b"\x06"):
         recorder.append(up, payload)
+    distribution = recorder.define("b", Definition("vhistogram", "histogram", ("page",)))
+    for delta in (4, 2**1024):
+        recorder.append(distribution, encode_delta(delta))
     recorder.append(99, b"\x01")
     assert not recorder.spool.close()
     left = claim(recorder.spool.path)
-    assert (left.report.corrupt, left.report.bad_count) == ([], 5)
+    assert (left.report.corrupt, left.report.bad_count) == ([], 6)
+    histograms = [item.state for item in left.pending if item.definition.kind == "histogram"]
+    assert histograms == [*map(KINDS["histogram"].collect, ([1, -0.5, 2**1000], [4]))]
     found = {item.definition.view: (item.state, item.delta_count) for item in left.pending}
     assert (found["vsum"][1], found["up"]) == (7, (11, 2))
     assert (found["vmin"], found["vmax"], found["vmean"]) == ((2.5, 2), (2**65, 2), ((3, 2), 2))
