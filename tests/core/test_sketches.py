@@ -156,7 +156,6 @@ WORD = (1).to_bytes(8, "big")
             )
         ),
     ],
-    ids=lambda value: f"{value!r:.60}",
 )  # fmt: skip
 def test_states_that_are_bad(kind: str, columns: list[list[Any]]) -> None:
     """What no merge of deltas can make is a bad record."""
