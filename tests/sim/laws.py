@@ -5,8 +5,10 @@ Nothing here knows how the code under test decides. Where the law leaves a choic
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 
@@ -21,6 +23,14 @@ class Set(NamedTuple):
     """What the process told the code under test; the law knows the index."""
 
 
+class Buckets(NamedTuple):
+    """The buckets of a histogram, by sign and index."""
+
+    schema: int
+    zeros: int
+    counts: dict[tuple[int, int], int]
+
+
 class Found(NamedTuple):
     """The state that an entry holds, whatever its format."""
 
@@ -32,10 +42,16 @@ class Found(NamedTuple):
     """Of means."""
     ts_ms: int = 0
     """Of a `last`."""
+    least: Any = None
+    """Of a histogram, as `most` and `buckets`."""
+    most: Any = None
+    buckets: Buckets | None = None
 
 
 def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
     """Return what is wrong with a state; empty if the law allows it."""
+    if kind == "histogram":
+        return _of_histogram(deltas, found) or _of_sum(deltas, found)
     if kind in ("sum", "mean"):
         if kind == "mean" and found.count != len(deltas):
             return f"counts {found.count} of {len(deltas)} deltas"
@@ -58,6 +74,23 @@ def _of_sum(deltas: Sequence[Any], found: Found) -> str:
     if Fraction(found.total) + Fraction(found.error) != exact or found.total != float(exact):
         return f"is {found.total!r} and {found.error!r}, not {float(exact)!r}, that is {exact}"
     return ""
+
+
+def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
+    if (found.least, found.most) != (min(deltas), max(deltas)):
+        return f"is from {found.least!r} to {found.most!r}, not from {min(deltas)!r} to {max(deltas)!r}"
+    zeros = sum(abs(delta) < 2.0**-1022 for delta in deltas)
+    places = [((delta > 0) - (delta < 0), _bucket(abs(delta))) for delta in deltas if abs(delta) >= 2.0**-1022]
+    schema = next(s for s in range(8, -6, -1) if len({(sign, index >> 8 - s) for sign, index in places}) <= 160)
+    expected = Buckets(schema, zeros, Counter((sign, index >> 8 - schema) for sign, index in places))
+    return "" if found.buckets == expected else f"has buckets {found.buckets}, not {expected}"
+
+
+@lru_cache(maxsize=10_000)
+def _bucket(value: float) -> int:
+    """The bucket of schema 8, whose base has 2 as its 256th power."""
+    top, bottom = Fraction(value).as_integer_ratio()
+    return (top**256 - 1).bit_length() - 256 * (bottom.bit_length() - 1) - 1
 
 
 def _of_last(deltas: Sequence[Set], found: Found) -> str:
