@@ -261,8 +261,8 @@ class WorkerSettings(_Checked):
         least=0,
     )
     expired_entries_max: int = _setting(
-        2_000,
-        "entries that a commit examines to delete expired windows and silent series; more if it adds more series itself",
+        500,
+        "entries that a commit examines to delete what has expired; as many as the commit before added, if that is more",
         least=1,
     )
     mirror_interval_ms: int = _setting(

@@ -9,11 +9,10 @@ from typing import Any
 
 import msgspec
 
-from tests.sim.laws import Buckets, Found
+from tests.sim.laws import Found
 
 POSITION, DEFINITION, SERIES, PRODUCER, FENCE, META = b"\x00", b"\x01", b"\x02", b"\x03", b"\x04", b"\xff"
 VERSION = b"\x02"
-PACKED = 2
 OVERFLOW = "__overflow__"
 
 Entries = dict[bytes, bytes]
@@ -83,11 +82,10 @@ def unpack(value: bytes) -> list[Any]:
 
 
 def _number(item: Any) -> Any:
+    """What an extension stands for: an int that is long, or bytes."""
     if not isinstance(item, msgspec.msgpack.Ext):
         return item
-    if item.code == PACKED:
-        return [_number(it) for it in msgspec.msgpack.decode(item.data)]
-    return int.from_bytes(item.data, "big", signed=True)
+    return int.from_bytes(item.data, "big", signed=True) if item.code == 1 else bytes(item.data)
 
 
 def state(value: bytes) -> tuple[str, Found]:
@@ -101,22 +99,13 @@ def state_of(kind: str, columns: list[Any]) -> Found:
     if kind == "last":
         ts_ms, _, said = columns
         return Found(said, ts_ms=ts_ms)
-    total, error = columns[0] if isinstance(columns[0], list) else (columns[0], 0.0)
     if kind == "histogram":
-        return Found(total, error, least=columns[1], most=columns[2], buckets=_buckets(columns[3]))
+        total, least, most, packed = columns
+        total, error = total if isinstance(total, list) else (total, 0.0)
+        buckets = msgspec.msgpack.decode(packed)
+        return Found(total, error, least=least, most=most, buckets=tuple(buckets))
+    total, error = columns[0] if isinstance(columns[0], list) else (columns[0], 0.0)
     return Found(total, error, columns[1] if kind == "mean" else 0)
-
-
-def _buckets(packed: list[int]) -> Buckets:
-    schema, zeros, negative_count, *rest = packed
-    pairs = [*zip(rest[::2], rest[1::2], strict=True)]
-    found = {}
-    for sign, part in ((-1, pairs[:negative_count]), (1, pairs[negative_count:])):
-        index = -1
-        for number, (gap, count) in enumerate(part):
-            index = gap if number == 0 else index + 1 + gap
-            found[sign, index] = count
-    return Buckets(schema, zeros, found)
 
 
 def expires_at_ms(value: bytes) -> int:

@@ -5,10 +5,8 @@ Nothing here knows how the code under test decides. Where the law leaves a choic
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 
@@ -23,14 +21,6 @@ class Set(NamedTuple):
     """What the process told the code under test; the law knows the index."""
 
 
-class Buckets(NamedTuple):
-    """The buckets of a histogram, by sign and index."""
-
-    schema: int
-    zeros: int
-    counts: dict[tuple[int, int], int]
-
-
 class Found(NamedTuple):
     """The state that an entry holds, whatever its format."""
 
@@ -43,15 +33,13 @@ class Found(NamedTuple):
     ts_ms: int = 0
     """Of a `last`."""
     least: Any = None
-    """Of a histogram, as `most` and `buckets`."""
     most: Any = None
-    buckets: Buckets | None = None
+    buckets: tuple[int, ...] = ()
+    """Of a histogram, as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
 
 
 def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
     """Return what is wrong with a state; empty if the law allows it."""
-    if kind == "histogram":
-        return _of_histogram(deltas, found) or _of_sum(deltas, found)
     if kind in ("sum", "mean"):
         if kind == "mean" and found.count != len(deltas):
             return f"counts {found.count} of {len(deltas)} deltas"
@@ -61,7 +49,48 @@ def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
         return (
             "" if found.total == expected and type(found.total) in (int, float) else f"is {found.total!r}, not {expected!r}"
         )
-    return _of_last(deltas, found)
+    return _of_histogram(deltas, found) if kind == "histogram" else _of_last(deltas, found)
+
+
+FINEST = 8
+"""Schema of a histogram of so few numbers that each can have a bucket of its own."""
+BUCKETS_MAX = 160
+_LEAST = Fraction(2) ** -1022
+
+
+def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
+    if wrong := _of_sum(deltas, found):
+        return wrong
+    if (found.least, found.most) != (min(deltas), max(deltas)):
+        return f"is from {found.least} to {found.most}, not from {min(deltas)} to {max(deltas)}"
+    assert len(deltas) <= BUCKETS_MAX
+    schema, zeros, negative_count, *rest = found.buckets
+    signs: tuple[dict[int, int], dict[int, int]] = {}, {}
+    for delta in deltas:
+        if abs(Fraction(delta)) >= _LEAST:
+            buckets = signs[delta > 0]
+            place = _bucket(abs(Fraction(delta)))
+            buckets[place] = buckets.get(place, 0) + 1
+    expected: list[int] = []
+    for buckets in signs:
+        before = None
+        for place, count in sorted(buckets.items()):
+            expected += place if before is None else place - before - 1, count
+            before = place
+    small = sum(abs(Fraction(delta)) < _LEAST for delta in deltas)
+    if (schema, zeros, negative_count, rest) != (FINEST, small, len(signs[False]), expected):
+        return f"has buckets {found.buckets}, not {(FINEST, small, len(signs[False]), *expected)}"
+    return ""
+
+
+def _bucket(number: Fraction) -> int:
+    """The i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
+    order = 2**FINEST
+    power = number**order
+    place = (power.numerator.bit_length() - power.denominator.bit_length()) - 2
+    while Fraction(2) ** (place + 1) < power:
+        place += 1
+    return place
 
 
 def _of_sum(deltas: Sequence[Any], found: Found) -> str:
@@ -74,23 +103,6 @@ def _of_sum(deltas: Sequence[Any], found: Found) -> str:
     if Fraction(found.total) + Fraction(found.error) != exact or found.total != float(exact):
         return f"is {found.total!r} and {found.error!r}, not {float(exact)!r}, that is {exact}"
     return ""
-
-
-def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
-    if (found.least, found.most) != (min(deltas), max(deltas)):
-        return f"is from {found.least!r} to {found.most!r}, not from {min(deltas)!r} to {max(deltas)!r}"
-    zeros = sum(abs(delta) < 2.0**-1022 for delta in deltas)
-    places = [((delta > 0) - (delta < 0), _bucket(abs(delta))) for delta in deltas if abs(delta) >= 2.0**-1022]
-    schema = next(s for s in range(8, -6, -1) if len({(sign, index >> 8 - s) for sign, index in places}) <= 160)
-    expected = Buckets(schema, zeros, Counter((sign, index >> 8 - schema) for sign, index in places))
-    return "" if found.buckets == expected else f"has buckets {found.buckets}, not {expected}"
-
-
-@lru_cache(maxsize=10_000)
-def _bucket(value: float) -> int:
-    """The bucket of schema 8, whose base has 2 as its 256th power."""
-    top, bottom = Fraction(value).as_integer_ratio()
-    return (top**256 - 1).bit_length() - 256 * (bottom.bit_length() - 1) - 1
 
 
 def _of_last(deltas: Sequence[Set], found: Found) -> str:
