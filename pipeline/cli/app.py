@@ -242,6 +242,8 @@ def publish(
 
     Each row is one delta. A CSV begins with a header line. Ints are exact at any size; other numbers are floats. For kind
     last, a CSV cell that is a JSON number, true, false, null or quoted text is that, and anything else is text.
+    With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
+    letters. Without --window-s or --retention-s they are as the server knows the view.
 
     With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
     letters. Without --window-s or --retention-s they are as the server knows the view.
