@@ -206,7 +206,9 @@ def publish(
     view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of the view.")],
     source: Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")],
     to: To = DEFAULT_URL,
-    kind: Annotated[str, typer.Option(metavar="KIND", help="sum, min, max, mean or last.")] = "sum",
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help="sum, min, max, mean, last, histogram, distinct or topk.")
+    ] = "sum",
     value: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Where the value is. Without it a sum counts lines.")
     ] = None,
@@ -245,8 +247,6 @@ def publish(
     With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
     letters. Without --window-s or --retention-s they are as the server knows the view.
 
-    With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
-    letters. Without --window-s or --retention-s they are as the server knows the view.
     A bad line ends the run (exit code 1). Of a file nothing is published then: all of it is checked before the first row
     is sent. A pipe can't be read twice: its rows go as they come, so those before the bad line are published, and the
     run says which. With --skip-bad either goes on; bad lines are reported, the first 20 with their numbers.

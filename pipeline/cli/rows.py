@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline.core.kinds import TS_MS_MAX, kind_of
+from pipeline.core.kinds import KINDS, TS_MS_MAX, kind_of
 from pipeline.core.record import Definition, check_label_values
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, object_error, utf8_error
@@ -245,7 +245,8 @@ def read_rows(
     """
     checker = _Checker(definition, columns, latest_ms)
     if format_ == "csv":
-        return _csv_rows(lines, checker, parse_scalar if definition.kind == "last" else parse_number, columns)
+        to_value = parse_number if KINDS[definition.kind].takes_numbers else _same  # items are texts
+        return _csv_rows(lines, checker, parse_scalar if definition.kind == "last" else to_value, columns)
     return _ndjson_rows(lines, checker, columns)
 
 

@@ -132,6 +132,26 @@ def test_without_a_value_lines_are_counted(server: UpProcess) -> None:
         assert [view.labels for view in reader.views() if view.name == "counted"] == [("where",)]
 
 
+@pytest.mark.parametrize("format_", ["csv", "ndjson"])
+def test_items_from_a_pipe(server: UpProcess, format_: str) -> None:
+    """A cell, or a JSON text or int, is an item as it stands there; what is none is a bad line."""
+    text = "user\ntea\n7\n07\ntea\n" if format_ == "csv" else '{"user":"tea"}\n{"user":7}\n{"user":"07"}\n{"user":"tea"}\n'
+    for kind in ("distinct", "topk"):
+        view = f"items_{kind}_{format_}"
+        options = ("--to", server.url, "--kind", kind, "--value", "user", "--format", format_, "--json", "-")
+        done = pipeline("publish", view, *options, input=text)
+        assert done.returncode == 0, done.stderr
+        value = answer_of(server, view, json.loads(done.stdout)["token"])[""]
+        items = [{"item": "tea", "count": 2, "upper": 2}, {"item": "07", "count": 1, "upper": 1}]
+        assert value in (
+            {"estimate": 3, "lower": 3, "upper": 3},
+            {"total": 4, "items": [*items, {"item": "7", "count": 1, "upper": 1}]},
+        )
+        bad = pipeline("publish", view, *options, input="user\n" + "x" * 300 if format_ == "csv" else '{"user":1.5}')
+        assert bad.returncode == 1
+        assert "an item" in bad.stderr
+
+
 def test_values_of_kind_last(server: UpProcess) -> None:
     """Text, numbers, bools and null, from either format."""
     values = {"a": "on", "b": 12, "c": 0.5, "d": True, "e": None, "f": "12", "g": BIG}

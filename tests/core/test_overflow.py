@@ -30,7 +30,7 @@ def total_of(kind: str, states: Sequence[Any]) -> Any:
 def commits(draw: st.DrawFn, kind: str) -> list[list[tuple[str, Any]]]:
     """Deltas by commit: labels, the overflow's own among them, and states that merge exactly in any order."""
     labels = st.sampled_from([*"abcdefgh", OVERFLOW])
-    deltas = st.tuples(some.stamps, some.recorded, some.scalars) if kind == "last" else some.grid
+    deltas = draw(some.families(kind)) if kind in ("last", "distinct", "topk") else some.grid
     states = deltas.map(lambda delta: KINDS[kind].collect([delta]))
     return draw(st.lists(st.lists(st.tuples(labels, states), min_size=1, max_size=6), min_size=1, max_size=6))
 
