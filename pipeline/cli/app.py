@@ -201,6 +201,11 @@ _Retention = Annotated[
 ]
 
 
+_Format = Annotated[
+    str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
+]
+
+
 @app.command()
 def publish(
     view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of the view.")],
@@ -220,9 +225,7 @@ def publish(
     ] = None,
     window_s: _Windows = None,
     retention_s: _Retention = None,
-    format_: Annotated[
-        str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
-    ] = None,
+    format_: _Format = None,
     monotone: Annotated[
         bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
     ] = False,

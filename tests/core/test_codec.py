@@ -147,7 +147,7 @@ def test_sums_that_are_none_are_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_no_kind_takes_what_is_not_finite(value: float) -> None:
-    """Every kind of numbers refuses it as a group, also beside ints beyond all floats, and the other groups of the batch are whole."""
+    """Each kind of numbers refuses it as a group, beside ints beyond all floats too; other groups of the batch are whole."""
     innocent = Group(Definition("w", "sum"), [series_suffix(())], [7])
     states = {"last": lambda v: (0, 0, v), "mean": lambda v: (v, 1), "histogram": lambda v: (v, 0, 0, 8, 1, {}, {})}
     for kind in [name for name, it in KINDS.items() if it.takes_numbers]:
