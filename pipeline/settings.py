@@ -261,8 +261,8 @@ class WorkerSettings(_Checked):
         least=0,
     )
     expired_entries_max: int = _setting(
-        2_000,
-        "entries that a commit examines to delete expired windows and silent series; more if it adds more series itself",
+        500,
+        "entries that a commit examines to delete what has expired; as many as the commit before added, if that is more",
         least=1,
     )
     mirror_interval_ms: int = _setting(
@@ -332,14 +332,16 @@ class QuerySettings(_Checked):
     answer_points_max: int = _setting(
         1_000_000, "points of all series that such a read merges or answers with; more is refused with 400", least=1
     )
-    matchers_max: int = _setting(64, "`where` and `by`, or `view`, parameters of one request", least=1)
+    matchers_max: int = _setting(64, "`where`, `by` and `q`, or `view`, parameters of one request", least=1)
     regex_bytes_max: int = _setting(1_000, "longest regular expression in `where`", least=1)
     timeout_ms_default: int = _setting(
         10_000, "how long a read waits and works when the request has no `timeout_ms`", least=1
     )
     timeout_ms_max: int = _setting(60_000, "largest `timeout_ms`", least=1)
     openmetrics_series_max: int = _setting(
-        50_000, "series in an answer of GET /v1/openmetrics; views that do not fit are left out, each as a whole", least=1
+        50_000,
+        "series in an answer of GET /v1/openmetrics, each histogram 33; views that do not fit are left out, each as a whole",
+        least=1,
     )
     read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
     reads_waiting_max: int = _setting(256, "reads that wait or run; one more is refused with 503", least=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlencode
@@ -194,7 +194,9 @@ def view_path(
     query = [("where", text) for text in ([conditions] if isinstance(conditions, str) else conditions)]
     if by is not None:
         query += [("by", label) for label in ([by] if isinstance(by, str) else by)] or [("by", "")]
-    query += [(name, str(value)) for name, value in options.items() if value is not None]
+    for name, value in options.items():
+        several = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        query += [(name, str(it)) for it in several]
     return f"/v1/views/{quote(view, safe='')}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
 
 
@@ -229,6 +231,7 @@ class HttpReader:
         over: Length | None = None,
         fill: str | None = None,
         fn: str | None = None,
+        q: Sequence[float] | float | None = None,
         after: Token | str | None = None,
         max_staleness_ms: int | None = None,
         timeout_ms: int | None = None,
@@ -244,6 +247,9 @@ class HttpReader:
         RFC 3339; without `end` the range ends now, without `start` 60 steps before, and `at` is the end of a single step.
         `step`, `over`: distance of points, and length of what each covers: seconds, a timedelta, or a text such as `5m`.
         `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`.
+
+        `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` orders by the first of them, or by
+        count.
         """
         path = view_path(
             view,
@@ -260,6 +266,7 @@ class HttpReader:
             over=None if over is None else length_text(length_ms("over", over)),
             fill=fill,
             fn=fn,
+            q=None if q is None else [*q] if isinstance(q, Iterable) else q,
             after=after,
             max_staleness_ms=max_staleness_ms,
             timeout_ms=timeout_ms,

@@ -17,8 +17,11 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
-from pipeline.core.exposition import OMITTED, STALENESS, Exposed, Exposition, family_name, sample_value
+from pipeline.core.exposition import OMITTED, STALENESS, ClassicBuckets, Exposed, Exposition, family_name, sample_value
+from pipeline.core.kinds import KINDS
+from pipeline.core.record import Definition
 from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
 
 
@@ -101,14 +104,41 @@ class _ViewFamilies(Collector):
 
 def _family(exposed: Exposed) -> Family:
     definition = exposed.definition
+    if definition.kind == "histogram":
+        return _histogram(exposed)
     name = family_name(definition)
     kind, sample = ("counter", f"{name}_total") if definition.monotone else ("gauge", name)
-    window = f", in windows of {definition.window_s} s: the newest that is final" if definition.window_s else ""
-    family = Family(name, f"View of kind {definition.kind}{', monotone' * definition.monotone}{window}.", kind)
+    family = Family(name, _about(definition), kind)
     for labels, answer in zip(exposed.labels, exposed.values, strict=True):
         value = sample_value(answer)
         if value is not None:
             family.samples.append(Sample(sample, dict(zip(definition.labels, labels, strict=True)), value))
+    return family
+
+
+def _about(definition: Definition) -> str:
+    window = f", in windows of {definition.window_s} s: the newest that is final" if definition.window_s else ""
+    return f"View of kind {definition.kind}{', monotone' * definition.monotone}{window}."
+
+
+def _histogram(exposed: Exposed) -> Family:
+    """Return a family of classic buckets; a window's counts do not go on in the next one, so they are a gauge's."""
+    definition, name = exposed.definition, exposed.definition.view
+    kind, prefix = ("gaugehistogram", "g") if definition.window_s else ("histogram", "")
+    family = Family(name, _about(definition), kind)
+    classic = ClassicBuckets(exposed.values)
+    bounds = [floatToGoString(bound) for bound in (*classic.bounds, inf)]  # type: ignore[no-untyped-call]  # it has no types
+    # OpenMetrics has no sum beside buckets below zero, because it would not be a counter; nor a count without a sum.
+    below_zero = bool(classic.bounds) and classic.bounds[0] < 0
+    for labels, state in zip(exposed.labels, exposed.values, strict=True):
+        of = dict(zip(definition.labels, labels, strict=True))
+        counts = classic.counts(state)
+        for bound, count in zip(bounds, counts, strict=True):
+            family.samples.append(Sample(f"{name}_bucket", {**of, "le": bound}, count))
+        if prefix or not below_zero:
+            total = sample_value(KINDS["sum"].answer(state[0])) or 0
+            family.samples.append(Sample(f"{name}_{prefix}count", of, counts[-1]))
+            family.samples.append(Sample(f"{name}_{prefix}sum", of, total if below_zero else max(total, 0)))
     return family
 
 

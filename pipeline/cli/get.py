@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.cli.options import DEFAULT_URL, From, Json
+
+Quantiles = Annotated[
+    list[float] | None,
+    typer.Option("--q", metavar="Q", help="A quantile of a histogram: 0.95. Can be repeated."),
+]
+Step = Annotated[
+    str | None, typer.Option(metavar="LENGTH", help="Distance of points, a multiple of the window. Default: the window.")
+]
+Over = Annotated[
+    str | None, typer.Option(metavar="LENGTH", help="What each point covers, at least the step. Default: the step.")
+]
+Fill = Annotated[str | None, typer.Option(metavar="HOW", help="Points without data: null, zero or previous. Default: none.")]
 
 
 def get(
@@ -34,18 +46,13 @@ def get(
     start: Annotated[str | None, typer.Option(metavar="TIME", help="Start of the range: RFC 3339, or ms.")] = None,
     end: Annotated[str | None, typer.Option(metavar="TIME", help="End of the range. Default: now.")] = None,
     at: Annotated[str | None, typer.Option(metavar="TIME", help="One step that ends then.")] = None,
-    step: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="Distance of points, a multiple of the window. Default: the window.")
-    ] = None,
-    over: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="What each point covers, at least the step. Default: the step.")
-    ] = None,
-    fill: Annotated[
-        str | None, typer.Option(metavar="HOW", help="Points without data: null, zero or previous. Default: none.")
-    ] = None,
+    step: Step = None,
+    over: Over = None,
+    fill: Fill = None,
     fn: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of sums: rate, delta, avg, cumulative or share in place of values.")
     ] = None,
+    q: Quantiles = None,
     top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
@@ -63,14 +70,16 @@ def get(
         pipeline get revenue --where region=eu --where 'product!~t.*' --top 10
         pipeline get revenue --total --after "$token" --json
         pipeline get hits --last 1h --step 5m --by route
+        pipeline get latency_seconds --by route --q 0.95 --q 0.99
 
     Every answer says how stale it is. --json and --csv print the answer of the HTTP API as it came.
     """
     from pipeline.cli.read import run_get, run_views
 
-    options = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after, "start": start, "end": end}
+    options: dict[str, Any] = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after}
+    options |= {"start": start, "end": end}
     options |= {"at": at, "step": step, "over": over, "fill": fill, "fn": fn, "timeout_ms": timeout_ms}
-    options["max_staleness_ms"] = max_staleness_ms
+    options |= {"max_staleness_ms": max_staleness_ms, "q": q or None}
     if json and csv:
         raise typer.BadParameter("--json or --csv: one of them")
     if view is None:

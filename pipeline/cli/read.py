@@ -13,7 +13,7 @@ from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import Answer, Views
-from pipeline.core.tables import sparkline
+from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
 from pipeline.query.media import CSV
@@ -72,9 +72,22 @@ def run_get(
 
 
 def _values(answer: Answer) -> TextTable:
+    if answer.series and isinstance(answer.series[0].value, dict):
+        return _distributions(answer)
     table = TextTable(*_names(answer), right=(answer.kind,))
     for series in answer:
         table.add_row(*map(console.printable, series.labels.values()), _shown(series.value))
+    return table
+
+
+def _distributions(answer: Answer) -> TextTable:
+    """Return a row for each histogram, with its quantiles under their names."""
+    names = [*answer.series[0].value["quantiles"]]
+    table = TextTable(*_names(answer), right=("count", "min", "mean", *names, "max"))
+    for series in answer:
+        it = series.value
+        numbers = it["count"], it["min"], it["mean"], *it["quantiles"].values(), it["max"]
+        table.add_row(*map(console.printable, series.labels.values()), *map(_shown, numbers))
     return table
 
 
@@ -92,7 +105,8 @@ def _points(answer: Answer) -> TextTable:
     starts = range(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms or 1)
     for series in answer:
         by_end = {start_ms + (answer.over_ms or 0) - (answer.step_ms or 0): value for start_ms, value in series.points}
-        numbers = [value for value in by_end.values() if isinstance(value, int | float)]
+        drawn = map(number_of, by_end.values())
+        numbers = [value for value in drawn if isinstance(value, int | float)]
         extremes = (_shown(min(numbers)), _shown(max(numbers))) if numbers else ("", "")
         newest = _shown(series.points[-1][1]) if series.points else ""
         bars = sparkline([by_end.get(start_ms) for start_ms in starts], _BARS_MAX)

@@ -363,8 +363,8 @@ def decode_states(kind: Kind, values: Sequence[bytes]) -> list[State]:
 
 def _without_expiry(value: bytes) -> bytes:
     """Return a series entry as it would be if it never expired."""
-    expires = value[_kind_end(value) :][:1] == _EXPIRES
-    return value[: _kind_end(value)] + _NEVER + value[_kind_end(value) + _EXPIRY_BYTES :] if expires else value
+    end = _kind_end(value)
+    return value[:end] + _NEVER + value[end + _EXPIRY_BYTES :] if expires_at_ms(value) else value
 
 
 def _kind_end(value: bytes) -> int:

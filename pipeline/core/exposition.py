@@ -6,12 +6,14 @@ fewer, so a scrape shows the same views in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import inf
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, nextafter
 from typing import Any
 
 import msgspec
 
+from pipeline.core.kinds import State
+from pipeline.core.kinds.histogram import coarser, count_of
 from pipeline.core.query import Labels
 from pipeline.core.record import Definition
 
@@ -24,8 +26,14 @@ SERIES_MAX = "series_max"
 UNREADABLE = "unreadable"
 
 
+BOUNDS_MAX = 30
+"""Most buckets of a histogram in a scrape, beside that of all observations."""
+_EXPONENTS = range(-1_074, 1_024)
+"""Powers of two that are floats."""
+
+
 class Exposed(msgspec.Struct, frozen=True):
-    """All series of one view: `values[i]` is the answer of the series with the label values `labels[i]`."""
+    """All series of one view: `values[i]` is the answer, of a histogram the state, of the series with `labels[i]`."""
 
     definition: Definition
     labels: Sequence[Labels]
@@ -64,6 +72,8 @@ def family_name(definition: Definition) -> str:
 def family_names(definition: Definition) -> set[str]:
     """Return every name that no other family may have."""
     name = family_name(definition)
+    if definition.kind == "histogram":
+        return {name, *(f"{name}_{suffix}" for suffix in ("bucket", "count", "sum", "created", "gcount", "gsum"))}
     return {name, f"{name}_total", f"{name}_created"} if definition.monotone else {name}
 
 
@@ -78,6 +88,68 @@ def sample_value(answer: Any) -> int | float | None:
     return answer
 
 
+def state_exposed(definition: Definition) -> Callable[[State], State] | None:
+    """Return what makes of a state the value of an `Exposed`; None: the answer of its kind."""
+    return (lambda state: state) if definition.kind == "histogram" else None
+
+
+class ClassicBuckets:
+    """Bounds that are the same for all histograms of a view, and how many observations each histogram has up to them.
+
+    A bound is a power of two, and one of the histograms' own, so that what is counted up to it is exact. Of numbers below
+    zero it is the float below such a power, because their buckets hold the bound that is nearer to zero only on one side.
+    """
+
+    def __init__(self, states: Sequence[State]) -> None:
+        self._schema = min([0, *(state[3] for state in states)])
+        spans = [_span(states, place, self._schema) for place in (6, 5)]
+        zeros = any(state[4] for state in states)
+        while sum([last - first + 2 for first, last in spans if first <= last]) + zeros > BOUNDS_MAX:
+            self._schema -= 1
+            spans = [(first >> 1, last >> 1) for first, last in spans]
+        self._negative, self._positive = [range(first, last + 2) if first <= last else range(0) for first, last in spans]
+        below = [nextafter(-(2.0**exponent), -inf) for exponent in self._exponents(self._negative)]
+        above = [2.0**exponent for exponent in self._exponents(self._positive)]
+        self.bounds: list[float] = [*reversed(below), *[0.0] * zeros, *above]
+        """Upper bounds, in order; the last one, infinity, is left out."""
+        self._zeros = zeros
+
+    def _exponents(self, powers: range) -> list[int]:
+        return [power << -self._schema for power in powers if power << -self._schema in _EXPONENTS]
+
+    def counts(self, state: State) -> list[int]:
+        """Return the number of observations up to each bound, and of all."""
+        by = state[3] - self._schema
+        positive, negative = coarser(state[5], by), coarser(state[6], by)
+        found: list[int] = []
+        count = 0
+        for power in reversed(self._negative):
+            count += negative.get(power, 0)
+            if power << -self._schema in _EXPONENTS:
+                found.append(count)
+        if self._zeros:
+            found.append(count + state[4])
+        count += state[4]
+        for power in self._positive:
+            count += positive.get(power - 1, 0)
+            if power << -self._schema in _EXPONENTS:
+                found.append(count)
+        return [*found, count_of(state)]
+
+
+def _span(states: Sequence[State], place: int, schema: int) -> tuple[int, int]:
+    """Return the first and the last bucket that a state has, with a schema; the first is the later one if there is none."""
+    there = [state for state in states if state[place]]
+    firsts = [min(state[place]) >> state[3] - schema for state in there]
+    lasts = [max(state[place]) >> state[3] - schema for state in there]
+    return (min(firsts), max(lasts)) if there else (1, 0)
+
+
+def samples_of(definition: Definition) -> int:
+    """Return the most samples that a series of a definition has in a scrape."""
+    return BOUNDS_MAX + 3 if definition.kind == "histogram" else 1
+
+
 def choose(definitions: Mapping[str, Definition]) -> tuple[list[Definition], dict[str, str]]:
     """Return the merged definitions that can be exposed, and by name of each other view why it can't be.
 
@@ -88,7 +160,8 @@ def choose(definitions: Mapping[str, Definition]) -> tuple[list[Definition], dic
     taken = {OMITTED, STALENESS}
     for view, definition in sorted(definitions.items()):
         names = family_names(definition)
-        if any(label.startswith("__") for label in definition.labels):
+        reserved = definition.kind == "histogram" and "le" in definition.labels
+        if reserved or any(label.startswith("__") for label in definition.labels):
             omitted[view] = RESERVED_LABEL
         elif taken & names:
             omitted[view] = NAME_COLLISION

@@ -31,6 +31,6 @@ class TaskLimits(msgspec.Struct, frozen=True):
     ts_ahead_max_ms: int = 3_600_000
     """Time by which a `last` value's timestamp, or the start of a window, may be ahead of the record's own time; a group
     with a later one is refused."""
-    expired_entries_max: int = 2_000
-    """Number of entries that a commit examines to delete those that have expired; more if the commit itself has more new
-    ones."""
+    expired_entries_max: int = 500
+    """Number of entries that a commit examines to delete those that have expired; more if the commit before has added more
+    series."""

@@ -48,7 +48,8 @@ class Query(msgspec.Struct, frozen=True):
     by: Labels | None = None
     """Labels to keep; series that agree in them merge. Empty: one total. None: each series by itself."""
     top: int | None = None
-    """Number of series to return, those with the largest answers first; None: all, in the order of their labels."""
+    """Number of series to return, those with the largest answers first; None: all, in the order of their labels. Histograms
+    are ordered by the first of `quantiles`, or without any by their counts."""
     limit: int = 10_000
     """Upper limit of the series in the answer."""
     kind: str | None = None
@@ -59,6 +60,8 @@ class Query(msgspec.Struct, frozen=True):
     """AskedRange of a view with windows."""
     fn: str | None = None
     """Function of points, one of `core.derive.FUNCTIONS`."""
+    quantiles: tuple[float, ...] = ()
+    """Quantiles of a histogram, checked by `check_quantiles`; empty: those of every answer."""
 
 
 class Alternative(msgspec.Struct, frozen=True):
@@ -278,8 +281,20 @@ def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator
 class TopN:
     """Chooses what `top` and `limit` select from groups that are offered once each; holds little more than those."""
 
-    def __init__(self, kind: Kind, *, top: int | None, limit: int) -> None:
-        self._kind = kind
+    def __init__(
+        self,
+        kind: Kind,
+        *,
+        top: int | None,
+        limit: int,
+        quantiles: Sequence[float] = (),
+        answer: Callable[[State], Any] | None = None,
+    ) -> None:
+        """`answer` is what is selected of a state, in place of its answer. Raises `Invalid` for quantiles of a kind
+        that has none.
+        """
+        self._answer = answer or kind.answerer(quantiles)
+        self._measure = kind.ranker(quantiles)
         self._top = top
         self._most = limit if top is None else min(top, limit)
         self._rows: list[tuple[Any, State]] = []
@@ -300,7 +315,7 @@ class TopN:
             self._cut()
 
     def _rank(self, labels: Labels, state: State) -> tuple[bool, int | float, Labels]:
-        value = self._kind.answer(state)
+        value = self._measure(state)
         if value is None:  # `last` of nothing: behind all numbers
             return True, 0, labels
         if type(value) is not int and type(value) is not float:
@@ -318,7 +333,7 @@ class TopN:
         self._cut()
         ranks = [rank for rank, _ in self._rows]
         labels = ranks if self._top is None else [rank[-1] for rank in ranks]
-        return Selected(labels, [self._kind.answer(state) for _, state in self._rows], self._total)
+        return Selected(labels, [self._answer(state) for _, state in self._rows], self._total)
 
 
 def order(action: str, view: str, kind: str | None, labels: Sequence[str] | None) -> Control:

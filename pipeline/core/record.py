@@ -315,13 +315,13 @@ def expired_before_ms(definition: Definition, time_ms: int) -> int:
     """Return the watermark of a definition at a time; 0: nothing has expired.
 
     The watermark of windows is the start of the oldest one that is kept. Without windows it is the time up to which silent
-    series have expired; it moves in steps of a hundredth of the retention, so that few commits have to record it.
+    series have expired; it moves in steps of a twentieth of the retention, so that few commits have to record it.
     """
     if not definition.retention_s:
         return 0
     if definition.window_s:
         return max(0, start_of_window_ms(definition, time_ms - definition.retention_s * 1_000))
-    return time_ms - time_ms % (max(1, definition.retention_s // 100) * 1_000)
+    return time_ms - time_ms % (max(1, definition.retention_s // 20) * 1_000)
 
 
 def expires_silent(definition: Definition) -> bool:

@@ -78,7 +78,13 @@ def sparkline(values: Sequence[Any], width: int) -> str:
     return "".join(" " if it is None else _SPARKS[round((it - least) / span * top) if span else 0] for it in heights)
 
 
+def number_of(value: Any) -> Any:
+    """Return what a value is drawn as: a histogram as its first quantile, everything else as it is."""
+    return next(iter(value["quantiles"].values()), None) if isinstance(value, dict) else value
+
+
 def _height(value: Any) -> float | None:
+    value = number_of(value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return float(max(-_HEIGHT_MAX, min(_HEIGHT_MAX, value)))

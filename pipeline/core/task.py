@@ -116,7 +116,7 @@ class Task:
         """Definitions of the frozen overlay, as they were when it was frozen."""
         self._changes: Changes | None = None
         self._pending = NO_POSITION
-        self._swept_max = 0
+        self._swept_max = self._added_count = 0
         self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
 
     def _step(self, step: TaskEvent) -> None:
@@ -427,8 +427,8 @@ class Task:
             series_max=self._limits.series_max,
             silent_ms=silent_ms,
         )
-        # A commit deletes at least as many entries as it can add, so that expiry keeps up with new windows.
-        self._swept_max = max(self._limits.expired_entries_max, len(self._changes.keys))
+        # At least as many entries as the commit before has added, so that expiry keeps up with new windows.
+        self._swept_max = max(self._limits.expired_entries_max, self._added_count)
         return Lookup(self._changes.keys, sorted(frozen.cleared), sweeps, self._swept_max)
 
     def prepare_commit(
@@ -486,6 +486,7 @@ class Task:
         for merged in self._changes.merged:
             if merged.prefix not in self._overlay.cleared:
                 self._cache.update(merged)
+        self._added_count = sum(self._changes.new_counts.values())
         for prefix, count in self._changes.new_counts.items():
             if prefix not in self._overlay.cleared:
                 self._known[prefix].series_count += count

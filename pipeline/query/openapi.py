@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from pipeline.core.answer import Answer, Changed, Status, Views
 from pipeline.core.description import LetterText
+from pipeline.core.kinds import KIND_NAMES
 from pipeline.errors import NotFound
 from pipeline.query.dead_letters import Listing
 from pipeline.query.media import JSON
@@ -47,7 +48,10 @@ def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySet
     }
     document["paths"] = {path: methods for path, methods in paths.items() if methods}
     _, schemas = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
-    document["components"]["schemas"].update(schemas)
+    own = document["components"]["schemas"]
+    for name in ("Delta", "DefinitionChoice"):
+        own[name]["properties"]["kind"]["enum"][:0] = KIND_NAMES
+    own.update(schemas)
     if READ_PATH in document["paths"]:
         _set_limits(document["paths"][READ_PATH]["get"]["parameters"], settings)
     return document
@@ -56,7 +60,9 @@ def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySet
 def _set_limits(parameters: list[dict[str, Any]], settings: QuerySettings) -> None:
     limits = {
         "where": {"maxItems": settings.matchers_max},
+        "kind": {"enum": [*KIND_NAMES]},
         "by": {"maxItems": settings.matchers_max},
+        "q": {"maxItems": settings.matchers_max},
         "top": {"maximum": settings.limit_max},
         "limit": {"maximum": settings.limit_max, "default": min(settings.limit_default, settings.limit_max)},
         "timeout_ms": {

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from pipeline.core.kinds import KIND_NAMES
+from pipeline.core.kinds.histogram import parse_quantiles
 from pipeline.core.query import Matcher, Query, parse_matcher
 from pipeline.core.record import WINDOW_S_MAX
 from pipeline.core.span import NO_RANGE, AskedRange
@@ -53,20 +54,23 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, accept: 
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     where: list[Matcher] = []
     by: list[str] = []
+    quantiles: list[str] = []
     single: dict[str, str] = {}
     for name, value in _pairs(query_string, settings.matchers_max):
         if name == "where":
             where.append(parse_matcher(value))
         elif name == "by":
             by.append(value)
+        elif name == "q":
+            quantiles.append(value)
         elif name not in _SINGLE:
-            raise Invalid(f"unknown parameter {name[:100]!r}; known: where, by, {', '.join(_SINGLE)}")
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: where, by, q, {', '.join(_SINGLE)}")
         elif name in single:
             raise Invalid(f"parameter {name} stands twice")
         else:
             single[name] = value
-    if len(where) + len(by) > settings.matchers_max:
-        raise Invalid(f"{len(where) + len(by)} `where` and `by` parameters; at most {settings.matchers_max}")
+    if (count := len(where) + len(by) + len(quantiles)) > settings.matchers_max:
+        raise Invalid(f"{count} `where`, `by` and `q` parameters; at most {settings.matchers_max}")
     after = single.get("after")
     kind = single.get("kind")
     if kind is not None and kind not in KIND_NAMES:
@@ -81,6 +85,7 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, accept: 
         whole_number(single, "window_s", WINDOW_S_MAX, least=0),
         _range(single) if not single.keys().isdisjoint(_RANGE) else NO_RANGE,
         single.get("fn"),
+        parse_quantiles(quantiles),
     )
     timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
     return ReadRequest(
@@ -112,7 +117,7 @@ def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[str, ...
     return tuple(views)
 
 
-def _pairs(query_string: bytes, matchers_max: int, what: str = "`where` and `by`") -> list[tuple[str, str]]:
+def _pairs(query_string: bytes, matchers_max: int, what: str = "`where`, `by` and `q`") -> list[tuple[str, str]]:
     most = matchers_max + len(_SINGLE)
     if query_string.count(b"&") >= most:
         raise Invalid(f"over {matchers_max} {what} parameters")

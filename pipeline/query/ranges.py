@@ -50,6 +50,7 @@ class Points:
         self._merged = merged
         self._settings = settings
         self._kind = KINDS[definition.kind]
+        self._answer = self._kind.answerer(query.quantiles)
         self._window_ms = definition.window_s * 1_000
         points_max = min(settings.points_max, settings.answer_points_max)
         self.span = span_of(query.range, window_ms=self._window_ms, now_ms=now_ms, points_max=points_max)
@@ -128,7 +129,7 @@ class Points:
         query = self._query
         if query.top is None:
             return sorted(found)[: query.limit]
-        choice = TopN(self._kind, top=query.top, limit=query.limit)
+        choice = TopN(self._kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
         choice.offer({labels: reduce(self._kind.merge, [it for _, it in buckets]) for labels, buckets in found.items()})
         return choice.selected().labels
 
@@ -142,7 +143,7 @@ class Points:
             self._check_count(sum(min(count, each * len(found[labels])) for labels in chosen))
 
     def _values(self, buckets: Sequence[tuple[int, State]]) -> dict[int, Any]:
-        answer = self._kind.answer
+        answer = self._answer
         return {i: answer(state) for i, state in merge_points(self.span, buckets, self._kind.merge)}
 
     def _points(self, buckets: Sequence[tuple[int, State]], total: Mapping[int, Any]) -> list[Point]:

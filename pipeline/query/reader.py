@@ -13,7 +13,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, Series, View, Views
-from pipeline.core.exposition import SERIES_MAX, UNREADABLE, Exposed, Exposition, choose, exposed_as, newest_final_ms
+from pipeline.core.exposition import (
+    SERIES_MAX,
+    UNREADABLE,
+    Exposed,
+    Exposition,
+    choose,
+    exposed_as,
+    newest_final_ms,
+    samples_of,
+    state_exposed,
+)
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
@@ -231,7 +241,7 @@ class ViewReader:
         groups: dict[Labels, Any] = {}
         if fits:
             fold(kind, groups, rows, states)
-        choice = TopN(kind, top=query.top, limit=query.limit)
+        choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
         choice.offer(groups)
         return self._answer(query, plan.merged, choice.selected(), positions, seen)
 
@@ -288,9 +298,10 @@ class ViewReader:
         snapshots: Mapping[int, StoreView],
         check: Callable[[], None],
         window_start_ms: int = 0,
+        answer: Callable[[Any], Any] | None = None,
     ) -> Selected:
         tests = self._tests(merged.definition, query, check)
-        return select(query, merged, snapshots, tests, check, self._settings.limit_max, window_start_ms)
+        return select(query, merged, snapshots, tests, check, self._settings.limit_max, window_start_ms, answer)
 
     def _tests(self, definition: Definition, query: Query, check: Callable[[], None]) -> list[tuple[int, Test]]:
         longest = self._settings.regex_bytes_max
@@ -420,19 +431,21 @@ class ViewReader:
             window_start_ms = newest_final_ms(definition, final_before_ms)
             if definition.window_s and window_start_ms < max(expired_before(found[view]).values()):
                 continue  # the window is gone, or there is none yet
+            room = left // samples_of(definition)
             # Of a view without windows too many series are not read at all, so that the work is bounded, too.
-            if not definition.window_s and max(entry.series_count for entry in found[view]) > left:
+            if not definition.window_s and max(entry.series_count for entry in found[view]) > room:
                 omitted[view] = SERIES_MAX
                 continue
             try:
-                selected = self._select(Query(view, limit=left or 1), whole[view], snapshots, check, window_start_ms)
+                asked, answer = Query(view, limit=room or 1), state_exposed(definition)
+                selected = self._select(asked, whole[view], snapshots, check, window_start_ms, answer)
             except Unreadable as error:
                 omitted[view] = self._unreadable(view, stores, error)
                 continue
-            if selected.series_total > left:
+            if selected.series_total > room:
                 omitted[view] = SERIES_MAX
                 continue
-            left -= selected.series_total
+            left -= selected.series_total * samples_of(definition)
             exposed.append(Exposed(definition, selected.labels, selected.values))
         return Exposition(exposed, dict(sorted(omitted.items())), self._progress.as_of(positions, seen).staleness_ms)
 

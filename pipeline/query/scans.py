@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.core import codec
 from pipeline.core.codec import DefinitionEntry
-from pipeline.core.kinds import KINDS, Kind
+from pipeline.core.kinds import KINDS, Kind, State
 from pipeline.core.query import (
     Labels,
     MergedDefinition,
@@ -57,13 +57,14 @@ def select(
     check: Check,
     groups_max: int,
     window_start_ms: int = 0,
+    answer: Callable[[State], Any] | None = None,
 ) -> Selected:
-    """Return what the query selects of all series without windows, or of those of one window."""
+    """Return what the query selects of all series without windows, or of those of one window; see `TopN` for `answer`."""
     group = group_key(merged.definition, query.by)
     kind = KINDS[merged.definition.kind]
     # Series of several definitions with the same labels are not neighbours in the order of keys.
     complete = is_complete(merged.definition, query.by) and len(merged.parts) == 1
-    choice = TopN(kind, top=query.top, limit=query.limit)
+    choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles, answer=answer)
     groups: dict[Labels, Any] = {}
     for part in merged.parts:
         prefix = series_prefix(part) + window_bytes(window_start_ms)

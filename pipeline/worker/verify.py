@@ -22,7 +22,6 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from pipeline.core import codec
-from pipeline.core.kinds import KINDS
 from pipeline.core.query import Entry, describe
 from pipeline.core.record import (
     NO_POSITION,
@@ -343,8 +342,10 @@ def _decoded(key: bytes, value: bytes) -> Any:
             return asdict(codec.decode_folded(value))
         if key[:1] == TAG_DEFINITION:
             entry = codec.decode_definition(value)
-            return {"definition": describe(entry.definition), "series_count": entry.series_count}
-        kind = KINDS[msgspec.msgpack.decode(value[1:])[0]]
-        return codec.decode_states(kind, [value])[0]
+            counts = {"series_count": entry.series_count, "expired_before_ms": entry.expired_before_ms}
+            return {"definition": describe(entry.definition), **counts}
+        state = codec.decode_states(codec.kind_of_entry(value), [value])[0]
+        expires_at_ms = codec.expires_at_ms(value)
+        return {"state": state, "expires_at_ms": expires_at_ms} if expires_at_ms else state
     except (BadRecord, msgspec.MsgspecError, ValueError, TypeError, LookupError):
         return value.hex()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import repeat
+from itertools import cycle, islice, repeat
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,6 +27,7 @@ _ROUNDS = 7
 _OURS = "bound series: add(v)"
 _KEYED = "view: add(v, region=..., product=...)"
 _DURABLE = "bound series, kept through kill -9: add(v)"
+_OBSERVE = "bound histogram of 20 buckets: observe(v)"
 UPDATE = "d[k] += v"
 _LOCK = "lock, d[k] += v"
 _QUEUE = "queue.Queue.put"
@@ -99,6 +100,16 @@ def _adding(handle: Any) -> Callable[[int], None]:
     return add
 
 
+def _observing(handle: Any) -> Callable[[int], None]:
+    numbers = [0.01 * 1.003**n for n in range(20)]
+
+    def observe(count: int) -> None:
+        for number in islice(cycle(numbers), count):
+            handle.observe(number)
+
+    return observe
+
+
 def _adding_by_key(view: Any) -> Callable[[int], None]:
     def add(count: int) -> None:
         for _ in repeat(None, count):
@@ -149,8 +160,11 @@ def costs(quick: bool) -> dict[str, float]:
     with ExitStack() as stack:
         view = stack.enter_context(publisher()).sum("sales", labels=LABELS)
         durable = stack.enter_context(publisher(durability="process")).sum("sales", labels=LABELS)
+        slow = stack.enter_context(publisher()).histogram("slow", labels=LABELS).labels("eu", "tea")
         bound = {name: _adding(of.labels("eu", "tea")) for name, of in ((_OURS, view), (_DURABLE, durable))}
-        return best_ns({**bound, _KEYED: _adding_by_key(view), **others()}, 2_000 if quick else 150_000)
+        return best_ns(
+            {**bound, _OBSERVE: _observing(slow), _KEYED: _adding_by_key(view), **others()}, 2_000 if quick else 150_000
+        )
 
 
 def cost_rows(ns: Mapping[str, float]) -> list[Row]:
@@ -166,6 +180,7 @@ def cost_rows(ns: Mapping[str, float]) -> list[Row]:
         cheaper(*figures(_OURS, LABELS_INC), 20),
         cheaper(*figures(_OURS, OTEL), 100),
         at_most_times(*figures(_DURABLE, _OURS), 3),
+        at_most_times(*figures(_OBSERVE, _OURS), 3),
     ]
 
 

@@ -192,14 +192,30 @@ def memory(way: str, count: int) -> dict[str, float]:
     }
 
 
+def histogram_memory(way: str, count: int) -> dict[str, float]:
+    """Bytes a histogram of 20 buckets, as the system and as the table count them."""
+    table, _ = open_view(way, local_series_max=0)
+    view = table.define(Definition("slow", "histogram", ("route",)), 1 << 31)
+    view.observe(1, route="x")
+    before = rss()
+    for i in range(count):
+        for n in range(20):
+            view.observe(100.5 + 1.4 * n, route=f"/route-{i:07d}")
+    return {"measured": (rss() - before) / count, "counted": table.used_bytes / count}
+
+
+def _of_process(call: str) -> dict[str, float]:
+    code = f"import json; from tests.bench.table import *; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    return msgspec.json.decode(done.stdout, type=dict[str, float])
+
+
 def memory_rows(quick: bool) -> list[Row]:
     """Memory a series, in a process of its own."""
     rows = []
     for way in ways():
         count = 20_000 if quick else 1_000_000 if way == "native" else 100_000
-        code = f"import json; from tests.bench.table import memory; print(json.dumps(memory({way!r}, {count})))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-        found = msgspec.json.decode(done.stdout, type=dict[str, float])
+        found = _of_process(f"memory({way!r}, {count})")
         counted = Figure(found["counted"], "bytes", "as the table counts")
         name = f"{way}, {count:,} series: memory a series"
         rows.append(at_most(name, Figure(found["measured"], "bytes"), counted, 200 if way == "native" else 1_000))
@@ -207,6 +223,11 @@ def memory_rows(quick: bool) -> list[Row]:
         rows.append(
             at_most_times(f"{way}, {count:,} series: delta to a new one", Figure(found["first_ns"], "ns"), known, 12)
         )
+        count = 2_000 if quick else 100_000 if way == "native" else 10_000
+        found = _of_process(f"histogram_memory({way!r}, {count})")
+        counted = Figure(found["counted"], "bytes", "as the table counts")
+        name = f"{way}, {count:,} histograms of 20 buckets: memory each"
+        rows.append(at_most(name, Figure(found["measured"], "bytes"), counted, 600 if way == "native" else 2_500))
     return rows
 
 

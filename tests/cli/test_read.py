@@ -37,6 +37,9 @@ def token(server: UpProcess) -> Iterator[str]:
         state.set("up\x1b[31m", host="a\nb\x1b]0;title\x07")
         state.set(None, host="ü")
         publisher.sum("total").add(3)
+        slow = publisher.histogram("slow", labels=("route",))
+        for n in range(1, 5):
+            slow.observe(n, route="/")
         publish_hits(server.url)
         many = publisher.sum("many", labels=("n",))
         for n in range(3000):
@@ -165,12 +168,24 @@ def test_points_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made._rows == [("/\\x1b", "▃ █", "1", "4", "4"), ("b", " █ ", "2", "2", "2")]
 
 
+def test_histograms_as_a_table(here: Here, server: UpProcess, token: str) -> None:
+    """Count, extremes, mean and the quantiles that are asked for, each in a column."""
+    assert table(here, server, "slow", "--q", "0", "--q", "0.25") == [
+        ["route", "count", "min", "mean", "0", "0.25", "max"],
+        ["/", "4", "1", "2.5", "1", "1", "4"],
+    ]
+    assert table(here, server, "slow", "--total")[0] == ["count", "min", "mean", "0.5", "0.9", "0.99", "max"]
+    done = here("get", "total", "--q", "0.5", "--from", server.url)
+    assert (done.returncode, "a sum has no quantiles" in done.stderr) == (2, True)
+
+
 def test_without_a_view_all_are_listed(here: Here, server: UpProcess, token: str) -> None:
     """Name, kind, labels and number of series of each."""
     assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
     assert table(here, server)[0] == ["view", "kind", "labels", "series"]
     assert [row[:-1] for row in table(here, server)[1:]] == [
-        ["hits", "sum", "path"], ["many", "sum", "n"], ["revenue", "sum", "product,", "region"], ["state", "last", "host"],
+        ["hits", "sum", "path"], ["many", "sum", "n"], ["revenue", "sum", "product,", "region"],
+        ["slow", "histogram", "route"], ["state", "last", "host"],
         ["total", "sum"],
     ]  # fmt: skip
 

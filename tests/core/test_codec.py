@@ -96,6 +96,20 @@ def test_states_come_back(kind_states: tuple[Kind, list[Any]]) -> None:
     assert values == [some.image(kind, state) for state in states]
 
 
+@given(kind_states=kind_states(), expires_at_ms=st.integers(1, 2**64 - 1), at_ms=st.integers(0, 2**64 - 1))
+def test_entries_that_expire_come_back(kind_states: tuple[Kind, list[Any]], expires_at_ms: int, at_ms: int) -> None:
+    """Their states are as of any others, among which they can stand; each tells when it expires, and is left out then."""
+    kind, states = kind_states
+    lasting, expiring = codec.encode_states(kind, states), codec.encode_states(kind, states, expires_at_ms)
+    assert codec.decode_states(kind, [*expiring, *lasting]) == [*states, *states]
+    assert {*map(codec.expires_at_ms, lasting)} <= {0}
+    assert {*map(codec.expires_at_ms, expiring)} <= {expires_at_ms}
+    assert all(codec.kind_of_entry(value) is kind for value in [*expiring, *lasting])
+    entries = [(b"%d" % i, value) for i, value in enumerate([*expiring, *lasting])]
+    left = [*codec.alive(entries, at_ms)]
+    assert left == (entries[len(states) :] if expires_at_ms <= at_ms else entries)
+
+
 COME_BACK: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any], st.SearchStrategy[Any]]] = {
     "definition": (codec.encode_definition, codec.decode_definition, definition_entries),
     "dead letter": (codec.encode_letter, codec.decode_letter, letters),
@@ -221,7 +235,7 @@ def reencoded_batch(value: bytes) -> bytes:
 
 
 def reencoded_states(kind: Kind) -> Callable[[bytes], bytes]:
-    return lambda value: codec.encode_states(kind, codec.decode_states(kind, [value]))[0]
+    return lambda value: codec.encode_states(kind, codec.decode_states(kind, [value]), codec.expires_at_ms(value))[0]
 
 
 def reencoded_suffix(value: bytes) -> bytes:
@@ -576,13 +590,15 @@ def test_entries_of_another_kind_are_bad(kind: Kind) -> None:
         [[], 0, 1], [{}, 0, 1], ["sum", 17, 1], ["sum", None, 1], ["sum", [], 1], [b"sum", 0, 1], "sum", None, {"sum": 0},
         ["sum", 0, long_int(STATE_INT_BYTES_MAX + 1)], ["sum", 0, [1.0, 0.0]], ["sum", 0, [1e16, 1.0, 1.0]],
         ["sum", 0, [[], 1.0]],
-        ["sum", 0, [1e16, "1"]],
+        ["sum", 0, [1e16, "1"]], ["sum", 2**32, 1, 1], ["sum", 2**32], ["sum", -(2**40), 1], ["sum", 2**31, 1],
     ],
     ids=lambda value: repr(value).partition(" at 0x")[0],
 )  # fmt: skip
 def test_entries_that_are_bad(row: Any) -> None:
-    """A series entry is its kind, no expiry (this version knows none), and one value of each column."""
+    """A series entry is its kind, its expiry (0, or eight bytes of another number), and one value of each column."""
     good = codec.encode_states(KINDS["sum"], [1])
+    with pytest.raises(BadRecord):
+        codec.decode_states(KINDS["sum"], [good[0].replace(b"\x00", b"\xcf" + bytes(8))])
     for values in ([codec.VERSION + pack(row)], [*good, codec.VERSION + pack(row)], [codec.VERSION + pack(row), *good]):
         with pytest.raises(BadRecord):
             codec.decode_states(KINDS["sum"], values)

@@ -236,6 +236,8 @@ def test_expiry_is_bounded_work_a_commit_and_goes_on_after_a_crash() -> None:
     shell = Timed(TaskLimits(expired_entries_max=10))
     shell.at(0, group(V, {(f"{i:03}", 0): 1 for i in range(95)}), group(V, {("x", 60): 1}))
     shell.settle()
+    shell.at(1, group(KEPT, {("x", 0): 1}))
+    shell.settle()
     shell.at(100, group(KEPT, {("x", 0): 1}))
     shell.commit()
     assert shell.series_count("v") == len(shell.stored(V)) == 86
@@ -249,6 +251,15 @@ def test_expiry_is_bounded_work_a_commit_and_goes_on_after_a_crash() -> None:
     assert shell.series_count("v") == 1
     assert shell.task.counts.series_expired == 75
     assert not shell.task.dirty
+
+
+def test_expiry_keeps_up_with_new_series() -> None:
+    """A commit deletes as many entries as the one before has added, whatever its limit."""
+    shell = Timed(TaskLimits(expired_entries_max=1))
+    for minute in range(5):
+        shell.at(60 * minute, group(V, {(f"{i}", 60 * minute): 1 for i in range(20)}))
+        shell.commit()
+    assert len(shell.stored(V)) == shell.series_count("v") == 40
 
 
 def test_each_sweep_begins_where_the_last_one_ended() -> None:
@@ -348,6 +359,8 @@ def test_an_expired_series_is_hidden_before_it_is_deleted(*, restarts: bool) -> 
     """A delta that comes in between begins anew too, and the series is counted once."""
     shell = Timed(TaskLimits(expired_entries_max=1))
     shell.at(0, group(QUIET, {(f"{i}", 0): 1 for i in range(5)}))
+    shell.settle()
+    shell.at(1, group(KEPT, {("x", 0): 1}))
     shell.settle()
     shell.at(100, group(KEPT, {("x", 0): 1}))
     shell.commit()

@@ -199,6 +199,19 @@ CASES: dict[str, Case] = {
         codec.encode_definition,
         codec.decode_definition,
     ),
+    "definition_expiring": Case(
+        [
+            DefinitionEntry(IDS[4], 7, 1_700_000_000_000, 1_699_913_580_000),
+            DefinitionEntry(Definition("seen", "max", retention_s=600), 7, 1_700_000_000_000, 1_700_000_004_000),
+        ],
+        codec.encode_definition,
+        codec.decode_definition,
+    ),
+    "state_expiring": Case(
+        [(12.5, 1_700_000_000_000), (2**70, 1), (-1, 2**64 - 1), (0, 0)],
+        lambda row: codec.encode_states(KINDS["sum"], [row[0]], row[1])[0],
+        lambda value: (codec.decode_states(KINDS["sum"], [value])[0], codec.expires_at_ms(value)),
+    ),
     "definition_id": Case(IDS, definition_id, {definition_id(it): it for it in IDS}.__getitem__),
     "batch_monotone": Case(
         [

@@ -135,6 +135,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "view",
         "where",
         "by",
+        "q",
         "kind",
         "window_s",
         *(name.removesuffix("_ms") for name in AskedRange.__struct_fields__),

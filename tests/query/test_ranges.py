@@ -449,6 +449,8 @@ def test_windows_that_the_worker_expires_are_hidden_at_once() -> None:
     world.fold()
     asked = Query("v", by=(), range=AskedRange(start_ms=start, end_ms=start + 20 * W, fill="zero"))
     assert [value for _, value in read(world, asked).series[0].points[:6]] == [8, 8, 8, 8, 8, 0]
+    world.append(0, definition, {("a",): 0}, start)  # a commit deletes as many entries as the one before has added
+    world.fold()
     clock.s += 100
     world.append(0, definition, {("a",): 1}, start + 10 * W)
     world.fold()

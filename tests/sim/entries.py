@@ -82,7 +82,10 @@ def unpack(value: bytes) -> list[Any]:
 
 
 def _number(item: Any) -> Any:
-    return int.from_bytes(item.data, "big", signed=True) if isinstance(item, msgspec.msgpack.Ext) else item
+    """What an extension stands for: an int that is long, or bytes."""
+    if not isinstance(item, msgspec.msgpack.Ext):
+        return item
+    return int.from_bytes(item.data, "big", signed=True) if item.code == 1 else bytes(item.data)
 
 
 def state(value: bytes) -> tuple[str, Found]:
@@ -96,6 +99,11 @@ def state_of(kind: str, columns: list[Any]) -> Found:
     if kind == "last":
         ts_ms, _, said = columns
         return Found(said, ts_ms=ts_ms)
+    if kind == "histogram":
+        total, least, most, packed = columns
+        total, error = total if isinstance(total, list) else (total, 0.0)
+        buckets = msgspec.msgpack.decode(packed)
+        return Found(total, error, least=least, most=most, buckets=tuple(buckets))
     total, error = columns[0] if isinstance(columns[0], list) else (columns[0], 0.0)
     return Found(total, error, columns[1] if kind == "mean" else 0)
 

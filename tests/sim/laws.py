@@ -32,6 +32,10 @@ class Found(NamedTuple):
     """Of means."""
     ts_ms: int = 0
     """Of a `last`."""
+    least: Any = None
+    most: Any = None
+    buckets: tuple[int, ...] = ()
+    """Of a histogram, as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
 
 
 def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
@@ -45,7 +49,48 @@ def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
         return (
             "" if found.total == expected and type(found.total) in (int, float) else f"is {found.total!r}, not {expected!r}"
         )
-    return _of_last(deltas, found)
+    return _of_histogram(deltas, found) if kind == "histogram" else _of_last(deltas, found)
+
+
+FINEST = 8
+"""Schema of a histogram of so few numbers that each can have a bucket of its own."""
+BUCKETS_MAX = 160
+_LEAST = Fraction(2) ** -1022
+
+
+def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
+    if wrong := _of_sum(deltas, found):
+        return wrong
+    if (found.least, found.most) != (min(deltas), max(deltas)):
+        return f"is from {found.least} to {found.most}, not from {min(deltas)} to {max(deltas)}"
+    assert len(deltas) <= BUCKETS_MAX
+    schema, zeros, negative_count, *rest = found.buckets
+    signs: tuple[dict[int, int], dict[int, int]] = {}, {}
+    for delta in deltas:
+        if abs(Fraction(delta)) >= _LEAST:
+            buckets = signs[delta > 0]
+            place = _bucket(abs(Fraction(delta)))
+            buckets[place] = buckets.get(place, 0) + 1
+    expected: list[int] = []
+    for buckets in signs:
+        before = None
+        for place, count in sorted(buckets.items()):
+            expected += place if before is None else place - before - 1, count
+            before = place
+    small = sum(abs(Fraction(delta)) < _LEAST for delta in deltas)
+    if (schema, zeros, negative_count, rest) != (FINEST, small, len(signs[False]), expected):
+        return f"has buckets {found.buckets}, not {(FINEST, small, len(signs[False]), *expected)}"
+    return ""
+
+
+def _bucket(number: Fraction) -> int:
+    """The i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
+    order = 2**FINEST
+    power = number**order
+    place = (power.numerator.bit_length() - power.denominator.bit_length()) - 2
+    while Fraction(2) ** (place + 1) < power:
+        place += 1
+    return place
 
 
 def _of_sum(deltas: Sequence[Any], found: Found) -> str:

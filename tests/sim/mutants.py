@@ -185,10 +185,10 @@ MUTANTS = (
     ),
     Mutant(
         12,
-        "windows expire by the time of the log alone",
+        "windows expire by the clock of a publisher alone",
         "pipeline/core/task.py",
-        "if self._expiry.move(prefix, known, self._folded_ms):",
-        "if self._expiry.move(prefix, known, self._log_ms):",
+        "min(at_ms, now_ms, received.batch.created_at_ms))",
+        "received.batch.created_at_ms)",
         "windows,clocks",
     ),
     Mutant(
@@ -253,14 +253,6 @@ MUTANTS = (
         "pipeline/core/expiry.py",
         "if next_key or known.expired_before_ms > whole_ms:",
         "if known.expired_before_ms > whole_ms:",
-        "windows",
-    ),
-    Mutant(
-        13,
-        "what earlier owners left is not looked for",
-        "pipeline/core/task.py",
-        "        self._expiry.restored()\n",
-        "",
         "windows",
     ),
     Mutant(

@@ -333,7 +333,7 @@ class Histogram(Kind):
         return 32 + value_bytes(state[:3]) + len(pack(*state[3:]))
 
     def heap_bytes(self, state: State) -> int:
-        return 250 + 64 * (len(state[5]) + len(state[6]))
+        return 200 + 56 * (len(state[5]) + len(state[6]))
 
     def to_columns(self, states: list[State]) -> list[list[Any]]:
         columns: list[list[Any]] = [[state[i] for state in states] for i in range(3)]
