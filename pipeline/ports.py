@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from pipeline.core.record import Control, Records
+from pipeline.core.record import Control, Definition, Records
 from pipeline.core.sequence import Folded
 from pipeline.core.token import Token
 from pipeline.errors import Discontinuous, Displaced, PipelineError
@@ -354,7 +354,8 @@ class RawDelta(NamedTuple):
     ts_ms: int | None = None
     window_s: int | None = None
     monotone: bool | None = None
-    """None: as the view is known, or not monotone if it is new."""
+    """None: as the view is known, or not monotone if it is new; `window_s` and `retention_s` likewise, 0 if it is new."""
+    retention_s: int | None = None
 
 
 class RequestKey(NamedTuple):
@@ -440,6 +441,10 @@ class Facts(Protocol):
 
     def producer(self, partition: int, producer_id: str) -> Folded | None:
         """Return which sequences of a producer a partition has folded."""
+        ...
+
+    def expired_before_ms(self, partition: int, definition: Definition) -> int:
+        """Return the start of the oldest window of a definition that a partition keeps; 0: none has expired, or unknown."""
         ...
 
 

@@ -195,6 +195,12 @@ def serve(
     raise SystemExit(run_serve(config, from_, ingest=ingest, as_json=json))
 
 
+_Windows = Annotated[int | None, typer.Option(metavar="N", min=0, help="Length of the view's windows in seconds; 0: none.")]
+_Retention = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Seconds for which windows, or silent series, are kept; 0: for ever.")
+]
+
+
 @app.command()
 def publish(
     view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of the view.")],
@@ -208,8 +214,10 @@ def publish(
         str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")
     ] = "",
     ts: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="For kind last: when; ms since 1970, or RFC 3339.")
+        str | None, typer.Option(metavar="COLUMN", help="For kind last or windows: when; ms since 1970, or RFC 3339.")
     ] = None,
+    window_s: _Windows = None,
+    retention_s: _Retention = None,
     format_: Annotated[
         str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
     ] = None,
@@ -230,9 +238,12 @@ def publish(
         pipeline publish revenue --value amount --labels region,product sales.csv
         pipeline publish logins --labels country=Land --format ndjson - < events.log
         pipeline publish price --kind last --value price --ts at --labels symbol quotes.csv
+        pipeline publish visits --window-s 60 --retention-s 2592000 --ts at --labels page visits.csv
 
     Each row is one delta. A CSV begins with a header line. Ints are exact at any size; other numbers are floats. For kind
     last, a CSV cell that is a JSON number, true, false, null or quoted text is that, and anything else is text.
+    With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
+    letters. Without --window-s or --retention-s they are as the server knows the view.
 
     A bad line ends the run (exit code 1). Of a file nothing is published then: all of it is checked before the first row
     is sent. A pipe can't be read twice: its rows go as they come, so those before the bad line are published, and the
@@ -256,6 +267,8 @@ def publish(
         start_line=start_line,
         as_json=json,
         monotone=monotone,
+        window_s=window_s,
+        retention_s=retention_s,
     )
     config = load(set_)
     raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))

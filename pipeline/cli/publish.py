@@ -52,6 +52,8 @@ class PublishRequest(msgspec.Struct, frozen=True):
     skip_bad: bool
     start_line: int
     as_json: bool
+    left_out: frozenset[str] = frozenset()
+    """Which of `window_s` and `retention_s` was not given: then it is as the server knows the view."""
 
 
 class PublishReport(msgspec.Struct):
@@ -78,7 +80,8 @@ class PublishReport(msgspec.Struct):
 
 def make_request(  # one argument for each option
     *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
-    skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False,
+    skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False, window_s: int | None = None,
+    retention_s: int | None = None,
 ) -> PublishRequest:  # fmt: skip
     """Return the checked options; `Invalid` if they don't fit together."""
     columns: dict[str, str] = {}
@@ -87,20 +90,21 @@ def make_request(  # one argument for each option
         name, _, column = part.partition("=")
         names.append(name.strip())
         columns[name.strip()] = column or name.strip()
-    definition = Definition(view, kind, tuple(names), monotone=monotone)
+    definition = Definition(view, kind, tuple(names), window_s or 0, monotone, retention_s or 0)
     check_definition(definition, KIND_NAMES)
     if value is None and kind != "sum":
         raise Invalid(f"--value COLUMN is needed: only a sum can count lines, not a {kind}")
-    if ts is not None and kind != "last":
+    if ts is not None and kind != "last" and not window_s:
         raise Invalid(
-            f"--ts is for kind last, which keeps the newest value; a {kind} does not depend on time"
-            " (views with time windows are not in this version)"
+            f"--ts is for kind last, and for views with windows (--window-s N); a {kind} without does not depend on time"
         )
     if format_ is None:
         format_ = "ndjson" if source.endswith((".ndjson", ".jsonl")) else "csv"
     if format_ not in FORMATS:
         raise Invalid(f"--format {format_}: one of {', '.join(FORMATS)}")
-    return PublishRequest(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json)
+    given = {"window_s": window_s, "retention_s": retention_s}
+    left_out = frozenset(name for name, seconds in given.items() if seconds is None)
+    return PublishRequest(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json, left_out)
 
 
 def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings) -> int:
@@ -211,7 +215,9 @@ class _PublishRun:
         return self._end("stopped by a signal; nothing was published", self._stop.exit_code)
 
     def _agreed_definition(self) -> Definition:
-        """Return the definition with the server's order of labels; `Invalid` if the server has only others of the view."""
+        """Return the definition with the server's order of labels, and its window and retention where they were not given;
+        `Invalid` if the server has only others of the view.
+        """
         mine = self._request.definition
         if not self._request.url.startswith("http"):
             self._connect()
@@ -233,9 +239,12 @@ class _PublishRun:
                         console.note(f"waiting for a server: {error}")
                     if self._stop.wait(0.2):
                         raise Interrupted from None
-        known = [Definition(it.name, it.kind, tuple(it.labels), it.window_s or 0, it.monotone) for it in found]
+        known = [it.definition for it in found]
+        left_out = self._request.left_out
         for theirs in known:
-            if canonical(theirs) == canonical(mine):
+            if canonical(theirs) == canonical(
+                msgspec.structs.replace(mine, **{name: getattr(theirs, name) for name in left_out})
+            ):
                 return theirs
         if known:
             there = ", ".join(map(describe, known))
@@ -310,7 +319,14 @@ class _PublishRun:
         """Record rows until the end, or until the run can't go on; return why it can't, else None."""
         report = self._report
         to = self._definition
-        view = publisher.view(to.kind, to.view, labels=to.labels, monotone=to.monotone)
+        view = publisher.view(
+            to.kind,
+            to.view,
+            labels=to.labels,
+            monotone=to.monotone,
+            window_s=to.window_s,
+            retention_s=to.retention_s,
+        )
         find: Any = view.labels
         method = KINDS[to.kind].method
         started_s = shown_s = flushed_s = self._clock.monotonic_s()
@@ -324,7 +340,7 @@ class _PublishRun:
                     self._note_bad(row)
                 else:
                     record = getattr(find(*row.labels), method)
-                    record(row.value) if row.ts_ms is None else record(row.value, row.ts_ms)
+                    record(row.value) if row.ts_ms is None else record(row.value, ts_ms=row.ts_ms)
                     report.lines += 1
                 report.last_line = row.last_line
                 now_s = self._clock.monotonic_s()

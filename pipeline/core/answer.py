@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from pipeline.core import tables
 from pipeline.core.query import Alternative, Labels, Listed
+from pipeline.core.record import Definition
 from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
@@ -114,6 +115,11 @@ class View(msgspec.Struct, frozen=True):
     """True if a read that chooses no kind and no window merges it."""
     retention_s: int | None = None
     """Seconds for which a window is kept after its end, or a series without windows after its last delta; null: for ever."""
+
+    @property
+    def definition(self) -> Definition:
+        """The definition."""
+        return Definition(self.name, self.kind, self.labels, self.window_s or 0, self.monotone, self.retention_s or 0)
 
     @classmethod
     def of(cls, it: Listed) -> View:

@@ -13,8 +13,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from pipeline.core import codec
+from pipeline.core.kinds import KINDS
 from pipeline.core.overlay import Changes, Definitions, Known, Overlay
-from pipeline.core.record import Group, expired_before_ms, prefix_end
+from pipeline.core.record import Definition, Group, expired_before_ms, prefix_end
+from pipeline.errors import BadRecord, StoreCorrupt
 
 SWEEPS_MAX = 100
 """Number of definitions in which one commit looks for expired entries: each takes a seek in the store."""
@@ -143,12 +145,10 @@ class Expiry:
         self._next, self.gone = {}, {}
         left = entries_max
         for sweep, entries in zip(self._sweeps, found, strict=False):
-            expired = [key for key, _ in entries]
-            if not sweep.windowed:
-                alive, skip = {key for key, _ in codec.alive(entries, sweep.expired_before_ms)}, len(sweep.prefix)
-                expired = [key for key in expired if key not in alive and not changes.touches(sweep.prefix, key[skip:])]
+            its = known[sweep.prefix]
+            expired = [key for key, _ in entries] if sweep.windowed else _silent(sweep, its.definition, entries, changes)
             keys += expired
-            known[sweep.prefix].series_count -= len(expired)
+            its.series_count -= len(expired)
             if expired:
                 self.gone[sweep.prefix] = len(expired)
             left -= len(entries)
@@ -168,3 +168,14 @@ class Expiry:
             if next_key or known.expired_before_ms > whole_ms:
                 self._due[sweep.prefix] = None  # behind the others
         self._sweeps, self._next, self.gone = [], {}, {}
+
+
+def _silent(sweep: Sweep, definition: Definition, entries: Sequence[Entry], changes: Changes) -> list[bytes]:
+    """Return the keys of entries that have expired. Raises `StoreCorrupt` if one of these can't be decoded."""
+    alive, skip = {key for key, _ in codec.alive(entries, sweep.expired_before_ms)}, len(sweep.prefix)
+    expired = [it for it in entries if it[0] not in alive and not changes.touches(sweep.prefix, it[0][skip:])]
+    try:
+        codec.decode_states(KINDS[definition.kind], [value for _, value in expired])
+    except BadRecord as error:
+        raise StoreCorrupt(f"view {definition.view}: {error}") from None
+    return [key for key, _ in expired]

@@ -111,8 +111,10 @@ def parse_matcher(text: str) -> Matcher:
 
 
 def describe(definition: Definition) -> str:
-    """Return a definition in short, for messages: `sum(region, product)`, `monotone sum(region)`."""
-    return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)})"
+    """Return a definition in short, for messages: `monotone sum(region) in windows of 60 s, kept for 3600 s`."""
+    window = f" in windows of {definition.window_s} s" if definition.window_s else ""
+    kept = f", kept for {definition.retention_s} s" if definition.retention_s else ""
+    return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)}){window}{kept}"
 
 
 def merged(

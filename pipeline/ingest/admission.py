@@ -34,6 +34,10 @@ class NoFacts:
         """Return None."""
         return None
 
+    def expired_before_ms(self, partition: int, definition: Definition) -> int:
+        """Return 0."""
+        return 0
+
 
 def is_reserved(producer_id: str) -> bool:
     """Return whether only a gateway itself makes batches with this producer id."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -11,7 +11,7 @@ import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.codec import RefusedGroup, encode_batch
-from pipeline.core.kinds import KIND_NAMES, check_ahead, kind_of
+from pipeline.core.kinds import KIND_NAMES, KINDS, check_ahead, kind_of
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
     CONTROL_ACTIONS,
@@ -21,15 +21,17 @@ from pipeline.core.record import (
     Control,
     Definition,
     Group,
-    check_definition,
     check_label_values,
+    parse_suffix,
     series_prefix,
     series_suffix,
+    start_of_window_ms,
 )
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, refusal
+from pipeline.ingest.definitions import DefinitionFinder, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
@@ -37,10 +39,6 @@ from pipeline.publisher.batching import Pending, seal
 from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
-
-_REMEMBERED_MAX = 10_000
-_REMEMBERED_MS = 60_000
-"""How long a gateway remembers definitions of its own requests: by then the stores that it reads from have them."""
 
 
 class _Series(NamedTuple):
@@ -74,13 +72,14 @@ class Gateway:
         limits: TaskLimits | None = None,
         facts: Facts | None = None,
         idempotent_partitions: int = 1,
+        definitions_of: Callable[[str, str, int | None], Sequence[Definition]] = lambda view, kind, window_s: (),
     ) -> None:
-        """`limits` are those of the tasks; `facts` knows their state."""
+        """`limits` are those of the tasks; `facts` knows their state; `definitions_of` is as in `DefinitionFinder`."""
         self._writer = writer
         self._tokens = TokenMaker(writer)
         self._clock = clock
         self._settings = settings
-        self._definition_of = definition_of
+        self._definitions = DefinitionFinder(clock, definition_of, definitions_of)
         self._metrics = metrics
         self._limits = limits or TaskLimits()
         self._facts = facts or NoFacts()
@@ -88,8 +87,6 @@ class Gateway:
         self._idempotent_partitions = idempotent_partitions
         self._lock = threading.Lock()
         self._outbox = Outbox(clock.new_id(), 0)
-        self._defined: dict[tuple[str, str], tuple[Definition, int]] = {}
-        """By view and kind: the definition of the last request here, and its time."""
 
     # Deltas
 
@@ -123,14 +120,14 @@ class Gateway:
         # A delta that is refused now may be valid in a repeat, where tasks would not count it, because they know the batch
         # by its key. So a request with a key is then refused as a whole.
         refused_now = refused if key is None else None
-        known: dict[tuple[str, str], Definition | None] = {}
+        known = KnownViews({}, {})
         raw: dict[_Series, list[Any]] = {}
-        numbers: dict[Definition, list[int]] = {}
+        numbers: dict[_Series, list[int]] = {}
         for part, members in enumerate(parts):
             for number in members:
                 delta, reason = deltas[number], "view"
                 try:
-                    definition = self._definition(delta, known)
+                    definition = self._definitions.of(delta, known)
                     reason = "labels"
                     labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
                     reason = "value"
@@ -139,16 +136,17 @@ class Gateway:
                     self._refuse(number, reason, error, refused)
                     continue
                 try:
-                    if definition.kind == "last":
+                    if definition.kind == "last" or definition.window_s:
                         check_ahead(ts_ms, now_ms, self._limits.ts_ahead_max_ms)
                 except Invalid as error:
                     self._refuse(number, reason, error, refused_now)
                     continue
-                raw.setdefault(_Series(part, definition, series_suffix(labels)), []).append(value)
-                numbers.setdefault(definition, []).append(number)
+                series = _Series(part, definition, series_suffix(labels, start_of_window_ms(definition, ts_ms)))
+                raw.setdefault(series, []).append(value)
+                numbers.setdefault(series, []).append(number)
         sealed, wanted = self._seal(raw, numbers, refused_now, key, now_ms)
         token = self._send(sealed, wanted, key)
-        self._remember(numbers, now_ms)
+        self._definitions.remember({it.definition: None for it in raw}, now_ms)
         self._metrics.inc(m.DELTAS_INGESTED, len(deltas) - len(refused or ()))
         return token
 
@@ -160,46 +158,9 @@ class Gateway:
     def _check(self, definition: Definition, delta: RawDelta, now_ms: int) -> tuple[Any, int]:
         """Return the value of a delta, as its kind keeps it, and its time."""
         ts_ms = now_ms if delta.ts_ms is None else delta.ts_ms
+        if definition.window_s:
+            KINDS["last"].check(None, ts_ms)  # whatever the kind is, the time decides about the window
         return kind_of(definition).check(delta.value, ts_ms, self._clock.rising_ns()), ts_ms
-
-    def _definition(self, delta: RawDelta, known: dict[tuple[str, str], Definition | None]) -> Definition:
-        """Return the definition of a delta. If it does not say whether a sum is monotone, the known view decides."""
-        view, kind, labels, window_s, monotone = _shape(delta)
-        if monotone is None:
-            monotone = False
-            if kind == "sum":
-                if (view, kind) not in known:
-                    known[view, kind] = self._known(view, kind)
-                was = known[view, kind]
-                monotone = was is not None and was.monotone
-        elif kind == "sum":
-            known.setdefault((view, kind), Definition(view, kind, monotone=monotone))
-        definition = Definition(view, kind, tuple(sorted(labels)), window_s, monotone)
-        check_definition(definition, KIND_NAMES)
-        return definition
-
-    def _known(self, view: str, kind: str) -> Definition | None:
-        """Return the definition of a view of this kind that this process knows."""
-        known = self._definition_of(view)
-        if known is not None and known.kind != kind:
-            known = None
-        remembered = self._defined.get((view, kind))
-        if remembered is None or self._clock.now_ms() - remembered[1] >= _REMEMBERED_MS:
-            return known
-        return remembered[0] if known is None else _together(remembered[0], known)
-
-    def _remember(self, definitions: Iterable[Definition], now_ms: int) -> None:
-        for definition in definitions:
-            key = definition.view, definition.kind
-            was = self._defined.pop(key, None)
-            if was is not None and now_ms - was[1] < _REMEMBERED_MS:
-                definition = _together(definition, was[0])
-            self._defined[key] = definition, now_ms
-        while len(self._defined) > _REMEMBERED_MAX:
-            try:
-                del self._defined[next(iter(self._defined))]
-            except (KeyError, StopIteration, RuntimeError):  # another thread is at it
-                break
 
     def _fitted(self, deltas: Sequence[RawDelta]) -> list[RawDelta]:
         """Return the deltas, each with all labels of its view and kind: missing ones are empty."""
@@ -208,7 +169,7 @@ class Gateway:
             mine = {name: "" for name, value in delta.labels.items() if value}
             unions.setdefault((delta.view, delta.kind), {}).update(mine)
         for (view, kind), union in unions.items():
-            known = self._known(view, kind)
+            known = self._definitions.known(view, kind)
             if known is not None and len(union.keys() | {*known.labels}) <= LABEL_COUNT_MAX:
                 union.update(dict.fromkeys(known.labels, ""))
         fitted = []
@@ -224,7 +185,7 @@ class Gateway:
     def _seal(
         self,
         raw: dict[_Series, list[Any]],
-        numbers: dict[Definition, list[int]],
+        numbers: dict[_Series, list[int]],
         refused: list[Refusal] | None,
         key: RequestKey | None,
         now_ms: int,
@@ -240,16 +201,29 @@ class Gateway:
             fixed = partition_of_request(producer_id, self._idempotent_partitions)
             if fixed >= partition_count:
                 raise Unavailable(f"idempotent_partitions goes beyond the {partition_count} partitions that there are")
-        crcs = {it: crc32(series_prefix(it.definition) + it.suffix) for it in raw}
         wanted: dict[int, dict[Definition, None]] = {}
-        for it, crc in crcs.items():
-            wanted.setdefault(fixed if fixed >= 0 else crc % partition_count, {})[it.definition] = None
+        oldest: dict[tuple[int, Definition], int] = {}
+        for it in [*raw]:
+            of, partition = it.definition, fixed
+            if key is None:
+                partition = crc32(series_prefix(of) + it.suffix) % partition_count
+                if of.window_s and of.retention_s:  # with a key it can be a repeat, which tasks know and count once
+                    if (partition, of) not in oldest:
+                        oldest[partition, of] = self._facts.expired_before_ms(partition, of)
+                    if parse_suffix(it.suffix)[0] < oldest[partition, of]:
+                        del raw[it]
+                        for number in numbers.pop(it):
+                            self._refuse(number, "expired", _expired(of, oldest[partition, of]), refused)
+                        continue
+            wanted.setdefault(partition, {})[of] = None
+        if not raw:
+            return [], {}
         full = self._rooms.take(wanted)
         try:
             if full:
-                for definition, why in full.items():
-                    for number in numbers.pop(definition):
-                        self._refuse(number, "view", why, refused)
+                for it in [it for it in raw if it.definition in full]:
+                    for number in numbers.pop(it):
+                        self._refuse(number, "view", full[it.definition], refused)
                 raw = {it: run for it, run in raw.items() if it.definition not in full}
             states = {it: kind_of(it.definition).collect(run) for it, run in raw.items()}
             if key is not None:
@@ -387,12 +361,6 @@ class Gateway:
         return self._send(sealed, {}, key)
 
 
-def _together(newer: Definition, older: Definition) -> Definition:
-    """Return the newer definition with the labels of both, unless these are too many."""
-    labels = tuple(sorted({*newer.labels, *older.labels}))
-    return msgspec.structs.replace(newer, labels=labels) if len(labels) <= LABEL_COUNT_MAX else newer
-
-
 def _seal_parts(states: Mapping[_Series, Any], producer_id: str, partition: int, now_ms: int) -> list[Sealed]:
     """Return the batches of a request with a key: the sequence of each is the place of its deltas in the request."""
     parts: dict[int, dict[Definition, tuple[list[bytes], list[Any]]]] = {}
@@ -408,22 +376,11 @@ def _seal_parts(states: Mapping[_Series, Any], producer_id: str, partition: int,
     return sealed
 
 
-def _shape(delta: RawDelta) -> tuple[str, str, Mapping[str, str], int, bool | None]:
-    """Return view, kind, labels, window and `monotone` of a delta, or raise `Invalid` if one has a wrong type."""
-    view: Any = delta.view
-    kind: Any = delta.kind
-    labels: Any = delta.labels
-    window_s: Any = delta.window_s
-    monotone: Any = delta.monotone
-    if not isinstance(view, str) or not isinstance(kind, str):
-        raise Invalid("view and kind are text")
-    if not isinstance(labels, Mapping) or not all(isinstance(name, str) for name in labels):
-        raise Invalid(f"view {view:.200}: labels are names with values")
-    if window_s is not None and (type(window_s) is not int or window_s < 0):
-        raise Invalid(f"view {view:.200}: window_s is a whole number of seconds")
-    if monotone is not None and not isinstance(monotone, bool):
-        raise Invalid(f"view {view:.200}: monotone is true or false")
-    return view, kind, labels, window_s or 0, monotone
+def _expired(definition: Definition, oldest_ms: int) -> str:
+    return (
+        f"view {definition.view}: its window has expired: the oldest that is kept starts at {oldest_ms} ms "
+        f"(retention_s is {definition.retention_s})"
+    )
 
 
 def _covering(messages: Sequence[Message], results: Sequence[int | PipelineError]) -> dict[int, int]:

@@ -49,6 +49,8 @@ class _Part:
         self.view = view
         self.labels = labels
         self._names = frozenset(labels)
+        self.has_windows = view.definition.window_s > 0
+        """True if the time of a line decides about the window; else it is of no use, but to gauges."""
 
     def values(self, tags: Mapping[str, str]) -> tuple[str, ...]:
         """Return the label values of a line, empty for a tag that it lacks."""
@@ -174,17 +176,19 @@ class StatsdSink:
         cells = [part.view.labels(*of) for part, of in zip(slot.parts, values, strict=True)]
         if line.type == GAUGE:
             self._record_gauge(line, slot, key, cells[0])
-        elif line.type == SET:
-            cells[0].add(1)
+            return
+        times = [line.ts_ms if part.has_windows else None for part in slot.parts]
+        if line.type == SET:
+            cells[0].add(1, ts_ms=times[0])
         elif line.type == COUNTER:
             for value in line.values:
-                cells[0].add(value)
+                cells[0].add(value, ts_ms=times[0])
         else:
             mean, largest, count = cells
             for value in line.values:
-                mean.observe(value)
-                largest.observe(value)
-                count.add(line.weight)
+                mean.observe(value, ts_ms=times[0])
+                largest.observe(value, ts_ms=times[1])
+                count.add(line.weight, ts_ms=times[2])
 
     def _record_gauge(self, line: Line, slot: _MetricViews, key: tuple[str, ...], cell: Any) -> None:
         value = slot.series[key]
@@ -214,7 +218,17 @@ class StatsdSink:
                 raise _Refused("labels")
             definitions.append(definition)
         parts = [
-            _Part(self._publisher.view(it.kind, it.view, labels=it.labels, monotone=it.monotone), it.labels)
+            _Part(
+                self._publisher.view(
+                    it.kind,
+                    it.view,
+                    labels=it.labels,
+                    monotone=it.monotone,
+                    window_s=it.window_s,
+                    retention_s=it.retention_s,
+                ),
+                it.labels,
+            )
             for it in definitions
         ]
         for view, _ in wanted:

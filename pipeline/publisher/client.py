@@ -77,6 +77,7 @@ class BasePublisher:
             opening=self._opening,
             full=self._full,
             now_ms=clock.now_ms,
+            now_ns=getattr(clock, "now_ns", None),
             ts_ahead_max_ms=settings.ts_ahead_max_ms,
             local_series_max=settings.local_series_max,
             journal=_Journal(self) if settings.durability != "memory" else None,
@@ -178,46 +179,87 @@ class BasePublisher:
 
     # Views
 
-    def sum(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False) -> SumView:
+    # All kinds have the same keywords: `window_s`, the length of windows in seconds (None or 0: there are none), and
+    # `retention_s`, the seconds for which a window is kept after its end, or a series without windows after its last delta
+    # (None or 0: for ever).
+
+    def sum(
+        self,
+        view: str,
+        *,
+        labels: Sequence[str] = (),
+        window_s: int | None = None,
+        retention_s: int | None = None,
+        monotone: bool = False,
+    ) -> SumView:
         """Return the view of this name: the total of what is added. `labels` are its label names, in the order of keys.
 
-        A `monotone` view takes no negative number, so it never falls: Prometheus sees it as a counter.
+        A `monotone` view takes no negative number, so it never falls: Prometheus sees it as a counter. With `window_s` there
+        is one total for each window of so many seconds, which is kept for `retention_s` after its end; without `retention_s`
+        it is kept for ever.
         """
-        return self._view(SumView, "sum", view, labels, window_s, monotone)
+        return self._view(SumView, "sum", view, labels, window_s, retention_s, monotone)
 
-    def min(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
-        """Return the view of this name: the smallest observation."""
-        return self._view(ObservedView, "min", view, labels, window_s)
+    def min(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> ObservedView:
+        """Return the view of this name: the smallest observation. `window_s` and `retention_s` are as in `sum`."""
+        return self._view(ObservedView, "min", view, labels, window_s, retention_s)
 
-    def max(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
-        """Return the view of this name: the largest observation."""
-        return self._view(ObservedView, "max", view, labels, window_s)
+    def max(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> ObservedView:
+        """Return the view of this name: the largest observation. `window_s` and `retention_s` are as in `sum`."""
+        return self._view(ObservedView, "max", view, labels, window_s, retention_s)
 
-    def mean(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> ObservedView:
-        """Return the view of this name: the mean of all observations."""
-        return self._view(ObservedView, "mean", view, labels, window_s)
+    def mean(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> ObservedView:
+        """Return the view of this name: the mean of all observations. `window_s` and `retention_s` are as in `sum`."""
+        return self._view(ObservedView, "mean", view, labels, window_s, retention_s)
 
-    def last(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> LastView:
-        """Return the view of this name: the newest value that was set."""
-        return self._view(LastView, "last", view, labels, window_s)
+    def last(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> LastView:
+        """Return the view of this name: the newest value that was set. `window_s` and `retention_s` are as in `sum`."""
+        return self._view(LastView, "last", view, labels, window_s, retention_s)
 
-    def histogram(self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None) -> HistogramView:
-        """Return the view of this name: the distribution of all observations, of which reads can ask any quantile."""
-        return self._view(HistogramView, "histogram", view, labels, window_s)
+    def histogram(
+        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
+    ) -> HistogramView:
+        """Return the view of this name: the distribution of all observations, of which reads can ask any quantile.
+
+        `window_s` and `retention_s` are as in `sum`.
+        """
+        return self._view(HistogramView, "histogram", view, labels, window_s, retention_s)
 
     def view(
-        self, kind: str, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, monotone: bool = False
+        self,
+        kind: str,
+        view: str,
+        *,
+        labels: Sequence[str] = (),
+        window_s: int | None = None,
+        retention_s: int | None = None,
+        monotone: bool = False,
     ) -> BaseView:
         """Return the view of this name and of a kind that is only known at run time."""
-        return self._view(BaseView, kind, view, labels, window_s, monotone)
+        return self._view(BaseView, kind, view, labels, window_s, retention_s, monotone)
 
     def _view(
-        self, _: type[ViewT], kind: str, view: str, labels: Sequence[str], window_s: int | None, monotone: bool = False
+        self,
+        _: type[ViewT],
+        kind: str,
+        view: str,
+        labels: Sequence[str],
+        window_s: int | None,
+        retention_s: int | None,
+        monotone: bool = False,
     ) -> ViewT:
         fork.check_fork()
         if self._closing:
             raise Invalid("this publisher is closed")
-        definition = _definition(kind, view, labels, window_s, monotone)
+        definition = _definition(kind, view, labels, window_s, retention_s, monotone)
         known: Any = self._views.get(definition.view)
         if known is None:
             if len(self._views) >= _VIEWS_MAX:
@@ -238,12 +280,14 @@ class BasePublisher:
         return {name: view.local() for name, view in [*self._views.items()]}
 
     def record_batch(self, view: BaseView, columns: Any, *, ignore: Iterable[str] = ()) -> int:
-        """Record rows at once: one column for each label name, `value`, and for last views `ts_ms`, in `columns`.
+        """Record rows at once: one column for each label name, `value`, and `ts_ms` if rows have times, in `columns`.
+
+        Rows of last views and of views with windows can have times: ms since 1970, or dates with an offset from UTC.
 
         `columns` is a mapping, a data frame of pandas or Polars, or an Arrow table or record batch. A column is a sequence,
         a NumPy array, or one of those libraries; a single value stands for every row. Columns that the view does not know
-        are refused, because a name may be misspelled, but for those that `ignore` names. Without `ts_ms` rows are set as of
-        now, and the last row of a series counts.
+        are refused, because a name may be misspelled, but for those that `ignore` names. Without `ts_ms` rows are of
+        now, and in a last view the last row of a series counts.
 
         All rows are checked first: `Invalid` names the column and the row, of missing values too, and means that nothing was
         recorded. `BufferFull` says how many were. Returns how many rows were recorded: fewer if `on_full` has them dropped.
@@ -372,18 +416,20 @@ class _Journal:
 PublisherT = TypeVar("PublisherT", bound=BasePublisher)
 
 
-def _definition(kind: Any, view: Any, labels: Any, window_s: Any, monotone: Any) -> Definition:
+def _definition(kind: Any, view: Any, labels: Any, window_s: Any, retention_s: Any, monotone: Any) -> Definition:
     """Return a checked definition. Its names are plain text, even if they were given as members of a `StrEnum`."""
     names = (labels,) if isinstance(labels, str) else tuple(labels) if isinstance(labels, Iterable) else (None,)
     if not isinstance(view, str) or not all(isinstance(name, str) for name in names):
         raise Invalid("view and label names are text")
     if not isinstance(kind, str) or kind not in VIEW_TYPES:
         raise Invalid(f"view {view:.200}: unknown kind {kind!r:.50}; known: {', '.join(KIND_NAMES)}")
-    if window_s is not None and (type(window_s) is not int or window_s < 1):
-        raise Invalid(f"view {view:.200}: window_s is a whole number of seconds from 1, got {window_s!r:.50}")
+    for name, seconds in (("window_s", window_s), ("retention_s", retention_s)):
+        if seconds is not None and (type(seconds) is not int or seconds < 0):
+            raise Invalid(f"view {view:.200}: {name} is a whole number of seconds (0: none), got {seconds!r:.50}")
     if not isinstance(monotone, bool):
         raise Invalid(f"view {view:.200}: monotone is True or False, got {monotone!r:.50}")
-    definition = Definition(str.__str__(view), str.__str__(kind), tuple(map(str.__str__, names)), window_s or 0, monotone)
+    plain_names = tuple(map(str.__str__, names))
+    definition = Definition(str.__str__(view), str.__str__(kind), plain_names, window_s or 0, monotone, retention_s or 0)
     check_definition(definition, KIND_NAMES)
     return definition
 

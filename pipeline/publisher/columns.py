@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipeline.core.record import Definition
@@ -20,6 +21,7 @@ _FORMATS = {
     "float": "f", "double": "d",
 }  # fmt: skip
 """Arrow's types of numbers, with their names in the buffer protocol."""
+_EPOCH, _MS = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 _TEXTS = frozenset(("string", "large_string", "string_view"))
 
 
@@ -135,10 +137,10 @@ def read_table(definition: Definition, table: Any, ignore: Iterable[str] = ()) -
 
     Raises `Invalid` if one is missing, or unknown and not in `ignore`.
     """
-    labels, last = definition.labels, definition.kind == "last"
+    labels, timed = definition.labels, has_times(definition)
     needed = {*labels, "value"}
-    known = {*needed, "ts_ms"} if last else needed
-    if len(needed) == len(labels) or (last and "ts_ms" in labels):
+    known = {*needed, "ts_ms"} if timed else needed
+    if len(needed) == len(labels) or (timed and "ts_ms" in labels):
         raise _invalid(definition, "a label is named as the column of values or times is; record by handles")
     if hasattr(table, "column_names") and hasattr(table, "column"):
         names, get = list(table.column_names), table.column
@@ -152,10 +154,37 @@ def read_table(definition: Definition, table: Any, ignore: Iterable[str] = ()) -
         raise _invalid(definition, f"ignore: names of columns that are not needed, got {ignore!r:.100}")
     names = [name for name in names if name not in ignored]
     if len(names) != len(set(names)) or not needed <= {*names} <= known:
-        wanted = [*labels, "value", *(["ts_ms, if they have times"] if last else [])]
+        wanted = [*labels, "value", *(["ts_ms, if they have times"] if timed else [])]
         raise _invalid(definition, f"columns {wanted} are needed; got {names}; name the others in `ignore`")
-    numbers = {} if last else {"value": read_value}
-    return {name: numbers.get(name, read)(name, get(name)) for name in names}
+    ways = {} if definition.kind == "last" else {"value": read_value}
+    if timed:
+        ways["ts_ms"] = read_times
+    return {name: ways.get(name, read)(name, get(name)) for name in names}
+
+
+def has_times(definition: Definition) -> bool:
+    """Return whether the deltas of a view have times of their own."""
+    return definition.kind == "last" or definition.window_s > 0
+
+
+def read_times(name: str, column: Any) -> Column:
+    """Do as `read` does, and make ms since 1970 of dates that have an offset from UTC; other dates are refused."""
+    kind = getattr(getattr(column, "dtype", None), "kind", "")
+    if kind == "M" and not getattr(column.dtype, "tz", None):
+        raise Invalid(f"column {name}: dates without an offset from UTC; give them one, or ms since 1970")
+    found = list(column.tolist()) if kind == "M" else read(name, column)
+    if isinstance(found, Scalar):
+        return Scalar(_ms_of(name, found.value, 0))
+    return [_ms_of(name, value, row) for row, value in enumerate(rows_of(found, len(found)))]
+
+
+def _ms_of(name: str, at: Any, row: int) -> Any:
+    """Return a date in ms since 1970; of anything else the table says whether it is a time."""
+    if type(at) is int:
+        return at
+    if at is None or (isinstance(at, datetime) and (at != at or at.tzinfo is None)):  # noqa: PLR0124  # pandas' NaT
+        raise Invalid(f"column {name}, row {row}: a date needs its offset from UTC, got {at!r:.60}; nothing was recorded")
+    return (at - _EPOCH) // _MS if isinstance(at, datetime) else at
 
 
 def rows_in(definition: Definition, columns: Mapping[str, Column]) -> int:

@@ -79,6 +79,8 @@ class TableFlusher:
         """Numbers of evicted series all of whose records were drained."""
         self._late: list[int] = []
         """Numbers of evicted series that a failed checkpoint named; a later one, or the next drain, removes them."""
+        self._swept_s = 0.0
+        """The time at which series of ended windows were last evicted."""
         self._evicted = False
         """True if series were evicted whose names the spool still has."""
         self._overflowed = self._overflow_count()  # a forked child's views count on from their parent's
@@ -189,12 +191,17 @@ class TableFlusher:
             self._gone, self._late, self._evicted = [], [], False
 
     def _evict(self, now_s: float) -> None:
-        """Evict series that were silent for `series_idle_ms`, or, if there is no room, all in which nothing waits."""
+        """Evict series of windows that have ended and series that were silent for `series_idle_ms`; or, if there is no room,
+        all in which nothing waits.
+        """
         if self._is_short or (self._spool is not None and self._spool.is_full_of_names):
             if self.table.evict(0):
                 self._evicted = True
                 self._account.freed()
             return
+        if now_s - self._swept_s >= _EVICT_EVERY_S:
+            self._swept_s = now_s
+            self._evicted |= self.table.evict_ended() > 0
         history = self._history
         if history and now_s - history[-1][0] < min(_EVICT_EVERY_S, self._idle_s / 4):
             return

@@ -13,7 +13,8 @@ Neither table owns a thread, a clock or a log. The publisher passes in what the 
   was forked and nobody has called `forget`. Its errors reach the caller who records.
 - `full(bytes_needed, delta_count)` is called when something does not fit in `bytes_max`. It returns True to try again, False
   to drop the delta. Its errors reach the caller who records.
-- `now_ms()` returns the time.
+- `now_ms()` returns the time, and `now_ns()`, where it is given, the same in nanoseconds at less cost. If that is the
+  system's own `time.time_ns`, the native table reads the clock without a call.
 - `journal` is given if deltas are to outlive the process: see `Journal`. Each delta is then recorded to the table and to a
   ring, both or neither, and a drain states where the ring ended: everything before that was drained, nothing behind it was.
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from zlib import crc32
@@ -33,7 +34,8 @@ from zlib import crc32
 from pipeline.core.kinds import KINDS, State, check_ahead
 from pipeline.core.record import Definition, overflow_suffix
 from pipeline.publisher.batching import Draft, Routed, cut, encode
-from pipeline.publisher.view import QUEUE_MAX, AddView, BaseView, ObserveView, SetView, Slot
+from pipeline.publisher.totals import Local, Totals
+from pipeline.publisher.view import NS_PER_MS, QUEUE_MAX, AddView, BaseView, ObserveView, SetView, Slot
 
 if TYPE_CHECKING:
     from pipeline.publisher.spool.ring import Segment
@@ -60,24 +62,6 @@ class Journal(Protocol):
         ...
 
 
-class Local(Mapping[bytes, State]):
-    """The totals of a view as of a snapshot, by suffix. A `Local` never changes."""
-
-    def __init__(self, states: Mapping[bytes, State], *, complete: bool) -> None:
-        self._states = states
-        self.complete = complete
-        """False if series were left out, because there are more than `local_series_max`."""
-
-    def __getitem__(self, suffix: bytes) -> State:
-        return self._states[suffix]
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-
 class Table:
     """A process's unsent states, and the totals of what it has recorded. All methods may be called from any thread."""
 
@@ -92,6 +76,7 @@ class Table:
         opening: Callable[[], object],
         full: Callable[[int, int], bool],
         now_ms: Callable[[], int],
+        now_ns: Callable[[], int] | None = None,
         ts_ahead_max_ms: int = 3_600_000,
         local_series_max: int = 100_000,
         shard_count: int = 0,
@@ -100,6 +85,7 @@ class Table:
     ) -> None:
         """The module says what is passed in. `shard_count` and `lane_count` are for the native table (0: its own choice)."""
         self.check, self.now_ms = check, now_ms
+        self.now_ns = now_ns or (lambda: now_ms() * NS_PER_MS)
         self._opening, self._full, self._journal = opening, full, journal
         self._ring: Any = None
         self._bytes_max, self._ts_ahead_max_ms, self._local_series_max = bytes_max, ts_ahead_max_ms, local_series_max
@@ -119,7 +105,9 @@ class Table:
         self.queue.clear()
         self._states: _Waiting = {}
         self._drains = 0
-        self._totals = _Totals(self._local_series_max)
+        self._next_end_ns: float = inf
+        """The end of the window that ends first of those in which there are series, or before it."""
+        self._totals = Totals(self._local_series_max)
         self._locals: dict[BaseView, Local] = {}
         self._gone: list[int] = []
         self._cut: tuple[dict[int, tuple[int, int]], list[int]] = {}, []
@@ -225,7 +213,7 @@ class Table:
             with self._lock:
                 if self.closed and not asked:
                     return self._admit(view, suffix, delta, heap)
-                overflow = suffix not in view.slots and view.own_count >= view.series_max
+                overflow = suffix not in view.slots and view.own_counts.get(suffix[:8], 0) >= view.series_max
                 to = overflow_suffix(view.canonical, suffix[:8]) if overflow else suffix
                 slot = view.slots.get(to)
                 needed = heap if slot is not None else heap + SERIES_BYTES + len(to)
@@ -282,8 +270,10 @@ class Table:
         new = Slot(view, suffix, self._drains, open=not self.closed and self._journal is None)
         slot = view.slots.setdefault(suffix, new)
         if slot is new:
-            view.own_count += own
+            view.own_counts[suffix[:8]] += own
             self.used_bytes += size
+            if slot.end_ns < self._next_end_ns:  # noqa: PLR1730  # a call would let others in between
+                self._next_end_ns = slot.end_ns
         return slot
 
     def _alone(self, work: Callable[[], T], otherwise: T) -> T:
@@ -425,23 +415,43 @@ class Table:
 
         A bound series comes in again when it is recorded to. Totals stay.
         """
-        return self._alone(lambda: self._evict(silent_drains), 0)
+        return self._alone(lambda: self._evict(lambda slot: self._drains - slot.seen >= silent_drains), 0)
 
-    def _evict(self, silent_drains: int) -> int:
-        gone = 0
+    def evict_ended(self) -> int:
+        """Evict series in which nothing waits and whose windows have ended; return how many.
+
+        They get no more deltas, but for late ones. Totals stay.
+        """
+        now_ns = self.now_ms() * NS_PER_MS
+        return 0 if now_ns < self._next_end_ns else self._alone(lambda: self._evict_ended(now_ns), 0)
+
+    def _evict_ended(self, now_ns: int) -> int:
+        self._next_end_ns = inf  # what comes in from now on lowers it
+        gone = self._evict(lambda slot: slot.end_ns <= now_ns)
+        for slot in [slot for view in self._views if view.window_ms for slot in [*view.slots.values()]]:
+            if slot.end_ns < self._next_end_ns:  # noqa: PLR1730  # a call would let others in between
+                self._next_end_ns = slot.end_ns
+        return gone
+
+    def _evict(self, wanted: Callable[[Slot], bool]) -> int:
+        all_gone = 0
         for view in self._views:
+            gone = 0
             for suffix, slot in [*view.slots.items()]:
-                if slot not in self._states and self._drains - slot.seen >= silent_drains:
+                if wanted(slot) and slot not in self._states:  # in this order: a call lets others in
                     own, size = suffix != overflow_suffix(view.canonical, suffix[:8]), SERIES_BYTES + len(suffix)
                     slot.leave()
                     self._gone += [slot.number] * (slot.number > 0)
                     del view.slots[suffix]
-                    view.own_count -= own
+                    view.own_counts[suffix[:8]] -= own
+                    if not view.own_counts[suffix[:8]]:
+                        del view.own_counts[suffix[:8]]
                     self.used_bytes -= size
                     gone += 1
             if gone:
                 view.by_labels = {}
-        return gone
+            all_gone += gone
+        return all_gone
 
     def close(self) -> None:
         """Have every later record call `opening`, which may refuse it. Waiting states can still be drained."""
@@ -449,7 +459,7 @@ class Table:
             self.closed = True
             for view in self._views:
                 for slot in [*view.slots.values()]:
-                    slot.least = inf
+                    slot.shut()
 
     def hold(self) -> None:
         """Wait until no thread drains, evicts or takes a snapshot, and stop all that change the table: before a fork."""
@@ -458,33 +468,3 @@ class Table:
     def release(self) -> None:
         """End `hold`, in the parent. A child calls `forget`."""
         self._lock.release()
-
-
-class _Totals:
-    """States of up to so many series, by view."""
-
-    def __init__(self, room: int) -> None:
-        self.states: dict[BaseView, dict[bytes, State]] = {}
-        self.cut: set[BaseView] = set()
-        """Views some of whose series were left out."""
-        self._room = room
-
-    def add(self, slot: Slot, state: State) -> None:
-        """Merge a state in, if there is room and memory for its series: a drain must not fail because of a snapshot."""
-        try:
-            states = self.states.setdefault(slot.view, {})
-            known = slot.suffix in states
-            if known or self._room > 0:
-                states[slot.suffix] = slot.view.merge(states[slot.suffix], state) if known else state
-                self._room -= not known
-                return
-        except MemoryError:
-            pass
-        self.cut.add(slot.view)
-
-    def copy(self) -> _Totals:
-        """Return a copy."""
-        other = _Totals(self._room)
-        other.states = {view: states.copy() for view, states in self.states.items()}
-        other.cut = self.cut.copy()
-        return other

@@ -6,6 +6,7 @@ The native ones (`pipeline_native.pyi`) have the same recording methods, and `de
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from math import inf, isfinite
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 QUEUE_MAX = 512
 """Length of the queue at which a recording thread merges it."""
+NS_PER_MS = 1_000_000
 
 
 class Slot:
     """The place of a series in the table."""
 
-    __slots__ = ("adds", "least", "number", "out", "seen", "suffix", "view")
+    __slots__ = ("adds", "end_ns", "least", "number", "open_ns", "out", "seen", "suffix", "view")
 
     def __init__(self, view: BaseView, suffix: bytes, seen: int, *, open: bool = True) -> None:
         self.view = view
@@ -35,16 +37,26 @@ class Slot:
         self.seen = seen
         """Number of the drain that last found something here, or of the last one before the series came in."""
         self.adds = view.kind == "sum"
-        self.least = view.least if open else inf
+        self.least = view.least if open and not view.window_ms else inf
         """The least number that can be recorded without a check; up to `SHORT`."""
+        start_ns = int.from_bytes(suffix[:8], "big") * NS_PER_MS
+        self.end_ns = start_ns + view.window_ms * NS_PER_MS if view.window_ms else inf
+        """The end of the series' window; infinity: it has none."""
+        self.open_ns = start_ns if open and view.window_ms else inf
+        """The time from which, up to `end_ns`, numbers from the view's `least` to `SHORT` need no check; infinity: never."""
         self.number = 0
         """The number of the series in the journal; 0: it has none yet."""
         self.out = False
         """True once the series was evicted: it gets another slot when it is recorded again."""
 
+    def shut(self) -> None:
+        """Have every delta checked from now on."""
+        self.least = self.open_ns = inf
+
     def leave(self) -> None:
         """Mark the slot as evicted."""
-        self.out, self.least = True, inf
+        self.out = True
+        self.shut()
 
 
 def check_value(kind: str, monotone: bool, value: object) -> Any:
@@ -91,13 +103,13 @@ class BaseView:
         self.prefix = series_prefix(self.canonical)
         self.slots: dict[bytes, Slot] = {}
         """The series that are in the table, by suffix."""
-        self.own_count = 0
-        """The number of series that are not overflow series."""
+        self.own_counts: dict[bytes, int] = defaultdict(int)
+        """The number of series that are not overflow series, by the start of their window."""
         self.by_labels: dict[Any, Slot] = {}
         """A cache of slots by label values in the order of the definition; by the value itself if there is one label."""
-        simple = KINDS[self.kind].single and not self.window_ms
-        self.least = (0.0 if self.monotone else -SHORT) if simple else inf
-        """The least number that is its own delta; infinity in a view with windows, or with another kind of state."""
+        self.least = (0.0 if self.monotone else -SHORT) if KINDS[self.kind].single else inf
+        """The least number that is its own delta; infinity if states are of another kind."""
+        self.now_ns = table.now_ns
         self._order = [definition.labels.index(name) for name in self.canonical.labels]
         self._label_count = len(self._order)
         self._names = itemgetter(*definition.labels) if definition.labels else tuple
@@ -108,7 +120,7 @@ class BaseView:
         """Forget all series, in a forked child."""
         for slot in self.slots.values():
             slot.leave()
-        self.slots, self.by_labels, self.own_count = {}, {}, 0
+        self.slots, self.by_labels, self.own_counts = {}, {}, defaultdict(int)
 
     def labels(self, /, *values: str, **names: str) -> Any:
         """Return the series with these label values, by position or by name. It takes no memory before it is recorded."""
@@ -193,14 +205,17 @@ class BaseView:
             value = self.table.check(self.kind, self.monotone, value)
         return value if self.kind_rules.single else self.kind_rules.collect([value])
 
-    def record(self, suffix: bytes, value: Any, ts_ms: object = None) -> None:
-        """Record a delta to the series with a suffix, in the window of a time."""
+    def record(self, suffix: bytes, value: Any, ts_ms: object = None) -> Slot | None:
+        """Record a delta to the series with a suffix, in the window of a time; return the series' slot, if it has one."""
         if not self.window_ms and self.kind != "last":
             self.table.record(self, suffix, self.delta(value))
-            return
+            return self.slots.get(suffix)
         ts, now = self.table.time_of(ts_ms)
         delta = self.delta(value, ts, now)
-        self.table.record(self, self.window(ts) + suffix[8:] if self.window_ms else suffix, delta)
+        if self.window_ms:
+            suffix = self.window(ts) + suffix[8:]
+        self.table.record(self, suffix, delta)
+        return self.slots.get(suffix)
 
     def record_named(self, value: Any, names: dict[str, Any]) -> None:
         """Record a delta to the series with these labels; of a view with windows, `ts_ms` is the time."""
@@ -211,17 +226,17 @@ class BaseView:
             except (KeyError, TypeError):
                 pass
             else:
-                if slot.least <= value <= SHORT:
+                now_ns = self.now_ns() if slot.open_ns < inf else 0  # first: a call lets other threads in
+                if slot.least <= value <= SHORT or (slot.open_ns <= now_ns < slot.end_ns and self.least <= value <= SHORT):
                     self._queue.append((slot, value))
                     if len(self._queue) >= QUEUE_MAX:
                         self.table.settle()
                     return
         ts_ms = names.pop("ts_ms", None) if self.window_ms else None
         values = label_values(self.definition, (), names)
-        suffix = self.suffix(values)
-        self.record(suffix, value, ts_ms)
-        if suffix in self.slots:
-            self.by_labels[values if len(values) != 1 else values[0]] = self.slots[suffix]
+        found = self.record(self.suffix(values), value, ts_ms)
+        if found is not None and ts_ms is None:
+            self.by_labels[values if len(values) != 1 else values[0]] = found
 
 
 class BaseSeries:
@@ -233,12 +248,13 @@ class BaseSeries:
         """The suffix of the series, in no window."""
         self._slot = Slot(view, self.suffix, 0, open=False)
         self._queue = view.table.queue
+        self._now_ns = view.now_ns
+        self._least = view.least
 
     def _record(self, value: Any, ts_ms: object) -> None:
         view = self.view
         view.check_windows(ts_ms)
-        view.record(self.suffix, value, ts_ms)
-        self._slot = view.slots.get(self.suffix, self._slot)
+        self._slot = view.record(self.suffix, value, ts_ms) or self._slot
 
 
 class AddSeries(BaseSeries):
@@ -246,9 +262,14 @@ class AddSeries(BaseSeries):
 
     def add(self, value: float = 1, /, *, ts_ms: int | None = None) -> None:
         """Add `value`, of a view with windows to the window of `ts_ms` (None: now)."""
-        kind = type(value)
-        if (kind is float or kind is int) and self._slot.least <= value <= SHORT and ts_ms is None:
-            self._queue.append((self._slot, value))
+        kind, slot = type(value), self._slot
+        if (kind is float or kind is int) and ts_ms is None:
+            if not slot.least <= value <= SHORT:
+                now_ns = self._now_ns() if slot.open_ns < inf else 0  # first: a call lets other threads in
+                if not (slot.open_ns <= now_ns < slot.end_ns and self._least <= value <= SHORT):
+                    self._record(value, None)
+                    return
+            self._queue.append((slot, value))
             if len(self._queue) >= QUEUE_MAX:
                 self.view.table.settle()
         else:
@@ -260,9 +281,14 @@ class ObserveSeries(BaseSeries):
 
     def observe(self, value: float, /, *, ts_ms: int | None = None) -> None:
         """Observe `value`, of a view with windows in the window of `ts_ms` (None: now)."""
-        kind = type(value)
-        if (kind is float or kind is int) and self._slot.least <= value <= SHORT and ts_ms is None:
-            self._queue.append((self._slot, value))
+        kind, slot = type(value), self._slot
+        if (kind is float or kind is int) and ts_ms is None:
+            if not slot.least <= value <= SHORT:
+                now_ns = self._now_ns() if slot.open_ns < inf else 0  # first: a call lets other threads in
+                if not (slot.open_ns <= now_ns < slot.end_ns and self._least <= value <= SHORT):
+                    self._record(value, None)
+                    return
+            self._queue.append((slot, value))
             if len(self._queue) >= QUEUE_MAX:
                 self.view.table.settle()
         else:

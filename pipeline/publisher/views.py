@@ -13,7 +13,17 @@ from pipeline.core.kinds import KINDS
 from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, parse_suffix
 from pipeline.errors import Invalid
-from pipeline.publisher.columns import Column, Scalar, Vector, read_table, read_value, rows_in, rows_of
+from pipeline.publisher.columns import (
+    Column,
+    Scalar,
+    Vector,
+    has_times,
+    read_table,
+    read_times,
+    read_value,
+    rows_in,
+    rows_of,
+)
 from pipeline.publisher.local import LocalView
 from pipeline.publisher.timing import ExceptionCounter, Exceptions, Timer
 
@@ -61,12 +71,13 @@ class SumSeries(AddSeries):
 
     __slots__ = ()
 
-    def add_many(self, values: Any, /) -> int:
+    def add_many(self, values: Any, /, *, ts_ms: Any = None) -> int:
         """Add each of `values`: a sequence, or a NumPy or Arrow array. Return how many were recorded.
 
-        Raises `Invalid`, which names the row, before anything is recorded; `BufferFull` as `on_full` says.
+        `ts_ms` are as many times, in a view with windows (None: now). Raises `Invalid`, which names the row, before anything
+        is recorded; `BufferFull` as `on_full` says.
         """
-        return record_many(self, values)
+        return record_many(self, values, ts_ms)
 
     def time(self) -> Timer:
         """Add the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
@@ -82,9 +93,9 @@ class ObservedSeries(ObserveSeries):
 
     __slots__ = ()
 
-    def observe_many(self, values: Any, /) -> int:
+    def observe_many(self, values: Any, /, *, ts_ms: Any = None) -> int:
         """Observe each of `values`; see `SumSeries.add_many`."""
-        return record_many(self, values)
+        return record_many(self, values, ts_ms)
 
     def time(self) -> Timer:
         """Observe the seconds that a `with` block, or each call of a decorated function, takes; see `Timer`."""
@@ -154,7 +165,7 @@ VIEW_TYPES: Mapping[str, type[BaseView]] = {
 assert VIEW_TYPES.keys() == KINDS.keys()
 
 
-def record_many(series: Any, values: Any) -> int:
+def record_many(series: Any, values: Any, ts_ms: Any = None) -> int:
     """Record values to one series; see `SumSeries.add_many`."""
     view = series.view
     column = read_value("value", values)
@@ -162,7 +173,8 @@ def record_many(series: Any, values: Any) -> int:
         raise Invalid(f"view {view.definition.view}: a sequence of numbers is needed, got {type(values).__name__}")
     by_name = dict(zip(canonical(view.definition).labels, parse_suffix(series.suffix)[1], strict=True))
     labels = [by_name[name] for name in view.definition.labels]
-    recorded: int = BaseView.add_many(view, labels, numbers_of(column, len(column)))
+    times = None if ts_ms is None else rows_of(read_times("ts_ms", ts_ms), len(column))
+    recorded: int = BaseView.add_many(view, labels, numbers_of(column, len(column)), times)
     return recorded
 
 
@@ -172,7 +184,7 @@ def record_table(view: Any, table: Any, ignore: Iterable[str] = ()) -> int:
     columns = read_table(definition, table, ignore)
     row_count = rows_in(definition, columns)
     labels = [rows_of(columns[name], row_count) for name in definition.labels]
-    times = rows_of(columns["ts_ms"], row_count) if definition.kind == "last" and "ts_ms" in columns else None
+    times = rows_of(columns["ts_ms"], row_count) if has_times(definition) and "ts_ms" in columns else None
     recorded: int = view.record_columns(labels, numbers_of(columns["value"], row_count), times)
     return recorded
 

@@ -140,6 +140,11 @@ class ViewReader:
         query = Query(view)
         return (self._plans.get(_shape(query)) or self._load_plan(query)).merged.definition
 
+    def definitions_of(self, view: str, kind: str, window_s: int | None) -> tuple[Definition, ...]:
+        """Return the definitions that a read of this kind and window merges, as `definition` does."""
+        query = Query(view, kind=kind, window_s=window_s)
+        return (self._plans.get(_shape(query)) or self._load_plan(query)).merged.parts
+
     def _load_plan(self, query: Query) -> _Plan:
         """Read from the stores which definitions to merge."""
         stores = self._stores()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.core.codec import decode_folded, decode_position
-from pipeline.core.record import POSITION_KEY, TAG_DEFINITION, Definition, Position, prefix_end, producer_key
+from pipeline.core.codec import decode_definition, decode_folded, decode_position
+from pipeline.core.record import (
+    POSITION_KEY,
+    TAG_DEFINITION,
+    Definition,
+    Position,
+    definition_key,
+    prefix_end,
+    producer_key,
+)
 from pipeline.core.sequence import Folded
 from pipeline.errors import NotFound, PipelineError
 from pipeline.ports import KnownDefinitions, ReadableStore
@@ -26,6 +34,14 @@ def find_definition(reader: ViewReader, view: str) -> Definition | None:
         return reader.definition(view)
     except NotFound:
         return None
+
+
+def find_definitions(reader: ViewReader, view: str, kind: str, window_s: int | None) -> Sequence[Definition]:
+    """Return the definitions that a read of a view by kind and window merges (None: the window that was defined first)."""
+    try:
+        return reader.definitions_of(view, kind, window_s)
+    except NotFound:
+        return ()
 
 
 class StoredState:
@@ -61,6 +77,14 @@ class StoredState:
             return None if value is None else decode_folded(value)
         except (KeyError, PipelineError):
             return None
+
+    def expired_before_ms(self, partition: int, definition: Definition) -> int:
+        """Return the start of the oldest window that a partition keeps."""
+        try:
+            value = self._stores()[partition].get([definition_key(definition)])[0]
+            return 0 if value is None else decode_definition(value).expired_before_ms
+        except (KeyError, PipelineError):
+            return 0
 
 
 def _position(value: bytes | None) -> Position:

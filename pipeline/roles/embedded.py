@@ -21,7 +21,7 @@ from pipeline.ports import Store
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
-from pipeline.query.stored_state import StoredState, find_definition
+from pipeline.query.stored_state import StoredState, find_definition, find_definitions
 from pipeline.settings import LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
@@ -104,6 +104,7 @@ class Engine:
             limits=worker.task_limits(),
             facts=StoredState(self.stores),
             idempotent_partitions=query.idempotent_partitions,
+            definitions_of=partial(find_definitions, self.reader),
         )
 
     def _new_reader(self, settings: QuerySettings, metrics: Metrics) -> ViewReader:

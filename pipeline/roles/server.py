@@ -13,7 +13,7 @@ from pipeline.ports import Ingest, ReadableStore
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
 from pipeline.query.reader import ViewReader
-from pipeline.query.stored_state import StoredState, find_definition
+from pipeline.query.stored_state import StoredState, find_definition, find_definitions
 from pipeline.roles.kafka_role import KafkaRole
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
@@ -104,6 +104,7 @@ class ClusterServer(KafkaRole):
             limits=worker.task_limits(),
             facts=StoredState(self.stores),
             idempotent_partitions=partitions,
+            definitions_of=partial(find_definitions, self.reader),
         )
 
     @property

@@ -157,4 +157,4 @@ def _known_views(url: str, warn: Callable[[str], None]) -> dict[str, Definition]
     except (NotReady, Unavailable) as error:
         warn(f"the server's views are not known ({error}): labels are those of --labels, or of the first line")
         return {}
-    return {it.name: Definition(it.name, it.kind, tuple(it.labels), it.window_s or 0, it.monotone) for it in found}
+    return {it.name: it.definition for it in reversed(found)}  # the definition that answers comes first

@@ -76,7 +76,7 @@ def fold_windows(quick: bool) -> list[Row]:
 
 
 def expire(quick: bool) -> list[Row]:
-    """A worker folds while as many entries as it folds expire; against folding alone."""
+    """A worker folds deltas of known series while as many entries are due to be deleted; against folding alone."""
     count = 20_000 if quick else 1_000_000
     seconds = {}
     for expires in (True, False):
@@ -85,16 +85,18 @@ def expire(quick: bool) -> list[Row]:
             start_ms = (now_ms - 7_200_000) // _WINDOW_MS * _WINDOW_MS
             old = [(i, start_ms) for i in range(count)]
             _publish(made, old, EXPIRING if expires else WINDOWED, start_ms)
+            present_ms = now_ms // _WINDOW_MS * _WINDOW_MS
+            _publish(made, [(i, present_ms) for i in range(count // 10)], WINDOWED, start_ms + 1)
             made.work()
-            new = [(i % (count // 10), now_ms // _WINDOW_MS * _WINDOW_MS) for i in range(count)]
+            new = [(i % (count // 10), present_ms) for i in range(count)]
             random.Random(1).shuffle(new)
             _publish(made, new, WINDOWED, now_ms)
             if expires:
-                _publish(made, [(0, now_ms // _WINDOW_MS * _WINDOW_MS)], EXPIRING, now_ms)
+                _publish(made, [(0, present_ms)], EXPIRING, now_ms)
             seconds[expires] = cpu_seconds(made.work)
     return [
         at_least_times(
-            "worker, as many entries expire",
+            "worker, while as many entries expire",
             Figure(count / seconds[True], _UNIT),
             Figure(count / seconds[False], _UNIT, "the same without a retention"),
             0.95,

@@ -221,6 +221,54 @@ def test_a_view_with_several_definitions(server: UpProcess) -> None:
     assert f"at {server.url}, not sum(b)" in done.stderr
 
 
+@pytest.mark.parametrize("format_", ["csv", "ndjson"])
+def test_a_view_with_windows(server: UpProcess, format_: str) -> None:
+    """Each row is in the window of its time, or of now; a run that does not name window and retention has the view's."""
+    view = f"visits_{format_}"
+    rows = [
+        ("x", 1, "2026-01-01T00:00:59Z"),
+        ("x", 2, "2026-01-01T00:01:00+00:00"),
+        ("x", 4, 1767225660001),
+        ("y", 8, 1767225719999),
+    ]
+    if format_ == "csv":
+        text = "page,n,at\n" + "".join(f"{page},{n},{at}\n" for page, n, at in rows)
+    else:
+        text = "".join(json.dumps({"page": page, "n": n, "at": at}) + "\n" for page, n, at in rows)
+    plain = ("--value", "n", "--labels", "page", "--format", format_, "-")
+    windows = ("--window-s", "60", "--retention-s", "1000000000")
+    publish_ok(server, view, *windows, "--ts", "at", *plain, input=text)
+    publish_ok(server, view, "--window-s", "60", "--ts", "at", *plain, input=text)
+    report = publish_ok(server, view, *plain, input=text)
+    with Reader(server.url) as reader:
+        (listed,) = [it for it in reader.views() if it.name == view]
+        assert (listed.window_s, listed.retention_s, listed.series_count) == (60, 10**9, 5)
+        answer = reader.get(
+            view, start="2026-01-01T00:00:00Z", end="2026-01-01T00:02:00Z", after=report["token"], timeout_ms=20_000
+        )
+        first = 1767225600000
+        points = {series.labels["page"]: [list(point) for point in series.points] for series in answer.series}
+        assert points["x"] == [[first, 2], [first + 60_000, 12]]
+        assert points["y"] == [[first + 60_000, 16]]
+    for options in (
+        ("--window-s", "10"),
+        ("--window-s", "0"),
+        ("--retention-s", "5"),
+        ("--window-s", "60", "--retention-s", "0"),
+    ):
+        done = pipeline("publish", view, "--to", server.url, *options, *plain, input=text)
+        assert done.returncode == 2
+        assert (
+            f"view {view} is sum(page) in windows of 60 s, kept for 1000000000 s at {server.url}, not sum(page)"
+            in done.stderr
+        )
+    ahead = pipeline(
+        "publish", view, "--to", server.url, "--window-s", "60", "--ts", "at", *plain, input=text.replace("2026", "2099")
+    )
+    assert ahead.returncode == 1
+    assert "is too far ahead of now" in ahead.stderr
+
+
 def test_a_monotone_view(server: UpProcess) -> None:
     """--monotone defines one; without it, or the other way round, it is another view; a negative value is a bad line."""
     text = "v\n1\n2.5\n"

@@ -250,12 +250,7 @@ def test_a_drain_that_has_no_memory_for_its_totals() -> None:
         failed = []
 
         def trace(frame: FrameType, event: str, arg: object, failed: list[int] = failed) -> Any:
-            if (
-                frame.f_code.co_qualname == "_Totals.add"
-                and event == "line"
-                and "states[" in source_of(frame)
-                and not failed
-            ):
+            if frame.f_code.co_qualname == "Totals.add" and event == "line" and "states[" in source_of(frame) and not failed:
                 failed.append(frame.f_lineno)
                 raise MemoryError
             return trace

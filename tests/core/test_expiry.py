@@ -18,7 +18,7 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.errors import BadRecord
+from pipeline.errors import BadRecord, StoreCorrupt
 from tests.core.driver import Shell
 
 V = Definition("v", "sum", ("a",), window_s=10, retention_s=60)
@@ -406,6 +406,19 @@ def test_an_overflow_series_that_was_silent() -> None:
     shell.settle()
     assert visible(shell) == {("x", 0): 2, (OVERFLOW, 0): 12}
     assert shell.series_count("quiet") == 2
+
+
+def test_a_damaged_entry_is_not_deleted() -> None:
+    """An entry that can't be decoded is damage of the store, whatever it seems to say of its expiry."""
+    shell = Timed()
+    shell.at(0, group(QUIET, {("x", 0): 1}))
+    shell.settle()
+    (key,) = (key for key in shell.store if key.startswith(series_prefix(QUIET)))
+    shell.store[key] = shell.store[key][:-1]
+    shell.at(100, group(KEPT, {("x", 0): 1}))
+    shell.freeze()
+    with pytest.raises(StoreCorrupt, match="view quiet"):
+        shell.prepare()
 
 
 def test_entries_expire_in_a_view_with_a_retention_only() -> None:

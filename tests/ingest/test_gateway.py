@@ -113,7 +113,6 @@ def test_labels_follow_the_known_definition() -> None:
         (delta(1, "new", **{f"l{i}": "x" for i in range(40)}), "labels; at most"),
         (delta(1, "l", "last", ts_ms=-1), "ts_ms"),
         (delta(1, "l", "last", ts_ms="now"), "ts_ms"),  # type: ignore[arg-type]
-        (RawDelta("new", "sum", {}, 1, None, 60), "window"),
         (RawDelta("new", "sum", {}, 1, None, "60"), "window_s"),  # type: ignore[arg-type]
         (delta(1, "l", "last", ts_ms=2**53), "ms ahead of now"),
         (delta(1, "l", "last", ts_ms=CLOCK.now_ms() + 40_000_000), "at most 3600000"),

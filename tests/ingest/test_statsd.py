@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.metrics as m
-from pipeline.core.record import Definition
+from pipeline.core.record import Definition, parse_suffix
 from pipeline.ingest.statsd import StatsdSink
 from pipeline.settings import IngestSettings
-from tests.publisher.support import CLOCK, FaultyLog, Meter, Views, fold, publisher
+from tests.publisher.support import CLOCK, FaultyLog, Meter, Views, batches, fold, publisher
 
 
 class Stopped:
@@ -270,3 +270,29 @@ def parses(line: bytes) -> bool:
         return bool(line.decode().strip())
     except UnicodeDecodeError:
         return True
+
+
+def test_a_view_with_windows_takes_the_times_of_lines() -> None:
+    """A view that the server has with windows is recorded to as it is; a line's own time decides about the window."""
+    known = {
+        "hits": Definition("hits", "sum", ("a",), 60, retention_s=10**10),
+        "took_ms": Definition("took_ms", "mean", (), 60),
+        "took_ms_count": Definition("took_ms_count", "sum"),
+        "level": Definition("level", "last", (), 60),
+    }
+    world = World(known=known)
+    world.send("hits:1|c|#a:x|T60", "hits:2:3|c|#a:x|T119", "hits:5|c|#a:x|T120", "took:8|ms|T59", "level:4|g|T61")
+    world.send("hits:7|c|#a:x", f"hits:7|c|#a:x|T{CLOCK.now_ms() // 1_000 + 7_200}")
+    assert world.sink.refused == {"refused": 1}
+    world.views()
+    found = {}
+    for batch in batches(world.log.log):
+        for group in batch.groups:
+            for suffix, state in zip(group.suffixes, group.states, strict=True):
+                found[group.definition.view, parse_suffix(suffix)[0]] = state
+                assert group.definition in (*known.values(), Definition("took_ms_max", "max"))
+    assert [found["hits", start] for start in (60_000, 120_000)] == [6, 5]
+    assert (found["took_ms", 0], found["took_ms_count", 0], found["took_ms_max", 0]) == ((8, 1), 1, 8)
+    assert found["level", 60_000][2] == 4
+    ((now_ms, value),) = [(start, state) for (view, start), state in found.items() if view == "hits" and start > 120_000]
+    assert (now_ms % 60_000, value) == (0, 7)

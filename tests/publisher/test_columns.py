@@ -4,6 +4,8 @@ import array
 import math
 import re
 import threading
+from collections import Counter
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ import pytest
 
 import pipeline.publisher.columns as columns_module
 from pipeline.core.kinds import TS_MS_MAX
+from pipeline.core.record import parse_suffix
 from pipeline.errors import Invalid
-from tests.publisher.support import fold, memory_log, publisher, wait_until
+from tests.publisher.support import CLOCK, batches, fold, memory_log, publisher, wait_until
 
 np = pytest.importorskip("numpy")
 pa = pytest.importorskip("pyarrow")
@@ -229,6 +232,52 @@ def test_rows_of_one_series_merge_in_their_order() -> None:
     assert views.of("v") == {("x",): 13, ("y",): 2}
     assert views.of("n") == {("x",): "a", ("y",): True}
     assert views.of("t") == {("x",): "new", ("y",): "t" * 60_000}
+
+
+def test_rows_of_a_view_with_windows_have_times() -> None:
+    """`ts_ms` is ms since 1970, or dates with their offset from UTC in every library; without it rows are of now."""
+    log = memory_log()
+    ms = [60_000, 119_999, 120_000]
+    dates = [datetime.fromtimestamp(at / 1_000, UTC) for at in ms]
+    elsewhere = timezone(timedelta(hours=5, minutes=30))
+    shapes: list[Any] = [
+        ms, np.array(ms), pa.array(ms), pd.Series(ms), pl.Series(ms), dates, [at.astimezone(elsewhere) for at in dates],
+        pa.array(dates, pa.timestamp("ms", tz="UTC")), pa.array(dates, pa.timestamp("us", tz="Asia/Kolkata")),
+        pd.Series(dates), pl.Series(dates), pd.DatetimeIndex(dates), pa.array(dates, pa.timestamp("ns", tz="UTC")),
+    ]  # fmt: skip
+    with publisher(log) as pub:
+        view = pub.sum("v", labels=("a",), window_s=60)
+        for shape in shapes:
+            assert pub.record_batch(view, {"a": "x", "value": 1, "ts_ms": shape}) == 3
+        assert view.labels("x").add_many([1, 1, 1], ts_ms=dates) == 3
+        assert pub.mean("m", window_s=60).labels().observe_many([1, 3], ts_ms=[60_000, 60_001]) == 2
+        assert pub.record_batch(view, {"a": ["x"], "value": 1, "ts_ms": dates[0]}) == 1
+        before_ms = CLOCK.now_ms()
+        assert pub.record_batch(view, {"a": ["now"], "value": 1}) == 1
+        after_ms = CLOCK.now_ms()
+        for wrong in (
+            np.array(ms, dtype="M8[ms]"), pd.Series(np.array(ms, dtype="M8[ns]")), [at.replace(tzinfo=None) for at in dates],
+            pa.array([at.replace(tzinfo=None) for at in dates]), [*dates[:2], None], [*dates[:2], pd.NaT], ["1970", 1, 2],
+            [*ms[:2], after_ms + 3_700_000],
+        ):  # fmt: skip
+            with pytest.raises(Invalid, match="ts_ms"):
+                pub.record_batch(view, {"a": "x", "value": 1, "ts_ms": wrong})
+        with pytest.raises(Invalid, match="ts_ms"):
+            pub.record_batch(pub.sum("none", labels=("a",)), {"a": ["x"], "value": 1, "ts_ms": [1]})
+        with pytest.raises(Invalid, match="no windows"):
+            pub.sum("none", labels=("a",)).labels("x").add_many([1], ts_ms=[1])
+    found: Counter[tuple[str, int]] = Counter()
+    for batch in batches(log):
+        for group in batch.groups:
+            for suffix, state in zip(group.suffixes, group.states, strict=True):
+                start_ms, labels = parse_suffix(suffix)
+                found["now" if labels == ("now",) else group.definition.view, start_ms] += (
+                    state if type(state) is int else state[1]
+                )
+    (now_ms,) = [start_ms for name, start_ms in found if name == "now"]
+    assert before_ms - 60_000 < now_ms <= after_ms
+    count = len(shapes) + 1
+    assert found == {("v", 60_000): 2 * count + 1, ("v", 120_000): count, ("m", 60_000): 2, ("now", now_ms): 1}
 
 
 def test_what_cannot_be_recorded_at_once_is_refused() -> None:

@@ -36,13 +36,16 @@ def test_all_kinds_answer_as_reads_do() -> None:
         pub.sum("sum").add(2**70)
         pub.sum("huge").add_many([1e308, 1e308])
         for value in (3, 1.5, 9):
-            for view in (pub.min("min"), pub.max("max"), pub.mean("mean")):
+            for view in (pub.min("min"), pub.max("max"), pub.mean("mean"), pub.histogram("histogram")):
                 view.observe(value)
         for text, ts_ms in (("old", 5), ("new", 6), ("older", 4)):
             pub.last("last").set(text, ts_ms)
     found = {name: local[()] for name, local in pub.local().items()}
+    local = {(name, ()): value for name, value in found.items()}
+    assert found["histogram"]["quantiles"]["0.99"] == 9
+    del found["histogram"]
     assert found == {"sum": 2**70, "huge": 2 * int(1e308), "min": 1.5, "max": 9, "mean": 4.5, "last": "new"}
-    assert {(name, ()): value for name, value in found.items()} == fold(log).answers
+    assert local == fold(log).answers
 
 
 def test_labels_stand_as_declared() -> None:

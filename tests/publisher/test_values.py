@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.core.record import Definition
+from pipeline.core.kinds import KIND_NAMES, KINDS
+from pipeline.core.record import Definition, parse_suffix
 from pipeline.errors import Invalid
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import RawDelta
@@ -37,12 +38,15 @@ def test_a_view_is_defined_once() -> None:
         assert pub.sum("v", labels=["a", "b"]) is view
         assert pub.view("sum", "v", labels=iter(("a", "b"))) is view  # type: ignore[arg-type]
         assert pub.view("sum", "m", labels="a", monotone=True) is counter
-        assert pub.sum("v", labels=("a", "b"), window_s=None) is view
+        assert pub.sum("v", labels=("a", "b"), window_s=None, retention_s=None) is view
+        assert pub.sum("v", labels=("a", "b"), window_s=0, retention_s=0) is view
         for again in (
             lambda: pub.mean("v", labels=("a", "b")),
             lambda: pub.sum("v", labels=("b", "a")),
             lambda: pub.sum("v"),
             lambda: pub.sum("v", labels=("a", "b"), monotone=True),
+            lambda: pub.sum("v", labels=("a", "b"), window_s=60),
+            lambda: pub.sum("v", labels=("a", "b"), retention_s=60),
         ):
             with pytest.raises(Invalid, match=r"view v is sum\(a, b\) here"):
                 again()
@@ -62,7 +66,8 @@ def test_a_view_is_defined_once() -> None:
         ("v", {"labels": ("a b",)}, "label name"),
         ("v", {"labels": ("a", "a")}, "twice"),
         ("v", {"labels": tuple(f"l{i}" for i in range(40))}, "labels; at most"),
-        *(("v", {"window_s": window_s}, "window_s") for window_s in (0, -1, 1.5, "60", True, 10**10)),
+        *(("v", {"window_s": window_s}, "window_s") for window_s in (-1, 1.5, "60", True, 10**10)),
+        *(("v", {"retention_s": length}, "retention_s") for length in (-1, 1.5, "60", True, 10**11)),
         *(("v", {"kind": kind}, "unknown kind") for kind in ("median", "", None, ["sum"], 1)),
         *(("v", {"monotone": monotone}, "True or False") for monotone in (1, None, "yes")),
         ("v", {"kind": "max", "monotone": True}, "a max cannot be monotone"),
@@ -74,6 +79,28 @@ def test_what_is_no_view_is_refused(view: Any, more: dict[str, Any], says: str) 
         with pytest.raises(Invalid, match=says) as caught:
             pub.view(**{"kind": "sum", "view": view, **more})
         assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_every_kind_has_windows_and_a_retention(kind: str) -> None:
+    """They travel with the definition, whichever method makes the view; deltas of two windows are two series."""
+    log = memory_log()
+    with publisher(log) as pub:
+        make: Any = getattr(pub, kind)
+        view = make("v", window_s=60, retention_s=3_600)
+        assert pub.view(kind, "v", window_s=60, retention_s=3_600) is view
+        with pytest.raises(Invalid, match=r"v is .* in windows of 60 s, kept for 3600 s here; not .* in windows of 60 s$"):
+            make("v", window_s=60)
+        record = getattr(view, KINDS[kind].method)
+        record(1, ts_ms=59_999)
+        record(1, ts_ms=60_000)
+        record(1)
+    groups = [group for batch in batches(log) for group in batch.groups]
+    assert {group.definition for group in groups} == {Definition("v", kind, (), 60, retention_s=3_600)}
+    starts = sorted(parse_suffix(suffix)[0] for group in groups for suffix in group.suffixes)
+    assert starts[:2] == [0, 60_000]
+    assert len(starts) == 3
+    assert starts[2] % 60_000 == 0
 
 
 def test_there_are_at_most_so_many_views() -> None:

@@ -240,3 +240,20 @@ def test_servers_that_only_read_have_no_letters() -> None:
 def test_places_come_back() -> None:
     """A place is a text between two calls."""
     assert LetterCursor.parse(str(LetterCursor(3, 0, 42))) == LetterCursor(3, 0, 42)
+
+
+def test_what_has_expired_is_refused_again(world: World) -> None:
+    """A replay of series whose windows have expired changes nothing, and says why; the listing finds them by the reason."""
+    world.work(MANY)
+    minutes = Definition("minutes", "sum", ("n",), window_s=60, retention_s=60)
+    now_ms = world.clock.now_ms()
+    suffixes = [series_suffix(("x",), start_ms // 60_000 * 60_000) for start_ms in (now_ms - 600_000, now_ms)]
+    put(world, encode_batch(Batch("p", 0, 0, 0, 0, now_ms, [Group(minutes, suffixes, [1, 2])])))
+    world.fold()
+    for _ in range(2):
+        (letter,) = world.letters.listing(LetterFilter(reason="expired"), 10).letters
+        assert letter.view == "minutes"
+        with world.folding():
+            done = world.letters.replay(LetterFilter(reason="expired"), limit=10, timeout_s=20)
+        assert [(it.result, it.reason[:7]) for it in done.outcomes] == [("refused again", "expired")]
+    assert world.partitions[0].task.counts.entries_folded == 1

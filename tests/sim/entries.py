@@ -99,6 +99,12 @@ def state_of(kind: str, columns: list[Any]) -> Found:
     if kind == "last":
         ts_ms, _, said = columns
         return Found(said, ts_ms=ts_ms)
+    if kind == "distinct":
+        packed = columns[0]
+        return Found(items=tuple(int.from_bytes(packed[i : i + 8], "big", signed=True) for i in range(0, len(packed), 8)))
+    if kind == "topk":
+        total, error, packed = columns
+        return Found(total, error, items=tuple(msgspec.msgpack.decode(packed)))
     if kind == "histogram":
         total, least, most, packed = columns
         total, error = total if isinstance(total, list) else (total, 0.0)

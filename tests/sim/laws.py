@@ -34,6 +34,8 @@ class Found(NamedTuple):
     """Of a `last`."""
     least: Any = None
     most: Any = None
+    items: tuple[Any, ...] = ()
+    """Of a distinct, the hashes of its items; of a topk, item, count, item, count, ..."""
     buckets: tuple[int, ...] = ()
     """Of a histogram, as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
 
@@ -49,7 +51,20 @@ def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
         return (
             "" if found.total == expected and type(found.total) in (int, float) else f"is {found.total!r}, not {expected!r}"
         )
+    if kind == "distinct":
+        return "" if found.items == (expected := tuple(sorted({*deltas}))) else f"has {found.items}, not {expected}"
+    if kind == "topk":
+        return _of_topk(deltas, found)
     return _of_histogram(deltas, found) if kind == "histogram" else _of_last(deltas, found)
+
+
+def _of_topk(deltas: Sequence[tuple[str, int]], found: Found) -> str:
+    """The counts of so few items are exact."""
+    counts: dict[str, int] = {}
+    for item, count in deltas:
+        counts[item] = counts.get(item, 0) + count
+    expected = sum(counts.values()), 0, tuple(part for row in sorted(counts.items()) for part in row)
+    return "" if (found.total, found.error, found.items) == expected else f"is {found}, not {expected}"
 
 
 FINEST = 8

@@ -138,6 +138,10 @@ class SimPublisher:
     def some_delta(self, view: View) -> Any:
         """A delta of the view; of a `last`, the next set of this process, perhaps in the very millisecond of another."""
         rng = self._rng
+        if view.kind == "distinct":
+            return rng.choice((1, -1)) * 2 ** rng.choice((3, 40, 61)) + rng.randint(0, 1)  # a hash
+        if view.kind == "topk":
+            return rng.choice(("", "a", "b", "\u00fc")), rng.randint(1, 9)
         if view.kind != "last":
             return some_number(rng, view, floats=self._floats)
         number = some_number(rng, view), some_number(rng, view)

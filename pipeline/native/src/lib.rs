@@ -9,6 +9,7 @@ mod python;
 mod ring;
 mod state;
 mod table;
+mod time;
 mod view;
 mod wire;
 

@@ -6,6 +6,7 @@ use crate::local::States;
 use crate::ring::Segment;
 use crate::state::State;
 use crate::table::*;
+use crate::time;
 use crate::view::{AddView, ObserveView, SetView, View};
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -27,6 +28,8 @@ pub struct Table {
     full: Py<PyAny>,
     now_ms: Py<PyAny>,
     journal: Option<Py<PyAny>>,
+    /// True if `now_ms` is the time of the system.
+    on_system_clock: bool,
     ts_ahead_max_ms: i64,
     config: (usize, usize, usize, usize),
 }
@@ -70,8 +73,8 @@ impl Table {
     pub fn hash(&self, view: &ViewInfo, suffix: &[u8]) -> u32 {
         let mut hasher = self.hasher.build_hasher();
         hasher.write_u32(view.id);
-        hasher.write(suffix);
-        (hasher.finish() >> 16) as u32
+        hasher.write(suffix.get(WINDOW_BYTES..).unwrap_or(suffix)); // one that is looked up can be anything
+        (hasher.finish() >> 16) as u32 ^ window_bits(window_of(suffix))
     }
 
     #[inline]
@@ -80,7 +83,34 @@ impl Table {
     }
 
     pub fn now(&self, py: Python<'_>) -> PyResult<i64> {
-        self.now_ms.bind(py).call0()?.extract()
+        if self.on_system_clock {
+            Ok(time::now_ms())
+        } else {
+            self.now_ms.bind(py).call0()?.extract()
+        }
+    }
+
+    /// Whether it surely is in a window of a view now; false leaves that open.
+    #[inline(always)]
+    pub fn is_in(&self, py: Python<'_>, view: &ViewInfo, window: i64) -> PyResult<bool> {
+        let end_ms = window + view.window_ms;
+        if self.on_system_clock {
+            Ok(time::surely_within(window, end_ms))
+        } else {
+            Ok((window..end_ms).contains(&self.now(py)?))
+        }
+    }
+
+    /// The start of the window of a view in which the time is now.
+    #[inline(always)]
+    pub fn window_now(&self, py: Python<'_>, view: &ViewInfo) -> PyResult<i64> {
+        let last = view.window_now.load(Relaxed);
+        if self.is_in(py, view, last)? {
+            return Ok(last);
+        }
+        let window = view.window_of(self.now(py)?);
+        view.window_now.store(window, Relaxed);
+        Ok(window)
     }
 
     /// A time of recording, greater than every one before.
@@ -127,6 +157,23 @@ impl Table {
             self.opening.bind(py).call0()?;
         }
         self.record_slowly(py, key, delta, closed)
+    }
+
+    /// Record a delta to a bound series of a view with windows, if it was last found in this window; false: nothing is done.
+    #[inline(always)]
+    pub fn record_in(
+        &self,
+        py: Python<'_>,
+        view: &ViewInfo,
+        hash: u32,
+        window: i64,
+        place: &Place,
+        delta: &mut State,
+    ) -> bool {
+        let core = self.core();
+        let mut held = lock(py, core, core.shard(hash, core.lane()));
+        let closed = core.closed.load(Relaxed);
+        !closed && matches!(core.record_in(&mut held, view, window, place, delta), Outcome::Done)
     }
 
     /// Record a delta that may need memory; `asked` says whether `opening` was called since the table was closed.
@@ -223,7 +270,7 @@ impl Table {
 impl Table {
     #[new]
     #[allow(clippy::too_many_arguments)] // keywords
-    #[pyo3(signature = (*, bytes_max, check, opening, full, now_ms, ts_ahead_max_ms=3_600_000, local_series_max=100_000, shard_count=0, lane_count=0, journal=None))]
+    #[pyo3(signature = (*, bytes_max, check, opening, full, now_ms, now_ns=None, ts_ahead_max_ms=3_600_000, local_series_max=100_000, shard_count=0, lane_count=0, journal=None))]
     fn new(
         py: Python<'_>,
         bytes_max: usize,
@@ -231,6 +278,7 @@ impl Table {
         opening: Py<PyAny>,
         full: Py<PyAny>,
         now_ms: Py<PyAny>,
+        now_ns: Option<Bound<'_, PyAny>>,
         ts_ahead_max_ms: i64,
         local_series_max: usize,
         shard_count: usize,
@@ -255,6 +303,10 @@ impl Table {
             full,
             now_ms,
             journal,
+            on_system_clock: match now_ns {
+                Some(now_ns) => now_ns.is(py.import("time")?.getattr("time_ns")?),
+                None => false,
+            },
             ts_ahead_max_ms,
             config,
         })
@@ -353,6 +405,11 @@ impl Table {
 
     fn evict(&self, py: Python<'_>, silent_drains: u32) -> usize {
         self.alone(py, |core| core.evict(silent_drains))
+    }
+
+    fn evict_ended(&self, py: Python<'_>) -> PyResult<usize> {
+        let now_ms = self.now(py)?;
+        Ok(self.alone(py, |core| core.evict_ended(now_ms)))
     }
 
     fn close(&self, py: Python<'_>) {

@@ -14,10 +14,11 @@ use crate::ring::Ring;
 use crate::state::{Kind, State};
 use crate::wire::*;
 use hashbrown::HashTable;
+use std::borrow::Cow;
 use std::cell::UnsafeCell;
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
-use std::sync::{Arc, Condvar, Mutex};
+use std::collections::hash_map::{Entry, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 const SHARD_COUNT: usize = 64;
 const CHUNK: usize = 32;
@@ -44,29 +45,37 @@ pub struct ViewInfo {
     /// The suffix of the overflow series, without its window.
     pub overflow_labels: Vec<u8>,
     pub prefix_crc: crc32fast::Hasher,
-    /// The series that count against `series_max`, of the core whose number is in the upper half.
-    pub counted: AtomicU64,
+    /// The start of the window in which the time was when it was last looked at.
+    pub window_now: AtomicI64,
     pub overflow_count: AtomicU64,
 }
 
 impl ViewInfo {
-    fn series_count(&self, core: u32) -> u64 {
-        let counted = self.counted.load(Relaxed);
-        if (counted >> 32) as u32 == core {
-            counted & 0xffff_ffff
-        } else {
-            0
-        }
-    }
-
-    fn count(&self, core: u32, more: i64) {
-        let to = |_| Some((core as u64) << 32 | (self.series_count(core) as i64 + more) as u64);
-        let _ = self.counted.fetch_update(Relaxed, Relaxed, to);
-    }
-
     pub fn is_overflow(&self, suffix: &[u8]) -> bool {
         suffix[WINDOW_BYTES..] == *self.overflow_labels
     }
+
+    /// The start of the window of a time, in ms; 0 if the view has no windows.
+    #[inline]
+    pub fn window_of(&self, ts_ms: i64) -> i64 {
+        if self.window_ms == 0 {
+            0
+        } else {
+            ts_ms - ts_ms.rem_euclid(self.window_ms)
+        }
+    }
+}
+
+/// The start of the window of a series.
+pub fn window_of(suffix: &[u8]) -> i64 {
+    suffix.first_chunk::<WINDOW_BYTES>().map_or(0, |start| i64::from_be_bytes(*start))
+}
+
+/// What a window changes in the hash of a series: not the bits that name its shard. So a series is in one shard in all of its
+/// windows, and the places of a bound series are read and written under one lock.
+#[inline(always)]
+pub fn window_bits(window: i64) -> u32 {
+    ((window as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 44) as u32
 }
 
 /// Which series: `hash` is that of the other two.
@@ -220,11 +229,12 @@ impl std::ops::DerefMut for Held<'_> {
     }
 }
 
-/// Where a bound series was last found. It is there still if the slot has the same stamp.
+/// Where a bound series was last found, and in which window. It is there still if the slot has the same stamp.
 #[derive(Default)]
 pub struct Place {
     at: AtomicU32,
     stamp: AtomicU64,
+    pub window: AtomicI64,
 }
 
 /// What became of a delta.
@@ -305,16 +315,21 @@ impl Gate {
     }
 }
 
+/// Numbers of series that count against `series_max`, by view and window.
+type Counts = HashMap<(u32, i64), u64, foldhash::fast::RandomState>;
+
 /// Everything that a forked child must not find: it gets a new one, and never looks into the old one, of which another
 /// thread may have held a lock.
 pub struct Core {
-    pub id: u32,
     pub closed: AtomicBool,
     pub shards: Box<[Shard]>,
     pub used: AtomicUsize,
     pub series: AtomicUsize,
     pub contended: AtomicU64,
     pub gate: Gate,
+    counts: Mutex<Counts>,
+    /// The end of the window that ends first of those in which there are series, or before it.
+    next_end_ms: AtomicI64,
     pub totals: Mutex<Totals>,
     /// The totals as of the last snapshot.
     pub published: Mutex<HashMap<u32, Arc<States>>>,
@@ -342,7 +357,6 @@ fn slot_bytes(suffix: &[u8]) -> usize {
 
 impl Core {
     pub fn new(bytes_max: usize, shard_count: usize, lane_count: usize, local_series_max: usize, journal: bool) -> Core {
-        static IDS: AtomicU32 = AtomicU32::new(1);
         let shards = match shard_count {
             0 if journal => 1, // each has a ring, whose segments take room on the disk
             0 => SHARD_COUNT,
@@ -350,13 +364,14 @@ impl Core {
         };
         let lanes = lane_count.max(1).next_power_of_two();
         Core {
-            id: IDS.fetch_add(1, Relaxed),
             closed: AtomicBool::new(false),
             shards: (0..shards * lanes).map(|_| Shard::default()).collect(),
             used: AtomicUsize::new(0),
             series: AtomicUsize::new(0),
             contended: AtomicU64::new(0),
             gate: Gate::default(),
+            counts: Mutex::default(),
+            next_end_ms: AtomicI64::new(i64::MAX),
             totals: Mutex::new(Totals { by_view: HashMap::new(), room: local_series_max }),
             published: Mutex::default(),
             undelivered: Mutex::default(),
@@ -375,6 +390,7 @@ impl Core {
         let gate = self.gate.state.try_lock().is_ok_and(|state| !state.0 || state.1 == me);
         let rest =
             self.totals.try_lock().is_ok() && self.published.try_lock().is_ok() && self.undelivered.try_lock().is_ok();
+        let rest = rest && self.counts.try_lock().is_ok();
         gate && rest && self.shards.iter().all(|shard| shard.try_lock().is_some())
     }
 
@@ -410,14 +426,30 @@ impl Core {
         insert: Option<&mut u64>,
     ) -> Outcome {
         let inner = &mut **held;
-        let at = match place.and_then(|place| inner.find_at(place)) {
+        let here = place.filter(|place| place.window.load(Relaxed) == window_of(key.suffix));
+        let at = match here.and_then(|place| inner.find_at(place)) {
             Some(at) => at,
             None => match self.locate(inner, key, delta, place, insert) {
                 Ok(at) => at,
                 Err(outcome) => return outcome,
             },
         };
-        let (more, less) = inner.slot(at).state.growth(key.view.kind, delta);
+        self.merge_at(inner, at, key.view, delta)
+    }
+
+    /// Merge a delta into a bound series of a view with windows, if it was last found in this window, and is there still.
+    #[inline(always)]
+    pub fn record_in(&self, held: &mut Held<'_>, view: &ViewInfo, window: i64, place: &Place, delta: &mut State) -> Outcome {
+        let inner = &mut **held;
+        match inner.find_at(place) {
+            Some(at) if place.window.load(Relaxed) == window => self.merge_at(inner, at, view, delta),
+            _ => Outcome::Missing,
+        }
+    }
+
+    #[inline(always)]
+    fn merge_at(&self, inner: &mut Inner, at: u32, view: &ViewInfo, delta: &mut State) -> Outcome {
+        let (more, less) = inner.slot(at).state.growth(view.kind, delta);
         if more > 0 && self.used.load(Relaxed) + more > self.bytes_max + less {
             return Outcome::Full(more);
         }
@@ -428,9 +460,9 @@ impl Core {
             }
         }
         let slot = inner.slot(at);
-        if !slot.state.add_simply(key.view.kind, delta) {
+        if !slot.state.add_simply(view.kind, delta) {
             let was = slot.state.heap_bytes();
-            slot.state.merge(key.view.kind, std::mem::replace(delta, State::Empty));
+            slot.state.merge(view.kind, std::mem::replace(delta, State::Empty));
             let is = slot.state.heap_bytes();
             if is != was {
                 self.used.fetch_add(is.wrapping_sub(was), Relaxed);
@@ -461,6 +493,7 @@ impl Core {
         if let Some(place) = place {
             place.stamp.store(inner.slot(at).stamp, Relaxed);
             place.at.store(at, Relaxed);
+            place.window.store(window_of(key.suffix), Relaxed);
         }
         Ok(at)
     }
@@ -470,7 +503,8 @@ impl Core {
         let Key { view, suffix, hash } = key;
         static STAMPS: AtomicU64 = AtomicU64::new(1);
         let own = !view.is_overflow(suffix);
-        if own && view.series_count(self.id) >= view.series_max as u64 {
+        let window = window_of(suffix);
+        if own && self.counts().get(&(view.id, window)).copied().unwrap_or(0) >= view.series_max as u64 {
             return Err(Outcome::Overflow);
         }
         let bytes = slot_bytes(suffix);
@@ -483,7 +517,12 @@ impl Core {
         }
         self.used.fetch_add(bytes, Relaxed);
         self.series.fetch_add(1, Relaxed);
-        view.count(self.id, own as i64);
+        if own {
+            *self.counts().entry((view.id, window)).or_insert(0) += 1;
+        }
+        if view.window_ms > 0 {
+            self.next_end_ms.fetch_min(window + view.window_ms, Relaxed);
+        }
         let mut crc = view.prefix_crc.clone();
         crc.update(suffix);
         let slot = Slot {
@@ -498,6 +537,10 @@ impl Core {
             number: std::mem::take(number),
         };
         Ok(inner.insert(slot))
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     pub fn waiting(&self) -> u64 {
@@ -619,7 +662,8 @@ impl Core {
         let known = |view: &Arc<ViewInfo>| by_view.remove(&view.id).unwrap_or_else(|| States::new(view.kind));
         let mut states: Vec<States> = views.iter().map(known).collect();
         for t in taken {
-            states[t.view as usize].merge(t.hash, &arena[t.start..t.start + t.len], t.state.clone(), t.count, room);
+            let (hash, suffix) = windowless(t.hash, &arena[t.start..t.start + t.len]);
+            states[t.view as usize].merge(hash, &suffix, t.state.clone(), t.count, room);
         }
         by_view.extend(views.iter().map(|view| view.id).zip(states));
     }
@@ -635,7 +679,8 @@ impl Core {
                     let slot = inner.slot(*at);
                     if let Some(view) = &slot.view {
                         let states = waiting.entry(view.id).or_insert_with(|| States::new(view.kind));
-                        states.merge(slot.hash, &slot.suffix, slot.state.clone(), slot.count, &mut usize::MAX.clone());
+                        let (hash, suffix) = windowless(slot.hash, &slot.suffix);
+                        states.merge(hash, &suffix, slot.state.clone(), slot.count, &mut usize::MAX.clone());
                     }
                 }
             }
@@ -659,6 +704,26 @@ impl Core {
     /// Let go of series in which nothing waits and that were silent for so many drains.
     pub fn evict(&self, silent_drains: u32) -> usize {
         let drain = self.drains.load(Relaxed);
+        self.let_go_of(|slot| drain.wrapping_sub(slot.seen) >= silent_drains)
+    }
+
+    /// Let go of series in which nothing waits and whose windows have ended; they get no more deltas but late ones.
+    pub fn evict_ended(&self, now_ms: i64) -> usize {
+        if now_ms < self.next_end_ms.load(Relaxed) {
+            return 0;
+        }
+        self.next_end_ms.store(i64::MAX, Relaxed); // what comes in from now on lowers it, and so does what stays
+        self.let_go_of(|slot| {
+            let Some(view) = slot.view.as_ref().filter(|view| view.window_ms > 0) else { return false };
+            let end_ms = window_of(&slot.suffix) + view.window_ms;
+            if end_ms > now_ms || slot.count > 0 {
+                self.next_end_ms.fetch_min(end_ms, Relaxed);
+            }
+            end_ms <= now_ms
+        })
+    }
+
+    fn let_go_of(&self, wanted: impl Fn(&Slot) -> bool) -> usize {
         let mut gone = 0;
         for shard in self.shards.iter() {
             let mut next = 0;
@@ -666,7 +731,7 @@ impl Core {
                 let mut inner = shard.lock();
                 let end = (next + HOLD_MAX).min(inner.chunks.len() * CHUNK);
                 for at in next..end {
-                    gone += self.let_go(&mut inner, at as u32, drain, silent_drains) as usize;
+                    gone += self.let_go(&mut inner, at as u32, &wanted) as usize;
                 }
                 next = end;
                 if next >= inner.chunks.len() * CHUNK {
@@ -680,9 +745,9 @@ impl Core {
         gone
     }
 
-    fn let_go(&self, inner: &mut Inner, at: u32, drain: u32, silent_drains: u32) -> bool {
+    fn let_go(&self, inner: &mut Inner, at: u32, wanted: impl Fn(&Slot) -> bool) -> bool {
         let Some(slot) = inner.chunks[at as usize / CHUNK].get_mut(at as usize % CHUNK) else { return false };
-        if slot.view.is_none() || slot.count > 0 || drain.wrapping_sub(slot.seen) < silent_drains {
+        if slot.view.is_none() || !wanted(slot) || slot.count > 0 {
             return false;
         }
         let Some(view) = slot.view.take() else { return false };
@@ -692,7 +757,14 @@ impl Core {
         }
         let suffix = std::mem::take(&mut slot.suffix);
         let hash = slot.hash;
-        view.count(self.id, -(!view.is_overflow(&suffix) as i64));
+        if !view.is_overflow(&suffix) {
+            if let Entry::Occupied(mut count) = self.counts().entry((view.id, window_of(&suffix))) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
         self.used.fetch_sub(slot_bytes(&suffix), Relaxed);
         self.series.fetch_sub(1, Relaxed);
         if let Ok(found) = inner.index.find_entry(spread(hash), |other| *other == at) {
@@ -701,6 +773,14 @@ impl Core {
         inner.free.push(at);
         inner.live -= 1;
         true
+    }
+}
+
+/// A series as the totals have it, which are over all windows: its hash and suffix in none.
+fn windowless(hash: u32, suffix: &[u8]) -> (u32, Cow<'_, [u8]>) {
+    match window_of(suffix) {
+        0 => (hash, Cow::Borrowed(suffix)),
+        window => (hash ^ window_bits(window), Cow::Owned([&[0; WINDOW_BYTES], &suffix[WINDOW_BYTES..]].concat())),
     }
 }
 

@@ -4,7 +4,7 @@ use crate::convert::*;
 use crate::labels::*;
 use crate::python::Table;
 use crate::state::{Kind, Stamped, State};
-use crate::table::{Key, Place, ViewInfo, WINDOW_BYTES};
+use crate::table::{window_bits, Key, Place, ViewInfo, WINDOW_BYTES};
 use crate::wire::{write_array_head, write_str};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -13,9 +13,11 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyString, PyTuple, PyType};
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::*};
 use std::sync::Arc;
 
+/// The name by which the time of a delta is given.
+const TIME: &str = "ts_ms";
 /// Rows that are recorded before other threads get the interpreter.
 const ROWS_AT_ONCE: usize = 4_096;
 
@@ -30,6 +32,8 @@ pub struct View {
     names: Vec<Py<PyString>>,
     /// By place in that order, the place among the labels as declared.
     order: Vec<usize>,
+    /// Whether a label is named as the time of a delta is.
+    has_time_label: bool,
     /// What `labels` returns, if it is a subclass.
     series_type: Option<Py<PyType>>,
 }
@@ -112,15 +116,16 @@ impl View {
             definition: encoded.cast::<PyBytes>()?.as_bytes().to_vec(),
             overflow_labels,
             prefix_crc,
-            counted: AtomicU64::new(0),
+            window_now: AtomicI64::new(0),
             overflow_count: AtomicU64::new(0),
         };
         let order = labels.iter().filter_map(|label| declared.iter().position(|other| other == label)).collect();
+        let has_time_label = labels.iter().any(|label| label == TIME);
         let names = labels.iter().map(|label| PyString::intern(py, label).unbind()).collect();
         let series_type = slf.getattr("series_type")?.cast_into::<PyType>()?;
         let own = [py.get_type::<AddSeries>(), py.get_type::<ObserveSeries>(), py.get_type::<SetSeries>()];
         let series_type = (!own.iter().any(|own| own.is(&series_type))).then(|| series_type.unbind());
-        Ok(View { table, info: Arc::new(info), declared: definition.unbind(), names, order, series_type })
+        Ok(View { table, info: Arc::new(info), declared: definition.unbind(), names, order, has_time_label, series_type })
     }
 
     /// Build the suffix of labels by their place in their own order; false: something is wrong with them.
@@ -190,6 +195,30 @@ impl View {
         Err(PyValueError::new_err("label_values returns the texts of all labels"))
     }
 
+    /// Record a delta of labels by name to the window in which the time is now; None: the labels are not as they should be, or
+    /// there is a time among them, and nothing is done.
+    #[inline]
+    fn record_now(
+        &self,
+        py: Python<'_>,
+        value: &Bound<'_, PyAny>,
+        names: Option<&Bound<'_, PyTuple>>,
+        values: &Args<'_>,
+    ) -> Option<PyResult<()>> {
+        let given = names.map_or(0, |names| names.len());
+        let mut suffix = Suffix::empty();
+        let label = |place: usize| Some(values.get(find(names?, given, &self.names[place], self.order[place])?));
+        if given != self.names.len() || !self.build(&mut suffix, label) {
+            return None;
+        }
+        let (table, info) = (self.table.get(), &self.info);
+        let recorded = number(info, table, value).and_then(|delta| {
+            suffix.set_window(table.window_now(py, info)?);
+            table.record(py, table.key(info, suffix.bytes()), delta, &[])
+        });
+        Some(recorded.map(drop))
+    }
+
     fn rows_error(&self, py: Python<'_>, column: &str, row: usize, error: PyErr) -> PyErr {
         let of = if column.is_empty() { String::new() } else { format!("column {column}, ") };
         invalid(py, format!("view {}: {of}row {row}: {}; nothing was recorded", self.info.name, error.value(py)))
@@ -227,7 +256,7 @@ impl View {
                     _ => number(info, table, &value),
                 }),
             };
-            deltas.push((delta.map_err(|e| self.rows_error(py, "value", row, e))?, window_of(info, ts)));
+            deltas.push((delta.map_err(|e| self.rows_error(py, "value", row, e))?, info.window_of(ts)));
             breathe(py, row);
         }
         Ok(deltas)
@@ -341,15 +370,6 @@ fn number(info: &ViewInfo, table: &Table, value: &Bound<'_, PyAny>) -> PyResult<
 
 fn stamped(table: &Table, ts_ms: i64, now_ms: i64, value: crate::state::Value) -> State {
     State::L(Box::new(Stamped { ts_ms, recorded_ns: table.rise(now_ms), value }))
-}
-
-/// The start of the window of a time, in ms; 0 if the view has no windows.
-fn window_of(info: &ViewInfo, ts_ms: i64) -> i64 {
-    if info.window_ms == 0 {
-        0
-    } else {
-        ts_ms - ts_ms.rem_euclid(info.window_ms)
-    }
 }
 
 /// Where a name stands among so many keywords: nearly always they are the same, interned object, and in the same order.
@@ -471,15 +491,24 @@ impl Series {
         Key { view: &self.info, suffix: &self.suffix, hash: self.hash }
     }
 
-    #[inline]
-    fn record(&self, py: Python<'_>, table: &Table, delta: State, window: i64) -> PyResult<()> {
-        if self.info.window_ms == 0 {
-            table.record(py, self.key(), delta, &self.places)?;
-            return Ok(());
+    /// Record a delta to the window in which the time is now.
+    #[inline(always)]
+    fn record_now(&self, py: Python<'_>, table: &Table, mut delta: State) -> PyResult<()> {
+        if let Some(place) = self.places.get(table.core().lane() as usize) {
+            let last = place.window.load(Relaxed);
+            if table.is_in(py, &self.info, last)? && table.record_in(py, &self.info, self.hash, last, place, &mut delta) {
+                return Ok(());
+            }
         }
+        self.record_at(py, table, delta, self.info.window_of(table.now(py)?))
+    }
+
+    /// Record a delta to a window; 0 if the view has none.
+    fn record_at(&self, py: Python<'_>, table: &Table, delta: State, window: i64) -> PyResult<()> {
         let mut suffix = self.suffix.clone();
         suffix[..WINDOW_BYTES].copy_from_slice(&window.to_be_bytes());
-        table.record(py, table.key(&self.info, &suffix), delta, &[])?;
+        let key = Key { view: &self.info, suffix: &suffix, hash: self.hash ^ window_bits(window) };
+        table.record(py, key, delta, &self.places)?;
         Ok(())
     }
 }
@@ -661,12 +690,12 @@ fn delta<const METHOD: u8>(py: Python<'_>, table: &Table, info: &ViewInfo, given
         Some(value) if METHOD == SET => stamped(table, ts_ms, now_ms, value_of(&table.check, value)?),
         Some(value) => number(info, table, value)?,
     };
-    Ok((delta, window_of(info, ts_ms)))
+    Ok((delta, info.window_of(ts_ms)))
 }
 
 fn time_name(py: Python<'_>) -> &Py<PyString> {
     static NAME: pyo3::sync::PyOnceLock<Py<PyString>> = pyo3::sync::PyOnceLock::new();
-    NAME.get_or_init(py, || PyString::intern(py, "ts_ms").unbind())
+    NAME.get_or_init(py, || PyString::intern(py, TIME).unbind())
 }
 
 #[inline]
@@ -714,6 +743,16 @@ unsafe extern "C" fn view_record<const METHOD: u8>(
         };
         return returned(py, done.map(drop));
     }
+    if METHOD != SET && nargs == 1 && info.window_ms > 0 && !view.has_time_label {
+        // SAFETY: as above.
+        let (value, names) = unsafe {
+            let names = (!kwnames.is_null()).then(|| Borrowed::from_ptr(py, kwnames).cast_unchecked::<PyTuple>());
+            (Borrowed::from_ptr(py, *args), names)
+        };
+        if let Some(done) = view.record_now(py, &value, names.as_deref(), &Args { py, first: args.wrapping_add(1) }) {
+            return returned(py, done);
+        }
+    }
     let record = || {
         let timed = METHOD == SET || info.window_ms > 0;
         let given = call::<METHOD>(py, args, nargs, kwnames, timed)?;
@@ -744,12 +783,15 @@ unsafe extern "C" fn series_record<const METHOD: u8>(
     };
     let series = slf.get();
     let (table, info) = (series.table.get(), &series.info);
-    if METHOD != SET && nargs <= 1 && kwnames.is_null() && info.window_ms == 0 && (METHOD == ADD || nargs == 1) {
+    if METHOD != SET && nargs <= 1 && kwnames.is_null() && (METHOD == ADD || nargs == 1) {
         // SAFETY: there is one value, which the caller keeps alive.
         let value = (nargs == 1).then(|| unsafe { Borrowed::from_ptr(py, *args) });
         let delta = value.map_or(Ok(State::I(1)), |value| number(info, table, &value));
-        let done = delta.and_then(|delta| table.record(py, series.key(), delta, &series.places));
-        return returned(py, done.map(drop));
+        let done = delta.and_then(|delta| match info.window_ms {
+            0 => table.record(py, series.key(), delta, &series.places).map(drop),
+            _ => series.record_now(py, table, delta),
+        });
+        return returned(py, done);
     }
     let record = || {
         let given = call::<METHOD>(py, args, nargs, kwnames, true)?;
@@ -760,7 +802,7 @@ unsafe extern "C" fn series_record<const METHOD: u8>(
             return Err(no_windows(py, info));
         }
         let (delta, window) = delta::<METHOD>(py, table, info, &given)?;
-        series.record(py, table, delta, window)
+        series.record_at(py, table, delta, window)
     };
     returned(py, record())
 }
