@@ -12,7 +12,7 @@ from pipeline.core.codec import DefinitionEntry
 from pipeline.core.derive import check_function, derived, totals
 from pipeline.core.kinds import KINDS, State
 from pipeline.core.query import Labels, MergedDefinition, Query, TopN, fold
-from pipeline.core.record import WINDOW_NONE, Definition
+from pipeline.core.record import WINDOW_NONE, Definition, series_prefix
 from pipeline.core.span import NO_RANGE, Point, check_range, filled, merge_points, span_of
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
@@ -23,7 +23,7 @@ _CHECK_EVERY = 256
 
 def check_unwindowed(query: Query) -> None:
     """Raise `Invalid` if a read of a view without windows asks for a range."""
-    if query.range != NO_RANGE or query.fn is not None:
+    if query.fn is not None or (query.range is not NO_RANGE and query.range != NO_RANGE):
         raise Invalid(f"view {query.view} has no windows: start, end, at, step, over, fill and fn are for views that have")
 
 
@@ -80,11 +80,11 @@ class Points:
         """Return the bucket of each key, whose window starts behind `skip` bytes; neighbours often are of one window."""
         found: list[int] = []
         last, bucket = b"", 0
-        end = skip + len(WINDOW_NONE)
+        end, span = skip + len(WINDOW_NONE), self.span
         for key in keys:
             window = key[skip:end]
             if window != last:
-                last, bucket = window, self.span.bucket(int.from_bytes(window, "big"))
+                last, bucket = window, span.bucket(int.from_bytes(window, "big"))
             found.append(bucket)
         return found
 
@@ -92,6 +92,17 @@ class Points:
         """Merge entries into the points. Raises `Invalid` for more than an answer may have."""
         fold(self._kind, self._groups, zip(buckets, groups, strict=True), states)
         self._check_count(len(self._groups))
+
+    def add_found(
+        self, parts: Sequence[Definition], keys: Sequence[bytes], groups: Sequence[Labels], states: Sequence[State]
+    ) -> None:
+        """Merge entries that were found by keys made before `hide_expired`, but for those whose windows have expired."""
+        for part in parts:
+            prefix = series_prefix(part)
+            first = prefix + window_bytes(self.windows(part).start)
+            there = [i for i, key in enumerate(keys) if key.startswith(prefix) and key >= first]
+            buckets = self.buckets([keys[i] for i in there], len(prefix))
+            self.add(buckets, [groups[i] for i in there], [states[i] for i in there])
 
     def _check_count(self, count: int) -> None:
         most = self._settings.answer_points_max

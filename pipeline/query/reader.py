@@ -7,7 +7,7 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -90,6 +90,8 @@ class _Plan(NamedTuple):
     stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
     versions: dict[int, int]
     merged: MergedDefinition
+    dated_by: tuple[bytes, ...]
+    """Keys of the definition entries that say what has expired; empty if nothing of the view can expire."""
 
 
 class ViewReader:
@@ -161,7 +163,9 @@ class ViewReader:
             raise
         if len(self._plans) >= _PLANS_MAX:
             self._plans.clear()
-        plan = self._plans[shape] = _Plan(dict(stores), _versions(heads.positions), found)
+        expires = bool(found.definition.window_s) or any(map(expires_silent, found.parts))
+        dated_by = tuple(map(definition_key, found.parts)) if expires else ()
+        plan = self._plans[shape] = _Plan(dict(stores), _versions(heads.positions), found, dated_by)
         return plan
 
     def point(self, query: Query, *, keys_max: int = _POINT_KEYS_MAX) -> Answer | None:
@@ -201,10 +205,8 @@ class ViewReader:
         exact = len(query.where) == len(labels)
         tests = [] if exact else self._tests(definition, query, lambda: None)
         group = group_key(definition, query.by)
-        fits = all(test([labels[index]])[0] for index, test in tests)
+        fits = exact or all(test([labels[index]])[0] for index, test in tests)
         parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
-        dated = points is not None or any(map(expires_silent, plan.merged.parts))
-        heads = [POSITION_KEY, *map(definition_key, plan.merged.parts if dated else ())]
         keys: list[bytes] = []
         for part, own in parts:
             prefix, suffix = series_prefix(part), series_suffix(own)
@@ -216,22 +218,28 @@ class ViewReader:
         stores = self._stores()
         seen = self._progress.note_ends()
         positions: dict[int, Position] = {}
+        sought = [POSITION_KEY, *plan.dated_by, *keys]
         entries: list[codec.DefinitionEntry] = []
-        found: list[tuple[bytes, bytes]] = []
+        found: list[bytes] = []
+        found_keys: list[bytes] = []
+        """Keys of what is found, if anything of the view can expire."""
         holders: list[int] = []
         try:
             for number, store in stores.items():
-                position, *values = store.get(heads + keys)
+                position, *values = store.get(sought)
                 positions[number] = decode_stored(number, position_of, position)
-                of_parts = filter(None, values[: len(heads) - 1])
-                of_store = [decode_stored(number, _decode_definition, value) for value in of_parts]
-                entries += of_store
-                there = [(key, value) for key, value in zip(keys, values[len(heads) - 1 :], strict=True) if value]
-                if dated and points is None:
-                    there = alive_of(there, of_store)
-                found += there
-                holders += [number] * len(there)
-            states = decode_all(holders, partial(codec.decode_states, kind), [value for _, value in found])
+                if plan.dated_by:
+                    dates = filter(None, values[: len(plan.dated_by)])
+                    of_store = [decode_stored(number, _decode_definition, value) for value in dates]
+                    there = [(key, value) for key, value in zip(keys, values[len(plan.dated_by) :], strict=True) if value]
+                    there = there if points is not None else alive_of(there, of_store)
+                    entries += of_store
+                    found_keys += [key for key, _ in there]
+                    values = [value for _, value in there]
+                for value in filter(None, values):
+                    found.append(value)
+                    holders.append(number)
+            states = decode_all(holders, partial(codec.decode_states, kind), found)
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
         self._check_unchanged(stores)
@@ -241,7 +249,7 @@ class ViewReader:
         if points is not None:
             points.hide_expired(expired_before(entries))
             if fits:
-                self._add_found(points, [part for part, _ in parts], found, rows, states)
+                points.add_found([part for part, _ in parts], found_keys, rows, states)
             return self._points_answer(query, plan.merged, points, positions, seen, lambda: None)
         groups: dict[Labels, Any] = {}
         if fits:
@@ -249,22 +257,6 @@ class ViewReader:
         choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
         choice.offer(groups)
         return self._answer(query, plan.merged, choice.selected(), positions, seen)
-
-    @staticmethod
-    def _add_found(
-        points: Points,
-        parts: Sequence[Definition],
-        found: Sequence[tuple[bytes, bytes]],
-        rows: Sequence[Labels],
-        states: Sequence[Any],
-    ) -> None:
-        """Add entries that were found by their keys, if their windows have not expired since the keys were made."""
-        for part in parts:
-            prefix, kept = series_prefix(part), points.windows(part)
-            first = prefix + window_bytes(kept.start)
-            there = [i for i, (key, _) in enumerate(found) if key.startswith(prefix) and key >= first]
-            buckets = points.buckets([found[i][0] for i in there], len(prefix))
-            points.add(buckets, [rows[i] for i in there], [states[i] for i in there])
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock."""

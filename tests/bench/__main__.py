@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import heartbeat, kafka, keyed, publisher, ranges, serving, table, windows, worker, workers
+from tests.bench import heartbeat, kafka, keyed, publisher, ranges, serving, table, windowed, windows, worker, workers
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "table": table.table,
     "fold-unique": worker.fold_unique,
     "fold-repeated": worker.fold_repeated,
+    "record-windows": windowed.record_windows,
     "fold-windows": windows.fold_windows,
     "expire": windows.expire,
     "restore": worker.restore,

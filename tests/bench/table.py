@@ -30,7 +30,7 @@ def ways() -> list[str]:
     return ["native", "plain"] if native.in_use() else ["plain"]
 
 
-def open_view(way: str, **settings: int) -> tuple[Any, Any]:
+def open_view(way: str, **settings: Any) -> tuple[Any, Any]:
     """A table that never refuses, and a view of it."""
     kind: Any = native.extension().Table if way == "native" else Table
     table = kind(
@@ -38,8 +38,7 @@ def open_view(way: str, **settings: int) -> tuple[Any, Any]:
         check=check_value,
         opening=int,
         full=lambda bytes_needed, delta_count: False,
-        now_ms=int,
-        **settings,
+        **{"now_ms": int, **settings},
     )
     return table, table.define(Definition("sales", "sum", LABELS), 1 << 31)
 

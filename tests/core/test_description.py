@@ -6,6 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cli.record_text import definition_words, series_words
 from pipeline.core import codec
 from pipeline.core.codec import DeadLetter, DefinitionEntry
 from pipeline.core.description import (
@@ -155,6 +156,24 @@ def test_every_kind_of_entry_is_told() -> None:
     assert (told.what, told.fields) == ("fence", {"owner_id": "owner", "at_ms": 5})
     told = describe_entry(POSITION_KEY, codec.encode_position(position), known())
     assert (told.what, told.fields) == ("position", msgspec.structs.asdict(position))
+
+
+def test_expiry_is_told() -> None:
+    """When a silent series expires, for how long a definition is kept, and up to where it has expired."""
+    seen = Definition("seen", "max", ("who",), retention_s=600)
+    (value,) = codec.encode_states(KINDS["max"], [12], 1_700_000_600_000)
+    told = describe_entry(series_prefix(seen) + series_suffix(("me",)), value, known(seen))
+    assert told.series == SeriesText({"who": "me"}, 12, 12, expires_at_ms=1_700_000_600_000)
+    assert series_words(told.series) == '{who="me"} = 12, expires 2023-11-14 22:23:20'
+    hour = Definition("hour", "max", (), 3_600, retention_s=600)
+    told = describe_entry(definition_key(hour), codec.encode_definition(DefinitionEntry(hour, 5, 7, 3_600_000)), known())
+    assert told.fields == {"series_count": 5, "defined_at_ms": 7, "expired_before_ms": 3_600_000}
+    assert told.definition is not None
+    assert definition_words(told.definition) == "max() in windows of 3600 s kept for 600 s"
+    (value,) = codec.encode_states(KINDS["max"], [12], 2**64 - 1)
+    told = describe_entry(series_prefix(seen) + series_suffix(("me",)), value, known(seen))
+    assert told.series is not None
+    assert "expires" in series_words(told.series), "a foreign record can say anything"
 
 
 anything = st.binary(max_size=60) | st.builds(

@@ -148,7 +148,7 @@ class LogFaults:
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         state = world.auditor.states[partition]
-        how = rng.choice(("no key", "noise", "entry", "entry", "tombstone", "position"))
+        how = rng.choice(("no key", "noise", "entry", "entry", "tombstone", "position", "position"))
         key: bytes | None = None
         value: bytes | None = rng.randbytes(9)
         if how == "noise":

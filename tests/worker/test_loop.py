@@ -12,7 +12,7 @@ import pytest
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.core.codec import encode_batch
-from pipeline.core.record import POSITION_KEY, Batch, Group, series_prefix, series_suffix
+from pipeline.core.record import POSITION_KEY, Batch, Definition, Group, series_prefix, series_suffix
 from pipeline.errors import NotReady, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import NO_BEGINS, Begins, Message, Transaction
 from pipeline.settings import WorkerSettings
@@ -396,3 +396,54 @@ def test_a_full_overlay_is_committed_before_more_is_read() -> None:
     wait_until(lambda: pool.committed(0) == 20, "all of them", 60)
     assert pool.loop.stop(60)
     assert len(pool.log.commits) in (10, 11)  # the first is of one record, or the first two
+
+
+class _ShiftedClock(SystemClock):
+    """A clock that a test can put forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.ahead_ms
+
+
+def test_an_idle_partition_deletes_all_that_has_expired() -> None:
+    """One delta says that time has passed. Then commits follow until everything is deleted, and none after that."""
+    clock, failed = _ShiftedClock(), list[BaseException]()
+    log = MemoryLog({DELTAS: 1, CHANGELOG: 1, DEAD_LETTERS: 1}, clock.now_ms)
+    settings = WorkerSettings(commit_interval_ms=1, expired_entries_max=1)
+    partition = OwnedPartition(
+        0, log=log, stores=MemoryStores(), clock=clock, settings=settings, delete_retention_ms=86_400_000
+    )
+    loop = WorkerLoop(lambda _: partition, log=log, clock=clock, settings=settings, on_fatal=failed.append)
+    loop.assign([0])
+    loop.start()
+    assert loop.wait_ready(30)
+    view = Definition("v", "sum", ("n",), window_s=60, retention_s=60)
+
+    began_ms = clock.now_ms() // 60_000 * 60_000
+
+    def send(sequence: int, series_count: int) -> None:
+        start_ms = began_ms + clock.ahead_ms
+        group = Group(view, [series_suffix((str(n),), start_ms) for n in range(series_count)], [1] * series_count)
+        batch = encode_batch(Batch("p", 0, 0, sequence, 0, clock.now_ms(), [group]))
+        log.append([Message(DELTAS, 0, None, batch)], timeout_s=1)
+        wait_until(lambda: partition.task.position.next_offset == sequence + 1, "a commit")
+
+    def left() -> int:
+        prefix = series_prefix(view)
+        return sum(key.startswith(prefix) for key, _ in partition.store.scan(b"", b"\xff"))
+
+    send(0, 20)
+    send(1, 20)
+    clock.ahead_ms = 3_600_000
+    send(2, 1)
+    wait_until(lambda: left() == 1 and not partition.task.dirty, "the last tombstone")
+    assert loop.stop(10)
+    tombstones = [row for row in log.partition(CHANGELOG, 0).rows if row.value is None]
+    commits = [row for row in log.partition(CHANGELOG, 0).rows if row.key == POSITION_KEY]
+    assert len(tombstones) == 20
+    assert 20 <= len(commits) <= 25
+    assert not failed

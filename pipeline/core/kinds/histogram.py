@@ -17,6 +17,7 @@ Schema and counts depend on the set of numbers only.
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -230,8 +231,15 @@ def _encoded(ints: list[int]) -> bytes:
         return encode(to_wire(ints))
 
 
-def _indexes(gaps: Sequence[int]) -> Iterable[int]:
-    return accumulate(gaps, lambda before, gap: before + gap + 1)
+def _buckets(gaps: Sequence[int], counts: Sequence[int], schema: int) -> Buckets:
+    """Return the buckets of one sign. Raises `BadRecord` unless they rise, and some number is in each."""
+    if not gaps:
+        return {}
+    indexes = [*map(operator.add, accumulate(gaps), range(len(gaps)))]
+    first, last = _LOWEST >> SCHEMA_MAX - schema, _HIGHEST >> SCHEMA_MAX - schema
+    if min(gaps[1:], default=0) < 0 or indexes[0] < first or indexes[-1] > last:
+        raise BadRecord(f"histogram: buckets that do not rise, or beyond {first} to {last}, with schema {schema}")
+    return dict(zip(indexes, counts, strict=True))
 
 
 def unpack(data: bytes) -> tuple[int, int, Buckets, Buckets]:
@@ -256,14 +264,8 @@ def unpack(data: bytes) -> tuple[int, int, Buckets, Buckets]:
     gaps, counts = ints[3::2], ints[4::2]
     if zeros < 0 or min(counts, default=1) < 1:
         raise BadRecord("histogram: a bucket with a count below 1")
-    first, last = _LOWEST >> SCHEMA_MAX - schema, _HIGHEST >> SCHEMA_MAX - schema
-    found: list[Buckets] = []
-    for part in (slice(negative_count), slice(negative_count, None)):
-        own = gaps[part]
-        if own and (min(own[1:], default=0) < 0 or own[0] < first or own[0] + sum(own[1:]) + len(own) - 1 > last):
-            raise BadRecord(f"histogram: buckets that do not rise, or beyond {first} to {last}, with schema {schema}")
-        found.append(dict(zip(_indexes(own), counts[part], strict=True)))
-    return schema, zeros, found[1], found[0]
+    negative = _buckets(gaps[:negative_count], counts[:negative_count], schema)
+    return schema, zeros, _buckets(gaps[negative_count:], counts[negative_count:], schema), negative
 
 
 def _place(value: float, schema: int) -> int | None:
@@ -350,8 +352,8 @@ class Histogram(Kind):
             if type(ext) is not Ext or ext.code != PACKED:
                 raise BadRecord("histogram: buckets are needed")
             state = total, low, high, *unpack(bytes(ext.data))
-            if not 0 < count_of(state) <= count_max:
-                raise BadRecord(f"histogram: {count_of(state)} observations; 1 to {count_max}")
+            if not 0 < (observed := count_of(state)) <= count_max:
+                raise BadRecord(f"histogram: {observed} observations; 1 to {count_max}")
             _check_extremes(state)
             states.append(state)
         return states
