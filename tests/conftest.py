@@ -25,7 +25,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-EXAMPLES = 100 if LONG else 40
+EXAMPLES = 100 if LONG else 25
 settings.register_profile("local", deadline=None, max_examples=EXAMPLES)
 settings.register_profile("ci", deadline=None, max_examples=EXAMPLES, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -33,7 +33,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--seeds", type=int, default=300, metavar="N", help="seeds the simulator runs in all (default: %(default)s)"
+        "--seeds",
+        type=int,
+        default=300 if LONG else 200,
+        metavar="N",
+        help="seeds the simulator runs in all (default: %(default)s)",
     )
     parser.addoption("--quick", action="store_true", help="leave out what needs a broker or minutes")
 

@@ -28,6 +28,13 @@ NO_LISTENER = os.strerror(errno.ECONNREFUSED)
 LONG = os.environ.get("PIPELINE_LONG_TESTS") == "1"
 """Whether tests that kill at random do so as often as for a release; else about a fifth of that, and
 hypothesis tries fewer examples."""
+
+
+def examples(long_count: int) -> int:
+    """How many examples hypothesis tries of what is worth so many in a long run."""
+    return long_count if LONG else max(15, long_count // 3)
+
+
 READY_S = 60.0
 """How long a start may take on a busy machine."""
 

@@ -20,8 +20,8 @@ from tests.broker.chaos.watch import Commits, Problems, Reads
 from tests.broker.kafka import App
 from tests.support import LONG, ROOT, environment
 
-SHORT = ("--deltas=100000", "--commit-interval-ms=400", "--only", "noise", "kill", "broker_kill")
-WHAT = ("--minutes=1.5",) if LONG else SHORT
+SHORT = ("--deltas=60000", "--commit-interval-ms=400", "--only", "kill", "broker_kill")
+WHAT = ("--minutes=1.5", "--judge-pauses") if LONG else SHORT
 SEED = 1
 TIMEOUT_S = 540
 

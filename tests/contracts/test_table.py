@@ -26,6 +26,7 @@ from pipeline.core.record import OVERFLOW, Definition, parse_suffix, series_suff
 from pipeline.errors import BufferFull, Invalid
 from tests.contracts.tables import NOW_MS, Lab, batch_of, every_table, extension, fold, header, raw_series, same, states_of
 from tests.core import strategies as some
+from tests.support import examples
 
 
 class Number:
@@ -116,7 +117,7 @@ WIDE = [
 @every_table
 @given(ops)
 @example(WIDE)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
     """Whatever is recorded, in whichever way: each series' state is its deltas merged one by one, to the bit."""
     lab = Lab(way)
@@ -147,7 +148,7 @@ def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
 
 
 @given(ops, st.integers(1, 4), st.sampled_from([1, 400, 700, 1 << 20]), st.data())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_both_tables_make_the_same_bytes(run: list[Op], partition_count: int, bytes_max: int, data: st.DataObject) -> None:
     """With one shard, as the plain table has, drafts are equal to the byte, however batches are cut."""
     labs = [Lab("plain"), Lab("native-one-shard")]

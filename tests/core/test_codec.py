@@ -28,6 +28,7 @@ from pipeline.core.record import Batch, Control, Definition, Group, Origin, Posi
 from pipeline.core.sequence import Folded
 from pipeline.errors import BadRecord, NewerFormat
 from tests.core import strategies as some
+from tests.support import examples
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 pack = msgspec.msgpack.encode
@@ -43,6 +44,7 @@ definition_entries = st.builds(DefinitionEntry, some.definitions(), some.counter
 letters = st.builds(
     DeadLetter, some.counters, some.counters, some.counters, some.texts, some.texts, st.none() | st.binary(max_size=40)
 )
+
 positions = st.builds(Position, some.counters, some.counters, some.counters)
 
 
@@ -190,7 +192,7 @@ def test_every_bit_of_a_batch_is_checked() -> None:
             codec.receive_batch(bytes(flipped))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(good=st.lists(some.groups(), max_size=3), data=st.data())
 def test_what_is_wrong_with_a_group_is_told_of_that_one(good: list[Group], data: st.DataObject) -> None:
     """The others keep their places; the bytes of the one are a batch with nothing else, in which it is refused again."""
@@ -282,7 +284,7 @@ def value_or_bad_record(read: Callable[[bytes], bytes], value: bytes) -> None:
 
 
 @every_reader
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 @given(data=st.data())
 def test_damaged_bytes_are_a_value_or_bad(name: str, data: st.DataObject) -> None:
     """A decoder makes a stable value or `BadRecord` of valid bytes that were cut, flipped or overwritten."""
@@ -419,7 +421,7 @@ def test_many_controls_are_decoded_in_bounded_memory(item: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("frames", "suffix")])
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(data=st.data())
 def test_other_versions_are_bad(name: str, data: st.DataObject) -> None:
     """Every value says which version it is; a decoder reads its own only, and says so."""
@@ -432,7 +434,7 @@ def test_other_versions_are_bad(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", STATE)
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(data=st.data())
 def test_newer_state_is_not_called_bad(name: str, data: st.DataObject) -> None:
     """Entries of a later format raise `NewerFormat`, which names both formats; a batch of that version is just bad."""
@@ -602,7 +604,7 @@ def test_entries_that_are_bad(row: Any) -> None:
             codec.decode_states(KINDS["sum"], values)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(kind=st.sampled_from([*KINDS.values()]), data=st.data())
 def test_many_entries_are_decoded_as_each_is(kind: Kind, data: st.DataObject) -> None:
     """All are read together exactly if each can be read alone: none can borrow bytes from its neighbours."""

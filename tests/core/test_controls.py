@@ -12,6 +12,7 @@ from pipeline.core.limits import TaskLimits
 from pipeline.core.record import Control, Definition, definition_key
 from pipeline.core.task import Phase
 from tests.core.driver import Shell, batch, group, totals
+from tests.support import examples
 
 V = Definition("v", "sum", ("a",))
 W = Definition("w", "sum", ("a",))
@@ -152,7 +153,7 @@ steps = st.lists(
 LEGAL = {"freeze": Phase.FOLDING, "prepare": Phase.FROZEN, "write": Phase.COMMITTING, "committed": Phase.COMMITTING}
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(steps=steps, cache_entries_max=st.sampled_from([0, 2, 100]), series_max=st.sampled_from([1, 2, 100]))
 def test_orders_take_effect_between_two_batches(steps: list[Any], cache_entries_max: int, series_max: int) -> None:
     """Whatever commits, crashes, cache and overflow there are: totals are those of the log in its order."""

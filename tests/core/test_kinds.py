@@ -16,6 +16,7 @@ from pipeline.core.codec import decode_states, encode_states
 from pipeline.core.kinds import INT_BITS_MAX, KINDS, TEXT_BYTES_MAX, TS_MS_MAX, Kind, State, add, number, numbers
 from pipeline.errors import Invalid
 from tests.core import strategies as some
+from tests.support import examples
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 numeric_kind = pytest.mark.parametrize("kind", [KINDS[name] for name in ("sum", "min", "max", "mean")])
@@ -121,7 +122,7 @@ EDGES = [1.7976931348623157e308, -1.7976931348623157e308, 1e308, -1e308, 5e-324,
 sums = st.lists(some.numbers | st.sampled_from(EDGES) | some.grid, min_size=1, max_size=16)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(values=sums, data=st.data())
 def test_sums_are_exact_to_100_bits(values: list[Any], data: st.DataObject) -> None:
     """Against exact fractions, in any order and grouping: ints are exact, and a float's answer is off by its last bit at
@@ -157,7 +158,7 @@ def assert_is_total(total: Any) -> None:
 totals = sums.map(KINDS["sum"].collect)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(a=totals, b=totals)
 def test_float_sums_commute_to_the_last_bit(a: Any, b: Any) -> None:
     """a + b and b + a are the same bytes, whatever they are."""
@@ -174,7 +175,7 @@ def test_sums_commute_at_the_edges(edge: float, b: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(data=st.data())
 def test_columns_are_merged_as_each_state_is(kind: Kind, data: st.DataObject) -> None:
     """`merge_all` is `merge`, to the bit, for columns of one type and of many, at the edges of floats too."""

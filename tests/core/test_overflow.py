@@ -14,6 +14,7 @@ from pipeline.core.record import OVERFLOW, Definition, Group, series_suffix
 from pipeline.core.task import Phase
 from tests.core import strategies as some
 from tests.core.driver import Shell, batch, group
+from tests.support import examples
 
 V = Definition("v", "sum", ("a",))
 REST = (OVERFLOW,)
@@ -36,7 +37,7 @@ def commits(draw: st.DrawFn, kind: str) -> list[list[tuple[str, Any]]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_totals_are_exact_at_every_commit(kind: str, data: st.DataObject) -> None:
     """For each kind, with and without cached states, across restarts and limits that change, also with folds during a

@@ -16,6 +16,7 @@ from pipeline.core.task import Phase
 from pipeline.errors import BadRecord
 from tests.core.driver import Shell, batch, group, totals
 from tests.core.strategies import records
+from tests.support import examples
 
 V = Definition("v", "sum", ("a",))
 
@@ -98,7 +99,7 @@ class SmallMemory(RuleBasedStateMachine):
         assert self.shell.task.counts.records_bad == 0
 
 
-SmallMemory.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+SmallMemory.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=30, deadline=None)
 TestSmallMemory = SmallMemory.TestCase
 
 
@@ -138,7 +139,7 @@ class Cached(RuleBasedStateMachine):
         assert sum(name in self.cache for name in "abcdefgh") <= max(self.producers_max, 2)
 
 
-Cached.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Cached.TestCase.settings = settings(max_examples=examples(100), stateful_step_count=40, deadline=None)
 TestCached = Cached.TestCase
 
 

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pipeline.core.codec import decode_folded, encode_folded
 from pipeline.core.sequence import GAP_COUNT_MAX, Folded, Outbox, Sealed
 from pipeline.errors import BadRecord
+from tests.support import examples
 
 
 def check_shape(folded: Folded) -> None:
@@ -17,7 +18,7 @@ def check_shape(folded: Folded) -> None:
     assert decode_folded(encode_folded(folded)) == folded
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(steps=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), max_size=40))
 def test_folded_is_a_set_with_a_floor(steps: list[tuple[int, int]]) -> None:
     """In any order, with repeats and gaps: a sequence is known if it was folded, or is below a floor that was seen."""
@@ -81,7 +82,7 @@ class TruthfulProducer(RuleBasedStateMachine):
         check_shape(self.folded)
 
 
-TruthfulProducer.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TruthfulProducer.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestTruthfulProducer = TruthfulProducer.TestCase
 
 
@@ -148,7 +149,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(steps=steps)
 def test_outbox_is_a_list_of_unacknowledged_batches(steps: list[tuple[str, int, int]]) -> None:
     """Against a plain list: numbers, floors, the bytes account, the order of sending, and what a flush waits for."""

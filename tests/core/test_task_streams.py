@@ -25,6 +25,7 @@ from pipeline.errors import BadRecord
 from tests.core import strategies as some
 from tests.core.driver import Shell
 from tests.core.test_codec import sealed
+from tests.support import examples
 
 VIEWS = [Definition(f"v_{kind}", kind, ("a",)) for kind in KINDS] + [Definition("v", "sum"), Definition("v_", "sum", ("a",))]
 WRONG = Definition("v", "sum", ("b", "a"))
@@ -140,7 +141,7 @@ def committed(shell: Shell) -> dict[bytes, bytes]:
     return {**shell.store, POSITION_KEY: encode_position(position)}
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(log=streams(), runs=st.lists(st.tuples(steps, caches), min_size=1, max_size=3))
 def test_commits_crashes_and_caches_change_nothing(
     log: list[bytes | None], runs: list[tuple[list[str], TaskLimits]]
@@ -186,7 +187,7 @@ hostile = (
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(values=st.lists(hostile, max_size=5), data=st.data())
 def test_no_record_stops_a_partition(values: list[bytes | None], data: st.DataObject) -> None:
     """Whatever bytes the log holds, they are folded or dead-lettered; what is committed can be read and added to."""

@@ -20,6 +20,7 @@ from pipeline.errors import Unavailable
 from pipeline.ports import RawDelta, Refusal
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
+from tests.support import examples
 
 PLAIN = "text/plain; version=0.0.4"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -275,7 +276,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(TEXTS.map(str.encode) | st.binary(max_size=200), st.sampled_from([PLAIN, OPENMETRICS]))
 @example(b"# TYPE a\xe2\x80\xa8b counter", PLAIN)
 @example(b'{"a"} 1', OPENMETRICS)

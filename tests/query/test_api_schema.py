@@ -21,6 +21,7 @@ from pipeline.query.openapi import openapi_document
 from pipeline.query.params import _Delta
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
+from tests.support import examples
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_requests_are_answered_as_documented(
     api_schema: Any, verb: str, path: str, mode: schemathesis.GenerationMode
 ) -> None:
     """Status codes, media types and bodies are those of the document; wrong requests are refused; nothing is 500."""
-    conforms(api_schema[path][verb], mode, 30)
+    conforms(api_schema[path][verb], mode, examples(45))
 
 
 @pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)

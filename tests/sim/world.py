@@ -175,7 +175,7 @@ class World:
             "swarm": (self._crowded, 0.5, 2),
             "orders": (self.crowd.order, 0.5, 4),
             "cuts": (self.log_faults.cut, 0.3, 1),
-            "forgeries": (self.log_faults.forge, 0.3, 1),
+            "forgeries": (self.log_faults.forge, 1, 2),
             "pins": (self.log_faults.step_of_pins, 1, 6),
             "windows": (self.nature.pass_time, 1, 8),
         }

@@ -18,7 +18,7 @@ from pipeline.publisher.spool.ring import HEADER, segment_path
 from tests.publisher.spool.support import Recorder, Task, as_kill_leaves_it, claim, end, suffix
 from tests.support import LONG
 
-DAMAGES, SLOTS = (2_000, 40) if LONG else (500, 20)
+DAMAGES, SLOTS = (2_000, 40) if LONG else (250, 10)
 FILES = ("spool.db", "spool.db", "spool.db-wal", "spool.db-wal", "SEAL", "ring", "ring", "ring")
 WAYS = ("flip", "flip", "flip", "flip", "truncate", "truncate", "missing", "zero")
 SERIES = 9

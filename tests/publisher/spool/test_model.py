@@ -21,7 +21,7 @@ from pipeline.errors import Unavailable
 from pipeline.publisher.spool.orphan import find_slots, inspect
 from pipeline.publisher.spool.ring import HEADER, RingPosition, segment_path
 from tests.publisher.spool.support import SHARDS, Recorder, Task, as_kill_leaves_it, claim, end, sealed, suffix
-from tests.support import traced
+from tests.support import examples, traced
 
 NAMES = st.sampled_from("abcde")
 
@@ -208,7 +208,7 @@ class Failing:
 
 
 Spools.TestCase.settings = settings(
-    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True
+    max_examples=examples(30), stateful_step_count=25, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True
 )
 TestSpools = Spools.TestCase
 
