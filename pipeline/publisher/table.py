@@ -440,9 +440,9 @@ class Table:
             for suffix, slot in [*view.slots.items()]:
                 if wanted(slot) and slot not in self._states:  # in this order: a call lets others in
                     own, size = suffix != overflow_suffix(view.canonical, suffix[:8]), SERIES_BYTES + len(suffix)
+                    del view.slots[suffix]  # before it is left: a handler that finds a slot that is out would wait for ever
                     slot.leave()
                     self._gone += [slot.number] * (slot.number > 0)
-                    del view.slots[suffix]
                     view.own_counts[suffix[:8]] -= own
                     if not view.own_counts[suffix[:8]]:
                         del view.own_counts[suffix[:8]]

@@ -55,8 +55,7 @@ class Slot:
 
     def leave(self) -> None:
         """Mark the slot as evicted."""
-        self.out = True
-        self.shut()
+        self.out, self.least, self.open_ns = True, inf, inf
 
 
 def check_value(kind: str, monotone: bool, value: object) -> Any:

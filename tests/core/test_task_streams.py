@@ -41,7 +41,8 @@ def groups(draw: st.DrawFn) -> Group:
         else [None]
     )
     # one family of numbers for the whole stream, so that every order is exact
-    deltas = some.families("last") if definition.kind == "last" else st.just(some.grid)
+    own = definition.kind in ("last", "distinct", "topk")
+    deltas = some.families(definition.kind) if own else st.just(some.grid)
     states = [KINDS[definition.kind].collect([draw(draw(deltas)) for _ in range(draw(st.integers(1, 2)))]) for _ in labels]
     return Group(definition, [series_suffix([v for v in [label] if v is not None]) for label in labels], states)
 

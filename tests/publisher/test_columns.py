@@ -287,7 +287,7 @@ def test_what_cannot_be_recorded_at_once_is_refused() -> None:
         with pytest.raises(Invalid, match="row 2: a finite number"):
             cell.add_many([1, 2.5, math.nan])
         for wrong in (5, "12", None):
-            with pytest.raises(Invalid, match="a sequence of numbers is needed"):
+            with pytest.raises(Invalid, match="a sequence is needed"):
                 cell.add_many(wrong)
         for ignore in ("more", ["more", "value"], ["a"]):  # a text is no list of names, and its letters might be
             with pytest.raises(Invalid, match="ignore: names of columns that are not needed"):

@@ -122,7 +122,7 @@ def test_views_are_listed(shop: Server) -> None:
         ("limit=0", "limit: a whole number from 1 to 1000000"),
         ("limit=1000001", "limit: "),
         ("limit=1e3", "limit: "),
-        ("kind=median", "kind: one of sum, min, max, mean, last, histogram is needed"),
+        ("kind=median", "kind: one of sum, min, max, mean, last, histogram, distinct, topk is needed"),
         ("kind=", "kind: "),
         ("window_s=-1", "window_s: a whole number from 0 to 1000000000"),
         ("limit=-1", "limit: "),
