@@ -159,7 +159,7 @@ def _become(arguments: Sequence[str], env: Mapping[str, str], cwd: str, fds: Seq
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["-c", *arguments]
+    sys.argv, sys.orig_argv = ["-c", *arguments], [*PROGRAM, *arguments]
     for number, (fd, (name, mode)) in enumerate(zip(fds, STREAMS, strict=True)):
         os.dup2(fd, number)
         os.close(fd)

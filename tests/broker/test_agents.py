@@ -497,7 +497,10 @@ def test_an_event_that_is_overtaken_is_not_done(app: App, tmp_path: Path) -> Non
 def test_the_broker_is_away(broker: Broker, tmp_path: Path) -> None:
     """Through kill -9 of the broker and its return no worker ends, and no event is lost; few are counted twice."""
     source = Source(new_app(broker.bootstrap), tmp_path)
-    patient = {"commit_timeout_ms": 120_000}  # on a machine that is busy a broker takes long to start
+    patient = {
+        "commit_timeout_ms": 120_000,
+        "transaction_timeout_ms": 120_000,
+    }  # on a machine that is busy a broker takes long to start
     with server(source.app, tmp_path / "server") as reads, source.worker("one", **patient) as worker:
         source.send(range(1_000))
         wait_counted(reads, source.places, worker)
