@@ -15,7 +15,7 @@ from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
 
-class AsOf(msgspec.Struct, frozen=True):
+class AsOf(msgspec.Struct, frozen=True, gc=False):
     """Part of the log that an answer reflects."""
 
     staleness_ms: int | None
@@ -24,7 +24,7 @@ class AsOf(msgspec.Struct, frozen=True):
     """By partition, the offset of the first record of the deltas topic that is not in the answer."""
 
 
-class Series(msgspec.Struct, frozen=True, omit_defaults=True):
+class Series(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One row of an answer: a value, or points where the view has windows."""
 
     labels: dict[str, str]
@@ -34,7 +34,7 @@ class Series(msgspec.Struct, frozen=True, omit_defaults=True):
     """Start of what each point covers, in ms since 1970, and its value; in the order of time."""
 
 
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A merged view, in the shape of the HTTP API."""
 
     view: str

@@ -7,8 +7,8 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.core import codec
@@ -24,24 +24,22 @@ from pipeline.core.exposition import (
     samples_of,
     state_exposed,
 )
-from pipeline.core.kinds import KINDS
+from pipeline.core.kinds import KINDS, Kind
 from pipeline.core.query import (
     Labels,
     Listed,
     MergedDefinition,
     Query,
     Selected,
-    TopN,
-    fold,
     group_key,
     label_index,
     listed,
     merged,
     narrow,
     pinned_labels,
+    select_one,
 )
 from pipeline.core.record import (
-    POSITION_KEY,
     TAG_DEFINITION,
     WINDOW_NONE,
     Definition,
@@ -59,9 +57,9 @@ from pipeline.ports import Clock, ReadableStore, StoreView
 from pipeline.query.damage import OnDamage, decode_all, decode_stored, report_damage
 from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.progress import Progress, position_of, read_positions
+from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before, window_bytes
-from pipeline.query.scans import alive_of, scan_windows, select, similar, view_of
+from pipeline.query.scans import decode_definition, find_points, scan_windows, select, similar, view_of
 from pipeline.settings import QuerySettings
 
 _PLANS_MAX = 10_000
@@ -74,7 +72,6 @@ _POINT_TRIES = 3
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
 
 
 class _Heads(NamedTuple):
@@ -88,10 +85,15 @@ class _Plan(NamedTuple):
     """The definitions that a read of a view merges, and the versions of each partition's definitions they were found in."""
 
     stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
-    versions: dict[int, int]
+    versions: list[int]
     merged: MergedDefinition
+    kind: Kind
     dated_by: tuple[bytes, ...]
     """Keys of the definition entries that say what has expired; empty if nothing of the view can expire."""
+
+    def holds(self, stores: Mapping[int, object], positions: Mapping[int, Position]) -> bool:
+        """Return whether stores at these positions have the definitions of the plan."""
+        return self.versions == [it.definitions_version for it in positions.values()] and self.stores == stores
 
 
 class ViewReader:
@@ -165,7 +167,8 @@ class ViewReader:
             self._plans.clear()
         expires = bool(found.definition.window_s) or any(map(expires_silent, found.parts))
         dated_by = tuple(map(definition_key, found.parts)) if expires else ()
-        plan = self._plans[shape] = _Plan(dict(stores), _versions(heads.positions), found, dated_by)
+        versions = [it.definitions_version for it in heads.positions.values()]
+        plan = self._plans[shape] = _Plan(dict(stores), versions, found, KINDS[found.definition.kind], dated_by)
         return plan
 
     def point(self, query: Query, *, keys_max: int = _POINT_KEYS_MAX) -> Answer | None:
@@ -200,63 +203,30 @@ class ViewReader:
     def _point(self, query: Query, plan: _Plan, labels: Labels, points: Points | None) -> Answer | None:
         """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`."""
         definition = plan.merged.definition
-        kind = KINDS[definition.kind]
         # As many conditions as pinned labels: each is an equality, and nothing is left to test.
         exact = len(query.where) == len(labels)
         tests = [] if exact else self._tests(definition, query, lambda: None)
         group = group_key(definition, query.by)
         fits = exact or all(test([labels[index]])[0] for index, test in tests)
         parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
-        keys: list[bytes] = []
-        for part, own in parts:
-            prefix, suffix = series_prefix(part), series_suffix(own)
-            if points is None:
-                keys.append(prefix + suffix)
-            else:
-                packed = suffix[len(WINDOW_NONE) :]
-                keys += [prefix + window_bytes(start_ms) + packed for start_ms in points.windows(part)]
         stores = self._stores()
         seen = self._progress.note_ends()
-        positions: dict[int, Position] = {}
-        sought = [POSITION_KEY, *plan.dated_by, *keys]
-        entries: list[codec.DefinitionEntry] = []
-        found: list[bytes] = []
-        found_keys: list[bytes] = []
-        """Keys of what is found, if anything of the view can expire."""
-        holders: list[int] = []
         try:
-            for number, store in stores.items():
-                position, *values = store.get(sought)
-                positions[number] = decode_stored(number, position_of, position)
-                if plan.dated_by:
-                    dates = filter(None, values[: len(plan.dated_by)])
-                    of_store = [decode_stored(number, _decode_definition, value) for value in dates]
-                    there = [(key, value) for key, value in zip(keys, values[len(plan.dated_by) :], strict=True) if value]
-                    there = there if points is not None else alive_of(there, of_store)
-                    entries += of_store
-                    found_keys += [key for key, _ in there]
-                    values = [value for _, value in there]
-                for value in filter(None, values):
-                    found.append(value)
-                    holders.append(number)
-            states = decode_all(holders, partial(codec.decode_states, kind), found)
+            found = find_points(stores, _keys(parts, points), plan.dated_by, alive=points is None)
+            states = decode_all(found.holders, partial(codec.decode_states, plan.kind), found.values)
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
         self._check_unchanged(stores)
-        if _versions(positions) != plan.versions or any(plan.stores[number] is not it for number, it in stores.items()):
+        if not plan.holds(stores, found.positions):
             return None
         rows = group([labels] * len(states)) if fits else []
         if points is not None:
-            points.hide_expired(expired_before(entries))
+            points.hide_expired(expired_before(found.entries))
             if fits:
-                points.add_found([part for part, _ in parts], found_keys, rows, states)
-            return self._points_answer(query, plan.merged, points, positions, seen, lambda: None)
-        groups: dict[Labels, Any] = {}
-        if fits:
-            fold(kind, groups, rows, states)
-        choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
-        choice.offer(groups)
-        return self._answer(query, plan.merged, choice.selected(), positions, seen)
+                points.add_found([part for part, _ in parts], found.keys, rows, states)
+            return self._points_answer(query, plan.merged, points, found.positions, seen, lambda: None)
+        selected = select_one(plan.kind, query, {rows[0]: reduce(plan.kind.merge, states)} if rows else {})
+        return self._answer(query, plan.merged, selected, found.positions, seen)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock."""
@@ -326,7 +296,7 @@ class ViewReader:
         definition = merged.definition
         names = definition.labels if query.by is None else query.by
         rows = zip(selected.labels, selected.values, strict=True)
-        series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
+        series = [Series(dict(zip(names, labels)), value) for labels, value in rows]  # noqa: B905  # as many, and quicker
         cut = selected.series_total > len(series)
         return Answer(
             view=query.view,
@@ -411,7 +381,7 @@ class ViewReader:
                 if views and view not in views:
                     continue
                 try:
-                    found.setdefault(view, []).append(decode_stored(number, _decode_definition, value))
+                    found.setdefault(view, []).append(decode_stored(number, decode_definition, value))
                 except Unreadable as error:
                     broken[view] = self._unreadable(view, stores, error)
         if unknown := set(views) - found.keys():
@@ -471,7 +441,7 @@ class ViewReader:
     def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
         """Raise `NotReady` if one of these stores was taken away since it was read."""
         now = self._stores()
-        if any(now.get(number) is not store for number, store in stores.items()):
+        if now != stores and any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
 
 
@@ -479,8 +449,16 @@ def _shape(query: Query) -> tuple[str, str | None, int | None]:
     return query.view, query.kind, query.window_s
 
 
-def _versions(positions: Mapping[int, Position]) -> dict[int, int]:
-    return {number: position.definitions_version for number, position in positions.items()}
+def _keys(parts: Sequence[tuple[Definition, Labels]], points: Points | None) -> list[bytes]:
+    """Return the keys of the series of each definition that has these labels, in all windows that the points cover."""
+    if points is None:
+        return [series_prefix(part) + series_suffix(own) for part, own in parts]
+    packed = [series_suffix(own)[len(WINDOW_NONE) :] for _, own in parts]
+    return [
+        series_prefix(part) + window_bytes(start_ms) + labels
+        for (part, _), labels in zip(parts, packed, strict=True)
+        for start_ms in points.windows(part)
+    ]
 
 
 def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
@@ -488,5 +466,5 @@ def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
     positions = read_positions(stores)
     prefix = definitions_prefix(view)
     scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
-    entries = [decode_stored(number, _decode_definition, value) for number, scan in scans for _, value in scan]
+    entries = [decode_stored(number, decode_definition, value) for number, scan in scans for _, value in scan]
     return _Heads(positions, entries)
