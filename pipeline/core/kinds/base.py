@@ -188,6 +188,10 @@ class Kind:
         """Return the answer of a state: a number, text, bool or None; of a histogram an object."""
         return state
 
+    def number(self, answer: Any) -> Any:
+        """Return what stands for an answer where only one number can be shown, in bars and scrapes; None: nothing can."""
+        return answer
+
     def answerer(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
         """Return a function from a state to its answer, with these quantiles. Raises `Invalid` if the kind has none."""
         if quantiles:

@@ -361,6 +361,9 @@ class Histogram(Kind):
     def answer(self, state: State) -> Any:
         return self._answer(QUANTILES, state)
 
+    def number(self, answer: Any) -> Any:
+        return next(iter(answer["quantiles"].values()), None)
+
     def answerer(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
         return partial(self._answer, quantiles or QUANTILES)
 

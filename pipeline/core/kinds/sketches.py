@@ -188,8 +188,11 @@ class Distinct(Kind):
             raise BadRecord(f"distinct: 1 to {EXACT_MAX} hashes in order are needed, or {_REGISTERS} registers")
         return frozenset(hashes)
 
+    def number(self, answer: Any) -> Any:
+        return answer["estimate"]
+
     def ranker(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
-        return lambda state: self.answer(state)["estimate"]
+        return lambda state: self.number(self.answer(state))
 
     def answer(self, state: State) -> dict[str, int]:
         """Return the estimate, and bounds within which the true number is with a probability of 95 %."""
@@ -252,6 +255,9 @@ class TopK(Kind):
 
     def heap_bytes(self, state: State) -> int:
         return 400 + sum([160 + len(item) * 4 for item in state[2]])
+
+    def number(self, answer: Any) -> Any:
+        return None
 
     def ranker(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
         return lambda state: state[0]
