@@ -266,6 +266,17 @@ class BasePublisher:
         """Return the view of this name and of a kind that is only known at run time."""
         return self._view(BaseView, kind, view, labels, window_s, retention_s, monotone)
 
+    def define(self, definition: Definition) -> BaseView:
+        """Return the view of a definition that is only known at run time; see `view`."""
+        return self.view(
+            definition.kind,
+            definition.view,
+            labels=definition.labels,
+            window_s=definition.window_s,
+            retention_s=definition.retention_s,
+            monotone=definition.monotone,
+        )
+
     def _view(
         self,
         _: type[ViewT],

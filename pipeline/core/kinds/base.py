@@ -94,6 +94,33 @@ def from_wire(column: list[Any], what: str, int_bytes_max: int) -> list[Any]:
     return column
 
 
+COUNT_BYTES_MAX = 17
+"""Longest count in a state."""
+
+
+def count_max(int_bytes_max: int) -> int:
+    """Return the largest count in a state, or, given the smaller limit of ints that batches have, in a batch.
+
+    As with ints, batches stay so far below states that no number of them reaches the limit.
+    """
+    return 2**64 - 1 if int_bytes_max < STATE_INT_BYTES_MAX else 2**128 - 1
+
+
+def encode_list(values: list[Any]) -> bytes:
+    """Return values as msgpack, with ints beyond 64 bits as `to_wire` has them."""
+    try:
+        return encode(values)
+    except OverflowError:
+        return encode(to_wire(values))
+
+
+def packed_bytes(column: Sequence[Any], what: str) -> list[bytes]:
+    """Return the bytes of a column of states that are packed. Raises `BadRecord` for anything else in it."""
+    if any(type(it) is not Ext or it.code != PACKED for it in column):
+        raise BadRecord(f"{what}: packed bytes are needed")
+    return [bytes(it.data) for it in column]
+
+
 def check_finite(column: Iterable[Any], what: str) -> None:
     """Raise `BadRecord` if one of the numbers is an infinity or NaN."""
     column = list(column)
