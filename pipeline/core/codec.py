@@ -73,9 +73,9 @@ HEAD_BYTES = 9
 _Scalar = int | float | str | bool | tuple[float, float] | msgspec.msgpack.Ext | None
 _PAIR = 2
 _NEVER = b"\x00"
-"""What stands behind the kind of an entry that never expires."""
+"""Expiry field of an entry that never expires. The field follows the kind."""
 _EXPIRES = b"\xcf"
-"""What stands there if the time follows, in eight bytes: whatever the time is, so that all entries have it in one place."""
+"""First byte of an expiry field with a time, which always takes the eight bytes behind it, so that it is found without decoding."""
 _EXPIRY_BYTES = 9
 _KIND_AT = 2
 """Index of the kind in an entry: behind the version and the length of the array."""

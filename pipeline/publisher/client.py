@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _VIEWS_MAX = 10_000
 _SWEEPS = 3
-"""How often a close flushes again, for deltas that other threads were just recording."""
+"""Number of flushes that a close repeats for deltas that other threads were just recording."""
 _BATCH_MARGIN = 900
 """The most bytes that a batch of one series takes beyond its value, unless its labels are very long."""
 
