@@ -75,7 +75,7 @@ _PAIR = 2
 _NEVER = b"\x00"
 """Expiry field of an entry that never expires. The field follows the kind."""
 _EXPIRES = b"\xcf"
-"""First byte of an expiry field with a time, which always takes the eight bytes behind it, so that it is found without decoding."""
+"""First byte of an expiry field with a time in the eight bytes behind it, a fixed place that needs no decoding."""
 _EXPIRY_BYTES = 9
 _KIND_AT = 2
 """Index of the kind in an entry: behind the version and the length of the array."""
