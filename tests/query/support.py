@@ -48,11 +48,11 @@ from pipeline.worker.partition import OwnedPartition
 from tests.support import again_and_again
 
 SECRET = "support"
-"""Of the producer of a world's batches."""
+"""Secret of the producer of a world's batches."""
 
 
 class World:
-    """Log, stores (in memory, unless given), partitions, a reader. Nothing folds by itself: `fold` does, for all or some."""
+    """Log, stores (in memory, unless given), partitions, a reader. Partitions fold only when `fold` or `folding` says so."""
 
     def __init__(
         self,
@@ -133,13 +133,13 @@ class World:
         )
 
     def token(self, next_offsets: Mapping[int, int]) -> Token:
-        """A token of this log."""
+        """Return a token of this log."""
         return Token(next_offsets, self.log.topic_id(DELTAS))
 
     def batch(
         self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any], window_start_ms: int = 0
     ) -> bytes:
-        """A sealed batch of states by label values, all of one window."""
+        """Return a sealed batch of states by label values, all of one window."""
         with self._lock:
             sequence = self._sequences.get(partition, 0)
             self._sequences[partition] = sequence + 1
@@ -149,7 +149,7 @@ class World:
     def append(
         self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any], window_start_ms: int = 0
     ) -> int:
-        """Put states into one partition's log; the `next_offset` that covers them."""
+        """Put states into one partition's log, and return the `next_offset` that covers them."""
         definition, series = travelling(definition, series)
         (result,) = self.log.append(
             [Message(DELTAS, partition, None, self.batch(partition, definition, series, window_start_ms))], timeout_s=1
@@ -170,7 +170,7 @@ class World:
         self.fold()
 
     def fold(self, *numbers: int) -> None:
-        """Fold and commit everything that is in the log of these partitions, or of all."""
+        """Fold and commit everything in the log of these partitions, or of all."""
         for number in numbers or range(len(self.partitions)):
             partition = self.partitions[number]
             reader = self.log.reader(DELTAS)
@@ -193,12 +193,12 @@ class World:
             store.write([key], [encode_definition(entry)])
 
     def folding(self, interval_s: float = 0.002) -> AbstractContextManager[None]:
-        """Fold in a thread, again and again."""
+        """Fold in a thread, again and again, until the context ends."""
         return again_and_again(self.fold, interval_s)
 
 
 def travelling(definition: Definition, series: Mapping[Sequence[str], Any]) -> tuple[Definition, dict[Sequence[str], Any]]:
-    """A definition and its series with the labels in the order in which publishers send them."""
+    """Return a definition and its series with the labels in the order in which publishers send them."""
     order = [definition.labels.index(name) for name in sorted(definition.labels)]
     return canonical(definition), {tuple(labels[i] for i in order): state for labels, state in series.items()}
 
@@ -242,13 +242,13 @@ class Server:
         return self.request("GET", path + ("?" + urlencode(query) if query else ""))
 
     def view(self, view: str, *query: tuple[str, object]) -> Any:
-        """The answer, which must be one."""
+        """Return the answer to a read of a view, which must succeed."""
         reply = self.get(f"/v1/views/{view}", *query)
         assert reply.status == 200, reply.body
         return reply.json()
 
     def problem(self, status: int, reply: Reply) -> str:
-        """The detail of an answer, which must be a problem of this status."""
+        """Return the detail of a reply, which must be a problem of this status."""
         assert reply.status == status, (reply.status, reply.body)
         assert reply.headers["content-type"] == "application/problem+json"
         problem = reply.json()

@@ -37,7 +37,7 @@ class Found(NamedTuple):
     items: tuple[Any, ...] = ()
     """Hashes of a distinct's items; for a topk: item, count, item, count, ..."""
     buckets: tuple[int, ...] = ()
-    """A histogram's buckets, as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
+    """Buckets as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
 
 
 def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
