@@ -52,6 +52,7 @@ from pipeline.core.record import (
     prefix_end,
     series_prefix,
     series_suffix,
+    window_bytes,
 )
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
@@ -60,7 +61,7 @@ from pipeline.query.damage import OnDamage, decode_all, decode_stored, report_da
 from pipeline.query.ends import LogEnds
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.progress import Progress, position_of, read_positions
-from pipeline.query.ranges import Points, check_unwindowed, expired_before, window_bytes
+from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import alive_of, scan_windows, select, similar, view_of
 from pipeline.settings import QuerySettings
 
@@ -328,21 +329,10 @@ class ViewReader:
     def _answer(
         self, query: Query, merged: MergedDefinition, selected: Selected, positions: Mapping[int, Position], seen: LogEnds
     ) -> Answer:
-        definition = merged.definition
-        names = definition.labels if query.by is None else query.by
+        names = _names(query, merged)
         rows = zip(selected.labels, selected.values, strict=True)
         series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
-        cut = selected.series_total > len(series)
-        return Answer(
-            view=query.view,
-            kind=definition.kind,
-            by=query.by,
-            series=series,
-            as_of=self._progress.as_of(positions, seen),
-            truncated=cut,
-            series_total=selected.series_total if cut else None,
-            also=merged.also,
-        )
+        return self._answer_of(query, merged, series, selected.series_total, positions, seen)
 
     def _points_answer(
         self,
@@ -353,26 +343,32 @@ class ViewReader:
         seen: LogEnds,
         check: Callable[[], None],
     ) -> Answer:
-        definition, span = merged.definition, points.span
-        names = definition.labels if query.by is None else query.by
-        series, total = points.series(names, check)
+        series, total = points.series(_names(query, merged), check)
+        final_ms = self._progress.final_before_ms(positions, seen)
+        of_range = {**points.answer_fields(), "final_before_ms": final_ms}
+        return self._answer_of(query, merged, series, total, positions, seen, **of_range)
+
+    def _answer_of(
+        self,
+        query: Query,
+        merged: MergedDefinition,
+        series: list[Series],
+        total: int,
+        positions: Mapping[int, Position],
+        seen: LogEnds,
+        **of_range: Any,
+    ) -> Answer:
         cut = total > len(series)
         return Answer(
             view=query.view,
-            kind=definition.kind,
+            kind=merged.definition.kind,
             by=query.by,
             series=series,
             as_of=self._progress.as_of(positions, seen),
             truncated=cut,
             series_total=total if cut else None,
             also=merged.also,
-            start_ms=span.start_ms,
-            end_ms=span.end_ms,
-            step_ms=span.step_ms,
-            over_ms=span.over_ms,
-            fn=query.fn,
-            final_before_ms=self._progress.final_before_ms(positions, seen),
-            expired_before_ms=points.expired_before_ms or None,
+            **of_range,
         )
 
     def views(self) -> Views:
@@ -480,6 +476,11 @@ class ViewReader:
         now = self._stores()
         if any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
+
+
+def _names(query: Query, merged: MergedDefinition) -> Labels:
+    """Return the labels of the series of an answer."""
+    return merged.definition.labels if query.by is None else query.by
 
 
 def _shape(query: Query) -> tuple[str, str | None, int | None]:
