@@ -39,7 +39,7 @@ from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
-from pipeline.query.ends import EndsNow
+from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
@@ -98,6 +98,10 @@ class World:
         ]
         for partition in self.partitions:
             partition.start()
+
+    def part(self, *numbers: int, settings: QuerySettings | None = None) -> Part:
+        """A server of some of the partitions."""
+        return Part(self, frozenset(numbers), settings or self.settings)
 
     def new_reader(self) -> ViewReader:
         return ViewReader(
@@ -197,6 +201,50 @@ class World:
         return again_and_again(self.fold, interval_s)
 
 
+class Part:
+    """A server that follows some of a world's partitions, as `pipeline serve --partitions` does."""
+
+    def __init__(self, world: World, numbers: frozenset[int], settings: QuerySettings) -> None:
+        self.world, self.numbers, self.settings = world, numbers, settings
+        self.clock = world.clock
+        self.metrics = PrometheusMetrics()
+        self.ready = True
+        self.ingest: Ingest | None = None
+        self.letters = world.letters
+        self.app = "pipeline"
+        self._ends = EndsPolled(
+            partial(world.log.high_watermarks, DELTAS),
+            partial(world.log.start_offsets, DELTAS),
+            world.clock,
+            interval_ms=1,
+            source_id=partial(world.log.topic_id, DELTAS),
+            partitions=numbers,
+            partition_count=len(world.partitions),
+        )
+        self.reader = ViewReader(
+            stores=self.stores, ends=self._polled, clock=self.clock, settings=settings, metrics=self.metrics
+        )
+
+    def _polled(self) -> LogEnds:
+        self._ends.step()
+        return self._ends()
+
+    def stores(self) -> Mapping[int, Store]:
+        if not self.ready:
+            raise NotReady("restoring: about 7 changelog records to go")
+        return {number: store for number, store in self.world.stores().items() if number in self.numbers}
+
+    def status(self) -> Status:
+        return Status(
+            role="server",
+            app=self.app,
+            ready=self.ready,
+            partition_count=len(self.world.partitions),
+            topic_id=self.world.log.topic_id(DELTAS),
+            partitions=[PartitionStatus(partition=number, phase="following") for number in sorted(self.numbers)],
+        )
+
+
 def travelling(definition: Definition, series: Mapping[Sequence[str], Any]) -> tuple[Definition, dict[Sequence[str], Any]]:
     """Return a definition and its series with the labels in the order in which publishers send them."""
     order = [definition.labels.index(name) for name in sorted(definition.labels)]
@@ -217,7 +265,7 @@ class Reply(NamedTuple):
 class Server:
     """A running server and the world that it serves."""
 
-    def __init__(self, world: World, port: int) -> None:
+    def __init__(self, world: World | Part, port: int) -> None:
         self.world = world
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -260,7 +308,7 @@ class Server:
 
 
 @contextmanager
-def serving(world: World, port: int = 0) -> Iterator[Server]:
+def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
     app = create_app(
         world.reader,

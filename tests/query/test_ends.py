@@ -12,7 +12,7 @@ from pipeline.core.query import Query
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid, NotReady, Unavailable
 from pipeline.ports import Store
-from pipeline.query.ends import EndsNow, EndsPolled
+from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.topics import DELTAS
 from tests.query.support import World
@@ -78,7 +78,7 @@ def test_now_asks_at_each_read(log: Log) -> None:
     began_s = log.clock.s
     log.takes_s = 3
     seen = ends()
-    assert seen == (began_s, {0: 7}, {0: 2}, "")
+    assert seen == LogEnds(began_s, {0: 7}, {0: 2})
     log.takes_s, log.end = 0, 8
     assert ends().end_offsets == {0: 8}
     log.clock.s += 0.0005
@@ -94,7 +94,7 @@ def test_now_says_nothing_while_the_log_is_away(log: Log) -> None:
     ends()
     log.clock.s += 1
     log.error = Unavailable("away")
-    assert ends() == (log.clock.s, {}, {}, "")
+    assert ends() == LogEnds(log.clock.s, {}, {})
     log.error = None
     assert ends().end_offsets == {0: 7}
     log.error = Invalid("a bug")
@@ -106,7 +106,7 @@ def test_now_says_nothing_while_the_log_is_away(log: Log) -> None:
 def test_polled_knows_nothing_at_first(log: Log) -> None:
     """A read before the first answer has no ends."""
     ends = EndsPolled(log.end_offsets, log.start_offsets, log.clock, interval_ms=1)
-    assert ends() == (log.clock.s, {}, {}, "")
+    assert ends() == LogEnds(log.clock.s, {}, {})
     ends.stop()
 
 
