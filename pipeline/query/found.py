@@ -1,0 +1,82 @@
+"""Answers as reads find them: with the positions at which the stores were read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from pipeline.core.answer import Answer, AsOf, Series
+from pipeline.core.query import MergedDefinition, Query, Selected
+from pipeline.core.record import Position
+from pipeline.core.span import Span
+from pipeline.query.ranges import Points
+
+
+class Asked(NamedTuple):
+    """A query when it is asked, with what the clock and the stores make of it."""
+
+    query: Query
+    now_ms: int
+    span: Span | None
+    """Range of a view with windows."""
+    positions: Mapping[int, Position]
+    """Commit of each partition that its store reflects. Equal queries with equal spans at equal positions have equal
+    series."""
+
+
+class Found(NamedTuple):
+    """An answer, and the position of each store at which it was read."""
+
+    answer: Answer
+    positions: Mapping[int, Position]
+
+
+def answer_of(query: Query, merged: MergedDefinition, selected: Selected, as_of: AsOf) -> Answer:
+    """Return the answer with these rows."""
+    definition = merged.definition
+    names = definition.labels if query.by is None else query.by
+    rows = zip(selected.labels, selected.values, strict=True)
+    series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
+    cut = selected.series_total > len(series)
+    return Answer(
+        view=query.view,
+        kind=definition.kind,
+        by=query.by,
+        series=series,
+        as_of=as_of,
+        truncated=cut,
+        series_total=selected.series_total if cut else None,
+        also=merged.also,
+    )
+
+
+def points_answer(
+    query: Query,
+    merged: MergedDefinition,
+    points: Points,
+    as_of: Callable[[], AsOf],
+    final_before_ms: int,
+    check: Callable[[], None],
+) -> Answer:
+    """Return the answer with these points; `check` may raise while they are made."""
+    definition, span = merged.definition, points.span
+    names = definition.labels if query.by is None else query.by
+    series, total = points.series(names, check)
+    cut = total > len(series)
+    return Answer(
+        view=query.view,
+        kind=definition.kind,
+        by=query.by,
+        series=series,
+        as_of=as_of(),
+        truncated=cut,
+        series_total=total if cut else None,
+        also=merged.also,
+        start_ms=span.start_ms,
+        end_ms=span.end_ms,
+        step_ms=span.step_ms,
+        over_ms=span.over_ms,
+        fn=query.fn,
+        final_before_ms=final_before_ms,
+        expired_before_ms=points.expired_before_ms or None,
+    )
