@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.core.answer import Answer, AsOf, Series
-from pipeline.core.query import MergedDefinition, Query, Selected
+from pipeline.core.query import Labels, MergedDefinition, Query, Selected
 from pipeline.core.record import Position
 from pipeline.core.span import Span
 from pipeline.query.ranges import Points
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
     series."""
 
 
-class Found(NamedTuple):
+class FoundAnswer(NamedTuple):
     """An answer, and the position of each store at which it was read."""
 
     answer: Answer
@@ -33,21 +33,10 @@ class Found(NamedTuple):
 
 def answer_of(query: Query, merged: MergedDefinition, selected: Selected, as_of: AsOf) -> Answer:
     """Return the answer with these rows."""
-    definition = merged.definition
-    names = definition.labels if query.by is None else query.by
+    names = _names(query, merged)
     rows = zip(selected.labels, selected.values, strict=True)
     series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
-    cut = selected.series_total > len(series)
-    return Answer(
-        view=query.view,
-        kind=definition.kind,
-        by=query.by,
-        series=series,
-        as_of=as_of,
-        truncated=cut,
-        series_total=selected.series_total if cut else None,
-        also=merged.also,
-    )
+    return _answer(query, merged, series, selected.series_total, as_of)
 
 
 def points_answer(
@@ -59,24 +48,27 @@ def points_answer(
     check: Callable[[], None],
 ) -> Answer:
     """Return the answer with these points; `check` may raise while they are made."""
-    definition, span = merged.definition, points.span
-    names = definition.labels if query.by is None else query.by
-    series, total = points.series(names, check)
+    series, total = points.series(_names(query, merged), check)
+    of_range = {**points.answer_fields(), "final_before_ms": final_before_ms}
+    return _answer(query, merged, series, total, as_of(), **of_range)
+
+
+def _answer(
+    query: Query, merged: MergedDefinition, series: list[Series], total: int, as_of: AsOf, **of_range: Any
+) -> Answer:
     cut = total > len(series)
     return Answer(
         view=query.view,
-        kind=definition.kind,
+        kind=merged.definition.kind,
         by=query.by,
         series=series,
-        as_of=as_of(),
+        as_of=as_of,
         truncated=cut,
         series_total=total if cut else None,
         also=merged.also,
-        start_ms=span.start_ms,
-        end_ms=span.end_ms,
-        step_ms=span.step_ms,
-        over_ms=span.over_ms,
-        fn=query.fn,
-        final_before_ms=final_before_ms,
-        expired_before_ms=points.expired_before_ms or None,
+        **of_range,
     )
+
+
+def _names(query: Query, merged: MergedDefinition) -> Labels:
+    return merged.definition.labels if query.by is None else query.by

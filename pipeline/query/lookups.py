@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from pipeline.core import codec
 from pipeline.core.kinds import Kind
 from pipeline.core.query import Labels
-from pipeline.core.record import POSITION_KEY, WINDOW_NONE, Definition, Position, series_prefix, series_suffix
+from pipeline.core.record import POSITION_KEY, WINDOW_NONE, Definition, Position, series_prefix, series_suffix, window_bytes
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_all, decode_stored
-from pipeline.query.plans import Plan, decode_definition
+from pipeline.query.plans import ReadPlan, decode_definition
 from pipeline.query.progress import position_of
-from pipeline.query.ranges import Points, window_bytes
+from pipeline.query.ranges import Points
 from pipeline.query.scans import alive_of
 
 
@@ -42,7 +42,7 @@ def keys_of(parts: Sequence[tuple[Definition, Labels]], points: Points | None) -
     return keys
 
 
-def look_up(plan: Plan, kind: Kind, keys: Sequence[bytes], windowed: bool, stores: Mapping[int, StoreView]) -> Looked:
+def look_up(plan: ReadPlan, kind: Kind, keys: Sequence[bytes], windowed: bool, stores: Mapping[int, StoreView]) -> Looked:
     """Return what the stores have under these keys. Raises `Unreadable` for an entry that no worker wrote."""
     positions: dict[int, Position] = {}
     sought = [POSITION_KEY, *plan.dated_by, *keys]

@@ -16,14 +16,14 @@ from pipeline.query.progress import read_positions
 decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
 
 
-class Heads(NamedTuple):
+class ViewHeads(NamedTuple):
     """Positions of all stores and the definitions of one view, each partition at one moment."""
 
     positions: dict[int, Position]
     entries: list[codec.DefinitionEntry]
 
 
-class Plan(NamedTuple):
+class ReadPlan(NamedTuple):
     """The definitions that a read of a view merges, and the versions of each partition's definitions they were found in."""
 
     stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
@@ -47,11 +47,11 @@ def versions(positions: Mapping[int, Position]) -> dict[int, int]:
     return {number: position.definitions_version for number, position in positions.items()}
 
 
-def read_heads(stores: Mapping[int, StoreView], view: str) -> Heads:
+def read_heads(stores: Mapping[int, StoreView], view: str) -> ViewHeads:
     """Read the positions and the definitions of a view."""
     # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
     positions = read_positions(stores)
     prefix = definitions_prefix(view)
     scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
     entries = [decode_stored(number, decode_definition, value) for number, scan in scans for _, value in scan]
-    return Heads(positions, entries)
+    return ViewHeads(positions, entries)

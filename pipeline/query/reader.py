@@ -48,10 +48,10 @@ from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
 from pipeline.query.damage import OnDamage, decode_stored, report_damage
 from pipeline.query.ends import LogEnds
-from pipeline.query.found import Asked, Found, answer_of, points_answer
+from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
 from pipeline.query.lookups import keys_of, look_up
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.plans import Heads, Plan, decode_definition, read_heads, shape, versions
+from pipeline.query.plans import ReadPlan, ViewHeads, decode_definition, read_heads, shape, versions
 from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import scan_windows, select, similar, view_of
@@ -97,7 +97,7 @@ class ViewReader:
         self._settings = settings
         self._on_damage = on_damage
         self._progress = Progress(ends, clock, metrics)
-        self._plans: dict[tuple[str, str | None, int | None], Plan] = {}
+        self._plans: dict[tuple[str, str | None, int | None], ReadPlan] = {}
         self._closed = False
 
     @property
@@ -126,14 +126,14 @@ class ViewReader:
         query = Query(view, kind=kind, window_s=window_s)
         return (self._plans.get(shape(query)) or self._load_plan(query)).merged.parts
 
-    def _load_plan(self, query: Query) -> Plan:
+    def _load_plan(self, query: Query) -> ReadPlan:
         """Read from the stores which definitions to merge."""
         stores = self._stores()
         heads = self._from(stores, read_heads, query.view)
         self._check_unchanged(stores)
         return self._plan(query, stores, heads)
 
-    def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: Heads) -> Plan:
+    def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: ViewHeads) -> ReadPlan:
         key = shape(query)
         try:
             found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s)
@@ -144,7 +144,7 @@ class ViewReader:
             self._plans.clear()
         expires = bool(found.definition.window_s) or any(map(expires_silent, found.parts))
         dated_by = tuple(map(definition_key, found.parts)) if expires else ()
-        plan = self._plans[key] = Plan(dict(stores), versions(heads.positions), found, dated_by)
+        plan = self._plans[key] = ReadPlan(dict(stores), versions(heads.positions), found, dated_by)
         return plan
 
     def asked(self, query: Query) -> Asked | None:
@@ -177,7 +177,7 @@ class ViewReader:
         found = self.find_point(query, self.clock.now_ms(), keys_max=keys_max)
         return None if found is None else found.answer
 
-    def find_point(self, query: Query, now_ms: int, *, keys_max: int = _POINT_KEYS_MAX) -> Found | None:
+    def find_point(self, query: Query, now_ms: int, *, keys_max: int = _POINT_KEYS_MAX) -> FoundAnswer | None:
         """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None.
 
         None, too, if these are over `keys_max` keys of all partitions, or if there is no such view.
@@ -206,7 +206,7 @@ class ViewReader:
         check_unwindowed(query)
         return None
 
-    def _point(self, query: Query, plan: Plan, labels: Labels, points: Points | None) -> Found | None:
+    def _point(self, query: Query, plan: ReadPlan, labels: Labels, points: Points | None) -> FoundAnswer | None:
         """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`."""
         definition = plan.merged.definition
         kind = KINDS[definition.kind]
@@ -238,7 +238,7 @@ class ViewReader:
         choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
         choice.offer(groups)
         as_of = self._progress.as_of(looked.positions, seen)
-        return Found(answer_of(query, plan.merged, choice.selected(), as_of), looked.positions)
+        return FoundAnswer(answer_of(query, plan.merged, choice.selected(), as_of), looked.positions)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer of `find`."""
@@ -246,7 +246,7 @@ class ViewReader:
 
     def find(
         self, query: Query, now_ms: int, *, deadline_s: float, at: Callable[[Mapping[int, Position]], None] = _ignore
-    ) -> Found:
+    ) -> FoundAnswer:
         """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock.
 
         `now_ms` is the end of a range without one. A scan calls `at` with its positions as soon as it has them.
@@ -268,7 +268,7 @@ class ViewReader:
         now_ms: int,
         deadline_s: float,
         at: Callable[[Mapping[int, Position]], None],
-    ) -> Found:
+    ) -> FoundAnswer:
         seen = self._progress.note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
@@ -283,7 +283,7 @@ class ViewReader:
         if points is None:
             selected = self._select(query, plan.merged, snapshots, check)
             as_of = self._progress.as_of(heads.positions, seen)
-            return Found(answer_of(query, plan.merged, selected, as_of), heads.positions)
+            return FoundAnswer(answer_of(query, plan.merged, selected, as_of), heads.positions)
         points.hide_expired(expired_before(heads.entries))
         scan_windows(query, plan.merged, points, snapshots, self._tests(plan.merged.definition, query, check), check)
         return self._points_found(query, plan.merged, points, heads.positions, seen, check)
@@ -328,10 +328,10 @@ class ViewReader:
         positions: Mapping[int, Position],
         seen: LogEnds,
         check: Callable[[], None],
-    ) -> Found:
+    ) -> FoundAnswer:
         as_of = partial(self._progress.as_of, positions, seen)
         final_before_ms = self._progress.final_before_ms(positions, seen)
-        return Found(points_answer(query, merged, points, as_of, final_before_ms, check), positions)
+        return FoundAnswer(points_answer(query, merged, points, as_of, final_before_ms, check), positions)
 
     def views(self) -> Views:
         """Return all definitions, by view, and the state that they are of."""
