@@ -70,6 +70,8 @@ def run_get(
         shown += f", {time_text(answer.start_ms or 0)} to {time_text(answer.end_ms or 0)} in steps of "
         shown += f"{length_text(answer.step_ms)}, final before {time_text(answer.final_before_ms or 0)}"
     print(f"{shown}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
+    if missing := answer.as_of.missing_partitions:
+        print(f"not all of it: partitions {', '.join(map(str, missing))} are missing")
     return console.OK
 
 

@@ -54,7 +54,7 @@ from pipeline.core.record import (
     series_suffix,
     window_bytes,
 )
-from pipeline.errors import NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
+from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
 from pipeline.query.damage import OnDamage, decode_all, decode_stored, report_damage
@@ -131,6 +131,11 @@ class ViewReader:
     def seen_s(self) -> float:
         """Time on `clock` at which the log was asked for `topic_id`."""
         return self._ends().at_s
+
+    @property
+    def elsewhere(self) -> frozenset[int]:
+        """Partitions of the topic that this process does not follow, so that no answer has them."""
+        return self._ends().elsewhere
 
     def close(self) -> None:
         """End all running reads: they raise `Unavailable`."""
@@ -390,8 +395,10 @@ class ViewReader:
         """Return all views, or these, each whole or not at all, at one moment of each store.
 
         At most `openmetrics_series_max` series are returned, in the order of names. Views that can't be shown are named as
-        omitted. Raises `NotFound` for an unknown view, `Unavailable` if it takes beyond `deadline_s`.
+        omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond `deadline_s`, `Invalid` without all partitions.
         """
+        if elsewhere := self.elsewhere:
+            raise Invalid(f"this server lacks partition {min(elsewhere)}: scrape one that has all, or one with --gather")
         return self._from(self._stores(), self._scrape, views, deadline_s)
 
     def _scrape(self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float) -> Exposition:
