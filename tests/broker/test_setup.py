@@ -332,7 +332,7 @@ def test_deltas_made_anew_under_a_running_worker(own: App, tmp_path: Path) -> No
 
 
 def test_a_folder_of_another_app(own: App, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker refuses a folder with another app's stores and no app name, and with --accept-loss keeps these stores aside."""
+    """A worker refuses a nameless folder with another app's stores; with --accept-loss it keeps the stores aside."""
     other = new_app(own.bootstrap)
     for app in (own, other):
         create_topics(app.bootstrap, app.app, 1)
