@@ -110,7 +110,7 @@ class Progress:
         for number in behind:
             bounds.append(self._staleness_ms(number, positions.get(number, NO_POSITION), seen, now_s, now_ms))
         known = [it for it in bounds if it is not None]
-        return AsOf(max(known) if len(known) == len(bounds) else None, next_offsets)
+        return AsOf(max(known) if len(known) == len(bounds) else None, next_offsets, sorted(seen.elsewhere))
 
     def final_before_ms(self, positions: Mapping[int, Position], seen: LogEnds) -> int:
         """Return the time that all partitions have reached; the ends were noted before the positions were read."""

@@ -7,12 +7,14 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial, reduce
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from pipeline.core import codec
-from pipeline.core.answer import Answer, AsOf, PartitionState, Series, View, Views
+from pipeline.core.answer import Answer, AsOf, PartitionState, View, Views
 from pipeline.core.exposition import (
     SERIES_MAX,
     UNREADABLE,
@@ -24,13 +26,14 @@ from pipeline.core.exposition import (
     samples_of,
     state_exposed,
 )
-from pipeline.core.kinds import KINDS, Kind
+from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
     Listed,
     MergedDefinition,
     Query,
     Selected,
+    fold,
     group_key,
     label_index,
     listed,
@@ -39,27 +42,19 @@ from pipeline.core.query import (
     pinned_labels,
     select_one,
 )
-from pipeline.core.record import (
-    TAG_DEFINITION,
-    WINDOW_NONE,
-    Definition,
-    Position,
-    definition_key,
-    definitions_prefix,
-    expires_silent,
-    prefix_end,
-    series_prefix,
-    series_suffix,
-)
-from pipeline.errors import NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
+from pipeline.core.record import TAG_DEFINITION, Definition, Position, definition_key, expires_silent, prefix_end
+from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
-from pipeline.query.damage import OnDamage, decode_all, decode_stored, report_damage
+from pipeline.query.damage import OnDamage, decode_stored, report_damage
 from pipeline.query.ends import LogEnds
+from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
+from pipeline.query.lookups import keys_of, look_up
 from pipeline.query.matchers import Test, compile_matcher
+from pipeline.query.plans import ReadPlan, ViewHeads, decode_definition, read_heads, shape, versions
 from pipeline.query.progress import Progress, read_positions
-from pipeline.query.ranges import Points, check_unwindowed, expired_before, window_bytes
-from pipeline.query.scans import decode_definition, find_points, scan_windows, select, similar, view_of
+from pipeline.query.ranges import Points, check_unwindowed, expired_before
+from pipeline.query.scans import scan_windows, select, similar, view_of
 from pipeline.settings import QuerySettings
 
 _PLANS_MAX = 10_000
@@ -74,26 +69,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class _Heads(NamedTuple):
-    """Positions of all stores and the definitions of one view, each partition at one moment."""
-
-    positions: dict[int, Position]
-    entries: list[codec.DefinitionEntry]
-
-
-class _Plan(NamedTuple):
-    """The definitions that a read of a view merges, and the versions of each partition's definitions they were found in."""
-
-    stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
-    versions: list[int]
-    merged: MergedDefinition
-    kind: Kind
-    dated_by: tuple[bytes, ...]
-    """Keys of the definition entries that say what has expired; empty if nothing of the view can expire."""
-
-    def holds(self, stores: Mapping[int, object], positions: Mapping[int, Position]) -> bool:
-        """Return whether stores at these positions have the definitions of the plan."""
-        return self.versions == [it.definitions_version for it in positions.values()] and self.stores == stores
+def _ignore(_: Mapping[int, Position]) -> None:
+    """Take no note of positions."""
 
 
 class ViewReader:
@@ -120,7 +97,7 @@ class ViewReader:
         self._settings = settings
         self._on_damage = on_damage
         self._progress = Progress(ends, clock, metrics)
-        self._plans: dict[tuple[str, str | None, int | None], _Plan] = {}
+        self._plans: dict[tuple[str, str | None, int | None], ReadPlan] = {}
         self._closed = False
 
     @property
@@ -133,6 +110,11 @@ class ViewReader:
         """Time on `clock` at which the log was asked for `topic_id`."""
         return self._ends().at_s
 
+    @property
+    def elsewhere(self) -> frozenset[int]:
+        """Partitions of the topic that this process does not follow, so that no answer has them."""
+        return self._ends().elsewhere
+
     def close(self) -> None:
         """End all running reads: they raise `Unavailable`."""
         self._closed = True
@@ -142,96 +124,138 @@ class ViewReader:
     def definition(self, view: str) -> Definition:
         """Return the merged definition of a view, from memory after the first call; `NotFound` if there is no such view."""
         query = Query(view)
-        return (self._plans.get(_shape(query)) or self._load_plan(query)).merged.definition
+        return (self._plans.get(shape(query)) or self._load_plan(query)).merged.definition
 
     def definitions_of(self, view: str, kind: str, window_s: int | None) -> tuple[Definition, ...]:
         """Return the definitions that a read of this kind and window merges, as `definition` does."""
         query = Query(view, kind=kind, window_s=window_s)
-        return (self._plans.get(_shape(query)) or self._load_plan(query)).merged.parts
+        return (self._plans.get(shape(query)) or self._load_plan(query)).merged.parts
 
-    def _load_plan(self, query: Query) -> _Plan:
+    def _load_plan(self, query: Query) -> ReadPlan:
         """Read from the stores which definitions to merge."""
         stores = self._stores()
-        heads = self._from(stores, _read_heads, query.view)
+        heads = self._from(stores, read_heads, query.view)
         self._check_unchanged(stores)
         return self._plan(query, stores, heads)
 
-    def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: _Heads) -> _Plan:
-        shape = _shape(query)
+    def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: ViewHeads) -> ReadPlan:
+        key = shape(query)
         try:
             found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s)
         except NotFound:
-            self._plans.pop(shape, None)
+            self._plans.pop(key, None)
             raise
         if len(self._plans) >= _PLANS_MAX:
             self._plans.clear()
         expires = bool(found.definition.window_s) or any(map(expires_silent, found.parts))
         dated_by = tuple(map(definition_key, found.parts)) if expires else ()
-        versions = [it.definitions_version for it in heads.positions.values()]
-        plan = self._plans[shape] = _Plan(dict(stores), versions, found, KINDS[found.definition.kind], dated_by)
+        plan = self._plans[key] = ReadPlan(dict(stores), versions(heads.positions), found, dated_by)
         return plan
 
+    def asked(self, query: Query) -> Asked | None:
+        """Return what a read of now is answered by; None if there is no such view, or its definitions change meanwhile."""
+        for _ in range(_POINT_TRIES):
+            try:
+                plan = self._plans.get(shape(query)) or self._load_plan(query)
+            except NotFound:
+                return None
+            stores = self._stores()
+            positions = self._from(stores, read_positions)
+            self._check_unchanged(stores)
+            if plan.holds(stores, positions):
+                now_ms = self.clock.now_ms()
+                points = self._new_points(query, plan.merged, now_ms)
+                return Asked(query, now_ms, None if points is None else points.span, positions)
+            self._plans.pop(shape(query), None)
+        return None
+
+    def renewed(self, answer: Answer, positions: Mapping[int, Position]) -> Answer:
+        """Return the answer, which was read at these positions, with what the clock says of it now."""
+        seen = self._progress.note_ends()
+        as_of = self._progress.as_of(positions, seen)
+        if answer.step_ms is None:
+            return replace(answer, as_of=as_of)
+        return replace(answer, as_of=as_of, final_before_ms=self._progress.final_before_ms(positions, seen))
+
     def point(self, query: Query, *, keys_max: int = _POINT_KEYS_MAX) -> Answer | None:
+        """Return the answer of `find_point`."""
+        found = self.find_point(query, self.clock.now_ms(), keys_max=keys_max)
+        return None if found is None else found.answer
+
+    def find_point(self, query: Query, now_ms: int, *, keys_max: int = _POINT_KEYS_MAX) -> FoundAnswer | None:
         """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None.
 
         None, too, if these are over `keys_max` keys of all partitions, or if there is no such view.
         """
         for _ in range(_POINT_TRIES):
             try:
-                plan = self._plans.get(_shape(query)) or self._load_plan(query)
+                plan = self._plans.get(shape(query)) or self._load_plan(query)
             except NotFound:
                 return None  # `read` knows which views there are
             labels = pinned_labels(plan.merged.definition, query.where)
             if labels is None:
                 return None
-            points = self._new_points(query, plan.merged)
+            points = self._new_points(query, plan.merged, now_ms)
             if points is not None and sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores) > keys_max:
                 return None
-            answer = self._point(query, plan, labels, points)
-            if answer is not None:
-                return answer
-            self._plans.pop(_shape(query), None)
+            found = self._point(query, plan, labels, points)
+            if found is not None:
+                return found
+            self._plans.pop(shape(query), None)
         return None
 
-    def _new_points(self, query: Query, merged: MergedDefinition) -> Points | None:
+    def _new_points(self, query: Query, merged: MergedDefinition, now_ms: int) -> Points | None:
         """Return the points of a read, without any entry yet; None for a view without windows."""
         if merged.definition.window_s:
-            return Points(query, merged, self._settings, self.clock.now_ms())
+            return Points(query, merged, self._settings, now_ms)
         check_unwindowed(query)
         return None
 
-    def _point(self, query: Query, plan: _Plan, labels: Labels, points: Points | None) -> Answer | None:
+    def _point(self, query: Query, plan: ReadPlan, labels: Labels, points: Points | None) -> FoundAnswer | None:
         """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`."""
         definition = plan.merged.definition
+        kind = KINDS[definition.kind]
         # As many conditions as pinned labels: each is an equality, and nothing is left to test.
         exact = len(query.where) == len(labels)
         tests = [] if exact else self._tests(definition, query, lambda: None)
         group = group_key(definition, query.by)
         fits = exact or all(test([labels[index]])[0] for index, test in tests)
         parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
+        keys = keys_of(parts, points)
         stores = self._stores()
         seen = self._progress.note_ends()
         try:
-            found = find_points(stores, _keys(parts, points), plan.dated_by, alive=points is None)
-            states = decode_all(found.holders, partial(codec.decode_states, plan.kind), found.values)
+            looked = look_up(plan, kind, keys, points is not None, stores)
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
         self._check_unchanged(stores)
-        if not plan.holds(stores, found.positions):
+        if not plan.holds(stores, looked.positions):
             return None
-        rows = group([labels] * len(states)) if fits else []
+        rows = group([labels] * len(looked.states)) if fits else []
         if points is not None:
-            points.hide_expired(expired_before(found.entries))
+            points.hide_expired(expired_before(looked.entries))
             if fits:
-                points.add_found([part for part, _ in parts], found.keys, rows, states)
-            return self._points_answer(query, plan.merged, points, found.positions, seen, lambda: None)
-        selected = select_one(plan.kind, query, {rows[0]: reduce(plan.kind.merge, states)} if rows else {})
-        return self._answer(query, plan.merged, selected, found.positions, seen)
+                points.add_found([part for part, _ in parts], looked.keys, rows, looked.states)
+            return self._points_found(query, plan.merged, points, looked.positions, seen, lambda: None)
+        groups: dict[Labels, Any] = {}
+        if fits:
+            fold(kind, groups, rows, looked.states)
+        as_of = self._progress.as_of(looked.positions, seen)
+        return FoundAnswer(answer_of(query, plan.merged, select_one(kind, query, groups), as_of), looked.positions)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
-        """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock."""
-        answer = self.point(query, keys_max=_KEYS_MAX)
-        return self._from(self._stores(), self._scan, query, deadline_s) if answer is None else answer
+        """Return the answer of `find`."""
+        return self.find(query, self.clock.now_ms(), deadline_s=deadline_s).answer
+
+    def find(
+        self, query: Query, now_ms: int, *, deadline_s: float, at: Callable[[Mapping[int, Position]], None] = _ignore
+    ) -> FoundAnswer:
+        """Return the answer, by a scan if need be; `Unavailable` if it takes beyond `deadline_s` on the monotonic clock.
+
+        `now_ms` is the end of a range without one. A scan calls `at` with its positions as soon as it has them.
+        """
+        found = self.find_point(query, now_ms, keys_max=_KEYS_MAX)
+        return self._from(self._stores(), self._scan, query, now_ms, deadline_s, at) if found is None else found
 
     def _from(self, stores: Mapping[int, ReadableStore], read: Callable[..., T], *arguments: Any) -> T:
         """Return `read(stores, *arguments)`; a store in which it meets damage is rebuilt."""
@@ -240,23 +264,32 @@ class ViewReader:
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
 
-    def _scan(self, stores: Mapping[int, ReadableStore], query: Query, deadline_s: float) -> Answer:
+    def _scan(
+        self,
+        stores: Mapping[int, ReadableStore],
+        query: Query,
+        now_ms: int,
+        deadline_s: float,
+        at: Callable[[Mapping[int, Position]], None],
+    ) -> FoundAnswer:
         seen = self._progress.note_ends()
         snapshots = {number: store.snapshot() for number, store in stores.items()}
         self._check_unchanged(stores)
-        heads = _read_heads(snapshots, query.view)
+        heads = read_heads(snapshots, query.view)
+        at(heads.positions)
         try:
             plan = self._plan(query, stores, heads)
         except NotFound as error:
             raise error if heads.entries else NotFound(f"{error}{similar(snapshots, query.view)}") from None
         check = partial(self._check, query.view, deadline_s, stores)
-        points = self._new_points(query, plan.merged)
+        points = self._new_points(query, plan.merged, now_ms)
         if points is None:
             selected = self._select(query, plan.merged, snapshots, check)
-            return self._answer(query, plan.merged, selected, heads.positions, seen)
+            as_of = self._progress.as_of(heads.positions, seen)
+            return FoundAnswer(answer_of(query, plan.merged, selected, as_of), heads.positions)
         points.hide_expired(expired_before(heads.entries))
         scan_windows(query, plan.merged, points, snapshots, self._tests(plan.merged.definition, query, check), check)
-        return self._points_answer(query, plan.merged, points, heads.positions, seen, check)
+        return self._points_found(query, plan.merged, points, heads.positions, seen, check)
 
     def _select(
         self,
@@ -290,26 +323,7 @@ class ViewReader:
         if self.clock.monotonic_s() > deadline_s:
             raise Unavailable(f"view {view}: not read within timeout_ms; {advice}")
 
-    def _answer(
-        self, query: Query, merged: MergedDefinition, selected: Selected, positions: Mapping[int, Position], seen: LogEnds
-    ) -> Answer:
-        definition = merged.definition
-        names = definition.labels if query.by is None else query.by
-        rows = zip(selected.labels, selected.values, strict=True)
-        series = [Series(dict(zip(names, labels)), value) for labels, value in rows]  # noqa: B905  # as many, and quicker
-        cut = selected.series_total > len(series)
-        return Answer(
-            view=query.view,
-            kind=definition.kind,
-            by=query.by,
-            series=series,
-            as_of=self._progress.as_of(positions, seen),
-            truncated=cut,
-            series_total=selected.series_total if cut else None,
-            also=merged.also,
-        )
-
-    def _points_answer(
+    def _points_found(
         self,
         query: Query,
         merged: MergedDefinition,
@@ -317,28 +331,10 @@ class ViewReader:
         positions: Mapping[int, Position],
         seen: LogEnds,
         check: Callable[[], None],
-    ) -> Answer:
-        definition, span = merged.definition, points.span
-        names = definition.labels if query.by is None else query.by
-        series, total = points.series(names, check)
-        cut = total > len(series)
-        return Answer(
-            view=query.view,
-            kind=definition.kind,
-            by=query.by,
-            series=series,
-            as_of=self._progress.as_of(positions, seen),
-            truncated=cut,
-            series_total=total if cut else None,
-            also=merged.also,
-            start_ms=span.start_ms,
-            end_ms=span.end_ms,
-            step_ms=span.step_ms,
-            over_ms=span.over_ms,
-            fn=query.fn,
-            final_before_ms=self._progress.final_before_ms(positions, seen),
-            expired_before_ms=points.expired_before_ms or None,
-        )
+    ) -> FoundAnswer:
+        as_of = partial(self._progress.as_of, positions, seen)
+        final_before_ms = self._progress.final_before_ms(positions, seen)
+        return FoundAnswer(points_answer(query, merged, points, as_of, final_before_ms, check), positions)
 
     def views(self) -> Views:
         """Return all definitions, by view, and the state that they are of."""
@@ -364,8 +360,10 @@ class ViewReader:
         """Return all views, or these, each whole or not at all, at one moment of each store.
 
         At most `openmetrics_series_max` series are returned, in the order of names. Views that can't be shown are named as
-        omitted. Raises `NotFound` for an unknown view, `Unavailable` if it takes beyond `deadline_s`.
+        omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond `deadline_s`, `Invalid` without all partitions.
         """
+        if elsewhere := self.elsewhere:
+            raise Invalid(f"this server lacks partition {min(elsewhere)}: scrape one that has all, or one with --gather")
         return self._from(self._stores(), self._scrape, views, deadline_s)
 
     def _scrape(self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float) -> Exposition:
@@ -443,28 +441,3 @@ class ViewReader:
         now = self._stores()
         if now != stores and any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
-
-
-def _shape(query: Query) -> tuple[str, str | None, int | None]:
-    return query.view, query.kind, query.window_s
-
-
-def _keys(parts: Sequence[tuple[Definition, Labels]], points: Points | None) -> list[bytes]:
-    """Return the keys of the series of each definition that has these labels, in all windows that the points cover."""
-    if points is None:
-        return [series_prefix(part) + series_suffix(own) for part, own in parts]
-    packed = [series_suffix(own)[len(WINDOW_NONE) :] for _, own in parts]
-    return [
-        series_prefix(part) + window_bytes(start_ms) + labels
-        for (part, _), labels in zip(parts, packed, strict=True)
-        for start_ms in points.windows(part)
-    ]
-
-
-def _read_heads(stores: Mapping[int, StoreView], view: str) -> _Heads:
-    # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
-    positions = read_positions(stores)
-    prefix = definitions_prefix(view)
-    scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
-    entries = [decode_stored(number, decode_definition, value) for number, scan in scans for _, value in scan]
-    return _Heads(positions, entries)

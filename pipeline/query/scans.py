@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.core import codec
 from pipeline.core.codec import DefinitionEntry
@@ -27,22 +27,20 @@ from pipeline.core.query import (
 )
 from pipeline.core.record import (
     NAME_BYTES_MAX,
-    POSITION_KEY,
     TAG_DEFINITION,
     WINDOW_NONE,
     Definition,
-    Position,
     definition_key,
     expires_silent,
     prefix_end,
     series_prefix,
+    window_bytes,
 )
 from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored, find_unreadable
 from pipeline.query.matchers import Test
-from pipeline.query.progress import position_of
-from pipeline.query.ranges import Points, window_bytes
+from pipeline.query.ranges import Points
 
 _BLOCK = 2_000
 """Entries that are decoded together; the deadline is checked between blocks."""
@@ -50,8 +48,6 @@ _NAMES_MAX = 2_000
 """Views that are compared with a name that is unknown."""
 Check = Callable[[], None]
 """Raises if the scan must end."""
-decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
-"""`codec.decode_definition`, which remembers what it has decoded."""
 
 
 def select(
@@ -107,43 +103,6 @@ def alive_of(entries: list[tuple[bytes, bytes]], definitions: Iterable[Definitio
             alive = dict(codec.alive((entry for entry in entries if entry[0].startswith(prefix)), it.expired_before_ms))
             entries = [entry for entry in entries if not entry[0].startswith(prefix) or entry[0] in alive]
     return entries
-
-
-class StoredSeries(NamedTuple):
-    """Entries that some keys have in several stores, and the positions of these, each store at one moment."""
-
-    positions: dict[int, Position]
-    entries: list[DefinitionEntry]
-    """Entries of the definitions that were asked for."""
-    keys: list[bytes]
-    """Keys of the values; empty if no definitions were asked for."""
-    values: list[bytes]
-    holders: list[int]
-    """Partition of each value."""
-
-
-def find_points(
-    stores: Mapping[int, StoreView], keys: Sequence[bytes], dated_by: Sequence[bytes], *, alive: bool
-) -> StoredSeries:
-    """Return what the keys of series have in stores; with `alive` without what has expired by the entries at `dated_by`."""
-    found = StoredSeries({}, [], [], [], [])
-    sought = [POSITION_KEY, *dated_by, *keys]
-    for number, store in stores.items():
-        position, *values = store.get(sought)
-        found.positions[number] = decode_stored(number, position_of, position)
-        if dated_by:
-            dates = filter(None, values[: len(dated_by)])
-            entries = [decode_stored(number, decode_definition, value) for value in dates]
-            there = [(key, value) for key, value in zip(keys, values[len(dated_by) :], strict=True) if value]
-            there = alive_of(there, entries) if alive else there
-            found.entries.extend(entries)
-            found.keys.extend([key for key, _ in there])
-            values = [value for _, value in there]
-        for value in values:
-            if value:
-                found.values.append(value)
-                found.holders.append(number)
-    return found
 
 
 def scan_windows(
