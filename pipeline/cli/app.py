@@ -230,6 +230,9 @@ def publish(
     ] = None,
     window_s: _Windows = None,
     retention_s: _Retention = None,
+    spread: Annotated[
+        int | None, typer.Option(metavar="N", help="Partitions over which each series is spread. Setting spread.")
+    ] = None,
     format_: _Format = None,
     monotone: Annotated[
         bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
@@ -279,6 +282,7 @@ def publish(
         monotone=monotone,
         window_s=window_s,
         retention_s=retention_s,
+        spread=spread,
     )
     config = load(set_)
     raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))

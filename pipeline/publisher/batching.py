@@ -24,6 +24,15 @@ encode = lru_cache(maxsize=10_000)(lambda definition: msgspec.msgpack.encode(tra
 """Return the bytes of a definition in a batch."""
 
 
+def partition_of(prefix: bytes, suffix: bytes, partition_count: int, spread: int = 1, turn: int = 0) -> int:
+    """Return the partition that takes a series this time.
+
+    It is the one that the series' key names (as librdkafka's `consistent` partitioner has it) or, of a view that is spread
+    over several, one of those that follow it: with each `turn` the next.
+    """
+    return (crc32(prefix + suffix) + turn % min(spread, partition_count)) % partition_count
+
+
 class Routed(NamedTuple):
     """Merged deltas of one series, for a partition. `definition` is the same object for all series of a view."""
 
@@ -41,6 +50,8 @@ class Pending(NamedTuple):
     suffix: bytes
     state: State
     delta_count: int = 1
+    spread: int = 1
+    """Number of partitions over which the view is spread."""
 
 
 class Draft(NamedTuple):
@@ -105,17 +116,18 @@ def number(draft: Draft, outbox: Outbox, now_ms: int) -> Sealed:
 
 
 def seal(
-    items: Iterable[Pending], outbox: Outbox, *, partition_count: int, batch_bytes_max: int, now_ms: int
+    items: Iterable[Pending], outbox: Outbox, *, partition_count: int, batch_bytes_max: int, now_ms: int, turn: int = 0
 ) -> list[Sealed]:
     """Put series, each of them once, into batches of at most `batch_bytes_max`, numbered by `outbox`, which keeps them.
 
-    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed.
+    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed. `turn` is as in
+    `partition_of`.
     """
     known: dict[Definition, tuple[Definition, bytes]] = {}
     routed = []
     for item in items:
         definition, prefix = known.setdefault(item.definition, (item.definition, series_prefix(item.definition)))
-        partition = crc32(prefix + item.suffix) % partition_count
+        partition = partition_of(prefix, item.suffix, partition_count, item.spread, turn)
         routed.append(Routed(partition, definition, item.suffix, item.state))
     out: list[Sealed] = []
     try:
