@@ -21,8 +21,9 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
-from pipeline.core.answer import PartitionStatus, Status
+from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
+from pipeline.core.query import Query
 from pipeline.core.record import (
     Batch,
     Definition,
@@ -199,6 +200,11 @@ class World:
     def folding(self, interval_s: float = 0.002) -> AbstractContextManager[None]:
         """Fold in a thread, again and again, until the context ends."""
         return again_and_again(self.fold, interval_s)
+
+
+def scanned(reader: ViewReader, query: Query) -> Answer:
+    """What a scan answers, even where a few keys would do."""
+    return reader._scan(reader._stores(), query, reader.clock.now_ms(), 1e18, lambda _: None).answer
 
 
 class Part:

@@ -15,7 +15,7 @@ from pipeline.ports import Store
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.topics import DELTAS
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock, wait_until
 
 DEFINITION = Definition("v", "sum", ("n",))
@@ -237,7 +237,7 @@ def more(stores: dict[int, Store]) -> None:
 READS: dict[str, Callable[[ViewReader], object]] = {
     "definition": lambda reader: reader.definition("v"),
     "point": lambda reader: reader.point(Query("v", by=())),
-    "scan": lambda reader: reader._scan(reader._stores(), Query("v", by=()), 1e18),
+    "scan": lambda reader: scanned(reader, Query("v", by=())),
     "views": lambda reader: reader.views(),
     "scrape": lambda reader: reader.scrape(deadline_s=1e18),
     "partitions": lambda reader: reader.partitions(),

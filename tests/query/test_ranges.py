@@ -22,7 +22,7 @@ from pipeline.query.staleness import LogTime, final_before_ms
 from pipeline.settings import QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
 from tests.core import strategies as some
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock
 
 FAR_S = 1e18
@@ -32,10 +32,6 @@ WINDOWS = 24
 
 def read(world: World, query: Query) -> Answer:
     return world.reader.read(query, deadline_s=FAR_S)
-
-
-def scanned(world: World, query: Query) -> Answer:
-    return world.reader._scan(world.reader._stores(), query, FAR_S)
 
 
 def points(answer: Answer) -> dict[Labels, list[tuple[int, Any]]]:
@@ -140,7 +136,7 @@ def test_points_are_a_recomputation_from_all_deltas(data: st.DataObject, kind: A
     answer = read(world, query)
     assert points(answer) == expected
     assert [*points(answer)] == sorted(expected)
-    assert points(scanned(world, query)) == expected
+    assert points(scanned(world.reader, query)) == expected
     assert (answer.start_ms, answer.end_ms, answer.step_ms, answer.over_ms) == (first, first + count * step, step, over)
     assert (answer.expired_before_ms or 0) == max(expired.values(), default=0)
     assert points(msgspec.json.decode(msgspec.json.encode(answer), type=Answer)) == expected
@@ -188,7 +184,7 @@ def test_a_pinned_read_gets_its_keys() -> None:
     few, many = ask(10 * W), ask(400 * W)
     found = world.reader.point(few)
     assert found is not None
-    assert points(found) == points(scanned(world, few)) == {("b",): [(i * W, 2) for i in range(1, 10)]}
+    assert points(found) == points(scanned(world.reader, few)) == {("b",): [(i * W, 2) for i in range(1, 10)]}
     assert world.reader.point(many) is None
     assert points(read(world, many)) == points(found)
     assert world.reader.point(Query("v", range=AskedRange(start_ms=0, end_ms=10 * W))) is None
@@ -223,11 +219,11 @@ def test_what_has_expired_is_not_known_to_be_zero() -> None:
     pinned = Query("v", (parse_matcher("x=a"),), range=asked)
     assert read(world, pinned).expired_before_ms is None
     world.expire(definition, 2 * W, 1)
-    for answer in (read(world, pinned), scanned(world, pinned)):
+    for answer in (read(world, pinned), scanned(world.reader, pinned)):
         assert points(answer) == {("a",): [(0, None), (W, None), (2 * W, 1), (3 * W, 1)]}
         assert answer.expired_before_ms == 2 * W
     world.expire(definition, 50 * W, 0)
-    assert read(world, pinned).series == scanned(world, pinned).series == []
+    assert read(world, pinned).series == scanned(world.reader, pinned).series == []
 
 
 def test_top_ranks_by_the_whole_range() -> None:
@@ -430,7 +426,7 @@ def test_series_that_were_silent_for_too_long_are_hidden() -> None:
         (exposed,) = world.reader.scrape(deadline_s=FAR_S).views
         point = world.reader.point(pinned)
         assert point is not None
-        return [read(world, totals).value(), point.value(), scanned(world, pinned).value(), exposed.values]
+        return [read(world, totals).value(), point.value(), scanned(world.reader, pinned).value(), exposed.values]
 
     assert seen() == [14, 10, 10, [10, 4]]
     world.expire(definition, at_ms + 100_000 - 1, 0)

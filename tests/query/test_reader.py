@@ -23,7 +23,7 @@ from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailab
 from pipeline.ports import Store, StoreView
 from pipeline.settings import LogSettings, QuerySettings
 from tests.core import strategies as some
-from tests.query.support import World, wait_until
+from tests.query.support import World, scanned, wait_until
 
 REVENUE = Definition("revenue", "sum", ("region", "product"))
 FAR_S = 1e18
@@ -107,7 +107,7 @@ def test_a_point_read_answers_as_a_scan(
     world.fold()
     pinned = [f"x={key[0]}", f"y={key[1]}", *(f"{label}{op}{value}" for label, op in extra)]
     it = query("v", *pinned, by=by)
-    point, scan = world.reader.point(it), world.reader._scan(world.reader._stores(), it, FAR_S)
+    point, scan = world.reader.point(it), scanned(world.reader, it)
     assert point is not None
     assert msgspec.structs.replace(point, as_of=scan.as_of) == scan
     assert point.as_of.next_offsets == scan.as_of.next_offsets

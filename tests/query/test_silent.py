@@ -5,7 +5,7 @@ import pytest
 from pipeline.core.query import Query, parse_matcher
 from pipeline.core.record import Definition
 from pipeline.settings import WorkerSettings
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock
 
 QUIET = Definition("v", "sum", ("a",), retention_s=60)
@@ -23,7 +23,7 @@ def world() -> World:
 def shown(world: World, **by: str) -> dict[tuple[str, ...], int]:
     """Return the answer of a scan, which must equal that of a point read."""
     query = Query("v", where=tuple(parse_matcher(f"{label}={value}") for label, value in by.items()))
-    answer = world.reader._scan(world.reader._stores(), query, FAR_S)
+    answer = scanned(world.reader, query)
     if by:
         assert world.reader.point(query) == answer
     assert world.reader.read(query, deadline_s=FAR_S) == answer

@@ -18,7 +18,7 @@ from pipeline.query.ends import EndsNow, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsetHistory, bound_ms
 from pipeline.topics import DELTAS
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock
 
 DEFINITION = Definition("v", "sum")
@@ -265,7 +265,7 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
     reader.definition("v")
     for call in (
         lambda: reader.point(Query("v")),
-        lambda: reader._scan(reader._stores(), Query("v"), 1e18),
+        lambda: scanned(reader, Query("v")),
         reader.views,
         reader.partitions,
     ):

@@ -300,10 +300,9 @@ MUTANTS = (
     Mutant(
         14,
         "a point read ends at the first partition that has the series",
-        "pipeline/query/reader.py",
-        "                    found.append(value)\n                    holders.append(number)\n",
-        "                    if not found:\\n"
-        "                        found.append(value)\\n                        holders.append(number)\\n",
+        "pipeline/query/lookups.py",
+        "            found.append(value)\n            holders.append(number)\n",
+        "            if not found:\n                found.append(value)\n                holders.append(number)\n",
     ),
     Mutant(
         14,
