@@ -238,18 +238,11 @@ class Gateway:
             if key is not None:
                 sealed = _seal_parts(states, producer_id, fixed, now_ms)
             else:
-                merged = [
-                    Pending(it.definition, it.suffix, state, spread=spreads[it.definition]) for it, state in states.items()
-                ]
+                merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
                 most = min(self._settings.batch_bytes_max, bytes_max)
+                sizes = {"partition_count": partition_count, "batch_bytes_max": most}
                 with self._lock:
-                    sealed = seal(
-                        *(merged, self._outbox),
-                        partition_count=partition_count,
-                        batch_bytes_max=most,
-                        now_ms=now_ms,
-                        turn=turn,
-                    )
+                    sealed = seal(merged, self._outbox, **sizes, now_ms=now_ms, spreads=spreads, turn=turn)
             for batch in sealed:
                 if len(batch.value) > bytes_max:
                     self._settle(sealed, key)

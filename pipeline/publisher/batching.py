@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
@@ -50,8 +50,6 @@ class Pending(NamedTuple):
     suffix: bytes
     state: State
     delta_count: int = 1
-    spread: int = 1
-    """Number of partitions over which the view is spread."""
 
 
 class Draft(NamedTuple):
@@ -116,18 +114,25 @@ def number(draft: Draft, outbox: Outbox, now_ms: int) -> Sealed:
 
 
 def seal(
-    items: Iterable[Pending], outbox: Outbox, *, partition_count: int, batch_bytes_max: int, now_ms: int, turn: int = 0
+    items: Iterable[Pending],
+    outbox: Outbox,
+    *,
+    partition_count: int,
+    batch_bytes_max: int,
+    now_ms: int,
+    spreads: Mapping[Definition, int] = {},
+    turn: int = 0,
 ) -> list[Sealed]:
     """Put series, each of them once, into batches of at most `batch_bytes_max`, numbered by `outbox`, which keeps them.
 
-    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed. `turn` is as in
-    `partition_of`.
+    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed. `spreads` has the
+    definitions that are spread, and `turn` chooses among the partitions of their series; see `partition_of`.
     """
     known: dict[Definition, tuple[Definition, bytes]] = {}
     routed = []
     for item in items:
         definition, prefix = known.setdefault(item.definition, (item.definition, series_prefix(item.definition)))
-        partition = partition_of(prefix, item.suffix, partition_count, item.spread, turn)
+        partition = partition_of(prefix, item.suffix, partition_count, spreads.get(item.definition, 1), turn)
         routed.append(Routed(partition, definition, item.suffix, item.state))
     out: list[Sealed] = []
     try:
