@@ -13,7 +13,20 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import heartbeat, kafka, keyed, publisher, ranges, serving, table, windowed, windows, worker, workers
+from tests.bench import (
+    heartbeat,
+    kafka,
+    keyed,
+    polling,
+    publisher,
+    ranges,
+    serving,
+    table,
+    windowed,
+    windows,
+    worker,
+    workers,
+)
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
@@ -29,6 +42,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "point": serving.point,
     "group-by": serving.group_by,
     "query": ranges.query,
+    "polling": polling.polling,
     "memory": serving.memory,
 }
 """By name; each takes whether to be quick, which proves that it runs and measures nothing."""
