@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+import pytest
 
+pytest.importorskip("google.protobuf", reason="pip install -c constraints.txt -e '.[dev]'")
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+__all__ = ["DecodeError", "messages", "remote"]
 Field = descriptor_pb2.FieldDescriptorProto
 TYPES = {
     "double": Field.TYPE_DOUBLE,

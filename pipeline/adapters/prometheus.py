@@ -118,7 +118,7 @@ def _family(exposed: Exposed) -> Family:
     kind, sample = ("counter", f"{name}_total") if definition.monotone else ("gauge", name)
     family = Family(name, _about(definition), kind)
     for labels, answer in zip(exposed.labels, exposed.values, strict=True):
-        value = sample_value(answer)
+        value = sample_value(KINDS[definition.kind].number(answer))
         if value is not None:
             family.samples.append(Sample(sample, dict(zip(definition.labels, labels, strict=True)), value))
     return family

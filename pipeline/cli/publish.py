@@ -319,15 +319,7 @@ class _PublishRun:
         """Record rows until the end, or until the run can't go on; return why it can't, else None."""
         report = self._report
         to = self._definition
-        view = publisher.view(
-            to.kind,
-            to.view,
-            labels=to.labels,
-            monotone=to.monotone,
-            window_s=to.window_s,
-            retention_s=to.retention_s,
-        )
-        find: Any = view.labels
+        find: Any = publisher.define(to).labels
         method = KINDS[to.kind].method
         started_s = shown_s = flushed_s = self._clock.monotonic_s()
         try:

@@ -78,12 +78,7 @@ def family_names(definition: Definition) -> set[str]:
 
 
 def sample_value(answer: Any) -> int | float | None:
-    """Return an answer as a sample's value; None for text and null. An int beyond all floats becomes infinite.
-
-    Of an answer with an estimate, that is the value.
-    """
-    if isinstance(answer, dict):
-        answer = answer.get("estimate")
+    """Return an answer as a sample's value; None for text and null. An int beyond all floats becomes infinite."""
     if not isinstance(answer, int | float):
         return None
     try:

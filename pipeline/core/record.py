@@ -283,9 +283,14 @@ def prefix_end(prefix: bytes) -> bytes:
     return short[:-1] + bytes((short[-1] + 1,))
 
 
+def window_bytes(start_ms: int) -> bytes:
+    """Return the start of a window as it stands in keys, where windows are in the order of time."""
+    return start_ms.to_bytes(len(WINDOW_NONE), "big")
+
+
 def series_suffix(labels: Sequence[str], window_start_ms: int = 0) -> bytes:
     """Return the part of a series' key behind its definition: window start and label values, in the definition's order."""
-    return window_start_ms.to_bytes(8, "big") + _encode_labels(labels)
+    return window_bytes(window_start_ms) + _encode_labels(labels)
 
 
 def overflow_suffix(definition: Definition, window_start: bytes = WINDOW_NONE) -> bytes:

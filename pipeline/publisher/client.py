@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _VIEWS_MAX = 10_000
 _SWEEPS = 3
-"""How often a close flushes again, for deltas that other threads were just recording."""
+"""Number of flushes that a close repeats for deltas that other threads were just recording."""
 _BATCH_MARGIN = 900
 """The most bytes that a batch of one series takes beyond its value, unless its labels are very long."""
 
@@ -265,6 +265,17 @@ class BasePublisher:
     ) -> BaseView:
         """Return the view of this name and of a kind that is only known at run time."""
         return self._view(BaseView, kind, view, labels, window_s, retention_s, monotone)
+
+    def define(self, definition: Definition) -> BaseView:
+        """Return the view of a definition that is only known at run time; see `view`."""
+        return self.view(
+            definition.kind,
+            definition.view,
+            labels=definition.labels,
+            window_s=definition.window_s,
+            retention_s=definition.retention_s,
+            monotone=definition.monotone,
+        )
 
     def _view(
         self,

@@ -81,7 +81,7 @@ class BaseView:
 
     method: ClassVar[str]
     series_type: ClassVar[type[BaseSeries]]
-    """What `labels` returns. A subclass may name a subclass."""
+    """Class of the handles that `labels` returns. A subclass may name a subclass of it."""
 
     def __init__(self, table: Table, definition: Definition, series_max: int) -> None:
         if KINDS[definition.kind].method != self.method:

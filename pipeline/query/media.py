@@ -70,7 +70,10 @@ def _said(answer: Answer) -> list[Header]:
         "final-before-ms": answer.final_before_ms,
         "expired-before-ms": answer.expired_before_ms,
     }
-    return [(f"pipeline-{name}".encode(), b"%d" % value) for name, value in said.items() if value is not None]
+    found = [(f"pipeline-{name}".encode(), b"%d" % value) for name, value in said.items() if value is not None]
+    if missing := answer.as_of.missing_partitions:
+        found.append((b"pipeline-missing-partitions", ",".join(map(str, missing)).encode()))
+    return found
 
 
 def to_csv(answer: Answer) -> bytes:

@@ -38,7 +38,7 @@ class _Readable(NamedTuple):
     names: tuple[str, ...]
 
 
-class _Listing(NamedTuple):
+class _ListedViews(NamedTuple):
     """All views that can be read, and the versions of each partition's definitions they were found in."""
 
     stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
@@ -54,7 +54,7 @@ class RemoteReads:
     def __init__(self, reader: ViewReader, settings: QuerySettings) -> None:
         self._reader = reader
         self._settings = settings
-        self._listing: _Listing | None = None
+        self._listing: _ListedViews | None = None
 
     def answer(self, body: bytes, *, deadline_s: float) -> bytes:
         """Return the compressed answer to a compressed request.
@@ -69,7 +69,7 @@ class RemoteReads:
         room = Room(self._settings.answer_points_max, self._settings.remote_read_bytes_max)
         return encode_response([[*self._series(query, listing, cut, room)] for query in queries])
 
-    def _listed(self, cut: Cut) -> _Listing:
+    def _listed(self, cut: Cut) -> _ListedViews:
         """Return all views, from memory unless the definitions of a partition have changed."""
         versions = {number: position.definitions_version for number, position in cut.positions.items()}
         known = self._listing
@@ -86,10 +86,10 @@ class RemoteReads:
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
         chosen, _ = choose({view: exposed_as(it.definition) for view, it in whole.items()})
         views = [_Readable(whole[it.view], sample_names(it)) for it in chosen if it.window_s]
-        self._listing = listing = _Listing(dict(cut.stores), versions, views, broken)
+        self._listing = listing = _ListedViews(dict(cut.stores), versions, views, broken)
         return listing
 
-    def _series(self, query: SeriesQuery, listing: _Listing, cut: Cut, room: Room) -> Iterator[bytes]:
+    def _series(self, query: SeriesQuery, listing: _ListedViews, cut: Cut, room: Room) -> Iterator[bytes]:
         tests = [(matcher.label, self._test(matcher, cut)) for matcher in query.matchers]
         named = [test for label, test in tests if label == NAME_LABEL]
         others = [(label, test) for label, test in tests if label != NAME_LABEL]

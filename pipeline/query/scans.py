@@ -34,12 +34,12 @@ from pipeline.core.record import (
     expires_silent,
     prefix_end,
     series_prefix,
+    window_bytes,
 )
 from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored, find_unreadable
 from pipeline.query.matchers import Test
-from pipeline.query.ranges import window_bytes
 
 _BLOCK = 2_000
 """Entries that are decoded together; the deadline is checked between blocks."""

@@ -17,7 +17,7 @@ import pipeline.metrics as m
 from pipeline.core.answer import Answer, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.token import Token
-from pipeline.errors import NotFound, NotReady, OtherTopic, PipelineError, Unavailable
+from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.query.media import Encoded, encode_answer
 from pipeline.query.params import ReadRequest
@@ -193,6 +193,11 @@ class ReadService:
         def unknown(states: States) -> set[int]:  # a publisher may see new partitions first
             return wanted.keys() - {state.partition for state in states}
 
+        if never := sorted(wanted.keys() & self._reader.elsewhere):
+            raise Invalid(
+                f"after: the token names partition {never[0]}, which this server does not follow; ask one that follows all "
+                "partitions, or one with --gather, which splits tokens"
+            )
         states = self._reader.partitions()
         await self._check_topic(after, deadline_s)
         if not ok(states):

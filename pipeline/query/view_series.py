@@ -155,16 +155,22 @@ class _Encoding:
 
     def series(self, names: Sequence[str], found: Mapping[Labels, Windows], bound_tests: Sequence[Test]) -> Iterator[bytes]:
         """Yield the series with these names; of buckets those whose bounds satisfy the tests."""
-        bucket, count, _ = histogram_names(self._definition.view)
-        answer: Callable[[State], Any] = KINDS[self._definition.kind].answer
         for name in names:
-            if self._definition.kind == "histogram":
-                if name == bucket:
-                    yield from self._buckets(name, found, bound_tests)
-                    continue
-                answer = count_of if name == count else _sum_of
+            if name == histogram_names(self._definition.view)[0]:
+                yield from self._buckets(name, found, bound_tests)
+                continue
+            value = self._value_of(name)
             for labels, windows in found.items():
-                yield from self._one(name, labels, {at: answer(state) for at, state in windows.items()})
+                yield from self._one(name, labels, {at: value(state) for at, state in windows.items()})
+
+    def _value_of(self, name: str) -> Callable[[State], Any]:
+        """Return a function from a window's state to the value of its sample of a name."""
+        kind = KINDS[self._definition.kind]
+        if kind.name != "histogram":
+            return lambda state: kind.number(kind.answer(state))
+        if name == histogram_names(self._definition.view)[1]:
+            return count_of
+        return lambda state: KINDS["sum"].answer(state[0])
 
     def _buckets(self, name: str, found: Mapping[Labels, Windows], tests: Sequence[Test]) -> Iterator[bytes]:
         """Yield the series of classic buckets, with bounds that are the same for all series and all windows."""
@@ -192,7 +198,3 @@ class _Encoding:
         samples = {} if self._labels_only else dict(with_ends(values, self._window_ms, self._stop_ms))
         self._room.take(max(1, len(samples)))
         yield self._room.fits(self._encoder.series(named, samples))
-
-
-def _sum_of(state: State) -> Any:
-    return KINDS["sum"].answer(state[0])

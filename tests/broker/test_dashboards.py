@@ -65,6 +65,8 @@ def replaced(addresses: Mapping[str, str]) -> Any:
     for job in config["scrape_configs"]:
         for group in job["static_configs"]:
             group["targets"] = [addresses[target] for target in group["targets"] or [job["job_name"]]]
+    for remote in config["remote_read"]:
+        remote["url"] = remote["url"].replace("server:8080", addresses["server:8080"])
     return config
 
 

@@ -55,4 +55,8 @@ def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
         wait_until(lambda: sorted(found := held(app)) == NAMES and found["w-1"], "it to be back", 120, seen=seen)
         program.signal(signal.SIGTERM)
         assert program.wait(60) == 0, program.stderr()
-    assert "has no members" in pipeline("status", "--from", app.url).stderr
+
+    def left() -> bool:
+        return "has no members" in pipeline("status", "--from", app.url).stderr
+
+    wait_until(left, "the group to know that all have left", 30)

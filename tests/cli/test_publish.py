@@ -261,11 +261,11 @@ def test_a_view_with_windows(server: UpProcess, format_: str) -> None:
     publish_ok(server, view, "--window-s", "60", "--ts", "at", *plain, input=text)
     report = publish_ok(server, view, *plain, input=text)
     with Reader(server.url) as reader:
-        (listed,) = [it for it in reader.views() if it.name == view]
-        assert (listed.window_s, listed.retention_s, listed.series_count) == (60, 10**9, 5)
         answer = reader.get(
             view, start="2026-01-01T00:00:00Z", end="2026-01-01T00:02:00Z", after=report["token"], timeout_ms=20_000
         )
+        (listed,) = [it for it in reader.views() if it.name == view]
+        assert (listed.window_s, listed.retention_s, listed.series_count) == (60, 10**9, 5)
         first = 1767225600000
         points = {series.labels["page"]: [list(point) for point in series.points] for series in answer.series}
         assert points["x"] == [[first, 2], [first + 60_000, 12]]

@@ -40,6 +40,10 @@ def token(server: UpProcess) -> Iterator[str]:
         slow = publisher.histogram("slow", labels=("route",))
         for n in range(1, 5):
             slow.observe(n, route="/")
+        users, most = publisher.distinct("users", labels=("page",)), publisher.topk("most", labels=("page",))
+        for n in range(3):
+            users.observe(n, page="/")
+            most.add(f"a{n}\x9b", 2 + n, page="/")
         publish_hits(server.url)
         many = publisher.sum("many", labels=("n",))
         for n in range(3000):
@@ -100,6 +104,15 @@ def test_options_of_get(here: Here, server: UpProcess, token: str, arguments: Se
     found = table(here, server, "revenue", "--after", token, *arguments)
     assert [[word.replace("e+", "e") for word in row] for row in found] == [
         [w.replace("e+", "e") for w in row] for row in rows
+    ]
+
+
+def test_estimates_as_tables(here: Here, server: UpProcess, token: str) -> None:
+    """A distinct has its bounds beside it, a topk its total and its first items, none of which controls the terminal."""
+    assert table(here, server, "users", "--after", token) == [["page", "estimate", "lower", "upper"], ["/", "3", "3", "3"]]
+    assert table(here, server, "most", "--after", token) == [
+        ["page", "total", "most", "frequent"],
+        ["/", "9", "a2\\x9b", "4,", "a1\\x9b", "3,", "a0\\x9b", "2"],
     ]
 
 
@@ -184,9 +197,9 @@ def test_without_a_view_all_are_listed(here: Here, server: UpProcess, token: str
     assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
     assert table(here, server)[0] == ["view", "kind", "labels", "series"]
     assert [row[:-1] for row in table(here, server)[1:]] == [
-        ["hits", "sum", "path"], ["many", "sum", "n"], ["revenue", "sum", "product,", "region"],
+        ["hits", "sum", "path"], ["many", "sum", "n"], ["most", "topk", "page"], ["revenue", "sum", "product,", "region"],
         ["slow", "histogram", "route"], ["state", "last", "host"],
-        ["total", "sum"],
+        ["total", "sum"], ["users", "distinct", "page"],
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from pipeline.core.record import OVERFLOW, Definition, parse_suffix, series_suff
 from pipeline.errors import BufferFull, Invalid
 from tests.contracts.tables import NOW_MS, Lab, batch_of, every_table, extension, fold, header, raw_series, same, states_of
 from tests.core import strategies as some
-from tests.support import examples
+from tests.support import LONG, examples
 
 
 class Number:
@@ -673,15 +673,15 @@ assert lab.table.used_bytes == 0
 @pytest.mark.parametrize(
     ("way", "count", "buckets"),
     [
-        ("plain", 100_000, 0),
-        ("native", 1_000_000, 0),
-        ("plain", 10_000, 20),
-        ("native", 100_000, 20),
-        ("native", 10_000, 160),
+        ("plain", 100_000 if LONG else 20_000, 0),
+        ("native", 1_000_000 if LONG else 200_000, 0),
+        ("plain", 10_000 if LONG else 2_000, 20),
+        ("native", 100_000 if LONG else 30_000, 20),
+        ("native", 10_000 if LONG else 4_000, 160),
     ],
 )
 def test_used_bytes_are_true(way: str, count: int, buckets: int) -> None:
-    """Memory as the system counts it and as the table does differ by 15 % at most, at 1 M series where that is quick.
+    """Memory as the system counts it and as the table does differ by 15 % at most, in a long run at 1 M series.
 
     A histogram of 20 buckets takes at most 600 bytes.
     """

@@ -7,7 +7,6 @@ import struct
 from typing import Any
 
 import pytest
-from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +14,7 @@ from pipeline.core import protobuf
 from pipeline.core.query import Matcher
 from pipeline.core.remote_read import STALE, SeriesEncoder, SeriesQuery, decode_request, encode_response, with_ends
 from pipeline.errors import BadRecord, Invalid
-from tests.prompb import remote
+from tests.prompb import DecodeError, remote
 
 OPS = ("=", "!=", "=~", "!~")
 int64 = st.integers(-(2**63), 2**63 - 1)

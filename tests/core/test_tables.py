@@ -8,12 +8,14 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.answer import Answer, AsOf, Series
-from pipeline.core.tables import HTML_ROWS_MAX, sparkline
+from pipeline.core.kinds import KINDS
+from pipeline.core.tables import HTML_ROWS_MAX, number_of, sparkline
 from pipeline.query.media import to_csv, to_ndjson
 from tests.core import strategies as some
 
@@ -104,6 +106,22 @@ def test_labels_keep_their_names() -> None:
     """A label may be called as the columns of starts and values are; those make room."""
     assert answer([1], label="value").to_arrow().column_names == ["value", "start", "value_"]
     assert answer([1], label="start").to_polars().columns == ["start", "start_", "value"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_every_kind_can_be_shown(kind: str, data: st.DataObject) -> None:
+    """Answers of each kind become rows everywhere, with points and without; what is drawn of one is a number or nothing."""
+    values = [None, *map(KINDS[kind].answer, data.draw(some.states(kind, count=2)))]
+    for windowed in (True, False):
+        it = msgspec.structs.replace(answer(values, windowed=windowed), kind=kind)
+        assert "<table>" in it._repr_html_()
+        assert it.to_arrow().num_rows == len(to_ndjson(it).splitlines()) == len(values)
+    drawn = [number_of(it, value) for value in values]
+    assert drawn[0] is None
+    if kind != "last":
+        assert all(value is None or isinstance(value, int | float) for value in drawn)
+    assert (drawn[1] is None) == (kind == "topk" or values[1] is None)
 
 
 @given(st.lists(some.scalars, max_size=6), some.texts, st.booleans())

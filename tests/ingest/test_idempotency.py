@@ -17,6 +17,7 @@ from pipeline.ingest.idempotency import partition_of_request, producer_of_reques
 from pipeline.ports import KnownDefinitions, RawDelta, RequestKey
 from pipeline.settings import PublisherSettings
 from tests.publisher.support import CLOCK, FaultyLog, batches, fold, in_threads
+from tests.support import LONG
 
 AWAY = Unavailable("away")
 
@@ -136,7 +137,7 @@ def test_the_key_is_no_secret_but_nobody_can_send_as_it() -> None:
         gate.batches([batch], "anything")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(6 if LONG else 2))
 def test_a_first_try_that_was_cut(seed: int) -> None:
     """Some of its batches are in, of others nobody knows, and the repeat comes to a server that knows the view otherwise.
 

@@ -104,7 +104,8 @@ def server(clock: HandClock, now_ms: int) -> Iterator[Server]:
     collect = KINDS["histogram"].collect
     world.append(0, LATENCY, {("/",): collect([1, 3, -2, 0])}, now_ms - 2 * MINUTE_MS)
     world.append(1, LATENCY, {("/",): collect([1])}, now_ms - 2 * MINUTE_MS)
-    world.append(0, Definition("users", "distinct", (), window_s=60), {(): KINDS["distinct"].collect([1, 2])}, now_ms)
+    users = KINDS["distinct"].collect([*map(KINDS["distinct"].check, "ab")])
+    world.append(0, Definition("users", "distinct", (), window_s=60), {(): users}, now_ms)
     world.append(0, Definition("best", "topk", (), window_s=60), {(): KINDS["topk"].collect([("a", 1)])}, now_ms)
     state = Definition("state", "last", ("host",), window_s=60)
     world.append(0, state, {("t",): (1, 0, "up"), ("n",): (1, 0, 2.5), ("b",): (1, 0, True)}, now_ms)
@@ -330,8 +331,8 @@ def test_ranges_without_windows_are_empty(server: Server, span: tuple[int, int])
     assert results(post(server, read_body((*span, [("__name__", "!=", "x")])))) == [{}]
 
 
-def test_limits() -> None:
-    """Samples, bytes, time and reads at once are bounded; the text names the setting."""
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples, bytes and time are bounded; the text names the setting. A server that lacks partitions does not answer."""
     world = World(1, settings=QuerySettings(answer_points_max=10, remote_read_bytes_max=1_024))
     world.append(0, HITS, {(f"/{n}", ""): n for n in range(5)}, 0)
     world.fold()
@@ -347,6 +348,10 @@ def test_limits() -> None:
         assert "answer_points_max" in refused(post(running, body), 400)
         world.ready = False
         assert "restoring" in refused(post(running, body), 503)
+        world.ready = True
+        some = world.reader._ends()._replace(elsewhere=frozenset({1}))
+        monkeypatch.setattr(world.reader, "_ends", lambda: some)
+        assert "lacks partition 1: read remotely one that has all" in refused(post(running, body), 400)
     late = World(1, settings=QuerySettings(timeout_ms_default=1))
     late.append(0, HITS, {(str(n),) * 2: 1 for n in range(20_000)}, 0)
     late.fold()

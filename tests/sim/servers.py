@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 STEPS_MAX = 2_000
-"""Of a server with nothing in its way until all can be read; far more than it needs."""
+"""Limit to the steps of an unhindered server until everything can be read; far more than needed."""
 
 
 class Server:
-    """A machine that runs one query server after the other. Whoever reads, reads whole commits."""
+    """A machine that runs one query server after the other. Its readers see whole commits only."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -31,10 +31,10 @@ class Server:
         self._stalled = False
         self._was_readable = False
         self._checked: dict[int, Entries] = {}
-        """What each store held when it was last found right."""
+        """Entries of each store when it was last found right."""
 
     def step(self) -> None:
-        """A few rounds of the loop; a new process if there is none."""
+        """Run a few rounds of the loop, in a new process if there is none."""
         world = self.world
         if self._busy or self._stalled:
             return
@@ -87,13 +87,13 @@ class Server:
         )
 
     def _interrupt(self, process: Process, where: str) -> None:
-        """A reader may come at any time, so it comes every time."""
+        """Read at every call of the loop, as a reader may come at any time."""
         if process is self._process:
             self.check()
         self.world.interrupt(process, where)
 
     def check(self) -> None:
-        """Whatever can be read is exactly the state at a commit boundary."""
+        """Check that the readable stores are exactly at a commit boundary."""
         if self._loop is None:
             return
         world = self.world
@@ -121,7 +121,7 @@ class Server:
             world.count("server at a boundary")
 
     def crash(self, why: str) -> None:
-        """The process dies; its stores may lose their newest writes."""
+        """Kill the process; its stores may lose their newest writes."""
         if self._loop is not None:
             self.world.note("%s dies: %s", self._process.name, why)
             self._forget()
@@ -129,7 +129,7 @@ class Server:
                 self.world.lose_writes(self.machine, number)
 
     def stop(self) -> None:
-        """The process ends by itself."""
+        """Note that the process ended by itself."""
         if self._loop is not None:
             self.world.note("%s stops", self._process.name)
             self._forget()
@@ -156,7 +156,7 @@ class Server:
         self.step()
 
     def restart(self) -> None:
-        """End the server, in one way or the other; or replace its disk, too."""
+        """End the server in one way or the other, or replace its disk, too."""
         rng = self.world.rng
         if rng.random() < 0.5:
             self.stop()
@@ -167,13 +167,13 @@ class Server:
             self.world.note("a store of the server is lost")
 
     def damage(self, partition: int, damage: str) -> None:
-        """Bytes rot, as the next open, or the next use, of the store will find."""
+        """Damage bytes of a store so that its next open, or its next use, finds out."""
         self.machine.disks[partition].damage = damage
         self.world.note("store %s of Q is damaged: %s", partition, damage)
         self.world.count(f"damage of a server: {damage}")
 
     def finish(self) -> None:
-        """With nothing in the way, all can be read soon, and it is all there is."""
+        """Check that, with nothing in the way, everything can soon be read and is complete."""
         world = self.world
         for disk in self.machine.disks:
             if disk.damage:

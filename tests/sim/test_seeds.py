@@ -9,7 +9,7 @@ import pytest
 from tests.sim.world import check_seeds
 
 PARTS = 20
-"""So that many seeds stay within a test's timeout."""
+"""Number of tests among which the seeds are dealt out, so that each test stays within its timeout."""
 
 EVENTS = """
 append: crash after, append: crash before, append: gone, append: in, append: late, append: refused, append: unsure,
@@ -30,13 +30,13 @@ offsets, unavailable at poll, zombie, zombie fenced, zombie publisher sends
 
 @pytest.fixture(scope="module")
 def stats() -> Counter[str]:
-    """How often each kind of trouble came about in the histories so far; "histories" is their number."""
+    """Number of occurrences of each kind of trouble in the histories so far; "histories" is the number of histories."""
     return Counter()
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_history_ends_exact(seeds: int, part: int, stats: Counter[str]) -> None:
-    """Whatever happens, in whatever order: every commit, every restored store and every end is exact."""
+    """Every commit, every restored store and every end is exact, whatever happens in whatever order."""
     part_seeds = range(part, seeds, PARTS)
     stats.update(check_seeds(part_seeds), histories=len(part_seeds))
 

@@ -20,6 +20,7 @@ _TRIES = 4
 _SHARE_MAX = 0.65
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_no_step_holds_up_other_threads(tmp_path: Path) -> None:
     """The largest batch is folded, committed, merged and restored in steps much shorter than one sort of its series.

@@ -444,6 +444,31 @@ def test_partitions_that_are_added_are_followed(pair: Server) -> None:
     assert not pair.loop.ready, "once it was part of an answer, none is whole without it"
 
 
+def test_a_part_of_the_partitions_is_followed(pair: Server) -> None:
+    """A loop that is given a part of the partitions opens stores of no others, and is ready as soon as it has these."""
+    pair.log.grow(3)
+    for number in range(2):
+        pair.worker.commit(number, {"a": number + 1})
+    pair.loop = ReplicaLoop(
+        log=pair.log,
+        stores=pair.stores,
+        clock=pair.clock,
+        settings=WorkerSettings(),
+        delete_retention_ms=DAY_MS,
+        on_fatal=pair.fatal.append,
+        metrics=pair.metrics,
+        partitions=frozenset({1}),
+    )
+    with pytest.raises(NotReady):
+        pair.loop.stores()
+    pair.follow()
+    pair.log.grow(4)
+    pair.follow()
+    assert pair.loop.stores().keys() == {1}
+    assert [it.partition for it in pair.loop.status()] == [1]
+    assert pair.read(1) == {"a": 2}
+
+
 def test_no_answer_lacks_a_partition(pair: Server) -> None:
     """Nothing is served before the last of those that there are at the start."""
     pair.worker.commit(0, {"a": 1})

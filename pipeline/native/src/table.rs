@@ -11,7 +11,6 @@
 
 use crate::local::{spread, States, Totals};
 use crate::ring::Ring;
-use crate::sketches::write_count;
 use crate::state::{Kind, State};
 use crate::wire::*;
 use hashbrown::HashTable;
@@ -856,8 +855,10 @@ fn encode(
             let view = &views[*place];
             for number in &order[starts[at] as usize..starts[at + 1] as usize] {
                 let t = &taken[*number as usize];
-                let entry =
-                    ENTRY_BYTES + t.len + t.state.size() + if view.kind == Kind::Mean { count_bytes(t.count) } else { 0 };
+                let entry = ENTRY_BYTES
+                    + t.len
+                    + t.state.size()
+                    + if view.kind == Kind::Mean { count_bytes(t.count.into()) } else { 0 };
                 let group = GROUP_BYTES + view.definition.len();
                 let more = entry + if batch.entries == 0 { group } else { 0 };
                 let crowded = batch.entries == 0 && batch.draft.group_count == GROUP_COUNT_MAX;
@@ -874,10 +875,6 @@ fn encode(
             drafts.push(batch.finish(partition));
         }
     }
-}
-
-fn count_bytes(count: u64) -> usize {
-    (64 - count.leading_zeros() as usize).div_ceil(8)
 }
 
 /// A batch to be that grows: the groups that are done, and the columns of the one that is not.
