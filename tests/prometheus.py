@@ -21,7 +21,7 @@ Matrix = dict[frozenset[tuple[str, str]], dict[int, float]]
 
 
 def program(name: str) -> str:
-    """Its path; the test is skipped without, or fails under PIPELINE_REQUIRE_KAFKA=1."""
+    """Return the path of a program; skip the test if there is none, or fail it under PIPELINE_REQUIRE_KAFKA=1."""
     try:
         return need(name)
     except Missing:
@@ -56,7 +56,7 @@ class Prometheus:
         self._port.close()
 
     def api(self, path: str, **parameters: Any) -> Any:
-        """The `data` of an answer."""
+        """Return the `data` of an answer."""
         query = urllib.parse.urlencode({name.replace("match", "match[]"): value for name, value in parameters.items()})
         try:
             with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
@@ -65,7 +65,7 @@ class Prometheus:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
 
     def ready(self) -> bool:
-        """Whether it takes queries."""
+        """Return whether it takes queries."""
         assert self._process.poll() is None, self._log.read_text()
         try:
             urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()
@@ -74,21 +74,21 @@ class Prometheus:
         return True
 
     def healthy(self) -> bool:
-        """Whether every target was scraped and none failed."""
+        """Return whether every target was scraped and none failed."""
         if not self.ready():
             return False
         found = self.api("targets")["activeTargets"]
         return bool(found) and all(target["health"] == "up" for target in found)
 
     def vector(self, expr: str) -> Samples:
-        """An instant query: its samples by their labels."""
+        """Return the samples of an instant query by their labels."""
         result = self.api("query", query=expr)["result"]
         return {frozenset(it["metric"].items()): float(it["value"][1]) for it in result}
 
     def matrix(
         self, expr: str, *, start_ms: int, end_ms: int, step: str
     ) -> dict[frozenset[tuple[str, str]], dict[int, float]]:
-        """A range query: by the labels of its series, values by time in ms."""
+        """Return the values of a range query by time in ms, by the labels of its series."""
         span = {"start": start_ms / 1_000, "end": end_ms / 1_000, "step": step}
         result = self.api("query_range", query=expr, **span)["result"]
         return {
@@ -96,7 +96,7 @@ class Prometheus:
         }
 
     def numbers(self, expr: str, *, instant: bool) -> list[float]:
-        """All numbers that a panel would show, of the last 30 s; NaN is none."""
+        """Return all numbers that a panel would show for the last 30 s; NaN is none."""
         if instant:
             found = list(self.vector(expr).values())
         else:
