@@ -24,6 +24,7 @@ from pipeline.query.found import FoundAnswer, span_of, unchanged_head
 from pipeline.query.media import Encoded, encode_body, encoded, end_of, plain_json
 from pipeline.query.params import ReadHeaders, ReadRequest
 from pipeline.query.reader import ViewReader
+from pipeline.query.remote_reads import RemoteReads
 from pipeline.query.shared import SharedAnswers
 from pipeline.settings import QuerySettings
 from pipeline.threads import Failures
@@ -91,6 +92,7 @@ class ReadService:
 
     def __init__(self, reader: ViewReader, settings: QuerySettings, metrics: Metrics) -> None:
         self._reader = reader
+        self._remote = RemoteReads(reader, settings)
         self._settings = settings
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
@@ -182,13 +184,23 @@ class ReadService:
         parts, coding = await self._coded(body, preferred_coding(headers.encoding))
         return plain_json(parts, coding)
 
-    async def scrape(self, views: Sequence[str], render: RenderViews, accept: str) -> tuple[bytes, str]:
+    async def scrape(
+        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+    ) -> tuple[bytes, str]:
         """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
-        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
-        deadline_s = self._reader.clock.monotonic_s() + timeout_ms / 1000
+        deadline_s = self._deadline_s()
         return await self._bounded(
-            self._in_thread, lambda: render(self._reader.scrape(views, deadline_s=deadline_s), accept)
+            self._in_thread, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
         )
+
+    async def remote_read(self, body: bytes) -> bytes:
+        """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
+        deadline_s = self._deadline_s()
+        return await self._bounded(self._in_thread, lambda: self._remote.answer(body, deadline_s=deadline_s))
+
+    def _deadline_s(self) -> float:
+        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
+        return self._reader.clock.monotonic_s() + timeout_ms / 1000
 
     def _admit(self) -> None:
         """Count a read that waits or runs; raise `Unavailable` if there are too many, or the server stops."""
