@@ -103,18 +103,24 @@ def _range(single: Mapping[str, str]) -> AskedRange:
     return AskedRange(**times, **lengths, fill=single.get("fill"))
 
 
-def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[str, ...]:
-    """Return the views that a scrape asks for; empty: all."""
+def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[tuple[str, ...], bool]:
+    """Return the views that a scrape asks for, none for all, and whether views with windows are to be in it."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     views: list[str] = []
+    windowed = "true"
     for name, value in _pairs(query_string, settings.matchers_max, "`view`"):
-        if name != "view":
-            raise Invalid(f"unknown parameter {name[:100]!r}; known: view")
-        views.append(value)
+        if name == "view":
+            views.append(value)
+        elif name != "windowed":
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: view, windowed")
+        elif value not in ("true", "false"):
+            raise Invalid(f"windowed: true or false is needed, got {value[:50]!r}")
+        else:
+            windowed = value
     if len(views) > settings.matchers_max:
         raise Invalid(f"{len(views)} `view` parameters; at most {settings.matchers_max}")
-    return tuple(views)
+    return tuple(views), windowed == "true"
 
 
 def _pairs(query_string: bytes, matchers_max: int, what: str = "`where`, `by` and `q`") -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from pipeline.metrics import Metrics
 from pipeline.query.media import Encoded, encode_answer
 from pipeline.query.params import ReadRequest
 from pipeline.query.reader import ViewReader
+from pipeline.query.remote_reads import RemoteReads
 from pipeline.settings import QuerySettings
 from pipeline.threads import Failures
 
@@ -85,6 +86,7 @@ class ReadService:
 
     def __init__(self, reader: ViewReader, settings: QuerySettings, metrics: Metrics) -> None:
         self._reader = reader
+        self._remote = RemoteReads(reader, settings)
         self._settings = settings
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
@@ -114,13 +116,23 @@ class ReadService:
         """Return all views, encoded."""
         return await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
 
-    async def scrape(self, views: Sequence[str], render: RenderViews, accept: str) -> tuple[bytes, str]:
+    async def scrape(
+        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+    ) -> tuple[bytes, str]:
         """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
-        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
-        deadline_s = self._reader.clock.monotonic_s() + timeout_ms / 1000
+        deadline_s = self._deadline_s()
         return await self._bounded(
-            self._in_thread, lambda: render(self._reader.scrape(views, deadline_s=deadline_s), accept)
+            self._in_thread, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
         )
+
+    async def remote_read(self, body: bytes) -> bytes:
+        """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
+        deadline_s = self._deadline_s()
+        return await self._bounded(self._in_thread, lambda: self._remote.answer(body, deadline_s=deadline_s))
+
+    def _deadline_s(self) -> float:
+        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
+        return self._reader.clock.monotonic_s() + timeout_ms / 1000
 
     async def _bounded(self, serve: Callable[[T], Coroutine[Any, Any, R]], what: T) -> R:
         if self._open >= self._settings.reads_waiting_max:
