@@ -27,7 +27,7 @@ def publish(world: World, spread: int | None, count: int) -> None:
 
 
 def lengths(world: World) -> list[int]:
-    """How many batches with series each partition of the log has."""
+    """Return the number of batches with series in each partition of the log."""
     partitions = [world.log.partition(DELTAS, number).rows for number in range(4)]
     return [sum(bool(decode_batch(row.value or b"").groups) for row in rows) for rows in partitions]
 
