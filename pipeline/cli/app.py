@@ -168,6 +168,9 @@ def serve(
     ingest: Annotated[
         bool, typer.Option("--ingest", help="Be a gateway too: POST /v1/deltas and /v1/batches go to Kafka.")
     ] = False,
+    partitions: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Follow only these partitions, such as 0,2,5-7. Default: all.")
+    ] = None,
     port: Port = None,
     host: Host = None,
     accept_loss: AcceptLoss = None,
@@ -184,7 +187,8 @@ def serve(
 
     Its stores follow the changelog. As many servers as wanted, each with its own --data; reads never touch workers. While
     the broker is away it goes on answering, and says how stale the answers are. With --ingest a request is answered when
-    the broker has what it brought.
+    the broker has what it brought. With --partitions it keeps only a part of the state; its answers are of that part, and
+    name the partitions that they lack.
     """
     from pipeline.cli import console
 
@@ -192,7 +196,8 @@ def serve(
     from pipeline.cli.services import run_serve
 
     config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
-    raise SystemExit(run_serve(config, from_, ingest=ingest, as_json=json))
+    listed = parse_partitions(partitions)
+    raise SystemExit(run_serve(config, from_, ingest=ingest, partitions=listed, as_json=json))
 
 
 _Windows = Annotated[int | None, typer.Option(metavar="N", min=0, help="Length of the view's windows in seconds; 0: none.")]
@@ -201,6 +206,10 @@ _Retention = Annotated[
 ]
 
 
+_Labels = Annotated[str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")]
+_Spread = Annotated[
+    int | None, typer.Option(metavar="N", help="Partitions over which each series is spread. Default: setting spread.")
+]
 _Format = Annotated[
     str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
 ]
@@ -217,14 +226,13 @@ def publish(
     value: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Where the value is. Without it a sum counts lines.")
     ] = None,
-    labels: Annotated[
-        str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")
-    ] = "",
+    labels: _Labels = "",
     ts: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="For kind last or windows: when; ms since 1970, or RFC 3339.")
     ] = None,
     window_s: _Windows = None,
     retention_s: _Retention = None,
+    spread: _Spread = None,
     format_: _Format = None,
     monotone: Annotated[
         bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
@@ -274,6 +282,7 @@ def publish(
         monotone=monotone,
         window_s=window_s,
         retention_s=retention_s,
+        spread=spread,
     )
     config = load(set_)
     raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))

@@ -19,6 +19,8 @@ from pipeline.errors import Invalid
 from pipeline.query.media import CSV
 
 _BARS_MAX = 60
+_ITEMS_MAX = 5
+"""Items of a topk that a table shows."""
 
 
 def run_get(
@@ -68,27 +70,30 @@ def run_get(
         shown += f", {time_text(answer.start_ms or 0)} to {time_text(answer.end_ms or 0)} in steps of "
         shown += f"{length_text(answer.step_ms)}, final before {time_text(answer.final_before_ms or 0)}"
     print(f"{shown}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
+    if missing := answer.as_of.missing_partitions:
+        print(f"not all of it: partitions {', '.join(map(str, missing))} are missing")
     return console.OK
 
 
 def _values(answer: Answer) -> TextTable:
-    if answer.series and isinstance(answer.series[0].value, dict):
-        return _distributions(answer)
-    table = TextTable(*_names(answer), right=(answer.kind,))
+    table = TextTable(*_names(answer), right=[*_cells(answer, answer.series[0].value)] if answer.series else (answer.kind,))
     for series in answer:
-        table.add_row(*map(console.printable, series.labels.values()), _shown(series.value))
+        cells = _cells(answer, series.value).values()
+        table.add_row(*map(console.printable, series.labels.values()), *map(_shown, cells))
     return table
 
 
-def _distributions(answer: Answer) -> TextTable:
-    """Return a row for each histogram, with its quantiles under their names."""
-    names = [*answer.series[0].value["quantiles"]]
-    table = TextTable(*_names(answer), right=("count", "min", "mean", *names, "max"))
-    for series in answer:
-        it = series.value
-        numbers = it["count"], it["min"], it["mean"], *it["quantiles"].values(), it["max"]
-        table.add_row(*map(console.printable, series.labels.values()), *map(_shown, numbers))
-    return table
+def _cells(answer: Answer, value: Any) -> dict[str, Any]:
+    """Return the parts of a value, by the names of their columns."""
+    match answer.kind:
+        case "histogram":
+            return {**{name: value[name] for name in ("count", "min", "mean")}, **value["quantiles"], "max": value["max"]}
+        case "distinct":
+            return {name: value[name] for name in ("estimate", "lower", "upper")}
+        case "topk":
+            most = [f"{it['item']} {it['count']:,}" for it in value["items"][:_ITEMS_MAX]]
+            return {"total": value["total"], "most frequent": ", ".join(most)}
+    return {answer.kind: value}
 
 
 def _points(answer: Answer) -> TextTable:
@@ -105,11 +110,11 @@ def _points(answer: Answer) -> TextTable:
     starts = range(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms or 1)
     for series in answer:
         by_end = {start_ms + (answer.over_ms or 0) - (answer.step_ms or 0): value for start_ms, value in series.points}
-        drawn = map(number_of, by_end.values())
-        numbers = [value for value in drawn if isinstance(value, int | float)]
+        drawn = {end_ms: number_of(answer, value) for end_ms, value in by_end.items()}
+        numbers = [value for value in drawn.values() if isinstance(value, int | float)]
         extremes = (_shown(min(numbers)), _shown(max(numbers))) if numbers else ("", "")
         newest = _shown(series.points[-1][1]) if series.points else ""
-        bars = sparkline([by_end.get(start_ms) for start_ms in starts], _BARS_MAX)
+        bars = sparkline([drawn.get(start_ms) for start_ms in starts], _BARS_MAX)
         table.add_row(*map(console.printable, series.labels.values()), bars, *extremes, newest)
     return table
 
@@ -133,6 +138,4 @@ def run_views(url: str, *, as_json: bool) -> int:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return console.printable(value)
-    return msgspec.json.encode(value).decode()
+    return console.printable(value if isinstance(value, str) else msgspec.json.encode(value).decode())

@@ -7,7 +7,7 @@ import os
 import re
 import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from io import BufferedReader, RawIOBase
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import msgspec
 
 from pipeline.core.kinds import KINDS, TS_MS_MAX, kind_of
 from pipeline.core.record import Definition, check_label_values
+from pipeline.core.times import datetime_ms
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, object_error, utf8_error
 from pipeline.threads import POLL_INTERVAL_S
@@ -27,8 +28,6 @@ NO_CSV = "not CSV: a quote that is never closed or has text behind it, or a line
 
 _BUFFER_BYTES = 262_144
 _REMEMBERED_MAX = 100_000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MS = timedelta(milliseconds=1)
 _INT = re.compile(r"[+-]?[0-9]+")
 _BOM = b"\xef\xbb\xbf"
 
@@ -219,7 +218,7 @@ def parse_time_ms(value: object, column: str | None) -> int:
         except ValueError:
             at = None
         if at is not None and at.tzinfo is not None:
-            return (at - _EPOCH) // _MS
+            return datetime_ms(at)
     raise Invalid(f"column {column}: milliseconds since 1970, or RFC 3339 with its offset, is needed, got {value!r:.50}")
 
 

@@ -24,7 +24,7 @@ _LINE_EVERY_S = 2.0
 _ROWS_MIN = 4
 _FRAME_LINES = 5
 _RATE_OVER_S = 2.0
-"""How long the values are apart from which a rate is worked out: longer than the demo's slowest samples."""
+"""Seconds between the two values of a rate: longer than the demo's slowest samples."""
 
 
 class ShownSeries(NamedTuple):

@@ -41,11 +41,13 @@ def run_worker(
     return _run(make, config, as_json=as_json)
 
 
-def run_serve(config: Config, url: str, *, ingest: bool, as_json: bool) -> int:
+def run_serve(config: Config, url: str, *, ingest: bool, partitions: Sequence[int] | None = None, as_json: bool) -> int:
     """Answer reads until SIGINT or SIGTERM; return the exit code."""
-    return _run(
-        lambda on_progress: query_service(config, url, ingest=ingest, on_progress=on_progress), config, as_json=as_json
-    )
+
+    def make(on_progress: OnProgress) -> Service[Any]:
+        return query_service(config, url, ingest=ingest, partitions=partitions, on_progress=on_progress)
+
+    return _run(make, config, as_json=as_json)
 
 
 def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json: bool) -> int:

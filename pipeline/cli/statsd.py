@@ -32,7 +32,7 @@ class Report(msgspec.Struct):
     """The last line of `--json`."""
 
     complete: bool
-    """Whether everything that was recorded is acknowledged."""
+    """True if everything that was recorded is acknowledged."""
     lines: int
     """Lines that arrived, with those that were left out."""
     left_out: dict[str, int]

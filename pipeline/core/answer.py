@@ -15,13 +15,15 @@ from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
 
-class AsOf(msgspec.Struct, frozen=True):
+class AsOf(msgspec.Struct, frozen=True, omit_defaults=True):
     """Part of the log that an answer reflects."""
 
     staleness_ms: int | None
     """Upper bound on the age of anything that the log had accepted and the answer lacks; None: unknown."""
     next_offsets: dict[str, int]
     """By partition, the offset of the first record of the deltas topic that is not in the answer."""
+    missing_partitions: list[int] = []
+    """Partitions of which nothing is in the answer, because no server that was asked follows them."""
 
 
 class Series(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -73,16 +73,18 @@ HEAD_BYTES = 9
 _Scalar = int | float | str | bool | tuple[float, float] | msgspec.msgpack.Ext | None
 _PAIR = 2
 _NEVER = b"\x00"
-"""What stands behind the kind of an entry that never expires."""
+"""Expiry field of an entry that never expires. The field follows the kind."""
 _EXPIRES = b"\xcf"
-"""What stands there if the time follows, in eight bytes: whatever the time is, so that all entries have it in one place."""
+"""First byte of an expiry field with a time in the eight bytes behind it, a fixed place that needs no decoding."""
 _EXPIRY_BYTES = 9
 _KIND_AT = 2
 """Index of the kind in an entry: behind the version and the length of the array."""
-_WireGroup = tuple[Definition, list[bytes], list[list[_Scalar]]]
+WireGroup = tuple[Definition, list[bytes], list[list[_Scalar]]]
 
 
-class _WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+class WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """A batch as it travels, decoded and not checked yet."""
+
     producer_id: str
     epoch: Counter
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 2)]  # the one behind it must be a Counter too
@@ -91,7 +93,7 @@ class _WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     closing: bool
     origin: Origin | None
     controls: list[Control]
-    groups: list[_WireGroup]
+    groups: list[WireGroup]
 
 
 class _BatchHead(msgspec.Struct, array_like=True, frozen=True):
@@ -113,7 +115,7 @@ class Received(msgspec.Struct, frozen=True):
     batch: Batch
     indexes: list[int]
     refused: list[RefusedGroup]
-    wire: _WireBatch
+    wire: WireBatch
 
 
 class DefinitionEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -149,7 +151,7 @@ class _LaterPosition(Position, array_like=True, frozen=True, forbid_unknown_fiel
 _encode = msgspec.msgpack.Encoder().encode
 _POSITION_HEAD = bytes((0x90 + len(Position.__struct_fields__),))
 """First byte of an array with as many items as a position has."""
-_decode_batch = msgspec.msgpack.Decoder(_WireBatch).decode
+_decode_batch = msgspec.msgpack.Decoder(WireBatch).decode
 _decode_head = msgspec.msgpack.Decoder(_BatchHead).decode
 _decode_entries = msgspec.msgpack.Decoder(list[tuple[_Scalar, ...]]).decode
 _decode_position = msgspec.msgpack.Decoder(Position).decode
@@ -281,7 +283,7 @@ def check_group(group: Group, at_ms: int, *, ts_ahead_max_ms: int) -> None:
     kind_of(group.definition).check_times(group.states, at_ms + ts_ahead_max_ms)
 
 
-def _check_header(wire: _WireBatch) -> None:
+def _check_header(wire: WireBatch) -> None:
     for producer_id in (wire.producer_id, *((wire.origin.producer_id,) if wire.origin else ())):
         if not 0 < len(producer_id.encode()) <= PRODUCER_ID_BYTES_MAX:
             raise BadRecord(f"batch: producer id of {len(producer_id)} characters; 1 to {PRODUCER_ID_BYTES_MAX}")

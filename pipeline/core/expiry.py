@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pipeline.core import codec
 from pipeline.core.kinds import KINDS
 from pipeline.core.overlay import Changes, Definitions, Known, Overlay
-from pipeline.core.record import Definition, Group, expired_before_ms, prefix_end
+from pipeline.core.record import Definition, Group, expired_before_ms, prefix_end, window_bytes
 from pipeline.errors import BadRecord, StoreCorrupt
 
 SWEEPS_MAX = 100
@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
 
 def late_suffixes(suffixes: Sequence[bytes], expired_before_ms: int) -> list[bytes]:
     """Return the suffixes of windows that start before a watermark."""
-    oldest = expired_before_ms.to_bytes(8, "big")
+    oldest = window_bytes(expired_before_ms)
     return [suffix for suffix in suffixes if suffix[:8] < oldest] if expired_before_ms and min(suffixes) < oldest else []
 
 
@@ -129,7 +129,7 @@ class Expiry:
                 continue
             if not windowed and not known.swept:
                 known.round_ms = before_ms
-            end = prefix + before_ms.to_bytes(8, "big") if windowed else prefix_end(prefix)
+            end = prefix + window_bytes(before_ms) if windowed else prefix_end(prefix)
             self._sweeps.append(Sweep(prefix, known.swept or prefix, end, windowed, before_ms))
         return self._sweeps
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import msgspec
 
-from pipeline.core.codec import Received, encode_batch, receive_batch, seal
+from pipeline.core.codec import Received, WireBatch, WireGroup, encode_batch, receive_batch, seal
 from pipeline.core.record import Group, Origin, travelling
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -20,9 +20,7 @@ def with_group(received: Received, index: int, *, whole: bool = False) -> bytes:
     """
     origin = received.wire.origin if whole else None
     wire = msgspec.structs.replace(received.wire, closing=False, origin=origin, controls=[], groups=[])
-    definition, suffixes, columns = received.wire.groups[index]
-    fields = msgspec.structs.astuple(wire)[:-1]
-    return seal(received.batch.partition, _encode((*fields, [(travelling(definition), suffixes, columns)])))
+    return _sealed(received, wire, [received.wire.groups[index]])
 
 
 def with_rows(received: Received, group: Group) -> bytes:
@@ -39,17 +37,16 @@ def with_producer(received: Received, producer_id: str, origin: Origin | None) -
     wire = msgspec.structs.replace(
         received.wire, producer_id=producer_id, **numbers, closing=False, origin=origin, controls=[], groups=[]
     )
-    groups = [(travelling(definition), suffixes, columns) for definition, suffixes, columns in received.wire.groups]
-    return seal(received.batch.partition, _encode((*msgspec.structs.astuple(wire)[:-1], groups)))
+    return _sealed(received, wire, received.wire.groups)
 
 
 def without_groups(batch: bytes, indexes: Collection[int]) -> bytes:
     """Return an encoded batch without some of its groups."""
     received = receive_batch(batch)
-    groups = [
-        (travelling(definition), suffixes, columns)
-        for index, (definition, suffixes, columns) in enumerate(received.wire.groups)
-        if index not in indexes
-    ]
-    fields = msgspec.structs.astuple(received.wire)[:-1]
-    return seal(received.batch.partition, _encode((*fields, groups)))
+    return _sealed(received, received.wire, [it for index, it in enumerate(received.wire.groups) if index not in indexes])
+
+
+def _sealed(received: Received, wire: WireBatch, groups: Sequence[WireGroup]) -> bytes:
+    """Return the bytes of a batch with the header fields of `wire` and these groups."""
+    travel = [(travelling(definition), suffixes, columns) for definition, suffixes, columns in groups]
+    return seal(received.batch.partition, _encode((*msgspec.structs.astuple(wire)[:-1], travel)))

@@ -21,7 +21,7 @@ from pipeline.errors import Invalid
 STEPS_DEFAULT = 60
 """Steps of a range without a start."""
 FILLS = ("null", "zero", "previous")
-"""What a point without data can be: null, 0, or the point before it in the range. By default it is left out."""
+"""Values for points without data: null, 0, or that of the point before. By default such points are left out."""
 
 Point = tuple[int, Any]
 """Start in ms since 1970 of what the point covers, and its value."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from pipeline.core.kinds import KINDS
+
 if TYPE_CHECKING:
     from pipeline.core.answer import Answer
 
@@ -78,13 +80,13 @@ def sparkline(values: Sequence[Any], width: int) -> str:
     return "".join(" " if it is None else _SPARKS[round((it - least) / span * top) if span else 0] for it in heights)
 
 
-def number_of(value: Any) -> Any:
-    """Return what a value is drawn as: a histogram as its first quantile, everything else as it is."""
-    return next(iter(value["quantiles"].values()), None) if isinstance(value, dict) else value
+def number_of(answer: Answer, value: Any) -> Any:
+    """Return what a value of an answer is drawn as; None: nothing. A value of an unknown kind is drawn as it is."""
+    kind = KINDS.get(answer.kind)
+    return value if kind is None or value is None else kind.number(value)
 
 
 def _height(value: Any) -> float | None:
-    value = number_of(value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     return float(max(-_HEIGHT_MAX, min(_HEIGHT_MAX, value)))
@@ -100,7 +102,7 @@ def to_html(answer: Answer) -> str:
         cells = [*series.labels.values()]
         if windowed:
             values = [value for _, value in series.points]
-            cells += [value_text(values[-1]) if values else "", sparkline(values, 60)]
+            cells += [value_text(values[-1]) if values else "", sparkline([number_of(answer, it) for it in values], 60)]
         else:
             cells.append(value_text(series.value))
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")

@@ -25,12 +25,17 @@ Length = int | str | timedelta
 """Length of time of a caller: seconds, a text such as `90s`, or a timedelta."""
 
 
+def datetime_ms(at: datetime) -> int:
+    """Return a datetime with its zone in ms since 1970, rounded down."""
+    return (at - _EPOCH) // _MS
+
+
 def time_ms(name: str, time: Time) -> int:
     """Return a time in ms since 1970, rounded down. Raises `Invalid`, naming the parameter, for anything but a `Time`."""
     if isinstance(time, datetime):
         if time.tzinfo is None:
             raise Invalid(f"{name}: a datetime without a time zone; write for example datetime.now(UTC)")
-        found = (time - _EPOCH) // _MS
+        found = datetime_ms(time)
     elif isinstance(time, str):
         found = _parsed_ms(name, time)
     elif type(time) is int:
@@ -47,7 +52,7 @@ def _parsed_ms(name: str, text: str) -> int:
         return int(text)
     if _DATE_TIME.fullmatch(text):
         try:
-            return (datetime.fromisoformat(text.upper()) - _EPOCH) // _MS
+            return datetime_ms(datetime.fromisoformat(text.upper()))
         except (ValueError, OverflowError):  # no such day, or no such zone
             pass
     raise Invalid(f"{name}: ms since 1970 or RFC 3339, such as 2030-01-31T08:00:00Z, is needed, got {text[:50]!r}")

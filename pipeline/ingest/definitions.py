@@ -14,7 +14,7 @@ from pipeline.ports import Clock, RawDelta
 
 _REMEMBERED_MAX = 10_000
 _REMEMBERED_MS = 60_000
-"""How long a gateway remembers definitions of its own requests: by then the stores that it reads from have them."""
+"""Time for which a gateway remembers definitions of its own requests: by then the stores that it reads from have them."""
 
 
 class KnownViews(NamedTuple):

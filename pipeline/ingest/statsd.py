@@ -217,20 +217,7 @@ class StatsdSink:
             if not {name for name, _ in line.tags} <= {*definition.labels}:
                 raise _Refused("labels")
             definitions.append(definition)
-        parts = [
-            _Part(
-                self._publisher.view(
-                    it.kind,
-                    it.view,
-                    labels=it.labels,
-                    monotone=it.monotone,
-                    window_s=it.window_s,
-                    retention_s=it.retention_s,
-                ),
-                it.labels,
-            )
-            for it in definitions
-        ]
+        parts = [_Part(self._publisher.define(it), it.labels) for it in definitions]
         for view, _ in wanted:
             self._owners[view] = line.source, line.type
         slot = self._slots[line.type, line.name] = _MetricViews(line.source, parts)

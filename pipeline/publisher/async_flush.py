@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import asyncio  # else imported by the first coroutine only: an app without coroutines does not load it
 
 _GRACE_S = 1.0
-"""How much longer the thread waits than the most patient coroutine, which raises its own error when it is too late."""
+"""Seconds that the thread waits longer than the most patient coroutine, which raises its own error when it is too late."""
 
 
 class _Result:

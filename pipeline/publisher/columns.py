@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from pipeline.core.record import Definition
+from pipeline.core.times import datetime_ms
 from pipeline.errors import Invalid
 
 _NOT_NUMBERS = ("m", "M")
@@ -21,7 +22,6 @@ _FORMATS = {
     "float": "f", "double": "d",
 }  # fmt: skip
 """Arrow's types of numbers, with their names in the buffer protocol."""
-_EPOCH, _MS = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 _TEXTS = frozenset(("string", "large_string", "string_view"))
 
 
@@ -184,7 +184,7 @@ def _ms_of(name: str, at: Any, row: int) -> Any:
         return at
     if at is None or (isinstance(at, datetime) and (at != at or at.tzinfo is None)):  # noqa: PLR0124  # pandas' NaT
         raise Invalid(f"column {name}, row {row}: a date needs its offset from UTC, got {at!r:.60}; nothing was recorded")
-    return (at - _EPOCH) // _MS if isinstance(at, datetime) else at
+    return datetime_ms(at) if isinstance(at, datetime) else at
 
 
 def rows_in(definition: Definition, columns: Mapping[str, Column]) -> int:

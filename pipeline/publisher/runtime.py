@@ -39,12 +39,12 @@ _SNAPSHOT_FLUSH_S = 1.0
 _RETRY_S = 0.05
 _WARN_S = 10.0
 _HELD_INTERVAL_S = 10.0
-"""How often to try whether batches are still held back: a clock may have been put right."""
+"""Seconds between two tries to send batches that are held back: a clock may have been put right."""
 _CLOSING_S = 1.0
-"""How long to try to say that this producer sends nothing more."""
+"""Longest time, in seconds, to try to send the closing batch of this producer."""
 _RESCUE_AGAIN_S = 0.5
 _RESCUE_S = 10.0
-"""How often to look for what other processes have left, and how long to try to send it."""
+"""Seconds between two looks for spools that other processes have left, and longest time to try to send one."""
 
 
 class _Flush:

@@ -7,7 +7,7 @@ before that time is below the end offsets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from pipeline.errors import PipelineError, Unavailable
@@ -32,6 +32,8 @@ class LogEnds(NamedTuple):
     start_offsets: Mapping[int, int]
     source_id: str = ""
     """Id of the topic; see `ports.Log.topic_id`."""
+    elsewhere: frozenset[int] = frozenset()
+    """Partitions of the topic that this process does not follow."""
 
 
 class EndsNow:
@@ -72,15 +74,18 @@ class EndsPolled:
         interval_ms: int,
         source_id: Callable[[], str] = lambda: "",
         metrics: Metrics = NO_METRICS,
+        partitions: frozenset[int] | None = None,
+        partition_count: int = 0,
     ) -> None:
         self._end_offsets = end_offsets
+        self._followed = partitions
         self._start_offsets = start_offsets
         self._source_id = source_id
         self._clock = clock
         self._starts: Mapping[int, int] = {}
         self._next_starts_s = 0.0
         self._away = False
-        self._seen = LogEnds(clock.monotonic_s(), {}, {})
+        self._seen = LogEnds(clock.monotonic_s(), {}, {}, "", self._elsewhere(range(partition_count)))
         self.thread = PeriodicThread(
             "pipeline-ends", self.step, log=_log, clock=clock, metrics=metrics, interval_s=interval_ms / 1000
         )
@@ -88,6 +93,9 @@ class EndsPolled:
     def __call__(self) -> LogEnds:
         """Return what the log answered last."""
         return self._seen
+
+    def _elsewhere(self, numbers: Iterable[int]) -> frozenset[int]:
+        return frozenset() if self._followed is None else frozenset(numbers) - self._followed
 
     def start(self) -> None:
         """Begin to ask."""
@@ -106,7 +114,10 @@ class EndsPolled:
                 self._next_starts_s = at_s + _START_OFFSETS_S
                 at_s = self._clock.monotonic_s()
             ends = self._end_offsets()
-            self._seen = LogEnds(at_s, ends, self._starts, self._source_id())
+            elsewhere = self._elsewhere(ends)
+            if elsewhere:
+                ends = {number: end for number, end in ends.items() if number not in elsewhere}
+            self._seen = LogEnds(at_s, ends, self._starts, self._source_id(), elsewhere)
             self._away = False
         except PipelineError as error:
             if not self._away and not self.thread.stopping.is_set():

@@ -104,7 +104,8 @@ class Progress:
             if not _caught_up(number, position, seen):
                 bound = self._staleness_ms(number, position, seen, now_s, now_ms)
                 staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
-        return AsOf(staleness_ms, {str(number): _reached(position, seen) for number, position in positions.items()})
+        next_offsets = {str(number): _reached(position, seen) for number, position in positions.items()}
+        return AsOf(staleness_ms, next_offsets, sorted(seen.elsewhere))
 
     def final_before_ms(self, positions: Mapping[int, Position], seen: LogEnds) -> int:
         """Return the time that all partitions have reached; the ends were noted before the positions were read."""

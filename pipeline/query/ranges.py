@@ -7,12 +7,14 @@ from functools import reduce
 from operator import itemgetter
 from typing import Any
 
+import msgspec
+
 from pipeline.core.answer import Series
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.derive import check_function, derived, totals
 from pipeline.core.kinds import KINDS, State
 from pipeline.core.query import Labels, MergedDefinition, Query, TopN, fold
-from pipeline.core.record import WINDOW_NONE, Definition, series_prefix
+from pipeline.core.record import WINDOW_NONE, Definition, series_prefix, window_bytes
 from pipeline.core.span import NO_RANGE, Point, check_range, filled, merge_points, span_of
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
@@ -33,11 +35,6 @@ def expired_before(entries: Iterable[DefinitionEntry]) -> dict[Definition, int]:
     for entry in entries:
         found[entry.definition] = max(entry.expired_before_ms, found.get(entry.definition, 0))
     return found
-
-
-def window_bytes(start_ms: int) -> bytes:
-    """Return a window's start as it stands in keys."""
-    return start_ms.to_bytes(len(WINDOW_NONE), "big")
 
 
 class Points:
@@ -111,6 +108,14 @@ class Points:
                 f"view {self._query.view}: over {most} points of all series (setting answer_points_max): ask for a shorter "
                 "range or a longer step, keep fewer labels, or narrow `where`"
             )
+
+    def answer_fields(self) -> dict[str, Any]:
+        """Return the fields of an `Answer` that describe its range."""
+        return {
+            **msgspec.structs.asdict(self.span),
+            "fn": self._query.fn,
+            "expired_before_ms": self.expired_before_ms or None,
+        }
 
     def series(self, names: Sequence[str], check: Callable[[], None]) -> tuple[list[Series], int]:
         """Return the series that the read selects, in their order, and how many there are. `check` may raise."""

@@ -51,4 +51,4 @@ class LettersReplayed(msgspec.Struct):
 
     outcomes: list[Outcome]
     after: str | None
-    """Where the next request goes on; null: there are no more letters, or the time was over."""
+    """The `after` of the next request; null if there are no more letters or the time was over."""

@@ -97,7 +97,8 @@ class LogTime:
         with self._lock:
             if not self._newest_ms:
                 return 0
-            return self._newest_ms + max(0, floor((at_s - self._seen_s) * 1_000))
+            # Below 0 if the record was seen later: it can be newer than the moment that is asked for.
+            return max(0, self._newest_ms + floor((at_s - self._seen_s) * 1_000))
 
 
 def final_before_ms(folded_ms: Iterable[int | None], reached_ms: int) -> int:

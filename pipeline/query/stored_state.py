@@ -6,12 +6,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.core.codec import decode_definition, decode_folded, decode_position
+from pipeline.core.codec import decode_definition, decode_folded
 from pipeline.core.record import (
     POSITION_KEY,
     TAG_DEFINITION,
     Definition,
-    Position,
     definition_key,
     prefix_end,
     producer_key,
@@ -19,6 +18,7 @@ from pipeline.core.record import (
 from pipeline.core.sequence import Folded
 from pipeline.errors import NotFound, PipelineError
 from pipeline.ports import KnownDefinitions, ReadableStore
+from pipeline.query.progress import position_of
 from pipeline.query.reader import ViewReader
 
 
@@ -56,12 +56,12 @@ class StoredState:
         """Return the definitions of a partition; they are read again only after one came or went."""
         try:
             store = self._stores()[partition]
-            position = _position(store.get([POSITION_KEY])[0])
+            position = position_of(store.get([POSITION_KEY])[0])
             with self._lock:
                 seen = self._seen.get(partition)
             if seen is None or seen.store is not store or seen.version != position.definitions_version:
                 view = store.snapshot()
-                position = _position(view.get([POSITION_KEY])[0])
+                position = position_of(view.get([POSITION_KEY])[0])
                 keys = frozenset([key for key, _ in view.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION))])
                 seen = _Seen(store, position.definitions_version, keys)
                 with self._lock:
@@ -85,7 +85,3 @@ class StoredState:
             return 0 if value is None else decode_definition(value).expired_before_ms
         except (KeyError, PipelineError):
             return 0
-
-
-def _position(value: bytes | None) -> Position:
-    return Position(0, 0, 0) if value is None else decode_position(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pipeline.topics as topics
 from pipeline.adapters.clock import SystemClock
@@ -12,11 +12,18 @@ from pipeline.adapters.kafka.checks import check_changelog, check_topics
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores
+from pipeline.errors import Invalid
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.restore import check_format
 
 TOPICS = (DELTAS, CHANGELOG, DEAD_LETTERS)
+
+
+def check_partitions(numbers: Iterable[int], partition_count: int) -> None:
+    """Raise `Invalid` unless the topic of deltas has all these partitions."""
+    if unknown := [number for number in sorted(numbers) if not 0 <= number < partition_count]:
+        raise Invalid(f"there is no partition {unknown[0]}; topic deltas has {partition_count}")
 
 
 class KafkaRole:

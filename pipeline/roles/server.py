@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 from pipeline.adapters.kafka.checks import CompactionLag
 from pipeline.core.answer import Status
+from pipeline.errors import Invalid
 from pipeline.ingest.gateway import Gateway
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Ingest, ReadableStore
@@ -14,7 +15,7 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsPolled
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState, find_definition, find_definitions
-from pipeline.roles.kafka_role import KafkaRole
+from pipeline.roles.kafka_role import KafkaRole, check_partitions
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS
 from pipeline.worker.replicas import ReplicaLoop
@@ -25,7 +26,8 @@ from pipeline.worker.watchdog import CALLS_OF_A_STEP, WAIT_S, Watchdog
 class ClusterServer(KafkaRole):
     """Answers reads from stores that follow the changelog. Any number can run, each with a data directory of its own.
 
-    With `ingest` it is a gateway too. `start` returns at once. Raises as `ClusterWorker` does.
+    With `ingest` it is a gateway too. With `partitions` it follows only these, and has no stores of others. `start` returns
+    at once. Raises as `ClusterWorker` does.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ClusterServer(KafkaRole):
         query_settings: QuerySettings | None = None,
         publisher_settings: PublisherSettings | None = None,
         ingest: bool = False,
+        partitions: Collection[int] | None = None,
         metrics: Metrics = NO_METRICS,
         on_fatal: Callable[[BaseException], None] = lambda _: None,
         on_progress: Callable[[RestoreProgress], None] = lambda _: None,
@@ -45,9 +48,13 @@ class ClusterServer(KafkaRole):
         publisher, query = publisher_settings or PublisherSettings(), query_settings or QuerySettings()
         worker = worker_settings or WorkerSettings()
         kafka = kafka_settings or KafkaSettings()
+        if ingest and partitions is not None:
+            raise Invalid("--ingest and --partitions: a gateway checks what it takes against the state of all partitions")
         super().__init__(url, log_settings, kafka, publisher, on_fatal)
         lag_max_s = CompactionLag(self.log, query.compaction_lag_ms)
+        followed = None if partitions is None else frozenset(partitions)
         try:
+            check_partitions(followed or (), self.partition_count)
             lag_max_s.check()
         except BaseException:
             self._close()
@@ -62,15 +69,9 @@ class ClusterServer(KafkaRole):
             on_progress=on_progress,
             ask_lag_max_s=lag_max_s,
             metrics=metrics,
+            partitions=followed,
         )
-        self._ends = EndsPolled(
-            partial(self.log.high_watermarks, DELTAS),
-            partial(self.log.start_offsets, DELTAS),
-            self.clock,
-            interval_ms=query.end_offsets_interval_ms,
-            source_id=partial(self.log.topic_id, DELTAS),
-            metrics=metrics,
-        )
+        self._ends = self._poll_ends(query.end_offsets_interval_ms, followed, metrics)
         self._watchdog = Watchdog(
             lambda: (-1.0, {}),  # it folds nothing: only threads can stand still
             lambda _: {},
@@ -93,6 +94,18 @@ class ClusterServer(KafkaRole):
         self.ingest: Ingest | None = None
         if ingest:
             self.ingest = self._gateway(publisher, worker, query.idempotent_partitions, metrics)
+
+    def _poll_ends(self, interval_ms: int, followed: frozenset[int] | None, metrics: Metrics) -> EndsPolled:
+        return EndsPolled(
+            partial(self.log.high_watermarks, DELTAS),
+            partial(self.log.start_offsets, DELTAS),
+            self.clock,
+            interval_ms=interval_ms,
+            source_id=partial(self.log.topic_id, DELTAS),
+            metrics=metrics,
+            partitions=followed,
+            partition_count=self.partition_count,
+        )
 
     def _gateway(self, settings: PublisherSettings, worker: WorkerSettings, partitions: int, metrics: Metrics) -> Gateway:
         return Gateway(

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -191,8 +191,15 @@ def worker_service(
     return service
 
 
-def query_service(config: Config, url: str, *, ingest: bool, on_progress: OnProgress = _ignore) -> Service[ClusterServer]:
-    """Return a query server of the Kafka log at `url`, with `ingest` a gateway too."""
+def query_service(
+    config: Config,
+    url: str,
+    *,
+    ingest: bool,
+    partitions: Collection[int] | None = None,
+    on_progress: OnProgress = _ignore,
+) -> Service[ClusterServer]:
+    """Return a query server of the Kafka log at `url`; see `ClusterServer`."""
     from pipeline.roles.server import ClusterServer
 
     def make(hooks: Hooks) -> ClusterServer:
@@ -204,6 +211,7 @@ def query_service(config: Config, url: str, *, ingest: bool, on_progress: OnProg
             query_settings=config.query,
             publisher_settings=config.publisher,
             ingest=ingest,
+            partitions=partitions,
             **hooks._asdict(),
         )
 

@@ -13,7 +13,7 @@ from pipeline.core.answer import MemberStatus, Status
 from pipeline.errors import Invalid, LogCorrupt, PipelineError, StoreCorrupt
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Membership, ReadableStore
-from pipeline.roles.kafka_role import TOPICS, KafkaRole
+from pipeline.roles.kafka_role import TOPICS, KafkaRole, check_partitions
 from pipeline.roles.member import ClusterMember
 from pipeline.settings import KafkaSettings, LogSettings, PublisherSettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
@@ -90,8 +90,7 @@ class ClusterWorker(KafkaRole):
         self._listed = partitions
         self._member: ClusterMember | None = None
         try:
-            if unknown := [number for number in sorted(partitions or ()) if not 0 <= number < self.partition_count]:
-                raise Invalid(f"there is no partition {unknown[0]}; topic deltas has {self.partition_count}")
+            check_partitions(partitions or (), self.partition_count)
             self._topic_ids = self._ask_topic_ids()
             self._agents = agents
             self._feeds: Feeds | None = None

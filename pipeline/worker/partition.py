@@ -55,7 +55,7 @@ from pipeline.worker.restore import RestoreProgress, StoreOpener, check_restorab
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS_MAX = 3
-"""How often a commit is tried while others write to the changelog."""
+"""Number of tries of a commit while others write to the changelog."""
 
 
 class Stage(Enum):

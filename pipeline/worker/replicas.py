@@ -40,7 +40,7 @@ _COUNTED = (m.STORES_REBUILT, m.STORES_SET_ASIDE, m.RESTORE_ENTRIES)
 
 
 class ReplicaLoop:
-    """Keeps stores up to date in a thread of its own: of all partitions or, once `follow` was called, of those only.
+    """Keeps stores up to date in a thread of its own: of `partitions` (None: all) or, once `follow` was called, of those.
 
     While the log is away the stores stay as they are and can be read. `on_fatal` is called once, from the loop's thread,
     if the loop can't go on. `lag_max_s` must be well below the time for which the log compacts nothing; where an operator
@@ -61,6 +61,7 @@ class ReplicaLoop:
         metrics: Metrics = NO_METRICS,
         lag_max_s: float = LAG_MAX_S,
         ask_lag_max_s: LagMax | None = None,
+        partitions: frozenset[int] | None = None,
     ) -> None:
         self._thread = PeriodicThread(
             "pipeline-replica",
@@ -89,11 +90,11 @@ class ReplicaLoop:
         self._topic_id = ""
         self._replicas: dict[int, Replica] = {}
         self._changed = threading.Condition()
-        self._followed: frozenset[int] | None = None
+        self._followed = partitions
         """Partitions to follow; None: all that there are."""
         self._claimed: set[int] = set()
         """Partitions whose stores are open here, or about to be opened or deleted."""
-        self._needed: frozenset[int] = frozenset()
+        self._needed = partitions or frozenset()
         """Partitions that must be readable before anything is answered."""
         self._readable: Mapping[int, ReadableStore] = {}
         self._reader: LogReader | None = None

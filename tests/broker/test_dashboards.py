@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import subprocess
 import threading
@@ -24,8 +23,8 @@ from confluent_kafka import Producer
 from pipeline import Publisher, Reader
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.metrics import CATALOGUE
-from tests.broker.jars import Missing, need
-from tests.broker.kafka import GUARDED, App, Port, absent, create_topics, delete_topics, new_app
+from tests.broker.kafka import App, create_topics, delete_topics, new_app
+from tests.prometheus import Prometheus, program
 from tests.support import ROOT, UpProcess, everything, wait_until
 
 FOLDER = ROOT / "dashboards"
@@ -34,7 +33,6 @@ DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.
 RATE_INTERVAL = "10s"
 COUNTER, GAUGES = "orders_total", ("pace", "balance", "peak")
 ODD = ('say "x"', "back\\slash", "two\nlines", "été", "")
-Samples = dict[frozenset[tuple[str, str]], float]
 
 
 class Target(NamedTuple):
@@ -48,7 +46,7 @@ class Target(NamedTuple):
 
 
 def panels(dashboard: str) -> list[dict[str, Any]]:
-    """Those that show something."""
+    """Return the panels that show something."""
     return [panel for panel in DASHBOARDS[dashboard]["panels"] if panel["type"] != "row"]
 
 
@@ -60,83 +58,15 @@ def targets(dashboard: str) -> list[Target]:
     ]
 
 
-def program(name: str) -> str:
-    """Its path; the test is skipped without, or fails under PIPELINE_REQUIRE_KAFKA=1."""
-    try:
-        return need(name)
-    except Missing:
-        absent(Missing(f"no {name}: apt-get install prometheus"))
-
-
-class Prometheus:
-    """A Prometheus with the scrape config of dashboards/, of which targets and intervals are replaced."""
-
-    def __init__(self, folder: Path, addresses: Mapping[str, str]) -> None:
-        self._port = Port()
-        self.url = f"http://127.0.0.1:{self._port.number}"
-        self._log = folder / "prometheus.log"
-        config = folder / "prometheus.yml"
-        config.write_text(yaml.safe_dump(replaced(addresses)))
-        options = (f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn")
-        listen = f"--web.listen-address=127.0.0.1:{self._port.number}"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["sh", "-c", GUARDED, "sh", program("prometheus"), *options, listen],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait(30)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._port.close()
-
-    def api(self, path: str, **parameters: Any) -> Any:
-        """The `data` of an answer."""
-        query = urllib.parse.urlencode({name.replace("match", "match[]"): value for name, value in parameters.items()})
-        try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{parameters}: {error.read().decode()}") from None
-
-    def healthy(self) -> bool:
-        """Whether every target was scraped and none failed."""
-        assert self._process.poll() is None, self._log.read_text()
-        try:
-            urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()
-        except OSError:
-            return False
-        found = self.api("targets")["activeTargets"]
-        return bool(found) and all(target["health"] == "up" for target in found)
-
-    def vector(self, expr: str) -> Samples:
-        """An instant query: its samples by their labels."""
-        result = self.api("query", query=expr)["result"]
-        return {frozenset(it["metric"].items()): float(it["value"][1]) for it in result}
-
-    def numbers(self, expr: str, *, instant: bool) -> list[float]:
-        """All numbers that a panel would show, of the last 30 s; NaN is none."""
-        if instant:
-            found = list(self.vector(expr).values())
-        else:
-            now = float(self.api("query", query="time()")["result"][1])
-            matrix = self.api("query_range", query=expr, start=now - 30, end=now, step="1s")["result"]
-            found = [float(value) for series in matrix for _, value in series["values"]]
-        return [number for number in found if not math.isnan(number)]
-
-
 def replaced(addresses: Mapping[str, str]) -> Any:
-    """dashboards/prometheus.yml with each target's address replaced."""
+    """Return dashboards/prometheus.yml with each target's address replaced."""
     config = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms"}
     for job in config["scrape_configs"]:
         for group in job["static_configs"]:
             group["targets"] = [addresses[target] for target in group["targets"] or [job["job_name"]]]
+    for remote in config["remote_read"]:
+        remote["url"] = remote["url"].replace("server:8080", addresses["server:8080"])
     return config
 
 
@@ -171,7 +101,7 @@ class Exposed(ThreadingHTTPServer):
 
 
 class Load(threading.Thread):
-    """Something for every panel, again and again, until it is closed."""
+    """Records something for every panel, again and again, until it is closed."""
 
     def __init__(self, app: App, server: str, metrics: PrometheusMetrics) -> None:
         super().__init__(daemon=True)
@@ -206,7 +136,7 @@ class Load(threading.Thread):
         post(f"{self._server}/v1/deltas", [{"view": "balance", "kind": "sum", "value": -1}])
 
     def close(self) -> None:
-        """End, with everything acknowledged."""
+        """End, and wait until everything is acknowledged."""
         self._stopping.set()
         self.join(30)
         for publisher in (self._direct, self._gateway, self._full):
@@ -221,7 +151,7 @@ def post(url: str, body: Any) -> None:
 
 
 def send_garbage(app: App) -> None:
-    """One record that is no batch."""
+    """Send one record that is no batch."""
     producer = Producer({"bootstrap.servers": app.bootstrap, "log_level": 0})
     producer.produce(app.topic("deltas"), b"\xff no batch", partition=1)
     assert producer.flush(30) == 0
@@ -237,7 +167,7 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Two workers, a query server, an app that publishes, and Prometheus, which has seen them all before the first delta."""
+    """Run two workers, a query server, a publishing app, and Prometheus, which sees them all before the first delta."""
     program("prometheus")
     folder = tmp_path_factory.mktemp("dashboards")
     app = new_app(kafka)
@@ -258,7 +188,7 @@ def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worl
         stack.callback(exposed.close)
         addresses = {f"{name}:8080": role.url.removeprefix("http://") for name, role in roles.items()}
         addresses["pipeline-publishers"] = f"127.0.0.1:{exposed.server_port}"
-        prometheus = Prometheus(folder, addresses)
+        prometheus = Prometheus(folder, replaced(addresses))
         stack.callback(prometheus.close)
         wait_until(prometheus.healthy, "a first scrape of everything")
         load = Load(app, roles["server"].url, exposed.metrics)
@@ -272,7 +202,7 @@ def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worl
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """A template with its variables replaced, as Grafana would."""
+    """Return a template with its variables replaced, as Grafana would."""
     known = {**values, "__rate_interval": RATE_INTERVAL, "limit": "500"}
     return re.sub(r"\$(\w+)", lambda match: known[match[1]], template)
 
@@ -283,7 +213,7 @@ def variable(dashboard: str, name: str) -> dict[str, Any]:
 
 
 def options(prometheus: Prometheus, name: str, values: Mapping[str, str]) -> list[str]:
-    """What Grafana would offer for a variable of *Views*, given those before it."""
+    """Return what Grafana would offer for a variable of *Views*, given those before it."""
     asked = variable("views", name)
     query = filled(asked["query"]["query"], values)
     if match := re.fullmatch(r"label_names\((.+)\)", query):
@@ -296,12 +226,12 @@ def options(prometheus: Prometheus, name: str, values: Mapping[str, str]) -> lis
 
 
 def literal(value: str) -> str:
-    """A regular expression for one value, as it stands between quotes in PromQL."""
+    """Return a regular expression for one value, as it stands between quotes in PromQL."""
     return json.dumps(re.escape(value), ensure_ascii=False)[1:-1]
 
 
 def test_config_is_valid(tmp_path: Path) -> None:
-    """promtool has nothing to say against the scrape config."""
+    """promtool accepts the scrape config."""
     done = subprocess.run(
         [program("promtool"), "check", "config", str(CONFIG)], capture_output=True, text=True, check=False, timeout=30
     )
@@ -346,7 +276,7 @@ def test_panel_has_data(world: World, target: Target) -> None:
 
 
 def test_panels_tell_what_happened(world: World) -> None:
-    """What goes on shows: load in and out, one dead letter, all processes up, no restart and no store rebuilt."""
+    """Panels show load in and out, one dead letter, all processes up, no restart and no store rebuilt."""
     by_title = {panel["title"]: panel["targets"] for panel in panels("health")}
 
     def shown(title: str, index: int = 0) -> list[float]:
@@ -377,7 +307,7 @@ def test_panels_tell_what_happened(world: World) -> None:
 
 
 def test_views_has_data_for_every_choice(world: World) -> None:
-    """Whatever view, label and value are chosen, every query of *Views* answers with numbers."""
+    """Every query of *Views* answers with numbers, whichever view, label and value are chosen."""
     prometheus = world.prometheus
     expected = {COUNTER, *GAUGES, "many"}
     wait_until(lambda: set(options(prometheus, "view", {})) == expected, "all views as choices")
@@ -411,5 +341,5 @@ def test_values_are_those_of_the_query_api(world: World) -> None:
 
 
 def as_scraped(label: str) -> str:
-    """A label of a view where Prometheus has one of its own."""
+    """Return the name under which Prometheus has a label of a view that it uses itself."""
     return f"exported_{label}" if label in ("instance", "job") else label

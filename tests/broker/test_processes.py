@@ -19,7 +19,7 @@ NAMES = ["w-0", "w-1"]
 
 
 def held(app: App) -> dict[str, list[int]]:
-    """Who has which partitions; empty while they move, and unless all who are there are ready."""
+    """Return each member's partitions; empty while they move, and unless all members are ready."""
     done = pipeline("status", "--from", app.url, "--json")
     found: dict[str, Any] = json.loads(done.stdout or '{"group_state": "", "members": []}')
     settled = found["group_state"] == "Stable" and all(it["ready"] for it in found["members"])
@@ -55,4 +55,8 @@ def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
         wait_until(lambda: sorted(found := held(app)) == NAMES and found["w-1"], "it to be back", 120, seen=seen)
         program.signal(signal.SIGTERM)
         assert program.wait(60) == 0, program.stderr()
-    assert "has no members" in pipeline("status", "--from", app.url).stderr
+
+    def left() -> bool:
+        return "has no members" in pipeline("status", "--from", app.url).stderr
+
+    wait_until(left, "the group to know that all have left", 30)

@@ -21,8 +21,9 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
-from pipeline.core.answer import PartitionStatus, Status
+from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
+from pipeline.core.query import Query
 from pipeline.core.record import (
     Batch,
     Definition,
@@ -39,7 +40,7 @@ from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
-from pipeline.query.ends import EndsNow
+from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
@@ -48,11 +49,11 @@ from pipeline.worker.partition import OwnedPartition
 from tests.support import again_and_again
 
 SECRET = "support"
-"""Of the producer of a world's batches."""
+"""Secret of the producer of a world's batches."""
 
 
 class World:
-    """Log, stores (in memory, unless given), partitions, a reader. Nothing folds by itself: `fold` does, for all or some."""
+    """Log, stores (in memory, unless given), partitions, a reader. Partitions fold only when `fold` or `folding` says so."""
 
     def __init__(
         self,
@@ -99,6 +100,10 @@ class World:
         for partition in self.partitions:
             partition.start()
 
+    def part(self, *numbers: int, settings: QuerySettings | None = None) -> Part:
+        """A server of some of the partitions."""
+        return Part(self, frozenset(numbers), settings or self.settings)
+
     def new_reader(self) -> ViewReader:
         return ViewReader(
             stores=self.stores,
@@ -133,13 +138,13 @@ class World:
         )
 
     def token(self, next_offsets: Mapping[int, int]) -> Token:
-        """A token of this log."""
+        """Return a token of this log."""
         return Token(next_offsets, self.log.topic_id(DELTAS))
 
     def batch(
         self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any], window_start_ms: int = 0
     ) -> bytes:
-        """A sealed batch of states by label values, all of one window."""
+        """Return a sealed batch of states by label values, all of one window."""
         with self._lock:
             sequence = self._sequences.get(partition, 0)
             self._sequences[partition] = sequence + 1
@@ -149,7 +154,7 @@ class World:
     def append(
         self, partition: int, definition: Definition, series: Mapping[Sequence[str], Any], window_start_ms: int = 0
     ) -> int:
-        """Put states into one partition's log; the `next_offset` that covers them."""
+        """Put states into one partition's log, and return the `next_offset` that covers them."""
         definition, series = travelling(definition, series)
         (result,) = self.log.append(
             [Message(DELTAS, partition, None, self.batch(partition, definition, series, window_start_ms))], timeout_s=1
@@ -170,7 +175,7 @@ class World:
         self.fold()
 
     def fold(self, *numbers: int) -> None:
-        """Fold and commit everything that is in the log of these partitions, or of all."""
+        """Fold and commit everything in the log of these partitions, or of all."""
         for number in numbers or range(len(self.partitions)):
             partition = self.partitions[number]
             reader = self.log.reader(DELTAS)
@@ -193,12 +198,61 @@ class World:
             store.write([key], [encode_definition(entry)])
 
     def folding(self, interval_s: float = 0.002) -> AbstractContextManager[None]:
-        """Fold in a thread, again and again."""
+        """Fold in a thread, again and again, until the context ends."""
         return again_and_again(self.fold, interval_s)
 
 
+def scanned(reader: ViewReader, query: Query) -> Answer:
+    """Return the answer of a scan, even where a few keys would do."""
+    return reader._scan(reader._stores(), query, reader.clock.now_ms(), 1e18, lambda _: None).answer
+
+
+class Part:
+    """A server that follows some of a world's partitions, as `pipeline serve --partitions` does."""
+
+    def __init__(self, world: World, numbers: frozenset[int], settings: QuerySettings) -> None:
+        self.world, self.numbers, self.settings = world, numbers, settings
+        self.clock = world.clock
+        self.metrics = PrometheusMetrics()
+        self.ready = True
+        self.ingest: Ingest | None = None
+        self.letters = world.letters
+        self.app = "pipeline"
+        self._ends = EndsPolled(
+            partial(world.log.high_watermarks, DELTAS),
+            partial(world.log.start_offsets, DELTAS),
+            world.clock,
+            interval_ms=1,
+            source_id=partial(world.log.topic_id, DELTAS),
+            partitions=numbers,
+            partition_count=len(world.partitions),
+        )
+        self.reader = ViewReader(
+            stores=self.stores, ends=self._polled, clock=self.clock, settings=settings, metrics=self.metrics
+        )
+
+    def _polled(self) -> LogEnds:
+        self._ends.step()
+        return self._ends()
+
+    def stores(self) -> Mapping[int, Store]:
+        if not self.ready:
+            raise NotReady("restoring: about 7 changelog records to go")
+        return {number: store for number, store in self.world.stores().items() if number in self.numbers}
+
+    def status(self) -> Status:
+        return Status(
+            role="server",
+            app=self.app,
+            ready=self.ready,
+            partition_count=len(self.world.partitions),
+            topic_id=self.world.log.topic_id(DELTAS),
+            partitions=[PartitionStatus(partition=number, phase="following") for number in sorted(self.numbers)],
+        )
+
+
 def travelling(definition: Definition, series: Mapping[Sequence[str], Any]) -> tuple[Definition, dict[Sequence[str], Any]]:
-    """A definition and its series with the labels in the order in which publishers send them."""
+    """Return a definition and its series with the labels in the order in which publishers send them."""
     order = [definition.labels.index(name) for name in sorted(definition.labels)]
     return canonical(definition), {tuple(labels[i] for i in order): state for labels, state in series.items()}
 
@@ -217,7 +271,7 @@ class Reply(NamedTuple):
 class Server:
     """A running server and the world that it serves."""
 
-    def __init__(self, world: World, port: int) -> None:
+    def __init__(self, world: World | Part, port: int) -> None:
         self.world = world
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -242,13 +296,13 @@ class Server:
         return self.request("GET", path + ("?" + urlencode(query) if query else ""))
 
     def view(self, view: str, *query: tuple[str, object]) -> Any:
-        """The answer, which must be one."""
+        """Return the answer to a read of a view, which must succeed."""
         reply = self.get(f"/v1/views/{view}", *query)
         assert reply.status == 200, reply.body
         return reply.json()
 
     def problem(self, status: int, reply: Reply) -> str:
-        """The detail of an answer, which must be a problem of this status."""
+        """Return the detail of a reply, which must be a problem of this status."""
         assert reply.status == status, (reply.status, reply.body)
         assert reply.headers["content-type"] == "application/problem+json"
         problem = reply.json()
@@ -260,7 +314,7 @@ class Server:
 
 
 @contextmanager
-def serving(world: World, port: int = 0) -> Iterator[Server]:
+def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
     app = create_app(
         world.reader,

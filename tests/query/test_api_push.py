@@ -1,4 +1,4 @@
-"""Metrics pushed as text over HTTP: what can be taken is, once, and the rest is told by line and reason."""
+"""Metrics pushed as text over HTTP: each good sample counts once; other lines are reported with their reasons."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def metered(server: Server) -> Mapping[tuple[str, ...], float]:
 
 @pytest.mark.parametrize(("generate", "content_type"), [(generate_latest, PLAIN), (generate_openmetrics, OPENMETRICS)])
 def test_what_a_batch_job_counted(server: Server, generate: Any, content_type: str) -> None:
-    """Pushed by two runs of it, in either format: totals add up, buckets are those of both, a gauge is the newest."""
+    """Pushes of two runs of a job, in either format: totals and buckets add up, and a gauge is the newest."""
     prefix = "om" if content_type == OPENMETRICS else "plain"
     for run in (1, 2):
         registry = CollectorRegistry()
@@ -87,7 +87,7 @@ def test_what_a_batch_job_counted(server: Server, generate: Any, content_type: s
 
 
 def test_types_decide(server: Server) -> None:
-    """A counter by either name, a gauge by its timestamp, an untyped sample as the newest; exemplars are left out."""
+    """A counter goes by either name, a gauge by its timestamp, an untyped sample as the newest; exemplars are left out."""
     text = (
         "# TYPE ty_old counter\nty_old 3\n# TYPE ty_new_total counter\nty_new_total 4\nty_new 9\n"
         "# TYPE ty_g gauge\nty_g 1 2000\nty_g 7 1000\nty_free -2.5\n"
@@ -103,7 +103,7 @@ def test_types_decide(server: Server) -> None:
 
 
 def test_labels_come_and_go(server: Server) -> None:
-    """An empty label is none, as in Prometheus: a view has all that a push names, or that it has had before."""
+    """An empty label is no label, as in Prometheus; a view has all labels that the push names or that it had before."""
     assert pushed(server, 'lab{a="1"} 1 1\nlab{b="2"} 2 1\nlab{c=""} 3 1\n')["refused"] == 0
     server.world.fold()
     answer = pushed(server, 'lab{b="9",a="1"} 4 1\nlab 5 2\nlab{z="1"} 6\nlab{z=""} 7 3\n')
@@ -116,7 +116,7 @@ def test_labels_come_and_go(server: Server) -> None:
 
 
 def test_bad_lines_stop_nothing(server: Server) -> None:
-    """Each is counted by its reason; the answer names the first few of them, by line."""
+    """Each bad line is counted by its reason; the answer names the first few bad lines."""
     before = metered(server)
     lines = [
         "# TYPE bad_c counter", "bad_c_total 1", "bad_c_total -1", "bad_c_total NaN", "bad_c_total +Inf",
@@ -143,7 +143,7 @@ def test_bad_lines_stop_nothing(server: Server) -> None:
 
 
 def test_openmetrics_ends_with_eof(server: Server) -> None:
-    """Without it the text may be half of one; behind it there is nothing. What is there counts either way."""
+    """OpenMetrics text without `# EOF`, or with lines behind it, is reported; the samples before it count."""
     assert pushed(server, "eof_a 1\n", OPENMETRICS)["reasons"] == {"eof": 1}
     assert pushed(server, "eof_b 1\n# EOF\neof_b 2\n", OPENMETRICS)["reasons"] == {"eof": 1}
     assert pushed(server, "eof_c 1\n# EOF\neof_c 2\n", PLAIN)["reasons"] == {}
@@ -152,7 +152,7 @@ def test_openmetrics_ends_with_eof(server: Server) -> None:
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", PLAIN])
 def test_nothing_is_fine(server: Server, content_type: str) -> None:
-    """No sample, no token; the media type is OpenMetrics' or it is not."""
+    """A push without samples has an empty token; only OpenMetrics' own media type calls for a closing `# EOF`."""
     for text in ("", "\n\n", "# a comment\n# HELP x y\n"):
         answer = pushed(server, text, content_type)
         assert (answer["accepted"], answer["refused"], answer["token"]) == (0, 0, "")
@@ -161,7 +161,7 @@ def test_nothing_is_fine(server: Server, content_type: str) -> None:
 
 @pytest.mark.parametrize("text", [b'[{"view":"v"}]', b"\xff\xfe", b"\0", b"{}", b"<html>", b"# TYPE x y\n", b"a" * 20_000])
 def test_what_makes_no_sense_at_all_is_a_problem(server: Server, text: bytes) -> None:
-    """400, with the first line's reason, and nothing is taken."""
+    """A text of bad lines only is answered with 400 and the first line's reason, and nothing is taken."""
     before = [server.world.log.watermarks("deltas", number).end_offset for number in range(4)]
     for content_type in (PLAIN, OPENMETRICS):
         assert "nothing could be taken; line 1: " in server.problem(400, push(server, text, content_type))
@@ -169,7 +169,7 @@ def test_what_makes_no_sense_at_all_is_a_problem(server: Server, text: bytes) ->
 
 
 def test_a_view_stays_what_it_is(server: Server) -> None:
-    """A sample of another kind is of another definition: it is taken, and the view answers as it did."""
+    """A sample of another kind belongs to another definition: it is taken, and the view answers as before."""
     server.world.publish(Definition("is_sum", "sum", ()), {(): 5})
     server.world.publish(Definition("may_fall_total", "sum", ()), {(): 5})
     assert pushed(server, "is_sum 1\n# TYPE may_fall counter\nmay_fall_total 1\nfine 1\n")["refused"] == 0
@@ -180,7 +180,7 @@ def test_a_view_stays_what_it_is(server: Server) -> None:
 
 
 def test_limits() -> None:
-    """413 for a body or a number of samples that is too large; a long line is left out."""
+    """Too large a body and too many samples are 413; a line that is too long is left out."""
     with serving(World(settings=QuerySettings(body_bytes_max=1_024, deltas_max=3, openmetrics_line_bytes_max=64))) as server:
         assert pushed(server, "a 1\nb 1\nc 1\n")["accepted"] == 3
         assert "at most 3" in server.problem(413, push(server, "a 1\nb 1\nc 1\nd 1\n"))
@@ -194,14 +194,14 @@ def test_limits() -> None:
 
 
 def test_pushed_twice_counts_twice(server: Server) -> None:
-    """A push without a key has no identity."""
+    """A push without a key has no identity, so each repeat counts."""
     for _ in range(2):
         pushed(server, "# TYPE twice counter\ntwice_total 3\n")
     assert series(server, "twice_total") == {(): 6}
 
 
 def test_many_at_once_are_exact(server: Server) -> None:
-    """Also those that define the view at the same moment, with different labels: all are taken."""
+    """Concurrent pushes are all taken, also those that define the view at the same moment with different labels."""
     text = "# TYPE atonce counter\n" + 'atonce_total{{{}="x"}} 1\n' * 5
     results: list[dict[str, Any]] = []
     together = threading.Barrier(8)
@@ -232,7 +232,7 @@ class _Away:
 
 
 def test_a_log_that_is_away() -> None:
-    """503 with a time to come back."""
+    """While the log is away a push is answered with 503 and a time to come back."""
     world = World()
     world.ingest = _Away()  # type: ignore[assignment]
     with serving(world) as server:
@@ -284,7 +284,7 @@ TEXTS = st.lists(
 @example(b"# TYPE a b c d", OPENMETRICS)
 @example(b"a 1\x85b 2", OPENMETRICS)
 def test_any_bytes_are_samples_or_refused(body: bytes, content_type: str) -> None:
-    """Nothing raises; every line is a sample, refused for a reason, or says nothing; and no line is two samples."""
+    """Any bytes are read without an exception; each line is at most one sample, refused for a reason, or without content."""
     found = parse_pushed(body, content_type, 1_000, 8_192)
     assert len(found.deltas) == len(found.lines) == len({*found.lines})
     lines = len(body.split(b"\n"))
@@ -294,7 +294,7 @@ def test_any_bytes_are_samples_or_refused(body: bytes, content_type: str) -> Non
 
 
 def test_no_more_is_read_than_may_be_taken() -> None:
-    """One sample, or one bad line, more than the limit is enough."""
+    """Parsing stops one sample, or one bad line, beyond the limit."""
     assert len(parse_pushed(b"a 1\n" * 1_000, PLAIN, 10, 8_192).deltas) == 11
     assert len(parse_pushed(b"a\n" * 1_000, PLAIN, 10, 8_192).refused) == 11
     assert not parse_pushed(b"a 1\nb\n" * 6, PLAIN, 10, 8_192).whole
@@ -303,6 +303,6 @@ def test_no_more_is_read_than_may_be_taken() -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A server of this module's own, whose metrics are counted."""
+    """A server of this module's own, whose metrics the tests count."""
     with serving(World()) as running:
         yield running

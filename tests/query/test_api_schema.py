@@ -1,4 +1,4 @@
-"""The API is what `/openapi.json` says, for requests that nobody thought of."""
+"""The API conforms to `/openapi.json`, also for requests that nobody thought of."""
 
 import functools
 from collections.abc import Iterator
@@ -42,9 +42,9 @@ def api_schema(server: Server) -> Any:
 
 
 def conforms(operation: Any, mode: schemathesis.GenerationMode, examples: int) -> None:
-    """Make requests from the schema, and hold the answers against it.
+    """Make requests from the schema, and check the answers against it.
 
-    What the schema allows may still be refused: it cannot say which labels a view has, or what makes a batch.
+    Requests that the schema allows may still be refused: it cannot say which labels a view has, or what makes a batch.
     """
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[*HealthCheck])
@@ -108,10 +108,11 @@ def test_plain_answers_are_as_documented(api_schema: Any, path: str) -> None:
 
 
 def test_the_document_is_whole(server: Server) -> None:
-    """Every operation of the contract is there, with its problems; every reference leads somewhere."""
+    """The document has every operation, with its problems, and every reference leads somewhere."""
     document = server.get("/openapi.json").json()
     operations = {(verb, path) for path, verbs in document["paths"].items() for verb in verbs}
     assert operations == {
+        ("post", "/api/v1/read"),
         ("get", "/v1/views"),
         ("get", "/v1/views/{view}"),
         ("post", "/v1/views/{view}/drop"),
@@ -145,6 +146,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "after",
         "max_staleness_ms",
         "timeout_ms",
+        "If-None-Match",
     }
     for reference in references(document):
         resolved(document, [{"$ref": reference}])
@@ -178,7 +180,7 @@ def test_writes_take_a_key(server: Server, path: str, bodies: set[str]) -> None:
 
 
 def test_the_document_is_what_requests_are_held_to() -> None:
-    """Kinds, fields and limits in the file are those of the code."""
+    """Kinds, fields and limits in the document are those of the code."""
     document = openapi_document([("get", "/v1/dead-letters")], QuerySettings())
     assert [*document["paths"]] == ["/v1/dead-letters"]
     schemas = document["components"]["schemas"]

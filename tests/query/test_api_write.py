@@ -1,4 +1,4 @@
-"""Writing over HTTP: deltas and batches, all or none, exact, and within limits."""
+"""Writing over HTTP: all deltas or batches of a request or none, exact, and within limits."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def total(server: Server, view: str) -> Any:
 
 
 def test_deltas_as_an_array(server: Server) -> None:
-    """Counted, acknowledged with a token, and there once they are folded."""
+    """Deltas are counted, acknowledged with a token, and in the view once they are folded."""
     reply = post(server, [delta(1, "array", region="eu"), delta(2.5, "array", region="us")])
     accepted = reply.json()
     assert (reply.status, accepted["accepted"]) == (200, 2)
@@ -54,7 +54,7 @@ def test_deltas_as_an_array(server: Server) -> None:
 
 @pytest.mark.parametrize("content_type", [NDJSON, NDJSON + "; charset=utf-8", "application/json", "text/plain", ""])
 def test_deltas_by_line(server: Server, content_type: str) -> None:
-    """By media type or by their first byte; blank lines and CRLF do not matter."""
+    """Deltas by line are told from an array by their media type or first byte; blank lines and CRLF do not matter."""
     view = "lines" + re.sub(r"\W", "_", content_type)
     lines = "\r\n\n".join(json.dumps(delta(i, view)) for i in range(5)) + "\n"
     assert post(server, lines, content_type).json()["accepted"] == 5
@@ -62,7 +62,7 @@ def test_deltas_by_line(server: Server, content_type: str) -> None:
 
 
 def test_nothing_is_fine(server: Server) -> None:
-    """No deltas are accepted as such: the token is empty."""
+    """A request without deltas succeeds with an empty token."""
     assert post(server, []).json() == {"accepted": 0, "token": ""}
     assert post(server, b" [ ] ").json() == {"accepted": 0, "token": ""}
     assert post(server, b"", NDJSON).json() == {"accepted": 0, "token": ""}
@@ -70,7 +70,7 @@ def test_nothing_is_fine(server: Server) -> None:
 
 
 def test_a_monotone_view(server: Server) -> None:
-    """`monotone` defines a new view; after that it may be left out; negative values are 400."""
+    """`monotone` defines a new view and may be left out after that; negative values are 400."""
     assert post(server, [{**delta(1, "rising"), "monotone": True}]).status == 200
     server.world.fold()
     assert post(server, [delta(2, "rising"), {**delta(3, "rising"), "monotone": True}]).status == 200
@@ -89,14 +89,14 @@ def test_a_monotone_view(server: Server) -> None:
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**64, 10**400, -1, 0])
 def test_ints_of_any_size_stay_exact(server: Server, value: int) -> None:
-    """There and back."""
+    """An int of any size is read back exactly."""
     view = f"ints_{abs(hash(value))}"
     assert post(server, [delta(value, view), delta(1, view)]).status == 200
     assert total(server, view) == value + 1
 
 
 def test_what_a_last_view_takes(server: Server) -> None:
-    """Texts, nulls, bools and numbers, the newest by its own time."""
+    """A `last` view takes texts, nulls, bools and numbers, and shows the newest by its own time."""
     for i, value in enumerate(["up", None, True, 1.5, "a\0b"]):
         assert post(server, [delta(value, "last_of_all", "last") | {"ts_ms": 1_000 + i}]).status == 200
         assert total(server, "last_of_all") == value
@@ -153,7 +153,7 @@ def test_what_a_last_view_takes(server: Server) -> None:
     ],
 )
 def test_a_wrong_body_is_told_and_nothing_of_it_taken(server: Server, body: bytes | str, said: str) -> None:
-    """400 with the place and the reason, for every way to be wrong; the log has not grown."""
+    """A wrong body is answered with 400, the place and the reason, and the log has not grown."""
     before = [server.world.log.watermarks("deltas", number).end_offset for number in range(4)]
     assert said in server.problem(400, post(server, body))
     assert [server.world.log.watermarks("deltas", number).end_offset for number in range(4)] == before
@@ -165,7 +165,7 @@ def test_lines_by_media_type_are_not_an_array(server: Server) -> None:
 
 
 def test_definitions_do_not_conflict(server: Server) -> None:
-    """Another kind, or other labels, are another definition: all is taken, and read side by side."""
+    """Deltas of another kind, or of other labels, belong to another definition: all are taken, and read side by side."""
     sums = [delta(1, "wide", x="a"), delta(2, "wide", y="b"), delta(4, "wide", x="a", y="b")]
     for more in (sums[0], delta(7, "wide", "max", x="a"), *sums[1:]):
         assert post(server, [more]).status == 200
@@ -187,7 +187,7 @@ def test_a_time_far_ahead_is_refused(server: Server) -> None:
 
 
 def test_of_two_values_of_one_millisecond_the_later_wins(server: Server) -> None:
-    """Within a request, and from one request to the next; whichever text is the larger."""
+    """The later of two values of one millisecond wins, within and across requests, whichever text is the larger."""
     for first, second in (("running", "done"), ("done", "running"), (1, 0), (0, 1)):
         view = f"newest_{first}_{second}"
         stamped = {"ts_ms": server.world.clock.now_ms()}
@@ -201,7 +201,7 @@ def test_of_two_values_of_one_millisecond_the_later_wins(server: Server) -> None
 
 
 def test_batches_are_taken_as_they_are(server: Server) -> None:
-    """Each is covered by its own offset, all together by the token; sent again, they count once."""
+    """Each batch is covered by its own offset, all together by the token; batches that are sent again count once."""
     world = server.world
     batches = [world.batch(number, DEFINITION, {("a",): 1}) for number in (0, 1, 1)]
     for _ in range(2):
@@ -213,7 +213,7 @@ def test_batches_are_taken_as_they_are(server: Server) -> None:
 
 
 def test_batches_for_a_partition_that_is_not_known_yet(server: Server) -> None:
-    """503, so that their publisher sends them again; none is taken."""
+    """A batch for an unknown partition is 503, so that its publisher sends it again, and no other batch is taken."""
     before = server.world.log.watermarks("deltas", 0).end_offset
     body = encode_frames([server.world.batch(number, DEFINITION, {("a",): 1}) for number in (0, 77)])
     assert "no partition 77 yet" in server.problem(503, server.request("POST", "/v1/batches", body, OWN))
@@ -222,7 +222,7 @@ def test_batches_for_a_partition_that_is_not_known_yet(server: Server) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "length", "version", "checksum", "random", "empty"])
 def test_damaged_batches_are_refused_whole(server: Server, damage: str) -> None:
-    """400, and the good one beside the bad one is not taken either."""
+    """A damaged batch is 400, and the good batch beside it is not taken either."""
     world = server.world
     good = world.batch(0, Definition("unharmed", "sum", ("x",)), {("a",): 1})
     body = {
@@ -254,7 +254,7 @@ def peak_bytes() -> int:
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("path", ["/v1/deltas", "/v1/batches"])
 def test_a_huge_body_is_refused_without_being_held(server: Server, path: str, chunked: bool) -> None:
-    """100 MB are 413, announced or in chunks, and memory does not grow by as much as the limit twice."""
+    """A body of 100 MB is 413, announced or in chunks, and memory does not grow by as much as the limit twice."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")
@@ -268,14 +268,14 @@ def test_a_huge_body_is_refused_without_being_held(server: Server, path: str, ch
 
 
 def test_an_announced_huge_body_is_refused_before_it_comes(server: Server) -> None:
-    """The client need not send what nobody will read."""
+    """An announced huge body is refused before the client has sent it."""
     with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
         raw.sendall(b"POST /v1/batches HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n")
         assert raw.recv(65_536).startswith(b"HTTP/1.1 413 ")
 
 
 def test_the_largest_body_is_taken() -> None:
-    """`body_bytes_max` bytes are fine, one more is not; too many deltas are 413 as well."""
+    """A body of `body_bytes_max` bytes is taken, one byte more is 413, and so are too many deltas."""
     with serving(World(settings=QuerySettings(body_bytes_max=1_024, deltas_max=3))) as server:
         body = json.dumps([delta()]).encode()
         assert post(server, body + b" " * (1_024 - len(body))).status == 200
@@ -287,7 +287,7 @@ def test_the_largest_body_is_taken() -> None:
 
 
 def test_compressed_bodies_are_refused(server: Server) -> None:
-    """415, rather than bytes that make no sense."""
+    """A compressed body is 415 rather than bytes that make no sense."""
     reply = server.request("POST", "/v1/deltas", b"x", {"Content-Encoding": "gzip"})
     assert "compressed" in server.problem(415, reply)
 
@@ -319,7 +319,7 @@ class _Failing:
     [(Unavailable("the log is away"), 503), (BufferFull("no room"), 503), (RuntimeError("secret"), 500)],
 )
 def test_what_the_log_refuses_is_told(error: Exception, status: int) -> None:
-    """503 with a time to come back, or 500 without a word of the inside."""
+    """A refusal by the log is 503 with a time to come back, or 500 without a word of the inside."""
     world = World()
     world.ingest = _Failing(error)
     with serving(world) as server:
@@ -329,7 +329,7 @@ def test_what_the_log_refuses_is_told(error: Exception, status: int) -> None:
 
 
 def test_a_server_without_ingest_only_reads() -> None:
-    """The API of such a server has no writes."""
+    """The API of a server without ingest has no writes."""
     world = World()
     world.ingest = None
     with serving(world) as server:

@@ -1,4 +1,4 @@
-"""The HTTP clients: what a server says comes back as values and errors; what goes wrong on the way is `Unavailable`."""
+"""The HTTP clients: answers come back as values and errors; any failure on the way is `Unavailable`."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ DEFINITION = Definition("v", "sum", ("x", "y"))
 
 
 def new_writer(url: str) -> HttpLogWriter:
-    """A writer that can prove whose a world's batches are."""
+    """A writer that can prove to be the producer of a world's batches."""
     made = HttpLogWriter(url)
     made.introduce(SECRET)
     return made
@@ -70,7 +70,7 @@ def test_batches_are_appended_in_order(server: Server, writer: HttpLogWriter, re
 
 
 def test_a_bad_batch_is_found_among_good_ones(server: Server, writer: HttpLogWriter) -> None:
-    """The server takes all or none; the client finds which it will not take, and the others are appended, in order."""
+    """The server takes all batches or none; the client finds the ones to be refused, and appends the others in order."""
     world = server.world
     good = messages(world, 6, "picky", 1)
     bad = Message(DELTAS, 1, None, b"\x01\x00\x00\x00\x01rubbish")
@@ -83,7 +83,7 @@ def test_a_bad_batch_is_found_among_good_ones(server: Server, writer: HttpLogWri
 
 
 def test_a_batch_that_is_too_large_will_never_be_taken() -> None:
-    """413 is an error of that message alone, and not one to try again."""
+    """A 413 is an error of that message alone, and no reason to try again."""
     with serving(World(settings=QuerySettings(body_bytes_max=1_024))) as server:
         writer = new_writer(server.url)
         small = messages(server.world, 2)
@@ -94,7 +94,7 @@ def test_a_batch_that_is_too_large_will_never_be_taken() -> None:
 
 
 def test_each_producer_is_proved_by_its_own_secret(server: Server, writer: HttpLogWriter) -> None:
-    """Batches of several go in requests of their own; of one that was not introduced, or was dismissed, none is taken."""
+    """Each producer's batches go in a request of their own; those of an unknown or dismissed producer are refused."""
     definition = Definition("proved", "sum")
     group = Group(definition, [series_suffix(())], [1])
 
@@ -113,7 +113,7 @@ def test_each_producer_is_proved_by_its_own_secret(server: Server, writer: HttpL
 
 
 def test_groups_that_are_refused_are_named(server: Server, writer: HttpLogWriter) -> None:
-    """The error says which groups of which batch, so that its publisher can leave them out; good batches are appended."""
+    """An error names the refused groups of a batch, so that its publisher can leave them out; good batches are appended."""
     world = server.world
     far = world.batch(0, Definition("far", "last"), {(): (2**53, 1, "x")})
     results = writer.append([*messages(world, 1, "near"), Message(DELTAS, 0, None, far)], timeout_s=10)
@@ -125,7 +125,7 @@ def test_groups_that_are_refused_are_named(server: Server, writer: HttpLogWriter
 
 
 def test_much_is_sent_in_several_requests(server: Server, writer: HttpLogWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request stays within what a server takes; a batch is never split."""
+    """Batches are split into requests of at most the size that a server takes, and no batch is split."""
     monkeypatch.setattr(clients, "REQUEST_BYTES_MAX", 200)
     results = writer.append(messages(server.world, 20, "parts", 3), timeout_s=10)
     start = results[0]
@@ -134,7 +134,7 @@ def test_much_is_sent_in_several_requests(server: Server, writer: HttpLogWriter,
 
 
 def test_only_batches_can_be_sent(writer: HttpLogWriter) -> None:
-    """Other topics are the log's own: a programming error."""
+    """A message for another topic than deltas is a programming error."""
     for message in (Message("changelog", 0, b"k", b"v"), Message(DELTAS, 0, None, None)):
         with pytest.raises(Invalid):
             writer.append([message], timeout_s=1)
@@ -143,7 +143,7 @@ def test_only_batches_can_be_sent(writer: HttpLogWriter) -> None:
 
 
 def test_threads_share_a_writer(server: Server, writer: HttpLogWriter) -> None:
-    """Eight threads at once: every batch is acknowledged once, under an offset of its own."""
+    """Every batch of eight threads that share a writer is acknowledged once, under an offset of its own."""
     batches = [messages(server.world, 20, "shared", number % 4) for number in range(8)]
     results: list[Any] = []
     threads = [
@@ -160,7 +160,7 @@ def test_threads_share_a_writer(server: Server, writer: HttpLogWriter) -> None:
 
 
 def test_a_connection_closed_while_idle_is_made_again(server: Server, writer: HttpLogWriter) -> None:
-    """A server that closed a kept connection, or was restarted, costs no error."""
+    """A connection that the server closed while it was idle costs no error, nor does a restart."""
     assert isinstance(writer.append(messages(server.world, 1), timeout_s=10)[0], int)
     for connection in writer._client._idle:
         connection.sock.shutdown(socket.SHUT_RDWR)
@@ -168,7 +168,7 @@ def test_a_connection_closed_while_idle_is_made_again(server: Server, writer: Ht
 
 
 def test_the_partition_count_is_remembered(free_port: int) -> None:
-    """A server that is away does not matter once it is known; before, it does."""
+    """A known partition count outlives the server; an unknown one cannot be had without it."""
     with pytest.raises(Unavailable):
         HttpLogWriter(f"http://127.0.0.1:{free_port}").partition_count(DELTAS)
     with serving(World(partition_count=3)) as server:
@@ -180,7 +180,7 @@ def test_the_partition_count_is_remembered(free_port: int) -> None:
 
 
 def test_a_status_of_another_version_is_enough() -> None:
-    """A publisher needs two members of a server's status: others may have changed since."""
+    """A publisher needs only two members of a server's status: others may have changed since."""
     with peer(http("200 OK", '{"ready":"new","partition_count":7,"partitions":{"p0":[]},"topic_id":"t","more":1}')) as url:
         writer = HttpLogWriter(url)
         assert (writer.partition_count(DELTAS), writer.topic_id(DELTAS)) == (7, "t")
@@ -189,7 +189,7 @@ def test_a_status_of_another_version_is_enough() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_never_uses_its_parents_connection(server: Server, writer: HttpLogWriter) -> None:
-    """After a fork both go on, each on connections of its own."""
+    """After a fork parent and child both go on, each on connections of its own."""
     assert isinstance(writer.append(messages(server.world, 1, "forked"), timeout_s=10)[0], int)
     (kept,) = writer._client._idle
     batch = messages(server.world, 1, "forked")
@@ -217,7 +217,7 @@ def test_a_child_never_uses_its_parents_connection(server: Server, writer: HttpL
 
 @contextmanager
 def peer(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """The URL of something that reads a request and then does as told with the connection."""
+    """Yield the URL of a server that reads a request and then treats the connection as told."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stop = threading.Event()
 
@@ -289,7 +289,7 @@ STRANGERS: list[Callable[[socket.socket], None]] = [
 
 @pytest.mark.parametrize("answer", STRANGERS)
 def test_a_stranger_is_unavailable(answer: Callable[[socket.socket], None]) -> None:
-    """Whatever is no acknowledgement and no refusal by this API leaves the batch unsure: an error, soon, never raised."""
+    """An answer that is not this API's leaves the batch unsure: soon an error in the result, never an exception."""
     with peer(answer) as url:
         writer = HttpLogWriter(url)
         started = time.monotonic()
@@ -310,7 +310,7 @@ def test_nobody_is_there(free_port: int) -> None:
 
 @pytest.mark.parametrize("url", ["", "localhost:8080", "ftp://x", "http://", "http://x:99999", "http://a@b", "http://x/?q"])
 def test_what_is_no_address_is_invalid(url: str) -> None:
-    """Before anything is sent."""
+    """A wrong address is refused before anything is sent."""
     with pytest.raises(Invalid):
         HttpReader(url)
 
@@ -319,7 +319,7 @@ def test_what_is_no_address_is_invalid(url: str) -> None:
 
 
 def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpReader) -> None:
-    """Each parameter arrives; the answer is typed."""
+    """Each parameter of a read arrives, and the answer is typed."""
     server.world.publish(
         Definition("asked", "sum", ("x", "y")), {("a", "1"): 1, ("a", "2"): 2, ("b", "1"): 2**70, ("~", "é&=\0"): 4}
     )
@@ -346,7 +346,7 @@ def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpRead
 
 
 def test_lists(server: Server, reader: HttpReader) -> None:
-    """Views and status."""
+    """Views and status are listed."""
     server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
     server.world.publish(Definition("rising", "sum", monotone=True), {(): 1})
     (listed,) = [it for it in reader.views() if it.name == "listed"]
@@ -375,7 +375,7 @@ def test_problems_come_back_as_errors(server: Server, reader: HttpReader) -> Non
 
 
 def test_a_reader_survives_a_restart_of_the_server() -> None:
-    """The next read makes a new connection."""
+    """The first read after a restart of the server makes a new connection."""
     world = World()
     world.publish(DEFINITION, {("a", "1"): 1})
     with serving(world) as server:
@@ -391,7 +391,7 @@ def test_a_reader_survives_a_restart_of_the_server() -> None:
 
 
 def test_clients_load_little() -> None:
-    """Publishing and reading over HTTP takes the standard library and msgspec, and few of the former."""
+    """Publishing and reading over HTTP loads msgspec and a few modules of the standard library."""
     code = "import sys; import pipeline.adapters.http; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=60
@@ -411,7 +411,7 @@ def hits(server: Server) -> Definition:
 
 
 def test_ranges_are_asked_for_in_any_form(reader: HttpReader, hits: Definition) -> None:
-    """Ms, datetimes in any zone and RFC 3339; seconds, timedeltas and texts."""
+    """A range is given in ms, datetimes in any zone or RFC 3339; a step in seconds, timedeltas or texts."""
     ms = 1_700_000_040_000
     start, end = datetime.fromtimestamp(ms / 1_000, UTC), datetime.fromtimestamp(ms / 1_000 + 240, UTC)
     points = [(ms, 3), (ms + 120_000, 7)]
@@ -441,13 +441,13 @@ def test_ranges_are_asked_for_in_any_form(reader: HttpReader, hits: Definition) 
     ],
 )
 def test_a_wrong_range_is_refused(reader: HttpReader, hits: Definition, options: dict[str, Any], said: str) -> None:
-    """By the client where it can know, else by the server."""
+    """A wrong range is refused by the client where it can know, else by the server."""
     with pytest.raises(Invalid, match=said):
         reader.get("hits", **options)
 
 
 def test_an_async_reader_reads_as_a_reader(server: Server, hits: Definition) -> None:
-    """Several calls at once; errors are raised as they are by a reader."""
+    """An async reader makes several calls at once, and raises the errors that a reader raises."""
 
     async def run() -> None:
         async with AsyncHttpReader(server.url) as reader:
@@ -463,7 +463,7 @@ def test_an_async_reader_reads_as_a_reader(server: Server, hits: Definition) -> 
 
 
 def test_media_types(server: Server, hits: Definition) -> None:
-    """CSV and NDJSON where they are preferred, with headers for what JSON says beside the series; else JSON."""
+    """CSV and NDJSON come where they are preferred, with headers for what JSON says beside the series; else JSON."""
     path = "/v1/views/hits?start=1700000040000&end=1700000160000&limit=1"
     reply = server.request("GET", path, headers={"Accept": "text/csv"})
     assert reply.body == b"path,start_ms,value\r\n/,1700000040000,1\r\n/,1700000100000,2\r\n"

@@ -1,4 +1,4 @@
-"""Dropping and resetting views over HTTP: what is told, what is refused, and what readers see before and after."""
+"""Dropping and resetting views over HTTP: answers, refusals, and what readers see before and after."""
 
 import json
 from typing import Any
@@ -26,7 +26,7 @@ def listed(server: Server, view: str) -> list[tuple[str, list[str], int]]:
 
 
 def test_a_view_that_is_dropped_is_not_there(server: Server) -> None:
-    """404 from the token on, before it the old answer; what comes after it counts from zero."""
+    """A dropped view is 404 from the token on, and shows the old answer before it; later deltas count from zero."""
     view = Definition("dropped", "sum", ("a",))
     publish(server, view, x=1, y=2)
     reply = post(server, "dropped", "drop")
@@ -44,7 +44,7 @@ def test_a_view_that_is_dropped_is_not_there(server: Server) -> None:
 
 
 def test_a_view_that_is_reset_is_empty(server: Server) -> None:
-    """The definitions stay, and the same one answers."""
+    """A reset view has no series, keeps its definitions, and the same definition answers."""
     view = Definition("emptied", "sum", ("a",))
     publish(server, view, x=1, y=2)
     before = server.get("/v1/views").json()["views"]
@@ -58,7 +58,7 @@ def test_a_view_that_is_reset_is_empty(server: Server) -> None:
 
 
 def test_some_definitions_of_a_view(server: Server) -> None:
-    """By kind, by exactly these labels in any order, and by both; the others are as they were."""
+    """Definitions are dropped by kind, by exactly these labels in any order, or by both; the others stay."""
     a, ab, most = (
         Definition("several", "sum", ("a",)),
         Definition("several", "sum", ("a", "b")),
@@ -83,7 +83,7 @@ def test_some_definitions_of_a_view(server: Server) -> None:
 
 
 def test_what_is_refused(server: Server) -> None:
-    """Unknown views, bodies that choose nothing that there is, and bodies that a page of another site could send."""
+    """Unknown views, bodies that choose no definition, and bodies that a page of another site could send are refused."""
     publish(server, Definition("kept", "sum"), x=1)
     path = "/v1/views/kept/drop"
     server.problem(404, post(server, "nobody", "drop"))
@@ -117,7 +117,7 @@ def test_a_repeat_with_a_key_is_carried_out_once(server: Server) -> None:
 
 @pytest.mark.parametrize("action", ["drop", "reset"])
 def test_a_partition_is_as_before_or_as_after(server: Server, action: str) -> None:
-    """Read while each partition carries the order out at a time of its own: never a part of a partition's series."""
+    """A read never sees a part of a partition's series, whenever that partition carries the order out."""
     name = f"whole_{action}"
     view = Definition(name, "sum", ("a",))
     world = server.world

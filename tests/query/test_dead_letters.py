@@ -1,4 +1,4 @@
-"""The topic of dead letters as a service: read with bounded memory, replayed exactly once, over HTTP too."""
+"""The service of dead letters: read with bounded memory, replayed exactly once, over HTTP too."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GOOD, WRONG, OTHER = (Definition(view, "sum", ("n",)) for view in ("good", "wron
 
 
 def group(definition: Definition, value: int) -> Group:
-    """One series."""
+    """Return a group of one series."""
     return Group(definition, [series_suffix(("x",))], [value])
 
 
 def batch(sequence: int, *groups: Group, partition: int = 0, epoch: int = 0) -> bytes:
-    """A sealed batch."""
+    """Return a sealed batch."""
     return encode_batch(Batch("p", epoch, partition, sequence, 0, 0, [*groups]))
 
 
@@ -38,7 +38,7 @@ def put(world: World, *values: bytes, partition: int = 0) -> None:
 
 
 def refused(world: World, count: int, partition: int = 0) -> None:
-    """Letters of one group each, of the values 1, 2..."""
+    """Fold batches whose one group, of the values 1, 2..., is refused each time."""
     put(world, batch(0, group(GOOD, 1), partition=partition), partition=partition)
     put(world, *(batch(n, group(WRONG, n), partition=partition) for n in range(1, count + 1)), partition=partition)
     world.fold(partition)
@@ -58,7 +58,7 @@ def server(world: World) -> Iterator[Server]:
 
 
 def total(world: World, view: str) -> Any:
-    """The sum of a view, with everything folded."""
+    """Return the sum of a view, with everything folded."""
     world.fold()
     world.reader = world.new_reader()
     with serving(world) as running:
@@ -73,7 +73,7 @@ def order(server: Server, **fields: Any) -> Any:
 
 
 def test_requests_go_through_all_letters(world: World, server: Server) -> None:
-    """Each request takes up to `limit`, and says where the next goes on; what is refused again is not tried twice."""
+    """A request takes up to `limit` letters and says where the next goes on; a letter refused again is not tried twice."""
     refused(world, 25, 0)
     refused(world, 5, 1)
     for settings, result in ((FEW, "refused again"), (MANY, "counted")):
@@ -94,7 +94,7 @@ def test_requests_go_through_all_letters(world: World, server: Server) -> None:
 
 
 def test_memory_holds_no_values() -> None:
-    """A hundred MB of letters are listed in a tenth of that, and a listing that keeps few counts all the same."""
+    """A hundred MB of letters are listed in a tenth of that memory, and a listing that keeps few counts them all."""
     world = World(1)
     values = [
         (b"0-%d-0" % n, encode_letter(DeadLetter(0, n, 5, "why", "v", bytes(100_000)))) for n in range(1_000)
@@ -115,7 +115,7 @@ def test_memory_holds_no_values() -> None:
 
 
 def test_a_replay_goes_on_behind_what_a_listing_keeps() -> None:
-    """More letters than are kept at once are replayed all the same, in several calls."""
+    """More letters than a listing keeps at once are replayed all the same, in several calls."""
     world = World(1, worker=FEW)
     refused(world, 30)
     world.work(MANY)
@@ -134,7 +134,7 @@ def test_a_replay_goes_on_behind_what_a_listing_keeps() -> None:
 
 
 def test_nobody_folds(world: World) -> None:
-    """Without a worker the replay ends in time and says so; what it has sent counts once when one comes."""
+    """A replay without a worker ends in time and says so; its batches count once when a worker comes."""
     refused(world, 3)
     done = world.letters.replay(LetterFilter(), limit=10, timeout_s=0.05)
     assert [it.result for it in done.outcomes] == ["unknown"] * 3
@@ -146,7 +146,7 @@ def test_nobody_folds(world: World) -> None:
 
 
 def test_a_whole_record_of_which_a_group_is_refused_counts_in_part(world: World) -> None:
-    """The good groups count; each other group becomes a letter of its own, which counts when there is room for it."""
+    """The good groups of a record count; each other group becomes a letter of its own, which counts once there is room."""
     put(world, batch(0, group(GOOD, 1), epoch=3), batch(1, group(GOOD, 10), group(WRONG, 20), group(OTHER, 30), epoch=2))
     world.fold()
     with world.folding():
@@ -165,7 +165,7 @@ def test_a_whole_record_of_which_a_group_is_refused_counts_in_part(world: World)
 
 
 def test_a_stale_listing_doubles_nothing(world: World) -> None:
-    """Somebody who has read the letters and sends them after everybody else is told that they were counted before."""
+    """A replay of letters that others have replayed since they were read says that they were counted before."""
     refused(world, 2)
     stale = [row.key or b"" for row in world.log.partition(DEAD_LETTERS, 0).rows]
     world.work(MANY)
@@ -177,7 +177,7 @@ def test_a_stale_listing_doubles_nothing(world: World) -> None:
 
 
 def test_letters_of_partitions_that_are_gone_stay() -> None:
-    """The topic of deltas was made anew with fewer partitions: the letter is told, and stays."""
+    """A letter of a partition that the topic no longer has is reported, and stays."""
     world = World(1)
     world.log = type(world.log)({DELTAS: 1, DEAD_LETTERS: 2}, world.clock.now_ms)
     letters = DeadLetters(world.log, world.clock)
@@ -206,12 +206,12 @@ def test_letters_of_partitions_that_are_gone_stay() -> None:
     ],
 )
 def test_wrong_orders_are_refused(server: Server, body: Any, says: str) -> None:
-    """400, with what is wrong; nothing is replayed."""
+    """A wrong order is answered with 400 and what is wrong, and nothing is replayed."""
     assert says in server.problem(400, server.request("POST", "/v1/dead-letters/replay", json.dumps(body).encode()))
 
 
 def test_wrong_reads_are_refused(server: Server) -> None:
-    """400 or 404, with what is wrong."""
+    """A wrong read is answered with 400 or 404 and what is wrong."""
     for query in (
         "limit=0",
         "limit=10001",
@@ -229,7 +229,7 @@ def test_wrong_reads_are_refused(server: Server) -> None:
 
 
 def test_servers_that_only_read_have_no_letters() -> None:
-    """A server without ingest neither shows nor replays what was refused."""
+    """A server without ingest neither shows nor replays dead letters."""
     world = World(1)
     world.ingest = None
     with serving(world) as running:
@@ -238,7 +238,7 @@ def test_servers_that_only_read_have_no_letters() -> None:
 
 
 def test_places_come_back() -> None:
-    """A place is a text between two calls."""
+    """A place in the topic is a text between two calls, and is read back the same."""
     assert LetterCursor.parse(str(LetterCursor(3, 0, 42))) == LetterCursor(3, 0, 42)
 
 

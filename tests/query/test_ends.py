@@ -12,17 +12,17 @@ from pipeline.core.query import Query
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid, NotReady, Unavailable
 from pipeline.ports import Store
-from pipeline.query.ends import EndsNow, EndsPolled
+from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.topics import DELTAS
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock, wait_until
 
 DEFINITION = Definition("v", "sum", ("n",))
 
 
 class Log:
-    """Says where it ends, takes its time for it, or fails."""
+    """A log that says where it ends, takes its time for it, or fails."""
 
     def __init__(self, clock: HandClock) -> None:
         self.clock = clock
@@ -73,12 +73,12 @@ def look_twice(log: Log) -> None:
 
 
 def test_now_asks_at_each_read(log: Log) -> None:
-    """The time is from before the look, however long that takes; reads within a millisecond share one."""
+    """Ends have the time before the log was asked, however slow it is; reads within a millisecond share one answer."""
     ends = EndsNow(log.end_offsets, log.start_offsets, log.clock)
     began_s = log.clock.s
     log.takes_s = 3
     seen = ends()
-    assert seen == (began_s, {0: 7}, {0: 2}, "")
+    assert seen == LogEnds(began_s, {0: 7}, {0: 2})
     log.takes_s, log.end = 0, 8
     assert ends().end_offsets == {0: 8}
     log.clock.s += 0.0005
@@ -89,12 +89,12 @@ def test_now_asks_at_each_read(log: Log) -> None:
 
 
 def test_now_says_nothing_while_the_log_is_away(log: Log) -> None:
-    """And asks again at the very next read."""
+    """While the log is away there are no ends, and the very next read asks again."""
     ends = EndsNow(log.end_offsets, log.start_offsets, log.clock)
     ends()
     log.clock.s += 1
     log.error = Unavailable("away")
-    assert ends() == (log.clock.s, {}, {}, "")
+    assert ends() == LogEnds(log.clock.s, {}, {})
     log.error = None
     assert ends().end_offsets == {0: 7}
     log.error = Invalid("a bug")
@@ -104,14 +104,14 @@ def test_now_says_nothing_while_the_log_is_away(log: Log) -> None:
 
 
 def test_polled_knows_nothing_at_first(log: Log) -> None:
-    """A read before the first answer is told so."""
+    """A read before the first answer has no ends."""
     ends = EndsPolled(log.end_offsets, log.start_offsets, log.clock, interval_ms=1)
-    assert ends() == (log.clock.s, {}, {}, "")
+    assert ends() == LogEnds(log.clock.s, {}, {})
     ends.stop()
 
 
 def test_polled_time_is_from_before_the_look(log: Log) -> None:
-    """A look that takes 3 s tells of what was 3 s ago; that for the start offsets, too, is not counted to it."""
+    """The time of the ends is that before the log was asked for them, and does not include asking for the start offsets."""
     log.takes_s = 3
     with polled(log) as ends:
         wait_until(lambda: ends().end_offsets, "an answer", 60)
@@ -122,7 +122,7 @@ def test_polled_time_is_from_before_the_look(log: Log) -> None:
 
 
 def test_polled_sees_what_is_new(log: Log) -> None:
-    """Ends at each look, starts every 10 s."""
+    """The polling thread asks for the ends every time, for the starts every 10 s."""
     with polled(log) as ends:
         wait_until(lambda: ends().end_offsets == {0: 7}, "the end", 60)
         log.end = 8
@@ -150,7 +150,7 @@ def test_polled_asks_for_the_topic_after_its_ends(log: Log) -> None:
 
 
 def test_polled_keeps_its_time_while_the_log_is_away(log: Log, caplog: pytest.LogCaptureFixture) -> None:
-    """The last answer is returned with its own time, so that staleness grows; there is one warning each time."""
+    """The last answer is returned with its own time, so that staleness grows; each outage is logged once."""
     with polled(log) as ends, caplog.at_level(logging.WARNING):
         wait_until(lambda: ends().end_offsets, "an answer", 60)
         look_twice(log)
@@ -172,7 +172,7 @@ def test_polled_keeps_its_time_while_the_log_is_away(log: Log, caplog: pytest.Lo
 
 
 def test_staleness_grows_while_the_log_is_away(clock: HandClock) -> None:
-    """An answer says its true age, from the last time that the log was seen to end where it is; then it is young again."""
+    """Staleness grows from when the log was last seen to end at the position, and falls when the log is back."""
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {("a",): 1})
     world.fold()
@@ -237,7 +237,7 @@ def more(stores: dict[int, Store]) -> None:
 READS: dict[str, Callable[[ViewReader], object]] = {
     "definition": lambda reader: reader.definition("v"),
     "point": lambda reader: reader.point(Query("v", by=())),
-    "scan": lambda reader: reader._scan(reader._stores(), Query("v", by=()), 1e18),
+    "scan": lambda reader: scanned(reader, Query("v", by=())),
     "views": lambda reader: reader.views(),
     "scrape": lambda reader: reader.scrape(deadline_s=1e18),
     "partitions": lambda reader: reader.partitions(),
@@ -247,7 +247,7 @@ READS: dict[str, Callable[[ViewReader], object]] = {
 @pytest.mark.parametrize("name", READS)
 @pytest.mark.parametrize("change", [gone, anew, hidden])
 def test_a_read_across_a_change_is_refused(name: str, change: Callable[[dict[int, Store]], None]) -> None:
-    """Whatever was read of a store that is taken away before the read has all that it needs is not told."""
+    """A read of a store that is taken away before the read is done is refused."""
     world = Taken()
     view = Definition("v", "sum") if name == "point" else DEFINITION
     world.publish(view, {(): 1} if name == "point" else {(str(i),): i for i in range(20)})
@@ -273,7 +273,7 @@ def test_a_partition_more_disturbs_no_read(name: str) -> None:
 
 
 def test_the_log_is_asked_about_deltas() -> None:
-    """Not about what a server follows."""
+    """A server shows the ends of deltas, not of the topic that it follows."""
     world = World(partition_count=1)
     world.append(0, DEFINITION, {("a",): 1})
     world.fold()

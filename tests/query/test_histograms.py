@@ -1,4 +1,4 @@
-"""Histograms as reads and scrapes show them: quantiles that are asked for, over partitions and windows; classic buckets."""
+"""Histograms in reads and scrapes: quantiles by parameter, over partitions and windows; classic buckets."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def state(values: Sequence[Any]) -> State:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A view whose series are spread over all partitions, and one of another kind."""
+    """Serve a view whose series are spread over all partitions, and one of another kind."""
     world = World()
     for number in range(len(world.partitions)):
         parts = {(route,): values[number::4] for route, values in PARTS.items()}
@@ -46,7 +46,7 @@ def server() -> Iterator[Server]:
 
 
 def test_an_answer_is_that_of_all_deltas(server: Server) -> None:
-    """The parts that lie in several partitions make the answer of a histogram of everything."""
+    """The parts of a histogram in several partitions make the answer of a histogram of all deltas."""
     by_route = {it["labels"]["route"]: it["value"] for it in server.view("latency")["series"]}
     answer = KINDS["histogram"].answer
     for route, values in PARTS.items():
@@ -63,7 +63,7 @@ def test_an_answer_is_that_of_all_deltas(server: Server) -> None:
 
 
 def test_quantiles_are_those_that_are_asked_for(server: Server) -> None:
-    """In their order, each once, over HTTP and from the reader, with a scan and with a look at a single series."""
+    """Quantiles are in the order of the query, each once, over HTTP and by the reader, for scans and single series."""
     for where in ((), (("where", "route=/"),)):
         asked = server.view("latency", ("q", "0.95"), ("q", "0"), ("q", ".95"), ("q", "1"), *where)
         (of,) = [it["value"]["quantiles"] for it in asked["series"] if it["labels"]["route"] == "/"]
@@ -77,7 +77,7 @@ def test_quantiles_are_those_that_are_asked_for(server: Server) -> None:
 
 
 def test_top_is_by_count_or_by_the_first_quantile(server: Server) -> None:
-    """Without `q` the histograms with most observations come first."""
+    """`top` ranks by the first quantile, or, without `q`, by the number of observations."""
     assert [it["labels"]["route"] for it in server.view("latency", ("top", "2"))["series"]] == ["/", "/cart"]
     asked = server.view("latency", ("top", "2"), ("q", "1"), ("q", "0.1"))
     assert [it["labels"]["route"] for it in asked["series"]] == ["/pay", "/cart"]
@@ -98,7 +98,7 @@ def test_top_is_by_count_or_by_the_first_quantile(server: Server) -> None:
     ],
 )
 def test_wrong_quantiles_are_told(server: Server, path: str, said: str) -> None:
-    """400, with what is wrong, and of which kind the view is."""
+    """A wrong quantile is answered with 400, what is wrong, and the kind of the view."""
     assert said in server.problem(400, server.get(f"/v1/views/{path}"))
 
 
@@ -150,7 +150,7 @@ near = st.lists(some.close | st.integers(-(2**70), 2**70) | st.floats(-1e300, 1e
 
 @given(runs=st.lists(near, min_size=1, max_size=4))
 def test_classic_buckets_count_exactly(runs: list[list[Any]]) -> None:
-    """Up to each bound there are as many observations as a count of the numbers finds; bounds are few."""
+    """Each classic bucket counts exactly the numbers up to its bound, and bounds are few."""
     states = [state(run) for run in runs]
     classic = ClassicBuckets(states)
     assert classic.bounds == sorted(set(classic.bounds))
@@ -163,7 +163,7 @@ def test_classic_buckets_count_exactly(runs: list[list[Any]]) -> None:
 
 
 def test_classic_buckets_of_the_widest_range() -> None:
-    """Numbers from one end of the floats to the other make few buckets, too, and none at all makes one."""
+    """Numbers from one end of the floats to the other make few buckets, and no number at all makes one."""
     values = [sign * 2.0**exponent for exponent in range(-1_022, 1_024, 7) for sign in (1, -1)]
     classic = ClassicBuckets([state(values), state([1]), state([0])])
     assert 3 <= len(classic.bounds) <= BOUNDS_MAX
@@ -174,7 +174,7 @@ def test_classic_buckets_of_the_widest_range() -> None:
 
 
 def classic_quantile(quantile: float, buckets: list[tuple[float, float]]) -> float:
-    """`histogram_quantile` of Prometheus, of one series."""
+    """Compute `histogram_quantile` of Prometheus for one series."""
     rank = quantile * buckets[-1][1]
     at = next(i for i, (_, count) in enumerate(buckets) if count >= rank)
     if math.isinf(buckets[at][0]):
@@ -185,7 +185,7 @@ def classic_quantile(quantile: float, buckets: list[tuple[float, float]]) -> flo
 
 @pytest.mark.parametrize("accept", [OPENMETRICS, ""])
 def test_a_scrape_has_what_histogram_quantile_expects(accept: str) -> None:
-    """Cumulative buckets that end with +Inf, `_count` and `_sum`, from which Prometheus' formula finds quantiles."""
+    """A scrape has cumulative buckets up to +Inf, `_count` and `_sum`, from which Prometheus' formula finds quantiles."""
     world = World()
     rng = random.Random(5)
     values = sorted(rng.lognormvariate(-3, 1) for _ in range(3_000))
@@ -211,7 +211,7 @@ def test_a_scrape_has_what_histogram_quantile_expects(accept: str) -> None:
 
 @pytest.mark.parametrize("accept", [OPENMETRICS, ""])
 def test_negative_numbers_in_a_scrape(accept: str) -> None:
-    """Below zero there are buckets, and no sum beside them, which OpenMetrics forbids."""
+    """A histogram with numbers below zero has buckets and no sum, which OpenMetrics forbids."""
     exposed = Exposed(Definition("d", "histogram"), [()], [state([-4, -3, 0, 1])])
     body = render_views(Exposition([exposed], {}, 0), accept)[0].decode()
     (family,) = [it for it in (parse_openmetrics if accept else parse_plain)(body) if it.name == "d"]
@@ -221,7 +221,7 @@ def test_negative_numbers_in_a_scrape(accept: str) -> None:
 
 
 def test_a_histogram_counts_as_its_samples() -> None:
-    """What a scrape can hold is bounded in samples: a histogram has up to 33."""
+    """The limit of a scrape counts samples, of which a histogram has up to 33."""
     world = World(settings=QuerySettings(openmetrics_series_max=70))
     world.publish(Definition("a", "histogram", ("n",)), {(str(n),): state([n]) for n in range(2)})
     world.publish(Definition("b", "histogram", ("n",)), {("0",): state([1])})

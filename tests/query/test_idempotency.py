@@ -34,7 +34,7 @@ def total(server: Server, view: str) -> Any:
 
 
 def test_a_repeat_counts_once(server: Server) -> None:
-    """With or without quotes around the key; each answer has a token that a read can wait with."""
+    """A repeat counts once, with or without quotes around the key, and each answer has a token that a read can wait with."""
     for key in ("first", '"first"', " first "):
         reply = post(server, key, delta("once"))
         assert reply.status == 200, reply.body
@@ -48,7 +48,7 @@ def test_a_repeat_counts_once(server: Server) -> None:
 
 
 def test_another_body_is_refused(server: Server) -> None:
-    """422, as the draft of the header says; nothing of it is taken. A request that was refused has not used its key."""
+    """Another body under a used key is 422, as the draft of the header says. A refused request has not used its key."""
     assert post(server, "used", delta("body")).status == 200
     assert "used with another body" not in server.problem(400, post(server, "fresh", delta("body", "text")))
     assert post(server, "fresh", delta("body", 10)).status == 200
@@ -60,7 +60,7 @@ def test_another_body_is_refused(server: Server) -> None:
 
 
 def test_a_body_that_is_too_large_has_not_used_its_key() -> None:
-    """Nothing of it was taken: the client may send less under the same key. So with a body of another media type."""
+    """A body that is too large, or of another media type, is not taken, so the client may send less under the same key."""
     world = World(settings=QuerySettings(deltas_max=2))
     with serving(world) as server:
         server.problem(413, post(server, "much", "\n".join([delta("less")[1:-1]] * 3)))
@@ -74,7 +74,7 @@ def test_a_body_that_is_too_large_has_not_used_its_key() -> None:
 
 
 def test_a_repeat_that_is_refused_says_what_may_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first try of which a part got into the log, and a repeat for which there is no room: its key stays used."""
+    """A key stays used if a part of the first try got into the log, even when there is no room for the repeat."""
     monkeypatch.setattr(keyed, "CHUNK_BYTES_MAX", 100)
     world = World()
     limits, facts = TaskLimits(views_max=2), StoredState(world.stores)
@@ -127,7 +127,7 @@ def test_a_key_that_is_none(bad: str) -> None:
 
 
 def test_keys() -> None:
-    """One a request; quotes and backslashes in a quoted one are escaped."""
+    """A request has one key at most; quotes and backslashes in a quoted key are escaped."""
     assert parse_key([]) is None
     assert parse_key(["8e03978e-40d5-43e8"]) == parse_key(['"8e03978e-40d5-43e8"']) == "8e03978e-40d5-43e8"
     assert parse_key([r'"a \"b\" \\ c"']) == r'a "b" \ c'
@@ -136,13 +136,13 @@ def test_keys() -> None:
 
 
 def test_a_wrong_key_is_told(server: Server) -> None:
-    """400, and nothing is taken."""
+    """A wrong key is 400, and nothing is taken."""
     assert "Idempotency-Key: 1 to 200" in server.problem(400, post(server, "a b", delta("wrong_key")))
     server.problem(404, server.get("/v1/views/wrong_key"))
 
 
 def test_memory_is_bounded() -> None:
-    """The newest keys are known; of an older one another body is another request."""
+    """The newest keys are remembered; an older key is free for another body."""
     keys = UsedKeys(2)
     for name in "abc":
         with keys.using("/p", name, b"1") as key:
@@ -159,7 +159,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_at_a_world_of_its_own() -> None:
-    """A first try without an answer, because the log was cut off, and the repeat."""
+    """A first try that is in the log but was never answered counts once with its repeat."""
     world = World()
     with serving(world) as server:
         append = world.log.append

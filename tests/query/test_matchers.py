@@ -16,7 +16,7 @@ from tests.core import strategies as some
 
 
 def never() -> None:
-    """No deadline."""
+    """Never reach a deadline."""
 
 
 def matching(text: str) -> Test:
@@ -47,13 +47,13 @@ def matching(text: str) -> Test:
     ],
 )
 def test_a_condition_looks_at_the_whole_value(text: str, value: str, fits: bool) -> None:
-    """Regular expressions are anchored at both ends, and `.` is any character."""
+    """A regular expression is anchored at both ends, and `.` is any character."""
     assert matching(text)([value]) == [fits]
 
 
 @given(st.lists(some.label_values, max_size=20), st.sampled_from(["a.*", "[a-z]*", "", "(é|x*)"]))
 def test_columns_are_matched_value_by_value(column: list[str], pattern: str) -> None:
-    """A column's result is each value's, twice over; `!~` is the opposite of `=~`."""
+    """The result for a column is that for each value alone; `!~` is the opposite of `=~`."""
     found = matching(f"x=~{pattern}")
     expected = [re.fullmatch(pattern, value, re.DOTALL) is not None for value in column]
     assert found(column) == expected
@@ -66,7 +66,7 @@ def test_columns_are_matched_value_by_value(column: list[str], pattern: str) -> 
     ["(", "[a", "*a", "(?P<n", "(a)\\1", "(?=a)", "(?<!a)b", "((a{100}){100}){100}", "a{1001}", "\\pL{900}", "\\8"],
 )
 def test_what_re2_refuses_is_invalid(pattern: str) -> None:
-    """Broken, back-referring, looking around, or too large: `Invalid`, with the reason, and no memory spent."""
+    """An expression that is broken, refers back, looks around or is too large is `Invalid`, and costs no memory."""
     with pytest.raises(Invalid, match="where x: "):
         matching(f"x=~{pattern}")
 
@@ -83,7 +83,7 @@ BOMBS = ["(a*)*b", "(a|a)*b", "(a?){300}a{300}", "(.*a){15}.{80}", "((.?){30}){3
 
 @pytest.mark.parametrize("pattern", BOMBS)
 def test_an_expression_cannot_blow_up(pattern: str) -> None:
-    """On the longest label value, what takes a backtracking matcher centuries takes well under a second."""
+    """Patterns that take a backtracking matcher centuries take well under a second on the longest label value."""
     value = "a" * 4_095 + "c"
     started = time.process_time()
     matching(f"x=~{pattern}")([value])
@@ -91,7 +91,7 @@ def test_an_expression_cannot_blow_up(pattern: str) -> None:
 
 
 def test_matching_looks_at_the_deadline() -> None:
-    """In the middle of a column, after a bounded amount of text; equal values are matched once."""
+    """The deadline is looked at in the middle of a column, after a bounded amount of text; equal values are matched once."""
     checks = 0
 
     def check() -> None:
@@ -109,7 +109,7 @@ def test_matching_looks_at_the_deadline() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column of many values does not stay in memory, and is matched right all the same."""
+    """A column of many values is matched right and does not stay in memory."""
     monkeypatch.setattr(matchers, "REMEMBERED_MAX", 10)
     test = matching("x=~.*7")
     for start in range(0, 100, 10):

@@ -1,4 +1,4 @@
-"""`GET /v1/openmetrics`: what Prometheus reads of views, and what it is told of those that it can't have."""
+"""`GET /v1/openmetrics`: samples of the views, and the names of the views that are left out."""
 
 import asyncio
 import math
@@ -28,7 +28,7 @@ Samples = dict[tuple[tuple[str, str], ...], float]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """One view of each sort."""
+    """Serve one view of each sort."""
     world = World()
     world.publish(
         Definition("hits", "sum", ("path", "code"), monotone=True), {("/", "200"): 3, ("/", "500"): 2**60, ("é", ""): 0}
@@ -46,7 +46,7 @@ def server() -> Iterator[Server]:
 
 
 def families(text: bytes | Reply, *, plain: bool = False) -> dict[str, Metric]:
-    """By name, of an exposition, which must be one."""
+    """Return the metric families of an exposition by name, of which each must be unique."""
     body = text.body if isinstance(text, Reply) else text
     if isinstance(text, Reply):
         assert text.status == 200, text.body
@@ -115,7 +115,7 @@ def test_the_format_is_what_accept_asks_for(server: Server) -> None:
 
 
 def test_staleness_is_told(server: Server) -> None:
-    """In seconds, as `staleness_ms` of an answer; infinite while nobody knows it."""
+    """Staleness is exported in seconds and equals an answer's `staleness_ms`; it is infinite while it is unknown."""
     found = families(server.request("GET", "/v1/openmetrics", headers=OPENMETRICS))
     (sample,) = found["pipeline_view_staleness_seconds"].samples
     assert 0 <= sample.value < 5
@@ -126,18 +126,19 @@ def test_staleness_is_told(server: Server) -> None:
 
 
 def test_only_some_views(server: Server) -> None:
-    """`view` can be repeated; an unknown one is 404, any other parameter 400; the default is all."""
+    """`view` can be repeated, an unknown view is 404, any other parameter 400; the default is all views."""
     found = families(server.get("/v1/openmetrics", ("view", "hits"), ("view", "low")), plain=True)
     assert found.keys() == {"hits", "low", "pipeline_view_omitted", "pipeline_view_staleness_seconds"}
     assert "'nobody'" in server.problem(404, server.get("/v1/openmetrics", ("view", "hits"), ("view", "nobody")))
     assert "known: view" in server.problem(400, server.get("/v1/openmetrics", ("where", "a=b")))
+    assert "true or false" in server.problem(400, server.get("/v1/openmetrics", ("windowed", "0")))
     many = [("view", "hits")] * 65
     assert "`view` parameters" in server.problem(400, server.get("/v1/openmetrics", *many))
     server.problem(414, server.request("GET", "/v1/openmetrics?view=" + "x" * 60_001))
 
 
 def test_nothing_is_an_exposition_too() -> None:
-    """Without views there is still one, in both formats."""
+    """Without views the answer is still an exposition, in both formats."""
     with serving(World()) as empty:
         for plain in (False, True):
             found = families(empty.request("GET", "/v1/openmetrics", headers={} if plain else OPENMETRICS), plain=plain)
@@ -166,7 +167,7 @@ def test_series_are_bounded_and_views_whole() -> None:
 
 
 def test_a_series_of_several_partitions_counts_once() -> None:
-    """Partitions are merged before the bound is held against what there is; no more is read than there is room for."""
+    """Partitions are merged before series are counted against the limit, and no more is read than there is room for."""
     world = World(settings=QuerySettings(openmetrics_series_max=3))
     for number in range(4):
         world.append(number, Definition("spread", "sum", ("n",)), {(str(n),): 1 for n in range(3)})
@@ -179,7 +180,7 @@ def test_a_series_of_several_partitions_counts_once() -> None:
 
 
 def test_a_view_that_cannot_fit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The count of its series is enough to leave a view out: the work of a scrape is bounded, too."""
+    """A view with too many series is left out by its count alone, which bounds the work of a scrape."""
     world = World(1, settings=QuerySettings(openmetrics_series_max=2))
     world.publish(Definition("big", "sum", ("n",)), {(str(n),): n for n in range(3)})
     monkeypatch.setattr(world.reader, "_select", lambda *_: pytest.fail("read"))
@@ -211,7 +212,7 @@ def counter(view: str, *labels: str) -> Definition:
     ],
 )
 def test_views_that_cannot_stand_side_by_side(views: Sequence[Definition], out: dict[str, str]) -> None:
-    """The first by name stays, the others are named with the reason; what is left is an exposition in both formats."""
+    """The first of conflicting views by name stays, the others are named with the reason, and the exposition is valid."""
     world = World(1)
     for definition in views:
         world.publish(definition, {tuple("v" for _ in definition.labels): 1})
@@ -248,7 +249,7 @@ def test_a_broken_view_does_not_fail_the_scrape(caplog: pytest.LogCaptureFixture
 
 
 def test_a_scrape_has_a_deadline_and_an_end() -> None:
-    """Past its time, or when the server stops, it is `Unavailable`; an unknown view is `NotFound`."""
+    """A scrape past its deadline, or on a stopping server, is `Unavailable`; an unknown view is `NotFound`."""
     world = World(1)
     world.publish(gauge("v"), {(): 1})
     with pytest.raises(Unavailable, match="timeout_ms"):
@@ -280,7 +281,7 @@ def test_a_scrape_is_at_one_moment_of_each_store(monkeypatch: pytest.MonkeyPatch
 
 
 def test_scrapes_run_in_the_read_threads_and_are_bounded() -> None:
-    """Neither reading nor writing down is done by the event loop; at `reads_waiting_max` one more is refused."""
+    """The event loop neither reads nor renders; at `reads_waiting_max` one more scrape is refused."""
     world = World(1, settings=QuerySettings(reads_waiting_max=1))
     world.publish(gauge("v"), {(): 1})
     threads: list[str] = []
@@ -311,7 +312,7 @@ numbers = st.integers(-(10**18), 10**18) | st.floats(allow_nan=False) | st.integ
 
 @given(rows=st.dictionaries(st.tuples(label_texts, label_texts), numbers, max_size=5), monotone=st.booleans())
 def test_labels_and_values_come_through(rows: dict[tuple[str, str], Any], monotone: bool) -> None:
-    """Quotes, backslashes, line ends and all of Unicode in labels, and every number as its float, in both formats."""
+    """Quotes, backslashes, line ends and all of Unicode in labels, and each number as its float, survive in both formats."""
     if monotone:
         rows = {labels: abs(value) for labels, value in rows.items()}
     definition = Definition("v", "sum", ("b", "a"), monotone=monotone)
@@ -330,7 +331,7 @@ def test_labels_and_values_come_through(rows: dict[tuple[str, str], Any], monoto
     )
 )
 def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], bool]]) -> None:
-    """No set of names makes one that a parser refuses, and each view is either there or named."""
+    """Any set of view names makes a valid exposition, in which each view is either present or named as omitted."""
     definitions = {d.view: d for d in (Definition(x + "".join(more), "sum", (), 0, mono) for x, more, mono in parts)}
     chosen, out = choose(definitions)
     assert {d.view for d in chosen} | out.keys() == definitions.keys()
@@ -339,7 +340,7 @@ def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], b
 
 
 def test_a_view_with_windows_shows_its_newest_final_window() -> None:
-    """Its sums are gauges, whatever else it is; windows that have expired, or are not final yet, are not shown."""
+    """A view's newest final window is shown, sums as gauges; windows that have expired, or are not final, are not."""
     clock = HandClock()
     world = World(2, clock=clock)
     definition = Definition("hits", "sum", ("path",), window_s=60, monotone=True)
@@ -356,6 +357,7 @@ def test_a_view_with_windows_shows_its_newest_final_window() -> None:
     world.fold()
     (exposed,) = scrape(world).views
     assert dict(zip(exposed.labels, exposed.values, strict=True)) == {("a",): 6, ("b",): 3}
+    assert world.reader.scrape((), windowed=False, deadline_s=world.clock.monotonic_s() + 30).views == []
     family = families(render_views(scrape(world), OPENMETRICS["Accept"])[0])["hits"]
     assert (family.type, samples(family)) == ("gauge", {(("path", "a"),): 6, (("path", "b"),): 3})
     assert family.documentation == "View of kind sum, in windows of 60 s: the newest that is final."
@@ -372,7 +374,7 @@ def test_a_view_with_windows_shows_its_newest_final_window() -> None:
 
 
 def test_a_view_with_windows_is_bounded_by_the_series_of_one() -> None:
-    """`openmetrics_series_max` counts what is shown, not every window that is kept."""
+    """`openmetrics_series_max` counts the series of the window that is shown, not every window that is kept."""
     clock = HandClock()
     world = World(1, clock=clock, settings=QuerySettings(openmetrics_series_max=2))
     definition = Definition("v", "sum", ("x",), window_s=60)

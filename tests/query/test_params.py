@@ -13,13 +13,13 @@ from tests.core import strategies as some
 
 @given(st.text("ab=&;?é\0", max_size=20))
 def test_plain_query_strings_are_read_as_any_other(text: str) -> None:
-    """The shortcut for those without escapes reads what the standard library reads."""
+    """The shortcut for query strings without escapes reads what the standard library reads."""
     assert _pairs(text.encode(), 64) == parse_qsl(text, keep_blank_values=True)
 
 
 @given(st.lists(st.tuples(some.names, st.sampled_from(["=", "!=", "!~"]), some.label_values), max_size=5), st.booleans())
 def test_conditions_survive_a_url(conditions: list[tuple[str, str, str]], plain: bool) -> None:
-    """Whatever values they hold; what needs no escape may go without."""
+    """Conditions with any values are read from a URL as they were written, with or without unneeded escapes."""
     texts = ["".join(condition) for condition in conditions]
     kept = plain and set("%+&").isdisjoint("".join(texts))
     query = "&".join(f"where={text if kept else quote_plus(text)}" for text in texts)
@@ -29,7 +29,7 @@ def test_conditions_survive_a_url(conditions: list[tuple[str, str, str]], plain:
 
 
 def parsed(conditions: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """A value that begins with `~` turns an equality into a regular expression."""
+    """Return the conditions as parsed: a value that begins with `~` turns an equality into a regular expression."""
     return [
         (label, "=~", value[1:]) if op == "=" and value.startswith("~") else (label, op, value)
         for label, op, value in conditions
@@ -37,7 +37,7 @@ def parsed(conditions: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]
 
 
 def test_defaults_come_from_the_settings() -> None:
-    """The limit and the time; neither beyond its own maximum."""
+    """Limit and timeout default to the settings; neither can go beyond its own maximum."""
     settings = QuerySettings(limit_default=50, limit_max=20, timeout_ms_default=900, timeout_ms_max=500)
     asked = parse_read("v", b"", settings)
     assert (asked.query.limit, asked.timeout_ms) == (20, 500)

@@ -23,7 +23,7 @@ from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailab
 from pipeline.ports import Store, StoreView
 from pipeline.settings import LogSettings, QuerySettings
 from tests.core import strategies as some
-from tests.query.support import World, wait_until
+from tests.query.support import World, scanned, wait_until
 
 REVENUE = Definition("revenue", "sum", ("region", "product"))
 FAR_S = 1e18
@@ -50,7 +50,7 @@ small = st.sampled_from(["", "a", "b", "ab", "\0", "é"])
 
 @given(data=st.data(), kind=st.sampled_from([*KINDS.values()]))
 def test_an_answer_is_the_merge_of_all_partitions(data: st.DataObject, kind: Any) -> None:
-    """A series that lives in several partitions is one; the answer is a naive count's, for any `where` and `by`."""
+    """A series in several partitions is one series; the answer is a naive count's, for any `where` and `by`."""
     definition = Definition("v", kind.name, ("x", "y"))
     parts = data.draw(st.lists(st.lists(st.tuples(small, small), unique=True, max_size=6), min_size=3, max_size=3))
     assume(any(parts))  # an empty group defines nothing
@@ -99,7 +99,7 @@ def fits(value: str, op: str, pattern: str) -> bool:
 def test_a_point_read_answers_as_a_scan(
     key: Labels, extra: list[tuple[str, str]], value: str, by: Labels | None, present: list[Labels]
 ) -> None:
-    """Equality on every label takes a shortcut, and nothing but the way there differs."""
+    """Equality on every label takes a shortcut to the same answer."""
     world = World(partition_count=2)
     definition = Definition("v", "sum", ("x", "y"))
     for number in range(2):
@@ -107,14 +107,14 @@ def test_a_point_read_answers_as_a_scan(
     world.fold()
     pinned = [f"x={key[0]}", f"y={key[1]}", *(f"{label}{op}{value}" for label, op in extra)]
     it = query("v", *pinned, by=by)
-    point, scan = world.reader.point(it), world.reader._scan(world.reader._stores(), it, FAR_S)
+    point, scan = world.reader.point(it), scanned(world.reader, it)
     assert point is not None
     assert msgspec.structs.replace(point, as_of=scan.as_of) == scan
     assert point.as_of.next_offsets == scan.as_of.next_offsets
 
 
 def test_reads_without_all_labels_pinned_are_no_point_reads() -> None:
-    """`point` says so, and `read` scans."""
+    """`point` refuses a read that does not pin all labels, and `read` scans."""
     world = World()
     world.publish(REVENUE, {("eu", "tea"): 1})
     assert world.reader.point(query("revenue", "region=eu")) is None
@@ -122,7 +122,7 @@ def test_reads_without_all_labels_pinned_are_no_point_reads() -> None:
 
 
 def test_top_limit_and_what_was_cut() -> None:
-    """An answer that lacks series says so, and how many there are; one that does not, says nothing."""
+    """An answer that lacks series says so and how many there are; a complete one does not."""
     world = World()
     world.publish(REVENUE, {("eu", f"p{i}"): i for i in range(10)})
     best = read(world, query(top=3))
@@ -175,7 +175,7 @@ def test_definitions_of_one_kind_are_merged() -> None:
 
 @given(data=st.data())
 def test_merged_definitions_answer_as_one_wide_definition_does(data: st.DataObject) -> None:
-    """However the series of a view are spread over definitions and partitions, any read is that of one definition."""
+    """A read is that of one wide definition, however the series of a view are spread over definitions and partitions."""
     names = ("x", "y", "z")
     narrow, wide = World(partition_count=2), World(partition_count=2)
     for number in range(2):
@@ -262,7 +262,7 @@ class ChangingStore:
 
 
 def test_a_definition_that_comes_while_others_are_read_is_not_missed() -> None:
-    """The position is read before the definitions: so the plan of a view never has a version of definitions it lacks."""
+    """The position is read before the definitions, so no remembered plan lacks a definition of its version."""
     world = World(partition_count=1)
     world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
     world.fold()
@@ -293,7 +293,7 @@ def test_a_definition_is_read_again_when_stores_are_made_anew() -> None:
 
 
 def test_a_point_read_in_a_store_made_anew_looks_at_its_definitions() -> None:
-    """The new store has counted as many changes of definitions as the old one, and the definitions differ."""
+    """A point read notices that a store was made anew, although both stores have counted as many changes of definitions."""
     world, other = World(partition_count=1), World(partition_count=1)
     world.append(0, Definition("v", "sum", ("a",)), {("x",): 1})
     other.append(0, Definition("v", "sum", ("a", "b")), {("x", "y"): 10, ("x", "z"): 100})
@@ -341,7 +341,7 @@ def test_restoring_is_not_ready() -> None:
 
 
 def test_a_scan_ends_at_its_deadline() -> None:
-    """Past it, and when the reader is closed, a read is `Unavailable`; a point read takes no time."""
+    """A read past its deadline, or of a closed reader, is `Unavailable`; a point read takes no time."""
     world = World()
     world.publish(REVENUE, {("eu", "tea"): 1})
     with pytest.raises(Unavailable, match="timeout_ms"):
@@ -365,7 +365,7 @@ def test_too_many_groups_are_refused() -> None:
 @pytest.mark.parametrize("where", [[], ["a=a"]])
 @pytest.mark.parametrize("damage", ["position", "definition", "state", "kind"])
 def test_a_damaged_store_is_found(damage: str, where: list[str]) -> None:
-    """An entry that can't be decoded raises `StoreCorrupt`; it never makes a wrong answer."""
+    """An entry that can't be decoded raises `StoreCorrupt`, and never makes a wrong answer."""
     world = World(partition_count=1)
     world.publish(V, {("a",): 1, ("b",): 2})
     key, value = {
@@ -384,7 +384,7 @@ def test_a_damaged_store_is_found(damage: str, where: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", [MemoryStores, RocksStores])
 def test_an_answer_is_at_one_commit_of_each_partition(kind: type, tmp_path: Path) -> None:
-    """While commits run, two series that always change together are never seen apart, nor apart from the position."""
+    """Two series that always change together are never seen apart, nor apart from the position, while commits run."""
     stores = MemoryStores() if kind is MemoryStores else RocksStores(tmp_path, LogSettings())
     world = World(partition_count=2, stores=stores)
     definition = Definition("pairs", "sum", ("partition", "side"))

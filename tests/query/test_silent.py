@@ -5,7 +5,7 @@ import pytest
 from pipeline.core.query import Query, parse_matcher
 from pipeline.core.record import Definition
 from pipeline.settings import WorkerSettings
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock
 
 QUIET = Definition("v", "sum", ("a",), retention_s=60)
@@ -21,9 +21,9 @@ def world() -> World:
 
 
 def shown(world: World, **by: str) -> dict[tuple[str, ...], int]:
-    """The answer of a scan and of a point read, which are the same."""
+    """Return the answer of a scan, which must equal that of a point read."""
     query = Query("v", where=tuple(parse_matcher(f"{label}={value}") for label, value in by.items()))
-    answer = world.reader._scan(world.reader._stores(), query, FAR_S)
+    answer = scanned(world.reader, query)
     if by:
         assert world.reader.point(query) == answer
     assert world.reader.read(query, deadline_s=FAR_S) == answer
@@ -31,7 +31,7 @@ def shown(world: World, **by: str) -> dict[tuple[str, ...], int]:
 
 
 def pass_time(world: World, seconds: float, *numbers: int) -> None:
-    """Time passes, and these partitions take note of it."""
+    """Let time pass, and let these partitions note it."""
     assert isinstance(world.clock, HandClock)
     world.clock.s += seconds
     for number in numbers:
@@ -40,7 +40,7 @@ def pass_time(world: World, seconds: float, *numbers: int) -> None:
 
 
 def test_expired_series_are_hidden_before_they_are_deleted(world: World) -> None:
-    """Scans and point reads leave them out from the commit on that says so; what begins anew is shown by itself."""
+    """Scans and point reads hide expired series from the commit that says so; a series that begins anew is shown."""
     for number in (0, 1):
         world.append(number, QUIET, {("x",): 1, ("y",): 2, ("z",): 4})
     world.fold()
@@ -57,7 +57,7 @@ def test_expired_series_are_hidden_before_they_are_deleted(world: World) -> None
 
 
 def test_definitions_beside_it_do_not_expire(world: World) -> None:
-    """A definition of the same view that has no retention is shown for ever."""
+    """A definition of the same view that has no retention never expires."""
     world.append(0, QUIET, {("x",): 1})
     world.append(0, OTHER, {("x", "w"): 2})
     world.fold()
@@ -68,7 +68,7 @@ def test_definitions_beside_it_do_not_expire(world: World) -> None:
 
 
 def test_the_listing_names_the_retention(world: World) -> None:
-    """As the definition has it."""
+    """The list of views shows the retention of the definition."""
     world.append(0, QUIET, {("x",): 1})
     world.fold()
     assert [it.retention_s for it in world.reader.views().views] == [60]

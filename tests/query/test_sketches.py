@@ -28,7 +28,7 @@ def server() -> Iterator[Server]:
 
 
 def test_groups_are_unions(server: Server) -> None:
-    """Who is in several series of a group counts once."""
+    """An item that is in several series of a group counts once."""
     answer = server.get("/v1/views/users?by=region").json()
     assert answer["kind"] == "distinct"
     assert [(it["labels"], it["value"]) for it in answer["series"]] == [
@@ -51,7 +51,7 @@ def test_items_are_in_the_order_of_their_counts(server: Server) -> None:
 
 
 def test_quantiles_are_for_histograms(server: Server) -> None:
-    """400, with the kind that the view has."""
+    """A quantile of a view that is no histogram is 400, with the kind that the view has."""
     for view, kind in (("users", "distinct"), ("products", "topk")):
         assert f"a {kind} has no quantiles" in server.problem(400, server.get(f"/v1/views/{view}?q=0.5"))
 

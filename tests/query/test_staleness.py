@@ -1,4 +1,4 @@
-"""The bound on staleness is true, and as tight as what was seen allows."""
+"""The bound on staleness is true, and as tight as the observed ends allow."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from pipeline.query.ends import EndsNow, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.staleness import OBSERVATIONS_MAX, SPACING_S, EndOffsetHistory, bound_ms
 from pipeline.topics import DELTAS
-from tests.query.support import World
+from tests.query.support import World, scanned
 from tests.support import HandClock
 
 DEFINITION = Definition("v", "sum")
@@ -51,8 +51,9 @@ actions = st.one_of(
 
 @given(st.lists(actions, min_size=5, max_size=40))
 def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) -> None:
-    """Whatever the log accepted and an answer lacks is no older than the answer says; and a reader that has it all says
-    next to nothing, unless it cannot see the log."""
+    """Records that an answer lacks are no older than its staleness says; with all records it is next to nothing, unless the
+    reader cannot see the log.
+    """
     clock = HandClock()
     world = World(partition_count=2, clock=clock)
     for number in range(2):
@@ -104,7 +105,7 @@ def test_the_bound_is_never_below_the_truth(script: list[tuple[object, ...]]) ->
 
 
 def test_nothing_is_known_of_a_log_that_was_never_seen() -> None:
-    """With nothing folded and the log away, the bound is unknown; one unknown partition makes the whole unknown."""
+    """With nothing folded and the log away the bound is unknown, and one unknown partition makes the whole unknown."""
     clock = HandClock()
     world = World(partition_count=2, clock=clock)
     world.append(0, DEFINITION, {(): 1})
@@ -136,7 +137,7 @@ def test_a_reader_behind_the_log_grows_stale() -> None:
 
 
 def test_gauges_say_lag_and_staleness() -> None:
-    """`partitions` sets both, by partition."""
+    """`partitions` sets the gauges of lag and staleness of each partition."""
     clock = HandClock()
     world = World(partition_count=2, clock=clock)
     as_of_nothing = world.reader.partitions()
@@ -154,7 +155,7 @@ def test_gauges_say_lag_and_staleness() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0001, 1.0), st.integers(0, 3)), min_size=1, max_size=60), st.data())
 def test_forgetting_makes_the_bound_looser_never_wrong(steps: list[tuple[float, int]], data: st.DataObject) -> None:
-    """The memory of end offsets answers as one that forgets nothing, or with an earlier time."""
+    """The bounded memory of end offsets answers as one that forgets nothing, or with an earlier time."""
     kept = EndOffsetHistory()
     times: list[float] = []
     offsets: list[int] = []
@@ -172,7 +173,7 @@ def test_forgetting_makes_the_bound_looser_never_wrong(steps: list[tuple[float, 
 
 
 def test_a_minute_is_remembered_in_bounded_memory() -> None:
-    """However many are seen, few are kept: the last minute nearly in full, and the first one."""
+    """Few of the observed ends are kept: the last minute nearly in full, and the first one."""
     kept = EndOffsetHistory()
     for i in range(20_000):
         kept.observe(i * 0.02, i)
@@ -189,7 +190,7 @@ def test_a_minute_is_remembered_in_bounded_memory() -> None:
 
 
 def test_gauges_hide_nothing() -> None:
-    """Staleness that nobody knows is infinite, not what it was: of stores being restored, and of partitions without one."""
+    """Unknown staleness is infinite, not the last known: for stores being restored, and for partitions without a store."""
     clock = HandClock()
     world = World(partition_count=2, clock=clock)
     seen = LogEnds(clock.s, {0: 0, 1: 0, 2: 0}, {})
@@ -236,12 +237,12 @@ def test_late_and_fallen_observations() -> None:
     ],
 )
 def test_what_was_seen_counts_before_the_wall_clock(position: Position, reached_s: float | None, bound: int | None) -> None:
-    """Rounded up; a last record from the future says nothing."""
+    """An observed end counts before the wall clock; the bound is rounded up; a last record from the future says nothing."""
     assert bound_ms(position, reached_s, now_s=10.0, now_ms=50_000) == bound
 
 
 def test_ends_are_noted_before_the_store_is_looked_at() -> None:
-    """A record that is folded between the two can only make an answer fresher than it says."""
+    """The ends are observed before the store is read, so that a record folded in between only makes the answer fresher."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})
@@ -264,7 +265,7 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
     reader.definition("v")
     for call in (
         lambda: reader.point(Query("v")),
-        lambda: reader._scan(reader._stores(), Query("v"), 1e18),
+        lambda: scanned(reader, Query("v")),
         reader.views,
         reader.partitions,
     ):
@@ -277,7 +278,7 @@ def test_ends_are_noted_before_the_store_is_looked_at() -> None:
 
 @pytest.mark.parametrize("end", [1, 2, 5])
 def test_a_position_in_a_topic_that_is_gone_covers_nothing(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
-    """Deltas made anew: the old position may lie beyond their end, yet nothing of them is in the answers."""
+    """A position in a topic that was made anew, even beyond its end, covers none of the new topic's records."""
     clock = HandClock()
     monkeypatch.setattr(MemoryLog, "topic_id", lambda self, topic: "old")
     world = World(partition_count=1, clock=clock)
@@ -298,7 +299,7 @@ def test_a_position_in_a_topic_that_is_gone_covers_nothing(monkeypatch: pytest.M
 
 
 def test_what_waits_behind_an_open_transaction_is_missing() -> None:
-    """Staleness grows and lag shows while somebody's transaction is open; when it is over, all is as ever."""
+    """Records behind an open transaction count as missing, in staleness and lag, until the transaction is over."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.append(0, DEFINITION, {(): 1})

@@ -1,4 +1,4 @@
-"""Reads that wait for a token: of the topic that is there, of one that is gone, of one that is another's."""
+"""Reads that wait for a token: of the present topic, of a former one, or of another log's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def server(log: Log) -> Iterator[Server]:
 
 
 def test_a_token_of_another_topic_is_refused_at_once(server: Server) -> None:
-    """409 with what to do, however far the offsets are: reached, beyond everything, in a partition that is not there."""
+    """A token of another topic is 409 with advice, whether its offsets are reached, too high, or of no known partition."""
     for token in (Token({0: 1}, "other"), Token({0: 10**9}, "other"), Token({99: 1}, "other"), Token({0: 0}, "other")):
         for query in ([], [("max_staleness_ms", 60_000)], [("by", "")]):
             started_s = time.monotonic()
@@ -77,7 +77,7 @@ def test_a_token_of_another_topic_is_refused_at_once(server: Server) -> None:
 
 
 def test_the_reader_says_so(server: Server) -> None:
-    """`OtherTopic`, which is `Invalid`, with the server's words; the empty token waits for nothing and is never refused."""
+    """A reader raises `OtherTopic`, which is `Invalid`, with the server's words; the empty token waits for nothing."""
     with Reader(server.url) as reader:
         with pytest.raises(OtherTopic, match="topic other, but this server reads"):
             reader.get("v", after=Token({0: 1}, "other"))
@@ -89,8 +89,8 @@ def test_the_reader_says_so(server: Server) -> None:
 
 
 def test_a_topic_made_anew(server: Server, log: Log) -> None:
-    """Tokens of the old topic are refused from then on; for those of the new topic a read waits, although
-    the state is far beyond it by the old topic's offsets.
+    """Tokens of the old topic are refused from then on; with a token of the new topic a read waits, although the old
+    topic's position is far beyond it.
     """
     before = log.world.token({number: 1 for number in range(4) if log.world.log.end_offsets(DELTAS)[number]})
     with Reader(server.url) as reader:
@@ -105,7 +105,7 @@ def test_a_topic_made_anew(server: Server, log: Log) -> None:
 
 
 def test_a_topic_made_anew_while_a_read_waits(server: Server, log: Log) -> None:
-    """The read ends when the server hears of it, not when its time is over."""
+    """The read ends when the server learns of the new topic, not when its time is over."""
     with Reader(server.url) as reader:
         started_s = time.monotonic()
 
@@ -119,7 +119,7 @@ def test_a_topic_made_anew_while_a_read_waits(server: Server, log: Log) -> None:
 
 
 def test_nobody_says_which_topic_is_there(server: Server, log: Log) -> None:
-    """While the log is away a token of the topic that was there is served; another may be newer: 503, and soon."""
+    """While the log is away a token of the former topic is served; another token may be newer: 503, and soon."""
     log.away = True
     with Reader(server.url) as reader:
         assert reader.get("v", after=log.world.token({0: 0}), timeout_ms=200).value() == 1

@@ -1,8 +1,8 @@
-"""Counts on its own what every partition must hold, by the simplest means there are, and watches every commit.
+"""Counts on its own, by the simplest means, what every partition must hold, and watches every commit.
 
-It shares no code with `pipeline.core`: it knows what was sealed because it was told so when it was sealed, knows the order
-in the log because it sees every append, reads entries with bare msgpack, and never merges anything. What is exact it judges
-by what the log accepted, never by a clock of a node.
+The auditor shares no code with `pipeline.core`: each publisher tells it what it seals, the log shows it every append, it
+reads entries with bare msgpack, and it never merges anything. What is exact it judges by what the log accepted, never by
+the clock of a node.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Auditor:
         self.digest = 0
         """Changes with every byte that became durable: equal digests, equal runs."""
         self.states: list[Entries] = [{} for _ in range(partition_count)]
-        """What the commits of each partition add up to."""
+        """Sum of the commits of each partition."""
         self.boundaries: list[dict[bytes, Entries]] = [{b"": {}} for _ in range(partition_count)]
         """The state at each commit, by its position record."""
         self._limits = limits
@@ -58,18 +58,18 @@ class Auditor:
         self.rows: list[list[Row]] = [[] for _ in range(partition_count)]
         self._lost: list[set[int]] = [set() for _ in range(partition_count)]
         self._refused: list[set[int]] = [set() for _ in range(partition_count)]
-        """Offsets of records that a task refused, although the law would have let it fold them."""
+        """Offsets of records that a task refused although the law allowed it to fold them."""
         self._forgotten: list[dict[int, list[str]]] = [{} for _ in range(partition_count)]
-        """By position of the commit that did so, the producers that were forgotten."""
+        """Producers that were forgotten, by the position of the commit that forgot them."""
         self._expiry = [Expiry(true_time) for _ in range(partition_count)]
         self._committed = [Count(p, limits) for p in range(partition_count)]
         self._ahead = [Count(p, limits) for p in range(partition_count)]
         self._acknowledged: list[Sent] = []
         self._gone: set[tuple[str, int, int]] = set()
-        """Identities of batches that the log has lost."""
+        """Identities of the batches that the log has lost."""
         self._rewound: set[int] = set()
         self.holes: dict[int, int] = {}
-        """By partition, the first offset that is gone from the middle of the log."""
+        """First offset that is gone from the middle of the log, by partition."""
 
     # What happens
 
@@ -81,16 +81,16 @@ class Auditor:
         self.rows[partition].append(Row(at_ms, self._time.at_ms, value, self._sealed.get(value or b"")))
 
     def skipped(self, partition: int) -> None:
-        """An offset that holds no record, as the end of somebody's transaction leaves one."""
+        """Note an offset that holds no record, such as the one at the end of a foreign transaction."""
         self.rows[partition].append(Row(0, 0, None, None, hole=True))
 
     def torn(self, partition: int, end_offset: int) -> None:
-        """The log lost its tail, which nobody had read and nobody was told to be safe."""
+        """Note that the log lost a tail that nobody had read and nobody had been told was safe."""
         check(self._ahead[partition].next_offset <= end_offset, "the simulator tore off records that were read")
         del self.rows[partition][end_offset:]
 
     def cut(self, partition: int, end_offset: int) -> None:
-        """The log lost its tail, of which some was folded. Unless somebody notices, all that is left must be exact."""
+        """Note that the log lost a tail of which some was folded: unless a worker notices, the rest must be exact."""
         self._gone |= {row.sent.identity for row in self.rows[partition][end_offset:] if row.sent}
         del self.rows[partition][end_offset:]
         if self._committed[partition].next_offset <= end_offset:
@@ -98,11 +98,11 @@ class Auditor:
         self._ahead[partition] = Count(partition, self._limits)
 
     def holed(self, partition: int, start_offset: int) -> None:
-        """Records in the middle of the log are gone, from this one on: whoever folds what is behind must have noticed."""
+        """Note a hole in the middle of the log, from this offset on: a worker that folds what follows must have noticed."""
         self.holes[partition] = start_offset
 
     def rewound(self, partition: int, record: bytes) -> None:
-        """The changelog lost its tail: it ends with the commit of this position record."""
+        """Note that the changelog lost its tail and now ends with the commit of this position record."""
         position = unpack(record)[0] if record else 0
         self._rewound.add(partition)
         self._forgotten[partition] = {p: gone for p, gone in self._forgotten[partition].items() if p <= position}
@@ -120,20 +120,20 @@ class Auditor:
         self._acknowledged.append(self._sealed[value])
 
     def lost(self, partition: int, next_offset: int, start_offset: int) -> None:
-        """A worker was told to go on without the records of this range."""
+        """Note that a worker was told to go on without the records of this range."""
         self._lost[partition].update(range(next_offset, start_offset))
         self._ahead[partition] = Count(partition, self._limits)
 
     def position(self, partition: int) -> int:
-        """The position of the last commit."""
+        """Return the position of the last commit."""
         return self._committed[partition].next_offset
 
     # What must be
 
     def committed(self, partition: int, messages: list[tuple[str, int, bytes | None, bytes | None]]) -> bool:
-        """A transaction went through: it must be the next commit, whole and exact, or a fence record.
+        """Check a transaction that went through, and return whether it was a commit.
 
-        Whether it was a commit.
+        It must be either the next commit, whole and exact, or a fence record.
         """
         for topic, at, key, value in messages:
             self._hash(topic.encode(), key, value)
@@ -189,7 +189,7 @@ class Auditor:
     ) -> None:
         """Return a task's counts since it started at `start_offset`, with a commit under way that forgets some producers.
 
-        What becomes of their records behind that commit is known once it went through.
+        The outcome for records of these producers behind that commit is known once the commit went through.
         """
         ahead = self._ahead[partition]
         self._advance(ahead, next_offset)
@@ -211,7 +211,7 @@ class Auditor:
             raise Failure(f"partition {partition}: (folded, duplicate, stale, bad, groups) is {got}, not {expected}")
 
     def check_entries(self, partition: int, entries: Entries) -> None:
-        """A store's entries, without what it says of itself, at the end of its changelog."""
+        """Check a store's entries, without those about the store itself, against the end of its changelog."""
         compare(f"partition {partition}: store", entries, self.states[partition])
         count = self._committed[partition]
         self._check_entries(count, entries, entries.keys(), count.views.keys())
@@ -219,7 +219,7 @@ class Auditor:
         check(all(key[:1] in known for key in entries), "an entry of no known kind")
 
     def check_drained(self, partition: int, letters: list[bytes | None]) -> None:
-        """The whole log is folded: nothing is missing, and every bad record is a dead letter, once."""
+        """Check a partition whose whole log is folded: nothing is missing, and every bad record is a dead letter, once."""
         count = self._committed[partition]
         if count.next_offset != len(self.rows[partition]):
             raise Failure(f"partition {partition} is not drained")
@@ -242,7 +242,7 @@ class Auditor:
                 raise Failure(f"acknowledged but not in: {sent}")
 
     def verdict(self, partition: int, offset: int) -> str:
-        """Fate of a record below the position."""
+        """Return the fate of a record below the position."""
         return self._committed[partition].verdicts[offset]
 
     # How
@@ -252,14 +252,14 @@ class Auditor:
             self.digest = crc32(part or b"-", self.digest)
 
     def _choose(self, partition: int, start: int, end: int, letters: dict[bytes, list[Any]]) -> None:
-        """Take note of how the task chose where the law leaves it free."""
+        """Note how the task chose where the law leaves it free."""
         for offset in range(start, end):
             sent = self.rows[partition][offset].sent
             if sent is not None and sent.law and b"%d-%d" % (partition, offset) in letters:
                 self._refused[partition].add(offset)
 
     def _letter_keys(self, count: Count, start: int) -> set[bytes]:
-        """The keys of the dead letters of everything from this offset on."""
+        """Return the keys of the dead letters of everything from this offset on."""
         verdicts = enumerate(count.verdicts[start:], start)
         keys = {b"%d-%d" % (count.partition, offset) for offset, verdict in verdicts if verdict in ("bad", "stale")}
         for offset, found in count.refused.items():
@@ -325,7 +325,7 @@ class Auditor:
         self._check_views(count, entries)
 
     def _check_series(self, count: Count, entries: Entries, view: View) -> None:
-        """Each series of a definition says what its deltas say; those without an entry are in the overflow series."""
+        """Check that each series of a definition equals its deltas; those without an entry are in the overflow series."""
         keys = count.views.get(view, set())
         overflows = {start: overflow_key(view, start) for start in {start_of(key, view) for key in keys}}
         excess: dict[int, list[Any]] = {}
@@ -374,13 +374,13 @@ class Auditor:
             raise Failure(f"producers that folded nothing: {stored}")
 
     def check_forgotten(self, partition: int, keys: list[bytes]) -> None:
-        """None of these producers, all silent for too long, is remembered."""
+        """Check that none of these producers, all silent for too long, is remembered."""
         for key in keys:
             if key in self.states[partition]:
                 raise Failure(f"{key!r} was not forgotten")
 
     def check_expired(self, partition: int, *, all_of_it: bool) -> None:
-        """Nothing that has expired is left; with `all_of_it` every series with a retention has by now."""
+        """Check that nothing that has expired is left; with `all_of_it` every series with a retention has expired by now."""
         count, states = self._committed[partition], self.states[partition]
         left = [key for key in count.ghosts if key in states]
         if all_of_it:
@@ -389,7 +389,7 @@ class Auditor:
             raise Failure(f"partition {partition}: {left} have expired, and are there")
 
     def _check_views(self, count: Count, entries: Entries) -> None:
-        """The definitions that are there, in the order of their first batches, and how many series each has."""
+        """Check which definitions are there, in the order of their first batches, and how many series each has."""
         found = {key: unpack(value) for key, value in entries.items() if key[:1] == DEFINITION}
         since: dict[str, int] = {}
         for view in count.views:

@@ -16,7 +16,7 @@ class TrueTime:
 
 
 class NodeClock:
-    """A `ports.Clock` of one node: the true time and how far off the node believes it to be."""
+    """A `ports.Clock` of one node: the true time plus the error of this node's clock."""
 
     def __init__(self, name: str, true_time: TrueTime) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""The log itself, as it is: what survives every process, what a reader may see of it, and what can happen to it."""
+"""The log itself: what survives every process, what a reader may see of it, and what can happen to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pin:
     def __init__(self, offset: int, patience: int) -> None:
         self.offset = offset
         self.patience = patience
-        """How often somebody waits in vain before the broker aborts it."""
+        """Number of times that a reader may wait in vain before the broker aborts the transaction."""
 
 
 class Cluster:
@@ -35,23 +35,23 @@ class Cluster:
         self.memory = MemoryLog(topics, self._now_ms, log_id="sim")
         self.auditor = auditor
         self.clock = clock
-        """What stamps the records of publishers."""
+        """Clock that stamps the records of publishers."""
         self.owners: dict[str, FaultyTransaction] = {}
         self.safe_offsets = dict.fromkeys(range(topics[DELTAS]), 0)
-        """Up to here each partition was read or acknowledged: no crash may take it back."""
+        """Offset below which each partition was read or acknowledged: no crash may take that back."""
         self.pins: dict[At, Pin] = {}
         self.ends: list[list[int]] = [[0] for _ in range(topics[DELTAS])]
-        """Where the changelog of each partition ended once, newest last."""
+        """Earlier ends of each partition's changelog, newest last."""
         self._epochs: list[list[tuple[int, int]]] = [[(0, 0)] for _ in range(topics[DELTAS])]
-        """By partition of the deltas topic, where each leader epoch begins: a log that loses its tail has a new leader."""
+        """Offset at which each leader epoch of a partition of deltas begins: a log that loses its tail gets a new leader."""
         self.superseding = [0] * topics[DELTAS]
-        """By partition of the changelog, where the records end that compaction has let others give way to."""
+        """Offset, by changelog partition, behind the last record in favour of which compaction has removed an older one."""
         self.cuts: list[list[tuple[bytes, int]]] = [[(b"", 0)] for _ in range(topics[DELTAS])]
         """Position records of the newest commits of each partition, and where the changelog ended behind them."""
         self.forged: list[set[int]] = [set() for _ in range(topics[DELTAS])]
         """Offsets of changelog records that no worker wrote."""
         self.foreign = [False] * topics[DELTAS]
-        """Whether somebody who is no worker has written to the changelog of a partition."""
+        """True for a partition to whose changelog somebody other than a worker has written."""
         self._true_time = true_time
         self._stamping = False
 
@@ -59,7 +59,7 @@ class Cluster:
         return self.clock.now_ms() if self._stamping else self._true_time.at_ms
 
     def deliver(self, message: Message) -> int:
-        """Append one record of the deltas topic; its offset."""
+        """Append one record to the topic of deltas, and return its offset."""
         at = self.memory.partition(DELTAS, message.partition)
         at.at_ms = min(at.at_ms, self.clock.now_ms())  # a broker whose clock is set back stamps what comes next so
         self._stamping = True
@@ -70,27 +70,27 @@ class Cluster:
         return result - 1
 
     def skip(self, topic: str, partition: int) -> None:
-        """An offset without a record."""
+        """Use up an offset without a record."""
         self.memory.skip(topic, partition)
         if topic == DELTAS:
             self.auditor.skipped(partition)
 
     def committed(self, partition: int, position: bytes) -> None:
-        """A transaction with this position record went through."""
+        """Note that a transaction with this position record went through."""
         end_offset = self.memory.watermarks(CHANGELOG, partition).end_offset
         self.ends[partition].append(end_offset)
         self.cuts[partition].append((position, end_offset))
         del self.ends[partition][:-6], self.cuts[partition][:-6]
 
     def forge(self, partition: int, key: bytes | None, value: bytes | None) -> None:
-        """A record in the changelog that no worker wrote."""
+        """Append a record to the changelog that no worker wrote."""
         (next_offset,) = self.memory.append([Message(CHANGELOG, partition, key, value)], timeout_s=0)
         assert isinstance(next_offset, int)
         self.forged[partition].add(next_offset - 1)
         self.foreign[partition] = True
 
     def cut(self, topic: str, partition: int, end_offset: int) -> None:
-        """The log loses its tail, whoever was told that it is safe."""
+        """Lose the tail of a log, even if readers or publishers were told that it is safe."""
         self.pins.pop((topic, partition), None)
         self._end_at(topic, partition, end_offset)
         if topic == DELTAS:
@@ -109,18 +109,18 @@ class Cluster:
             epochs[:] = [*(it for it in epochs if it[0] < end_offset), (end_offset, epochs[-1][1] + 1)]
 
     def leader_epoch(self, partition: int, offset: int) -> int:
-        """The epoch of the leader that took a record of the deltas topic."""
+        """Return the epoch of the leader that accepted a record of deltas."""
         return max(epoch for start, epoch in self._epochs[partition] if start <= offset)
 
     def is_gone(self, partition: int, next_offset: int, leader_epoch: int) -> bool:
-        """Return whether the log has lost the record below an offset, which was of this leader epoch."""
+        """Return whether the record below an offset, which had this leader epoch, has been lost."""
         later = [start for start, epoch in self._epochs[partition] if epoch > leader_epoch]
         return leader_epoch >= 0 and bool(later) and next_offset > min(later)
 
     # Foreign transactions
 
     def pin(self, topic: str, partition: int, patience: int) -> None:
-        """Somebody begins a transaction and writes a record that will never be committed."""
+        """Begin a foreign transaction with a record that will never be committed."""
         if (topic, partition) not in self.pins:
             self.pins[topic, partition] = Pin(self.memory.watermarks(topic, partition).end_offset, patience)
             self.skip(topic, partition)
@@ -128,12 +128,12 @@ class Cluster:
                 self.foreign[partition] = True
 
     def unpin(self, topic: str, partition: int) -> None:
-        """Abort the transaction."""
+        """Abort the foreign transaction."""
         if self.pins.pop((topic, partition), None) is not None and self.memory.marker_count:
             self.skip(topic, partition)
 
     def wait_in_vain(self, topic: str, partition: int) -> None:
-        """A reader found nothing behind a pin; time passes."""
+        """Note that a reader found nothing behind an open transaction, and let time pass."""
         pin = self.pins.get((topic, partition))
         if pin is not None:
             pin.patience -= 1
@@ -141,7 +141,7 @@ class Cluster:
                 self.unpin(topic, partition)
 
     def stable(self, topic: str, partition: int) -> Watermarks:
-        """The offsets of which readers know."""
+        """Return the offsets that readers may know."""
         start, end = self.memory.watermarks(topic, partition)
         pin = self.pins.get((topic, partition))
         return Watermarks(start, end if pin is None else max(start, min(pin.offset, end)))
@@ -149,7 +149,7 @@ class Cluster:
     # Losses
 
     def tear(self, partition: int, rng: Random) -> int:
-        """Lose some of the newest records that nobody has read and nobody was told to be safe; how many."""
+        """Lose some of the newest records that nobody has read and nobody was told are safe; return how many."""
         at = self.memory.partition(DELTAS, partition)
         keep = rng.randint(min(self.safe_offsets[partition], at.end_offset), at.end_offset)
         torn = at.end_offset - keep
@@ -164,7 +164,7 @@ class Cluster:
 
 
 class Deposed:
-    """A leader that was replaced and does not know: whoever asks it sees the log end where it ended once.
+    """A deposed leader that does not know: its clients see the log end where it ended once.
 
     A client finds the new leader after some calls, or when it is late.
     """
@@ -175,7 +175,7 @@ class Deposed:
         self._is_late = is_late
 
     def called(self) -> None:
-        """One call more."""
+        """Count one more call."""
         if self._ends:
             self._calls -= 1
             if self._calls <= 0 or self._is_late():

@@ -12,7 +12,7 @@ Delta = tuple[Place, Any]
 """Label values and window, and what was recorded for them."""
 
 AHEAD_MS_MAX = 3_600_000
-"""How far a `last`, or a window, may be ahead of its record."""
+"""Limit to how far a `last`, or a window, may be ahead of its record."""
 
 
 NONE_LATE: Mapping[int, Container[bytes]] = {}
@@ -48,10 +48,10 @@ class SentGroup:
     view: View
     deltas: tuple[Delta, ...]
     flaw: str = ""
-    """Why no partition may fold it: `labels` that can't be its view's, or a `negative` delta of a counter."""
+    """Why no partition may fold the group: `labels` that its view does not have, or a `negative` delta of a counter."""
 
     def is_bad(self, at_ms: int) -> bool:
-        """Return whether it is refused in a record that the log accepted then."""
+        """Return whether the group is refused in a record that the log accepted at this time."""
         latest_ms = at_ms + AHEAD_MS_MAX
         ahead = self.view.kind == "last" and any(delta.ts_ms > latest_ms for _, delta in self.deltas)
         ahead |= any(start_ms > latest_ms for (_, start_ms), _ in self.deltas)
@@ -71,7 +71,7 @@ class Sent:
     closing: bool = False
     orders: tuple[Order, ...] = ()
     law: str = ""
-    """`free`: it may be folded or refused, as its task sees fit. `jump`: the same, but refused if its producer is known."""
+    """`free`: the task may fold or refuse the batch. `jump`: the same, but it is refused if its producer is known."""
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -93,7 +93,7 @@ class Producer:
         return sequence in self.accepted or sequence < self.floor
 
     def as_stored(self) -> list[Any]:
-        """The entry that a partition must hold: all below the first gap as one number, the rest as ranges."""
+        """Return the entry that a partition must hold: all below the first gap as one number, the rest as ranges."""
         start = self.floor
         while start in self.accepted:
             start += 1
@@ -111,7 +111,7 @@ class Row:
     """A record of the deltas topic, as the log accepted it; or an offset that the log uses for itself."""
 
     at_ms: int
-    """What the log says."""
+    """Time of the record as the log states it."""
     true_ms: int
     value: bytes | None
     sent: Sent | None
@@ -127,29 +127,29 @@ class Count:
         self.source_at_ms = 0
         self.verdicts: list[str] = []
         self.refused: dict[int, tuple[int, ...]] = {}
-        """By offset, the groups of a folded batch that were refused, by index."""
+        """Indexes of the refused groups of each folded batch, by offset."""
         self.views: dict[View, set[bytes]] = {}
         """Definitions in the order of their first batches, and the keys of their series."""
         self.producers: dict[str, Producer] = {}
-        """Those that are remembered."""
+        """Producers that are remembered."""
         self.folded: set[tuple[str, int]] = set()
-        """Producer and sequence of all batches that were ever folded."""
+        """Producer and sequence of every batch that was ever folded."""
         self.series: dict[bytes, Series] = {}
         self.deltas: dict[bytes, list[Any]] = {}
-        """By the key of their entry."""
+        """Deltas of each series, by the key of its entry."""
         self.ghosts: dict[bytes, tuple[View, bytes | None]] = {}
-        """Entries of series that have expired: they may still be there, as they were."""
+        """Entries of series that have expired: they may still be there, unchanged."""
         self.touched_ms: dict[bytes, int] = {}
         """True time at which the log accepted the last delta of each series."""
         self.touched: set[View] = set()
-        """Definitions whose series have changed, until somebody clears it."""
+        """Definitions whose series have changed since this set was last cleared."""
         self.had_loss = False
         self.unsure = False
-        """Whether a record was taken of which the law does not say whether it is folded."""
+        """True once the log holds a record that the law allows a task to fold or to refuse."""
         self._limits = limits
 
     def take(self, row: Row, *, lost: bool, refused: bool = False, late: Mapping[int, Container[bytes]] = NONE_LATE) -> str:
-        """Count the next record; what becomes of it. `refused` says how the task chose where the law leaves it free.
+        """Count the next record and return its outcome. `refused` says how the task chose where the law leaves it free.
 
         `late` has, by the index of their group, the keys of series that the task refused because they have expired.
         """
@@ -200,7 +200,7 @@ class Count:
         return True
 
     def expire(self, entries: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """From here on nothing merges with these series; their entries, as they are, may stay for a while."""
+        """Expire these series: nothing merges with them from now on, while their entries may stay unchanged for a while."""
         for key, value in entries:
             if key in self.deltas:
                 view, _ = self.series.pop(key)
@@ -219,7 +219,7 @@ class Count:
                 del self.views[view]
 
     def remembers(self, producer: Producer, now_ms: int) -> bool:
-        """Return whether a partition may not have forgotten the producer by then, whatever its clocks say."""
+        """Return whether a partition has to remember the producer at this time, whatever its clocks say."""
         limits = self._limits
         ttl_ms = limits.closed_producer_ttl_ms if producer.closed else limits.producer_ttl_ms
         return now_ms - producer.seen_at_ms <= ttl_ms

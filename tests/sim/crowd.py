@@ -1,4 +1,4 @@
-"""All publishers of a history, the network between them and the log, and whoever sends junk."""
+"""All publishers of a history, the network between them and the log, and senders of junk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Crowd:
     def __init__(self, world: World) -> None:
         self.world = world
         self.network: list[Message] = []
-        """Messages that come in late, some of them for the second time."""
+        """Messages that arrive late, some of them for the second time."""
         self.zombies: list[SimPublisher] = []
-        """Publishers whose spool another process has opened, and that do not know."""
+        """Publishers whose spool another process has opened without their knowing."""
         self._views = self._in_time(some_views(world.rng))
         self.clocks = [NodeClock(f"publishers {n}", world.time) for n in range(2)]
         """The machines that publishers run on, each with its clock."""
         self._closed: dict[bytes, int] = {}
-        """When a producer closed."""
+        """Time at which each producer closed."""
         self.publishers = [self.new_publisher() for _ in range(world.rng.randint(1, 3))]
 
     # What happens
@@ -44,7 +44,7 @@ class Crowd:
         return publisher
 
     def new_life(self, producer_id: str, views: list[View]) -> SimPublisher:
-        """A process that publishes under this identity."""
+        """Start a process that publishes under this identity."""
         world = self.world
         return SimPublisher(
             producer_id,
@@ -58,7 +58,7 @@ class Crowd:
         )
 
     def some_views(self) -> list[View]:
-        """The views as one publisher defines them; with conflicts, not as others do."""
+        """Return the views as one publisher defines them; in histories with conflicts others define them otherwise."""
         rng = self.world.rng
         if "conflicts" not in self.world.switches or rng.random() < 0.3:
             return self._views
@@ -67,14 +67,14 @@ class Crowd:
         ]
 
     def _in_time(self, views: list[View]) -> list[View]:
-        """Give some views windows or a retention, if the history has them. What overflows does not expire, too."""
+        """Give some views windows or a retention, if the history has such; views that overflow get no retention."""
         world, rng = self.world, self.world.rng
         if "windows" not in world.switches:
             return views
         return [in_time(rng, it, expires="overflow" not in world.switches) if rng.random() < 0.8 else it for it in views]
 
     def send_all(self) -> None:
-        """Whatever was recorded gets there in the end."""
+        """Deliver everything that was recorded."""
         world = self.world
         for message in self.network:
             world.cluster.deliver(message)
@@ -96,7 +96,7 @@ class Crowd:
         self.send_from(self.world.rng.choice(self.publishers))
 
     def send_as_zombie(self) -> None:
-        """A publisher whose spool another process has opened does not know, and goes on."""
+        """Send from a publisher that does not know that another process has opened its spool."""
         world, rng = self.world, self.world.rng
         if self.zombies:
             publisher = rng.choice(self.zombies)
@@ -146,7 +146,7 @@ class Crowd:
         return all(row.value != message.value for row in self.world.auditor.rows[message.partition])
 
     def job(self) -> None:
-        """A short-lived process: it records a little, sends it, perhaps twice, and is never heard of again."""
+        """Run a short-lived process: it records a little, sends it, perhaps twice, and is never heard of again."""
         world, rng = self.world, self.world.rng
         publisher = self.new_life(f"j{world.new_number()}", self.some_views())
         last = rng.randint(0, 1)
@@ -159,12 +159,12 @@ class Crowd:
         world.count("job")
 
     def say_something(self, partition: int) -> None:
-        """A batch of a new producer, by which the partition sees that time has passed."""
+        """Send a batch of a new producer, which shows the partition that time has passed."""
         publisher = self.new_life(f"z{self.world.new_number()}", self._views)
         self._deliver(publisher, [publisher.seal_for(partition)])
 
     def order(self) -> None:
-        """Somebody drops or resets a view, or one definition of it, while all others go on."""
+        """Drop or reset a view, or one definition of it, while all others go on."""
         world, rng = self.world, self.world.rng
         view = rng.choice(self.some_views())
         kind = rng.choice(("", "", view.kind))
@@ -178,7 +178,7 @@ class Crowd:
         world.count(f"order: {order.action}")
 
     def _deliver(self, publisher: SimPublisher, batches: list[Sealed]) -> None:
-        """All of them get there; of some a copy comes later."""
+        """Deliver all batches, and let copies of some arrive later."""
         world, rng = self.world, self.world.rng
         for sealed in batches:
             message = message_of(sealed, publisher.producer_id)
@@ -188,7 +188,7 @@ class Crowd:
                 self.network.append(message)
 
     def forget_old_copies(self) -> None:
-        """No copy of a batch comes as late as a closed producer is forgotten."""
+        """Discard late copies of batches, which never arrive so late that their closed producer is forgotten."""
         world = self.world
         oldest_ms = world.time.at_ms - world.settings.closed_producer_ttl_ms
         self.network = [m for m in self.network if self._closed.get(m.key or b"", world.time.at_ms) > oldest_ms]
@@ -239,7 +239,7 @@ class Crowd:
         world.note("publisher %s takes over", self.publishers[i].producer_id)
 
     def send_junk(self) -> None:
-        """Bytes that no partition may fold."""
+        """Send bytes that no partition may fold."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         if rng.random() < 0.2:

@@ -24,7 +24,7 @@ class Failure(AssertionError):
 
 @dataclass(frozen=True)
 class View:
-    """A definition, as the publisher meant it."""
+    """A definition, as the publisher means it."""
 
     name: str
     kind: str
@@ -39,8 +39,13 @@ class View:
 
     @property
     def is_silent(self) -> bool:
-        """Whether its series expire when they are silent."""
+        """Return whether the view's series expire when they are silent."""
         return bool(self.retention_s) and not self.window_s
+
+    @property
+    def is_spread(self) -> bool:
+        """Return whether publishers spread the view's series over several partitions."""
+        return self.name[-1] in "0235" and not self.is_silent
 
     def as_stored(self) -> list[Any]:
         """Return the expected value of a definition entry, without default values at its end."""
@@ -75,27 +80,27 @@ def compare(what: str, got: Entries, expected: Entries) -> None:
 
 
 def unpack(value: bytes) -> list[Any]:
-    """An entry's value, without its version; ints that travelled as bytes are ints again."""
+    """Return an entry's value without its version, with ints that travelled as bytes turned back into ints."""
     check(value[:1] == VERSION, "an entry of another version")
     found = msgspec.msgpack.decode(value[1:])
     return [_number(item) for item in found]
 
 
 def _number(item: Any) -> Any:
-    """What an extension stands for: an int that is long, or bytes."""
+    """Return the long int or the bytes that an extension stands for."""
     if not isinstance(item, msgspec.msgpack.Ext):
         return item
     return int.from_bytes(item.data, "big", signed=True) if item.code == 1 else bytes(item.data)
 
 
 def state(value: bytes) -> tuple[str, Found]:
-    """The kind and state of a series' entry."""
+    """Return the kind and state of a series' entry."""
     kind, _, *columns = unpack(value)
     return kind, state_of(kind, columns)
 
 
 def state_of(kind: str, columns: list[Any]) -> Found:
-    """A state, given its value in each column."""
+    """Return a state, given its value in each column."""
     if kind == "last":
         ts_ms, _, said = columns
         return Found(said, ts_ms=ts_ms)
@@ -115,12 +120,12 @@ def state_of(kind: str, columns: list[Any]) -> Found:
 
 
 def expires_at_ms(value: bytes) -> int:
-    """When a series' entry expires; 0: never."""
+    """Return the time at which a series' entry expires; 0: never."""
     return int(unpack(value)[1])
 
 
 def rows_of_letter(value: bytes) -> dict[bytes, Found]:
-    """The series of the only group of a refused batch, by suffix."""
+    """Return the series of the only group of a refused batch, by suffix."""
     ((definition, suffixes, columns),) = msgspec.msgpack.decode(value[9:])[-1]
     kind = definition[1]
     rows = zip(*[[_number(item) for item in column] for column in columns], strict=True)
@@ -135,22 +140,22 @@ def series_prefix(view: View) -> bytes:
 
 
 def key_of(series: Series) -> bytes:
-    """The key of a series' entry."""
+    """Return the key of a series' entry."""
     view, (labels, start_ms) = series
     return series_prefix(view) + start_ms.to_bytes(8, "big") + msgspec.msgpack.encode(labels)
 
 
 def start_of(key: bytes, view: View) -> int:
-    """The start of the window of a series' key."""
+    """Return the start of the window in a series' key."""
     at = len(series_prefix(view))
     return int.from_bytes(key[at : at + 8], "big")
 
 
 def definition_key(view: View) -> bytes:
-    """The key of a definition's entry."""
+    """Return the key of a definition's entry."""
     return DEFINITION + series_prefix(view)[1:]
 
 
 def overflow_key(view: View, start_ms: int) -> bytes:
-    """The key of the series that takes in what is beyond the limit in a window."""
+    """Return the key of the series that takes in the series beyond the limit in a window."""
     return key_of((view, ((OVERFLOW,) * len(view.labels), start_ms)))

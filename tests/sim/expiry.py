@@ -1,6 +1,6 @@
 """Laws of expiry in one partition: what may be refused as expired, what may be gone, and when.
 
-The task chooses when its watermarks move, within what the true time allows. What it chose is read from its commits.
+The task chooses when its watermarks move, within the limits of the true time. Its commits show its choice.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from tests.sim.laws import verdict as verdict_of
 
 
 def watermark(view: View, entries: Entries) -> int:
-    """The watermark of a definition; 0 if nothing has expired, or it is not defined."""
+    """Return the watermark of a definition; 0 if nothing has expired, or the definition is unknown."""
     value = entries.get(definition_key(view))
     return int((unpack(value) if value else [])[3:4][0]) if value and len(unpack(value)) > 3 else 0
 
 
 class Expiry:
-    """What one partition's commits say to have expired."""
+    """Expired windows and series, as the commits of one partition state them."""
 
     def __init__(self, true_time: TrueTime) -> None:
         self._time = true_time
         self.late: dict[int, dict[int, set[bytes]]] = {}
-        """By offset and index of the group, keys of the series that were refused."""
+        """Keys of the refused series, by offset and index of the group."""
         self.refused_ever: set[bytes] = set()
-        """Keys of all letters about what had expired."""
+        """Keys of all dead letters about expired series."""
         self._gone: list[tuple[bytes, int, list[tuple[bytes, bytes | None]]]] = []
-        """By position record and position of the commit, the series that had expired by then, with their last entries."""
+        """Series that had expired, with their last entries, by position record and position of the commit."""
 
     def rewound(self, record: bytes, position: int) -> None:
-        """The changelog ends with the commit of this position record."""
+        """Forget the commits after that of this position record, with which the changelog ends now."""
         records = [it[0] for it in self._gone]
         del self._gone[records.index(record) + 1 if record in records else 0 :]
         self.late = {offset: late for offset, late in self.late.items() if offset < position}
 
     def gone_at(self, position: int) -> Iterable[tuple[bytes, bytes | None]]:
-        """The series that had expired by the commits at this position, with their last entries."""
+        """Return the series that had expired by the commits at this position, with their last entries."""
         return [it for _, at, entries in self._gone if at == position for it in entries]
 
     def note_letters(self, rows: list[Row], start: int, end: int, letters: dict[bytes, list[Any]]) -> None:
-        """Take note of what a commit refused as expired, which must be as it was sent."""
+        """Note what a commit refused as expired, and check that it is as it was sent."""
         for offset in range(start, end):
             self.late.pop(offset, None)
         for key, (_, offset, _, reason, _, value) in letters.items():
@@ -73,7 +73,7 @@ class Expiry:
             self.refused_ever.add(key)
 
     def check_rows(self, rows: list[Row], count: Count, start: int, end: int, old: Entries, new: Entries) -> None:
-        """A commit has moved its watermarks as far as the time allows, and refused what, and only what, has expired."""
+        """Check that a commit moved its watermarks as far as the time allows, and refused exactly what has expired."""
         dropped: set[View] = set()
         for offset in range(start, end):
             sent = rows[offset].sent
@@ -107,7 +107,7 @@ class Expiry:
     def note_gone(
         self, count: Count, record: bytes, position: int, old: Entries, new: Entries
     ) -> list[tuple[bytes, bytes | None]]:
-        """Take note of the series that have expired by a commit, and return them with their last entries."""
+        """Note the series that have expired by a commit, and return them with their last entries."""
         gone: list[tuple[bytes, bytes | None]] = []
         for key, (view, _) in count.series.items():
             mark = watermark(view, new)

@@ -33,11 +33,11 @@ from tests.sim.entries import POSITION, Failure
 
 
 class SimulatedCrash(BaseException):
-    """The process is dead. Not an Exception: nothing in the code under test may live on after it."""
+    """Death of the process. Not an Exception: nothing in the code under test may live on after it."""
 
 
 class Process:
-    """One life: at each `point` the world decides whether it goes on."""
+    """One life of a process: at each `point` the world decides whether it goes on."""
 
     def __init__(self, name: str, interrupt: Callable[[Process, str], None]) -> None:
         self.name = name
@@ -55,8 +55,9 @@ class Process:
 
 
 Fate = Callable[[Message], str]
-"""What becomes of a message that is sent: `in`, `unsure` (in, but its sender never hears so), `late` (the sender gives up
-waiting, the message comes in later), `gone`, `refused`, `crash before` or `crash after`."""
+"""Outcome for a message that is sent: `in`, `unsure` (in, but its sender never hears so), `late` (the sender gives up
+waiting, the message comes in later), `gone`, `refused`, `crash before` or `crash after`.
+"""
 
 
 class FaultyLog:
@@ -138,7 +139,7 @@ class FaultyLog:
         return transaction
 
     def close(self) -> None:
-        """Nothing to give back."""
+        pass
 
 
 class FaultyReader:
@@ -191,7 +192,7 @@ class FaultyReader:
         )
 
     def _visible(self, records: Records) -> Records | None:
-        """The part of them that is not hidden."""
+        """Return the visible part of the records, or None."""
         end = self._cluster.stable(self._topic, records.partition).end_offset
         end = self._deposed.end_offset(self._topic, records.partition, end)
         if records.next_offset <= end:
@@ -244,18 +245,18 @@ class FaultyTransaction:
         return offsets
 
     def close(self) -> None:
-        """Nothing to give back."""
+        pass
 
 
 class Disk:
-    """One partition's store on one machine, with every state that it was in since its writes were last made safe."""
+    """One partition's store on one machine, with every state since its writes were last made safe."""
 
     def __init__(self) -> None:
         self.memory = MemoryStore()
         self.versions = [self.memory.entries]
         self.opened_by: Process | None = None
         self.damage = ""
-        """`open` or `read`: the call that finds out; `bytes`: an entry is not what was written."""
+        """`open` or `read`: the call that finds the damage; `bytes`: an entry differs from what was written."""
 
     def entries(self) -> dict[bytes, bytes]:
         return self.memory.entries
@@ -269,13 +270,13 @@ class Disk:
         return lost
 
     def garble(self, key: bytes, value: bytes) -> None:
-        """Change an entry behind everybody's back."""
+        """Change an entry without anybody knowing."""
         self.memory.entries = {**self.memory.entries, key: value}
         self.versions = [self.memory.entries]
         self.damage = "bytes"
 
     def healed(self) -> None:
-        """Every wrong entry was written anew; no crash brings them back."""
+        """Note that every wrong entry was written anew: no crash brings the damage back."""
         self.damage = ""
         self.versions = self.versions[-1:]
 
@@ -322,14 +323,14 @@ class FaultyStores:
         return f"{self._machine.name}, {partition}"
 
     def _check_worth(self, partition: int) -> None:
-        """No store may be thrown away that holds what the changelog has lost."""
+        """Check that a store that is thrown away holds nothing that the changelog has lost."""
         disk = self._machine.disks[partition]
         end_offset = self._cluster.memory.watermarks(CHANGELOG, partition).end_offset
         if not disk.damage and read_meta(disk.memory).changelog_next_offset > end_offset:
             raise Failure(f"store {partition} of {self._machine.name} is ahead of its changelog, and is destroyed")
 
     def close(self) -> None:
-        """Nothing to give back."""
+        pass
 
 
 class FaultyStore:

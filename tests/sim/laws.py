@@ -13,33 +13,33 @@ from typing import Any, NamedTuple
 
 
 class Set(NamedTuple):
-    """One delta of a `last` view: which process set it, as which of its sets, and what it said."""
+    """One delta of a `last` view: the process that set it, its number among the sets of that process, and its value."""
 
     process: str
     index: int
     ts_ms: int
     value: Any
     recorded_ns: int = 0
-    """What the process told the code under test; the law knows the index."""
+    """Time that the process gave to the code under test; the law uses only the index."""
 
 
 class Found(NamedTuple):
     """The state that an entry holds, whatever its format."""
 
     total: Any = None
-    """Of sums and means, or the number of a min or max; the value of a `last`."""
+    """Total of a sum or mean, number of a min or max, value of a `last`."""
     error: float = 0.0
-    """What is to be added to a float total."""
+    """Rounding error to add to a float total."""
     count: int = 0
-    """Of means."""
+    """Number of values in a mean."""
     ts_ms: int = 0
-    """Of a `last`."""
+    """Timestamp of a `last`."""
     least: Any = None
     most: Any = None
     items: tuple[Any, ...] = ()
-    """Of a distinct, the hashes of its items; of a topk, item, count, item, count, ..."""
+    """Hashes of a distinct's items; for a topk: item, count, item, count, ..."""
     buckets: tuple[int, ...] = ()
-    """Of a histogram, as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
+    """Buckets as they travel: schema, zeros, number of negative buckets, then index, count, gap, count, gap, ..."""
 
 
 def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
@@ -61,7 +61,7 @@ def verdict(kind: str, deltas: Sequence[Any], found: Found) -> str:
 
 
 def _of_topk(deltas: Sequence[tuple[str, int]], found: Found) -> str:
-    """The counts of so few items are exact."""
+    """Check counts, which are exact for so few items."""
     counts: dict[str, int] = {}
     for item, count in deltas:
         counts[item] = counts.get(item, 0) + count
@@ -147,5 +147,5 @@ def _of_last(deltas: Sequence[Set], found: Found) -> str:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, and of one type: 1 and 1.0 and True are one to Python."""
+    """Return whether two values are equal and of one type: 1, 1.0 and True are equal in Python."""
     return type(a) is type(b) and bool(a == b)

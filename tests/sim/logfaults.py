@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 class Noticed(BaseException):
-    """Somebody has said that the log has lost what was safe. It is for people to decide how to go on: the history ends."""
+    """A worker has said that the log lost records that were safe. People decide how to go on: the history ends."""
 
 
 class LogFaults:
-    """Troubles that nobody who is asked can see by himself, one step at a time."""
+    """Troubles that a single node cannot detect by itself, one step at a time."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         clocks = [*world.clocks.values()]
         self._wrong = world.rng.choice((*clocks, world.crowd.clocks[0]))
-        """The only node of this history whose clock may be wrong: one must do no harm."""
+        """The only node of this history whose clock may be wrong: one wrong clock must do no harm."""
 
     def jump_clock(self) -> None:
-        """A clock is off by hours or days from now on, or right again."""
+        """Make a clock wrong by hours or days from now on, or right again."""
         world, rng = self.world, self.world.rng
         clock = self._wrong
         clock.jump(rng)
@@ -38,7 +38,7 @@ class LogFaults:
         world.count("clock jumps" if clock.off_ms else "clock is right again")
 
     def some_deposed(self, partition: int) -> Deposed:
-        """Whom a new worker of a partition asks: the leader, or one that was."""
+        """Return the leader that a new worker of a partition asks: the present one, or a deposed one."""
         world, rng = self.world, self.world.rng
         if "old end" not in world.switches or world.quiet or rng.random() < 0.5:
             return Deposed({}, 0)
@@ -48,7 +48,7 @@ class LogFaults:
         return Deposed({(CHANGELOG, partition): end_offset}, rng.randint(2, 40))
 
     def some_deposed_of_all(self) -> Deposed:
-        """Whom a server asks: the leader, or one of a while ago, by far less than what compaction leaves alone."""
+        """Return the leader that a server asks: the present one, or one deposed more recently than the compaction lag."""
         world, rng = self.world, self.world.rng
         if "old end" not in world.switches or world.quiet or rng.random() < 0.5:
             return Deposed({}, 0)
@@ -60,11 +60,11 @@ class LogFaults:
         return Deposed({(CHANGELOG, partition): end_offset}, 200, lambda: world.time.at_ms > latest_ms)
 
     def step_of_pins(self) -> None:
-        """A foreign transaction opens, or ends."""
+        """Open or end a foreign transaction."""
         self.world.rng.choice((self.pin, self.pin, self.unpin))()
 
     def pin(self) -> None:
-        """Somebody begins a transaction and leaves it open."""
+        """Begin a foreign transaction and leave it open."""
         world, rng = self.world, self.world.rng
         topic, partition = rng.choice((DELTAS, CHANGELOG)), rng.randrange(world.partition_count)
         world.cluster.pin(topic, partition, rng.randint(1, 30))
@@ -72,7 +72,7 @@ class LogFaults:
         world.count(f"foreign transaction on {topic}")
 
     def unpin(self) -> None:
-        """A foreign transaction is aborted."""
+        """Abort a foreign transaction."""
         world = self.world
         if world.cluster.pins:
             at = world.rng.choice([*world.cluster.pins])
@@ -82,7 +82,7 @@ class LogFaults:
     # Losses of what was safe
 
     def cut(self) -> None:
-        """Everything dies, and when it comes back the log lacks its newest file, or one in the middle."""
+        """Kill everything, and lose the log's newest file, or one in the middle."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         if world.depth or partition in world.wounds or not world.auditor.position(partition):
@@ -97,7 +97,7 @@ class LogFaults:
             self._cut_middle(partition)
 
     def _cut_changelog(self, partition: int) -> None:
-        """The newest commits are gone, and stores may hold them."""
+        """Lose the newest commits, which stores may hold."""
         world, rng = self.world, self.world.rng
         position, end_offset = rng.choice(world.cluster.cuts[partition])
         rows = world.cluster.memory.partition(CHANGELOG, partition).rows
@@ -113,7 +113,7 @@ class LogFaults:
         world.count("changelog cut")
 
     def _cut_deltas(self, partition: int) -> None:
-        """The newest records are gone; some of them are folded."""
+        """Lose the newest records, of which some are folded."""
         world, rng = self.world, self.world.rng
         rows = world.cluster.memory.partition(DELTAS, partition).rows
         position = world.auditor.position(partition)
@@ -127,7 +127,7 @@ class LogFaults:
             world.count("deltas cut")
 
     def _cut_middle(self, partition: int) -> None:
-        """Records in the middle that are not folded yet are gone; those behind them are there."""
+        """Lose records in the middle that are not folded yet, and keep those behind them."""
         world, rng = self.world, self.world.rng
         at = world.cluster.memory.partition(DELTAS, partition)
         position, end = world.auditor.position(partition), at.end_offset
@@ -144,7 +144,7 @@ class LogFaults:
             world.count("deltas holed")
 
     def forge(self) -> None:
-        """Somebody else writes into the changelog: noise, an entry of no known kind, or what looks like a true one."""
+        """Write to the changelog as a stranger: noise, an entry of no known kind, or an entry that looks true."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         state = world.auditor.states[partition]

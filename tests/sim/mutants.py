@@ -1,10 +1,10 @@
 """Breaks each invariant of the design once, in a copy of the tree, and tells how many seeds the simulator takes to notice.
 
-    python -m tests.sim.mutants                 all of them
-    python -m tests.sim.mutants 3 10            those of these invariants
+    python -m tests.sim.mutants                 all mutants
+    python -m tests.sim.mutants 3 10            the mutants of these invariants
     python -m tests.sim.mutants --seeds 2000    as many seeds as each may take (default: 1,000)
 
-It is not part of the suite: it takes minutes, and it quotes the source, so it has to be kept up by hand.
+The run is not part of the suite: it takes minutes, and it quotes the source, so it has to be kept up by hand.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ class Mutant(NamedTuple):
     """One change of the source that breaks one invariant of DESIGN 5."""
 
     invariant: int
-    """Number in DESIGN 5; 13: what has expired is gone for good, and nothing else."""
+    """Number of the invariant in DESIGN 5; 13: what has expired is gone for good, and nothing else; 14: an answer has
+    all parts of a series that is spread over partitions."""
     what: str
     path: str
     old: str
     new: str
     only: str | None = None
-    """The troubles of each history, if the ones that its seed would choose are not to be waited for."""
+    """Troubles of each history, in place of those that its seed would choose."""
 
 
 MUTANTS = (
@@ -296,6 +297,21 @@ MUTANTS = (
         "",
         "windows",
     ),
+    Mutant(
+        14,
+        "a point read ends at the first partition that has the series",
+        "pipeline/query/lookups.py",
+        "            found.append(value)\n            holders.append(number)\n",
+        "            if not found:\n                found.append(value)\n                holders.append(number)\n",
+    ),
+    Mutant(
+        14,
+        "a scan passes over keys that another partition has, too",
+        "pipeline/core/query.py",
+        "            out_keys += keys[:count]\n            out_values += values[:count]\n",
+        "            new = [i for i in range(count) if keys[i] not in out_keys]\n"
+        "            out_keys += [keys[i] for i in new]\n            out_values += [values[i] for i in new]\n",
+    ),
 )
 """Invariant 11 is about what a reader says of its staleness, which the simulator does not ask; see tests/query."""
 
@@ -332,7 +348,7 @@ def try_out(mutant: Mutant, seed_count: int) -> Outcome:
 
 
 def main() -> int:
-    """The command line; see the module's text."""
+    """Run the command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("invariants", type=int, nargs="*", help="those to break; all if none is named")
     parser.add_argument("--seeds", type=int, default=1_000, help="how many each may take (default: %(default)s)")

@@ -17,12 +17,12 @@ class Nature:
     def __init__(self, world: World) -> None:
         self.world = world
         self._tombstones: list[dict[int, int]] = [{} for _ in range(world.partition_count)]
-        """By offset, the time until which a tombstone that compaction has come across is kept."""
+        """Times until which the tombstones that compaction has come across are kept, by offset."""
         self._young_ms = 0
-        """How long the present publishers have lived through pauses."""
+        """Time that the present publishers have lived through pauses."""
 
     def truncate(self) -> None:
-        """Retention deletes records that are folded for good."""
+        """Delete records that are folded for good, as retention does."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         start, _ = world.cluster.memory.watermarks(DELTAS, partition)
@@ -34,7 +34,7 @@ class Nature:
             world.count("retention")
 
     def lose_records(self) -> None:
-        """Retention deletes records that are not folded yet."""
+        """Delete records that are not folded yet, as retention may."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         _, end = world.cluster.memory.watermarks(DELTAS, partition)
@@ -50,9 +50,9 @@ class Nature:
         self._compact(world.rng.randrange(world.partition_count))
 
     def _compact(self, partition: int) -> None:
-        """Superseded entries go; a tombstone stays for `delete_retention_ms` from the first time that it was come across.
+        """Remove superseded entries; a tombstone stays for `delete_retention_ms` after compaction first came across it.
 
-        What is younger than the compaction lag stays, and nothing goes because of it.
+        Records younger than the compaction lag stay, and nothing is removed because of them.
         """
         world, rng = self.world, self.world.rng
         if world.cluster.forged[partition]:
@@ -91,7 +91,7 @@ class Nature:
             self._compact(partition)
 
     def pass_time(self) -> None:
-        """Some seconds pass, so that windows end and expire."""
+        """Let some seconds pass, so that windows end and expire."""
         world = self.world
         world.time.at_ms += world.rng.choice((300, 1_000, 1_000, 2_500, 8_000))
         world.note("some seconds pass")
@@ -102,7 +102,7 @@ class Nature:
         return machine, partition, machine.disks[partition]
 
     def damage_store(self) -> None:
-        """Bytes rot. A standby notices when it is opened again."""
+        """Damage bytes of a store. A standby notices when it is opened again."""
         world, rng = self.world, self.world.rng
         if rng.random() < 0.4:
             world.server.damage(rng.randrange(world.partition_count), rng.choice(("open", "read")))
@@ -126,7 +126,7 @@ class Nature:
         world.count(f"damage: {damage}")
 
     def lose_store(self) -> None:
-        """A disk is replaced."""
+        """Replace a disk."""
         world = self.world
         machine, partition, disk = self._some_disk()
         for worker in [w for w in [*world.zombies, *world.active] if w and w.process is disk.opened_by]:
@@ -139,7 +139,7 @@ class Nature:
         world.count("store lost")
 
     def go_to_sleep(self) -> None:
-        """Much time passes: longer than tombstones are kept, or even so long that all producers are forgotten."""
+        """Let much time pass: longer than tombstones are kept, or even so long that all producers are forgotten."""
         world, rng = self.world, self.world.rng
         if world.depth:
             return
@@ -174,7 +174,7 @@ class Nature:
             self._compact(partition)
 
     def black_out(self) -> None:
-        """Power goes: everything that runs dies at once, and the log loses a tail that nobody knows to be safe."""
+        """Cut the power: everything that runs dies at once, and the log loses a tail that nobody knows to be safe."""
         world = self.world
         world.note("black-out")
         world.count("black-out")

@@ -1,4 +1,4 @@
-"""Publishers of the simulator: what they record, how they number it, and what is left of them after a crash."""
+"""Publishers of the simulator: the deltas they record, the sequences they give them, and what survives a crash."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Recorded = tuple[View, Place, Any]
 
 
 def some_views(rng: Random) -> list[View]:
-    """Views of all kinds, some without labels."""
+    """Return views of all kinds, some without labels."""
     kinds = rng.sample([*KINDS], len(KINDS)) if rng.random() < 0.5 else rng.choices([*KINDS], k=rng.randint(1, 4))
     return [
         View(f"v{i}", kind, ("l", "m")[: rng.choice((0, 1, 1, 2))], kind == "sum" and rng.random() < 0.5)
@@ -56,15 +56,15 @@ _LABELS: tuple[tuple[str, ...], ...] = ((), ("l",), ("l", "m"), ("k", "l"))
 
 
 def some_number(rng: Random, view: View, *, floats: bool = False) -> int | float:
-    """A number that the view takes."""
+    """Return a number that the view takes."""
     number = _signed_number(rng, view, floats=floats)
     return abs(number) if view.monotone else number
 
 
 def _signed_number(rng: Random, view: View, *, floats: bool) -> int | float:
-    """Ints, some beyond 64 bits, in every other view; in the others floats whose sums are exact in any order.
+    """Return an int, for every other view perhaps beyond 64 bits, or a float whose sums are exact in any order.
 
-    With `floats` these are so large and so small that their sums are exact only together with what rounding leaves out.
+    With `floats` these are so large and so small that their sums are exact only together with their rounding errors.
     """
     if view.name[-1] in "02468":
         bits = rng.choice((3, 3, 3, 31, 63, 64, 65, 200))
@@ -105,13 +105,21 @@ class SimPublisher:
         self._buffer: dict[int, list[Recorded]] = {}
         self._sets = 0
         self._recorded_ns = 0
+        self._turn = 0
 
     def record(self, count: int) -> None:
-        """Some deltas, of few series, so that they meet."""
+        """Record some deltas of few series, so that deltas merge."""
         for _ in range(count):
             view, place, delta = self._some_recorded()
-            partition = crc32(series_prefix(_definition(view)) + series_suffix(*place)) % self._partition_count
+            partition = self._partition_of(view, place)
             self._buffer.setdefault(partition, []).append((view, place, delta))
+
+    def _partition_of(self, view: View, place: Place) -> int:
+        """Return the partition of a series, of one that is spread the next; publishers disagree about how far it is."""
+        self._turn += 1
+        spread = 1 + crc32(self.producer_id.encode()) % 3 if view.is_spread else 1
+        first = crc32(series_prefix(_definition(view)) + series_suffix(*place))
+        return (first + self._turn % min(spread, self._partition_count)) % self._partition_count
 
     def _some_recorded(self) -> Recorded:
         rng = self._rng
@@ -120,7 +128,7 @@ class SimPublisher:
         return view, (labels, self._some_window(view)), self.some_delta(view)
 
     def _some_window(self, view: View) -> int:
-        """The start of the present window, of one that is soon to expire or has, or, rarely, of one far ahead."""
+        """Return the start of the present window, of one that is soon to expire or has, or, rarely, of one far ahead."""
         rng = self._rng
         if not view.window_s:
             return 0
@@ -136,7 +144,7 @@ class SimPublisher:
         return tuple(grouped([self._some_recorded() for _ in range(count)]))
 
     def some_delta(self, view: View) -> Any:
-        """A delta of the view; of a `last`, the next set of this process, perhaps in the very millisecond of another."""
+        """Return a delta of the view; for a `last` the next set of this process, perhaps in the millisecond of another's."""
         rng = self._rng
         if view.kind == "distinct":
             return rng.choice((1, -1)) * 2 ** rng.choice((3, 40, 61)) + rng.randint(0, 1)  # a hash
@@ -155,23 +163,23 @@ class SimPublisher:
         return Set(f"{self.producer_id}/{self.outbox.epoch}", self._sets, ts_ms, value, recorded_ns)
 
     def seal(self, *, closing: bool = False) -> list[Sealed]:
-        """Make batches of all that is buffered, one for each partition, and count on sending them."""
+        """Make a batch of all that is buffered for each partition, and expect it to be sent."""
         buffered, self._buffer = self._buffer, {}
         return [self._seal(partition, deltas, closing=closing) for partition, deltas in buffered.items()]
 
     def seal_for(self, partition: int) -> Sealed:
-        """A batch of nothing."""
+        """Seal a batch without deltas."""
         return self._seal(partition, [])
 
     def seal_order(self, order: Order) -> list[Sealed]:
-        """The order for every partition, before what is buffered for it."""
+        """Seal the order for every partition, ahead of what is buffered for it."""
         buffered, self._buffer = self._buffer, {}
         return [
             self._seal(partition, buffered.get(partition, []), orders=(order,)) for partition in range(self._partition_count)
         ]
 
     def seal_bad(self) -> Sealed:
-        """A batch with a group that no partition may fold: a series is not one of its view, or a counter falls."""
+        """Seal a batch with a group that no partition may fold: a series does not fit its view, or a counter falls."""
         rng = self._rng
         view = rng.choice(self.views)
         labels, delta = ("a",) * len(view.labels), self.some_delta(view)
@@ -218,7 +226,7 @@ class SimPublisher:
         return Sealed(batch.partition, batch.sequence, value, sum(len(group.suffixes) for group in batch.groups))
 
     def acknowledge(self, sealed: Sealed, *, accepted: bool) -> None:
-        """The log has taken it, or never will."""
+        """Note that the log has taken the batch, or never will."""
         if self.outbox.acknowledge(sealed.partition, sealed.sequence) is not None and accepted:
             self._auditor.acknowledged(sealed.value)
         if self.spool is not None and (not accepted or self._rng.random() < 0.8):  # what is sent again does no harm
@@ -233,7 +241,7 @@ class SimPublisher:
         return self
 
     def reopened(self) -> SimPublisher:
-        """Another process on the same spool: the same identity, the next epoch; what is in the spool is sent again."""
+        """Return another process on the same spool: the same identity, the next epoch; spooled batches are sent again."""
         assert self.spool is not None
         new = SimPublisher(
             self.producer_id,
@@ -258,12 +266,12 @@ class SimPublisher:
 
 
 def message_of(sealed: Sealed, producer_id: str) -> Message:
-    """A sealed batch on its way; the key is not the protocol's business."""
+    """Return a sealed batch as a message; the protocol does not use the key."""
     return Message(DELTAS, sealed.partition, producer_id.encode(), sealed.value)
 
 
 def grouped(deltas: list[Recorded]) -> list[SentGroup]:
-    """A group for each definition, in the order of their first deltas."""
+    """Return a group for each definition, in the order of their first deltas."""
     by_view: dict[View, list[Delta]] = {}
     for view, place, delta in deltas:
         by_view.setdefault(view, []).append((place, delta))
@@ -271,7 +279,7 @@ def grouped(deltas: list[Recorded]) -> list[SentGroup]:
 
 
 def batch_of(sent: Sent, created_at_ms: int) -> Batch:
-    """The batch that says it."""
+    """Return the real batch with this content."""
     groups = [_group(group) for group in sent.groups]
     return Batch(
         sent.producer_id,
@@ -295,7 +303,7 @@ def _group(group: SentGroup) -> Group:
 
 
 def _raw(view: View, delta: Any) -> Any:
-    """A delta as its kind collects it."""
+    """Return a delta in the form in which its kind collects it."""
     return (delta.ts_ms, delta.recorded_ns, delta.value) if view.kind == "last" else delta
 
 

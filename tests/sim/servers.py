@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import reduce
+from itertools import repeat
+from math import inf
 from typing import TYPE_CHECKING
 
+from pipeline.core.codec import decode_definition, decode_states
+from pipeline.core.kinds import KINDS
+from pipeline.core.query import Matcher, Query
+from pipeline.core.record import parse_suffix, series_prefix
 from pipeline.errors import LogCorrupt, NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.query.ends import LogEnds
+from pipeline.query.reader import ViewReader
+from pipeline.settings import QuerySettings
 from pipeline.worker.follower import read_meta, read_position
 from pipeline.worker.replicas import ReplicaLoop
-from tests.sim.entries import META, POSITION, Entries, Failure, compare
+from tests.sim.entries import DEFINITION, META, POSITION, Entries, Failure, compare
 from tests.sim.faults import Disk, FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
 from tests.sim.logfaults import Noticed
 
@@ -16,11 +27,11 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 STEPS_MAX = 2_000
-"""Of a server with nothing in its way until all can be read; far more than it needs."""
+"""Limit to the steps of an unhindered server until everything can be read; far more than needed."""
 
 
 class Server:
-    """A machine that runs one query server after the other. Whoever reads, reads whole commits."""
+    """A machine that runs one query server after the other. Its readers see whole commits only."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -31,10 +42,10 @@ class Server:
         self._stalled = False
         self._was_readable = False
         self._checked: dict[int, Entries] = {}
-        """What each store held when it was last found right."""
+        """Entries of each store when it was last found right."""
 
     def step(self) -> None:
-        """A few rounds of the loop; a new process if there is none."""
+        """Run a few rounds of the loop, in a new process if there is none."""
         world = self.world
         if self._busy or self._stalled:
             return
@@ -87,13 +98,13 @@ class Server:
         )
 
     def _interrupt(self, process: Process, where: str) -> None:
-        """A reader may come at any time, so it comes every time."""
+        """Read at every call of the loop, as a reader may come at any time."""
         if process is self._process:
             self.check()
         self.world.interrupt(process, where)
 
     def check(self) -> None:
-        """Whatever can be read is exactly the state at a commit boundary."""
+        """Check that the readable stores are exactly at a commit boundary."""
         if self._loop is None:
             return
         world = self.world
@@ -121,7 +132,7 @@ class Server:
             world.count("server at a boundary")
 
     def crash(self, why: str) -> None:
-        """The process dies; its stores may lose their newest writes."""
+        """Kill the process; its stores may lose their newest writes."""
         if self._loop is not None:
             self.world.note("%s dies: %s", self._process.name, why)
             self._forget()
@@ -129,7 +140,7 @@ class Server:
                 self.world.lose_writes(self.machine, number)
 
     def stop(self) -> None:
-        """The process ends by itself."""
+        """Note that the process ended by itself."""
         if self._loop is not None:
             self.world.note("%s stops", self._process.name)
             self._forget()
@@ -156,7 +167,7 @@ class Server:
         self.step()
 
     def restart(self) -> None:
-        """End the server, in one way or the other; or replace its disk, too."""
+        """End the server in one way or the other, or replace its disk, too."""
         rng = self.world.rng
         if rng.random() < 0.5:
             self.stop()
@@ -167,13 +178,13 @@ class Server:
             self.world.note("a store of the server is lost")
 
     def damage(self, partition: int, damage: str) -> None:
-        """Bytes rot, as the next open, or the next use, of the store will find."""
+        """Damage bytes of a store so that its next open, or its next use, finds out."""
         self.machine.disks[partition].damage = damage
         self.world.note("store %s of Q is damaged: %s", partition, damage)
         self.world.count(f"damage of a server: {damage}")
 
     def finish(self) -> None:
-        """With nothing in the way, all can be read soon, and it is all there is."""
+        """Check that, with nothing in the way, everything can soon be read and is complete."""
         world = self.world
         for disk in self.machine.disks:
             if disk.damage:
@@ -185,8 +196,46 @@ class Server:
                 read_position(self.machine.disks[number].memory).next_offset == world.auditor.position(number)
                 for number in range(world.partition_count)
             ):
+                self._check_answers()
                 return
         if world.wounds and self._loop is not None and self._loop._undecided:
             raise Noticed("; ".join(self._loop._undecided.values()))
         if not any(world.cluster.forged):
             raise Failure(f"{self._process.name} never holds all that there is")
+
+    def _check_answers(self) -> None:
+        """Check that reads merge the entries of all partitions: of each view that has one definition, and neither windows
+        nor a retention.
+        """
+        assert self._loop is not None
+        ends = LogEnds(0.0, {}, {})
+        reader = ViewReader(stores=self._loop.stores, ends=lambda: ends, clock=self.machine.clock, settings=QuerySettings())
+        states = self.world.auditor.states
+        definitions = {
+            key: decode_definition(value).definition
+            for entries in states
+            for key, value in entries.items()
+            if key[:1] == DEFINITION
+        }
+        names = Counter(it.view for it in definitions.values())
+        for definition in definitions.values():
+            if names[definition.view] > 1 or definition.window_s or definition.retention_s:
+                continue
+            kind, prefix = KINDS[definition.kind], series_prefix(definition)
+            held: dict[bytes, list[bytes]] = {}
+            for entries in states:
+                for key in entries:
+                    if key.startswith(prefix):
+                        held.setdefault(key, []).append(entries[key])
+            merged = {key: reduce(kind.merge, decode_states(kind, values)) for key, values in held.items()}
+            expected = {parse_suffix(key[len(prefix) :])[1]: kind.answer(state) for key, state in merged.items()}
+            answer = reader.read(Query(definition.view, limit=10**6), deadline_s=inf)
+            found = {tuple(it.labels.values()): it.value for it in answer}
+            self.world.stats["answer of several partitions"] += any(len(values) > 1 for values in held.values())
+            for labels, value in expected.items():
+                where = tuple(Matcher(*it) for it in zip(definition.labels, repeat("="), labels, strict=False))
+                point = reader.point(Query(definition.view, where))
+                if found.get(labels) != value or point is None or point.value() != value:
+                    raise Failure(f"{definition} answers {found.get(labels)} and {point}, not {value}")
+            if found.keys() != expected.keys():
+                raise Failure(f"{definition} answers with {[*found]}, not {[*expected]}")

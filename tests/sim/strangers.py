@@ -20,24 +20,24 @@ WILD = (2**40, 2**53, 2**62, 2**63 - 2)
 
 
 class Strangers:
-    """Steps of strangers, one at a time. None of them may cost anybody else a delta."""
+    """Steps of strangers, one at a time. No step may cost anybody else a delta."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     def step(self) -> None:
-        """One of the things that strangers do."""
+        """Do one of the things that strangers do."""
         self.world.rng.choice((self.jump, self.jump, self.sneak, self.overtake))()
 
     def _victim(self) -> tuple[SimPublisher, int] | None:
-        """A publisher and a partition that has folded a batch of it: strangers have its id from there."""
+        """Return a publisher and a partition that has folded a batch of it, from where strangers have its id."""
         world, rng = self.world, self.world.rng
         publisher, partition = rng.choice(world.crowd.publishers), rng.randrange(world.partition_count)
         known = PRODUCER + publisher.producer_id.encode() in world.auditor.states[partition]
         return (publisher, partition) if known else None
 
     def jump(self) -> None:
-        """A batch with a live producer's id and a floor or an epoch that can't be its own."""
+        """Send a batch with a live producer's id and a floor or an epoch that can't be its own."""
         rng = self.world.rng
         if (victim := self._victim()) is None:
             return
@@ -52,7 +52,7 @@ class Strangers:
         self._send(sent, "a jump")
 
     def sneak(self) -> None:
-        """A batch with a live producer's id and a sequence far ahead: folded or refused, it is in nobody's way."""
+        """Send a batch with a live producer's id and a sequence far ahead: folded or refused, it disturbs nobody."""
         world = self.world
         if (victim := self._victim()) is not None:
             publisher, partition = victim
@@ -61,7 +61,7 @@ class Strangers:
             self._send(sent, "far ahead")
 
     def overtake(self) -> None:
-        """Other content under the number of a batch that is in the log already: the second of two."""
+        """Send other content under the number of a batch that is in the log already."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         oldest_ms = world.time.at_ms - world.settings.closed_producer_ttl_ms  # later its producer may be forgotten
@@ -73,7 +73,7 @@ class Strangers:
             self._send(replace(sent, groups=self._groups()), "again, and otherwise")
 
     def swarm(self) -> None:
-        """Many invented producers, each with a batch or two and numbers of its own."""
+        """Send as many invented producers, each with a batch or two and numbers of its own."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
         for _ in range(rng.choice((10, 30, 100))):

@@ -1,4 +1,4 @@
-"""Losses in the simulator are losses: the loss of an offset that held no record is none."""
+"""Only the loss of a record counts as a loss in the simulator, not that of an offset without a record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.sim.world import DEPTH_MAX, World
 
 
 def a_world(seed: int, folded: str, ahead: str = "") -> World:
-    """One whose deltas-0 has records, `r`, and offsets that hold none, `-`, below its position and from there on."""
+    """Return a world whose deltas-0 has records, `r`, and empty offsets, `-`: those below its position, then those ahead."""
     world = World(seed, switches=frozenset())
     world.quiet = True
     for held in folded + ahead:
@@ -69,7 +69,7 @@ def test_a_hole_begins_where_a_record_is_gone(ahead: str) -> None:
 
 @pytest.mark.parametrize("folded", ["rr--", "-r-", "r"])
 def test_a_tail_that_is_lost_holds_a_record_that_was_folded(folded: str) -> None:
-    """A start goes on from behind the last one, and has nothing to notice if only what lay behind that is gone."""
+    """A start goes on behind the last folded record, and need not notice the loss of what lay further on."""
     for seed in range(30):
         world = a_world(seed, folded)
         before = offsets(world)

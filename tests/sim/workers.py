@@ -41,13 +41,13 @@ class Recorder:
         self.counters[metric.name] = self.counters.get(metric.name, 0) + amount
 
     def set(self, metric: m.Metric, value: float, *labels: object) -> None:
-        """Not the protocol's business."""
+        pass
 
     def observe(self, metric: m.Metric, value: float, *labels: object) -> None:
-        """Not the protocol's business."""
+        pass
 
     def forget(self, partition: int) -> None:
-        """Not the protocol's business."""
+        pass
 
     def of(self, metric: m.Metric) -> float:
         return self.counters.get(metric.name, 0)
@@ -78,12 +78,12 @@ class Worker:
         self.commit: Commit | None = None
         self.rebuild_due = False
         self._due = ""
-        """What its start must notice."""
+        """Loss that the start of this worker must notice."""
         self._reader: LogReader | None = None
         self._start_offset = 0
         self._cursor = 0
         self._has_read = False
-        """Whether its first read, which finds out what the log has lost, is behind it."""
+        """True once the first read, which finds out what the log has lost, is done."""
 
     @property
     def alive(self) -> bool:
@@ -91,7 +91,7 @@ class Worker:
 
     @property
     def fenced(self) -> bool:
-        """True once another worker has taken the partition over, even if this one does not know it."""
+        """Return whether another worker has taken the partition over, even if this one does not know it."""
         return self.world.active[self.number] is not self
 
     def start(self) -> None:
@@ -168,7 +168,7 @@ class Worker:
         return self.part.task.position.records_end_offset
 
     def audit(self) -> None:
-        """The store is exactly what the changelog holds, and that is exactly what the log calls for."""
+        """Check that the store equals the changelog, and the changelog what the log calls for."""
         world, number = self.world, self.number
         disk = self.machine.disks[number]
         if disk.damage:
@@ -198,7 +198,7 @@ class Worker:
     # One step at a time
 
     def step(self) -> None:
-        """Whatever comes next, by chance."""
+        """Do what comes next, by chance."""
         rng, task = self.world.rng, self.part.task
         if self.state in ("starting", "preparing", "folding"):
             return
@@ -214,7 +214,7 @@ class Worker:
             self.fold()
 
     def _assign(self, *, first: bool = False) -> None:
-        """Read from where folding goes on, or, but for the first time, from before: what was folded already is skipped."""
+        """Read from the position on or, except for the first time, from before it: folded records are skipped."""
         world, (next_offset, leader_epoch) = self.world, self.part.resume()
         assert self._reader is not None
         if world.rng.random() < 0.3 and not first:
@@ -226,7 +226,7 @@ class Worker:
         self._reader.assign({self.number: next_offset}, {self.number: leader_epoch})
 
     def fold(self) -> int:
-        """Read some records and fold them; how many."""
+        """Read and fold some records, and return how many."""
         assert self._reader is not None
         if not self.world.quiet and self.world.rng.random() < 0.02 and self._has_read:
             self._assign()
@@ -329,7 +329,7 @@ class Worker:
             world.note("%s made position %s durable", self.process.name, commit.position.next_offset)
 
     def _displaced(self, why: str) -> None:
-        """Something was in the way of a commit, again and again."""
+        """End the worker, whose commit was hindered again and again by foreign records."""
         if not self.world.cluster.foreign[self.number] and not self.fenced:
             raise Failure(f"nobody else writes to the changelog: {why}")
         self.end(why)
@@ -356,7 +356,7 @@ class Worker:
             self.end("stopped")
 
     def end(self, why: str) -> None:
-        """The process ends by itself: it lets go of what it holds, and what it has not committed is gone."""
+        """End the process by itself: it lets go of its partition, and what it has not committed is gone."""
         self.world.note("%s ends: %s", self.process.name, why)
         self.world.count("worker ended")
         self.part.close()
@@ -367,7 +367,7 @@ class Worker:
 
 
 class Standby:
-    """A follower on a machine that runs no worker for its partition: the store is at a commit boundary, or says it isn't."""
+    """A follower on a machine without a worker for its partition: its store is at a commit boundary, or known not to be."""
 
     def __init__(self, world: World, partition: int, machine: Machine) -> None:
         self.world = world
@@ -417,7 +417,7 @@ class Standby:
             self._busy = False
 
     def _destroy(self) -> None:
-        """Delete the store, as the last thing that somebody does, perhaps."""
+        """Delete the store, perhaps as the last act of the process."""
         world, process = self.world, Process("cleaner", self.world.interrupt)
         try:
             FaultyStores(world.cluster, self.machine, process).destroy(self.number)
@@ -462,5 +462,5 @@ class Standby:
             world.count("standby at a boundary")
 
     def close(self) -> None:
-        """The process ends by itself."""
+        """End the process by itself."""
         self.process.alive = False

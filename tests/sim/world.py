@@ -40,7 +40,7 @@ from tests.sim.workers import Standby, Worker
 
 DEPTH_MAX = 2
 STEPS_MAX = 10_000
-"""Of one worker until it has folded everything; far more than it needs."""
+"""Limit to the steps of one worker until everything is folded; far more than needed."""
 
 
 SWITCHES = {
@@ -58,19 +58,19 @@ SWITCHES = {
     "forgeries": 0.1,
     "windows": 0.4,
 }
-"""Troubles that a history may have besides the usual ones, and how many of the histories have them."""
+"""Troubles that a history may have besides the usual ones, each with the share of histories that have it."""
 SIMPLE = 0.3
-"""How many of the histories have none of them."""
+"""Share of the histories that have none of these troubles."""
 
 
 def some_switches(rng: Random) -> frozenset[str]:
-    """The troubles of one history."""
+    """Return the troubles of one history."""
     chosen = frozenset(name for name, share in SWITCHES.items() if rng.random() < share)
     return frozenset() if rng.random() < SIMPLE else chosen
 
 
 class World:
-    """One history."""
+    """One history: its log, publishers, workers and servers."""
 
     def __init__(self, seed: int, *, tracing: bool = False, switches: frozenset[str] | None = None) -> None:
         self.rng = rng = Random(seed)
@@ -81,15 +81,15 @@ class World:
         self.time = TrueTime()
         self.clocks = {name: NodeClock(name, self.time) for name in ("log", "A", "B", "Q", "C")}
         self.clocks_off = False
-        """Whether a clock was ever wrong."""
+        """True once a clock was wrong."""
         self.quiet = False
-        """Nothing goes wrong any more."""
+        """True once nothing goes wrong any more."""
         self.wounds: set[int] = set()
-        """Partitions whose log has lost what was safe."""
+        """Partitions whose log has lost records that were safe."""
         self.excuses = 0
-        """Rises with everything that may force a worker to rebuild a store."""
+        """Number that rises with everything that may force a worker to rebuild a store."""
         self.depth = 0
-        """How many calls of the code under test are waiting for others to act."""
+        """Number of nested calls of the code under test during which others act."""
         self._tracing = tracing
         self._numbers = 0
         self.partition_count = rng.choice((2, 2, 3))
@@ -133,7 +133,7 @@ class World:
         self._steps = self._weigh()
 
     def _weigh(self) -> list[Callable[[], None]]:
-        """Every kind of step, as often as it shall come; what is rare in one history is frequent in another."""
+        """Return the weight of every kind of step: what is rare in one history is frequent in another."""
         rng, crowd, nature = self.rng, self.crowd, self.nature
         weights: dict[Callable[[], None], float] = {
             crowd.record: rng.uniform(5, 20),
@@ -168,7 +168,7 @@ class World:
         return rng.choices([*weights], [*weights.values()], k=1_000)
 
     def _troubles(self) -> dict[str, tuple[Callable[[], None], float, float]]:
-        """The step that each switch adds, and between which limits its weight is."""
+        """Return the step that each switch adds, and the limits of its weight."""
         return {
             "clocks": (self.log_faults.jump_clock, 1, 6),
             "strangers": (self.strangers.step, 1, 8),
@@ -211,7 +211,7 @@ class World:
         return entries
 
     def gap(self, partition: int) -> tuple[int, int]:
-        """The range of records that retention deleted before they were folded."""
+        """Return the range of records that retention deleted before they were folded."""
         position, start = self.auditor.position(partition), self.cluster.memory.watermarks(DELTAS, partition)[0]
         return (position, start) if position < start else (0, 0)
 
@@ -230,7 +230,7 @@ class World:
         return 0 < meta.changelog_next_offset < end_offset and away_ms > self.delete_retention_ms
 
     def interrupt(self, process: Process, where: str) -> None:
-        """At a port: die, fail, let others act, or, mostly, go on."""
+        """Kill the process at a port, fail its call, let others act, or, mostly, do nothing."""
         if self.quiet:
             return
         roll = self.rng.random()
@@ -251,7 +251,7 @@ class World:
                 self.depth -= 1
 
     def lose_writes(self, machine: Machine, partition: int) -> None:
-        """A crash: the store may lose its newest writes."""
+        """Let a store lose its newest writes, perhaps, as in a crash."""
         disk = machine.disks[partition]
         if self.rng.random() < 0.5 and not disk.damage:
             lost = disk.lose_writes(self.rng)
@@ -259,7 +259,7 @@ class World:
             self.stats["store rolled back"] += lost > 0
 
     def crashed(self, worker: Worker, why: str) -> None:
-        """The worker's process died. Nothing of it is left but its store."""
+        """Note that the worker's process died. Nothing of it is left but its store."""
         if worker.alive:
             worker.process.alive = False
             self.note("%s crashes: %s", worker.process.name, why)
@@ -283,7 +283,7 @@ class World:
             worker.step()
 
     def start(self, partition: int, machine: Machine) -> None:
-        """A new worker. Whoever had the store of this machine open is dead by then; elsewhere, old owners may live on."""
+        """Start a new worker. Earlier users of this machine's store are dead by then; elsewhere old owners may live on."""
         for zombie in [z for z in self.zombies if z.number == partition and z.machine is machine]:
             self.crashed(zombie, "its machine gets a new worker")
         standby = self.standbys.get(partition)
@@ -295,7 +295,7 @@ class World:
         worker.start()
 
     def owned(self, worker: Worker) -> None:
-        """The worker has fenced whoever came before it, even one that was started after it."""
+        """Note that the worker has fenced earlier owners, even one that was started after it."""
         other = self.active[worker.number]
         worker.rebuild_due |= self.rebuild_is_due(worker.number, worker.machine)
         if other is not worker:
@@ -315,7 +315,7 @@ class World:
             worker.stop()
 
     def take_over(self) -> None:
-        """Another machine gets the partition; the old owner may not know for long."""
+        """Give the partition to another machine; the old owner may not know for long."""
         old = self.rng.choice(self.active)
         if old is not None:
             if self.rng.random() < 0.8:
@@ -349,7 +349,7 @@ class World:
         self.rng.choice(self._steps)()
 
     def run(self) -> None:
-        """Everything goes wrong; then nothing does, and every series must be exact."""
+        """Let everything go wrong, then nothing, and check that every series is exact."""
         for _ in range(self.rng.randint(40, 210)):
             self.step()
         self.quiet = True
@@ -375,7 +375,7 @@ class World:
             self._end(partition)
 
     def _outlive_producers(self, partition: int, machine: Machine) -> None:
-        """So much time passes that every producer is forgotten, a few with each commit."""
+        """Let so much time pass that every producer is forgotten, a few with each commit."""
         known = [key for key in self.auditor.states[partition] if key[:1] == PRODUCER]
         self.time.at_ms += self.settings.producer_ttl_ms + 1
         for _ in range(2 + len(known) // PRODUCERS_SWEPT):
@@ -397,7 +397,7 @@ class World:
         raise Failure(f"partition {partition} never comes to rest")
 
     def _drain(self, partition: int, machine: Machine) -> None:
-        """Fold all that is there."""
+        """Fold everything that is there."""
         end_offset = self.cluster.memory.watermarks(DELTAS, partition).end_offset
         for _ in range(6):
             worker = self.active[partition]
@@ -435,7 +435,7 @@ class World:
 
 @contextmanager
 def no_logs() -> Iterator[None]:
-    """A worker that dies says so; here thousands do."""
+    """Silence the logs: a worker that dies says so, and here thousands do."""
     logger = logging.getLogger("pipeline")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -446,7 +446,7 @@ def no_logs() -> Iterator[None]:
 
 
 def run(seed: int, *, tracing: bool = False, switches: frozenset[str] | None = None) -> tuple[World, Exception | None]:
-    """One history, and what went wrong in it. `switches` replaces the troubles that the seed would choose."""
+    """Run one history; return it and what went wrong in it. `switches` replaces the troubles that the seed would choose."""
     world = World(seed, tracing=tracing, switches=switches)
     try:
         with no_logs():
@@ -459,7 +459,7 @@ def run(seed: int, *, tracing: bool = False, switches: frozenset[str] | None = N
 
 
 def explain(seed: int, error: Exception, switches: frozenset[str] | None = None) -> str:
-    """Run the history again, and tell it."""
+    """Run the history again and return its trace as text."""
     world, again = run(seed, tracing=True, switches=switches)
     trace = "\n".join(world.trace[-400:])
     same = "" if repr(again) == repr(error) else f"\nIt did not fail alike the second time: {again!r}"
@@ -467,7 +467,7 @@ def explain(seed: int, error: Exception, switches: frozenset[str] | None = None)
 
 
 def check_seeds(seeds: range) -> Counter[str]:
-    """Return how often what came about; raise `Failure` with the trace of the first history that goes wrong."""
+    """Return how often each trouble came about; raise `Failure` with the trace of the first history that goes wrong."""
     stats: Counter[str] = Counter()
     for seed in seeds:
         world, error = run(seed)
@@ -478,7 +478,7 @@ def check_seeds(seeds: range) -> Counter[str]:
 
 
 def main() -> int:
-    """The command line; see the module's text."""
+    """Run the command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, help="run this one history")
     parser.add_argument("--trace", action="store_true", help="print its steps")

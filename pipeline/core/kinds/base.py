@@ -94,6 +94,33 @@ def from_wire(column: list[Any], what: str, int_bytes_max: int) -> list[Any]:
     return column
 
 
+COUNT_BYTES_MAX = 17
+"""Longest count in a state."""
+
+
+def count_max(int_bytes_max: int) -> int:
+    """Return the largest count in a state, or, given the smaller limit of ints that batches have, in a batch.
+
+    As with ints, batches stay so far below states that no number of them reaches the limit.
+    """
+    return 2**64 - 1 if int_bytes_max < STATE_INT_BYTES_MAX else 2**128 - 1
+
+
+def encode_list(values: list[Any]) -> bytes:
+    """Return values as msgpack, with ints beyond 64 bits as `to_wire` has them."""
+    try:
+        return encode(values)
+    except OverflowError:
+        return encode(to_wire(values))
+
+
+def packed_bytes(column: Sequence[Any], what: str) -> list[bytes]:
+    """Return the bytes of a column of states that are packed. Raises `BadRecord` for anything else in it."""
+    if any(type(it) is not Ext or it.code != PACKED for it in column):
+        raise BadRecord(f"{what}: packed bytes are needed")
+    return [bytes(it.data) for it in column]
+
+
 def check_finite(column: Iterable[Any], what: str) -> None:
     """Raise `BadRecord` if one of the numbers is an infinity or NaN."""
     column = list(column)
@@ -187,6 +214,10 @@ class Kind:
     def answer(self, state: State) -> Any:
         """Return the answer of a state: a number, text, bool or None; of a histogram an object."""
         return state
+
+    def number(self, answer: Any) -> Any:
+        """Return what stands for an answer where only one number can be shown, in bars and scrapes; None: nothing can."""
+        return answer
 
     def answerer(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
         """Return a function from a state to its answer, with these quantiles. Raises `Invalid` if the kind has none."""

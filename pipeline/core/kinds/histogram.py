@@ -23,22 +23,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, repeat
-from math import ceil, exp2, frexp, isqrt, ldexp
+from math import ceil, exp2, frexp, inf, isqrt, ldexp
 from typing import Any
 
 import msgspec
 from msgspec.msgpack import Ext
 
 from pipeline.core.kinds.base import (
+    COUNT_BYTES_MAX,
     PACKED,
     STATE_INT_BYTES_MAX,
     Kind,
     State,
+    count_max,
     encode,
+    encode_list,
     from_wire,
     number,
     numbers,
-    to_wire,
+    packed_bytes,
     value_bytes,
 )
 from pipeline.core.kinds.numeric import Mean, Sum, add, total_of, totals
@@ -56,7 +59,6 @@ QUANTILES = (0.5, 0.9, 0.99)
 QUANTILES_MAX = 100
 PACKED_BYTES_MAX = 4_096
 """Most bytes of the buckets of a state."""
-_COUNT_BYTES_MAX = 17
 
 Buckets = Mapping[int, int]
 """Number of observations by index of the bucket; none is 0."""
@@ -89,6 +91,13 @@ def index_of(value: float) -> int:
 
 _LOWEST, _HIGHEST = index_of(LEAST), (BITS_MAX << SCHEMA_MAX) - 1
 """First and last bucket that a number can be in."""
+
+
+def bound_of(power: int, schema: int) -> float:
+    """Return a power of a schema's base, rounded down; infinity if it is beyond all floats."""
+    place = power << SCHEMA_MAX - schema
+    exponent = (place >> SCHEMA_MAX) + 1
+    return ldexp(_BOUNDS[place & (1 << SCHEMA_MAX) - 1], exponent) if exponent <= BITS_MAX else inf
 
 
 def coarser(buckets: Buckets, by: int) -> Buckets:
@@ -221,14 +230,7 @@ def pack(schema: int, zeros: int, positive: Buckets, negative: Buckets) -> bytes
         for index, count in sorted(buckets.items()):
             found += index if before is None else index - before - 1, count
             before = index
-    return _encoded(found)
-
-
-def _encoded(ints: list[int]) -> bytes:
-    try:
-        return encode(ints)
-    except OverflowError:
-        return encode(to_wire(ints))
+    return encode_list(found)
 
 
 def _buckets(gaps: Sequence[int], counts: Sequence[int], schema: int) -> Buckets:
@@ -251,8 +253,8 @@ def unpack(data: bytes) -> tuple[int, int, Buckets, Buckets]:
         if encode(ints) != data:
             raise BadRecord("histogram: ints that are longer than they must be")
         if Ext in set(map(type, ints)):
-            ints = from_wire(ints, "histogram", _COUNT_BYTES_MAX)
-            if _encoded(ints) != data:
+            ints = from_wire(ints, "histogram", COUNT_BYTES_MAX)
+            if encode_list(ints) != data:
                 raise BadRecord("histogram: ints that are longer than they must be")
     except (msgspec.MsgspecError, ValueError) as error:
         raise BadRecord(f"histogram: {error}") from None
@@ -345,21 +347,21 @@ class Histogram(Kind):
         sums, least, most, packed = self._columns(columns, 4, count)
         sums = totals(sums, self.name, int_bytes_max)
         extremes = [from_wire(column, self.name, int_bytes_max) for column in (least, most)]
-        # As with ints, batches stay so far below what a state may have that no number of them reaches it.
-        count_max = 2**64 - 1 if int_bytes_max < STATE_INT_BYTES_MAX else 2**128 - 1
+        most_observed = count_max(int_bytes_max)
         states: list[State] = []
-        for total, low, high, ext in zip(sums, *extremes, packed, strict=True):
-            if type(ext) is not Ext or ext.code != PACKED:
-                raise BadRecord("histogram: buckets are needed")
-            state = total, low, high, *unpack(bytes(ext.data))
-            if not 0 < (observed := count_of(state)) <= count_max:
-                raise BadRecord(f"histogram: {observed} observations; 1 to {count_max}")
+        for total, low, high, data in zip(sums, *extremes, packed_bytes(packed, self.name), strict=True):
+            state = total, low, high, *unpack(data)
+            if not 0 < (observed := count_of(state)) <= most_observed:
+                raise BadRecord(f"histogram: {observed} observations; 1 to {most_observed}")
             _check_extremes(state)
             states.append(state)
         return states
 
     def answer(self, state: State) -> Any:
         return self._answer(QUANTILES, state)
+
+    def number(self, answer: Any) -> Any:
+        return next(iter(answer["quantiles"].values()), None)
 
     def answerer(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
         return partial(self._answer, quantiles or QUANTILES)

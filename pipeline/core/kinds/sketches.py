@@ -21,14 +21,24 @@ from typing import Any
 import msgspec
 from msgspec.msgpack import Ext
 
-from pipeline.core.kinds.base import PACKED, STATE_INT_BYTES_MAX, Kind, State, encode, from_wire, to_wire, value_bytes
+from pipeline.core.kinds.base import (
+    COUNT_BYTES_MAX,
+    PACKED,
+    STATE_INT_BYTES_MAX,
+    Kind,
+    State,
+    count_max,
+    encode_list,
+    from_wire,
+    packed_bytes,
+    value_bytes,
+)
 from pipeline.errors import BadRecord, Invalid
 
 ITEM_BYTES_MAX = 256
 """Longest item. A `topk` state holds up to `TOPK_ITEMS_MAX` of them."""
 TOPK_ITEMS_MAX = 256
 COUNT_MAX = 2**63 - 1
-_COUNT_BYTES_MAX = 17
 EXACT_MAX = 256
 """Largest number of different items that `distinct` counts exactly."""
 _PRECISION = 12
@@ -126,12 +136,6 @@ def _tau(x: float) -> float:
     return z / 3
 
 
-def _packed(column: Sequence[Any], what: str) -> list[bytes]:
-    if any(type(it) is not Ext or it.code != PACKED for it in column):
-        raise BadRecord(f"{what}: packed bytes are needed")
-    return [bytes(it.data) for it in column]
-
-
 class Distinct(Kind):
     """Number of different items: exact up to `EXACT_MAX`, estimated beyond it."""
 
@@ -173,7 +177,7 @@ class Distinct(Kind):
         return b"".join([it.to_bytes(_HASH_BYTES, "big", signed=True) for it in sorted(hashes)])
 
     def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
-        return [self._unpack(it) for it in _packed(self._one_column(columns, count), "distinct")]
+        return [self._unpack(it) for it in packed_bytes(self._one_column(columns, count), self.name)]
 
     @staticmethod
     def _unpack(packed: bytes) -> State:
@@ -188,8 +192,11 @@ class Distinct(Kind):
             raise BadRecord(f"distinct: 1 to {EXACT_MAX} hashes in order are needed, or {_REGISTERS} registers")
         return frozenset(hashes)
 
+    def number(self, answer: Any) -> Any:
+        return answer["estimate"]
+
     def ranker(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
-        return lambda state: self.answer(state)["estimate"]
+        return lambda state: self.number(self.answer(state))
 
     def answer(self, state: State) -> dict[str, int]:
         """Return the estimate, and bounds within which the true number is with a probability of 95 %."""
@@ -253,6 +260,9 @@ class TopK(Kind):
     def heap_bytes(self, state: State) -> int:
         return 400 + sum([160 + len(item) * 4 for item in state[2]])
 
+    def number(self, answer: Any) -> Any:
+        return None
+
     def ranker(self, quantiles: Sequence[float]) -> Callable[[State], Any]:
         return lambda state: state[0]
 
@@ -266,19 +276,14 @@ class TopK(Kind):
     @staticmethod
     def _pack(counts: Mapping[str, int]) -> bytes:
         """Return the msgpack of [item, count, item, count, ...] in the order of the items' code points."""
-        flat = [part for row in sorted(counts.items()) for part in row]
-        try:
-            return encode(flat)
-        except OverflowError:
-            return encode(to_wire(flat))
+        return encode_list([part for row in sorted(counts.items()) for part in row])
 
     def from_columns(self, columns: list[list[Any]], count: int, int_bytes_max: int = STATE_INT_BYTES_MAX) -> list[State]:
         totals, errors, packed = self._columns(columns, 3, count)
-        # As with other ints, batches stay so far below what a state may have that no number of them reaches it.
-        total_max = 2**64 - 1 if int_bytes_max < STATE_INT_BYTES_MAX else 2**128 - 1
-        totals, errors = (from_wire(it, self.name, _COUNT_BYTES_MAX) for it in (totals, errors))
+        total_max = count_max(int_bytes_max)
+        totals, errors = (from_wire(it, self.name, COUNT_BYTES_MAX) for it in (totals, errors))
         states = []
-        for total, error, row in zip(totals, errors, _packed(packed, self.name), strict=True):
+        for total, error, row in zip(totals, errors, packed_bytes(packed, self.name), strict=True):
             if type(total) is not int or type(error) is not int or not 0 < total <= total_max:
                 raise BadRecord(f"topk: a total is an int from 1 to {total_max}")
             states.append(self._checked(total, error, self._unpack(row)))
@@ -290,7 +295,7 @@ class TopK(Kind):
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise BadRecord(f"topk: {error}") from None
         items = [item for item in flat[::2] if isinstance(item, str)]
-        numbers = from_wire(flat[1::2], self.name, _COUNT_BYTES_MAX)
+        numbers = from_wire(flat[1::2], self.name, COUNT_BYTES_MAX)
         if len(flat) > 2 * TOPK_ITEMS_MAX or 2 * len(items) != len(flat) or len(items) != len(numbers):
             raise BadRecord(f"topk: up to {TOPK_ITEMS_MAX} items, each with its count, are needed")
         if not {int}.issuperset(map(type, numbers)):

@@ -3,7 +3,6 @@
 use crate::histogram::allocated;
 use crate::wire::*;
 use hashbrown::HashMap;
-use num_bigint::BigInt;
 
 const EXACT_MAX: usize = 256;
 const REGISTERS: usize = 4_096;
@@ -194,17 +193,6 @@ impl TopK {
         let items: usize = self.counts.iter().map(|(item, count)| 16 + item.len() + count_bytes(*count)).sum();
         16 + count_bytes(self.total) + count_bytes(self.error) + items
     }
-}
-
-pub fn write_count(out: &mut Vec<u8>, count: u128) {
-    match u64::try_from(count) {
-        Ok(count) => write_uint(out, count),
-        Err(_) => write_big(out, &BigInt::from(count)),
-    }
-}
-
-fn count_bytes(count: u128) -> usize {
-    (128 - count.leading_zeros() as usize).div_ceil(8)
 }
 
 /// The memory that an item is charged for: its text, and its place in a table that is half empty at worst.

@@ -67,6 +67,17 @@ pub fn write_big(out: &mut Vec<u8>, b: &BigInt) {
     write_ext(out, LONG_INT, &bytes);
 }
 
+pub fn write_count(out: &mut Vec<u8>, count: u128) {
+    match u64::try_from(count) {
+        Ok(count) => write_uint(out, count),
+        Err(_) => write_big(out, &BigInt::from(count)),
+    }
+}
+
+pub fn count_bytes(count: u128) -> usize {
+    (128 - count.leading_zeros() as usize).div_ceil(8)
+}
+
 pub fn write_ext(out: &mut Vec<u8>, code: u8, bytes: &[u8]) {
     match bytes.len() {
         1 => out.push(0xd4),

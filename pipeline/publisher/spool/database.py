@@ -74,7 +74,7 @@ class Root(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     next_sequences: dict[int, int] = {}
     batch_count: int = 0
     batch_sum: int = 0
-    """Of the checksums of all batches, modulo 2**64."""
+    """Sum of the checksums of all batches, modulo 2**64."""
     pending_number: int = 0
     """The number of the transaction that has written the pending deltas."""
     pending_count: int = 0
@@ -157,7 +157,7 @@ class Contents:
         self.damages: list[str] = []
         """Descriptions of the damages that were found in the database and in SEAL."""
         self.lost = -1
-        """How many transactions are missing of those that SEAL has counted; -1: not known."""
+        """Number of transactions that SEAL has counted and the database lacks; -1: not known."""
         self.root: Root | None = None
         self.owner = b""
         self.batches: dict[tuple[int, int], Kept] = {}

@@ -35,7 +35,7 @@ SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX = 2**17, 2**20
 _OWN = 0
 """The ring that definitions and series are recorded to; that of shard `n` is `n + 1`."""
 _WAIT_S, _WAITS = 1.0, 60
-"""How long a thread waits for the disk: so many times so many seconds."""
+"""Length in seconds, and number, of the waits of a thread for the disk."""
 
 
 def run_uninterrupted(work: Callable[[], T]) -> T:

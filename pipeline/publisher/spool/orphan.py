@@ -52,7 +52,7 @@ from pipeline.publisher.spool.slot import (
 _RUN = 1_000_000
 """Records that are held in memory at a time."""
 _ATTEMPTS = 5
-"""How often a slot is read that its owner changes meanwhile."""
+"""Number of tries to read a slot that its owner changes meanwhile."""
 _decode_series = msgspec.msgpack.Decoder(tuple[int, bytes]).decode
 _decode_definition = msgspec.msgpack.Decoder(Definition).decode
 _BAD = (BadRecord, Invalid, msgspec.MsgspecError, ValueError, TypeError, OverflowError)

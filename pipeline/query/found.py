@@ -1,0 +1,87 @@
+"""Answers as reads find them: with the positions at which the stores were read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pipeline.core.answer import Answer, AsOf, Series
+from pipeline.core.query import Labels, MergedDefinition, Query, Selected
+from pipeline.core.record import Position
+from pipeline.core.span import Span
+from pipeline.query.ranges import Points
+
+
+class Asked(NamedTuple):
+    """A query when it is asked, with what the clock and the stores make of it."""
+
+    query: Query
+    now_ms: int
+    span: Span | None
+    """Range of a view with windows."""
+    positions: Mapping[int, Position]
+    """Commit of each partition that its store reflects. Equal queries with equal spans at equal positions have equal
+    series."""
+
+
+class FoundAnswer(NamedTuple):
+    """An answer, and the position of each store at which it was read."""
+
+    answer: Answer
+    positions: Mapping[int, Position]
+
+
+def span_of(answer: Answer) -> Span | None:
+    """Return the range of an answer; None if it has no points."""
+    if answer.step_ms is None:
+        return None
+    return Span(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms, answer.over_ms or 0)
+
+
+def unchanged_head(asked: Asked) -> Answer:
+    """Return an answer that says only how stale it is, for a client that has the rest."""
+    step_ms = None if asked.span is None else asked.span.step_ms
+    return Answer(asked.query.view, "", None, [], AsOf(None, {}), step_ms=step_ms)
+
+
+def answer_of(query: Query, merged: MergedDefinition, selected: Selected, as_of: AsOf) -> Answer:
+    """Return the answer with these rows."""
+    names = _names(query, merged)
+    rows = zip(selected.labels, selected.values, strict=True)
+    series = [Series(dict(zip(names, labels, strict=True)), value) for labels, value in rows]
+    return _answer(query, merged, series, selected.series_total, as_of)
+
+
+def points_answer(
+    query: Query,
+    merged: MergedDefinition,
+    points: Points,
+    as_of: Callable[[], AsOf],
+    final_before_ms: int,
+    check: Callable[[], None],
+) -> Answer:
+    """Return the answer with these points; `check` may raise while they are made."""
+    series, total = points.series(_names(query, merged), check)
+    of_range = {**points.answer_fields(), "final_before_ms": final_before_ms}
+    return _answer(query, merged, series, total, as_of(), **of_range)
+
+
+def _answer(
+    query: Query, merged: MergedDefinition, series: list[Series], total: int, as_of: AsOf, **of_range: Any
+) -> Answer:
+    cut = total > len(series)
+    return Answer(
+        view=query.view,
+        kind=merged.definition.kind,
+        by=query.by,
+        series=series,
+        as_of=as_of,
+        truncated=cut,
+        series_total=total if cut else None,
+        also=merged.also,
+        **of_range,
+    )
+
+
+def _names(query: Query, merged: MergedDefinition) -> Labels:
+    return merged.definition.labels if query.by is None else query.by

@@ -1,0 +1,57 @@
+"""Which definitions a read of a view merges, as the stores have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from pipeline.core import codec
+from pipeline.core.query import MergedDefinition, Query
+from pipeline.core.record import Position, definitions_prefix, prefix_end
+from pipeline.ports import StoreView
+from pipeline.query.damage import decode_stored
+from pipeline.query.progress import read_positions
+
+decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
+
+
+class ViewHeads(NamedTuple):
+    """Positions of all stores and the definitions of one view, each partition at one moment."""
+
+    positions: dict[int, Position]
+    entries: list[codec.DefinitionEntry]
+
+
+class ReadPlan(NamedTuple):
+    """The definitions that a read of a view merges, and the versions of each partition's definitions they were found in."""
+
+    stores: Mapping[int, object]  # a rebuilt store counts the versions of its definitions from 0 again
+    versions: dict[int, int]
+    merged: MergedDefinition
+    dated_by: tuple[bytes, ...]
+    """Keys of the definition entries that say what has expired; empty if nothing of the view can expire."""
+
+    def holds(self, stores: Mapping[int, object], positions: Mapping[int, Position]) -> bool:
+        """Return whether stores at these positions still have the definitions of the plan."""
+        return versions(positions) == self.versions and all(self.stores[number] is it for number, it in stores.items())
+
+
+def shape(query: Query) -> tuple[str, str | None, int | None]:
+    """Return the part of a query that decides which definitions it merges."""
+    return query.view, query.kind, query.window_s
+
+
+def versions(positions: Mapping[int, Position]) -> dict[int, int]:
+    """Return the version of each partition's definitions."""
+    return {number: position.definitions_version for number, position in positions.items()}
+
+
+def read_heads(stores: Mapping[int, StoreView], view: str) -> ViewHeads:
+    """Read the positions and the definitions of a view."""
+    # Before the definitions: if they change in between, the positions have the old version, and the plan is made again.
+    positions = read_positions(stores)
+    prefix = definitions_prefix(view)
+    scans = [(number, store.scan(prefix, prefix_end(prefix))) for number, store in stores.items()]
+    entries = [decode_stored(number, decode_definition, value) for number, scan in scans for _, value in scan]
+    return ViewHeads(positions, entries)
