@@ -227,7 +227,7 @@ def test_an_undone_commit_whose_deltas_are_gone(world: _World) -> None:
 
 
 def test_a_commit_that_is_still_there(world: _World) -> None:
-    """What is in the way of a commit undoes none: the owner looks, once, and goes on with its store."""
+    """An owner whose commit is displaced by a marker finds its last commit in the changelog, and goes on with its store."""
     owner, store = world.worker.partitions[0], world.worker.partitions[0].store
     for count in (1, 2):
         world.log.skip(CHANGELOG, 0, 1)
