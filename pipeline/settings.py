@@ -352,7 +352,18 @@ class QuerySettings(_Checked):
         67_108_864, "bytes of an answer of POST /api/v1/read, before compression; more is refused with 400", least=1_024
     )
     read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
-    reads_waiting_max: int = _setting(256, "reads that wait or run; one more is refused with 503", least=1)
+    reads_waiting_max: int = _setting(
+        256, "reads that wait for data or run, equal ones once; one more is refused with 503", least=1
+    )
+    answer_cache_bytes: int = _setting(
+        67_108_864,
+        "memory of answers that are kept for equal reads of the same commit, at most half for one; those not asked for "
+        "longest make room. 0: none, and equal reads share only what is under way",
+        least=0,
+    )
+    compress_bytes_min: int = _setting(
+        1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
+    )
     connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
     compaction_lag_ms: int = _setting(
         0,

@@ -36,9 +36,9 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.media import JSON
+from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
-from pipeline.query.params import parse_deltas, parse_read, parse_scrape
+from pipeline.query.params import parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX
@@ -113,10 +113,10 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
-    async def list_views(_: Request) -> Response:
-        return _json(await service.views())
-
-    routes = [Route(READ_PATH, _ReadView(service, settings), methods=["GET"]), Route("/v1/views", list_views)]
+    routes = [
+        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
+        Route("/v1/views", _ListViews(service), methods=["GET"]),
+    ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
         routes += [_scrape_route(service, settings, render_views), _remote_read_route(service)]
@@ -158,11 +158,27 @@ class _ReadView:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        accept = b",".join([value for name, value in scope["headers"] if name == b"accept"]).decode("latin-1")
-        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, accept)
-        body, headers = await self._service.answer(asked)
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        headers = read_headers(scope["headers"])
+        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, headers)
+        await _send(send, await self._service.answer(asked))
+
+
+class _ListViews:
+    """`GET /v1/views` as a plain ASGI application."""
+
+    def __init__(self, service: ReadService) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _send(send, await self._service.views(read_headers(scope["headers"])))
+
+
+async def _send(send: Send, answer: Encoded) -> None:
+    """Send a response without a copy of its parts."""
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    for part in answer.parts[:-1]:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": answer.parts[-1] if answer.parts else b""})
 
 
 def _json(body: bytes) -> Response:

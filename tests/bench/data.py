@@ -1,4 +1,4 @@
-"""What the benchmarks publish: one view of two labels, as the sealed batches of one publisher."""
+"""Input of the benchmarks: one view of two labels, as the sealed batches of one publisher."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ PRODUCER_ID = producer_id_of(SECRET)
 VIEW = Definition("sales", "sum", ("product", "region"))
 REGION_COUNT = 16
 BATCH_ENTRIES = 10_000
-"""About what fits a publisher's `batch_bytes_max`."""
+"""About the number of entries that fit a publisher's `batch_bytes_max`."""
 
 
 def labels(i: int) -> tuple[str, str]:
-    """The label values of series `i`."""
+    """Return the label values of series `i`."""
     return f"product-{i:07d}", f"region-{i % REGION_COUNT}"
 
 
 def value(i: int) -> float:
-    """What is added to series `i` each time."""
+    """Return the value that is added to series `i` each time."""
     return i % 1000 / 4
 
 
 def batches(
     entry_count: int, series_count: int, partition_count: int, batch_entries: int = BATCH_ENTRIES
 ) -> Iterator[tuple[int, bytes]]:
-    """Partition and bytes of batches that hold `entry_count` deltas in random order.
+    """Return partition and bytes of batches that hold `entry_count` deltas in random order.
 
     Each series comes once before any comes again, so nothing merges within a batch.
     """

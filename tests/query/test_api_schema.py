@@ -146,6 +146,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "after",
         "max_staleness_ms",
         "timeout_ms",
+        "If-None-Match",
     }
     for reference in references(document):
         resolved(document, [{"$ref": reference}])
