@@ -93,7 +93,7 @@ def test_buckets_are_those_of_prometheus(values: list[Any]) -> None:
 
 @given(numbers)
 def test_classic_buckets_are_there_too(values: list[Any]) -> None:
-    """They are those of the text, for a Prometheus that takes no native histograms."""
+    """The classic buckets are those of the text, for a Prometheus that takes no native histograms."""
     of = state(values)
     body, _ = render_views(Exposition([Exposed(Definition("d", "histogram"), [()], [of])], {}, 0))
     text = next(it for it in parse_plain(body.decode()) if it.name == "d")

@@ -204,7 +204,7 @@ def test_a_histogram_of_all_numbers_stays_classic(running: Running) -> None:
 
 
 def test_the_newest_window_of_a_histogram_is_a_native_one(running: Running) -> None:
-    """It is a gauge histogram, of which quantiles are taken without `rate`."""
+    """A window is a gauge histogram, of which quantiles are taken without `rate`."""
     (found,) = running.prometheus.vector('histogram_quantile(0.5, burst{job="windows"})').values()
     assert found == pytest.approx(3, rel=0.003)
 
