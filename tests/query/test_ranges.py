@@ -1,4 +1,4 @@
-"""Reads of views with windows: points are what a recomputation from all deltas gives."""
+"""Reads of views with windows: points equal a recomputation from all deltas."""
 
 from collections.abc import Mapping
 from functools import partial
