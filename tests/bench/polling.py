@@ -1,4 +1,4 @@
-"""What it costs that many dashboards poll the same view, with answers kept and without."""
+"""Cost of a poll where many dashboards poll the same view, with answers kept and without."""
 
 from __future__ import annotations
 
