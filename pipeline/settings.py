@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
-from pipeline.core.limits import TaskLimits
+from pipeline.core.limits import SPREAD_MAX, TaskLimits
 from pipeline.errors import Invalid
 
 ENV_PREFIX = "PIPELINE_"
@@ -142,6 +142,13 @@ class PublisherSettings(_Checked):
         "it, is held back: it may be folded and forgotten, and would count twice",
         least=1_000,
     )
+    spread: int = _setting(
+        1,
+        "partitions over which a view without a `spread` of its own spreads each series, at most those that there are: then "
+        "one series that many processes record to is folded by several workers",
+        least=1,
+        most=SPREAD_MAX,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,6 +217,7 @@ class PublisherKeywords(TypedDict, total=False):
     series_max: int
     ts_ahead_max_ms: int
     producer_ttl_ms: int
+    spread: int
     kafka: Mapping[str, Any]
     kafka_timeout_ms: int
     metadata_refresh_ms: int

@@ -17,7 +17,7 @@ class Cut(NamedTuple):
     snapshots: Mapping[int, StoreView]
     positions: Mapping[int, Position]
     seen: LogEnds
-    """Ends of the log, asked before the snapshots were taken."""
+    """Ends of the log, as seen before the snapshots were taken."""
     final_before_ms: int
     """Time that all partitions have reached."""
     check: Callable[[str], None]

@@ -229,6 +229,7 @@ class _Delta(msgspec.Struct, forbid_unknown_fields=True):
     window_s: int | None = None
     monotone: bool | None = None
     retention_s: int | None = None
+    spread: int | None = None
 
 
 _decode_delta = msgspec.json.Decoder(_Delta).decode
@@ -250,6 +251,7 @@ _FIELDS = {
     "window_s": _INT,
     "monotone": Field("true, false or null", lambda it: it is None or isinstance(it, bool), required=False),
     "retention_s": _INT,
+    "spread": _INT,
 }
 
 
@@ -267,7 +269,9 @@ def parse_deltas(body: bytes, content_type: str, deltas_max: int) -> list[RawDel
     deltas = _lines(body, deltas_max) if lines else _array(body)
     if len(deltas) > deltas_max:
         raise Refused(413, f"too many deltas in one request; at most {deltas_max}")
-    return [RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s, d.monotone, d.retention_s) for d in deltas]
+    return [
+        RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s, d.monotone, d.retention_s, d.spread) for d in deltas
+    ]
 
 
 def _lines(body: bytes, deltas_max: int) -> list[_Delta]:

@@ -54,6 +54,7 @@ ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
     "kafka-restore": kafka.restore,
     "kafka-latency": kafka.latency,
     "kafka-scaling": workers.scaling,
+    "kafka-spread": workers.spread,
     "kafka-idle": workers.idle,
     "kafka-join": workers.join,
     "kafka-takeover": workers.takeover,

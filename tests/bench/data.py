@@ -8,6 +8,7 @@ from zlib import crc32
 
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_prefix, series_suffix
+from pipeline.publisher.batching import partition_of
 
 SECRET = "bench"
 PRODUCER_ID = producer_id_of(SECRET)
@@ -59,3 +60,14 @@ def batches(
         for partition in range(partition_count):
             if groups[partition].suffixes:
                 yield seal(partition)
+
+
+def hot(count: int, spread: int, partition_count: int) -> Iterator[tuple[int, bytes]]:
+    """Partition and bytes of batches of one delta each to one series, as publishers with this `spread` send them."""
+    prefix, suffix = series_prefix(VIEW), series_suffix(labels(0))
+    sequences = [0] * partition_count
+    for turn in range(count):
+        partition = partition_of(prefix, suffix, partition_count, spread, turn)
+        sequence, sequences[partition] = sequences[partition], sequences[partition] + 1
+        group = Group(VIEW, [suffix], [value(turn)])
+        yield partition, encode_batch(Batch(PRODUCER_ID, 0, partition, sequence, sequence, 0, [group]))

@@ -1,4 +1,4 @@
-"""Cost of a poll where many dashboards poll the same view, with answers kept and without."""
+"""Cost of many dashboards that poll the same view, with answers kept and without."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ GROUP_COUNT = 100
 
 
 class _Polls(NamedTuple):
-    """What polls cost, and what they made the server do."""
+    """Cost of polls, and the work that they made the server do."""
 
     cpu_us: float
-    """A poll, all threads."""
+    """Time for a poll, all threads."""
     computed: float
 
 
@@ -62,7 +62,7 @@ def _poll(world: World, requests: Sequence[ReadRequest], *, commits: int, bytes_
 
 
 def polling(quick: bool) -> list[Row]:
-    """A thousand clients poll a group-by over many series after each commit; and as many that each ask something else."""
+    """A thousand clients poll a group-by over many series after each commit; then as many with a query of their own each."""
     series_count, clients, commits = (2_000, 40, 2) if quick else (100_000, 1_000, 5)
     world = World(partition_count=4)
     world.publish(VIEW, {(f"g{i % GROUP_COUNT}", f"item-{i:07d}"): i % 97 for i in range(series_count)})

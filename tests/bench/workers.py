@@ -9,9 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -171,6 +171,42 @@ def _rss_mb(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
+def _fold_rate(
+    it: Bench, names: Sequence[str], batches: Iterable[tuple[int, bytes]], entry_count: int, quick: bool, **settings: object
+) -> Figure:
+    """Return how many entries a second new workers fold of what was published before they may begin.
+
+    Nothing but them and the broker runs meanwhile.
+    """
+    with ExitStack() as stack:
+        # Those that are held up must not be taken for dead, nor find that they stood still.
+        patient = {"session_timeout_ms": 300_000, "stall_timeout_ms": 0, **settings}
+        roles = [stack.enter_context(it.member(name, **patient)) for name in names]
+        it.shared(*roles, warm=bool(settings["standby_count"]))
+        pids = [role.program.process.pid for role in roles]
+        for role in roles:
+            role.program.signal(signal.SIGSTOP)
+        messages = (Message(DELTAS, partition, None, value) for partition, value in batches)
+        while run := [*islice(messages, 100)]:
+            it.log.append(run, timeout_s=30)
+        ends = it.log.end_offsets(DELTAS)
+        time.sleep(0 if quick else 5)  # what the broker still has to do of that
+        before = [process_cpu_s(pid) for pid in (*pids, it.broker.pid)]
+        began_s = time.monotonic()
+        for role in roles:
+            role.program.signal(signal.SIGCONT)
+
+        def folded() -> bool:
+            time.sleep(0.1)  # asking is work for those that are measured
+            return {p["partition"]: p["next_offset"] for role in roles for p in status(role)["partitions"]} == ends
+
+        wait_until(folded, "everything to be folded", _WAIT_S)
+        took_s = time.monotonic() - began_s
+        used = [process_cpu_s(pid) - was for pid, was in zip((*pids, it.broker.pid), before, strict=True)]
+        cores = f"cores used: {' and '.join(f'{s / took_s:.2f}' for s in used[:-1])}, the broker {used[-1] / took_s:.2f}"
+        return Figure(entry_count / took_s, "entries/s", f"{len(names)} of them; {cores}")
+
+
 def scaling(quick: bool) -> list[Row]:
     """Compare two workers with one, on batches published before they may begin; only they and the broker run.
 
@@ -179,38 +215,25 @@ def scaling(quick: bool) -> list[Row]:
     entry_count, partitions = (20_000, 4) if quick else (4_000_000, 4)
     rates: list[Figure] = []
     for names, standby_count in ((("one",), 0), (("one", "two"), 0), (("one", "two"), 1)):
-        with bench(partitions) as it, ExitStack() as stack:
-            # Those that are held up must not be taken for dead, nor find that they stood still.
-            patient = {"session_timeout_ms": 300_000, "stall_timeout_ms": 0, "standby_count": standby_count}
-            roles = [stack.enter_context(it.member(name, **patient)) for name in names]
-            it.shared(*roles, warm=bool(standby_count))
-            pids = [role.program.process.pid for role in roles]
-            for role in roles:
-                role.program.signal(signal.SIGSTOP)
-            for partition, value in data.batches(entry_count, entry_count // 10, partitions, 2_000):
-                it.log.append([Message(DELTAS, partition, None, value)], timeout_s=10)
-            ends = it.log.end_offsets(DELTAS)
-            time.sleep(0 if quick else 5)  # what the broker still has to do of that
-            before = [process_cpu_s(pid) for pid in (*pids, it.broker.pid)]
-            began_s = time.monotonic()
-            for role in roles:
-                role.program.signal(signal.SIGCONT)
-
-            def folded(roles: Sequence[Role] = roles, ends: Mapping[int, int] = ends) -> bool:
-                time.sleep(0.1)  # asking is work for those that are measured
-                found = {p["partition"]: p["next_offset"] for role in roles for p in status(role)["partitions"]}
-                return found == ends
-
-            wait_until(folded, "everything to be folded", _WAIT_S)
-            took_s = time.monotonic() - began_s
-            used = [process_cpu_s(pid) - was for pid, was in zip((*pids, it.broker.pid), before, strict=True)]
-            cores = f"cores used: {' and '.join(f'{s / took_s:.2f}' for s in used[:-1])}, the broker {used[-1] / took_s:.2f}"
-            rates.append(Figure(entry_count / took_s, "entries/s", f"{len(names)} of them; {cores}"))
+        with bench(partitions) as it:
+            batches = data.batches(entry_count, entry_count // 10, partitions, 2_000)
+            rates.append(_fold_rate(it, names, batches, entry_count, quick, standby_count=standby_count))
     one, two, with_standbys = rates
     return [
         at_least_times("Kafka: two workers, each series ten times", two, one, 1.8),
         at_least_times("Kafka: the same, each with copies of what the other folds", with_standbys, one, 1),
     ]
+
+
+def spread(quick: bool) -> list[Row]:
+    """Fold one series that many processes flush, with two workers of four partitions: spread over all four, or not."""
+    count, partitions = (2_000, 4) if quick else (400_000, 4)
+    rates: list[Figure] = []
+    for width in (1, 4):
+        with bench(partitions) as it:
+            rates.append(_fold_rate(it, ("one", "two"), data.hot(count, width, partitions), count, quick, standby_count=0))
+    one, four = rates
+    return [at_least_times("Kafka: two workers, one hot series with spread=4", four, one, 1.5)]
 
 
 def idle(quick: bool) -> list[Row]:

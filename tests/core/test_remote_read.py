@@ -1,4 +1,4 @@
-"""The messages of remote read, with Google's library as the oracle, and bytes that are none."""
+"""Messages of remote read, with Google's library as the oracle, and bytes that are no message."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ queries = st.fixed_dictionaries(
 
 @given(st.lists(queries, max_size=3), st.sampled_from([[], [0], [0, 1], [1, 0]]))
 def test_requests_are_those_of_the_library(asked: list[dict[str, Any]], accepted: list[int]) -> None:
-    """Whatever the library encodes is decoded to the same, and fields that are unknown here are skipped."""
+    """Requests that the library encodes are decoded to the same values, and unknown fields are skipped."""
     body = remote["ReadRequest"](queries=asked, accepted_response_types=accepted).SerializeToString()
     assert decode_request(body, matchers_max=64) == [
         SeriesQuery(
@@ -79,7 +79,7 @@ def test_answers_are_read_by_the_library(series: list[dict[str, str]], values: d
 
 @given(st.integers(1, 2**29 - 1), int64, st.integers(-(2**63), 2**63 - 1), st.binary(max_size=300))
 def test_fields_come_back(number: int, value: int, zigzag: int, data: bytes) -> None:
-    """What is written as fields is read as fields."""
+    """Fields are read as they were written."""
     message = protobuf.int_field(number, value) + protobuf.sint_field(number, zigzag) + protobuf.bytes_field(number, data)
     (_, _, a), (_, _, b), (_, _, c) = protobuf.fields(message)
     assert isinstance(a, int)
@@ -89,7 +89,7 @@ def test_fields_come_back(number: int, value: int, zigzag: int, data: bytes) -> 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_request_or_are_refused(body: bytes) -> None:
-    """What the library refuses is refused here, too; nothing else than `BadRecord` or `Invalid` is raised."""
+    """Bytes that the library refuses are refused, and only with `BadRecord` or `Invalid`."""
     try:
         decode_request(body, matchers_max=64)
     except (BadRecord, Invalid):
@@ -143,7 +143,7 @@ def test_windows_are_those_whose_samples_are_in_the_range(start_ms: int, end_ms:
 
 
 def test_an_end_is_told_once_and_never_of_what_may_come() -> None:
-    """The first window without a value behind each one that has one says so, unless it may get a value yet."""
+    """The first window without a value behind one with a value is marked as the end, unless it may still get a value."""
     values = {0: 1.0, 10: 2.0, 40: 3.0}
     assert dict(with_ends(values, 10, 100)) == {0: 1.0, 10: 2.0, 20: None, 40: 3.0, 50: None}
     assert dict(with_ends(values, 10, 50)) == {0: 1.0, 10: 2.0, 20: None, 40: 3.0}

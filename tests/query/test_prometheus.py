@@ -77,7 +77,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def of_api(running: Running, view: str, *query: tuple[str, str]) -> dict[frozenset[tuple[str, str]], dict[int, Any]]:
-    """By labels, the value of each point by the time at which what it covers ends."""
+    """Return the value of each point by the time at which its range ends, by labels."""
     answer = running.server.view(view, *query)
     return {
         frozenset((name, text) for name, text in series["labels"].items() if text): {
@@ -96,7 +96,7 @@ def spans(running: Running, step: str, over: str) -> tuple[list[tuple[str, str]]
 
 @pytest.mark.parametrize(("step", "over"), [("10m", "10m"), ("1m", "1m"), ("5m", "1h"), ("1m", "2m")])
 def test_sums_over_time_are_those_of_the_api(running: Running, step: str, over: str) -> None:
-    """Each point of a range read is what PromQL sums over the same time, in tumbling and in sliding steps."""
+    """Each point of a range read is PromQL's sum over the same time, in tumbling and in sliding steps."""
     asked, span = spans(running, step, over)
     expected = of_api(running, "hits", *asked)
     assert len(expected) == 6
@@ -116,7 +116,7 @@ def test_a_window_is_drawn_where_it_ends_and_no_further(running: Running) -> Non
 
 
 def test_deltas_that_come_later_still_are_there_at_once(running: Running) -> None:
-    """What Prometheus has answered once it asks for again."""
+    """Prometheus asks again for what it has answered before, and so shows late deltas."""
     asked, span = spans(running, "1h", "1h")
     (before,) = of_api(running, "hits", *asked, ("by", "")).values()
     running.server.world.append(1, HITS, {("/late", ""): 1_000}, running.end_ms - 90 * MINUTE_MS)

@@ -1,4 +1,4 @@
-"""`POST /api/v1/read`: what Prometheus reads of views with windows, and what it is told when it asks for what can't be."""
+"""`POST /api/v1/read`: the samples and errors that Prometheus gets for views with windows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def post(server: Server, body: bytes, headers: Mapping[str, str] = HEADERS) -> R
 
 
 def results(reply: Reply) -> list[dict[str, dict[int, float]]]:
-    """Of each query, by series as PromQL writes it, the values by time; NaN where a series ends."""
+    """Return for each query the values by time of each series, written as in PromQL; NaN where a series ends."""
     assert reply.status == 200, reply.body
     assert reply.headers["content-type"] == "application/x-protobuf"
     assert reply.headers["content-encoding"] == "snappy"
@@ -76,7 +76,7 @@ def read(server: Server, *matchers: tuple[str, str, str], start_ms: int = EVER[0
 
 
 def refused(reply: Reply, status: int) -> str:
-    """The text of an error, as Prometheus shows it."""
+    """Return the text of an error, as Prometheus shows it."""
     assert reply.status == status, (reply.status, reply.body)
     assert reply.headers["content-type"] == "text/plain; charset=utf-8"
     assert "Traceback" not in reply.body.decode()
@@ -95,7 +95,7 @@ def now_ms(clock: HandClock) -> int:
 
 @pytest.fixture(scope="module")
 def server(clock: HandClock, now_ms: int) -> Iterator[Server]:
-    """Views of each kind, each with windows in two partitions."""
+    """Serve views of each kind, each with windows in two partitions."""
     world = World(2, clock=clock)
     world.append(0, HITS, {("/", "a"): 1, ("/", ""): 2}, now_ms - 3 * MINUTE_MS)
     world.append(1, HITS, {("/", "a"): 4, ("/cart", "b"): 8}, now_ms - 3 * MINUTE_MS)
@@ -119,7 +119,7 @@ def server(clock: HandClock, now_ms: int) -> Iterator[Server]:
 
 
 def test_a_window_is_a_sample_at_its_last_millisecond(server: Server, now_ms: int) -> None:
-    """Partitions are merged; a series ends where a window that is final has nothing, and goes on with the next value."""
+    """Partitions are merged; a series ends at a final window without a value, and goes on with the next value."""
     (no_zone, root, cart) = read(server, ("__name__", "=", "hits")).items()
     assert root[0] == "hits{path=/},{zone=a}"
     assert {at: value for at, value in root[1].items() if not math.isnan(value)} == {
@@ -166,12 +166,12 @@ def test_a_window_is_a_sample_at_its_last_millisecond(server: Server, now_ms: in
     ],
 )
 def test_matchers_are_those_of_prometheus(server: Server, matchers: list[tuple[str, str, str]], found: set[str]) -> None:
-    """All four kinds, on names and labels; a label that a series lacks is empty; expressions match the whole value."""
+    """All four kinds of matchers apply to names and labels; a missing label is empty; expressions match the whole value."""
     assert {*read(server, *matchers)} == found
 
 
 def test_values_are_floats(server: Server) -> None:
-    """Numbers as a scrape has them: estimates, true as 1, an int beyond all floats as infinity; texts are left out."""
+    """Values are as in a scrape: estimates, true as 1, an int beyond all floats as infinity; texts are left out."""
     found = {name: next(iter(samples.values())) for name, samples in read(server, ("__name__", "!=", "hits")).items()}
     assert {name: value for name, value in found.items() if not name.startswith("latency")} == {
         "users": 2,
@@ -194,7 +194,7 @@ def test_histograms_are_classic_buckets_of_each_window(server: Server, now_ms: i
 
 
 def test_bounds_are_as_fine_as_there_is_room_for() -> None:
-    """They are of the finest schema that all windows have; a long range gets coarser ones before it is refused."""
+    """Bounds have the finest schema that all windows have; a long range gets coarser ones before it is refused."""
     rng = random.Random(3)
     values = [[rng.lognormvariate(0, 1) for _ in range(100)] for _ in range(20)]
     states = [*map(KINDS["histogram"].collect, values)]
@@ -220,7 +220,7 @@ def test_bounds_are_as_fine_as_there_is_room_for() -> None:
 
 
 def test_what_has_expired_is_hidden_and_what_comes_late_is_there() -> None:
-    """From the commit on that says that windows have expired they are not read, in whatever partition they lie."""
+    """Expired windows are not read from the commit on that says so, in whatever partition they are."""
     world = World(2)
     world.append(0, HITS, {("/", ""): 1}, 0)
     world.append(1, HITS, {("/", ""): 2}, MINUTE_MS)
@@ -265,7 +265,7 @@ def test_a_broken_view_fails_only_reads_of_it() -> None:
 
 
 def test_several_queries_have_a_result_each(server: Server) -> None:
-    """All are answered from one moment; nothing asked is nothing answered; a series can be in two results."""
+    """All queries are answered from one moment; no query has no result; a series can be in two results."""
     query = (*EVER, [("__name__", "=", "users")])
     assert [[*it] for it in results(post(server, read_body(query, (0, 0, []), query)))] == [["users"], [], ["users"]]
     assert results(post(server, read_body())) == []
@@ -312,12 +312,12 @@ GOOD = read_body((*EVER, [("__name__", "=", "hits")]))
     ],
 )
 def test_bad_requests_are_told_as_text(server: Server, body: bytes, status: int, said: str) -> None:
-    """400 or 413, with a text that Prometheus shows; a size that is declared takes no memory."""
+    """A bad request is 400 or 413, with a text that Prometheus shows; a declared size takes no memory."""
     assert said in refused(post(server, body), status)
 
 
 def test_other_encodings_and_methods(server: Server) -> None:
-    """A body must be compressed by snappy; GET is not for reads."""
+    """A body must be compressed by snappy, and GET is refused."""
     for headers in {}, {"Content-Encoding": "gzip"}:
         assert "snappy" in refused(post(server, GOOD, headers), 415)
     assert server.get("/api/v1/read").status == 405

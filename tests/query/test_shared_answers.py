@@ -1,4 +1,4 @@
-"""Answers that equal reads share: one computation a commit, never an answer of an older one, never an older clock's word."""
+"""Answers that equal reads share: one computation a commit, and never an older commit's answer or an older time."""
 
 import asyncio
 import gzip
@@ -40,7 +40,7 @@ def kept_bytes(metrics: PrometheusMetrics) -> float:
 
 
 def without_clock(body: bytes) -> Any:
-    """An answer but for what the clock says of it."""
+    """Return an answer without its times."""
     answer = json.loads(body)
     del answer["as_of"]["staleness_ms"]
     answer.pop("final_before_ms", None)
@@ -67,7 +67,7 @@ def test_equal_reads_of_one_commit_are_computed_once(shop: Server) -> None:
 
 
 def test_a_kept_answer_says_anew_how_stale_it_is() -> None:
-    """The clock goes on and the log grows: the same series, another staleness."""
+    """A kept answer has the present staleness when the clock goes on and the log grows."""
     clock = HandClock()
     world = World(partition_count=1, clock=clock)
     world.publish(SALES, {("eu", "tea"): 1})
@@ -128,7 +128,7 @@ def test_a_client_that_has_the_answer_is_told_so(shop: Server, accept: str, wher
 
 
 def test_an_unchanged_answer_with_points_says_what_is_final(shop: Server) -> None:
-    """304 carries `final_before_ms`, which moves on without a commit."""
+    """A 304 carries `final_before_ms`, which moves on without a commit."""
     path = "/v1/views/minutes?start=600000&end=660000"
     etag = shop.get(path).headers["etag"]
     found = [shop.request("GET", path, headers={"If-None-Match": etag}) for _ in range(2)]
@@ -137,7 +137,7 @@ def test_an_unchanged_answer_with_points_says_what_is_final(shop: Server) -> Non
 
 
 def test_a_token_is_waited_for_before_anything_kept_is_answered(shop: Server) -> None:
-    """Read your writes holds: a kept answer is of the commit that the store is at by then."""
+    """A kept answer is of the commit at which the store is once the token is reached."""
     definition = Definition("own", "sum", ("x",))
     shop.world.publish(definition, {("a",): 1})
     with shop.world.folding(0.01):
@@ -177,7 +177,7 @@ def request(query: bytes = b"by=region", **headers: Any) -> Any:
 
 
 def test_reads_of_one_commit_that_are_under_way_share_one_computation() -> None:
-    """A thousand reads at once: one scan, however few may run; a commit in between makes a second one, and no third."""
+    """A thousand reads at once make one scan, however few may run; a commit in between makes a second one, and no third."""
     world = World(partition_count=1, settings=QuerySettings(reads_waiting_max=2))
     world.publish(SALES, {("eu", "tea"): 1})
     gated = _Gated(world.partitions[0].store)
@@ -207,7 +207,7 @@ def test_reads_of_one_commit_that_are_under_way_share_one_computation() -> None:
 
 
 def test_a_read_with_more_time_outlives_the_one_that_it_joined() -> None:
-    """Where the read that computes runs out of time, one that waits for its answer computes it again."""
+    """A read that waits for the answer of another one, whose time runs out, computes it again."""
     world = World(partition_count=1)
     world.publish(SALES, {("eu", "tea"): 1})
     gated = _Gated(world.partitions[0].store)
@@ -229,7 +229,7 @@ def test_a_read_with_more_time_outlives_the_one_that_it_joined() -> None:
 
 
 def test_kept_answers_are_bounded() -> None:
-    """All together stay below `answer_cache_bytes`: those not asked for longest make room, a large one is not kept."""
+    """Kept answers stay below `answer_cache_bytes`: the least recently used make room, and a large one is not kept."""
     world = World(settings=QuerySettings(answer_cache_bytes=20_000))
     world.publish(SALES, {(f"r{i}", f"p{i}"): i for i in range(400)})
     with serving(world) as server:
@@ -262,7 +262,7 @@ QUERIES = [
 
 @given(data=st.data())
 def test_a_shared_answer_is_what_a_computed_one_would_be(data: st.DataObject) -> None:
-    """Whatever commits come between reads, and whichever reads run at once: each answer is that of an own computation."""
+    """Each answer is that of a computation of its own, whatever commits come between reads, and whichever run at once."""
     world = World(partition_count=2)
     world.publish(SALES, {("eu", "tea"): 1, ("us", "tea"): 2})
     settings = QuerySettings(answer_cache_bytes=data.draw(st.sampled_from([0, 10_000, 2**20])))
@@ -340,7 +340,7 @@ def test_reads_while_commits_go_on_are_exact() -> None:
 
 @given(start=st.binary(min_size=1, max_size=1_500), end=st.binary(max_size=100), repeat=st.sampled_from([1, 250]))
 def test_both_parts_are_one_stream(start: bytes, end: bytes, repeat: int) -> None:
-    """What is put behind a compressed start is one member, or one frame, with it; also if that is nothing, or 150 KB."""
+    """A compressed start and an end make one member, or one frame, also with an end of no bytes, or of 150 KB."""
     whole = start * repeat + end * (repeat * 6)
     for coding in (GZIP, ZSTD):
         coded = encode_start(coding, start * repeat)
@@ -372,7 +372,7 @@ def test_both_parts_are_one_stream(start: bytes, end: bytes, repeat: int) -> Non
     ],
 )
 def test_the_coding_that_the_client_prefers(accept: str, coding: str) -> None:
-    """By quality values; of equals zstd; none rather than one that is not understood."""
+    """Quality values decide; among equals zstd wins; a header that can't be read means no coding."""
     assert preferred_coding(accept) == coding
 
 
@@ -395,7 +395,7 @@ def test_bodies_are_compressed_for_who_accepts_that(shop: Server, path: str, acc
 
 
 def test_the_list_of_views_is_compressed(shop: Server) -> None:
-    """As answers are, from the same size on."""
+    """The list of views is compressed as answers are, from the same size on."""
     for i in range(5):
         shop.world.publish(Definition(f"listed_{i}", "sum"), {(): 1})
     plain = shop.get("/v1/views")
