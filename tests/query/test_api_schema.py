@@ -142,6 +142,7 @@ def test_the_document_is_whole(server: Server) -> None:
         *(name.removesuffix("_ms") for name in AskedRange.__struct_fields__),
         "fn",
         "top",
+        "bottom",
         "limit",
         "after",
         "max_staleness_ms",
