@@ -29,7 +29,9 @@ QUERY_BYTES_MAX = 60_000
 _TIMES = ("start", "end", "at")
 _LENGTHS = ("step", "over")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
-_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms", *_RANGE, "fn")
+_WAITS = ("after", "max_staleness_ms", "timeout_ms")
+_SINGLE = ("kind", "window_s", "top", "bottom", "limit", *_WAITS, *_RANGE, "fn")
+STALENESS_MS_MAX = 10**15 - 1
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
@@ -91,29 +93,48 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
     """Return the read that a URL and its headers ask for."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
+    query, single = _query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
+    after = single.get("after")
+    timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
+    return ReadRequest(
+        query,
+        timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
+        None if after is None else Token.parse(after),
+        whole_number(single, "max_staleness_ms", STALENESS_MS_MAX),
+        preferred(headers.accept),
+        preferred_coding(headers.encoding),
+        _tags(headers.if_none_match) if headers.if_none_match else (),
+    )
+
+
+def _query(
+    view: str, pairs: Iterable[tuple[str, str]], settings: QuerySettings, known: Sequence[str]
+) -> tuple[Query, dict[str, str]]:
+    """Return the query that parameters stand for, and those that may stand once, out of `known`."""
     where: list[Matcher] = []
     by: list[str] = []
     quantiles: list[str] = []
     single: dict[str, str] = {}
-    for name, value in _pairs(query_string, settings.matchers_max):
+    for name, value in pairs:
         if name == "where":
             where.append(parse_matcher(value))
         elif name == "by":
             by.append(value)
         elif name == "q":
             quantiles.append(value)
-        elif name not in _SINGLE:
-            raise Invalid(f"unknown parameter {name[:100]!r}; known: where, by, q, {', '.join(_SINGLE)}")
+        elif name not in known:
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: where, by, q, {', '.join(known)}")
         elif name in single:
             raise Invalid(f"parameter {name} stands twice")
         else:
             single[name] = value
     if (count := len(where) + len(by) + len(quantiles)) > settings.matchers_max:
         raise Invalid(f"{count} `where`, `by` and `q` parameters; at most {settings.matchers_max}")
-    after = single.get("after")
     kind = single.get("kind")
     if kind is not None and kind not in KIND_NAMES:
         raise Invalid(f"kind: one of {', '.join(KIND_NAMES)} is needed, got {kind[:50]!r}")
+    if "top" in single and "bottom" in single:
+        raise Invalid("top and bottom: only one of them can be given")
     query = Query(
         view,
         tuple(where),
@@ -125,17 +146,9 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
         _range(single) if not single.keys().isdisjoint(_RANGE) else NO_RANGE,
         single.get("fn"),
         parse_quantiles(quantiles),
+        whole_number(single, "bottom", settings.limit_max),
     )
-    timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
-    return ReadRequest(
-        query,
-        timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
-        None if after is None else Token.parse(after),
-        whole_number(single, "max_staleness_ms", 10**15 - 1),
-        preferred(headers.accept),
-        preferred_coding(headers.encoding),
-        _tags(headers.if_none_match) if headers.if_none_match else (),
-    )
+    return query, single
 
 
 def _tags(if_none_match: bytes) -> tuple[bytes, ...]:

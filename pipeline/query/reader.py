@@ -242,7 +242,7 @@ class ViewReader:
         groups: dict[Labels, Any] = {}
         if fits:
             fold(kind, groups, rows, looked.states)
-        choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
+        choice = TopN(kind, query)
         choice.offer(groups)
         as_of = self._progress.as_of(looked.positions, seen)
         return FoundAnswer(answer_of(query, plan.merged, choice.selected(), as_of), looked.positions)

@@ -64,7 +64,7 @@ def select(
     kind = KINDS[merged.definition.kind]
     # Series of several definitions with the same labels are not neighbours in the order of keys.
     complete = is_complete(merged.definition, query.by) and len(merged.parts) == 1
-    choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles, answer=answer)
+    choice = TopN(kind, query, answer=answer)
     groups: dict[Labels, Any] = {}
     for part in merged.parts:
         prefix = series_prefix(part) + window_bytes(window_start_ms)

@@ -21,7 +21,7 @@ from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineErr
 from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded, encode_end, encode_start, preferred_coding
 from pipeline.query.found import FoundAnswer, span_of, unchanged_head
-from pipeline.query.media import Encoded, encode_body, encoded, end_of, plain_json
+from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
 from pipeline.query.params import ReadHeaders, ReadRequest
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
@@ -139,7 +139,10 @@ class ReadService:
         etag = self._answers.tags.of(request.key, span_of(answer), found.positions)
         if request.knows(etag):
             return encoded(answer, request.media_type, etag, (), unchanged=True)
-        body = encode_body(answer, request.media_type)
+        if request.media_type == ARROW:  # the first one loads pyarrow
+            body = await self._in_thread(lambda: encode_body(answer, ARROW))
+        else:
+            body = encode_body(answer, request.media_type)
         parts, coding = await self._coded(body, request.coding)
         return encoded(answer, request.media_type, etag, parts, coding)
 

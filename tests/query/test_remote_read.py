@@ -275,7 +275,7 @@ def test_several_queries_have_a_result_each(server: Server) -> None:
 
 
 def test_labels_only(server: Server) -> None:
-    """The list of series that Prometheus makes for its API of that name needs no samples."""
+    """A query for Prometheus' list of series is answered with labels and without samples."""
     asked = {"end_timestamp_ms": 2**62, "matchers": [{"name": "path", "value": "/"}], "hints": {"func": "series"}}
     body = bytes(cramjam.snappy.compress_raw(remote["ReadRequest"](queries=[asked]).SerializeToString()))
     assert results(post(server, body)) == [{"hits{path=/}": {}, "hits{path=/},{zone=a}": {}}]

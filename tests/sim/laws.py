@@ -113,7 +113,7 @@ def _halved(buckets: Mapping[int, int]) -> dict[int, int]:
 
 @lru_cache(maxsize=10_000)
 def _bucket(number: Fraction) -> int:
-    """The i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
+    """Return the i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
     order = 2**FINEST
     power = number**order
     place = (power.numerator.bit_length() - power.denominator.bit_length()) - 2
