@@ -40,7 +40,7 @@ _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a read may take, and what to wait for before it."""
+    """Time that a read may take, and conditions to wait for before it."""
 
     timeout_ms: int
     after: Token | None = None

@@ -119,7 +119,7 @@ def test_only_json_is_taken(shop: Server) -> None:
 
 
 def test_answers_are_compressed(shop: Server) -> None:
-    """As answers to single reads are."""
+    """Answers are compressed as those to single reads are."""
     reply = post(shop, {"queries": [{"view": "left"}] * 4}, **{"Accept-Encoding": "gzip"})
     assert len(json.loads(gzip.decompress(reply.body))["answers"]) == 4
 
