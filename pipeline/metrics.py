@@ -139,6 +139,15 @@ REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
 )
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
+ANSWERS = Metric(
+    "pipeline_answers_total",
+    "counter",
+    "Answers but those of a few keys: computed, joined (one computation, several reads), kept, or unchanged (304).",
+    ("how",),
+)
+ANSWERS_KEPT = Metric(
+    "pipeline_answers_kept_bytes", "gauge", "Memory of answers that are kept for reads of the same commit."
+)
 STALENESS = Metric(
     "pipeline_staleness_seconds", "gauge", "Upper bound on the age of anything accepted but not in answers.", _P
 )

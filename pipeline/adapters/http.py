@@ -223,6 +223,7 @@ class HttpReader:
         kind: str | None = None,
         window_s: int | None = None,
         top: int | None = None,
+        bottom: int | None = None,
         limit: int | None = None,
         start: Time | None = None,
         end: Time | None = None,
@@ -248,8 +249,8 @@ class HttpReader:
         `step`, `over`: distance of points, and length of what each covers: seconds, a timedelta, or a text such as `5m`.
         `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`.
 
-        `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` orders by the first of them, or by
-        count.
+        `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` and `bottom` order by the first of
+        them, or by count.
         """
         path = view_path(
             view,
@@ -258,6 +259,7 @@ class HttpReader:
             kind=kind,
             window_s=window_s,
             top=top,
+            bottom=bottom,
             limit=limit,
             start=None if start is None else time_ms("start", start),
             end=None if end is None else time_ms("end", end),

@@ -61,7 +61,7 @@ def run_get(
     (_values(answer) if answer.step_ms is None else _points(answer)).print()
     shown = f"{len(answer.series):,} series"
     if answer.truncated:
-        shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top)"
+        shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top, --bottom)"
     stale = answer.as_of.staleness_ms
     if answer.also:
         others = ", ".join(f"--kind {it.kind}" + f" --window-s {it.window_s}" * bool(it.window_s) for it in answer.also)

@@ -64,6 +64,7 @@ def _set_limits(parameters: list[dict[str, Any]], settings: QuerySettings) -> No
         "by": {"maxItems": settings.matchers_max},
         "q": {"maxItems": settings.matchers_max},
         "top": {"maximum": settings.limit_max},
+        "bottom": {"maximum": settings.limit_max},
         "limit": {"maximum": settings.limit_max, "default": min(settings.limit_default, settings.limit_max)},
         "timeout_ms": {
             "maximum": settings.timeout_ms_max,

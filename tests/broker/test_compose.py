@@ -47,7 +47,7 @@ def last(name: str) -> str:
 
 
 def test_compose_accepts_the_file() -> None:
-    """docker-compose, and the newer plugin where there is one, find nothing wrong, and see the services that we see."""
+    """docker-compose, and the newer plugin if installed, accept the file, and find the same services as these tests."""
     try:
         programs = [[need("docker-compose")]]
     except Missing:

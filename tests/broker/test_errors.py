@@ -311,7 +311,7 @@ def test_what_is_aborted_is_done_again(mock: MockCluster, request_: int, name: s
 
 @pytest.mark.parametrize("name", ["COORDINATOR_LOAD_IN_PROGRESS", "TRANSACTION_ABORTABLE", "UNKNOWN", "_TRANSPORT"])
 def test_an_abort_is_tried_again(mock: MockCluster, name: str) -> None:
-    """An abort that fails for a while ends all the same, and then the commit is done again."""
+    """An abort that fails for a while succeeds in the end, and then the commit is done again."""
     transaction = begun(mock)
     mock.fail(END_TXN, code("OUT_OF_ORDER_SEQUENCE_NUMBER"), *[code(name)] * 2)
     made = ends(mock, lambda: transaction.commit(three(), timeout_s=10))
@@ -376,7 +376,7 @@ def test_the_deadline_holds(mock: MockCluster, request_: int, name: str) -> None
     ],
 )
 def test_what_can_never_be_taken_is_told(mock: MockCluster, name: str, advice: str) -> None:
-    """The transaction is aborted and not tried again; the text says what to do."""
+    """A transaction with a record that can never be accepted is aborted and not tried again; the text says what to do."""
     transaction = begun(mock)
     mock.fail(PRODUCE, code(name))
 

@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from pipeline.metrics import CATALOGUE
-from tests.broker.jars import Missing, need
-from tests.broker.kafka import absent
+from tests.prometheus import program
 from tests.support import ROOT
 
 FILE = ROOT / "dashboards" / "rules.yml"
@@ -125,11 +124,7 @@ QUIET: dict[str, Series] = {
 
 def promtool(*arguments: str) -> None:
     """Run promtool; skip the test if there is none, or fail it under PIPELINE_REQUIRE_KAFKA=1."""
-    try:
-        program = need("promtool")
-    except Missing:
-        absent(Missing("no promtool: apt-get install prometheus"))
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([program("promtool"), *arguments], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

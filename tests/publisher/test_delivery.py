@@ -104,7 +104,7 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
 
 
 def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
-    """Of thousands of waiting batches, every other one failing, none is refused for its gaps."""
+    """Thousands of batches wait, every other one failing, and none is refused for its gaps."""
     rng = random.Random(5)
     log = FaultyLog(partitions=1)
     log.away = True
@@ -188,7 +188,7 @@ def test_what_is_said_of_a_rejected_batch_is_known(first: str, groups: bool) -> 
 
 
 def test_rejections_are_remembered_in_bounded_memory() -> None:
-    """Without a flush rejections add up to a number, and a few reasons."""
+    """Rejections that no flush has raised are remembered as a number and a few reasons."""
     log = FaultyLog(lambda n, batch: Invalid("no"), partitions=1)
     pub = publisher(log, flush_interval_ms=1)
     cell = pub.sum("v").labels()

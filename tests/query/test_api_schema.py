@@ -81,7 +81,7 @@ def test_requests_are_answered_as_documented(
 
 @pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)
 def test_reads_of_windows_are_answered_as_documented(api_schema: Any, mode: schemathesis.GenerationMode) -> None:
-    """Ranges of a view that has windows: answers have points, wrong ranges are refused."""
+    """Answers to ranges of a view with windows have points, and wrong ranges are refused."""
     operation = api_schema["/v1/views/{view}"]["get"]
 
     @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[*HealthCheck])
@@ -112,6 +112,7 @@ def test_the_document_is_whole(server: Server) -> None:
     document = server.get("/openapi.json").json()
     operations = {(verb, path) for path, verbs in document["paths"].items() for verb in verbs}
     assert operations == {
+        ("post", "/api/v1/read"),
         ("get", "/v1/views"),
         ("get", "/v1/views/{view}"),
         ("post", "/v1/views/{view}/drop"),
@@ -141,10 +142,12 @@ def test_the_document_is_whole(server: Server) -> None:
         *(name.removesuffix("_ms") for name in AskedRange.__struct_fields__),
         "fn",
         "top",
+        "bottom",
         "limit",
         "after",
         "max_staleness_ms",
         "timeout_ms",
+        "If-None-Match",
     }
     for reference in references(document):
         resolved(document, [{"$ref": reference}])

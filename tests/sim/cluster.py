@@ -25,11 +25,11 @@ class Pin:
     def __init__(self, offset: int, patience: int) -> None:
         self.offset = offset
         self.patience = patience
-        """How often a reader may wait in vain before the broker aborts the transaction."""
+        """Number of times that a reader may wait in vain before the broker aborts the transaction."""
 
 
 class Cluster:
-    """The log, and who owns which transactional id."""
+    """The log, and the owner of each transactional id."""
 
     def __init__(self, topics: Mapping[str, int], true_time: TrueTime, clock: NodeClock, auditor: Auditor) -> None:
         self.memory = MemoryLog(topics, self._now_ms, log_id="sim")

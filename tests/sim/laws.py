@@ -99,7 +99,7 @@ def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
 
 
 def _bucket(number: Fraction) -> int:
-    """The i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
+    """Return the i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
     order = 2**FINEST
     power = number**order
     place = (power.numerator.bit_length() - power.denominator.bit_length()) - 2

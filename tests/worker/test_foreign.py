@@ -208,7 +208,7 @@ def test_a_damaged_store_mends_nothing(world: _World, key: bytes, at_start: bool
 
 
 def test_all_of_it_at_once(world: _World) -> None:
-    """Before, between and behind commits, in any order, with owners that come and go."""
+    """Foreign records of all kinds, between any commits and while owners change, change no number."""
     kinds = [*strange(world).values()]
     total = 2.0
     for count, (key, value) in enumerate(chain(kinds, reversed(kinds))):
@@ -224,7 +224,7 @@ def test_all_of_it_at_once(world: _World) -> None:
 
 
 def test_somebody_who_never_stops(world: _World) -> None:
-    """A commit that finds something in its way again and again ends the process, which says what to look at."""
+    """A commit that meets foreign records again and again ends the process with advice."""
     owner = world.worker.partitions[0]
     world.worker.append(0, {"b": 1})
     fold_all(world.log, owner)
@@ -251,7 +251,7 @@ COVERS = [
 
 
 def cover(world: _World, kind: str) -> int:
-    """Write over an entry of ours, and compact hours later; where the changelog ends then."""
+    """Cover an entry of the owner with a foreign record, and compact hours later; return the end of the changelog."""
     world.write(*(strange(world) | {"a definition that is deleted": (definition_key(VIEW), None)})[kind])
     world.clock.s += 36_000
     end_offset = world.log.watermarks(CHANGELOG, 0).end_offset
@@ -272,7 +272,7 @@ def written_since(world: _World, end_offset: int) -> set[bytes | None]:
 @pytest.mark.parametrize("kind", COVERS)
 @pytest.mark.parametrize("disk", ["empty", "behind"])
 def test_what_compaction_took_before_a_takeover(world: _World, kind: str, disk: str) -> None:
-    """A disk that has not read ours can't tell what it was: a person decides, and nothing is written before."""
+    """A disk that has not read a covered entry can't tell it: a person decides, and nothing is written before."""
     stores = MemoryStores() if disk == "empty" else copy_of(world.worker.stores)
     world.commit(a=3, b=3, c=1)
     right = {"a": 5, "b": 5, "c": 1}
