@@ -101,6 +101,15 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         return self.series[0].value if self.series else None
 
 
+class Answers(msgspec.Struct, frozen=True):
+    """Answers to several queries, all of one moment of each partition."""
+
+    answers: list[Answer]
+    """One for each query, in their order."""
+    as_of: AsOf
+    """Part of the log that all of them reflect."""
+
+
 class View(msgspec.Struct, frozen=True):
     """A definition of a view, and how many series of it there are, summed over partitions."""
 

@@ -38,12 +38,13 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
-from pipeline.query.params import parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
+from pipeline.query.several import parse_several
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def create_app(
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
         Route("/v1/views", _ListViews(service), methods=["GET"]),
+        Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
     ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
@@ -173,6 +175,21 @@ class _ReadView:
         """Answer a request whose path names `view`."""
         asked = parse_read(view, scope["query_string"], self._settings, read_headers(scope["headers"]))
         await _send(send, await self._service.answer(asked))
+
+
+class _PostQuery:
+    """`POST /v1/query` as a plain ASGI application."""
+
+    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+        self._service = service
+        self._settings = settings
+        self._bodies = _Bodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        async with self._bodies.of(request) as body:
+            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
 class _ListViews:

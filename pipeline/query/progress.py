@@ -81,7 +81,9 @@ class Progress:
             lag = None if end_offset is None else end_offset - next_offset
             if lag is not None:
                 self._metrics.set(m.LAG, lag, number)
-                self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets.get(number, 0), number)
+                start_offset = seen.start_offsets.get(number, 0)
+                self._metrics.set(m.START_OFFSET, start_offset, number)
+                self._metrics.set(m.RETENTION_MARGIN, next_offset - start_offset, number)
             self._metrics.set(m.STALENESS, inf if staleness_ms is None else staleness_ms / 1000, number)
             at_ms, of = position.committed_at_ms, position.source_id
             states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, at_ms, of))
