@@ -15,7 +15,7 @@ from pipeline.adapters.kafka.options import Address, parse_url, reader_options, 
 from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
-from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
+from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, PipelineError, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from tests.broker.mock import (
@@ -306,6 +306,52 @@ def test_what_is_aborted_is_done_again(mock: MockCluster, request_: int, name: s
     assert made[-3:] == ONCE
     assert made.count(END_TXN) >= 2
     assert transaction.commit(three(), timeout_s=10)[0] >= offsets[0] + 3
+    transaction.close()
+
+
+PLACE = ("deltas", 0)
+
+
+def test_a_marker_that_is_left_out(mock: MockCluster) -> None:
+    """A commit that stands where the marker of the last one should be is aborted, and its owner has to look.
+
+    The mock leaves none out: the transaction is told that its last one ended behind its marker.
+    """
+    transaction = begun(mock)
+    assert transaction.commit(three(), timeout_s=10, begins={PLACE: 0}) == [3, 3, 3]
+    transaction._ends = {PLACE: 4}
+    with pytest.raises(Displaced, match="left out the marker of the last transaction in deltas-0"):
+        transaction.commit(three(), timeout_s=10, begins={PLACE: 5})
+    with pytest.raises(Discontinuous, match="went back from 1000 to 8"):
+        transaction.commit(three(), timeout_s=10, begins={PLACE: 1_000})
+    transaction.close()
+
+
+@pytest.mark.parametrize(("request_", "name"), [ABORTED[0], ABORTED[3], ABORTED[7]])
+def test_an_aborted_commit_with_a_place_is_not_done_again(mock: MockCluster, request_: int, name: str) -> None:
+    """The abort can have undone the last commit too, so that the owner has to look before the next one."""
+    transaction = begun(mock)
+    transaction.commit(three(), timeout_s=10, begins={PLACE: 0})
+    mock.fail(request_, code(name))
+    with pytest.raises(Displaced, match="was aborted"):
+        transaction.commit(three(), timeout_s=10, begins={PLACE: 4})
+    transaction.commit(three(), timeout_s=10)
+    transaction.close()
+
+
+def test_a_commit_after_an_outage(mock: MockCluster) -> None:
+    """After a time without any broker the owner has to look before its commit; one without a place goes on."""
+    transaction = begun(mock)
+    transaction.commit(three(), timeout_s=10, begins={PLACE: 0})
+    for ended in (False, True):
+        transaction._note_error(KafkaError(KafkaError._TRANSPORT))
+        transaction._note_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+        if ended:
+            transaction.commit(three()[:1], timeout_s=10)
+        else:
+            with pytest.raises(Displaced, match="no broker could be reached"):
+                transaction.commit(three(), timeout_s=10, begins={PLACE: 4})
+    assert transaction.commit(three(), timeout_s=10, begins={PLACE: 6}) == [9, 9, 9]
     transaction.close()
 
 
