@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from math import inf
 from typing import Any
 
@@ -18,6 +19,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+import pipeline.native as native
 from pipeline.adapters import prometheus_protobuf
 from pipeline.core.exposition import (
     OMITTED,
@@ -31,7 +33,7 @@ from pipeline.core.exposition import (
     sample_value,
 )
 from pipeline.core.kinds import KINDS
-from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
+from pipeline.metrics import CATALOGUE, INFO, PARTITION_GAUGES, Metric
 
 
 class PrometheusMetrics:
@@ -45,6 +47,8 @@ class PrometheusMetrics:
         self._families: dict[Metric, Any] = {metric: self._family(metric) for metric in CATALOGUE}
         self._bound: dict[tuple[object, ...], Any] = {}
         self._lock = threading.Lock()
+        self.before_render: Callable[[], None] = lambda: None
+        """Sets the gauges that are measured when somebody asks for them."""
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -79,8 +83,13 @@ class PrometheusMetrics:
                 if self._bound.pop((metric.name, partition), None) is not None:
                     self._families[metric].remove(partition)
 
+    def show_info(self, role: str) -> None:
+        """Set `pipeline_info` of this process."""
+        self.set(INFO, 1, role, version("delta-pipeline"), "yes" if native.in_use() else "no")
+
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics as text, and its media type, in the format that the Accept header prefers."""
+        self.before_render()
         encode, media_type = encoder_for(accept)
         return encode(self.registry), media_type
 

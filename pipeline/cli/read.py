@@ -49,7 +49,7 @@ def run_get(
         if any(options[name] is not None for name in ("start", "end", "at")):
             raise Invalid("--last ends now; --start, --end and --at are for other ranges")
         options["start"] = max(0, SystemClock().now_ms() - length_ms("--last", last))
-    path = view_path(view, where, by, **options)
+    path = view_path(view, where=where, by=by, **options)
     timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
     if form == "csv":
         with Reader(url) as reader:

@@ -110,7 +110,7 @@ def encoded(
 def plain_json(parts: Sequence[bytes], coding: str) -> Encoded:
     """Return a response of JSON that is no answer of a view."""
     headers = [(b"content-type", _CONTENT_TYPES[JSON]), (b"content-length", b"%d" % sum(map(len, parts)))]
-    headers.append((b"vary", b"Accept-Encoding"))
+    headers += [(b"vary", b"Accept-Encoding"), _NO_STORE]
     return Encoded(parts, [*headers, (b"content-encoding", coding.encode())] if coding else headers)
 
 

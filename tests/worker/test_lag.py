@@ -73,6 +73,9 @@ def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
         it.look_twice()
         assert (it.metrics.of(m.LAG, 0), it.metrics.of(m.LAG, 1)) == (4, 0)
         assert (it.metrics.of(m.RETENTION_MARGIN, 0), it.metrics.of(m.RETENTION_MARGIN, 1)) == (3, 7)
+        assert all(
+            it.metrics.of(m.START_OFFSET, n) + it.metrics.of(m.RETENTION_MARGIN, n) == it.positions[n] for n in (0, 1)
+        )
         assert it.mirror.end_offsets == {0: 9, 1: 7}
         it.positions[1] = 8  # ahead of what was seen
         it.look_twice()
