@@ -398,7 +398,7 @@ class ViewReader:
         of names. Views that can't be shown are named as omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond
         `deadline_s`, `Invalid` without all partitions.
         """
-        self._check_whole("scrape")
+        self._check_whole("scrape one that has all, or one with --gather")
         return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s)
 
     def _scrape(
@@ -425,16 +425,16 @@ class ViewReader:
         _log.error("view %s is left out of a scrape: %s", view, damage)
         return UNREADABLE
 
-    def _check_whole(self, what: str) -> None:
+    def _check_whole(self, advice: str) -> None:
         if elsewhere := self.elsewhere:
-            raise Invalid(f"this server lacks partition {min(elsewhere)}: {what} one that has all, or one with --gather")
+            raise Invalid(f"this server lacks partition {min(elsewhere)}: {advice}")
 
     def on_cut(self, read: Callable[[Cut], T], *, deadline_s: float) -> T:
         """Return what `read` makes of one moment of each store. Its checks raise `Unavailable` beyond `deadline_s`.
 
         Raises `Invalid` without all partitions.
         """
-        self._check_whole("read remotely")
+        self._check_whole("remote reads need one that has all")
         return self._from(self._stores(), lambda stores: read(self._cut(stores, deadline_s)))
 
     def _cut(self, stores: Mapping[int, ReadableStore], deadline_s: float) -> Cut:
