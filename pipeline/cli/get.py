@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import DEFAULT_URL, From, Json
+from pipeline.cli.options import DEFAULT_URL, Json, ReadFrom
 
 Quantiles = Annotated[
     list[float] | None,
@@ -25,7 +25,7 @@ def get(
     view: Annotated[
         str | None, typer.Argument(metavar="[VIEW]", help="Name of the view; without it, all are listed.")
     ] = None,
-    url: From = DEFAULT_URL,
+    url: ReadFrom = DEFAULT_URL,
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="LABEL=VALUE", help="Also != and, with regular expressions, =~ and !~. All must hold."),

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http import HttpReader as Reader
 from pipeline.adapters.http import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
@@ -17,6 +16,7 @@ from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
 from pipeline.query.media import CSV
+from pipeline.roles.readers import Reader
 
 _BARS_MAX = 60
 _ITEMS_MAX = 5
