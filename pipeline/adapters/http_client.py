@@ -44,7 +44,7 @@ class _Problem(msgspec.Struct):
 
 
 class Client(Protocol):
-    """What answers the requests of readers."""
+    """A server, or what stands for one, as readers ask it."""
 
     url: str
 

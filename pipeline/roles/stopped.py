@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -26,9 +27,11 @@ from pipeline.query.ends import EndsNow
 from pipeline.query.reader import ViewReader
 from pipeline.roles.readers import SCHEME
 from pipeline.settings import LogSettings, QuerySettings
+from pipeline.threads import guarded
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.follower import read_meta
 
+_log = logging.getLogger(__name__)
 _START = "start `pipeline up` on it once"
 
 
@@ -70,7 +73,10 @@ class StoppedDirectory:
             self._stop = asyncio.Event()
             started = threading.Event()
             self._thread = threading.Thread(
-                target=self._loop.run_until_complete, args=[self._serve(started)], name="pipeline-stopped", daemon=True
+                target=guarded(_log, "stopped", self._loop.run_until_complete),
+                args=[self._serve(started)],
+                name="pipeline-stopped",
+                daemon=True,
             )
             self._thread.start()
             started.wait()
@@ -109,9 +115,12 @@ class StoppedDirectory:
         )
 
     async def _serve(self, started: threading.Event) -> None:
-        async with self._app.router.lifespan_context(self._app):
+        try:
+            async with self._app.router.lifespan_context(self._app):
+                started.set()
+                await self._stop.wait()
+        finally:
             started.set()
-            await self._stop.wait()
 
     def request(
         self,
