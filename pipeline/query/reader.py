@@ -27,7 +27,6 @@ from pipeline.core.query import (
     MergedDefinition,
     Query,
     Selected,
-    TopN,
     fold,
     group_key,
     label_index,
@@ -35,6 +34,7 @@ from pipeline.core.query import (
     merged,
     narrow,
     pinned_labels,
+    select_one,
 )
 from pipeline.core.record import TAG_DEFINITION, Definition, Position, definition_key, expires_silent, prefix_end
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
@@ -246,10 +246,8 @@ class ViewReader:
         groups: dict[Labels, Any] = {}
         if fits:
             fold(kind, groups, rows, looked.states)
-        choice = TopN(kind, query)
-        choice.offer(groups)
         as_of = self._progress.as_of(looked.positions, seen)
-        return FoundAnswer(answer_of(query, plan.merged, choice.selected(), as_of), looked.positions)
+        return FoundAnswer(answer_of(query, plan.merged, select_one(kind, query, groups), as_of), looked.positions)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer of `find`."""
@@ -400,7 +398,7 @@ class ViewReader:
         of names. Views that can't be shown are named as omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond
         `deadline_s`, `Invalid` without all partitions.
         """
-        self._check_whole("scrape")
+        self._check_whole("scrape one that has all, or one with --gather")
         return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s)
 
     def _scrape(
@@ -427,16 +425,16 @@ class ViewReader:
         _log.error("view %s is left out of a scrape: %s", view, damage)
         return UNREADABLE
 
-    def _check_whole(self, what: str) -> None:
+    def _check_whole(self, advice: str) -> None:
         if elsewhere := self.elsewhere:
-            raise Invalid(f"this server lacks partition {min(elsewhere)}: {what} one that has all, or one with --gather")
+            raise Invalid(f"this server lacks partition {min(elsewhere)}: {advice}")
 
     def on_cut(self, read: Callable[[Cut], T], *, deadline_s: float) -> T:
         """Return what `read` makes of one moment of each store. Its checks raise `Unavailable` beyond `deadline_s`.
 
         Raises `Invalid` without all partitions.
         """
-        self._check_whole("read remotely")
+        self._check_whole("remote reads need one that has all")
         return self._from(self._stores(), lambda stores: read(self._cut(stores, deadline_s)))
 
     def _cut(self, stores: Mapping[int, ReadableStore], deadline_s: float) -> Cut:
@@ -465,5 +463,5 @@ class ViewReader:
     def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
         """Raise `NotReady` if one of these stores was taken away since it was read."""
         now = self._stores()
-        if any(now.get(number) is not store for number, store in stores.items()):
+        if now != stores and any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")
