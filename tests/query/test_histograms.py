@@ -17,7 +17,7 @@ from pipeline.adapters.http import HttpReader
 from pipeline.adapters.prometheus import render_views
 from pipeline.core.exposition import BOUNDS_LEAST, BOUNDS_MAX, ClassicBuckets, Exposed, Exposition, bound_text, choose
 from pipeline.core.kinds import KINDS, State
-from pipeline.core.kinds.histogram import BUCKETS_MAX, SCHEMA_MAX
+from pipeline.core.kinds.histogram import BUCKETS_MAX, SCHEMA_MAX, bound_of
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
@@ -174,6 +174,17 @@ def test_bounds_are_written_as_go_writes_them(bound: float) -> None:
     """Scrapes and remote reads have the same texts of bounds, which are those of prometheus_client."""
     if bound > -math.inf:
         assert bound_text(bound) == floatToGoString(bound)
+
+
+@given(st.integers(-1_000, 1_000), st.integers(0, SCHEMA_MAX))
+def test_a_bound_parts_neighbouring_floats(power: int, schema: int) -> None:
+    """The largest float up to a power of a base is counted by its bound, and the next float is not."""
+    bound = bound_of(power, schema)
+    either = [state([bound]), state([math.nextafter(bound, math.inf)])]
+    narrow = [(*it[:3], schema, it[4], {i >> SCHEMA_MAX - schema: n for i, n in it[5].items()}, {}) for it in either]
+    classic = ClassicBuckets(narrow, bounds_max=BUCKETS_MAX, schema_max=schema)
+    at = classic.bounds.index(bound)
+    assert [classic.counts(it)[at] for it in narrow] == [1, 0]
 
 
 def test_classic_buckets_of_the_widest_range() -> None:
