@@ -343,8 +343,11 @@ class QuerySettings(_Checked):
         "with 400",
         least=1,
     )
+    queries_max: int = _setting(64, "queries of one POST /v1/query; more is refused with 400", least=1)
     matchers_max: int = _setting(
-        64, "`where`, `by` and `q`, or `view`, parameters of one request; matchers of POST /api/v1/read", least=1
+        64,
+        "`where`, `by` and `q`, or `view`, parameters of one read; matchers of POST /api/v1/read",
+        least=1,
     )
     regex_bytes_max: int = _setting(1_000, "longest regular expression in `where` and in matchers", least=1)
     timeout_ms_default: int = _setting(
@@ -369,6 +372,13 @@ class QuerySettings(_Checked):
         "longest make room. 0: none, and equal reads share only what is under way",
         least=0,
     )
+    cursor_bytes_max: int = _setting(
+        134_217_728,
+        "memory of pages that cursors name; lists of pages not used for longest make room, and their cursors are 410. One "
+        "that is larger is refused with 400",
+        least=1,
+    )
+    cursor_ttl_ms: int = _setting(60_000, "how long pages are kept without use; after that their cursors are 410", least=1)
     compress_bytes_min: int = _setting(
         1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
     )

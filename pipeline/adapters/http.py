@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Self, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http_client import HttpClient, error_of, is_ours
-from pipeline.core.answer import Answer, Changed, Status, View, known
+from pipeline.adapters.read_parameters import QueryKeywords, json_query, view_path
+from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
 from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
-from pipeline.core.times import Length, Time, length_ms, length_text, time_ms
+from pipeline.core.times import Length, Time
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
@@ -180,26 +180,6 @@ class HttpLogWriter:
         self._client.close()
 
 
-def _condition(label: str, value: str) -> str:
-    if value.startswith("~"):  # `label=~...` would be read as a regular expression
-        return f"{label}=~{re.escape(value)}"
-    return f"{label}={value}"
-
-
-def view_path(
-    view: str, where: Mapping[str, str] | Sequence[str] | None, by: Sequence[str] | None, **options: object
-) -> str:
-    """Return path and query of a read; options that are None are left out."""
-    conditions = [_condition(*item) for item in where.items()] if isinstance(where, Mapping) else where or ()
-    query = [("where", text) for text in ([conditions] if isinstance(conditions, str) else conditions)]
-    if by is not None:
-        query += [("by", label) for label in ([by] if isinstance(by, str) else by)] or [("by", "")]
-    for name, value in options.items():
-        several = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        query += [(name, str(it)) for it in several]
-    return f"/v1/views/{quote(view, safe='')}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
-
-
 class HttpReader:
     """Reads merged views from a server. Safe from any thread.
 
@@ -233,6 +213,7 @@ class HttpReader:
         fill: str | None = None,
         fn: str | None = None,
         q: Sequence[float] | float | None = None,
+        cursor: str | None = None,
         after: Token | str | None = None,
         max_staleness_ms: int | None = None,
         timeout_ms: int | None = None,
@@ -251,30 +232,78 @@ class HttpReader:
 
         `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` and `bottom` order by the first of
         them, or by count.
+
+        `cursor`: "" for the first page of `limit` series, then `next_cursor` of the page before; `pages` does that.
         """
         path = view_path(
             view,
-            where,
-            by,
+            where=where,
+            by=by,
             kind=kind,
             window_s=window_s,
             top=top,
             bottom=bottom,
             limit=limit,
-            start=None if start is None else time_ms("start", start),
-            end=None if end is None else time_ms("end", end),
-            at=None if at is None else time_ms("at", at),
-            step=None if step is None else length_text(length_ms("step", step)),
-            over=None if over is None else length_text(length_ms("over", over)),
+            start=start,
+            end=end,
+            at=at,
+            step=step,
+            over=over,
             fill=fill,
             fn=fn,
-            q=None if q is None else [*q] if isinstance(q, Iterable) else q,
+            q=q,
+            cursor=cursor,
             after=after,
             max_staleness_ms=max_staleness_ms,
             timeout_ms=timeout_ms,
         )
-        timeout_s = self._timeout_s if timeout_ms is None else timeout_ms / 1000 + 5
-        return self._get(path, Answer, timeout_s)
+        return self._get(path, Answer, self._limit_s(timeout_ms))
+
+    def pages(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        *,
+        page_size: int = 10_000,
+        after: Token | str | None = None,
+        max_staleness_ms: int | None = None,
+        **options: Any,
+    ) -> Iterator[Answer]:
+        """Yield all series that match, in answers of `page_size` series, all of one moment; the options are those of `get`.
+
+        The server keeps the pages for a while (`cursor_ttl_ms`). Raises `CursorGone` if it has let go of them.
+        """
+        waits: dict[str, Any] = {"after": after, "max_staleness_ms": max_staleness_ms}
+        cursor: str | None = ""
+        while cursor is not None:
+            answer = self.get(view, where, by, limit=page_size, cursor=cursor, **waits, **options)
+            yield answer
+            cursor, waits = answer.next_cursor, {}
+
+    def query(
+        self,
+        queries: Iterable[QueryKeywords],
+        *,
+        after: Token | str | None = None,
+        max_staleness_ms: int | None = None,
+        timeout_ms: int | None = None,
+    ) -> list[Answer]:
+        """Return the answer to each query, all of one moment, so that views that change together are never seen apart.
+
+            hits, errors = reader.query([{"view": "hits", "by": ["route"]}, {"view": "errors", "by": ["route"]}])
+
+        A query is a dict of arguments of `get`. Within a partition of the log the moment is exact. An error names the index
+        of its query, from 0, and there is no answer to the others.
+        """
+        request: dict[str, Any] = {"queries": [json_query(it) for it in queries]}
+        waits = {"after": after and str(after), "max_staleness_ms": max_staleness_ms, "timeout_ms": timeout_ms}
+        request.update({name: value for name, value in waits.items() if value is not None})
+        body = self.fetch("/v1/query", body=msgspec.json.encode(request), timeout_s=self._limit_s(timeout_ms))
+        return self._decoded(body, Answers).answers
+
+    def _limit_s(self, timeout_ms: int | None) -> float:
+        return self._timeout_s if timeout_ms is None else timeout_ms / 1000 + 5
 
     def views(self) -> list[View]:
         """Return the definitions of all views."""
@@ -357,6 +386,22 @@ class AsyncHttpReader:
     ) -> Answer:
         """Return the merged view; the options are those of `Reader.get`."""
         return await _in_thread(self._reader.get, view, where, by, **options)
+
+    async def pages(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Answer]:
+        """Yield all series that match, in answers of one moment; the options are those of `Reader.pages`."""
+        pages = self._reader.pages(view, where, by, **options)
+        while (answer := await _in_thread(next, pages, None)) is not None:
+            yield answer
+
+    async def query(self, queries: Iterable[QueryKeywords], **options: Any) -> list[Answer]:
+        """Return the answer to each query, all of one moment; the options are those of `Reader.query`."""
+        return await _in_thread(self._reader.query, queries, **options)
 
     async def views(self) -> list[View]:
         """Return the definitions of all views."""

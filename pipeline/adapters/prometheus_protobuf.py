@@ -34,7 +34,6 @@ from pipeline.core.protobuf import (
     text_field,
     varint,
 )
-from pipeline.core.remote_read import as_float
 
 MEDIA_TYPE = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
 _TEXT_TYPES = ("application/openmetrics-text", "text/plain")
@@ -106,7 +105,7 @@ def _of_view(exposed: Exposed) -> bytes:
         return _family(definition.view, about(definition), kind, metrics)
     kind, number = (_COUNTER, 3) if definition.monotone else (_GAUGE, 2)
     metrics = [
-        _metric(definition.labels, labels, bytes_field(number, double_field(1, as_float(value))))
+        _metric(definition.labels, labels, bytes_field(number, double_field(1, value)))
         for labels, answer in zip(exposed.labels, exposed.values, strict=True)
         if (value := sample_value(KINDS[definition.kind].number(answer))) is not None
     ]
@@ -119,7 +118,7 @@ def _histogram(state: State, classic: ClassicBuckets, *, native: bool) -> bytes:
     total, _, _, schema, zeros, positive, negative = state
     as_floats = count_of(state) > _INT64_MAX
     count = double_field(4, float(count_of(state))) if as_floats else int_field(1, count_of(state))
-    parts = [count, double_field(2, as_float(KINDS["sum"].answer(total)))]
+    parts = [count, double_field(2, sample_value(KINDS["sum"].answer(total)) or 0)]
     for bound, up_to in zip((*classic.bounds, inf), classic.counts(state), strict=True):
         cumulative = double_field(4, float(up_to)) if as_floats else int_field(1, up_to)
         parts.append(bytes_field(3, cumulative + double_field(2, bound)))

@@ -15,7 +15,7 @@ from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
 
-class AsOf(msgspec.Struct, frozen=True, omit_defaults=True):
+class AsOf(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Part of the log that an answer reflects."""
 
     staleness_ms: int | None
@@ -26,7 +26,7 @@ class AsOf(msgspec.Struct, frozen=True, omit_defaults=True):
     """Partitions of which nothing is in the answer, because no server that was asked follows them."""
 
 
-class Series(msgspec.Struct, frozen=True, omit_defaults=True):
+class Series(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One row of an answer: a value, or points where the view has windows."""
 
     labels: dict[str, str]
@@ -36,7 +36,7 @@ class Series(msgspec.Struct, frozen=True, omit_defaults=True):
     """Start of what each point covers, in ms since 1970, and its value; in the order of time."""
 
 
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A merged view, in the shape of the HTTP API."""
 
     view: str
@@ -47,7 +47,7 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     truncated: bool = False
     """True if there are more series than these."""
     series_total: int | None = None
-    """The number of all series, if the answer is truncated."""
+    """The number of all series, if the answer is truncated, or a page of several."""
     also: tuple[Alternative, ...] = ()
     """Other kinds and windows of the view, which `kind` and `window_s` choose."""
     start_ms: int | None = None
@@ -64,6 +64,8 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     """Time that every partition has passed: points that end by then are final, but for deltas that come late."""
     expired_before_ms: int | None = None
     """Start of the oldest window that is kept; points that begin before it lack what has expired."""
+    next_cursor: str | None = None
+    """Cursor of the next page; only in pages, but for the last."""
 
     def __iter__(self) -> Iterator[Series]:
         """Return an iterator of the series."""
@@ -99,6 +101,15 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
                 raise Invalid(f"view {self.view}: {len(points)} points; ask with at= for a single one")
             return points[0][1] if points else None
         return self.series[0].value if self.series else None
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """Answers to several queries, all of one moment of each partition."""
+
+    answers: list[Answer]
+    """One for each query, in their order."""
+    as_of: AsOf
+    """Part of the log that all of them reflect."""
 
 
 class View(msgspec.Struct, frozen=True):

@@ -181,6 +181,8 @@ def widen(merged: MergedDefinition, part: Definition) -> Callable[[list[Labels]]
 
 def narrow(merged: MergedDefinition, part: Definition, labels: Labels) -> Labels | None:
     """Return the label values, in one part, of the series with `labels` in the merged definition; None: there is none."""
+    if part.labels == merged.definition.labels:
+        return labels
     named = dict(zip(merged.definition.labels, labels, strict=True))
     own = tuple([named.pop(label) for label in part.labels])
     return None if any(named.values()) else own
@@ -200,7 +202,7 @@ def pinned_labels(definition: Definition, where: Sequence[Matcher]) -> Labels | 
     """Return the label values of the only series that can match, if `where` has an equality for every label of the view."""
     pinned = {matcher.label: matcher.pattern for matcher in where if matcher.op == "="}
     try:
-        return tuple(pinned[label] for label in definition.labels)
+        return tuple([pinned[label] for label in definition.labels])
     except KeyError:
         return None
 
@@ -364,3 +366,13 @@ def concerned(control: Control, known: Iterable[Listed]) -> list[Listed]:
         there = ", ".join(describe(it.definition) for it in of_view)
         raise NotFound(f"view {control.view} has no definition of this kind and these labels; it has {there}")
     return found
+
+
+def select_one(kind: Kind, query: Query, groups: Mapping[Labels, State]) -> Selected:
+    """Return what `TopN` selects of at most one group, at less cost."""
+    if query.top is None and query.bottom is None:
+        answer = kind.answerer(query.quantiles)
+        return Selected([*groups], [answer(state) for state in groups.values()], len(groups))
+    choice = TopN(kind, query)
+    choice.offer(groups)
+    return choice.selected()

@@ -18,7 +18,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -38,12 +38,13 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
-from pipeline.query.params import parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
+from pipeline.query.several import parse_several
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ _CLIENT_GONE = 499
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
+_VIEWS = READ_PATH.partition("{")[0]
 _REFUSED_SHOWN_MAX = 10
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
@@ -113,9 +115,11 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
+    read = _ReadView(service, settings)
     routes = [
-        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
+        Route(READ_PATH, read, methods=["GET"]),
         Route("/v1/views", _ListViews(service), methods=["GET"]),
+        Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
     ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
@@ -130,7 +134,7 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    return _create(routes, settings, metrics, reader.clock, lifespan)
+    return _create(routes, settings, metrics, reader.clock, lifespan, read)
 
 
 def _create(
@@ -139,13 +143,20 @@ def _create(
     metrics: ExposedMetrics,
     clock: Clock,
     lifespan: Lifespan[Starlette] | None = None,
+    read: _ReadView | None = None,
 ) -> Starlette:
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
     routes = [*routes, *docs_routes(openapi_document(operations, settings))]
     paths = {it.endpoint: it.path for it in routes}
-    guard = Middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=clock)
     handlers = dict.fromkeys((PipelineError, Refused, HTTPException), _problem)
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+
+    class App(Starlette):
+        def build_middleware_stack(self) -> ASGIApp:
+            """Return the router within a `_Guard`, which does what Starlette's own outermost layer would do."""
+            routed = ExceptionMiddleware(self.router, handlers=handlers)
+            return _Guard(routed, read, paths, settings.connections_max, metrics, clock)
+
+    app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
     return app
 
@@ -158,9 +169,27 @@ class _ReadView:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = read_headers(scope["headers"])
-        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, headers)
+        await self.answer(scope["path_params"]["view"], scope, send)
+
+    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+        """Answer a request whose path names `view`."""
+        asked = parse_read(view, scope["query_string"], self._settings, read_headers(scope["headers"]))
         await _send(send, await self._service.answer(asked))
+
+
+class _PostQuery:
+    """`POST /v1/query` as a plain ASGI application."""
+
+    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+        self._service = service
+        self._settings = settings
+        self._bodies = _Bodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        async with self._bodies.of(request) as body:
+            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
 class _ListViews:
@@ -376,19 +405,35 @@ def _refused(error: HTTPException, request: Request) -> Refused:
 async def _problem(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = _refused(error, request)
+    return _problem_response(request.scope, error)
+
+
+def _problem_response(scope: Scope, error: Exception) -> Response:
     answer = problem(error)
-    if answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
-        _log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    if not isinstance(error, PipelineError | Refused):
+        _log.exception("%s %s", scope["method"], scope["path"])
+    elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
+        _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
     return Response(answer.body, answer.status, headers=answer.headers)
 
 
 class _Guard:
-    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems."""
+    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems.
+
+    It answers reads of views itself, because the way through Starlette's router costs more than a point read.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, paths: Mapping[Any, str], connections_max: int, metrics: Metrics, clock: Clock
+        self,
+        app: ASGIApp,
+        read: _ReadView | None,
+        paths: Mapping[Any, str],
+        connections_max: int,
+        metrics: Metrics,
+        clock: Clock,
     ) -> None:
         self._app = app
+        self._read = read
         self._paths = paths
         self._connections_max = connections_max
         self._metrics = metrics
@@ -414,16 +459,19 @@ class _Guard:
             if self._open > self._connections_max:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
-            await self._app(scope, receive, noting)
+            view = self._viewed(scope)
+            if view and self._read is not None:
+                scope["endpoint"] = self._read
+                await self._read.answer(view, scope, noting)
+            else:
+                await self._app(scope, receive, noting)
         except ClientDisconnect:
             pass
         except Exception as error:
-            if not isinstance(error, PipelineError):
-                _log.exception("%s %s", scope["method"], scope["path"])
+            response = _problem_response(scope, error)
             if status != _CLIENT_GONE:
                 raise  # a part of the answer is sent: the server must break off the connection
-            answer = problem(error)
-            await Response(answer.body, answer.status, headers=answer.headers)(scope, receive, noting)
+            await response(scope, receive, noting)
         finally:
             self._open -= 1
             path = self._paths.get(
@@ -431,3 +479,10 @@ class _Guard:
             )  # not the path of the request: a client could make any number of them
             self._metrics.inc(m.REQUESTS, 1, path, status)
             self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
+
+    @staticmethod
+    def _viewed(scope: Scope) -> str:
+        """Return the view that `READ_PATH` has in a path; empty if this is no read of one."""
+        path: str = scope["path"]
+        view = path.removeprefix(_VIEWS) if scope["method"] == "GET" and path.startswith(_VIEWS) else ""
+        return "" if "/" in view else view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -29,32 +29,47 @@ QUERY_BYTES_MAX = 60_000
 _TIMES = ("start", "end", "at")
 _LENGTHS = ("step", "over")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
-_WAITS = ("after", "max_staleness_ms", "timeout_ms")
-_SINGLE = ("kind", "window_s", "top", "bottom", "limit", *_WAITS, *_RANGE, "fn")
+WAITS = ("after", "max_staleness_ms", "timeout_ms")
+PER_QUERY = ("kind", "window_s", "top", "bottom", "limit", *_RANGE, "fn")
+"""Parameters of a query that may stand once."""
+_SINGLE = (*PER_QUERY, *WAITS, "cursor")
 STALENESS_MS_MAX = 10**15 - 1
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
 
-class ReadRequest(msgspec.Struct, frozen=True):
-    """A read, and what to wait for before it."""
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """Time that a read may take, and conditions to wait for before it."""
 
-    query: Query
     timeout_ms: int
     after: Token | None = None
     max_staleness_ms: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Return whether the read has to wait for newer data."""
+        return self.after is not None or self.max_staleness_ms is not None
+
+
+class SeveralRequest(Waiting, frozen=True, kw_only=True):
+    """Several reads at one moment."""
+
+    queries: tuple[Query, ...]
+
+
+class ReadRequest(Waiting, frozen=True, kw_only=True):
+    """A read."""
+
+    query: Query
     media_type: str = JSON
     """Media type of the answer."""
     coding: str = ""
     """Content coding that the client prefers; empty: none."""
     known: tuple[bytes, ...] = ()
     """Entity tags of answers that the client has; `*` is any."""
-
-    @property
-    def waits(self) -> bool:
-        """Return whether the read has to wait for newer data."""
-        return self.after is not None or self.max_staleness_ms is not None
+    cursor: str | None = None
+    """Page to answer; empty: the first one. None: no pages."""
 
     @property
     def key(self) -> tuple[Query, str]:
@@ -93,21 +108,32 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
     """Return the read that a URL and its headers ask for."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
-    query, single = _query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
-    after = single.get("after")
-    timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
+    query, single = parse_query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
+    cursor = single.get("cursor")
+    if cursor and ("after" in single or "max_staleness_ms" in single):
+        raise Invalid("after and max_staleness_ms are for the first page: later ones are of the same moment")
     return ReadRequest(
-        query,
-        timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
-        None if after is None else Token.parse(after),
-        whole_number(single, "max_staleness_ms", STALENESS_MS_MAX),
-        preferred(headers.accept),
-        preferred_coding(headers.encoding),
-        _tags(headers.if_none_match) if headers.if_none_match else (),
+        query=query,
+        cursor=cursor,
+        media_type=preferred(headers.accept),
+        coding=preferred_coding(headers.encoding),
+        known=_tags(headers.if_none_match) if headers.if_none_match else (),
+        **waiting(single, settings),
     )
 
 
-def _query(
+def waiting(single: Mapping[str, str], settings: QuerySettings) -> dict[str, Any]:
+    """Return the fields of a `Waiting`."""
+    after = single.get("after")
+    timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
+    return {
+        "timeout_ms": timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
+        "after": None if after is None else Token.parse(after),
+        "max_staleness_ms": whole_number(single, "max_staleness_ms", STALENESS_MS_MAX),
+    }
+
+
+def parse_query(
     view: str, pairs: Iterable[tuple[str, str]], settings: QuerySettings, known: Sequence[str]
 ) -> tuple[Query, dict[str, str]]:
     """Return the query that parameters stand for, and those that may stand once, out of `known`."""

@@ -9,12 +9,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 import pipeline.metrics as m
-from pipeline.core.answer import Answer, PartitionState
+from pipeline.core.answer import Answers, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
@@ -22,7 +24,8 @@ from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded, encode_end, encode_start, preferred_coding
 from pipeline.query.found import FoundAnswer, span_of, unchanged_head
 from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
-from pipeline.query.params import ReadHeaders, ReadRequest
+from pipeline.query.pages import AnswerPages, PageLists, Place
+from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
 from pipeline.query.shared import SharedAnswers
@@ -102,6 +105,7 @@ class ReadService:
         self._closed = False
         self._open = 0
         """Reads that wait for newer data, or run; equal ones that run count once."""
+        self._lists = PageLists(reader.clock, settings, metrics)
         self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._in_slot)
 
     async def answer(self, request: ReadRequest) -> Encoded:
@@ -114,24 +118,43 @@ class ReadService:
             raise NotFound(f"{error}; {_NOT_FOLDED}") from None
 
     async def _answer(self, request: ReadRequest) -> Encoded:
+        if request.cursor:
+            return await self._page(self._lists.find(request.cursor, request.query), request)
         clock = self._reader.clock
-        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000 if request.waits else 0.0
+        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
                 await self._bounded(self._wait, request, deadline_s)
-            found = self._reader.find_point(request.query, clock.now_ms())
-            if found is not None:
-                if self._fresh(request, found.answer):
-                    return await self._encode_point(found, request)
-            else:
-                deadline_s = deadline_s or clock.monotonic_s() + request.timeout_ms / 1000
-                answer = await self._shared(request, deadline_s)
-                if answer is not None:
-                    return answer
+            answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s)
+            if answer is not None:
+                return answer
             # The data was fresh enough when the read began, but not when it ended: read again if there is time.
             if clock.monotonic_s() >= deadline_s:
                 raise NotReady(_too_old(request))
             await asyncio.sleep(POLL_S)
+
+    async def _first_page(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
+        """Return the first page of an answer whose other pages are kept; None if it is not fresh enough."""
+        whole = replace(request.query, limit=self._settings.limit_max)
+
+        def read() -> AnswerPages:
+            found = self._reader.find(whole, self._reader.clock.now_ms(), deadline_s=deadline_s)
+            pages = AnswerPages(request.query, found)
+            self._lists.check(pages)
+            return pages
+
+        pages = await self._bounded(self._in_thread, read)
+        if not self._fresh(request, self._reader.renewed(pages.head, pages.positions).as_of):
+            return None
+        return await self._page(self._lists.keep(pages), request)
+
+    async def _page(self, place: Place, request: ReadRequest) -> Encoded:
+        head = self._reader.renewed(place.pages.head, place.pages.positions)
+        following = self._lists.cursor_after(place)
+        page = partial(place.pages.page, place.number, head, following, request.media_type)
+        answer, body = await self._bounded(self._in_thread, page)
+        parts, coding = await self._coded(body, request.coding)
+        return encoded(answer, request.media_type, b"", parts, coding)
 
     async def _encode_point(self, found: FoundAnswer, request: ReadRequest) -> Encoded:
         """Return an answer that is not kept."""
@@ -154,7 +177,10 @@ class ReadService:
         return (coded.start, encode_end(coded, b"")), coding
 
     async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
-        """Return an answer that equal reads of one commit share; None if it is not fresh enough."""
+        """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
+        found = self._reader.find_point(request.query, self._reader.clock.now_ms())
+        if found is not None:
+            return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
         asked = self._reader.asked(request.query)
         if asked is not None and request.known:
             etag = self._answers.tags.of(request.key, asked.span, asked.positions)
@@ -162,13 +188,13 @@ class ReadService:
                 answer = self._reader.renewed(unchanged_head(asked), asked.positions)
                 self._metrics.inc(m.ANSWERS, 1, "unchanged")
                 unchanged = encoded(answer, request.media_type, etag, (), unchanged=True)
-                return unchanged if self._fresh(request, answer) else None
+                return unchanged if self._fresh(request, answer.as_of) else None
         kept = await self._answers.get(request.key, asked, deadline_s)
         coded = None
         if request.coding and len(kept.start) >= self._settings.compress_bytes_min:
             coded = await self._answers.coded(kept, request.coding, self._compress)
         answer = self._reader.renewed(kept.head, kept.positions)
-        if not self._fresh(request, answer):
+        if not self._fresh(request, answer.as_of):
             return None
         end = end_of(answer, request.media_type)
         if coded is not None:
@@ -180,6 +206,28 @@ class ReadService:
         if len(body) <= _COMPRESS_HERE_MAX:
             return encode_start(coding, body)
         return await self._in_thread(lambda: encode_start(coding, body))
+
+    async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
+        """Return the encoded answers to several queries at one moment. Raises as `answer`, and for one wrong query."""
+        clock = self._reader.clock
+        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
+
+        def read() -> tuple[AsOf, bytes]:
+            found = self._reader.find_all(request.queries, clock.now_ms(), deadline_s=deadline_s)
+            answers = [self._reader.renewed(it.answer, it.positions) for it in found]
+            as_of = answers[-1].as_of  # made last, of the positions of all
+            return as_of, _encode(Answers([replace(it, as_of=as_of) for it in answers], as_of))
+
+        while True:
+            if request.waits:
+                await self._bounded(self._wait, request, deadline_s)
+            as_of, body = await self._bounded(self._in_thread, read)
+            if self._fresh(request, as_of):
+                parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+                return plain_json(parts, coding)
+            if clock.monotonic_s() >= deadline_s:
+                raise NotReady(_too_old(request))
+            await asyncio.sleep(POLL_S)
 
     async def views(self, headers: ReadHeaders) -> Encoded:
         """Return all views, encoded."""
@@ -237,11 +285,11 @@ class ReadService:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     @staticmethod
-    def _fresh(request: ReadRequest, answer: Answer) -> bool:
-        most, staleness_ms = request.max_staleness_ms, answer.as_of.staleness_ms
+    def _fresh(request: Waiting, as_of: AsOf) -> bool:
+        most, staleness_ms = request.max_staleness_ms, as_of.staleness_ms
         return most is None or (staleness_ms is not None and staleness_ms <= most)
 
-    async def _wait(self, request: ReadRequest, deadline_s: float) -> None:
+    async def _wait(self, request: Waiting, deadline_s: float) -> None:
         after = request.after or Token()
         wanted, most = after.next_offsets, request.max_staleness_ms
 
@@ -315,6 +363,7 @@ class ReadService:
         """Read positions and end offsets at an interval, for the bound on staleness and for the gauges."""
         while True:
             try:
+                self._lists.expire()
                 self._reader.partitions()
             except PipelineError as error:
                 _log.debug("not observed: %s", error)
@@ -332,5 +381,5 @@ class ReadService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _too_old(request: ReadRequest) -> str:
+def _too_old(request: Waiting) -> str:
     return f"no answer within max_staleness_ms={request.max_staleness_ms} after {request.timeout_ms} ms"
