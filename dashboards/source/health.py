@@ -212,14 +212,22 @@ def _http() -> list[str | Panel]:
             "than reads.",
             per_second(m.ANSWERS, "{{how}}", "how", always=True),
             unit="reqps",
-            width=12,
         ),
         graph(
-            "Answers kept",
-            "Memory of answers that are kept for reads of the same commit, by server.",
-            largest(m.ANSWERS_KEPT, "{{instance}}", "instance"),
+            "Memory of answers",
+            "Answers that are kept for reads of the same commit, and those that clients read page by page, by server.",
+            [
+                largest(m.ANSWERS_KEPT, "kept {{instance}}", "instance"),
+                largest(m.CURSOR_BYTES, "cursors {{instance}}", "instance"),
+            ],
             unit="bytes",
-            width=12,
+        ),
+        graph(
+            "Cursors lost, per second",
+            "Answers that clients read page by page and that were dropped before the last page: expired (not used for "
+            "cursor_ttl_ms) or evicted (cursor_bytes_max). The client begins again.",
+            per_second(m.CURSORS_LOST, "{{why}}", "why"),
+            unit="cps",
         ),
     ]
 

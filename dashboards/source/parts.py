@@ -136,10 +136,10 @@ def number(
     return panel
 
 
-def rows(title: str, description: str, query: Query, *, width: int, height: int) -> table.Panel:
+def rows(title: str, description: str, query: Query, *, width: int, height: int, alert: str = "") -> table.Panel:
     """Return a table as of now."""
     panel = table.Panel()
-    _described(panel, title, description, "short", "", width, height)
+    _described(panel, title, description, "short", alert, width, height)
     _queries(panel, [query], instant=True, form=prometheus_models.PromQueryFormat.TABLE)
     return panel
 

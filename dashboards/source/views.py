@@ -68,6 +68,7 @@ def _values(known: str) -> list[str | Panel]:
             Query(f"max by (view, reason) ({of(OMITTED)})"),
             width=12,
             height=5,
+            alert="PipelineViewsLeftOut",
         ),
         graph(
             "$view",

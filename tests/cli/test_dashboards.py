@@ -13,7 +13,7 @@ FOLDER = ROOT / "dashboards"
 
 
 def test_the_wheel_has_all_files() -> None:
-    """What is exported is every dashboard, the alerts and the scrape config, and the wheel has all of it."""
+    """The command exports every dashboard, the alerts and the scrape config, and the wheel has all of it."""
     assert {*FILES} == {path.name for pattern in ("*.json", "*.yml") for path in FOLDER.glob(pattern)}
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     included = {it: to for it, to in wheel["force-include"].items() if it.startswith("dashboards/")}
