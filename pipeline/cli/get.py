@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import DEFAULT_URL, From, Json
+from pipeline.cli.options import DEFAULT_URL, Json, ReadFrom
 
 Where = Annotated[
     list[str] | None,
@@ -37,7 +37,7 @@ def get(
     view: Annotated[
         str | None, typer.Argument(metavar="[VIEW]", help="Name of the view; without it, all are listed.")
     ] = None,
-    url: From = DEFAULT_URL,
+    url: ReadFrom = DEFAULT_URL,
     where: Where = None,
     by: By = None,
     total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,

@@ -9,7 +9,6 @@ import msgspec
 from msgspec.structs import replace
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http import HttpReader as Reader
 from pipeline.adapters.read_parameters import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
@@ -18,6 +17,7 @@ from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
 from pipeline.query.media import CSV, to_csv
+from pipeline.roles.readers import Reader
 
 _BARS_MAX = 60
 _PAGE_SIZE = 10_000
