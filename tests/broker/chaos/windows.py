@@ -12,7 +12,7 @@ READ_MS = 60_000
 LIMIT = 1_000_000
 LABELS = 8
 LATE_S = 12.0
-"""How late a delta is at most, if its window shall still be there."""
+"""Seconds that a delta is late at most, if its window shall still be there."""
 KEPT_S = 20
 """Retention of the views that expire."""
 TOO_LATE = 0.02
