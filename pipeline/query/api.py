@@ -43,6 +43,8 @@ from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
+from pipeline.query.streams import Streams
+from pipeline.query.streams_api import EVENT_STREAM, STREAM_PATH, StreamView
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
@@ -115,7 +117,10 @@ def create_app(
     async def list_views(_: Request) -> Response:
         return _json(await service.views())
 
+    streams = Streams(service, settings, metrics, reader.clock)
+    stream_view = StreamView(streams, service, settings, metrics)
     routes = [Route(READ_PATH, _ReadView(service, settings), methods=["GET"]), Route("/v1/views", list_views)]
+    routes.append(Route(STREAM_PATH, stream_view, methods=["GET"]))
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
         routes.append(_scrape_route(service, settings, render_views))
@@ -129,7 +134,9 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    return _create(routes, settings, metrics, reader.clock, lifespan)
+    app = _create(routes, settings, metrics, reader.clock, lifespan)
+    app.state.before_stop = streams.close
+    return app
 
 
 def _create(
@@ -364,11 +371,24 @@ class _Guard:
             return
         started_s = self._clock.monotonic_s()
         status = _CLIENT_GONE
+        counted = True
+
+        def done() -> None:
+            nonlocal counted
+            if counted:
+                counted = False
+                self._open -= 1
+                # Not the path of the request: a client could make any number of them.
+                path = self._paths.get(scope.get("endpoint"), "unmatched")
+                self._metrics.inc(m.REQUESTS, 1, path, status)
+                self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if (b"content-type", EVENT_STREAM.encode()) in message["headers"]:
+                    done()  # `streams_max` bounds streams, which stay open
             await send(message)
 
         self._open += 1
@@ -387,9 +407,4 @@ class _Guard:
             answer = problem(error)
             await Response(answer.body, answer.status, headers=answer.headers)(scope, receive, noting)
         finally:
-            self._open -= 1
-            path = self._paths.get(
-                scope.get("endpoint"), "unmatched"
-            )  # not the path of the request: a client could make any number of them
-            self._metrics.inc(m.REQUESTS, 1, path, status)
-            self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
+            done()

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 import pipeline.metrics as m
 from pipeline.core.answer import Answer, PartitionState
 from pipeline.core.exposition import Exposition
+from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
@@ -109,6 +111,26 @@ class ReadService:
             if answer is not None:
                 return encode_answer(answer, request.media_type)
         return await self._bounded(self._slow, request)
+
+    async def read(self, query: Query) -> Answer:
+        """Return the answer of now, which is not encoded. `Unavailable` without time or room."""
+        deadline_s = self._reader.clock.monotonic_s() + self._settings.timeout_ms_default / 1000
+        return await self._bounded(self._in_thread, lambda: self._reader.read(query, deadline_s=deadline_s))
+
+    async def moved(self, since: States | None, timeout_s: float) -> States:
+        """Return the positions of the stores, as soon as one is another than in `since` or the time is over."""
+
+        def other(states: States) -> bool:
+            return since is None or [*map(_place, states)] != [*map(_place, since)]
+
+        await self._waiter.until(other, timeout_s)
+        return self._reader.partitions()
+
+    async def wait(self, request: ReadRequest) -> None:
+        """Wait for what the read asks to wait for. Raises as `answer`."""
+        if request.waits:
+            deadline_s = self._reader.clock.monotonic_s() + request.timeout_ms / 1000
+            await self._bounded(partial(self._wait, request), deadline_s)
 
     async def views(self) -> bytes:
         """Return all views, encoded."""
@@ -250,6 +272,10 @@ class ReadService:
         """End all running reads."""
         self._reader.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _place(state: PartitionState) -> tuple[int, int, str]:
+    return state.partition, state.next_offset, state.topic_id
 
 
 def _too_old(request: ReadRequest) -> str:

@@ -38,6 +38,12 @@ def url_of(listener: socket.socket) -> str:
 
 
 class _UvicornServer(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Have the application end what would never end by itself, then shut down."""
+        if before_stop := getattr(getattr(self.config.app, "state", None), "before_stop", None):
+            before_stop()
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to `signals`: uvicorn would raise them again before the log and the stores are closed."""
