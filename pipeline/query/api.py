@@ -38,6 +38,7 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
+from pipeline.query.page import page_routes
 from pipeline.query.params import parse_deltas, parse_read, parse_scrape
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
@@ -121,6 +122,7 @@ def create_app(
     stream_view = StreamView(streams, service, settings, metrics)
     routes = [Route(READ_PATH, _ReadView(service, settings), methods=["GET"]), Route("/v1/views", list_views)]
     routes.append(Route(STREAM_PATH, stream_view, methods=["GET"]))
+    routes += page_routes()
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
         routes.append(_scrape_route(service, settings, render_views))
