@@ -1,4 +1,4 @@
-"""What tests of users' agents share: a topic to read, a module with agents, a worker that runs it."""
+"""Helpers for tests of users' agents: a topic to read, a module with agents, a worker that runs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.broker.kafka import App, admin_client, create_topics
 from tests.support import wait_until
 
 PARTITIONS = 3
-"""Of deltas and changelog."""
+"""Number of partitions of deltas and changelog."""
 SOURCE_PARTITIONS = 5
 SESSION_MS = 6_000
 WAIT_S = 90.0
@@ -98,11 +98,11 @@ class Source:
         self._producer = Producer({"bootstrap.servers": app.bootstrap, "linger.ms": 5})
 
     def write(self, code: str) -> None:
-        """The module `shop`."""
+        """Write the module `shop`."""
         (self.scratch / "shop.py").write_text(code)
 
     def send(self, ids: Iterable[int], **more: Any) -> None:
-        """One event for each id, acknowledged."""
+        """Send one event for each id, and wait until all are acknowledged."""
 
         def note(number: int, error: Any, message: Any) -> None:
             assert error is None, error
@@ -114,12 +114,12 @@ class Source:
         assert self._producer.flush(WAIT_S) == 0
 
     def send_raw(self, value: bytes, partition: int = 0, on_delivery: Any = None) -> None:
-        """Bytes; acknowledged with the next `send`."""
+        """Send bytes, which the next `send` waits for."""
         self._producer.produce(self.topic, value, partition=partition, on_delivery=on_delivery)
         self._producer.poll(0)
 
     def worker(self, name: str, *arguments: str, env: Mapping[str, str] | None = None, **settings: Any) -> Role:
-        """A worker that runs the module's agents."""
+        """Return a worker that runs the module's agents."""
         role = Role(
             "worker",
             self.app,
@@ -131,7 +131,7 @@ class Source:
         return role
 
     def committed(self) -> list[int]:
-        """The source offset that the group has committed in each partition; 0 where there is none."""
+        """Return the source offset that the group has committed in each partition; 0 where there is none."""
         consumer = Consumer({"bootstrap.servers": self.app.bootstrap, "group.id": self.app.app})
         try:
             places = [TopicPartition(self.topic, number) for number in range(SOURCE_PARTITIONS)]
@@ -140,13 +140,13 @@ class Source:
             consumer.close()
 
     def all_committed(self) -> bool:
-        """Whether all that was sent is done."""
+        """Return whether the group has committed everything that was sent."""
         counts = Counter(partition for partition, _ in self.places.values())
         return all(offset >= counts[number] for number, offset in enumerate(self.committed()))
 
 
 def counted(server: Role, view: str = "seen") -> dict[str, Any]:
-    """The series of a view with one label; empty as long as there is none."""
+    """Return the series of a view with one label; empty as long as there is none."""
     try:
         with Reader(server.url) as reader:
             return {next(iter(it.labels.values())): it.value for it in reader.get(view, limit=1_000_000).series}
@@ -155,7 +155,7 @@ def counted(server: Role, view: str = "seen") -> dict[str, Any]:
 
 
 def wait_counted(server: Role, ids: Iterable[str], *workers: Role, view: str = "seen") -> dict[str, Any]:
-    """Wait until each of the ids has a series; what they say."""
+    """Wait until each of the ids has a series, and return the series."""
     wanted = set(ids)
     found: dict[str, Any] = {}
 
@@ -173,7 +173,7 @@ def wait_counted(server: Role, ids: Iterable[str], *workers: Role, view: str = "
 
 
 def metric(role: Any, name: str) -> float:
-    """What it says, over all labels; 0 if nothing."""
+    """Return the value of a metric, summed over all labels; 0 if it is absent."""
     with urllib.request.urlopen(f"{role.url}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))

@@ -14,7 +14,7 @@ from tests.broker.users import PROPERTIES, Own, login
 
 @pytest.fixture(scope="module")
 def broker_with_logins(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, AdminClient]]:
-    """Its address, and its administrator."""
+    """Address of the broker, and a client of its administrator."""
     with Broker(tmp_path_factory.mktemp("kafka"), PROPERTIES, client=login("admin")) as broker:
         yield broker.bootstrap, admin_client(broker.bootstrap, **login("admin"))
 

@@ -1,4 +1,4 @@
-"""What runs the pipeline on a broker as processes, ends them in every way, and compares all answers with naive counts."""
+"""Runs the pipeline on a broker as processes, ends them in every way, and compares all answers with naive counts."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Role(UpProcess):
 
     @property
     def exit_code(self) -> int | None:
-        """Of the process that was started last; None while it runs."""
+        """Exit code of the process that was started last; None while it runs."""
         return self.program.process.poll()
 
     def tail(self) -> str:
-        """The end of what it has said."""
+        """Return the end of the process' output."""
         return f"{self.data.name}: {self.program.stderr()[-_TAIL:]}"
 
     def condition(self) -> str:
@@ -83,17 +83,17 @@ class Role(UpProcess):
 
 
 def worker(app: App, data: Path, *arguments: str, **settings: Any) -> Role:
-    """A worker of all partitions."""
+    """Return a worker of all partitions."""
     return Role("worker", app, data, *arguments, **settings)
 
 
 def server(app: App, data: Path, *arguments: str, **settings: Any) -> Role:
-    """A query server."""
+    """Return a query server."""
     return Role("serve", app, data, *arguments, **settings)
 
 
 def conditions(*roles: Role) -> Callable[[], str]:
-    """Return what tells the conditions of all these roles, for `wait_until`."""
+    """Return a function that tells the conditions of all these roles, for `wait_until`."""
     return lambda: "\n".join(role.condition() for role in roles)
 
 
@@ -116,11 +116,11 @@ class Supervised:
                 self.role.start(wait_ready=False)
 
     def kill(self) -> None:
-        """kill -9, from which it comes back by itself."""
+        """Kill the process with kill -9, from which it comes back by itself."""
         self.role.program.process.kill()
 
     def ready(self) -> bool:
-        """Whether it says that it is ready."""
+        """Return whether the role says that it is ready."""
         with suppress(OSError), urllib.request.urlopen(f"{self.role.url}/readyz", timeout=5) as answer:
             return answer.status == 200
         return False
@@ -155,12 +155,12 @@ class Sender:
 
     @property
     def acknowledged(self) -> int:
-        """Rounds that it has reported, as far as they were read: all of them once it was killed."""
+        """Number of acknowledged rounds in the reports read so far: all of them once the process was killed."""
         return self._rounds
 
     @property
     def token(self) -> Token:
-        """Covers the rounds that were read."""
+        """Token of the rounds that were read."""
         return self._token
 
     def wait_round(self) -> None:
@@ -176,7 +176,7 @@ class Sender:
         self._rounds, self._token = self._rounds + 1, Token.parse(token)
 
     def kill(self) -> Token:
-        """kill -9; the token of what was acknowledged. Twice is fine."""
+        """Kill the process with kill -9, and return the token of what was acknowledged. May be called twice."""
         self._process.kill()
         assert self._process.stdout is not None
         assert self._process.stdin is not None
@@ -189,7 +189,7 @@ class Sender:
         return self._token
 
     def wrong(self, counted: Answers) -> list[str]:
-        """What is counted otherwise than once if it was acknowledged, and once or not at all if not."""
+        """Return the miscounted rounds: acknowledged ones must count once, others once or not at all."""
         rounds = touched(self.name)
         wrong = []
 
@@ -217,7 +217,7 @@ class Sender:
 
 @contextmanager
 def loaded(app: App, count: int = 2, **settings: Any) -> Iterator[tuple[Publisher, list[Load]]]:
-    """A publisher in this process that `count` threads record to. They are stopped at the end, if not before."""
+    """Yield a publisher in this process that `count` threads record to. They are stopped at the end, if not before."""
     with Publisher(app.url, close_timeout_ms=1_000, **{**PUBLISHER, **settings}) as publisher:
         loads = [Load(publisher, number, pause_s=0.03) for number in range(count)]
         for load in loads:
@@ -230,13 +230,13 @@ def loaded(app: App, count: int = 2, **settings: Any) -> Iterator[tuple[Publishe
 
 
 def finish(publisher: Publisher, loads: Sequence[Load]) -> tuple[Token, Answers]:
-    """End the load: the token of everything, and the answer that each series must have."""
+    """End the load; return the token of everything, and the value that each series must have."""
     stop(loads)
     return publisher.flush(timeout_s=60), merged(loads)
 
 
 def read_rounds(url: str, after: Token) -> Answers:
-    """What the senders' series hold."""
+    """Return the series of the senders."""
     with Reader(url) as reader:
         return {
             view: {
@@ -254,7 +254,7 @@ def check(
     load: tuple[Token, Answers] | None = None,
     senders: Sequence[Sender] = (),
 ) -> None:
-    """Every running server, and a fresh one that is restored from the changelog, say what the naive counts say.
+    """Check that every running server, and a fresh one restored from the changelog, answer what the naive counts say.
 
     `load` is what `finish` returned; `senders` are killed. Dead letters must be empty, and positions never fall.
     """
@@ -274,7 +274,7 @@ def check(
 
 
 def assert_same(found: Answers, expected: Answers, role: Role) -> None:
-    """Series by series."""
+    """Compare series by series."""
     for view, series in expected.items():
         assert found[view].keys() == series.keys(), f"{view}: {found[view].keys() ^ series.keys()}; {role.tail()}"
         wrong = {labels: (found[view][labels], value) for labels, value in series.items() if found[view][labels] != value}
@@ -283,7 +283,7 @@ def assert_same(found: Answers, expected: Answers, role: Role) -> None:
 
 
 def assert_positions_rise(app: App) -> None:
-    """No commit of a partition begins before the end of the one before it: two owners never wrote by turns."""
+    """Check that no commit of a partition begins before the end of the one before it: two owners never wrote by turns."""
     last: dict[int, int] = {}
     for record in records(app, CHANGELOG):
         if record.key() == POSITION_KEY:
@@ -296,7 +296,7 @@ def assert_positions_rise(app: App) -> None:
 
 
 def records(app: App, topic: str) -> list[Message]:
-    """All that is committed in a topic."""
+    """Return all committed records of a topic."""
     consumer = _consumer(app, "read_committed")
     try:
         count = len(consumer.list_topics(app.topic(topic), 10).topics[app.topic(topic)].partitions)
@@ -319,7 +319,7 @@ def records(app: App, topic: str) -> list[Message]:
 
 
 def torn_commits(app: App, partitions: int) -> set[int]:
-    """Partitions of the changelog in which a transaction is open that has written some of a commit, but not its end."""
+    """Return the changelog partitions in which a transaction is open that has written some of a commit, but not its end."""
     torn = set()
     consumer, stable = _consumer(app, "read_uncommitted"), _consumer(app, "read_committed")
     try:
@@ -350,7 +350,7 @@ def _consumer(app: App, isolation: str) -> Consumer:
 
 
 def wait_exit(role: Role, timeout_s: float) -> int:
-    """Wait for the end of a process; the exit code."""
+    """Wait for the end of a process, and return its exit code."""
     wait_until(lambda: role.exit_code is not None, f"the end of {role.tail()}", timeout_s)
     code = role.exit_code
     assert code is not None

@@ -44,7 +44,7 @@ class Counted:
         pass
 
     def of(self, metric: Metric) -> int:
-        """What a counter says."""
+        """Return the value of a counter."""
         return self.counts[metric.name]
 
 
@@ -61,7 +61,7 @@ def worker_at(
     name: str = "",
     **settings: Any,
 ) -> ClusterWorker:
-    """A worker that is not started yet. What ends it goes to `errors`."""
+    """Return a worker that is not started yet. Errors that end it go to `errors`."""
     return ClusterWorker(
         app.url,
         LogSettings(data=str(data)),
@@ -75,7 +75,7 @@ def worker_at(
 
 @contextmanager
 def folding(app: App, data: Path, **settings: Any) -> Iterator[ClusterWorker]:
-    """A worker that folds; at the end it has committed what it folded. Raises what ended it before."""
+    """Run a worker that folds, and commit at the end what it folded. An error that ended it before is raised."""
     errors: list[BaseException] = []
     worker = worker_at(app, data, errors=errors, **settings)
     try:
@@ -91,7 +91,7 @@ def folding(app: App, data: Path, **settings: Any) -> Iterator[ClusterWorker]:
 
 
 def wait_folded(worker: ClusterWorker) -> None:
-    """Until everything that is in deltas now is committed."""
+    """Wait until everything that is in deltas now is committed."""
     ends = worker.log.end_offsets("deltas")
     wait_until(
         lambda: all(worker.partitions[number].task.position.next_offset >= end for number, end in ends.items()), "all folded"
@@ -108,7 +108,7 @@ def serving(
     ready: bool = True,
     **settings: Any,
 ) -> Iterator[ClusterServer]:
-    """A server whose stores can be read; without `ready` one that was just started."""
+    """Run a server whose stores can be read; without `ready`, one that was just started."""
     errors: list[BaseException] = []
     server = ClusterServer(
         app.url,
@@ -129,7 +129,7 @@ def serving(
 
 
 def sums(stores: Mapping[int, Store], view: str) -> dict[tuple[str, ...], Any]:
-    """What a view of kind sum holds: the states of all partitions, added."""
+    """Return the series of a view of kind sum: the states of all partitions, added."""
     prefix = view_prefix(view)
     totals: Counter[tuple[str, ...]] = Counter()
     for store in stores.values():

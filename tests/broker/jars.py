@@ -17,18 +17,18 @@ FETCH_S = 600.0
 
 
 class Missing(Exception):
-    """No broker can be started here; the text says what to install."""
+    """Reason why no broker can be started here, with what to install."""
 
 
 def cache() -> Path:
-    """The folder of this version's files. Another pom.xml is another folder."""
+    """Return the cache folder of this version's jars. Another pom.xml has another folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "delta-pipeline" / f"kafka-4.3.1-{hashlib.sha256(POM.read_bytes()).hexdigest()[:12]}"
 
 
 @contextmanager
 def locked() -> Iterator[Path]:
-    """The cache folder, which may not exist yet, to this process alone."""
+    """Lock the cache folder, which may not exist yet, for this process alone."""
     folder = cache()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
@@ -37,7 +37,7 @@ def locked() -> Iterator[Path]:
 
 
 def need(program: str) -> str:
-    """The path of a program; `Missing` if there is none."""
+    """Return the path of a program; raise `Missing` if there is none."""
     path = shutil.which(program)
     if path is None:
         raise Missing(f"no {program}: {INSTALL}")
@@ -45,7 +45,7 @@ def need(program: str) -> str:
 
 
 def jars() -> Path:
-    """The folder with the jars, fetched if they are not there; `Missing` if that can't be done."""
+    """Return the folder with the jars, fetched if absent; raise `Missing` if that can't be done."""
     need("java")
     if not (cache() / "lib").is_dir():
         with locked() as folder:

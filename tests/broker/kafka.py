@@ -29,7 +29,7 @@ from tests.broker.jars import Missing, jars, locked, need
 from tests.support import wait_until
 
 START_S = 60.0
-"""How long a start may take on a busy machine."""
+"""Time that a start may take on a busy machine."""
 STOP_S = 20.0
 CLUSTER_ID = "cGlwZWxpbmUtdGVzdHMtMQ"
 PORTS = range(20_000, 32_000)
@@ -63,7 +63,7 @@ SMALL = {
 
 
 class Broker:
-    """One broker and controller on 127.0.0.1; it ends when its owner does, however that ends.
+    """One broker and controller on 127.0.0.1; its process ends with its owner, however that ends.
 
     `start` again after `stop` or `kill`: same port, same data. `close` (or the end of the `with` block) also gives the
     port back. Reserve, start and close in one process; a forked child that outlives it would keep the broker running.
@@ -84,7 +84,7 @@ class Broker:
         self.folder = folder
         self.log = folder / "broker.log"
         self.voters = ""
-        """The controllers of its cluster; empty: it is alone."""
+        """Controllers of the broker's cluster; empty: it is alone."""
         self._lib = jars()
         self._properties = dict(properties or {})
         self._client = dict(client or {})
@@ -93,7 +93,7 @@ class Broker:
 
     @property
     def port(self) -> int:
-        """Where clients find it. The first `start` changes it if somebody else took it meanwhile; nothing else does."""
+        """Port for clients. Only the first `start` may change it, if another process took the port meanwhile."""
         return self._ports[0].number
 
     @property
@@ -103,22 +103,22 @@ class Broker:
 
     @property
     def controller(self) -> str:
-        """host:port of its controller."""
+        """host:port of the controller."""
         return f"127.0.0.1:{self._ports[1].number}"
 
     @property
     def pid(self) -> int:
-        """Of the process that was started last."""
+        """Process id of the broker that was started last."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether the process is there, paused or not."""
+        """Return whether the process is there, paused or not."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it, and return when it answers. `RuntimeError` with the end of its log if it does not within 60 s."""
+        """Start the broker, and wait until it answers; after 60 s raise `RuntimeError` with the end of its log."""
         first = not (self.folder / "data").exists() and not self.voters
         while True:
             self.spawn()
@@ -155,7 +155,7 @@ class Broker:
             )
 
     def wait_ready(self) -> None:
-        """Wait until it answers and counts itself as alive; end it and raise `RuntimeError` if it does not in time."""
+        """Wait until the broker answers and counts itself as alive; else end it in time and raise `RuntimeError`."""
         admin = admin_client(self.bootstrap, **self._client)
         deadline = time.monotonic() + START_S
         try:
@@ -172,7 +172,7 @@ class Broker:
         raise RuntimeError(f"no Kafka at {self.bootstrap}: {self.tail()}")
 
     def stop(self) -> None:
-        """Ask it to end in order, paused or not; kill it if that takes long. Twice is fine."""
+        """Ask the broker to end in order, paused or not, and kill it if that takes long. May be called twice."""
         if self._process is not None and self.running:
             self._process.terminate()
             self.resume()
@@ -181,7 +181,7 @@ class Broker:
         self.kill()
 
     def kill(self) -> None:
-        """kill -9, and wait. Twice is fine."""
+        """Kill the broker with kill -9, and wait. May be called twice."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(STOP_S)
@@ -189,22 +189,22 @@ class Broker:
             self._process.stdin.close()
 
     def pause(self) -> None:
-        """SIGSTOP, and wait until it stands still. The system goes on accepting connections for it."""
+        """Send SIGSTOP, and wait until the broker stands still. The system goes on accepting connections for it."""
         os.kill(self.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
     def close(self) -> None:
-        """Kill it and give its ports back. Twice is fine."""
+        """Kill the broker and give its ports back. May be called twice."""
         self.kill()
         for port in self._ports:
             port.close()
 
     def tail(self, size_bytes: int = 4000) -> str:
-        """The end of what it printed since the last start."""
+        """Return the end of the broker's output since its last start."""
         return self.log.read_text(errors="replace")[-size_bytes:]
 
     def _settings(self, data: Path) -> Mapping[str, object]:
@@ -273,7 +273,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class App:
-    """Names that no other test uses, on a broker. Topics are made by whoever needs them: `create_topics`."""
+    """Names that no other test uses, on a broker. Tests make the topics that they need with `create_topics`."""
 
     bootstrap: str
     app: str
@@ -284,12 +284,12 @@ class App:
         return f"kafka://{self.bootstrap}/{self.app}"
 
     def topic(self, name: str) -> str:
-        """The full name of `deltas`, `changelog` or `dead-letters`."""
+        """Return the full name of `deltas`, `changelog` or `dead-letters`."""
         return f"{self.app}.{name}"
 
 
 def new_app(bootstrap: str) -> App:
-    """A fresh one."""
+    """Return an app that nobody has used."""
     return App(bootstrap, f"t{uuid.uuid4().hex[:10]}")
 
 
@@ -323,7 +323,7 @@ def create_topics(
 
 
 def leaders_answer(admin: AdminClient, topics: Collection[str], partitions: int) -> bool:
-    """Whether each topic has this many partitions and the leader of each answers a request.
+    """Return whether each topic has this many partitions and the leader of each answers a request.
 
     A broker names itself as a leader in its metadata a moment before it acts as one: until then it answers
     NOT_LEADER_FOR_PARTITION.
@@ -344,7 +344,7 @@ def leaders_answer(admin: AdminClient, topics: Collection[str], partitions: int)
 
 
 def delete_topics(bootstrap: str, app: str, *, only: Collection[str] = (DELTAS, CHANGELOG, DEAD_LETTERS)) -> None:
-    """Delete those of the app's topics, or of `only` these, that are there."""
+    """Delete the app's existing topics, or `only` these."""
     admin = admin_client(bootstrap)
     there = admin.list_topics(timeout=10).topics
     names = [name for name in (f"{app}.{topic}" for topic in only) if name in there]
@@ -354,7 +354,7 @@ def delete_topics(bootstrap: str, app: str, *, only: Collection[str] = (DELTAS, 
 
 
 def absent(reason: Missing) -> NoReturn:
-    """What a test does that can't have a broker: skip, or fail under PIPELINE_REQUIRE_KAFKA=1."""
+    """Skip a test that can't have a broker, or fail it under PIPELINE_REQUIRE_KAFKA=1."""
     if os.environ.get("PIPELINE_REQUIRE_KAFKA") == "1":
         pytest.fail(str(reason))
     pytest.skip(str(reason))
@@ -401,7 +401,7 @@ def _listens(port: int) -> bool:
 
 
 def admin_client(bootstrap: str, **options: str) -> AdminClient:
-    """One that prints nothing and finds a broker that comes back at once. Keep the reference until its futures are done."""
+    """Return a client that prints nothing and finds a restarted broker at once. Keep it until its futures are done."""
     quick: dict[str, Any] = {"reconnect.backoff.ms": 20, "reconnect.backoff.max.ms": 100}
     return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0, "error_cb": lambda _: None, **quick, **options})
 
@@ -432,7 +432,7 @@ def _lines(values: Mapping[str, object]) -> str:
 
 
 def _directory_id() -> str:
-    """A UUID as Kafka writes them: base64 without padding. It may not begin with a dash."""
+    """Return a UUID as Kafka writes them: base64 without padding. It may not begin with a dash."""
     return "p" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")[1:]
 
 
@@ -443,7 +443,7 @@ def _java(lib: Path) -> list[str]:
 
 
 def _formatted(lib: Path) -> Path:
-    """The first snapshot of an empty cluster, the same for all."""
+    """Return the first snapshot of an empty cluster, the same for all."""
     checkpoint = lib.parent / "bootstrap.checkpoint"
     if not checkpoint.exists():
         with tempfile.TemporaryDirectory(dir=lib.parent) as scratch:
@@ -459,7 +459,7 @@ def _formatted(lib: Path) -> Path:
 
 
 def _prepared(lib: Path) -> tuple[Path, Path]:
-    """The first snapshot, and an archive of loaded classes, which halves the time of a start. Both are made once."""
+    """Return the first snapshot, and an archive of loaded classes, which halves the time of a start. Both are made once."""
     archive = lib.parent / "classes.jsa"
     if not archive.exists():
         with locked(), tempfile.TemporaryDirectory(dir=lib.parent) as scratch:

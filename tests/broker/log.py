@@ -1,4 +1,4 @@
-"""What a topic of a broker holds, read beside the code under test; and what the batches in it come to."""
+"""Reads what a topic of a broker holds, beside the code under test, and folds the batches in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Raw(NamedTuple):
 
 
 def raw_records(bootstrap: str, topic: str) -> list[Raw]:
-    """All committed records that the topic holds now, partition by partition in their order."""
+    """Return all committed records that the topic holds now, partition by partition in their order."""
     options = {"bootstrap.servers": bootstrap, "group.id": "unused", "log_level": 0, "error_cb": lambda _: None}
     committed = {"isolation.level": "read_committed", "enable.partition.eof": True, "auto.offset.reset": "earliest"}
     consumer = Consumer({**options, **committed})
@@ -49,17 +49,17 @@ def raw_records(bootstrap: str, topic: str) -> list[Raw]:
 
 
 class Folding(NamedTuple):
-    """What sum batches come to when each sequence counts once."""
+    """Result of folding sum batches so that each sequence counts once."""
 
     totals: Counter[tuple[str, ...]]
     copies: Counter[tuple[str, int, int]]
-    """How often each (producer, partition, sequence) is there."""
+    """Number of copies of each (producer, partition, sequence)."""
     in_order: bool
-    """Whether first copies stand in the order of sequences, within each producer and partition."""
+    """True if first copies stand in the order of sequences, within each producer and partition."""
 
 
 def fold(records: Sequence[Raw]) -> Folding:
-    """Fold them as a task does, with `core.sequence` as its memory."""
+    """Fold records as a task does, with `core.sequence` as its memory."""
     memory: dict[tuple[str, int], Folded] = {}
     newest: dict[tuple[str, int], int] = {}
     totals: Counter[tuple[str, ...]] = Counter()

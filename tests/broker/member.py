@@ -1,4 +1,4 @@
-"""A member of a group in this process, or in one of its own that can be killed and stopped; what it hears, with times."""
+"""A member of a group in this process, or in one of its own that can be killed and stopped; it notes calls with times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.broker.kafka import App
 from tests.support import environment, wait_until
 
 SESSION_MS = 6_000
-"""The least that brokers allow."""
+"""Shortest session that brokers allow."""
 
 
 class Heard(NamedTuple):
@@ -30,7 +30,7 @@ class Heard(NamedTuple):
 
     call: str
     at_s: float
-    """On the system's monotonic clock: the same for all processes."""
+    """Time on the system's monotonic clock, which is the same for all processes."""
     actives: frozenset[int]
     standbys: frozenset[int] = frozenset()
     generation: int = -1
@@ -46,7 +46,7 @@ def _membership(app: App, name: str, **settings: Any) -> FaustMembership:
 
 
 class _Listener:
-    """What both kinds of member share: what was heard, and questions about it. Its standbys are warm at once."""
+    """The calls that a member of either kind has heard, and questions about them. Its standbys are warm at once."""
 
     membership: FaustMembership | None = None
 
@@ -66,7 +66,7 @@ class _Listener:
 
     @property
     def last(self) -> Heard | None:
-        """The assignment that holds; None if there is none, or it is being made anew."""
+        """Return the present assignment; None if there is none, or it is being made anew."""
         heard = self.heard[-1] if self.heard else None
         return heard if heard is not None and heard.call == "assigned" else None
 
@@ -127,12 +127,12 @@ class Outside(_Listener):
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        """kill -9. Twice is fine."""
+        """Kill the member with kill -9. May be called twice."""
         self.process.kill()
         self.process.wait(20)
 
     def leave(self) -> None:
-        """In order, and wait."""
+        """Leave in order, and wait."""
         self.process.communicate("leave\n", timeout=30)
 
     def __enter__(self) -> Self:

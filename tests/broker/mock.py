@@ -1,7 +1,7 @@
-"""librdkafka's own mock cluster, for errors that no real broker gives when a test wants it to.
+"""librdkafka's own mock cluster, for errors that real brokers do not give on demand.
 
-It is reached in the library that confluent_kafka has loaded. It appends whatever is produced and knows nothing of
-isolation: what a transaction leaves visible is for a real broker to show.
+The cluster is reached in the library that confluent_kafka has loaded. It appends all records and knows nothing of
+isolation: only a real broker shows which records a transaction makes visible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _library() -> Any:
 
 
 class MockCluster:
-    """Brokers that answer as they are told to; one, if not said otherwise. Close it after the clients that use it."""
+    """Brokers, one by default, that answer as they are told to. Close it after the clients that use it."""
 
     def __init__(self, count: int = 1) -> None:
         self._lib = _library()
@@ -66,16 +66,16 @@ class MockCluster:
         return address.decode()
 
     def create(self, topic: str, partitions: int) -> None:
-        """A topic."""
+        """Create a topic."""
         assert self._lib.rd_kafka_mock_topic_create(self._cluster, topic.encode(), partitions, 1) == 0
 
     def fail(self, request: int, *codes: int) -> None:
-        """Answer the next requests of this kind with these errors, one each; later ones are answered well again."""
+        """Answer the next requests of this kind with these errors, one each, and later ones well again."""
         errors = (ctypes.c_int * len(codes))(*codes)
         self._lib.rd_kafka_mock_push_request_errors_array(self._cluster, request, len(codes), errors)
 
     def heal(self, request: int) -> None:
-        """No more errors for requests of this kind."""
+        """Answer requests of this kind without errors again."""
         self._lib.rd_kafka_mock_clear_request_errors(self._cluster, request)
 
     def limit(self, request: int, newest: int) -> None:
@@ -83,7 +83,7 @@ class MockCluster:
         assert self._lib.rd_kafka_mock_set_apiversion(self._cluster, request, min(0, newest), newest) == 0
 
     def requests(self) -> list[int]:
-        """The kinds of all requests so far, in order."""
+        """Return the kinds of all requests so far, in order."""
         count = ctypes.c_size_t()
         found = self._lib.rd_kafka_mock_get_requests(self._cluster, ctypes.byref(count))
         kinds = [int(self._lib.rd_kafka_mock_request_api_key(found[n])) for n in range(count.value)]
@@ -91,7 +91,6 @@ class MockCluster:
         return kinds
 
     def close(self) -> None:
-        """End it."""
         self._lib.rd_kafka_mock_cluster_destroy(self._cluster)
         self._lib.rd_kafka_destroy(self._client)
 

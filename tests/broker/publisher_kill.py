@@ -12,7 +12,7 @@ from tests.support import wait_until
 
 
 def on_kafka(folder: Path, seed: int, rounds: int, broker: Broker | None = None) -> Killing:
-    """With a broker of its own, that is killed once in ten rounds, a worker and a query server."""
+    """Run the rounds with a broker of their own, which is killed once in ten rounds, a worker and a query server."""
     with ExitStack() as stack:
         if broker is None:
             broker = stack.enter_context(Broker(folder / "kafka"))

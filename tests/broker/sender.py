@@ -1,8 +1,8 @@
 """A publisher that tells through a pipe what was acknowledged, until it is killed: `python -m tests.broker.sender`.
 
 Round r adds 4**r to some series, then waits until it is acknowledged. So the digits of an answer in base 4 say how often
-each round was counted, whatever else was: 0, 1, or too often. It also adds to series of its own, which no later round
-touches: a state that was lost, or kept although it was not committed, is not made good by what comes after it.
+each round was counted: 0, 1, or too often. A round also adds to series of its own, which no later round touches: if such a
+state is lost, or kept although it was not committed, nothing later makes up for it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ VIEW = "rounds"
 SERIES = 24
 ONCE = "once"
 ONCE_COUNT = 4
-"""Series that belong to one round."""
+"""Number of series that belong to one round."""
 ROUNDS_MAX = 2_000
-"""Ints of 4,000 bits."""
+"""Limit to the rounds, which makes sums ints of 4,000 bits."""
 _PAUSE_S = 0.02
 
 
 def touched(name: str) -> list[list[int]]:
-    """The series that each round of a sender adds to, the same in every process."""
+    """Return the series that each round of a sender adds to, the same in every process."""
     rng = random.Random(name)
     return [rng.sample(range(SERIES), rng.randrange(1, SERIES)) for _ in range(ROUNDS_MAX)]
 

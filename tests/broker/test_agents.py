@@ -38,21 +38,21 @@ async def record(stream):
 
 
 def sending(source: Source, *, pause_s: float = 0.04) -> AbstractContextManager[None]:
-    """Sends events all the time, in rounds."""
+    """Send events all the time, in rounds."""
     rounds = (range(number, number + 10) for number in itertools.count(0, 10))
     return again_and_again(lambda: source.send(next(rounds)), pause_s)
 
 
 @pytest.mark.parametrize("owner", adapter.PRIVATE, ids=lambda it: f"{it.__module__}.{it.__qualname__}")
 def test_private_names(owner: type) -> None:
-    """Every name of faust and aiokafka that agents rely on, and that is not documented, is there."""
+    """Every undocumented name of faust and aiokafka that agents rely on exists."""
     missing = [name for name in sorted(adapter.PRIVATE[owner]) if not hasattr(owner, name)]
     assert not missing, f"{owner.__module__}.{owner.__qualname__} has no {', '.join(missing)}: read what became of them"
 
 
 @pytest.mark.timeout(120)
 def test_a_graceful_stop_counts_exactly(app: App, tmp_path: Path) -> None:
-    """SIGTERM while events come, and two agents are each at one: all that was recorded is committed, and nothing else."""
+    """After SIGTERM, while events come and two agents work on one each, exactly what was recorded is committed."""
     source = Source(app, tmp_path, BOTH.format(pause_s=0.005))
     worker = source.worker("one", revoke_timeout_ms=20_000)  # agents are slow on a machine that is busy
     with server(app, tmp_path / "server") as reads, worker, sending(source):
@@ -108,7 +108,7 @@ def test_private_attributes() -> None:
 
 @pytest.mark.timeout(120)
 def test_formats(app: App, tmp_path: Path) -> None:
-    """Bytes, a record, and a codec of one's own, taken one by one or in batches, of one topic."""
+    """Agents read bytes, a record, and a codec of the app's own, one by one or in batches, from one topic."""
     source = Source(app, tmp_path, FORMATS)
     source.send(range(300))
     with server(app, tmp_path / "server") as reads, source.worker("one") as worker:
@@ -119,7 +119,7 @@ def test_formats(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_an_agent_that_returns(app: App, tmp_path: Path) -> None:
-    """The worker exits with 3 and says so, because the agent would read nothing any more."""
+    """A worker whose agent returns, and so would read nothing more, exits with 3 and says so."""
     source = Source(app, tmp_path, SHOP.format(pause_s=0).replace("await asyncio.sleep(0)", "return"))
     source.send(range(5))
     with ExitStack() as ends:
@@ -144,7 +144,7 @@ def test_a_full_buffer_slows_agents_down(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_killed_at_random(app: App, tmp_path: Path) -> None:
-    """kill -9 again and again: no event is lost, and only those are counted twice that were not committed at a kill."""
+    """No event is lost by kill -9, and only those that were not committed at a kill are counted twice."""
     chance = random.Random(1)
     source = Source(app, tmp_path, SHOP.format(pause_s=0.001))
     bounds: list[list[int]] = []
@@ -251,7 +251,7 @@ async def record_batches(stream):
 
 @pytest.mark.timeout(120)
 def test_a_filter_that_raises(app: App, tmp_path: Path) -> None:
-    """An event at which a filter raises is done, one by one and with `take`: what is behind it is counted and committed."""
+    """An event at which a filter raises is done, one by one and with `take`: later events are counted and committed."""
     source = Source(app, tmp_path, FILTERING)
     source.send(range(20))
     source.send([1_000], bad=1)
@@ -270,7 +270,7 @@ class _Hung:
 
 
 def test_what_agents_sent_holds_no_rebalance_up() -> None:
-    """Faust flushes its producer while Kafka's group waits, and would wait for 20 minutes."""
+    """A rebalance does not wait for Faust's producer to be flushed, which could take 20 minutes."""
 
     async def look() -> None:
         app = pipeline_package.faust_app()
@@ -284,7 +284,7 @@ def test_what_agents_sent_holds_no_rebalance_up() -> None:
 
 
 def test_a_rebalance_while_the_worker_leaves_begins_nothing() -> None:
-    """Partitions that are revoked while agents are waited for at the end do not let them begin anything after all."""
+    """Partitions that are revoked during a shutdown do not let agents begin anything after all."""
 
     async def look() -> None:
         app = pipeline_package.faust_app()

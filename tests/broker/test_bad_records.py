@@ -23,18 +23,18 @@ PARTITIONS = 2
 
 
 def batch(partition: int, sequence: int, value: int = 1) -> bytes:
-    """A good one, of one series."""
+    """Return a good batch of one series."""
     group = Group(Definition("sales", "sum", ("key",)), [series_suffix(("a",))], [value])
     return encode_batch(Batch("p", 0, partition, sequence, 0, 0, [group]))
 
 
 def sealed(rest: bytes) -> bytes:
-    """What may be anything behind a version and a checksum that are right."""
+    """Return any bytes with a right version and checksum in front."""
     return VERSION + int(google_crc32c.value(rest)).to_bytes(4, "big") + rest
 
 
 def produce(app: App, values: list[tuple[int, bytes | None]], **options: Any) -> list[tuple[int, int]]:
-    """Append values as they are, in order; the partition and offset of each."""
+    """Append values as they are, in order; return the partition and offset of each."""
     producer = Producer(
         {"bootstrap.servers": app.bootstrap, "enable.idempotence": True, "message.max.bytes": 20_000_000, **options}
     )
@@ -51,7 +51,7 @@ def produce(app: App, values: list[tuple[int, bytes | None]], **options: Any) ->
 
 
 def letters(app: App) -> list[DeadLetter]:
-    """All dead letters. Each lies in the partition of its record, under a key that names it and its topic."""
+    """Return all dead letters, each of which must lie in its record's partition, under a key with its place and topic."""
     found = []
     topics = set()
     for record in raw_records(app.bootstrap, app.topic("dead-letters")):
@@ -66,7 +66,7 @@ def letters(app: App) -> list[DeadLetter]:
 
 
 def bad_values() -> list[tuple[str, bytes | None]]:
-    """What arrives, with a word of the reason that is given."""
+    """Return bad values, each with a word of the reason that is expected."""
     rng = random.Random(11)
     good = batch(0, 0)
     return [
@@ -88,7 +88,7 @@ def bad_values() -> list[tuple[str, bytes | None]]:
 
 
 def test_each_bad_record_is_a_dead_letter_once(app: App, tmp_path: Path) -> None:
-    """With reason, partition, offset and bytes; its neighbours count; a worker that begins anew writes none again."""
+    """A dead letter has reason, place and bytes; neighbours count; a worker that begins anew writes none again."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     bad = bad_values()
     values = [(0, batch(0, 0))]
@@ -120,7 +120,7 @@ def test_each_bad_record_is_a_dead_letter_once(app: App, tmp_path: Path) -> None
 
 
 def test_the_largest_record_fits(app: App, tmp_path: Path) -> None:
-    """Whatever the deltas topic takes as described, compressed or not, is kept whole as a dead letter."""
+    """The largest record that the deltas topic takes, compressed or not, is kept whole as a dead letter."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     limit = load()["deltas"].kafka["max.message.bytes"]
     rng = random.Random(5)

@@ -1,4 +1,4 @@
-"""Workers with a name that are set up wrongly: one clear line, code 2 or 1, and nobody who is set up well is disturbed."""
+"""Workers with a name that are set up wrongly: one clear line, code 2 or 1, and no well set up worker is disturbed."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def topics(app: App) -> App:
 
 
 def run(app: App, data: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """A worker that is expected to end by itself."""
+    """Run a worker that is expected to end by itself."""
     return pipeline("worker", "--from", app.url, f"--data={data}", "--port=0", *more)
 
 
 @contextmanager
 def owner(app: App, number: int = 0) -> Iterator[Transaction]:
-    """The one who may commit a partition, as long as nobody fences it: at the end it still may."""
+    """Yield the transaction of a partition's owner, who must still be able to commit at the end."""
     log = KafkaLog(parse_url(app.url), KafkaSettings(), SystemClock())
     with closing(log), closing(log.transaction(f"{app.app}-{number}")) as transaction:
         yield transaction
@@ -54,7 +54,7 @@ def owner(app: App, number: int = 0) -> Iterator[Transaction]:
 
 
 def refused(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -> None:
-    """One line on standard error, and nothing else but it. A person must bring a newer program: that is code 4."""
+    """Check that a process ended with one line on standard error: with 4 if a newer program is needed, else `code`."""
     assert done.returncode == (4 if any("the newer program" in text for text in said) else code), done.stderr
     assert done.stdout == ""
     last = done.stderr.splitlines()[-1]
@@ -83,7 +83,7 @@ def test_an_older_worker_joins(topics: App, tmp_path: Path) -> None:
 
 
 def test_a_newer_worker_joins(topics: App) -> None:
-    """The older end, leader or not, naming both formats; the newer has all."""
+    """Older members end, leader or not, naming both formats; the newer gets all partitions."""
     with Inside(topics, "old", static=True) as old:
         settled(old, partitions=PARTITIONS)
         with Inside(topics, "older-too") as too:
@@ -99,14 +99,14 @@ def test_a_newer_worker_joins(topics: App) -> None:
 
 
 def test_a_worker_that_is_joined_by_a_newer_one(topics: App, tmp_path: Path) -> None:
-    """Ends with 4 although it has folded for long: to start it again can't help."""
+    """A worker that has folded for long ends with 4 when a newer one joins: starting it again can't help."""
     with worker(topics, tmp_path / "d", "--name=old") as role, Inside(topics, "new", format=NEWER):
         assert wait_exit(role, 30) == 4, role.tail()
         assert f"this program writes format {FORMAT}" in role.tail().splitlines()[-1]
 
 
 def test_an_older_program_under_a_name_of_before(topics: App) -> None:
-    """A static member that comes back older within its session is told from what it had then."""
+    """A static member that comes back older within its session is told apart by its former format."""
     with Inside(topics, "one", static=True, format=NEWER) as before:
         settled(before, partitions=PARTITIONS)
         before.stop(leave=False)
@@ -118,7 +118,7 @@ def test_an_older_program_under_a_name_of_before(topics: App) -> None:
 
 @pytest.mark.parametrize("first", ["this", "other"])
 def test_two_apps_of_one_name(topics: App, first: str) -> None:
-    """With other topics of another partition count: who was there goes on, whoever leads; the other ends, naming both."""
+    """Of two apps of one name with different partition counts the first goes on; the other ends, naming both."""
     other = new_app(topics.bootstrap)
     create_topics(other.bootstrap, other.app, PARTITIONS + 2)
     theirs = {name: other.topic(name) for name in ("deltas", "changelog")}
@@ -137,7 +137,7 @@ def test_two_apps_of_one_name(topics: App, first: str) -> None:
 
 
 def test_the_group_of_another_program(topics: App, tmp_path: Path) -> None:
-    """Somebody's consumer has the app's name for its group: it says so, and the consumer goes on."""
+    """A worker whose group has another program's consumer says so, and the consumer goes on."""
     options = {"bootstrap.servers": topics.bootstrap, "group.id": topics.app, "session.timeout.ms": 6_000}
     with closing(Consumer({**options, "log_level": 0})) as consumer:
         consumer.subscribe([topics.topic("deltas")])
@@ -148,7 +148,7 @@ def test_the_group_of_another_program(topics: App, tmp_path: Path) -> None:
 
 
 def test_a_changelog_that_lacks_a_partition(app: App, tmp_path: Path) -> None:
-    """A worker with a name refuses it before it joins the group, and fences nobody."""
+    """A worker with a name refuses such a changelog before it joins the group, and fences nobody."""
     create_topics(app.bootstrap, app.app, PARTITIONS, only=["deltas", "dead-letters"])
     create_topics(app.bootstrap, app.app, PARTITIONS - 1, only=["changelog"])
     with owner(app):
@@ -160,7 +160,7 @@ def test_a_changelog_that_lacks_a_partition(app: App, tmp_path: Path) -> None:
 
 
 def test_a_newer_changelog(topics: App, tmp_path: Path) -> None:
-    """A worker refuses it, naming both formats, before it fences the owner, and leaves it as it is."""
+    """A worker refuses a newer changelog, naming both formats, before it fences the owner, and leaves it as it is."""
     newest = bytes((NEWER,))
     position = newest + encode_position(Position(1, 1, 1))[1:]
     entries = [
@@ -191,7 +191,7 @@ def test_a_port_that_is_taken(topics: App, tmp_path: Path) -> None:
 
 
 def test_directories(topics: App, tmp_path: Path) -> None:
-    """One in use, and one of another app, are refused and left as they are; the lock of a dead worker is no obstacle."""
+    """A directory in use, or of another app, is refused and left as it is; the lock of a dead worker is no obstacle."""
     other = new_app(topics.bootstrap)
     create_topics(other.bootstrap, other.app, PARTITIONS)
     with worker(topics, tmp_path / "d", "--name=one") as role:
@@ -211,7 +211,7 @@ def test_directories(topics: App, tmp_path: Path) -> None:
 
 
 def test_no_other_port_listens(topics: App, tmp_path: Path) -> None:
-    """Faust's web server, with its tables open to all, is not there: the worker's own port is the only one."""
+    """The worker's own port is the only one: Faust's web server, with its tables open to all, does not run."""
     with worker(topics, tmp_path / "d", "--name=one") as role:
         wait_until(lambda: "folding" in pipeline("status", "--from", topics.url).stdout, "a member that folds")
         process = psutil.Process(role.program.process.pid)

@@ -18,7 +18,7 @@ from tests.support import ROOT, environment, wait_until
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; a dead one that nobody has waited for does not."""
+    """Return whether the process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -27,7 +27,7 @@ def alive(pid: int) -> bool:
 
 
 def in_group(group: int) -> list[int]:
-    """The processes of a group that run."""
+    """Return the running processes of a group."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and alive(int(entry.name)):
@@ -117,7 +117,7 @@ for argument; do case "$argument" in -DoutputDirectory=*) out="${argument#*=}";;
 
 
 def test_jars_are_fetched_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fetch that fails leaves nothing and says what mvn said; of several processes that need the jars, one fetches."""
+    """A failed fetch leaves nothing and says what mvn said; one of several processes that need the jars fetches them."""
     bin, runs = tmp_path / "bin", tmp_path / "runs"
     bin.mkdir()
     for name, text in (("mvn", MVN), ("java", "#!/bin/sh\n")):

@@ -35,7 +35,7 @@ async def watch(changes):
 
 
 class Seen:
-    """What agents have written to a file."""
+    """Changes that agents have written to a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class Seen:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def totals(self, *, once: bool = True) -> dict[str, int]:
-        """What the changes add up to, by region; of several with one place, once only."""
+        """Return the totals of the changes by region; changes with the same place count once."""
         found = self.changes()
         if once:
             found = [*{(it["partition"], it["offset"]): it for it in found}.values()]
@@ -55,7 +55,7 @@ class Seen:
         return dict(totals)
 
     def wait(self, expected: dict[str, int]) -> None:
-        """Until they add up to this."""
+        """Wait until the changes add up to this."""
         try:
             wait_until(lambda: self.totals() == expected, "the changes to add up", WAIT_S)
         except AssertionError:
@@ -63,7 +63,7 @@ class Seen:
             raise
 
     def check_order(self) -> None:
-        """Each `old` is the `new` of the change before it."""
+        """Check that each `old` is the `new` of the change before it."""
         known: dict[tuple[str, int], dict[int, Any]] = {}
         for it in self.changes():
             place = it["labels"]["region"], it["partition"]
@@ -104,7 +104,7 @@ class Load:
 @pytest.mark.long
 @pytest.mark.timeout(180)
 def test_killed_at_random(app: App, tmp_path: Path) -> None:
-    """kill -9 again and again: the changes add up to the view, and those that come twice have the same place."""
+    """Changes add up to the view under kill -9 again and again, and those that come twice have the same place."""
     chance = random.Random(3)
     source, seen, load = Source(app, tmp_path, WATCH), Seen(tmp_path / "seen"), Load(app)
     with source.worker("one", env={"SEEN": str(seen.path)}) as worker:
@@ -122,7 +122,7 @@ def test_killed_at_random(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_moved(app: App, tmp_path: Path) -> None:
-    """A second worker goes on where the first got to, in order or after kill -9; a new agent gets all that there is."""
+    """A second worker goes on where the first got to, in order or after kill -9; a new agent gets all changes."""
     source, seen, load = Source(app, tmp_path, WATCH), Seen(tmp_path / "seen"), Load(app)
     with load.running():
         wait_until(lambda: sum(load.expected.values()) > 10_000, "load", WAIT_S)

@@ -29,7 +29,7 @@ TIMEOUT_S = 540
 @pytest.mark.timeout(TIMEOUT_S + 60)
 @pytest.mark.usefixtures("kafka_jars")
 def test_a_short_drive(tmp_path: Path) -> None:
-    """Under load on 20,000 series, what happens most often leaves every answer exact, however long it takes."""
+    """The most frequent troubles, under load on 20,000 series, leave every answer exact, however long a drive takes."""
     command = [sys.executable, "-m", "tests.broker.chaos", f"--seed={SEED}", f"--keep={tmp_path}", *WHAT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT) as drive:
         try:
@@ -46,7 +46,7 @@ def test_a_short_drive(tmp_path: Path) -> None:
 
 
 def test_short_drives_have_what_matters_most() -> None:
-    """Whatever the seed, what a short drive must have comes before everything else; a long one has all in any order."""
+    """A short drive begins with the required scenarios, whatever the seed; a long one has all, in any order."""
     for brokers in ("1", "3"):
         for seed in map(str, range(20)):
             fitting = [it for it in ALL if it.brokers in (0, int(brokers))]
@@ -59,7 +59,7 @@ def test_short_drives_have_what_matters_most() -> None:
 
 
 HISTORY = ((10.0, 5, 2, 1), (11.0, 9, 4, 3), (12.0, 20, 7, 8))
-"""When, in all, of a series, and the next offset of partition 0, as acknowledged."""
+"""Acknowledgements: time, total, amount of one series, and next offset of partition 0."""
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def one(value: int, stale_ms: int) -> Answer:
     ],
 )
 def test_wrong_answers_are_noticed(history: History, group: str | None, answers: list[Answer], wrong: str) -> None:
-    """Those that go back, lack what was acknowledged before their staleness began, or hold what nobody recorded."""
+    """Answers that go back, lack deltas acknowledged before their staleness began, or exceed the total are faults."""
     problems = Problems(print)
     reads = Reads("http://127.0.0.1:1", history, problems, 1)
     for answer in answers:
@@ -105,7 +105,7 @@ def test_wrong_answers_are_noticed(history: History, group: str | None, answers:
 
 
 def test_two_owners_are_noticed(history: History) -> None:
-    """A commit that does not go beyond the one before it is wrong."""
+    """A commit that does not go beyond the one before it is a fault."""
     problems = Problems(print)
     commits = Commits(App("127.0.0.1:1", "a"), 2, history, problems)
     for partition, position in ((0, 3), (0, 4), (1, 3), (1, 5)):
@@ -118,7 +118,7 @@ def test_two_owners_are_noticed(history: History) -> None:
 
 
 def test_a_new_owner_repairs(history: History) -> None:
-    """The first commit of a new owner may fold nothing; a second one that folds nothing, or one that goes back, is wrong."""
+    """A new owner's first commit may fold nothing; a second one that folds nothing, or one that goes back, is a fault."""
     problems = Problems(print)
     commits = Commits(App("127.0.0.1:1", "a"), 1, history, problems)
     for position, owner_id in ((3, "first"), (3, "second"), (4, "second")):
@@ -130,13 +130,13 @@ def test_a_new_owner_repairs(history: History) -> None:
 
 
 def batch(sequence: int, amount: int = 0, *controls: Control, labels: tuple[str, ...] = ("n",)) -> Batch:
-    """One delta, or none, of one series; or orders."""
+    """Return a batch of one delta, or none, of one series, or of orders."""
     group = Group(Definition("orders", "sum", labels), [series_suffix(("a",) * len(labels))], [amount])
     return Batch("p", 0, 0, sequence, 0, 0, [group] if amount else [], controls=[*controls])
 
 
 def test_ledgers_go_by_the_order_of_the_log() -> None:
-    """An order concerns what stands before it; what comes again, a delta or an order, is not counted again."""
+    """An order concerns what precedes it in the log; a delta or an order that comes again is not counted again."""
     drop, reset = Control("drop", "orders", "sum", ("n",)), Control("reset", "orders")
     found = PartitionLedger({"orders"})
     wide = ("n", "region")
@@ -171,5 +171,5 @@ def test_ledgers_go_by_the_order_of_the_log() -> None:
     ],
 )
 def test_pauses_are_measured(history: History, came: list[Came], since_s: float, until_s: float, pause_s: float) -> None:
-    """A pause is time with lag and without a commit, within the event; a partition that has all there was does not pause."""
+    """A pause is time with lag and without a commit, within the event; a partition without lag does not pause."""
     assert history.pauses({0: came}, since_s, until_s) == {0: pause_s}

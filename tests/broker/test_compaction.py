@@ -20,7 +20,7 @@ from tests.support import wait_until
 
 PARTITIONS = 2
 SMALL_SEGMENTS = {"segment.ms": "200", "segment.bytes": "1048576", "min.compaction.lag.ms": "3600000"}
-"""Many segments, none of which is cleaned yet: what the cleaner took away must be known."""
+"""Settings for many segments that are not cleaned yet, so that the test can tell what the cleaner removes."""
 CLEANED_AT_ONCE = {
     "min.cleanable.dirty.ratio": "0.01",
     "min.compaction.lag.ms": "0",
@@ -30,16 +30,16 @@ CLEANED_AT_ONCE = {
 TTL_MS = 1_000
 ROUNDS = 12
 LATER = 20
-"""Enough series that every partition has some."""
+"""Number of series that suffices for every partition to have some."""
 
 
 def produced(stores: dict[int, Store]) -> set[bytes]:
-    """The producers that stores remember."""
+    """Return the producers that stores remember."""
     return {key for store in stores.values() for key, _ in store.snapshot().scan(TAG_PRODUCER, prefix_end(TAG_PRODUCER))}
 
 
 def alive(records: list[Raw]) -> dict[tuple[int, bytes], bytes | None]:
-    """The newest value of each key."""
+    """Return the newest value of each key."""
     return {(record.partition, record.key or b""): record.value for record in records}
 
 
@@ -54,7 +54,7 @@ def alter(bootstrap: str, topic: str, settings: dict[str, str]) -> None:
 
 @pytest.mark.timeout(120)
 def test_restore_from_a_compacted_changelog(app: App, tmp_path: Path) -> None:
-    """Superseded entries and tombstones are gone from the topic; a fresh worker and a fresh server hold what is right."""
+    """Superseded entries and tombstones are gone from the topic; a fresh worker and server hold the right state."""
     create_topics(app.bootstrap, app.app, PARTITIONS, changelog=SMALL_SEGMENTS)
     expected: Counter[tuple[str, ...]] = Counter()
     settings: dict[str, Any] = {"producer_ttl_ms": TTL_MS, "closed_producer_ttl_ms": TTL_MS}

@@ -1,4 +1,4 @@
-"""A query server serves only as long as the changelog's real compaction lag lets no state come up that never was."""
+"""A query server serves only while the changelog's real compaction lag rules out states that never existed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAUSE_S = 3.0
 
 
 def refused(app: App, data: Path, *said: str) -> None:
-    """A server ends with code 2, says why, and what sets it right."""
+    """Check that a server ends with code 2 and says why and how to set it right."""
     done = pipeline("serve", "--from", app.url, f"--data={data}", "--port=0")
     assert done.returncode == 2, done.stderr
     for text in (*said, f"pipeline topics apply --to {app.url}"):
@@ -31,7 +31,7 @@ def refused(app: App, data: Path, *said: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_no_server_starts_where_it_could_answer_wrongly(app: App, tmp_path: Path) -> None:
-    """Kafka's default of 0, a lag that is too short to read in, times that workers make; `topics apply` mends each."""
+    """Kafka's default lag 0, a lag too short to read in, and workers' timestamps are refused; `topics apply` mends each."""
     create_topics(app.bootstrap, app.app, 1, changelog={LAG: "0"})
     topic = app.topic(CHANGELOG)
     refused(app, tmp_path / "s", f"{topic} has {LAG}=0")
@@ -50,7 +50,7 @@ def test_no_server_starts_where_it_could_answer_wrongly(app: App, tmp_path: Path
 
 @pytest.mark.timeout(150)
 def test_a_lag_that_is_changed_is_noticed(app: App, tmp_path: Path) -> None:
-    """Set to 0 a running server hides all and says why; set right it serves again, without a restart."""
+    """A running server hides everything and says why while the lag is 0, and serves again without a restart."""
     create_topics(app.bootstrap, app.app, 1)
     with worker(app, tmp_path / "w"), server(app, tmp_path / "s") as role, Reader(role.url, timeout_s=5) as reader:
         with Publisher(app.url, **PUBLISHER) as publisher:
@@ -77,7 +77,7 @@ def test_a_lag_that_is_changed_is_noticed(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(150)
 def test_half_of_the_real_lag_is_what_counts(app: App, tmp_path: Path) -> None:
-    """A server that stood still for longer than half of 4 s is hidden until it has caught up, though 300 s are far off."""
+    """A server that stood still for longer than half of the real 4 s is hidden until it has caught up, long before 300 s."""
     create_topics(app.bootstrap, app.app, 1, changelog={LAG: "4000"})
     with (
         worker(app, tmp_path / "w"),

@@ -1,4 +1,4 @@
-"""docker-compose.yml and our image: what can be known without a Docker engine, own commands run by hand included."""
+"""docker-compose.yml and our image: everything that can be checked without a Docker engine, own commands run by hand."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ROLES = [name for name in OWN if name != "topics"]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's, in order: name and the rest."""
+    """Return the Dockerfile's instructions in order: name and the rest."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line.strip()]
 
 
 def last(name: str) -> str:
-    """The last instruction of this name: the one that holds for the image."""
+    """Return the last instruction of this name, which is the one that holds for the image."""
     return [rest for found, rest in instructions() if found == name][-1]
 
 
@@ -66,7 +66,7 @@ def test_compose_accepts_the_file() -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_service_is_careful(name: str) -> None:
-    """Ports of 127.0.0.1 only, a pinned image, a health check, a restart policy, an init, data in named volumes."""
+    """A service has ports of 127.0.0.1 only, a pinned image, health check, restart policy, init, and named volumes."""
     service = SERVICES[name]
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service.get("ports", ()))
     assert not service.keys() & {"network_mode", "privileged", "pid", "env_file"}
@@ -83,13 +83,13 @@ def test_service_is_careful(name: str) -> None:
 
 
 def pinned(image: str) -> bool:
-    """Whether an image has a tag of a whole version."""
+    """Return whether an image has a tag of a whole version."""
     return re.fullmatch(r"[a-z0-9/._-]+:v?\d+\.\d+\.\d+(-[a-z0-9.-]+)?", image) is not None
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_own_service_is_our_image(name: str) -> None:
-    """Built from the Dockerfile, named by our version, without rights, stopped no sooner than a commit is decided."""
+    """Our services run our version's image without privileges, and are stopped no sooner than a commit is decided."""
     service = SERVICES[name]
     assert service["image"] == f"{PROJECT['name']}:{PROJECT['version']}"
     assert ROOT / service["build"]["context"] / service["build"]["dockerfile"] == DOCKERFILE
@@ -102,7 +102,7 @@ def test_own_service_is_our_image(name: str) -> None:
 
 
 def test_files_agree() -> None:
-    """What is scraped, shown and mounted is where another file says it is."""
+    """Scraped addresses, dashboards and mounts agree between the files."""
     scraped = yaml.safe_load((ROOT / "dashboards" / "prometheus.yml").read_text())["scrape_configs"]
     addresses = {target for job in scraped for group in job["static_configs"] for target in group["targets"]}
     assert addresses == {f"{name}:{option(name, '--port')}" for name in ROLES}
@@ -130,13 +130,13 @@ def test_workers_share_the_partitions() -> None:
 
 
 def option(name: str, flag: str) -> str:
-    """The value of a flag on a service's command line."""
+    """Return the value of a flag on a service's command line."""
     command: list[str] = SERVICES[name]["command"]
     return command[command.index(flag) + 1]
 
 
 def test_dockerfile_is_careful() -> None:
-    """Pinned bases, not root, a health check, our program, and nothing copied that is not there or is left out."""
+    """The Dockerfile has pinned bases, an unprivileged user, a health check and our program, and copies what exists."""
     bases = [rest.split()[0] for name, rest in instructions() if name == "FROM"]
     assert bases
     assert all(pinned(base) for base in bases)
@@ -161,7 +161,7 @@ def test_dockerfile_is_careful() -> None:
 
 @pytest.fixture(scope="module")
 def broker(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """An empty Kafka with the settings of the service, on other addresses; its HOST listener answers too."""
+    """Run an empty Kafka with the settings of the service, on other addresses; its HOST listener answers too."""
     (published,) = (port.split(":") for port in SERVICES["kafka"]["ports"])
     environment: dict[str, str] = SERVICES["kafka"]["environment"]
     assert f"HOST://:{published[2]}" in environment["KAFKA_LISTENERS"]
@@ -188,7 +188,7 @@ def broker(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def replace(text: str, changes: Mapping[str, str]) -> str:
-    """The text with every one of these replaced, in this order."""
+    """Return the text with every one of these replaced, in this order."""
     for old, new in changes.items():
         text = text.replace(old, new)
     return text
@@ -214,7 +214,7 @@ class Service:
         return Program(*self.command, stderr=self._folder / f"{self.name}.stderr", cwd=self._folder)
 
     def healthy(self, test: list[str] | None = None) -> bool:
-        """Run a health check: the service's own, if none is given."""
+        """Run a health check: by default the service's own."""
         kind, program, *arguments = test or SERVICES[self.name]["healthcheck"]["test"]
         assert (kind, program) == ("CMD", "python")
         command = [sys.executable, *(replace(word, self._changes) for word in arguments)]
@@ -253,7 +253,7 @@ def test_services_run_by_hand(broker: Broker, tmp_path: Path) -> None:
 
 
 def read_back(url: str) -> None:
-    """Deltas that go to the server are in its answers."""
+    """Check that deltas sent to the server are in its answers."""
     deltas = [{"view": "sold", "kind": "sum", "labels": {"n": str(n)}, "value": n} for n in range(40)]
     headers = {"Content-Type": "application/json"}
     with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/deltas", json.dumps(deltas).encode(), headers)) as answer:

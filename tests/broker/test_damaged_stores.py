@@ -1,4 +1,4 @@
-"""Stores of a worker and of a query server that are damaged while both run, under load: exact all the same."""
+"""Stores of a worker and of a query server that are damaged while both run, under load: answers stay exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAIT_S = 60.0
 @pytest.mark.long
 @pytest.mark.timeout(180)
 def test_damaged_under_load(app: App, tmp_path: Path) -> None:
-    """No process ends; the server answers nothing but 503 from what is damaged; every delta counts once."""
+    """No process ends; the server answers nothing but 503 from a damaged store; every delta counts once."""
     create_topics(app.bootstrap, app.app, 2)
     with (
         worker(app, tmp_path / "worker") as role,

@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 
 def panels(dashboard: str) -> list[dict[str, Any]]:
-    """Those that show something."""
+    """Return the panels that show something."""
     return [panel for panel in DASHBOARDS[dashboard]["panels"] if panel["type"] != "row"]
 
 
@@ -61,7 +61,7 @@ def targets(dashboard: str) -> list[Target]:
 
 
 def program(name: str) -> str:
-    """Its path; the test is skipped without, or fails under PIPELINE_REQUIRE_KAFKA=1."""
+    """Return the path of a program; skip the test if there is none, or fail it under PIPELINE_REQUIRE_KAFKA=1."""
     try:
         return need(name)
     except Missing:
@@ -96,7 +96,7 @@ class Prometheus:
         self._port.close()
 
     def api(self, path: str, **parameters: Any) -> Any:
-        """The `data` of an answer."""
+        """Return the `data` of an answer."""
         query = urllib.parse.urlencode({name.replace("match", "match[]"): value for name, value in parameters.items()})
         try:
             with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
@@ -105,7 +105,7 @@ class Prometheus:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
 
     def healthy(self) -> bool:
-        """Whether every target was scraped and none failed."""
+        """Return whether every target was scraped and none failed."""
         assert self._process.poll() is None, self._log.read_text()
         try:
             urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()
@@ -115,12 +115,12 @@ class Prometheus:
         return bool(found) and all(target["health"] == "up" for target in found)
 
     def vector(self, expr: str) -> Samples:
-        """An instant query: its samples by their labels."""
+        """Return the samples of an instant query by their labels."""
         result = self.api("query", query=expr)["result"]
         return {frozenset(it["metric"].items()): float(it["value"][1]) for it in result}
 
     def numbers(self, expr: str, *, instant: bool) -> list[float]:
-        """All numbers that a panel would show, of the last 30 s; NaN is none."""
+        """Return all numbers that a panel would show for the last 30 s; NaN is none."""
         if instant:
             found = list(self.vector(expr).values())
         else:
@@ -131,7 +131,7 @@ class Prometheus:
 
 
 def replaced(addresses: Mapping[str, str]) -> Any:
-    """dashboards/prometheus.yml with each target's address replaced."""
+    """Return dashboards/prometheus.yml with each target's address replaced."""
     config = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms"}
     for job in config["scrape_configs"]:
@@ -171,7 +171,7 @@ class Exposed(ThreadingHTTPServer):
 
 
 class Load(threading.Thread):
-    """Something for every panel, again and again, until it is closed."""
+    """Records something for every panel, again and again, until it is closed."""
 
     def __init__(self, app: App, server: str, metrics: PrometheusMetrics) -> None:
         super().__init__(daemon=True)
@@ -206,7 +206,7 @@ class Load(threading.Thread):
         post(f"{self._server}/v1/deltas", [{"view": "balance", "kind": "sum", "value": -1}])
 
     def close(self) -> None:
-        """End, with everything acknowledged."""
+        """End, and wait until everything is acknowledged."""
         self._stopping.set()
         self.join(30)
         for publisher in (self._direct, self._gateway, self._full):
@@ -221,7 +221,7 @@ def post(url: str, body: Any) -> None:
 
 
 def send_garbage(app: App) -> None:
-    """One record that is no batch."""
+    """Send one record that is no batch."""
     producer = Producer({"bootstrap.servers": app.bootstrap, "log_level": 0})
     producer.produce(app.topic("deltas"), b"\xff no batch", partition=1)
     assert producer.flush(30) == 0
@@ -237,7 +237,7 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Two workers, a query server, an app that publishes, and Prometheus, which has seen them all before the first delta."""
+    """Run two workers, a query server, a publishing app, and Prometheus, which sees them all before the first delta."""
     program("prometheus")
     folder = tmp_path_factory.mktemp("dashboards")
     app = new_app(kafka)
@@ -272,7 +272,7 @@ def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worl
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """A template with its variables replaced, as Grafana would."""
+    """Return a template with its variables replaced, as Grafana would."""
     known = {**values, "__rate_interval": RATE_INTERVAL, "limit": "500"}
     return re.sub(r"\$(\w+)", lambda match: known[match[1]], template)
 
@@ -283,7 +283,7 @@ def variable(dashboard: str, name: str) -> dict[str, Any]:
 
 
 def options(prometheus: Prometheus, name: str, values: Mapping[str, str]) -> list[str]:
-    """What Grafana would offer for a variable of *Views*, given those before it."""
+    """Return what Grafana would offer for a variable of *Views*, given those before it."""
     asked = variable("views", name)
     query = filled(asked["query"]["query"], values)
     if match := re.fullmatch(r"label_names\((.+)\)", query):
@@ -296,12 +296,12 @@ def options(prometheus: Prometheus, name: str, values: Mapping[str, str]) -> lis
 
 
 def literal(value: str) -> str:
-    """A regular expression for one value, as it stands between quotes in PromQL."""
+    """Return a regular expression for one value, as it stands between quotes in PromQL."""
     return json.dumps(re.escape(value), ensure_ascii=False)[1:-1]
 
 
 def test_config_is_valid(tmp_path: Path) -> None:
-    """promtool has nothing to say against the scrape config."""
+    """promtool accepts the scrape config."""
     done = subprocess.run(
         [program("promtool"), "check", "config", str(CONFIG)], capture_output=True, text=True, check=False, timeout=30
     )
@@ -346,7 +346,7 @@ def test_panel_has_data(world: World, target: Target) -> None:
 
 
 def test_panels_tell_what_happened(world: World) -> None:
-    """What goes on shows: load in and out, one dead letter, all processes up, no restart and no store rebuilt."""
+    """Panels show load in and out, one dead letter, all processes up, no restart and no store rebuilt."""
     by_title = {panel["title"]: panel["targets"] for panel in panels("health")}
 
     def shown(title: str, index: int = 0) -> list[float]:
@@ -377,7 +377,7 @@ def test_panels_tell_what_happened(world: World) -> None:
 
 
 def test_views_has_data_for_every_choice(world: World) -> None:
-    """Whatever view, label and value are chosen, every query of *Views* answers with numbers."""
+    """Every query of *Views* answers with numbers, whichever view, label and value are chosen."""
     prometheus = world.prometheus
     expected = {COUNTER, *GAUGES, "many"}
     wait_until(lambda: set(options(prometheus, "view", {})) == expected, "all views as choices")
@@ -411,5 +411,5 @@ def test_values_are_those_of_the_query_api(world: World) -> None:
 
 
 def as_scraped(label: str) -> str:
-    """A label of a view where Prometheus has one of its own."""
+    """Return the name under which Prometheus has a label of a view that it uses itself."""
     return f"exported_{label}" if label in ("instance", "job") else label

@@ -25,12 +25,12 @@ SIZE_MAX = 16 * 2**20
 
 
 def group(definition: Definition, *values: int) -> Group:
-    """Series `0`, `1`... with these sums."""
+    """Return a group of series `0`, `1`... with these sums."""
     return Group(definition, [series_suffix((str(n),)) for n in range(len(values))], [*values])
 
 
 def batch(sequence: int, *groups: Group, partition: int = 0, epoch: int = 0) -> bytes:
-    """A sealed batch."""
+    """Return a sealed batch."""
     return encode_batch(Batch("p", epoch, partition, sequence, 0, 1_000, [*groups]))
 
 
@@ -49,14 +49,14 @@ def produce(app: App, *values: bytes, topic: str = "deltas", key: bytes | None =
 
 @pytest.fixture
 def app(app: App) -> App:
-    """Topics with room for large letters."""
+    """Create topics with room for large letters."""
     limits = {"max.message.bytes": str(SIZE_MAX)}
     create_topics(app.bootstrap, app.app, PARTITIONS, deltas=limits, dead_letters=limits)
     return app
 
 
 def said(app: App, *arguments: str, code: int = 0) -> Any:
-    """The JSON that a command prints."""
+    """Return the JSON that a command prints."""
     done = pipeline("dead-letters", *arguments, "--from", app.url, "--json")
     assert done.returncode == code, (done.stdout, done.stderr)
     return json.loads(done.stdout)
@@ -64,20 +64,20 @@ def said(app: App, *arguments: str, code: int = 0) -> Any:
 
 @contextmanager
 def settled(app: App, data: Path, **settings: Any) -> Iterator[ClusterWorker]:
-    """A worker that has folded all there is."""
+    """Run a worker that has folded everything."""
     with folding(app, data, **settings) as worker:
         wait_folded(worker)
         yield worker
 
 
 def total(worker: ClusterWorker, view: str) -> int:
-    """The sum of a view, with everything folded."""
+    """Return the sum of a view, with everything folded."""
     wait_folded(worker)
     return sum(sums({number: it.store for number, it in worker.partitions.items()}, view).values())
 
 
 def test_the_whole_story(app: App, tmp_path: Path) -> None:
-    """Listed, refused again, mended, replayed, replayed again: exact, and each letter is told of."""
+    """Letters are listed, refused again, mended, replayed, replayed again: exact, and each is reported."""
     produce(app, batch(0, group(GOOD, 1, 2)), batch(1, group(GOOD, 3), group(WRONG, 10, 20)), b"no batch")
     produce(app, batch(0, group(GOOD, 4), partition=1), batch(1, group(WRONG, 30), partition=1), partition=1)
     with settled(app, tmp_path / "w", views_max=1) as worker:
@@ -133,7 +133,7 @@ def test_several_at_once_while_workers_are_killed(app: App, tmp_path: Path) -> N
 
 
 def test_a_topic_made_anew_has_letters_of_its_own(app: App, tmp_path: Path) -> None:
-    """Deltas were made anew: the letter at the same partition and offset counts, although the first one was replayed."""
+    """A letter of deltas made anew counts, although one at the same partition and offset was replayed before."""
     for value in (10, 100):
         produce(
             app, batch(value, group(GOOD, 1)), batch(value + 1, group(Definition(f"wrong{value}", "sum", ("n",)), value))
@@ -148,7 +148,7 @@ def test_a_topic_made_anew_has_letters_of_its_own(app: App, tmp_path: Path) -> N
 
 
 def test_large_letters_and_records_of_strangers(app: App, tmp_path: Path) -> None:
-    """Letters of many MB next to garbage, in one partition: listed, replayed, and the garbage is counted only."""
+    """Letters of many MB next to garbage, in one partition, are listed and replayed, and the garbage is only counted."""
     wide = Definition("wide", "sum", ("n",))
     large = Group(wide, [series_suffix((f"{n:06}" + "x" * 240,)) for n in range(40_000)], [1] * 40_000)
     produce(app, batch(0, group(GOOD, 1)), *(batch(n, large) for n in range(1, 4)))
@@ -164,7 +164,7 @@ def test_large_letters_and_records_of_strangers(app: App, tmp_path: Path) -> Non
 
 
 def test_nothing_there_and_nobody_there(app: App) -> None:
-    """Topics without a record are no error; a broker that is away is one, in one line, and so are topics that are not."""
+    """Topics without a record are no error; a missing broker and missing topics are one, in one line."""
     assert said(app, "ls") == {"letters": [], "letter_count": 0, "bytes_total": 0, "foreign_count": 0}
     assert said(app, "replay")["outcomes"] == []
     for url in ("kafka://127.0.0.1:1", f"kafka://{app.bootstrap}/nobody"):

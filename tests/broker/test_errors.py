@@ -1,4 +1,4 @@
-"""What becomes of Kafka's errors: the table is whole, and each decision holds with librdkafka as it is."""
+"""Decisions on Kafka's errors: the table is whole, and each decision holds with librdkafka as it is."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ NOT_OURS = frozenset(
         "_VALUE_SERIALIZATION",
     ]
 )
-"""Of requests that we don't make: groups with members, share groups, streams, tokens, voters, reassignments."""
+"""Codes of requests that we don't make: groups with members, share groups, streams, tokens, voters, reassignments."""
 
 ELSEWHERE = frozenset(
     [
@@ -126,7 +126,7 @@ ELSEWHERE = frozenset(
         "DUPLICATE_SEQUENCE_NUMBER",
     ]
 )
-"""Told apart by code where they can come; no table decides."""
+"""Codes that are handled where they can come, without the table."""
 
 BUGS = frozenset(
     [
@@ -155,7 +155,7 @@ BUGS = frozenset(
         "_UNKNOWN_PROTOCOL",
     ]
 )
-"""A fault of a client or a broker that nobody has thought of: end, begin again at the last commit."""
+"""Codes for faults of a client or broker that are not foreseen: the process ends and begins again at the last commit."""
 
 
 def code(name: str) -> int:
@@ -164,7 +164,7 @@ def code(name: str) -> int:
 
 
 def test_the_table_knows_every_code() -> None:
-    """A code that a new librdkafka brings is looked at by somebody before this passes; no row is for no code."""
+    """Every code of librdkafka is in the table or a list here, so that a new one is noticed; each row has a code."""
     all_codes = {name for name in dir(KafkaError) if name.upper() == name and isinstance(getattr(KafkaError, name), int)}
     sorted_ones = [CODES.keys(), NOT_OURS, ELSEWHERE, BUGS]
     assert sum(map(len, sorted_ones)) == len(all_codes)
@@ -192,7 +192,7 @@ def test_librdkafka_knows_best() -> None:
 
 
 def test_every_error_has_words() -> None:
-    """Each row's error names what was tried, its code and its advice, as the class that says what the caller must do."""
+    """Each row's error names the action, the code and the advice, and its class says what the caller must do."""
     classes = {
         Verdict.RETRY: Unavailable,
         Verdict.ABORT: Unavailable,
@@ -241,7 +241,7 @@ def three(start: int = 0) -> list[Message]:
 
 
 def ends(mock: MockCluster, run: Callable[[], object]) -> list[int]:
-    """The transactional requests that `run` made."""
+    """Return the transactional requests that `run` made."""
     before = len(mock.requests())
     run()
     ours = (PRODUCE, ADD_PARTITIONS, END_TXN, INIT_PRODUCER_ID)
@@ -268,7 +268,7 @@ RESUMED = [
 
 @pytest.mark.parametrize(("request_", "name"), RESUMED)
 def test_a_commit_goes_on_after_what_passes(mock: MockCluster, request_: int, name: str) -> None:
-    """The request that failed is made again; nothing else is, and the offsets are right."""
+    """Only the request that failed is made again, and the offsets are right."""
     transaction = begun(mock)
     mock.fail(request_, code(name))
     results: list[list[int]] = []
@@ -322,7 +322,7 @@ def test_an_abort_is_tried_again(mock: MockCluster, name: str) -> None:
 @pytest.mark.parametrize("request_", [ADD_PARTITIONS, END_TXN])
 @pytest.mark.parametrize("name", ["PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"])
 def test_the_fenced_one_stops(mock: MockCluster, request_: int, name: str) -> None:
-    """Another owner: Fenced at once and for good, and no request is made any more."""
+    """An error that means another owner is Fenced at once and for good, and no further request is made."""
     transaction = begun(mock)
     mock.fail(request_, code(name))
 
@@ -348,7 +348,7 @@ def test_the_fenced_one_stops(mock: MockCluster, request_: int, name: str) -> No
     ],
 )
 def test_the_deadline_holds(mock: MockCluster, request_: int, name: str) -> None:
-    """An error that does not pass: Unavailable, in time, without haste; success is never said, then or later."""
+    """An error that does not pass is Unavailable, in time, without haste; success is never reported, then or later."""
     transaction = begun(mock)
     mock.fail(request_, *[code(name)] * 2_000)
     started_s = time.monotonic()
@@ -389,7 +389,7 @@ def test_what_can_never_be_taken_is_told(mock: MockCluster, name: str, advice: s
 
 
 def test_an_offset_that_nobody_tells(mock: MockCluster) -> None:
-    """A batch that the broker had before and gives no offset for: no offset is made up."""
+    """No offset is made up for a batch that the broker had before and gives no offset for."""
     transaction = begun(mock)
     mock.fail(PRODUCE, code("DUPLICATE_SEQUENCE_NUMBER"))
     with pytest.raises(Unavailable, match="does not say where"):
@@ -400,7 +400,7 @@ def test_an_offset_that_nobody_tells(mock: MockCluster) -> None:
 @pytest.mark.parametrize("request_", [INIT_PRODUCER_ID, FIND_COORDINATOR])
 @pytest.mark.parametrize("name", ["COORDINATOR_LOAD_IN_PROGRESS", "COORDINATOR_NOT_AVAILABLE"])
 def test_a_start_waits_for_the_coordinator(mock: MockCluster, request_: int, name: str) -> None:
-    """A coordinator that loads is waited for, and only so long as was said."""
+    """A loading coordinator is waited for, up to the given time."""
     mock.fail(request_, code(name))
     begun(mock).close()
     mock.fail(request_, *[code(name)] * 2_000)
@@ -419,7 +419,7 @@ def test_a_start_waits_for_the_coordinator(mock: MockCluster, request_: int, nam
     ],
 )
 def test_a_start_that_is_not_allowed(mock: MockCluster, name: str, advice: str) -> None:
-    """The broker refuses: Invalid at once, with what to do, although librdkafka calls it fatal."""
+    """A start that the broker does not allow is Invalid at once, with advice, although librdkafka calls it fatal."""
     mock.fail(INIT_PRODUCER_ID, code(name))
     with pytest.raises(Invalid, match=advice):
         begun(mock)
@@ -427,7 +427,7 @@ def test_a_start_that_is_not_allowed(mock: MockCluster, name: str, advice: str) 
 
 @pytest.mark.parametrize(("request_", "newest"), [(INIT_PRODUCER_ID, -1), (FIND_COORDINATOR, 0)])
 def test_a_broker_without_transactions(mock: MockCluster, request_: int, newest: int) -> None:
-    """Too old a broker is named as that."""
+    """A broker that is too old is named as that."""
     mock.limit(request_, newest)
     with pytest.raises(Invalid, match=r"Kafka 2\.5 or newer is needed"):
         begun(mock)
@@ -469,7 +469,7 @@ def test_an_append_outlasts_what_passes(mock: MockCluster, name: str) -> None:
     ],
 )
 def test_an_append_that_is_refused(mock: MockCluster, name: str, expected: type[PipelineError]) -> None:
-    """Only what is wrong with the message itself is for good; and the next append works."""
+    """Only errors of the message itself are for good, and the next append works."""
     writer = writer_of(mock)
     mock.fail(PRODUCE, code(name))
     assert kinds(writer.append(three()[:1], timeout_s=2)) == {expected}
@@ -478,7 +478,7 @@ def test_an_append_that_is_refused(mock: MockCluster, name: str, expected: type[
 
 
 def test_a_producer_that_is_given_up_is_replaced(mock: MockCluster) -> None:
-    """An error that ends librdkafka's producer is told at once, with its cause; the next append has a new one."""
+    """An error that ends librdkafka's producer is raised at once, with its cause; the next append has a new producer."""
     writer = writer_of(mock)
     assert kinds(writer.append(three(), timeout_s=2)) == {int}
     mock.fail(PRODUCE, code("OUT_OF_ORDER_SEQUENCE_NUMBER"))
@@ -540,7 +540,7 @@ def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineE
 
 
 def test_a_leader_that_goes_tells_no_offsets() -> None:
-    """One of two breaks the connection: librdkafka calls that an offset of -1001, which is below every position."""
+    """A connection broken by one of two leaders gives no offset: librdkafka's -1001 would be below every position."""
     with MockCluster(2) as cluster:
         cluster.create("deltas", 2)
         log = KafkaLog(address(cluster), KafkaSettings(), SystemClock())

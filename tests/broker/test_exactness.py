@@ -51,7 +51,7 @@ def test_publishers_killed_while_they_send(app: App, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(150)
 def test_worker_killed_at_random(app: App, tmp_path: Path) -> None:
-    """Under load, while it starts, and once with its stores gone when it comes back: exact, and nothing is a duplicate."""
+    """Answers are exact and nothing is a duplicate after kills under load, during a start, and once with the stores gone."""
     rng = random.Random(SEED)
     create_topics(app.bootstrap, app.app)
     with (

@@ -71,7 +71,7 @@ def own(kafka: str) -> App:
 
 @pytest.mark.parametrize("library", PATCHES)
 def test_green_threads_go_on(own: App, tmp_path: Path, library: str) -> None:
-    """Several record and flush, and the rest is sent at exit: exact, while another one is never held up for long."""
+    """Several green threads record and flush, the rest is sent at exit: exact, while another is never held up for long."""
     script = tmp_path / "green.py"
     script.write_text(PATCHES[library] + SCRIPT)
     done = subprocess.run(

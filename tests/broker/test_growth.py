@@ -1,4 +1,4 @@
-"""From 4 to 7 partitions under load: nobody is started again, nothing is replayed, every answer is exact."""
+"""From 4 to 7 partitions under load: no process is started again, nothing is replayed, every answer is exact."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_an_idle_log_takes_what_is_sealed_for_new_partitions(app: App) -> None:
 
 
 def _holding(role: Role) -> set[int]:
-    """Partitions of which something is folded, or followed."""
+    """Return the partitions of which something is folded or followed."""
     with Reader(role.url) as reader:
         return {it["partition"] for it in reader.status()["partitions"] if it.get("next_offset", 0) > 0}
 
 
 @pytest.mark.timeout(120)
 def test_members_grow_with_their_topics(app: App, tmp_path: Path) -> None:
-    """The changelog grows first, and deltas last: members take new partitions when all of it is there, and none ends."""
+    """The changelog grows first and deltas last: members take new partitions when both have them, and none ends."""
     create_topics(app.bootstrap, app.app, BEFORE)
     with ExitStack() as stack:
         roles = [stack.enter_context(worker(app, tmp_path / name, "--name", name)) for name in ("a", "b")]

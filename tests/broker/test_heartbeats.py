@@ -19,7 +19,7 @@ from tests.support import LONG, wait_until
 
 ENTRIES = 1_000_000 if LONG else 300_000
 SESSION_MS = 6_000
-"""The least that brokers allow."""
+"""Shortest session that brokers allow."""
 
 
 @pytest.mark.timeout(180)

@@ -30,7 +30,7 @@ BODY = json.dumps([{"view": "v", "kind": "sum", "labels": {"n": str(number)}, "v
 
 
 def post(url: str, key: str) -> str:
-    """The token that a request with this key is answered with."""
+    """Return the token that a request with this key is answered with."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     with closing(connection):
         connection.request("POST", "/v1/deltas", BODY.encode(), {"Idempotency-Key": key})
@@ -41,7 +41,7 @@ def post(url: str, key: str) -> str:
 
 
 def try_in_part(app: App, key: str) -> None:
-    """The same request at a gateway of this process, which ends when the log has one batch of it."""
+    """Make the same request at a gateway of this process that is cut off once the log has one batch of it."""
     log = KafkaLog(parse_url(app.url), KafkaSettings(), SystemClock())
     with closing(log):
         append = log.append
@@ -62,7 +62,7 @@ def try_in_part(app: App, key: str) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_repeat_counts_once(app: App, tmp_path: Path) -> None:
-    """At the server that had it, at another, after a try that was cut, and when the topics have grown meanwhile."""
+    """A repeat counts once at the same server, at another, after a try that was cut, and after the topics have grown."""
     create_topics(app.bootstrap, app.app, 2)
     with (
         worker(app, tmp_path / "worker"),

@@ -1,4 +1,4 @@
-"""Faust's membership on a real broker: who has what when members come, go, die, and come back."""
+"""Faust's membership on a real broker: assignments when members come, go, die, and come back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def topics(app: App) -> App:
 
 @pytest.mark.parametrize("owner", adapter.PRIVATE, ids=lambda it: f"{it.__module__}.{it.__qualname__}")
 def test_private_names(owner: type) -> None:
-    """Every name of faust and aiokafka that the adapter relies on, and does not get from their documentation, is there."""
+    """Every undocumented name of faust and aiokafka that the adapter relies on exists."""
     missing = [name for name in sorted(adapter.PRIVATE[owner]) if not hasattr(owner, name)]
     assert not missing, f"{owner.__module__}.{owner.__qualname__} has no {', '.join(missing)}: read what became of them"
 
@@ -99,7 +99,7 @@ def test_private_attributes(topics: App) -> None:
 LONG_SESSION_S = 45
 SESSION: Mapping[str, Any] = {"session_timeout_ms": LONG_SESSION_S * 1000}
 LONG_SESSION: Mapping[str, Any] = {"static": True, **SESSION}
-"""For members that must be back within their session, on a machine that may be busy."""
+"""Settings of members that must be back within their session, on a machine that may be busy."""
 
 
 def test_third_joins_and_leaves(topics: App) -> None:
@@ -124,7 +124,7 @@ def test_third_joins_and_leaves(topics: App) -> None:
 
 
 def test_killed(topics: App) -> None:
-    """The standby of a member that was killed -9 has its partitions once the session is over."""
+    """The standby of a member that was killed with kill -9 gets its partitions once the session is over."""
     with Inside(topics, "a") as one, Outside(topics, "b") as two:
         settled(one, two, partitions=PARTITIONS)
         assert one.standbys == two.actives
@@ -136,7 +136,7 @@ def test_killed(topics: App) -> None:
 
 
 def test_static_restart(topics: App) -> None:
-    """A member with a name of its own that is killed -9, and back within the session, has what it had; nobody else stirs."""
+    """A static member that is killed with kill -9 and back within its session keeps its partitions; no other is called."""
     with Inside(topics, "a", **LONG_SESSION) as one:
         with Outside(topics, "b", **LONG_SESSION) as two:
             settled(one, two, partitions=PARTITIONS)
@@ -182,7 +182,7 @@ def test_same_name(topics: App) -> None:
 
 
 def test_stopped_for_long(topics: App) -> None:
-    """A member that stood still for longer than its session is told that it is fenced when it wakes."""
+    """A member that stood still for longer than its session learns when it wakes that it is fenced."""
     with Outside(topics, "b", static=True) as two, Inside(topics, "a", static=True) as one:
         settled(one, two, partitions=PARTITIONS)
         two.signal(signal.SIGSTOP)
@@ -195,7 +195,7 @@ def test_stopped_for_long(topics: App) -> None:
 
 @pytest.mark.parametrize("static", [True, False])
 def test_forgotten(topics: App, static: bool) -> None:
-    """A member that the broker has forgotten, as one does that stood still, joins again, and both go on."""
+    """A member that the broker has forgotten, as it does one that stood still, joins again, and both go on."""
     with Inside(topics, "a", static=static) as one, Inside(topics, "b", static=static) as two:
         settled(one, two, partitions=PARTITIONS)
         before = one.heard[-1].generation
@@ -282,7 +282,7 @@ def test_crash_is_told(topics: App, where: str) -> None:
 
 
 def test_logs(topics: App, caplog: pytest.LogCaptureFixture) -> None:
-    """A join and a leave of another log nothing: what is normal is no warning."""
+    """A join and a leave of another member log nothing, not even a warning."""
     with Inside(topics, "a") as one:
         settled(one, partitions=PARTITIONS)
         with Inside(topics, "b") as two:

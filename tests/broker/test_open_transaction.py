@@ -1,4 +1,4 @@
-"""Somebody else's transaction stays open on deltas: what waits behind it is seen to be missing, and is counted then."""
+"""A foreign transaction stays open on deltas: records behind it are known to be missing, and count once it is over."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FRESH_MS = 1_000
 
 
 def gauge(role: Role, metric: Metric, partition: int) -> float:
-    """What a process says of one partition now."""
+    """Return a gauge of one partition as a process exposes it now."""
     with urllib.request.urlopen(f"{role.url}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     found = re.findall(rf'^{metric.name}\{{partition="{partition}"\}} (\S+)$', text, re.M)
@@ -37,13 +37,13 @@ def gauge(role: Role, metric: Metric, partition: int) -> float:
 
 
 def lags(role: Role) -> dict[int, int]:
-    """By partition, as `/v1/status` has it."""
+    """Return the lag of each partition in `/v1/status`."""
     with Reader(role.url) as reader:
         return {it["partition"]: it["lag"] for it in reader.status()["partitions"]}
 
 
 def total(reader: Reader, **options: int) -> tuple[float, int]:
-    """The sum over all series, and how stale it is said to be."""
+    """Return the sum over all series, and the staleness of the answer."""
     answer = reader.get("v", by=[], **options)
     assert answer.as_of.staleness_ms is not None
     return sum(it.value for it in answer.series), answer.as_of.staleness_ms
@@ -51,8 +51,9 @@ def total(reader: Reader, **options: int) -> tuple[float, int]:
 
 @pytest.mark.timeout(180)
 def test_staleness_and_lag_show_what_waits(app: App, tmp_path: Path) -> None:
-    """Staleness is never below the age of an acknowledged delta that an answer lacks, lag is above 0 wherever it is told,
-    and the worker says once what to do. When the transaction is over, all counts, once."""
+    """Staleness is never below the age of an acknowledged delta that an answer lacks, lag is above 0 wherever it is shown,
+    and the worker says once what to do. When the transaction is over, all counts, once.
+    """
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with (
         worker(app, tmp_path / "worker", stall_timeout_ms=3_000) as folds,

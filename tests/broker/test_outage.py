@@ -39,7 +39,7 @@ def own(broker: Broker) -> App:
 @pytest.mark.long
 @pytest.mark.timeout(150)
 def test_broker_stopped_and_killed(broker: Broker, own: App, tmp_path: Path) -> None:
-    """Within 20 s of the broker's return what is published can be read, and what was sent twice is counted once.
+    """Within 20 s of the broker's return published deltas can be read, and those that were sent twice count once.
 
     The worker may wait for the broker, or end with code 3 and be started again by its supervisor: no person is needed.
     """
@@ -84,7 +84,7 @@ def _folds_again(publisher: Publisher, url: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_what_is_missing_is_no_older_than_the_staleness(broker: Broker, own: App, tmp_path: Path) -> None:
-    """Whatever an answer lacks was acknowledged no longer ago than its staleness; also while the broker is stopped."""
+    """Deltas that an answer lacks were acknowledged no longer ago than its staleness, also while the broker is stopped."""
     with (
         worker(own, tmp_path / "worker") as role,
         server(own, tmp_path / "server") as reads,
@@ -110,7 +110,7 @@ def test_what_is_missing_is_no_older_than_the_staleness(broker: Broker, own: App
 
 @pytest.mark.timeout(150)
 def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Path) -> None:
-    """During an outage answers are as stale as it is long, with 200, or 503 under a lower limit; later they are fresh."""
+    """Answers during an outage are as stale as it is long, or 503 under a lower limit; later answers are fresh."""
     with (
         worker(own, tmp_path / "worker") as role,
         server(own, tmp_path / "server") as reads,
@@ -139,7 +139,7 @@ def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Pa
 
 
 def _old(reader: Reader, since_s: float, for_s: float) -> None:
-    """Read for so long: each answer is the old one and at least as stale as it must be."""
+    """Read for so long, and check that each answer is the old one and at least as stale as it must be."""
     deadline_s = time.monotonic() + for_s
     while (asked_s := time.monotonic()) < deadline_s:
         answer = reader.get("seen")

@@ -1,4 +1,4 @@
-"""Logins and permissions on a real broker: with the least that the docs name all works; who lacks some of it says so."""
+"""Logins and permissions on a real broker: the least that the docs name suffices; a missing permission is named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folded(role: ClusterWorker) -> object:
 
 
 def test_a_wrong_password(own: Own, tmp_path: Path) -> None:
-    """Every command says so and what to check, ends with code 2, and does not wait for its time limit."""
+    """Every command says that the login failed and what to check, ends with code 2, and does not wait for its time limit."""
     (tmp_path / "rows.csv").write_text("a\n1\n")
     with DataDir(tmp_path / "v", with_log=False):
         pass
@@ -118,7 +118,7 @@ def refused(publisher: Publisher, said: str) -> None:
 
 
 def test_nothing_is_given_up_for_want_of_permission(own: Own) -> None:
-    """A writer that may not even look at the topic answers what publishers try again, not what they give up."""
+    """A writer that may not even look at the topic returns errors that publishers try again, and none that they give up."""
     own.create_topics()
     writer = KafkaLogWriter(
         parse_url(own.app.url), login("publisher"), SystemClock(), timeout_ms=5_000, metadata_refresh_ms=100
@@ -171,7 +171,7 @@ def bad_record(own: Own) -> None:
 
 
 def test_a_worker_may_not_use_the_group(own: Own, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Positions are not mirrored, which is said once; nothing else is different, and once granted they are."""
+    """Missing access to the group is logged once and leaves out the mirrored positions only, which come after the grant."""
     own.create_topics()
     own.grant("worker", *LEAST["worker"])
     caplog.set_level(logging.DEBUG, "pipeline.worker")
@@ -199,7 +199,7 @@ def test_a_worker_may_not_use_the_group(own: Own, tmp_path: Path, caplog: pytest
 
 
 def test_a_reader_may_not_use_the_group(own: Own) -> None:
-    """librdkafka looks for the group, which no reader joins: that it is refused is no error, also where all is empty."""
+    """A reader works without access to the group, which librdkafka looks up and no reader joins, also on an empty topic."""
     own.create_topics()
     own.grant("worker", *LEAST["worker"])
     log = KafkaLog(parse_url(own.app.url), KafkaSettings(**user("worker")), SystemClock())

@@ -1,4 +1,4 @@
-"""Workers with a name at a broker with logins: the least that the docs name is enough, and who lacks some of it says so."""
+"""Workers with a name at a broker with logins: the least that the docs name suffices; a missing permission is named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def member(own: Own, scratch: Path, name: str, who: str = "worker") -> Role:
 
 @pytest.mark.timeout(120)
 def test_the_least_permissions(own: Own, tmp_path: Path) -> None:
-    """With what LEAST_OF_MEMBER lists, and no more, two share the partitions, and what was published counts once."""
+    """With the permissions of LEAST_OF_MEMBER, and no more, two workers share the partitions, and each delta counts once."""
     own.create_topics(2)
     own.grant("worker", *LEAST_OF_MEMBER)
     with member(own, tmp_path, "one") as one, member(own, tmp_path, "two") as two:
@@ -62,7 +62,7 @@ def test_a_member_may_not_use_the_group(own: Own, tmp_path: Path) -> None:
 
 
 def test_status_may_not_see_the_group(own: Own) -> None:
-    """`status` names the permission; DESCRIBE on both groups is enough, and without that of positions the rest is shown."""
+    """`status` names the missing permission; it needs DESCRIBE on both groups, and shows the rest without positions'."""
     own.create_topics()
     own.grant("server", ("deltas", "DESCRIBE"))
     done = pipeline("status", "--from", own.app.url, *flags("server"))
@@ -85,7 +85,7 @@ def test_status_may_not_see_the_group(own: Own) -> None:
     ],
 )
 def test_options_that_members_cannot_have(own: Own, tmp_path: Path, options: dict[str, str], said: str) -> None:
-    """Refused with code 2 before anything is done, naming the option."""
+    """An unsupported option is refused with code 2 before anything is done, and named."""
     given = [f"--set=kafka.{name}={value}" for name, value in {**login("worker"), **options}.items()]
     done = pipeline("worker", "--from", own.app.url, f"--data={tmp_path}/d", "--port=0", "--name=one", *given)
     assert (done.returncode, done.stdout) == (2, "")

@@ -19,7 +19,7 @@ NAMES = ["w-0", "w-1"]
 
 
 def held(app: App) -> dict[str, list[int]]:
-    """Who has which partitions; empty while they move, and unless all who are there are ready."""
+    """Return each member's partitions; empty while they move, and unless all members are ready."""
     done = pipeline("status", "--from", app.url, "--json")
     found: dict[str, Any] = json.loads(done.stdout or '{"group_state": "", "members": []}')
     settled = found["group_state"] == "Stable" and all(it["ready"] for it in found["members"])

@@ -1,4 +1,4 @@
-"""kill -9 of publishers on real Kafka, at random, and of the broker: each delta counts once."""
+"""Publishers on real Kafka, and the broker, are killed with kill -9 at random: each delta counts once."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ KILLS = 30 if LONG else 3
 
 @pytest.mark.timeout(300)
 def test_publishers_killed_at_random(broker: Broker, tmp_path: Path) -> None:
-    """While they start, record, send what others left, and close."""
+    """Each delta counts once when publishers are killed while they start, record, send what others left, and close."""
     done = on_kafka(tmp_path, 1, KILLS, broker)
     assert done.kills >= KILLS
     assert done.doubts > 0 or not LONG, "no call was interrupted: nothing is shown"

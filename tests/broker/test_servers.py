@@ -78,7 +78,7 @@ def test_killed_under_load(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(150)
 def test_topics_made_anew(app: App, tmp_path: Path) -> None:
-    """Once it is accepted, nothing of topics that are gone is in an answer: a server was away, or has noticed."""
+    """After `--accept-loss` no answer has anything of the topics that are gone, whether its server was away or not."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     role = worker(app, tmp_path / "worker", "--accept-loss")
     awake, away = (server(app, tmp_path / name, "--accept-loss") for name in ("awake", "away"))
@@ -119,7 +119,7 @@ def test_topics_made_anew(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(150)
 def test_a_changelog_made_anew(app: App, tmp_path: Path) -> None:
-    """If only the changelog is lost, and that is accepted, all deltas that there are count again, and servers follow."""
+    """If only the changelog is lost, and that is accepted, all deltas in the log count again, and servers follow."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     accepting = worker(app, tmp_path / "worker", "--accept-loss"), server(app, tmp_path / "server", "--accept-loss")
     with accepting[0] as role, accepting[1] as reads:
@@ -144,7 +144,7 @@ def test_a_changelog_made_anew(app: App, tmp_path: Path) -> None:
 
 
 def _ends(app: App) -> Counter[int]:
-    """How many records each partition of the changelog holds."""
+    """Return the number of records in each partition of the changelog."""
     return Counter(record.partition() for record in records(app, CHANGELOG))
 
 
@@ -154,7 +154,7 @@ def _series_count(role: Role, token: Token) -> int:
 
 
 def _value(role: Role, token: Token) -> object:
-    """What `seen` is once everything up to the token is in."""
+    """Return the value of `seen` once everything up to the token is in."""
     with Reader(role.url) as reader:
         return wait_until(lambda: _ready_value(reader, token), f"an answer; {role.tail()}", WAIT_S)
 
@@ -167,6 +167,6 @@ def _ready_value(reader: Reader, token: Token | None) -> object:
 
 
 def _seen(role: Role) -> object:
-    """What it says of `seen` now; None if it says that there is no such view, or not yet."""
+    """Return the present value of `seen`; None if the view is unknown, or the server is not ready."""
     with Reader(role.url) as reader:
         return _ready_value(reader, None)

@@ -1,4 +1,4 @@
-"""Setups that are wrong: who is started says what to do, in time, with the right exit code; and nothing is lost."""
+"""Wrong setups: each command says what to do, in time, with the right exit code; and nothing is lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own(app: App) -> App:
 
 @contextmanager
 def nobody(how: str, free_port: int) -> Iterator[str]:
-    """host:port where no broker is."""
+    """Yield host:port where no broker is."""
     if how == "unknown":
         yield "no-such-host.invalid:9092"
     elif how == "refused":
@@ -89,7 +89,7 @@ def test_no_broker(how: str, free_port: int) -> None:
 
 
 def commands(url: str, tmp_path: Path, *flags: str) -> dict[str, Callable[[], tuple[int, str]]]:
-    """Every command that takes a broker, each with a folder of its own where it needs one."""
+    """Return every command that takes a broker, each with a folder of its own where it needs one."""
 
     def run(*arguments: str) -> tuple[int, str]:
         done = pipeline(*arguments, *flags, timeout_s=IN_TIME_S)
@@ -138,7 +138,7 @@ def test_readers_are_of_http() -> None:
 
 @pytest.mark.parametrize("missing", [(DELTAS, CHANGELOG, DEAD_LETTERS), (CHANGELOG,), (DEAD_LETTERS,)])
 def test_topics_are_missing(own: App, tmp_path: Path, missing: tuple[str, ...]) -> None:
-    """Exit code 2 at once, with the command that makes them; `topics plan` is fine, and says what is missing."""
+    """Missing topics are exit code 2 at once, with the command that makes them; `topics plan` succeeds and names them."""
     if DELTAS not in missing:
         create_topics(own.bootstrap, own.app)
         admin = admin_client(own.bootstrap)
@@ -179,7 +179,7 @@ def test_partition_counts_that_differ(own: App, tmp_path: Path) -> None:
 
 
 def test_a_transaction_timeout_above_the_brokers(own: App, tmp_path: Path) -> None:
-    """Exit code 2: starting it again does not help. Both settings are named."""
+    """A timeout above the broker's is exit code 2, as starting again does not help, and both settings are named."""
     create_topics(own.bootstrap, own.app, 1)
     code, said = commands(own.url, tmp_path, "--set", "transaction_timeout_ms=1000000")["worker"]()
     assert code == 2, said
@@ -241,7 +241,7 @@ def test_an_entry_that_the_changelog_does_not_take(own: App, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("policy", ["delete", "compact,delete"])
 def test_a_changelog_that_deletes_state(own: App, tmp_path: Path, policy: str) -> None:
-    """Neither worker nor server starts on one: after its retention series would be gone."""
+    """Neither worker nor server starts on such a changelog: after its retention series would be gone."""
     create_topics(own.bootstrap, own.app, 1)
     resource = ConfigResource(ConfigResource.Type.TOPIC, own.topic(CHANGELOG))
     resource.add_incremental_config(ConfigEntry("cleanup.policy", policy, incremental_operation=AlterConfigOpType.SET))
@@ -256,7 +256,7 @@ def test_a_changelog_that_deletes_state(own: App, tmp_path: Path, policy: str) -
 
 
 def test_a_limit_that_nobody_told_is_not_remembered(free_port: int, own: App) -> None:
-    """Asked for while no broker answers, a topic's limit is a careful guess; the next time it is asked for again."""
+    """A topic's limit is a careful guess while no broker answers, and is asked for again the next time."""
     create_topics(own.bootstrap, own.app, 1)
     asked = iter([parse_url(f"kafka://127.0.0.1:{free_port}"), parse_url(own.url)])
     metadata = Metadata(next(asked), {}, lambda *_: pytest.fail("not asked"), LastError(), SystemClock(), refresh_s=1)
@@ -295,7 +295,7 @@ def wait_for(role: Role, expected: dict[str, int]) -> None:
 
 
 def test_a_publisher_keeps_what_has_no_topic(own: App, tmp_path: Path) -> None:
-    """Deltas deleted under it: it says so, waits, and sends once there is a topic again."""
+    """A publisher whose topic is deleted says so, waits, and sends once there is a topic again."""
     create_topics(own.bootstrap, own.app, 1)
     with Publisher(own.url, request_timeout_ms=2_000) as publisher:
         cell = publisher.sum("v", labels=("key",)).labels("a")
@@ -332,7 +332,7 @@ def test_deltas_made_anew_under_a_running_worker(own: App, tmp_path: Path) -> No
 
 
 def test_a_folder_of_another_app(own: App, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """From before it said whose it is: its stores are ahead, for all one knows, so a person decides, and they are kept."""
+    """A worker refuses a nameless folder with another app's stores; with --accept-loss it keeps the stores aside."""
     other = new_app(own.bootstrap)
     for app in (own, other):
         create_topics(app.bootstrap, app.app, 1)
@@ -352,7 +352,7 @@ def test_a_folder_of_another_app(own: App, tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_rows_of_any_time(own: App, tmp_path: Path) -> None:
-    """Values a day ahead, if that is allowed, and a day behind: the newest wins, and staleness is that of the log."""
+    """Among values a day ahead, if allowed, and a day behind the newest wins, and staleness is that of the log."""
     create_topics(own.bootstrap, own.app, 1)
     now_ms, day_ms = time.time_ns() // 1_000_000, 86_400_000
     rows = tmp_path / "rows.csv"

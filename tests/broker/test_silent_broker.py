@@ -21,13 +21,13 @@ SOON_S = 8.0
 
 
 async def beat(client: Any, node: Any) -> bool:
-    """Of a member that nobody knows: whether the broker answers that there is something wrong with it."""
+    """Send the heartbeat of an unknown member, and return whether the broker answers with an error."""
     answer = await client.send(node, HeartbeatRequest("nobody", 0, "nobody"), group=ConnectionGroup.COORDINATION)
     return bool(answer.error_code)
 
 
 def test_heartbeats_are_not_waited_for(broker: Broker) -> None:
-    """One without an answer fails in time, and so does a connection; both work again when the broker wakes."""
+    """A heartbeat or a connection attempt without an answer fails in time; both work again when the broker wakes."""
 
     async def run() -> None:
         client: Any = AIOKafkaClient(bootstrap_servers=broker.bootstrap, request_timeout_ms=int(PATIENT_S * 1000))
@@ -61,7 +61,7 @@ def test_heartbeats_are_not_waited_for(broker: Broker) -> None:
 
 
 class Answering:
-    """As much of a client as is needed, with answers that come when the test wants."""
+    """The part of a client that is needed, with answers that come when the test wants."""
 
     _request_timeout_ms = 30_000
 
@@ -69,7 +69,7 @@ class Answering:
         self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def _get_conn(self, node: Any) -> None:
-        """There is none."""
+        pass
 
     async def send(self, node: Any, request: Any, *, group: Any) -> str:
         return await self.answer

@@ -20,7 +20,7 @@ PARTITIONS = 4
 ATTEMPTS = 300
 EXIT_S = 30.0
 SERIES = 12_000
-"""Of a view that makes commits large, so that most of the time one is open."""
+"""Number of series in a view that makes commits large, so that most of the time one is open."""
 
 
 @pytest.mark.timeout(120)
@@ -61,7 +61,7 @@ def test_stalled_with_an_open_transaction(app: App, tmp_path: Path) -> None:
 
 
 def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: Sequence[SumSeries]) -> int:
-    """SIGSTOP in the midst of a commit; how often each of `cells` was added to."""
+    """Send SIGSTOP in the midst of a commit; return how often each of `cells` was added to."""
     rng = random.Random(SEED)
     rounds = 0
     for _ in range(ATTEMPTS):
@@ -81,7 +81,7 @@ def _stop_in_transaction(role: Role, app: App, large: Publisher, cells: Sequence
 
 
 def _read(role: Role, large: Publisher, rounds: int) -> None:
-    """Every series of the large view is exact."""
+    """Check that every series of the large view is exact."""
     with Reader(role.url) as reader:
         answer = reader.get("wide", after=large.flush(), limit=SERIES, timeout_ms=30_000)
     wrong = [series for series in answer.series if series.value != rounds]

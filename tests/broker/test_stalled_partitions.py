@@ -44,20 +44,20 @@ def log(app: App) -> Iterator[KafkaLog]:
 
 
 def inside(reader: KafkaReader) -> Consumer:
-    """The consumer that a reader has now."""
+    """Return the present consumer of a reader."""
     consumer = reader._consumer
     assert consumer is not None
     return consumer
 
 
 def append(log: KafkaLog, *values: bytes) -> None:
-    """One record to each partition, for each value."""
+    """Append one record to each partition, for each value."""
     messages = [Message(DELTAS, partition, None, value) for value in values for partition in range(PARTITIONS)]
     assert all(isinstance(it, int) for it in log.append(messages, timeout_s=20))
 
 
 def read(reader: KafkaReader, into: dict[int, list[bytes | None]]) -> None:
-    """What comes within a moment."""
+    """Add the records that arrive within a moment to `into`."""
     for records in reader.poll(record_count_max=100, bytes_max=100_000, timeout_s=0.1):
         into[records.partition] += records.values
 

@@ -25,7 +25,7 @@ def member(app: App, scratch: Path, name: str) -> Role:
 
 
 def status(app: App, code: int = 0) -> dict[str, Any]:
-    """What it says as JSON."""
+    """Return the status as JSON."""
     done = pipeline("status", "--from", app.url, "--json")
     assert done.returncode == code, (done.stdout, done.stderr)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -33,7 +33,7 @@ def status(app: App, code: int = 0) -> dict[str, Any]:
 
 
 def settled(app: App) -> dict[str, Any]:
-    """Once two members share the partitions, each with warm copies of the other's, and all is folded."""
+    """Wait until two members share the partitions, each with warm copies of the other's, and all is folded."""
 
     def done() -> dict[str, Any] | None:
         found = status(app)
@@ -47,7 +47,7 @@ def settled(app: App) -> dict[str, Any]:
 
 
 def publish(app: App) -> None:
-    """Something to every partition."""
+    """Publish something to every partition."""
     with Publisher(app.url, **PUBLISHER) as publisher:
         for number in range(100):
             publisher.sum("v", labels=("n",)).add(1, n=str(number))
@@ -100,7 +100,7 @@ def unreachable(found: dict[str, Any], name: str) -> Any:
 
 @pytest.mark.timeout(120)
 def test_a_member_that_is_back_elsewhere(app: App, tmp_path: Path) -> None:
-    """Killed, and started within its session on another port, it is asked there."""
+    """A member that is killed, and started within its session on another port, is asked there."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with member(app, tmp_path, "one") as before:
         before.kill()

@@ -1,4 +1,4 @@
-"""What somebody else writes to a changelog of a real broker is repaired by an idle owner, and not made true by a new one."""
+"""Foreign records in a changelog of a real broker are repaired by an idle owner, and not adopted by a new one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support import wait_until
 
 
 def write(app: App, key: bytes, value: bytes | None) -> None:
-    """What a stranger does."""
+    """Write a record to the changelog as a stranger does."""
     producer = Producer({"bootstrap.servers": app.bootstrap, "log_level": 0})
     producer.produce(app.topic("changelog"), value, key, partition=0)
     assert producer.flush(30) == 0
 
 
 def entries(app: App) -> dict[bytes | None, Raw]:
-    """The newest record of each key."""
+    """Return the newest record of each key."""
     return {record.key: record for record in raw_records(app.bootstrap, app.topic("changelog"))}
 
 
@@ -36,7 +36,7 @@ def series(app: App) -> bytes:
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_what_a_stranger_covers_up(app: App, tmp_path: Path) -> None:
-    """An owner that has nothing to commit writes ours anew; if there is none, a disk that can't tell what ours was waits."""
+    """An idle owner writes its entries over a stranger's; without one, a worker whose disk can't tell them waits."""
     create_topics(app.bootstrap, app.app, 1, changelog=SMALL_SEGMENTS)
     with folding(app, tmp_path / "one") as worker:
         with Publisher(app.url) as publisher:

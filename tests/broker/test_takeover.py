@@ -1,4 +1,4 @@
-"""Takeovers on a real broker: behind a transaction of somebody else, and in a history that the log has lost."""
+"""Takeovers on a real broker: behind a foreign transaction, and in a history that the log has lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SEEN_S = 30.0
 
 
 class _World:
-    """One partition of an app, and owners that come one after the other, each with stores of its own."""
+    """One partition of an app, and its successive owners, each with stores of its own."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -78,7 +78,7 @@ def world(app: App) -> Iterator[_World]:
 
 
 def test_a_hanging_transaction_on_the_changelog(world: _World) -> None:
-    """Nothing is committed past it and nobody is ready behind it; once it is over, both numbers are what was counted."""
+    """Nothing is committed past the transaction and nobody is ready behind it; once it is over, both numbers are exact."""
     first = world.owner()
     first.start()
     world.send(x=1, y=1)
@@ -132,7 +132,7 @@ def test_a_hanging_transaction_on_the_changelog(world: _World) -> None:
 
 
 def test_records_of_a_leader_that_are_gone(kafka_jars: Path, tmp_path: Path) -> None:
-    """The log has lost what was folded and goes on beyond it: the position has its offset, but in another history."""
+    """A position whose offset exists, but in another history of a log that has lost what was folded, is refused."""
     with Broker(tmp_path) as broker:
         app = new_app(broker.bootstrap)
         create_topics(app.bootstrap, app.app, 1)
@@ -173,7 +173,7 @@ def test_records_of_a_leader_that_are_gone(kafka_jars: Path, tmp_path: Path) -> 
 
 
 def test_deltas_that_are_made_anew_while_they_are_folded(world: _World) -> None:
-    """The reader takes the records of the new topic for the next ones of the old: none of them is ever committed."""
+    """Records of the new topic that continue the old one's offsets are read, and never committed."""
     for _ in range(3):
         world.send(x=1)
     owner = world.owner()

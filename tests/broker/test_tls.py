@@ -1,4 +1,4 @@
-"""TLS and a login together: what librdkafka takes, the membership of a worker with a name takes too, or refuses by name."""
+"""TLS and a login together: the membership of a worker with a name accepts librdkafka's options, or refuses them by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 def options(it: Certificates) -> dict[str, str]:
-    """All that a client of `broker_with_tls` needs."""
+    """Return all options that a client of `broker_with_tls` needs."""
     return {
         **login("admin"),
         "security.protocol": "SASL_SSL",
@@ -37,7 +37,7 @@ def options(it: Certificates) -> dict[str, str]:
 
 
 def properties(it: Certificates) -> dict[str, str]:
-    """Of a broker that wants a certificate and a login of its clients."""
+    """Return the properties of a broker that wants a certificate and a login of its clients."""
     named = {name: value.replace("SASL_PLAINTEXT", "SASL_SSL") for name, value in PROPERTIES.items()}
     jaas = named.pop("listener.name.sasl_plaintext.plain.sasl.jaas.config")
     return {

@@ -20,8 +20,8 @@ WAIT_S = 60.0
 
 @pytest.mark.timeout(150)
 def test_deltas_made_anew_under_publishers(app: App, tmp_path: Path) -> None:
-    """Their next flushes, direct and through a gateway, return tokens of the new topic, for which reads wait; those of
-    before are refused at once, whatever their offsets are.
+    """The next flushes, direct and through a gateway, return tokens of the new topic, for which reads wait; earlier tokens
+    are refused at once, whatever their offsets are.
     """
     create_topics(app.bootstrap, app.app, 1)
     with (

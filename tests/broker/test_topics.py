@@ -1,4 +1,4 @@
-"""`pipeline topics` on a real broker: what is made, what is refused and then untouched, and who else may be at it."""
+"""`pipeline topics` on a real broker: topics made, refusals that change nothing, and concurrent calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOPICS = load()
 
 
 def topics(name: str, **kafka: Any) -> dict[str, Topic]:
-    """The descriptions with further settings of one; `_` in names is `.`."""
+    """Return the descriptions with further settings of one; `_` in names is `.`."""
     own = {setting.replace("_", "."): value for setting, value in kafka.items()}
     return {**TOPICS, name: msgspec.structs.replace(TOPICS[name], kafka={**TOPICS[name].kafka, **own})}
 
@@ -50,7 +50,7 @@ def apply(url: str, described: Mapping[str, Topic] = TOPICS, **wish: Any) -> App
 
 
 def on_broker(app: App) -> dict[str, tuple[int, dict[str, str]]]:
-    """Partitions and settings of the topics that are there, as another client sees them."""
+    """Return partitions and settings of the existing topics, as another client sees them."""
     client = admin_client(app.bootstrap)
     known = client.list_topics(timeout=10).topics
     there = {name: app.topic(name) for name in ORDER if app.topic(name) in known}
@@ -88,7 +88,7 @@ def test_plan_apply_plan(app: App) -> None:
 
 
 def test_json(app: App) -> None:
-    """One document: where, each step with all that the line says, and the same exit codes."""
+    """`--json` prints one document: the address, each step with all that the line says, and the same exit codes."""
     apply(app.url)
     done = pipeline("topics", "plan", "--to", app.url, "--partitions", "3", "--json")
     assert done.returncode == 1
@@ -126,7 +126,7 @@ def test_json(app: App) -> None:
     ],
 )
 def test_one_refusal_and_nothing_is_changed(app: App, wish: dict[str, int], setting: str) -> None:
-    """Even what would be safe by itself is left as it was."""
+    """A refused setting leaves everything as it was, even what would be safe by itself."""
     create_topics(app.bootstrap, app.app, deltas={"retention.ms": "999999999"}, changelog={"segment.ms": "5000000"})
     before = on_broker(app)
     applied = apply(app.url, accept_loss=setting != "retention.ms", **wish)
@@ -164,7 +164,7 @@ def test_retention(app: App) -> None:
 
 
 def test_growth_under_load(app: App) -> None:
-    """From 4 to 7 while a producer writes wherever it may: at no moment has deltas a partition that the others lack."""
+    """Deltas grow from 4 to 7 while a producer writes to every partition, and never have one that the other topics lack."""
     apply(app.url)
     stop = threading.Event()
     watching = admin_client(app.bootstrap)
@@ -237,7 +237,7 @@ def test_several_at_once(app: App) -> None:
 
 
 def test_a_broker_that_stands_still(broker: Broker) -> None:
-    """Plan and apply end at their deadline, and say whom they asked; the broker's return is enough to go on."""
+    """Plan and apply end at their deadline, and name the broker; when it is back they succeed."""
     url = f"kafka://{broker.bootstrap}/shop"
     apply(url)
     for call in (TopicAdmin.plan, TopicAdmin.apply):

@@ -1,4 +1,4 @@
-"""uWSGI with a publisher on Kafka: before it forks nothing of it runs, and behind that its workers are exact."""
+"""uWSGI with a publisher on Kafka: nothing of it runs before the fork, and after it the workers are exact."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ pytestmark = needed
 
 
 def test_its_workers_are_exact(app: App, tmp_path: Path, free_port: int) -> None:
-    """The master has a connection before the fork, and what waits there is sent by one of its children.
+    """The master has a connection before the fork, and one of its children sends the deltas that wait there.
 
     A bridge begins there, too.
     """

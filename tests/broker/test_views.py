@@ -31,7 +31,7 @@ def ran(*arguments: str, code: int = 0) -> Any:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("way", ["broker", pytest.param("gateway", marks=pytest.mark.long)])
 def test_dropped_under_load(app: App, tmp_path: Path, way: str) -> None:
-    """Other views are exact; of the view what was acknowledged before is gone, and what comes after the token counts."""
+    """Other views are exact; deltas of the dropped view acknowledged before are gone, and those behind the token count."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with server(app, tmp_path / "server", "--ingest") as reads, worker(app, tmp_path / "worker"):
         url = app.url if way == "broker" else reads.url
@@ -65,7 +65,7 @@ def test_dropped_under_load(app: App, tmp_path: Path, way: str) -> None:
 
 @pytest.mark.timeout(180)
 def test_worker_killed_in_the_middle_twice(app: App, tmp_path: Path) -> None:
-    """The next one carries the order out, once: what was published behind it is all there."""
+    """The next worker carries the order out, once: deltas published behind it are all there."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with (
         server(app, tmp_path / "server") as reads,
@@ -96,7 +96,7 @@ def test_worker_killed_in_the_middle_twice(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_inspect(app: App, tmp_path: Path) -> None:
-    """Deltas and changelog beside a worker that runs; its store once it has ended."""
+    """`inspect` shows deltas and changelog beside a worker that runs, and its store once it has ended."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with worker(app, tmp_path / "worker") as role, Publisher(app.url) as publisher:
         for number in range(3):

@@ -53,7 +53,7 @@ def test_a_fold_that_hangs_ends_the_worker(app: App, tmp_path: Path, caplog: pyt
 
 
 def test_a_worker_that_is_restored_and_idle_is_let_alone(app: App, tmp_path: Path) -> None:
-    """For longer than the timeout, before and after it has folded."""
+    """A restored or idle worker runs on for longer than the timeout, before and after it has folded."""
     create_topics(app.bootstrap, app.app, 2)
     with folding(app, tmp_path / "worker", stall_timeout_ms=1_000) as worker:
         for _ in range(2):

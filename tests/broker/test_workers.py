@@ -1,4 +1,4 @@
-"""Workers that share the partitions of one app, and say who has what. `tests.broker.chaos` does worse to them."""
+"""Workers that share the partitions of one app, and show who has which. `tests.broker.chaos` does worse to them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.support import pipeline, wait_until
 
 PARTITIONS = 6
 SESSION_MS = 6_000
-"""The least that brokers allow."""
+"""Shortest session that brokers allow."""
 
 
 def member(app: App, scratch: Path, name: str) -> Role:
-    """A worker of that name, on a directory of that name."""
+    """Return a worker of that name, on a directory of that name."""
     return worker(app, scratch / name, "--name", name, "--log-level", "info", session_timeout_ms=SESSION_MS)
 
 
 def status(role: Role) -> dict[str, Any]:
-    """What it says; empty if it says nothing."""
+    """Return a role's status; empty if it does not answer."""
     with suppress(OSError), urllib.request.urlopen(f"{role.url}/v1/status", timeout=5) as answer:
         found: dict[str, Any] = json.loads(answer.read())
         return found
@@ -36,12 +36,12 @@ def status(role: Role) -> dict[str, Any]:
 
 
 def folded(role: Role) -> dict[int, int]:
-    """The positions of the partitions that it folds."""
+    """Return the positions of the partitions that a role folds."""
     return {it["partition"]: it["next_offset"] for it in status(role).get("partitions", []) if it["phase"] != "assigned"}
 
 
 def shared(*roles: Role) -> dict[str, set[int]]:
-    """Wait until they have about as many partitions each, and copies of all are warm if there are two or more."""
+    """Wait until roles have about as many partitions each, and, if several, warm copies of all."""
 
     def done() -> dict[str, set[int]]:
         held = {role.data.name: {*folded(role)} for role in roles}
@@ -60,7 +60,7 @@ def shared(*roles: Role) -> dict[str, set[int]]:
 
 
 def wait_moved(role: Role, positions: dict[int, int], timeout_s: float) -> float:
-    """Wait until it has folded partitions beyond these positions; how long that took."""
+    """Wait until a role has folded partitions beyond these positions, and return how long that took."""
     began_s = time.monotonic()
 
     def done() -> bool:
@@ -83,7 +83,7 @@ class Drive:
 
     @contextmanager
     def running(self, roles: ExitStack | None = None) -> Iterator[None]:
-        """At its end every answer must be exact. `roles` are ended after that."""
+        """Run roles, check at the end that every answer is exact, and end them."""
         with (
             roles or ExitStack(),
             Sender(self.app, "s", self.scratch) as sender,

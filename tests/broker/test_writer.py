@@ -29,14 +29,14 @@ PARTITIONS = 3
 
 @pytest.fixture(scope="module")
 def shared(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """One that a test stops and starts again; it runs when the test ends."""
+    """A broker that tests stop and start again; it runs when a test ends."""
     with Broker(tmp_path_factory.mktemp("kafka")) as own:
         yield own
 
 
 @pytest.fixture
 def own(shared: Broker) -> Iterator[App]:
-    """Fresh topics on it."""
+    """Fresh topics on the shared broker."""
     fresh = new_app(shared.bootstrap)
     create_topics(shared.bootstrap, fresh.app, PARTITIONS)
     yield fresh
@@ -46,7 +46,7 @@ def own(shared: Broker) -> Iterator[App]:
 
 
 def add(publisher: Publisher, expected: Counter[tuple[str, ...]], count: int, first: int = 0) -> None:
-    """`count` additions over a few series."""
+    """Record `count` additions over a few series."""
     view = publisher.sum("sales", labels=("key",))
     for number in range(first, first + count):
         view.add(number, key=f"k{number % 40}")
@@ -120,7 +120,7 @@ def test_the_account_holds_while_the_broker_is_away(shared: Broker, own: App) ->
 
 @pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.long), "killed"])
 def test_who_is_blocked_goes_on(shared: Broker, own: App, how: str) -> None:
-    """With `block`, callers wait for the broker's return; with `raise` they are told. All that was taken arrives once."""
+    """With `block` callers wait for the broker's return, with `raise` they get an error. Accepted deltas arrive once."""
     expected: Counter[tuple[str, ...]] = Counter()
     small = {**QUICK, "buffer_bytes_max": 200_000, "batch_bytes_max": 2_048}
     refused = 0
@@ -244,7 +244,7 @@ def test_two_publishers_and_many_threads(shared: Broker, own: App) -> None:
 
 
 def test_concurrent_appends(shared: Broker, own: App) -> None:
-    """16 threads append by one writer, as a gateway does, while the broker stops: what is acknowledged is there."""
+    """Acknowledged records of 16 threads that append by one writer are in the log, though the broker stopped meanwhile."""
     writer = KafkaLogWriter(parse_url(own.url), {}, SystemClock(), timeout_ms=1_000, metadata_refresh_ms=200)
     acknowledged: list[tuple[int, int, bytes]] = []
     tried: Counter[bytes] = Counter()

@@ -1,4 +1,4 @@
-"""`pipeline` on a slow disk: `python -m tests.broker.throttled worker ...`; what it does to its stores takes its time.
+"""`pipeline` on a slow disk: `python -m tests.broker.throttled worker ...`; every call to its stores takes time.
 
 `THROTTLED_WRITE_MS` is the time of each write, `THROTTLED_OPEN_MS` of each open and close; lookups take a tenth of a write.
 """

@@ -13,7 +13,7 @@ PASSWORD = "secret"
 
 
 class Certificates(NamedTuple):
-    """Files. The client's key is encrypted; the server's is with its certificate, for 127.0.0.1."""
+    """Files of certificates and keys. The client's key is encrypted; the server's is with its certificate, for 127.0.0.1."""
 
     authority: Path
     server: Path
@@ -22,7 +22,7 @@ class Certificates(NamedTuple):
 
 
 def make(folder: Path) -> Certificates:
-    """An authority of its own, a server and a client."""
+    """Make an authority, a server and a client."""
     try:
         openssl = need("openssl")
     except Missing:

@@ -1,4 +1,4 @@
-"""A broker with logins and an authorizer, and what each role may do at least."""
+"""A broker with logins and an authorizer, and the least permissions of each role."""
 
 from __future__ import annotations
 
@@ -61,24 +61,24 @@ LEAST = {
         for operation in ("DESCRIBE", "DESCRIBE_CONFIGS", "CREATE", "ALTER", "ALTER_CONFIGS")
     },
 }
-"""What each role needs: (resource, operation)."""
+"""Permissions that each role needs: (resource, operation)."""
 LEAST_OF_MEMBER = LEAST["worker"] | {(MEMBERS, "READ")}
-"""What a worker with a name needs."""
+"""Permissions that a worker with a name needs."""
 
 
 def login(name: str, password: str = PASSWORD) -> dict[str, str]:
-    """Options of librdkafka."""
+    """Return a login as options of librdkafka."""
     plain = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN"}
     return {**plain, "sasl.username": name, "sasl.password": password}
 
 
 def user(name: str) -> dict[str, Any]:
-    """Kafka settings with a login."""
+    """Return Kafka settings with a login."""
     return {"kafka": login(name)}
 
 
 def flags(name: str, password: str = PASSWORD) -> list[str]:
-    """The login, for a command."""
+    """Return a login as flags of a command."""
     return [f"--set=kafka.{option}={value}" for option, value in login(name, password).items()]
 
 
@@ -100,7 +100,7 @@ class Own:
         return kind(resource, full, pattern, f"User:{user}", "*", AclOperation[operation], AclPermissionType.ALLOW)
 
     def grant(self, user: str, *permissions: tuple[str, str]) -> None:
-        """From now on: the broker that answers which rules there are is the one that applies them."""
+        """Grant permissions, which hold from now on: the broker that lists the rules is the one that applies them."""
         for done in self._admin.create_acls([self._rule(AclBinding, user, *it) for it in permissions]).values():
             done.result(WAIT_S)
         for it in permissions:
@@ -108,15 +108,15 @@ class Own:
             wait_until(lambda rule=rule: self._admin.describe_acls(rule).result(WAIT_S), f"{it} of {user}", WAIT_S)
 
     def revoke(self, user: str, *permissions: tuple[str, str]) -> None:
-        """Soon."""
+        """Revoke permissions, which takes a moment."""
         for done in self._admin.delete_acls([self._rule(AclBindingFilter, user, *it) for it in permissions]).values():
             done.result(WAIT_S)
 
     def create_topics(self, partitions: int = 1) -> None:
-        """All three."""
+        """Create all three topics."""
         create_topics(self.app.bootstrap, self.app.app, partitions, client=login("admin"))
 
     def publish(self, amount: int = 1) -> None:
-        """Add to the sum `v`, acknowledged."""
+        """Add to the sum `v`, and wait until it is acknowledged."""
         with Publisher(self.app.url, kafka=login("admin"), **PUBLISHER) as publisher:
             publisher.sum("v").add(amount)

@@ -1,4 +1,4 @@
-"""Logs and stores under test, each with what the suites need beside its port; and helpers to read a log."""
+"""Logs and stores under test, each with more than its port for the suites; and helpers to read a log."""
 
 from __future__ import annotations
 
@@ -58,32 +58,32 @@ TOPICS = {
 
 
 class LogLab(Protocol):
-    """A log with three fresh topics of `PARTITIONS` partitions, and what happens to it from outside."""
+    """A log with three fresh topics of `PARTITIONS` partitions, and ways to change it from outside."""
 
     can_grow: bool
-    """Whether a topic can have more partitions than it had a moment ago."""
+    """True if a topic can get more partitions."""
     log: Log
     events: str
     """A topic of which `expire` can take everything."""
     notes: str
-    """Another topic; nothing ever goes."""
+    """Another topic, whose records all stay."""
     table: str
     """A compacted topic."""
 
     def set_clock_back(self) -> bool:
-        """Move the log's clock back by an hour; False if that can't be done."""
+        """Move the log's clock back by an hour; return False if that can't be done."""
         ...
 
     def expire(self) -> None:
-        """Retention takes all that is in `events` now."""
+        """Let retention take everything in `events`."""
         ...
 
     def compact(self, *, drop_tombstones: bool = False) -> bool:
-        """Compact all that is in `table` now; False if that can't be done at will."""
+        """Compact everything in `table`; return False if that can't be done at will."""
         ...
 
     def leave_open(self, topic: str, partition: int, *values: bytes) -> Hanging | None:
-        """Append in a transaction of somebody else, who then hangs; None if the log lets nobody do that."""
+        """Leave a foreign transaction open behind an append; return None if the log has no such thing."""
         ...
 
 
@@ -144,7 +144,7 @@ class EmbeddedLab:
         self.log = self.embedded
 
     def clean(self) -> int:
-        """One round of the cleaner, over however little there is to clean; how many records went."""
+        """Run one round of the cleaner, however little there is to clean; return the number of removed records."""
         return Cleaner(self.embedded, self.settings, self.clock).clean(dirty_count_min=0)
 
     def set_clock_back(self) -> bool:
@@ -170,7 +170,7 @@ class EmbeddedLab:
 
 
 class KafkaHanging:
-    """A producer of somebody else, with a transaction that has reached the broker."""
+    """A foreign producer with an open transaction that has reached the broker."""
 
     def __init__(self, bootstrap: str, topic: str, partition: int, *values: bytes, timeout_ms: int = 600_000) -> None:
         options = {"bootstrap.servers": bootstrap, "transaction.timeout.ms": timeout_ms, "linger.ms": 0}
@@ -253,14 +253,14 @@ class KafkaLab:
 
 
 class StoreLab(Protocol):
-    """Stores that can be closed and opened again, as a process does that ends and starts."""
+    """Stores that can be closed and opened again, as by another process."""
 
     stores: Stores
 
     def reopen(self) -> None: ...
 
     def aside(self, name: str) -> Store:
-        """What was set aside under this name, open."""
+        """Return the store that was set aside under this name, open."""
         ...
 
 
@@ -298,7 +298,7 @@ class RocksStoreLab:
 
 
 class Row(NamedTuple):
-    """One record that was read."""
+    """One record, as read."""
 
     offset: int
     at_ms: int
@@ -307,12 +307,12 @@ class Row(NamedTuple):
 
 
 def append(log: Log, topic: str, partition: int, *values: bytes | None, key: bytes | None = None) -> list[int]:
-    """Append values to one partition; the `next_offset` behind each."""
+    """Append values to one partition; return the `next_offset` behind each."""
     return appended(log, [Message(topic, partition, key, value) for value in values])
 
 
 def appended(log: Log, messages: list[Message]) -> list[int]:
-    """Append messages that must all be acknowledged."""
+    """Append messages that must all be acknowledged; return their next offsets."""
     out = log.append(messages, timeout_s=DEADLINE_S)
     assert all(isinstance(result, int) for result in out), out
     return [result for result in out if isinstance(result, int)]
@@ -329,7 +329,7 @@ def committed(log: Log, transaction: Transaction, *messages: Message) -> list[in
 def poll(
     reader: LogReader, *, record_count_max: int = 1_000, bytes_max: int = 2**24, timeout_s: float = 0.5
 ) -> dict[int, list[Row]]:
-    """One poll, as rows by partition."""
+    """Poll once, and return rows by partition."""
     out: dict[int, list[Row]] = {}
     for records in reader.poll(record_count_max=record_count_max, bytes_max=bytes_max, timeout_s=timeout_s):
         assert records.partition not in out, "a partition stands twice in one answer"
@@ -343,14 +343,14 @@ def poll(
 
 
 def read(log: Log, topic: str, partition: int, start: int | None = None, **limits: Any) -> list[Row]:
-    """Everything of a partition, from `start` or its own start up to its end of now."""
+    """Return all rows of a partition, from `start` or its own start up to its present end."""
     watermarks = log.watermarks(topic, partition)
     reader = log.reader(topic)
     return read_on(reader, partition, watermarks.start_offset if start is None else start, watermarks.end_offset, **limits)
 
 
 def read_on(reader: LogReader, partition: int, next_offset: int, end_offset: int, **limits: Any) -> list[Row]:
-    """What one partition holds from `next_offset` to `end_offset`: polled until the cursor says that it is there."""
+    """Return the rows from `next_offset` to `end_offset`, polled until the cursor has reached the end."""
     limits = {"record_count_max": 1_000, "bytes_max": 2**24, "timeout_s": 0.5, **limits}
     reader.assign({partition: next_offset})
     rows: list[Row] = []
@@ -368,7 +368,7 @@ def read_on(reader: LogReader, partition: int, next_offset: int, end_offset: int
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     give_up_s = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < give_up_s, f"not in {DEADLINE_S} s"
@@ -377,7 +377,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def threads(*runs: Callable[[], None]) -> Iterator[None]:
-    """Run these beside the body, and raise what they raise."""
+    """Run these beside the body, and raise their errors."""
     errors: list[BaseException] = []
 
     def guarded(run: Callable[[], None]) -> None:

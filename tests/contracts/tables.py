@@ -1,4 +1,4 @@
-"""Both tables, as the tests of their contract open them, and what their drafts say."""
+"""Both tables, as the tests of their contract open them, and the content of their drafts."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ WAYS: Mapping[str, Mapping[str, int]] = {
     "native-one-shard": {"shard_count": 1},
     "native-lanes": {"lane_count": 4},
 }
-"""The tables, and how the native one is told to cut itself up."""
+"""The tables; the native one with different numbers of shards."""
 JOURNALS: Mapping[str, Mapping[str, int]] = {
     "plain-journal": {},
     "native-journal": {},
     "native-journal-shards": {"shard_count": 4, "lane_count": 2},
 }
-"""Those of a publisher whose deltas outlive it."""
+"""The tables of a publisher with a journal."""
 
 every_table = pytest.mark.parametrize("way", [*WAYS, *JOURNALS])
 every_journal = pytest.mark.parametrize("way", JOURNALS)
 
 
 def extension() -> Any:
-    """The native core; a test that needs it is skipped where there is none, unless PIPELINE_NATIVE=require."""
+    """Return the native core, or skip the test without one, unless PIPELINE_NATIVE=require."""
     found = native.extension()
     if found is None:
         assert os.environ.get(native.VARIABLE) != "require"
@@ -75,7 +75,7 @@ class Pages:
 
 
 class Lab:
-    """A table, and what it asks of its publisher."""
+    """A table, and the callbacks of its publisher."""
 
     def __init__(self, way: str, *, bytes_max: int = 1 << 40, **settings: Any) -> None:
         self.now_ms = NOW_MS
@@ -106,7 +106,7 @@ class Lab:
         return self.on_full()
 
     def define(self, kind: str = "sum", labels: Sequence[str] = ("region",), series_max: int = 10**9, **more: Any) -> Any:
-        """A new view; its name is that of its kind, and a number."""
+        """Define a new view, named for its kind and a number."""
         return self.table.define(Definition(more.pop("view", kind), kind, tuple(labels), **more), series_max)
 
     def drain(self, partition_count: int = 1, busy: bytes | None = None, batch_bytes_max: int = 1 << 20) -> list[Any]:
@@ -118,7 +118,7 @@ def header(partition: int) -> Batch:
 
 
 def batch_of(draft: Any) -> Batch:
-    """The batch that a draft makes, decoded; its bytes are those that `encode_batch` gives for the same groups."""
+    """Return the batch of a draft, decoded; its bytes must be those of `encode_batch` for the same groups."""
     sealed = codec.encode_drafted(header(draft.partition), draft.groups)
     batch = codec.decode_batch(sealed)
     assert codec.encode_batch(batch) == sealed
@@ -127,7 +127,7 @@ def batch_of(draft: Any) -> Batch:
 
 
 def states_of(drafts: Iterable[Any]) -> dict[tuple[str, tuple[str, ...]], State]:
-    """The states in drafts by view and labels, merged where a series stands in several."""
+    """Return the states in drafts by view and labels, merged where a series stands in several."""
     found: dict[tuple[str, tuple[str, ...]], State] = {}
     for draft in drafts:
         for group in batch_of(draft).groups:
@@ -139,7 +139,7 @@ def states_of(drafts: Iterable[Any]) -> dict[tuple[str, tuple[str, ...]], State]
 
 
 def raw_series(drafts: Iterable[Any]) -> list[tuple[str, bytes, list[Any]]]:
-    """View, suffix and columns of each series in drafts, of windows too, which no version of `decode_batch` reads yet."""
+    """Return view, suffix and columns of each series in drafts, also of windows, without `decode_batch`."""
     found = []
     for draft in drafts:
         for definition, suffixes, columns in msgspec.msgpack.decode(draft.groups):
@@ -148,7 +148,7 @@ def raw_series(drafts: Iterable[Any]) -> list[tuple[str, bytes, list[Any]]]:
 
 
 def fold(kind: str, deltas: Sequence[State]) -> State:
-    """The oracle: deltas merged one after the other."""
+    """Merge deltas one after the other, as the oracle."""
     return reduce(KINDS[kind].merge, deltas)
 
 

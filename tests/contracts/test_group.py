@@ -1,4 +1,4 @@
-"""What members of a group tell each other, what a leader makes of it, and what an onlooker makes of the group."""
+"""Metadata of group members, a leader's decisions on it, and an observer's view of the group."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESTORE = RestoreStatus(10, 30, 5.0, 6.0)
 
 
 def test_what_is_told_is_understood() -> None:
-    """Topics, format and what is warm come back; of a program that says none of it, nothing does."""
+    """Topics, format and warm partitions come back; a program that sends none of them has none."""
     said = as_topic_groups(OURS, {1, 12})
     assert (identity_of(said), warm_of(said)) == (OURS, {1, 12})
     assert identity_of({"a-topic": 3}) == NOBODY
@@ -73,7 +73,7 @@ def test_who_may_stay() -> None:
 
 
 def seen(state: str, *answers: Any) -> Overview:
-    """Of two members and three partitions, of which the last has nobody."""
+    """Return a report on two members and three partitions, of which the last has no owner."""
     placed = (frozenset({0}), frozenset({1})), (frozenset({1}), frozenset({0}))
     names = zip(("a", "b"), placed, strict=True)
     moving = frozenset[int]()
@@ -109,7 +109,7 @@ def answer(name: str, has: PartitionStatus, standby: PartitionStatus) -> Status:
 
 @pytest.mark.parametrize("state", [STABLE, "PreparingRebalance"])
 def test_a_group_is_joined_with_what_members_say(state: str) -> None:
-    """Lag, age of the last commit, restores of owners and copies with the time left, fences; also while partitions move."""
+    """A report has lag, age of the last commit, restores with the time left, and fences, also while partitions move."""
     a = answer("a", folded(0, "folding", 96, 4_000), copied(1, "restoring", RESTORE))
     b = answer("b", folded(1, "assigned", 0, 0, RESTORE), copied(0, "following"))
     found = seen(state, a, b)
@@ -127,7 +127,7 @@ def test_a_group_is_joined_with_what_members_say(state: str) -> None:
 
 
 def test_an_unreachable_member_hides_nothing_else() -> None:
-    """The group still tells its partitions, and the mirrored positions how far they are."""
+    """Of an unreachable member the group still shows the partitions, and the mirrored positions their progress."""
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     found = seen(STABLE, "timed out", b)
     assert [(it.name, it.error, it.lag) for it in found.members] == [("a", "timed out", 10), ("b", None, 0)]
@@ -137,7 +137,7 @@ def test_an_unreachable_member_hides_nothing_else() -> None:
 
 
 def test_what_an_unreachable_member_has_while_partitions_move_is_unknown() -> None:
-    """Neither the group nor anybody else knows: it is not said to have none, or no lag."""
+    """An unreachable member's partitions and lag are unknown, not none, while partitions move."""
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     a, _ = seen("PreparingRebalance", "timed out", b).members
     assert (a.partitions, a.standbys, a.lag) == (None, None, None)

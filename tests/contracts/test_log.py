@@ -1,4 +1,4 @@
-"""What every log promises. Nothing here relies on offsets without holes, or on a clock, so that a broker can join."""
+"""The contract of every log. No test relies on offsets without holes, or on a clock, so that a broker can join."""
 
 import random
 import threading
@@ -37,7 +37,7 @@ def numbered(count: int, prefix: bytes = b"") -> list[bytes]:
 
 
 def test_append_says_which_offset_covers_each_message(lab: LogLab) -> None:
-    """A reader that has reached a message's next_offset has read it, and did not have it before."""
+    """A reader that has reached a message's next_offset has read the message, and did not have it before."""
     messages = [Message(lab.events, number % PARTITIONS, None, b"%d" % number) for number in range(40)]
     covering = appended(lab.log, messages)
     for partition in range(PARTITIONS):
@@ -59,7 +59,7 @@ def test_records_come_back_in_the_order_of_their_appends(lab: LogLab) -> None:
 
 @pytest.mark.parametrize("topic", ["events", "table"])
 def test_records_come_back_as_they_were(lab: LogLab, topic: str) -> None:
-    """Keys and values are bytes that nobody looks at: none, empty, NUL, 0xff, a megabyte."""
+    """Keys and values are any bytes: none, empty, NUL, 0xff, a megabyte."""
     some = [None, b"", b"\x00", b"\xff" * 9, b"text", bytes(range(256)), b"\x00" * 1_000_000]
     keys = some if topic == "events" else some[1:]  # a compacted topic is one with keys
     records = [(key, value) for key in keys for value in some]
@@ -95,7 +95,7 @@ def test_at_ms_never_falls_behind_what_has_expired(lab: LogLab) -> None:
 
 
 def test_nothing_appended_is_nothing(lab: LogLab) -> None:
-    """No message, no answer, no record."""
+    """An append of no messages has no answer, and adds no record."""
     assert lab.log.append([], timeout_s=DEADLINE_S) == []
     assert lab.log.transaction("empty").commit([], timeout_s=DEADLINE_S) == []
     assert read(lab.log, lab.events, 0) == []
@@ -201,7 +201,7 @@ def test_small_polls_read_what_one_large_one_reads(lab: LogLab, record_count_max
 
 
 def test_bytes_max_bounds_an_answer(lab: LogLab) -> None:
-    """An answer goes beyond it by one record and some, and holds at least one record however small it is."""
+    """An answer exceeds the limit by one record and some at most, and has at least one record however small the limit is."""
     expected = [b"%d" % number * 100_000 for number in range(10)] * 3
     for first in range(0, 30, 10):
         append(lab.log, lab.events, 0, *expected[first : first + 10])
@@ -243,7 +243,7 @@ def test_many_partitions_in_one_reader(lab: LogLab) -> None:
 
 
 def test_poll_waits_no_longer_than_it_should(lab: LogLab) -> None:
-    """Nothing to read: an empty answer, after the timeout and not long before or after it."""
+    """A poll with nothing to read returns an empty answer after the timeout, and not long before or after it."""
     reader = lab.log.reader(lab.events)
     reader.assign({0: lab.log.watermarks(lab.events, 0).end_offset})
     for timeout_s, least_s in ((0.0, 0.0), (0.2, 0.15)):
@@ -326,7 +326,7 @@ def test_reading_below_the_start_is_a_loss(lab: LogLab) -> None:
 
 
 def test_a_start_at_the_end_is_no_loss(lab: LogLab) -> None:
-    """Everything expired: the end stays where it was, a cursor that is there goes on, offsets go on rising."""
+    """With everything expired the end stays where it was, a cursor at it goes on, and offsets go on rising."""
     covering = append(lab.log, lab.events, 0, *numbered(5))
     lab.expire()
     watermarks = lab.log.watermarks(lab.events, 0)
@@ -342,7 +342,7 @@ def test_a_start_at_the_end_is_no_loss(lab: LogLab) -> None:
 
 
 def test_a_transaction_writes_to_several_topics(lab: LogLab) -> None:
-    """Everything is there soon after commit returns, under offsets that cover it, in order."""
+    """All records are there soon after commit returns, under offsets that cover them, in order."""
     transaction = lab.log.transaction("t")
     messages = [
         Message((lab.table, lab.notes)[number % 2], number % 3, b"%d" % number, b"v%d" % number) for number in range(30)
@@ -358,7 +358,7 @@ def test_a_transaction_writes_to_several_topics(lab: LogLab) -> None:
 
 
 def test_a_transaction_with_an_impossible_message_does_nothing(lab: LogLab) -> None:
-    """All or nothing: Invalid, and none of the others is or becomes visible; the transaction can go on."""
+    """The commit is Invalid, and none of the other records is or becomes visible; the transaction can go on."""
     transaction = lab.log.transaction("t")
     for bad in (Message(lab.table, PARTITIONS, b"k", b"v"), Message("no-such-topic", 0, b"k", b"v")):
         with pytest.raises(Invalid):
@@ -388,9 +388,9 @@ def test_a_new_owner_fences_the_old_one(lab: LogLab) -> None:
 
 
 def test_a_commit_begins_where_it_has_to(lab: LogLab) -> None:
-    """Behind the end of the last one and the offset that its end takes; nothing of one that would not is ever visible.
+    """A commit must begin behind the last one's end and marker; no record of another one is ever visible.
 
-    One that was displaced can be tried again, behind what stands there.
+    A displaced commit can be tried again, behind the records that are there.
     """
     transaction = lab.log.transaction("t")
     place, markers = (lab.table, 0), transaction.marker_count
@@ -454,7 +454,7 @@ def test_fencing_a_writer_in_full_flight(lab: LogLab) -> None:
 
 
 def test_a_reader_never_sees_a_part_of_a_transaction(lab: LogLab) -> None:
-    """The end of a partition is never within a transaction, and who sees one in one topic will see it in the other."""
+    """A partition never ends within a transaction, and a reader that sees one in one topic will see it in the other."""
     size, count = 7, 60
     stop = threading.Event()
     start = {topic: lab.log.watermarks(topic, 0).start_offset for topic in (lab.table, lab.notes)}
@@ -523,7 +523,7 @@ def test_compaction_keeps_the_newest_record_of_every_key(lab: LogLab, filled: li
 
 
 def test_tombstones_go_in_the_end(lab: LogLab, filled: list[Row]) -> None:
-    """A deleted key's tombstone goes once followers had their time; what is alive stays, and the end does not fall."""
+    """A deleted key's tombstone goes once followers had their time; other keys stay, and the end does not fall."""
     (covers,) = append(lab.log, lab.table, 0, None, key=b"7")
     if not lab.compact(drop_tombstones=True):
         pytest.skip("this log can't be compacted at will")
@@ -573,8 +573,9 @@ def test_the_high_watermark_is_the_end_where_nothing_is_open(lab: LogLab) -> Non
 
 @pytest.mark.parametrize("ends", ["commit", "abort"])
 def test_an_open_transaction_ends_what_can_be_read_and_not_what_was_accepted(lab: LogLab, ends: str) -> None:
-    """Behind its beginning nothing is read, acknowledged or not; the high watermark shows what waits. Then all is well:
-    what was aborted is never read, and a reader that has read all is at the end."""
+    """Nothing behind an open transaction's beginning is read, acknowledged or not; the high watermark shows what waits. When
+    it ends, aborted records are never read, and a reader that has read all is at the end.
+    """
     (before,) = append(lab.log, lab.events, 0, b"before")
     hanging = lab.leave_open(lab.events, 0, b"theirs")
     if hanging is None:

@@ -1,4 +1,4 @@
-"""What every membership promises to the worker that listens."""
+"""The contract of every membership with the worker that listens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTITIONS = 3
 
 
 class Listener:
-    """Keeps what it hears."""
+    """Notes all calls."""
 
     def __init__(self) -> None:
         self.assigned: list[tuple[frozenset[int], frozenset[int], int]] = []
@@ -80,7 +80,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 
 
 def test_one_that_is_alone_has_all(lab: Lab) -> None:
-    """The first thing it hears is which partitions it has: all, none of them as a copy."""
+    """The first call gives a lone member all partitions, none of them as a copy."""
     listener = Listener()
     lab.membership.start(listener)
     wait_until(lambda: listener.assigned, "an assignment")
@@ -89,7 +89,7 @@ def test_one_that_is_alone_has_all(lab: Lab) -> None:
 
 
 def test_new_partitions_are_its_too(lab: Lab) -> None:
-    """In a later generation, and with them it has all that it had."""
+    """A later generation gives the new partitions along with all the earlier ones."""
     listener = Listener()
     lab.membership.start(listener)
     wait_until(lambda: listener.assigned, "an assignment")
@@ -100,7 +100,7 @@ def test_new_partitions_are_its_too(lab: Lab) -> None:
 
 
 def test_it_can_be_told_and_asked_at_any_time(lab: Lab) -> None:
-    """Before it is started, while it runs, and after its end."""
+    """A membership can be told and asked before it is started, while it runs, and after its end."""
     listener = Listener()
     for _ in range(2):
         lab.membership.set_warm(frozenset({0}))
@@ -127,7 +127,7 @@ def test_after_its_end_it_is_silent(lab: Lab) -> None:
 
 
 def test_one_that_was_never_started_can_be_stopped(lab: Lab) -> None:
-    """With nothing to hand over."""
+    """A membership that was never started can be stopped."""
     assert lab.membership.stop(leave=True, timeout_s=20)
 
 
@@ -150,7 +150,7 @@ def test_one_that_does_not_know_what_there_is(error: PipelineError, tells: bool)
 
 
 def test_what_its_listener_raises_is_no_secret(lab: Lab) -> None:
-    """Partitions that were given and not taken must not lie still: they are given again, or the member fails."""
+    """Partitions whose assignment a listener failed to handle are given again, or the member fails."""
 
     class Broken(Listener):
         def on_assigned(self, actives: frozenset[int], standbys: frozenset[int], generation: int) -> None:

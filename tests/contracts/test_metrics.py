@@ -10,7 +10,7 @@ from pipeline.adapters.prometheus import PrometheusMetrics
 
 
 def samples(metrics: PrometheusMetrics) -> dict[str, float]:
-    """Every sample of our own, by its name and labels as they are written."""
+    """Return every sample of our own, by its name and labels as they are written."""
     families = text_string_to_metric_families(metrics.render()[0].decode())
     return {
         sample.name + str(dict(sorted(sample.labels.items())) or ""): sample.value
@@ -21,7 +21,7 @@ def samples(metrics: PrometheusMetrics) -> dict[str, float]:
 
 
 def test_every_metric_of_the_catalogue_is_a_family() -> None:
-    """With its name, help and type; names are unique and follow Prometheus' conventions."""
+    """Every metric has its name, help and type; names are unique and follow Prometheus' conventions."""
     text = PrometheusMetrics().render()[0].decode()
     names = [metric.name for metric in m.CATALOGUE]
     assert len(set(names)) == len(names) > 20
@@ -49,7 +49,7 @@ def test_each_records_under_its_labels(metric: m.Metric) -> None:
 
 
 def test_wrong_labels_are_a_bug() -> None:
-    """Too many or too few do not go unnoticed."""
+    """Too many or too few labels are an error."""
     metrics = PrometheusMetrics()
     for labels in ([], [1, 2]):
         with pytest.raises((ValueError, AttributeError)):
@@ -65,7 +65,7 @@ def test_two_servers_in_one_process_do_not_meet() -> None:
 
 
 def test_threads_lose_no_count() -> None:
-    """Counters are exact, whoever counts."""
+    """Counters are exact with many threads."""
     metrics = PrometheusMetrics()
     threads = [threading.Thread(target=lambda: [metrics.inc(m.COMMITS, 1, i % 3) for i in range(3_000)]) for _ in range(4)]
     for thread in threads:
@@ -76,7 +76,7 @@ def test_threads_lose_no_count() -> None:
 
 
 def test_the_process_is_there_too() -> None:
-    """CPU, memory and Python's version come with it; the media type follows the Accept header."""
+    """CPU, memory and Python's version are included; the media type follows the Accept header."""
     metrics = PrometheusMetrics()
     body, media_type = metrics.render()
     assert b"process_cpu_seconds_total" in body
@@ -105,7 +105,7 @@ def test_a_partition_is_forgotten() -> None:
 
 
 def test_what_is_forgotten_while_it_is_set_can_be_set_again() -> None:
-    """Whatever the order of threads: no series is bound to what nobody shows."""
+    """A series that is set while it is forgotten is shown again, in whatever order the threads run."""
     metrics = PrometheusMetrics()
     stop = threading.Event()
 

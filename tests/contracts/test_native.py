@@ -1,4 +1,4 @@
-"""The native core is built where it can be, loaded where it fits, and done without everywhere else."""
+"""The native core is built where possible, loaded where it fits, and optional everywhere else."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ print(native.in_use(), Table.__module__, native.describe(), native.describe() ==
 
 
 def test_no_is_plain() -> None:
-    """PIPELINE_NATIVE=no, whatever is installed."""
+    """PIPELINE_NATIVE=no chooses the plain table, whatever is installed."""
     done = run(SHOW, PIPELINE_NATIVE="no")
     assert done.stdout == "False pipeline.publisher.table the native core is not in use: PIPELINE_NATIVE=no True\n"
     assert done.stderr == ""
 
 
 def test_a_value_that_is_none_is_refused() -> None:
-    """With the values that there are."""
+    """An invalid value is refused, and the valid ones are named."""
     assert "PIPELINE_NATIVE is auto, no or require; got 'yes'" in run(SHOW, PIPELINE_NATIVE="yes").stderr
 
 
@@ -118,7 +118,7 @@ def no_cargo(tmp_path: Path) -> str:
 
 
 def test_without_cargo_the_package_is_pure(tmp_path: Path, no_cargo: str) -> None:
-    """The build says so, and its wheel is for every system; it has no sources of the crate."""
+    """The build says that it is pure, and its wheel is for every system, without sources of the crate."""
     done = build(tmp_path, PATH=no_cargo)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -139,7 +139,7 @@ def test_without_cargo_require_ends_the_build(tmp_path: Path, no_cargo: str) -> 
 
 
 def test_what_cannot_be_compiled_is_left_out(tmp_path: Path, no_cargo: str) -> None:
-    """A toolchain that fails is as good as none: the end of what it said is shown."""
+    """A toolchain that fails is treated as none, and the end of its output is shown."""
     cargo = Path(no_cargo) / "cargo"
     cargo.write_text("#!/bin/sh\necho 'error: no network' >&2\nexit 101\n")
     cargo.chmod(0o755)
@@ -151,7 +151,7 @@ def test_what_cannot_be_compiled_is_left_out(tmp_path: Path, no_cargo: str) -> N
 
 
 def test_what_cargo_makes_is_in_the_wheel(tmp_path: Path, no_cargo: str) -> None:
-    """The wheel says for which systems it is, and has the extension and its stub beside the package."""
+    """The wheel is tagged for its systems, and has the extension and its stub beside the package."""
     cargo = Path(no_cargo) / "cargo"
     cargo.write_text(
         '#!/bin/sh\nmkdir -p "$CARGO_TARGET_DIR/release"\n: > "$CARGO_TARGET_DIR/release/libpipeline_native.so"\n'
@@ -166,7 +166,7 @@ def test_what_cargo_makes_is_in_the_wheel(tmp_path: Path, no_cargo: str) -> None
 
 
 def test_nothing_that_is_built_is_committed() -> None:
-    """Neither libraries nor lock files, which hold addresses of registries."""
+    """Neither libraries nor lock files, which hold addresses of registries, are committed."""
     listed = subprocess.run(
         ["git", "ls-files", "pipeline/native"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

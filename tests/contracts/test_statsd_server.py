@@ -1,4 +1,4 @@
-"""The StatsD sockets: what is sent arrives line by line, within limits, and in time before the end."""
+"""The StatsD sockets: lines arrive one by one, within limits, and in time before the end."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def tcp(server: StatsdServer, *parts: bytes) -> socket.socket:
 
 
 def test_packets_have_lines() -> None:
-    """Several in a packet, with any line end or none; an empty packet is nothing."""
+    """A packet has any number of lines, with any line end or none; an empty packet has none."""
     with listening() as (server, heard):
         udp(server, b"a:1|c", b"b:1|c\nc:1|c\n", b"", b"d:1|c\r\n\n")
         wait_until(lambda: len(heard.udp) == 4, "four lines")
@@ -120,7 +120,7 @@ def test_a_packet_that_is_too_long_is_refused() -> None:
 
 
 def test_connections_have_a_limit() -> None:
-    """One more is closed at once and counted; when one ends there is room again."""
+    """A connection beyond the limit is closed at once and counted; when another ends there is room again."""
     with listening(ingest_connections_max=2) as (server, heard):
         one, two = tcp(server, b"one:1|c\n"), tcp(server, b"two:1|c\n")
         wait_until(lambda: len(heard.tcp) == 2, "both")
@@ -152,7 +152,7 @@ def test_a_connection_that_breaks_off_harms_nobody() -> None:
 
 
 def test_what_has_arrived_is_taken_before_the_end() -> None:
-    """Packets in the kernel's buffer, connections that nobody has accepted yet, data that nobody has read."""
+    """Packets in the kernel's buffer, pending connections, and data that is not read yet are taken."""
     heard = Heard()
     server = StatsdServer("127.0.0.1", 0, IngestSettings(), heard, SystemClock())
     heard.gate.clear()
@@ -174,7 +174,7 @@ def test_what_has_arrived_is_taken_before_the_end() -> None:
 
 
 def test_a_sender_that_never_stops_does_not_keep_it_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end waits for what is there, not for all that comes: here each packet that is taken brings another."""
+    """The end waits for data that is there, not for more: here each packet brings another."""
     monkeypatch.setattr(statsd, "_DRAIN_S", 0.2)
     with listening() as (server, heard):
         take = heard.take
@@ -208,7 +208,7 @@ def test_many_senders_at_once() -> None:
 
 
 def test_an_address_that_is_taken() -> None:
-    """Is told at once, for TCP and for UDP, as is one that is nobody's; and nothing stays open."""
+    """An address that is taken, or another machine's, is an error at once, for TCP and UDP, and nothing stays open."""
     with listening() as (server, _), pytest.raises(Invalid, match=r"can't listen on 127\.0\.0\.1:"):
         StatsdServer("127.0.0.1", server.address[1], IngestSettings(), Heard(), SystemClock())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
@@ -231,7 +231,7 @@ def test_one_that_was_never_started_can_be_stopped() -> None:
 
 
 def test_an_error_of_the_sink_is_known() -> None:
-    """Receiving ends, and says so, rather than to lose lines in silence."""
+    """Receiving ends with an error, rather than to lose lines in silence."""
     heard = Heard()
     heard.take = lambda lines, protocol: 1 / 0  # type: ignore[method-assign,assignment]
     server = StatsdServer("127.0.0.1", 0, IngestSettings(), heard, SystemClock())

@@ -1,4 +1,4 @@
-"""What every store promises: the laws of a dict, whole writes, and views that do not change."""
+"""The contract of every store: the laws of a dict, whole writes, and views that do not change."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def test_a_store_is_a_dict(store_lab: StoreLab) -> None:
-    """Whatever is written, deleted, viewed, closed, opened, destroyed: it answers as a dict would, a view as an old one."""
+    """A store answers as a dict, and a view as an earlier one, through writes, deletions, closes, opens and destructions."""
 
     class Machine(StoreMachine):
         lab = store_lab
@@ -103,7 +103,7 @@ def store(store_lab: StoreLab) -> Store:
 
 
 def test_a_new_store_is_empty(store: Store) -> None:
-    """Nothing is in it, and asking for nothing gives nothing."""
+    """A new store is empty, and asking for no key gives no value."""
     assert store.get([]) == []
     assert store.get([b"a", b""]) == [None, None]
     assert list(store.scan(START, END)) == []
@@ -126,7 +126,7 @@ def test_the_last_of_several_writes_to_a_key_counts(store: Store) -> None:
 
 
 def test_large_and_odd_entries(store_lab: StoreLab) -> None:
-    """Keys and values are bytes that nobody looks at: empty, 8 KB of 0xff, 8 MB of chance."""
+    """Keys and values are any bytes: empty, 8 KB of 0xff, 8 MB of random ones."""
     store = store_lab.stores.open(0)
     large = random.Random(1).randbytes(8 * 2**20)
     entries = {b"": b"", b"\x00": b"\x00", b"k" * 8192: b"v", b"\xfe" * 8192: large, b"large": large[::-1]}
@@ -170,7 +170,7 @@ def test_a_store_that_is_set_aside(store_lab: StoreLab) -> None:
 
 
 def test_a_snapshot_stays_as_it_was(store: Store) -> None:
-    """Whatever is written later, and also to a scan that has begun; many writes make RocksDB move everything about."""
+    """A view, and a scan that has begun, show no later write, though many writes make RocksDB move everything about."""
     some = [b"%05d" % number for number in range(2_000)]
     store.write(some, [b"old"] * 2_000)
     view = store.snapshot()

@@ -56,13 +56,13 @@ class Op(NamedTuple):
 
 
 def plain(kind: str, value: Any) -> Any:
-    """The delta that a value is."""
+    """Return the delta of a value."""
     checked = KINDS[kind].check(value)
     return checked[2] if kind == "last" else checked
 
 
 def is_taken(kind: str, value: Any) -> bool:
-    """A histogram takes no int that is beyond all floats; an item is a text or an int that is not too long."""
+    """Return whether a kind takes a value: a histogram no int beyond all floats; items are texts or ints, not too long."""
     if kind in ("distinct", "topk"):
         return type(value) is str or (type(value) is int and value.bit_length() <= ITEM_BYTES_MAX)
     return kind != "histogram" or type(value) is not int or value.bit_length() <= BITS_MAX
@@ -119,7 +119,7 @@ WIDE = [
 @example(WIDE)
 @settings(max_examples=examples(60))
 def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
-    """Whatever is recorded, in whichever way: each series' state is its deltas merged one by one, to the bit."""
+    """Each drained state is its deltas merged one by one, to the bit, in whichever way they were recorded."""
     lab = Lab(way)
     views = [lab.table.define(definition, 100) for definition in VIEWS]
     expected = defaultdict(list)
@@ -150,7 +150,7 @@ def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
 @given(ops, st.integers(1, 4), st.sampled_from([1, 400, 700, 1 << 20]), st.data())
 @settings(max_examples=examples(150))
 def test_both_tables_make_the_same_bytes(run: list[Op], partition_count: int, bytes_max: int, data: st.DataObject) -> None:
-    """With one shard, as the plain table has, drafts are equal to the byte, however batches are cut."""
+    """With one shard, as in the plain table, drafts are equal to the byte, however batches are cut."""
     labs = [Lab("plain"), Lab("native-one-shard")]
     views = [[lab.table.define(definition, 3) for definition in VIEWS] for lab in labs]
     for part in (run[: len(run) // 2], run[len(run) // 2 :], []):
@@ -201,7 +201,7 @@ REFUSED["topk"] = [*NO_ITEMS, ("a", 0), ("a", -1), ("a", 1.0), ("a", 2**63), ("a
 @every_table
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_value_is_refused(way: str, kind: str) -> None:
-    """In each way to record, at first and among others, with the words of `kinds`; and nothing is recorded."""
+    """A bad value is refused in each way to record, first or among others, with the words of `kinds`, and not recorded."""
     lab = Lab(way)
     view = lab.define("sum", monotone=True) if kind == "counter" else lab.define(kind)
     method = KINDS[view.definition.kind].method
@@ -255,7 +255,7 @@ class Region(StrEnum):
 
 @every_table
 def test_labels(way: str) -> None:
-    """By name, by position, in any order; text of any class; what is wrong is said, and nothing is recorded."""
+    """Labels are given by name, by position, in any order, as text of any class; wrong ones are named, and not recorded."""
     lab = Lab(way)
     view = lab.define(labels=("z", "a"))
     view.add(1, a="x", z="y")
@@ -300,7 +300,7 @@ def test_labels(way: str) -> None:
 
 @every_table
 def test_labels_that_are_named_as_parameters(way: str) -> None:
-    """`value`, `self` and `ts_ms` are labels like others; of a `set`, and of a view with windows, `ts_ms` is the time."""
+    """`value`, `self` and `ts_ms` are labels like others; in a `set`, and in a view with windows, `ts_ms` is the time."""
     lab = Lab(way)
     names = {"value": "a", "self": "b", "ts_ms": "c", "labels": "d", "names": "e"}
     view, low = lab.define(labels=[*names]), lab.define("min", labels=[*names])
@@ -378,7 +378,7 @@ def test_of_two_sets_in_one_millisecond_the_later_wins(way: str) -> None:
 
 @every_table
 def test_columns(way: str) -> None:
-    """Buffers of 64-bit numbers and sequences of anything, of as many rows as there are labels for."""
+    """Columns are buffers of 64-bit numbers or sequences of anything, with as many rows as there are labels."""
     lab = Lab(way)
     view, none = lab.define(labels=("z", "a")), lab.define(labels=(), view="none")
     zs, as_ = ["y", "y", "Y"], ("x", "x", "x")
@@ -404,7 +404,7 @@ def test_columns(way: str) -> None:
 
 @every_table
 def test_beyond_series_max_all_merge_into_one(way: str) -> None:
-    """The overflow series takes what is beyond, counted; known series go on; `evict` makes room again."""
+    """The overflow series takes the excess, counted; known series go on; `evict` makes room again."""
     lab = Lab(way)
     view = lab.define(series_max=2)
     bound = view.labels("c")
@@ -452,7 +452,7 @@ def test_what_does_not_fit_is_dropped_or_raises(way: str) -> None:
 
 @every_table
 def test_long_values_are_charged_until_they_are_drained(way: str) -> None:
-    """Texts and ints by their length, once; another value in their place gives the bytes back."""
+    """Texts and ints are charged by their length, once; another value in their place gives the bytes back."""
     lab = Lab(way)
     last, view = lab.define("last"), lab.define()
     last.set(None, region="eu")
@@ -479,7 +479,7 @@ def test_long_values_are_charged_until_they_are_drained(way: str) -> None:
 
 @every_table
 def test_totals_survive(way: str) -> None:
-    """`local` shows all that was recorded as of the last snapshot, drained or not, let go of or not."""
+    """`local` shows all deltas as of the last snapshot, drained or not, evicted or not."""
     lab = Lab(way, local_series_max=3)
     view, mean = lab.define(), lab.define("mean", labels=())
     eu = series_suffix(["eu"])
@@ -512,7 +512,7 @@ def test_totals_survive(way: str) -> None:
 
 @every_table
 def test_silent_series_are_let_go_of(way: str) -> None:
-    """After so many drains without a delta; what waits stays, and a bound series comes in again, for nothing until then."""
+    """A series goes after so many drains without a delta; one with deltas stays, and a bound series can come back."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("bound")
@@ -565,7 +565,7 @@ def test_a_closed_table_asks_before_each_record(way: str) -> None:
 
 @every_table
 def test_views_and_series_can_be_subclassed(way: str) -> None:
-    """`define` makes the view of a given class, and `labels` the series that it names; what they override stays so."""
+    """`define` makes the view of a given class, and `labels` the series of that view's class, with their overrides."""
     lab = Lab(way)
     base: Any = type(lab.define())
 
@@ -698,7 +698,7 @@ def test_used_bytes_are_true(way: str, count: int, buckets: int) -> None:
 
 @every_table
 def test_large_sets_of_items_are_charged_and_drained_as_merge_says(way: str) -> None:
-    """Beyond what is exact a set is registers, and of too many items the rarest go: as in `core.kinds`, to the bit."""
+    """A large set becomes registers, and the rarest of too many items go, as in `core.kinds`, to the bit."""
     lab = Lab(way)
     distinct, topk = lab.define("distinct"), lab.define("topk")
     items = [f"item{number * number % 1_009}" for number in range(1_200)]

@@ -1,4 +1,4 @@
-"""A forked child begins anew, whatever its parent's threads were in the midst of; or goes on, if they were in nothing."""
+"""A forked child begins anew, whatever its parent's threads were doing, or goes on if they were idle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import LONG
 
 
 def in_child(body: Callable[[], bool]) -> None:
-    """Run in a forked child, which must end, and say that all was well."""
+    """Run code in a forked child, which must end, and report success."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -100,7 +100,7 @@ def test_forked_children_begin_anew(way: str, *, held: bool) -> None:
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
 def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
-    """The native table is closed and empty there: no lock of a thread that is gone, and it asks before the first delta."""
+    """In a child that no hook has told, the native table is closed and empty, and asks before the first delta."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("eu")
@@ -125,7 +125,7 @@ def test_a_child_of_which_nobody_is_told_asks(way: str) -> None:
 def test_a_child_goes_on_with_what_is_whole(way: str) -> None:
     """A child keeps its parent's deltas, unless a thread, which the child does not have, may have been changing them.
 
-    It does not go on with a journal, whose files are the parent's.
+    A table with a journal never goes on, as the journal's files are the parent's.
     """
     lab = Lab(way)
     bound = lab.define().labels("eu")

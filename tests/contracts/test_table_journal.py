@@ -1,4 +1,4 @@
-"""A table with a journal: whatever happens, what a kill leaves and what was sealed is what was recorded, exactly."""
+"""A table with a journal: sealed deltas and those left by a kill are exactly the recorded ones."""
 
 from __future__ import annotations
 
@@ -148,13 +148,13 @@ class Tables(RuleBasedStateMachine):
 
 
 def plain(states: dict[Any, State]) -> dict[Any, Any]:
-    """States by series; of a `last` view only the value."""
+    """Return states by series; for a `last` view only the value."""
     return {key: state[2] if key[0] == "last" else state for key, state in states.items()}
 
 
 @every_journal
 def test_any_order(way: str) -> None:
-    """Each table, against the real spool."""
+    """Each table is exact against the real spool, in any order of steps."""
     if not way.startswith("plain"):
         extension()
 
@@ -175,7 +175,7 @@ def test_any_order(way: str) -> None:
 
 @every_journal
 def test_a_drain_and_its_position_are_one(way: str) -> None:
-    """Threads record meanwhile: what lies before each position is, to the record, what was drained up to then."""
+    """The records before each position are exactly the deltas drained up to then, while threads record."""
     pages = Pages(1 << 15)
     lab = Lab(way, journal=pages)
     view = lab.define(labels=("name",))
@@ -208,7 +208,7 @@ def test_a_drain_and_its_position_are_one(way: str) -> None:
 
 
 def test_what_comes_in_the_midst_of_a_drain() -> None:
-    """A handler or finaliser in the thread that drains, at any line: what it records is drained, or behind the position."""
+    """A delta that a handler or finaliser records during a drain, at any line, is drained, or behind the position."""
     for step in count(1):
         lab = Lab("plain-journal")
         view = lab.define(labels=("name",))
@@ -300,7 +300,7 @@ def test_a_segment_is_as_the_format_says(way: str, tmp_path: Path) -> None:
 
 @every_journal
 def test_what_the_journal_has_no_room_for_is_dropped_or_raised(way: str) -> None:
-    """`None` drops the delta; what is raised, the call raises; nothing is recorded in either place."""
+    """`None` drops the delta, an exception comes out of the call; nothing is recorded in either place."""
     lab = Lab(way, journal=(pages := Full()))
     view = lab.define(labels=("name",))
     for pages.error in (None, Unavailable("away")):

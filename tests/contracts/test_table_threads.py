@@ -1,4 +1,4 @@
-"""Both tables stay exact whoever records meanwhile: threads, signal handlers, finalisers."""
+"""Both tables stay exact while threads, signal handlers and finalisers record."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ EACH = 4_000 if LONG else 1_500
 
 
 def together(*bodies: Callable[[], object]) -> None:
-    """Run each in a thread; raise what one of them raised."""
+    """Run each in a thread; raise the error of one of them."""
     in_threads(len(bodies), lambda i: bodies[i]())
 
 
 @every_table
 def test_nothing_is_lost_and_nothing_twice(way: str) -> None:
-    """Threads that record in each way, while others drain, evict, take snapshots and look: all deltas come out, once."""
+    """All deltas come out once, of threads that record in each way, while others drain, evict, take snapshots and look."""
     lab = Lab(way)
     view, mean = lab.define(series_max=30), lab.define("mean")
     hot = view.labels("hot")
@@ -127,7 +127,7 @@ def test_close_among_threads(way: str) -> None:
 
 @contextmanager
 def interrupted(handler: Callable[[], object]) -> Iterator[None]:
-    """A signal handler runs as often as the system lets it, also within itself, but not for ever."""
+    """Run a signal handler as often as the system lets it, also within itself, but not for ever."""
     depth = 0
 
     def handle(*_: object) -> None:
@@ -152,7 +152,7 @@ def interrupted(handler: Callable[[], object]) -> Iterator[None]:
 
 @every_table
 def test_signal_handlers_record(way: str) -> None:
-    """In the midst of recording, draining and evicting of the same thread: nothing waits for itself, nothing is lost."""
+    """A handler that records while its thread records, drains and evicts never waits, and no delta is lost."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("eu")
@@ -192,7 +192,7 @@ class Stop(Exception):
 @every_table
 @pytest.mark.parametrize("where", ["recording", "merging"])
 def test_signal_handlers_raise(request: pytest.FixtureRequest, way: str, where: str) -> None:
-    """In the midst of recording, an exception loses at most the delta that was being recorded; of merging, nothing."""
+    """A handler's exception loses at most the delta that was being recorded, and nothing during a merge."""
     lab = Lab(way)
     bound = lab.define().labels("eu")
     armed = False
@@ -235,7 +235,7 @@ def test_signal_handlers_raise(request: pytest.FixtureRequest, way: str, where: 
 
 @every_table
 def test_finalisers_record(way: str) -> None:
-    """Objects that record when they are collected, which can be in the midst of anything."""
+    """Objects may record when they are collected, which can be in the midst of anything."""
     lab = Lab(way)
     view = lab.define()
     bound = view.labels("eu")
@@ -271,7 +271,7 @@ def test_finalisers_record(way: str) -> None:
 
 @every_table
 def test_while_a_table_is_held_nobody_else_drains(way: str) -> None:
-    """The thread that holds it may, and others go on recording to known series until there is a `release` for each `hold`.
+    """Only the holding thread drains; others go on recording to known series until there is a `release` for each `hold`.
 
     With a journal the plain table lets them wait.
     """
@@ -301,7 +301,7 @@ def test_while_a_table_is_held_nobody_else_drains(way: str) -> None:
 
 @every_table
 def test_a_table_is_collected_with_its_publisher(way: str) -> None:
-    """A cycle through what the table calls is found: nothing lives for ever because it recorded."""
+    """A table in a cycle through its callbacks is collected."""
 
     class Owner:
         def __init__(self) -> None:

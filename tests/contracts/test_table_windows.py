@@ -1,4 +1,4 @@
-"""Windows in both tables: which window a delta is in, what leaves the table, and what the totals show."""
+"""Windows in both tables: the window of a delta, the end of a series, and local totals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_MS = NOW_MS - NOW_MS % MINUTE_MS
 
 
 def by_window(drafts: list[Any]) -> dict[tuple[str, int, tuple[str, ...]], Any]:
-    """The first column of each series in drafts, by view, window start and labels; series that stand twice are added."""
+    """Return the first column of each series in drafts, by view, window start and labels, added over drafts."""
     found: dict[tuple[str, int, tuple[str, ...]], Any] = {}
     for name, suffix, columns in raw_series(drafts):
         key = (name, *parse_suffix(suffix))
@@ -87,7 +87,7 @@ def test_times_that_are_given_and_not_given(way: str) -> None:
 
 @every_table
 def test_what_is_wrong_is_refused_in_a_windowed_view_too(way: str) -> None:
-    """Wrong numbers, labels and times, also of a series whose window is known; nothing of them is recorded."""
+    """Wrong numbers, labels and times are refused and not recorded, also for a series whose window is known."""
     lab = Lab(way)
     view = lab.define(window_s=60, monotone=True)
     bound = view.labels("eu")
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_refused_in_a_windowed_view_too(way: str) -> None:
 
 @every_table
 def test_series_of_windows_that_have_ended_leave_the_table(way: str) -> None:
-    """They go once their window has ended and nothing waits in them, not before; a late delta brings its series back."""
+    """Series leave once their window has ended and they have no deltas, not before; a late delta brings a series back."""
     lab = Lab(way)
     view, newest, other = lab.define(window_s=60), lab.define("last", window_s=60), lab.define(view="other")
     bound = view.labels("eu")
@@ -199,7 +199,7 @@ def test_local_totals_are_over_all_windows(way: str) -> None:
 
 @every_table
 def test_series_max_counts_the_series_of_a_window(way: str) -> None:
-    """At the edge of a window the series of the last one are still in the table; they take no room from the next ones."""
+    """Series of the last window, which are still in the table, take no room from those of the next."""
     lab = Lab(way)
     view = lab.define(window_s=60, series_max=2)
     for window in range(3):
@@ -225,7 +225,7 @@ def test_series_max_counts_the_series_of_a_window(way: str) -> None:
 
 @every_table
 def test_threads_over_many_edges(way: str) -> None:
-    """While the clock goes on and others drain and evict, each delta is in a window in which it was recorded, once."""
+    """Each delta is in a window in which it was recorded, once, while the clock goes on and others drain and evict."""
     lab = Lab(way)
     view = lab.define(window_s=1)
     bound = view.labels("eu")
@@ -262,7 +262,7 @@ def test_threads_over_many_edges(way: str) -> None:
 
 @every_table
 def test_a_closed_table_asks_in_a_windowed_view_too(way: str) -> None:
-    """Nothing is recorded after `close` without a question, by series whose window is known either."""
+    """Nothing is recorded after `close` without a question, not even by series whose window is known."""
     lab = Lab(way)
     view = lab.define(window_s=60)
     bound = view.labels("eu")

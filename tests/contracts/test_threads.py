@@ -1,6 +1,6 @@
-"""No exception that nobody expected ends a thread of ours without a word (DESIGN section 9): logged, counted, and told.
+"""No unexpected exception ends a thread of ours without a word (DESIGN section 9): it is logged, counted, and reported.
 
-Pollers go on, and work again once what they ask does; what must not go on ends the process by `on_fatal`.
+Pollers go on, and work again once their log does; a loop that must not go on ends the process by `on_fatal`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ERRORS = [RuntimeError("no such luck"), TypeError("NoneType"), SystemExit(1), Me
 
 
 class BrokenLog(MemoryLog):
-    """A log of which every question fails as long as `error` is set, with what no log should raise."""
+    """A log that answers every question with an error that no log should raise, as long as `error` is set."""
 
     def __init__(self) -> None:
         super().__init__(dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), 1), SystemClock().now_ms)
@@ -66,14 +66,14 @@ class BrokenLog(MemoryLog):
 
 
 class Lab(NamedTuple):
-    """Something with a thread, and what there is to see of it."""
+    """Something with a thread, and its observable state."""
 
     name: str
     start: Callable[[], object]
     stop: Callable[[], object]
     alive: Callable[[], bool]
     works: Callable[[], object]
-    """Whether what it does is done."""
+    """Return whether the thread's work is done."""
 
 
 class World:
@@ -226,7 +226,7 @@ def lab(world: World, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("error", ERRORS, ids=lambda it: type(it).__name__)
 @pytest.mark.parametrize("lab", GO_ON, indirect=True)
 def test_pollers_go_on(lab: Lab, world: World, error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
-    """Told once with its traceback, counted each time; it asks again, and once it is answered all is as it was."""
+    """An error is logged once with its traceback, counted each time; the thread asks again, and then all is as before."""
     lab.start()
     wait_until(lab.works, "work")
     assert world.counted == {lab.name: 0}
@@ -257,7 +257,7 @@ def test_an_error_from_the_start_is_no_end(lab: Lab, world: World) -> None:
 def test_loops_that_must_not_go_on_end_the_process(
     lab: Lab, world: World, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Told with its traceback, counted, and fatal: once each."""
+    """An error is logged with its traceback, counted, and fatal: once each."""
     world.log.error = error
     lab.start()
     wait_until(lambda: not lab.alive(), "the end")
@@ -299,7 +299,7 @@ def test_a_statsd_server_says_that_it_has_ended(caplog: pytest.LogCaptureFixture
 
 
 def test_a_bridge_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever the publisher raises, its next look is taken."""
+    """A bridge takes its next look, whatever the publisher raises."""
     from pipeline.adapters.bridge import Bridge
 
     metrics, looks = Recorder(), threading.Semaphore(0)
@@ -331,7 +331,7 @@ def loop(step: Callable[[], object], metrics: Recorder, **options: Any) -> Perio
 
 
 def test_the_log_being_away_is_no_error() -> None:
-    """Put off, not counted; and a sign of life."""
+    """An absent log is not counted as an error, and the thread counts as alive."""
     metrics, away = Recorder(), threading.Semaphore(0)
 
     def step() -> None:

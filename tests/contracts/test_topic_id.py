@@ -1,4 +1,4 @@
-"""What every log says of which topic it has."""
+"""The contract of every log about a topic's id."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.contracts.support import PARTITIONS, EmbeddedLab, KafkaLab, LogLab, a
 
 
 def test_a_topic_has_an_id_of_its_own(lab: LogLab) -> None:
-    """One for each topic, the same at each call, whatever is appended; it can stand in a token, and so in a URL."""
+    """Each topic has one id at each call, whatever is appended, which can stand in a token, and so in a URL."""
     ids = [lab.log.topic_id(topic) for topic in (lab.events, lab.notes, lab.table)]
     append(lab.log, lab.events, 0, b"x")
     assert [lab.log.topic_id(topic) for topic in (lab.events, lab.notes, lab.table)] == ids
@@ -24,7 +24,7 @@ def test_what_is_acknowledged_is_below_the_high_watermark(lab: LogLab) -> None:
 
 
 def test_an_id_stays_with_the_folder(tmp_path: Path) -> None:
-    """Opened again it is the same topic; in another folder, or after the folder was emptied, it is another."""
+    """A topic keeps its id when it is opened again; in another folder, or after the folder was emptied, it has another."""
     one, two = EmbeddedLab(tmp_path / "one"), EmbeddedLab(tmp_path / "two")
     topic_id = one.log.topic_id(one.events)
     assert two.log.topic_id(two.events) != topic_id
@@ -35,13 +35,13 @@ def test_an_id_stays_with_the_folder(tmp_path: Path) -> None:
 
 
 def test_two_logs_in_memory_are_two() -> None:
-    """Though their topics have the same names."""
+    """Two logs in memory have different ids, though their topics have the same names."""
     first, second = (MemoryLog({"t": 1}, lambda: 0) for _ in range(2))
     assert first.topic_id("t") != second.topic_id("t")
 
 
 def test_a_topic_that_is_made_anew_has_another_id(kafka: str) -> None:
-    """To publishers, too, who ask in their own way, and get the id that servers get."""
+    """A topic made anew has another id for publishers, too, which ask in their own way, and get the servers' id."""
     lab = KafkaLab(kafka)
     try:
         writer = lab.kafka._writer

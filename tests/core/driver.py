@@ -1,4 +1,4 @@
-"""Drives a task as a worker does, with a dict for a store and a list for a log. No ports: the core alone."""
+"""Drives a task as a worker does, with a dict for a store and a list for a log: the core alone, without ports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +40,7 @@ NOW_MS = 5_000
 
 
 def group(definition: Definition, deltas: dict[tuple[str, ...], Any]) -> Group:
-    """One delta for each series."""
+    """Return a group with one delta for each series."""
     kind = KINDS[definition.kind]
     states = [kind.collect([kind.check(value)]) for value in deltas.values()]
     return Group(definition, [series_suffix(labels) for labels in deltas], states)
@@ -57,7 +57,7 @@ def batch(
     controls: Sequence[Control] = (),
     origin: Origin | None = None,
 ) -> bytes:
-    """The bytes of a batch."""
+    """Return the bytes of a batch."""
     floor = min(floor, sequence)
     return encode_batch(Batch(producer_id, epoch, partition, sequence, floor, 0, [*groups], closing, [*controls], origin))
 
@@ -95,7 +95,7 @@ class Shell:
         self.hand_over(records({offset: self.log[offset] for offset in range(start, end)}, end))
 
     def hand_over(self, found: Records) -> None:
-        """Hand the task records, with what it needs of the store."""
+        """Hand the task records, with everything it needs from the store."""
         reading = self.task.read(found)
         self.task.fold(reading, [self.store.get(key) for key in reading.producer_keys], now_ms=self.now_ms)
 
@@ -130,7 +130,7 @@ class Shell:
         self.prepared = self.task.prepare_commit(found, existing, swept, now_ms=self.now_ms)
 
     def write(self) -> None:
-        """The Commit becomes durable."""
+        """Make the commit durable."""
         commit = self.prepared
         for key, value in zip(commit.keys, commit.values, strict=True):
             if value is None:
@@ -156,11 +156,11 @@ class Shell:
     # What is committed
 
     def series(self, view: str) -> dict[tuple[str, ...], Any]:
-        """The committed states of a view that has one definition, by label values."""
+        """Return the committed states of a view that has one definition, by label values."""
         return self.series_of(self.definition(view))
 
     def series_of(self, definition: Definition) -> dict[tuple[str, ...], Any]:
-        """The committed states of a definition, by label values."""
+        """Return the committed states of a definition, by label values."""
         prefix = series_prefix(definition)
         found = {key: value for key, value in self.store.items() if key.startswith(prefix)}
         states = decode_states(KINDS[definition.kind], [*found.values()])
@@ -192,5 +192,5 @@ class Shell:
 
 
 def totals(shell: Shell, view: str = "v") -> Sequence[Any]:
-    """The committed states of a view in the order of their labels."""
+    """Return the committed states of a view in the order of their labels."""
     return [state for _, state in sorted(shell.series(view).items())]

@@ -47,7 +47,7 @@ ADDITIVE = ("sum", "mean", "histogram")
 
 
 def families(kind: str) -> SearchStrategy[SearchStrategy[Any]]:
-    """Strategies of raw deltas, as `check` returns them; those of one family merge exactly, whatever the order.
+    """Return strategies of raw deltas, as `check` returns them; those of one family merge exactly, whatever the order.
 
     A kind that is not named here is given numbers.
     """
@@ -65,7 +65,7 @@ def families(kind: str) -> SearchStrategy[SearchStrategy[Any]]:
 
 
 def runs(kind: str, *, count: int = 1, size_max: int = 6) -> SearchStrategy[list[list[Any]]]:
-    """`count` non-empty runs of raw deltas of one family. No two of a run of `last` were recorded at the same time."""
+    """Return a strategy of `count` non-empty runs of raw deltas of one family; in a run of `last` no two have one time."""
     unique_by = itemgetter(0, 1) if kind == "last" else None
 
     def of(deltas: SearchStrategy[Any]) -> SearchStrategy[list[list[Any]]]:
@@ -76,12 +76,12 @@ def runs(kind: str, *, count: int = 1, size_max: int = 6) -> SearchStrategy[list
 
 
 def states(kind: str, *, count: int = 1) -> SearchStrategy[list[State]]:
-    """`count` states of one family."""
+    """Return a strategy of `count` states of one family."""
     return runs(kind, count=count, size_max=3).map(lambda found: [KINDS[kind].collect(run) for run in found])
 
 
 def any_states(kind: str, *, count: int = 1) -> SearchStrategy[list[State]]:
-    """`count` states of a kind, float sums with an error term among them: their merge depends on the order a little."""
+    """Return a strategy of `count` states; float sums with an error term among them depend on the order a little."""
     if kind not in ADDITIVE:
         return states(kind, count=count)
     values = numbers.filter(lambda n: type(n) is float or n.bit_length() <= BITS_MAX) if kind == "histogram" else numbers
@@ -91,14 +91,14 @@ def any_states(kind: str, *, count: int = 1) -> SearchStrategy[list[State]]:
 
 
 def magnitude(total: Any) -> Any:
-    """The absolute value of a sum."""
+    """Return the absolute value of a sum."""
     if type(total) is tuple:
         return total if total[0] >= 0 else (-total[0], -total[1])
     return abs(total)
 
 
 def image(kind: Kind, state: State) -> bytes:
-    """The bytes of a state: unlike `==`, they tell 1 from True, and 0.0 from -0.0."""
+    """Return the bytes of a state: unlike `==`, they tell 1 from True, and 0.0 from -0.0."""
     return encode_states(kind, [state])[0]
 
 
@@ -143,7 +143,7 @@ origins = st.builds(Origin, producer_ids, counters)
 
 @st.composite
 def batches(draw: st.DrawFn, groups_max: int = 3) -> Batch:
-    """Batches that are right by themselves; two of them can contradict each other."""
+    """Draw batches that are right by themselves; two of them can contradict each other."""
     sequence = draw(counters)
     producer_id = draw(producer_ids)
     return Batch(
@@ -161,7 +161,7 @@ def batches(draw: st.DrawFn, groups_max: int = 3) -> Batch:
 
 
 def records(values: Mapping[int, bytes | None], next_offset: int, at_ms: int = 1_000) -> Records:
-    """A run of records of partition 0 by offset; each was accepted a millisecond after the offset before it."""
+    """Return a run of records of partition 0 by offset; each was accepted a millisecond after the offset before it."""
     return Records(
         partition=0,
         offsets=[*values],
@@ -177,12 +177,12 @@ wire_values: SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(texts | st.integers(-9, 9), inner, max_size=3),
     max_leaves=20,
 )
-"""Whatever msgpack can say."""
+"""All values that msgpack can express."""
 
 
 @st.composite
 def damaged(draw: st.DrawFn, valid: SearchStrategy[bytes]) -> bytes:
-    """Valid bytes with a few bits flipped, a piece cut out, doubled or overwritten, or an end cut off."""
+    """Draw valid bytes with a few bits flipped, a piece cut out, doubled or overwritten, or an end cut off."""
     value = bytearray(draw(valid))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(value)))

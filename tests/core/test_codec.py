@@ -1,4 +1,4 @@
-"""Bytes: what is encoded comes back as it was, and whatever else comes in is a value or `BadRecord`."""
+"""Encoded bytes come back as they were, and any other bytes are a value or `BadRecord`."""
 
 import math
 import tracemalloc
@@ -35,7 +35,7 @@ pack = msgspec.msgpack.encode
 
 
 def sealed(body: bytes, partition: int = 0) -> bytes:
-    """A batch of these bytes, with a checksum that is right."""
+    """Return a batch of these bytes, with a checksum that is right."""
     rest = partition.to_bytes(4, "big") + body
     return codec.VERSION + int(google_crc32c.value(rest)).to_bytes(4, "big") + rest
 
@@ -98,7 +98,7 @@ def test_states_come_back(kind_states: tuple[Kind, list[Any]]) -> None:
 
 @given(kind_states=kind_states(), expires_at_ms=st.integers(1, 2**64 - 1), at_ms=st.integers(0, 2**64 - 1))
 def test_entries_that_expire_come_back(kind_states: tuple[Kind, list[Any]], expires_at_ms: int, at_ms: int) -> None:
-    """Their states are as of any others, among which they can stand; each tells when it expires, and is left out then."""
+    """Entries that expire come back beside others; each tells when it expires, and is left out then."""
     kind, states = kind_states
     lasting, expiring = codec.encode_states(kind, states), codec.encode_states(kind, states, expires_at_ms)
     assert codec.decode_states(kind, [*expiring, *lasting]) == [*states, *states]
@@ -132,12 +132,12 @@ BAD_TOTALS = [
     *NOT_FINITE, *((value, 0.5) for value in NOT_FINITE), *((1.5, value) for value in NOT_FINITE), (1.0, 0.0), (0.0, -0.0),
     (1.0, 1.0), (1.0, 2.0), (0.0, 5e-324), (1.0, 2.0**-52), (-1.0, 2.0**-53), (1e308, -1e308),
 ]  # fmt: skip
-"""What no merge of sums ever is: not finite, or an error term that is zero or belongs into its float."""
+"""Totals that no merge of sums makes: not finite, or with an error term that is zero or belongs into the float."""
 
 
 @pytest.mark.parametrize("value", BAD_TOTALS, ids=repr)
 def test_sums_that_are_none_are_refused(value: Any) -> None:
-    """From a batch and from a store, alone and among others, in every kind that adds up."""
+    """A bad total is refused from a batch and from a store, alone and among others, in every kind that adds up."""
     for kind, bad, good in ((KINDS["sum"], value, 1), (KINDS["mean"], (value, 3), (1, 1))):
         for states in ([bad], [good, bad], [bad, good]):
             with pytest.raises(BadRecord, match=r"not finite|error term"):
@@ -149,7 +149,7 @@ def test_sums_that_are_none_are_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_no_kind_takes_what_is_not_finite(value: float) -> None:
-    """Each kind of numbers refuses it as a group, beside ints beyond all floats too; other groups of the batch are whole."""
+    """A group with a number that is not finite is refused, beside ints beyond all floats too; other groups stay whole."""
     innocent = Group(Definition("w", "sum"), [series_suffix(())], [7])
     states = {"last": lambda v: (0, 0, v), "mean": lambda v: (v, 1), "histogram": lambda v: (v, 0, 0, 8, 1, {}, {})}
     for kind in [name for name, it in KINDS.items() if it.takes_numbers]:
@@ -170,7 +170,7 @@ def test_no_kind_takes_what_is_not_finite(value: float) -> None:
 
 @given(batch=some.batches(groups_max=1), data=st.data())
 def test_no_bit_of_a_batch_can_be_wrong(batch: Batch, data: st.DataObject) -> None:
-    """Every single bit that is flipped, every byte that is lost or added, makes it a bad record: the checksum holds all."""
+    """Any flipped bit and any byte lost or added makes a batch a bad record: the checksum covers everything."""
     value = codec.encode_batch(batch)
     at = data.draw(st.integers(0, 8 * len(value) - 1))
     flipped = bytearray(value)
@@ -183,7 +183,7 @@ def test_no_bit_of_a_batch_can_be_wrong(batch: Batch, data: st.DataObject) -> No
 
 
 def test_every_bit_of_a_batch_is_checked() -> None:
-    """One batch, bit by bit."""
+    """Each single bit of a batch is checked."""
     value = codec.encode_batch(Batch("p", 1, 2, 3, 2, 4, [Group(Definition("v", "sum"), [series_suffix(())], [12.34])]))
     for at in range(8 * len(value)):
         flipped = bytearray(value)
@@ -195,7 +195,7 @@ def test_every_bit_of_a_batch_is_checked() -> None:
 @settings(max_examples=examples(60))
 @given(good=st.lists(some.groups(), max_size=3), data=st.data())
 def test_what_is_wrong_with_a_group_is_told_of_that_one(good: list[Group], data: st.DataObject) -> None:
-    """The others keep their places; the bytes of the one are a batch with nothing else, in which it is refused again."""
+    """Only the wrong group is refused, and as a batch of its own again; the others keep their places."""
     bad = [
         Group(Definition("v", "median"), [b""], []), Group(Definition("v", "sum", ("b", "a")), [b""], [1]),
         Group(Definition("v", "sum"), [], []), Group(Definition("v-w", "sum"), [b""], [1]),
@@ -272,7 +272,7 @@ every_reader = pytest.mark.parametrize("name", READERS)
 
 
 STATE = [name for name in READERS if name not in ("batch", "frames", "partition", "suffix")]
-"""What only a program of ours writes."""
+"""Readers of values that only our programs write."""
 
 
 def value_or_bad_record(read: Callable[[bytes], bytes], value: bytes) -> None:
@@ -393,12 +393,12 @@ DENSE = {
     "other extensions": (array(b"\xd4\x07\x00", N), 1), "ints": (array(b"\xcd\xff\xff", N), 1),
     "texts": (array(b"\xa1x", N), 1), "letters": (array(b"\xa2\xc3\xa9", N), 1),
 }  # fmt: skip
-"""What makes most of few bytes, as columns, or as the one column, of a group."""
+"""Columns that make the most memory of few bytes."""
 
 
 @pytest.mark.parametrize(("columns", "depth"), DENSE.values(), ids=DENSE)
 def test_dense_columns_are_decoded_in_bounded_memory(columns: bytes, depth: int) -> None:
-    """The factor that the codec states holds for whatever takes the most room in memory for its bytes."""
+    """The factor that the codec states holds for the values that take the most memory for their bytes."""
     head = b"\x99\xa1p\0\0\0\0\xc2\xc0\x90\x91\x93\x93\xa1v\xa3%s\x90\x91\xc4\0" + b"\x91" * depth
     for kind in (b"sum", b"min"):
         value = sealed(head % kind + columns)
@@ -408,14 +408,14 @@ def test_dense_columns_are_decoded_in_bounded_memory(columns: bytes, depth: int)
 @pytest.mark.parametrize("count", [10_000, 10_001, N])
 @pytest.mark.parametrize("item", [EMPTY_GROUP, b"\x93\x93\xa0\xa0\x90\x91\xc4\0\x90", b"\x93\x93\xa1v\xa3sum\x90\x90\x90"])
 def test_many_groups_are_decoded_in_bounded_memory(item: bytes, count: int) -> None:
-    """Groups that are refused one by one, with a reason each, up to their limit and beyond it."""
+    """Groups that are refused one by one, with a reason each, stay within the factor, up to their limit and beyond it."""
     value = sealed(b"\x99\xa1p\0\0\0\0\xc2\xc0\x90" + array(item, count))
     assert peak_bytes(reencoded_batch, value) < codec.MEMORY_FACTOR * len(value) + 100_000
 
 
 @pytest.mark.parametrize("item", [b"\x93\xa0\xa0\xa0", b"\x94\xa0\xa0\xa0\x90", b"\x92\xa0\xa0"])
 def test_many_controls_are_decoded_in_bounded_memory(item: bytes) -> None:
-    """More control records than a batch may have are counted too late to save their memory, and so bounded by the factor."""
+    """Control records beyond a batch's limit are counted too late to save their memory, which the factor bounds."""
     value = sealed(b"\x99\xa1p\0\0\0\0\xc2\xc0" + array(item, N) + b"\x90")
     assert peak_bytes(reencoded_batch, value) < codec.MEMORY_FACTOR * len(value) + 100_000
 
@@ -424,7 +424,7 @@ def test_many_controls_are_decoded_in_bounded_memory(item: bytes) -> None:
 @settings(max_examples=examples(20))
 @given(data=st.data())
 def test_other_versions_are_bad(name: str, data: st.DataObject) -> None:
-    """Every value says which version it is; a decoder reads its own only, and says so."""
+    """Every value states its version; a decoder reads its own only, and says so."""
     read, valid = READERS[name]
     value = data.draw(valid)
     newer = [bytes([it]) for it in range(3, 32)] if name in STATE else []
@@ -572,7 +572,7 @@ def test_truncated_batches_are_bad(kind: Kind) -> None:
 
 @every_kind
 def test_entries_of_another_kind_are_bad(kind: Kind) -> None:
-    """A stored state says of which kind it is; it is never read as another, alone or among others."""
+    """A stored state names its kind, and is never read as another, alone or among others."""
     state = kind.collect([kind.check(7, 9, 11)])
     (value,) = codec.encode_states(kind, [state])
     for other in KINDS.values():
@@ -607,7 +607,7 @@ def test_entries_that_are_bad(row: Any) -> None:
 @settings(max_examples=examples(300))
 @given(kind=st.sampled_from([*KINDS.values()]), data=st.data())
 def test_many_entries_are_decoded_as_each_is(kind: Kind, data: st.DataObject) -> None:
-    """All are read together exactly if each can be read alone: none can borrow bytes from its neighbours."""
+    """All entries are read together exactly if each can be read alone: no entry can borrow bytes from its neighbours."""
     head = codec.encode_states(kind, [kind.collect([kind.check(7, 9, 11)])])[0].partition(b"\x00")[0] + b"\x00"
     items = st.sampled_from([1, 2, 1.5, 2.5, [1e16, 2.0], [1e17, 1], 1e17, None, "x", [1, 1], [1, 1, 1]])
     body = st.lists(items, max_size=6).map(lambda values: head + b"".join(map(pack, values)))
@@ -623,7 +623,7 @@ def test_many_entries_are_decoded_as_each_is(kind: Kind, data: st.DataObject) ->
 
 
 def test_entries_of_means_do_not_join() -> None:
-    """A mean's two values look like a float and its error term: still three bad entries never pass for three good ones."""
+    """Three bad entries of a mean never pass for three good ones, though two values look like a float and its error."""
     head = codec.VERSION + b"\x94\xa4mean\x00"
     bodies = [b"", pack(1e17) + pack(1) + pack(7), pack(1) + pack(1) + b"\x92" + pack(1) + pack(1)]
     values = [head + body for body in bodies]
@@ -635,7 +635,7 @@ def test_entries_of_means_do_not_join() -> None:
 
 
 def test_states_outgrow_what_a_batch_may_hold() -> None:
-    """Batches hold ints that are so far below a state's limit that merging 2**64 of them can be stored."""
+    """The ints of a batch are so far below a state's limit that the merge of 2**64 of them can be stored."""
     largest = 2 ** (8 * BATCH_INT_BYTES_MAX - 1) - 1
     grown = largest * 2**64
     for kind, state in ((KINDS["sum"], grown), (KINDS["sum"], -grown), (KINDS["mean"], (grown, grown))):

@@ -1,4 +1,4 @@
-"""Orders from the log, drop and reset: exactly once, between two batches, whatever is committed or under way."""
+"""Control records of the log, drop and reset: exactly once, between two batches, whatever is committed or under way."""
 
 import itertools
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def add(value: int, label: str = "x", definition: Definition = V) -> Any:
 def test_what_was_before_is_gone_and_what_comes_after_counts(
     control: Control, commits: tuple[bool, ...], restart: bool
 ) -> None:
-    """With a commit at any of three places, or none; the other views are as they were."""
+    """After an order only later deltas count, with a commit at any of three places, or none; other views stay."""
     shell = Shell()
     steps = [
         batch(0, add(1), add(10, "y"), add(7, "x", W)),
@@ -54,7 +54,7 @@ def test_what_was_before_is_gone_and_what_comes_after_counts(
 
 
 def test_a_drop_takes_the_definition_and_a_reset_leaves_it() -> None:
-    """After a drop nothing is left of a view, in the store and among the task's definitions."""
+    """A drop removes the definition, too, from the store and from the task; a reset keeps it."""
     for control, left in ((DROP, 0), (RESET, 1)):
         shell = Shell(TaskLimits(views_max=1))
         shell.fold(batch(0, add(1)))
@@ -71,7 +71,7 @@ def test_a_drop_takes_the_definition_and_a_reset_leaves_it() -> None:
 
 
 def test_a_control_comes_before_the_groups_of_its_batch() -> None:
-    """In one batch: what the batch itself brings counts from nothing."""
+    """An order comes before its own batch's groups, which count from nothing."""
     for control in (DROP, RESET):
         shell = Shell()
         shell.fold(batch(0, add(1), add(1, "y")))
@@ -86,7 +86,7 @@ def test_a_control_comes_before_the_groups_of_its_batch() -> None:
 @pytest.mark.parametrize("at", range(3))
 @pytest.mark.parametrize("more", range(3))
 def test_an_order_while_a_commit_is_under_way(control: Control, at: int, more: int) -> None:
-    """Folded after freeze, after prepare, or after the write; deltas may come behind it before the commit is done."""
+    """An order takes effect after freeze, after prepare, or after the write; deltas may follow before the commit ends."""
     shell = Shell()
     shell.fold(batch(0, add(1), add(1, "y")))
     shell.commit()
@@ -117,7 +117,7 @@ def test_an_order_while_a_commit_is_under_way(control: Control, at: int, more: i
     ],
 )  # fmt: skip
 def test_an_order_is_about_what_it_names(control: Control, left: list[str]) -> None:
-    """View, kind and labels; empty kind and no labels mean any."""
+    """An order names view, kind and labels; empty kind and no labels mean any."""
     definitions = {"sum": V, "max": Definition("v", "max"), "sum2": Definition("v", "sum", ("a", "b"))}
     shell = Shell()
     shell.fold(batch(0, *(group(it, {("x", "y")[: len(it.labels)]: 1}) for it in definitions.values())))
@@ -128,7 +128,7 @@ def test_an_order_is_about_what_it_names(control: Control, left: list[str]) -> N
 
 
 class Model:
-    """Return the totals of a view, from the order of the log alone."""
+    """Totals of a view, from the order of the log alone."""
 
     def __init__(self) -> None:
         self.states: dict[str, dict[str, int]] = {}
@@ -156,7 +156,7 @@ LEGAL = {"freeze": Phase.FOLDING, "prepare": Phase.FROZEN, "write": Phase.COMMIT
 @settings(max_examples=examples(200))
 @given(steps=steps, cache_entries_max=st.sampled_from([0, 2, 100]), series_max=st.sampled_from([1, 2, 100]))
 def test_orders_take_effect_between_two_batches(steps: list[Any], cache_entries_max: int, series_max: int) -> None:
-    """Whatever commits, crashes, cache and overflow there are: totals are those of the log in its order."""
+    """Totals are those of the log in its order, whatever commits, crashes, cache and overflow there are."""
     shell, model = Shell(TaskLimits(cache_entries_max=cache_entries_max, series_max=series_max)), Model()
     definitions = {"v": V, "w": W}
     for step in steps:
@@ -186,7 +186,7 @@ def test_orders_take_effect_between_two_batches(steps: list[Any], cache_entries_
 
 
 def test_folding_ends_behind_an_order_that_fills_a_commit() -> None:
-    """Two large drops are of two commits. What was read behind the first is folded after it, and nothing of it is lost."""
+    """Two large drops are of two commits. Records read behind the first are folded after it, and none is lost."""
     shell = Shell(TaskLimits(overlay_entries_max=10))
     definitions = [V, W]
     for number, definition in enumerate(definitions):

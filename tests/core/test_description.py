@@ -58,7 +58,7 @@ def known(*definitions: Definition) -> Any:
 
 
 def test_a_batch_is_told_with_all_that_is_in_it() -> None:
-    """Header, controls, and each series with its labels by name, its state and what a reader would see of it."""
+    """A batch is described with header, controls, and each series with labels by name, state and answer."""
     told = describe_batch(codec.encode_batch(batch()))
     assert (told.producer, told.epoch, told.partition, told.sequence, told.floor) == (fingerprint(SECRET), 2, 3, 7, 5)
     assert (told.created_at_ms, told.closing, told.origin, told.letter) == (99, False, None, "")
@@ -74,7 +74,7 @@ def test_a_batch_is_told_with_all_that_is_in_it() -> None:
 
 
 def test_a_batch_that_replays_is_told_as_one() -> None:
-    """The letter that it stands for, and the fingerprint of the producer of the batch that was lost."""
+    """A replaying batch is described with its letter, and with the fingerprint of the lost batch's producer."""
     told = describe_batch(codec.encode_batch(batch(producer_id=LETTER, origin=Origin(SECRET, 4), closing=True)))
     assert (told.letter, told.closing) == ("3-17-0", True)
     assert told.origin is not None
@@ -82,7 +82,7 @@ def test_a_batch_that_replays_is_told_as_one() -> None:
 
 
 def test_what_is_wrong_with_one_group_is_told_of_that_one() -> None:
-    """Also if its suffixes are, which only a task looks at."""
+    """An error of one group is described with that group, also one of its suffixes, which only a task checks."""
     wrong = Group(TEA, [series_suffix(("only one",))], [1])
     told = describe_batch(codec.encode_batch(batch(groups=[wrong, *batch().groups])))
     assert [(it.index, it.view, bool(it.reason), it.series_count) for it in told.groups] == [
@@ -94,13 +94,13 @@ def test_what_is_wrong_with_one_group_is_told_of_that_one() -> None:
 
 
 def test_of_a_large_group_some_series_are_told() -> None:
-    """And how many there are."""
+    """Some series of a large group are described, and their number is stated."""
     (group, _) = describe_batch(codec.encode_batch(batch()), series_max=1).groups
     assert (len(group.series), group.series_count) == (1, 2)
 
 
 def test_a_record_that_is_no_batch_says_why() -> None:
-    """With the first of its bytes; and one in another partition than its own is told too."""
+    """A record that is no batch is described with the reason and its first bytes, as is one for another partition."""
     bad = describe_record(0, 5, 6, b"\x1b[2J" * 100)
     assert "version byte 1b" in bad.reason
     assert bad.batch is None
@@ -114,7 +114,7 @@ def test_a_record_that_is_no_batch_says_why() -> None:
 
 
 def test_a_letter_is_told_with_what_it_holds() -> None:
-    """Decoded if that can be, else its bytes."""
+    """A letter's batch is described decoded if possible, else as bytes."""
     letter = DeadLetter(3, 17, 5, "refused", "ms", codec.encode_batch(batch()))
     told = describe_letter(b"3-17-0", codec.encode_letter(letter))
     assert (told.key, told.offset, told.reason, told.view) == ("3-17-0", 17, "refused", "ms")
@@ -128,7 +128,7 @@ def test_a_letter_is_told_with_what_it_holds() -> None:
 
 
 def test_every_kind_of_entry_is_told() -> None:
-    """Series by label names, definitions, producers by fingerprint, positions with all their fields, and tombstones."""
+    """Every kind of entry is described: series, definitions, producers by fingerprint, positions, and tombstones."""
     key, (value,) = series_prefix(TEA) + series_suffix(("tea", "eu")), codec.encode_states(KINDS["sum"], [12])
     told = describe_entry(key, value, known(TEA))
     assert (told.what, told.view, told.tombstone) == ("series", "revenue", False)
@@ -159,7 +159,7 @@ def test_every_kind_of_entry_is_told() -> None:
 
 
 def test_expiry_is_told() -> None:
-    """When a silent series expires, for how long a definition is kept, and up to where it has expired."""
+    """The description says when a silent series expires, how long a definition keeps data, and what has expired."""
     seen = Definition("seen", "max", ("who",), retention_s=600)
     (value,) = codec.encode_states(KINDS["max"], [12], 1_700_000_600_000)
     told = describe_entry(series_prefix(seen) + series_suffix(("me",)), value, known(seen))

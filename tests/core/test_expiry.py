@@ -1,4 +1,4 @@
-"""Windows and silent series that expire: what is refused, what is deleted, and when."""
+"""Windows and silent series that expire: refusals, deletions, and their times."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ Rows = dict[tuple[str, int], Any]
 
 
 def start_ms(definition: Definition, after_s: int) -> int:
-    """The start of the window of this time, or none."""
+    """Return the start of the window of this time, or 0 without windows."""
     return START_MS + after_s * 1_000 if definition.window_s else 0
 
 
@@ -49,7 +49,7 @@ class Timed(Shell):
         self.count = 0
 
     def at(self, after_s: float, *groups: Group, **more: Any) -> None:
-        """Fold one batch."""
+        """Fold one batch at this time."""
         self.now_ms = START_MS + int(after_s * 1_000)
         self.count += 1
         fields = {"producer_id": f"p{self.count}", "origin": None, "controls": [], **more}
@@ -67,7 +67,7 @@ class Timed(Shell):
         self.hand_over_at(self.now_ms, encode_batch(batch))
 
     def stored(self, definition: Definition) -> Rows:
-        """The committed series of a definition, whether they have expired or not."""
+        """Return the committed series of a definition, whether they have expired or not."""
         prefix = series_prefix(definition)
         found = {key: value for key, value in self.store.items() if key.startswith(prefix)}
         states = decode_states(KINDS[definition.kind], [*found.values()])
@@ -91,7 +91,7 @@ class Timed(Shell):
 
 
 def test_a_window_far_ahead_is_refused() -> None:
-    """As a `last` value with such a timestamp: the whole group, and at the gateway's door alike."""
+    """A group with a window too far ahead is refused as a whole, by the task and at the gateway's door."""
     shell = Timed()
     near, far = group(V, {("x", 3_600): 1}), group(V, {("x", 0): 1, ("y", 3_610): 1})
     shell.at(0, near)
@@ -106,7 +106,7 @@ def test_a_window_far_ahead_is_refused() -> None:
 
 
 def test_a_late_delta_merges_until_its_window_has_expired() -> None:
-    """Its window is kept for the retention after its end, to the millisecond."""
+    """A window takes late deltas until its end plus the retention, to the millisecond."""
     shell = Timed()
     shell.at(0, group(V, {("x", 0): 1}))
     shell.at(69.9, group(V, {("x", 0): 2}))
@@ -119,7 +119,7 @@ def test_a_late_delta_merges_until_its_window_has_expired() -> None:
 
 
 def test_only_what_has_expired_of_a_group_is_refused() -> None:
-    """It becomes a letter with these series alone; the others, and other groups, are folded."""
+    """The expired series of a group become a letter; its other series, and other groups, are folded."""
     shell = Timed()
     shell.at(0, group(V, {("x", 0): 1}))
     shell.at(100, group(V, {("x", 0): 2, ("x", 90): 3, ("y", 10): 4}), group(KEPT, {("x", 0): 5}))
@@ -156,9 +156,9 @@ def test_a_refused_letter_is_refused_again(*, restarts: bool) -> None:
 
 @pytest.mark.parametrize("key", [b"0-7", b"0-7-0", b"0-7-0-0"])
 def test_a_replay_that_has_expired_in_part_counts_once(key: bytes) -> None:
-    """What is folded of it is folded once, however often it comes; what has expired gets a letter of its own.
+    """The series of a replay that have not expired count once, however often it comes; the others become a letter.
 
-    A letter that can have none is refused as a whole.
+    A replay of a letter that cannot be split further is refused as a whole.
     """
     shell = Timed()
     shell.at(100, group(V, {("x", 90): 1}))
@@ -187,7 +187,7 @@ def test_what_was_refused_is_refused_by_the_next_owner() -> None:
 
 
 def test_a_window_that_is_gone_never_begins_anew() -> None:
-    """Time alone has moved the watermark, by another view's records; after a crash a late delta is still refused."""
+    """A late delta is still refused after a crash, though only another view's records moved the watermark."""
     shell = Timed()
     shell.at(0, group(V, {("x", 0): 1, ("x", 60): 1}))
     shell.settle()
@@ -215,7 +215,7 @@ def test_no_single_clock_expires_anything() -> None:
 
 
 def test_windows_that_expire_while_they_are_folded() -> None:
-    """What is in the overlay, or in the frozen one, when its window expires is gone with the commit that says so."""
+    """States in the overlay, also in the frozen one, go with the commit that moves the watermark over their window."""
     shell = Timed()
     shell.at(0, group(V, {("x", 0): 1, ("x", 10): 1}))
     shell.at(70, group(V, {("x", 60): 1}))
@@ -254,7 +254,7 @@ def test_expiry_is_bounded_work_a_commit_and_goes_on_after_a_crash() -> None:
 
 
 def test_expiry_keeps_up_with_new_series() -> None:
-    """A commit deletes as many entries as the one before has added, whatever its limit."""
+    """A commit deletes as many entries as the previous one has added, whatever its limit."""
     shell = Timed(TaskLimits(expired_entries_max=1))
     for minute in range(5):
         shell.at(60 * minute, group(V, {(f"{i}", 60 * minute): 1 for i in range(20)}))
@@ -263,7 +263,7 @@ def test_expiry_keeps_up_with_new_series() -> None:
 
 
 def test_each_sweep_begins_where_the_last_one_ended() -> None:
-    """Not at the first key, where the store would go over all that was deleted before."""
+    """A sweep begins behind the last one, as the store would else go over everything deleted before."""
     shell = Timed()
     shell.at(0, group(V, {("x", 0): 1, ("x", 100): 1}))
     shell.settle()
@@ -290,7 +290,7 @@ def test_definitions_expire_by_themselves() -> None:
 @pytest.mark.parametrize("action", ["drop", "reset"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_an_order_to_a_view_that_expires(action: str, *, frozen: bool) -> None:
-    """Before, while or after a commit sweeps it: what comes after the order counts from nothing, and counts are right."""
+    """After an order before, while or after a commit sweeps the view, deltas count from nothing, and counts are right."""
     shell = Timed(TaskLimits(expired_entries_max=2))
     shell.at(0, group(V, {(f"{i}", 0): 1 for i in range(5)}))
     shell.settle()
@@ -327,7 +327,7 @@ def test_expiry_makes_room_below_series_max() -> None:
 
 
 def visible(shell: Timed, definition: Definition = QUIET) -> Rows:
-    """The committed series that answers show."""
+    """Return the committed series that answers show."""
     (entry,) = shell.entries(definition.view)
     kept = {**shell.store}
     prefix = series_prefix(definition)
@@ -338,7 +338,7 @@ def visible(shell: Timed, definition: Definition = QUIET) -> Rows:
 
 
 def test_a_silent_series_expires_and_begins_anew() -> None:
-    """A series that was touched lives on; one that was silent is hidden, deleted, and counts from nothing later."""
+    """A touched series lives on; a silent one is hidden, deleted, and counts from nothing later."""
     shell = Timed()
     shell.at(0, group(QUIET, {("x", 0): 1, ("y", 0): 1}))
     shell.settle()
@@ -356,7 +356,7 @@ def test_a_silent_series_expires_and_begins_anew() -> None:
 
 @pytest.mark.parametrize("restarts", [True, False])
 def test_an_expired_series_is_hidden_before_it_is_deleted(*, restarts: bool) -> None:
-    """A delta that comes in between begins anew too, and the series is counted once."""
+    """A delta that comes before the deletion begins the series anew, too, and it is counted once."""
     shell = Timed(TaskLimits(expired_entries_max=1))
     shell.at(0, group(QUIET, {(f"{i}", 0): 1 for i in range(5)}))
     shell.settle()
@@ -378,7 +378,7 @@ def test_an_expired_series_is_hidden_before_it_is_deleted(*, restarts: bool) -> 
 
 
 def test_a_series_that_was_not_silent_goes_on() -> None:
-    """A delta that came in time is merged, even if the commit that has it says that the time is over."""
+    """A delta that came in time is merged, even if the commit that has it moves the time past the expiry."""
     shell = Timed()
     shell.at(0, group(QUIET, {("x", 0): 1}))
     shell.settle()
@@ -389,7 +389,7 @@ def test_a_series_that_was_not_silent_goes_on() -> None:
 
 
 def test_an_overflow_series_that_was_silent() -> None:
-    """It expires as others do, and what overflows later begins anew."""
+    """The overflow series expires as other series do, and later overflow begins anew."""
     shell = Timed(TaskLimits(series_max=1))
     shell.at(0, group(QUIET, {("x", 0): 1}))
     shell.settle()
@@ -422,7 +422,7 @@ def test_a_damaged_entry_is_not_deleted() -> None:
 
 
 def test_entries_expire_in_a_view_with_a_retention_only() -> None:
-    """Others have the bytes that they always had."""
+    """Entries of views without a retention have the bytes that they always had."""
     shell = Timed()
     shell.at(0, group(V, {("x", 0): 1}), group(KEPT, {("x", 0): 1}), group(QUIET, {("x", 0): 1}))
     shell.settle()

@@ -39,7 +39,7 @@ FLOAT_MAX = 1.7976931348623157e308
 
 
 def floor_of_power(place: int) -> int:
-    """2**(place / 256), rounded down, by nothing but roots of ints."""
+    """Return 2**(place / 256), rounded down, by roots of ints alone."""
     root = 1 << place
     for _ in range(SCHEMA_MAX):
         root = isqrt(root)
@@ -56,7 +56,7 @@ def is_in_bucket(value: float, index: int) -> bool:
 
 
 def near_bounds() -> st.SearchStrategy[float]:
-    """Floats, and ints of any size, within a few of the bounds of buckets, on both sides."""
+    """Draw floats, and ints of any size, close to the bounds of buckets, on both sides."""
     steps = st.integers(-3, 3)
     exponents = st.integers(-1021, 1022) | st.integers(-70, 70)
     floats = st.builds(
@@ -77,7 +77,7 @@ positive = st.floats(LEAST, FLOAT_MAX) | st.integers(1, 2**BITS_MAX - 1) | st.in
 @settings(max_examples=400)
 @given(value=near_bounds() | positive)
 def test_buckets_are_exact(value: float) -> None:
-    """Against exact ints, near the bounds of buckets above all: a bucket holds its upper bound, not its lower one."""
+    """A bucket holds its upper bound and not its lower one, as exact ints show near the bounds."""
     index = index_of(value)
     assert is_in_bucket(value, index)
     assert not is_in_bucket(value, index + 1)
@@ -97,7 +97,7 @@ def test_powers_of_two_are_upper_bounds() -> None:
 
 
 def test_the_bounds_of_buckets_are_those_of_roots() -> None:
-    """The table is made by products; roots of ints, which take too long for an import, give the same."""
+    """The table of bounds, made by products, equals roots of ints, which take too long for an import."""
     for place in range(STEPS):
         bound = floor_of_power(63 * STEPS + place)
         assert index_of(bound) == 63 * STEPS + place - 1
@@ -111,7 +111,7 @@ wide = st.lists(st.integers(-(2**16), 2**16) | st.integers(-90, 90).map(lambda n
 
 
 def expected(values: list[Any]) -> tuple[Any, ...]:
-    """The state of values, by its definition: the finest schema with which few enough buckets hold something."""
+    """Return the state of values by its definition: the finest schema with which few enough buckets hold something."""
     for schema in range(SCHEMA_MAX, SCHEMA_MIN - 1, -1):
         found = [Counter(index_of(s * v) >> SCHEMA_MAX - schema for v in values if s * v >= LEAST) for s in (1, -1)]
         if sum(map(len, found)) <= BUCKETS_MAX:
@@ -123,7 +123,7 @@ def expected(values: list[Any]) -> tuple[Any, ...]:
 @settings(max_examples=60, deadline=None)
 @given(values=wide, data=st.data())
 def test_any_order_of_merges_gives_the_state_of_the_whole(values: list[Any], data: st.DataObject) -> None:
-    """Also where the resolution is halved on the way: the state depends on the numbers only, and not on who merged what."""
+    """The state depends on the numbers only, whoever merged them, also where the resolution is halved on the way."""
     shuffled = data.draw(st.randoms(use_true_random=False)).sample(values, len(values))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(values)), max_size=12)) | {len(values)})
     parts = [HISTOGRAM.collect(shuffled[start:end]) for start, end in zip([0, *cuts], cuts, strict=False)]
@@ -162,7 +162,7 @@ def test_zeros() -> None:
 
 @pytest.mark.parametrize("value", [2**BITS_MAX, -(2**BITS_MAX), 10**400])
 def test_ints_beyond_all_floats_are_refused(value: int) -> None:
-    """No bucket has them. The largest int that is taken is one below 2**1024."""
+    """An int beyond 2**1024 - 1 has no bucket, and is refused."""
     with pytest.raises(Invalid, match="1024 bits"):
         HISTOGRAM.check(value)
     assert not HISTOGRAM.are_plain([1, value])
@@ -204,7 +204,7 @@ def all_over(random: random.Random) -> float:
 @pytest.mark.parametrize("draw", [uniform, log_normal, bimodal, of_both_signs, tiny, whole, all_over])
 @pytest.mark.parametrize("count", [1, 2, 99, 5_000])
 def test_quantiles_are_within_their_relative_error(draw: Callable[[random.Random], float], count: int) -> None:
-    """Of any distribution: each quantile is off from that of the sorted numbers by the stated part of it at most."""
+    """Each quantile of any distribution is off from that of the sorted numbers by the stated relative error at most."""
     rng = random.Random(7)
     values = sorted(draw(rng) for _ in range(count))
     wanted = tuple(i / 200 for i in range(201))
@@ -222,7 +222,7 @@ def test_quantiles_are_within_their_relative_error(draw: Callable[[random.Random
 
 
 def test_the_relative_error_of_each_schema() -> None:
-    """The error is that of both ends of a bucket against its geometric middle, rounded up."""
+    """The stated error is that of both ends of a bucket against its geometric middle, rounded up."""
     assert [relative_error(schema) for schema in (8, 7, 3, 0, -1)] == [0.001355, 0.002712, 0.044274, 0.414214, 1.0]
     for schema in range(SCHEMA_MIN, SCHEMA_MAX + 1):
         base = 2.0**2.0**-schema
@@ -247,7 +247,7 @@ def test_quantiles_that_are_none(text: str) -> None:
 
 
 def test_too_many_quantiles_are_refused() -> None:
-    """The work of a read is bounded."""
+    """A read may ask for a limited number of quantiles."""
     assert len(check_quantiles([i / 100 for i in range(100)])) == 100
     with pytest.raises(Invalid, match="101 quantiles; at most 100"):
         check_quantiles([i / 100 for i in range(101)])
@@ -264,7 +264,7 @@ def test_other_kinds_have_no_quantiles() -> None:
 
 
 def test_histograms_are_ranked_by_count_or_by_a_quantile() -> None:
-    """`top` orders them by their counts, or by the first quantile that is asked for."""
+    """`top` ranks histograms by their counts, or by the first quantile that is asked for."""
     few, many = HISTOGRAM.collect([100, 200]), HISTOGRAM.collect([1, 2, 3])
     assert [HISTOGRAM.ranker(())(it) for it in (few, many)] == [2, 3]
     assert HISTOGRAM.ranker((1.0, 0.5))(few) == 200
@@ -276,7 +276,7 @@ def test_histograms_are_ranked_by_count_or_by_a_quantile() -> None:
 
 @given(values=wide)
 def test_bytes_come_back(values: list[Any]) -> None:
-    """Buckets are the same after a way through bytes, and the same buckets have the same bytes, in whatever order."""
+    """Buckets come back from their bytes, and equal buckets have equal bytes, whatever their order."""
     state = HISTOGRAM.collect(values)
     data = pack(*state[3:])
     assert unpack(data) == state[3:]
@@ -341,20 +341,20 @@ BAD: dict[str, tuple[Any, ...]] = {
 
 
 def columns(total: Any, least: Any, most: Any, packed: Any) -> list[list[Any]]:
-    """A state as untrusted input has it."""
+    """Return a state as untrusted input has it."""
     if isinstance(packed, list):
         packed = encode(packed)
     return [[total], [least], [most], [Ext(2, packed) if isinstance(packed, bytes) else packed]]
 
 
 def test_states_that_are_taken() -> None:
-    """What the bad ones are made of is a state."""
+    """The state of which the bad ones are variations is accepted."""
     assert HISTOGRAM.from_columns(columns(*GOOD), 1) == [HISTOGRAM.collect([1])]
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_states_that_are_refused(bad: tuple[Any, ...]) -> None:
-    """Whatever is no state, or not the one encoding of a state, is a `BadRecord` with a short reason."""
+    """Bytes that are no state, or not the one encoding of a state, are a `BadRecord` with a short reason."""
     for int_bytes_max in ((), (BATCH_INT_BYTES_MAX,)):
         with pytest.raises(BadRecord) as caught:
             HISTOGRAM.from_columns(columns(*bad), 1, *int_bytes_max)
@@ -369,7 +369,7 @@ def test_the_number_of_columns(over: int) -> None:
 
 
 def test_counts_stay_far_below_what_a_state_may_have() -> None:
-    """A batch has at most 2**64 - 1 observations; what is merged of many can be stored and read again."""
+    """A batch has at most 2**64 - 1 observations, so that the merge of many can be stored and read again."""
     whole = [8, 0, 0, -1, 2**64 - 1]
     (state,) = HISTOGRAM.from_columns(columns(1, 1, 1, whole), 1, BATCH_INT_BYTES_MAX)
     for _ in range(40):

@@ -108,7 +108,7 @@ def exact(total: Any) -> Fraction:
 
 
 def merged_in_any_tree(data: st.DataObject, kind: Kind, values: list[Any]) -> State:
-    """The state of `values`, collected in runs and merged in an order and grouping that is drawn."""
+    """Return the state of `values`, collected in runs and merged in an order and grouping that is drawn."""
     shuffled = data.draw(st.permutations(values))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(values)))) | {len(values)})
     parts = [kind.collect(shuffled[start:end]) for start, end in zip([0, *cuts], cuts, strict=False)]
@@ -125,8 +125,8 @@ sums = st.lists(some.numbers | st.sampled_from(EDGES) | some.grid, min_size=1, m
 @settings(max_examples=examples(300))
 @given(values=sums, data=st.data())
 def test_sums_are_exact_to_100_bits(values: list[Any], data: st.DataObject) -> None:
-    """Against exact fractions, in any order and grouping: ints are exact, and a float's answer is off by its last bit at
-    most, unless all but 2**-100 of what was added has cancelled out. Nothing is ever an infinity or NaN.
+    """Sums equal exact fractions, in any order and grouping: ints are exact, and a float's answer is off by its last bit at
+    most, unless all but 2**-100 of the total has cancelled out. No sum is ever an infinity or NaN.
     """
     tolerance = sum(abs(Fraction(value)) for value in values) / 2**100
     true = sum(map(Fraction, values))
@@ -143,7 +143,7 @@ def test_sums_are_exact_to_100_bits(values: list[Any], data: st.DataObject) -> N
 
 
 def assert_is_total(total: Any) -> None:
-    """A sum is an int, a finite float, or a float and what its last bit could not hold."""
+    """Check that a sum is an int, a finite float, or a float with the error that its last bit could not hold."""
     if type(total) is tuple:
         high, low = total
         assert type(high) is type(low) is float
@@ -161,7 +161,7 @@ totals = sums.map(KINDS["sum"].collect)
 @settings(max_examples=examples(300))
 @given(a=totals, b=totals)
 def test_float_sums_commute_to_the_last_bit(a: Any, b: Any) -> None:
-    """a + b and b + a are the same bytes, whatever they are."""
+    """a + b and b + a are the same bytes, whatever the operands."""
     assert some.image(KINDS["sum"], add(a, b)) == some.image(KINDS["sum"], add(b, a))
 
 
@@ -192,7 +192,7 @@ def test_columns_are_merged_as_each_state_is(kind: Kind, data: st.DataObject) ->
 
 
 def test_no_delta_vanishes_beside_a_large_one() -> None:
-    """Small deltas, which a plain float would forget, are there when the large number has gone again."""
+    """Small deltas, which a plain float would forget, are still counted when the large number has gone again."""
     merge = KINDS["sum"].merge
     assert merge(merge(1e16, 1), -1e16) == 1
     assert merge(merge(1e16, 1.0), -1e16) == 1
@@ -297,7 +297,7 @@ def test_last_is_the_newest(a: tuple[int, int, Any], b: tuple[int, int, Any]) ->
     ],
 )  # fmt: skip
 def test_ties_of_last(small: Any, large: Any) -> None:
-    """Ties are decided by the first byte of msgpack, then by what follows: the same everywhere and for ever."""
+    """Ties are decided by the first byte of msgpack, then by the next ones: the same everywhere and for ever."""
     kind = KINDS["last"]
     assert kind.merge((7, 3, small), (7, 3, large))[2] is large
     assert kind.merge((7, 3, large), (7, 3, small))[2] is large
@@ -307,7 +307,7 @@ def test_ties_of_last(small: Any, large: Any) -> None:
 
 @given(values=st.lists(some.scalars, min_size=2, max_size=5), ts_ms=some.stamps)
 def test_of_two_sets_in_one_millisecond_the_later_wins(values: list[Any], ts_ms: int) -> None:
-    """In one run they need not even differ in their time of recording; in two states they must."""
+    """Sets of one run may have one time of recording, sets of two states may not."""
     kind = KINDS["last"]
     for gap in (0, 1):
         run = [kind.check(value, ts_ms, 5 + gap * i) for i, value in enumerate(values)]
@@ -317,7 +317,7 @@ def test_of_two_sets_in_one_millisecond_the_later_wins(values: list[Any], ts_ms:
 
 
 def test_answers_of_last() -> None:
-    """`last` answers what was set: text, number, bool or null."""
+    """`last` answers the text, number, bool or null that was set."""
     for value in ("", "text", 0, 1.5, True, False, None, 10**100):
         assert KINDS["last"].answer((5, 6, value)) is value
 
@@ -471,7 +471,7 @@ def test_check_takes_or_refuses_anything(kind: Kind, data: st.DataObject) -> Non
 
 
 def test_an_error_term_that_is_rounded_up_to_half_of_the_last_bit_moves_the_float() -> None:
-    """A sum that was collected is one that can be read again: its group would be refused otherwise."""
+    """A collected sum can be read again; a rounded error term would otherwise make its group refused."""
     kind = KINDS["sum"]
     state = kind.collect([1 + 2**-52, 2**-53, -(2**-120)])
     assert decode_states(kind, encode_states(kind, [state])) == [state]

@@ -52,7 +52,7 @@ def test_other_producers_replay_nothing(producer_id: str) -> None:
 
 
 def full_of(view: Definition) -> Shell:
-    """A shell with a letter `0-1-1`: a group that was one definition too many."""
+    """Return a shell with a letter `0-1-1`: a group that was one definition too many."""
     shell = Shell(TaskLimits(views_max=1))
     shell.fold(batch(0, group(view, {("x",): 1})), batch(1, group(view, {("x",): 2}), group(W, {("y",): 5})))
     shell.commit()
@@ -61,7 +61,7 @@ def full_of(view: Definition) -> Shell:
 
 
 def test_a_letter_that_is_replayed_counts_once() -> None:
-    """However often: in one commit, later, after a restart. Its key gets a tombstone when it is folded."""
+    """A letter replayed in one commit, later, or after a restart counts once, and its key gets a tombstone."""
     shell = full_of(V)
     shell.limits = TaskLimits()
     shell.restart()
@@ -100,7 +100,7 @@ def test_a_letter_that_is_refused_again_comes_back_under_its_own_key() -> None:
 
 
 def test_what_is_refused_and_then_folded_in_one_commit_is_no_letter() -> None:
-    """A try that fails, an order that makes room, a try that succeeds: the commit has a tombstone only."""
+    """After a failed try, an order that makes room and a good try, all in one commit, there is a tombstone only."""
     shell = Shell(TaskLimits(views_max=0))
     shell.fold(batch(0, group(W, {("y",): 5})))
     shell.commit()
@@ -113,7 +113,7 @@ def test_what_is_refused_and_then_folded_in_one_commit_is_no_letter() -> None:
 
 
 def test_each_group_of_a_letter_is_a_letter_when_it_is_refused_again() -> None:
-    """A record that was refused whole has several groups: none of them is lost to another's key, and each counts once."""
+    """Each group of a record that was refused whole gets a key of its own, so that none is lost and each counts once."""
     shell = Shell(TaskLimits(views_max=1))
     whole = [group(V, {("x",): 1}), group(W, {("y",): 5}), group(Definition("u", "sum"), {(): 7})]
     shell.fold(batch(0, producer_id="p", epoch=3), batch(1, *whole, producer_id="p", epoch=2))
@@ -143,7 +143,7 @@ COPIES = {
 @pytest.mark.parametrize("order", [*itertools.permutations(COPIES)], ids=">".join)
 @pytest.mark.parametrize("commits", [0, 1, 2])
 def test_a_batch_and_what_replays_it_count_once(order: tuple[str, ...], commits: int) -> None:
-    """Two letters of one batch, and the batch itself, in any order, in one commit or several, with a restart between."""
+    """Two letters of a batch and the batch count once, in any order, in one commit or several, with a restart between."""
     shell = Shell()
     shell.fold(batch(0, group(W, {("y",): 1})), batch(6, group(W, {("y",): 1})))
     for name in order:
@@ -160,7 +160,7 @@ def test_a_batch_and_what_replays_it_count_once(order: tuple[str, ...], commits:
 
 
 def test_a_letter_of_what_was_folded_after_all_is_settled() -> None:
-    """The letter goes, and nothing counts twice."""
+    """The letter of a batch that was folded after all goes, and nothing counts twice."""
     shell = Shell()
     shell.dead_letters[b"0-3"] = b"?"
     shell.fold(ORIGINAL, COPIES["one letter"])
@@ -184,7 +184,7 @@ def test_an_origin_can_settle_nothing_that_is_far_ahead() -> None:
 
 
 def test_a_replay_leaves_a_closed_origin_closed() -> None:
-    """Otherwise a producer that was closed in order would be kept for a week."""
+    """The memory of a replay is that of a closed producer, which is not kept for a week."""
     shell = Shell(TaskLimits(closed_producer_ttl_ms=100))
     shell.fold(batch(0, group(V, {("x",): 1})), batch(2, closing=True))
     shell.fold(replay(b"0-9", group(V, {("x",): 2}), origin=Origin("p", 1)))
@@ -244,7 +244,7 @@ def test_letters_of_a_topic_made_anew_are_others() -> None:
 
 
 def test_a_replayed_letter_is_remembered_longer_than_letters_are_kept() -> None:
-    """A listing that is eight days old, when the memory of any other producer is gone: nothing counts twice."""
+    """A listing that is eight days old, when any other producer is forgotten, makes nothing count twice."""
     day_ms = 86_400_000
     shell = full_of(V)
     shell.limits = TaskLimits()
@@ -266,7 +266,7 @@ def test_a_replayed_letter_is_remembered_longer_than_letters_are_kept() -> None:
 
 
 def stale_letter(shell: Shell) -> bytes:
-    """A letter `0-1` of a batch that an older process of its producer had sent."""
+    """Return a letter `0-1` of a batch that an older process of its producer had sent."""
     shell.fold(batch(0, producer_id="p", epoch=3), batch(1, group(V, {("x",): 5}), producer_id="p", epoch=2))
     shell.commit()
     assert [*shell.dead_letters] == [b"0-1"]
@@ -275,7 +275,7 @@ def stale_letter(shell: Shell) -> bytes:
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_stale_letter_counts_unless_its_batch_did(counted: bool) -> None:
-    """The newer process may have sent the batch itself: then the letter is settled, without a second count."""
+    """A letter is settled without a second count if the newer process has sent the batch itself, and counts otherwise."""
     shell = Shell()
     value = stale_letter(shell)
     if counted:
@@ -288,7 +288,7 @@ def test_a_stale_letter_counts_unless_its_batch_did(counted: bool) -> None:
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_letter_whose_sender_is_forgotten_is_refused(counted: bool) -> None:
-    """Nothing tells whether the batch was counted: the letter stays, until a person says that it was not."""
+    """A letter of a forgotten producer may have been counted: it stays until a person says that it was not."""
     shell = Shell()
     value = stale_letter(shell)
     if counted:
@@ -327,7 +327,7 @@ def test_what_cant_be_replayed_says_why(value: bytes | None, reason: str) -> Non
 
 
 def test_what_a_letter_holds_is_told_without_decoding_it() -> None:
-    """Groups and series, and a sender that is the same through every replay."""
+    """A letter shows its groups and series, and a sender that is the same through every replay."""
     held = letters.held(batch(0, group(V, {("x",): 1, ("y",): 2}), group(W, {(str(i),): 1 for i in range(70_000)})))
     assert held == letters.Held(fingerprint("p"), 2, 70_002)
     again = letters.replaying(
@@ -339,7 +339,7 @@ def test_what_a_letter_holds_is_told_without_decoding_it() -> None:
 
 
 def test_a_whole_record_of_one_group_that_is_refused_again_counts_in_the_end() -> None:
-    """The letter that came back still names its origin, and the two count once."""
+    """A letter that was refused again still names its origin, and the two count once."""
     shell = Shell(TaskLimits(views_max=0))
     replayed = stale_letter(shell)
     shell.fold(replayed)
@@ -357,7 +357,7 @@ def test_a_whole_record_of_one_group_that_is_refused_again_counts_in_the_end() -
 
 @pytest.mark.parametrize("commits", [False, True])
 def test_a_copy_of_a_replay_that_was_refused_again_settles_nothing(commits: bool) -> None:
-    """Neither was folded, so the letter stays, and is counted when its reason is gone; so is what its sender sends then."""
+    """A copy of a refused replay settles nothing, so the letter stays, and counts when its reason is gone."""
     shell = Shell(TaskLimits(views_max=0))
     replayed = stale_letter(shell)
     shell.fold(replayed)

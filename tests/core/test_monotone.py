@@ -1,4 +1,4 @@
-"""Monotone sums in the core: what they take in, how they travel, what contradicts them."""
+"""Monotone sums in the core: their values, their bytes, and definitions that differ from them."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ X = series_suffix(("x",))
 
 
 def test_only_a_sum_is_monotone() -> None:
-    """Any other kind is `Invalid` as one, and its bytes are a bad record."""
+    """A monotone definition of another kind is `Invalid`, and its bytes are a bad record."""
     check_definition(RISING, KIND_NAMES)
     for kind in KINDS.keys() - {"sum"}:
         definition = Definition("v", kind, monotone=True)
@@ -40,7 +40,7 @@ def test_it_is_part_of_the_definition() -> None:
 
 
 def test_only_what_is_monotone_has_a_fifth_field() -> None:
-    """All other definitions have three; five fields with false are read, too, and are the same definition."""
+    """Other definitions have three fields; five fields with false are read, too, and are the same definition."""
     wire = {False: ["v", "sum", ["a"]], True: ["v", "sum", ["a"], 0, True]}
     for definition in (PLAIN, RISING):
         entry = codec.DefinitionEntry(definition, 3, 4)
@@ -60,7 +60,7 @@ def test_only_what_is_monotone_has_a_fifth_field() -> None:
 
 @pytest.mark.parametrize("state", [-1, -0.5, -(2**70), (-1e16, 1.0), -5e-324])
 def test_a_negative_state_is_a_bad_record(state: Any) -> None:
-    """Wherever it stands in a batch; of a sum that may fall it is fine. An error term may be negative, a sum not."""
+    """A negative state anywhere in a batch of a monotone sum is bad. An error term may be negative, a sum not."""
     for states in ([state], [1, state, 2]):
         suffixes = [series_suffix((str(i),)) for i in range(len(states))]
         value = codec.encode_batch(Batch("p", 0, 0, 0, 0, 0, [Group(RISING, suffixes, states)]))
@@ -73,7 +73,7 @@ def test_a_negative_state_is_a_bad_record(state: Any) -> None:
 
 @given(st.lists(some.numbers, min_size=1, max_size=8))
 def test_it_takes_what_a_sum_takes_unless_that_is_negative(deltas: list[Any]) -> None:
-    """Checked and collected alike; any state of it travels."""
+    """A monotone sum checks and collects as a sum, except for negative numbers; any state of it travels."""
     kind = kind_of(RISING)
     for delta in deltas:
         if delta < 0:
@@ -93,7 +93,7 @@ def test_it_takes_what_a_sum_takes_unless_that_is_negative(deltas: list[Any]) ->
 
 
 def test_a_negative_group_is_a_dead_letter() -> None:
-    """Nothing of it is folded; its good neighbours are, and those behind it."""
+    """No delta of a negative group is folded; its good neighbours and later groups are."""
     shell = Shell()
     good = batch(0, group(RISING, {("x",): 2}))
     wrong = Group(RISING, [series_suffix(("y",)), X], [1, -1])
@@ -115,7 +115,7 @@ def test_a_negative_group_is_a_dead_letter() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(PLAIN, RISING), (RISING, PLAIN)])
 def test_to_be_monotone_or_not_makes_another_definition(first: Definition, second: Definition) -> None:
-    """Both live side by side, before and after a restart; a read merges them, and is monotone only if both are."""
+    """Both definitions live side by side, before and after a restart; a read merges them, and is monotone if both are."""
     shell = Shell()
     shell.fold(batch(0, group(first, {("x",): 1})), batch(1, group(second, {("x",): 2})))
     shell.commit()

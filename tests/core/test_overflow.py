@@ -1,4 +1,4 @@
-"""Beyond `series_max`: totals stay exact, in the series whose labels are all `__overflow__`."""
+"""Beyond `series_max` totals stay exact, in the series whose labels are all `__overflow__`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def total_of(kind: str, states: Sequence[Any]) -> Any:
 
 @st.composite
 def commits(draw: st.DrawFn, kind: str) -> list[list[tuple[str, Any]]]:
-    """Deltas by commit: labels, the overflow's own among them, and states that merge exactly in any order."""
+    """Draw deltas by commit: labels, the overflow's own among them, and states that merge exactly in any order."""
     labels = st.sampled_from([*"abcdefgh", OVERFLOW])
     deltas = draw(some.families(kind)) if kind in ("last", "distinct", "topk") else some.grid
     states = deltas.map(lambda delta: KINDS[kind].collect([delta]))
@@ -40,8 +40,8 @@ def commits(draw: st.DrawFn, kind: str) -> list[list[tuple[str, Any]]]:
 @settings(max_examples=examples(60))
 @given(data=st.data())
 def test_totals_are_exact_at_every_commit(kind: str, data: st.DataObject) -> None:
-    """For each kind, with and without cached states, across restarts and limits that change, also with folds during a
-    commit: no delta is lost or counted twice, no series that was there is moved, and counts are those of the store.
+    """No delta is lost or counted twice, no known series is moved, and counts are those of the store, for each kind, with
+    and without cached states, across restarts and limits that change, also with folds during a commit.
     """
     definition = Definition("v", kind, ("a",))
     limits = st.builds(
@@ -82,7 +82,7 @@ def states_of(value: bytes | None) -> list[Any]:
 
 @pytest.mark.parametrize("cache_entries_max", [0, 100])
 def test_known_series_go_on_and_new_ones_overflow(cache_entries_max: int) -> None:
-    """The first series that come have their place for ever; what is beyond is counted, in one series."""
+    """The first series keep their place for ever; deltas of later ones are counted, in one series."""
     shell = Shell(TaskLimits(series_max=2, cache_entries_max=cache_entries_max))
     shell.fold(batch(0, group(V, {("x",): 1, ("y",): 2, ("z",): 4})))
     shell.commit()
@@ -101,7 +101,7 @@ def test_known_series_go_on_and_new_ones_overflow(cache_entries_max: int) -> Non
 
 
 def test_the_limit_is_of_a_definition() -> None:
-    """One view's excess is not another's, nor that of another definition of the same view."""
+    """One definition's excess is not another's, of the same view or not."""
     wide = Definition("v", "sum", ("a", "b"))
     shell = Shell(TaskLimits(series_max=1))
     shell.fold(batch(0, group(V, {("x",): 1, ("y",): 2}), group(wide, {("x", "y"): 4, ("x", "z"): 8})))

@@ -12,13 +12,13 @@ MEMBERS = st.dictionaries(st.sampled_from("abcdef"), st.builds(MemberState, NUMB
 
 
 def warmed(placed: dict[str, Assignment]) -> dict[str, MemberState]:
-    """The members of the next round, all of whose copies are warm by then."""
+    """Return the members of the next round, when all their copies are warm."""
     return {name: MemberState(it.actives, it.standbys, it.actives | it.standbys) for name, it in placed.items()}
 
 
 @given(st.integers(0, 12), MEMBERS, st.integers(0, 3))
 def test_whole(count: int, members: dict[str, MemberState], standby_count: int) -> None:
-    """Each partition is active once and standby elsewhere, as often as was asked for at least; nobody has it twice."""
+    """Each partition is active once and standby elsewhere, as often as asked for at least; no member has it twice."""
     placed = place(count, members, standby_count)
     assert sorted(number for it in placed.values() for number in it.actives) == list(range(count))
     for it in placed.values():
@@ -30,7 +30,7 @@ def test_whole(count: int, members: dict[str, MemberState], standby_count: int) 
 
 @given(st.integers(0, 12), MEMBERS, st.integers(0, 3))
 def test_settles(count: int, members: dict[str, MemberState], standby_count: int) -> None:
-    """With copies warm after each round it is level within three, and no active moves after that."""
+    """With copies warm after each round the placement is level within three, and no active moves after that."""
     placed = place(count, members, standby_count)
     for _ in range(3):
         placed = place(count, warmed(placed), standby_count)

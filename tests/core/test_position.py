@@ -1,4 +1,4 @@
-"""Position and fence records: their bytes are what they are for good, and noise is neither, nor one of a newer program."""
+"""Position and fence records: their bytes are fixed for good, and noise is neither, nor a newer program's record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LATER = bytes((FORMAT + 1,))
 
 
 def test_the_bytes_of_both() -> None:
-    """They are in changelogs: whoever changes them changes the format."""
+    """The bytes of both stand in changelogs and never change."""
     position = Position(42, 1_700_000_000_123, 1_700_000_000_000, "topic", 7, 3, 42, 100, 98, "pipeline-0:x")
     assert encode_position(position).hex() == (
         "029a2acf0000018bcfe5687bcf0000018bcfe56800a5746f70696307032a6462ac706970656c696e652d303a78"
@@ -39,7 +39,7 @@ def test_the_bytes_of_both() -> None:
 
 @given(POSITIONS)
 def test_what_is_written_is_read(position: Position) -> None:
-    """By this program; by an older one it is seen to be a newer program's, whatever that adds behind it."""
+    """A record is read by this program, and recognised as a newer program's by an older one, whatever fields follow."""
     value = encode_position(position)
     assert decode_position(value) == position
     assert newer_position(value) is None
@@ -54,7 +54,7 @@ def test_what_is_written_is_read(position: Position) -> None:
 
 @given(POSITIONS, st.data())
 def test_a_part_of_one_is_none(position: Position, data: st.DataObject) -> None:
-    """Nor is one with bytes over, or with fields that are missing."""
+    """A part of a record is none, nor is a record with extra bytes or missing fields."""
     value = encode_position(position)
     for broken in (value[: data.draw(st.integers(0, len(value) - 1))], value + b"\x00"):
         with pytest.raises(BadRecord):
@@ -68,7 +68,7 @@ def test_a_part_of_one_is_none(position: Position, data: st.DataObject) -> None:
 
 @given(st.binary(max_size=60))
 def test_noise_is_nothing(noise: bytes) -> None:
-    """With a version in front of it or not; whatever is read would be written just so."""
+    """Noise is no record, with a version in front of it or not; whatever is read encodes to the same bytes."""
     for value in (noise, VERSION + noise):
         for decode, encode in ((decode_position, encode_position), (decode_fence, encode_fence)):
             try:
@@ -80,7 +80,7 @@ def test_noise_is_nothing(noise: bytes) -> None:
 
 @pytest.mark.parametrize("field", range(9))
 def test_numbers_out_of_range(field: int) -> None:
-    """No offset is below 0, and none beyond 63 bits."""
+    """An offset below 0 or beyond 63 bits is refused."""
     good = [*msgspec.structs.astuple(Position(1, 2, 3, "s", 4, 5, 6, 7, "o"))]
     for bad in (-2, 2**63, None, 1.5, b"x", []):
         with pytest.raises(BadRecord):

@@ -1,4 +1,4 @@
-"""Producers: what a task remembers of them, however little of it fits into memory, and when it forgets them."""
+"""Producers: a task's memory of them, however little of it fits into memory, and when it forgets them."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ class SmallMemory(RuleBasedStateMachine):
 
     @rule(sends=st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 3)), min_size=1, max_size=3))
     def read_ahead(self, sends: list[tuple[str, int]]) -> None:
-        """Read, and look up, before what was read earlier is folded."""
+        """Read and look up records before the earlier ones are folded."""
         shell, start = self.shell, len(self.shell.log)
         shell.append(*(batch(sequence, add(), producer_id=name) for name, sequence in sends))
         reading = shell.task.read(records({i: shell.log[i] for i in range(start, len(shell.log))}, len(shell.log)))
@@ -81,7 +81,7 @@ class SmallMemory(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        """Forget nobody."""
+        """Sweep, and forget nobody."""
         self.shell.sweep()
 
     def teardown(self) -> None:
@@ -104,7 +104,7 @@ TestSmallMemory = SmallMemory.TestCase
 
 
 class Cached(RuleBasedStateMachine):
-    """The cache against a plain dict: what it has is the newest, and it holds no more than it may and one."""
+    """The cache against a plain dict: its entries are the newest, and it holds no more than its limit and one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ TestCached = Cached.TestCase
 
 
 def test_producers_that_the_task_knows_are_not_looked_up() -> None:
-    """In the overlay, in a commit that is under way, in the cache: only for others the store is asked."""
+    """The store is asked only for producers that are not in the overlay, in a commit under way, or in the cache."""
     shell = Shell()
     first = shell.task.read(records({0: batch(0, add())}, 1))
     assert first.producer_keys == [producer_key("p")]
@@ -172,7 +172,7 @@ def at(shell: Shell, log_ms: int, now_ms: int, *values: bytes) -> None:
 
 
 def test_silent_producers_are_forgotten() -> None:
-    """By both clocks, once its time is over; then a batch of it would count again."""
+    """A producer is forgotten once its time is over by both clocks; then a batch of it would count again."""
     shell = Shell(TaskLimits(producer_ttl_ms=1_000))
     at(shell, 5_000, 5_000, batch(0, add()))
     at(shell, 6_000, 6_000)
@@ -192,7 +192,7 @@ def test_silent_producers_are_forgotten() -> None:
     ("log_jump", "clock_jump"), [(8 * DAY_MS, 0), (0, 8 * DAY_MS), (-8 * DAY_MS, 8 * DAY_MS), (8 * DAY_MS, 8 * DAY_MS)]
 )
 def test_one_wrong_clock_forgets_nobody(log_jump: int, clock_jump: int, restart: bool) -> None:
-    """A record, and then a machine, that is eight days ahead and back: a batch that is sent again counts once."""
+    """A batch that is sent again counts once, after one record or one machine that is eight days ahead."""
     shell = Shell()
     now = 100 * DAY_MS
     at(shell, now, now, batch(0, add()))
@@ -208,7 +208,7 @@ def test_one_wrong_clock_forgets_nobody(log_jump: int, clock_jump: int, restart:
 
 
 def test_a_producer_lives_by_the_later_clock() -> None:
-    """Seen when one clock was ahead, it is kept until both have come to that time and its time to live behind it."""
+    """A producer seen when one clock was ahead is kept until both have passed that time plus its time to live."""
     for log_ms, now_ms in ((9_000, 5_000), (5_000, 9_000)):
         shell = Shell(TaskLimits(producer_ttl_ms=1_000))
         at(shell, log_ms, now_ms, batch(0, add()))
@@ -219,7 +219,7 @@ def test_a_producer_lives_by_the_later_clock() -> None:
 
 
 def test_time_to_live_starts_anew_with_each_batch() -> None:
-    """A producer that goes on sending is never forgotten, nor one that does so in the commit that would forget it."""
+    """A producer that goes on sending is not forgotten, not even by the commit that has its batch."""
     shell = Shell(TaskLimits(producer_ttl_ms=1_000))
     for i in range(5):
         at(shell, 5_000 + 900 * i, 5_000 + 900 * i, batch(i, add()))
@@ -231,7 +231,7 @@ def test_time_to_live_starts_anew_with_each_batch() -> None:
 
 
 def test_a_producer_that_returns_while_its_tombstone_is_committed_is_kept() -> None:
-    """Forgotten in one commit and folded again during it: the next commit holds it again."""
+    """A producer forgotten in one commit and folded again during it is in the next commit again."""
     shell = Shell(TaskLimits(producer_ttl_ms=1_000))
     at(shell, 5_000, 5_000, batch(0, add()))
     shell.now_ms = 9_000
@@ -251,7 +251,7 @@ def test_a_producer_that_returns_while_its_tombstone_is_committed_is_kept() -> N
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_a_sweep_forgets_nobody_who_has_sent_since(freeze: bool) -> None:
-    """The store's entry is old, but the overlay, or the commit that is under way, has a newer one."""
+    """A producer with an old entry in the store, but a newer one in the overlay or in a commit, is kept."""
     shell = Shell(TaskLimits(producer_ttl_ms=1_000))
     at(shell, 5_000, 5_000, batch(0, add()))
     shell.now_ms = 9_000
@@ -282,7 +282,7 @@ CLOSING = TaskLimits(closed_producer_ttl_ms=100, producer_ttl_ms=10_000)
 
 
 def test_a_closed_producer_is_forgotten_soon() -> None:
-    """But not at once: a copy of one of its batches may be on its way, and counts once."""
+    """A closed producer is forgotten soon, but not at once: a copy of a batch may be on its way, and counts once."""
     shell = Shell(CLOSING)
     at(shell, 1_000, 1_000, batch(0, add()), batch(1, add(), closing=True))
     at(shell, 1_101, 1_101, batch(0, add()))
@@ -304,7 +304,7 @@ def test_a_closed_producer_is_forgotten_soon() -> None:
     ],
 )
 def test_a_producer_is_closed_by_its_last_batch(values: list[bytes], closed: bool, restart: bool) -> None:
-    """A late batch from before it changes nothing; one behind it, or from a newer process, opens the producer again."""
+    """A late batch from before the close changes nothing; one behind it, or of a newer process, opens the producer again."""
     shell = Shell(CLOSING)
     for value in values:
         at(shell, 1_000, 1_000, value)
@@ -375,7 +375,7 @@ def test_a_duplicate_of_an_old_process_is_a_duplicate() -> None:
 
 
 def test_reasons_name_no_producer() -> None:
-    """An id is what a stranger must not learn: a fingerprint stands for it."""
+    """A reason shows a producer's fingerprint, as its id is a secret."""
     secret = "3f1c-secret"
     shell = Shell()
     shell.fold(batch(0, add(), producer_id=secret, epoch=5))

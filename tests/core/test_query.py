@@ -1,4 +1,4 @@
-"""Queries: how rows are matched, grouped, merged and chosen."""
+"""Queries: how rows are matched, grouped, merged and selected."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ REVENUE = Definition("revenue", "sum", ("region", "product"))
     ],
 )
 def test_a_matcher_is_a_label_an_operator_and_the_rest(text: str, matcher: Matcher) -> None:
-    """The longest operator behind the label counts; everything behind it is the value, whatever it holds."""
+    """The longest operator behind the label counts; everything behind it is the value."""
     assert parse_matcher(text) == matcher
 
 
@@ -62,7 +62,7 @@ def test_what_is_no_matcher_is_refused(text: str) -> None:
 
 @given(st.text(max_size=30))
 def test_any_text_is_a_matcher_or_invalid(text: str) -> None:
-    """Parsing never fails in another way, and forgets nothing."""
+    """Any text is parsed whole, or `Invalid`."""
     try:
         matcher = parse_matcher(text)
     except Invalid:
@@ -88,7 +88,7 @@ view_entries = st.builds(
 def test_a_read_merges_the_definitions_of_the_kind_and_window_that_came_first(
     entries: list[DefinitionEntry], data: st.DataObject
 ) -> None:
-    """Whatever the order and partition of entries: all of the first kind and window are merged, the others are named."""
+    """All definitions of the first kind and window are merged, and the others named, whatever their order and partition."""
     found = merged("revenue", entries)
     assert merged("revenue", data.draw(st.permutations(entries))) == found
     shape = found.definition.kind, found.definition.window_s
@@ -118,7 +118,7 @@ def test_a_later_definition_never_disturbs_a_read(entries: list[DefinitionEntry]
 
 @given(entries=st.lists(view_entries, min_size=1, max_size=6))
 def test_kind_and_window_choose(entries: list[DefinitionEntry]) -> None:
-    """Every kind and window that a view has can be read by name; what it has not is `NotFound`, which says what it has."""
+    """Every kind and window that a view has can be read by name; another one is `NotFound`, which says what there is."""
     there = {*map(shape_of, entries)}
     for kind, window_s in SHAPES:
         if (kind, window_s) not in there:
@@ -132,7 +132,7 @@ def test_kind_and_window_choose(entries: list[DefinitionEntry]) -> None:
 
 
 def test_a_view_without_definitions_is_not_found() -> None:
-    """The name is in the message, as far as it is one."""
+    """The message has the name, as far as it is one."""
     with pytest.raises(NotFound, match="no view 'revenue'"):
         merged("revenue", [])
 
@@ -156,7 +156,7 @@ def test_a_label_that_a_definition_lacks_is_empty(entries: list[DefinitionEntry]
 
 
 def test_definitions_in_short() -> None:
-    """For messages: kind and labels, and whether it is monotone."""
+    """Messages show a definition's kind and labels, and whether it is monotone."""
     assert describe(REVENUE) == "sum(region, product)"
     assert describe(Definition("v", "sum", monotone=True)) == "monotone sum()"
 
@@ -172,12 +172,12 @@ def test_definitions_in_short() -> None:
     ],
 )
 def test_equality_on_every_label_pins_one_series(where: list[str], pinned: Labels | None) -> None:
-    """Only if each label of the view has an `=`, there is one series that can match."""
+    """A series is pinned only if each label of the view has an `=`."""
     assert pinned_labels(REVENUE, [*map(parse_matcher, where)]) == pinned
 
 
 def test_a_view_without_labels_has_one_series() -> None:
-    """Nothing needs to be pinned."""
+    """A view without labels is pinned by any query."""
     assert pinned_labels(Definition("total", "sum"), []) == ()
 
 
@@ -258,7 +258,7 @@ entries = st.lists(st.dictionaries(short_keys, st.binary(max_size=1), max_size=1
 
 @given(entries, st.integers(1, 5), st.sampled_from([chain_blocks, merge_sorted_blocks]))
 def test_blocks_hold_each_entry_once(parts: list[dict[bytes, bytes]], size: int, blocks: Any) -> None:
-    """All entries of all scans come, none twice, in blocks that are never empty."""
+    """All entries of all scans come once, in blocks that are never empty."""
     got: Counter[tuple[bytes, bytes]] = Counter()
     for keys, values in blocks([iter(sorted(part.items())) for part in parts], size):
         assert keys
@@ -268,7 +268,7 @@ def test_blocks_hold_each_entry_once(parts: list[dict[bytes, bytes]], size: int,
 
 @given(entries, st.integers(1, 5))
 def test_no_key_stands_in_two_blocks_in_step(parts: list[dict[bytes, bytes]], size: int) -> None:
-    """All entries of a key that several scans have come in one block of `merge_sorted_blocks`. Blocks stay small."""
+    """All entries of one key, from several scans, are in one block of `merge_sorted_blocks`, and blocks stay small."""
     seen: set[bytes] = set()
     for keys, _ in merge_sorted_blocks([iter(sorted(part.items())) for part in parts], size):
         assert seen.isdisjoint(keys)
@@ -294,7 +294,7 @@ def chosen(groups: dict[Labels, Any], *, top: int | None, limit: int, blocks: in
 def test_what_is_chosen_is_the_head_of_everything_sorted(
     groups: dict[Labels, Any], top: int | None, limit: int, blocks: int
 ) -> None:
-    """By label values; with `top`, by answers from the largest down, ties by label values; whatever comes when."""
+    """Rows are sorted by label values, or with `top` by falling answers, then labels, in any order of arrival."""
     by_value = sorted(groups.items(), key=lambda item: (-item[1], item[0]))
     expected = (sorted(groups.items()) if top is None else by_value[:top])[:limit]
     labels, values, total = chosen(groups, top=top, limit=limit, blocks=blocks)
@@ -304,7 +304,7 @@ def test_what_is_chosen_is_the_head_of_everything_sorted(
 
 @pytest.mark.parametrize("top", [None, 10])
 def test_choosing_holds_little_more_than_it_selects(top: int | None) -> None:
-    """Far more rows than are kept go through, in an order that is bad for it, and the right ones stay."""
+    """The right rows are kept when far more go through, in an order that is bad for it."""
     choice = TopN(SUM, top=top, limit=10)
     held = 0
     for start in range(200_000, 0, -1_000):
@@ -315,7 +315,7 @@ def test_choosing_holds_little_more_than_it_selects(top: int | None) -> None:
 
 
 def test_top_needs_numbers() -> None:
-    """Texts and bools do not rank: `Invalid`. What has no answer ranks behind all numbers."""
+    """Texts and bools do not rank: `Invalid`. A row without an answer ranks behind all numbers."""
     for value in ("text", True):
         with pytest.raises(Invalid, match="top needs answers that are numbers"):
             top_of_last([("a", 1), ("b", value)])

@@ -54,13 +54,13 @@ label_tuples = st.lists(some.label_values, max_size=5).map(tuple)
 
 @given(definition=some.definitions())
 def test_good_definitions(definition: Definition) -> None:
-    """Prometheus names, any known kind, up to 32 labels."""
+    """A definition has Prometheus names, any known kind, up to 32 labels."""
     check_definition(definition, KIND_NAMES)
 
 
 @pytest.mark.parametrize("name", ["a", "_", "A9", "v" * NAME_BYTES_MAX, "__", "sum"])
 def test_good_names(name: str) -> None:
-    """Every name that Prometheus takes is taken, as view and as label, up to the limit."""
+    """Every name that Prometheus accepts is accepted, as view and as label, up to the limit."""
     check_definition(Definition(name, "sum", (name,)), KIND_NAMES)
 
 
@@ -160,7 +160,7 @@ def test_bad_label_values(values: tuple[Any, ...], reason: str) -> None:
 
 
 def test_label_values_together_are_limited() -> None:
-    """Each value may be short enough, and all of them too long."""
+    """Label values whose total is too long are refused, although each is short enough."""
     definition = Definition("v", "sum", tuple(f"l{i}" for i in range(LABEL_COUNT_MAX)))
     fits = ["x" * 1_020] * LABEL_COUNT_MAX
     rest = SUFFIX_BYTES_MAX - len(series_suffix(fits))
@@ -242,7 +242,7 @@ SUFFIX_PIECES = [
     ),
 )
 def test_many_suffixes_are_checked_as_each_is(width: int, suffixes: list[bytes]) -> None:
-    """All pass together exactly if each passes alone: none can borrow bytes from its neighbour."""
+    """All suffixes pass together exactly if each passes alone: no suffix can borrow bytes from its neighbour."""
     definition = Definition("v", "sum", ("a", "b")[:width])
     try:
         for suffix in suffixes:
@@ -276,7 +276,7 @@ GOOD = b"\x91\xa1a"
     ids=lambda value: f"{value!r:.60}",
 )
 def test_neighbours_are_not_joined(neighbours: list[bytes]) -> None:
-    """Halves of good suffixes are bad ones, and so are two in the place of one, also behind a good one."""
+    """Two halves of suffixes, or two suffixes in the place of one, are bad, also behind a good one."""
     bad = [bytes(8) + half for half in neighbours]
     for suffixes in (bad, [bytes(8) + GOOD, *bad]):
         with pytest.raises(BadRecord):
@@ -285,7 +285,7 @@ def test_neighbours_are_not_joined(neighbours: list[bytes]) -> None:
 
 @pytest.mark.parametrize("start_ms", [1, 59_999, 60_001, 2**53 // 60_000 * 60_000 + 60_000, 2**64 - 1])
 def test_a_window_begins_at_a_multiple_of_its_length(start_ms: int) -> None:
-    """Any other start, and one that is beyond all times, is no series of the definition."""
+    """A start that is no multiple of the window, or beyond all times, is no series of the definition."""
     definition = Definition("v", "sum", ("a",), 60)
     good = [series_suffix((name,), start) for name in ("x", "y") for start in (0, 60_000, 1_700_000_040_000)]
     check_suffixes(definition, good)
@@ -296,7 +296,7 @@ def test_a_window_begins_at_a_multiple_of_its_length(start_ms: int) -> None:
 
 @given(ts_ms=st.integers(0, 2**53), window_s=st.integers(1, 10**9), retention_s=st.integers(1, 10**10))
 def test_windows_expire_so_long_after_their_end(ts_ms: int, window_s: int, retention_s: int) -> None:
-    """The oldest window that is kept ends less than the retention ago; the one before it does not."""
+    """The oldest window that is kept ends less than the retention ago; the previous one does not."""
     definition = Definition("v", "sum", (), window_s, retention_s=retention_s)
     oldest, window_ms, retention_ms = expired_before_ms(definition, ts_ms), window_s * 1_000, retention_s * 1_000
     assert oldest % window_ms == 0
@@ -307,7 +307,7 @@ def test_windows_expire_so_long_after_their_end(ts_ms: int, window_s: int, reten
 
 @pytest.mark.parametrize("window", [bytes(7) + b"\x01", b"\x01" + bytes(7)])
 def test_many_suffixes_have_no_window(window: bytes) -> None:
-    """A start in one of them is seen."""
+    """A window start in one of many suffixes is noticed."""
     with pytest.raises(BadRecord, match="window"):
         check_suffixes(ONE, [bytes(8) + GOOD, window + b"\x91\xa1b"])
 
@@ -409,7 +409,7 @@ def test_windows_are_in_the_order_of_time(windows: list[int], one: tuple[str, ..
 
 @given(definition=definitions, producer_id=some.producer_ids, labels=label_tuples)
 def test_kinds_of_entries_do_not_mix(definition: Definition, producer_id: str, labels: tuple[str, ...]) -> None:
-    """Position, definitions, series, producers and the store's meta are apart, in this order."""
+    """Position, definitions, series, producers and the store's meta have keys apart from each other, in this order."""
     keys = [
         POSITION_KEY, definition_key(definition), series_prefix(definition) + series_suffix(labels),
         producer_key(producer_id), STORE_META_KEY,
@@ -433,7 +433,7 @@ def test_prefix_end(prefix: bytes, tail: bytes, key: bytes) -> None:
 
 @given(definition=definitions, data=st.data())
 def test_an_id_is_of_what_a_definition_says(definition: Definition, data: st.DataObject) -> None:
-    """The order of labels does not matter; everything else does."""
+    """The id depends on everything in a definition but the order of its labels."""
     shuffled = msgspec.structs.replace(definition, labels=tuple(data.draw(st.permutations(definition.labels))))
     identity = definition_id(definition)
     assert len(identity) == DEFINITION_ID_BYTES
@@ -448,7 +448,7 @@ def test_an_id_is_of_what_a_definition_says(definition: Definition, data: st.Dat
 
 
 def test_what_a_definition_leaves_out_when_it_travels() -> None:
-    """Fields at its end that are as in every other definition: a new field changes no id that there is."""
+    """A definition travels without default fields at its end, so that a new field changes no existing id."""
     full = Definition("v", "sum", ("a",), 60, True, 3_600, (("p", 1),))
     assert travelling(full) == msgspec.structs.astuple(full)
     assert travelling(Definition("v", "sum")) == ("v", "sum", ())
@@ -457,7 +457,7 @@ def test_what_a_definition_leaves_out_when_it_travels() -> None:
 
 
 def test_an_overflow_series_is_one_a_window() -> None:
-    """All its labels are `__overflow__`; it is a series like any other of its definition."""
+    """An overflow series has `__overflow__` for all labels, and is otherwise like any other of its definition."""
     definition = Definition("v", "sum", ("a", "b"))
     assert overflow_suffix(definition) == series_suffix((OVERFLOW, OVERFLOW))
     assert overflow_suffix(definition, (60_000).to_bytes(8, "big")) == series_suffix((OVERFLOW, OVERFLOW), 60_000)
@@ -465,6 +465,6 @@ def test_an_overflow_series_is_one_a_window() -> None:
 
 
 def test_a_fingerprint_tells_producers_apart_and_nothing_of_their_ids() -> None:
-    """Eight hex digits, the same everywhere and for ever."""
+    """A fingerprint has eight hex digits, the same everywhere and for ever, that reveal nothing of the id."""
     assert fingerprint("p") == "148de9c5"
     assert len({fingerprint(f"p-{i}") for i in range(1_000)}) == 1_000

@@ -12,7 +12,7 @@ from tests.support import examples
 
 
 def check_shape(folded: Folded) -> None:
-    """Ranges are sorted, not empty, and apart from each other and from the prefix; the bytes come back."""
+    """Check that ranges are sorted, not empty, and apart from each other and the prefix, and that their bytes come back."""
     edges = [folded.next_sequence, *(edge for pair in folded.beyond for edge in pair)]
     assert edges == sorted(set(edges))
     assert decode_folded(encode_folded(folded)) == folded
@@ -21,7 +21,7 @@ def check_shape(folded: Folded) -> None:
 @settings(max_examples=examples(300))
 @given(steps=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), max_size=40))
 def test_folded_is_a_set_with_a_floor(steps: list[tuple[int, int]]) -> None:
-    """In any order, with repeats and gaps: a sequence is known if it was folded, or is below a floor that was seen."""
+    """A sequence is known if it was folded, or is below a floor, in any order, with repeats and gaps."""
     folded, known, floor_seen = Folded(), set[int](), 0
     for sequence, below in steps:
         floor = max(0, sequence - below)
@@ -61,7 +61,7 @@ class TruthfulProducer(RuleBasedStateMachine):
     @precondition(lambda self: len(self.outbox))
     @rule(data=st.data())
     def reach_the_log(self, data: st.DataObject) -> None:
-        """A send, or a resend after a lost acknowledgement: only what is unacknowledged is ever sent."""
+        """Send, or resend after a lost acknowledgement: only unacknowledged batches are ever sent."""
         sealed = data.draw(st.sampled_from([*self.outbox.pending()]))
         known = self.folded.has(sealed.sequence)
         assert known == (sealed.sequence in self.sent)
@@ -113,7 +113,7 @@ def test_ranges_join(before: Folded, sequence: int, floor: int, next_sequence: i
 
 
 def test_epoch_and_time_never_go_back() -> None:
-    """The newest epoch and the newest time stay, whatever comes later."""
+    """The newest epoch and time stay, whatever comes later."""
     folded = Folded(epoch=5, seen_at_ms=100).with_folded(0, 0, 3, 50)
     assert (folded.epoch, folded.seen_at_ms) == (5, 100)
     folded = folded.with_folded(1, 0, 7, 200)
@@ -152,7 +152,7 @@ steps = st.lists(
 @settings(max_examples=examples(200))
 @given(steps=steps)
 def test_outbox_is_a_list_of_unacknowledged_batches(steps: list[tuple[str, int, int]]) -> None:
-    """Against a plain list: numbers, floors, the bytes account, the order of sending, and what a flush waits for."""
+    """Numbers, floors, the bytes account, the order of sending and a flush's condition equal those of a plain list."""
     outbox = Outbox("p", 4)
     model: list[Sealed] = []
     sealed_counts = [0, 0, 0]
@@ -186,7 +186,7 @@ def test_outbox_is_a_list_of_unacknowledged_batches(steps: list[tuple[str, int, 
 
 
 def test_outbox_takes_numbers_in_order_only() -> None:
-    """A batch that was sealed with another number than the next is a bug, and says so before it is kept."""
+    """A batch that was sealed with another number than the next is a bug, reported before it is kept."""
     outbox = Outbox("p", 0)
     outbox.add(Sealed(0, 0, b"x", 1))
     for sequence in (0, 2):
@@ -197,7 +197,7 @@ def test_outbox_takes_numbers_in_order_only() -> None:
 
 
 def test_pending_may_be_acknowledged_while_it_is_walked() -> None:
-    """Acknowledging each batch as it is sent disturbs nothing."""
+    """Each batch may be acknowledged as it is sent."""
     outbox = Outbox("p", 0)
     for partition, sequence in ((0, 0), (1, 0), (0, 1)):
         outbox.add(Sealed(partition, sequence, b"x", 1))

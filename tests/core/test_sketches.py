@@ -1,4 +1,4 @@
-"""The kinds that estimate: what they say is within their bounds, and does not depend on how deltas were merged."""
+"""Kinds that estimate: answers are within their bounds, and do not depend on how deltas were merged."""
 
 from collections import Counter
 from math import sqrt
@@ -26,7 +26,7 @@ DISTINCT, TOPK = KINDS["distinct"], KINDS["topk"]
 
 
 def hashes(count: int, seed: int = 1) -> list[int]:
-    """`count` different hashes."""
+    """Return `count` different hashes."""
     random = Random(seed)
     found: dict[int, None] = {}
     while len(found) < count:
@@ -36,7 +36,7 @@ def hashes(count: int, seed: int = 1) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 2, 255, EXACT_MAX])
 def test_a_few_items_are_counted_exactly(count: int) -> None:
-    """Up to a limit the estimate is the number, whatever comes how often."""
+    """Up to a limit the estimate is the exact number of items, however often each comes."""
     found = hashes(count)
     answer = DISTINCT.answer(DISTINCT.collect(found * 3))
     assert answer == {"estimate": count, "lower": count, "upper": count}
@@ -69,7 +69,7 @@ def test_distinct_depends_on_nothing_but_the_items(parts: list[tuple[int, int]],
     st.lists(st.lists(st.tuples(st.integers(0, 600), st.integers(1, 50)), min_size=1), min_size=1, max_size=8), st.randoms()
 )
 def test_counts_of_topk_are_within_their_bounds(parts: list[list[tuple[int, int]]], random: Any) -> None:
-    """In any order of merges the truth is between `count` and `upper`, and what each may lack is bounded by the total."""
+    """In any order of merges the truth is between `count` and `upper`, whose distance the total bounds."""
     many = [(number, 1 + number % 3) for number in range(TOPK_ITEMS_MAX + 40)]
     true: Counter[str] = Counter()
     states = []
@@ -109,7 +109,7 @@ def test_items_are_texts_and_ints() -> None:
 
 @pytest.mark.parametrize("item", [None, 1.5, True, b"x", ["a"], {}, "\ud800", "x" * (ITEM_BYTES_MAX + 1), "ü" * 200, 2**300])
 def test_what_is_no_item_is_refused(item: object) -> None:
-    """`Invalid`, in few words."""
+    """A value that is no item is `Invalid`, in few words."""
     for kind in (DISTINCT, TOPK):
         with pytest.raises(Invalid) as caught:
             kind.check(item)
@@ -118,7 +118,7 @@ def test_what_is_no_item_is_refused(item: object) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, None, 2**63])
 def test_an_item_is_added_a_whole_number_of_times(count: object) -> None:
-    """`Invalid` for any other number."""
+    """A number of times that is not whole and positive is `Invalid`."""
     with pytest.raises(Invalid, match="whole number of times"):
         TOPK.check(("tea", count))
 
@@ -158,6 +158,6 @@ WORD = (1).to_bytes(8, "big")
     ],
 )  # fmt: skip
 def test_states_that_are_bad(kind: str, columns: list[list[Any]]) -> None:
-    """What no merge of deltas can make is a bad record."""
+    """Columns that no merge of deltas can make are a bad record."""
     with pytest.raises(BadRecord):
         KINDS[kind].from_columns(columns, 1)

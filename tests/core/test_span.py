@@ -1,4 +1,4 @@
-"""Ranges of windows: where they begin and end, and what each point is made of."""
+"""Ranges of windows: their bounds, and the windows in each point."""
 
 from itertools import pairwise
 from math import ceil
@@ -46,7 +46,7 @@ def test_a_range_has_whole_windows_and_steps(a: int, b: int, step: int, more: in
 
 @given(st.integers(0, TIME_MS_MAX), steps)
 def test_without_a_start_there_are_the_last_steps(now: int, step: int) -> None:
-    """60 steps end with the window that now is in, or as many as there are since 1970."""
+    """Without a start, 60 steps end with the present window, or as many as there are since 1970."""
     found = span(now_ms=now, step_ms=step)
     assert found.point_count == max(1, min(STEPS_DEFAULT, max(W, ceil(now / W) * W) // step))
     assert found.start_ms >= 0
@@ -95,7 +95,7 @@ def test_the_step_that_an_error_names_fits() -> None:
 
 @given(spans, st.data())
 def test_points_are_the_merge_of_what_they_cover(it: Span, data: st.DataObject) -> None:
-    """However points overlap, each is the merge of exactly its buckets, and no state is merged often."""
+    """Each point is the merge of exactly its buckets, however points overlap, and no state is merged often."""
     count = (it.end_ms - it.covered_ms) // it.bucket_ms
     there = sorted(data.draw(st.sets(st.integers(0, count - 1))))
     merges = 0
@@ -184,7 +184,7 @@ def test_functions_are_what_their_names_say(it: Span, data: st.DataObject, name:
 
 @pytest.mark.parametrize(("name", "kind", "said"), [("median", "sum", "fn: one of rate"), ("rate", "max", "of kind max")])
 def test_a_function_that_can_not_be_is_refused(name: str, kind: str, said: str) -> None:
-    """Functions have names, and are of sums."""
+    """An unknown function, or one of a view that is no sum, is refused."""
     with pytest.raises(Invalid, match=said):
         check_function(name, kind, Span(0, W, W, W))
 

@@ -1,4 +1,4 @@
-"""StatsD lines: what they say, or why they say nothing."""
+"""StatsD lines: their samples, or the reason why they have none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read(line: bytes) -> Line:
     ],
 )
 def test_what_a_line_says(line: bytes, said: dict[str, Any]) -> None:
-    """Every part of StatsD's and DogStatsD's grammar; ints stay ints, and a tenth is a tenth."""
+    """Every part of StatsD's and DogStatsD's grammar is read; ints stay ints, and a tenth is a tenth."""
     found = read(line)
     for name, value in said.items():
         assert getattr(found, name) == value
@@ -104,13 +104,13 @@ def test_what_a_line_says(line: bytes, said: dict[str, Any]) -> None:
     ],
 )
 def test_why_a_line_says_nothing(line: bytes, reason: str) -> None:
-    """Each way to be wrong has its reason."""
+    """Each way for a line to be wrong has its reason."""
     assert parse_line(line, MOST) == Malformed(reason)
 
 
 @pytest.mark.parametrize("line", [b"", b" ", b"\r", b"\t \x0b"])
 def test_a_blank_line_is_nothing(line: bytes) -> None:
-    """Neither said nor wrong."""
+    """A blank line is no sample and no error."""
     assert parse_line(line, MOST) is None
 
 
@@ -145,7 +145,7 @@ PARTS = st.sampled_from(
 @example(b"a:1|c|@" + b"0" * 400 + b".1")
 @example(b"a:1|c|@1e-999")
 def test_any_bytes_are_read_or_refused(line: bytes) -> None:
-    """Nothing raises; what is read has Prometheus names and finite numbers, and what is not has a known reason."""
+    """Any line is read or refused without an exception: with Prometheus names and finite numbers, or a known reason."""
     found = parse_line(line, MOST)
     if isinstance(found, Malformed):
         assert found.reason in REASONS
@@ -164,7 +164,7 @@ def test_any_bytes_are_read_or_refused(line: bytes) -> None:
     ),
 )
 def test_a_counter_is_its_value_by_its_rate(value: int, tenths: int, tags: dict[str, str]) -> None:
-    """Exactly, if that is whole; and its tags are what they were, in any order."""
+    """A counter is exactly its value divided by its rate, if that is whole, and keeps its tags in any order."""
     line = f"n:{value}|c|@{tenths / 10}|#" + ",".join(f"{name}:{text}" for name, text in tags.items())
     found = read(line.encode())
     whole, rest = divmod(value * 10, tenths)
@@ -173,7 +173,7 @@ def test_a_counter_is_its_value_by_its_rate(value: int, tenths: int, tags: dict[
 
 
 def test_names_that_are_none() -> None:
-    """Empty, too long, or of other characters."""
+    """An empty name, a long one, or one of other characters is refused."""
     assert [prometheus_name(name) for name in ("", "a" * 200, "a{b}", "a\n", "1", "-")] == [
         None,
         None,

@@ -1,4 +1,4 @@
-"""Answers as rows for other programs: every value comes through whole, and nothing that was published becomes markup."""
+"""Answers as rows for other programs: every value comes through whole, and no published text becomes markup."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def answer(values: list[Any], *, windowed: bool = True, label: str = "x", of: str = "a") -> Answer:
-    """A series with a point of each value, or a series of each value."""
+    """Return an answer of a series with a point for each value, or of a series for each value."""
     if windowed:
         points = [(i * 1_000, value) for i, value in enumerate(values)]
         return Answer("v", "sum", (label,), [Series({label: of}, points=points)], AsOf(3, {}), step_ms=1_000, over_ms=1_000)
@@ -52,7 +52,7 @@ def answer(values: list[Any], *, windowed: bool = True, label: str = "x", of: st
 )
 @pytest.mark.parametrize("windowed", [True, False])
 def test_values_come_through_whole(windowed: bool, values: list[Any], arrow: str, pandas: str, polars: str) -> None:
-    """Each library has the type that holds all values; starts are times in UTC, to the millisecond."""
+    """Each library's columns have a type that holds all values; starts are times in UTC, to the millisecond."""
     it = answer(values, windowed=windowed)
     table, frame, other = it.to_arrow(), it.to_pandas(), it.to_polars()
     assert (str(table.schema.field("value").type), str(frame.dtypes["value"]), str(other.schema["value"])) == (
@@ -87,7 +87,7 @@ def test_values_come_through_whole(windowed: bool, values: list[Any], arrow: str
 
 @given(st.lists(some.scalars, max_size=6), st.booleans())
 def test_any_values_have_a_table(values: list[Any], windowed: bool) -> None:
-    """Whatever `last` holds."""
+    """Any values of `last` become tables, HTML and sparklines."""
     it = answer(values, windowed=windowed)
     assert it.to_arrow().num_rows == len(it.to_pandas()) == len(it.to_polars()) == len(values)
     assert isinstance(it._repr_html_(), str)
@@ -96,7 +96,7 @@ def test_any_values_have_a_table(values: list[Any], windowed: bool) -> None:
 
 @pytest.mark.parametrize("name", ["pyarrow", "pandas", "polars"])
 def test_a_library_that_is_missing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the command that installs it."""
+    """The error for a missing library has the command that installs it."""
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=f"needs {name}: pip install {name}"):
         getattr(answer([1]), f"to_{name.removeprefix('py')}")()
@@ -111,7 +111,7 @@ def test_labels_keep_their_names() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_every_kind_can_be_shown(kind: str, data: st.DataObject) -> None:
-    """Answers of each kind become rows everywhere, with points and without; what is drawn of one is a number or nothing."""
+    """Answers of each kind become rows everywhere, with points and without; a drawn value is a number or nothing."""
     values = [None, *map(KINDS[kind].answer, data.draw(some.states(kind, count=2)))]
     for windowed in (True, False):
         it = msgspec.structs.replace(answer(values, windowed=windowed), kind=kind)
@@ -144,7 +144,7 @@ def test_rows_as_text(values: list[Any], of: str, windowed: bool) -> None:
 
 
 def test_html_has_no_markup_of_others() -> None:
-    """Names, labels and texts are escaped; many rows are cut, and that is said."""
+    """Names, labels and texts are escaped; too many rows are cut, and the table says so."""
     evil = '<script>alert(1)</script>&"'
     it = Answer(evil, "last", (evil,), [Series({evil: evil}, evil)], AsOf(None, {}))
     text = it._repr_html_()
@@ -158,7 +158,7 @@ def test_html_has_no_markup_of_others() -> None:
 
 
 def test_sparklines() -> None:
-    """From 0 or the least to the most; blanks for what is no number; the largest of the values of a bar."""
+    """Bars reach from 0, or the least, to the most; a value that is no number is blank; a bar shows its largest value."""
     assert sparkline([0, 1, 2, 7], 10) == "▁▂▃█"
     assert sparkline([7, 7], 10) == "██"
     assert sparkline([-7, 0], 10) == "▁█"
@@ -170,7 +170,7 @@ def test_sparklines() -> None:
 
 
 def test_answers_are_iterable() -> None:
-    """An answer is its series; points say whether they are final; a single point is a value."""
+    """Iteration yields an answer's series; points say whether they are final; a single point is a value."""
     it = answer([1, 2])
     assert [*it] == it.series
     with pytest.raises(Exception, match="2 points"):

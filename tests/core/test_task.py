@@ -65,7 +65,7 @@ def task_in(phase: Phase) -> Task:
 
 @pytest.mark.parametrize(("phase", "step"), [*itertools.product(Phase, TaskEvent)], ids=lambda value: value.value)
 def test_transitions(phase: Phase, step: TaskEvent) -> None:
-    """A step that the table has leads where it says; any other is a bug that crashes, and changes nothing."""
+    """A step in the table leads to its phase; any other is a bug that crashes, and changes nothing."""
     task = task_in(phase)
     if (phase, step) in TRANSITIONS:
         STEPS[step](task)
@@ -77,7 +77,7 @@ def test_transitions(phase: Phase, step: TaskEvent) -> None:
 
 
 def test_the_table_says_the_protocol() -> None:
-    """Restore, then fold at any time, with one commit at a time: this and nothing else is legal."""
+    """Only this is legal: restore, then fold at any time, with one commit at a time."""
     legal = {(phase.value, step.value): after.value for (phase, step), after in TRANSITIONS.items()}
     assert legal == {
         ("assigned", "restored"): "folding",
@@ -94,7 +94,7 @@ def test_the_table_says_the_protocol() -> None:
 
 
 def test_states_are_merged_across_commits() -> None:
-    """Each commit holds absolute states: what was committed merged with what was folded."""
+    """A commit holds absolute states: the committed ones merged with the folded ones."""
     shell = Shell()
     shell.fold(batch(0, add(1), group(W, {(): 5})), batch(1, add(2), add(10, "y")))
     commit = shell.commit()
@@ -147,7 +147,7 @@ def test_a_crash_before_the_commit_is_durable_changes_nothing(steps: int) -> Non
 
 
 def test_an_empty_commit_is_a_position() -> None:
-    """With nothing folded a commit still says when it was made; nothing else is in it."""
+    """With nothing folded a commit holds its position with its time, and nothing else."""
     shell = Shell()
     commit = shell.commit()
     assert (commit.keys, commit.dead_letters, commit.series_count) == ([POSITION_KEY], [], 0)
@@ -190,7 +190,7 @@ def test_holes_in_the_offsets() -> None:
 
 
 def test_records_below_the_position_are_skipped() -> None:
-    """A record that was folded before is not looked at again, in whatever run it comes."""
+    """A record that was folded before is skipped, in whatever run it comes."""
     shell = Shell()
     first, second = batch(0, add(1)), batch(1, add(2))
     shell.fold(first)
@@ -207,7 +207,7 @@ def test_records_below_the_position_are_skipped() -> None:
 
 
 def test_dirty() -> None:
-    """Dirty is whether the log was read beyond what the last freeze holds."""
+    """A task is dirty if the log was read beyond what the last freeze holds."""
     shell = Shell()
     assert not shell.task.dirty
     shell.fold(batch(0, add(1)))
@@ -320,7 +320,7 @@ def test_below_the_floor_everything_is_settled() -> None:
 
 
 def test_an_old_epoch_is_refused() -> None:
-    """Once a spool was opened anew, what an older process sends is dead-lettered, before and after a restart."""
+    """After a spool was opened anew, batches of an older process become dead letters, before and after a restart."""
     shell = Shell()
     shell.fold(batch(0, add(1), epoch=3), batch(1, add(10), epoch=2), batch(1, add(2), epoch=4))
     shell.commit()
@@ -410,7 +410,7 @@ U = Definition("u", "sum", ("a",))
     ids=lambda value: f"{value!r:.70}",
 )  # fmt: skip
 def test_a_group_is_the_unit_of_refusal(wrong: Group, reason: str) -> None:
-    """A wrong group touches no other: it alone is dead-lettered, as a batch of its own."""
+    """A wrong group becomes a dead letter, as a batch of its own, and touches no other."""
     shell = Shell()
     shell.fold(batch(0, add(1), wrong, group(W, {(): 5})))
     assert shell.task.counts == Counts(batches_folded=1, entries_folded=2, groups_refused=1)
@@ -445,7 +445,7 @@ def test_a_time_ahead_is_measured_from_the_record() -> None:
 
 
 def test_definitions_of_a_view_lie_side_by_side() -> None:
-    """Kinds, labels, monotone or not: nothing is refused, each definition has its own series, before and after a restart."""
+    """Definitions that differ in kind, labels or monotone have their own series, also after a restart; none is refused."""
     definitions = [
         V,
         Definition("v", "sum", ("a", "b")),
@@ -480,7 +480,7 @@ def test_an_id_that_two_definitions_share_is_refused_by_group(monkeypatch: pytes
 
 
 def test_a_later_definition_never_wins() -> None:
-    """A definition of a view is later than those that the partition has, whatever both clocks say, also after a restart."""
+    """A new definition of a view is dated after those in the partition, whatever both clocks say, also after a restart."""
     kinds = [Definition("v", kind) for kind in ("sum", "min", "max", "last")]
     shell = Shell()
     for i, (definition, at_ms, now_ms) in enumerate(zip(kinds, (9_000, 10, 9_000, 0), (9_500, 9_500, 20, 0), strict=True)):
@@ -495,7 +495,7 @@ def test_a_later_definition_never_wins() -> None:
 
 
 def test_definitions_are_limited() -> None:
-    """A group that would add one too many is refused; those of known definitions go on, also beside it."""
+    """A group that would add one definition too many is refused; groups of known definitions go on, also beside it."""
     shell = Shell(TaskLimits(views_max=2))
     u = Definition("u", "sum")
     shell.fold(batch(0, add(1)), batch(1, add(2), group(W, {(): 1}), group(u, {(): 1})), batch(2, add(4), group(W, {(): 1})))
@@ -551,7 +551,7 @@ def test_the_largest_ints_can_be_stored(kind: str) -> None:
 
 
 def test_the_overlay_is_full_by_entries() -> None:
-    """Full says that it is time to commit; series, dead letters and producers count; freezing empties it."""
+    """An overlay full of series, dead letters or producers calls for a commit; freezing empties it."""
     shell = Shell(TaskLimits(overlay_entries_max=5))
     assert not shell.task.full
     shell.fold(batch(0, add(1, "a"), add(1, "b")))
@@ -570,7 +570,7 @@ def test_the_overlay_is_full_by_entries() -> None:
 
 
 def test_the_overlay_is_full_by_bytes() -> None:
-    """Few series with much text fill it too, and so do bad records."""
+    """Few series with much text fill the overlay, too, and so do bad records."""
     text = Definition("t", "last")
     for fill in (batch(0, group(text, {(): "x" * 999})), b"?" * 1_000):
         shell = Shell(TaskLimits(overlay_bytes_max=1_000))
@@ -601,7 +601,7 @@ def test_the_cache_is_bounded_by_entries(entries_max: int) -> None:
 
 
 def test_the_cache_is_bounded_by_bytes() -> None:
-    """Long states and long labels count: a few of them push the others out."""
+    """Long states and labels count: a few of them push the others out of the cache."""
     text = Definition("t", "last", ("a",))
     for deltas in ({"s": "x" * 1_000}, {"s" * 1_000: 1}):
         ((label, value),) = deltas.items()
@@ -640,7 +640,7 @@ GOOD_STATE = encode_states(KINDS["sum"], [1])[0]
     ],
 )  # fmt: skip
 def test_a_corrupt_store_is_refused(definitions: list[bytes]) -> None:
-    """Definitions that cannot be read are `StoreCorrupt`: rebuild it from the changelog."""
+    """Definitions that cannot be read are `StoreCorrupt`, for which the store is rebuilt from the changelog."""
     with pytest.raises(StoreCorrupt, match="partition 3"):
         Task(3, TaskLimits()).restored(NO_POSITION, definitions)
 

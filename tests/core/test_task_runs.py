@@ -20,7 +20,7 @@ RUN = 10
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a few entries."""
+    """Limit runs to a few entries."""
     for module in (pipeline.core.record, pipeline.core.overlay):
         monkeypatch.setattr(module, "RUN_ENTRIES_MAX", RUN)
     monkeypatch.setattr(pipeline.core.overlay, "_SAMPLED", 2)
@@ -56,7 +56,7 @@ def _assert_in_order(commit: Commit) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_a_bad_suffix_in_a_later_run_spoils_the_whole_group() -> None:
-    """All or nothing holds across runs, and for that group only."""
+    """A group is folded whole or not at all, across runs, and no other group is affected."""
     shell = Shell()
     made = group(V, {(f"{n:03d}",): 1 for n in range(3 * RUN)})
     made.suffixes[-1] = b"bad"
@@ -81,7 +81,7 @@ def test_a_corrupt_entry_in_a_later_run_is_found() -> None:
 
 
 def test_runs_hold_everything_in_its_order() -> None:
-    """No list is empty or too long."""
+    """No list that runs return is empty or too long, and all is in its order."""
     for count in (0, 1, RUN_ENTRIES_MAX, RUN_ENTRIES_MAX + 1, 2 * RUN_ENTRIES_MAX):
         found = [*runs(range(count))]
         assert [item for run in found for item in run] == [*range(count)]

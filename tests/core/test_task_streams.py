@@ -29,7 +29,7 @@ from tests.support import examples
 
 VIEWS = [Definition(f"v_{kind}", kind, ("a",)) for kind in KINDS] + [Definition("v", "sum"), Definition("v_", "sum", ("a",))]
 WRONG = Definition("v", "sum", ("b", "a"))
-"""A definition that no publisher of ours sends: the groups beside it are folded."""
+"""Definition that no publisher of ours sends: groups beside it are folded."""
 
 
 @st.composite
@@ -49,7 +49,7 @@ def groups(draw: st.DrawFn) -> Group:
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[bytes | None]:
-    """A log: two producers' batches, each once or more, in any order, and some records that are bad."""
+    """Draw a log: two producers' batches, each once or more, in any order, and some bad records."""
     log: list[bytes | None] = []
     for producer_id in "pq":
         for sequence in range(draw(st.integers(1, 6))):
@@ -100,7 +100,7 @@ steps = st.lists(st.sampled_from(["fold"] * 4 + ["commit"] * 3 + ["crash", "refo
 
 
 def run(log: list[bytes | None], steps: list[str], limits: TaskLimits) -> Shell:
-    """Fold a log with commits and crashes at any step, then to its end. A step that is not legal at its time is left out."""
+    """Fold a log with commits and crashes at any step, then to its end; skip a step that is not legal at its time."""
     shell = Shell(limits)
     shell.append(*log)
     for step in steps:
@@ -137,7 +137,7 @@ caches = st.builds(
 
 
 def committed(shell: Shell) -> dict[bytes, bytes]:
-    """The store, but for the version of the definitions: that counts the commits which brought some."""
+    """Return the store without the version of the definitions, which counts the commits that brought some."""
     position = msgspec.structs.replace(shell.task.position, definitions_version=0)
     return {**shell.store, POSITION_KEY: encode_position(position)}
 
@@ -147,7 +147,7 @@ def committed(shell: Shell) -> dict[bytes, bytes]:
 def test_commits_crashes_and_caches_change_nothing(
     log: list[bytes | None], runs: list[tuple[list[str], TaskLimits]]
 ) -> None:
-    """One stream, any commits, crashes and cache sizes: the same bytes in the store, equal to a plain fold."""
+    """One stream, with any commits, crashes and cache sizes, makes the same store, equal to a plain fold."""
     straight = run(log, [], TaskLimits(ts_ahead_max_ms=TS_MS_MAX))
     states, bad, bad_groups = plain_fold(log)
     expected = {series_prefix(it) + suffix: some.image(KINDS[it.kind], state) for (it, suffix), state in states.items()}
@@ -165,7 +165,7 @@ def test_commits_crashes_and_caches_change_nothing(
 
 @st.composite
 def extremes(draw: st.DrawFn) -> bytes:
-    """Batches at and beyond the limits of numbers."""
+    """Draw batches at and beyond the limits of numbers."""
     sequence = draw(st.sampled_from([0, 2**63 - 3, 2**63 - 2, 2**63 - 1]))
     size = draw(
         st.sampled_from([9, BATCH_INT_BYTES_MAX, BATCH_INT_BYTES_MAX + 1, STATE_INT_BYTES_MAX, STATE_INT_BYTES_MAX + 1])
@@ -191,7 +191,7 @@ hostile = (
 @settings(max_examples=examples(200))
 @given(values=st.lists(hostile, max_size=5), data=st.data())
 def test_no_record_stops_a_partition(values: list[bytes | None], data: st.DataObject) -> None:
-    """Whatever bytes the log holds, they are folded or dead-lettered; what is committed can be read and added to."""
+    """Any bytes in the log are folded or dead-lettered, and committed states can be read and added to."""
     at_home = [
         None if value is None else sealed(value[9:]) for value in values
     ]  # in partition 0, with a checksum that is right

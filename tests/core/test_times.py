@@ -53,7 +53,7 @@ def test_a_time_is_one_however_it_is_written(ms: int, zone: timezone) -> None:
     ],
 )
 def test_what_is_no_time_is_refused(time: Any, said: str) -> None:
-    """The error names the parameter and what is needed."""
+    """The error names the parameter and the accepted forms."""
     with pytest.raises(Invalid, match=f"^start: .*{said}"):
         time_ms("start", time)
 
@@ -76,7 +76,7 @@ def test_a_length_is_one_however_it_is_written(seconds: int) -> None:
     ("text", "ms"), [("90s", 90_000), ("1m", 60_000), ("1h", 3_600_000), ("1d", 86_400_000), ("2w", 1_209_600_000)]
 )
 def test_units_of_a_length(text: str, ms: int) -> None:
-    """Seconds, minutes, hours, days and weeks."""
+    """A length may be in seconds, minutes, hours, days and weeks."""
     assert length_ms("step", text) == ms
     assert length_text(ms) == text
 
@@ -86,7 +86,7 @@ def test_units_of_a_length(text: str, ms: int) -> None:
     [0, -1, "0", "0s", "-1", "", "1.5", "1M", "1 m", "m", "9" * 13, "999999999999w", 2**60, 1.5, None, True, timedelta(0)],
 )
 def test_what_is_no_length_is_refused(length: Any) -> None:
-    """Nothing, less than nothing and what is too long are none."""
+    """A length of zero or less, or one that is too long, is refused."""
     with pytest.raises(Invalid, match=r"^over: a length above 0"):
         length_ms("over", length)
     with pytest.raises(Invalid, match="whole seconds"):

@@ -40,7 +40,7 @@ def test_either_token(a: Token, b: Token, c: Token) -> None:
 
 
 def test_a_token_keeps_its_own_numbers() -> None:
-    """Changing what a token was made from does not change it."""
+    """Changing the numbers that a token was made from does not change it."""
     next_offsets = {1: 2}
     token = Token(next_offsets, "t")
     next_offsets[1] = 3
@@ -48,7 +48,7 @@ def test_a_token_keeps_its_own_numbers() -> None:
 
 
 def test_a_token_names_the_topic_that_it_is_of() -> None:
-    """Equal offsets of two topics are two tokens; offsets of no topic, or of what can't be an id, are none."""
+    """Equal offsets of two topics are two tokens; offsets without a topic, or with a wrong id, are no token."""
     assert Token({0: 5}, "a") != Token({0: 5}, "b")
     assert Token({}, "a") == Token({}, "b") == Token()
     assert (str(Token()), Token.parse("")) == ("", Token())
@@ -58,7 +58,7 @@ def test_a_token_names_the_topic_that_it_is_of() -> None:
 
 
 def test_tokens_of_two_topics_are_not_merged() -> None:
-    """No read can wait for both: the error says why, and what to do."""
+    """No read can wait for tokens of two topics: the error says why, and what to do."""
     with pytest.raises(Invalid, match=r"two topics, a and b: .* use each for a read of its own"):
         _ = Token({0: 5}, "a") | Token({1: 5}, "b")
     assert Token({0: 5}, "a") | Token() == Token() | Token({0: 5}, "a") == Token({0: 5}, "a")
@@ -69,8 +69,8 @@ def test_tokens_of_two_topics_are_not_merged() -> None:
     ends=st.dictionaries(st.integers(0, 5), st.integers(0, 50)),
 )
 def test_what_two_topics_acknowledged(acknowledged: dict[int, int], ends: dict[int, int]) -> None:
-    """Between two equal ids all is of that topic. Else a read waits for all that the new topic can have acknowledged, and
-    for nothing that it does not hold.
+    """Between two equal ids all acknowledgements are of that topic. Otherwise a read waits for everything that the new topic
+    can have acknowledged, and for nothing that it does not hold.
     """
     assert name_acknowledged(acknowledged, "a", "a") == Token(acknowledged, "a")
     token = name_acknowledged(acknowledged, "a", "b", ends)
@@ -107,7 +107,7 @@ _FINE = ("t~0-42.3-17",)
 )  # fmt: skip
 @pytest.mark.parametrize("topic", ["", "t~"], ids=["without", "with"])
 def test_what_is_no_token(text: str, topic: str) -> None:
-    """A wrong token, such as one of version 1, is `Invalid`, quoted in a short message that shows what one looks like."""
+    """A wrong token, such as one of version 1, is `Invalid`, quoted in a short message with an example."""
     if (topic and "~" in text) or topic + text in _FINE:
         return
     with pytest.raises(Invalid, match="not a token") as caught:

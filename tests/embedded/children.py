@@ -1,6 +1,6 @@
 """Child processes to be killed, starved or forked: `python -m tests.embedded.children NAME ARGUMENT...`.
 
-A child says `WORD ...` a line, each line in one write, so that what its parent has read is what it had said.
+A child prints `WORD ...` a line, each line in one write, so that its parent reads only whole lines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def open_log(path: str | Path, *, fsync: bool = False) -> EmbeddedLog:
 
 
 def append(path: str, fsync: str, value_bytes: str) -> None:
-    """Append and commit for ever; say what was acknowledged: `A next_offset value`, `T value`."""
+    """Append and commit for ever; print each acknowledgement: `A next_offset value`, `T value`."""
     log = open_log(path, fsync=fsync == "fsync")
     transaction = log.transaction("child")
     number = 0
@@ -72,7 +72,7 @@ def append(path: str, fsync: str, value_bytes: str) -> None:
 
 
 def starved(path: str, file_bytes: str, value_bytes: str) -> None:
-    """Append until no file may grow any more: what a full disk does, without one."""
+    """Append until no file may grow any more, as on a full disk."""
     limit = int(file_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     append(path, "", value_bytes)
@@ -130,7 +130,7 @@ def hold_and_fork(path: str) -> None:
 
 
 def refused(kind: str, path: str) -> None:
-    """Open something as somebody who may not write there."""
+    """Open something as a user who may not write there."""
     importlib.import_module("pickle")  # rocksdict wants it, and nobody may not read everywhere
     if os.getuid() == 0:
         os.setgroups([])

@@ -1,4 +1,4 @@
-"""Children of these tests, and the log that they leave behind."""
+"""Children of these tests, and checks of the log that they leave behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def child(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A child that is gone when the body is left, whatever became of it."""
+    """Run a child that is gone when the body is left."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.embedded.children", *map(str, arguments)],
         cwd=ROOT,
@@ -37,7 +37,7 @@ def child(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def run_child(*arguments: object) -> list[str]:
-    """Everything that a child said, which must end by itself and well."""
+    """Return everything that a child prints, which must end by itself and well."""
     with child(*arguments) as process:
         said, _ = process.communicate(timeout=3 * DEADLINE_S)
     assert process.returncode == 0, f"exit code {process.returncode}; it said {said[-1000:]}"
@@ -45,7 +45,7 @@ def run_child(*arguments: object) -> list[str]:
 
 
 def wait_for_line(process: subprocess.Popen[str], word: str) -> str:
-    """The first line that starts with `word`."""
+    """Return the first line that starts with `word`."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(word):
@@ -54,7 +54,7 @@ def wait_for_line(process: subprocess.Popen[str], word: str) -> str:
 
 
 def kill_after(process: subprocess.Popen[str], seconds: float) -> list[str]:
-    """Let a child work for so long, kill -9 it, and return what it had said."""
+    """Let a child work for so long, kill -9 it, and return what it printed."""
     time.sleep(seconds)
     process.kill()
     assert process.stdout is not None
@@ -73,7 +73,7 @@ class Acknowledged:
         self.transactions: set[str] = set()
 
     def note(self, lines: list[str]) -> int:
-        """Take what a child said; the number of lines that acknowledge something."""
+        """Note the acknowledgements in a child's lines, and return their number."""
         count = 0
         for line in lines:
             word, *rest = line.rstrip("\n").split(" ")
@@ -88,7 +88,7 @@ class Acknowledged:
         return count
 
     def check(self, path: Path) -> None:
-        """Open the log: all of it is there, whole and in order, and the log goes on behind it."""
+        """Check that the log has all of them, whole and in order, and goes on behind them."""
         log = open_log(path)
         try:
             rows = {row.offset + 1: _name(row) for row in read(log, "events", 0)}
@@ -108,4 +108,4 @@ class Acknowledged:
             log.close()
 
     unsure = 0
-    """Appends that may have been under way when a child was killed: one a life."""
+    """Number of appends that may have been under way when a child was killed: one a life."""

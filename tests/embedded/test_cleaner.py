@@ -1,4 +1,4 @@
-"""Retention and compaction of the embedded log: what goes, what stays, and that nobody is disturbed by it."""
+"""Retention and compaction of the embedded log: what goes, what stays, and that neither disturbs anybody."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lab(tmp_path: Path) -> Iterator[EmbeddedLab]:
 
 
 class Stopped(Exception):
-    """The process ends here."""
+    """Simulated end of the process."""
 
 
 def offsets(lab: EmbeddedLab, topic: str) -> list[int]:
@@ -55,7 +55,7 @@ def chunk_sizes(lab: EmbeddedLab, topic: str) -> list[int]:
 
 
 def test_records_go_when_they_are_older_than_retention(lab: EmbeddedLab) -> None:
-    """By the age of the newest record of their append, oldest first; the start moves up behind them, and stays there."""
+    """Records go by the age of the newest record of their append, oldest first; the start moves up behind them for good."""
     for hour in range(0, 30, 6):
         append(lab.log, "events", 0, b"%d" % hour, b"%d" % hour)
         append(lab.log, "forever", 0, b"%d" % hour)
@@ -90,7 +90,7 @@ def test_retention_leaves_what_is_still_needed(lab: EmbeddedLab) -> None:
 
 
 def test_what_a_clean_removes_is_counted(tmp_path: Path) -> None:
-    """By topic and by what removed it."""
+    """Removed records are counted by topic and by retention or compaction."""
     counts: dict[Any, float] = {}
 
     class Recorder:
@@ -112,7 +112,7 @@ def test_what_a_clean_removes_is_counted(tmp_path: Path) -> None:
 
 
 def test_compaction_waits_until_it_is_worth_it(tmp_path: Path) -> None:
-    """For some records to look at, and for the topic's dirty ratio; superseded records below it stay."""
+    """Compaction waits for a number of records and for the topic's dirty ratio; superseded records below it stay."""
     topics = {"table": Topic("table", 1, "compact", min_cleanable_dirty_ratio=0.5)}
     lab = EmbeddedLab(tmp_path / "log", topics=topics)
     cleaner = Cleaner(lab.embedded, lab.settings, lab.clock)
@@ -130,7 +130,7 @@ def test_compaction_waits_until_it_is_worth_it(tmp_path: Path) -> None:
 
 
 def test_compaction_makes_full_chunks_of_small_ones(lab: EmbeddedLab) -> None:
-    """So that a restore reads few; chunks that are full, or hold large records, are left as they are."""
+    """Small chunks are joined, so that a restore reads few; chunks that are full, or hold large records, stay."""
     for number in range(3_000):
         append(lab.log, "table", 0, b"v" * 20, key=b"%d" % number)
     for number in range(4):
@@ -146,7 +146,7 @@ def test_compaction_makes_full_chunks_of_small_ones(lab: EmbeddedLab) -> None:
 
 
 def test_records_without_a_key_stay(lab: EmbeddedLab) -> None:
-    """Nothing supersedes them, and they supersede nothing."""
+    """Records without a key are not superseded, and supersede nothing."""
     append(lab.log, "table", 0, b"a", b"b")
     append(lab.log, "table", 0, b"c", b"d", key=b"k")
     assert lab.clean() == 1
@@ -154,7 +154,7 @@ def test_records_without_a_key_stay(lab: EmbeddedLab) -> None:
 
 
 def test_a_pass_holds_no_more_keys_than_it_may(tmp_path: Path) -> None:
-    """compaction_keys_max keys, and those of one append: then it rewrites, and goes on with the next ones."""
+    """A pass rewrites after compaction_keys_max keys, and those of one append, and goes on with the next ones."""
     lab = EmbeddedLab(tmp_path / "log", topics=ONE, compaction_keys_max=100)
     for start in range(0, 3_000, 50):
         appended(lab.log, [Message("table", 0, b"%d" % (n % 700), b"%d" % n) for n in range(start, start + 50)])
@@ -269,7 +269,7 @@ class Stopping(Cleaner):
 @given(steps=steps, keys_max=st.integers(1, 6), crash_after=st.integers(0, 4))
 @settings(max_examples=30)
 def test_compaction_changes_nothing_that_matters(steps: list[Any], keys_max: int, crash_after: int) -> None:
-    """Whatever is written, cleaned, crashed half way and opened again: what a follower from the start ends with is the same.
+    """A follower from the start ends with the same state, whatever is written, cleaned, crashed half way and opened again.
 
     Records that are kept are as they were, offsets rise, and the end never falls. A deleted key may be absent or have a
     tombstone; a tombstone that is younger than a day is there. After a whole pass no key is there twice.
@@ -320,7 +320,7 @@ def check(lab: EmbeddedLab, written: dict[int, Row], end: int) -> None:
 
 
 def test_cleaning_disturbs_neither_reader_nor_writer(lab: EmbeddedLab) -> None:
-    """Followers from the start and followers of the newest, while a writer appends: all end with the same table."""
+    """Followers from the start and followers of the newest end with the same table while a writer appends."""
     rng = random.Random(2)
     table: dict[bytes, bytes | None] = {}
     stop, done = threading.Event(), threading.Event()
@@ -366,7 +366,7 @@ def test_cleaning_disturbs_neither_reader_nor_writer(lab: EmbeddedLab) -> None:
 
 
 def test_the_cleaner_runs_by_itself(tmp_path: Path) -> None:
-    """Every maintenance_interval_ms, until it is stopped; stopping twice, or before it began, is fine."""
+    """The cleaner runs every maintenance_interval_ms, until it is stopped; it can be stopped twice, or before it began."""
     lab = EmbeddedLab(tmp_path / "log", topics=ONE, maintenance_interval_ms=10)
     Cleaner(lab.embedded, lab.settings, lab.clock).stop()
     cleaner = Cleaner(lab.embedded, lab.settings, lab.clock)
@@ -381,7 +381,7 @@ def test_the_cleaner_runs_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_stopped_cleaner_leaves_a_pass_where_it_is(lab: EmbeddedLab) -> None:
-    """stop() waits for one chunk, not for a pass; the next pass does it all."""
+    """stop() waits for one chunk, not for a pass; the next pass completes the work."""
     for number in range(0, 8_000, 2_000):
         appended(lab.log, [Message("table", 0, b"%d" % (n % 3_000), b"") for n in range(number, number + 2_000)])
 

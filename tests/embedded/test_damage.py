@@ -1,4 +1,4 @@
-"""Bytes that can't be trusted are never passed off as data nor skipped in silence, and what is still good is not deleted."""
+"""Damaged bytes are neither passed off as data nor skipped in silence, and undamaged ones are not deleted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUE = b"v" * 50
 
 
 def the_file(folder: Path, pattern: str) -> Path:
-    """The newest file of this kind."""
+    """Return the newest file of this kind."""
     return sorted(folder.glob(pattern))[-1]
 
 
@@ -61,7 +61,7 @@ def use(store: Store) -> None:
 
 
 def test_a_broken_block_of_a_store(stores: RocksStores, tmp_path: Path) -> None:
-    """Every way to read it raises StoreCorrupt; none answers with less than there is."""
+    """Every way to read a store with a broken block raises StoreCorrupt, and none answers with less than there is."""
     flip(the_file(tmp_path / "0", "*.sst"), 0.3)
     store = stores.open(0)
     use(store)
@@ -71,7 +71,7 @@ def test_a_broken_block_of_a_store(stores: RocksStores, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "empty", "gone"])
 @pytest.mark.parametrize("name", ["CURRENT", "MANIFEST-*", "*.sst"])
 def test_a_store_that_can_not_be_opened(stores: RocksStores, tmp_path: Path, name: str, damage: str) -> None:
-    """StoreCorrupt, with its path; then it can be destroyed and made anew."""
+    """Opening raises StoreCorrupt with the path; then the store can be destroyed and made anew."""
     path = the_file(tmp_path / "0", name)
     match damage:
         case "flip":
@@ -91,7 +91,7 @@ def test_a_store_that_can_not_be_opened(stores: RocksStores, tmp_path: Path, nam
 
 @pytest.mark.parametrize("how", ["open", "get", "scan", "snapshot"])
 def test_a_store_can_be_replaced_while_its_error_is_handled(stores: RocksStores, tmp_path: Path, how: str) -> None:
-    """An error holds every frame that it came through, but none of them holds the files."""
+    """An error holds every frame that it came through, but no frame holds the store's files."""
     flip(the_file(tmp_path / "0", "CURRENT" if how == "open" else "*.sst"), 0.3)
     try:
         store = stores.open(0)
@@ -158,7 +158,7 @@ def test_a_broken_block_of_the_log(log_lab: EmbeddedLab, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["CURRENT", "MANIFEST-*", "*.sst"])
 def test_a_log_that_can_not_be_opened(log_lab: EmbeddedLab, tmp_path: Path, name: str) -> None:
-    """LogCorrupt, and not a file of it is touched: there is nothing to restore it from."""
+    """Opening raises LogCorrupt, and touches no file of the log: there is nothing to restore it from."""
     path = copy_of(log_lab, tmp_path / "copy")
     log_lab.embedded.close()
     the_file(path, name).write_bytes(b"nonsense")
@@ -171,7 +171,7 @@ def test_a_log_that_can_not_be_opened(log_lab: EmbeddedLab, tmp_path: Path, name
 
 
 def write_ahead_log(lab: EmbeddedLab) -> list[int]:
-    """300 appends that are in the write-ahead log only; the size of that log after each."""
+    """Append 300 times to the write-ahead log only, and return its size after each."""
     sizes = []
     for number in range(300):
         append(lab.log, "events", 0, b"%d" % number + VALUE)
@@ -181,7 +181,7 @@ def write_ahead_log(lab: EmbeddedLab) -> list[int]:
 
 
 def test_a_torn_tail_is_what_kill_9_leaves(log_lab: EmbeddedLab, tmp_path: Path) -> None:
-    """Cut anywhere within an append that was not acknowledged: that one is gone, all before it are there, and it goes on."""
+    """A log cut within an unacknowledged append lacks that one only, and goes on."""
     noted = checkpoint_path(log_lab.path).read_bytes()
     sizes = write_ahead_log(log_lab)
     for case, (number, cut) in enumerate([(299, 1), (299, 30), (299, sizes[299] - sizes[298] - 1), (150, 5), (0, 20)]):

@@ -32,7 +32,7 @@ LATER_S = 1e12
 
 
 def flip_everywhere(path: Path) -> None:
-    """Change a byte of every block of data; what is behind them is read when a file is opened, not later."""
+    """Change a byte of every block of data, but not the blocks behind them, which are read when a file is opened."""
     for file in path.glob("*.sst"):
         data = bytearray(file.read_bytes())
         for at in range(100, int(len(data) * 0.7), 500):
@@ -42,7 +42,7 @@ def flip_everywhere(path: Path) -> None:
 
 
 class Meter(PublisherMeter):
-    """Counts what a worker counts; its gauges go with a partition."""
+    """A `metrics.Metrics` that counts what a worker counts; its gauges go with a partition."""
 
     def forget(self, partition: int) -> None:
         """Do nothing: only counters matter here."""
@@ -125,7 +125,7 @@ READS: dict[str, Callable[[Running], object]] = {
 
 @pytest.mark.parametrize("kind", [*READS])
 def test_a_read_that_meets_damage(running: Running, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """503 with progress for whatever is read, not ready, one line in the log; then exact, in the same process."""
+    """Any read that meets damage is 503 with progress, not ready, one line in the log; then exact, in the same process."""
     running.damage(0)
     with caplog.at_level(logging.WARNING), pytest.raises(NotReady, match="partition 0: its store was damaged"):
         READS[kind](running)
@@ -170,7 +170,7 @@ def test_while_it_is_rebuilt_nothing_is_answered(running: Running) -> None:
 
 
 def test_readers_at_work(running: Running) -> None:
-    """Many threads, each with its way to read: what they are answered is exact; nothing is answered from what is damaged."""
+    """Many threads that read in their own ways get exact answers, or none from damaged data."""
     stop, wrong = threading.Event(), []
     answered = [0] * 3
 
@@ -202,7 +202,7 @@ def test_readers_at_work(running: Running) -> None:
 
 
 def test_a_commit_that_meets_damage(running: Running) -> None:
-    """The worker does not end: it takes the partition over again, and counts each delta once."""
+    """A worker whose commit meets damage takes the partition over again, and counts each delta once."""
     running.damage(0, 1)
     running.publish([RawDelta("v", "sum", {"n": str(n)}, 10_000) for n in range(SERIES)])
     wait_until(lambda: running.rebuilt() == [1, 1], "both to be rebuilt")
@@ -213,7 +213,7 @@ def test_a_commit_that_meets_damage(running: Running) -> None:
 
 
 def test_damage_again_and_again(running: Running) -> None:
-    """Each time it is rebuilt: what comes back with a disk is no reason to end."""
+    """A store that is damaged again and again is rebuilt each time, and the process does not end."""
     for count in range(1, 4):
         running.restart()  # so that the store is in files again
         running.damage(1)
@@ -225,7 +225,7 @@ def test_damage_again_and_again(running: Running) -> None:
 
 
 def the_file(folder: Path, pattern: str) -> Path:
-    """The newest file of this kind."""
+    """Return the newest file of this kind."""
     return sorted(folder.glob(pattern))[-1]
 
 
@@ -261,7 +261,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", [*DAMAGES])
 def test_a_start_on_a_damaged_store(running: Running, damage: str) -> None:
-    """Whatever was damaged while nobody ran: the start, or the first read, notices; at most one rebuild; exact."""
+    """Damage done while nothing ran is noticed by the start, or the first read; at most one rebuild; exact."""
     assert running.engine.stop()
     DAMAGES[damage](running.data / "stores" / "0")
     running.engine = running._start()
@@ -279,12 +279,12 @@ def test_a_start_on_a_damaged_store(running: Running, damage: str) -> None:
 
 
 HARMLESS = {"index or filter at 0.95", "half a manifest"}
-"""A filter is not needed. What a manifest says at its end may not be either; a store may also be as it was before."""
+"""Damage that need not be noticed: a filter is not needed, and a manifest's end may not be, or the store is an older one."""
 
 
 @pytest.mark.parametrize("where", ["value", "definition"])
 def test_an_entry_that_can_not_be_decoded(running: Running, where: str) -> None:
-    """Whole bytes that say nothing: rebuilt as if a block were broken."""
+    """A store with whole bytes that can't be decoded is rebuilt as if a block were broken."""
     partition = running.engine.partitions[0]
     if where == "value":
         prefix = view_prefix("v")
@@ -300,7 +300,7 @@ def test_an_entry_that_can_not_be_decoded(running: Running, where: str) -> None:
 
 
 def test_who_holds_the_error_does_not_hold_the_store(running: Running) -> None:
-    """A rebuild waits for scans of the old store: none is held by what a read has raised."""
+    """A rebuild waits for scans of the old store, and no error that a read has raised holds one."""
     running.damage(0)
     held = []
     for kind in ("scan", "scrape"):
@@ -315,7 +315,7 @@ def test_who_holds_the_error_does_not_hold_the_store(running: Running) -> None:
 
 
 def test_a_changelog_that_holds_it_too(running: Running) -> None:
-    """If the rebuilt store has the entry again, it is not rebuilt for ever: the log is named."""
+    """A store that has the same entry again after a rebuild is not rebuilt for ever: the log is named."""
     partition = running.engine.partitions[0]
     prefix = view_prefix("v")
     key = next(partition.store.scan(prefix, prefix_end(prefix)))[0]
@@ -334,7 +334,7 @@ def test_a_changelog_that_holds_it_too(running: Running) -> None:
 
 
 def test_a_commit_that_meets_what_can_not_be_decoded(running: Running) -> None:
-    """Rebuilt once, and each delta counts once; if the rebuilt store has it again, the worker ends and names the log."""
+    """A store is rebuilt once, and each delta counts once; if the entry comes again, the worker ends and names the log."""
     partition = running.engine.partitions[0]
     prefix = view_prefix("v")
     key = next(partition.store.scan(prefix, prefix_end(prefix)))[0]

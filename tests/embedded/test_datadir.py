@@ -1,4 +1,4 @@
-"""One process at a time has a state folder, and only a folder that is one."""
+"""One process at a time owns a state folder, and other folders are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_new_folder_becomes_a_data_directory(tmp_path: Path) -> None:
 
 
 def test_the_same_process_is_refused_too(tmp_path: Path) -> None:
-    """A second one in this process is one too many, and changes nothing for the first."""
+    """A second owner in this process is refused, and changes nothing for the first."""
     with DataDir(tmp_path):
         for _ in range(2):
             with pytest.raises(Unavailable, match=f"in use by process {os.getpid()}"):
@@ -47,7 +47,7 @@ def test_another_process_is_refused_by_name_until_it_is_killed(tmp_path: Path) -
 
 
 def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """A lock is inherited by fork; a data directory is not."""
+    """A child that outlives its parent does not keep the data directory, although it inherits the lock."""
     with child("hold_and_fork", tmp_path) as process:
         wait_for_line(process, "ready")
         process.send_signal(signal.SIGKILL)
@@ -56,7 +56,7 @@ def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path)
 
 
 def test_an_owner_that_ends_in_good_order_frees_it(tmp_path: Path) -> None:
-    """Leaving the `with` block lets go."""
+    """Leaving the `with` block frees the folder."""
     with child("hold", tmp_path) as process:
         wait_for_line(process, "ready")
         assert process.stdin is not None
@@ -67,7 +67,7 @@ def test_an_owner_that_ends_in_good_order_frees_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    """No VERSION, but other files: refused, and nothing is written but the lock."""
+    """A folder without VERSION but with other files is refused, and nothing is written but the lock."""
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(Invalid, match="neither empty nor a data directory"):
         DataDir(tmp_path)
@@ -85,7 +85,7 @@ def test_another_version_is_refused(tmp_path: Path, version: bytes) -> None:
 
 
 def test_a_crash_while_it_is_made_is_no_obstacle(tmp_path: Path) -> None:
-    """VERSION is there whole or not at all; what is left of an attempt is no foreign file."""
+    """VERSION is there whole or not at all, and remains of an attempt are no foreign file."""
     (tmp_path / "LOCK").touch()
     (tmp_path / "VERSION.new").touch()
     with DataDir(tmp_path):
@@ -125,7 +125,7 @@ def test_the_folder_of_another_app_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["file", "file/below", "file/below/it"])
 def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
-    """Neither is anything below a file."""
+    """A file, or a path below a file, is refused as a folder."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(Invalid, match=r"data directory .*file.*: .*(File exists|Not a directory)"):
         DataDir(tmp_path / name)
@@ -167,7 +167,7 @@ def test_a_folder_that_can_not_be_written_is_invalid(public_path: Path, kind: st
 
 
 def test_closing_twice_is_fine(tmp_path: Path) -> None:
-    """And the folder is free."""
+    """Closing twice frees the folder, too."""
     data = DataDir(tmp_path)
     data.close()
     data.close()

@@ -1,4 +1,4 @@
-"""Definitions never conflict, end to end on the embedded engine: whatever others send, what was acknowledged counts."""
+"""Definitions never conflict on the embedded engine: acknowledged deltas count, whatever else is sent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def delta(view: str, value: Any = 1, kind: str = "sum", **labels: str) -> RawDel
 
 
 def rows(engine: Engine, view: str, token: Token, **query: Any) -> dict[tuple[str, ...], Any]:
-    """The series of a view, once what the token covers is folded."""
+    """Return the series of a view, once everything that the token covers is folded."""
 
     def folded() -> bool:
         return all(
@@ -59,12 +59,12 @@ def letters(engine: Engine) -> int:
 
 
 def other_gateway(engine: Engine) -> Gateway:
-    """A second gateway on the same log, which knows nothing of views."""
+    """Return a second gateway on the same log, which knows nothing of views."""
     return Gateway(engine.log, SystemClock(), PublisherSettings(), {}.get)
 
 
 class _Shared:
-    """The engine's log, for a publisher that closes it."""
+    """The engine's log, for a publisher that would close it."""
 
     def __init__(self, engine: Engine) -> None:
         log = engine.log
@@ -72,7 +72,7 @@ class _Shared:
         self.topic_id, self.high_watermarks = log.topic_id, log.high_watermarks
 
     def close(self) -> None:
-        """The engine closes it."""
+        """Leave the log open: the engine closes it."""
 
 
 def test_a_view_that_is_known_otherwise_costs_no_other(engine: Engine) -> None:
@@ -95,7 +95,7 @@ def test_a_view_that_is_known_otherwise_costs_no_other(engine: Engine) -> None:
 
 
 def test_two_gateways_with_different_first_labels(engine: Engine) -> None:
-    """All 16 deltas that both have accepted are counted, and those that went with them."""
+    """All 16 deltas that both gateways have accepted are counted, and those that went with them."""
     other = other_gateway(engine)
     token = Token()
     for i in range(8):
@@ -113,7 +113,7 @@ def test_two_gateways_with_different_first_labels(engine: Engine) -> None:
 
 
 def test_definitions_are_read_merged(engine: Engine) -> None:
-    """`orders(region)` and `orders(region, product)`: one view, in which a label that is lacking is empty."""
+    """`orders(region)` and `orders(region, product)` are one view, in which a missing label is empty."""
     token = engine.ingest.deltas([delta("orders", 1, region="eu"), delta("orders", 2, region="us")])
     token |= other_gateway(engine).deltas([delta("orders", 10, region="eu", product="tea")])
     assert rows(engine, "orders", token) == {("", "eu"): 1, ("", "us"): 2, ("tea", "eu"): 10}
@@ -121,7 +121,7 @@ def test_definitions_are_read_merged(engine: Engine) -> None:
 
 
 def test_empty_views_use_nothing_up(engine: Engine) -> None:
-    """10,000 of them in a request are refused at the door; so is a view that there is no room for, before it has a token."""
+    """10,000 empty views in a request are refused at the door, as is a view without room, before it has a token."""
     groups = [Group(Definition(f"empty{i}", "sum"), [], []) for i in range(10_000)]
     secret = "of a stranger"
     batch = encode_batch(Batch(producer_id_of(secret), 0, 0, 0, 0, 1, groups))

@@ -1,4 +1,4 @@
-"""A full disk: a clear error, nothing acknowledged is lost, nothing is half there, and it goes on once there is room."""
+"""A full disk: a clear error, no acknowledged record is lost, none is there in part, and it goes on once there is room."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(path: Path) -> None:
-    """Leave no room."""
+    """Fill the disk."""
     with suppress(OSError), path.open("wb", buffering=0) as filler:
         while filler.write(bytes(4096)) == 4096:
             pass
 
 
 def test_a_log_on_a_full_disk(small_disk: Path) -> None:
-    """The error names the reason; with more room all that was acknowledged is there, and appending goes on."""
+    """The error names the reason; with more room all acknowledged records are there, and appending goes on."""
     path = small_disk / "log"
     acknowledged = check_said(run_child("append", path, "", 3_000), "No space left on device", "NoSpace")
     fill(small_disk / "filler")
@@ -81,7 +81,7 @@ def test_a_log_on_a_full_disk(small_disk: Path) -> None:
 
 
 def test_a_store_that_can_not_grow(tmp_path: Path) -> None:
-    """Unavailable; after that it is as it was after some earlier write, and can be written."""
+    """A store that can not grow is Unavailable; after that it is in an earlier state, and can be written."""
     said = run_child("store", tmp_path, 100_000)
     assert said[-1].startswith("failed Unavailable store ")
     stores = RocksStores(tmp_path, LogSettings())
@@ -94,7 +94,7 @@ def test_a_store_that_can_not_grow(tmp_path: Path) -> None:
 
 
 def test_stores_that_can_not_be_made_durable(tmp_path: Path) -> None:
-    """Closing them says so; those that can are closed all the same, and one that is destroyed need not be closed first."""
+    """Closing such stores fails; the others are closed all the same, and one that is destroyed need not be closed first."""
     failed, closed = run_child("close_store", tmp_path)
     assert failed.startswith("failed Unavailable store ")
     assert closed == "closed all"

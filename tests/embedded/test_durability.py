@@ -1,4 +1,4 @@
-"""Acknowledged records survive kill -9 at any moment, and nothing is ever there in part."""
+"""Acknowledged records survive kill -9 at any moment, and no append is ever there in part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.embedded.support import Acknowledged, child, kill_after, wait_for_lin
 
 @pytest.mark.parametrize(("how", "rounds"), [("", 6), ("fsync", 2)])
 def test_the_log_survives_kill_9(tmp_path: Path, how: str, rounds: int) -> None:
-    """Round after round: every acknowledged record is there under its offset, every transaction whole or not at all."""
+    """In each round every acknowledged record is there under its offset, every transaction whole or not at all."""
     rng = random.Random(5)
     acknowledged = Acknowledged()
     count = 0

@@ -1,4 +1,4 @@
-"""The embedded log beyond the contract: opening, closing, failing, and what only one process can promise."""
+"""The embedded log beyond the contract: opening, closing, failing, and promises of one process only."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_log(lab: EmbeddedLab, topics: dict[str, Topic] = TOPICS, **settings: An
 
 
 def test_everything_is_there_after_opening_again(lab: EmbeddedLab) -> None:
-    """Records, offsets and watermarks of every topic and partition; appending goes on where it was."""
+    """Records, offsets and watermarks of every topic and partition are there, and appending goes on behind them."""
     for topic in TOPICS:
         for partition in range(PARTITIONS):
             append(lab.log, topic, partition, b"%d" % partition, b"second", key=b"k")
@@ -77,7 +77,7 @@ def test_the_number_of_partitions_is_fixed(lab: EmbeddedLab) -> None:
 
 
 def test_the_setting_decides_for_a_new_log(tmp_path: Path) -> None:
-    """All topics get as many partitions as it says."""
+    """All topics of a new log get as many partitions as the setting says."""
     log = EmbeddedLog(tmp_path / "log", TOPICS, LogSettings(partitions=7), ManualClock())
     assert {log.partition_count(topic) for topic in TOPICS} == {7}
     log.close()
@@ -104,7 +104,7 @@ def test_a_topic_may_come_later(lab: EmbeddedLab) -> None:
 
 
 def test_reading_only(lab: EmbeddedLab, tmp_path: Path) -> None:
-    """A log can be looked at without a change to it; where there is none, none is made."""
+    """A log can be read without a change to it, and none is made where there is none."""
     append(lab.log, "events", 0, b"x")
     lab.embedded.close()
     before = {path.name: path.read_bytes() for path in lab.path.glob("*.*") if not path.name.startswith("LOG")}
@@ -123,14 +123,14 @@ def test_reading_only(lab: EmbeddedLab, tmp_path: Path) -> None:
 
 
 def test_a_second_log_in_the_same_folder_is_refused(lab: EmbeddedLab) -> None:
-    """RocksDB's own lock stands behind that of the data directory."""
+    """A second log in one folder is refused by RocksDB's own lock, too, behind that of the data directory."""
     with pytest.raises(Unavailable, match="lock"):
         open_log(lab)
     append(lab.log, "events", 0, b"still works")
 
 
 def test_after_close_everything_is_unavailable(lab: EmbeddedLab) -> None:
-    """Appends, commits and polls say so, with records to read or without; closing again is fine."""
+    """Appends, commits and polls of a closed log are Unavailable, with or without records; it can be closed again."""
     append(lab.log, "events", 0, b"x")
     transaction = lab.log.transaction("t")
     behind, at_end = lab.log.reader("events"), lab.log.reader("events")
@@ -210,7 +210,7 @@ def test_records_have_a_largest_size(lab: EmbeddedLab) -> None:
 
 
 def test_chunks_are_bounded(lab: EmbeddedLab) -> None:
-    """However large an append is: chunks of so many records, or that end with the record that makes them full."""
+    """A chunk has a limited number of records, and ends with the record that makes it full, however large an append is."""
     messages = [Message("events", 0, None, b"") for _ in range(CHUNK_RECORDS_MAX + 1)]
     messages += [Message("events", 0, b"k" * 1_000, b"v" * 99_000) for _ in range(7)]
     messages += [Message("events", 0, None, b"v" * CHUNK_BYTES) for _ in range(3)]
@@ -241,7 +241,7 @@ class Recorder:
 
 
 def test_appends_are_counted(tmp_path: Path) -> None:
-    """Records, and bytes of keys and values, by topic."""
+    """Appended records, and bytes of keys and values, are counted by topic."""
     metrics = Recorder()
     log = EmbeddedLog(tmp_path / "log", TOPICS, LogSettings(), ManualClock(), metrics)
     log.append([Message("events", 0, b"key", b"value"), Message("events", 1, None, None)], timeout_s=1)
@@ -270,7 +270,7 @@ class FailingDb:
 
 @pytest.mark.parametrize("fail_at", ["write", "flush_wal"])
 def test_after_a_failed_write_nothing_is_taken(tmp_path: Path, fail_at: str) -> None:
-    """Unavailable for it and for all after it, even if the disk recovers; `on_failed` is called once; reading goes on."""
+    """After a failed write that and all later ones are Unavailable, `on_failed` is called once, and reading goes on."""
     failures: list[PipelineError] = []
     clock = ManualClock()
     log = EmbeddedLog(tmp_path / "log", TOPICS, LogSettings(fsync=True), clock, on_failed=failures.append)
@@ -303,7 +303,7 @@ def test_after_a_failed_write_nothing_is_taken(tmp_path: Path, fail_at: str) -> 
 
 
 def test_a_poll_that_fails_loses_nothing(lab: EmbeddedLab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If one partition can't be read for a while, what the poll had of the others comes again with the next."""
+    """If one partition can't be read for a while, the next poll returns what this one had of the others."""
     for partition in range(3):
         append(lab.log, "events", partition, b"%d" % partition)
     reader = lab.log.reader("events")
@@ -324,7 +324,7 @@ def test_a_poll_that_fails_loses_nothing(lab: EmbeddedLab, monkeypatch: pytest.M
 
 
 def test_one_poll_sees_one_moment(lab: EmbeddedLab) -> None:
-    """Over all of its partitions: a transaction is in the answer with all of its records, or with none."""
+    """A poll sees one moment of all its partitions: a transaction is in it with all of its records, or with none."""
     stop = threading.Event()
 
     def writer() -> None:
@@ -345,7 +345,7 @@ def test_one_poll_sees_one_moment(lab: EmbeddedLab) -> None:
 
 
 def test_retention_is_never_a_silent_gap(lab: EmbeddedLab) -> None:
-    """While records expire under a reader, it gets each of them, or RecordsLost: never just those behind a gap."""
+    """A reader under which records expire gets each of them, or RecordsLost: never just those behind a gap."""
     stop = threading.Event()
 
     def expirer() -> None:

@@ -39,7 +39,7 @@ def key(name: str, path: str = "/v1/deltas") -> RequestKey:
 
 
 def total(engine: Engine, view: str, token: Token) -> Any:
-    """The sum of a view, once what the token covers is folded."""
+    """Return the sum of a view, once everything that the token covers is folded."""
 
     def folded() -> bool:
         return all(
@@ -52,7 +52,7 @@ def total(engine: Engine, view: str, token: Token) -> Any:
 
 
 def cut(engine: Engine, kept_count: int) -> None:
-    """Let the next append take so many batches, and then answer nothing, as a process that is killed."""
+    """Let the next append take so many batches, and then fail, as if the process was killed."""
     append = engine.log.append
 
     def part(messages: Sequence[Message], *, timeout_s: float) -> Any:
@@ -64,7 +64,7 @@ def cut(engine: Engine, kept_count: int) -> None:
 
 
 def test_a_repeat_counts_once(tmp_path: Path) -> None:
-    """At the same engine, and after a restart, which folds nothing anew."""
+    """A repeat counts once at the same engine, and after a restart, which folds nothing anew."""
     for _ in range(2):
         with running(tmp_path / "data") as engine:
             for _ in range(2):
@@ -77,7 +77,7 @@ def test_a_repeat_counts_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept_count", [0, 1, 9])
 def test_a_first_try_that_was_cut(tmp_path: Path, kept_count: int) -> None:
-    """Nothing of it is in the log, or a part, or all: the repeat at the next engine makes it whole."""
+    """A first try of which nothing, a part, or all is in the log is completed by its repeat at the next engine."""
     with running(tmp_path / "data") as engine:
         cut(engine, kept_count)
         with pytest.raises(Unavailable):
@@ -87,7 +87,7 @@ def test_a_first_try_that_was_cut(tmp_path: Path, kept_count: int) -> None:
 
 
 def test_an_order_that_was_cut(tmp_path: Path) -> None:
-    """Some partitions have it. Its repeat is carried out where it is missing; elsewhere it takes nothing that came since."""
+    """An order that some partitions have is repeated where it is missing, and elsewhere removes nothing that came since."""
     with running(tmp_path / "data") as engine:
         total(engine, "v", engine.ingest.deltas(MANY))
         cut(engine, 2)

@@ -1,4 +1,4 @@
-"""A log that has lost something says so, when it is opened or read, and nothing is deleted before somebody decides."""
+"""A log that has lost something says so, when it is opened or read, and deletes nothing before a person decides."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def contents(log: EmbeddedLog) -> Contents:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    """All that a start could change, but for what RocksDB tells of itself."""
+    """Return all files that a start could change, except RocksDB's own log and lock."""
     return {file.name: file.read_bytes() for file in path.iterdir() if not file.name.startswith(("LOG", "LOCK"))}
 
 
@@ -64,21 +64,21 @@ def copy_of(path: Path, to: Path) -> Path:
 
 
 def fill(lab: EmbeddedLab, count: int, size: int = 3_000, seed: int = 1) -> None:
-    """Append so many records to each place, of bytes that can't be compressed; keys come again."""
+    """Append so many records to each place, of bytes that can't be compressed; keys recur."""
     rng = random.Random(seed)
     for number in range(count):
         appended(lab.log, [Message(*place, b"%d" % (number % 40), rng.randbytes(size)) for place in PLACES])
 
 
 def settle(lab: EmbeddedLab) -> None:
-    """Move everything to files, and note that."""
+    """Move all records to files, and note that."""
     lab.embedded.flush()
     lab.reopen()
     wait_until_quiet(lab)
 
 
 def wait_until_quiet(lab: EmbeddedLab) -> None:
-    """Let RocksDB finish what it does in the background, so that a copy is of one moment."""
+    """Let RocksDB finish its background work, so that a copy is of one moment."""
     get = lab.embedded.db.property_int_value
     until(lambda: not any(map(get, ("rocksdb.num-running-compactions", "rocksdb.compaction-pending", FLUSHES, PENDING))))
 
@@ -117,7 +117,7 @@ def test_what_a_cleaner_leaves_is_whole(lab: EmbeddedLab) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("where", [0, 1, -2, -1])
 def test_a_chunk_that_is_missing(lab: EmbeddedLab, tmp_path: Path, place: tuple[str, int], where: int) -> None:
-    """The first, the second, the last but one or the last of a partition: found by a full look, and by who reads it."""
+    """A missing chunk, first, second, last but one or last, is found by a full check and by a reader."""
     partition = lab.embedded.partitions(place[0])[place[1]]
     before = [(chunk.begin, last) for last, chunk, _ in lab.embedded.stored_chunks(lab.embedded.cursor(), partition, 0)]
     begin, last = before[where]
@@ -145,7 +145,7 @@ def empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [remove, halve, empty])
 def test_the_newest_file(lab: EmbeddedLab, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    """A write-ahead log that is gone or cut: the number of records is told, nothing is changed, until somebody decides."""
+    """A lost or cut write-ahead log is reported with the number of records; nothing changes until a person decides."""
     everything = contents(lab.embedded)
     path = copy_of(lab.path, tmp_path / "copy")
     lab.embedded.close()
@@ -186,7 +186,7 @@ def test_the_newest_file(lab: EmbeddedLab, tmp_path: Path, damage: Callable[[Pat
 @pytest.mark.parametrize("damage", [remove, halve, empty])
 @pytest.mark.parametrize("which", ["oldest", "middle", "newest"])
 def test_a_file_of_records(tmp_path: Path, which: str, damage: Callable[[Path], None]) -> None:
-    """Wherever it is: not opened; once somebody decides, what is left is there, and what is not was counted."""
+    """A log with a damaged file is not opened; once a person decides, the rest is there, and lost records are counted."""
     lab = EmbeddedLab(tmp_path / "log", topics=THREE)
     for seed in range(3):
         fill(lab, 20, seed=seed)
@@ -218,7 +218,7 @@ def test_a_file_of_records(tmp_path: Path, which: str, damage: Callable[[Path], 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
 def test_an_older_write_ahead_log_that_is_torn(tmp_path: Path, place: float) -> None:
-    """RocksDB takes its torn end for harmless although a newer one is there: the hole is found before it is written over."""
+    """A torn older write-ahead log, harmless to RocksDB as a newer one is there, is found before it is written over."""
     lab = EmbeddedLab(tmp_path / "log", topics=THREE, log_write_buffer_bytes=2**20)
     settle(lab)
     lab.embedded.db.cancel_all_background(True)  # so that nothing moves to files, and both stay needed
@@ -244,7 +244,7 @@ def test_an_older_write_ahead_log_that_is_torn(tmp_path: Path, place: float) -> 
 
 
 def test_an_older_copy_that_is_put_back(lab: EmbeddedLab, tmp_path: Path) -> None:
-    """The folder of the log as it was an hour ago: what came since is missed."""
+    """A copy of the folder from an hour ago misses the records that came since."""
     settle(lab)
     shutil.copytree(lab.path, tmp_path / "backup")
     append(lab.log, "events", 1, b"acknowledged", b"too")
@@ -298,7 +298,7 @@ def test_the_file_beside_the_log(lab: EmbeddedLab, damage: Callable[[Path], None
 
 
 def test_opening_looks_at_little(lab: EmbeddedLab) -> None:
-    """At what was in no file that the manifest names when the log was used last; while it is used, that moves on."""
+    """Opening checks only records that were in no file of the manifest when the log was last used; use moves that on."""
     settle(lab)
     starts = [lab.embedded.checkpointed(it) for it in lab.embedded.all_partitions()]
     assert all(noted.flushed_offset == noted.end_offset for noted in starts)
@@ -317,7 +317,7 @@ def test_opening_looks_at_little(lab: EmbeddedLab) -> None:
 
 
 def hurt(path: Path, rng: random.Random) -> str:
-    """Do one thing to one file of a log, as a dying disk or a careless person does; what it was."""
+    """Damage one file of a log, as a dying disk or a careless person does, and return what was done."""
     names = ["*.log", "*.sst", "MANIFEST-*", "CURRENT"]
     file = rng.choice(sorted(path.glob(rng.choice(names))))
     size = file.stat().st_size
@@ -342,7 +342,7 @@ def hurt(path: Path, rng: random.Random) -> str:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_loss_is_quiet(lab: EmbeddedLab, tmp_path: Path, seed: int) -> None:
-    """Whatever happens to a file, the log says so, or everything is there. What is accepted is counted."""
+    """Any damage to a file is reported, or nothing is missing, and every loss that is accepted is counted."""
     everything = contents(lab.embedded)
     rng = random.Random(seed)
     noticed = 0
@@ -362,7 +362,7 @@ def test_no_loss_is_quiet(lab: EmbeddedLab, tmp_path: Path, seed: int) -> None:
 
 
 def accept(path: Path, what: str, everything: Contents) -> None:
-    """Go on with what is left; it may be beyond repair, and then that is said."""
+    """Accept the loss and go on; the log may be beyond repair, which must be said."""
     counted = Counted()
     try:
         log = open_log(path, accept_loss=True, counted=counted)

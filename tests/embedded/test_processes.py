@@ -25,7 +25,7 @@ def test_a_forked_child_ends_and_harms_nothing(tmp_path: Path, how: str) -> None
 
 
 def test_a_process_may_end_while_the_cleaner_works(tmp_path: Path) -> None:
-    """Without a crash (a thread in RocksDB at the end of the interpreter would be one), and without loss."""
+    """A process that ends while the cleaner works loses nothing, and does not crash for a thread in RocksDB."""
     for _ in range(2):
         assert run_child("leave", tmp_path / "log") == ["left"]
     log = open_log(tmp_path / "log")

@@ -18,7 +18,7 @@ from tests.embedded.worker import WORKER_TOPICS, answer, entries, fold_all, new_
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_lost_store_comes_back_equal(tmp_path: Path, seed: int) -> None:
-    """After any mix of commits, cleaning, restarts, and however small the passes of the cleaner are."""
+    """A lost store is restored equal after any mix of commits, cleaning and restarts, however small the cleaner's passes."""
     rng = random.Random(seed)
     keys_max = rng.choice([1, 20, 100_000])
     lab = EmbeddedLab(tmp_path / "log", topics=WORKER_TOPICS, compaction_keys_max=keys_max)

@@ -42,7 +42,7 @@ def publish(log: Log, first_sequence: int, batches: Sequence[Mapping[str, int]])
 
 
 def new_partition(lab: EmbeddedLab, stores: RocksStores) -> OwnedPartition:
-    """The partition, taken over and restored."""
+    """Return the partition, taken over and restored."""
     partition = OwnedPartition(
         0,
         log=lab.log,
@@ -66,7 +66,7 @@ def fold_all(partition: OwnedPartition, lab: EmbeddedLab, *, record_count_max: i
 
 
 def entries(partition: OwnedPartition) -> dict[bytes, bytes]:
-    """All that its store holds, but for what the store says of itself."""
+    """Return all entries of the partition's store, without those about the store itself."""
     return {key: value for key, value in partition.store.scan(b"", b"\xff\xff") if key != STORE_META_KEY}
 
 

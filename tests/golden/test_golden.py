@@ -40,7 +40,7 @@ LINE = 64
 
 
 class Case(NamedTuple):
-    """One file: what its lines, each some bytes, decode to."""
+    """One file, and the values that its lines decode to."""
 
     values: list[Any]
     encode: Callable[[Any], bytes]
@@ -107,7 +107,7 @@ STATES: dict[str, list[Any]] = {
 """Several states of every kind, with every way in which msgpack writes their parts."""
 
 FIRST_KINDS = ("sum", "min", "max", "mean", "last")
-"""Kinds that version 1 had, and that are in the first file of batches."""
+"""Kinds of version 1, which are in the first file of batches."""
 
 LABELS = [("eu", "tea"), ("", "\0"), ("\u00e9", "x" * 40)]
 
@@ -116,7 +116,7 @@ REVENUE = Definition("revenue", "sum", ("product", "region"))
 
 
 def group(kind: str, states: list[Any]) -> Group:
-    """States in the series n=0, n=1, ... of a view that is called as its kind."""
+    """Return states in the series n=0, n=1, ... of a view that is called as its kind."""
     return Group(Definition(kind, kind, ("n",)), [series_suffix((str(i),)) for i in range(len(states))], states)
 
 
@@ -190,7 +190,7 @@ IDS = [
     Definition("visits", "sum", ("path",), 60, True, 86_400),
     Definition("users", "min", ("page",), parameters=(("lg_k", 12), ("precision", 0.5), ("type", "hll"))),
 ]
-"""Definitions, windows and parameters among them: their ids stand in keys for ever."""
+"""Definitions, windows and parameters among them, whose ids stand in keys for ever."""
 
 CASES: dict[str, Case] = {
     "batch": Case(BATCHES, codec.encode_batch, codec.decode_batch),
@@ -302,7 +302,7 @@ def path_of(name: str, version: int = 2) -> Path:
 
 
 def to_text(values: list[bytes]) -> str:
-    """Each value as hex, cut into lines; a line with a dot behind each value."""
+    """Return each value as hex, cut into lines, with a dot behind each value."""
     cut = [[value.hex()[at : at + LINE] for at in range(0, 2 * len(value), LINE)] for value in values]
     return "".join(f"{line}\n" for lines in cut for line in [*lines, "."])
 
@@ -317,7 +317,7 @@ def read(name: str) -> list[bytes]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_old_bytes_are_read(name: str) -> None:
-    """What version 2 wrote decodes to what was meant, value by value and type by type."""
+    """Bytes of version 2 decode to the intended values, value by value and type by type."""
     case = CASES[name]
     found = [case.decode(value) for value in read(name)]
     assert found == case.values
@@ -326,14 +326,14 @@ def test_old_bytes_are_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bytes_are_written(name: str) -> None:
-    """What is encoded today is what version 2 wrote, to the bit: two versions of the program make one store."""
+    """Today's bytes are those of version 2, to the bit: two versions of the program make one store."""
     case = CASES[name]
     assert [case.encode(value).hex() for value in case.values] == [value.hex() for value in read(name)]
     assert [case.encode(case.decode(value)) for value in read(name)] == read(name)
 
 
 def test_every_file_has_its_case() -> None:
-    """No golden file lies unread, and no case is without its file."""
+    """Each golden file has a case, and each case its file."""
     assert sorted(FOLDER.glob("v*/*")) == sorted([*map(path_of, CASES), *(path_of(name, 1) for name in REFUSED)])
 
 
@@ -347,12 +347,12 @@ REFUSED = {
     "producer": codec.decode_folded,
     **{f"state_{kind}": (lambda value, kind=kind: codec.decode_states(KINDS[kind], [value])) for kind in FIRST_KINDS},
 }
-"""Formats of version 1 that are read no more. Frames, suffixes, dead letters and tokens had no version."""
+"""Formats of version 1, which are no longer read. Frames, suffixes, dead letters and tokens had no version."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_version_1_is_refused(name: str) -> None:
-    """Its bytes are bad records, with the version that is there and the one that is read; nothing newer is asked for."""
+    """Bytes of version 1 are bad records, with both versions in the reason, and no newer program is asked for."""
     for value in from_text(path_of(name, 1).read_text(encoding="ascii")):
         with pytest.raises(BadRecord, match="version byte 01; this version reads 02") as caught:
             REFUSED[name](value)
@@ -360,12 +360,12 @@ def test_version_1_is_refused(name: str) -> None:
 
 
 def test_every_kind_has_golden_states() -> None:
-    """A new kind comes with golden bytes."""
+    """Every kind has golden bytes."""
     assert [*STATES] == [*KINDS]
 
 
 def test_keys() -> None:
-    """The layout of keys, spelled out: tag, view, NUL, id of the definition, window start, labels."""
+    """A key is spelled out: tag, view, NUL, id of the definition, window start, labels."""
     assert POSITION_KEY == b"\x00"
     identity = sha256(b"\x93\xa7revenue\xa3sum\x92\xa7product\xa6region").digest()[:8]
     assert definition_key(REVENUE) == b"\x01revenue\x00" + identity

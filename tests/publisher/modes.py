@@ -1,4 +1,4 @@
-"""The durabilities of a publisher, with the settings that choose them: a law that holds for one holds for all."""
+"""The durabilities of a publisher, with the settings for each: a law that holds for one holds for all."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "memory": {},
     "process": {"durability": "process", "spool_dir": SPOOL},
 }
-"""A value of `SPOOL` stands for a folder of the test's own."""
+"""Settings by mode; a value of `SPOOL` stands for a folder of the test's own."""
 
 
 def settings_of(mode: str, folder: Path) -> dict[str, Any]:
-    """The keywords for a `Publisher` of this mode, whose spool, if it has one, is in `folder`."""
+    """Return the keywords for a `Publisher` of this mode, whose spool, if it has one, is in `folder`."""
     return {name: str(folder / "spool") if value == SPOOL else value for name, value in MODES[mode].items()}
 
 
 def send_spools(folder: Path, writer: LogWriter) -> None:
-    """Send what processes that are gone have left in their spools, if they had any."""
+    """Send everything that processes which are gone have left in their spools, if any."""
     if folder.exists():
         [*drain(folder, writer, SystemClock(), PublisherSettings(), timeout_s=30)]
 

@@ -1,4 +1,4 @@
-"""Programs that fork, web servers with a small app that records among them: never left running, nor let grow."""
+"""Programs that fork, and web servers with a small app that records: never left running, and limited in number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.publisher.support import FileLog, Views, batches, fold
 from tests.support import environment, wait_until
 
 PROCESSES_MAX = 12
-"""A program that has more is killed: one that starts its workers again and again would stop the machine."""
+"""Limit beyond which a program is killed: one that starts its workers again and again would stop the machine."""
 PROGRAM_S_MAX = 60.0
 GUNICORN = [sys.executable, "-m", "gunicorn"]
 UWSGI = [str(Path(sys.executable).with_name("uwsgi")), "--need-app", "--module", "app:app", "--processes", "2"]
@@ -72,7 +72,7 @@ pub.bridge(registry, interval_ms=50, gauges=False)
 
 
 class Watched:
-    """A program in a folder that starts processes. Gone behind the context, all of them."""
+    """A program in a folder that starts processes, all of which are gone once the context ends."""
 
     def __init__(self, command: Sequence[str], folder: Path) -> None:
         self._output = folder / "output"
@@ -102,7 +102,7 @@ class Watched:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def output(self) -> str:
-        """Everything that it has printed so far."""
+        """Return everything that the program has printed so far."""
         return self._output.read_text(errors="replace")
 
     def end(self, number: int = signal.SIGTERM) -> None:
@@ -129,7 +129,7 @@ class Server(Watched):
     def __init__(
         self, command: Sequence[str], folder: Path, address: str, *, first: str = "", kafka: str = "", mode: str = "memory"
     ) -> None:
-        """`first` is what the app does before it imports anything of ours; `kafka` is a URL to publish to, if it is one."""
+        """`first` is the code of the app before it imports anything of ours; `kafka` is a URL to publish to."""
         self.log = folder / "log"
         settings = settings_of(mode, folder)
         publisher = ON_KAFKA.format(url=kafka) if kafka else ON_A_FILE.format(log=str(self.log), settings=settings)
@@ -140,13 +140,13 @@ class Server(Watched):
         super().__init__(command, folder)
 
     def get(self, path: str = "/") -> str:
-        """Ask once; the number of the process that has answered."""
+        """Send one request, and return the process id of the answering worker."""
         with urllib.request.urlopen(self._url + path, timeout=30) as answer:
             pid: str = answer.read().decode()
             return pid
 
     def ask(self, workers: int) -> int:
-        """Ask 41 times or more, some at once, until so many processes have answered; return how often."""
+        """Send 41 requests or more, some at once, until so many processes have answered; return how often each did."""
 
         def listens() -> bool:
             assert self.process.poll() is None, self.output()
@@ -166,7 +166,7 @@ class Server(Watched):
         return count
 
     def stop(self) -> tuple[Views, int]:
-        """End it; what tasks make of the log, and how many producers wrote it."""
+        """End the server; return the views folded from its log, and the number of producers in it."""
         self.end()
         log = FileLog(self.log).read()
         return fold(log), len({batch.producer_id for batch in batches(log)})

@@ -1,4 +1,4 @@
-"""Logs that fail on purpose, a count of metrics, and what the real task makes of a log."""
+"""Logs that fail on purpose, a count of metrics, and the views that the real task folds from a log."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def memory_log(partitions: int = 4) -> MemoryLog:
 
 
 def publisher(writer: LogWriter, metrics: Meter | None = None, **settings: Any) -> BasePublisher:
-    """A publisher that is quick to flush and to try again."""
+    """Return a publisher that is quick to flush and to try again."""
     quick = {
         "flush_interval_ms": 5,
         "flush_interval_min_ms": settings.get("flush_interval_ms", 5),
@@ -63,7 +63,7 @@ def publisher(writer: LogWriter, metrics: Meter | None = None, **settings: Any) 
 
 
 def partition_of(view: Any, *labels: str, partitions: int = 4) -> int:
-    """The partition of a series."""
+    """Return the partition of a series."""
     definition = canonical(view.definition)
     named = dict(zip(view.definition.labels, labels, strict=True))
     return crc32(series_prefix(definition) + series_suffix([named[name] for name in definition.labels])) % partitions
@@ -79,7 +79,7 @@ def wait_until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
 
 @contextmanager
 def stalled(pub: BasePublisher) -> Iterator[threading.Event]:
-    """A flusher that is held up when it next seals, until this is left: the event says that it is."""
+    """Hold the flusher up when it next seals, until the context ends; the event tells that it is held."""
     held, go_on = threading.Event(), threading.Event()
     sender = pub._runtime.sender
     room = sender.room
@@ -98,7 +98,7 @@ def stalled(pub: BasePublisher) -> Iterator[threading.Event]:
 
 
 def in_threads(count: int, work: Callable[[int], object]) -> None:
-    """Run `work(i)` in `count` threads at once; raise what the first of them raised."""
+    """Run `work(i)` in `count` threads at once; raise the first error."""
     errors: list[BaseException] = []
     together = threading.Barrier(count)
 
@@ -121,7 +121,7 @@ def in_threads(count: int, work: Callable[[int], object]) -> None:
 
 @contextmanager
 def hurried_threads() -> Iterator[None]:
-    """Make the interpreter switch threads as often as it can, so that races are met."""
+    """Let the interpreter switch threads as often as it can, so that races are met."""
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -157,13 +157,13 @@ class Meter:
 
 
 Fate = Callable[[int, Batch], PipelineError | str]
-"""Of a batch at the n-th append: "kept", "unheard" (appended, but the answer is lost), or an error (not appended)."""
+"""Outcome of a batch at the n-th append: "kept", "unheard" (appended, but the answer is lost), or an error."""
 
 
 class FaultyLog:
     """A log in memory whose appends go wrong as `fate` says; `away` refuses all, `gate` holds appends up while it is clear.
 
-    `attempts` has the values of each append, but those of the last, empty batches of producers that end: `closings`.
+    `attempts` has the values of each append, except the last, empty batches of ending producers: `closings`.
     """
 
     def __init__(self, fate: Fate = lambda n, batch: "kept", partitions: int = 4) -> None:
@@ -176,9 +176,9 @@ class FaultyLog:
         self.closings: list[Batch] = []
         self.closed_count = 0
         self.partition_total = partitions
-        """What `partition_count` says, which can be behind the truth."""
+        """Reported number of partitions, which can be behind the real one."""
         self.there_total = partitions
-        """How many there are."""
+        """Real number of partitions."""
 
     def message_bytes_max(self, topic: str) -> int:
         return MESSAGE_BYTES_MAX
@@ -232,7 +232,7 @@ class Views(NamedTuple):
 
 
 def fold(log: MemoryLog) -> Views:
-    """Fold all of a log with real partitions, from the start, and merge what they hold."""
+    """Fold a whole log with real partitions, from the start, and merge their totals."""
     stores = MemoryStores()
     states: dict[tuple[str, tuple[str, ...]], Any] = {}
     kinds: dict[str, str] = {}
@@ -268,7 +268,7 @@ def fold(log: MemoryLog) -> Views:
 
 
 def values(log: MemoryLog, topic: str, partition: int) -> list[bytes]:
-    """All records of a partition."""
+    """Return all records of a partition."""
     reader = log.reader(topic)
     reader.assign({partition: 0})
     polled = reader.poll(record_count_max=10**9, bytes_max=10**12, timeout_s=0)
@@ -276,7 +276,7 @@ def values(log: MemoryLog, topic: str, partition: int) -> list[bytes]:
 
 
 def batches(log: MemoryLog) -> list[Batch]:
-    """All batches of a log that have something in them, partition by partition."""
+    """Return all batches of a log that are not empty, partition by partition."""
     found = [decode_batch(value) for number in range(log.partition_count(DELTAS)) for value in values(log, DELTAS, number)]
     return [batch for batch in found if batch.groups]
 
@@ -285,9 +285,9 @@ def batches(log: MemoryLog) -> list[Batch]:
 
 
 class FileLog:
-    """A log in a file, that several processes can append to: each append is one write, which the system keeps whole.
+    """A log in a file, to which several processes can append: each append is one write, which the system keeps whole.
 
-    A file beside it with the suffix `.away` keeps it from accepting anything.
+    While a file beside it with the suffix `.away` exists, the log accepts nothing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -318,7 +318,7 @@ class FileLog:
         return [1 for _ in messages]
 
     def close(self) -> None:
-        """Nothing to give back."""
+        pass
 
     def read(self) -> MemoryLog:
         """Return everything that was appended, as a log in memory."""
@@ -356,7 +356,7 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, with `log` the FileLog at `path`; a traceback fails the test.
 
-    `first` is what it does before it imports anything else.
+    `first` is code that runs before anything else is imported.
     """
     file = path.with_suffix(".py")
     file.write_text(first + PRELUDE + script)
@@ -373,6 +373,6 @@ def run_script(
 
 
 def same(found: Mapping[Any, Any], expected: Mapping[Any, Any]) -> None:
-    """Equal, said in a way that names only the differences."""
+    """Check equality, and name only the differences."""
     wrong = {k: (found.get(k), expected.get(k)) for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)}
     assert not wrong

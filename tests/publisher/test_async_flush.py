@@ -1,4 +1,4 @@
-"""A flush that a coroutine awaits: the event loop goes on, and what comes of it is what a flush would say."""
+"""A flush that a coroutine awaits leaves the event loop free, and ends as a blocking flush would."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def away() -> tuple[FaultyLog, BasePublisher]:
 
 
 def test_the_event_loop_goes_on() -> None:
-    """While the log does not answer, other tasks run; then the token covers what was recorded before."""
+    """While the log does not answer, other tasks run; then the token covers everything recorded before."""
     log = FaultyLog()
 
     async def main() -> None:
@@ -48,7 +48,7 @@ def test_the_event_loop_goes_on() -> None:
 
 
 def test_a_timeout_is_what_a_flush_would_raise() -> None:
-    """Each has its own, and the same words; the deltas are sent all the same. One of nothing needs no log."""
+    """Each flush has its own timeout and error text; the deltas are sent all the same. A flush of nothing needs no log."""
     log, pub = away()
     assert asyncio.run(publisher(log).flush_async()) == Token({})
 
@@ -94,7 +94,7 @@ def test_a_task_can_be_cancelled() -> None:
 
 
 def test_what_was_rejected_is_raised_once() -> None:
-    """By the coroutine that waits; if that was cancelled, by whoever flushes next."""
+    """A rejection is raised by the waiting coroutine, or, if that was cancelled, by the next flush."""
     log = FaultyLog(lambda n, batch: Invalid("not this one"))
     pub = publisher(log)
     pub.sum("v").add(1)
@@ -130,7 +130,7 @@ def raises(flush: Callable[[], Token]) -> bool:
 
 
 def test_any_number_of_coroutines_wait_in_one_thread() -> None:
-    """A web server whose log is away has a waiting task for each request, and no thread for each."""
+    """Coroutines that wait for a log that is away share one thread."""
     log, pub = away()
     cell, together = pub.sum("v").labels(), threading.Barrier(2)
 
@@ -153,7 +153,7 @@ def test_any_number_of_coroutines_wait_in_one_thread() -> None:
 
 
 def test_closing_ends_the_wait() -> None:
-    """A coroutine that still waits is told that the publisher was closed."""
+    """A coroutine that still waits gets an error: the publisher was closed."""
     _, pub = away()
 
     async def main() -> None:

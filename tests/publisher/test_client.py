@@ -1,4 +1,4 @@
-"""Flushing and closing: what they promise, in whatever state they are called."""
+"""Promises of flush and close, in whatever state they are called."""
 
 import _thread
 import gc
@@ -21,12 +21,12 @@ HOUR_MS = 3_600_000
 
 
 def own_threads() -> set[threading.Thread]:
-    """The threads of all publishers of this process."""
+    """Return the threads of all publishers of this process."""
     return {thread for thread in threading.enumerate() if thread.name in ("pipeline-flusher", "pipeline-sender")}
 
 
 def test_what_has_nothing_to_send_needs_no_log() -> None:
-    """Making views, flushing nothing and closing are quick, start no thread, and return the token that stands."""
+    """Making views, flushing nothing and closing are quick, start no thread, and return the present token."""
     log, before = FaultyLog(), own_threads()
     log.away = True
     pub = publisher(log, flush_interval_ms=HOUR_MS)
@@ -47,7 +47,7 @@ def test_what_has_nothing_to_send_needs_no_log() -> None:
 
 
 def test_a_flush_covers_what_was_recorded_before_it() -> None:
-    """Every flush of every thread, at any time: its token is beyond all that the thread had recorded."""
+    """The token of any flush of any thread is beyond everything that the thread had recorded."""
     log = memory_log()
     with publisher(log, flush_interval_ms=1, series_idle_ms=1) as pub:
         view = pub.sum("v", labels=("a",))
@@ -73,7 +73,7 @@ def test_a_flush_covers_what_was_recorded_before_it() -> None:
 
 
 def test_a_flush_that_times_out_loses_nothing() -> None:
-    """`Unavailable` says why, also of what is on its way; the deltas stay, and a later flush sends them once."""
+    """`Unavailable` gives the reason, also for batches on their way; the deltas stay, and a later flush sends them once."""
     log = FaultyLog()
     log.gate.clear()
     pub = publisher(log, flush_interval_ms=1)
@@ -101,7 +101,7 @@ def test_a_flush_that_times_out_loses_nothing() -> None:
 @pytest.mark.parametrize("thread_count", [1, 8])
 @pytest.mark.parametrize(("fate", "error"), [("kept", None), ("away", Unavailable), ("rejected", Invalid)])
 def test_close(fate: str, error: type[PipelineError] | None, thread_count: int) -> None:
-    """Threads end in time, the writer is closed once, a loss is counted and said once; then nothing is taken any more."""
+    """Threads end in time, the writer is closed once, a loss is counted and logged once; then every delta is refused."""
     log, meter, before = FaultyLog(), Meter(), own_threads()
     log.fate = lambda n, batch: Invalid("too large") if fate == "rejected" else "kept"
     log.away = fate == "away"
@@ -174,7 +174,7 @@ def test_a_flush_that_ends_early_leaves_no_trace(ended_by: str) -> None:
 
 
 def test_leaving_the_block_closes(caplog: pytest.LogCaptureFixture) -> None:
-    """Also when an error leaves it, which is not hidden by what closing has to say."""
+    """The end of a `with` block closes the publisher, and an error of the block is not hidden by one of closing."""
     log = FaultyLog()
 
     def fail(**settings: int) -> None:
@@ -197,7 +197,7 @@ def test_leaving_the_block_closes(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_publisher_that_cannot_start_threads_says_so(
     broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`Unavailable` from the call that records, which then has recorded nothing; or they are started by a later call."""
+    """The recording call raises `Unavailable`, and has recorded nothing; or a later call starts the threads."""
     log, start = memory_log(), threading.Thread.start
 
     def fail(thread: object = None, *_: object) -> None:
@@ -223,7 +223,7 @@ def test_a_publisher_that_cannot_start_threads_says_so(
 
 
 def test_a_publisher_rests_and_goes_on() -> None:
-    """No thread of it runs then; the next flush has them run again. While somebody waits it does not rest."""
+    """A publisher at rest runs no thread, and the next flush starts them again. It does not rest while somebody waits."""
     log, before = FaultyLog(), own_threads()
     with publisher(log, flush_interval_ms=HOUR_MS) as pub:
         cell = pub.sum("v").labels()
@@ -271,7 +271,7 @@ def test_a_log_handler_may_record() -> None:
 
 
 class Broken(Meter):
-    """Metrics that fail while they are to."""
+    """Metrics that fail while they are told to."""
 
     fails, failed_count = False, 0
 
@@ -297,7 +297,7 @@ def test_a_flusher_that_fails_complains_seldom(caplog: pytest.LogCaptureFixture)
 
 
 def test_a_publisher_nobody_used_or_holds_is_freed() -> None:
-    """Nothing but the user keeps it alive until it has something to send."""
+    """A publisher without unsent deltas is freed once the user drops it."""
     pub = publisher(memory_log())
     pub.sum("v").labels()
     ref = weakref.ref(pub)

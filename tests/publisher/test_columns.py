@@ -1,4 +1,4 @@
-"""Deltas that are recorded many at a time make the same totals as one by one, or none at all."""
+"""Deltas recorded many at a time make the same totals as one by one, or none at all."""
 
 import array
 import math
@@ -26,7 +26,7 @@ pl = pytest.importorskip("polars")
 
 
 def test_values_to_one_series_make_the_totals_that_they_make_one_by_one() -> None:
-    """`add_many` and `observe_many`, of handles and of views; twice is twice."""
+    """`add_many` and `observe_many`, of handles and of views, count each value, also when they are called twice."""
     log = memory_log()
     with publisher(log) as pub:
         total, mean = pub.sum("total", labels=("b", "a")), pub.mean("mean", labels=("a",))
@@ -48,7 +48,7 @@ def test_values_to_one_series_make_the_totals_that_they_make_one_by_one() -> Non
 
 
 def columns_of(items: list[Any], *, text: bool = False) -> list[Any]:
-    """A column in every shape that can hold it."""
+    """Return a column in every shape that can hold these items."""
     half = len(items) // 2
     arrow = pa.array(items)
     shapes: list[Any] = [
@@ -93,7 +93,7 @@ def test_columns_of_every_shape_hold_the_same_rows() -> None:
 
 
 def test_data_frames_of_every_library_hold_the_same_rows() -> None:
-    """Also text by code, numbers of types that can lack values, and columns that were made by a filter."""
+    """Data frames may have text by code, numbers of nullable types, and columns that were made by a filter."""
     columns = {"b": ["1", "1", "2"], "a": ["x", "y", "x"], "value": [1, 2**62, 4], "more": [None, 1, 2]}
     pandas, polars = pd.DataFrame(columns), pl.DataFrame(columns, strict=False)
     frames = [
@@ -185,7 +185,7 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("kind", "columns", "says"), [*MISSING, *BAD])
 @pytest.mark.usefixtures("numpy_is_loaded")
 def test_a_bad_row_is_named_and_nothing_is_recorded(kind: str, columns: Any, says: str) -> None:
-    """`Invalid` with the column and the row, and no series is left behind."""
+    """`Invalid` has the column and the row, and no series is left behind."""
     log = memory_log()
     with publisher(log) as pub:
         monotone = kind == "monotone"
@@ -219,7 +219,7 @@ def test_every_width_of_number_is_exact(library: str) -> None:
 
 @pytest.mark.usefixtures("numpy_is_loaded")
 def test_rows_of_one_series_merge_in_their_order() -> None:
-    """Also when two codes stand for one text; of a `last` view the newest counts: by its time, or the last of equal ones."""
+    """Two codes of one text are one series; a `last` view keeps the newest row by time, or the last of equal times."""
     log = memory_log()
     twice = pa.DictionaryArray.from_arrays([0, 1, 2, 0], ["x", "y", "x"])
     with publisher(log) as pub:
@@ -281,7 +281,7 @@ def test_rows_of_a_view_with_windows_have_times() -> None:
 
 
 def test_what_cannot_be_recorded_at_once_is_refused() -> None:
-    """Columns by names that mean two things, views that are another's, what is no sequence; and all of it once closed."""
+    """Ambiguous names, another publisher's views, values that are no sequence, and calls after the close are refused."""
     with publisher(memory_log()) as pub, publisher(memory_log()) as other:
         mine, cell = pub.sum("v", labels=("a",)), pub.sum("w").labels()
         with pytest.raises(Invalid, match="row 2: a finite number"):
@@ -307,7 +307,7 @@ def test_what_cannot_be_recorded_at_once_is_refused() -> None:
 
 
 def test_numbers_of_other_libraries_are_read_once() -> None:
-    """They become plain numbers at the call: what changes them later changes nothing."""
+    """Numbers of other libraries become plain numbers at the call, and later changes to them change nothing."""
     log = memory_log()
     values = [Decimal("1.5"), Fraction(1, 4), np.int64(2**62), np.float32(0.1)]
     own, array = [1, 2], np.array([1.0, 2.0])

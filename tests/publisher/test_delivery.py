@@ -1,4 +1,4 @@
-"""Batches are sent until they are acknowledged, in order, with the same bytes; what is lost is counted and said."""
+"""Batches are sent until they are acknowledged, in order, with the same bytes; losses are counted and logged."""
 
 import random
 import time
@@ -24,9 +24,9 @@ AWAY = Unavailable("away")
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_batch_is_sent_again_with_the_same_bytes_and_in_order(seed: int) -> None:
-    """In every attempt a sequence has the same content, and the sequences of a partition rise.
+    """A sequence has the same content in every attempt, and the sequences of a partition rise.
 
-    Below the floor of a batch everything was accepted before it was sealed; above it not, so that gaps close.
+    Everything below the floor of a batch was accepted before it was sealed, and nothing above it, so that gaps close.
     """
     rng = random.Random(seed)
     accepted: dict[tuple[int, int], int] = {}
@@ -74,7 +74,7 @@ def test_a_batch_is_sent_again_with_the_same_bytes_and_in_order(seed: int) -> No
 
 
 def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
-    """Few batches wait for it, though more than one attempt can carry; batches for other partitions are sent meanwhile."""
+    """A few batches wait for an absent partition, more than one attempt can carry; batches for others are sent meanwhile."""
     log = FaultyLog()
     log.fate = lambda n, batch: AWAY if batch.partition == 0 else "kept"
     pub = publisher(log, flush_interval_ms=1)
@@ -104,7 +104,7 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
 
 
 def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
-    """Thousands of waiting batches, every other one failing: none is ever refused for its gaps."""
+    """Of thousands of waiting batches, every other one failing, none is refused for its gaps."""
     rng = random.Random(5)
     log = FaultyLog(partitions=1)
     log.away = True
@@ -130,7 +130,7 @@ def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
 def test_a_rejected_batch_is_counted_and_said_once(error: PipelineError, together: bool) -> None:
     """The batch is given up at once; the next flush raises, the one after that does not; other batches are not affected.
 
-    Also if the log refuses all because of one: then they are asked for one by one.
+    If the log refuses all because of one, they are asked for one by one.
     """
     log, meter, most = FaultyLog(), Meter(), 1 if together else 1_000
     pub = publisher(log, meter, flush_interval_ms=3_600_000)
@@ -188,7 +188,7 @@ def test_what_is_said_of_a_rejected_batch_is_known(first: str, groups: bool) -> 
 
 
 def test_rejections_are_remembered_in_bounded_memory() -> None:
-    """Without a flush they add up to a number, and a few reasons."""
+    """Without a flush rejections add up to a number, and a few reasons."""
     log = FaultyLog(lambda n, batch: Invalid("no"), partitions=1)
     pub = publisher(log, flush_interval_ms=1)
     cell = pub.sum("v").labels()
@@ -203,7 +203,7 @@ def test_rejections_are_remembered_in_bounded_memory() -> None:
 
 @pytest.mark.parametrize("answers", ["raises", "nonsense", "short"])
 def test_a_writer_with_a_bug_loses_nothing(answers: str) -> None:
-    """An answer that is none is no acknowledgement: the same bytes are sent again."""
+    """An invalid answer is no acknowledgement: the same bytes are sent again."""
     log = FaultyLog()
     append = log.append
 
@@ -225,7 +225,7 @@ def test_a_writer_with_a_bug_loses_nothing(answers: str) -> None:
 
 
 def test_partitions_added_between_flushes_are_used() -> None:
-    """Sealed batches keep their partition, new ones use all; reads merge what a series has in each."""
+    """Sealed batches keep their partition, new ones use all; reads merge a series' parts."""
     log = FaultyLog(partitions=8)
     log.partition_total = 2
     pub = publisher(log, flush_interval_ms=3_600_000)
@@ -271,9 +271,9 @@ def test_the_token_covers_everything_acknowledged() -> None:
 def test_what_fails_in_a_flush_loses_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str, mode: str
 ) -> None:
-    """Wherever sealing runs out of memory, or counting fails, what was drained is kept, and sealed by a later flush, once.
+    """Drained states are kept, and sealed once by a later flush, wherever sealing runs out of memory, or counting fails.
 
-    Until then the spool does not take it for sealed.
+    Until then the spool does not take them for sealed.
     """
     calls, stuck = 0, True
 

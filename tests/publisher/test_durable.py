@@ -1,4 +1,4 @@
-"""With a `durability` beyond memory, what was recorded outlives full disks, damage and kills, and counts once."""
+"""With a `durability` beyond memory, recorded deltas outlive full disks, damage and kills, and count once."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def run(path: Path, script: str) -> list[str]:
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A spool that can't be made is an error where the publisher is made, and it says what is wrong.
+    """A spool that can't be made is an error where the publisher is made, with the reason.
 
-    A folder that others can look into is told of, once; one that they can write to is refused.
+    A folder that others can read is reported, once; one that they can write to is refused.
     """
 
     def folder(name: str, inside: str = "", text: str = "", mode: int = 0o700) -> Path:
@@ -97,9 +97,9 @@ def test_a_disk_that_is_full_from_the_start(path: Path) -> None:
 
 @pytest.mark.parametrize("on_full", ["block", "raise", "drop_newest"])
 def test_a_disk_that_fills_up(path: Path, on_full: str) -> None:
-    """Recording is refused as `on_full` says; what was recorded before arrives; with room again, it goes on.
+    """Recording is refused as `on_full` says; deltas recorded before arrive; with room again, it goes on.
 
-    With `drop_newest`, what a batch returns is what was recorded, and each delta that was not is counted once.
+    With `drop_newest`, a batch returns the number of recorded deltas, and each other one is counted once.
     """
     count, rows = map(
         int,
@@ -140,8 +140,8 @@ pub.close()
 
 
 def test_a_commit_that_failed_is_tried_again_without_new_deltas(path: Path) -> None:
-    """The disk was full when batches were to be kept: they leave as soon as there is room, and not before,
-    though nobody records.
+    """Batches that could not be kept on a full disk leave as soon as there is room, and not before, even if nobody
+    records.
     """
     run(
         path,
@@ -198,8 +198,8 @@ def test_a_spool_that_was_full_has_room_again(tmp_path: Path, away: bool, idle_m
 
 @pytest.mark.parametrize("room_again", [True, False])
 def test_what_the_spool_could_not_forget(path: Path, room_again: bool) -> None:
-    """The next time that there is room, it is forgotten. Until then tasks are not told that the producer has ended: whoever
-    finds the slot sends the batch again, perhaps much later, and it must be known that it was counted.
+    """The spool forgets it once there is room. Until then tasks are not told that the producer has ended: a process that
+    finds the slot sends the batch again, perhaps much later, and tasks must know that it was counted.
     """
     said = run(
         path,
@@ -230,7 +230,7 @@ print(len(log.closings))
 
 
 def test_what_is_recorded_is_forced_to_a_disk_that_is_full(path: Path) -> None:
-    """The segments are there already, so `durability="disk"` keeps its promise although no batch can be kept."""
+    """The segments exist already, so `durability="disk"` keeps its promise although no batch can be kept."""
     run(
         path,
         """
@@ -257,7 +257,7 @@ pub.close()
 
 
 def test_a_batch_that_is_damaged_in_the_spool_holds_up_no_other(tmp_path: Path) -> None:
-    """The flush says that it is lost, all others arrive, and the slot is left for whoever puts the damage aside."""
+    """The flush says that the batch is lost, all others arrive, and the slot is left for a person to clear."""
     log = FaultyLog(lambda n, batch: Unavailable("away"), partitions=1)
     pub = publisher(log, durability="process", spool_dir=str(tmp_path / "s"))
     view, running = pub.sum("v", labels=("a",)), pub._runtime
@@ -279,7 +279,7 @@ def test_a_batch_that_is_damaged_in_the_spool_holds_up_no_other(tmp_path: Path) 
 
 
 def test_nothing_is_sent_before_it_is_kept(tmp_path: Path) -> None:
-    """Each batch that the log has seen is in the journal when it is sent, and the sender does not send for nothing."""
+    """Each batch in the log is in the journal when it is sent, and the sender never sends in vain."""
     seen: list[int] = []
 
     def fate(n: int, batch: Any) -> str:
@@ -302,7 +302,7 @@ def test_nothing_is_sent_before_it_is_kept(tmp_path: Path) -> None:
 def test_a_signal_handler_may_record(path: Path) -> None:
     """The handler interrupts its own thread's writes to the journal; after a kill each delta of both counts once.
 
-    Part of them as what was pending, because the journal has little room.
+    The journal has little room, so that some of the deltas are kept as pending series.
     """
     script = """
 log.away.touch()

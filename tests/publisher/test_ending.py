@@ -1,4 +1,4 @@
-"""The end of a producer: it tells the tasks, and batches that tasks may have forgotten are not sent again."""
+"""The end of a producer: tasks learn of it, and batches that tasks may have forgotten are not sent again."""
 
 import threading
 from pathlib import Path
@@ -21,7 +21,7 @@ AWAY = Unavailable("away")
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_publisher_that_closes_says_so(mode: str, tmp_path: Path) -> None:
-    """With a last, empty batch in each partition that it has sent to, and in no other; it is folded as such."""
+    """A last, empty batch goes to each partition that the publisher has sent to; tasks fold it as a close."""
     log = FaultyLog()
     pub = publisher(log, **settings_of(mode, tmp_path))
     pub.sum("v", labels=("a",)).add(1, a="x")
@@ -43,8 +43,8 @@ def test_a_publisher_that_closes_says_so(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "what"), [("memory", "nothing"), ("memory", "away"), ("process", "left")])
 def test_one_that_does_not_say_that_it_has_ended(mode: str, what: str, tmp_path: Path) -> None:
-    """One that has sent nothing; one whose log is away, which is tried once; and one that leaves something in its spool:
-    whoever sends that must be remembered until then.
+    """A publisher sends no close if it has sent nothing, if its log is away, which is tried once, or if its spool is not
+    empty: the sender of those batches must be remembered until then.
     """
     log = FaultyLog()
     pub = publisher(log, **settings_of(mode, tmp_path))
@@ -67,8 +67,8 @@ def test_one_that_does_not_say_that_it_has_ended(mode: str, what: str, tmp_path:
 
 
 def test_what_may_be_forgotten_is_held_back() -> None:
-    """A batch without an answer, sent days ago, may have been folded and forgotten: it stays, and is told of; the rest goes
-    on. Either clock can say that it is old; when both say otherwise, it is sent.
+    """A batch sent days ago without an answer may have been folded and forgotten: it stays and is reported, and the rest
+    goes on. Either clock can make it old; when both say otherwise, it is sent.
     """
     log, clock, meter = FaultyLog(partitions=1), MovedClock(), Meter()
     log.fate = lambda n, batch: "unheard"
@@ -101,7 +101,7 @@ def test_what_may_be_forgotten_is_held_back() -> None:
 
 @pytest.mark.parametrize("fails", ["asking for partitions", "asking for the topic's id", "sending"])
 def test_what_was_never_sent_is_not_held_back(fails: str) -> None:
-    """A publisher that was cut off for weeks, before anything of a batch was sent: nobody can have folded it."""
+    """Batches of which nothing was ever sent, by a publisher cut off for weeks, cannot have been folded, and are sent."""
     log, clock, asked = FaultyLog(partitions=1), MovedClock(), threading.Event()
 
     def nobody_says(topic: str) -> str:
@@ -133,7 +133,7 @@ def test_what_was_never_sent_is_not_held_back(fails: str) -> None:
 
 @pytest.mark.parametrize(("ttl_ms", "held_ms"), [(7 * DAY_MS, 6 * DAY_MS), (DAY_MS, DAY_MS // 2), (1_000, 500)])
 def test_the_rule_follows_the_setting(ttl_ms: int, held_ms: int, tmp_path: Path) -> None:
-    """A day before tasks forget, or half of the time: the publisher's rule and the spool's."""
+    """Batches are held back a day before tasks forget, or at half of the time, by the publisher and by the spool."""
     assert held_after_ms(ttl_ms) == held_ms
     log = FaultyLog(lambda n, batch: AWAY)
     pub = publisher(log, durability="process", spool_dir=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The time between flushes follows the log, within the settings; batches stay within what the log takes."""
+"""The time between flushes follows the log, within the settings, and batches the size that the log accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ latencies = st.floats(0, 100, allow_nan=False)
 def test_the_interval_follows_latencies_within_its_bounds(
     seen: list[tuple[float, float]], least_ms: int, most_ms: int
 ) -> None:
-    """The upper bound wins over a lower one; a log that takes at least as long each time never makes it shorter."""
+    """The upper bound wins over the lower one; a slower log never makes the interval shorter."""
     quick, slow = FlushInterval(least_ms, most_ms), FlushInterval(least_ms, most_ms)
     least_s, most_s = min(least_ms, most_ms) / 1000, most_ms / 1000
     assert quick.current_s == least_s
@@ -35,9 +35,9 @@ def test_the_interval_follows_latencies_within_its_bounds(
 
 @given(st.floats(0.0001, 10), st.floats(0.0001, 10))
 def test_it_adapts_both_ways(before_s: float, after_s: float) -> None:
-    """After sixty acknowledgements of a new latency it is within a tenth of what that latency calls for.
+    """After sixty acknowledgements of a new latency the interval is within a tenth of the one for that latency.
 
-    Each has a fifth of the weight.
+    Each acknowledgement has a fifth of the weight.
     """
     interval = FlushInterval(1, 3_600_000)
     for latency_s in (before_s, after_s):
@@ -65,7 +65,7 @@ class SlowLog(FaultyLog):
 
 
 def test_the_interval_follows_the_log() -> None:
-    """A slow log brings it to `flush_interval_ms`, a quick one back to `flush_interval_min_ms`."""
+    """A slow log brings the interval to `flush_interval_ms`, a quick one back to `flush_interval_min_ms`."""
     log, meter = SlowLog(), Meter()
     pub = publisher(log, meter, flush_interval_min_ms=2, flush_interval_ms=60)
     cell = pub.sum("v").labels()

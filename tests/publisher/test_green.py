@@ -39,7 +39,7 @@ sleep(20)  # all wait, so that the hub runs the handler, which can't wait: anoth
 @pytest.mark.parametrize(("end", "code"), [("pub.close()", 0), ("", 0), (SIGNAL, 3)])
 @pytest.mark.parametrize("library", PATCHES)
 def test_several_flush_at_once(tmp_path: Path, library: str, end: str, code: int) -> None:
-    """Twenty green threads record and flush; what comes last is sent by `close`, at exit, or by a handler in the hub."""
+    """Twenty green threads record and flush; the last deltas are sent by `close`, at exit, or by a handler in the hub."""
     path = tmp_path / "log"
     done = run_script(path, MANY + end, check=False, first=PATCHES[library])
     assert done.returncode == code, done.stderr

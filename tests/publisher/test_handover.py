@@ -1,4 +1,4 @@
-"""Drained states are handed over once: none is lost or sent twice, whatever comes in between."""
+"""Drained states are handed over once: none is lost or sent twice, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.publisher.support import FaultyLog, Meter, fold, hurried_threads, in_
 
 
 def test_closing_while_threads_record() -> None:
-    """Every delta whose call returned is in the log, whatever threads were in the midst of, such as waiting for memory."""
+    """Every delta whose call returned is in the log, whatever the threads were doing, such as waiting for memory."""
     log = FaultyLog()
     log.away = True
     meter = Meter()
@@ -43,7 +43,7 @@ def test_closing_while_threads_record() -> None:
 
 
 def test_what_could_not_be_sealed_is_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A close that gives up says so of what was drained too."""
+    """A close that gives up counts drained deltas as lost, too."""
     meter, failed = Meter(), threading.Event()
     pub = publisher(FaultyLog(), meter, flush_interval_ms=1)
 

@@ -20,7 +20,7 @@ def answer(values: list[Any]) -> Any:
 
 @pytest.mark.parametrize("durability", ["memory", "process"])
 def test_every_way_to_record_ends_in_one_histogram(durability: str, tmp_path: Path) -> None:
-    """Calls, bound series, many values, columns, and a timer: what is folded, and what `local` shows, has all of them."""
+    """Deltas of calls, bound series, many values, columns, and a timer are all in the folded histogram, and in `local`."""
     log = memory_log()
     more: dict[str, Any] = {"spool_dir": str(tmp_path)} if durability == "process" else {}
     with publisher(log, durability=durability, **more) as pub:
@@ -50,7 +50,7 @@ def test_every_way_to_record_ends_in_one_histogram(durability: str, tmp_path: Pa
 
 
 def test_threads_lose_nothing() -> None:
-    """Threads that record to the same series, with drains in between, end in the histogram of all of it."""
+    """All deltas of threads that record to the same series, with drains in between, are in the histogram."""
     log = memory_log()
     each = 3_000
     with publisher(log, flush_interval_ms=5) as pub:
@@ -65,7 +65,7 @@ def test_threads_lose_nothing() -> None:
 
 
 def test_what_a_histogram_does_not_take() -> None:
-    """An int beyond all floats, and what is no number, is `Invalid` at once; nothing is recorded then."""
+    """An int beyond all floats, and a value that is no number, is `Invalid` at once, and not recorded."""
     with publisher(memory_log()) as pub:
         view = pub.histogram("latency")
         for value in (2**1_024, "1", None, float("nan")):

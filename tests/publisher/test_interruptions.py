@@ -1,4 +1,4 @@
-"""Recording is interrupted: no delta is lost or counted twice by it. What holds for the table alone: see tests/contracts."""
+"""No delta is lost or counted twice when recording is interrupted. Laws of the table alone: see tests/contracts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import traced
 
 @pytest.mark.parametrize("waiting_count", [1, 3])
 def test_who_wakes_others_may_be_interrupted_by_who_wakes_them(waiting_count: int) -> None:
-    """At each line of it, in the same thread: all wake, and nothing is raised."""
+    """All threads wake, and nothing is raised, at whichever line of the waking the same thread wakes them again."""
     at = 0
     while _wake(waiting_count, at):
         at += 1
@@ -29,7 +29,7 @@ def test_who_wakes_others_may_be_interrupted_by_who_wakes_them(waiting_count: in
 
 
 def _wake(waiting_count: int, at: int) -> bool:
-    """Wake so many threads, and again in the midst of that, at one of its lines; return whether there is such a line."""
+    """Wake so many threads, and again at one line of that; return whether there is such a line."""
     condition, ready, woken = ReentrantCondition(threading.RLock()), threading.Semaphore(0), []
 
     def wait() -> None:
@@ -59,11 +59,11 @@ def _wake(waiting_count: int, at: int) -> bool:
 
 
 class Interrupted(Exception):
-    """Raised by a signal handler, wherever the program happens to be."""
+    """Raised by a signal handler, at any point of the program."""
 
 
 def test_what_a_handler_raises_leaves_a_wait() -> None:
-    """At each line of it: nothing is raised in its place, and the lock is free for others afterwards."""
+    """An exception of a handler leaves the wait, at each of its lines, and the lock is free for others afterwards."""
     at = 0
     while _interrupt_wait(at):
         at += 1
@@ -170,7 +170,7 @@ def test_a_publisher_closed_by_a_finaliser_in_its_own_thread_is_drained() -> Non
     [(Ring.append, "if end > segment.limit", "return True"), (Ring.adopt, "if self.segment is old", "self.segment = new")],
 )
 def test_what_changes_together_cannot_be_interrupted(function: Callable[..., object], start: str, end: str) -> None:
-    """Signals, finalisers and other threads come in at calls, jumps back and allocations: there are none in these lines."""
+    """Signals, finalisers and other threads come in at calls, jumps back and allocations, of which these lines have none."""
     lines, first = inspect.getsourcelines(function)
     from_line = next(i for i, line in enumerate(lines) if start in line)
     to_line = next(i for i, line in enumerate(lines) if i > from_line and line.strip() == end)

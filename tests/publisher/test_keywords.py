@@ -68,7 +68,7 @@ WRONG = {
 
 @pytest.mark.timeout(300)
 def test_a_type_checker_finds_a_wrong_setting(tmp_path: Path) -> None:
-    """mypy refuses a name that is no setting, a type and a value that a setting can't have; and nothing that is right."""
+    """mypy refuses a name that is no setting, a wrong type and a wrong value, and accepts everything right."""
     file = tmp_path / "app.py"
     file.write_text("from pipeline import Publisher\n\n" + "\n".join(WRONG) + "\n")
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--config-file", "pyproject.toml", str(file)]
@@ -89,7 +89,7 @@ def made() -> Iterator[list[Publisher]]:
 
 
 def room_of(made: list[Publisher], **settings: Any) -> float | None:
-    """A new publisher's `buffer_bytes_max`, as it shows it."""
+    """Return a new publisher's `buffer_bytes_max`, as its statistics show it."""
     registry = CollectorRegistry()
     made.append(Publisher(HTTP, registry=registry, **settings))
     return registry.get_sample_value("pipeline_publisher_buffer_bytes_max", {"publisher": "0"})
@@ -98,7 +98,7 @@ def room_of(made: list[Publisher], **settings: Any) -> float | None:
 def test_keywords_win_over_the_environment_and_that_over_the_file(
     made: list[Publisher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Settings of other parts of the program in the same places are no business of a publisher."""
+    """A publisher ignores settings of other parts of the program in the same places."""
     Path("pipeline.toml").write_text("buffer_bytes_max = 70_000\nport = 1\ncommit_interval_ms = 5\n")
     assert room_of(made) == 70_000
     monkeypatch.setenv("PIPELINE_BUFFER_BYTES_MAX", "80_000")
@@ -113,7 +113,7 @@ def test_keywords_win_over_the_environment_and_that_over_the_file(
 
 
 def test_a_named_file_is_meant(made: list[Publisher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a file that PIPELINE_CONFIG names a wrong value is `Invalid`, and so is its not being there."""
+    """In a file that PIPELINE_CONFIG names a wrong value is `Invalid`, as is a missing file."""
     Path("pipeline.toml").write_text("buffer_bytes_max = 70_000\n")
     named = tmp_path / "ours.toml"
     monkeypatch.setenv("PIPELINE_CONFIG", str(named))
@@ -134,7 +134,7 @@ def test_a_named_file_is_meant(made: list[Publisher], monkeypatch: pytest.Monkey
 def test_unknown_names_are_warnings_once(
     made: list[Publisher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """In a file that was named, and in the environment, but for what Kubernetes and tests put there."""
+    """Unknown names in a named file, and in the environment, warn once, except those that Kubernetes and tests set."""
     named = tmp_path / "ours.toml"
     named.write_text("flush_interval_min_mss = 1\nbuffer_bytes_max = 70_000\n")
     monkeypatch.setenv("PIPELINE_CONFIG", str(named))
@@ -171,7 +171,7 @@ def test_unknown_names_are_warnings_once(
 def test_a_strangers_file_breaks_nothing(
     made: list[Publisher], caplog: pytest.LogCaptureFixture, text: str | bytes, said: str
 ) -> None:
-    """A pipeline.toml that lies in the working directory is taken as a whole or, with one warning, not at all."""
+    """A pipeline.toml that lies in the working directory is used as a whole or, with one warning, not at all."""
     Path("pipeline.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     for _ in range(2):
         assert room_of(made) == 67_108_864
@@ -184,7 +184,7 @@ def test_a_strangers_file_breaks_nothing(
 def test_options_of_librdkafka_come_from_a_file_only_if_it_was_named(
     made: list[Publisher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They can load code: who may write to the working directory must not choose them. HTTP does not care about them."""
+    """librdkafka's options can load code, so writing to the working directory must not set them. HTTP needs none."""
     Path("pipeline.toml").write_text('[kafka]\n"plugin.library.paths" = "/tmp/evil.so"\n')
     made.append(Publisher(HTTP))
     assert not caplog.records
@@ -219,7 +219,7 @@ def test_options_of_librdkafka_come_from_a_file_only_if_it_was_named(
 def test_what_is_wrong_is_an_error(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str, keywords: dict[str, Any], said: str
 ) -> None:
-    """In the environment, and in keywords: who uses no type checker hears of it when the program runs."""
+    """A wrong setting is an error in the environment and in keywords, also without a type checker."""
     monkeypatch.setenv(f"PIPELINE_{name}", text)
     with pytest.raises(Invalid, match=said):
         Publisher(HTTP, **keywords)

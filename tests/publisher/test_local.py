@@ -1,4 +1,4 @@
-"""Local snapshots: what this process has recorded, as of a moment that is no older than they say."""
+"""Local snapshots: everything that this process has recorded, as of a moment that is no older than they say."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_after_a_flush_or_close_it_has_everything_and_never_changes() -> None:
 
 
 def test_all_kinds_answer_as_reads_do() -> None:
-    """Each value is what a read of the view would show of this process alone."""
+    """Each value is that of a read of the view of this process alone."""
     log = memory_log()
     with publisher(log) as pub:
         pub.sum("sum").add(2**70)
@@ -49,7 +49,7 @@ def test_all_kinds_answer_as_reads_do() -> None:
 
 
 def test_labels_stand_as_declared() -> None:
-    """By position in the order in which this process names them, to iterate over and to look up; nothing else is in it."""
+    """Labels have the order in which this process declares them, to iterate over and to look up; no others are in it."""
     with publisher(memory_log()) as pub:
         orders = [*permutations(["c", "a", "d", "b"])]
         views = [pub.sum(f"v{number}", labels=order) for number, order in enumerate(orders)]
@@ -80,7 +80,7 @@ def test_labels_stand_as_declared() -> None:
 
 
 def test_at_its_limit_it_says_that_it_is_not_complete() -> None:
-    """Beyond `local_series_max`, over all views; what is sent is not less for it."""
+    """Beyond `local_series_max`, over all views, a snapshot is incomplete and says so; sent deltas are not affected."""
     log = memory_log()
     with publisher(log, local_series_max=10) as pub:
         one, two = pub.sum("one", labels=("a",)), pub.sum("two", labels=("a",))
@@ -93,7 +93,7 @@ def test_at_its_limit_it_says_that_it_is_not_complete() -> None:
 
 
 def test_it_is_fresh_in_quiet_and_old_when_nobody_takes_it() -> None:
-    """While the flusher runs its age stays small, also without new deltas; held up, it grows, and so does the age."""
+    """The age stays small while the flusher runs, also without new deltas, and grows when it is held up."""
     pub = publisher(memory_log(), snapshot_interval_ms=5)
     view = pub.sum("v")
     view.add(1)

@@ -1,4 +1,4 @@
-"""Each metric of the publisher moves when what it is about happens, as Prometheus sees it, and as `stats` says."""
+"""Each metric of the publisher moves with its subject, as Prometheus sees it, and as `stats` says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ shown: set[str] = set()
 
 
 class Shown:
-    """A publisher on a log that goes wrong, and what Prometheus sees of it."""
+    """A publisher on a faulty log, and its metrics as Prometheus sees them."""
 
     def __init__(self, **settings: Any) -> None:
         self.log = FaultyLog()
@@ -28,7 +28,7 @@ class Shown:
         self.pub: BasePublisher = publisher(self.log, self.metrics, **settings)  # type: ignore[arg-type]
 
     def value(self, metric: m.Metric, **labels: str) -> float:
-        """Return a metric as Prometheus would scrape it; of a histogram the number of observations."""
+        """Return a metric as Prometheus would scrape it; for a histogram the number of observations."""
         shown.add(metric.name)
         name = f"{metric.name}_count" if metric.type == "histogram" else metric.name
         for line in self.metrics.render()[0].decode().splitlines():
@@ -40,7 +40,7 @@ class Shown:
 
 @pytest.fixture
 def closing() -> Iterator[list[Shown]]:
-    """Publishers that are closed afterwards, whatever became of them."""
+    """Publishers that are closed afterwards."""
     opened: list[Shown] = []
     yield opened
     for item in opened:
@@ -55,7 +55,7 @@ def opened(closing: list[Shown], **settings: Any) -> Shown:
 
 
 def test_what_is_recorded_and_sent(closing: list[Shown]) -> None:
-    """Deltas, what merging saved, batches, their times, how much waits, and how old a snapshot becomes."""
+    """Metrics show deltas, merged deltas, batches and their times, the waiting ones, and the age of a snapshot."""
     it = opened(closing, flush_interval_ms=40, flush_interval_min_ms=20, series_idle_ms=1_000, snapshot_interval_ms=30)
     view = it.pub.sum("v", labels=("a",))
     for i in range(100_000):
@@ -81,7 +81,7 @@ def test_what_is_recorded_and_sent(closing: list[Shown]) -> None:
 
 
 def test_what_goes_wrong(closing: list[Shown]) -> None:
-    """Retries, rejections, losses, what is held back: each is counted by its name, and is there before it happens."""
+    """Retries, rejections, losses and batches held back have a counter each, which is there before it happens."""
     it = opened(closing)
     for reason in ("buffer_full", "closed", "rejected"):
         assert f'reason="{reason}"' in it.metrics.render()[0].decode()
@@ -121,7 +121,7 @@ def test_what_does_not_fit(closing: list[Shown]) -> None:
 
 
 def test_the_spool(tmp_path: Path, closing: list[Shown]) -> None:
-    """Metrics of the spool: its size and limit, batches that went there, and those found in the spools of others."""
+    """Metrics show the spool's size and limit, its batches, and those found in the spools of others."""
     settings = {"spool_dir": str(tmp_path / "spool"), "spool_bytes_max": 8_000_000}
     gone = Shown(durability="process", **settings)
     gone.log.away = True

@@ -45,7 +45,7 @@ WAYS: dict[str, Set] = {
 @pytest.mark.parametrize("stamped", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_later_wins(way: str, stamped: bool, durability: str, tmp_path: Path) -> None:
-    """Whatever the larger value is, whatever survives a kill."""
+    """The later value wins, whichever is larger, also after a kill."""
     spool = {} if durability == "memory" else {"durability": durability, "spool_dir": str(tmp_path)}
     log, clock = memory_log(), Still()
     settings = PublisherSettings(flush_interval_ms=1_000, flush_interval_min_ms=1_000, **spool)

@@ -26,7 +26,7 @@ BUFFER = 2**17
 SPOOL = 2**22
 TURNS = 600 if LONG else 200
 LONG_SPOOL = 2**23
-"""Less than that many turns over 1,000 series take in a ring."""
+"""Bytes of a ring that fewer than so many turns over 1,000 series would fill."""
 AWAY = Unavailable("the log is down")
 
 
@@ -75,7 +75,7 @@ def test_a_log_that_is_away_for_long_costs_what_its_series_cost(tmp_path: Path, 
 
 
 def test_everything_comes_back_when_all_is_acknowledged() -> None:
-    """The account is never negative, and returns to zero once series are let go of, whatever was recorded."""
+    """The account is never negative, and returns to zero once series are evicted."""
     log = FaultyLog(lambda n, batch: ["kept", "unheard", AWAY, "kept"][n % 4])  # type: ignore[return-value]
     pub = publisher(log, flush_interval_ms=1, series_idle_ms=1)
     sums, last = pub.sum("s", labels=("a",)), pub.last("l", labels=("a",))
@@ -104,7 +104,7 @@ def test_everything_comes_back_when_all_is_acknowledged() -> None:
 
 
 def fill(pub: BasePublisher, way: str, count: int) -> tuple[int, str]:
-    """Record 1 to that many new series, until it is refused: how many are said to be recorded, and what the refusal says."""
+    """Record 1 to so many new series, until one is refused; return the reported number, and the text of the refusal."""
     view = pub.sum("v", labels=("n",))
     if way == "columns":
         try:
@@ -122,9 +122,9 @@ def fill(pub: BasePublisher, way: str, count: int) -> tuple[int, str]:
 @pytest.mark.parametrize("way", ["one by one", "columns"])
 @pytest.mark.parametrize("on_full", ON_FULL)
 def test_a_full_buffer(on_full: str, way: str) -> None:
-    """`BufferFull`, at once or after `block_timeout_ms`, or what is new is dropped and counted; known series go on.
+    """`BufferFull`, at once or after `block_timeout_ms`, or new series are dropped and counted; known series go on.
 
-    Nothing that was recorded before is lost, and there is room again once the log is back.
+    No delta recorded before is lost, and there is room again once the log is back.
     """
     log, meter = FaultyLog(), Meter()
     log.away = True
@@ -158,7 +158,7 @@ def test_a_full_buffer(on_full: str, way: str) -> None:
 
 @pytest.mark.parametrize("away", [False, True])
 def test_block_waits_for_room(down: Down, away: bool) -> None:
-    """Far more series than fit flow through: who runs out of memory wakes the flusher, and what was sent is let go of."""
+    """Far more series than fit flow through: a thread without memory wakes the flusher, and sent series are evicted."""
     meter = Meter()
     down.is_down = away
     settings = {"buffer_bytes_max": BUFFER, "block_timeout_ms": 60_000, "flush_interval_ms": 3_600_000}
@@ -183,7 +183,7 @@ def test_block_waits_for_room(down: Down, away: bool) -> None:
 
 
 class Flushes(Meter):
-    """Counts how often the flusher has come."""
+    """Counts the flushes."""
 
     count = 0
 
@@ -207,7 +207,7 @@ def test_whoever_is_starved_does_not_keep_the_flusher_busy() -> None:
 
 
 def test_who_waits_for_room_on_the_disk_holds_nothing_meanwhile() -> None:
-    """A thread that writes to the spool can come to the account, in a finaliser: then nobody there waits for the spool.
+    """A thread that writes to the spool may charge the account, in a finaliser, so nobody there waits for the spool.
 
     The publisher's own threads never wait for anything.
     """
@@ -270,7 +270,7 @@ def test_a_thread_asks_again_if_others_take_the_room() -> None:
 def test_batches_on_disk_are_bounded_by_the_disk_alone(tmp_path: Path, down: Down, durability: str) -> None:
     """Many times more than memory holds is recorded while the log is down; at `spool_bytes_max` it waits, then raises.
 
-    All that was recorded before arrives.
+    All deltas recorded before arrive.
     """
     meter, count, most = Meter(), 0, 0
     settings = {"buffer_bytes_max": BUFFER, "durability": durability, "spool_dir": str(tmp_path), "spool_bytes_max": SPOOL}

@@ -1,4 +1,4 @@
-"""A log that goes away, or never was there: one line, and one more when it is back."""
+"""A log that goes away, or never was there, is one line of log, and one more when it is back."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TIME = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Lines:
-    """Returns the lines that are logged at INFO or above."""
+    """Return the lines that are logged at INFO or above."""
     caplog.set_level(logging.INFO, "pipeline")
     return lambda: [f"{record.levelname} {record.getMessage()}" for record in [*caplog.records]]
 
 
 @pytest.mark.parametrize("was_there", [True, False])
 def test_one_line_when_it_goes_and_one_when_it_is_back(lines: Lines, was_there: bool) -> None:
-    """However many batches and attempts fail meanwhile; both say what waits, and since when.
+    """There are two lines, however many batches and attempts fail, with the waiting batches, and the time of the outage.
 
-    If it never was there, nothing can even be sealed, so no batch waits.
+    If the log never was there, nothing can even be sealed, so no batch waits.
     """
     log = FaultyLog()
     with publisher(log, retry_backoff_max_ms=20) as pub:
@@ -69,7 +69,7 @@ def test_one_line_when_it_goes_and_one_when_it_is_back(lines: Lines, was_there: 
 
 
 def test_what_a_second_attempt_mends_is_not_told(lines: Lines) -> None:
-    """Nor a batch that the log refuses while it takes others, nor what fails while nothing waits."""
+    """Errors that a second attempt mends, a refused batch among accepted ones, and errors without batches are not logged."""
     log = FaultyLog(lambda n, batch: Unavailable("busy") if n % 2 else "kept")
     pub = publisher(log)
     for _ in range(20):

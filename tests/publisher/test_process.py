@@ -1,4 +1,4 @@
-"""Processes end and fork: what was recorded is drained, once, by the process that recorded it."""
+"""Processes end and fork: recorded deltas are drained, once, by the process that recorded them."""
 
 import signal
 import subprocess
@@ -56,7 +56,7 @@ def views(path: Path) -> Views:
 def test_however_a_process_ends(path: Path, mode: str, ending: str, code: int, *, drains: bool, away: bool) -> None:
     """Deltas are sent where Python runs to its end, and the exit code stays that of the program.
 
-    Of `os._exit`, SIGTERM without a handler, and kill -9 only what was flushed is there, unless a spool has the rest.
+    After `os._exit`, SIGTERM without a handler, and kill -9 only flushed deltas are there, unless a spool has the rest.
     """
     go_away = "log.away.touch()" if away else ""
     script = f"{USE}pub.flush(20)\n{go_away}\nlast = lambda: (cell.add(2.5), cell.add(4))\n{ending}"
@@ -71,14 +71,14 @@ def test_however_a_process_ends(path: Path, mode: str, ending: str, code: int, *
 
 
 def test_an_exit_without_a_log_takes_close_timeout_ms(path: Path) -> None:
-    """The exit gives up in time, logs what is lost, and leaves the exit code alone."""
+    """The exit gives up in time, logs the losses, and leaves the exit code alone."""
     FileLog(path).away.touch()
     assert "at exit: not acknowledged within 0.3 s" in run(path, USE, close_timeout_ms=300).stderr
 
 
 @pytest.mark.parametrize(("mode", "then"), [("memory", "sys.exit(0)"), ("process", "os._exit(0)")])
 def test_a_signal_handler_may_close(path: Path, mode: str, then: str) -> None:
-    """SIGTERM in the midst of recording, again and again: `close` in the handler drains, whatever it interrupted."""
+    """A handler of SIGTERM in the midst of recording, again and again, drains by `close`, whatever it interrupted."""
     run(
         path,
         f"""
@@ -129,7 +129,7 @@ for i in range(15):
 def test_a_forked_child_starts_clean(path: Path, mode: str, end: str) -> None:
     """The parent's deltas are the parent's; the child records with inherited and new handles, as another producer.
 
-    What it has not sent is in a slot of its own, if there is a spool.
+    Unsent deltas of a child are in a slot of its own, if there is a spool.
     """
     done = run(
         path,
@@ -189,7 +189,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_children_that_end_on_their_own_drain_and_let_go(path: Path) -> None:
-    """By `sys.exit`, or the end of the program; one that records nothing starts no thread, and leaves the writer alone."""
+    """Children that end by `sys.exit`, or with the program, drain; one that records nothing starts no thread."""
     done = run(
         path,
         USE
@@ -370,9 +370,9 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_children_of_multiprocessing_drain(path: Path, method: str) -> None:
-    """They end without `atexit`, however they were started; also when they fail, and what they have inherited.
+    """Children end without `atexit`, however they were started; they drain also when they fail, or inherit handles.
 
-    One that uses nothing starts nothing.
+    A child that uses no publisher starts no thread.
     """
     done = run(path, CHILDREN.replace("METHOD", repr(method)))
     forked = method == "fork"

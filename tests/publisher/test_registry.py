@@ -16,7 +16,7 @@ from tests.publisher.support import ROOT, Meter, wait_until
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    """A log that needs no server."""
+    """URL of a log that needs no server."""
     return f"embedded:{tmp_path / 'data'}"
 
 
@@ -30,7 +30,7 @@ def value(registry: CollectorRegistry, name: str, publisher: int, **labels: str)
 
 
 def test_publishers_share_a_registry(url: str, registry: CollectorRegistry) -> None:
-    """Each has its own series, by a number that is free again once it is closed; its counters never fall."""
+    """Each publisher has its own series, by a number that is free again once it is closed; its counters never fall."""
     first, second = Publisher(url, registry=registry), Publisher(url, registry=registry, buffer_bytes_max=70_000)
     for pub, count in ((first, 3), (second, 5)):
         view = pub.sum(f"v{count}", labels=("a",))
@@ -56,7 +56,7 @@ def test_publishers_share_a_registry(url: str, registry: CollectorRegistry) -> N
 
 
 def test_what_can_not_be_shown_is_refused(url: str, registry: CollectorRegistry) -> None:
-    """Names that the app has, two places at once, and what is no registry; a refusal leaves nothing behind."""
+    """Names that the app has, two places at once, and an object that is no registry are refused without a trace."""
     Counter("pipeline_publisher_retries", "The app's own.", registry=registry)
     before = generate_latest(registry)
     with pytest.raises(Invalid, match="registry: Duplicated timeseries"):
@@ -75,7 +75,7 @@ def test_what_can_not_be_shown_is_refused(url: str, registry: CollectorRegistry)
 
 
 def test_a_bridge_of_the_registry_leaves_them_out(url: str, registry: CollectorRegistry) -> None:
-    """To publish them would change them, and the bridge would never be at rest."""
+    """A bridge would change the publisher's metrics by publishing them, and would never be at rest."""
     jobs = Counter("jobs", "x", registry=registry)
     with Publisher(url, registry=registry) as pub:
         bridge = pub.bridge(registry, interval_ms=3_600_000)

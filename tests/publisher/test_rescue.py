@@ -1,4 +1,4 @@
-"""Sending what is left: each delta once, through a log that loses answers, is away, or refuses."""
+"""Sending remaining batches: each delta once, through a log that loses answers, is away, or refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAY_MS = 86_400_000
 
 
 def filled(folder: Path) -> Recorder:
-    """A spool with a batch of 1 that is acknowledged, one of 2, 4 pending, and 24 in the ring."""
+    """Return a spool with a batch of 1 that is acknowledged, one of 2, 4 pending, and 24 in the ring."""
     recorder = Recorder(folder)
     for value in (1, 2):
         recorder.spool.commit(seal_in(recorder, [Pending(VIEW, suffix("a"), value)], CLOCK.now_ms()), (), {})
@@ -44,7 +44,7 @@ def drained(folder: Path, log: FaultyLog, timeout_s: float = 20.0, *, force: boo
 
 
 def test_everything_left_is_sent_once(tmp_path: Path) -> None:
-    """Also what was sent by the process itself, unheard, and what is answered only at the third attempt."""
+    """Batches that the process itself has sent, unheard, are included, and those answered only at the third attempt."""
     spool = filled(tmp_path / "s").spool  # 1 was acknowledged there; 30 are left, 2 of them in a batch
     log = FaultyLog(lambda n, batch: ("unheard", Unavailable("no"), "kept")[n % 3], partitions=1)
     log.log.append([Message(DELTAS, 0, None, spool.load(0, 1))], timeout_s=1)
@@ -79,7 +79,7 @@ def test_what_is_not_sent_in_time_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("newer", ["nothing", "another partition", "the same"])
 def test_batches_that_a_task_may_have_forgotten_are_not_sent_unasked(tmp_path: Path, newer: str) -> None:
-    """Sealed over six days ago, they could have been folded, and would count twice; whatever newer ones there are."""
+    """Batches sealed over six days ago could have been folded, and would count twice, whatever newer ones there are."""
     recorder, now_ms = Recorder(tmp_path / "s"), CLOCK.now_ms()
     items = [Pending(VIEW, suffix(i), 1) for i in range(20)]
     parts = [[item for item in items if crc32(series_prefix(VIEW) + item.suffix) % 2 == odd] for odd in (0, 1)]
@@ -98,7 +98,7 @@ def test_batches_that_a_task_may_have_forgotten_are_not_sent_unasked(tmp_path: P
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_who_follows_a_killed_process_sends_what_it_left_before_it_ends(tmp_path: Path, count: int) -> None:
-    """However short it lives, and whether it records or not: `close` waits for that, as long as it may."""
+    """A process that follows a killed one sends its batches, whether it records or not: `close` waits as long as it may."""
     filled(tmp_path / "s").spool.close()
     log = FaultyLog(lambda n, batch: Unavailable("no") if n < 2 else "kept", partitions=1)
     log.away = True

@@ -36,7 +36,7 @@ def some_merged(rng: random.Random, count: int) -> list[Pending]:
 
 
 def numbered(view: Definition, states: list[Any]) -> list[Pending]:
-    """A series for each state."""
+    """Return a series for each state."""
     return [Pending(view, series_suffix([str(i)]), state) for i, state in enumerate(states)]
 
 
@@ -46,7 +46,7 @@ def sealed_from(items: list[Pending], outbox: Outbox, **kwargs: Any) -> list[Sea
 
 @pytest.mark.parametrize("seed", range(20))
 def test_batches_hold_everything_within_their_size(seed: int) -> None:
-    """Decoded again they are what went in; none is over the limit, but one of a single series; small entries fill them."""
+    """Decoded batches equal the input; none is over the limit, except one of a single series; small entries fill them."""
     rng = random.Random(seed)
     large = numbered(Definition("large", "last", ("a",)), [(1, 1, "x" * (60_000 if i == 5 else 10)) for i in range(10)])
     small = numbered(Definition("small", "sum", ("a",)), [0.5] * 3_000)
@@ -75,14 +75,14 @@ def test_batches_hold_everything_within_their_size(seed: int) -> None:
 
 
 def test_a_batch_has_no_more_views_than_the_codec_reads() -> None:
-    """However large a batch may be, it is cut where a task would refuse it."""
+    """A batch is cut where a task would refuse it, however large it may be."""
     items = [Pending(Definition(f"v{i}", "sum"), series_suffix(()), 1) for i in range(GROUP_COUNT_MAX + 5)]
     found = sealed_from(items, Outbox("p", 0), batch_bytes_max=16_777_216)
     assert [len(decode_batch(sealed.value).groups) for sealed in found] == [GROUP_COUNT_MAX, 5]
 
 
 def test_a_failure_in_the_middle_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing stays in the outbox, and the next try uses the same numbers."""
+    """After a failure the outbox is empty, and the next try uses the same numbers."""
 
     def broken(batch: Batch, groups: bytes) -> bytes:
         if batch.partition == 1:

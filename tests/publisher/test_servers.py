@@ -1,6 +1,6 @@
 """Programs that fork as servers do: gunicorn and Celery, the real ones, lose and double nothing.
 
-`test_uwsgi` has that of uWSGI, and `test_process` those of multiprocessing.
+For uWSGI see `test_uwsgi`, for multiprocessing `test_process`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CELERY = [sys.executable, "-m", "celery"]
     ],
 )
 def test_gunicorn_is_exact(tmp_path: Path, free_port: int, options: str, boot: int) -> None:
-    """A publisher made before the fork, or in each worker: each sends its own, and a graceful stop loses none.
+    """Each worker sends its own deltas, with a publisher made before the fork or in it, and a graceful stop loses none.
 
     A worker that is replaced drains too. Threads become green behind the fork.
     """

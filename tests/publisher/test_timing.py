@@ -1,4 +1,4 @@
-"""Timing and counting exceptions, by `with` and by decorator: what the code inside does stays as it is."""
+"""Timing and counting exceptions, by `with` and by decorator: the code inside behaves as without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.publisher.support import FaultyLog, fold, in_threads, memory_log, pub
 
 
 class Ticking:
-    """A clock for views, whose seconds are so much further with each look."""
+    """A clock for views that moves by so many seconds with each look."""
 
     def __init__(self, step_s: int = 1) -> None:
         self.seconds, self.step_s = 0, step_s
@@ -39,7 +39,7 @@ def pub(log: Any) -> Iterator[BasePublisher]:
 
 
 def test_a_block_is_timed_on_every_kind(pub: BasePublisher, log: Any) -> None:
-    """Sums add seconds, monotone or not; min, max and mean observe them; by view and by cell; also when it raises.
+    """Sums add seconds, monotone or not; min, max and mean observe them; by view and by series; also when the block raises.
 
     One timer may be entered again, within itself and after.
     """
@@ -73,7 +73,7 @@ def test_functions_are_timed_each_call(pub: BasePublisher, log: Any) -> None:
 
     @mean.time()
     def plain(a: int, *, b: int = 2) -> int:
-        """Its own words."""
+        """Add, recursively."""
         return a + b if a <= 1 else plain(a - 1, b=b) + 1
 
     @count.count_exceptions((KeyError, IndexError), job="a")
@@ -89,7 +89,7 @@ def test_functions_are_timed_each_call(pub: BasePublisher, log: Any) -> None:
         def run(self, n: int) -> float:
             return 1 / n
 
-    assert (plain(1, b=5), plain(20), plain.__name__, plain.__doc__) == (6, 22, "plain", "Its own words.")
+    assert (plain(1, b=5), plain(20), plain.__name__, plain.__doc__) == (6, 22, "plain", "Add, recursively.")
     assert str(inspect.signature(plain)) == "(a: 'int', *, b: 'int' = 2) -> 'int'"
     assert inspect.iscoroutinefunction(waiting)
     assert asyncio.run(waiting(False)) == "done"
@@ -209,7 +209,7 @@ async def async_generator() -> AsyncIterator[int]:
 
 
 def test_wrong_uses_are_told_at_once(pub: BasePublisher) -> None:
-    """Generators, what is no function, what is no exception, labels that the view does not have."""
+    """Generators, objects that are no function or no exception, and unknown labels are refused at once."""
     view = pub.sum("s", labels=("a",))
     for wrong in (generator, async_generator, 7, None):
         for around in (view.time(a="x"), view.count_exceptions(a="x")):

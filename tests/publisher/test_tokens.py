@@ -48,7 +48,7 @@ class Topics(FaultyLog):
 
 
 def test_a_flush_names_the_topic() -> None:
-    """Nothing is sent before it is known. What has no acknowledgement since asks nobody; closing returns the same."""
+    """Nothing is sent before the id is known. A flush without new acknowledgements asks nobody; closing returns the same."""
     log = Topics()
     log.silent = True
     pub = publisher(log, flush_interval_ms=1)
@@ -85,7 +85,7 @@ def test_what_is_acknowledged_while_a_token_is_made_is_in_the_next() -> None:
 
 
 def test_a_signal_handler_that_flushes_does_not_wait_for_its_own_thread() -> None:
-    """In the midst of a flush that asks which topic it is: both return the token."""
+    """A handler's flush in the midst of a flush that asks for the topic's id does not block: both return the token."""
     found: list[Token] = []
     log = Topics()
 
@@ -104,9 +104,9 @@ def test_a_signal_handler_that_flushes_does_not_wait_for_its_own_thread() -> Non
 
 
 def test_a_topic_made_anew_while_a_publisher_runs() -> None:
-    """The next flush returns a token of the new topic: only what that acknowledged, though the old one was further.
+    """The next flush returns a token of the new topic's acknowledgements only, though the old topic was further.
 
-    Also if it happens between two acknowledgements, and nobody can be asked meanwhile.
+    So it does if the topic is made anew between two acknowledgements, and nobody can be asked meanwhile.
     """
     log = Topics()
     with publisher(log) as pub:
@@ -140,7 +140,7 @@ def test_a_gateway_names_the_topic_that_acknowledged() -> None:
 
 
 def test_who_asks_at_once_shares_an_answer_that_is_new_enough() -> None:
-    """No answer to a request that had begun before is taken; twenty threads cost few requests."""
+    """No answer to a request that had begun before is shared; twenty threads cost few requests."""
     log, may = Topics(), threading.Event()
     maker = TokenMaker(log)
     old = maker.topic_id_before()

@@ -1,4 +1,4 @@
-"""Forks in C, which Python does not see: the child begins anew all the same, and what its parent had is the parent's."""
+"""Forks in C, which Python does not see: the child begins anew all the same, and the parent keeps its deltas."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_whatever_the_child_calls_first(path: Path, mode: str, begin: str) -> No
 
 @pytest.mark.parametrize("flushed", [True, False])
 def test_a_child_that_begins_with_a_series_of_its_parents(path: Path, *, flushed: bool) -> None:
-    """The native table loses none of it. The plain one loses what its queue holds, says so, and counts from then on."""
+    """The native table loses no delta. The plain one loses those in its queue, says so, and counts from then on."""
     said = run(path, "[cell.add(1_000) for _ in range(5_000)]; pub.flush(20)", flushed=flushed)
     found = fold(FileLog(path).read())
     counted, rest = divmod(found.of("v")["main",], 1_000)

@@ -1,4 +1,4 @@
-"""uWSGI forks in C after it has loaded the app: every worker answers, and what is recorded before and behind that counts."""
+"""uWSGI forks in C after it has loaded the app: every worker answers, and deltas of before and after the fork count."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_it_forks_counts_all(tmp_path: Path, free_port: int, options: str, 
     """Deltas that wait in the master are sent by one of its children, and those of a worker when it is stopped.
 
     With --lazy-apps each worker has loaded the app, and counts that. The gevent mode runs no exit code at all, and a single
-    process without a master, whose threads begin when uWSGI says so, none for Python: what they have not flushed is lost.
+    process without a master starts its threads when uWSGI says so, without Python: unflushed deltas are lost there.
     """
     first = "import uwsgidecorators" if "--skip" in options else ""
     master = ["--master", *GRACEFUL] if workers > 1 else []
@@ -57,9 +57,9 @@ def test_what_it_forks_counts_all(tmp_path: Path, free_port: int, options: str, 
 
 @pytest.mark.parametrize(("graceful", "mode"), [(True, "memory"), (False, "memory"), (False, "process")])
 def test_a_stop_in_the_midst_of_a_request(tmp_path: Path, free_port: int, *, graceful: bool, mode: str) -> None:
-    """uWSGI ends a busy worker without a word to Python: what it has not sent is lost, if it was not told to wait.
+    """uWSGI ends a busy worker without a word to Python: unsent deltas are lost, unless it was told to wait.
 
-    With a spool it is not.
+    With a spool they are not.
     """
     with serve(tmp_path, free_port, "--master", *(GRACEFUL if graceful else []), mode=mode) as server:
         count = server.ask(2)

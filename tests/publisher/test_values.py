@@ -74,7 +74,7 @@ def test_a_view_is_defined_once() -> None:
     ],
 )
 def test_what_is_no_view_is_refused(view: Any, more: dict[str, Any], says: str) -> None:
-    """`Invalid` where the view is made."""
+    """An invalid view is `Invalid` where it is made."""
     with publisher(memory_log()) as pub:
         with pytest.raises(Invalid, match=says) as caught:
             pub.view(**{"kind": "sum", "view": view, **more})
@@ -83,7 +83,7 @@ def test_what_is_no_view_is_refused(view: Any, more: dict[str, Any], says: str) 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
 def test_every_kind_has_windows_and_a_retention(kind: str) -> None:
-    """They travel with the definition, whichever method makes the view; deltas of two windows are two series."""
+    """Window and retention are part of each kind's definition; deltas of two windows are two series."""
     log = memory_log()
     with publisher(log) as pub:
         make: Any = getattr(pub, kind)
@@ -104,7 +104,7 @@ def test_every_kind_has_windows_and_a_retention(kind: str) -> None:
 
 
 def test_there_are_at_most_so_many_views() -> None:
-    """A publisher has as many views as a partition takes; those that are there go on."""
+    """A publisher has as many views as a partition accepts; existing ones go on."""
     with publisher(memory_log()) as pub:
         for i in range(10_000):
             pub.sum(f"v{i}")
@@ -154,7 +154,7 @@ def test_handles_that_are_not_recorded_to_cost_nothing() -> None:
 
 
 def test_publishers_and_gateway_agree_on_labels_whatever_the_order() -> None:
-    """Two publishers that name a view's labels differently, and a client that has none of both, meet in one series."""
+    """Two publishers that order a view's labels differently, and a client with neither order, meet in one series."""
     log = memory_log()
     with publisher(log) as one, publisher(log) as two:
         one.sum("revenue", labels=("region", "product")).labels("eu", "tea").add(1)
@@ -169,7 +169,7 @@ def test_publishers_and_gateway_agree_on_labels_whatever_the_order() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_value_that_no_batch_can_hold_is_refused_when_it_is_recorded(mode: str, tmp_path: Path) -> None:
-    """Once the log has said how large a batch may be: `Invalid` at the call, and everything else goes on."""
+    """Once the log has told its largest batch, a larger value is `Invalid` at the call, and everything else goes on."""
     log = FaultyLog()
     log.message_bytes_max = lambda topic: 10_000  # type: ignore[method-assign]
     with publisher(log, **settings_of(mode, tmp_path)) as pub:

@@ -1,4 +1,4 @@
-"""Views with windows in a publisher: exact over edges, and no longer in memory or in a spool than they must be."""
+"""Views with windows in a publisher: exact at the edges, and gone from memory and spool as soon as possible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Hand(SystemClock):
 
 
 def counts(log: Any) -> dict[int, int]:
-    """The totals in a log by window."""
+    """Return the totals in a log by window."""
     found: dict[int, int] = {}
     for batch in batches(log):
         for group in batch.groups:
@@ -45,7 +45,7 @@ def counts(log: Any) -> dict[int, int]:
 
 
 def series_named(file: Path) -> int:
-    """The number of series that a spool has names of."""
+    """Return the number of series that a spool has names of."""
     with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
         (count,) = connection.execute("SELECT count(*) FROM names WHERE kind = ?", (SERIES,)).fetchone()
     return int(count)
@@ -53,7 +53,7 @@ def series_named(file: Path) -> int:
 
 @pytest.mark.parametrize("durability", ["memory", "process"])
 def test_thousands_of_windows_pass_through(tmp_path: Path, durability: str) -> None:
-    """Every delta is counted in its window, while table, spool and `local` keep to what is in use."""
+    """Every delta is counted in its window, while table, spool and `local` keep only series in use."""
     log, clock = memory_log(), Hand()
     spool = {} if durability == "memory" else {"spool_dir": str(tmp_path / "s"), "spool_bytes_max": 2**22}
     settings = PublisherSettings(durability=durability, flush_interval_ms=20, flush_interval_min_ms=1, **spool)

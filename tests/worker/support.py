@@ -47,7 +47,7 @@ class Recorder:
 
 
 class ChangingLog(MemoryLog):
-    """A log as an operator and a network make it: more partitions, topics deleted and recreated, nobody there."""
+    """A log as operators and networks make it: more partitions, topics deleted and recreated, nobody reachable."""
 
     def __init__(self, partition_count: int, clock: HandClock) -> None:
         super().__init__(dict.fromkeys(TOPICS, partition_count), clock.now_ms)
@@ -55,12 +55,12 @@ class ChangingLog(MemoryLog):
         self.ids = dict.fromkeys(TOPICS, "first")
         self.bytes_max = 2**24
         self.readable: dict[tuple[str, int], int] = {}
-        """Where readers do not get beyond, as with a leader that was deposed or while a transaction of others is open."""
+        """Offsets that readers do not get beyond, as with a deposed leader or an open foreign transaction."""
         self.told: dict[tuple[str, int], int] = {}
-        """Ends that are told in place of the real ones."""
+        """Ends that are reported in place of the real ones."""
 
     def waited(self, timeout_s: float) -> None:
-        """Called when a reader has found nothing, with the time that it would have waited."""
+        """Let time pass: a reader found nothing, and would have waited for this long."""
 
     def check(self) -> None:
         if self.away:
@@ -76,7 +76,7 @@ class ChangingLog(MemoryLog):
         self.ids[topic] = name
 
     def cut(self, topic: str, partition: int, end_offset: int) -> None:
-        """Lose a tail."""
+        """Lose the tail of a partition."""
         at = self.partition(topic, partition)
         at.rows = [row for row in at.rows if row.offset < end_offset]
         at.end_offset = end_offset
@@ -86,11 +86,11 @@ class ChangingLog(MemoryLog):
         return self.ids[topic]
 
     def hold_back(self, topic: str, partition: int, end_offset: int) -> None:
-        """Show nothing beyond an offset, until `show`, to readers and to those who ask for the end."""
+        """Hide everything beyond an offset, until `show`, from readers and in reported ends."""
         self.readable[topic, partition] = self.told[topic, partition] = end_offset
 
     def show(self) -> None:
-        """Show all there is."""
+        """Show everything again."""
         self.readable, self.told = {}, {}
 
     def end_offsets(self, topic: str) -> Mapping[int, int]:
@@ -114,7 +114,7 @@ class ChangingLog(MemoryLog):
 
 
 class _Reader:
-    """Never waits, but takes its time if there is nothing."""
+    """A reader that never blocks, but lets time pass if it finds nothing."""
 
     def __init__(self, log: ChangingLog, topic: str, inner: LogReader) -> None:
         self._log = log
@@ -150,7 +150,7 @@ class _Reader:
 
 
 class WatchedStore(MemoryStore):
-    """Counts its writes, and fails when it is told to: `broken` is raised once, by the next write."""
+    """A store that counts its writes; the next write raises `broken`, once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Worker:
         self.log.append([Message(DELTAS, number, None, self.batch(number, series))], timeout_s=1)
 
     def commit(self, number: int, series: Mapping[str, float]) -> None:
-        """One batch, one commit."""
+        """Send one batch, and commit it."""
         self.append(number, series)
         fold_all(self.log, self.partition(number))
         self.partition(number).commit()

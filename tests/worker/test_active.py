@@ -1,4 +1,4 @@
-"""The life of an active partition is a table of transitions: what the loop may not do raises, and changes nothing."""
+"""The life of an active partition is a table of transitions: any other step raises, and changes nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def in_state(state: ActiveState) -> ActivePartition:
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("state", LEGAL, ids=lambda it: it.value)
 def test_every_step_is_legal_or_raises(state: ActiveState, act: str) -> None:
-    """Nothing closes a partition in which a thread works, and nothing lost folds again; losing it twice changes nothing."""
+    """No partition is closed while a thread works in it, and no lost one folds again; a second loss changes nothing."""
     active = in_state(state)
     if act in LEGAL[state] or (act == "loss" and not active.is_ours):
         ACTS[act](active)
@@ -67,7 +67,7 @@ def test_every_step_is_legal_or_raises(state: ActiveState, act: str) -> None:
 
 
 def test_a_start_that_waits_for_a_thread_is_cancelled_with_its_partition() -> None:
-    """Nothing has begun, so the partition can be closed at once."""
+    """A partition whose start still waits for a thread can be closed at once."""
     clock = HandClock()
     active = ActivePartition(new_partition(0, ChangingLog(1, clock), MemoryStores(), clock), 60.0)
     active.begin_start(Future())

@@ -1,4 +1,4 @@
-"""A new owner begins where the last one ended, whatever the log says of its end; a commit begins where it has to."""
+"""A new owner begins where the last one ended, whatever end the log reports; a commit begins where it has to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.worker.support import VIEW, ChangingLog, fold_all, new_partition, ser
 
 
 class _Log(ChangingLog):
-    """Time passes while readers wait; after `show_after_s` of it the log shows all there is."""
+    """A log that shows everything once its readers have waited for `show_after_s`."""
 
     def __init__(self, clock: HandClock, *, marker_count: int) -> None:
         super().__init__(1, clock)
@@ -40,7 +40,7 @@ class _Log(ChangingLog):
 
 
 class _World:
-    """One partition, one producer, and owners that come one after the other, each on a machine of its own."""
+    """One partition, one producer, and successive owners, each on a machine of its own."""
 
     def __init__(self, marker_count: int) -> None:
         self.clock = HandClock()
@@ -68,7 +68,7 @@ class _World:
         return partition
 
     def fold(self, partition: OwnedPartition, count: int) -> None:
-        """The next records, so many."""
+        """Fold so many of the next records."""
         reader = self.log.reader(DELTAS)
         reader.assign({0: partition.task.next_offset})
         (records,) = reader.poll(record_count_max=count, bytes_max=2**20, timeout_s=0)
@@ -84,7 +84,7 @@ def world(request: pytest.FixtureRequest) -> _World:
 
 
 def two_commits(world: _World) -> int:
-    """Three batches, and two commits of them by a first owner; where the changelog ended between the commits."""
+    """Send three batches, and commit twice as a first owner; return where the changelog ended between the commits."""
     first = world.owner()
     world.send(x=1, y=1)
     fold_all(world.log, first)
@@ -98,7 +98,7 @@ def two_commits(world: _World) -> int:
 
 
 def go_on(world: _World) -> dict[str, float]:
-    """Two more owners: the first folds one record more, if it has not folded them all, and commits."""
+    """Let two more owners take over: the first folds one record more, if there is one, and commits."""
     second = world.owner()
     assert second.task.next_offset == 3, "where the first owner's last commit ended"
     if second.task.next_offset < 3:
@@ -124,7 +124,7 @@ def test_a_deposed_leader_that_answers_with_an_old_end(world: _World, caplog: py
 
 
 def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -> None:
-    """No owner is ready while the transaction is open, and the status says why and what to do; then all is there."""
+    """While the transaction is open no owner is ready, and the status says why and what to do; then all is there."""
     end_offset = two_commits(world)
     world.log.hold_back(CHANGELOG, 0, end_offset)
     begun_s = world.clock.s
@@ -142,7 +142,7 @@ def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -
 
 
 def test_a_reader_that_hangs_has_no_excuse(world: _World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the log says that the fence record can be read, and nothing comes, no reason is given: the watchdog may judge."""
+    """A restore names no reason if the fence record is readable and yet nothing comes: the watchdog may judge."""
     end_offset = two_commits(world)
     world.log.hold_back(CHANGELOG, 0, end_offset)
     monkeypatch.setattr(world.log, "watermarks", lambda *_: Watermarks(0, end_offset + 1_000))
@@ -153,7 +153,7 @@ def test_a_reader_that_hangs_has_no_excuse(world: _World, monkeypatch: pytest.Mo
 
 
 def test_a_commit_begins_where_the_last_one_ended(world: _World) -> None:
-    """The position of a commit says where the one before ended, also behind a fence record."""
+    """The position of a commit says where the previous commit ended, also behind a fence record."""
     first = world.owner()
     for number in range(3):
         world.send(**{f"s{number}": 1})
@@ -190,7 +190,7 @@ def test_a_changelog_that_went_back_takes_no_commit(world: _World, back_by: int)
 
 
 def test_a_restart_without_news_reads_no_more_than_its_own_record(world: _World) -> None:
-    """However often a partition changes its owner, a store that was there is at the end."""
+    """A store that was there reads no more than its new fence record, however often a partition changes its owner."""
     two_commits(world)
     stores = MemoryStores()
     world.owner(stores)
@@ -204,7 +204,7 @@ def test_a_restart_without_news_reads_no_more_than_its_own_record(world: _World)
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_deltas_of_another_history(world: _World, kept: int) -> None:
-    """The log lost what was folded, and others have taken its offsets: the position is not taken for theirs."""
+    """A position is not valid in another history: the log lost folded records, and new ones have taken their offsets."""
     owner = world.owner()
     for _ in range(3):
         world.send(x=1)
@@ -232,7 +232,7 @@ def test_deltas_of_another_history(world: _World, kept: int) -> None:
 @pytest.mark.parametrize("left", [0, 1, 6])
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 7, 8])
 def test_deltas_that_lost_their_tail_count_once(world: _World, kept: int, left: int) -> None:
-    """Also that of producers that are forgotten by now; and what new ones sent since then counts, wherever it stands."""
+    """After a lost tail each delta counts once, also of forgotten producers, and so do those of new producers."""
     owner = world.owner()
     for number in range(5):
         if number == 2:
@@ -268,14 +268,14 @@ def test_deltas_that_lost_their_tail_count_once(world: _World, kept: int, left: 
 
 
 def send_alone(world: _World, producer_id: str, **series: float) -> None:
-    """A batch of a producer that sends no other."""
+    """Send a batch of a producer that sends no other."""
     group = Group(VIEW, [series_suffix((name,)) for name in series], [*series.values()])
     batch = Batch(producer_id, 0, 0, 0, 0, world.clock.now_ms(), [group])
     world.log.append([Message(DELTAS, 0, None, encode_batch(batch))], timeout_s=1)
 
 
 def test_a_tail_that_can_not_be_looked_at(world: _World) -> None:
-    """While the log does not let its end be read, nobody knows what is folded: the start ends, and nothing is folded."""
+    """While the log's end cannot be read, nobody knows what is folded: the start ends, and nothing is folded."""
     owner = world.owner()
     for _ in range(4):
         world.send(x=1)
@@ -300,7 +300,7 @@ def fold_on(world: _World, owner: OwnedPartition) -> None:
 
 
 def test_deltas_that_do_not_stand_in_order_are_refused(world: _World) -> None:
-    """They come from a log that is not what it was."""
+    """Records out of order, or with an end that is not behind them, are refused."""
     owner = world.owner()
     for _ in range(3):
         world.send(x=1)
@@ -317,7 +317,7 @@ def test_deltas_that_do_not_stand_in_order_are_refused(world: _World) -> None:
 
 
 def test_deltas_that_the_log_has_lost_are_refused(world: _World) -> None:
-    """A log that knows of each offset whether it holds a record says that some are missing."""
+    """Missing records are refused if the log knows of each offset whether it holds a record."""
     owner = world.owner()
     for _ in range(3):
         world.send(x=1)
@@ -334,7 +334,7 @@ def test_deltas_that_the_log_has_lost_are_refused(world: _World) -> None:
 
 @pytest.mark.parametrize("longer", [0, 1, 5])
 def test_a_store_of_a_history_that_is_gone(world: _World, longer: int) -> None:
-    """The changelog lost the store's last commits and has grown beyond them: nobody goes on from there as if nothing was."""
+    """A store whose last commits the changelog has lost is not continued, although the changelog has grown beyond them."""
     stores = MemoryStores()
     first = world.owner(stores)
     for number in range(4):

@@ -1,4 +1,4 @@
-"""Commits are as large as they can be and still end in time: none is tried in vain for ever."""
+"""Commits are as large as they can be and still end in time; no commit is tried in vain for ever."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMEOUT_S = 15.0
 
 
 def course(seconds_of: Callable[[int], float], count: int = 40) -> list[tuple[int, float]]:
-    """The sizes and times of commits of a partition that always has more to commit; it ends with one that fails."""
+    """Return sizes and times of the commits of a partition that always has more; the last one fails."""
     bound = CommitBound(TIMEOUT_S)
     found = []
     for _ in range(count):
@@ -42,7 +42,7 @@ def course(seconds_of: Callable[[int], float], count: int = 40) -> list[tuple[in
 
 
 def test_commits_grow_as_fast_as_the_log_is() -> None:
-    """From one entry to a million in six commits: a start costs next to nothing."""
+    """The bound grows from one entry to a million in six commits: a start costs next to nothing."""
     sizes = [entries for entries, _ in course(lambda entries: 0.003 + entries * 2e-6)]
     assert sizes[:5] == [1, 16, 256, 4_096, 65_536]
     assert sizes[5] > 500_000
@@ -50,14 +50,14 @@ def test_commits_grow_as_fast_as_the_log_is() -> None:
 
 @given(st.floats(min_value=1e-6, max_value=TIMEOUT_S / 2), st.floats(min_value=0.0, max_value=TIMEOUT_S / 4))
 def test_no_commit_fails_whose_time_is_due_to_its_size(per_entry_s: float, fixed_s: float) -> None:
-    """However slow the log is, if one entry alone can be committed: the bound is met from below, and stays in use."""
+    """The bound is met from below and stays in use, however slow the log is, if one entry alone can be committed."""
     found = course(lambda entries: fixed_s + entries * per_entry_s, 60)
     assert all(seconds <= TIMEOUT_S for _, seconds in found)
     assert found[-1][1] >= TIMEOUT_S * 0.2 or found[-1][0] > 1_000_000
 
 
 def test_a_slow_log_is_given_smaller_commits() -> None:
-    """Twice as slow as it was: the next commit is half as large, and the bound rises again when the log is quick."""
+    """A log that takes twice as long gets commits of half the size, and the bound rises again when the log is quick."""
     bound = CommitBound(TIMEOUT_S)
     bound.note(1_000, 6.0)
     assert bound.entries_max == 1_000
@@ -70,7 +70,7 @@ def test_a_slow_log_is_given_smaller_commits() -> None:
 
 
 def test_time_that_no_size_saves_shrinks_nothing() -> None:
-    """A log that needs 8 s for anything is given large commits all the same."""
+    """A log that needs 8 s for any commit gets large commits all the same."""
     bound = CommitBound(TIMEOUT_S)
     bound.note(100_000, 5.0)
     for _ in range(50):
@@ -79,7 +79,7 @@ def test_time_that_no_size_saves_shrinks_nothing() -> None:
 
 
 def test_small_commits_of_a_quiet_time_lower_nothing() -> None:
-    """Small commits don't change the bound: they say nothing of what large ones take."""
+    """Small commits don't change the bound: they say nothing of how long large ones take."""
     bound = CommitBound(TIMEOUT_S)
     bound.note(10_000, 1.0)
     large = bound.entries_max
@@ -89,7 +89,7 @@ def test_small_commits_of_a_quiet_time_lower_nothing() -> None:
 
 
 class RunningClock(HandClock):
-    """Each look at it takes a tenth of a millisecond, so that what is due comes."""
+    """A clock that moves a tenth of a millisecond with each look, so that due work is done."""
 
     def monotonic_s(self) -> float:
         self.s += 0.0001
@@ -104,9 +104,9 @@ class SlowLog(MemoryLog):
         self.clock = clock
         self.per_message_s = per_message_s
         self.commits: list[int] = []
-        """The messages of each commit that was tried."""
+        """Number of messages in each commit that was tried."""
         self.slower_at = (0, 0.0)
-        """With which commit it becomes slower, and how slow."""
+        """Commit, counted from 1, from which on the log is slower, and its time per message from then on."""
 
     def transaction(self, transactional_id: str) -> Transaction:
         return _Slow(self, super().transaction(transactional_id))
@@ -184,7 +184,7 @@ class Supervised:
 
 
 def fill(log: SlowLog, batches: int, entries: int) -> dict[str, float]:
-    """Batches of one producer, each of the same series; what they sum up to."""
+    """Append batches of one producer, each of the same series, and return the sums."""
     names = [f"s{number}" for number in range(batches * entries)]
     for sequence in range(batches):
         mine = names[sequence * entries : (sequence + 1) * entries]
@@ -196,7 +196,7 @@ def fill(log: SlowLog, batches: int, entries: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("per_message_s", [0.1, 0.01, 1.0])
 def test_a_backlog_that_fits_no_commit_is_folded(per_message_s: float) -> None:
-    """Two hundred batches at once would take longer than the timeout; in parts none fails, and all counts once."""
+    """Two hundred batches, too many for one commit in time, are committed in parts: none fails, and all count once."""
     clock = RunningClock()
     log = SlowLog(clock, per_message_s)
     right = fill(log, 200, 5)
@@ -208,7 +208,7 @@ def test_a_backlog_that_fits_no_commit_is_folded(per_message_s: float) -> None:
 
 
 def test_a_log_that_becomes_slow_at_once_ends_one_worker() -> None:
-    """The commit that is under way then was right before, and fails. The next start begins small, and gets through."""
+    """A commit that was sized before the log became slow fails; the next start begins small, and gets through."""
     log = SlowLog(RunningClock(), 0.000_01)
     right = fill(log, 60, 100)
     log.slower_at = (4, 0.05)
@@ -221,7 +221,7 @@ def test_a_log_that_becomes_slow_at_once_ends_one_worker() -> None:
 
 
 def test_a_batch_that_is_too_large_alone_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing makes it smaller: the log says what to raise, once for each try."""
+    """The log says which limit to raise for a batch that is too large by itself, once for each try."""
     clock = RunningClock()
     log = SlowLog(clock, 1.0)
     fill(log, 1, 100)

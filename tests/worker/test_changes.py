@@ -1,4 +1,4 @@
-"""A feed hands over each change of a view at least once, in order, with what was there before."""
+"""A feed delivers each change of a view at least once, in order, with the previous value."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Group:
 
 
 def known(definition: Definition | None) -> list[DefinitionEntry]:
-    """The definitions of a view in a partition's state."""
+    """Return the definitions of a view in a partition's state."""
     if definition is None:
         raise NotReady("it is not restored yet")
     return [DefinitionEntry(definition, 1, 0)]
@@ -73,10 +73,10 @@ class World:
         self.group = Group()
         self.heard: list[Change] = []
         self.limit: int | None = None
-        """How many changes are taken in before the feed is to stop."""
+        """Number of changes to take before the feed must stop."""
 
     def commit(self, partition: int = 0, definition: Definition | None = None, /, **sums: Any) -> None:
-        """One commit of the sums by region; with a definition, of that too."""
+        """Commit the sums by region, and the definition if given."""
         keys = [series_prefix(VIEW) + series_suffix((region,)) for region in sums]
         values = [None if value is None else encode_states(KINDS["sum"], [value])[0] for value in sums.values()]
         entries = [*zip(keys, values, strict=True), (POSITION_KEY, encode_position(Position(1, 1, 1)))]
@@ -86,7 +86,7 @@ class World:
         self.log.transaction(f"t-{partition}").commit(messages, timeout_s=1)
 
     def drop(self, *regions: str) -> None:
-        """The commit of a drop: the series that there were, then their definition."""
+        """Commit a drop: the series that there were, then their definition."""
         keys = [*[series_prefix(VIEW) + series_suffix((region,)) for region in regions], definition_key(VIEW)]
         messages = [Message(CHANGELOG, 0, key, None) for key in keys]
         position = Message(CHANGELOG, 0, POSITION_KEY, encode_position(Position(1, 1, 1)))
@@ -100,7 +100,7 @@ class World:
         *,
         nothing: bool = False,
     ) -> ChangeFeed:
-        """One on these stores, or new ones. Its worker's state knows `definition`, or `nothing`."""
+        """Return a feed on these stores, or new ones. Its worker's state knows `definition`, or `nothing`."""
 
         def deliver(some: Sequence[Change], stopping: Callable[[], bool]) -> int:
             count = len(some) if self.limit is None else min(self.limit, len(some))
@@ -119,7 +119,7 @@ class World:
         )
 
     def run(self, feed: ChangeFeed, *partitions: int) -> list[tuple[Any, ...]]:
-        """Follow until all is read; what was heard meanwhile, as (region, old, new)."""
+        """Follow until everything is read, and return the delivered changes as (region, old, new)."""
         self.heard.clear()
         feed.follow(frozenset(partitions or (0, 1)))
         for _ in range(4):
@@ -128,7 +128,7 @@ class World:
 
 
 def test_old_and_new_of_each_commit() -> None:
-    """Each entry is a change from the one before it, with its place; what did not change is none."""
+    """Each entry is a change from the previous one, with its place; an unchanged entry is no change."""
     world = World()
     world.commit(0, VIEW, eu=1, us=5)
     world.commit(0, eu=3, us=5)
@@ -139,7 +139,7 @@ def test_old_and_new_of_each_commit() -> None:
 
 
 def test_a_restart_goes_on_where_it_was() -> None:
-    """A change that was taken in is not delivered again; one that was not comes again, with the same old value."""
+    """A change that was delivered does not come again; one that was not comes again, with the same old value."""
     world, stores = World(), MemoryStores()
     world.commit(0, VIEW, eu=1)
     world.commit(0, eu=3)
@@ -154,7 +154,7 @@ def test_a_restart_goes_on_where_it_was() -> None:
 
 
 def test_a_partition_moves() -> None:
-    """Another worker goes on from what the group knows, and has the values from before without handing them over."""
+    """Another worker goes on from the group's progress, and knows the earlier values without delivering them."""
     world = World()
     world.commit(0, VIEW, eu=1, us=1)
     world.commit(1, VIEW, eu=10)
@@ -167,7 +167,7 @@ def test_a_partition_moves() -> None:
 
 
 def test_a_partition_comes_back() -> None:
-    """A store that another worker has overtaken is brought up to what that one has taken in."""
+    """A store that another worker has overtaken is brought up to that worker's progress."""
     world, stores = World(), MemoryStores()
     world.commit(0, VIEW, eu=1)
     world.run(world.feed(stores), 0)
@@ -180,7 +180,7 @@ def test_a_partition_comes_back() -> None:
 
 
 def test_a_definition_behind_its_series() -> None:
-    """After compaction the definition can come later than what it defines: the worker's state has it."""
+    """A definition that compaction has moved behind its series is taken from the worker's state."""
     world = World()
     world.commit(0, eu=1)
     world.commit(0, VIEW)
@@ -191,7 +191,7 @@ def test_a_definition_behind_its_series() -> None:
 
 
 def test_answers_not_states() -> None:
-    """A mean is told as a number; one that is the same after more observations is no change."""
+    """A mean is delivered as a number; one that is the same after more observations is no change."""
     world = World()
     key = series_prefix(MEAN) + series_suffix(())
     for state in ((4, 2), (6, 3), (9, 3)):
@@ -212,7 +212,7 @@ def test_a_store_of_another_changelog() -> None:
 
 
 def test_progress_that_cannot_be_reported() -> None:
-    """While the group can't be reached nothing is lost: progress is reported later, and the store has it."""
+    """Progress that cannot be reported to the group is kept in the store, and reported later."""
     world = World()
     feed = world.feed()
     feed.follow(frozenset({0}))
@@ -230,7 +230,7 @@ def test_progress_that_cannot_be_reported() -> None:
 
 
 class Agent:
-    """Takes from a gate, in a loop of its own thread."""
+    """Takes changes from a gate, in a loop of its own thread."""
 
     def __init__(self, gate: Gate) -> None:
         self.taken: list[Any] = []
@@ -249,7 +249,7 @@ class Agent:
 
 
 def test_the_gate_counts_what_is_done() -> None:
-    """A change is done when the next one is asked for; those that were not begun are taken back when it is to stop."""
+    """A change is done when the next one is asked for; those that were not begun are taken back at a stop."""
     gate, stop = Gate(), threading.Event()
     agent = Agent(gate)
     counts: list[int] = []
@@ -274,7 +274,7 @@ def test_the_gate_counts_what_is_done() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_changes_add_up(seed: int) -> None:
-    """However often a feed is ended, moved, or told to stop half-way: without repetitions the changes add up to the view."""
+    """Without repetitions the changes add up to the view, however often a feed is ended, moved, or stopped half-way."""
     chance, world, stores = random.Random(seed), World(), [MemoryStores(), MemoryStores()]
     state = {(number, region): 0 for number in (0, 1) for region in ("eu", "us", "asia")}
     everything: dict[tuple[int, int], Change] = {}
@@ -302,7 +302,7 @@ def test_changes_add_up(seed: int) -> None:
 
 
 def test_a_state_that_is_closed_while_it_is_asked() -> None:
-    """A worker loses a partition at any time: the feed waits for what becomes of it, and does not end."""
+    """A feed that asks a state which is being closed waits until the partition is lost or back, and does not end."""
     world = World()
     world.commit(0, eu=1)
     feed = world.feed()
@@ -346,7 +346,7 @@ def test_a_corrupt_store_is_made_anew() -> None:
 
 
 def test_a_view_that_is_dropped() -> None:
-    """Each series is told to be gone, though the definition goes in the same commit; what comes then is new."""
+    """A dropped view's series are delivered as gone, though its definition goes in the same commit; later ones are new."""
     world = World()
     world.commit(0, VIEW, eu=1, us=2)
     feed = world.feed()
@@ -357,7 +357,7 @@ def test_a_view_that_is_dropped() -> None:
 
 
 def test_a_view_that_was_dropped_while_no_feed_ran() -> None:
-    """The partition knows nothing of it any more, but the own store of the feed does: its series are told to be gone."""
+    """The series of a view that was dropped while no feed ran are delivered as gone, from the feed's own store."""
     world = World()
     stores = MemoryStores()
     world.commit(0, VIEW, eu=1, us=2)
@@ -369,7 +369,7 @@ def test_a_view_that_was_dropped_while_no_feed_ran() -> None:
 
 
 def test_a_view_that_is_reset() -> None:
-    """The definition comes first, then each series is told to be gone."""
+    """A reset view's definition comes first, then each series is delivered as gone."""
     world = World()
     world.commit(0, VIEW, eu=1)
     feed = world.feed()

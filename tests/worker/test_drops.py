@@ -28,7 +28,7 @@ def dropped(definition: Definition, sequence: int) -> bytes:
 
 
 def test_each_drop_has_a_commit_of_its_own() -> None:
-    """Three that come in one fetch, with deltas between them: no commit has the tombstones of two; nothing is left out."""
+    """No commit has the tombstones of two drops that come in one fetch with deltas between them, and nothing is left out."""
     clock = HandClock()
     log, stores = ChangingLog(1, clock), MemoryStores()
     partition = new_partition(0, log, stores, clock, settings=WorkerSettings(overlay_entries_max=SERIES))

@@ -1,4 +1,4 @@
-"""A follower holds back what is behind the last position record, within bounds, and knows of which changelog it is."""
+"""A follower holds back what is behind the last position record, within bounds, and knows which changelog it follows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def records(start: int, *rows: tuple[bytes | None, bytes | None], next_offset: i
 
 
 def at_boundary(offset: int, at_ms: int, topic_id: str = "first") -> WatchedStore:
-    """A store that reflects a changelog up to `offset`, committed at `at_ms`."""
+    """Return a store that reflects a changelog up to `offset`, committed at `at_ms`."""
     store = WatchedStore()
     value = encode_position(Position(1, at_ms, at_ms))
     write_entries(store, [POSITION_KEY], [value], StoreMeta(changelog_next_offset=offset, topic_id=topic_id))
@@ -42,7 +42,7 @@ def at_boundary(offset: int, at_ms: int, topic_id: str = "first") -> WatchedStor
 
 
 def test_up_to_the_last_position_in_one_write() -> None:
-    """All but what is behind it; of a key's values the last; the offset is the one behind the position."""
+    """One write has the last value of each key up to the last position record, and the offset behind that record."""
     store = WatchedStore()
     follower = Follower(0, store, buffer_entries_max=100, topic_id="t")
     follower.apply(records(5, (A, b"1"), position(5), (A, b"2"), (B, b"2"), position(7, 7), (A, b"3")))
@@ -59,7 +59,7 @@ def test_up_to_the_last_position_in_one_write() -> None:
 
 @pytest.mark.parametrize(("entries_max", "bytes_max"), [(3, 10**9), (10**9, 30)])
 def test_what_is_held_back_is_bounded(entries_max: int, bytes_max: int) -> None:
-    """At either bound it is written, marked, once somebody is told; the next position ends that."""
+    """At either bound entries are written and marked, after `on_between` is called; the next position ends that."""
     store = WatchedStore()
     told: list[int] = []
     follower = Follower(
@@ -86,7 +86,7 @@ def test_what_is_held_back_is_bounded(entries_max: int, bytes_max: int) -> None:
 
 
 def test_the_bound_counts_tombstones_and_starts_anew() -> None:
-    """A deletion costs its key; what is written counts no more."""
+    """A deletion counts with its key; entries that are written count no more."""
     store = WatchedStore()
     follower = Follower(0, store, buffer_entries_max=100, buffer_bytes_max=30)
     follower.apply(records(0, (b"\x02" * 29, None)))
@@ -99,7 +99,7 @@ def test_the_bound_counts_tombstones_and_starts_anew() -> None:
 
 @pytest.mark.parametrize("behind", range(4))
 def test_markers_are_nothing_to_be_behind(behind: int) -> None:
-    """A store at the end, or a marker before it, lacks no tombstone, however long it was away."""
+    """A store at the end, or before markers only, lacks no tombstone, however long it was away."""
     clock = HandClock()
     log = ChangingLog(1, clock)
     log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
@@ -117,7 +117,7 @@ def test_markers_are_nothing_to_be_behind(behind: int) -> None:
 @pytest.mark.parametrize("wrong_ms", [-5 * DAY_MS, 0, 5 * DAY_MS])
 @pytest.mark.parametrize("hole", [0, 3])
 def test_the_log_says_how_long_a_store_was_away(hole: int, wrong_ms: int) -> None:
-    """By when it took records in, whatever clocks of owners say, and also if what was committed since is of old deltas."""
+    """A store is as old as its last read, whatever positions say: it is corrupt if a tombstone may have gone since."""
     start_ms = 100 * DAY_MS
     store = WatchedStore()
     value = encode_position(Position(1, start_ms + wrong_ms, start_ms, begin_offset=0))
@@ -162,7 +162,7 @@ def test_which_stores_can_be_read_on(offset: int, topic_id: str, reason: str | N
 
 
 def test_a_first_restore_that_was_cut_off_is_begun_anew() -> None:
-    """Without a position nothing says how old it is."""
+    """A store without a position has no known age, so its restore begins anew."""
     clock = HandClock()
     log = ChangingLog(1, clock)
     log.append([Message(CHANGELOG, 0, b"k", b"v")] * 10, timeout_s=1)
@@ -174,7 +174,7 @@ def test_a_first_restore_that_was_cut_off_is_begun_anew() -> None:
 
 @pytest.mark.parametrize("value", [b"", b"\x07", msgspec.msgpack.encode([2, 5]), msgspec.msgpack.encode([1, "x"])])
 def test_a_meta_that_cannot_be_read(value: bytes) -> None:
-    """Is no meta of another kind: the store is not trusted."""
+    """A store whose meta cannot be read is not trusted, and its meta is not taken for another kind."""
     store = MemoryStore()
     store.write([b"\xff"], [value])
     with pytest.raises(StoreCorrupt):
@@ -183,7 +183,7 @@ def test_a_meta_that_cannot_be_read(value: bytes) -> None:
 
 @pytest.mark.parametrize("newest", [1, 0])
 def test_a_newer_changelog_is_seen_before_it_is_taken_over(newest: int) -> None:
-    """In whichever partition, at its end; what only looks like it for a byte or two is noise."""
+    """A newer format at the end of any partition is refused before a takeover; bytes that only resemble it are noise."""
     clock = HandClock()
     log = MemoryLog({"changelog": 2, "deltas": 2}, clock.now_ms)
     check_format(log)
@@ -202,7 +202,7 @@ def test_a_newer_changelog_is_seen_before_it_is_taken_over(newest: int) -> None:
 
 
 def test_a_meta_from_before_topics_had_ids() -> None:
-    """Is read, as one without."""
+    """A meta from before topics had ids is read as one without an id."""
     store = MemoryStore()
     store.write([b"\xff"], [msgspec.msgpack.encode([1, 5, False])])
     assert read_meta(store) == StoreMeta(changelog_next_offset=5)
@@ -217,7 +217,7 @@ def fence(log: ChangingLog, clock: HandClock, owner_id: str = "pipeline-0:new") 
 
 
 def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
-    """Told after each poll, done at last; stopped, it leaves a store that another restore goes on with."""
+    """A restore reports its progress after each poll; a stopped one leaves a store that another goes on with."""
     clock = HandClock()
     log = ChangingLog(1, clock)
     worker = Worker(log, clock)

@@ -39,7 +39,7 @@ LATER = bytes((FORMAT + 1,))
 
 
 class _World:
-    """An owner, a server that follows it, and somebody else who may write to the changelog."""
+    """An owner, a server that follows it, and a stranger who may write to the changelog."""
 
     def __init__(self, marker_count: int) -> None:
         self.clock = HandClock()
@@ -97,7 +97,7 @@ def world(request: pytest.FixtureRequest) -> _World:
 
 
 def strange(world: _World) -> dict[str, tuple[bytes | None, bytes | None]]:
-    """A record of each kind that a stranger can write, those of ours at other times among them."""
+    """Return a record of each kind that a stranger can write, including copies of the owner's earlier records."""
     rows = {row.key: row.value for row in world.log.partition(CHANGELOG, 0).rows}
     first = next(row for row in world.log.partition(CHANGELOG, 0).rows if row.key == POSITION_KEY)
     end = world.log.watermarks(CHANGELOG, 0).end_offset
@@ -138,7 +138,7 @@ KINDS = kinds()
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_goes_on(world: _World, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A server answers as if the record were not there: before and behind it, and after the next commit."""
+    """A server answers as if the foreign record were not there: before and behind it, and after the next commit."""
     assert world.read() == {"a": 2, "b": 2}
     world.write(*strange(world)[kind])
     assert world.read() == {"a": 2, "b": 2}
@@ -151,14 +151,14 @@ def test_a_server_goes_on(world: _World, kind: str, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_starts_behind_it_becomes_ready(world: _World, kind: str) -> None:
-    """Although no commit follows; then it answers as the owner would."""
+    """A server that starts behind a foreign record becomes ready without another commit, and answers as the owner."""
     world.write(*strange(world)[kind])
     assert world.read() == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_owner_restores_the_numbers(world: _World, kind: str) -> None:
-    """From nothing and from the store of the last one; and what the changelog keeps in the end is ours again."""
+    """A new owner restores the numbers from nothing and from the last store; compaction ends with the owner's entries."""
     ours = world.newest()
     world.write(*strange(world)[kind])
     for stores in (MemoryStores(), world.worker.stores):
@@ -191,7 +191,7 @@ def test_an_owner_goes_on_committing(world: _World, kind: str) -> None:
     [(A, True), (producer_key("p"), True), (A, False), (TAG_DEFINITION + series_prefix(VIEW)[1:], False)],
 )
 def test_a_damaged_store_mends_nothing(world: _World, key: bytes, at_start: bool) -> None:
-    """A damaged value of an entry that others have written over is not committed in place of theirs."""
+    """A damaged store's value for an entry that a stranger has covered is not committed in its place."""
     owner, stores = world.worker.partitions[0], world.worker.stores
     world.write(key, b"theirs")
     if at_start:
@@ -292,7 +292,7 @@ def test_what_compaction_took_before_a_takeover(world: _World, kind: str, disk: 
 
 
 def test_a_position_that_compaction_took(world: _World) -> None:
-    """Without it nobody can tell which entries are whole commits: nothing is restored, and nothing is written."""
+    """Without the position nobody can tell which entries are whole commits: nothing is restored, and nothing is written."""
     end_offset = cover(world, "noise for a position")
     for _ in range(2):
         with pytest.raises(RecordsLost, match=r"written over \d+ entries \(the position, .*--accept-loss"):
@@ -301,7 +301,7 @@ def test_a_position_that_compaction_took(world: _World) -> None:
 
 
 def test_a_position_of_a_changelog_without_entries_needs_nobody() -> None:
-    """Nothing can be missed in it that is not folded again."""
+    """A changelog without entries needs no person: anything missing in it is folded again."""
     world = _World(1)
     world.write(POSITION_KEY, b"noise")
     assert series_of(world.new_owner().store) == {}
@@ -311,7 +311,7 @@ def test_a_position_of_a_changelog_without_entries_needs_nobody() -> None:
 
 @pytest.mark.parametrize("there", ["before", "after"])
 def test_a_store_that_has_followed_can_not_tell_either(world: _World, there: str) -> None:
-    """A store that follows does not prove what was there: one that was made since holds what is left, and looks the same."""
+    """A follower's store proves nothing about lost entries: one made since holds what is left, and looks the same."""
     if there == "before":
         assert world.read() == {"a": 2, "b": 2}
     end_offset = cover(world, COVERS[0])
@@ -332,7 +332,7 @@ def copy_of_server(world: _World) -> MemoryStores:
 
 @pytest.mark.parametrize("key", [GHOST, TAG_SERIES + b"nonsense"])
 def test_a_series_that_never_was_needs_nobody(world: _World, key: bytes) -> None:
-    """The definition says how many series it has, so it is known that compaction has taken none of ours."""
+    """A foreign key that was never a series needs no person: the definition's count shows that no series is missing."""
     world.write(key, b"\x02")
     world.clock.s += 86_400
     world.log.compact(CHANGELOG, 0, world.log.watermarks(CHANGELOG, 0).end_offset)
@@ -341,7 +341,7 @@ def test_a_series_that_never_was_needs_nobody(world: _World, key: bytes) -> None
 
 
 def test_a_record_that_is_too_young_for_compaction_needs_nobody(world: _World) -> None:
-    """Ours would be there still, if there had been one; but not if an older one of others was there before."""
+    """A record too young for compaction needs no person, unless an older foreign record of its key was there before."""
     world.write(producer_key("ghost"), b"noise")
     world.clock.s += 200
     world.write(producer_key("other"), b"noise")

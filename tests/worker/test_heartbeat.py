@@ -1,4 +1,4 @@
-"""Heartbeats are in Python: nothing that a worker does may keep its other threads waiting for long."""
+"""No step of a worker keeps its other threads, which send its heartbeats in Python, waiting for long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHARE_MAX = 0.65
 def test_no_step_holds_up_other_threads(tmp_path: Path) -> None:
     """The largest batch is folded, committed, merged and restored in steps much shorter than one sort of its series.
 
-    That one takes about 200 ms. The steps take up to half of it; those that work on all series at once take as long.
+    Such a sort takes about 200 ms. The steps take up to half of it; those that work on all series at once take as long.
     """
     count = LARGEST_BATCH_ENTRIES
     (_, new), (_, known) = data.batches(2 * count, count, 1, count)
@@ -53,7 +53,7 @@ def test_no_step_holds_up_other_threads(tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_holds_up_only_the_writer(tmp_path: Path) -> None:
-    """While RocksDB takes no writes because the disk does not keep up, other threads run; all that was written is there."""
+    """Other threads run while RocksDB takes no writes because the disk is slow, and everything that was written is there."""
     options = Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_write_buffer_size(64 * 1024)

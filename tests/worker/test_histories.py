@@ -1,4 +1,4 @@
-"""A store that is opened again finds out whether the changelog still has what the store took in, wherever that ended."""
+"""A store that is opened again finds out whether the changelog still has all that the store has read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_all(world: _World, store: Store, *, entries_max: int, count_max: int) -
 @pytest.mark.parametrize("entries_max", [1, 2, 100])
 @pytest.mark.parametrize("count_max", [1, 2, 3, 100])
 def test_a_start_behind_what_others_wrote(world: _World, kind: str, entries_max: int, count_max: int) -> None:  # noqa: F811
-    """A store that was left at any point before it holds the commit that others wrote behind is brought to it."""
+    """A store left at any point before a stranger's records is brought to the commit behind them."""
     world.worker.partitions[0].close()
     world.write(*strange(world)[kind])
     stores = MemoryStores()
@@ -68,7 +68,7 @@ def test_what_others_wrote_is_no_loss(world: _World) -> None:  # noqa: F811
 
 
 def between(behind: Sequence[tuple[bytes, bytes | None]]) -> WatchedStore:
-    """A store with the commit of offsets 3 to 5, and with what it took in behind that."""
+    """Return a store with the commit of offsets 3 to 5, and with the entries that it has read behind that."""
     store = WatchedStore()
     follow(store, records(0, (A, b"1"), (B, b"1"), position(0), (A, b"2"), (B, b"2"), position(3, 3)), records(6, *behind))
     assert read_meta(store).between_boundaries
@@ -82,7 +82,7 @@ TAKEN = ((A, b"3"), (B, b"3"), (A, b"4"), (C, b"5"))
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_store_between_boundaries_goes_on(at_once: bool) -> None:
-    """If the changelog has all of it: what is superseded, and what compaction has removed, say nothing."""
+    """A store between boundaries goes on if the changelog has all of it; superseded and compacted entries prove nothing."""
     for taken in (TAKEN, TAKEN[1:], TAKEN[2:], ()):
         store = between(TAKEN)
         rest = (*taken, (D, b"6"), position(6, 6))
@@ -122,7 +122,7 @@ def test_other_entries_behind_the_last_commit(other: tuple[tuple[bytes, bytes | 
     ],
 )
 def test_a_store_between_boundaries_whose_commit_is_gone(other: Records) -> None:
-    """Nothing is mixed with the history that has taken its place, and nothing is written to the store."""
+    """A store whose commit is gone is neither mixed with the history in its place nor written to."""
     store = between(TAKEN)
     entries = dict(store.entries)
     with pytest.raises(StoreAhead):
@@ -131,7 +131,7 @@ def test_a_store_between_boundaries_whose_commit_is_gone(other: Records) -> None
 
 
 def test_a_commit_by_somebody_who_did_not_know_the_last_one() -> None:
-    """In place of the last commit there is a marker, which no reader sees; all behind it belongs to another history."""
+    """A marker in place of the last commit, which no reader sees, makes everything behind it another history."""
     store = WatchedStore()
     follow(store, records(0, (A, b"1"), position(0)), records(4, position(4, 2), next_offset=6))
     entries = dict(store.entries)
@@ -145,7 +145,7 @@ def test_a_commit_by_somebody_who_did_not_know_the_last_one() -> None:
 
 @pytest.mark.parametrize("commit", [(), ((A, b"1"), position(0))])
 def test_fences_that_are_gone_were_no_commits(commit: tuple[tuple[bytes, bytes | None], ...]) -> None:
-    """A commit that stands where the store knew of a fence record is read, and not taken for a stranger's."""
+    """A commit at the offset of a lost fence record is read, and not taken for a stranger's."""
     store, start = WatchedStore(), len(commit)
     follow(store, records(0, *commit, FENCE, FENCE), entries_max=9)
     assert read_meta(store).changelog_next_offset == start + 2
@@ -157,7 +157,7 @@ def test_fences_that_are_gone_were_no_commits(commit: tuple[tuple[bytes, bytes |
 
 
 def test_a_store_that_rots_while_it_is_read() -> None:
-    """A store that rots is damaged, as the next read of its position finds; the changelog has lost nothing."""
+    """Damage that the next read of its position finds in a store does not count as a loss of the changelog."""
     store = WatchedStore()
     commit = records(0, (A, b"1"), position(0))
     follow(store, commit)

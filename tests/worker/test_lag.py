@@ -1,4 +1,4 @@
-"""The mirror tells how far a worker is, as often as it shall, and nothing that fails on the way disturbs anybody."""
+"""The mirror reports a worker's lag and positions at its intervals, and no failure of it disturbs anything else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.worker.support import Recorder
 
 
 class Watched:
-    """A mirror of what `positions` and `ends` hold, and what it has committed."""
+    """A mirror of `positions` and `ends`, and the positions that it has committed."""
 
     def __init__(self, interval_ms: int = 5_000) -> None:
         self.clock = HandClock()
@@ -61,13 +61,13 @@ class Watched:
             assert self.mirror.thread.stop(60)
 
     def look_twice(self) -> None:
-        """So that one whole round has passed."""
+        """Wait until one whole round has passed."""
         looks = self.looks
         wait_until(lambda: self.looks >= looks + 2, "two looks", 60)
 
 
 def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lag is how far the end is, never below 0; the margin how far the start is."""
+    """Lag is the distance to the end, never below 0; the margin is the distance to the start."""
     it = Watched()
     with it.running(monkeypatch):
         it.look_twice()
@@ -80,7 +80,7 @@ def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_lost_has_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another says how far it is now; an old figure would be there for ever."""
+    """A partition that was lost has no lag here: its new owner reports it, and an old figure would stay for ever."""
     it = Watched()
     with it.running(monkeypatch):
         it.look_twice()
@@ -109,7 +109,7 @@ def test_what_is_lost_while_the_log_is_away_has_no_lag_either(monkeypatch: pytes
 
 
 def test_positions_are_mirrored_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each interval, and those only; the first at once."""
+    """Changed positions are mirrored at each interval, the first at once."""
     it = Watched()
     with it.running(monkeypatch):
         wait_until(lambda: it.commits, "the first commit", 60)
@@ -126,7 +126,7 @@ def test_positions_are_mirrored_when_they_have_changed(monkeypatch: pytest.Monke
 
 
 def test_an_interval_of_0_mirrors_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lag is told all the same."""
+    """With an interval of 0 no positions are mirrored, and lag is reported all the same."""
     it = Watched(interval_ms=0)
     with it.running(monkeypatch):
         it.look_twice()
@@ -135,7 +135,7 @@ def test_an_interval_of_0_mirrors_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_log_that_is_away_is_only_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Meanwhile nobody is told an old end; when it is back, all is as before."""
+    """While the log is away no old end is reported, and afterwards all is as before."""
     it = Watched()
     with it.running(monkeypatch), caplog.at_level(logging.DEBUG):
         it.look_twice()
@@ -150,7 +150,7 @@ def test_a_log_that_is_away_is_only_logged(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_a_group_that_cannot_be_written_hides_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write to the group is tried again at the next interval, with all that is new since the last that went through."""
+    """A write to the group is tried again at the next interval, with all changes since the last that succeeded."""
     it = Watched()
     it.commits_fail = True
     with it.running(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_group_that_cannot_be_written_hides_no_lag(monkeypatch: pytest.MonkeyP
 
 
 def test_stop_before_start() -> None:
-    """Nothing to end; twice is fine."""
+    """A stop before the start does nothing, and may come twice."""
     it = Watched()
     it.mirror.stop()
     it.mirror.stop()
@@ -174,14 +174,14 @@ def test_stop_before_start() -> None:
 
 
 def held_up(it: Watched, seconds: int) -> None:
-    """So many looks, a second apart."""
+    """Let the mirror look so many times, a second apart."""
     for _ in range(seconds):
         it.clock.s += 1
         it.mirror.step()
 
 
 def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Records held up by it count as lag, and are shown by themselves; one log line says how to end it."""
+    """Records behind an open transaction count as lag, and are shown separately; one log line says how to end it."""
     it = Watched()
     it.stable = {0: 6}
     held_up(it, 4)
@@ -204,7 +204,7 @@ def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_traffic_is_no_open_transaction(caplog: pytest.LogCaptureFixture) -> None:
-    """Records come between the two questions; and transactions of others that end are nobody's trouble."""
+    """Records that arrive between the two questions, and foreign transactions that end, are not reported."""
     it = Watched()
     for offset in range(10, 100):
         it.ends, it.stable = {0: offset + 3, 1: 7}, {0: offset}

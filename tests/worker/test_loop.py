@@ -1,4 +1,4 @@
-"""The worker's loop: it restores and commits side by side within its limits, and ends when anything goes wrong."""
+"""The worker's loop restores and commits side by side within its limits, and ends when anything goes wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.worker.support import VIEW, is_fence
 
 
 class _Hanging:
-    """A transaction that waits for `release`, as one does whose disk has gone."""
+    """A transaction that waits for `release`, like one whose disk has gone."""
 
     def __init__(self, inner: Transaction, release: threading.Event) -> None:
         self._inner = inner
@@ -82,7 +82,7 @@ def test_a_commit_that_hangs_ends_the_worker() -> None:
 
 
 def test_a_commit_that_fails_ends_the_worker_once() -> None:
-    """Whatever a commit raises, the loop reports it once and folds no more."""
+    """The loop reports an error of a commit once, and folds no more."""
     errors: list[BaseException] = []
     failed = threading.Event()
     clock = SystemClock()
@@ -176,7 +176,7 @@ class _Slow(OwnedPartition):
 
 
 class _TimedLog(MemoryLog):
-    """Notes when each transaction was committed."""
+    """A log that notes when each transaction was committed."""
 
     def __init__(self, partition_count: int, clock: SystemClock) -> None:
         super().__init__(dict.fromkeys((DELTAS, CHANGELOG, DEAD_LETTERS), partition_count), clock.now_ms)
@@ -212,7 +212,7 @@ def _fresh() -> None:
 
 @pytest.mark.parametrize("value", [b"noise", None])
 def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None:
-    """With the first look at the end of the changelog, once, and from what it has: so compaction keeps ours."""
+    """An idle owner repairs covered entries once, at its first look at the changelog's end, so compaction keeps them."""
     pool = _Pool(2, commit_interval_ms=1)
     batch = encode_batch(Batch("p", 0, 0, 0, 0, 1, [Group(VIEW, [series_suffix(("a",))], [1])]))
     key = series_prefix(VIEW) + series_suffix(("a",))
@@ -254,7 +254,7 @@ def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None
 
 
 def test_partitions_that_come_later_are_folded_too() -> None:
-    """While the first ones go on, also while a new one takes its time to be restored; and what it has is not lost."""
+    """Partitions that come later are restored while the first ones go on folding, and nothing of theirs is lost."""
     pool = _Pool(3, first=1, commit_interval_ms=1)
     gate = pool.partitions[2].gate = threading.Event()
     pool.loop.start()
@@ -279,7 +279,7 @@ def test_partitions_that_come_later_are_folded_too() -> None:
 
 
 def test_a_partition_that_comes_later_and_fails_to_start_ends_the_worker() -> None:
-    """Nothing is left out silently."""
+    """An error in a later partition's start ends the worker, so that no partition is left out silently."""
     pool = _Pool(2, first=1, commit_interval_ms=1)
     pool.partitions[1].error = RecordsLost("records were deleted before they were folded")
     late = pool.partitions[1]
@@ -317,7 +317,7 @@ def test_restores_run_side_by_side() -> None:
 
 
 def test_a_start_that_fails_ends_the_worker() -> None:
-    """The others, restored or not, are closed, and nothing more is committed."""
+    """A start that fails closes all other partitions, restored or not, and nothing more is committed."""
     pool = _Pool(3, commit_interval_ms=1, restore_thread_count=3)
     pool.partitions[1].error = Unavailable("no answer")
     pool.partitions[2].gate = threading.Event()
@@ -343,7 +343,7 @@ def test_stopped_while_it_restores() -> None:
 
 
 def test_transactions_are_staggered() -> None:
-    """No more of them in a second than `transactions_per_s_max`, but for a burst of a tenth, and each partition in turn."""
+    """No more than `transactions_per_s_max` are committed in a second, but for a burst of a tenth, partitions in turn."""
     pool = _Pool(4, commit_interval_ms=1, transactions_per_s_max=40)
     pool.loop.start()
     assert pool.loop.wait_ready(60)
@@ -371,7 +371,7 @@ def test_transactions_are_staggered() -> None:
 
 
 def test_what_is_folded_is_committed_at_the_end() -> None:
-    """A stop does not wait for the interval, and forgets nothing. (The very first record is committed by itself.)"""
+    """A stop commits everything folded without waiting for the interval. (The very first record is committed by itself.)"""
     pool = _Pool(2, commit_interval_ms=600_000)
     pool.loop.start()
     assert pool.loop.wait_ready(60)
@@ -388,7 +388,7 @@ def test_what_is_folded_is_committed_at_the_end() -> None:
 
 
 def test_a_full_overlay_is_committed_before_more_is_read() -> None:
-    """Backpressure, whatever the interval and the limit of transactions say."""
+    """A full overlay is committed before more is read, whatever the interval and the limit of transactions."""
     pool = _Pool(1, commit_interval_ms=600_000, transactions_per_s_max=1, overlay_entries_max=2, fetch_record_count_max=2)
     for _ in range(20):
         pool.send(0)
@@ -410,7 +410,7 @@ class _ShiftedClock(SystemClock):
 
 
 def test_an_idle_partition_deletes_all_that_has_expired() -> None:
-    """One delta says that time has passed. Then commits follow until everything is deleted, and none after that."""
+    """After one delta that shows the time, commits follow until everything expired is deleted, and then none."""
     clock, failed = _ShiftedClock(), list[BaseException]()
     log = MemoryLog({DELTAS: 1, CHANGELOG: 1, DEAD_LETTERS: 1}, clock.now_ms)
     settings = WorkerSettings(commit_interval_ms=1, expired_entries_max=1)

@@ -1,4 +1,4 @@
-"""Partitions that move between workers while they fold: what each loop makes of it, and that every record counts once."""
+"""Partitions that move between workers while they fold: each loop copes, and every record counts once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _OnceOpen(MemoryStore):
 
 
 class _Stores:
-    """Stores of one process that can be open once at a time, as RocksDB's."""
+    """Stores of one process, each of which can be open once at a time, as RocksDB's."""
 
     def __init__(self) -> None:
         self.at: dict[int, _OnceOpen] = {}
@@ -62,11 +62,11 @@ class _Stores:
         raise AssertionError(f"store {partition} was given up")
 
     def close(self) -> None:
-        """Nothing to give back."""
+        pass
 
 
 class _Log(MemoryLog):
-    """A log whose commits and new owners can be held up, by partition; with `error`, to fail with it then."""
+    """A log whose commits and new owners can be held up, by partition, and made to fail with `error` then."""
 
     def __init__(self, partition_count: int) -> None:
         super().__init__(dict.fromkeys(TOPICS, partition_count), SystemClock().now_ms)
@@ -174,11 +174,11 @@ class _Host:
         self.loop.assign(actives, standbys, self.generation)
 
     def folds(self, *numbers: int) -> None:
-        """Wait until it folds these, and no others."""
+        """Wait until this host folds these partitions, and no others."""
         wait_until(lambda: {n for n, it in self.loop.partitions.items() if it.started} == {*numbers}, f"{numbers} to fold")
 
     def follows(self, *numbers: int) -> None:
-        """Wait until it keeps copies of these, and no others."""
+        """Wait until this host keeps copies of these partitions, and no others."""
         wait_until(lambda: self.replicas.caught_up() == {*numbers}, f"copies of {numbers}")
 
     def start(self) -> None:
@@ -191,7 +191,7 @@ class _Host:
 
 
 class _World:
-    """Hosts on one log, and what was sent to it."""
+    """Hosts on one log, and the record of everything sent to it."""
 
     def __init__(self, partition_count: int = 2) -> None:
         self.log = _Log(partition_count)
@@ -205,7 +205,7 @@ class _World:
         return host
 
     def send(self, number: int) -> None:
-        """A batch that adds 1 to a series that all share, and to one of its own."""
+        """Send a batch that adds 1 to a series that all share, and to one of its own."""
         sequence = self.sent[number]
         group = Group(VIEW, [series_suffix(("all",)), series_suffix((str(sequence),))], [1, 1])
         value = encode_batch(Batch("p", 0, number, sequence, 0, 0, [group]))
@@ -213,7 +213,7 @@ class _World:
         self.log.append([Message(DELTAS, number, None, value)], timeout_s=1)
 
     def exact(self, number: int) -> None:
-        """Wait until a worker of its own, restored from the changelog alone, would have counted everything once."""
+        """Wait until a separate worker, restored from the changelog alone, would have counted everything once."""
         expected = {"all": self.sent[number], **{str(n): 1 for n in range(self.sent[number])}}
 
         def found() -> dict[str, float]:
@@ -238,7 +238,7 @@ def world() -> Iterator[_World]:
 
 
 def test_assigned_bit_by_bit(world: _World) -> None:
-    """Partitions come and go while others fold; what was lost and is back goes on where others left it."""
+    """Partitions come and go while others fold; one that was lost and is back goes on where others left it."""
     a, b = world.host(), world.host()
     assert not a.loop.ready
     a.assign(0)
@@ -267,7 +267,7 @@ def test_assigned_bit_by_bit(world: _World) -> None:
 
 
 def test_ready_with_nothing(world: _World) -> None:
-    """A worker that is given nothing has nothing to wait for."""
+    """A worker that is assigned no partition is ready."""
     a = world.host()
     a.assign()
     assert a.loop.wait_ready(30)
@@ -317,7 +317,7 @@ def test_gauges_move_too(world: _World) -> None:
 
 
 def test_revoking_is_bounded(world: _World) -> None:
-    """A commit that hangs holds nobody up for longer than asked; and is waited for before its store is closed."""
+    """A commit that hangs holds a revocation up for no longer than asked, and is waited for before its store is closed."""
     a, b = world.host(), world.host()
     a.assign(0)
     a.folds(0)
@@ -342,7 +342,7 @@ def test_revoking_is_bounded(world: _World) -> None:
 
 
 def test_fenced_while_moving(world: _World) -> None:
-    """A fence during a move loses the partition; others go on, and if it stays ours after all, it is taken over again."""
+    """A fence during a move loses the partition; others go on, and if it stays here, it is taken over again."""
     a = world.host()
     a.assign(0, 1)
     a.folds(0, 1)
@@ -362,7 +362,7 @@ def test_fenced_while_moving(world: _World) -> None:
 
 
 def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
-    """The next owner may have heard of it first; what stays goes on."""
+    """A fence by a next owner that heard of the assignment first is no error; partitions that stay go on."""
     a = world.host()
     a.assign(0, 1)
     a.folds(0, 1)
@@ -396,7 +396,7 @@ def test_fenced_before_the_assignment_is_acted_upon(world: _World) -> None:
 
 
 def test_undecided_while_moving(world: _World) -> None:
-    """So it is for a commit that the log does not answer; and if it went through all the same, nothing counts twice."""
+    """A commit that the log does not answer during a move loses the partition, and nothing counts twice if it succeeded."""
     a = world.host()
     a.assign(0)
     a.folds(0)
@@ -413,7 +413,7 @@ def test_undecided_while_moving(world: _World) -> None:
 
 
 def test_fenced_at_any_other_time(world: _World) -> None:
-    """Somebody has it who should not: the process ends."""
+    """A fence without a move means an owner that should not be there: the process ends."""
     a = world.host()
     a.assign(0)
     a.folds(0)
@@ -440,7 +440,7 @@ def test_fenced_soon_after_an_assignment(world: _World) -> None:
 
 
 def test_a_generation_was_left_out(world: _World) -> None:
-    """Another may have had what seems to have stayed ours: it is taken over again before it is fenced."""
+    """A partition that another may have had in a generation left out is taken over again before it is fenced."""
     a = world.host()
     a.assign(0)
     a.folds(0)
@@ -455,7 +455,7 @@ def test_a_generation_was_left_out(world: _World) -> None:
 
 
 def test_lost_while_it_starts(world: _World) -> None:
-    """The start is given up, its store closed, and nobody is told of a failure; also if it is ours again meanwhile."""
+    """A lost start is given up and its store closed, without an error, also if the partition comes back meanwhile."""
     a = world.host()
     gate = world.log.held_start[0] = threading.Event()
     a.assign(0, 1)
@@ -552,7 +552,7 @@ def test_a_copy_is_taken_over(world: _World) -> None:
 
 
 def test_stopped_while_moving(world: _World) -> None:
-    """Partitions that another has by then are not committed, and that is no failure."""
+    """A stopping worker does not commit partitions that another has by then, and that is no failure."""
     a, b = world.host(commit_interval_ms=NEVER_MS), world.host()
     a.assign(0)
     a.folds(0)
@@ -613,7 +613,7 @@ def test_moves_at_random(seed: int) -> None:
 
 
 def test_fenced_soon_after_a_late_start(world: _World) -> None:
-    """A late start settles anew: the owner before may fence us as late as we fenced it; but only once."""
+    """A late start allows for one more fence, as the former owner may be late, too; a second fence is an error."""
     a = world.host(settle_s=2.0)
     gate = world.log.held_start[0] = threading.Event()
     a.assign(0)
@@ -635,7 +635,7 @@ def test_fenced_soon_after_a_late_start(world: _World) -> None:
 
 
 def test_what_is_assigned(world: _World) -> None:
-    """`assigned` has partitions that are ours, taken over or not; none while partitions move."""
+    """`assigned` has this worker's partitions, taken over or not; it is empty while partitions move."""
     a = world.host()
     gate = world.log.held_start[0] = threading.Event()
     assert a.loop.assigned == frozenset()

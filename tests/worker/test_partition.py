@@ -37,7 +37,7 @@ def worker() -> Worker:
 
 
 def again(worker: Worker, *, stores: MemoryStores | None = None, accept_loss: bool = False, metrics: Recorder | None = None):  # type: ignore[no-untyped-def]
-    """Another process, on the same stores unless others are given."""
+    """Return another process, on the same stores unless others are given."""
     settings = WorkerSettings(accept_loss=accept_loss)
     partition = new_partition(0, worker.log, stores or worker.stores, worker.clock, settings=settings, metrics=metrics)
     partition.start()
@@ -46,7 +46,7 @@ def again(worker: Worker, *, stores: MemoryStores | None = None, accept_loss: bo
 
 
 def test_a_commit_says_of_which_topics_it_is(worker: Worker) -> None:
-    """The position names the deltas, the store its changelog."""
+    """The position names the deltas topic by its id, and the store its changelog."""
     worker.commit(0, {"a": 1})
     store = worker.partitions[0].store
     assert read_position(store).source_id == "first"
@@ -56,7 +56,7 @@ def test_a_commit_says_of_which_topics_it_is(worker: Worker) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2, 5])
 def test_deltas_made_anew_are_not_taken_for_the_old_ones(worker: Worker, length: int) -> None:
-    """However long the new topic is; with `accept_loss` all of it is folded, from its start, and once."""
+    """A new topic's records are not taken for the old one's, however many; with `accept_loss` all are folded once."""
     worker.commit(0, {"a": 1})
     worker.commit(0, {"a": 1})
     worker.log.make_anew(DELTAS, "second")
@@ -104,7 +104,7 @@ def test_deltas_made_anew_under_a_worker(worker: Worker, folded_before: int) -> 
 
 
 def test_deltas_that_end_before_the_position(worker: Worker) -> None:
-    """Were truncated: what is written there next is not what was folded."""
+    """Deltas that end before the position were truncated, and later records there are not the folded ones."""
     worker.commit(0, {"a": 1})
     worker.commit(0, {"a": 1})
     worker.log.cut(DELTAS, 0, 1)
@@ -113,7 +113,7 @@ def test_deltas_that_end_before_the_position(worker: Worker) -> None:
 
 
 def test_a_position_from_before_topics_had_ids(worker: Worker) -> None:
-    """Is taken for one of this topic; the next commit names it."""
+    """A position without a topic id is taken for one of the present topic, and the next commit names it."""
     worker.log.ids[DELTAS] = ""
     worker.commit(0, {"a": 1})
     worker.log.ids[DELTAS] = "first"
@@ -123,7 +123,7 @@ def test_a_position_from_before_topics_had_ids(worker: Worker) -> None:
 
 
 def test_a_changelog_made_anew_under_a_worker(worker: Worker) -> None:
-    """A commit that comes out below the last one says so, writes nothing to the store, and the process ends."""
+    """A commit whose offsets are below the last one's is reported, writes nothing to the store, and ends the process."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     store = worker.partitions[0].store
@@ -146,7 +146,7 @@ def test_the_first_commit_of_a_process_notices_it_too(worker: Worker) -> None:
 
 
 def test_a_store_that_is_ahead_is_set_aside(worker: Worker) -> None:
-    """The store is never deleted: a person decides; then the changelog counts, and the store is kept."""
+    """A store ahead of its changelog is never deleted: a person decides; then the changelog counts, the store is kept."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     before = dict(worker.stores.open(0).scan(b"", b"\xff\xff"))
@@ -167,7 +167,7 @@ def test_a_store_that_is_ahead_is_set_aside(worker: Worker) -> None:
 
 
 def test_a_changelog_that_lost_its_beginning(worker: Worker) -> None:
-    """Nothing can be restored from it, so the store stays, whatever was decided."""
+    """A changelog without its beginning restores nothing, so the store stays, whatever was decided."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     behind = MemoryStores()
@@ -181,7 +181,7 @@ def test_a_changelog_that_lost_its_beginning(worker: Worker) -> None:
 
 
 def test_a_store_of_another_changelog_is_set_aside(worker: Worker) -> None:
-    """Nothing in the present changelog was folded, so all that the deltas still hold is folded again, once."""
+    """Nothing in the present changelog was folded, so all deltas that are still there are folded again, once."""
     metrics = Recorder()
     worker.commit(0, {"a": 1})
     worker.commit(0, {"a": 1})
@@ -198,7 +198,7 @@ def test_a_store_of_another_changelog_is_set_aside(worker: Worker) -> None:
 
 
 def test_a_store_that_is_ahead_stays_ahead(worker: Worker) -> None:
-    """However much the owners that noticed it have written behind what is left of the changelog."""
+    """A store stays ahead, however much the owners that noticed it have written to what is left of the changelog."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     store = worker.partitions[0].store
@@ -255,7 +255,7 @@ def test_a_dead_letter_that_is_too_large_goes_without_its_bytes(worker: Worker) 
 
 
 def test_a_partition_that_was_not_started() -> None:
-    """Has no store, and closing it is fine."""
+    """A partition that was not started has no store, and can be closed."""
     clock = HandClock()
     partition = new_partition(0, ChangingLog(1, clock), MemoryStores(), clock)
     assert not partition.started
@@ -265,7 +265,7 @@ def test_a_partition_that_was_not_started() -> None:
 
 
 class JumpingClock(HandClock):
-    """A machine's clock that somebody sets: the wall clock jumps, the other one does not."""
+    """A machine's clock that is set wrong: the wall clock jumps, the monotonic one does not."""
 
     ahead_ms = 0
 
@@ -274,7 +274,7 @@ class JumpingClock(HandClock):
 
 
 def test_a_machine_whose_clock_is_set_ahead_forgets_nobody() -> None:
-    """The log, the publishers and the worker of one machine can all be wrong by 8 days: a batch sent again counts once."""
+    """A batch sent again counts once, although log, publishers and worker of one machine are all wrong by 8 days."""
     clock = JumpingClock()
     log = ChangingLog(1, clock)
     worker = Worker(log, clock)
@@ -304,6 +304,6 @@ _others = count()
 
 
 def others(now_ms: int) -> bytes:
-    """A batch of a producer of its own."""
+    """Return a batch of a producer of its own."""
     group = Group(VIEW, [series_suffix(("b",))], [1])
     return encode_batch(Batch(f"other-{next(_others)}", 0, 0, 0, 0, now_ms, [group]))

@@ -1,4 +1,4 @@
-"""Replicas: what a query server reads is whole commits of the present changelog, or it is told to wait."""
+"""Replicas: a query server reads whole commits of the present changelog, or has to wait."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.worker.support import DAY_MS, ChangingLog, Recorder, WatchedStores, W
 
 
 class Server:
-    """A loop that is driven by hand, and who commits to its changelog."""
+    """A replica loop that is driven by hand, and a worker that commits to its changelog."""
 
     def __init__(self, partition_count: int = 1) -> None:
         self.clock = HandClock()
@@ -37,7 +37,7 @@ class Server:
         self.loop = self.start()
 
     def start(self, **settings: int) -> ReplicaLoop:
-        """Another process on the same stores."""
+        """Start another process on the same stores."""
         self.loop = ReplicaLoop(
             log=self.log,
             stores=self.stores,
@@ -56,7 +56,7 @@ class Server:
             self.loop.step()
 
     def follow(self) -> None:
-        """Until all can be read, and some steps more; there is always enough time for a look."""
+        """Step until all partitions can be read, and some steps more; there is always enough time for a look."""
         for _ in range(10):
             self.step(s=1.0)
         assert self.loop.ready
@@ -81,7 +81,7 @@ def pair() -> Iterator[Server]:
 
 
 def only_half(server: Server) -> None:
-    """From now on the changelog shows the newest commit without its position record; see `whole`."""
+    """Show the newest commit without its position record from now on; see `whole`."""
     last = server.log.partition(CHANGELOG, 0).rows[-1]
     assert last.key == POSITION_KEY
     server.log.readable[CHANGELOG, 0] = last.offset
@@ -92,7 +92,7 @@ def whole(server: Server) -> None:
 
 
 def test_what_was_committed_can_be_read(server: Server) -> None:
-    """Before the end of the changelog is reached nothing can; then all of it, and what follows."""
+    """Nothing can be read before the changelog's end is reached; then all of it, and every later commit."""
     server.worker.commit(0, {"a": 1, "b": 2})
     with pytest.raises(NotReady):
         server.loop.stores()
@@ -109,13 +109,13 @@ def test_what_was_committed_can_be_read(server: Server) -> None:
 
 
 def test_an_empty_changelog_is_followed_at_once(server: Server) -> None:
-    """Nothing is all there is."""
+    """An empty changelog can be read at once."""
     server.step()
     assert server.read() == {}
 
 
 def test_a_poll_is_one_write(server: Server) -> None:
-    """However many commits it brings; and nothing is written for no records."""
+    """A poll is one write, however many commits it brings, and a poll without records none."""
     for i in range(20):
         server.worker.commit(0, {"a": 1, str(i): i})
     server.step()
@@ -140,7 +140,7 @@ def test_half_a_commit_is_never_read(server: Server) -> None:
 
 
 def test_nothing_is_read_between_boundaries(server: Server) -> None:
-    """A commit beyond the buffer is written without its end: hidden before that, and shown once it is whole."""
+    """A commit larger than the buffer is written in parts: the store is hidden until the commit is whole."""
     server.start(restore_buffer_entries_max=2)
     server.worker.commit(0, {"a": 1})
     server.follow()
@@ -184,7 +184,7 @@ def test_a_break_in_serving_is_seen_by_whoever_read_across_it(server: Server) ->
 
 
 def test_it_goes_on_where_it_was(server: Server) -> None:
-    """A new process reads on from what the store reflects; and it is served only when it has caught up."""
+    """A new process reads on from the store's offset, and serves it only when it has caught up."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.loop.close()
@@ -200,7 +200,7 @@ def test_it_goes_on_where_it_was(server: Server) -> None:
 
 
 def test_between_boundaries_is_remembered(server: Server) -> None:
-    """A process that starts on such a store serves it only from the next boundary on."""
+    """A process that starts on a store between boundaries serves it only from the next boundary on."""
     server.start(restore_buffer_entries_max=2)
     server.worker.commit(0, {"x": 1})
     server.follow()
@@ -216,7 +216,7 @@ def test_between_boundaries_is_remembered(server: Server) -> None:
 
 
 def test_a_changelog_made_anew_is_a_decision(pair: Server) -> None:
-    """Even if it is longer than the old one: what was read of the old one is not served, nor deleted, then kept aside."""
+    """A store of a changelog made anew, even a longer one, is neither served nor deleted; by decision it is kept aside."""
     for number in (0, 1):
         pair.worker.commit(number, {"old": 1})
     pair.follow()
@@ -242,7 +242,7 @@ def test_a_changelog_made_anew_is_a_decision(pair: Server) -> None:
 
 
 def test_a_store_of_another_changelog_is_not_served(server: Server) -> None:
-    """Also if the changelog was made anew while the server was down; should the old one come back, it goes on."""
+    """A store of another changelog is not served, even if made anew during downtime; with the old one it goes on."""
     server.worker.commit(0, {"old": 1})
     server.follow()
     server.log.ids[CHANGELOG] = "second"
@@ -310,7 +310,7 @@ def test_what_was_read_beyond_the_end_is_read_again(server: Server) -> None:
 
 
 def test_a_changelog_that_begins_too_late_is_fatal(server: Server) -> None:
-    """If even a new store can't be made of it, there is nothing to wait for: it says what is gone, at once."""
+    """A changelog from which no new store can be made ends the loop at once with what is gone."""
     server.worker.commit(0, {"a": 1})
     server.worker.commit(0, {"a": 1})
     server.log.truncate(CHANGELOG, 0, 4)
@@ -319,7 +319,7 @@ def test_a_changelog_that_begins_too_late_is_fatal(server: Server) -> None:
 
 
 def test_a_store_below_the_start_of_the_changelog_is_not_read_on(server: Server) -> None:
-    """The records that the store needs are gone, and the rest restores no store: it says so, and the store stays."""
+    """A store whose next records are gone stays and is reported, as the rest restores no store."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     for _ in range(3):
@@ -332,7 +332,7 @@ def test_a_store_below_the_start_of_the_changelog_is_not_read_on(server: Server)
 
 
 def test_a_store_that_was_away_for_too_long_is_made_anew(server: Server) -> None:
-    """Tombstones are kept for so long; a store at the end of its changelog needs none."""
+    """A store away for longer than tombstones are kept is made anew, except at the end of its changelog."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.clock.s += DAY_MS / 1000 + 1
@@ -368,7 +368,7 @@ def test_a_process_that_stood_still_for_too_long_makes_its_store_anew(server: Se
 
 
 def test_a_store_that_fell_behind_is_hidden_until_it_has_caught_up(server: Server) -> None:
-    """Beyond the compaction lag a boundary is no proof that nothing is missing."""
+    """A store that is behind by more than the compaction lag is hidden at a boundary, too, until it has caught up."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.worker.commit(0, {"a": 1})
@@ -383,7 +383,7 @@ def test_a_store_that_fell_behind_is_hidden_until_it_has_caught_up(server: Serve
 
 
 def test_an_end_that_took_too_long_to_reach_does_not_count(server: Server) -> None:
-    """The next one does, if it is reached in time."""
+    """An end that took too long to reach does not make a store current; the next one does, if it is reached in time."""
     for _ in range(10):
         server.worker.commit(0, {"a": 1})
     server.start(restore_fetch_count_max=10)
@@ -394,7 +394,7 @@ def test_an_end_that_took_too_long_to_reach_does_not_count(server: Server) -> No
 
 
 def test_while_the_log_is_away_the_stores_can_be_read(server: Server) -> None:
-    """However long it takes; when it is back, reading goes on, hidden if that was too long."""
+    """Stores can be read however long the log is away; then reading goes on, hidden if that was too long."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     server.log.away = True
@@ -426,7 +426,7 @@ def test_a_partition_without_a_leader_does_not_stop_the_others(server: Server, m
 
 
 def test_partitions_that_are_added_are_followed(pair: Server) -> None:
-    """They hide none of the old ones while they are restored."""
+    """New partitions hide none of the old ones while they are restored."""
     pair.worker.commit(0, {"a": 1})
     pair.follow()
     pair.log.grow(4)
@@ -445,7 +445,7 @@ def test_partitions_that_are_added_are_followed(pair: Server) -> None:
 
 
 def test_a_part_of_the_partitions_is_followed(pair: Server) -> None:
-    """A loop that is given a part of the partitions opens stores of no others, and is ready as soon as it has these."""
+    """A loop that is given a part of the partitions opens no other stores, and is ready as soon as it has these."""
     pair.log.grow(3)
     for number in range(2):
         pair.worker.commit(number, {"a": number + 1})
@@ -470,7 +470,7 @@ def test_a_part_of_the_partitions_is_followed(pair: Server) -> None:
 
 
 def test_no_answer_lacks_a_partition(pair: Server) -> None:
-    """Nothing is served before the last of those that there are at the start."""
+    """Nothing is served before the last of the partitions that exist at the start."""
     pair.worker.commit(0, {"a": 1})
     for _ in range(5):
         pair.worker.commit(1, {"a": 1})
@@ -485,7 +485,7 @@ def test_no_answer_lacks_a_partition(pair: Server) -> None:
 
 @pytest.mark.parametrize("error", [StoreCorrupt("a block's checksum is wrong"), Unavailable("no space left on device")])
 def test_one_broken_store_does_not_stop_the_others(pair: Server, error: Exception) -> None:
-    """A write that fails is read again, into a new store if this one is corrupt; nothing is lost on either side."""
+    """A write that fails is repeated, into a new store if this one is corrupt; nothing is lost on either side."""
     for number in (0, 1):
         pair.worker.commit(number, {"a": 1})
     pair.follow()
@@ -504,7 +504,7 @@ def test_one_broken_store_does_not_stop_the_others(pair: Server, error: Exceptio
 
 
 def test_a_store_that_cannot_be_opened_is_made_anew(pair: Server) -> None:
-    """And counted."""
+    """A store that cannot be opened is made anew, and counted."""
     for number in (0, 1):
         pair.worker.commit(number, {"a": 1})
     pair.follow()
@@ -530,7 +530,7 @@ def test_a_store_whose_own_record_is_rotten_is_made_anew(server: Server, key: by
 
 
 def test_it_says_how_far_it_is(server: Server) -> None:
-    """Remaining records fall with each poll; the error says them, the metric and the status, too."""
+    """The remaining records fall with each poll, in the error, the metric and the status."""
     for i in range(10):
         server.worker.commit(0, {str(i): 1})
     server.start(restore_fetch_count_max=10)
@@ -547,7 +547,7 @@ def test_it_says_how_far_it_is(server: Server) -> None:
 
 
 def test_the_thread_follows_and_ends(caplog: pytest.LogCaptureFixture) -> None:
-    """Started, it follows by itself; while the log is away it complains, but not all the time; `stop` ends it."""
+    """The thread follows by itself, logs an absent log now and then, and ends with `stop`."""
     server = Server()
     server.worker.commit(0, {"a": 1})
     server.loop.start()
@@ -587,7 +587,7 @@ def test_what_it_cannot_go_on_from_is_fatal() -> None:
 
 
 def test_a_position_that_is_deleted_is_none(server: Server) -> None:
-    """A store knows where it is only by its position record."""
+    """A store whose position record is deleted does not know where it is."""
     server.worker.commit(0, {"a": 1})
     server.follow()
     assert read_position(server.stores.at(0)).next_offset == 1
@@ -640,7 +640,7 @@ def test_the_lag_that_counts_is_the_topics_own(server: Server) -> None:
 
 
 def test_a_lag_that_becomes_too_short_hides_all(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """Reads are told why, and nothing is served, caught up or not, until it is longer again."""
+    """A lag that is too short hides everything, caught up or not, with the reason, until it is longer again."""
     lag = Lag(300.0)
     with_lag(server, lag)
     server.worker.commit(0, {"a": 1})
@@ -661,7 +661,7 @@ def test_a_lag_that_becomes_too_short_hides_all(server: Server, caplog: pytest.L
 
 @pytest.mark.parametrize("is_between", [False, True])
 def test_a_commit_that_is_gone_without_another_in_its_place(is_between: bool) -> None:
-    """A store that has it is the better copy: it is neither served nor deleted, until somebody decides."""
+    """A store with a commit that the changelog lost is neither served nor deleted until a person decides."""
     server = Server()
     server.worker.commit(0, {"a": 1})
     kept = server.log.watermarks(CHANGELOG, 0).end_offset

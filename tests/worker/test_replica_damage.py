@@ -74,7 +74,7 @@ class Server:
         self.follow()
 
     def damage(self, number: int) -> None:
-        """Restart, so that all entries are in files and in no cache; then change those files."""
+        """Restart, so that all entries are in files and in no cache; then damage the files of one store."""
         self.restart()
         flip_everywhere(self.path / str(number))
 
@@ -91,7 +91,7 @@ def server(tmp_path: Path) -> Server:
 
 
 def test_a_damaged_store_is_made_anew(server: Server) -> None:
-    """From the read that meets it on nothing is answered, by no way to read; then all is there, and one store is new."""
+    """From the read that meets the damage on no read is answered; then everything is there, and one store is new."""
     assert server.total() == TOTAL
     server.damage(1)
     with pytest.raises(NotReady, match="partition 1: its store was damaged"):
@@ -130,7 +130,7 @@ def test_while_the_log_is_away_nothing_is_deleted(server: Server) -> None:
 
 
 def test_what_is_said_of_an_older_store_is_not_held_against_the_new_one(server: Server) -> None:
-    """A slow read tells of damage in a store that was made anew since."""
+    """A slow read's report of damage in an earlier store does not condemn the one that was made since."""
     old: ReadableStore = server.loop.stores()[0]
     server.loop.distrust(0, old, StoreCorrupt("a block", 0))
     server.loop.distrust(0, old, StoreCorrupt("the same block, met by another read", 0))
@@ -142,7 +142,7 @@ def test_what_is_said_of_an_older_store_is_not_held_against_the_new_one(server: 
 
 
 def test_what_the_changelog_has_too_is_not_rebuilt_for_ever(server: Server) -> None:
-    """Once; then it is told of the log, and everything else is served."""
+    """Damage that the changelog has, too, is rebuilt once; then the log is named, and everything else is served."""
     prefix = view_prefix(VIEW.view)
     for count in range(2):
         store = server.stores._open[0]

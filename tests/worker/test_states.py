@@ -1,4 +1,4 @@
-"""Stores have a life, too: what may follow what is a table, of partitions that are folded and of replicas."""
+"""The states of stores, of partitions that are folded and of replicas, follow tables of transitions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_stage_of_a_partition(stage: Stage, act: str) -> None:
 
 
 def test_a_distrusted_store_is_deleted_when_its_partition_is_closed() -> None:
-    """Not before: a reader may be in it. The next start has another one, with the same entries."""
+    """A distrusted store is deleted when its partition is closed, as a reader may be in it; the next start fills another."""
     clock, stores = HandClock(), MemoryStores()
     partition = new_partition(0, ChangingLog(1, clock), stores, clock)
     partition.start()

@@ -1,4 +1,4 @@
-"""The watchdog ends a worker that stands still, and lets alone what waits for the log, restores, or has nothing to do."""
+"""The watchdog ends a worker that stands still, and spares one that waits for the log, restores, or is idle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STALL_S, COMMIT_S = 15.0, 30.0
 
 
 class Course:
-    """Looks a second apart, and the second at which a stall is seen first."""
+    """A course of looks, a second apart by default."""
 
     def __init__(self) -> None:
         self.s = 100.0
@@ -34,7 +34,7 @@ class Course:
         return [it.partition for it in stalls]
 
     def looks(self, seen: Mapping[int, Observation], count: int) -> int | None:
-        """So many looks at the same; at which of them a stall was seen first."""
+        """Look so many times at the same, and return the first look that finds a stall."""
         for number in range(count):
             if self.look(seen):
                 return number
@@ -45,7 +45,7 @@ STILL = Observation((7,), 3)
 
 
 def test_lag_and_a_position_that_stands_still_is_a_stall() -> None:
-    """After the whole timeout, not before; and not of the others."""
+    """A partition with lag and an unmoved position is stalled after the whole timeout, and no other partition."""
     course = Course()
     moving = iter(range(100))
     for _ in range(15):
@@ -54,8 +54,8 @@ def test_lag_and_a_position_that_stands_still_is_a_stall() -> None:
 
 
 def test_a_restore_that_the_log_holds_up_is_no_stall() -> None:
-    """Behind somebody's open transaction a restore waits for as long as that is open, and so does what waits for its thread:
-    a restart would wait for the same. A restore that stands still for no reason that it knows is a stall.
+    """A restore behind a foreign open transaction is no stall, nor is a partition that waits for its thread: a restart would
+    wait for the same. A restore that stands still for no known reason is a stall.
     """
     clock = HandClock()
     log = ChangingLog(3, clock)
@@ -69,7 +69,7 @@ def test_a_restore_that_the_log_holds_up_is_no_stall() -> None:
 
 
 def test_any_move_begins_anew() -> None:
-    """However small, and however large the lag stays."""
+    """Any progress, however small, begins the timeout anew, however large the lag stays."""
     course = Course()
     assert course.looks({0: STILL}, 15) is None
     assert course.look({0: Observation((8,), 10_000)}) == []
@@ -78,14 +78,14 @@ def test_any_move_begins_anew() -> None:
 
 
 def test_without_lag_nothing_stands_still() -> None:
-    """And lag that comes after hours has the whole timeout."""
+    """Without lag nothing is stalled, and lag that comes after hours has the whole timeout."""
     course = Course()
     assert course.looks({0: Observation((7,), 0)}, 10_000) is None
     assert course.looks({0: STILL}, 30) == 14
 
 
 def test_a_log_that_was_away_is_no_stall() -> None:
-    """Nor is our own process, if it was stopped; behind either, everything has the whole timeout again."""
+    """After an absent log, or a pause of this process, every partition has the whole timeout again."""
     course = Course()
     assert course.looks({0: STILL}, 15) is None
     assert course.look({0: STILL}, after_s=AWAY_S + 0.1) == []
@@ -93,14 +93,14 @@ def test_a_log_that_was_away_is_no_stall() -> None:
 
 
 def test_a_log_that_only_dawdles_hides_no_stall() -> None:
-    """Answers that come late, but come."""
+    """A log that answers late hides no stall."""
     course = Course()
     looks = [course.look({0: STILL}, after_s=AWAY_S) for _ in range(4)]
     assert looks == [[], [], [], [0]]
 
 
 def test_a_commit_has_its_own_time() -> None:
-    """While it is undecided the others wait too; beyond `commit_timeout_ms` it is no excuse any more."""
+    """Other partitions wait for an undecided commit, too; beyond `commit_timeout_ms` a commit is no excuse any more."""
     course = Course()
     seen = {0: Observation((7,), 3, committing=True), 1: STILL}
     first = course.looks(seen, 100)
@@ -109,21 +109,21 @@ def test_a_commit_has_its_own_time() -> None:
 
 
 def test_commits_that_come_to_an_end_excuse_nobody() -> None:
-    """A partition that stands still is seen though another commits all the time."""
+    """A partition that stands still is noticed though another commits all the time."""
     course = Course()
     found = [course.look({0: Observation((n,), 3, committing=True), 1: STILL}) for n in range(16)]
     assert found == [[]] * 15 + [[1]]
 
 
 def test_a_short_commit_is_no_excuse() -> None:
-    """Only one that takes over a third of the timeout: what is due to the log, not to us."""
+    """A commit excuses a stall only if it takes over a third of the timeout: then the log is at fault."""
     course = Course()
     found = [course.look({0: Observation((n // 5,), 3, committing=n % 5 > 0), 1: STILL}) for n in range(16)]
     assert found == [[]] * 15 + [[1]]
 
 
 def test_a_partition_that_goes_is_forgotten() -> None:
-    """Taken away and given back, it has the whole timeout."""
+    """A partition that was taken away and given back has the whole timeout."""
     course = Course()
     course.looks({0: STILL}, 15)
     course.look({})
@@ -131,7 +131,7 @@ def test_a_partition_that_goes_is_forgotten() -> None:
 
 
 def test_what_partitions_look_like() -> None:
-    """Folding: position, lag, commit. Restoring: what the restore says. Neither yet: nothing to judge."""
+    """A folding partition shows position, lag and commit; a restoring one its progress; another one nothing to judge."""
     clock = HandClock()
     log = ChangingLog(4, clock)
     worker = Worker(log, clock)
@@ -150,7 +150,7 @@ def test_what_partitions_look_like() -> None:
 
 
 def test_a_restore_that_gets_on_is_no_stall() -> None:
-    """However long it takes; one that does not is one."""
+    """A restore that makes progress is no stall, however long it takes; one that makes none is."""
     course = Course()
     for n in range(100):
         assert course.look({0: Observation((n, 1_000 - n), 1_000 - n)}) == []
@@ -158,7 +158,7 @@ def test_a_restore_that_gets_on_is_no_stall() -> None:
 
 
 class Watched:
-    """A watchdog of one partition that stands still, and a log that tells when it is told to."""
+    """A watchdog of one partition that stands still, and a log that answers on demand."""
 
     def __init__(
         self, stall_timeout_ms: int = 15_000, interval_s: float = 0.5, threads: Sequence[PeriodicThread] = ()
@@ -188,7 +188,7 @@ class Watched:
 
 
 def test_a_stall_is_told_with_all_stacks(caplog: pytest.LogCaptureFixture) -> None:
-    """Counted, logged with the place of every thread, and fatal."""
+    """A stall is counted, logged with the place of every thread, and fatal."""
     it = Watched()
     release, here = threading.Event(), threading.Event()
 
@@ -215,7 +215,7 @@ def test_a_stall_is_told_with_all_stacks(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_without_a_new_answer_of_the_log_nothing_is_judged() -> None:
-    """Time alone stalls nobody; nor does an answer that was seen before."""
+    """Neither time alone nor an answer that was seen before makes a stall."""
     it = Watched()
     it.tell(14)
     it.clock.s += 1_000
@@ -252,7 +252,7 @@ def test_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_timeout_of_0_watches_nothing() -> None:
-    """No thread; stop is fine all the same."""
+    """A timeout of 0 starts no thread, and can be stopped all the same."""
     it = Watched(stall_timeout_ms=0)
     it.watchdog.start()
     assert not it.watchdog.thread.started
@@ -266,7 +266,7 @@ def test_stacks_names_threads() -> None:
 
 
 def test_nobody_waits_for_ever_for_what_is_ours() -> None:
-    """A partition that waits to be restored has longer, while no other makes progress; then it is a stall."""
+    """A partition that waits to be restored has more time, while no other makes progress; then it is a stall."""
     course = Course()
     assert course.looks({0: Observation((1, 500), 3, waiting=True)}, 300) == WAIT_S
     for entries in range(300):
@@ -274,7 +274,7 @@ def test_nobody_waits_for_ever_for_what_is_ours() -> None:
 
 
 def test_what_waits_looks_like() -> None:
-    """A waiting partition makes progress whenever another does; one that is not ours does not wait."""
+    """A waiting partition makes progress whenever another does; a partition of another worker does not wait."""
     clock = HandClock()
     log = ChangingLog(3, clock)
     worker = Worker(log, clock)

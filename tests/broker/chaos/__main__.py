@@ -18,11 +18,11 @@ from tests.broker.chaos.drive import Drive
 from tests.broker.chaos.scenarios import ALL, Scenario
 
 SHORT_MINUTES = 5.0
-"""A drive that is shorter begins with the scenarios that matter most."""
+"""Length below which a drive begins with the scenarios that matter most."""
 FIRST_MINUTES = 3.0
-"""A drive as long as this has each of those once, on a slow machine too."""
+"""Length that suffices for each of those scenarios once, on a slow machine too."""
 FINISH_S = 15.0
-"""What the last checks take."""
+"""Time that the last checks take."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def plan(asked: argparse.Namespace) -> list[Scenario]:
-    """What to run, as far as time allows: each once, in random order; a short drive begins with the first, in theirs."""
+    """Return the scenarios to run, each once, in random order; a short drive starts with those marked `first`."""
     rng = random.Random(asked.seed)
     fitting = [it for it in ALL if it.brokers in (0, asked.brokers)]
     if asked.only:
@@ -66,7 +66,7 @@ def plan(asked: argparse.Namespace) -> list[Scenario]:
 
 
 def run(drive: Drive, asked: argparse.Namespace, deadline_s: float, done: list[str]) -> None:
-    """The scenarios, again and again until the time is over; those that are right go to `done`."""
+    """Run the scenarios, again and again until the time is over; those that pass are added to `done`."""
     todo = plan(asked)
     rng = random.Random(asked.seed + 1)
     longest_s: dict[str, float] = {}
@@ -89,7 +89,7 @@ def run(drive: Drive, asked: argparse.Namespace, deadline_s: float, done: list[s
 
 
 def report(drive: Drive, done: Sequence[str]) -> None:
-    """What was measured."""
+    """Print the measurements."""
     print(f"\n{'took':>7} {'pause':>7} {'target':>7}")
     for it in drive.pauses:
         target = "" if it.target_s is None else f"{it.target_s:.0f}"
@@ -106,7 +106,7 @@ def report(drive: Drive, done: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code."""
+    """Run the command line, and return the exit code."""
     asked = parse(arguments)
     logging.basicConfig(level=logging.CRITICAL)  # what the publisher says of a broker that is away adds nothing
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended

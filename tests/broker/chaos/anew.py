@@ -1,4 +1,4 @@
-"""Topics made anew under a running app: never a wrong number, and exact from then on. Each time it is an app of its own."""
+"""Topics made anew under a running app, another app each time: never a wrong number, and exact from then on."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class SideApp:
         self.load = Load(self.app, per_s=100.0, seed=d.rng.randrange(1_000))
 
     def server(self, name: str, *arguments: str) -> Role:
-        """A server; one of the same name has had the same disk."""
+        """Return a server; servers of one name have one disk."""
         return server(self.app, self.folder / name, *arguments, program=(*GUARD, *PROGRAM), stdin=subprocess.PIPE)
 
     def workers(self, *arguments: str, excused: Collection[int] = ()) -> None:
-        """Start two, which may end with these codes; what ran before under their names has ended."""
+        """Start two workers, which may end with these codes; earlier ones of their names are ended first."""
         for name in ("s1", "s2"):
             old = self.fleet.workers.pop(name, None)
             if old is not None:
@@ -54,7 +54,7 @@ class SideApp:
             self.fleet.add(worker)
 
     def record(self) -> Token:
-        """Some deltas, all acknowledged; the token of the last flush."""
+        """Record some deltas, wait until all are acknowledged, and return the token of the last flush."""
         self.load.burst(DELTA_COUNT)
         return self.load.pause()
 
@@ -65,7 +65,7 @@ class SideApp:
         self.d.say(f"  {topic} of {self.app.app} is made anew")
 
     def wait_decide(self) -> None:
-        """Wait until each worker has ended with 4 and stays down; what a restart could mend is restarted before."""
+        """Wait until each worker has ended with 4, and keep it down; those that end otherwise are restarted before."""
 
         def down() -> bool:
             last = dict(self.fleet.exits)
@@ -77,7 +77,7 @@ class SideApp:
         wait_until(down, "workers to end with 4", ENDS_S, seen=self.fleet.tails)
 
     def read(self, role: Role, token: Token | None = None) -> dict[Labels, int]:
-        """All series."""
+        """Return all series."""
         with Reader(role.url, timeout_s=READ_MS / 1000 + 10) as reader:
             answer = reader.get(VIEW, after=token, limit=SERIES, timeout_ms=READ_MS)
         return {(it.labels[LABELS[0]], it.labels[LABELS[1]]): it.value for it in answer.series}
@@ -95,7 +95,7 @@ class SideApp:
 
 
 def _refused(role: Role, token: Token) -> None:
-    """A token of a topic that is gone is refused at once, whatever its offsets are."""
+    """Check that a token of a topic that is gone is refused at once, whatever its offsets are."""
     with Reader(role.url) as reader:
         wait_until(lambda: reader.status()["topic_id"] not in ("", token.topic_id), "the server to hear of it")
         with pytest.raises(OtherTopic):
@@ -128,10 +128,10 @@ def anew_deltas(d: Drive) -> None:
 
 
 def _is_honest(side: SideApp, role: Role, folded: Mapping[Labels, int], acked_s: float) -> None:
-    """An answer holds what was folded, nothing twice, and is said to be as stale as what it lacks is old, at least.
+    """Check that an answer holds what was folded, nothing twice, and that its staleness covers everything it lacks.
 
-    Until a worker hears that the topic is another, which it asks each second, it may fold what stands in the new one beyond
-    its position. The answer can hold that, then; it claims nothing of the new topic.
+    Until a worker, which asks each second, learns that the topic is another, it may fold records of the new topic beyond its
+    position. An answer may include these; it claims nothing of the new topic.
     """
     recorded, asked_s = side.load.expected(), time.monotonic()
     with Reader(role.url) as reader:
@@ -176,7 +176,7 @@ def anew_changelog(d: Drive) -> None:
 
 
 def _waits_for_decision(side: SideApp, role: Role) -> None:
-    """Every read is refused, and soon says why."""
+    """Check that every read is refused, and soon with the reason."""
     with Reader(role.url, timeout_s=10) as reader:
 
         def why() -> str:

@@ -1,4 +1,4 @@
-"""What the logs themselves say at the end: each batch is folded once, however often it is in the log."""
+"""Final checks of the logs themselves: each batch is folded once, however often it is in the log."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.broker.drive import records
 from tests.broker.kafka import App
 
 SEQUENCE_MAX = 10_000_000
-"""Beyond what anybody comes to in a drive: what claims more is refused."""
+"""Sequence that nobody reaches in a drive: larger ones are refused."""
 
 
 class Audit(NamedTuple):
-    """Records of deltas, and how many of them are copies of an earlier one; what is wrong."""
+    """Records of deltas, the number that copy an earlier one, and all faults found."""
 
     record_count: int
     copy_count: int
@@ -27,12 +27,12 @@ class Audit(NamedTuple):
 
 
 def letters(app: App) -> list[DeadLetter]:
-    """All dead letters."""
+    """Return all dead letters."""
     return [decode_letter(record.value()) for record in records(app, DEAD_LETTERS) if record.value() is not None]
 
 
 def _batch(record: Message) -> Batch | None:
-    """The batch of a record, also if some of its groups are refused; None if the record is refused as a whole."""
+    """Return the batch of a record, also if some of its groups are refused; None if the record is refused as a whole."""
     try:
         batch = receive_batch(record.value() or b"").batch
     except BadRecord:

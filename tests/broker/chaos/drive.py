@@ -1,4 +1,4 @@
-"""The drive: brokers, workers, a query server, the load, and everything that watches; checks that all is exact."""
+"""The drive: brokers, workers, a query server, the load and everything that watches; checks that all answers are exact."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.support import PROGRAM, wait_until
 
 PARTITIONS = 8
 MOVED_S = 90.0
-"""How long partitions may stand still before it is called a hang."""
+"""Time for which partitions may stand still before it is called a hang."""
 SLACK = 3.0
-"""How many times its target a pause may last before it is wrong, if pauses are judged."""
+"""Factor by which a pause may exceed its target, if pauses are judged."""
 
 
 class Pause(NamedTuple):
-    """How long folding stood still around an event; the target, if there is one."""
+    """Time for which folding stood still around an event, and the target, if there is one."""
 
     what: str
     took_s: float
@@ -43,7 +43,7 @@ class Pause(NamedTuple):
 
 
 class Event:
-    """One thing that happens to the workers, from its start to when all are settled."""
+    """One event in the life of the workers, from its start until all have settled."""
 
     def __init__(self, drive: Drive, what: str) -> None:
         self.drive = drive
@@ -51,14 +51,14 @@ class Event:
         self.began_s = self.since_s = time.monotonic()
 
     def restart(self, what: str) -> None:
-        """The pause is measured from now on."""
+        """Measure the pause from now on."""
         self.what += f"; {what}"
         self.since_s = time.monotonic()
         self.drive.say(f"  {what}")
 
 
 class Drive:
-    """All that runs. To be entered once. `rate` is deltas a second; `judge_pauses` makes long pauses wrong, too.
+    """Everything that runs. To be entered once. `rate` is deltas a second; `judge_pauses` makes long pauses faults, too.
 
     `workers` are settings of the workers.
     """
@@ -80,9 +80,9 @@ class Drive:
         self.pauses: list[Pause] = []
         self.checks = 0
         self.refused: set[Place] = set()
-        """Where records stand of which all or some must be a dead letter."""
+        """Places of records that must be dead letters, whole or in part."""
         self.others = Token()
-        """Of what was recorded beside the load."""
+        """Token of everything recorded beside the load."""
         self.folder, self._seed, self._count, self._rate = folder, seed, brokers, rate
         self._began_s = time.monotonic()
         self._show = show
@@ -90,7 +90,7 @@ class Drive:
         self.problems = Problems(self.say)
 
     def say(self, text: str) -> None:
-        """A line of the timeline."""
+        """Print a line of the timeline."""
         if self._show:
             print(f"{time.monotonic() - self._began_s:7.1f}  {text}", flush=True)
 
@@ -125,7 +125,7 @@ class Drive:
         enter(Board(self.fleet.urls, self.problems, self.say, self._now))
 
     def begin(self) -> None:
-        """A first worker, and the load."""
+        """Start a first worker, and the load."""
         self.fleet.start("w1")
         self.fleet.settled()
         self.load.resume()
@@ -139,7 +139,7 @@ class Drive:
 
     @property
     def broker(self) -> Broker:
-        """The only one."""
+        """The only broker."""
         (one,) = self.brokers
         return one
 
@@ -147,7 +147,7 @@ class Drive:
 
     @contextmanager
     def event(self, what: str, target_s: float | None = None, numbers: Collection[int] = ()) -> Iterator[Event]:
-        """Measure how long folding pauses, of all partitions and of `numbers`."""
+        """Measure how long folding pauses, of all partitions or of `numbers`."""
         self.say(f"- {what}")
         event = Event(self, what)
         yield event
@@ -162,7 +162,7 @@ class Drive:
 
     @contextmanager
     def broker_trouble(self) -> Iterator[None]:
-        """Of an only broker: workers may end with 3, or, if they were starting, with 1."""
+        """Excuse the workers of an only broker that end with 3, or, while they start, with 1."""
         self.fleet.excused = frozenset({1, 3})
         try:
             yield
@@ -170,7 +170,7 @@ class Drive:
             self.fleet.excused = frozenset()
 
     def server(self, name: str, *, ahead_ms: int = 0) -> Role:
-        """A query server, not started yet, with a clock that is ahead by so much."""
+        """Return a query server that is not started yet, with a clock that is ahead by so much."""
         program, env = (SHIFTED, {SHIFTED_MS: str(ahead_ms)}) if ahead_ms else (PROGRAM, None)
         return server(self.app, self.folder / name, program=(*GUARD, *program), stdin=subprocess.PIPE, env=env)
 
@@ -184,7 +184,7 @@ class Drive:
         wait_until(done, f"{dict(positions)} to move; they are at {self.commits.positions()}", timeout_s)
 
     def wait_all_moved(self) -> None:
-        """Wait until each partition is committed beyond what is acknowledged now, and then some."""
+        """Wait until each partition is committed beyond what is committed and acknowledged now."""
         ends = self.commits.positions()
         acked = self.load.history.acked[-1].token.next_offsets
         self.wait_moved({number: max(at, acked.get(number, 0)) for number, at in ends.items()})
@@ -213,19 +213,19 @@ class Drive:
         wait_until(done, "replicas in sync", 60)
 
     def quiet(self) -> Token:
-        """Pause the load, and wait until everything is folded; the token of it."""
+        """Pause the load, wait until everything is folded, and return the token of everything."""
         token = self.load.pause() | self.others
         self.wait_folded(token.next_offsets)
         return token
 
     def counted_duplicates(self) -> float:
-        """By the workers that run, since they were started."""
+        """Return the number of duplicates that the running workers have counted since they started."""
         return sum(metric(url, m.BATCHES_DUPLICATE) for url in self.fleet.urls().values())
 
     # Exactness
 
     def check(self) -> None:
-        """Everything that was recorded is in the answer, once; nothing is a dead letter. The load goes on then."""
+        """Check that everything recorded is in the answer once, and nothing is a dead letter; then resume the load."""
         began_s = time.monotonic()
         token = self.quiet()
         self.compare(self.reads, token)
@@ -238,7 +238,7 @@ class Drive:
         self.wait_folded(ends)  # so that no scenario takes the duplicates of another for its own
 
     def compare(self, role: Role, token: Token) -> None:
-        """Series by series."""
+        """Compare an answer with the load, series by series."""
         with Reader(role.url, timeout_s=READ_MS / 1000 + 10) as reader:
             answer = reader.get(VIEW, after=token, limit=LIMIT, timeout_ms=READ_MS)
         names = (*LABELS, EXTRA)
@@ -259,14 +259,14 @@ class Drive:
         assert not others, f"{role.data.name}: {'; '.join(others)}"
 
     def _check_letters(self) -> None:
-        """Whatever had to be refused is a dead letter, and nothing else is."""
+        """Check that exactly the records that had to be refused are dead letters."""
         found = {Place(it.partition, it.offset) for it in letters(self.app)}
         unasked, missing = found - self.refused, self.refused - found
         assert not unasked, f"{len(unasked)} dead letters of what is right, such as {sorted(unasked)[:3]}"
         assert not missing, f"{len(missing)} records are no dead letters, such as {sorted(missing)[:3]}"
 
     def finish(self, delta_count_min: int) -> None:
-        """The rest of the load, a last check, a server that is restored from nothing, and what the logs say."""
+        """Finish the load, check a last time, also a server that is restored from nothing, and audit the logs."""
         self.load.pause()
         if (rest := delta_count_min - self.load.delta_count) > 0:
             self.say(f"- the rest of the load: {rest} deltas at once")
@@ -285,5 +285,5 @@ class Drive:
         )
 
     def tails(self) -> str:
-        """The end of what each process has said."""
+        """Return the last output of each process."""
         return "\n\n".join([self.fleet.tails(), self.reads.tail()])

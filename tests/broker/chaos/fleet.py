@@ -20,23 +20,23 @@ from tests.broker.shifted import SHIFTED_MS
 from tests.support import PROGRAM, wait_until
 
 SESSION_MS = 6_000
-"""The least that brokers allow."""
+"""Shortest session that brokers allow."""
 SETTLE_S = 60.0
 AGAIN_S = 0.5
 GUARD = ("sh", "-c", GUARDED, "sh")
-"""Behind which a process ends when the drive does, however that ends."""
+"""Shell that ends its process when the drive ends, however that happens."""
 SLOW = (sys.executable, "-m", "tests.broker.throttled")
 SHIFTED = (sys.executable, "-m", "tests.broker.shifted")
 
 
 class Worker:
-    """A process and what is expected of it. Exit codes in `excused` are no surprise; with `again` it is started again."""
+    """A worker's process and its expected end. Exit codes in `excused` are no surprise; with `again` it is started again."""
 
     def __init__(self, name: str, role: Role) -> None:
         self.name = name
         self.role = role
         self.wanted = False
-        """Whether it shall run: if it has ended, it is started again."""
+        """True while the worker is to run: if its process ends, it is started again."""
         self.again = True
         self.excused: frozenset[int] = frozenset()
         self.ended_s: float | None = None
@@ -59,9 +59,9 @@ class Fleet:
         self.exits: list[tuple[str, int]] = []
         """Unasked ends: name and code."""
         self.codes: Counter[int] = Counter()
-        """How often a worker ended with which code, asked or not."""
+        """Number of ends with each exit code, asked or not."""
         self.excused: frozenset[int] = frozenset()
-        """Exit codes that are no surprise of any worker now."""
+        """Exit codes that are now no surprise from any worker."""
         self._problems, self._say = problems, say
         self._lock = threading.RLock()
         self._stop = threading.Event()
@@ -72,8 +72,9 @@ class Fleet:
     def make(
         self, name: str, *arguments: str, bears: str = "", slow: Mapping[str, str] | None = None, ahead_ms: int = 0
     ) -> Worker:
-        """Not started yet; as member `bears`, if not under its own name; with a disk as slow as `slow` says, or a clock that
-        is ahead by so much.
+        """Return a worker that is not started yet, as member `bears` if not under its own name.
+
+        `slow` slows its disk down; `ahead_ms` sets its clock ahead.
         """
         program, env = (PROGRAM, None) if slow is None else (SLOW, slow)
         if ahead_ms:
@@ -93,14 +94,14 @@ class Fleet:
         )
 
     def add(self, worker: Worker) -> Worker:
-        """Start it, and see to it that it runs."""
+        """Start a worker, and keep it running."""
         with self._lock:
             self.workers[worker.name] = worker
             self.start(worker.name)
         return worker
 
     def start(self, name: str) -> None:
-        """Start it, again or anew."""
+        """Start a worker, again or anew."""
         with self._lock:
             if name not in self.workers:
                 self.workers[name] = self.make(name)
@@ -111,7 +112,7 @@ class Fleet:
         self._say(f"  {name} started, pid {worker.role.program.process.pid}")
 
     def kill(self, *names: str) -> None:
-        """kill -9, all at once; they stay down until `start`."""
+        """Kill these workers with kill -9, all at once; they stay down until `start`."""
         with self._lock:
             for name in names:
                 self.workers[name].wanted = False
@@ -122,12 +123,12 @@ class Fleet:
         self._say(f"  {' '.join(names)} killed")
 
     def lose_disk(self, name: str) -> None:
-        """Delete all that one that is down has on disk."""
+        """Delete everything that a stopped worker has on disk."""
         shutil.rmtree(self.workers[name].role.data)
         self._say(f"  the disk of {name} is lost")
 
     def leave(self, name: str, timeout_s: float = 45.0) -> None:
-        """SIGTERM, and wait; it must end with 0."""
+        """Send SIGTERM to a worker, and wait until it has ended, which must be with 0."""
         with self._lock:
             worker = self.workers[name]
             worker.wanted = False
@@ -142,17 +143,17 @@ class Fleet:
         assert code == 0, f"{name} was asked to leave and ended with {code}"
 
     def signal(self, name: str, number: int) -> None:
-        """Send a signal."""
+        """Send a signal to a worker."""
         self.workers[name].role.program.signal(number)
         self._say(f"  {name} is sent {signal.Signals(number).name}")
 
     def discard(self, name: str) -> None:
-        """Forget it; end it if it still runs."""
+        """End a worker if it still runs, and forget it."""
         with self._lock:
             self.workers.pop(name).role.__exit__()
 
     def wait_exit(self, name: str, code: int, timeout_s: float) -> None:
-        """Wait until it has ended by itself, with this code, and is down."""
+        """Wait until a worker has ended by itself, with this code, and is down."""
         worker = self.workers[name]
         try:
             found = worker.role.program.wait(timeout_s)
@@ -165,20 +166,20 @@ class Fleet:
 
     @property
     def running(self) -> list[str]:
-        """The names of those that shall run."""
+        """Names of the workers that are to run."""
         return sorted(name for name, it in self.workers.items() if it.wanted)
 
     def urls(self) -> dict[str, str]:
-        """Of those that run."""
+        """Return the URLs of the workers that are to run."""
         with self._lock:
             return {name: self.workers[name].role.url for name in self.running}
 
     def owned(self, name: str) -> dict[int, int]:
-        """The partitions that it folds, and their positions."""
+        """Return the partitions that a worker folds, and their positions."""
         return folded(status(self.workers[name].role.url))
 
     def settled(self, timeout_s: float = SETTLE_S) -> dict[str, set[int]]:
-        """Wait until those that run share the partitions evenly, and copies of all are warm if there are several."""
+        """Wait until the running workers share the partitions evenly, and, if several, have warm copies of all."""
         said: dict[str, Any] = {}
 
         def done() -> dict[str, set[int]]:
@@ -200,7 +201,7 @@ class Fleet:
         return found
 
     def have(self, count: int) -> dict[str, set[int]]:
-        """Bring it about that w1 to w`count` run and no others, settled."""
+        """Start and stop workers so that w1 to w`count` run and no others, settled."""
         wanted = [f"w{n}" for n in range(1, count + 1)]
         for name in self.running:
             if name not in wanted:
@@ -233,7 +234,7 @@ class Fleet:
             self.start(worker.name)
 
     def tails(self) -> str:
-        """The end of what each has said."""
+        """Return the last output of each worker."""
         return "\n\n".join(it.role.tail() for it in self.workers.values())
 
     def __enter__(self) -> Self:

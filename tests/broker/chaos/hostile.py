@@ -1,4 +1,4 @@
-"""What others do to an app, who can publish to it or write to its topics, and what wrong clocks do to it."""
+"""Harm that other clients can do to an app, by publishing to it or writing to its topics, and that wrong clocks can do."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ WAITING_S = 60.0
 MOVED_S = 60.0
 TRANSACTION_MS = 600_000
 BEYOND_STALL_S = 8.0
-"""After what a worker waits before it says why: more than a partition of its own may stand still."""
+"""Time, beyond that after which a worker says why it waits, for which a partition of its own may stand still."""
 SHORT_MS = 30_000
-"""After which the broker ends a transaction that nobody ends."""
+"""Time after which the broker aborts a transaction that nobody ends."""
 DAY_MS = 86_400_000
 WRONG_BY_MS = 8 * DAY_MS
-"""More than producers are remembered for."""
+"""Clock error longer than producers are remembered."""
 AGAIN = 40
 FRESH_MS = 10_000
 FURTHER = 50_000
-"""Sequences that a producer may have given up."""
+"""Number of sequences that a producer may have given up."""
 
 
 def opinions(d: Drive) -> None:
-    """Others define the load's view with other labels, as another kind, monotone or not; a worker is killed meanwhile."""
+    """Other publishers define the load's view with other labels or as another kind; a worker is killed meanwhile."""
     d.fleet.have(2)
     name = d.rng.choice(d.fleet.running)
     with d.event("others have their own opinion of the view"):
@@ -121,7 +121,7 @@ def _takeover(d: Drive, owner: str, but: int) -> None:
 
 
 def open_on_deltas(d: Drive) -> None:
-    """A transaction of others hangs on deltas: staleness grows, lag shows, a takeover goes on; then all counts, once."""
+    """A foreign transaction hangs on deltas: staleness grows, lag shows, a takeover goes on; then all counts, once."""
     d.fleet.have(2)
     number = d.rng.randrange(PARTITIONS)
     owner, how = _owner(d, number), d.rng.choice(("abort", "commit", "leave"))
@@ -149,7 +149,7 @@ def open_on_deltas(d: Drive) -> None:
 
 
 def open_on_changelog(d: Drive) -> None:
-    """A transaction of others hangs on the changelog: staleness grows, a takeover waits and says why; then all is right."""
+    """A foreign transaction hangs on the changelog: staleness grows, a takeover waits and says why; then all is right."""
     d.fleet.have(2)
     number = d.rng.randrange(PARTITIONS)
     owner, how = _owner(d, number), d.rng.choice(("abort", "commit", "leave"))
@@ -183,7 +183,7 @@ def open_on_changelog(d: Drive) -> None:
 
 
 def noise(d: Drive) -> None:
-    """Noise and forgeries on deltas and changelog, and batches again: all is left out, or a dead letter."""
+    """Noise, forgeries and copies of batches on deltas and changelog: all is left out, or a dead letter."""
     with d.event("noise and forgeries on both topics"):
         rng = random.Random(d.rng.random())
         bad_deltas(d, rng)
@@ -267,7 +267,7 @@ def bad_changelog(d: Drive, rng: random.Random) -> None:
 
 
 def forgeries(d: Drive, number: int, rng: random.Random) -> list[Raw]:
-    """Return what no owner of a partition writes: noise, other values of real entries, removals, commits again."""
+    """Return records that no owner of a partition writes: noise, other values of real entries, removals, old commits."""
     found = [it for it in tail(d.app, CHANGELOG, number, 400) if it.key]
     forged = [Raw(number, rng.randbytes(rng.randrange(60)), rng.randbytes(rng.randrange(1, 40))) for _ in range(3)]
     for tag in (TAG_SERIES, TAG_PRODUCER, TAG_DEFINITION):
@@ -300,7 +300,7 @@ def _values(tag: bytes, rng: random.Random) -> list[bytes | None]:
 
 
 def _made_up(number: int) -> list[Raw]:
-    """Return entries of views and producers that are nobody's, under keys that could be ours, and fence records."""
+    """Return fence records and entries of views and producers that do not exist, under keys that look like ours."""
     definition = Definition(f"forged{number}", "sum", ("a",))
     series = series_prefix(definition) + series_suffix(("x",))
     fence = encode_fence(Fence(f"chaos-{number}:somebody", 1))
@@ -319,7 +319,7 @@ def _made_up(number: int) -> list[Raw]:
 
 
 def clocks(d: Drive) -> None:
-    """Workers and servers whose clocks are wrong by eight days, ahead and back, while batches come again."""
+    """Workers and servers have clocks that are wrong by eight days, ahead and back, while batches come again."""
     d.fleet.have(1)
     for name, ahead_ms in (("w-ahead", WRONG_BY_MS), ("w-back", -WRONG_BY_MS)):
         with d.event(f"{name}, by eight days"):
@@ -340,7 +340,7 @@ def clocks(d: Drive) -> None:
 
 
 def _fresh(url: str) -> None:
-    """Wait for an answer that is not as stale as the server's clock is wrong."""
+    """Wait for an answer whose staleness is less than the error of the server's clock."""
     with Reader(url) as reader:
 
         def fresh() -> bool:

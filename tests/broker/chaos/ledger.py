@@ -1,4 +1,4 @@
-"""What the records of `deltas` come to, folded in the plainest way: the order of each partition's log decides alone.
+"""The values that the records of `deltas` add up to, folded in the plainest way, in the order of each partition's log alone.
 
 The ledger is written beside the task, so that it does not share its mistakes. It has in common with it the codec and the
 memory for sequences, which have tests of their own.
@@ -19,29 +19,29 @@ from tests.broker.drive import records
 from tests.broker.kafka import App
 
 Labels = tuple[tuple[str, str], ...]
-"""The labels of a series that are not empty, by name: what a read of several definitions merges by."""
+"""Non-empty labels of a series, by name, as reads of several definitions merge series."""
 MERGE: Mapping[str, Any] = {"sum": lambda old, new: old + new, "max": max, "min": min}
 
 
 class Kept(NamedTuple):
-    """What a view has of one kind."""
+    """The series of one kind that a view has."""
 
     view: str
     kind: str
 
 
 class PartitionLedger:
-    """What the batches of one partition come to, given in the order of its log."""
+    """The values of the batches of one partition, given in the order of its log."""
 
     def __init__(self, views: Collection[str]) -> None:
         self._views = views
         self._folded: dict[str, Folded] = {}
         self.states: dict[Definition, dict[Labels, Any]] = {}
         self.control_count = 0
-        """How often an order was carried out here."""
+        """Number of orders carried out in this partition."""
 
     def fold(self, batch: Batch) -> None:
-        """Count the batch that stands next in the log, unless it was counted before."""
+        """Count the batch that comes next in the log, unless it was counted before."""
         known = self._folded.get(batch.producer_id, Folded())
         if known.has(batch.sequence):
             return
@@ -64,14 +64,14 @@ class PartitionLedger:
 
 
 class Ledger(NamedTuple):
-    """By view and kind, the value of each series; and how many orders were carried out, over all partitions."""
+    """The value of each series, by view and kind, and the number of orders carried out over all partitions."""
 
     values: Mapping[Kept, Mapping[Labels, Any]]
     control_count: int
 
 
 def ledger(app: App, views: Collection[str]) -> Ledger:
-    """Fold all that `deltas` holds now. Records that are no batches, or batches of elsewhere, are left out."""
+    """Fold everything that `deltas` holds now. Records that are no batches, or of another partition, are left out."""
     partitions: dict[int, PartitionLedger] = defaultdict(lambda: PartitionLedger(views))
     for record in sorted(records(app, DELTAS), key=lambda it: (it.partition(), it.offset())):
         try:

@@ -1,4 +1,4 @@
-"""The known load: what was recorded, when it was acknowledged, and batches that are sent again on purpose."""
+"""A load of known sums: deltas, the times of their acknowledgement, and batches that are sent again on purpose."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ VIEW = "chaos"
 LABELS = ("group", "series")
 SERIES = 20_000
 GROUPS = 400
-"""Of 50 series each; the reader asks for whole groups."""
+"""Number of groups, of 50 series each; the reader asks for whole groups."""
 SAMPLE = "0"
-"""The group of which each acknowledged amount is remembered."""
+"""Group of which each acknowledged amount is remembered."""
 TICK_S = 0.2
 BURST_TICKS = 10
-"""What was not recorded in time, because the publisher was blocked, is made good for at most so many ticks."""
+"""Limit to the ticks for which deltas are recorded late, after the publisher was blocked."""
 FLUSH_S = 2.0
 SETTINGS: dict[str, Any] = {
     "flush_interval_ms": 100,
@@ -39,14 +39,14 @@ Labels = tuple[str, str]
 
 
 class Came(NamedTuple):
-    """A partition was seen to be committed at `position`."""
+    """Time at which a partition was seen to be committed at `position`."""
 
     at_s: float
     position: int
 
 
 class Acked(NamedTuple):
-    """At `at_s`, on the monotonic clock, all of this was known to be acknowledged."""
+    """Amounts that were known to be acknowledged at `at_s`, on the monotonic clock."""
 
     at_s: float
     total: int
@@ -55,21 +55,21 @@ class Acked(NamedTuple):
 
 
 class History:
-    """What was recorded in all, and what was acknowledged when. Written by one thread but for `others`, read by any."""
+    """Everything recorded, and acknowledged amounts with their times. One thread writes all but `others`; any may read."""
 
     def __init__(self) -> None:
         self.total = 0
         self.others = 0
-        """What somebody else may have added to the same view."""
+        """Amount that other publishers may have added to the same view."""
         self.acked: list[Acked] = []
 
     def acknowledged(self, at_s: float) -> Acked | None:
-        """What was acknowledged at that time at the latest."""
+        """Return the last acknowledged amounts by that time."""
         i = bisect_right(self.acked, at_s, key=lambda it: it.at_s)
         return self.acked[i - 1] if i else None
 
     def pauses(self, came: Mapping[int, Sequence[Came]], since_s: float, until_s: float) -> dict[int, float]:
-        """By partition: the longest time within these that it had lag and its position did not move; `came` rises."""
+        """Return, by partition, the longest time in this range with lag and an unmoved position; `came` rises."""
         acked = [*self.acked]
         pauses: dict[int, float] = {}
         for number, positions in came.items():
@@ -89,14 +89,14 @@ class History:
 
 
 def series_of(number: int) -> Labels:
-    """Its labels."""
+    """Return the labels of a series."""
     return str(number % GROUPS), str(number)
 
 
 class Load(threading.Thread):
     """Adds to the series of one monotone sum at a steady rate, and flushes about five times a second.
 
-    Each series has the same chance, amounts are 1 to 9. While the broker is away it goes on recording.
+    Each series has the same chance, amounts are 1 to 9. The load goes on recording while the broker is away.
     """
 
     def __init__(self, app: App, *, per_s: float, seed: int) -> None:
@@ -161,7 +161,7 @@ class Load(threading.Thread):
         self._go.set()
 
     def pause(self, timeout_s: float = 60.0) -> Token:
-        """Record no more until `resume`, and wait until all is acknowledged; the token of it."""
+        """Stop recording until `resume`, wait until everything is acknowledged, and return the token of it."""
         self._go.clear()
         assert self._idle.wait(30), "the load does not stop"
         if self.error is not None:
@@ -172,7 +172,7 @@ class Load(threading.Thread):
         return self.history.acked[-1].token
 
     def burst(self, count: int) -> None:
-        """While it is paused: record so many at once."""
+        """Record so many deltas at once, while the load is paused."""
         assert self._idle.is_set()
         while count > 0:
             self._record(min(count, 20_000))
@@ -180,7 +180,7 @@ class Load(threading.Thread):
             count -= 20_000
 
     def expected(self) -> dict[Labels, int]:
-        """While it is paused: the answer that each series must have."""
+        """Return the value that each series must have, while the load is paused."""
         return {series_of(n): value for n, value in enumerate(self._model) if value}
 
     def __enter__(self) -> Self:
@@ -199,19 +199,19 @@ class Again:
     """Sends batches again that are in the log already: the same bytes, under the same key, to the same partition."""
 
     def __init__(self, app: App, partition_count: int, rng: random.Random, but: Collection[Place] = ()) -> None:
-        """What stands at one of the places `but` is not sent again."""
+        """Send no record at one of the places `but` again."""
         self._but = but
         self._topic = app.topic(DELTAS)
         self._partitions = range(partition_count)
         self._rng = rng
         self.count = 0
-        """How often, as far as it was acknowledged."""
+        """Number of batches that were sent again and acknowledged."""
         quiet = {"bootstrap.servers": app.bootstrap, "log_level": 0, "reconnect.backoff.max.ms": 200}
         self._reading = {**quiet, "group.id": "look", "enable.auto.commit": False, "error_cb": lambda _: None}
         self._producer = Producer({**quiet, "acks": "all", "enable.idempotence": True})
 
     def send(self, count: int, timeout_s: float = 60.0) -> dict[int, int]:
-        """Of random partitions, from their last hundred batches, some of them several times; next offsets behind them."""
+        """Send some of the last batches of random partitions again, once or more; return the offsets behind them."""
         ends: dict[int, int] = {}
         failed: list[KafkaError] = []
 

@@ -1,4 +1,4 @@
-"""Who publishes beside the load: others with another opinion of its view, and a view that is dropped and reset meanwhile."""
+"""Publishers beside the load: some define its view otherwise, some record a view that is dropped and reset meanwhile."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ READ_MS = 60_000
 LIMIT = 1_000_000
 PAUSE_S = 0.05
 A_ROUND = 20
-"""Deltas between two pauses."""
+"""Number of deltas between two pauses."""
 FLUSH_S = 60.0
 
 
 class Opinion(NamedTuple):
-    """How somebody defines a view."""
+    """Another publisher's definition of a view."""
 
     kind: str
     labels: tuple[str, ...]
@@ -58,7 +58,7 @@ class _Recording(threading.Thread):
             raise
 
     def finish(self) -> Token:
-        """Stop, and wait until all is acknowledged; the token of it. The publisher closes in order."""
+        """Stop, wait until everything is acknowledged, close the publisher in order, and return the token of it."""
         self._stopping.set()
         self.join(30)
         if self._error is not None:
@@ -69,12 +69,12 @@ class _Recording(threading.Thread):
 
 
 class _Recordings:
-    """Several at once, while the context is entered."""
+    """Several recordings at once, while the context is entered."""
 
     def __init__(self, threads: list[_Recording]) -> None:
         self._threads = threads
         self.token = Token()
-        """At the end: of all that they recorded."""
+        """Token of everything recorded, once the context ends."""
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -90,7 +90,7 @@ class _Recordings:
 
 
 class Opinions:
-    """Others who record the load's view with other labels, of another kind, monotone or not; and what must come of it."""
+    """Publishers that record the load's view with other labels or as another kind, and the values that must result."""
 
     ALL = (
         Opinion("sum", ("group",)),
@@ -103,12 +103,12 @@ class Opinions:
         self._app, self._history, self._rng = app, history, rng
         self._lock = threading.Lock()
         self.sums: Counter[tuple[str, ...]] = Counter()
-        """By group, series and extra, what others have added."""
+        """Sums that these publishers have added, by group, series and extra."""
         self.largest: dict[str, int] = {}
-        """By group, the largest that was observed."""
+        """Largest observation of each group."""
 
     def recording(self) -> _Recordings:
-        """All of them, while the context is entered."""
+        """Run all these recordings while the context is entered."""
         return _Recordings([_Recording(self._app, VIEW, it, self._recorder(it)) for it in self.ALL])
 
     def _recorder(self, opinion: Opinion) -> Callable[[Any], None]:
@@ -130,13 +130,13 @@ class Opinions:
         return record
 
     def note(self, amount: int, labels: dict[str, str]) -> None:
-        """Somebody else is about to add to a series of the load's view."""
+        """Note that a publisher is about to add to a series of the load's view."""
         with self._lock:
             self.sums[labels.get("group", ""), labels.get("series", ""), labels.get(EXTRA, "")] += amount
             self._history.others += amount
 
     def compare_kinds(self, url: str, token: Token) -> list[str]:
-        """What is wrong with the kind that is not the view's first, which its answers name."""
+        """Return the faults of the kind that is not the view's first, which its answers name."""
         if not self.largest:
             return []
         with Reader(url, timeout_s=READ_MS / 1000 + 10) as reader:
@@ -149,7 +149,7 @@ class Opinions:
 
 
 class Orders:
-    """A view that several define differently, and that is dropped and reset by orders in the log while they record."""
+    """A view that several publishers define differently, and that orders in the log drop and reset meanwhile."""
 
     ALL = (Opinion("sum", ("n",), monotone=True), Opinion("sum", ("n", "region")), Opinion("max", ("n",)))
 
@@ -157,11 +157,11 @@ class Orders:
         self._app, self._stranger, self._partition_count, self._rng = app, stranger, partition_count, rng
         self._producer_id = uuid.uuid4().hex
         self.sent: list[list[Raw]] = []
-        """Every order, as it was sent to each partition."""
+        """All orders, as sent to each partition."""
         self.began = False
 
     def recording(self) -> _Recordings:
-        """All who record it, while the context is entered."""
+        """Run all recordings of this view while the context is entered."""
         self.began = True
         return _Recordings([_Recording(self._app, ORDERS, it, self._recorder(it)) for it in self.ALL])
 
@@ -176,7 +176,7 @@ class Orders:
         return record
 
     def order(self) -> str:
-        """Send a random order to every partition, as one batch of this producer in each; what it says."""
+        """Send a random order to every partition, as one batch of this producer in each, and return its text."""
         action = self._rng.choice(("drop", "reset"))
         opinion = self._rng.choice((None, *self.ALL))
         control = Control(action, ORDERS)
@@ -193,12 +193,12 @@ class Orders:
         return f"{action} {control.kind or 'all'} {control.labels or ''}"
 
     def again(self) -> None:
-        """Send an order again that was carried out before: it is not carried out again."""
+        """Send an order again that was carried out before, and must not be carried out again."""
         if self.sent:
             self._stranger.send(DELTAS, self._rng.choice(self.sent))
 
     def compare(self, url: str, token: Token) -> list[str]:
-        """What is wrong with the view, by what the logs say."""
+        """Return the faults of the view, compared with the logs."""
         if not self.began:
             return []
         right = ledger(self._app, {ORDERS}).values

@@ -1,4 +1,4 @@
-"""What happens to the workers and the broker. Each scenario says what must come of it; exactness is checked behind each."""
+"""Scenarios: things that happen to workers and broker, and what must come of them; exactness is checked after each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EXIT_S = 30.0
 STALL_S = 18.0
 BROKER_STOP_S = 12.0
 AWAY_S = 3.0
-"""How long a killed broker stays away."""
+"""Time for which a killed broker stays away."""
 BLINK_S = (2.5, 4.5)
-"""A little more than brokers may be silent for."""
+"""Slightly longer than brokers may be silent."""
 STORM_S = 20.0
 SLOW_S = 10.0
 SLOW = {WRITE_MS: "300", OPEN_MS: "1000"}
@@ -30,13 +30,13 @@ AGAIN = 60
 
 
 class Scenario(NamedTuple):
-    """A name, what it does, and for how many brokers it is; 0: any."""
+    """A scenario's name, its function and its number of brokers; 0: any."""
 
     name: str
     run: Callable[[Drive], None]
     brokers: int = 0
     first: bool = False
-    """Whether a short drive has it."""
+    """True if a short drive has the scenario."""
 
 
 def duplicates(d: Drive) -> None:
@@ -73,7 +73,7 @@ def leave(d: Drive) -> None:
 
 
 def roll(d: Drive) -> None:
-    """Each worker in turn is asked to end and started again, as a deployment does."""
+    """Each worker in turn is stopped and started again, as a deployment does."""
     d.fleet.have(2)
     for name in ("w1", "w2"):
         with d.event(f"roll of {name}", 5.0):
@@ -83,7 +83,7 @@ def roll(d: Drive) -> None:
 
 
 def kill(d: Drive) -> None:
-    """kill -9 of one: its standby goes on once the session is over."""
+    """A worker is killed with kill -9: its standby goes on once the session is over."""
     d.fleet.have(2)
     name = d.rng.choice(d.fleet.running)
     positions = d.fleet.owned(name)
@@ -97,7 +97,7 @@ def kill(d: Drive) -> None:
 
 
 def restart(d: Drive) -> None:
-    """kill -9 and a start: if it folds again within the session, on a machine that is quick enough, nothing has moved."""
+    """A worker is killed with kill -9 and started: back within its session, on a quick machine, it keeps its partitions."""
     before = d.fleet.have(2)
     name = d.rng.choice(d.fleet.running)
     positions = d.fleet.owned(name)
@@ -111,7 +111,7 @@ def restart(d: Drive) -> None:
 
 
 def kill_two(d: Drive) -> None:
-    """kill -9 of two of three, and some seconds later they are back."""
+    """Two of three workers are killed with kill -9, and come back some seconds later."""
     d.fleet.have(3)
     names = d.rng.sample(d.fleet.running, 2)
     with d.event(f"kill -9 of {' and '.join(names)}"):
@@ -123,7 +123,7 @@ def kill_two(d: Drive) -> None:
 
 
 def kill_all(d: Drive) -> None:
-    """kill -9 of all; one has lost its disk when they are back."""
+    """All workers are killed with kill -9, and come back, one without its disk."""
     d.fleet.have(2)
     names = d.fleet.running
     with d.event("kill -9 of all"):
@@ -156,7 +156,7 @@ def stall(d: Drive) -> None:
 
 
 def same_name(d: Drive) -> None:
-    """Of two workers of one name one ends with 3, and the other goes on."""
+    """Two workers have one name: one ends with 3, and the other goes on."""
     d.fleet.have(2)
     name = d.rng.choice(d.fleet.running)
     first, second = d.fleet.workers[name], d.fleet.make(f"{name}-too", bears=name)
@@ -245,7 +245,7 @@ def broker_stop(d: Drive) -> None:
 
 
 def _each_broker(d: Drive, what: str, happen: Callable[[Broker], object], *, settle: bool = True) -> None:
-    """Something happens to each broker in turn, in no order; then it is in sync again, with `settle` the group too."""
+    """Call `happen` with each broker in random order; then wait until it is in sync, and, with `settle`, the group."""
     d.fleet.have(2)
     for broker in d.rng.sample(d.brokers, len(d.brokers)):
         with d.event(what.format(broker.node)):
@@ -257,7 +257,7 @@ def _each_broker(d: Drive, what: str, happen: Callable[[Broker], object], *, set
 
 
 def each_broker(d: Drive) -> None:
-    """Of three, each broker is killed in turn and comes back; no worker ends."""
+    """Each of three brokers is killed in turn and comes back; no worker ends."""
 
     def happen(broker: Broker) -> None:
         broker.kill()
@@ -270,7 +270,7 @@ def each_broker(d: Drive) -> None:
 
 
 def each_broker_stopped(d: Drive) -> None:
-    """Of three, each broker stands still in turn; no worker ends."""
+    """Each of three brokers stands still in turn; no worker ends."""
 
     def happen(broker: Broker) -> None:
         broker.pause()
@@ -282,7 +282,7 @@ def each_broker_stopped(d: Drive) -> None:
 
 
 def brokers_blink(d: Drive) -> None:
-    """Of three, each broker stands still just so long that others lead its partitions when it wakes; no worker ends."""
+    """Each of three brokers stands still until others lead its partitions, and then wakes; no worker ends."""
 
     def happen(broker: Broker) -> None:
         broker.pause()
@@ -321,4 +321,4 @@ ALL = (
     Scenario("roll", roll),
     Scenario("storm", storm),
 )
-"""Those of a short drive first, in an order in which little has to be started in between."""
+"""All scenarios: those of a short drive first, in an order in which little has to be started in between."""

@@ -1,4 +1,4 @@
-"""Somebody else who can write to the topics of an app: records that nobody of the pipeline writes, and open transactions."""
+"""A stranger who can write to the topics of an app: records that the pipeline never writes, and open transactions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAIT_S = 60.0
 
 
 class Place(NamedTuple):
-    """Where a record stands."""
+    """Partition and offset of a record."""
 
     partition: int
     offset: int
@@ -36,16 +36,15 @@ class Stranger:
         self._producer = Producer(_options(app, {"acks": "all", "enable.idempotence": True, "linger.ms": 0}))
 
     def send(self, topic: str, records: Sequence[Raw]) -> list[Place]:
-        """Append to one of the app's topics; where each record stands."""
+        """Append to one of the app's topics, and return the place of each record."""
         return _append(self._producer, self._app.topic(topic), records)
 
     def close(self) -> None:
-        """Send nothing more."""
         self._producer.purge()
 
 
 class Hanging:
-    """A transaction of somebody else that has reached the broker, and is open until it is ended, here or by the broker."""
+    """A foreign transaction that has reached the broker, and is open until the test or the broker ends it."""
 
     def __init__(self, app: App, topic: str, records: Sequence[Raw], *, timeout_ms: int) -> None:
         options = {"transactional.id": f"stranger-{uuid.uuid4().hex[:10]}", "transaction.timeout.ms": timeout_ms}
@@ -55,7 +54,7 @@ class Hanging:
         self.places = _append(self._producer, app.topic(topic), records)
 
     def end(self, how: str) -> None:
-        """End it: `commit`, `abort`, or `leave` it to the broker, which aborts it when its time is over."""
+        """End the transaction: `commit`, `abort`, or `leave` it to the broker, which aborts it when its time is over."""
         if how == "commit":
             self._producer.commit_transaction(WAIT_S)
         elif how == "abort":

@@ -14,12 +14,12 @@ class Found(NamedTuple):
 
     offset: int
     key: bytes
-    """Empty if it has none."""
+    """Empty if the record has none."""
     value: bytes | None
 
 
 def tail(app: App, topic: str, partition: int, count: int) -> list[Found]:
-    """The committed records among the last `count` offsets of one partition; none if its leader is away."""
+    """Return the committed records among the last `count` offsets of one partition; none if its leader is away."""
     options = {"bootstrap.servers": app.bootstrap, "group.id": "look", "enable.auto.commit": False, "log_level": 0}
     consumer = Consumer({**options, "isolation.level": "read_committed", "error_cb": lambda _: None})
     place = TopicPartition(app.topic(topic), partition)

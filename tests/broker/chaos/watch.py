@@ -1,4 +1,4 @@
-"""What is watched all the time: that no answer goes back or is older than it says; who folds what, and when it pauses."""
+"""Checks made all the time: no answer goes back or is older than it says, no partition has two owners; pauses are noted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.broker.kafka import App
 READ_S = 1.0
 PROBLEMS_MAX = 50
 FIRST_S = 30.0
-"""How long after its first delta a view may be unknown."""
+"""Time after its first delta for which a view may be unknown."""
 
 
 class Problems:
-    """What is wrong, as sentences, with when; more than a few add nothing."""
+    """The faults that were found, as sentences with times; beyond the first few they are dropped."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.found: list[str] = []
@@ -76,7 +76,7 @@ class Reads(_Watch):
         super().__init__("reads", problems)
         self.count = self.failed_count = 0
         self.staleness_ms = self.staleness_most_ms = 0
-        """Of the last answer; of all since it was set to 0."""
+        """Staleness of the last answer; the largest one since it was set to 0."""
         self._reader = Reader(url)
         self._history = history
         self._rng = random.Random(seed)
@@ -103,7 +103,7 @@ class Reads(_Watch):
             self.judge(group, answer, asked_s)
 
     def judge(self, group: str | None, answer: Answer, asked_s: float) -> None:
-        """An answer to a read of the total, or of a group, that was asked for then."""
+        """Check an answer to a read of the total, or of a group, that was asked for at that time."""
         self.count += 1
         stale_ms = answer.as_of.staleness_ms
         if stale_ms is None:
@@ -138,9 +138,9 @@ class Reads(_Watch):
 
 
 class Commits(_Watch):
-    """Follows the changelog as every reader of committed records can, and notes when which position came.
+    """Follows the changelog as every reader of committed records can, and notes the time of each position.
 
-    A position that does not rise is two owners writing by turns.
+    A position that does not rise means two owners writing by turns.
     """
 
     def __init__(self, app: App, partition_count: int, history: History, problems: Problems) -> None:
@@ -148,7 +148,7 @@ class Commits(_Watch):
         self._topic = app.topic(CHANGELOG)
         self._history = history
         self.forged: set[bytes] = set()
-        """Values of position records that somebody else has written, or copied."""
+        """Values of position records that a stranger has written, or copied."""
         self._owners: dict[int, str] = {}
         self._came: dict[int, list[Came]] = {number: [] for number in range(partition_count)}
         self._consumer = Consumer(
@@ -181,7 +181,7 @@ class Commits(_Watch):
         self._consumer.close()
 
     def note(self, partition: int, position: int, now_s: float, owner_id: str = "") -> None:
-        """A commit has come. A new owner may begin with one that repairs what others have written, and folds nothing."""
+        """Note a commit. A new owner's first may fold nothing: it repairs entries that strangers have written."""
         came = self._came[partition]
         new_owner, self._owners[partition] = self._owners.get(partition) != owner_id, owner_id
         last = came[-1].position if came else -1
@@ -191,11 +191,11 @@ class Commits(_Watch):
             came.append(Came(now_s, position))
 
     def positions(self) -> dict[int, int]:
-        """The last of each partition."""
+        """Return the last position of each partition."""
         return {number: came[-1].position if came else 0 for number, came in self._came.items()}
 
     def lag(self) -> int:
-        """Records that are acknowledged and not committed."""
+        """Return the number of records that are acknowledged and not committed."""
         acked = self._history.acked
         ends = acked[-1].token.next_offsets if acked else {}
         now = self.positions()
@@ -207,7 +207,7 @@ class Commits(_Watch):
 
 
 class Board(_Watch):
-    """Who says to fold what, each second, as a line; `also` adds to it."""
+    """Prints each second which process folds which partitions; `also` adds to the line."""
 
     def __init__(
         self, roles: Callable[[], Mapping[str, str]], problems: Problems, say: Callable[[str], None], also: Callable[[], str]
@@ -227,7 +227,7 @@ class Board(_Watch):
 
 
 def status(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
-    """What a process says; empty if it says nothing."""
+    """Return a process' status; empty if it does not answer."""
     with suppress(OSError, ValueError), urllib.request.urlopen(f"{url}/v1/status", timeout=timeout_s) as answer:
         found: dict[str, Any] = json.loads(answer.read())
         return found
@@ -235,7 +235,7 @@ def status(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
 
 
 def folded(said: Mapping[str, Any]) -> dict[int, int]:
-    """The positions of the partitions that it folds."""
+    """Return the positions of the partitions that a process folds."""
     return {it["partition"]: it["next_offset"] for it in said.get("partitions", []) if it["phase"] != "assigned"}
 
 
@@ -247,5 +247,5 @@ def _folds(said: Mapping[str, Any]) -> str:
 
 
 def digits(numbers: Collection[int]) -> str:
-    """Partitions, short."""
+    """Return partitions in a short form."""
     return ",".join(map(str, sorted(numbers))) or "-"

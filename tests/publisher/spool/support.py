@@ -27,7 +27,7 @@ def suffix(name: object) -> bytes:
 
 
 class Recorder:
-    """A table as small as can be: what is recorded to each shard, in the ring and in memory, until it is drained."""
+    """A minimal table: deltas recorded to each shard are in the ring and in memory, until they are drained."""
 
     def __init__(self, folder: Path, name: str = "p", **options: Any) -> None:
         self.rings: dict[int, Ring] = {}
@@ -68,7 +68,7 @@ class Recorder:
 
 
 def sealed(items: list[Pending], outbox: Outbox) -> list[Sealed]:
-    """One batch for each partition."""
+    """Return one batch for each partition."""
     out = []
     by_partition: dict[int, list[Pending]] = {}
     for item in items:
@@ -98,7 +98,7 @@ def claim(path: Path) -> Orphan:
 
 
 def as_kill_leaves_it(path: Path, folder: Path) -> Path:
-    """A slot as it would be found if its process were killed now: the same bytes, and nobody's lock."""
+    """Copy a slot as kill -9 would leave it now: the same bytes, and nobody's lock."""
     folder.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(path.parent / "VERSION", folder / "VERSION")
     copy = folder / path.name
@@ -108,7 +108,7 @@ def as_kill_leaves_it(path: Path, folder: Path) -> Path:
 
 
 class Task:
-    """A task that folds each batch once, and none of an epoch that is over."""
+    """A task that folds each batch once, and none of an earlier epoch."""
 
     def __init__(self) -> None:
         self.states: dict[Any, State] = {}
@@ -134,14 +134,14 @@ class Task:
                 self.states[series] = state if old is None else merge(old, state)
 
     def series(self, definition: Definition, suffix: bytes) -> Any:
-        """Return what a series is known by in `states`."""
+        """Return the key of a series in `states`."""
         return suffix
 
     def outbox_of(self, orphan: Orphan) -> Outbox:
         return Outbox.restored(orphan.producer_id, orphan.epoch, orphan.next_sequences, orphan.batches)
 
     def finish(self, orphan: Orphan) -> None:
-        """Fold everything that a slot has, and remove it."""
+        """Fold everything in a slot, and remove it."""
         outbox = self.outbox_of(orphan)
         if orphan.pending:
             orphan.commit(sealed(orphan.pending, outbox))

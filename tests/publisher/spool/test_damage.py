@@ -1,4 +1,4 @@
-"""Hundreds of damages to what a killed process has left: the result is exact, or the report says what is damaged."""
+"""Hundreds of damages to the files of a killed process: the result is exact, or the report says what is damaged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERIES = 9
 
 
 def recorded(folder: Path, chance: random.Random, *, closed: bool) -> tuple[Path, list[bytes], dict[bytes, State]]:
-    """A slot as a process has left it, what a task has folded by then, and what must come out."""
+    """Return a slot as a process has left it, the batches folded by then, and the exact result."""
     recorder, folded, truth = Recorder(folder), [], Counter[bytes]()
 
     def record(most: int, series: int) -> None:
@@ -84,7 +84,7 @@ def damage(path: Path, chance: random.Random) -> str:
 
 @pytest.mark.parametrize("part", range(8))
 def test_no_damage_is_silent(tmp_path: Path, part: int) -> None:
-    """Whatever bit, sector or file is gone: nothing is counted twice, and what is missing is told."""
+    """Whatever bit, sector or file is damaged, nothing is counted twice, and missing deltas are reported."""
     for slot in range(part, SLOTS, 8):
         chance = random.Random(slot)
         origin, folded, truth = recorded(tmp_path / f"s{slot}", chance, closed=chance.random() < 0.4)
@@ -110,7 +110,7 @@ def test_no_damage_is_silent(tmp_path: Path, part: int) -> None:
 
 @pytest.mark.parametrize("what", ["batch", "pending", "name", "old row", "old database", "old seal"])
 def test_what_sqlite_finds_nothing_wrong_with(tmp_path: Path, what: str) -> None:
-    """Rows that vanish or come back, each whole in itself: nothing is counted twice, and what is missing is told."""
+    """Rows that vanish or come back, each whole in itself, make nothing count twice, and missing deltas are reported."""
     recorder = Recorder(tmp_path / "s")
     for n in range(8):
         recorder.add(n)
@@ -140,7 +140,7 @@ def test_what_sqlite_finds_nothing_wrong_with(tmp_path: Path, what: str) -> None
 
 
 def test_records_behind_damage_count(tmp_path: Path) -> None:
-    """One record of a hundred can't be read: the others are proven by themselves, and sent."""
+    """One record of a hundred can't be read: the others have their own checksums, and are sent."""
     recorder = Recorder(tmp_path / "s")
     for n in range(100):
         recorder.add("a", 2**n)
@@ -156,7 +156,7 @@ def test_records_behind_damage_count(tmp_path: Path) -> None:
 
 
 def test_a_missing_lock_is_nobodys(tmp_path: Path) -> None:
-    """A slot whose LOCK is gone can't be claimed: nobody can say that it is no copy."""
+    """A slot without LOCK can't be claimed: nobody can say that it is no copy."""
     recorder = Recorder(tmp_path / "s")
     recorder.add("a")
     assert not recorder.spool.close()

@@ -1,4 +1,4 @@
-"""Against a model: whatever happens to processes and disks, a task counts each delta once."""
+"""A model of spools: a task counts each delta once, whatever happens to processes and disks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = st.sampled_from("abcde")
 
 
 class Spools(RuleBasedStateMachine):
-    """One process after the other records; what they leave is claimed at any time, also while the next one runs."""
+    """Successive processes record, and their slots are claimed at any time, also while the next one runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Spools(RuleBasedStateMachine):
     # The end of a process
 
     def crashed(self, path: Path, let_go: Callable[[], None]) -> None:
-        """Put the slot as kill -9 leaves it in the place of the one that was; the process is gone."""
+        """Replace the slot by its state after kill -9; the process is gone."""
         copy = as_kill_leaves_it(path, self.root / "copy")
         let_go()
         shutil.rmtree(path)
@@ -111,7 +111,7 @@ class Spools(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def lose_power(self, data: st.DataObject) -> None:
-        """The ends of rings that were not synced are zeros, from any record on, and part of that record is there."""
+        """Replace unsynced ends of rings by zeros, from any record on, of which a part remains."""
         self.crashed(self.spool.path, lambda: end(self.spool))
         for shard in range(SHARDS):
             mine = [record for record in self.unsynced if record[0] == shard]
@@ -214,12 +214,13 @@ TestSpools = Spools.TestCase
 
 
 READERS = "Recorded", "Contents._", "scan", "_record", "_deltas", "segment_", "encode", "decode", "checksum", "inspect"
-"""What only reads: whole files would be looked at for each record."""
+"""Functions that only read, during which the files need not be compared at each line."""
 
 
 def killed_at_each_line(act: Callable[[], None], path: Path, folder: Path) -> list[Path]:
-    """Let `act` run; a copy of the slot as it would be found if the process were killed, at each line of the spool's
-    that finds its files changed."""
+    """Let `act` run, and yield a copy of the slot, as a kill of the process would leave it, at each line of the spool's code
+    that finds its files changed.
+    """
     copies: list[Path] = []
     seen: set[int] = set()
 
@@ -246,7 +247,7 @@ def killed_at_each_line(act: Callable[[], None], path: Path, folder: Path) -> li
 
 @pytest.mark.parametrize("what", ["commit", "rotate", "acknowledge", "define", "claim", "claimed", "damaged"])
 def test_a_kill_at_each_line(tmp_path: Path, what: str) -> None:
-    """Wherever the process dies in what it does with its files, everything is found once."""
+    """Every delta is found once, wherever the process dies while it works on its files."""
     recorder = Recorder(tmp_path / "s")
     spool, path, task = recorder.spool, recorder.spool.path, Task()
     for i in range(500):

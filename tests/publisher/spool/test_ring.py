@@ -1,4 +1,4 @@
-"""The bytes of a ring, and that nothing recorded is lost or doubled, wherever its writer is interrupted."""
+"""The bytes of a ring: no delta is lost or doubled, wherever its writer is interrupted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read(folder: Path) -> list[tuple[int, bytes]]:
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
-    """Another writer of the same records, in another language, writes these bytes."""
+    """A writer in another language makes these bytes of the same records."""
     ring = Writer(tmp_path)
     deltas = [1, -1, 1.5, 2**70, (5, 7, "tea"), (5, 7, 2**64)]
     for n, delta in enumerate(deltas):
@@ -74,7 +74,7 @@ def test_golden_bytes(tmp_path: Path) -> None:
 
 
 def test_values_come_back_or_are_told(tmp_path: Path) -> None:
-    """Numbers of every size and type, and values of `last` views; what a series can't have is counted, for a human."""
+    """Numbers of every size and type, and values of `last` views, come back; others are counted as bad."""
     recorder = Recorder(tmp_path / "s")
     deltas = {
         "sum": [1, -(2**63), 2**64 - 1, 2**80, -(2**80), 0.1, -0.0],
@@ -120,7 +120,7 @@ def new_words(folder: Path) -> list[int]:
 
 
 def at_each_step(folder: Path, act: Callable[[Writer], None]) -> Iterator[tuple[int, Writer, list[int], Path]]:
-    """Fill a segment to its last records; `act(ring)` at the n-th line of the next ones, for each n."""
+    """Fill a segment to its last records, and call `act(ring)` at the n-th line of the next ones, for each n."""
     step = 0
     while True:
         step += 1
@@ -155,7 +155,7 @@ def at_each_step(folder: Path, act: Callable[[Writer], None]) -> Iterator[tuple[
 
 
 def test_a_handler_in_the_midst_of_recording(tmp_path: Path) -> None:
-    """Whichever line it interrupts: what it records, and what it interrupted, is there once."""
+    """Deltas of the handler and of the interrupted call are there once, whichever line is interrupted."""
     without = []
     for step, _, words, _ in at_each_step(tmp_path, lambda ring: ring.write(2000, b"\x02" * 24)):
         assert sorted({*words} - {2000}) == [1000, 1001, 1002, 1003], step
@@ -165,7 +165,7 @@ def test_a_handler_in_the_midst_of_recording(tmp_path: Path) -> None:
 
 
 def test_a_handler_that_raises_in_the_midst_of_recording(tmp_path: Path) -> None:
-    """Whichever line it interrupts: what returned is there once, what did not at most once, and recording goes on."""
+    """A handler that raises, at whichever line, loses no delta whose call returned, and doubles none; recording goes on."""
 
     def interrupt(ring: Writer) -> None:
         raise KeyboardInterrupt
@@ -177,7 +177,7 @@ def test_a_handler_that_raises_in_the_midst_of_recording(tmp_path: Path) -> None
 
 
 def test_a_record_that_was_begun_is_torn_and_not_damaged(tmp_path: Path) -> None:
-    """Everything of a record but its header is there: it does not count, and nobody is alarmed."""
+    """A record that lacks only its header does not count, and is not reported as damage."""
     recorder = Recorder(tmp_path / "s")
     for n in range(5):
         recorder.add("a", n)

@@ -1,4 +1,4 @@
-"""Folders, locks and forks: who may touch a slot, and when it goes."""
+"""Folders, locks and forks: which process may touch a slot, and when it goes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.publisher.support import ROOT, in_threads
 
 
 def filled(folder: Path, name: str = "p") -> Recorder:
-    """A spool with one batch, three series pending, and one delta in a ring."""
+    """Return a spool with one batch, three series pending, and one delta in a ring."""
     recorder = Recorder(folder, name)
     for n in range(4):
         recorder.add(n, 2**n)
@@ -37,7 +37,7 @@ TRUTH = {suffix(0): 101, suffix(1): 2, suffix(2): 4, suffix(3): 8}
 def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
     """While its process lives, or somebody has claimed it, a slot can't be claimed, and looking changes nothing.
 
-    Not even SQLite's log, which it deletes, when it is empty, at the end of any other look at a database.
+    Not even SQLite's empty log, which is usually deleted at the end of a look at a database, is touched.
     """
     recorder = Recorder(tmp_path / "s")
     assert inspect(tmp_path / "s")[0].live
@@ -65,7 +65,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_claims_at_once(tmp_path: Path) -> None:
-    """One of many that claim a slot in the same moment gets it."""
+    """Of many that claim a slot in the same moment one gets it."""
     path = filled(tmp_path / "s").spool.path
     for n in range(20):
         copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Orphan | None]()
@@ -89,7 +89,7 @@ def test_a_copy_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    """They are for one user; of another version, or of somebody else, they are refused and stay as they are."""
+    """Folders are private to one user; those of another version, or of somebody else, are refused and stay as they are."""
     recorder = filled(tmp_path / "s")
     for path in (tmp_path / "s", recorder.spool.path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
@@ -125,7 +125,7 @@ def test_what_is_half_made_or_half_removed_goes(tmp_path: Path) -> None:
 
 
 def test_foreign_and_missing_segments_are_told(tmp_path: Path) -> None:
-    """A segment of another slot, one that no transaction knows, and one that is gone: the rest is sent, and it is told."""
+    """With a segment that is foreign, in no transaction, or gone, the rest is sent, and the loss is reported."""
     one, other = filled(tmp_path / "s").spool, filled(tmp_path / "s", "q").spool
     for path in (segment_path(other.path, 9, 0), segment_path(other.path, 1, 0)):
         shutil.copy(segment_path(one.path, 1, 0), path)
