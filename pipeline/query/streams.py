@@ -117,8 +117,8 @@ class _Channel:
         self._answer: Answer | None = None
         self._read_s = 0.0
         """Monotonic time at which the answer was read."""
-        self._problem: bytes | None = None
-        """Event that says why there is no newer answer."""
+        self._error: Exception | None = None
+        """The reason why there is no newer answer."""
         self._version = 0
         """Number of the newest update."""
         self._updates: deque[Update] = deque()
@@ -132,8 +132,10 @@ class _Channel:
         self._task = asyncio.create_task(self._run())
 
     async def first_answer(self) -> None:
-        """Wait for the first answer; raise what the read raised if there is none."""
+        """Wait for the first answer; raise what the read raised if there is none, or none at present."""
         await asyncio.shield(self._first)
+        if self._error is not None:
+            raise self._error
 
     async def events(self, last_id: str) -> AsyncIterator[bytes]:
         """Yield the next event whenever the reader takes one, until the stream ends."""
@@ -144,12 +146,12 @@ class _Channel:
                 await asyncio.shield(self._woken)
                 continue
             seen = self._round
-            if self._problem is not None:
+            if self._error is not None:
                 version = -1  # whatever comes after a problem begins with the whole answer
-                yield self._problem
+                yield b"event: problem\ndata: %s\n\n" % problem(self._error).body
             else:
-                yield self._event(version)
-                version = self._version
+                event, version = self._event(version), self._version  # the version may rise while the event is sent
+                yield event
 
     def _version_of(self, event_id: str) -> int:
         channel, _, number = event_id.partition("-")
@@ -202,8 +204,8 @@ class _Channel:
     def _take(self, answer: Answer, read_s: float) -> None:
         before, self._answer, self._read_s = self._answer, answer, read_s
         self._encoded.clear()
-        if before is None or self._problem is not None:
-            self._problem = None
+        if before is None or self._error is not None:
+            self._error = None
             self._updates.clear()
             self._version += 1
             self._wake()
@@ -228,9 +230,8 @@ class _Channel:
             self._first.set_exception(error)
             self._first.exception()  # nobody may wait for it any more
             return
-        event = b"event: problem\ndata: %s\n\n" % problem(error).body
-        if event != self._problem:
-            self._problem = event
+        known, self._error = self._error, error
+        if str(known) != str(error) or self._clock.monotonic_s() - self._woken_s >= self._heartbeat_s:
             self._wake()
 
     def _wake(self) -> None:
