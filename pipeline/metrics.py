@@ -133,6 +133,15 @@ STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
 )
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
+ANSWERS = Metric(
+    "pipeline_answers_total",
+    "counter",
+    "Answers but those of a few keys: computed, joined (one computation, several reads), kept, or unchanged (304).",
+    ("how",),
+)
+ANSWERS_KEPT = Metric(
+    "pipeline_answers_kept_bytes", "gauge", "Memory of answers that are kept for reads of the same commit."
+)
 STALENESS = Metric(
     "pipeline_staleness_seconds", "gauge", "Upper bound on the age of anything accepted but not in answers.", _P
 )

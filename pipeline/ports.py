@@ -356,6 +356,8 @@ class RawDelta(NamedTuple):
     monotone: bool | None = None
     """None: as the view is known, or not monotone if it is new; `window_s` and `retention_s` likewise, 0 if it is new."""
     retention_s: int | None = None
+    spread: int | None = None
+    """Partitions over which the view is spread; None: as many as the gateway's setting says."""
 
 
 class RequestKey(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
-from pipeline.core.limits import TaskLimits
+from pipeline.core.limits import SPREAD_MAX, TaskLimits
 from pipeline.errors import Invalid
 
 ENV_PREFIX = "PIPELINE_"
@@ -142,6 +142,13 @@ class PublisherSettings(_Checked):
         "it, is held back: it may be folded and forgotten, and would count twice",
         least=1_000,
     )
+    spread: int = _setting(
+        1,
+        "partitions over which a view without a `spread` of its own spreads each series, at most those that there are: then "
+        "one series that many processes record to is folded by several workers",
+        least=1,
+        most=SPREAD_MAX,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,6 +217,7 @@ class PublisherKeywords(TypedDict, total=False):
     series_max: int
     ts_ahead_max_ms: int
     producer_ttl_ms: int
+    spread: int
     kafka: Mapping[str, Any]
     kafka_timeout_ms: int
     metadata_refresh_ms: int
@@ -330,10 +338,15 @@ class QuerySettings(_Checked):
         11_000, "points of one series in a read of a view with windows; more is refused with 400", least=1
     )
     answer_points_max: int = _setting(
-        1_000_000, "points of all series that such a read merges or answers with; more is refused with 400", least=1
+        1_000_000,
+        "points of all series that such a read merges or answers with, and samples of POST /api/v1/read; more is refused "
+        "with 400",
+        least=1,
     )
-    matchers_max: int = _setting(64, "`where`, `by` and `q`, or `view`, parameters of one request", least=1)
-    regex_bytes_max: int = _setting(1_000, "longest regular expression in `where`", least=1)
+    matchers_max: int = _setting(
+        64, "`where`, `by` and `q`, or `view`, parameters of one request; matchers of POST /api/v1/read", least=1
+    )
+    regex_bytes_max: int = _setting(1_000, "longest regular expression in `where` and in matchers", least=1)
     timeout_ms_default: int = _setting(
         10_000, "how long a read waits and works when the request has no `timeout_ms`", least=1
     )
@@ -343,8 +356,22 @@ class QuerySettings(_Checked):
         "series in an answer of GET /v1/openmetrics, each histogram 33; views that do not fit are left out, each as a whole",
         least=1,
     )
+    remote_read_bytes_max: int = _setting(
+        67_108_864, "bytes of an answer of POST /api/v1/read, before compression; more is refused with 400", least=1_024
+    )
     read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
-    reads_waiting_max: int = _setting(256, "reads that wait or run; one more is refused with 503", least=1)
+    reads_waiting_max: int = _setting(
+        256, "reads that wait for data or run, equal ones once; one more is refused with 503", least=1
+    )
+    answer_cache_bytes: int = _setting(
+        67_108_864,
+        "memory of answers that are kept for equal reads of the same commit, at most half for one; those not asked for "
+        "longest make room. 0: none, and equal reads share only what is under way",
+        least=0,
+    )
+    compress_bytes_min: int = _setting(
+        1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
+    )
     connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
     streams_max: int = _setting(2_000, "open streams, beside `connections_max`; one more is refused with 503", least=1)
     stream_queries_max: int = _setting(

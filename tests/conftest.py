@@ -1,4 +1,4 @@
-"""What every test may use: the `--seeds` option, hypothesis profiles, brokers, small fixtures."""
+"""Fixtures and options for every test: `--seeds`, hypothesis profiles, brokers, small fixtures."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _is_long(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session")
 def seeds(request: pytest.FixtureRequest) -> int:
-    """How many seeds the simulator shall run in all."""
+    """Number of seeds that the simulator runs in all."""
     count: int = request.config.getoption("--seeds")
     return count
 
@@ -86,7 +86,7 @@ def tmp_data(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def kafka_jars() -> Path:
-    """For tests that start brokers of their own: skips where that's impossible, or fails if PIPELINE_REQUIRE_KAFKA=1."""
+    """Kafka's jars, for tests that start brokers: skips where that's impossible, or fails if PIPELINE_REQUIRE_KAFKA=1."""
     from tests.broker.jars import Missing, jars
     from tests.broker.kafka import absent
 

@@ -1,6 +1,6 @@
 """Starts the `pipeline` program in processes that have loaded its modules already, which saves most of a start's CPU.
 
-One helper process loads the package and what it needs, and starts no thread. It forks once for each program. The fork
+One helper process loads the package and its dependencies, and starts no thread. It forks once for each program. The fork
 takes the arguments, the environment, the folder and the standard streams that it is given and runs `main()`, as an
 interpreter of its own would: it is a child of this process, with its own pid, threads and files, and ends as ever.
 """
@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 PROGRAM = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 AT_START = ("LANG", "LC_", "LD_", "MALLOC_", "PIPELINE_NATIVE", "PYTHON", "TZ")
-"""How the names of variables begin that count when an interpreter starts or loads the package."""
+"""Beginnings of the names of variables that matter when an interpreter starts or loads the package."""
 PR_SET_CHILD_SUBREAPER = 36
 HELPER = "import sys; from tests.preloaded import serve; serve(int(sys.argv[1])); from pipeline.cli import main; main()"
 REQUEST_BYTES_MAX = 1_000_000
@@ -59,7 +59,7 @@ class PreloadedPopen(subprocess.Popen[bytes]):
 
 
 class _Helper:
-    """The process that forks programs. It ends when this process does."""
+    """Process that forks programs, and ends with this one."""
 
     _of: ClassVar[dict[int, _Helper]] = {}
     _lock = threading.Lock()

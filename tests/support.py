@@ -24,23 +24,24 @@ from tests.preloaded import PROGRAM, PreloadedPopen
 ROOT = Path(__file__).resolve().parent.parent
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 NO_LISTENER = os.strerror(errno.ECONNREFUSED)
-"""What the system says where nobody listens."""
+"""The system's text for a port without a listener."""
 LONG = os.environ.get("PIPELINE_LONG_TESTS") == "1"
-"""Whether tests that kill at random do so as often as for a release; else about a fifth of that, and
-hypothesis tries fewer examples."""
+"""True in long runs, in which tests that kill at random do so as often as for a release; else about a fifth of that, and
+hypothesis tries fewer examples.
+"""
 
 
 def examples(long_count: int) -> int:
-    """How many examples hypothesis tries of what is worth so many in a long run."""
+    """Return the number of hypothesis examples for a test that deserves `long_count` in a long run."""
     return long_count if LONG else max(15, long_count // 3)
 
 
 READY_S = 60.0
-"""How long a start may take on a busy machine."""
+"""Time that a start may take on a busy machine."""
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process' environment without settings of the program, and with `extra`."""
+    """Return this process' environment without settings of the program, and with `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PIPELINE_")}
     return {**kept, "PYTHONPATH": str(ROOT), **(extra or {})}
 
@@ -68,9 +69,7 @@ def pipeline(
 
 
 def wait_until(done: Callable[[], Any], what: str, timeout_s: float = 60.0, *, seen: Callable[[], str] = lambda: "") -> Any:
-    """Return the first true result of `done`; fail, saying what was waited for and what `seen` returns then, if there is
-    none in time.
-    """
+    """Return the first true result of `done`; fail, with `what` and the result of `seen`, if there is none in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         asked_s = time.monotonic()
@@ -94,7 +93,7 @@ def traced(trace: Callable[[FrameType, str, Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def again_and_again(work: Callable[[], object], pause_s: float) -> Iterator[None]:
-    """Do `work` in a thread, with pauses, until the context is left and it is done for the last time."""
+    """Do `work` in a thread, with pauses, until the context ends and it is done for the last time."""
     stop = threading.Event()
 
     def run() -> None:
@@ -132,13 +131,13 @@ class HandClock:
 
 
 def everything(reader: Reader) -> Token:
-    """What covers all that the server's log has now."""
+    """Return a token that covers everything in the server's log."""
     status = reader.status()
     return Token({it["partition"]: it["end_offset"] for it in status["partitions"]}, status["topic_id"])
 
 
 class Program:
-    """One command that goes on running. What it prints on standard error goes to a file."""
+    """One command that goes on running, whose standard error goes to a file."""
 
     def __init__(
         self,
@@ -163,11 +162,11 @@ class Program:
             )
 
     def stderr(self) -> str:
-        """What it has printed on standard error so far."""
+        """Return the command's standard error so far."""
         return self._stderr.read_text(errors="replace")
 
     def read_line(self, timeout_s: float = READY_S) -> str:
-        """The next line of standard output."""
+        """Return the next line of standard output."""
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], timeout_s)[0]:
             raise AssertionError(f"nothing printed in {timeout_s:g} s; {self.stderr()}")
@@ -178,11 +177,11 @@ class Program:
         self.process.send_signal(number)
 
     def wait(self, timeout_s: float = 30.0) -> int:
-        """Wait for the end; the exit code."""
+        """Wait for the end, and return the exit code."""
         return self.process.wait(timeout_s)
 
     def kill(self) -> None:
-        """End it as kill -9 does, and wait. Twice is fine."""
+        """Kill the command with kill -9, and wait. May be called twice."""
         self.process.kill()
         self.process.wait(30.0)
         if self.process.stdin is not None:
@@ -214,7 +213,7 @@ class Terminal:
             pass  # how a terminal says that nobody has it open any more
 
     def close(self) -> str:
-        """Once the program has ended: what it wrote, without its colours and movements."""
+        """Return the text that the ended program wrote, without colours and movements."""
         os.close(self.fd)
         self._thread.join(30)
         os.close(self._screen)
@@ -224,7 +223,7 @@ class Terminal:
 class UpProcess:
     """A role on a data directory, such as `pipeline up`: started and ready on entering the context, gone after it.
 
-    `command` is the role with what only it takes: ("worker", "--from", url). `start` after `kill` or `terminate` starts it
+    `command` is the role with its own arguments: ("worker", "--from", url). `start` after `kill` or `terminate` starts it
     again, on the same port. `program` runs instead of `pipeline`.
     """
 
@@ -242,7 +241,7 @@ class UpProcess:
         self.data = data
         self.port = port
         self.ready: dict[str, Any] = {}
-        """The JSON that it prints when it is ready."""
+        """JSON that the role prints when it is ready."""
         self._command = command
         self._arguments = arguments
         self._env = env
@@ -253,7 +252,7 @@ class UpProcess:
 
     @property
     def url(self) -> str:
-        """Where it serves."""
+        """URL of the role's server."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -263,7 +262,7 @@ class UpProcess:
         return self._program
 
     def start(self, *, wait_ready: bool = True) -> None:
-        """Start it; with `wait_ready`, return when it says that it is ready."""
+        """Start the role; with `wait_ready`, wait until it says that it is ready."""
         errors = self.data.with_name(f"{self.data.name}.stderr")
         errors.parent.mkdir(parents=True, exist_ok=True)
         options = ("--data", str(self.data), "--port", str(self.port), "--json")
@@ -277,19 +276,19 @@ class UpProcess:
                 raise
 
     def wait_ready(self) -> None:
-        """Wait until it says that it is ready."""
+        """Wait until the role says that it is ready."""
         line = self.program.read_line()
         assert line, f"pipeline {self._command[0]} ended with {self.program.wait()}: {self.program.stderr()}"
         self.ready = json.loads(line)
         self.port = int(self.ready["url"].rpartition(":")[2])
 
     def kill(self) -> None:
-        """kill -9. Twice is fine."""
+        """Kill the role with kill -9. May be called twice."""
         if self._program is not None:
             self._program.kill()
 
     def terminate(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
-        """Ask it to stop, and wait; the exit code."""
+        """Ask the role to stop, wait, and return the exit code."""
         self.program.signal(number)
         code = self.program.wait(timeout_s)
         self.program.kill()

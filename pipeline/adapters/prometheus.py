@@ -17,9 +17,17 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
-from prometheus_client.utils import floatToGoString
 
-from pipeline.core.exposition import OMITTED, STALENESS, ClassicBuckets, Exposed, Exposition, family_name, sample_value
+from pipeline.core.exposition import (
+    OMITTED,
+    STALENESS,
+    ClassicBuckets,
+    Exposed,
+    Exposition,
+    bound_text,
+    family_name,
+    sample_value,
+)
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import Definition
 from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
@@ -127,7 +135,7 @@ def _histogram(exposed: Exposed) -> Family:
     kind, prefix = ("gaugehistogram", "g") if definition.window_s else ("histogram", "")
     family = Family(name, _about(definition), kind)
     classic = ClassicBuckets(exposed.values)
-    bounds = [floatToGoString(bound) for bound in (*classic.bounds, inf)]  # type: ignore[no-untyped-call]  # it has no types
+    bounds = [bound_text(bound) for bound in (*classic.bounds, inf)]
     # OpenMetrics has no sum beside buckets below zero, because it would not be a counter; nor a count without a sum.
     below_zero = bool(classic.bounds) and classic.bounds[0] < 0
     for labels, state in zip(exposed.labels, exposed.values, strict=True):

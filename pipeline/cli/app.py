@@ -206,6 +206,10 @@ _Retention = Annotated[
 ]
 
 
+_Labels = Annotated[str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")]
+_Spread = Annotated[
+    int | None, typer.Option(metavar="N", help="Partitions over which each series is spread. Default: setting spread.")
+]
 _Format = Annotated[
     str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
 ]
@@ -222,14 +226,13 @@ def publish(
     value: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Where the value is. Without it a sum counts lines.")
     ] = None,
-    labels: Annotated[
-        str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")
-    ] = "",
+    labels: _Labels = "",
     ts: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="For kind last or windows: when; ms since 1970, or RFC 3339.")
     ] = None,
     window_s: _Windows = None,
     retention_s: _Retention = None,
+    spread: _Spread = None,
     format_: _Format = None,
     monotone: Annotated[
         bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
@@ -279,6 +282,7 @@ def publish(
         monotone=monotone,
         window_s=window_s,
         retention_s=retention_s,
+        spread=spread,
     )
     config = load(set_)
     raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))

@@ -24,7 +24,7 @@ from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row,
 from pipeline.connect import Publisher
 from pipeline.core.kinds import KIND_NAMES, KINDS
 from pipeline.core.query import describe
-from pipeline.core.record import Definition, canonical, check_definition
+from pipeline.core.record import Definition, canonical, check_definition, spread_of
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.roles.signals import Stop, stopping_on_signals
 from pipeline.settings import KafkaSettings, PublisherSettings
@@ -52,6 +52,8 @@ class PublishRequest(msgspec.Struct, frozen=True):
     skip_bad: bool
     start_line: int
     as_json: bool
+    spread: int | None = None
+    """Partitions over which the view is spread; None: as the settings say."""
     left_out: frozenset[str] = frozenset()
     """Which of `window_s` and `retention_s` was not given: then it is as the server knows the view."""
 
@@ -81,7 +83,7 @@ class PublishReport(msgspec.Struct):
 def make_request(  # one argument for each option
     *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
     skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False, window_s: int | None = None,
-    retention_s: int | None = None,
+    retention_s: int | None = None, spread: int | None = None,
 ) -> PublishRequest:  # fmt: skip
     """Return the checked options; `Invalid` if they don't fit together."""
     columns: dict[str, str] = {}
@@ -92,6 +94,7 @@ def make_request(  # one argument for each option
         columns[name.strip()] = column or name.strip()
     definition = Definition(view, kind, tuple(names), window_s or 0, monotone, retention_s or 0)
     check_definition(definition, KIND_NAMES)
+    spread_of(definition, spread, 1)
     if value is None and kind != "sum":
         raise Invalid(f"--value COLUMN is needed: only a sum can count lines, not a {kind}")
     if ts is not None and kind != "last" and not window_s:
@@ -104,7 +107,9 @@ def make_request(  # one argument for each option
         raise Invalid(f"--format {format_}: one of {', '.join(FORMATS)}")
     given = {"window_s": window_s, "retention_s": retention_s}
     left_out = frozenset(name for name, seconds in given.items() if seconds is None)
-    return PublishRequest(url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json, left_out)
+    return PublishRequest(
+        url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json, spread, left_out
+    )
 
 
 def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings) -> int:
@@ -319,7 +324,7 @@ class _PublishRun:
         """Record rows until the end, or until the run can't go on; return why it can't, else None."""
         report = self._report
         to = self._definition
-        find: Any = publisher.define(to).labels
+        find: Any = publisher.define(to, self._request.spread).labels
         method = KINDS[to.kind].method
         started_s = shown_s = flushed_s = self._clock.monotonic_s()
         try:

@@ -7,13 +7,13 @@ fewer, so a scrape shows the same views in both.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf, nextafter
+from math import inf, isfinite, nextafter
 from typing import Any
 
 import msgspec
 
 from pipeline.core.kinds import State
-from pipeline.core.kinds.histogram import coarser, count_of
+from pipeline.core.kinds.histogram import bound_of, coarser, count_of
 from pipeline.core.query import Labels
 from pipeline.core.record import Definition
 
@@ -28,8 +28,8 @@ UNREADABLE = "unreadable"
 
 BOUNDS_MAX = 30
 """Most buckets of a histogram in a scrape, beside that of all observations."""
-_EXPONENTS = range(-1_074, 1_024)
-"""Powers of two that are floats."""
+BOUNDS_LEAST = 10
+"""Least upper limit of the bounds of `ClassicBuckets`: with the coarsest schema there are fewer."""
 
 
 class Exposed(msgspec.Struct, frozen=True):
@@ -96,45 +96,60 @@ def state_exposed(definition: Definition) -> Callable[[State], State] | None:
 class ClassicBuckets:
     """Bounds that are the same for all histograms of a view, and how many observations each histogram has up to them.
 
-    A bound is a power of two, and one of the histograms' own, so that what is counted up to it is exact. Of numbers below
-    zero it is the float below such a power, because their buckets hold the bound that is nearer to zero only on one side.
+    A bound is a power of the base of `schema`, and one of the histograms' own, so that what is counted up to it is exact. Of
+    numbers below zero it is the float below such a power, because their buckets hold the bound that is nearer to zero only
+    on one side.
     """
 
-    def __init__(self, states: Sequence[State]) -> None:
-        self._schema = min([0, *(state[3] for state in states)])
-        spans = [_span(states, place, self._schema) for place in (6, 5)]
+    def __init__(self, states: Sequence[State], *, bounds_max: int = BOUNDS_MAX, schema_max: int = 0) -> None:
+        """`bounds_max` is at least `BOUNDS_LEAST`; with a `schema_max` of 0, bounds are powers of two."""
+        self.schema = min([schema_max, *(state[3] for state in states)])
+        spans = [_span(states, place, self.schema) for place in (6, 5)]
         zeros = any(state[4] for state in states)
-        while sum([last - first + 2 for first, last in spans if first <= last]) + zeros > BOUNDS_MAX:
-            self._schema -= 1
+        while sum([last - first + 2 for first, last in spans if first <= last]) + zeros > bounds_max:
+            self.schema -= 1
             spans = [(first >> 1, last >> 1) for first, last in spans]
         self._negative, self._positive = [range(first, last + 2) if first <= last else range(0) for first, last in spans]
-        below = [nextafter(-(2.0**exponent), -inf) for exponent in self._exponents(self._negative)]
-        above = [2.0**exponent for exponent in self._exponents(self._positive)]
-        self.bounds: list[float] = [*reversed(below), *[0.0] * zeros, *above]
+        below = [nextafter(-bound, -inf) for bound in self._finite(self._negative)]
+        self.bounds: list[float] = [*reversed(below), *[0.0] * zeros, *self._finite(self._positive)]
         """Upper bounds, in order; the last one, infinity, is left out."""
         self._zeros = zeros
 
-    def _exponents(self, powers: range) -> list[int]:
-        return [power << -self._schema for power in powers if power << -self._schema in _EXPONENTS]
+    def _finite(self, powers: range) -> list[float]:
+        return [bound for power in powers if isfinite(bound := bound_of(power, self.schema))]
 
     def counts(self, state: State) -> list[int]:
         """Return the number of observations up to each bound, and of all."""
-        by = state[3] - self._schema
+        by = state[3] - self.schema
         positive, negative = coarser(state[5], by), coarser(state[6], by)
         found: list[int] = []
         count = 0
         for power in reversed(self._negative):
             count += negative.get(power, 0)
-            if power << -self._schema in _EXPONENTS:
-                found.append(count)
+            found.append(count)
+        if self._negative and not isfinite(bound_of(self._negative[-1], self.schema)):
+            del found[0]
         if self._zeros:
             found.append(count + state[4])
         count += state[4]
         for power in self._positive:
             count += positive.get(power - 1, 0)
-            if power << -self._schema in _EXPONENTS:
-                found.append(count)
+            found.append(count)
+        if self._positive and not isfinite(bound_of(self._positive[-1], self.schema)):
+            del found[-1]
         return [*found, count_of(state)]
+
+
+def bound_text(bound: float) -> str:
+    """Return a bound as the label `le` has it: as Go writes floats."""
+    text = repr(bound)
+    dot = text.find(".")
+    if bound == inf:
+        return "+Inf"
+    if bound > 0 and dot > 6:  # Go uses exponents sooner than Python
+        digits = f"{text[0]}.{text[1:dot]}{text[dot + 1 :]}".rstrip("0.")
+        return f"{digits}e+0{dot - 1}"
+    return text
 
 
 def _span(states: Sequence[State], place: int, schema: int) -> tuple[int, int]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+SPREAD_MAX = 1_024
+"""Most partitions over which a view can be spread."""
+
 
 class TaskLimits(msgspec.Struct, frozen=True):
     """Limits of a task, each with what happens at the limit."""

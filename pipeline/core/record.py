@@ -22,6 +22,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from pipeline.core.limits import SPREAD_MAX
 from pipeline.errors import BadRecord, Invalid
 
 NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*\Z")
@@ -332,6 +333,28 @@ def expired_before_ms(definition: Definition, time_ms: int) -> int:
 def expires_silent(definition: Definition) -> bool:
     """Return whether a series of a definition expires when it is silent: then its entries have an `expires_at_ms`."""
     return bool(definition.retention_s) and not definition.window_s
+
+
+def check_spread(definition: Definition, spread: object) -> int:
+    """Return the number of partitions over which a view is to be spread. Raises `Invalid` if it can't be.
+
+    The entries of a silent series expire in each partition by itself. So a series without windows that expires must have one
+    partition: in several, a part of it could expire while another is recorded to.
+    """
+    if type(spread) is not int or not 1 <= spread <= SPREAD_MAX:
+        raise Invalid(f"view {definition.view:.200}: spread is a whole number from 1 to {SPREAD_MAX}, got {spread!r:.50}")
+    if spread > 1 and expires_silent(definition):
+        raise Invalid(
+            f"view {definition.view}: spread needs windows where there is retention_s: parts of a series would expire"
+        )
+    return spread
+
+
+def spread_of(definition: Definition, spread: object, default: int) -> int:
+    """Return the checked number of partitions over which a view is spread; None: as many as the default, if it can be."""
+    if spread is None:
+        return 1 if expires_silent(definition) else default
+    return check_spread(definition, spread)
 
 
 def check_ahead_windows(definition: Definition, suffixes: Sequence[bytes], latest_ms: int) -> None:

@@ -25,6 +25,7 @@ from pipeline.core.record import (
     parse_suffix,
     series_prefix,
     series_suffix,
+    spread_of,
     start_of_window_ms,
 )
 from pipeline.core.sequence import Outbox, Sealed
@@ -35,7 +36,7 @@ from pipeline.ingest.definitions import DefinitionFinder, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
-from pipeline.publisher.batching import Pending, seal
+from pipeline.publisher.batching import Pending, partition_of, seal
 from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
@@ -87,6 +88,8 @@ class Gateway:
         self._idempotent_partitions = idempotent_partitions
         self._lock = threading.Lock()
         self._outbox = Outbox(clock.new_id(), 0)
+        self._turn = crc32(self._outbox.producer_id.encode())
+        """Number of the next request, which chooses among the partitions of series that are spread."""
 
     # Deltas
 
@@ -123,11 +126,13 @@ class Gateway:
         known = KnownViews({}, {})
         raw: dict[_Series, list[Any]] = {}
         numbers: dict[_Series, list[int]] = {}
+        spreads: dict[Definition, int] = {}
         for part, members in enumerate(parts):
             for number in members:
                 delta, reason = deltas[number], "view"
                 try:
                     definition = self._definitions.of(delta, known)
+                    spread = spread_of(definition, delta.spread, self._settings.spread)
                     reason = "labels"
                     labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
                     reason = "value"
@@ -144,7 +149,8 @@ class Gateway:
                 series = _Series(part, definition, series_suffix(labels, start_of_window_ms(definition, ts_ms)))
                 raw.setdefault(series, []).append(value)
                 numbers.setdefault(series, []).append(number)
-        sealed, wanted = self._seal(raw, numbers, refused_now, key, now_ms)
+                spreads[definition] = max(spread, spreads.get(definition, 1))
+        sealed, wanted = self._seal(raw, numbers, spreads, refused_now, key, now_ms)
         token = self._send(sealed, wanted, key)
         self._definitions.remember({it.definition: None for it in raw}, now_ms)
         self._metrics.inc(m.DELTAS_INGESTED, len(deltas) - len(refused or ()))
@@ -186,6 +192,7 @@ class Gateway:
         self,
         raw: dict[_Series, list[Any]],
         numbers: dict[_Series, list[int]],
+        spreads: Mapping[Definition, int],
         refused: list[Refusal] | None,
         key: RequestKey | None,
         now_ms: int,
@@ -201,12 +208,14 @@ class Gateway:
             fixed = partition_of_request(producer_id, self._idempotent_partitions)
             if fixed >= partition_count:
                 raise Unavailable(f"idempotent_partitions goes beyond the {partition_count} partitions that there are")
+        with self._lock:
+            turn, self._turn = self._turn, self._turn + 1
         wanted: dict[int, dict[Definition, None]] = {}
         oldest: dict[tuple[int, Definition], int] = {}
         for it in [*raw]:
             of, partition = it.definition, fixed
             if key is None:
-                partition = crc32(series_prefix(of) + it.suffix) % partition_count
+                partition = partition_of(series_prefix(of), it.suffix, partition_count, spreads[of], turn)
                 if of.window_s and of.retention_s:  # with a key it can be a repeat, which tasks know and count once
                     if (partition, of) not in oldest:
                         oldest[partition, of] = self._facts.expired_before_ms(partition, of)
@@ -230,11 +239,10 @@ class Gateway:
                 sealed = _seal_parts(states, producer_id, fixed, now_ms)
             else:
                 merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
-                batch_max = min(self._settings.batch_bytes_max, bytes_max)
+                most = min(self._settings.batch_bytes_max, bytes_max)
+                sizes = {"partition_count": partition_count, "batch_bytes_max": most}
                 with self._lock:
-                    sealed = seal(
-                        merged, self._outbox, partition_count=partition_count, batch_bytes_max=batch_max, now_ms=now_ms
-                    )
+                    sealed = seal(merged, self._outbox, **sizes, now_ms=now_ms, spreads=spreads, turn=turn)
             for batch in sealed:
                 if len(batch.value) > bytes_max:
                     self._settle(sealed, key)

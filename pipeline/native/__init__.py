@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import Invalid
 
-VERSION = 6
+VERSION = 7
 """The version of the extension that this package needs; `src/lib.rs` has the same number."""
 VARIABLE = "PIPELINE_NATIVE"
 _MODULE = "pipeline_native"

@@ -178,7 +178,7 @@ function tableOf(definition, read, answer, series, points, kept, rate) {
   const caption = `${shown(answer.truncated ? answer.series_total : series.length)} series${rows.length < series.length || answer.truncated
     ? `, the first ${rows.length} shown` : ""}${read.windowed ? `; the newest of steps of ${read.query.step} s` : ""}`;
   const width = Math.max(1, labels.length);
-  return table(caption, [...(labels.length ? labels : [""]), ...heads], rows, new Set(heads.map((_, i) => i + width)));
+  return table(caption, [...(labels.length ? labels : ["series"]), ...heads], rows, new Set(heads.map((_, i) => i + width)));
 }
 
 function dot(fill) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 from zlib import crc32
@@ -22,6 +22,15 @@ ENTRY_BYTES = 32
 """The most bytes that a series takes in a batch beyond its suffix and `Kind.size` of its state."""
 encode = lru_cache(maxsize=10_000)(lambda definition: msgspec.msgpack.encode(travelling(definition)))
 """Return the bytes of a definition in a batch."""
+
+
+def partition_of(prefix: bytes, suffix: bytes, partition_count: int, spread: int = 1, turn: int = 0) -> int:
+    """Return the partition that takes a series this time.
+
+    It is the one that the series' key names (as librdkafka's `consistent` partitioner has it) or, of a view that is spread
+    over several, one of those that follow it: with each `turn` the next.
+    """
+    return (crc32(prefix + suffix) + turn % min(spread, partition_count)) % partition_count
 
 
 class Routed(NamedTuple):
@@ -105,17 +114,25 @@ def number(draft: Draft, outbox: Outbox, now_ms: int) -> Sealed:
 
 
 def seal(
-    items: Iterable[Pending], outbox: Outbox, *, partition_count: int, batch_bytes_max: int, now_ms: int
+    items: Iterable[Pending],
+    outbox: Outbox,
+    *,
+    partition_count: int,
+    batch_bytes_max: int,
+    now_ms: int,
+    spreads: Mapping[Definition, int] = {},
+    turn: int = 0,
 ) -> list[Sealed]:
     """Put series, each of them once, into batches of at most `batch_bytes_max`, numbered by `outbox`, which keeps them.
 
-    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed.
+    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed. `spreads` has the
+    definitions that are spread, and `turn` chooses among the partitions of their series; see `partition_of`.
     """
     known: dict[Definition, tuple[Definition, bytes]] = {}
     routed = []
     for item in items:
         definition, prefix = known.setdefault(item.definition, (item.definition, series_prefix(item.definition)))
-        partition = crc32(prefix + item.suffix) % partition_count
+        partition = partition_of(prefix, item.suffix, partition_count, spreads.get(item.definition, 1), turn)
         routed.append(Routed(partition, definition, item.suffix, item.state))
     out: list[Sealed] = []
     try:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import pipeline.metrics as m
 import pipeline.publisher.fork as fork
@@ -15,7 +15,7 @@ from pipeline import native
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.kinds.base import value_bytes
 from pipeline.core.query import describe
-from pipeline.core.record import Definition, canonical, check_definition
+from pipeline.core.record import Definition, canonical, check_definition, spread_of
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
@@ -53,6 +53,15 @@ _BATCH_MARGIN = 900
 """The most bytes that a batch of one series takes beyond its value, unless its labels are very long."""
 
 ViewT = TypeVar("ViewT", bound=BaseView)
+
+
+class ViewKeywords(TypedDict, total=False):
+    """Options of every view; see `BasePublisher.sum`."""
+
+    labels: Sequence[str]
+    window_s: int | None
+    retention_s: int | None
+    spread: int | None
 
 
 class BasePublisher:
@@ -181,9 +190,10 @@ class BasePublisher:
 
     # Views
 
-    # All kinds have the same keywords: `window_s`, the length of windows in seconds (None or 0: there are none), and
+    # All kinds have the same keywords: `window_s`, the length of windows in seconds (None or 0: there are none);
     # `retention_s`, the seconds for which a window is kept after its end, or a series without windows after its last delta
-    # (None or 0: for ever).
+    # (None or 0: for ever); and `spread`, the number of partitions over which each series is spread (None: the setting), so
+    # that a series that many processes record to does not have to be folded by one worker. Answers are the same.
 
     def sum(
         self,
@@ -192,66 +202,53 @@ class BasePublisher:
         labels: Sequence[str] = (),
         window_s: int | None = None,
         retention_s: int | None = None,
+        spread: int | None = None,
         monotone: bool = False,
     ) -> SumView:
         """Return the view of this name: the total of what is added. `labels` are its label names, in the order of keys.
 
         A `monotone` view takes no negative number, so it never falls: Prometheus sees it as a counter. With `window_s` there
         is one total for each window of so many seconds, which is kept for `retention_s` after its end; without `retention_s`
-        it is kept for ever.
+        it is kept for ever. With `spread` the deltas of a series take turns among so many partitions.
         """
-        return self._view(SumView, "sum", view, labels, window_s, retention_s, monotone)
+        return self._view(SumView, "sum", view, labels, window_s, retention_s, spread, monotone)
 
-    def min(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> ObservedView:
-        """Return the view of this name: the smallest observation. `window_s` and `retention_s` are as in `sum`."""
-        return self._view(ObservedView, "min", view, labels, window_s, retention_s)
+    def min(self, view: str, **options: Unpack[ViewKeywords]) -> ObservedView:
+        """Return the view of this name: the smallest observation. Options are as in `sum`."""
+        return self._view(ObservedView, "min", view, **options)
 
-    def max(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> ObservedView:
-        """Return the view of this name: the largest observation. `window_s` and `retention_s` are as in `sum`."""
-        return self._view(ObservedView, "max", view, labels, window_s, retention_s)
+    def max(self, view: str, **options: Unpack[ViewKeywords]) -> ObservedView:
+        """Return the view of this name: the largest observation. Options are as in `sum`."""
+        return self._view(ObservedView, "max", view, **options)
 
-    def mean(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> ObservedView:
-        """Return the view of this name: the mean of all observations. `window_s` and `retention_s` are as in `sum`."""
-        return self._view(ObservedView, "mean", view, labels, window_s, retention_s)
+    def mean(self, view: str, **options: Unpack[ViewKeywords]) -> ObservedView:
+        """Return the view of this name: the mean of all observations. Options are as in `sum`."""
+        return self._view(ObservedView, "mean", view, **options)
 
-    def last(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> LastView:
-        """Return the view of this name: the newest value that was set. `window_s` and `retention_s` are as in `sum`."""
-        return self._view(LastView, "last", view, labels, window_s, retention_s)
+    def last(self, view: str, **options: Unpack[ViewKeywords]) -> LastView:
+        """Return the view of this name: the newest value that was set. Options are as in `sum`."""
+        return self._view(LastView, "last", view, **options)
 
-    def histogram(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> HistogramView:
+    def histogram(self, view: str, **options: Unpack[ViewKeywords]) -> HistogramView:
         """Return the view of this name: the distribution of all observations, of which reads can ask any quantile.
 
-        `window_s` and `retention_s` are as in `sum`.
+        Options are as in `sum`.
         """
-        return self._view(HistogramView, "histogram", view, labels, window_s, retention_s)
+        return self._view(HistogramView, "histogram", view, **options)
 
-    def distinct(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> DistinctView:
+    def distinct(self, view: str, **options: Unpack[ViewKeywords]) -> DistinctView:
         """Return the view of this name: how many different items were observed, exact or estimated with bounds.
 
-        `window_s` and `retention_s` are as in `sum`.
+        Options are as in `sum`.
         """
-        return self._view(DistinctView, "distinct", view, labels, window_s, retention_s)
+        return self._view(DistinctView, "distinct", view, **options)
 
-    def topk(
-        self, view: str, *, labels: Sequence[str] = (), window_s: int | None = None, retention_s: int | None = None
-    ) -> TopKView:
+    def topk(self, view: str, **options: Unpack[ViewKeywords]) -> TopKView:
         """Return the view of this name: the items that were added most often, with bounds of their counts.
 
-        `window_s` and `retention_s` are as in `sum`.
+        Options are as in `sum`.
         """
-        return self._view(TopKView, "topk", view, labels, window_s, retention_s)
+        return self._view(TopKView, "topk", view, **options)
 
     def view(
         self,
@@ -261,12 +258,13 @@ class BasePublisher:
         labels: Sequence[str] = (),
         window_s: int | None = None,
         retention_s: int | None = None,
+        spread: int | None = None,
         monotone: bool = False,
     ) -> BaseView:
         """Return the view of this name and of a kind that is only known at run time."""
-        return self._view(BaseView, kind, view, labels, window_s, retention_s, monotone)
+        return self._view(BaseView, kind, view, labels, window_s, retention_s, spread, monotone)
 
-    def define(self, definition: Definition) -> BaseView:
+    def define(self, definition: Definition, spread: int | None = None) -> BaseView:
         """Return the view of a definition that is only known at run time; see `view`."""
         return self.view(
             definition.kind,
@@ -274,6 +272,7 @@ class BasePublisher:
             labels=definition.labels,
             window_s=definition.window_s,
             retention_s=definition.retention_s,
+            spread=spread,
             monotone=definition.monotone,
         )
 
@@ -282,9 +281,10 @@ class BasePublisher:
         _: type[ViewT],
         kind: str,
         view: str,
-        labels: Sequence[str],
-        window_s: int | None,
-        retention_s: int | None,
+        labels: Sequence[str] = (),
+        window_s: int | None = None,
+        retention_s: int | None = None,
+        spread: int | None = None,
         monotone: bool = False,
     ) -> ViewT:
         fork.check_fork()
@@ -292,17 +292,20 @@ class BasePublisher:
             raise Invalid("this publisher is closed")
         definition = _definition(kind, view, labels, window_s, retention_s, monotone)
         known: Any = self._views.get(definition.view)
+        wanted = spread_of(definition, spread, self._settings.spread)
         if known is None:
             if len(self._views) >= _VIEWS_MAX:
                 raise Invalid(f"over {_VIEWS_MAX} views")
-            known = self._views.setdefault(definition.view, self._new_view(definition))
+            known = self._views.setdefault(definition.view, self._new_view(definition, wanted))
         if known.definition != definition:
             raise Invalid(f"view {definition.view} is {describe(known.definition)} here; not {describe(definition)}")
+        if spread is not None and known.spread != wanted:
+            raise Invalid(f"view {definition.view} is spread over {known.spread} partitions here; not {wanted}")
         found: ViewT = known
         return found
 
-    def _new_view(self, definition: Definition) -> Any:
-        view = self._table.define(definition, self._settings.series_max, VIEW_TYPES[definition.kind])
+    def _new_view(self, definition: Definition, spread: int) -> Any:
+        view = self._table.define(definition, self._settings.series_max, VIEW_TYPES[definition.kind], spread)
         view.read_local, view.monotonic_s = self._local, self._clock.monotonic_s
         return view
 

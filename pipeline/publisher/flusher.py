@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import msgspec
 
@@ -60,6 +61,7 @@ class TableFlusher:
         self._account = account
         self._bytes_max = table_bytes(settings)
         self._drain_count = 0
+        self._turn = crc32(sender.outbox.producer_id.encode())  # so that publishers differ in their turns
         self._torn = False
         """True if the last drain has failed: deltas may be out of the table and in no batch."""
         self._history: deque[tuple[float, int]] = deque()
@@ -125,8 +127,9 @@ class TableFlusher:
             return False
         flags = bytes([number in busy for number in range(partition_count)]) if busy and self._spool is None else None
         self._torn = True
-        drafts = self.table.drain(partition_count, flags, self._sender.batch_bytes_max)
+        drafts = self.table.drain(partition_count, flags, self._sender.batch_bytes_max, self._turn)
         self._torn = False
+        self._turn += 1
         try:  # first: if it fails, it has them all the same
             self._sender.seal_drafts(drafts, now_ms)
         finally:

@@ -29,11 +29,10 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from zlib import crc32
 
 from pipeline.core.kinds import KINDS, State, check_ahead
 from pipeline.core.record import Definition, overflow_suffix
-from pipeline.publisher.batching import Draft, Routed, cut, encode
+from pipeline.publisher.batching import Draft, Routed, cut, encode, partition_of
 from pipeline.publisher.totals import Local, Totals
 from pipeline.publisher.view import NS_PER_MS, QUEUE_MAX, AddView, BaseView, ObserveView, SetView, Slot
 
@@ -129,10 +128,15 @@ class Table:
         self._pid = os.getpid()
         return self._inside is None
 
-    def define(self, definition: Definition, series_max: int, view_type: type[BaseView] | None = None) -> Any:
-        """Return a new view, of `view_type` or of the base class of its kind. Each definition is to be given once."""
+    def define(
+        self, definition: Definition, series_max: int, view_type: type[BaseView] | None = None, spread: int = 1
+    ) -> Any:
+        """Return a new view, of `view_type` or of the base class of its kind. Each definition is to be given once.
+
+        Its series are spread over so many partitions; see `batching.partition_of`.
+        """
         by_kind = {"add": AddView, "observe": ObserveView, "set": SetView}
-        return (view_type or by_kind[KINDS[definition.kind].method])(self, definition, series_max)
+        return (view_type or by_kind[KINDS[definition.kind].method])(self, definition, series_max, spread)
 
     def join(self, view: BaseView) -> None:
         """Add a new view. Batches have the groups of views in this order."""
@@ -327,9 +331,10 @@ class Table:
 
     # Draining
 
-    def drain(self, partition_count: int, busy: bytes | None, batch_bytes_max: int) -> list[Draft]:
+    def drain(self, partition_count: int, busy: bytes | None, batch_bytes_max: int, turn: int = 0) -> list[Draft]:
         """Take out waiting states as drafts of up to `batch_bytes_max`, except for partitions whose byte in `busy` is not 0.
 
+        `turn` chooses among the partitions of a series that is spread; of these, a busy one is passed over.
         A series that is larger by itself gets a draft of its own. Drained states count towards the totals. To be called from
         a thread of the publisher's own: in the main thread, an error of a signal handler can take the place of the result.
         """
@@ -337,16 +342,20 @@ class Table:
             raise ValueError("busy has a byte for each of at least one partition")
         if busy is not None and self._journal is not None:
             raise ValueError("with a journal all partitions are drained")
-        return self._alone(lambda: self._drain(partition_count, busy or bytes(partition_count), batch_bytes_max), [])
+        return self._alone(lambda: self._drain(partition_count, busy or bytes(partition_count), batch_bytes_max, turn), [])
 
-    def _drain(self, partition_count: int, busy: bytes, batch_bytes_max: int) -> list[Draft]:
+    def _drain(self, partition_count: int, busy: bytes, batch_bytes_max: int, turn: int) -> list[Draft]:
         cut_here = self._merge_to_ring_end()
         kept: _Waiting = {}
         taken: _Waiting = {}
         merged = []
         for slot, item in sorted(self._states.items(), key=lambda pair: pair[0].view.number):
-            partition = crc32(slot.view.prefix + slot.suffix) % partition_count
-            if busy[partition]:
+            spread = slot.view.spread
+            for later in range(min(spread, partition_count)):
+                partition = partition_of(slot.view.prefix, slot.suffix, partition_count, spread, turn + later)
+                if not busy[partition]:
+                    break
+            else:
                 kept[slot] = item
                 continue
             taken[slot] = item

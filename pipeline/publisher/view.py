@@ -83,11 +83,13 @@ class BaseView:
     series_type: ClassVar[type[BaseSeries]]
     """Class of the handles that `labels` returns. A subclass may name a subclass of it."""
 
-    def __init__(self, table: Table, definition: Definition, series_max: int) -> None:
+    def __init__(self, table: Table, definition: Definition, series_max: int, spread: int = 1) -> None:
         if KINDS[definition.kind].method != self.method:
             raise Invalid(f"view {definition.view}: kind {definition.kind} is not recorded by {self.method}")
         self.definition = definition
         """The definition with labels in the order in which this process names them."""
+        self.spread = spread
+        """Number of partitions over which each series is spread."""
         self.overflow_count = 0
         """Deltas that went to the overflow series."""
         self.table = table

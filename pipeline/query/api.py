@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
@@ -36,12 +36,13 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.media import JSON
+from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
-from pipeline.query.params import parse_deltas, parse_read, parse_scrape
+from pipeline.query.params import parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
+from pipeline.query.remote_reads import REQUEST_BYTES_MAX
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.streams import Streams
@@ -115,17 +116,16 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
-    async def list_views(_: Request) -> Response:
-        return _json(await service.views())
-
     streams = Streams(service, settings, metrics, reader.clock)
-    stream_view = StreamView(streams, service, settings, metrics)
-    routes = [Route(READ_PATH, _ReadView(service, settings), methods=["GET"]), Route("/v1/views", list_views)]
-    routes.append(Route(STREAM_PATH, stream_view, methods=["GET"]))
-    routes += page_routes()
+    routes = [
+        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
+        Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
+        Route("/v1/views", _ListViews(service), methods=["GET"]),
+        *page_routes(),
+    ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
-        routes.append(_scrape_route(service, settings, render_views))
+        routes += [_scrape_route(service, settings, render_views), _remote_read_route(service)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
         take = partial(_take, _Bodies(settings.body_bytes_max), ingest_threads)
@@ -166,11 +166,27 @@ class _ReadView:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        accept = b",".join([value for name, value in scope["headers"] if name == b"accept"]).decode("latin-1")
-        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, accept)
-        body, headers = await self._service.answer(asked)
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        headers = read_headers(scope["headers"])
+        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, headers)
+        await _send(send, await self._service.answer(asked))
+
+
+class _ListViews:
+    """`GET /v1/views` as a plain ASGI application."""
+
+    def __init__(self, service: ReadService) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _send(send, await self._service.views(read_headers(scope["headers"])))
+
+
+async def _send(send: Send, answer: Encoded) -> None:
+    """Send a response without a copy of its parts."""
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    for part in answer.parts[:-1]:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": answer.parts[-1] if answer.parts else b""})
 
 
 def _json(body: bytes) -> Response:
@@ -203,11 +219,26 @@ def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], rea
 
 def _scrape_route(service: ReadService, settings: QuerySettings, render: RenderViews) -> Route:
     async def scrape(request: Request) -> Response:
-        views = parse_scrape(request.scope["query_string"], settings)
-        body, media_type = await service.scrape(views, render, request.headers.get("accept", ""))
+        views, windowed = parse_scrape(request.scope["query_string"], settings)
+        body, media_type = await service.scrape(views, render, request.headers.get("accept", ""), windowed=windowed)
         return Response(body, headers={"Content-Type": media_type})
 
     return Route("/v1/openmetrics", scrape)
+
+
+def _remote_read_route(service: ReadService) -> Route:
+    bodies = _Bodies(REQUEST_BYTES_MAX, encoding="snappy")
+
+    async def remote_read(request: Request) -> Response:
+        try:
+            async with bodies.of(request) as body:
+                answer = await service.remote_read(body)
+        except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
+            it = problem(error)
+            return PlainTextResponse(f"{it.detail}\n", it.status, it.headers | {"Content-Type": "text/plain; charset=utf-8"})
+        return Response(answer, headers={"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy"})
+
+    return Route("/api/v1/read", remote_read, methods=["POST"])
 
 
 def _with_staleness(status: Status, reader: ViewReader) -> Status:
@@ -302,17 +333,18 @@ def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: 
 
 
 class _Bodies:
-    """Reads request bodies: each, and all together, are bounded."""
+    """Reads request bodies of one encoding: each, and all together, are bounded."""
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, encoding: str = "identity") -> None:
         self._bytes_max = bytes_max
+        self._encoding = encoding
         self._held = 0
 
     @asynccontextmanager
     async def of(self, request: Request) -> AsyncIterator[bytes]:
         """Yield the body, which counts as in memory until the context ends."""
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise Refused(415, "compressed bodies are not understood")
+        if request.headers.get("content-encoding", "identity") != self._encoding:
+            raise Refused(415, self._wrong_encoding())
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._bytes_max:
             raise self._too_large()
@@ -330,6 +362,11 @@ class _Bodies:
             yield b"".join(parts)
         finally:
             self._held -= size
+
+    def _wrong_encoding(self) -> str:
+        if self._encoding == "identity":
+            return "compressed bodies are not understood"
+        return f"a body with Content-Encoding: {self._encoding} is needed"
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body of over {self._bytes_max} bytes")

@@ -31,6 +31,19 @@ class FoundAnswer(NamedTuple):
     positions: Mapping[int, Position]
 
 
+def span_of(answer: Answer) -> Span | None:
+    """Return the range of an answer; None if it has no points."""
+    if answer.step_ms is None:
+        return None
+    return Span(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms, answer.over_ms or 0)
+
+
+def unchanged_head(asked: Asked) -> Answer:
+    """Return an answer that says only how stale it is, for a client that has the rest."""
+    step_ms = None if asked.span is None else asked.span.step_ms
+    return Answer(asked.query.view, "", None, [], AsOf(None, {}), step_ms=step_ms)
+
+
 def answer_of(query: Query, merged: MergedDefinition, selected: Selected, as_of: AsOf) -> Answer:
     """Return the answer with these rows."""
     names = _names(query, merged)

@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from pipeline.core.answer import Answer
 from pipeline.core.tables import columns, value_text
+from pipeline.query.codings import qualities_of
 
 JSON = "application/json"
 CSV = "text/csv"
 NDJSON = "application/x-ndjson"
 _KNOWN = (JSON, CSV, NDJSON)
+_CONTENT_TYPES = {
+    JSON: JSON.encode(),
+    CSV: f"{CSV}; charset=utf-8; header=present".encode(),
+    NDJSON: NDJSON.encode(),
+}
 _encode = msgspec.json.Encoder().encode
+_NO_SERIES = b'"series":[]'
 Header = tuple[bytes, bytes]
+_VARY = (b"vary", b"Accept, Accept-Encoding")
+_NO_STORE = (b"cache-control", b"no-store")
+"""A browser that keeps answers by itself would show an old body's staleness with a 304."""
 
 
 class Encoded(NamedTuple):
-    """The body of an answer, and its headers."""
+    """The body of a response in parts, its headers, and its status."""
 
-    body: bytes
+    parts: Sequence[bytes]
     headers: list[Header]
+    status: int = 200
 
 
 def preferred(accept: str) -> str:
     """Return the media type that an Accept header prefers; JSON if it prefers none of ours, or can't be read."""
     if "csv" not in accept and "ndjson" not in accept:
         return JSON
-    wanted: dict[str, float] = {}
-    for item in accept.lower().split(","):
-        name, *parameters = [part.strip() for part in item.split(";")]
-        quality = 1.0
-        for parameter in parameters:
-            key, _, value = parameter.partition("=")
-            if key.strip() == "q":
-                try:
-                    quality = float(value)
-                except ValueError:
-                    quality = 0.0
-        wanted[name] = max(quality, wanted.get(name, 0.0))
+    wanted = qualities_of(accept)
 
     def quality_of(name: str) -> float:
         kind = name.partition("/")[0]
@@ -51,15 +53,46 @@ def preferred(accept: str) -> str:
     return best if quality_of(best) > 0 else JSON
 
 
-def encode_answer(answer: Answer, media_type: str) -> Encoded:
-    """Return an answer in one of our media types; rows say in headers what JSON says beside its series."""
+def split(answer: Answer, media_type: str) -> tuple[Answer, bytes]:
+    """Return an answer without its series, and the start of its body, up to the end of the series."""
+    head = replace(answer, series=[])
+    body = encode_body(answer, media_type)
+    return head, body[: len(body) - len(end_of(head, media_type))]
+
+
+def end_of(head: Answer, media_type: str) -> bytes:
+    """Return what follows the series in the body of an answer, given the answer without its series."""
+    return _encode(head).partition(_NO_SERIES)[2] if media_type == JSON else b""
+
+
+def encode_body(answer: Answer, media_type: str) -> bytes:
+    """Return an answer in one of our media types."""
     if media_type == JSON:
-        body = _encode(answer)
-        return Encoded(body, [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(body))])
-    body = to_csv(answer) if media_type == CSV else to_ndjson(answer)
-    charset = b"; charset=utf-8; header=present" if media_type == CSV else b""
-    headers = [(b"content-type", media_type.encode() + charset), (b"content-length", b"%d" % len(body))]
-    return Encoded(body, headers + _said(answer))
+        return _encode(answer)
+    return to_csv(answer) if media_type == CSV else to_ndjson(answer)
+
+
+def encoded(
+    answer: Answer, media_type: str, etag: bytes, parts: Sequence[bytes], coding: str = "", *, unchanged: bool = False
+) -> Encoded:
+    """Return a response with the headers of an answer; rows say in headers what JSON says beside its series.
+
+    `unchanged`: the client has the body already, and needs to know only how stale that is.
+    """
+    headers = [(b"etag", etag), _VARY, _NO_STORE]
+    if unchanged:
+        return Encoded((), headers + _said(answer), 304)
+    headers += [(b"content-type", _CONTENT_TYPES[media_type]), (b"content-length", b"%d" % sum(map(len, parts)))]
+    if coding:
+        headers.append((b"content-encoding", coding.encode()))
+    return Encoded(parts, headers if media_type == JSON else headers + _said(answer))
+
+
+def plain_json(parts: Sequence[bytes], coding: str) -> Encoded:
+    """Return a response of JSON that is no answer of a view."""
+    headers = [(b"content-type", _CONTENT_TYPES[JSON]), (b"content-length", b"%d" % sum(map(len, parts)))]
+    headers.append((b"vary", b"Accept-Encoding"))
+    return Encoded(parts, [*headers, (b"content-encoding", coding.encode())] if coding else headers)
 
 
 def _said(answer: Answer) -> list[Header]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from typing import NamedTuple
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -19,6 +20,7 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, json_error, object_error
 from pipeline.ports import RawDelta
+from pipeline.query.codings import preferred_coding
 from pipeline.query.media import JSON, NDJSON, preferred
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
@@ -28,6 +30,7 @@ _TIMES = ("start", "end", "at")
 _LENGTHS = ("step", "over")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
 _SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms", *_RANGE, "fn")
+_READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
@@ -41,15 +44,51 @@ class ReadRequest(msgspec.Struct, frozen=True):
     max_staleness_ms: int | None = None
     media_type: str = JSON
     """Media type of the answer."""
+    coding: str = ""
+    """Content coding that the client prefers; empty: none."""
+    known: tuple[bytes, ...] = ()
+    """Entity tags of answers that the client has; `*` is any."""
 
     @property
     def waits(self) -> bool:
         """Return whether the read has to wait for newer data."""
         return self.after is not None or self.max_staleness_ms is not None
 
+    @property
+    def key(self) -> tuple[Query, str]:
+        """The query, and the media type of its answer."""
+        return self.query, self.media_type
 
-def parse_read(view: str, query_string: bytes, settings: QuerySettings, accept: str = "") -> ReadRequest:
-    """Return the read that a URL and an Accept header ask for."""
+    def knows(self, etag: bytes) -> bool:
+        """Return whether the client has the answer with this entity tag."""
+        return bool(self.known) and (etag.removeprefix(b"W/") in self.known or b"*" in self.known)
+
+
+class ReadHeaders(NamedTuple):
+    """Headers of a read."""
+
+    accept: str = ""
+    encoding: str = ""
+    if_none_match: bytes = b""
+
+
+NO_HEADERS = ReadHeaders()
+
+
+def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> ReadHeaders:
+    """Return the headers of a read, out of those of a request."""
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in _READ_HEADERS:
+            found[name] = found[name] + b"," + value if name in found else value
+    if not found:
+        return NO_HEADERS
+    accept, encoding, known = [found.get(name, b"") for name in _READ_HEADERS]
+    return ReadHeaders(accept.decode("latin-1"), encoding.decode("latin-1"), known)
+
+
+def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers: ReadHeaders = NO_HEADERS) -> ReadRequest:
+    """Return the read that a URL and its headers ask for."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     where: list[Matcher] = []
@@ -93,8 +132,15 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, accept: 
         timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
         None if after is None else Token.parse(after),
         whole_number(single, "max_staleness_ms", 10**15 - 1),
-        preferred(accept),
+        preferred(headers.accept),
+        preferred_coding(headers.encoding),
+        _tags(headers.if_none_match) if headers.if_none_match else (),
     )
+
+
+def _tags(if_none_match: bytes) -> tuple[bytes, ...]:
+    """Return the entity tags of an If-None-Match header, which are compared as weak ones."""
+    return tuple(tag.strip().removeprefix(b"W/") for tag in if_none_match.split(b","))
 
 
 def _range(single: Mapping[str, str]) -> AskedRange:
@@ -103,18 +149,24 @@ def _range(single: Mapping[str, str]) -> AskedRange:
     return AskedRange(**times, **lengths, fill=single.get("fill"))
 
 
-def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[str, ...]:
-    """Return the views that a scrape asks for; empty: all."""
+def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[tuple[str, ...], bool]:
+    """Return the views that a scrape asks for, none for all, and whether views with windows are to be in it."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     views: list[str] = []
+    windowed = "true"
     for name, value in _pairs(query_string, settings.matchers_max, "`view`"):
-        if name != "view":
-            raise Invalid(f"unknown parameter {name[:100]!r}; known: view")
-        views.append(value)
+        if name == "view":
+            views.append(value)
+        elif name != "windowed":
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: view, windowed")
+        elif value not in ("true", "false"):
+            raise Invalid(f"windowed: true or false is needed, got {value[:50]!r}")
+        else:
+            windowed = value
     if len(views) > settings.matchers_max:
         raise Invalid(f"{len(views)} `view` parameters; at most {settings.matchers_max}")
-    return tuple(views)
+    return tuple(views), windowed == "true"
 
 
 def _pairs(query_string: bytes, matchers_max: int, what: str = "`where`, `by` and `q`") -> list[tuple[str, str]]:
@@ -164,6 +216,7 @@ class _Delta(msgspec.Struct, forbid_unknown_fields=True):
     window_s: int | None = None
     monotone: bool | None = None
     retention_s: int | None = None
+    spread: int | None = None
 
 
 _decode_delta = msgspec.json.Decoder(_Delta).decode
@@ -185,6 +238,7 @@ _FIELDS = {
     "window_s": _INT,
     "monotone": Field("true, false or null", lambda it: it is None or isinstance(it, bool), required=False),
     "retention_s": _INT,
+    "spread": _INT,
 }
 
 
@@ -202,7 +256,9 @@ def parse_deltas(body: bytes, content_type: str, deltas_max: int) -> list[RawDel
     deltas = _lines(body, deltas_max) if lines else _array(body)
     if len(deltas) > deltas_max:
         raise Refused(413, f"too many deltas in one request; at most {deltas_max}")
-    return [RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s, d.monotone, d.retention_s) for d in deltas]
+    return [
+        RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s, d.monotone, d.retention_s, d.spread) for d in deltas
+    ]
 
 
 def _lines(body: bytes, deltas_max: int) -> list[_Delta]:

@@ -77,6 +77,7 @@ class ProblemAnswer(msgspec.Struct):
     status: int
     headers: dict[str, str]
     body: bytes
+    detail: str
 
 
 def problem(error: Exception) -> ProblemAnswer:
@@ -100,4 +101,4 @@ def _answer(it: Problem, headers: dict[str, str]) -> ProblemAnswer:
     if it.status == 503:
         headers = {"Retry-After": str(RETRY_AFTER_S), **headers}
     it.detail = it.detail[:_DETAIL_LENGTH_MAX].encode("utf-8", "replace").decode()
-    return ProblemAnswer(it.status, {"Content-Type": MEDIA_TYPE, **headers}, msgspec.json.encode(it))
+    return ProblemAnswer(it.status, {"Content-Type": MEDIA_TYPE, **headers}, msgspec.json.encode(it), it.detail)

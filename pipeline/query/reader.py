@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
@@ -46,6 +47,7 @@ from pipeline.core.record import TAG_DEFINITION, Definition, Position, definitio
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, ReadableStore, StoreView
+from pipeline.query.cuts import Cut
 from pipeline.query.damage import OnDamage, decode_stored, report_damage
 from pipeline.query.ends import LogEnds
 from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
@@ -348,34 +350,30 @@ class ViewReader:
         return self._from(self._stores(), self._list_stored)
 
     def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
-        seen = self._progress.note_ends()
-        snapshots = {number: store.snapshot() for number, store in stores.items()}
-        self._check_unchanged(stores)
-        positions = read_positions(snapshots)
+        cut = self._cut(stores, inf)
         entries: list[codec.DefinitionEntry] = []
-        for number, snapshot in snapshots.items():
+        for number, snapshot in cut.snapshots.items():
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 entries.append(decode_stored(number, codec.decode_definition, value))
-        return listed(entries), self._progress.as_of(positions, seen)
+        return listed(entries), self._progress.as_of(cut.positions, cut.seen)
 
-    def scrape(self, views: Collection[str] = (), *, deadline_s: float) -> Exposition:
+    def scrape(self, views: Collection[str] = (), *, windowed: bool = True, deadline_s: float) -> Exposition:
         """Return all views, or these, each whole or not at all, at one moment of each store.
 
-        At most `openmetrics_series_max` series are returned, in the order of names. Views that can't be shown are named as
-        omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond `deadline_s`, `Invalid` without all partitions.
+        Views with windows are left out if not `windowed`. At most `openmetrics_series_max` series are returned, in the order
+        of names. Views that can't be shown are named as omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond
+        `deadline_s`, `Invalid` without all partitions.
         """
-        if elsewhere := self.elsewhere:
-            raise Invalid(f"this server lacks partition {min(elsewhere)}: scrape one that has all, or one with --gather")
-        return self._from(self._stores(), self._scrape, views, deadline_s)
+        self._check_whole("scrape")
+        return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s)
 
-    def _scrape(self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float) -> Exposition:
-        seen = self._progress.note_ends()
-        snapshots = {number: store.snapshot() for number, store in stores.items()}
-        self._check_unchanged(stores)
-        positions = read_positions(snapshots)
+    def _scrape(
+        self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float, *, windowed: bool
+    ) -> Exposition:
+        cut = self._cut(stores, deadline_s)
         found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, str] = {}
-        for number, snapshot in snapshots.items():
+        for number, snapshot in cut.snapshots.items():
             for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 view = view_of(key)
                 if views and view not in views:
@@ -388,16 +386,15 @@ class ViewReader:
             raise NotFound(f"no view {min(unknown)[:100]!r}")
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
         chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()})
-        final_before_ms = self._progress.final_before_ms(positions, seen)
         omitted |= broken
         exposed: list[Exposed] = []
         left = self._settings.openmetrics_series_max
         for definition in chosen:
             view = definition.view
             check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
-            window_start_ms = newest_final_ms(definition, final_before_ms)
-            if definition.window_s and window_start_ms < max(expired_before(found[view]).values()):
-                continue  # the window is gone, or there is none yet
+            window_start_ms = newest_final_ms(definition, cut.final_before_ms)
+            if definition.window_s and not (windowed and window_start_ms >= max(expired_before(found[view]).values())):
+                continue  # not asked for, or the window is gone, or there is none yet
             room = left // samples_of(definition)
             # Of a view without windows too many series are not read at all, so that the work is bounded, too.
             if not definition.window_s and max(entry.series_count for entry in found[view]) > room:
@@ -405,7 +402,7 @@ class ViewReader:
                 continue
             try:
                 asked, answer = Query(view, limit=room or 1), state_exposed(definition)
-                selected = self._select(asked, whole[view], snapshots, check, window_start_ms, answer)
+                selected = self._select(asked, whole[view], cut.snapshots, check, window_start_ms, answer)
             except Unreadable as error:
                 omitted[view] = self._unreadable(view, stores, error)
                 continue
@@ -414,7 +411,7 @@ class ViewReader:
                 continue
             left -= selected.series_total * samples_of(definition)
             exposed.append(Exposed(definition, selected.labels, selected.values))
-        return Exposition(exposed, dict(sorted(omitted.items())), self._progress.as_of(positions, seen).staleness_ms)
+        return Exposition(exposed, dict(sorted(omitted.items())), self._progress.as_of(cut.positions, cut.seen).staleness_ms)
 
     def _unreadable(self, view: str, stores: Mapping[int, ReadableStore], error: Unreadable) -> str:
         """Return the reason for leaving a view out that a rebuild has not mended; raise `error` if a rebuild may mend it."""
@@ -423,6 +420,27 @@ class ViewReader:
             raise error  # the caller that handles it holds no scan, and a scan holds files that a rebuild deletes
         _log.error("view %s is left out of a scrape: %s", view, damage)
         return UNREADABLE
+
+    def _check_whole(self, what: str) -> None:
+        if elsewhere := self.elsewhere:
+            raise Invalid(f"this server lacks partition {min(elsewhere)}: {what} one that has all, or one with --gather")
+
+    def on_cut(self, read: Callable[[Cut], T], *, deadline_s: float) -> T:
+        """Return what `read` makes of one moment of each store. Its checks raise `Unavailable` beyond `deadline_s`.
+
+        Raises `Invalid` without all partitions.
+        """
+        self._check_whole("read remotely")
+        return self._from(self._stores(), lambda stores: read(self._cut(stores, deadline_s)))
+
+    def _cut(self, stores: Mapping[int, ReadableStore], deadline_s: float) -> Cut:
+        seen = self._progress.note_ends()
+        snapshots = {number: store.snapshot() for number, store in stores.items()}
+        self._check_unchanged(stores)
+        positions = read_positions(snapshots)
+        final_before_ms = self._progress.final_before_ms(positions, seen)
+        check = partial(self._check, deadline_s=deadline_s, stores=stores)
+        return Cut(stores, snapshots, positions, seen, final_before_ms, check)
 
     # Positions and staleness
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from itertools import compress
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.core import codec
 from pipeline.core.codec import DefinitionEntry
@@ -40,7 +40,6 @@ from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored, find_unreadable
 from pipeline.query.matchers import Test
-from pipeline.query.ranges import Points
 
 _BLOCK = 2_000
 """Entries that are decoded together; the deadline is checked between blocks."""
@@ -105,10 +104,26 @@ def alive_of(entries: list[tuple[bytes, bytes]], definitions: Iterable[Definitio
     return entries
 
 
+class Windowed(Protocol):
+    """Takes the entries of windows that a scan finds."""
+
+    def windows(self, part: Definition) -> range:
+        """Return the starts of the windows of a definition that are needed and have not expired."""
+        ...
+
+    def buckets(self, keys: Sequence[bytes], skip: int) -> Sequence[int]:
+        """Return what stands for the window of each key, which starts behind `skip` bytes."""
+        ...
+
+    def add(self, buckets: Iterable[int], groups: Sequence[Labels], states: Sequence[State]) -> None:
+        """Merge entries, given what stands for their windows, and their groups."""
+        ...
+
+
 def scan_windows(
     query: Query,
     merged: MergedDefinition,
-    points: Points,
+    points: Windowed,
     snapshots: Mapping[int, StoreView],
     tests: Sequence[tuple[int, Test]],
     check: Check,

@@ -9,8 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -21,15 +20,21 @@ from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
-from pipeline.query.media import Encoded, encode_answer
-from pipeline.query.params import ReadRequest
+from pipeline.query.codings import Coded, encode_end, encode_start, preferred_coding
+from pipeline.query.found import FoundAnswer, span_of, unchanged_head
+from pipeline.query.media import Encoded, encode_body, encoded, end_of, plain_json
+from pipeline.query.params import ReadHeaders, ReadRequest
 from pipeline.query.reader import ViewReader
+from pipeline.query.remote_reads import RemoteReads
+from pipeline.query.shared import SharedAnswers
 from pipeline.settings import QuerySettings
 from pipeline.threads import Failures
 
 _log = logging.getLogger(__name__)
 POLL_S = 0.003
 OBSERVE_S = 0.1
+_COMPRESS_HERE_MAX = 32_768
+"""Size up to which a body is compressed on the event loop; a fraction of a millisecond's work."""
 _TOPIC_S = 2.0
 """Longest wait for the log to answer which topic it has now."""
 
@@ -38,6 +43,7 @@ _NOT_FOLDED = "if it was published a moment ago, pass the token that flush() ret
 States = Sequence[PartitionState]
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 RenderViews = Callable[[Exposition, str], tuple[bytes, str]]
 """Renders a scrape for an Accept header; returns the text and its media type."""
 _encode = msgspec.json.Encoder().encode
@@ -87,14 +93,17 @@ class ReadService:
 
     def __init__(self, reader: ViewReader, settings: QuerySettings, metrics: Metrics) -> None:
         self._reader = reader
+        self._remote = RemoteReads(reader, settings)
         self._settings = settings
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
         self._waiter = _PositionWaiter(reader.partitions)
         self._failures = Failures(_log, "observe", metrics)
+        self._closed = False
         self._open = 0
-        """Reads that wait or run."""
+        """Reads that wait for newer data, or run; equal ones that run count once."""
+        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._in_slot)
 
     async def answer(self, request: ReadRequest) -> Encoded:
         """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room."""
@@ -106,11 +115,69 @@ class ReadService:
             raise NotFound(f"{error}; {_NOT_FOLDED}") from None
 
     async def _answer(self, request: ReadRequest) -> Encoded:
-        if not request.waits:
-            answer = self._reader.point(request.query)
-            if answer is not None:
-                return encode_answer(answer, request.media_type)
-        return await self._bounded(self._slow, request)
+        clock = self._reader.clock
+        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000 if request.waits else 0.0
+        while True:
+            if request.waits:
+                await self._bounded(self._wait, request, deadline_s)
+            found = self._reader.find_point(request.query, clock.now_ms())
+            if found is not None:
+                if self._fresh(request, found.answer):
+                    return await self._encode_point(found, request)
+            else:
+                deadline_s = deadline_s or clock.monotonic_s() + request.timeout_ms / 1000
+                answer = await self._shared(request, deadline_s)
+                if answer is not None:
+                    return answer
+            # The data was fresh enough when the read began, but not when it ended: read again if there is time.
+            if clock.monotonic_s() >= deadline_s:
+                raise NotReady(_too_old(request))
+            await asyncio.sleep(POLL_S)
+
+    async def _encode_point(self, found: FoundAnswer, request: ReadRequest) -> Encoded:
+        """Return an answer that is not kept."""
+        answer = found.answer
+        etag = self._answers.tags.of(request.key, span_of(answer), found.positions)
+        if request.knows(etag):
+            return encoded(answer, request.media_type, etag, (), unchanged=True)
+        body = encode_body(answer, request.media_type)
+        parts, coding = await self._coded(body, request.coding)
+        return encoded(answer, request.media_type, etag, parts, coding)
+
+    async def _coded(self, body: bytes, coding: str) -> tuple[Sequence[bytes], str]:
+        """Return a body in a coding, or as it is if that is not worth it, and the coding."""
+        if not coding or len(body) < self._settings.compress_bytes_min:
+            return (body,), ""
+        coded = await self._compress(coding, body)
+        return (coded.start, encode_end(coded, b"")), coding
+
+    async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
+        """Return an answer that equal reads of one commit share; None if it is not fresh enough."""
+        asked = self._reader.asked(request.query)
+        if asked is not None and request.known:
+            etag = self._answers.tags.of(request.key, asked.span, asked.positions)
+            if request.knows(etag):
+                answer = self._reader.renewed(unchanged_head(asked), asked.positions)
+                self._metrics.inc(m.ANSWERS, 1, "unchanged")
+                unchanged = encoded(answer, request.media_type, etag, (), unchanged=True)
+                return unchanged if self._fresh(request, answer) else None
+        kept = await self._answers.get(request.key, asked, deadline_s)
+        coded = None
+        if request.coding and len(kept.start) >= self._settings.compress_bytes_min:
+            coded = await self._answers.coded(kept, request.coding, self._compress)
+        answer = self._reader.renewed(kept.head, kept.positions)
+        if not self._fresh(request, answer):
+            return None
+        end = end_of(answer, request.media_type)
+        if coded is not None:
+            parts = coded.start, encode_end(coded, end)
+            return encoded(answer, request.media_type, kept.etag, parts, request.coding)
+        return encoded(answer, request.media_type, kept.etag, (kept.start, end))
+
+    async def _compress(self, coding: str, body: bytes) -> Coded:
+        if len(body) <= _COMPRESS_HERE_MAX:
+            return encode_start(coding, body)
+        return await self._in_thread(lambda: encode_start(coding, body))
 
     async def read(self, query: Query) -> Answer:
         """Return the answer of now, which is not encoded. `Unavailable` without time or room."""
@@ -130,51 +197,59 @@ class ReadService:
         """Wait for what the read asks to wait for. Raises as `answer`."""
         if request.waits:
             deadline_s = self._reader.clock.monotonic_s() + request.timeout_ms / 1000
-            await self._bounded(partial(self._wait, request), deadline_s)
+            await self._bounded(self._wait, request, deadline_s)
 
-    async def views(self) -> bytes:
+    async def views(self, headers: ReadHeaders) -> Encoded:
         """Return all views, encoded."""
-        return await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
+        body = await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
+        parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+        return plain_json(parts, coding)
 
-    async def scrape(self, views: Sequence[str], render: RenderViews, accept: str) -> tuple[bytes, str]:
+    async def scrape(
+        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+    ) -> tuple[bytes, str]:
         """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
-        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
-        deadline_s = self._reader.clock.monotonic_s() + timeout_ms / 1000
+        deadline_s = self._deadline_s()
         return await self._bounded(
-            self._in_thread, lambda: render(self._reader.scrape(views, deadline_s=deadline_s), accept)
+            self._in_thread, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
         )
 
-    async def _bounded(self, serve: Callable[[T], Coroutine[Any, Any, R]], what: T) -> R:
+    async def remote_read(self, body: bytes) -> bytes:
+        """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
+        deadline_s = self._deadline_s()
+        return await self._bounded(self._in_thread, lambda: self._remote.answer(body, deadline_s=deadline_s))
+
+    def _deadline_s(self) -> float:
+        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
+        return self._reader.clock.monotonic_s() + timeout_ms / 1000
+
+    def _admit(self) -> None:
+        """Count a read that waits or runs; raise `Unavailable` if there are too many, or the server stops."""
+        if self._closed:
+            raise Unavailable("the server is stopping")
         if self._open >= self._settings.reads_waiting_max:
             self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
             raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")
         self._open += 1
+
+    async def _bounded(self, serve: Callable[P, Coroutine[Any, Any, R]], *arguments: P.args, **options: P.kwargs) -> R:
+        self._admit()
         try:
-            return await serve(what)
+            return await serve(*arguments, **options)
         finally:
             self._open -= 1
 
-    async def _slow(self, request: ReadRequest) -> Encoded:
-        clock = self._reader.clock
-        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
-        while True:
-            if request.waits:
-                await self._wait(request, deadline_s)
-            point = self._reader.point(request.query) if request.waits else None
-            if point is not None:
-                answer, encoded = point, encode_answer(point, request.media_type)
-            else:
-                answer, encoded = await self._in_thread(lambda: self._read(request, deadline_s))
-            if self._fresh(request, answer):
-                return encoded
-            # The data was fresh enough when the read began, but not when it ended: read again if there is time.
-            if clock.monotonic_s() >= deadline_s:
-                raise NotReady(_too_old(request))
-            await asyncio.sleep(POLL_S)
+    def _in_slot(self, work: Callable[[], T]) -> asyncio.Task[T]:
+        """Do work in a thread, as one of the reads that may run; `Unavailable` at once if there are too many."""
+        self._admit()
 
-    def _read(self, request: ReadRequest, deadline_s: float) -> tuple[Answer, Encoded]:
-        answer = self._reader.read(request.query, deadline_s=deadline_s)
-        return answer, encode_answer(answer, request.media_type)
+        async def run() -> T:
+            try:
+                return await self._in_thread(work)
+            finally:
+                self._open -= 1
+
+        return asyncio.create_task(run())
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -269,7 +344,8 @@ class ReadService:
             await asyncio.sleep(OBSERVE_S)
 
     def close(self) -> None:
-        """End all running reads."""
+        """End all running reads, and take no more."""
+        self._closed = True
         self._reader.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

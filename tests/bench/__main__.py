@@ -13,7 +13,20 @@ from typing import Any
 
 import msgspec
 
-from tests.bench import heartbeat, kafka, keyed, publisher, ranges, serving, table, windowed, windows, worker, workers
+from tests.bench import (
+    heartbeat,
+    kafka,
+    keyed,
+    polling,
+    publisher,
+    ranges,
+    serving,
+    table,
+    windowed,
+    windows,
+    worker,
+    workers,
+)
 from tests.bench.measure import Row, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
@@ -29,9 +42,10 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "point": serving.point,
     "group-by": serving.group_by,
     "query": ranges.query,
+    "polling": polling.polling,
     "memory": serving.memory,
 }
-"""By name; each takes whether to be quick, which proves that it runs and measures nothing."""
+"""Benchmarks by name; each takes whether to be quick, which proves that it runs and measures nothing."""
 
 ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
     "kafka-publish": keyed.publish_keyed,
@@ -40,18 +54,19 @@ ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
     "kafka-restore": kafka.restore,
     "kafka-latency": kafka.latency,
     "kafka-scaling": workers.scaling,
+    "kafka-spread": workers.spread,
     "kafka-idle": workers.idle,
     "kafka-join": workers.join,
     "kafka-takeover": workers.takeover,
 }
-"""Those that start a broker."""
+"""Benchmarks that start a broker."""
 
 WITH_PLOTS: Mapping[str, Callable[[bool, Path], list[Row]]] = {"publisher": publisher.publisher}
-"""Those that can draw what they measured into a folder."""
+"""Benchmarks that can draw their results into a folder."""
 
 
 def run(name: str, *, quick: bool, plots: Path | None = None) -> list[Row]:
-    """The rows of one benchmark, drawn into `plots` if it can be drawn."""
+    """Return the rows of one benchmark, drawn into `plots` if it can be drawn."""
     if plots is not None and name in WITH_PLOTS:
         return WITH_PLOTS[name](quick, plots)
     return {**BENCHMARKS, **ON_KAFKA}[name](quick)

@@ -1,4 +1,4 @@
-"""Many threads that record to the same series: how many deltas a second, and how long the slowest takes."""
+"""Many threads that record to the same series: deltas a second, and the slowest single ones."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.bench.recording import LABELS, publisher, together
 THREADS = (1, 2, 8, 64)
 _SERIES = 1_000
 _RATE_DELTAS = 400_000
-"""Per measurement, by all threads; slower ways do a part of it, so that each takes about as long."""
+"""Number of deltas per measurement, by all threads; slower ways do a part of it, so that each takes about as long."""
 _SAMPLES = 3_000_000
 _TAIL = 0.9999
 OURS = "bound series"
 _LOCK, _QUEUE, _PROMETHEUS = "one lock and dict", "one queue.Queue", "prometheus_client"
 
 Way = Callable[[], Sequence[Any]]
-"""To be called by each thread: its handles, by series, which have a method `add`."""
+"""Called by each thread: returns its handles, by series, which have a method `add`."""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ class _Totals:
         return [_Total(self, i) for i in range(_SERIES)]
 
     def flush(self) -> None:
-        """Take what is there."""
+        """Take the totals."""
         fresh = dict.fromkeys(range(_SERIES), 0.0)
         with self.lock:
             taken, self.by_series = self.by_series, fresh
@@ -94,11 +94,11 @@ _WAYS: Mapping[str, tuple[Callable[[], Any], int]] = {
     _PROMETHEUS: (_prometheus, 1),
     _QUEUE: (_queued, 1),
 }
-"""With the part of the deltas that each can record in the same time."""
+"""Ways to record, with the part of the deltas that each can record in the same time."""
 
 
 def _rate(opened: Any, threads: int, delta_count: int) -> float:
-    """Deltas a second by so many threads, each to all series in turn."""
+    """Return deltas a second by so many threads, each to all series in turn."""
     rounds = max(1, delta_count // (threads * _SERIES))
     with opened as way:
         ready = threading.Barrier(threads)
@@ -119,7 +119,7 @@ def _rate(opened: Any, threads: int, delta_count: int) -> float:
 
 
 def rates(quick: bool) -> dict[str, dict[int, float]]:
-    """Deltas a second by way and number of threads; each the median of rounds that measure all."""
+    """Return deltas a second by way and number of threads; each the median of rounds that measure all."""
     found: dict[str, dict[int, list[float]]] = {name: {threads: [] for threads in THREADS} for name in _WAYS}
     for _ in range(1 if quick else 3):
         for threads in THREADS:
@@ -130,7 +130,7 @@ def rates(quick: bool) -> dict[str, dict[int, float]]:
 
 
 def rate_rows(found: Mapping[str, Mapping[int, float]]) -> list[Row]:
-    """The rates against their targets."""
+    """Compare the rates with their targets."""
 
     def row(name: str, threads: int, other: str, other_threads: int, times: float) -> Row:
         number = f"{threads} thread{'s' if threads > 1 else ''}, {_SERIES:,} series, {name}"
@@ -147,7 +147,7 @@ def rate_rows(found: Mapping[str, Mapping[int, float]]) -> list[Row]:
 
 
 def _latencies(way: Way, flush: Callable[[], object], sample_count: int) -> list[int]:
-    """ns of each add of 64 threads, wall time, while another flushes all the time; sorted."""
+    """Return the sorted ns of each add of 64 threads, wall time, while another flushes all the time."""
     per_thread = sample_count // THREADS[-1]
     rounds = max(1, per_thread // _SERIES)
     found: list[array[int]] = []
@@ -185,7 +185,7 @@ def _latencies(way: Way, flush: Callable[[], object], sample_count: int) -> list
 
 
 def latencies(quick: bool) -> dict[str, list[int]]:
-    """Sorted ns of single adds by 64 threads while flushing, by way."""
+    """Return sorted ns of single adds by 64 threads while flushing, by way."""
     sample_count = 6_400 if quick else _SAMPLES
     found: dict[str, list[int]] = {}
     with publisher() as opened:
@@ -198,12 +198,12 @@ def latencies(quick: bool) -> dict[str, list[int]]:
 
 
 def tail(sorted_ns: Sequence[int]) -> float:
-    """What one in ten thousand exceeds."""
+    """Return the time that one add in ten thousand exceeds."""
     return sorted_ns[min(int(len(sorted_ns) * _TAIL), len(sorted_ns) - 1)]
 
 
 def tail_rows(found: Mapping[str, Sequence[int]]) -> list[Row]:
-    """The slowest adds against those of a locked dict."""
+    """Compare the slowest adds with those of a locked dict."""
     baseline = Figure(tail(found[_LOCK]) / 1000, "us", f"the same, {_LOCK}")
     name = f"p99.99 of one add, 64 threads, while flushing, {OURS}"
     return [cheaper(name, Figure(tail(found[OURS]) / 1000, "us"), baseline, 20)]

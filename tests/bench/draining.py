@@ -1,4 +1,4 @@
-"""What a flush of many series costs and holds up, and how much memory series and threads take."""
+"""Cost of a flush of many series, its effect on other threads, and memory of series and threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOUR_MS = 3_600_000
 
 
 def flush_rows(quick: bool) -> list[Row]:
-    """All series have one delta: CPU of the whole process until it is acknowledged, and how long others wait for the GIL."""
+    """Measure the CPU of the process for a flush of series with one delta each, and how long others wait for the GIL."""
     series_count = _SERIES // (50 if quick else 1)
     totals: dict[int, float] = {}
     cpu_ms = update_ms = hold_ms = float("inf")
@@ -62,7 +62,7 @@ def flush_rows(quick: bool) -> list[Row]:
 
 
 def fill(series_count: int, thread_count: int, per_thread: int) -> int:
-    """KiB of this process at its peak when so many threads, alive together, have recorded; for a process of its own."""
+    """Return the peak KiB of this process when so many threads, alive together, have recorded; for a process of its own."""
     threading.stack_size(2**18)
     ready, done = threading.Barrier(thread_count + 1), threading.Event()
     with publisher() as opened:
@@ -88,7 +88,7 @@ def fill(series_count: int, thread_count: int, per_thread: int) -> int:
 
 
 def idle(thread_count: int) -> int:
-    """KiB of this process at its peak with so many threads that record nothing."""
+    """Return the peak KiB of this process with so many threads that record nothing."""
     threading.stack_size(2**18)
     done = threading.Event()
     threads = [threading.Thread(target=done.wait) for _ in range(thread_count)]
@@ -102,20 +102,20 @@ def idle(thread_count: int) -> int:
 
 
 def _peak_kib() -> int:
-    """Not `ru_maxrss`, which a process takes over from the one that started it."""
+    """Return this process' peak; `ru_maxrss` would include that of the process that started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def _in_process(call: str) -> float:
-    """MB at the peak of a process that makes one call of this module."""
+    """Return the peak MB of a process that makes one call of this module."""
     script = f"from tests.bench.draining import fill, idle; print({call})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
     return int(msgspec.json.decode(done.stdout)) * 1024 / 1e6
 
 
 def memory_rows(quick: bool) -> list[Row]:
-    """Peak memory of whole processes, the interpreter and the stacks of their threads included."""
+    """Measure the peak memory of whole processes, the interpreter and the stacks of their threads included."""
     scale = 50 if quick else 1
     series, threads = _SERIES // scale, _THREADS // scale
     empty = Figure(_in_process("idle(8)"), "MB", "a process with as many threads that records nothing")

@@ -1,4 +1,4 @@
-"""How long a worker's heaviest steps hold up its other threads: those that keep it in the group are in Python."""
+"""Time for which a worker's heaviest steps hold up its other threads, of which the heartbeats' are in Python."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.bench.measure import Figure, Row, at_most
 
 _BEAT_S = 0.01
 LARGEST_BATCH_ENTRIES = 370_000
-"""They fill 16 MiB, and no batch can be larger."""
+"""Number of entries that fill 16 MiB, the largest batch."""
 _LATE_MAX_MS = 200.0
 _WHAT = "latest heartbeat beside a loop of Python, which gives way every 5 ms"
 
 
 def latest_ms(work: Callable[[], object]) -> float:
-    """By how many ms a thread that wants to run every 10 ms comes too late at most, while `work` runs here."""
+    """Return by how many ms at most a thread that wants to run every 10 ms comes too late, while `work` runs here."""
     late_s = [0.0]
     begun, done = threading.Event(), threading.Event()
 
@@ -56,10 +56,10 @@ def latest_ms(work: Callable[[], object]) -> float:
 
 
 def held_ms(work: Callable[[], object], thread_id: int | None = None) -> tuple[float, str]:
-    """For how many ms at most `work` keeps a thread waiting that wants to run all the time; and where that was.
+    """Return the most ms for which `work` keeps a thread waiting that wants to run all the time, and the place.
 
-    In CPU time of the thread that does it, this one or another, so that it matters little what else the machine does. What
-    waits without using any, and keeps the others waiting all the same, is not seen.
+    The time is CPU time of the working thread, this one or another, so that other load of the machine matters little. A wait
+    that uses no CPU, and keeps the others waiting all the same, is not seen.
     """
     here = threading.get_ident() if thread_id is None else thread_id
     clock = time.pthread_getcpuclockid(here)
@@ -118,7 +118,7 @@ class Worker:
             self.log.append([Message(DELTAS, 0, None, value)], timeout_s=1)
 
     def fold(self) -> None:
-        """What was published, with a commit whenever the overlay is full, and at the end."""
+        """Fold all published batches, with a commit whenever the overlay is full, and at the end."""
         settings = WorkerSettings()
         reader = self.log.reader(DELTAS)
         reader.assign({0: self.partition.task.next_offset})
@@ -137,7 +137,7 @@ class Worker:
 
 
 def heartbeat(quick: bool) -> list[Row]:
-    """The steps in which a worker does most at once, at its default limits; of each the best of some runs."""
+    """Measure the steps in which a worker does most at once, at its default limits; for each the best of some runs."""
     scale = 50 if quick else 1
     baseline = min(latest_ms(_python_loop) for _ in range(1 if quick else 3))
     best: dict[str, float] = {}

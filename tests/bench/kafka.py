@@ -1,6 +1,6 @@
-"""The same on a real broker, which is started for the time of a benchmark; only this process' CPU counts.
+"""Benchmarks of a worker on a real broker, which is started for the time of a benchmark; only this process' CPU counts.
 
-And how long a delta takes from `add` to an answer, with everything in processes of its own but publisher and server.
+Another one measures the time of a delta from `add` to an answer, with only publisher and server in this process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOAD = Definition("load", "sum", ("series",))
 
 @contextmanager
 def broker() -> Iterator[str]:
-    """A broker with our topics, in a folder that goes with it: its URL."""
+    """Run a broker with our topics, in a temporary folder, and yield its URL."""
     with TemporaryDirectory(prefix="pipeline-bench-", ignore_cleanup_errors=True) as folder, Broker(Path(folder)) as started:
         create_topics(started.bootstrap)
         yield f"kafka://{started.bootstrap}"
@@ -45,7 +45,7 @@ def broker() -> Iterator[str]:
 
 @contextmanager
 def house() -> Iterator[House]:
-    """A new one on Kafka."""
+    """Return a new house on Kafka."""
     with broker() as url, TemporaryDirectory(prefix="pipeline-bench-") as folder:
         log = KafkaLog(parse_url(url), KafkaSettings(), SystemClock())
         try:
@@ -55,24 +55,24 @@ def house() -> Iterator[House]:
 
 
 def fold_unique(quick: bool) -> list[Row]:
-    """Nothing merges: every entry is a new series."""
+    """Fold entries that are each a new series, so that nothing merges."""
     count = 20_000 if quick else 1_000_000
     return [fold("Kafka: worker, unique series", house, count, count, 220_000)]
 
 
 def fold_repeated(quick: bool) -> list[Row]:
-    """Each series comes ten times."""
+    """Fold entries of which each series comes ten times."""
     count = 20_000 if quick else 1_000_000
     return [fold("Kafka: worker, each series ten times", house, count, count // 10, 600_000)]
 
 
 def restore(quick: bool) -> list[Row]:
-    """Stores are gone; the worker starts again and reads the changelog."""
+    """Restore deleted stores from the changelog."""
     return [measure_restore("Kafka: restore", house, 20_000 if quick else 1_000_000)]
 
 
 def latency(quick: bool) -> list[Row]:
-    """From `add` to an answer that has it, beside a load of small batches; against the broker's own way there and back."""
+    """Measure from `add` to an answer that has it, beside a load of small batches; against a round trip to the broker."""
     count = 5 if quick else 300
     usual = _latency("Kafka: add to answer", count, batches_per_s=1_000, most_ms=(150, 300))
     soon = _latency(
@@ -126,7 +126,7 @@ def _latency(
 
 
 def _until(server: ClusterServer, total: int) -> float:
-    """When an answer had the total, on the monotonic clock."""
+    """Return when an answer had the total, on the monotonic clock."""
     give_up_s = time.monotonic() + 60
     while time.monotonic() < give_up_s:
         with suppress(NotFound):
@@ -165,7 +165,7 @@ def _running(command: list[str]) -> Iterator[None]:
 
 
 def publish_load(url: str, batches_per_s: int, pause: Callable[[float], None] = time.sleep) -> None:
-    """Small batches, as many publishers would send them, until this process is killed."""
+    """Publish small batches, as many publishers would send them, until this process is killed."""
     log = KafkaLog(parse_url(url), KafkaSettings(), SystemClock())
     partition_count = log.partition_count(DELTAS)
     sequence = 0

@@ -1,6 +1,6 @@
 """The whole way of a publisher on a real broker: keyed adds to many series, drained, encoded, sent and acknowledged.
 
-What counts is the CPU time of the publisher's process, all its threads and librdkafka's among them, for one delta.
+The measure is the CPU time of the publisher's process, all its threads and librdkafka's among them, for one delta.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DELTAS = 2_000_000
 _LARGE = 2**30
 """A `buffer_bytes_max` in which all series fit."""
 REACH = {100: 0.3, 10_000: 0.5, 100_000: 1.0}
-"""By how many series there are: at most so many microseconds a delta."""
+"""Limit to the microseconds a delta, by number of series."""
 
 
 def publish(url: str, series_count: int, delta_count: int, buffer_bytes_max: int) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def _measure(url: str, series_count: int, delta_count: int, buffer_bytes_max: in
 
 
 def publish_keyed(quick: bool) -> list[Row]:
-    """2 M keyed deltas on few and on many series, and on ten times as many as fit into `buffer_bytes_max`."""
+    """Measure 2 M keyed deltas on few and on many series, and on ten times as many as fit into `buffer_bytes_max`."""
     delta_count = 20_000 if quick else _DELTAS
     rows = []
     with broker() as url:

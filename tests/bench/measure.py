@@ -1,4 +1,4 @@
-"""What every benchmark reports in, and on which machine."""
+"""Units and rows of every benchmark's report, and the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One line of the table: what was measured, against what in the same run, and whether that is enough."""
+    """One line of the table: the measured number, a baseline of the same run, and whether the target is met."""
 
     name: str
     measured: Figure
@@ -39,32 +39,32 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def at_most(name: str, measured: Figure, baseline: Figure, most: float) -> Row:
-    """A row whose measured number may be at most `most`."""
+    """Return a row whose measured number may be at most `most`."""
     return Row(name, measured, baseline, f"at most {most:,.0f} {measured.unit}", measured.value <= most)
 
 
 def at_least(name: str, measured: Figure, baseline: Figure, least: float) -> Row:
-    """A row whose measured number must be at least `least`."""
+    """Return a row whose measured number must be at least `least`."""
     return Row(name, measured, baseline, f"at least {least:,.0f} {measured.unit}", measured.value >= least)
 
 
 def at_most_times(name: str, measured: Figure, baseline: Figure, times: float) -> Row:
-    """A row whose measured number may be so many times the baseline's."""
+    """Return a row whose measured number may be so many times the baseline's."""
     return Row(name, measured, baseline, f"at most {times:g} times", measured.value <= times * baseline.value)
 
 
 def at_least_times(name: str, measured: Figure, baseline: Figure, times: float) -> Row:
-    """A row whose measured number must be so many times the baseline's."""
+    """Return a row whose measured number must be so many times the baseline's."""
     return Row(name, measured, baseline, f"at least {times:g} times", measured.value >= times * baseline.value)
 
 
 def cheaper(name: str, measured: Figure, baseline: Figure, times: float) -> Row:
-    """A row whose baseline must be so many times the measured number."""
+    """Return a row whose baseline must be so many times the measured number."""
     return Row(name, measured, baseline, f"{times:g} times cheaper", times * measured.value <= baseline.value)
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process, all its threads and the kernel's work for them, that `work` takes."""
+    """Return the CPU time of this process, all its threads and the kernel's work for them, that `work` takes."""
     gc.collect()
     before = time.process_time()
     work()
@@ -72,7 +72,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
+    """Return a description of this machine."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -19,7 +19,7 @@ def _save(chart: Any, path: Path) -> None:
 
 
 def _options(title: str, values: Iterable[float], **more: Any) -> dict[str, Any]:
-    """Those of all plots: a logarithmic scale of whole decades around `values`."""
+    """Return the options of all plots: a logarithmic scale of whole decades around `values`."""
     low, high = min(values := [value for value in values if value > 0]), max(values)
     decades = [10.0**n for n in range(floor(log10(low)), ceil(log10(high)) + 1)]
     scale = {"logarithmic": True, "range": (decades[0], decades[-1]), "zero": decades[0], "y_labels": decades}
@@ -29,7 +29,7 @@ def _options(title: str, values: Iterable[float], **more: Any) -> dict[str, Any]
 
 
 def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None:
-    """One bar for each name."""
+    """Draw one bar for each name."""
     names = [f"{name}: {value:,.0f} {unit}" for name, value in reversed(values.items())]
     look = {"x_title": unit, "show_legend": False, "value_formatter": lambda v: f"{v:,.0f}"}
     chart = pygal.HorizontalBar(**_options(title, values.values(), **look))
@@ -39,7 +39,7 @@ def bars(path: Path, title: str, values: Mapping[str, float], unit: str) -> None
 
 
 def lines(path: Path, title: str, values: Mapping[str, Mapping[int, float]], x: str, y: str) -> None:
-    """One line for each name over whole numbers, which are steps of equal width."""
+    """Draw one line for each name over whole numbers, which are steps of equal width."""
     every = [value for by in values.values() for value in by.values()]
     chart = pygal.Line(**_options(title, every, x_title=x, y_title=y, value_formatter=lambda v: f"{v:,.0f}"))
     chart.x_labels = [str(number) for number in next(iter(values.values()))]
@@ -54,7 +54,7 @@ def _time(log_ns: float) -> str:
 
 
 def exceedance(path: Path, title: str, sorted_ns: Mapping[str, Sequence[int]]) -> None:
-    """For each name, which part of its samples takes longer than x, on a logarithmic scale too."""
+    """Draw, for each name, which part of its samples takes longer than x, on a logarithmic scale too."""
     parts = [1 / max(map(len, sorted_ns.values())), 1.0]
     chart = pygal.XY(
         **_options(title, parts, x_title="time", y_title="part of the samples that takes longer", show_dots=False),

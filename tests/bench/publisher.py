@@ -11,7 +11,7 @@ from tests.bench.measure import Row
 
 
 def publisher(quick: bool, folder: Path | None = None) -> list[Row]:
-    """All of it; with a `folder`, plots of it are written there as SVG."""
+    """Run all benchmarks of the publisher; with a `folder`, write plots of them there as SVG."""
     costs = recording.costs(quick)
     rates = contention.rates(quick)
     latencies = contention.latencies(quick)

@@ -1,4 +1,4 @@
-"""How quickly `pipeline up` reads ranges of windows, and groups many series, over HTTP."""
+"""Speed of `pipeline up` when it reads ranges of windows, and groups many series, over HTTP."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _times_ms(server: Server, path: str, count: int) -> list[float]:
 
 
 def query(quick: bool) -> list[Row]:
-    """Ranges of 1,440 windows out of a million entries, and a million series in 100 groups with point reads meanwhile."""
+    """Read 1,440 windows out of a million entries, and a million series in 100 groups with point reads meanwhile."""
     series_count, window_count = (10, 200) if quick else (10, 100_000)
     many = 2_000 if quick else 1_000_000
     points = min(1_440, window_count)

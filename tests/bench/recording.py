@@ -1,4 +1,4 @@
-"""What it costs to record a delta, against a dictionary update, and against what people use instead."""
+"""Cost of recording a delta, against a dictionary update, and against other libraries."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def publisher(**settings: Any) -> Iterator[BasePublisher]:
 
 
 def _thread_ns(loop: Callable[[int], None], count: int) -> float:
-    """CPU time of this thread for one turn of `loop`, in ns."""
+    """Return the CPU time of this thread for one turn of `loop`, in ns."""
     before = time.thread_time_ns()
     loop(count)
     return (time.thread_time_ns() - before) / count
@@ -81,7 +81,7 @@ def _bare(count: int) -> None:
 
 
 def best_ns(loops: Mapping[str, Callable[[int], None]], count: int, round_count: int = _ROUNDS) -> dict[str, float]:
-    """What one turn of each loop costs beyond the loop itself: the best of several rounds, each of which runs all."""
+    """Return the cost of one turn of each loop beyond a bare one: the best of several rounds, each of which runs all."""
     best = dict.fromkeys(loops, float("inf"))
     bare = float("inf")
     for _ in range(round_count):
@@ -119,7 +119,7 @@ def _adding_by_key(view: Any) -> Callable[[int], None]:
 
 
 def others() -> dict[str, Callable[[int], None]]:
-    """What people use instead, each as its documentation has it."""
+    """Return the ways of other libraries, each as its documentation has it."""
     totals = {"eu": 0.0}
     lock = threading.Lock()
     waiting: queue.SimpleQueue[float] | queue.Queue[float] = queue.Queue()
@@ -156,7 +156,7 @@ def others() -> dict[str, Callable[[int], None]]:
 
 
 def costs(quick: bool) -> dict[str, float]:
-    """ns of this thread for one delta, by way to record it."""
+    """Return the ns of this thread for one delta, by way to record it."""
     with ExitStack() as stack:
         view = stack.enter_context(publisher()).sum("sales", labels=LABELS)
         durable = stack.enter_context(publisher(durability="process")).sum("sales", labels=LABELS)
@@ -168,7 +168,7 @@ def costs(quick: bool) -> dict[str, float]:
 
 
 def cost_rows(ns: Mapping[str, float]) -> list[Row]:
-    """The costs against their targets."""
+    """Compare the costs with their targets."""
 
     def figures(name: str, baseline: str) -> tuple[str, Figure, Figure]:
         return name, Figure(ns[name], "ns"), Figure(ns[baseline], "ns", baseline)
@@ -185,7 +185,7 @@ def cost_rows(ns: Mapping[str, float]) -> list[Row]:
 
 
 def together(bodies: Sequence[Callable[[], None]]) -> float:
-    """Wall time until threads that start together have all done their part."""
+    """Return the wall time until threads that start together have all done their part."""
     start = threading.Barrier(len(bodies) + 1)
 
     def run(body: Callable[[], None]) -> None:

@@ -29,12 +29,12 @@ class Server:
         self.address = host, int(port)
 
     def cpu_seconds(self) -> float:
-        """CPU time that the process has used so far."""
+        """Return the CPU time that the process has used so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory_mb(self, name: str) -> float:
-        """A line of the process' status, such as VmRSS or VmHWM, in MB."""
+        """Return a line of the process' status, such as VmRSS or VmHWM, in MB."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) / 1024
@@ -65,7 +65,7 @@ def running(command: Sequence[str], *, core: int | None = None) -> Iterator[Serv
 
 @contextmanager
 def pinned(core: int | None) -> Iterator[None]:
-    """Keep this process to one core meanwhile."""
+    """Keep this process to one core while the context lasts."""
     before = os.sched_getaffinity(0)
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -76,13 +76,13 @@ def pinned(core: int | None) -> Iterator[None]:
 
 
 def two_cores() -> tuple[int | None, int | None]:
-    """One for the server and another for its client; None where there is only one."""
+    """Return a core for the server and another for its client; None where there is only one."""
     cores = sorted(os.sched_getaffinity(0))
     return (cores[0], cores[1]) if len(cores) > 1 else (None, None)
 
 
 class _Connection:
-    """Sends one request after another, the next when the last was answered."""
+    """A connection that sends one request after another, the next when the last was answered."""
 
     def __init__(self, address: tuple[str, int], requests: Iterator[bytes]) -> None:
         self.socket = socket.create_connection(address)
@@ -95,7 +95,7 @@ class _Connection:
         self.socket.sendall(next(self._requests))
 
     def receive(self) -> bool:
-        """Whether the answer is complete."""
+        """Receive bytes, and return whether the answer is complete."""
         data = self.socket.recv(65_536)
         if not data:
             raise ConnectionError("the server closed a connection")
@@ -110,7 +110,7 @@ class _Connection:
 
 
 def load(server: Server, paths: Sequence[str], *, seconds: float, connection_count: int = 32) -> tuple[int, float, float]:
-    """Ask for `paths` over and over: answers, wall time and the server's CPU time, both in s."""
+    """Ask for `paths` over and over; return answers, wall time and the server's CPU time, both in s."""
     host = ":".join(map(str, server.address))
     heads = [f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() for path in paths]
     count = 0

@@ -1,4 +1,4 @@
-"""How quickly `pipeline up` answers over HTTP, and how much memory it takes."""
+"""Speed of `pipeline up` over HTTP, and its memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SEND_BATCHES = 8
 
 @contextmanager
 def up(folder: Path, *, core: int | None = None) -> Iterator[Server]:
-    """`pipeline up` on a new data directory."""
+    """Run `pipeline up` on a new data directory."""
     command = ["-c", "from pipeline.cli import main; main()", "up", "--json", "--port", "0", "--data", str(folder)]
     with running(command, core=core) as server:
         yield server
@@ -61,13 +61,13 @@ def publish(server: Server, series_count: int) -> None:
 
 
 def read(server: Server, path: str) -> dict:  # type: ignore[type-arg]
-    """One answer."""
+    """Return one answer."""
     with urlopen(server.url + path) as response:
         return msgspec.json.decode(response.read())
 
 
 def point(quick: bool) -> list[Row]:
-    """One series at a time, all over 100,000; server and client have a core each."""
+    """Read one series at a time, all over 100,000; server and client have a core each."""
     series_count = 1_000 if quick else 100_000
     seconds = 0.3 if quick else 4.0
     server_core, client_core = two_cores()
@@ -132,7 +132,7 @@ def _scan_ms(folder: Path) -> float:
 
 
 def memory(quick: bool) -> list[Row]:
-    """A million series, published over HTTP to a server on which nothing else goes on."""
+    """Measure the memory of a million series, published over HTTP to an otherwise idle server."""
     series_count = 2_000 if quick else 1_000_000
     with TemporaryDirectory(prefix="pipeline-bench-") as folder:
         with up(Path(folder) / "none") as server:

@@ -26,12 +26,12 @@ SERIES = 1_000
 
 
 def ways() -> list[str]:
-    """The tables that there are."""
+    """Return the tables that can be used here."""
     return ["native", "plain"] if native.in_use() else ["plain"]
 
 
 def open_view(way: str, **settings: Any) -> tuple[Any, Any]:
-    """A table that never refuses, and a view of it."""
+    """Return a table that never refuses, and a view of it."""
     kind: Any = native.extension().Table if way == "native" else Table
     table = kind(
         bytes_max=1 << 40,
@@ -64,7 +64,7 @@ def _recording() -> dict[str, Callable[[int], None]]:
 
 
 def recording_rows(quick: bool) -> list[Row]:
-    """One delta, against a dictionary update and against what people use instead."""
+    """Measure one delta, against a dictionary update and against other libraries."""
     ns = best_ns(_recording(), 2_000 if quick else 200_000, _ROUNDS)
 
     def figures(name: str, baseline: str) -> tuple[str, Figure, Figure]:
@@ -85,7 +85,7 @@ def recording_rows(quick: bool) -> list[Row]:
 
 
 def threads_ns(way: str, thread_count: int, series_count: int, per_thread: int, **settings: int) -> tuple[float, float]:
-    """Wall ns for one delta of all threads together, keyed; and the 99.99th percentile of one `add`, of one thread."""
+    """Return the wall ns for one delta of all threads together, keyed, and the 99.99th percentile of one thread's `add`."""
     table, view = open_view(way, **settings)
     pairs = [(f"region-{i % 16}", f"product-{i:07d}") for i in range(series_count)]
     start = threading.Barrier(thread_count + 1)
@@ -124,7 +124,7 @@ def threads_ns(way: str, thread_count: int, series_count: int, per_thread: int, 
 
 
 def thread_rows(quick: bool) -> list[Row]:
-    """Threads that share 1,000 series, while the table is drained: against one thread."""
+    """Compare threads that share 1,000 series, while the table is drained, with one thread."""
     total = 4_000 if quick else 400_000
     rows = []
     for way in ways():
@@ -137,7 +137,7 @@ def thread_rows(quick: bool) -> list[Row]:
 
 
 def drain_rows(quick: bool) -> list[Row]:
-    """Draining and encoding dirty series."""
+    """Measure the draining and encoding of dirty series."""
     count = 1_000 if quick else 100_000
     rows = []
     for way in ways():
@@ -163,12 +163,12 @@ def drain_rows(quick: bool) -> list[Row]:
 
 
 def rss() -> int:
-    """The memory of this process in bytes."""
+    """Return the memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def memory(way: str, count: int) -> dict[str, float]:
-    """Bytes a series as the system and as the table count them, CPU ns for a delta to a new series and to a known one."""
+    """Return bytes a series as the system and as the table count them, and CPU ns a delta to new and to known series."""
     table, view = open_view(way, local_series_max=0)
     view.add(1, region="x", product="y")
     regions = [f"region-{i}" for i in range(16)]
@@ -192,7 +192,7 @@ def memory(way: str, count: int) -> dict[str, float]:
 
 
 def histogram_memory(way: str, count: int) -> dict[str, float]:
-    """Bytes a histogram of 20 buckets, as the system and as the table count them."""
+    """Return bytes a histogram of 20 buckets, as the system and as the table count them."""
     table, _ = open_view(way, local_series_max=0)
     view = table.define(Definition("slow", "histogram", ("route",)), 1 << 31)
     view.observe(1, route="x")
@@ -210,7 +210,7 @@ def _of_process(call: str) -> dict[str, float]:
 
 
 def memory_rows(quick: bool) -> list[Row]:
-    """Memory a series, in a process of its own."""
+    """Measure the memory a series, in a process of its own."""
     rows = []
     for way in ways():
         count = 20_000 if quick else 1_000_000 if way == "native" else 100_000
@@ -231,5 +231,5 @@ def memory_rows(quick: bool) -> list[Row]:
 
 
 def table(quick: bool) -> list[Row]:
-    """All of it."""
+    """Run all benchmarks of the tables."""
     return [*recording_rows(quick), *thread_rows(quick), *drain_rows(quick), *memory_rows(quick)]

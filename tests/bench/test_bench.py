@@ -1,4 +1,4 @@
-"""The benchmarks run. What they measure is for `pipeline bench` to say: a test has no quiet machine."""
+"""The benchmarks run. Their numbers are for `pipeline bench`: a test has no quiet machine."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What windows cost where deltas are recorded: views with windows against views without, in one run."""
+"""Cost of windows where deltas are recorded: views with windows against views without, in one run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.bench.table import open_view, ways
 _WINDOW_S = 60
 _PUBLISHED = 1_000_000
 _WAYS = {"native": 0.7, "plain": 0.35}
-"""The least of the rate without windows, by table: the plain one pays for a call to read the clock."""
+"""Least part of the rate without windows, by table: the plain one pays for a call to read the clock."""
 
 
 def _recording_rows(quick: bool) -> list[Row]:
-    """One delta to one series, again and again."""
+    """Measure one delta to one series, again and again."""
     clock = SystemClock()
     loops: dict[str, Callable[[int], None]] = {}
     names: list[tuple[str, str]] = []
@@ -52,7 +52,7 @@ def _recording_rows(quick: bool) -> list[Row]:
 
 
 def _publish_rate(series_count: int, delta_count: int, window_s: int) -> float:
-    """Deltas for each CPU second of the whole process, from `add` until all are acknowledged."""
+    """Return deltas for each CPU second of the whole process, from `add` until all are acknowledged."""
     pairs = [(f"region-{i % 16}", f"product-{i:07d}") for i in range(series_count)]
     with publisher(buffer_bytes_max=2**29) as opened:
         view = opened.sum("sales", labels=LABELS, window_s=window_s)
@@ -67,7 +67,7 @@ def _publish_rate(series_count: int, delta_count: int, window_s: int) -> float:
 
 
 def _publish_rows(quick: bool) -> list[Row]:
-    """Deltas by key, published: the windows of a minute, and of a second, in each of which every series is a new one."""
+    """Publish deltas by key in windows of a minute, and of a second, in each of which every series is new."""
     rows = []
     delta_count = _PUBLISHED // (100 if quick else 1)
     for series_count in (100, 100_000 // (50 if quick else 1)):
@@ -83,5 +83,5 @@ def _publish_rows(quick: bool) -> list[Row]:
 
 
 def record_windows(quick: bool) -> list[Row]:
-    """All of it."""
+    """Run all benchmarks of recording to windows."""
     return [*_recording_rows(quick), *_publish_rows(quick)]

@@ -1,4 +1,4 @@
-"""What windows cost the worker: folding deltas of windows, and deleting windows that have expired, beside folding."""
+"""Cost of windows in the worker: folding deltas of windows, and deleting expired windows, beside folding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPIRING = Definition("sales_by_minute", "sum", ("product", "region"), window_s=
 def batches(
     rows: Sequence[tuple[int, int]], definition: Definition, partition_count: int, created_at_ms: int
 ) -> Iterator[bytes]:
-    """Batches of one delta for each row, which is the number of its labels and the start of its window."""
+    """Return batches of one delta for each row, which is the number of its labels and the start of its window."""
     prefix = series_prefix(definition)
     groups = [Group(definition, [], []) for _ in range(partition_count)]
     for i, start_ms in rows:
@@ -48,7 +48,7 @@ def _publish(house: House, rows: Sequence[tuple[int, int]], definition: Definiti
 
 
 def fold_windows(quick: bool) -> list[Row]:
-    """A worker folds deltas of windows, as many series as without windows: each new, and each ten times."""
+    """Fold deltas of windows, as many series as without windows: each new, and each ten times."""
     count = 20_000 if quick else 1_000_000
     rows = []
     for name, times in (("unique series", 1), ("each series ten times", 10)):
@@ -76,7 +76,7 @@ def fold_windows(quick: bool) -> list[Row]:
 
 
 def expire(quick: bool) -> list[Row]:
-    """A worker folds deltas of known series while as many entries are due to be deleted; against folding alone."""
+    """Fold deltas of known series while as many entries are due to be deleted; against folding alone."""
     count = 20_000 if quick else 1_000_000
     seconds = {}
     for expires in (True, False):

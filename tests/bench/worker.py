@@ -1,4 +1,4 @@
-"""How many entries a CPU second folds, commits and restores: embedded log, RocksDB stores, everything in one process."""
+"""Entries that a CPU second folds, commits and restores: embedded log, RocksDB stores, everything in one process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class House:
         settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.settle = settle
-        """Lets the log do now what it would do later, at a cost that is not the worker's."""
+        """Let the log do now what it would do later, at a cost that is not the worker's."""
         self._batch_entries = batch_entries
         self.clock = SystemClock()
         self.settings = LogSettings(data=str(path))
@@ -81,7 +81,7 @@ class House:
         stores.close()
 
     def entries(self) -> list[list[tuple[bytes, bytes]]]:
-        """What the changelog holds, by partition."""
+        """Return the entries of the changelog, by partition."""
         reader = self.log.reader(CHANGELOG)
         ends, next_offsets = self.log.end_offsets(CHANGELOG), dict.fromkeys(range(self.partition_count), 0)
         reader.assign(next_offsets)
@@ -98,7 +98,7 @@ class House:
 
 @contextmanager
 def embedded() -> Iterator[House]:
-    """A new one on the embedded log, in a folder that goes with it."""
+    """Return a new house on the embedded log, in a temporary folder."""
     with TemporaryDirectory(prefix="pipeline-bench-") as folder:
         log = EmbeddedLog(Path(folder) / "log", topics.load(), LogSettings(data=folder), SystemClock())
         try:
@@ -108,7 +108,7 @@ def embedded() -> Iterator[House]:
 
 
 def _fold_bare(batches: list[bytes]) -> None:
-    """What no worker can do without: decode, and add up in a dict."""
+    """Do the least that a worker must: decode, and add up in a dict."""
     states: dict[bytes, float] = {}
     for value in batches:
         for group in decode_batch(value).groups:
@@ -118,7 +118,7 @@ def _fold_bare(batches: list[bytes]) -> None:
 
 
 def fold(name: str, house: HouseMaker, entry_count: int, series_count: int, least: float) -> Row:
-    """A worker folds and commits what was published before; against decoding and adding up the same batches."""
+    """Fold and commit batches that were published before; against decoding and adding up the same batches."""
     with house() as made:
         batches = made.publish(entry_count, series_count)
         bare = cpu_seconds(lambda: _fold_bare(batches))
@@ -133,19 +133,19 @@ def fold(name: str, house: HouseMaker, entry_count: int, series_count: int, leas
 
 
 def fold_unique(quick: bool) -> list[Row]:
-    """Nothing merges: every entry is a new series."""
+    """Fold entries that are each a new series, so that nothing merges."""
     count = 20_000 if quick else 1_000_000
     return [fold("worker, unique series", embedded, count, count, 200_000)]
 
 
 def fold_repeated(quick: bool) -> list[Row]:
-    """Each series comes ten times."""
+    """Fold entries of which each series comes ten times."""
     count = 20_000 if quick else 1_000_000
     return [fold("worker, each series ten times", embedded, count, count // 10, 500_000)]
 
 
 def _put_bare(store: RocksStore, entries: list[tuple[bytes, bytes]]) -> None:
-    """What no restore can do without: put the entries into RocksDB, as they come."""
+    """Do the least that a restore must: put the entries into RocksDB, in their order."""
     for start in range(0, len(entries), 20_000):
         batch = WriteBatch(raw_mode=True)
         for key, value in entries[start : start + 20_000]:
@@ -154,12 +154,12 @@ def _put_bare(store: RocksStore, entries: list[tuple[bytes, bytes]]) -> None:
 
 
 def restore(quick: bool) -> list[Row]:
-    """Stores are gone; the worker starts again and reads the changelog. Against putting the same entries into RocksDB."""
+    """Restore deleted stores from the changelog, against putting the same entries into RocksDB."""
     return [measure_restore("restore", embedded, 20_000 if quick else 1_000_000)]
 
 
 def measure_restore(name: str, house: HouseMaker, count: int) -> Row:
-    """As `restore`, on any log."""
+    """Measure a restore on any log, as `restore` does."""
     with house() as made:
         made.publish(count, count)
         made.work()

@@ -1,5 +1,5 @@
-"""Workers that share partitions, each in a process of its own: what a second one adds, what one costs that has nothing
-to do, and for how long a partition lies still when another takes it over.
+"""Workers that share partitions, each in a process of its own: the gain of a second one, the cost of an idle one, and the
+time that a partition lies still when another takes it over.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,7 +42,7 @@ from tests.support import wait_until
 
 _WAIT_S = 120.0
 _LOAD_PER_S = 100
-"""Batches, of ten series each: enough for every partition to commit ten times a second."""
+"""Batches a second, of ten series each: enough for every partition to commit ten times a second."""
 _STORED = Definition("stored", "sum", ("series",))
 _COMMIT = 50_000
 
@@ -83,13 +83,13 @@ class Bench:
         self.log = KafkaLog(parse_url(self.app.url), KafkaSettings(), clock)
 
     def member(self, name: str, **settings: object) -> Role:
-        """A worker with the defaults of its settings, but for these."""
+        """Return a worker with default settings, except these."""
         usual = {"metadata_refresh_ms": 2_000, "mirror_interval_ms": 5_000, "commit_interval_ms": 100}
         return worker(self.app, self.scratch / name, "--name", name, **{**usual, **settings})
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Beside a process that sends small batches to all partitions."""
+        """Publish small batches to all partitions while the context lasts."""
         command = [sys.executable, "-m", "tests.bench.kafka", self.app.url, str(_LOAD_PER_S)]
         process = subprocess.Popen(command, cwd=ROOT)
         try:
@@ -99,7 +99,7 @@ class Bench:
             process.wait()
 
     def shared(self, *roles: Role, warm: bool = True) -> None:
-        """Wait until all of them fold their share, and have warm copies of what others fold."""
+        """Wait until all workers fold their share, and have warm copies of the other shares."""
 
         def done() -> bool:
             found = [status(role) for role in roles]
@@ -111,7 +111,7 @@ class Bench:
         wait_until(done, "the partitions to be shared", _WAIT_S)
 
     def ends(self) -> dict[int, int]:
-        """Of the changelog."""
+        """Return the ends of the changelog."""
         return dict(self.log.end_offsets(CHANGELOG))
 
     def flowing(self, since: Mapping[int, int], seconds: float) -> None:
@@ -120,7 +120,7 @@ class Bench:
         time.sleep(seconds)
 
     def commits(self, since: Mapping[int, int]) -> dict[int, list[int]]:
-        """When each partition committed, on the wall clock in ms, from these offsets of the changelog on."""
+        """Return when each partition committed, on the wall clock in ms, from these offsets of the changelog on."""
         reader = self.log.reader(CHANGELOG)
         reader.assign(since)
         ends, next_offsets = self.ends(), dict(since)
@@ -140,7 +140,7 @@ class Bench:
 
 @contextmanager
 def bench(partitions: int) -> Iterator[Bench]:
-    """A new one, in a folder that goes with it."""
+    """Yield a new bench in a temporary folder."""
     with (
         TemporaryDirectory(prefix="pipeline-bench-", ignore_cleanup_errors=True) as folder,
         Broker(Path(folder) / "kafka") as broker,
@@ -153,7 +153,7 @@ def bench(partitions: int) -> Iterator[Bench]:
 
 
 def status(role: Role) -> dict[str, Any]:
-    """What `/v1/status` says."""
+    """Return a worker's `/v1/status`."""
     try:
         return dict(httpx.get(f"{role.url}/v1/status", timeout=30).json())
     except httpx.HTTPError as error:
@@ -161,7 +161,7 @@ def status(role: Role) -> dict[str, Any]:
 
 
 def process_cpu_s(pid: int) -> float:
-    """User and system time of a process so far."""
+    """Return the user and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
@@ -171,41 +171,53 @@ def _rss_mb(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def scaling(quick: bool) -> list[Row]:
-    """Two workers against one, on what was published before they may begin; nothing but them and the broker runs.
+def _fold_rate(
+    it: Bench, names: Sequence[str], batches: Iterable[tuple[int, bytes]], entry_count: int, quick: bool, **settings: object
+) -> Figure:
+    """Return how many entries a second new workers fold of what was published before they may begin.
 
-    Without standbys, so that both fold and nothing else; and with them, when each follows what the other folds, too.
+    Nothing but them and the broker runs meanwhile.
+    """
+    with ExitStack() as stack:
+        # Those that are held up must not be taken for dead, nor find that they stood still.
+        patient = {"session_timeout_ms": 300_000, "stall_timeout_ms": 0, **settings}
+        roles = [stack.enter_context(it.member(name, **patient)) for name in names]
+        it.shared(*roles, warm=bool(settings["standby_count"]))
+        pids = [role.program.process.pid for role in roles]
+        for role in roles:
+            role.program.signal(signal.SIGSTOP)
+        messages = (Message(DELTAS, partition, None, value) for partition, value in batches)
+        while run := [*islice(messages, 100)]:
+            it.log.append(run, timeout_s=30)
+        ends = it.log.end_offsets(DELTAS)
+        time.sleep(0 if quick else 5)  # what the broker still has to do of that
+        before = [process_cpu_s(pid) for pid in (*pids, it.broker.pid)]
+        began_s = time.monotonic()
+        for role in roles:
+            role.program.signal(signal.SIGCONT)
+
+        def folded() -> bool:
+            time.sleep(0.1)  # asking is work for those that are measured
+            return {p["partition"]: p["next_offset"] for role in roles for p in status(role)["partitions"]} == ends
+
+        wait_until(folded, "everything to be folded", _WAIT_S)
+        took_s = time.monotonic() - began_s
+        used = [process_cpu_s(pid) - was for pid, was in zip((*pids, it.broker.pid), before, strict=True)]
+        cores = f"cores used: {' and '.join(f'{s / took_s:.2f}' for s in used[:-1])}, the broker {used[-1] / took_s:.2f}"
+        return Figure(entry_count / took_s, "entries/s", f"{len(names)} of them; {cores}")
+
+
+def scaling(quick: bool) -> list[Row]:
+    """Compare two workers with one, on batches published before they may begin; only they and the broker run.
+
+    Without standbys both fold and nothing else; with them each follows the other's commits, too.
     """
     entry_count, partitions = (20_000, 4) if quick else (4_000_000, 4)
     rates: list[Figure] = []
     for names, standby_count in ((("one",), 0), (("one", "two"), 0), (("one", "two"), 1)):
-        with bench(partitions) as it, ExitStack() as stack:
-            # Those that are held up must not be taken for dead, nor find that they stood still.
-            patient = {"session_timeout_ms": 300_000, "stall_timeout_ms": 0, "standby_count": standby_count}
-            roles = [stack.enter_context(it.member(name, **patient)) for name in names]
-            it.shared(*roles, warm=bool(standby_count))
-            pids = [role.program.process.pid for role in roles]
-            for role in roles:
-                role.program.signal(signal.SIGSTOP)
-            for partition, value in data.batches(entry_count, entry_count // 10, partitions, 2_000):
-                it.log.append([Message(DELTAS, partition, None, value)], timeout_s=10)
-            ends = it.log.end_offsets(DELTAS)
-            time.sleep(0 if quick else 5)  # what the broker still has to do of that
-            before = [process_cpu_s(pid) for pid in (*pids, it.broker.pid)]
-            began_s = time.monotonic()
-            for role in roles:
-                role.program.signal(signal.SIGCONT)
-
-            def folded(roles: Sequence[Role] = roles, ends: Mapping[int, int] = ends) -> bool:
-                time.sleep(0.1)  # asking is work for those that are measured
-                found = {p["partition"]: p["next_offset"] for role in roles for p in status(role)["partitions"]}
-                return found == ends
-
-            wait_until(folded, "everything to be folded", _WAIT_S)
-            took_s = time.monotonic() - began_s
-            used = [process_cpu_s(pid) - was for pid, was in zip((*pids, it.broker.pid), before, strict=True)]
-            cores = f"cores used: {' and '.join(f'{s / took_s:.2f}' for s in used[:-1])}, the broker {used[-1] / took_s:.2f}"
-            rates.append(Figure(entry_count / took_s, "entries/s", f"{len(names)} of them; {cores}"))
+        with bench(partitions) as it:
+            batches = data.batches(entry_count, entry_count // 10, partitions, 2_000)
+            rates.append(_fold_rate(it, names, batches, entry_count, quick, standby_count=standby_count))
     one, two, with_standbys = rates
     return [
         at_least_times("Kafka: two workers, each series ten times", two, one, 1.8),
@@ -213,8 +225,19 @@ def scaling(quick: bool) -> list[Row]:
     ]
 
 
+def spread(quick: bool) -> list[Row]:
+    """Fold one series that many processes flush, with two workers of four partitions: spread over all four, or not."""
+    count, partitions = (2_000, 4) if quick else (400_000, 4)
+    rates: list[Figure] = []
+    for width in (1, 4):
+        with bench(partitions) as it:
+            rates.append(_fold_rate(it, ("one", "two"), data.hot(count, width, partitions), count, quick, standby_count=0))
+    one, four = rates
+    return [at_least_times("Kafka: two workers, one hot series with spread=4", four, one, 1.5)]
+
+
 def idle(quick: bool) -> list[Row]:
-    """A member that has 64 partitions and nothing to fold, against a worker of one partition without a group."""
+    """Compare a member with 64 idle partitions with a worker of one partition without a group."""
     seconds = 1 if quick else 30
     found = []
     for partitions, alone in ((1, True), (4 if quick else 64, False)):
@@ -239,7 +262,7 @@ def idle(quick: bool) -> list[Row]:
 
 
 def join(quick: bool) -> list[Row]:
-    """A second worker comes, under a small load, and is given its share once its copies are warm."""
+    """Let a second worker join under a small load, until it gets its share once its copies are warm."""
     entry_count, partitions = (2_000, 2) if quick else (1_000_000, 4)
     with bench(partitions) as it:
         for number in range(partitions):
@@ -261,7 +284,7 @@ def join(quick: bool) -> list[Row]:
 
 
 def takeover(quick: bool) -> list[Row]:
-    """One of two is killed -9: how long until all its partitions fold again; and if it is started again at once."""
+    """Kill one of two with kill -9, and measure until all its partitions fold again, also with an immediate restart."""
     entry_count, partitions = (2_000, 2) if quick else (200_000, 8)
     with bench(partitions) as it:
         for number in range(partitions):
@@ -282,7 +305,7 @@ def takeover(quick: bool) -> list[Row]:
 
 
 def _takeover(it: Bench, role: Role, then: Callable[..., None]) -> tuple[float, float]:
-    """Kill it: after how long its partitions have all committed again; and how often they did before. In seconds."""
+    """Kill a worker; return after how many seconds its partitions have all committed again, and their usual interval."""
     since = it.ends()
     it.flowing(since, 2)
     held = [found["partition"] for found in status(role)["partitions"]]

@@ -118,7 +118,7 @@ def test_an_older_program_under_a_name_of_before(topics: App) -> None:
 
 @pytest.mark.parametrize("first", ["this", "other"])
 def test_two_apps_of_one_name(topics: App, first: str) -> None:
-    """Of two apps of one name with different partition counts the first goes on; the other ends, naming both."""
+    """The first of two apps of one name with different partition counts goes on; the other ends, naming both."""
     other = new_app(topics.bootstrap)
     create_topics(other.bootstrap, other.app, PARTITIONS + 2)
     theirs = {name: other.topic(name) for name in ("deltas", "changelog")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import subprocess
 import threading
@@ -24,8 +23,8 @@ from confluent_kafka import Producer
 from pipeline import Publisher, Reader
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.metrics import CATALOGUE
-from tests.broker.jars import Missing, need
-from tests.broker.kafka import GUARDED, App, Port, absent, create_topics, delete_topics, new_app
+from tests.broker.kafka import App, create_topics, delete_topics, new_app
+from tests.prometheus import Prometheus, program
 from tests.support import ROOT, UpProcess, everything, wait_until
 
 FOLDER = ROOT / "dashboards"
@@ -34,7 +33,6 @@ DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.
 RATE_INTERVAL = "10s"
 COUNTER, GAUGES = "orders_total", ("pace", "balance", "peak")
 ODD = ('say "x"', "back\\slash", "two\nlines", "été", "")
-Samples = dict[frozenset[tuple[str, str]], float]
 
 
 class Target(NamedTuple):
@@ -60,76 +58,6 @@ def targets(dashboard: str) -> list[Target]:
     ]
 
 
-def program(name: str) -> str:
-    """Return the path of a program; skip the test if there is none, or fail it under PIPELINE_REQUIRE_KAFKA=1."""
-    try:
-        return need(name)
-    except Missing:
-        absent(Missing(f"no {name}: apt-get install prometheus"))
-
-
-class Prometheus:
-    """A Prometheus with the scrape config of dashboards/, of which targets and intervals are replaced."""
-
-    def __init__(self, folder: Path, addresses: Mapping[str, str]) -> None:
-        self._port = Port()
-        self.url = f"http://127.0.0.1:{self._port.number}"
-        self._log = folder / "prometheus.log"
-        config = folder / "prometheus.yml"
-        config.write_text(yaml.safe_dump(replaced(addresses)))
-        options = (f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn")
-        listen = f"--web.listen-address=127.0.0.1:{self._port.number}"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["sh", "-c", GUARDED, "sh", program("prometheus"), *options, listen],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait(30)
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._port.close()
-
-    def api(self, path: str, **parameters: Any) -> Any:
-        """Return the `data` of an answer."""
-        query = urllib.parse.urlencode({name.replace("match", "match[]"): value for name, value in parameters.items()})
-        try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{parameters}: {error.read().decode()}") from None
-
-    def healthy(self) -> bool:
-        """Return whether every target was scraped and none failed."""
-        assert self._process.poll() is None, self._log.read_text()
-        try:
-            urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()
-        except OSError:
-            return False
-        found = self.api("targets")["activeTargets"]
-        return bool(found) and all(target["health"] == "up" for target in found)
-
-    def vector(self, expr: str) -> Samples:
-        """Return the samples of an instant query by their labels."""
-        result = self.api("query", query=expr)["result"]
-        return {frozenset(it["metric"].items()): float(it["value"][1]) for it in result}
-
-    def numbers(self, expr: str, *, instant: bool) -> list[float]:
-        """Return all numbers that a panel would show for the last 30 s; NaN is none."""
-        if instant:
-            found = list(self.vector(expr).values())
-        else:
-            now = float(self.api("query", query="time()")["result"][1])
-            matrix = self.api("query_range", query=expr, start=now - 30, end=now, step="1s")["result"]
-            found = [float(value) for series in matrix for _, value in series["values"]]
-        return [number for number in found if not math.isnan(number)]
-
-
 def replaced(addresses: Mapping[str, str]) -> Any:
     """Return dashboards/prometheus.yml with each target's address replaced."""
     config = yaml.safe_load(CONFIG.read_text())
@@ -137,6 +65,8 @@ def replaced(addresses: Mapping[str, str]) -> Any:
     for job in config["scrape_configs"]:
         for group in job["static_configs"]:
             group["targets"] = [addresses[target] for target in group["targets"] or [job["job_name"]]]
+    for remote in config["remote_read"]:
+        remote["url"] = remote["url"].replace("server:8080", addresses["server:8080"])
     return config
 
 
@@ -258,7 +188,7 @@ def world(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worl
         stack.callback(exposed.close)
         addresses = {f"{name}:8080": role.url.removeprefix("http://") for name, role in roles.items()}
         addresses["pipeline-publishers"] = f"127.0.0.1:{exposed.server_port}"
-        prometheus = Prometheus(folder, addresses)
+        prometheus = Prometheus(folder, replaced(addresses))
         stack.callback(prometheus.close)
         wait_until(prometheus.healthy, "a first scrape of everything")
         load = Load(app, roles["server"].url, exposed.metrics)

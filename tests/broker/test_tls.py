@@ -54,7 +54,7 @@ def properties(it: Certificates) -> dict[str, str]:
 
 @pytest.mark.timeout(180)
 def test_a_member_over_tls(kafka_jars: Path, certificates: Certificates, tmp_path: Path) -> None:
-    """With authority, certificate, locked key and login it folds, and status shows it; without the authority it says so."""
+    """With authority, certificate, locked key and login a member folds, as status shows; a missing authority is named."""
     client = options(certificates)
     given = [f"--set=kafka.{name}={value}" for name, value in client.items()]
     with Broker(tmp_path / "kafka", properties(certificates), client=client) as broker:

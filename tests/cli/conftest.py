@@ -1,4 +1,4 @@
-"""One server for all tests of a file, and the commands in this process, which is quicker than a new one for each."""
+"""One server for all tests of a file, and commands run in this process, which is quicker than a new one for each."""
 
 import logging
 import subprocess
@@ -13,7 +13,7 @@ from tests.support import UpProcess
 
 
 class Here(Protocol):
-    """Runs a command in this process to its end: exit code and what it printed."""
+    """Runs a command in this process to its end, and returns its exit code and output."""
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]: ...
 
@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
 
 @pytest.fixture
 def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Here:
-    """Commands that need no process of their own."""
+    """Run commands that need no process of their own."""
 
     def run_here(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])

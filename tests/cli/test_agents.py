@@ -1,4 +1,4 @@
-"""`pipeline worker -A MODULE:APP`: what is no app of agents is a usage error that says why."""
+"""`pipeline worker -A MODULE:APP`: a wrong module or app is a usage error that says why."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_app_is_found(here: Path) -> None:
-    """From the current directory, also as an attribute of an attribute."""
+    """An app is found from the current directory, also as an attribute of an attribute."""
     app = load_app("good_agents:inner.app")
     assert app.publisher.sum("s") is app.publisher.sum("s")
 
 
 @pytest.mark.parametrize("where", WRONG)
 def test_wrong_ones(here: Path, where: str) -> None:
-    """Each says what is wrong."""
+    """The error says what is wrong."""
     with pytest.raises(Invalid) as raised:
         load_app(where)
     assert WRONG[where] in str(raised.value)
 
 
 def test_exit_code_and_traceback(here: Path) -> None:
-    """The command exits 2; what a module's import raises is shown, with the line."""
+    """The command exits 2; an error in a module's import is shown, with the line."""
     arguments = ("worker", "--from", "kafka://127.0.0.1:1", "--name", "one", "-A", "raising_agents:app")
     done = pipeline(*arguments, cwd=here)
     assert done.returncode == 2
@@ -83,7 +83,7 @@ def test_agents_need_a_name(here: Path) -> None:
 
 
 def test_changes_are_read_by_one_agent_in_order() -> None:
-    """Two agents, or an agent that is several at once, can't share what comes in order and is done one by one."""
+    """Two agents, or a concurrent one, can't share changes, which come in order and are done one by one."""
     app = package.faust_app()
     changes = app.changes("v")
     for name in ("one", "two"):
@@ -112,4 +112,4 @@ def test_errors_are_counted_from_0() -> None:
 
 
 async def _read(stream: object) -> None:
-    """Never run."""
+    """Do nothing: this agent never runs."""

@@ -1,4 +1,4 @@
-"""Progress of restores on standard error, of as many as come, whenever they come."""
+"""Progress of any number of restores on standard error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.worker.restore import RestoreProgress
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("closed", ["done", "closed", "both"])
 def test_a_partition_is_restored_again(monkeypatch: pytest.MonkeyPatch, closed: str, *, terminal: bool) -> None:
-    """After its first restore was done, or the bars were taken away in the midst of it: partitions come and go."""
+    """A partition has a bar again after its first restore was done, or the bars were closed in the midst of it."""
     shown = Console(force_terminal=terminal, record=True, quiet=False, width=200)
     monkeypatch.setattr(console, "err", shown)
     bars = RestoreBars()
@@ -30,7 +30,7 @@ def test_a_partition_is_restored_again(monkeypatch: pytest.MonkeyPatch, closed: 
 
 
 def test_a_traceback_has_no_values(capsys: pytest.CaptureFixture[str]) -> None:
-    """The log of an error says where it was, and no values of local variables, which may be secret."""
+    """A logged error shows its place, and no values of local variables, which may be secret."""
     import logging
 
     root = logging.getLogger()

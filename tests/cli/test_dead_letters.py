@@ -30,18 +30,18 @@ GOOD, WRONG = Definition("good", "sum", ("n",)), Definition("wrong", "sum", ("n"
 
 
 def group(definition: Definition, *values: int) -> Group:
-    """Series `0`, `1`... with these sums."""
+    """Return a group of series `0`, `1`... with these sums."""
     return Group(definition, [series_suffix((str(n),)) for n in range(len(values))], [*values])
 
 
 def batch(sequence: int, *groups: Group, partition: int = 0, producer_id: str = "p", epoch: int = 0) -> bytes:
-    """A sealed batch."""
+    """Return a sealed batch."""
     return encode_batch(Batch(producer_id, epoch, partition, sequence, 0, 1_000, [*groups]))
 
 
 @contextmanager
 def opened(data: Path) -> Iterator[EmbeddedLog]:
-    """The log of a folder that no process has."""
+    """Open the log of a folder that no process has."""
     with DataDir(data) as folder:
         log = EmbeddedLog(folder.log, topics.load(), LogSettings(data=str(data), partitions=2), SystemClock())
         try:
@@ -59,7 +59,7 @@ def write(data: Path, *values: bytes, topic: str = DELTAS, partition: int = 0, k
 
 @contextmanager
 def up(data: Path, **settings: object) -> Iterator[UpProcess]:
-    """A server that has folded all there is."""
+    """Run a server that has folded everything."""
     options = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     with UpProcess(data, "--set", "commit_interval_ms=5", *options) as process:
         settle(process)
@@ -67,20 +67,20 @@ def up(data: Path, **settings: object) -> Iterator[UpProcess]:
 
 
 def settle(process: UpProcess) -> None:
-    """Wait until all that is in the log is folded."""
+    """Wait until everything in the log is folded."""
     with Reader(process.url) as reader:
         reader.get("good", by=(), after=everything(reader))
 
 
 def total(process: UpProcess, view: str) -> Any:
-    """The sum of a view."""
+    """Return the sum of a view."""
     settle(process)
     with Reader(process.url) as reader:
         return reader.get(view, by=()).value()
 
 
 def said(here: Here, *arguments: str, code: int = 0) -> Any:
-    """The JSON that a command prints."""
+    """Return the JSON that a command prints."""
     done = here("dead-letters", *arguments, "--json")
     assert done.returncode == code, (done.stdout, done.stderr)
     return json.loads(done.stdout)
@@ -106,7 +106,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_whole_story(data: Path, here: Here) -> None:
-    """A wrong group becomes a letter next to innocent ones that count; it is replayed when it is mended, and counts once."""
+    """A wrong group becomes a letter next to good ones that count; it is replayed once it is mended, and counts once."""
     with up(data, views_max=1) as process:
         assert total(process, "good") == 10
         listed = said(here, "ls", "--from", process.url)
@@ -142,7 +142,7 @@ def test_the_whole_story(data: Path, here: Here) -> None:
 
 
 def test_two_at_once_count_once(tmp_path: Path) -> None:
-    """Several people replay the same letters at the same time: each is told that they are counted, and they are, once."""
+    """Several people replay the same letters at the same time: each answer says counted, and each letter counts once."""
     data = tmp_path / "data"
     write(data, batch(0, group(GOOD, 1)), *(batch(n, group(WRONG, n)) for n in range(1, 301)))
     with up(data, views_max=1) as process:
@@ -167,7 +167,7 @@ def test_two_at_once_count_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_server_counts_once(tmp_path: Path, here: Here) -> None:
-    """kill -9 in the middle of a replay: what is replayed again afterwards counts once, and nothing is missing."""
+    """After kill -9 in the middle of a replay, letters that are replayed again count once, and nothing is missing."""
     data = tmp_path / "data"
     write(data, batch(0, group(GOOD, 1)), *(batch(n, group(WRONG, n)) for n in range(1, 3_001)))
     with up(data, views_max=1) as process:
@@ -186,7 +186,7 @@ def test_a_killed_server_counts_once(tmp_path: Path, here: Here) -> None:
 
 
 def test_a_stale_letter_whose_batch_was_counted_is_not_counted_again(tmp_path: Path, here: Here) -> None:
-    """An older process' batch was refused, and the newer one sent it itself: replaying the letter settles it."""
+    """A letter whose batch the newer process has sent itself is settled by its replay, and not counted again."""
     data = tmp_path / "data"
     write(
         data,
@@ -203,7 +203,7 @@ def test_a_stale_letter_whose_batch_was_counted_is_not_counted_again(tmp_path: P
 
 
 def test_filters_and_limits(data: Path, here: Here) -> None:
-    """Each narrows what is listed and what is replayed; the totals are of all that are asked for."""
+    """Each filter narrows the list and the replay; totals are of all matching letters."""
     with up(data, views_max=1) as process:
         at = ("--from", process.url)
 
@@ -228,7 +228,7 @@ def test_filters_and_limits(data: Path, here: Here) -> None:
 
 
 def test_what_is_printed(data: Path, here: Here) -> None:
-    """For people: a table with totals, a letter with its series, what becomes of each; nothing steers the terminal."""
+    """A person sees a table with totals, a letter with its series, the outcome of each; nothing steers the terminal."""
     with up(data, views_max=1) as process:
         at = ("--from", process.url)
         listed = here("dead-letters", "ls", *at)
@@ -256,7 +256,7 @@ def test_what_is_printed(data: Path, here: Here) -> None:
 
 
 def test_empty_and_stopped_logs(tmp_path: Path, here: Here) -> None:
-    """Nothing is no error; a folder that a process has, or that is none, is one."""
+    """An empty log is no error; a folder that a process has, or that is no log, is one."""
     data = tmp_path / "data"
     with up_empty(data) as process:
         assert said(here, "ls", "--from", process.url)["letters"] == []
@@ -272,13 +272,13 @@ def test_empty_and_stopped_logs(tmp_path: Path, here: Here) -> None:
 
 @contextmanager
 def up_empty(data: Path) -> Iterator[UpProcess]:
-    """A server that nothing was published to."""
+    """Run a server that nothing was published to."""
     with UpProcess(data) as process:
         yield process
 
 
 def strangers(letter: bytes) -> Sequence[tuple[bytes | None, bytes]]:
-    """Records that no task wrote."""
+    """Return records that no task wrote."""
     return [
         (None, b"x"), (b"", b""), (b"\xff\xfe", b"x"), (b"0-7-1", b"garbage"), (b"0-7-2", b"\x03" + letter[1:]),
         (b"1-7", letter), (b"0-8\n", letter), (b"0-9", encode_letter(DeadLetter(1, 9, 0, "", "", None))),
@@ -323,7 +323,7 @@ def test_large_letters(tmp_path: Path, here: Here) -> None:
 
 
 def test_since_is_a_time_or_a_time_ago() -> None:
-    """An age, milliseconds, or RFC 3339; anything else says what is needed."""
+    """`--since` is an age, milliseconds, or RFC 3339; the error for anything else says what is needed."""
     now_ms = SystemClock().now_ms()
     assert abs(parse_since("2h") - (now_ms - 7_200_000)) < 5_000
     assert parse_since("1700000000000") == 1_700_000_000_000

@@ -24,19 +24,19 @@ from tests.support import Program, pipeline, wait_until
 
 
 def start(tmp_path: Path, *arguments: str) -> Program:
-    """A demo that says what it does in JSON, on a free port."""
+    """Start a demo that reports in JSON, on a free port."""
     return Program("demo", "--json", "--port", "0", *arguments, stderr=tmp_path / "stderr", cwd=tmp_path)
 
 
 def end(demo: Program) -> tuple[int, dict[str, Any]]:
-    """Exit code and summary of a demo that was asked to stop."""
+    """Stop a demo, and return its exit code and summary."""
     code = demo.wait()
     assert demo.process.stdout is not None
     return code, json.loads(demo.process.stdout.read().splitlines()[-1])
 
 
 def read(ask: Callable[[], Any]) -> Any:
-    """Return what is read; None while the server is not that far."""
+    """Return the result of a read, or None while the server is not that far."""
     try:
         return ask()
     except (NotFound, NotReady):
@@ -44,7 +44,7 @@ def read(ask: Callable[[], Any]) -> Any:
 
 
 def test_every_answer_equals_its_own_count(tmp_path: Path) -> None:
-    """A run says what it recorded, finds every answer equal, exits with 0 and leaves nothing behind."""
+    """A run reports its deltas, finds every answer equal, exits with 0 and leaves nothing behind."""
     done = pipeline("demo", "--for", "3s", cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -72,7 +72,7 @@ def test_interrupted_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_delta_too_many_is_found(tmp_path: Path) -> None:
-    """A delta that the demo did not record, be it in a series or a view of its own or not, makes it exit with 1."""
+    """A delta that the demo did not record, in one of its series or in others, makes it exit with 1."""
     with start(tmp_path) as demo:
         url = json.loads(demo.read_line())["url"]
         with HttpReader(url) as reader:
@@ -120,7 +120,7 @@ def test_other_durations_are_refused(text: str) -> None:
 
 
 class Sink:
-    """Keeps what was recorded."""
+    """Keeps the recorded deltas."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, Any, tuple[str, ...]]] = []
@@ -130,7 +130,7 @@ class Sink:
 
 
 def test_counters_grow_and_never_fall() -> None:
-    """The first look is a base line; a counter that was reset has grown by what it shows; one that went is forgotten."""
+    """The first look is a base line; a counter that was reset has grown by its value; one that is gone is forgotten."""
     growth = machine.Growth()
     assert growth.of({("a", ""): 100, ("b", ""): 5}) == []
     assert growth.of({("a", ""): 130, ("b", ""): 5}) == [(("a", ""), 30)]
@@ -159,7 +159,7 @@ def test_a_process_counts_from_its_start_to_its_end(tmp_path: Path) -> None:
 
 
 def test_sources_record_what_is_declared() -> None:
-    """Whatever this machine shows goes to a declared view, with its labels, as a value that adds up without rounding."""
+    """Each sample of this machine goes to a declared view, with its labels, as a value that adds up without rounding."""
     views = {definition.view: definition for definition in machine.VIEWS}
     for source in machine.samplers(SystemClock()):
         sink = Sink()
@@ -244,7 +244,7 @@ def test_what_is_refused_is_not_counted() -> None:
 
 
 def test_differences_name_the_series() -> None:
-    """Missing, extra and different series are said; so is an int where a float was counted, and an answer cut short."""
+    """Missing, extra and different series are named; so is an int where a float was counted, and an answer cut short."""
     rows = [Series({"k": "same"}, 1), Series({"k": "other"}, 2), Series({"k": "type"}, 3.0), Series({"k": "extra"}, 4)]
     answer = Answer("v_sum", "sum", None, rows, AsOf(0, {}), truncated=True, series_total=9)
     expected = {("same",): 1, ("other",): 1, ("type",): 3, ("missing",): 5}

@@ -16,7 +16,7 @@ COMMANDS = [command.name or command.callback.__name__ for command in app.registe
 
 
 def test_the_program_shows_its_commands_and_a_first_run(here: Here) -> None:
-    """Without arguments and with --help: what it is for, examples, each command with a whole sentence, exit codes."""
+    """Without arguments and with --help: the purpose, examples, each command with a whole sentence, exit codes."""
     shown = here("--help").stdout
     alone = here()
     assert shown in (alone.stdout, alone.stderr)
@@ -61,7 +61,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    """Without the server extra the program says what to install, not where it failed."""
+    """Without the server extra the error says what to install, not where it failed."""
     code = "import sys\nsys.modules['typer'] = None\nfrom pipeline.cli import main\nmain()"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""`pipeline ingest statsd`: what clients send is in the views, and the end says what became of it."""
+"""`pipeline ingest statsd`: lines of clients are in the views, and a report at the end accounts for every line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import PROGRAM, Program, Terminal, UpProcess, environment, wa
 
 
 class Ingest:
-    """A running one, as JSON says it."""
+    """A running `pipeline ingest`, with its JSON output."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -39,7 +39,7 @@ class Ingest:
             sock.sendall(text.encode())
 
     def end(self, number: int = signal.SIGTERM, code: int = 0) -> dict[str, Any]:
-        """Stop it; what it reports."""
+        """Stop it, and return its report."""
         self.program.signal(number)
         report: dict[str, Any] = json.loads(self.program.read_line())
         assert self.program.wait() == code, self.program.stderr()
@@ -60,7 +60,7 @@ def answers(server: UpProcess, view: str, token: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_sent_is_there_when_it_has_ended(server: UpProcess, tmp_path: Path, number: int) -> None:
-    """At once after the last packet: the signal drains both sockets, and the report counts every line."""
+    """Right after the last packet the signal drains both sockets, and the report counts every line."""
     name = f"cli{number}"
     with ingesting(tmp_path, "--to", server.url) as ingest:
         ingest.tcp(f"{name}.t:1:3|ms\n{name}.g:5|g\n{name}.g:-2|g\nnonsense\n{name}.u:ann|s|#env:x")
@@ -77,7 +77,7 @@ def test_what_was_sent_is_there_when_it_has_ended(server: UpProcess, tmp_path: P
 
 
 def test_labels_outlive_a_restart(server: UpProcess, tmp_path: Path) -> None:
-    """The server's views decide which labels lines have, whichever comes first; `--labels` where there is none."""
+    """The server's views decide which labels lines have, in whatever order they come; `--labels` decides for new views."""
     with ingesting(tmp_path, "--to", server.url, "--labels", "again.a=x,y") as ingest:
         ingest.udp("again.a:1|c|#x:1")
         ingest.end()
@@ -89,7 +89,7 @@ def test_labels_outlive_a_restart(server: UpProcess, tmp_path: Path) -> None:
 
 
 def test_it_can_be_watched(server: UpProcess, tmp_path: Path) -> None:
-    """With --metrics-port: lines and what is left out by protocol and reason, health, and a status."""
+    """--metrics-port serves counts of lines and refusals by protocol and reason, health, and a status."""
     with ingesting(tmp_path, "--to", server.url, "--metrics-port", "0") as ingest:
         url = ingest.ready["metrics_url"]
         ingest.udp("watched:1|c", "bad")
@@ -113,7 +113,7 @@ def get(url: str) -> Any:
 
 
 def test_a_server_that_is_away(tmp_path: Path) -> None:
-    """Lines are taken all the same, up to the limit of memory; at the end the report says that they are lost."""
+    """Lines are taken while the server is away, up to the limit of memory; the report at the end counts them as lost."""
     limits = ("--set", "buffer_bytes_max=65536", "--set", "close_timeout_ms=300")
     with ingesting(tmp_path, "--to", "http://127.0.0.1:9", *limits) as ingest:
         ingest.tcp("".join(f"a:1|c|#n:{n}\n" for n in range(2_000)))
@@ -164,7 +164,7 @@ def test_on_a_terminal(server: UpProcess) -> None:
     ],
 )
 def test_a_wrong_call_is_told(here: Here, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    """Exit code 2, and nothing is listened to."""
+    """A wrong call is exit code 2, and opens no socket."""
     to = () if "--to" in arguments else ("--to", f"embedded:{tmp_path / 'data'}")
     done = here("ingest", "statsd", *to, *arguments)
     assert done.returncode == 2
@@ -172,7 +172,7 @@ def test_a_wrong_call_is_told(here: Here, tmp_path: Path, arguments: tuple[str, 
 
 
 def test_a_port_that_is_taken_is_told(here: Here, tmp_path: Path) -> None:
-    """Also that of the metrics; the sockets are let go then."""
+    """A taken port, also that of the metrics, is reported, and the sockets are closed."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -183,7 +183,7 @@ def test_a_port_that_is_taken_is_told(here: Here, tmp_path: Path) -> None:
 
 
 def test_its_help_teaches(here: Here) -> None:
-    """Examples, every option, and what a line becomes."""
+    """The help has examples, every option, and the mapping of lines to views."""
     done = here("ingest", "statsd", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\n      pipeline ingest statsd --port 8125 --to " in done.stdout

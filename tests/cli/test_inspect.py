@@ -73,7 +73,7 @@ def lines(here: Here, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_deltas(data: Path, here: Here) -> None:
-    """Each record in its place; of what is no batch the reason."""
+    """Each record is shown at its place; one that is no batch with the reason."""
     found = lines(here, "deltas", "--data", str(data))
     assert [(it["partition"], it["offset"]) for it in found] == [(0, n) for n in range(len(VALUES))]
     first = found[0]["batch"]
@@ -87,7 +87,7 @@ def test_deltas(data: Path, here: Here) -> None:
 
 
 def test_parts_of_deltas(data: Path, here: Here) -> None:
-    """By offsets, count, partition and view."""
+    """Records are selected by offsets, count, partition and view."""
     where = "deltas", "--data", str(data)
     assert [it["offset"] for it in lines(here, *where, "--start", "1", "--end", "3")] == [1, 2]
     assert [it["offset"] for it in lines(here, *where, "--limit", "2")] == [0, 1]
@@ -100,7 +100,7 @@ def test_parts_of_deltas(data: Path, here: Here) -> None:
 
 
 def test_changelog(data: Path, here: Here) -> None:
-    """Fences, definitions, series with label names, tombstones, producers by fingerprint, positions, and what is foreign."""
+    """Fences, definitions, series by label names, tombstones, producers by fingerprint, and positions are shown."""
     found = lines(here, "changelog", "--data", str(data), "--partition", "0")
     kinds = {it["entry"]["what"] for it in found}
     assert kinds == {"fence", "definition", "series", "producer", "position", "foreign"}
@@ -115,7 +115,7 @@ def test_changelog(data: Path, here: Here) -> None:
 
 
 def test_store(data: Path, here: Here) -> None:
-    """The newest of each entry, and how much of the changelog the store reflects."""
+    """The newest value of each entry is shown, and the changelog offset that the store reflects."""
     found = lines(here, "store", "--data", str(data))
     state = {(it["entry"]["view"], *it["entry"]["series"]["labels"].values()): it["entry"]["series"]["state"]
              for it in found if it["entry"]["what"] == "series"}  # fmt: skip
@@ -150,7 +150,7 @@ def test_nothing_steers_the_terminal(data: Path, here: Here, what: str, options:
     ],
 )
 def test_what_is_refused(data: Path, here: Here, arguments: list[str], says: str) -> None:
-    """With a word of why."""
+    """A wrong call is refused with the reason."""
     more = [] if {"--data", "--from"} & {*arguments} else ["--data", str(data)]
     done = here("inspect", *arguments, *more)
     assert done.returncode == 2, done.stdout
@@ -158,7 +158,7 @@ def test_what_is_refused(data: Path, here: Here, arguments: list[str], says: str
 
 
 def test_a_pipe_that_is_closed(data: Path) -> None:
-    """`| head` ends it in order."""
+    """`| head` ends the command in order."""
     command = shlex.join([*PROGRAM, "inspect", "changelog", "--data", str(data), "--json"])
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -n 1"],
@@ -179,7 +179,7 @@ def test_a_pipe_that_is_closed(data: Path) -> None:
 
 
 def test_ctrl_c_ends_it_in_order(data: Path, tmp_path: Path) -> None:
-    """While somebody reads slowly what is printed."""
+    """Ctrl-C ends the command in order, even if the output is read slowly."""
     read, write = os.pipe()
     with os.fdopen(write, "wb") as out, os.fdopen(read, "rb") as slow:
         script = (

@@ -1,4 +1,4 @@
-"""Addresses of brokers and options of librdkafka that are wrong, however they are given; nothing is connected to."""
+"""Wrong addresses of brokers and options of librdkafka, however they are given: no connection is made."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ URL = "kafka://127.0.0.1:1"
      "h:1/..", "h:1/a b", "h:1/" + "a" * 101],
 )  # fmt: skip
 def test_a_wrong_address(rest: str) -> None:
-    """Refused as text: a port too large is not taken for another one."""
+    """A wrong address is refused as text: a port that is too large is not taken for another one."""
     with pytest.raises(Invalid, match=r"kafka://host:port|the app's name may hold"):
         parse_url(f"kafka://{rest}")
 
 
 def test_the_name_of_an_app_without_one() -> None:
-    """Refused: its topics would be others, but its group and transactional ids the same."""
+    """An address without the app's name is refused: the topics would be others, but group and transactional ids the same."""
     with pytest.raises(Invalid, match="pipeline is what an app without a name is called; leave it out, or choose another"):
         parse_url("kafka://h:1/pipeline")
     assert parse_url("kafka://h:1").app == "pipeline"
@@ -58,9 +58,9 @@ def test_the_name_of_an_app_without_one() -> None:
     ],
 )
 def test_a_wrong_option(options: dict[str, Any], said: str) -> None:
-    """Named before anything is connected to, as a setting; those that carry a guarantee can't be changed, by no alias.
+    """A wrong option is named as a setting before a connection is made; no alias changes one that carries a guarantee.
 
-    What is wrong with the others librdkafka says in its own words; ours are which setting and which option.
+    librdkafka says what is wrong with other options; our text adds the setting and the option.
     """
     with pytest.raises(Invalid) as error:
         Publisher(URL, kafka=options)
@@ -81,7 +81,7 @@ def test_a_wrong_option(options: dict[str, Any], said: str) -> None:
     ],
 )
 def test_wherever_it_is_said(tmp_path: Path, flag: str, variable: str, text: str, said: str) -> None:
-    """Flag, environment and file alike: exit code 2, one line."""
+    """A wrong option in flag, environment or file is exit code 2 and one line."""
     (tmp_path / "pipeline.toml").write_text(text)
     done = pipeline(
         *("topics", "plan", "--to", URL, *(["--set", flag] if flag else [])), env={"PIPELINE_KAFKA": variable}, cwd=tmp_path

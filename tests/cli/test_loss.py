@@ -50,25 +50,25 @@ CODES: dict[str, tuple[Exit, Exit]] = {
     "Stalled": (Exit.RESTART, Exit.RESTART),
     "IllegalTransition": (Exit.FAILED, Exit.RESTART),
 }
-"""What an error calls for that ends a command or a start, and one that ends a process that was running."""
+"""Exit codes for each error: at the start or in a command, and in a process that was running."""
 
 
 def test_every_error_has_an_exit_code() -> None:
-    """A new one is to be thought about: whether a restart can help, or a person must decide."""
+    """Every error has an exit code, so that somebody has to decide whether a restart can help with a new one."""
     kinds = {name: it for name, it in vars(errors).items() if isinstance(it, type) and issubclass(it, PipelineError)}
     made = {name: kind("") for name, kind in kinds.items()}
     assert {name: (exit_code(it), exit_code(it, started=True)) for name, it in made.items()} == CODES
 
 
 def test_what_is_wrong_later_is_not_the_call() -> None:
-    """A setting that was fine at the start, and an error that is none of ours: a new start finds out more."""
+    """After a setting that was fine at the start, or an unknown error, a new start finds out more."""
     assert exit_code(errors.Invalid(), started=True, ready=True) == Exit.RESTART
     assert exit_code(ZeroDivisionError(), started=True) == Exit.RESTART
     assert exit_code(errors.NoSpace(), started=True, ready=True) == Exit.DECIDE
 
 
 def test_what_was_decided_need_not_be_decided_again() -> None:
-    """With `accept_loss` a start goes on without what was lost while it ran; what no start can accept is another matter."""
+    """With `accept_loss` a restart goes on without records lost at run time; a loss that no start accepts stays one."""
     for error in (errors.LogCorrupt(), errors.RecordsLost()):
         assert exit_code(error, started=True, ready=True, decided=True) == Exit.RESTART
         assert exit_code(error, started=True, decided=True) == Exit.DECIDE
@@ -89,7 +89,7 @@ def total(up: UpProcess) -> float:
 
 
 def refused(data: Path, *says: str, options: tuple[str, ...] = ()) -> None:
-    """Check that it does not start, twice, with exit code 4."""
+    """Check that the server does not start, twice, with exit code 4."""
     for _ in range(2):
         done = pipeline("up", "--data", str(data), "--port", "0", *options)
         assert done.returncode == 4, done.stderr
@@ -111,7 +111,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_newest_file_of_the_log_is_gone(data: Path) -> None:
-    """The error says how many records are gone; nothing is deleted. With --accept-loss the rest counts, files are kept."""
+    """The error has the number of lost records; nothing is deleted. With --accept-loss the rest counts, files are kept."""
     newest = max((data / "log").glob("*.log"))
     newest.unlink()
     refused(data, "records are gone: ", "start with --accept-loss")
@@ -129,7 +129,7 @@ def test_the_newest_file_of_the_log_is_gone(data: Path) -> None:
 
 
 def test_stores_that_are_ahead_are_kept(data: Path) -> None:
-    """An older log with all that belongs to it is put back: only the stores know better."""
+    """An older copy of the whole log is detected by the stores, which are ahead of it and are kept."""
     with UpProcess(data) as up:
         assert total(up) == 140
         up.kill()
@@ -160,13 +160,13 @@ def test_a_log_that_is_gone(data: Path) -> None:
 
 
 def test_a_newer_data_directory(data: Path) -> None:
-    """A program that is too old says so, with the code that nobody starts again."""
+    """A program that is too old says so, with the exit code after which no supervisor restarts it."""
     (data / "VERSION").write_text("3\n")
     refused(data, "has version 3; this program reads 2")
 
 
 def test_verify_reads_all_of_the_log(data: Path) -> None:
-    """A broken block that no start comes to is found."""
+    """`verify` finds a broken block that no start reads."""
     with DataDir(data) as folder:
         log = EmbeddedLog(folder.log, topics.load(), LogSettings(data=str(data)), SystemClock())
         log.append([Message(DEAD_LETTERS, 0, None, random.Random(1).randbytes(200_000)) for _ in range(20)], timeout_s=9)
@@ -211,7 +211,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("--port", "0"), ("--prot", "0"), ("--port", "0", "--set", "what=1")])
 def test_a_supervisor_that_does_not_look(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """With PIPELINE_HOLD a process that would end with 2 or 4 lets go of everything, says so, and waits for its end."""
+    """With PIPELINE_HOLD a process that would end with 2 or 4 releases everything, says so, and waits to be stopped."""
     data = tmp_path / "data"
     DataDir(data).close()
     (data / "VERSION").write_text("3\n")
@@ -226,7 +226,7 @@ def test_a_supervisor_that_does_not_look(tmp_path: Path, arguments: tuple[str, .
 
 
 def test_what_a_start_again_helps_is_not_held(here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Exit code 1 ends the process: whoever starts it again does well."""
+    """Exit code 1 ends the process, as a restart helps."""
     monkeypatch.setenv("PIPELINE_HOLD", "1")
     with DataDir(tmp_path):
         assert here("up", "--data", str(tmp_path)).returncode == 1

@@ -1,4 +1,4 @@
-"""Programs that tests fork from a process with everything loaded are like those that an interpreter starts."""
+"""Programs that tests fork from a process with everything loaded behave as those that an interpreter starts."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subproce
 
 
 def started(kind: type[subprocess.Popen[bytes]], *arguments: str, **given: Any) -> tuple[int, bytes, bytes]:
-    """What a command ends with and prints when it is started by `kind`."""
+    """Return the exit code and output of a command that is started by `kind`."""
     with kind([*PROGRAM, *arguments], **PIPES, **given) as process:
         out, err = process.communicate(timeout=60)
     return process.returncode, out, err
@@ -24,7 +24,7 @@ def started(kind: type[subprocess.Popen[bytes]], *arguments: str, **given: Any) 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("get", "--no-such"), ("dead-letters", "ls", "--data", "none")])
 def test_the_same_ends(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Codes and texts are the same."""
+    """Exit codes and texts are the same."""
     env = environment({"PIPELINE_LOG_FORMAT": "json"})
     ends = [started(kind, *arguments, cwd=tmp_path, env=env) for kind in (PreloadedPopen, subprocess.Popen)]
     assert ends[0] == ends[1]
@@ -32,7 +32,7 @@ def test_the_same_ends(tmp_path: Path, arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes cannot be adopted")
 def test_a_child_that_can_be_killed(tmp_path: Path) -> None:
-    """The program is a child of this process, in its own session, and a kill is a kill."""
+    """The program is a child of this process, in its own session, and can be killed."""
     with UpProcess(tmp_path / "data") as up:
         process = up.program.process
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -43,7 +43,7 @@ def test_a_child_that_can_be_killed(tmp_path: Path) -> None:
 
 
 def test_a_terminal_is_seen(tmp_path: Path) -> None:
-    """Whether a stream is a terminal is looked up in the program's own streams."""
+    """The program checks its own streams for a terminal."""
     ends = []
     for kind in (PreloadedPopen, subprocess.Popen):
         terminal = Terminal()
@@ -54,7 +54,7 @@ def test_a_terminal_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes cannot be adopted")
 def test_another_start_is_a_start() -> None:
-    """An environment that concerns the interpreter's start, or the package's, is not taken to the helper."""
+    """An environment that affects the interpreter's start, or the package's, makes a real start."""
     assert _Helper.of_this_process(environment()) is not None
     assert _Helper.of_this_process(environment({"PIPELINE_NATIVE": "no"})) is None
     assert _Helper.of_this_process(environment({"PYTHONOPTIMIZE": "1"})) is None

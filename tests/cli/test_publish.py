@@ -1,4 +1,4 @@
-"""`pipeline publish`: what is in the file or the pipe is in the view, once."""
+"""`pipeline publish`: each row of the file or pipe is in the view, once."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_kind_from_a_file(
     format_: str,
     count: Callable[[list[tuple[Any, int]]], Any],
 ) -> None:
-    """The view is what a naive count of the rows says, for each kind and format; ints are exact at any size."""
+    """The view equals a naive count of the rows, for each kind and format; ints are exact at any size."""
     file = tmp_path / f"rows.{format_}"
     file.write_text(csv_of(ROWS) if format_ == "csv" else ndjson_of(ROWS))
     view = f"file_{kind}_{format_}"
@@ -89,7 +89,7 @@ def test_every_kind_from_a_file(
 
 
 def test_a_pipe_and_the_text_report(server: UpProcess) -> None:
-    """Standard input works as a file does; the report names lines, deltas, batches and the token."""
+    """Standard input works as a file does; the report has lines, deltas, batches and the token."""
     arguments = ("publish", "piped", "--to", server.url, "--value", "value", "--labels", "region", "-")
     done = pipeline(*arguments, input=csv_of(ROWS))
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,7 +100,7 @@ def test_a_pipe_and_the_text_report(server: UpProcess) -> None:
 
 
 def test_standard_input_can_be_a_file(server: UpProcess, tmp_path: Path) -> None:
-    """`< FILE` is read from where it stands, twice, as FILE is."""
+    """`< FILE` is read from its present position, twice, as FILE is."""
     file = tmp_path / "rows"
     file.write_text("not,this\n" + csv_of(ROWS))
     with file.open("rb") as stream:
@@ -134,7 +134,7 @@ def test_without_a_value_lines_are_counted(server: UpProcess) -> None:
 
 @pytest.mark.parametrize("format_", ["csv", "ndjson"])
 def test_items_from_a_pipe(server: UpProcess, format_: str) -> None:
-    """A cell, or a JSON text or int, is an item as it stands there; what is none is a bad line."""
+    """A cell, or a JSON text or int, is an item unchanged; any other value is a bad line."""
     text = "user\ntea\n7\n07\ntea\n" if format_ == "csv" else '{"user":"tea"}\n{"user":7}\n{"user":"07"}\n{"user":"tea"}\n'
     for kind in ("distinct", "topk"):
         view = f"items_{kind}_{format_}"
@@ -153,7 +153,7 @@ def test_items_from_a_pipe(server: UpProcess, format_: str) -> None:
 
 
 def test_values_of_kind_last(server: UpProcess) -> None:
-    """Text, numbers, bools and null, from either format."""
+    """Values are text, numbers, bools and null, from either format."""
     values = {"a": "on", "b": 12, "c": 0.5, "d": True, "e": None, "f": "12", "g": BIG}
     csv_text = f'k,v\na,on\nb,12\nc,0.5\nd,true\ne,null\nf,"""12"""\ng,{BIG}\n'
     ndjson = "".join(json.dumps({"k": key, "v": value}) + "\n" for key, value in values.items())
@@ -166,7 +166,7 @@ def test_values_of_kind_last(server: UpProcess) -> None:
 
 @pytest.mark.parametrize("ts", [None, 5])
 def test_of_lines_of_one_time_the_later_wins(server: UpProcess, ts: int | None) -> None:
-    """Whichever value is the larger, within a run and from one run to the next; also when the file says the time."""
+    """The later line wins, whichever value is larger, within and across runs; also when the file has the time."""
     view = f"newest_{ts}"
     for first, second in (("running", "done"), ("done", "running"), (1, 0), (0, 1)):
         text = "".join(json.dumps({"k": "x", "v": value, "t": ts or 0}) + "\n" for value in (first, second))
@@ -202,7 +202,7 @@ def test_a_line_far_ahead_of_now_is_bad(server: UpProcess, tmp_path: Path) -> No
 
 
 def test_many_lines_arrive_once(server: UpProcess, tmp_path: Path) -> None:
-    """More than any buffer or batch holds: the view is exact, and each line is one delta."""
+    """With more lines than any buffer or batch holds the view is exact, and each line is one delta."""
     count = 120_000
     file = tmp_path / "many.csv"
     file.write_text("n,k\n" + "".join(f"{n},{n % 5000}\n" for n in range(count)))
@@ -243,7 +243,7 @@ def test_a_view_with_several_definitions(server: UpProcess) -> None:
 
 @pytest.mark.parametrize("format_", ["csv", "ndjson"])
 def test_a_view_with_windows(server: UpProcess, format_: str) -> None:
-    """Each row is in the window of its time, or of now; a run that does not name window and retention has the view's."""
+    """Each row is in the window of its time, or of now; a run without window and retention has the view's."""
     view = f"visits_{format_}"
     rows = [
         ("x", 1, "2026-01-01T00:00:59Z"),
@@ -290,7 +290,7 @@ def test_a_view_with_windows(server: UpProcess, format_: str) -> None:
 
 
 def test_a_monotone_view(server: UpProcess) -> None:
-    """--monotone defines one; without it, or the other way round, it is another view; a negative value is a bad line."""
+    """--monotone defines a monotone view; a call that differs means another view; a negative value is a bad line."""
     text = "v\n1\n2.5\n"
     report = publish_ok(server, "rising", "--value", "v", "--monotone", "-", input=text)
     assert answer_of(server, "rising", report["token"]) == {"": 3.5}
@@ -307,14 +307,14 @@ def test_a_monotone_view(server: UpProcess) -> None:
 
 
 def test_going_on_at_a_line(server: UpProcess) -> None:
-    """--start-line takes the header from line 1 and the rows from line N, and does not mind what stands between."""
+    """--start-line takes the header from line 1 and the rows from line N, and ignores the lines in between."""
     report = publish_ok(server, "late", "--value", "v", "--start-line", "4", "-", input="v\n1\nbad\n4\n8\n")
     assert (report["lines"], report["last_line"]) == (2, 5)
     assert answer_of(server, "late", report["token"]) == {"": 12}
 
 
 def test_nothing_to_publish(server: UpProcess) -> None:
-    """A header, or an NDJSON file, without rows is fine, and empty."""
+    """A header, or an NDJSON file, without rows publishes nothing and succeeds."""
     for options, text in ((("--value", "v"), "v\n"), (("--format", "ndjson"), "")):
         report = publish_ok(server, "nothing", *options, "-", input=text)
         assert (report["lines"], report["batches"], report["token"]) == (0, 0, "")
@@ -335,7 +335,7 @@ def test_into_a_folder_that_a_server_folds_later(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piped", [False, True])
 def test_progress_on_a_terminal(server: UpProcess, tmp_path: Path, piped: bool) -> None:
-    """A file shows what is done of it, lines, rate and time left; a pipe, whose end nobody knows, lines and rate."""
+    """A file shows its progress, lines, rate and time left; a pipe, whose end is unknown, lines and rate."""
     file = tmp_path / "rows.csv"
     file.write_text("v\n" + "1\n" * 200_000)
     arguments = ["publish", f"shown_{piped}", "--to", server.url, "--value", "v", "--json", "-" if piped else str(file)]

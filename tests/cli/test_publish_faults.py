@@ -1,4 +1,4 @@
-"""`pipeline publish` when something is wrong: the input, the call, the server, or somebody presses Ctrl-C."""
+"""`pipeline publish` with a wrong input, call or server, or interrupted by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def total(server: UpProcess, view: str) -> Any:
 
 @pytest.mark.parametrize("at", [2, 4, 6])
 def test_a_bad_line_in_a_file_publishes_nothing(here: Here, server: UpProcess, tmp_path: Path, at: int) -> None:
-    """First, in the middle or last: a file is checked before the first row is sent, so the view does not even exist."""
+    """A file with a bad line anywhere is checked before the first row is sent, so the view does not even exist."""
     lines = ["v", "1", "2", "4", "8"]
     lines.insert(at - 1, "x")
     file = tmp_path / "bad.csv"
@@ -128,7 +128,7 @@ def test_input_that_is_no_text_at_all(here: Here, server: UpProcess, tmp_path: P
 def test_a_wrong_call(
     here: Here, server: UpProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], said: str
 ) -> None:
-    """Exit code 2, one line that says what is wrong, and nothing on standard output."""
+    """A wrong call is exit code 2, one line that says what is wrong, and nothing on standard output."""
     (tmp_path / "rows.csv").write_text("v\n1\n")
     (tmp_path / "empty.csv").touch()
     to = () if "--to" in arguments else ("--to", server.url)
@@ -140,7 +140,7 @@ def test_a_wrong_call(
 
 
 def test_a_server_that_is_away(free_port: int) -> None:
-    """A clear error when --timeout-ms has passed, not before and not much later."""
+    """A clear error comes when --timeout-ms has passed, not before and not much later."""
     began = time.monotonic()
     done = pipeline("publish", "away", "--to", f"http://127.0.0.1:{free_port}", "--timeout-ms", "700", "-", input="v\n1\n")
     assert done.returncode == 1
@@ -149,7 +149,7 @@ def test_a_server_that_is_away(free_port: int) -> None:
 
 
 def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
-    """Something that accepts connections and says nothing is a server that is away."""
+    """A server that accepts connections and does not answer is treated as absent."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -173,7 +173,7 @@ def publishing(server: UpProcess, view: str, tmp_path: Path, *arguments: str) ->
 
 
 def test_a_server_that_dies_on_the_way(tmp_path: Path) -> None:
-    """The run ends after --timeout-ms and says up to which line everything is acknowledged: no less is in the view."""
+    """The run ends after --timeout-ms with the line up to which everything is acknowledged and in the view."""
     with UpProcess(tmp_path / "data") as up, publishing(up, "dying", tmp_path, "--timeout-ms", "1000") as program:
         feed(program, b"v\n" + b"1\n" * 100)
         wait_until(lambda: total(up, "dying") == 100, "the first rows are in the view")
@@ -210,7 +210,7 @@ def test_a_signal_publishes_what_was_read(server: UpProcess, tmp_path: Path, num
 
 
 def test_a_signal_in_the_middle_of_a_file(server: UpProcess, tmp_path: Path) -> None:
-    """However fast rows come: the line that is named, and the view, agree to the row."""
+    """The reported line and the view agree to the row, however fast rows come."""
     file = tmp_path / "long"
     os.mkfifo(file)
     arguments = ("publish", "cut", "--to", server.url, "--value", "v", "--json", str(file))
@@ -239,7 +239,7 @@ def total_is_there(server: UpProcess) -> bool:
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    """The first asks, the second takes: nobody has to wait for a server that is away."""
+    """A second signal ends the run at once, without waiting for a server that is away."""
     with (
         UpProcess(tmp_path / "data") as up,
         publishing(up, "stuck", tmp_path, "--timeout-ms", "60000") as program,

@@ -1,4 +1,4 @@
-"""`pipeline get` and `pipeline status`: what the server answers, as a table or as it came."""
+"""`pipeline get` and `pipeline status`: the server's answers, as a table or unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BIG = 2**80
 
 @pytest.fixture(scope="module")
 def token(server: UpProcess) -> Iterator[str]:
-    """Two views are there; the token that covers them."""
+    """Publish two views, and return the token that covers them."""
     with Publisher(server.url) as publisher:
         revenue = publisher.sum("revenue", labels=("region", "product"))
         for region, product, value in (("eu", "tea", 5), ("eu", "pie", 7), ("us", "tea", BIG), ("us", "jam", 0.5)):
@@ -55,7 +55,7 @@ MINUTE = 1_700_000_040_000
 
 
 def publish_hits(url: str) -> None:
-    """A view of ten windows, of which the sixth is empty."""
+    """Publish a view of ten windows, of which the sixth is empty."""
     definition = Definition("hits", "sum", ("path",), window_s=60)
     suffixes = {series_suffix((path,), MINUTE + i * 60_000): i for path in ("/", "/a") for i in range(10) if i != 5}
     batch = Batch(producer_id_of("hits"), 0, 0, 0, 0, MINUTE, [Group(definition, [*suffixes], [*suffixes.values()])])
@@ -66,14 +66,14 @@ def publish_hits(url: str) -> None:
 
 
 def table(here: Here, server: UpProcess, *arguments: str) -> list[list[str]]:
-    """The words of each line of a table, without the last line."""
+    """Return the words of each line of a table, without the last line."""
     done = here("get", *arguments, "--from", server.url)
     assert (done.returncode, done.stderr) == (0, "")
     return [line.split() for line in done.stdout.splitlines()[:-1]]
 
 
 def test_a_view_as_a_table(here, server: UpProcess, token: str) -> None:
-    """Label columns, the value to the right, and a last line with the series and the bound on staleness."""
+    """A table has label columns, the value to the right, and a last line with the series and the bound on staleness."""
     done = here("get", "revenue", "--after", token, "--from", server.url)
     lines = done.stdout.splitlines()
     assert [line.split() for line in lines[:-1]] == [
@@ -100,7 +100,7 @@ def test_a_view_as_a_table(here, server: UpProcess, token: str) -> None:
     ],
 )  # fmt: skip
 def test_options_of_get(here: Here, server: UpProcess, token: str, arguments: Sequence[str], rows: list[list[str]]) -> None:
-    """Each is the API's parameter of its name."""
+    """Each option is the API's parameter of its name."""
     found = table(here, server, "revenue", "--after", token, *arguments)
     assert [[word.replace("e+", "e") for word in row] for row in found] == [
         [w.replace("e+", "e") for w in row] for row in rows
@@ -108,7 +108,7 @@ def test_options_of_get(here: Here, server: UpProcess, token: str, arguments: Se
 
 
 def test_estimates_as_tables(here: Here, server: UpProcess, token: str) -> None:
-    """A distinct has its bounds beside it, a topk its total and its first items, none of which controls the terminal."""
+    """A distinct has its bounds beside it, a topk its total and first items; no item steers the terminal."""
     assert table(here, server, "users", "--after", token) == [["page", "estimate", "lower", "upper"], ["/", "3", "3", "3"]]
     assert table(here, server, "most", "--after", token) == [
         ["page", "total", "most", "frequent"],
@@ -142,7 +142,7 @@ RANGE = ("--start", str(MINUTE), "--end", str(MINUTE + 600_000))
 
 
 def test_points_in_a_pipe(here: Here, server: UpProcess, token: str) -> None:
-    """A line for each point, and a last line that says what the range is and up to when it is final."""
+    """Each point has a line, and a last line has the range and the time up to which it is final."""
     done = here("get", "hits", *RANGE, "--step", "5m", "--after", token, "--from", server.url)
     lines = done.stdout.splitlines()
     assert [line.split() for line in lines[:-1]] == [
@@ -166,13 +166,13 @@ def test_points_in_a_pipe(here: Here, server: UpProcess, token: str) -> None:
 
 
 def test_points_as_csv(here: Here, server: UpProcess, token: str) -> None:
-    """--csv prints the answer of the API as it came."""
+    """--csv prints the answer of the API unchanged."""
     done = here("get", "hits", *RANGE, "--step", "10m", "--csv", "--after", token, "--from", server.url)
     assert done.stdout.split() == ["path,start_ms,value", f"/,{MINUTE},40", f"/a,{MINUTE},40"]
 
 
 def test_points_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of bars for each series, each at its place in the range, with the least, most and newest value."""
+    """Each series has a line of bars at its place in the range, with the least, most and newest value."""
     monkeypatch.setattr("pipeline.cli.console.out", Console(force_terminal=True))
     series = [Series({"path": "/\x1b"}, points=[(0, 1), (20, 4)]), Series({"path": "b"}, points=[(10, 2)])]
     made = _points(
@@ -182,7 +182,7 @@ def test_points_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_histograms_as_a_table(here: Here, server: UpProcess, token: str) -> None:
-    """Count, extremes, mean and the quantiles that are asked for, each in a column."""
+    """Count, extremes, mean and the requested quantiles have a column each."""
     assert table(here, server, "slow", "--q", "0", "--q", "0.25") == [
         ["route", "count", "min", "mean", "0", "0.25", "max"],
         ["/", "4", "1", "2.5", "1", "1", "4"],
@@ -193,7 +193,7 @@ def test_histograms_as_a_table(here: Here, server: UpProcess, token: str) -> Non
 
 
 def test_without_a_view_all_are_listed(here: Here, server: UpProcess, token: str) -> None:
-    """Name, kind, labels and number of series of each."""
+    """The list has name, kind, labels and number of series of each view."""
     assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
     assert table(here, server)[0] == ["view", "kind", "labels", "series"]
     assert [row[:-1] for row in table(here, server)[1:]] == [
@@ -210,7 +210,7 @@ def test_what_others_publish_does_not_steer_the_terminal(here: Here, server: UpP
 
 
 def test_status(here: Here, server: UpProcess, token: str) -> None:
-    """One line for each partition, with the API's numbers."""
+    """Each partition has one line, with the API's numbers."""
     assert here("get", "total", "--after", token, "--from", server.url).returncode == 0
     done = here("status", "--from", server.url)
     assert (done.returncode, done.stderr) == (0, "")
@@ -254,7 +254,7 @@ def test_status(here: Here, server: UpProcess, token: str) -> None:
     ],
 )
 def test_a_wrong_call(here: Here, server: UpProcess, token: str, arguments: Sequence[str], code: int, said: str) -> None:
-    """One line on standard error says what is wrong; exit code 2 if the call is, 1 if the server can't."""
+    """One line on standard error says what is wrong; exit code 2 if the call is wrong, 1 if the server can't answer."""
     to = () if "--from" in arguments or arguments[0] == "gett" else ("--from", server.url)
     done = here(*[it.replace("TOPIC", token.partition("~")[0]) for it in arguments], *to)
     assert (done.returncode, done.stdout) == (code, "")
@@ -264,7 +264,7 @@ def test_a_wrong_call(here: Here, server: UpProcess, token: str, arguments: Sequ
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_the_reader_of_a_pipe_may_leave(server: UpProcess, token: str, tmp_path: Path, options: Sequence[str]) -> None:
-    """`| head -c 100` ends the command, without a word."""
+    """`| head -c 100` ends the command silently."""
     with (tmp_path / "stderr").open("wb") as errors:
         process = subprocess.Popen(
             [*PROGRAM, "get", "many", *options, "--from", server.url, "--after", token],

@@ -25,7 +25,7 @@ def fill(url: str) -> None:
 
 
 def answers(url: str, *views: str) -> list[Any]:
-    """Every series of these views, once all that the log holds is folded."""
+    """Return every series of these views, once the whole log is folded."""
     with HttpReader(url) as reader:
         after = everything(reader)
         return [reader.get(view, limit=1_000_000, after=after).series for view in views]

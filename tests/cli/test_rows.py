@@ -62,7 +62,7 @@ ints = st.integers(-(10**60), 10**60)
 
 @given(st.lists(st.tuples(texts, texts, ints), max_size=20))
 def test_a_csv_comes_back_as_it_was_written(rows: list[tuple[str, str, int]]) -> None:
-    """Whatever is in the cells, commas, quotes and line ends too, and ints at any size: what was written is read."""
+    """A CSV is read back as written, with commas, quotes and line ends in cells, and ints at any size."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerows([("a", "v", "b"), *((a, v, b) for a, b, v in rows)])
@@ -89,7 +89,7 @@ def test_numbers_of_a_csv(text: str, number: int | float) -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "x", "1,5", "1_000", "0x10", "1 2", "--1", "9" * 5000])
 def test_what_is_no_number(text: str) -> None:
-    """Nothing is guessed."""
+    """A text that is not plainly a number is refused."""
     with pytest.raises(Invalid, match="a number is needed"):
         parse_number(text)
 
@@ -102,7 +102,7 @@ def test_what_is_no_number(text: str) -> None:
     ],
 )  # fmt: skip
 def test_cells_of_kind_last(text: str, value: Any) -> None:
-    """A cell that is a JSON scalar is that; anything else is the text it is."""
+    """A cell that is a JSON scalar has its value; any other is text."""
     assert repr(parse_scalar(text)) == repr(value)
 
 
@@ -114,7 +114,7 @@ def test_cells_of_kind_last(text: str, value: Any) -> None:
     ],
 )  # fmt: skip
 def test_times(value: object, ts_ms: int) -> None:
-    """Milliseconds since 1970, or RFC 3339."""
+    """A time is milliseconds since 1970, or RFC 3339."""
     assert parse_time_ms(value, "ts") == ts_ms
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_time(value: object) -> None:
     ids=lambda value: repr(value)[:30],
 )
 def test_a_bad_csv_line_is_one_bad_row(line: bytes, reason: str, at: int) -> None:
-    """Wherever it stands, it is reported with its number and reason, and all others are read."""
+    """A bad line anywhere is reported with its number and reason, and all others are read."""
     lines = [b"a,v", *(b"x,%d" % number for number in range(2, 8))]
     lines.insert(at - 1, line)
     rows = rows_of(b"\n".join(lines))
@@ -176,7 +176,7 @@ def test_a_bad_csv_line_is_one_bad_row(line: bytes, reason: str, at: int) -> Non
     ids=lambda value: repr(value)[:30],
 )
 def test_a_bad_ndjson_line_is_one_bad_row(line: bytes, reason: str, at: int) -> None:
-    """Wherever it stands, it is reported with its number and reason, and all others are read."""
+    """A bad line anywhere is reported with its number and reason, and all others are read."""
     lines = [b'{"a":"x","v":%d}' % number for number in range(6)]
     lines.insert(at - 1, line)
     rows = rows_of(b"\n".join(lines), "ndjson")
@@ -186,7 +186,7 @@ def test_a_bad_ndjson_line_is_one_bad_row(line: bytes, reason: str, at: int) -> 
 
 
 def test_labels_of_ndjson() -> None:
-    """A label that is an int or a bool is its JSON text; 1, true and "1" are told apart where their texts are."""
+    """A label that is an int or a bool is its JSON text: 1 and "1" are one label, true another."""
     lines = [{"a": label, "v": 1} for label in ("1", 1, True, "true", 1, True, False)]
     rows = rows_of(b"\n".join(map(msgspec.json.encode, lines)), "ndjson")
     assert [labels for _, labels, _ in good(rows)] == [("1",), ("1",), ("true",), ("true",), ("1",), ("true",), ("false",)]
@@ -243,14 +243,14 @@ def test_a_byte_order_mark_is_none_of_the_header() -> None:
     ids=lambda value: repr(value)[:30],
 )  # fmt: skip
 def test_a_header_that_does_not_do(data: bytes, reason: str) -> None:
-    """Without the columns there are no rows: the call is wrong."""
+    """A header without the needed columns is a wrong call."""
     with pytest.raises(Invalid) as error:
         rows_of(data)
     assert str(error.value) == reason
 
 
 def test_columns_nobody_needs() -> None:
-    """Without a value each row counts 1, and a view needs no labels; a row must be one all the same."""
+    """Without a value each row counts 1, and a view needs no labels; a bad row is bad all the same."""
     assert good(rows_of(b"a,v\nx,zz\n", labels=(), value=None)) == [(2, (), 1)]
     rows = rows_of(b"{}\n5\n", "ndjson", labels=(), value=None)
     assert good(rows[:1]) == [(1, (), 1)]
@@ -264,7 +264,7 @@ def test_a_column_can_be_two_things() -> None:
 
 
 def test_time_of_kind_last() -> None:
-    """Each row has its own; one out of range is a bad row."""
+    """Each row has its own time; one out of range is a bad row."""
     rows = rows_of(b"a,v,t\nx,on,1970-01-01T00:00:02Z\nx,off,3\nx,y,-1\nx,y,\n", kind="last", ts="t")
     assert rows[:2] == [Row(2, 2, ("x",), "on", 2000), Row(3, 3, ("x",), "off", 3)]
     assert "0 to" in bad(rows)[4]

@@ -31,7 +31,7 @@ def test_defaults() -> None:
 
 
 def test_a_name_means_one_thing() -> None:
-    """All settings share one flat space: in two groups a name has one default and one range, and is set for both."""
+    """All settings share one flat space: a name in two groups has one default and one range, and is set for both."""
     found: dict[str, list[tuple[object, object]]] = {}
     for group in GROUPS:
         for item in fields(group):
@@ -45,7 +45,7 @@ def test_a_name_means_one_thing() -> None:
 
 
 def test_later_ones_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """File < environment < flags, setting by setting; an empty variable and a flag that was not given say nothing."""
+    """File < environment < flags, setting by setting; an empty variable and a flag that was not given set nothing."""
     Path("pipeline.toml").write_text("port = 1\ncommit_interval_ms = 1\nflush_interval_ms = 1\nfsync = true\n")
     monkeypatch.setenv("PIPELINE_COMMIT_INTERVAL_MS", "2")
     monkeypatch.setenv("PIPELINE_FLUSH_INTERVAL_MS", "2")
@@ -109,7 +109,7 @@ def test_a_wrong_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: 
 
 
 def test_a_wrong_flag() -> None:
-    """The error names the setting, and what is close to it."""
+    """The error names the setting, and the closest known name."""
     with pytest.raises(Invalid, match=r"^unknown setting .flush_interval.; did you mean flush_interval_ms"):
         config.load({"flush_interval": "1"})
 
@@ -121,7 +121,7 @@ def test_a_folder_named_as_the_file() -> None:
 
 
 def test_every_command_that_has_settings_refuses_wrong_ones(here: Here) -> None:
-    """Exit code 2, from the file and from the environment alike."""
+    """A wrong setting is exit code 2, from the file and from the environment alike."""
     Path("pipeline.toml").write_text("prot = 1\n")
     for arguments in (("up",), ("publish", "v", "/dev/null"), ("verify",)):
         done = here(*arguments)

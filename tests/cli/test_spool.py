@@ -1,4 +1,4 @@
-"""`pipeline spool`: what is left is shown, and sent once."""
+"""`pipeline spool`: spools of ended processes are shown, and sent once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.publisher.test_rescue import filled
 
 
 def test_left_and_live(tmp_path: Path, here: Here) -> None:
-    """One line for each slot, with what waits in it; as JSON with the same names as in Python."""
+    """Each slot has one line, with its unsent deltas; JSON has the same names as Python."""
     spool = filled(tmp_path / "s").spool
     spool.close()
     live = Recorder(tmp_path / "s", "q")
@@ -43,7 +43,7 @@ def test_drained(tmp_path: Path, here: Here) -> None:
 
 
 def test_no_spool(tmp_path: Path, here: Here) -> None:
-    """A folder that is none is an error of the call, before anything is connected to."""
+    """A missing folder is an error of the call, before any connection is made."""
     for arguments in (("ls", str(tmp_path)), ("drain", str(tmp_path), "--to", "kafka://127.0.0.1:1")):
         done = here("spool", *arguments)
         assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""`pipeline worker --processes N`: workers that fail come back, those that end do not, and none outlives its supervisor."""
+"""`pipeline worker --processes N`: failed workers are restarted, ended ones are not, and none outlives its supervisor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_child_is_called_as_its_parent_was_but_for_what_is_its_own() -> None:
 
 
 def test_a_child_without_a_port() -> None:
-    """Port 0 is 0 for all, and an end of options does not hide what is the child's."""
+    """Port 0 is 0 for all, and an end of options does not hide the child's own ones."""
     found = params(child_command([*OWN, "--"], 3, name="x", data="d", port=0)[3:])
     assert (found["name"], found["port"], found["data"]) == ("x-3", 0, str(Path("d/3")))
 
@@ -59,14 +59,14 @@ def test_a_child_without_a_port() -> None:
     ],
 )
 def test_what_cannot_be_is_a_wrong_call(here: Here, arguments: list[str], says: str) -> None:
-    """Before anything is started; an empty name, as of a variable that is not set, is none too."""
+    """An impossible call is refused before anything is started, also an empty name, as from an unset variable."""
     done = here("worker", "--from", "kafka://127.0.0.1:1", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
 
 
 def test_pauses_double_up_to_a_limit_and_begin_anew_after_health() -> None:
-    """0.5 s, 1, 2... 30 s; the first again after a run of a minute, whatever came before."""
+    """Pauses are 0.5 s, 1, 2... 30 s, and 0.5 again after a run of a minute."""
     backoff = Backoff()
     assert [backoff.after(1.0) for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
     assert backoff.after(60.0) == 0.5
@@ -147,7 +147,7 @@ while os.getppid() == parent:
 
 @pytest.mark.parametrize("how", ["sys.exit(3)", "sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
 def test_a_child_that_fails_is_started_again(tmp_path: Path, how: str) -> None:
-    """After exit code 3, any other failure and any signal; and that it ended well at last is what counts."""
+    """A child is restarted after exit code 3, any other failure and any signal; its last end counts."""
     crew = Crew(tmp_path, f"if runs < 3:\n    {how}\n")
     assert crew.wait() == 0
     assert crew.runs() == 4
@@ -156,7 +156,7 @@ def test_a_child_that_fails_is_started_again(tmp_path: Path, how: str) -> None:
 
 
 def test_a_child_that_ends_well_is_not_started_again(tmp_path: Path) -> None:
-    """The others go on without it."""
+    """Other children go on without it."""
     crew = Crew(tmp_path, "", POLITE)
     wait_until(lambda: ("0", "ended with 0") in crew.said and "ready" in crew.lines(1), "the end of one", 60)
     assert crew.end() == 0
@@ -164,7 +164,7 @@ def test_a_child_that_ends_well_is_not_started_again(tmp_path: Path) -> None:
 
 
 def test_what_a_person_must_decide_is_not_started_again(tmp_path: Path) -> None:
-    """After exit code 4 the others go on without it, and the code tells at the end."""
+    """After exit code 4 the others go on without the child, and the code is that of the supervisor at the end."""
     crew = Crew(tmp_path, "sys.exit(4)", POLITE)
     wait_until(lambda: any("a person must decide" in what for _, what in crew.said) and "ready" in crew.lines(1), "it", 60)
     assert crew.end() == 4
@@ -174,7 +174,7 @@ def test_what_a_person_must_decide_is_not_started_again(tmp_path: Path) -> None:
 
 
 def test_a_wrong_call_ends_all(tmp_path: Path) -> None:
-    """The others are asked to stop, and the exit code says what it was."""
+    """Other children are asked to stop, and the exit code tells of the wrong call."""
     wait = "while 'ready' not in open(sys.argv[1].replace('0.txt', '1.txt')).read(): time.sleep(0.01)\nsys.exit(2)"
     crew = Crew(tmp_path, wait, POLITE)
     assert crew.wait() == 2
@@ -185,7 +185,7 @@ def test_a_wrong_call_ends_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_passed_on_once_and_waited_for(tmp_path: Path, number: int) -> None:
-    """Each child gets the signal that came, one time, and ends by itself; nobody is started again."""
+    """Each child gets the signal once, and ends by itself; none is started again."""
     crew = Crew(tmp_path, POLITE, POLITE)
     wait_until(lambda: all("ready" in crew.lines(index) for index in (0, 1)), "two children", 60)
     groups = [os.getpgid(crew.pid(index)) for index in (0, 1)]
@@ -203,7 +203,7 @@ def test_the_worst_exit_code_is_ours(tmp_path: Path) -> None:
 
 
 def test_a_child_that_a_signal_ends(tmp_path: Path) -> None:
-    """Counts as a shell has it."""
+    """A child ended by a signal has the exit code that a shell gives it."""
     crew = Crew(tmp_path, "note('ready')\ntime.sleep(600)", POLITE)
     wait_until(lambda: all("ready" in crew.lines(index) for index in (0, 1)), "two children", 60)
     assert crew.end() == 128 + signal.SIGTERM
@@ -211,7 +211,7 @@ def test_a_child_that_a_signal_ends(tmp_path: Path) -> None:
 
 
 def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
-    """After `drain_s`; the exit code tells."""
+    """A child is killed after `drain_s`, and the exit code tells."""
     crew = Crew(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nnote('ready')\ntime.sleep(600)", drain_s=0.3)
     wait_until(lambda: "ready" in crew.lines(), "the child", 60)
     pid = crew.pid()
@@ -221,7 +221,7 @@ def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_stop_while_a_child_waits_to_be_started_again(tmp_path: Path) -> None:
-    """Nothing is started any more, and its last exit code counts."""
+    """A stop starts no child any more, and its last exit code counts."""
     crew = Crew(tmp_path, "sys.exit(3)", first_s=600.0)
     wait_until(lambda: any("again in 600 s" in what for _, what in crew.said), "the pause", 60)
     assert crew.end() == 3
@@ -229,7 +229,7 @@ def test_a_stop_while_a_child_waits_to_be_started_again(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_started_is_tried_again() -> None:
-    """A program that is not there is said, and waited for."""
+    """A missing program is reported, and tried again."""
     said: list[str] = []
     stop = Stop()
     supervisor = Supervisor(
@@ -259,7 +259,7 @@ def alive(pid: int) -> bool:
 
 
 def lines(program: Program, count: int) -> list[str]:
-    """Return the next lines that it prints; they may come all at once."""
+    """Return the next lines of output; they may come all at once."""
     assert program.process.stdout is not None
     return [program.process.stdout.readline().decode() for _ in range(count)]
 
@@ -289,7 +289,7 @@ with stopping_on_signals() as stop:
     "without", ["_die_at_end_of_input = lambda: None", "_PR_SET_PDEATHSIG = 0"], ids=["by the kernel", "by the pipe"]
 )
 def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path, without: str) -> None:
-    """kill -9 leaves nobody behind, by either way alone."""
+    """kill -9 of the supervisor leaves no child behind, by either of two ways alone."""
     text = PARENT.format(child=CHILD.format(without=without))
     with Program(stderr=tmp_path / "stderr", program=[sys.executable, "-c", text]) as parent:
         pids = [int(line.split()[1]) for line in lines(parent, 2)]
@@ -303,7 +303,7 @@ def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path, without: 
 
 
 def test_the_command_supervises(tmp_path: Path) -> None:
-    """Two workers without a broker fail, and come back, until SIGTERM; each has a name, a folder and a port of its own."""
+    """Two workers without a broker fail, and are restarted, until SIGTERM; each has its own name, folder and port."""
     arguments = ("--from", "kafka://127.0.0.1:1", "--data", str(tmp_path / "d"), "--port", "0", "--name", "w")
     fast = ("--set", "kafka_timeout_ms=100")
     with Program("worker", *arguments, *fast, "--processes", "2", stderr=tmp_path / "stderr") as program:

@@ -1,4 +1,4 @@
-"""`pipeline topics` without a broker: the rules that decide, what the descriptions say, and errors of the call."""
+"""`pipeline topics` without a broker: the rules of a plan, the descriptions, and errors of the call."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WEEK_MS = 604_800_000
 
 
 def found(name: str, partitions: int = 4, replication: tuple[int, ...] = (1,), **configs: str) -> Found:
-    """A topic as described, but for what is given; `_` in names is `.`."""
+    """Return a topic as described, with these changes; `_` in names is `.`."""
     given = {setting.replace("_", "."): value for setting, value in configs.items()}
     return Found(partitions, replication, {"min.insync.replicas": "1", **describe(TOPICS[name]), **given})
 
 
 def all_found(**changed: Found) -> dict[str, Found]:
-    """A broker as described, but for what is given."""
+    """Return a broker's topics as described, with these changes."""
     return {name: found(name) for name in ORDER} | {name.replace("_", "-"): it for name, it in changed.items()}
 
 
@@ -36,7 +36,7 @@ def plan(has: Mapping[str, Found], topics: Mapping[str, Topic] = TOPICS, brokers
 
 
 def described(name: str, *, leave_out: str = "", kafka: Mapping[str, Any] | None = None, **changed: Any) -> dict[str, Topic]:
-    """The three descriptions with a change in one."""
+    """Return the three descriptions with a change in one."""
     table = {key: value for key, value in TOPICS[name].kafka.items() if key != leave_out} | dict(kafka or {})
     return {**TOPICS, name: msgspec.structs.replace(TOPICS[name], kafka=table, **changed)}
 
@@ -51,7 +51,7 @@ def only(plan: Plan) -> Step:
 
 
 def test_a_broker_as_described_needs_nothing() -> None:
-    """Equal is equal, in whatever spelling the broker has it."""
+    """Equal settings need no change, in whatever spelling the broker has them."""
     assert plan(all_found()).steps == []
     assert plan(all_found(changelog=found(CHANGELOG, min_cleanable_dirty_ratio="0.50"))).steps == []
 
@@ -80,7 +80,7 @@ def test_every_setting_is_compared(name: str) -> None:
 
 
 def test_more_partitions() -> None:
-    """N partitions are for all three, deltas last; a broker that has more is left alone unless it was asked for less."""
+    """N partitions are for all three, deltas last; a broker with more is left alone, unless fewer are asked for."""
     assert brief(plan(all_found(), partitions=7)) == [("alter", name, "4", "7", "partitions") for name in ORDER]
     seven = {name: found(name, 7) for name in ORDER}
     assert plan(seven, partitions=7).steps == []
@@ -91,7 +91,7 @@ def test_more_partitions() -> None:
 
 
 def test_fewer_partitions_are_refused() -> None:
-    """State would be lost; dead-letters may have more than the others."""
+    """Fewer partitions would lose state; dead-letters may have more than the others."""
     seven = {name: found(name, 7) for name in ORDER}
     refused = plan(seven, partitions=5).refused
     assert [step.topic for step in refused] == [CHANGELOG, DELTAS]
@@ -100,14 +100,14 @@ def test_fewer_partitions_are_refused() -> None:
 
 
 def test_dead_letters_have_as_many_as_deltas() -> None:
-    """They grow with what the others have."""
+    """Dead-letters grow with the other topics."""
     has = {DELTAS: found(DELTAS, 7), CHANGELOG: found(CHANGELOG, 7), DEAD_LETTERS: found(DEAD_LETTERS)}
     assert [(it.topic, it.wanted) for it in plan(has).changes] == [(DEAD_LETTERS, "7")]
 
 
 @pytest.mark.parametrize(("changelog", "deltas", "wrong"), [(7, 4, DELTAS), (4, 7, CHANGELOG)])
 def test_changelog_and_deltas_that_differ(changelog: int, deltas: int, wrong: str) -> None:
-    """Refused, unless somebody has said how many there shall be: with a flag, or in the descriptions."""
+    """Different counts are refused, unless a flag or the descriptions have a number."""
     has = all_found(changelog=found(CHANGELOG, changelog), deltas=found(DELTAS, deltas))
     (refused,) = plan(has).refused
     assert (refused.topic, refused.setting, refused.found, refused.wanted) == (wrong, "partitions", "4", "7")
@@ -142,7 +142,7 @@ def test_one_of_the_pair_is_missing() -> None:
     ],
 )
 def test_cleanup_policy(name: str, has: str, wanted: str, action: str) -> None:
-    """Changelog is compacted and the others are not, whoever wants it otherwise; back to that is always allowed."""
+    """Changelog is compacted and the others are not, whatever is asked for; a change back to that is always allowed."""
     topics = described(name, cleanup_policy=wanted)
     steps = plan(all_found(**{name.replace("-", "_"): found(name, cleanup_policy=has)}), topics).steps
     (step,) = [it for it in steps if it.setting == "cleanup.policy"]
@@ -196,7 +196,7 @@ def test_every_line_of_the_kafka_table_counts() -> None:
 
 
 def test_a_setting_that_is_said_twice_or_is_no_value() -> None:
-    """The description is refused."""
+    """A setting given twice, or with an invalid value, makes the description invalid."""
     with pytest.raises(Invalid, match=r"topic deltas: retention\.ms is retention_ms above \[kafka\]"):
         plan({}, described(DELTAS, kafka={"retention.ms": 1}))
     with pytest.raises(Invalid, match=r"topic deltas: x: a text, a number, true or false is needed, got \[1\]"):
@@ -217,7 +217,7 @@ def test_replication_factor() -> None:
 
 
 def test_min_insync_replicas() -> None:
-    """Asked for, it is set; it is refused beyond the replication factor, and 1 of 3 is worth a warning, asked for or not."""
+    """The asked-for value is set, and refused beyond the replication factor; 1 of 3 gets a warning in any case."""
     three = {name: found(name, replication=(3,), min_insync_replicas="2") for name in ORDER}
     assert plan(three, min_insync_replicas=2).steps == []
     assert {(it.action, it.found, it.wanted) for it in plan(three, min_insync_replicas=3).steps} == {("alter", "2", "3")}
@@ -234,7 +234,7 @@ def test_min_insync_replicas() -> None:
 
 @pytest.mark.parametrize("name", [CHANGELOG, DEAD_LETTERS])
 def test_what_deltas_take_fits_elsewhere(name: str) -> None:
-    """Neither limit may be near that of deltas, said or unsaid."""
+    """Neither topic's message limit may be close to that of deltas, given or default."""
     limit = 2_097_152
     assert [it.topic for it in plan({}, described(name, kafka={"max.message.bytes": limit + 65_535})).refused] == [name]
     assert not plan({}, described(name, kafka={"max.message.bytes": limit + 65_536})).refused
@@ -254,7 +254,7 @@ def test_the_descriptions_fit_the_publisher() -> None:
 
 @pytest.mark.parametrize("command", ["plan", "apply"])
 def test_help(here: Here, command: str) -> None:
-    """Each has a whole sentence in the list, an example, and says what every option does."""
+    """Each command has a whole sentence in the list, an example, and an explanation of every option."""
     line = next(it for it in here("topics", "--help").stdout.splitlines() if it.startswith(f"  {command} "))
     assert line.endswith(".")
     assert not line.endswith("...")
@@ -274,7 +274,7 @@ def test_help(here: Here, command: str) -> None:
     ],
 )
 def test_a_wrong_call(here: Here, command: str, arguments: tuple[str, ...], said: str) -> None:
-    """Exit code 2, and what is wrong."""
+    """A wrong call is exit code 2, with what is wrong."""
     done = here("topics", command, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
@@ -282,7 +282,7 @@ def test_a_wrong_call(here: Here, command: str, arguments: tuple[str, ...], said
 
 @pytest.mark.parametrize("command", ["plan", "apply"])
 def test_nobody_listens(free_port: int, command: str) -> None:
-    """Exit code 1 within the time limit; one line names the address, the cause, and what to check."""
+    """An address without a broker is exit code 1 within the time limit, and one line with address, cause, and advice."""
     url = f"kafka://127.0.0.1:{free_port}/shop"
     done = pipeline("topics", command, "--to", url, "--set", "kafka_timeout_ms=300")
     assert (done.returncode, done.stdout) == (1, "")

@@ -28,7 +28,7 @@ from tests.support import PROGRAM, Program, UpProcess, environment, everything, 
 
 
 def positions(data: Path) -> list[tuple[int, int]]:
-    """Return, by partition, what the store of a stopped server has folded, and where its log ends."""
+    """Return, by partition, the folded position of a stopped server's store, and the end of its log."""
     settings = LogSettings(data=str(data))
     with DataDir(data) as folder:
         log = EmbeddedLog(folder.log, topics.load(), settings, SystemClock())
@@ -50,7 +50,7 @@ def load(url: str) -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_commits_and_ends_it(tmp_path: Path, number: int) -> None:
-    """Exit code 0 within seconds; everything that was acknowledged is in the stores, though no commit was due."""
+    """Exit code 0 comes within seconds, and all acknowledged deltas are in the stores, though no commit was due."""
     with UpProcess(tmp_path / "data", "--set", "commit_interval_ms=60000") as up:
         with Publisher(up.url) as publisher:
             view = publisher.sum("v", labels=("n",))
@@ -67,7 +67,7 @@ def test_a_signal_commits_and_ends_it(tmp_path: Path, number: int) -> None:
 
 
 def test_what_it_says_when_it_is_ready(tmp_path: Path, free_port: int) -> None:
-    """One line: a URL that answers. --json says it for machines, with the folder and the partitions."""
+    """One line has a URL that answers. --json adds the folder and the partitions for machines."""
     with UpProcess(tmp_path / "data", "--partitions", "3", port=free_port) as up:
         assert up.ready == {
             "url": f"http://127.0.0.1:{free_port}", "data": str(tmp_path / "data"), "partition_count": 3,
@@ -93,7 +93,7 @@ def test_a_second_one_is_refused(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_in_use(here: Here, tmp_path: Path) -> None:
-    """A usage error that names address and port; the directory is free again at once."""
+    """A port in use is a usage error that names address and port; the directory is free again at once."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -105,7 +105,7 @@ def test_a_port_that_is_in_use(here: Here, tmp_path: Path) -> None:
 
 
 def test_an_address_of_another_machine(here: Here, tmp_path: Path) -> None:
-    """A usage error that names it."""
+    """The address of another machine is a usage error that names it."""
     for host, said in (("192.0.2.1", "Cannot assign requested address"), ("no such host", "")):
         done = here("up", "--data", str(tmp_path / "data"), "--host", host, "--port", "0")
         assert (done.returncode, done.stdout) == (2, "")
@@ -123,7 +123,7 @@ def test_a_folder_of_something_else(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(here: Here, tmp_path: Path) -> None:
-    """Below a file, in a file system of the kernel's, or read-only: a clear error, and no traceback."""
+    """A folder below a file, in a file system of the kernel's, or read-only is a clear error without traceback."""
     (tmp_path / "file").touch()
     folders = [tmp_path / "file" / "data", Path("/proc/data")]
     if os.geteuid() != 0:  # root may write anywhere
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written(here: Here, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_has_become_read_only(here: Here, tmp_path: Path) -> None:
-    """State that is there, but can't be written any more, is refused with what is wrong."""
+    """Existing state that can't be written any more is refused with the reason."""
     with UpProcess(tmp_path / "data") as up:
         assert up.terminate() == 0
     folders = [up.data, *(path for path in up.data.rglob("*") if path.is_dir())]
@@ -168,7 +168,7 @@ def test_a_folder_that_has_become_read_only(here: Here, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_call(here: Here, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    """Exit code 2 and one line that says what is wrong; no directory is made."""
+    """A wrong call is exit code 2 and one line that says what is wrong; no directory is made."""
     done = here("up", "--data", str(tmp_path / "data"), *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
@@ -177,7 +177,7 @@ def test_a_wrong_call(here: Here, tmp_path: Path, arguments: tuple[str, ...], sa
 
 
 def test_partitions_are_for_ever(here: Here, tmp_path: Path) -> None:
-    """A log keeps the partitions it was made with; asking for others is an error that says so."""
+    """A log keeps its number of partitions; asking for another one is an error that says so."""
     with UpProcess(tmp_path / "data", "--partitions", "2") as up:
         up.kill()
         done = here("up", "--data", str(up.data), "--port", "0", "--partitions", "5")
@@ -214,7 +214,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 def _fill(url: str, process: subprocess.Popen[bytes]) -> int:
-    """Post until it dies; how many deltas were acknowledged."""
+    """Post until the server dies, and return how many deltas were acknowledged."""
     acknowledged = 0
     text = "x" * 4000
     deltas = [{"view": "v", "kind": "sum", "labels": {"n": f"{n}{text}"}, "value": 1} for n in range(100)]

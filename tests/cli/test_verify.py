@@ -1,4 +1,4 @@
-"""`pipeline verify` says how stores and changelog differ, finds what was planted, and changes nothing."""
+"""`pipeline verify` shows how stores and changelog differ, finds planted differences, and changes nothing."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ class Folders(NamedTuple):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Two runs, one after the other; to be copied, not changed."""
+    """Make two successive runs, whose folders are to be copied, not changed."""
     early, late = tmp_path_factory.mktemp("verify") / "early", tmp_path_factory.mktemp("verify") / "late"
     fold(early, 0)
     shutil.copytree(early, late)
@@ -88,7 +88,7 @@ def data(folders: Folders, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def check(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Verifies a directory: the exit code, and by partition what was found."""
+    """Verify a directory, and return the exit code and the findings by partition."""
 
     def run(data: Path, limit: int = 20) -> tuple[int, list[dict[str, Any]]]:
         code = run_verify(load({"data": str(data)}), as_json=True, limit=limit)
@@ -103,13 +103,13 @@ def check(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every byte of a log or of stores, but for RocksDB's own diary and the lock, which hold no data."""
+    """Return every byte of a log or of stores, except RocksDB's own log and lock, which hold no data."""
     found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("LO")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def plant(data: Path, partition: int, key: bytes, value: bytes | None) -> bytes | None:
-    """Change a store behind the program's back; what was there."""
+    """Change an entry of a stopped store, and return its former value."""
     stores = RocksStores(data / "stores", SETTINGS)
     store = stores.open(partition)
     (before,) = store.get([key])
@@ -122,7 +122,7 @@ REVENUE = Definition("revenue", "sum", ("region",))
 
 
 def series_key(data: Path, region: str) -> tuple[int, bytes]:
-    """The partition that holds a series of `revenue`, and its key."""
+    """Return the partition that holds a series of `revenue`, and its key."""
     key = series_prefix(REVENUE) + series_suffix((region,))
     stores = RocksStores(data / "stores", SETTINGS, read_only=True)
     (partition,) = [number for number in range(2) if stores.open(number).get([key]) != [None]]
@@ -191,7 +191,7 @@ def unknown_key(data: Path) -> tuple[int, dict[str, Any]]:
     "planted", [planted_value, missing_key, extra_key, wrong_position, no_position, unknown_key], ids=lambda f: f.__name__
 )
 def test_a_planted_difference_is_found(planted: Any, data: Path, check: Any) -> None:
-    """Exactly the entry that was changed is named, with what it should be and what it is; the exit code is 1."""
+    """Exactly the changed entry is named, with its right value and its present one; the exit code is 1."""
     partition, difference = planted(data)
     code, partitions = check(data)
     assert code == 1
@@ -215,7 +215,7 @@ def test_a_planted_difference_in_a_store_that_is_behind(folders: Folders, data: 
 
 
 def test_differences_are_limited(data: Path, check: Any) -> None:
-    """All are counted, some are listed."""
+    """All differences are counted, some are listed."""
     for n in range(5):
         plant(data, 0, series_prefix(REVENUE) + series_suffix((f"x{n}",)), encode_states(KINDS["sum"], [n])[0])
     _, partitions = check(data, limit=2)
@@ -245,7 +245,7 @@ def test_a_store_that_is_ahead(folders: Folders, data: Path, check: Any) -> None
 
 
 def test_a_corrupt_store(data: Path, capsys: pytest.CaptureFixture[str], check: Any) -> None:
-    """Bytes that RocksDB can't trust are reported, with what to do; deleting that store is all it takes."""
+    """Bytes that RocksDB can't trust are reported with advice; deleting that store is all it takes."""
     (table, *_) = sorted((data / "stores" / "1").glob("*.sst"))
     table.write_bytes(table.read_bytes()[:20] + b"\xa5" * 40 + table.read_bytes()[60:])
     assert run_verify(load({"data": str(data)}), as_json=False, limit=20) == 1
@@ -259,7 +259,7 @@ def test_a_corrupt_store(data: Path, capsys: pytest.CaptureFixture[str], check: 
 
 @pytest.mark.parametrize("left", ["nothing", "empty folder", "empty store"])
 def test_no_store(left: str, data: Path, check: Any) -> None:
-    """A store that is not there, or holds nothing, is no difference: the next start restores it; none is made."""
+    """A missing or empty store is no difference: the next start restores it, and none is made now."""
     shutil.rmtree(data / "stores" / "0")
     if left != "nothing":
         (data / "stores" / "0").mkdir()
@@ -326,7 +326,7 @@ class Bench:
         self.log = MemoryLog({CHANGELOG: 1}, self.clock.now_ms)
         self.stores = MemoryStores()
         self._end = 0
-        """The offset behind the last position record."""
+        """Offset behind the last position record."""
 
     def commit(self, entries: dict[bytes, bytes | None], *, boundary: bool = True) -> None:
         messages = [Message(CHANGELOG, 0, key, value) for key, value in entries.items()]
@@ -364,7 +364,7 @@ ONE, TWO = encode_states(KINDS["sum"], [1, 2])
 
 
 def test_deleted_entries() -> None:
-    """An entry that the changelog deleted must be gone from the store; one that it deletes later need not be yet."""
+    """An entry that the changelog deleted must be gone from the store, unless the deletion comes later."""
     bench = Bench()
     bench.commit({A: ONE, B: ONE, C: ONE})
     bench.commit({A: None})
@@ -381,7 +381,7 @@ def test_deleted_entries() -> None:
 
 
 def test_a_worker_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records after the end that was asked for, perhaps half a commit, are no difference."""
+    """Records behind the end that was asked for, perhaps half a commit, are no difference."""
     bench = Bench()
     bench.commit({A: ONE, B: ONE})
     bench.restore()
@@ -406,7 +406,7 @@ def test_a_store_away_for_too_long() -> None:
 
 
 def test_a_restore_that_was_interrupted() -> None:
-    """A store between two boundaries is behind, and what it holds must be right."""
+    """A store between two boundaries is behind, and its entries must be right."""
     bench = Bench()
     bench.commit({A: ONE})
     bench.restore()
@@ -446,7 +446,7 @@ def test_a_store_that_is_not_there() -> None:
 
 
 def test_progress_never_goes_beyond_its_total() -> None:
-    """Progress rises to the end of the changelog; comparing says how far it is too."""
+    """Progress rises to the end of the changelog, also while entries are compared."""
     bench = Bench()
     bench.commit({A: ONE, B: ONE, C: ONE})
     bench.restore()

@@ -1,4 +1,4 @@
-"""`pipeline views`: what it lists, what it drops and resets, under publishing load and through kill -9."""
+"""`pipeline views`: lists, drops and resets, under publishing load and through kill -9."""
 
 import json
 import threading
@@ -35,7 +35,7 @@ def listed(here: Here, server: UpProcess, view: str) -> list[dict[str, Any]]:
 
 
 def test_what_is_listed(server: UpProcess, here: Here) -> None:
-    """Each definition with its kind, labels, series, when it was first, and which one answers."""
+    """Each definition is listed with kind, labels, series, time of its first batch, and whether it answers."""
     publish(server, "listed")
     with Publisher(server.url) as publisher:
         publisher.max("listed", labels=("a", "b")).observe(5, a="1", b="2")
@@ -53,7 +53,7 @@ def test_what_is_listed(server: UpProcess, here: Here) -> None:
 
 
 def test_drop_and_reset(server: UpProcess, here: Here) -> None:
-    """The command prints what it did, and has done it when it ends."""
+    """The command prints the result once the order is carried out."""
     publish(server, "gone", 4)
     done = here("views", "reset", "gone", "--to", server.url)
     assert (done.returncode, done.stderr) == (0, "")
@@ -71,7 +71,7 @@ def test_drop_and_reset(server: UpProcess, here: Here) -> None:
 
 
 def test_definitions_are_chosen(server: UpProcess, here: Here) -> None:
-    """By labels in any order, and by kind; '' is the definition without labels."""
+    """Definitions are chosen by labels in any order, and by kind; '' is the definition without labels."""
     with Publisher(server.url) as one, Publisher(server.url) as other, Reader(server.url) as reader:
         one.sum("chosen", labels=("a", "b")).add(1, a="1", b="2")
         first = one.flush(30)  # so it was defined first
@@ -96,7 +96,7 @@ def test_definitions_are_chosen(server: UpProcess, here: Here) -> None:
     ],
 )
 def test_what_is_refused(server: UpProcess, here: Here, arguments: list[str], says: str) -> None:
-    """With a word of why; nothing is done."""
+    """A wrong call is refused with the reason, and nothing is done."""
     to = [] if "--to" in arguments else ["--to", server.url]
     done = here("views", *arguments, *to)
     assert done.returncode == 2
@@ -104,7 +104,7 @@ def test_what_is_refused(server: UpProcess, here: Here, arguments: list[str], sa
 
 
 class Adding(threading.Thread):
-    """Adds 1 and flushes, again and again; which additions were acknowledged before some moment is known."""
+    """Adds 1 and flushes, again and again, and counts the begun and the acknowledged additions."""
 
     def __init__(self, server: UpProcess, view: str) -> None:
         super().__init__(daemon=True)
@@ -153,7 +153,7 @@ def test_under_publishing_load(server: UpProcess, here: Here, action: str) -> No
 
 @pytest.mark.timeout(180)
 def test_killed_in_the_middle(tmp_path: Path) -> None:
-    """kill -9 at once when the log has the order, then again: it is carried out once, and what comes after it counts."""
+    """After kill -9 once the log has the order, and again, it is carried out once, and later deltas count."""
     with (
         UpProcess(tmp_path / "data", "--partitions", "2", "--set", "commit_interval_ms=300") as up,
         Publisher(up.url) as publisher,
@@ -179,7 +179,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
 
 
 class Failing:
-    """Views of a server whose answers are lost now and then, and that goes on with a word of the fault."""
+    """Views of a server that loses its answers now and then."""
 
     def __init__(self, views: HttpViews, lost: int) -> None:
         self.views = views.views
@@ -197,7 +197,7 @@ class Failing:
 
 
 def test_an_answer_that_is_lost(server: UpProcess) -> None:
-    """The order is given again under the same key, and counts once: what was published between the tries stays."""
+    """The order is repeated under the same key, and counts once: deltas published between the tries stay."""
     publish(server, "unheard")
     with HttpViews(server.url) as views:
         control = order("drop", "unheard", None, None)
@@ -210,7 +210,7 @@ def test_an_answer_that_is_lost(server: UpProcess) -> None:
 
 
 def test_a_view_that_a_lost_try_has_dropped(server: UpProcess) -> None:
-    """At a server that does not remember the first try the view is gone: so it is done."""
+    """A view that is gone, at a server that does not remember the first try, means that the order was carried out."""
     publish(server, "elsewhere")
 
     class Forgetful(Failing):

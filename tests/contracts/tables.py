@@ -107,10 +107,14 @@ class Lab:
 
     def define(self, kind: str = "sum", labels: Sequence[str] = ("region",), series_max: int = 10**9, **more: Any) -> Any:
         """Define a new view, named for its kind and a number."""
-        return self.table.define(Definition(more.pop("view", kind), kind, tuple(labels), **more), series_max)
+        spread = more.pop("spread", 1)
+        definition = Definition(more.pop("view", kind), kind, tuple(labels), **more)
+        return self.table.define(definition, series_max, None, spread)
 
-    def drain(self, partition_count: int = 1, busy: bytes | None = None, batch_bytes_max: int = 1 << 20) -> list[Any]:
-        return list(self.table.drain(partition_count, busy, batch_bytes_max))
+    def drain(
+        self, partition_count: int = 1, busy: bytes | None = None, batch_bytes_max: int = 1 << 20, turn: int = 0
+    ) -> list[Any]:
+        return list(self.table.drain(partition_count, busy, batch_bytes_max, turn))
 
 
 def header(partition: int) -> Batch:

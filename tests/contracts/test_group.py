@@ -127,7 +127,7 @@ def test_a_group_is_joined_with_what_members_say(state: str) -> None:
 
 
 def test_an_unreachable_member_hides_nothing_else() -> None:
-    """Of an unreachable member the group still shows the partitions, and the mirrored positions their progress."""
+    """The group still shows an unreachable member's partitions, and the mirrored positions their progress."""
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     found = seen(STABLE, "timed out", b)
     assert [(it.name, it.error, it.lag) for it in found.members] == [("a", "timed out", 10), ("b", None, 0)]

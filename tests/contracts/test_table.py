@@ -152,13 +152,14 @@ def test_what_is_drained_is_what_merge_says(way: str, run: list[Op]) -> None:
 def test_both_tables_make_the_same_bytes(run: list[Op], partition_count: int, bytes_max: int, data: st.DataObject) -> None:
     """With one shard, as in the plain table, drafts are equal to the byte, however batches are cut."""
     labs = [Lab("plain"), Lab("native-one-shard")]
-    views = [[lab.table.define(definition, 3) for definition in VIEWS] for lab in labs]
+    views = [[lab.table.define(it, 3, None, 1 + number % 3) for number, it in enumerate(VIEWS)] for lab in labs]
     for part in (run[: len(run) // 2], run[len(run) // 2 :], []):
         for op in part:
             for mine in views:
                 carry_out(mine, op)
         busy = data.draw(st.none() | st.binary(min_size=partition_count, max_size=partition_count)) if part else None
-        drained = [lab.drain(partition_count, busy, bytes_max) for lab in labs]
+        turn = data.draw(st.sampled_from([0, 1, 2, 2**32]))
+        drained = [lab.drain(partition_count, busy, bytes_max, turn) for lab in labs]
         one, other = [
             [(d.partition, d.groups, d.group_count, d.series_count, d.delta_count) for d in drafts] for drafts in drained
         ]

@@ -1,5 +1,6 @@
 """Updates of watched answers: whoever applies them has the answer that a read would give, also after several at once."""
 
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ def answers(draw: st.DrawFn, *, windowed: bool, ordered: bool) -> Answer:
     for key in keys:
         labels = dict(zip(("p", "q"), key, strict=True))
         points = [(at * STEP_MS, value) for at, value in sorted(rows[key].items()) if at >= first]
-        series.append(Series(labels, points=points) if windowed else Series(labels, [*rows[key].values()][0]))
+        series.append(Series(labels, points=points) if windowed else Series(labels, next(iter(rows[key].values()))))
     times = {"start_ms": first * STEP_MS, "end_ms": 90, "step_ms": STEP_MS, "over_ms": STEP_MS} if windowed else {}
     truncated = draw(st.booleans())
     return Answer("v", "last", None, series, AsOf(draw(st.integers(0, 9)), {}), truncated=truncated, **times)
@@ -59,7 +60,7 @@ def shown(answer: Answer) -> bytes:
 def test_updates_make_the_answer_of_a_read(history: list[Answer]) -> None:
     """Each update alone, all in a row, and all merged to one, make the newest answer, to the byte."""
     updates = []
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in pairwise(history):
         update = update_of(before, after)
         if update is None:
             assert [it.labels for it in before.series] == [it.labels for it in after.series]
@@ -71,8 +72,9 @@ def test_updates_make_the_answer_of_a_read(history: list[Answer]) -> None:
     if updates:
         assert shown(updated(history[0], merged(updates))) == shown(reached)
     newest = history[-1]
-    dropped = [_moved(it, newest.start_ms or 0) for it in (reached, newest)] if newest.step_ms else [reached, newest]
-    assert [it.series for it in dropped][0] == newest.series
+    if newest.step_ms is not None:
+        reached = _moved(reached, newest.start_ms or 0)
+    assert reached.series == newest.series
 
 
 def test_an_update_has_only_what_changed() -> None:

@@ -27,7 +27,7 @@ from pipeline.worker import active, partition
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "pipeline" / "docs").glob("*.md"))]
-"""What a user reads: the README first."""
+"""Pages that a user reads: the README first."""
 TITLES = {
     PublisherSettings: "publisher",
     KafkaSettings: "Kafka",
@@ -39,7 +39,7 @@ TITLES = {
 
 
 def settings_table() -> str:
-    """One row for each setting."""
+    """Return a row for each setting."""
     rows = ["| setting | default | of | meaning |", "|---|---|---|---|"]
     rows += [
         f"| `{item.name}` | {_shown(default_of(item))} | {TITLES[group]} | {item.metadata['doc']} |"
@@ -54,14 +54,14 @@ def _shown(default: object) -> str:
 
 
 def metrics_table() -> str:
-    """One row for each metric."""
+    """Return a row for each metric."""
     rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     rows += [f"| `{metric.name}` | {metric.type} | {', '.join(metric.labels)} | {metric.help} |" for metric in CATALOGUE]
     return "\n".join(rows)
 
 
 def errors_table() -> str:
-    """One row for each error, with those that are a kind of it below it."""
+    """Return a row for each error, with its subclasses below it."""
     rows = ["| error | what to do | exit code of a command | of a process that served |", "|---|---|---|---|"]
     for depth, error in _kinds(PipelineError, 0):
         name = f"`{error.__name__}`" + ("" if hasattr(pipeline, error.__name__) else " (`pipeline.errors`)")
@@ -80,7 +80,7 @@ def _kinds(error: type[PipelineError], depth: int) -> Iterator[tuple[int, type[P
 
 
 def states_table() -> str:
-    """One row for each state of a partition's three machines, with the events that it takes."""
+    """Return a row for each state of a partition's three machines, with its events."""
     machines: dict[str, Mapping[tuple[Enum, Enum], Enum]] = {
         "active partition": active.TRANSITIONS,
         "its store": partition.TRANSITIONS,
@@ -95,7 +95,7 @@ def states_table() -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return the text of a page with the tables in it as they should be."""
+    """Return the text of a page with its tables made anew."""
     tables = {"settings": settings_table, "metrics": metrics_table, "errors": errors_table, "states": states_table}
     for name, make in tables.items():
         table = make()

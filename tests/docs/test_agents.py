@@ -25,7 +25,7 @@ def test_they_are_short() -> None:
 
 @pytest.mark.timeout(120)
 def test_they_do_what_it_says(app: App, tmp_path: Path) -> None:
-    """One counts a topic's events, the other is told when a sum has passed its limit."""
+    """One agent counts a topic's events, the other is told when a sum has passed its limit."""
     (code,) = blocks("py")
     (command,) = blocks("shell")
     source = Source(app, tmp_path)

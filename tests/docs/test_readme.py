@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
 
 
 def run(command: list[str], cwd: Path, timeout_s: float = 60.0) -> str:
-    """Run it as a user would, with this interpreter's programs first on the PATH; what it printed."""
+    """Run a command as a user would, with this interpreter's programs first on the PATH; return its output."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -57,7 +57,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Each link to a file or a heading of ours finds it."""
+    """Each link to a file or a heading of ours leads there."""
     for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
         other = page.parent / target if target else page
         assert other.exists(), target
@@ -98,12 +98,12 @@ def test_setup_commands_are_those_of_ci() -> None:
 
 @pytest.mark.parametrize("code", blocks("python")[1:], ids=lambda code: code.splitlines()[0])
 def test_python_blocks_run(code: str, server: UpProcess, tmp_path: Path) -> None:
-    """Each Python block does what it says, against a server."""
+    """Each Python block runs against a server."""
     run([sys.executable, "-c", code.replace("http://127.0.0.1:8080", server.url)], tmp_path)
 
 
 def test_the_example_can_be_run_twice(tmp_path: Path) -> None:
-    """A newcomer can take it in at a glance, and it counts on when it is run again."""
+    """The example is short, and counts on when it is run again."""
     example = blocks("python")[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 22
     with UpProcess(tmp_path / "data") as up:
@@ -114,7 +114,7 @@ def test_the_example_can_be_run_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", blocks("sh"), ids=lambda code: code.splitlines()[0][:40])
 def test_shell_blocks_run(code: str, server: UpProcess, tmp_path: Path) -> None:
-    """Each line of a shell block succeeds, against a server; what the example of a spool leaves behind is there to drain."""
+    """Each line of a shell block succeeds, against a server; the example of a spool leaves deltas to drain."""
     if "./spool" in code:
         example = next(block for block in blocks("python") if "./spool" in block)
         dies = example.rstrip() + "\n    import os; os._exit(0)\n"

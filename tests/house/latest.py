@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.house.pins import FILE, ROOT, differences, installed, pinned, rendered
 
 INHERITED_NOT = ("PIP_CONSTRAINT", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Variables that would let something else in than pyproject.toml asks for."""
+"""Variables that would let packages in that pyproject.toml does not ask for."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Install, test, compare; the exit code."""
+    """Install, test and compare; return the exit code."""
     given = parse(arguments)
     env = {name: value for name, value in os.environ.items() if name not in INHERITED_NOT}
     with tempfile.TemporaryDirectory(prefix="pipeline-latest-") as folder:

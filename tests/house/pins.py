@@ -32,7 +32,7 @@ def parsed(text: str) -> dict[str, str]:
 
 
 def pinned() -> dict[str, str]:
-    """Return what the file says now."""
+    """Return the pins in the file."""
     return parsed(FILE.read_text(encoding="utf-8"))
 
 
@@ -42,7 +42,7 @@ def rendered(pins: Mapping[str, str]) -> str:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Return what the environment of an interpreter has, without this project itself."""
+    """Return the distributions of an interpreter's environment, without this project itself."""
     command = [str(python), "-m", "pip", "freeze", "--exclude-editable", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     pairs = (line.partition("==") for line in done.stdout.splitlines() if "==" in line)

@@ -1,4 +1,4 @@
-"""A fresh clone installs what the tests last ran with: `constraints.txt` names all of it, and everybody uses the file."""
+"""A fresh clone installs the versions of the last tests: `constraints.txt` names all of them, and every install uses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSTALLS = ("README.md", ".ci/run", "pipeline/Dockerfile")
 
 
 def asked() -> Iterator[Requirement]:
-    """What pyproject.toml asks for itself, in all extras."""
+    """Yield the requirements of pyproject.toml itself, in all extras."""
     for line in (*PROJECT["dependencies"], *(it for extra in PROJECT["optional-dependencies"].values() for it in extra)):
         requirement = Requirement(line)
         if requirement.name != PROJECT["name"]:
@@ -27,7 +27,7 @@ def asked() -> Iterator[Requirement]:
 
 
 def needed() -> Iterator[tuple[str, Requirement, bool]]:
-    """Every requirement that follows, with who has it, and whether it holds on this interpreter and system."""
+    """Yield every requirement that follows, with who has it, and whether it holds on this interpreter and system."""
     waiting = [(PROJECT["name"], it, frozenset[str]()) for it in asked()]
     seen = set()
     while waiting:
@@ -47,7 +47,7 @@ def needed() -> Iterator[tuple[str, Requirement, bool]]:
 
 
 def test_every_line_is_a_name_and_a_version() -> None:
-    """Sorted, each once, no addresses: the file is as `python -m tests.house.latest --write` would write it."""
+    """The file is sorted, has each name once, no address, and equals what `python -m tests.house.latest --write` writes."""
     assert rendered(pinned()) == FILE.read_text(encoding="utf-8")
 
 
@@ -59,7 +59,7 @@ def test_what_is_no_pin_is_found(line: str) -> None:
 
 
 def test_everything_that_is_needed_is_pinned_as_it_may_be() -> None:
-    """What the extras need, and what that needs in turn: each has a version, which everybody who asks for it accepts."""
+    """Every requirement of the extras, and of their packages in turn, is pinned at a version that each of them accepts."""
     pins, wrong = pinned(), set[str]()
     for who, requirement, holds in needed():
         name = canonicalize_name(requirement.name)
@@ -71,7 +71,7 @@ def test_everything_that_is_needed_is_pinned_as_it_may_be() -> None:
 
 
 def test_nothing_else_is_pinned() -> None:
-    """A pin that nobody asks for on any interpreter is one of yesterday."""
+    """A pin that no interpreter needs is out of date."""
     assert not pinned().keys() - {str(canonicalize_name(it.name)) for _, it, _ in needed()}
 
 
@@ -85,6 +85,6 @@ def test_whoever_installs_uses_the_file(file: str) -> None:
 
 
 def test_differences_are_told() -> None:
-    """Another version, a new distribution, and one that is gone; nothing of what is the same."""
+    """Another version, a new distribution, and one that is gone are reported, and nothing else."""
     told = differences({"a": "1", "b": "1", "c": "1"}, {"a": "1", "b": "2", "d": "1"})
     assert told == ["b: 1 -> 2", "c: 1 -> not installed", "d: not pinned -> 1"]

@@ -1,4 +1,4 @@
-"""The layers of the house, and what `import pipeline` may cost."""
+"""The layers of the house, and the cost of `import pipeline`."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def test_publishing_loads_no_server_package(statement: str) -> None:
 
 
 def test_faust_is_loaded_without_our_arguments() -> None:
-    """Faust looks for options of its own in `sys.argv` when it is imported: ours are none, and stay as they are."""
+    """Faust looks for options of its own in `sys.argv` when it is imported: ours are hidden from it, and stay."""
     done = run_python(
         "import sys; sys.argv = ['pipeline', '--loop', 'nonsense', '--datadir']\nimport pipeline\n"
         "pipeline.faust_app(); print(sys.argv[1:])"

@@ -1,4 +1,4 @@
-"""ruff and mypy, as tests: what fails here fails in CI, with the tool's own words."""
+"""ruff and mypy, as tests: a failure here fails in CI, with the tool's own words."""
 
 import subprocess
 import sys

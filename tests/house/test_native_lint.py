@@ -1,4 +1,4 @@
-"""rustfmt and clippy over the native core, as tests; and a written argument for whatever is `unsafe`."""
+"""rustfmt and clippy over the native core, as tests; and a written argument for each `unsafe`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CRATE = ROOT / "pipeline" / "native"
 
 
 def cargo(*arguments: str) -> None:
-    """Run cargo in the crate; where it could not build the native core, or lacks the tool, there is nothing to look at."""
+    """Run cargo in the crate; skip the test where the native core could not be built, or the tool is missing."""
     found = shutil.which("cargo")
     if found is None or native.extension() is None:
         assert os.environ.get("PIPELINE_NATIVE") != "require"
@@ -42,7 +42,7 @@ def test_clippy_finds_nothing() -> None:
 
 
 def test_unsafe_is_argued_for() -> None:
-    """The lines above each `unsafe` say why it is safe, or, of a function, when."""
+    """The lines above each `unsafe` say why it is safe, or, above a function, when."""
     wrong = []
     for path in sorted(CRATE.glob("src/**/*.rs")):
         lines = path.read_text("utf-8").splitlines()

@@ -27,11 +27,11 @@ CHECKED = {
     "pipeline/worker/commits.py": "pool: each future is looked at, or its failure noted",
     "pipeline/worker/active.py": "pool: each future is looked at, or its failure noted",
 }
-"""Where threads are made without `PeriodicThread`, and why none of them can end without a word."""
+"""Places that make threads without `PeriodicThread`, and why none of these can end without a word."""
 
 
 def test_threads_are_made_where_somebody_looks_at_them() -> None:
-    """A new one is a `PeriodicThread`, or wrapped by `guarded`; else it is put on the list with the reason."""
+    """A new thread is a `PeriodicThread`, or wrapped by `guarded`; else it is put on the list with the reason."""
     found = set()
     for name, text in modules():
         for node in ast.walk(ast.parse(text)):

@@ -1,4 +1,4 @@
-"""Refusals of a gateway, and its own batches: orders to all partitions, and dead letters that are replayed."""
+"""Refusals of a gateway, and its own batches: orders to all partitions, and replayed dead letters."""
 
 from collections.abc import Collection
 from typing import Any
@@ -82,7 +82,7 @@ def test_a_producer_id_is_of_no_use_without_its_secret(secret: str) -> None:
     ],
 )
 def test_what_only_the_server_may_send(bad: bytes, says: str) -> None:
-    """And what contradicts what is known of a producer. No message has its id."""
+    """Controls, replays, reserved ids and impossible epochs are refused, with a message that does not show the id."""
     log = FaultyLog()
     gate = gateway(log, Facts(producers={OTHER: Folded(epoch=5)}))
     with pytest.raises(BadRecord, match=f"batch 0: .*{says}") as caught:
@@ -92,7 +92,7 @@ def test_what_only_the_server_may_send(bad: bytes, says: str) -> None:
 
 
 def test_a_late_copy_of_a_folded_batch_is_no_offence() -> None:
-    """A duplicate of an older epoch is dropped by the task, so its publisher must be told that it is in."""
+    """A late copy of an older epoch succeeds, as the task drops it and the publisher must know that its batch is in."""
     log = FaultyLog()
     facts = Facts(producers={OTHER: Folded(epoch=5, next_sequence=3)})
     assert gateway(log, facts).batches([batch(group(), sequence=2, epoch=4)], SECRET)[0] == [1]
@@ -102,7 +102,7 @@ def test_a_late_copy_of_a_folded_batch_is_no_offence() -> None:
 
 
 def test_wrong_groups_are_named_and_can_be_left_out() -> None:
-    """All wrong ones of a batch, each with its view and reason; nothing of the request is taken."""
+    """All wrong groups of a batch are named with view and reason; nothing of the request is taken."""
     log = FaultyLog()
     gate = gateway(log)
     far = CLOCK.now_ms() + 4_000_000
@@ -120,7 +120,7 @@ def test_wrong_groups_are_named_and_can_be_left_out() -> None:
 
 
 def test_a_publisher_leaves_out_what_a_gateway_refuses() -> None:
-    """An error in one view costs no other: the batch goes without it, and `flush` says what is lost."""
+    """An error in one view costs no other: the batch goes without it, and `flush` reports the loss."""
     log = FaultyLog()
     gate = gateway(log, Facts([V]), views_max=2)
 
@@ -156,7 +156,7 @@ def test_a_publisher_leaves_out_what_a_gateway_refuses() -> None:
 
 
 def test_a_view_beyond_views_max_is_refused_at_the_door() -> None:
-    """A partition that is full of definitions refuses others with 400, also while those that fill it are on their way."""
+    """A partition that is full of definitions, some perhaps on their way, refuses others with 400."""
     log, facts = FaultyLog(partitions=1), Facts([V])
     gate = gateway(log, facts, views_max=3)
     gate.deltas([delta(a="x"), delta("one"), delta("two")])
@@ -175,7 +175,7 @@ def test_a_view_beyond_views_max_is_refused_at_the_door() -> None:
 
 
 def test_room_that_was_not_used_is_given_back() -> None:
-    """By requests that were refused, or whose append failed."""
+    """Room of requests that were refused, or whose append failed, is given back."""
     log = FaultyLog(partitions=1)
     gate = gateway(log, Facts(), views_max=2)
     log.fate = lambda n, batch: Unavailable("away")
@@ -191,7 +191,7 @@ def test_room_that_was_not_used_is_given_back() -> None:
 
 
 def test_orders_reach_every_partition() -> None:
-    """Each once, in the order of the log; a repeat with a key reaches those that came meanwhile, and no other twice."""
+    """Each partition has an order once, in the order of the log; a repeat with a key adds new partitions only."""
     log = FaultyLog(partitions=4)
     log.partition_total = log.there_total = 2
     gate = gateway(log)
@@ -212,7 +212,7 @@ def test_orders_reach_every_partition() -> None:
 
 
 def test_an_order_reaches_partitions_that_were_not_heard_of() -> None:
-    """A server that has not asked for the count for a while gives the order to those that came since, too."""
+    """A server whose partition count is outdated gives the order to new partitions, too."""
     log = FaultyLog(partitions=4)
     gate = gateway(log)
     gate.deltas([delta(a=str(i)) for i in range(50)])
@@ -230,7 +230,7 @@ def test_an_order_reaches_partitions_that_were_not_heard_of() -> None:
     ],
 )
 def test_an_order_that_is_none(control: Control, says: str) -> None:
-    """Nothing is appended."""
+    """A wrong order is refused, and nothing is appended."""
     log = FaultyLog()
     with pytest.raises(Invalid, match=says):
         gateway(log).controls([control])
@@ -238,7 +238,7 @@ def test_an_order_that_is_none(control: Control, says: str) -> None:
 
 
 def test_orders_that_may_not_be_everywhere() -> None:
-    """`Unavailable`, so that they are given again."""
+    """An order that some partitions may lack is `Unavailable`, so that it is repeated."""
     log = FaultyLog(lambda n, batch: Unavailable("away") if batch.partition else "kept")
     with pytest.raises(Unavailable, match="3 of 4"):
         gateway(log).controls([Control("drop", "v")])

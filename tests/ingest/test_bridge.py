@@ -1,4 +1,4 @@
-"""A bridge publishes what a prometheus_client registry counts: each process its own part, each of it once."""
+"""A bridge publishes the counts of a prometheus_client registry: each process its own part, each count once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def writing_to(log: Any) -> Iterator[None]:
 
 
 def test_each_type_makes_its_views() -> None:
-    """Counters, buckets, sums and counts are monotone sums, zeros included; the rest is the newest; nothing is twice."""
+    """Counters, buckets, sums and counts are monotone sums, zeros included; other samples are the newest; none is twice."""
     world = World()
     counter = Counter("jobs", "x", ["kind", "a"], registry=world.registry)
     took = Histogram("took", "x", buckets=(1, 2.5), registry=world.registry)
@@ -104,7 +104,7 @@ def test_each_type_makes_its_views() -> None:
 
 
 def test_it_publishes_by_itself() -> None:
-    """Every interval_ms, until it is closed; a second close, and a close of the publisher after it, change nothing."""
+    """A bridge publishes every interval_ms, until it is closed; a second close, or one of the publisher, changes nothing."""
     world = World()
     counter = Counter("ticks", "x", registry=world.registry)
     bridge = world.bridge(interval_ms=5)
@@ -120,7 +120,7 @@ def test_it_publishes_by_itself() -> None:
 
 
 def test_the_publishers_close_takes_the_rest() -> None:
-    """Counts since the last look are in the last flush."""
+    """Counts since the last look are in the publisher's last flush."""
     world = World()
     counter = Counter("rest", "x", registry=world.registry)
     world.bridge()
@@ -131,7 +131,7 @@ def test_the_publishers_close_takes_the_rest() -> None:
 
 
 def test_options() -> None:
-    """Without gauges there are none; from_now leaves out what was counted before; the default registry is the default."""
+    """Gauges can be left out; from_now leaves out earlier counts; the default registry is the default."""
     world = World()
     counter = Counter("before", "x", registry=world.registry)
     Gauge("level", "x", registry=world.registry).set(1)
@@ -154,7 +154,7 @@ def test_options() -> None:
 
 
 def test_a_gauge_is_what_it_was_last() -> None:
-    """Also when a look follows another within a millisecond."""
+    """A gauge has its last value, also when a look follows another within a millisecond."""
     world = World()
     level = Gauge("level", "x", registry=world.registry)
     bridge = world.bridge()
@@ -165,7 +165,7 @@ def test_a_gauge_is_what_it_was_last() -> None:
 
 
 def test_a_registry_is_not_counted_twice() -> None:
-    """A second bridge is refused; once the first is closed, one may go on from there."""
+    """A second bridge is refused; once the first is closed, another may go on from there."""
     world = World()
     counter = Counter("c", "x", registry=world.registry)
     counter.inc(2)
@@ -223,7 +223,7 @@ class Broken:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_collector_that_raises_stops_nobody(first: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """Its error is logged once and counted each time; once it works again, its counts are published, none of them twice."""
+    """A collector's error is logged once and counted each time; later its counts are published, none of them twice."""
     world = World()
     broken = Broken(Counter("inner", "x", registry=None))
     if first:
@@ -259,7 +259,7 @@ class Given:
 
 
 def test_what_no_view_can_be_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    """Names, labels and values that are none, other labels than before, another kind: told and counted once a name."""
+    """Invalid names, labels and values, changed labels, and another kind are logged and counted once a name."""
     world = World()
     world.pub.max("taken_total")
     given_ = Given(
@@ -290,7 +290,7 @@ def test_what_no_view_can_be_is_left_out(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_negative_observations_have_no_monotone_sum() -> None:
-    """The sum stays at its highest, told once; count and buckets are exact."""
+    """The sum stays at its highest, which is logged once; count and buckets are exact."""
     world = World()
     size = Summary("size", "x", registry=world.registry)
     bridge = world.bridge()
@@ -304,7 +304,7 @@ def test_negative_observations_have_no_monotone_sum() -> None:
 
 
 def test_a_full_buffer_is_waited_for_once_a_look() -> None:
-    """However many series wait: a look, and so a close, takes no longer than one of them."""
+    """A look, and so a close, waits for room no longer than one series may, however many wait."""
     world = World(block_timeout_ms=200, buffer_bytes_max=65_536, close_timeout_ms=200)
     world.log.away = True
     counter = Counter("many", "x", ["n"], registry=world.registry)
@@ -319,7 +319,7 @@ def test_a_full_buffer_is_waited_for_once_a_look() -> None:
 
 
 def test_a_signal_handler_may_close_while_it_holds_a_lock(tmp_path: Path) -> None:
-    """The bridge's thread may wait for that lock in the midst of a look: no thread waits for ever, and nothing is lost."""
+    """A handler may close the bridge while its thread waits for the same lock: neither hangs, and nothing is lost."""
     world = World(durability="process", spool_dir=str(tmp_path))
     counter = Counter("c", "x", ["a"], registry=world.registry)
     bridge = world.bridge(interval_ms=1)
@@ -333,7 +333,7 @@ def test_a_signal_handler_may_close_while_it_holds_a_lock(tmp_path: Path) -> Non
 
 
 def test_a_bridge_that_fails_does_not_keep_the_publisher_from_its_flush(caplog: pytest.LogCaptureFixture) -> None:
-    """The error is logged, and what was recorded is sent."""
+    """The error is logged, and recorded deltas are sent."""
     world = World()
     bridge = world.bridge()
     bridge.collect = lambda: 1 / 0
@@ -343,7 +343,7 @@ def test_a_bridge_that_fails_does_not_keep_the_publisher_from_its_flush(caplog: 
 
 
 class Room:
-    """Takes so many deltas, and then is full."""
+    """A buffer that takes so many deltas, and then is full."""
 
     def __init__(self) -> None:
         self.left = 1_000
@@ -392,7 +392,7 @@ def test_a_clear_that_is_half_published_is_not_published_twice(left: int) -> Non
 
 
 def test_a_full_buffer_delays_and_loses_nothing() -> None:
-    """A look counts only what could be recorded, also when a counter is cleared meanwhile."""
+    """A look counts only recorded deltas, also when a counter is cleared meanwhile."""
     world = World(on_full="raise", buffer_bytes_max=65_536)
     world.log.away = True
     counter = Counter("many", "x", ["n"], registry=world.registry)
@@ -415,7 +415,7 @@ def test_a_full_buffer_delays_and_loses_nothing() -> None:
     st.lists(st.tuples(st.sampled_from(["inc", "observe", "clear", "collect", "remove"]), st.integers(0, 5)), max_size=30)
 )
 def test_any_history_is_exact(history: list[tuple[str, int]]) -> None:
-    """Whatever is counted, cleared and looked at, if there is a look between counting and clearing."""
+    """Any history of counts, clears and looks is exact, if there is a look between counting and clearing."""
     world = World()
     counter = Counter("c", "x", ["a"], registry=world.registry)
     took = Histogram("h", "x", ["b"], buckets=(2, 4), registry=world.registry)
@@ -449,7 +449,7 @@ def test_any_history_is_exact(history: list[tuple[str, int]]) -> None:
 
 
 def test_threads_that_count_while_it_looks() -> None:
-    """Looks from several threads at once, and a thread of its own: nothing is lost or doubled."""
+    """No count is lost or doubled by looks from several threads at once, and from the bridge's own."""
     world = World()
     counter = Counter("c", "x", ["i"], registry=world.registry)
     bridge = world.bridge(interval_ms=1)
@@ -522,13 +522,13 @@ def views_of(path: Path) -> Views:
 
 @pytest.mark.parametrize("ending", ["", "raise RuntimeError", "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"])
 def test_the_end_of_the_interpreter_takes_the_rest(path: Path, ending: str) -> None:
-    """However a process ends on its own, what it counted is published."""
+    """A process that ends on its own, in any way, publishes its counts."""
     run_script(path, PRELUDE + "pub, bridge = bridged()\ncount('a', 3)\n" + ending, check=False)
     assert views_of(path).of("jobs_total") == {("a",): 3}
 
 
 def test_forked_children_publish_what_they_count(path: Path) -> None:
-    """Counts from before the fork are the parent's, looked at or not; so it is for children of children."""
+    """Counts from before the fork are the parent's, looked at or not, for children of children, too."""
     run_script(
         path,
         PRELUDE
@@ -560,7 +560,7 @@ for _ in range(4): assert os.wait()[1] == 0
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_children_of_multiprocessing_publish_the_rest(path: Path, method: str) -> None:
-    """They end without `atexit`, and before the first look; spawned ones have a registry and bridge of their own."""
+    """Children end without `atexit`, and before the first look; spawned ones have a registry and bridge of their own."""
     run_script(
         path,
         PRELUDE
@@ -586,7 +586,7 @@ if __name__ == "__main__":
 
 
 def test_forks_while_threads_count(path: Path) -> None:
-    """Any moment of four counting threads can be caught by a fork: each process' part is its own, and no child hangs."""
+    """At any moment of four counting threads, after a fork each process publishes its own part, and no child hangs."""
     done = run_script(
         path,
         PRELUDE
@@ -624,7 +624,7 @@ print(sum(counts))
 
 
 def test_a_lock_that_was_held_at_the_fork_hangs_nobody(path: Path) -> None:
-    """If a metric can't be read in the child any more, that is logged, its counts are left out, and the child goes on."""
+    """A metric that can't be read in the child any more is logged and left out, and the child goes on."""
     done = run_script(
         path,
         PRELUDE

@@ -66,7 +66,7 @@ def test_deltas_are_merged_and_exact() -> None:
 
 
 def test_a_delta_without_a_timestamp_is_of_now() -> None:
-    """`last` values are ordered by when they came."""
+    """A delta without a timestamp has the present time, by which `last` values are ordered."""
     log = FaultyLog()
     gate = gateway(log)
     gate.deltas([delta("first", "l", "last", ts_ms=CLOCK.now_ms() - 60_000), delta("second", "l", "last")])
@@ -76,7 +76,7 @@ def test_a_delta_without_a_timestamp_is_of_now() -> None:
 
 
 def test_labels_follow_the_known_definition() -> None:
-    """Whatever the order in the request, labels have that of their names."""
+    """Labels are ordered by the known definition, whatever their order in the request."""
     log = FaultyLog()
     gate = gateway(log)
     gate.deltas([delta(1, "known", product="tea", region="eu"), delta(2, "known", region="eu", product="tea")])
@@ -123,7 +123,7 @@ def test_labels_follow_the_known_definition() -> None:
     ],
 )
 def test_one_bad_delta_refuses_all_and_is_named(bad: RawDelta, says: str) -> None:
-    """`Invalid` with its number; nothing is appended."""
+    """One bad delta is `Invalid` with its number, and nothing is appended."""
     log = FaultyLog()
     gate = gateway(log)
     with pytest.raises(Invalid, match=says) as caught:
@@ -134,7 +134,7 @@ def test_one_bad_delta_refuses_all_and_is_named(bad: RawDelta, says: str) -> Non
 
 
 def test_a_view_that_is_known_as_monotone_need_not_be_called_so() -> None:
-    """Known from before, from an earlier request or from an earlier delta of this one; a new one is as it says."""
+    """A view is monotone by an earlier definition, request or delta; a new one by its own flag."""
     log = FaultyLog()
     gate = gateway(log)
     gate.deltas([delta(1, "rising"), RawDelta("new", "sum", {}, 2, monotone=True), delta(3, "new"), delta(-4, "plain")])
@@ -149,7 +149,7 @@ def test_a_view_that_is_known_as_monotone_need_not_be_called_so() -> None:
 
 
 def test_a_negative_batch_of_a_monotone_view_is_refused() -> None:
-    """At once, not only by the worker; nothing of the request is appended."""
+    """A negative batch is refused at the door, and nothing of the request is appended."""
     log = FaultyLog()
     bad = encode_batch(Batch(OTHER, 0, 0, 0, 0, 5, [Group(KNOWN["rising"], [series_suffix(())], [-1])]))
     with pytest.raises(BadRecord, match=r"batch 1: .*monotone"):
@@ -158,7 +158,7 @@ def test_a_negative_batch_of_a_monotone_view_is_refused() -> None:
 
 
 def test_failed_appends_do_no_harm() -> None:
-    """They use up sequences, which the floor passes: nothing piles up, and later requests are folded."""
+    """Failed appends use up sequences, which the floor passes: nothing piles up, and later requests are folded."""
     rng = random.Random(3)
     log = FaultyLog(lambda n, batch: rng.choice(["kept", Unavailable("away"), "unheard"]), partitions=1)
     gate = gateway(log)
@@ -180,7 +180,7 @@ def test_failed_appends_do_no_harm() -> None:
 
 
 def test_a_request_in_several_batches_that_fails_in_part_is_unsure() -> None:
-    """`Unavailable`: some of it may be in."""
+    """A partial failure is `Unavailable`: some of the request may be in."""
     log = FaultyLog()
     log.fate = lambda n, batch: Invalid("too large") if batch.partition == 0 else "kept"
     gate = gateway(log)
@@ -197,7 +197,7 @@ def test_a_request_in_several_batches_that_fails_in_part_is_unsure() -> None:
 
 
 def test_what_cannot_be_encoded_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The outbox is empty after it, and the next request is folded."""
+    """The outbox is empty after the failure, and the next request is folded."""
     log = FaultyLog()
     gate = gateway(log)
 
@@ -270,7 +270,7 @@ def test_batches_are_taken_as_they_are() -> None:
     ],
 )
 def test_one_bad_batch_refuses_all_and_is_named(bad: bytes, says: str) -> None:
-    """`BadRecord` with its number, and nothing is appended."""
+    """One bad batch is `BadRecord` with its number, and nothing is appended."""
     log = FaultyLog()
     with pytest.raises(BadRecord, match=says) as caught:
         gateway(log).batches([batch(0, 0), bad, batch(0, 1)], SECRET)
@@ -279,7 +279,7 @@ def test_one_bad_batch_refuses_all_and_is_named(bad: bytes, says: str) -> None:
 
 
 def test_a_partition_that_is_not_known_yet() -> None:
-    """A publisher may hear of new partitions before a gateway does: `Unavailable`, and nothing is appended."""
+    """A partition that the gateway does not know yet is `Unavailable`, and nothing is appended."""
     faulty = FaultyLog()
     with pytest.raises(Unavailable, match="batch 1: there is no partition 4 yet, of 4"):
         gateway(faulty).batches([batch(0, 0), batch(partition=4)], SECRET)
@@ -287,7 +287,7 @@ def test_a_partition_that_is_not_known_yet() -> None:
 
 
 def test_batches_that_are_not_acknowledged_are_sent_again_by_their_publisher() -> None:
-    """`Unavailable` if any may be tried again; `BadRecord` if the log will never take one, so that it is sought out."""
+    """Batches are `Unavailable` if any may be tried again; `BadRecord` if the log will never take one."""
     log = FaultyLog()
     gate = gateway(log)
     sent = [batch(0, 0), batch(1, 0)]
@@ -315,7 +315,7 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
             self.secret = secret
 
         def dismiss(self, secret: str) -> None:
-            """The producer whose secret is told is the only one."""
+            """Do nothing: there is only one producer."""
 
         def message_bytes_max(self, topic: str) -> int:
             return MESSAGE_BYTES_MAX
@@ -336,7 +336,7 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
                 return [error] * len(messages)
 
         def close(self) -> None:
-            """Nothing to give back."""
+            pass
 
     with publisher(Wire(), flush_interval_ms=1) as pub:
         view = pub.sum("v", labels=("a",))
@@ -354,7 +354,7 @@ def test_a_publisher_behind_a_gateway_is_exact() -> None:
 
 
 def test_what_fits_is_taken_and_the_rest_is_told() -> None:
-    """By index and reason; a delta may lack labels of its view, and an empty label is none."""
+    """Refused deltas are named by index and reason; a delta may lack labels of its view, and an empty label is none."""
     log, meter = FaultyLog(), Meter()
     gate = gateway(log, meter)
     deltas = [

@@ -1,4 +1,4 @@
-"""Requests with a key: a repeat counts once, whatever became of the first try and wherever the repeat goes."""
+"""Requests with a key: a repeat counts once, whatever happened to the first try and wherever the repeat goes."""
 
 import random
 import threading
@@ -23,7 +23,7 @@ AWAY = Unavailable("away")
 
 
 def gateway(log: Any, known: dict[str, Definition] | None = None, **settings: Any) -> Gateway:
-    """Another server each time: nothing is shared but the log."""
+    """Return another server each time, which shares only the log."""
     partitions = settings.pop("idempotent_partitions", 1)
     return Gateway(log, CLOCK, PublisherSettings(**settings), (known or {}).get, idempotent_partitions=partitions)
 
@@ -45,7 +45,7 @@ MANY = [delta(1, a="x" * (i % 50) + str(i)) for i in range(6_000)]
 
 
 def test_a_repeat_counts_once() -> None:
-    """At the same server and at others; another key, path or body is another request."""
+    """A repeat counts once at the same server and at others; another key, path or body is another request."""
     log = FaultyLog()
     for _ in range(2):
         gate = gateway(log)
@@ -59,7 +59,7 @@ def test_a_repeat_counts_once() -> None:
 
 
 def test_what_can_be_taken_later_only() -> None:
-    """A push with a key that has such a thing is refused as a whole: its repeat would not count it, and say that it did."""
+    """A push with a key is refused as a whole if a part of it could only be taken later: its repeat would omit that part."""
     log = FaultyLog()
     far_ms, pushed = CLOCK.now_ms() + 7_200_000, key(path="/v1/openmetrics")
     deltas = [delta(1, "m"), RawDelta("g", "last", {}, 1, far_ms)]
@@ -85,7 +85,7 @@ class Full:
 
 
 def test_a_request_is_cut_by_what_it_says() -> None:
-    """Every delta is in one part, in order; parts are bounded in deltas and bytes; what is no delta is cut as well."""
+    """Every delta is in one part, in order; parts are bounded in deltas and bytes; invalid deltas are cut as well."""
     rng = random.Random(1)
     texts = ["", "x" * 5_000, "é" * 3_000, "\ud800"]
     large = [delta("t" * keyed.CHUNK_BYTES_MAX)] * 2
@@ -102,7 +102,7 @@ def test_a_request_is_cut_by_what_it_says() -> None:
 
 
 def test_a_request_is_the_same_in_every_version() -> None:
-    """Golden: how requests are cut, and who sends their batches where. Change it with another `KEY_PREFIX` only."""
+    """Golden: the parts of requests, and the producers and partitions of their batches. Change `KEY_PREFIX` with them."""
     texts = ["", "a" * 300, "é" * 200, "x" * 70_000]
     deltas = [
         RawDelta(f"view_{i % 7}", "sum" if i % 3 else "last", {"region": texts[i % 4], "n": str(i)}, value)
@@ -118,7 +118,7 @@ def test_a_request_is_the_same_in_every_version() -> None:
 
 
 def test_parts_fit_into_every_log() -> None:
-    """The largest deltas that are taken make batches well below a megabyte, Kafka's default."""
+    """The largest deltas make batches well below a megabyte, Kafka's default."""
     log = FaultyLog()
     labels = {f"{'l' * 190}{i}": "é" * 450 for i in range(30)}
     gateway(log).deltas([RawDelta(f"v{i}", "last", labels, "é" * 32_000) for i in range(20)], key())
@@ -139,7 +139,7 @@ def test_the_key_is_no_secret_but_nobody_can_send_as_it() -> None:
 
 @pytest.mark.parametrize("seed", range(6 if LONG else 2))
 def test_a_first_try_that_was_cut(seed: int) -> None:
-    """Some of its batches are in, of others nobody knows, and the repeat comes to a server that knows the view otherwise.
+    """A repeat is exact if some batches of the first try are in, others unknown, and the server's definition differs.
 
     Meanwhile the topic grows. Some repeats come at once, to several servers.
     """
@@ -164,7 +164,7 @@ def test_a_first_try_that_was_cut(seed: int) -> None:
 
 
 def test_metrics_that_are_pushed_twice() -> None:
-    """Also when the second server knows the view with other labels, or more of them, or has refused something."""
+    """A push counts once also when the second server knows other labels of the view, or has refused a sample."""
     log, pushed = FaultyLog(), key(path="/v1/openmetrics")
     deltas = [delta(1, "m", a="1"), delta("text", "m"), delta(2, "m", b="1", c="")]
     deltas += [delta(1, "m", a=str(i)) for i in range(5_000)]
@@ -186,7 +186,7 @@ def test_metrics_that_are_pushed_twice() -> None:
 
 @pytest.mark.parametrize("what", ["deltas", "controls"])
 def test_it_does_not_settle_what_others_have_under_way(what: str) -> None:
-    """A batch without a key stays unsettled until it is in the log, whatever is done with a key under the same sequence."""
+    """A batch without a key stays unsettled until it is in the log, whatever is sent with a key under the same sequence."""
     log = FaultyLog(partitions=1)
     gate = gateway(log)
     held, go_on, append = threading.Event(), threading.Event(), log.append

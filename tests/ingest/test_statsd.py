@@ -1,4 +1,4 @@
-"""StatsD lines as deltas of views, within limits, and without ever raising."""
+"""StatsD lines as deltas of views, within limits, and without an exception."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class World:
         return self
 
     def views(self) -> Views:
-        """The totals of everything that was sent."""
+        """Return the totals of everything that was sent."""
         assert self.sink.close()
         self.publisher.close()
         views = fold(self.log.log)
@@ -77,7 +77,7 @@ class World:
 
 
 def test_each_type_makes_its_views() -> None:
-    """Counters add up, timers and histograms have mean, largest and count, of sets the members are series."""
+    """Counters add up, timers and histograms have mean, largest and count, and members of sets are series."""
     world = World()
     world.send("hits:1|c", "hits:2|c|@0.5", "hits:-1|c")
     world.send("req.time:10:20|ms", "req.time:60|ms|@0.1", "size:7|h", "size:9|d", "load_ms:3|ms")
@@ -103,7 +103,7 @@ def test_each_type_makes_its_views() -> None:
 
 @pytest.mark.parametrize("moves", [False, True])
 def test_the_last_gauge_counts(moves: bool) -> None:
-    """Whatever its size, however quickly it follows another, and relative to the value that its series has now."""
+    """A later gauge counts, whatever its size and speed, and a step is relative to the present value of its series."""
     clock = Stopped()
     world = World(clock=clock)
     for line in ("g:9|g", "g:5|g", "g:+2:-4|g", "h:-3|g", "t:10|g|#a:1", "t:+1|g|#a:2", "big:1|g", "big:+0.5|g"):
@@ -114,7 +114,7 @@ def test_the_last_gauge_counts(moves: bool) -> None:
 
 
 def test_a_gauge_of_an_older_time_is_older() -> None:
-    """A timestamp of DogStatsD's is when it was so."""
+    """DogStatsD's timestamp is the time of a gauge."""
     world = World().send("g:5|g", "g:9|g|T1000", "h:1|g|T2000", "h:2|g|T1000")
     assert world.views().answers == {("g", ()): 5, ("h", ()): 1}
 
@@ -127,7 +127,7 @@ def test_a_gauge_of_a_time_far_ahead_is_refused() -> None:
 
 
 def test_a_clock_that_is_set_back_holds_no_gauge_up() -> None:
-    """Lines are then recorded at once, not when the clock has caught up."""
+    """Lines are recorded at once, not when the clock has caught up."""
     clock = Stopped()
     clock.ms = 10_000_000
     world = World(clock=clock).send("g:1|g")
@@ -139,7 +139,7 @@ def test_a_clock_that_is_set_back_holds_no_gauge_up() -> None:
 
 
 def test_a_gauge_storm_is_recorded_once_a_millisecond() -> None:
-    """The clock stands still: one delta goes out at once, and one with the newest value at the end."""
+    """While the clock stands still, one delta goes out at once, and one with the newest value at the end."""
     world = World(clock=Stopped())
     for value in range(1_000):
         world.send(f"g:{value}|g")
@@ -149,14 +149,14 @@ def test_a_gauge_storm_is_recorded_once_a_millisecond() -> None:
 
 
 def test_tags_are_labels_in_any_order() -> None:
-    """The first line decides: a missing label is empty, a line with a further one is left out by reason."""
+    """The first line decides the labels: a missing label is empty, a line with a further one is left out."""
     world = World().send("a:1|c|#x:1,y:2", "a:2|c|#y:2,x:1", "a:4|c|#x:1", "a:8|c", "a:16|c|#x:1,z:1")
     assert world.views().of("a") == {("1", "2"): 3, ("1", ""): 4, ("", ""): 8}
     assert world.refused == {"labels": 1}
 
 
 def test_labels_can_be_known_before() -> None:
-    """Labels of a view are those of the server, else those that were asked for, else those of the first line."""
+    """Labels of a view are the server's, else the requested ones, else those of the first line."""
     known = {"a": Definition("a", "sum", ("z", "x"), monotone=True), "g": Definition("g", "max", ())}
     world = World(known=known, labels={"a": ["q"], "b": ["x", "y"], "s": ["x"]})
     world.send("a:1|c|#x:1", "a:2|c|#q:1", "a:-1|c", "b:1|c", "b:1|c|#z:1", "g:1|g", "s:m|s|#x:1")
@@ -166,7 +166,7 @@ def test_labels_can_be_known_before() -> None:
 
 
 def test_names_that_become_the_same_are_told_apart() -> None:
-    """The second is left out, whichever it is; so is another type that needs a view which is taken."""
+    """The second of two equal names is left out, as is another type that needs a name in use."""
     world = World().send(
         "a.b:1|c", "a-b:1|c", "a_b:1|c", "a.b:1|g", "t:1|ms", "t_ms:1|c", "t.ms.max:1|c", "t:1|c", "a.b:1|c"
     )
@@ -184,7 +184,7 @@ def test_a_set_has_no_tag_named_member() -> None:
 
 
 def test_bad_lines_stop_nothing() -> None:
-    """Each is counted by its reason and protocol, the good ones between them are recorded."""
+    """Each bad line is counted by reason and protocol, and the good lines between are recorded."""
     bad = [b"\xff", b"nope", b"a:x|c", b"a:1|q", b"_e{1,1}:a|b", b"x" * 9_000, b"a:1|c|@7", b"n" * 199 + b":1|ms"]
     lines = [line for one in bad for line in (one, b"good:1|c", b"")]
     world = World().send(*lines, protocol="statsd_tcp")
@@ -196,7 +196,7 @@ def test_bad_lines_stop_nothing() -> None:
 
 
 def test_views_and_series_have_limits() -> None:
-    """At a limit, known views and series go on; one more is left out, by its reason."""
+    """At a limit known views and series go on, and a new one is left out with its reason."""
     world = World(ingest_views_max=4, ingest_series_max=5)
     world.send("a:1|c|#x:1", "t:1|ms", "b:1|c", "a:1|c|#x:2", "s:1|s", *[f"a:1|c|#x:{n}" for n in range(1, 9)], "t:2|ms")
     assert world.views().total("a") == 2 + 4
@@ -204,7 +204,7 @@ def test_views_and_series_have_limits() -> None:
 
 
 def test_a_gauge_beyond_all_floats_is_an_int() -> None:
-    """No step is refused, and none is lost."""
+    """A gauge beyond all floats is an int: no step is refused or lost."""
     nines = "9" * 2_400
     world = World().send("g:1e308|g", "g:+1e308|g", f"i:{nines}|g", *[f"i:+{nines}|g"] * 3, "j:1.5|g", f"j:+{nines}|g")
     assert not world.refused
@@ -239,7 +239,7 @@ def test_a_log_that_is_away_costs_bounded_memory() -> None:
 
 
 def test_gauges_wait_for_room() -> None:
-    """Gauges for which there is no room are not left out: their newest values are recorded when there is."""
+    """Gauges for which there is no room are recorded later, with their newest values."""
     world = World(buffer_bytes_max=65_536)
     world.log.away = True
     for value in (1, 2):
@@ -259,7 +259,7 @@ def test_gauges_wait_for_room() -> None:
     st.lists(st.binary(max_size=40) | st.from_regex(rb"[ab]:[+-]?[0-9]{1,3}\|(c|g|ms|s)(\|#[xy]:[0-9])?", fullmatch=True))
 )
 def test_any_lines_are_taken_or_counted(lines: list[bytes]) -> None:
-    """Nothing raises, and every line that is not blank is counted."""
+    """Every line is taken without an exception, and is counted unless it is blank."""
     world = World().send(*lines)
     assert world.sink.line_count == len([line for line in lines if parses(line)])
     world.views()
@@ -273,7 +273,7 @@ def parses(line: bytes) -> bool:
 
 
 def test_a_view_with_windows_takes_the_times_of_lines() -> None:
-    """A view that the server has with windows is recorded to as it is; a line's own time decides about the window."""
+    """Lines go to a view with windows as the server has it, into the window of their own time."""
     known = {
         "hits": Definition("hits", "sum", ("a",), 60, retention_s=10**10),
         "took_ms": Definition("took_ms", "mean", (), 60),

@@ -1,4 +1,4 @@
-"""Deltas over HTTP to views with windows and a retention: what they say, what they leave out, and what is refused."""
+"""Deltas over HTTP to views with windows and a retention: given and omitted fields, and refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Still(SystemClock):
 
 
 def like(view: str, kind: str, window_s: int | None) -> Sequence[Definition]:
-    """The definitions of a view and kind in the window that is asked for, or that of the first of them."""
+    """Return the definitions of a view and kind with this window, or with that of the first of them."""
     found = [it for it in KNOWN if (it.view, it.kind) == (view, kind)]
     window = window_s if window_s is not None or not found else found[0].window_s
     return tuple(it for it in found if it.window_s == window)
@@ -64,7 +64,7 @@ def delta(view: str, kind: str = "sum", ts_ms: Any = None, value: object = 1, **
 
 
 def series(log: FaultyLog) -> dict[tuple[Definition, int], Any]:
-    """The states in a log, by definition and start of their window."""
+    """Return the states in a log, by definition and start of their window."""
     found: dict[tuple[Definition, int], Any] = {}
     for batch in batches(log.log):
         for group in batch.groups:
@@ -97,7 +97,7 @@ def series(log: FaultyLog) -> dict[tuple[Definition, int], Any]:
     ],
 )
 def test_what_a_delta_leaves_out_is_as_its_view_is_known(given: RawDelta, window_s: int, retention_s: int) -> None:
-    """Window and retention of the definition with its labels; of several retentions the longest; a new view has none."""
+    """An omitted window and retention are those of the definition with these labels, or the longest; a new view has none."""
     log = FaultyLog()
     gateway(log).deltas([given])
     ((definition, start),) = series(log)
@@ -106,7 +106,7 @@ def test_what_a_delta_leaves_out_is_as_its_view_is_known(given: RawDelta, window
 
 
 def test_deltas_that_say_less_follow_those_that_say_more() -> None:
-    """Within a request and from one to the next, before any store knows the view, it has one definition."""
+    """A view has one definition, within a request and across requests, even before a store knows it."""
     log = FaultyLog()
     gate = gateway(log)
     gate.deltas([delta("new", window_s=60, retention_s=120, ts_ms=NOW_MS), delta("new", ts_ms=NOW_MS)])
@@ -120,7 +120,7 @@ def test_deltas_that_say_less_follow_those_that_say_more() -> None:
 
 
 def test_each_delta_is_in_the_window_of_its_time() -> None:
-    """Of any kind, merged by window; a delta without a time is of now."""
+    """A delta is in the window of its time, or of now, and deltas of a window merge, for any kind."""
     log = FaultyLog()
     start = NOW_MS - NOW_MS % 60_000
     times = (0, 59_999, 60_000, start, None, NOW_MS + 3_600_000)
@@ -147,7 +147,7 @@ def test_each_delta_is_in_the_window_of_its_time() -> None:
     ],
 )
 def test_what_tasks_would_refuse_is_refused(bad: RawDelta, says: str) -> None:
-    """`Invalid` with the number of the delta, and nothing is appended; a fitting request goes on without it."""
+    """A delta that tasks would refuse is `Invalid` with its number, and nothing is appended; others may go on without it."""
     log = FaultyLog()
     gate = gateway(log, expired_ms=NOW_MS)
     good = delta("good", window_s=60)
@@ -160,7 +160,7 @@ def test_what_tasks_would_refuse_is_refused(bad: RawDelta, says: str) -> None:
 
 
 def test_the_oldest_window_that_is_kept_is_taken() -> None:
-    """A late delta is taken until its window has expired, by what the partition has stored; then it is refused by itself."""
+    """A late delta is taken until its window has expired by the partition's stored watermark; then it alone is refused."""
     log = FaultyLog()
     oldest = expired_before_ms(MINUTELY, NOW_MS)
     gate = gateway(log, expired_ms=NOW_MS)
@@ -173,7 +173,7 @@ def test_the_oldest_window_that_is_kept_is_taken() -> None:
 
 
 def test_a_repeat_is_not_refused_for_its_age() -> None:
-    """Tasks know a request with a key, and count it once; whether its windows have expired meanwhile does not matter."""
+    """A request with a key counts once for the tasks, whether its windows have expired meanwhile or not."""
     log = FaultyLog()
     old = [delta("minutely", a="x", ts_ms=NOW_MS - 2 * HOUR_S * 1_000)]
     gateway(log, expired_ms=NOW_MS).deltas(old, RequestKey("/v1/deltas", "k", b"d"))

@@ -1,4 +1,4 @@
-"""Load of every kind of view, with a count of its own: what answers are compared with."""
+"""A load of every kind of view, with a count of its own to compare answers with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOADS_MAX = 64
 """More threads would share timestamps of kind last."""
 
 Counts = dict[str, dict[tuple[str, str], Any]]
-"""By view and series, with the state of a naive count."""
+"""States of a naive count, by view and series."""
 
 MERGE: Mapping[str, Callable[[Any, Any], Any]] = {
     "sum": lambda old, new: old + new,
@@ -71,7 +71,7 @@ class Load(threading.Thread):
                     self._record(kind)
 
     def _record(self, kind: str) -> None:
-        """Ints beyond 64 bits, and floats whose sums are exact, in series of their own."""
+        """Record ints beyond 64 bits, and floats whose sums are exact, in series of their own."""
         rng = self._rng
         series = rng.choice(("int", "float")), str(rng.randrange(SERIES))
         value = rng.getrandbits(70) - 2**69 if series[0] == "int" else rng.randrange(-(2**20), 2**20) / 1024
@@ -92,7 +92,7 @@ class Load(threading.Thread):
 
 
 def stop(threads: Sequence[Load]) -> None:
-    """End them; what they recorded is counted in full then."""
+    """Stop the threads, after which all recorded deltas are counted."""
     for thread in threads:
         thread.stopping.set()
     for thread in threads:
@@ -101,7 +101,7 @@ def stop(threads: Sequence[Load]) -> None:
 
 
 def merged(loads: Sequence[Load]) -> dict[str, dict[tuple[str, str], Any]]:
-    """The answer that each series of each view must have."""
+    """Return the answer that each series of each view must have."""
     counts: Counts = {kind: {} for kind in MERGE}
     for load in loads:
         for kind, series in load.counts.items():
@@ -115,7 +115,7 @@ def merged(loads: Sequence[Load]) -> dict[str, dict[tuple[str, str], Any]]:
 
 
 def answers(url: str, after: Token | None = None) -> dict[str, dict[tuple[str, str], Any]]:
-    """Every series of every view, with all that the log has."""
+    """Return every series of every view, with everything in the log."""
     with Reader(url) as reader:
         token = after or everything(reader)
         return {

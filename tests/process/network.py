@@ -10,13 +10,13 @@ from types import TracebackType
 from typing import Self
 
 ANSWER_S = 0.01
-"""How long an answer is on its way."""
+"""Time that an answer is on its way."""
 
 
 class SlowNetwork:
-    """Passes connections on to a port of this machine. What a server sent just before it died does not arrive.
+    """Passes connections on to a port of this machine. Answers sent just before the server dies do not arrive.
 
-    Without it an answer is with the client before the server can be killed, and no batch would ever be sent twice.
+    Otherwise every answer would reach the client before the server is killed, and no batch would ever be sent twice.
     """
 
     def __init__(self, port: int) -> None:
@@ -55,7 +55,7 @@ class SlowNetwork:
                 self._pass_on(client, server)
 
     def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
-        """Until one of them closes, or the server dies with an answer on its way."""
+        """Pass bytes on until one side closes, or the server dies with an answer on its way."""
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while True:

@@ -1,4 +1,4 @@
-"""A publisher that tells in a file what it is about to record and what it has recorded, until it is killed."""
+"""A publisher that reports in a file each call before and after it, until it is killed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.process.publisher_stream import Recorder, stream
 
 
 class Told(IntEnum):
-    """The codes of reports, each two bytes: one of these, and the number of the thread."""
+    """Codes of reports, each of two bytes: one of these, and the number of the thread."""
 
     BEGIN = 1
     """A thread is about to record."""
     END = 2
-    """What it was about to record is recorded."""
+    """The deltas that the thread was about to record are recorded."""
     OPEN = 3
     """The publisher is there."""
     CLOSE = 4
-    """It is about to close."""
+    """The publisher is about to close."""
     CLOSED = 5
 
 

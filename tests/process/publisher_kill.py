@@ -1,7 +1,7 @@
 """kill -9 of publishers that share a spool folder, again and again; then each delta must count once.
 
-The publishers tell, before and after each call, that they make it (`publisher_child`). So of each call it is known whether
-it was surely recorded, surely not, or was interrupted: one of each thread that was killed at most.
+The publishers report each call before and after they make it (`publisher_child`). So each call was surely recorded, surely
+not, or interrupted: one call of each thread that was killed at most.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _QUICK = {
 
 
 class Child(NamedTuple):
-    """A publisher that runs, and the file in which it tells what it does."""
+    """A publisher that runs, and the file in which it reports."""
 
     process: BaseProcess
     job: Mapping[str, Any]
     file: Path
 
     def has_told(self, what: Told) -> bool:
-        """Return whether it has."""
+        """Return whether the publisher has reported this."""
         return self.file.exists() and what in self.file.read_bytes()[::2]
 
 
 class Count:
-    """Return the reports as states of series: those that are certain, and those that may be there or not."""
+    """States of series from the reports: certain ones, and ones that may be there or not."""
 
     def __init__(self) -> None:
         self.sure: dict[Series, Any] = {}
@@ -68,7 +68,7 @@ class Count:
         self.call_count = self.doubt_count = 0
 
     def add(self, child: Child) -> None:
-        """All calls of a publisher that is gone."""
+        """Add all calls of a publisher that is gone."""
         told = child.file.read_bytes() if child.file.exists() else b""
         calls = Counter(zip(told[::2], told[1::2], strict=True))
         for thread in range(child.job["threads"]):
@@ -86,7 +86,7 @@ class Count:
                         self.sure[series] = _merged(op.view, [self.sure[series], state] if series in self.sure else [state])
 
     def wrong(self, found: Mapping[Series, Any]) -> list[str]:
-        """Return the differences from what must be there."""
+        """Return the differences from the states that must be there."""
         out = []
         for series in {*self.sure, *self.doubts, *found}:
             possible, answer = self._answers(series), found.get(series)
@@ -113,7 +113,7 @@ def _merged(view: str, states: list[Any]) -> Any:
 
 
 class Killing(NamedTuple):
-    """Return how many processes were killed, and how many calls were interrupted."""
+    """Numbers of killed processes and of interrupted calls."""
 
     kills: int
     doubts: int
@@ -135,7 +135,7 @@ class Killer:
         self._started = 0
 
     def run(self, rounds: int, disturb: Callable[[int], None]) -> None:
-        """Kill so many of them; `disturb(n)` is called before the n-th."""
+        """Kill so many publishers; `disturb(n)` is called before the n-th."""
         number = 0
         try:
             while self._kills < rounds:
@@ -207,7 +207,7 @@ class Killer:
         return child
 
     def _end(self, child: Child) -> None:
-        """kill -9, unless it has ended; all that it told is known then."""
+        """Kill the publisher with kill -9, unless it has ended, and read all its reports."""
         self._live.remove(child)
         child.process.kill()
         child.process.join(60)
@@ -215,7 +215,7 @@ class Killer:
         self.count.add(child)
 
     def drain(self) -> None:
-        """Send what is left, with the program, until nothing is left."""
+        """Send the remaining batches, with the program, until the spools are empty."""
         done = pipeline("spool", "drain", str(self.spool), "--to", self._url, "--timeout", "60", timeout_s=120)
         assert done.returncode == 0, done.stdout + done.stderr
         listed = pipeline("spool", "ls", str(self.spool), "--json")
@@ -231,7 +231,7 @@ class Killer:
 
 
 def answers(url: str) -> dict[Series, Any]:
-    """Every series, with all that the log has."""
+    """Return every series, with everything in the log."""
     with Reader(url) as reader:
         token = everything(reader)
         found: dict[Series, Any] = {}
@@ -243,7 +243,7 @@ def answers(url: str) -> dict[Series, Any]:
 
 
 def on_embedded(folder: Path, seed: int, rounds: int) -> Killing:
-    """With a server that is killed now and then, behind a network that loses its last answers."""
+    """Run on a server that is killed now and then, behind a network that loses its last answers."""
     with ExitStack() as stack:
         port = Port()  # nobody else takes it while the server is dead
         stack.callback(port.close)

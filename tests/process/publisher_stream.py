@@ -1,4 +1,4 @@
-"""A stream of deltas of every kind that two processes know alike: one records it, the other counts what it must come to."""
+"""A stream of deltas of every kind that two processes can compute: one records it, the other counts the expected answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BIG_BITS = 100
 TEXT_MAX = 400
 SLOTS = 65_536
 HOT = 6
-"""Series of each kind that everybody records to."""
+"""Number of series of each kind that everybody records to."""
 VIEWS = {
     "ints": "sum", "floats": "sum", "big": "sum", "up": "sum", "own": "sum", "many": "sum", "table": "sum",
     "low": "min", "high": "max", "mean": "mean", "newest": "last",
@@ -30,11 +30,12 @@ class Op(NamedTuple):
 
     view: str
     parts: list[tuple[str, list[Any]]]
-    """Label, and what is recorded to that series together; values of `newest` are (ts_ms, value)."""
+    """Label, and the deltas recorded to that series together; values of `newest` are (ts_ms, value)."""
 
 
 def stream(name: str, slot: int) -> Iterator[Op]:
-    """The calls of one thread: the same for the same name, without end. Extremes grow, so that the latest must be there.
+    """Yield the calls of one thread: the same for the same name, without end. Extremes grow, so that the latest must be
+    there.
 
     `slot`, less than `SLOTS`, is of this thread alone: no other has its timestamps.
     """
@@ -79,7 +80,7 @@ class Recorder:
         self._count = 0
 
     def record(self, op: Op) -> None:
-        """One call."""
+        """Make one call."""
         view = self._views[op.view]
         if op.view == "table":
             labels, values = zip(*[(label, values[0]) for label, values in op.parts], strict=True)

@@ -1,4 +1,4 @@
-"""`pipeline up` whose store is damaged while it runs: told over HTTP, mended without a restart."""
+"""`pipeline up` whose store is damaged while it runs says so over HTTP, and recovers without a restart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def status_of(url: str) -> tuple[int, bytes]:
 
 @pytest.mark.timeout(120)
 def test_a_store_damaged_under_a_running_process(tmp_path: Path) -> None:
-    """The first read gets 503 and when to come back; soon all is exact, counted, logged; a restart finds it sound."""
+    """The first read gets 503 and when to come back; soon all is exact, counted, logged; a restart finds no damage."""
     with UpProcess(tmp_path / "data", "--set=partitions=2") as up:
         with Publisher(up.url) as publisher, Reader(up.url) as reader:
             view = publisher.sum("v", labels=("n",))

@@ -59,7 +59,7 @@ class ReadYourWrites(threading.Thread):
 
 
 def quiet_port() -> int:
-    """A free port that the system gives to no client, so that it is still free when the server comes back."""
+    """Return a free port that the system gives to no client, so that it is still free when the server comes back."""
     for port in range(20_000 + os.getpid() % 10_000, 32_000):
         with socket.socket() as probe:
             try:
@@ -71,9 +71,9 @@ def quiet_port() -> int:
 
 
 def kill_again_and_again(up: UpProcess, rng: random.Random) -> int:
-    """At random moments: under load, while it starts, and once with the stores gone when it comes back.
+    """Kill at random moments: under load, during a start, and once with the stores gone at the next start.
 
-    Returns how many batches were dropped because they had been folded before. Until there is one, it kills further.
+    Return how many duplicate batches were dropped, and go on until there is one.
     """
     duplicate_count = 0
     for number in range(KILLS_MAX):

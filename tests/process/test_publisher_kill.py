@@ -1,4 +1,4 @@
-"""kill -9 of publishers, at random: what their spool holds is sent by others, and each delta counts once."""
+"""kill -9 of publishers, at random: other processes send their spools, and each delta counts once."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ KILLS = 30 if LONG else 6
 
 @pytest.mark.timeout(300)
 def test_publishers_killed_at_random(tmp_path: Path) -> None:
-    """While they start, record, send what others left, and close, and while the server is killed too."""
+    """Each delta counts once when publishers, and the server, are killed at any moment from start to close."""
     done = on_embedded(tmp_path, seed=1, rounds=KILLS)
     assert done.kills >= KILLS
     assert done.doubts > 0 or not LONG, "no call was interrupted: nothing is shown"

@@ -104,7 +104,7 @@ def test_a_partition_that_is_away_does_not_hold_up_the_others() -> None:
 
 
 def test_what_is_sent_stays_within_the_gaps_that_a_task_remembers() -> None:
-    """Of thousands of waiting batches, every other one failing, none is refused for its gaps."""
+    """Thousands of batches wait, every other one failing, and none is refused for its gaps."""
     rng = random.Random(5)
     log = FaultyLog(partitions=1)
     log.away = True

@@ -204,7 +204,7 @@ class World:
 
 
 def scanned(reader: ViewReader, query: Query) -> Answer:
-    """What a scan answers, even where a few keys would do."""
+    """Return the answer of a scan, even where a few keys would do."""
     return reader._scan(reader._stores(), query, reader.clock.now_ms(), 1e18, lambda _: None).answer
 
 

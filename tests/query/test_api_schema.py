@@ -112,6 +112,7 @@ def test_the_document_is_whole(server: Server) -> None:
     document = server.get("/openapi.json").json()
     operations = {(verb, path) for path, verbs in document["paths"].items() for verb in verbs}
     assert operations == {
+        ("post", "/api/v1/read"),
         ("get", "/v1/views"),
         ("get", "/v1/views/{view}"),
         ("post", "/v1/views/{view}/drop"),
@@ -145,6 +146,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "after",
         "max_staleness_ms",
         "timeout_ms",
+        "If-None-Match",
     }
     for reference in references(document):
         resolved(document, [{"$ref": reference}])

@@ -131,6 +131,7 @@ def test_only_some_views(server: Server) -> None:
     assert found.keys() == {"hits", "low", "pipeline_view_omitted", "pipeline_view_staleness_seconds"}
     assert "'nobody'" in server.problem(404, server.get("/v1/openmetrics", ("view", "hits"), ("view", "nobody")))
     assert "known: view" in server.problem(400, server.get("/v1/openmetrics", ("where", "a=b")))
+    assert "true or false" in server.problem(400, server.get("/v1/openmetrics", ("windowed", "0")))
     many = [("view", "hits")] * 65
     assert "`view` parameters" in server.problem(400, server.get("/v1/openmetrics", *many))
     server.problem(414, server.request("GET", "/v1/openmetrics?view=" + "x" * 60_001))
@@ -356,6 +357,7 @@ def test_a_view_with_windows_shows_its_newest_final_window() -> None:
     world.fold()
     (exposed,) = scrape(world).views
     assert dict(zip(exposed.labels, exposed.values, strict=True)) == {("a",): 6, ("b",): 3}
+    assert world.reader.scrape((), windowed=False, deadline_s=world.clock.monotonic_s() + 30).views == []
     family = families(render_views(scrape(world), OPENMETRICS["Accept"])[0])["hits"]
     assert (family.type, samples(family)) == ("gauge", {(("path", "a"),): 6, (("path", "b"),): 3})
     assert family.documentation == "View of kind sum, in windows of 60 s: the newest that is final."

@@ -25,7 +25,7 @@ class Pin:
     def __init__(self, offset: int, patience: int) -> None:
         self.offset = offset
         self.patience = patience
-        """How often a reader may wait in vain before the broker aborts the transaction."""
+        """Number of times that a reader may wait in vain before the broker aborts the transaction."""
 
 
 class Cluster:

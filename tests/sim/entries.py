@@ -42,6 +42,11 @@ class View:
         """Return whether the view's series expire when they are silent."""
         return bool(self.retention_s) and not self.window_s
 
+    @property
+    def is_spread(self) -> bool:
+        """Return whether publishers spread the view's series over several partitions."""
+        return self.name[-1] in "0235" and not self.is_silent
+
     def as_stored(self) -> list[Any]:
         """Return the expected value of a definition entry, without default values at its end."""
         fields = [self.name, self.kind, list(self.labels), self.window_s, self.monotone, self.retention_s]

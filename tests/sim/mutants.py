@@ -27,7 +27,8 @@ class Mutant(NamedTuple):
     """One change of the source that breaks one invariant of DESIGN 5."""
 
     invariant: int
-    """Number of the invariant in DESIGN 5; 13: what has expired is gone for good, and nothing else."""
+    """Number of the invariant in DESIGN 5; 13: what has expired is gone for good, and nothing else; 14: an answer has
+    all parts of a series that is spread over partitions."""
     what: str
     path: str
     old: str
@@ -295,6 +296,21 @@ MUTANTS = (
         "            known.series_count -= self.gone.get(sweep.prefix, 0)\n",
         "",
         "windows",
+    ),
+    Mutant(
+        14,
+        "a point read ends at the first partition that has the series",
+        "pipeline/query/lookups.py",
+        "            found.append(value)\n            holders.append(number)\n",
+        "            if not found:\n                found.append(value)\n                holders.append(number)\n",
+    ),
+    Mutant(
+        14,
+        "a scan passes over keys that another partition has, too",
+        "pipeline/core/query.py",
+        "            out_keys += keys[:count]\n            out_values += values[:count]\n",
+        "            new = [i for i in range(count) if keys[i] not in out_keys]\n"
+        "            out_keys += [keys[i] for i in new]\n            out_values += [values[i] for i in new]\n",
     ),
 )
 """Invariant 11 is about what a reader says of its staleness, which the simulator does not ask; see tests/query."""

@@ -105,13 +105,21 @@ class SimPublisher:
         self._buffer: dict[int, list[Recorded]] = {}
         self._sets = 0
         self._recorded_ns = 0
+        self._turn = 0
 
     def record(self, count: int) -> None:
         """Record some deltas of few series, so that deltas merge."""
         for _ in range(count):
             view, place, delta = self._some_recorded()
-            partition = crc32(series_prefix(_definition(view)) + series_suffix(*place)) % self._partition_count
+            partition = self._partition_of(view, place)
             self._buffer.setdefault(partition, []).append((view, place, delta))
+
+    def _partition_of(self, view: View, place: Place) -> int:
+        """Return the partition of a series, of one that is spread the next; publishers disagree about how far it is."""
+        self._turn += 1
+        spread = 1 + crc32(self.producer_id.encode()) % 3 if view.is_spread else 1
+        first = crc32(series_prefix(_definition(view)) + series_suffix(*place))
+        return (first + self._turn % min(spread, self._partition_count)) % self._partition_count
 
     def _some_recorded(self) -> Recorded:
         rng = self._rng

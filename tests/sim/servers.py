@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from functools import reduce
+from itertools import repeat
+from math import inf
 from typing import TYPE_CHECKING
 
+from pipeline.core.codec import decode_definition, decode_states
+from pipeline.core.kinds import KINDS
+from pipeline.core.query import Matcher, Query
+from pipeline.core.record import parse_suffix, series_prefix
 from pipeline.errors import LogCorrupt, NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.query.ends import LogEnds
+from pipeline.query.reader import ViewReader
+from pipeline.settings import QuerySettings
 from pipeline.worker.follower import read_meta, read_position
 from pipeline.worker.replicas import ReplicaLoop
-from tests.sim.entries import META, POSITION, Entries, Failure, compare
+from tests.sim.entries import DEFINITION, META, POSITION, Entries, Failure, compare
 from tests.sim.faults import Disk, FaultyLog, FaultyStores, Machine, Process, SimulatedCrash
 from tests.sim.logfaults import Noticed
 
@@ -185,8 +196,46 @@ class Server:
                 read_position(self.machine.disks[number].memory).next_offset == world.auditor.position(number)
                 for number in range(world.partition_count)
             ):
+                self._check_answers()
                 return
         if world.wounds and self._loop is not None and self._loop._undecided:
             raise Noticed("; ".join(self._loop._undecided.values()))
         if not any(world.cluster.forged):
             raise Failure(f"{self._process.name} never holds all that there is")
+
+    def _check_answers(self) -> None:
+        """Check that reads merge the entries of all partitions: of each view that has one definition, and neither windows
+        nor a retention.
+        """
+        assert self._loop is not None
+        ends = LogEnds(0.0, {}, {})
+        reader = ViewReader(stores=self._loop.stores, ends=lambda: ends, clock=self.machine.clock, settings=QuerySettings())
+        states = self.world.auditor.states
+        definitions = {
+            key: decode_definition(value).definition
+            for entries in states
+            for key, value in entries.items()
+            if key[:1] == DEFINITION
+        }
+        names = Counter(it.view for it in definitions.values())
+        for definition in definitions.values():
+            if names[definition.view] > 1 or definition.window_s or definition.retention_s:
+                continue
+            kind, prefix = KINDS[definition.kind], series_prefix(definition)
+            held: dict[bytes, list[bytes]] = {}
+            for entries in states:
+                for key in entries:
+                    if key.startswith(prefix):
+                        held.setdefault(key, []).append(entries[key])
+            merged = {key: reduce(kind.merge, decode_states(kind, values)) for key, values in held.items()}
+            expected = {parse_suffix(key[len(prefix) :])[1]: kind.answer(state) for key, state in merged.items()}
+            answer = reader.read(Query(definition.view, limit=10**6), deadline_s=inf)
+            found = {tuple(it.labels.values()): it.value for it in answer}
+            self.world.stats["answer of several partitions"] += any(len(values) > 1 for values in held.values())
+            for labels, value in expected.items():
+                where = tuple(Matcher(*it) for it in zip(definition.labels, repeat("="), labels, strict=False))
+                point = reader.point(Query(definition.view, where))
+                if found.get(labels) != value or point is None or point.value() != value:
+                    raise Failure(f"{definition} answers {found.get(labels)} and {point}, not {value}")
+            if found.keys() != expected.keys():
+                raise Failure(f"{definition} answers with {[*found]}, not {[*expected]}")

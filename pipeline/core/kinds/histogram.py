@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, repeat
-from math import ceil, exp2, frexp, isqrt, ldexp
+from math import ceil, exp2, frexp, inf, isqrt, ldexp
 from typing import Any
 
 import msgspec
@@ -91,6 +91,13 @@ def index_of(value: float) -> int:
 
 _LOWEST, _HIGHEST = index_of(LEAST), (BITS_MAX << SCHEMA_MAX) - 1
 """First and last bucket that a number can be in."""
+
+
+def bound_of(power: int, schema: int) -> float:
+    """Return a power of a schema's base, rounded down; infinity if it is beyond all floats."""
+    place = power << SCHEMA_MAX - schema
+    exponent = (place >> SCHEMA_MAX) + 1
+    return ldexp(_BOUNDS[place & (1 << SCHEMA_MAX) - 1], exponent) if exponent <= BITS_MAX else inf
 
 
 def coarser(buckets: Buckets, by: int) -> Buckets:

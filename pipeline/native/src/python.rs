@@ -320,12 +320,13 @@ impl Table {
         visit.call(&self.journal)
     }
 
-    #[pyo3(signature = (definition, series_max, view_type=None))]
+    #[pyo3(signature = (definition, series_max, view_type=None, spread=1))]
     fn define<'py>(
         slf: &Bound<'py, Table>,
         definition: &Bound<'py, PyAny>,
         series_max: usize,
         view_type: Option<Bound<'py, PyType>>,
+        spread: u32,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let by_kind = || -> PyResult<Bound<'py, PyType>> {
@@ -336,16 +337,17 @@ impl Table {
                 _ => py.get_type::<ObserveView>(),
             })
         };
-        view_type.map_or_else(by_kind, Ok)?.call1((slf, definition, series_max))
+        view_type.map_or_else(by_kind, Ok)?.call1((slf, definition, series_max, spread))
     }
 
-    #[pyo3(signature = (partition_count, busy, batch_bytes_max))]
+    #[pyo3(signature = (partition_count, busy, batch_bytes_max, turn=0))]
     fn drain<'py>(
         &self,
         py: Python<'py>,
         partition_count: u32,
         busy: Option<&[u8]>,
         batch_bytes_max: usize,
+        turn: u64,
     ) -> PyResult<Bound<'py, PyList>> {
         if partition_count == 0 || busy.is_some_and(|busy| busy.len() != partition_count as usize) {
             return Err(PyValueError::new_err("busy has a byte for each of at least one partition"));
@@ -354,7 +356,7 @@ impl Table {
             return Err(PyValueError::new_err("with a journal all partitions are drained"));
         }
         let busy = busy.unwrap_or(&[]).to_vec();
-        let (drafts, cut) = self.alone(py, |core| core.drain(partition_count, &busy, batch_bytes_max));
+        let (drafts, cut) = self.alone(py, |core| core.drain(partition_count, &busy, batch_bytes_max, turn));
         let made = drafts.iter().map(|draft| Py::new(py, PyDraft(draft.clone()))).collect::<PyResult<Vec<_>>>();
         let made = made.and_then(|made| PyList::new(py, made));
         if made.is_err() {

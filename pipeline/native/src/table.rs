@@ -45,6 +45,8 @@ pub struct ViewInfo {
     /// The suffix of the overflow series, without its window.
     pub overflow_labels: Vec<u8>,
     pub prefix_crc: crc32fast::Hasher,
+    /// The number of partitions over which each series is spread.
+    pub spread: u32,
     /// The start of the window in which the time was when it was last looked at.
     pub window_now: AtomicI64,
     pub overflow_count: AtomicU64,
@@ -551,12 +553,12 @@ impl Core {
 
     /// Take out what waits, but for busy partitions, merge it into the totals, and encode it as batches to be; they come behind
     /// what an earlier drain could not hand over.
-    pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize) -> (Vec<Arc<Draft>>, Cut) {
+    pub fn drain(&self, partition_count: u32, busy: &[u8], bytes_max: usize, turn: u64) -> (Vec<Arc<Draft>>, Cut) {
         let mut drafts = Vec::new();
         let mut arena = Vec::new();
         let mut views = Vec::new();
         let mut cut = self.begin_cut();
-        let mut taken = self.take(partition_count, busy, &mut arena, &mut views, &mut cut);
+        let mut taken = self.take((partition_count, busy, turn), &mut arena, &mut views, &mut cut);
         if self.lane_mask > 0 {
             taken = merge_lanes(taken, &arena, &views);
         }
@@ -588,8 +590,7 @@ impl Core {
 
     fn take(
         &self,
-        partition_count: u32,
-        busy: &[u8],
+        (partition_count, busy, turn): (u32, &[u8], u64),
         arena: &mut Vec<u8>,
         views: &mut Vec<Arc<ViewInfo>>,
         cut: &mut Cut,
@@ -616,12 +617,12 @@ impl Core {
                 }
                 for at in part {
                     let slot = inner.slot(*at);
-                    let partition = slot.crc % partition_count;
-                    if busy.get(partition as usize).is_some_and(|busy| *busy != 0) {
+                    let Some(view) = &slot.view else { continue };
+                    let free = |partition: &u32| busy.get(*partition as usize).is_none_or(|busy| *busy == 0);
+                    let Some(partition) = partitions_of(slot.crc, partition_count, view.spread, turn).find(free) else {
                         kept.push(*at);
                         continue;
-                    }
-                    let Some(view) = &slot.view else { continue };
+                    };
                     if views.is_empty() || last.0 != view.id {
                         let place = *places.entry(view.id).or_insert_with(|| {
                             views.push(view.clone());
@@ -782,6 +783,16 @@ fn windowless(hash: u32, suffix: &[u8]) -> (u32, Cow<'_, [u8]>) {
         0 => (hash, Cow::Borrowed(suffix)),
         window => (hash ^ window_bits(window), Cow::Owned([&[0; WINDOW_BYTES], &suffix[WINDOW_BYTES..]].concat())),
     }
+}
+
+/// The partitions that may take a series, the one whose turn it is first; see `partition_of` in `publisher/batching.py`.
+#[inline]
+fn partitions_of(crc: u32, partition_count: u32, spread: u32, turn: u64) -> impl Iterator<Item = u32> {
+    let spread = spread.clamp(1, partition_count);
+    (0..spread as u64).map(move |later| {
+        let from_first = if spread == 1 { 0 } else { (turn + later) % spread as u64 };
+        ((crc as u64 + from_first) % partition_count as u64) as u32
+    })
 }
 
 fn reserve(out: &mut Vec<Taken>, arena: &mut Vec<u8>, count: usize) {

@@ -76,7 +76,7 @@ impl View {
         slf: &Bound<'_, PyType>,
         table: Py<Table>,
         definition: Bound<'_, PyAny>,
-        series_max: usize,
+        (series_max, spread): (usize, u32),
         method: &CStr,
     ) -> PyResult<View> {
         let py = slf.py();
@@ -116,6 +116,7 @@ impl View {
             definition: encoded.cast::<PyBytes>()?.as_bytes().to_vec(),
             overflow_labels,
             prefix_crc,
+            spread,
             window_now: AtomicI64::new(0),
             overflow_count: AtomicU64::new(0),
         };
@@ -408,6 +409,11 @@ impl View {
         self.info.overflow_count.load(Relaxed)
     }
 
+    #[getter]
+    fn spread(&self) -> u32 {
+        self.info.spread
+    }
+
     #[pyo3(signature = (*values, **names))]
     fn labels<'py>(
         slf: &Bound<'py, View>,
@@ -545,13 +551,16 @@ macro_rules! constructors {
         impl $view {
             #[new]
             #[classmethod]
+            #[pyo3(signature = (table, definition, series_max, spread=1))]
             fn new(
                 cls: &Bound<'_, PyType>,
                 table: Py<Table>,
                 definition: Bound<'_, PyAny>,
                 series_max: usize,
+                spread: u32,
             ) -> PyResult<PyClassInitializer<$view>> {
-                Ok(PyClassInitializer::from(View::open(cls, table, definition, series_max, $name)?).add_subclass($view))
+                Ok(PyClassInitializer::from(View::open(cls, table, definition, (series_max, spread), $name)?)
+                    .add_subclass($view))
             }
 
             #[classattr]

@@ -84,7 +84,7 @@ def damage(path: Path, chance: random.Random) -> str:
 
 @pytest.mark.parametrize("part", range(8))
 def test_no_damage_is_silent(tmp_path: Path, part: int) -> None:
-    """Whatever bit, sector or file is damaged, nothing is counted twice, and missing deltas are reported."""
+    """Any damaged bit, sector or file makes nothing count twice, and missing deltas are reported."""
     for slot in range(part, SLOTS, 8):
         chance = random.Random(slot)
         origin, folded, truth = recorded(tmp_path / f"s{slot}", chance, closed=chance.random() < 0.4)

@@ -35,7 +35,7 @@ TRUTH = {suffix(0): 101, suffix(1): 2, suffix(2): 4, suffix(3): 8}
 
 
 def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
-    """While its process lives, or somebody has claimed it, a slot can't be claimed, and looking changes nothing.
+    """A slot whose process lives, or that somebody has claimed, can't be claimed, and looking changes nothing.
 
     Not even SQLite's empty log, which is usually deleted at the end of a look at a database, is touched.
     """
@@ -65,7 +65,7 @@ def test_a_live_slot_is_nobody_elses(tmp_path: Path) -> None:
 
 
 def test_claims_at_once(tmp_path: Path) -> None:
-    """Of many that claim a slot in the same moment one gets it."""
+    """One of many claimants of a slot gets it."""
     path = filled(tmp_path / "s").spool.path
     for n in range(20):
         copy, got = as_kill_leaves_it(path, tmp_path / f"k{n}"), list[Orphan | None]()
