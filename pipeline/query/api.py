@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -18,11 +18,11 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
@@ -34,26 +34,27 @@ from pipeline.ports import Clock, Ingest, Pushed, Refusal
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.guard import Guard, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
-from pipeline.query.params import parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
+from pipeline.query.several import parse_several
 from pipeline.query.streams import Streams
-from pipeline.query.streams_api import EVENT_STREAM, STREAM_PATH, StreamView
+from pipeline.query.streams_api import STREAM_PATH, StreamView
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
 _BODIES_HELD_MAX = 4
 """Request bodies in memory at once, counted in bodies of the largest size."""
-_CLIENT_GONE = 499
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
@@ -116,11 +117,13 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
+    read = _ReadView(service, settings)
     streams = Streams(service, settings, metrics, reader.clock)
     routes = [
-        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
+        Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", _ListViews(service), methods=["GET"]),
+        Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
         *page_routes(),
     ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
@@ -136,7 +139,7 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    app = _create(routes, settings, metrics, reader.clock, lifespan)
+    app = _create(routes, settings, metrics, reader.clock, lifespan, read)
     app.state.before_stop = streams.close
     return app
 
@@ -147,13 +150,20 @@ def _create(
     metrics: ExposedMetrics,
     clock: Clock,
     lifespan: Lifespan[Starlette] | None = None,
+    read: _ReadView | None = None,
 ) -> Starlette:
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
     routes = [*routes, *docs_routes(openapi_document(operations, settings))]
     paths = {it.endpoint: it.path for it in routes}
-    guard = Middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=clock)
-    handlers = dict.fromkeys((PipelineError, Refused, HTTPException), _problem)
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    handlers = dict.fromkeys((PipelineError, Refused, HTTPException), show_problem)
+
+    class App(Starlette):
+        def build_middleware_stack(self) -> ASGIApp:
+            """Return the router within a `Guard`, which does what Starlette's own outermost layer would do."""
+            routed = ExceptionMiddleware(self.router, handlers=handlers)
+            return Guard(routed, read, paths, settings.connections_max, metrics, clock)
+
+    app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
     return app
 
@@ -166,9 +176,27 @@ class _ReadView:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = read_headers(scope["headers"])
-        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, headers)
+        await self.answer(scope["path_params"]["view"], scope, send)
+
+    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+        """Answer a request whose path names `view`."""
+        asked = parse_read(view, scope["query_string"], self._settings, read_headers(scope["headers"]))
         await _send(send, await self._service.answer(asked))
+
+
+class _PostQuery:
+    """`POST /v1/query` as a plain ASGI application."""
+
+    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+        self._service = service
+        self._settings = settings
+        self._bodies = _Bodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        async with self._bodies.of(request) as body:
+            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
 class _ListViews:
@@ -370,80 +398,3 @@ class _Bodies:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
-
-
-def _refused(error: HTTPException, request: Request) -> Refused:
-    headers: Mapping[str, str] = error.headers or {}
-    if error.status_code == 404:
-        return Refused(404, f"nothing is at {request.url.path[:200]!r}; /docs says what there is", headers)
-    if error.status_code == 405:
-        return Refused(405, f"{request.method[:20]} is not for {request.url.path[:200]!r}", headers)
-    return Refused(error.status_code, str(error.detail), headers)
-
-
-async def _problem(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):
-        error = _refused(error, request)
-    answer = problem(error)
-    if answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
-        _log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
-    return Response(answer.body, answer.status, headers=answer.headers)
-
-
-class _Guard:
-    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems."""
-
-    def __init__(
-        self, app: ASGIApp, *, paths: Mapping[Any, str], connections_max: int, metrics: Metrics, clock: Clock
-    ) -> None:
-        self._app = app
-        self._paths = paths
-        self._connections_max = connections_max
-        self._metrics = metrics
-        metrics.inc(m.READS_REFUSED, 0, "connections_max")
-        self._clock = clock
-        self._open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started_s = self._clock.monotonic_s()
-        status = _CLIENT_GONE
-        counted = True
-
-        def done() -> None:
-            nonlocal counted
-            if counted:
-                counted = False
-                self._open -= 1
-                # Not the path of the request: a client could make any number of them.
-                path = self._paths.get(scope.get("endpoint"), "unmatched")
-                self._metrics.inc(m.REQUESTS, 1, path, status)
-                self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if (b"content-type", EVENT_STREAM.encode()) in message["headers"]:
-                    done()  # `streams_max` bounds streams, which stay open
-            await send(message)
-
-        self._open += 1
-        try:
-            if self._open > self._connections_max:
-                self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
-                raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
-            await self._app(scope, receive, noting)
-        except ClientDisconnect:
-            pass
-        except Exception as error:
-            if not isinstance(error, PipelineError):
-                _log.exception("%s %s", scope["method"], scope["path"])
-            if status != _CLIENT_GONE:
-                raise  # a part of the answer is sent: the server must break off the connection
-            answer = problem(error)
-            await Response(answer.body, answer.status, headers=answer.headers)(scope, receive, noting)
-        finally:
-            done()

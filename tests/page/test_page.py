@@ -59,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
                 latency.observe(value / 7, route="/cart")
             for number in range(200):
                 publisher.distinct("users").observe(f"user{number}")
-                publisher.topk("products").observe(("tea", "coffee", "milk")[number % 3 if number < 200 else 0])
+                publisher.topk("products").observe(("tea", "coffee", "milk")[number % 3])
             publisher.last("note").set("all quiet")
             publisher.sum("large").add(2**70 + 1)
             publisher.flush()
@@ -127,7 +127,7 @@ def test_numbers_move_when_deltas_come(page: Page, server: UpProcess, said: list
     [
         ("view/latency?by=-&range=24+h", ["count", "p99", "199", "Heatmap"]),
         ("view/users", ["estimate", "at least", "200", "at most"]),
-        ("view/products", ["tea", "coffee", "milk", "167"]),
+        ("view/products", ["tea", "coffee", "milk", "66"]),
         ("view/visits?by=region&range=24+h&fn=value", ["eu", "5"]),
         ("view/note", ["all quiet"]),
         ("view/large", ["1,180,591,620,717,411,303,425"]),

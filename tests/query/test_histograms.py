@@ -81,6 +81,8 @@ def test_top_is_by_count_or_by_the_first_quantile(server: Server) -> None:
     assert [it["labels"]["route"] for it in server.view("latency", ("top", "2"))["series"]] == ["/", "/cart"]
     asked = server.view("latency", ("top", "2"), ("q", "1"), ("q", "0.1"))
     assert [it["labels"]["route"] for it in asked["series"]] == ["/pay", "/cart"]
+    least = server.view("latency", ("bottom", "1"), ("q", "1"))
+    assert least["series"][0]["labels"]["route"] not in ("/pay", "/cart")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-//! The native core of `pipeline`: what is done per delta. Its specification is `pipeline/publisher/table.py`.
+//! The native core of `pipeline`: what is done per delta, and per entry of a scan. Its specifications are
+//! `pipeline/publisher/table.py` and `pipeline/query/grouping.py`.
 
 mod convert;
 mod fork;
+mod groups;
 mod histogram;
 mod labels;
 mod local;
@@ -24,6 +26,7 @@ fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("VERSION", VERSION)?;
     m.add("SOURCES", option_env!("PIPELINE_NATIVE_SOURCES").unwrap_or(""))?;
     fork::watch();
+    groups::register(m)?;
     python::register(m)?;
     view::register(m)
 }
