@@ -26,7 +26,7 @@ BUCKET_LABEL = "le"
 KEYS_MAX = 100_000
 """Upper limit of the keys that a read of one series gets; one that needs more scans all series of its windows."""
 _CHECK_EVERY = 256
-"""Series that are encoded between two checks of the deadline."""
+"""Series that are encoded, or windows whose buckets are counted, between two checks of the deadline."""
 _ADVICE = "ask for a shorter range, or narrow the matchers"
 
 Windows = Mapping[int, State]
@@ -208,7 +208,11 @@ class _Encoding:
         texts = [bound_text(bound) for bound in (*classic.bounds, inf)]
         chosen = [i for i, text in enumerate(texts) if all(test([text])[0] for test in tests)]
         for labels, windows in found.items():
-            counts = [(at, classic.counts(state)) for at, state in windows.items()]
+            counts: list[tuple[int, list[int]]] = []
+            for at, state in windows.items():
+                if len(counts) % _CHECK_EVERY == 0:
+                    self._check()
+                counts.append((at, classic.counts(state)))
             for i in chosen:
                 yield from self._one(name, labels, [(at, it[i]) for at, it in counts], texts[i])
 
