@@ -38,7 +38,7 @@ from pipeline.query.guard import Guard, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
-from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
+from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
@@ -48,7 +48,7 @@ from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, Metrics
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
 from pipeline.query.streams import Streams
-from pipeline.query.streams_api import STREAM_PATH, StreamView
+from pipeline.query.streams_api import StreamView
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)

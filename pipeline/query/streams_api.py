@@ -14,7 +14,6 @@ from pipeline.query.service import ReadService
 from pipeline.query.streams import Streams
 from pipeline.settings import QuerySettings
 
-STREAM_PATH = "/v1/views/{view}/stream"
 EVENT_STREAM = "text/event-stream"
 _HEADERS = [
     (b"content-type", EVENT_STREAM.encode()),
