@@ -68,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
 
 @pytest.fixture
 def said() -> list[str]:
-    """What the page has written to the console, and its errors."""
+    """Messages that the page has written to the console, and its errors."""
     return []
 
 
@@ -146,7 +146,7 @@ def test_every_kind_has_what_suits_it(
 
 
 def test_labels_are_data(page: Page, server: UpProcess, said: list[str]) -> None:
-    """Whatever stands in labels, items and texts is shown as text, and runs nothing."""
+    """Markup and script in labels, items and texts are shown as text, and run nothing."""
     with Publisher(server.url) as publisher:
         for value in EVIL:
             publisher.sum("evil", labels=("who",)).add(1, who=value)

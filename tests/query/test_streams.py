@@ -286,7 +286,7 @@ def test_a_server_that_restores(hits: tuple[World, Server]) -> None:
 
 
 def test_a_range_moves_on(hits: tuple[World, Server]) -> None:
-    """Of a view with windows only new points travel; what the reader makes of them is what a read answers."""
+    """Only new points of a view with windows travel; with them the reader has what a read answers."""
     world, server = hits
     minutes = Definition("minutes", "sum", ("region",), window_s=60, retention_s=10**9)
     end = 1_700_000_040_000
