@@ -249,7 +249,7 @@ def test_streams_do_not_take_the_places_of_requests() -> None:
 
 
 def test_a_view_that_is_dropped_under_a_stream(hits: tuple[World, Server]) -> None:
-    """Its readers are told, and have the whole answer once it is there again, with other labels too."""
+    """Readers of the stream are told, and have the whole answer once it is there again, with other labels too."""
     world, server = hits
     stream = Stream(server, "/v1/views/hits/stream?by=")
     stream.take()
