@@ -214,6 +214,7 @@ class HttpReader:
         at: Time | None = None,
         step: Length | None = None,
         over: Length | None = None,
+        compare: Length | None = None,
         fill: str | None = None,
         fn: str | None = None,
         q: Sequence[float] | float | None = None,
@@ -232,7 +233,8 @@ class HttpReader:
         A view with windows answers with points of a range. `start`, `end`, `at`: ms since 1970, a datetime with its zone, or
         RFC 3339; without `end` the range ends now, without `start` 60 steps before, and `at` is the end of a single step.
         `step`, `over`: distance of points, and length of what each covers: seconds, a timedelta, or a text such as `5m`.
-        `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`.
+        `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`. `compare`:
+        the same range so much earlier, in `compare` of each series.
 
         `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` and `bottom` order by the first of
         them, or by count.
@@ -253,6 +255,7 @@ class HttpReader:
             at=at,
             step=step,
             over=over,
+            compare=compare,
             fill=fill,
             fn=fn,
             q=q,
