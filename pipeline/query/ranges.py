@@ -142,8 +142,9 @@ class Points:
         before = {} if self.earlier is None else self.earlier._found()
         chosen = self._chosen(found, before)
         built = self._count_built(found, chosen)
-        if self.earlier is not None:
+        if self.earlier is not None:  # both sides have a point wherever one of them has
             built += self.earlier._count_built(before, chosen)
+            built = 2 * min(built, self.span.point_count * len(chosen))
         self._check_count(built)
         total = self._totals(found, check)
         total_before = {} if self.earlier is None else self.earlier._totals(before, check)

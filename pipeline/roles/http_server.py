@@ -55,6 +55,8 @@ class HttpServer:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing asks who the client is
+                ws="none",
                 timeout_graceful_shutdown=_GRACEFUL_S,
                 lifespan="on",
             )

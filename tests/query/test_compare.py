@@ -17,7 +17,9 @@ from pipeline.core.answer import Answer
 from pipeline.core.query import Query
 from pipeline.core.record import Definition
 from pipeline.core.span import AskedRange
+from pipeline.errors import Invalid
 from pipeline.query.media import CSV, NDJSON
+from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
 
 W = 60_000
@@ -136,6 +138,17 @@ def test_rows_have_a_column_more(shop: Server) -> None:
     assert answer.to_pandas()["compare"].fillna(-1).to_list() == [1, 2, 3, -1]
     assert named.to_arrow().column_names == ["compare", "start", "value", "compare_"]
     assert answer._repr_html_().count("<th>") == 5
+
+
+def test_points_of_both_ranges_are_counted() -> None:
+    """`answer_points_max` is of all points of the answer: those of the range and those beside them."""
+    world = World(partition_count=1, settings=QuerySettings(answer_points_max=7))
+    world.append(0, MINUTES, {("a", "p"): 1, ("b", "p"): 1}, 20 * W)
+    world.fold()
+    asked = AskedRange(20 * W, 22 * W, fill="null")
+    assert len(world.reader.read(Query("minutes", range=asked), deadline_s=FAR_S).series) == 2
+    with pytest.raises(Invalid, match="answer_points_max"):
+        world.reader.read(Query("minutes", range=replace(asked, compare_ms=W)), deadline_s=FAR_S)
 
 
 @pytest.mark.parametrize(
