@@ -128,6 +128,9 @@ REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answ
 REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
 )
+GATHER_SERVER_UP = Metric(
+    "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

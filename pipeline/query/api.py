@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
+from pipeline.core.gathered import STATES_PATH
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
@@ -34,6 +35,7 @@ from pipeline.ports import Clock, Ingest, Pushed, Refusal
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.gather import GatherService
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
@@ -51,6 +53,9 @@ _INGEST_THREADS = 16
 _BODIES_HELD_MAX = 4
 """Request bodies in memory at once, counted in bodies of the largest size."""
 _CLIENT_GONE = 499
+_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
+STATES = "application/vnd.pipeline.states"
+"""Media type of the states that one server gives to another."""
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
@@ -118,6 +123,7 @@ def create_app(
         Route("/v1/views", _ListViews(service), methods=["GET"]),
     ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
+    routes.append(_states_route(service, settings))
     if render_views is not None:
         routes += [_scrape_route(service, settings, render_views), _remote_read_route(service)]
     if ingest is not None:
@@ -131,6 +137,40 @@ def create_app(
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
     return _create(routes, settings, metrics, reader.clock, lifespan)
+
+
+def create_gather_app(
+    service: GatherService, settings: QuerySettings, metrics: ExposedMetrics, render_views: RenderViews
+) -> Starlette:
+    """Return the application of a server that merges what other servers have. It takes no writes."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        observing = asyncio.create_task(service.observe())
+        try:
+            yield
+        finally:
+            observing.cancel()
+            with suppress(asyncio.CancelledError):
+                await observing
+            service.close()
+
+    def refused(path: str, status: int, why: str) -> Route:
+        async def refuse(_: Request) -> Response:
+            raise Refused(status, why)
+
+        return Route(path, refuse, methods=["POST"])
+
+    no_writes = "this server only merges what others have: write to a server that runs with --ingest, or as `pipeline up`"
+    routes = [
+        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
+        Route("/v1/views", _ListViews(service), methods=["GET"]),
+        *_operation_routes(metrics, service.status, lambda: service.ready),
+        _scrape_route(service, settings, render_views),
+        *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
+        refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
+    ]
+    return _create(routes, settings, metrics, service.clock, lifespan)
 
 
 def _create(
@@ -153,7 +193,7 @@ def _create(
 class _ReadView:
     """`GET /v1/views/{view}` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
         self._service = service
         self._settings = settings
 
@@ -166,7 +206,7 @@ class _ReadView:
 class _ListViews:
     """`GET /v1/views` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService) -> None:
+    def __init__(self, service: ReadService | GatherService) -> None:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -209,7 +249,7 @@ def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], rea
     ]
 
 
-def _scrape_route(service: ReadService, settings: QuerySettings, render: RenderViews) -> Route:
+def _scrape_route(service: ReadService | GatherService, settings: QuerySettings, render: RenderViews) -> Route:
     async def scrape(request: Request) -> Response:
         views, windowed = parse_scrape(request.scope["query_string"], settings)
         body, media_type = await service.scrape(views, render, request.headers.get("accept", ""), windowed=windowed)
@@ -231,6 +271,16 @@ def _remote_read_route(service: ReadService) -> Route:
         return Response(answer, headers={"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy"})
 
     return Route("/api/v1/read", remote_read, methods=["POST"])
+
+
+def _states_route(service: ReadService, settings: QuerySettings) -> Route:
+    bodies = _Bodies(settings.body_bytes_max)
+
+    async def states(request: Request) -> Response:
+        async with bodies.of(request) as body:
+            return Response(await service.states(body), media_type=STATES)
+
+    return Route(STATES_PATH, states, methods=["POST"])
 
 
 def _with_staleness(status: Status, reader: ViewReader) -> Status:

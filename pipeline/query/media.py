@@ -79,7 +79,7 @@ def encoded(
 
     `unchanged`: the client has the body already, and needs to know only how stale that is.
     """
-    headers = [(b"etag", etag), _VARY, _NO_STORE]
+    headers = [(b"etag", etag), _VARY, _NO_STORE] if etag else [_VARY, _NO_STORE]
     if unchanged:
         return Encoded((), headers + _said(answer), 304)
     headers += [(b"content-type", _CONTENT_TYPES[media_type]), (b"content-length", b"%d" % sum(map(len, parts)))]

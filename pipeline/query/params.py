@@ -29,7 +29,7 @@ QUERY_BYTES_MAX = 60_000
 _TIMES = ("start", "end", "at")
 _LENGTHS = ("step", "over")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
-_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms", *_RANGE, "fn")
+_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms", *_RANGE, "fn", "allow_partial")
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
@@ -46,6 +46,8 @@ class ReadRequest(msgspec.Struct, frozen=True):
     """Media type of the answer."""
     coding: str = ""
     """Content coding that the client prefers; empty: none."""
+    allow_partial: bool = False
+    """True if a server that merges several may leave out partitions of which no server answers."""
     known: tuple[bytes, ...] = ()
     """Entity tags of answers that the client has; `*` is any."""
 
@@ -134,6 +136,7 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
         whole_number(single, "max_staleness_ms", 10**15 - 1),
         preferred(headers.accept),
         preferred_coding(headers.encoding),
+        _flag(single, "allow_partial"),
         _tags(headers.if_none_match) if headers.if_none_match else (),
     )
 
@@ -147,6 +150,14 @@ def _range(single: Mapping[str, str]) -> AskedRange:
     times = {f"{name}_ms": time_ms(name, single[name]) for name in _TIMES if name in single}
     lengths = {f"{name}_ms": length_ms(name, single[name]) for name in _LENGTHS if name in single}
     return AskedRange(**times, **lengths, fill=single.get("fill"))
+
+
+def _flag(single: Mapping[str, str], name: str) -> bool:
+    """Return a parameter that is true or false; False without it."""
+    text = single.get(name, "false")
+    if text not in ("true", "false"):
+        raise Invalid(f"{name}: true or false is needed, got {text[:50]!r}")
+    return text == "true"
 
 
 def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[tuple[str, ...], bool]:

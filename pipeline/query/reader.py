@@ -27,6 +27,7 @@ from pipeline.core.exposition import (
     samples_of,
     state_exposed,
 )
+from pipeline.core.gathered import StatesAsked, StatesFound
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
@@ -57,6 +58,7 @@ from pipeline.query.plans import ReadPlan, ViewHeads, decode_definition, read_he
 from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import scan_windows, select, similar, view_of
+from pipeline.query.states import StatesReader
 from pipeline.settings import QuerySettings
 
 _PLANS_MAX = 10_000
@@ -397,7 +399,8 @@ class ViewReader:
                 continue  # not asked for, or the window is gone, or there is none yet
             room = left // samples_of(definition)
             # Of a view without windows too many series are not read at all, so that the work is bounded, too.
-            if not definition.window_s and max(entry.series_count for entry in found[view]) > room:
+            held = [entry.series_count for entry in found[view] if entry.definition in whole[view].parts]
+            if not definition.window_s and max(held) > room:
                 omitted[view] = SERIES_MAX
                 continue
             try:
@@ -432,6 +435,17 @@ class ViewReader:
         """
         self._check_whole("read remotely")
         return self._from(self._stores(), lambda stores: read(self._cut(stores, deadline_s)))
+
+    def states(self, asked: StatesAsked, *, arrived_s: float, deadline_s: float) -> StatesFound:
+        """Return what a server that merges several asks for. The request arrived at `arrived_s` on the monotonic clock."""
+
+        def read(stores: Mapping[int, ReadableStore]) -> StatesFound:
+            cut = self._cut(stores, deadline_s)
+            states = partial(self._progress.partitions, cut.positions, cut.seen)
+            reader = StatesReader(asked, cut, self._settings, self._tests)
+            return reader.found(states, self.topic_id, arrived_s, self.clock.monotonic_s)
+
+        return self._from(self._stores(), read)
 
     def _cut(self, stores: Mapping[int, ReadableStore], deadline_s: float) -> Cut:
         seen = self._progress.note_ends()

@@ -60,11 +60,27 @@ def select(
     answer: Callable[[State], Any] | None = None,
 ) -> Selected:
     """Return what the query selects of all series without windows, or of those of one window; see `TopN` for `answer`."""
+    kind = KINDS[merged.definition.kind]
+    choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles, answer=answer)
+    scan_groups(query, merged, snapshots, tests, check, groups_max, choice.offer, window_start_ms)
+    return choice.selected()
+
+
+def scan_groups(
+    query: Query,
+    merged: MergedDefinition,
+    snapshots: Mapping[int, StoreView],
+    tests: Sequence[tuple[int, Test]],
+    check: Check,
+    groups_max: int,
+    offer: Callable[[Mapping[Labels, State]], None],
+    window_start_ms: int = 0,
+) -> None:
+    """Merge all series without windows, or of one window, to groups, and offer each group once."""
     group = group_key(merged.definition, query.by)
     kind = KINDS[merged.definition.kind]
     # Series of several definitions with the same labels are not neighbours in the order of keys.
     complete = is_complete(merged.definition, query.by) and len(merged.parts) == 1
-    choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles, answer=answer)
     groups: dict[Labels, Any] = {}
     for part in merged.parts:
         prefix = series_prefix(part) + window_bytes(window_start_ms)
@@ -75,13 +91,12 @@ def select(
             rows, states, _ = block.decode(keys, values, ())
             fold(kind, groups, group(rows), states)
             if complete:
-                choice.offer(groups)
+                offer(groups)
                 groups.clear()
             elif len(groups) > groups_max:
                 raise Invalid(f"over {groups_max} groups: keep fewer labels, or narrow `where`")
-    choice.offer(groups)
+    offer(groups)
     check()
-    return choice.selected()
 
 
 def _scan(part: Definition, number: int, snapshot: StoreView, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -16,6 +16,8 @@ import msgspec
 import pipeline.metrics as m
 from pipeline.core.answer import Answer, PartitionState
 from pipeline.core.exposition import Exposition
+from pipeline.core.gathered import decode_asked, encode_part
+from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
@@ -37,7 +39,7 @@ _COMPRESS_HERE_MAX = 32_768
 _TOPIC_S = 2.0
 """Longest wait for the log to answer which topic it has now."""
 
-_NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
+NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
 
 States = Sequence[PartitionState]
 T = TypeVar("T")
@@ -111,7 +113,7 @@ class ReadService:
         except NotFound as error:
             if request.after is not None:
                 raise
-            raise NotFound(f"{error}; {_NOT_FOLDED}") from None
+            raise NotFound(f"{error}; {NOT_FOLDED}") from None
 
     async def _answer(self, request: ReadRequest) -> Encoded:
         clock = self._reader.clock
@@ -130,7 +132,7 @@ class ReadService:
                     return answer
             # The data was fresh enough when the read began, but not when it ended: read again if there is time.
             if clock.monotonic_s() >= deadline_s:
-                raise NotReady(_too_old(request))
+                raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
     async def _encode_point(self, found: FoundAnswer, request: ReadRequest) -> Encoded:
@@ -197,6 +199,25 @@ class ReadService:
         """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
         deadline_s = self._deadline_s()
         return await self._bounded(self._in_thread, lambda: self._remote.answer(body, deadline_s=deadline_s))
+
+    async def states(self, body: bytes) -> bytes:
+        """Return what a server that merges several asks for; see `core.gathered`. Raises as `answer`."""
+        clock = self._reader.clock
+        arrived_s = clock.monotonic_s()
+        asked = decode_asked(body)
+        deadline_s = arrived_s + min(asked.timeout_ms, self._settings.timeout_ms_max) / 1000
+        if asked.after or asked.max_staleness_ms is not None:
+            token = Token.parse(asked.after)
+            await self._bounded(
+                self._wait, ReadRequest(Query(""), asked.timeout_ms, token, asked.max_staleness_ms), deadline_s
+            )
+
+        def read() -> bytes:
+            return encode_part(self._reader.states(asked, arrived_s=arrived_s, deadline_s=deadline_s))
+
+        if not asked.reads and not asked.views and asked.views is not None:
+            return read()  # at once, also while many reads run: by this the other server knows that this one is there
+        return await self._bounded(self._in_thread, read)
 
     def _deadline_s(self) -> float:
         timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
@@ -278,7 +299,7 @@ class ReadService:
             raise NotReady(
                 f"after: partition {number} is at {next_offset}, not at {wanted[number]}, after {request.timeout_ms} ms"
             )
-        raise NotReady(_too_old(request))
+        raise NotReady(too_old(request))
 
     def _is_other(self, after: Token) -> bool:
         """Return whether the token is of another topic than the log has; False while the topic of the log is unknown."""
@@ -329,5 +350,6 @@ class ReadService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _too_old(request: ReadRequest) -> str:
+def too_old(request: ReadRequest) -> str:
+    """Return the message of a read that found no answer that is fresh enough."""
     return f"no answer within max_staleness_ms={request.max_staleness_ms} after {request.timeout_ms} ms"
