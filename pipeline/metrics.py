@@ -21,6 +21,15 @@ class Metric(NamedTuple):
 _P = ("partition",)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+INFO = Metric(
+    "pipeline_info", "gauge", "1: the process runs; what it is stands in the labels.", ("role", "version", "native")
+)
+READY = Metric(
+    "pipeline_ready", "gauge", "1 if the process has restored its state and works, 0 until then: what /readyz says."
+)
+DISK_BYTES = Metric("pipeline_disk_bytes", "gauge", "Size of the file system that holds the state folder.")
+DISK_FREE = Metric("pipeline_disk_free_bytes", "gauge", "Bytes of it that the process can still write.")
+
 BATCHES_FOLDED = Metric("pipeline_batches_folded_total", "counter", "Batches folded into the state.", _P)
 ENTRIES_FOLDED = Metric(
     "pipeline_entries_folded_total", "counter", "Merged deltas folded, one for each series of a batch.", _P
@@ -75,6 +84,7 @@ RETENTION_MARGIN = Metric(
     "Records between the log's start and next offset; below 0 records are lost.",
     _P,
 )
+START_OFFSET = Metric("pipeline_log_start_offset", "gauge", "First record of the deltas topic that retention has left.", _P)
 RESTORE_ENTRIES = Metric(
     "pipeline_restore_entries_total", "counter", "Changelog records applied by restores, and by servers that follow.", _P
 )

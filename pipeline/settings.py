@@ -343,8 +343,11 @@ class QuerySettings(_Checked):
         "with 400",
         least=1,
     )
+    queries_max: int = _setting(64, "queries of one POST /v1/query; more is refused with 400", least=1)
     matchers_max: int = _setting(
-        64, "`where`, `by` and `q`, or `view`, parameters of one request; matchers of POST /api/v1/read", least=1
+        64,
+        "`where`, `by` and `q`, or `view`, parameters of one read; matchers of POST /api/v1/read",
+        least=1,
     )
     regex_bytes_max: int = _setting(1_000, "longest regular expression in `where` and in matchers", least=1)
     timeout_ms_default: int = _setting(

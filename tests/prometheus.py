@@ -65,7 +65,7 @@ class Prometheus:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
 
     def ready(self) -> bool:
-        """Return whether it takes queries."""
+        """Return whether Prometheus takes queries."""
         assert self._process.poll() is None, self._log.read_text()
         try:
             urllib.request.urlopen(f"{self.url}/-/ready", timeout=30).close()

@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("google.protobuf", reason="pip install -c constraints.txt -e '.[dev]'")
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.internal.decoder import _DecodeVarint
 from google.protobuf.message import DecodeError
 
-__all__ = ["DecodeError", "messages", "remote"]
+__all__ = ["DecodeError", "families", "remote"]
 Field = descriptor_pb2.FieldDescriptorProto
 TYPES = {
     "double": Field.TYPE_DOUBLE,
@@ -41,6 +42,29 @@ REMOTE = {
     ),
 }
 
+# From io/prometheus/client/metrics.proto.
+METRICS = {
+    "LabelPair": ("1 name string", "2 value string"),
+    "Gauge": ("1 value double",),
+    "Counter": ("1 value double",),
+    "Histogram": (
+        *(
+            "1 sample_count uint64",
+            "4 sample_count_float double",
+            "2 sample_sum double",
+            "3 bucket Bucket*",
+            "5 schema sint32",
+        ),
+        *("6 zero_threshold double", "7 zero_count uint64", "8 zero_count_float double"),
+        *("9 negative_span BucketSpan*", "10 negative_delta sint64*", "11 negative_count double*"),
+        *("12 positive_span BucketSpan*", "13 positive_delta sint64*", "14 positive_count double*"),
+    ),
+    "Bucket": ("1 cumulative_count uint64", "4 cumulative_count_float double", "2 upper_bound double"),
+    "BucketSpan": ("1 offset sint32", "2 length uint32"),
+    "Metric": ("1 label LabelPair*", "2 gauge Gauge", "3 counter Counter", "7 histogram Histogram"),
+    "MetricFamily": ("1 name string", "2 help string", "3 type int32", "4 metric Metric*"),
+}
+
 
 def messages(package: str, fields: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     """The classes of messages, by name."""
@@ -62,3 +86,18 @@ def messages(package: str, fields: Mapping[str, tuple[str, ...]]) -> dict[str, A
 
 
 remote = messages("prometheus", REMOTE)
+client = messages("io.prometheus.client", METRICS)
+
+
+def families(body: bytes) -> dict[str, Any]:
+    """Return the families of a scrape in protobuf by their names, of which none stands twice."""
+    found: dict[str, Any] = {}
+    at = 0
+    while at < len(body):
+        size, at = _DecodeVarint(body, at)
+        family = client["MetricFamily"].FromString(body[at : at + size])
+        assert family.name not in found
+        found[family.name] = family
+        at += size
+    assert at == len(body)
+    return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Self, TypeVar
+from typing import Any, Required, Self, TypedDict, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http_client import HttpClient, error_of, is_ours
-from pipeline.core.answer import Answer, Changed, Status, View, known
+from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
 from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
@@ -186,18 +186,63 @@ def _condition(label: str, value: str) -> str:
     return f"{label}={value}"
 
 
-def view_path(
-    view: str, where: Mapping[str, str] | Sequence[str] | None, by: Sequence[str] | None, **options: object
-) -> str:
-    """Return path and query of a read; options that are None are left out."""
-    conditions = [_condition(*item) for item in where.items()] if isinstance(where, Mapping) else where or ()
-    query = [("where", text) for text in ([conditions] if isinstance(conditions, str) else conditions)]
-    if by is not None:
-        query += [("by", label) for label in ([by] if isinstance(by, str) else by)] or [("by", "")]
+_SEVERAL = ("where", "by", "q")
+"""Parameters that may stand several times."""
+
+
+class QueryKeywords(TypedDict, total=False):
+    """A query of `Reader.query`: the arguments of `Reader.get`, but for those that are of all queries together."""
+
+    view: Required[str]
+    where: Mapping[str, str] | Sequence[str] | None
+    by: Sequence[str] | None
+    kind: str | None
+    window_s: int | None
+    top: int | None
+    bottom: int | None
+    limit: int | None
+    start: Time | None
+    end: Time | None
+    at: Time | None
+    step: Length | None
+    over: Length | None
+    fill: str | None
+    fn: str | None
+    q: Sequence[float] | float | None
+
+
+def _parameters(options: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the options of a read that are given, as the API has them: each with its values, in the order of options."""
+    found: dict[str, list[Any]] = {}
     for name, value in options.items():
-        several = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        query += [(name, str(it)) for it in several]
+        if value is None:
+            continue
+        if name == "where" and isinstance(value, Mapping):
+            found[name] = [_condition(*item) for item in value.items()]
+        elif name in _SEVERAL:
+            several = isinstance(value, Iterable) and not isinstance(value, str)
+            found[name] = [*value] if several else [value]
+        elif name in ("start", "end", "at"):
+            found[name] = [time_ms(name, value)]
+        elif name in ("step", "over"):
+            found[name] = [length_text(length_ms(name, value))]
+        else:
+            found[name] = [value]
+    return found
+
+
+def view_path(view: str, **options: object) -> str:
+    """Return path and query of a read; options that are None are left out."""
+    query: list[tuple[str, str]] = []
+    for name, values in _parameters(options).items():
+        query += [(name, str(it)) for it in values] or ([("by", "")] if name == "by" else [])
     return f"/v1/views/{quote(view, safe='')}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
+
+
+def _json_query(keywords: QueryKeywords) -> dict[str, Any]:
+    """Return a query as it stands in the body of `POST /v1/query`."""
+    found = _parameters(keywords)
+    return {name: values if name in _SEVERAL else values[0] for name, values in found.items()}
 
 
 class HttpReader:
@@ -223,6 +268,7 @@ class HttpReader:
         kind: str | None = None,
         window_s: int | None = None,
         top: int | None = None,
+        bottom: int | None = None,
         limit: int | None = None,
         start: Time | None = None,
         end: Time | None = None,
@@ -248,31 +294,55 @@ class HttpReader:
         `step`, `over`: distance of points, and length of what each covers: seconds, a timedelta, or a text such as `5m`.
         `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`.
 
-        `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` orders by the first of them, or by
-        count.
+        `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` and `bottom` order by the first of
+        them, or by count.
         """
         path = view_path(
             view,
-            where,
-            by,
+            where=where,
+            by=by,
             kind=kind,
             window_s=window_s,
             top=top,
+            bottom=bottom,
             limit=limit,
-            start=None if start is None else time_ms("start", start),
-            end=None if end is None else time_ms("end", end),
-            at=None if at is None else time_ms("at", at),
-            step=None if step is None else length_text(length_ms("step", step)),
-            over=None if over is None else length_text(length_ms("over", over)),
+            start=start,
+            end=end,
+            at=at,
+            step=step,
+            over=over,
             fill=fill,
             fn=fn,
-            q=None if q is None else [*q] if isinstance(q, Iterable) else q,
+            q=q,
             after=after,
             max_staleness_ms=max_staleness_ms,
             timeout_ms=timeout_ms,
         )
-        timeout_s = self._timeout_s if timeout_ms is None else timeout_ms / 1000 + 5
-        return self._get(path, Answer, timeout_s)
+        return self._get(path, Answer, self._limit_s(timeout_ms))
+
+    def query(
+        self,
+        queries: Iterable[QueryKeywords],
+        *,
+        after: Token | str | None = None,
+        max_staleness_ms: int | None = None,
+        timeout_ms: int | None = None,
+    ) -> list[Answer]:
+        """Return the answer to each query, all of one moment, so that views that change together are never seen apart.
+
+            hits, errors = reader.query([{"view": "hits", "by": ["route"]}, {"view": "errors", "by": ["route"]}])
+
+        A query is a dict of arguments of `get`. Within a partition of the log the moment is exact. An error names the index
+        of its query, from 0, and there is no answer to the others.
+        """
+        request: dict[str, Any] = {"queries": [_json_query(it) for it in queries]}
+        waits = {"after": after and str(after), "max_staleness_ms": max_staleness_ms, "timeout_ms": timeout_ms}
+        request.update({name: value for name, value in waits.items() if value is not None})
+        body = self.fetch("/v1/query", body=msgspec.json.encode(request), timeout_s=self._limit_s(timeout_ms))
+        return self._decoded(body, Answers).answers
+
+    def _limit_s(self, timeout_ms: int | None) -> float:
+        return self._timeout_s if timeout_ms is None else timeout_ms / 1000 + 5
 
     def views(self) -> list[View]:
         """Return the definitions of all views."""
@@ -355,6 +425,10 @@ class AsyncHttpReader:
     ) -> Answer:
         """Return the merged view; the options are those of `Reader.get`."""
         return await _in_thread(self._reader.get, view, where, by, **options)
+
+    async def query(self, queries: Iterable[QueryKeywords], **options: Any) -> list[Answer]:
+        """Return the answer to each query, all of one moment; the options are those of `Reader.query`."""
+        return await _in_thread(self._reader.query, queries, **options)
 
     async def views(self) -> list[View]:
         """Return the definitions of all views."""

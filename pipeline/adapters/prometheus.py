@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from math import inf
 from typing import Any
 
@@ -18,19 +19,21 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+import pipeline.native as native
+from pipeline.adapters import prometheus_protobuf
 from pipeline.core.exposition import (
     OMITTED,
     STALENESS,
     ClassicBuckets,
     Exposed,
     Exposition,
+    about,
     bound_text,
     family_name,
     sample_value,
 )
 from pipeline.core.kinds import KINDS
-from pipeline.core.record import Definition
-from pipeline.metrics import CATALOGUE, PARTITION_GAUGES, Metric
+from pipeline.metrics import CATALOGUE, INFO, PARTITION_GAUGES, Metric
 
 
 class PrometheusMetrics:
@@ -44,6 +47,8 @@ class PrometheusMetrics:
         self._families: dict[Metric, Any] = {metric: self._family(metric) for metric in CATALOGUE}
         self._bound: dict[tuple[object, ...], Any] = {}
         self._lock = threading.Lock()
+        self.before_render: Callable[[], None] = lambda: None
+        """Sets the gauges that are measured when somebody asks for them."""
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
 
@@ -78,8 +83,13 @@ class PrometheusMetrics:
                 if self._bound.pop((metric.name, partition), None) is not None:
                     self._families[metric].remove(partition)
 
+    def show_info(self, role: str) -> None:
+        """Set `pipeline_info` of this process."""
+        self.set(INFO, 1, role, version("delta-pipeline"), "yes" if native.in_use() else "no")
+
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics as text, and its media type, in the format that the Accept header prefers."""
+        self.before_render()
         encode, media_type = encoder_for(accept)
         return encode(self.registry), media_type
 
@@ -116,7 +126,7 @@ def _family(exposed: Exposed) -> Family:
         return _histogram(exposed)
     name = family_name(definition)
     kind, sample = ("counter", f"{name}_total") if definition.monotone else ("gauge", name)
-    family = Family(name, _about(definition), kind)
+    family = Family(name, about(definition), kind)
     for labels, answer in zip(exposed.labels, exposed.values, strict=True):
         value = sample_value(KINDS[definition.kind].number(answer))
         if value is not None:
@@ -124,16 +134,11 @@ def _family(exposed: Exposed) -> Family:
     return family
 
 
-def _about(definition: Definition) -> str:
-    window = f", in windows of {definition.window_s} s: the newest that is final" if definition.window_s else ""
-    return f"View of kind {definition.kind}{', monotone' * definition.monotone}{window}."
-
-
 def _histogram(exposed: Exposed) -> Family:
     """Return a family of classic buckets; a window's counts do not go on in the next one, so they are a gauge's."""
     definition, name = exposed.definition, exposed.definition.view
     kind, prefix = ("gaugehistogram", "g") if definition.window_s else ("histogram", "")
-    family = Family(name, _about(definition), kind)
+    family = Family(name, about(definition), kind)
     classic = ClassicBuckets(exposed.values)
     bounds = [bound_text(bound) for bound in (*classic.bounds, inf)]
     # OpenMetrics has no sum beside buckets below zero, because it would not be a counter; nor a count without a sum.
@@ -151,6 +156,8 @@ def _histogram(exposed: Exposed) -> Family:
 
 
 def render_views(exposition: Exposition, accept: str = "") -> tuple[bytes, str]:
-    """Return the scrape as text, and its media type, in the format that the Accept header prefers."""
+    """Return the scrape, and its media type, in the format that the Accept header prefers: one of text, or protobuf."""
+    if prometheus_protobuf.is_preferred(accept):
+        return prometheus_protobuf.encode_families(exposition), prometheus_protobuf.MEDIA_TYPE
     encode, media_type = encoder_for(accept)
     return encode(_ViewFamilies(exposition)), media_type

@@ -11,9 +11,12 @@ import logging
 import os
 import shutil
 import weakref
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -34,6 +37,7 @@ from rocksdict import (
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import aside, translate_os
+from pipeline.core.query import Entry
 from pipeline.core.record import runs
 from pipeline.errors import Invalid, NoSpace, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
 from pipeline.ports import Store, StoreView
@@ -48,6 +52,8 @@ _GONE = ("No such file", "Input/output error")
 _STALL = "Result incomplete: Write stall"
 _STALLED = ("rocksdb.is-write-stopped", "rocksdb.actual-delayed-write-rate")
 _STALL_INTERVAL_S = 0.01
+_BLOCK_MIN, _BLOCK_MAX = 16, 1_024
+"""Entries that a `BlockCursor` reads at once, first and at most."""
 _STALL_WAITS = 100
 """Waits before the next attempt of a write, even if RocksDB still reports a stall: it may have failed meanwhile."""
 _FULL = ("No space left on device", "Disk quota exceeded")
@@ -207,6 +213,40 @@ class Cursor:
             raise self._translated.translate(error) from None
 
 
+class BlockCursor(Cursor):
+    """A cursor whose scans read ahead in blocks: for ranges of many small entries.
+
+    rocksdict's `items()` walks at less than half the cost of `iter()`, but shows the RocksDB of the moment at which it is
+    called, and ends without an error at a corrupt block. So a scan takes it if there was no write since the cursor was made,
+    and looks with its own iterator at what is behind the end.
+    """
+
+    def __init__(self, db: Rdict, translated: TranslatedErrors) -> None:
+        self._db = db
+        with translated:
+            self._sequence = db.latest_sequence_number()  # before the iterator is made: not a newer one than the iterator's
+        super().__init__(db, translated)
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[Entry]:
+        try:
+            items: Any = self._db.items(from_key=start)
+            unchanged = self._db.latest_sequence_number() == self._sequence
+        except DbClosedError:
+            unchanged = False  # for others: the cursor's iterator keeps it open
+        return chain.from_iterable(self._blocks(items, start, end)) if unchanged else super().scan(start, end)
+
+    def _blocks(self, items: Iterator[Entry], start: bytes, end: bytes) -> Iterator[Iterable[Entry]]:
+        size, rest = _BLOCK_MIN, start
+        while block := [*islice(items, size)]:
+            if block[-1][0] >= end:
+                yield block[: bisect_left(block, end, key=itemgetter(0))]
+                return
+            yield block
+            size, rest = min(4 * size, _BLOCK_MAX), block[-1][0] + b"\x00"
+        del items
+        yield super().scan(rest, end)  # nothing, unless damage was the end
+
+
 class RocksStore:
     """A `ports.Store` in a folder."""
 
@@ -264,7 +304,7 @@ class RocksStore:
         return batch
 
     def snapshot(self) -> StoreView:
-        return Cursor(self.db, self._translated)
+        return BlockCursor(self.db, self._translated)
 
     def close(self) -> None:
         if self.closed:

@@ -54,6 +54,7 @@ def get(
     ] = None,
     q: Quantiles = None,
     top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
+    bottom: Annotated[int | None, typer.Option(metavar="N", help="Only the N smallest, smallest first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
     max_staleness_ms: Annotated[
@@ -76,8 +77,8 @@ def get(
     """
     from pipeline.cli.read import run_get, run_views
 
-    options: dict[str, Any] = {"kind": kind, "window_s": window_s, "top": top, "limit": limit, "after": after}
-    options |= {"start": start, "end": end}
+    options: dict[str, Any] = {"kind": kind, "window_s": window_s, "top": top, "bottom": bottom, "limit": limit}
+    options |= {"start": start, "end": end, "after": after}
     options |= {"at": at, "step": step, "over": over, "fill": fill, "fn": fn, "timeout_ms": timeout_ms}
     options |= {"max_staleness_ms": max_staleness_ms, "q": q or None}
     if json and csv:

@@ -49,7 +49,7 @@ def run_get(
         if any(options[name] is not None for name in ("start", "end", "at")):
             raise Invalid("--last ends now; --start, --end and --at are for other ranges")
         options["start"] = max(0, SystemClock().now_ms() - length_ms("--last", last))
-    path = view_path(view, where, by, **options)
+    path = view_path(view, where=where, by=by, **options)
     timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
     if form == "csv":
         with Reader(url) as reader:
@@ -61,7 +61,7 @@ def run_get(
     (_values(answer) if answer.step_ms is None else _points(answer)).print()
     shown = f"{len(answer.series):,} series"
     if answer.truncated:
-        shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top)"
+        shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top, --bottom)"
     stale = answer.as_of.staleness_ms
     if answer.also:
         others = ", ".join(f"--kind {it.kind}" + f" --window-s {it.window_s}" * bool(it.window_s) for it in answer.also)

@@ -15,7 +15,7 @@ from pipeline.core.span import Point
 from pipeline.errors import Invalid
 
 
-class AsOf(msgspec.Struct, frozen=True, omit_defaults=True):
+class AsOf(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Part of the log that an answer reflects."""
 
     staleness_ms: int | None
@@ -26,7 +26,7 @@ class AsOf(msgspec.Struct, frozen=True, omit_defaults=True):
     """Partitions of which nothing is in the answer, because no server that was asked follows them."""
 
 
-class Series(msgspec.Struct, frozen=True, omit_defaults=True):
+class Series(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One row of an answer: a value, or points where the view has windows."""
 
     labels: dict[str, str]
@@ -36,7 +36,7 @@ class Series(msgspec.Struct, frozen=True, omit_defaults=True):
     """Start of what each point covers, in ms since 1970, and its value; in the order of time."""
 
 
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A merged view, in the shape of the HTTP API."""
 
     view: str
@@ -99,6 +99,15 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
                 raise Invalid(f"view {self.view}: {len(points)} points; ask with at= for a single one")
             return points[0][1] if points else None
         return self.series[0].value if self.series else None
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """Answers to several queries, all of one moment of each partition."""
+
+    answers: list[Answer]
+    """One for each query, in their order."""
+    as_of: AsOf
+    """Part of the log that all of them reflect."""
 
 
 class View(msgspec.Struct, frozen=True):

@@ -77,6 +77,12 @@ def family_names(definition: Definition) -> set[str]:
     return {name, f"{name}_total", f"{name}_created"} if definition.monotone else {name}
 
 
+def about(definition: Definition) -> str:
+    """Return the help text of a view."""
+    window = f", in windows of {definition.window_s} s: the newest that is final" if definition.window_s else ""
+    return f"View of kind {definition.kind}{', monotone' * definition.monotone}{window}."
+
+
 def sample_value(answer: Any) -> int | float | None:
     """Return an answer as a sample's value; None for text and null. An int beyond all floats becomes infinite."""
     if not isinstance(answer, int | float):

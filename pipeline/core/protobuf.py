@@ -5,7 +5,7 @@ A message is the concatenation of its fields, so the functions that write a fiel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from struct import Struct
 
 from pipeline.errors import BadRecord
@@ -54,6 +54,16 @@ def double_field(number: int, value: float) -> bytes:
 def bytes_field(number: int, value: bytes) -> bytes:
     """Return a field of type `bytes`, `string` or of a message, or a packed repeated one."""
     return varint(number << 3 | BYTES) + varint(len(value)) + value
+
+
+def packed_sints(number: int, values: Sequence[int]) -> bytes:
+    """Return a packed repeated field of type `sint32` or `sint64`; nothing without values."""
+    return bytes_field(number, b"".join(map(zigzag, values))) if values else b""
+
+
+def packed_doubles(number: int, values: Sequence[float]) -> bytes:
+    """Return a packed repeated field of type `double`; nothing without values."""
+    return bytes_field(number, b"".join(map(_DOUBLE.pack, values))) if values else b""
 
 
 def text_field(number: int, value: str) -> bytes:

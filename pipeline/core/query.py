@@ -62,6 +62,8 @@ class Query(msgspec.Struct, frozen=True):
     """Function of points, one of `core.derive.FUNCTIONS`."""
     quantiles: tuple[float, ...] = ()
     """Quantiles of a histogram, checked by `check_quantiles`; empty: those of every answer."""
+    bottom: int | None = None
+    """Number of series to return, those with the smallest answers first."""
 
 
 class Alternative(msgspec.Struct, frozen=True):
@@ -95,7 +97,7 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class Selected(msgspec.Struct, frozen=True):
-    """Rows of an answer, and how many there were before `top` and `limit` were applied."""
+    """Rows of an answer, and how many there were before `top`, `bottom` and `limit` were applied."""
 
     labels: list[Labels]
     values: list[Any]
@@ -185,6 +187,8 @@ def widen(merged: MergedDefinition, part: Definition) -> Callable[[list[Labels]]
 
 def narrow(merged: MergedDefinition, part: Definition, labels: Labels) -> Labels | None:
     """Return the label values, in one part, of the series with `labels` in the merged definition; None: there is none."""
+    if part.labels == merged.definition.labels:
+        return labels
     named = dict(zip(merged.definition.labels, labels, strict=True))
     own = tuple([named.pop(label) for label in part.labels])
     return None if any(named.values()) else own
@@ -204,7 +208,7 @@ def pinned_labels(definition: Definition, where: Sequence[Matcher]) -> Labels | 
     """Return the label values of the only series that can match, if `where` has an equality for every label of the view."""
     pinned = {matcher.label: matcher.pattern for matcher in where if matcher.op == "="}
     try:
-        return tuple(pinned[label] for label in definition.labels)
+        return tuple([pinned[label] for label in definition.labels])
     except KeyError:
         return None
 
@@ -287,34 +291,34 @@ def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator
 
 
 class TopN:
-    """Chooses what `top` and `limit` select from groups that are offered once each; holds little more than those."""
+    """Chooses what `top`, `bottom` and `limit` select of groups that are offered once each; holds little more."""
 
     def __init__(
         self,
         kind: Kind,
+        query: Query,
         *,
-        top: int | None,
-        limit: int,
-        quantiles: Sequence[float] = (),
         answer: Callable[[State], Any] | None = None,
     ) -> None:
         """`answer` is what is selected of a state, in place of its answer. Raises `Invalid` for quantiles of a kind
         that has none.
         """
-        self._answer = answer or kind.answerer(quantiles)
-        self._measure = kind.ranker(quantiles)
-        self._top = top
-        self._most = limit if top is None else min(top, limit)
+        self._answer = answer or kind.answerer(query.quantiles)
+        self._measure = kind.ranker(query.quantiles)
+        self._sign = 1 if query.bottom is not None else -1
+        count = query.top if query.bottom is None else query.bottom
+        self._ranked = count is not None
+        self._most = query.limit if count is None else min(count, query.limit)
         self._rows: list[tuple[Any, State]] = []
         self._bound: Any = None
         """Rank behind which no further group can be selected."""
         self._total = 0
 
     def offer(self, groups: Mapping[Labels, State]) -> None:
-        """Consider groups. Raises `Invalid` if `top` was asked for and an answer is no number."""
+        """Consider groups. Raises `Invalid` if they are ranked and an answer is no number."""
         self._total += len(groups)
         rows: Any = groups.items()
-        if self._top is not None:
+        if self._ranked:
             rows = zip(map(self._rank, groups, groups.values()), groups.values(), strict=True)
         if self._bound is not None:
             rows = [row for row in rows if row[0] < self._bound]
@@ -327,8 +331,8 @@ class TopN:
         if value is None:  # `last` of nothing: behind all numbers
             return True, 0, labels
         if type(value) is not int and type(value) is not float:
-            raise Invalid(f"top needs answers that are numbers; {list(labels)} has a {type(value).__name__}")
-        return False, -value, labels
+            raise Invalid(f"top and bottom need answers that are numbers; {list(labels)} has a {type(value).__name__}")
+        return False, self._sign * value, labels
 
     def _cut(self) -> None:
         self._rows.sort(key=itemgetter(0))
@@ -340,7 +344,7 @@ class TopN:
         """Return the rows chosen from all groups that were offered, in their order."""
         self._cut()
         ranks = [rank for rank, _ in self._rows]
-        labels = ranks if self._top is None else [rank[-1] for rank in ranks]
+        labels = [rank[-1] for rank in ranks] if self._ranked else ranks
         return Selected(labels, [self._answer(state) for _, state in self._rows], self._total)
 
 
@@ -368,3 +372,13 @@ def concerned(control: Control, known: Iterable[Listed]) -> list[Listed]:
         there = ", ".join(describe(it.definition) for it in of_view)
         raise NotFound(f"view {control.view} has no definition of this kind and these labels; it has {there}")
     return found
+
+
+def select_one(kind: Kind, query: Query, groups: Mapping[Labels, State]) -> Selected:
+    """Return what `TopN` selects of at most one group, at less cost."""
+    if query.top is None and query.bottom is None:
+        answer = kind.answerer(query.quantiles)
+        return Selected([*groups], [answer(state) for state in groups.values()], len(groups))
+    choice = TopN(kind, query)
+    choice.offer(groups)
+    return choice.selected()

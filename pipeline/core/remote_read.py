@@ -9,7 +9,6 @@ PromQL begins belongs to it (Prometheus 2) or not (Prometheus 3).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import inf
 from struct import Struct
 
 import msgspec
@@ -30,8 +29,8 @@ _pack = Struct("<d").pack
 STALE = bytes.fromhex("020000000000f07f")
 """A not-a-number that tells Prometheus that a series ends here: it does not draw the last value on."""
 
-Samples = Mapping[int, float | int | None]
-"""By start of a window, its value; None: the series has none from there on."""
+Sample = tuple[int, float | int | None]
+"""Start of a window, and its value; None: the series has none from there on."""
 
 
 class SeriesQuery(msgspec.Struct, frozen=True):
@@ -148,14 +147,18 @@ class SeriesEncoder:
         self._samples: dict[int, tuple[bytes, bytes]] = {}
         """By start of a window, what stands in a sample before and behind the value."""
 
-    def series(self, labels: Mapping[str, str], samples: Samples) -> bytes:
-        """Return a `prometheus.TimeSeries` as a field of a result. Labels that are empty are none; samples are in order."""
+    def series(self, labels: Mapping[str, str], samples: Iterable[Sample]) -> bytes:
+        """Return a `prometheus.TimeSeries` as a field of a result.
+
+        Labels that are empty are none. Samples are in order; their values fit into floats.
+        """
         parts = [
             bytes_field(1, text_field(1, name) + text_field(2, value)) for name, value in sorted(labels.items()) if value
         ]
-        for start_ms, value in samples.items():
-            head, tail = self._samples.get(start_ms) or self._sample(start_ms)
-            parts += head, STALE if value is None else _pack(as_float(value)), tail
+        around = self._samples
+        for start_ms, value in samples:
+            head, tail = around.get(start_ms) or self._sample(start_ms)
+            parts += head, STALE if value is None else _pack(value), tail
         return bytes_field(1, b"".join(parts))
 
     def _sample(self, start_ms: int) -> tuple[bytes, bytes]:
@@ -170,24 +173,16 @@ def encode_response(results: Iterable[Iterable[bytes]]) -> bytes:
     return b"".join([bytes_field(1, b"".join(series)) for series in results])
 
 
-def as_float(value: float | int) -> float:
-    """Return a number as a float; an int beyond all floats becomes infinite."""
-    try:
-        return float(value)
-    except OverflowError:
-        return inf if value > 0 else -inf
-
-
-def with_ends(values: Mapping[int, float | int], window_ms: int, stop_ms: int) -> Iterator[tuple[int, float | int | None]]:
+def with_ends(values: Iterable[tuple[int, float | int]], window_ms: int, stop_ms: int) -> Iterator[Sample]:
     """Yield the values of windows, which are in order, and None for the first window without one behind each.
 
     None stands only for windows that begin before `stop_ms`: later ones may get a value yet, or were not asked for.
     """
-    expected = None
-    for start_ms, value in values.items():
-        if expected is not None and expected != start_ms and expected < stop_ms:
+    expected: int | None = None
+    for sample in values:
+        if expected != sample[0] and expected is not None and expected < stop_ms:
             yield expected, None
-        yield start_ms, value
-        expected = start_ms + window_ms
+        yield sample
+        expected = sample[0] + window_ms
     if expected is not None and expected < stop_ms:
         yield expected, None

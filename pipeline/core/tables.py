@@ -171,6 +171,15 @@ def to_arrow(answer: Answer) -> Any:
     return pa.table(found)
 
 
+def to_arrow_stream(answer: Answer) -> bytes:
+    """Return the table of `to_arrow` in the stream format of Arrow IPC."""
+    pa = _library("pyarrow")
+    table, sink = to_arrow(answer), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
 def to_pandas(answer: Answer) -> Any:
     """Return the rows as a `pandas.DataFrame`. Values that have no type in common, and ints beyond 64 bits, are objects."""
     pd = _library("pandas")

@@ -1,6 +1,7 @@
 """The native core, where it was built: a Rust crate in this folder, compiled at install by `hatch_build`.
 
-It does for each delta the same as `pipeline.publisher.table` does in Python, and nothing else. Both always work.
+It does for each delta the same as `pipeline.publisher.table` does in Python, and for each entry of a scan the same as
+`pipeline.query.grouping`, and nothing else. Both always work.
 `PIPELINE_NATIVE` chooses, at install and when the program runs: `auto` (the default) uses the native core if it is there,
 `no` does not, and with `require` its absence is an error that says what to do.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import Invalid
 
-VERSION = 7
+VERSION = 8
 """The version of the extension that this package needs; `src/lib.rs` has the same number."""
 VARIABLE = "PIPELINE_NATIVE"
 _MODULE = "pipeline_native"

@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
@@ -83,6 +83,14 @@ def drain_when_child_ends() -> None:
 
 
 def _celery_child_ends(**_: object) -> None:
+    """Close all publishers, without the signal by which a child of Celery's prefork pool dies with its parent.
+
+    Linux sends it also when the thread ends that has forked the child: with brokers that Celery reads in threads, such as
+    files, that is at the begin of a warm shutdown, while children that took another's place still close their publishers.
+    """
+    if billiard := sys.modules.get("billiard.util"):
+        with suppress(Exception):  # no Linux, or another Celery
+            billiard.set_pdeathsig(0)
     close_all()
 
 

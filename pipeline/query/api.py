@@ -18,7 +18,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -32,6 +32,7 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.query.bodies import RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
@@ -40,25 +41,24 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
-from pipeline.query.params import parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
+from pipeline.query.several import parse_several
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
-_BODIES_HELD_MAX = 4
-"""Request bodies in memory at once, counted in bodies of the largest size."""
 _CLIENT_GONE = 499
-_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
 STATES = "application/vnd.pipeline.states"
 """Media type of the states that one server gives to another."""
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
+_VIEWS = READ_PATH.partition("{")[0]
 _REFUSED_SHOWN_MAX = 10
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
@@ -83,7 +83,7 @@ def create_operations_app(
     ready: Callable[[], bool],
 ) -> Starlette:
     """Return the application of a process that answers no reads: metrics, health and status."""
-    return _create(_operation_routes(metrics, status, ready), settings, metrics, clock)
+    return make_application(operation_routes(metrics, status, ready), settings, metrics, clock)
 
 
 def create_app(
@@ -118,17 +118,19 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
+    read = ReadEndpoint(service, settings)
     routes = [
-        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
-        Route("/v1/views", _ListViews(service), methods=["GET"]),
+        Route(READ_PATH, read, methods=["GET"]),
+        Route("/v1/views", ListEndpoint(service), methods=["GET"]),
+        Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
     ]
-    routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
+    routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     routes.append(_states_route(service, settings))
     if render_views is not None:
-        routes += [_scrape_route(service, settings, render_views), _remote_read_route(service)]
+        routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = partial(_take, _Bodies(settings.body_bytes_max), ingest_threads)
+        take = partial(_take, RequestBodies(settings.body_bytes_max), ingest_threads)
         routes += _write_routes(ingest, settings, keys, take)
         routes += _order_routes(ControlService(reader, ingest), keys, take)
         if letters is not None:
@@ -136,61 +138,35 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    return _create(routes, settings, metrics, reader.clock, lifespan)
+    return make_application(routes, settings, metrics, reader.clock, lifespan, read)
 
 
-def create_gather_app(
-    service: GatherService, settings: QuerySettings, metrics: ExposedMetrics, render_views: RenderViews
-) -> Starlette:
-    """Return the application of a server that merges what other servers have. It takes no writes."""
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        observing = asyncio.create_task(service.observe())
-        try:
-            yield
-        finally:
-            observing.cancel()
-            with suppress(asyncio.CancelledError):
-                await observing
-            service.close()
-
-    def refused(path: str, status: int, why: str) -> Route:
-        async def refuse(_: Request) -> Response:
-            raise Refused(status, why)
-
-        return Route(path, refuse, methods=["POST"])
-
-    no_writes = "this server only merges what others have: write to a server that runs with --ingest, or as `pipeline up`"
-    routes = [
-        Route(READ_PATH, _ReadView(service, settings), methods=["GET"]),
-        Route("/v1/views", _ListViews(service), methods=["GET"]),
-        *_operation_routes(metrics, service.status, lambda: service.ready),
-        _scrape_route(service, settings, render_views),
-        *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
-        refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
-    ]
-    return _create(routes, settings, metrics, service.clock, lifespan)
-
-
-def _create(
+def make_application(
     routes: Sequence[Route],
     settings: QuerySettings,
     metrics: ExposedMetrics,
     clock: Clock,
     lifespan: Lifespan[Starlette] | None = None,
+    read: ReadEndpoint | None = None,
 ) -> Starlette:
+    """Return the application of these routes, with its documentation, and guarded."""
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
     routes = [*routes, *docs_routes(openapi_document(operations, settings))]
     paths = {it.endpoint: it.path for it in routes}
-    guard = Middleware(_Guard, paths=paths, connections_max=settings.connections_max, metrics=metrics, clock=clock)
     handlers = dict.fromkeys((PipelineError, Refused, HTTPException), _problem)
-    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+
+    class App(Starlette):
+        def build_middleware_stack(self) -> ASGIApp:
+            """Return the router within a `_Guard`, which does what Starlette's own outermost layer would do."""
+            routed = ExceptionMiddleware(self.router, handlers=handlers)
+            return _Guard(routed, read, paths, settings.connections_max, metrics, clock)
+
+    app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
     return app
 
 
-class _ReadView:
+class ReadEndpoint:
     """`GET /v1/views/{view}` as a plain ASGI application."""
 
     def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
@@ -198,12 +174,30 @@ class _ReadView:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = read_headers(scope["headers"])
-        asked = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings, headers)
+        await self.answer(scope["path_params"]["view"], scope, send)
+
+    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+        """Answer a request whose path names `view`."""
+        asked = parse_read(view, scope["query_string"], self._settings, read_headers(scope["headers"]))
         await _send(send, await self._service.answer(asked))
 
 
-class _ListViews:
+class _PostQuery:
+    """`POST /v1/query` as a plain ASGI application."""
+
+    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+        self._service = service
+        self._settings = settings
+        self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        async with self._bodies.of(request) as body:
+            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
+
+
+class ListEndpoint:
     """`GET /v1/views` as a plain ASGI application."""
 
     def __init__(self, service: ReadService | GatherService) -> None:
@@ -225,7 +219,9 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type=JSON)
 
 
-def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
+def operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
+    """Return the routes that every process has: status, health and metrics."""
+
     async def show_status(_: Request) -> Response:
         return _json(_encode(status()))
 
@@ -249,7 +245,9 @@ def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], rea
     ]
 
 
-def _scrape_route(service: ReadService | GatherService, settings: QuerySettings, render: RenderViews) -> Route:
+def scrape_route(service: ReadService | GatherService, settings: QuerySettings, render: RenderViews) -> Route:
+    """Return the route that shows the views to Prometheus."""
+
     async def scrape(request: Request) -> Response:
         views, windowed = parse_scrape(request.scope["query_string"], settings)
         body, media_type = await service.scrape(views, render, request.headers.get("accept", ""), windowed=windowed)
@@ -259,7 +257,7 @@ def _scrape_route(service: ReadService | GatherService, settings: QuerySettings,
 
 
 def _remote_read_route(service: ReadService) -> Route:
-    bodies = _Bodies(REQUEST_BYTES_MAX, encoding="snappy")
+    bodies = RequestBodies(REQUEST_BYTES_MAX, encoding="snappy")
 
     async def remote_read(request: Request) -> Response:
         try:
@@ -274,7 +272,7 @@ def _remote_read_route(service: ReadService) -> Route:
 
 
 def _states_route(service: ReadService, settings: QuerySettings) -> Route:
-    bodies = _Bodies(settings.body_bytes_max)
+    bodies = RequestBodies(settings.body_bytes_max)
 
     async def states(request: Request) -> Response:
         async with bodies.of(request) as body:
@@ -298,7 +296,7 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
     return status
 
 
-async def _take(bodies: _Bodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
     async with bodies.of(request) as body:
         done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
@@ -374,46 +372,6 @@ def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: 
     return MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))
 
 
-class _Bodies:
-    """Reads request bodies of one encoding: each, and all together, are bounded."""
-
-    def __init__(self, bytes_max: int, encoding: str = "identity") -> None:
-        self._bytes_max = bytes_max
-        self._encoding = encoding
-        self._held = 0
-
-    @asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the body, which counts as in memory until the context ends."""
-        if request.headers.get("content-encoding", "identity") != self._encoding:
-            raise Refused(415, self._wrong_encoding())
-        announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._bytes_max:
-            raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async for part in request.stream():
-                size += len(part)
-                self._held += len(part)
-                if size > self._bytes_max:
-                    raise self._too_large()
-                if self._held > self._bytes_max * _BODIES_HELD_MAX:
-                    raise Unavailable("too many request bodies are being worked on")
-                parts.append(part)
-            yield b"".join(parts)
-        finally:
-            self._held -= size
-
-    def _wrong_encoding(self) -> str:
-        if self._encoding == "identity":
-            return "compressed bodies are not understood"
-        return f"a body with Content-Encoding: {self._encoding} is needed"
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"a body of over {self._bytes_max} bytes")
-
-
 def _refused(error: HTTPException, request: Request) -> Refused:
     headers: Mapping[str, str] = error.headers or {}
     if error.status_code == 404:
@@ -426,19 +384,35 @@ def _refused(error: HTTPException, request: Request) -> Refused:
 async def _problem(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = _refused(error, request)
+    return _problem_response(request.scope, error)
+
+
+def _problem_response(scope: Scope, error: Exception) -> Response:
     answer = problem(error)
-    if answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
-        _log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    if not isinstance(error, PipelineError | Refused):
+        _log.exception("%s %s", scope["method"], scope["path"])
+    elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
+        _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
     return Response(answer.body, answer.status, headers=answer.headers)
 
 
 class _Guard:
-    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems."""
+    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems.
+
+    It answers reads of views itself, because the way through Starlette's router costs more than a point read.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, paths: Mapping[Any, str], connections_max: int, metrics: Metrics, clock: Clock
+        self,
+        app: ASGIApp,
+        read: ReadEndpoint | None,
+        paths: Mapping[Any, str],
+        connections_max: int,
+        metrics: Metrics,
+        clock: Clock,
     ) -> None:
         self._app = app
+        self._read = read
         self._paths = paths
         self._connections_max = connections_max
         self._metrics = metrics
@@ -464,16 +438,19 @@ class _Guard:
             if self._open > self._connections_max:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
-            await self._app(scope, receive, noting)
+            view = self._viewed(scope)
+            if view and self._read is not None:
+                scope["endpoint"] = self._read
+                await self._read.answer(view, scope, noting)
+            else:
+                await self._app(scope, receive, noting)
         except ClientDisconnect:
             pass
         except Exception as error:
-            if not isinstance(error, PipelineError):
-                _log.exception("%s %s", scope["method"], scope["path"])
+            response = _problem_response(scope, error)
             if status != _CLIENT_GONE:
                 raise  # a part of the answer is sent: the server must break off the connection
-            answer = problem(error)
-            await Response(answer.body, answer.status, headers=answer.headers)(scope, receive, noting)
+            await response(scope, receive, noting)
         finally:
             self._open -= 1
             path = self._paths.get(
@@ -481,3 +458,10 @@ class _Guard:
             )  # not the path of the request: a client could make any number of them
             self._metrics.inc(m.REQUESTS, 1, path, status)
             self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
+
+    @staticmethod
+    def _viewed(scope: Scope) -> str:
+        """Return the view that `READ_PATH` has in a path; empty if this is no read of one."""
+        path: str = scope["path"]
+        view = path.removeprefix(_VIEWS) if scope["method"] == "GET" and path.startswith(_VIEWS) else ""
+        return "" if "/" in view else view

@@ -76,11 +76,13 @@ def _read_of(plan: GatherPlan, query: Query, points: Points | None) -> StatesRea
         label_index(definition, matcher.label)  # raises for a label that the view does not have
     group_key(definition, query.by)  # the same
     if points is None:
-        TopN(KINDS[definition.kind], top=query.top, limit=query.limit, quantiles=query.quantiles)  # for quantiles
+        TopN(KINDS[definition.kind], query)  # for quantiles
     if points is not None:
         hidden = [plan.hidden.get(part, 0) for part in parts]
         return StatesRead(parts, query.where, query.by, span=points.span, hidden_before_ms=hidden)
-    return StatesRead(parts, query.where, query.by, None if query.top is not None else query.limit)
+    return StatesRead(
+        parts, query.where, query.by, None if query.top is not None or query.bottom is not None else query.limit
+    )
 
 
 class GatherService:
@@ -206,7 +208,7 @@ class GatherService:
         for part, own in zip(parts, states, strict=True):
             fold(kind, groups, part.labels, own)
             check()
-        choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
+        choice = TopN(kind, query)
         choice.offer(groups)
         selected = choice.selected()
         selected = Selected(selected.labels, selected.values, group_count(parts, groups))

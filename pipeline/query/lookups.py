@@ -14,8 +14,7 @@ from pipeline.ports import StoreView
 from pipeline.query.damage import decode_all, decode_stored
 from pipeline.query.plans import ReadPlan, decode_definition
 from pipeline.query.progress import position_of
-from pipeline.query.ranges import Points
-from pipeline.query.scans import alive_of
+from pipeline.query.scans import Windowed, alive_of
 
 
 class Looked(NamedTuple):
@@ -29,7 +28,7 @@ class Looked(NamedTuple):
     states: list[Any]
 
 
-def keys_of(parts: Sequence[tuple[Definition, Labels]], points: Points | None) -> list[bytes]:
+def keys_of(parts: Sequence[tuple[Definition, Labels]], points: Windowed | None) -> list[bytes]:
     """Return the keys of one series, given its label values in each definition: one of each window, or without windows."""
     keys: list[bytes] = []
     for part, own in parts:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from pipeline.core.answer import Answer
-from pipeline.core.tables import columns, value_text
+from pipeline.core.tables import columns, to_arrow_stream, value_text
 from pipeline.query.codings import qualities_of
+from pipeline.query.problems import Refused
 
 JSON = "application/json"
 CSV = "text/csv"
 NDJSON = "application/x-ndjson"
-_KNOWN = (JSON, CSV, NDJSON)
+ARROW = "application/vnd.apache.arrow.stream"
+_KNOWN = (JSON, CSV, NDJSON, ARROW)
 _CONTENT_TYPES = {
     JSON: JSON.encode(),
     CSV: f"{CSV}; charset=utf-8; header=present".encode(),
     NDJSON: NDJSON.encode(),
+    ARROW: ARROW.encode(),
 }
 _encode = msgspec.json.Encoder().encode
 _NO_SERIES = b'"series":[]'
@@ -40,8 +45,11 @@ class Encoded(NamedTuple):
 
 
 def preferred(accept: str) -> str:
-    """Return the media type that an Accept header prefers; JSON if it prefers none of ours, or can't be read."""
-    if "csv" not in accept and "ndjson" not in accept:
+    """Return the media type that an Accept header prefers; JSON if it prefers none of ours, or can't be read.
+
+    Raises `Refused` if it takes nothing but Arrow, and pyarrow is not installed.
+    """
+    if "csv" not in accept and "ndjson" not in accept and "arrow" not in accept:
         return JSON
     wanted = qualities_of(accept)
 
@@ -49,8 +57,17 @@ def preferred(accept: str) -> str:
         kind = name.partition("/")[0]
         return wanted.get(name, wanted.get(f"{kind}/*", wanted.get("*/*", 0.0)))
 
-    best = max(_KNOWN, key=quality_of)  # of equals, the first
+    known = _KNOWN if has_arrow() else _KNOWN[:-1]
+    best = max(known, key=quality_of)  # of equals, the first
+    if quality_of(best) <= 0 < wanted.get(ARROW, 0.0):
+        raise Refused(406, f"{ARROW} needs pyarrow at the server: pip install pyarrow; {', '.join(known)} need nothing")
     return best if quality_of(best) > 0 else JSON
+
+
+@cache
+def has_arrow() -> bool:
+    """Return whether pyarrow is installed; it is loaded at the first answer that needs it."""
+    return find_spec("pyarrow") is not None
 
 
 def split(answer: Answer, media_type: str) -> tuple[Answer, bytes]:
@@ -69,6 +86,8 @@ def encode_body(answer: Answer, media_type: str) -> bytes:
     """Return an answer in one of our media types."""
     if media_type == JSON:
         return _encode(answer)
+    if media_type == ARROW:
+        return to_arrow_stream(answer)
     return to_csv(answer) if media_type == CSV else to_ndjson(answer)
 
 
@@ -91,7 +110,7 @@ def encoded(
 def plain_json(parts: Sequence[bytes], coding: str) -> Encoded:
     """Return a response of JSON that is no answer of a view."""
     headers = [(b"content-type", _CONTENT_TYPES[JSON]), (b"content-length", b"%d" % sum(map(len, parts)))]
-    headers.append((b"vary", b"Accept-Encoding"))
+    headers += [(b"vary", b"Accept-Encoding"), _NO_STORE]
     return Encoded(parts, [*headers, (b"content-encoding", coding.encode())] if coding else headers)
 
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from pipeline.core.answer import Answer, Changed, Status, Views
+from pipeline.core.answer import Answer, Answers, Changed, Status, Views
 from pipeline.core.description import LetterText
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.errors import NotFound
@@ -25,7 +25,7 @@ from pipeline.settings import QuerySettings
 
 READ_PATH = "/v1/views/{view}"
 _BODIES = (
-    *(Answer, Views, Changed, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem),
+    *(Answer, Answers, Views, Changed, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem),
     *(Listing, LetterText, LettersReplayed),
 )
 _PAGE = """<!doctype html>
@@ -49,11 +49,14 @@ def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySet
     document["paths"] = {path: methods for path, methods in paths.items() if methods}
     _, schemas = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
     own = document["components"]["schemas"]
-    for name in ("Delta", "DefinitionChoice"):
+    for name in ("Delta", "DefinitionChoice", "Query"):
         own[name]["properties"]["kind"]["enum"][:0] = KIND_NAMES
     own.update(schemas)
     if READ_PATH in document["paths"]:
         _set_limits(document["paths"][READ_PATH]["get"]["parameters"], settings)
+        many = own["Queries"]["properties"]
+        many["queries"]["maxItems"] = settings.queries_max
+        many["timeout_ms"]["maximum"] = settings.timeout_ms_max
     return document
 
 
@@ -64,6 +67,7 @@ def _set_limits(parameters: list[dict[str, Any]], settings: QuerySettings) -> No
         "by": {"maxItems": settings.matchers_max},
         "q": {"maxItems": settings.matchers_max},
         "top": {"maximum": settings.limit_max},
+        "bottom": {"maximum": settings.limit_max},
         "limit": {"maximum": settings.limit_max, "default": min(settings.limit_default, settings.limit_max)},
         "timeout_ms": {
             "maximum": settings.timeout_ms_max,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -29,19 +29,39 @@ QUERY_BYTES_MAX = 60_000
 _TIMES = ("start", "end", "at")
 _LENGTHS = ("step", "over")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
-_SINGLE = ("kind", "window_s", "top", "limit", "after", "max_staleness_ms", "timeout_ms", *_RANGE, "fn", "allow_partial")
+WAITS = ("after", "max_staleness_ms", "timeout_ms")
+PER_QUERY = ("kind", "window_s", "top", "bottom", "limit", *_RANGE, "fn")
+"""Parameters of a query that may stand once."""
+_SINGLE = (*PER_QUERY, *WAITS, "allow_partial")
+STALENESS_MS_MAX = 10**15 - 1
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
 _FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
 
-class ReadRequest(msgspec.Struct, frozen=True):
-    """A read, and what to wait for before it."""
+class Waiting(msgspec.Struct, frozen=True, kw_only=True):
+    """Time that a read may take, and conditions to wait for before it."""
 
-    query: Query
     timeout_ms: int
     after: Token | None = None
     max_staleness_ms: int | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Return whether the read has to wait for newer data."""
+        return self.after is not None or self.max_staleness_ms is not None
+
+
+class SeveralRequest(Waiting, frozen=True, kw_only=True):
+    """Several reads at one moment."""
+
+    queries: tuple[Query, ...]
+
+
+class ReadRequest(Waiting, frozen=True, kw_only=True):
+    """A read."""
+
+    query: Query
     media_type: str = JSON
     """Media type of the answer."""
     coding: str = ""
@@ -50,11 +70,6 @@ class ReadRequest(msgspec.Struct, frozen=True):
     """True if a server that merges several may leave out partitions of which no server answers."""
     known: tuple[bytes, ...] = ()
     """Entity tags of answers that the client has; `*` is any."""
-
-    @property
-    def waits(self) -> bool:
-        """Return whether the read has to wait for newer data."""
-        return self.after is not None or self.max_staleness_ms is not None
 
     @property
     def key(self) -> tuple[Query, str]:
@@ -93,29 +108,56 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
     """Return the read that a URL and its headers ask for."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
+    query, single = parse_query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
+    return ReadRequest(
+        query=query,
+        media_type=preferred(headers.accept),
+        coding=preferred_coding(headers.encoding),
+        allow_partial=_flag(single, "allow_partial"),
+        known=_tags(headers.if_none_match) if headers.if_none_match else (),
+        **waiting(single, settings),
+    )
+
+
+def waiting(single: Mapping[str, str], settings: QuerySettings) -> dict[str, Any]:
+    """Return the fields of a `Waiting`."""
+    after = single.get("after")
+    timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
+    return {
+        "timeout_ms": timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
+        "after": None if after is None else Token.parse(after),
+        "max_staleness_ms": whole_number(single, "max_staleness_ms", STALENESS_MS_MAX),
+    }
+
+
+def parse_query(
+    view: str, pairs: Iterable[tuple[str, str]], settings: QuerySettings, known: Sequence[str]
+) -> tuple[Query, dict[str, str]]:
+    """Return the query that parameters stand for, and those that may stand once, out of `known`."""
     where: list[Matcher] = []
     by: list[str] = []
     quantiles: list[str] = []
     single: dict[str, str] = {}
-    for name, value in _pairs(query_string, settings.matchers_max):
+    for name, value in pairs:
         if name == "where":
             where.append(parse_matcher(value))
         elif name == "by":
             by.append(value)
         elif name == "q":
             quantiles.append(value)
-        elif name not in _SINGLE:
-            raise Invalid(f"unknown parameter {name[:100]!r}; known: where, by, q, {', '.join(_SINGLE)}")
+        elif name not in known:
+            raise Invalid(f"unknown parameter {name[:100]!r}; known: where, by, q, {', '.join(known)}")
         elif name in single:
             raise Invalid(f"parameter {name} stands twice")
         else:
             single[name] = value
     if (count := len(where) + len(by) + len(quantiles)) > settings.matchers_max:
         raise Invalid(f"{count} `where`, `by` and `q` parameters; at most {settings.matchers_max}")
-    after = single.get("after")
     kind = single.get("kind")
     if kind is not None and kind not in KIND_NAMES:
         raise Invalid(f"kind: one of {', '.join(KIND_NAMES)} is needed, got {kind[:50]!r}")
+    if "top" in single and "bottom" in single:
+        raise Invalid("top and bottom: only one of them can be given")
     query = Query(
         view,
         tuple(where),
@@ -127,18 +169,9 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
         _range(single) if not single.keys().isdisjoint(_RANGE) else NO_RANGE,
         single.get("fn"),
         parse_quantiles(quantiles),
+        whole_number(single, "bottom", settings.limit_max),
     )
-    timeout_ms = whole_number(single, "timeout_ms", settings.timeout_ms_max)
-    return ReadRequest(
-        query,
-        timeout_ms or min(settings.timeout_ms_default, settings.timeout_ms_max),
-        None if after is None else Token.parse(after),
-        whole_number(single, "max_staleness_ms", 10**15 - 1),
-        preferred(headers.accept),
-        preferred_coding(headers.encoding),
-        _flag(single, "allow_partial"),
-        _tags(headers.if_none_match) if headers.if_none_match else (),
-    )
+    return query, single
 
 
 def _tags(if_none_match: bytes) -> tuple[bytes, ...]:

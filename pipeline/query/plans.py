@@ -34,7 +34,7 @@ class ReadPlan(NamedTuple):
 
     def holds(self, stores: Mapping[int, object], positions: Mapping[int, Position]) -> bool:
         """Return whether stores at these positions still have the definitions of the plan."""
-        return versions(positions) == self.versions and all(self.stores[number] is it for number, it in stores.items())
+        return versions(positions) == self.versions and self.stores == stores
 
 
 def shape(query: Query) -> tuple[str, str | None, int | None]:

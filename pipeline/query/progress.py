@@ -31,8 +31,8 @@ def read_positions(stores: Mapping[int, StoreView]) -> dict[int, Position]:
 
 def _reached(position: Position, seen: LogEnds) -> int:
     """Return the offset up to which the present topic is folded: 0 if the position is of an earlier topic of its name."""
-    foreign = position.source_id and seen.source_id and position.source_id != seen.source_id
-    return 0 if foreign else position.next_offset
+    mine, log = position.source_id, seen.source_id
+    return 0 if mine != log and mine and log else position.next_offset
 
 
 def _caught_up(number: int, position: Position, seen: LogEnds) -> bool:
@@ -81,7 +81,9 @@ class Progress:
             lag = None if end_offset is None else end_offset - next_offset
             if lag is not None:
                 self._metrics.set(m.LAG, lag, number)
-                self._metrics.set(m.RETENTION_MARGIN, next_offset - seen.start_offsets.get(number, 0), number)
+                start_offset = seen.start_offsets.get(number, 0)
+                self._metrics.set(m.START_OFFSET, start_offset, number)
+                self._metrics.set(m.RETENTION_MARGIN, next_offset - start_offset, number)
             self._metrics.set(m.STALENESS, inf if staleness_ms is None else staleness_ms / 1000, number)
             at_ms, of = position.committed_at_ms, position.source_id
             states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, at_ms, of))
@@ -97,15 +99,20 @@ class Progress:
 
     def as_of(self, positions: Mapping[int, Position], seen: LogEnds) -> AsOf:
         """Return what stores at these positions reflect; the ends were noted before the positions were read."""
+        ends = seen.end_offsets
+        next_offsets: dict[str, int] = {}
+        behind: list[int] = []
+        for number, position in positions.items():
+            next_offsets[str(number)] = offset = _reached(position, seen)
+            if ends.get(number, inf) > offset:
+                behind.append(number)
+        behind += ends.keys() - positions.keys()  # new partitions without a store
         now_s, now_ms = self._clock.monotonic_s(), self._clock.now_ms()
-        staleness_ms: int | None = seen_ms(seen.at_s, now_s)
-        for number in positions.keys() | seen.end_offsets.keys():
-            position = positions.get(number, NO_POSITION)  # a new partition without a store
-            if not _caught_up(number, position, seen):
-                bound = self._staleness_ms(number, position, seen, now_s, now_ms)
-                staleness_ms = None if bound is None or staleness_ms is None else max(staleness_ms, bound)
-        next_offsets = {str(number): _reached(position, seen) for number, position in positions.items()}
-        return AsOf(staleness_ms, next_offsets, sorted(seen.elsewhere))
+        bounds: list[int | None] = [seen_ms(seen.at_s, now_s)]
+        for number in behind:
+            bounds.append(self._staleness_ms(number, positions.get(number, NO_POSITION), seen, now_s, now_ms))
+        known = [it for it in bounds if it is not None]
+        return AsOf(max(known) if len(known) == len(bounds) else None, next_offsets, sorted(seen.elsewhere))
 
     def final_before_ms(self, positions: Mapping[int, Position], seen: LogEnds) -> int:
         """Return the time that all partitions have reached; the ends were noted before the positions were read."""

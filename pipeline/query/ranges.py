@@ -147,9 +147,9 @@ class Points:
 
     def _chosen(self, found: Mapping[Labels, list[tuple[int, State]]]) -> Sequence[Labels]:
         query = self._query
-        if query.top is None:
+        if query.top is None and query.bottom is None:
             return sorted(found)[: query.limit]
-        choice = TopN(self._kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
+        choice = TopN(self._kind, query)
         choice.offer({labels: reduce(self._kind.merge, [it for _, it in buckets]) for labels, buckets in found.items()})
         return choice.selected().labels
 

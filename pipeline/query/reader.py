@@ -7,7 +7,7 @@ the entries it merges are of one moment of that store, so `as_of` says exactly w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, TypeVar
@@ -17,15 +17,8 @@ from msgspec.structs import replace
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, View, Views
 from pipeline.core.exposition import (
-    SERIES_MAX,
     UNREADABLE,
-    Exposed,
     Exposition,
-    choose,
-    exposed_as,
-    newest_final_ms,
-    samples_of,
-    state_exposed,
 )
 from pipeline.core.gathered import StatesAsked, StatesFound
 from pipeline.core.kinds import KINDS
@@ -35,7 +28,6 @@ from pipeline.core.query import (
     MergedDefinition,
     Query,
     Selected,
-    TopN,
     fold,
     group_key,
     label_index,
@@ -43,6 +35,7 @@ from pipeline.core.query import (
     merged,
     narrow,
     pinned_labels,
+    select_one,
 )
 from pipeline.core.record import TAG_DEFINITION, Definition, Position, definition_key, expires_silent, prefix_end
 from pipeline.errors import Invalid, NotFound, NotReady, StoreCorrupt, Unavailable, Unreadable
@@ -54,10 +47,11 @@ from pipeline.query.ends import LogEnds
 from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
 from pipeline.query.lookups import keys_of, look_up
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.plans import ReadPlan, ViewHeads, decode_definition, read_heads, shape, versions
+from pipeline.query.plans import ReadPlan, ViewHeads, read_heads, shape, versions
 from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
-from pipeline.query.scans import scan_windows, select, similar, view_of
+from pipeline.query.scans import scan_windows, select, similar
+from pipeline.query.scrapes import scrape_cut
 from pipeline.query.states import StatesReader
 from pipeline.settings import QuerySettings
 
@@ -196,13 +190,13 @@ class ViewReader:
                 plan = self._plans.get(shape(query)) or self._load_plan(query)
             except NotFound:
                 return None  # `read` knows which views there are
-            labels = pinned_labels(plan.merged.definition, query.where)
-            if labels is None:
+            if pinned_labels(plan.merged.definition, query.where) is None:
                 return None
             points = self._new_points(query, plan.merged, now_ms)
-            if points is not None and sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores) > keys_max:
+            if self._key_count(query, plan, points) > keys_max:
                 return None
-            found = self._point(query, plan, labels, points)
+            stores = self._stores()
+            found = self._point(query, plan, points, stores, stores, self._progress.note_ends())
             if found is not None:
                 return found
             self._plans.pop(shape(query), None)
@@ -215,9 +209,21 @@ class ViewReader:
         check_unwindowed(query)
         return None
 
-    def _point(self, query: Query, plan: ReadPlan, labels: Labels, points: Points | None) -> FoundAnswer | None:
-        """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`."""
+    def _point(
+        self,
+        query: Query,
+        plan: ReadPlan,
+        points: Points | None,
+        stores: Mapping[int, ReadableStore],
+        views: Mapping[int, StoreView],
+        seen: LogEnds,
+    ) -> FoundAnswer | None:
+        """Return the answer from the only series that can match; None if the definitions are no longer those of `plan`.
+
+        `views` are the stores, or snapshots of them. Where the log ends was `seen` before they are read.
+        """
         definition = plan.merged.definition
+        labels = pinned_labels(definition, query.where) or ()
         kind = KINDS[definition.kind]
         # As many conditions as pinned labels: each is an equality, and nothing is left to test.
         exact = len(query.where) == len(labels)
@@ -226,10 +232,8 @@ class ViewReader:
         fits = exact or all(test([labels[index]])[0] for index, test in tests)
         parts = [(part, own) for part in plan.merged.parts if (own := narrow(plan.merged, part, labels)) is not None]
         keys = keys_of(parts, points)
-        stores = self._stores()
-        seen = self._progress.note_ends()
         try:
-            looked = look_up(plan, kind, keys, points is not None, stores)
+            looked = look_up(plan, kind, keys, points is not None, views)
         except StoreCorrupt as error:
             raise report_damage(self._on_damage, stores, error) from None
         self._check_unchanged(stores)
@@ -244,10 +248,8 @@ class ViewReader:
         groups: dict[Labels, Any] = {}
         if fits:
             fold(kind, groups, rows, looked.states)
-        choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles)
-        choice.offer(groups)
         as_of = self._progress.as_of(looked.positions, seen)
-        return FoundAnswer(answer_of(query, plan.merged, choice.selected(), as_of), looked.positions)
+        return FoundAnswer(answer_of(query, plan.merged, select_one(kind, query, groups), as_of), looked.positions)
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer of `find`."""
@@ -278,24 +280,56 @@ class ViewReader:
         deadline_s: float,
         at: Callable[[Mapping[int, Position]], None],
     ) -> FoundAnswer:
-        seen = self._progress.note_ends()
-        snapshots = {number: store.snapshot() for number, store in stores.items()}
-        self._check_unchanged(stores)
-        heads = read_heads(snapshots, query.view)
+        return self._find_in(self._cut(stores, deadline_s), query, now_ms, at, keys_max=-1)
+
+    def find_all(self, queries: Sequence[Query], now_ms: int, *, deadline_s: float) -> list[FoundAnswer]:
+        """Return the answer to each query, all of one moment of each store. Raises as `find`, naming the query's index."""
+        return self._from(self._stores(), self._find_all, queries, now_ms, deadline_s)
+
+    def _find_all(
+        self, stores: Mapping[int, ReadableStore], queries: Sequence[Query], now_ms: int, deadline_s: float
+    ) -> list[FoundAnswer]:
+        cut = self._cut(stores, deadline_s)
+        found: list[FoundAnswer] = []
+        for i, query in enumerate(queries):
+            try:
+                cut.check(query.view)
+                found.append(self._find_in(cut, query, now_ms, _ignore, keys_max=_KEYS_MAX))
+            except (Invalid, Unavailable) as error:
+                raise type(error)(f"query {i}: {error}") from None
+        return found
+
+    def _find_in(
+        self, cut: Cut, query: Query, now_ms: int, at: Callable[[Mapping[int, Position]], None], *, keys_max: int
+    ) -> FoundAnswer:
+        """Return the answer from snapshots of the stores: from at most `keys_max` keys of all, or by a scan."""
+        heads = read_heads(cut.snapshots, query.view)
         at(heads.positions)
         try:
-            plan = self._plan(query, stores, heads)
+            plan = self._plan(query, cut.stores, heads)
         except NotFound as error:
-            raise error if heads.entries else NotFound(f"{error}{similar(snapshots, query.view)}") from None
-        check = partial(self._check, query.view, deadline_s, stores)
+            raise error if heads.entries else NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
         points = self._new_points(query, plan.merged, now_ms)
+        if self._key_count(query, plan, points) <= keys_max:
+            found = self._point(query, plan, points, cut.stores, cut.snapshots, cut.seen)
+            if found is not None:
+                return found
+        check = partial(cut.check, query.view)
         if points is None:
-            selected = self._select(query, plan.merged, snapshots, check)
-            as_of = self._progress.as_of(heads.positions, seen)
+            selected = self._select(query, plan.merged, cut.snapshots, check)
+            as_of = self._progress.as_of(heads.positions, cut.seen)
             return FoundAnswer(answer_of(query, plan.merged, selected, as_of), heads.positions)
         points.hide_expired(expired_before(heads.entries))
-        scan_windows(query, plan.merged, points, snapshots, self._tests(plan.merged.definition, query, check), check)
-        return self._points_found(query, plan.merged, points, heads.positions, seen, check)
+        tests = self._tests(plan.merged.definition, query, check)
+        scan_windows(query, plan.merged, points, cut.snapshots, tests, check)
+        return self._points_found(query, plan.merged, points, heads.positions, cut.seen, check)
+
+    @staticmethod
+    def _key_count(query: Query, plan: ReadPlan, points: Points | None) -> float:
+        """Return how many keys of all partitions hold the answer; infinity if `where` does not pin every label."""
+        if pinned_labels(plan.merged.definition, query.where) is None:
+            return inf
+        return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
 
     def _select(
         self,
@@ -366,57 +400,26 @@ class ViewReader:
         of names. Views that can't be shown are named as omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond
         `deadline_s`, `Invalid` without all partitions.
         """
-        self._check_whole("scrape")
+        self._check_whole("scrape one that has all, or one with --gather")
         return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s)
 
     def _scrape(
         self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float, *, windowed: bool
     ) -> Exposition:
         cut = self._cut(stores, deadline_s)
-        found: dict[str, list[codec.DefinitionEntry]] = {}
-        broken: dict[str, str] = {}
-        for number, snapshot in cut.snapshots.items():
-            for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-                view = view_of(key)
-                if views and view not in views:
-                    continue
-                try:
-                    found.setdefault(view, []).append(decode_stored(number, decode_definition, value))
-                except Unreadable as error:
-                    broken[view] = self._unreadable(view, stores, error)
-        if unknown := set(views) - found.keys():
-            raise NotFound(f"no view {min(unknown)[:100]!r}")
-        whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-        chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()})
-        omitted |= broken
-        exposed: list[Exposed] = []
-        left = self._settings.openmetrics_series_max
-        for definition in chosen:
-            view = definition.view
-            check = partial(self._check, view, deadline_s, stores, "ask for fewer views")
-            window_start_ms = newest_final_ms(definition, cut.final_before_ms)
-            if definition.window_s and not (windowed and window_start_ms >= max(expired_before(found[view]).values())):
-                continue  # not asked for, or the window is gone, or there is none yet
-            room = left // samples_of(definition)
-            # Of a view without windows too many series are not read at all, so that the work is bounded, too.
-            held = [entry.series_count for entry in found[view] if entry.definition in whole[view].parts]
-            if not definition.window_s and max(held) > room:
-                omitted[view] = SERIES_MAX
-                continue
-            try:
-                asked, answer = Query(view, limit=room or 1), state_exposed(definition)
-                selected = self._select(asked, whole[view], cut.snapshots, check, window_start_ms, answer)
-            except Unreadable as error:
-                omitted[view] = self._unreadable(view, stores, error)
-                continue
-            if selected.series_total > room:
-                omitted[view] = SERIES_MAX
-                continue
-            left -= selected.series_total * samples_of(definition)
-            exposed.append(Exposed(definition, selected.labels, selected.values))
-        return Exposition(exposed, dict(sorted(omitted.items())), self._progress.as_of(cut.positions, cut.seen).staleness_ms)
 
-    def _unreadable(self, view: str, stores: Mapping[int, ReadableStore], error: Unreadable) -> str:
+        def read(
+            query: Query, merged: MergedDefinition, window_start_ms: int, answer: Callable[[Any], Any] | None
+        ) -> Selected:
+            check = partial(self._check, query.view, deadline_s, stores, "ask for fewer views")
+            return self._select(query, merged, cut.snapshots, check, window_start_ms, answer)
+
+        unreadable = partial(self._unreadable, stores)
+        series_max = self._settings.openmetrics_series_max
+        exposed, omitted = scrape_cut(cut, views, read, unreadable, windowed=windowed, series_max=series_max)
+        return Exposition(exposed, omitted, self._progress.as_of(cut.positions, cut.seen).staleness_ms)
+
+    def _unreadable(self, stores: Mapping[int, ReadableStore], view: str, error: Unreadable) -> str:
         """Return the reason for leaving a view out that a rebuild has not mended; raise `error` if a rebuild may mend it."""
         damage = report_damage(self._on_damage, stores, error)
         if isinstance(damage, NotReady):
@@ -424,16 +427,16 @@ class ViewReader:
         _log.error("view %s is left out of a scrape: %s", view, damage)
         return UNREADABLE
 
-    def _check_whole(self, what: str) -> None:
+    def _check_whole(self, advice: str) -> None:
         if elsewhere := self.elsewhere:
-            raise Invalid(f"this server lacks partition {min(elsewhere)}: {what} one that has all, or one with --gather")
+            raise Invalid(f"this server lacks partition {min(elsewhere)}: {advice}")
 
     def on_cut(self, read: Callable[[Cut], T], *, deadline_s: float) -> T:
         """Return what `read` makes of one moment of each store. Its checks raise `Unavailable` beyond `deadline_s`.
 
         Raises `Invalid` without all partitions.
         """
-        self._check_whole("read remotely")
+        self._check_whole("remote reads need one that has all")
         return self._from(self._stores(), lambda stores: read(self._cut(stores, deadline_s)))
 
     def states(self, asked: StatesAsked, *, arrived_s: float, deadline_s: float) -> StatesFound:
@@ -473,5 +476,5 @@ class ViewReader:
     def _check_unchanged(self, stores: Mapping[int, ReadableStore]) -> None:
         """Raise `NotReady` if one of these stores was taken away since it was read."""
         now = self._stores()
-        if any(now.get(number) is not store for number, store in stores.items()):
+        if now != stores and any(now.get(number) is not store for number, store in stores.items()):
             raise NotReady("a store was made anew during the read; ask again")

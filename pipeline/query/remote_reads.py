@@ -27,7 +27,7 @@ from pipeline.query.scans import view_of
 from pipeline.query.view_series import Room, histogram_names, sample_names, view_series
 from pipeline.settings import QuerySettings
 
-REQUEST_BYTES_MAX = 2**20
+REQUEST_BYTES_MAX = 2**18
 """Largest request, before and after it is decompressed."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from typing import Any, Protocol
 
 from pipeline.core import codec
@@ -39,6 +39,7 @@ from pipeline.core.record import (
 from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored, find_unreadable
+from pipeline.query.grouping import Grouping
 from pipeline.query.matchers import Test
 
 _BLOCK = 2_000
@@ -60,8 +61,7 @@ def select(
     answer: Callable[[State], Any] | None = None,
 ) -> Selected:
     """Return what the query selects of all series without windows, or of those of one window; see `TopN` for `answer`."""
-    kind = KINDS[merged.definition.kind]
-    choice = TopN(kind, top=query.top, limit=query.limit, quantiles=query.quantiles, answer=answer)
+    choice = TopN(KINDS[merged.definition.kind], query, answer=answer)
     scan_groups(query, merged, snapshots, tests, check, groups_max, choice.offer, window_start_ms)
     return choice.selected()
 
@@ -81,21 +81,32 @@ def scan_groups(
     kind = KINDS[merged.definition.kind]
     # Series of several definitions with the same labels are not neighbours in the order of keys.
     complete = is_complete(merged.definition, query.by) and len(merged.parts) == 1
-    groups: dict[Labels, Any] = {}
+    grouping = Grouping(kind, merged.definition.labels if query.by is None else query.by, natively=not tests)
     for part in merged.parts:
         prefix = series_prefix(part) + window_bytes(window_start_ms)
         scans = [_scan(part, number, snapshot, prefix) for number, snapshot in snapshots.items()]
         block = _Block(merged, part, tests, snapshots)
-        for keys, values in (merge_sorted_blocks if complete else chain_blocks)(scans, _BLOCK):
-            check()
+
+        def decode(
+            keys: Sequence[bytes], values: Sequence[bytes], block: _Block = block
+        ) -> tuple[Sequence[Labels], Sequence[State]]:
             rows, states, _ = block.decode(keys, values, ())
-            fold(kind, groups, group(rows), states)
-            if complete:
+            return group(rows), states
+
+        if complete:
+            for keys, values in merge_sorted_blocks(scans, _BLOCK):
+                check()
+                groups: dict[Labels, State] = {}
+                fold(kind, groups, *decode(keys, values))
                 offer(groups)
-                groups.clear()
-            elif len(groups) > groups_max:
-                raise Invalid(f"over {groups_max} groups: keep fewer labels, or narrow `where`")
-    offer(groups)
+            continue
+        for scan in scans:
+            while entries := [*islice(scan, _BLOCK)]:
+                check()
+                grouping.add(part, len(prefix), entries, decode)
+                if len(grouping) > groups_max:
+                    raise Invalid(f"over {groups_max} groups: keep fewer labels, or narrow `where`")
+    offer(grouping.take())
     check()
 
 

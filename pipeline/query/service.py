@@ -12,19 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 import pipeline.metrics as m
-from pipeline.core.answer import Answer, PartitionState
+from pipeline.core.answer import Answers, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.gathered import decode_asked, encode_part
-from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded, encode_end, encode_start, preferred_coding
 from pipeline.query.found import FoundAnswer, span_of, unchanged_head
-from pipeline.query.media import Encoded, encode_body, encoded, end_of, plain_json
-from pipeline.query.params import ReadHeaders, ReadRequest
+from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
+from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
 from pipeline.query.shared import SharedAnswers
@@ -123,7 +123,7 @@ class ReadService:
                 await self._bounded(self._wait, request, deadline_s)
             found = self._reader.find_point(request.query, clock.now_ms())
             if found is not None:
-                if self._fresh(request, found.answer):
+                if self._fresh(request, found.answer.as_of):
                     return await self._encode_point(found, request)
             else:
                 deadline_s = deadline_s or clock.monotonic_s() + request.timeout_ms / 1000
@@ -141,7 +141,10 @@ class ReadService:
         etag = self._answers.tags.of(request.key, span_of(answer), found.positions)
         if request.knows(etag):
             return encoded(answer, request.media_type, etag, (), unchanged=True)
-        body = encode_body(answer, request.media_type)
+        if request.media_type == ARROW:  # the first one loads pyarrow
+            body = await self._in_thread(lambda: encode_body(answer, ARROW))
+        else:
+            body = encode_body(answer, request.media_type)
         parts, coding = await self._coded(body, request.coding)
         return encoded(answer, request.media_type, etag, parts, coding)
 
@@ -161,13 +164,13 @@ class ReadService:
                 answer = self._reader.renewed(unchanged_head(asked), asked.positions)
                 self._metrics.inc(m.ANSWERS, 1, "unchanged")
                 unchanged = encoded(answer, request.media_type, etag, (), unchanged=True)
-                return unchanged if self._fresh(request, answer) else None
+                return unchanged if self._fresh(request, answer.as_of) else None
         kept = await self._answers.get(request.key, asked, deadline_s)
         coded = None
         if request.coding and len(kept.start) >= self._settings.compress_bytes_min:
             coded = await self._answers.coded(kept, request.coding, self._compress)
         answer = self._reader.renewed(kept.head, kept.positions)
-        if not self._fresh(request, answer):
+        if not self._fresh(request, answer.as_of):
             return None
         end = end_of(answer, request.media_type)
         if coded is not None:
@@ -179,6 +182,28 @@ class ReadService:
         if len(body) <= _COMPRESS_HERE_MAX:
             return encode_start(coding, body)
         return await self._in_thread(lambda: encode_start(coding, body))
+
+    async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
+        """Return the encoded answers to several queries at one moment. Raises as `answer`, and for one wrong query."""
+        clock = self._reader.clock
+        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
+
+        def read() -> tuple[AsOf, bytes]:
+            found = self._reader.find_all(request.queries, clock.now_ms(), deadline_s=deadline_s)
+            answers = [self._reader.renewed(it.answer, it.positions) for it in found]
+            as_of = answers[-1].as_of  # made last, of the positions of all
+            return as_of, _encode(Answers([replace(it, as_of=as_of) for it in answers], as_of))
+
+        while True:
+            if request.waits:
+                await self._bounded(self._wait, request, deadline_s)
+            as_of, body = await self._bounded(self._in_thread, read)
+            if self._fresh(request, as_of):
+                parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+                return plain_json(parts, coding)
+            if clock.monotonic_s() >= deadline_s:
+                raise NotReady(too_old(request))
+            await asyncio.sleep(POLL_S)
 
     async def views(self, headers: ReadHeaders) -> Encoded:
         """Return all views, encoded."""
@@ -209,7 +234,9 @@ class ReadService:
         if asked.after or asked.max_staleness_ms is not None:
             token = Token.parse(asked.after)
             await self._bounded(
-                self._wait, ReadRequest(Query(""), asked.timeout_ms, token, asked.max_staleness_ms), deadline_s
+                self._wait,
+                Waiting(timeout_ms=asked.timeout_ms, after=token, max_staleness_ms=asked.max_staleness_ms),
+                deadline_s,
             )
 
         def read() -> bytes:
@@ -255,11 +282,11 @@ class ReadService:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     @staticmethod
-    def _fresh(request: ReadRequest, answer: Answer) -> bool:
-        most, staleness_ms = request.max_staleness_ms, answer.as_of.staleness_ms
+    def _fresh(request: Waiting, as_of: AsOf) -> bool:
+        most, staleness_ms = request.max_staleness_ms, as_of.staleness_ms
         return most is None or (staleness_ms is not None and staleness_ms <= most)
 
-    async def _wait(self, request: ReadRequest, deadline_s: float) -> None:
+    async def _wait(self, request: Waiting, deadline_s: float) -> None:
         after = request.after or Token()
         wanted, most = after.next_offsets, request.max_staleness_ms
 
@@ -350,6 +377,6 @@ class ReadService:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def too_old(request: ReadRequest) -> str:
+def too_old(request: Waiting) -> str:
     """Return the message of a read that found no answer that is fresh enough."""
     return f"no answer within max_staleness_ms={request.max_staleness_ms} after {request.timeout_ms} ms"

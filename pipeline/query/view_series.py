@@ -11,19 +11,22 @@ from pipeline.core import codec
 from pipeline.core.exposition import BOUNDS_LEAST, ClassicBuckets, bound_text, sample_value
 from pipeline.core.kinds import KINDS, State
 from pipeline.core.kinds.histogram import BUCKETS_MAX, SCHEMA_MAX, count_of
-from pipeline.core.query import Labels, MergedDefinition, Query, fold
-from pipeline.core.record import WINDOW_NONE, Definition, definition_key
+from pipeline.core.query import Labels, MergedDefinition, Query, narrow, pinned_labels
+from pipeline.core.record import WINDOW_NONE, Definition, definition_key, series_prefix
 from pipeline.core.remote_read import NAME_LABEL, SeriesEncoder, SeriesQuery, with_ends
 from pipeline.errors import Invalid
 from pipeline.query.cuts import Cut
-from pipeline.query.damage import decode_stored
+from pipeline.query.damage import decode_all, decode_stored
+from pipeline.query.lookups import keys_of
 from pipeline.query.matchers import Test
 from pipeline.query.ranges import expired_before
 from pipeline.query.scans import scan_windows
 
 BUCKET_LABEL = "le"
+KEYS_MAX = 100_000
+"""Upper limit of the keys that a read of one series gets; one that needs more scans all series of its windows."""
 _CHECK_EVERY = 256
-"""Series that are encoded between two checks of the deadline."""
+"""Series that are encoded, or windows whose buckets are counted, between two checks of the deadline."""
 _ADVICE = "ask for a shorter range, or narrow the matchers"
 
 Windows = Mapping[int, State]
@@ -96,7 +99,9 @@ def view_series(
     if any(not test([""])[0] for test in bound_tests):
         names = names[:1]
     merging = _Merging(query, merged, cut, room)
-    scan_windows(Query(definition.view), merged, merging, cut.snapshots, of_labels, partial(cut.check, definition.view))
+    pinned = pinned_labels(definition, query.matchers)
+    if pinned is None or not merging.look_up(pinned, of_labels):
+        scan_windows(Query(definition.view), merged, merging, cut.snapshots, of_labels, partial(cut.check, definition.view))
     yield from _Encoding(query, definition, cut, room).series(names, merging.found(), bound_tests)
 
 
@@ -104,16 +109,35 @@ class _Merging:
     """Merges entries of partitions and definitions to windows of series."""
 
     def __init__(self, query: SeriesQuery, merged: MergedDefinition, cut: Cut, room: Room) -> None:
+        self._merged = merged
+        self._cut = cut
         self._kind = KINDS[merged.definition.kind]
         self._window_ms = merged.definition.window_s * 1_000
         self._asked = query.windows(self._window_ms)
         self._room = room
-        self._groups: dict[tuple[int, Labels], State] = {}
+        self._series: dict[Labels, dict[int, State]] = {}
+        self._count = 0
         entries: list[codec.DefinitionEntry] = []
         for number, snapshot in cut.snapshots.items():
             values = snapshot.get([*map(definition_key, merged.parts)])
             entries += [decode_stored(number, codec.decode_definition, value) for value in values if value]
         self._expired = expired_before(entries)
+
+    def look_up(self, labels: Labels, tests: Sequence[tuple[int, Test]]) -> bool:
+        """Add the windows of one series by their keys; return whether that was done, because they are few enough."""
+        parts = [(part, own) for part in self._merged.parts if (own := narrow(self._merged, part, labels)) is not None]
+        if sum(len(self.windows(part)) for part, _ in parts) * len(self._cut.snapshots) > KEYS_MAX:
+            return False
+        if not all(test([labels[index]])[0] for index, test in tests):
+            return True
+        for part, own in parts:
+            keys, skip = keys_of([(part, own)], self), len(series_prefix(part))
+            for number, snapshot in self._cut.snapshots.items():
+                there = [(key, value) for key, value in zip(keys, snapshot.get(keys), strict=True) if value]
+                values = [value for _, value in there]
+                states = decode_all([number] * len(values), partial(codec.decode_states, self._kind), values)
+                self.add(self.buckets([key for key, _ in there], skip), [labels] * len(values), states)
+        return True
 
     def windows(self, part: Definition) -> range:
         """Return the starts of the windows of a definition that are asked for and have not expired."""
@@ -127,16 +151,21 @@ class _Merging:
 
     def add(self, buckets: Iterable[int], groups: Sequence[Labels], states: Sequence[State]) -> None:
         """Merge entries. Raises `Invalid` if there are more windows than an answer may have samples."""
-        fold(self._kind, self._groups, zip(buckets, groups, strict=True), states)
-        if len(self._groups) > self._room.samples_max:
+        series, merge = self._series, self._kind.merge
+        for start_ms, labels, state in zip(buckets, groups, states, strict=True):
+            windows = series.get(labels)
+            if windows is None:
+                windows = series[labels] = {}
+            old = windows.get(start_ms)
+            if old is None:
+                self._count += 1
+            windows[start_ms] = state if old is None else merge(old, state)
+        if self._count > self._room.samples_max:
             raise self._room.too_many()
 
     def found(self) -> Mapping[Labels, Windows]:
-        """Return the windows of each series."""
-        found: dict[Labels, dict[int, State]] = {}
-        for start_ms, labels in sorted(self._groups, key=lambda it: (it[1], it[0])):
-            found.setdefault(labels, {})[start_ms] = self._groups[start_ms, labels]
-        return found
+        """Return the windows of each series, in order."""
+        return {labels: dict(sorted(self._series[labels].items())) for labels in sorted(self._series)}
 
 
 class _Encoding:
@@ -161,7 +190,7 @@ class _Encoding:
                 continue
             value = self._value_of(name)
             for labels, windows in found.items():
-                yield from self._one(name, labels, {at: value(state) for at, state in windows.items()})
+                yield from self._one(name, labels, [(at, value(state)) for at, state in windows.items()])
 
     def _value_of(self, name: str) -> Callable[[State], Any]:
         """Return a function from a window's state to the value of its sample of a name."""
@@ -179,22 +208,25 @@ class _Encoding:
         texts = [bound_text(bound) for bound in (*classic.bounds, inf)]
         chosen = [i for i, text in enumerate(texts) if all(test([text])[0] for test in tests)]
         for labels, windows in found.items():
-            counts = {at: classic.counts(state) for at, state in windows.items()}
+            counts: list[tuple[int, list[int]]] = []
+            for at, state in windows.items():
+                if len(counts) % _CHECK_EVERY == 0:
+                    self._check()
+                counts.append((at, classic.counts(state)))
             for i in chosen:
-                of_bound = {at: it[i] for at, it in counts.items()}
-                yield from self._one(name, labels, of_bound, texts[i])
+                yield from self._one(name, labels, [(at, it[i]) for at, it in counts], texts[i])
 
-    def _one(self, name: str, labels: Labels, answers: Mapping[int, Any], bound: str = "") -> Iterator[bytes]:
+    def _one(self, name: str, labels: Labels, answers: Sequence[tuple[int, Any]], bound: str = "") -> Iterator[bytes]:
         """Yield one series; none if no answer is a number."""
         if self._count % _CHECK_EVERY == 0:
             self._check()
         self._count += 1
-        values = {at: value for at, it in answers.items() if (value := sample_value(it)) is not None}
+        values = [(at, value) for at, it in answers if (value := sample_value(it)) is not None]
         if not values:
             return
         named = {NAME_LABEL: name, **dict(zip(self._definition.labels, labels, strict=True))}
         if bound:
             named[BUCKET_LABEL] = bound
-        samples = {} if self._labels_only else dict(with_ends(values, self._window_ms, self._stop_ms))
+        samples = [] if self._labels_only else [*with_ends(values, self._window_ms, self._stop_ms)]
         self._room.take(max(1, len(samples)))
         yield self._room.fits(self._encoder.series(named, samples))

@@ -37,13 +37,18 @@ class Gatherer:
         self.service = GatherService(known, clock, settings, metrics)
         self._stopping = threading.Event()
 
+    @property
+    def ready(self) -> bool:
+        """Return whether every partition has a server that answers."""
+        return self.service.ready
+
     def start(self) -> None:
         """Do nothing: the HTTP server's event loop asks the servers."""
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until every partition has a server that answers, at most `timeout_s`; return whether it has."""
         for _ in range(max(1, round(timeout_s / _LOOK_S))):
-            if self.service.ready:
+            if self.ready:
                 return True
             self._stopping.wait(_LOOK_S)
         return False

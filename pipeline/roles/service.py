@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -11,14 +12,16 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
+import pipeline.metrics as m
 from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
 from pipeline.ports import Ingest
-from pipeline.query.api import create_app, create_gather_app, create_operations_app
+from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
+from pipeline.query.gather_api import create_gather_app
 from pipeline.query.reader import ViewReader
 from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.settings import QuerySettings
@@ -46,6 +49,9 @@ def _ignore(_: Any) -> None:
 class Role(Protocol):
     """An `Engine`, a `ClusterWorker`, a `ClusterServer` or a `Gatherer`."""
 
+    @property
+    def ready(self) -> bool: ...
+
     def start(self) -> None: ...
 
     def wait_ready(self, timeout_s: float) -> bool: ...
@@ -65,9 +71,6 @@ class QueryRole(Role, Protocol):
 
     @property
     def ingest(self) -> Ingest | None: ...
-
-    @property
-    def ready(self) -> bool: ...
 
 
 class Hooks(NamedTuple):
@@ -90,6 +93,7 @@ class Service(Generic[RoleT]):
     def __init__(
         self,
         config: Config,
+        name: str,
         make: Callable[[Hooks], RoleT],
         make_app: Callable[[RoleT, PrometheusMetrics], Any],
         on_progress: OnProgress,
@@ -99,6 +103,8 @@ class Service(Generic[RoleT]):
         self._accept_loss = config.worker.accept_loss
         self._ready = False
         self._metrics = metrics = PrometheusMetrics()
+        self._data = config.log.data
+        metrics.show_info(name)
         self.role = make(Hooks(metrics, self._fail, on_progress))
         try:  # after the role: that a directory is in use says more than that a port is in use
             self._listener = bind(config.query)
@@ -107,6 +113,7 @@ class Service(Generic[RoleT]):
             raise
         self.url = url_of(self._listener)
         self._server = HttpServer(make_app(self.role, metrics), self._listener)
+        metrics.before_render = self._measure
 
     def run(self, on_ready: Callable[[str], None] = _ignore) -> int:
         """Serve until `stop` or a fatal error, then close everything; return the exit code. `on_ready` gets the URL."""
@@ -130,6 +137,13 @@ class Service(Generic[RoleT]):
                 on_ready(self.url)
                 return
 
+    def _measure(self) -> None:
+        self._metrics.set(m.READY, self.role.ready)
+        with suppress(OSError):
+            disk = os.statvfs(self._data)
+            self._metrics.set(m.DISK_BYTES, disk.f_frsize * disk.f_blocks)
+            self._metrics.set(m.DISK_FREE, disk.f_frsize * disk.f_bavail)
+
     def stop(self) -> None:
         """End `run`, from any thread or a signal handler."""
         self._server.stop()
@@ -152,7 +166,7 @@ def embedded_service(config: Config, on_progress: OnProgress = _ignore) -> Servi
             **hooks._asdict(),
         )
 
-    return Service(config, make, partial(_query_app, config.query), on_progress)
+    return Service(config, "up", make, partial(_query_app, config.query), on_progress)
 
 
 def worker_service(
@@ -185,7 +199,7 @@ def worker_service(
     def make_app(worker: ClusterWorker, metrics: PrometheusMetrics) -> Any:
         return create_operations_app(config.query, metrics, worker.clock, worker.status, lambda: worker.ready)
 
-    service = Service(config, make, make_app, on_progress)
+    service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
     wildcard = config.query.host in ("0.0.0.0", "::")
     service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
@@ -216,7 +230,7 @@ def query_service(
             **hooks._asdict(),
         )
 
-    return Service(config, make, partial(_query_app, config.query), on_progress)
+    return Service(config, "server", make, partial(_query_app, config.query), on_progress)
 
 
 def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress = _ignore) -> Service[Gatherer]:
@@ -229,7 +243,7 @@ def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress 
     def make_app(gatherer: Gatherer, metrics: PrometheusMetrics) -> Any:
         return create_gather_app(gatherer.service, config.query, metrics, render_views)
 
-    return Service(config, make, make_app, on_progress)
+    return Service(config, "gatherer", make, make_app, on_progress)
 
 
 def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics) -> Any:

@@ -20,7 +20,7 @@ from pipeline.core.record import Definition
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.ingest.statsd import StatsdSink
 from pipeline.ingest.statsd_server import StatsdServer
-from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.metrics import NO_METRICS, READY, Metrics
 from pipeline.query.api import create_operations_app
 from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.settings import QuerySettings
@@ -134,6 +134,8 @@ class _Operations:
     def __init__(
         self, settings: QuerySettings, metrics: PrometheusMetrics, clock: SystemClock, status: Callable[[], Status]
     ) -> None:
+        metrics.show_info("ingest")
+        metrics.set(READY, 1)
         self._listener = bind(settings)
         self.url = url_of(self._listener)
         self._server = HttpServer(create_operations_app(settings, metrics, clock, status, lambda: True), self._listener)

@@ -8,6 +8,7 @@ tombstone would lose the entry for good; so a person decides, unless other trace
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 
 from pipeline.core.codec import decode_definition
@@ -23,10 +24,10 @@ from pipeline.core.record import (
     prefix_end,
     split_key,
 )
-from pipeline.errors import BadRecord, NotReady, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.errors import BadRecord, NotReady, RecordsLost, StoreAhead, StoreCorrupt, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, ReadableStore
-from pipeline.topics import CHANGELOG
+from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.follower import FETCH_BYTES_MAX
 from pipeline.worker.foreign import Barrier, Foreign, Lineage, not_entries
 
@@ -104,9 +105,9 @@ def check_recoverable(
     """
     young_ms = traces.at_ms - young_s * 1000
     unknown = {key for key in keys if key not in traces.ours and traces.first_ms.get(key, 0) <= young_ms}
-    if [*keys] == [POSITION_KEY] and next(iter(store.scan(TAG_DEFINITION, TAG_FENCE)), None) is None:
-        return  # no entries: what a lost position covered is folded again, or missed by `_check_position`
     lost = sorted(unknown - _never_there(partition, store, unknown))
+    if lost == [POSITION_KEY] and next(iter(store.scan(TAG_DEFINITION, TAG_FENCE)), None) is None:
+        return  # no entries: what a lost position covered is folded again, or missed by `_check_position`
     if not lost:
         return
     what = (
@@ -171,36 +172,47 @@ def foreign_keys(
     partition: int,
     log: Log,
     clock: Clock,
-    *,
-    next_offset: int,
+    end_offset: int,
+    undo_offset: int | None,
     barrier: Barrier,
+    *,
     timeout_s: float,
     metrics: Metrics = NO_METRICS,
 ) -> set[bytes]:
     """Return the keys of entries between an owner's last commit and its own fence record, where nobody else may write.
 
-    Raises `Unavailable` if the fence record can't be read in time.
+    The commit ended below `end_offset`. With `undo_offset`, the offset of its first delta, this raises `StoreCorrupt` if the
+    changelog does not hold it: the broker has aborted it after all, and the store must begin anew where the changelog
+    ends; or `StoreAhead` if the deltas are gone, too. Raises `Unavailable` if the fence record can't be read in time.
     """
     lineage, foreign = Lineage(partition, barrier.offset + 1), Foreign(partition, metrics)
     lineage.awaited = barrier
     deadline_s = clock.monotonic_s() + timeout_s
     reader = log.reader(CHANGELOG)
+    positions: list[bytes | None] = []
     try:
-        reader.assign({partition: next_offset})
+        reader.assign({partition: max(end_offset - 1, log.watermarks(CHANGELOG, partition).start_offset)})
         while not lineage.passed:
             for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
-                _sort_out(records, lineage, foreign)
+                positions += [v for k, v in zip(records.keys, records.values, strict=True) if k == POSITION_KEY]
+                _sort_out(records, bisect_left(records.offsets, end_offset), lineage, foreign)
             if clock.monotonic_s() >= deadline_s and not lineage.passed:
                 raise Unavailable(f"changelog-{partition} can't be read up to {barrier.offset} within {timeout_s} s")
     finally:
         reader.close()
+    if undo_offset is not None and not positions:  # a forged one behind it can have taken ours away, by compaction
+        what = f"partition {partition}: the broker aborted a commit, at {end_offset - 1}, that it had acknowledged"
+        if log.watermarks(DELTAS, partition).start_offset > undo_offset:
+            raise StoreAhead(f"{what}, and its records are gone from {DELTAS}")
+        raise StoreCorrupt(what, partition)
     return foreign.keys
 
 
-def _sort_out(records: Records, lineage: Lineage, foreign: Foreign) -> None:
-    """Note all records but the fences of the partition's owners as foreign."""
+def _sort_out(records: Records, first: int, lineage: Lineage, foreign: Foreign) -> None:
+    """Note all records from an index on but the fences of the partition's owners as foreign."""
     special = {*not_entries(records.keys)}
-    for index, (offset, key, value) in enumerate(zip(records.offsets, records.keys, records.values, strict=True)):
+    rows = [*zip(records.offsets, records.keys, records.values, strict=True)]
+    for index, (offset, key, value) in enumerate(rows[first:], first):
         if index not in special and key is not None:
             foreign.note_entry(offset, key)
         elif key != FENCE_KEY or not lineage.take_fence(offset, value):

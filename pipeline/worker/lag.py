@@ -129,6 +129,7 @@ class LagReporter:
         starts = self._ask_starts()
         for number, next_offset in positions.items():
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
+            self._metrics.set(m.START_OFFSET, starts.get(number, 0), number)
             self._metrics.set(m.RETENTION_MARGIN, next_offset - starts.get(number, 0), number)
 
     def _note_open_transactions(self, ends: DeltasEnds, positions: Mapping[int, int]) -> None:

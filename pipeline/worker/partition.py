@@ -129,6 +129,11 @@ class OwnedPartition:
         """Offset behind the position record of the last commit."""
         self._begin = 0
         """Offset at which the next commit begins, if nobody else writes to the changelog."""
+        self._undo_offset: int | None = None
+        """Offset of `deltas` where folding goes on if the broker aborts the last commit; None if it can't any more.
+
+        `KafkaTransaction.commit` says how that comes about.
+        """
         self._last = LastRecord(EPOCH_NONE, 0)
         """The last record that was folded."""
         self.task = self._new_task()
@@ -409,6 +414,7 @@ class OwnedPartition:
             begins={(CHANGELOG, self.number): self._begin},
         )
         self._committed_end, self._begin = offsets[-1], offsets[-1] + self._right.marker_count
+        self._undo_offset = self.task.position.next_offset
         self._foreign.clear()
         meta = StoreMeta(
             changelog_next_offset=offsets[-1], topic_id=self._topic_id, position_offset=offsets[-1] - 1, caught_up=True
@@ -425,17 +431,18 @@ class OwnedPartition:
         return end_offset > self._begin
 
     def _find_foreign(self) -> None:
-        """Find the new end of the changelog, and the keys that others have written behind our last commit."""
-        barrier = self._fence()
-        self._foreign |= foreign_keys(
-            self.number,
-            self._log,
-            self._clock,
-            next_offset=self._committed_end,
-            barrier=barrier,
-            timeout_s=self._settings.commit_timeout_ms / 1000,
-            metrics=self._metrics,
-        )
+        """Find the new end of the changelog, and the keys that others have written behind our last commit.
+
+        Raises `StoreCorrupt` if the changelog has lost that commit: folding begins anew where the changelog ends.
+        """
+        barrier, timeout_s, end = self._fence(), self._settings.commit_timeout_ms / 1000, self._committed_end
+        log, clock, undo, metrics = self._log, self._clock, self._undo_offset, self._metrics
+        try:
+            self._foreign |= foreign_keys(self.number, log, clock, end, undo, barrier, timeout_s=timeout_s, metrics=metrics)
+        except StoreCorrupt as error:
+            self.distrust(str(error))
+            raise
+        self._undo_offset = None
 
     def _repairs(self, without: Collection[bytes]) -> dict[bytes, bytes | None]:
         """Return the committed values of keys whose newest record in the changelog is foreign.

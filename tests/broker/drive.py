@@ -32,7 +32,7 @@ Answers = dict[str, dict[tuple[str, str], Any]]
 
 
 class Role(UpProcess):
-    """`pipeline worker` or `pipeline serve` as a process, on a port that is its own for as long as this object lives."""
+    """`pipeline worker` or `pipeline serve` as a process, on a port reserved for as long as this object lives."""
 
     def __init__(
         self,

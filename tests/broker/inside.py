@@ -1,4 +1,4 @@
-"""The roles as objects of this process, for tests that need a broker but no process of their own for what runs on it."""
+"""The roles as objects of this process, for tests that need a broker but no processes of roles."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ START_S = 60.0
 STOP_S = 20.0
 CLUSTER_ID = "cGlwZWxpbmUtdGVzdHMtMQ"
 PORTS = range(20_000, 32_000)
-"""Below the range that systems give to outgoing connections: a client that calls a dead broker's port can't be given it."""
+"""Ports below the range of outgoing connections: a client that calls a dead broker's port can't be given that port."""
 
 # Quick to start and small. SerialGC and one compiler: as few threads as a JVM can have.
 JVM = ("-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Xshare:auto")
@@ -250,7 +250,7 @@ class Cluster:
 
     @property
     def bootstrap(self) -> str:
-        """host:port of each, with commas."""
+        """host:port of each broker, with commas."""
         return ",".join(it.bootstrap for it in self.brokers)
 
     def __enter__(self) -> Self:

@@ -169,7 +169,7 @@ def test_killed_at_random(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_two_workers_share_a_topic(app: App, tmp_path: Path) -> None:
-    """A second worker is given its share of a topic with another partition count, and gives it back: exactly counted."""
+    """A second worker gets its share of a topic with another partition count, and gives it back: all counts are exact."""
     source = Source(app, tmp_path, SHOP.format(pause_s=0.001))
     with server(app, tmp_path / "server") as reads, source.worker("one") as one, sending(source):
         wait_until(lambda: len(counted(reads)) > 100, "the first to count", WAIT_S)
@@ -202,7 +202,7 @@ def _recorded(role: Any) -> int:
 
 @pytest.mark.timeout(120)
 def test_raising_and_undecodable_are_told(app: App, tmp_path: Path) -> None:
-    """An event at which an agent raises, and bytes it can't decode, are logged with their place, counted, and done.
+    """Events at which an agent raises, and bytes that it can't decode, are logged with their place, counted, and done.
 
     However many such events come in a row, the worker goes on to the events after them.
     """
@@ -350,7 +350,7 @@ async def record(stream):
 
 @pytest.mark.timeout(120)
 def test_an_error_at_a_batch_can_stop_the_worker(app: App, tmp_path: Path) -> None:
-    """If an agent raises at a batch from `take` and the worker ends, all of the batch is read again."""
+    """A batch from `take` at which an agent raises, and the worker ends, is read again as a whole."""
     source = Source(app, tmp_path, TAKING)
     source.send([1_000], bad=True)
     source.send(range(5, 45, 5))  # of the same partition: the same batch
@@ -368,7 +368,7 @@ def test_an_error_at_a_batch_can_stop_the_worker(app: App, tmp_path: Path) -> No
 
 @pytest.mark.timeout(120)
 def test_a_batch_at_which_an_agent_raises(app: App, tmp_path: Path) -> None:
-    """All of the batch is done, and later batches are counted, and committed once they are done."""
+    """A batch at which an agent raises is done as a whole; later batches are counted, and committed once they are done."""
     source = Source(app, tmp_path, TAKING.replace('"stop"', '"skip"'))
     source.send([1_000], bad=True)
     with server(app, tmp_path / "server") as reads, source.worker("one") as worker:
@@ -433,7 +433,7 @@ async def record(stream):
 
 @pytest.mark.timeout(120)
 def test_nothing_is_committed_before_its_flush(app: App, tmp_path: Path) -> None:
-    """Offsets are those of events recorded before the flush began; while flushes fail none is committed, and it is told."""
+    """Only events recorded before a flush began are committed; while flushes fail none is, and the failure is logged."""
     source = Source(app, tmp_path, FLUSHING)
     flushed = tmp_path / "flushed"
     flushed.touch()

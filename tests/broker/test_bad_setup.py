@@ -148,7 +148,7 @@ def test_the_group_of_another_program(topics: App, tmp_path: Path) -> None:
 
 
 def test_a_changelog_that_lacks_a_partition(app: App, tmp_path: Path) -> None:
-    """A worker with a name refuses such a changelog before it joins the group, and fences nobody."""
+    """A worker with a name refuses a changelog that lacks a partition before it joins the group, and fences nobody."""
     create_topics(app.bootstrap, app.app, PARTITIONS, only=["deltas", "dead-letters"])
     create_topics(app.bootstrap, app.app, PARTITIONS - 1, only=["changelog"])
     with owner(app):
@@ -178,7 +178,7 @@ def test_a_newer_changelog(topics: App, tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken(topics: App, tmp_path: Path) -> None:
-    """The error names the port, the worker has not joined the group, and its folder is free again."""
+    """A port in use is named in the error, the worker does not join the group, and its folder is free again."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

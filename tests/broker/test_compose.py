@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from pipeline import Reader
-from pipeline.settings import WorkerSettings
+from pipeline.settings import QuerySettings, WorkerSettings
 from pipeline.topics import DELTAS, load
 from tests.broker.jars import Missing, need
 from tests.broker.kafka import Broker, Port, absent, admin_client
@@ -47,7 +47,7 @@ def last(name: str) -> str:
 
 
 def test_compose_accepts_the_file() -> None:
-    """docker-compose, and the newer plugin where there is one, find nothing wrong, and see the services that we see."""
+    """docker-compose, and the newer plugin if installed, accept the file, and find the same services as these tests."""
     try:
         programs = [[need("docker-compose")]]
     except Missing:
@@ -105,11 +105,17 @@ def test_files_agree() -> None:
     """Scraped addresses, dashboards and mounts agree between the files."""
     scraped = yaml.safe_load((ROOT / "dashboards" / "prometheus.yml").read_text())["scrape_configs"]
     addresses = {target for job in scraped for group in job["static_configs"] for target in group["targets"]}
-    assert addresses == {f"{name}:{option(name, '--port')}" for name in ROLES}
+    up = f"{QuerySettings().host}:{QuerySettings().port}"
+    assert addresses == {up, *(f"{name}:{option(name, '--port')}" for name in ROLES)}
     for name in ROLES:
         assert option(name, "--host") == "0.0.0.0", "others call it by the container's address"
         assert [volume.split(":")[1] for volume in SERVICES[name]["volumes"]] == [option(name, "--data")]
         assert {port.split(":")[2] for port in SERVICES[name].get("ports", ())} <= {option(name, "--port")}
+    mounted = [volume.split(":") for volume in SERVICES["prometheus"]["volumes"] if volume.startswith("./")]
+    (rules,) = yaml.safe_load((ROOT / "dashboards" / "prometheus.yml").read_text())["rule_files"]
+    assert {source: target for source, target, _ in mounted} == {
+        f"./dashboards/{name}": f"/etc/prometheus/{name}" for name in ("prometheus.yml", rules)
+    }
     folder = ROOT / "dashboards" / "grafana"
     (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"

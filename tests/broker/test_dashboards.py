@@ -62,9 +62,11 @@ def replaced(addresses: Mapping[str, str]) -> Any:
     """Return dashboards/prometheus.yml with each target's address replaced."""
     config = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms"}
+    config["rule_files"] = []
     for job in config["scrape_configs"]:
         for group in job["static_configs"]:
-            group["targets"] = [addresses[target] for target in group["targets"] or [job["job_name"]]]
+            wanted = [*group["targets"], *([] if group["targets"] else [job["job_name"]])]
+            group["targets"] = [addresses[target] for target in wanted if target in addresses]
     for remote in config["remote_read"]:
         remote["url"] = remote["url"].replace("server:8080", addresses["server:8080"])
     return config

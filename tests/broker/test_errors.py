@@ -15,7 +15,7 @@ from pipeline.adapters.kafka.options import Address, parse_url, reader_options, 
 from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
-from pipeline.errors import Fenced, Invalid, PipelineError, Unavailable
+from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, PipelineError, Unavailable
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from tests.broker.mock import (
@@ -309,9 +309,55 @@ def test_what_is_aborted_is_done_again(mock: MockCluster, request_: int, name: s
     transaction.close()
 
 
+PLACE = ("deltas", 0)
+
+
+def test_a_marker_that_is_left_out(mock: MockCluster) -> None:
+    """A commit that stands where the marker of the last one should be is aborted, and its owner has to look.
+
+    The mock leaves none out: the transaction is told that its last one ended behind its marker.
+    """
+    transaction = begun(mock)
+    assert transaction.commit(three(), timeout_s=10, begins={PLACE: 0}) == [3, 3, 3]
+    transaction._ends = {PLACE: 4}
+    with pytest.raises(Displaced, match="left out the marker of the last transaction in deltas-0"):
+        transaction.commit(three(), timeout_s=10, begins={PLACE: 5})
+    with pytest.raises(Discontinuous, match="went back from 1000 to 8"):
+        transaction.commit(three(), timeout_s=10, begins={PLACE: 1_000})
+    transaction.close()
+
+
+@pytest.mark.parametrize(("request_", "name"), [ABORTED[0], ABORTED[3], ABORTED[7]])
+def test_an_aborted_commit_with_a_place_is_not_done_again(mock: MockCluster, request_: int, name: str) -> None:
+    """The abort can have undone the last commit too, so that the owner has to look before the next one."""
+    transaction = begun(mock)
+    transaction.commit(three(), timeout_s=10, begins={PLACE: 0})
+    mock.fail(request_, code(name))
+    with pytest.raises(Displaced, match="was aborted"):
+        transaction.commit(three(), timeout_s=10, begins={PLACE: 4})
+    transaction.commit(three(), timeout_s=10)
+    transaction.close()
+
+
+def test_a_commit_after_an_outage(mock: MockCluster) -> None:
+    """After a time without any broker the owner has to look before its commit; one without a place goes on."""
+    transaction = begun(mock)
+    transaction.commit(three(), timeout_s=10, begins={PLACE: 0})
+    for ended in (False, True):
+        transaction._note_error(KafkaError(KafkaError._TRANSPORT))
+        transaction._note_error(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+        if ended:
+            transaction.commit(three()[:1], timeout_s=10)
+        else:
+            with pytest.raises(Displaced, match="no broker could be reached"):
+                transaction.commit(three(), timeout_s=10, begins={PLACE: 4})
+    assert transaction.commit(three(), timeout_s=10, begins={PLACE: 6}) == [9, 9, 9]
+    transaction.close()
+
+
 @pytest.mark.parametrize("name", ["COORDINATOR_LOAD_IN_PROGRESS", "TRANSACTION_ABORTABLE", "UNKNOWN", "_TRANSPORT"])
 def test_an_abort_is_tried_again(mock: MockCluster, name: str) -> None:
-    """An abort that fails for a while ends all the same, and then the commit is done again."""
+    """An abort that fails for a while succeeds in the end, and then the commit is done again."""
     transaction = begun(mock)
     mock.fail(END_TXN, code("OUT_OF_ORDER_SEQUENCE_NUMBER"), *[code(name)] * 2)
     made = ends(mock, lambda: transaction.commit(three(), timeout_s=10))
@@ -376,7 +422,7 @@ def test_the_deadline_holds(mock: MockCluster, request_: int, name: str) -> None
     ],
 )
 def test_what_can_never_be_taken_is_told(mock: MockCluster, name: str, advice: str) -> None:
-    """The transaction is aborted and not tried again; the text says what to do."""
+    """A transaction with a record that can never be accepted is aborted and not tried again; the text says what to do."""
     transaction = begun(mock)
     mock.fail(PRODUCE, code(name))
 

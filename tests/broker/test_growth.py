@@ -109,7 +109,7 @@ def test_members_grow_with_their_topics(app: App, tmp_path: Path) -> None:
 
 
 def test_an_idle_log_looks_for_a_partition_that_it_does_not_know(app: App) -> None:
-    """A log whose metadata is older than a partition can read its offsets and commit to it."""
+    """A log whose metadata is older than a partition can read that partition's offsets and commit to it."""
     create_topics(app.bootstrap, app.app, BEFORE)
     log = KafkaLog(parse_url(app.url), KafkaSettings(metadata_refresh_ms=600_000), SystemClock())
     try:

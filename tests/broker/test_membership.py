@@ -233,7 +233,7 @@ def test_slow_listener(topics: App) -> None:
 
 
 def test_warm_while_the_group_is_joined(topics: App) -> None:
-    """A member that becomes warm for another partition in the middle of a rebalance is given that one too."""
+    """A member that becomes warm for a partition in the middle of a rebalance gets that partition, too."""
     cold = Cold(topics, "b")
 
     class Telling(Inside):

@@ -68,7 +68,7 @@ def test_a_wrong_password(own: Own, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_the_least_permissions(own: Own, tmp_path: Path) -> None:
-    """With what LEAST lists, and no more, topics are made and all roles count; a gateway takes WRITE on deltas too."""
+    """The permissions of LEAST suffice to make topics and to run all roles; a gateway needs WRITE on deltas, too."""
     for who, permissions in LEAST.items():
         own.grant(who, *permissions)
     own.grant("server", (DELTAS, "WRITE"))
@@ -257,7 +257,7 @@ def test_each_permission_of_an_operator_is_named(own: Own) -> None:
 
 
 def test_topics_may_not_be_made(own: Own) -> None:
-    """The command ends with code 2, changes nothing, and names the permission."""
+    """`topics apply` without the permission ends with code 2, changes nothing, and names the permission."""
     own.grant("operator", *(it for it in LEAST["operator"] if it[1] != "CREATE"))
     done = pipeline("topics", "apply", "--to", own.app.url, *flags("operator"))
     assert (done.returncode, done.stdout) == (2, "")

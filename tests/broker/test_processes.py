@@ -18,7 +18,7 @@ PARTITIONS = 4
 NAMES = ["w-0", "w-1"]
 
 
-def held(app: App) -> dict[str, list[int]]:
+def partitions_by_member(app: App) -> dict[str, list[int]]:
     """Return each member's partitions; empty while they move, and unless all members are ready."""
     done = pipeline("status", "--from", app.url, "--json")
     found: dict[str, Any] = json.loads(done.stdout or '{"group_state": "", "members": []}')
@@ -42,7 +42,7 @@ def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
             raise AssertionError(f"it ended: {program.stderr()}")
 
         pid = int(wait_said(r"w-1 started, pid (\d+)"))
-        shared = wait_until(lambda: len(found := held(app)) == 2 and found, "two members", 60)
+        shared = wait_until(lambda: len(found := partitions_by_member(app)) == 2 and found, "two members", 60)
         assert sorted(shared) == NAMES
         assert sorted(number for numbers in shared.values() for number in numbers) == [*range(PARTITIONS)]
         assert sorted(it.name for it in (tmp_path / "d").iterdir()) == ["0", "1"]
@@ -52,7 +52,9 @@ def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
         def seen() -> str:
             return pipeline("status", "--from", app.url, "--json").stdout + program.stderr()
 
-        wait_until(lambda: sorted(found := held(app)) == NAMES and found["w-1"], "it to be back", 120, seen=seen)
+        wait_until(
+            lambda: sorted(found := partitions_by_member(app)) == NAMES and found["w-1"], "it to be back", 120, seen=seen
+        )
         program.signal(signal.SIGTERM)
         assert program.wait(60) == 0, program.stderr()
 

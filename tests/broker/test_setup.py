@@ -119,7 +119,7 @@ def all_of(calls: dict[str, Callable[[], tuple[int, str]]]) -> dict[str, tuple[i
 
 
 def test_every_command_without_a_broker(free_port: int, tmp_path: Path) -> None:
-    """Exit code 1; the last line is the error; librdkafka's own line, which comes at each attempt, is shown once."""
+    """Each command ends with 1 and a last line with the error; librdkafka's own line, one an attempt, is shown once."""
     for name, (code, said) in all_of(commands(f"kafka://127.0.0.1:{free_port}/shop", tmp_path, *QUICK)).items():
         assert code == 1, (name, said)
         last = said.splitlines()[-1]
@@ -218,7 +218,7 @@ def lower(admin: object, topic: str, size: str) -> None:
 
 
 def test_an_entry_that_the_changelog_does_not_take(own: App, tmp_path: Path) -> None:
-    """The worker ends and names the topic and the setting; once it is raised, everything counts."""
+    """A worker whose entry is too large ends and names topic and setting; once the setting is raised, everything counts."""
     create_topics(own.bootstrap, own.app, 1, changelog={"max.message.bytes": "1000"})
     wide = "".join(chr(0x4E00 + n) for n in range(1_200))
     with Publisher(own.url) as publisher:
@@ -314,7 +314,7 @@ def test_a_publisher_keeps_what_has_no_topic(own: App, tmp_path: Path) -> None:
 
 
 def test_deltas_made_anew_under_a_running_worker(own: App, tmp_path: Path) -> None:
-    """The worker exits with 4 until `--accept-loss`; then the new records count in addition to the old."""
+    """A worker whose deltas are made anew exits with 4 until `--accept-loss`; then old and new records count."""
     create_topics(own.bootstrap, own.app, 1)
     publish(own, "a", 1)
     with worker(own, tmp_path / "w") as role, server(own, tmp_path / "s") as reads:

@@ -64,7 +64,7 @@ def read(reader: KafkaReader, into: dict[int, list[bytes | None]]) -> None:
 
 @pytest.mark.usefixtures("kafka_jars")
 def test_a_partition_that_librdkafka_forgets_is_read_on(log: KafkaLog, app: App) -> None:
-    """The reader goes on within seconds, with each record once; other partitions do not wait."""
+    """A forgotten partition is read on within seconds, with each record once; other partitions do not wait."""
     with closing(log.reader(DELTAS)) as reader:
         reader.assign(dict.fromkeys(range(PARTITIONS), 0))
         found: dict[int, list[bytes | None]] = {partition: [] for partition in range(PARTITIONS)}

@@ -204,7 +204,7 @@ def test_growth_under_load(app: App) -> None:
 
 
 def test_an_interrupted_growth_goes_on(app: App) -> None:
-    """After changelog has grown and deltas has not, the same call finishes; one that names no number is refused."""
+    """A repeated call finishes a growth of which only changelog is done; a call that names no number is refused."""
     create_topics(app.bootstrap, app.app)
     client = admin_client(app.bootstrap)
     client.create_partitions([NewPartitions(app.topic(CHANGELOG), 7)])[app.topic(CHANGELOG)].result(10)

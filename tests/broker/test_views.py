@@ -65,7 +65,7 @@ def test_dropped_under_load(app: App, tmp_path: Path, way: str) -> None:
 
 @pytest.mark.timeout(180)
 def test_worker_killed_in_the_middle_twice(app: App, tmp_path: Path) -> None:
-    """The next worker carries the order out, once: deltas published behind it are all there."""
+    """The next worker carries the order out, once, and keeps all deltas published behind it."""
     create_topics(app.bootstrap, app.app, PARTITIONS)
     with (
         server(app, tmp_path / "server") as reads,

@@ -154,7 +154,7 @@ def test_stores_that_are_ahead_are_kept(data: Path) -> None:
 
 
 def test_a_log_that_is_gone(data: Path) -> None:
-    """The stores are the last copy: a person must decide."""
+    """A log that is gone is not made anew: the stores are the last copy, so a person must decide."""
     shutil.rmtree(data / "log")
     refused(data, "its log is gone", options=("--accept-loss",))
 
@@ -186,7 +186,7 @@ def test_verify_reads_all_of_the_log(data: Path) -> None:
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """The exit code is 4, because a restart makes no room. Once there is room, everything acknowledged is there."""
+    """A full disk is exit code 4, as a restart makes no room. Once there is room, everything acknowledged is there."""
     disk = tmp_path / "data"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,mode=700", "tmpfs", str(disk)], check=False).returncode:

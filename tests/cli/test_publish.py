@@ -226,7 +226,7 @@ def test_a_view_that_is_there_is_kept(server: UpProcess) -> None:
 
 
 def test_a_view_with_several_definitions(server: UpProcess) -> None:
-    """Other definitions of the view do not keep a run from publishing to its own."""
+    """A run publishes to its own definition of a view beside others."""
     text = "a,b,v\nx,y,1\n"
     publish_ok(server, "several", "--value", "v", "--labels", "a", "-", input=text)
     with Publisher(server.url) as publisher:

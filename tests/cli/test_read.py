@@ -117,10 +117,10 @@ def test_estimates_as_tables(here: Here, server: UpProcess, token: str) -> None:
 
 
 def test_a_cut_answer_says_so(here: Here, server: UpProcess, token: str) -> None:
-    """The last line names both numbers; cells are not cut, however wide."""
+    """The last line of a cut table names both numbers of series; cells are not cut, however wide."""
     done = here("get", "many", "--after", token, "--limit", "5", "--from", server.url)
     lines = done.stdout.splitlines()
-    assert lines[-1].startswith("5 of 3,000 series (--limit, --top), at most ")
+    assert lines[-1].startswith("5 of 3,000 series (--limit, --top, --bottom), at most ")
     assert lines[1].split() == ["wide" * 50 + "0", "0"]
 
 

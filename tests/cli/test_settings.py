@@ -84,7 +84,7 @@ def test_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_file(text: str | bytes, said: str) -> None:
-    """The error names the setting, or the file if it is no TOML."""
+    """The error for a wrong file names the setting, or the file if it is no TOML."""
     Path("pipeline.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(Invalid) as error:
         config.load()

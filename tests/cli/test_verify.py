@@ -223,7 +223,7 @@ def test_differences_are_limited(data: Path, check: Any) -> None:
 
 
 def test_a_compacted_changelog_is_as_good(folders: Folders, data: Path, check: Any) -> None:
-    """Compaction between the store's offset and the end takes away nothing that the comparison needs."""
+    """Compaction between the store's offset and the end removes nothing that the comparison needs."""
     shutil.rmtree(data / "log")
     shutil.copytree(folders.late / "log", data / "log")
     log = EmbeddedLog(data / "log", topics.load(), SETTINGS, SystemClock())
@@ -237,7 +237,7 @@ def test_a_compacted_changelog_is_as_good(folders: Folders, data: Path, check: A
 
 
 def test_a_store_that_is_ahead(folders: Folders, data: Path, check: Any) -> None:
-    """A store that reflects more than there is, as after losing a log, is reported as such."""
+    """A store ahead of its changelog, as after the loss of a log, is reported as such."""
     shutil.rmtree(data / "stores")
     shutil.copytree(folders.late / "stores", data / "stores")
     code, partitions = check(data)

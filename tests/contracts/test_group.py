@@ -72,7 +72,7 @@ def test_who_may_stay() -> None:
     assert "is not this program's" in str(foreign)
 
 
-def seen(state: str, *answers: Any) -> Overview:
+def overview_of(state: str, *answers: Any) -> Overview:
     """Return a report on two members and three partitions, of which the last has no owner."""
     placed = (frozenset({0}), frozenset({1})), (frozenset({1}), frozenset({0}))
     names = zip(("a", "b"), placed, strict=True)
@@ -112,7 +112,7 @@ def test_a_group_is_joined_with_what_members_say(state: str) -> None:
     """A report has lag, age of the last commit, restores with the time left, and fences, also while partitions move."""
     a = answer("a", folded(0, "folding", 96, 4_000), copied(1, "restoring", RESTORE))
     b = answer("b", folded(1, "assigned", 0, 0, RESTORE), copied(0, "following"))
-    found = seen(state, a, b)
+    found = overview_of(state, a, b)
     assert [(it.name, it.partitions, it.standbys, it.lag, it.fenced_count) for it in found.members] == [
         ("a", [0], [1], 4, 2), ("b", [1], [0], None, 2),
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def test_a_group_is_joined_with_what_members_say(state: str) -> None:
 def test_an_unreachable_member_hides_nothing_else() -> None:
     """The group still shows an unreachable member's partitions, and the mirrored positions their progress."""
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
-    found = seen(STABLE, "timed out", b)
+    found = overview_of(STABLE, "timed out", b)
     assert [(it.name, it.error, it.lag) for it in found.members] == [("a", "timed out", 10), ("b", None, 0)]
     zero, one, _ = found.partitions
     assert (zero.member, zero.phase, zero.next_offset, zero.commit_age_ms) == ("a", "unknown", 90, None)
@@ -139,5 +139,5 @@ def test_an_unreachable_member_hides_nothing_else() -> None:
 def test_what_an_unreachable_member_has_while_partitions_move_is_unknown() -> None:
     """An unreachable member's partitions and lag are unknown, not none, while partitions move."""
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
-    a, _ = seen("PreparingRebalance", "timed out", b).members
+    a, _ = overview_of("PreparingRebalance", "timed out", b).members
     assert (a.partitions, a.standbys, a.lag) == (None, None, None)

@@ -82,7 +82,7 @@ def test_at_ms_never_falls(lab: LogLab) -> None:
 
 
 def test_at_ms_never_falls_behind_what_has_expired(lab: LogLab) -> None:
-    """The newest record sets the time even when it is gone."""
+    """A record's time is not below that of the newest earlier record, even when that one is gone."""
     append(lab.log, lab.events, 0, b"old")
     (newest,) = read(lab.log, lab.events, 0)
     lab.expire()

@@ -84,7 +84,7 @@ def test_a_value_that_is_none_is_refused() -> None:
 
 @pytest.mark.parametrize("content", ["VERSION = 999", "raise ImportError('no such symbol')"])
 def test_an_extension_that_does_not_fit_is_left_alone(content: str, tmp_path: Path) -> None:
-    """One line says why; with `require` it is an error that says what to do."""
+    """A log line says why an unfit extension is not used; with `require` that is an error that says what to do."""
     (tmp_path / "pipeline_native.py").write_text(content)
     done = run(SHOW, tmp_path)
     assert done.stdout.startswith("False pipeline.publisher.table the native core ")
@@ -132,7 +132,7 @@ def test_without_cargo_the_package_is_pure(tmp_path: Path, no_cargo: str) -> Non
 
 
 def test_without_cargo_require_ends_the_build(tmp_path: Path, no_cargo: str) -> None:
-    """The error names what is missing."""
+    """The build ends with an error that names cargo."""
     done = build(tmp_path, PATH=no_cargo, PIPELINE_NATIVE="require")
     assert done.returncode != 0
     assert "cargo is not on the PATH" in done.stdout + done.stderr

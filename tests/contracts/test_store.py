@@ -114,7 +114,7 @@ def test_a_new_store_is_empty(store: Store) -> None:
 
 
 def test_get_answers_in_the_order_it_was_asked(store: Store) -> None:
-    """One value for each key, in the order of the keys, twice if asked twice."""
+    """`get` returns one value for each key, in the order of the keys, twice for a key asked twice."""
     store.write([b"a", b"b", b"c"], [b"1", b"2", b"3"])
     assert store.get([b"c", b"x", b"a", b"c"]) == [b"3", None, b"1", b"3"]
 
@@ -188,7 +188,7 @@ def test_a_snapshot_stays_as_it_was(store: Store) -> None:
 
 
 def test_a_scan_can_be_left(store: Store) -> None:
-    """A scan that is not read to its end keeps nothing from being closed and opened."""
+    """A scan that is not read to its end does not keep the store from being closed and opened."""
     store.write([b"a", b"b"], [b"1", b"2"])
     assert next(store.scan(START, END)) == (b"a", b"1")
     assert next(store.snapshot().scan(b"b", END)) == (b"b", b"2")

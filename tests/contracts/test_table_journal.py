@@ -242,7 +242,7 @@ def test_what_comes_in_the_midst_of_a_drain() -> None:
 
 
 def test_a_drain_that_has_no_memory_for_its_totals() -> None:
-    """Drained states are handed over all the same, and `local` says that it is not complete."""
+    """Without memory for totals drained states are handed over all the same, and `local` is marked as incomplete."""
     lab = Lab("plain-journal")
     view = lab.define(labels=("name",))
     for _ in range(2):

@@ -67,7 +67,7 @@ def test_a_series_that_is_kept_over_an_edge_counts_in_each_window(way: str) -> N
 
 @every_table
 def test_times_that_are_given_and_not_given(way: str) -> None:
-    """A time of its own puts one delta elsewhere; the next without one is in the window of now, in every way to record."""
+    """A given time puts one delta elsewhere; the next one without is in the present window, in every way to record."""
     lab = Lab(way)
     view = lab.define(window_s=60)
     bound = view.labels("eu")

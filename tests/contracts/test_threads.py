@@ -270,7 +270,7 @@ def test_loops_that_must_not_go_on_end_the_process(
 
 @pytest.mark.parametrize("lab", END, indirect=True)
 def test_what_works_ends_without_a_word(lab: Lab, world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A stop is no failure."""
+    """A thread that is stopped ends without an error."""
     lab.start()
     wait_until(lambda: lab.works() or not lab.alive(), "work")
     lab.stop()
@@ -361,7 +361,7 @@ def test_an_end_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_report_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """The end is carried out all the same."""
+    """The end of a thread is carried out although its report fails."""
     metrics, ended = Recorder(), threading.Event()
 
     def fail(_: BaseException) -> None:
@@ -447,7 +447,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def test_the_watchdog_notices_a_poller_that_stands_still(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
-    """After two minutes without a step the process ends, with all stacks in the log."""
+    """A poller without a step for two minutes ends the process, with all stacks in the log."""
     watched.wait(300, beating=True)
     watched.wait(119)
     assert not watched.errors

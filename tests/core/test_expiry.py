@@ -136,7 +136,7 @@ def test_only_what_has_expired_of_a_group_is_refused() -> None:
 
 @pytest.mark.parametrize("restarts", [True, False])
 def test_a_refused_letter_is_refused_again(*, restarts: bool) -> None:
-    """A replay comes back under its own key, as long as it was, in order, and can be replayed again."""
+    """A refused replay is a letter under its own key, with all its series in order, and can be replayed again."""
     shell = Timed()
     shell.at(100, group(V, {("x", 0): 2, ("x", 90): 3, ("y", 10): 4}))
     shell.settle()

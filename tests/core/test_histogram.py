@@ -363,7 +363,7 @@ def test_states_that_are_refused(bad: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("over", [3, 5])
 def test_the_number_of_columns(over: int) -> None:
-    """A state has four columns."""
+    """A state with more or fewer columns than four is bad."""
     with pytest.raises(BadRecord, match="4 columns"):
         HISTOGRAM.from_columns([[1]] * over, 1)
 

@@ -89,7 +89,7 @@ def test_equal_deltas_make_equal_bytes(kind: Kind, data: st.DataObject) -> None:
 
 @every_kind
 def test_nothing_is_the_identity(kind: Kind) -> None:
-    """No deltas, no state: the identity has no entry, and so no bytes."""
+    """A series without deltas has no state, so the identity has no entry and no bytes."""
     assert encode_states(kind, []) == []
     assert decode_states(kind, []) == []
 
@@ -168,7 +168,7 @@ def test_float_sums_commute_to_the_last_bit(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("edge", EDGES)
 @given(b=totals | st.sampled_from(EDGES) | st.floats(-1e300, 1e300))
 def test_sums_commute_at_the_edges(edge: float, b: Any) -> None:
-    """The largest floats, the smallest and those where ints end are no exception."""
+    """Sums of the largest and smallest floats, and of floats where ints end, commute, too."""
     there, back = add(edge, b), add(b, edge)
     assert_is_total(there)
     assert (type(there), some.image(KINDS["sum"], there)) == (type(back), some.image(KINDS["sum"], back))
@@ -241,7 +241,7 @@ def test_a_sum_beyond_floats_goes_on_as_an_int() -> None:
 
 
 def test_answers_of_sum() -> None:
-    """An int of any size answers itself, a float and its error term the float: the nearest to the exact sum."""
+    """A sum answers an int of any size, or the float that is nearest to the exact sum."""
     answer = KINDS["sum"].answer
     for state in (10**400, 0, 0.5):
         assert answer(state) is state

@@ -13,6 +13,7 @@ from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
     Matcher,
+    Query,
     TopN,
     chain_blocks,
     decode_labels,
@@ -276,8 +277,10 @@ def test_no_key_stands_in_two_blocks_in_step(parts: list[dict[bytes, bytes]], si
         seen.update(keys)
 
 
-def chosen(groups: dict[Labels, Any], *, top: int | None, limit: int, blocks: int = 1) -> tuple[list[Any], list[Any], int]:
-    choice = TopN(SUM, top=top, limit=limit)
+def chosen(
+    groups: dict[Labels, Any], *, top: int | None, bottom: int | None, limit: int, blocks: int = 1
+) -> tuple[list[Any], list[Any], int]:
+    choice = TopN(SUM, Query("v", top=top, bottom=bottom, limit=limit))
     items = [*groups.items()]
     for i in range(blocks):
         choice.offer(dict(items[i::blocks]))
@@ -288,16 +291,21 @@ def chosen(groups: dict[Labels, Any], *, top: int | None, limit: int, blocks: in
 @given(
     st.dictionaries(st.tuples(some.texts), some.numbers, max_size=30),
     st.none() | st.integers(1, 40),
+    st.sampled_from(["top", "bottom"]),
     st.integers(1, 40),
     st.integers(1, 4),
 )
 def test_what_is_chosen_is_the_head_of_everything_sorted(
-    groups: dict[Labels, Any], top: int | None, limit: int, blocks: int
+    groups: dict[Labels, Any], count: int | None, end: str, limit: int, blocks: int
 ) -> None:
-    """Rows are sorted by label values, or with `top` by falling answers, then labels, in any order of arrival."""
-    by_value = sorted(groups.items(), key=lambda item: (-item[1], item[0]))
-    expected = (sorted(groups.items()) if top is None else by_value[:top])[:limit]
-    labels, values, total = chosen(groups, top=top, limit=limit, blocks=blocks)
+    """Rows are sorted by labels, or with `top` by falling and `bottom` by rising answers, then labels, in any order of
+    arrival.
+    """
+    sign = -1 if end == "top" else 1
+    by_value = sorted(groups.items(), key=lambda item: (sign * item[1], item[0]))
+    expected = (sorted(groups.items()) if count is None else by_value[:count])[:limit]
+    top, bottom = (count, None) if end == "top" else (None, count)
+    labels, values, total = chosen(groups, top=top, bottom=bottom, limit=limit, blocks=blocks)
     assert [*zip(labels, values, strict=True)] == expected
     assert total == len(groups)
 
@@ -305,7 +313,7 @@ def test_what_is_chosen_is_the_head_of_everything_sorted(
 @pytest.mark.parametrize("top", [None, 10])
 def test_choosing_holds_little_more_than_it_selects(top: int | None) -> None:
     """The right rows are kept when far more go through, in an order that is bad for it."""
-    choice = TopN(SUM, top=top, limit=10)
+    choice = TopN(SUM, Query("v", top=top, limit=10))
     held = 0
     for start in range(200_000, 0, -1_000):
         choice.offer({(f"{i:06}",): -i for i in range(start - 1_000, start)})
@@ -314,15 +322,20 @@ def test_choosing_holds_little_more_than_it_selects(top: int | None) -> None:
     assert choice.selected().labels == [(f"{i:06}",) for i in range(10)]
 
 
+TOP = Query("v", top=10)
+
+
 def test_top_needs_numbers() -> None:
     """Texts and bools do not rank: `Invalid`. A row without an answer ranks behind all numbers."""
     for value in ("text", True):
-        with pytest.raises(Invalid, match="top needs answers that are numbers"):
+        with pytest.raises(Invalid, match="top and bottom need answers that are numbers"):
             top_of_last([("a", 1), ("b", value)])
-    assert top_of_last([("a", None), ("b", -5), ("c", 2**70), ("d", 0.5)]) == ["c", "d", "b", "a"]
+    several = [("a", None), ("b", -5), ("c", 2**70), ("d", 0.5)]
+    assert top_of_last(several) == ["c", "d", "b", "a"]
+    assert top_of_last(several, Query("v", bottom=10)) == ["b", "d", "c", "a"]
 
 
-def top_of_last(values: Sequence[tuple[str, Any]]) -> list[str]:
-    choice = TopN(KINDS["last"], top=10, limit=10)
+def top_of_last(values: Sequence[tuple[str, Any]], query: Query = TOP) -> list[str]:
+    choice = TopN(KINDS["last"], query)
     choice.offer({(label,): (1, 1, value) for label, value in values})
     return [labels[0] for labels in choice.selected().labels]

@@ -153,7 +153,7 @@ def test_good_label_values(value: str) -> None:
     ids=lambda value: f"{value!r:.20}",
 )  # fmt: skip
 def test_bad_label_values(values: tuple[Any, ...], reason: str) -> None:
-    """Too many, too few, too long, not text, not Unicode: `Invalid`, naming the view or label, in a short message."""
+    """Label values too many, too few, too long, or not Unicode text are `Invalid`, with a short message and the label."""
     with pytest.raises(Invalid, match=reason) as caught:
         check_label_values(ONE, values)
     assert len(str(caught.value)) < 300

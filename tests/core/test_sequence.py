@@ -134,7 +134,7 @@ def test_gaps_are_limited() -> None:
 
 
 def test_memories_share_nothing() -> None:
-    """The default is a fresh list each time: one producer's gaps are not another's."""
+    """Each memory has a list of its own: one producer's gaps are not another's."""
     one, two = Folded(), Folded()
     one.beyond.append((5, 6))
     assert two.beyond == []

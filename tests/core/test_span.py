@@ -56,7 +56,7 @@ def test_without_a_start_there_are_the_last_steps(now: int, step: int) -> None:
 
 @given(st.integers(0, TIME_MS_MAX), steps)
 def test_a_single_moment_is_one_step(at: int, step: int) -> None:
-    """`at` is the end of one step, or of one point over a length; with a start it is an end as any other."""
+    """`at` is the end of one step, or of one point over a length; with a start it is the end of the range."""
     assert span(at_ms=at, step_ms=step).point_count == 1
     assert span(at_ms=at, over_ms=step) == span(at_ms=at, step_ms=step)
     assert span(start_ms=max(0, at - 99), at_ms=at + 1) == span(start_ms=max(0, at - 99), end_ms=at + 1)
@@ -81,7 +81,7 @@ def test_a_single_moment_is_one_step(at: int, step: int) -> None:
     ],
 )
 def test_a_range_that_can_not_be_is_refused(asked: dict[str, int], said: str) -> None:
-    """The error says what is wrong and what would be right."""
+    """The error of an impossible range says what is wrong and what would be right."""
     with pytest.raises(Invalid, match=said):
         span(**asked)
 

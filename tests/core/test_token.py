@@ -83,7 +83,7 @@ def test_what_two_topics_acknowledged(acknowledged: dict[int, int], ends: dict[i
 
 @given(text=st.text("a~0123456789-.", max_size=12) | st.text(max_size=12))
 def test_any_text_is_a_token_or_invalid(text: str) -> None:
-    """`parse` takes what `str` makes and nothing else."""
+    """`parse` accepts the texts that `str` makes and no others."""
     try:
         token = Token.parse(text)
     except Invalid:

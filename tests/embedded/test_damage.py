@@ -45,8 +45,7 @@ def stores(tmp_path: Path) -> RocksStores:
     return made
 
 
-def use(store: Store) -> None:
-    """Read all of a store in every way there is."""
+def read_in_every_way(store: Store) -> None:
     for look in (
         lambda: store.get(KEYS),
         lambda: list(store.scan(b"", b"\xff")),
@@ -64,7 +63,7 @@ def test_a_broken_block_of_a_store(stores: RocksStores, tmp_path: Path) -> None:
     """Every way to read a store with a broken block raises StoreCorrupt, and none answers with less than there is."""
     flip(the_file(tmp_path / "0", "*.sst"), 0.3)
     store = stores.open(0)
-    use(store)
+    read_in_every_way(store)
     store.close()
 
 

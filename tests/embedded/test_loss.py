@@ -316,7 +316,7 @@ def test_opening_looks_at_little(lab: EmbeddedLab) -> None:
     lab.embedded.close()
 
 
-def hurt(path: Path, rng: random.Random) -> str:
+def damage_a_file(path: Path, rng: random.Random) -> str:
     """Damage one file of a log, as a dying disk or a careless person does, and return what was done."""
     names = ["*.log", "*.sst", "MANIFEST-*", "CURRENT"]
     file = rng.choice(sorted(path.glob(rng.choice(names))))
@@ -348,7 +348,7 @@ def test_no_loss_is_quiet(lab: EmbeddedLab, tmp_path: Path, seed: int) -> None:
     noticed = 0
     for case in range(25):
         path = copy_of(lab.path, tmp_path / f"copy-{case}")
-        what = hurt(path, rng)
+        what = damage_a_file(path, rng)
         try:
             with closing(open_log(path)) as log:
                 assert contents(log) == everything, f"{what}: nothing was said"

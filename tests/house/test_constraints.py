@@ -53,7 +53,7 @@ def test_every_line_is_a_name_and_a_version() -> None:
 
 @pytest.mark.parametrize("line", ["a", "a>=1", "a==1 ; python_version<'4'", "a @ file:///a.zip", "A==1", "a==1\na==2", ""])
 def test_what_is_no_pin_is_found(line: str) -> None:
-    """The line is named."""
+    """A line that is no pin is named in the error."""
     with pytest.raises(ValueError, match=re.escape(repr(line.splitlines()[-1] if line else ""))):
         parsed(f"# head\n{line}\n")
 

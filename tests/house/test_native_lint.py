@@ -37,7 +37,7 @@ def test_rust_is_formatted() -> None:
 
 @pytest.mark.timeout(300)
 def test_clippy_finds_nothing() -> None:
-    """Warnings are errors."""
+    """`cargo clippy` finds nothing, and its warnings are errors."""
     cargo("clippy", "--release", "--", "-D", "warnings")
 
 

@@ -17,7 +17,7 @@ from tests.support import everything
 SERIES = 40
 SEED = 20
 LOADS_MAX = 64
-"""More threads would share timestamps of kind last."""
+"""Limit to the threads: more would share timestamps of kind last."""
 
 Counts = dict[str, dict[tuple[str, str], Any]]
 """States of a naive count, by view and series."""

@@ -73,7 +73,7 @@ def numpy_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("numpy_is_loaded")
 def test_columns_of_every_shape_hold_the_same_rows() -> None:
-    """Sequences, NumPy and Arrow arrays, sliced, chunked or encoded, for labels and for values."""
+    """Labels and values may be sequences, NumPy and Arrow arrays, sliced, chunked or encoded."""
     log = memory_log()
     texts, ints, floats = ["a", "b", "a", "ü", ""], [1, -2, 2**62, 4, 5], [0.1, 0.2, 0.3, 0.4, -0.5]
     with publisher(log) as pub:

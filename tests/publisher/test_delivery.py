@@ -188,7 +188,7 @@ def test_what_is_said_of_a_rejected_batch_is_known(first: str, groups: bool) -> 
 
 
 def test_rejections_are_remembered_in_bounded_memory() -> None:
-    """Without a flush rejections add up to a number, and a few reasons."""
+    """Rejections that no flush has raised are remembered as a number and a few reasons."""
     log = FaultyLog(lambda n, batch: Invalid("no"), partitions=1)
     pub = publisher(log, flush_interval_ms=1)
     cell = pub.sum("v").labels()

@@ -89,7 +89,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_disk_that_is_full_from_the_start(path: Path) -> None:
-    """Making the publisher raises, and leaves nothing behind."""
+    """A publisher that cannot make its spool raises, and leaves nothing behind."""
     said = run(path, "files_end_at(2**19)\ntry: durable()\nexcept BufferFull as error: print(error, os.listdir(spool))")
     assert "making a segment" in " ".join(said)
     assert said[-1] == "['VERSION']"
@@ -173,7 +173,7 @@ pub.flush(60)
     ],
 )
 def test_a_spool_that_was_full_has_room_again(tmp_path: Path, away: bool, idle_ms: int) -> None:
-    """Neither free pages of the database nor names of series that are gone keep it full, though nothing is recorded then."""
+    """A spool does not stay full with free pages of its database, or names of evicted series, though nothing is recorded."""
     log = FaultyLog()
     settings = {"spool_bytes_max": 2**22, "series_idle_ms": idle_ms, "on_full": "raise"}
     with publisher(log, durability="process", spool_dir=str(tmp_path / "s"), **settings) as pub:
@@ -198,8 +198,8 @@ def test_a_spool_that_was_full_has_room_again(tmp_path: Path, away: bool, idle_m
 
 @pytest.mark.parametrize("room_again", [True, False])
 def test_what_the_spool_could_not_forget(path: Path, room_again: bool) -> None:
-    """The spool forgets it once there is room. Until then tasks are not told that the producer has ended: a process that
-    finds the slot sends the batch again, perhaps much later, and tasks must know that it was counted.
+    """A batch that a full spool could not forget is forgotten once there is room. Until then tasks do not learn that the
+    producer has ended: another process may send the batch again, much later, and tasks must know that it was counted.
     """
     said = run(
         path,

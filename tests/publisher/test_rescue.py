@@ -61,7 +61,7 @@ def test_everything_left_is_sent_once(tmp_path: Path) -> None:
 
 
 def test_what_is_not_sent_in_time_stays(tmp_path: Path) -> None:
-    """A log that is away, or refuses, is reported; the next attempt sends all of it, with an epoch of its own."""
+    """A log that is away, or refuses, is reported; the next attempt sends everything, with an epoch of its own."""
     filled(tmp_path / "s").spool.close()
     log = FaultyLog(lambda n, batch: (Unavailable("no"), Invalid("too large"), "kept")[min(n, 2)], partitions=1)
     log.away = True

@@ -112,7 +112,7 @@ def test_functions_are_timed_each_call(pub: BasePublisher, log: Any) -> None:
 
 
 def test_calls_that_overlap_have_a_start_of_their_own(pub: BasePublisher, log: Any) -> None:
-    """The first to begin is the first to end: both take two seconds."""
+    """Two overlapping calls take two seconds each, although the first to begin is the first to end."""
     lo, hi, ticking = pub.min("lo"), pub.max("hi"), Ticking(0)
     lo.monotonic_s = hi.monotonic_s = ticking.monotonic_s
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from pipeline.adapters.http import QueryKeywords
 from pipeline.core.derive import FUNCTIONS
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
@@ -18,7 +19,7 @@ from pipeline.query.controls import DefinitionChoice
 from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
 from pipeline.query.openapi import openapi_document
-from pipeline.query.params import _Delta
+from pipeline.query.params import PER_QUERY, WAITS, _Delta
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
 from tests.support import examples
@@ -62,6 +63,7 @@ def conforms(operation: Any, mode: schemathesis.GenerationMode, examples: int) -
     ("verb", "path"),
     [
         ("get", "/v1/views/{view}"),
+        ("post", "/v1/query"),
         ("get", "/v1/openmetrics"),
         ("post", "/v1/deltas"),
         ("post", "/v1/openmetrics"),
@@ -81,7 +83,7 @@ def test_requests_are_answered_as_documented(
 
 @pytest.mark.parametrize("mode", [*schemathesis.GenerationMode], ids=str)
 def test_reads_of_windows_are_answered_as_documented(api_schema: Any, mode: schemathesis.GenerationMode) -> None:
-    """Ranges of a view that has windows: answers have points, wrong ranges are refused."""
+    """Answers to ranges of a view with windows have points, and wrong ranges are refused."""
     operation = api_schema["/v1/views/{view}"]["get"]
 
     @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[*HealthCheck])
@@ -115,6 +117,7 @@ def test_the_document_is_whole(server: Server) -> None:
         ("post", "/api/v1/read"),
         ("get", "/v1/views"),
         ("get", "/v1/views/{view}"),
+        ("post", "/v1/query"),
         ("post", "/v1/views/{view}/drop"),
         ("post", "/v1/views/{view}/reset"),
         ("post", "/v1/deltas"),
@@ -142,6 +145,7 @@ def test_the_document_is_whole(server: Server) -> None:
         *(name.removesuffix("_ms") for name in AskedRange.__struct_fields__),
         "fn",
         "top",
+        "bottom",
         "limit",
         "after",
         "max_staleness_ms",
@@ -186,6 +190,11 @@ def test_the_document_is_what_requests_are_held_to() -> None:
     schemas = document["components"]["schemas"]
     assert schemas["Delta"]["properties"]["kind"] == {"enum": [*KIND_NAMES]}
     assert schemas["DefinitionChoice"]["properties"]["kind"] == {"enum": [*KIND_NAMES, None]}
+    query = schemas["Query"]["properties"]
+    assert {*query} == {"view", "where", "by", "q", *PER_QUERY} == {*QueryKeywords.__annotations__}
+    assert (query["kind"], query["fn"]) == ({"enum": [*KIND_NAMES, None]}, {"enum": [*FUNCTIONS, None]})
+    assert query["fill"] == {"enum": [*FILLS, None]}
+    assert {*schemas["Queries"]["properties"]} == {"queries", *WAITS}
     for name, kind in (("Delta", _Delta), ("DefinitionChoice", DefinitionChoice), ("ReplayOrder", ReplayOrder)):
         assert {*schemas[name]["properties"]} == {*kind.__struct_fields__}
     replay, listed = schemas["ReplayOrder"]["properties"], document["paths"]["/v1/dead-letters"]["get"]["parameters"]

@@ -293,7 +293,7 @@ def test_compressed_bodies_are_refused(server: Server) -> None:
 
 
 def test_a_client_that_goes_away_harms_nobody(server: Server) -> None:
-    """Half a body and a closed connection: nothing is taken, and the server goes on."""
+    """A client that closes the connection after half a body changes nothing, and the server goes on."""
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", server.port), 10) as raw:
             raw.sendall(b"POST /v1/deltas HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n[")

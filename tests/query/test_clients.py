@@ -339,6 +339,7 @@ def test_a_reader_asks_for_everything_a_url_can(server: Server, reader: HttpRead
     assert [series.labels for series in reader.get("asked", by="x").series] == [{"x": "a"}, {"x": "b"}, {"x": "~"}]
     top = reader.get("asked", top=1)
     assert (len(top.series), top.truncated, top.series_total) == (1, True, 4)
+    assert reader.get("asked", bottom=1).series != top.series
     assert reader.get("asked", limit=3).truncated
     assert reader.get("asked", by=(), after=server.world.token({0: 0}), max_staleness_ms=60_000, timeout_ms=500).series
     with pytest.raises(Invalid, match="4 series"):

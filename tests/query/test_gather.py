@@ -34,8 +34,8 @@ from pipeline.core.record import Definition
 from pipeline.core.span import NO_RANGE, AskedRange, Span
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
-from pipeline.query.api import create_gather_app
 from pipeline.query.gather import GatherService
+from pipeline.query.gather_api import create_gather_app
 from pipeline.query.media import encode_body
 from pipeline.query.params import ReadHeaders, ReadRequest
 from pipeline.query.part_servers import PartServers
@@ -89,7 +89,7 @@ def gather_of(servers: Sequence[LocalPart], clock: Any, settings: QuerySettings 
 
 
 def asked_of(query: Query, **more: Any) -> ReadRequest:
-    return ReadRequest(query, more.pop("timeout_ms", 20_000), **more)
+    return ReadRequest(query=query, timeout_ms=more.pop("timeout_ms", 20_000), **more)
 
 
 def gathered(service: GatherService, query: Query, **more: Any) -> Answer:
@@ -171,6 +171,7 @@ queries = st.builds(
     fn=st.none() | st.none() | st.sampled_from(["rate", "delta", "avg", "cumulative", "share"]),
     quantiles=st.just(()) | st.just(()) | st.just((0.5, 0.99)),
 )
+queries |= queries.map(lambda query: msgspec.structs.replace(query, top=None, bottom=query.top))
 splits = st.lists(st.lists(st.integers(0, PARTITIONS - 1), unique=True), min_size=1, max_size=4).map(
     lambda parts: [*parts, [number for number in range(PARTITIONS) if number not in {it for part in parts for it in part}]]
 )

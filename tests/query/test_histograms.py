@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
+from prometheus_client.utils import floatToGoString
 
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.prometheus import render_views
-from pipeline.core.exposition import BOUNDS_MAX, ClassicBuckets, Exposed, Exposition, choose
+from pipeline.core.exposition import BOUNDS_LEAST, BOUNDS_MAX, ClassicBuckets, Exposed, Exposition, bound_text, choose
 from pipeline.core.kinds import KINDS, State
+from pipeline.core.kinds.histogram import BUCKETS_MAX, SCHEMA_MAX, bound_of
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
@@ -81,6 +83,8 @@ def test_top_is_by_count_or_by_the_first_quantile(server: Server) -> None:
     assert [it["labels"]["route"] for it in server.view("latency", ("top", "2"))["series"]] == ["/", "/cart"]
     asked = server.view("latency", ("top", "2"), ("q", "1"), ("q", "0.1"))
     assert [it["labels"]["route"] for it in asked["series"]] == ["/pay", "/cart"]
+    least = server.view("latency", ("bottom", "1"), ("q", "1"))
+    assert least["series"][0]["labels"]["route"] not in ("/pay", "/cart")
 
 
 @pytest.mark.parametrize(
@@ -148,18 +152,39 @@ def test_points_are_histograms_of_their_windows() -> None:
 near = st.lists(some.close | st.integers(-(2**70), 2**70) | st.floats(-1e300, 1e300), min_size=1, max_size=30)
 
 
+@pytest.mark.parametrize(("bounds_max", "schema_max"), [(BOUNDS_MAX, 0), (BUCKETS_MAX, SCHEMA_MAX), (BOUNDS_LEAST, 3)])
 @given(runs=st.lists(near, min_size=1, max_size=4))
-def test_classic_buckets_count_exactly(runs: list[list[Any]]) -> None:
+def test_classic_buckets_count_exactly(bounds_max: int, schema_max: int, runs: list[list[Any]]) -> None:
     """Each classic bucket counts exactly the numbers up to its bound, and bounds are few."""
+    if schema_max:  # bounds are floats below powers that no float is; an int may lie between
+        runs = [[float(value) for value in run] for run in runs]
     states = [state(run) for run in runs]
-    classic = ClassicBuckets(states)
+    classic = ClassicBuckets(states, bounds_max=bounds_max, schema_max=schema_max)
     assert classic.bounds == sorted(set(classic.bounds))
-    assert len(classic.bounds) <= BOUNDS_MAX
+    assert len(classic.bounds) <= bounds_max
     assert all(math.isfinite(bound) for bound in classic.bounds)
     for run, of in zip(runs, states, strict=True):
         zeros = [0.0 if abs(value) < 2.0**-1022 else value for value in run]
         expected = [sum(value <= bound for value in zeros) for bound in classic.bounds]
         assert classic.counts(of) == [*expected, len(run)]
+
+
+@given(st.floats(allow_nan=False) | st.integers(-1_074, 1_023).map(lambda power: 2.0**power))
+def test_bounds_are_written_as_go_writes_them(bound: float) -> None:
+    """Scrapes and remote reads have the same texts of bounds, which are those of prometheus_client."""
+    if bound > -math.inf:
+        assert bound_text(bound) == floatToGoString(bound)
+
+
+@given(st.integers(-1_000, 1_000), st.integers(0, SCHEMA_MAX))
+def test_a_bound_parts_neighbouring_floats(power: int, schema: int) -> None:
+    """The largest float up to a power of a base is counted by its bound, and the next float is not."""
+    bound = bound_of(power, schema)
+    either = [state([bound]), state([math.nextafter(bound, math.inf)])]
+    narrow = [(*it[:3], schema, it[4], {i >> SCHEMA_MAX - schema: n for i, n in it[5].items()}, {}) for it in either]
+    classic = ClassicBuckets(narrow, bounds_max=BUCKETS_MAX, schema_max=schema)
+    at = classic.bounds.index(bound)
+    assert [classic.counts(it)[at] for it in narrow] == [1, 0]
 
 
 def test_classic_buckets_of_the_widest_range() -> None:

@@ -1,4 +1,4 @@
-"""Servers of some of the partitions: their answers are of these alone, and name those that they lack."""
+"""Servers of some partitions answer from these alone, and name the missing ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole_of(server: Server) -> World:
 
 
 def test_an_answer_names_what_it_lacks(server: Server) -> None:
-    """Position, status and answer are of the partitions that the server follows; the others are named as missing."""
+    """Positions, status and answers cover the partitions that the server follows; the others are named as missing."""
     with HttpReader(server.url) as reader:
         answer = reader.get("hits", where={"n": "a"})
         assert answer.value() == 110
@@ -47,7 +47,7 @@ def test_an_answer_names_what_it_lacks(server: Server) -> None:
 
 
 def test_a_whole_server_lacks_nothing() -> None:
-    """Answers of a server of all partitions are as they always were."""
+    """An answer of a server of all partitions names no missing ones."""
     world = World(2)
     world.append(0, HITS, {("a",): 1})
     world.fold()
@@ -56,7 +56,7 @@ def test_a_whole_server_lacks_nothing() -> None:
 
 
 def test_a_token_of_other_partitions_is_refused(server: Server) -> None:
-    """A token is waited for if the server follows all partitions that it names; else nothing that comes could fulfil it."""
+    """A read waits for a token if the server follows all of its partitions, and is refused otherwise."""
     with HttpReader(server.url) as reader:
         world = whole_of(server)
         assert reader.get("hits", after=world.token({1: 1, 2: 1}), by=[]).value() == 112
@@ -65,5 +65,5 @@ def test_a_token_of_other_partitions_is_refused(server: Server) -> None:
 
 
 def test_a_scrape_of_a_part_is_refused(server: Server) -> None:
-    """Prometheus would take the values for the whole."""
+    """A scrape of a server of some partitions is refused, as Prometheus would take the values for totals."""
     assert "lacks partition 0" in server.problem(400, server.get("/v1/openmetrics"))

@@ -20,10 +20,14 @@ from tests.query.support import Server, World, serving
 from tests.support import ROOT, wait_until
 
 PAGE = ROOT / "pipeline" / "docs" / "prometheus.md"
-MINUTE_MS = 60_000
+MINUTE_MS, DAY_MS = 60_000, 86_400_000
 HITS = Definition("hits", "sum", ("path", "zone"), window_s=60, monotone=True)
 LATENCY = Definition("latency", "histogram", ("route",), window_s=60)
+SIZES = Definition("sizes", "histogram", ("of",))
+BURST = Definition("burst", "histogram", (), window_s=86_400)
 PEAK = Definition("peak", "max", (), window_s=60)
+EVERYWHERE = KINDS["histogram"].collect([sign * 2.0**power for power in range(-1_022, 1_024, 3) for sign in (1, -1)])
+"""A histogram whose schema is too coarse for native ones."""
 
 
 class Running(NamedTuple):
@@ -57,18 +61,36 @@ def fill(world: World, end_ms: int) -> None:
         world.fold()
 
 
+def sizes() -> dict[tuple[str], list[float]]:
+    """Return observations of histograms that are scraped: wide and narrow ones, of both signs, and very many."""
+    rng = random.Random(11)
+    return {
+        ("latency",): [rng.lognormvariate(-3, 2) for _ in range(5_000)],
+        ("narrow",): [rng.uniform(0.99, 1.01) for _ in range(500)],
+        ("signed",): [rng.gauss(0, 10) for _ in range(500)] + [0] * 20,
+    }
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     program("prometheus")
     world = World(3)
     world.publish(Definition("current", "sum"), {(): 1})
+    world.publish(SIZES, {of: KINDS["histogram"].collect(values) for of, values in sizes().items()})
+    world.publish(SIZES, {("many",): (0, 1.5, 8, 0, 0, {0: 2**63, 2: 2**62}, {})})
+    world.publish(Definition("everywhere", "histogram"), {(): EVERYWHERE})
+    yesterday_ms = (world.clock.now_ms() // DAY_MS - 1) * DAY_MS
+    world.append(0, BURST, {(): KINDS["histogram"].collect([3] * 7)}, yesterday_ms)
     end_ms = world.clock.now_ms() // (10 * MINUTE_MS) * 10 * MINUTE_MS
     fill(world, end_ms)
     with serving(world) as server:
         (documented,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.S | re.M)
         config = yaml.safe_load(documented.replace("server:8080", f"127.0.0.1:{server.port}"))
         config["global"] = {"external_labels": {"cluster": "test"}, "scrape_interval": "500ms", "scrape_timeout": "500ms"}
-        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), config)
+        (job,) = config["scrape_configs"]
+        windows = {"job_name": "windows", "params": {"view": ["burst"]}}  # a view that is scraped although it can be read
+        config["scrape_configs"].append({**job, **windows})
+        prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), config, "--enable-feature=native-histograms")
         try:
             wait_until(prometheus.healthy, "a first scrape")
             yield Running(server, prometheus, end_ms)
@@ -156,3 +178,37 @@ def test_errors_are_shown(running: Running) -> None:
     with urllib.request.urlopen(f"{running.prometheus.url}/api/v1/query?{query}", timeout=30) as answer:
         warnings = json.load(answer)["warnings"]
     assert "400 Bad Request: where path: a regular expression of over 1000 bytes" in warnings[0]
+
+
+def test_scraped_histograms_are_native_with_our_quantiles(running: Running) -> None:
+    """`histogram_quantile` of a native histogram is within the error that our own answer states."""
+    wait_until(lambda: running.prometheus.vector("histogram_count(sizes)"), "native histograms")
+    for quantile in "0.01", "0.5", "0.95", "0.99":
+        answer = running.server.view("sizes", ("q", quantile))
+        expected = {it["labels"]["of"]: it["value"] for it in answer["series"]}
+        found = by_label(running, f"histogram_quantile({quantile}, sizes)", "of")
+        assert found.keys() == expected.keys()
+        for of, value in found.items():
+            own, error = expected[of]["quantiles"][quantile], expected[of]["relative_error"]
+            assert value == pytest.approx(own, rel=error + 1e-6) or (of, quantile) == ("signed", "0.5")
+    counts = by_label(running, "histogram_count(sizes)", "of")
+    assert counts == {"latency": 5_000, "narrow": 500, "signed": 520, "many": 2.0**63 + 2.0**62}
+    assert by_label(running, "histogram_sum(sizes)", "of")["narrow"] == pytest.approx(sum(sizes()["narrow",]))
+
+
+def test_a_histogram_of_all_numbers_stays_classic(running: Running) -> None:
+    """Prometheus has no schema that is as coarse; the classic buckets count everything."""
+    assert [*running.prometheus.vector("everywhere_count").values()] == [2 * len(range(-1_022, 1_024, 3))]
+    assert running.prometheus.vector("everywhere") == {}
+    assert EVERYWHERE[3] < -4
+
+
+def test_the_newest_window_of_a_histogram_is_a_native_one(running: Running) -> None:
+    """A window is a gauge histogram, of which quantiles are taken without `rate`."""
+    (found,) = running.prometheus.vector('histogram_quantile(0.5, burst{job="windows"})').values()
+    assert found == pytest.approx(3, rel=0.003)
+
+
+def by_label(running: Running, expr: str, label: str) -> dict[str, float]:
+    """Return the samples of an instant query by one of their labels."""
+    return {dict(labels)[label]: value for labels, value in running.prometheus.vector(expr).items()}

@@ -1,4 +1,4 @@
-"""Reads of views with windows: points are what a recomputation from all deltas gives."""
+"""Reads of views with windows: points equal a recomputation from all deltas."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -227,7 +227,7 @@ def test_what_has_expired_is_not_known_to_be_zero() -> None:
 
 
 def test_top_ranks_by_the_whole_range() -> None:
-    """`top` ranks by the merged value of everything the points cover, not by the newest point; limit counts series."""
+    """`top` and `bottom` rank by the merged value of all that the points cover, not by the newest; limit counts series."""
     world = World(2)
     definition = Definition("v", "sum", ("x",), window_s=W // 1_000)
     for window, values in enumerate(({("a",): 5, ("b",): 1}, {("a",): 1, ("b",): 3, ("c",): 1})):
@@ -244,6 +244,9 @@ def test_top_ranks_by_the_whole_range() -> None:
     assert [*points(last)] == [("b",)]
     overlapping = read(world, Query("v", top=1, range=AskedRange(start_ms=W, end_ms=2 * W, over_ms=2 * W)))
     assert points(overlapping) == {("a",): [(0, 6)]}
+    for fn in ("rate", "avg", "share"):  # which rank over the range as the values do
+        assert [*points(read(world, Query("v", top=1, range=asked, fn=fn)))] == [("a",)]
+        assert [*points(read(world, Query("v", bottom=2, range=asked, fn=fn)))] == [("c",), ("b",)]
 
 
 def test_shares_are_of_all_series() -> None:

@@ -317,7 +317,7 @@ def test_wrong_names_are_told() -> None:
 
 
 def test_views_count_series_over_partitions() -> None:
-    """Each view with its definition and the sum of its partitions' series."""
+    """The list has each view with its definition and the sum of its partitions' series."""
     world = World()
     assert world.reader.views().views == []
     world.publish(REVENUE, {("eu", f"p{i}"): 1 for i in range(50)})

@@ -38,7 +38,7 @@ from tests.sim.laws import verdict as verdict_of
 
 
 def place(key: bytes) -> bytes:
-    """The part of a dead letter's key that stands behind its topic."""
+    """Return the part of a dead letter's key that follows its topic."""
     return key.rpartition(b".")[2]
 
 
@@ -47,7 +47,7 @@ class Auditor:
 
     def __init__(self, partition_count: int, limits: Limits, true_time: TrueTime) -> None:
         self.digest = 0
-        """Changes with every byte that became durable: equal digests, equal runs."""
+        """Hash of every byte that became durable: equal digests mean equal runs."""
         self.states: list[Entries] = [{} for _ in range(partition_count)]
         """Sum of the commits of each partition."""
         self.boundaries: list[dict[bytes, Entries]] = [{b"": {}} for _ in range(partition_count)]

@@ -29,7 +29,7 @@ class Pin:
 
 
 class Cluster:
-    """The log, and who owns which transactional id."""
+    """The log, and the owner of each transactional id."""
 
     def __init__(self, topics: Mapping[str, int], true_time: TrueTime, clock: NodeClock, auditor: Auditor) -> None:
         self.memory = MemoryLog(topics, self._now_ms, log_id="sim")

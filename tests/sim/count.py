@@ -9,7 +9,7 @@ from typing import Any
 from tests.sim.entries import Place, Series, View, key_of
 
 Delta = tuple[Place, Any]
-"""Label values and window, and what was recorded for them."""
+"""Label values and window, and the delta recorded for them."""
 
 AHEAD_MS_MAX = 3_600_000
 """Limit to how far a `last`, or a window, may be ahead of its record."""

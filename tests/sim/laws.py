@@ -5,8 +5,10 @@ Nothing here knows how the code under test decides. Where the law leaves a choic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 
@@ -68,7 +70,7 @@ def _of_topk(deltas: Sequence[tuple[str, int]], found: Found) -> str:
 
 
 FINEST = 8
-"""Schema of a histogram of so few numbers that each can have a bucket of its own."""
+"""Schema of a histogram whose buckets are few enough."""
 BUCKETS_MAX = 160
 _LEAST = Fraction(2) ** -1022
 
@@ -78,7 +80,6 @@ def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
         return wrong
     if (found.least, found.most) != (min(deltas), max(deltas)):
         return f"is from {found.least} to {found.most}, not from {min(deltas)} to {max(deltas)}"
-    assert len(deltas) <= BUCKETS_MAX
     schema, zeros, negative_count, *rest = found.buckets
     signs: tuple[dict[int, int], dict[int, int]] = {}, {}
     for delta in deltas:
@@ -86,6 +87,10 @@ def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
             buckets = signs[delta > 0]
             place = _bucket(abs(Fraction(delta)))
             buckets[place] = buckets.get(place, 0) + 1
+    finest = FINEST
+    while sum(map(len, signs)) > BUCKETS_MAX:
+        finest -= 1
+        signs = _halved(signs[False]), _halved(signs[True])
     expected: list[int] = []
     for buckets in signs:
         before = None
@@ -93,13 +98,22 @@ def _of_histogram(deltas: Sequence[Any], found: Found) -> str:
             expected += place if before is None else place - before - 1, count
             before = place
     small = sum(abs(Fraction(delta)) < _LEAST for delta in deltas)
-    if (schema, zeros, negative_count, rest) != (FINEST, small, len(signs[False]), expected):
-        return f"has buckets {found.buckets}, not {(FINEST, small, len(signs[False]), *expected)}"
+    if (schema, zeros, negative_count, rest) != (finest, small, len(signs[False]), expected):
+        return f"has buckets {found.buckets}, not {(finest, small, len(signs[False]), *expected)}"
     return ""
 
 
+def _halved(buckets: Mapping[int, int]) -> dict[int, int]:
+    """Return the buckets of half the resolution: two neighbours make one."""
+    halves: Counter[int] = Counter()
+    for place, count in buckets.items():
+        halves[place // 2] += count
+    return dict(halves)
+
+
+@lru_cache(maxsize=10_000)
 def _bucket(number: Fraction) -> int:
-    """The i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
+    """Return the i for which base**i < number <= base**(i + 1), where the base is the root of 2 of order 2**FINEST."""
     order = 2**FINEST
     power = number**order
     place = (power.numerator.bit_length() - power.denominator.bit_length()) - 2

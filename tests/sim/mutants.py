@@ -313,7 +313,7 @@ MUTANTS = (
         "            out_keys += [keys[i] for i in new]\n            out_values += [values[i] for i in new]\n",
     ),
 )
-"""Invariant 11 is about what a reader says of its staleness, which the simulator does not ask; see tests/query."""
+"""All mutants. Invariant 11 is about the staleness of answers, which the simulator does not check; see tests/query."""
 
 
 class Outcome(NamedTuple):

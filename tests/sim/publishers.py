@@ -233,7 +233,7 @@ class SimPublisher:
             self.spool.pop((sealed.partition, sealed.sequence), None)
 
     def outlived(self) -> SimPublisher:
-        """Let a process pause for so long that it may not send again what it sent before."""
+        """Let a process pause for so long that it may not send earlier batches again."""
         for sealed in [*self.outbox.pending()]:
             self.outbox.acknowledge(sealed.partition, sealed.sequence)
         if self.spool is not None:

@@ -22,7 +22,7 @@ A, B = b"\x02a", b"\x02b"
 
 
 def position(begin_offset: int, previous_end_offset: int = 0) -> tuple[bytes, bytes]:
-    """Return the position record of a commit that begins at an offset at which the one before ended."""
+    """Return the position record of a commit that begins at the offset at which the previous one ended."""
     plain = Position(1, 1, 1, begin_offset=begin_offset, previous_end_offset=previous_end_offset)
     return POSITION_KEY, encode_position(plain)
 

@@ -9,7 +9,7 @@ import pytest
 
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
-from pipeline.core.codec import FORMAT, encode_fence, encode_position
+from pipeline.core.codec import FORMAT, decode_position, encode_fence, encode_position
 from pipeline.core.record import (
     FENCE_KEY,
     POSITION_KEY,
@@ -24,10 +24,10 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.errors import RecordsLost, StoreCorrupt
+from pipeline.errors import RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Message
 from pipeline.settings import WorkerSettings
-from pipeline.topics import CHANGELOG
+from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replicas import ReplicaLoop
 from tests.support import HandClock
@@ -186,6 +186,56 @@ def test_an_owner_goes_on_committing(world: _World, kind: str) -> None:
     assert world.read() == {"a": 2, "b": 4}
 
 
+def undo_last_commit(world: _World) -> None:
+    """Abort the last commit, as a broker can that has left out its marker; the next transaction's marker is there."""
+    at = world.log.partition(CHANGELOG, 0)
+    begin, position = decode_position(at.rows[-1].value or b"").begin_offset, at.rows[-1]
+    assert position.key == POSITION_KEY
+    at.rows = [row for row in at.rows if row.offset < begin]
+    at.markers.update(range(begin, at.end_offset))
+    world.log.skip(CHANGELOG, 0, 1)
+
+
+def test_a_commit_that_the_broker_has_undone(world: _World) -> None:
+    """The owner sees that its last commit is gone before it commits anything else, and begins anew at the one before.
+
+    Nobody has read that commit, and its deltas are folded again: every answer is exact, a new owner's too.
+    """
+    undo_last_commit(world)
+    owner = world.worker.partitions[0]
+    with pytest.raises(StoreCorrupt, match=r"the broker aborted a commit, at \d+, that it had acknowledged"):
+        world.commit(b=1)
+    assert world.read() == {"a": 1, "b": 2}
+    owner.close()
+    owner = world.new_owner(world.worker.stores)
+    assert series_of(owner.store) == {"a": 1, "b": 2}
+    fold_all(world.log, owner)
+    owner.commit()
+    assert world.read() == {"a": 2, "b": 3}
+
+
+def test_an_undone_commit_whose_deltas_are_gone(world: _World) -> None:
+    """Then the store is the better copy: it is kept, and a person has to decide."""
+    undo_last_commit(world)
+    owner = world.worker.partitions[0]
+    world.log.truncate(DELTAS, 0, 2)
+    with pytest.raises(StoreAhead, match="its records are gone from deltas"):
+        world.commit(b=1)
+    owner.close()
+    with pytest.raises(StoreAhead):
+        world.new_owner(world.worker.stores)
+
+
+def test_a_commit_that_is_still_there(world: _World) -> None:
+    """An owner whose commit is displaced by a marker finds its last commit in the changelog, and goes on with its store."""
+    owner, store = world.worker.partitions[0], world.worker.partitions[0].store
+    for count in (1, 2):
+        world.log.skip(CHANGELOG, 0, 1)
+        world.commit(b=1)
+        assert owner.store is store
+        assert world.read() == {"a": 2, "b": 2 + count}
+
+
 @pytest.mark.parametrize(
     ("key", "at_start"),
     [(A, True), (producer_key("p"), True), (A, False), (TAG_DEFINITION + series_prefix(VIEW)[1:], False)],
@@ -208,7 +258,7 @@ def test_a_damaged_store_mends_nothing(world: _World, key: bytes, at_start: bool
 
 
 def test_all_of_it_at_once(world: _World) -> None:
-    """Before, between and behind commits, in any order, with owners that come and go."""
+    """Foreign records of all kinds, between any commits and while owners change, change no number."""
     kinds = [*strange(world).values()]
     total = 2.0
     for count, (key, value) in enumerate(chain(kinds, reversed(kinds))):
@@ -224,7 +274,7 @@ def test_all_of_it_at_once(world: _World) -> None:
 
 
 def test_somebody_who_never_stops(world: _World) -> None:
-    """A commit that finds something in its way again and again ends the process, which says what to look at."""
+    """A commit that meets foreign records again and again ends the process with advice."""
     owner = world.worker.partitions[0]
     world.worker.append(0, {"b": 1})
     fold_all(world.log, owner)
@@ -251,7 +301,7 @@ COVERS = [
 
 
 def cover(world: _World, kind: str) -> int:
-    """Write over an entry of ours, and compact hours later; where the changelog ends then."""
+    """Cover an entry of the owner with a foreign record, and compact hours later; return the end of the changelog."""
     world.write(*(strange(world) | {"a definition that is deleted": (definition_key(VIEW), None)})[kind])
     world.clock.s += 36_000
     end_offset = world.log.watermarks(CHANGELOG, 0).end_offset
@@ -272,7 +322,7 @@ def written_since(world: _World, end_offset: int) -> set[bytes | None]:
 @pytest.mark.parametrize("kind", COVERS)
 @pytest.mark.parametrize("disk", ["empty", "behind"])
 def test_what_compaction_took_before_a_takeover(world: _World, kind: str, disk: str) -> None:
-    """A disk that has not read ours can't tell what it was: a person decides, and nothing is written before."""
+    """A disk that has not read a covered entry can't tell it: a person decides, and nothing is written before."""
     stores = MemoryStores() if disk == "empty" else copy_of(world.worker.stores)
     world.commit(a=3, b=3, c=1)
     right = {"a": 5, "b": 5, "c": 1}

@@ -73,6 +73,9 @@ def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
         it.look_twice()
         assert (it.metrics.of(m.LAG, 0), it.metrics.of(m.LAG, 1)) == (4, 0)
         assert (it.metrics.of(m.RETENTION_MARGIN, 0), it.metrics.of(m.RETENTION_MARGIN, 1)) == (3, 7)
+        assert all(
+            it.metrics.of(m.START_OFFSET, n) + it.metrics.of(m.RETENTION_MARGIN, n) == it.positions[n] for n in (0, 1)
+        )
         assert it.mirror.end_offsets == {0: 9, 1: 7}
         it.positions[1] = 8  # ahead of what was seen
         it.look_twice()
@@ -173,7 +176,7 @@ def test_stop_before_start() -> None:
     assert not it.looks
 
 
-def held_up(it: Watched, seconds: int) -> None:
+def look_every_second(it: Watched, seconds: int) -> None:
     """Let the mirror look so many times, a second apart."""
     for _ in range(seconds):
         it.clock.s += 1
@@ -184,22 +187,22 @@ def test_an_open_transaction_is_told_once(caplog: pytest.LogCaptureFixture) -> N
     """Records behind an open transaction count as lag, and are shown separately; one log line says how to end it."""
     it = Watched()
     it.stable = {0: 6}
-    held_up(it, 4)
+    look_every_second(it, 4)
     assert it.metrics.of(m.LAG, 0) == 4, "against the high watermark"
     assert it.metrics.of(m.HELD_UP, 0) == 3
     assert it.metrics.of(m.HELD_UP, 1) == 0
     assert it.mirror.end_offsets == {0: 9, 1: 7}
     assert it.mirror.last_answer == (it.clock.s, {0: 6, 1: 7}), "up to where a worker can get"
     assert not caplog.records
-    held_up(it, 600)
+    look_every_second(it, 600)
     (told,) = caplog.records
     for text in ("partition 0", "offset 6", "find-hanging --topic deltas --partition 0", "abort", "--start-offset 6"):
         assert text in told.getMessage()
     it.stable = {}
-    held_up(it, 2)
+    look_every_second(it, 2)
     assert it.metrics.of(m.HELD_UP, 0) == 0
     it.stable, it.ends = {0: 10}, {0: 12, 1: 7}
-    held_up(it, 10)
+    look_every_second(it, 10)
     assert len(caplog.records) == 2, "another one is told again"
 
 
@@ -208,6 +211,6 @@ def test_traffic_is_no_open_transaction(caplog: pytest.LogCaptureFixture) -> Non
     it = Watched()
     for offset in range(10, 100):
         it.ends, it.stable = {0: offset + 3, 1: 7}, {0: offset}
-        held_up(it, 1)
+        look_every_second(it, 1)
         assert it.metrics.of(m.HELD_UP, 0) == 0
     assert not caplog.records

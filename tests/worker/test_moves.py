@@ -162,7 +162,7 @@ class _Host:
         )
 
     def shown(self, metric: Metric) -> dict[int, float]:
-        """Return what /metrics shows of a metric, by partition; of a counter without labels at 0."""
+        """Return a metric as /metrics shows it, by partition; a counter without labels at 0."""
         found = {}
         for line in self.metrics.render()[0].decode().splitlines():
             if match := re.fullmatch(rf'{metric.name}(?:{{partition="(\d+)"}})? (.+)', line):
@@ -428,7 +428,7 @@ def test_fenced_at_any_other_time(world: _World) -> None:
 
 
 def test_fenced_soon_after_an_assignment(world: _World) -> None:
-    """A fence soon after an assignment comes from an owner before it: the partition is taken over again."""
+    """A fence soon after an assignment comes from an earlier owner: the partition is taken over again."""
     a = world.host(settle_s=60)
     a.assign(0)
     a.folds(0)

@@ -136,7 +136,7 @@ def test_a_changelog_made_anew_under_a_worker(worker: Worker) -> None:
 
 
 def test_the_first_commit_of_a_process_notices_it_too(worker: Worker) -> None:
-    """The first commit knows from the restore how far the changelog went."""
+    """A process' first commit notices a changelog made anew, as the restore has seen its end."""
     for _ in range(3):
         worker.commit(0, {"a": 1})
     again(worker)

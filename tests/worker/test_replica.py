@@ -257,7 +257,7 @@ def test_a_store_of_another_changelog_is_not_served(server: Server) -> None:
 
 
 def test_a_changelog_that_lost_its_tail(pair: Server) -> None:
-    """A store that reflects more than there is is not served, and not deleted; its neighbour is followed."""
+    """A store ahead of its changelog is not served, and not deleted; its neighbour is followed."""
     for number in (0, 1):
         for _ in range(3):
             pair.worker.commit(number, {"a": 1})
@@ -277,7 +277,7 @@ def test_a_changelog_that_lost_its_tail(pair: Server) -> None:
 
 
 def _lost_once(server: Server) -> object:
-    """Return a poll that raises, as a broker's reader does beyond the end; the one in memory waits there."""
+    """Return a poll that raises once, as a broker's reader does beyond the end, where the one in memory waits."""
     reader = server.loop._reader
     poll = reader.poll  # type: ignore[union-attr]
 

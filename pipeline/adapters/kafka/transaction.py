@@ -100,7 +100,11 @@ class KafkaTransaction:
         self._ask_all = False
         """True if every message must report: after an abort librdkafka says only that some message has failed."""
         self._needs = "WRITE on the topic"
-        self._producer: Producer | None = Producer(dict(options))
+        self._ends: Mapping[tuple[str, int], int] = {}
+        """Offsets behind the records of the last transaction, by the partitions that it wrote to."""
+        self._was_away = False
+        """True if no broker could be reached at some time since the last transaction was committed."""
+        self._producer: Producer | None = Producer({**options, "error_cb": self._note_error})
         deadline_s = clock.monotonic_s() + timeout_s
         try:
             self._until_decided(self._producer.init_transactions, deadline_s, "start")
@@ -115,8 +119,12 @@ class KafkaTransaction:
     def commit(self, messages: Sequence[Message], *, timeout_s: float, begins: Begins = NO_BEGINS) -> list[int]:
         """Append all messages in one transaction; see `ports.Transaction`.
 
-        What the broker or librdkafka aborts is repeated until `timeout_s` is over: nothing of it is visible. But aborted
-        records keep their offsets, so that with `begins` the second attempt can be `Displaced` by the first.
+        Without `begins`, what the broker or librdkafka aborts is repeated until `timeout_s` is over: nothing of it is
+        visible. With `begins`, this raises `Displaced` after an abort, and without an attempt if the brokers were away.
+
+        The reason: a coordinator that starts while a partition has no leader takes the partition for a deleted one (Kafka
+        4.3: "Couldn't find leader endpoint"). It then leaves out the marker of a transaction that it has acknowledged, and
+        the broker takes the next transaction for a part of that one: both are committed, or both are aborted.
         """
         if self._over is not None:
             raise self._over
@@ -128,13 +136,19 @@ class KafkaTransaction:
         self._needs = "WRITE on topic " + " or ".join(sorted({self._broker_topic(run.topic) for run in runs}))
         deadline_s = self._clock.monotonic_s() + timeout_s
         try:
+            self._poll(0)
+            if begins and self._was_away:
+                self._was_away = False
+                raise Displaced(f"no broker could be reached since transaction {self._id} was last committed")
             while True:
                 try:
                     return self._attempt(runs, begins, deadline_s)
                 except _Aborted as error:
-                    _log.warning("transaction %s was aborted, trying again: %s", self._id, error)
                     if self._clock.monotonic_s() >= deadline_s:
                         raise Unavailable(f"transaction {self._id}: {error}") from None
+                    if begins:
+                        raise Displaced(f"transaction {self._id} was aborted: {error}") from None
+                    _log.warning("transaction %s was aborted, trying again: %s", self._id, error)
                     self._poll(_BACKOFF_S)
         except Displaced:
             raise
@@ -151,6 +165,9 @@ class KafkaTransaction:
         """Serve callbacks. If the producer is broken, the next call of the transactional API reports it."""
         with suppress(KafkaException):
             self._open().poll(timeout_s)
+
+    def _note_error(self, error: KafkaError) -> None:
+        self._was_away = self._was_away or error.code() == KafkaError._ALL_BROKERS_DOWN
 
     def _attempt(self, runs: Sequence[_MessageRun], begins: Begins, deadline_s: float) -> list[int]:
         producer = self._open()
@@ -178,6 +195,9 @@ class KafkaTransaction:
             if not reports.failed:
                 self._check_place(runs, begins, reports, deadline_s)
             self._until_decided(producer.commit_transaction, deadline_s, "commit")
+            self._ends = reports.covering
+            self._poll(0)
+            self._was_away = False
         except _Aborted:
             if reports.hopeless is not None:
                 error, where = reports.hopeless
@@ -204,6 +224,8 @@ class KafkaTransaction:
                 if count and place in reports.placeless:
                     raise Displaced(f"the broker does not say where in {where} a commit stands")
                 if count and place in reports.first:
+                    if self._ends.get(place) == reports.first[place] == begin - self.marker_count:
+                        raise Displaced(f"the broker has left out the marker of the last transaction in {where}")
                     check_begins({place: begin}, {place: reports.first[place]})
                     if reports.covering[place] - reports.first[place] != count:
                         raise Displaced(f"something else has written to {where} between the records of a commit")

@@ -1,7 +1,9 @@
-//! The native core of `pipeline`: what is done per delta. Its specification is `pipeline/publisher/table.py`.
+//! The native core of `pipeline`: what is done per delta, and per entry of a scan. Its specifications are
+//! `pipeline/publisher/table.py` and `pipeline/query/grouping.py`.
 
 mod convert;
 mod fork;
+mod groups;
 mod histogram;
 mod labels;
 mod local;
@@ -17,13 +19,14 @@ mod wire;
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 7;
+const VERSION: u32 = 8;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("VERSION", VERSION)?;
     m.add("SOURCES", option_env!("PIPELINE_NATIVE_SOURCES").unwrap_or(""))?;
     fork::watch();
+    groups::register(m)?;
     python::register(m)?;
     view::register(m)
 }

@@ -144,7 +144,7 @@ def test_foreign_and_missing_segments_are_told(tmp_path: Path) -> None:
 
 
 def test_a_handler_that_raises_behind_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transaction stands; the same commit again does nothing twice."""
+    """A commit behind which a handler raises stands, and a repeat of it does nothing twice."""
     recorder = filled(tmp_path / "s")
 
     def interrupt(database: Database) -> None:
