@@ -88,6 +88,10 @@ class OtherTopic(Invalid):
     """Flush again, or read without `after`: the token belongs to a topic that was replaced."""
 
 
+class CursorGone(Invalid):
+    """Begin again with the first page: the server keeps the pages of this cursor no more."""
+
+
 class NewerFormat(BadRecord):
     """Start a newer version of this program: a newer one wrote the data."""
 

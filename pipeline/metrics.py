@@ -151,6 +151,13 @@ ANSWERS = Metric(
 ANSWERS_KEPT = Metric(
     "pipeline_answers_kept_bytes", "gauge", "Memory of answers that are kept for reads of the same commit."
 )
+CURSOR_BYTES = Metric("pipeline_cursor_bytes", "gauge", "Memory of pages that cursors name.")
+CURSORS_LOST = Metric(
+    "pipeline_cursors_lost_total",
+    "counter",
+    "Lists of pages dropped: expired (not used for cursor_ttl_ms) or evicted (cursor_bytes_max).",
+    ("why",),
+)
 STALENESS = Metric(
     "pipeline_staleness_seconds", "gauge", "Upper bound on the age of anything accepted but not in answers.", _P
 )

@@ -380,6 +380,13 @@ class QuerySettings(_Checked):
         "longest make room. 0: none, and equal reads share only what is under way",
         least=0,
     )
+    cursor_bytes_max: int = _setting(
+        134_217_728,
+        "memory of pages that cursors name; lists of pages not used for longest make room, and their cursors are 410. One "
+        "that is larger is refused with 400",
+        least=1,
+    )
+    cursor_ttl_ms: int = _setting(60_000, "how long pages are kept without use; after that their cursors are 410", least=1)
     compress_bytes_min: int = _setting(
         1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
     )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Required, Self, TypedDict, TypeVar
-from urllib.parse import quote, urlencode
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http_client import HttpClient, error_of, is_ours
+from pipeline.adapters.read_parameters import QueryKeywords, json_query, view_path
 from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
 from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
-from pipeline.core.times import Length, Time, length_ms, length_text, time_ms
+from pipeline.core.times import Length, Time
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
@@ -180,71 +180,6 @@ class HttpLogWriter:
         self._client.close()
 
 
-def _condition(label: str, value: str) -> str:
-    if value.startswith("~"):  # `label=~...` would be read as a regular expression
-        return f"{label}=~{re.escape(value)}"
-    return f"{label}={value}"
-
-
-_SEVERAL = ("where", "by", "q")
-"""Parameters that may stand several times."""
-
-
-class QueryKeywords(TypedDict, total=False):
-    """A query of `Reader.query`: the arguments of `Reader.get`, but for those that are of all queries together."""
-
-    view: Required[str]
-    where: Mapping[str, str] | Sequence[str] | None
-    by: Sequence[str] | None
-    kind: str | None
-    window_s: int | None
-    top: int | None
-    bottom: int | None
-    limit: int | None
-    start: Time | None
-    end: Time | None
-    at: Time | None
-    step: Length | None
-    over: Length | None
-    fill: str | None
-    fn: str | None
-    q: Sequence[float] | float | None
-
-
-def _parameters(options: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the options of a read that are given, as the API has them: each with its values, in the order of options."""
-    found: dict[str, list[Any]] = {}
-    for name, value in options.items():
-        if value is None:
-            continue
-        if name == "where" and isinstance(value, Mapping):
-            found[name] = [_condition(*item) for item in value.items()]
-        elif name in _SEVERAL:
-            several = isinstance(value, Iterable) and not isinstance(value, str)
-            found[name] = [*value] if several else [value]
-        elif name in ("start", "end", "at"):
-            found[name] = [time_ms(name, value)]
-        elif name in ("step", "over"):
-            found[name] = [length_text(length_ms(name, value))]
-        else:
-            found[name] = [value]
-    return found
-
-
-def view_path(view: str, **options: object) -> str:
-    """Return path and query of a read; options that are None are left out."""
-    query: list[tuple[str, str]] = []
-    for name, values in _parameters(options).items():
-        query += [(name, str(it)) for it in values] or ([("by", "")] if name == "by" else [])
-    return f"/v1/views/{quote(view, safe='')}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
-
-
-def _json_query(keywords: QueryKeywords) -> dict[str, Any]:
-    """Return a query as it stands in the body of `POST /v1/query`."""
-    found = _parameters(keywords)
-    return {name: values if name in _SEVERAL else values[0] for name, values in found.items()}
-
-
 class HttpReader:
     """Reads merged views from a server. Safe from any thread.
 
@@ -278,6 +213,7 @@ class HttpReader:
         fill: str | None = None,
         fn: str | None = None,
         q: Sequence[float] | float | None = None,
+        cursor: str | None = None,
         after: Token | str | None = None,
         max_staleness_ms: int | None = None,
         timeout_ms: int | None = None,
@@ -296,6 +232,8 @@ class HttpReader:
 
         `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` and `bottom` order by the first of
         them, or by count.
+
+        `cursor`: "" for the first page of `limit` series, then `next_cursor` of the page before; `pages` does that.
         """
         path = view_path(
             view,
@@ -314,11 +252,34 @@ class HttpReader:
             fill=fill,
             fn=fn,
             q=q,
+            cursor=cursor,
             after=after,
             max_staleness_ms=max_staleness_ms,
             timeout_ms=timeout_ms,
         )
         return self._get(path, Answer, self._limit_s(timeout_ms))
+
+    def pages(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        *,
+        page_size: int = 10_000,
+        after: Token | str | None = None,
+        max_staleness_ms: int | None = None,
+        **options: Any,
+    ) -> Iterator[Answer]:
+        """Yield all series that match, in answers of `page_size` series, all of one moment; the options are those of `get`.
+
+        The server keeps the pages for a while (`cursor_ttl_ms`). Raises `CursorGone` if it has let go of them.
+        """
+        waits: dict[str, Any] = {"after": after, "max_staleness_ms": max_staleness_ms}
+        cursor: str | None = ""
+        while cursor is not None:
+            answer = self.get(view, where, by, limit=page_size, cursor=cursor, **waits, **options)
+            yield answer
+            cursor, waits = answer.next_cursor, {}
 
     def query(
         self,
@@ -335,7 +296,7 @@ class HttpReader:
         A query is a dict of arguments of `get`. Within a partition of the log the moment is exact. An error names the index
         of its query, from 0, and there is no answer to the others.
         """
-        request: dict[str, Any] = {"queries": [_json_query(it) for it in queries]}
+        request: dict[str, Any] = {"queries": [json_query(it) for it in queries]}
         waits = {"after": after and str(after), "max_staleness_ms": max_staleness_ms, "timeout_ms": timeout_ms}
         request.update({name: value for name, value in waits.items() if value is not None})
         body = self.fetch("/v1/query", body=msgspec.json.encode(request), timeout_s=self._limit_s(timeout_ms))
@@ -425,6 +386,18 @@ class AsyncHttpReader:
     ) -> Answer:
         """Return the merged view; the options are those of `Reader.get`."""
         return await _in_thread(self._reader.get, view, where, by, **options)
+
+    async def pages(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Answer]:
+        """Yield all series that match, in answers of one moment; the options are those of `Reader.pages`."""
+        pages = self._reader.pages(view, where, by, **options)
+        while (answer := await _in_thread(next, pages, None)) is not None:
+            yield answer
 
     async def query(self, queries: Iterable[QueryKeywords], **options: Any) -> list[Answer]:
         """Return the answer to each query, all of one moment; the options are those of `Reader.query`."""

@@ -8,6 +8,14 @@ import typer
 
 from pipeline.cli.options import DEFAULT_URL, From, Json
 
+Where = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LABEL=VALUE", help="Also != and, with regular expressions, =~ and !~. All must hold."),
+]
+By = Annotated[
+    list[str] | None, typer.Option(metavar="LABEL", help="Merge series to these labels. Can be repeated: a,b or --by b.")
+]
+Every = Annotated[bool, typer.Option("--all", help="All series, however many, in pages of --limit, all of one moment.")]
 Quantiles = Annotated[
     list[float] | None,
     typer.Option("--q", metavar="Q", help="A quantile of a histogram: 0.95. Can be repeated."),
@@ -26,13 +34,8 @@ def get(
         str | None, typer.Argument(metavar="[VIEW]", help="Name of the view; without it, all are listed.")
     ] = None,
     url: From = DEFAULT_URL,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LABEL=VALUE", help="Also != and, with regular expressions, =~ and !~. All must hold."),
-    ] = None,
-    by: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="Merge series to these labels. Can be repeated: a,b or --by b.")
-    ] = None,
+    where: Where = None,
+    by: By = None,
     total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,
     kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="Of a view that is published in several kinds, which of them.")
@@ -56,6 +59,7 @@ def get(
     top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
     bottom: Annotated[int | None, typer.Option(metavar="N", help="Only the N smallest, smallest first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
+    every: Every = False,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
     max_staleness_ms: Annotated[
         int | None, typer.Option(metavar="N", help="Wait for an answer at most so stale, or fail.")
@@ -84,8 +88,10 @@ def get(
     if json and csv:
         raise typer.BadParameter("--json or --csv: one of them")
     if view is None:
-        if where or by or total or last or csv or any(value is not None for value in options.values()):
+        if where or by or total or last or csv or every or any(value is not None for value in options.values()):
             raise typer.BadParameter("the other options are for a view: pipeline get VIEW")
         raise SystemExit(run_views(url, as_json=json))
     form = "json" if json else "csv" if csv else ""
-    raise SystemExit(run_get(url, view, where=where or [], labels=by or [], total=total, last=last, form=form, **options))
+    raise SystemExit(
+        run_get(url, view, where=where or [], labels=by or [], total=total, last=last, form=form, every=every, **options)
+    )

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
-from pipeline.adapters.http import view_path
+from pipeline.adapters.read_parameters import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import Answer, Views
 from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
-from pipeline.query.media import CSV
+from pipeline.query.media import CSV, to_csv
 
 _BARS_MAX = 60
+_PAGE_SIZE = 10_000
 _ITEMS_MAX = 5
 """Items of a topk that a table shows."""
 
@@ -32,13 +34,14 @@ def run_get(
     total: bool,
     last: str | None,
     form: str,
+    every: bool = False,
     **options: Any,
 ) -> int:
     """Print the view; return the exit code.
 
     An item of `labels` can name several, with commas between; without any, each series stands by itself, unless `total`.
     `last` is the length of a range up to now. `form` is `json`, `csv`, or empty for a table. `options` are
-    parameters of the read (`view_path`).
+    parameters of the read (`view_path`). `every`: all series, in pages of `limit`.
     """
     if total and labels:
         raise Invalid("--total is one number; --by keeps labels: one of them")
@@ -49,6 +52,8 @@ def run_get(
         if any(options[name] is not None for name in ("start", "end", "at")):
             raise Invalid("--last ends now; --start, --end and --at are for other ranges")
         options["start"] = max(0, SystemClock().now_ms() - length_ms("--last", last))
+    if every:
+        return _show(_whole(url, view, where=where, by=by, **options), form)
     path = view_path(view, where=where, by=by, **options)
     timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
     if form == "csv":
@@ -56,7 +61,19 @@ def run_get(
             console.write(reader.fetch(path, timeout_s=timeout_s, accept=CSV))
         return console.OK
     answer = fetched(url, path, Answer, as_json=form == "json", timeout_s=timeout_s)
-    if answer is None:
+    return console.OK if answer is None else _show(answer, "")
+
+
+def _whole(url: str, view: str, *, limit: int | None, **options: Any) -> Answer:
+    """Return all series in one answer, fetched page by page."""
+    with Reader(url) as reader:
+        pages = [*reader.pages(view, page_size=limit or _PAGE_SIZE, **options)]
+    return replace(pages[-1], series=[series for page in pages for series in page], series_total=None)
+
+
+def _show(answer: Answer, form: str) -> int:
+    if form:
+        console.write(to_csv(answer) if form == "csv" else msgspec.json.encode(answer) + b"\n")
         return console.OK
     (_values(answer) if answer.step_ms is None else _points(answer)).print()
     shown = f"{len(answer.series):,} series"

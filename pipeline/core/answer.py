@@ -47,7 +47,7 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     truncated: bool = False
     """True if there are more series than these."""
     series_total: int | None = None
-    """The number of all series, if the answer is truncated."""
+    """The number of all series, if the answer is truncated, or a page of several."""
     also: tuple[Alternative, ...] = ()
     """Other kinds and windows of the view, which `kind` and `window_s` choose."""
     start_ms: int | None = None
@@ -64,6 +64,8 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Time that every partition has passed: points that end by then are final, but for deltas that come late."""
     expired_before_ms: int | None = None
     """Start of the oldest window that is kept; points that begin before it lack what has expired."""
+    next_cursor: str | None = None
+    """Cursor of the next page; only in pages, but for the last."""
 
     def __iter__(self) -> Iterator[Series]:
         """Return an iterator of the series."""

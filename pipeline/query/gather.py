@@ -34,7 +34,7 @@ from pipeline.core.kinds import KINDS, Kind, State
 from pipeline.core.query import Labels, MergedDefinition, Query, Selected, TopN, fold, group_key, label_index, listed, merged
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
-from pipeline.errors import BadRecord, NotFound, NotReady, PipelineError, Unavailable
+from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import encode_end, encode_start, preferred_coding
@@ -103,6 +103,8 @@ class GatherService:
 
     async def answer(self, request: ReadRequest) -> Encoded:
         """Return the encoded answer. Raises as `ReadService.answer`, and as `PartServers.gather`."""
+        if request.cursor is not None:
+            raise Invalid("cursor: a server that merges others has no pages, because it holds no moment of their stores")
         deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
         self._admit()
         try:

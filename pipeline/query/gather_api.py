@@ -51,5 +51,6 @@ def create_gather_app(
         scrape_route(service, settings, render_views),
         *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
+        refused("/v1/query", 501, "several queries at one moment need a server that follows all partitions"),
     ]
     return make_application(routes, settings, metrics, service.clock, lifespan)

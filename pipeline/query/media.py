@@ -96,9 +96,11 @@ def encoded(
 ) -> Encoded:
     """Return a response with the headers of an answer; rows say in headers what JSON says beside its series.
 
-    `unchanged`: the client has the body already, and needs to know only how stale that is.
+    A page has no entity tag. `unchanged`: the client has the body already, and needs to know only how stale that is.
     """
-    headers = [(b"etag", etag), _VARY, _NO_STORE] if etag else [_VARY, _NO_STORE]
+    headers = [_VARY, _NO_STORE]
+    if etag:
+        headers.append((b"etag", etag))
     if unchanged:
         return Encoded((), headers + _said(answer), 304)
     headers += [(b"content-type", _CONTENT_TYPES[media_type]), (b"content-length", b"%d" % sum(map(len, parts)))]
@@ -125,6 +127,8 @@ def _said(answer: Answer) -> list[Header]:
     found = [(f"pipeline-{name}".encode(), b"%d" % value) for name, value in said.items() if value is not None]
     if missing := answer.as_of.missing_partitions:
         found.append((b"pipeline-missing-partitions", ",".join(map(str, missing)).encode()))
+    if answer.next_cursor is not None:
+        found.append((b"pipeline-next-cursor", answer.next_cursor.encode()))
     return found
 
 

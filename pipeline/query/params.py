@@ -32,7 +32,7 @@ _RANGE = (*_TIMES, *_LENGTHS, "fill")
 WAITS = ("after", "max_staleness_ms", "timeout_ms")
 PER_QUERY = ("kind", "window_s", "top", "bottom", "limit", *_RANGE, "fn")
 """Parameters of a query that may stand once."""
-_SINGLE = (*PER_QUERY, *WAITS, "allow_partial")
+_SINGLE = (*PER_QUERY, *WAITS, "cursor", "allow_partial")
 STALENESS_MS_MAX = 10**15 - 1
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
@@ -70,6 +70,8 @@ class ReadRequest(Waiting, frozen=True, kw_only=True):
     """True if a server that merges several may leave out partitions of which no server answers."""
     known: tuple[bytes, ...] = ()
     """Entity tags of answers that the client has; `*` is any."""
+    cursor: str | None = None
+    """Page to answer; empty: the first one. None: no pages."""
 
     @property
     def key(self) -> tuple[Query, str]:
@@ -109,8 +111,12 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     query, single = parse_query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
+    cursor = single.get("cursor")
+    if cursor and ("after" in single or "max_staleness_ms" in single):
+        raise Invalid("after and max_staleness_ms are for the first page: later ones are of the same moment")
     return ReadRequest(
         query=query,
+        cursor=cursor,
         media_type=preferred(headers.accept),
         coding=preferred_coding(headers.encoding),
         allow_partial=_flag(single, "allow_partial"),

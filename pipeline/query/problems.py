@@ -10,6 +10,7 @@ import msgspec
 from pipeline.errors import (
     BadRecord,
     BufferFull,
+    CursorGone,
     Fenced,
     GroupsRefused,
     Invalid,
@@ -27,6 +28,7 @@ _DETAIL_LENGTH_MAX = 2_000
 
 _TITLES: Mapping[type[PipelineError], tuple[int, str]] = {
     OtherTopic: (409, "The token is of another topic"),
+    CursorGone: (410, "Begin again with the first page"),
     NotFound: (404, "Nothing of this name is known"),
     Invalid: (400, "Fix the request"),
     BadRecord: (400, "Not a valid batch"),

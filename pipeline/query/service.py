@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded, encode_end, encode_start, preferred_coding
 from pipeline.query.found import FoundAnswer, span_of, unchanged_head
 from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
+from pipeline.query.pages import AnswerPages, PageLists, Place
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
@@ -104,6 +106,7 @@ class ReadService:
         self._closed = False
         self._open = 0
         """Reads that wait for newer data, or run; equal ones that run count once."""
+        self._lists = PageLists(reader.clock, settings, metrics)
         self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._in_slot)
 
     async def answer(self, request: ReadRequest) -> Encoded:
@@ -116,24 +119,43 @@ class ReadService:
             raise NotFound(f"{error}; {NOT_FOLDED}") from None
 
     async def _answer(self, request: ReadRequest) -> Encoded:
+        if request.cursor:
+            return await self._page(self._lists.find(request.cursor, request.query), request)
         clock = self._reader.clock
-        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000 if request.waits else 0.0
+        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
                 await self._bounded(self._wait, request, deadline_s)
-            found = self._reader.find_point(request.query, clock.now_ms())
-            if found is not None:
-                if self._fresh(request, found.answer.as_of):
-                    return await self._encode_point(found, request)
-            else:
-                deadline_s = deadline_s or clock.monotonic_s() + request.timeout_ms / 1000
-                answer = await self._shared(request, deadline_s)
-                if answer is not None:
-                    return answer
+            answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s)
+            if answer is not None:
+                return answer
             # The data was fresh enough when the read began, but not when it ended: read again if there is time.
             if clock.monotonic_s() >= deadline_s:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
+
+    async def _first_page(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
+        """Return the first page of an answer whose other pages are kept; None if it is not fresh enough."""
+        whole = replace(request.query, limit=self._settings.limit_max)
+
+        def read() -> AnswerPages:
+            found = self._reader.find(whole, self._reader.clock.now_ms(), deadline_s=deadline_s)
+            pages = AnswerPages(request.query, found)
+            self._lists.check(pages)
+            return pages
+
+        pages = await self._bounded(self._in_thread, read)
+        if not self._fresh(request, self._reader.renewed(pages.head, pages.positions).as_of):
+            return None
+        return await self._page(self._lists.keep(pages), request)
+
+    async def _page(self, place: Place, request: ReadRequest) -> Encoded:
+        head = self._reader.renewed(place.pages.head, place.pages.positions)
+        following = self._lists.cursor_after(place)
+        page = partial(place.pages.page, place.number, head, following, request.media_type)
+        answer, body = await self._bounded(self._in_thread, page)
+        parts, coding = await self._coded(body, request.coding)
+        return encoded(answer, request.media_type, b"", parts, coding)
 
     async def _encode_point(self, found: FoundAnswer, request: ReadRequest) -> Encoded:
         """Return an answer that is not kept."""
@@ -156,7 +178,10 @@ class ReadService:
         return (coded.start, encode_end(coded, b"")), coding
 
     async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
-        """Return an answer that equal reads of one commit share; None if it is not fresh enough."""
+        """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
+        found = self._reader.find_point(request.query, self._reader.clock.now_ms())
+        if found is not None:
+            return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
         asked = self._reader.asked(request.query)
         if asked is not None and request.known:
             etag = self._answers.tags.of(request.key, asked.span, asked.positions)
@@ -360,6 +385,7 @@ class ReadService:
         """Read positions and end offsets at an interval, for the bound on staleness and for the gauges."""
         while True:
             try:
+                self._lists.expire()
                 self._reader.partitions()
             except PipelineError as error:
                 _log.debug("not observed: %s", error)

@@ -44,6 +44,7 @@ CODES: dict[str, tuple[Exit, Exit]] = {
     "Invalid": (Exit.USAGE, Exit.USAGE),
     "NotFound": (Exit.USAGE, Exit.USAGE),
     "OtherTopic": (Exit.USAGE, Exit.USAGE),
+    "CursorGone": (Exit.USAGE, Exit.USAGE),
     "NewerFormat": (Exit.DECIDE, Exit.DECIDE),
     "RecordsLost": (Exit.DECIDE, Exit.DECIDE),
     "StoreAhead": (Exit.DECIDE, Exit.DECIDE),

@@ -122,6 +122,13 @@ def test_a_cut_answer_says_so(here: Here, server: UpProcess, token: str) -> None
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("5 of 3,000 series (--limit, --top, --bottom), at most ")
     assert lines[1].split() == ["wide" * 50 + "0", "0"]
+    whole = here("get", "many", "--all", "--limit", "1000", "--from", server.url).stdout.splitlines()
+    assert whole[-1].startswith("3,000 series, at most ")
+    assert len(whole) == 3_002
+    rows = here("get", "many", "--all", "--limit", "1000", "--csv", "--from", server.url).stdout.splitlines()
+    assert (rows[0], len(rows)) == ("n,value", 3_001)
+    parsed = json.loads(here("get", "many", "--all", "--limit", "1000", "--json", "--from", server.url).stdout)
+    assert (len(parsed["series"]), "truncated" in parsed, "next_cursor" in parsed) == (3_000, False, False)
 
 
 def test_json_is_the_answer_as_it_came(here: Here, server: UpProcess, token: str) -> None:

@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import reduce
 from itertools import islice
@@ -26,7 +26,17 @@ from tests.broker.kafka import Port
 from tests.process.load import ANSWER, MERGE
 from tests.process.network import SlowNetwork
 from tests.process.publisher_child import Told, run
-from tests.process.publisher_stream import SLOTS, VIEWS, Series, stream
+from tests.process.publisher_stream import (
+    FIRST_MS,
+    SLOTS,
+    VIEWS,
+    WINDOW_S,
+    WINDOWS,
+    Series,
+    in_window,
+    is_windowed,
+    stream,
+)
 from tests.support import UpProcess, everything, pipeline, wait_until
 
 THREADS_MAX = 4
@@ -34,6 +44,7 @@ CHILDREN_MAX = 3
 _DOUBTS_MAX = 16
 """Interrupted calls of one series, for which all possible answers are tried."""
 _HOW = (*["load"] * 5, *["start"] * 2, *["rescue"] * 2, *["close"] * 4, *["end of itself"] * 3)
+_RANGE: Mapping[str, Any] = {"start": FIRST_MS, "end": FIRST_MS + WINDOWS * WINDOW_S * 1_000, "step": WINDOW_S}
 _NURSERY = multiprocessing.get_context("forkserver")
 _NURSERY.set_forkserver_preload(["pytest", "tests.process.publisher_child"])  # so that each start costs no imports
 _QUICK = {
@@ -105,10 +116,15 @@ class Count:
 
 
 def _state(view: str, value: Any) -> Any:
+    if VIEWS[view] == "histogram":
+        return 1, value, value, value
     return (value, 1) if VIEWS[view] == "mean" else value
 
 
 def _merged(view: str, states: list[Any]) -> Any:
+    if VIEWS[view] == "histogram":
+        counts, sums, lows, highs = zip(*states, strict=True)
+        return sum(counts), sum(sums), min(lows), max(highs)
     return reduce(MERGE[VIEWS[view]], states)
 
 
@@ -237,9 +253,20 @@ def answers(url: str) -> dict[Series, Any]:
         found: dict[Series, Any] = {}
         for view in VIEWS:
             with suppress(NotFound):
-                result = reader.get(view, after=token, timeout_ms=60_000, limit=1_000_000)
-                found.update({(view, series.labels["name"]): series.value for series in result.series})
+                during = _RANGE if is_windowed(view) else {}
+                for series in reader.get(view, after=token, timeout_ms=60_000, limit=1_000_000, **during).series:
+                    found.update(_states(view, series))
         return found
+
+
+def _states(view: str, series: Any) -> Iterator[tuple[Series, Any]]:
+    """Yield the state of a series, one for each of its windows."""
+    label = series.labels["name"]
+    if not is_windowed(view):
+        yield (view, label), series.value
+    for start_ms, point in series.points or ():
+        state = tuple(point[name] for name in ("count", "sum", "min", "max")) if VIEWS[view] == "histogram" else point
+        yield (view, in_window(label, start_ms)), state
 
 
 def on_embedded(folder: Path, seed: int, rounds: int) -> Killing:

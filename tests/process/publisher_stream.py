@@ -16,10 +16,14 @@ HOT = 6
 """Number of series of each kind that everybody records to."""
 VIEWS = {
     "ints": "sum", "floats": "sum", "big": "sum", "up": "sum", "own": "sum", "many": "sum", "table": "sum",
-    "low": "min", "high": "max", "mean": "mean", "newest": "last",
+    "low": "min", "high": "max", "mean": "mean", "newest": "last", "minutes": "sum", "spread": "histogram",
 }  # fmt: skip
+WINDOW_S = 60
+FIRST_MS = 1_700_000_040_000
+"""Start of the first of the windows to which `minutes` and `spread` record: times that are long past."""
+WINDOWS = 5
 LABELS = ("name",)
-_CHOICE = (*VIEWS, "ints", "floats", "own")
+_CHOICE = (*VIEWS, "ints", "floats", "own", "minutes", "spread")
 
 Series = tuple[str, str]
 """A view and the value of its label."""
@@ -30,7 +34,15 @@ class Op(NamedTuple):
 
     view: str
     parts: list[tuple[str, list[Any]]]
-    """Label, and the deltas recorded to that series together; values of `newest` are (ts_ms, value)."""
+    """Label, and the deltas recorded to that series together; values of `newest` are (ts_ms, value).
+
+    Labels of a view with windows are those of `in_window`.
+    """
+
+
+def in_window(label: str, start_ms: int) -> str:
+    """Return how this module writes the label of a series in a window."""
+    return f"{label}@{start_ms}"
 
 
 def stream(name: str, slot: int) -> Iterator[Op]:
@@ -60,6 +72,8 @@ def stream(name: str, slot: int) -> Iterator[Op]:
                 names = rng.sample(range(HOT), rng.randrange(1, HOT))
                 yield Op(view, [(str(n), [rng.randrange(2**40)]) for n in names])
                 continue
+            case "minutes" | "spread":
+                hot, values = in_window(hot, FIRST_MS + rng.randrange(WINDOWS) * WINDOW_S * 1_000), [rng.randrange(1, 2**40)]
             case "low" | "high":
                 values = [(number + slot / SLOTS) * (1 if view == "high" else -1)]
             case _:
@@ -68,13 +82,19 @@ def stream(name: str, slot: int) -> Iterator[Op]:
         yield Op(view, [(hot, values)])
 
 
+def is_windowed(view: str) -> bool:
+    """Return whether a view has windows."""
+    return view in ("minutes", "spread")
+
+
 class Recorder:
     """Makes the calls. Handles of `own`, and now and then all others, are dropped, so that series come and go."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
         self._views: dict[str, Any] = {
-            view: publisher.view(kind, view, labels=LABELS, monotone=view == "up") for view, kind in VIEWS.items()
+            view: publisher.view(kind, view, labels=LABELS, monotone=view == "up", window_s=WINDOW_S * is_windowed(view))
+            for view, kind in VIEWS.items()
         }
         self._cells: dict[Series, Any] = {}
         self._count = 0
@@ -87,6 +107,10 @@ class Recorder:
             self._publisher.record_batch(view, {"name": labels, "value": values})
             return
         [(label, values)] = op.parts
+        ts: dict[str, int] = {}
+        if is_windowed(op.view):
+            label, _, start_ms = label.partition("@")
+            ts = {"ts_ms": int(start_ms) + self._count * 997 % (WINDOW_S * 1_000)}
         cell = view.labels(label) if op.view == "own" else self._cells.setdefault((op.view, label), view.labels(label))
         self._count += 1
         if self._count % 500 == 0:
@@ -96,4 +120,4 @@ class Recorder:
         elif op.view == "newest":
             cell.set(values[0][1], values[0][0])
         else:
-            (cell.add if VIEWS[op.view] == "sum" else cell.observe)(values[0])
+            (cell.add if VIEWS[op.view] == "sum" else cell.observe)(values[0], **ts)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-from pipeline.adapters.http import QueryKeywords
+from pipeline.adapters.read_parameters import QueryKeywords
 from pipeline.core.derive import FUNCTIONS
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
@@ -150,6 +150,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "after",
         "max_staleness_ms",
         "timeout_ms",
+        "cursor",
         "If-None-Match",
     }
     for reference in references(document):
