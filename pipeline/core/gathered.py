@@ -1,4 +1,4 @@
-"""What a server with stores gives to one that merges several: states of groups, with which every answer is exact.
+"""States of groups, which a server with stores gives to one that merges several, so that every answer is exact.
 
 A mean of means, or the largest of the largest ten of each part, would be wrong. So a part of an answer is not an answer: it
 has the merged state of each group, in the encoding of the changelog's entries, and merging goes on where the part left off.

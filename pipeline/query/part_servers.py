@@ -82,14 +82,14 @@ class Gathered(NamedTuple):
         return AsOf(staleness_ms, {str(number): next_offsets[number] for number in sorted(next_offsets)}, self.missing)
 
 
-class _Known:
-    """What is known of one server."""
+class _KnownServer:
+    """Knowledge of one server."""
 
     def __init__(self, server: PartServer) -> None:
         self.server = server
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pipeline-gather")
         self.found: StatesFound | None = None
-        """Its last answer; None: it has given none, or it does not answer any more."""
+        """The last answer of the server; None: it does not answer."""
         self.error = "it has not answered yet"
         self.asked_s = -inf
         self.asking: asyncio.Task[None] | None = None
@@ -103,7 +103,7 @@ class PartServers:
     """Asks servers from one event loop, on which it must be used."""
 
     def __init__(self, servers: Sequence[PartServer], clock: Clock, metrics: Metrics, interval_s: float) -> None:
-        self._known = [_Known(server) for server in servers]
+        self._known = [_KnownServer(server) for server in servers]
         self._clock = clock
         self._metrics = metrics
         self._interval_s = interval_s
@@ -115,7 +115,7 @@ class PartServers:
         """Ask each server again and again which partitions it has."""
         await asyncio.gather(*[self._watch(known) for known in self._known])
 
-    async def _watch(self, known: _Known) -> None:
+    async def _watch(self, known: _KnownServer) -> None:
         failures = Failures(_log, "asking a server", self._metrics)
         while True:
             try:
@@ -124,13 +124,13 @@ class PartServers:
                 failures.note(error)
             await asyncio.sleep(self._interval_s)
 
-    async def _ask_partitions(self, known: _Known) -> None:
+    async def _ask_partitions(self, known: _KnownServer) -> None:
         """Ask a server which partitions it has, or wait for the answer if it is being asked."""
         if known.asking is None or known.asking.done():
             known.asking = asyncio.create_task(self._note_partitions(known))
         await asyncio.shield(known.asking)
 
-    async def _note_partitions(self, known: _Known) -> None:
+    async def _note_partitions(self, known: _KnownServer) -> None:
         known.asked_s = self._clock.monotonic_s()
         was_there = known.found is not None
         try:
@@ -178,10 +178,10 @@ class PartServers:
             found |= {number: known.partitions[number] for number in numbers}
         return dict(sorted(found.items()))
 
-    def _cover(self, numbers: Iterable[int], without: Iterable[_Known]) -> dict[_Known, list[int]]:
+    def _cover(self, numbers: Iterable[int], without: Iterable[_KnownServer]) -> dict[_KnownServer, list[int]]:
         """Return which server to ask for which partitions: the fresher one by whole seconds, of equals the first."""
         candidates = [it for it in self._known if it not in {*without}]
-        cover: dict[_Known, list[int]] = {}
+        cover: dict[_KnownServer, list[int]] = {}
         for number in numbers:
             able = [it for it in candidates if number in it.partitions]
             if able:
@@ -199,7 +199,7 @@ class PartServers:
         one that has the same partitions is asked. Raises `Unavailable` or `NotReady`, naming partitions and servers, if
         partitions are missing all the same and `allow_partial` is False, or if all are.
         """
-        failed: dict[_Known, PipelineError] = {}
+        failed: dict[_KnownServer, PipelineError] = {}
         parts: list[Part] = []
         looked = False
         while True:
@@ -232,7 +232,7 @@ class PartServers:
             raise self._lack(lacking, failed)
         return Gathered(parts, lacking)
 
-    def _lack(self, lacking: Sequence[int], failed: Mapping[_Known, PipelineError]) -> PipelineError:
+    def _lack(self, lacking: Sequence[int], failed: Mapping[_KnownServer, PipelineError]) -> PipelineError:
         """Return the error that names what is missing."""
         reasons = {it.server.url: it.error for it in self._known if it.found is None}
         reasons |= {it.server.url: str(error) for it, error in failed.items()}
@@ -244,11 +244,11 @@ class PartServers:
 
     async def _try(
         self,
-        known: _Known,
+        known: _KnownServer,
         numbers: list[int],
         make: Callable[[list[int], int], StatesAsked],
         deadline_s: float,
-        failed: Iterable[_Known],
+        failed: Iterable[_KnownServer],
     ) -> Part:
         others = {number for it in self._known if it not in {known, *failed} for number in it.partitions}
         left_s = deadline_s - self._clock.monotonic_s()
@@ -261,7 +261,7 @@ class PartServers:
             raise Unavailable(f"{known.server.url}: it has answered for other partitions than {numbers}")
         return part
 
-    async def _ask(self, known: _Known, asked: StatesAsked, timeout_s: float) -> Part:
+    async def _ask(self, known: _KnownServer, asked: StatesAsked, timeout_s: float) -> Part:
         url, deadline_s = known.server.url, self._clock.monotonic_s() + timeout_s
 
         def ask() -> Part:

@@ -242,7 +242,7 @@ TOTAL = Query("hits", (Matcher("n", "=", "a"),))
 
 
 def test_each_partition_counts_once(small: World) -> None:
-    """Of servers that have the same partitions one is asked for each: the fresher one, or of equals the first."""
+    """One of the servers that have a partition is asked for it: the fresher one, or of equals the first."""
     servers = [LocalPart(f"s{index}", small.part(*numbers)) for index, numbers in enumerate([(0, 1, 2), (1, 2, 3), (0, 3)])]
     service = gather_of(servers, small.clock)
     assert gathered(service, TOTAL).value() == 1111
@@ -446,7 +446,7 @@ def test_a_request_for_states_that_makes_no_sense_is_refused(body: bytes) -> Non
 @given(st.binary(max_size=60))
 @settings(max_examples=examples(200), deadline=None)
 def test_bytes_are_states_or_refused(value: bytes) -> None:
-    """Whatever a server sends is a part, or `BadRecord`."""
+    """Bytes of a server are a part, or `BadRecord`."""
     for body in (value, encode_part(StatesAsked(PARTS_VERSION, [0]))[: len(value)] + value):
         with pytest.raises(BadRecord):
             decode_found(body)
