@@ -41,9 +41,8 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.adapters.http import AsyncHttpReader as AsyncReader
-    from pipeline.adapters.http import HttpReader as Reader
     from pipeline.roles.agents import faust_app as faust_app
+    from pipeline.roles.readers import AsyncReader, Reader
 
 __all__ = [
     "AsyncReader",
@@ -70,9 +69,9 @@ def __getattr__(name: str) -> Any:
     `faust_app` is not in `__all__`, because the package can be installed without Faust.
     """
     if name in ("Reader", "AsyncReader"):
-        from pipeline.adapters.http import AsyncHttpReader, HttpReader
+        from pipeline.roles.readers import AsyncReader, Reader
 
-        globals().update(Reader=HttpReader, AsyncReader=AsyncHttpReader)
+        globals().update(Reader=Reader, AsyncReader=AsyncReader)
         return globals()[name]
     if name != "faust_app":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

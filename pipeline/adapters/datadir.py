@@ -24,20 +24,27 @@ _APP = "APP"
 class DataDir:
     """A locked state folder. The lock is held from `__init__` to `close`, or to the death of the process.
 
-    Without `with_log` the folder holds only stores of `app`, whose log is on a broker. Raises `Unavailable` if another
-    process holds the lock or the disk is full, `Invalid` if the folder can't be a state folder or belongs to another app.
+    Without `with_log` the folder holds only stores of `app`, whose log is on a broker. With `read_only` it must be there,
+    nothing in it is changed, and others may hold it so, too. Raises `Unavailable` if another process holds the lock or the
+    disk is full, `Invalid` if the folder can't be a state folder or belongs to another app.
     """
 
-    def __init__(self, path: str | Path, *, with_log: bool = True, app: str = "") -> None:
+    def __init__(self, path: str | Path, *, with_log: bool = True, app: str = "", read_only: bool = False) -> None:
         self.path = Path(path).expanduser().absolute()
         self._with_log = with_log
         self._lock = -1
         try:
-            make_private(self.path)
-            self._lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if read_only and not (self.path / "VERSION").is_file():
+                raise Invalid(f"{self.path} is not a data directory")
+            if not read_only:
+                make_private(self.path)
+            flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+            self._lock = os.open(self.path / "LOCK", flags | os.O_CLOEXEC, 0o644)
             _open.add(self)
-            self._take()
+            self._take(fcntl.LOCK_SH if read_only else fcntl.LOCK_EX)
             self._check_version()
+            if read_only:
+                return
             if app:
                 self.check_app(app)
                 if not (self.path / _APP).exists():
@@ -51,9 +58,9 @@ class DataDir:
             self.close()
             raise
 
-    def _take(self) -> None:
+    def _take(self, how: int) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.read(self._lock, 32).decode("ascii", "replace").strip()
             raise Unavailable(f"data directory {self.path} is in use by process {owner or '(unknown)'}") from None

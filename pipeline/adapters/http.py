@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http_client import HttpClient, error_of, is_ours
+from pipeline.adapters.http_client import Client, HttpClient, error_of, is_ours
 from pipeline.adapters.read_parameters import QueryKeywords, json_query, view_path
 from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
@@ -191,8 +191,12 @@ class HttpReader:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._client = HttpClient(url, clock or SystemClock())
+        self._client = self._connect(url, clock or SystemClock())
         self._timeout_s = timeout_s
+
+    @staticmethod
+    def _connect(url: str, clock: Clock) -> Client:
+        return HttpClient(url, clock)
 
     def get(
         self,
@@ -210,6 +214,7 @@ class HttpReader:
         at: Time | None = None,
         step: Length | None = None,
         over: Length | None = None,
+        compare: Length | None = None,
         fill: str | None = None,
         fn: str | None = None,
         q: Sequence[float] | float | None = None,
@@ -228,7 +233,8 @@ class HttpReader:
         A view with windows answers with points of a range. `start`, `end`, `at`: ms since 1970, a datetime with its zone, or
         RFC 3339; without `end` the range ends now, without `start` 60 steps before, and `at` is the end of a single step.
         `step`, `over`: distance of points, and length of what each covers: seconds, a timedelta, or a text such as `5m`.
-        `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`.
+        `fill`: `null`, `zero` or `previous` for points without data. `fn`: a function of points, such as `rate`. `compare`:
+        the same range so much earlier, in `compare` of each series.
 
         `q`: quantiles of a histogram, such as 0.95, in `quantiles` of each value; `top` and `bottom` order by the first of
         them, or by count.
@@ -249,6 +255,7 @@ class HttpReader:
             at=at,
             step=step,
             over=over,
+            compare=compare,
             fill=fill,
             fn=fn,
             q=q,
@@ -374,8 +381,10 @@ class AsyncHttpReader:
     As many calls run at once as the loop's default executor has threads. Raises as a `Reader` does.
     """
 
+    reader_type: ClassVar[type[HttpReader]] = HttpReader
+
     def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._reader = HttpReader(url, timeout_s=timeout_s, clock=clock)
+        self._reader = self.reader_type(url, timeout_s=timeout_s, clock=clock)
 
     async def get(
         self,

@@ -15,6 +15,7 @@ from http.client import (
     IncompleteRead,
     RemoteDisconnected,
 )
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -40,6 +41,29 @@ class _Problem(msgspec.Struct):
     title: str = ""
     detail: str = ""
     groups: list[_WrongGroup] = []
+
+
+class Client(Protocol):
+    """A server, or what stands for one, as readers ask it."""
+
+    url: str
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout_s: float,
+        body: bytes | None = None,
+        content_type: str = "",
+        more_headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        """Return status and body of the answer; `Unavailable` if there is none in time."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is open."""
+        ...
 
 
 class HttpClient:

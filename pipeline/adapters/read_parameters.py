@@ -36,6 +36,7 @@ class QueryKeywords(TypedDict, total=False):
     at: Time | None
     step: Length | None
     over: Length | None
+    compare: Length | None
     fill: str | None
     fn: str | None
     q: Sequence[float] | float | None
@@ -54,7 +55,7 @@ def _parameters(options: Mapping[str, Any]) -> dict[str, list[Any]]:
             found[name] = [*value] if several else [value]
         elif name in ("start", "end", "at"):
             found[name] = [time_ms(name, value)]
-        elif name in ("step", "over"):
+        elif name in ("step", "over", "compare"):
             found[name] = [length_text(length_ms(name, value))]
         else:
             found[name] = [value]

@@ -18,6 +18,7 @@ from functools import cache
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from types import TracebackType
 from typing import Any, Protocol
@@ -107,14 +108,16 @@ class TranslatedErrors:
 
 
 def open_db(path: Path, options: Options, translated: TranslatedErrors, *, read_only: bool = False) -> Any:
-    """Open or create a RocksDB. With `read_only` raise `NotFound` if there is none; only RocksDB's own log is written."""
+    """Open or create a RocksDB. With `read_only` raise `NotFound` if there is none; nothing in its folder changes."""
     with translated:
         if not read_only:
             path.mkdir(parents=True, exist_ok=True)
             return Rdict(str(path), options)
         if not path.is_dir() or not any(path.iterdir()):
             raise NotFound(f"{translated.what} does not exist")
-        return Rdict(str(path), options, access_type=AccessType.read_only())
+        with TemporaryDirectory(prefix="pipeline-") as logs:  # of the log that RocksDB keeps of itself; it goes on unlinked
+            options.set_db_log_dir(logs)
+            return Rdict(str(path), options, access_type=AccessType.read_only())
 
 
 class Owner(Protocol):
@@ -326,7 +329,7 @@ class RocksStore:
 class RocksStores:
     """A `ports.Stores` with one RocksDB for each partition and one memory budget for all.
 
-    With `read_only`, `open` raises `NotFound` if there is no store, and only RocksDB's own log file is written.
+    With `read_only`, `open` raises `NotFound` if there is no store, and nothing changes.
     """
 
     def __init__(self, path: Path, settings: LogSettings, *, read_only: bool = False) -> None:

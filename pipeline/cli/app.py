@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.dashboards import dashboards
 from pipeline.cli.dead_letters import dead_letters
 from pipeline.cli.docs import docs
 from pipeline.cli.get import get
@@ -416,6 +417,7 @@ app.add_typer(views, name="views", help="List, drop or reset views.")
 app.add_typer(inspect, name="inspect", help="Print what is in the log or a store, record by record.")
 app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
 app.add_typer(dead_letters, name="dead-letters", help="List, show or replay what was refused when it was folded.")
+app.add_typer(dashboards, name="dashboards", help="Write dashboards for Grafana, and alerts for Prometheus.")
 app.add_typer(spool, name="spool", help="Show what publishers left on disk, or send it.")
 
 

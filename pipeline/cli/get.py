@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import DEFAULT_URL, From, Json
+from pipeline.cli.options import DEFAULT_URL, Json, ReadFrom
 
 Where = Annotated[
     list[str] | None,
@@ -26,6 +26,10 @@ Step = Annotated[
 Over = Annotated[
     str | None, typer.Option(metavar="LENGTH", help="What each point covers, at least the step. Default: the step.")
 ]
+Compare = Annotated[
+    str | None,
+    typer.Option(metavar="LENGTH", help="The same range so much earlier beside it: 1d, a multiple of the window."),
+]
 Fill = Annotated[str | None, typer.Option(metavar="HOW", help="Points without data: null, zero or previous. Default: none.")]
 
 
@@ -33,7 +37,7 @@ def get(
     view: Annotated[
         str | None, typer.Argument(metavar="[VIEW]", help="Name of the view; without it, all are listed.")
     ] = None,
-    url: From = DEFAULT_URL,
+    url: ReadFrom = DEFAULT_URL,
     where: Where = None,
     by: By = None,
     total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,
@@ -51,6 +55,7 @@ def get(
     at: Annotated[str | None, typer.Option(metavar="TIME", help="One step that ends then.")] = None,
     step: Step = None,
     over: Over = None,
+    compare: Compare = None,
     fill: Fill = None,
     fn: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of sums: rate, delta, avg, cumulative or share in place of values.")
@@ -83,7 +88,7 @@ def get(
 
     options: dict[str, Any] = {"kind": kind, "window_s": window_s, "top": top, "bottom": bottom, "limit": limit}
     options |= {"start": start, "end": end, "after": after}
-    options |= {"at": at, "step": step, "over": over, "fill": fill, "fn": fn, "timeout_ms": timeout_ms}
+    options |= {"at": at, "step": step, "over": over, "compare": compare, "fill": fill, "fn": fn, "timeout_ms": timeout_ms}
     options |= {"max_staleness_ms": max_staleness_ms, "q": q or None}
     if json and csv:
         raise typer.BadParameter("--json or --csv: one of them")

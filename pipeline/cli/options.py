@@ -23,6 +23,12 @@ To = Annotated[
     typer.Option("--to", metavar="URL", help="Where deltas go: http://host:port, kafka://host:port[/app] or embedded:DIR."),
 ]
 From = Annotated[str, typer.Option("--from", metavar="URL", help="Where to read: http://host:port.")]
+ReadFrom = Annotated[
+    str,
+    typer.Option(
+        "--from", metavar="URL", help="Where to read: http://host:port, or embedded:DIR of a `pipeline up` that was stopped."
+    ),
+]
 StatusFrom = Annotated[
     str, typer.Option("--from", metavar="URL", help="Which process: http://host:port; or all: kafka://host:port[/app].")
 ]

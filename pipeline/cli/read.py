@@ -9,7 +9,6 @@ import msgspec
 from msgspec.structs import replace
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http import HttpReader as Reader
 from pipeline.adapters.read_parameters import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
@@ -18,6 +17,7 @@ from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
 from pipeline.errors import Invalid
 from pipeline.query.media import CSV, to_csv
+from pipeline.roles.readers import Reader
 
 _BARS_MAX = 60
 _PAGE_SIZE = 10_000
@@ -116,14 +116,17 @@ def _cells(answer: Answer, value: Any) -> dict[str, Any]:
 def _points(answer: Answer) -> TextTable:
     """Return on a terminal a row for each series, with bars; elsewhere a row for each point."""
     what = answer.fn or answer.kind
+    compared = answer.compare_ms is not None
+    earlier = [f"{length_text(answer.compare_ms)} before"] if answer.compare_ms is not None else []
     if not console.out.is_terminal:
-        table = TextTable(*_names(answer), "start", right=(what,))
+        table = TextTable(*_names(answer), "start", right=(what, *earlier))
         for series in answer:
             cells = [*map(console.printable, series.labels.values())]
-            for start_ms, value in series.points:
-                table.add_row(*cells, time_text(start_ms), _shown(value))
+            for i, (start_ms, value) in enumerate(series.points):
+                before = [_shown(series.compare[i][1])] if compared else []
+                table.add_row(*cells, time_text(start_ms), _shown(value), *before)
         return table
-    table = TextTable(*_names(answer), "points", right=("least", "most", "newest"))
+    table = TextTable(*_names(answer), "points", right=("least", "most", "newest", *earlier))
     starts = range(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms or 1)
     for series in answer:
         by_end = {start_ms + (answer.over_ms or 0) - (answer.step_ms or 0): value for start_ms, value in series.points}
@@ -132,7 +135,8 @@ def _points(answer: Answer) -> TextTable:
         extremes = (_shown(min(numbers)), _shown(max(numbers))) if numbers else ("", "")
         newest = _shown(series.points[-1][1]) if series.points else ""
         bars = sparkline([drawn.get(start_ms) for start_ms in starts], _BARS_MAX)
-        table.add_row(*map(console.printable, series.labels.values()), bars, *extremes, newest)
+        before = [_shown(series.compare[-1][1]) if series.compare else ""] if compared else []
+        table.add_row(*map(console.printable, series.labels.values()), bars, *extremes, newest, *before)
     return table
 
 

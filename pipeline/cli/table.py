@@ -11,9 +11,9 @@ from rich import table
 from rich.cells import cell_len
 from rich.text import Text
 
-from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
 from pipeline.errors import Unavailable
+from pipeline.roles.readers import Reader
 
 T = TypeVar("T")
 

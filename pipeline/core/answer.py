@@ -34,6 +34,8 @@ class Series(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Left out where there are points."""
     points: list[Point] = []
     """Start of what each point covers, in ms since 1970, and its value; in the order of time."""
+    compare: list[Point] = []
+    """Points of the earlier range, if one was asked for: as many as `points`, each `compare_ms` before its neighbour."""
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -58,6 +60,8 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Distance of points."""
     over_ms: int | None = None
     """Length of what each point covers."""
+    compare_ms: int | None = None
+    """Distance to the earlier range that `compare` of each series is of."""
     fn: str | None = None
     """Function that made the points of the view's values."""
     final_before_ms: int | None = None

@@ -40,6 +40,8 @@ class AskedRange(msgspec.Struct, frozen=True):
     """Length of what each point covers; None: the step."""
     fill: str | None = None
     """One of `FILLS`; None: points without data are left out."""
+    compare_ms: int | None = None
+    """Distance to the earlier range that stands beside this one; None: there is none."""
 
 
 NO_RANGE = AskedRange()
@@ -78,6 +80,10 @@ class Span(msgspec.Struct, frozen=True):
         """Number of buckets of a step."""
         return self.step_ms // self.bucket_ms
 
+    def earlier(self, by_ms: int) -> Span:
+        """Return the range that is so much earlier."""
+        return Span(self.start_ms - by_ms, self.end_ms - by_ms, self.step_ms, self.over_ms)
+
     def bucket(self, window_start_ms: int) -> int:
         """Return the index of the bucket that a window is in; the first point begins with bucket 0."""
         return (window_start_ms - self.covered_ms) // self.bucket_ms
@@ -91,7 +97,7 @@ class Span(msgspec.Struct, frozen=True):
         return range(self.covered_ms, self.covered_ms + self.point_count * self.step_ms, self.step_ms)
 
 
-def _multiple_ms(name: str, length_ms: int, window_ms: int) -> int:
+def multiple_ms(name: str, length_ms: int, window_ms: int) -> int:
     """Return a length that is a multiple of the window. Raises `Invalid`, naming the nearest multiple, if it is none."""
     if length_ms % window_ms:
         nearest = max(1, (2 * length_ms + window_ms) // (2 * window_ms)) * window_ms
@@ -108,10 +114,10 @@ def span_of(asked: AskedRange, *, window_ms: int, now_ms: int, points_max: int) 
     Raises `Invalid` if its parts do not fit to each other or to the window, or if it has over `points_max` points.
     """
     if asked.step_ms is None and asked.over_ms is not None and asked.at_ms is not None and asked.start_ms is None:
-        step_ms = _multiple_ms("over", asked.over_ms, window_ms)  # one point, which covers all of it
+        step_ms = multiple_ms("over", asked.over_ms, window_ms)  # one point, which covers all of it
     else:
-        step_ms = window_ms if asked.step_ms is None else _multiple_ms("step", asked.step_ms, window_ms)
-    over_ms = step_ms if asked.over_ms is None else _multiple_ms("over", asked.over_ms, window_ms)
+        step_ms = window_ms if asked.step_ms is None else multiple_ms("step", asked.step_ms, window_ms)
+    over_ms = step_ms if asked.over_ms is None else multiple_ms("over", asked.over_ms, window_ms)
     if over_ms < step_ms:
         raise Invalid(f"over: {length_text(over_ms)} is shorter than the step of {length_text(step_ms)}")
     if asked.at_ms is not None and asked.end_ms is not None:
@@ -209,6 +215,6 @@ def check_range(asked: AskedRange) -> None:
     for name, ms in (("start", asked.start_ms), ("end", asked.end_ms), ("at", asked.at_ms)):
         if ms is not None and not 0 <= ms <= TIME_MS_MAX:
             raise Invalid(f"{name}: a time from 1970 to the year 9999 is needed, got {ms}")
-    for name, ms in (("step", asked.step_ms), ("over", asked.over_ms)):
+    for name, ms in (("step", asked.step_ms), ("over", asked.over_ms), ("compare", asked.compare_ms)):
         if ms is not None and not 0 < ms <= TIME_MS_MAX:
             raise Invalid(f"{name}: a length above 0 is needed")

@@ -39,22 +39,35 @@ class AnswerColumns(NamedTuple):
     value: str
     """Name of the column of values."""
     values: list[Any]
+    compare: str | None = None
+    """Name of the column of the earlier range's values; None: none was asked for."""
+    compares: Sequence[Any] = ()
+
+    def measures(self) -> list[tuple[str, Sequence[Any]]]:
+        """Return the columns of values, each with its name."""
+        return [(self.value, self.values), *([] if self.compare is None else [(self.compare, self.compares)])]
 
 
 def columns(answer: Answer) -> AnswerColumns:
-    """Return the rows of an answer. Columns of starts and values get a `_` behind their name while a label has that name."""
+    """Return the rows of an answer. A column that is no label gets a `_` behind its name while a label has that name."""
     names = [*answer.series[0].labels] if answer.series else [*(answer.by or ())]
-    value, start = "value", "start"
-    while value in names:
-        value += "_"
-    while start in names:
-        start += "_"
+    value, start, compare = [_free(name, names) for name in ("value", "start", "compare")]
     if answer.step_ms is None:
         labels = {name: [series.labels[name] for series in answer] for name in names}
         return AnswerColumns(labels, None, [], value, [series.value for series in answer])
     rows = [(series.labels, point) for series in answer for point in series.points]
     labels = {name: [of[name] for of, _ in rows] for name in names}
-    return AnswerColumns(labels, start, [point[0] for _, point in rows], value, [point[1] for _, point in rows])
+    starts, values = [point[0] for _, point in rows], [point[1] for _, point in rows]
+    if answer.compare_ms is None:
+        return AnswerColumns(labels, start, starts, value, values)
+    compares = [before for series in answer for _, before in series.compare]
+    return AnswerColumns(labels, start, starts, value, values, compare, compares)
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def value_text(value: Any) -> str:
@@ -97,12 +110,15 @@ def to_html(answer: Answer) -> str:
     names = [*answer.series[0].labels] if answer.series else [*(answer.by or ())]
     windowed = answer.step_ms is not None
     head = [*names, answer.fn or answer.kind, *(["points"] if windowed else [])]
+    head += [] if answer.compare_ms is None else ["compare", "points"]
     rows = []
     for series in answer.series[:HTML_ROWS_MAX]:
         cells = [*series.labels.values()]
         if windowed:
-            values = [value for _, value in series.points]
-            cells += [value_text(values[-1]) if values else "", sparkline([number_of(answer, it) for it in values], 60)]
+            for points in (series.points, series.compare)[: 1 if answer.compare_ms is None else 2]:
+                values = [value for _, value in points]
+                bars = sparkline([number_of(answer, it) for it in values], 60)
+                cells += [value_text(values[-1]) if values else "", bars]
         else:
             cells.append(value_text(series.value))
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
@@ -117,7 +133,7 @@ def to_html(answer: Answer) -> str:
     )
 
 
-def _shape(values: list[Any]) -> str:
+def _shape(values: Sequence[Any]) -> str:
     """Return what all values, but for null, have in common: `null`, `bool`, `int`, `long`, `float`, `text` or `other`."""
     there = [value for value in values if value is not None]
     types = set(map(type, there))
@@ -135,11 +151,11 @@ def _shape(values: list[Any]) -> str:
     return {bool: "bool", str: "text"}.get(types.pop(), "other") if len(types) == 1 else "other"
 
 
-def _digits(values: list[Any]) -> int:
+def _digits(values: Sequence[Any]) -> int:
     return max(len(str(abs(value))) for value in values if value is not None)
 
 
-def _texts(values: list[Any]) -> list[str | None]:
+def _texts(values: Sequence[Any]) -> list[str | None]:
     return [None if value is None else _encode(value).decode() for value in values]
 
 
@@ -157,7 +173,13 @@ def to_arrow(answer: Answer) -> Any:
     found = {name: pa.array(values, pa.string()) for name, values in it.labels.items()}
     if it.start is not None:
         found[it.start] = pa.array(it.starts, pa.timestamp("ms", "UTC"))
-    shape, values = _shape(it.values), it.values
+    for name, column in it.measures():
+        found[name] = _arrow_array(pa, column)
+    return pa.table(found)
+
+
+def _arrow_array(pa: Any, values: Sequence[Any]) -> Any:
+    shape = _shape(values)
     kinds = {"null": pa.null(), "bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
     if shape == "long":
         short = _digits(values) <= _DECIMAL128_DIGITS
@@ -167,8 +189,7 @@ def to_arrow(answer: Answer) -> Any:
         values = [None if value is None else float(value) for value in values]
     elif shape == "other":
         values = _texts(values)
-    found[it.value] = pa.array(values, kinds.get(shape, pa.string()))
-    return pa.table(found)
+    return pa.array(values, kinds.get(shape, pa.string()))
 
 
 def to_arrow_stream(answer: Answer) -> bytes:
@@ -189,15 +210,20 @@ def to_pandas(answer: Answer) -> Any:
         found[it.start] = pd.to_datetime(pd.Series(it.starts, dtype="int64"), unit="ms", utc=True).astype(
             "datetime64[ms, UTC]"
         )
-    whole = None not in it.values
+    for name, values in it.measures():
+        found[name] = _pandas_series(pd, values)
+    return pd.DataFrame(found)
+
+
+def _pandas_series(pd: Any, values: Sequence[Any]) -> Any:
+    whole = None not in values
     types = {
         "bool": "bool" if whole else "boolean",
         "int": "int64" if whole else "Int64",
         "float": "float64",
         "text": "str" if whole else "object",
     }
-    found[it.value] = pd.Series(it.values, dtype=types.get(_shape(it.values), "object"))
-    return pd.DataFrame(found)
+    return pd.Series([*values], dtype=types.get(_shape(values), "object"))
 
 
 def to_polars(answer: Answer) -> Any:
@@ -207,7 +233,12 @@ def to_polars(answer: Answer) -> Any:
     found = [pl.Series(name, values, pl.String) for name, values in it.labels.items()]
     if it.start is not None:
         found.append(pl.Series(it.start, it.starts, pl.Int64).cast(pl.Datetime("ms", "UTC")))
-    shape, values = _shape(it.values), it.values
+    found += [_polars_series(pl, name, values) for name, values in it.measures()]
+    return pl.DataFrame(found)
+
+
+def _polars_series(pl: Any, name: str, values: Sequence[Any]) -> Any:
+    shape = _shape(values)
     kinds = {"null": pl.Null, "bool": pl.Boolean, "int": pl.Int64, "float": pl.Float64}
     if shape == "long" and _digits(values) <= _DECIMAL128_DIGITS:
         kinds["long"] = pl.Decimal(_DECIMAL128_DIGITS, 0)
@@ -216,5 +247,4 @@ def to_polars(answer: Answer) -> Any:
         values = [None if value is None else float(value) for value in values]
     elif shape in ("long", "other"):
         values = _texts(values)
-    found.append(pl.Series(it.value, values, kinds.get(shape, pl.String)))
-    return pl.DataFrame(found)
+    return pl.Series(name, values, kinds.get(shape, pl.String))

@@ -138,18 +138,24 @@ def to_csv(answer: Answer) -> bytes:
     out = io.StringIO()
     write = csv.writer(out)
     starts = [] if it.start is None else [f"{it.start}_ms"]
-    write.writerow([*it.labels, *starts, it.value])
+    write.writerow([*it.labels, *starts, *(name for name, _ in it.measures())])
     cells: list[list[Any]] = [*it.labels.values()]
     if it.start is not None:
         cells.append(it.starts)
-    write.writerows(zip(*cells, map(value_text, it.values), strict=True))
+    write.writerows(zip(*cells, *(map(value_text, values) for _, values in it.measures()), strict=True))
     return out.getvalue().encode()
 
 
 def to_ndjson(answer: Answer) -> bytes:
-    """Return the rows as JSON objects, one a line: `labels`, `start_ms` where there are points, and `value`."""
+    """Return the rows as JSON objects, one a line: `labels`, `start_ms` where there are points, `value`, and `compare`."""
     if answer.step_ms is None:
         lines = [_encode({"labels": series.labels, "value": series.value}) for series in answer]
+    elif answer.compare_ms is not None:
+        lines = [
+            _encode({"labels": series.labels, "start_ms": start_ms, "value": value, "compare": before})
+            for series in answer
+            for (start_ms, value), (_, before) in zip(series.points, series.compare, strict=True)
+        ]
     else:
         lines = [
             _encode({"labels": series.labels, "start_ms": start_ms, "value": value})

@@ -27,7 +27,7 @@ from pipeline.settings import QuerySettings
 
 QUERY_BYTES_MAX = 60_000
 _TIMES = ("start", "end", "at")
-_LENGTHS = ("step", "over")
+_LENGTHS = ("step", "over", "compare")
 _RANGE = (*_TIMES, *_LENGTHS, "fill")
 WAITS = ("after", "max_staleness_ms", "timeout_ms")
 PER_QUERY = ("kind", "window_s", "top", "bottom", "limit", *_RANGE, "fn")

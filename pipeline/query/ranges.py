@@ -15,7 +15,8 @@ from pipeline.core.derive import check_function, derived, totals
 from pipeline.core.kinds import KINDS, State
 from pipeline.core.query import Labels, MergedDefinition, Query, TopN, fold
 from pipeline.core.record import WINDOW_NONE, Definition, series_prefix, window_bytes
-from pipeline.core.span import NO_RANGE, Point, check_range, filled, merge_points, span_of
+from pipeline.core.span import NO_RANGE, AskedRange, Point, check_range, filled, merge_points, multiple_ms, span_of
+from pipeline.core.times import length_text, time_text
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
 
@@ -26,7 +27,8 @@ _CHECK_EVERY = 256
 def check_unwindowed(query: Query) -> None:
     """Raise `Invalid` if a read of a view without windows asks for a range."""
     if query.fn is not None or (query.range is not NO_RANGE and query.range != NO_RANGE):
-        raise Invalid(f"view {query.view} has no windows: start, end, at, step, over, fill and fn are for views that have")
+        names = "start, end, at, step, over, fill, compare and fn"
+        raise Invalid(f"view {query.view} has no windows: {names} are for views that have")
 
 
 def expired_before(entries: Iterable[DefinitionEntry]) -> dict[Definition, int]:
@@ -35,6 +37,10 @@ def expired_before(entries: Iterable[DefinitionEntry]) -> dict[Definition, int]:
     for entry in entries:
         found[entry.definition] = max(entry.expired_before_ms, found.get(entry.definition, 0))
     return found
+
+
+Buckets = Sequence[tuple[int, State]]
+"""Index and state of each bucket of a series that has data."""
 
 
 class Points:
@@ -56,12 +62,24 @@ class Points:
             raise Invalid(
                 f"fill=zero: a {definition.kind} of nothing is not 0; fill=null and fill=previous are for every kind"
             )
+        self.earlier = None if query.range.compare_ms is None else self._earlier(query.range.compare_ms)
+        """Points of the range that is shown beside this one."""
         self._expired: Mapping[Definition, int] = {}
         self._groups: dict[tuple[int, Labels], State] = {}
+
+    def _earlier(self, compare_ms: int) -> Points:
+        span = self.span.earlier(multiple_ms("compare", compare_ms, self._window_ms))
+        if span.start_ms < 0:
+            raise Invalid(f"compare: {length_text(compare_ms)} before {time_text(self.span.start_ms)} is before 1970")
+        fill = self._query.range.fill
+        asked = AskedRange(span.start_ms, span.end_ms, step_ms=span.step_ms, over_ms=span.over_ms, fill=fill)
+        return Points(msgspec.structs.replace(self._query, range=asked), self._merged, self._settings, span.end_ms)
 
     def hide_expired(self, expired: Mapping[Definition, int]) -> None:
         """Leave out windows that start before these times; call this before entries are added."""
         self._expired = expired
+        if self.earlier is not None:
+            self.earlier.hide_expired(expired)
 
     @property
     def expired_before_ms(self) -> int:
@@ -117,27 +135,54 @@ class Points:
         """Return the fields of an `Answer` that describe its range."""
         return {
             **msgspec.structs.asdict(self.span),
+            "compare_ms": self._query.range.compare_ms,
             "fn": self._query.fn,
             "expired_before_ms": self.expired_before_ms or None,
         }
 
     def series(self, names: Sequence[str], check: Callable[[], None]) -> tuple[list[Series], int]:
         """Return the series that the read selects, in their order, and how many there are. `check` may raise."""
+        found = self._found()
+        before = {} if self.earlier is None else self.earlier._found()
+        chosen = self._chosen(found, before)
+        built = self._count_built(found, chosen)
+        if self.earlier is not None:  # both sides have a point wherever one of them has
+            built += self.earlier._count_built(before, chosen)
+            built = 2 * min(built, self.span.point_count * len(chosen))
+        self._check_count(built)
+        total = self._totals(found, check)
+        total_before = {} if self.earlier is None else self.earlier._totals(before, check)
+        series = []
+        for labels in self._checked(chosen, check):
+            points = self._points(found.get(labels, ()), total)
+            compare: list[Point] = []
+            if self.earlier is not None:
+                points, compare = self._beside(points, self.earlier._points(before.get(labels, ()), total_before))
+            series.append(Series(dict(zip(names, labels, strict=True)), points=points, compare=compare))
+        return series, len(found.keys() | before.keys())
+
+    def _found(self) -> dict[Labels, Buckets]:
+        """Return the buckets of each series, in their order."""
         found: dict[Labels, list[tuple[int, State]]] = {}
         for (bucket, labels), state in self._groups.items():
             found.setdefault(labels, []).append((bucket, state))
         for buckets in found.values():
             buckets.sort(key=itemgetter(0))  # partition after partition, they were in order
-        chosen = self._chosen(found)
-        self._check_built(found, chosen)
-        total = {}
-        if self._query.fn == "share":
-            total = totals([self._values(found[labels]) for labels in self._checked(found, check)])
-        series = [
-            Series(dict(zip(names, labels, strict=True)), points=self._points(found[labels], total))
-            for labels in self._checked(chosen, check)
-        ]
-        return series, len(found)
+        return {**found}
+
+    def _totals(self, found: Mapping[Labels, Buckets], check: Callable[[], None]) -> Mapping[int, Any]:
+        """Return the total of all series at each point, if the function of the read needs it."""
+        if self._query.fn != "share":
+            return {}
+        return totals([self._values(found[labels]) for labels in self._checked(found, check)])
+
+    def _beside(self, points: Sequence[Point], earlier: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+        """Return points of both ranges at the same places: wherever one of them has a point, the other has null at least."""
+        starts, by_ms = self.span.starts(), self._query.range.compare_ms or 0
+        now = dict(points)
+        before = {start_ms + by_ms: value for start_ms, value in earlier}
+        there = [it for it in starts if it in now or it in before]
+        return [(it, now.get(it)) for it in there], [(it - by_ms, before.get(it)) for it in there]
 
     def _checked(self, labels: Iterable[Labels], check: Callable[[], None]) -> Iterable[Labels]:
         for i, it in enumerate(labels):
@@ -145,28 +190,29 @@ class Points:
                 check()
             yield it
 
-    def _chosen(self, found: Mapping[Labels, list[tuple[int, State]]]) -> Sequence[Labels]:
+    def _chosen(self, found: Mapping[Labels, Buckets], before: Mapping[Labels, Buckets]) -> Sequence[Labels]:
+        """Return the series that the read selects; where they are ranked, those of the earlier range only come last."""
         query = self._query
         if query.top is None and query.bottom is None:
-            return sorted(found)[: query.limit]
+            return sorted(found.keys() | before.keys())[: query.limit]
         choice = TopN(self._kind, query)
         choice.offer({labels: reduce(self._kind.merge, [it for _, it in buckets]) for labels, buckets in found.items()})
-        return choice.selected().labels
+        most = min(query.limit, query.top or query.bottom or 0)
+        return [*choice.selected().labels, *sorted(before.keys() - found.keys())][:most]
 
-    def _check_built(self, found: Mapping[Labels, list[tuple[int, State]]], chosen: Sequence[Labels]) -> None:
-        """Raise `Invalid` if the chosen series can have too many points: counted before any is built."""
+    def _count_built(self, found: Mapping[Labels, Buckets], chosen: Sequence[Labels]) -> int:
+        """Return how many points the chosen series can have: counted before any is built."""
         count, span = self.span.point_count, self.span
         if self._query.range.fill is not None or self._query.fn in ("cumulative", "share"):
-            self._check_count(count * len(chosen))
-        else:
-            each = -(-span.point_buckets // span.step_buckets) + (self._query.fn == "delta")
-            self._check_count(sum(min(count, each * len(found[labels])) for labels in chosen))
+            return count * len(chosen)
+        each = -(-span.point_buckets // span.step_buckets) + (self._query.fn == "delta")
+        return sum(min(count, each * len(found.get(labels, ()))) for labels in chosen)
 
-    def _values(self, buckets: Sequence[tuple[int, State]]) -> dict[int, Any]:
+    def _values(self, buckets: Buckets) -> dict[int, Any]:
         answer = self._answer
         return {i: answer(state) for i, state in merge_points(self.span, buckets, self._kind.merge)}
 
-    def _points(self, buckets: Sequence[tuple[int, State]], total: Mapping[int, Any]) -> list[Point]:
+    def _points(self, buckets: Buckets, total: Mapping[int, Any]) -> list[Point]:
         values: Mapping[int, Any] = self._values(buckets)
         if self._query.fn is not None:
             values = derived(self._query.fn, dict(values), self.span, window_ms=self._window_ms, total=total)

@@ -190,7 +190,7 @@ class ViewReader:
                 plan = self._plans.get(shape(query)) or self._load_plan(query)
             except NotFound:
                 return None  # `read` knows which views there are
-            if pinned_labels(plan.merged.definition, query.where) is None:
+            if pinned_labels(plan.merged.definition, query.where) is None or query.range.compare_ms is not None:
                 return None
             points = self._new_points(query, plan.merged, now_ms)
             if self._key_count(query, plan, points) > keys_max:
@@ -321,13 +321,14 @@ class ViewReader:
             return FoundAnswer(answer_of(query, plan.merged, selected, as_of), heads.positions)
         points.hide_expired(expired_before(heads.entries))
         tests = self._tests(plan.merged.definition, query, check)
-        scan_windows(query, plan.merged, points, cut.snapshots, tests, check)
+        for it in filter(None, (points, points.earlier)):
+            scan_windows(query, plan.merged, it, cut.snapshots, tests, check)
         return self._points_found(query, plan.merged, points, heads.positions, cut.seen, check)
 
     @staticmethod
     def _key_count(query: Query, plan: ReadPlan, points: Points | None) -> float:
         """Return how many keys of all partitions hold the answer; infinity if `where` does not pin every label."""
-        if pinned_labels(plan.merged.definition, query.where) is None:
+        if pinned_labels(plan.merged.definition, query.where) is None or query.range.compare_ms is not None:
             return inf
         return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
 

@@ -166,6 +166,10 @@ def test_points_in_a_pipe(here: Here, server: UpProcess, token: str) -> None:
     assert table(here, server, "hits", *RANGE, "--fill", "zero", "--fn", "rate", "--by", "path")[6] == [
         "/", "2023-11-14T22:19:00Z", "0",
     ]  # fmt: skip
+    compared = ("--step", "5m", "--total", "--compare", "5m")
+    assert table(here, server, "hits", *RANGE, *compared) == [
+        ["start", "sum", "5m", "before"], ["2023-11-14T22:14:00Z", "20", "null"], ["2023-11-14T22:19:00Z", "60", "20"],
+    ]  # fmt: skip
     last = here("get", "hits", "--last", "2h", "--step", "1h", "--json", "--from", server.url)
     found = json.loads(last.stdout)
     assert found["step_ms"] == 3_600_000

@@ -16,6 +16,7 @@ CHECKED = {
     "pipeline/cli/demo.py": "the demo: its threads report what they fail with",
     "pipeline/roles/service.py": "guarded: says that the role is ready",
     "pipeline/roles/statsd.py": "guarded: HTTP beside the sockets",
+    "pipeline/roles/stopped.py": "guarded: the loop of a reader, whose calls say when it has ended",
     "pipeline/roles/supervisor.py": "reads standard input, and ends the process",
     "pipeline/roles/overview.py": "one question a member: what it fails with is the answer",
     "pipeline/publisher/async_flush.py": "flushes for coroutines, which raise what it fails with",

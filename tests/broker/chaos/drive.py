@@ -19,6 +19,7 @@ from tests.broker.chaos.load import LABELS, VIEW, Again, Load
 from tests.broker.chaos.others import EXTRA, LIMIT, READ_MS, Opinions, Orders
 from tests.broker.chaos.stranger import Place, Stranger
 from tests.broker.chaos.watch import Board, Commits, Problems, Reads
+from tests.broker.chaos.windows import VIEWS, Windows
 from tests.broker.drive import Role, server
 from tests.broker.kafka import App, Broker, Cluster, admin_client, create_topics
 from tests.broker.shifted import SHIFTED_MS
@@ -79,6 +80,8 @@ class Drive:
         self.rng = random.Random(seed)
         self.pauses: list[Pause] = []
         self.checks = 0
+        self.expired_count = 0
+        """Number of batches with deltas that came too late for their window."""
         self.refused: set[Place] = set()
         """Places of records that must be dead letters, whole or in part."""
         self.others = Token()
@@ -113,7 +116,7 @@ class Drive:
         self.say(f"{len(self.brokers)} brokers at {self.app.bootstrap}, {PARTITIONS} partitions")
         self.fleet = enter(Fleet(self.app, self.folder, PARTITIONS, self.problems, self.say, self._workers))
         self.reads: Role = enter(self.server("server"))
-        self.load = enter(Load(self.app, per_s=self._rate, seed=self._seed))
+        self.load = enter(Load(self.app, per_s=self._rate, seed=self._seed, windows=True))
         self.again = Again(self.app, PARTITIONS, self.rng, but=self.refused)
         self._stack.callback(self.again.close)
         self.stranger = Stranger(self.app)
@@ -142,6 +145,12 @@ class Drive:
         """The only broker."""
         (one,) = self.brokers
         return one
+
+    @property
+    def windows(self) -> Windows:
+        """The views with windows."""
+        assert self.load.windows is not None
+        return self.load.windows
 
     # For scenarios
 
@@ -256,13 +265,20 @@ class Drive:
         some = dict([*wrong.items()][:3])
         assert not wrong, f"{role.data.name}: {len(wrong)} series are wrong, {lost} missing in all (found, right): {some}"
         others = self.opinions.compare_kinds(role.url, token) + self.orders.compare(role.url, token)
+        others += self.windows.compare(role.url, token)
         assert not others, f"{role.data.name}: {'; '.join(others)}"
 
     def _check_letters(self) -> None:
         """Check that exactly the records that had to be refused are dead letters."""
-        found = {Place(it.partition, it.offset) for it in letters(self.app)}
+        late, found, reasons = set(), set(), Counter[str]()
+        for letter in letters(self.app):
+            place = Place(letter.partition, letter.offset)
+            is_late = letter.view in VIEWS and letter.reason.startswith("expired")
+            (late if is_late else found).add(place)
+            reasons[letter.reason] += not is_late and place not in self.refused
+        self.expired_count = len(late)
         unasked, missing = found - self.refused, self.refused - found
-        assert not unasked, f"{len(unasked)} dead letters of what is right, such as {sorted(unasked)[:3]}"
+        assert not unasked, f"{len(unasked)} dead letters of what is right: {sorted(unasked)[:3]}, {reasons.most_common(2)}"
         assert not missing, f"{len(missing)} records are no dead letters, such as {sorted(missing)[:3]}"
 
     def finish(self, delta_count_min: int) -> None:
@@ -280,6 +296,7 @@ class Drive:
         found = audit(self.app)
         assert not found.wrong, f"{len(found.wrong)} producers are folded wrongly: {found.wrong[:3]}"
         assert found.copy_count >= self.again.count, f"{found.copy_count} copies in the log, {self.again.count} were sent"
+        self.say(f"  {self.windows.shown(self.reads.url)}; {self.expired_count} batches had deltas that came too late")
         self.say(
             f"  exact; {found.record_count} batches, {found.copy_count} of them copies, {self.again.count} sent on purpose"
         )

@@ -15,6 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from pipeline import Publisher, Token, Unavailable
 from pipeline.topics import DELTAS
 from tests.broker.chaos.stranger import Place
+from tests.broker.chaos.windows import Windows
 from tests.broker.kafka import App
 
 VIEW = "chaos"
@@ -99,7 +100,8 @@ class Load(threading.Thread):
     Each series has the same chance, amounts are 1 to 9. The load goes on recording while the broker is away.
     """
 
-    def __init__(self, app: App, *, per_s: float, seed: int) -> None:
+    def __init__(self, app: App, *, per_s: float, seed: int, windows: bool = False) -> None:
+        """With `windows`, every hundredth delta goes to the views of `Windows`, too."""
         super().__init__(name="load", daemon=True)
         self.delta_count = 0
         self.history = History()
@@ -107,6 +109,7 @@ class Load(threading.Thread):
         self._view = self.publisher.sum(VIEW, labels=LABELS, monotone=True)
         self._cells = [self._view.labels(*series_of(n)) for n in range(SERIES)]
         self._model = [0] * SERIES
+        self.windows = Windows(self.publisher, seed) if windows else None
         self._per_s = per_s
         self._rng = random.Random(seed)
         self._stop_asked = threading.Event()
@@ -144,6 +147,8 @@ class Load(threading.Thread):
             model[number] += amount
             self.history.total += amount
         self.delta_count += count
+        for _ in range(count // 100 if self.windows is not None else 0):
+            self.windows.record()  # type: ignore[union-attr]
 
     def _flush(self) -> bool:
         total = self.history.total

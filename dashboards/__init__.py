@@ -1,0 +1,1 @@
+"""Dashboards, alerts and scrape config; their source is in `source`."""
