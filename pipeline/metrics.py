@@ -141,6 +141,10 @@ REQUEST_SECONDS = Metric(
 GATHER_SERVER_UP = Metric(
     "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
 )
+STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
+STREAMS_STALLED = Metric(
+    "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

@@ -105,6 +105,8 @@ class GatherService:
         """Return the encoded answer. Raises as `ReadService.answer`, and as `PartServers.gather`."""
         if request.cursor is not None:
             raise Invalid("cursor: a server that merges others has no pages, because it holds no moment of their stores")
+        if request.query.range.compare_ms is not None:
+            raise Invalid("compare: a server that merges others does not have it; ask for the earlier range by itself")
         deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
         self._admit()
         try:

@@ -43,6 +43,7 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
+from pipeline.roles.http_server import UvicornServer
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import OwnedPartition
@@ -335,7 +336,7 @@ def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
 def running(app: Any, port: int = 0) -> Iterator[int]:
     """Run an application, on a free port, until the context ends; yield the port."""
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
-    server = uvicorn.Server(config)
+    server = UvicornServer(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
     thread.start()
     try:

@@ -485,6 +485,10 @@ def test_over_http() -> None:
         assert reader.fetch("/v1/views/hits?by=", accept="text/csv").endswith(b"1115\r\n")
         with pytest.raises(Invalid, match="allow_partial"):
             reader.fetch("/v1/views/hits?allow_partial=yes")
+        with pytest.raises(Invalid, match="cursor: a server that merges others has no pages"):
+            reader.fetch("/v1/views/hits?cursor=")
+        with pytest.raises(Invalid, match="compare: a server that merges others"):
+            reader.fetch("/v1/views/hits?compare=1d")
         with pytest.raises(OtherTopic):
             reader.get("hits", after=Token({0: 1}, "another"), timeout_ms=3_000)
         with pytest.raises(NotReady, match="partition 1 is at 1, not at 5"):
