@@ -138,6 +138,10 @@ REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answ
 REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
 )
+STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
+STREAMS_STALLED = Metric(
+    "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

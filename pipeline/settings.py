@@ -383,6 +383,13 @@ class QuerySettings(_Checked):
         1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
     )
     connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
+    streams_max: int = _setting(2_000, "open streams, beside `connections_max`; one more is refused with 503", least=1)
+    stream_queries_max: int = _setting(
+        100, "different reads that are streamed, each computed once a commit; one more is refused with 503", least=1
+    )
+    stream_interval_ms: int = _setting(200, "shortest time between two updates of a stream", least=10)
+    stream_heartbeat_ms: int = _setting(2_000, "longest time without an event in a stream", least=100)
+    stream_stalled_ms: int = _setting(30_000, "a stream whose reader takes nothing for so long is ended", least=100)
     compaction_lag_ms: int = _setting(
         0,
         "min.compaction.lag.ms of the changelog, for a server that may not see it (DESCRIBE_CONFIGS); 0: it must see it",

@@ -18,11 +18,12 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
 from pipeline.cli.machine import VIEWS, NoCounters, Sampler, samplers
-from pipeline.cli.recount import Recorder, differences, expected_answers
+from pipeline.cli.recount import Recorder, answered, differences, expected_answers
 from pipeline.cli.screen import Screen
 from pipeline.config import Config
 from pipeline.connect import Publisher
-from pipeline.core.answer import Status, known
+from pipeline.core.answer import Answer, Status, known
+from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, PipelineError
 from pipeline.ports import Clock
@@ -43,6 +44,7 @@ _START_TIMEOUT_S = 60.0
 _FLUSH_TIMEOUT_S = 30.0
 _JOIN_TIMEOUT_S = 10.0
 _PRINTED_MAX = 20
+_WINDOWS_A_READ = 5_000
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -116,6 +118,7 @@ class _Recording:
 
     def __init__(self, views: dict[str, Any], clock: Clock) -> None:
         self._clock = clock
+        self.began_ms = clock.now_ms()
         self._stop = threading.Event()
         self.failures: list[str] = []
         """Failures of the demo: deltas that could not be recorded, threads that did not end."""
@@ -154,6 +157,7 @@ class _Recording:
                 source.sample(recorder)
                 took_s = self._clock.monotonic_s() - started_s
                 recorder.record("samples", 1)
+                recorder.record("samples_by_second", 1)
                 recorder.record("sample_us", round(took_s * 1e6), source.name)
                 looks += 1
                 self._stop.wait(max(POLL_INTERVAL_S - took_s, _REST_FACTOR * took_s))
@@ -219,7 +223,9 @@ def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop,
     else:
         console.show(f"server at {server.url}, its API at {server.url}/docs")
     with Reader(server.url) as reader, _publisher(server, config) as publisher:
-        views = {d.view: publisher.view(d.kind, d.view, labels=d.labels, monotone=d.monotone) for d in VIEWS}
+        views = {
+            d.view: publisher.view(d.kind, d.view, labels=d.labels, monotone=d.monotone, window_s=d.window_s) for d in VIEWS
+        }
         recording = _Recording(views, clock)
         started_s = clock.monotonic_s()
         recording.start()
@@ -261,15 +267,13 @@ def _summary(
         for definition in VIEWS:
             known = expected[definition.view]
             try:
-                answer = reader.get(
-                    definition.view, after=token, limit=config.query.limit_max, timeout_ms=config.query.timeout_ms_max
-                )
+                answer = _read(reader, definition, token, config, recording.began_ms)
             except NotFound:
                 if known:
                     found.append(f"{definition.view}: {len(known)} series were recorded, but there is no such view")
                 continue
             found += differences(definition, known, answer)
-            series_count += len(known.keys() | {tuple(row.labels.values()) for row in answer.series})
+            series_count += len(known.keys() | answered(definition, answer).keys())
         stored = reader.views()
         entry_count = sum(view.series_count for view in stored)
         found += [f"{view.name}: this view was not recorded by the demo" for view in stored if view.name not in expected]
@@ -290,6 +294,18 @@ def _summary(
         differences=found,
         notes=list(recording.notes),
     )
+
+
+def _read(reader: Reader, definition: Definition, token: Token, config: Config, began_ms: int) -> Answer:
+    """Read all of a view; one with windows from `began_ms` on, in as many ranges as it takes."""
+    limits: dict[str, Any] = {"limit": config.query.limit_max, "timeout_ms": config.query.timeout_ms_max, "after": token}
+    if not definition.window_s:
+        return reader.get(definition.view, **limits)
+    length_ms = definition.window_s * 1000 * _WINDOWS_A_READ
+    ranges = range(began_ms, SystemClock().now_ms() + 1, length_ms)
+    limits["step"] = definition.window_s
+    answers = [reader.get(definition.view, start=start, end=start + length_ms, **limits) for start in ranges]
+    return msgspec.structs.replace(answers[0], series=[row for answer in answers for row in answer.series])
 
 
 def _everything(reader: Reader) -> Token:

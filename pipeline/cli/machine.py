@@ -28,11 +28,12 @@ VIEWS: tuple[Definition, ...] = (
     Definition("switches", "sum", ("kind",)),
     Definition("memory_available_bytes", "min"),
     Definition("load", "mean"),
-    Definition("machine", "last", ("fact",)),
     Definition("samples", "sum"),
-    Definition("sample_us", "mean", ("source",)),
+    Definition("samples_by_second", "sum", window_s=1),
+    Definition("sample_us", "histogram", ("source",)),
+    Definition("machine", "last", ("fact",)),
 )
-"""Views of the demo. The threads of all samplers record to the one series of `samples`."""
+"""Views of the demo. The threads of all samplers record to the one series of `samples`, and to that of each second."""
 
 _SYS_BLOCK = Path("/sys/block")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -22,32 +24,36 @@ class Recorder:
     def __init__(self, views: Mapping[str, Any], clock: Clock) -> None:
         self.delta_count = 0
         self.own: dict[Series, Any] = {}
-        """Own count by series: a number; of a mean, total and count; of a last, time and value."""
+        """Own count by series: a number; of a mean, total and count; of a last, time and value; of a histogram, all values.
+
+        A series of a view with windows is counted for each window, whose start stands behind its labels.
+        """
         self._views = views
         self._clock = clock
 
     def record(self, view: str, value: Any, *labels: str) -> None:
         """See `machine.Sink`. A delta that the publisher refuses with an exception is not counted."""
         cell = self._views[view].labels(*labels)
-        kind = self._views[view].definition.kind
-        series = view, labels
+        kind, window_s = self._views[view].definition.kind, self._views[view].definition.window_s
+        now_ms = self._clock.now_ms()
+        series = view, (*labels, str(now_ms - now_ms % (window_s * 1000))) if window_s else labels
         before = self.own.get(series)
         if kind == "sum":
-            cell.add(value)
+            cell.add(value, **({"ts_ms": now_ms} if window_s else {}))
         elif kind == "last":
             # Each value has a time of its own, so that there is one newest value.
-            value = max(self._clock.now_ms(), before[0] + 1 if before else 0), value
+            value = max(now_ms, before[0] + 1 if before else 0), value
             cell.set(value[1], value[0])
         else:
             cell.observe(value)
-            value = (value, 1) if kind == "mean" else value
+            value = (value, 1) if kind == "mean" else [value] if kind == "histogram" else value
         self.own[series] = value if before is None else _together(kind, before, value)
         self.delta_count += 1
 
 
 def _together(kind: str, a: Any, b: Any) -> Any:
     match kind:
-        case "sum":
+        case "sum" | "histogram":
             return a + b
         case "mean":
             return a[0] + b[0], a[1] + b[1]
@@ -68,24 +74,55 @@ def expected_answers(definitions: Iterable[Definition], recorders: Sequence[Reco
     for (view, labels), value in own.items():
         kind = kinds[view]
         answer = value[0] / value[1] if kind == "mean" else value[1] if kind == "last" else value
+        answer = sorted(value) if kind == "histogram" else answer
         answers[view][labels] = answer
     return answers
 
 
+def answered(definition: Definition, answer: Answer) -> dict[Labels, Any]:
+    """Return the values of an answer by label values, and behind them the start of the window if the view has windows."""
+    found: dict[Labels, Any] = {}
+    for row in answer.series:
+        labels = tuple(row.labels[label] for label in definition.labels)
+        if definition.window_s:
+            found.update({(*labels, str(start_ms)): value for start_ms, value in row.points or ()})
+        else:
+            found[labels] = row.value
+    return found
+
+
 def differences(definition: Definition, expected: Mapping[Labels, Any], answer: Answer) -> Iterator[str]:
     """Yield a line for each series whose count and answer differ."""
-    found = {tuple(row.labels[label] for label in definition.labels): row.value for row in answer.series}
+    found = answered(definition, answer)
+    names = (*definition.labels, "window") if definition.window_s else definition.labels
     if answer.truncated:
         yield f"{definition.view}: only {len(found)} of {answer.series_total} series could be read"
     for labels in sorted(expected.keys() | found.keys()):
-        pairs = zip(definition.labels, labels, strict=True)
+        pairs = zip(names, labels, strict=True)
         name = definition.view + "{" + ", ".join(f"{label}={_text(value)}" for label, value in pairs) + "}"
         if labels not in found:
             yield f"{name}: counted {_text(expected[labels])}, but there is no such series"
         elif labels not in expected:
             yield f"{name}: the answer is {_text(found[labels])}, but nothing was counted"
+        elif definition.kind == "histogram":
+            if wrong := _wrong_in(found[labels], expected[labels]):
+                yield f"{name}: {wrong}"
         elif (type(found[labels]), found[labels]) != (type(expected[labels]), expected[labels]):
             yield f"{name}: counted {_text(expected[labels])}, the answer is {_text(found[labels])}"
+
+
+def _wrong_in(found: Mapping[str, Any], values: Sequence[int]) -> str:
+    """Return what is wrong with a histogram of these values, which are in order; a quantile may be off by its error."""
+    right = {"count": len(values), "sum": sum(values), "min": values[0], "max": values[-1]}
+    mine = {name: found[name] for name in right}
+    if mine != right:
+        return f"counted {_text(right)}, the answer is {_text(mine)}"
+    off = found["relative_error"] + 1e-9
+    for name, quantile in found["quantiles"].items():
+        exact = values[max(1, ceil(Fraction(name) * len(values))) - 1]
+        if abs(quantile - exact) > off * abs(exact):
+            return f"quantile {name} is {exact}, the answer is {quantile}"
+    return ""
 
 
 def _text(value: Any) -> str:

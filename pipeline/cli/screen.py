@@ -15,6 +15,7 @@ from pipeline.adapters.http import HttpReader
 from pipeline.cli import console
 from pipeline.core.answer import Status, known
 from pipeline.core.record import Definition
+from pipeline.core.tables import sparkline
 from pipeline.errors import NotFound, PipelineError
 
 _TOP = {"cpu_ms": 4}
@@ -22,6 +23,7 @@ _TOP_DEFAULT = 2
 _FACTS = 6
 _LINE_EVERY_S = 2.0
 _ROWS_MIN = 4
+_SPARKS_MAX = 40
 _FRAME_LINES = 5
 _RATE_OVER_S = 2.0
 """Seconds between the two values of a rate: longer than the demo's slowest samples."""
@@ -101,9 +103,8 @@ class Screen:
             view = definition.view
             facts = definition.kind == "last"  # texts have no order
             try:
-                answer = self._reader.get(
-                    view, top=None if facts else _TOP.get(view, _TOP_DEFAULT), limit=_FACTS if facts else None
-                )
+                top = None if facts or definition.window_s else _TOP.get(view, _TOP_DEFAULT)
+                answer = self._reader.get(view, top=top, limit=_FACTS if facts else None)
             except NotFound:
                 continue  # nothing was recorded yet
             except PipelineError as error:
@@ -114,7 +115,8 @@ class Screen:
             for series in answer.series:
                 labels = console.printable(", ".join(series.labels.values()))
                 per_s = self._per_s(definition, labels, now_s, series.value)
-                rows.append(ShownSeries(view, definition.kind, labels, series.value, per_s))
+                value = sparkline([point for _, point in series.points], _SPARKS_MAX) if series.points else series.value
+                rows.append(ShownSeries(view, definition.kind, labels, value, per_s))
         try:
             lag = sum(known(it.lag) or 0 for it in msgspec.convert(self._reader.status(), Status).partitions)
         except PipelineError as error:
@@ -123,7 +125,7 @@ class Screen:
         return Shown(rows, total, worst, lag, problem)
 
     def _per_s(self, definition: Definition, labels: str, now_s: float, value: Any) -> float | None:
-        if definition.kind != "sum":
+        if definition.kind != "sum" or definition.window_s:
             return None
         rate = self._rates.setdefault((definition.view, labels), _Rate(now_s, value))
         if now_s - rate.since_s >= _RATE_OVER_S:
@@ -154,6 +156,8 @@ class Screen:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, dict):  # of a histogram
+        return ", ".join(f"p{float(q) * 100:g} {number:,.0f}" for q, number in value["quantiles"].items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return console.printable(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -19,10 +19,10 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
@@ -34,10 +34,12 @@ from pipeline.ports import Clock, Ingest, Pushed, Refusal
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.guard import Guard, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
-from pipeline.query.openapi import READ_PATH, docs_routes, openapi_document
+from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
+from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
@@ -45,17 +47,17 @@ from pipeline.query.remote_reads import REQUEST_BYTES_MAX
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
+from pipeline.query.streams import Streams
+from pipeline.query.streams_api import StreamView
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
 _BODIES_HELD_MAX = 4
 """Request bodies in memory at once, counted in bodies of the largest size."""
-_CLIENT_GONE = 499
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
-_VIEWS = READ_PATH.partition("{")[0]
 _REFUSED_SHOWN_MAX = 10
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
@@ -116,10 +118,13 @@ def create_app(
             ingest_threads.shutdown(wait=False)
 
     read = _ReadView(service, settings)
+    streams = Streams(service, settings, metrics, reader.clock)
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
+        Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", _ListViews(service), methods=["GET"]),
         Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
+        *page_routes(),
     ]
     routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
     if render_views is not None:
@@ -134,7 +139,9 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    return _create(routes, settings, metrics, reader.clock, lifespan, read)
+    app = _create(routes, settings, metrics, reader.clock, lifespan, read)
+    app.state.before_stop = streams.close
+    return app
 
 
 def _create(
@@ -148,13 +155,13 @@ def _create(
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
     routes = [*routes, *docs_routes(openapi_document(operations, settings))]
     paths = {it.endpoint: it.path for it in routes}
-    handlers = dict.fromkeys((PipelineError, Refused, HTTPException), _problem)
+    handlers = dict.fromkeys((PipelineError, Refused, HTTPException), show_problem)
 
     class App(Starlette):
         def build_middleware_stack(self) -> ASGIApp:
-            """Return the router within a `_Guard`, which does what Starlette's own outermost layer would do."""
+            """Return the router within a `Guard`, which does what Starlette's own outermost layer would do."""
             routed = ExceptionMiddleware(self.router, handlers=handlers)
-            return _Guard(routed, read, paths, settings.connections_max, metrics, clock)
+            return Guard(routed, read, paths, settings.connections_max, metrics, clock)
 
     app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
@@ -391,98 +398,3 @@ class _Bodies:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
-
-
-def _refused(error: HTTPException, request: Request) -> Refused:
-    headers: Mapping[str, str] = error.headers or {}
-    if error.status_code == 404:
-        return Refused(404, f"nothing is at {request.url.path[:200]!r}; /docs says what there is", headers)
-    if error.status_code == 405:
-        return Refused(405, f"{request.method[:20]} is not for {request.url.path[:200]!r}", headers)
-    return Refused(error.status_code, str(error.detail), headers)
-
-
-async def _problem(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):
-        error = _refused(error, request)
-    return _problem_response(request.scope, error)
-
-
-def _problem_response(scope: Scope, error: Exception) -> Response:
-    answer = problem(error)
-    if not isinstance(error, PipelineError | Refused):
-        _log.exception("%s %s", scope["method"], scope["path"])
-    elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
-        _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
-    return Response(answer.body, answer.status, headers=answer.headers)
-
-
-class _Guard:
-    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems.
-
-    It answers reads of views itself, because the way through Starlette's router costs more than a point read.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        read: _ReadView | None,
-        paths: Mapping[Any, str],
-        connections_max: int,
-        metrics: Metrics,
-        clock: Clock,
-    ) -> None:
-        self._app = app
-        self._read = read
-        self._paths = paths
-        self._connections_max = connections_max
-        self._metrics = metrics
-        metrics.inc(m.READS_REFUSED, 0, "connections_max")
-        self._clock = clock
-        self._open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started_s = self._clock.monotonic_s()
-        status = _CLIENT_GONE
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        self._open += 1
-        try:
-            if self._open > self._connections_max:
-                self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
-                raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
-            view = self._viewed(scope)
-            if view and self._read is not None:
-                scope["endpoint"] = self._read
-                await self._read.answer(view, scope, noting)
-            else:
-                await self._app(scope, receive, noting)
-        except ClientDisconnect:
-            pass
-        except Exception as error:
-            response = _problem_response(scope, error)
-            if status != _CLIENT_GONE:
-                raise  # a part of the answer is sent: the server must break off the connection
-            await response(scope, receive, noting)
-        finally:
-            self._open -= 1
-            path = self._paths.get(
-                scope.get("endpoint"), "unmatched"
-            )  # not the path of the request: a client could make any number of them
-            self._metrics.inc(m.REQUESTS, 1, path, status)
-            self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
-
-    @staticmethod
-    def _viewed(scope: Scope) -> str:
-        """Return the view that `READ_PATH` has in a path; empty if this is no read of one."""
-        path: str = scope["path"]
-        view = path.removeprefix(_VIEWS) if scope["method"] == "GET" and path.startswith(_VIEWS) else ""
-        return "" if "/" in view else view

@@ -24,6 +24,7 @@ from pipeline.query.responses import Accepted, BatchesAccepted, LettersReplayed,
 from pipeline.settings import QuerySettings
 
 READ_PATH = "/v1/views/{view}"
+STREAM_PATH = f"{READ_PATH}/stream"
 _BODIES = (
     *(Answer, Answers, Views, Changed, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem),
     *(Listing, LetterText, LettersReplayed),
@@ -53,7 +54,9 @@ def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySet
         own[name]["properties"]["kind"]["enum"][:0] = KIND_NAMES
     own.update(schemas)
     if READ_PATH in document["paths"]:
-        _set_limits(document["paths"][READ_PATH]["get"]["parameters"], settings)
+        parameters = document["paths"][READ_PATH]["get"]["parameters"]
+        _set_limits(parameters, settings)
+        document["paths"][STREAM_PATH]["get"]["parameters"][:0] = parameters
         many = own["Queries"]["properties"]
         many["queries"]["maxItems"] = settings.queries_max
         many["timeout_ms"]["maximum"] = settings.timeout_ms_max

@@ -16,8 +16,9 @@ import msgspec
 from msgspec.structs import replace
 
 import pipeline.metrics as m
-from pipeline.core.answer import Answers, AsOf, PartitionState
+from pipeline.core.answer import Answer, Answers, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
+from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
 from pipeline.metrics import Metrics
@@ -214,6 +215,26 @@ class ReadService:
             return encode_start(coding, body)
         return await self._in_thread(lambda: encode_start(coding, body))
 
+    async def read(self, query: Query) -> Answer:
+        """Return the answer of now, which is not encoded. `Unavailable` without time or room."""
+        deadline_s = self._deadline_s()
+        return await self._bounded(self._in_thread, lambda: self._reader.read(query, deadline_s=deadline_s))
+
+    async def moved(self, since: States | None, timeout_s: float) -> States:
+        """Return the positions of the stores, as soon as one is another than in `since` or the time is over."""
+
+        def other(states: States) -> bool:
+            return since is None or [*map(_place, states)] != [*map(_place, since)]
+
+        await self._waiter.until(other, timeout_s)
+        return self._reader.partitions()
+
+    async def wait(self, request: ReadRequest) -> None:
+        """Wait for what the read asks to wait for. Raises as `answer`."""
+        if request.waits:
+            deadline_s = self._reader.clock.monotonic_s() + request.timeout_ms / 1000
+            await self._bounded(self._wait, request, deadline_s)
+
     async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
         """Return the encoded answers to several queries at one moment. Raises as `answer`, and for one wrong query."""
         clock = self._reader.clock
@@ -386,6 +407,10 @@ class ReadService:
         self._closed = True
         self._reader.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _place(state: PartitionState) -> tuple[int, int, str]:
+    return state.partition, state.next_offset, state.topic_id
 
 
 def _too_old(request: Waiting) -> str:

@@ -37,7 +37,17 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _UvicornServer(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
+    """A server of uvicorn that leaves signals to others, and whose application ends what would never end by itself.
+
+    The application's `state.before_stop` is called, if there is one, when the server is told to stop.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if before_stop := getattr(getattr(self.config.app, "state", None), "before_stop", None):
+            before_stop()
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to `signals`: uvicorn would raise them again before the log and the stores are closed."""
@@ -49,12 +59,14 @@ class HttpServer:
 
     def __init__(self, app: Any, listener: socket.socket) -> None:
         self._listener = listener
-        self._server = _UvicornServer(
+        self._server = UvicornServer(
             uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing asks who the client is
+                ws="none",
                 timeout_graceful_shutdown=_GRACEFUL_S,
                 lifespan="on",
             )

@@ -92,7 +92,9 @@ def best_ns(loops: Mapping[str, Callable[[int], None]], count: int, round_count:
     return {name: ns - bare for name, ns in best.items()}
 
 
-def _adding(handle: Any) -> Callable[[int], None]:
+def adding(handle: Any) -> Callable[[int], None]:
+    """Return a loop that adds to one series."""
+
     def add(count: int) -> None:
         for _ in repeat(None, count):
             handle.add(12.5)
@@ -100,7 +102,9 @@ def _adding(handle: Any) -> Callable[[int], None]:
     return add
 
 
-def _observing(handle: Any) -> Callable[[int], None]:
+def observing(handle: Any) -> Callable[[int], None]:
+    """Return a loop that observes numbers of 20 buckets in one series."""
+
     numbers = [0.01 * 1.003**n for n in range(20)]
 
     def observe(count: int) -> None:
@@ -161,9 +165,9 @@ def costs(quick: bool) -> dict[str, float]:
         view = stack.enter_context(publisher()).sum("sales", labels=LABELS)
         durable = stack.enter_context(publisher(durability="process")).sum("sales", labels=LABELS)
         slow = stack.enter_context(publisher()).histogram("slow", labels=LABELS).labels("eu", "tea")
-        bound = {name: _adding(of.labels("eu", "tea")) for name, of in ((_OURS, view), (_DURABLE, durable))}
+        bound = {name: adding(of.labels("eu", "tea")) for name, of in ((_OURS, view), (_DURABLE, durable))}
         return best_ns(
-            {**bound, _OBSERVE: _observing(slow), _KEYED: _adding_by_key(view), **others()}, 2_000 if quick else 150_000
+            {**bound, _OBSERVE: observing(slow), _KEYED: _adding_by_key(view), **others()}, 2_000 if quick else 150_000
         )
 
 

@@ -130,3 +130,30 @@ def load(server: Server, paths: Sequence[str], *, seconds: float, connection_cou
         for key in [*selector.get_map().values()]:
             key.data.socket.close()
     return count, wall_s, cpu_s
+
+
+def paced(server: Server, paths: Sequence[str], *, rate: float, seconds: float, connection_count: int = 64) -> list[float]:
+    """Ask for `paths` at a steady rate: return the ms from when each request was due to its answer, in ascending order."""
+    host = ":".join(map(str, server.address))
+    requests = cycle([f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() for path in paths])
+    took: list[float] = []
+    due_s: dict[_Connection, float] = {}
+    with selectors.DefaultSelector() as selector:
+        idle = [_Connection(server.address, requests) for _ in range(connection_count)]
+        for connection in idle:
+            selector.register(connection.socket, selectors.EVENT_READ, connection)
+        start = time.perf_counter()
+        sent, end = 0, start + seconds
+        while (now := time.perf_counter()) < end or due_s:
+            while idle and (due := start + sent / rate) <= min(now, end):
+                connection = idle.pop()
+                due_s[connection] = due
+                connection.send()
+                sent += 1
+            for key, _ in selector.select(max(0.0, start + sent / rate - time.perf_counter()) if idle else 0.1):
+                if key.data.receive():
+                    took.append((time.perf_counter() - due_s.pop(key.data)) * 1_000)
+                    idle.append(key.data)
+        for key in [*selector.get_map().values()]:
+            key.data.socket.close()
+    return sorted(took)

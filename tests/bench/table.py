@@ -19,7 +19,7 @@ from pipeline.core.record import Definition
 from pipeline.publisher.table import Table
 from pipeline.publisher.view import check_value
 from tests.bench.measure import ROOT, Figure, Row, at_most, at_most_times, cheaper
-from tests.bench.recording import INC, LABELS, LABELS_INC, OTEL, UPDATE, best_ns, others
+from tests.bench.recording import INC, LABELS, LABELS_INC, OTEL, UPDATE, adding, best_ns, observing, others
 
 _ROUNDS = 9
 SERIES = 1_000
@@ -222,6 +222,20 @@ def memory_rows(quick: bool) -> list[Row]:
         rows.append(
             at_most_times(f"{way}, {count:,} series: delta to a new one", Figure(found["first_ns"], "ns"), known, 12)
         )
+    return rows
+
+
+def histogram_rows(quick: bool) -> list[Row]:
+    """Measure what a histogram of 20 buckets costs: to observe a number, bound, and memory, in a process of its own."""
+    rows = []
+    for way in ways():
+        table, view = open_view(way)
+        slow = table.define(Definition("slow", "histogram", LABELS), 1 << 31).labels("eu", "tea")
+        loops = {"add": adding(view.labels("eu", "tea")), "observe": observing(slow)}
+        ns = best_ns(loops, 2_000 if quick else 200_000)
+        add = Figure(ns["add"], "ns", "add(v) of a bound sum")
+        most = 3 if way == "native" else 12
+        rows.append(at_most_times(f"{way}, bound histogram: observe(v)", Figure(ns["observe"], "ns"), add, most))
         count = 2_000 if quick else 100_000 if way == "native" else 10_000
         found = _of_process(f"histogram_memory({way!r}, {count})")
         counted = Figure(found["counted"], "bytes", "as the table counts")

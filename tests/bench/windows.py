@@ -10,8 +10,9 @@ from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, series_prefix, series_suffix
 from pipeline.ports import Message
 from pipeline.topics import DELTAS
-from tests.bench import data
+from tests.bench import data, table
 from tests.bench.measure import Figure, Row, at_least_times, cpu_seconds
+from tests.bench.windowed import record_windows
 from tests.bench.worker import House, embedded
 
 _UNIT = "entries per CPU s"
@@ -102,3 +103,8 @@ def expire(quick: bool) -> list[Row]:
             0.95,
         )
     ]
+
+
+def windows(quick: bool) -> list[Row]:
+    """Run all benchmarks of windows and histograms but those of reading, which are `query`."""
+    return [*record_windows(quick), *table.histogram_rows(quick), *fold_windows(quick), *expire(quick)]

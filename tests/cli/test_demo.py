@@ -59,10 +59,10 @@ def test_every_answer_equals_its_own_count(tmp_path: Path) -> None:
 
 
 def test_interrupted_and_kept(tmp_path: Path) -> None:
-    """Ctrl-C ends a run as its time does; all five kinds are used; with --data the state stays, and verifies."""
+    """Ctrl-C ends a run as its time does; six kinds are used; with --data the state stays, and verifies."""
     kept = str(tmp_path / "kept")
     with start(tmp_path, "--data", kept) as demo, HttpReader(json.loads(demo.read_line())["url"]) as reader:
-        kinds = {"sum", "min", "max", "mean", "last"}
+        kinds = {"sum", "min", "max", "mean", "last", "histogram"}
         wait_until(lambda: {view.kind for view in read(reader.views) or ()} == kinds, "a view of each kind")
         demo.signal(signal.SIGINT)
         code, summary = end(demo)
@@ -232,6 +232,23 @@ def test_counts_of_threads_add_up() -> None:
     assert sum(recorder.delta_count for recorder in recorders) == 23
     times = [ts_ms for _, ts_ms in views["v_last"].taken]
     assert times == sorted(set(times)), "no two of one time"
+
+
+def test_windows_and_histograms_are_counted_too() -> None:
+    """Each window has its own count, and a quantile may be off by the error that the answer states, and no more."""
+    by_second = Definition("v", "sum", ("k",), window_s=1)
+    row = Series({"k": "a"}, None, points=[(1_000, 3), (2_000, 4)])
+    answer = Answer("v", "sum", None, [row], AsOf(0, {}))
+    assert [*differences(by_second, {("a", "1000"): 3, ("a", "2000"): 5}, answer)] == [
+        'v{k="a", window="2000"}: counted 5, the answer is 4'
+    ]
+    times = Definition("h", "histogram")
+    for p90, least, wrong in ((91.0, 1, ""), (97.0, 1, "quantile 0.9 is 90, the answer is 97.0"), (91.0, 2, "counted ")):
+        found = {"count": 100, "sum": 5_050, "min": least, "max": 100, "quantiles": {"0.9": p90}, "relative_error": 0.02}
+        answer = Answer("h", "histogram", None, [Series({}, found)], AsOf(0, {}))
+        lines = [*differences(times, {(): [*range(1, 101)]}, answer)]
+        assert len(lines) == bool(wrong)
+        assert wrong in "".join(lines)
 
 
 def test_what_is_refused_is_not_counted() -> None:

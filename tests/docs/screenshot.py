@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 SVG = Path(__file__).parents[2] / "pipeline" / "docs" / "demo.svg"
-WIDTH, HEIGHT = 110, 21
+WIDTH, HEIGHT = 110, 24
 # As rich's own, without its fonts, which a browser would fetch from another site.
 FORMAT = """<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>

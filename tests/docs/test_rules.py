@@ -61,7 +61,7 @@ FIRES: dict[str, list[Series]] = {
     ],
     "PipelineDiskFilling": [{f"pipeline_disk_free_bytes{{{AT}}}": "9x30", f"pipeline_disk_bytes{{{AT}}}": "100x30"}],
     "PipelineSpoolFilling": [
-        {f"pipeline_publisher_spool_bytes{{{AT}}}": "81x30", f"pipeline_publisher_spool_bytes_max{{{AT}}}": "100x30"}
+        {f"pipeline_publisher_spool_bytes{{{AT}}}": "51x30", f"pipeline_publisher_spool_bytes_max{{{AT}}}": "100x30"}
     ],
     "PipelinePublisherStuck": [
         {

@@ -43,6 +43,7 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
+from pipeline.roles.http_server import UvicornServer
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import OwnedPartition
@@ -328,7 +329,7 @@ def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
         world.letters,
     )
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
-    server = uvicorn.Server(config)
+    server = UvicornServer(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
     thread.start()
     try:

@@ -117,6 +117,7 @@ def test_the_document_is_whole(server: Server) -> None:
         ("post", "/api/v1/read"),
         ("get", "/v1/views"),
         ("get", "/v1/views/{view}"),
+        ("get", "/v1/views/{view}/stream"),
         ("post", "/v1/query"),
         ("post", "/v1/views/{view}/drop"),
         ("post", "/v1/views/{view}/reset"),

@@ -1,0 +1,158 @@
+/** Talks to the server: single answers, streams of answers, and the badge that says how stale they are. */
+
+const badge = document.getElementById("staleness");
+const LATE_MS = 2_000;
+const BAD_MS = 10_000;
+let newest = null; // staleness_ms of the newest answer, and when it came
+let refusal = "";
+
+/** Notes an answer's bound on staleness, which grows from now until the next answer. */
+function note(asOf) {
+  refusal = "";
+  newest = { staleness: asOf.staleness_ms, at: performance.now() };
+  showStaleness();
+}
+
+function showStaleness() {
+  let text = "not connected", level = "bad";
+  if (newest !== null) {
+    const since = performance.now() - newest.at;
+    const staleness = newest.staleness === null ? null : newest.staleness + since;
+    if (staleness === null) text = "staleness unknown";
+    else {
+      text = `at most ${staleness < 1000 ? "1 s" : spell(staleness)} stale`;
+      level = staleness < LATE_MS ? "good" : staleness < BAD_MS ? "late" : "bad";
+    }
+    if (since > BAD_MS) text += `, no answer for ${spell(since)}`;
+  }
+  if (refusal) {
+    text = newest === null ? refusal : `${refusal}; ${text}`;
+    level = "bad";
+  }
+  badge.textContent = text;
+  badge.className = `badge ${level}`;
+}
+
+function spell(ms) {
+  return ms < 120_000 ? `${Math.ceil(ms / 1000)} s` : `${Math.ceil(ms / 60_000)} min`;
+}
+
+setInterval(showStaleness, 500);
+
+/** Parses JSON; ints beyond 2^53 become BigInts, with all their digits. */
+export function parse(text) {
+  return JSON.parse(text, (_, value, context) => (
+    typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(context?.source ?? "")
+      ? BigInt(context.source) : value));
+}
+
+/** Returns the answer to a GET or, with a body, to a POST. Throws an error with the server's words. */
+export async function fetchJson(path, body, signal) {
+  let response;
+  try {
+    response = await fetch(path, body === undefined
+      ? { signal }
+      : { signal, method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    refusal = "the server does not answer";
+    showStaleness();
+    throw new Error(refusal);
+  }
+  const text = await response.text();
+  let answer = { detail: `HTTP ${response.status}` };
+  try {
+    answer = parse(text);
+  } catch {
+    if (response.ok) throw new Error("not an answer of this API");
+  }
+  if (!response.ok) {
+    if (response.status === 503) refusal = "the server is not ready";
+    showStaleness();
+    throw new Error(answer.detail || answer.title);
+  }
+  if (answer.as_of) note(answer.as_of);
+  return answer;
+}
+
+/** Returns the path of a read. `query` has arrays for parameters that can be repeated. */
+export function path(view, query, end = "") {
+  const parameters = new URLSearchParams();
+  for (const [name, value] of Object.entries(query)) {
+    for (const it of Array.isArray(value) ? value : [value]) {
+      if (it !== null && it !== undefined && (it !== "" || name === "by")) parameters.append(name, it);
+    }
+  }
+  const text = parameters.toString();
+  return `v1/views/${encodeURIComponent(view)}${end}${text ? `?${text}` : ""}`;
+}
+
+/** Watches a read: calls `onAnswer` with the whole answer after each event, and `onProblem` with a text. Returns a stop. */
+export function watch(view, query, onAnswer, onProblem) {
+  let answer = null, source = null, retry = 0, stopped = false;
+
+  function open() {
+    source = new EventSource(path(view, query, "/stream"));
+    source.addEventListener("answer", (event) => take(parse(event.data)));
+    source.addEventListener("update", (event) => take(updated(answer, parse(event.data))));
+    source.addEventListener("problem", (event) => {
+      const { detail, title } = parse(event.data);
+      onProblem(detail || title);
+    });
+    source.onerror = () => {
+      refusal = "connection lost";
+      showStaleness();
+      if (source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself
+      fetchJson(path(view, query)).catch((error) => { if (!stopped) onProblem(error.message); });
+      retry = setTimeout(open, 2_000);
+    };
+  }
+
+  function take(it) {
+    if (it === null || stopped) return;
+    answer = it;
+    note(answer.as_of);
+    onAnswer(answer);
+  }
+
+  open();
+  return () => {
+    stopped = true;
+    clearTimeout(retry);
+    source.close();
+  };
+}
+
+export function key(labels) {
+  return JSON.stringify(Object.values(labels));
+}
+
+/** Returns an answer as an update of its stream makes it (`pipeline/core/updates.py`). */
+export function updated(answer, update) {
+  if (answer === null) return null; // an update of an answer that this page has not seen
+  const head = update.answer;
+  const series = new Map(answer.series.map((it) => [key(it.labels), it]));
+  for (const labels of update.gone ?? []) series.delete(key(labels));
+  for (const it of update.changed ?? []) {
+    const known = series.get(key(it.labels));
+    if (head.start_ms !== undefined && known?.points) {
+      const points = new Map([...known.points, ...(it.points ?? [])].map((point) => [point[0], point]));
+      it.points = [...points.values()].sort((a, b) => a[0] - b[0]);
+    }
+    series.set(key(it.labels), it);
+  }
+  if (head.start_ms !== undefined) {
+    for (const it of series.values()) it.points = (it.points ?? []).filter((point) => point[0] >= head.start_ms);
+  }
+  const keys = update.order ? update.order.map(key) : [...series.keys()].sort(byLabels(series));
+  return { ...head, series: keys.map((it) => series.get(it)) };
+}
+
+function byLabels(series) {
+  const values = new Map([...series].map(([name, it]) => [name, Object.values(it.labels)]));
+  return (a, b) => {
+    const [x, y] = [values.get(a), values.get(b)];
+    for (let i = 0; i < x.length; i += 1) if (x[i] !== y[i]) return x[i] < y[i] ? -1 : 1;
+    return 0;
+  };
+}

@@ -1,0 +1,220 @@
+/** The page of one view: what to select, a chart and a table that move with every commit, and lines to copy. */
+
+import { fetchJson, key, path, watch } from "./api.js";
+import { bars, color, Heatmap, Lines, LINES_MAX } from "./chart.js";
+import { h, problem, shown, table } from "./dom.js";
+import { BAND, drawn, kind } from "./kinds.js";
+
+const RANGES = { live: 300, "15 min": 900, "1 h": 3_600, "24 h": 86_400 };
+const POINTS = 60;
+const ROWS_MAX = 200;
+const HISTORY_MAX = 600;
+const OTHER = "own";
+const RATE_MS = 5_000;
+
+/** Shows a view as `state`, the parameters of the page's address, says. `go` changes the address. */
+export function showView(main, name, state, go) {
+  const place = h("div");
+  let close = () => {};
+  main.replaceChildren(h("h1", {}, name), place);
+  fetchJson("v1/views").then(({ views }) => {
+    const definitions = views.filter((it) => it.name === name);
+    const definition = definitions.find((it) => it.answers) ?? definitions[0];
+    if (!definition) {
+      place.replaceChildren(problem(`There is no view ${name}, or not yet.`));
+      return;
+    }
+    const labels = [...new Set(definitions.filter((it) => it.kind === definition.kind).flatMap((it) => it.labels))].sort();
+    close = run(place, definition, labels, state, go);
+  }).catch((error) => place.replaceChildren(problem(error.message)));
+  return () => close();
+}
+
+function run(place, definition, labels, state, go) {
+  const read = readOf(definition, labels, state);
+  const chart = h("div", { class: "chart panel" }), heat = h("div", { class: "panel" }), rows = h("div"), trouble = h("div");
+  const lines = new Lines(chart);
+  const heatmap = definition.kind === "histogram" && read.windowed ? new Heatmap(heat) : null;
+  const history = new Map(); // of views without windows: by series, the points since this page is open
+  const link = h("p", {}, h("a", { href: path(definition.name, read.query), download: `${definition.name}.csv`,
+    onclick: (event) => downloadCsv(event, definition.name, read.query) }, "Download as CSV"));
+  place.replaceChildren(controls(definition, labels, state, go), trouble,
+    h("div", { class: "columns" }, h("div", {}, chart, ...(heatmap ? [heat] : [])), h("div", {}, rows, link)),
+    h("h2", {}, "The same elsewhere"), copyLines(definition, read, state));
+
+  function show(answer) {
+    trouble.replaceChildren();
+    const series = answer.series.map((it) => ({ ...it, name: Object.values(it.labels).join(" · ") || "all" }));
+    const points = read.windowed ? series.map((it) => it.points ?? []) : series.map((it) => remember(history, definition, it));
+    const order = [...series.keys()].sort((a, b) => (points[b].at(-1)?.[1] ?? 0) - (points[a].at(-1)?.[1] ?? 0));
+    const rate = rises(definition);
+    const drawnAs = (it) => [it[0], typeof it[1] === "object" || !read.windowed ? drawn(definition.kind, it[1]) : Number(it[1])];
+    const kept = answer.series.length > LINES_MAX ? order.slice(0, LINES_MAX) : [...series.keys()];
+    if (definition.kind === "topk" && !read.windowed) showBars(chart, lines, series);
+    else if (definition.kind === "histogram" && series.length === 1) lines.draw(percentiles(points[0]));
+    else lines.draw(kept.map((i) => ({ name: series[i].name, points: (rate ? rates(points[i]) : points[i].map(drawnAs)).filter((it) => it[1] !== null) })));
+    if (heatmap && series.length === 1) {
+      heatmap.draw(points[0].map(([at, it]) => [at, BAND.map((q) => it.quantiles[q])]), answer.start_ms, answer.end_ms, answer.step_ms);
+    }
+    heat.hidden = series.length !== 1;
+    rows.replaceChildren(tableOf(definition, read, answer, series, points, kept, rate));
+  }
+
+  const stop = watch(definition.name, read.query, show, (text) => trouble.replaceChildren(problem(text)));
+  return () => {
+    stop();
+    lines.close();
+    heatmap?.close();
+  };
+}
+
+/** Returns the parameters of the read, and what it covers. */
+function readOf(definition, labels, state) {
+  const windowed = definition.window_s !== null;
+  const wanted = state.getAll("by");
+  const by = wanted.length ? wanted.filter((it) => labels.includes(it)) : labels.slice(0, 1);
+  const query = { where: state.getAll("where").filter(Boolean), by: by.length && !wanted.includes("-") ? by : "",
+    kind: definition.kind, q: kind(definition.kind).quantiles, limit: 1_000 };
+  if (!windowed) return { query, windowed, by: query.by || [] };
+  query.window_s = definition.window_s;
+  let span = RANGES[state.get("range") ?? "live"] ?? RANGES.live;
+  if (state.get("range") === OTHER && state.get("start")) {
+    query.start = new Date(state.get("start")).toISOString();
+    if (state.get("end")) query.end = new Date(state.get("end")).toISOString();
+    span = (Date.parse(query.end ?? new Date().toISOString()) - Date.parse(query.start)) / 1000;
+  }
+  query.step = Math.max(1, Math.ceil(span / POINTS / definition.window_s)) * definition.window_s;
+  if (!query.start) span = query.step * POINTS; // what a read without a start covers
+  if (definition.kind === "sum" && (state.get("fn") ?? (definition.monotone ? "rate" : "")) === "rate") query.fn = "rate";
+  return { query, windowed, by: query.by || [], span };
+}
+
+function controls(definition, labels, state, go) {
+  const windowed = definition.window_s !== null;
+  const form = h("form", { class: "panel", onsubmit: submit });
+  const where = h("input", { id: "where", name: "where", size: 28, placeholder: "region=eu, product=~t.*",
+    value: state.getAll("where").join(", "), autocomplete: "off" });
+  const chosen = state.getAll("by");
+  const by = labels.map((it, i) => h("label", {}, h("input", { type: "checkbox", name: "by", value: it, onchange: submit,
+    checked: chosen.length ? chosen.includes(it) : i === 0 }), it));
+  const range = h("select", { id: "range", name: "range", onchange: submit }, [...Object.keys(RANGES), OTHER].map((it) =>
+    h("option", { value: it, selected: it === (state.get("range") ?? "live") }, it)));
+  const times = ["start", "end"].map((name) => h("label", { for: name }, name,
+    h("input", { id: name, name, type: "datetime-local", value: state.get(name) ?? "", onchange: submit })));
+  const fn = h("select", { id: "fn", name: "fn", onchange: submit }, ["rate", "value"].map((it) =>
+    h("option", { value: it, selected: it === (state.get("fn") ?? (definition.monotone ? "rate" : "value")) }, it === "rate" ? "per second" : "per step")));
+
+  function submit(event) {
+    event.preventDefault();
+    const next = new URLSearchParams();
+    for (const it of where.value.split(",")) if (it.trim()) next.append("where", it.trim());
+    const kept = [...form.querySelectorAll("input[name=by]:checked")].map((it) => it.value);
+    for (const it of kept.length ? kept : ["-"]) next.append("by", it);
+    if (windowed) {
+      next.set("range", range.value);
+      if (range.value === OTHER) for (const it of form.querySelectorAll("[type=datetime-local]")) if (it.value) next.set(it.name, it.value);
+      if (definition.kind === "sum") next.set("fn", fn.value);
+    }
+    go(next);
+  }
+
+  form.append(h("label", { for: "where" }, "Only series with", where),
+    ...(labels.length ? [h("fieldset", {}, h("legend", {}, "Group by"), by)] : []),
+    ...(windowed ? [h("label", { for: "range" }, "Range", range), ...(state.get("range") === OTHER ? times : []),
+      ...(definition.kind === "sum" ? [h("label", { for: "fn" }, "Show", fn)] : [])]
+      : [h("span", { class: "soft" }, "No windows: the chart begins when this page is opened.")]),
+    h("button", { type: "submit" }, "Show"));
+  return form;
+}
+
+function remember(history, definition, series) {
+  const name = key(series.labels);
+  const points = history.get(name) ?? [];
+  points.push([Date.now(), series.value]);
+  if (points.length > HISTORY_MAX) points.shift();
+  history.set(name, points);
+  return points;
+}
+
+function percentiles(points) {
+  return [0.5, 0.9, 0.99].map((q) => ({ name: `p${q * 100}`, points: points.map(([at, it]) => [at, it.quantiles[q]]) }));
+}
+
+function showBars(chart, lines, series) {
+  lines.close();
+  chart.replaceChildren(...series.slice(0, LINES_MAX).map((it) => h("div", {}, h("h2", {}, it.name),
+    bars(it.value.items.slice(0, LINES_MAX).map((item) => [item.item, Number(item.count),
+      item.count === item.upper ? shown(item.count) : `${shown(item.count)} to ${shown(item.upper)}`])))));
+}
+
+/** Returns whether values only rise while the page is open, so that their change per second says more. */
+function rises(definition) {
+  return definition.window_s === null && definition.kind === "sum" && definition.monotone;
+}
+
+/** Returns points of the change per second, each over about RATE_MS. */
+function rates(points) {
+  let first = 0;
+  return points.slice(1).map(([at, value], i) => {
+    while (first < i && at - points[first + 1][0] >= RATE_MS) first += 1;
+    const [since, before] = points[first];
+    return [at, Number(value) < Number(before) ? null : ((Number(value) - Number(before)) / (at - since)) * 1000];
+  });
+}
+
+function tableOf(definition, read, answer, series, points, kept, rate) {
+  const suits = read.query.fn ? kind("") : kind(definition.kind);
+  const heads = read.query.fn ? ["per second"] : [...suits.columns, ...(rate ? ["per second"] : [])];
+  const newest = (i) => (read.windowed ? points[i].at(-1)?.[1] : series[i].value);
+  const rows = series.slice(0, ROWS_MAX).map((it, i) => {
+    const value = newest(i);
+    const mark = kept.includes(i) && definition.kind !== "topk" && !(definition.kind === "histogram" && series.length === 1);
+    const swatch = mark ? dot(color(kept.indexOf(i))) : null;
+    const names = Object.values(it.labels);
+    const first = h("span", {}, swatch, names[0] ?? "all");
+    return [first, ...names.slice(1), ...(value === undefined || value === null ? heads.map(() => "") : [...suits.cells(value), ...(rate ? [rates(points[i]).at(-1)?.[1]] : [])].map(shown))];
+  });
+  const labels = Object.keys(series[0]?.labels ?? {});
+  const caption = `${shown(answer.truncated ? answer.series_total : series.length)} series${rows.length < series.length || answer.truncated
+    ? `, the first ${rows.length} shown` : ""}${read.windowed ? `; the newest of steps of ${read.query.step} s` : ""}`;
+  const width = Math.max(1, labels.length);
+  return table(caption, [...(labels.length ? labels : ["series"]), ...heads], rows, new Set(heads.map((_, i) => i + width)));
+}
+
+function dot(fill) {
+  const it = h("span", { class: "swatch", "aria-hidden": "true" });
+  it.style.background = fill;
+  return it;
+}
+
+async function downloadCsv(event, name, query) {
+  event.preventDefault();
+  const answer = await fetch(path(name, query), { headers: { Accept: "text/csv" } });
+  const link = h("a", { href: URL.createObjectURL(await answer.blob()), download: `${name}.csv` });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+function copyLines(definition, read, state) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const address = `${location.origin}${location.pathname}${path(definition.name, read.query)}`;
+  const options = [...read.query.where.map((it) => `--where ${quoted(it)}`), ...read.by.map((it) => `--by ${quoted(it)}`),
+    ...(read.by.length ? [] : ["--total"]), ...(read.windowed && read.span ? [`--last ${Math.round(read.span)}s --step ${read.query.step}s`] : []),
+    ...(read.query.fn ? [`--fn ${read.query.fn}`] : [])];
+  return h("div", { class: "panel copy" }, [["Link", location.href], ["curl", `curl -sf ${quoted(address)}`],
+    ["Shell", `pipeline get ${quoted(definition.name)} --from ${location.origin} ${options.join(" ")}`],
+    ["PromQL", promql(definition, read)]].flatMap(([name, text]) => [h("span", { class: "soft" }, name), h("pre", {}, text),
+    h("button", { type: "button", "aria-label": `Copy ${name}`, onclick: () => navigator.clipboard.writeText(text) }, "Copy")]));
+}
+
+/** Returns the expression for what `GET /v1/openmetrics` exposes of the view. */
+function promql(definition, read) {
+  const by = read.by.length ? ` by (${read.by.join(", ")})` : "";
+  const where = read.query.where.map((it) => it.replace(/^([a-zA-Z_][a-zA-Z0-9_]*)(=~|!~|!=|=)(.*)$/s, (_, label, op, value) =>
+    `${label}${op}${JSON.stringify(value)}`)).join(", ");
+  const series = (name) => `${name}${where ? `{${where}}` : ""}`;
+  const { name, kind: of, monotone } = definition;
+  if (of === "histogram") return `histogram_quantile(0.95, sum by (${["le", ...read.by].join(", ")}) (${series(`${name}_bucket`)}))`;
+  if (of === "sum" && monotone && !read.windowed) return `sum${by} (rate(${series(name.endsWith("_total") ? name : `${name}_total`)}[1m]))`;
+  return `${{ min: "min", max: "max", mean: "avg" }[of] ?? "sum"}${by} (${series(name)})`;
+}

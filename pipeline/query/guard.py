@@ -1,0 +1,136 @@
+"""The outermost layer of the HTTP application: counts, times and bounds requests, and answers errors with problems."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import pipeline.metrics as m
+from pipeline.errors import NotReady, PipelineError, Unavailable
+from pipeline.metrics import Metrics
+from pipeline.ports import Clock
+from pipeline.query.openapi import READ_PATH
+from pipeline.query.problems import Refused, problem
+from pipeline.query.streams_api import EVENT_STREAM
+
+_log = logging.getLogger(__name__)
+_CLIENT_GONE = 499
+_VIEWS = READ_PATH.partition("{")[0]
+
+
+class ReadApp(Protocol):
+    """The application that answers reads of views."""
+
+    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+        """Answer a read of a view. Raises what the read raises."""
+        ...
+
+
+def _refused(error: HTTPException, request: Request) -> Refused:
+    headers: Mapping[str, str] = error.headers or {}
+    if error.status_code == 404:
+        return Refused(404, f"nothing is at {request.url.path[:200]!r}; /docs says what there is", headers)
+    if error.status_code == 405:
+        return Refused(405, f"{request.method[:20]} is not for {request.url.path[:200]!r}", headers)
+    return Refused(error.status_code, str(error.detail), headers)
+
+
+async def show_problem(request: Request, error: Exception) -> Response:
+    """Return the response that says what is wrong with a request."""
+    if isinstance(error, HTTPException):
+        error = _refused(error, request)
+    return _problem_response(request.scope, error)
+
+
+def _problem_response(scope: Scope, error: Exception) -> Response:
+    answer = problem(error)
+    if not isinstance(error, PipelineError | Refused):
+        _log.exception("%s %s", scope["method"], scope["path"])
+    elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
+        _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
+    return Response(answer.body, answer.status, headers=answer.headers)
+
+
+class Guard:
+    """Counts, times and bounds the requests of the application, and turns unexpected errors into problems.
+
+    It answers reads of views itself, because the way through Starlette's router costs more than a point read.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        read: ReadApp | None,
+        paths: Mapping[Any, str],
+        connections_max: int,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._app = app
+        self._read = read
+        self._paths = paths
+        self._connections_max = connections_max
+        self._metrics = metrics
+        metrics.inc(m.READS_REFUSED, 0, "connections_max")
+        self._clock = clock
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = self._clock.monotonic_s()
+        status = _CLIENT_GONE
+        counted = True
+
+        def done() -> None:
+            nonlocal counted
+            if counted:
+                counted = False
+                self._open -= 1
+                # Not the path of the request: a client could make any number of them.
+                path = self._paths.get(scope.get("endpoint"), "unmatched")
+                self._metrics.inc(m.REQUESTS, 1, path, status)
+                self._metrics.observe(m.REQUEST_SECONDS, self._clock.monotonic_s() - started_s, path)
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if (b"content-type", EVENT_STREAM.encode()) in message["headers"]:
+                    done()  # `streams_max` bounds streams, which stay open
+            await send(message)
+
+        self._open += 1
+        try:
+            if self._open > self._connections_max:
+                self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
+                raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
+            view = self._viewed(scope)
+            if view and self._read is not None:
+                scope["endpoint"] = self._read
+                await self._read.answer(view, scope, noting)
+            else:
+                await self._app(scope, receive, noting)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            response = _problem_response(scope, error)
+            if status != _CLIENT_GONE:
+                raise  # a part of the answer is sent: the server must break off the connection
+            await response(scope, receive, noting)
+        finally:
+            done()
+
+    @staticmethod
+    def _viewed(scope: Scope) -> str:
+        """Return the view that `READ_PATH` has in a path; empty if this is no read of one."""
+        path: str = scope["path"]
+        view = path.removeprefix(_VIEWS) if scope["method"] == "GET" and path.startswith(_VIEWS) else ""
+        return "" if "/" in view else view

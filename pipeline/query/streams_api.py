@@ -1,0 +1,64 @@
+"""`GET /v1/views/{view}/stream`: the events of `streams` over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.types import Receive, Scope, Send
+
+import pipeline.metrics as m
+from pipeline.metrics import Metrics
+from pipeline.query.params import parse_read
+from pipeline.query.service import ReadService
+from pipeline.query.streams import Streams
+from pipeline.settings import QuerySettings
+
+EVENT_STREAM = "text/event-stream"
+_HEADERS = [
+    (b"content-type", EVENT_STREAM.encode()),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+class StreamView:
+    """The route, as a plain ASGI application."""
+
+    def __init__(self, streams: Streams, service: ReadService, settings: QuerySettings, metrics: Metrics) -> None:
+        self._streams = streams
+        self._service = service
+        self._settings = settings
+        self._metrics = metrics
+        metrics.inc(m.STREAMS_STALLED, 0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings)
+        last_id = b"".join([value for name, value in scope["headers"] if name == b"last-event-id"]).decode("latin-1")
+        await self._service.wait(request)
+        async with self._streams.open(request.query, last_id) as events:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            sending = asyncio.create_task(self._send(events, send))
+            leaving = asyncio.create_task(_disconnected(receive))
+            try:
+                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                sending.cancel()
+                leaving.cancel()
+                await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
+        stalled_s = self._settings.stream_stalled_ms / 1000
+        async for event in events:
+            try:
+                async with asyncio.timeout(stalled_s):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            except TimeoutError:
+                self._metrics.inc(m.STREAMS_STALLED)
+                return  # without an end: the server breaks the connection off
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
