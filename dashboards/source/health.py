@@ -229,6 +229,18 @@ def _http() -> list[str | Panel]:
             per_second(m.CURSORS_LOST, "{{why}}", "why"),
             unit="cps",
         ),
+        graph(
+            "Open streams",
+            "Streams of answers that clients have open, by server.",
+            largest(m.STREAMS, "{{instance}}", "instance"),
+            width=12,
+        ),
+        graph(
+            "Streams ended, last hour",
+            "Streams ended because their readers took nothing for stream_stalled_ms: clients that hang, or a slow network.",
+            last_hour(m.STREAMS_STALLED, "{{instance}}", "instance"),
+            width=12,
+        ),
     ]
 
 

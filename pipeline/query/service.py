@@ -122,6 +122,10 @@ class ReadService:
         if request.cursor:
             return await self._page(self._lists.find(request.cursor, request.query), request)
         clock = self._reader.clock
+        if request.cursor is None and not request.waits:
+            found = self._reader.find_point(request.query, clock.now_ms())
+            if found is not None:
+                return await self._encode_point(found, request)
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
@@ -167,6 +171,8 @@ class ReadService:
             body = await self._in_thread(lambda: encode_body(answer, ARROW))
         else:
             body = encode_body(answer, request.media_type)
+        if not request.coding:
+            return encoded(answer, request.media_type, etag, (body,))
         parts, coding = await self._coded(body, request.coding)
         return encoded(answer, request.media_type, etag, parts, coding)
 
@@ -179,9 +185,10 @@ class ReadService:
 
     async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
         """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
-        found = self._reader.find_point(request.query, self._reader.clock.now_ms())
-        if found is not None:
-            return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
+        if request.waits:
+            found = self._reader.find_point(request.query, self._reader.clock.now_ms())
+            if found is not None:
+                return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
         asked = self._reader.asked(request.query)
         if asked is not None and request.known:
             etag = self._answers.tags.of(request.key, asked.span, asked.positions)

@@ -121,6 +121,9 @@ class StoppedDirectory:
                 await self._stop.wait()
         finally:
             started.set()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await asyncio.sleep(0)
 
     def request(
         self,
@@ -181,4 +184,5 @@ class StoppedDirectory:
             self._reader.close()
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
+            self._loop.close()
             self._opened.close()
