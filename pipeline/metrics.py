@@ -138,6 +138,9 @@ REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answ
 REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
 )
+GATHER_SERVER_UP = Metric(
+    "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
+)
 STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
 STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."

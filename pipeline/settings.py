@@ -363,6 +363,14 @@ class QuerySettings(_Checked):
         67_108_864, "bytes of an answer of POST /api/v1/read, before compression; more is refused with 400", least=1_024
     )
     read_thread_count: int = _setting(4, "scans that run at once; point reads need no thread", least=1, most=256)
+    gather_bytes_max: int = _setting(
+        67_108_864,
+        "bytes of states that a server gives to one read of `serve --gather`; more is refused with 400",
+        least=65_536,
+    )
+    gather_interval_ms: int = _setting(
+        250, "how often `serve --gather` asks each server which partitions it has and how stale they are", least=10
+    )
     reads_waiting_max: int = _setting(
         256, "reads that wait for data or run, equal ones once; one more is refused with 503", least=1
     )

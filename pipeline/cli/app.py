@@ -164,7 +164,12 @@ def worker(
 
 @app.command()
 def serve(
-    from_: FromKafka,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="URL", help="The broker: kafka://host:port[,host:port...][/app].")
+    ] = None,
+    gather: Annotated[
+        str | None, typer.Option(metavar="URL,...", help="Merge what the servers at these URLs have, with no data here.")
+    ] = None,
     data: Data = None,
     ingest: Annotated[
         bool, typer.Option("--ingest", help="Be a gateway too: POST /v1/deltas and /v1/batches go to Kafka.")
@@ -185,17 +190,26 @@ def serve(
     \b
         pipeline serve --from kafka://127.0.0.1:9092 --data ./s1 --port 8080
         pipeline serve --from kafka://127.0.0.1:9092 --data ./s2 --port 8082 --ingest
+        pipeline serve --gather http://10.0.0.1:8080,http://10.0.0.2:8080 --port 8080
 
     Its stores follow the changelog. As many servers as wanted, each with its own --data; reads never touch workers. While
     the broker is away it goes on answering, and says how stale the answers are. With --ingest a request is answered when
     the broker has what it brought. With --partitions it keeps only a part of the state; its answers are of that part, and
-    name the partitions that they lack.
+    name the partitions that they lack. With --gather it merges servers, of parts or of all: each partition is read from one
+    that answers. If none has a partition, a read fails with 503, or with allow_partial=true names what is missing.
     """
     from pipeline.cli import console
 
     console.configure_logging(log_level, as_json=log_json)
-    from pipeline.cli.services import run_serve
+    from pipeline.cli.services import run_gather, run_serve
 
+    if gather is not None:
+        if from_ is not None or partitions is not None or ingest or data is not None or accept_loss:
+            raise typer.BadParameter("--gather: the servers have the data; leave out --from, --data, --ingest and the like")
+        urls = [url.strip() for url in gather.split(",") if url.strip()]
+        raise SystemExit(run_gather(load(set_, port=port, host=host), urls, as_json=json))
+    if from_ is None:
+        raise typer.BadParameter("--from kafka://host:port, or --gather URL,... is needed")
     config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
     listed = parse_partitions(partitions)
     raise SystemExit(run_serve(config, from_, ingest=ingest, partitions=listed, as_json=json))

@@ -11,7 +11,15 @@ from pipeline.cli import console
 from pipeline.cli.agents import load_app
 from pipeline.cli.bars import RestoreBars
 from pipeline.config import Config
-from pipeline.roles.service import OnProgress, Service, embedded_service, query_service, return_memory, worker_service
+from pipeline.roles.service import (
+    OnProgress,
+    Service,
+    embedded_service,
+    gather_service,
+    query_service,
+    return_memory,
+    worker_service,
+)
 from pipeline.roles.signals import stopping_on_signals
 
 
@@ -50,7 +58,12 @@ def run_serve(config: Config, url: str, *, ingest: bool, partitions: Sequence[in
     return _run(make, config, as_json=as_json)
 
 
-def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json: bool) -> int:
+def run_gather(config: Config, urls: Sequence[str], *, as_json: bool) -> int:
+    """Merge what other servers have until SIGINT or SIGTERM; return the exit code."""
+    return _run(lambda on_progress: gather_service(config, urls, on_progress), config, as_json=as_json, has_data=False)
+
+
+def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json: bool, has_data: bool = True) -> int:
     return_memory()
     bars = RestoreBars()
     service = make(bars)
@@ -59,9 +72,11 @@ def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json:
         bars.close()
         count = service.role.status().partition_count
         if as_json:
-            console.print_json({"url": url, "data": config.log.data, "partition_count": count})
+            data = {"data": config.log.data} if has_data else {}
+            console.print_json({"url": url, **data, "partition_count": count})
         else:
-            print(f"ready at {url}  (data in {config.log.data}, {count} partitions, Ctrl-C stops)", flush=True)
+            where = f"data in {config.log.data}, " if has_data else ""
+            print(f"ready at {url}  ({where}{count} partitions, Ctrl-C stops)", flush=True)
 
     try:
         with stopping_on_signals(service.stop):

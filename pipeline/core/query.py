@@ -140,10 +140,16 @@ def merged(
         known = ", ".join(f"{name}{f' in windows of {length} s' if length else ''}" for name, length in sorted(parts))
         raise NotFound(f"view {view} has no definition of this kind and window; it is {known}")
     chosen = min(fitting, key=lambda shape: first[shape])
-    found = sorted(parts[chosen], key=lambda it: (it.labels, it.monotone, it.retention_s, it.parameters))
-    labels = tuple(sorted({label for it in found for label in it.labels}))
-    together = Definition(view, chosen[0], labels, chosen[1], all(it.monotone for it in found))
     also = tuple(Alternative(*shape) for shape in sorted(parts) if shape != chosen)
+    return merge_definitions(parts[chosen], also)
+
+
+def merge_definitions(parts: Iterable[Definition], also: tuple[Alternative, ...] = ()) -> MergedDefinition:
+    """Return definitions of one view, kind and window as one."""
+    found = sorted(parts, key=lambda it: (it.labels, it.monotone, it.retention_s, it.parameters))
+    labels = tuple(sorted({label for it in found for label in it.labels}))
+    first = found[0]
+    together = Definition(first.view, first.kind, labels, first.window_s, all(it.monotone for it in found))
     return MergedDefinition(together, tuple(found), also)
 
 

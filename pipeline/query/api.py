@@ -27,13 +27,16 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
+from pipeline.core.gathered import STATES_PATH
 from pipeline.core.token import Token
-from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.errors import Invalid, NotReady, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.query.bodies import RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
@@ -53,8 +56,8 @@ from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
-_BODIES_HELD_MAX = 4
-"""Request bodies in memory at once, counted in bodies of the largest size."""
+STATES = "application/vnd.pipeline.states"
+"""Media type of the states that one server gives to another."""
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
@@ -82,7 +85,7 @@ def create_operations_app(
     ready: Callable[[], bool],
 ) -> Starlette:
     """Return the application of a process that answers no reads: metrics, health and status."""
-    return _create(_operation_routes(metrics, status, ready), settings, metrics, clock)
+    return make_application(operation_routes(metrics, status, ready), settings, metrics, clock)
 
 
 def create_app(
@@ -117,21 +120,22 @@ def create_app(
             service.close()
             ingest_threads.shutdown(wait=False)
 
-    read = _ReadView(service, settings)
+    read = ReadEndpoint(service, settings)
     streams = Streams(service, settings, metrics, reader.clock)
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
-        Route("/v1/views", _ListViews(service), methods=["GET"]),
+        Route("/v1/views", ListEndpoint(service), methods=["GET"]),
         Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
         *page_routes(),
     ]
-    routes += _operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
+    routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
+    routes.append(_states_route(service, settings))
     if render_views is not None:
-        routes += [_scrape_route(service, settings, render_views), _remote_read_route(service)]
+        routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = partial(_take, _Bodies(settings.body_bytes_max), ingest_threads)
+        take = partial(_take, RequestBodies(settings.body_bytes_max), ingest_threads)
         routes += _write_routes(ingest, settings, keys, take)
         routes += _order_routes(ControlService(reader, ingest), keys, take)
         if letters is not None:
@@ -139,19 +143,20 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    app = _create(routes, settings, metrics, reader.clock, lifespan, read)
+    app = make_application(routes, settings, metrics, reader.clock, lifespan, read)
     app.state.before_stop = streams.close
     return app
 
 
-def _create(
+def make_application(
     routes: Sequence[Route],
     settings: QuerySettings,
     metrics: ExposedMetrics,
     clock: Clock,
     lifespan: Lifespan[Starlette] | None = None,
-    read: _ReadView | None = None,
+    read: ReadEndpoint | None = None,
 ) -> Starlette:
+    """Return the application of these routes, with its documentation, and guarded."""
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
     routes = [*routes, *docs_routes(openapi_document(operations, settings))]
     paths = {it.endpoint: it.path for it in routes}
@@ -168,10 +173,10 @@ def _create(
     return app
 
 
-class _ReadView:
+class ReadEndpoint:
     """`GET /v1/views/{view}` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
         self._service = service
         self._settings = settings
 
@@ -190,7 +195,7 @@ class _PostQuery:
     def __init__(self, service: ReadService, settings: QuerySettings) -> None:
         self._service = service
         self._settings = settings
-        self._bodies = _Bodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+        self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -199,10 +204,10 @@ class _PostQuery:
         await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
-class _ListViews:
+class ListEndpoint:
     """`GET /v1/views` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService) -> None:
+    def __init__(self, service: ReadService | GatherService) -> None:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -221,7 +226,9 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type=JSON)
 
 
-def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
+def operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
+    """Return the routes that every process has: status, health and metrics."""
+
     async def show_status(_: Request) -> Response:
         return _json(_encode(status()))
 
@@ -245,7 +252,9 @@ def _operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], rea
     ]
 
 
-def _scrape_route(service: ReadService, settings: QuerySettings, render: RenderViews) -> Route:
+def scrape_route(service: ReadService | GatherService, settings: QuerySettings, render: RenderViews) -> Route:
+    """Return the route that shows the views to Prometheus."""
+
     async def scrape(request: Request) -> Response:
         views, windowed = parse_scrape(request.scope["query_string"], settings)
         body, media_type = await service.scrape(views, render, request.headers.get("accept", ""), windowed=windowed)
@@ -255,7 +264,7 @@ def _scrape_route(service: ReadService, settings: QuerySettings, render: RenderV
 
 
 def _remote_read_route(service: ReadService) -> Route:
-    bodies = _Bodies(REQUEST_BYTES_MAX, encoding="snappy")
+    bodies = RequestBodies(REQUEST_BYTES_MAX, encoding="snappy")
 
     async def remote_read(request: Request) -> Response:
         try:
@@ -267,6 +276,16 @@ def _remote_read_route(service: ReadService) -> Route:
         return Response(answer, headers={"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy"})
 
     return Route("/api/v1/read", remote_read, methods=["POST"])
+
+
+def _states_route(service: ReadService, settings: QuerySettings) -> Route:
+    bodies = RequestBodies(settings.body_bytes_max)
+
+    async def states(request: Request) -> Response:
+        async with bodies.of(request) as body:
+            return Response(await service.states(body), media_type=STATES)
+
+    return Route(STATES_PATH, states, methods=["POST"])
 
 
 def _with_staleness(status: Status, reader: ViewReader) -> Status:
@@ -284,7 +303,7 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
     return status
 
 
-async def _take(bodies: _Bodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
     async with bodies.of(request) as body:
         done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
@@ -358,43 +377,3 @@ def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: 
         raise Invalid(f"nothing could be taken; line {refused[0].line}: {refused[0].reason}: {refused[0].detail}")
     first = [LeftOut(it.line, it.reason, it.detail) for it in sorted(refused)[:_REFUSED_SHOWN_MAX]]
     return MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))
-
-
-class _Bodies:
-    """Reads request bodies of one encoding: each, and all together, are bounded."""
-
-    def __init__(self, bytes_max: int, encoding: str = "identity") -> None:
-        self._bytes_max = bytes_max
-        self._encoding = encoding
-        self._held = 0
-
-    @asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the body, which counts as in memory until the context ends."""
-        if request.headers.get("content-encoding", "identity") != self._encoding:
-            raise Refused(415, self._wrong_encoding())
-        announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._bytes_max:
-            raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async for part in request.stream():
-                size += len(part)
-                self._held += len(part)
-                if size > self._bytes_max:
-                    raise self._too_large()
-                if self._held > self._bytes_max * _BODIES_HELD_MAX:
-                    raise Unavailable("too many request bodies are being worked on")
-                parts.append(part)
-            yield b"".join(parts)
-        finally:
-            self._held -= size
-
-    def _wrong_encoding(self) -> str:
-        if self._encoding == "identity":
-            return "compressed bodies are not understood"
-        return f"a body with Content-Encoding: {self._encoding} is needed"
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"a body of over {self._bytes_max} bytes")

@@ -98,9 +98,7 @@ def encoded(
 
     A page has no entity tag. `unchanged`: the client has the body already, and needs to know only how stale that is.
     """
-    headers = [_VARY, _NO_STORE]
-    if etag:
-        headers.append((b"etag", etag))
+    headers = [_VARY, _NO_STORE, (b"etag", etag)] if etag else [_VARY, _NO_STORE]
     if unchanged:
         return Encoded((), headers + _said(answer), 304)
     headers += [(b"content-type", _CONTENT_TYPES[media_type]), (b"content-length", b"%d" % sum(map(len, parts)))]

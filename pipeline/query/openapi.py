@@ -56,7 +56,8 @@ def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySet
     if READ_PATH in document["paths"]:
         parameters = document["paths"][READ_PATH]["get"]["parameters"]
         _set_limits(parameters, settings)
-        document["paths"][STREAM_PATH]["get"]["parameters"][:0] = parameters
+        if STREAM_PATH in document["paths"]:
+            document["paths"][STREAM_PATH]["get"]["parameters"][:0] = parameters
         many = own["Queries"]["properties"]
         many["queries"]["maxItems"] = settings.queries_max
         many["timeout_ms"]["maximum"] = settings.timeout_ms_max

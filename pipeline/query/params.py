@@ -32,7 +32,7 @@ _RANGE = (*_TIMES, *_LENGTHS, "fill")
 WAITS = ("after", "max_staleness_ms", "timeout_ms")
 PER_QUERY = ("kind", "window_s", "top", "bottom", "limit", *_RANGE, "fn")
 """Parameters of a query that may stand once."""
-_SINGLE = (*PER_QUERY, *WAITS, "cursor")
+_SINGLE = (*PER_QUERY, *WAITS, "cursor", "allow_partial")
 STALENESS_MS_MAX = 10**15 - 1
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
@@ -66,6 +66,8 @@ class ReadRequest(Waiting, frozen=True, kw_only=True):
     """Media type of the answer."""
     coding: str = ""
     """Content coding that the client prefers; empty: none."""
+    allow_partial: bool = False
+    """True if a server that merges several may leave out partitions of which no server answers."""
     known: tuple[bytes, ...] = ()
     """Entity tags of answers that the client has; `*` is any."""
     cursor: str | None = None
@@ -117,6 +119,7 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
         cursor=cursor,
         media_type=preferred(headers.accept),
         coding=preferred_coding(headers.encoding),
+        allow_partial=_flag(single, "allow_partial"),
         known=_tags(headers.if_none_match) if headers.if_none_match else (),
         **waiting(single, settings),
     )
@@ -186,6 +189,14 @@ def _range(single: Mapping[str, str]) -> AskedRange:
     times = {f"{name}_ms": time_ms(name, single[name]) for name in _TIMES if name in single}
     lengths = {f"{name}_ms": length_ms(name, single[name]) for name in _LENGTHS if name in single}
     return AskedRange(**times, **lengths, fill=single.get("fill"))
+
+
+def _flag(single: Mapping[str, str], name: str) -> bool:
+    """Return a parameter that is true or false; False without it."""
+    text = single.get(name, "false")
+    if text not in ("true", "false"):
+        raise Invalid(f"{name}: true or false is needed, got {text[:50]!r}")
+    return text == "true"
 
 
 def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[tuple[str, ...], bool]:

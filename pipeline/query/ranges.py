@@ -119,6 +119,10 @@ class Points:
             buckets = self.buckets([keys[i] for i in there], len(prefix))
             self.add(buckets, [groups[i] for i in there], [states[i] for i in there])
 
+    def states(self) -> Mapping[tuple[int, Labels], State]:
+        """Return what was merged so far, by bucket and group."""
+        return self._groups
+
     def _check_count(self, count: int) -> None:
         most = self._settings.answer_points_max
         if count > most:

@@ -20,6 +20,7 @@ from pipeline.core.exposition import (
     UNREADABLE,
     Exposition,
 )
+from pipeline.core.gathered import StatesAsked, StatesFound
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
@@ -51,6 +52,7 @@ from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import scan_windows, select, similar
 from pipeline.query.scrapes import scrape_cut
+from pipeline.query.states import StatesReader
 from pipeline.settings import QuerySettings
 
 _PLANS_MAX = 10_000
@@ -437,6 +439,17 @@ class ViewReader:
         """
         self._check_whole("remote reads need one that has all")
         return self._from(self._stores(), lambda stores: read(self._cut(stores, deadline_s)))
+
+    def states(self, asked: StatesAsked, *, arrived_s: float, deadline_s: float) -> StatesFound:
+        """Return what a server that merges several asks for. The request arrived at `arrived_s` on the monotonic clock."""
+
+        def read(stores: Mapping[int, ReadableStore]) -> StatesFound:
+            cut = self._cut(stores, deadline_s)
+            states = partial(self._progress.partitions, cut.positions, cut.seen)
+            reader = StatesReader(asked, cut, self._settings, self._tests)
+            return reader.found(states, self.topic_id, arrived_s, self.clock.monotonic_s)
+
+        return self._from(self._stores(), read)
 
     def _cut(self, stores: Mapping[int, ReadableStore], deadline_s: float) -> Cut:
         seen = self._progress.note_ends()

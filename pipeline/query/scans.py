@@ -61,9 +61,24 @@ def select(
     answer: Callable[[State], Any] | None = None,
 ) -> Selected:
     """Return what the query selects of all series without windows, or of those of one window; see `TopN` for `answer`."""
+    choice = TopN(KINDS[merged.definition.kind], query, answer=answer)
+    scan_groups(query, merged, snapshots, tests, check, groups_max, choice.offer, window_start_ms)
+    return choice.selected()
+
+
+def scan_groups(
+    query: Query,
+    merged: MergedDefinition,
+    snapshots: Mapping[int, StoreView],
+    tests: Sequence[tuple[int, Test]],
+    check: Check,
+    groups_max: int,
+    offer: Callable[[Mapping[Labels, State]], None],
+    window_start_ms: int = 0,
+) -> None:
+    """Merge all series without windows, or of one window, to groups, and offer each group once."""
     group = group_key(merged.definition, query.by)
     kind = KINDS[merged.definition.kind]
-    choice = TopN(kind, query, answer=answer)
     # Series of several definitions with the same labels are not neighbours in the order of keys.
     complete = is_complete(merged.definition, query.by) and len(merged.parts) == 1
     grouping = Grouping(kind, merged.definition.labels if query.by is None else query.by, natively=not tests)
@@ -83,7 +98,7 @@ def select(
                 check()
                 groups: dict[Labels, State] = {}
                 fold(kind, groups, *decode(keys, values))
-                choice.offer(groups)
+                offer(groups)
             continue
         for scan in scans:
             while entries := [*islice(scan, _BLOCK)]:
@@ -91,9 +106,8 @@ def select(
                 grouping.add(part, len(prefix), entries, decode)
                 if len(grouping) > groups_max:
                     raise Invalid(f"over {groups_max} groups: keep fewer labels, or narrow `where`")
-    choice.offer(grouping.take())
+    offer(grouping.take())
     check()
-    return choice.selected()
 
 
 def _scan(part: Definition, number: int, snapshot: StoreView, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:

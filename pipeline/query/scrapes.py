@@ -58,7 +58,8 @@ def scrape_cut(
             continue  # not asked for, or the window is gone, or there is none yet
         room = left // samples_of(definition)
         # Of a view without windows too many series are not read at all, so that the work is bounded, too.
-        if not definition.window_s and max(entry.series_count for entry in found[view]) > room:
+        held = [entry.series_count for entry in found[view] if entry.definition in whole[view].parts]
+        if not definition.window_s and max(held) > room:
             omitted[view] = SERIES_MAX
             continue
         try:

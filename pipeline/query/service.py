@@ -18,6 +18,7 @@ from msgspec.structs import replace
 import pipeline.metrics as m
 from pipeline.core.answer import Answer, Answers, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
+from pipeline.core.gathered import decode_asked, encode_part
 from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
@@ -41,7 +42,7 @@ _COMPRESS_HERE_MAX = 32_768
 _TOPIC_S = 2.0
 """Longest wait for the log to answer which topic it has now."""
 
-_NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
+NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
 
 States = Sequence[PartitionState]
 T = TypeVar("T")
@@ -116,12 +117,16 @@ class ReadService:
         except NotFound as error:
             if request.after is not None:
                 raise
-            raise NotFound(f"{error}; {_NOT_FOLDED}") from None
+            raise NotFound(f"{error}; {NOT_FOLDED}") from None
 
     async def _answer(self, request: ReadRequest) -> Encoded:
         if request.cursor:
             return await self._page(self._lists.find(request.cursor, request.query), request)
         clock = self._reader.clock
+        if request.cursor is None and not request.waits:
+            found = self._reader.find_point(request.query, clock.now_ms())
+            if found is not None:
+                return await self._encode_point(found, request)
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
@@ -131,7 +136,7 @@ class ReadService:
                 return answer
             # The data was fresh enough when the read began, but not when it ended: read again if there is time.
             if clock.monotonic_s() >= deadline_s:
-                raise NotReady(_too_old(request))
+                raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
     async def _first_page(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
@@ -167,6 +172,8 @@ class ReadService:
             body = await self._in_thread(lambda: encode_body(answer, ARROW))
         else:
             body = encode_body(answer, request.media_type)
+        if not request.coding:
+            return encoded(answer, request.media_type, etag, (body,))
         parts, coding = await self._coded(body, request.coding)
         return encoded(answer, request.media_type, etag, parts, coding)
 
@@ -179,9 +186,10 @@ class ReadService:
 
     async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
         """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
-        found = self._reader.find_point(request.query, self._reader.clock.now_ms())
-        if found is not None:
-            return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
+        if request.waits:
+            found = self._reader.find_point(request.query, self._reader.clock.now_ms())
+            if found is not None:
+                return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
         asked = self._reader.asked(request.query)
         if asked is not None and request.known:
             etag = self._answers.tags.of(request.key, asked.span, asked.positions)
@@ -247,7 +255,7 @@ class ReadService:
                 parts, coding = await self._coded(body, preferred_coding(headers.encoding))
                 return plain_json(parts, coding)
             if clock.monotonic_s() >= deadline_s:
-                raise NotReady(_too_old(request))
+                raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
     async def views(self, headers: ReadHeaders) -> Encoded:
@@ -269,6 +277,27 @@ class ReadService:
         """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
         deadline_s = self._deadline_s()
         return await self._bounded(self._in_thread, lambda: self._remote.answer(body, deadline_s=deadline_s))
+
+    async def states(self, body: bytes) -> bytes:
+        """Return what a server that merges several asks for; see `core.gathered`. Raises as `answer`."""
+        clock = self._reader.clock
+        arrived_s = clock.monotonic_s()
+        asked = decode_asked(body)
+        deadline_s = arrived_s + min(asked.timeout_ms, self._settings.timeout_ms_max) / 1000
+        if asked.after or asked.max_staleness_ms is not None:
+            token = Token.parse(asked.after)
+            await self._bounded(
+                self._wait,
+                Waiting(timeout_ms=asked.timeout_ms, after=token, max_staleness_ms=asked.max_staleness_ms),
+                deadline_s,
+            )
+
+        def read() -> bytes:
+            return encode_part(self._reader.states(asked, arrived_s=arrived_s, deadline_s=deadline_s))
+
+        if not asked.reads and not asked.views and asked.views is not None:
+            return read()  # at once, also while many reads run: by this the other server knows that this one is there
+        return await self._bounded(self._in_thread, read)
 
     def _deadline_s(self) -> float:
         timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
@@ -350,7 +379,7 @@ class ReadService:
             raise NotReady(
                 f"after: partition {number} is at {next_offset}, not at {wanted[number]}, after {request.timeout_ms} ms"
             )
-        raise NotReady(_too_old(request))
+        raise NotReady(too_old(request))
 
     def _is_other(self, after: Token) -> bool:
         """Return whether the token is of another topic than the log has; False while the topic of the log is unknown."""
@@ -406,5 +435,6 @@ def _place(state: PartitionState) -> tuple[int, int, str]:
     return state.partition, state.next_offset, state.topic_id
 
 
-def _too_old(request: Waiting) -> str:
+def too_old(request: Waiting) -> str:
+    """Return the message of a read that found no answer that is fresh enough."""
     return f"no answer within max_staleness_ms={request.max_staleness_ms} after {request.timeout_ms} ms"

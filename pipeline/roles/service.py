@@ -21,6 +21,7 @@ from pipeline.errors import Exit, exit_code
 from pipeline.ports import Ingest
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
+from pipeline.query.gather_api import create_gather_app
 from pipeline.query.reader import ViewReader
 from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.settings import QuerySettings
@@ -30,6 +31,7 @@ from pipeline.worker.restore import RestoreProgress
 if TYPE_CHECKING:
     from pipeline.adapters.faust.agents import AgentsApp
     from pipeline.roles.embedded import Engine
+    from pipeline.roles.gather import Gatherer
     from pipeline.roles.server import ClusterServer
     from pipeline.roles.worker import ClusterWorker
 
@@ -45,7 +47,7 @@ def _ignore(_: Any) -> None:
 
 
 class Role(Protocol):
-    """An `Engine`, a `ClusterWorker` or a `ClusterServer`."""
+    """An `Engine`, a `ClusterWorker`, a `ClusterServer` or a `Gatherer`."""
 
     @property
     def ready(self) -> bool: ...
@@ -229,6 +231,19 @@ def query_service(
         )
 
     return Service(config, "server", make, partial(_query_app, config.query), on_progress)
+
+
+def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress = _ignore) -> Service[Gatherer]:
+    """Return a server that merges what the servers at these URLs have."""
+    from pipeline.roles.gather import Gatherer
+
+    def make(hooks: Hooks) -> Gatherer:
+        return Gatherer(urls, query_settings=config.query, metrics=hooks.metrics)
+
+    def make_app(gatherer: Gatherer, metrics: PrometheusMetrics) -> Any:
+        return create_gather_app(gatherer.service, config.query, metrics, render_views)
+
+    return Service(config, "gatherer", make, make_app, on_progress)
 
 
 def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics) -> Any:

@@ -18,7 +18,7 @@ from pipeline.adapters.faust import agents as adapter
 from pipeline.adapters.faust.app import Ours
 from pipeline.core.codec import FORMAT
 from tests.broker.agents import BOTH, FORMATS, PARTITIONS, SHOP, WAIT_S, Source, counted, metric, wait_counted
-from tests.broker.drive import Role, Supervised, server, wait_exit
+from tests.broker.drive import Role, server, wait_exit
 from tests.broker.kafka import App, Broker, new_app
 from tests.broker.test_workers import member, status
 from tests.support import LONG, again_and_again, pipeline, wait_until
@@ -495,13 +495,13 @@ def test_an_event_that_is_overtaken_is_not_done(app: App, tmp_path: Path) -> Non
 
 @pytest.mark.timeout(300)
 def test_the_broker_is_away(broker: Broker, tmp_path: Path) -> None:
-    """Through kill -9 of the broker and its return no event is lost; few are counted twice.
-
-    A worker that meets a commit that is not decided in time, or a changelog that does not go on where it ended, ends with
-    exit code 3, and is started again.
-    """
+    """Through kill -9 of the broker and its return no worker ends, and no event is lost; few are counted twice."""
     source = Source(new_app(broker.bootstrap), tmp_path)
-    with server(source.app, tmp_path / "server") as reads, source.worker("one") as worker, Supervised(worker) as supervised:
+    patient = {
+        "commit_timeout_ms": 120_000,
+        "transaction_timeout_ms": 120_000,
+    }  # on a machine that is busy a broker takes long to start
+    with server(source.app, tmp_path / "server") as reads, source.worker("one", **patient) as worker:
         source.send(range(1_000))
         wait_counted(reads, source.places, worker)
         source.send(range(1_000, 3_000))
@@ -511,9 +511,9 @@ def test_the_broker_is_away(broker: Broker, tmp_path: Path) -> None:
         source.send(range(3_000, 3_100))
         found = wait_counted(reads, source.places, worker)
         wait_until(source.all_committed, "everything to be committed", WAIT_S)
-        assert set(supervised.codes) <= {3}, worker.tail()
+        assert worker.exit_code is None, worker.tail()
         assert min(found.values()) >= 1
-        print(sum(times > 1 for times in found.values()), "counted more than once; exit codes", supervised.codes)
+        print(sum(times > 1 for times in found.values()), "counted more than once")
 
 
 @pytest.mark.timeout(120)

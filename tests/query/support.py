@@ -328,13 +328,21 @@ def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
         parse_pushed,
         world.letters,
     )
+    with running(app, port) as at:
+        yield Server(world, at)
+
+
+@contextmanager
+def running(app: Any, port: int = 0) -> Iterator[int]:
+    """Run an application, on a free port, until the context ends; yield the port."""
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
     server = UvicornServer(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
-        yield Server(world, server.servers[0].sockets[0].getsockname()[1])
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield port
     finally:
         server.should_exit = True
         thread.join(20)

@@ -153,6 +153,7 @@ def test_the_document_is_whole(server: Server) -> None:
         "timeout_ms",
         "cursor",
         "If-None-Match",
+        "allow_partial",
     }
     for reference in references(document):
         resolved(document, [{"$ref": reference}])

@@ -1,0 +1,30 @@
+"""A server whose states another one merges, over HTTP."""
+
+from __future__ import annotations
+
+from pipeline.adapters.http_client import HttpClient, error_of
+from pipeline.core.gathered import STATES_PATH
+from pipeline.errors import Unavailable
+from pipeline.ports import Clock
+
+
+class HttpPart:
+    """A `query.part_servers.PartServer` at a URL. Connections are kept and shared. Safe from any thread."""
+
+    def __init__(self, url: str, clock: Clock) -> None:
+        self._client = HttpClient(url, clock)
+        self.url = self._client.url
+
+    def ask(self, body: bytes, timeout_s: float) -> bytes:
+        """Return the answer to an encoded request for states. Raises as the server does, or `Unavailable`."""
+        media_type = "application/vnd.pipeline.states"
+        status, answer = self._client.request("POST", STATES_PATH, timeout_s=timeout_s, body=body, content_type=media_type)
+        if status in (404, 405):
+            raise Unavailable(f"{self.url}: it gives no states to others; is it a query server of this version?")
+        if status != 200:
+            raise error_of(self.url, status, answer)
+        return answer
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._client.close()

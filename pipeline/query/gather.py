@@ -1,0 +1,373 @@
+"""Reads of a server without stores, which merges the states that other servers have.
+
+A read needs the definitions of all partitions before it can ask for states. They are known from the read before, and come
+with every answer: if they are others by then, the read asks again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+import pipeline.metrics as m
+from pipeline.core.answer import Answer, MemberStatus, PartitionStatus, Status, View, Views
+from pipeline.core.codec import DefinitionEntry
+from pipeline.core.exposition import (
+    SERIES_MAX,
+    Exposed,
+    Exposition,
+    choose,
+    exposed_as,
+    newest_final_ms,
+    samples_of,
+    state_exposed,
+)
+from pipeline.core.gathered import PARTS_VERSION, GroupStates, StatesAsked, StatesRead, group_count, states_of
+from pipeline.core.kinds import KINDS, Kind, State
+from pipeline.core.query import Labels, MergedDefinition, Query, Selected, TopN, fold, group_key, label_index, listed, merged
+from pipeline.core.record import Definition
+from pipeline.core.token import Token
+from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
+from pipeline.metrics import Metrics
+from pipeline.ports import Clock
+from pipeline.query.codings import encode_end, encode_start, preferred_coding
+from pipeline.query.found import answer_of, points_answer
+from pipeline.query.media import Encoded, encode_body, encoded, plain_json
+from pipeline.query.params import ReadHeaders, ReadRequest
+from pipeline.query.part_servers import Gathered, PartServers
+from pipeline.query.plans import shape
+from pipeline.query.ranges import Points, check_unwindowed, expired_before
+from pipeline.query.service import NOT_FOLDED, POLL_S, RenderViews, too_old
+from pipeline.settings import QuerySettings
+
+_TRIES = 5
+"""Attempts of a read at finding the definitions of all partitions as they were before."""
+_PLANS_MAX = 10_000
+_HERE_MAX = 500
+"""Groups that are merged on the event loop; a millisecond's work."""
+T = TypeVar("T")
+_encode = msgspec.json.Encoder().encode
+
+
+class GatherPlan(NamedTuple):
+    """The definitions that a read merges, and from where on each keeps its windows, as all partitions have them."""
+
+    merged: MergedDefinition
+    hidden: Mapping[Definition, int]
+
+
+def _plan_of(view: str, entries: Sequence[DefinitionEntry], kind: str | None, window_s: int | None) -> GatherPlan:
+    found = merged(view, entries, kind=kind, window_s=window_s)
+    expired = expired_before(entries) if found.definition.window_s else {}
+    return GatherPlan(found, {part: expired[part] for part in found.parts if expired.get(part)})
+
+
+def _read_of(plan: GatherPlan, query: Query, points: Points | None) -> StatesRead:
+    """Return the states that a query needs of each part."""
+    definition, parts = plan.merged.definition, [*plan.merged.parts]
+    for matcher in query.where:
+        label_index(definition, matcher.label)  # raises for a label that the view does not have
+    group_key(definition, query.by)  # the same
+    if points is None:
+        TopN(KINDS[definition.kind], query)  # for quantiles
+    if points is not None:
+        hidden = [plan.hidden.get(part, 0) for part in parts]
+        return StatesRead(parts, query.where, query.by, span=points.span, hidden_before_ms=hidden)
+    return StatesRead(
+        parts, query.where, query.by, None if query.top is not None or query.bottom is not None else query.limit
+    )
+
+
+class GatherService:
+    """Serves reads on one event loop, as `ReadService` does, from what other servers have."""
+
+    def __init__(self, servers: PartServers, clock: Clock, settings: QuerySettings, metrics: Metrics) -> None:
+        self.clock = clock
+        self._servers = servers
+        self._settings = settings
+        self._metrics = metrics
+        metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
+        self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
+        self._plans: dict[tuple[str, str | None, int | None], GatherPlan] = {}
+        self._open = 0
+        self._closed = False
+
+    # Reads
+
+    async def answer(self, request: ReadRequest) -> Encoded:
+        """Return the encoded answer. Raises as `ReadService.answer`, and as `PartServers.gather`."""
+        if request.cursor is not None:
+            raise Invalid("cursor: a server that merges others has no pages, because it holds no moment of their stores")
+        if request.query.range.compare_ms is not None:
+            raise Invalid("compare: a server that merges others does not have it; ask for the earlier range by itself")
+        deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
+        self._admit()
+        try:
+            answer = await self._fresh_answer(request, deadline_s)
+            body = await self._here_or_not(len(answer.series), lambda: encode_body(answer, request.media_type))
+            parts, coding = await self._coded(body, request.coding)
+            return encoded(answer, request.media_type, b"", parts, coding)
+        finally:
+            self._open -= 1
+
+    async def _fresh_answer(self, request: ReadRequest, deadline_s: float) -> Answer:
+        most = part_most = request.max_staleness_ms
+        while True:
+            answer = await self._read(request, part_most, deadline_s)
+            staleness_ms = answer.as_of.staleness_ms
+            if most is None or (staleness_ms is not None and staleness_ms <= most):
+                return answer
+            # It was fresh enough where it was read: there it has to be fresher by the time on the way.
+            part_most = max(0, (part_most or 0) - max(1, (staleness_ms or 0) - most))
+            if self.clock.monotonic_s() >= deadline_s:
+                raise NotReady(too_old(request))
+            await asyncio.sleep(POLL_S)
+
+    async def _read(self, request: ReadRequest, max_staleness_ms: int | None, deadline_s: float) -> Answer:
+        query, key, now_ms = request.query, shape(request.query), self.clock.now_ms()
+        for _ in range(_TRIES):
+            plan = self._plans.get(key)
+            points = read = None
+            if plan is not None:
+                if plan.merged.definition.window_s:
+                    points = Points(query, plan.merged, self._settings, now_ms)
+                else:
+                    check_unwindowed(query)
+                read = _read_of(plan, query, points)
+            asked = StatesAsked(
+                PARTS_VERSION, [], [] if read is None else [read], [query.view], "", max_staleness_ms, request.timeout_ms
+            )
+            gathered = await self._gather(asked, deadline_s, request.after, allow_partial=request.allow_partial)
+            try:
+                found = _plan_of(query.view, gathered.entries(), query.kind, query.window_s)
+            except NotFound as error:
+                self._plans.pop(key, None)
+                raise NotFound(f"{error}{await self._hint(request, gathered, deadline_s)}") from None
+            if plan is None or found != plan:
+                if len(self._plans) >= _PLANS_MAX:
+                    self._plans.clear()
+                self._plans[key] = found
+                continue
+            count = sum(len(part.found.reads[0].states) for part in gathered.parts if part.found.reads)
+            build = partial(self._build, query, plan, gathered, points, deadline_s)
+            return await self._here_or_not(count, build)
+        raise Unavailable(f"view {query.view}: its definitions change faster than they are read; try again")
+
+    async def _hint(self, request: ReadRequest, gathered: Gathered, deadline_s: float) -> str:
+        """Return the end of a message that there is no such view, or none of this kind."""
+        hint = "" if request.after is not None else f"; {NOT_FOLDED}"
+        if any(part.found.entries for part in gathered.parts):
+            return hint
+        asked = StatesAsked(PARTS_VERSION, [], views=None)
+        everything = await self._gather(asked, deadline_s, None, allow_partial=True)
+        names = {entry.definition.view for entry in everything.entries()}
+        near = get_close_matches(request.query.view[:200], [*names][:2_000])
+        named = " or ".join(near)
+        return f"; is it {named}?{hint}" if near else hint
+
+    async def _gather(self, asked: StatesAsked, deadline_s: float, after: Token | None, *, allow_partial: bool) -> Gathered:
+        """Ask the servers, each for its partitions, and to wait for what the token says of these."""
+        wanted: Mapping[int, int] = {} if after is None else after.next_offsets
+        topic_id = "" if after is None else after.topic_id
+
+        def make(numbers: list[int], timeout_ms: int) -> StatesAsked:
+            own = {number: wanted[number] for number in numbers if number in wanted}
+            return replace(asked, partitions=numbers, after=str(Token(own, topic_id)), timeout_ms=timeout_ms)
+
+        gathered = await self._servers.gather(make, deadline_s, allow_partial=allow_partial)
+        count = len(gathered.missing) + sum(len(part.found.partitions) for part in gathered.parts)
+        if wanted and max(wanted) >= count:
+            raise NotReady(f"after: there is no partition {max(wanted)} yet; these servers have {count}")
+        return gathered
+
+    def _build(self, query: Query, plan: GatherPlan, gathered: Gathered, points: Points | None, deadline_s: float) -> Answer:
+        """Merge the parts to an answer."""
+        kind = KINDS[plan.merged.definition.kind]
+        width = len(plan.merged.definition.labels if query.by is None else query.by)
+        parts = [part.found.reads[0] for part in gathered.parts if part.found.reads]
+        states = _states(kind, parts, width)
+
+        def check() -> None:
+            if self._closed:
+                raise Unavailable("the server is stopping")
+            if self.clock.monotonic_s() > deadline_s:
+                raise Unavailable(f"view {query.view}: not read within timeout_ms; narrow `where`, or give it more time")
+
+        if points is not None:
+            points.hide_expired(plan.hidden)
+            for part, own in zip(parts, states, strict=True):
+                points.add(part.buckets, part.labels, own)
+                check()
+            final_before_ms = self._servers.final_before_ms(gathered)
+            as_of = lambda: gathered.as_of(self.clock.monotonic_s())  # noqa: E731  # it is asked for when all is built
+            return points_answer(query, plan.merged, points, as_of, final_before_ms, check)
+        groups: dict[Labels, State] = {}
+        for part, own in zip(parts, states, strict=True):
+            fold(kind, groups, part.labels, own)
+            check()
+        choice = TopN(kind, query)
+        choice.offer(groups)
+        selected = choice.selected()
+        selected = Selected(selected.labels, selected.values, group_count(parts, groups))
+        return answer_of(query, plan.merged, selected, gathered.as_of(self.clock.monotonic_s()))
+
+    async def views(self, headers: ReadHeaders) -> Encoded:
+        """Return all views, encoded."""
+        self._admit()
+        try:
+            asked = StatesAsked(PARTS_VERSION, [], views=None)
+            gathered = await self._gather(asked, self._deadline_s(), None, allow_partial=False)
+            found = [View.of(it) for it in listed(gathered.entries())]
+            body = _encode(Views(found, gathered.as_of(self.clock.monotonic_s())))
+            parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+            return plain_json(parts, coding)
+        finally:
+            self._open -= 1
+
+    # For Prometheus
+
+    async def scrape(
+        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+    ) -> tuple[bytes, str]:
+        """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`."""
+        self._admit()
+        try:
+            exposition = await self._scrape(views, self._deadline_s(), windowed=windowed)
+            return await self._in_thread(lambda: render(exposition, accept))
+        finally:
+            self._open -= 1
+
+    async def _scrape(self, views: Sequence[str], deadline_s: float, *, windowed: bool) -> Exposition:
+        asked = StatesAsked(PARTS_VERSION, [], views=None)
+        gathered = await self._gather(asked, deadline_s, None, allow_partial=False)
+        for _ in range(_TRIES):
+            plans = self._exposed_plans(gathered, views)
+            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()})
+            final_before_ms = self._servers.final_before_ms(gathered)
+            reads: list[tuple[Definition, StatesRead]] = []
+            for it in chosen:
+                plan, start_ms = plans[it.view], newest_final_ms(it, final_before_ms)
+                if it.window_s and not (windowed and start_ms >= max(plan.hidden.values(), default=0)):
+                    continue
+                keep = self._settings.openmetrics_series_max
+                reads.append((it, StatesRead([*plan.merged.parts], keep=keep, window_start_ms=start_ms)))
+            asked = StatesAsked(PARTS_VERSION, [], [read for _, read in reads], None)
+            gathered = await self._gather(asked, deadline_s, None, allow_partial=False)
+            if self._exposed_plans(gathered, views) == plans:
+                return await self._in_thread(partial(self._expose, gathered, [it for it, _ in reads], omitted))
+        raise Unavailable("definitions change faster than they are read; try again")
+
+    def _exposed_plans(self, gathered: Gathered, views: Sequence[str]) -> dict[str, GatherPlan]:
+        found: dict[str, list[DefinitionEntry]] = {}
+        for entry in gathered.entries():
+            if not views or entry.definition.view in views:
+                found.setdefault(entry.definition.view, []).append(entry)
+        if unknown := set(views) - found.keys():
+            raise NotFound(f"no view {min(unknown)[:100]!r}")
+        return {view: _plan_of(view, entries, None, None) for view, entries in found.items()}
+
+    def _expose(self, gathered: Gathered, chosen: Sequence[Definition], omitted: dict[str, str]) -> Exposition:
+        left = self._settings.openmetrics_series_max
+        exposed: list[Exposed] = []
+        for index, definition in enumerate(chosen):
+            kind = KINDS[definition.kind]
+            answer = state_exposed(definition) or kind.answerer(())
+            parts = [part.found.reads[index] for part in gathered.parts]
+            groups: dict[Labels, State] = {}
+            for part, own in zip(parts, _states(kind, parts, len(definition.labels)), strict=True):
+                fold(kind, groups, part.labels, own)
+            count = group_count(parts, groups)
+            if count > left // samples_of(definition):
+                omitted[definition.view] = SERIES_MAX
+                continue
+            left -= count * samples_of(definition)
+            labels = sorted(groups)
+            exposed.append(Exposed(definition, labels, [answer(groups[it]) for it in labels]))
+        as_of = gathered.as_of(self.clock.monotonic_s())
+        return Exposition(exposed, dict(sorted(omitted.items())), as_of.staleness_ms)
+
+    # Operations
+
+    @property
+    def ready(self) -> bool:
+        """Return whether every partition has a server that answers."""
+        try:
+            return len(self._servers.partitions()) == self._servers.partition_count()
+        except PipelineError:
+            return False
+
+    def status(self) -> Status:
+        """Return what `/v1/status` shows."""
+        try:
+            partitions, count = self._servers.partitions(), self._servers.partition_count()
+        except PipelineError:
+            partitions, count = {}, 0
+        states = []
+        for number in range(count):
+            it = partitions.get(number)
+            if it is None:
+                states.append(PartitionStatus(partition=number, phase="missing"))
+                continue
+            states.append(
+                PartitionStatus(
+                    partition=number,
+                    phase="gathered",
+                    next_offset=it.next_offset,
+                    staleness_ms=it.staleness_ms,
+                    committed_at_ms=it.committed_at_ms,
+                    topic_id=it.topic_id,
+                )
+            )
+        members = [MemberStatus(error or "answers", url, numbers) for url, numbers, error in self._servers.followed()]
+        return Status(role="gatherer", ready=self.ready, partition_count=count, partitions=states, members=members)
+
+    async def observe(self) -> None:
+        """Ask the servers again and again which partitions they have."""
+        await self._servers.watch()
+
+    def close(self) -> None:
+        """End all running reads, and take no more."""
+        self._closed = True
+        self._servers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # Threads
+
+    def _deadline_s(self) -> float:
+        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
+        return self.clock.monotonic_s() + timeout_ms / 1000
+
+    def _admit(self) -> None:
+        if self._closed:
+            raise Unavailable("the server is stopping")
+        if self._open >= self._settings.reads_waiting_max:
+            self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
+            raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")
+        self._open += 1
+
+    async def _here_or_not(self, count: int, work: Callable[[], T]) -> T:
+        return work() if count <= _HERE_MAX else await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _coded(self, body: bytes, coding: str) -> tuple[Sequence[bytes], str]:
+        if not coding or len(body) < self._settings.compress_bytes_min:
+            return (body,), ""
+        coded = await self._in_thread(lambda: encode_start(coding, body))
+        return (coded.start, encode_end(coded, b"")), coding
+
+
+def _states(kind: Kind, parts: Sequence[GroupStates], width: int) -> list[list[Any]]:
+    """Return the states of each part. Raises `Unavailable` if they can't be read."""
+    try:
+        return [states_of(kind, part, width) for part in parts]
+    except BadRecord as error:
+        raise Unavailable(f"a server's answer can't be read: {error}") from None

@@ -1,0 +1,56 @@
+"""The HTTP API of a server that merges what other servers have."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pipeline.query.api import ExposedMetrics, ListEndpoint, ReadEndpoint, make_application, operation_routes, scrape_route
+from pipeline.query.gather import GatherService
+from pipeline.query.openapi import READ_PATH
+from pipeline.query.problems import Refused
+from pipeline.query.service import RenderViews
+from pipeline.settings import QuerySettings
+
+_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
+
+
+def create_gather_app(
+    service: GatherService, settings: QuerySettings, metrics: ExposedMetrics, render_views: RenderViews
+) -> Starlette:
+    """Return the application of a server that merges what other servers have. It takes no writes."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        observing = asyncio.create_task(service.observe())
+        try:
+            yield
+        finally:
+            observing.cancel()
+            with suppress(asyncio.CancelledError):
+                await observing
+            service.close()
+
+    def refused(path: str, status: int, why: str) -> Route:
+        async def refuse(_: Request) -> Response:
+            raise Refused(status, why)
+
+        return Route(path, refuse, methods=["POST"])
+
+    no_writes = "this server only merges what others have: write to a server that runs with --ingest, or as `pipeline up`"
+    routes = [
+        Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
+        Route("/v1/views", ListEndpoint(service), methods=["GET"]),
+        *operation_routes(metrics, service.status, lambda: service.ready),
+        scrape_route(service, settings, render_views),
+        *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
+        refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
+        refused("/v1/query", 501, "several queries at one moment need a server that follows all partitions"),
+    ]
+    return make_application(routes, settings, metrics, service.clock, lifespan)
