@@ -50,7 +50,9 @@ def find_unreadable(
 
 def report_damage(on_damage: OnDamage | None, stores: Mapping[int, ReadableStore], error: StoreCorrupt) -> PipelineError:
     """Have the store rebuilt in which a read of `stores` met `error`; return the error that the read must raise."""
-    traceback.clear_frames(error.__traceback__)  # the frames hold scans, and scans hold files that the rebuild deletes
+    # The frames, and the functions with their closures, hold scans, and scans hold files that the rebuild deletes.
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = None
     number = error.partition
     if on_damage is None or number is None or number not in stores:
         return error

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.adapters.http import _condition
+from pipeline.adapters.read_parameters import _condition
 from pipeline.core.query import parse_matcher
 from pipeline.errors import Invalid, Unavailable
 from pipeline.query import matchers

@@ -244,8 +244,8 @@ MUTANTS = (
         13,
         "a window is deleted that has not expired",
         "pipeline/core/expiry.py",
-        'end = prefix + before_ms.to_bytes(8, "big") if windowed',
-        'end = prefix + (before_ms + 1).to_bytes(8, "big") if windowed',
+        "end = prefix + window_bytes(before_ms) if windowed",
+        "end = prefix + window_bytes(before_ms + 1) if windowed",
         "windows",
     ),
     Mutant(
