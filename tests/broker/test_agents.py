@@ -493,6 +493,7 @@ def test_an_event_that_is_overtaken_is_not_done(app: App, tmp_path: Path) -> Non
     assert sorted(number for number, times in found.items() if times == 2) == sorted(str(6 + 5 * n) for n in range(1, 11))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_broker_is_away(broker: Broker, tmp_path: Path) -> None:
     """Through kill -9 of the broker and its return no worker ends, and no event is lost; few are counted twice."""

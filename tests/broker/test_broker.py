@@ -51,6 +51,7 @@ if sys.argv[2] == "wait":
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ends", ["killed", "forgets"])
 def test_a_broker_ends_with_its_owner(tmp_path: Path, kafka_jars: Path, ends: str) -> None:
     """No process is left when the owner is killed -9, or ends without stopping its broker."""
@@ -71,6 +72,7 @@ def test_a_broker_ends_with_its_owner(tmp_path: Path, kafka_jars: Path, ends: st
     wait_until(lambda: not in_group(pid), "broker and its guard gone")
 
 
+@pytest.mark.long
 def test_ports_are_apart_and_a_stolen_one_is_replaced(tmp_path: Path, kafka_jars: Path) -> None:
     """Brokers never share a port, and one that was taken between choice and first start is chosen anew."""
     one, two = Broker(tmp_path / "1"), Broker(tmp_path / "2")

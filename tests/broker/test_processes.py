@@ -26,6 +26,7 @@ def partitions_by_member(app: App) -> dict[str, list[int]]:
     return {it["name"]: it["partitions"] for it in found["members"]} if settled else {}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_they_share_die_come_back_and_leave(app: App, tmp_path: Path) -> None:
     """Every process is a member with a folder; a killed one returns under its name; SIGTERM ends all in order, with 0."""
