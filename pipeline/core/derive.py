@@ -41,13 +41,19 @@ def totals(series: list[dict[int, Number]]) -> dict[int, Number]:
     return found
 
 
-def derived(name: str, values: dict[int, Number], span: Span, *, window_ms: int, total: Mapping[int, Number]) -> Values:
-    """Return a function of the values of one series; `total` is that of all series at each point, for `share`."""
+def derived(
+    name: str, values: dict[int, Number], span: Span, *, window_ms: int, total: Mapping[int, Number], kept: int = 0
+) -> Values:
+    """Return a function of the values of one series; `total` is that of all series at each point, for `share`.
+
+    Points before the index `kept` lack windows that have expired, so that no difference to them is known.
+    """
     match name:
         case "rate":
             return {i: _quotient(value * 1_000, span.over_ms) for i, value in values.items()}
         case "delta":
             places = sorted({*values, *(i + 1 for i in values)} - {0, span.point_count})
+            places = [i for i in places if i > kept or kept <= 0]
             return {i: values.get(i, 0) - values.get(i - 1, 0) for i in places}
         case "avg":
             return {i: _quotient(value, span.over_ms // window_ms) for i, value in values.items()}

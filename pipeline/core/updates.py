@@ -25,7 +25,7 @@ class Update(msgspec.Struct, frozen=True, omit_defaults=True):
     """Labels of series that are no longer in the answer."""
     changed: list[Series] = []
     """Series that are new, or have another value. Series with points have only those that are new or have another value;
-    points that start before the answer's `start_ms` are to be dropped."""
+    points that start before the first point of the answer's range are to be dropped."""
     order: list[dict[str, str]] | None = None
     """Labels of all series in their order; left out where they are in the order of their label values."""
 
@@ -43,7 +43,7 @@ def update_of(before: Answer, after: Answer) -> Update | None:
         known = old.get(key)
         if known is None:
             changed.append(series)
-        elif (points := _changed_points(known, series, after.start_ms)) is None:
+        elif (points := _changed_points(known, series, _first_ms(after))) is None:
             gone.append(series.labels)
             changed.append(series)
         elif points or not _same(known.value, series.value):
@@ -63,11 +63,18 @@ def _head(answer: Answer) -> Answer:
     return msgspec.structs.replace(answer, series=[], **timeless)
 
 
+def _first_ms(answer: Answer) -> int | None:
+    """Return the start of what the first point of the range covers; None if the answer has no points."""
+    if answer.start_ms is None:
+        return None
+    return answer.start_ms + (answer.step_ms or 0) - (answer.over_ms or 0)
+
+
 def _changed_points(before: Series, after: Series, start_ms: int | None) -> list[Point] | None:
     """Return the points that are new or have another value; None if other points are gone than those before the start."""
     old = {point[0]: point[1] for point in before.points}
     starts = {point[0] for point in after.points}
-    if any(start not in starts for start in old if start >= (start_ms or 0)):
+    if any(start not in starts for start in old if start_ms is not None and start >= start_ms):
         return None
     return [point for point in after.points if point[0] not in old or not _same(old[point[0]], point[1])]
 
@@ -80,7 +87,7 @@ def updated(answer: Answer, update: Update) -> Answer:
     """Return an answer as an update makes it."""
     gone = {tuple(labels.values()) for labels in update.gone}
     found = {_key(it): it for it in answer.series if _key(it) not in gone}
-    start_ms = update.answer.start_ms
+    start_ms = _first_ms(update.answer)
     for series in update.changed:
         key = _key(series)
         if start_ms is not None and key in found:

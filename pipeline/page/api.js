@@ -142,7 +142,8 @@ export function updated(answer, update) {
     series.set(key(it.labels), it);
   }
   if (head.start_ms !== undefined) {
-    for (const it of series.values()) it.points = (it.points ?? []).filter((point) => point[0] >= head.start_ms);
+    const first = head.start_ms + head.step_ms - head.over_ms;
+    for (const it of series.values()) it.points = (it.points ?? []).filter((point) => point[0] >= first);
   }
   const keys = update.order ? update.order.map(key) : [...series.keys()].sort(byLabels(series));
   return { ...head, series: keys.map((it) => series.get(it)) };

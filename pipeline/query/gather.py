@@ -260,7 +260,10 @@ class GatherService:
                 reads.append((it, StatesRead([*plan.merged.parts], keep=keep, window_start_ms=start_ms)))
             asked = StatesAsked(PARTS_VERSION, [], [read for _, read in reads], None)
             gathered = await self._gather(asked, deadline_s, None, allow_partial=False)
-            if self._exposed_plans(gathered, views) == plans:
+            # The second answers can be of other servers than the first: the windows have to be final there, too.
+            final_before_ms = self._servers.final_before_ms(gathered)
+            final = all(read.window_start_ms <= newest_final_ms(it, final_before_ms) for it, read in reads if it.window_s)
+            if final and self._exposed_plans(gathered, views) == plans:
                 return await self._in_thread(partial(self._expose, gathered, [it for it, _ in reads], omitted))
         raise Unavailable("definitions change faster than they are read; try again")
 

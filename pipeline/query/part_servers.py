@@ -282,7 +282,9 @@ class PartServers:
             raise Unavailable(f"{url}: no answer in time") from None
 
     def final_before_ms(self, gathered: Gathered) -> int:
-        """Return the time that all partitions of the answers have reached."""
+        """Return the time that all partitions have reached; 0 if one is missing."""
+        if gathered.missing:
+            return 0
         ends_s = [part.asked_s + (part.found.after_ms - part.found.ends_age_ms) / 1_000 for part in gathered.parts]
         folded_ms = [it.folded_ms for part in gathered.parts for it in part.found.partitions]
         return final_before_ms(folded_ms, self._time.reached_ms(min(ends_s, default=0.0)))

@@ -115,14 +115,17 @@ class Progress:
         return AsOf(max(known) if len(known) == len(bounds) else None, next_offsets, sorted(seen.elsewhere))
 
     def final_before_ms(self, positions: Mapping[int, Position], seen: LogEnds) -> int:
-        """Return the time that all partitions have reached; the ends were noted before the positions were read."""
+        """Return the time that all partitions have reached; the ends were noted before the positions were read.
+
+        It is 0 for a server that does not follow all partitions: it can't know of the others.
+        """
         self._observe(positions, seen, self._clock.monotonic_s())
         folded_ms: list[int | None] = []
         for number in positions.keys() | seen.end_offsets.keys():
             position = positions.get(number, NO_POSITION)
             caught_up = _caught_up(number, position, seen)
             folded_ms.append(None if caught_up else position.source_at_ms if _reached(position, seen) else 0)
-        return final_before_ms(folded_ms, self._time.reached_ms(seen.at_s))
+        return 0 if seen.elsewhere else final_before_ms(folded_ms, self._time.reached_ms(seen.at_s))
 
     def _observe(self, positions: Mapping[int, Position], seen: LogEnds, now_s: float) -> None:
         """Note the newest time of a record of the present topic."""

@@ -58,6 +58,8 @@ class Points:
         points_max = min(settings.points_max, settings.answer_points_max)
         self.span = span_of(query.range, window_ms=self._window_ms, now_ms=now_ms, points_max=points_max)
         check_function(query.fn, definition.kind, self.span)
+        if query.fn == "delta" and (query.top is not None or query.bottom is not None):
+            raise Invalid("fn=delta: top and bottom order by totals of the range; read all series, and order the answer")
         if query.range.fill == "zero" and definition.kind != "sum":
             raise Invalid(
                 f"fill=zero: a {definition.kind} of nothing is not 0; fill=null and fill=previous are for every kind"
@@ -215,5 +217,6 @@ class Points:
     def _points(self, buckets: Buckets, total: Mapping[int, Any]) -> list[Point]:
         values: Mapping[int, Any] = self._values(buckets)
         if self._query.fn is not None:
-            values = derived(self._query.fn, dict(values), self.span, window_ms=self._window_ms, total=total)
+            kept = -((self.span.covered_ms - self.expired_before_ms) // self.span.step_ms)
+            values = derived(self._query.fn, dict(values), self.span, window_ms=self._window_ms, total=total, kept=kept)
         return filled(self.span, values, self._query.range.fill, zero_from_ms=self.expired_before_ms)

@@ -177,7 +177,8 @@ class StatesReader:
         kind, tests = KINDS[merged.definition.kind], self._tests_of(merged.definition, query, check)
         if read.span is None:
             kept = _KeptGroups(read.keep, self._settings)
-            snapshots = self._looked_at(merged, query, None)
+            # Keys without a window are pinned; those of one window are scanned.
+            snapshots = self._snapshots if read.window_start_ms else self._looked_at(merged, query, None)
             scan_groups(query, merged, snapshots, tests, check, self._settings.limit_max, kept.offer, read.window_start_ms)
             rows, rest = kept.taken()
             return packed(kind, rows, rest=rest)

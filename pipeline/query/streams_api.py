@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from starlette.types import Receive, Scope, Send
 
 import pipeline.metrics as m
+from pipeline.errors import Invalid
 from pipeline.metrics import Metrics
 from pipeline.query.params import parse_read
 from pipeline.query.service import ReadService
@@ -34,6 +35,8 @@ class StreamView:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings)
+        if request.query.range.compare_ms is not None or request.cursor is not None or request.allow_partial:
+            raise Invalid("compare, cursor and allow_partial are not for streams")
         last_id = b"".join([value for name, value in scope["headers"] if name == b"last-event-id"]).decode("latin-1")
         await self._service.wait(request)
         async with self._streams.open(request.query, last_id) as events:

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import pipeline.topics as topics
 from pipeline.adapters.datadir import DataDir
+from pipeline.adapters.embedded.integrity import describe_gaps, find_gaps
 from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.adapters.rocks import RocksStores
@@ -24,6 +25,7 @@ from pipeline.errors import Invalid, LogCorrupt, NotFound, NotReady, StoreCorrup
 from pipeline.ports import Clock, ReadableStore, Store
 from pipeline.query.api import create_app
 from pipeline.query.ends import EndsNow
+from pipeline.query.progress import read_positions
 from pipeline.query.reader import ViewReader
 from pipeline.roles.readers import SCHEME
 from pipeline.settings import LogSettings, QuerySettings
@@ -56,8 +58,16 @@ class StoppedDirectory:
             except NotFound:
                 raise Invalid(f"{folder} has no log: nothing was ever published to it") from None
             self._log = opening.enter_context(closing(log))
+            if gaps := find_gaps(log):
+                raise LogCorrupt(f"{folder}: {describe_gaps(gaps)}; {_START}, which says what to do")
             opened = opening.enter_context(closing(RocksStores(data.stores, settings, read_only=True)))
             self._stores = {number: self._open(opened, number) for number in range(log.partition_count(DELTAS))}
+            for number, position in read_positions(self._stores).items():
+                if position.next_offset > (end := log.high_watermarks(DELTAS).get(number, 0)):
+                    what = f"the store of partition {number} reflects {position.next_offset} records, and the log has {end}"
+                    raise LogCorrupt(
+                        f"{folder}: {what}: it was put back from an older copy; {_START}, which says what to do"
+                    )
             query = QuerySettings()
             ends = EndsNow(
                 partial(log.high_watermarks, DELTAS),

@@ -195,3 +195,10 @@ def test_functions_of_numbers_beyond_all_floats() -> None:
     assert derived("avg", {0: 10**400}, it, window_ms=W, total={}) == {0: 10**400}
     assert derived("rate", {0: 10**400}, it, window_ms=W, total={}) == {0: 10**399}
     assert derived("share", {0: 10**400}, it, window_ms=W, total={0: 2 * 10**400}) == {0: 0.5}
+
+
+def test_no_difference_to_what_has_expired() -> None:
+    """A point behind one that lacks expired windows has no difference; the next one has."""
+    it = Span(0, 10 * W, W, W)
+    assert derived("delta", {5: 1, 6: 4}, it, window_ms=W, total={}, kept=5) == {6: 3, 7: -4}
+    assert derived("delta", {0: 1, 1: 4}, it, window_ms=W, total={}) == {1: 3, 2: -4}

@@ -17,17 +17,22 @@ names = st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"))
 
 
 @st.composite
-def answers(draw: st.DrawFn, *, windowed: bool, ordered: bool) -> Answer:
-    """An answer of series with two labels: windowed ones move on in time, ordered ones come in an order of their own."""
+def answers(draw: st.DrawFn, *, windowed: bool, ordered: bool, lead: int) -> Answer:
+    """An answer of series with two labels: windowed ones move on in time, ordered ones come in an order of their own.
+
+    Each point covers `lead` steps more than its own.
+    """
     rows = draw(st.dictionaries(names, st.dictionaries(st.integers(0, 8), values, min_size=1, max_size=5), max_size=4))
     keys = [*rows] if ordered else sorted(rows)
     first = draw(st.integers(0, 4))
     series = []
     for key in keys:
         labels = dict(zip(("p", "q"), key, strict=True))
-        points = [(at * STEP_MS, value) for at, value in sorted(rows[key].items()) if at >= first]
+        points = [(at * STEP_MS, value) for at, value in sorted(rows[key].items()) if at >= first - lead]
         series.append(Series(labels, points=points) if windowed else Series(labels, next(iter(rows[key].values()))))
-    times = {"start_ms": first * STEP_MS, "end_ms": 90, "step_ms": STEP_MS, "over_ms": STEP_MS} if windowed else {}
+    times = (
+        {"start_ms": first * STEP_MS, "end_ms": 90, "step_ms": STEP_MS, "over_ms": (1 + lead) * STEP_MS} if windowed else {}
+    )
     truncated = draw(st.booleans())
     return Answer("v", "last", None, series, AsOf(draw(st.integers(0, 9)), {}), truncated=truncated, **times)
 
@@ -36,7 +41,8 @@ def answers(draw: st.DrawFn, *, windowed: bool, ordered: bool) -> Answer:
 def histories(draw: st.DrawFn) -> list[Answer]:
     """Answers to one read, as time goes by."""
     windowed, ordered = draw(st.booleans()), draw(st.booleans())
-    found = draw(st.lists(answers(windowed=windowed, ordered=ordered), min_size=2, max_size=5))
+    lead = draw(st.integers(0, 2))
+    found = draw(st.lists(answers(windowed=windowed, ordered=ordered, lead=lead), min_size=2, max_size=5))
     if windowed:
         starts = sorted(it.start_ms or 0 for it in found)
         found = [_moved(it, start_ms) for it, start_ms in zip(found, starts, strict=True)]
@@ -44,8 +50,9 @@ def histories(draw: st.DrawFn) -> list[Answer]:
 
 
 def _moved(answer: Answer, start_ms: int) -> Answer:
+    first_ms = start_ms + (answer.step_ms or 0) - (answer.over_ms or 0)
     series = [
-        msgspec.structs.replace(it, points=[point for point in it.points if point[0] >= start_ms]) for it in answer.series
+        msgspec.structs.replace(it, points=[point for point in it.points if point[0] >= first_ms]) for it in answer.series
     ]
     return msgspec.structs.replace(answer, start_ms=start_ms, series=series)
 

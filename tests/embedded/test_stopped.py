@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
 from pipeline.core.query import Query
 from pipeline.core.token import Token
-from pipeline.errors import Invalid, NewerFormat, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.errors import Invalid, LogCorrupt, NewerFormat, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
 from pipeline.publisher.client import BasePublisher
 from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings, PublisherSettings
@@ -146,3 +149,56 @@ def test_what_is_no_whole_directory(
     with pytest.raises(error, match=text), Reader(f"embedded:{folder}") as reader:
         reader.get("hits", by=())
     assert what != "nothing" or not folder.exists()
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from pipeline import topics
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.datadir import DataDir
+from pipeline.adapters.embedded.log import EmbeddedLog
+from pipeline.publisher.client import BasePublisher
+from pipeline.settings import LogSettings, PublisherSettings
+
+with DataDir(Path(sys.argv[1])) as data:
+    log = EmbeddedLog(data.log, topics.load(), LogSettings(data=sys.argv[1], partitions=3), SystemClock())
+    publisher = BasePublisher(log, SystemClock(), PublisherSettings())
+    for _ in range(5):
+        publisher.sum("hits", labels=("region", "shop")).add(1, region="r0", shop="s0")
+        publisher.flush(30)
+    time.sleep(2.5)  # the end of the log is noted beside it
+    os._exit(9)
+"""
+
+
+def test_a_log_that_lost_its_tail_is_refused(stopped: tuple[Path, Token], tmp_path: Path) -> None:
+    """Records that were accepted and are gone are an error, not an answer that claims to be fresh."""
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped[0], folder)
+    subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    for file in (folder / "log").glob("*.log"):
+        os.truncate(file, 0)
+    with pytest.raises(LogCorrupt, match="gone"):
+        Reader(f"embedded:{folder}")
+
+
+def test_a_log_of_an_older_copy_is_refused(stopped: tuple[Path, Token], tmp_path: Path) -> None:
+    """Stores that reflect more than the log has are an error."""
+    folder, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(stopped[0], folder)
+    shutil.copytree(stopped[0], other)
+    engine = Engine(LogSettings(data=str(other), partitions=3))
+    engine.start()
+    assert engine.wait_ready(30)
+    publisher = BasePublisher(engine.log, SystemClock(), PublisherSettings())
+    publisher.sum("hits", labels=("region", "shop")).add(1, region="r0", shop="s0")
+    token = publisher.flush(30)
+    while any(engine.reader.partitions()[n].next_offset < offset for n, offset in token.next_offsets.items()):
+        pass
+    assert engine.stop()
+    publisher.close()
+    shutil.rmtree(folder / "stores")
+    shutil.copytree(other / "stores", folder / "stores")
+    with pytest.raises(LogCorrupt, match="older copy"):
+        Reader(f"embedded:{folder}")

@@ -521,3 +521,55 @@ def test_a_part_is_an_http_server() -> None:
     part = HttpPart("http://127.0.0.1:9", World(1).clock)
     with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:9"):
         part.ask(b"", 1)
+
+
+def a_final_minute() -> World:
+    """A window without labels that is final: 11, of which 10 came in time but later."""
+    world = World(1, clock=HandClock(), settings=SETTINGS)
+    start_ms = world.clock.now_ms() // 60_000 * 60_000
+    world.append(0, MINUTES, {(): 11}, start_ms)
+    world.clock.s += 61  # type: ignore[attr-defined]
+    world.append(0, MINUTES, {(): 100}, start_ms + 60_000)
+    world.fold()
+    return world
+
+
+def test_a_window_without_labels_is_scraped() -> None:
+    """The newest final window of a view without labels is exposed, as by one server."""
+    world = a_final_minute()
+    service = gather_of([LocalPart("s0", world.part(0))], world.clock)
+    text, _ = asyncio.run(service.scrape((), render_views, ""))
+    assert b"\nminutes 11.0\n" in text
+
+
+def test_a_window_is_final_where_it_is_read() -> None:
+    """A server that has not reached the end of the window is not asked for it in place of one that has."""
+    world = a_final_minute()
+    fresh, late = LocalPart("fresh", world.part(0)), LocalPart("late", world.part(0))
+    late.change = lambda found: msgspec.structs.replace(
+        found,
+        newest_ms=0,
+        partitions=[msgspec.structs.replace(it, folded_ms=1, staleness_ms=120_000) for it in found.partitions],
+    )
+    service = gather_of([fresh, late], world.clock)
+    ask = fresh.ask
+
+    def away(body: bytes, timeout_s: float) -> bytes:
+        if decode_asked(body).reads:
+            raise Unavailable("it went away between the two questions of a scrape")
+        return ask(body, timeout_s)
+
+    fresh.ask = away  # type: ignore[method-assign]
+    text, _ = asyncio.run(service.scrape((), render_views, ""))
+    assert b"\nminutes " not in text
+
+
+def test_nothing_is_final_while_partitions_are_missing(small: World) -> None:
+    """Neither a gatherer nor a server of a part knows the time that the others have reached."""
+    small.append(0, MINUTES, {(): 1}, 0)
+    small.fold()
+    service = gather_of([LocalPart("s0", small.part(0, 1))], small.clock)
+    answer = gathered(service, Query("minutes", by=()), allow_partial=True)
+    assert (answer.as_of.missing_partitions, answer.final_before_ms) == ([2, 3], 0)
+    own = small.part(0, 1).reader.read(Query("minutes", by=()), deadline_s=2**60)
+    assert own.final_before_ms == 0
