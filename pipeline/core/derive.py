@@ -52,8 +52,7 @@ def derived(
         case "rate":
             return {i: _quotient(value * 1_000, span.over_ms) for i, value in values.items()}
         case "delta":
-            places = sorted({*values, *(i + 1 for i in values)} - {0, span.point_count})
-            places = [i for i in places if i > kept or kept <= 0]
+            places = [i for i in sorted({*values, *(i + 1 for i in values)}) if max(0, kept) < i < span.point_count]
             return {i: values.get(i, 0) - values.get(i - 1, 0) for i in places}
         case "avg":
             return {i: _quotient(value, span.over_ms // window_ms) for i, value in values.items()}

@@ -6,7 +6,7 @@ missed some is sent one update with all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -125,10 +125,3 @@ def merged(updates: Sequence[Update]) -> Update:
 def _merged_points(before: Series, after: Series) -> Series:
     points = {point[0]: point for it in (before, after) for point in it.points}
     return msgspec.structs.replace(after, points=[points[at] for at in sorted(points)])
-
-
-def watched(answer: Answer, updates: Iterable[Update]) -> Answer:
-    """Return an answer as updates make it, one after the other."""
-    for update in updates:
-        answer = updated(answer, update)
-    return answer

@@ -28,11 +28,14 @@ class Looked(NamedTuple):
     states: list[Any]
 
 
-def keys_of(parts: Sequence[tuple[Definition, Labels]], points: Windowed | None) -> list[bytes]:
-    """Return the keys of one series, given its label values in each definition: one of each window, or without windows."""
+def keys_of(parts: Sequence[tuple[Definition, Labels]], points: Windowed | None, window_start_ms: int = 0) -> list[bytes]:
+    """Return the keys of one series, given its label values in each definition: one of each window of `points`.
+
+    Without `points` it is one key, of the window that starts at `window_start_ms`; 0 if the definition has no windows.
+    """
     keys: list[bytes] = []
     for part, own in parts:
-        prefix, suffix = series_prefix(part), series_suffix(own)
+        prefix, suffix = series_prefix(part), series_suffix(own, window_start_ms)
         if points is None:
             keys.append(prefix + suffix)
         else:

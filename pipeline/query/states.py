@@ -177,8 +177,7 @@ class StatesReader:
         kind, tests = KINDS[merged.definition.kind], self._tests_of(merged.definition, query, check)
         if read.span is None:
             kept = _KeptGroups(read.keep, self._settings)
-            # Keys without a window are pinned; those of one window are scanned.
-            snapshots = self._snapshots if read.window_start_ms else self._looked_at(merged, query, None)
+            snapshots = self._looked_at(merged, query, None, read.window_start_ms)
             scan_groups(query, merged, snapshots, tests, check, self._settings.limit_max, kept.offer, read.window_start_ms)
             rows, rest = kept.taken()
             return packed(kind, rows, rest=rest)
@@ -200,7 +199,9 @@ class StatesReader:
             for _, value in snapshot.scan(prefix, prefix_end(prefix)):
                 yield decode_stored(number, decode_definition, value)
 
-    def _looked_at(self, merged: MergedDefinition, query: Query, points: Points | None) -> Mapping[int, StoreView]:
+    def _looked_at(
+        self, merged: MergedDefinition, query: Query, points: Points | None, window_start_ms: int = 0
+    ) -> Mapping[int, StoreView]:
         """Return the stores, or only the keys of one series in them if `where` pins every label."""
         labels = pinned_labels(merged.definition, query.where)
         if labels is None:
@@ -208,5 +209,5 @@ class StatesReader:
         parts = [(part, own) for part in merged.parts if (own := narrow(merged, part, labels)) is not None]
         if points is not None and sum(len(points.windows(part)) for part, _ in parts) * len(self._snapshots) > _KEYS_MAX:
             return self._snapshots
-        keys = sorted(keys_of(parts, points))
+        keys = sorted(keys_of(parts, points, window_start_ms))
         return {number: _Pinned(snapshot, keys) for number, snapshot in self._snapshots.items()}

@@ -126,7 +126,9 @@ class _Channel:
         """Number of times that readers were woken."""
         self._woken_s = 0.0
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._encoded: dict[tuple[int, int], bytes] = {}
+        self._encoded: dict[int, bytes] = {}
+        """Newest event by the version that its readers have."""
+        self._encoded_age = 0
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended = False
         self._task = asyncio.create_task(self._run())
@@ -162,7 +164,10 @@ class _Channel:
         missing = self._version - version
         version = version if 0 <= missing <= len(self._updates) else -1
         age = int((self._clock.monotonic_s() - self._read_s) * 1_000 / _AGE_STEP_MS) + 1
-        event = self._encoded.get((version, age))
+        if age != self._encoded_age:
+            self._encoded.clear()
+            self._encoded_age = age
+        event = self._encoded.get(version)
         if event is None:
             assert self._answer is not None
             head = _aged(self._answer, age * _AGE_STEP_MS)
@@ -172,7 +177,7 @@ class _Channel:
                 updates = [*self._updates][len(self._updates) - missing :]
                 update = merged(updates) if updates else Update(head)
                 event = self._encode("update", msgspec.structs.replace(update, answer=_without_series(head)))
-            self._encoded[version, age] = event
+            self._encoded[version] = event
         return event
 
     def _encode(self, name: str, value: Answer | Update) -> bytes:

@@ -1,5 +1,6 @@
 """Updates of watched answers: whoever applies them has the answer that a read would give, also after several at once."""
 
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.answer import Answer, AsOf, Series
-from pipeline.core.updates import merged, update_of, updated, watched
+from pipeline.core.updates import merged, update_of, updated
 from tests.support import examples
 
 STEP_MS = 10
@@ -75,7 +76,7 @@ def test_updates_make_the_answer_of_a_read(history: list[Answer]) -> None:
             decoded = msgspec.json.decode(msgspec.json.encode(update), type=type(update))
             assert shown(updated(before, decoded)) == shown(after)
             updates.append(update)
-    reached = watched(history[0], updates)
+    reached = reduce(updated, updates, history[0])
     if updates:
         assert shown(updated(history[0], merged(updates))) == shown(reached)
     newest = history[-1]
