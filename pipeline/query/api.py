@@ -108,17 +108,9 @@ def create_app(
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        observing = asyncio.create_task(service.observe())
-        try:
-            yield
-        finally:
-            observing.cancel()
-            with suppress(asyncio.CancelledError):
-                await observing
-            service.close()
-            ingest_threads.shutdown(wait=False)
+    def close() -> None:
+        service.close()
+        ingest_threads.shutdown(wait=False)
 
     read = ReadEndpoint(service, settings)
     streams = Streams(service, settings, metrics, reader.clock)
@@ -143,9 +135,26 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    app = make_application(routes, settings, metrics, reader.clock, lifespan, read)
+    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read)
     app.state.before_stop = streams.close
     return app
+
+
+def observing(service: ReadService | GatherService, close: Callable[[], None]) -> Lifespan[Starlette]:
+    """Return the lifespan of an application that observes from its start, and in the end calls `close`."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(service.observe())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            close()
+
+    return lifespan
 
 
 def make_application(

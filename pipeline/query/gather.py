@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-import pipeline.metrics as m
 from pipeline.core.answer import Answer, MemberStatus, PartitionStatus, Status, View, Views
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.exposition import (
@@ -37,13 +35,14 @@ from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
-from pipeline.query.codings import encode_end, encode_start, preferred_coding
+from pipeline.query.codings import preferred_coding
 from pipeline.query.found import answer_of, points_answer
 from pipeline.query.media import Encoded, encode_body, encoded, plain_json
 from pipeline.query.params import ReadHeaders, ReadRequest
 from pipeline.query.part_servers import Gathered, PartServers
 from pipeline.query.plans import shape
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
+from pipeline.query.read_pool import ReadPool
 from pipeline.query.service import NOT_FOLDED, POLL_S, RenderViews, too_old
 from pipeline.settings import QuerySettings
 
@@ -92,12 +91,8 @@ class GatherService:
         self.clock = clock
         self._servers = servers
         self._settings = settings
-        self._metrics = metrics
-        metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
-        self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
+        self._pool = ReadPool(settings, metrics, clock)
         self._plans: dict[tuple[str, str | None, int | None], GatherPlan] = {}
-        self._open = 0
-        self._closed = False
 
     # Reads
 
@@ -108,14 +103,11 @@ class GatherService:
         if request.query.range.compare_ms is not None:
             raise Invalid("compare: a server that merges others does not have it; ask for the earlier range by itself")
         deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
-        self._admit()
-        try:
+        with self._pool.slot():
             answer = await self._fresh_answer(request, deadline_s)
             body = await self._here_or_not(len(answer.series), lambda: encode_body(answer, request.media_type))
-            parts, coding = await self._coded(body, request.coding)
+            parts, coding = await self._pool.coded(body, request.coding)
             return encoded(answer, request.media_type, b"", parts, coding)
-        finally:
-            self._open -= 1
 
     async def _fresh_answer(self, request: ReadRequest, deadline_s: float) -> Answer:
         most = part_most = request.max_staleness_ms
@@ -195,7 +187,7 @@ class GatherService:
         states = _states(kind, parts, width)
 
         def check() -> None:
-            if self._closed:
+            if self._pool.closed:
                 raise Unavailable("the server is stopping")
             if self.clock.monotonic_s() > deadline_s:
                 raise Unavailable(f"view {query.view}: not read within timeout_ms; narrow `where`, or give it more time")
@@ -220,16 +212,13 @@ class GatherService:
 
     async def views(self, headers: ReadHeaders) -> Encoded:
         """Return all views, encoded."""
-        self._admit()
-        try:
+        with self._pool.slot():
             asked = StatesAsked(PARTS_VERSION, [], views=None)
-            gathered = await self._gather(asked, self._deadline_s(), None, allow_partial=False)
+            gathered = await self._gather(asked, self._pool.deadline_s(), None, allow_partial=False)
             found = [View.of(it) for it in listed(gathered.entries())]
             body = _encode(Views(found, gathered.as_of(self.clock.monotonic_s())))
-            parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+            parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
-        finally:
-            self._open -= 1
 
     # For Prometheus
 
@@ -237,12 +226,9 @@ class GatherService:
         self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
     ) -> tuple[bytes, str]:
         """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`."""
-        self._admit()
-        try:
-            exposition = await self._scrape(views, self._deadline_s(), windowed=windowed)
-            return await self._in_thread(lambda: render(exposition, accept))
-        finally:
-            self._open -= 1
+        with self._pool.slot():
+            exposition = await self._scrape(views, self._pool.deadline_s(), windowed=windowed)
+            return await self._pool.run(lambda: render(exposition, accept))
 
     async def _scrape(self, views: Sequence[str], deadline_s: float, *, windowed: bool) -> Exposition:
         asked = StatesAsked(PARTS_VERSION, [], views=None)
@@ -264,7 +250,7 @@ class GatherService:
             final_before_ms = self._servers.final_before_ms(gathered)
             final = all(read.window_start_ms <= newest_final_ms(it, final_before_ms) for it, read in reads if it.window_s)
             if final and self._exposed_plans(gathered, views) == plans:
-                return await self._in_thread(partial(self._expose, gathered, [it for it, _ in reads], omitted))
+                return await self._pool.run(partial(self._expose, gathered, [it for it, _ in reads], omitted))
         raise Unavailable("definitions change faster than they are read; try again")
 
     def _exposed_plans(self, gathered: Gathered, views: Sequence[str]) -> dict[str, GatherPlan]:
@@ -337,35 +323,11 @@ class GatherService:
 
     def close(self) -> None:
         """End all running reads, and take no more."""
-        self._closed = True
+        self._pool.close()
         self._servers.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    # Threads
-
-    def _deadline_s(self) -> float:
-        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
-        return self.clock.monotonic_s() + timeout_ms / 1000
-
-    def _admit(self) -> None:
-        if self._closed:
-            raise Unavailable("the server is stopping")
-        if self._open >= self._settings.reads_waiting_max:
-            self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
-            raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")
-        self._open += 1
 
     async def _here_or_not(self, count: int, work: Callable[[], T]) -> T:
-        return work() if count <= _HERE_MAX else await self._in_thread(work)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    async def _coded(self, body: bytes, coding: str) -> tuple[Sequence[bytes], str]:
-        if not coding or len(body) < self._settings.compress_bytes_min:
-            return (body,), ""
-        coded = await self._in_thread(lambda: encode_start(coding, body))
-        return (coded.start, encode_end(coded, b"")), coding
+        return work() if count <= _HERE_MAX else await self._pool.run(work)
 
 
 def _states(kind: Kind, parts: Sequence[GroupStates], width: int) -> list[list[Any]]:

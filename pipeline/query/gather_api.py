@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.query.api import ExposedMetrics, ListEndpoint, ReadEndpoint, make_application, operation_routes, scrape_route
+from pipeline.query.api import (
+    ExposedMetrics,
+    ListEndpoint,
+    ReadEndpoint,
+    make_application,
+    observing,
+    operation_routes,
+    scrape_route,
+)
 from pipeline.query.gather import GatherService
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused
@@ -25,17 +29,6 @@ def create_gather_app(
     service: GatherService, settings: QuerySettings, metrics: ExposedMetrics, render_views: RenderViews
 ) -> Starlette:
     """Return the application of a server that merges what other servers have. It takes no writes."""
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        observing = asyncio.create_task(service.observe())
-        try:
-            yield
-        finally:
-            observing.cancel()
-            with suppress(asyncio.CancelledError):
-                await observing
-            service.close()
 
     def refused(path: str, status: int, why: str) -> Route:
         async def refuse(_: Request) -> Response:
@@ -53,4 +46,4 @@ def create_gather_app(
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
         refused("/v1/query", 501, "several queries at one moment need a server that follows all partitions"),
     ]
-    return make_application(routes, settings, metrics, service.clock, lifespan)
+    return make_application(routes, settings, metrics, service.clock, observing(service, service.close))

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -21,13 +20,14 @@ from pipeline.core.exposition import Exposition
 from pipeline.core.gathered import decode_asked, encode_part
 from pipeline.core.query import Query
 from pipeline.core.token import Token
-from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError, Unavailable
+from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError
 from pipeline.metrics import Metrics
-from pipeline.query.codings import Coded, encode_end, encode_start, preferred_coding
+from pipeline.query.codings import encode_end, preferred_coding
 from pipeline.query.found import FoundAnswer, span_of, unchanged_head
 from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
 from pipeline.query.pages import AnswerPages, PageLists, Place
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
+from pipeline.query.read_pool import ReadPool
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
 from pipeline.query.shared import SharedAnswers
@@ -37,8 +37,6 @@ from pipeline.threads import Failures
 _log = logging.getLogger(__name__)
 POLL_S = 0.003
 OBSERVE_S = 0.1
-_COMPRESS_HERE_MAX = 32_768
-"""Size up to which a body is compressed on the event loop; a fraction of a millisecond's work."""
 _TOPIC_S = 2.0
 """Longest wait for the log to answer which topic it has now."""
 
@@ -100,15 +98,11 @@ class ReadService:
         self._remote = RemoteReads(reader, settings)
         self._settings = settings
         self._metrics = metrics
-        metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
-        self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
+        self._pool = ReadPool(settings, metrics, reader.clock)
         self._waiter = _PositionWaiter(reader.partitions)
         self._failures = Failures(_log, "observe", metrics)
-        self._closed = False
-        self._open = 0
-        """Reads that wait for newer data, or run; equal ones that run count once."""
         self._lists = PageLists(reader.clock, settings, metrics)
-        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._in_slot)
+        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._pool.start)
 
     async def answer(self, request: ReadRequest) -> Encoded:
         """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room."""
@@ -130,7 +124,7 @@ class ReadService:
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
-                await self._bounded(self._wait, request, deadline_s)
+                await self._pool.bounded(self._wait, request, deadline_s)
             answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s)
             if answer is not None:
                 return answer
@@ -149,7 +143,7 @@ class ReadService:
             self._lists.check(pages)
             return pages
 
-        pages = await self._bounded(self._in_thread, read)
+        pages = await self._pool.bounded(self._pool.run, read)
         if not self._fresh(request, self._reader.renewed(pages.head, pages.positions).as_of):
             return None
         return await self._page(self._lists.keep(pages), request)
@@ -158,8 +152,8 @@ class ReadService:
         head = self._reader.renewed(place.pages.head, place.pages.positions)
         following = self._lists.cursor_after(place)
         page = partial(place.pages.page, place.number, head, following, request.media_type)
-        answer, body = await self._bounded(self._in_thread, page)
-        parts, coding = await self._coded(body, request.coding)
+        answer, body = await self._pool.bounded(self._pool.run, page)
+        parts, coding = await self._pool.coded(body, request.coding)
         return encoded(answer, request.media_type, b"", parts, coding)
 
     async def _encode_point(self, found: FoundAnswer, request: ReadRequest) -> Encoded:
@@ -169,20 +163,13 @@ class ReadService:
         if request.knows(etag):
             return encoded(answer, request.media_type, etag, (), unchanged=True)
         if request.media_type == ARROW:  # the first one loads pyarrow
-            body = await self._in_thread(lambda: encode_body(answer, ARROW))
+            body = await self._pool.run(lambda: encode_body(answer, ARROW))
         else:
             body = encode_body(answer, request.media_type)
         if not request.coding:
             return encoded(answer, request.media_type, etag, (body,))
-        parts, coding = await self._coded(body, request.coding)
+        parts, coding = await self._pool.coded(body, request.coding)
         return encoded(answer, request.media_type, etag, parts, coding)
-
-    async def _coded(self, body: bytes, coding: str) -> tuple[Sequence[bytes], str]:
-        """Return a body in a coding, or as it is if that is not worth it, and the coding."""
-        if not coding or len(body) < self._settings.compress_bytes_min:
-            return (body,), ""
-        coded = await self._compress(coding, body)
-        return (coded.start, encode_end(coded, b"")), coding
 
     async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
         """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
@@ -201,7 +188,7 @@ class ReadService:
         kept = await self._answers.get(request.key, asked, deadline_s)
         coded = None
         if request.coding and len(kept.start) >= self._settings.compress_bytes_min:
-            coded = await self._answers.coded(kept, request.coding, self._compress)
+            coded = await self._answers.coded(kept, request.coding, self._pool.compress)
         answer = self._reader.renewed(kept.head, kept.positions)
         if not self._fresh(request, answer.as_of):
             return None
@@ -211,15 +198,10 @@ class ReadService:
             return encoded(answer, request.media_type, kept.etag, parts, request.coding)
         return encoded(answer, request.media_type, kept.etag, (kept.start, end))
 
-    async def _compress(self, coding: str, body: bytes) -> Coded:
-        if len(body) <= _COMPRESS_HERE_MAX:
-            return encode_start(coding, body)
-        return await self._in_thread(lambda: encode_start(coding, body))
-
     async def read(self, query: Query) -> Answer:
         """Return the answer of now, which is not encoded. `Unavailable` without time or room."""
-        deadline_s = self._deadline_s()
-        return await self._bounded(self._in_thread, lambda: self._reader.read(query, deadline_s=deadline_s))
+        deadline_s = self._pool.deadline_s()
+        return await self._pool.bounded(self._pool.run, lambda: self._reader.read(query, deadline_s=deadline_s))
 
     async def moved(self, since: States | None, timeout_s: float) -> States:
         """Return the positions of the stores, as soon as one is another than in `since` or the time is over."""
@@ -234,7 +216,7 @@ class ReadService:
         """Wait for what the read asks to wait for. Raises as `answer`."""
         if request.waits:
             deadline_s = self._reader.clock.monotonic_s() + request.timeout_ms / 1000
-            await self._bounded(self._wait, request, deadline_s)
+            await self._pool.bounded(self._wait, request, deadline_s)
 
     async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
         """Return the encoded answers to several queries at one moment. Raises as `answer`, and for one wrong query."""
@@ -249,10 +231,10 @@ class ReadService:
 
         while True:
             if request.waits:
-                await self._bounded(self._wait, request, deadline_s)
-            as_of, body = await self._bounded(self._in_thread, read)
+                await self._pool.bounded(self._wait, request, deadline_s)
+            as_of, body = await self._pool.bounded(self._pool.run, read)
             if self._fresh(request, as_of):
-                parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+                parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
                 return plain_json(parts, coding)
             if clock.monotonic_s() >= deadline_s:
                 raise NotReady(too_old(request))
@@ -260,23 +242,23 @@ class ReadService:
 
     async def views(self, headers: ReadHeaders) -> Encoded:
         """Return all views, encoded."""
-        body = await self._bounded(self._in_thread, lambda: _encode(self._reader.views()))
-        parts, coding = await self._coded(body, preferred_coding(headers.encoding))
+        body = await self._pool.bounded(self._pool.run, lambda: _encode(self._reader.views()))
+        parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
         return plain_json(parts, coding)
 
     async def scrape(
         self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
     ) -> tuple[bytes, str]:
         """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
-        deadline_s = self._deadline_s()
-        return await self._bounded(
-            self._in_thread, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
+        deadline_s = self._pool.deadline_s()
+        return await self._pool.bounded(
+            self._pool.run, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
         )
 
     async def remote_read(self, body: bytes) -> bytes:
         """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
-        deadline_s = self._deadline_s()
-        return await self._bounded(self._in_thread, lambda: self._remote.answer(body, deadline_s=deadline_s))
+        deadline_s = self._pool.deadline_s()
+        return await self._pool.bounded(self._pool.run, lambda: self._remote.answer(body, deadline_s=deadline_s))
 
     async def states(self, body: bytes) -> bytes:
         """Return what a server that merges several asks for; see `core.gathered`. Raises as `answer`."""
@@ -286,7 +268,7 @@ class ReadService:
         deadline_s = arrived_s + min(asked.timeout_ms, self._settings.timeout_ms_max) / 1000
         if asked.after or asked.max_staleness_ms is not None:
             token = Token.parse(asked.after)
-            await self._bounded(
+            await self._pool.bounded(
                 self._wait,
                 Waiting(timeout_ms=asked.timeout_ms, after=token, max_staleness_ms=asked.max_staleness_ms),
                 deadline_s,
@@ -297,42 +279,7 @@ class ReadService:
 
         if not asked.reads and not asked.views and asked.views is not None:
             return read()  # at once, also while many reads run: by this the other server knows that this one is there
-        return await self._bounded(self._in_thread, read)
-
-    def _deadline_s(self) -> float:
-        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
-        return self._reader.clock.monotonic_s() + timeout_ms / 1000
-
-    def _admit(self) -> None:
-        """Count a read that waits or runs; raise `Unavailable` if there are too many, or the server stops."""
-        if self._closed:
-            raise Unavailable("the server is stopping")
-        if self._open >= self._settings.reads_waiting_max:
-            self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
-            raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")
-        self._open += 1
-
-    async def _bounded(self, serve: Callable[P, Coroutine[Any, Any, R]], *arguments: P.args, **options: P.kwargs) -> R:
-        self._admit()
-        try:
-            return await serve(*arguments, **options)
-        finally:
-            self._open -= 1
-
-    def _in_slot(self, work: Callable[[], T]) -> asyncio.Task[T]:
-        """Do work in a thread, as one of the reads that may run; `Unavailable` at once if there are too many."""
-        self._admit()
-
-        async def run() -> T:
-            try:
-                return await self._in_thread(work)
-            finally:
-                self._open -= 1
-
-        return asyncio.create_task(run())
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._pool.bounded(self._pool.run, read)
 
     @staticmethod
     def _fresh(request: Waiting, as_of: AsOf) -> bool:
@@ -426,9 +373,8 @@ class ReadService:
 
     def close(self) -> None:
         """End all running reads, and take no more."""
-        self._closed = True
+        self._pool.close()
         self._reader.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _place(state: PartitionState) -> tuple[int, int, str]:

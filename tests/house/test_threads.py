@@ -24,9 +24,8 @@ CHECKED = {
     "pipeline/publisher/runtime.py": "the publisher's own",
     "pipeline/publisher/spool/live.py": "work that is waited for: what it fails with is raised",
     "pipeline/query/api.py": "pool: its futures are awaited by requests",
-    "pipeline/query/gather.py": "pool: its futures are awaited by requests",
     "pipeline/query/part_servers.py": "pool: its futures are awaited by requests",
-    "pipeline/query/service.py": "pool: its futures are awaited by requests",
+    "pipeline/query/read_pool.py": "pool: its futures are awaited by requests",
     "pipeline/worker/commits.py": "pool: each future is looked at, or its failure noted",
     "pipeline/worker/active.py": "pool: each future is looked at, or its failure noted",
 }

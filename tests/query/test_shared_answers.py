@@ -421,7 +421,7 @@ def test_a_large_answer_is_compressed_once_in_a_thread(monkeypatch: pytest.Monke
         time.sleep(0.05)
         return encode_start(coding, start)
 
-    monkeypatch.setattr("pipeline.query.service.encode_start", noting)
+    monkeypatch.setattr("pipeline.query.read_pool.encode_start", noting)
 
     async def run() -> set[int]:
         service = ReadService(world.reader, world.settings, world.metrics)

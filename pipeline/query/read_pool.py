@@ -1,0 +1,98 @@
+"""The threads of reads, and the bound on reads that wait for one or for newer data."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import pipeline.metrics as m
+from pipeline.errors import Unavailable
+from pipeline.metrics import Metrics
+from pipeline.ports import Clock
+from pipeline.query.codings import Coded, encode_end, encode_start
+from pipeline.settings import QuerySettings
+
+_COMPRESS_HERE_MAX = 32_768
+"""Size up to which a body is compressed on the event loop; a fraction of a millisecond's work."""
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class ReadPool:
+    """Threads for the reads of one event loop, on which it must be used."""
+
+    def __init__(self, settings: QuerySettings, metrics: Metrics, clock: Clock) -> None:
+        self.closed = False
+        """True if the server is stopping."""
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
+        self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
+        self._open = 0
+        """Reads that wait for newer data, or run; equal ones that run count once."""
+
+    def deadline_s(self) -> float:
+        """Return the monotonic time by which a read that names no time has to end."""
+        timeout_ms = min(self._settings.timeout_ms_default, self._settings.timeout_ms_max)
+        return self._clock.monotonic_s() + timeout_ms / 1000
+
+    def _admit(self) -> None:
+        if self.closed:
+            raise Unavailable("the server is stopping")
+        if self._open >= self._settings.reads_waiting_max:
+            self._metrics.inc(m.READS_REFUSED, 1, "reads_waiting_max")
+            raise Unavailable(f"{self._open} reads are waiting or running; no more are taken")
+        self._open += 1
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Count a read until the context ends. Raises `Unavailable` if there are too many, or the server stops."""
+        self._admit()
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    async def bounded(self, serve: Callable[P, Coroutine[Any, Any, R]], *arguments: P.args, **options: P.kwargs) -> R:
+        """Return what `serve` returns, as one of the reads that may wait or run. Raises as `slot`."""
+        with self.slot():
+            return await serve(*arguments, **options)
+
+    def start(self, work: Callable[[], T]) -> asyncio.Task[T]:
+        """Do work in a thread, as one of the reads that may run. Raises as `slot`, at once."""
+        self._admit()
+
+        async def run() -> T:
+            try:
+                return await self.run(work)
+            finally:
+                self._open -= 1
+
+        return asyncio.create_task(run())
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, done in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def compress(self, coding: str, body: bytes) -> Coded:
+        """Return a compressed body, without its end; a large one is compressed in a thread."""
+        if len(body) <= _COMPRESS_HERE_MAX:
+            return encode_start(coding, body)
+        return await self.run(lambda: encode_start(coding, body))
+
+    async def coded(self, body: bytes, coding: str) -> tuple[Sequence[bytes], str]:
+        """Return a body in a coding, or as it is if that is not worth it, and the coding."""
+        if not coding or len(body) < self._settings.compress_bytes_min:
+            return (body,), ""
+        coded = await self.compress(coding, body)
+        return (coded.start, encode_end(coded, b"")), coding
+
+    def close(self) -> None:
+        """Take no more reads."""
+        self.closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
