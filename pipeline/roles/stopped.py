@@ -101,7 +101,9 @@ class StoppedDirectory:
             raise NotReady(f"{error}: {_START}") from None
         except StoreCorrupt as error:
             raise self._rebuild(error) from None
-        if meta.between_boundaries or meta.topic_id not in ("", self._log.topic_id(CHANGELOG)):
+        # After kill -9 the newest commits can be in the changelog alone, until a start restores them.
+        behind = meta.changelog_next_offset < self._log.high_watermarks(CHANGELOG).get(number, 0)
+        if behind or meta.between_boundaries or meta.topic_id not in ("", self._log.topic_id(CHANGELOG)):
             raise NotReady(f"{self.url}: the store of partition {number} was not restored to its end: {_START}")
         return store
 

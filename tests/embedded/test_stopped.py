@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import AsyncReader, Reader
+from pipeline import AsyncReader, Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import DataDir
 from pipeline.core.query import Query
@@ -22,6 +22,7 @@ from pipeline.publisher.client import BasePublisher
 from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings, PublisherSettings
 from tests.embedded.test_damage import flip
+from tests.support import UpProcess
 
 MINUTE_MS = 60_000
 START_MS = 1_600_000_020_000
@@ -181,6 +182,22 @@ def test_a_log_that_lost_its_tail_is_refused(stopped: tuple[Path, Token], tmp_pa
         os.truncate(file, 0)
     with pytest.raises(LogCorrupt, match="gone"):
         Reader(f"embedded:{folder}")
+
+
+def test_a_killed_server_has_to_be_started_first(tmp_path: Path) -> None:
+    """Commits that are in the changelog alone are an error, not a view that is unknown."""
+    with UpProcess(tmp_path / "data") as up, Publisher(up.url) as publisher:
+        publisher.sum("hits").add(3)
+        token = publisher.flush()
+        with Reader(up.url) as reader:
+            assert reader.get("hits", after=token).value() == 3
+        up.kill()
+        with pytest.raises(NotReady, match="not restored to its end: start `pipeline up` on it once"):
+            Reader(f"embedded:{tmp_path / 'data'}")
+        up.start()
+        assert up.terminate() == 0
+        with Reader(f"embedded:{tmp_path / 'data'}") as stopped:
+            assert stopped.get("hits").value() == 3
 
 
 def test_a_log_of_an_older_copy_is_refused(stopped: tuple[Path, Token], tmp_path: Path) -> None:
