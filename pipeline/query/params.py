@@ -204,19 +204,17 @@ def parse_scrape(query_string: bytes, settings: QuerySettings) -> tuple[tuple[st
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     views: list[str] = []
-    windowed = "true"
+    windowed = True
     for name, value in _pairs(query_string, settings.matchers_max, "`view`"):
         if name == "view":
             views.append(value)
         elif name != "windowed":
             raise Invalid(f"unknown parameter {name[:100]!r}; known: view, windowed")
-        elif value not in ("true", "false"):
-            raise Invalid(f"windowed: true or false is needed, got {value[:50]!r}")
         else:
-            windowed = value
+            windowed = _flag({name: value}, name)
     if len(views) > settings.matchers_max:
         raise Invalid(f"{len(views)} `view` parameters; at most {settings.matchers_max}")
-    return tuple(views), windowed == "true"
+    return tuple(views), windowed
 
 
 def _pairs(query_string: bytes, matchers_max: int, what: str = "`where`, `by` and `q`") -> list[tuple[str, str]]:

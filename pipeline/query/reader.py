@@ -190,13 +190,14 @@ class ViewReader:
                 plan = self._plans.get(shape(query)) or self._load_plan(query)
             except NotFound:
                 return None  # `read` knows which views there are
-            if pinned_labels(plan.merged.definition, query.where) is None or query.range.compare_ms is not None:
+            labels = self._pinned(query, plan)
+            if labels is None:
                 return None
             points = self._new_points(query, plan.merged, now_ms)
-            if self._key_count(query, plan, points) > keys_max:
+            if self._key_count(plan, points) > keys_max:
                 return None
             stores = self._stores()
-            found = self._point(query, plan, points, stores, stores, self._progress.note_ends())
+            found = self._point(query, plan, labels, points, stores, stores, self._progress.note_ends())
             if found is not None:
                 return found
             self._plans.pop(shape(query), None)
@@ -213,17 +214,17 @@ class ViewReader:
         self,
         query: Query,
         plan: ReadPlan,
+        labels: Labels,
         points: Points | None,
         stores: Mapping[int, ReadableStore],
         views: Mapping[int, StoreView],
         seen: LogEnds,
     ) -> FoundAnswer | None:
-        """Return the answer from the only series that can match; None if the definitions are no longer those of `plan`.
+        """Return the answer from the series with these labels; None if the definitions are no longer those of `plan`.
 
         `views` are the stores, or snapshots of them. Where the log ends was `seen` before they are read.
         """
         definition = plan.merged.definition
-        labels = pinned_labels(definition, query.where) or ()
         kind = KINDS[definition.kind]
         # As many conditions as pinned labels: each is an equality, and nothing is left to test.
         exact = len(query.where) == len(labels)
@@ -310,8 +311,9 @@ class ViewReader:
         except NotFound as error:
             raise error if heads.entries else NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
         points = self._new_points(query, plan.merged, now_ms)
-        if self._key_count(query, plan, points) <= keys_max:
-            found = self._point(query, plan, points, cut.stores, cut.snapshots, cut.seen)
+        labels = self._pinned(query, plan)
+        if labels is not None and self._key_count(plan, points) <= keys_max:
+            found = self._point(query, plan, labels, points, cut.stores, cut.snapshots, cut.seen)
             if found is not None:
                 return found
         check = partial(cut.check, query.view)
@@ -326,10 +328,13 @@ class ViewReader:
         return self._points_found(query, plan.merged, points, heads.positions, cut.seen, check)
 
     @staticmethod
-    def _key_count(query: Query, plan: ReadPlan, points: Points | None) -> float:
-        """Return how many keys of all partitions hold the answer; infinity if `where` does not pin every label."""
-        if pinned_labels(plan.merged.definition, query.where) is None or query.range.compare_ms is not None:
-            return inf
+    def _pinned(query: Query, plan: ReadPlan) -> Labels | None:
+        """Return the labels of the only series that can match; None if there can be several, or two ranges are read."""
+        return None if query.range.compare_ms is not None else pinned_labels(plan.merged.definition, query.where)
+
+    @staticmethod
+    def _key_count(plan: ReadPlan, points: Points | None) -> int:
+        """Return how many keys of all partitions hold the windows of one series; 0 without windows."""
         return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
 
     def _select(
