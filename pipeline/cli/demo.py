@@ -223,9 +223,7 @@ def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop,
     else:
         console.show(f"server at {server.url}, its API at {server.url}/docs")
     with Reader(server.url) as reader, _publisher(server, config) as publisher:
-        views = {
-            d.view: publisher.view(d.kind, d.view, labels=d.labels, monotone=d.monotone, window_s=d.window_s) for d in VIEWS
-        }
+        views = {definition.view: publisher.define(definition) for definition in VIEWS}
         recording = _Recording(views, clock)
         started_s = clock.monotonic_s()
         recording.start()
