@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.adapters.http_client import HttpClient, error_of
-from pipeline.core.gathered import STATES_PATH
+from pipeline.core.gathered import STATES_PATH, STATES_TYPE
 from pipeline.errors import Unavailable
 from pipeline.ports import Clock
 
@@ -17,8 +17,7 @@ class HttpPart:
 
     def ask(self, body: bytes, timeout_s: float) -> bytes:
         """Return the answer to an encoded request for states. Raises as the server does, or `Unavailable`."""
-        media_type = "application/vnd.pipeline.states"
-        status, answer = self._client.request("POST", STATES_PATH, timeout_s=timeout_s, body=body, content_type=media_type)
+        status, answer = self._client.request("POST", STATES_PATH, timeout_s=timeout_s, body=body, content_type=STATES_TYPE)
         if status in (404, 405):
             raise Unavailable(f"{self.url}: it gives no states to others; is it a query server of this version?")
         if status != 200:

@@ -23,7 +23,9 @@ import pipeline.native as native
 from pipeline.adapters import prometheus_protobuf
 from pipeline.core.exposition import (
     OMITTED,
+    OMITTED_HELP,
     STALENESS,
+    STALENESS_HELP,
     ClassicBuckets,
     Exposed,
     Exposition,
@@ -110,10 +112,10 @@ class _ViewFamilies(Collector):
 
     def collect(self) -> Iterator[Family]:
         it = self._exposition
-        stale = Family(STALENESS, "Upper bound on the age of anything accepted but not in this scrape.", "gauge")
-        stale.add_sample(STALENESS, {}, inf if it.staleness_ms is None else it.staleness_ms / 1000)
+        stale = Family(STALENESS, STALENESS_HELP, "gauge")
+        stale.add_sample(STALENESS, {}, it.staleness_s)
         yield stale
-        omitted = Family(OMITTED, "Views that are left out of this scrape, and why.", "gauge")
+        omitted = Family(OMITTED, OMITTED_HELP, "gauge")
         for view, reason in it.omitted.items():
             omitted.add_sample(OMITTED, {"view": view, "reason": reason}, 1)
         yield omitted

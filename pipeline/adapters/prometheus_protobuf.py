@@ -14,7 +14,9 @@ from math import inf, nextafter
 
 from pipeline.core.exposition import (
     OMITTED,
+    OMITTED_HELP,
     STALENESS,
+    STALENESS_HELP,
     ClassicBuckets,
     Exposed,
     Exposition,
@@ -69,16 +71,12 @@ def is_preferred(accept: str) -> bool:
 
 def encode_families(exposition: Exposition) -> bytes:
     """Return the scrape."""
-    stale = inf if exposition.staleness_ms is None else exposition.staleness_ms / 1_000
     omitted = [_metric(("view", "reason"), pair, bytes_field(2, double_field(1, 1))) for pair in exposition.omitted.items()]
     families = [
         _family(
-            STALENESS,
-            "Upper bound on the age of anything accepted but not in this scrape.",
-            _GAUGE,
-            [_metric((), (), bytes_field(2, double_field(1, stale)))],
+            STALENESS, STALENESS_HELP, _GAUGE, [_metric((), (), bytes_field(2, double_field(1, exposition.staleness_s)))]
         ),
-        _family(OMITTED, "Views that are left out of this scrape, and why.", _GAUGE, omitted),
+        _family(OMITTED, OMITTED_HELP, _GAUGE, omitted),
         *map(_of_view, exposition.views),
     ]
     return b"".join([varint(len(family)) + family for family in families])

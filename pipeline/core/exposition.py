@@ -18,7 +18,9 @@ from pipeline.core.query import Labels
 from pipeline.core.record import Definition
 
 OMITTED = "pipeline_view_omitted"
+OMITTED_HELP = "Views that are left out of this scrape, and why."
 STALENESS = "pipeline_view_staleness_seconds"
+STALENESS_HELP = "Upper bound on the age of anything accepted but not in this scrape."
 
 RESERVED_LABEL = "reserved_label"
 NAME_COLLISION = "name_collision"
@@ -48,6 +50,11 @@ class Exposition(msgspec.Struct, frozen=True):
     """By name of a view, the reason why it is left out."""
     staleness_ms: int | None
     """Upper bound on the age of anything that the log had accepted and this lacks; None: unknown."""
+
+    @property
+    def staleness_s(self) -> float:
+        """Staleness in seconds; infinity if it is unknown."""
+        return inf if self.staleness_ms is None else self.staleness_ms / 1_000
 
 
 def exposed_as(definition: Definition) -> Definition:

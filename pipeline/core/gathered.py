@@ -22,6 +22,8 @@ from pipeline.errors import BadRecord, Invalid
 
 PARTS_VERSION = 1
 STATES_PATH = "/v1/states"
+STATES_TYPE = "application/vnd.pipeline.states"
+"""Media type of requests and answers."""
 READS_MAX = 10_000
 DIGEST_BYTES = 16
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
-from pipeline.core.gathered import STATES_PATH
+from pipeline.core.gathered import STATES_PATH, STATES_TYPE
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError
 from pipeline.metrics import Metrics
@@ -56,8 +56,6 @@ from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
-STATES = "application/vnd.pipeline.states"
-"""Media type of the states that one server gives to another."""
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
@@ -292,7 +290,7 @@ def _states_route(service: ReadService, settings: QuerySettings) -> Route:
 
     async def states(request: Request) -> Response:
         async with bodies.of(request) as body:
-            return Response(await service.states(body), media_type=STATES)
+            return Response(await service.states(body), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
 
