@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 from pipeline.core import codec
 from pipeline.core.query import MergedDefinition, Query
-from pipeline.core.record import Position, definitions_prefix, prefix_end
+from pipeline.core.record import TAG_DEFINITION, Position, definitions_prefix, prefix_end
+from pipeline.errors import Unreadable
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored
 from pipeline.query.progress import read_positions
+from pipeline.query.scans import view_of
 
 decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
+
+
+def all_definitions(stores: Mapping[int, StoreView]) -> Iterator[tuple[str, codec.DefinitionEntry | Unreadable]]:
+    """Yield each definition entry of all partitions behind its view; in place of one that can't be decoded, the error."""
+    for number, store in stores.items():
+        for key, value in store.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
+            found: codec.DefinitionEntry | Unreadable
+            try:
+                found = decode_stored(number, decode_definition, value)
+            except Unreadable as error:
+                found = error.with_traceback(None)  # who handles it while this goes on must not clear this frame
+            yield view_of(key), found
 
 
 class ViewHeads(NamedTuple):

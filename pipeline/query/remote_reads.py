@@ -15,15 +15,13 @@ import cramjam
 from pipeline.core import codec
 from pipeline.core.exposition import choose, exposed_as
 from pipeline.core.query import Matcher, MergedDefinition, merged
-from pipeline.core.record import TAG_DEFINITION, prefix_end
 from pipeline.core.remote_read import NAME_LABEL, SeriesQuery, decode_request, encode_response
 from pipeline.errors import BadRecord, Unreadable
 from pipeline.query.cuts import Cut
-from pipeline.query.damage import decode_stored
 from pipeline.query.matchers import Test, compile_matcher
+from pipeline.query.plans import all_definitions, versions
 from pipeline.query.problems import Refused
 from pipeline.query.reader import ViewReader
-from pipeline.query.scans import view_of
 from pipeline.query.view_series import Room, histogram_names, sample_names, view_series
 from pipeline.settings import QuerySettings
 
@@ -71,22 +69,21 @@ class RemoteReads:
 
     def _listed(self, cut: Cut) -> _ListedViews:
         """Return all views, from memory unless the definitions of a partition have changed."""
-        versions = {number: position.definitions_version for number, position in cut.positions.items()}
+        found_in = versions(cut.positions)
         known = self._listing
-        if known is not None and known.versions == versions and all(known.stores[n] is it for n, it in cut.stores.items()):
+        if known is not None and known.versions == found_in and known.stores == cut.stores:
             return known
         found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, Unreadable] = {}
-        for number, snapshot in cut.snapshots.items():
-            for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-                try:
-                    found.setdefault(view_of(key), []).append(decode_stored(number, codec.decode_definition, value))
-                except Unreadable as error:
-                    broken[view_of(key)] = error.with_traceback(None)
+        for view, entry in all_definitions(cut.snapshots):
+            if isinstance(entry, Unreadable):
+                broken[view] = entry
+            else:
+                found.setdefault(view, []).append(entry)
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
         chosen, _ = choose({view: exposed_as(it.definition) for view, it in whole.items()})
         views = [_Readable(whole[it.view], sample_names(it)) for it in chosen if it.window_s]
-        self._listing = listing = _ListedViews(dict(cut.stores), versions, views, broken)
+        self._listing = listing = _ListedViews(dict(cut.stores), found_in, views, broken)
         return listing
 
     def _series(self, query: SeriesQuery, listing: _ListedViews, cut: Cut, room: Room) -> Iterator[bytes]:

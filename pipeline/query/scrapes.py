@@ -8,13 +8,10 @@ from typing import Any
 from pipeline.core import codec
 from pipeline.core.exposition import SERIES_MAX, Exposed, choose, exposed_as, newest_final_ms, samples_of, state_exposed
 from pipeline.core.query import MergedDefinition, Query, Selected, merged
-from pipeline.core.record import TAG_DEFINITION, prefix_end
 from pipeline.errors import NotFound, Unreadable
 from pipeline.query.cuts import Cut
-from pipeline.query.damage import decode_stored
-from pipeline.query.plans import decode_definition
+from pipeline.query.plans import all_definitions
 from pipeline.query.ranges import expired_before
-from pipeline.query.scans import view_of
 
 ReadWindow = Callable[[Query, MergedDefinition, int, Callable[[Any], Any] | None], Selected]
 """Reads all series, or those of the window that starts then; the last argument makes what is selected of a state."""
@@ -35,15 +32,13 @@ def scrape_cut(
     """
     found: dict[str, list[codec.DefinitionEntry]] = {}
     broken: dict[str, str] = {}
-    for number, snapshot in cut.snapshots.items():
-        for key, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
-            view = view_of(key)
-            if views and view not in views:
-                continue
-            try:
-                found.setdefault(view, []).append(decode_stored(number, decode_definition, value))
-            except Unreadable as error:
-                broken[view] = unreadable(view, error)
+    for view, entry in all_definitions(cut.snapshots):
+        if views and view not in views:
+            continue
+        if isinstance(entry, Unreadable):
+            broken[view] = unreadable(view, entry)
+        else:
+            found.setdefault(view, []).append(entry)
     if unknown := set(views) - found.keys():
         raise NotFound(f"no view {min(unknown)[:100]!r}")
     whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
