@@ -11,23 +11,41 @@ const ROWS_MAX = 200;
 const HISTORY_MAX = 600;
 const OTHER = "own";
 const RATE_MS = 5_000;
+const ABSENT_MS = 2_000;
 
 /** Shows a view as `state`, the parameters of the page's address, says. `go` changes the address. */
 export function showView(main, name, state, go) {
   const place = h("div");
-  let close = () => {};
+  let retry = 0;
+  let close = () => clearTimeout(retry);
+  let closed = false;
   main.replaceChildren(h("h1", {}, name), place);
-  fetchJson("v1/views").then(({ views }) => {
-    const definitions = views.filter((it) => it.name === name);
-    const definition = definitions.find((it) => it.answers) ?? definitions[0];
-    if (!definition) {
-      place.replaceChildren(problem(`There is no view ${name}, or not yet.`));
-      return;
-    }
-    const labels = [...new Set(definitions.filter((it) => it.kind === definition.kind).flatMap((it) => it.labels))].sort();
-    close = run(place, definition, labels, state, go);
-  }).catch((error) => place.replaceChildren(problem(error.message)));
-  return () => close();
+
+  function wait(text) {
+    place.replaceChildren(problem(text));
+    retry = setTimeout(find, ABSENT_MS);
+  }
+
+  /** Looks for the view's definitions until there are some: a view exists once its first delta is folded. */
+  function find() {
+    fetchJson("v1/views").then(({ views }) => {
+      if (closed) return;
+      const definitions = views.filter((it) => it.name === name);
+      const definition = definitions.find((it) => it.answers) ?? definitions[0];
+      if (!definition) {
+        wait(`There is no view ${name}, or not yet.`);
+        return;
+      }
+      const labels = [...new Set(definitions.filter((it) => it.kind === definition.kind).flatMap((it) => it.labels))].sort();
+      close = run(place, definition, labels, state, go);
+    }).catch((error) => { if (!closed) wait(error.message); });
+  }
+
+  find();
+  return () => {
+    closed = true;
+    close();
+  };
 }
 
 function run(place, definition, labels, state, go) {

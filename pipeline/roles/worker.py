@@ -235,7 +235,8 @@ class ClusterWorker(KafkaRole):
         """Return the end offsets of deltas, after checks of the topics: the lag reporter calls it each second.
 
         A topic that was made anew, and has grown as long as the old one, shows only in its id. The ends of the changelog
-        tell an owner that commits nothing what others have written to it, before compaction: see `CompactionLag`.
+        tell an owner that commits nothing what others have written to it, before compaction (see `CompactionLag`), and that
+        its last commit can't be read.
         """
         for topic, topic_id in self._ask_topic_ids().items():
             if self._topic_ids[topic] != topic_id:
@@ -244,7 +245,8 @@ class ClusterWorker(KafkaRole):
                 )
                 self._fail(error)
                 raise error
-        self._loop.note_changelog_ends(self.log.end_offsets(CHANGELOG))
+        asked_s = self.clock.monotonic_s()
+        self._loop.note_changelog_ends(asked_s, self.log.end_offsets(CHANGELOG))
         stable_offsets = self.log.end_offsets(DELTAS)  # before the high watermarks, which must not be below
         return DeltasEnds(self.log.high_watermarks(DELTAS), stable_offsets)
 

@@ -45,8 +45,8 @@ class Commits:
         """Unexpected errors of partitions that are lost; they end nothing."""
         self._pool = ThreadPoolExecutor(settings.commit_thread_count, thread_name_prefix="pipeline-commit")
         self._under_way: set[Future[Commit]] = set()
-        self.changelog_ends: Mapping[int, int] = {}
-        """Ends of the changelog's partitions, as of the last time that they were asked for."""
+        self.changelog_ends: tuple[float, Mapping[int, int]] = 0.0, {}
+        """Time at which the ends of the changelog's partitions were last asked for, and the answer."""
         self._next_s = 0.0
         """Time from which `transactions_per_s_max` allows the next commit."""
         self.stuck = False
@@ -74,12 +74,14 @@ class Commits:
         """Begin the commits that are due; return whether there were any. Urgent ones do not wait for their turn.
 
         A partition commits even if nothing was folded when others have written to its changelog: such a commit writes the
-        covered entries anew, while this owner has them, and before compaction takes them out of the changelog.
+        covered entries anew, while this owner has them, and before compaction takes them out of the changelog. It also does
+        when nobody can read its last commit.
         """
+        asked_s, ends = self.changelog_ends
         now = self._clock.monotonic_s()
         idle = [active for active in folding if not active.is_committing]
         for active in idle:
-            if active.partition.is_displaced(self.changelog_ends.get(active.number, 0)):
+            if active.partition.needs_commit(ends.get(active.number, 0), asked_s):
                 active.flush()
             else:
                 active.schedule(now + self._settings.commit_interval_ms / 1000)

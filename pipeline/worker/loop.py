@@ -185,9 +185,12 @@ class WorkerLoop:
             self._rebuilding.add(partition)
         self._post(_Damaged(partition, store, str(error)))  # not the error, which holds scans that hold the store's files
 
-    def note_changelog_ends(self, ends: Mapping[int, int]) -> None:
-        """Take note of the ends of the changelog's partitions, so that foreign records are repaired soon."""
-        self._commits.changelog_ends = ends
+    def note_changelog_ends(self, asked_s: float, ends: Mapping[int, int]) -> None:
+        """Take note of the ends of the changelog's partitions, asked for at a time by the monotonic clock.
+
+        So foreign records are repaired soon, and commits that nobody can read become readable.
+        """
+        self._commits.changelog_ends = asked_s, ends
 
     def _post(self, post: _Assigned | _Revoking | _Damaged) -> None:
         with self._lock:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
-from enum import Enum
+from collections.abc import Callable, Collection
 from itertools import repeat
 from threading import Lock
 
@@ -52,52 +51,13 @@ from pipeline.worker.foreign import Barrier, owner_id
 from pipeline.worker.history import LastRecord, last_common, what_is_gone, why_lost
 from pipeline.worker.lookups import ProducerSweep, look_up
 from pipeline.worker.restore import RestoreProgress, StoreOpener, check_restorable, restore
+from pipeline.worker.stage import TRANSITIONS, Stage, StageEvent
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS_MAX = 3
 """Number of tries of a commit while others write to the changelog."""
-
-
-class Stage(Enum):
-    """State of a partition's store, and of the right to commit."""
-
-    NEW = "new"
-    OWNING = "owning"
-    """The old owner is fenced; the store is not restored yet."""
-    OPEN = "open"
-    """The store is at a commit boundary: folding and committing can go on."""
-    DISTRUSTED = "distrusted"
-    """The store is damaged, and open until `close` deletes it."""
-    DISCARDED = "discarded"
-    """The damaged store was deleted."""
-    CLOSED = "closed"
-
-
-class StageEvent(Enum):
-    """Event that changes the stage of a partition."""
-
-    OWN = "own"
-    """Take the right to commit, anew if it was ours before."""
-    OPEN = "open"
-    DISTRUST = "distrust"
-    DISCARD = "discard"
-    CLOSE = "close"
-
-
-TRANSITIONS: Mapping[tuple[Stage, StageEvent], Stage] = {
-    (Stage.NEW, StageEvent.OWN): Stage.OWNING,
-    (Stage.OWNING, StageEvent.OWN): Stage.OWNING,
-    (Stage.DISCARDED, StageEvent.OWN): Stage.OWNING,
-    (Stage.CLOSED, StageEvent.OWN): Stage.OWNING,
-    (Stage.OWNING, StageEvent.OPEN): Stage.OPEN,
-    (Stage.OPEN, StageEvent.DISTRUST): Stage.DISTRUSTED,
-    (Stage.DISTRUSTED, StageEvent.DISTRUST): Stage.DISTRUSTED,
-    (Stage.DISCARDED, StageEvent.DISTRUST): Stage.DISCARDED,
-    (Stage.OPEN, StageEvent.DISCARD): Stage.DISCARDED,
-    (Stage.DISTRUSTED, StageEvent.DISCARD): Stage.DISCARDED,
-    **{(stage, StageEvent.CLOSE): Stage.CLOSED for stage in Stage},
-}
-"""Every legal event; any other raises `IllegalTransition`."""
+_MARKER_MAX_S = 5.0
+"""Seconds after a commit within which the broker writes its transaction's marker, if it has not left it out."""
 
 
 class OwnedPartition:
@@ -129,6 +89,12 @@ class OwnedPartition:
         """Offset behind the position record of the last commit."""
         self._begin = 0
         """Offset at which the next commit begins, if nobody else writes to the changelog."""
+        self._committed_begin = -1
+        """Offset at which the last commit of this owner begins; -1 before there is one."""
+        self._committed_s = 0.0
+        """Time at which the last commit was acknowledged."""
+        self._marker_missing = False
+        """True if the broker has left out the marker of the last commit, so that nobody can read it."""
         self._undo_offset: int | None = None
         """Offset of `deltas` where folding goes on if the broker aborts the last commit; None if it can't any more.
 
@@ -376,7 +342,12 @@ class OwnedPartition:
             self._check_source()
         letters = self._letters(commit) if commit.dead_letters else []
         keys, values = commit.keys[:-1], commit.values[:-1]
+        is_displaced = self._marker_missing
         for attempt in range(_ATTEMPTS_MAX):
+            if is_displaced:
+                self._find_foreign()
+                repairs = self._repairs(without=commit.keys)
+                keys, values = [*repairs, *commit.keys[:-1]], [*repairs.values(), *commit.values[:-1]]
             position = msgspec.structs.replace(
                 commit.position, begin_offset=self._begin, previous_end_offset=self._committed_end
             )
@@ -387,9 +358,7 @@ class OwnedPartition:
                 _log.warning("partition %d: looking at what was written to its changelog: %s", self.number, error)
                 if attempt + 1 == _ATTEMPTS_MAX:
                     raise
-            self._find_foreign()
-            repairs = self._repairs(without=commit.keys)
-            keys, values = [*repairs, *commit.keys[:-1]], [*repairs.values(), *commit.values[:-1]]
+                is_displaced = True
 
     def _letters(self, commit: Commit) -> list[Message]:
         bytes_max = self._log.message_bytes_max(DEAD_LETTERS)
@@ -413,6 +382,7 @@ class OwnedPartition:
             timeout_s=self._settings.commit_timeout_ms / 1000,
             begins={(CHANGELOG, self.number): self._begin},
         )
+        self._committed_begin, self._committed_s = self._begin, self._clock.monotonic_s()
         self._committed_end, self._begin = offsets[-1], offsets[-1] + self._right.marker_count
         self._undo_offset = self.task.position.next_offset
         self._foreign.clear()
@@ -423,12 +393,18 @@ class OwnedPartition:
 
     # Foreign records in the changelog
 
-    def is_displaced(self, end_offset: int) -> bool:
-        """Return whether others have written behind our last commit, given an end that the changelog had some time ago.
+    def needs_commit(self, end_offset: int, asked_s: float) -> bool:
+        """Return whether the changelog needs a commit even if nothing is folded, given the end that it had at a time.
 
-        Call it only when no commit is under way.
+        It does if others have written behind our last commit, and if the broker has left out that commit's marker: then
+        nobody can read it, and the next transaction's marker stands for both (see `KafkaTransaction.commit`). Call this
+        only when no commit is under way.
         """
-        return end_offset > self._begin
+        is_open = end_offset == self._committed_begin < self._committed_end
+        self._marker_missing = is_open and asked_s > self._committed_s + _MARKER_MAX_S
+        if self._marker_missing:
+            _log.warning("partition %d: the broker has left out the marker of the last commit: writing one", self.number)
+        return end_offset > self._begin or self._marker_missing
 
     def _find_foreign(self) -> None:
         """Find the new end of the changelog, and the keys that others have written behind our last commit.
@@ -442,7 +418,7 @@ class OwnedPartition:
         except StoreCorrupt as error:
             self.distrust(str(error))
             raise
-        self._undo_offset = None
+        self._undo_offset, self._marker_missing = None, False
 
     def _repairs(self, without: Collection[bytes]) -> dict[bytes, bytes | None]:
         """Return the committed values of keys whose newest record in the changelog is foreign.

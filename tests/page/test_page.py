@@ -194,6 +194,16 @@ def test_a_server_that_is_away_is_told(page: Page, tmp_path: Path) -> None:
         expect(page.locator("#staleness")).not_to_contain_text("connection lost")
 
 
+def test_a_view_that_comes_later(page: Page, server: UpProcess) -> None:
+    """The page of a view that nobody has recorded yet says so, and shows the view once its first delta is folded."""
+    page.goto(f"{server.url}/#/view/later")
+    expect(page.get_by_role("alert")).to_contain_text("There is no view later, or not yet")
+    with Publisher(server.url) as publisher:
+        publisher.sum("later").add(7)
+        publisher.flush()
+    expect(page.locator("tbody tr td").nth(1)).to_have_text("7")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_accessible(browser: Browser, server: UpProcess, scheme: Any) -> None:
     """axe finds nothing on any page, in light and dark; everything fits the width of a phone; keys reach everything."""

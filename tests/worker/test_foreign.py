@@ -236,6 +236,36 @@ def test_a_commit_that_is_still_there(world: _World) -> None:
         assert world.read() == {"a": 2, "b": 2 + count}
 
 
+def test_a_commit_whose_marker_is_left_out(world: _World) -> None:
+    """An idle owner notices that nobody can read its last commit, and writes what makes it readable, once.
+
+    The log shows everything again with the next transaction, as Kafka does: its marker stands for both.
+    """
+    owner = world.worker.partitions[0]
+    begin = decode_position(world.newest()[POSITION_KEY] or b"").begin_offset
+    end = world.log.watermarks(CHANGELOG, 0).end_offset
+    committed_s = world.clock.s
+    new = world.new_server
+    world.log.hold_back(CHANGELOG, 0, begin)
+    world.server = new()
+    assert world.read() == {"a": 1, "b": 2}
+    later_s = committed_s + 5.1
+    assert not owner.needs_commit(begin, committed_s + 4.9), "a broker may take its time"
+    assert not owner.needs_commit(begin - 1, later_s), "another producer's transaction is open there"
+    assert not owner.needs_commit(end, later_s), "the marker is there"
+    assert owner.needs_commit(begin, later_s)
+    shown, write = world.log.show, owner._right.commit
+    owner._right.commit = lambda *args, **options: (shown(), write(*args, **options))[1]  # type: ignore[method-assign]
+    store = owner.store
+    owner.commit()
+    assert owner.store is store, "nothing is lost: the store goes on"
+    assert world.read() == {"a": 2, "b": 2}
+    assert not owner.needs_commit(world.log.watermarks(CHANGELOG, 0).end_offset, later_s + 60)
+    world.commit(b=1)
+    assert world.read() == {"a": 2, "b": 3}
+    assert series_of(world.new_owner().store) == {"a": 2, "b": 3}
+
+
 @pytest.mark.parametrize(
     ("key", "at_start"),
     [(A, True), (producer_key("p"), True), (A, False), (TAG_DEFINITION + series_prefix(VIEW)[1:], False)],

@@ -222,7 +222,7 @@ def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None
 
     def settled() -> bool:
         partition = pool.loop.partitions[0]
-        return partition.task.position.next_offset == 1 and not partition.is_displaced(len(rows()))
+        return partition.task.position.next_offset == 1 and not partition.needs_commit(len(rows()), 0.0)
 
     pool.loop.start()
     try:
@@ -235,12 +235,12 @@ def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None
             pool.log.append([Message(CHANGELOG, 0, POSITION_KEY, value)], timeout_s=1)
             assert dict(rows())[key] == value
             told = pool.log.end_offsets(CHANGELOG)
-            pool.loop.note_changelog_ends(told)
+            pool.loop.note_changelog_ends(0.0, told)
             wait_until(lambda: dict(rows())[key] == ours[key], "the repair")
             wait_until(settled, "the repair's commit")
             count = len(pool.log.commits)
-            pool.loop.note_changelog_ends(told)
-            pool.loop.note_changelog_ends(pool.log.end_offsets(CHANGELOG))
+            pool.loop.note_changelog_ends(0.0, told)
+            pool.loop.note_changelog_ends(0.0, pool.log.end_offsets(CHANGELOG))
             pool.send(1)
             wait_until(lambda count=count: len(pool.log.commits) > count, "what is folded of another partition")
             assert [it for _, it in pool.log.commits[count:]] == ["pipeline-1"], "what is repaired is repaired"

@@ -11,8 +11,9 @@ from pipeline.adapters.memory import MemoryStores
 from pipeline.errors import IllegalTransition, NotReady, PipelineError
 from pipeline.ports import Store
 from pipeline.worker.follower import Follower
-from pipeline.worker.partition import OwnedPartition, Stage
+from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replica import Replica, ReplicaState
+from pipeline.worker.stage import Stage
 from tests.support import HandClock
 from tests.worker.support import ChangingLog, new_partition
 
