@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from pipeline.adapters import http as clients
-from pipeline.adapters.http import AsyncHttpReader, HttpLogWriter, HttpReader
+from pipeline.adapters.http import HttpLogWriter, HttpReader
+from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.core.answer import Series, View
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
