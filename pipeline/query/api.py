@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -307,6 +308,7 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
         if state is not None:
             it.next_offset, it.end_offset, it.lag = state.next_offset, state.end_offset, state.lag
             it.committed_at_ms, it.topic_id = state.committed_at_ms, state.topic_id
+            it.owner = state.owner or UNSET
     return status
 
 
