@@ -112,8 +112,8 @@ def test_views_are_listed(shop: Server) -> None:
     reply = shop.get("/v1/views").json()
     for it in reply["views"]:
         assert (it.pop("defined_at_ms") > 0, it.pop("answers")) == (True, True)
-        assert it.pop("series_count_max") == (3 if it["name"] == "revenue" else 1), "of the fullest partition"
     revenue = {"name": "revenue", "kind": "sum", "labels": ["product", "region"], "window_s": None, "series_count": 5}
+    revenue["series_count_max"] = 3  # of the fullest partition
     assert {**revenue, "monotone": False, "retention_s": None} in reply["views"]
     assert reply["as_of"]["staleness_ms"] is not None
 
