@@ -117,7 +117,7 @@ def create_app(
         Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
         *page_routes(),
     ]
     routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
@@ -197,10 +197,10 @@ class ReadEndpoint:
         await _send(send, await self._service.answer(asked))
 
 
-class _PostQuery:
+class QueryEndpoint:
     """`POST /v1/query` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
         self._service = service
         self._settings = settings
         self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
