@@ -132,6 +132,8 @@ class View(msgspec.Struct, frozen=True):
     """True if a read that chooses no kind and no window merges it."""
     retention_s: int | None = None
     """Seconds for which a window is kept after its end, or a series without windows after its last delta; null: for ever."""
+    series_count_max: int = 0
+    """Largest number of its series in one partition, where the worker's setting `series_max` limits them."""
 
     @property
     def definition(self) -> Definition:
@@ -152,6 +154,7 @@ class View(msgspec.Struct, frozen=True):
             it.defined_at_ms,
             it.answers,
             d.retention_s or None,
+            it.series_count_max,
         )
 
 
@@ -185,6 +188,8 @@ class PartitionState(msgspec.Struct, frozen=True):
     committed_at_ms: int
     topic_id: str
     """The id of the topic that `next_offset` is of; empty before a first commit."""
+    owner: str = ""
+    """Name of the worker that wrote the last commit; empty if that has none."""
 
 
 class RestoreStatus(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -214,6 +219,8 @@ class PartitionStatus(msgspec.Struct, kw_only=True):
     """Only from servers that answer reads; null: unknown."""
     topic_id: str | UnsetType = UNSET
     """The id of the topic that `next_offset` is of; empty before a first commit."""
+    owner: str | UnsetType = UNSET
+    """Name of the worker that wrote the last commit; left out by workers, and where the worker has no name."""
     changelog_next_offset: int | UnsetType = UNSET
     changelog_remaining: int | UnsetType = UNSET
     restore: RestoreStatus | UnsetType = UNSET
@@ -241,6 +248,8 @@ class Status(msgspec.Struct, kw_only=True):
     name: str | UnsetType = UNSET
     at_ms: int | UnsetType = UNSET
     """Time of the status."""
+    series_max: int | UnsetType = UNSET
+    """The setting `series_max` of this process' workers, or of a server: series of a definition in one partition."""
     topic_id: str | UnsetType = UNSET
     """The id of the topic of deltas, as tokens name it; empty while the log has not told it."""
     fenced_count: int | UnsetType = UNSET

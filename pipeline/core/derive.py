@@ -1,6 +1,7 @@
 """Functions of points of sums, computed when a view is read: rates, differences, averages, running totals, shares.
 
-A point without data is a sum of nothing, so it counts as 0 here.
+A point without data is a sum of nothing, so it counts as 0 here. A point that begins before the windows that are kept is not
+known: it has no value or, as a share, is computed of what is kept.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pipeline.errors import Invalid
 
 FUNCTIONS = ("rate", "delta", "avg", "cumulative", "share")
 """`rate`: per second of what the point covers. `delta`: difference to the point before; the first point has none. `avg`: of
-the windows that the point covers. `cumulative`: total of the range up to the end of the point. `share`: part of the total of
-all series at the same point."""
+the windows that the point covers. `cumulative`: total up to the end of the point, from the first point of the range that is
+known. `share`: part of the total of all series at the same point."""
 
 Number = int | float
 Values = Mapping[int, Number | None]
@@ -46,22 +47,23 @@ def derived(
 ) -> Values:
     """Return a function of the values of one series; `total` is that of all series at each point, for `share`.
 
-    Points before the index `kept` lack windows that have expired, so that no difference to them is known.
+    Points before the index `kept` lack windows that have expired.
     """
     match name:
         case "rate":
-            return {i: _quotient(value * 1_000, span.over_ms) for i, value in values.items()}
+            return {i: _quotient(value * 1_000, span.over_ms) if i >= kept else None for i, value in values.items()}
         case "delta":
             places = [i for i in sorted({*values, *(i + 1 for i in values)}) if max(0, kept) < i < span.point_count]
             return {i: values.get(i, 0) - values.get(i - 1, 0) for i in places}
         case "avg":
-            return {i: _quotient(value, span.over_ms // window_ms) for i, value in values.items()}
+            windows = span.over_ms // window_ms
+            return {i: _quotient(value, windows) if i >= kept else None for i, value in values.items()}
         case "cumulative":
             running: Number = 0
             sums: dict[int, Number | None] = {}
             for i in range(span.point_count):
-                running += values.get(i, 0)
-                sums[i] = running
+                running += values.get(i, 0) if i >= kept else 0
+                sums[i] = running if i >= kept else None
             return sums
         case _:
             return {i: _share(values, total, i) for i in range(span.point_count) if i in values or not total.get(i)}

@@ -94,6 +94,8 @@ class Listed(msgspec.Struct, frozen=True):
     """Time at which the log accepted the definition's first batch."""
     answers: bool
     """True if a read that chooses no kind and no window merges this definition."""
+    series_count_max: int = 0
+    """Largest number of its series in one partition."""
 
 
 class Selected(msgspec.Struct, frozen=True):
@@ -156,15 +158,17 @@ def merge_definitions(parts: Iterable[Definition], also: tuple[Alternative, ...]
 def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
     """Return all definitions of all partitions, by view; the definitions that answer for a view come first."""
     counts: dict[Definition, int] = {}
+    most: dict[Definition, int] = {}
     since: dict[Definition, int] = {}
     views: dict[str, list[DefinitionEntry]] = {}
     for entry in entries:
         definition = entry.definition
         counts[definition] = counts.get(definition, 0) + entry.series_count
+        most[definition] = max(most.get(definition, 0), entry.series_count)
         since[definition] = min(since.get(definition, entry.defined_at_ms), entry.defined_at_ms)
         views.setdefault(definition.view, []).append(entry)
     answering = {it for view, its in views.items() for it in merged(view, its).parts}
-    found = [Listed(it, count, since[it], it in answering) for it, count in counts.items()]
+    found = [Listed(it, count, since[it], it in answering, most[it]) for it, count in counts.items()]
     return sorted(
         found,
         key=lambda it: (

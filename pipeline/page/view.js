@@ -11,39 +11,45 @@ const ROWS_MAX = 200;
 const HISTORY_MAX = 600;
 const OTHER = "own";
 const RATE_MS = 5_000;
-const ABSENT_MS = 2_000;
+const LOOK_MS = 2_000;
 
 /** Shows a view as `state`, the parameters of the page's address, says. `go` changes the address. */
 export function showView(main, name, state, go) {
   const place = h("div");
+  const stop = new AbortController();
   let retry = 0;
-  let close = () => clearTimeout(retry);
-  let closed = false;
+  let close = () => {};
+  let shownOf = ""; // definition and labels that are shown
   main.replaceChildren(h("h1", {}, name), place);
 
-  function wait(text) {
-    place.replaceChildren(problem(text));
-    retry = setTimeout(find, ABSENT_MS);
-  }
-
-  /** Looks for the view's definitions until there are some: a view exists once its first delta is folded. */
-  function find() {
-    fetchJson("v1/views").then(({ views }) => {
-      if (closed) return;
+  /** Looks for the view's definitions again and again: a view exists once its first delta is folded, and can change later. */
+  async function look() {
+    try {
+      const { views } = await fetchJson("v1/views", undefined, stop.signal);
       const definitions = views.filter((it) => it.name === name);
       const definition = definitions.find((it) => it.answers) ?? definitions[0];
-      if (!definition) {
-        wait(`There is no view ${name}, or not yet.`);
-        return;
-      }
-      const labels = [...new Set(definitions.filter((it) => it.kind === definition.kind).flatMap((it) => it.labels))].sort();
-      close = run(place, definition, labels, state, go);
-    }).catch((error) => { if (!closed) wait(error.message); });
+      if (definition) showOnce(definition, definitions);
+      else if (!shownOf) place.replaceChildren(problem(`There is no view ${name}, or not yet.`));
+    } catch (error) {
+      if (!shownOf && !stop.signal.aborted) place.replaceChildren(problem(error.message));
+    }
+    if (!stop.signal.aborted) retry = setTimeout(look, LOOK_MS);
   }
 
-  find();
+  function showOnce(definition, definitions) {
+    const { kind: of, window_s, monotone } = definition;
+    const labels = [...new Set(definitions.filter((it) => it.kind === of && it.window_s === window_s).flatMap((it) => it.labels))].sort();
+    const wanted = JSON.stringify([of, window_s, monotone, labels]);
+    if (wanted === shownOf) return;
+    close();
+    shownOf = wanted;
+    close = run(place, definition, labels, state, go);
+  }
+
+  look();
   return () => {
-    closed = true;
+    stop.abort();
+    clearTimeout(retry);
     close();
   };
 }
@@ -86,12 +92,19 @@ function run(place, definition, labels, state, go) {
   };
 }
 
+/** Returns the labels to group by: those that the address names, or the first if it names none that the view has. */
+function chosen(labels, state) {
+  const wanted = state.getAll("by");
+  if (wanted.includes("-")) return [];
+  const found = wanted.filter((it) => labels.includes(it));
+  return found.length ? found : labels.slice(0, 1);
+}
+
 /** Returns the parameters of the read, and what it covers. */
 function readOf(definition, labels, state) {
   const windowed = definition.window_s !== null;
-  const wanted = state.getAll("by");
-  const by = wanted.length ? wanted.filter((it) => labels.includes(it)) : labels.slice(0, 1);
-  const query = { where: state.getAll("where").filter(Boolean), by: by.length && !wanted.includes("-") ? by : "",
+  const by = chosen(labels, state);
+  const query = { where: state.getAll("where").filter(Boolean), by: by.length ? by : "",
     kind: definition.kind, q: kind(definition.kind).quantiles, limit: 1_000 };
   if (!windowed) return { query, windowed, by: query.by || [] };
   query.window_s = definition.window_s;
@@ -112,9 +125,8 @@ function controls(definition, labels, state, go) {
   const form = h("form", { class: "panel", onsubmit: submit });
   const where = h("input", { id: "where", name: "where", size: 28, placeholder: "region=eu, product=~t.*",
     value: state.getAll("where").join(", "), autocomplete: "off" });
-  const chosen = state.getAll("by");
-  const by = labels.map((it, i) => h("label", {}, h("input", { type: "checkbox", name: "by", value: it, onchange: submit,
-    checked: chosen.length ? chosen.includes(it) : i === 0 }), it));
+  const by = labels.map((it) => h("label", {}, h("input", { type: "checkbox", name: "by", value: it, onchange: submit,
+    checked: chosen(labels, state).includes(it) }), it));
   const range = h("select", { id: "range", name: "range", onchange: submit }, [...Object.keys(RANGES), OTHER].map((it) =>
     h("option", { value: it, selected: it === (state.get("range") ?? "live") }, it)));
   const times = ["start", "end"].map((name) => h("label", { for: name }, name,

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -116,7 +117,7 @@ def create_app(
         Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", _PostQuery(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
         *page_routes(),
     ]
     routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
@@ -196,10 +197,10 @@ class ReadEndpoint:
         await _send(send, await self._service.answer(asked))
 
 
-class _PostQuery:
+class QueryEndpoint:
     """`POST /v1/query` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
         self._service = service
         self._settings = settings
         self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
@@ -307,6 +308,7 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
         if state is not None:
             it.next_offset, it.end_offset, it.lag = state.next_offset, state.end_offset, state.lag
             it.committed_at_ms, it.topic_id = state.committed_at_ms, state.topic_id
+            it.owner = state.owner or UNSET
     return status
 
 

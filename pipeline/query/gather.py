@@ -1,13 +1,15 @@
 """Reads of a server without stores, which merges the states that other servers have.
 
 A read needs the definitions of all partitions before it can ask for states. They are known from the read before, and come
-with every answer: if they are others by then, the read asks again.
+with every answer: if they are others by then, the read asks again. The states of several queries come in one answer of each
+server, and so are of one moment of each partition.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.core.answer import Answer, MemberStatus, PartitionStatus, Status, View, Views
+from pipeline.core.answer import Answer, Answers, MemberStatus, PartitionStatus, Status, View, Views
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.exposition import (
     SERIES_MAX,
@@ -38,7 +40,7 @@ from pipeline.ports import Clock
 from pipeline.query.codings import preferred_coding
 from pipeline.query.found import answer_of, points_answer
 from pipeline.query.media import Encoded, encode_body, encoded, plain_json
-from pipeline.query.params import ReadHeaders, ReadRequest
+from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.part_servers import Gathered, PartServers
 from pipeline.query.plans import shape
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
@@ -52,6 +54,8 @@ _PLANS_MAX = 10_000
 _HERE_MAX = 500
 """Groups that are merged on the event loop; a millisecond's work."""
 T = TypeVar("T")
+_Numbered = Sequence[tuple[int | None, Query]]
+"""Queries, with the index of each in a request of several."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -68,7 +72,18 @@ def _plan_of(view: str, entries: Sequence[DefinitionEntry], kind: str | None, wi
     return GatherPlan(found, {part: expired[part] for part in found.parts if expired.get(part)})
 
 
-def _read_of(plan: GatherPlan, query: Query, points: Points | None) -> StatesRead:
+class _PlannedRead(NamedTuple):
+    """A query, with the definitions that it merges and what it needs of each server."""
+
+    query: Query
+    plan: GatherPlan
+    points: Points | None
+    """Points that the states of a view with windows are merged to."""
+    reads: list[StatesRead]
+    """One read, or two if the query compares its range with an earlier one."""
+
+
+def _reads_of(plan: GatherPlan, query: Query, points: Points | None) -> list[StatesRead]:
     """Return the states that a query needs of each part."""
     definition, parts = plan.merged.definition, [*plan.merged.parts]
     for matcher in query.where:
@@ -78,10 +93,21 @@ def _read_of(plan: GatherPlan, query: Query, points: Points | None) -> StatesRea
         TopN(KINDS[definition.kind], query)  # for quantiles
     if points is not None:
         hidden = [plan.hidden.get(part, 0) for part in parts]
-        return StatesRead(parts, query.where, query.by, span=points.span, hidden_before_ms=hidden)
-    return StatesRead(
-        parts, query.where, query.by, None if query.top is not None or query.bottom is not None else query.limit
-    )
+        ranges = [it.span for it in (points, points.earlier) if it is not None]
+        return [StatesRead(parts, query.where, query.by, span=span, hidden_before_ms=hidden) for span in ranges]
+    keep = None if query.top is not None or query.bottom is not None else query.limit
+    return [StatesRead(parts, query.where, query.by, keep)]
+
+
+@contextmanager
+def _naming(index: int | None) -> Iterator[None]:
+    """Name the index of a query in its errors, if it has one."""
+    try:
+        yield
+    except (Invalid, Unavailable) as error:
+        if index is None:
+            raise
+        raise type(error)(f"query {index}: {error}") from None
 
 
 class GatherService:
@@ -100,67 +126,104 @@ class GatherService:
         """Return the encoded answer. Raises as `ReadService.answer`, and as `PartServers.gather`."""
         if request.cursor is not None:
             raise Invalid("cursor: a server that merges others has no pages, because it holds no moment of their stores")
-        if request.query.range.compare_ms is not None:
-            raise Invalid("compare: a server that merges others does not have it; ask for the earlier range by itself")
-        deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
         with self._pool.slot():
-            answer = await self._fresh_answer(request, deadline_s)
+            (answer,) = await self._fresh_answers([(None, request.query)], request, allow_partial=request.allow_partial)
             body = await self._here_or_not(len(answer.series), lambda: encode_body(answer, request.media_type))
             parts, coding = await self._pool.coded(body, request.coding)
             return encoded(answer, request.media_type, b"", parts, coding)
 
-    async def _fresh_answer(self, request: ReadRequest, deadline_s: float) -> Answer:
+    async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
+        """Return the encoded answers to several queries, all of one moment of each partition. Raises as `answer`."""
+        with self._pool.slot():
+            found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=False)
+            as_of = found[-1].as_of  # made last
+            answers = Answers([replace(it, as_of=as_of) for it in found], as_of)
+            body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers))
+            parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
+            return plain_json(parts, coding)
+
+    async def _fresh_answers(self, queries: _Numbered, request: Waiting, *, allow_partial: bool) -> list[Answer]:
+        deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
         most = part_most = request.max_staleness_ms
         while True:
-            answer = await self._read(request, part_most, deadline_s)
-            staleness_ms = answer.as_of.staleness_ms
+            waiting = replace(request, max_staleness_ms=part_most)
+            answers = await self._read(queries, waiting, deadline_s, allow_partial=allow_partial)
+            staleness_ms = answers[-1].as_of.staleness_ms
             if most is None or (staleness_ms is not None and staleness_ms <= most):
-                return answer
+                return answers
             # It was fresh enough where it was read: there it has to be fresher by the time on the way.
             part_most = max(0, (part_most or 0) - max(1, (staleness_ms or 0) - most))
             if self.clock.monotonic_s() >= deadline_s:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
-    async def _read(self, request: ReadRequest, max_staleness_ms: int | None, deadline_s: float) -> Answer:
-        query, key, now_ms = request.query, shape(request.query), self.clock.now_ms()
+    async def _read(self, queries: _Numbered, request: Waiting, deadline_s: float, *, allow_partial: bool) -> list[Answer]:
+        now_ms, views = self.clock.now_ms(), sorted({query.view for _, query in queries})
         for _ in range(_TRIES):
-            plan = self._plans.get(key)
-            points = read = None
-            if plan is not None:
+            planned = self._planned(queries, now_ms)
+            asked = StatesAsked(
+                PARTS_VERSION,
+                [],
+                [read for it in planned for read in it.reads],
+                views,
+                "",
+                request.max_staleness_ms,
+                request.timeout_ms,
+            )
+            gathered = await self._gather(asked, deadline_s, request.after, allow_partial=allow_partial)
+            plans = await self._plans_of(queries, request, gathered, deadline_s)
+            if [it.plan for it in planned] == plans:
+                count = sum(len(found.states) for part in gathered.parts for found in part.found.reads)
+                return await self._here_or_not(count, partial(self._build_all, queries, planned, gathered, deadline_s))
+        raise Unavailable(f"view {views[0]}: its definitions change faster than they are read; try again")
+
+    def _planned(self, queries: _Numbered, now_ms: int) -> list[_PlannedRead]:
+        """Return what each query needs by the definitions as they were before; nothing while those of one are unknown."""
+        planned: list[_PlannedRead] = []
+        for index, query in queries:
+            plan = self._plans.get(shape(query))
+            if plan is None:
+                return []
+            with _naming(index):
+                points = None
                 if plan.merged.definition.window_s:
                     points = Points(query, plan.merged, self._settings, now_ms)
                 else:
                     check_unwindowed(query)
-                read = _read_of(plan, query, points)
-            asked = StatesAsked(
-                PARTS_VERSION, [], [] if read is None else [read], [query.view], "", max_staleness_ms, request.timeout_ms
-            )
-            gathered = await self._gather(asked, deadline_s, request.after, allow_partial=request.allow_partial)
-            try:
-                found = _plan_of(query.view, gathered.entries(), query.kind, query.window_s)
-            except NotFound as error:
-                self._plans.pop(key, None)
-                raise NotFound(f"{error}{await self._hint(request, gathered, deadline_s)}") from None
-            if plan is None or found != plan:
-                if len(self._plans) >= _PLANS_MAX:
-                    self._plans.clear()
-                self._plans[key] = found
-                continue
-            count = sum(len(part.found.reads[0].states) for part in gathered.parts if part.found.reads)
-            build = partial(self._build, query, plan, gathered, points, deadline_s)
-            return await self._here_or_not(count, build)
-        raise Unavailable(f"view {query.view}: its definitions change faster than they are read; try again")
+                planned.append(_PlannedRead(query, plan, points, _reads_of(plan, query, points)))
+        return planned
 
-    async def _hint(self, request: ReadRequest, gathered: Gathered, deadline_s: float) -> str:
+    async def _plans_of(
+        self, queries: _Numbered, request: Waiting, gathered: Gathered, deadline_s: float
+    ) -> list[GatherPlan]:
+        """Return the definitions that each query merges, as the servers have them now, and remember them."""
+        entries: dict[str, list[DefinitionEntry]] = {}
+        for entry in gathered.entries():
+            entries.setdefault(entry.definition.view, []).append(entry)
+        plans: list[GatherPlan] = []
+        for index, query in queries:
+            own, key = entries.get(query.view, []), shape(query)
+            with _naming(index):
+                try:
+                    plans.append(_plan_of(query.view, own, query.kind, query.window_s))
+                except NotFound as error:
+                    self._plans.pop(key, None)
+                    hint = await self._hint(query.view, request, deadline_s, is_known=bool(own))
+                    raise NotFound(f"{error}{hint}") from None
+            if len(self._plans) >= _PLANS_MAX:
+                self._plans.clear()
+            self._plans[key] = plans[-1]
+        return plans
+
+    async def _hint(self, view: str, request: Waiting, deadline_s: float, *, is_known: bool) -> str:
         """Return the end of a message that there is no such view, or none of this kind."""
         hint = "" if request.after is not None else f"; {NOT_FOLDED}"
-        if any(part.found.entries for part in gathered.parts):
+        if is_known:
             return hint
         asked = StatesAsked(PARTS_VERSION, [], views=None)
         everything = await self._gather(asked, deadline_s, None, allow_partial=True)
         names = {entry.definition.view for entry in everything.entries()}
-        near = get_close_matches(request.query.view[:200], [*names][:2_000])
+        near = get_close_matches(view[:200], [*names][:2_000])
         named = " or ".join(near)
         return f"; is it {named}?{hint}" if near else hint
 
@@ -179,12 +242,23 @@ class GatherService:
             raise NotReady(f"after: there is no partition {max(wanted)} yet; these servers have {count}")
         return gathered
 
-    def _build(self, query: Query, plan: GatherPlan, gathered: Gathered, points: Points | None, deadline_s: float) -> Answer:
-        """Merge the parts to an answer."""
+    def _build_all(
+        self, queries: _Numbered, planned: Sequence[_PlannedRead], gathered: Gathered, deadline_s: float
+    ) -> list[Answer]:
+        """Merge the parts to the answer of each query."""
+        answers: list[Answer] = []
+        first = 0
+        for (index, _), it in zip(queries, planned, strict=True):
+            with _naming(index):
+                answers.append(self._build(it, gathered, first, deadline_s))
+            first += len(it.reads)
+        return answers
+
+    def _build(self, planned: _PlannedRead, gathered: Gathered, first: int, deadline_s: float) -> Answer:
+        """Merge the parts to an answer; `first` is the index of its first read in each of them."""
+        query, plan, points = planned.query, planned.plan, planned.points
         kind = KINDS[plan.merged.definition.kind]
         width = len(plan.merged.definition.labels if query.by is None else query.by)
-        parts = [part.found.reads[0] for part in gathered.parts if part.found.reads]
-        states = _states(kind, parts, width)
 
         def check() -> None:
             if self._pool.closed:
@@ -192,22 +266,29 @@ class GatherService:
             if self.clock.monotonic_s() > deadline_s:
                 raise Unavailable(f"view {query.view}: not read within timeout_ms; narrow `where`, or give it more time")
 
+        def found(index: int) -> Iterator[tuple[GroupStates, list[Any]]]:
+            parts = [part.found.reads[index] for part in gathered.parts]
+            for it in zip(parts, _states(kind, parts, width), strict=True):
+                yield it
+                check()
+
         if points is not None:
             points.hide_expired(plan.hidden)
-            for part, own in zip(parts, states, strict=True):
-                points.add(part.buckets, part.labels, own)
-                check()
+            ranges = [it for it in (points, points.earlier) if it is not None]
+            for index, one in enumerate(ranges, first):
+                for part, own in found(index):
+                    one.add(part.buckets, part.labels, own)
             final_before_ms = self._servers.final_before_ms(gathered)
             as_of = lambda: gathered.as_of(self.clock.monotonic_s())  # noqa: E731  # it is asked for when all is built
             return points_answer(query, plan.merged, points, as_of, final_before_ms, check)
         groups: dict[Labels, State] = {}
-        for part, own in zip(parts, states, strict=True):
+        for part, own in found(first):
             fold(kind, groups, part.labels, own)
-            check()
         choice = TopN(kind, query)
         choice.offer(groups)
         selected = choice.selected()
-        selected = Selected(selected.labels, selected.values, group_count(parts, groups))
+        count = group_count([part.found.reads[first] for part in gathered.parts], groups)
+        selected = Selected(selected.labels, selected.values, count)
         return answer_of(query, plan.merged, selected, gathered.as_of(self.clock.monotonic_s()))
 
     async def views(self, headers: ReadHeaders) -> Encoded:

@@ -10,6 +10,7 @@ from starlette.routing import Route
 from pipeline.query.api import (
     ExposedMetrics,
     ListEndpoint,
+    QueryEndpoint,
     ReadEndpoint,
     make_application,
     observing,
@@ -40,10 +41,10 @@ def create_gather_app(
     routes = [
         Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
+        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
         *operation_routes(metrics, service.status, lambda: service.ready),
         scrape_route(service, settings, render_views),
         *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
-        refused("/v1/query", 501, "several queries at one moment need a server that follows all partitions"),
     ]
     return make_application(routes, settings, metrics, service.clock, observing(service, service.close))

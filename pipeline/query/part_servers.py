@@ -256,9 +256,12 @@ class PartServers:
             left_s /= 2  # another one is asked then
         if left_s <= 0:
             raise Unavailable(f"{known.server.url}: no time is left")
-        part = await self._ask(known, make(numbers, max(1, int(left_s * 1_000 * _OF_TIMEOUT))), left_s + _GRACE_S)
+        asked = make(numbers, max(1, int(left_s * 1_000 * _OF_TIMEOUT)))
+        part = await self._ask(known, asked, left_s + _GRACE_S)
         if sorted(it.number for it in part.found.partitions) != numbers:
             raise Unavailable(f"{known.server.url}: it has answered for other partitions than {numbers}")
+        if len(part.found.reads) != len(asked.reads):
+            raise Unavailable(f"{known.server.url}: it has answered {len(part.found.reads)} reads of {len(asked.reads)}")
         return part
 
     async def _ask(self, known: _KnownServer, asked: StatesAsked, timeout_s: float) -> Part:

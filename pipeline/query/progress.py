@@ -9,6 +9,7 @@ from math import inf
 import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.answer import AsOf, PartitionState
+from pipeline.core.owners import owner_name
 from pipeline.core.record import NO_POSITION, POSITION_KEY, Position
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, StoreView
@@ -86,7 +87,8 @@ class Progress:
                 self._metrics.set(m.RETENTION_MARGIN, next_offset - start_offset, number)
             self._metrics.set(m.STALENESS, inf if staleness_ms is None else staleness_ms / 1000, number)
             at_ms, of = position.committed_at_ms, position.source_id
-            states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, at_ms, of))
+            owner = owner_name(position.owner_id)
+            states.append(PartitionState(number, next_offset, end_offset, lag, staleness_ms, at_ms, of, owner))
         return states
 
     def _staleness_ms(self, number: int, position: Position, seen: LogEnds, now_s: float, now_ms: int) -> int | None:

@@ -70,6 +70,7 @@ class Engine:
         except BaseException:
             self._data.close()
             raise
+        self._series_max = worker.series_max
         self._cleaner = Cleaner(self.log, log_settings, self.clock, metrics, self._keep_from)
         self._stores = RocksStores(self._data.stores, log_settings)
         self.partitions: Sequence[OwnedPartition] = [
@@ -166,6 +167,7 @@ class Engine:
             at_ms=self.clock.now_ms(),
             ready=self.ready,
             partition_count=len(self.partitions),
+            series_max=self._series_max,
             topic_id=self.log.topic_id(DELTAS),
             partitions=[
                 partition_status(it, self.log.watermarks(DELTAS, it.number).end_offset, self._progress.get(it.number))

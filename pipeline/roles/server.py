@@ -48,6 +48,7 @@ class ClusterServer(KafkaRole):
         publisher, query = publisher_settings or PublisherSettings(), query_settings or QuerySettings()
         worker = worker_settings or WorkerSettings()
         kafka = kafka_settings or KafkaSettings()
+        self._series_max = worker.series_max
         if ingest and partitions is not None:
             raise Invalid("--ingest and --partitions: a gateway checks what it takes against the state of all partitions")
         super().__init__(url, log_settings, kafka, publisher, on_fatal)
@@ -161,6 +162,7 @@ class ClusterServer(KafkaRole):
             app=self.log.address.app,
             ready=self.ready,
             partition_count=self.log.partition_count(DELTAS),
+            series_max=self._series_max,
             topic_id=self._ends().source_id,
             partitions=self._replicas.status(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -193,6 +194,7 @@ class ClusterWorker(KafkaRole):
             settings=self._worker,
             delete_retention_ms=self._delete_retention_ms,
             app=self.log.address.app,
+            name=self._name or socket.gethostname(),
             ask_lag_max_s=CompactionLag(self.log),
             metrics=self._metrics,
         )
@@ -327,6 +329,7 @@ class ClusterWorker(KafkaRole):
             ready=self.ready,
             fenced_count=self._loop.fenced_count,
             partition_count=self.log.partition_count(DELTAS),
+            series_max=self._worker.series_max,
             partitions=[
                 partition_status(partition, ends.get(number), self._progress.get(number))
                 for number, partition in sorted(self._loop.partitions.items())

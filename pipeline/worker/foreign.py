@@ -15,22 +15,13 @@ from typing import NamedTuple
 
 import pipeline.metrics as m
 from pipeline.core import codec
+from pipeline.core.owners import is_owner_of
 from pipeline.core.record import FENCE_KEY, POSITION_KEY, TAG_DEFINITION, TAG_PRODUCER, TAG_SERIES, Position, Records
 from pipeline.errors import BadRecord, NewerFormat
 from pipeline.metrics import NO_METRICS, Metrics
 
 _log = logging.getLogger(__name__)
 _ENTRY_TAGS = frozenset(tag[0] for tag in (TAG_DEFINITION, TAG_SERIES, TAG_PRODUCER))
-
-
-def owner_id(app: str, partition: int, unique: str) -> str:
-    """Return the id of one owner of a partition. It names the partition, to detect records that were copied from another."""
-    return f"{app}-{partition}:{unique}"
-
-
-def is_owner_of(partition: int, name: str) -> bool:
-    """Return whether an owner id is of this partition; the owner id of a position that is older than fences is empty."""
-    return not name or name.partition(":")[0].endswith(f"-{partition}")
 
 
 def not_entries(keys: Iterable[bytes | None]) -> list[int]:

@@ -17,6 +17,7 @@ import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.commit import Commit
 from pipeline.core.letters import shorten
+from pipeline.core.owners import owner_id
 from pipeline.core.record import (
     EPOCH_NONE,
     FENCE_KEY,
@@ -47,7 +48,7 @@ from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.covered import check_recoverable, find_traces, foreign_keys
 from pipeline.worker.figures import Figures
 from pipeline.worker.follower import StoreMeta, check_order, read_position, write_entries
-from pipeline.worker.foreign import Barrier, owner_id
+from pipeline.worker.foreign import Barrier
 from pipeline.worker.history import LastRecord, last_common, what_is_gone, why_lost
 from pipeline.worker.lookups import ProducerSweep, look_up
 from pipeline.worker.restore import RestoreProgress, StoreOpener, check_restorable, restore
@@ -73,10 +74,14 @@ class OwnedPartition:
         settings: WorkerSettings,
         delete_retention_ms: int,
         app: str = "pipeline",
+        name: str = "",
         ask_lag_max_s: Callable[[], float] = lambda: 0.0,
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        """`ask_lag_max_s` returns for how long a new record of the changelog surely removes no older one of its key."""
+        """`ask_lag_max_s` returns for how long a new record of the changelog surely removes no older one of its key.
+
+        Commits carry `name`, the name of the process.
+        """
         self.number = number
         self._ask_lag_max_s = ask_lag_max_s
         self._log = log
@@ -103,7 +108,7 @@ class OwnedPartition:
         self._last = LastRecord(EPOCH_NONE, 0)
         """The last record that was folded."""
         self.task = self._new_task()
-        self._delete_retention_ms, self._app = delete_retention_ms, app
+        self._delete_retention_ms, self._app, self._name = delete_retention_ms, app, name
         self._metrics, self._figures = metrics, Figures(number, metrics)
         self._stage = Stage.NEW
         self._stage_lock = Lock()  # a commit's thread can find damage while the loop's discards the store
@@ -154,7 +159,7 @@ class OwnedPartition:
             raise NotReady(f"partition {self.number}: its start was stopped")
         self._step(StageEvent.OWN)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
-        self._owner_id = owner_id(self._app, self.number, self._clock.new_id())
+        self._owner_id = owner_id(self._app, self.number, self._clock.new_id(), self._name)
         barrier = self._fence()
         self._topic_id = self._log.topic_id(CHANGELOG)
         self._store = self._opener.open(

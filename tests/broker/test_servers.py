@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -52,6 +53,9 @@ def test_killed_under_load(app: App, tmp_path: Path) -> None:
         both = [answers(role.url, load[0]) for role in (killed, spared)]
         assert_same(both[0], load[1], killed)
         assert both[0] == both[1]
+        with Reader(spared.url) as reader:
+            owners = {it["owner"] for it in reader.status()["partitions"]}
+        assert owners == {socket.gethostname()}, "commits of a worker without a name carry its host's"
 
         def entry_count() -> int:
             return sum(record.key() != FENCE_KEY for record in records(app, CHANGELOG))

@@ -1,6 +1,6 @@
 """Ranges of windows: their bounds, and the windows in each point."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Any
 
@@ -152,7 +152,7 @@ def test_points_without_data_are_filled(it: Span, data: st.DataObject, fill: str
 
 @given(spans, st.data(), st.sampled_from(FUNCTIONS))
 def test_functions_are_what_their_names_say(it: Span, data: st.DataObject, name: str) -> None:
-    """Each function equals a plain recomputation; a point without data counts as 0."""
+    """Each function equals a plain recomputation; a point without data counts as 0, one that lacks windows is not known."""
     numbers = st.dictionaries(st.integers(0, it.point_count - 1), st.integers(-9, 9), max_size=8)
     series = [dict(sorted(values.items())) for values in data.draw(st.lists(numbers, min_size=1, max_size=3))]
     if name == "cumulative" and it.over_ms != it.step_ms:
@@ -164,14 +164,16 @@ def test_functions_are_what_their_names_say(it: Span, data: st.DataObject, name:
     assert total == {i: sum(s.get(i, 0) for s in series) for i in {i for s in series for i in s}}
     dense = [values.get(i, 0) for i in range(it.point_count)]
     whole = [total.get(i, 0) for i in range(it.point_count)]
+    kept = data.draw(st.integers(-1, it.point_count))
+    lacking = [None] * max(0, kept)
     expected: list[Any] = {
-        "rate": [value / (it.over_ms / 1_000) for value in dense],
-        "delta": [None, *(b - a for a, b in pairwise(dense))],
-        "avg": [value / (it.over_ms / W) for value in dense],
-        "cumulative": [sum(dense[: i + 1]) for i in range(len(dense))],
+        "rate": [*lacking, *(value / (it.over_ms / 1_000) for value in dense[len(lacking) :])],
+        "delta": [None, *(b - a if i >= kept else None for i, (a, b) in enumerate(pairwise(dense)))],
+        "avg": [*lacking, *(value / (it.over_ms / W) for value in dense[len(lacking) :])],
+        "cumulative": [*lacking, *accumulate(dense[len(lacking) :])],
         "share": [value / all_ if all_ else None for value, all_ in zip(dense, whole, strict=True)],
     }[name]
-    found = derived(name, values, it, window_ms=W, total=total)
+    found = derived(name, values, it, window_ms=W, total=total, kept=kept)
     assert [*found] == sorted(found)
     for i, value in enumerate(expected):
         if i in found:
@@ -179,7 +181,7 @@ def test_functions_are_what_their_names_say(it: Span, data: st.DataObject, name:
         elif value is not None:
             assert value == 0
         else:
-            assert name == "delta"
+            assert name == "delta" or i < kept
 
 
 @pytest.mark.parametrize(("name", "kind", "said"), [("median", "sum", "fn: one of rate"), ("rate", "max", "of kind max")])

@@ -1,8 +1,6 @@
 """The live page in Chromium: right numbers, hostile labels, a server that is away, other readers than eyes and mice."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,14 +10,13 @@ import msgspec
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from hypothesis import HealthCheck, given, settings
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from pipeline import Publisher
 from pipeline.core.updates import update_of
 from tests.core.test_updates import histories
 from tests.support import UpProcess
 
-WAIT_MS = 30_000
 EVIL = (
     "<img src=x onerror=alert(1)>",
     "'\"><script>alert(1)</script>",
@@ -30,20 +27,6 @@ EVIL = (
     "w" * 2_000,
 )
 """Label values that would do something if they were taken for markup, script, or text of a terminal."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium; skips where there is none, or fails under PIPELINE_REQUIRE_KAFKA=1."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        (pytest.fail if os.environ.get("PIPELINE_REQUIRE_KAFKA") == "1" else pytest.skip)(
-            "no Chromium: apt-get install chromium"
-        )
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +50,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """Messages that the page has written to the console, and its errors."""
-    return []
-
-
-@pytest.fixture
-def page(browser: Browser, server: UpProcess, said: list[str]) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1200, "height": 850})
-    made = context.new_page()
-    made.set_default_timeout(WAIT_MS)
-    expect.set_options(timeout=WAIT_MS)
-    made.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    made.on("pageerror", lambda error: said.append(str(error)))
-    made.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
-    made.goto(server.url)
-    yield made
-    context.close()
+def page(page: Page, server: UpProcess) -> Page:
+    """The page of the server's views."""
+    page.goto(server.url)
+    return page
 
 
 def show(page: Page, server: UpProcess, address: str) -> None:
@@ -211,7 +181,7 @@ def test_it_is_accessible(browser: Browser, server: UpProcess, scheme: Any) -> N
     page = context.new_page()
     for address in ("", "view/orders?by=region", "view/latency?by=-", "view/products", "status"):
         page.goto(f"{server.url}/#/{address}")
-        expect(page.locator("table").first).to_be_visible(timeout=WAIT_MS)
+        expect(page.locator("table").first).to_be_visible()
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), address

@@ -64,7 +64,9 @@ class World:
         settings: QuerySettings | None = None,
         stores: Stores | None = None,
         worker: WorkerSettings | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.clock = clock or SystemClock()
         self.settings = settings or QuerySettings()
         self.metrics = PrometheusMetrics()
@@ -95,6 +97,7 @@ class World:
                 clock=self.clock,
                 settings=settings,
                 delete_retention_ms=86_400_000,
+                name=self.name,
             )
             for number in range(self._partition_count)
         ]

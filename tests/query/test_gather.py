@@ -18,7 +18,7 @@ import pipeline.metrics as m
 from pipeline.adapters.http import HttpLogWriter, HttpReader
 from pipeline.adapters.http_parts import HttpPart
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
-from pipeline.core.answer import Answer, Views
+from pipeline.core.answer import Answer, Answers, Views
 from pipeline.core.gathered import (
     PARTS_VERSION,
     StatesAsked,
@@ -37,7 +37,7 @@ from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, OtherTopic, 
 from pipeline.query.gather import GatherService
 from pipeline.query.gather_api import create_gather_app
 from pipeline.query.media import encode_body
-from pipeline.query.params import ReadHeaders, ReadRequest
+from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest
 from pipeline.query.part_servers import PartServers
 from pipeline.query.reader import ViewReader
 from pipeline.roles.gather import Gatherer
@@ -92,9 +92,19 @@ def asked_of(query: Query, **more: Any) -> ReadRequest:
     return ReadRequest(query=query, timeout_ms=more.pop("timeout_ms", 20_000), **more)
 
 
-def gathered(service: GatherService, query: Query, **more: Any) -> Answer:
-    encoded = asyncio.run(service.answer(asked_of(query, **more)))
+async def answered(service: GatherService, query: Query, **more: Any) -> Answer:
+    encoded = await service.answer(asked_of(query, **more))
     return msgspec.json.decode(b"".join(encoded.parts), type=Answer)
+
+
+def gathered(service: GatherService, query: Query, **more: Any) -> Answer:
+    return asyncio.run(answered(service, query, **more))
+
+
+def all_gathered(service: GatherService, queries: Sequence[Query]) -> list[Answer]:
+    """Return the answers of one request of several queries."""
+    encoded = asyncio.run(service.answers(SeveralRequest(queries=tuple(queries), timeout_ms=20_000), ReadHeaders()))
+    return [*msgspec.json.decode(b"".join(encoded.parts), type=Answers).answers]
 
 
 def whole(reader: ViewReader, query: Query) -> Answer:
@@ -157,6 +167,7 @@ ranges = st.just(NO_RANGE) | st.builds(
     step_ms=st.none() | st.sampled_from([60_000, 120_000, 180_000, 7]),
     over_ms=st.none() | st.sampled_from([180_000, 360_000]),
     fill=st.none() | st.sampled_from(["null", "zero", "previous"]),
+    compare_ms=st.none() | st.sampled_from([60_000, 300_000, 7]),
 )
 queries = st.builds(
     Query,
@@ -201,6 +212,46 @@ def test_any_split_answers_as_one_server(world: World, query: Query, split: list
                 assert asked.partitions
     finally:
         service.close()
+
+
+@given(st.lists(queries, min_size=1, max_size=4), splits)
+@settings(max_examples=examples(30), deadline=None)
+def test_several_queries_are_answered_as_by_one_server(world: World, asked: list[Query], split: list[list[int]]) -> None:
+    """Several queries have the answers of one server, or its refusal with the index of the query that is wrong."""
+    service = gather_of([LocalPart(f"s{index}", world.part(*it)) for index, it in enumerate(split)], world.clock)
+    try:
+        try:
+            expected = [whole(world.reader, query) for query in asked]
+        except PipelineError as error:
+            with pytest.raises(type(error), match=r"query \d: "):
+                all_gathered(service, asked)
+            return
+        for _ in range(2):  # with the definitions known, too
+            assert all_gathered(service, asked) == expected
+    finally:
+        service.close()
+
+
+def test_ranges_are_compared_as_by_one_server(world: World) -> None:
+    """A range beside an earlier one is answered alone and among other queries, which have states of their own."""
+    service = gather_of([LocalPart("s0", world.part(0, 2)), LocalPart("s1", world.part(1, 3))], world.clock)
+    span = AskedRange(BASE_MS + 5 * 60_000, BASE_MS + 10 * 60_000, compare_ms=300_000)
+    compared = Query("v_mean", by=("a",), window_s=60, range=span)
+    others = [Query("v_sum", by=(), window_s=0), compared, Query("v_max", window_s=0)]
+    expected = [whole(world.reader, query) for query in (compared, *others)]
+    assert any(it.points and it.compare for it in expected[0])
+    assert [gathered(service, compared), *all_gathered(service, others)] == expected
+    assert all_gathered(service, others) == expected[1:]
+
+
+def test_several_queries_are_of_one_moment(small: World) -> None:
+    """The states for all queries come in one answer of each server, so that no commit lies between them."""
+    servers = [LocalPart("s0", small.part(0, 1)), LocalPart("s1", small.part(2, 3))]
+    service = gather_of(servers, small.clock)
+    assert [it.value() for it in all_gathered(service, [TOTAL, Query("hits", by=()), TOTAL])] == [1111, 1115, 1111]
+    assert [[len(asked.reads) for asked in server.reads] for server in servers] == [[3], [3]]
+    with pytest.raises(Invalid, match=r"query 1: .*x"):
+        all_gathered(service, [TOTAL, Query("hits", by=("x",))])
 
 
 def test_views_and_scrapes_are_those_of_one_server(world: World) -> None:
@@ -284,11 +335,10 @@ def test_a_slow_server_holds_up_no_others(small: World) -> None:
     slow.gate.clear()
 
     async def both() -> tuple[Answer, Answer]:
-        soon_s = small.clock.monotonic_s() + 1
-        waiting = asyncio.create_task(service._fresh_answer(asked_of(TOTAL, timeout_ms=1_000), soon_s))
+        waiting = asyncio.create_task(answered(service, TOTAL, timeout_ms=1_000))
         await asyncio.sleep(0.01)
         service._servers._known[0].found = None  # as soon as it is known to be slow
-        found = await asyncio.wait_for(service._fresh_answer(asked_of(TOTAL), small.clock.monotonic_s() + 60), 0.4)
+        found = await asyncio.wait_for(answered(service, TOTAL), 0.4)
         assert not waiting.done()
         return found, await waiting
 
@@ -339,6 +389,8 @@ def test_servers_that_disagree_are_refused(small: World, change: Mapping[str, An
     [
         lambda found: msgspec.structs.replace(found, version=2),
         lambda found: msgspec.structs.replace(found, partitions=found.partitions[:1]),
+        lambda found: msgspec.structs.replace(found, reads=[]),
+        lambda found: msgspec.structs.replace(found, reads=[*found.reads, *found.reads]),
         lambda found: msgspec.structs.replace(found, entries=[b"\x02nonsense"]),
         lambda found: msgspec.structs.replace(
             found, reads=[msgspec.structs.replace(it, states=[*it.states, b"x"]) for it in found.reads]
@@ -487,8 +539,8 @@ def test_over_http() -> None:
             reader.fetch("/v1/views/hits?allow_partial=yes")
         with pytest.raises(Invalid, match="cursor: a server that merges others has no pages"):
             reader.fetch("/v1/views/hits?cursor=")
-        with pytest.raises(Invalid, match="compare: a server that merges others"):
-            reader.fetch("/v1/views/hits?compare=1d")
+        several = reader.query([{"view": "hits", "by": []}, {"view": "hits", "where": {"n": "a"}}], after=token)
+        assert [it.value() for it in several] == [1115, 1111]
         with pytest.raises(OtherTopic):
             reader.get("hits", after=Token({0: 1}, "another"), timeout_ms=3_000)
         with pytest.raises(NotReady, match="partition 1 is at 1, not at 5"):

@@ -259,6 +259,8 @@ def test_a_commit_whose_marker_is_left_out(world: _World) -> None:
     store = owner.store
     owner.commit()
     assert owner.store is store, "nothing is lost: the store goes on"
+    fences = [row.offset for row in world.log.partition(CHANGELOG, 0).rows if row.key == FENCE_KEY]
+    assert fences[-1] == end, "the commit itself would be aborted in the place of the marker, and the last one with it"
     assert world.read() == {"a": 2, "b": 2}
     assert not owner.needs_commit(world.log.watermarks(CHANGELOG, 0).end_offset, later_s + 60)
     world.commit(b=1)
