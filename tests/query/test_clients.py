@@ -352,9 +352,10 @@ def test_lists(server: Server, reader: HttpReader) -> None:
     server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
     server.world.publish(Definition("rising", "sum", monotone=True), {(): 1})
     (listed,) = [it for it in reader.views() if it.name == "listed"]
-    assert listed == View("listed", "max", ("x",), None, 1, defined_at_ms=listed.defined_at_ms)
+    assert listed == View("listed", "max", ("x",), None, 1, defined_at_ms=listed.defined_at_ms, series_count_max=1)
     (rising,) = [it for it in reader.views() if it.name == "rising"]
-    assert rising == View("rising", "sum", (), None, 1, monotone=True, defined_at_ms=rising.defined_at_ms)
+    wanted = View("rising", "sum", (), None, 1, monotone=True, defined_at_ms=rising.defined_at_ms, series_count_max=1)
+    assert rising == wanted
     assert reader.status()["partition_count"] == 4
 
 
