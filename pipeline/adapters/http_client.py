@@ -98,6 +98,8 @@ class EventStream:
             return self._response.read1(2**16)
         except TimeoutError:
             raise Unavailable(f"{self._url}: no event for {self._silence_s:g} s") from None
+        except IncompleteRead:
+            raise Unavailable(f"{self._url}: the connection was lost") from None
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a chunk without a length
             raise Unavailable(f"{self._url}: {type(error).__name__}: {error}") from None
 
