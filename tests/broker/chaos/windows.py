@@ -33,7 +33,7 @@ AMOUNTS = 200
 """Number of different amounts, which are the items of sketches: so few that their answers are exact."""
 
 State = Counter[int]
-"""How often each amount was recorded to a series in a window."""
+"""Number of times that each amount was recorded to a series in a window."""
 
 
 class Windows:
