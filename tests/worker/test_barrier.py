@@ -158,8 +158,8 @@ def test_a_fence_record_whose_marker_is_left_out(world: _World) -> None:
             is_next = len(fences()) > count  # the transaction behind the one whose marker was left out
             offsets = commit(*arguments, **options)
             if is_next:
-                world.log.compact(CHANGELOG, 0, world.end())  # which leaves the newest fence record only
                 world.log.show()
+                world.log.compact(CHANGELOG, 0, world.end())  # which leaves the newest fence record only
             return offsets
 
         made.commit = committed  # type: ignore[method-assign]
