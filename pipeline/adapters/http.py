@@ -1,17 +1,17 @@
-"""Clients of the HTTP API: a log that takes batches, and readers of views."""
+"""Clients of the HTTP API: a log that takes batches, and a reader of views."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from urllib.parse import quote
 
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http_client import Client, HttpClient, error_of, is_ours
-from pipeline.adapters.read_parameters import QueryKeywords, json_query, view_path
+from pipeline.adapters.read_parameters import QueryKeywords, WatchKeywords, json_query, view_path
 from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
 from pipeline.core.frames import encode_frames
@@ -21,6 +21,9 @@ from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
 from pipeline.topics import DELTAS
+
+if TYPE_CHECKING:
+    from pipeline.adapters.watch import Watch, WatchLink
 
 REQUEST_BYTES_MAX = 4 * 2**20
 """Size up to which batches share a request; a server accepts at least one batch of `batch_bytes_max`."""
@@ -191,8 +194,11 @@ class HttpReader:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._client = self._connect(url, clock or SystemClock())
+        self._clock = clock or SystemClock()
+        self._client = self._connect(url, self._clock)
         self._timeout_s = timeout_s
+        self._links: set[WatchLink] = set()
+        """Watches that have not ended."""
 
     @staticmethod
     def _connect(url: str, clock: Clock) -> Client:
@@ -288,6 +294,42 @@ class HttpReader:
             yield answer
             cursor, waits = answer.next_cursor, {}
 
+    def watch(
+        self,
+        view: str,
+        where: Mapping[str, str] | Sequence[str] | None = None,
+        by: Sequence[str] | None = None,
+        **options: Unpack[WatchKeywords],
+    ) -> Watch:
+        """Yield the merged view, and again when it has changed; options are those of `get` but for `cursor` and `compare`.
+
+            for answer in reader.watch("revenue", by=["region"]):
+                print(answer.series, answer.as_of.staleness_ms)
+
+        Each answer is whole. One comes at least every few seconds (the server's `stream_heartbeat_ms`), so that its
+        staleness is that of now; a caller that takes them slowly gets the newest. Raises as `get` does, also later, as
+        when the view is dropped. But once there was an answer, a server that is away or restores is waited for: meanwhile
+        the last answer comes again with a staleness that has grown, and `problem` of the iterator says why. A data
+        directory that was stopped has one answer.
+        """
+        from pipeline.adapters.watch import Watch
+
+        return Watch(self.watch_link(view, where, by, options))
+
+    def watch_link(
+        self, view: str, where: Mapping[str, str] | Sequence[str] | None, by: Sequence[str] | None, options: WatchKeywords
+    ) -> WatchLink:
+        """Return what a `Watch` or `AsyncWatch` takes its answers from, which ends with this reader's `close`."""
+        from pipeline.adapters.watch import WatchLink  # a publisher to a server loads this module, and watches nothing
+
+        if unknown := options.keys() - WatchKeywords.__annotations__:
+            raise TypeError(f"watch() got an unexpected argument {', '.join(sorted(unknown))}")
+        path = view_path(view, where=where, by=by, **options)
+        limit_s = self._limit_s(options.get("timeout_ms"))
+        link = WatchLink(self._client, path, self._clock, limit_s, self._links.discard)
+        self._links.add(link)
+        return link
+
     def query(
         self,
         queries: Iterable[QueryKeywords],
@@ -356,78 +398,15 @@ class HttpReader:
             raise Unavailable(f"{self._client.url}: not an answer of this API: {error}") from None
 
     def close(self) -> None:
-        """Close idle connections."""
+        """End all watches, and close idle connections."""
+        for link in list(self._links):
+            link.close()
         self._client.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-async def _in_thread(work: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    from asyncio import to_thread  # a publisher to a server loads this module, and needs no event loop
-
-    return await to_thread(work, *arguments, **options)
-
-
-class AsyncHttpReader:
-    """Reads merged views from a server without holding up the event loop: the calls of a `Reader`, in threads.
-
-        async with AsyncReader("http://localhost:8080") as reader:
-            answer = await reader.get("hits", start="2030-01-31T08:00:00Z", step="1h")
-
-    As many calls run at once as the loop's default executor has threads. Raises as a `Reader` does.
-    """
-
-    reader_type: ClassVar[type[HttpReader]] = HttpReader
-
-    def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._reader = self.reader_type(url, timeout_s=timeout_s, clock=clock)
-
-    async def get(
-        self,
-        view: str,
-        where: Mapping[str, str] | Sequence[str] | None = None,
-        by: Sequence[str] | None = None,
-        **options: Any,
-    ) -> Answer:
-        """Return the merged view; the options are those of `Reader.get`."""
-        return await _in_thread(self._reader.get, view, where, by, **options)
-
-    async def pages(
-        self,
-        view: str,
-        where: Mapping[str, str] | Sequence[str] | None = None,
-        by: Sequence[str] | None = None,
-        **options: Any,
-    ) -> AsyncIterator[Answer]:
-        """Yield all series that match, in answers of one moment; the options are those of `Reader.pages`."""
-        pages = self._reader.pages(view, where, by, **options)
-        while (answer := await _in_thread(next, pages, None)) is not None:
-            yield answer
-
-    async def query(self, queries: Iterable[QueryKeywords], **options: Any) -> list[Answer]:
-        """Return the answer to each query, all of one moment; the options are those of `Reader.query`."""
-        return await _in_thread(self._reader.query, queries, **options)
-
-    async def views(self) -> list[View]:
-        """Return the definitions of all views."""
-        return await _in_thread(self._reader.views)
-
-    async def status(self) -> dict[str, Any]:
-        """Return the server's partitions, their lag and staleness, and whether it is ready."""
-        return await _in_thread(self._reader.status)
-
-    def close(self) -> None:
-        """Close idle connections."""
-        self._reader.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
         self.close()
 
 

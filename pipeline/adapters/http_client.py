@@ -6,7 +6,9 @@ Connections are kept alive and shared by all threads, one request at a time on e
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from http.client import (
     HTTPConnection,
     HTTPException,
@@ -25,6 +27,12 @@ from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
 
 IDLE_CONNECTIONS_MAX = 64
+EVENT_STREAM = "text/event-stream"
+HEARTBEAT_HEADER = "pipeline-heartbeat-ms"
+"""Header of a stream: the longest time without an event."""
+_CONNECT_S = 5.0
+_SILENCE_S = 30.0
+"""Longest time without a byte of a stream that does not say how often it has an event."""
 _OURS = "urn:pipeline:"
 _OUR_ERRORS = "urn:pipeline:error:"
 _CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
@@ -47,6 +55,8 @@ class Client(Protocol):
     """A server, or what stands for one, as readers ask it."""
 
     url: str
+    live: bool
+    """False: answers stay as they are."""
 
     def request(
         self,
@@ -61,13 +71,53 @@ class Client(Protocol):
         """Return status and body of the answer; `Unavailable` if there is none in time."""
         ...
 
+    def stream(self, path: str, *, timeout_s: float, last_id: str) -> EventStream:
+        """Open the stream of a read, at the event after `last_id` if there is one; raise as the read does."""
+        ...
+
     def close(self) -> None:
         """Give up what is open."""
         ...
 
 
+class EventStream:
+    """Bytes of one response as they come, on a connection of its own. `interrupt` may be called from any thread."""
+
+    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket) -> None:
+        self._url = url
+        self._response = response
+        self._socket = sock
+        heartbeat_ms = response.getheader(HEARTBEAT_HEADER, "")
+        known = heartbeat_ms.isascii() and heartbeat_ms.isdecimal() and len(heartbeat_ms) < 10
+        self._silence_s = 1 + 3 * int(heartbeat_ms) / 1000 if known else _SILENCE_S
+        sock.settimeout(self._silence_s)
+
+    def read(self) -> bytes:
+        """Return the next bytes; none at the end. `Unavailable` if the connection is lost, or silent for too long."""
+        try:
+            return self._response.read1(2**16)
+        except TimeoutError:
+            raise Unavailable(f"{self._url}: no event for {self._silence_s:g} s") from None
+        except IncompleteRead:
+            raise Unavailable(f"{self._url}: the connection was lost") from None
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a chunk without a length
+            raise Unavailable(f"{self._url}: {type(error).__name__}: {error}") from None
+
+    def interrupt(self) -> None:
+        """End the connection, also for a thread that waits in `read`."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._response.close()
+        self._socket.close()
+
+
 class HttpClient:
     """HTTP requests to one server. Safe from any thread, and after a fork."""
+
+    live = True
 
     def __init__(self, url: str, clock: Clock) -> None:
         try:
@@ -121,6 +171,28 @@ class HttpClient:
             else:
                 connection.close()
             return status, answer
+
+    def stream(self, path: str, *, timeout_s: float, last_id: str) -> EventStream:
+        """Open the stream of a read, at the event after `last_id` if there is one; raise as the read does."""
+        deadline = self._clock.monotonic_s() + timeout_s
+        connection = self._make(self._host, self._port, timeout=min(timeout_s, _CONNECT_S))
+        try:
+            connection.connect()
+            sock = connection.sock
+            self._limit(connection, deadline)
+            connection.request("GET", self._prefix + path, headers={"Accept": EVENT_STREAM, "Last-Event-ID": last_id})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise error_of(self.url, response.status, self._read(connection, response, deadline))
+            if (kind := response.getheader("content-type", "")).partition(";")[0].strip() != EVENT_STREAM:
+                raise Unavailable(f"{self.url}: not a stream of events but {kind!r:.100}")
+            return EventStream(self.url, response, sock)
+        except (OSError, HTTPException) as error:
+            connection.close()
+            raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
+        except BaseException:
+            connection.close()
+            raise
 
     def _exchange(
         self,

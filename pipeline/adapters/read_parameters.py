@@ -8,6 +8,7 @@ from typing import Any, Required, TypedDict
 from urllib.parse import quote, urlencode
 
 from pipeline.core.times import Length, Time, length_ms, length_text, time_ms
+from pipeline.core.token import Token
 
 
 def _condition(label: str, value: str) -> str:
@@ -40,6 +41,27 @@ class QueryKeywords(TypedDict, total=False):
     fill: str | None
     fn: str | None
     q: Sequence[float] | float | None
+
+
+class WatchKeywords(TypedDict, total=False):
+    """Arguments of `Reader.watch` behind the first three: those of `Reader.get` that a stream has."""
+
+    kind: str | None
+    window_s: int | None
+    top: int | None
+    bottom: int | None
+    limit: int | None
+    start: Time | None
+    end: Time | None
+    at: Time | None
+    step: Length | None
+    over: Length | None
+    fill: str | None
+    fn: str | None
+    q: Sequence[float] | float | None
+    after: Token | str | None
+    max_staleness_ms: int | None
+    timeout_ms: int | None
 
 
 def _parameters(options: Mapping[str, Any]) -> dict[str, list[Any]]:

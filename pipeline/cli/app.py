@@ -38,6 +38,7 @@ from pipeline.cli.options import (
 from pipeline.cli.spool import spool
 from pipeline.cli.topics import topics
 from pipeline.cli.views import views
+from pipeline.cli.watch import watch
 from pipeline.errors import Exit, PipelineError
 
 app = typer.Typer(
@@ -412,6 +413,7 @@ def bench(
 
 app.command()(docs)
 app.command()(get)
+app.command()(watch)
 app.add_typer(ingest, name="ingest", help="Take in what other programs send: StatsD.")
 app.add_typer(views, name="views", help="List, drop or reset views.")
 app.add_typer(inspect, name="inspect", help="Print what is in the log or a store, record by record.")

@@ -30,6 +30,19 @@ Compare = Annotated[
     str | None,
     typer.Option(metavar="LENGTH", help="The same range so much earlier beside it: 1d, a multiple of the window."),
 ]
+Total = Annotated[bool, typer.Option("--total", help="Merge all series to one number.")]
+Kind = Annotated[
+    str | None, typer.Option(metavar="KIND", help="Of a view that is published in several kinds, which of them.")
+]
+WindowS = Annotated[
+    int | None, typer.Option(metavar="S", min=0, help="The same for the length of windows; 0: without windows.")
+]
+Function = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of sums: rate, delta, avg, cumulative or share in place of values.")
+]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")]
+MaxStaleness = Annotated[int | None, typer.Option(metavar="N", help="Wait for an answer at most so stale, or fail.")]
+Timeout = Annotated[int | None, typer.Option(metavar="N", min=1, help="How long to wait and work.")]
 Fill = Annotated[str | None, typer.Option(metavar="HOW", help="Points without data: null, zero or previous. Default: none.")]
 
 
@@ -40,13 +53,9 @@ def get(
     url: ReadFrom = DEFAULT_URL,
     where: Where = None,
     by: By = None,
-    total: Annotated[bool, typer.Option("--total", help="Merge all series to one number.")] = False,
-    kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Of a view that is published in several kinds, which of them.")
-    ] = None,
-    window_s: Annotated[
-        int | None, typer.Option(metavar="S", min=0, help="The same for the length of windows; 0: without windows.")
-    ] = None,
+    total: Total = False,
+    kind: Kind = None,
+    window_s: WindowS = None,
     last: Annotated[
         str | None, typer.Option(metavar="LENGTH", help="Of a view with windows: so long up to now, such as 90s, 1h, 7d.")
     ] = None,
@@ -57,19 +66,15 @@ def get(
     over: Over = None,
     compare: Compare = None,
     fill: Fill = None,
-    fn: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of sums: rate, delta, avg, cumulative or share in place of values.")
-    ] = None,
+    fn: Function = None,
     q: Quantiles = None,
     top: Annotated[int | None, typer.Option(metavar="N", help="Only the N largest, largest first.")] = None,
     bottom: Annotated[int | None, typer.Option(metavar="N", help="Only the N smallest, smallest first.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")] = None,
+    limit: Limit = None,
     every: Every = False,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
-    max_staleness_ms: Annotated[
-        int | None, typer.Option(metavar="N", help="Wait for an answer at most so stale, or fail.")
-    ] = None,
-    timeout_ms: Annotated[int | None, typer.Option(metavar="N", min=1, help="How long to wait and work.")] = None,
+    max_staleness_ms: MaxStaleness = None,
+    timeout_ms: Timeout = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: a row for each series, or point.")] = False,
     json: Json = False,
 ) -> None:

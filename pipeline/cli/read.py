@@ -39,15 +39,11 @@ def run_get(
 ) -> int:
     """Print the view; return the exit code.
 
-    An item of `labels` can name several, with commas between; without any, each series stands by itself, unless `total`.
-    `last` is the length of a range up to now. `form` is `json`, `csv`, or empty for a table. `options` are
+    `labels` and `total` are as `labels_to_keep` takes them. `last` is
+    the length of a range up to now. `form` is `json`, `csv`, or empty for a table. `options` are
     parameters of the read (`view_path`). `every`: all series, in pages of `limit`.
     """
-    if total and labels:
-        raise Invalid("--total is one number; --by keeps labels: one of them")
-    by: list[str] | None = [name.strip() for part in labels for name in part.split(",")]
-    if not by:
-        by = [] if total else None
+    by = labels_to_keep(labels, total=total)
     if last is not None:
         if any(options[name] is not None for name in ("start", "end", "at")):
             raise Invalid("--last ends now; --start, --end and --at are for other ranges")
@@ -64,6 +60,13 @@ def run_get(
     return console.OK if answer is None else _show(answer, "")
 
 
+def labels_to_keep(labels: Sequence[str], *, total: bool) -> list[str] | None:
+    """Return the labels of --by, of which an item can name several, with commas between; None: each series by itself."""
+    if total and labels:
+        raise Invalid("--total is one number; --by keeps labels: one of them")
+    return [name.strip() for part in labels for name in part.split(",")] or ([] if total else None)
+
+
 def _whole(url: str, view: str, *, limit: int | None, **options: Any) -> Answer:
     """Return all series in one answer, fetched page by page."""
     with Reader(url) as reader:
@@ -76,31 +79,33 @@ def _show(answer: Answer, form: str) -> int:
         console.write(to_csv(answer) if form == "csv" else msgspec.json.encode(answer) + b"\n")
         return console.OK
     (_values(answer) if answer.step_ms is None else _points(answer)).print()
-    shown = f"{len(answer.series):,} series"
+    said = f"{len(answer.series):,} series"
     if answer.truncated:
-        shown = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top, --bottom)"
+        said = f"{len(answer.series):,} of {answer.series_total or 0:,} series (--limit, --top, --bottom)"
     stale = answer.as_of.staleness_ms
     if answer.also:
         others = ", ".join(f"--kind {it.kind}" + f" --window-s {it.window_s}" * bool(it.window_s) for it in answer.also)
-        shown = f"{shown} of kind {answer.kind} (this view also has {others})"
+        said = f"{said} of kind {answer.kind} (this view also has {others})"
     if answer.step_ms is not None:
-        shown += f", {time_text(answer.start_ms or 0)} to {time_text(answer.end_ms or 0)} in steps of "
-        shown += f"{length_text(answer.step_ms)}, final before {time_text(answer.final_before_ms or 0)}"
-    print(f"{shown}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
+        said += f", {time_text(answer.start_ms or 0)} to {time_text(answer.end_ms or 0)} in steps of "
+        said += f"{length_text(answer.step_ms)}, final before {time_text(answer.final_before_ms or 0)}"
+    print(f"{said}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
     if missing := answer.as_of.missing_partitions:
         print(f"not all of it: partitions {', '.join(map(str, missing))} are missing")
     return console.OK
 
 
 def _values(answer: Answer) -> TextTable:
-    table = TextTable(*_names(answer), right=[*_cells(answer, answer.series[0].value)] if answer.series else (answer.kind,))
+    table = TextTable(
+        *label_names(answer), right=[*cells_of(answer, answer.series[0].value)] if answer.series else (answer.kind,)
+    )
     for series in answer:
-        cells = _cells(answer, series.value).values()
-        table.add_row(*map(console.printable, series.labels.values()), *map(_shown, cells))
+        cells = cells_of(answer, series.value).values()
+        table.add_row(*map(console.printable, series.labels.values()), *map(cell_text, cells))
     return table
 
 
-def _cells(answer: Answer, value: Any) -> dict[str, Any]:
+def cells_of(answer: Answer, value: Any) -> dict[str, Any]:
     """Return the parts of a value, by the names of their columns."""
     match answer.kind:
         case "histogram":
@@ -119,28 +124,29 @@ def _points(answer: Answer) -> TextTable:
     compared = answer.compare_ms is not None
     earlier = [f"{length_text(answer.compare_ms)} before"] if answer.compare_ms is not None else []
     if not console.out.is_terminal:
-        table = TextTable(*_names(answer), "start", right=(what, *earlier))
+        table = TextTable(*label_names(answer), "start", right=(what, *earlier))
         for series in answer:
             cells = [*map(console.printable, series.labels.values())]
             for i, (start_ms, value) in enumerate(series.points):
-                before = [_shown(series.compare[i][1])] if compared else []
-                table.add_row(*cells, time_text(start_ms), _shown(value), *before)
+                before = [cell_text(series.compare[i][1])] if compared else []
+                table.add_row(*cells, time_text(start_ms), cell_text(value), *before)
         return table
-    table = TextTable(*_names(answer), "points", right=("least", "most", "newest", *earlier))
+    table = TextTable(*label_names(answer), "points", right=("least", "most", "newest", *earlier))
     starts = range(answer.start_ms or 0, answer.end_ms or 0, answer.step_ms or 1)
     for series in answer:
         by_end = {start_ms + (answer.over_ms or 0) - (answer.step_ms or 0): value for start_ms, value in series.points}
         drawn = {end_ms: number_of(answer, value) for end_ms, value in by_end.items()}
         numbers = [value for value in drawn.values() if isinstance(value, int | float)]
-        extremes = (_shown(min(numbers)), _shown(max(numbers))) if numbers else ("", "")
-        newest = _shown(series.points[-1][1]) if series.points else ""
+        extremes = (cell_text(min(numbers)), cell_text(max(numbers))) if numbers else ("", "")
+        newest = cell_text(series.points[-1][1]) if series.points else ""
         bars = sparkline([drawn.get(start_ms) for start_ms in starts], _BARS_MAX)
-        before = [_shown(series.compare[-1][1]) if series.compare else ""] if compared else []
+        before = [cell_text(series.compare[-1][1]) if series.compare else ""] if compared else []
         table.add_row(*map(console.printable, series.labels.values()), bars, *extremes, newest, *before)
     return table
 
 
-def _names(answer: Answer) -> Sequence[str]:
+def label_names(answer: Answer) -> Sequence[str]:
+    """Return the names of the labels of an answer's series."""
     return [*answer.series[0].labels] if answer.series else answer.by or []
 
 
@@ -158,5 +164,6 @@ def run_views(url: str, *, as_json: bool) -> int:
     return console.OK
 
 
-def _shown(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """Return a value as a cell: a text as it is, everything else as JSON; control characters are spelled out."""
     return console.printable(value if isinstance(value, str) else msgspec.json.encode(value).decode())

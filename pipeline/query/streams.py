@@ -36,6 +36,8 @@ _AGE_STEP_MS = 20
 """Readers that take an event within this time of each other are sent the same bytes."""
 _PAUSE_TIMES = 4
 """An answer is computed again after so many times the time that it took: streams leave most of a core to others."""
+_LATE_TIMES = 1.5
+"""A heartbeat waits so many times its interval for an answer that is under way."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -124,7 +126,7 @@ class _Channel:
         self._updates: deque[Update] = deque()
         self._round = 0
         """Number of times that readers were woken."""
-        self._woken_s = 0.0
+        self._woken_s = clock.monotonic_s()
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._encoded: dict[int, bytes] = {}
         """Newest event by the version that its readers have."""
@@ -184,12 +186,25 @@ class _Channel:
         return b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._id.encode(), self._version, name.encode(), _encode(value))
 
     async def _run(self) -> None:
+        beating = asyncio.create_task(self._beat())
         try:
             await self._watch()
         except Exception as error:  # a fault of this program: readers are told, and come back
             self._fail(error)
             self.end()
             raise
+        finally:
+            beating.cancel()
+
+    async def _beat(self) -> None:
+        """Give readers their heartbeats while an answer takes long to compute: the last answer's staleness grows."""
+        late_s = _LATE_TIMES * self._heartbeat_s
+        while True:
+            left_s = self._woken_s + late_s - self._clock.monotonic_s()
+            if left_s <= 0:
+                self._wake()
+                left_s = late_s
+            await asyncio.sleep(left_s)
 
     async def _watch(self) -> None:
         since: Any = None

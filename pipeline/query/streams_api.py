@@ -16,6 +16,8 @@ from pipeline.query.streams import Streams
 from pipeline.settings import QuerySettings
 
 EVENT_STREAM = "text/event-stream"
+HEARTBEAT_HEADER = b"pipeline-heartbeat-ms"
+"""Name of the header with the longest time without an event, which a reader that waits for longer may act on."""
 _HEADERS = [
     (b"content-type", EVENT_STREAM.encode()),
     (b"cache-control", b"no-store"),
@@ -31,6 +33,7 @@ class StreamView:
         self._service = service
         self._settings = settings
         self._metrics = metrics
+        self._headers = [*_HEADERS, (HEARTBEAT_HEADER, str(settings.stream_heartbeat_ms).encode())]
         metrics.inc(m.STREAMS_STALLED, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +43,7 @@ class StreamView:
         last_id = b"".join([value for name, value in scope["headers"] if name == b"last-event-id"]).decode("latin-1")
         await self._service.wait(request)
         async with self._streams.open(request.query, last_id) as events:
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             sending = asyncio.create_task(self._send(events, send))
             leaving = asyncio.create_task(_disconnected(receive))
             try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pipeline.adapters.http import AsyncHttpReader, HttpReader
+from pipeline.adapters.http import HttpReader
+from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.adapters.http_client import Client, HttpClient
 from pipeline.ports import Clock
 
@@ -40,7 +41,8 @@ class AsyncReader(AsyncHttpReader):
     async with AsyncReader("http://localhost:8080") as reader:
         answer = await reader.get("hits", start="2030-01-31T08:00:00Z", step="1h")
 
-    As many calls run at once as the loop's default executor has threads. Raises as a `Reader` does.
+    As many calls run at once as the loop's default executor has threads; a watch has a thread of its own. Raises as a
+    `Reader` does.
     """
 
     reader_type: ClassVar[type[HttpReader]] = Reader

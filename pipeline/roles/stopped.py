@@ -18,6 +18,7 @@ import pipeline.topics as topics
 from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.embedded.integrity import describe_gaps, find_gaps
 from pipeline.adapters.embedded.log import EmbeddedLog
+from pipeline.adapters.http_client import EventStream
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.adapters.rocks import RocksStores
 from pipeline.core.answer import PartitionStatus, Status
@@ -44,6 +45,8 @@ class StoppedDirectory:
     `Invalid` if it is no directory of `pipeline up`, `NotReady` if it was stopped before everything was restored,
     `LogCorrupt` or `StoreCorrupt` if it is damaged.
     """
+
+    live = False
 
     def __init__(self, url: str, clock: Clock) -> None:
         self.url = url
@@ -162,6 +165,10 @@ class StoppedDirectory:
         if status >= 500 and self._damage is not None:
             raise self._rebuild(self._damage)
         return status, b"".join(parts)
+
+    def stream(self, path: str, *, timeout_s: float, last_id: str) -> EventStream:
+        """Refuse: no answer changes, so a watch takes a single one."""
+        raise Invalid(f"{self.url}: nothing changes in a directory that was stopped")
 
     async def _call(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, list[bytes]]:
         raw_path, _, query = path.partition("?")

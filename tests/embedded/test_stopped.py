@@ -111,11 +111,19 @@ def test_readers_and_processes_exclude_each_other(stopped: tuple[Path, Token]) -
 def test_an_async_reader_of_a_stopped_directory(stopped: tuple[Path, Token]) -> None:
     """`AsyncReader` reads it, too."""
 
-    async def total() -> object:
+    async def totals() -> list[object]:
         async with AsyncReader(f"embedded:{stopped[0]}") as reader:
-            return (await reader.get("hits", by=())).value()
+            watched = [it.value() async for it in reader.watch("hits", by=())]
+            return [(await reader.get("hits", by=())).value(), *watched]
 
-    assert asyncio.run(total()) == 200
+    assert asyncio.run(totals()) == [200, 200]
+
+
+def test_a_watch_of_a_stopped_directory(reader: Reader) -> None:
+    """Nothing changes there, so the first answer is the last; errors are those of `get`."""
+    assert [it.value() for it in reader.watch("hits", by=(), max_staleness_ms=10_000)] == [200]
+    with pytest.raises(NotFound, match="hits"):
+        next(reader.watch("hit"))
 
 
 @pytest.mark.parametrize(

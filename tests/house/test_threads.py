@@ -13,6 +13,7 @@ CHECKED = {
     "pipeline/adapters/faust/membership.py": "Faust's loop: all is caught and told as `on_failed`; its pool of calls alike",
     "pipeline/adapters/kafka/metadata.py": "guarded: one question",
     "pipeline/adapters/kafka/reader.py": "closes a consumer beside its reader, which no longer needs it",
+    "pipeline/adapters/watch.py": "the next answer that is asked for raises what it fails with",
     "pipeline/cli/demo.py": "the demo: its threads report what they fail with",
     "pipeline/roles/service.py": "guarded: says that the role is ready",
     "pipeline/roles/statsd.py": "guarded: HTTP beside the sockets",

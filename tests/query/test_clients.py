@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from pipeline.adapters import http as clients
-from pipeline.adapters.http import AsyncHttpReader, HttpLogWriter, HttpReader
+from pipeline.adapters.http import HttpLogWriter, HttpReader
+from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.core.answer import Series, View
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Definition, Group, producer_id_of, series_suffix
@@ -351,9 +352,10 @@ def test_lists(server: Server, reader: HttpReader) -> None:
     server.world.publish(Definition("listed", "max", ("x",)), {("a",): 1})
     server.world.publish(Definition("rising", "sum", monotone=True), {(): 1})
     (listed,) = [it for it in reader.views() if it.name == "listed"]
-    assert listed == View("listed", "max", ("x",), None, 1, defined_at_ms=listed.defined_at_ms)
+    assert listed == View("listed", "max", ("x",), None, 1, defined_at_ms=listed.defined_at_ms, series_count_max=1)
     (rising,) = [it for it in reader.views() if it.name == "rising"]
-    assert rising == View("rising", "sum", (), None, 1, monotone=True, defined_at_ms=rising.defined_at_ms)
+    wanted = View("rising", "sum", (), None, 1, monotone=True, defined_at_ms=rising.defined_at_ms, series_count_max=1)
+    assert rising == wanted
     assert reader.status()["partition_count"] == 4
 
 

@@ -232,6 +232,18 @@ def test_several_queries_are_answered_as_by_one_server(world: World, asked: list
         service.close()
 
 
+def test_ranges_are_compared_as_by_one_server(world: World) -> None:
+    """A range beside an earlier one is answered alone and among other queries, which have states of their own."""
+    service = gather_of([LocalPart("s0", world.part(0, 2)), LocalPart("s1", world.part(1, 3))], world.clock)
+    span = AskedRange(BASE_MS + 5 * 60_000, BASE_MS + 10 * 60_000, compare_ms=300_000)
+    compared = Query("v_mean", by=("a",), window_s=60, range=span)
+    others = [Query("v_sum", by=(), window_s=0), compared, Query("v_max", window_s=0)]
+    expected = [whole(world.reader, query) for query in (compared, *others)]
+    assert any(it.points and it.compare for it in expected[0])
+    assert [gathered(service, compared), *all_gathered(service, others)] == expected
+    assert all_gathered(service, others) == expected[1:]
+
+
 def test_several_queries_are_of_one_moment(small: World) -> None:
     """The states for all queries come in one answer of each server, so that no commit lies between them."""
     servers = [LocalPart("s0", small.part(0, 1)), LocalPart("s1", small.part(2, 3))]

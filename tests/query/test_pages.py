@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.metrics as m
-from pipeline.adapters.http import AsyncHttpReader, HttpReader
+from pipeline.adapters.http import HttpReader
+from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.core.answer import Answer
 from pipeline.core.query import Query
 from pipeline.core.record import Definition

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.adapters.http import AsyncHttpReader, HttpReader
+from pipeline.adapters.http import HttpReader
+from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.adapters.read_parameters import QueryKeywords
 from pipeline.core.codec import Batch, encode_batch
 from pipeline.core.record import Definition, Group, producer_id_of, series_suffix

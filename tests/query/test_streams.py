@@ -114,6 +114,25 @@ def test_a_heartbeat_says_how_stale_the_answer_is(hits: tuple[World, Server]) ->
     stream.close()
 
 
+def test_heartbeats_go_on_while_an_answer_is_computed(hits: tuple[World, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that takes longer than heartbeats are apart holds none of them up; the last one grows staler with each."""
+    world, server = hits
+    stream = Stream(server, BY_REGION)
+    stream.take()
+    read, computed = world.reader.read, threading.Event()
+    monkeypatch.setattr(world.reader, "read", lambda *a, **b: computed.wait(20) and read(*a, **b))
+    world.publish(HITS, {("eu", "/"): 1})
+    staleness = []
+    for _ in range(3):
+        assert stream.take() == "update"
+        assert stream.answer is not None
+        staleness.append(stream.answer.as_of.staleness_ms or 0)
+    assert (stream.values(), staleness[2] >= staleness[1] + 300) == ({"eu": 1, "us": 2}, True)
+    computed.set()
+    stream.take_until({"eu": 2, "us": 2})
+    stream.close()
+
+
 def test_a_reader_that_comes_back_gets_what_it_missed(hits: tuple[World, Server]) -> None:
     """With the id of its last event, one update brings it up to date; with an id that is unknown, the whole answer does."""
     world, server = hits

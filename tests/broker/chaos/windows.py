@@ -1,9 +1,10 @@
-"""Views with windows beside the load's: late deltas, windows that expire meanwhile, histograms; and what must be right."""
+"""Views with windows beside the load's: late deltas, windows that expire, histograms, sketches; and what must be right."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from typing import Any
 
 from pipeline import Publisher, Reader, Token
@@ -23,11 +24,16 @@ VIEWS = {
     "win_low": ("min", 5, KEPT_S),
     "win_all": ("sum", 5, None),
     "win_spread_all": ("histogram", 10, None),
+    "win_users": ("distinct", 5, KEPT_S),
+    "win_items": ("topk", 5, KEPT_S),
 }
 """Kind, window in seconds, and retention of each view."""
 
-State = tuple[int, int, int, int]
-"""Count, sum, least and largest of the deltas of a series in a window."""
+AMOUNTS = 200
+"""Number of different amounts, which are the items of sketches: so few that their answers are exact."""
+
+State = Counter[int]
+"""Number of times that each amount was recorded to a series in a window."""
 
 
 class Windows:
@@ -48,12 +54,11 @@ class Windows:
         rng, now_ms = self._rng, int(time.time() * 1000)
         late_s = KEPT_S + LATE_S if rng.random() < TOO_LATE else rng.random() ** 3 * LATE_S
         ts_ms = max(self._first_ms, now_ms - int(late_s * 1000))
-        label, amount = str(rng.randrange(LABELS)), rng.randrange(1, 1_000)
+        label, amount = str(rng.randrange(LABELS)), rng.randrange(1, AMOUNTS + 1)
         for name, (kind, window_s, _) in VIEWS.items():
             window_ms = window_s * 1000
             place = label, ts_ms - ts_ms % window_ms
-            count, total, least, most = self._states[name].get(place, (0, 0, amount, amount))
-            self._states[name][place] = count + 1, total + amount, min(least, amount), max(most, amount)
+            self._states[name].setdefault(place, Counter())[amount] += 1
             view = self._views[name]
             (view.add if kind == "sum" else view.observe)(amount, n=label, ts_ms=ts_ms)
 
@@ -92,8 +97,26 @@ class Windows:
 
 
 def _state(kind: str, point: Any) -> Any:
-    return tuple(point[name] for name in ("count", "sum", "min", "max")) if kind == "histogram" else point
+    match kind:
+        case "histogram":
+            return tuple(point[name] for name in ("count", "sum", "min", "max"))
+        case "distinct":
+            return tuple(point[name] for name in ("estimate", "lower", "upper"))
+        case "topk":
+            return {it["item"]: (it["count"], it["upper"]) for it in point["items"]}
+        case _:
+            return point
 
 
 def _expected(kind: str, state: State) -> Any:
-    return {"histogram": state, "sum": state[1], "min": state[2]}[kind]
+    match kind:
+        case "sum":
+            return sum(state.elements())
+        case "min":
+            return min(state)
+        case "histogram":
+            return state.total(), sum(state.elements()), min(state), max(state)
+        case "distinct":
+            return (len(state),) * 3
+        case _:
+            return {str(item): (count, count) for item, count in state.items()}
