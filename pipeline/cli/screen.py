@@ -83,6 +83,7 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         if self._is_live:
+            self._live.update(Text())  # in the end a live display shows all lines, and those beyond the screen would stay
             self._live.stop()
 
     def update(self, elapsed_s: float, recorded: int, stats: Mapping[str, int], notes: Sequence[str]) -> None:

@@ -307,7 +307,7 @@ def test_sketches_are_counted_too() -> None:
 
 
 def test_every_view_gets_a_row_first() -> None:
-    """Where there is too little room, each view has its first series on the screen before any has its second."""
+    """Each view has its first series on the screen before any has its second, if there is too little room."""
     rows = [
         ShownSeries(view, "sum", str(n), n, None) for view, count in (("a", 3), ("b", 2), ("c", 1)) for n in range(count)
     ]
