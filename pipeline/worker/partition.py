@@ -94,6 +94,8 @@ class OwnedPartition:
         """Offset behind the position record of the last commit."""
         self._begin = 0
         """Offset at which the next commit begins, if nobody else writes to the changelog."""
+        self._barrier = Barrier(0, "")
+        """The newest fence record of this owner."""
         self._committed_begin = -1
         """Offset at which the last commit of this owner begins; -1 before there is one."""
         self._committed_s = 0.0
@@ -160,12 +162,10 @@ class OwnedPartition:
         self._step(StageEvent.OWN)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         self._owner_id = owner_id(self._app, self.number, self._clock.new_id(), self._name)
-        barrier = self._fence()
+        self._fence()
         self._topic_id = self._log.topic_id(CHANGELOG)
-        self._store = self._opener.open(
-            self.number, lambda store: self._restore(store, barrier, progress, stopping), stopping
-        )
-        self._check_covered(barrier, stopping)
+        self._store = self._opener.open(self.number, lambda store: self._restore(store, progress, stopping), stopping)
+        self._check_covered(stopping)
         self._check_position(stopping)
         self._step(StageEvent.OPEN)
         if self._foreign:
@@ -177,7 +177,8 @@ class OwnedPartition:
         message = Message(CHANGELOG, self.number, FENCE_KEY, fence)
         (end,) = self._right.commit([message], timeout_s=self._settings.commit_timeout_ms / 1000)
         self._begin = end + self._right.marker_count
-        return Barrier(end - 1, self._owner_id)
+        self._barrier = Barrier(end - 1, self._owner_id)
+        return self._barrier
 
     @property
     def _right(self) -> Transaction:
@@ -185,16 +186,16 @@ class OwnedPartition:
             raise NotReady(f"partition {self.number} was not started")
         return self._transaction
 
-    def _restore(
-        self, store: Store, barrier: Barrier, progress: Callable[[RestoreProgress], None], stopping: Callable[[], bool]
-    ) -> Store:
-        check_restorable(self.number, store, self._log, self._clock, self._delete_retention_ms, end_offset=barrier.offset)
+    def _restore(self, store: Store, progress: Callable[[RestoreProgress], None], stopping: Callable[[], bool]) -> Store:
+        barrier, log, clock = self._barrier, self._log, self._clock
+        check_restorable(self.number, store, log, clock, self._delete_retention_ms, end_offset=barrier.offset)
         follower = restore(
             self.number,
             store,
-            self._log,
-            self._clock,
+            log,
+            clock,
             barrier=barrier,
+            fence=self._fence,
             fetch_count_max=self._settings.restore_fetch_count_max,
             buffer_entries_max=self._settings.restore_buffer_entries_max,
             delete_retention_ms=self._delete_retention_ms,
@@ -222,12 +223,12 @@ class OwnedPartition:
             next_offset=None if self._last.leader_epoch == EPOCH_NONE else self._last.end_offset,
         )
 
-    def _check_covered(self, barrier: Barrier, stopping: Callable[[], bool]) -> None:
+    def _check_covered(self, stopping: Callable[[], bool]) -> None:
         """Raise `RecordsLost` if others have written over entries whose committed values nothing tells any more."""
         if not self._foreign or self._had_all:
             return
         young_s, accept_loss = self._ask_lag_max_s(), self._settings.accept_loss
-        traces = find_traces(self.number, self._log, self._clock, self._foreign, barrier, stopping)
+        traces = find_traces(self.number, self._log, self._clock, self._foreign, self._barrier, stopping)
         check_recoverable(self.number, self.store, self._foreign, traces, young_s=young_s, accept_loss=accept_loss)
 
     def _check_position(self, stopping: Callable[[], bool]) -> None:

@@ -221,8 +221,11 @@ class RestoreWait:
         self.waiting = ""
         """Reason of the wait; empty as long as records come."""
 
-    def note(self, *, came: bool, next_offset: int, barrier: Barrier) -> None:
-        """Note whether records came since the last call. Raises `Discontinuous` if the topic is another one by now."""
+    def note(self, *, came: bool, next_offset: int, barrier: Barrier) -> bool:
+        """Note whether records came since the last call; return whether a transaction is what holds up the restore.
+
+        Raises `Discontinuous` if the topic is another one by now.
+        """
         now_s = self._clock.monotonic_s()
         if came:
             self._since_s, self.waiting = now_s, ""
@@ -232,13 +235,15 @@ class RestoreWait:
             self._since_s = now_s
             if self._log.watermarks(CHANGELOG, self._partition).end_offset > barrier.offset:
                 self.waiting = ""  # the log lets it be read: the reader stands still
-                return
+                return False
             self.waiting = (
                 f"changelog-{self._partition} can be read up to {next_offset} only, not up to this worker's own record at"
                 f" {barrier.offset}: a transaction of somebody else is open there, or a leader that was deposed answers."
                 " Find it with kafka-transactions.sh find-hanging, and end it with kafka-transactions.sh abort"
             )
             _log.warning("partition %d is not ready: %s", self._partition, self.waiting)
+            return True
+        return False
 
 
 def restore(
@@ -248,6 +253,7 @@ def restore(
     clock: Clock,
     *,
     barrier: Barrier,
+    fence: Callable[[], Barrier],
     fetch_count_max: int,
     buffer_entries_max: int,
     delete_retention_ms: int | None = None,
@@ -259,7 +265,10 @@ def restore(
 
     Call it once the old owner is fenced, so that the end is a boundary. The end that the log reports counts for nothing: a
     deposed leader that does not know it yet reports an old one, and so does every leader while a foreign transaction is
-    open. Returns the follower, which knows where the last commit ended and which foreign records it has left out. Raises
+    open. While nothing can be read up to the fence record, `fence` writes one more, which is awaited in its place: the
+    broker can have left out the marker of the first (see `KafkaTransaction.commit`), and that of the next stands for both.
+
+    Returns the follower, which knows where the last commit ended and which foreign records it has left out. Raises
     `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end with a whole commit, `StoreAhead` if it
     does not hold the store's last one, `Discontinuous` if it lost the fence record.
     """
@@ -292,7 +301,9 @@ def restore(
                 follower.apply(records)
             _check_not_missed(follower, barrier)
             if not follower.lineage.passed:
-                wait.note(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
+                held_up = wait.note(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
+                if held_up:
+                    follower.lineage.awaited = barrier = fence()
             report()
             if stopping():
                 raise NotReady(f"partition {partition}: restore was stopped{wait.waiting and f'; {wait.waiting}'}")

@@ -343,8 +343,8 @@ class Bench:
         (end_offset,) = self.log.append([Message(CHANGELOG, 0, FENCE_KEY, fence)], timeout_s=1)
         assert isinstance(end_offset, int)
         barrier = Barrier(end_offset - 1, "pipeline-0:x")
-        store = self.stores.open(0)
-        restore(0, store, self.log, self.clock, barrier=barrier, fetch_count_max=10, buffer_entries_max=10)
+        store, bounds = self.stores.open(0), {"fetch_count_max": 10, "buffer_entries_max": 10}
+        restore(0, store, self.log, self.clock, barrier=barrier, fence=lambda: barrier, **bounds)
 
     def verify(self, **changed: Any) -> Result:
         arguments: dict[str, Any] = {

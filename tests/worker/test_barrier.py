@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from pipeline.core.answer import known
 from pipeline.core.codec import encode_batch
 from pipeline.core.record import EPOCH_NONE, FENCE_KEY, POSITION_KEY, Batch, Group, producer_key, series_suffix
 from pipeline.errors import Discontinuous, NotReady, PipelineError, RecordsLost, StoreAhead, Unavailable
-from pipeline.ports import Message, Watermarks
+from pipeline.ports import Message, Transaction, Watermarks
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.figures import partition_status
@@ -139,6 +140,40 @@ def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -
     world.log.show()
     assert go_on(world) == {"x": 11, "y": 11}
     assert not world.told[-1].waiting
+
+
+def test_a_fence_record_whose_marker_is_left_out(world: _World) -> None:
+    """A start that can't read its own fence record writes one more, whose marker stands for both, and goes on behind it."""
+    two_commits(world)
+    fences = lambda: [row.offset for row in world.log.partition(CHANGELOG, 0).rows if row.key == FENCE_KEY]  # noqa: E731
+    count, end_offset = len(fences()), world.end()
+    world.log.hold_back(CHANGELOG, 0, end_offset)
+    transaction = world.log.transaction
+
+    def new_transaction(name: str) -> Transaction:
+        made = transaction(name)
+        commit = made.commit
+
+        def committed(*arguments: Any, **options: Any) -> list[int]:
+            is_next = len(fences()) > count  # the transaction behind the one whose marker was left out
+            offsets = commit(*arguments, **options)
+            if is_next:
+                world.log.show()
+                world.log.compact(CHANGELOG, 0, world.end())  # which leaves the newest fence record only
+            return offsets
+
+        made.commit = committed  # type: ignore[method-assign]
+        return made
+
+    world.log.transaction = new_transaction  # type: ignore[method-assign]
+    begun_s = world.clock.s
+    owner = world.owner(stopping=lambda: world.clock.s > begun_s + 5 * PATIENCE_S)
+    assert fences()[-1] > end_offset
+    assert series_of(owner.store) == {"x": 11, "y": 11}
+    world.send(x=1)
+    fold_all(world.log, owner)
+    owner.commit()
+    assert series_of(world.owner().store) == {"x": 12, "y": 11}
 
 
 def test_a_reader_that_hangs_has_no_excuse(world: _World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,6 +234,7 @@ def test_restore_says_how_far_it_is_and_can_be_stopped() -> None:
             log,
             clock,
             barrier=barrier,
+            fence=lambda: fence(log, clock),
             fetch_count_max=10,
             buffer_entries_max=100,
             progress=told.append,
