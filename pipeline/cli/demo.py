@@ -221,7 +221,7 @@ def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop,
     if as_json:
         console.print_json({"url": server.url, "data": config.log.data})
     else:
-        console.show(f"server at {server.url}, its API at {server.url}/docs")
+        console.show(f"see it at {server.url}/ in a browser; its API is at {server.url}/docs")
     with Reader(server.url) as reader, _publisher(server, config) as publisher:
         views = {definition.view: publisher.define(definition) for definition in VIEWS}
         recording = _Recording(views, clock)

@@ -22,6 +22,8 @@ from pipeline.ports import Clock
 
 VIEWS: tuple[Definition, ...] = (
     Definition("cpu_ms", "sum", ("process",)),
+    Definition("busiest", "topk"),
+    Definition("processes_seen", "distinct"),
     Definition("cpu_percent", "max", ("cpu",)),
     Definition("network_bytes", "sum", ("interface", "direction")),
     Definition("disk_bytes", "sum", ("disk", "direction")),
@@ -33,7 +35,12 @@ VIEWS: tuple[Definition, ...] = (
     Definition("sample_us", "histogram", ("source",)),
     Definition("machine", "last", ("fact",)),
 )
-"""Views of the demo. The threads of all samplers record to the one series of `samples`, and to that of each second."""
+"""Views of the demo. The threads of all samplers record to the one series of `samples`, and to that of each second.
+
+`busiest` counts CPU ms by name of the process, as `cpu_ms` does.
+"""
+_ITEM_MAX = 64
+"""Characters of an item of `busiest`: at most 256 bytes, as an item may have."""
 
 _SYS_BLOCK = Path("/sys/block")
 
@@ -42,7 +49,7 @@ class Sink(Protocol):
     """Receiver of samples."""
 
     def record(self, view: str, value: Any, *labels: str) -> None:
-        """Record a delta of a view of `VIEWS`, with label values in the order of its labels."""
+        """Record a delta of a view of `VIEWS`, with label values in the order of its labels; of a topk, item and count."""
         ...
 
 
@@ -84,7 +91,7 @@ def printable(text: str) -> str:
 
 
 class Processes:
-    """CPU ms by name of the process. What a process used between the last sample and its end is not seen."""
+    """CPU ms by name of the process, and how many there were. What a process did after the last sample of it is not seen."""
 
     name = "processes"
 
@@ -98,11 +105,15 @@ class Processes:
             if times is None:
                 continue  # no permission to read them
             key = process.pid, process.info["create_time"] or 0.0  # pids are used again
+            if self._seen is None or key not in self._seen:
+                sink.record("processes_seen", f"{key[0]} since {key[1]}")
             total_ms = round(1000 * (times.user + times.system))
             # A process that the last sample did not show has started since: all of its time is new.
             before_ms = total_ms if self._seen is None else self._seen.get(key, 0)
             if total_ms > before_ms:
-                sink.record("cpu_ms", total_ms - before_ms, printable(process.info["name"] or "?"))
+                name = printable(process.info["name"] or "?")
+                sink.record("cpu_ms", total_ms - before_ms, name)
+                sink.record("busiest", (name[:_ITEM_MAX], total_ms - before_ms))
             seen[key] = max(total_ms, before_ms)
         if not seen:
             raise NoCounters("no CPU time of processes")
@@ -190,7 +201,7 @@ class HostInfo:
 
     def sample(self, sink: Sink) -> None:
         sink.record("machine", printable(platform.node()), "hostname")
-        sink.record("machine", printable(platform.platform()), "system")
+        sink.record("machine", printable(f"{platform.system()} {platform.release()}"), "system")
         cpu_count = os.cpu_count() or 1
         sink.record("machine", cpu_count, "cpu_count")
         load = psutil.getloadavg()[0]

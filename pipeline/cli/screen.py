@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,9 +22,14 @@ _TOP = {"cpu_ms": 4}
 _TOP_DEFAULT = 2
 _FACTS = 6
 _LINE_EVERY_S = 2.0
-_ROWS_MIN = 4
-_SPARKS_MAX = 40
-_FRAME_LINES = 5
+_HEAD_LINES = 1
+_WIDE = 100
+"""Columns of a terminal that has room for the kinds, and for longer labels."""
+_NARROW = 70
+"""Columns of a terminal that has room for rates."""
+_LABELS_MAX, _LABELS_WIDE_MAX = 16, 36
+_VALUE_MIN, _VALUE_MAX = 4, 44
+_RATE_WIDTH = 11
 _RATE_OVER_S = 2.0
 """Seconds between the two values of a rate: longer than the demo's slowest samples."""
 
@@ -36,6 +41,7 @@ class ShownSeries(NamedTuple):
     kind: str
     labels: str
     value: Any
+    """A value of an answer; a list of them for a view with windows."""
     per_s: float | None
 
 
@@ -77,6 +83,7 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         if self._is_live:
+            self._live.update(Text())  # in the end a live display shows all lines, and those beyond the screen would stay
             self._live.stop()
 
     def update(self, elapsed_s: float, recorded: int, stats: Mapping[str, int], notes: Sequence[str]) -> None:
@@ -86,13 +93,13 @@ class Screen:
         self._line_s = elapsed_s
         shown = self._read(elapsed_s)
         head = (
-            f"{elapsed_s:.0f} s: {recorded:,} deltas recorded, {stats['batches']:,} batches, {shown.series_total:,} series,"
+            f"{elapsed_s:.0f} s: {recorded:,} deltas, {stats['batches']:,} batches, {shown.series_total:,} series,"
             f" staleness {'?' if shown.staleness_ms is None else shown.staleness_ms} ms, lag {shown.lag}"
         )
         if self._is_live:
             self._live.update(self._table(head, shown, notes), refresh=True)
             return
-        best = {row.view: f"{row.view}{{{row.labels}}} {_number(row.value)}" for row in reversed(shown.rows)}
+        best = {row.view: f"{row.view}{{{row.labels}}} {value_text(row.value)}" for row in reversed(shown.rows)}
         top = ", ".join(best[view] for view in ("cpu_ms", "network_bytes", "switches") if view in best)
         console.show(f"{head}; {shown.problem or top}")
 
@@ -115,7 +122,7 @@ class Screen:
             for series in answer.series:
                 labels = console.printable(", ".join(series.labels.values()))
                 per_s = self._per_s(definition, labels, now_s, series.value)
-                value = sparkline([point for _, point in series.points], _SPARKS_MAX) if series.points else series.value
+                value = [point for _, point in series.points] if series.points else series.value
                 rows.append(ShownSeries(view, definition.kind, labels, value, per_s))
         try:
             lag = sum(known(it.lag) or 0 for it in msgspec.convert(self._reader.status(), Status).partitions)
@@ -134,30 +141,67 @@ class Screen:
         return rate.per_s
 
     def _table(self, head: str, shown: Shown, notes: Sequence[str]) -> RenderableType:
-        title = [line for line in (f"{self._url}   {self._url}/docs   Ctrl-C stops", head, *notes, shown.problem) if line]
-        table = Table(title=Text("\n".join(title)))
-        table.add_column("view")
-        table.add_column("kind")
-        table.add_column("series", no_wrap=True, max_width=36)
-        table.add_column("value", justify="right", no_wrap=True, max_width=44)
-        table.add_column("per second", justify="right")
+        lines = [f"page {self._url}/   API {self._url}/docs   Ctrl-C stops", head, *notes, shown.problem]
+        width, height = console.out.size
+        title = Text("\n".join(filter(None, lines))).wrap(console.out, width)
+        rows = fitting(shown.rows, height - len(title) - _HEAD_LINES)
+
+        def column(name: str, texts: Iterable[str], most: int = _VALUE_MAX) -> int:
+            """Add a column as wide as its texts, and return how much of the line it takes."""
+            wide = max(len(name), min(most, max(map(len, texts), default=0)))
+            table.add_column(name, no_wrap=True, width=wide)
+            return wide + 1
+
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        left = width - column("view", (row.view for row in rows))
+        if width >= _WIDE:
+            left -= column("kind", (row.kind for row in rows))
+        left -= column("series", (row.labels for row in rows), _LABELS_WIDE_MAX if width >= _WIDE else _LABELS_MAX)
+        rates = width >= _NARROW
+        room = max(_VALUE_MIN, min(_VALUE_MAX, left - rates * (_RATE_WIDTH + 1)))
+        table.add_column("value", justify="right", no_wrap=True, width=room)
+        if rates:
+            table.add_column("per second", justify="right", no_wrap=True, width=_RATE_WIDTH)
         view = ""
-        for row in shown.rows[: max(_ROWS_MIN, console.out.height - len(title) - _FRAME_LINES)]:
-            first = row.view != view
+        for row in rows:
+            names = (row.view, row.kind) if width >= _WIDE else (row.view,)
+            cells = [*(name if row.view != view else "" for name in names), row.labels, value_text(row.value, room)]
             view = row.view
-            table.add_row(
-                Text(view if first else ""),
-                row.kind if first else "",
-                Text(row.labels),
-                Text(_number(row.value)),
-                "" if row.per_s is None else f"{row.per_s:,.0f}",
-            )
-        return table
+            if rates:
+                cells.append("" if row.per_s is None else f"{row.per_s:,.0f}")
+            table.add_row(*map(Text, cells))
+        return Group(title, table)
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, dict):  # of a histogram
-        return ", ".join(f"p{float(q) * 100:g} {number:,.0f}" for q, number in value["quantiles"].items())
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return console.printable(str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+def fitting(rows: Sequence[ShownSeries], count: int) -> list[ShownSeries]:
+    """Return at most `count` rows in their order: the first series of each view, then the second of each, and so on."""
+    places: dict[str, int] = {}
+    ranked = []
+    for index, row in enumerate(rows):
+        places[row.view] = place = places.get(row.view, -1) + 1
+        ranked.append((place, index))
+    return [rows[index] for _, index in sorted(sorted(ranked)[: max(0, count)], key=lambda it: it[1])]
+
+
+def value_text(value: Any, room: int = _VALUE_MAX) -> str:
+    """Return a value as text. Of one that has several parts or points, as many are shown as there is room for."""
+    if isinstance(value, list):
+        return sparkline(value, room)
+    if not isinstance(value, dict):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return console.printable(str(value))
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+    if "estimate" in value:
+        return f"{value['estimate']:,}" + (
+            f" ({value['lower']:,} to {value['upper']:,})" if value["lower"] < value["upper"] else ""
+        )
+    if "items" in value:
+        parts = [f"{console.printable(it['item'])} {it['count']:,}" for it in value["items"]]
+    else:  # of a histogram
+        parts = [f"p{float(q) * 100:g} {number:,.0f}" for q, number in value["quantiles"].items()]
+    text = ", ".join(parts[:1])
+    for part in parts[1:]:
+        if len(text) + 2 + len(part) > room:
+            break
+        text += f", {part}"
+    return text

@@ -19,6 +19,13 @@ export function sparkline(values, label) {
     ...(there.length > 1 ? [svg("polyline", { points })] : []));
 }
 
+/** Returns a time as the reader's language writes it, as exactly as ticks that are `step` seconds apart need it. */
+function clock(ms, step) {
+  const options = step >= 86_400 ? { month: "short", day: "numeric" }
+    : { hour: "2-digit", minute: "2-digit", ...(step < 60 ? { second: "2-digit" } : {}) };
+  return new Intl.DateTimeFormat(undefined, options).format(ms);
+}
+
 function innerWidth(element) {
   const { paddingLeft, paddingRight } = getComputedStyle(element);
   return Math.max(200, element.clientWidth - parseFloat(paddingLeft) - parseFloat(paddingRight));
@@ -53,14 +60,14 @@ export class Lines {
     this.names = names;
     this.plot?.destroy();
     const style = getComputedStyle(document.documentElement);
-    const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--grid") } };
+    const axis = { font: "12px system-ui", stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--grid") } };
     this.plot = new uPlot({
       ...this.size(),
       legend: { show: false },
       cursor: { drag: { setScale: false } },
       scales: { y: { range: (_, least, most) => (least === null ? [0, 1] : uPlot.rangeNum(Math.min(0, least), most, 0.1, true)) } },
-      axes: [axis, { ...axis, size: 64, values: (_, ticks) => ticks.map(shown) }],
-      series: [{}, ...lines.map((it, i) => ({ label: it.name, stroke: color(i), width: 1.5, points: { show: times.length < 3 } }))],
+      axes: [{ ...axis, space: 90, size: 30, values: (_, ticks, i, space, step) => ticks.map((at) => clock(at * 1000, step)) }, { ...axis, size: 64, values: (_, ticks) => ticks.map(shown) }],
+      series: [{}, ...lines.map((it, i) => ({ label: it.name, stroke: color(i), width: 1.5, points: { show: (plot) => plot.data[0].length < 3 } }))],
     }, data, this.element);
     this.plot.root.setAttribute("role", "img");
     this.plot.root.setAttribute("aria-label", `Lines over time: ${lines.map((it) => it.name).join(", ")}`);

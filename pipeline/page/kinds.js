@@ -1,6 +1,6 @@
 /** What suits each kind of view: the number that is drawn, and the columns of its table. */
 
-const QUANTILES = [0.5, 0.9, 0.99];
+export const QUANTILES = [0.5, 0.9, 0.99];
 export const BAND = Array.from({ length: 19 }, (_, i) => (i + 1) / 20);
 
 const plain = (name) => ({ columns: [name], cells: (it) => [it], number: (it) => it, quantiles: [] });
@@ -28,6 +28,11 @@ const KINDS = {
 /** Returns the columns, cells, number and quantiles of a kind; a kind that is not known here is shown as it comes. */
 export function kind(name) {
   return KINDS[name] ?? plain(name);
+}
+
+/** Returns the kind of a view in words, as `pipeline views ls` has it. */
+export function described({ kind: name, monotone, window_s }) {
+  return `${monotone ? "monotone " : ""}${name}${window_s === null ? "" : ` per ${window_s} s`}`;
 }
 
 /** Returns what a value is drawn as, or null: a number that may be rounded. */

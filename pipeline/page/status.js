@@ -35,15 +35,16 @@ export function showStatus(main) {
 
 function partitions(status) {
   const own = status.role === undefined; // one process folds all partitions and answers
-  const rows = status.partitions.map((it) => [String(it.partition), it.phase, own ? "this process" : it.owner ?? "", shown(it.next_offset),
-    shown(it.end_offset), shown(it.lag), staleness(it.staleness_ms), it.committed_at_ms ? moment(it.committed_at_ms) : "", restore(it.restore)]);
+  const rows = status.partitions.map((it) => [String(it.partition), it.phase, shown(it.lag), staleness(it.staleness_ms),
+    own ? "this process" : it.owner ?? "", it.committed_at_ms ? moment(it.committed_at_ms) : "", restore(it.restore),
+    shown(it.next_offset), shown(it.end_offset)]);
   const waiting = status.partitions.filter((it) => it.restore).length;
   const found = [h("p", { class: status.ready ? "good" : "bad" }, status.ready ? "Ready: every partition can be read." :
     `Not ready: ${waiting ? `${waiting} of ${status.partition_count} partitions are being restored` : "some partitions can't be read yet"}. `
     + "Views are shown as soon as they can be read."),
   table(`${status.partition_count} partitions`,
-    ["partition", "phase", own ? "folded by" : "last commit by", "next offset", "end of the log", "lag", "staleness", "last commit", "restore"],
-    rows, new Set([3, 4, 5, 6]))];
+    ["partition", "phase", "lag", "staleness", own ? "folded by" : "last commit by", "last commit", "restore", "next offset", "end of the log"],
+    rows, new Set([2, 3, 7, 8]))];
   if (!own) {
     found.push(h("p", { class: "soft" }, "pipeline status --from kafka://BROKER shows all workers, their partitions and standbys."));
   }

@@ -3,7 +3,7 @@
 import { fetchJson, key, path, watch } from "./api.js";
 import { bars, color, Heatmap, Lines, LINES_MAX } from "./chart.js";
 import { h, problem, shown, table } from "./dom.js";
-import { BAND, drawn, kind } from "./kinds.js";
+import { BAND, described, drawn, kind, QUANTILES } from "./kinds.js";
 
 const RANGES = { live: 300, "15 min": 900, "1 h": 3_600, "24 h": 86_400 };
 const POINTS = 60;
@@ -56,13 +56,15 @@ export function showView(main, name, state, go) {
 
 function run(place, definition, labels, state, go) {
   const read = readOf(definition, labels, state);
-  const chart = h("div", { class: "chart panel" }), heat = h("div", { class: "panel" }), rows = h("div"), trouble = h("div");
+  const chart = h("div", { class: "chart panel" }), rows = h("div"), trouble = h("div");
+  const heat = h("div", { class: "panel", hidden: true }, h("div", { class: "soft" }, "How observations are spread, from the 5th to the 95th percentile"));
   const lines = new Lines(chart);
   const heatmap = definition.kind === "histogram" && read.windowed ? new Heatmap(heat) : null;
   const history = new Map(); // of views without windows: by series, the points since this page is open
   const link = h("p", {}, h("a", { href: path(definition.name, read.query), download: `${definition.name}.csv`,
     onclick: (event) => downloadCsv(event, definition.name, read.query) }, "Download as CSV"));
-  place.replaceChildren(controls(definition, labels, state, go), trouble,
+  place.replaceChildren(h("p", { class: "soft about" }, `${described(definition)}${labels.length ? ` by ${labels.join(", ")}` : ""}`),
+    ...controls(definition, labels, state, go), trouble,
     h("div", { class: "columns" }, h("div", {}, chart, ...(heatmap ? [heat] : [])), h("div", {}, rows, link)),
     h("h2", {}, "The same elsewhere"), copyLines(definition, read, state));
 
@@ -123,7 +125,8 @@ function readOf(definition, labels, state) {
 function controls(definition, labels, state, go) {
   const windowed = definition.window_s !== null;
   const form = h("form", { class: "panel", onsubmit: submit });
-  const where = h("input", { id: "where", name: "where", size: 28, placeholder: "region=eu, product=~t.*",
+  if (!windowed && !labels.length) return []; // there is nothing to choose
+  const where = h("input", { id: "where", name: "where", size: 28, placeholder: labels.length ? `${labels[0]}=a, ${labels[0]}!~b.*` : "",
     value: state.getAll("where").join(", "), autocomplete: "off" });
   const by = labels.map((it) => h("label", {}, h("input", { type: "checkbox", name: "by", value: it, onchange: submit,
     checked: chosen(labels, state).includes(it) }), it));
@@ -148,13 +151,13 @@ function controls(definition, labels, state, go) {
     go(next);
   }
 
-  form.append(h("label", { for: "where" }, "Only series with", where),
-    ...(labels.length ? [h("fieldset", {}, h("legend", {}, "Group by"), by)] : []),
+  form.append(...(labels.length ? [h("label", { for: "where" }, "Only series with", where),
+    h("fieldset", {}, h("legend", {}, "Group by"), h("div", { class: "choices" }, by))] : []),
     ...(windowed ? [h("label", { for: "range" }, "Range", range), ...(state.get("range") === OTHER ? times : []),
       ...(definition.kind === "sum" ? [h("label", { for: "fn" }, "Show", fn)] : [])]
-      : [h("span", { class: "soft" }, "No windows: the chart begins when this page is opened.")]),
+      : definition.kind === "topk" ? [] : [h("span", { class: "soft" }, "No windows: the chart begins when this page is opened.")]),
     h("button", { type: "submit" }, "Show"));
-  return form;
+  return [form];
 }
 
 function remember(history, definition, series) {
@@ -167,12 +170,12 @@ function remember(history, definition, series) {
 }
 
 function percentiles(points) {
-  return [0.5, 0.9, 0.99].map((q) => ({ name: `p${q * 100}`, points: points.map(([at, it]) => [at, it.quantiles[q]]) }));
+  return QUANTILES.map((q) => ({ name: `p${q * 100}`, points: points.map(([at, it]) => [at, it.quantiles[q]]) }));
 }
 
 function showBars(chart, lines, series) {
   lines.close();
-  chart.replaceChildren(...series.slice(0, LINES_MAX).map((it) => h("div", {}, h("h2", {}, it.name),
+  chart.replaceChildren(...series.slice(0, LINES_MAX).map((it) => h("div", {}, series.length > 1 ? h("h2", {}, it.name) : null,
     bars(it.value.items.slice(0, LINES_MAX).map((item) => [item.item, Number(item.count),
       item.count === item.upper ? shown(item.count) : `${shown(item.count)} to ${shown(item.upper)}`])))));
 }
@@ -194,19 +197,26 @@ function rates(points) {
 
 function tableOf(definition, read, answer, series, points, kept, rate) {
   const suits = read.query.fn ? kind("") : kind(definition.kind);
-  const heads = read.query.fn ? ["per second"] : [...suits.columns, ...(rate ? ["per second"] : [])];
+  const single = definition.kind === "histogram" && series.length === 1; // its quantiles are drawn
+  const columns = suits.columns.map((it) => {
+    const line = single ? QUANTILES.findIndex((q) => it === `p${q * 100}`) : -1;
+    return line < 0 ? it : h("span", {}, dot(color(line)), it);
+  });
+  const heads = read.query.fn ? ["per second"] : [...columns, ...(rate ? ["per second"] : [])];
   const newest = (i) => (read.windowed ? points[i].at(-1)?.[1] : series[i].value);
   const rows = series.slice(0, ROWS_MAX).map((it, i) => {
     const value = newest(i);
-    const mark = kept.includes(i) && definition.kind !== "topk" && !(definition.kind === "histogram" && series.length === 1);
+    const mark = kept.includes(i) && definition.kind !== "topk" && !single;
     const swatch = mark ? dot(color(kept.indexOf(i))) : null;
     const names = Object.values(it.labels);
     const first = h("span", {}, swatch, names[0] ?? "all");
     return [first, ...names.slice(1), ...(value === undefined || value === null ? heads.map(() => "") : [...suits.cells(value), ...(rate ? [rates(points[i]).at(-1)?.[1]] : [])].map(shown))];
   });
   const labels = Object.keys(series[0]?.labels ?? {});
+  const newestMs = Math.max(...points.map((it) => it.at(-1)?.[0] ?? 0));
+  const over = newestMs + answer.over_ms <= answer.final_before_ms;
   const caption = `${shown(answer.truncated ? answer.series_total : series.length)} series${rows.length < series.length || answer.truncated
-    ? `, the first ${rows.length} shown` : ""}${read.windowed ? `; the newest of steps of ${read.query.step} s` : ""}`;
+    ? `, the first ${rows.length} shown` : ""}${read.windowed ? `; the newest of steps of ${read.query.step} s${over ? "" : ", which is not over yet"}` : ""}`;
   const width = Math.max(1, labels.length);
   return table(caption, [...(labels.length ? labels : ["series"]), ...heads], rows, new Set(heads.map((_, i) => i + width)));
 }
@@ -227,7 +237,7 @@ async function downloadCsv(event, name, query) {
 
 function copyLines(definition, read, state) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const address = `${location.origin}${location.pathname}${path(definition.name, read.query)}`;
+  const address = `${location.origin}${location.pathname}${path(definition.name, { ...read.query, q: [], limit: null })}`;
   const options = [...read.query.where.map((it) => `--where ${quoted(it)}`), ...read.by.map((it) => `--by ${quoted(it)}`),
     ...(read.by.length ? [] : ["--total"]), ...(read.windowed && read.span ? [`--last ${Math.round(read.span)}s --step ${read.query.step}s`] : []),
     ...(read.query.fn ? [`--fn ${read.query.fn}`] : [])];

@@ -3,7 +3,7 @@
 import { fetchJson, path } from "./api.js";
 import { sparkline } from "./chart.js";
 import { h, problem, shown, table } from "./dom.js";
-import { drawn } from "./kinds.js";
+import { described, drawn } from "./kinds.js";
 
 const SHOWN_MAX = 40;
 const SAMPLES_MAX = 60;
@@ -53,13 +53,13 @@ export function showViews(main) {
     const rows = shownViews.map((view) => {
       const kept = samples.get(view.name) ?? [];
       return [h("a", { href: `#/view/${encodeURIComponent(view.name)}` }, view.name),
-        `${view.monotone ? "monotone " : ""}${view.kind}${view.window_s === null ? "" : ` per ${view.window_s} s`}`,
-        view.labels.join(", "), shown(view.series_count), totalOf(view, kept), rateOf(view, kept),
-        sparkline(lineOf(view, kept), `${view.name}, last ${Math.round((kept.length * EVERY_MS) / 1000)} s`)];
+        described(view), totalOf(view, kept), rateOf(view, kept),
+        sparkline(lineOf(view, kept), `${view.name}, last ${Math.round((kept.length * EVERY_MS) / 1000)} s`),
+        view.labels.join(", "), shown(view.series_count)];
     });
     const more = views.filter((it) => it.answers).length - rows.length;
     place.replaceChildren(table(`${rows.length} views${more > 0 ? `, ${more} more that the filter leaves out` : ""}`,
-      ["view", "kind", "labels", "series", "now", "per second", "since this page is open"], rows, new Set([3, 4, 5])));
+      ["view", "kind", "now", "per second", "since this page is open", "labels", "series"], rows, new Set([2, 3, 6])));
   }
 
   update();
@@ -69,7 +69,7 @@ export function showViews(main) {
 function totalOf(view, kept) {
   const value = kept.at(-1)?.[2];
   if (value === undefined || value === null) return "";
-  return typeof value === "object" ? shown(drawn(view.kind, value)) : shown(value);
+  return typeof value === "object" ? `${view.kind === "histogram" ? "p50 " : ""}${shown(drawn(view.kind, value))}` : shown(value);
 }
 
 function changes(kept) {

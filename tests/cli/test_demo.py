@@ -17,10 +17,16 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader
 from pipeline.cli.demo import parse_duration_s
 from pipeline.cli.recount import Recorder, differences, expected_answers
+from pipeline.cli.screen import ShownSeries, fitting, value_text
 from pipeline.core.answer import Answer, AsOf, Series
+from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid, NotFound, NotReady
-from tests.support import Program, pipeline, wait_until
+from tests.support import PROGRAM, Program, pipeline, wait_until
+from tests.terminal import frames, plain, record
+
+_FRAMES = 3
+"""Frames on a terminal of each size: the first may have been begun for the one before."""
 
 
 def start(tmp_path: Path, *arguments: str) -> Program:
@@ -58,12 +64,26 @@ def test_every_answer_equals_its_own_count(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
+def test_small_terminals() -> None:
+    """At 80x24 every view is on the screen with its whole name, and none is too large for a terminal that gets smaller."""
+    sizes = [(80, 24), (60, 24), (20, 4)]
+    demo = [*PROGRAM, "demo", "--port", "0"]
+    texts, code = record(demo, *sizes, enough=lambda text: text.count(b"page ") >= _FRAMES)
+    for (width, height), text in zip(sizes, texts, strict=True):
+        lines = [plain(it) for it in frames(text) if "page " in it][-1].removesuffix("^C").rstrip("\n").split("\n")
+        assert len(lines) <= height
+        assert max(map(len, lines)) <= width
+        if width > 20:
+            lacking = {it.view for it in machine.VIEWS} - {line.split()[0] for line in lines if line[:1].isalpha()}
+            assert lacking <= {"disk_bytes", "network_bytes", "switches"}, "a sandbox may hide these"
+    assert code == 0, texts[-1][-2_000:]
+
+
 def test_interrupted_and_kept(tmp_path: Path) -> None:
-    """Ctrl-C ends a run as its time does; six kinds are used; with --data the state stays, and verifies."""
+    """Ctrl-C ends a run as its time does; all kinds are used; with --data the state stays, and verifies."""
     kept = str(tmp_path / "kept")
     with start(tmp_path, "--data", kept) as demo, HttpReader(json.loads(demo.read_line())["url"]) as reader:
-        kinds = {"sum", "min", "max", "mean", "last", "histogram"}
-        wait_until(lambda: {view.kind for view in read(reader.views) or ()} == kinds, "a view of each kind")
+        wait_until(lambda: {view.kind for view in read(reader.views) or ()} == {*KIND_NAMES}, "a view of each kind")
         demo.signal(signal.SIGINT)
         code, summary = end(demo)
     assert (code, summary["equal"], summary["differences"]) == (0, True, [])
@@ -144,7 +164,8 @@ def test_a_process_counts_from_its_start_to_its_end(tmp_path: Path) -> None:
     program.symlink_to(Path(sys.executable).resolve())
     sink, source = Sink(), machine.Processes()
     source.sample(sink)
-    assert sink.rows == [], "what was used before the first look is not this run's"
+    assert {view for view, _, _ in sink.rows} == {"processes_seen"}, "what was used before is not this run's"
+    sink.rows.clear()
     with subprocess.Popen([program, "-S", "-c", "while True: pass"]) as busy:
         try:
             watched = psutil.Process(busy.pid)
@@ -155,7 +176,11 @@ def test_a_process_counts_from_its_start_to_its_end(tmp_path: Path) -> None:
             busy.kill()
     assert sum(value for _, value, labels in sink.rows if labels == (name,)) >= 200
     source.sample(sink)
-    assert all(type(value) is int and value > 0 for _, value, _ in sink.rows)
+    used = [value for view, value, _ in sink.rows if view == "cpu_ms"]
+    assert all(type(value) is int and value > 0 for value in used)
+    assert [value[1] for view, value, _ in sink.rows if view == "busiest"] == used
+    seen = [value for view, value, _ in sink.rows if view == "processes_seen"]
+    assert len({*seen}) == len(seen), "each process is new once"
 
 
 def test_sources_record_what_is_declared() -> None:
@@ -170,7 +195,8 @@ def test_sources_record_what_is_declared() -> None:
             continue
         for view, value, labels in sink.rows:
             assert len(labels) == len(views[view].labels), (view, labels)
-            assert type(value) in (int, str, bool) or (type(value) is float and (value * 64).is_integer()), (view, value)
+            number = value[1] if views[view].kind == "topk" else value
+            assert type(number) in (int, str, bool) or (type(number) is float and (number * 64).is_integer()), (view, value)
 
 
 def test_a_machine_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +275,62 @@ def test_windows_and_histograms_are_counted_too() -> None:
         lines = [*differences(times, {(): [*range(1, 101)]}, answer)]
         assert len(lines) == bool(wrong)
         assert wrong in "".join(lines)
+
+
+def test_sketches_are_counted_too() -> None:
+    """A topk must answer its items' exact counts, or bounds that hold; a distinct exactly, beyond 256 items nearly so."""
+    top = Definition("t", "topk")
+    views = {"t": AnyView(top), "d": AnyView(Definition("d", "distinct"))}
+    recorders = [Recorder(views, SystemClock()) for _ in range(2)]
+    for recorder in recorders:
+        for item, count in (("a", 3), ("b", 1), ("a", 2)):
+            recorder.record("t", (item, count))
+            recorder.record("d", item)
+    expected = expected_answers([top, views["d"].definition], recorders)
+    assert expected == {"t": {(): {"a": 10, "b": 2}}, "d": {(): {"a", "b"}}}
+
+    def wrong(definition: Definition, own: Any, **found: Any) -> str:
+        return "".join(differences(definition, {(): own}, Answer("v", "", None, [Series({}, found)], AsOf(0, {}))))
+
+    counts = expected["t"][()]
+    a, b = {"item": "a", "count": 10, "upper": 10}, {"item": "b", "count": 1, "upper": 2}
+    assert wrong(top, counts, total=12, items=[a, b]) == ""
+    assert "counted 12, the answer is 13" in wrong(top, counts, total=13, items=[a, b])
+    assert 'item "b": counted 2, the answer is 0 to 0' in wrong(top, counts, total=12, items=[a])
+    assert 'item "c": counted 0' in wrong(top, counts, total=12, items=[a, b, {"item": "c", "count": 1, "upper": 1}])
+    distinct = views["d"].definition
+    assert wrong(distinct, {"a", "b"}, estimate=2) == ""
+    assert "counted 2, the answer is 3" in wrong(distinct, {"a", "b"}, estimate=3)
+    many = {str(it) for it in range(1_000)}
+    assert wrong(distinct, many, estimate=1_050) == ""
+    assert "counted 1000, the answer is 1200" in wrong(distinct, many, estimate=1_200)
+
+
+def test_every_view_gets_a_row_first() -> None:
+    """Each view has its first series on the screen before any has its second, if there is too little room."""
+    rows = [
+        ShownSeries(view, "sum", str(n), n, None) for view, count in (("a", 3), ("b", 2), ("c", 1)) for n in range(count)
+    ]
+    assert [(it.view, it.value) for it in fitting(rows, 4)] == [("a", 0), ("a", 1), ("b", 0), ("c", 0)]
+    assert fitting(rows, 99) == rows
+    assert fitting(rows, -1) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (2.5, "2.50"),
+        ([0, 1, 2], "▁▅█"),
+        ({"quantiles": {"0.5": 1000.0, "0.9": 2000.0, "0.99": 3000.0}}, "p50 1,000, p90 2,000"),
+        ({"items": [{"item": "\x1b[2J", "count": 1_000}, {"item": "b" * 20, "count": 1}]}, "\\x1b[2J 1,000"),
+        ({"estimate": 5, "lower": 5, "upper": 5}, "5"),
+        ({"estimate": 500, "lower": 480, "upper": 520}, "500 (480 to 520)"),
+    ],
+)
+def test_values_on_the_screen(value: Any, text: str) -> None:
+    """Values of each kind as text, with as many of their parts as there is room for."""
+    assert value_text(value, 24) == text
 
 
 def test_what_is_refused_is_not_counted() -> None:
