@@ -10,7 +10,6 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,21 +199,11 @@ class Program:
 class Terminal:
     """The screen end of a terminal that a program writes to; all of it is read, as a real one would."""
 
-    def __init__(self, width: int = 80, height: int = 24) -> None:
+    def __init__(self) -> None:
         self._screen, self.fd = os.openpty()
-        self.resize(width, height)
         self._parts: list[bytes] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-
-    def resize(self, width: int, height: int) -> None:
-        """Give the terminal another size."""
-        termios.tcsetwinsize(self.fd, (height, width))
-
-    def frames(self) -> list[str]:
-        """Return what was written so far from each jump to the first place of the screen to the next, without colours."""
-        written = b"".join(self._parts).decode(errors="replace")
-        return [_ESCAPE.sub("", it).replace("\r", "") for it in written.split("\x1b[H")]
 
     def _read(self) -> None:
         try:

@@ -18,7 +18,7 @@ from pipeline.query.api import (
     scrape_route,
 )
 from pipeline.query.gather import GatherService
-from pipeline.query.openapi import READ_PATH
+from pipeline.query.openapi import READ_PATH, STREAM_PATH
 from pipeline.query.problems import Refused
 from pipeline.query.service import RenderViews
 from pipeline.settings import QuerySettings
@@ -31,11 +31,11 @@ def create_gather_app(
 ) -> Starlette:
     """Return the application of a server that merges what other servers have. It takes no writes."""
 
-    def refused(path: str, status: int, why: str) -> Route:
+    def refused(path: str, status: int, why: str, method: str = "POST") -> Route:
         async def refuse(_: Request) -> Response:
             raise Refused(status, why)
 
-        return Route(path, refuse, methods=["POST"])
+        return Route(path, refuse, methods=[method])
 
     no_writes = "this server only merges what others have: write to a server that runs with --ingest, or as `pipeline up`"
     routes = [
@@ -46,5 +46,6 @@ def create_gather_app(
         scrape_route(service, settings, render_views),
         *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
+        refused(STREAM_PATH, 501, "streams need a server that follows all partitions", "GET"),
     ]
     return make_application(routes, settings, metrics, service.clock, observing(service, service.close))

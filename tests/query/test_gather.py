@@ -554,6 +554,8 @@ def test_over_http() -> None:
         for path in ("/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/views/hits/drop"):
             assert "--ingest" in merging.problem(405, merging.request("POST", path, b"[]"))
         assert "remote reads" in merging.problem(501, merging.request("POST", "/api/v1/read", b""))
+        with pytest.raises(Unavailable, match="HTTP 501: streams need a server that follows all partitions"):
+            next(reader.watch("hits"))
         writer = HttpLogWriter(url)
         with pytest.raises(Unavailable, match="a gatherer takes no batches"):
             writer.partition_count("deltas")
