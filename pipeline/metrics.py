@@ -149,7 +149,8 @@ READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused
 ANSWERS = Metric(
     "pipeline_answers_total",
     "counter",
-    "Answers but those of a few keys: computed, joined (one computation, several reads), kept, or unchanged (304).",
+    "Answers but those of a few keys: computed, joined (one computation, several reads), kept, unchanged (304), or streamed"
+    " (one computation, all streams of a read).",
     ("how",),
 )
 ANSWERS_KEPT = Metric(

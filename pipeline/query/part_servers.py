@@ -280,7 +280,8 @@ class PartServers:
 
         running = asyncio.get_running_loop().run_in_executor(known.threads, ask)
         try:
-            return await asyncio.wait_for(running, timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for, which swallows being cancelled at the same time
+                return await running
         except TimeoutError:
             raise Unavailable(f"{url}: no answer in time") from None
 

@@ -66,7 +66,8 @@ class _PositionWaiter:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._poll())
         try:
-            await asyncio.wait_for(future, max(0.0, timeout_s))
+            async with asyncio.timeout(max(0.0, timeout_s)):  # not wait_for, which swallows being cancelled at the same time
+                await future
         except TimeoutError:
             return False
         finally:

@@ -65,6 +65,7 @@ class Streams:
         self._open = 0
         self._closed = False
         metrics.set(m.STREAMS, 0)
+        metrics.inc(m.ANSWERS, 0, "streamed")
         for reason in ("streams_max", "stream_queries_max"):
             metrics.inc(m.READS_REFUSED, 0, reason)
 
@@ -80,7 +81,7 @@ class Streams:
         if channel is None:
             if len(self._channels) >= self._settings.stream_queries_max:
                 self._refuse("stream_queries_max", f"{len(self._channels)} different reads are streamed; no more are taken")
-            channel = self._channels[query] = _Channel(query, self._source, self._settings, self._clock)
+            channel = self._channels[query] = _Channel(query, self._source, self._settings, self._clock, self._metrics)
         self._open += 1
         channel.reader_count += 1
         self._metrics.set(m.STREAMS, self._open)
@@ -108,13 +109,14 @@ class Streams:
 class _Channel:
     """The answer to one read, its newest updates, and the readers that wait for the next."""
 
-    def __init__(self, query: Query, source: AnswerSource, settings: QuerySettings, clock: Clock) -> None:
+    def __init__(self, query: Query, source: AnswerSource, settings: QuerySettings, clock: Clock, metrics: Metrics) -> None:
         self.reader_count = 0
         self._query = query
         self._source = source
         self._interval_s = settings.stream_interval_ms / 1000
         self._heartbeat_s = settings.stream_heartbeat_ms / 1000
         self._clock = clock
+        self._metrics = metrics
         self._id = secrets.token_hex(6)
         self._answer: Answer | None = None
         self._read_s = 0.0
@@ -214,6 +216,7 @@ class _Channel:
                 since = await self._source.moved(since, 0.0 if since is None else self._heartbeat_s)
                 read_s = self._clock.monotonic_s()
                 answer = await self._source.read(self._query)
+                self._metrics.inc(m.ANSWERS, 1, "streamed")
             except PipelineError as error:
                 self._fail(error)
             else:

@@ -21,6 +21,7 @@ from tests.bench import (
     publisher,
     ranges,
     serving,
+    streams,
     table,
     windows,
     worker,
@@ -40,6 +41,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], list[Row]]] = {
     "group-by": serving.group_by,
     "query": ranges.query,
     "polling": polling.polling,
+    "streams": streams.streams,
     "memory": serving.memory,
 }
 """Benchmarks by name; each takes whether to be quick, which proves that it runs and measures nothing."""

@@ -1,5 +1,6 @@
 """Streams of answers: their events add up to the answer of a read, however slow a reader is or often it comes back."""
 
+import asyncio
 import http.client
 import json
 import threading
@@ -14,6 +15,7 @@ import pytest
 from pipeline.core.answer import Answer
 from pipeline.core.record import Definition
 from pipeline.core.updates import Update, updated
+from pipeline.query.service import _PositionWaiter
 from pipeline.query.streams import UPDATES_MAX
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving, wait_until
@@ -164,6 +166,12 @@ def test_a_reader_that_comes_back_gets_what_it_missed(hits: tuple[World, Server]
         it.close()
 
 
+def streamed(server: Server) -> float:
+    """Return the number of answers that were computed for streams, as the metric has it."""
+    lines = server.request("GET", "/metrics").body.decode().splitlines()
+    return next(float(it.split()[1]) for it in lines if it.startswith('pipeline_answers_total{how="streamed"}'))
+
+
 def test_equal_reads_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many readers watch a read, it is computed once for each commit that changed something."""
     with world_serving(stream_heartbeat_ms=60_000) as (world, server), ExitStack() as stack:
@@ -182,12 +190,33 @@ def test_equal_reads_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return read(*arguments, **options)
 
         monkeypatch.setattr(world.reader, "read", counting)
+        before = streamed(server)
         world.publish(HITS, {("eu", "/"): 1})
         for stream in streams:
             stream.take_until({"eu": 2, "us": 2})
+        assert count == streamed(server) - before
         assert count <= 2
         assert server.request("GET", "/metrics").body.count(b"\npipeline_streams_open 50.0") == 1
     wait_until(lambda: threading.active_count() < 50)
+
+
+def test_the_last_reader_leaves_at_a_commit() -> None:
+    """A wait that is cancelled in the moment in which what it waits for comes is cancelled: the read is streamed no more."""
+
+    async def run() -> None:
+        waiter = _PositionWaiter(list)
+        waiting = asyncio.create_task(waiter.until(lambda _: False, 60))
+        await asyncio.sleep(0)
+        (future,) = waiter._waiters
+        future.set_result(None)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await waiter.until(lambda _: True, 60)
+        assert not await waiter.until(lambda _: False, 0)
+        assert waiter._waiters == {}
+
+    asyncio.run(run())
 
 
 def test_a_slow_reader_gets_everything_at_once(hits: tuple[World, Server]) -> None:
