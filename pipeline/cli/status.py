@@ -17,16 +17,21 @@ def run_status(url: str, *, as_json: bool) -> int:
     status = fetched(url, "/v1/status", Status, as_json=as_json)
     if status is None:
         return console.OK
-    table = TextTable("partition", "phase", right=("next_offset", "end_offset", "lag", "commit", "staleness", "restore"))
+    owned = ("committed_by",) if any(known(it.owner) for it in status.partitions) else ()
+    figures = ("next_offset", "end_offset", "lag", "commit", "staleness", "restore")
+    table = TextTable("partition", "phase", *owned, right=figures)
     at_ms = known(status.at_ms)
     for it in status.partitions:
         committed_at_ms, staleness_ms = known(it.committed_at_ms), known(it.staleness_ms)
         age_ms = at_ms - committed_at_ms if at_ms and committed_at_ms else None
         stale = "" if staleness_ms is None else f"{staleness_ms:,} ms"
         numbers = ("" if it is None else f"{it:,}" for it in map(known, (it.next_offset, it.end_offset, it.lag)))
-        table.add_row(str(it.partition), it.phase, *numbers, _age(age_ms), stale, _restore(known(it.restore)))
+        owner = (console.printable(known(it.owner) or ""),) if owned else ()
+        table.add_row(str(it.partition), it.phase, *owner, *numbers, _age(age_ms), stale, _restore(known(it.restore)))
     for it in known(status.standbys) or ():
-        table.add_row(str(it.partition), f"standby, {it.phase}", "", "", "", "", "", _restore(known(it.restore)))
+        table.add_row(
+            str(it.partition), f"standby, {it.phase}", *[""] * len(owned), "", "", "", "", "", _restore(known(it.restore))
+        )
     table.print()
     for member in known(status.members) or ():
         print(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")

@@ -40,7 +40,7 @@ function partitions(status) {
     shown(it.next_offset), shown(it.end_offset)]);
   const waiting = status.partitions.filter((it) => it.restore).length;
   const found = [h("p", { class: status.ready ? "good" : "bad" }, status.ready ? "Ready: every partition can be read." :
-    `Not ready: ${waiting ? `${waiting} of ${status.partition_count} partitions are being restored` : "some partitions can't be read yet"}. `
+    `Not ready: ${waiting ? `${waiting} of ${status.partition_count} partitions being restored` : "some partitions can't be read yet"}. `
     + "Views are shown as soon as they can be read."),
   table(`${status.partition_count} partitions`,
     ["partition", "phase", "lag", "staleness", own ? "folded by" : "last commit by", "last commit", "restore", "next offset", "end of the log"],
@@ -74,8 +74,8 @@ function deadLetters(letters) {
   if (letters instanceof Error) return [head, h("p", { class: "soft" }, `This server does not show them: ${letters.message}`)];
   if (!letters.letter_count) return [head, h("p", { class: "good" }, "None.")];
   return [head, table(`${shown(letters.letter_count)} records or groups that could not be folded, the oldest first; pipeline dead-letters shows and replays them`,
-    ["accepted", "view", "series", "partition", "offset", "reason"], letters.letters.map((it) => [moment(it.at_ms), it.view, shown(it.series_count),
-      shown(it.partition), shown(it.offset), it.reason]), new Set([2, 3, 4]))];
+    ["accepted", "view", "reason", "series", "partition", "offset"], letters.letters.map((it) => [moment(it.at_ms), it.view,
+      h("div", { class: "reason" }, it.reason), shown(it.series_count), shown(it.partition), shown(it.offset)]), new Set([3, 4, 5]))];
 }
 
 function definitions(views) {

@@ -222,7 +222,7 @@ class RestoreWait:
         """Reason of the wait; empty as long as records come."""
 
     def note(self, *, came: bool, next_offset: int, barrier: Barrier) -> bool:
-        """Note whether records came since the last call; return whether a transaction is what holds up the restore.
+        """Note whether records came since the last call; return whether the owner's own transaction holds up the restore.
 
         Raises `Discontinuous` if the topic is another one by now.
         """
@@ -233,16 +233,20 @@ class RestoreWait:
             if self._log.topic_id(CHANGELOG) != self._topic_id:
                 raise Discontinuous(f"changelog-{self._partition} was made anew while it was read")
             self._since_s = now_s
-            if self._log.watermarks(CHANGELOG, self._partition).end_offset > barrier.offset:
+            end_offset = self._log.watermarks(CHANGELOG, self._partition).end_offset
+            if end_offset > barrier.offset:
                 self.waiting = ""  # the log lets it be read: the reader stands still
                 return False
+            if end_offset == barrier.offset:
+                self.waiting = f"changelog-{self._partition} lacks the marker of this worker's own record at {end_offset}"
+                _log.warning("partition %d is not ready: %s", self._partition, self.waiting)
+                return True
             self.waiting = (
                 f"changelog-{self._partition} can be read up to {next_offset} only, not up to this worker's own record at"
                 f" {barrier.offset}: a transaction of somebody else is open there, or a leader that was deposed answers."
                 " Find it with kafka-transactions.sh find-hanging, and end it with kafka-transactions.sh abort"
             )
             _log.warning("partition %d is not ready: %s", self._partition, self.waiting)
-            return True
         return False
 
 
@@ -265,8 +269,8 @@ def restore(
 
     Call it once the old owner is fenced, so that the end is a boundary. The end that the log reports counts for nothing: a
     deposed leader that does not know it yet reports an old one, and so does every leader while a foreign transaction is
-    open. While nothing can be read up to the fence record, `fence` writes one more, which is awaited in its place: the
-    broker can have left out the marker of the first (see `KafkaTransaction.commit`), and that of the next stands for both.
+    open. If nothing holds up the reading but the transaction of the fence record itself, the broker has left out its marker
+    (see `KafkaTransaction.commit`): `fence` writes one more, whose marker stands for both, and which is awaited then.
 
     Returns the follower, which knows where the last commit ended and which foreign records it has left out. Raises
     `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end with a whole commit, `StoreAhead` if it
@@ -301,8 +305,8 @@ def restore(
                 follower.apply(records)
             _check_not_missed(follower, barrier)
             if not follower.lineage.passed:
-                held_up = wait.note(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
-                if held_up:
+                is_open = wait.note(came=bool(fetched), next_offset=follower.next_offset, barrier=barrier)
+                if is_open:
                     follower.lineage.awaited = barrier = fence()
             report()
             if stopping():

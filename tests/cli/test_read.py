@@ -21,6 +21,7 @@ from pipeline.core.record import Batch, Definition, Group, producer_id_of, serie
 from pipeline.ports import Message
 from pipeline.topics import DELTAS
 from tests.cli.conftest import Here
+from tests.query.support import World, serving
 from tests.support import PROGRAM, UpProcess, environment
 
 BIG = 2**80
@@ -233,6 +234,17 @@ def test_status(here: Here, server: UpProcess, token: str) -> None:
         [str(it["partition"]), "folding", str(it["next_offset"]), str(it["end_offset"]), "0"] for it in partitions
     ]
     assert lines[-1] == "ready, lag 0 records"
+
+
+def test_status_names_who_committed(here: Here) -> None:
+    """A server that follows workers says whose commit is the last one of each partition; a name can't steer the terminal."""
+    world = World(partition_count=2, name="a:\x1b[2J")
+    world.append(1, Definition("v", "sum"), {(): 1})
+    world.fold()
+    with serving(world) as other:
+        lines = here("status", "--from", other.url).stdout.splitlines()
+    assert lines[0].split()[:3] == ["partition", "phase", "committed_by"]
+    assert [line.split()[1:3] for line in lines[1:3]] == [["folding", "0"], ["folding", "a:\\x1b[2J"]]
 
 
 @pytest.mark.parametrize(

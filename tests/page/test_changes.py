@@ -47,7 +47,7 @@ def test_a_server_that_restores_is_shown_as_such(page: Page, said: list[str]) ->
         for it in (page, other):
             expect(it.get_by_role("alert")).to_contain_text("restoring: about 7 changelog records to go")
             expect(it.locator("#staleness")).to_contain_text("the server is not ready")
-        expect(status.locator("main")).to_contain_text("Not ready: 1 of 4 partitions are being restored")
+        expect(status.locator("main")).to_contain_text("Not ready: 1 of 4 partitions being restored")
         expect(status.locator("tbody tr").first).to_contain_text("100 records to go, about 90.0 s")
         world.ready = True
         expect(page.locator("tbody tr", has_text="eu").locator("td").nth(1)).to_have_text("3")
