@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from pipeline import Publisher
+from pipeline import Publisher, Reader
 from pipeline.cli.live import ChangedLines
 from pipeline.cli.live_table import LiveTable, Numbers, fit
 from pipeline.core.answer import Answer, AsOf, Series
@@ -34,12 +34,13 @@ def publisher(server: UpProcess) -> Iterator[Publisher]:
         yield publisher
 
 
-def sales(publisher: Publisher, name: str) -> Any:
-    """Publish a view of two series of one label."""
+def sales(server: UpProcess, publisher: Publisher, name: str) -> Any:
+    """Publish a view of two series of one label, and wait until both can be read."""
     view = publisher.sum(name, labels=("region",))
     view.add(BIG, region="eu")
     view.add(2, region="us\x1b[31m\t")
-    publisher.flush()
+    with Reader(server.url) as reader:
+        reader.get(name, after=publisher.flush())
     return view
 
 
@@ -49,7 +50,7 @@ def cells(program: Program) -> list[str]:
 
 def test_changes_line_by_line(server: UpProcess, publisher: Publisher, tmp_path: Path) -> None:
     """In a pipe each new value is a line with its staleness, one that is gone is empty, and Ctrl-C ends it with code 0."""
-    view = sales(publisher, "lines")
+    view = sales(server, publisher, "lines")
     with Program("watch", "lines", "--top", "1", "--from", server.url, stderr=tmp_path / "stderr") as program:
         assert cells(program) == ["region", "sum", "staleness_ms"]
         first = cells(program)
@@ -67,7 +68,7 @@ def test_changes_line_by_line(server: UpProcess, publisher: Publisher, tmp_path:
 
 def test_json_lines(server: UpProcess, publisher: Publisher, tmp_path: Path) -> None:
     """With --json each line is a whole answer; `| head` ends the command silently."""
-    view = sales(publisher, "as_json")
+    view = sales(server, publisher, "as_json")
     with Program("watch", "as_json", "--total", "--json", "--from", server.url, stderr=tmp_path / "stderr") as program:
         assert json.loads(program.read_line())["series"] == [{"labels": {}, "value": BIG + 2}]
         view.add(3, region="ap")
@@ -98,7 +99,7 @@ def test_a_wrong_call(
     here: Here, server: UpProcess, publisher: Publisher, arguments: tuple[str, ...], code: int, said: str
 ) -> None:
     """One line on standard error says what is wrong; exit code 2 if the call is wrong, 1 if the server can't answer."""
-    sales(publisher, "wrong")
+    sales(server, publisher, "wrong")
     done = here("watch", *arguments, *(() if "--from" in arguments else ("--from", server.url)))
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
@@ -107,7 +108,7 @@ def test_a_wrong_call(
 def test_a_lost_connection(here: Here, tmp_path: Path) -> None:
     """A server that is killed and started again is said once each; what changed is printed. Stopped, it is printed once."""
     with UpProcess(tmp_path / "data") as up, Publisher(up.url) as publisher:
-        view = sales(publisher, "lost")
+        view = sales(up, publisher, "lost")
         with Program("watch", "lost", "--total", "--from", up.url, stderr=tmp_path / "stderr") as program:
             assert [cells(program)[0] for _ in range(2)] == ["sum", str(BIG + 2)]
             up.kill()
@@ -126,7 +127,7 @@ def test_a_lost_connection(here: Here, tmp_path: Path) -> None:
 
 def test_a_real_terminal(server: UpProcess, publisher: Publisher) -> None:
     """Each frame fits, at 80 columns and after a change to 60, with whole numbers; Ctrl-C leaves the last one behind."""
-    view = sales(publisher, "shown")
+    view = sales(server, publisher, "shown")
     published = False
 
     def enough(written: bytes) -> bool:
