@@ -199,10 +199,16 @@ class ReadService:
             return encoded(answer, request.media_type, kept.etag, parts, request.coding)
         return encoded(answer, request.media_type, kept.etag, (kept.start, end))
 
-    async def read(self, query: Query) -> Answer:
-        """Return the answer of now, which is not encoded. `Unavailable` without time or room."""
+    async def read(self, query: Query) -> tuple[Answer, float]:
+        """Return the answer of now, not encoded, and the seconds that it took. `Unavailable` without time or room."""
         deadline_s = self._pool.deadline_s()
-        return await self._pool.bounded(self._pool.run, lambda: self._reader.read(query, deadline_s=deadline_s))
+        clock = self._reader.clock
+
+        def read() -> tuple[Answer, float]:
+            begun_s = clock.monotonic_s()
+            return self._reader.read(query, deadline_s=deadline_s), clock.monotonic_s() - begun_s
+
+        return await self._pool.bounded(self._pool.run, read)
 
     async def moved(self, since: States | None, timeout_s: float) -> States:
         """Return the positions of the stores, as soon as one is another than in `since` or the time is over."""

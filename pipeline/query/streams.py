@@ -44,8 +44,8 @@ _encode = msgspec.json.Encoder().encode
 class AnswerSource(Protocol):
     """Answers that are to be watched."""
 
-    async def read(self, query: Query) -> Answer:
-        """Return the answer of now. Raises as a read does."""
+    async def read(self, query: Query) -> tuple[Answer, float]:
+        """Return the answer of now, and the seconds that it took, without waiting. Raises as a read does."""
         ...
 
     async def moved(self, since: Any, timeout_s: float) -> Any:
@@ -211,17 +211,16 @@ class _Channel:
     async def _watch(self) -> None:
         since: Any = None
         while True:
-            read_s = self._clock.monotonic_s()
+            took_s = 0.0
             try:
                 since = await self._source.moved(since, 0.0 if since is None else self._heartbeat_s)
                 read_s = self._clock.monotonic_s()
-                answer = await self._source.read(self._query)
+                answer, took_s = await self._source.read(self._query)
                 self._metrics.inc(m.ANSWERS, 1, "streamed")
             except PipelineError as error:
                 self._fail(error)
             else:
                 self._take(answer, read_s)
-            took_s = self._clock.monotonic_s() - read_s
             await asyncio.sleep(max(self._interval_s, _PAUSE_TIMES * took_s))
 
     def _take(self, answer: Answer, read_s: float) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline.core.answer import Answer
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.prometheus import PrometheusMetrics
+from pipeline.core.answer import Answer, AsOf, Series
+from pipeline.core.query import Query
 from pipeline.core.record import Definition
 from pipeline.core.updates import Update, updated
 from pipeline.query.service import _PositionWaiter
-from pipeline.query.streams import UPDATES_MAX
+from pipeline.query.streams import UPDATES_MAX, Streams
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving, wait_until
 
@@ -215,6 +218,33 @@ def test_the_last_reader_leaves_at_a_commit() -> None:
         assert await waiter.until(lambda _: True, 60)
         assert not await waiter.until(lambda _: False, 0)
         assert waiter._waiters == {}
+
+    asyncio.run(run())
+
+
+def test_only_the_work_for_an_answer_is_followed_by_a_pause() -> None:
+    """Time in which an answer waits for an event loop that is busy sending holds up no later answer."""
+
+    class Source:
+        count = 0
+
+        async def moved(self, since: Any, timeout_s: float) -> Any:
+            return object()
+
+        async def read(self, query: Query) -> tuple[Answer, float]:
+            await asyncio.sleep(0.1)
+            self.count += 1
+            return Answer("v", "sum", (), [Series({}, value=self.count)], AsOf(0, {})), 0.0
+
+    async def run() -> None:
+        source = Source()
+        streams = Streams(source, QuerySettings(**FAST), PrometheusMetrics(), SystemClock())
+        async with streams.open(Query("v")) as events, asyncio.timeout(20):
+            begun = time.monotonic()
+            async for _ in events:
+                if source.count == 5:
+                    break
+        assert time.monotonic() - begun < 1.5
 
     asyncio.run(run())
 
