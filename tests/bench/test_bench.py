@@ -15,7 +15,11 @@ from tests.bench.measure import ROOT, Figure, at_least, at_least_times, at_most,
 PIPELINE = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+QUICK = {"fold-unique", "heartbeat", "polling", "restore", "table"}
+"""Benchmarks that take least; the others are run before their numbers are written down."""
+
+
+@pytest.mark.parametrize("name", [it if it in QUICK else pytest.param(it, marks=pytest.mark.long) for it in BENCHMARKS])
 def test_a_benchmark_measures_something(name: str, tmp_path: Path) -> None:
     """Each benchmark runs at a small size, and has a baseline of its own; plots are SVG that loads nothing."""
     rows = run(name, quick=True, plots=tmp_path)
@@ -41,6 +45,7 @@ def test_targets_are_judged() -> None:
     assert [cheaper("n", five, ten, limit).met for limit in (2, 2.1)] == [True, False]
 
 
+@pytest.mark.long
 def test_the_command_prints_rows() -> None:
     """`pipeline bench --json` prints machine and rows; an unknown name is a usage error that lists the names."""
     done = subprocess.run([*PIPELINE, "bench", "restore", "--quick", "--json"], cwd=ROOT, capture_output=True, check=True)

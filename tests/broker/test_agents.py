@@ -50,6 +50,7 @@ def test_private_names(owner: type) -> None:
     assert not missing, f"{owner.__module__}.{owner.__qualname__} has no {', '.join(missing)}: read what became of them"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_graceful_stop_counts_exactly(app: App, tmp_path: Path) -> None:
     """After SIGTERM, while events come and two agents work on one each, exactly what was recorded is committed."""
@@ -200,6 +201,7 @@ def _recorded(role: Any) -> int:
     return int(metric(role, "pipeline_publisher_deltas_total"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_raising_and_undecodable_are_told(app: App, tmp_path: Path) -> None:
     """Events at which an agent raises, and bytes that it can't decode, are logged with their place, counted, and done.

@@ -132,6 +132,7 @@ def test_several_at_once_while_workers_are_killed(app: App, tmp_path: Path) -> N
         assert total(last, "wrong") == PARTITIONS * count * (count + 1) // 2
 
 
+@pytest.mark.long
 def test_a_topic_made_anew_has_letters_of_its_own(app: App, tmp_path: Path) -> None:
     """A letter of deltas made anew counts, although one at the same partition and offset was replayed before."""
     for value in (10, 100):
@@ -147,6 +148,7 @@ def test_a_topic_made_anew_has_letters_of_its_own(app: App, tmp_path: Path) -> N
         create_topics(app.bootstrap, app.app, PARTITIONS, only=("deltas",), deltas={"max.message.bytes": str(SIZE_MAX)})
 
 
+@pytest.mark.long
 def test_large_letters_and_records_of_strangers(app: App, tmp_path: Path) -> None:
     """Letters of many MB next to garbage, in one partition, are listed and replayed, and the garbage is only counted."""
     wide = Definition("wide", "sum", ("n",))

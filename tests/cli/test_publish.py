@@ -333,7 +333,7 @@ def test_into_a_folder_that_a_server_folds_later(tmp_path: Path) -> None:
         assert f"in use by process {up.program.process.pid}" in refused.stderr
 
 
-@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("piped", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_progress_on_a_terminal(server: UpProcess, tmp_path: Path, piped: bool) -> None:
     """A file shows its progress, lines, rate and time left; a pipe, whose end is unknown, lines and rate."""
     file = tmp_path / "rows.csv"

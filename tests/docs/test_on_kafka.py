@@ -37,6 +37,7 @@ def test_the_commands_make_a_pipeline(app: App, tmp_path: Path) -> None:
     assert {"20", "31"} <= set(printed.split())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_workers_with_names_share_the_partitions(app: App, tmp_path: Path) -> None:
     """The documented commands start two workers, and the last one shows their partitions."""

@@ -174,7 +174,7 @@ def test_a_view_that_comes_later(page: Page, server: UpProcess) -> None:
     expect(page.locator("tbody tr td").nth(1)).to_have_text("7")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.long), "dark"])
 def test_it_is_accessible(browser: Browser, server: UpProcess, scheme: Any) -> None:
     """axe finds nothing on any page, in light and dark; everything fits the width of a phone; keys reach everything."""
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)

@@ -266,7 +266,7 @@ def test_a_thread_asks_again_if_others_take_the_room() -> None:
 # With a spool
 
 
-@pytest.mark.parametrize("durability", ["memory", "process"])
+@pytest.mark.parametrize("durability", [pytest.param("memory", marks=pytest.mark.long), "process"])
 def test_batches_on_disk_are_bounded_by_the_disk_alone(tmp_path: Path, down: Down, durability: str) -> None:
     """Many times more than memory holds is recorded while the log is down; at `spool_bytes_max` it waits, then raises.
 

@@ -252,7 +252,8 @@ def no_owner(self: Any, log: Any, transactional_id: str, owner: int) -> None:
 
 
 RARE = {
-    "4: an old store is never rebuilt": 544,
+    "3: the position is one too low": 73,
+    "4: an old store is never rebuilt": 72,
     "a server does not notice how far behind it is": 104,
     "a server never makes an old store anew": 237,
 }
