@@ -153,17 +153,22 @@ class Publisher(BasePublisher):
         return bridge
 
     def close(self, timeout_s: float | None = None) -> Token:
-        """See `BasePublisher.close`; bridges publish the rest before."""
+        """See `BasePublisher.close`; bridges publish the rest before, in the same time."""
         check_fork()
+        end_s = self._clock.monotonic_s() + (self._settings.close_timeout_ms / 1000 if timeout_s is None else timeout_s)
+
+        def left_s() -> float:
+            return max(0.0, end_s - self._clock.monotonic_s())
+
         if not self._runtime.in_own_thread and not in_hub():
             with self._runtime.locks_released():  # in a signal handler this thread can hold what a bridge's thread waits for
                 for bridge in [*self._bridges]:
                     try:
-                        bridge.close()
+                        bridge.close(left_s())
                     except Exception:  # the deltas must be flushed all the same
                         _log.exception("closing a bridge")
         try:
-            return super().close(timeout_s)
+            return super().close(left_s() if self._bridges else timeout_s)
         finally:
             if self._closed:
                 self._leave_registry()

@@ -55,7 +55,7 @@ class BridgeTarget(Protocol):
 
     def last(self, view: str, *, labels: tuple[str, ...]) -> Any: ...
 
-    def flush(self) -> Any: ...
+    def flush(self, timeout_s: float) -> Any: ...
 
 
 class _BridgedSample(NamedTuple):
@@ -168,17 +168,18 @@ class Bridge:
                 self._collecting = 0
         return True
 
-    def close(self) -> None:
-        """Publish everything for the last time. Idempotent."""
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Publish everything for the last time, and wait for room in the buffer for so long at most. Idempotent."""
         with self._closing:  # a second thread waits for the first; both locks can be taken again, by a signal handler
             if self._closed:
                 return
+            end_s = self._clock.monotonic_s() + timeout_s
             self._thread.stop(_JOIN_S)
             for _ in range(_LAST_TRIES):
                 if self.collect():
                     break
                 try:
-                    self._publisher.flush()
+                    self._publisher.flush(max(0.0, end_s - self._clock.monotonic_s()))
                 except PipelineError as error:
                     _log.error("the bridge's rest is lost: %s", error)
                     break

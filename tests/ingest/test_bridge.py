@@ -303,8 +303,8 @@ def test_negative_observations_have_no_monotone_sum() -> None:
     assert world.refused("negative") == 1
 
 
-def test_a_full_buffer_is_waited_for_once_a_look() -> None:
-    """A look, and so a close, waits for room no longer than one series may, however many wait."""
+def test_a_full_buffer_is_waited_for_once_a_look(caplog: pytest.LogCaptureFixture) -> None:
+    """A look waits for room no longer than one series may, however many wait, and a close for as long as it may."""
     world = World(block_timeout_ms=200, buffer_bytes_max=65_536, close_timeout_ms=200)
     world.log.away = True
     counter = Counter("many", "x", ["n"], registry=world.registry)
@@ -315,6 +315,7 @@ def test_a_full_buffer_is_waited_for_once_a_look() -> None:
     assert world.refused("buffer_full") == world.meter.of(m.PUBLISHER_BLOCKED) == 1
     with pytest.raises(Unavailable):
         world.pub.close()
+    assert "the bridge's rest is lost: not acknowledged within 0." in caplog.text
     assert world.meter.of(m.PUBLISHER_BLOCKED) == 2
 
 
