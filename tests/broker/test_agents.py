@@ -433,6 +433,7 @@ async def record(stream):
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_nothing_is_committed_before_its_flush(app: App, tmp_path: Path) -> None:
     """Only events recorded before a flush began are committed; while flushes fail none is, and the failure is logged."""
@@ -519,6 +520,7 @@ def test_the_broker_is_away(broker: Broker, tmp_path: Path) -> None:
         print(sum(times > 1 for times in found.values()), "counted more than once")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_worker_without_agents_beside_it(app: App, tmp_path: Path) -> None:
     """Members that run agents and members that do not share the deltas; the topics of agents go to those that run them."""

@@ -304,7 +304,7 @@ def test_a_publisher_keeps_what_has_no_topic(own: App, tmp_path: Path) -> None:
         delete(own, DELTAS)
         cell.add(2)
         with pytest.raises(Unavailable, match="pipeline topics apply"):
-            publisher.flush(timeout_s=15)
+            publisher.flush(timeout_s=5)
         assert publisher.stats()["rejected"] == 0
         assert pipeline("topics", "apply", "--to", own.url, "--partitions", "1").returncode == 0
         publisher.flush(timeout_s=60)

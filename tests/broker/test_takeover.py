@@ -77,6 +77,7 @@ def world(app: App) -> Iterator[_World]:
     it.log.close()
 
 
+@pytest.mark.long
 def test_a_hanging_transaction_on_the_changelog(world: _World) -> None:
     """Nothing is committed past the transaction and nobody is ready behind it; once it is over, both numbers are exact."""
     first = world.owner()
