@@ -45,7 +45,7 @@ class WatchLink:
         self._on_end = on_end
         self._pid = os.getpid()
         self._started = False
-        self._closed = threading.Event()
+        self._closed = False  # no Event: `close` may interrupt a call that holds its lock
         self._ended = False
         self._error: BaseException | None = None
         self._stream: EventStream | None = None
@@ -60,9 +60,10 @@ class WatchLink:
         """Start to read, at the first call."""
         if self._pid != os.getpid():
             raise Invalid("a watch from before a fork: make one in each process")
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._run, name="pipeline-watch", daemon=True).start()
+        with self.changed:
+            if not self._started:
+                threading.Thread(target=self._run, name="pipeline-watch", daemon=True).start()
+                self._started = True
 
     def ready(self, waiter: Callable[[], object] | None = None) -> bool:
         """Return whether `take` would not wait; if it would, have another thread call `waiter` once it would not."""
@@ -80,20 +81,20 @@ class WatchLink:
         with self.changed:
             while not self._news and not self._ended:
                 self.changed.wait()
-            if self._news and not self._closed.is_set():
+            if self._news and not self._closed:
                 self._news, self.problem = False, self._problem
                 return self._aged()
             error, self._error = self._error, None
-        if error is not None and not self._closed.is_set():
+        if error is not None and not self._closed:
             raise error
         return None
 
     def close(self) -> None:
-        """End the watch, also while it is waited for in another thread. May be called twice."""
-        self._closed.set()
+        """End the watch, also while it is waited for in another thread. May be called twice, and by a signal handler."""
         if self._pid != os.getpid():
-            return  # the connection is the parent's
+            return  # the connection is the parent's, and a thread of the parent may have held the lock at the fork
         with self.changed:
+            self._closed = True
             if self._stream is not None:
                 self._stream.interrupt()
             self._finish()
@@ -143,7 +144,7 @@ class WatchLink:
     def _follow(self) -> None:
         """Take events until the watch is closed; come back whenever the connection is lost."""
         pause_s = _PAUSE_S
-        while not self._closed.is_set():
+        while not self._closed:
             number = self._arrived_s
             error: PipelineError = Unavailable(f"{self._client.url}: the stream has ended")
             try:
@@ -155,14 +156,16 @@ class WatchLink:
             self._tell(problem=error)
             pause_s = _PAUSE_S if self._arrived_s != number else min(2 * pause_s, _PAUSE_S_MAX)
             # Many clients of a server that was started again come one after the other.
-            self._closed.wait(pause_s * (0.5 + int(self._clock.new_id()[:4], 16) / 2**17))
+            with self.changed:
+                if not self._closed:
+                    self.changed.wait(pause_s * (0.5 + int(self._clock.new_id()[:4], 16) / 2**17))
 
     def _take_events(self) -> None:
         path, _, query = self._path.partition("?")
         stream = self._client.stream(f"{path}/stream?{query}", timeout_s=self._limit_s, last_id=self._last_id)
         try:
             with self.changed:
-                if self._closed.is_set():
+                if self._closed:
                     return
                 self._stream = stream
             parser = EventParser()

@@ -2,13 +2,16 @@
 
 import asyncio
 import gc
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -234,6 +237,48 @@ def test_a_watch_from_before_a_fork(hits: Server) -> None:
         watch._link._pid = pid
         watch = reader.watch("hits")
         assert next(watch) is not None
+
+
+def test_a_close_after_a_fork_takes_no_lock() -> None:
+    """A child that closes its parent's watch does not wait for a lock that a thread of the parent held at the fork."""
+    with Reader("http://127.0.0.1:1") as reader:
+        watch = reader.watch("hits")
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with ExitStack() as stack:
+                for it in vars(watch._link).values():
+                    if isinstance(it, threading.Event | threading.Condition):
+                        stack.enter_context(getattr(it, "_cond", it))
+                held.set()
+                release.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(2)
+            watch.close()
+            os._exit(0)
+        release.set()
+        thread.join()
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_thread_that_can_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch whose thread could not be started raises that, and starts it at the next call."""
+    with Reader("http://127.0.0.1:1") as reader:
+        watch = reader.watch("hits")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+            with pytest.raises(RuntimeError, match="can't start"):
+                next(watch)
+        watch._link.start()
+        wait_until(watch._link.ready)
+        with pytest.raises(Unavailable):
+            next(watch)
 
 
 def test_async_watches(hits: Server) -> None:
