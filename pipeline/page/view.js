@@ -25,7 +25,7 @@ export function showView(main, name, state, go) {
   /** Looks for the view's definitions again and again: a view exists once its first delta is folded, and can change later. */
   async function look() {
     try {
-      const { views } = await fetchJson("v1/views", undefined, stop.signal);
+      const { views } = await fetchJson("v1/views", undefined, stop.signal, !shownOf);
       const definitions = views.filter((it) => it.name === name);
       const definition = definitions.find((it) => it.answers) ?? definitions[0];
       if (definition) showOnce(definition, definitions);
