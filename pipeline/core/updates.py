@@ -43,7 +43,7 @@ def update_of(before: Answer, after: Answer) -> Update | None:
         known = old.get(key)
         if known is None:
             changed.append(series)
-        elif (points := _changed_points(known, series, _first_ms(after))) is None:
+        elif [*known.labels] != [*series.labels] or (points := _changed_points(known, series, _first_ms(after))) is None:
             gone.append(series.labels)
             changed.append(series)
         elif points or not _same(known.value, series.value):

@@ -1,8 +1,10 @@
 /** Talks to the server: single answers, streams of answers, and the badge that says how stale they are. */
 
 const badge = document.getElementById("staleness");
-const LATE_MS = 2_000;
+const LATE_MS = 4_000; // a stream without news has an event every 2 to 3 s (`stream_heartbeat_ms`)
 const BAD_MS = 10_000;
+const REASON_MS = 10_000;
+const AWAY = "the server does not answer";
 let newest = null; // staleness_ms of the newest answer, and when it came
 let refusal = "";
 
@@ -46,8 +48,21 @@ export function parse(text) {
       ? BigInt(context.source) : value));
 }
 
-/** Returns the answer to a GET or, with a body, to a POST. Throws an error with the server's words. */
-export async function fetchJson(path, body, signal) {
+/** Returns why a request has failed, in the server's words. */
+export async function reason(response) {
+  try {
+    const { detail, title } = parse(await response.text());
+    return detail || title || `HTTP ${response.status}`;
+  } catch {
+    return `HTTP ${response.status}`;
+  }
+}
+
+/**
+ * Returns the answer to a GET or, with a body, to a POST. Throws an error with the server's words.
+ * With `noted` false the badge stays as it is: the page shows numbers of another request.
+ */
+export async function fetchJson(path, body, signal, noted = true) {
   let response;
   try {
     response = await fetch(path, body === undefined
@@ -55,23 +70,23 @@ export async function fetchJson(path, body, signal) {
       : { signal, method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    refusal = "the server does not answer";
+    if (noted) refusal = AWAY;
     showStaleness();
-    throw new Error(refusal);
+    throw new Error(AWAY);
+  }
+  if (!response.ok) {
+    if (noted && response.status === 503) refusal = "the server is not ready";
+    showStaleness();
+    throw new Error(await reason(response));
   }
   const text = await response.text();
-  let answer = { detail: `HTTP ${response.status}` };
+  let answer;
   try {
     answer = parse(text);
   } catch {
-    if (response.ok) throw new Error("not an answer of this API");
+    throw new Error("not an answer of this API");
   }
-  if (!response.ok) {
-    if (response.status === 503) refusal = "the server is not ready";
-    showStaleness();
-    throw new Error(answer.detail || answer.title);
-  }
-  if (answer.as_of) note(answer.as_of);
+  if (noted && answer.as_of) note(answer.as_of);
   return answer;
 }
 
@@ -99,11 +114,13 @@ export function watch(view, query, onAnswer, onProblem) {
       const { detail, title } = parse(event.data);
       onProblem(detail || title);
     });
-    source.onerror = () => {
+    source.onerror = async () => {
       refusal = "connection lost";
       showStaleness();
       if (source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself
-      fetchJson(path(view, query)).catch((error) => { if (!stopped) onProblem(error.message); });
+      const why = await refused(source.url);
+      if (stopped) return;
+      if (why) onProblem(why);
       retry = setTimeout(open, 2_000);
     };
   }
@@ -121,6 +138,18 @@ export function watch(view, query, onAnswer, onProblem) {
     clearTimeout(retry);
     source.close();
   };
+}
+
+/** Returns why the server refuses a stream, which an EventSource does not tell, or nothing if it gives one now. */
+async function refused(address) {
+  try {
+    const response = await fetch(address, { headers: { Accept: "text/event-stream" }, signal: AbortSignal.timeout(REASON_MS) });
+    if (!response.ok) return await reason(response);
+    await response.body.cancel();
+    return "";
+  } catch {
+    return AWAY;
+  }
 }
 
 export function key(labels) {

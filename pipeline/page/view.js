@@ -1,6 +1,6 @@
 /** The page of one view: what to select, a chart and a table that move with every commit, and lines to copy. */
 
-import { fetchJson, key, path, watch } from "./api.js";
+import { fetchJson, key, path, reason, watch } from "./api.js";
 import { bars, color, Heatmap, Lines, LINES_MAX } from "./chart.js";
 import { h, problem, shown, table } from "./dom.js";
 import { BAND, described, drawn, kind, QUANTILES } from "./kinds.js";
@@ -25,7 +25,7 @@ export function showView(main, name, state, go) {
   /** Looks for the view's definitions again and again: a view exists once its first delta is folded, and can change later. */
   async function look() {
     try {
-      const { views } = await fetchJson("v1/views", undefined, stop.signal);
+      const { views } = await fetchJson("v1/views", undefined, stop.signal, !shownOf);
       const definitions = views.filter((it) => it.name === name);
       const definition = definitions.find((it) => it.answers) ?? definitions[0];
       if (definition) showOnce(definition, definitions);
@@ -42,8 +42,10 @@ export function showView(main, name, state, go) {
     const wanted = JSON.stringify([of, window_s, monotone, labels]);
     if (wanted === shownOf) return;
     close();
-    shownOf = wanted;
+    close = () => {};
+    shownOf = "";
     close = run(place, definition, labels, state, go);
+    shownOf = wanted; // not before: `look` shows why `run` fails
   }
 
   look();
@@ -61,18 +63,20 @@ function run(place, definition, labels, state, go) {
   const lines = new Lines(chart);
   const heatmap = definition.kind === "histogram" && read.windowed ? new Heatmap(heat) : null;
   const history = new Map(); // of views without windows: by series, the points since this page is open
+  const unsaved = h("div");
   const link = h("p", {}, h("a", { href: path(definition.name, read.query), download: `${definition.name}.csv`,
-    onclick: (event) => downloadCsv(event, definition.name, read.query) }, "Download as CSV"));
+    onclick: (event) => downloadCsv(event, definition.name, read.query, unsaved) }, "Download as CSV"));
   place.replaceChildren(h("p", { class: "soft about" }, `${described(definition)}${labels.length ? ` by ${labels.join(", ")}` : ""}`),
     ...controls(definition, labels, state, go), trouble,
-    h("div", { class: "columns" }, h("div", {}, chart, ...(heatmap ? [heat] : [])), h("div", {}, rows, link)),
+    h("div", { class: "columns" }, h("div", {}, chart, ...(heatmap ? [heat] : [])), h("div", {}, rows, link, unsaved)),
     h("h2", {}, "The same elsewhere"), copyLines(definition, read, state));
 
   function show(answer) {
     trouble.replaceChildren();
     const series = answer.series.map((it) => ({ ...it, name: Object.values(it.labels).join(" · ") || "all" }));
     const points = read.windowed ? series.map((it) => it.points ?? []) : series.map((it) => remember(history, definition, it));
-    const order = [...series.keys()].sort((a, b) => (points[b].at(-1)?.[1] ?? 0) - (points[a].at(-1)?.[1] ?? 0));
+    const last = points.map((it) => drawn(definition.kind, it.at(-1)?.[1]) ?? 0);
+    const order = [...series.keys()].sort((a, b) => last[b] - last[a]);
     const rate = rises(definition);
     const drawnAs = (it) => [it[0], typeof it[1] === "object" || !read.windowed ? drawn(definition.kind, it[1]) : Number(it[1])];
     const kept = answer.series.length > LINES_MAX ? order.slice(0, LINES_MAX) : [...series.keys()];
@@ -227,24 +231,37 @@ function dot(fill) {
   return it;
 }
 
-async function downloadCsv(event, name, query) {
+/** Saves the answer to a read as a file, or shows in `unsaved` why there is none. */
+async function downloadCsv(event, name, query, unsaved) {
   event.preventDefault();
-  const answer = await fetch(path(name, query), { headers: { Accept: "text/csv" } });
-  const link = h("a", { href: URL.createObjectURL(await answer.blob()), download: `${name}.csv` });
-  link.click();
-  URL.revokeObjectURL(link.href);
+  try {
+    const answer = await fetch(path(name, query), { headers: { Accept: "text/csv" } });
+    if (!answer.ok) throw new Error(await reason(answer));
+    const link = h("a", { href: URL.createObjectURL(await answer.blob()), download: `${name}.csv` });
+    link.click();
+    URL.revokeObjectURL(link.href);
+    unsaved.replaceChildren();
+  } catch (error) {
+    unsaved.replaceChildren(problem(`Nothing was saved: ${error.message}`));
+  }
 }
 
 function copyLines(definition, read, state) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const address = `${location.origin}${location.pathname}${path(definition.name, { ...read.query, q: [], limit: null })}`;
   const options = [...read.query.where.map((it) => `--where ${quoted(it)}`), ...read.by.map((it) => `--by ${quoted(it)}`),
-    ...(read.by.length ? [] : ["--total"]), ...(read.windowed && read.span ? [`--last ${Math.round(read.span)}s --step ${read.query.step}s`] : []),
+    ...(read.by.length ? [] : ["--total"]), ...(read.windowed ? [...rangeOf(read), `--step ${read.query.step}s`] : []),
     ...(read.query.fn ? [`--fn ${read.query.fn}`] : [])];
   return h("div", { class: "panel copy" }, [["Link", location.href], ["curl", `curl -sf ${quoted(address)}`],
     ["Shell", `pipeline get ${quoted(definition.name)} --from ${location.origin} ${options.join(" ")}`],
     ["PromQL", promql(definition, read)]].flatMap(([name, text]) => [h("span", { class: "soft" }, name), h("pre", {}, text),
     h("button", { type: "button", "aria-label": `Copy ${name}`, onclick: () => navigator.clipboard.writeText(text) }, "Copy")]));
+}
+
+/** Returns the options of `pipeline get` for what the read covers. */
+function rangeOf({ query, span }) {
+  if (!query.start) return [`--last ${span}s`];
+  return [`--start ${query.start}`, ...(query.end ? [`--end ${query.end}`] : [])];
 }
 
 /** Returns the expression for what `GET /v1/openmetrics` exposes of the view. */

@@ -159,8 +159,14 @@ class GatherService:
 
     async def _read(self, queries: _Numbered, request: Waiting, deadline_s: float, *, allow_partial: bool) -> list[Answer]:
         now_ms, views = self.clock.now_ms(), sorted({query.view for _, query in queries})
+        plans, are_new = [self._plans.get(shape(query)) for _, query in queries], False
         for _ in range(_TRIES):
-            planned = self._planned(queries, now_ms)
+            try:
+                planned = self._planned(queries, plans, now_ms)
+            except Invalid:
+                if are_new:
+                    raise
+                planned = []  # a query that does not fit the remembered definitions may fit those that there are by now
             asked = StatesAsked(
                 PARTS_VERSION,
                 [],
@@ -171,17 +177,17 @@ class GatherService:
                 request.timeout_ms,
             )
             gathered = await self._gather(asked, deadline_s, request.after, allow_partial=allow_partial)
-            plans = await self._plans_of(queries, request, gathered, deadline_s)
-            if [it.plan for it in planned] == plans:
+            found = await self._plans_of(queries, request, gathered, deadline_s)
+            if [it.plan for it in planned] == found:
                 count = sum(len(found.states) for part in gathered.parts for found in part.found.reads)
                 return await self._here_or_not(count, partial(self._build_all, queries, planned, gathered, deadline_s))
+            plans, are_new = [*found], True
         raise Unavailable(f"view {views[0]}: its definitions change faster than they are read; try again")
 
-    def _planned(self, queries: _Numbered, now_ms: int) -> list[_PlannedRead]:
-        """Return what each query needs by the definitions as they were before; nothing while those of one are unknown."""
+    def _planned(self, queries: _Numbered, plans: Sequence[GatherPlan | None], now_ms: int) -> list[_PlannedRead]:
+        """Return what each query needs by these definitions; nothing while those of one are unknown."""
         planned: list[_PlannedRead] = []
-        for index, query in queries:
-            plan = self._plans.get(shape(query))
+        for (index, query), plan in zip(queries, plans, strict=True):
             if plan is None:
                 return []
             with _naming(index):

@@ -216,7 +216,10 @@ class Points:
 
     def _points(self, buckets: Buckets, total: Mapping[int, Any]) -> list[Point]:
         values: Mapping[int, Any] = self._values(buckets)
+        zero_from_ms = self.expired_before_ms
         if self._query.fn is not None:
             kept = -((self.span.covered_ms - self.expired_before_ms) // self.span.step_ms)
             values = derived(self._query.fn, dict(values), self.span, window_ms=self._window_ms, total=total, kept=kept)
-        return filled(self.span, values, self._query.range.fill, zero_from_ms=self.expired_before_ms)
+            if self._query.fn == "delta":  # a first point has none, as nothing is known of the one before
+                zero_from_ms = self.span.covered_ms + (max(0, kept) + 1) * self.span.step_ms
+        return filled(self.span, values, self._query.range.fill, zero_from_ms=zero_from_ms)

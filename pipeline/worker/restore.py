@@ -218,13 +218,17 @@ class RestoreWait:
         self._clock = clock
         self._topic_id = topic_id
         self._since_s = clock.monotonic_s()
+        self._own: set[int] = set()
+        """Offsets of the fence records that were waited for."""
         self.waiting = ""
         """Reason of the wait; empty as long as records come."""
 
     def note(self, *, came: bool, next_offset: int, barrier: Barrier) -> bool:
-        """Note whether records came since the last call; return whether the owner's own transaction holds up the restore.
+        """Note whether records came since the last call; return whether the owner is to write a further fence record.
 
-        Raises `Discontinuous` if the topic is another one by now.
+        It is, if the last stable offset is that of one of its fence records, whose marker is missing then, and once in any
+        case: the marker of the last owner's commit can be missing, too. Raises `Discontinuous` if the topic is another one
+        by now.
         """
         now_s = self._clock.monotonic_s()
         if came:
@@ -237,16 +241,20 @@ class RestoreWait:
             if end_offset > barrier.offset:
                 self.waiting = ""  # the log lets it be read: the reader stands still
                 return False
-            if end_offset == barrier.offset:
-                self.waiting = f"changelog-{self._partition} lacks the marker of this worker's own record at {end_offset}"
-                _log.warning("partition %d is not ready: %s", self._partition, self.waiting)
-                return True
+            is_first = not self._own
+            self._own.add(barrier.offset)
+            is_marker_missing = is_first or end_offset in self._own
             self.waiting = (
                 f"changelog-{self._partition} can be read up to {next_offset} only, not up to this worker's own record at"
-                f" {barrier.offset}: a transaction of somebody else is open there, or a leader that was deposed answers."
+                f" {barrier.offset}: "
+            ) + (
+                "the broker may have left out a marker, so one more is written"
+                if is_marker_missing
+                else "a transaction of somebody else is open there, or a leader that was deposed answers."
                 " Find it with kafka-transactions.sh find-hanging, and end it with kafka-transactions.sh abort"
             )
             _log.warning("partition %d is not ready: %s", self._partition, self.waiting)
+            return is_marker_missing
         return False
 
 
@@ -269,8 +277,8 @@ def restore(
 
     Call it once the old owner is fenced, so that the end is a boundary. The end that the log reports counts for nothing: a
     deposed leader that does not know it yet reports an old one, and so does every leader while a foreign transaction is
-    open. If nothing holds up the reading but the transaction of the fence record itself, the broker has left out its marker
-    (see `KafkaTransaction.commit`): `fence` writes one more, whose marker stands for both, and which is awaited then.
+    open. The broker can have left out the marker of the fence record, or of what is before it (see
+    `KafkaTransaction.commit`): `fence` writes one more, whose marker stands for all, and which is awaited then.
 
     Returns the follower, which knows where the last commit ended and which foreign records it has left out. Raises
     `NotReady` if `stopping` turns true, `StoreCorrupt` if the changelog does not end with a whole commit, `StoreAhead` if it

@@ -85,6 +85,15 @@ def test_updates_make_the_answer_of_a_read(history: list[Answer]) -> None:
     assert reached.series == newest.series
 
 
+def test_labels_with_other_names() -> None:
+    """A series with the values of one before, but other names of labels, takes its place."""
+    before = Answer("v", "sum", None, [Series({"region": "x"}, 1)], AsOf(0, {}))
+    after = Answer("v", "sum", None, [Series({"zone": "x"}, 1), Series({"zone": "y"}, 2)], AsOf(0, {}))
+    update = update_of(before, after)
+    assert update is not None
+    assert updated(before, update).series == after.series
+
+
 def test_an_update_has_only_what_changed() -> None:
     """Series and points that stay as they are do not travel; an answer that is only newer is no update."""
     a, b = Series({"p": "a"}, points=[(0, 1), (10, 2)]), Series({"p": "b"}, points=[(0, 5)])

@@ -1,5 +1,7 @@
 """The page while a server or a view changes under it, and the page of the server's state."""
 
+import re
+import threading
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from pipeline.core.answer import PartitionStatus, RestoreStatus, Status
 from pipeline.core.record import Definition
-from pipeline.settings import WorkerSettings
+from pipeline.settings import QuerySettings, WorkerSettings
 from tests.query.support import Server, World, serving
 
 HITS = Definition("hits", "sum", ("region",))
@@ -25,6 +27,14 @@ class _Restoring(World):
         return Status(
             ready=self.ready, role="server", series_max=10, partition_count=len(self.partitions), partitions=[first, *others]
         )
+
+
+NOTE_BADGE = """() => {
+    const badge = document.getElementById("staleness");
+    window.noted = [];
+    new MutationObserver(() => window.noted.push(badge.textContent)).observe(badge, { childList: true });
+}"""
+"""Keeps all texts of the badge from now on."""
 
 
 def drop(server: Server, view: str) -> None:
@@ -73,6 +83,48 @@ def test_a_view_that_is_dropped_and_comes_back_otherwise(page: Page) -> None:
         expect(page.get_by_role("alert")).to_have_count(0)
         expect(page.get_by_label("zone")).to_be_checked()
         expect(page.get_by_label("region")).to_have_count(0)
+
+
+def test_a_stream_that_is_stuck(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The badge tells the staleness of the numbers that are shown, whatever else the server answers meanwhile."""
+    world = World()
+    world.publish(HITS, {("eu",): 3})
+    read, computed = world.reader.read, threading.Event()
+    with serving(world) as server, world.folding():
+        page.goto(f"{server.url}/#/view/hits")
+        cell = page.locator("tbody tr", has_text="eu").locator("td").nth(1)
+        expect(cell).to_have_text("3")
+        monkeypatch.setattr(world.reader, "read", lambda *asked, **how: computed.wait(60) and read(*asked, **how))
+        world.append(0, HITS, {("eu",): 100})
+        try:
+            expect(page.locator("#staleness")).to_contain_text(re.compile("at most ([4-9]|1[0-9]) s stale"))
+            page.evaluate(NOTE_BADGE)
+            with page.expect_response("**/v1/views") as looked:
+                pass
+            looked.value.finished()
+            page.wait_for_timeout(600)
+            assert not [it for it in page.evaluate("window.noted") if re.search("at most [12] s", it)]
+        finally:
+            computed.set()
+        expect(cell).to_have_text("103")
+
+
+def test_a_stream_that_is_refused(page: Page) -> None:
+    """A page whose stream is refused shows the server's words and a red badge until it gets one."""
+    world = World(settings=QuerySettings(streams_max=1))
+    world.publish(HITS, {("eu",): 3})
+    other = page.context.new_page()
+    with serving(world) as server, world.folding():
+        other.goto(f"{server.url}/#/view/hits")
+        expect(other.locator("tbody tr")).to_have_count(1)
+        page.goto(f"{server.url}/#/view/hits")
+        expect(page.get_by_role("alert")).to_contain_text("1 streams are open; no more are taken", timeout=8_000)
+        expect(page.locator("#staleness")).to_contain_text("connection lost")
+        expect(page.locator("#staleness")).to_have_class("badge bad")
+        other.close()
+        expect(page.locator("tbody tr")).to_have_count(1)
+        expect(page.get_by_role("alert")).to_have_count(0)
+        expect(page.locator("#staleness")).to_have_class("badge good")
 
 
 def test_a_label_that_is_added(page: Page, said: list[str]) -> None:

@@ -1,6 +1,8 @@
 """The live page in Chromium: right numbers, hostile labels, a server that is away, other readers than eyes and mice."""
 
 import json
+import shlex
+import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 from pipeline import Publisher
 from pipeline.core.updates import update_of
 from tests.core.test_updates import histories
+from tests.preloaded import PROGRAM
 from tests.support import UpProcess
 
 EVIL = (
@@ -44,7 +47,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
                 publisher.distinct("users").observe(f"user{number}")
                 publisher.topk("products").observe(("tea", "coffee", "milk")[number % 3])
             publisher.last("note").set("all quiet")
-            publisher.sum("large").add(2**70 + 1)
+            for region, value in (("eu", 2**70 + 1), ("us", 0)):
+                publisher.sum("large", labels=("region",)).add(value, region=region)
             publisher.flush()
         yield it
 
@@ -100,7 +104,8 @@ def test_numbers_move_when_deltas_come(page: Page, server: UpProcess, said: list
         ("view/products", ["tea", "coffee", "milk", "66"]),
         ("view/visits?by=region&range=24+h&fn=value", ["eu", "5"]),
         ("view/note", ["all quiet"]),
-        ("view/large", ["1,180,591,620,717,411,303,425"]),
+        ("view/large?by=-", ["1,180,591,620,717,411,303,425"]),
+        ("view/large?by=region", ["1,180,591,620,717,411,303,425", "us"]),
         ("status", ["partition", "staleness"]),
     ],
 )
@@ -134,15 +139,36 @@ def test_labels_are_data(page: Page, server: UpProcess, said: list[str]) -> None
 
 
 def test_wrong_input_is_told(page: Page, server: UpProcess) -> None:
-    """A condition that is wrong shows the server's words, and the page goes on."""
+    """A condition that is wrong shows the server's words, saves no file, and the page goes on; a wrong time is told, too."""
+    files: list[str] = []
+    page.on("download", lambda file: files.append(file.suggested_filename))
+    show(page, server, "view/visits?range=own&start=garbage")
+    expect(page.get_by_role("alert")).to_contain_text("Invalid time value")
     show(page, server, "view/orders")
     page.get_by_label("Only series with").fill("region=~(")
     page.get_by_role("button", name="Show").click()
     expect(page.get_by_role("alert")).to_contain_text("region")
+    page.get_by_role("link", name="Download as CSV").click()
+    expect(page.get_by_role("alert").nth(1)).to_contain_text("Nothing was saved: ")
+    assert files == []
     page.get_by_label("Only series with").fill("region=us")
     page.get_by_role("button", name="Show").click()
     expect(page.locator("tbody tr")).to_have_count(1)
     assert "where=region%3Dus" in page.url
+
+
+def test_lines_to_copy_read_what_is_shown(page: Page, server: UpProcess) -> None:
+    """The lines for curl and the shell get the same points of a range that the reader of the page has chosen."""
+    show(page, server, "view/visits?by=region&range=own&start=2026-01-01T10:00&end=2026-01-01T11:00&fn=value")
+    curl, shell = (
+        page.locator(f"pre:right-of(:text-is('{name}'))").first.text_content() or "" for name in ("curl", "Shell")
+    )
+    asked = page.request.get(shlex.split(curl)[-1]).json()
+    assert asked["end_ms"] - asked["start_ms"] == 3_600_000
+    said = subprocess.run([*PROGRAM, *shlex.split(shell)[1:], "--json"], capture_output=True, check=True, timeout=60).stdout
+    answer = json.loads(said)
+    for name in ("start_ms", "end_ms", "step_ms", "series"):
+        assert answer[name] == asked[name]
 
 
 def test_a_server_that_is_away_is_told(page: Page, tmp_path: Path) -> None:

@@ -244,6 +244,21 @@ def test_ranges_are_compared_as_by_one_server(world: World) -> None:
     assert all_gathered(service, others) == expected[1:]
 
 
+def test_definitions_that_change_are_noticed_by_any_query() -> None:
+    """A query that fits today's definitions is answered, also if it does not fit those of the read before."""
+    world = World(PARTITIONS, clock=HandClock(), settings=SETTINGS)
+    by_region, by_product = Query("hits", by=("region",)), Query("hits", by=("product",))
+    world.publish(Definition("hits", "sum", ("region",)), {("eu",): 3})
+    service = gather_of([LocalPart("s0", world.part(0, 1)), LocalPart("s1", world.part(2, 3))], world.clock)
+    assert gathered(service, by_region) == whole(world.reader, by_region)
+    for _ in range(2):
+        with pytest.raises(Invalid, match="product"):
+            gathered(service, by_product)
+    world.publish(Definition("hits", "sum", ("region", "product")), {("eu", "tea"): 2})
+    assert gathered(service, by_product) == whole(world.reader, by_product)
+    assert all_gathered(service, [by_region, by_product]) == [whole(world.reader, it) for it in (by_region, by_product)]
+
+
 def test_several_queries_are_of_one_moment(small: World) -> None:
     """The states for all queries come in one answer of each server, so that no commit lies between them."""
     servers = [LocalPart("s0", small.part(0, 1)), LocalPart("s1", small.part(2, 3))]

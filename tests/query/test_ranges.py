@@ -222,6 +222,9 @@ def test_what_has_expired_is_not_known_to_be_zero() -> None:
     for answer in (read(world, pinned), scanned(world.reader, pinned)):
         assert points(answer) == {("a",): [(0, None), (W, None), (2 * W, 1), (3 * W, 1)]}
         assert answer.expired_before_ms == 2 * W
+    for fn, known in (("delta", [0]), ("rate", [1_000 / W, 1_000 / W]), ("cumulative", [1, 2])):
+        derived = points(read(world, Query("v", (parse_matcher("x=a"),), range=asked, fn=fn)))[("a",)]
+        assert [value for _, value in derived] == [*[None] * (4 - len(known)), *map(pytest.approx, known)], fn
     world.expire(definition, 50 * W, 0)
     assert read(world, pinned).series == scanned(world.reader, pinned).series == []
 

@@ -142,24 +142,31 @@ def test_a_hanging_transaction_that_pins_the_last_stable_offset(world: _World) -
     assert not world.told[-1].waiting
 
 
-def test_a_fence_record_whose_marker_is_left_out(world: _World) -> None:
-    """A start that can't read its own fence record writes one more, whose marker stands for both, and goes on behind it."""
-    two_commits(world)
-    fences = lambda: [row.offset for row in world.log.partition(CHANGELOG, 0).rows if row.key == FENCE_KEY]  # noqa: E731
-    count, end_offset = len(fences()), world.end()
-    world.log.hold_back(CHANGELOG, 0, end_offset)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("from_commit", [False, True], ids=["of fences", "of a commit and fences"])
+def test_markers_that_are_left_out(world: _World, count: int, from_commit: bool) -> None:
+    """A start that can't read its own fence record writes more, until a marker stands for all, and goes on behind it.
+
+    Each of `count` transactions lacks its marker: of the start alone, or the first one is the last owner's commit.
+    """
+    committed_end = two_commits(world)
+    rows = world.log.partition(CHANGELOG, 0).rows
+    before, end_offset = len(rows), world.end()
+    world.log.hold_back(CHANGELOG, 0, committed_end if from_commit else end_offset)
     transaction = world.log.transaction
+    written = 0
 
     def new_transaction(name: str) -> Transaction:
         made = transaction(name)
         commit = made.commit
 
         def committed(*arguments: Any, **options: Any) -> list[int]:
-            is_next = len(fences()) > count  # the transaction behind the one whose marker was left out
+            nonlocal written
             offsets = commit(*arguments, **options)
-            if is_next:
+            if written == count - from_commit:
                 world.log.show()
                 world.log.compact(CHANGELOG, 0, world.end())  # which leaves the newest fence record only
+            written += 1
             return offsets
 
         made.commit = committed  # type: ignore[method-assign]
@@ -168,7 +175,8 @@ def test_a_fence_record_whose_marker_is_left_out(world: _World) -> None:
     world.log.transaction = new_transaction  # type: ignore[method-assign]
     begun_s = world.clock.s
     owner = world.owner(stopping=lambda: world.clock.s > begun_s + 5 * PATIENCE_S)
-    assert fences()[-1] > end_offset
+    assert written == count - from_commit + 1
+    assert len(world.log.partition(CHANGELOG, 0).rows) < before + written, "compacted"
     assert series_of(owner.store) == {"x": 11, "y": 11}
     world.send(x=1)
     fold_all(world.log, owner)
