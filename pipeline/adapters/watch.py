@@ -51,6 +51,7 @@ class WatchLink:
         self._stream: EventStream | None = None
         self._answer: Answer | None = None
         self._arrived_s = 0.0
+        """Time at which the first byte of the newest answer came, from which its staleness grows."""
         self._last_id = ""
         self._news = False
         """True while there is something that was not taken: an event, or a failed attempt to connect."""
@@ -107,11 +108,13 @@ class WatchLink:
         as_of = msgspec.structs.replace(answer.as_of, staleness_ms=answer.as_of.staleness_ms + since_ms)
         return msgspec.structs.replace(answer, as_of=as_of)
 
-    def _tell(self, *, answer: Answer | None = None, problem: PipelineError | None = None) -> None:
+    def _tell(
+        self, *, answer: Answer | None = None, arrived_s: float | None = None, problem: PipelineError | None = None
+    ) -> None:
         with self.changed:
             self._problem = problem
             if answer is not None:
-                self._answer, self._arrived_s = answer, self._clock.monotonic_s()
+                self._answer, self._arrived_s = answer, self._clock.monotonic_s() if arrived_s is None else arrived_s
             self._news = True
             self._wake()
 
@@ -169,15 +172,20 @@ class WatchLink:
                     return
                 self._stream = stream
             parser = EventParser()
+            begun_s = 0.0
             while data := stream.read():
+                now_s = self._clock.monotonic_s()
+                if not parser.within_event:
+                    begun_s = now_s
                 for event in parser.feed(data):
-                    self._take_event(event)
+                    self._take_event(event, begun_s)
+                    begun_s = now_s
         finally:
             with self.changed:
                 self._stream = None
             stream.close()
 
-    def _take_event(self, event: ServerEvent) -> None:
+    def _take_event(self, event: ServerEvent, begun_s: float) -> None:
         if event.name == "problem":
             error = error_of(self._client.url, 503, event.data)
             if self._answer is None or not isinstance(error, Unavailable | NotReady):
@@ -195,7 +203,7 @@ class WatchLink:
             self._last_id = ""  # begin with a whole answer
             raise Unavailable(f"{self._client.url}: not an event of this API: {error!r:.200}") from None
         self._last_id = event.id
-        self._tell(answer=answer)
+        self._tell(answer=answer, arrived_s=begun_s)
 
 
 class Watch:

@@ -25,6 +25,13 @@ class EventParser:
         self._name = ""
         self._data: list[bytes] = []
         self._id = ""
+        self._within = False
+        """True after a line that no empty line has followed."""
+
+    @property
+    def within_event(self) -> bool:
+        """True if the last bytes began an event that is not complete."""
+        return self._within or bool(self._rest)
 
     def feed(self, data: bytes) -> list[ServerEvent]:
         """Return the events that are complete with these bytes."""
@@ -42,6 +49,7 @@ class EventParser:
         return events
 
     def _line(self, line: bytes) -> ServerEvent | None:
+        self._within = bool(line)
         if not line:
             event = ServerEvent(self._name or "message", b"\n".join(self._data), self._id) if self._data else None
             self._name, self._data = "", []

@@ -401,6 +401,15 @@ def test_a_silent_connection_is_given_up() -> None:
     assert [b"Last-Event-ID: " + it in requests[i] for i, it in enumerate((b"\r\n", b"a-1\r\n"))] == [True, True]
 
 
+def test_staleness_counts_from_the_first_byte() -> None:
+    """An event that comes in slow pieces, cut also between its lines, is as stale as if it had come with its first byte."""
+    data = event(b"answer", ANSWER)
+    for cut in (8, 60):
+        parts = [HEAD % 10_000, chunk(data[:cut]), *[b""] * 150, chunk(data[cut:])]
+        with scripted(parts) as (url, _), Reader(url) as reader:
+            assert (next(reader.watch("hits")).as_of.staleness_ms or 0) >= 5 + 290
+
+
 def test_events_in_any_pieces() -> None:
     """Events may be cut anywhere, also within chunks and characters; unknown ones are passed over."""
     named = [it.replace(b"hits", "hüts".encode()) for it in (ANSWER, update(9))]
