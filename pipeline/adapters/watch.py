@@ -207,7 +207,7 @@ class WatchLink:
 
 
 class Watch:
-    """Iterator over the answers to one read, each newer than the one before, made by `Reader.watch`.
+    """Iterator over the answers to one read, the newest one each time, made by `Reader.watch`.
 
     It ends when it is closed: by `close()`, which may come from another thread, by the end of its `with` block, by the
     reader's `close()`, or when nothing refers to it any more, as after `break`.

@@ -60,6 +60,6 @@ class EventParser:
             self._data.append(value)
         elif field == b"event":
             self._name = value.decode(errors="replace")
-        elif field == b"id" and b"\0" not in value:
+        elif field == b"id" and b"\0" not in value and b"\r" not in value:
             self._id = value.decode("latin-1")
         return None  # comments, and fields of later versions of the format

@@ -9,7 +9,7 @@ from pipeline.core.events import EventParser, ServerEvent
 
 STREAM = (
     b": a comment\n\nid: a-1\nevent: answer\ndata: {}\n\nevent:update\r\ndata: one\r\ndata:two\r\n\r\n"
-    b"id: no\0\nretry: 5\nstrange\ndata\n\nevent: nothing\n\nid\ndata: \xc3\xbc\n\ndata: cut off\n"
+    b"id: no\0\nid: n\ro\nretry: 5\nstrange\ndata\n\nevent: nothing\n\nid\ndata: \xc3\xbc\n\ndata: cut off\n"
 )
 EVENTS = [
     ServerEvent("answer", b"{}", "a-1"),
