@@ -80,15 +80,21 @@ class ChangedLines:
             for start_ms, value in values.items():
                 if start_ms not in before or not _same(before[start_ms], value):
                     lines += self._titled(answer, series, value)
-                    lines.append((*labels, *_start(start_ms), *map(cell_text, _cells(answer, value).values()), end))
+                    cells = (*labels, *_start(start_ms), *map(cell_text, _cells(answer, value).values()))
+                    lines.append((*cells, *([""] * (len(self._titles) - len(cells) - 1)), end))
         for labels in known:  # gone
             lines.append((*labels, *([""] * (len(self._titles) - len(labels) - 1)), end))
         console.write("".join("\t".join(map(console.printable, line)) + "\n" for line in lines).encode())
 
     def _titled(self, answer: Answer, series: Series, value: Any) -> list[tuple[str, ...]]:
+        if value is None and not self._titles:
+            found = (it for other in answer for it in _values_of(answer, other).values() if it is not None)
+            value = next(found, None)
+        elif value is None:
+            return []
         start = () if answer.step_ms is None else ("start",)
         titles = (*series.labels, *start, *_cells(answer, value), "staleness_ms")
-        if titles == self._titles or value is None:
+        if titles == self._titles:
             return []
         self._titles = titles
         return [titles]

@@ -260,3 +260,14 @@ def test_lines_of_points(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
         ["a", stamps[2], "7", "unknown"],
         ["a", stamps[1], "true", "unknown"],
     ]
+
+
+def test_lines_of_points_without_a_value(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """The titles come first, and the staleness of a row stands below its title, also if the row has no value."""
+    head: dict[str, Any] = {"start_ms": 0, "end_ms": 3_000, "step_ms": 1_000, "over_ms": 1_000}
+    for kind, value, fn in (("histogram", HISTOGRAM, None), ("sum", 1.5, "rate"), ("sum", None, "rate")):
+        points = [(0, None), (1_000, value), (2_000, None)]
+        ChangedLines().take(Answer("v", kind, None, [Series({"x": "a"}, points=points)], AsOf(5, {}), fn=fn, **head))
+        titles, *rows = [it.split("\t") for it in capfdbinary.readouterr().out.decode().splitlines()]
+        assert (titles[0], titles[-1]) == ("x", "staleness_ms")
+        assert [(len(row), row[-1]) for row in rows] == [(len(titles), "5")] * 3
