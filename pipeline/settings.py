@@ -396,7 +396,9 @@ class QuerySettings(_Checked):
         100, "different reads that are streamed, each computed once a commit; one more is refused with 503", least=1
     )
     stream_interval_ms: int = _setting(200, "shortest time between two updates of a stream", least=10)
-    stream_heartbeat_ms: int = _setting(2_000, "longest time without an event in a stream", least=100)
+    stream_heartbeat_ms: int = _setting(
+        2_000, "usual longest time without an event in a stream; half as long again while an answer takes long", least=100
+    )
     stream_stalled_ms: int = _setting(30_000, "a stream whose reader takes nothing for so long is ended", least=100)
     compaction_lag_ms: int = _setting(
         0,

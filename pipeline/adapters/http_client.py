@@ -29,7 +29,7 @@ from pipeline.ports import Clock
 IDLE_CONNECTIONS_MAX = 64
 EVENT_STREAM = "text/event-stream"
 HEARTBEAT_HEADER = "pipeline-heartbeat-ms"
-"""Header of a stream: the time after which it has an event even if nothing has changed."""
+"""Header of a stream: the usual longest time without an event."""
 _CONNECT_S = 5.0
 _SILENCE_S = 30.0
 """Longest time without a byte of a stream that does not say how often it has an event."""

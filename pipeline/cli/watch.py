@@ -12,7 +12,6 @@ from pipeline.cli.get import (
     Function,
     Kind,
     Limit,
-    MaxStaleness,
     Over,
     Quantiles,
     Step,
@@ -46,7 +45,9 @@ def watch(
     ] = None,
     limit: Limit = None,
     after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
-    max_staleness_ms: MaxStaleness = None,
+    max_staleness_ms: Annotated[
+        int | None, typer.Option(metavar="N", help="Wait for a first answer at most so stale, or fail.")
+    ] = None,
     timeout_ms: Timeout = None,
     json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
 ) -> None:

@@ -17,7 +17,7 @@ from pipeline.settings import QuerySettings
 
 EVENT_STREAM = "text/event-stream"
 HEARTBEAT_HEADER = b"pipeline-heartbeat-ms"
-"""Name of the header with the longest time without an event, which a reader that waits for longer may act on."""
+"""Name of the header with the usual longest time without an event, which a reader that waits for longer may act on."""
 _HEADERS = [
     (b"content-type", EVENT_STREAM.encode()),
     (b"cache-control", b"no-store"),
