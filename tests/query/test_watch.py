@@ -180,15 +180,15 @@ def test_each_way_to_end_a_watch_closes_its_connection(hits: Server) -> None:
         next(watch)
     assert next(watch, None) is None
     waiting, closed = reader.watch("hits"), reader.watch("hits")
-    ended = []
-    thread = threading.Thread(target=lambda: ended.extend([len([*waiting]) > 0]))
+    taken: list[Answer] = []
+    thread = threading.Thread(target=lambda: taken.extend(waiting))
     thread.start()
     next(closed)
-    wait_until(lambda: open_streams(hits) == 2)
+    wait_until(lambda: taken and open_streams(hits) == 2)
     waiting.close()
     waiting.close()
     thread.join(10)
-    assert ended == [True]
+    assert not thread.is_alive()
     del closed
     gc.collect()
     wait_until(lambda: open_streams(hits) == 0)
