@@ -45,9 +45,12 @@ def counts(log: Any) -> dict[int, int]:
 
 
 def series_named(file: Path) -> int:
-    """Return the number of series that a spool has names of."""
+    """Return the number of series that a spool has names of; -1 while its owner writes, who shares the file with nobody."""
     with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
-        (count,) = connection.execute("SELECT count(*) FROM names WHERE kind = ?", (SERIES,)).fetchone()
+        try:
+            (count,) = connection.execute("SELECT count(*) FROM names WHERE kind = ?", (SERIES,)).fetchone()
+        except sqlite3.OperationalError:
+            return -1
     return int(count)
 
 
