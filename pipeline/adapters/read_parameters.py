@@ -21,44 +21,36 @@ _SEVERAL = ("where", "by", "q")
 """Parameters that may stand several times."""
 
 
-class QueryKeywords(TypedDict, total=False):
+class _ReadKeywords(TypedDict, total=False):
+    """Arguments of `Reader.get` that choose series and points, for every way to read."""
+
+    kind: str | None
+    window_s: int | None
+    top: int | None
+    bottom: int | None
+    limit: int | None
+    start: Time | None
+    end: Time | None
+    at: Time | None
+    step: Length | None
+    over: Length | None
+    fill: str | None
+    fn: str | None
+    q: Sequence[float] | float | None
+
+
+class QueryKeywords(_ReadKeywords, total=False):
     """A query of `Reader.query`: the arguments of `Reader.get`, but for those that are of all queries together."""
 
     view: Required[str]
     where: Mapping[str, str] | Sequence[str] | None
     by: Sequence[str] | None
-    kind: str | None
-    window_s: int | None
-    top: int | None
-    bottom: int | None
-    limit: int | None
-    start: Time | None
-    end: Time | None
-    at: Time | None
-    step: Length | None
-    over: Length | None
     compare: Length | None
-    fill: str | None
-    fn: str | None
-    q: Sequence[float] | float | None
 
 
-class WatchKeywords(TypedDict, total=False):
+class WatchKeywords(_ReadKeywords, total=False):
     """Arguments of `Reader.watch` behind the first three: those of `Reader.get` that a stream has."""
 
-    kind: str | None
-    window_s: int | None
-    top: int | None
-    bottom: int | None
-    limit: int | None
-    start: Time | None
-    end: Time | None
-    at: Time | None
-    step: Length | None
-    over: Length | None
-    fill: str | None
-    fn: str | None
-    q: Sequence[float] | float | None
     after: Token | str | None
     max_staleness_ms: int | None
     timeout_ms: int | None

@@ -40,6 +40,7 @@ WindowS = Annotated[
 Function = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of sums: rate, delta, avg, cumulative or share in place of values.")
 ]
+After = Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", help="Most series in the answer.")]
 MaxStaleness = Annotated[int | None, typer.Option(metavar="N", help="Wait for an answer at most so stale, or fail.")]
 Timeout = Annotated[int | None, typer.Option(metavar="N", min=1, help="How long to wait and work.")]
@@ -72,7 +73,7 @@ def get(
     bottom: Annotated[int | None, typer.Option(metavar="N", help="Only the N smallest, smallest first.")] = None,
     limit: Limit = None,
     every: Every = False,
-    after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
+    after: After = None,
     max_staleness_ms: MaxStaleness = None,
     timeout_ms: Timeout = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: a row for each series, or point.")] = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.get import (
+    After,
     By,
     Fill,
     Function,
@@ -44,7 +45,7 @@ def watch(
         int | None, typer.Option(metavar="N", help="Only the N that are smallest by now, smallest first.")
     ] = None,
     limit: Limit = None,
-    after: Annotated[str | None, typer.Option(metavar="TOKEN", help="Wait until what this token covers is in.")] = None,
+    after: After = None,
     max_staleness_ms: Annotated[
         int | None, typer.Option(metavar="N", help="Wait for a first answer at most so stale, or fail.")
     ] = None,
