@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.core.answer import Answer, AsOf, Series
+from msgspec.structs import replace
+
+from pipeline.core.answer import Answer, Answers, AsOf, Series
 from pipeline.core.query import Labels, MergedDefinition, Query, Selected
 from pipeline.core.record import Position
 from pipeline.core.span import Span
@@ -50,6 +52,12 @@ def answer_of(query: Query, merged: MergedDefinition, selected: Selected, as_of:
     rows = zip(selected.labels, selected.values, strict=True)
     series = [Series(dict(zip(names, labels)), value) for labels, value in rows]  # noqa: B905  # as many, and quicker
     return _answer(query, merged, series, selected.series_total, as_of)
+
+
+def answers_together(answers: Sequence[Answer]) -> Answers:
+    """Return answers of one moment, all as stale as the last one, whose staleness was stated when all were made."""
+    as_of = answers[-1].as_of
+    return Answers([replace(it, as_of=as_of) for it in answers], as_of)
 
 
 def points_answer(

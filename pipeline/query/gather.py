@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.core.answer import Answer, Answers, MemberStatus, PartitionStatus, Status, View, Views
+from pipeline.core.answer import Answer, MemberStatus, PartitionStatus, Status, View, Views
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.exposition import (
     SERIES_MAX,
@@ -38,7 +38,7 @@ from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineErro
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import preferred_coding
-from pipeline.query.found import answer_of, points_answer
+from pipeline.query.found import answer_of, answers_together, points_answer
 from pipeline.query.media import Encoded, encode_body, encoded, plain_json
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.part_servers import Gathered, PartServers
@@ -136,9 +136,7 @@ class GatherService:
         """Return the encoded answers to several queries, all of one moment of each partition. Raises as `answer`."""
         with self._pool.slot():
             found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=False)
-            as_of = found[-1].as_of  # made last
-            answers = Answers([replace(it, as_of=as_of) for it in found], as_of)
-            body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers))
+            body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers_together(found)))
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
 
@@ -179,7 +177,7 @@ class GatherService:
             gathered = await self._gather(asked, deadline_s, request.after, allow_partial=allow_partial)
             found = await self._plans_of(queries, request, gathered, deadline_s)
             if [it.plan for it in planned] == found:
-                count = sum(len(found.states) for part in gathered.parts for found in part.found.reads)
+                count = sum(len(read.states) for part in gathered.parts for read in part.found.reads)
                 return await self._here_or_not(count, partial(self._build_all, queries, planned, gathered, deadline_s))
             plans, are_new = [*found], True
         raise Unavailable(f"view {views[0]}: its definitions change faster than they are read; try again")

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 import pipeline.metrics as m
-from pipeline.core.answer import Answer, Answers, AsOf, PartitionState
+from pipeline.core.answer import Answer, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.gathered import decode_asked, encode_part
 from pipeline.core.query import Query
@@ -23,7 +23,7 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.query.codings import encode_end, preferred_coding
-from pipeline.query.found import FoundAnswer, span_of, unchanged_head
+from pipeline.query.found import FoundAnswer, answers_together, span_of, unchanged_head
 from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
 from pipeline.query.pages import AnswerPages, PageLists, Place
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
@@ -232,9 +232,8 @@ class ReadService:
 
         def read() -> tuple[AsOf, bytes]:
             found = self._reader.find_all(request.queries, clock.now_ms(), deadline_s=deadline_s)
-            answers = [self._reader.renewed(it.answer, it.positions) for it in found]
-            as_of = answers[-1].as_of  # made last, of the positions of all
-            return as_of, _encode(Answers([replace(it, as_of=as_of) for it in answers], as_of))
+            answers = answers_together([self._reader.renewed(it.answer, it.positions) for it in found])
+            return answers.as_of, _encode(answers)
 
         while True:
             if request.waits:
