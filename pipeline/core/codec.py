@@ -63,9 +63,17 @@ _NEWEST = b"\x1f"
 PRODUCER_ID_BYTES_MAX = 100
 GROUP_COUNT_MAX = 10_000
 CONTROL_COUNT_MAX = 1_000
+COLUMNS_MAX = 16
+"""Most columns of a group in a batch whose other groups are looked at; no kind has so many."""
 MEMORY_FACTOR = 80
-"""Upper bound of the memory that decoding takes for each byte of a value: an empty column takes one byte in a batch and 65
-in memory, a group that is refused 7 and 500."""
+"""Upper bound of the memory that decoding takes for each byte of a value: a group that is refused takes 7 and 500."""
+DENSE_FACTOR = 24
+"""The same for the series of a batch alone: counts are compared with each other and with the length before anything is
+built, so that each series takes 12 bytes of the batch at least."""
+_SUFFIX_BYTES_MIN = 9
+"""Fewest bytes of a suffix: the start of a window, and an empty array of label values."""
+_FEW = 1_000
+"""Number of suffixes up to which nobody looks at their length before the columns are decoded."""
 HEAD_BYTES = 9
 """Version, checksum and partition of a batch."""
 
@@ -79,7 +87,8 @@ _EXPIRES = b"\xcf"
 _EXPIRY_BYTES = 9
 _KIND_AT = 2
 """Index of the kind in an entry: behind the version and the length of the array."""
-WireGroup = tuple[Definition, list[bytes], list[list[_Scalar]]]
+WireGroup = tuple[Definition, list[bytes], Annotated[list[msgspec.Raw], msgspec.Meta(max_length=COLUMNS_MAX)]]
+"""A group whose columns are not decoded yet."""
 
 
 class WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -92,8 +101,8 @@ class WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
     created_at_ms: Counter
     closing: bool
     origin: Origin | None
-    controls: list[Control]
-    groups: list[WireGroup]
+    controls: Annotated[list[Control], msgspec.Meta(max_length=CONTROL_COUNT_MAX)]
+    groups: Annotated[list[WireGroup], msgspec.Meta(max_length=GROUP_COUNT_MAX)]
 
 
 class _BatchHead(msgspec.Struct, array_like=True, frozen=True):
@@ -153,6 +162,7 @@ _POSITION_HEAD = bytes((0x90 + len(Position.__struct_fields__),))
 """First byte of an array with as many items as a position has."""
 _decode_batch = msgspec.msgpack.Decoder(WireBatch).decode
 _decode_head = msgspec.msgpack.Decoder(_BatchHead).decode
+_decode_column = msgspec.msgpack.Decoder(list[_Scalar]).decode
 _decode_entries = msgspec.msgpack.Decoder(list[tuple[_Scalar, ...]]).decode
 _decode_position = msgspec.msgpack.Decoder(Position).decode
 _decode_fence = msgspec.msgpack.Decoder(Fence).decode
@@ -251,14 +261,10 @@ def receive_batch(value: bytes) -> Received:
     for index, (definition, suffixes, columns) in enumerate(wire.groups):
         try:
             _check(definition, "batch")
-            if not suffixes:
-                raise BadRecord("a group without series")
-            states = kind_of(definition).from_columns(columns, len(suffixes), BATCH_INT_BYTES_MAX)
+            groups.append(_decode_group(definition, suffixes, columns))
+            indexes.append(index)
         except BadRecord as error:
             refused.append(RefusedGroup(index, definition.view[:NAME_BYTES_MAX], str(error)))
-        else:
-            groups.append(Group(definition, suffixes, states))
-            indexes.append(index)
     batch = Batch(
         producer_id=wire.producer_id,
         epoch=wire.epoch,
@@ -272,6 +278,32 @@ def receive_batch(value: bytes) -> Received:
         origin=wire.origin,
     )
     return Received(batch, indexes, refused, wire)
+
+
+def _decode_group(definition: Definition, suffixes: list[bytes], columns: Sequence[msgspec.Raw]) -> Group:
+    """Decode a group. Counts are compared before columns are built, so that few bytes do not become many objects."""
+    count, kind = len(suffixes), kind_of(definition)
+    if not count:
+        raise BadRecord("a group without series")
+    if count > _FEW and sum(map(len, suffixes)) < count * _SUFFIX_BYTES_MIN:
+        raise BadRecord(f"{count} suffixes of under {_SUFFIX_BYTES_MIN} bytes each")
+    for column in columns:
+        if _item_count(column) != count:
+            raise BadRecord(f"kind {kind.name}: columns of {count} values expected")
+    try:
+        decoded = [_decode_column(column) for column in columns]
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        raise BadRecord(f"kind {kind.name}: {error}") from None
+    return Group(definition, suffixes, kind.from_columns(decoded, count, BATCH_INT_BYTES_MAX))
+
+
+def _item_count(raw: msgspec.Raw) -> int:
+    """Return the number of items that an encoded array announces; -1 if the bytes are no array."""
+    view = memoryview(raw)
+    first = view[0]
+    if 0x90 <= first <= 0x9F:
+        return first & 0x0F
+    return int.from_bytes(view[1 : 3 if first == 0xDC else 5], "big") if first in (0xDC, 0xDD) else -1
 
 
 def check_group(group: Group, at_ms: int, *, ts_ahead_max_ms: int) -> None:
@@ -293,10 +325,6 @@ def _check_header(wire: WireBatch) -> None:
         raise BadRecord("batch: it replays a batch of its own producer")
     if wire.origin and not 0 <= wire.origin.sequence <= 2**63 - 2:
         raise BadRecord("batch: the sequence of its origin is out of range")
-    if len(wire.groups) > GROUP_COUNT_MAX:
-        raise BadRecord(f"batch: {len(wire.groups)} groups; at most {GROUP_COUNT_MAX}")
-    if len(wire.controls) > CONTROL_COUNT_MAX:
-        raise BadRecord(f"batch: {len(wire.controls)} control records; at most {CONTROL_COUNT_MAX}")
     for control in wire.controls:
         if control.action not in CONTROL_ACTIONS or not NAME.match(control.view) or len(control.view) > NAME_BYTES_MAX:
             raise BadRecord(f"batch: a control record of {control.action[:20]!r} for view {control.view[:50]!r}")
