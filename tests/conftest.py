@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not is_left_out(item)]
 
 
-LONG_FOLDERS = ("bench", "broker", "docs", "page", "process", "sim")
+LONG_FOLDERS = ("attack", "bench", "broker", "docs", "page", "process", "sim")
 """Folders that `--quick` leaves out."""
 
 
