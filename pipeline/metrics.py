@@ -158,6 +158,9 @@ STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
 STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
 )
+REQUESTS_REFUSED = Metric(
+    "pipeline_requests_refused_total", "counter", "Requests with a body that were refused at a limit.", ("limit",)
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

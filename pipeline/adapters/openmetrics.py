@@ -6,6 +6,7 @@ types of families, and the `# EOF` that ends OpenMetrics. Exemplars are left out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ _ROLES = {
 }
 """By type of family, the role of a sample by its suffix. In other families each sample is a value of its own."""
 _EXEMPLAR = " # {"
+_LINE = re.compile(rb"[^\s][^\n]*")
+_LINES_A_SAMPLE = 4
+"""A family has a type, a unit and a help, which are lines, too."""
 _DETAIL_MAX = 200
 
 
@@ -45,7 +49,7 @@ class _Role(NamedTuple):
 
 
 def parse_pushed(body: bytes, content_type: str, samples_max: int, line_bytes_max: int) -> Pushed:
-    """Parse a text line by line, up to `samples_max` samples.
+    """Parse a text line by line, up to `samples_max` samples, as many declared types, and a few times as many lines.
 
     The media type decides between OpenMetrics and the Prometheus text format, which is the default.
     """
@@ -54,7 +58,7 @@ def parse_pushed(body: bytes, content_type: str, samples_max: int, line_bytes_ma
     lines: list[int] = []
     refused: list[Refusal] = []
     number = 0
-    for number, line in enumerate(_lines(body), start=1):
+    for count, (number, line) in enumerate(_lines(body), start=1):
         try:
             if len(line) > line_bytes_max:
                 raise _Wrong("line_long", f"{len(line)} bytes; at most {line_bytes_max}")
@@ -65,20 +69,20 @@ def parse_pushed(body: bytes, content_type: str, samples_max: int, line_bytes_ma
             if delta is not None:
                 deltas.append(delta)
                 lines.append(number)
-        if len(deltas) + len(refused) > samples_max:
+        if max(len(deltas) + len(refused), reader.type_count, count // _LINES_A_SAMPLE) > samples_max:
             return Pushed(deltas, lines, refused, whole=False)
     if reader.unended and number:
         refused.append(Refusal(number, "eof", "there is no # EOF: some of it may be missing"))
     return Pushed(deltas, lines, refused)
 
 
-def _lines(body: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(body):
-        end = body.find(b"\n", start)
-        end = len(body) if end < 0 else end
-        yield body[start:end]
-        start = end + 1
+def _lines(body: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line that is not blank, and the line from its first character on."""
+    number, counted = 1, 0
+    for match in _LINE.finditer(body):
+        number += body.count(b"\n", counted, match.start())
+        counted = match.start()
+        yield number, match[0]
 
 
 class _Reader:
@@ -86,6 +90,8 @@ class _Reader:
         self._openmetrics = openmetrics
         self._ended = False
         self._roles: dict[str, _Role] = {}
+        self.type_count = 0
+        """Number of declared types."""
 
     @property
     def unended(self) -> bool:
@@ -110,6 +116,7 @@ class _Reader:
         return None
 
     def _note_type(self, text: str) -> None:
+        self.type_count += 1
         try:
             (family,) = self._families(text)
         except Exception as error:

@@ -31,7 +31,8 @@ from typing import Annotated, Any, TypeVar
 import google_crc32c
 import msgspec
 
-from pipeline.core.kinds import BATCH_INT_BYTES_MAX, KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
+from pipeline.core.groups import Scalar, WireGroup, decode_group
+from pipeline.core.kinds import KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
 from pipeline.core.record import (
     CONTROL_ACTIONS,
     NAME,
@@ -63,22 +64,11 @@ _NEWEST = b"\x1f"
 PRODUCER_ID_BYTES_MAX = 100
 GROUP_COUNT_MAX = 10_000
 CONTROL_COUNT_MAX = 1_000
-COLUMNS_MAX = 16
-"""Most columns of a group in a batch whose other groups are looked at; no kind has so many."""
 MEMORY_FACTOR = 80
 """Upper bound of the memory that decoding takes for each byte of a value: a group that is refused takes 7 and 500."""
-DENSE_FACTOR = 24
-"""The same for the series of a batch alone: counts are compared with each other and with the length before anything is
-built, so that each series takes 12 bytes of the batch at least."""
-_SUFFIX_BYTES_MIN = 9
-"""Fewest bytes of a suffix: the start of a window, and an empty array of label values."""
-_FEW = 1_000
-"""Number of suffixes up to which nobody looks at their length before the columns are decoded."""
 HEAD_BYTES = 9
 """Version, checksum and partition of a batch."""
 
-# A pair of floats is a sum with its error term. Nothing else nests: a byte must not become a dict.
-_Scalar = int | float | str | bool | tuple[float, float] | msgspec.msgpack.Ext | None
 _PAIR = 2
 _NEVER = b"\x00"
 """Expiry field of an entry that never expires. The field follows the kind."""
@@ -87,8 +77,6 @@ _EXPIRES = b"\xcf"
 _EXPIRY_BYTES = 9
 _KIND_AT = 2
 """Index of the kind in an entry: behind the version and the length of the array."""
-WireGroup = tuple[Definition, list[bytes], Annotated[list[msgspec.Raw], msgspec.Meta(max_length=COLUMNS_MAX)]]
-"""A group whose columns are not decoded yet."""
 
 
 class WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -162,8 +150,7 @@ _POSITION_HEAD = bytes((0x90 + len(Position.__struct_fields__),))
 """First byte of an array with as many items as a position has."""
 _decode_batch = msgspec.msgpack.Decoder(WireBatch).decode
 _decode_head = msgspec.msgpack.Decoder(_BatchHead).decode
-_decode_column = msgspec.msgpack.Decoder(list[_Scalar]).decode
-_decode_entries = msgspec.msgpack.Decoder(list[tuple[_Scalar, ...]]).decode
+_decode_entries = msgspec.msgpack.Decoder(list[tuple[Scalar, ...]]).decode
 _decode_position = msgspec.msgpack.Decoder(Position).decode
 _decode_fence = msgspec.msgpack.Decoder(Fence).decode
 _decode_later = msgspec.msgpack.Decoder(_LaterPosition).decode
@@ -261,7 +248,7 @@ def receive_batch(value: bytes) -> Received:
     for index, (definition, suffixes, columns) in enumerate(wire.groups):
         try:
             _check(definition, "batch")
-            groups.append(_decode_group(definition, suffixes, columns))
+            groups.append(decode_group(definition, suffixes, columns))
             indexes.append(index)
         except BadRecord as error:
             refused.append(RefusedGroup(index, definition.view[:NAME_BYTES_MAX], str(error)))
@@ -278,32 +265,6 @@ def receive_batch(value: bytes) -> Received:
         origin=wire.origin,
     )
     return Received(batch, indexes, refused, wire)
-
-
-def _decode_group(definition: Definition, suffixes: list[bytes], columns: Sequence[msgspec.Raw]) -> Group:
-    """Decode a group. Counts are compared before columns are built, so that few bytes do not become many objects."""
-    count, kind = len(suffixes), kind_of(definition)
-    if not count:
-        raise BadRecord("a group without series")
-    if count > _FEW and sum(map(len, suffixes)) < count * _SUFFIX_BYTES_MIN:
-        raise BadRecord(f"{count} suffixes of under {_SUFFIX_BYTES_MIN} bytes each")
-    for column in columns:
-        if _item_count(column) != count:
-            raise BadRecord(f"kind {kind.name}: columns of {count} values expected")
-    try:
-        decoded = [_decode_column(column) for column in columns]
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
-        raise BadRecord(f"kind {kind.name}: {error}") from None
-    return Group(definition, suffixes, kind.from_columns(decoded, count, BATCH_INT_BYTES_MAX))
-
-
-def _item_count(raw: msgspec.Raw) -> int:
-    """Return the number of items that an encoded array announces; -1 if the bytes are no array."""
-    view = memoryview(raw)
-    first = view[0]
-    if 0x90 <= first <= 0x9F:
-        return first & 0x0F
-    return int.from_bytes(view[1 : 3 if first == 0xDC else 5], "big") if first in (0xDC, 0xDD) else -1
 
 
 def check_group(group: Group, at_ms: int, *, ts_ahead_max_ms: int) -> None:

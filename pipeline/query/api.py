@@ -34,10 +34,11 @@ from pipeline.errors import Invalid, NotReady, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
 from pipeline.query.access import Access, needed_of
-from pipeline.query.bodies import RequestBodies
+from pipeline.query.bodies import BodyRoom, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.deltas import parse_deltas
 from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
@@ -45,7 +46,7 @@ from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
-from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX
@@ -61,6 +62,8 @@ _INGEST_THREADS = 16
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _PUSH = "openmetrics"
+_ORDER_BYTES_MAX = 2**18
+"""Largest body of an order about a view, of a replay of dead letters, and of a request for states."""
 _REFUSED_SHOWN_MAX = 10
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
@@ -115,26 +118,27 @@ def create_app(
         service.close()
         ingest_threads.shutdown(wait=False)
 
-    read = ReadEndpoint(service, settings)
+    read, room = ReadEndpoint(service, settings), BodyRoom(settings, metrics)
     streams = Streams(service, settings, metrics, reader.clock)
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, room), methods=["POST"]),
         *page_routes(),
     ]
     routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
-    routes.append(_states_route(service, settings))
+    routes.append(_states_route(service, room))
     if render_views is not None:
-        routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
+        routes += [scrape_route(service, settings, render_views), _remote_read_route(service, room)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = partial(_take, RequestBodies(settings.body_bytes_max), ingest_threads)
+        take = partial(_take, room, RequestBodies(room, settings.body_bytes_max), ingest_threads)
+        order = partial(_take, room, RequestBodies(room, min(settings.body_bytes_max, _ORDER_BYTES_MAX)), ingest_threads)
         routes += _write_routes(ingest, settings, keys, take)
-        routes += _order_routes(ControlService(reader, ingest), keys, take)
+        routes += _order_routes(ControlService(reader, ingest), keys, order)
         if letters is not None:
-            routes += letter_routes(letters, settings, ingest_threads, take)
+            routes += letter_routes(letters, settings, ingest_threads, order)
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
@@ -211,10 +215,10 @@ class ReadEndpoint:
 class QueryEndpoint:
     """`POST /v1/query` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings, room: BodyRoom) -> None:
         self._service = service
         self._settings = settings
-        self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+        self._bodies = RequestBodies(room, min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -282,8 +286,8 @@ def scrape_route(service: ReadService | GatherService, settings: QuerySettings, 
     return Route("/v1/openmetrics", scrape)
 
 
-def _remote_read_route(service: ReadService) -> Route:
-    bodies = RequestBodies(REQUEST_BYTES_MAX, encoding="snappy")
+def _remote_read_route(service: ReadService, room: BodyRoom) -> Route:
+    bodies = RequestBodies(room, REQUEST_BYTES_MAX, encoding="snappy")
 
     async def remote_read(request: Request) -> Response:
         try:
@@ -298,8 +302,8 @@ def _remote_read_route(service: ReadService) -> Route:
     return Route("/api/v1/read", remote_read, methods=["POST"])
 
 
-def _states_route(service: ReadService, settings: QuerySettings) -> Route:
-    bodies = RequestBodies(settings.body_bytes_max)
+def _states_route(service: ReadService, room: BodyRoom) -> Route:
+    bodies = RequestBodies(room, _ORDER_BYTES_MAX)
 
     async def states(request: Request) -> Response:
         async with bodies.of(request) as body:
@@ -324,10 +328,12 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
     return status
 
 
-async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+async def _take(
+    room: BodyRoom, bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work
+) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
     async with bodies.of(request) as body:
-        done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
+        done = await room.work(request, body, threads, partial(work, body, request.headers))
     return _json(_encode(done))
 
 
@@ -338,7 +344,9 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
             return Accepted(len(deltas), str(ingest.deltas(deltas, key)))
 
     def take_batches(body: bytes, headers: Headers) -> BatchesAccepted:
-        batches = decode_frames(body)
+        batches = decode_frames(body, settings.batches_max + 1)
+        if len(batches) > settings.batches_max:
+            raise Refused(413, f"too many batches in one request; at most {settings.batches_max}")
         next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""))
         return BatchesAccepted(next_offsets, str(token))
 
@@ -382,7 +390,7 @@ def _take_pushed(
         content_type = headers.get("content-type", "")
         pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
         if not pushed.whole:
-            raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
+            raise Refused(413, f"too many samples, types or lines in one request; at most {settings.deltas_max} samples")
         token, unfit = ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
         return _pushed_answer(pushed, token, unfit, metrics)
 

@@ -1,26 +1,96 @@
-"""Request bodies: each, and all together, are bounded."""
+"""Request bodies: each, and all together, are bounded; few large ones are worked on at once."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
+import pipeline.metrics as m
 from pipeline.errors import Unavailable
+from pipeline.metrics import Metrics
 from pipeline.query.problems import Refused
+from pipeline.settings import QuerySettings
 
-_BODIES_HELD_MAX = 4
-"""Request bodies in memory at once, counted in bodies of the largest size."""
+_TURN_S = 10.0
+"""Longest wait of a large body for its turn."""
+T = TypeVar("T")
+
+
+class BodyRoom:
+    """Memory for the request bodies of an event loop, on which it must be used, and turns for the work on large ones.
+
+    Large bodies have three quarters of the memory, and the others the rest, so that large ones keep no others out.
+    """
+
+    def __init__(self, settings: QuerySettings, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._large_from = settings.large_body_bytes
+        self._large_max = settings.bodies_bytes_max * 3 // 4
+        self._small_max = settings.bodies_bytes_max - self._large_max
+        self._large_bytes = self._small_bytes = 0
+        self._turns = asyncio.Semaphore(settings.large_bodies_max)
+        metrics.inc(m.REQUESTS_REFUSED, 0, "bodies_bytes_max")
+        metrics.inc(m.REQUESTS_REFUSED, 0, "large_bodies_max")
+
+    def grow(self, size: int, more: int) -> int:
+        """Make room for `more` bytes of a body that has `size`, and return its new size; `Unavailable` without room."""
+        new = size + more
+        if new <= self._large_from:
+            self._check(self._small_bytes + more, self._small_max)
+            self._small_bytes += more
+        else:
+            moved = size if size <= self._large_from else 0
+            self._check(self._large_bytes + moved + more, self._large_max)
+            self._small_bytes -= moved
+            self._large_bytes += moved + more
+        return new
+
+    def _check(self, size: int, most: int) -> None:
+        if size > most:
+            self._metrics.inc(m.REQUESTS_REFUSED, 1, "bodies_bytes_max")
+            raise Unavailable("too many request bodies are being worked on (bodies_bytes_max)")
+
+    def give_back(self, size: int) -> None:
+        """Note that a body of this size is not needed any more."""
+        if size <= self._large_from:
+            self._small_bytes -= size
+        else:
+            self._large_bytes -= size
+
+    async def work(self, request: Request, body: bytes, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        """Return what `work` on a body returns, done in a thread. Large bodies wait for their turn.
+
+        `Unavailable` if it does not come soon; nothing is done for a client that has gone meanwhile.
+        """
+        loop = asyncio.get_running_loop()
+        if len(body) <= self._large_from:
+            return await loop.run_in_executor(threads, work)
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            self._metrics.inc(m.REQUESTS_REFUSED, 1, "large_bodies_max")
+            raise Unavailable("other large requests are being worked on (large_bodies_max)") from None
+        try:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            return await loop.run_in_executor(threads, work)
+        finally:
+            self._turns.release()
 
 
 class RequestBodies:
-    """Reads request bodies of one encoding: each, and all together, are bounded."""
+    """Reads request bodies of one encoding: each is bounded, and all together by the room."""
 
-    def __init__(self, bytes_max: int, encoding: str = "identity") -> None:
+    def __init__(self, room: BodyRoom, bytes_max: int, encoding: str = "identity") -> None:
+        self._room = room
         self._bytes_max = bytes_max
         self._encoding = encoding
-        self._held = 0
 
     @asynccontextmanager
     async def of(self, request: Request) -> AsyncIterator[bytes]:
@@ -34,16 +104,15 @@ class RequestBodies:
         size = 0
         try:
             async for part in request.stream():
-                size += len(part)
-                self._held += len(part)
-                if size > self._bytes_max:
+                if size + len(part) > self._bytes_max:
                     raise self._too_large()
-                if self._held > self._bytes_max * _BODIES_HELD_MAX:
-                    raise Unavailable("too many request bodies are being worked on")
+                size = self._room.grow(size, len(part))
                 parts.append(part)
-            yield b"".join(parts)
+            body = b"".join(parts)
+            parts.clear()  # else the memory were taken twice while the body is worked on
+            yield body
         finally:
-            self._held -= size
+            self._room.give_back(size)
 
     def _wrong_encoding(self) -> str:
         if self._encoding == "identity":

@@ -18,6 +18,7 @@ from pipeline.query.api import (
     operation_routes,
     scrape_route,
 )
+from pipeline.query.bodies import BodyRoom
 from pipeline.query.gather import GatherService
 from pipeline.query.openapi import READ_PATH, STREAM_PATH
 from pipeline.query.problems import Refused
@@ -46,7 +47,7 @@ def create_gather_app(
     routes = [
         Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, BodyRoom(settings, metrics)), methods=["POST"]),
         *operation_routes(metrics, service.status, lambda: service.ready),
         scrape_route(service, settings, render_views),
         *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
