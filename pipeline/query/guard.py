@@ -15,9 +15,11 @@ import pipeline.metrics as m
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
+from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
 from pipeline.query.streams_api import EVENT_STREAM
+from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
@@ -68,14 +70,15 @@ class Guard:
         app: ASGIApp,
         read: ReadApp | None,
         paths: Mapping[Any, str],
-        connections_max: int,
+        settings: QuerySettings,
         metrics: Metrics,
         clock: Clock,
     ) -> None:
         self._app = app
         self._read = read
         self._paths = paths
-        self._connections_max = connections_max
+        self._connections_max = settings.connections_max
+        self._protection = CrossOriginProtection(settings, metrics)
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "connections_max")
         self._clock = clock
@@ -88,6 +91,7 @@ class Guard:
         started_s = self._clock.monotonic_s()
         status = _CLIENT_GONE
         counted = True
+        more = ALWAYS
 
         def done() -> None:
             nonlocal counted
@@ -103,6 +107,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], *more]
                 if (b"content-type", EVENT_STREAM.encode()) in message["headers"]:
                     done()  # `streams_max` bounds streams, which stay open
             await send(message)
@@ -112,6 +117,12 @@ class Guard:
             if self._open > self._connections_max:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
+            headers = dict(scope["headers"])
+            more = self._protection.check(scope, headers)
+            if (preflight := self._protection.preflight(scope, headers)) is not None:
+                await noting({"type": "http.response.start", "status": 204, "headers": preflight})
+                await noting({"type": "http.response.body"})
+                return
             view = self._viewed(scope)
             if view and self._read is not None:
                 scope["endpoint"] = self._read
