@@ -321,6 +321,11 @@ class QuerySettings(_Checked):
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "port to listen on; 0 picks a free one", least=0, most=65_535)
+    tokens_file: str = _setting(
+        "",
+        "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
+        "Without it every request may do everything",
+    )
     allowed_hosts: str = _setting(
         "",
         "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "

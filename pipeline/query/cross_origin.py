@@ -30,11 +30,11 @@ ALWAYS: Headers = [
 _OWN_SITE = (b"same-origin", b"none")
 """Values of Sec-Fetch-Site for this server's own page, and for addresses that a person has typed."""
 _HOSTS_REMEMBERED_MAX = 1_000
-_PREFLIGHT: Headers = [
-    (b"access-control-allow-methods", b"GET, POST"),
-    (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id"),
-    (b"access-control-max-age", b"600"),
-]
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "authorization, content-type, idempotency-key, last-event-id",
+    "Access-Control-Max-Age": "600",
+}
 _EXPOSED = (
     b"etag, retry-after, pipeline-staleness-ms, pipeline-series-total, pipeline-final-before-ms, "
     b"pipeline-expired-before-ms, pipeline-missing-partitions, pipeline-next-cursor, pipeline-heartbeat-ms"
@@ -62,7 +62,7 @@ class CrossOriginProtection:
         if not is_loopback(settings.host):
             names.add(socket.gethostname())
         self._names = {name.lower().rstrip(".") for name in names}
-        self._all_hosts = "*" in names or bool(getattr(settings, "tokens_file", ""))
+        self._all_hosts = "*" in names or bool(settings.tokens_file)
         self._known_hosts: set[bytes] = set()
         """Values of Host that are allowed, as they were sent."""
         self._origins = {_origin(text).encode() for text in _listed(settings.cors_origins)}
@@ -92,7 +92,7 @@ class CrossOriginProtection:
         who = "another site" if origin is None else repr(origin[:200].decode("latin-1"))
         raise Refused(403, f"a page of {who} may not use this server; the setting cors_origins can name its origin")
 
-    def preflight(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> Headers | None:
+    def preflight(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> Mapping[str, str] | None:
         """Return the headers of the answer to a browser that asks before a request; None if it does not.
 
         Call `check` before, which refuses origins that are not allowed.

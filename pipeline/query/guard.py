@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -12,9 +12,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
+from pipeline.core.grants import EVERYTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
+from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, keeps_bounds, needed_of
 from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
@@ -50,13 +52,34 @@ async def show_problem(request: Request, error: Exception) -> Response:
     return _problem_response(request.scope, error)
 
 
+def note_refusal(scope: Scope, error: Exception) -> None:
+    """Count an error by which a request is refused for want of rights."""
+    access: Access | None = scope.get("access")
+    if access is not None:
+        access.note(error)
+
+
 def _problem_response(scope: Scope, error: Exception) -> Response:
+    note_refusal(scope, error)
     answer = problem(error)
     if not isinstance(error, PipelineError | Refused):
         _log.exception("%s %s", scope["method"], scope["path"])
     elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
         _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
     return Response(answer.body, answer.status, headers=answer.headers)
+
+
+class Scoped:
+    """A route's application, for those only whose grant has a scope that the route needs."""
+
+    def __init__(self, app: ASGIApp, path: str, methods: Iterable[str]) -> None:
+        self._app = app
+        self._needed = {it: (needed_of(it, path), keeps_bounds(it, path)) for it in methods}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed, bounds = self._needed[scope["method"]]
+        check_grant(scope["grant"], needed, keeps_bounds=bounds)
+        await self._app(scope, receive, send)
 
 
 class Guard:
@@ -73,6 +96,7 @@ class Guard:
         settings: QuerySettings,
         metrics: Metrics,
         clock: Clock,
+        access: Access | None = None,
     ) -> None:
         self._app = app
         self._read = read
@@ -82,6 +106,7 @@ class Guard:
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "connections_max")
         self._clock = clock
+        self._access = access
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,12 +145,13 @@ class Guard:
             headers = dict(scope["headers"])
             more = self._protection.check(scope, headers)
             if (preflight := self._protection.preflight(scope, headers)) is not None:
-                await noting({"type": "http.response.start", "status": 204, "headers": preflight})
-                await noting({"type": "http.response.body"})
+                await Response(status_code=204, headers=preflight)(scope, receive, noting)
                 return
             view = self._viewed(scope)
+            self._admit(scope)
             if view and self._read is not None:
                 scope["endpoint"] = self._read
+                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=False)
                 await self._read.answer(view, scope, noting)
             else:
                 await self._app(scope, receive, noting)
@@ -138,6 +164,14 @@ class Guard:
             await response(scope, receive, noting)
         finally:
             done()
+
+    def _admit(self, scope: Scope) -> None:
+        """Put into the scope what the request may do. Raises `Unauthenticated` if that needs a token, and it has none."""
+        scope["grant"] = EVERYTHING
+        if self._access is not None:
+            scope["access"] = self._access
+            if not is_open(scope["path"]):
+                scope["grant"] = self._access.grant_of(scope["headers"])
 
     @staticmethod
     def _viewed(scope: Scope) -> str:

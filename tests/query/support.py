@@ -39,6 +39,7 @@ from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
+from pipeline.query.access import Access
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
@@ -332,7 +333,7 @@ class Server:
 
 
 @contextmanager
-def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
+def serving(world: World | Part, port: int = 0, access: Access | None = None) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
     app = create_app(
         world.reader,
@@ -344,6 +345,7 @@ def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
         render_views,
         parse_pushed,
         world.letters,
+        access,
     )
     with running(app, port) as at:
         yield Server(world, at)
