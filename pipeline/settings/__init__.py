@@ -29,6 +29,8 @@ __all__ = [
     "ON_FULL",
     "OTHER_VARIABLES",
     "SECRETS",
+    "ClientKeywords",
+    "ClientSettings",
     "Durability",
     "IngestSettings",
     "KafkaSettings",

@@ -213,7 +213,7 @@ def test_no_traceback_shows_the_token() -> None:
 
 
 def test_a_server_that_gathers_has_a_token_of_its_own(server: Server, tokens: Path) -> None:
-    """It asks the others with its own token, whatever its clients have; if that is refused, it is at fault, not they."""
+    """A gatherer asks others with its own token, whatever its clients have; if that is refused, they are not at fault."""
     metrics, clock, settings = PrometheusMetrics(), SystemClock(), QuerySettings(gather_interval_ms=20)
 
     @contextmanager
