@@ -32,7 +32,7 @@ from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest
 from pipeline.query.access import Access, needed_of
-from pipeline.query.bodies import RequestBodies
+from pipeline.query.bodies import BATCHES_TYPE, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
@@ -40,14 +40,14 @@ from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.media import JSON, Encoded
+from pipeline.query.media import JSON, NDJSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.push_api import ParsePushed, Pushes, Take, Work
 from pipeline.query.reader import ViewReader
-from pipeline.query.remote_reads import REQUEST_BYTES_MAX
+from pipeline.query.remote_reads import REQUEST_BYTES_MAX, REQUEST_TYPE
 from pipeline.query.responses import Accepted, BatchesAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
@@ -190,7 +190,7 @@ def make_application(
         def build_middleware_stack(self) -> ASGIApp:
             """Return the router within a `Guard`, which does what Starlette's own outermost layer would do."""
             routed = ExceptionMiddleware(self.router, handlers=handlers)
-            return Guard(routed, read, paths, settings.connections_max, metrics, clock, access)
+            return Guard(routed, read, paths, settings, metrics, clock, access)
 
     app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
@@ -222,9 +222,8 @@ class QueryEndpoint:
         self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        async with self._bodies.of(request) as body:
-            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        async with self._bodies.of(Request(scope, receive), JSON) as body:
+            asked = parse_several(body, self._settings)
         await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
@@ -292,7 +291,7 @@ def _remote_read_route(service: ReadService) -> Route:
 
     async def remote_read(request: Request) -> Response:
         try:
-            async with bodies.of(request) as body:
+            async with bodies.of(request, REQUEST_TYPE) as body:
                 answer = await service.remote_read(body)
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
             note_refusal(request.scope, error)
@@ -307,7 +306,7 @@ def _states_route(service: ReadService, settings: QuerySettings) -> Route:
     bodies = RequestBodies(settings.body_bytes_max)
 
     async def states(request: Request) -> Response:
-        async with bodies.of(request) as body:
+        async with bodies.of(request, STATES_TYPE) as body:
             return Response(await service.states(body), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
@@ -331,9 +330,9 @@ def _completed(status: Status, reader: ViewReader, left_out: LeftOut) -> Status:
     return status
 
 
-async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
-    async with bodies.of(request) as body:
+    async with bodies.of(request, *types) as body:
         done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
     return _json(_encode(done))
 
@@ -350,10 +349,10 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
         return BatchesAccepted(next_offsets, str(token))
 
     async def post_deltas(request: Request) -> Response:
-        return await take(request, take_deltas)
+        return await take(request, take_deltas, JSON, NDJSON)
 
     async def post_batches(request: Request) -> Response:
-        return await take(request, take_batches)
+        return await take(request, take_batches, BATCHES_TYPE)
 
     return [
         Route("/v1/deltas", post_deltas, methods=["POST"]),
@@ -365,10 +364,10 @@ def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Ro
     def route(action: str) -> Route:
         def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
             with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-                return orders.give(parse_control(action, view, body, headers.get("content-type", "")), key)
+                return orders.give(parse_control(action, view, body), key)
 
         async def change_view(request: Request) -> Response:
-            return await take(request, partial(carry_out, request.path_params["view"]))
+            return await take(request, partial(carry_out, request.path_params["view"]), JSON)
 
         return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
 

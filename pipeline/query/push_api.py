@@ -17,6 +17,7 @@ from pipeline.errors import Invalid
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest, Pushed, Refusal
+from pipeline.query.bodies import PUSH_TYPES
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.problems import Refused
@@ -28,7 +29,8 @@ _TEXT = "openmetrics"
 _REFUSED_SHOWN_MAX = 10
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
-Take = Callable[[Request, Work], Coroutine[Any, Any, Response]]
+Take = Callable[..., Coroutine[Any, Any, Response]]
+"""Answers a request with a body. Arguments: the request, the work, and the media types that the body may have."""
 ParsePushed = Callable[[bytes, str, int, int], Pushed]
 """Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line."""
 
@@ -56,7 +58,7 @@ class Pushes:
         """Return the routes; `take` answers a request by what is made of its body."""
 
         async def push_text(request: Request) -> Response:
-            return await take(request, self._take_text)
+            return await take(request, self._take_text, *PUSH_TYPES)
 
         return [Route(OPENMETRICS_PATH, push_text, methods=["POST"])]
 
