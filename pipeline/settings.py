@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from pipeline.core.limits import SPREAD_MAX, TaskLimits
 from pipeline.errors import Invalid
+from pipeline.secret import Secret, with_secrets
 
 ENV_PREFIX = "PIPELINE_"
 FILE = "pipeline.toml"
@@ -56,6 +57,11 @@ def check_value(item: Field[Any], value: object) -> None:
             raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
         if (least is not None and value < least) or (most is not None and value > most):
             raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
+    elif isinstance(default, Secret | Mapping):  # the value may hold a secret, so it is not shown
+        needed = (str, Secret) if isinstance(default, Secret) else (Mapping,)
+        if not isinstance(value, needed):
+            words = "a table of options" if Mapping in needed else "a text"
+            raise Invalid(f"{item.name}: {words} is needed, got {type(value).__name__}")
     elif not isinstance(value, type(default)):
         raise Invalid(f"{item.name}: {type(default).__name__} expected, got {value!r:.50}")
     known = _CHOICES.get(item.name)
@@ -70,7 +76,10 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DUR
 class _Checked:
     def __post_init__(self) -> None:
         for item in fields(self):
-            check_value(item, getattr(self, item.name))
+            value = getattr(self, item.name)
+            check_value(item, value)
+            if item.name in SECRETS or isinstance(value, Mapping):
+                object.__setattr__(self, item.name, held({item.name: value})[item.name])
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,9 @@ class KafkaSettings(_Checked):
     """Settings of all connections to brokers; each is also a keyword of `Publisher`."""
 
     kafka: Mapping[str, Any] = _setting(
-        {}, "further options of librdkafka, by its names (`security.protocol`, `sasl.*`, `ssl.*`...); a table, or JSON"
+        {},
+        "further options of librdkafka, by its names (`security.protocol`, `sasl.*`, `ssl.*`...); a table, or JSON. A "
+        "secret such as `sasl.password` can be in a file, which `sasl.password_file` names",
     )
     kafka_timeout_ms: int = _setting(
         30_000, "how long a call may take to which no other limit applies: at start, for offsets, for topics", least=100
@@ -441,3 +452,16 @@ GROUPS: tuple[type[_Checked], ...] = (
     IngestSettings,
 )
 """All groups of settings. A name in two groups has one meaning and one default, and is set for both at once."""
+SECRETS = frozenset(item.name for group in GROUPS for item in fields(group) if isinstance(default_of(item), Secret))
+"""Settings that hold a secret; the table `kafka` may hold others."""
+
+
+def held(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which texts that are secrets are of type `Secret`; a value of a wrong type stays as it is."""
+
+    def of(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return with_secrets(value)
+        return Secret(value) if name in SECRETS and isinstance(value, str) else value
+
+    return {name: of(name, value) for name, value in settings.items()}

@@ -130,7 +130,7 @@ def rss_bytes(pid: int, name: str = "VmRSS") -> int:
 
 @dataclass
 class Bystander:
-    """A client during an attack: it writes, reads its own writes, asks for health and metrics, and notes all that it sees."""
+    """A client during an attack: it writes, reads its own writes, asks for health and metrics, and notes what it sees."""
 
     port: int
     address: str

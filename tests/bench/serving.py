@@ -72,7 +72,7 @@ def point(quick: bool) -> list[Row]:
     seconds = 0.3 if quick else 4.0
     server_core, client_core = two_cores()
     every = [data.labels(i) for i in range(0, series_count, 7)]
-    paths = [f"/v1/views/{data.VIEW.view}?where=region={region}&where=product={product}" for region, product in every]
+    paths = [f"/v1/views/{data.VIEW.view}?where=region={region}&where=product={product}" for product, region in every]
 
     def rate(server: Server) -> tuple[float, float]:
         with pinned(client_core):

@@ -44,7 +44,9 @@ def _credentials(it: Security) -> Credentials | None:
     if it.tokens is not None:
         return OAuthCredentials(oauth_cb=it.provider(), ssl_context=it.context)
     if it.mechanism:
-        return SASLCredentials(username=it.username, password=it.password, ssl_context=it.context, mechanism=it.mechanism)
+        return SASLCredentials(
+            username=it.username, password=it.password.reveal(), ssl_context=it.context, mechanism=it.mechanism
+        )
     return SSLCredentials(it.context) if it.context is not None else None
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pipeline.adapters.kafka.tokens import OPTIONS, CachedTokens, extensions_of, token_source
 from pipeline.errors import Invalid
+from pipeline.secret import Secret, with_files
 
 _PASSWORDS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 _OAUTH = "OAUTHBEARER"
@@ -35,7 +36,7 @@ class Security(NamedTuple):
     mechanism: str = ""
     """Empty: no login."""
     username: str = ""
-    password: str = ""
+    password: Secret = Secret()
     tokens: CachedTokens | None = None
     """Access tokens, for OAUTHBEARER."""
     extensions: Mapping[str, str] = {}
@@ -47,7 +48,7 @@ class Security(NamedTuple):
         if self.tokens is not None:
             login["sasl_oauth_token_provider"] = self.provider()
         else:
-            login |= {"sasl_plain_username": self.username, "sasl_plain_password": self.password}
+            login |= {"sasl_plain_username": self.username, "sasl_plain_password": self.password.reveal()}
         return {"security_protocol": self.protocol, "ssl_context": self.context, **(login if self.mechanism else {})}
 
     def provider(self) -> Any:
@@ -63,6 +64,7 @@ PLAIN = Security("PLAINTEXT")
 
 def security_of(user: Mapping[str, Any]) -> Security:
     """Translate options of librdkafka; `Invalid` for those that aiokafka lacks, and for files that can't be read."""
+    user = with_files(user)
     protocol = str(user.get("security.protocol", "plaintext")).upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
         raise Invalid(f"setting kafka: security.protocol={protocol.lower()}; plaintext, ssl, sasl_plaintext or sasl_ssl")
@@ -81,7 +83,7 @@ def security_of(user: Mapping[str, Any]) -> Security:
     missing = [name for name in ("sasl.username", "sasl.password") if not user.get(name)]
     if missing:
         raise Invalid(f"setting kafka: {missing[0]} is needed for sasl.mechanism {mechanism}")
-    return Security(protocol, context, mechanism, str(user["sasl.username"]), str(user["sasl.password"]))
+    return Security(protocol, context, mechanism, str(user["sasl.username"]), user["sasl.password"])
 
 
 def _refuse(user: Mapping[str, Any], prefix: str, known: set[str]) -> None:
@@ -118,7 +120,7 @@ def _load(context: ssl.SSLContext, user: Mapping[str, Any]) -> None:
         raise ValueError("ssl.certificate.location is needed too")
     if certificate:
         # A password in any case: without one OpenSSL would ask for it on the terminal.
-        context.load_cert_chain(str(certificate), key and str(key), str(user.get("ssl.key.password", "")))
+        context.load_cert_chain(str(certificate), key and str(key), user.get("ssl.key.password", Secret()).reveal())
     if ciphers := user.get("ssl.cipher.suites"):
         context.set_ciphers(str(ciphers))
 

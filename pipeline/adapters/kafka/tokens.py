@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.errors import Invalid, PipelineError, Unavailable
-from pipeline.secret import Secret, read_secret, revealed
+from pipeline.secret import Secret, read_secret, redacted_url, revealed
 
 TOKEN_FILE = "sasl.oauthbearer.token_file"
 """Our own option beside those of librdkafka: the file of a token, which another program renews."""
@@ -98,8 +98,8 @@ class TokenEndpoint:
         self._url = str(user.get(_URL, ""))
         self._client = (_first(user, _ID), Secret(_first(user, _SECRET)))
         self._scope = str(user.get(f"{_PREFIX}scope", ""))
-        missing = [name for name, value in ((_URL, self._url), (_ID[1], self._client[0]), (_SECRET[1], self._client[1])) if not value]
-        if missing:
+        needed = {_URL: self._url, _ID[1]: self._client[0], _SECRET[1]: self._client[1]}
+        if missing := [name for name, value in needed.items() if not value]:
             raise Invalid(f"setting kafka: {missing[0]} is needed for {_METHOD}=oidc")
         if user.get(f"{_PREFIX}grant.type", "client_credentials") != "client_credentials":
             raise Invalid(f"setting kafka: {_PREFIX}grant.type: only client_credentials is known")
@@ -130,7 +130,7 @@ class TokenEndpoint:
 
     @property
     def _where(self) -> str:
-        return f"token endpoint {self._url!r:.{_SHOWN}}"
+        return f"token endpoint {redacted_url(self._url)!r:.{_SHOWN}}"
 
     def _read(self, status: int, data: bytes, asked_s: float) -> Token:
         try:

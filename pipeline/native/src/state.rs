@@ -119,14 +119,22 @@ fn big_bytes(b: &BigInt) -> usize {
 }
 
 impl State {
-    /// Add a float or int as most of them are, to one of its own type with nothing rounded away; false: `merge` must do it.
+    /// Add a float or int as most of them are: to one of its own type with nothing rounded away, or a float to a float that
+    /// has an error term. False: `merge` must do it.
     #[inline(always)]
     pub fn add_simply(&mut self, kind: Kind, delta: &State) -> bool {
         if !matches!(kind, Kind::Sum | Kind::Mean) {
             return false;
         }
-        match (self, delta) {
+        match (&mut *self, delta) {
             (F(a), F(b)) => add_exact(a, *b),
+            (P(high, low), F(b)) => match two_sum((*high, *low), (*b, 0.0)) {
+                Some(P(new_high, new_low)) => {
+                    (*high, *low) = (new_high, new_low);
+                    true
+                }
+                _ => false,
+            },
             (F(a), I(b)) => b.unsigned_abs() <= 1 << 53 && add_exact(a, *b as f64),
             (I(a), I(b)) => match a.checked_add(*b) {
                 Some(total) => {
