@@ -30,7 +30,7 @@ def properties(it: Certificates, ssl_port: int, reauthenticate_ms: int = 0) -> d
     """
     prefix = "listener.name.sasl_ssl"
     return {
-        "listeners": "SASL_SSL://127.0.0.1:{port},SSL://127.0.0.1:%d,CONTROLLER://127.0.0.1:{controller_port}" % ssl_port,
+        "listeners": f"SASL_SSL://127.0.0.1:{{port}},SSL://127.0.0.1:{ssl_port},CONTROLLER://127.0.0.1:{{controller_port}}",
         "advertised.listeners": f"SASL_SSL://127.0.0.1:{{port}},SSL://127.0.0.1:{ssl_port}",
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL,SSL:SSL",
         "inter.broker.listener.name": "SASL_SSL",

@@ -85,7 +85,8 @@ class KafkaLog:
             try:
                 for topic in topics:
                     self._metadata.ask(topic, min(self._timeout_s, attempt_s))
-            except Unavailable as error:
+            except Unavailable as away:
+                error = away
                 cause = self._last_error.last
                 if cause is not None and code_of(cause).verdict is Verdict.OPERATOR:
                     reason = why_no_token(self._settings.kafka) or translate(cause, str(self.address))

@@ -44,6 +44,7 @@ OPTIONS = frozenset(
 """Options from which `token_source` can make a source."""
 _READ_AGAIN_S, _READ_AGAIN_S_MIN = 60.0, 5.0
 """Bounds of the time until a file is read again."""
+_NEVER_S = 1e12
 _TIMEOUT_S = 10.0
 _ANSWER_BYTES_MAX = 65_536
 _SHOWN = 200
@@ -53,18 +54,18 @@ _REFUSED = (400, 401, 403)
 """Statuses by which an endpoint refuses a client (RFC 6749, 5.2)."""
 
 
-class Token(NamedTuple):
+class AccessToken(NamedTuple):
     """A token, and the time at which to have the next one."""
 
     text: Secret
     ends_at_s: float
 
 
-TokenSource = Callable[[], Token]
+TokenSource = Callable[[], AccessToken]
 
 
 class TokenFile:
-    """Token of a file, which is read again by its end and at least once a minute. Also an `oauth_cb`.
+    """Token of a file, which is read again by its end and at least once a minute.
 
     While the file can't be read the last token stays in use: the broker decides how long that is good.
     """
@@ -74,7 +75,7 @@ class TokenFile:
         self._last = Secret()
         self()
 
-    def __call__(self) -> Token:
+    def __call__(self) -> AccessToken:
         """Return the token. Raises `Invalid` if the file can't be read, and never could."""
         try:
             self._last = Secret(read_secret(self._path, f"setting kafka: {TOKEN_FILE}").reveal().strip())
@@ -83,7 +84,7 @@ class TokenFile:
                 raise
         now_s = SystemClock().now_ms() / 1000
         left_s = min(_end_of(self._last.reveal(), now_s + _READ_AGAIN_S) - now_s, _READ_AGAIN_S)
-        return Token(self._last, now_s + max(left_s, _READ_AGAIN_S_MIN))
+        return AccessToken(self._last, now_s + max(left_s, _READ_AGAIN_S_MIN))
 
     def for_librdkafka(self, _config: str) -> tuple[str, float]:
         """Return the token as confluent_kafka's `oauth_cb` does."""
@@ -107,7 +108,7 @@ class TokenEndpoint:
             raise Invalid(f"setting kafka: {_URL} is no URL")
         self._tls = _tls(user)
 
-    def __call__(self) -> Token:
+    def __call__(self) -> AccessToken:
         """Ask for a token. Raises `Invalid` if the endpoint refuses, `Unavailable` if it does not answer."""
         import httpx
 
@@ -132,7 +133,7 @@ class TokenEndpoint:
     def _where(self) -> str:
         return f"token endpoint {redacted_url(self._url)!r:.{_SHOWN}}"
 
-    def _read(self, status: int, data: bytes, asked_s: float) -> Token:
+    def _read(self, status: int, data: bytes, asked_s: float) -> AccessToken:
         try:
             answer = json.loads(data)
         except ValueError:
@@ -140,14 +141,16 @@ class TokenEndpoint:
         found = answer if isinstance(answer, dict) else {}
         if status in _REFUSED:
             words = ": ".join(str(found[it]) for it in ("error", "error_description") if it in found)
-            raise Invalid(f"{self._where} refuses with {status} {words!r:.{_SHOWN}}: check {_PREFIX}* in the setting `kafka`")
+            raise Invalid(
+                f"{self._where} refuses with {status} {words!r:.{_SHOWN}}: check {_PREFIX}* in the setting `kafka`"
+            )
         text = found.get("access_token")
         if status != 200 or not isinstance(text, str) or not text:
             raise Unavailable(f"{self._where} gives no token, status {status}")
         life_s = found.get("expires_in")
         if isinstance(life_s, int | float) and not isinstance(life_s, bool) and life_s > 0:
-            return Token(Secret(text), asked_s + life_s)
-        return Token(Secret(text), _end_of(text, asked_s + _READ_AGAIN_S))
+            return AccessToken(Secret(text), asked_s + life_s)
+        return AccessToken(Secret(text), _end_of(text, asked_s + _READ_AGAIN_S))
 
 
 class CachedTokens:
@@ -155,7 +158,7 @@ class CachedTokens:
 
     def __init__(self, source: TokenSource) -> None:
         self._source = source
-        self._token = Token(Secret(), 0.0)
+        self._token = AccessToken(Secret(), 0.0)
         self._renewed_at_s = 0.0
         self._lock = threading.Lock()
 
@@ -206,10 +209,10 @@ class _Callback:
             raise Invalid(f"setting kafka: {CALLBACK} is a function that returns (token, time of its end in seconds)")
         self._call, self._config = call, config
 
-    def __call__(self) -> Token:
+    def __call__(self) -> AccessToken:
         try:
             text, ends_at_s, *_ = self._call(self._config)
-            return Token(Secret(text), float(ends_at_s))
+            return AccessToken(Secret(text), float(ends_at_s))
         except Exception as error:  # the app's own
             raise Unavailable(f"setting kafka: {CALLBACK} gives no token: {type(error).__name__}") from error
 
@@ -235,4 +238,4 @@ def _end_of(token: str, otherwise_s: float) -> float:
         ends_at_s = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return otherwise_s
-    return float(ends_at_s) if isinstance(ends_at_s, int | float) else otherwise_s
+    return float(ends_at_s) if isinstance(ends_at_s, int | float) and 0 < ends_at_s < _NEVER_S else otherwise_s
