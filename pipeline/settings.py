@@ -321,6 +321,21 @@ class QuerySettings(_Checked):
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "port to listen on; 0 picks a free one", least=0, most=65_535)
+    tokens_file: str = _setting(
+        "",
+        "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
+        "Without it every request may do everything",
+    )
+    allowed_hosts: str = _setting(
+        "",
+        "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "
+        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421",
+    )
+    cors_origins: str = _setting(
+        "",
+        "origins such as `https://grafana.example` whose pages may use this server, separated by commas; others are refused "
+        "with 403",
+    )
     body_bytes_max: int = _setting(
         16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
     )
