@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.faust.security import security_of
-from pipeline.adapters.kafka.tokens import AccessToken, CachedTokens, TokenFile, token_source
+from pipeline.adapters.kafka.tokens import BearerToken, CachedTokens, TokenFile, token_source
 from pipeline.errors import Invalid, Unavailable
 from pipeline.secret import Secret
 from tests.broker.kafka import Port
@@ -120,12 +120,12 @@ def test_tokens_are_kept() -> None:
     """A token is used for four fifths of its life, and to its end if there is no other."""
     asked = 0
 
-    def source() -> AccessToken:
+    def source() -> BearerToken:
         nonlocal asked
         asked += 1
         if asked == 2:
             raise Unavailable("away")
-        return AccessToken(Secret(f"t{asked}"), time.time() + 0.5)
+        return BearerToken(Secret(f"t{asked}"), time.time() + 0.5)
 
     tokens = CachedTokens(source)
     assert tokens() == tokens() == Secret("t1")

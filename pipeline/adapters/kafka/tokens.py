@@ -54,14 +54,14 @@ _REFUSED = (400, 401, 403)
 """Statuses by which an endpoint refuses a client (RFC 6749, 5.2)."""
 
 
-class AccessToken(NamedTuple):
+class BearerToken(NamedTuple):
     """A token, and the time at which to have the next one."""
 
     text: Secret
     ends_at_s: float
 
 
-TokenSource = Callable[[], AccessToken]
+TokenSource = Callable[[], BearerToken]
 
 
 class TokenFile:
@@ -75,7 +75,7 @@ class TokenFile:
         self._last = Secret()
         self()
 
-    def __call__(self) -> AccessToken:
+    def __call__(self) -> BearerToken:
         """Return the token. Raises `Invalid` if the file can't be read, and never could."""
         try:
             self._last = Secret(read_secret(self._path, f"setting kafka: {TOKEN_FILE}").reveal().strip())
@@ -84,7 +84,7 @@ class TokenFile:
                 raise
         now_s = SystemClock().now_ms() / 1000
         left_s = min(_end_of(self._last.reveal(), now_s + _READ_AGAIN_S) - now_s, _READ_AGAIN_S)
-        return AccessToken(self._last, now_s + max(left_s, _READ_AGAIN_S_MIN))
+        return BearerToken(self._last, now_s + max(left_s, _READ_AGAIN_S_MIN))
 
     def for_librdkafka(self, _config: str) -> tuple[str, float]:
         """Return the token as confluent_kafka's `oauth_cb` does."""
@@ -108,7 +108,7 @@ class TokenEndpoint:
             raise Invalid(f"setting kafka: {_URL} is no URL")
         self._tls = _tls(user)
 
-    def __call__(self) -> AccessToken:
+    def __call__(self) -> BearerToken:
         """Ask for a token. Raises `Invalid` if the endpoint refuses, `Unavailable` if it does not answer."""
         import httpx
 
@@ -133,7 +133,7 @@ class TokenEndpoint:
     def _where(self) -> str:
         return f"token endpoint {redacted_url(self._url)!r:.{_SHOWN}}"
 
-    def _read(self, status: int, data: bytes, asked_s: float) -> AccessToken:
+    def _read(self, status: int, data: bytes, asked_s: float) -> BearerToken:
         try:
             answer = json.loads(data)
         except ValueError:
@@ -149,8 +149,8 @@ class TokenEndpoint:
             raise Unavailable(f"{self._where} gives no token, status {status}")
         life_s = found.get("expires_in")
         if isinstance(life_s, int | float) and not isinstance(life_s, bool) and life_s > 0:
-            return AccessToken(Secret(text), asked_s + life_s)
-        return AccessToken(Secret(text), _end_of(text, asked_s + _READ_AGAIN_S))
+            return BearerToken(Secret(text), asked_s + life_s)
+        return BearerToken(Secret(text), _end_of(text, asked_s + _READ_AGAIN_S))
 
 
 class CachedTokens:
@@ -158,7 +158,7 @@ class CachedTokens:
 
     def __init__(self, source: TokenSource) -> None:
         self._source = source
-        self._token = AccessToken(Secret(), 0.0)
+        self._token = BearerToken(Secret(), 0.0)
         self._renewed_at_s = 0.0
         self._lock = threading.Lock()
 
@@ -209,10 +209,10 @@ class _Callback:
             raise Invalid(f"setting kafka: {CALLBACK} is a function that returns (token, time of its end in seconds)")
         self._call, self._config = call, config
 
-    def __call__(self) -> AccessToken:
+    def __call__(self) -> BearerToken:
         try:
             text, ends_at_s, *_ = self._call(self._config)
-            return AccessToken(Secret(text), float(ends_at_s))
+            return BearerToken(Secret(text), float(ends_at_s))
         except Exception as error:  # the app's own
             raise Unavailable(f"setting kafka: {CALLBACK} gives no token: {type(error).__name__}") from error
 
