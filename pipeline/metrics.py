@@ -159,7 +159,14 @@ STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
 )
 REQUESTS_REFUSED = Metric(
-    "pipeline_requests_refused_total", "counter", "Requests with a body that were refused at a limit.", ("limit",)
+    "pipeline_requests_refused_total",
+    "counter",
+    "Requests refused before anything is read of them: host, one that this server is not known as; origin, a page of another"
+    " site.",
+    ("reason",),
+)
+BODIES_REFUSED = Metric(
+    "pipeline_bodies_refused_total", "counter", "Requests refused because of the bodies of others.", ("limit",)
 )
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -16,6 +16,9 @@ from pipeline.metrics import Metrics
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
+BATCHES_TYPE = "application/octet-stream"
+PUSH_TYPES = ("text/plain; version=0.0.4", "application/openmetrics-text")
+"""Media types of pushed metrics."""
 _TURN_S = 10.0
 """Longest wait of a large body for its turn."""
 T = TypeVar("T")
@@ -34,8 +37,8 @@ class BodyRoom:
         self._small_max = settings.bodies_bytes_max - self._large_max
         self._large_bytes = self._small_bytes = 0
         self._turns = asyncio.Semaphore(settings.large_bodies_max)
-        metrics.inc(m.REQUESTS_REFUSED, 0, "bodies_bytes_max")
-        metrics.inc(m.REQUESTS_REFUSED, 0, "large_bodies_max")
+        metrics.inc(m.BODIES_REFUSED, 0, "bodies_bytes_max")
+        metrics.inc(m.BODIES_REFUSED, 0, "large_bodies_max")
 
     def grow(self, size: int, more: int) -> int:
         """Make room for `more` bytes of a body that has `size`, and return its new size; `Unavailable` without room."""
@@ -52,7 +55,7 @@ class BodyRoom:
 
     def _check(self, size: int, most: int) -> None:
         if size > most:
-            self._metrics.inc(m.REQUESTS_REFUSED, 1, "bodies_bytes_max")
+            self._metrics.inc(m.BODIES_REFUSED, 1, "bodies_bytes_max")
             raise Unavailable("too many request bodies are being worked on (bodies_bytes_max)")
 
     def give_back(self, size: int) -> None:
@@ -74,7 +77,7 @@ class BodyRoom:
             async with asyncio.timeout(_TURN_S):
                 await self._turns.acquire()
         except TimeoutError:
-            self._metrics.inc(m.REQUESTS_REFUSED, 1, "large_bodies_max")
+            self._metrics.inc(m.BODIES_REFUSED, 1, "large_bodies_max")
             raise Unavailable("other large requests are being worked on (large_bodies_max)") from None
         try:
             if await request.is_disconnected():
@@ -93,8 +96,9 @@ class RequestBodies:
         self._encoding = encoding
 
     @asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the body, which counts as in memory until the context ends."""
+    async def of(self, request: Request, *types: str) -> AsyncIterator[bytes]:
+        """Yield the body, which counts as in memory until the context ends. Its type must be one of `types`."""
+        check_type(request.headers.get("content-type", ""), types)
         if request.headers.get("content-encoding", "identity") != self._encoding:
             raise Refused(415, self._wrong_encoding())
         announced = request.headers.get("content-length", "0")
@@ -121,3 +125,19 @@ class RequestBodies:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
+
+
+def check_type(content_type: str, types: Sequence[str]) -> None:
+    """Raise `Refused` unless a Content-Type is one of these; of a parameter in `types` only the name counts.
+
+    No type in `types` may be one that an HTML form can send, so that no page of another site can make a browser send a write
+    without asking the server before. A form sends text/plain, but not with a parameter `version`.
+    """
+    essence, *parameters = [part.strip().lower() for part in content_type.split(";")]
+    given = {it.partition("=")[0] for it in parameters}
+    for known in types:
+        name, _, parameter = known.partition("; ")
+        if essence == name and (not parameter or parameter.partition("=")[0] in given):
+            return
+    said = f"not {content_type[:200]!r}" if content_type else "there is none"
+    raise Refused(415, f"Content-Type must be {' or '.join(types)}, {said}; for curl: -H 'Content-Type: {types[0]}'")

@@ -16,6 +16,11 @@ from pipeline.core.record import Definition, producer_id_of, series_suffix, trav
 from tests.attack.support import Reply, attacked, connect, flood, request
 from tests.support import UpProcess
 
+TYPES = {
+    "/v1/deltas": "application/json",
+    "/v1/batches": "application/octet-stream",
+    "/v1/openmetrics": "text/plain; version=0.0.4",
+}
 SECRET = "attack"
 OWN = {"Pipeline-Producer": SECRET}
 MB = 10**6
@@ -72,7 +77,7 @@ SLOW = ("lines", "arrays", "types", "comments")
 
 
 def post(up: UpProcess, path: str, body: bytes, timeout_s: float = 60.0) -> Reply:
-    headers = {**OWN, "content-type": "application/json" if path == "/v1/deltas" else "application/octet-stream"}
+    headers = {**OWN, "content-type": TYPES[path]}
     return request(up.port, "POST", path, body, headers, timeout_s=timeout_s)
 
 
@@ -81,7 +86,7 @@ def post(up: UpProcess, path: str, body: bytes, timeout_s: float = 60.0) -> Repl
     [pytest.param(*it, id=name, marks=[pytest.mark.long] * (name in SLOW)) for name, it in ATTACKS.items()],
 )
 def test_a_dense_body_is_refused_for_little(up: UpProcess, path: str, body: bytes, status: int) -> None:
-    """What 16 MB announce or hold is counted before it is built, so memory does not grow to a multiple of the body."""
+    """The items of 16 MB are counted before they are built, so memory does not grow to a multiple of the body."""
     assert len(body) <= 2**24
     with attacked(up) as bystander:
         reply = post(up, path, body)

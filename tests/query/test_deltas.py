@@ -33,7 +33,7 @@ def long_body(deltas: list[dict[str, Any]], blank: str = "", *, ascii_only: bool
 @settings(max_examples=examples(100))
 @given(st.lists(DELTAS, max_size=8), BLANKS, st.booleans(), st.integers(1, 3))
 def test_a_long_array_is_parsed_as_a_short_one(deltas: list[Any], blank: str, ascii_only: bool, times: int) -> None:
-    """Whatever stands in its texts, a long array has the deltas of the same array decoded at once."""
+    """A long array has the deltas of the same array decoded at once, whatever stands in its texts."""
     body = long_body(deltas * times, blank, ascii_only=ascii_only)
     assert parse_deltas(body, "", 100) == parse_deltas(body.strip(), "", 100)
     assert len(parse_deltas(body, "", 100)) == len(deltas) * times
