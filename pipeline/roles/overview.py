@@ -129,6 +129,8 @@ def _ask_all(address: Address, members: Sequence[Member]) -> list[Status | str]:
 
 
 def _asked(address: Address, member: Member) -> Status | str:
+    if member.problem:
+        return member.problem
     if not member.url:
         return "it has told no address yet"
     try:
