@@ -33,21 +33,22 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
-from pipeline.query.bodies import RequestBodies
+from pipeline.query.access import Access, needed_of
+from pipeline.query.bodies import BATCHES_TYPE, PUSH_TYPES, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.gather import GatherService
-from pipeline.query.guard import Guard, show_problem
+from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.media import JSON, Encoded
+from pipeline.query.media import JSON, NDJSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.reader import ViewReader
-from pipeline.query.remote_reads import REQUEST_BYTES_MAX
+from pipeline.query.remote_reads import REQUEST_BYTES_MAX, REQUEST_TYPE
 from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
@@ -63,7 +64,8 @@ _PUSH = "openmetrics"
 _REFUSED_SHOWN_MAX = 10
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
-Take = Callable[[Request, Work], Coroutine[Any, Any, Response]]
+Take = Callable[..., Coroutine[Any, Any, Response]]
+"""Answers a request with a body. Arguments: the request, the work, and the media types that the body may have."""
 ParsePushed = Callable[[bytes, str, int, int], Pushed]
 """Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line."""
 
@@ -82,9 +84,10 @@ def create_operations_app(
     clock: Clock,
     status: Callable[[], Status],
     ready: Callable[[], bool],
+    access: Access | None = None,
 ) -> Starlette:
     """Return the application of a process that answers no reads: metrics, health and status."""
-    return make_application(operation_routes(metrics, status, ready), settings, metrics, clock)
+    return make_application(operation_routes(metrics, status, ready), settings, metrics, clock, access=access)
 
 
 def create_app(
@@ -97,12 +100,14 @@ def create_app(
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
     letters: DeadLetters | None = None,
+    access: Access | None = None,
 ) -> Starlette:
     """Return the application: an ASGI app with a lifespan, which the server must run.
 
     Without `ingest` it only reads. `status` returns what `/v1/status` shows; what the reader knows of each partition is
     added. `ready` says whether reads can be answered. `render_views` writes `GET /v1/openmetrics`, which is not there
-    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed.
+    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed. With `access`
+    requests need access tokens.
     """
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
@@ -132,9 +137,8 @@ def create_app(
         if letters is not None:
             routes += letter_routes(letters, settings, ingest_threads, take)
         if parse_pushed is not None:
-            push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
-            routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read)
+            routes.append(_push_route(partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys), take))
+    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read, access)
     app.state.before_stop = streams.close
     return app
 
@@ -163,10 +167,17 @@ def make_application(
     clock: Clock,
     lifespan: Lifespan[Starlette] | None = None,
     read: ReadEndpoint | None = None,
+    access: Access | None = None,
 ) -> Starlette:
-    """Return the application of these routes, with its documentation, and guarded."""
+    """Return the application of these routes, with its documentation, and guarded.
+
+    Raises `KeyError` for a route of which `query.access` does not say who may use it.
+    """
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
-    routes = [*routes, *docs_routes(openapi_document(operations, settings))]
+    needed = {operation: needed_of(operation[0].upper(), operation[1]) for operation in operations}
+    routes = [*routes, *docs_routes(openapi_document(operations, settings, None if access is None else needed))]
+    for it in routes if access is not None else ():
+        it.app = Scoped(it.app, it.path, it.methods or ())
     paths = {it.endpoint: it.path for it in routes}
     handlers = dict.fromkeys((PipelineError, Refused, HTTPException), show_problem)
 
@@ -174,7 +185,7 @@ def make_application(
         def build_middleware_stack(self) -> ASGIApp:
             """Return the router within a `Guard`, which does what Starlette's own outermost layer would do."""
             routed = ExceptionMiddleware(self.router, handlers=handlers)
-            return Guard(routed, read, paths, settings.connections_max, metrics, clock)
+            return Guard(routed, read, paths, settings, metrics, clock, access)
 
     app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
@@ -206,9 +217,8 @@ class QueryEndpoint:
         self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        async with self._bodies.of(request) as body:
-            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        async with self._bodies.of(Request(scope, receive), JSON) as body:
+            asked = parse_several(body, self._settings)
         await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
@@ -276,9 +286,10 @@ def _remote_read_route(service: ReadService) -> Route:
 
     async def remote_read(request: Request) -> Response:
         try:
-            async with bodies.of(request) as body:
+            async with bodies.of(request, REQUEST_TYPE) as body:
                 answer = await service.remote_read(body)
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
+            note_refusal(request.scope, error)
             it = problem(error)
             return PlainTextResponse(f"{it.detail}\n", it.status, it.headers | {"Content-Type": "text/plain; charset=utf-8"})
         return Response(answer, headers={"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy"})
@@ -290,7 +301,7 @@ def _states_route(service: ReadService, settings: QuerySettings) -> Route:
     bodies = RequestBodies(settings.body_bytes_max)
 
     async def states(request: Request) -> Response:
-        async with bodies.of(request) as body:
+        async with bodies.of(request, STATES_TYPE) as body:
             return Response(await service.states(body), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
@@ -312,9 +323,9 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
     return status
 
 
-async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
-    async with bodies.of(request) as body:
+    async with bodies.of(request, *types) as body:
         done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
     return _json(_encode(done))
 
@@ -331,10 +342,10 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
         return BatchesAccepted(next_offsets, str(token))
 
     async def post_deltas(request: Request) -> Response:
-        return await take(request, take_deltas)
+        return await take(request, take_deltas, JSON, NDJSON)
 
     async def post_batches(request: Request) -> Response:
-        return await take(request, take_batches)
+        return await take(request, take_batches, BATCHES_TYPE)
 
     return [
         Route("/v1/deltas", post_deltas, methods=["POST"]),
@@ -346,14 +357,21 @@ def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Ro
     def route(action: str) -> Route:
         def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
             with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-                return orders.give(parse_control(action, view, body, headers.get("content-type", "")), key)
+                return orders.give(parse_control(action, view, body), key)
 
         async def change_view(request: Request) -> Response:
-            return await take(request, partial(carry_out, request.path_params["view"]))
+            return await take(request, partial(carry_out, request.path_params["view"]), JSON)
 
         return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
 
     return [route("drop"), route("reset")]
+
+
+def _push_route(work: Work, take: Take) -> Route:
+    async def push(request: Request) -> Response:
+        return await take(request, work, *PUSH_TYPES)
+
+    return Route("/v1/openmetrics", push, methods=["POST"])
 
 
 def _take_pushed(
