@@ -90,7 +90,7 @@ def test_metadata_is_unpacked_within_bounds() -> None:
 
 
 class Garbage:
-    """What a stranger says in place of metadata."""
+    """Bytes that a stranger says in place of metadata."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

@@ -23,26 +23,26 @@ METADATA_BYTES_MAX = 16 * 2**20
 _Partitions = dict[str, list[Annotated[int, Meta(ge=0, lt=2**31)]]]
 
 
-class _Assigned(msgspec.Struct):
+class _Placed(msgspec.Struct):
     actives: _Partitions
     standbys: _Partitions
 
 
-class Metadata(msgspec.Struct):
+class MemberMetadata(msgspec.Struct):
     """Fields of Faust's metadata, which all workers send."""
 
-    assignment: _Assigned
+    assignment: _Placed
     url: str
     changelog_distribution: dict[str, _Partitions]
     external_topic_distribution: dict[str, _Partitions]
     topic_groups: dict[str, Annotated[int, Meta(ge=0, lt=2**31)]] | None = None
 
 
-_NOTHING = msgspec.json.encode(Metadata(_Assigned({}, {}), "http://0.0.0.0/#stranger", {}, {}, {}))
-"""Metadata in place of that of a stranger: the leader gives it no partitions."""
+_NOTHING = msgspec.json.encode(MemberMetadata(_Placed({}, {}), "http://0.0.0.0/#stranger", {}, {}, {}))
+"""MemberMetadata in place of that of a stranger: the leader gives it no partitions."""
 
 
-def said(metadata: bytes) -> Metadata:
+def said(metadata: bytes) -> MemberMetadata:
     """Return what a member says when it joins. Raises `BadRecord` if it is no worker."""
     try:
         return _decoded(ConsumerProtocolMemberMetadata.decode(metadata).user_data)
@@ -50,7 +50,7 @@ def said(metadata: bytes) -> Metadata:
         raise BadRecord("no worker's metadata") from None
 
 
-def told(assignment: bytes) -> Metadata:
+def told(assignment: bytes) -> MemberMetadata:
     """Return what the leader tells a member. Raises `BadRecord` if the leader is no worker."""
     try:
         return _decoded(unpacked(ConsumerProtocolMemberAssignment.decode(assignment).user_data))
@@ -70,11 +70,11 @@ def unpacked(data: bytes) -> bytes:
     return found
 
 
-def _decoded(user_data: bytes | None) -> Metadata:
+def _decoded(user_data: bytes | None) -> MemberMetadata:
     if user_data is None or len(user_data) > METADATA_BYTES_MAX:
         raise BadRecord("no metadata, or too large")
     try:
-        return msgspec.json.decode(user_data, type=Metadata)
+        return msgspec.json.decode(user_data, type=MemberMetadata)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRecord(f"not a worker's metadata: {error}") from None
 
