@@ -35,7 +35,7 @@ from pipeline.core.query import Labels, MergedDefinition, Query, Selected, TopN,
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
-from pipeline.metrics import Metrics
+from pipeline.metrics import NAMES, Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import preferred_coding
 from pipeline.query.found import answer_of, answers_together, points_answer
@@ -320,7 +320,7 @@ class GatherService:
         gathered = await self._gather(asked, deadline_s, None, allow_partial=False)
         for _ in range(_TRIES):
             plans = self._exposed_plans(gathered, views)
-            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()})
+            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()}, NAMES)
             final_before_ms = self._servers.final_before_ms(gathered)
             reads: list[tuple[Definition, StatesRead]] = []
             for it in chosen:
