@@ -37,6 +37,9 @@ def run_status(url: str, *, as_json: bool) -> int:
         print(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")
     if fenced_count := known(status.fenced_count):
         print(f"fenced {fenced_count:,} times")
+    for left in known(status.ingest_left_out) or ():
+        first = f", the first: {console.printable(left.first)}" if left.first else ""
+        print(f"left out by ingest: {left.count:,} {left.protocol} {left.reason}{first}")
     lag = sum(known(it.lag) or 0 for it in status.partitions)
     print(f"{'ready' if status.ready else 'not ready: restoring'}, lag {lag:,} records")
     return console.OK

@@ -125,7 +125,8 @@ class StatsdGateway:
 
     def _status(self) -> IngestStatus:
         counts = {"lines": self.sink.line_count, "left_out": dict(self.sink.refused), **self.publisher.stats()}
-        status = {"role": "ingest", "ready": True, "partition_count": 0, "partitions": [], **counts}
+        left_out = {"ingest_left_out": found} if (found := self.sink.left_out.status()) else {}
+        status = {"role": "ingest", "ready": True, "partition_count": 0, "partitions": [], **counts, **left_out}
         return msgspec.convert(status, IngestStatus)
 
 
