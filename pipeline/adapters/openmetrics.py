@@ -137,7 +137,7 @@ class _Reader:
             if self._openmetrics and _EXEMPLAR in text:
                 try:
                     return self._parse(text.rpartition(_EXEMPLAR)[0])
-                except Exception:  # the first error says more
+                except Exception:  # nosec B110  # the first error says more
                     pass
             raise _Wrong("syntax", str(error) or "not a sample") from None
 
