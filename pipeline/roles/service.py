@@ -206,7 +206,7 @@ def worker_service(
 
     service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
-    wildcard = config.query.host in ("0.0.0.0", "::")
+    wildcard = config.query.host in ("0.0.0.0", "::")  # nosec B104  # binds nothing
     service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
     return service
 
