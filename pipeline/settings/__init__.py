@@ -249,8 +249,7 @@ class QuerySettings(_Checked):
     )
     deltas_max: int = _setting(
         100_000,
-        "deltas in one POST /v1/deltas; samples, types and quarters of the lines in one POST /v1/openmetrics; more is "
-        "refused with 413",
+        "deltas in one POST /v1/deltas; samples, and as many types, in one POST /v1/openmetrics; more is refused with 413",
         least=1,
     )
     batches_max: int = _setting(1_000, "batches in one POST /v1/batches; more is refused with 413", least=1)

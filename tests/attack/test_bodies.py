@@ -69,11 +69,11 @@ ATTACKS: dict[str, tuple[str, bytes, int]] = {
         b'[{"view":"a","kind":"sum","value":1,"labels":{' + b",".join(b'"%x":""' % i for i in range(1_400_000)) + b"}}]",
         400,
     ),
-    "types": ("/v1/openmetrics", b"# TYPE a counter\n" * (16 * MB // 17), 413),
-    "comments": ("/v1/openmetrics", b"#\n" * (8 * MB), 413),
+    "types": ("/v1/openmetrics", b"".join(b"# TYPE a%x counter\n" % i for i in range(700_000)), 413),
+    "comments": ("/v1/openmetrics", b"#\n" * (8 * MB), 200),
 }  # fmt: skip
 """By name: path, body, and the status of the answer."""
-SLOW = ("lines", "arrays", "types", "comments")
+SLOW = ("lines", "arrays", "comments")
 
 
 def post(up: UpProcess, path: str, body: bytes, timeout_s: float = 60.0) -> Reply:
