@@ -32,6 +32,7 @@ OTHER_VARIABLES = frozenset(
 
 OnFull = Literal["block", "raise", "drop_newest"]
 Durability = Literal["memory", "process", "disk"]
+DIALECTS = ("auto", "statsd", "dogstatsd")
 ON_FULL: tuple[str, ...] = get_args(OnFull)
 DURABILITY: tuple[str, ...] = get_args(Durability)
 
@@ -63,7 +64,13 @@ def check_value(item: Field[Any], value: object) -> None:
         raise Invalid(f"{item.name}: {', '.join(known[:-1])} or {known[-1]}, got {value!r:.50}")
 
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DURABILITY}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "on_full": ON_FULL,
+    "durability": DURABILITY,
+    "ingest_dialect": DIALECTS,
+    "ingest_timers": ("means", "histogram"),
+    "ingest_sets": ("members", "distinct"),
+}
 
 
 @dataclass(frozen=True)
@@ -421,11 +428,34 @@ class IngestSettings(_Checked):
         65_535, "largest UDP packet; a larger one is left out and counted", least=64, most=65_535
     )
     ingest_connections_max: int = _setting(256, "open TCP connections; one more is closed at once and counted", least=1)
+    ingest_idle_timeout_ms: int = _setting(
+        600_000, "a TCP connection on which no StatsD line ends for so long is closed", least=10
+    )
     ingest_views_max: int = _setting(
-        1_000, "views that StatsD lines can make; a line that needs one more is left out and counted", least=1, most=10_000
+        2_000, "views that StatsD lines can make; a line that needs one more is left out and counted", least=1, most=10_000
     )
     ingest_series_max: int = _setting(
-        100_000, "label sets, members of sets among them, that StatsD lines can make; the same", least=1
+        200_000, "label sets, members of sets among them, that StatsD lines can make; the same", least=1
+    )
+    ingest_sender_share: int = _setting(
+        50,
+        "percent of these views and series that the lines of one address can make; 100: one can take all",
+        least=1,
+        most=100,
+    )
+    ingest_observations_max: int = _setting(
+        10_000, "observations for which the values of one StatsD timer line, by its sample rate, can stand", least=1
+    )
+    ingest_dialect: str = _setting(
+        "auto",
+        "what a sign before a StatsD gauge's value means: a step (`statsd`), the value's own sign (`dogstatsd`), or a step "
+        "unless the line names a container, external data or a cardinality as Datadog's clients do (`auto`)",
+    )
+    ingest_timers: str = _setting(
+        "means", "what new StatsD timers, histograms and distributions become: `means`, with max and count, or `histogram`"
+    )
+    ingest_sets: str = _setting(
+        "members", "what new StatsD sets become: a sum with a series for each of its `members`, or `distinct`, an estimate"
     )
     ingest_receive_buffer_bytes: int = _setting(
         4_194_304, "UDP packets that wait in the kernel; it may grant less (`net.core.rmem_max`), and says so", least=4_096
