@@ -17,7 +17,8 @@ from pipeline.ports import LogWriter
 from pipeline.publisher.client import BasePublisher, publisher_settings
 from pipeline.publisher.environment import find_settings
 from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_prefork
-from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
+from pipeline.secret import redacted_url
+from pipeline.settings import ClientSettings, KafkaSettings, PublisherKeywords, PublisherSettings, held
 from pipeline.threads import in_hub
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> LogWriter:
+def log_writer(
+    url: str, settings: PublisherSettings, kafka: KafkaSettings, client: ClientSettings | None = None
+) -> LogWriter:
     """Return the log that a publisher's batches go to.
 
     `kafka://host:port[,host:port...][/app]`, `http://host:port` (a server of this package), or `embedded:FOLDER` (a log in
@@ -39,7 +42,7 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
     if scheme in ("http", "https"):
         from pipeline.adapters.http import HttpLogWriter
 
-        return HttpLogWriter(url)
+        return HttpLogWriter(url, settings=client)
     if scheme == "embedded" and rest:
         from pipeline.adapters.shared_log import open_shared_log
 
@@ -55,7 +58,14 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
             timeout_ms=settings.request_timeout_ms,
             metadata_refresh_ms=kafka.metadata_refresh_ms,
         )
-    raise Invalid(f"unknown URL {url!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER")
+    raise Invalid(
+        f"unknown URL {redacted_url(url)!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER"
+    )
+
+
+def _taken(found: dict[str, Any], group: type[Any]) -> dict[str, Any]:
+    """Take the settings of a group out of those that were found."""
+    return {item.name: found.pop(item.name) for item in fields(group) if item.name in found}
 
 
 def _metrics_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
@@ -95,15 +105,16 @@ class Publisher(BasePublisher):
         registry: Registry | None = None,
         **settings: Unpack[PublisherKeywords],
     ) -> None:
-        found: dict[str, Any] = find_settings(settings, kafka=str(url).startswith("kafka:"))
-        found.update(settings)
-        known = {item.name for item in fields(KafkaSettings)}
-        kafka = KafkaSettings(**{name: value for name, value in found.items() if name in known})
-        checked = publisher_settings({name: value for name, value in found.items() if name not in known})
+        given = held(settings)
+        del settings  # a traceback with local variables would show it
+        connected = KafkaSettings if str(url).startswith("kafka:") else ClientSettings
+        found = {**find_settings(given, (PublisherSettings, connected)), **given}
+        kafka, client = KafkaSettings(**_taken(found, KafkaSettings)), ClientSettings(**_taken(found, ClientSettings))
+        checked = publisher_settings(found)
         self._bridges: list[Bridge] = []
         self._shown = None if registry is None else _metrics_in(registry, metrics)
         try:
-            super().__init__(log_writer(url, checked, kafka), SystemClock(), checked, self._shown or metrics)
+            super().__init__(log_writer(url, checked, kafka, client), SystemClock(), checked, self._shown or metrics)
         except BaseException:
             self._leave_registry()
             raise

@@ -138,12 +138,32 @@ REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answ
 REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
 )
+ACCESS_REFUSED = Metric(
+    "pipeline_access_refused_total",
+    "counter",
+    "Requests refused for want of rights: the access token was missing, malformed, unknown or expired, lacked a scope, or is"
+    " bound to other views or labels (bounds).",
+    ("reason",),
+)
+TOKENS = Metric("pipeline_access_tokens", "gauge", "Access tokens in the tokens_file that the server goes by.")
+TOKENS_UNREADABLE = Metric(
+    "pipeline_tokens_file_errors_total",
+    "counter",
+    "Times that the tokens_file had changed and could not be read: the tokens that were read before go on to count.",
+)
 GATHER_SERVER_UP = Metric(
     "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
 )
 STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
 STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
+)
+REQUESTS_REFUSED = Metric(
+    "pipeline_requests_refused_total",
+    "counter",
+    "Requests refused before anything is read of them: host, one that this server is not known as; origin, a page of another"
+    " site.",
+    ("reason",),
 )
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
@@ -249,6 +269,17 @@ CHANGES = Metric("pipeline_changes_total", "counter", "Changes of a view that an
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in [*globals().values()] if isinstance(value, Metric))
 """All metrics."""
+_SUFFIXES = {
+    "counter": ("", "_total", "_created"),
+    "gauge": ("",),
+    "histogram": ("", "_bucket", "_count", "_sum", "_created"),
+}
+NAMES: frozenset[str] = frozenset(
+    f"{it.name.removesuffix('_total') if it.type == 'counter' else it.name}{suffix}"
+    for it in CATALOGUE
+    for suffix in _SUFFIXES[it.type]
+)
+"""All names that metrics and their samples have."""
 OF_PUBLISHERS: tuple[Metric, ...] = (
     *(it for it in CATALOGUE if it.name.startswith("pipeline_publisher_")),
     INGEST_MALFORMED,

@@ -36,6 +36,7 @@ from pipeline.cli.options import (
     parse_partitions,
 )
 from pipeline.cli.spool import spool
+from pipeline.cli.tokens import tokens
 from pipeline.cli.topics import topics
 from pipeline.cli.views import views
 from pipeline.cli.watch import watch
@@ -301,7 +302,7 @@ def publish(
         spread=spread,
     )
     config = load(set_)
-    raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))
+    raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka, config.client))
 
 
 @app.command()
@@ -321,7 +322,8 @@ def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) 
 
     console.configure_logging(console.QUIET)
     if url.startswith("kafka://"):
-        raise SystemExit(run_overview(url, load(set_).kafka, as_json=json))
+        config = load(set_)
+        raise SystemExit(run_overview(url, config.kafka, config.client, as_json=json))
     raise SystemExit(run_status(url, as_json=json))
 
 
@@ -420,6 +422,7 @@ app.add_typer(inspect, name="inspect", help="Print what is in the log or a store
 app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
 app.add_typer(dead_letters, name="dead-letters", help="List, show or replay what was refused when it was folded.")
 app.add_typer(dashboards, name="dashboards", help="Write dashboards for Grafana, and alerts for Prometheus.")
+app.add_typer(tokens, name="tokens", help="Add, list or revoke the access tokens of servers.")
 app.add_typer(spool, name="spool", help="Show what publishers left on disk, or send it.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -12,12 +12,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
+from pipeline.core.grants import EVERYTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
+from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, keeps_bounds, needed_of
+from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
 from pipeline.query.streams_api import EVENT_STREAM
+from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
@@ -48,13 +52,34 @@ async def show_problem(request: Request, error: Exception) -> Response:
     return _problem_response(request.scope, error)
 
 
+def note_refusal(scope: Scope, error: Exception) -> None:
+    """Count an error by which a request is refused for want of rights."""
+    access: Access | None = scope.get("access")
+    if access is not None:
+        access.note(error)
+
+
 def _problem_response(scope: Scope, error: Exception) -> Response:
+    note_refusal(scope, error)
     answer = problem(error)
     if not isinstance(error, PipelineError | Refused):
         _log.exception("%s %s", scope["method"], scope["path"])
     elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
         _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
     return Response(answer.body, answer.status, headers=answer.headers)
+
+
+class Scoped:
+    """A route's application, for those only whose grant has a scope that the route needs."""
+
+    def __init__(self, app: ASGIApp, path: str, methods: Iterable[str]) -> None:
+        self._app = app
+        self._needed = {it: (needed_of(it, path), keeps_bounds(it, path)) for it in methods}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed, bounds = self._needed[scope["method"]]
+        check_grant(scope["grant"], needed, keeps_bounds=bounds)
+        await self._app(scope, receive, send)
 
 
 class Guard:
@@ -68,17 +93,20 @@ class Guard:
         app: ASGIApp,
         read: ReadApp | None,
         paths: Mapping[Any, str],
-        connections_max: int,
+        settings: QuerySettings,
         metrics: Metrics,
         clock: Clock,
+        access: Access | None = None,
     ) -> None:
         self._app = app
         self._read = read
         self._paths = paths
-        self._connections_max = connections_max
+        self._connections_max = settings.connections_max
+        self._protection = CrossOriginProtection(settings, metrics)
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "connections_max")
         self._clock = clock
+        self._access = access
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,6 +116,7 @@ class Guard:
         started_s = self._clock.monotonic_s()
         status = _CLIENT_GONE
         counted = True
+        more = ALWAYS
 
         def done() -> None:
             nonlocal counted
@@ -103,6 +132,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], *more]
                 if (b"content-type", EVENT_STREAM.encode()) in message["headers"]:
                     done()  # `streams_max` bounds streams, which stay open
             await send(message)
@@ -112,9 +142,16 @@ class Guard:
             if self._open > self._connections_max:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
+            headers = dict(scope["headers"])
+            more = self._protection.check(scope, headers)
+            if (preflight := self._protection.preflight(scope, headers)) is not None:
+                await Response(status_code=204, headers=preflight)(scope, receive, noting)
+                return
             view = self._viewed(scope)
+            self._admit(scope)
             if view and self._read is not None:
                 scope["endpoint"] = self._read
+                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=False)
                 await self._read.answer(view, scope, noting)
             else:
                 await self._app(scope, receive, noting)
@@ -127,6 +164,14 @@ class Guard:
             await response(scope, receive, noting)
         finally:
             done()
+
+    def _admit(self, scope: Scope) -> None:
+        """Put into the scope what the request may do. Raises `Unauthenticated` if that needs a token, and it has none."""
+        scope["grant"] = EVERYTHING
+        if self._access is not None:
+            scope["access"] = self._access
+            if not is_open(scope["path"]):
+                scope["grant"] = self._access.grant_of(scope["headers"])
 
     @staticmethod
     def _viewed(scope: Scope) -> str:

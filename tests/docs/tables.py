@@ -16,6 +16,7 @@ from pipeline.ingest.statsd_mapping import LINE_VIEWS
 from pipeline.metrics import CATALOGUE
 from pipeline.settings import (
     GROUPS,
+    ClientSettings,
     IngestSettings,
     KafkaSettings,
     LogSettings,
@@ -31,6 +32,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "pipeline" / "docs").glob("*.md"))]
 """Pages that a user reads: the README first."""
 TITLES = {
     PublisherSettings: "publisher",
+    ClientSettings: "publisher and reader",
     KafkaSettings: "Kafka",
     LogSettings: "log and stores",
     WorkerSettings: "worker",

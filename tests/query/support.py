@@ -23,6 +23,7 @@ from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
+from pipeline.core.gathered import STATES_PATH, STATES_TYPE
 from pipeline.core.query import Query
 from pipeline.core.record import (
     Batch,
@@ -38,6 +39,7 @@ from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
+from pipeline.query.access import Access
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
@@ -51,6 +53,15 @@ from tests.support import again_and_again
 
 SECRET = "support"
 """Secret of the producer of a world's batches."""
+
+
+_TYPES = {
+    "/v1/batches": "application/octet-stream",
+    "/v1/openmetrics": "text/plain; version=0.0.4",
+    "/api/v1/read": "application/x-protobuf",
+    STATES_PATH: STATES_TYPE,
+}
+"""Media types of bodies, by path; of others JSON."""
 
 
 class World:
@@ -288,9 +299,13 @@ class Server:
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 30,
     ) -> Reply:
+        """Send a request; a POST without a Content-Type has that of its path."""
+        headers = dict(headers or {})
+        if method == "POST":
+            headers.setdefault("Content-Type", _TYPES.get(path, "application/json"))
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
-            connection.request(method, path, body, dict(headers or {}))  # type: ignore[arg-type]
+            connection.request(method, path, body, headers)  # type: ignore[arg-type]
             response = connection.getresponse()
             return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:
@@ -318,7 +333,7 @@ class Server:
 
 
 @contextmanager
-def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
+def serving(world: World | Part, port: int = 0, access: Access | None = None) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
     app = create_app(
         world.reader,
@@ -330,6 +345,7 @@ def serving(world: World | Part, port: int = 0) -> Iterator[Server]:
         render_views,
         parse_pushed,
         world.letters,
+        access,
     )
     with running(app, port) as at:
         yield Server(world, at)

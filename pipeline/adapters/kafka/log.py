@@ -15,10 +15,12 @@ from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, error_of
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
+from pipeline.adapters.kafka.tokens import why_no_token
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message, Watermarks
+from pipeline.secret import revealed
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
 
@@ -61,7 +63,7 @@ class KafkaLog:
             metadata=self._metadata,
         )
         # Behind the writer, which tries the user's options: it says more of a wrong one than this client does.
-        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._last_error})
+        self._admin = AdminClient({**revealed(admin_options(address, settings.kafka)), "error_cb": self._last_error})
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
         try:
@@ -83,16 +85,20 @@ class KafkaLog:
             try:
                 for topic in topics:
                     self._metadata.ask(topic, min(self._timeout_s, attempt_s))
-            except Unavailable as error:
+            except Unavailable as away:
+                error = away
                 cause = self._last_error.last
                 if cause is not None and code_of(cause).verdict is Verdict.OPERATOR:
-                    raise translate(cause, str(self.address)) from None
+                    reason = why_no_token(self._settings.kafka) or translate(cause, str(self.address))
+                    if not isinstance(reason, Unavailable):
+                        raise reason from None
+                    error = Unavailable(f"{self.address}: {reason}")
                 if on_wait is not None:
                     on_wait(error)
                 elif attempt_s == _FIRST_ATTEMPT_S:
                     _log.warning("waiting up to %g s: %s", self._timeout_s, error)
                 attempt_s = min(attempt_s * 2, _ATTEMPT_S)
-                raise
+                raise error from None
 
         self._retry(ask)
 

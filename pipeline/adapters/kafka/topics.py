@@ -34,6 +34,7 @@ from pipeline.adapters.kafka.plan import (
 )
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock
+from pipeline.secret import revealed
 from pipeline.topics import Topic
 
 _PAUSE_S = 0.05
@@ -86,7 +87,7 @@ class TopicAdmin:
         if "debug" not in user:
             options["log_level"] = 2  # the error contains the reason
         # Kept until the end: a client that is garbage-collected cancels its requests.
-        self._client = AdminClient(options)
+        self._client = AdminClient(revealed(options))
 
     def plan(self, wish: Wish) -> Plan:
         """Return what `apply` would do. Changes nothing.
@@ -266,5 +267,5 @@ class TopicAdmin:
         why = "" if error is None else f" ({self._last_error.text(error)})"
         return Unavailable(
             f"{self._address}: no broker answers in {self._timeout_ms} ms{why}: check the address, that the broker runs and "
-            "its advertised.listeners can be reached from here, and security.protocol in the setting `kafka`"
+            "its advertised.listeners can be reached from here, and security.protocol and ssl.* in the setting `kafka`"
         )
