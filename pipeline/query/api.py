@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 from msgspec import UNSET
@@ -25,16 +24,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
-import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
-from pipeline.core.token import Token
-from pipeline.errors import Invalid, NotReady, PipelineError
+from pipeline.errors import NotReady, PipelineError
+from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.ports import Clock, Ingest
 from pipeline.query.access import Access, needed_of
-from pipeline.query.bodies import BATCHES_TYPE, PUSH_TYPES, RequestBodies
+from pipeline.query.bodies import BATCHES_TYPE, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
@@ -47,9 +45,10 @@ from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_
 from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
+from pipeline.query.push_api import ParsePushed, Pushes, Take, Work
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import REQUEST_BYTES_MAX, REQUEST_TYPE
-from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
+from pipeline.query.responses import Accepted, BatchesAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
 from pipeline.query.streams import Streams
@@ -60,14 +59,7 @@ _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
-_PUSH = "openmetrics"
-_REFUSED_SHOWN_MAX = 10
-Work = Callable[[bytes, Headers], Any]
-"""Makes the answer to a body, in a thread."""
-Take = Callable[..., Coroutine[Any, Any, Response]]
-"""Answers a request with a body. Arguments: the request, the work, and the media types that the body may have."""
-ParsePushed = Callable[[bytes, str, int, int], Pushed]
-"""Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line."""
+_TICK_S = 5.0
 
 
 class ExposedMetrics(Metrics, Protocol):
@@ -110,11 +102,13 @@ def create_app(
     requests need access tokens.
     """
     service = ReadService(reader, settings, metrics)
+    left_out = LeftOut(_log, reader.clock, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
 
     def close() -> None:
         service.close()
         ingest_threads.shutdown(wait=False)
+        left_out.close()
 
     read = ReadEndpoint(service, settings)
     streams = Streams(service, settings, metrics, reader.clock)
@@ -125,7 +119,7 @@ def create_app(
         Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
         *page_routes(),
     ]
-    routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
+    routes += operation_routes(metrics, lambda: _completed(status(), reader, left_out), ready)
     routes.append(_states_route(service, settings))
     if render_views is not None:
         routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
@@ -137,24 +131,35 @@ def create_app(
         if letters is not None:
             routes += letter_routes(letters, settings, ingest_threads, take)
         if parse_pushed is not None:
-            routes.append(_push_route(partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys), take))
-    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read, access)
+            routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
+    app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)
     app.state.before_stop = streams.close
     return app
 
 
-def observing(service: ReadService | GatherService, close: Callable[[], None]) -> Lifespan[Starlette]:
-    """Return the lifespan of an application that observes from its start, and in the end calls `close`."""
+def observing(
+    service: ReadService | GatherService, close: Callable[[], None], tick: Callable[[], None] = lambda: None
+) -> Lifespan[Starlette]:
+    """Return the lifespan of an application that observes from its start, and in the end calls `close`.
+
+    Meanwhile `tick` is called again and again.
+    """
+
+    async def tick_again_and_again() -> None:
+        while True:
+            tick()
+            await asyncio.sleep(_TICK_S)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(service.observe())
+        tasks = [asyncio.create_task(it) for it in (service.observe(), tick_again_and_again())]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             close()
 
     return lifespan
@@ -307,8 +312,10 @@ def _states_route(service: ReadService, settings: QuerySettings) -> Route:
     return Route(STATES_PATH, states, methods=["POST"])
 
 
-def _with_staleness(status: Status, reader: ViewReader) -> Status:
-    """Add to a status what the reader knows of each partition."""
+def _completed(status: Status, reader: ViewReader, left_out: LeftOut) -> Status:
+    """Add to a status what the reader knows of each partition, and what was left out of requests."""
+    if found := left_out.status():
+        status.ingest_left_out = found
     try:
         states = {state.partition: state for state in reader.partitions()}
     except PipelineError:
@@ -365,42 +372,3 @@ def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Ro
         return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
 
     return [route("drop"), route("reset")]
-
-
-def _push_route(work: Work, take: Take) -> Route:
-    async def push(request: Request) -> Response:
-        return await take(request, work, *PUSH_TYPES)
-
-    return Route("/v1/openmetrics", push, methods=["POST"])
-
-
-def _take_pushed(
-    ingest: Ingest,
-    parse: ParsePushed,
-    settings: QuerySettings,
-    metrics: Metrics,
-    keys: UsedKeys,
-    body: bytes,
-    headers: Headers,
-) -> MetricsAccepted:
-    """Publish a text of metrics; `Invalid` if no line of it can be taken."""
-    with keys.using("/v1/openmetrics", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-        content_type = headers.get("content-type", "")
-        pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
-        if not pushed.whole:
-            raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
-        token, unfit = ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
-        return _pushed_answer(pushed, token, unfit, metrics)
-
-
-def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: Metrics) -> MetricsAccepted:
-    refused = [*pushed.refused, *[it._replace(line=pushed.lines[it.line]) for it in unfit]]
-    reasons = Counter([it.reason for it in refused])
-    accepted = len(pushed.deltas) - len(unfit)
-    metrics.inc(m.INGEST_LINES, accepted + len(refused), _PUSH)
-    for reason, count in reasons.items():
-        metrics.inc(m.INGEST_MALFORMED, count, _PUSH, reason)
-    if refused and not accepted:
-        raise Invalid(f"nothing could be taken; line {refused[0].line}: {refused[0].reason}: {refused[0].detail}")
-    first = [LeftOut(it.line, it.reason, it.detail) for it in sorted(refused)[:_REFUSED_SHOWN_MAX]]
-    return MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))

@@ -29,6 +29,8 @@ __all__ = [
     "ON_FULL",
     "OTHER_VARIABLES",
     "SECRETS",
+    "ClientKeywords",
+    "ClientSettings",
     "Durability",
     "IngestSettings",
     "KafkaSettings",
@@ -163,11 +165,35 @@ class KafkaSettings(_Checked):
     )
 
 
-class PublisherKeywords(TypedDict, total=False):
+@dataclass(frozen=True)
+class ClientSettings(_Checked):
+    """Settings of all connections to servers of this package; each is also a keyword of `Publisher` and `Reader`."""
+
+    token: Secret = _setting(  # noqa: RUF009  # a Secret can't be changed
+        Secret(), "access token for servers that have a `tokens_file`; in PIPELINE_TOKEN, never on a command line"
+    )
+    token_file: str = _setting(
+        "", "file with the access token, in place of `token`; read again when a server refuses the token"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token and self.token_file:
+            raise Invalid("token and token_file: one of them")
+
+
+class ClientKeywords(TypedDict, total=False):
+    """The settings that `Reader` and `AsyncReader` take as keywords: those of `ClientSettings`."""
+
+    token: str | Secret
+    token_file: str
+
+
+class PublisherKeywords(ClientKeywords, total=False):
     """The settings that `Publisher` takes as keywords, for type checkers and editors.
 
-    Names and types are those of `PublisherSettings` and `KafkaSettings`, which also have the defaults, bounds and meanings;
-    tests/publisher/test_keywords.py holds them together.
+    Names and types are those of `PublisherSettings`, `KafkaSettings` and `ClientSettings`, which also have the defaults,
+    bounds and meanings; tests/publisher/test_keywords.py holds them together.
     """
 
     flush_interval_ms: int
@@ -325,6 +351,7 @@ class QuerySettings(_Checked):
 
 GROUPS: tuple[type[_Checked], ...] = (
     PublisherSettings,
+    ClientSettings,
     KafkaSettings,
     LogSettings,
     WorkerSettings,

@@ -194,7 +194,7 @@ def test_a_folder_that_has_become_read_only(here: Here, tmp_path: Path) -> None:
         (("--port", "70000"), "port: 70000 is outside 0 to 65535"),
         (("--partitions", "0x"), "--partitions"),
         (("--log-level", "loud"), "--log-level loud: debug, info, warning, error or critical"),
-        (("--set", "fsync"), "--set fsync: NAME=VALUE is needed"),
+        (("--set", "fsync"), "--set: NAME=VALUE is needed"),
         (("--set", "fsink=1"), "unknown setting 'fsink'; did you mean fsync?"),
         (("--set", "commit_interval_ms=soon"), "setting commit_interval_ms: "),
         (("--set", "commit_interval_ms=0"), "commit_interval_ms: 0 is outside 1 to "),

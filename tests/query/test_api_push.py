@@ -140,6 +140,11 @@ def test_bad_lines_stop_nothing(server: Server) -> None:
     assert after[("openmetrics",)] - before.get(("openmetrics",), 0) == 4 + answer["refused"]
     for reason, count in answer["reasons"].items():
         assert after["openmetrics", reason] - before.get(("openmetrics", reason), 0) == count
+    shown = {it["reason"]: it for it in server.get("/v1/status").json()["ingest_left_out"]}
+    assert {reason: it["count"] for reason, it in shown.items()} == {
+        reason: count for (_, *by), count in after.items() for reason in by
+    }
+    assert shown["line_long"]["first"] == "line 19: 9002 bytes; at most 8192"
 
 
 def test_openmetrics_ends_with_eof(server: Server) -> None:
