@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import DEFAULT_URL, Json, LogJson, LogLevel, Set, To, load
+from pipeline.cli.options import DEFAULT_URL, Insecure, Json, LogJson, LogLevel, Set, To, load
 
 ingest = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,6 +23,7 @@ def ingest_statsd(
         int, typer.Option(metavar="N", min=0, max=65_535, help="Port for UDP and TCP; 0 picks a free one.")
     ] = 8125,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    insecure: Insecure = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,5 +66,5 @@ def ingest_statsd(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.statsd import run_statsd
 
-    config = load(set_, ingest_dialect=dialect)
+    config = load(set_, ingest_dialect=dialect, insecure=insecure)
     raise SystemExit(run_statsd(config, to, host, port, labels=labels or [], metrics_port=metrics_port, as_json=json))

@@ -155,6 +155,7 @@ def test_on_a_terminal(server: UpProcess) -> None:
     [
         (("--port", "70000"), "--port"),
         (("--port", "0", "--host", "192.0.2.1"), "can't listen on 192.0.2.1:0"),
+        (("--port", "0", "--host", "0.0.0.0"), "StatsD has no way to say who sends: use --host 127.0.0.1, or --insecure"),
         (("--port", "0", "--labels", "nothing"), "--labels nothing: NAME=TAG,TAG is needed"),
         (("--port", "0", "--labels", "a{=x"), "--labels a{=x: NAME=TAG,TAG is needed"),
         (("--port", "0", "--labels", "a=x", "--labels", "a=y"), "were given before"),
