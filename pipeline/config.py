@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, create_model
+from pydantic import PlainValidator, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 
 from pipeline.errors import Invalid
+from pipeline.secret import Secret
 from pipeline.settings import (
     ENV_PREFIX,
     FILE,
@@ -67,7 +68,8 @@ class _Base(BaseSettings):
 
 
 _items = [item for group in GROUPS for item in fields(group)]
-_names: dict[str, Any] = {item.name: (type(default_of(item)), default_of(item)) for item in _items}
+_types: dict[type, Any] = {Secret: Annotated[Any, PlainValidator(lambda value: value)]}  # `settings.check_value` checks it
+_names: dict[str, Any] = {item.name: (_types.get(kind := type(default_of(item)), kind), default_of(item)) for item in _items}
 _Settings: type[_Base] = create_model("_Settings", __base__=_Base, **_names)
 
 
@@ -91,7 +93,8 @@ def load(flags: Mapping[str, Any] | None = None) -> Config:
         if wrong["type"] == "extra_forbidden":
             raise _unknown(name, f"in {path}") from None
         needed = _needed(wrong["type"]) or wrong["msg"]
-        raise Invalid(f"setting {name}: {needed}, got {wrong['input']!r:.100}") from None
+        shown = type(wrong["input"]).__name__ if isinstance(_names[name][1], Mapping) else f"{wrong['input']!r:.100}"
+        raise Invalid(f"setting {name}: {needed}, got {shown}") from None
     except SettingsError as error:  # the only setting that is no plain value
         raise Invalid(f"setting kafka: {ENV_PREFIX}KAFKA must be a JSON object: {error.__cause__}") from None
     except (ValueError, OSError) as error:

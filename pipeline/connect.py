@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.token import Token
@@ -17,7 +17,8 @@ from pipeline.ports import LogWriter
 from pipeline.publisher.client import BasePublisher, publisher_settings
 from pipeline.publisher.environment import find_settings
 from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_prefork
-from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings
+from pipeline.secret import redacted_url
+from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings, held
 from pipeline.threads import in_hub
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
             timeout_ms=settings.request_timeout_ms,
             metadata_refresh_ms=kafka.metadata_refresh_ms,
         )
-    raise Invalid(f"unknown URL {url!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER")
+    raise Invalid(
+        f"unknown URL {redacted_url(url)!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER"
+    )
 
 
 def _metrics_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
@@ -95,8 +98,9 @@ class Publisher(BasePublisher):
         registry: Registry | None = None,
         **settings: Unpack[PublisherKeywords],
     ) -> None:
-        found: dict[str, Any] = find_settings(settings, kafka=str(url).startswith("kafka:"))
-        found.update(settings)
+        given = held(settings)
+        del settings  # a traceback with local variables would show it
+        found = {**find_settings(given, kafka=str(url).startswith("kafka:")), **given}
         known = {item.name for item in fields(KafkaSettings)}
         kafka = KafkaSettings(**{name: value for name, value in found.items() if name in known})
         checked = publisher_settings({name: value for name, value in found.items() if name not in known})

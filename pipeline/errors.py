@@ -92,6 +92,28 @@ class CursorGone(Invalid):
     """Begin again with the first page: the server keeps the pages of this cursor no more."""
 
 
+class Unauthenticated(Invalid):
+    """Send an access token that the server knows: there was none, or it was malformed, unknown, revoked or expired."""
+
+    def __init__(self, text: str = "", reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason
+        """One word for what was wrong with the token; empty at a client."""
+
+
+class Forbidden(Invalid):
+    """Use another access token: this one lacks a scope, or is bound to other views or labels."""
+
+    def __init__(self, text: str = "", scope: str = "") -> None:
+        super().__init__(text)
+        self.scope = scope
+        """The scope that the token lacks; empty: it is bound to other views or labels."""
+
+
+class GroupsForbidden(GroupsRefused):
+    """Send the batch again without these groups: the access token is bound to other views or labels."""
+
+
 class NewerFormat(BadRecord):
     """Start a newer version of this program: a newer one wrote the data."""
 

@@ -138,6 +138,19 @@ REQUESTS = Metric("pipeline_http_requests_total", "counter", "HTTP requests answ
 REQUEST_SECONDS = Metric(
     "pipeline_http_request_seconds", "histogram", "Time to answer an HTTP request.", ("path",), _SECONDS
 )
+ACCESS_REFUSED = Metric(
+    "pipeline_access_refused_total",
+    "counter",
+    "Requests refused for want of rights: the access token was missing, malformed, unknown or expired, lacked a scope, or is"
+    " bound to other views or labels (bounds).",
+    ("reason",),
+)
+TOKENS = Metric("pipeline_access_tokens", "gauge", "Access tokens in the tokens_file that the server goes by.")
+TOKENS_UNREADABLE = Metric(
+    "pipeline_tokens_file_errors_total",
+    "counter",
+    "Times that the tokens_file had changed and could not be read: the tokens that were read before go on to count.",
+)
 GATHER_SERVER_UP = Metric(
     "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
 )

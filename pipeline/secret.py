@@ -101,24 +101,31 @@ def is_secret_option(name: str, value: object = "") -> bool:
 
 
 def with_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of librdkafka in which each text that is a secret is a `Secret`."""
-    return {
-        name: Secret(value) if isinstance(value, str) and is_secret_option(name, value) else value
-        for name, value in options.items()
-    }
+    """Return options of librdkafka in which each one that holds a secret is a `Secret`."""
+    return {name: _held(name, value) if is_secret_option(name, value) else value for name, value in options.items()}
 
 
-def revealed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for librdkafka itself: secrets as texts, and those that `NAME_file` names read from their files."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
+def _held(name: str, value: object) -> Secret:
+    if not isinstance(value, Secret | str | int | float):
+        raise Invalid(f"setting kafka: {name}: a text is needed, got {type(value).__name__}")
+    return value if isinstance(value, Secret) else Secret(str(value))
+
+
+def with_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same options, all secrets as `Secret`; a secret that NAME_file names is read from its file."""
+    found = with_secrets(options)
+    for name in options:
         if name.endswith(FILE_SUFFIX) and is_secret_option(plain := name.removesuffix(FILE_SUFFIX)):
             if plain in options:
                 raise Invalid(f"setting kafka: {plain} and {name} are both given; leave one out")
-            found[plain] = read_secret(str(value), f"setting kafka: {name}").reveal()
-        else:
-            found[name] = value.reveal() if isinstance(value, Secret) else value
+            found[plain] = read_secret(str(found.pop(name)), f"setting kafka: {name}")
     return found
+
+
+def revealed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as librdkafka itself takes them: secrets, those from files too, as texts. Keep them in no variable."""
+    found = with_files(options)
+    return {name: value.reveal() if isinstance(value, Secret) else value for name, value in found.items()}
 
 
 def redacted(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from pipeline.core.limits import SPREAD_MAX, TaskLimits
 from pipeline.errors import Invalid
+from pipeline.secret import Secret, with_secrets
 
 ENV_PREFIX = "PIPELINE_"
 FILE = "pipeline.toml"
@@ -56,6 +57,11 @@ def check_value(item: Field[Any], value: object) -> None:
             raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
         if (least is not None and value < least) or (most is not None and value > most):
             raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
+    elif isinstance(default, Secret | Mapping):  # the value may hold a secret, so it is not shown
+        needed = (str, Secret) if isinstance(default, Secret) else (Mapping,)
+        if not isinstance(value, needed):
+            words = "a table of options" if Mapping in needed else "a text"
+            raise Invalid(f"{item.name}: {words} is needed, got {type(value).__name__}")
     elif not isinstance(value, type(default)):
         raise Invalid(f"{item.name}: {type(default).__name__} expected, got {value!r:.50}")
     known = _CHOICES.get(item.name)
@@ -70,7 +76,10 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DUR
 class _Checked:
     def __post_init__(self) -> None:
         for item in fields(self):
-            check_value(item, getattr(self, item.name))
+            value = getattr(self, item.name)
+            check_value(item, value)
+            if item.name in SECRETS or isinstance(value, Mapping):
+                object.__setattr__(self, item.name, held({item.name: value})[item.name])
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,9 @@ class KafkaSettings(_Checked):
     """Settings of all connections to brokers; each is also a keyword of `Publisher`."""
 
     kafka: Mapping[str, Any] = _setting(
-        {}, "further options of librdkafka, by its names (`security.protocol`, `sasl.*`, `ssl.*`...); a table, or JSON"
+        {},
+        "further options of librdkafka, by its names (`security.protocol`, `sasl.*`, `ssl.*`...); a table, or JSON. A "
+        "secret such as `sasl.password` can be in a file, which `sasl.password_file` names",
     )
     kafka_timeout_ms: int = _setting(
         30_000, "how long a call may take to which no other limit applies: at start, for offsets, for topics", least=100
@@ -310,6 +321,11 @@ class QuerySettings(_Checked):
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "port to listen on; 0 picks a free one", least=0, most=65_535)
+    tokens_file: str = _setting(
+        "",
+        "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
+        "Without it every request may do everything",
+    )
     body_bytes_max: int = _setting(
         16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
     )
@@ -402,8 +418,8 @@ class QuerySettings(_Checked):
     )
     head_bytes_max: int = _setting(
         65_536,
-        "bytes of a request's line and headers together, and of the trailers behind a chunked body; more is refused with 431, "
-        "or 414 if it is the URL, and the connection is closed",
+        "bytes of a request's line and headers together, and of the trailers behind a chunked body; more is refused with "
+        "431 (or 414, if the URL alone is larger), and the connection is closed",
         least=1_024,
         most=65_536,
     )
@@ -413,20 +429,22 @@ class QuerySettings(_Checked):
         "time for the whole head of a request, from its first byte, or for a connection's first from the start; then 408",
         least=100,
     )
-    body_timeout_ms: int = _setting(60_000, "time for the whole body of a request, from the end of its head; then 408", least=100)
+    body_timeout_ms: int = _setting(
+        60_000, "time for the whole body of a request, from the end of its head; then 408", least=100
+    )
     write_timeout_ms: int = _setting(
         30_000, "a client that takes neither 64 KB of its answer nor the rest within this time is cut off", least=100
     )
     buffered_bytes_max: int = _setting(
         268_435_456,
-        "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond it "
-        "the client that reads most slowly is cut off",
+        "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond "
+        "it the client that reads most slowly is cut off",
         least=1_048_576,
     )
     connections_max: int = _setting(
         1_000,
-        "open requests whose bodies are there; one more is refused with 503. Not counted are streams, `/healthz`, `/readyz` and "
-        "`/metrics`",
+        "open requests whose bodies are there, without streams; one more is refused with 503, but for `/healthz`, `/readyz` "
+        "and `/metrics`",
         least=1,
     )
     streams_max: int = _setting(2_000, "open streams, beside `connections_max`; one more is refused with 503", least=1)
@@ -479,3 +497,16 @@ GROUPS: tuple[type[_Checked], ...] = (
     IngestSettings,
 )
 """All groups of settings. A name in two groups has one meaning and one default, and is set for both at once."""
+SECRETS = frozenset(item.name for group in GROUPS for item in fields(group) if isinstance(default_of(item), Secret))
+"""Settings that hold a secret; the table `kafka` may hold others."""
+
+
+def held(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which texts that are secrets are of type `Secret`; a value of a wrong type stays as it is."""
+
+    def of(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return with_secrets(value)
+        return Secret(value) if name in SECRETS and isinstance(value, str) else value
+
+    return {name: of(name, value) for name, value in settings.items()}

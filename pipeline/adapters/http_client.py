@@ -25,6 +25,7 @@ import msgspec
 import pipeline.errors as errors
 from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
+from pipeline.secret import redacted_url
 
 IDLE_CONNECTIONS_MAX = 64
 EVENT_STREAM = "text/event-stream"
@@ -123,10 +124,10 @@ class HttpClient:
         try:
             parts = urlsplit(url)
             port = parts.port
-        except ValueError as error:
-            raise Invalid(f"not a URL: {url!r:.200}: {error}") from None
+        except ValueError:
+            raise Invalid(f"not a URL: {redacted_url(url)!r:.200}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-            raise Invalid(f"not a server's address: {url!r:.200}; it looks like http://host:8080")
+            raise Invalid(f"not a server's address: {redacted_url(url)!r:.200}; it looks like http://host:8080")
         self.url = url.rstrip("/")
         self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")

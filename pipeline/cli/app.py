@@ -36,6 +36,7 @@ from pipeline.cli.options import (
     parse_partitions,
 )
 from pipeline.cli.spool import spool
+from pipeline.cli.tokens import tokens
 from pipeline.cli.topics import topics
 from pipeline.cli.views import views
 from pipeline.cli.watch import watch
@@ -420,6 +421,7 @@ app.add_typer(inspect, name="inspect", help="Print what is in the log or a store
 app.add_typer(topics, name="topics", help="Compare or set up the topics on a Kafka broker.")
 app.add_typer(dead_letters, name="dead-letters", help="List, show or replay what was refused when it was folded.")
 app.add_typer(dashboards, name="dashboards", help="Write dashboards for Grafana, and alerts for Prometheus.")
+app.add_typer(tokens, name="tokens", help="Add, list or revoke the access tokens of servers.")
 app.add_typer(spool, name="spool", help="Show what publishers left on disk, or send it.")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import Invalid
+from pipeline.secret import redacted_url
 
 FILES = ("health.json", "worker.json", "publishers.json", "kafka.json", "views.json", "rules.yml", "prometheus.yml")
 _DOCS = "pipeline/docs/"
@@ -44,6 +45,8 @@ def export(
     prometheus.yml are for Prometheus. Panels and alerts link to the runbook, which `pipeline docs operations` prints.
     Nothing is written if a file is there and differs, unless --force is given.
     """
+    if "@" in docs.partition("?")[0]:
+        raise Invalid(f"--docs {redacted_url(docs)}: the dashboards would show the password")
     base = docs if docs.endswith("/") else f"{docs}/"
     wanted = {to / name: (folder() / name).read_text("utf-8").replace(_DOCS, base) for name in FILES}
     try:

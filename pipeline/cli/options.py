@@ -8,12 +8,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import Invalid
+from pipeline.secret import FILE_SUFFIX, is_secret_option
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+def _check_pairs(pairs: list[str] | None) -> list[str] | None:
+    """Raise `Invalid` if a setting holds a secret: everybody on this machine can read a command line."""
+    for pair in pairs or []:
+        name, _, value = pair.partition("=")
+        _check_public(name.strip(), value)
+    return pairs
+
+
+def _check_public(name: str, value: str) -> None:
+    from pipeline.settings import ENV_PREFIX, SECRETS
+
+    option = name.removeprefix("kafka.")
+    if name in SECRETS:
+        other = f"the variable {ENV_PREFIX}{name.upper()} or a file, --set {name}{FILE_SUFFIX}=PATH"
+    elif option != name and is_secret_option(option, value):
+        other = f"a file, --set {name}{FILE_SUFFIX}=PATH, or in the table kafka of the settings file"
+    else:
+        return
+    raise Invalid(f"--set {name}: a command line can be read by everybody on this machine; give the secret in {other}")
+
 
 Data = Annotated[str | None, typer.Option("--data", metavar="DIR", help="State folder: log, stores, lock.")]
 Port = Annotated[int | None, typer.Option("--port", metavar="N", help="Port to listen on; 0 picks a free one.")]
@@ -36,7 +59,12 @@ FromKafka = Annotated[str, typer.Option("--from", metavar="URL", help="The broke
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any setting by its name (pipeline docs settings). Can be repeated."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any setting by its name (pipeline docs settings), but no secret. Can be repeated.",
+        callback=_check_pairs,
+    ),
 ]
 Name = Annotated[
     str | None,
@@ -124,7 +152,7 @@ def load(pairs: list[str] | None, **flags: Any) -> Config:
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise Invalid(f"--set {pair}: NAME=VALUE is needed")
+            raise Invalid("--set: NAME=VALUE is needed, and there is no =")
         name = name.strip()
         if name.startswith("kafka."):
             given.setdefault("kafka", {})[name.removeprefix("kafka.")] = value

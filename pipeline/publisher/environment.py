@@ -29,6 +29,7 @@ from pipeline.settings import (
     PublisherSettings,
     check_value,
     default_of,
+    held,
 )
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ _NAME_IT = f"If it is yours, name it in {FILE_VARIABLE}"
 def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return held(tomllib.load(file))
     except (OSError, ValueError) as error:
         raise Invalid(f"{path}: {error}") from None
 
@@ -119,7 +120,7 @@ def _in_environment(wanted: Wanted) -> dict[str, Any]:
             continue
         name = upper.removeprefix(ENV_PREFIX).lower()
         if name in wanted:
-            found[name] = _parsed(wanted[name], text)
+            found |= held({name: _parsed(wanted[name], text)})
             _check(wanted[name], found[name], variable)
         elif name not in _ALL and not _SERVICE_LINK.fullmatch(upper):
             _warn(f"unknown setting {name!r:.100} in the environment ({variable:.100}){closest(name, _ALL)}")

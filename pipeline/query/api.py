@@ -33,12 +33,13 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotReady, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.query.access import Access, needed_of
 from pipeline.query.bodies import RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.gather import GatherService
-from pipeline.query.guard import Guard, show_problem
+from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, Encoded
@@ -82,9 +83,10 @@ def create_operations_app(
     clock: Clock,
     status: Callable[[], Status],
     ready: Callable[[], bool],
+    access: Access | None = None,
 ) -> Starlette:
     """Return the application of a process that answers no reads: metrics, health and status."""
-    return make_application(operation_routes(metrics, status, ready), settings, metrics, clock)
+    return make_application(operation_routes(metrics, status, ready), settings, metrics, clock, access=access)
 
 
 def create_app(
@@ -97,12 +99,14 @@ def create_app(
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
     letters: DeadLetters | None = None,
+    access: Access | None = None,
 ) -> Starlette:
     """Return the application: an ASGI app with a lifespan, which the server must run.
 
     Without `ingest` it only reads. `status` returns what `/v1/status` shows; what the reader knows of each partition is
     added. `ready` says whether reads can be answered. `render_views` writes `GET /v1/openmetrics`, which is not there
-    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed.
+    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed. With `access`
+    requests need access tokens.
     """
     service = ReadService(reader, settings, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
@@ -134,7 +138,7 @@ def create_app(
         if parse_pushed is not None:
             push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
             routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read)
+    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read, access)
     app.state.before_stop = streams.close
     return app
 
@@ -163,10 +167,17 @@ def make_application(
     clock: Clock,
     lifespan: Lifespan[Starlette] | None = None,
     read: ReadEndpoint | None = None,
+    access: Access | None = None,
 ) -> Starlette:
-    """Return the application of these routes, with its documentation, and guarded."""
+    """Return the application of these routes, with its documentation, and guarded.
+
+    Raises `KeyError` for a route of which `query.access` does not say who may use it.
+    """
     operations = {(method.lower(), it.path) for it in routes for method in it.methods or ()}
-    routes = [*routes, *docs_routes(openapi_document(operations, settings))]
+    needed = {operation: needed_of(operation[0].upper(), operation[1]) for operation in operations}
+    routes = [*routes, *docs_routes(openapi_document(operations, settings, None if access is None else needed))]
+    for it in routes if access is not None else ():
+        it.app = Scoped(it.app, it.path, it.methods or ())
     paths = {it.endpoint: it.path for it in routes}
     handlers = dict.fromkeys((PipelineError, Refused, HTTPException), show_problem)
 
@@ -174,7 +185,7 @@ def make_application(
         def build_middleware_stack(self) -> ASGIApp:
             """Return the router within a `Guard`, which does what Starlette's own outermost layer would do."""
             routed = ExceptionMiddleware(self.router, handlers=handlers)
-            return Guard(routed, read, paths, settings.connections_max, metrics, clock)
+            return Guard(routed, read, paths, settings.connections_max, metrics, clock, access)
 
     app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
@@ -279,6 +290,7 @@ def _remote_read_route(service: ReadService) -> Route:
             async with bodies.of(request) as body:
                 answer = await service.remote_read(body)
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
+            note_refusal(request.scope, error)
             it = problem(error)
             return PlainTextResponse(f"{it.detail}\n", it.status, it.headers | {"Content-Type": "text/plain; charset=utf-8"})
         return Response(answer, headers={"Content-Type": "application/x-protobuf", "Content-Encoding": "snappy"})

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pipeline.query.access import Access
 from pipeline.query.api import (
     ExposedMetrics,
     ListEndpoint,
@@ -27,7 +28,11 @@ _WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/dr
 
 
 def create_gather_app(
-    service: GatherService, settings: QuerySettings, metrics: ExposedMetrics, render_views: RenderViews
+    service: GatherService,
+    settings: QuerySettings,
+    metrics: ExposedMetrics,
+    render_views: RenderViews,
+    access: Access | None = None,
 ) -> Starlette:
     """Return the application of a server that merges what other servers have. It takes no writes."""
 
@@ -48,4 +53,4 @@ def create_gather_app(
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
         refused(STREAM_PATH, 501, "streams need a server that follows all partitions", "GET"),
     ]
-    return make_application(routes, settings, metrics, service.clock, observing(service, service.close))
+    return make_application(routes, settings, metrics, service.clock, observing(service, service.close), access=access)

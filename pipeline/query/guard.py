@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
@@ -12,9 +12,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
+from pipeline.core.grants import EVERYTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
+from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, keeps_bounds, needed_of
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
 from pipeline.query.streams_api import EVENT_STREAM
@@ -22,6 +24,8 @@ from pipeline.query.streams_api import EVENT_STREAM
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
 _VIEWS = READ_PATH.partition("{")[0]
+OPERATIONS = frozenset(("/healthz", "/readyz", "/metrics"))
+"""Paths that are answered beyond all limits on connections and requests."""
 
 
 class ReadApp(Protocol):
@@ -48,13 +52,34 @@ async def show_problem(request: Request, error: Exception) -> Response:
     return _problem_response(request.scope, error)
 
 
+def note_refusal(scope: Scope, error: Exception) -> None:
+    """Count an error by which a request is refused for want of rights."""
+    access: Access | None = scope.get("access")
+    if access is not None:
+        access.note(error)
+
+
 def _problem_response(scope: Scope, error: Exception) -> Response:
+    note_refusal(scope, error)
     answer = problem(error)
     if not isinstance(error, PipelineError | Refused):
         _log.exception("%s %s", scope["method"], scope["path"])
     elif answer.status >= 500 and not isinstance(error, Refused | NotReady | Unavailable):
         _log.error("%s %s: %s: %s", scope["method"], scope["path"], type(error).__name__, error)
     return Response(answer.body, answer.status, headers=answer.headers)
+
+
+class Scoped:
+    """A route's application, for those only whose grant has a scope that the route needs."""
+
+    def __init__(self, app: ASGIApp, path: str, methods: Iterable[str]) -> None:
+        self._app = app
+        self._needed = {it: (needed_of(it, path), keeps_bounds(it, path)) for it in methods}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed, bounds = self._needed[scope["method"]]
+        check_grant(scope["grant"], needed, keeps_bounds=bounds)
+        await self._app(scope, receive, send)
 
 
 class Guard:
@@ -71,6 +96,7 @@ class Guard:
         connections_max: int,
         metrics: Metrics,
         clock: Clock,
+        access: Access | None = None,
     ) -> None:
         self._app = app
         self._read = read
@@ -79,6 +105,7 @@ class Guard:
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "connections_max")
         self._clock = clock
+        self._access = access
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,12 +115,13 @@ class Guard:
         started_s = self._clock.monotonic_s()
         status = _CLIENT_GONE
         counted = True
+        waiting = False
 
         def done() -> None:
             nonlocal counted
             if counted:
                 counted = False
-                self._open -= 1
+                self._open -= not waiting
                 # Not the path of the request: a client could make any number of them.
                 path = self._paths.get(scope.get("endpoint"), "unmatched")
                 self._metrics.inc(m.REQUESTS, 1, path, status)
@@ -107,17 +135,31 @@ class Guard:
                     done()  # `streams_max` bounds streams, which stay open
             await send(message)
 
+        async def receiving() -> Message:
+            nonlocal waiting
+            if not counted:
+                return await receive()
+            waiting = True  # `body_timeout_ms` and `sockets_max` bound requests whose bodies are not there
+            self._open -= 1
+            try:
+                return await receive()
+            finally:
+                waiting = False
+                self._open += counted
+
         self._open += 1
         try:
-            if self._open > self._connections_max:
+            if self._open > self._connections_max and scope["path"] not in OPERATIONS:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
             view = self._viewed(scope)
+            self._admit(scope)
             if view and self._read is not None:
                 scope["endpoint"] = self._read
+                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=False)
                 await self._read.answer(view, scope, noting)
             else:
-                await self._app(scope, receive, noting)
+                await self._app(scope, receiving, noting)
         except ClientDisconnect:
             pass
         except Exception as error:
@@ -127,6 +169,14 @@ class Guard:
             await response(scope, receive, noting)
         finally:
             done()
+
+    def _admit(self, scope: Scope) -> None:
+        """Put into the scope what the request may do. Raises `Unauthenticated` if that needs a token, and it has none."""
+        scope["grant"] = EVERYTHING
+        if self._access is not None:
+            scope["access"] = self._access
+            if not is_open(scope["path"]):
+                scope["grant"] = self._access.grant_of(scope["headers"])
 
     @staticmethod
     def _viewed(scope: Scope) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,8 @@ _BODIES = (
     *(Answer, Answers, Views, Changed, Accepted, BatchesAccepted, MetricsAccepted, Status, Problem),
     *(Listing, LetterText, LettersReplayed),
 )
+_SCHEME = "accessToken"
+_BEARER = "A token that `pipeline tokens add` has printed."
 _PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>pipeline</title><link rel="stylesheet" href="docs/swagger_style.css"></head>
@@ -39,8 +41,15 @@ _START = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#docs", validatorUrl: n
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'"
 
 
-def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySettings) -> dict[str, Any]:
-    """Return the document of these operations, each a method in lower case and a path, with the limits of `settings`."""
+def openapi_document(
+    operations: Collection[tuple[str, str]],
+    settings: QuerySettings,
+    needed: Mapping[tuple[str, str], Collection[str]] | None = None,
+) -> dict[str, Any]:
+    """Return the document of these operations, each a method in lower case and a path, with the limits of `settings`.
+
+    `needed` has the scopes of which an operation needs one; None: no access tokens are needed.
+    """
     text = (resources.files("pipeline.query") / "openapi.json").read_bytes()
     document: dict[str, Any] = msgspec.json.decode(text)
     paths = {
@@ -61,7 +70,20 @@ def openapi_document(operations: Collection[tuple[str, str]], settings: QuerySet
         many = own["Queries"]["properties"]
         many["queries"]["maxItems"] = settings.queries_max
         many["timeout_ms"]["maximum"] = settings.timeout_ms_max
+    if needed is not None:
+        _set_security(document, needed)
     return document
+
+
+def _set_security(document: dict[str, Any], needed: Mapping[tuple[str, str], Collection[str]]) -> None:
+    """Say which scopes each operation needs, and how it refuses requests without them."""
+    document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer", "description": _BEARER}}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            scopes = sorted(needed[method, path])
+            operation["security"] = [{_SCHEME: [it]} for it in scopes]
+            if scopes:
+                operation["responses"] |= {it: {"$ref": f"#/components/responses/{it}"} for it in ("401", "403")}
 
 
 def _set_limits(parameters: list[dict[str, Any]], settings: QuerySettings) -> None:

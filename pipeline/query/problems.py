@@ -12,6 +12,8 @@ from pipeline.errors import (
     BufferFull,
     CursorGone,
     Fenced,
+    Forbidden,
+    GroupsForbidden,
     GroupsRefused,
     Invalid,
     NewerFormat,
@@ -19,6 +21,7 @@ from pipeline.errors import (
     NotReady,
     OtherTopic,
     PipelineError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -27,6 +30,9 @@ RETRY_AFTER_S = 1
 _DETAIL_LENGTH_MAX = 2_000
 
 _TITLES: Mapping[type[PipelineError], tuple[int, str]] = {
+    Unauthenticated: (401, "Send an access token"),
+    Forbidden: (403, "The access token does not allow it"),
+    GroupsForbidden: (403, "The access token does not allow some groups of a batch"),
     OtherTopic: (409, "The token is of another topic"),
     CursorGone: (410, "Begin again with the first page"),
     NotFound: (404, "Nothing of this name is known"),
@@ -95,8 +101,20 @@ def problem(error: Exception) -> ProblemAnswer:
             said = Problem(f"urn:pipeline:error:{kind.__name__}", title, status, str(error))
             if isinstance(error, GroupsRefused):
                 said.batch, said.groups = error.batch, [WrongGroup(*group) for group in error.groups]
-            return _answer(said, {})
+            return _answer(said, _challenge(error))
     return _answer(Problem("about:blank", HTTPStatus(500).phrase, 500, "an error in the server; its log says more"), {})
+
+
+def _challenge(error: Exception) -> dict[str, str]:
+    """Return the header by which RFC 6750 tells a client which access token to send."""
+    said = ['realm="pipeline"']
+    if isinstance(error, Forbidden) and error.scope:
+        said += ['error="insufficient_scope"', f'scope="{error.scope}"']
+    elif not isinstance(error, Unauthenticated):
+        return {}
+    elif error.reason != "missing":
+        said.append('error="invalid_token"')
+    return {"WWW-Authenticate": f"Bearer {', '.join(said)}"}
 
 
 def _answer(it: Problem, headers: dict[str, str]) -> ProblemAnswer:

@@ -10,12 +10,15 @@ from starlette.types import Receive, Scope, Send
 import pipeline.metrics as m
 from pipeline.errors import Invalid
 from pipeline.metrics import Metrics
+from pipeline.query.access import Access
 from pipeline.query.params import parse_read
 from pipeline.query.service import ReadService
 from pipeline.query.streams import Streams
 from pipeline.settings import QuerySettings
 
 EVENT_STREAM = "text/event-stream"
+_LOOK_S = 1.0
+"""Time between two looks at whether the access token of a stream is still good."""
 HEARTBEAT_HEADER = b"pipeline-heartbeat-ms"
 """Name of the header with the usual longest time without an event, which a reader that waits for longer may act on."""
 _HEADERS = [
@@ -47,11 +50,22 @@ class StreamView:
             sending = asyncio.create_task(self._send(events, send))
             leaving = asyncio.create_task(_disconnected(receive))
             try:
-                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                await self._until_done(scope, {sending, leaving})
             finally:
                 sending.cancel()
                 leaving.cancel()
                 await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    @staticmethod
+    async def _until_done(scope: Scope, tasks: set[asyncio.Task[None]]) -> None:
+        """Wait until one of the tasks is done, or the access token is revoked or has expired."""
+        access: Access | None = scope.get("access")
+        while True:
+            done, _ = await asyncio.wait(
+                tasks, timeout=None if access is None else _LOOK_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if done or (access is not None and not access.holds(scope["grant"])):
+                return
 
     async def _send(self, events: AsyncIterator[bytes], send: Send) -> None:
         stalled_s = self._settings.stream_stalled_ms / 1000

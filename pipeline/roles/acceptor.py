@@ -91,5 +91,5 @@ class Acceptor:
         except (OSError, asyncio.CancelledError):  # the client has gone, or its handshake has failed
             client.close()
         finally:
-            if protocol.transport is None:
+            if protocol.is_connecting:
                 self._connections.lost(protocol)

@@ -1,4 +1,4 @@
-"""Bounds on all connections of an HTTP server together: how many, for how long they wait, and how much memory waits for them.
+"""Bounds on all connections of an HTTP server together: their number, how long they wait, and the memory that they hold.
 
 A connection waits while the server can do nothing for it before its client does something: sends a request, the rest of a
 head or of a body, or takes more of an answer. Where connections are short, the one that has waited longest is closed.
@@ -82,7 +82,7 @@ class _Unsent:
 
 
 def address_group(host: str) -> str:
-    """Return what connections from `host` count for: its address, or for IPv6 its network of 64 bits, which one client has."""
+    """Return what connections from `host` count for: its address, or its IPv6 network of 64 bits, which one client has."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:

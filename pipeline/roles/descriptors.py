@@ -1,4 +1,4 @@
-"""Bound on the sockets of an HTTP server, so that databases and Kafka always have descriptors for their files and sockets."""
+"""Bound on the sockets of an HTTP server, so that databases and Kafka always have descriptors for their own."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from enum import Enum, auto
 from typing import Any
 
 import httptools
-from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -25,6 +24,8 @@ from pipeline.roles.connections import Connections, Waits, address_group
 _END_OF_LINES = b"\r\n\r\n"
 _HELD_BYTES = 16_384
 """Bytes that are read ahead of a request's turn, about; reading goes on meanwhile, to notice that the client has gone."""
+_THROWN_BYTES_MAX = 1_048_576
+"""Bytes that a client may still send while it could read why its connection is closed."""
 _CHUNKS_FREE = 1_024
 _CHUNK_BYTES_MIN = 16
 """A chunked body has at least so many bytes a chunk on average, after the first chunks."""
@@ -77,7 +78,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._waits: Waits | None = None
         self._head_bytes = 0
         self._line_ended = False
-        """Whether the first line of the head is there as a whole."""
+        """True once the first line of the head is there as a whole."""
         self._tail = b""
         """Last bytes of a head, chunk or trailer of which more is to come: an end of lines may lie across them."""
         self._body_left: int | None = 0
@@ -86,14 +87,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self._chunk_count = 0
         self._quiet_bytes = 0
         """Bytes within a chunked body since the last that belonged to the body itself."""
+        self._thrown_bytes = 0
         self._held = b""
         self._held_at = 0
         self._accepted: socket.socket | None = None
+        """The connection's socket until there is a transport."""
 
     @property
     def unsent_bytes(self) -> int:
         """Bytes of answers that the client has not taken."""
-        return 0 if self.transport is None else self.transport.get_write_buffer_size()
+        return 0 if self.is_connecting else self.transport.get_write_buffer_size()
+
+    @property
+    def is_connecting(self) -> bool:
+        """Return whether there is no transport yet."""
+        return self._accepted is not None
 
     def accepted(self, client: socket.socket) -> None:
         """Begin to wait for the first head; it comes after the TLS handshake, if there is one."""
@@ -105,6 +113,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Take the transport."""
         super().connection_made(transport)
+        self._accepted = None
         if self.reserved:
             self.app = _for_operators(self.app)
         if self._stage is _CLOSING:
@@ -133,6 +142,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._hold(data, 0)
         elif self._stage is not _CLOSING:
             self._take(data, 0)
+        else:
+            self._thrown_bytes += len(data)
+            if self._thrown_bytes > _THROWN_BYTES_MAX:
+                self.transport.abort()
 
     # What comes in
 
@@ -297,16 +310,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def cut(self) -> None:
         """Close the connection at once."""
         self._stage = _CLOSING
-        if self.transport is not None:
+        if self._accepted is None:
             self.transport.abort()
-        elif self._accepted is not None:
+        else:
             with suppress(OSError):
                 self._accepted.shutdown(socket.SHUT_RDWR)
 
     def late(self, limit: str) -> None:
         """Answer 408 to a client that is within a request; close the connection."""
         self._waits = None
-        if self.transport is None or self.unsent_bytes:
+        if self.is_connecting or self.unsent_bytes:
             self.cut()
         elif not (self._head_bytes or self._stage is _BODY):
             self.transport.close()
@@ -367,10 +380,10 @@ def _response(error: Refused) -> bytes:
     return b"%s%s\r\n%s" % (STATUS_LINE[answer.status], lines.encode("latin-1"), answer.body)
 
 
-def _for_operators(app: Any) -> ASGIApp:
+def _for_operators(app: Any) -> Any:
     """Return an application that answers operators only."""
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] in OPERATIONS:
             await app(scope, receive, send)
             return

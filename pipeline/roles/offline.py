@@ -15,6 +15,7 @@ from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.rocks import RocksStores
 from pipeline.errors import Invalid, NotFound
 from pipeline.ports import Log, Store
+from pipeline.secret import redacted_url
 from pipeline.settings import KafkaSettings, LogSettings
 
 
@@ -34,7 +35,7 @@ def open_log(url: str | None, settings: LogSettings, kafka: KafkaSettings, *topi
     """
     if url is not None:
         if not url.startswith("kafka://"):
-            raise Invalid(f"{url!r:.200} is no broker; of `pipeline up`, stop it and say --data DIR")
+            raise Invalid(f"{redacted_url(url)!r:.200} is no broker; of `pipeline up`, stop it and say --data DIR")
         with closing(KafkaLog(parse_url(url), kafka, SystemClock())) as log:
             log.connect(topic_names)
             yield log

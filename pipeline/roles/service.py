@@ -13,12 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pipeline.metrics as m
+from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
+from pipeline.adapters.tokens_file import TokensFile
 from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
+from pipeline.metrics import Metrics
 from pipeline.ports import Ingest
+from pipeline.query.access import Access
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.gather_api import create_gather_app
@@ -96,7 +100,7 @@ class Service(Generic[RoleT]):
         config: Config,
         name: str,
         make: Callable[[Hooks], RoleT],
-        make_app: Callable[[RoleT, PrometheusMetrics], Any],
+        make_app: Callable[[RoleT, PrometheusMetrics, Access | None], Any],
         on_progress: OnProgress,
     ) -> None:
         self.fatal: BaseException | None = None
@@ -107,6 +111,7 @@ class Service(Generic[RoleT]):
         self._metrics = metrics = PrometheusMetrics()
         self._data = config.log.data
         metrics.show_info(name)
+        access = open_access(config.query, metrics)
         self.role = make(Hooks(metrics, self._fail, on_progress))
         try:  # after the role: that a directory is in use says more than that a port is in use
             self._listener = bind(config.query)
@@ -114,7 +119,8 @@ class Service(Generic[RoleT]):
             self.role.stop()
             raise
         self.url = url_of(self._listener)
-        self._server = HttpServer(make_app(self.role, metrics), self._listener, config.query, metrics)
+        app = make_app(self.role, metrics, access)
+        self._server = HttpServer(app, self._listener, config.query, metrics)
         metrics.before_render = self._measure
 
     def run(self, on_ready: Callable[[str], None] = _ignore) -> int:
@@ -198,8 +204,8 @@ def worker_service(
             **hooks._asdict(),
         )
 
-    def make_app(worker: ClusterWorker, metrics: PrometheusMetrics) -> Any:
-        return create_operations_app(config.query, metrics, worker.clock, worker.status, lambda: worker.ready)
+    def make_app(worker: ClusterWorker, metrics: PrometheusMetrics, access: Access | None) -> Any:
+        return create_operations_app(config.query, metrics, worker.clock, worker.status, lambda: worker.ready, access)
 
     service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
@@ -242,13 +248,13 @@ def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress 
     def make(hooks: Hooks) -> Gatherer:
         return Gatherer(urls, query_settings=config.query, metrics=hooks.metrics)
 
-    def make_app(gatherer: Gatherer, metrics: PrometheusMetrics) -> Any:
-        return create_gather_app(gatherer.service, config.query, metrics, render_views)
+    def make_app(gatherer: Gatherer, metrics: PrometheusMetrics, access: Access | None) -> Any:
+        return create_gather_app(gatherer.service, config.query, metrics, render_views, access)
 
     return Service(config, "gatherer", make, make_app, on_progress)
 
 
-def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics) -> Any:
+def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics, access: Access | None) -> Any:
     return create_app(
         role.reader,
         role.ingest,
@@ -259,7 +265,16 @@ def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetr
         render_views=render_views,
         parse_pushed=parse_pushed,
         letters=role.letters,
+        access=access,
     )
+
+
+def open_access(settings: QuerySettings, metrics: Metrics) -> Access | None:
+    """Return what the setting `tokens_file` grants; None without one. `Invalid` if the file can't be read."""
+    if not settings.tokens_file:
+        return None
+    clock = SystemClock()
+    return Access(TokensFile(settings.tokens_file, clock), clock, metrics)
 
 
 def return_memory() -> None:

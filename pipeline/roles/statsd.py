@@ -23,6 +23,7 @@ from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.metrics import NO_METRICS, READY, Metrics
 from pipeline.query.api import create_operations_app
 from pipeline.roles.http_server import HttpServer, bind, url_of
+from pipeline.roles.service import open_access
 from pipeline.settings import QuerySettings
 from pipeline.threads import guarded
 
@@ -134,11 +135,12 @@ class _Operations:
     def __init__(
         self, settings: QuerySettings, metrics: PrometheusMetrics, clock: SystemClock, status: Callable[[], Status]
     ) -> None:
+        access = open_access(settings, metrics)
         metrics.show_info("ingest")
         metrics.set(READY, 1)
         self._listener = bind(settings)
         self.url = url_of(self._listener)
-        app = create_operations_app(settings, metrics, clock, status, lambda: True)
+        app = create_operations_app(settings, metrics, clock, status, lambda: True, access)
         self._server = HttpServer(app, self._listener, settings, metrics)
         run = guarded(_log, "pipeline-http", self._server.run, metrics)
         self._thread = threading.Thread(target=run, name="pipeline-http", daemon=True)

@@ -20,6 +20,7 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, Unavailable
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, RequestKey
+from pipeline.secret import redacted_url
 from pipeline.settings import KafkaSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.catalogue import Catalogue
@@ -158,4 +159,4 @@ def open_views(url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, 
         return KafkaViews(url, kafka, publisher, timeout_s=timeout_s)
     if url.startswith(("http://", "https://")):
         return HttpViews(url)
-    raise Invalid(f"not where views are: {url!r:.200}; known: http://host:port, kafka://host:port[/app]")
+    raise Invalid(f"not where views are: {redacted_url(url)!r:.200}; known: http://host:port, kafka://host:port[/app]")

@@ -74,10 +74,9 @@ def test_the_least_permissions(own: Own, tmp_path: Path) -> None:
     own.grant("server", (DELTAS, "WRITE"))
     made = pipeline("topics", "apply", "--to", own.app.url, "--partitions", "2", *flags("operator"))
     assert made.returncode == 0, made.stderr
-    users = {who: {f"kafka.{name}": value for name, value in login(who).items()} for who in LEAST}
     with (
-        worker(own.app, tmp_path / "worker", **users["worker"]) as role,
-        server(own.app, tmp_path / "server", "--ingest", **users["server"]) as reads,
+        worker(own.app, tmp_path / "worker", *flags("worker")) as role,
+        server(own.app, tmp_path / "server", "--ingest", *flags("server")) as reads,
         Publisher(own.app.url, kafka=login("publisher"), **PUBLISHER) as direct,
         Publisher(reads.url) as gateway,
         Reader(reads.url) as reader,

@@ -10,7 +10,7 @@ from pipeline import Publisher
 from tests.broker.drive import PUBLISHER, Role, wait_exit, worker
 from tests.broker.inside import folding
 from tests.broker.test_permissions import folded
-from tests.broker.users import GROUP, LEAST_OF_MEMBER, MEMBERS, Own, flags, login, user
+from tests.broker.users import GROUP, LEAST_OF_MEMBER, MEMBERS, Own, flags, given, login, user
 from tests.support import pipeline, wait_until
 
 WAIT_S = 60.0
@@ -86,8 +86,8 @@ def test_status_may_not_see_the_group(own: Own) -> None:
 )
 def test_options_that_members_cannot_have(own: Own, tmp_path: Path, options: dict[str, str], said: str) -> None:
     """An unsupported option is refused with code 2 before anything is done, and named."""
-    given = [f"--set=kafka.{name}={value}" for name, value in {**login("worker"), **options}.items()]
-    done = pipeline("worker", "--from", own.app.url, f"--data={tmp_path}/d", "--port=0", "--name=one", *given)
+    every = given({**login("worker"), **options})
+    done = pipeline("worker", "--from", own.app.url, f"--data={tmp_path}/d", "--port=0", "--name=one", *every)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr

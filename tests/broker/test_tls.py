@@ -12,10 +12,11 @@ import pytest
 from pipeline import Publisher
 from pipeline.adapters.faust.security import PLAIN, Security, security_of
 from pipeline.errors import Invalid
+from pipeline.secret import Secret
 from tests.broker.drive import PUBLISHER, worker
 from tests.broker.kafka import Broker, create_topics, new_app
 from tests.broker.tls import PASSWORD, Certificates, make
-from tests.broker.users import PROPERTIES, login
+from tests.broker.users import PROPERTIES, given, login
 from tests.support import pipeline, wait_until
 
 
@@ -56,22 +57,22 @@ def properties(it: Certificates) -> dict[str, str]:
 def test_a_member_over_tls(kafka_jars: Path, certificates: Certificates, tmp_path: Path) -> None:
     """With authority, certificate, locked key and login a member folds, as status shows; a missing authority is named."""
     client = options(certificates)
-    given = [f"--set=kafka.{name}={value}" for name, value in client.items()]
+    flags = given(client)
     with Broker(tmp_path / "kafka", properties(certificates), client=client) as broker:
         app = new_app(broker.bootstrap)
         create_topics(app.bootstrap, app.app, 2, client=client)
-        with worker(app, tmp_path / "one", "--name", "one", *given, session_timeout_ms=6_000) as role:
+        with worker(app, tmp_path / "one", "--name", "one", *flags, session_timeout_ms=6_000) as role:
             with Publisher(app.url, kafka=client, **PUBLISHER) as publisher:
                 publisher.sum("v").add(1)
 
             def folds() -> bool:
-                done = pipeline("status", "--from", app.url, *given)
+                done = pipeline("status", "--from", app.url, *flags)
                 assert done.returncode == 0, done.stderr
                 return done.stdout.count("  folding  ") == 2 and "lag 0 records" in done.stdout
 
             wait_until(folds, "a member that folds", 60)
             assert role.terminate() == 0, role.tail()
-        without = [it for it in given if "ssl.ca" not in it]
+        without = [it for it in flags if "ssl.ca" not in it]
         done = pipeline("status", "--from", app.url, *without, "--set", "kafka_timeout_ms=3000")
         assert done.returncode == 2, done.stderr
         assert "check ssl.* and security.protocol in the setting `kafka`" in done.stderr
@@ -82,7 +83,12 @@ def test_what_is_asked_for(certificates: Certificates) -> None:
     assert security_of({}) == PLAIN == Security("PLAINTEXT")
     assert security_of({"socket.timeout.ms": 5}) == PLAIN
     asked = security_of(options(certificates))
-    assert (asked.protocol, asked.mechanism, asked.username, asked.password) == ("SASL_SSL", "PLAIN", "admin", "p")
+    assert (asked.protocol, asked.mechanism, asked.username, asked.password) == (
+        "SASL_SSL",
+        "PLAIN",
+        "admin",
+        Secret("p"),
+    )
     assert asked.context is not None
     assert (asked.context.check_hostname, asked.context.verify_mode) == (True, ssl.CERT_REQUIRED)
     assert [it["subject"][0][0][1] for it in asked.context.get_ca_certs()] == ["tests"]

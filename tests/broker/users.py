@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from confluent_kafka.admin import (
@@ -15,6 +19,7 @@ from confluent_kafka.admin import (
 )
 
 from pipeline import Publisher
+from pipeline.secret import is_secret_option
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import PUBLISHER
 from tests.broker.kafka import App, create_topics, new_app
@@ -79,7 +84,23 @@ def user(name: str) -> dict[str, Any]:
 
 def flags(name: str, password: str = PASSWORD) -> list[str]:
     """Return a login as flags of a command."""
-    return [f"--set=kafka.{option}={value}" for option, value in login(name, password).items()]
+    return given(login(name, password))
+
+
+_FILES = TemporaryDirectory(prefix="pipeline-secrets-")
+
+
+def given(options: Mapping[str, str]) -> list[str]:
+    """Return options of librdkafka as flags of a command, which takes secrets from files only."""
+    found = []
+    for name, value in options.items():
+        if is_secret_option(name, value):
+            file = Path(_FILES.name) / blake2b(value.encode()).hexdigest()
+            file.write_text(f"{value}\n")
+            found.append(f"--set=kafka.{name}_file={file}")
+        else:
+            found.append(f"--set=kafka.{name}={value}")
+    return found
 
 
 class Own:

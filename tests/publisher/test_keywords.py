@@ -202,7 +202,7 @@ def test_options_of_librdkafka_come_from_a_file_only_if_it_was_named(
         Publisher(KAFKA)
     monkeypatch.setenv("PIPELINE_KAFKA", "broker:9092")
     made.append(Publisher(HTTP))
-    with pytest.raises(Invalid, match="PIPELINE_KAFKA: kafka: dict expected, got 'broker:9092'"):
+    with pytest.raises(Invalid, match="PIPELINE_KAFKA: kafka: a table of options is needed, got str"):
         Publisher(KAFKA)
 
 

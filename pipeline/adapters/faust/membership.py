@@ -42,7 +42,9 @@ _NEVER_S = 1e6
 
 def _credentials(it: Security) -> Credentials | None:
     if it.mechanism:
-        return SASLCredentials(username=it.username, password=it.password, ssl_context=it.context, mechanism=it.mechanism)
+        return SASLCredentials(
+            username=it.username, password=it.password.reveal(), ssl_context=it.context, mechanism=it.mechanism
+        )
     return SSLCredentials(it.context) if it.context is not None else None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import Invalid
+from pipeline.secret import Secret, with_files
 
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 _SASL = {"sasl.mechanism", "sasl.mechanisms", "sasl.username", "sasl.password"}
@@ -33,14 +34,14 @@ class Security(NamedTuple):
     mechanism: str = ""
     """Empty: no login."""
     username: str = ""
-    password: str = ""
+    password: Secret = Secret()
 
     def aiokafka(self) -> dict[str, Any]:
         """Return the keywords of aiokafka's clients."""
         login = {
             "sasl_mechanism": self.mechanism,
             "sasl_plain_username": self.username,
-            "sasl_plain_password": self.password,
+            "sasl_plain_password": self.password.reveal(),
         }
         return {"security_protocol": self.protocol, "ssl_context": self.context, **(login if self.mechanism else {})}
 
@@ -50,6 +51,7 @@ PLAIN = Security("PLAINTEXT")
 
 def security_of(user: Mapping[str, Any]) -> Security:
     """Translate options of librdkafka; `Invalid` for those that aiokafka lacks, and for files that can't be read."""
+    user = with_files(user)
     protocol = str(user.get("security.protocol", "plaintext")).upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
         raise Invalid(f"setting kafka: security.protocol={protocol.lower()}; plaintext, ssl, sasl_plaintext or sasl_ssl")
@@ -64,7 +66,7 @@ def security_of(user: Mapping[str, Any]) -> Security:
     missing = [name for name in ("sasl.username", "sasl.password") if not user.get(name)]
     if missing:
         raise Invalid(f"setting kafka: {missing[0]} is needed for sasl.mechanism {mechanism}")
-    return Security(protocol, context, mechanism, str(user["sasl.username"]), str(user["sasl.password"]))
+    return Security(protocol, context, mechanism, str(user["sasl.username"]), user["sasl.password"])
 
 
 def _refuse(user: Mapping[str, Any], prefix: str, known: set[str]) -> None:
@@ -101,7 +103,7 @@ def _load(context: ssl.SSLContext, user: Mapping[str, Any]) -> None:
         raise ValueError("ssl.certificate.location is needed too")
     if certificate:
         # A password in any case: without one OpenSSL would ask for it on the terminal.
-        context.load_cert_chain(str(certificate), key and str(key), str(user.get("ssl.key.password", "")))
+        context.load_cert_chain(str(certificate), key and str(key), user.get("ssl.key.password", Secret()).reveal())
     if ciphers := user.get("ssl.cipher.suites"):
         context.set_ciphers(str(ciphers))
 

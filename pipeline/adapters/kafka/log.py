@@ -19,6 +19,7 @@ from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message, Watermarks
+from pipeline.secret import revealed
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
 
@@ -61,7 +62,7 @@ class KafkaLog:
             metadata=self._metadata,
         )
         # Behind the writer, which tries the user's options: it says more of a wrong one than this client does.
-        self._admin = AdminClient({**admin_options(address, settings.kafka), "error_cb": self._last_error})
+        self._admin = AdminClient({**revealed(admin_options(address, settings.kafka)), "error_cb": self._last_error})
 
     def _list_topics(self, topic: str, timeout_s: float) -> ClusterMetadata:
         try:

@@ -18,6 +18,7 @@ from pipeline.adapters.kafka.errors import LastError, error_of, translate
 from pipeline.adapters.kafka.options import Address, admin_options
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock
+from pipeline.secret import revealed
 from pipeline.threads import GREEN_INTERVAL_S, are_green, guarded
 
 _log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class Metadata:
             return made[1]
         if made is not None:  # its threads are the parent's: to free it here would be to wait for them
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(made[1]))
-        admin = AdminClient({**admin_options(self._address, self._user), "error_cb": self._last_error})
+        admin = AdminClient({**revealed(admin_options(self._address, self._user)), "error_cb": self._last_error})
         self._made = os.getpid(), admin
         return admin
 
@@ -209,7 +210,7 @@ class Metadata:
         if known is not None:
             return known
         name = self._address.topic(topic)
-        admin = AdminClient(admin_options(self._address, self._user))
+        admin = AdminClient(revealed(admin_options(self._address, self._user)))
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
         try:
             (future,) = admin.describe_configs([resource], request_timeout=timeout_s).values()

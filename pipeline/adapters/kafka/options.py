@@ -15,6 +15,7 @@ from confluent_kafka import Consumer, KafkaException, Producer
 
 from pipeline.adapters.kafka.errors import RateLimitFilter
 from pipeline.errors import Invalid
+from pipeline.secret import redacted_url, revealed, with_files
 
 _log = logging.getLogger("pipeline.kafka")
 _log.addFilter(RateLimitFilter())
@@ -128,9 +129,10 @@ def parse_url(url: str) -> Address:
     servers, slash, app = rest.partition("/")
     wrong = [it for it in servers.split(",") if not _SERVER.match(it) or not 0 < int(it.rpartition(":")[2]) <= PORT_MAX]
     if scheme != "kafka" or wrong:
-        raise Invalid(f"{url!r:.200} is not kafka://host:port[,host:port...][/app]")
+        login = "; a login is in the setting kafka: sasl.username, sasl.password" if "@" in url else ""
+        raise Invalid(f"{redacted_url(url)!r:.200} is not kafka://host:port[,host:port...][/app]{login}")
     if slash and app and not _APP.match(app):
-        raise Invalid(f"{url!r:.200}: the app's name may hold letters, digits, '.', '_' and '-', at most 100")
+        raise Invalid(f"{redacted_url(url)!r:.200}: the app's name may hold letters, digits, '.', '_' and '-', at most 100")
     if app == DEFAULT_APP:
         # Other topics, but the same group and transactional ids as without a name: they would fence each other.
         raise Invalid(f"{url!r:.200}: {app} is what an app without a name is called; leave it out, or choose another")
@@ -151,8 +153,8 @@ def try_user_options(address: Address, user: Mapping[str, Any], *, timeout_ms: i
         return
     alone = {"bootstrap.servers": "", "log_level": 0}
     try:
-        Producer({**publisher_options(address, user, timeout_ms=timeout_ms), **alone})
-        Consumer({**reader_options(address, user), **alone}).close()
+        Producer(revealed({**publisher_options(address, user, timeout_ms=timeout_ms), **alone}))
+        Consumer(revealed({**reader_options(address, user), **alone})).close()
     except (KafkaException, TypeError, ValueError) as error:
         reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
         raise Invalid(f"setting kafka: {reason}; options are those of librdkafka's CONFIGURATION.md") from None
@@ -207,12 +209,13 @@ _ADMIN = (
 def _merged(
     address: Address, role: str, ours: Mapping[str, Any], user: Mapping[str, Any], own: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return all options of a client, in which secrets are of type `Secret`: `revealed` gives those for librdkafka."""
     check_user_options(user)
     return {
         "client.id": f"{address.app}-{role}",
         **_COMMON,
         **ours,
-        **user,
+        **with_files(user),
         **own,
         "bootstrap.servers": address.bootstrap,
         "logger": _log,

@@ -15,6 +15,7 @@ from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of,
 from pipeline.core.record import EPOCH_NONE, Records
 from pipeline.errors import Discontinuous, Invalid, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import NO_EPOCHS, Clock
+from pipeline.secret import revealed
 
 _log = logging.getLogger(__name__)
 _REFUSED_MAX = 3
@@ -51,7 +52,7 @@ class KafkaReader:
         self._end_offsets = end_offsets
         self._options = dict(options)
         self._stalls = StallDetector(ask_ends, clock)
-        self._consumer: Consumer | None = Consumer(self._options)
+        self._consumer: Consumer | None = Consumer(revealed(self._options))
         self._drained = False
         """True if librdkafka had no more messages at the last call."""
         self._next: dict[int, int] = {}
@@ -163,7 +164,7 @@ class KafkaReader:
                 *(self._topic, partition, self._next[partition], end),
             )
         self._stalls.forget()
-        old, self._consumer = self._open(), Consumer(self._options)
+        old, self._consumer = self._open(), Consumer(revealed(self._options))
         # In a thread of its own: the close, too, may wait for an answer that never comes.
         threading.Thread(target=old.close, name="pipeline-kafka-close", daemon=True).start()
         self._place_all(self._consumer)

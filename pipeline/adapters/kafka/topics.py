@@ -34,6 +34,7 @@ from pipeline.adapters.kafka.plan import (
 )
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock
+from pipeline.secret import revealed
 from pipeline.topics import Topic
 
 _PAUSE_S = 0.05
@@ -86,7 +87,7 @@ class TopicAdmin:
         if "debug" not in user:
             options["log_level"] = 2  # the error contains the reason
         # Kept until the end: a client that is garbage-collected cancels its requests.
-        self._client = AdminClient(options)
+        self._client = AdminClient(revealed(options))
 
     def plan(self, wish: Wish) -> Plan:
         """Return what `apply` would do. Changes nothing.

@@ -16,6 +16,7 @@ from confluent_kafka import Message as Delivered
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate, verdict_of
 from pipeline.errors import Discontinuous, Displaced, Fenced, PipelineError, Unavailable
 from pipeline.ports import NO_BEGINS, Begins, Clock, Message, check_begins
+from pipeline.secret import revealed
 
 _log = logging.getLogger(__name__)
 _BACKOFF_S = 0.05
@@ -104,7 +105,7 @@ class KafkaTransaction:
         """Offsets behind the records of the last transaction, by the partitions that it wrote to."""
         self._was_away = False
         """True if no broker could be reached at some time since the last transaction was committed."""
-        self._producer: Producer | None = Producer({**options, "error_cb": self._note_error})
+        self._producer: Producer | None = Producer({**revealed(options), "error_cb": self._note_error})
         deadline_s = clock.monotonic_s() + timeout_s
         try:
             self._until_decided(self._producer.init_transactions, deadline_s, "start")

@@ -20,6 +20,7 @@ from pipeline.adapters.kafka.metadata import Denied, Metadata
 from pipeline.adapters.kafka.options import Address, publisher_options, try_user_options
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, Message
+from pipeline.secret import revealed
 from pipeline.threads import GREEN_INTERVAL_S, POLL_INTERVAL_S, PeriodicThread, are_green, wait_in_c
 from pipeline.topics import DELTAS
 
@@ -58,7 +59,7 @@ class _Client:
 
     def __init__(self, options: Mapping[str, Any], clock: Clock) -> None:
         self.pid = os.getpid()
-        self.producer = Producer(dict(options))
+        self.producer = Producer(revealed(options))
         self.broken = False
         """True if the producer has a fatal error, and must be replaced."""
         self.fatal: KafkaError | None = None
