@@ -30,6 +30,7 @@ from pipeline.settings import (
     FILE_VARIABLE,
     GROUPS,
     OTHER_VARIABLES,
+    ClientSettings,
     IngestSettings,
     KafkaSettings,
     LogSettings,
@@ -45,6 +46,7 @@ class Config:
     """All settings of a process, by group."""
 
     publisher: PublisherSettings
+    client: ClientSettings
     kafka: KafkaSettings
     log: LogSettings
     worker: WorkerSettings
@@ -101,6 +103,7 @@ def load(flags: Mapping[str, Any] | None = None) -> Config:
         raise Invalid(f"{path}: {error}") from None
     return Config(
         publisher=PublisherSettings(**_of(PublisherSettings, values)),
+        client=ClientSettings(**_of(ClientSettings, values)),
         kafka=KafkaSettings(**_of(KafkaSettings, values)),
         log=LogSettings(**_of(LogSettings, values)),
         worker=WorkerSettings(**_of(WorkerSettings, values)),

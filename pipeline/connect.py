@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.token import Token
@@ -18,7 +18,7 @@ from pipeline.publisher.client import BasePublisher, publisher_settings
 from pipeline.publisher.environment import find_settings
 from pipeline.publisher.fork import check_fork, drain_when_child_ends, is_prefork
 from pipeline.secret import redacted_url
-from pipeline.settings import KafkaSettings, PublisherKeywords, PublisherSettings, held
+from pipeline.settings import ClientSettings, KafkaSettings, PublisherKeywords, PublisherSettings, held
 from pipeline.threads import in_hub
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> LogWriter:
+def log_writer(
+    url: str, settings: PublisherSettings, kafka: KafkaSettings, client: ClientSettings | None = None
+) -> LogWriter:
     """Return the log that a publisher's batches go to.
 
     `kafka://host:port[,host:port...][/app]`, `http://host:port` (a server of this package), or `embedded:FOLDER` (a log in
@@ -40,7 +42,7 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
     if scheme in ("http", "https"):
         from pipeline.adapters.http import HttpLogWriter
 
-        return HttpLogWriter(url)
+        return HttpLogWriter(url, settings=client)
     if scheme == "embedded" and rest:
         from pipeline.adapters.shared_log import open_shared_log
 
@@ -59,6 +61,11 @@ def log_writer(url: str, settings: PublisherSettings, kafka: KafkaSettings) -> L
     raise Invalid(
         f"unknown URL {redacted_url(url)!r:.200}; known: kafka://host:port[/app], http://host:port, embedded:FOLDER"
     )
+
+
+def _taken(found: dict[str, Any], group: type[Any]) -> dict[str, Any]:
+    """Take the settings of a group out of those that were found."""
+    return {item.name: found.pop(item.name) for item in fields(group) if item.name in found}
 
 
 def _metrics_in(registry: Registry, metrics: Metrics) -> RegistryMetrics:
@@ -100,14 +107,14 @@ class Publisher(BasePublisher):
     ) -> None:
         given = held(settings)
         del settings  # a traceback with local variables would show it
-        found = {**find_settings(given, kafka=str(url).startswith("kafka:")), **given}
-        known = {item.name for item in fields(KafkaSettings)}
-        kafka = KafkaSettings(**{name: value for name, value in found.items() if name in known})
-        checked = publisher_settings({name: value for name, value in found.items() if name not in known})
+        connected = KafkaSettings if str(url).startswith("kafka:") else ClientSettings
+        found = {**find_settings(given, (PublisherSettings, connected)), **given}
+        kafka, client = KafkaSettings(**_taken(found, KafkaSettings)), ClientSettings(**_taken(found, ClientSettings))
+        checked = publisher_settings(found)
         self._bridges: list[Bridge] = []
         self._shown = None if registry is None else _metrics_in(registry, metrics)
         try:
-            super().__init__(log_writer(url, checked, kafka), SystemClock(), checked, self._shown or metrics)
+            super().__init__(log_writer(url, checked, kafka, client), SystemClock(), checked, self._shown or metrics)
         except BaseException:
             self._leave_registry()
             raise

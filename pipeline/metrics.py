@@ -168,6 +168,13 @@ STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
 STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."
 )
+REQUESTS_REFUSED = Metric(
+    "pipeline_requests_refused_total",
+    "counter",
+    "Requests refused before anything is read of them: host, one that this server is not known as; origin, a page of another"
+    " site.",
+    ("reason",),
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 import pipeline.metrics as m
-from pipeline.errors import PipelineError, Unavailable
+from pipeline.errors import Fenced, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 
@@ -133,7 +133,8 @@ class OutageLogger:
 class Failures:
     """Counts the unexpected exceptions of one thread, and logs each new one with its traceback.
 
-    An exception that is raised again at the same place, without a success in between, is counted but not logged.
+    An exception that is raised again at the same place, without a success in between, is counted but not logged. `Fenced` is
+    logged but not counted: it says that a newer owner has taken over.
     """
 
     def __init__(self, log: logging.Logger, thread: str, metrics: Metrics = NO_METRICS) -> None:
@@ -145,7 +146,8 @@ class Failures:
 
     def note(self, error: BaseException, *, level: int = logging.ERROR, consequence: str = "it goes on") -> None:
         """Count `error`, and log it unless it repeats the previous one."""
-        self._metrics.inc(m.THREAD_ERRORS, 1, self._thread)
+        if not isinstance(error, Fenced):
+            self._metrics.inc(m.THREAD_ERRORS, 1, self._thread)
         frames = traceback.extract_tb(error.__traceback__)
         place = (type(error), (frames[-1].filename, frames[-1].lineno) if frames else None)
         if place == self._last:

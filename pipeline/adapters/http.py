@@ -18,8 +18,9 @@ from pipeline.core.frames import encode_frames
 from pipeline.core.record import Control, producer_id_of
 from pipeline.core.times import Length, Time
 from pipeline.core.token import Token
-from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
+from pipeline.errors import BadRecord, GroupsForbidden, Invalid, PipelineError, Unavailable
 from pipeline.ports import MESSAGE_BYTES_MAX, Clock, Message
+from pipeline.settings import ClientSettings
 from pipeline.topics import DELTAS
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def _producer_of(message: Message) -> str:
 class HttpLogWriter:
     """A `ports.LogWriter` that sends batches to a server's `POST /v1/batches`."""
 
-    def __init__(self, url: str, clock: Clock | None = None) -> None:
+    def __init__(self, url: str, clock: Clock | None = None, settings: ClientSettings | None = None) -> None:
         self._clock = clock or SystemClock()
-        self._client = HttpClient(url, self._clock)
+        self._client = HttpClient(url, self._clock, settings)
         self._partition_count: tuple[float, int] | None = None
         self._secrets: dict[str, str] = {}
         """By producer id, the secret to send with its batches."""
@@ -165,7 +166,8 @@ class HttpLogWriter:
             return [Unavailable(f"{self._client.url}: not an answer to batches: {answer[:200]!r}")] * count
         refusal = error_of(self._client.url, status, answer)
         # Only a refusal of our own server is final: a proxy may refuse what the server would accept.
-        for_good = status in (400, 413) and isinstance(refusal, Invalid | BadRecord) and is_ours(answer)
+        refused = isinstance(refusal, GroupsForbidden) or (status in (400, 413) and isinstance(refusal, Invalid | BadRecord))
+        for_good = refused and is_ours(answer)  # without a token that counts, batches wait
         if count > 1 and (for_good or status == 413):
             half = count // 2  # the server takes all or none: find the ones that it will not take
             return self._send(messages[:half], secret, deadline) + self._send(messages[half:], secret, deadline)
@@ -190,19 +192,27 @@ class HttpReader:
         reader.get("revenue", where={"region": "eu"}, by=["product"], after=publisher.flush())
 
     Raises `NotFound` for a view nobody has published, `Invalid` for a wrong request, `NotReady` if the server is
-    restoring or what was asked to be waited for did not come in time, `Unavailable` if it does not answer.
+    restoring or what was asked to be waited for did not come in time, `Unavailable` if it does not answer,
+    `Unauthenticated` or `Forbidden` if it needs another access token.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 30.0,
+        clock: Clock | None = None,
+        settings: ClientSettings | None = None,
+    ) -> None:
         self._clock = clock or SystemClock()
-        self._client = self._connect(url, self._clock)
+        self._client = self._connect(url, self._clock, settings)
         self._timeout_s = timeout_s
         self._links: set[WatchLink] = set()
         """Watches that have not ended."""
 
     @staticmethod
-    def _connect(url: str, clock: Clock) -> Client:
-        return HttpClient(url, clock)
+    def _connect(url: str, clock: Clock, settings: ClientSettings | None) -> Client:
+        return HttpClient(url, clock, settings)
 
     def get(
         self,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.read_parameters import QueryKeywords, WatchKeywords
 from pipeline.core.answer import Answer, View
 from pipeline.errors import PipelineError
 from pipeline.ports import Clock
+from pipeline.settings import ClientSettings
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,10 +38,15 @@ class AsyncHttpReader:
     `Reader` does.
     """
 
-    reader_type: ClassVar[type[HttpReader]] = HttpReader
-
-    def __init__(self, url: str, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
-        self._reader = self.reader_type(url, timeout_s=timeout_s, clock=clock)
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 30.0,
+        clock: Clock | None = None,
+        settings: ClientSettings | None = None,
+    ) -> None:
+        self._reader = HttpReader(url, timeout_s=timeout_s, clock=clock, settings=settings)
 
     async def get(
         self,

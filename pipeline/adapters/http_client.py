@@ -23,9 +23,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 import pipeline.errors as errors
-from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unavailable
+from pipeline.adapters.credentials import Credentials, headers_of
+from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unauthenticated, Unavailable
 from pipeline.ports import Clock
-from pipeline.secret import redacted_url
+from pipeline.secret import Secret, redacted_url
+from pipeline.settings import ClientSettings
 
 IDLE_CONNECTIONS_MAX = 64
 EVENT_STREAM = "text/event-stream"
@@ -120,7 +122,7 @@ class HttpClient:
 
     live = True
 
-    def __init__(self, url: str, clock: Clock) -> None:
+    def __init__(self, url: str, clock: Clock, settings: ClientSettings | None = None) -> None:
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -131,6 +133,7 @@ class HttpClient:
         self.url = url.rstrip("/")
         self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
+        self._credentials = Credentials(settings or ClientSettings())
         self._clock = clock
         self._idle: list[HTTPConnection] = []
         self._pid = os.getpid()
@@ -145,10 +148,22 @@ class HttpClient:
         content_type: str = "",
         more_headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
-        """Return status and body of the answer; `Unavailable` if there is none in time."""
+        """Return status and body of the answer; `Unavailable` if there is none in time.
+
+        A redirect is an answer, and not followed: so the access token goes to no other server.
+        """
         deadline = self._clock.monotonic_s() + timeout_s
         headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if content_type else {})
         headers.update(more_headers or {})
+        while True:
+            token = self._credentials.token
+            status, answer = self._exchange_once(method, path, body, headers | headers_of(token), deadline)
+            if status != 401 or not self._credentials.renew(token):
+                return status, answer
+
+    def _exchange_once(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], deadline: float
+    ) -> tuple[int, bytes]:
         if self._pid != os.getpid():
             self._pid, self._idle = os.getpid(), []  # a child shares its parent's sockets: two writers, one stream
         while True:
@@ -176,12 +191,22 @@ class HttpClient:
     def stream(self, path: str, *, timeout_s: float, last_id: str) -> EventStream:
         """Open the stream of a read, at the event after `last_id` if there is one; raise as the read does."""
         deadline = self._clock.monotonic_s() + timeout_s
+        while True:
+            token = self._credentials.token
+            try:
+                return self._open_stream(path, timeout_s, deadline, last_id, token)
+            except Unauthenticated:
+                if not self._credentials.renew(token):
+                    raise
+
+    def _open_stream(self, path: str, timeout_s: float, deadline: float, last_id: str, token: Secret) -> EventStream:
         connection = self._make(self._host, self._port, timeout=min(timeout_s, _CONNECT_S))
+        headers = {"Accept": EVENT_STREAM, "Last-Event-ID": last_id} | headers_of(token)
         try:
             connection.connect()
             sock = connection.sock
             self._limit(connection, deadline)
-            connection.request("GET", self._prefix + path, headers={"Accept": EVENT_STREAM, "Last-Event-ID": last_id})
+            connection.request("GET", self._prefix + path, headers=headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise error_of(self.url, response.status, self._read(connection, response, deadline))
@@ -250,8 +275,8 @@ def error_of(url: str, status: int, body: bytes) -> PipelineError:
     ours = problem.type.startswith(_OUR_ERRORS)
     named = getattr(errors, problem.type.removeprefix(_OUR_ERRORS), None) if ours else None
     detail = problem.detail or problem.title or f"HTTP {status}"
-    if named is GroupsRefused:
-        return GroupsRefused(detail, [(it.group, it.view, it.reason) for it in problem.groups])
+    if isinstance(named, type) and issubclass(named, GroupsRefused):
+        return named(detail, [(it.group, it.view, it.reason) for it in problem.groups])
     if isinstance(named, type) and issubclass(named, PipelineError):
         return named(detail)
     return Invalid(detail) if status in (400, 409, 413, 414, 422) else Unavailable(f"{url}: HTTP {status}: {detail}")

@@ -302,7 +302,7 @@ def publish(
         spread=spread,
     )
     config = load(set_)
-    raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka))
+    raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka, config.client))
 
 
 @app.command()
@@ -322,7 +322,8 @@ def status(url: StatusFrom = DEFAULT_URL, set_: Set = None, json: Json = False) 
 
     console.configure_logging(console.QUIET)
     if url.startswith("kafka://"):
-        raise SystemExit(run_overview(url, load(set_).kafka, as_json=json))
+        config = load(set_)
+        raise SystemExit(run_overview(url, config.kafka, config.client, as_json=json))
     raise SystemExit(run_status(url, as_json=json))
 
 

@@ -222,7 +222,7 @@ def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop,
         console.print_json({"url": server.url, "data": config.log.data})
     else:
         console.show(f"see it at {server.url}/ in a browser; its API is at {server.url}/docs")
-    with Reader(server.url) as reader, _publisher(server, config) as publisher:
+    with Reader(server.url, settings=config.client) as reader, _publisher(server, config) as publisher:
         views = {definition.view: publisher.define(definition) for definition in VIEWS}
         recording = _Recording(views, clock)
         started_s = clock.monotonic_s()
@@ -243,7 +243,7 @@ def _run(server: _DemoServer, config: Config, seconds: float | None, stop: Stop,
 
 @contextmanager
 def _publisher(server: _DemoServer, config: Config) -> Iterator[Publisher]:
-    publisher = Publisher(server.url, **asdict(config.publisher), **asdict(config.kafka))
+    publisher = Publisher(server.url, **asdict(config.publisher), **asdict(config.kafka), **asdict(config.client))
     try:
         yield publisher
     finally:

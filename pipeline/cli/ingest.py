@@ -50,9 +50,9 @@ def ingest_statsd(
     are labels. A view's labels are those that the server knows (--to http://...), that --labels says, or the tags of the
     first line: a line that lacks one has it empty, and one that has another is left out.
 
-    What can't be recorded is left out and counted by reason; the first of each reason is logged. While the server is away
-    deltas merge in memory, up to buffer_bytes_max. Ctrl-C or SIGTERM publishes what has arrived, and says how many lines
-    that were. Exit code 1 means that not all of it was acknowledged.
+    What can't be recorded is left out and counted by reason; a log line a minute has an example of each. While the
+    server is away deltas merge in memory, up to buffer_bytes_max. Ctrl-C or SIGTERM publishes what has arrived, and says
+    how many lines that were. Exit code 1 means that not all of it was acknowledged.
     """
     from pipeline.cli import console
 

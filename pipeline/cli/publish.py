@@ -25,9 +25,9 @@ from pipeline.connect import Publisher
 from pipeline.core.kinds import KIND_NAMES, KINDS
 from pipeline.core.query import describe
 from pipeline.core.record import Definition, canonical, check_definition, spread_of
-from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.errors import Forbidden, Invalid, NotReady, PipelineError, Unavailable
 from pipeline.roles.signals import Stop, stopping_on_signals
-from pipeline.settings import KafkaSettings, PublisherSettings
+from pipeline.settings import ClientSettings, KafkaSettings, PublisherSettings
 from pipeline.topics import DELTAS
 
 BAD_SHOWN_MAX = 20
@@ -112,10 +112,10 @@ def make_request(  # one argument for each option
     )
 
 
-def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings) -> int:
+def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings, client: ClientSettings) -> int:
     """Publish and print the result; return the exit code. Raises `Invalid`, with nothing sent, if the call is wrong."""
     with stopping_on_signals() as stop, _opened(request.source) as fd:
-        run = _PublishRun(request, settings, kafka, fd, stop)
+        run = _PublishRun(request, settings, kafka, client, fd, stop)
         try:
             return run.run()
         except Interrupted:
@@ -171,12 +171,19 @@ class _PublishRun:
     """One run over one file descriptor."""
 
     def __init__(
-        self, request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings, fd: int, stop: Stop
+        self,
+        request: PublishRequest,
+        settings: PublisherSettings,
+        kafka: KafkaSettings,
+        client: ClientSettings,
+        fd: int,
+        stop: Stop,
     ) -> None:
         self.bar = _Bar()
         self._request = request
         self._settings = settings
         self._kafka = kafka
+        self._client = client
         self._timeout_s = settings.close_timeout_ms / 1000
         self._fd = fd
         self._stop = stop
@@ -189,6 +196,7 @@ class _PublishRun:
         settings = (
             asdict(self._settings)
             | asdict(self._kafka)
+            | asdict(self._client)
             | {
                 "on_full": "block",  # no line may be dropped
                 "block_timeout_ms": self._settings.close_timeout_ms,
@@ -229,13 +237,14 @@ class _PublishRun:
             return mine
         deadline_s = self._clock.monotonic_s() + self._timeout_s
         waiting = False
-        with Reader(self._request.url, timeout_s=max(0.1, min(self._timeout_s, _CONTACT_S))) as reader:
+        timeout_s = max(0.1, min(self._timeout_s, _CONTACT_S))
+        with Reader(self._request.url, timeout_s=timeout_s, settings=self._client) as reader:
             while True:
                 try:
                     found = [view for view in reader.views() if view.name == mine.view]
                     break
-                except NotReady:
-                    return mine  # it is restoring, and takes batches meanwhile
+                except (NotReady, Forbidden):
+                    return mine  # it is restoring, and takes batches meanwhile; or the token is for publishing only
                 except Unavailable as error:
                     if self._clock.monotonic_s() >= deadline_s:
                         raise Unavailable(f"no server within {self._timeout_s:g} s (--timeout-ms): {error}") from None

@@ -105,7 +105,7 @@ def drain(
     config = load(set_)
     settings = PublisherSettings(producer_ttl_ms=config.publisher.producer_ttl_ms)
     bad = False
-    with closing(log_writer(to, settings, config.kafka)) as writer:
+    with closing(log_writer(to, settings, config.kafka, config.client)) as writer:
         slots = []
         for slot in drain_folder(folder, writer, SystemClock(), settings, timeout_s=timeout_s, force=force):
             bad |= bool(slot.error or slot.report.corrupt)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
 from pipeline.core.answer import MemberStatus, RestoreStatus, Status, known
-from pipeline.settings import KafkaSettings
+from pipeline.settings import ClientSettings, KafkaSettings
 
 _UNKNOWN = "?"
 
@@ -37,16 +37,19 @@ def run_status(url: str, *, as_json: bool) -> int:
         print(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")
     if fenced_count := known(status.fenced_count):
         print(f"fenced {fenced_count:,} times")
+    for left in known(status.ingest_left_out) or ():
+        first = f", the first: {console.printable(left.first)}" if left.first else ""
+        print(f"left out by ingest: {left.count:,} {left.protocol} {left.reason}{first}")
     lag = sum(known(it.lag) or 0 for it in status.partitions)
     print(f"{'ready' if status.ready else 'not ready: restoring'}, lag {lag:,} records")
     return console.OK
 
 
-def run_overview(url: str, settings: KafkaSettings, *, as_json: bool) -> int:
+def run_overview(url: str, settings: KafkaSettings, client: ClientSettings, *, as_json: bool) -> int:
     """Print the statuses of all workers of an app; return the exit code, 1 if none answers."""
     from pipeline.roles.overview import MemberOverview, overview
 
-    found = overview(url, settings)
+    found = overview(url, settings, client)
     code = console.OK if any(member.error is None for member in found.members) else console.FAILED
     if as_json:
         console.print_json(found)

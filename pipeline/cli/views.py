@@ -63,7 +63,7 @@ def ls(url: ViewsFrom = DEFAULT_URL, timeout_s: Timeout = 60.0, set_: Set = None
 
     console.configure_logging("error")
     config = load(set_)
-    with closing(open_views(url, config.kafka, config.publisher, timeout_s=timeout_s)) as found:
+    with closing(open_views(url, config.kafka, config.publisher, config.client, timeout_s=timeout_s)) as found:
         definitions = found.views()
     if json:
         console.print_json({"views": definitions})
@@ -142,7 +142,7 @@ def _change(
     console.configure_logging("error")
     names = None if labels is None else [it.strip() for it in labels.split(",") if it.strip()]
     control, config = order(action, name, kind, names), load(set_)
-    with closing(open_views(url, config.kafka, config.publisher, timeout_s=timeout_s)) as found:
+    with closing(open_views(url, config.kafka, config.publisher, config.client, timeout_s=timeout_s)) as found:
         if not yes and sys.stdin.isatty() and (known := about(control, found)) and not _is_sure(action, name, known):
             return console.FAILED
         outcome = change(found, control, timeout_s=timeout_s, clock=SystemClock())

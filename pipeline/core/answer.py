@@ -236,6 +236,17 @@ class MemberStatus(msgspec.Struct, frozen=True):
     standbys: list[int] = []
 
 
+class LeftOutStatus(msgspec.Struct):
+    """Count of what ingest left out for one reason."""
+
+    protocol: str
+    reason: str
+    count: int
+    first: str
+    """First example of it."""
+    first_at_ms: int
+
+
 class Status(msgspec.Struct, kw_only=True):
     """The body of `GET /v1/status`. What does not apply to a role is left out."""
 
@@ -256,6 +267,8 @@ class Status(msgspec.Struct, kw_only=True):
     standbys: list[PartitionStatus] | UnsetType = UNSET
     """The copies that a worker keeps warm."""
     members: list[MemberStatus] | UnsetType = UNSET
+    ingest_left_out: list[LeftOutStatus] | UnsetType = UNSET
+    """Content of lines, samples and data points that this process has left out, since its start."""
 
 
 class IngestStatus(Status, kw_only=True):

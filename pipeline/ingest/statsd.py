@@ -21,6 +21,7 @@ from pipeline.core.kinds import add, number
 from pipeline.core.record import Definition
 from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER, Line, Malformed, parse_line
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
+from pipeline.left_out import LeftOut
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.publisher.client import BasePublisher
@@ -101,8 +102,7 @@ class StatsdSink:
         self._set_ms = 0
         """The time at which gauges were last recorded."""
         self.line_count = 0
-        self.refused: Counter[str] = Counter()
-        """Number of lines that were left out, by reason."""
+        self.left_out = LeftOut(_log, clock, metrics)
         for protocol in PROTOCOLS:
             metrics.inc(m.INGEST_LINES, 0, protocol)
             for reason in (*REASONS, *_OWN_REASONS):
@@ -131,19 +131,23 @@ class StatsdSink:
         self.tick()
 
     def refuse(self, reason: str, protocol: str, line: bytes = b"", error: object = "") -> None:
-        """Count what is left out; the first of each reason is logged."""
-        if not self.refused[reason]:
-            _log.warning("%s: left out, reason %s: %.200r %s (more of them are only counted)", protocol, reason, line, error)
-        self.refused[reason] += 1
-        self._metrics.inc(m.INGEST_MALFORMED, 1, protocol, reason)
+        """Count what is left out; see `LeftOut`."""
+        self.left_out.add(protocol, reason, f"{repr(line[:150])[1:]} {error}".strip() if line else "")
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Number of lines that were left out, by reason."""
+        return Counter(self.left_out.counts())
 
     def tick(self) -> None:
         """Record gauges that have changed, at most once a millisecond, so that a storm of lines costs little."""
+        self.left_out.tick()
         if self._unset and self._clock.now_ms() != self._set_ms:
             self._set_gauges()
 
     def close(self) -> bool:
         """Record the remaining gauges; return False if the publisher has no room: flush, and call this again."""
+        self.left_out.close()
         if self._unset:
             self._set_gauges()
         return not self._unset

@@ -47,7 +47,7 @@ export function showViews(main) {
     const shownViews = listed();
     if (!views.length) {
       place.replaceChildren(h("p", {}, "No view yet. Publish a delta:"), h("div", { class: "panel" }, h("pre", {},
-        `curl -sf ${location.origin}/v1/deltas -d '[{"view": "signups", "kind": "sum", "labels": {"plan": "pro"}, "value": 1}]'`)));
+        `curl -sf ${location.origin}/v1/deltas --json '[{"view": "signups", "kind": "sum", "labels": {"plan": "pro"}, "value": 1}]'`)));
       return;
     }
     const rows = shownViews.map((view) => {

@@ -3,7 +3,8 @@
 A publisher lives in other people's apps. A file that `PIPELINE_CONFIG` names was meant for it: anything wrong in it raises
 `Invalid`. A `pipeline.toml` that merely lies in the working directory may be another program's: it is taken as a whole or,
 with a warning, not at all, so that no app fails because of it. From such a file options of librdkafka are never taken: some
-of them load code and run commands, and the user who may write to the folder need not be the one who runs the app.
+of them load code and run commands, and the user who may write to the folder need not be the one who runs the app. Nor are
+settings of connections to servers: they name files that are sent.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from typing import Any
@@ -25,8 +26,7 @@ from pipeline.settings import (
     FILE_VARIABLE,
     GROUPS,
     OTHER_VARIABLES,
-    KafkaSettings,
-    PublisherSettings,
+    ClientSettings,
     check_value,
     default_of,
     held,
@@ -35,7 +35,9 @@ from pipeline.settings import (
 _log = logging.getLogger(__name__)
 _GROUPS: tuple[Any, ...] = GROUPS
 _ALL = {item.name for group in _GROUPS for item in fields(group)}
-_KAFKA = "kafka"
+_TOKEN = ("token", "token_file")
+_NEVER_FOUND = ("kafka", *(item.name for item in fields(ClientSettings)))
+"""Settings that are taken from no file that merely lies in the working directory."""
 _SERVICE_LINK = re.compile(
     rf"{ENV_PREFIX}([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -46,15 +48,25 @@ _warned: set[str] = set()
 Wanted = Mapping[str, Field[Any]]
 
 
-def find_settings(given: Collection[str], *, kafka: bool) -> dict[str, Any]:
-    """Return the settings of a publisher that are in the file and the environment, without those in `given`.
+def find_settings(given: Collection[str], groups: Sequence[Any]) -> dict[str, Any]:
+    """Return the settings of these groups that are in the file and the environment, without those in `given`.
 
-    With `kafka`, the settings for talking to brokers are among them. Raises `Invalid` for a wrong value
-    in the environment, and for anything wrong in a file that `PIPELINE_CONFIG` names. Unknown names are logged as warnings.
+    Raises `Invalid` for a wrong value in the environment, and for anything wrong in a file that `PIPELINE_CONFIG` names.
+    Unknown names are logged as warnings.
     """
-    groups: tuple[Any, ...] = (PublisherSettings, KafkaSettings) if kafka else (PublisherSettings,)
-    wanted = {item.name: item for group in groups for item in fields(group) if item.name not in given}
-    return {**_in_file(wanted), **_in_environment(wanted)} if wanted else {}
+    without = {*given, *_of_one_kind(given)}
+    wanted = {item.name: item for group in groups for item in fields(group) if item.name not in without}
+    if not wanted:
+        return {}
+    in_file, in_environment = _in_file(wanted), _in_environment(wanted)
+    for name in _of_one_kind(in_environment):
+        in_file.pop(name, None)
+    return {**in_file, **in_environment}
+
+
+def _of_one_kind(names: Collection[str]) -> tuple[str, ...]:
+    """Return the settings of which one at most may be given, if one of them is."""
+    return _TOKEN if any(name in names for name in _TOKEN) else ()
 
 
 def closest(name: str, known: Collection[str]) -> str:
@@ -82,8 +94,9 @@ def _in_file(wanted: Wanted) -> dict[str, Any]:
     except Invalid as error:
         _warn(f"{os.path.abspath(FILE)} is left out, as if it were another program's: {error}. {_NAME_IT}")
         return {}
-    if found.pop(_KAFKA, None):
-        _warn(f"{_KAFKA} in {os.path.abspath(FILE)} is left out. {_NAME_IT}")
+    for name in _NEVER_FOUND:
+        if found.pop(name, None):
+            _warn(f"{name} in {os.path.abspath(FILE)} is left out. {_NAME_IT}")
     return found
 
 

@@ -228,6 +228,12 @@ class TableFlusher:
         if self._spool is not None:
             self._metrics.set(m.PUBLISHER_SPOOL_BYTES, self._spool.used_bytes)
 
+    def show_closed(self) -> None:
+        """Set the gauges of a publisher that is closed: nothing waits in its memory any more."""
+        self._set_metrics()
+        for gauge in (m.PUBLISHER_BYTES, m.PUBLISHER_SERIES, m.PUBLISHER_IN_FLIGHT, m.PUBLISHER_HELD_BACK):
+            self._metrics.set(gauge, 0)
+
 
 def _pending(waiting: Iterable[tuple[bytes, bytes, Any, int]]) -> Iterator[Pending]:
     decode = cache(msgspec.msgpack.Decoder(Definition).decode)

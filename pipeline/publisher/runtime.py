@@ -225,6 +225,7 @@ class Runtime:
         with self.lock:
             self._stopping = True
         self._halt(5.0)
+        self.flusher.show_closed()
         if self.spool is not None and not self.spool.close():
             _log.warning("what was not acknowledged is left in %s", self._settings.spool_dir)
         if self._settings.durability != "memory":

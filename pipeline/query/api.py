@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 from msgspec import UNSET
@@ -25,16 +24,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
-import pipeline.metrics as m
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
-from pipeline.core.token import Token
-from pipeline.errors import Invalid, NotReady, PipelineError
+from pipeline.errors import NotReady, PipelineError
+from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Clock, Ingest, Pushed, Refusal
+from pipeline.ports import Clock, Ingest
 from pipeline.query.access import Access, needed_of
-from pipeline.query.bodies import RequestBodies
+from pipeline.query.bodies import BATCHES_TYPE, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
@@ -42,14 +40,15 @@ from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
-from pipeline.query.media import JSON, Encoded
+from pipeline.query.media import JSON, NDJSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
+from pipeline.query.push_api import ParsePushed, Pushes, Take, Work
 from pipeline.query.reader import ViewReader
-from pipeline.query.remote_reads import REQUEST_BYTES_MAX
-from pipeline.query.responses import Accepted, BatchesAccepted, LeftOut, MetricsAccepted
+from pipeline.query.remote_reads import REQUEST_BYTES_MAX, REQUEST_TYPE
+from pipeline.query.responses import Accepted, BatchesAccepted
 from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
 from pipeline.query.streams import Streams
@@ -60,13 +59,7 @@ _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
-_PUSH = "openmetrics"
-_REFUSED_SHOWN_MAX = 10
-Work = Callable[[bytes, Headers], Any]
-"""Makes the answer to a body, in a thread."""
-Take = Callable[[Request, Work], Coroutine[Any, Any, Response]]
-ParsePushed = Callable[[bytes, str, int, int], Pushed]
-"""Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line."""
+_TICK_S = 5.0
 
 
 class ExposedMetrics(Metrics, Protocol):
@@ -109,11 +102,13 @@ def create_app(
     requests need access tokens.
     """
     service = ReadService(reader, settings, metrics)
+    left_out = LeftOut(_log, reader.clock, metrics)
     ingest_threads = ThreadPoolExecutor(_INGEST_THREADS, thread_name_prefix="pipeline-ingest")
 
     def close() -> None:
         service.close()
         ingest_threads.shutdown(wait=False)
+        left_out.close()
 
     read = ReadEndpoint(service, settings)
     streams = Streams(service, settings, metrics, reader.clock)
@@ -124,7 +119,7 @@ def create_app(
         Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
         *page_routes(),
     ]
-    routes += operation_routes(metrics, lambda: _with_staleness(status(), reader), ready)
+    routes += operation_routes(metrics, lambda: _completed(status(), reader, left_out), ready)
     routes.append(_states_route(service, settings))
     if render_views is not None:
         routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
@@ -136,25 +131,35 @@ def create_app(
         if letters is not None:
             routes += letter_routes(letters, settings, ingest_threads, take)
         if parse_pushed is not None:
-            push = partial(take, work=partial(_take_pushed, ingest, parse_pushed, settings, metrics, keys))
-            routes.append(Route("/v1/openmetrics", push, methods=["POST"]))
-    app = make_application(routes, settings, metrics, reader.clock, observing(service, close), read, access)
+            routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
+    app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)
     app.state.before_stop = streams.close
     return app
 
 
-def observing(service: ReadService | GatherService, close: Callable[[], None]) -> Lifespan[Starlette]:
-    """Return the lifespan of an application that observes from its start, and in the end calls `close`."""
+def observing(
+    service: ReadService | GatherService, close: Callable[[], None], tick: Callable[[], None] = lambda: None
+) -> Lifespan[Starlette]:
+    """Return the lifespan of an application that observes from its start, and in the end calls `close`.
+
+    Meanwhile `tick` is called again and again.
+    """
+
+    async def tick_again_and_again() -> None:
+        while True:
+            tick()
+            await asyncio.sleep(_TICK_S)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(service.observe())
+        tasks = [asyncio.create_task(it) for it in (service.observe(), tick_again_and_again())]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             close()
 
     return lifespan
@@ -185,7 +190,7 @@ def make_application(
         def build_middleware_stack(self) -> ASGIApp:
             """Return the router within a `Guard`, which does what Starlette's own outermost layer would do."""
             routed = ExceptionMiddleware(self.router, handlers=handlers)
-            return Guard(routed, read, paths, settings.connections_max, metrics, clock, access)
+            return Guard(routed, read, paths, settings, metrics, clock, access)
 
     app = App(routes=routes, lifespan=lifespan)
     app.router.redirect_slashes = False
@@ -217,9 +222,8 @@ class QueryEndpoint:
         self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        async with self._bodies.of(request) as body:
-            asked = parse_several(body, request.headers.get("content-type", ""), self._settings)
+        async with self._bodies.of(Request(scope, receive), JSON) as body:
+            asked = parse_several(body, self._settings)
         await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
 
 
@@ -287,7 +291,7 @@ def _remote_read_route(service: ReadService) -> Route:
 
     async def remote_read(request: Request) -> Response:
         try:
-            async with bodies.of(request) as body:
+            async with bodies.of(request, REQUEST_TYPE) as body:
                 answer = await service.remote_read(body)
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
             note_refusal(request.scope, error)
@@ -302,14 +306,16 @@ def _states_route(service: ReadService, settings: QuerySettings) -> Route:
     bodies = RequestBodies(settings.body_bytes_max)
 
     async def states(request: Request) -> Response:
-        async with bodies.of(request) as body:
+        async with bodies.of(request, STATES_TYPE) as body:
             return Response(await service.states(body), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
 
 
-def _with_staleness(status: Status, reader: ViewReader) -> Status:
-    """Add to a status what the reader knows of each partition."""
+def _completed(status: Status, reader: ViewReader, left_out: LeftOut) -> Status:
+    """Add to a status what the reader knows of each partition, and what was left out of requests."""
+    if found := left_out.status():
+        status.ingest_left_out = found
     try:
         states = {state.partition: state for state in reader.partitions()}
     except PipelineError:
@@ -324,9 +330,9 @@ def _with_staleness(status: Status, reader: ViewReader) -> Status:
     return status
 
 
-async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work) -> Response:
+async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
-    async with bodies.of(request) as body:
+    async with bodies.of(request, *types) as body:
         done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
     return _json(_encode(done))
 
@@ -343,10 +349,10 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
         return BatchesAccepted(next_offsets, str(token))
 
     async def post_deltas(request: Request) -> Response:
-        return await take(request, take_deltas)
+        return await take(request, take_deltas, JSON, NDJSON)
 
     async def post_batches(request: Request) -> Response:
-        return await take(request, take_batches)
+        return await take(request, take_batches, BATCHES_TYPE)
 
     return [
         Route("/v1/deltas", post_deltas, methods=["POST"]),
@@ -358,43 +364,11 @@ def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Ro
     def route(action: str) -> Route:
         def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
             with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-                return orders.give(parse_control(action, view, body, headers.get("content-type", "")), key)
+                return orders.give(parse_control(action, view, body), key)
 
         async def change_view(request: Request) -> Response:
-            return await take(request, partial(carry_out, request.path_params["view"]))
+            return await take(request, partial(carry_out, request.path_params["view"]), JSON)
 
         return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
 
     return [route("drop"), route("reset")]
-
-
-def _take_pushed(
-    ingest: Ingest,
-    parse: ParsePushed,
-    settings: QuerySettings,
-    metrics: Metrics,
-    keys: UsedKeys,
-    body: bytes,
-    headers: Headers,
-) -> MetricsAccepted:
-    """Publish a text of metrics; `Invalid` if no line of it can be taken."""
-    with keys.using("/v1/openmetrics", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-        content_type = headers.get("content-type", "")
-        pushed = parse(body, content_type, settings.deltas_max, settings.openmetrics_line_bytes_max)
-        if not pushed.whole:
-            raise Refused(413, f"too many samples in one request; at most {settings.deltas_max}")
-        token, unfit = ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
-        return _pushed_answer(pushed, token, unfit, metrics)
-
-
-def _pushed_answer(pushed: Pushed, token: Token, unfit: list[Refusal], metrics: Metrics) -> MetricsAccepted:
-    refused = [*pushed.refused, *[it._replace(line=pushed.lines[it.line]) for it in unfit]]
-    reasons = Counter([it.reason for it in refused])
-    accepted = len(pushed.deltas) - len(unfit)
-    metrics.inc(m.INGEST_LINES, accepted + len(refused), _PUSH)
-    for reason, count in reasons.items():
-        metrics.inc(m.INGEST_MALFORMED, count, _PUSH, reason)
-    if refused and not accepted:
-        raise Invalid(f"nothing could be taken; line {refused[0].line}: {refused[0].reason}: {refused[0].detail}")
-    first = [LeftOut(it.line, it.reason, it.detail) for it in sorted(refused)[:_REFUSED_SHOWN_MAX]]
-    return MetricsAccepted(accepted, len(refused), dict(reasons), first, str(token))

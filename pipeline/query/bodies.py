@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.requests import Request
@@ -11,6 +11,9 @@ from starlette.requests import Request
 from pipeline.errors import Unavailable
 from pipeline.query.problems import Refused
 
+BATCHES_TYPE = "application/octet-stream"
+PUSH_TYPES = ("text/plain; version=0.0.4", "application/openmetrics-text")
+"""Media types of pushed metrics."""
 _BODIES_HELD_MAX = 4
 """Request bodies in memory at once, counted in bodies of the largest size."""
 
@@ -37,8 +40,9 @@ class RequestBodies:
         self._coming: dict[_Coming, None] = {}
 
     @asynccontextmanager
-    async def of(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the body, which counts as in memory until the context ends."""
+    async def of(self, request: Request, *types: str) -> AsyncIterator[bytes]:
+        """Yield the body, which counts as in memory until the context ends. Its type must be one of `types`."""
+        check_type(request.headers.get("content-type", ""), types)
         if request.headers.get("content-encoding", "identity") != self._encoding:
             raise Refused(415, self._wrong_encoding())
         announced = request.headers.get("content-length", "0")
@@ -83,3 +87,19 @@ class RequestBodies:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
+
+
+def check_type(content_type: str, types: Sequence[str]) -> None:
+    """Raise `Refused` unless a Content-Type is one of these; of a parameter in `types` only the name counts.
+
+    No type in `types` may be one that an HTML form can send, so that no page of another site can make a browser send a write
+    without asking the server before. A form sends text/plain, but not with a parameter `version`.
+    """
+    essence, *parameters = [part.strip().lower() for part in content_type.split(";")]
+    given = {it.partition("=")[0] for it in parameters}
+    for known in types:
+        name, _, parameter = known.partition("; ")
+        if essence == name and (not parameter or parameter.partition("=")[0] in given):
+            return
+    said = f"not {content_type[:200]!r}" if content_type else "there is none"
+    raise Refused(415, f"Content-Type must be {' or '.join(types)}, {said}; for curl: -H 'Content-Type: {types[0]}'")

@@ -11,11 +11,9 @@ from pipeline.core.query import concerned, order
 from pipeline.core.record import Control
 from pipeline.errors import Invalid
 from pipeline.ports import Orders, RequestKey
-from pipeline.query.problems import Refused
 from pipeline.query.reader import ViewReader
 
 _REMEMBERED_MAX = 1_000
-_JSON = "application/json"
 
 
 class DefinitionChoice(msgspec.Struct, forbid_unknown_fields=True):
@@ -26,18 +24,12 @@ class DefinitionChoice(msgspec.Struct, forbid_unknown_fields=True):
     """Only definitions with exactly these labels, in any order."""
 
 
-def parse_control(action: str, view: str, body: bytes, content_type: str) -> Control:
-    """Return the control record that a request asks for; `Invalid` if there is none.
-
-    The content type must be JSON, because a browser asks the server before it sends JSON from a page of another site, and
-    sends other types without asking.
-    """
-    if content_type.partition(";")[0].strip().lower() != _JSON:
-        raise Refused(415, f'the body is {_JSON}: {{}}, or {{"kind": ..., "labels": [...]}} for some definitions only')
+def parse_control(action: str, view: str, body: bytes) -> Control:
+    """Return the control record that a request asks for; `Invalid` if there is none."""
     try:
         choice = msgspec.json.decode(body, type=DefinitionChoice)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise Invalid(f"the body is not JSON that chooses definitions: {error}") from None
+        raise Invalid(f"the body is not JSON that chooses definitions, such as {{}} for all: {error}") from None
     return order(action, view, choice.kind, choice.labels)
 
 

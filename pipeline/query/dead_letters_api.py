@@ -33,7 +33,8 @@ _AT_ONCE_MAX = 4
 _OFFSET_MAX = 10**15
 _PARTITION_MAX = 1_000_000
 _encode = msgspec.json.Encoder().encode
-Take = Callable[[Request, Callable[[bytes, Headers], Any]], Coroutine[Any, Any, Response]]
+Take = Callable[..., Coroutine[Any, Any, Response]]
+"""Answers a request with a body. Arguments: the request, the work, and the media types that the body may have."""
 T = TypeVar("T")
 
 
@@ -135,7 +136,7 @@ def letter_routes(letters: DeadLetters, settings: QuerySettings, threads: Thread
         return await answered(service.show, request.scope["query_string"], request.path_params["key"])
 
     async def replay_letters(request: Request) -> Response:
-        return await take(request, service.replay)
+        return await take(request, service.replay, JSON)
 
     return [
         Route("/v1/dead-letters", list_letters),

@@ -17,9 +17,11 @@ from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, keeps_bounds, needed_of
+from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
 from pipeline.query.streams_api import EVENT_STREAM
+from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
@@ -93,7 +95,7 @@ class Guard:
         app: ASGIApp,
         read: ReadApp | None,
         paths: Mapping[Any, str],
-        connections_max: int,
+        settings: QuerySettings,
         metrics: Metrics,
         clock: Clock,
         access: Access | None = None,
@@ -101,7 +103,8 @@ class Guard:
         self._app = app
         self._read = read
         self._paths = paths
-        self._connections_max = connections_max
+        self._connections_max = settings.connections_max
+        self._protection = CrossOriginProtection(settings, metrics)
         self._metrics = metrics
         metrics.inc(m.READS_REFUSED, 0, "connections_max")
         self._clock = clock
@@ -116,6 +119,7 @@ class Guard:
         status = _CLIENT_GONE
         counted = True
         waiting = False
+        more = ALWAYS
 
         def done() -> None:
             nonlocal counted
@@ -131,6 +135,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], *more]
                 if (b"content-type", EVENT_STREAM.encode()) in message["headers"]:
                     done()  # `streams_max` bounds streams, which stay open
             await send(message)
@@ -152,6 +157,11 @@ class Guard:
             if self._open > self._connections_max and scope["path"] not in OPERATIONS:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
+            headers = dict(scope["headers"])
+            more = self._protection.check(scope, headers)
+            if (preflight := self._protection.preflight(scope, headers)) is not None:
+                await Response(status_code=204, headers=preflight)(scope, receive, noting)
+                return
             view = self._viewed(scope)
             self._admit(scope)
             if view and self._read is not None:

@@ -25,6 +25,7 @@ from pipeline.query.reader import ViewReader
 from pipeline.query.view_series import Room, histogram_names, sample_names, view_series
 from pipeline.settings import QuerySettings
 
+REQUEST_TYPE = "application/x-protobuf"
 REQUEST_BYTES_MAX = 2**18
 """Largest request, before and after it is decompressed."""
 

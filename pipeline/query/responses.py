@@ -24,7 +24,7 @@ class BatchesAccepted(msgspec.Struct):
     token: str
 
 
-class LeftOut(msgspec.Struct):
+class LeftOutLine(msgspec.Struct):
     """A line of `POST /v1/openmetrics` that was not taken."""
 
     line: int
@@ -42,7 +42,7 @@ class MetricsAccepted(msgspec.Struct):
     """Lines that were not taken."""
     reasons: dict[str, int]
     """Count of refused lines, by reason."""
-    first_refused: list[LeftOut]
+    first_refused: list[LeftOutLine]
     token: str
 
 

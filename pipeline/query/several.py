@@ -8,18 +8,14 @@ from typing import Any, NoReturn
 
 from pipeline.errors import Invalid
 from pipeline.json_errors import json_error
-from pipeline.query.media import JSON
 from pipeline.query.params import PER_QUERY, WAITS, SeveralRequest, parse_query, waiting
-from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
 _LISTS = ("where", "by", "q")
 
 
-def parse_several(body: bytes, content_type: str, settings: QuerySettings) -> SeveralRequest:
+def parse_several(body: bytes, settings: QuerySettings) -> SeveralRequest:
     """Return the queries of a body. `Invalid` says which query is wrong, by its index from 0, and where."""
-    if content_type.partition(";")[0].strip().lower() != JSON:
-        raise Refused(415, f'the body is {JSON}: {{"queries": [{{"view": ...}}, ...]}}')
     try:
         request = json.loads(body, object_pairs_hook=_object, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

@@ -111,7 +111,7 @@ class HttpLetters:
 def open_letters(config: Config, *, url: str, data: str | None) -> Iterator[LetterSource]:
     """Open the letters of a server or broker at `url`, or of the data directory `data`, which no process may have."""
     if data is None and not url.startswith("kafka:"):
-        with HttpReader(url) as reader:
+        with HttpReader(url, settings=config.client) as reader:
             yield HttpLetters(reader, url)
         return
     settings = config.log if data is None else replace(config.log, data=data)

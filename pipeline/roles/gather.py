@@ -12,7 +12,7 @@ from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.query.gather import GatherService
 from pipeline.query.part_servers import PartServers
-from pipeline.settings import QuerySettings
+from pipeline.settings import ClientSettings, QuerySettings
 
 _SERVERS_MAX = 256
 _LOOK_S = 0.02
@@ -25,12 +25,17 @@ class Gatherer:
     """
 
     def __init__(
-        self, urls: Sequence[str], *, query_settings: QuerySettings | None = None, metrics: Metrics = NO_METRICS
+        self,
+        urls: Sequence[str],
+        *,
+        query_settings: QuerySettings | None = None,
+        client_settings: ClientSettings | None = None,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         settings, clock = query_settings or QuerySettings(), SystemClock()
         if not 0 < len(urls) <= _SERVERS_MAX:
             raise Invalid(f"--gather: 1 to {_SERVERS_MAX} servers are needed, got {len(urls)}")
-        servers = [HttpPart(url, clock) for url in urls]
+        servers = [HttpPart(url, clock, client_settings) for url in urls]
         if len({it.url for it in servers}) < len(servers):
             raise Invalid(f"--gather: a server stands twice in {', '.join(urls)}")
         known = PartServers(servers, clock, metrics, settings.gather_interval_ms / 1000)

@@ -23,7 +23,7 @@ from pipeline.adapters.kafka.options import Address, parse_url
 from pipeline.core.answer import PartitionStatus, RestoreStatus, Status, known
 from pipeline.errors import PipelineError, Unavailable
 from pipeline.ports import Member
-from pipeline.settings import KafkaSettings
+from pipeline.settings import ClientSettings, KafkaSettings
 from pipeline.topics import DELTAS
 
 TIMEOUT_S = 2.0
@@ -84,7 +84,7 @@ class Overview(msgspec.Struct):
     """Facts that could not be found out."""
 
 
-def overview(url: str, settings: KafkaSettings) -> Overview:
+def overview(url: str, settings: KafkaSettings, client: ClientSettings | None = None) -> Overview:
     """Ask the broker, then all members. Raises `Unavailable` if there is no broker, or no member; `Invalid` as usual."""
     address = parse_url(url)
     security = security_of(settings.kafka)
@@ -104,17 +104,17 @@ def overview(url: str, settings: KafkaSettings) -> Overview:
             mirrored = log.mirrored_positions()
         except PipelineError as error:
             notes.append(f"positions of members that do not answer are unknown: {error}")
-    answers = _ask_all(address, group.members)
+    answers = _ask_all(address, group.members, client)
     return _joined(address, group, answers, ends, mirrored, notes)
 
 
-def _ask_all(address: Address, members: Sequence[Member]) -> list[Status | str]:
+def _ask_all(address: Address, members: Sequence[Member], client: ClientSettings | None) -> list[Status | str]:
     """Return each member's status, or the reason for having none, within `TIMEOUT_S` even if a name does not resolve."""
     answers: list[Status | str] = [f"no answer within {TIMEOUT_S:g} s" for _ in members]
 
     def ask(index: int) -> None:
         try:
-            answers[index] = _asked(address, members[index])
+            answers[index] = _asked(address, members[index], client)
         except Exception as error:  # the answers of other members are shown all the same
             answers[index] = f"its answer can't be understood: {error!r}"
 
@@ -128,11 +128,11 @@ def _ask_all(address: Address, members: Sequence[Member]) -> list[Status | str]:
     return [*answers]
 
 
-def _asked(address: Address, member: Member) -> Status | str:
+def _asked(address: Address, member: Member, client: ClientSettings | None) -> Status | str:
     if not member.url:
         return "it has told no address yet"
     try:
-        with HttpReader(member.url) as reader:
+        with HttpReader(member.url, settings=client) as reader:
             answer = msgspec.json.decode(reader.fetch("/v1/status", timeout_s=TIMEOUT_S), type=Status)
     except PipelineError as error:
         return str(error).removeprefix(f"{member.url}: ")

@@ -246,7 +246,7 @@ def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress 
     from pipeline.roles.gather import Gatherer
 
     def make(hooks: Hooks) -> Gatherer:
-        return Gatherer(urls, query_settings=config.query, metrics=hooks.metrics)
+        return Gatherer(urls, query_settings=config.query, client_settings=config.client, metrics=hooks.metrics)
 
     def make_app(gatherer: Gatherer, metrics: PrometheusMetrics, access: Access | None) -> Any:
         return create_gather_app(gatherer.service, config.query, metrics, render_views, access)

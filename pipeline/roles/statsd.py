@@ -17,14 +17,14 @@ from pipeline.config import Config
 from pipeline.connect import Publisher
 from pipeline.core.answer import IngestStatus, Status
 from pipeline.core.record import Definition
-from pipeline.errors import NotReady, PipelineError, Unavailable
+from pipeline.errors import Forbidden, NotReady, PipelineError, Unavailable
 from pipeline.ingest.statsd import StatsdSink
 from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.metrics import NO_METRICS, READY, Metrics
 from pipeline.query.api import create_operations_app
 from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.roles.service import open_access
-from pipeline.settings import QuerySettings
+from pipeline.settings import ClientSettings, QuerySettings
 from pipeline.threads import guarded
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class StatsdGateway:
         warn: Callable[[str], None],
     ) -> None:
         metrics: Metrics = NO_METRICS if metrics_port is None else PrometheusMetrics()
-        settings = asdict(config.publisher) | asdict(config.kafka)
+        settings = asdict(config.publisher) | asdict(config.kafka) | asdict(config.client)
         if config.publisher.on_full == "block":  # a publisher that waits reads no packets, and nobody counts the lost ones
             settings["on_full"] = "raise"
         self.publisher = Publisher(url, metrics=metrics, **settings)
@@ -58,7 +58,7 @@ class StatsdGateway:
         self._operations: _Operations | None = None
         try:
             clock = SystemClock()
-            known = _known_views(url, warn)
+            known = _known_views(url, config.client, warn)
             self.sink = StatsdSink(self.publisher, clock, config.ingest, metrics, known=known, labels=labels)
             self._server = StatsdServer(host, port, config.ingest, self.sink, clock, metrics)
             try:
@@ -125,7 +125,8 @@ class StatsdGateway:
 
     def _status(self) -> IngestStatus:
         counts = {"lines": self.sink.line_count, "left_out": dict(self.sink.refused), **self.publisher.stats()}
-        status = {"role": "ingest", "ready": True, "partition_count": 0, "partitions": [], **counts}
+        left_out = {"ingest_left_out": found} if (found := self.sink.left_out.status()) else {}
+        status = {"role": "ingest", "ready": True, "partition_count": 0, "partitions": [], **counts, **left_out}
         return msgspec.convert(status, IngestStatus)
 
 
@@ -152,14 +153,14 @@ class _Operations:
         self._listener.close()
 
 
-def _known_views(url: str, warn: Callable[[str], None]) -> dict[str, Definition]:
+def _known_views(url: str, settings: ClientSettings, warn: Callable[[str], None]) -> dict[str, Definition]:
     """Return the views that a server has, by name, if it can be asked now: lines are fitted to them."""
     if not url.startswith("http"):
         return {}
     try:
-        with HttpReader(url, timeout_s=_CONTACT_S) as reader:
+        with HttpReader(url, timeout_s=_CONTACT_S, settings=settings) as reader:
             found = reader.views()
-    except (NotReady, Unavailable) as error:
+    except (NotReady, Unavailable, Forbidden) as error:
         warn(f"the server's views are not known ({error}): labels are those of --labels, or of the first line")
         return {}
     return {it.name: it.definition for it in reversed(found)}  # the definition that answers comes first

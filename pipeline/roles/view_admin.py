@@ -21,7 +21,7 @@ from pipeline.errors import Invalid, NotFound, NotReady, Unavailable
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Clock, RequestKey
 from pipeline.secret import redacted_url
-from pipeline.settings import KafkaSettings, PublisherSettings
+from pipeline.settings import ClientSettings, KafkaSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DELTAS
 from pipeline.worker.catalogue import Catalogue
 
@@ -153,10 +153,17 @@ class KafkaViews:
         self._log.close()
 
 
-def open_views(url: str, kafka: KafkaSettings, publisher: PublisherSettings, *, timeout_s: float) -> ViewAdmin:
+def open_views(
+    url: str,
+    kafka: KafkaSettings,
+    publisher: PublisherSettings,
+    client: ClientSettings | None = None,
+    *,
+    timeout_s: float,
+) -> ViewAdmin:
     """Return the `ViewAdmin` of `url`, http://host:port or kafka://host:port[/app]. Raises as its adapters do."""
     if url.startswith("kafka://"):
         return KafkaViews(url, kafka, publisher, timeout_s=timeout_s)
     if url.startswith(("http://", "https://")):
-        return HttpViews(url)
+        return HttpViews(url, settings=client)
     raise Invalid(f"not where views are: {redacted_url(url)!r:.200}; known: http://host:port, kafka://host:port[/app]")

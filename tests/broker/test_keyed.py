@@ -33,7 +33,7 @@ def post(url: str, key: str) -> str:
     """Return the token that a request with this key is answered with."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     with closing(connection):
-        connection.request("POST", "/v1/deltas", BODY.encode(), {"Idempotency-Key": key})
+        connection.request("POST", "/v1/deltas", BODY.encode(), {"Idempotency-Key": key, "Content-Type": "application/json"})
         response = connection.getresponse()
         answer = json.loads(response.read())
         assert response.status == 200, answer

@@ -79,7 +79,10 @@ def test_status_may_not_see_the_group(own: Own) -> None:
     ("options", "said"),
     [
         ({"sasl.mechanism": "GSSAPI"}, "sasl.mechanism GSSAPI is not for workers with --name"),
-        ({"sasl.mechanism": "OAUTHBEARER"}, "sasl.mechanism OAUTHBEARER is not for workers with --name"),
+        (
+            {"sasl.mechanism": "OAUTHBEARER"},
+            "sasl.mechanism OAUTHBEARER needs sasl.oauthbearer.token_file or sasl.oauthbearer.method=oidc",
+        ),
         ({"sasl.oauthbearer.config": "x"}, "sasl.oauthbearer.config is not for workers with --name"),
         ({"sasl.password": "wrong"}, "check sasl.* in the setting `kafka`"),
     ],

@@ -1,23 +1,18 @@
-"""TLS and a login together: the membership of a worker with a name accepts librdkafka's options, or refuses them by name."""
+"""The membership of a worker with a name translates librdkafka's options for TLS and logins, or refuses them by name."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import Publisher
 from pipeline.adapters.faust.security import PLAIN, Security, security_of
 from pipeline.errors import Invalid
 from pipeline.secret import Secret
-from tests.broker.drive import PUBLISHER, worker
-from tests.broker.kafka import Broker, create_topics, new_app
 from tests.broker.tls import PASSWORD, Certificates, make
-from tests.broker.users import PROPERTIES, given, login
-from tests.support import pipeline, wait_until
+from tests.broker.users import login
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +21,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 def options(it: Certificates) -> dict[str, str]:
-    """Return all options that a client of `broker_with_tls` needs."""
+    """Return all options of a client with a login and a certificate."""
     return {
         **login("admin"),
         "security.protocol": "SASL_SSL",
@@ -35,47 +30,6 @@ def options(it: Certificates) -> dict[str, str]:
         "ssl.key.location": str(it.client_key),
         "ssl.key.password": PASSWORD,
     }
-
-
-def properties(it: Certificates) -> dict[str, str]:
-    """Return the properties of a broker that wants a certificate and a login of its clients."""
-    named = {name: value.replace("SASL_PLAINTEXT", "SASL_SSL") for name, value in PROPERTIES.items()}
-    jaas = named.pop("listener.name.sasl_plaintext.plain.sasl.jaas.config")
-    return {
-        **named,
-        "listener.name.sasl_ssl.plain.sasl.jaas.config": jaas,
-        "listener.name.sasl_ssl.ssl.client.auth": "required",
-        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL",
-        "ssl.keystore.type": "PEM",
-        "ssl.keystore.location": str(it.server),
-        "ssl.truststore.type": "PEM",
-        "ssl.truststore.location": str(it.authority),
-    }
-
-
-@pytest.mark.timeout(180)
-def test_a_member_over_tls(kafka_jars: Path, certificates: Certificates, tmp_path: Path) -> None:
-    """With authority, certificate, locked key and login a member folds, as status shows; a missing authority is named."""
-    client = options(certificates)
-    flags = given(client)
-    with Broker(tmp_path / "kafka", properties(certificates), client=client) as broker:
-        app = new_app(broker.bootstrap)
-        create_topics(app.bootstrap, app.app, 2, client=client)
-        with worker(app, tmp_path / "one", "--name", "one", *flags, session_timeout_ms=6_000) as role:
-            with Publisher(app.url, kafka=client, **PUBLISHER) as publisher:
-                publisher.sum("v").add(1)
-
-            def folds() -> bool:
-                done = pipeline("status", "--from", app.url, *flags)
-                assert done.returncode == 0, done.stderr
-                return done.stdout.count("  folding  ") == 2 and "lag 0 records" in done.stdout
-
-            wait_until(folds, "a member that folds", 60)
-            assert role.terminate() == 0, role.tail()
-        without = [it for it in flags if "ssl.ca" not in it]
-        done = pipeline("status", "--from", app.url, *without, "--set", "kafka_timeout_ms=3000")
-        assert done.returncode == 2, done.stderr
-        assert "check ssl.* and security.protocol in the setting `kafka`" in done.stderr
 
 
 def test_what_is_asked_for(certificates: Certificates) -> None:

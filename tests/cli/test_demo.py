@@ -102,7 +102,9 @@ def test_a_delta_too_many_is_found(tmp_path: Path) -> None:
             {"view": "cpu_ms", "kind": "sum", "labels": {"process": "planted"}, "value": 5},
             {"view": "planted", "kind": "max", "value": 7},
         ]
-        request = urllib.request.Request(f"{url}/v1/deltas", json.dumps(planted).encode(), method="POST")
+        request = urllib.request.Request(
+            f"{url}/v1/deltas", json.dumps(planted).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert answer.status == 200
         demo.signal(signal.SIGTERM)

@@ -73,7 +73,7 @@ def test_what_was_sent_is_there_when_it_has_ended(server: UpProcess, tmp_path: P
     assert answers(server, f"{name}_t_ms", report["token"]) == {"": 2.0}
     assert answers(server, f"{name}_g", report["token"]) == {"": 3}
     assert answers(server, f"{name}_u", report["token"]) == {"x/ann": 1}
-    assert "left out, reason format: b'nonsense'" in ingest.program.stderr()
+    assert "statsd_tcp format 1 (the first: 'nonsense')" in ingest.program.stderr()
 
 
 def test_labels_outlive_a_restart(server: UpProcess, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_defaults() -> None:
     """Without file, environment and flags every setting has the default of its declaration."""
     loaded = config.load()
-    found = (loaded.publisher, loaded.kafka, loaded.log, loaded.worker, loaded.query, loaded.ingest)
+    found = (loaded.publisher, loaded.client, loaded.kafka, loaded.log, loaded.worker, loaded.query, loaded.ingest)
     for group, values in zip(GROUPS, found, strict=True):
         assert values == group()
 

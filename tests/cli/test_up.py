@@ -221,7 +221,8 @@ def _fill(url: str, process: subprocess.Popen[bytes]) -> int:
     body = json.dumps(deltas).encode()
     while process.poll() is None:
         try:
-            urllib.request.urlopen(f"{url}/v1/deltas", body, timeout=20).close()
+            request = urllib.request.Request(f"{url}/v1/deltas", body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=20).close()
         except OSError:
             wait_until(lambda: process.poll() is not None, "it ends", 60)
         else:

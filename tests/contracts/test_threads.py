@@ -17,7 +17,7 @@ import pipeline.metrics as m
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
 from pipeline.adapters.static_membership import StaticMembership
-from pipeline.errors import Stalled, Unavailable
+from pipeline.errors import Fenced, Stalled, Unavailable
 from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.query.ends import EndsPolled
 from pipeline.settings import IngestSettings, WorkerSettings
@@ -347,6 +347,21 @@ def test_the_log_being_away_is_no_error() -> None:
     assert thread.beat_s > began_s
     assert thread.stop(30)
     assert metrics.of(m.THREAD_ERRORS, "x") == 0
+
+
+def test_a_newer_owner_is_no_unexpected_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A fence ends the thread and is logged, but not counted among the errors that nobody expected."""
+    metrics, fatal = Recorder(), threading.Event()
+
+    def step() -> None:
+        raise Fenced("a newer owner")
+
+    thread = loop(step, metrics, on_fatal=lambda _: fatal.set())
+    thread.start()
+    assert fatal.wait(30)
+    assert thread.stop(30)
+    assert metrics.of(m.THREAD_ERRORS, "x") == 0
+    assert "a newer owner" in caplog.text
 
 
 def test_an_end_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError, exit_code
 from pipeline.metrics import CATALOGUE
 from pipeline.settings import (
     GROUPS,
+    ClientSettings,
     IngestSettings,
     KafkaSettings,
     LogSettings,
@@ -30,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "pipeline" / "docs").glob("*.md"))]
 """Pages that a user reads: the README first."""
 TITLES = {
     PublisherSettings: "publisher",
+    ClientSettings: "publisher and reader",
     KafkaSettings: "Kafka",
     LogSettings: "log and stores",
     WorkerSettings: "worker",

@@ -132,7 +132,9 @@ def test_the_answer_is_what_the_api_says(server: UpProcess) -> None:
     """The JSON example has the members of a real answer."""
     shown = json.loads(blocks("json")[0])
     delta = {"view": "shown", "kind": "sum", "labels": {"region": "eu"}, "value": 1}
-    with urllib.request.urlopen(f"{server.url}/v1/deltas", json.dumps([delta]).encode(), timeout=10) as accepted:
+    body, headers = json.dumps([delta]).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/deltas", body, headers)
+    with urllib.request.urlopen(request, timeout=10) as accepted:
         token = json.load(accepted)["token"]
     with urllib.request.urlopen(f"{server.url}/v1/views/shown?by=region&after={token}", timeout=10) as answer:
         real = json.load(answer)

@@ -1,28 +1,18 @@
 """A browser for the tests of the page."""
 
-import os
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page
 
-WAIT_MS = 30_000
+from tests.chromium import WAIT_MS, chromium
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium; skips where there is none, or fails under PIPELINE_REQUIRE_KAFKA=1."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        (pytest.fail if os.environ.get("PIPELINE_REQUIRE_KAFKA") == "1" else pytest.skip)(
-            "no Chromium: apt-get install chromium"
-        )
-    with sync_playwright() as playwright:
-        expect.set_options(timeout=WAIT_MS)
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    """A browser for the tests of a module."""
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture

@@ -14,9 +14,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pipeline import Invalid, Publisher
+from pipeline.secret import Secret
 from pipeline.settings import (
     DURABILITY,
     ON_FULL,
+    SECRETS,
+    ClientSettings,
     KafkaSettings,
     PublisherKeywords,
     PublisherSettings,
@@ -45,12 +48,15 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
 def test_keywords_are_the_settings() -> None:
     """The keywords known to editors and type checkers are the settings of the dataclasses, with the types of these."""
     hints = get_type_hints(PublisherKeywords)
-    items = {item.name: item for group in (PublisherSettings, KafkaSettings) for item in fields(group)}
+    groups = (PublisherSettings, KafkaSettings, ClientSettings)
+    items = {item.name: item for group in groups for item in fields(group)}
     assert hints.keys() == items.keys()
     choices = {"on_full": ON_FULL, "durability": DURABILITY}
     for name, hint in hints.items():
         if name in choices:
             assert get_args(hint) == choices[name]
+        elif name in SECRETS:
+            assert hint == str | Secret
         elif name == "kafka":
             assert hint == Mapping[str, Any]
         else:

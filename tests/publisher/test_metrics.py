@@ -104,6 +104,20 @@ def test_what_goes_wrong(closing: list[Shown]) -> None:
         with pytest.raises(Unavailable, match=says):
             gone.pub.close(0.05)
     assert closed.value(m.PUBLISHER_DROPPED, reason="closed") == 1
+    assert old.value(m.PUBLISHER_HELD_BACK) == 0
+
+
+def test_nothing_waits_in_a_closed_publisher() -> None:
+    """The gauges of a closed publisher are 0, also when the last flush before saw its batches wait."""
+    it = Shown(flush_interval_ms=20)
+    it.log.gate.clear()
+    it.pub.sum("v").add(1)
+    wait_until(lambda: it.value(m.PUBLISHER_IN_FLIGHT) == 1)
+    with pytest.raises(Unavailable, match="1 batches"):
+        it.pub.close(0.05)
+    it.log.gate.set()
+    for gauge in (m.PUBLISHER_IN_FLIGHT, m.PUBLISHER_BYTES, m.PUBLISHER_SERIES):
+        assert it.value(gauge) == 0, gauge
 
 
 def test_what_does_not_fit(closing: list[Shown]) -> None:

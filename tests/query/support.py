@@ -23,6 +23,7 @@ from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
+from pipeline.core.gathered import STATES_PATH, STATES_TYPE
 from pipeline.core.query import Query
 from pipeline.core.record import (
     Batch,
@@ -53,6 +54,15 @@ from tests.support import again_and_again
 
 SECRET = "support"
 """Secret of the producer of a world's batches."""
+
+
+_TYPES = {
+    "/v1/batches": "application/octet-stream",
+    "/v1/openmetrics": "text/plain; version=0.0.4",
+    "/api/v1/read": "application/x-protobuf",
+    STATES_PATH: STATES_TYPE,
+}
+"""Media types of bodies, by path; of others JSON."""
 
 
 class World:
@@ -290,9 +300,13 @@ class Server:
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 30,
     ) -> Reply:
+        """Send a request; a POST without a Content-Type has that of its path."""
+        headers = dict(headers or {})
+        if method == "POST":
+            headers.setdefault("Content-Type", _TYPES.get(path, "application/json"))
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
-            connection.request(method, path, body, dict(headers or {}))  # type: ignore[arg-type]
+            connection.request(method, path, body, headers)  # type: ignore[arg-type]
             response = connection.getresponse()
             return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:

@@ -140,6 +140,11 @@ def test_bad_lines_stop_nothing(server: Server) -> None:
     assert after[("openmetrics",)] - before.get(("openmetrics",), 0) == 4 + answer["refused"]
     for reason, count in answer["reasons"].items():
         assert after["openmetrics", reason] - before.get(("openmetrics", reason), 0) == count
+    shown = {it["reason"]: it for it in server.get("/v1/status").json()["ingest_left_out"]}
+    assert {reason: it["count"] for reason, it in shown.items()} == {
+        reason: count for (_, *by), count in after.items() for reason in by
+    }
+    assert shown["line_long"]["first"] == "line 19: 9002 bytes; at most 8192"
 
 
 def test_openmetrics_ends_with_eof(server: Server) -> None:
@@ -150,11 +155,10 @@ def test_openmetrics_ends_with_eof(server: Server) -> None:
     assert series(server, "eof_b") == {(): 1}
 
 
-@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", PLAIN])
-def test_nothing_is_fine(server: Server, content_type: str) -> None:
+def test_nothing_is_fine(server: Server) -> None:
     """A push without samples has an empty token; only OpenMetrics' own media type calls for a closing `# EOF`."""
     for text in ("", "\n\n", "# a comment\n# HELP x y\n"):
-        answer = pushed(server, text, content_type)
+        answer = pushed(server, text, PLAIN)
         assert (answer["accepted"], answer["refused"], answer["token"]) == (0, 0, "")
     assert pushed(server, "# EOF\n", OPENMETRICS)["accepted"] == 0
 

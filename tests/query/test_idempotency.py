@@ -67,7 +67,8 @@ def test_a_body_that_is_too_large_has_not_used_its_key() -> None:
         assert post(server, "much", delta("less")).status == 200
         server.problem(413, post(server, "much", PUSHED + "pushed_total 3\n" * 2, "/v1/openmetrics"))
         assert post(server, "much", PUSHED, "/v1/openmetrics").status == 200
-        server.problem(415, post(server, "order", "view=less", "/v1/views/less/reset"))
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        server.problem(415, post(server, "order", "view=less", "/v1/views/less/reset", **form))
         world.fold()
         as_json = {"Content-Type": "application/json"}
         assert post(server, "order", "{}", "/v1/views/less/reset", **as_json).status == 200

@@ -57,6 +57,7 @@ def limit_logging() -> None:
     """Log each line of Faust and aiokafka once a minute, and none about regular operation. Idempotent."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         logging.getLogger("faust").setLevel(logging.WARNING)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # each token that is renewed is a line
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(it, _NoiseFilter) for it in logger.filters):

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_futures
 from typing import Any
 
-from faust.auth import Credentials, SASLCredentials, SSLCredentials
+from faust.auth import Credentials, OAuthCredentials, SASLCredentials, SSLCredentials
 from yarl import URL
 
 from pipeline.adapters.faust.app import MemberApp, Ours
@@ -41,6 +41,8 @@ _NEVER_S = 1e6
 
 
 def _credentials(it: Security) -> Credentials | None:
+    if it.tokens is not None:
+        return OAuthCredentials(oauth_cb=it.provider(), ssl_context=it.context)
     if it.mechanism:
         return SASLCredentials(
             username=it.username, password=it.password.reveal(), ssl_context=it.context, mechanism=it.mechanism

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.adapters.kafka.tokens import OPTIONS, CachedTokens, extensions_of, token_source
 from pipeline.errors import Invalid
 from pipeline.secret import Secret, with_files
 
-_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+_PASSWORDS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+_OAUTH = "OAUTHBEARER"
 _SASL = {"sasl.mechanism", "sasl.mechanisms", "sasl.username", "sasl.password"}
 _SSL = {
     "enable.ssl.certificate.verification",
@@ -35,15 +37,26 @@ class Security(NamedTuple):
     """Empty: no login."""
     username: str = ""
     password: Secret = Secret()
+    tokens: CachedTokens | None = None
+    """Access tokens, for OAUTHBEARER."""
+    extensions: Mapping[str, str] = {}
+    """SASL extensions that go with each token."""
 
     def aiokafka(self) -> dict[str, Any]:
         """Return the keywords of aiokafka's clients."""
-        login = {
-            "sasl_mechanism": self.mechanism,
-            "sasl_plain_username": self.username,
-            "sasl_plain_password": self.password.reveal(),
-        }
+        login: dict[str, Any] = {"sasl_mechanism": self.mechanism}
+        if self.tokens is not None:
+            login["sasl_oauth_token_provider"] = self.provider()
+        else:
+            login |= {"sasl_plain_username": self.username, "sasl_plain_password": self.password.reveal()}
         return {"security_protocol": self.protocol, "ssl_context": self.context, **(login if self.mechanism else {})}
+
+    def provider(self) -> Any:
+        """Return the tokens as a provider of aiokafka's."""
+        from pipeline.adapters.faust.token_provider import TokenProvider
+
+        assert self.tokens is not None
+        return TokenProvider(self.tokens, self.extensions)
 
 
 PLAIN = Security("PLAINTEXT")
@@ -59,8 +72,12 @@ def security_of(user: Mapping[str, Any]) -> Security:
     if not protocol.startswith("SASL"):
         return Security(protocol, context)
     mechanism = str(user.get("sasl.mechanism", user.get("sasl.mechanisms", "GSSAPI"))).upper()
-    if mechanism not in _MECHANISMS:
-        known = ", ".join(_MECHANISMS)
+    if mechanism == _OAUTH:
+        _refuse(user, "sasl.", _SASL | OPTIONS)
+        tokens = CachedTokens(token_source(user))
+        return Security(protocol, context, mechanism, tokens=tokens, extensions=extensions_of(user))
+    if mechanism not in _PASSWORDS:
+        known = ", ".join((*_PASSWORDS, _OAUTH))
         raise Invalid(f"setting kafka: sasl.mechanism {mechanism} is not for workers with --name, but {known}: {_LESS}")
     _refuse(user, "sasl.", _SASL)
     missing = [name for name in ("sasl.username", "sasl.password") if not user.get(name)]

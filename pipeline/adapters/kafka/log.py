@@ -15,6 +15,7 @@ from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, error_of
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
+from pipeline.adapters.kafka.tokens import why_no_token
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Invalid, PipelineError, Unavailable
@@ -84,16 +85,20 @@ class KafkaLog:
             try:
                 for topic in topics:
                     self._metadata.ask(topic, min(self._timeout_s, attempt_s))
-            except Unavailable as error:
+            except Unavailable as away:
+                error = away
                 cause = self._last_error.last
                 if cause is not None and code_of(cause).verdict is Verdict.OPERATOR:
-                    raise translate(cause, str(self.address)) from None
+                    reason = why_no_token(self._settings.kafka) or translate(cause, str(self.address))
+                    if not isinstance(reason, Unavailable):
+                        raise reason from None
+                    error = Unavailable(f"{self.address}: {reason}")
                 if on_wait is not None:
                     on_wait(error)
                 elif attempt_s == _FIRST_ATTEMPT_S:
                     _log.warning("waiting up to %g s: %s", self._timeout_s, error)
                 attempt_s = min(attempt_s * 2, _ATTEMPT_S)
-                raise
+                raise error from None
 
         self._retry(ask)
 

@@ -96,7 +96,7 @@ class Metadata:
             if error.code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN):
                 raise Unavailable(
                     f"no broker answers at {self._address.bootstrap} ({self._last_error.text(error)}): check the address, "
-                    "the broker, its advertised.listeners, and security.protocol in the setting `kafka`"
+                    "the broker, its advertised.listeners, and security.protocol and ssl.* in the setting `kafka`"
                 ) from None
             raise translate(error, f"metadata of {name}") from None
         self._last_error.forget()

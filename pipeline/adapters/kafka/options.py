@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import Consumer, KafkaException, Producer
 
 from pipeline.adapters.kafka.errors import RateLimitFilter
+from pipeline.adapters.kafka.tokens import CALLBACK, TOKEN_FILE, TokenFile, token_source
 from pipeline.errors import Invalid
 from pipeline.secret import redacted_url, revealed, with_files
 
@@ -151,6 +152,9 @@ def try_user_options(address: Address, user: Mapping[str, Any], *, timeout_ms: i
     check_user_options(user)
     if not user:
         return
+    if TOKEN_FILE in user or CALLBACK in user:
+        token_source(user)()  # confluent_kafka waits for the first token, for a second or ten, and keeps no reason
+        user = {name: value for name, value in user.items() if name not in (TOKEN_FILE, CALLBACK)}
     alone = {"bootstrap.servers": "", "log_level": 0}
     try:
         Producer(revealed({**publisher_options(address, user, timeout_ms=timeout_ms), **alone}))
@@ -196,8 +200,11 @@ _ADMIN = (
     "client.",
     "connections.",
     "debug",
+    "enable.sasl.",
+    "enable.ssl.",
     "https.",
     "metadata.",
+    CALLBACK,
     "reconnect.",
     "sasl.",
     "security.",
@@ -211,11 +218,14 @@ def _merged(
 ) -> dict[str, Any]:
     """Return all options of a client, in which secrets are of type `Secret`: `revealed` gives those for librdkafka."""
     check_user_options(user)
+    given = dict(user)
+    if path := given.pop(TOKEN_FILE, None):
+        given[CALLBACK] = TokenFile(str(path)).for_librdkafka
     return {
         "client.id": f"{address.app}-{role}",
         **_COMMON,
         **ours,
-        **with_files(user),
+        **with_files(given),
         **own,
         "bootstrap.servers": address.bootstrap,
         "logger": _log,

@@ -267,5 +267,5 @@ class TopicAdmin:
         why = "" if error is None else f" ({self._last_error.text(error)})"
         return Unavailable(
             f"{self._address}: no broker answers in {self._timeout_ms} ms{why}: check the address, that the broker runs and "
-            "its advertised.listeners can be reached from here, and security.protocol in the setting `kafka`"
+            "its advertised.listeners can be reached from here, and security.protocol and ssl.* in the setting `kafka`"
         )

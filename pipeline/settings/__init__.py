@@ -8,12 +8,42 @@ Plain data, so that a publisher inside somebody's app loads nothing for it. `pip
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, TypedDict, get_args
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
-from pipeline.core.limits import SPREAD_MAX, TaskLimits
+from pipeline.core.limits import SPREAD_MAX
 from pipeline.errors import Invalid
 from pipeline.secret import Secret, with_secrets
+from pipeline.settings.base import DURABILITY, ON_FULL, Durability, OnFull, check_value, default_of
+from pipeline.settings.base import Checked as _Checked
+from pipeline.settings.base import setting as _setting
+from pipeline.settings.worker import IngestSettings, LogSettings, WorkerSettings
+
+__all__ = [
+    "DURABILITY",
+    "ENV_PREFIX",
+    "FILE",
+    "FILE_VARIABLE",
+    "GROUPS",
+    "HOLD_VARIABLE",
+    "ON_FULL",
+    "OTHER_VARIABLES",
+    "SECRETS",
+    "ClientKeywords",
+    "ClientSettings",
+    "Durability",
+    "IngestSettings",
+    "KafkaSettings",
+    "LogSettings",
+    "OnFull",
+    "PublisherKeywords",
+    "PublisherSettings",
+    "QuerySettings",
+    "WorkerSettings",
+    "check_value",
+    "default_of",
+    "held",
+]
 
 ENV_PREFIX = "PIPELINE_"
 FILE = "pipeline.toml"
@@ -30,56 +60,6 @@ OTHER_VARIABLES = frozenset(
     }
 )
 """Variables with our prefix that are not settings."""
-
-OnFull = Literal["block", "raise", "drop_newest"]
-Durability = Literal["memory", "process", "disk"]
-ON_FULL: tuple[str, ...] = get_args(OnFull)
-DURABILITY: tuple[str, ...] = get_args(Durability)
-
-
-def _setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
-    metadata = {"doc": doc, "least": least, "most": most}
-    if isinstance(default, Mapping):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def default_of(item: Field[Any]) -> Any:
-    """Return the default of a setting."""
-    return item.default if item.default_factory is MISSING else item.default_factory()
-
-
-def check_value(item: Field[Any], value: object) -> None:
-    """Raise `Invalid` if a setting can't have this value."""
-    default, least, most = default_of(item), item.metadata["least"], item.metadata["most"]
-    if isinstance(default, int) and not isinstance(default, bool):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise Invalid(f"{item.name}: a whole number is needed, got {value!r:.50}")
-        if (least is not None and value < least) or (most is not None and value > most):
-            raise Invalid(f"{item.name}: {value} is outside {least} to {'any' if most is None else most}")
-    elif isinstance(default, Secret | Mapping):  # the value may hold a secret, so it is not shown
-        needed = (str, Secret) if isinstance(default, Secret) else (Mapping,)
-        if not isinstance(value, needed):
-            words = "a table of options" if Mapping in needed else "a text"
-            raise Invalid(f"{item.name}: {words} is needed, got {type(value).__name__}")
-    elif not isinstance(value, type(default)):
-        raise Invalid(f"{item.name}: {type(default).__name__} expected, got {value!r:.50}")
-    known = _CHOICES.get(item.name)
-    if known and value not in known:
-        raise Invalid(f"{item.name}: {', '.join(known[:-1])} or {known[-1]}, got {value!r:.50}")
-
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DURABILITY}
-
-
-@dataclass(frozen=True)
-class _Checked:
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            check_value(item, value)
-            if item.name in SECRETS or isinstance(value, Mapping):
-                object.__setattr__(self, item.name, held({item.name: value})[item.name])
 
 
 @dataclass(frozen=True)
@@ -166,22 +146,6 @@ class PublisherSettings(_Checked):
 
 
 @dataclass(frozen=True)
-class LogSettings(_Checked):
-    """Settings of the embedded log and of the stores beside it."""
-
-    data: str = _setting("./pipeline-data", "the state folder: log, stores and lock")
-    partitions: int = _setting(
-        0, "partitions of a new log; 0: what topics/*.toml say. Fixed once the log exists", least=0, most=1_024
-    )
-    fsync: bool = _setting(False, "acknowledge only what survives power loss, not just kill -9")
-    log_write_buffer_bytes: int = _setting(33_554_432, "memory of the log's newest records", least=1_048_576)
-    store_write_buffer_bytes: int = _setting(67_108_864, "memory of unflushed entries, all stores together", least=1_048_576)
-    store_cache_bytes: int = _setting(67_108_864, "memory of cached blocks, all stores together", least=1_048_576)
-    maintenance_interval_ms: int = _setting(10_000, "how often retention and compaction look for work", least=10)
-    compaction_keys_max: int = _setting(200_000, "keys that one pass of changelog compaction holds in memory", least=1)
-
-
-@dataclass(frozen=True)
 class KafkaSettings(_Checked):
     """Settings of all connections to brokers; each is also a keyword of `Publisher`."""
 
@@ -201,11 +165,35 @@ class KafkaSettings(_Checked):
     )
 
 
-class PublisherKeywords(TypedDict, total=False):
+@dataclass(frozen=True)
+class ClientSettings(_Checked):
+    """Settings of all connections to servers of this package; each is also a keyword of `Publisher` and `Reader`."""
+
+    token: Secret = _setting(  # noqa: RUF009  # a Secret can't be changed
+        Secret(), "access token for servers that have a `tokens_file`; in PIPELINE_TOKEN, never on a command line"
+    )
+    token_file: str = _setting(
+        "", "file with the access token, in place of `token`; read again when a server refuses the token"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token and self.token_file:
+            raise Invalid("token and token_file: one of them")
+
+
+class ClientKeywords(TypedDict, total=False):
+    """The settings that `Reader` and `AsyncReader` take as keywords: those of `ClientSettings`."""
+
+    token: str | Secret
+    token_file: str
+
+
+class PublisherKeywords(ClientKeywords, total=False):
     """The settings that `Publisher` takes as keywords, for type checkers and editors.
 
-    Names and types are those of `PublisherSettings` and `KafkaSettings`, which also have the defaults, bounds and meanings;
-    tests/publisher/test_keywords.py holds them together.
+    Names and types are those of `PublisherSettings`, `KafkaSettings` and `ClientSettings`, which also have the defaults,
+    bounds and meanings; tests/publisher/test_keywords.py holds them together.
     """
 
     flush_interval_ms: int
@@ -236,86 +224,6 @@ class PublisherKeywords(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class WorkerSettings(_Checked):
-    """Settings of a worker."""
-
-    commit_interval_ms: int = _setting(100, "longest time between folding a record and committing it", least=1)
-    commit_timeout_ms: int = _setting(
-        30_000, "a commit that is undecided after this ends the process with code 3; the log may be away for less", least=10
-    )
-    transactions_per_s_max: int = _setting(200, "commits that a worker begins in a second, over all partitions", least=1)
-    commit_thread_count: int = _setting(4, "commits of different partitions that can be under way at once", least=1, most=64)
-    fetch_record_count_max: int = _setting(1_000, "records that one poll of the log returns", least=1)
-    fetch_bytes_max: int = _setting(2_097_152, "bytes that one poll of the log returns of a partition, about", least=1_024)
-    restore_fetch_count_max: int = _setting(20_000, "changelog records that one poll of a restore returns", least=1)
-    restore_thread_count: int = _setting(4, "partitions that a worker restores at once", least=1, most=64)
-    restore_buffer_entries_max: int = _setting(
-        100_000, "entries a restore holds back for a commit boundary before it applies them unfinished", least=1
-    )
-    overlay_entries_max: int = _setting(50_000, "folded, uncommitted entries of a partition; then it commits early", least=1)
-    overlay_bytes_max: int = _setting(33_554_432, "the same in bytes of the folded records", least=1_024)
-    cache_entries_max: int = _setting(100_000, "committed states a partition keeps in memory", least=0)
-    cache_bytes_max: int = _setting(67_108_864, "the same in bytes of their encodings", least=0)
-    producer_ttl_ms: int = _setting(604_800_000, "a producer silent for so long is forgotten", least=1_000)
-    closed_producer_ttl_ms: int = _setting(
-        3_600_000,
-        "a producer that was closed in order is forgotten after so long, when no copy of a batch can come",
-        least=0,
-    )
-    letter_ttl_ms: int = _setting(
-        7_776_000_000,
-        "a dead letter that was replayed is remembered for so long, so that it counts once; longer than they are kept",
-        least=1_000,
-    )
-    producers_max: int = _setting(100_000, "producers a partition keeps in memory; its store remembers all of them", least=1)
-    views_max: int = _setting(10_000, "definitions of views in a partition; what would add one is dead-lettered", least=1)
-    series_max: int = _setting(
-        1_000_000,
-        "series of a definition in a partition; what is beyond is merged into a series with the label values __overflow__",
-        least=1,
-    )
-    ts_ahead_max_ms: int = _setting(
-        3_600_000,
-        "how far the time of a `last` value, or the start of a window, may be ahead of its record's; else dead-lettered",
-        least=0,
-    )
-    expired_entries_max: int = _setting(
-        500,
-        "entries that a commit examines to delete what has expired; as many as the commit before added, if that is more",
-        least=1,
-    )
-    mirror_interval_ms: int = _setting(
-        5_000, "how often positions are mirrored to the group `APP-position`, for lag tools; 0: never. Kafka only", least=0
-    )
-    standby_count: int = _setting(
-        1, "copies of each partition that other workers keep warm, to take over at once; for workers with a name", least=0
-    )
-    session_timeout_ms: int = _setting(
-        6_000,
-        "a worker with a name that is silent for so long has lost its partitions; one that is back sooner has kept them",
-        least=1_000,
-    )
-    revoke_timeout_ms: int = _setting(
-        3_000, "how long a worker may hold others up to commit before partitions move; what is not is folded again", least=0
-    )
-    stall_timeout_ms: int = _setting(
-        15_000,
-        "a partition with lag whose position stands still for so long ends the process with code 3, if the log is there; "
-        "0: never. Kafka only",
-        least=0,
-    )
-    accept_loss: bool = _setting(
-        False,
-        "go on although records are lost: deleted before they were folded, gone from a damaged log, or only in a store that "
-        "is ahead of its changelog; the better copy is kept aside. An embedded log is read as a whole at each start then",
-    )
-
-    def task_limits(self) -> TaskLimits:
-        """Return the limits that `core.task` enforces."""
-        return TaskLimits(**{name: getattr(self, name) for name in TaskLimits.__struct_fields__})
-
-
-@dataclass(frozen=True)
 class QuerySettings(_Checked):
     """Settings of the HTTP server."""
 
@@ -325,6 +233,16 @@ class QuerySettings(_Checked):
         "",
         "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
         "Without it every request may do everything",
+    )
+    allowed_hosts: str = _setting(
+        "",
+        "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "
+        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421",
+    )
+    cors_origins: str = _setting(
+        "",
+        "origins such as `https://grafana.example` whose pages may use this server, separated by commas; others are refused "
+        "with 403",
     )
     body_bytes_max: int = _setting(
         16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
@@ -466,30 +384,9 @@ class QuerySettings(_Checked):
     )
 
 
-@dataclass(frozen=True)
-class IngestSettings(_Checked):
-    """Settings of `pipeline ingest`."""
-
-    ingest_line_bytes_max: int = _setting(
-        8_192, "longest StatsD line; a longer one is left out and counted", least=64, most=65_536
-    )
-    ingest_packet_bytes_max: int = _setting(
-        65_535, "largest UDP packet; a larger one is left out and counted", least=64, most=65_535
-    )
-    ingest_connections_max: int = _setting(256, "open TCP connections; one more is closed at once and counted", least=1)
-    ingest_views_max: int = _setting(
-        1_000, "views that StatsD lines can make; a line that needs one more is left out and counted", least=1, most=10_000
-    )
-    ingest_series_max: int = _setting(
-        100_000, "label sets, members of sets among them, that StatsD lines can make; the same", least=1
-    )
-    ingest_receive_buffer_bytes: int = _setting(
-        4_194_304, "UDP packets that wait in the kernel; it may grant less (`net.core.rmem_max`), and says so", least=4_096
-    )
-
-
 GROUPS: tuple[type[_Checked], ...] = (
     PublisherSettings,
+    ClientSettings,
     KafkaSettings,
     LogSettings,
     WorkerSettings,
