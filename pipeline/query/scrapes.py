@@ -9,6 +9,7 @@ from pipeline.core import codec
 from pipeline.core.exposition import SERIES_MAX, Exposed, choose, exposed_as, newest_final_ms, samples_of, state_exposed
 from pipeline.core.query import MergedDefinition, Query, Selected, merged
 from pipeline.errors import NotFound, Unreadable
+from pipeline.metrics import NAMES
 from pipeline.query.cuts import Cut
 from pipeline.query.plans import all_definitions
 from pipeline.query.ranges import expired_before
@@ -42,7 +43,7 @@ def scrape_cut(
     if unknown := set(views) - found.keys():
         raise NotFound(f"no view {min(unknown)[:100]!r}")
     whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-    chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()})
+    chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()}, NAMES)
     omitted |= broken
     exposed: list[Exposed] = []
     left = series_max
