@@ -15,6 +15,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.query.cross_origin import is_loopback
 from pipeline.roles.acceptor import Acceptor
 from pipeline.roles.connections import Connections
 from pipeline.roles.descriptors import raise_limit, sockets_within
@@ -25,7 +26,10 @@ _GRACEFUL_S = 5
 
 
 def bind(settings: QuerySettings) -> socket.socket:
-    """Return a listening socket; `Invalid` if the address is taken or is not one of this machine."""
+    """Return a listening socket.
+
+    Raises `Invalid` if the address is taken or is not one of this machine, or if strangers could reach and use it.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,6 +38,13 @@ def bind(settings: QuerySettings) -> socket.socket:
     except OSError as error:
         listener.close()
         raise Invalid(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}; try --port") from None
+    if not (settings.tokens_file or settings.insecure or is_loopback(listener.getsockname()[0])):
+        listener.close()
+        raise Invalid(
+            f"{settings.host}:{settings.port} can be reached from other machines, and whoever reaches it could read, write "
+            "and drop everything. Choose one: access tokens (pipeline tokens add, then the setting tokens_file); "
+            "--host 127.0.0.1 behind a proxy that knows its clients; or --insecure, where the network lets no stranger in"
+        )
     listener.listen(1024)
     return listener
 
