@@ -24,46 +24,65 @@ _TURN_S = 10.0
 T = TypeVar("T")
 
 
+class _Held:
+    """A body of which a part, or all, is in memory."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self.size = 0
+        self.timeout = timeout
+
+
 class BodyRoom:
     """Memory for the request bodies of an event loop, on which it must be used, and turns for the work on large ones.
 
-    Large bodies have three quarters of the memory, and the others the rest, so that large ones keep no others out.
+    Large bodies have three quarters of the memory, and the others the rest, so that large ones keep no others out. Where
+    memory is short, the body that has been coming for longest makes room, so that clients that stop within a body keep
+    nobody out.
     """
 
     def __init__(self, settings: QuerySettings, metrics: Metrics) -> None:
         self._metrics = metrics
         self._large_from = settings.large_body_bytes
-        self._large_max = settings.bodies_bytes_max * 3 // 4
-        self._small_max = settings.bodies_bytes_max - self._large_max
-        self._large_bytes = self._small_bytes = 0
+        large_max = settings.bodies_bytes_max * 3 // 4
+        self._most = {True: large_max, False: settings.bodies_bytes_max - large_max}
+        self._bytes = {True: 0, False: 0}
+        """Bytes in memory of large bodies, and of the others."""
+        self._coming: dict[_Held, None] = {}
+        """Bodies that have not come as a whole; the first one has been coming for longest."""
         self._turns = asyncio.Semaphore(settings.large_bodies_max)
         metrics.inc(m.BODIES_REFUSED, 0, "bodies_bytes_max")
         metrics.inc(m.BODIES_REFUSED, 0, "large_bodies_max")
 
-    def grow(self, size: int, more: int) -> int:
-        """Make room for `more` bytes of a body that has `size`, and return its new size; `Unavailable` without room."""
-        new = size + more
-        if new <= self._large_from:
-            self._check(self._small_bytes + more, self._small_max)
-            self._small_bytes += more
-        else:
-            moved = size if size <= self._large_from else 0
-            self._check(self._large_bytes + moved + more, self._large_max)
-            self._small_bytes -= moved
-            self._large_bytes += moved + more
-        return new
+    def begin(self, held: _Held) -> None:
+        """Note that a body is coming."""
+        self._coming[held] = None
 
-    def _check(self, size: int, most: int) -> None:
-        if size > most:
+    def grow(self, held: _Held, more: int) -> None:
+        """Make room for more bytes of a body; `Unavailable` without room."""
+        before, held.size = held.size, held.size + more
+        self._bytes[self._is_large(before)] -= before
+        large = self._is_large(held.size)
+        self._bytes[large] += held.size
+        while self._bytes[large] > self._most[large]:
+            longest = next((it for it in self._coming if it.size and self._is_large(it.size) is large), held)
             self._metrics.inc(m.BODIES_REFUSED, 1, "bodies_bytes_max")
-            raise Unavailable("too many request bodies are being worked on (bodies_bytes_max)")
+            if longest is held:
+                raise Unavailable("too many request bodies are being worked on (bodies_bytes_max)")
+            self.end(longest)
+            longest.timeout.reschedule(0)
 
-    def give_back(self, size: int) -> None:
-        """Note that a body of this size is not needed any more."""
-        if size <= self._large_from:
-            self._small_bytes -= size
-        else:
-            self._large_bytes -= size
+    def _is_large(self, size: int) -> bool:
+        return size > self._large_from
+
+    def come(self, held: _Held) -> None:
+        """Note that a body has come as a whole, or will not."""
+        self._coming.pop(held, None)
+
+    def end(self, held: _Held) -> None:
+        """Note that a body is not needed any more."""
+        self.come(held)
+        self._bytes[self._is_large(held.size)] -= held.size
+        held.size = 0
 
     async def work(self, request: Request, body: bytes, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Return what `work` on a body returns, done in a thread. Large bodies wait for their turn.
@@ -71,7 +90,7 @@ class BodyRoom:
         `Unavailable` if it does not come soon; nothing is done for a client that has gone meanwhile.
         """
         loop = asyncio.get_running_loop()
-        if len(body) <= self._large_from:
+        if not self._is_large(len(body)):
             return await loop.run_in_executor(threads, work)
         try:
             async with asyncio.timeout(_TURN_S):
@@ -104,19 +123,27 @@ class RequestBodies:
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._bytes_max:
             raise self._too_large()
+        timeout = asyncio.timeout(None)
+        held = _Held(timeout)
+        self._room.begin(held)
         parts: list[bytes] = []
-        size = 0
         try:
-            async for part in request.stream():
-                if size + len(part) > self._bytes_max:
-                    raise self._too_large()
-                size = self._room.grow(size, len(part))
-                parts.append(part)
+            try:
+                async with timeout:
+                    async for part in request.stream():
+                        if held.size + len(part) > self._bytes_max:
+                            raise self._too_large()
+                        self._room.grow(held, len(part))
+                        parts.append(part)
+            except TimeoutError:
+                raise Unavailable("too many request bodies are coming, and this one for longest") from None
+            finally:
+                self._room.come(held)
             body = b"".join(parts)
             parts.clear()  # else the memory were taken twice while the body is worked on
             yield body
         finally:
-            self._room.give_back(size)
+            self._room.end(held)
 
     def _wrong_encoding(self) -> str:
         if self._encoding == "identity":
