@@ -11,13 +11,17 @@ from typing import Any
 import uvicorn
 
 from pipeline.errors import Invalid
+from pipeline.query.cross_origin import is_loopback
 from pipeline.settings import QuerySettings
 
 _GRACEFUL_S = 5
 
 
 def bind(settings: QuerySettings) -> socket.socket:
-    """Return a listening socket; `Invalid` if the address is taken or is not one of this machine."""
+    """Return a listening socket.
+
+    Raises `Invalid` if the address is taken or is not one of this machine, or if strangers could reach and use it.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -26,6 +30,13 @@ def bind(settings: QuerySettings) -> socket.socket:
     except OSError as error:
         listener.close()
         raise Invalid(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}; try --port") from None
+    if not (settings.tokens_file or settings.insecure or is_loopback(listener.getsockname()[0])):
+        listener.close()
+        raise Invalid(
+            f"{settings.host}:{settings.port} can be reached from other machines, and whoever reaches it could read, write "
+            "and drop everything. Choose one: access tokens (pipeline tokens add, then the setting tokens_file); "
+            "--host 127.0.0.1 behind a proxy that knows its clients; or --insecure, where the network lets no stranger in"
+        )
     listener.listen(1024)
     return listener
 
@@ -33,7 +44,7 @@ def bind(settings: QuerySettings) -> socket.socket:
 def url_of(listener: socket.socket) -> str:
     """Return the URL of the listener for clients on this machine."""
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # nosec B104  # binds nothing
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

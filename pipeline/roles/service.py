@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pipeline.metrics as m
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.adapters.tokens_file import TokensFile
 from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
+from pipeline.ingest.openmetrics import parse_pushed
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest
 from pipeline.query.access import Access
@@ -206,7 +206,7 @@ def worker_service(
 
     service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
-    wildcard = config.query.host in ("0.0.0.0", "::")
+    wildcard = config.query.host in ("0.0.0.0", "::")  # nosec B104  # binds nothing
     service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
     return service
 

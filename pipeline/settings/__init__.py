@@ -234,6 +234,11 @@ class QuerySettings(_Checked):
         "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
         "Without it every request may do everything",
     )
+    insecure: bool = _setting(
+        False,
+        "listen beyond loopback without a `tokens_file`, for a network without strangers: whoever reaches the port may "
+        "do everything. For StatsD, which knows no tokens, it is needed in any case",
+    )
     allowed_hosts: str = _setting(
         "",
         "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "

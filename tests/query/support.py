@@ -19,7 +19,6 @@ import uvicorn
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
@@ -38,6 +37,7 @@ from pipeline.core.record import (
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
+from pipeline.ingest.openmetrics import parse_pushed
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.query.access import Access
 from pipeline.query.api import create_app
