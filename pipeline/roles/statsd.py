@@ -148,7 +148,7 @@ class _Operations:
         self._listener = bind(settings)
         self.url = url_of(self._listener)
         app = create_operations_app(settings, metrics, clock, status, lambda: True, access)
-        self._server = HttpServer(app, self._listener)
+        self._server = HttpServer(app, self._listener, settings, metrics)
         run = guarded(_log, "pipeline-http", self._server.run, metrics)
         self._thread = threading.Thread(target=run, name="pipeline-http", daemon=True)
         self._thread.start()

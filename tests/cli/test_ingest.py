@@ -162,6 +162,7 @@ def test_on_a_terminal(server: UpProcess) -> None:
         (("--port", "0", "--to", "nonsense:1"), "unknown URL"),
         (("--port", "0", "--set", "ingest_views_max=0"), "ingest_views_max"),
         (("--port", "0", "--log-level", "loud"), "--log-level"),
+        (("--port", "0", "--dialect", "etsy"), "ingest_dialect: auto, statsd or dogstatsd, got 'etsy'"),
     ],
 )
 def test_a_wrong_call_is_told(here: Here, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
