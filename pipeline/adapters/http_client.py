@@ -200,7 +200,9 @@ class HttpClient:
                 connection.close()
                 if reused and isinstance(error, _CLOSED_BY_PEER):
                     continue  # it was closed while idle; every request of this module may be carried out twice
-                raise Unavailable(f"{self.url}: {explained(error, self._settings)}") from None
+                raise Unavailable(
+                    f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}"
+                ) from None
             except BaseException:
                 connection.close()
                 raise
@@ -238,7 +240,7 @@ class HttpClient:
             return EventStream(self.url, response, sock)
         except (OSError, HTTPException) as error:
             connection.close()
-            raise Unavailable(f"{self.url}: {explained(error, self._settings)}") from None
+            raise Unavailable(f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}") from None
         except BaseException:
             connection.close()
             raise

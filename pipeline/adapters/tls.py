@@ -17,6 +17,8 @@ _PEM_BYTES_MAX = 8 * 2**20
 _CERTIFICATE, _KEY = "CERTIFICATE", "PRIVATE KEY"
 _NO_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "BAD_CERTIFICATE", "UNKNOWN_CA", "CERTIFICATE_UNKNOWN")
 """Ends of OpenSSL's names for what a server says to a client whose certificate is missing or not accepted."""
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+_BROKEN_OFF = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ssl.SSLEOFError)
 _OTHER_NAME = (62, 64)
 """OpenSSL's codes for a certificate of another host name or IP address."""
 
@@ -139,20 +141,22 @@ def _read_pem(name: str, path: str, kind: str) -> str:
     return text.encode("latin-1").decode("ascii", "replace")
 
 
-def explained(error: Exception, settings: ClientSettings) -> str:
+def explained(error: Exception, settings: ClientSettings, *, over_tls: bool) -> str:
     """Return what a client says of an error of its connection: of TLS, with the setting that could be wrong."""
+    said = f"{type(error).__name__}: {error}"
+    if not over_tls:
+        return said
+    given = f"client_cert_file={settings.client_cert_file!r:.200}" if settings.client_cert_file else "none is given"
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code in _OTHER_NAME:
             return f"the server's certificate is of another name: {error.verify_message}"
-        trusted = (
-            f"ca_file={settings.ca_file!r:.200}" if settings.ca_file else "the system's authorities; ca_file names others"
-        )
-        return f"the server's certificate is not trusted: {error.verify_message}; trusted are those of {trusted}"
-    if isinstance(error, ssl.SSLError):
-        reason = error.reason or ""
-        if reason.endswith(_NO_CERTIFICATE) and "ALERT" in reason:
-            given = f"client_cert_file={settings.client_cert_file!r:.200}" if settings.client_cert_file else "none is given"
-            return f"the server wants a client certificate that it trusts: {given} ({reason})"
-        if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-            return f"the server does not speak TLS at this port: http:// is for such ({reason})"
-    return f"{type(error).__name__}: {error}"
+        trusted = f"ca_file={settings.ca_file!r:.200}" if settings.ca_file else "the system; ca_file names others"
+        return f"the server's certificate is not trusted: {error.verify_message}; trusted are authorities of {trusted}"
+    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    if "ALERT" in reason and reason.endswith(_NO_CERTIFICATE):
+        return f"the server wants a client certificate that it trusts: {given} ({reason})"
+    if reason in _NO_TLS:
+        return f"the server does not speak TLS at this port: http:// is for such ({reason})"
+    if isinstance(error, _BROKEN_OFF):
+        return f"{said}; a server that wants a client certificate breaks off like this without one that it trusts: {given}"
+    return said

@@ -177,7 +177,7 @@ class ClientSettings(_Checked):
     )
     ca_file: str = _setting(
         "",
-        "file of the authorities (PEM) that sign the certificates of `https://` servers; none: those that the system trusts",
+        "file of the authorities (PEM) that sign the certificates of `https://` servers; none: those the system trusts",
     )
     client_cert_file: str = _setting(
         "",
@@ -250,8 +250,8 @@ class QuerySettings(_Checked):
     )
     tls_cert_file: str = _setting(
         "",
-        "file of the server's certificate (PEM) and those between it and its authority: the server speaks TLS only. This and "
-        "the next two are read again when they change",
+        "file of the server's certificate (PEM) and those between it and its authority: the server speaks TLS only. This "
+        "and the next two are read again when they change",
     )
     tls_key_file: str = _setting("", "file of the key of `tls_cert_file`; none: it is in the same file")
     tls_client_ca_file: str = _setting(
@@ -259,13 +259,14 @@ class QuerySettings(_Checked):
     )
     insecure: bool = _setting(
         False,
-        "listen beyond loopback without a `tokens_file` or `tls_client_ca_file`, for a network without strangers: whoever reaches the port may "
-        "do everything. For StatsD, which knows no tokens, it is needed in any case",
+        "listen beyond loopback without a `tokens_file` or `tls_client_ca_file`, for a network without strangers: whoever "
+        "reaches the port may do everything. For StatsD, which knows neither, it is needed in any case",
     )
     allowed_hosts: str = _setting(
         "",
         "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "
-        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421",
+        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421. With tokens "
+        "or TLS any will do",
     )
     cors_origins: str = _setting(
         "",
