@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import pipeline.metrics as m
+from pipeline.core.grants import Bounds
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.left_out import LeftOut
@@ -22,6 +24,7 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.problems import Refused
 from pipeline.query.responses import LeftOutLine, MetricsAccepted
+from pipeline.query.tenants import pushed_within
 from pipeline.settings import QuerySettings
 
 OPENMETRICS_PATH = "/v1/openmetrics"
@@ -58,18 +61,19 @@ class Pushes:
         """Return the routes; `take` answers a request by what is made of its body."""
 
         async def push_text(request: Request) -> Response:
-            return await take(request, self._take_text, *PUSH_TYPES)
+            return await take(request, partial(self._take_text, request.scope["grant"].bounds), *PUSH_TYPES)
 
         return [Route(OPENMETRICS_PATH, push_text, methods=["POST"])]
 
-    def _take_text(self, body: bytes, headers: Headers) -> MetricsAccepted:
-        """Publish a text of metrics; `Invalid` if no line of it can be taken."""
-        with self._keys.using(OPENMETRICS_PATH, parse_key(headers.getlist(KEY_HEADER)), body) as key:
+    def _take_text(self, bounds: Bounds | None, body: bytes, headers: Headers) -> MetricsAccepted:
+        """Publish a text of metrics; `Invalid` or `Forbidden` if no line of it can be taken."""
+        with self._keys.using(OPENMETRICS_PATH, parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
             content_type = headers.get("content-type", "")
             most = self._settings.deltas_max
             pushed = self._parse(body, content_type, most, self._settings.openmetrics_line_bytes_max)
             if not pushed.whole:
                 raise Refused(413, f"too many samples in one request; at most {most}")
+            pushed = pushed_within(pushed, bounds, whole=key is not None)
             token, unfit = self._ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
             return self._answer(pushed, token, unfit)
 

@@ -82,7 +82,7 @@ def test_changes_at_once_are_all_kept(file: Path) -> None:
     """Programs that change the file at the same time do so one after the other."""
 
     def add(number: int) -> None:
-        entry, _ = new_token(f"t{number}", [READ, ADMIN], None)
+        entry, _ = new_token(f"t{number}", [READ, ADMIN])
         TokensFile(str(file), SystemClock()).change(lambda known: [*known, entry])
 
     threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
