@@ -269,6 +269,17 @@ CHANGES = Metric("pipeline_changes_total", "counter", "Changes of a view that an
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in [*globals().values()] if isinstance(value, Metric))
 """All metrics."""
+_SUFFIXES = {
+    "counter": ("", "_total", "_created"),
+    "gauge": ("",),
+    "histogram": ("", "_bucket", "_count", "_sum", "_created"),
+}
+NAMES: frozenset[str] = frozenset(
+    f"{it.name.removesuffix('_total') if it.type == 'counter' else it.name}{suffix}"
+    for it in CATALOGUE
+    for suffix in _SUFFIXES[it.type]
+)
+"""All names that metrics and their samples have."""
 OF_PUBLISHERS: tuple[Metric, ...] = (
     *(it for it in CATALOGUE if it.name.startswith("pipeline_publisher_")),
     INGEST_MALFORMED,

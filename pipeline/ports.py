@@ -296,6 +296,8 @@ class Member(NamedTuple):
     """URL of its status; empty if there is none."""
     actives: frozenset[int]
     standbys: frozenset[int] = frozenset()
+    problem: str = ""
+    """Reason why it is taken for no worker; empty for a worker."""
 
 
 class MembershipListener(Protocol):

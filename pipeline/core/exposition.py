@@ -6,7 +6,7 @@ fewer, so a scrape shows the same views in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf, isfinite, nextafter
 from typing import Any
 
@@ -23,10 +23,26 @@ STALENESS = "pipeline_view_staleness_seconds"
 STALENESS_HELP = "Upper bound on the age of anything accepted but not in this scrape."
 
 RESERVED_LABEL = "reserved_label"
+RESERVED_NAME = "reserved_name"
 NAME_COLLISION = "name_collision"
 SERIES_MAX = "series_max"
 UNREADABLE = "unreadable"
 
+OF_PROMETHEUS = frozenset(
+    {
+        "ALERTS",
+        "ALERTS_FOR_STATE",
+        "scrape_body_size_bytes",
+        "scrape_duration_seconds",
+        "scrape_sample_limit",
+        "scrape_samples_post_metric_relabeling",
+        "scrape_samples_scraped",
+        "scrape_series_added",
+        "scrape_timeout_seconds",
+        "up",
+    }
+)
+"""Names of series that Prometheus makes itself, of each target that it scrapes and of its alerts."""
 
 BOUNDS_MAX = 30
 """Most buckets of a histogram in a scrape, beside that of all observations."""
@@ -178,19 +194,23 @@ def samples_of(definition: Definition) -> int:
     return BOUNDS_MAX + 3 if definition.kind == "histogram" else 1
 
 
-def choose(definitions: Mapping[str, Definition]) -> tuple[list[Definition], dict[str, str]]:
+def choose(definitions: Mapping[str, Definition], own: Collection[str] = ()) -> tuple[list[Definition], dict[str, str]]:
     """Return the merged definitions that can be exposed, and by name of each other view why it can't be.
 
-    Of two views that collide, the first by name stays. The choice depends on definitions only, so it does not flicker.
+    Alerts would take a view with a name of Prometheus' own, or of the program's metrics `own`, for these. Of two views that
+    collide, the first by name stays. The choice depends on definitions only, so it does not flicker.
     """
     chosen: list[Definition] = []
     omitted: dict[str, str] = {}
     taken = {OMITTED, STALENESS}
+    reserved_names = OF_PROMETHEUS.union(own)
     for view, definition in sorted(definitions.items()):
         names = family_names(definition)
         reserved = definition.kind == "histogram" and "le" in definition.labels
         if reserved or any(label.startswith("__") for label in definition.labels):
             omitted[view] = RESERVED_LABEL
+        elif names & reserved_names:
+            omitted[view] = RESERVED_NAME
         elif taken & names:
             omitted[view] = NAME_COLLISION
         else:

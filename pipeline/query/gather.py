@@ -48,7 +48,7 @@ from pipeline.core.query import (
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
-from pipeline.metrics import Metrics
+from pipeline.metrics import NAMES, Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import preferred_coding
 from pipeline.query.found import answer_of, answers_together, points_answer
@@ -148,12 +148,12 @@ class GatherService:
     async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
         """Return the encoded answers to several queries, all of one moment of each partition. Raises as `answer`."""
         with self._pool.slot():
-            found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=False)
+            found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=None)
             body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers_together(found)))
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
 
-    async def _fresh_answers(self, queries: _Numbered, request: Waiting, *, allow_partial: bool) -> list[Answer]:
+    async def _fresh_answers(self, queries: _Numbered, request: Waiting, *, allow_partial: bool | None) -> list[Answer]:
         deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
         most = part_most = request.max_staleness_ms
         while True:
@@ -168,7 +168,9 @@ class GatherService:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
-    async def _read(self, queries: _Numbered, request: Waiting, deadline_s: float, *, allow_partial: bool) -> list[Answer]:
+    async def _read(
+        self, queries: _Numbered, request: Waiting, deadline_s: float, *, allow_partial: bool | None
+    ) -> list[Answer]:
         now_ms, views = self.clock.now_ms(), sorted({query.view for _, query in queries})
         plans, are_new = [self._plans.get(shape(query)) for _, query in queries], False
         for _ in range(_TRIES):
@@ -243,7 +245,9 @@ class GatherService:
         named = " or ".join(get_close_matches(view[:200], [*names][:2_000]))
         return f"; is it {named}?{hint}" if named else hint
 
-    async def _gather(self, asked: StatesAsked, deadline_s: float, after: Token | None, *, allow_partial: bool) -> Gathered:
+    async def _gather(
+        self, asked: StatesAsked, deadline_s: float, after: Token | None, *, allow_partial: bool | None
+    ) -> Gathered:
         """Ask the servers, each for its partitions, and to wait for what the token says of these."""
         wanted: Mapping[int, int] = {} if after is None else after.next_offsets
         topic_id = "" if after is None else after.topic_id
@@ -311,7 +315,7 @@ class GatherService:
         """Return all views within bounds, encoded."""
         with self._pool.slot():
             asked = StatesAsked(PARTS_VERSION, [], views=None)
-            gathered = await self._gather(asked, self._pool.deadline_s(), None, allow_partial=False)
+            gathered = await self._gather(asked, self._pool.deadline_s(), None, allow_partial=None)
             found = [View.of(it, bounds) for it in listed(gathered.entries(), bounds)]
             body = _encode(Views(found, gathered.as_of(self.clock.monotonic_s())))
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
@@ -335,11 +339,11 @@ class GatherService:
 
     async def _scrape(self, views: Sequence[str], bounds: Bounds | None, deadline_s: float, *, windowed: bool) -> Exposition:
         asked = StatesAsked(PARTS_VERSION, [], views=None)
-        gathered = await self._gather(asked, deadline_s, None, allow_partial=False)
+        gathered = await self._gather(asked, deadline_s, None, allow_partial=None)
         where = Query("").within(bounds).where
         for _ in range(_TRIES):
             plans = self._exposed_plans(gathered, views, bounds)
-            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()})
+            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()}, NAMES)
             final_before_ms = self._servers.final_before_ms(gathered)
             reads: list[tuple[Definition, StatesRead]] = []
             for it in chosen:
@@ -349,7 +353,7 @@ class GatherService:
                 keep = self._settings.openmetrics_series_max
                 reads.append((it, StatesRead([*plan.merged.parts], where, keep=keep, window_start_ms=start_ms)))
             asked = StatesAsked(PARTS_VERSION, [], [read for _, read in reads], None)
-            gathered = await self._gather(asked, deadline_s, None, allow_partial=False)
+            gathered = await self._gather(asked, deadline_s, None, allow_partial=None)
             # The second answers can be of other servers than the first: the windows have to be final there, too.
             final_before_ms = self._servers.final_before_ms(gathered)
             final = all(read.window_start_ms <= newest_final_ms(it, final_before_ms) for it, read in reads if it.window_s)

@@ -191,13 +191,13 @@ class PartServers:
     # Asking
 
     async def gather(
-        self, make: Callable[[list[int], int], StatesAsked], deadline_s: float, *, allow_partial: bool
+        self, make: Callable[[list[int], int], StatesAsked], deadline_s: float, *, allow_partial: bool | None
     ) -> Gathered:
         """Return the answers of as many servers as needed to have each partition once.
 
         `make` returns the question for some partitions, given the time for it in ms. If a server does not answer, another
         one that has the same partitions is asked. Raises `Unavailable` or `NotReady`, naming partitions and servers, if
-        partitions are missing all the same and `allow_partial` is False, or if all are.
+        partitions are missing all the same and `allow_partial` is not True, or if all are. None: there is no choice.
         """
         failed: dict[_KnownServer, PipelineError] = {}
         parts: list[Part] = []
@@ -229,10 +229,11 @@ class PartServers:
             if len(parts) > 1:
                 _check_topics([(part.url, part.found) for part in parts])
         if lacking and not (allow_partial and parts):
-            raise self._lack(lacking, failed)
+            advice = "; allow_partial=true answers without them" if allow_partial is False and parts else ""
+            raise self._lack(lacking, failed, advice)
         return Gathered(parts, lacking)
 
-    def _lack(self, lacking: Sequence[int], failed: Mapping[_KnownServer, PipelineError]) -> PipelineError:
+    def _lack(self, lacking: Sequence[int], failed: Mapping[_KnownServer, PipelineError], advice: str) -> PipelineError:
         """Return the error that names what is missing."""
         reasons = {it.server.url: it.error for it in self._known if it.found is None}
         reasons |= {it.server.url: str(error) for it, error in failed.items()}
@@ -240,7 +241,7 @@ class PartServers:
         why = "; ".join(f"{url}: {why.removeprefix(f'{url}: ')}" for url, why in reasons.items()) or "no server follows them"
         waited = failed and all(isinstance(error, NotReady) for error in failed.values())
         kind = NotReady if waited else Unavailable
-        return kind(f"partitions {named} are missing: {why}; allow_partial=true answers without them")
+        return kind(f"partitions {named} are missing: {why}{advice}")
 
     async def _try(
         self,

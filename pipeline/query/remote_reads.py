@@ -19,6 +19,7 @@ from pipeline.core.grants import Bounds
 from pipeline.core.query import Matcher, MergedDefinition, merged
 from pipeline.core.remote_read import NAME_LABEL, SeriesQuery, decode_request, encode_response
 from pipeline.errors import BadRecord, Unreadable
+from pipeline.metrics import NAMES
 from pipeline.query.cuts import Cut
 from pipeline.query.matchers import Test, compile_matcher
 from pipeline.query.plans import all_definitions, is_seen, versions
@@ -91,7 +92,7 @@ class RemoteReads:
             else:
                 found.setdefault(view, []).append(entry)
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-        chosen, _ = choose({view: exposed_as(it.definition) for view, it in whole.items()})
+        chosen, _ = choose({view: exposed_as(it.definition) for view, it in whole.items()}, NAMES)
         views = [_Readable(whole[it.view], sample_names(it)) for it in chosen if it.window_s]
         if len(self._listings) >= _LISTINGS_MAX:
             self._listings.clear()

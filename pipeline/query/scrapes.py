@@ -10,6 +10,7 @@ from pipeline.core.exposition import SERIES_MAX, Exposed, choose, exposed_as, ne
 from pipeline.core.grants import Bounds
 from pipeline.core.query import MergedDefinition, Query, Selected, merged
 from pipeline.errors import NotFound, Unreadable
+from pipeline.metrics import NAMES
 from pipeline.query.cuts import Cut
 from pipeline.query.plans import all_definitions, is_seen
 from pipeline.query.ranges import expired_before
@@ -44,7 +45,7 @@ def scrape_cut(
     if unknown := set(views) - found.keys():
         raise NotFound(f"no view {min(unknown)[:100]!r}")
     whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-    chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()})
+    chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()}, NAMES)
     omitted |= broken
     exposed: list[Exposed] = []
     left = series_max

@@ -129,6 +129,8 @@ def _ask_all(address: Address, members: Sequence[Member], client: ClientSettings
 
 
 def _asked(address: Address, member: Member, client: ClientSettings | None) -> Status | str:
+    if member.problem:
+        return member.problem
     if not member.url:
         return "it has told no address yet"
     try:

@@ -56,8 +56,8 @@ def test_two_share(topics: App) -> None:
             assert (len(one.actives), len(two.actives)) == (2, 2)
             assert (one.standbys, two.standbys) == (two.actives, one.actives)
             expected = [
-                ("a", "", one.actives, one.standbys),
-                ("b", "http://127.0.0.1:8081", two.actives, two.standbys),
+                ("a", "", one.actives, one.standbys, ""),
+                ("b", "http://127.0.0.1:8081", two.actives, two.standbys, ""),
             ]
             for member in (one, two):
                 wait_until(lambda it=member: [tuple(m) for m in it.membership.members()] == expected, "both to be known")

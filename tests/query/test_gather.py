@@ -367,6 +367,8 @@ def test_what_is_missing_is_named(small: World) -> None:
     service = gather_of(servers, small.clock)
     with pytest.raises(Unavailable, match=r"partitions 2 are missing: no server follows them; allow_partial=true"):
         gathered(service, TOTAL)
+    with pytest.raises(Unavailable, match=r"partitions 2 are missing: no server follows them$"):
+        all_gathered(service, [TOTAL])  # it has no such parameter
     partial = gathered(service, TOTAL, allow_partial=True)
     assert partial.value() == 1011
     assert partial.as_of.missing_partitions == [2]
@@ -378,7 +380,7 @@ def test_what_is_missing_is_named(small: World) -> None:
         gathered(service, TOTAL)
     assert gathered(service, TOTAL, allow_partial=True).value() == 11
     servers[0].error = NotReady("restoring")
-    with pytest.raises((Unavailable, NotReady), match=r"s0: restoring"):
+    with pytest.raises((Unavailable, NotReady), match=r"s0: restoring; http://s1: it is away$"):
         gathered(service, TOTAL, allow_partial=True)
 
 

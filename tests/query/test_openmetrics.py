@@ -207,6 +207,13 @@ def counter(view: str, *labels: str) -> Definition:
         ([counter("_total"), counter("x")], {}),
         ([gauge("pipeline_view_omitted"), gauge("y")], {"pipeline_view_omitted": "name_collision"}),
         ([counter("pipeline_view_staleness_seconds")], {"pipeline_view_staleness_seconds": "name_collision"}),
+        ([gauge("up", "region"), gauge("upper")], {"up": "reserved_name"}),
+        (
+            [counter("scrape_samples_scraped"), gauge("ALERTS")],
+            {"scrape_samples_scraped": "reserved_name", "ALERTS": "reserved_name"},
+        ),
+        ([counter("pipeline_stalls"), gauge("x")], {"pipeline_stalls": "reserved_name"}),
+        ([gauge("pipeline_stalls_total")], {"pipeline_stalls_total": "reserved_name"}),
         ([gauge("x", "__name__"), gauge("y", "_ok")], {"x": "reserved_label"}),
         ([gauge("x", "__a"), counter("x_total")], {"x": "reserved_label"}),
     ],

@@ -79,6 +79,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     world.publish(SIZES, {of: KINDS["histogram"].collect(values) for of, values in sizes().items()})
     world.publish(SIZES, {("many",): (0, 1.5, 8, 0, 0, {0: 2**63, 2: 2**62}, {})})
     world.publish(Definition("everywhere", "histogram"), {(): EVERYWHERE})
+    world.publish(Definition("own", "sum", ("instance", "job")), {("i", "j"): 4})
+    world.publish(Definition("up", "sum", ("zone",)), {("b",): 0})
+    world.publish(Definition("pipeline_info", "sum", ("role",)), {("queen",): 0})
+    world.append(
+        0,
+        Definition("ALERTS", "sum", ("alertname",), window_s=60),
+        {("Fire",): 1},
+        world.clock.now_ms() // MINUTE_MS * MINUTE_MS,
+    )
     yesterday_ms = (world.clock.now_ms() // DAY_MS - 1) * DAY_MS
     world.append(0, BURST, {(): KINDS["histogram"].collect([3] * 7)}, yesterday_ms)
     end_ms = world.clock.now_ms() // (10 * MINUTE_MS) * 10 * MINUTE_MS
@@ -212,3 +221,19 @@ def test_the_newest_window_of_a_histogram_is_a_native_one(running: Running) -> N
 def by_label(running: Running, expr: str, label: str) -> dict[str, float]:
     """Return the samples of an instant query by one of their labels."""
     return {dict(labels)[label]: value for labels, value in running.prometheus.vector(expr).items()}
+
+
+def test_names_of_prometheus_itself(running: Running) -> None:
+    """Views with a name that Prometheus, its rules or this program's own metrics have reach it by no way, which is said."""
+    prometheus = running.prometheus
+    target = f"127.0.0.1:{running.server.port}"
+    assert {dict(labels).get("zone") for labels in prometheus.vector("up")} == {None}
+    for name in ("ALERTS", "pipeline_info"):
+        assert prometheus.vector(f"last_over_time({name}[1h])") == {}
+    out = {
+        dict(labels)["view"]
+        for labels in prometheus.vector('pipeline_view_omitted{reason="reserved_name",job="pipeline-views"}')
+    }
+    assert out == {"up", "pipeline_info", "ALERTS"}
+    exported = {"exported_instance": "i", "exported_job": "j", "instance": target, "job": "pipeline-views"}
+    assert prometheus.vector("own{job='pipeline-views'}") == {frozenset({"__name__": "own", **exported}.items()): 4}

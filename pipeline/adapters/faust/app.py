@@ -48,10 +48,12 @@ from pipeline.adapters.faust.member_metadata import (
     standbys_key,
     warm_of,
 )
+from pipeline.adapters.faust.strangers import guard, unpacked
 from pipeline.core.placement import MemberState, place
 from pipeline.errors import Invalid, PipelineError
 from pipeline.ports import Member
 
+_log = logging.getLogger(__name__)
 _faust_log = logging.getLogger("faust")
 """Logger of Faust's services, whose names would otherwise be derived from our classes."""
 _TRIES = 3
@@ -62,7 +64,9 @@ PRIVATE: Mapping[type, frozenset[str]] = {
     AIOKafkaClient: frozenset({"send", "_get_conn"}),
     AIOKafkaConnection: frozenset({"send", "close", "connected"}),
     AIOKafkaConsumer: frozenset({"pause", "seek", "paused"}),
-    GroupCoordinator: frozenset({"reset_generation", "check_errors", "coordinator_dead"}),
+    GroupCoordinator: frozenset(
+        {"reset_generation", "check_errors", "coordinator_dead", "_perform_assignment", "_on_join_complete"}
+    ),
     driver.Consumer: frozenset({"_new_consumer_thread", "verify_event_path", "perform_seek", "resume_partitions"}),
     driver.AIOKafkaConsumerThread: frozenset({"_create_consumer", "Worker"}),
     driver.Transport: frozenset({"Consumer"}),
@@ -210,6 +214,15 @@ class MemberApp(faust.App):
             if self.coordinator._pending_exception is not None:
                 raise self.coordinator._pending_exception
 
+    def note_strangers(self, count: int) -> None:
+        """Warn of members of the group that are no workers: they get no partitions."""
+        if count:
+            _log.warning("%d members of group %r are no workers: they get no partitions", count, self.conf.id)
+
+    def fail(self, error: PipelineError) -> None:
+        """End this member with an error."""
+        self.failure = error
+
     async def on_first_start(self) -> None:
         """Create no folders."""
 
@@ -344,7 +357,7 @@ class _Assignor(PartitionAssignor):
 
     def on_assignment(self, assignment: Any) -> None:
         """Read the assignment and pause our partitions. aiokafka calls it in its thread before anything can fetch."""
-        metadata = ClientMetadata.loads(self._decompress(assignment.user_data))
+        metadata = ClientMetadata.loads(unpacked(assignment.user_data))
         self.rules = identity_of(metadata.topic_groups)
         moved = metadata.url != str(self._url)
         self._former_url = metadata.url
@@ -383,6 +396,8 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         """Connect with short time-outs."""
         await super().on_start()
         _shorten_timeouts(self._consumer._client, self.app.conf.broker_session_timeout / _TRIES)
+        app = self.app
+        guard(self._consumer._coordinator, app.conf.id, app.note_strangers, app.fail)
 
 
 def _shorten_timeouts(client: Any, timeout_s: float) -> None:

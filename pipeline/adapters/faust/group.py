@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import zlib
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import KafkaError, for_code
 
 from pipeline.adapters.faust.errors import limit_logging, translate
-from pipeline.adapters.faust.member_metadata import CLIENT, name_and_url, partitions_of
+from pipeline.adapters.faust.member_metadata import CLIENT, name_and_url
 from pipeline.adapters.faust.security import Security
+from pipeline.adapters.faust.strangers import said, told
 from pipeline.adapters.kafka.options import Address
+from pipeline.errors import BadRecord
 from pipeline.ports import Member
 from pipeline.topics import CHANGELOG, DELTAS
 
@@ -80,18 +79,15 @@ async def _asked(admin: AIOKafkaAdminClient, address: Address) -> ConsumerGroup:
 
 
 def _member(address: Address, _: str, client_id: str, __: str, metadata: bytes, assignment: bytes) -> Member:
-    name, url = client_id.partition(f"{address.app}{CLIENT}")[2] or client_id, ""
+    name, url, problem = client_id.partition(f"{address.app}{CLIENT}")[2] or client_id, "", ""
     actives, standbys = frozenset[int](), frozenset[int]()
-    with suppress(ValueError, KeyError):  # of a rebalance, or no worker's
-        name, url = name_and_url(_read(ConsumerProtocolMemberMetadata.decode(metadata).user_data)["url"])
-    with suppress(ValueError, KeyError):
-        placed = _read(zlib.decompress(ConsumerProtocolMemberAssignment.decode(assignment).user_data))
-        actives, standbys = partitions_of(placed, address.topic(DELTAS), address.topic(CHANGELOG))
-    return Member(name, url, actives, standbys)
-
-
-def _read(user_data: bytes) -> dict[str, Any]:
-    found = json.loads(user_data)
-    if not isinstance(found, dict):
-        raise ValueError("not Faust's metadata")
-    return found
+    if metadata:  # of a rebalance there is none
+        try:
+            name, url = name_and_url(said(metadata).url)
+        except BadRecord:
+            problem = "a stranger: what it says of itself is not what a worker says"
+    with suppress(BadRecord):
+        placed = told(assignment).assignment
+        actives = frozenset(placed.actives.get(address.topic(DELTAS), ()))
+        standbys = frozenset(placed.standbys.get(address.topic(CHANGELOG), ()))
+    return Member(name, url, actives, standbys, problem)

@@ -8,7 +8,7 @@ with an older format, gets no partitions and ends: it does not have the topics, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.errors import Invalid, NewerFormat, PipelineError
 
@@ -52,7 +52,8 @@ def identity_of(groups: Mapping[str, int]) -> AppIdentity:
 
 def warm_of(groups: Mapping[str, int]) -> frozenset[int]:
     """Return the partitions of which a member has a caught-up copy."""
-    return frozenset(int(group.removeprefix(_WARM)) for group in groups if group.startswith(_WARM))
+    numbers = [group.removeprefix(_WARM) for group in groups if group.startswith(_WARM)]
+    return frozenset(int(it) for it in numbers if it.isascii() and it.isdecimal() and len(it) < 10)
 
 
 def elect(members: Mapping[AppIdentity, int], leader: AppIdentity) -> AppIdentity:
@@ -90,10 +91,3 @@ def name_and_url(url: str) -> tuple[str, str]:
     """Return a member's name and URL (empty: none) from the address under which Faust knows it."""
     place, _, name = url.rpartition("#")
     return name, "" if place == NOWHERE else place.rstrip("/")
-
-
-def partitions_of(metadata: Mapping[str, Any], deltas: str, changelog: str) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the active and standby partitions of an assignment in Faust's metadata."""
-    assignment = metadata.get("assignment") or {}
-    actives, standbys = assignment.get("actives") or {}, assignment.get("standbys") or {}
-    return frozenset(actives.get(deltas, ())), frozenset(standbys.get(changelog, ()))
