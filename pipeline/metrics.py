@@ -154,6 +154,16 @@ TOKENS_UNREADABLE = Metric(
 GATHER_SERVER_UP = Metric(
     "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
 )
+CONNECTIONS = Metric("pipeline_http_connections_open", "gauge", "Open connections of the HTTP server.")
+CONNECTIONS_MAX = Metric(
+    "pipeline_http_connections_max", "gauge", "Most of them: sockets_max, or half of the files that the process may open."
+)
+CONNECTIONS_CUT = Metric(
+    "pipeline_http_connections_cut_total",
+    "counter",
+    "Connections that the HTTP server closed, by the setting whose limit they had reached.",
+    ("limit",),
+)
 STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
 STREAMS_STALLED = Metric(
     "pipeline_streams_stalled_total", "counter", "Streams ended because their readers took nothing for stream_stalled_ms."

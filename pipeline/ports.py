@@ -457,8 +457,8 @@ class Facts(Protocol):
 class LineSink(Protocol):
     """Receives lines from a socket. One thread at a time; no input makes it raise."""
 
-    def take(self, lines: Sequence[bytes], protocol: str) -> None:
-        """Take lines, without their line ends. Blank ones are ignored."""
+    def take(self, lines: Sequence[bytes], protocol: str, sender: str | None = None) -> None:
+        """Take lines of one sender, an address, without their line ends. Blank ones are ignored."""
         ...
 
     def refuse(self, reason: str, protocol: str) -> None:

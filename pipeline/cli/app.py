@@ -19,6 +19,7 @@ from pipeline.cli.options import (
     Data,
     FromKafka,
     Host,
+    Insecure,
     Json,
     LogJson,
     LogLevel,
@@ -69,6 +70,7 @@ def up(
     data: Data = None,
     port: Port = None,
     host: Host = None,
+    insecure: Insecure = None,
     partitions: Annotated[
         int | None, typer.Option(metavar="N", help="Partitions of a new log; fixed once it exists.")
     ] = None,
@@ -95,7 +97,9 @@ def up(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.services import run_up
 
-    config = load(set_, data=data, port=port, host=host, partitions=partitions, fsync=fsync, accept_loss=accept_loss)
+    config = load(
+        set_, data=data, port=port, host=host, insecure=insecure, partitions=partitions, fsync=fsync, accept_loss=accept_loss
+    )
     raise SystemExit(run_up(config, as_json=json))
 
 
@@ -114,6 +118,7 @@ def worker(
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True, help="Be a child of --processes.")] = False,
     port: Port = None,
     host: Host = None,
+    insecure: Insecure = None,
     accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
@@ -151,7 +156,7 @@ def worker(
         die_with_parent()
 
     console.configure_logging(log_level, as_json=log_json)
-    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss, standby_count=standbys)
+    config = load(set_, data=data, port=port, host=host, insecure=insecure, accept_loss=accept_loss, standby_count=standbys)
     if processes and not supervised:
         from pipeline.cli.processes import run_processes
 
@@ -181,6 +186,7 @@ def serve(
     ] = None,
     port: Port = None,
     host: Host = None,
+    insecure: Insecure = None,
     accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
@@ -209,10 +215,10 @@ def serve(
         if from_ is not None or partitions is not None or ingest or data is not None or accept_loss:
             raise typer.BadParameter("--gather: the servers have the data; leave out --from, --data, --ingest and the like")
         urls = [url.strip() for url in gather.split(",") if url.strip()]
-        raise SystemExit(run_gather(load(set_, port=port, host=host), urls, as_json=json))
+        raise SystemExit(run_gather(load(set_, port=port, host=host, insecure=insecure), urls, as_json=json))
     if from_ is None:
         raise typer.BadParameter("--from kafka://host:port, or --gather URL,... is needed")
-    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
+    config = load(set_, data=data, port=port, host=host, insecure=insecure, accept_loss=accept_loss)
     listed = parse_partitions(partitions)
     raise SystemExit(run_serve(config, from_, ingest=ingest, partitions=listed, as_json=json))
 

@@ -41,6 +41,9 @@ def _check_public(name: str, value: str) -> None:
 Data = Annotated[str | None, typer.Option("--data", metavar="DIR", help="State folder: log, stores, lock.")]
 Port = Annotated[int | None, typer.Option("--port", metavar="N", help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
+Insecure = Annotated[
+    bool | None, typer.Option("--insecure", help="Listen beyond loopback without access tokens: whoever comes may do all.")
+]
 To = Annotated[
     str,
     typer.Option("--to", metavar="URL", help="Where deltas go: http://host:port, kafka://host:port[/app] or embedded:DIR."),

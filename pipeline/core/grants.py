@@ -19,7 +19,7 @@ from pipeline.errors import Invalid
 
 READ, PUBLISH, ADMIN = "read", "publish", "admin"
 SCOPES = (READ, PUBLISH, ADMIN)
-TOKEN_PREFIX = "pipeline_"
+TOKEN_PREFIX = "pipeline_"  # nosec B105  # no token
 """Start of every access token, by which scanners for secrets know one."""
 TOKEN_LENGTH_MAX = 1_024
 ACCESS_TOKENS_MAX = 10_000

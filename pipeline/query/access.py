@@ -56,6 +56,8 @@ NEEDED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/deltas"): _PUBLISH,
     ("POST", "/v1/batches"): _PUBLISH,
     ("POST", "/v1/openmetrics"): _PUBLISH,
+    ("POST", "/metrics/{grouping:path}"): _PUBLISH,
+    ("PUT", "/metrics/{grouping:path}"): _PUBLISH,
     ("POST", f"{READ_PATH}/drop"): _ADMIN,
     ("POST", f"{READ_PATH}/reset"): _ADMIN,
     ("GET", "/v1/dead-letters"): READ_NEEDED,
@@ -75,6 +77,8 @@ KEEP_BOUNDS = frozenset(
         ("POST", "/v1/deltas"),
         ("POST", "/v1/batches"),
         ("POST", "/v1/openmetrics"),
+        ("POST", "/metrics/{grouping:path}"),
+        ("PUT", "/metrics/{grouping:path}"),
         ("POST", f"{READ_PATH}/drop"),
         ("POST", f"{READ_PATH}/reset"),
     }

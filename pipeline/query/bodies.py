@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -17,13 +18,26 @@ _BODIES_HELD_MAX = 4
 """Request bodies in memory at once, counted in bodies of the largest size."""
 
 
+class _Coming:
+    """A body of which a part is in memory."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self.size = 0
+        self.timeout = timeout
+
+
 class RequestBodies:
-    """Reads request bodies of one encoding: each, and all together, are bounded."""
+    """Reads request bodies of one encoding: each, and all together, are bounded.
+
+    Where memory is short, the body that has been coming for longest makes room, so that clients that stop within a body
+    keep nobody out.
+    """
 
     def __init__(self, bytes_max: int, encoding: str = "identity") -> None:
         self._bytes_max = bytes_max
         self._encoding = encoding
         self._held = 0
+        self._coming: dict[_Coming, None] = {}
 
     @asynccontextmanager
     async def of(self, request: Request, *types: str) -> AsyncIterator[bytes]:
@@ -34,20 +48,37 @@ class RequestBodies:
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._bytes_max:
             raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
+        timeout = asyncio.timeout(None)
+        coming = _Coming(timeout)
+        self._coming[coming] = None
         try:
-            async for part in request.stream():
-                size += len(part)
-                self._held += len(part)
-                if size > self._bytes_max:
-                    raise self._too_large()
-                if self._held > self._bytes_max * _BODIES_HELD_MAX:
-                    raise Unavailable("too many request bodies are being worked on")
-                parts.append(part)
+            parts: list[bytes] = []
+            try:
+                async with timeout:
+                    async for part in request.stream():
+                        self._add(coming, len(part))
+                        parts.append(part)
+            except TimeoutError:
+                raise Unavailable("too many request bodies are coming, and this one for longest") from None
+            finally:
+                self._coming.pop(coming, None)
             yield b"".join(parts)
         finally:
-            self._held -= size
+            self._held -= coming.size
+
+    def _add(self, coming: _Coming, size: int) -> None:
+        coming.size += size
+        self._held += size
+        if coming.size > self._bytes_max:
+            raise self._too_large()
+        while self._held > self._bytes_max * _BODIES_HELD_MAX:
+            longest = next(iter(self._coming), coming)
+            if longest is coming:
+                raise Unavailable("too many request bodies are being worked on")
+            del self._coming[longest]
+            self._held -= longest.size
+            longest.size = 0
+            longest.timeout.reschedule(0)
 
     def _wrong_encoding(self) -> str:
         if self._encoding == "identity":

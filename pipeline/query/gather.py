@@ -153,6 +153,26 @@ class GatherService:
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
 
+    async def read(self, query: Query) -> tuple[Answer, float]:
+        """Return the answer of now, not encoded, and the seconds that it took. Raises as `answer`."""
+        with self._pool.slot():
+            begun_s, deadline_s = self.clock.monotonic_s(), self._pool.deadline_s()
+            waiting = Waiting(timeout_ms=max(1, int((deadline_s - begun_s) * 1_000)))
+            (answer,) = await self._read([(None, query)], waiting, deadline_s, allow_partial=None)
+            return answer, self.clock.monotonic_s() - begun_s
+
+    async def moved(self, since: Mapping[int, int] | None, timeout_s: float) -> Mapping[int, int]:
+        """Return the positions of the servers, as soon as one is another than in `since` or the time is over."""
+        return await self._servers.moved(since, timeout_s)
+
+    async def wait(self, request: Waiting) -> None:
+        """Wait for what the read asks to wait for. Raises as `answer`."""
+        if request.waits:
+            deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
+            asked = StatesAsked(PARTS_VERSION, [], max_staleness_ms=request.max_staleness_ms, timeout_ms=request.timeout_ms)
+            with self._pool.slot():
+                await self._gather(asked, deadline_s, request.after, allow_partial=None)
+
     async def _fresh_answers(self, queries: _Numbered, request: Waiting, *, allow_partial: bool | None) -> list[Answer]:
         deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
         most = part_most = request.max_staleness_ms

@@ -20,8 +20,11 @@ from pipeline.query.api import (
 )
 from pipeline.query.gather import GatherService
 from pipeline.query.openapi import READ_PATH, STREAM_PATH
+from pipeline.query.page import page_routes
 from pipeline.query.problems import Refused
 from pipeline.query.service import RenderViews
+from pipeline.query.streams import Streams
+from pipeline.query.streams_api import StreamView
 from pipeline.settings import QuerySettings
 
 _WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
@@ -36,21 +39,25 @@ def create_gather_app(
 ) -> Starlette:
     """Return the application of a server that merges what other servers have. It takes no writes."""
 
-    def refused(path: str, status: int, why: str, method: str = "POST") -> Route:
+    def refused(path: str, status: int, why: str) -> Route:
         async def refuse(_: Request) -> Response:
             raise Refused(status, why)
 
-        return Route(path, refuse, methods=[method])
+        return Route(path, refuse, methods=["POST"])
 
     no_writes = "this server only merges what others have: write to a server that runs with --ingest, or as `pipeline up`"
+    streams = Streams(service, settings, metrics, service.clock)
     routes = [
         Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
+        Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
         Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
+        *page_routes(),
         *operation_routes(metrics, service.status, lambda: service.ready),
         scrape_route(service, settings, render_views),
         *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
-        refused(STREAM_PATH, 501, "streams need a server that follows all partitions", "GET"),
     ]
-    return make_application(routes, settings, metrics, service.clock, observing(service, service.close), access=access)
+    app = make_application(routes, settings, metrics, service.clock, observing(service, service.close), access=access)
+    app.state.before_stop = streams.close
+    return app

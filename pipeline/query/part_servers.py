@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import ceil, inf
 from typing import NamedTuple, Protocol
 
@@ -108,6 +109,8 @@ class PartServers:
         self._metrics = metrics
         self._interval_s = interval_s
         self._time = LogTime()
+        self._noted = asyncio.Event()
+        """Set, and replaced, when a server has said which partitions it has, or has not answered."""
 
     # Which there are
 
@@ -142,6 +145,8 @@ class PartServers:
             if was_there:
                 _log.warning("%s does not answer: %s", known.server.url, error)
         self._metrics.set(m.GATHER_SERVER_UP, float(known.found is not None), known.server.url)
+        noted, self._noted = self._noted, asyncio.Event()
+        noted.set()
 
     async def _look_again(self, deadline_s: float) -> None:
         """Ask those that do not answer once more, unless they were asked a moment ago; wait for answers under way."""
@@ -177,6 +182,22 @@ class PartServers:
         for known, numbers in self._cover(range(self.partition_count()), ()).items():
             found |= {number: known.partitions[number] for number in numbers}
         return dict(sorted(found.items()))
+
+    async def moved(self, since: Mapping[int, int] | None, timeout_s: float) -> Mapping[int, int]:
+        """Return the position of each partition as `partitions` has it, as soon as one differs from `since`.
+
+        Without `since` return no positions, and after `timeout_s` those that are known. Raises as `partition_count`.
+        """
+        if since is None:
+            return {}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._positions() == since:
+                    await self._noted.wait()
+        return self._positions()
+
+    def _positions(self) -> dict[int, int]:
+        return {number: it.next_offset for number, it in self.partitions().items()}
 
     def _cover(self, numbers: Iterable[int], without: Iterable[_KnownServer]) -> dict[_KnownServer, list[int]]:
         """Return which server to ask for which partitions: the fresher one by whole seconds, of equals the first."""

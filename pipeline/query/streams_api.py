@@ -11,6 +11,7 @@ import pipeline.metrics as m
 from pipeline.errors import Invalid
 from pipeline.metrics import Metrics
 from pipeline.query.access import Access
+from pipeline.query.gather import GatherService
 from pipeline.query.params import parse_read
 from pipeline.query.service import ReadService
 from pipeline.query.streams import Streams
@@ -31,7 +32,9 @@ _HEADERS = [
 class StreamView:
     """The route, as a plain ASGI application."""
 
-    def __init__(self, streams: Streams, service: ReadService, settings: QuerySettings, metrics: Metrics) -> None:
+    def __init__(
+        self, streams: Streams, service: ReadService | GatherService, settings: QuerySettings, metrics: Metrics
+    ) -> None:
         self._streams = streams
         self._service = service
         self._settings = settings

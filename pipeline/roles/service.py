@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pipeline.metrics as m
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.adapters.tokens_file import TokensFile
 from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
+from pipeline.ingest.openmetrics import parse_pushed
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest
 from pipeline.query.access import Access
@@ -27,6 +27,7 @@ from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.gather_api import create_gather_app
 from pipeline.query.reader import ViewReader
+from pipeline.roles.descriptors import raise_limit
 from pipeline.roles.http_server import HttpServer, bind, url_of
 from pipeline.settings import QuerySettings
 from pipeline.threads import guarded
@@ -106,6 +107,7 @@ class Service(Generic[RoleT]):
         """The error that ended the role."""
         self._accept_loss = config.worker.accept_loss
         self._ready = False
+        raise_limit()  # before a role opens files
         self._metrics = metrics = PrometheusMetrics()
         self._data = config.log.data
         metrics.show_info(name)
@@ -117,7 +119,8 @@ class Service(Generic[RoleT]):
             self.role.stop()
             raise
         self.url = url_of(self._listener)
-        self._server = HttpServer(make_app(self.role, metrics, access), self._listener)
+        app = make_app(self.role, metrics, access)
+        self._server = HttpServer(app, self._listener, config.query, metrics)
         metrics.before_render = self._measure
 
     def run(self, on_ready: Callable[[str], None] = _ignore) -> int:
@@ -206,7 +209,7 @@ def worker_service(
 
     service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
-    wildcard = config.query.host in ("0.0.0.0", "::")
+    wildcard = config.query.host in ("0.0.0.0", "::")  # nosec B104  # binds nothing
     service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
     return service
 

@@ -234,6 +234,11 @@ class QuerySettings(_Checked):
         "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
         "Without it every request may do everything",
     )
+    insecure: bool = _setting(
+        False,
+        "listen beyond loopback without a `tokens_file`, for a network without strangers: whoever reaches the port may "
+        "do everything. For StatsD, which knows no tokens, it is needed in any case",
+    )
     allowed_hosts: str = _setting(
         "",
         "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "
@@ -324,7 +329,47 @@ class QuerySettings(_Checked):
     compress_bytes_min: int = _setting(
         1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
     )
-    connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
+    sockets_max: int = _setting(
+        4_096,
+        "open connections, at most half of the files that the process may open; at the limit the connection that has waited "
+        "longest for its client makes room, and where none waits a few more are taken for health and metrics only",
+        least=1,
+        most=65_536,
+    )
+    sockets_per_address_max: int = _setting(
+        3_072, "open connections from one address, or from one IPv6 network of 64 bits; the same", least=1, most=65_536
+    )
+    head_bytes_max: int = _setting(
+        65_536,
+        "bytes of a request's line and headers together, and of the trailers behind a chunked body; more is refused with "
+        "431 (or 414, if the URL alone is larger), and the connection is closed",
+        least=1_024,
+        most=65_536,
+    )
+    idle_timeout_ms: int = _setting(60_000, "a connection without a request for so long is closed", least=100)
+    head_timeout_ms: int = _setting(
+        10_000,
+        "time for the whole head of a request, from its first byte, or for a connection's first from the start; then 408",
+        least=100,
+    )
+    body_timeout_ms: int = _setting(
+        60_000, "time for the whole body of a request, from the end of its head; then 408", least=100
+    )
+    write_timeout_ms: int = _setting(
+        30_000, "a client that takes neither 64 KB of its answer nor the rest within this time is cut off", least=100
+    )
+    buffered_bytes_max: int = _setting(
+        268_435_456,
+        "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond "
+        "it the client that reads most slowly is cut off",
+        least=1_048_576,
+    )
+    connections_max: int = _setting(
+        1_000,
+        "open requests whose bodies are there, without streams; one more is refused with 503, but for `/healthz`, `/readyz` "
+        "and `/metrics`",
+        least=1,
+    )
     streams_max: int = _setting(2_000, "open streams, beside `connections_max`; one more is refused with 503", least=1)
     stream_queries_max: int = _setting(
         100, "different reads that are streamed, each computed once a commit; one more is refused with 503", least=1

@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import pytest
 
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import render_views
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from pipeline.ingest.openmetrics import parse_pushed
 from pipeline.metrics import NO_METRICS
 from pipeline.query.api import create_app
 from pipeline.query.cross_origin import CrossOriginProtection

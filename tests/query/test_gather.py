@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.metrics as m
+from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpLogWriter, HttpReader
 from pipeline.adapters.http_parts import HttpPart
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
@@ -40,6 +41,7 @@ from pipeline.query.media import encode_body
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest
 from pipeline.query.part_servers import PartServers
 from pipeline.query.reader import ViewReader
+from pipeline.query.streams import Streams
 from pipeline.roles.gather import Gatherer
 from pipeline.settings import QuerySettings
 from tests.query.support import Part, Server, World, running, serving
@@ -571,13 +573,56 @@ def test_over_http() -> None:
         for path in ("/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/views/hits/drop"):
             assert "--ingest" in merging.problem(405, merging.request("POST", path, b"[]"))
         assert "remote reads" in merging.problem(501, merging.request("POST", "/api/v1/read", b""))
-        with pytest.raises(Unavailable, match="HTTP 501: streams need a server that follows all partitions"):
-            next(reader.watch("hits"))
+        assert next(reader.watch("hits", by=[], after=token)).value() == 1115
+        with pytest.raises(NotReady, match="partition 1 is at 1, not at 5"):
+            next(reader.watch("hits", after=world.token({1: 5}), timeout_ms=300))
+        assert b"<title>" in merging.get("/").body
         writer = HttpLogWriter(url)
         with pytest.raises(Unavailable, match="a gatherer takes no batches"):
             writer.partition_count("deltas")
         with gatherer(url) as second, HttpReader(second) as other, pytest.raises(Unavailable, match="gives no states"):
             other.get("hits", timeout_ms=3_000)
+
+
+def test_streams(small: World) -> None:
+    """A stream has what all servers have, moves with each of them, and says which partitions it lacks meanwhile."""
+    parts = [LocalPart("one", small.part(0, 1)), LocalPart("two", small.part(2, 3))]
+    service = gather_of(parts, SystemClock())
+    query = Query("hits", by=())
+
+    async def stream() -> None:
+        observing = asyncio.create_task(service.observe())
+        streams = Streams(service, SETTINGS, m.NO_METRICS, service.clock)
+        async with asyncio.timeout(60), streams.open(query) as events:
+            total = (await until(events, "answer", lambda it: True))["series"][0]["value"]
+            for number, own in ((0, 10), (3, 100)):
+                small.append(number, HITS, {("new",): own})
+                small.fold(number)
+                total += own
+                await until(events, "update", lambda it: [it["value"] for it in it.get("changed", [])], [total])
+            parts[1].error = Unavailable("gone")
+            await until(events, "problem", lambda it: "partitions 2, 3 are missing" in it["detail"])
+            parts[1].error = None
+            await until(events, "answer", lambda it: it["series"][0]["value"], total)
+        before = await service.moved({}, 60)
+        moving = asyncio.create_task(service.moved(before, 60))
+        await asyncio.sleep(0)  # it waits by then
+        small.append(1, HITS, {("new",): 1})
+        small.fold(1)
+        async with asyncio.timeout(30):
+            assert await moving == {**before, 1: before[1] + 1}
+        observing.cancel()
+
+    async def until(events: AsyncIterator[bytes], name: str, get: Callable[[Any], Any], wanted: Any = True) -> Any:
+        async for event in events:
+            fields = dict(line.split(b": ", 1) for line in event.splitlines() if line)
+            data = msgspec.json.decode(fields[b"data"])
+            if fields[b"event"].decode() == name and get(data) == wanted:
+                return data
+        raise AssertionError("the stream has ended")
+
+    asyncio.run(stream())
+    service.close()
 
 
 @pytest.mark.parametrize("urls", [[], ["ftp://a"], ["http://a:1", "http://a:1/"], ["http://a"] * 300])

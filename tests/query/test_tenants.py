@@ -456,6 +456,8 @@ def test_pushed_metrics_outside_are_left_out(market: Tenants) -> None:
     found = market.ask("all", "/v1/views/shop_push", ("after", token_of(reply))).json()["series"]
     assert [it["labels"] for it in found] == [{"team": "a"}]
     assert "other_push" not in names_of(market)
+    grouped = market.ask("a", "/metrics/job/x/team/b", body=b"shop_group 1\n", Content_Type="text/plain; version=0.0.4")
+    assert grouped.status == 403
     keyed = market.ask("a", "/v1/openmetrics", body=text, Content_Type="text/plain; version=0.0.4", Idempotency_Key="p")
     assert keyed.status == 403
     none = market.ask("a", "/v1/openmetrics", body=b"other_push 1\n", Content_Type="text/plain; version=0.0.4")

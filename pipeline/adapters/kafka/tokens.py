@@ -17,7 +17,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.secret import Secret, read_secret, redacted_url, revealed
 
-TOKEN_FILE = "sasl.oauthbearer.token_file"
+TOKEN_FILE = "sasl.oauthbearer.token_file"  # nosec B105  # the name of an option
 """Our own option beside those of librdkafka: the file of a token, which another program renews."""
 CALLBACK = "oauth_cb"
 """Option of confluent_kafka: a function that is given a text and returns (token, time of its end in seconds, ...)."""

@@ -239,7 +239,7 @@ class Contents:
             self._damaged("another schema")
         roots = []
         for table in _ROOTS:
-            for crc, encoded in self._rows(f"SELECT crc, value FROM {table}"):
+            for crc, encoded in self._rows(f"SELECT crc, value FROM {table}"):  # nosec B608  # names of this module
                 if self._is_whole(crc, b"", table, encoded):
                     roots.append(_decode_root(encoded))
         if len(roots) != len(_ROOTS) or roots[0] != roots[1]:
@@ -290,7 +290,7 @@ def create(folder: Path, root: Root, *, fsync: bool) -> Database:
         try:
             connection.executescript("PRAGMA auto_vacuum=INCREMENTAL; BEGIN;" + ";".join(_SCHEMA))
             for table in _ROOTS:
-                connection.execute(f"INSERT INTO {table} VALUES (?, ?)", _root_row(table, root))
+                connection.execute(f"INSERT INTO {table} VALUES (?, ?)", _root_row(table, root))  # nosec B608
             connection.execute("COMMIT")
         finally:
             connection.close()
@@ -326,7 +326,7 @@ class Database:
 
     def _load(self) -> None:
         assert self._connection is not None
-        [[encoded]] = self._connection.execute(f"SELECT value FROM {_ROOTS[0]}").fetchall()
+        [[encoded]] = self._connection.execute(f"SELECT value FROM {_ROOTS[0]}").fetchall()  # nosec B608
         self.root = _decode_root(encoded)
         """The root as of the last transaction."""
         rows = self._connection.execute("SELECT partition, sequence, id, entry_count, length(value), crc FROM batches")
@@ -353,7 +353,7 @@ class Database:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 for table in _ROOTS:
-                    self._connection.execute(f"UPDATE {table} SET crc = ?, value = ?", _root_row(table, root))
+                    self._connection.execute(f"UPDATE {table} SET crc = ?, value = ?", _root_row(table, root))  # nosec B608
                 self._connection.execute("COMMIT")
                 self.root = root
                 self._store_seal()  # before anybody acts on this transaction
