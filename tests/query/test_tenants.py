@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import Publisher, Reader
 from pipeline.adapters.prometheus import render_views
+from pipeline.core.answer import MemberStatus, PartitionStatus, Status
 from pipeline.core.codec import encode_batch
 from pipeline.core.frames import encode_frames
 from pipeline.core.grants import Bounds
 from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_suffix
 from pipeline.errors import Forbidden
 from pipeline.query.gather_api import create_gather_app
+from pipeline.query.tenants import status_within
 from pipeline.roles.gather import Gatherer
 from pipeline.settings import QuerySettings
 from tests.query.support import SECRET, Reply, Server, World, running, serving
@@ -476,3 +479,17 @@ def test_bounds_are_what_they_say(view: str, views: list[str], labels: dict[str,
     named = not views or any(view.startswith(it[:-1]) if it.endswith("*") else it == view for it in views)
     assert (bounds.refusal(view, labels) == "") is (named and bound.items() <= labels.items())
     assert bounds.has(Definition(view, "sum", tuple(labels))) is (named and bound.keys() <= labels.keys())
+
+
+def test_a_status_is_cut() -> None:
+    """A tenant learns how far partitions are, and no name of an app, a worker, a server or a member."""
+    partition = PartitionStatus(partition=0, phase="folding", next_offset=7, lag=1, owner="w1", topic_id="t")
+    member = MemberStatus("w1", "http://10.0.0.1", [0])
+    status = Status(ready=True, partition_count=1, partitions=[partition], app="shop", name="w1", members=[member])
+    assert status_within(status, None) is status
+    cut = msgspec.json.encode(status_within(status, Bounds(("shop_*",))))
+    assert json.loads(cut) == {
+        "ready": True,
+        "partition_count": 1,
+        "partitions": [{"partition": 0, "phase": "folding", "next_offset": 7, "lag": 1, "topic_id": "t"}],
+    }
