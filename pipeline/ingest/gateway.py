@@ -37,7 +37,7 @@ from pipeline.ingest.definitions import DefinitionFinder, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
-from pipeline.publisher.batching import Pending, partition_of, seal
+from pipeline.publisher.batching import Pending, drafts_of, partition_of, seal
 from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
@@ -242,8 +242,9 @@ class Gateway:
                 merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
                 most = min(self._settings.batch_bytes_max, bytes_max)
                 sizes = {"partition_count": partition_count, "batch_bytes_max": most}
-                with self._lock:
-                    sealed = seal(merged, self._outbox, **sizes, now_ms=now_ms, spreads=spreads, turn=turn)
+                drafts = drafts_of(merged, **sizes, spreads=spreads, turn=turn)
+                with self._lock:  # not for longer: other requests wait for it
+                    sealed = seal(drafts, self._outbox, now_ms=now_ms)
             for batch in sealed:
                 if len(batch.value) > bytes_max:
                     self._settle(sealed, key)

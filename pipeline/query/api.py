@@ -33,10 +33,11 @@ from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest
 from pipeline.query.access import Access, needed_of
-from pipeline.query.bodies import BATCHES_TYPE, RequestBodies
+from pipeline.query.bodies import BATCHES_TYPE, BodyRoom, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.deltas import parse_deltas
 from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
@@ -44,7 +45,7 @@ from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, NDJSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
 from pipeline.query.page import page_routes
-from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.push_api import ParsePushed, Pushes, Take, Work
 from pipeline.query.reader import ViewReader
@@ -62,6 +63,8 @@ _INGEST_THREADS = 16
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _TICK_S = 5.0
+_ORDER_BYTES_MAX = 2**18
+"""Largest body of an order about a view, of a replay of dead letters, and of a request for states."""
 
 
 class ExposedMetrics(Metrics, Protocol):
@@ -112,26 +115,27 @@ def create_app(
         ingest_threads.shutdown(wait=False)
         left_out.close()
 
-    read = ReadEndpoint(service, settings)
+    read, room = ReadEndpoint(service, settings), BodyRoom(settings, metrics)
     streams = Streams(service, settings, metrics, reader.clock)
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, room), methods=["POST"]),
         *page_routes(),
     ]
     routes += operation_routes(metrics, lambda: _completed(status(), reader, left_out), ready)
-    routes.append(_states_route(service, settings))
+    routes.append(_states_route(service, room))
     if render_views is not None:
-        routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
+        routes += [scrape_route(service, settings, render_views), _remote_read_route(service, room)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = partial(_take, RequestBodies(settings.body_bytes_max), ingest_threads)
+        take = partial(_take, room, RequestBodies(room, settings.body_bytes_max), ingest_threads)
+        order = partial(_take, room, RequestBodies(room, min(settings.body_bytes_max, _ORDER_BYTES_MAX)), ingest_threads)
         routes += _write_routes(ingest, settings, keys, take)
-        routes += _order_routes(ControlService(reader, ingest), keys, take)
+        routes += _order_routes(ControlService(reader, ingest), keys, order)
         if letters is not None:
-            routes += letter_routes(letters, settings, ingest_threads, take)
+            routes += letter_routes(letters, settings, ingest_threads, order)
         if parse_pushed is not None:
             routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
     app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)
@@ -219,10 +223,10 @@ class ReadEndpoint:
 class QueryEndpoint:
     """`POST /v1/query` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings, room: BodyRoom) -> None:
         self._service = service
         self._settings = settings
-        self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+        self._bodies = RequestBodies(room, min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.of(Request(scope, receive), JSON) as body:
@@ -296,8 +300,8 @@ def scrape_route(service: ReadService | GatherService, settings: QuerySettings, 
     return Route("/v1/openmetrics", scrape)
 
 
-def _remote_read_route(service: ReadService) -> Route:
-    bodies = RequestBodies(REQUEST_BYTES_MAX, encoding="snappy")
+def _remote_read_route(service: ReadService, room: BodyRoom) -> Route:
+    bodies = RequestBodies(room, REQUEST_BYTES_MAX, encoding="snappy")
 
     async def remote_read(request: Request) -> Response:
         try:
@@ -312,8 +316,8 @@ def _remote_read_route(service: ReadService) -> Route:
     return Route("/api/v1/read", remote_read, methods=["POST"])
 
 
-def _states_route(service: ReadService, settings: QuerySettings) -> Route:
-    bodies = RequestBodies(settings.body_bytes_max)
+def _states_route(service: ReadService, room: BodyRoom) -> Route:
+    bodies = RequestBodies(room, _ORDER_BYTES_MAX)
 
     async def states(request: Request) -> Response:
         async with bodies.of(request, STATES_TYPE) as body:
@@ -340,10 +344,12 @@ def _completed(status: Status, reader: ViewReader, left_out: LeftOut) -> Status:
     return status
 
 
-async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str) -> Response:
+async def _take(
+    room: BodyRoom, bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str
+) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
     async with bodies.of(request, *types) as body:
-        done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
+        done = await room.work(request, body, threads, partial(work, body, request.headers))
     return _json(_encode(done))
 
 
@@ -355,7 +361,9 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
             return Accepted(len(deltas), str(ingest.deltas(deltas, key)))
 
     def take_batches(bounds: Bounds | None, body: bytes, headers: Headers) -> BatchesAccepted:
-        batches = decode_frames(body)
+        batches = decode_frames(body, settings.batches_max + 1)
+        if len(batches) > settings.batches_max:
+            raise Refused(413, f"too many batches in one request; at most {settings.batches_max}")
         next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""), bounds)
         return BatchesAccepted(next_offsets, str(token))
 

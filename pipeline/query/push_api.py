@@ -87,7 +87,7 @@ class Pushes:
             most = self._settings.deltas_max
             pushed = self._parse(body, content_type, most, self._settings.openmetrics_line_bytes_max, grouping)
             if not pushed.whole:
-                raise Refused(413, f"too many samples in one request; at most {most}")
+                raise Refused(413, f"too many samples or types in one request; at most {most}")
             pushed = pushed_within(pushed, bounds, whole=key is not None)
             token, unfit = self._ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
             return self._answer(pushed, token, unfit)

@@ -17,9 +17,10 @@ from pipeline.core.record import Definition
 from pipeline.core.span import FILLS, AskedRange
 from pipeline.query.controls import DefinitionChoice
 from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
+from pipeline.query.deltas import _Delta
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
 from pipeline.query.openapi import openapi_document
-from pipeline.query.params import PER_QUERY, WAITS, _Delta
+from pipeline.query.params import PER_QUERY, WAITS
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
 from tests.support import examples
