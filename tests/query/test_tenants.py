@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from pipeline.settings import QuerySettings
 from tests.query.support import SECRET, Reply, Server, World, running, serving
 from tests.query.test_access import access_of, entry, write
 from tests.query.test_remote_read import HEADERS, read_body, results
-from tests.support import examples
+from tests.support import again_and_again, examples
 
 MINUTE_MS = 60_000
 SHOP = {"views": ("shop_*",)}
@@ -53,11 +54,17 @@ HIDDEN = ("shop_plain", "other_hits", "shop_nothing")
 """Views that are not there for token `a`: without its label, outside its views, and not there at all."""
 
 
+def published_hits(world: World) -> None:
+    """Put series of three teams into every partition."""
+    for number in range(len(world.partitions)):
+        world.append(number, HITS, {(path, team): 10**number * (1 + ord(path)) for path in "xyz" for team in "abc"})
+    world.fold()
+
+
 def published(world: World) -> None:
     """Fill a world with views of two teams, and of nobody."""
+    published_hits(world)
     for number in range(len(world.partitions)):
-        pairs = {(path, team): 10**number * (1 + ord(path)) for path in "xyz" for team in "abc"}
-        world.append(number, HITS, pairs)
         starts = (0, MINUTE_MS, 3 * MINUTE_MS)
         for start_ms in starts:
             rows = {(team, zone): start_ms // 1_000 + number + ord(team) for team in "ab" for zone in ("1", "2")}
@@ -209,6 +216,35 @@ def test_answers_are_not_shared_beyond_the_bounds(server: Tenants, who: str) -> 
             assert server.ask(name, path, *query, If_None_Match=tag).status == (304 if name == other else 200)
 
 
+def test_tenants_at_once_never_meet(tokens: Path) -> None:
+    """While commits come and equal reads share what is computed, each answer has series of its own tenant only."""
+    world = World(2, settings=QuerySettings(stream_heartbeat_ms=100))
+    published_hits(world)
+    wrong: list[object] = []
+    with serving(world, access=access_of(tokens)) as at, ExitStack() as stack:
+        market = Tenants(world, at.port)
+
+        def read(who: str, expected: set[str]) -> None:
+            for number in range(40):
+                query = [("by", "team")] if number % 2 else [("where", "team=~.*"), ("limit", "2"), ("cursor", "")]
+                reply = market.ask(who, "/v1/views/shop_hits", *query, Accept="application/json")
+                found = {it["labels"]["team"] for it in reply.json()["series"]}
+                if not found or not found <= expected:
+                    wrong.append((who, found))
+
+        def commit() -> None:
+            world.append(0, HITS, {("x", team): 1 for team in "abc"})
+            world.fold()
+
+        stack.enter_context(again_and_again(commit, 0.01))
+        threads = [threading.Thread(target=read, args=it) for it in (("a", {"a"}), ("b", {"b"}), ("all", {*"abc"})) * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
 @pytest.mark.parametrize("which", ["server", "gathered"])
 @pytest.mark.parametrize("who", ["a", "label"])
 def test_views_outside_are_as_if_they_were_not_there(which: str, who: str, request: pytest.FixtureRequest) -> None:
@@ -224,9 +260,10 @@ def test_views_outside_are_as_if_they_were_not_there(which: str, who: str, reque
             server.ask(who, f"/v1/views/{view}", ("kind", "max")),
             server.ask(who, "/v1/query", body=body),
             server.ask(who, "/v1/openmetrics", ("view", view)),
+            server.ask(who, f"/v1/views/{view}/stream"),
         ]
         if which == "server":
-            replies += [server.ask(who, f"/v1/views/{view}/stream"), server.ask(who, f"/v1/views/{view}", ("cursor", ""))]
+            replies.append(server.ask(who, f"/v1/views/{view}", ("cursor", "")))
         assert {it.status for it in replies} == {404}
         answers[view] = [(it.status, it.body.decode().replace(view, "VIEW")) for it in replies]
         assert not any(re.search(r"is it|shop_(hits|plain)|other_", text) for _, text in answers[view])
@@ -294,8 +331,10 @@ def test_a_cursor_is_of_its_token(server: Tenants) -> None:
             assert server.ask(who, path, *query, *more, ("cursor", first["next_cursor"])).status == 400
 
 
-def test_a_watch_sees_what_is_within_bounds(server: Tenants) -> None:
+@pytest.mark.parametrize("which", ["server", "gathered"])
+def test_a_watch_sees_what_is_within_bounds(which: str, request: pytest.FixtureRequest) -> None:
     """Streams of the same read have a channel for each tenant."""
+    server: Tenants = request.getfixturevalue(which)
     readers = {who: Reader(server.url, token=f"token-{who}") for who in ("all", "a", "b")}
     watches = {who: reader.watch("shop_hits", by=["team"]) for who, reader in readers.items()}
     for _ in range(2):
