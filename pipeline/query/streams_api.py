@@ -43,7 +43,9 @@ class StreamView:
         metrics.inc(m.STREAMS_STALLED, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings)
+        request = parse_read(
+            scope["path_params"]["view"], scope["query_string"], self._settings, bounds=scope["grant"].bounds
+        )
         if request.query.range.compare_ms is not None or request.cursor is not None or request.allow_partial:
             raise Invalid("compare, cursor and allow_partial are not for streams")
         last_id = b"".join([value for name, value in scope["headers"] if name == b"last-event-id"]).decode("latin-1")
