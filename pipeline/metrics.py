@@ -180,6 +180,9 @@ REQUESTS_REFUSED = Metric(
     " site.",
     ("reason",),
 )
+BODIES_REFUSED = Metric(
+    "pipeline_bodies_refused_total", "counter", "Requests refused because of the bodies of others.", ("limit",)
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

@@ -277,7 +277,25 @@ class QuerySettings(_Checked):
         16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
     )
     deltas_max: int = _setting(
-        100_000, "deltas in one POST /v1/deltas, samples in one POST /v1/openmetrics; more is refused with 413", least=1
+        100_000,
+        "deltas in one POST /v1/deltas; samples, and as many types, in one POST /v1/openmetrics; more is refused with 413",
+        least=1,
+    )
+    batches_max: int = _setting(1_000, "batches in one POST /v1/batches; more is refused with 413", least=1)
+    bodies_bytes_max: int = _setting(
+        67_108_864,
+        "memory of all request bodies; three quarters of it are for those over `large_body_bytes`; one more is refused with "
+        "503",
+        least=33_554_432,
+    )
+    large_body_bytes: int = _setting(
+        102_400, "a larger body waits until fewer than `large_bodies_max` of its like are worked on", least=1_024
+    )
+    large_bodies_max: int = _setting(
+        2,
+        "large bodies that are decoded and appended at once; one that waits for 10 s is refused with 503",
+        least=1,
+        most=16,
     )
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
