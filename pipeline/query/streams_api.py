@@ -52,6 +52,9 @@ class StreamView:
         await self._service.wait(request)
         async with self._streams.open(request.query, last_id) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
             sending = asyncio.create_task(self._send(events, send))
             leaving = asyncio.create_task(_disconnected(receive))
             try:
