@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -41,7 +42,7 @@ from pipeline.cli.tokens import tokens
 from pipeline.cli.topics import topics
 from pipeline.cli.views import views
 from pipeline.cli.watch import watch
-from pipeline.errors import Exit, PipelineError
+from pipeline.errors import Exit, Invalid, PipelineError
 
 app = typer.Typer(
     name="pipeline",
@@ -253,10 +254,20 @@ def publish(
     ts: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="For kind last or windows: when; ms since 1970, or RFC 3339.")
     ] = None,
+    ts_unit: Annotated[
+        str | None, typer.Option(metavar="UNIT", help="Of numbers in the --ts column: s, ms, us or ns. Default: ms.")
+    ] = None,
     window_s: _Windows = None,
     retention_s: _Retention = None,
     spread: _Spread = None,
     format_: _Format = None,
+    delimiter: Annotated[
+        str | None, typer.Option(metavar="CHAR", help="Between the cells of a CSV: one character, or tab. Default: a comma.")
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the text, such as latin-1. Default: its byte order mark's, or UTF-8."),
+    ] = None,
     monotone: Annotated[
         bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
     ] = False,
@@ -274,12 +285,14 @@ def publish(
         pipeline publish revenue --value amount --labels region,product sales.csv
         pipeline publish logins --labels country=Land --format ndjson - < events.log
         pipeline publish price --kind last --value price --ts at --labels symbol quotes.csv
-        pipeline publish visits --window-s 60 --retention-s 2592000 --ts at --labels page visits.csv
+        pipeline publish visits --window-s 60 --retention-s 2592000 --ts at --ts-unit s --labels page visits.csv.gz
+        pipeline publish sales --value Betrag --labels Land --delimiter ';' --encoding cp1252 sales.csv
 
-    Each row is one delta. A CSV begins with a header line. Ints are exact at any size; other numbers are floats. For kind
-    last, a CSV cell that is a JSON number, true, false, null or quoted text is that, and anything else is text.
-    With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
-    letters. Without --window-s or --retention-s they are as the server knows the view.
+    Input that is packed with gzip or zstd is unpacked. Lines end with LF, CR LF or CR. Each row is one delta. A CSV begins
+    with a header line. Ints are exact at any size; other numbers are floats. For kind last, a CSV cell that is a JSON
+    number, true, false, null or quoted text is that, and anything else is text. With --window-s each row is in the window
+    of its time, that of --ts, or now. Rows whose windows have expired become dead letters. Without --window-s or
+    --retention-s they are as the server knows the view.
 
     A bad line ends the run (exit code 1). Of a file nothing is published then: all of it is checked before the first row
     is sent. A pipe can't be read twice: its rows go as they come, so those before the bad line are published, and the
@@ -306,6 +319,9 @@ def publish(
         window_s=window_s,
         retention_s=retention_s,
         spread=spread,
+        delimiter=delimiter,
+        encoding=encoding,
+        ts_unit=ts_unit,
     )
     config = load(set_)
     raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka, config.client))
@@ -432,10 +448,22 @@ app.add_typer(tokens, name="tokens", help="Add, list or revoke the access tokens
 app.add_typer(spool, name="spool", help="Show what publishers left on disk, or send it.")
 
 
+def _not_utf8() -> str | None:
+    """Return the first argument of the command line whose bytes are no UTF-8."""
+    return next((it for it in sys.argv[1:] if not it.isascii() and any("\ud800" <= c <= "\udfff" for c in it)), None)
+
+
 def run() -> None:
     """Run the command of this process' arguments."""
     try:
         app(prog_name="pipeline")
+    except UnicodeError:
+        wrong = _not_utf8()  # names of files may be, but no other argument
+        if wrong is None:
+            raise
+        from pipeline.cli import console
+
+        raise SystemExit(console.explain(Invalid(f"an argument that is not UTF-8: {wrong!r:.200}"))) from None
     except PipelineError as error:
         from pipeline.cli import console
 
