@@ -166,7 +166,7 @@ class Guard:
             self._admit(scope)
             if view and self._read is not None:
                 scope["endpoint"] = self._read
-                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=False)
+                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=True)
                 await self._read.answer(view, scope, noting)
             else:
                 await self._app(scope, receiving, noting)

@@ -18,6 +18,7 @@ import pipeline.metrics as m
 from pipeline.core.answer import Answer, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.gathered import decode_asked, encode_part
+from pipeline.core.grants import Bounds
 from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError
@@ -246,25 +247,36 @@ class ReadService:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
-    async def views(self, headers: ReadHeaders) -> Encoded:
-        """Return all views, encoded."""
-        body = await self._pool.bounded(self._pool.run, lambda: _encode(self._reader.views()))
+    async def views(self, headers: ReadHeaders, bounds: Bounds | None = None) -> Encoded:
+        """Return all views within bounds, encoded."""
+        body = await self._pool.bounded(self._pool.run, lambda: _encode(self._reader.views(bounds)))
         parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
         return plain_json(parts, coding)
 
     async def scrape(
-        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+        self,
+        views: Sequence[str],
+        render: RenderViews,
+        accept: str,
+        *,
+        windowed: bool = True,
+        bounds: Bounds | None = None,
     ) -> tuple[bytes, str]:
-        """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
-        deadline_s = self._pool.deadline_s()
-        return await self._pool.bounded(
-            self._pool.run, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
-        )
+        """Return all views within bounds, or these, as `render` writes them.
 
-    async def remote_read(self, body: bytes) -> bytes:
+        Raises as `ViewReader.scrape`; `Unavailable` without room.
+        """
+        deadline_s = self._pool.deadline_s()
+
+        def scrape() -> tuple[bytes, str]:
+            return render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s, bounds=bounds), accept)
+
+        return await self._pool.bounded(self._pool.run, scrape)
+
+    async def remote_read(self, body: bytes, bounds: Bounds | None = None) -> bytes:
         """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
         deadline_s = self._pool.deadline_s()
-        return await self._pool.bounded(self._pool.run, lambda: self._remote.answer(body, deadline_s=deadline_s))
+        return await self._pool.bounded(self._pool.run, lambda: self._remote.answer(body, bounds, deadline_s=deadline_s))
 
     async def states(self, body: bytes) -> bytes:
         """Return what a server that merges several asks for; see `core.gathered`. Raises as `answer`."""
