@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 REQUEST_BYTES_MAX = 4 * 2**20
 """Size up to which batches share a request; a server accepts at least one batch of `batch_bytes_max`."""
+REQUEST_BATCHES_MAX = 1_000
+"""Batches that share a request at most: as many as a server takes, unless its `batches_max` is another."""
 PARTITION_COUNT_TTL_S = 30.0
 _STATUS_S = 10.0
 T = TypeVar("T")
@@ -131,7 +133,8 @@ class HttpLogWriter:
             start = 0
             while start < len(own):
                 stop, size = start, 0
-                while stop < len(own) and (stop == start or size + len(own[stop].value or b"") < REQUEST_BYTES_MAX):
+                end = min(len(own), start + REQUEST_BATCHES_MAX)
+                while stop < end and (stop == start or size + len(own[stop].value or b"") < REQUEST_BYTES_MAX):
                     size += len(own[stop].value or b"")
                     stop += 1
                 out += self._send(own[start:stop], secret, deadline)

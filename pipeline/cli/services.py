@@ -64,6 +64,7 @@ def run_gather(config: Config, urls: Sequence[str], *, as_json: bool) -> int:
 
 
 def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json: bool, has_data: bool = True) -> int:
+    os.umask(0o077)  # also for the files that RocksDB makes
     return_memory()
     bars = RestoreBars()
     service = make(bars)

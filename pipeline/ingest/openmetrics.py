@@ -77,7 +77,7 @@ def parse_pushed(
     line_bytes_max: int,
     grouping: Mapping[str, str] | None = None,
 ) -> Pushed:
-    """Parse a text line by line, up to `samples_max` samples.
+    """Parse a text line by line, up to `samples_max` samples and as many declarations of types.
 
     The media type decides between OpenMetrics and the Prometheus text format, which is the default. Each sample gets the
     labels of `grouping`, in place of labels of its own with these names.
@@ -98,7 +98,7 @@ def parse_pushed(
             if delta is not None:
                 deltas.append(delta)
                 lines.append(number)
-        if len(deltas) + len(refused) > samples_max:
+        if max(len(deltas) + len(refused), reader.type_count) > samples_max:
             return Pushed(deltas, lines, refused, whole=False)
     if reader.unended and number:
         refused.append(Refusal(number, "eof", "there is no # EOF: some of it may be missing"))
@@ -123,6 +123,8 @@ class _Reader:
         self._roles: dict[str, _Role] = {}
         self._type_text = ""
         """The last declaration of a type: a repeat changes nothing."""
+        self.type_count = 0
+        """Number of declarations of types that were read."""
 
     @property
     def unended(self) -> bool:
@@ -148,6 +150,7 @@ class _Reader:
         return None
 
     def _note_type(self, text: str) -> None:
+        self.type_count += 1
         found = _TYPE.match(text)
         roles = _ROLES.get(found[2]) if found else None
         if found is None or roles is None:
