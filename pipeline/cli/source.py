@@ -40,7 +40,7 @@ _BOMS = (
 _BOM_CHARACTER = "\ufeff"
 _CR_AS_LF = bytes.maketrans(b"\r\n", b"\n\r")
 _BAD = "\udcff"
-"""What stands for bytes that are none of their encoding: it becomes bytes that are none of UTF-8, so its row is bad."""
+"""A stand-in for bytes that are none of their encoding: it becomes bytes that are none of UTF-8, so its row is bad."""
 _BAD_BYTES = "pipeline.bad_bytes"
 codecs.register_error(_BAD_BYTES, lambda error: (_BAD, error.end if isinstance(error, UnicodeDecodeError) else 0))
 

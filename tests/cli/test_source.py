@@ -74,7 +74,7 @@ def split(data: bytes) -> tuple[bytes, bytes]:
 )
 @pytest.mark.parametrize("size", [0, 1, 100_000])
 def test_packed_input_is_its_content(pack: object, size: int) -> None:
-    """What is packed is known by its first bytes; all members count, whatever their number, and padding does not."""
+    """Packed input is known by its first bytes; all members count, of any number, and padding does not."""
     data = "".join(f"{number},{number * 7}\n" for number in range(size)).encode()
     assert callable(pack)
     assert b"".join(lines_of(pack(data))) == data
