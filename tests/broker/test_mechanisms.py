@@ -17,26 +17,28 @@ from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.errors import Invalid, Unavailable
+from pipeline.adapters.kafka.writer import KafkaLogWriter
+from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
 from tests.broker.agents import SHOP, wait_counted
 from tests.broker.drive import PUBLISHER, Role, server
-from tests.broker.kafka import App, Broker, Port, admin_client, new_app
+from tests.broker.kafka import App, Broker, Port, admin_client, create_topics, new_app
 from tests.broker.mechanisms import (
     CLIENT_SECRET,
     PASSWORD,
     USER,
     TokenEndpoint,
-    add_scram_users,
     properties,
+    set_scram_password,
     token,
     token_endpoint,
 )
 from tests.broker.tls import PASSWORD as KEY_PASSWORD
 from tests.broker.tls import Certificates, make
 from tests.broker.users import login
-from tests.support import again_and_again, pipeline
+from tests.support import again_and_again, pipeline, wait_until
 
 WAIT_S = 60.0
 SHORT_S = 10.0
@@ -103,7 +105,7 @@ def secured(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     given = properties(certificates, port.number, reauthenticate_ms=int(SHORT_S * 1000))
     with Broker(scratch / "kafka", given, client=admin) as broker, token_endpoint() as endpoint:
         client = admin_client(broker.bootstrap, **admin)
-        add_scram_users(client)
+        set_scram_password(client)
         (scratch / "token").write_text(token() + "\n")
         yield Secured(broker, port.number, certificates, endpoint, client, admin, scratch)
 
@@ -212,6 +214,30 @@ def connect(app: App, options: Mapping[str, str], **settings: int) -> None:
     log = KafkaLog(parse_url(app.url), KafkaSettings(kafka=options, **settings), SystemClock())
     with closing(log):
         log.connect([DELTAS])
+
+
+def test_a_password_that_is_changed(secured: Secured) -> None:
+    """A running writer says that its login fails, and delivers when the password counts again."""
+    app = secured.app("SCRAM-SHA-256")
+    create_topics(app.bootstrap, app.app, 1, client=secured.admin_login, only=[DELTAS])
+    options = {**secured.options("SCRAM-SHA-256"), "connections.max.idle.ms": "1000"}
+    writer = KafkaLogWriter(parse_url(app.url), options, SystemClock(), timeout_ms=2_000, metadata_refresh_ms=60_000)
+    with closing(writer):
+
+        def append() -> int | PipelineError:
+            return writer.append([Message(DELTAS, 0, None, b"x")], timeout_s=2)[0]
+
+        assert append() == 1
+        set_scram_password(secured.admin, WRONG)
+        try:
+            time.sleep(2)  # the idle connection is closed
+            refused = append()
+        finally:
+            set_scram_password(secured.admin)
+        assert isinstance(refused, Unavailable)
+        assert "invalid credentials" in str(refused)
+        assert str(refused).endswith("check sasl.* in the setting `kafka`")
+        wait_until(lambda: isinstance(append(), int), "a delivery", WAIT_S)
 
 
 @pytest.mark.long
