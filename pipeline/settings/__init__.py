@@ -353,7 +353,13 @@ class QuerySettings(_Checked):
         250, "how often `serve --gather` asks each server which partitions it has and how stale they are", least=10
     )
     reads_waiting_max: int = _setting(
-        256, "reads that wait for data or run, equal ones once; one more is refused with 503", least=1
+        256, "reads that run or wait for a thread, equal ones once; one more is refused with 503", least=1
+    )
+    waits_max: int = _setting(
+        256,
+        "reads that wait for newer data (`after`, `max_staleness_ms`), for which they need no thread; if there is one more, "
+        "the one that has waited for longest is refused with 503",
+        least=1,
     )
     answer_cache_bytes: int = _setting(
         67_108_864,
