@@ -73,6 +73,7 @@ def test_idle_connections(narrow: UpProcess) -> None:
             stack.enter_context(connect(narrow.port))
         time.sleep(60 if LONG else 1)
     bystander.check(grown_bytes_max=GROWN_BYTES_MAX, rounds_min=3)
+    assert narrow.program.stderr().count("has at most 464 connections") == 1
 
 
 def test_stalled_heads(narrow: UpProcess) -> None:
