@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
-from pipeline.core.grants import EVERYTHING
+from pipeline.core.grants import EVERYTHING, NOTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
@@ -20,6 +20,7 @@ from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, kee
 from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
+from pipeline.query.read_pool import ClientGone
 from pipeline.query.streams_api import EVENT_STREAM
 from pipeline.settings import QuerySettings
 
@@ -33,7 +34,7 @@ OPERATIONS = frozenset(("/healthz", "/readyz", "/metrics"))
 class ReadApp(Protocol):
     """The application that answers reads of views."""
 
-    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+    async def answer(self, view: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a read of a view. Raises what the read raises."""
         ...
 
@@ -167,10 +168,10 @@ class Guard:
             if view and self._read is not None:
                 scope["endpoint"] = self._read
                 check_grant(scope["grant"], READ_NEEDED, keeps_bounds=True)
-                await self._read.answer(view, scope, noting)
+                await self._read.answer(view, scope, receive, noting)
             else:
                 await self._app(scope, receiving, noting)
-        except ClientDisconnect:
+        except (ClientDisconnect, ClientGone):
             pass
         except Exception as error:
             response = _problem_response(scope, error)
@@ -182,11 +183,11 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         """Put into the scope what the request may do. Raises `Unauthenticated` if that needs a token, and it has none."""
-        scope["grant"] = EVERYTHING
-        if self._access is not None:
-            scope["access"] = self._access
-            if not is_open(scope["path"]):
-                scope["grant"] = self._access.grant_of(scope["headers"])
+        if self._access is None:
+            scope["grant"] = EVERYTHING
+            return
+        scope["access"] = self._access
+        scope["grant"] = NOTHING if is_open(scope["path"]) else self._access.grant_of(scope["headers"])
 
     @staticmethod
     def _viewed(scope: Scope) -> str:

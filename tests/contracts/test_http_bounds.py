@@ -99,7 +99,7 @@ class Site:
 def site(tls: ssl.SSLContext | None = None, **settings: int) -> Iterator[Site]:
     metrics = PrometheusMetrics()
     made = Site(0, metrics)
-    with running(made, 0, QuerySettings(**{**SETTINGS, **settings}), metrics, tls) as port:  # type: ignore[arg-type]
+    with running(made, 0, QuerySettings(**{**SETTINGS, **settings}), metrics, tls and (lambda: tls)) as port:  # type: ignore[arg-type]
         made.port = port
         try:
             yield made
