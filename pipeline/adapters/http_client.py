@@ -34,6 +34,7 @@ EVENT_STREAM = "text/event-stream"
 HEARTBEAT_HEADER = "pipeline-heartbeat-ms"
 """Header of a stream: the usual longest time without an event."""
 _CONNECT_S = 5.0
+_HEADS_MAX = 10
 _SILENCE_S = 30.0
 """Longest time without a byte of a stream that does not say how often it has an event."""
 _OURS = "urn:pipeline:"
@@ -83,10 +84,29 @@ class Client(Protocol):
         ...
 
 
+class AnswerTooLarge(Unavailable):
+    """Ask for less, or allow more: an answer is larger than `answer_bytes_max`, or has no end."""
+
+
+class _Response(HTTPResponse):
+    """A response that does not wait for ever behind interim responses, each of which begins the time-out anew."""
+
+    _heads = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        self._heads += 1
+        if self._heads > _HEADS_MAX:
+            raise HTTPException(f"over {_HEADS_MAX} interim responses")
+        found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        return found
+
+
 class EventStream:
     """Bytes of one response as they come, on a connection of its own. `interrupt` may be called from any thread."""
 
-    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket) -> None:
+    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        """Size of the largest event."""
         self._url = url
         self._response = response
         self._socket = sock
@@ -133,6 +153,7 @@ class HttpClient:
         self.url = url.rstrip("/")
         self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
+        self._bytes_max = (settings or ClientSettings()).answer_bytes_max
         self._credentials = Credentials(settings or ClientSettings())
         self._clock = clock
         self._idle: list[HTTPConnection] = []
@@ -171,7 +192,7 @@ class HttpClient:
             try:
                 connection, reused = idle.pop(), True
             except IndexError:
-                connection, reused = self._make(self._host, self._port), False
+                connection, reused = self._new_connection(None), False
             try:
                 status, answer, keep = self._exchange(connection, method, self._prefix + path, body, headers, deadline)
             except (OSError, HTTPException) as error:
@@ -188,6 +209,11 @@ class HttpClient:
                 connection.close()
             return status, answer
 
+    def _new_connection(self, timeout_s: float | None) -> HTTPConnection:
+        connection = self._make(self._host, self._port, timeout=timeout_s)
+        connection.response_class = _Response
+        return connection
+
     def stream(self, path: str, *, timeout_s: float, last_id: str) -> EventStream:
         """Open the stream of a read, at the event after `last_id` if there is one; raise as the read does."""
         deadline = self._clock.monotonic_s() + timeout_s
@@ -200,7 +226,7 @@ class HttpClient:
                     raise
 
     def _open_stream(self, path: str, timeout_s: float, deadline: float, last_id: str, token: Secret) -> EventStream:
-        connection = self._make(self._host, self._port, timeout=min(timeout_s, _CONNECT_S))
+        connection = self._new_connection(min(timeout_s, _CONNECT_S))
         headers = {"Accept": EVENT_STREAM, "Last-Event-ID": last_id} | headers_of(token)
         try:
             connection.connect()
@@ -212,7 +238,7 @@ class HttpClient:
                 raise error_of(self.url, response.status, self._read(connection, response, deadline))
             if (kind := response.getheader("content-type", "")).partition(";")[0].strip() != EVENT_STREAM:
                 raise Unavailable(f"{self.url}: not a stream of events but {kind!r:.100}")
-            return EventStream(self.url, response, sock)
+            return EventStream(self.url, response, sock, self._bytes_max)
         except (OSError, HTTPException) as error:
             connection.close()
             raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
@@ -243,12 +269,21 @@ class HttpClient:
         return response.status, self._read(connection, response, deadline), not response.will_close
 
     def _read(self, connection: HTTPConnection, response: HTTPResponse, deadline: float) -> bytes:
-        parts = []
-        while part := response.read(2**18):
-            parts.append(part)
-            self._limit(connection, deadline)
+        parts, size = [], response.length or 0
+        if size <= self._bytes_max:
+            size = 0
+            while size <= self._bytes_max and (part := response.read1(2**18)):  # one read of the socket, within its time-out
+                parts.append(part)
+                size += len(part)
+                self._limit(connection, deadline)
+        if size > self._bytes_max:
+            connection.close()
+            raise AnswerTooLarge(
+                f"{self.url}: the answer has over {self._bytes_max} bytes: ask for less, or raise answer_bytes_max"
+            )
         if response.length:  # not so if the server sends chunks
             raise IncompleteRead(b"", response.length)
+        response.close()  # or the connection could not take another request
         return b"".join(parts)
 
     def _limit(self, connection: HTTPConnection, deadline: float) -> None:

@@ -175,6 +175,9 @@ class ClientSettings(_Checked):
     token_file: str = _setting(
         "", "file with the access token, in place of `token`; read again when a server refuses the token"
     )
+    answer_bytes_max: int = _setting(
+        268_435_456, "bytes of one answer, or of one event of a stream; reading stops there, with an error", least=65_536
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,6 +190,7 @@ class ClientKeywords(TypedDict, total=False):
 
     token: str | Secret
     token_file: str
+    answer_bytes_max: int
 
 
 class PublisherKeywords(ClientKeywords, total=False):
