@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from pipeline.core.grants import Bounds
 from pipeline.core.record import Control, Definition, Records
 from pipeline.core.sequence import Folded
 from pipeline.core.token import Token
@@ -419,12 +420,13 @@ class Ingest(Orders, Protocol):
         """
         ...
 
-    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
+    def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:
         """Accept a publisher's batches; return the `next_offset` that covers each, and a token that covers all.
 
         `secret` proves that their producer id is the publisher's own; see `core.record.producer_id_of`. Raises `BadRecord`,
-        saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong; then none of the
-        batches is accepted. Raises `Unavailable` if any of them may be: send the same bytes again.
+        saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong, `GroupsForbidden` if
+        they are outside the `bounds` of the access token; then none of the batches is accepted. Raises `Unavailable` if any
+        of them may be: send the same bytes again.
         """
         ...
 

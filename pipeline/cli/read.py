@@ -12,6 +12,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.read_parameters import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
+from pipeline.cli.views import counted
 from pipeline.core.answer import Answer, Views
 from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
@@ -158,7 +159,7 @@ def run_views(url: str, *, as_json: bool) -> int:
     views = answer.views
     table = TextTable("view", "kind", "labels", right=("series",))
     for view in views:
-        table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), f"{view.series_count:,}")
+        table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), counted(view))
     table.print()
     print(f"{len(views):,} view{'' if len(views) == 1 else 's'}")
     return console.OK

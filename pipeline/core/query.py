@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pipeline.core.codec import DefinitionEntry
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES, Kind, State
 from pipeline.core.record import CONTROL_ACTIONS, NAME, NAME_BYTES_MAX, Control, Definition
 from pipeline.core.span import NO_RANGE, AskedRange
@@ -64,6 +65,15 @@ class Query(msgspec.Struct, frozen=True):
     """Quantiles of a histogram, checked by `check_quantiles`; empty: those of every answer."""
     bottom: int | None = None
     """Number of series to return, those with the smallest answers first."""
+    bounds: Bounds | None = None
+    """Bounds of the access token: other definitions are not seen. The matchers of its labels are in `where`, too."""
+
+    def within(self, bounds: Bounds | None) -> Query:
+        """Return the query as a token with these bounds may ask it."""
+        if bounds is None:
+            return self
+        where = (*self.where, *(Matcher(label, "=", value) for label, value in bounds.labels))
+        return msgspec.structs.replace(self, where=where, bounds=bounds)
 
 
 class Alternative(msgspec.Struct, frozen=True):
@@ -121,14 +131,26 @@ def describe(definition: Definition) -> str:
     return f"{'monotone ' * definition.monotone}{definition.kind}({', '.join(definition.labels)}){window}{kept}"
 
 
+def seen_within(bounds: Bounds | None, entries: Iterable[DefinitionEntry]) -> Iterable[DefinitionEntry]:
+    """Return the definition entries that a token with these bounds may see."""
+    return entries if bounds is None else [it for it in entries if bounds.has(it.definition)]
+
+
 def merged(
-    view: str, entries: Iterable[DefinitionEntry], *, kind: str | None = None, window_s: int | None = None
+    view: str,
+    entries: Iterable[DefinitionEntry],
+    *,
+    kind: str | None = None,
+    window_s: int | None = None,
+    bounds: Bounds | None = None,
 ) -> MergedDefinition:
     """Return the definitions that a read of `view` merges, given the definition entries of all partitions.
 
     Without `kind` and `window_s` they are those of the kind and window that were defined first, so that nobody can disturb a
-    view that exists. Raises `NotFound` if there is no such view, or none of the kind and window that were asked for.
+    view that exists. Definitions outside the `bounds` are as if they were not there. Raises `NotFound` if there is no such
+    view, or none of the kind and window that were asked for.
     """
+    entries = seen_within(bounds, entries)
     first: dict[tuple[str, int], tuple[int, tuple[str, int]]] = {}
     parts: dict[tuple[str, int], set[Definition]] = {}
     for entry in entries:
@@ -155,8 +177,9 @@ def merge_definitions(parts: Iterable[Definition], also: tuple[Alternative, ...]
     return MergedDefinition(together, tuple(found), also)
 
 
-def listed(entries: Iterable[DefinitionEntry]) -> list[Listed]:
-    """Return all definitions of all partitions, by view; the definitions that answer for a view come first."""
+def listed(entries: Iterable[DefinitionEntry], bounds: Bounds | None = None) -> list[Listed]:
+    """Return all definitions of all partitions within bounds, by view; those that answer for a view come first."""
+    entries = seen_within(bounds, entries)
     counts: dict[Definition, int] = {}
     most: dict[Definition, int] = {}
     since: dict[Definition, int] = {}

@@ -11,6 +11,7 @@ import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.codec import RefusedGroup, encode_batch
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES, KINDS, check_ahead, kind_of
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
@@ -30,8 +31,8 @@ from pipeline.core.record import (
 )
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
-from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
-from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, refusal
+from pipeline.errors import BadRecord, GroupsForbidden, Invalid, PipelineError, Unavailable
+from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, groups_outside, refusal
 from pipeline.ingest.definitions import DefinitionFinder, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
@@ -286,7 +287,7 @@ class Gateway:
 
     # Batches
 
-    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
+    def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:
         """Accept a publisher's sealed batches; see `ports.Ingest`."""
         partition_count = self._writer.partition_count(DELTAS)
         now_ms = self._clock.now_ms()
@@ -299,6 +300,8 @@ class Gateway:
                 check_owner(received.batch.producer_id, secret)
             except BadRecord as error:
                 raise BadRecord(f"batch {number}: {error}") from None
+            if outside := groups_outside(received, bounds):
+                raise refusal(number, outside, GroupsForbidden)
             if refused:
                 raise refusal(number, refused)
             partition = received.batch.partition

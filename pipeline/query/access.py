@@ -65,7 +65,24 @@ NEEDED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/dead-letters/replay"): _ADMIN,
 }
 """By method and path of a route, the scopes of which a token needs one. A path that ends in `/` stands for all below it."""
-KEEP_BOUNDS: frozenset[tuple[str, str]] = frozenset()
+KEEP_BOUNDS = frozenset(
+    {
+        ("GET", "/v1/status"),
+        ("GET", "/v1/views"),
+        ("GET", READ_PATH),
+        ("GET", STREAM_PATH),
+        ("POST", "/v1/query"),
+        ("GET", "/v1/openmetrics"),
+        ("POST", "/api/v1/read"),
+        ("POST", "/v1/deltas"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/openmetrics"),
+        ("POST", "/metrics/{grouping:path}"),
+        ("PUT", "/metrics/{grouping:path}"),
+        ("POST", f"{READ_PATH}/drop"),
+        ("POST", f"{READ_PATH}/reset"),
+    }
+)
 """Routes that keep to the bounds of a token; all others are not for a token that is bound to views or labels."""
 
 

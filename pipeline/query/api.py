@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
+from pipeline.core.grants import Bounds, Grant
 from pipeline.errors import NotReady, PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
@@ -54,6 +55,7 @@ from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
 from pipeline.query.streams import Streams
 from pipeline.query.streams_api import StreamView
+from pipeline.query.tenants import check_deltas, status_within
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
@@ -209,12 +211,13 @@ class ReadEndpoint:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.answer(scope["path_params"]["view"], scope, send)
+        await self.answer(scope["path_params"]["view"], scope, receive, send)
 
-    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+    async def answer(self, view: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request whose path names `view`."""
-        asked = parse_read(view, scope["query_string"], self._settings, read_headers(scope["headers"]))
-        await _send(send, await self._service.answer(asked))
+        headers, bounds = read_headers(scope["headers"]), scope["grant"].bounds
+        asked = parse_read(view, scope["query_string"], self._settings, headers, bounds)
+        await _send(send, await self._service.answer(asked, receive))
 
 
 class QueryEndpoint:
@@ -227,8 +230,8 @@ class QueryEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.of(Request(scope, receive), JSON) as body:
-            asked = parse_several(body, self._settings)
-        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
+            asked = parse_several(body, self._settings, scope["grant"].bounds)
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"]), receive))
 
 
 class ListEndpoint:
@@ -238,7 +241,7 @@ class ListEndpoint:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _send(send, await self._service.views(read_headers(scope["headers"])))
+        await _send(send, await self._service.views(read_headers(scope["headers"]), scope["grant"].bounds))
 
 
 async def _send(send: Send, answer: Encoded) -> None:
@@ -249,6 +252,12 @@ async def _send(send: Send, answer: Encoded) -> None:
     await send({"type": "http.response.body", "body": answer.parts[-1] if answer.parts else b""})
 
 
+def bounds_of(request: Request) -> Bounds | None:
+    """Return the bounds of the access token of a request."""
+    grant: Grant = request.scope["grant"]
+    return grant.bounds
+
+
 def _json(body: bytes) -> Response:
     return Response(body, media_type=JSON)
 
@@ -256,8 +265,8 @@ def _json(body: bytes) -> Response:
 def operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
     """Return the routes that every process has: status, health and metrics."""
 
-    async def show_status(_: Request) -> Response:
-        return _json(_encode(status()))
+    async def show_status(request: Request) -> Response:
+        return _json(_encode(status_within(status(), bounds_of(request))))
 
     async def health(_: Request) -> Response:
         return _json(b'{"alive":true}')
@@ -284,7 +293,8 @@ def scrape_route(service: ReadService | GatherService, settings: QuerySettings, 
 
     async def scrape(request: Request) -> Response:
         views, windowed = parse_scrape(request.scope["query_string"], settings)
-        body, media_type = await service.scrape(views, render, request.headers.get("accept", ""), windowed=windowed)
+        accept = request.headers.get("accept", "")
+        body, media_type = await service.scrape(views, render, accept, windowed=windowed, bounds=bounds_of(request))
         return Response(body, headers={"Content-Type": media_type})
 
     return Route("/v1/openmetrics", scrape)
@@ -296,7 +306,7 @@ def _remote_read_route(service: ReadService, room: BodyRoom) -> Route:
     async def remote_read(request: Request) -> Response:
         try:
             async with bodies.of(request, REQUEST_TYPE) as body:
-                answer = await service.remote_read(body)
+                answer = await service.remote_read(body, bounds_of(request))
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
             note_refusal(request.scope, error)
             it = problem(error)
@@ -311,7 +321,7 @@ def _states_route(service: ReadService, room: BodyRoom) -> Route:
 
     async def states(request: Request) -> Response:
         async with bodies.of(request, STATES_TYPE) as body:
-            return Response(await service.states(body), media_type=STATES_TYPE)
+            return Response(await service.states(body, request.receive), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
 
@@ -344,23 +354,24 @@ async def _take(
 
 
 def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take: Take) -> list[Route]:
-    def take_deltas(body: bytes, headers: Headers) -> Accepted:
-        with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body) as key:
+    def take_deltas(bounds: Bounds | None, body: bytes, headers: Headers) -> Accepted:
+        with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
             deltas = parse_deltas(body, headers.get("content-type", ""), settings.deltas_max)
+            check_deltas(deltas, bounds)
             return Accepted(len(deltas), str(ingest.deltas(deltas, key)))
 
-    def take_batches(body: bytes, headers: Headers) -> BatchesAccepted:
+    def take_batches(bounds: Bounds | None, body: bytes, headers: Headers) -> BatchesAccepted:
         batches = decode_frames(body, settings.batches_max + 1)
         if len(batches) > settings.batches_max:
             raise Refused(413, f"too many batches in one request; at most {settings.batches_max}")
-        next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""))
+        next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""), bounds)
         return BatchesAccepted(next_offsets, str(token))
 
     async def post_deltas(request: Request) -> Response:
-        return await take(request, take_deltas, JSON, NDJSON)
+        return await take(request, partial(take_deltas, bounds_of(request)), JSON, NDJSON)
 
     async def post_batches(request: Request) -> Response:
-        return await take(request, take_batches, BATCHES_TYPE)
+        return await take(request, partial(take_batches, bounds_of(request)), BATCHES_TYPE)
 
     return [
         Route("/v1/deltas", post_deltas, methods=["POST"]),
@@ -370,12 +381,12 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
 
 def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Route]:
     def route(action: str) -> Route:
-        def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
-            with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-                return orders.give(parse_control(action, view, body), key)
+        def carry_out(view: str, bounds: Bounds | None, body: bytes, headers: Headers) -> Changed:
+            with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
+                return orders.give(parse_control(action, view, body), key, bounds)
 
         async def change_view(request: Request) -> Response:
-            return await take(request, partial(carry_out, request.path_params["view"]), JSON)
+            return await take(request, partial(carry_out, request.path_params["view"], bounds_of(request)), JSON)
 
         return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
 

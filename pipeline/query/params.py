@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.kinds.histogram import parse_quantiles
 from pipeline.core.query import Matcher, Query, parse_matcher
@@ -102,8 +103,14 @@ def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> ReadHeaders:
     return ReadHeaders(accept.decode("latin-1"), encoding.decode("latin-1"), known)
 
 
-def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers: ReadHeaders = NO_HEADERS) -> ReadRequest:
-    """Return the read that a URL and its headers ask for."""
+def parse_read(
+    view: str,
+    query_string: bytes,
+    settings: QuerySettings,
+    headers: ReadHeaders = NO_HEADERS,
+    bounds: Bounds | None = None,
+) -> ReadRequest:
+    """Return the read that a URL and its headers ask for, within the bounds of an access token."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     query, single = parse_query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
@@ -111,7 +118,7 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
     if cursor and ("after" in single or "max_staleness_ms" in single):
         raise Invalid("after and max_staleness_ms are for the first page: later ones are of the same moment")
     return ReadRequest(
-        query=query,
+        query=query.within(bounds),
         cursor=cursor,
         media_type=preferred(headers.accept),
         coding=preferred_coding(headers.encoding),

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pipeline.core import codec
+from pipeline.core.grants import Bounds
 from pipeline.core.query import MergedDefinition, Query
 from pipeline.core.record import TAG_DEFINITION, Position, definitions_prefix, prefix_end
 from pipeline.errors import Unreadable
@@ -30,6 +31,13 @@ def all_definitions(stores: Mapping[int, StoreView]) -> Iterator[tuple[str, code
             yield view_of(key), found
 
 
+def is_seen(bounds: Bounds | None, view: str, entry: codec.DefinitionEntry | Unreadable) -> bool:
+    """Return whether a token with these bounds may see a definition; of one that can't be decoded only its view is known."""
+    if bounds is None:
+        return True
+    return bounds.has_view(view) if isinstance(entry, Unreadable) else bounds.has(entry.definition)
+
+
 class ViewHeads(NamedTuple):
     """Positions of all stores and the definitions of one view, each partition at one moment."""
 
@@ -51,9 +59,12 @@ class ReadPlan(NamedTuple):
         return versions(positions) == self.versions and self.stores == stores
 
 
-def shape(query: Query) -> tuple[str, str | None, int | None]:
+Shape = tuple[str, str | None, int | None, Bounds | None]
+
+
+def shape(query: Query) -> Shape:
     """Return the part of a query that decides which definitions it merges."""
-    return query.view, query.kind, query.window_s
+    return query.view, query.kind, query.window_s, query.bounds
 
 
 def versions(positions: Mapping[int, Position]) -> dict[int, int]:

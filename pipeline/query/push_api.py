@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import pipeline.metrics as m
+from pipeline.core.grants import Bounds
 from pipeline.core.record import NAME
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
@@ -27,6 +28,7 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.problems import Refused
 from pipeline.query.responses import LeftOutLine, MetricsAccepted
+from pipeline.query.tenants import pushed_within
 from pipeline.settings import QuerySettings
 
 OPENMETRICS_PATH = "/v1/openmetrics"
@@ -65,26 +67,28 @@ class Pushes:
         """Return the routes; `take` answers a request by what is made of its body."""
 
         async def push_text(request: Request) -> Response:
-            return await take(request, partial(self._take_text, OPENMETRICS_PATH), *PUSH_TYPES)
+            work = partial(self._take_text, OPENMETRICS_PATH, request.scope["grant"].bounds)
+            return await take(request, work, *PUSH_TYPES)
 
         async def push_group(request: Request) -> Response:
             path = request.scope["raw_path"].decode("ascii", "replace")
-            return await take(request, partial(self._take_text, path), *PUSH_TYPES)
+            return await take(request, partial(self._take_text, path, request.scope["grant"].bounds), *PUSH_TYPES)
 
         return [
             Route(OPENMETRICS_PATH, push_text, methods=["POST"]),
             Route(GATEWAY_PATH, push_group, methods=["POST", "PUT"]),
         ]
 
-    def _take_text(self, path: str, body: bytes, headers: Headers) -> MetricsAccepted:
-        """Publish a text of metrics; `Invalid` if no line of it can be taken."""
+    def _take_text(self, path: str, bounds: Bounds | None, body: bytes, headers: Headers) -> MetricsAccepted:
+        """Publish a text of metrics; `Invalid` or `Forbidden` if no line of it can be taken."""
         grouping = {} if path == OPENMETRICS_PATH else parse_grouping(path)
-        with self._keys.using(path, parse_key(headers.getlist(KEY_HEADER)), body) as key:
+        with self._keys.using(path, parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
             content_type = headers.get("content-type", "")
             most = self._settings.deltas_max
             pushed = self._parse(body, content_type, most, self._settings.openmetrics_line_bytes_max, grouping)
             if not pushed.whole:
                 raise Refused(413, f"too many samples or types in one request; at most {most}")
+            pushed = pushed_within(pushed, bounds, whole=key is not None)
             token, unfit = self._ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
             return self._answer(pushed, token, unfit)
 

@@ -21,6 +21,7 @@ from pipeline.core.exposition import (
     Exposition,
 )
 from pipeline.core.gathered import StatesAsked, StatesFound
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
@@ -47,7 +48,7 @@ from pipeline.query.ends import LogEnds
 from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
 from pipeline.query.lookups import keys_of, look_up
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.plans import ReadPlan, ViewHeads, read_heads, shape, versions
+from pipeline.query.plans import ReadPlan, Shape, ViewHeads, read_heads, shape, versions
 from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import scan_windows, select, similar
@@ -95,7 +96,7 @@ class ViewReader:
         self._settings = settings
         self._on_damage = on_damage
         self._progress = Progress(ends, clock, metrics)
-        self._plans: dict[tuple[str, str | None, int | None], ReadPlan] = {}
+        self._plans: dict[Shape, ReadPlan] = {}
         self._closed = False
 
     @property
@@ -139,7 +140,7 @@ class ViewReader:
     def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: ViewHeads) -> ReadPlan:
         key = shape(query)
         try:
-            found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s)
+            found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s, bounds=query.bounds)
         except NotFound:
             self._plans.pop(key, None)
             raise
@@ -309,7 +310,9 @@ class ViewReader:
         try:
             plan = self._plan(query, cut.stores, heads)
         except NotFound as error:
-            raise error if heads.entries else NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
+            if heads.entries or query.bounds is not None:  # names are not for those who may not see their views
+                raise
+            raise NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
         points = self._new_points(query, plan.merged, now_ms)
         labels = self._pinned(query, plan)
         if labels is not None and self._key_count(plan, points) <= keys_max:
@@ -382,35 +385,43 @@ class ViewReader:
         final_before_ms = self._progress.final_before_ms(positions, seen)
         return FoundAnswer(points_answer(query, merged, points, as_of, final_before_ms, check), positions)
 
-    def views(self) -> Views:
-        """Return all definitions, by view, and the state that they are of."""
-        found, as_of = self.definitions()
-        return Views([View.of(it) for it in found], as_of)
+    def views(self, bounds: Bounds | None = None) -> Views:
+        """Return all definitions within bounds, by view, and the state that they are of."""
+        found, as_of = self.definitions(bounds)
+        return Views([View.of(it, bounds) for it in found], as_of)
 
-    def definitions(self) -> tuple[list[Listed], AsOf]:
-        """Return all definitions with their counts of series, and the state that they are of."""
-        return self._from(self._stores(), self._list_stored)
+    def definitions(self, bounds: Bounds | None = None) -> tuple[list[Listed], AsOf]:
+        """Return all definitions within bounds with their counts of series, and the state that they are of."""
+        return self._from(self._stores(), self._list_stored, bounds)
 
-    def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
+    def _list_stored(self, stores: Mapping[int, ReadableStore], bounds: Bounds | None) -> tuple[list[Listed], AsOf]:
         cut = self._cut(stores, inf)
         entries: list[codec.DefinitionEntry] = []
         for number, snapshot in cut.snapshots.items():
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 entries.append(decode_stored(number, codec.decode_definition, value))
-        return listed(entries), self._progress.as_of(cut.positions, cut.seen)
+        return listed(entries, bounds), self._progress.as_of(cut.positions, cut.seen)
 
-    def scrape(self, views: Collection[str] = (), *, windowed: bool = True, deadline_s: float) -> Exposition:
-        """Return all views, or these, each whole or not at all, at one moment of each store.
+    def scrape(
+        self, views: Collection[str] = (), *, windowed: bool = True, deadline_s: float, bounds: Bounds | None = None
+    ) -> Exposition:
+        """Return all views within bounds, or these, each whole or not at all, at one moment of each store.
 
         Views with windows are left out if not `windowed`. At most `openmetrics_series_max` series are returned, in the order
         of names. Views that can't be shown are named as omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond
         `deadline_s`, `Invalid` without all partitions.
         """
         self._check_whole("scrape one that has all, or one with --gather")
-        return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s)
+        return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s, bounds)
 
     def _scrape(
-        self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float, *, windowed: bool
+        self,
+        stores: Mapping[int, ReadableStore],
+        views: Collection[str],
+        deadline_s: float,
+        bounds: Bounds | None,
+        *,
+        windowed: bool,
     ) -> Exposition:
         cut = self._cut(stores, deadline_s)
 
@@ -422,7 +433,7 @@ class ViewReader:
 
         unreadable = partial(self._unreadable, stores)
         series_max = self._settings.openmetrics_series_max
-        exposed, omitted = scrape_cut(cut, views, read, unreadable, windowed=windowed, series_max=series_max)
+        exposed, omitted = scrape_cut(cut, views, read, unreadable, windowed=windowed, series_max=series_max, bounds=bounds)
         return Exposition(exposed, omitted, self._progress.as_of(cut.positions, cut.seen).staleness_ms)
 
     def _unreadable(self, stores: Mapping[int, ReadableStore], view: str, error: Unreadable) -> str:

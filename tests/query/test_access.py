@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -168,6 +169,14 @@ def test_a_token_is_taken_in_any_case_of_the_scheme(server: Server) -> None:
         assert server.request("GET", "/v1/views", headers={"Authorization": f"{scheme}  {TOKENS['read']} "}).status == 200
     assert server.request("HEAD", "/v1/views", headers=bearer(TOKENS["read"])).status == 200
     assert server.request("HEAD", "/v1/views").status == 401
+
+
+def test_a_body_is_not_waited_for(server: Server) -> None:
+    """A request without a token is answered before its body has come, however large that is to be."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        head = "POST /v1/batches HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+        connection.sendall(f"{head}Content-Length: 16000000\r\n\r\n.".encode())
+        assert connection.recv(1_000).startswith(b"HTTP/1.1 401 ")
 
 
 def test_refusals_are_counted_by_reason(server: Server, caplog: pytest.LogCaptureFixture) -> None:
