@@ -11,9 +11,11 @@ from pipeline.adapters.prometheus import render_views
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
 from pipeline.metrics import NO_METRICS
 from pipeline.query.api import create_app
 from pipeline.query.cross_origin import CrossOriginProtection
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
@@ -61,6 +63,7 @@ def posts(world: World) -> list[str]:
         lambda: True,
         render_views,
         parse_pushed,
+        ExportTaking(parse_export, None),
         world.letters,
     )
     return [it.path.replace("{view}", "hits") for it in app.routes if "POST" in (it.methods or ())]  # type: ignore[attr-defined]
@@ -69,7 +72,14 @@ def posts(world: World) -> list[str]:
 def test_no_post_takes_what_a_form_can_send(server: Server) -> None:
     """Each POST, whatever it does, refuses the media types that a page can send without asking, and says which it needs."""
     paths = posts(World())
-    assert {"/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/views/hits/drop", "/v1/dead-letters/replay"} < {*paths}
+    assert {
+        "/v1/deltas",
+        "/v1/batches",
+        "/v1/openmetrics",
+        "/v1/metrics",
+        "/v1/views/hits/drop",
+        "/v1/dead-letters/replay",
+    } < {*paths}
     for path in paths:
         for content_type in FORM_TYPES:
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
