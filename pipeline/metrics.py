@@ -151,6 +151,11 @@ TOKENS_UNREADABLE = Metric(
     "counter",
     "Times that the tokens_file had changed and could not be read: the tokens that were read before go on to count.",
 )
+TLS_UNREADABLE = Metric(
+    "pipeline_tls_file_errors_total",
+    "counter",
+    "Times that the files of the server's TLS had changed and could not be used: those that were read before go on.",
+)
 GATHER_SERVER_UP = Metric(
     "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
 )

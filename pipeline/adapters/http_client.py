@@ -5,10 +5,12 @@ Connections are kept alive and shared by all threads, one request at a time on e
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from http.client import (
     HTTPConnection,
     HTTPException,
@@ -17,6 +19,7 @@ from http.client import (
     IncompleteRead,
     RemoteDisconnected,
 )
+from ssl import SSLEOFError
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -24,6 +27,7 @@ import msgspec
 
 import pipeline.errors as errors
 from pipeline.adapters.credentials import Credentials, headers_of
+from pipeline.adapters.tls import FollowedContext, client_context, explained
 from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unauthenticated, Unavailable
 from pipeline.ports import Clock
 from pipeline.secret import Secret, redacted_url
@@ -38,7 +42,10 @@ _SILENCE_S = 30.0
 """Longest time without a byte of a stream that does not say how often it has an event."""
 _OURS = "urn:pipeline:"
 _OUR_ERRORS = "urn:pipeline:error:"
-_CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+_CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError, SSLEOFError)
+_TLS_ONLY = ("ca_file", "client_cert_file")
+"""Settings that promise TLS."""
+_log = logging.getLogger(__name__)
 
 
 class _WrongGroup(msgspec.Struct):
@@ -131,12 +138,27 @@ class HttpClient:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
             raise Invalid(f"not a server's address: {redacted_url(url)!r:.200}; it looks like http://host:8080")
         self.url = url.rstrip("/")
-        self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
-        self._credentials = Credentials(settings or ClientSettings())
+        self._settings = settings = settings or ClientSettings()
+        self._tls = self._follow_files(settings, clock) if parts.scheme == "https" else None
+        if self._tls is None and (name := next((it for it in _TLS_ONLY if getattr(settings, it)), None)):
+            raise Invalid(f"{name} is for https://, but {self.url} would be spoken to without TLS")
+        self._credentials = Credentials(settings)
         self._clock = clock
         self._idle: list[HTTPConnection] = []
         self._pid = os.getpid()
+
+    def _follow_files(self, settings: ClientSettings, clock: Clock) -> FollowedContext:
+        def complain(error: Invalid) -> None:
+            _log.warning("%s: %s; connections go on with what was read before", self.url, error)
+
+        paths = [settings.ca_file, settings.client_cert_file, settings.client_key_file]
+        return FollowedContext(partial(client_context, settings), paths, clock, complain)
+
+    def _new_connection(self) -> HTTPConnection:
+        if self._tls is None:
+            return HTTPConnection(self._host, self._port)
+        return HTTPSConnection(self._host, self._port, context=self._tls())
 
     def request(
         self,
@@ -171,14 +193,16 @@ class HttpClient:
             try:
                 connection, reused = idle.pop(), True
             except IndexError:
-                connection, reused = self._make(self._host, self._port), False
+                connection, reused = self._new_connection(), False
             try:
                 status, answer, keep = self._exchange(connection, method, self._prefix + path, body, headers, deadline)
             except (OSError, HTTPException) as error:
                 connection.close()
                 if reused and isinstance(error, _CLOSED_BY_PEER):
                     continue  # it was closed while idle; every request of this module may be carried out twice
-                raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
+                raise Unavailable(
+                    f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}"
+                ) from None
             except BaseException:
                 connection.close()
                 raise
@@ -200,7 +224,8 @@ class HttpClient:
                     raise
 
     def _open_stream(self, path: str, timeout_s: float, deadline: float, last_id: str, token: Secret) -> EventStream:
-        connection = self._make(self._host, self._port, timeout=min(timeout_s, _CONNECT_S))
+        connection = self._new_connection()
+        connection.timeout = min(timeout_s, _CONNECT_S)
         headers = {"Accept": EVENT_STREAM, "Last-Event-ID": last_id} | headers_of(token)
         try:
             connection.connect()
@@ -215,7 +240,7 @@ class HttpClient:
             return EventStream(self.url, response, sock)
         except (OSError, HTTPException) as error:
             connection.close()
-            raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
+            raise Unavailable(f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}") from None
         except BaseException:
             connection.close()
             raise

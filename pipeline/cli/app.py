@@ -30,9 +30,13 @@ from pipeline.cli.options import (
     Standbys,
     Static,
     StatusFrom,
+    TlsCert,
+    TlsClientCa,
+    TlsKey,
     To,
     Version,
     check_group,
+    listening,
     load,
     parse_partitions,
 )
@@ -71,6 +75,9 @@ def up(
     port: Port = None,
     host: Host = None,
     insecure: Insecure = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     partitions: Annotated[
         int | None, typer.Option(metavar="N", help="Partitions of a new log; fixed once it exists.")
     ] = None,
@@ -97,9 +104,8 @@ def up(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.services import run_up
 
-    config = load(
-        set_, data=data, port=port, host=host, insecure=insecure, partitions=partitions, fsync=fsync, accept_loss=accept_loss
-    )
+    flags = listening(port, host, insecure, tls_cert, tls_key, tls_client_ca)
+    config = load(set_, data=data, partitions=partitions, fsync=fsync, accept_loss=accept_loss, **flags)
     raise SystemExit(run_up(config, as_json=json))
 
 
@@ -119,6 +125,9 @@ def worker(
     port: Port = None,
     host: Host = None,
     insecure: Insecure = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
@@ -156,7 +165,8 @@ def worker(
         die_with_parent()
 
     console.configure_logging(log_level, as_json=log_json)
-    config = load(set_, data=data, port=port, host=host, insecure=insecure, accept_loss=accept_loss, standby_count=standbys)
+    flags = listening(port, host, insecure, tls_cert, tls_key, tls_client_ca)
+    config = load(set_, data=data, accept_loss=accept_loss, standby_count=standbys, **flags)
     if processes and not supervised:
         from pipeline.cli.processes import run_processes
 
@@ -187,6 +197,9 @@ def serve(
     port: Port = None,
     host: Host = None,
     insecure: Insecure = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
@@ -211,14 +224,15 @@ def serve(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.services import run_gather, run_serve
 
+    flags = listening(port, host, insecure, tls_cert, tls_key, tls_client_ca)
     if gather is not None:
         if from_ is not None or partitions is not None or ingest or data is not None or accept_loss:
             raise typer.BadParameter("--gather: the servers have the data; leave out --from, --data, --ingest and the like")
         urls = [url.strip() for url in gather.split(",") if url.strip()]
-        raise SystemExit(run_gather(load(set_, port=port, host=host, insecure=insecure), urls, as_json=json))
+        raise SystemExit(run_gather(load(set_, **flags), urls, as_json=json))
     if from_ is None:
         raise typer.BadParameter("--from kafka://host:port, or --gather URL,... is needed")
-    config = load(set_, data=data, port=port, host=host, insecure=insecure, accept_loss=accept_loss)
+    config = load(set_, data=data, accept_loss=accept_loss, **flags)
     listed = parse_partitions(partitions)
     raise SystemExit(run_serve(config, from_, ingest=ingest, partitions=listed, as_json=json))
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from pipeline.errors import Exit, Invalid, PipelineError, exit_code
+from pipeline.errors import Exit, Invalid, PipelineError, Unauthenticated, exit_code
 from pipeline.roles.signals import stopping_on_signals
 from pipeline.settings import HOLD_VARIABLE
 
@@ -70,7 +70,7 @@ def print_error(error: object) -> None:
 
 def explain(error: PipelineError) -> int:
     """Print the error; return the exit code for it."""
-    print_error(error)
+    print_error(f"{error}; set PIPELINE_TOKEN_FILE, or PIPELINE_TOKEN" if isinstance(error, Unauthenticated) else error)
     return exit_code(error)
 
 

@@ -215,13 +215,13 @@ class ReadEndpoint:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.answer(scope["path_params"]["view"], scope, send)
+        await self.answer(scope["path_params"]["view"], scope, receive, send)
 
-    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+    async def answer(self, view: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request whose path names `view`."""
         headers, bounds = read_headers(scope["headers"]), scope["grant"].bounds
         asked = parse_read(view, scope["query_string"], self._settings, headers, bounds)
-        await _send(send, await self._service.answer(asked))
+        await _send(send, await self._service.answer(asked, receive))
 
 
 class QueryEndpoint:
@@ -235,7 +235,7 @@ class QueryEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.of(Request(scope, receive), JSON) as body:
             asked = parse_several(body, self._settings, scope["grant"].bounds)
-        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"]), receive))
 
 
 class ListEndpoint:
@@ -325,7 +325,7 @@ def _states_route(service: ReadService, room: BodyRoom) -> Route:
 
     async def states(request: Request) -> Response:
         async with bodies.of(request, STATES_TYPE) as body:
-            return Response(await service.states(body), media_type=STATES_TYPE)
+            return Response(await service.states(body, request.receive), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
 

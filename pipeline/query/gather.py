@@ -8,8 +8,8 @@ server, and so are of one moment of each partition.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -57,7 +57,7 @@ from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Wait
 from pipeline.query.part_servers import Gathered, PartServers
 from pipeline.query.plans import Shape, shape
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
-from pipeline.query.read_pool import ReadPool
+from pipeline.query.read_pool import ReadPool, Receive, while_connected
 from pipeline.query.service import NOT_FOLDED, POLL_S, RenderViews, too_old
 from pipeline.settings import QuerySettings
 
@@ -135,23 +135,34 @@ class GatherService:
 
     # Reads
 
-    async def answer(self, request: ReadRequest) -> Encoded:
+    async def answer(self, request: ReadRequest, receive: Receive | None = None) -> Encoded:
         """Return the encoded answer. Raises as `ReadService.answer`, and as `PartServers.gather`."""
         if request.cursor is not None:
             raise Invalid("cursor: a server that merges others has no pages, because it holds no moment of their stores")
-        with self._pool.slot():
+        async with self._room(request, receive):
             (answer,) = await self._fresh_answers([(None, request.query)], request, allow_partial=request.allow_partial)
             body = await self._here_or_not(len(answer.series), lambda: encode_body(answer, request.media_type))
             parts, coding = await self._pool.coded(body, request.coding)
             return encoded(answer, request.media_type, b"", parts, coding)
 
-    async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
+    async def answers(self, request: SeveralRequest, headers: ReadHeaders, receive: Receive | None = None) -> Encoded:
         """Return the encoded answers to several queries, all of one moment of each partition. Raises as `answer`."""
-        with self._pool.slot():
+        async with self._room(request, receive):
             found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=None)
             body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers_together(found)))
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
+
+    @asynccontextmanager
+    async def _room(self, request: Waiting, receive: Receive | None) -> AsyncIterator[None]:
+        """Count a read until the context ends, as one that waits for newer data if it asks for that."""
+        if request.waits:
+            async with self._pool.waiting(receive):
+                yield
+        else:
+            with self._pool.slot():
+                async with while_connected(receive):
+                    yield
 
     async def read(self, query: Query) -> tuple[Answer, float]:
         """Return the answer of now, not encoded, and the seconds that it took. Raises as `answer`."""
@@ -165,12 +176,12 @@ class GatherService:
         """Return the positions of the servers, as soon as one is another than in `since` or the time is over."""
         return await self._servers.moved(since, timeout_s)
 
-    async def wait(self, request: Waiting) -> None:
+    async def wait(self, request: Waiting, receive: Receive | None = None) -> None:
         """Wait for what the read asks to wait for. Raises as `answer`."""
         if request.waits:
             deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
             asked = StatesAsked(PARTS_VERSION, [], max_staleness_ms=request.max_staleness_ms, timeout_ms=request.timeout_ms)
-            with self._pool.slot():
+            async with self._room(request, receive):
                 await self._gather(asked, deadline_s, request.after, allow_partial=None)
 
     async def _fresh_answers(self, queries: _Numbered, request: Waiting, *, allow_partial: bool | None) -> list[Answer]:

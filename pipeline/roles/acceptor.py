@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 from pipeline.roles.connections import Connections
 from pipeline.roles.http_protocol import BoundedProtocol
@@ -14,6 +15,9 @@ from pipeline.roles.http_protocol import BoundedProtocol
 _log = logging.getLogger(__name__)
 _AT_ONCE = 16
 """Connections that are accepted before the loop does something else: among it, closing those that make room."""
+MakeContext = Callable[[], ssl.SSLContext]
+_SHUTDOWN_S = 5.0
+"""Longest wait for a client's part of the end of TLS."""
 _PAUSE_S = 0.1
 """Pause after the system had no descriptor or memory for a connection: trying on would take a core."""
 
@@ -21,7 +25,7 @@ _PAUSE_S = 0.1
 class Acceptor:
     """The accepting end of one server, in place of `asyncio.Server`, which accepts whatever comes.
 
-    `make` returns the protocol of a connection from a host.
+    `make` returns the protocol of a connection from a host; `tls` the TLS context of a connection that is made now.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Acceptor:
         listener: socket.socket,
         connections: Connections,
         make: Callable[[str], BoundedProtocol],
-        tls: ssl.SSLContext | None,
+        tls: MakeContext | None,
     ) -> None:
         self.sockets = (listener,)
         self._listener = listener
@@ -83,11 +87,13 @@ class Acceptor:
         task.add_done_callback(self._connecting.discard)
 
     async def _connect(self, client: socket.socket, protocol: BoundedProtocol) -> None:
-        timeout_s = None if self._tls is None else self._connections.settings.head_timeout_ms / 1000
+        options: dict[str, Any] = {}
+        if self._tls is not None:
+            options["ssl"] = self._tls()
+            options["ssl_handshake_timeout"] = self._connections.settings.head_timeout_ms / 1000
+            options["ssl_shutdown_timeout"] = _SHUTDOWN_S
         try:
-            await self._loop.connect_accepted_socket(
-                lambda: protocol, client, ssl=self._tls, ssl_handshake_timeout=timeout_s
-            )
+            await self._loop.connect_accepted_socket(lambda: protocol, client, **options)
         except (OSError, asyncio.CancelledError):  # the client has gone, or its handshake has failed
             client.close()
         finally:

@@ -82,7 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._tail = b""
         """Last bytes of a head, chunk or trailer of which more is to come: an end of lines may lie across them."""
         self._body_left: int | None = 0
-        """Bytes of the body that are to come; None in a chunked body, and -1 before it is known."""
+        """Bytes of the body that are to come; None in a chunked body."""
         self._body_bytes = 0
         self._chunk_count = 0
         self._quiet_bytes = 0
@@ -135,12 +135,17 @@ class BoundedProtocol(HttpToolsProtocol):
         """Go on with an answer."""
         super().resume_writing()
         self._connections.sent(self)
+        if self._stage is _HEAD and self._waits is None:
+            self._wait(self._connections.idle)
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes."""
-        if self._stage is _WORK:
+        stage = self._stage
+        if stage is _HEAD and not self._head_bytes and data.find(_END_OF_LINES) == len(data) - 4 <= self._head_bytes_max - 4:
+            self._take_whole_head(data)
+        elif stage is _WORK:
             self._hold(data, 0)
-        elif self._stage is not _CLOSING:
+        elif stage is not _CLOSING:
             self._take(data, 0)
         else:
             self._thrown_bytes += len(data)
@@ -148,6 +153,16 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.abort()
 
     # What comes in
+
+    def _take_whole_head(self, data: bytes) -> None:
+        """Take a head in one piece and nothing else, as most requests are."""
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._take_error(error)
+        else:
+            if self._stage is not _WORK:
+                self._after_head(data, 0, len(data))
 
     def _take(self, data: bytes, at: int) -> None:
         try:
@@ -161,34 +176,45 @@ class BoundedProtocol(HttpToolsProtocol):
                     return
                 else:
                     return
-        except httptools.HttpParserUpgrade:  # the answer is an ordinary one, and the parser takes nothing after it
-            self.cycle.keep_alive = False
-        except httptools.HttpParserError as error:
-            if isinstance(error.__context__, _TooLargeError):
-                self._refuse_trailers()
-            else:
-                self._refuse(Refused(400, "this is not HTTP/1.1"))
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._take_error(error)
+
+    def _take_error(self, error: Exception) -> None:
+        if isinstance(error, httptools.HttpParserUpgrade):
+            self.cycle.keep_alive = False  # its answer is an ordinary one, and the parser takes nothing after it
+        elif isinstance(error.__context__, _TooLargeError):
+            self._refuse_trailers()
+        else:
+            self._refuse(Refused(400, "this is not HTTP/1.1"))
 
     def _feed_head(self, data: bytes, at: int) -> int:
         end = self._end_of_lines(data, at)
         stop = len(data) if end < 0 else end
-        self._head_bytes += stop - at
-        if self._head_bytes > self._head_bytes_max:
+        if self._head_bytes + stop - at > self._head_bytes_max:
             self._refuse_head(data, at, stop)
             return stop
         self._feed(data, at, stop)
-        if self._stage is _HEAD:  # more is to come; or this was an empty line in front of a request
-            self._tail = (self._tail + data[max(at, stop - 3) : stop])[-3:]
-            self._line_ended = self._line_ended or b"\n" in data[at:stop]
-            if self._waits is self._connections.idle:
-                self._wait(self._connections.heads)
-        elif self._stage is _BODY:
-            self._wait(self._connections.bodies)
+        self._after_head(data, at, stop)
         return stop
 
+    def _after_head(self, data: bytes, at: int, stop: int) -> None:
+        if self._stage is _HEAD:  # more is to come; or this was an empty line in front of a request
+            self._head_bytes += stop - at
+            self._tail = (self._tail + data[max(at, stop - 3) : stop])[-3:]
+            self._line_ended = self._line_ended or b"\n" in data[at:stop]
+            if self._waits is not self._connections.heads:
+                self._wait(self._connections.heads)
+            return
+        self._head_bytes = 0
+        self._tail = b""
+        self._line_ended = False
+        if self._stage is _BODY:
+            self._body_left = _body_length(self.headers)
+            self._body_bytes = self._chunk_count = self._quiet_bytes = 0
+            self.headers = _Trailers(self._head_bytes_max)
+            self._wait(self._connections.bodies)
+
     def _feed_body(self, data: bytes, at: int) -> int:
-        if self._body_left == -1:
-            self._body_left = _body_length(self.scope["headers"])
         if self._body_left is not None:
             stop = min(len(data), at + self._body_left)
             self._body_left -= stop - at
@@ -198,8 +224,8 @@ class BoundedProtocol(HttpToolsProtocol):
         stop = len(data) if end < 0 else end
         before = self._body_bytes
         self._feed(data, at, stop)
+        self._tail = b"" if end >= 0 else (self._tail + data[max(at, stop - 3) : stop])[-3:]
         if self._stage is _BODY:
-            self._tail = b"" if end >= 0 else (self._tail + data[max(at, stop - 3) : stop])[-3:]
             self._quiet_bytes = 0 if self._body_bytes > before else self._quiet_bytes + stop - at
             if self._quiet_bytes > self._head_bytes_max:
                 self._refuse_trailers()
@@ -253,13 +279,6 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin with a request."""
         super().on_headers_complete()
         self._stage = _BODY
-        self._wait(None)
-        self._head_bytes = 0
-        self._tail = b""
-        self._line_ended = False
-        self._body_left = -1
-        self._body_bytes = self._chunk_count = self._quiet_bytes = 0
-        self.headers = _Trailers(self._head_bytes_max)
 
     def on_body(self, body: bytes) -> None:
         """Count the bytes of a body."""
@@ -269,13 +288,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Work until the answer is there; read on where it is already."""
-        super().on_message_complete()
-        self._tail = b""
-        if self.cycle.response_complete:
+        cycle = self.cycle
+        if self._waits is not None:
+            self._waits.pop(self, None)
+            self._waits = None
+        if cycle.response_complete:
             self._next()
         else:
             self._stage = _WORK
-            self._wait(None)
+            cycle.more_body = False
+            cycle.message_event.set()
 
     # What the request's cycle calls
 
@@ -286,15 +308,18 @@ class BoundedProtocol(HttpToolsProtocol):
             self._connections.unsent(self)
         elif self._stage is _WORK:
             self._next()
-            if self._held:
-                self.loop.call_soon(self._take_held)
         else:
             self.flow.resume_reading()
 
     def _next(self) -> None:
+        connections = self._connections
         self._stage = _HEAD
-        self._wait(self._connections.idle)
-        if not self._held:
+        if not self.flow.write_paused:
+            self._waits = waits = connections.idle
+            waits[self] = connections.now_s()
+        if self._held:
+            self.loop.call_soon(self._take_held)
+        else:
             self.flow.resume_reading()
 
     def _wait(self, waits: Waits | None) -> None:
@@ -328,7 +353,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse_head(self, data: bytes, at: int, stop: int) -> None:
         self._connections.count("head_bytes_max", self)
-        first_line = data.find(b"\n", at, stop - (self._head_bytes - self._head_bytes_max))
+        first_line = data.find(b"\n", at, at + self._head_bytes_max - self._head_bytes)
         if self._line_ended or first_line >= 0:
             self._refuse(Refused(431, f"a head of over {self._head_bytes_max} bytes"))
         else:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
+import pipeline.metrics as m
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.tls import FollowedContext, server_context
 from pipeline.errors import Invalid
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.query.cross_origin import is_loopback
-from pipeline.roles.acceptor import Acceptor
+from pipeline.roles.acceptor import Acceptor, MakeContext
 from pipeline.roles.connections import Connections
 from pipeline.roles.descriptors import raise_limit, sockets_within
 from pipeline.roles.http_protocol import BoundedProtocol
 from pipeline.settings import QuerySettings
 
+_log = logging.getLogger(__name__)
 _GRACEFUL_S = 5
 
 
@@ -38,22 +43,42 @@ def bind(settings: QuerySettings) -> socket.socket:
     except OSError as error:
         listener.close()
         raise Invalid(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}; try --port") from None
-    if not (settings.tokens_file or settings.insecure or is_loopback(listener.getsockname()[0])):
+    asks_who = settings.tokens_file or settings.tls_client_ca_file
+    if not (asks_who or settings.insecure or is_loopback(listener.getsockname()[0])):
         listener.close()
         raise Invalid(
             f"{settings.host}:{settings.port} can be reached from other machines, and whoever reaches it could read, write "
-            "and drop everything. Choose one: access tokens (pipeline tokens add, then the setting tokens_file); "
-            "--host 127.0.0.1 behind a proxy that knows its clients; or --insecure, where the network lets no stranger in"
+            "and drop everything. Choose one: access tokens (pipeline tokens add, then the setting tokens_file); client "
+            "certificates (--tls-client-ca); --host 127.0.0.1 behind a proxy that knows its clients; or --insecure, where "
+            "the network lets no stranger in"
         )
     listener.listen(1024)
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, settings: QuerySettings) -> str:
     """Return the URL of the listener for clients on this machine."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # nosec B104  # binds nothing
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if settings.tls_cert_file else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def open_tls(settings: QuerySettings, metrics: Metrics) -> FollowedContext | None:
+    """Return the TLS context of a server, which follows its files; None without a `tls_cert_file`.
+
+    Raises `Invalid` if a file is missing or wrong.
+    """
+    if not settings.tls_cert_file:
+        return None
+
+    def complain(error: Invalid) -> None:
+        metrics.inc(m.TLS_UNREADABLE)
+        _log.warning("%s; new connections go on with the certificates that were read before", error)
+
+    metrics.inc(m.TLS_UNREADABLE, 0)
+    paths = [settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file]
+    return FollowedContext(partial(server_context, settings), paths, SystemClock(), complain)
 
 
 class UvicornServer(uvicorn.Server):
@@ -63,9 +88,7 @@ class UvicornServer(uvicorn.Server):
     never end by itself.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, settings: QuerySettings, metrics: Metrics, tls: ssl.SSLContext | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, settings: QuerySettings, metrics: Metrics, tls: MakeContext | None) -> None:
         super().__init__(config)
         self._settings = settings
         self._metrics = metrics
@@ -115,7 +138,7 @@ class HttpServer:
         listener: socket.socket,
         settings: QuerySettings | None = None,
         metrics: Metrics = NO_METRICS,
-        tls: ssl.SSLContext | None = None,
+        tls: MakeContext | None = None,
     ) -> None:
         self._listener = listener
         config = uvicorn.Config(

@@ -31,7 +31,7 @@ from pipeline.query.gather_api import create_gather_app
 from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
 from pipeline.roles.descriptors import raise_limit
-from pipeline.roles.http_server import HttpServer, bind, url_of
+from pipeline.roles.http_server import HttpServer, bind, open_tls, url_of
 from pipeline.settings import QuerySettings
 from pipeline.threads import guarded
 from pipeline.worker.restore import RestoreProgress
@@ -115,15 +115,16 @@ class Service(Generic[RoleT]):
         self._data = config.log.data
         metrics.show_info(name)
         access = open_access(config.query, metrics)
+        tls = open_tls(config.query, metrics)
         self.role = make(Hooks(metrics, self._fail, on_progress))
         try:  # after the role: that a directory is in use says more than that a port is in use
             self._listener = bind(config.query)
         except BaseException:
             self.role.stop()
             raise
-        self.url = url_of(self._listener)
+        self.url = url_of(self._listener, config.query)
         app = make_app(self.role, metrics, access)
-        self._server = HttpServer(app, self._listener, config.query, metrics)
+        self._server = HttpServer(app, self._listener, config.query, metrics, tls)
         metrics.before_render = self._measure
 
     def run(self, on_ready: Callable[[str], None] = _ignore) -> int:
@@ -213,7 +214,8 @@ def worker_service(
     service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
     wildcard = config.query.host in ("0.0.0.0", "::")  # nosec B104  # binds nothing
-    service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
+    scheme, port = service.url.partition("://")[0], service.url.rpartition(":")[2]
+    service.role.url = f"{scheme}://{socket.gethostname()}:{port}" if wildcard else service.url
     return service
 
 

@@ -23,7 +23,7 @@ from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.metrics import NO_METRICS, READY, Metrics
 from pipeline.query.api import create_operations_app
 from pipeline.query.cross_origin import is_loopback
-from pipeline.roles.http_server import HttpServer, bind, url_of
+from pipeline.roles.http_server import HttpServer, bind, open_tls, url_of
 from pipeline.roles.service import open_access
 from pipeline.settings import ClientSettings, QuerySettings
 from pipeline.threads import guarded
@@ -142,13 +142,13 @@ class _Operations:
     def __init__(
         self, settings: QuerySettings, metrics: PrometheusMetrics, clock: SystemClock, status: Callable[[], Status]
     ) -> None:
-        access = open_access(settings, metrics)
+        access, tls = open_access(settings, metrics), open_tls(settings, metrics)
         metrics.show_info("ingest")
         metrics.set(READY, 1)
         self._listener = bind(settings)
-        self.url = url_of(self._listener)
+        self.url = url_of(self._listener, settings)
         app = create_operations_app(settings, metrics, clock, status, lambda: True, access)
-        self._server = HttpServer(app, self._listener, settings, metrics)
+        self._server = HttpServer(app, self._listener, settings, metrics, tls)
         run = guarded(_log, "pipeline-http", self._server.run, metrics)
         self._thread = threading.Thread(target=run, name="pipeline-http", daemon=True)
         self._thread.start()

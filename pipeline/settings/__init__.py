@@ -175,9 +175,20 @@ class ClientSettings(_Checked):
     token_file: str = _setting(
         "", "file with the access token, in place of `token`; read again when a server refuses the token"
     )
+    ca_file: str = _setting(
+        "",
+        "file of the authorities (PEM) that sign the certificates of `https://` servers; none: those the system trusts",
+    )
+    client_cert_file: str = _setting(
+        "",
+        "file of this client's certificate and those between it and its authority, for servers with a `tls_client_ca_file`",
+    )
+    client_key_file: str = _setting("", "file of the key of `client_cert_file`; none: it is in the same file")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.client_key_file and not self.client_cert_file:
+            raise Invalid("client_key_file needs client_cert_file")
         if self.token and self.token_file:
             raise Invalid("token and token_file: one of them")
 
@@ -187,6 +198,9 @@ class ClientKeywords(TypedDict, total=False):
 
     token: str | Secret
     token_file: str
+    ca_file: str
+    client_cert_file: str
+    client_key_file: str
 
 
 class PublisherKeywords(ClientKeywords, total=False):
@@ -234,15 +248,25 @@ class QuerySettings(_Checked):
         "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
         "Without it every request may do everything",
     )
+    tls_cert_file: str = _setting(
+        "",
+        "file of the server's certificate (PEM) and those between it and its authority: the server speaks TLS only. This "
+        "and the next two are read again when they change",
+    )
+    tls_key_file: str = _setting("", "file of the key of `tls_cert_file`; none: it is in the same file")
+    tls_client_ca_file: str = _setting(
+        "", "file of the authorities that sign the certificates of clients: without such a certificate no client is answered"
+    )
     insecure: bool = _setting(
         False,
-        "listen beyond loopback without a `tokens_file`, for a network without strangers: whoever reaches the port may "
-        "do everything. For StatsD, which knows no tokens, it is needed in any case",
+        "listen beyond loopback without a `tokens_file` or `tls_client_ca_file`, for a network without strangers: whoever "
+        "reaches the port may do everything. For StatsD, which knows neither, it is needed in any case",
     )
     allowed_hosts: str = _setting(
         "",
         "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "
-        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421",
+        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421. With tokens "
+        "or TLS any will do",
     )
     cors_origins: str = _setting(
         "",
@@ -343,7 +367,13 @@ class QuerySettings(_Checked):
         250, "how often `serve --gather` asks each server which partitions it has and how stale they are", least=10
     )
     reads_waiting_max: int = _setting(
-        256, "reads that wait for data or run, equal ones once; one more is refused with 503", least=1
+        256, "reads that run or wait for a thread, equal ones once; one more is refused with 503", least=1
+    )
+    waits_max: int = _setting(
+        256,
+        "reads that wait for newer data (`after`, `max_staleness_ms`), for which they need no thread; if there is one more, "
+        "the one that has waited for longest is refused with 503",
+        least=1,
     )
     answer_cache_bytes: int = _setting(
         67_108_864,
@@ -419,6 +449,12 @@ class QuerySettings(_Checked):
     end_offsets_interval_ms: int = _setting(
         100, "how often a query server asks Kafka where the log ends: the least staleness that it can state", least=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tls_key_file", "tls_client_ca_file"):
+            if getattr(self, name) and not self.tls_cert_file:
+                raise Invalid(f"{name} needs tls_cert_file")
 
 
 GROUPS: tuple[type[_Checked], ...] = (

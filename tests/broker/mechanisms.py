@@ -53,10 +53,10 @@ def properties(it: Certificates, ssl_port: int, reauthenticate_ms: int = 0) -> d
     }
 
 
-def add_scram_users(admin: AdminClient) -> None:
-    """Create the user of SCRAM with its password."""
+def set_scram_password(admin: AdminClient, password: str = PASSWORD) -> None:
+    """Give the user of SCRAM a password."""
     for kind in SCRAM.values():  # one request may change a user only once
-        wanted = UserScramCredentialUpsertion(USER, ScramCredentialInfo(kind, 4096), PASSWORD.encode())
+        wanted = UserScramCredentialUpsertion(USER, ScramCredentialInfo(kind, 4096), password.encode())
         admin.alter_user_scram_credentials([wanted])[USER].result(30)
 
 

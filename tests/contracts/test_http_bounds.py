@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from select import select
 from typing import Any
 
 import pytest
 
+import pipeline.roles.http_server as http_server
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.roles.connections import address_group
+from pipeline.roles.descriptors import sockets_within
 from pipeline.settings import QuerySettings
 from tests.attack.support import connect, flood, read_to_end
+from tests.broker.tls import make as make_certificates
 from tests.query.support import running
 from tests.support import wait_until
 
@@ -89,10 +94,10 @@ class Site:
 
 
 @contextmanager
-def site(**settings: int) -> Iterator[Site]:
+def site(tls: ssl.SSLContext | None = None, **settings: int) -> Iterator[Site]:
     metrics = PrometheusMetrics()
     made = Site(0, metrics)
-    with running(made, 0, QuerySettings(**{**SETTINGS, **settings}), metrics) as port:  # type: ignore[arg-type]
+    with running(made, 0, QuerySettings(**{**SETTINGS, **settings}), metrics, tls and (lambda: tls)) as port:  # type: ignore[arg-type]
         made.port = port
         try:
             yield made
@@ -104,6 +109,16 @@ def site(**settings: int) -> Iterator[Site]:
 def bounded() -> Iterator[Site]:
     with site() as made:
         yield made
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def either(request: pytest.FixtureRequest) -> Iterator[Site]:
+    """A site on either event loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "asyncio":
+            patch.setattr(http_server, "_loop_factory", lambda: None)
+        with site() as made:
+            yield made
 
 
 def answers(received: bytes) -> list[tuple[int, bytes]]:
@@ -125,15 +140,15 @@ def get(size: int, path: bytes = b"/") -> bytes:
     return head.replace(b"Pad: ", b"Pad: " + b"x" * (size - len(head)))
 
 
-def test_the_edge_of_a_head(bounded: Site) -> None:
+def test_the_edge_of_a_head(either: Site) -> None:
     """A head of exactly `head_bytes_max` bytes is answered, one of a byte more is 431, in one piece or in many."""
-    assert bounded.ask(get(HEAD_BYTES))[0][0] == 200
-    before = bounded.cut("head_bytes_max")
-    [(status, body)] = bounded.ask(get(HEAD_BYTES + 1))
+    assert either.ask(get(HEAD_BYTES))[0][0] == 200
+    before = either.cut("head_bytes_max")
+    [(status, body)] = either.ask(get(HEAD_BYTES + 1))
     assert (status, json.loads(body)["status"]) == (431, 431)
-    assert bounded.cut("head_bytes_max") == before + 1
+    assert either.cut("head_bytes_max") == before + 1
     for size, expected in ((HEAD_BYTES, 200), (HEAD_BYTES + 1, 431)):
-        with bounded.connect() as client:
+        with either.connect() as client:
             sent = get(size)
             for at in range(0, len(sent), 97):
                 client.sendall(sent[at : at + 97])
@@ -214,12 +229,12 @@ def test_an_upgrade_is_an_ordinary_request(bounded: Site) -> None:
     assert [status for status, _ in bounded.ask(asked + b"PRI * HTTP/2.0")] == [200]
 
 
-def test_pipelined_requests_are_answered_in_order(bounded: Site) -> None:
+def test_pipelined_requests_are_answered_in_order(either: Site) -> None:
     """Requests that are sent ahead, bodies and all, are answered one after the other."""
     post = b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nabcde"
     chunked = b"POST /%d HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n"
     sent = b"".join((b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n", post, chunked)[n % 3] % n for n in range(600)) + get(200)
-    got = bounded.ask(sent)
+    got = either.ask(sent)
     assert [status for status, _ in got] == [200] * 601
     assert [json.loads(body)["path"] for _, body in got[:-1]] == [f"/{n}" for n in range(600)]
     assert [json.loads(body)["body"] for _, body in got[:3]] == [0, 5, 5]
@@ -294,17 +309,17 @@ def test_slow_legal_clients_are_served(bounded: Site) -> None:
         size = 0
         while part := client.recv(262_144):
             size += len(part)
-            time.sleep(0.01)
+            time.sleep(0.03)  # the server's part is sent long before: an idle connection it is not
         assert size > LARGE_BYTES
 
 
-def test_a_client_that_reads_nothing_is_cut_off(bounded: Site) -> None:
+def test_a_client_that_reads_nothing_is_cut_off(either: Site) -> None:
     """An answer that nobody takes is given up after `write_timeout_ms`, whether or not the connection is to go on."""
     for last in (b"", b"Connection: close\r\n"):
-        before = bounded.cut("write_timeout_ms")
-        with bounded.connect(receive_bytes=4_096) as client:
+        before = either.cut("write_timeout_ms")
+        with either.connect(receive_bytes=4_096) as client:
             client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n" + last + b"\r\n")
-            wait_until(lambda: bounded.cut("write_timeout_ms") == before + 1, "cut off", 5)  # noqa: B023
+            wait_until(lambda: either.cut("write_timeout_ms") == before + 1, "cut off", 5)  # noqa: B023
             received = read_to_end(client)
             assert received is not None
             assert len(received) < LARGE_BYTES
@@ -400,3 +415,40 @@ def test_a_crowd_from_one_address_pays_first() -> None:
 def test_what_an_address_counts_for(host: str, group: str) -> None:
     """IPv6 clients count by their network of 64 bits, in which one client has as many addresses as it likes."""
     assert address_group(host) == group
+
+
+def test_bounds_hold_within_tls(tmp_path: Path) -> None:
+    """Over TLS a connection counts from its start: one without a handshake is closed in time, or makes room for others."""
+    certificates = make_certificates(tmp_path)
+    served = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    served.load_cert_chain(certificates.server)
+    trusting = ssl.create_default_context(cafile=certificates.authority)
+    with site(served, sockets_max=4, head_timeout_ms=2_000) as secure, ExitStack() as stack:
+
+        def ask(sent: bytes) -> list[tuple[int, bytes]]:
+            with trusting.wrap_socket(secure.connect(), server_hostname="127.0.0.1") as client:
+                client.sendall(sent)
+                received = read_to_end(client)
+                assert received is not None
+                return answers(received)
+
+        silent = [stack.enter_context(secure.connect()) for _ in range(9)]
+        [(status, body)] = ask(get(200, b"/large"))
+        assert (status, len(body)) == (200, LARGE_BYTES)
+        assert secure.cut("sockets_max") == 6
+        assert ask(get(HEAD_BYTES + 1))[0][0] == 431
+        with trusting.wrap_socket(secure.connect(), server_hostname="127.0.0.1") as client:
+            client.sendall(b"GET / HT")
+            assert [status for status, _ in answers(read_to_end(client) or b"")] == [408]
+        wait_until(lambda: secure.open_count == 0, "all closed")
+        assert read_to_end(silent[-1]) == b""
+
+
+def test_sockets_leave_descriptors_to_files(caplog: pytest.LogCaptureFixture) -> None:
+    """Sockets take at most half of the files that a process may open, and a bound that is lowered for it is logged."""
+    assert sockets_within(0, 4_096) == 4_096
+    assert sockets_within(65_536, 4_096) == 4_096
+    assert not caplog.records
+    assert 400 < sockets_within(1_024, 4_096) < 512
+    assert "ulimit -n" in caplog.text
+    assert sockets_within(64, 4_096) >= 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +48,8 @@ from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
-from pipeline.roles.http_server import HttpServer, bind
+from pipeline.roles.acceptor import MakeContext
+from pipeline.roles.http_server import HttpServer, bind, open_tls
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import OwnedPartition
@@ -352,7 +352,7 @@ def serving(world: World | Part, port: int = 0, access: Access | None = None) ->
         world.letters,
         access,
     )
-    with running(app, port, world.settings, world.metrics) as at:
+    with running(app, port, world.settings, world.metrics, open_tls(world.settings, world.metrics)) as at:
         yield Server(world, at)
 
 
@@ -362,7 +362,7 @@ def running(
     port: int = 0,
     settings: QuerySettings | None = None,
     metrics: Metrics = NO_METRICS,
-    tls: ssl.SSLContext | None = None,
+    tls: MakeContext | None = None,
 ) -> Iterator[int]:
     """Run an application, on a free port, until the context ends; yield the port."""
     with bind(replace(settings or QuerySettings(), host="127.0.0.1", port=port)) as listener:
