@@ -177,7 +177,7 @@ def bound_text(bound: float) -> str:
         return "+Inf"
     if bound > 0 and dot > 6:  # Go uses exponents sooner than Python
         digits = f"{text[0]}.{text[1:dot]}{text[dot + 1 :]}".rstrip("0.")
-        return f"{digits}e+0{dot - 1}"
+        return f"{digits}e+{dot - 1:02}"
     return text
 
 

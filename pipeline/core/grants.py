@@ -68,6 +68,9 @@ class Grant(msgspec.Struct, frozen=True):
 EVERYTHING = Grant("", frozenset(SCOPES))
 """Grant of every request to a server that has no file of tokens."""
 
+NOTHING = Grant("", frozenset())
+"""Grant of a request without a token, on the paths that need none."""
+
 
 class AccessToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of the file."""

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
-from pipeline.core.grants import EVERYTHING
+from pipeline.core.grants import EVERYTHING, NOTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
@@ -183,11 +183,11 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         """Put into the scope what the request may do. Raises `Unauthenticated` if that needs a token, and it has none."""
-        scope["grant"] = EVERYTHING
-        if self._access is not None:
-            scope["access"] = self._access
-            if not is_open(scope["path"]):
-                scope["grant"] = self._access.grant_of(scope["headers"])
+        if self._access is None:
+            scope["grant"] = EVERYTHING
+            return
+        scope["access"] = self._access
+        scope["grant"] = NOTHING if is_open(scope["path"]) else self._access.grant_of(scope["headers"])
 
     @staticmethod
     def _viewed(scope: Scope) -> str:

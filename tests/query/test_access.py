@@ -1,5 +1,6 @@
 """Requests need an access token with the scope of their route, and the file of tokens is followed."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -14,11 +15,12 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.adapters.tokens_file import TokensFile
-from pipeline.core.grants import SCOPES, AccessToken, digest_of, encode_tokens
+from pipeline.core.grants import NOTHING, SCOPES, AccessToken, Grant, digest_of, encode_tokens
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.ports import Pushed
@@ -26,6 +28,7 @@ from pipeline.query.access import NEEDED, Access, needed_of
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.gather import GatherService
 from pipeline.query.gather_api import create_gather_app
+from pipeline.query.guard import Guard
 from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.part_servers import PartServers
 from pipeline.settings import QuerySettings
@@ -101,6 +104,21 @@ def test_each_route_needs_its_scope(server: Server, method: str, path: str, body
         assert detail == f"scope {' or '.join(sorted(needed))} is needed; the access token has {scope}"
         said = reply.headers["www-authenticate"]
         assert said == f'Bearer realm="pipeline", error="insufficient_scope", scope="{" ".join(sorted(needed))}"'
+
+
+def test_an_open_path_grants_nothing(listed: Path) -> None:
+    """A request that needs no token may do nothing else, so that a path that looks open opens no other route."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        grants.append(scope["grant"])
+
+    grants: list[Grant] = []
+    metrics, clock = PrometheusMetrics(), SystemClock()
+    guard = Guard(app, None, {}, QuerySettings(), metrics, clock, access_of(listed, metrics))
+    for path in ("/", "/page/app.js", "/page/../v1/views", "/docs", "/healthz"):
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")], "query_string": b""}
+        asyncio.run(guard(scope, None, None))  # type: ignore[arg-type]
+    assert grants == [NOTHING] * 5
 
 
 def test_a_stream_needs_the_scope_read(server: Server) -> None:
