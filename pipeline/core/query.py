@@ -317,6 +317,9 @@ def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator
             return
 
 
+_SORTED_RUN = 50_000
+
+
 class TopN:
     """Chooses what `top`, `bottom` and `limit` select of groups that are offered once each; holds little more."""
 
@@ -362,6 +365,9 @@ class TopN:
         return False, self._sign * value, labels
 
     def _cut(self) -> None:
+        for i in range(0, len(self._rows), _SORTED_RUN) if len(self._rows) > _SORTED_RUN else ():
+            # The interpreter's lock is held while a list is sorted, for a fraction of the time if it is sorted in parts.
+            self._rows[i : i + _SORTED_RUN] = sorted(self._rows[i : i + _SORTED_RUN], key=itemgetter(0))
         self._rows.sort(key=itemgetter(0))
         del self._rows[self._most :]
         if len(self._rows) == self._most:

@@ -369,6 +369,14 @@ class QuerySettings(_Checked):
     reads_waiting_max: int = _setting(
         256, "reads that run or wait for a thread, equal ones once; one more is refused with 503", least=1
     )
+    large_answer_series: int = _setting(
+        50_000,
+        "an answer that can have more series waits until fewer than `large_answers_max` of its like are made",
+        least=1,
+    )
+    large_answers_max: int = _setting(
+        2, "large answers that are made at once; one that waits longer than its `timeout_ms` is 503", least=1, most=256
+    )
     waits_max: int = _setting(
         256,
         "reads that wait for newer data (`after`, `max_staleness_ms`), for which they need no thread; if there is one more, "
