@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -250,6 +252,22 @@ def test_nothing_is_done_without_a_token(server: Server, verb: str, path: str) -
     def run(case: Any) -> None:
         case.headers = {name: value for name, value in (case.headers or {}).items() if name.lower() != "authorization"}
         assert case.call().status_code == 401
+
+    run()
+
+
+@pytest.mark.parametrize(("verb", "path"), [("get", "/v1/views/{view}"), ("post", "/v1/deltas")])
+def test_requests_with_a_token_are_answered_as_documented(server: Server, verb: str, path: str) -> None:
+    """With a token for everything the answers are those of the document, and without it, or with another one, 401."""
+    operation: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path][verb]
+
+    @settings(max_examples=examples(3), deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(operation.as_strategy())
+    def run(case: Any) -> None:
+        case.headers = {**(case.headers or {}), **bearer("pipeline_all")}
+        response = case.call()
+        assert response.status_code not in (401, 403, 500)
+        case.validate_response(response, excluded_checks=[positive_data_acceptance, not_a_server_error])
 
     run()
 
