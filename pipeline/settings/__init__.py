@@ -435,7 +435,7 @@ class QuerySettings(_Checked):
     buffered_bytes_max: int = _setting(
         268_435_456,
         "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond "
-        "it the client that reads most slowly is cut off",
+        "it the client that reads most slowly is cut off, but those that take 1 MB a second only beyond twice of it",
         least=1_048_576,
     )
     connections_max: int = _setting(
