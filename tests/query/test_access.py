@@ -25,11 +25,13 @@ from pipeline.adapters.tokens_file import TokensFile
 from pipeline.core.grants import NOTHING, SCOPES, AccessToken, Grant, digest_of, encode_tokens
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from pipeline.ports import Pushed
 from pipeline.query.access import NEEDED, Access, needed_of
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.gather import GatherService
 from pipeline.query.gather_api import create_gather_app
 from pipeline.query.guard import Guard
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.part_servers import PartServers
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving, wait_until
@@ -135,6 +137,7 @@ def test_every_route_of_every_application_is_in_the_table() -> None:
         create_app(
             *(world.reader, world.ingest, settings, metrics, world.status, lambda: True, render_views),
             parse_pushed=lambda *_: None,  # type: ignore[arg-type, return-value]
+            exports=ExportTaking(lambda *_: Pushed([], [], []), None),
             letters=world.letters,
         ),
         create_gather_app(service, settings, metrics, render_views),
