@@ -24,7 +24,6 @@ from pipeline.core.exposition import (
     Exposed,
     Exposition,
     choose,
-    exposed_as,
     newest_final_ms,
     samples_of,
     state_exposed,
@@ -376,7 +375,7 @@ class GatherService:
         where = Query("").within(bounds).where
         for _ in range(_TRIES):
             plans = self._exposed_plans(gathered, views, bounds)
-            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()}, NAMES)
+            chosen, omitted = choose({view: plan.merged for view, plan in plans.items()}, NAMES)
             final_before_ms = self._servers.final_before_ms(gathered)
             reads: list[tuple[Definition, StatesRead]] = []
             for it in chosen:

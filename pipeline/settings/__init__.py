@@ -175,6 +175,9 @@ class ClientSettings(_Checked):
     token_file: str = _setting(
         "", "file with the access token, in place of `token`; read again when a server refuses the token"
     )
+    answer_bytes_max: int = _setting(
+        268_435_456, "bytes of one answer, or of one event of a stream; reading stops there, with an error", least=65_536
+    )
     ca_file: str = _setting(
         "",
         "file of the authorities (PEM) that sign the certificates of `https://` servers; none: those the system trusts",
@@ -198,6 +201,7 @@ class ClientKeywords(TypedDict, total=False):
 
     token: str | Secret
     token_file: str
+    answer_bytes_max: int
     ca_file: str
     client_cert_file: str
     client_key_file: str
@@ -308,6 +312,20 @@ class QuerySettings(_Checked):
     )
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
+    )
+    otlp_resource_attributes: str = _setting(
+        "service.name",
+        "resource attributes of POST /v1/metrics that become labels, separated by commas; the same on all servers",
+    )
+    otlp_totals: bool = _setting(
+        False,
+        "take totals (cumulative temporality) at POST /v1/metrics of a server of Kafka's log: only where no other server "
+        "gets any. `pipeline up` always takes them",
+    )
+    otlp_streams_max: int = _setting(
+        100_000,
+        "streams of totals that are remembered; one that was forgotten counts anew from its next total, which is left out",
+        least=1,
     )
     idempotency_keys_max: int = _setting(
         100_000,
@@ -426,7 +444,7 @@ class QuerySettings(_Checked):
     buffered_bytes_max: int = _setting(
         268_435_456,
         "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond "
-        "it the client that reads most slowly is cut off",
+        "it the client that reads most slowly is cut off, but those that take 1 MB a second only beyond twice of it",
         least=1_048_576,
     )
     connections_max: int = _setting(
