@@ -10,7 +10,7 @@ from urllib.parse import quote
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http_client import Client, HttpClient, error_of, is_ours
+from pipeline.adapters.http_client import AnswerTooLarge, Client, HttpClient, error_of, is_ours
 from pipeline.adapters.read_parameters import QueryKeywords, WatchKeywords, json_query, view_path
 from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
@@ -389,14 +389,17 @@ class HttpReader:
         JSON in `body` is posted, with the idempotency key `key`.
         """
         headers = {"Idempotency-Key": key, "Accept": accept}
-        status, answer = self._client.request(
-            "GET" if body is None else "POST",
-            path,
-            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
-            body=body,
-            content_type="" if body is None else "application/json",
-            more_headers={name: value for name, value in headers.items() if value is not None},
-        )
+        try:
+            status, answer = self._client.request(
+                "GET" if body is None else "POST",
+                path,
+                timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+                body=body,
+                content_type="" if body is None else "application/json",
+                more_headers={name: value for name, value in headers.items() if value is not None},
+            )
+        except AnswerTooLarge as error:
+            raise Invalid(str(error)) from None
         if status != 200:
             raise error_of(self._client.url, status, answer)
         return answer

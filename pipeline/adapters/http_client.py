@@ -38,6 +38,7 @@ EVENT_STREAM = "text/event-stream"
 HEARTBEAT_HEADER = "pipeline-heartbeat-ms"
 """Header of a stream: the usual longest time without an event."""
 _CONNECT_S = 5.0
+_HEADS_MAX = 10
 _SILENCE_S = 30.0
 """Longest time without a byte of a stream that does not say how often it has an event."""
 _OURS = "urn:pipeline:"
@@ -90,10 +91,29 @@ class Client(Protocol):
         ...
 
 
+class AnswerTooLarge(Unavailable):
+    """Ask for less, or allow more: an answer is larger than `answer_bytes_max`, or has no end."""
+
+
+class _Response(HTTPResponse):
+    """A response that does not wait for ever behind interim responses, each of which begins the time-out anew."""
+
+    _heads = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        self._heads += 1
+        if self._heads > _HEADS_MAX:
+            raise HTTPException(f"over {_HEADS_MAX} interim responses")
+        found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        return found
+
+
 class EventStream:
     """Bytes of one response as they come, on a connection of its own. `interrupt` may be called from any thread."""
 
-    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket) -> None:
+    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        """Size of the largest event."""
         self._url = url
         self._response = response
         self._socket = sock
@@ -140,6 +160,7 @@ class HttpClient:
         self.url = url.rstrip("/")
         self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
         self._settings = settings = settings or ClientSettings()
+        self._bytes_max = settings.answer_bytes_max
         self._tls = self._follow_files(settings, clock) if parts.scheme == "https" else None
         if self._tls is None and (name := next((it for it in _TLS_ONLY if getattr(settings, it)), None)):
             raise Invalid(f"{name} is for https://, but {self.url} would be spoken to without TLS")
@@ -157,8 +178,11 @@ class HttpClient:
 
     def _new_connection(self) -> HTTPConnection:
         if self._tls is None:
-            return HTTPConnection(self._host, self._port)
-        return HTTPSConnection(self._host, self._port, context=self._tls())
+            connection = HTTPConnection(self._host, self._port)
+        else:
+            connection = HTTPSConnection(self._host, self._port, context=self._tls())
+        connection.response_class = _Response
+        return connection
 
     def request(
         self,
@@ -237,7 +261,7 @@ class HttpClient:
                 raise error_of(self.url, response.status, self._read(connection, response, deadline))
             if (kind := response.getheader("content-type", "")).partition(";")[0].strip() != EVENT_STREAM:
                 raise Unavailable(f"{self.url}: not a stream of events but {kind!r:.100}")
-            return EventStream(self.url, response, sock)
+            return EventStream(self.url, response, sock, self._bytes_max)
         except (OSError, HTTPException) as error:
             connection.close()
             raise Unavailable(f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}") from None
@@ -268,12 +292,21 @@ class HttpClient:
         return response.status, self._read(connection, response, deadline), not response.will_close
 
     def _read(self, connection: HTTPConnection, response: HTTPResponse, deadline: float) -> bytes:
-        parts = []
-        while part := response.read(2**18):
-            parts.append(part)
-            self._limit(connection, deadline)
+        parts, size = [], response.length or 0
+        if size <= self._bytes_max:
+            size = 0
+            while size <= self._bytes_max and (part := response.read1(2**18)):  # one read of the socket, within its time-out
+                parts.append(part)
+                size += len(part)
+                self._limit(connection, deadline)
+        if size > self._bytes_max:
+            connection.close()
+            raise AnswerTooLarge(
+                f"{self.url}: the answer has over {self._bytes_max} bytes: ask for less, or raise answer_bytes_max"
+            )
         if response.length:  # not so if the server sends chunks
             raise IncompleteRead(b"", response.length)
+        response.close()  # or the connection could not take another request
         return b"".join(parts)
 
     def _limit(self, connection: HTTPConnection, deadline: float) -> None:

@@ -24,7 +24,6 @@ from pipeline.core.exposition import (
     Exposed,
     Exposition,
     choose,
-    exposed_as,
     newest_final_ms,
     samples_of,
     state_exposed,
@@ -52,7 +51,7 @@ from pipeline.metrics import NAMES, Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import preferred_coding
 from pipeline.query.found import answer_of, answers_together, points_answer
-from pipeline.query.media import Encoded, encode_body, encoded, plain_json
+from pipeline.query.media import Encoded, encode_answers, encode_body, encoded, plain_json
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.part_servers import Gathered, PartServers
 from pipeline.query.plans import Shape, shape
@@ -149,7 +148,9 @@ class GatherService:
         """Return the encoded answers to several queries, all of one moment of each partition. Raises as `answer`."""
         async with self._room(request, receive):
             found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=None)
-            body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers_together(found)))
+            body = await self._here_or_not(
+                sum(len(it.series) for it in found), lambda: encode_answers(answers_together(found))
+            )
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
 
@@ -374,7 +375,7 @@ class GatherService:
         where = Query("").within(bounds).where
         for _ in range(_TRIES):
             plans = self._exposed_plans(gathered, views, bounds)
-            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()}, NAMES)
+            chosen, omitted = choose({view: plan.merged for view, plan in plans.items()}, NAMES)
             final_before_ms = self._servers.final_before_ms(gathered)
             reads: list[tuple[Definition, StatesRead]] = []
             for it in chosen:

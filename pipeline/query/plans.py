@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from pipeline.core import codec
 from pipeline.core.grants import Bounds
-from pipeline.core.query import MergedDefinition, Query
-from pipeline.core.record import TAG_DEFINITION, Position, definitions_prefix, prefix_end
+from pipeline.core.query import Labels, MergedDefinition, Query, pinned_labels
+from pipeline.core.record import TAG_DEFINITION, Position, definition_key, definitions_prefix, prefix_end
 from pipeline.errors import Unreadable
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored
 from pipeline.query.progress import read_positions
+from pipeline.query.ranges import Points
 from pipeline.query.scans import view_of
 
 decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
@@ -57,6 +58,23 @@ class ReadPlan(NamedTuple):
     def holds(self, stores: Mapping[int, object], positions: Mapping[int, Position]) -> bool:
         """Return whether stores at these positions still have the definitions of the plan."""
         return versions(positions) == self.versions and self.stores == stores
+
+
+def count_series(stores: Mapping[int, StoreView], plan: ReadPlan) -> int:
+    """Return how many entries of series, of all windows, the definitions of a plan have in these stores."""
+    keys = [definition_key(it) for it in plan.merged.parts]
+    values = [(number, value) for number, store in stores.items() for value in store.get(keys) if value]
+    return sum(decode_stored(number, decode_definition, value).series_count for number, value in values)
+
+
+def pinned(query: Query, plan: ReadPlan) -> Labels | None:
+    """Return the labels of the only series that can match; None if there can be several, or two ranges are read."""
+    return None if query.range.compare_ms is not None else pinned_labels(plan.merged.definition, query.where)
+
+
+def key_count(plan: ReadPlan, points: Points | None) -> int:
+    """Return how many keys of all partitions hold the windows of one series; 0 without windows."""
+    return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
 
 
 Shape = tuple[str, str | None, int | None, Bounds | None]

@@ -42,6 +42,7 @@ class ReadPool:
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
         self._open = 0
         """Reads that run, or wait for a thread; equal ones count once."""
+        self._large = asyncio.Semaphore(settings.large_answers_max)
         self._waits: dict[asyncio.Timeout, None] = {}
         """Reads that wait for newer data; the first one has waited for longest."""
 
@@ -99,20 +100,23 @@ class ReadPool:
                     raise
                 raise Unavailable(f"{self._settings.waits_max} later reads wait for newer data (waits_max)") from None
 
-    def start(self, work: Callable[[], T]) -> asyncio.Task[T]:
+    def start(self, work: Callable[[], T], *, large: bool = False) -> asyncio.Task[T]:
         """Do work in a thread, as one of the reads that may run. Raises as `slot`, at once."""
         self._admit()
 
         async def run() -> T:
             try:
-                return await self.run(work)
+                return await self.run(work, large=large)
             finally:
                 self._open -= 1
 
         return asyncio.create_task(run())
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns, done in a thread."""
+    async def run(self, work: Callable[[], T], *, large: bool = False) -> T:
+        """Return what `work` returns, done in a thread. Work on large answers waits for its turn before it takes one."""
+        if large:
+            async with self._large:
+                return await self.run(work)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def compress(self, coding: str, body: bytes) -> Coded:

@@ -16,10 +16,7 @@ from msgspec.structs import replace
 
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, View, Views
-from pipeline.core.exposition import (
-    UNREADABLE,
-    Exposition,
-)
+from pipeline.core.exposition import UNREADABLE, Exposition
 from pipeline.core.gathered import StatesAsked, StatesFound
 from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KINDS
@@ -35,7 +32,6 @@ from pipeline.core.query import (
     listed,
     merged,
     narrow,
-    pinned_labels,
     select_one,
 )
 from pipeline.core.record import TAG_DEFINITION, Definition, Position, definition_key, expires_silent, prefix_end
@@ -48,7 +44,7 @@ from pipeline.query.ends import LogEnds
 from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
 from pipeline.query.lookups import keys_of, look_up
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.plans import ReadPlan, Shape, ViewHeads, read_heads, shape, versions
+from pipeline.query.plans import ReadPlan, Shape, ViewHeads, count_series, key_count, pinned, read_heads, shape, versions
 from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import scan_windows, select, similar
@@ -168,6 +164,14 @@ class ViewReader:
             self._plans.pop(shape(query), None)
         return None
 
+    def series_count(self, query: Query) -> int:
+        """Return how many entries of series, of all windows, the definitions have that a query merges."""
+        try:
+            plan = self._plans.get(shape(query)) or self._load_plan(query)
+        except NotFound:
+            return 0
+        return self._from(self._stores(), count_series, plan)
+
     def renewed(self, answer: Answer, positions: Mapping[int, Position]) -> Answer:
         """Return the answer, which was read at these positions, with what the clock says of it now."""
         seen = self._progress.note_ends()
@@ -191,11 +195,11 @@ class ViewReader:
                 plan = self._plans.get(shape(query)) or self._load_plan(query)
             except NotFound:
                 return None  # `read` knows which views there are
-            labels = self._pinned(query, plan)
+            labels = pinned(query, plan)
             if labels is None:
                 return None
             points = self._new_points(query, plan.merged, now_ms)
-            if self._key_count(plan, points) > keys_max:
+            if key_count(plan, points) > keys_max:
                 return None
             stores = self._stores()
             found = self._point(query, plan, labels, points, stores, stores, self._progress.note_ends())
@@ -255,7 +259,8 @@ class ViewReader:
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer of `find`."""
-        return self.find(query, self.clock.now_ms(), deadline_s=deadline_s).answer
+        answer = self.find(query, self.clock.now_ms(), deadline_s=deadline_s).answer
+        return replace(answer, series=[*answer.series])
 
     def find(
         self, query: Query, now_ms: int, *, deadline_s: float, at: Callable[[Mapping[int, Position]], None] = _ignore
@@ -293,10 +298,14 @@ class ViewReader:
     ) -> list[FoundAnswer]:
         cut = self._cut(stores, deadline_s)
         found: list[FoundAnswer] = []
+        count, most = 0, self._settings.limit_max
         for i, query in enumerate(queries):
             try:
                 cut.check(query.view)
                 found.append(self._find_in(cut, query, now_ms, _ignore, keys_max=_KEYS_MAX))
+                count += sum([max(1, len(it.points)) for it in found[-1].answer.series])
+                if count > most:
+                    raise Invalid(f"the answers up to this one have {count} series and points; at most {most} (limit_max)")
             except (Invalid, Unavailable) as error:
                 raise type(error)(f"query {i}: {error}") from None
         return found
@@ -314,8 +323,8 @@ class ViewReader:
                 raise
             raise NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
         points = self._new_points(query, plan.merged, now_ms)
-        labels = self._pinned(query, plan)
-        if labels is not None and self._key_count(plan, points) <= keys_max:
+        labels = pinned(query, plan)
+        if labels is not None and key_count(plan, points) <= keys_max:
             found = self._point(query, plan, labels, points, cut.stores, cut.snapshots, cut.seen)
             if found is not None:
                 return found
@@ -329,16 +338,6 @@ class ViewReader:
         for it in filter(None, (points, points.earlier)):
             scan_windows(query, plan.merged, it, cut.snapshots, tests, check)
         return self._points_found(query, plan.merged, points, heads.positions, cut.seen, check)
-
-    @staticmethod
-    def _pinned(query: Query, plan: ReadPlan) -> Labels | None:
-        """Return the labels of the only series that can match; None if there can be several, or two ranges are read."""
-        return None if query.range.compare_ms is not None else pinned_labels(plan.merged.definition, query.where)
-
-    @staticmethod
-    def _key_count(plan: ReadPlan, points: Points | None) -> int:
-        """Return how many keys of all partitions hold the windows of one series; 0 without windows."""
-        return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
 
     def _select(
         self,

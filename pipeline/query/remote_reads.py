@@ -14,7 +14,7 @@ import cramjam
 from msgspec.structs import replace
 
 from pipeline.core import codec
-from pipeline.core.exposition import choose, exposed_as
+from pipeline.core.exposition import choose
 from pipeline.core.grants import Bounds
 from pipeline.core.query import Matcher, MergedDefinition, merged
 from pipeline.core.remote_read import NAME_LABEL, SeriesQuery, decode_request, encode_response
@@ -92,7 +92,7 @@ class RemoteReads:
             else:
                 found.setdefault(view, []).append(entry)
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-        chosen, _ = choose({view: exposed_as(it.definition) for view, it in whole.items()}, NAMES)
+        chosen, _ = choose(whole, NAMES)
         views = [_Readable(whole[it.view], sample_names(it)) for it in chosen if it.window_s]
         if len(self._listings) >= _LISTINGS_MAX:
             self._listings.clear()

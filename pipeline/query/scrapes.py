@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from pipeline.core import codec
-from pipeline.core.exposition import SERIES_MAX, Exposed, choose, exposed_as, newest_final_ms, samples_of, state_exposed
+from pipeline.core.exposition import SERIES_MAX, Exposed, choose, newest_final_ms, samples_of, state_exposed
 from pipeline.core.grants import Bounds
 from pipeline.core.query import MergedDefinition, Query, Selected, merged
 from pipeline.errors import NotFound, Unreadable
@@ -45,7 +45,7 @@ def scrape_cut(
     if unknown := set(views) - found.keys():
         raise NotFound(f"no view {min(unknown)[:100]!r}")
     whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-    chosen, omitted = choose({view: exposed_as(it.definition) for view, it in whole.items()}, NAMES)
+    chosen, omitted = choose(whole, NAMES)
     omitted |= broken
     exposed: list[Exposed] = []
     left = series_max

@@ -25,7 +25,8 @@ from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineErr
 from pipeline.metrics import Metrics
 from pipeline.query.codings import encode_end, preferred_coding
 from pipeline.query.found import FoundAnswer, answers_together, span_of, unchanged_head
-from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
+from pipeline.query.kept import KeptAnswer
+from pipeline.query.media import ARROW, Encoded, encode_answers, encode_body, encoded, end_of, plain_json
 from pipeline.query.pages import AnswerPages, PageLists, Place
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.read_pool import ReadPool, Receive
@@ -106,7 +107,19 @@ class ReadService:
         self._waiter = _PositionWaiter(reader.partitions)
         self._failures = Failures(_log, "observe", metrics)
         self._lists = PageLists(reader.clock, settings, metrics)
-        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._pool.start)
+        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._start)
+
+    def _start(self, compute: Callable[[], KeptAnswer], query: Query) -> asyncio.Task[KeptAnswer]:
+        return self._pool.start(compute, large=self._is_large(query))
+
+    def _is_large(self, *queries: Query) -> bool:
+        """Return whether the answers together can have so many series that few such are made at once."""
+        limits = [min(it for it in (query.limit, query.top, query.bottom) if it is not None) for query in queries]
+        most = self._settings.large_answer_series
+        if sum(limits) <= most:
+            return False
+        counts = [self._reader.series_count(query) if query.by != () else 1 for query in queries]
+        return sum(map(min, limits, counts)) > most
 
     async def answer(self, request: ReadRequest, receive: Receive | None = None) -> Encoded:
         """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room.
@@ -150,7 +163,7 @@ class ReadService:
             self._lists.check(pages)
             return pages
 
-        pages = await self._pool.bounded(self._pool.run, read)
+        pages = await self._pool.bounded(self._pool.run, read, large=self._is_large(whole))
         if not self._fresh(request, self._reader.renewed(pages.head, pages.positions).as_of):
             return None
         return await self._page(self._lists.keep(pages), request)
@@ -214,7 +227,7 @@ class ReadService:
             begun_s = clock.monotonic_s()
             return self._reader.read(query, deadline_s=deadline_s), clock.monotonic_s() - begun_s
 
-        return await self._pool.bounded(self._pool.run, read)
+        return await self._pool.bounded(self._pool.run, read, large=self._is_large(query))
 
     async def moved(self, since: States | None, timeout_s: float) -> States:
         """Return the positions of the stores, as soon as one is another than in `since` or the time is over."""
@@ -238,12 +251,14 @@ class ReadService:
         def read() -> tuple[AsOf, bytes]:
             found = self._reader.find_all(request.queries, clock.now_ms(), deadline_s=deadline_s)
             answers = answers_together([self._reader.renewed(it.answer, it.positions) for it in found])
-            return answers.as_of, _encode(answers)
+            return answers.as_of, encode_answers(answers)
+
+        large = self._is_large(*request.queries)
 
         while True:
             if request.waits:
                 await self._wait(request, deadline_s, receive)
-            as_of, body = await self._pool.bounded(self._pool.run, read)
+            as_of, body = await self._pool.bounded(self._pool.run, read, large=large)
             if self._fresh(request, as_of):
                 parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
                 return plain_json(parts, coding)

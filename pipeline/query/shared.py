@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import pipeline.metrics as m
+from pipeline.core.query import Query
 from pipeline.core.record import Position
 from pipeline.errors import Unavailable
 from pipeline.metrics import Metrics
@@ -17,8 +18,8 @@ from pipeline.query.read_pool import Receive, while_connected
 from pipeline.query.reader import ViewReader
 
 Compress = Callable[[str, bytes], Coroutine[Any, Any, Coded]]
-InSlot = Callable[[Callable[[], KeptAnswer]], "asyncio.Task[KeptAnswer]"]
-"""Starts a computation in a thread; raises `Unavailable` at once if too many run."""
+InSlot = Callable[[Callable[[], KeptAnswer], Query], "asyncio.Task[KeptAnswer]"]
+"""Starts the computation of a query in a thread; raises `Unavailable` at once if too many run."""
 
 
 class _Flight:
@@ -115,7 +116,7 @@ class SharedAnswers:
             if not task.cancelled() and task.exception() is None and asked is not None:
                 self._cache.put(task.result())
 
-        flight.task = self._in_slot(compute)
+        flight.task = self._in_slot(compute, key[0])
         flight.task.add_done_callback(done)
         self._flights[key] = flight
         return flight

@@ -175,6 +175,9 @@ class ClientSettings(_Checked):
     token_file: str = _setting(
         "", "file with the access token, in place of `token`; read again when a server refuses the token"
     )
+    answer_bytes_max: int = _setting(
+        268_435_456, "bytes of one answer, or of one event of a stream; reading stops there, with an error", least=65_536
+    )
     ca_file: str = _setting(
         "",
         "file of the authorities (PEM) that sign the certificates of `https://` servers; none: those the system trusts",
@@ -198,6 +201,7 @@ class ClientKeywords(TypedDict, total=False):
 
     token: str | Secret
     token_file: str
+    answer_bytes_max: int
     ca_file: str
     client_cert_file: str
     client_key_file: str
@@ -354,6 +358,14 @@ class QuerySettings(_Checked):
     )
     reads_waiting_max: int = _setting(
         256, "reads that run or wait for a thread, equal ones once; one more is refused with 503", least=1
+    )
+    large_answer_series: int = _setting(
+        50_000,
+        "an answer that can have more series waits until fewer than `large_answers_max` of its like are made",
+        least=1,
+    )
+    large_answers_max: int = _setting(
+        2, "large answers that are made at once; one that waits longer than its `timeout_ms` is 503", least=1, most=256
     )
     waits_max: int = _setting(
         256,

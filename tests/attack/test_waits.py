@@ -38,7 +38,7 @@ def scan(up: UpProcess, number: int) -> None:
     """Ask for a scan that no answer is kept for."""
     began_s = time.monotonic()
     assert request(up.port, "GET", f"/v1/views/bystander?limit={1_000 + number}").status == 200
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < 3.0
 
 
 def test_waits_whose_clients_are_gone_end(up: UpProcess) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.faust.security import security_of
+from pipeline.adapters.kafka.options import parse_url, try_user_options
 from pipeline.adapters.kafka.tokens import BearerToken, CachedTokens, TokenFile, token_source
 from pipeline.errors import Invalid, Unavailable
 from pipeline.secret import Secret
@@ -93,6 +94,24 @@ def test_what_cannot_be(options: Mapping[str, Any], said: str) -> None:
         assert said in str(raised.value)
     with pytest.raises(Unavailable, match="oauth_cb gives no token: ZeroDivisionError"):
         token_source({"oauth_cb": lambda _: 1 // 0})()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sasl.mechanism": "PLAIN"}, "needs sasl.mechanism=OAUTHBEARER and security.protocol=SASL_SSL"),
+        ({"security.protocol": "ssl"}, "needs sasl.mechanism=OAUTHBEARER and security.protocol=SASL_SSL"),
+        ({f"{P}method": "oidc"}, "sasl.oauthbearer.token_file and sasl.oauthbearer.method are both given; leave one out"),
+        ({"oauth_cb": print}, "sasl.oauthbearer.token_file and oauth_cb are both given; leave one out"),
+        ({}, "sasl.oauthbearer.token_file='/nowhere': No such file"),
+    ],
+)
+def test_options_that_do_not_fit_together(options: Mapping[str, Any], said: str) -> None:
+    """A token file of a login that asks for none is refused at once, where confluent_kafka would wait for ten seconds."""
+    login = {"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER", f"{P}token_file": "/nowhere"}
+    with pytest.raises(Invalid) as raised:
+        try_user_options(parse_url("kafka://127.0.0.1:9092"), {**login, **options}, timeout_ms=1_000)
+    assert said in str(raised.value)
 
 
 def test_a_file(tmp_path: Path) -> None:

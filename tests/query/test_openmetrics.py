@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 
 from pipeline.adapters.prometheus import render_views
 from pipeline.core.exposition import Exposed, Exposition, choose
+from pipeline.core.query import merge_definitions
 from pipeline.core.record import Definition, definition_key, series_prefix, series_suffix
 from pipeline.errors import NotFound, Unavailable
 from pipeline.query.service import ReadService
@@ -235,6 +236,16 @@ def test_views_that_cannot_stand_side_by_side(views: Sequence[Definition], out: 
         )
 
 
+def test_a_view_that_exists_stays() -> None:
+    """A later view whose name collides with an earlier one's leaves that in the scrape, whatever their names are."""
+    clock = HandClock()
+    world = World(2, clock=clock)
+    world.publish(counter("x_total"), {(): 1})
+    clock.s += 1
+    world.publish(gauge("x"), {(): 1})
+    assert scrape(world).omitted == {"x": "name_collision"}
+
+
 def test_a_broken_view_does_not_fail_the_scrape(caplog: pytest.LogCaptureFixture) -> None:
     """Entries that can't be read leave out their view and no other; a counter that is a gauge elsewhere is a gauge."""
     world = World(2)
@@ -340,7 +351,7 @@ def test_labels_and_values_come_through(rows: dict[tuple[str, str], Any], monoto
 def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], bool]]) -> None:
     """Any set of view names makes a valid exposition, in which each view is either present or named as omitted."""
     definitions = {d.view: d for d in (Definition(x + "".join(more), "sum", (), 0, mono) for x, more, mono in parts)}
-    chosen, out = choose(definitions)
+    chosen, out = choose({view: merge_definitions([it]) for view, it in definitions.items()})
     assert {d.view for d in chosen} | out.keys() == definitions.keys()
     body, _ = render_views(Exposition([Exposed(d, [()], [1]) for d in chosen], out, None), OPENMETRICS["Accept"])
     assert len([*parse_openmetrics(body.decode())]) == len(chosen) + 2

@@ -187,6 +187,23 @@ def token_source(user: Mapping[str, Any]) -> TokenSource:
     raise Invalid(f"setting kafka: sasl.mechanism OAUTHBEARER needs {TOKEN_FILE} or {_METHOD}=oidc")
 
 
+def check_tokens(user: Mapping[str, Any]) -> None:
+    """Ask once for a token, if confluent_kafka is to get tokens from a file or a function.
+
+    It would wait ten seconds for the first one, keep no reason, and never ask where the login is another. Raises as
+    `token_source` and the source do, and `Invalid` if these options do not fit together.
+    """
+    given = [name for name in (TOKEN_FILE, CALLBACK) if name in user]
+    if not given:
+        return
+    mechanism = str(user.get("sasl.mechanism", user.get("sasl.mechanisms", ""))).upper()
+    if mechanism != "OAUTHBEARER" or not str(user.get("security.protocol", "")).lower().startswith("sasl_"):
+        raise Invalid(f"setting kafka: {given[0]} needs sasl.mechanism=OAUTHBEARER and security.protocol=SASL_SSL")
+    if others := [*given[1:], *(name for name in (_METHOD,) if user.get(name))]:
+        raise Invalid(f"setting kafka: {given[0]} and {others[0]} are both given; leave one out")
+    token_source(user)()
+
+
 def why_no_token(user: Mapping[str, Any]) -> PipelineError | None:
     """Return why librdkafka gets no token from the endpoint that it asks, or None if it asks none or gets one."""
     try:
