@@ -5,7 +5,7 @@ Offsets are Kafka's: they rise within a partition, can have holes, and every `ne
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -381,8 +381,20 @@ class Refusal(NamedTuple):
     detail: str
 
 
+class RunningTotal(NamedTuple):
+    """Totals of a stream since its start, of which only the increase since the last ones counts."""
+
+    line: int
+    stream: Hashable
+    """Identifies the stream, its start included."""
+    start_ns: int
+    at_ns: int
+    deltas: Sequence[RawDelta]
+    """The totals, in place of deltas."""
+
+
 class Pushed(NamedTuple):
-    """Content of a text of metrics."""
+    """Content of a text of metrics, or of an export, whose points have numbers in place of lines."""
 
     deltas: Sequence[RawDelta]
     lines: Sequence[int]
@@ -390,6 +402,7 @@ class Pushed(NamedTuple):
     refused: Sequence[Refusal]
     whole: bool = True
     """False: the text has more samples than may be taken at once, and was not read to its end."""
+    totals: Sequence[RunningTotal] = ()
 
 
 class Orders(Protocol):

@@ -44,6 +44,7 @@ from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, NDJSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
+from pipeline.query.otlp_api import Exports, ExportTaking
 from pipeline.query.page import page_routes
 from pipeline.query.params import QUERY_BYTES_MAX, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
@@ -96,6 +97,7 @@ def create_app(
     ready: Callable[[], bool],
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
+    exports: ExportTaking | None = None,
     letters: DeadLetters | None = None,
     access: Access | None = None,
 ) -> Starlette:
@@ -103,8 +105,8 @@ def create_app(
 
     Without `ingest` it only reads. `status` returns what `/v1/status` shows; what the reader knows of each partition is
     added. `ready` says whether reads can be answered. `render_views` writes `GET /v1/openmetrics`, which is not there
-    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed. With `access`
-    requests need access tokens.
+    without it; `parse_pushed` reads what is posted to it, and `exports` OTLP. With `ingest`, `letters` are shown and
+    replayed. With `access` requests need access tokens.
     """
     service = ReadService(reader, settings, metrics)
     left_out = LeftOut(_log, reader.clock, metrics)
@@ -138,6 +140,8 @@ def create_app(
             routes += letter_routes(letters, settings, ingest_threads, order)
         if parse_pushed is not None:
             routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
+        if exports is not None:
+            routes.append(Exports(exports, ingest, settings, metrics, left_out).route(room, ingest_threads))
     app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)
     app.state.before_stop = streams.close
     return app
@@ -301,7 +305,7 @@ def scrape_route(service: ReadService | GatherService, settings: QuerySettings, 
 
 
 def _remote_read_route(service: ReadService, room: BodyRoom) -> Route:
-    bodies = RequestBodies(room, REQUEST_BYTES_MAX, encoding="snappy")
+    bodies = RequestBodies(room, REQUEST_BYTES_MAX, "snappy")
 
     async def remote_read(request: Request) -> Response:
         try:

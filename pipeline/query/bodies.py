@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
+from zlib import decompressobj
+from zlib import error as ZlibError
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -17,6 +19,7 @@ from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
 BATCHES_TYPE = "application/octet-stream"
+OTLP_TYPES = ("application/x-protobuf", "application/json")
 PUSH_TYPES = ("text/plain; version=0.0.4", "application/openmetrics-text")
 """Media types of pushed metrics."""
 _TURN_S = 10.0
@@ -84,13 +87,15 @@ class BodyRoom:
         self._bytes[self._is_large(held.size)] -= held.size
         held.size = 0
 
-    async def work(self, request: Request, body: bytes, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Return what `work` on a body returns, done in a thread. Large bodies wait for their turn.
+    async def work(
+        self, request: Request, body: bytes, threads: ThreadPoolExecutor, work: Callable[[], T], *, large: bool = False
+    ) -> T:
+        """Return what `work` on a body returns, done in a thread. Large bodies wait for their turn; with `large` it is one.
 
         `Unavailable` if it does not come soon; nothing is done for a client that has gone meanwhile.
         """
         loop = asyncio.get_running_loop()
-        if not self._is_large(len(body)):
+        if not (large or self._is_large(len(body))):
             return await loop.run_in_executor(threads, work)
         try:
             async with asyncio.timeout(_TURN_S):
@@ -109,16 +114,16 @@ class BodyRoom:
 class RequestBodies:
     """Reads request bodies of one encoding: each is bounded, and all together by the room."""
 
-    def __init__(self, room: BodyRoom, bytes_max: int, encoding: str = "identity") -> None:
+    def __init__(self, room: BodyRoom, bytes_max: int, *encodings: str) -> None:
         self._room = room
         self._bytes_max = bytes_max
-        self._encoding = encoding
+        self._encodings = encodings or ("identity",)
 
     @asynccontextmanager
     async def of(self, request: Request, *types: str) -> AsyncIterator[bytes]:
         """Yield the body, which counts as in memory until the context ends. Its type must be one of `types`."""
         check_type(request.headers.get("content-type", ""), types)
-        if request.headers.get("content-encoding", "identity") != self._encoding:
+        if request.headers.get("content-encoding", "identity") not in self._encodings:
             raise Refused(415, self._wrong_encoding())
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._bytes_max:
@@ -146,12 +151,26 @@ class RequestBodies:
             self._room.end(held)
 
     def _wrong_encoding(self) -> str:
-        if self._encoding == "identity":
+        if self._encodings == ("identity",):
             return "compressed bodies are not understood"
-        return f"a body with Content-Encoding: {self._encoding} is needed"
+        return f"a body with Content-Encoding: {' or '.join(self._encodings)} is needed"
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
+
+
+def unzipped(body: bytes, bytes_max: int) -> bytes:
+    """Return what gzip has compressed; `Refused` if it is more than `bytes_max` bytes, or no such thing."""
+    unzip = decompressobj(wbits=31)
+    try:
+        found = unzip.decompress(body, bytes_max + 1)
+    except ZlibError as error:
+        raise Refused(400, f"the body is not what gzip makes: {error}") from None
+    if len(found) > bytes_max:
+        raise Refused(413, f"a body of over {bytes_max} bytes once it is decompressed")
+    if not unzip.eof or unzip.unused_data:
+        raise Refused(400, "the body is not one whole file of gzip")
+    return found
 
 
 def check_type(content_type: str, types: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from pipeline.query.streams import Streams
 from pipeline.query.streams_api import StreamView
 from pipeline.settings import QuerySettings
 
-_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
+_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/metrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
 
 
 def create_gather_app(

@@ -30,6 +30,10 @@ def pushed_within(pushed: Pushed, bounds: Bounds | None, *, whole: bool) -> Push
     """
     if bounds is None:
         return pushed
+    for total in pushed.totals:  # these are always taken as a whole
+        for it in total.deltas:
+            if reason := bounds.refusal(it.view, it.labels):
+                raise Forbidden(f"line {total.line}: {reason}")
     reasons = [bounds.refusal(it.view, it.labels) for it in pushed.deltas]
     outside = [Refusal(line, OUTSIDE, reason) for line, reason in zip(pushed.lines, reasons, strict=True) if reason]
     if outside and (whole or len(outside) == len(reasons)):

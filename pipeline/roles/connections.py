@@ -28,6 +28,8 @@ PROGRESS_BYTES = 65_536
 """A client that takes so much of its answer, or the rest, within `write_timeout_ms` is not stalled."""
 _FRESH_S = 1.0
 """Time after which it is known how quickly a client reads."""
+_QUICK_BYTES_PER_S = 1_048_576
+"""Clients that read so quickly are cut off at twice `buffered_bytes_max` only: their answers are soon gone."""
 _LIMITS = (
     *("sockets_max", "sockets_per_address_max", "head_bytes_max", "buffered_bytes_max"),
     *("idle_timeout_ms", "head_timeout_ms", "body_timeout_ms", "write_timeout_ms"),
@@ -217,8 +219,14 @@ class Connections:
         self._buffered_bytes += size
         if self._buffered_bytes > self.settings.buffered_bytes_max:
             self._look_at_unsent(now_s)
-        while self._buffered_bytes > self.settings.buffered_bytes_max and self._unsent:
+            self._cut_slowest(now_s)
+
+    def _cut_slowest(self, now_s: float) -> None:
+        bytes_max = self.settings.buffered_bytes_max
+        while self._buffered_bytes > bytes_max and self._unsent:
             slowest = min(self._unsent, key=lambda it: self._unsent[it].rate(now_s))
+            if self._unsent[slowest].rate(now_s) >= _QUICK_BYTES_PER_S and self._buffered_bytes <= 2 * bytes_max:
+                return
             self.cut(slowest, "buffered_bytes_max")
 
     def sent(self, connection: Connection) -> None:
@@ -250,6 +258,7 @@ class Connections:
             stalled_s = now_s - self.settings.write_timeout_ms / 1000
             for connection in [connection for connection, it in self._unsent.items() if it.seen_s <= stalled_s]:
                 self.cut(connection, "write_timeout_ms")
+            self._cut_slowest(now_s)
 
     @staticmethod
     def _late(waits: Waits, before_s: float) -> Iterator[Connection]:

@@ -20,12 +20,15 @@ from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
 from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
+from pipeline.ingest.totals import RunningTotals
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest
 from pipeline.query.access import Access
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.gather_api import create_gather_app
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
 from pipeline.roles.descriptors import raise_limit
 from pipeline.roles.http_server import HttpServer, bind, open_tls, url_of
@@ -175,7 +178,7 @@ def embedded_service(config: Config, on_progress: OnProgress = _ignore) -> Servi
             **hooks._asdict(),
         )
 
-    return Service(config, "up", make, partial(_query_app, config.query), on_progress)
+    return Service(config, "up", make, partial(_query_app, config.query, alone=True), on_progress)
 
 
 def worker_service(
@@ -256,7 +259,13 @@ def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress 
     return Service(config, "gatherer", make, make_app, on_progress)
 
 
-def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics, access: Access | None) -> Any:
+def _query_app(
+    settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics, access: Access | None, *, alone: bool = False
+) -> Any:
+    """Return the application of a server; `alone` it is the only one of its log."""
+    totals = None
+    if role.ingest is not None and (alone or settings.otlp_totals):
+        totals = RunningTotals(role.ingest, SystemClock(), settings.otlp_streams_max)
     return create_app(
         role.reader,
         role.ingest,
@@ -266,6 +275,7 @@ def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetr
         ready=lambda: role.ready,
         render_views=render_views,
         parse_pushed=parse_pushed,
+        exports=ExportTaking(parse_export, totals),
         letters=role.letters,
         access=access,
     )

@@ -304,6 +304,20 @@ class QuerySettings(_Checked):
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
     )
+    otlp_resource_attributes: str = _setting(
+        "service.name",
+        "resource attributes of POST /v1/metrics that become labels, separated by commas; the same on all servers",
+    )
+    otlp_totals: bool = _setting(
+        False,
+        "take totals (cumulative temporality) at POST /v1/metrics of a server of Kafka's log: only where no other server "
+        "gets any. `pipeline up` always takes them",
+    )
+    otlp_streams_max: int = _setting(
+        100_000,
+        "streams of totals that are remembered; one that was forgotten counts anew from its next total, which is left out",
+        least=1,
+    )
     idempotency_keys_max: int = _setting(
         100_000,
         "keys of `Idempotency-Key` whose bodies a server remembers, to refuse another body with 422; the oldest make room, "
@@ -421,7 +435,7 @@ class QuerySettings(_Checked):
     buffered_bytes_max: int = _setting(
         268_435_456,
         "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond "
-        "it the client that reads most slowly is cut off",
+        "it the client that reads most slowly is cut off, but those that take 1 MB a second only beyond twice of it",
         least=1_048_576,
     )
     connections_max: int = _setting(

@@ -20,6 +20,7 @@ from pipeline.cli.rows import BadRow, Columns, Row, read_rows
 from pipeline.cli.source import Damaged, Interrupted, Lines, check_encoding
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from tests.support import LONG
 
 zstd = source.zstd
 TEXT = "a,v\nx,1\né,2\n\u20ac,3\n"
@@ -164,7 +165,7 @@ def test_line_ends_in_quotes_stay() -> None:
     assert b"".join(lines_of(header)) == header
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=10_000 if LONG else 50, deadline=None)
 @given(
     st.lists(st.sampled_from([b"\r", b"\n", b'"', b"a", b",", b"\xff", b"\xef\xbb\xbf", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"]))
 )

@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from select import select
@@ -18,13 +19,14 @@ import pytest
 
 import pipeline.roles.http_server as http_server
 from pipeline.adapters.prometheus import PrometheusMetrics
-from pipeline.roles.connections import address_group
+from pipeline.metrics import NO_METRICS
+from pipeline.roles.connections import Connections, address_group
 from pipeline.roles.descriptors import sockets_within
 from pipeline.settings import QuerySettings
 from tests.attack.support import connect, flood, read_to_end
 from tests.broker.tls import make as make_certificates
 from tests.query.support import running
-from tests.support import wait_until
+from tests.support import HandClock, wait_until
 
 HEAD_BYTES = 2_048
 LARGE_BYTES = 10_000_000
@@ -158,6 +160,18 @@ def test_the_edge_of_a_head(either: Site) -> None:
             assert answers(received)[0][0] == expected
 
 
+def test_a_head_may_end_anywhere(either: Site) -> None:
+    """The body behind a head never counts for it, wherever the two pieces are parted."""
+    body = b"x" * (2 * HEAD_BYTES)
+    sent = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for parted in range(len(sent) - 5, len(sent) + 2):
+        with either.connect() as client:
+            client.sendall((sent + body)[:parted])
+            time.sleep(0.03)
+            client.sendall((sent + body)[parted:])
+            assert json.loads(answers(read_to_end(client) or b"")[0][1])["body"] == len(body), parted
+
+
 def test_the_edge_of_a_url(bounded: Site) -> None:
     """A URL that is larger than a head may be is 414, one that fits with the rest of its head is answered."""
     assert bounded.ask(get(HEAD_BYTES, b"/" + b"x" * 1_900))[0][0] == 200
@@ -226,7 +240,12 @@ def test_expect_100_continue(bounded: Site) -> None:
 def test_an_upgrade_is_an_ordinary_request(bounded: Site) -> None:
     """A request that asks for another protocol is answered in this one."""
     asked = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
-    assert [status for status, _ in bounded.ask(asked + b"PRI * HTTP/2.0")] == [200]
+    with bounded.connect() as client:
+        client.sendall(asked + b"PRI * HTTP/2.0")
+        received = read_to_end(client)
+        assert received is not None
+        assert [status for status, _ in answers(received)] == [200]
+        assert b"connection: close" in received
 
 
 def test_pipelined_requests_are_answered_in_order(either: Site) -> None:
@@ -286,9 +305,20 @@ def test_a_head_that_trickles_is_late(bounded: Site) -> None:
             client.sendall(b"x")
             if select([client], [], [], 0.05)[0]:
                 break
+        else:
+            pytest.fail("nothing came while the head went on")
         received = read_to_end(client)
         assert received is not None
         assert answers(received)[0][0] == 408
+
+
+def test_a_long_request_is_no_idle_connection() -> None:
+    """While a request is under way no time of its connection runs out, and its answer comes whole."""
+    with site() as slow, slow.connect() as client:
+        client.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_to_end(client, 1.2) is None
+        slow.gate.set()
+        assert [status for status, _ in answers(read_to_end(client) or b"")] == [200]
 
 
 def test_slow_legal_clients_are_served(bounded: Site) -> None:
@@ -331,9 +361,46 @@ def test_unread_answers_are_bounded_together() -> None:
         for n in range(8):
             client = stack.enter_context(many.connect(receive_bytes=4_096))
             client.sendall(b"GET /large?%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * n))
-        wait_until(lambda: many.cut("buffered_bytes_max") >= 4, "cut off")
-        [(status, body)] = many.ask(get(200, b"/large"))
-        assert (status, len(body)) == (200, LARGE_BYTES)
+        wait_until(lambda: many.cut("buffered_bytes_max") >= 5, "cut off", 10)
+        before = many.cut("buffered_bytes_max")
+        with ThreadPoolExecutor(4) as threads:
+            quick = [threads.submit(many.ask, get(200, b"/large")) for _ in range(4)]
+            assert [len(it.result()[0][1]) for it in quick] == [LARGE_BYTES] * 4
+        assert many.cut("buffered_bytes_max") - before <= 3
+
+
+class Taker:
+    """A connection whose client has some bytes to take."""
+
+    address, reserved = "127.0.0.1", False
+
+    def __init__(self, unsent_bytes: int) -> None:
+        self.unsent_bytes = unsent_bytes
+        self.is_cut = False
+
+    def cut(self) -> None:
+        self.is_cut = True
+
+    def late(self, limit: str) -> None:
+        raise AssertionError(limit)
+
+
+def test_quick_readers_are_spared() -> None:
+    """A client that takes 1 MB a second, or has just begun, is cut off beyond twice `buffered_bytes_max` only."""
+    clock = HandClock()
+    connections = Connections(QuerySettings(buffered_bytes_max=10_000_000), NO_METRICS, 100, clock.monotonic_s)
+    first, second, third = takers = [Taker(8_000_000) for _ in range(3)]
+    connections.unsent(first)
+    clock.s += 2
+    first.unsent_bytes = 5_000_000
+    connections.unsent(second)
+    assert not any(it.is_cut for it in takers)
+    connections.unsent(third)
+    assert [it.is_cut for it in takers] == [True, False, False]
+    clock.s += 2
+    third.unsent_bytes = 4_000_000
+    connections.sweep()
+    assert [it.is_cut for it in takers] == [True, True, False]
 
 
 def test_the_longest_waiting_connection_makes_room() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import timeit
+from math import inf
 from time import thread_time
 from typing import Any, get_args
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.record import NAME
 from pipeline.core.statsd import REASONS, Dialect, Line, Malformed, parse_line, prometheus_name
 from pipeline.settings.base import DIALECTS
+from tests.support import LONG
 
 MOST = 8_192
 
@@ -178,6 +180,11 @@ PARTS = st.sampled_from(
         b"1",
         b"-",
         b"+",
+        b"c:",
+        b"e:",
+        b"card:",
+        b"d",
+        b"env:prod",
         b"1e9",
         b"\xff",
         b"\0",
@@ -185,13 +192,15 @@ PARTS = st.sampled_from(
 )
 
 
-@given(st.binary(max_size=300) | st.lists(PARTS, max_size=30).map(b"".join))
-@example(b"_e{")
-@example(b"a:1|c|@" + b"0" * 400 + b".1")
-@example(b"a:1|c|@1e-999")
-def test_any_bytes_are_read_or_refused(line: bytes) -> None:
+@settings(max_examples=10_000 if LONG else 50)
+@given(st.binary(max_size=300) | st.lists(PARTS, max_size=30).map(b"".join), st.sampled_from(get_args(Dialect)))
+@example(b"_e{", "auto")
+@example(b"a:1|c|@" + b"0" * 400 + b".1", "auto")
+@example(b"a:1|c|@1e-999", "auto")
+@example(b"a:1|ms|@1e-320", "auto")
+def test_any_bytes_are_read_or_refused(line: bytes, dialect: Dialect) -> None:
     """Any line is read or refused without an exception: with Prometheus names and finite numbers, or a known reason."""
-    found = parse_line(line, MOST)
+    found = parse_line(line, MOST, dialect)
     if isinstance(found, Malformed):
         assert found.reason in REASONS
     elif found is not None:
@@ -199,6 +208,8 @@ def test_any_bytes_are_read_or_refused(line: bytes) -> None:
         assert all(NAME.match(name) for name, _ in found.tags)
         assert bool(found.values) is (found.type != "set")
         assert [*found.tags] == sorted({*found.tags})
+        assert 1 <= found.weight < inf
+        assert dialect != "dogstatsd" or not any(found.relative)
 
 
 @given(

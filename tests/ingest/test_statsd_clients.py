@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,3 +118,39 @@ def test_the_client_of_datadog(packs: bool) -> None:
         found = answers.pop((name, ("prod",)))
         assert (found["count"], found["sum"], found["max"]) == (3, 60, 30), name
     assert not answers
+
+
+HOT_SHOTS = """
+const StatsD = require('hot-shots');
+const client = new StatsD({host: '127.0.0.1', port: Number(process.argv[2]), globalTags: {env: 'prod'}, maxBufferSize: 1400,
+                           errorHandler: error => { console.error(error); process.exit(1); }});
+for (let n = 0; n < 200; n++) { client.increment('jobs'); client.timing('took', n); }
+client.increment('jobs', 5, 0.99999999, ['env:prod']);
+client.gauge('cold', -7);
+client.histogram('size', [1, 2, 3].length);
+client.distribution('spread', 4, ['place:x']);
+client.set('users', 'ann'); client.unique('users', 'bob');
+client.gauge('late', 9, {timestamp: 1700000000}); client.gauge('late', 5);
+client.close(() => {});
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node.js")
+def test_the_client_of_node(tmp_path: Path) -> None:
+    """npm's `hot-shots`, which packs lines into packets: counts, negative gauges, times, distributions, sets."""
+    done = subprocess.run(
+        ["npm", "install", "--no-audit", "--no-fund", "hot-shots@17"], cwd=tmp_path, check=False, timeout=120
+    )
+    if done.returncode:
+        pytest.skip("hot-shots can't be installed")
+    script = tmp_path / "send.js"
+    script.write_text(HOT_SHOTS)
+    with listening(ingest_dialect="dogstatsd") as (world, port):
+        subprocess.run(["node", str(script), str(port)], cwd=tmp_path, check=True, timeout=60)
+    answers = world.views().answers
+    assert answers["jobs", ("prod",)] >= 200
+    assert (answers["took_ms_count", ("prod",)], answers["took_ms", ("prod",)]) == (200, 99.5)
+    assert (answers["cold", ("prod",)], answers["size", ("prod",)], answers["late", ("prod",)]) == (-7, 3, 5)
+    assert answers["spread", ("prod", "x")] == 4
+    assert {labels for name, labels in answers if name == "users"} == {("prod", "ann"), ("prod", "bob")}

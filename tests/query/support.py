@@ -37,12 +37,15 @@ from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
 from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
+from pipeline.ingest.totals import RunningTotals
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.query.access import Access
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
 from pipeline.roles.acceptor import MakeContext
@@ -345,6 +348,7 @@ def serving(world: World | Part, port: int = 0, access: Access | None = None) ->
         lambda: world.ready,
         render_views,
         parse_pushed,
+        ExportTaking(parse_export, None if world.ingest is None else RunningTotals(world.ingest, world.clock, 1_000)),
         world.letters,
         access,
     )

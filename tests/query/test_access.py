@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -23,11 +25,13 @@ from pipeline.adapters.tokens_file import TokensFile
 from pipeline.core.grants import NOTHING, SCOPES, AccessToken, Grant, digest_of, encode_tokens
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from pipeline.ports import Pushed
 from pipeline.query.access import NEEDED, Access, needed_of
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.gather import GatherService
 from pipeline.query.gather_api import create_gather_app
 from pipeline.query.guard import Guard
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.part_servers import PartServers
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving, wait_until
@@ -133,6 +137,7 @@ def test_every_route_of_every_application_is_in_the_table() -> None:
         create_app(
             *(world.reader, world.ingest, settings, metrics, world.status, lambda: True, render_views),
             parse_pushed=lambda *_: None,  # type: ignore[arg-type, return-value]
+            exports=ExportTaking(lambda *_: Pushed([], [], []), None),
             letters=world.letters,
         ),
         create_gather_app(service, settings, metrics, render_views),
@@ -247,6 +252,22 @@ def test_nothing_is_done_without_a_token(server: Server, verb: str, path: str) -
     def run(case: Any) -> None:
         case.headers = {name: value for name, value in (case.headers or {}).items() if name.lower() != "authorization"}
         assert case.call().status_code == 401
+
+    run()
+
+
+@pytest.mark.parametrize(("verb", "path"), [("get", "/v1/views/{view}"), ("post", "/v1/deltas")])
+def test_requests_with_a_token_are_answered_as_documented(server: Server, verb: str, path: str) -> None:
+    """With a token for everything the answers are those of the document, and without it, or with another one, 401."""
+    operation: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path][verb]
+
+    @settings(max_examples=examples(3), deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(operation.as_strategy())
+    def run(case: Any) -> None:
+        case.headers = {**(case.headers or {}), **bearer("pipeline_all")}
+        response = case.call()
+        assert response.status_code not in (401, 403, 500)
+        case.validate_response(response, excluded_checks=[positive_data_acceptance, not_a_server_error])
 
     run()
 

@@ -11,9 +11,11 @@ from pipeline.adapters.prometheus import render_views
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
 from pipeline.metrics import NO_METRICS
 from pipeline.query.api import create_app
 from pipeline.query.cross_origin import CrossOriginProtection
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
@@ -61,6 +63,7 @@ def writes(world: World) -> set[tuple[str, str]]:
         lambda: True,
         render_views,
         parse_pushed,
+        ExportTaking(parse_export, None),
         world.letters,
     )
     found: set[tuple[str, str]] = set()
@@ -73,7 +76,7 @@ def writes(world: World) -> set[tuple[str, str]]:
 def test_no_body_is_one_that_a_form_can_send(server: Server) -> None:
     """Each POST and PUT refuses the media types that a page can send without asking, and says which it needs."""
     found = writes(World())
-    assert {("POST", "/v1/deltas"), ("POST", "/v1/batches"), ("PUT", "/metrics/job/a")} < found
+    assert {("POST", "/v1/deltas"), ("POST", "/v1/batches"), ("POST", "/v1/metrics"), ("PUT", "/metrics/job/a")} < found
     for method, path in found:
         for content_type in FORM_TYPES:
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
