@@ -30,6 +30,7 @@ from pipeline.adapters.credentials import Credentials, headers_of
 from pipeline.adapters.tls import FollowedContext, client_context, explained
 from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unauthenticated, Unavailable
 from pipeline.ports import Clock
+from pipeline.printable import printable
 from pipeline.secret import Secret, redacted_url
 from pipeline.settings import ClientSettings
 
@@ -329,10 +330,10 @@ def error_of(url: str, status: int, body: bytes) -> PipelineError:
     try:
         problem = msgspec.json.decode(body, type=_Problem)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Unavailable(f"{url}: HTTP {status}: {body[:200].decode(errors='replace')}")
+        return Unavailable(f"{url}: HTTP {status}: {printable(body[:200].decode(errors='replace'))}")
     ours = problem.type.startswith(_OUR_ERRORS)
     named = getattr(errors, problem.type.removeprefix(_OUR_ERRORS), None) if ours else None
-    detail = problem.detail or problem.title or f"HTTP {status}"
+    detail = printable(problem.detail or problem.title or f"HTTP {status}")  # an app may log it
     if isinstance(named, type) and issubclass(named, GroupsRefused):
         return named(detail, [(it.group, it.view, it.reason) for it in problem.groups])
     if isinstance(named, type) and issubclass(named, PipelineError):

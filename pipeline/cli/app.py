@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -367,8 +368,19 @@ def _not_utf8() -> str | None:
     return next((it for it in sys.argv[1:] if not it.isascii() and any("\ud800" <= c <= "\udfff" for c in it)), None)
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nobody expected, without the control characters of its text."""
+    import traceback
+
+    from pipeline.printable import printable_lines
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(f"{printable_lines(text.rstrip())}\n")
+
+
 def run() -> None:
     """Run the command of this process' arguments."""
+    sys.excepthook = _show_traceback
     try:
         app(prog_name="pipeline")
     except UnicodeError:

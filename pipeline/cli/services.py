@@ -77,7 +77,7 @@ def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json:
             console.print_json({"url": url, **data, "partition_count": count})
         else:
             where = f"data in {config.log.data}, " if has_data else ""
-            print(f"ready at {url}  ({where}{count} partitions, Ctrl-C stops)", flush=True)
+            console.show(f"ready at {url}  ({where}{count} partitions, Ctrl-C stops)")
 
     try:
         with stopping_on_signals(service.stop):

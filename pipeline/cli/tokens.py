@@ -118,4 +118,4 @@ def revoke(name: TokenName, file: TokensPath = None, set_: Set = None, json: Jso
     if json:
         console.print_json({"revoked": name})
     else:
-        print(console.printable(f"{name} is revoked"))
+        console.show(f"{name} is revoked")

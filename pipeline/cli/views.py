@@ -166,10 +166,10 @@ def _print_outcome(outcome: ControlOutcome) -> None:
 
     done = {"drop": "dropped", "reset": "reset"}[outcome.action]
     for it in outcome.definitions:
-        print(f"  {console.printable(_text(it))}")
-    print(f"{done} {console.printable(outcome.view)}: {_counted(outcome.definitions)}")
+        console.show(f"  {console.printable(_text(it))}")
+    console.show(f"{done} {console.printable(outcome.view)}: {_counted(outcome.definitions)}")
     if outcome.token:
-        print(f"token {outcome.token}")
+        console.show(f"token {outcome.token}")
     if not outcome.folded:
         console.print_error("the log has the order, but it is not carried out in all partitions yet; --timeout waits longer")
 
@@ -215,4 +215,6 @@ def _print(definitions: list[View]) -> None:
         table.add_row(*map(console.printable, row), counted(it))
     table.print()
     names = {it.name for it in definitions}
-    print(f"{len(names):,} view{'s' * (len(names) != 1)}, {len(definitions):,} definition{'s' * (len(definitions) != 1)}")
+    console.show(
+        f"{len(names):,} view{'s' * (len(names) != 1)}, {len(definitions):,} definition{'s' * (len(definitions) != 1)}"
+    )

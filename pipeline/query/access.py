@@ -74,6 +74,8 @@ KEEP_BOUNDS = frozenset(
         ("GET", STREAM_PATH),
         ("POST", "/v1/query"),
         ("GET", "/v1/openmetrics"),
+        ("GET", "/v1/dead-letters"),
+        ("GET", "/v1/dead-letters/{key}"),
         ("POST", "/api/v1/read"),
         ("POST", "/v1/deltas"),
         ("POST", "/v1/batches"),

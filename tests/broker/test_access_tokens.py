@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import pipeline.adapters.kafka.tokens as tokens
 from pipeline.adapters.faust.security import security_of
 from pipeline.adapters.kafka.options import parse_url, try_user_options
 from pipeline.adapters.kafka.tokens import BearerToken, CachedTokens, TokenFile, token_source
@@ -64,6 +65,16 @@ def test_an_endpoint_that_gives_none(
     assert said in str(raised.value)
     assert CLIENT_SECRET not in str(raised.value)
     assert len(str(raised.value)) < 500
+
+
+def test_an_endpoint_that_drips(endpoint: TokenEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that comes bit by bit is given up in the time for all of it."""
+    monkeypatch.setattr(tokens, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(endpoint, "pause_s", 0.1)
+    started_s = time.monotonic()
+    with pytest.raises(Unavailable, match=r"no whole answer within 0\.3 s"):
+        token_source(oidc(endpoint.url))()
+    assert time.monotonic() - started_s < 2
 
 
 def test_an_endpoint_that_is_away() -> None:
@@ -146,9 +157,9 @@ def test_tokens_are_kept() -> None:
             raise Unavailable("away")
         return BearerToken(Secret(f"t{asked}"), time.time() + 0.5)
 
-    tokens = CachedTokens(source)
-    assert tokens() == tokens() == Secret("t1")
+    kept = CachedTokens(source)
+    assert kept() == kept() == Secret("t1")
     time.sleep(0.42)
-    assert tokens() == Secret("t1")
+    assert kept() == Secret("t1")
     assert asked == 2
-    assert tokens() == Secret("t3")
+    assert kept() == Secret("t3")

@@ -20,10 +20,12 @@ from pipeline.core.record import Definition, definition_key, series_prefix, seri
 from pipeline.errors import NotFound, Unavailable
 from pipeline.query.service import ReadService
 from pipeline.settings import QuerySettings
+from tests import prompb
 from tests.query.support import Reply, Server, World, serving
 from tests.support import HandClock
 
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5"}
+PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
 Samples = dict[tuple[tuple[str, str], ...], float]
 
 
@@ -405,3 +407,36 @@ def test_a_view_with_windows_is_bounded_by_the_series_of_one() -> None:
     world.append(0, definition, {("c",): 1}, present - 60_000)
     world.fold()
     assert scrape(world).omitted == {"v": "series_max"}
+
+
+def test_a_histogram_comes_back_under_the_names_that_it_had() -> None:
+    """The sums that a bridge, pushed text or OTLP makes of a histogram are a family again, if they fit."""
+    world = World()
+    text = "# TYPE took histogram\n"
+    for path, counts in (("/", (1, 3, 3)), ("/x", (0, 0, 2))):
+        for le, count in zip(("0.5", "10", "+Inf"), counts, strict=True):
+            text += f'took_bucket{{path="{path}",le="{le}"}} {count}\n'
+        text += f'took_sum{{path="{path}"}} {counts[-1] * 2.5}\ntook_count{{path="{path}"}} {counts[-1]}\n'
+    text += '# TYPE odd histogram\nodd_bucket 1\n# TYPE half histogram\nhalf_bucket{le="1"} 1\nhalf_count 1\nhalf_sum 1\n'
+    text += '# TYPE mine histogram\nmine_bucket{le="+Inf"} 1\nmine_count 1\nmine_sum 1\n# TYPE mine gauge\nmine 1\n'
+    with serving(world) as server:
+        reply = server.request("POST", "/v1/openmetrics", text.encode(), {"Content-Type": "text/plain; version=0.0.4"})
+        assert reply.json()["reasons"] == {"le": 1}
+        world.fold()
+        for headers, plain in ((OPENMETRICS, False), ({}, True)):
+            found = families(server.request("GET", "/v1/openmetrics", None, headers), plain=plain)
+            took = found["took"]
+            assert took.type == "histogram"
+            assert {(it.name, it.labels["path"], it.labels.get("le")): it.value for it in took.samples} == {
+                ("took_bucket", "/", "0.5"): 1, ("took_bucket", "/", "10.0"): 3, ("took_bucket", "/", "+Inf"): 3,
+                ("took_count", "/", None): 3, ("took_sum", "/", None): 7.5,
+                ("took_bucket", "/x", "0.5"): 0, ("took_bucket", "/x", "10.0"): 0, ("took_bucket", "/x", "+Inf"): 2,
+                ("took_count", "/x", None): 2, ("took_sum", "/x", None): 5,
+            }  # fmt: skip
+            assert {found[name].type for name in ("half_bucket", "mine_bucket", "mine_count")} == {"counter"}
+            assert found["mine"].type == "gauge"
+        binary = server.request("GET", "/v1/openmetrics", None, {"Accept": PROTOBUF}).body
+        family = prompb.families(binary)["took"]
+        of = next(it.histogram for it in family.metric if it.label[0].value == "/")
+        assert (family.type, of.sample_count_float, of.sample_sum) == (4, 3, 7.5)
+        assert [(it.upper_bound, it.cumulative_count_float) for it in of.bucket] == [(0.5, 1), (10, 3), (math.inf, 3)]

@@ -19,15 +19,17 @@ from hypothesis import strategies as st
 from pipeline import Publisher, Reader
 from pipeline.adapters.prometheus import render_views
 from pipeline.core.answer import MemberStatus, PartitionStatus, Status
-from pipeline.core.codec import encode_batch
+from pipeline.core.codec import DeadLetter, encode_batch, encode_letter
 from pipeline.core.frames import encode_frames
 from pipeline.core.grants import Bounds
 from pipeline.core.record import Batch, Definition, Group, canonical, producer_id_of, series_suffix
 from pipeline.errors import Forbidden
+from pipeline.ports import Message
 from pipeline.query.gather_api import create_gather_app
 from pipeline.query.tenants import status_within
 from pipeline.roles.gather import Gatherer
 from pipeline.settings import QuerySettings
+from pipeline.topics import DEAD_LETTERS
 from tests.query.support import SECRET, Reply, Server, World, running, serving
 from tests.query.test_access import access_of, entry, write
 from tests.query.test_remote_read import HEADERS, read_body, results
@@ -348,13 +350,39 @@ def test_what_concerns_everybody_is_refused(server: Tenants) -> None:
     """Dead letters, states and the program's own metrics are not for a bound token, and its status is cut."""
     for who in ("a", "shop", "label"):
         assert server.ask(who, "/metrics").status == 403
-        assert server.ask(who, "/v1/dead-letters").status == 403
-        assert server.ask(who, "/v1/dead-letters/1f2e3d4c.0-17-2").status == 403
+        letters = [server.ask(who, it).status for it in ("/v1/dead-letters", "/v1/dead-letters/1f2e3d4c.0-17-2")]
+        assert letters == ([200, 404] if who == "shop" else [403, 403])
         assert server.ask(who, "/v1/dead-letters/replay", body={}).status == 403
         assert server.ask(who, "/v1/states", body=b"", Content_Type="application/vnd.pipeline.states").status == 403
         status = server.ask(who, "/v1/status").json()
         assert {*status} <= {"ready", "partition_count", "partitions", "role", "at_ms", "topic_id"}
         assert len(status["partitions"]) == 4
+
+
+def test_dead_letters_of_other_views_are_not_there(tokens: Path) -> None:
+    """A token of some views lists and shows the letters of these; others, whole records and replayed ones are not there."""
+    world = World(1)
+    of_views = {"0-1-0": "shop_hits", "0-2-0": "other_hits", "0-3": "", "0-4-0": "shop_hits"}
+    for offset, (key, view) in enumerate(of_views.items()):
+        value = encode_letter(DeadLetter(0, offset, 0, "why", view, b"bytes"))
+        world.log.append([Message(DEAD_LETTERS, 0, key.encode(), value)], timeout_s=1)
+    world.log.append([Message(DEAD_LETTERS, 0, b"0-4-0", None)], timeout_s=1)
+    with serving(world, access=access_of(tokens)) as at:
+        market = Tenants(world, at.port)
+        everything = market.ask("all", "/v1/dead-letters").json()
+        assert [it["key"] for it in everything["letters"]] == ["0-1-0", "0-2-0", "0-3"]
+        for query in ([], [("view", "other_hits")]):
+            found = market.ask("shop", "/v1/dead-letters", *query).json()
+            own = ["0-1-0"] if not query else []
+            assert ([it["key"] for it in found["letters"]], found["letter_count"]) == (own, len(own))
+        assert market.ask("shop", "/v1/dead-letters/0-1-0").json()["view"] == "shop_hits"
+        answers = {}
+        for key in ("0-2-0", "0-3", "0-4-0", "0-9-0"):
+            reply = market.ask("shop", f"/v1/dead-letters/{key}")
+            answers[key] = reply.status, reply.body.decode().replace(key, "KEY")
+        assert {*answers.values()} == {answers["0-9-0"]}
+        assert answers["0-9-0"][0] == 404
+        assert market.ask("shop", "/v1/dead-letters/replay", body={}).status == 403
 
 
 def test_views_are_dropped_within_bounds_only(server: Tenants, tokens: Path) -> None:

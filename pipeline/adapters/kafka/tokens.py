@@ -112,17 +112,21 @@ class TokenEndpoint:
         """Ask for a token. Raises `Invalid` if the endpoint refuses, `Unavailable` if it does not answer."""
         import httpx
 
-        asked_s = SystemClock().now_ms() / 1000
+        clock = SystemClock()
+        asked_s, deadline_s = clock.now_ms() / 1000, clock.monotonic_s() + _TIMEOUT_S
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         body = {"grant_type": "client_credentials", **({"scope": self._scope} if self._scope else {})}
         login = self._client[0], self._client[1].reveal()
         try:
             with (
                 httpx.Client(verify=self._tls, timeout=_TIMEOUT_S) as client,
-                client.stream("POST", self._url, data=body, auth=login, headers={"Accept": "application/json"}) as answer,
+                client.stream("POST", self._url, data=body, auth=login, headers=headers) as answer,
             ):
                 data = b""
-                for part in answer.iter_bytes():
+                for part in answer.iter_raw():
                     data += part
+                    if clock.monotonic_s() > deadline_s:
+                        raise Unavailable(f"{self._where}: no whole answer within {_TIMEOUT_S:g} s")
                     if len(data) > _ANSWER_BYTES_MAX:
                         raise Unavailable(f"{self._where}: its answer is larger than {_ANSWER_BYTES_MAX} bytes")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
