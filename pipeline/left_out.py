@@ -28,33 +28,37 @@ class LeftOut:
     call `tick` from time to time, and `close` in the end.
     """
 
-    def __init__(self, log: logging.Logger, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, log: logging.Logger, clock: Clock, metrics: Metrics, examples_max: int = 1) -> None:
+        """A log line has up to `examples_max` examples of each reason."""
         self._log = log
+        self._examples_max = examples_max
         self._clock = clock
         self._metrics = metrics
         self._lock = threading.RLock()
         self._found: dict[_Key, LeftOutStatus] = {}
-        self._waiting: dict[_Key, tuple[int, str]] = {}
-        """Counts that are not logged yet, each with its first example."""
+        self._waiting: dict[_Key, tuple[int, list[str]]] = {}
+        """Counts that are not logged yet, each with its first examples."""
         self._next_line_s = clock.monotonic_s()
 
     def add(self, protocol: str, reason: str, example: object | Callable[[], object] = "", count: int = 1) -> None:
         """Count what is left out. `protocol` and `reason` are words out of a few; `example` may have any characters.
 
-        An example that is a function is called only if it is the first one of its reason.
+        An example that is a function is called only if it is shown.
         """
         if count <= 0:
             return
         self._metrics.inc(m.INGEST_MALFORMED, count, protocol, reason)
         key = protocol, reason
         with self._lock:
-            found, waiting = self._found.get(key), self._waiting.get(key)
-            text = "" if found is not None and waiting is not None else _shown(example() if callable(example) else example)
+            found = self._found.get(key)
+            waiting, examples = self._waiting.get(key, (0, []))
+            wanted = found is None or len(examples) < self._examples_max
+            text = _shown(example() if callable(example) else example) if wanted else ""
             if found is None:
                 self._found[key] = LeftOutStatus(protocol, reason, count, text, self._clock.now_ms())
             else:
                 found.count += count
-            self._waiting[key] = (count, text) if waiting is None else (waiting[0] + count, waiting[1])
+            self._waiting[key] = waiting + count, [*examples, text] if wanted and text else examples
         self.tick()
 
     def tick(self) -> None:
@@ -69,8 +73,8 @@ class LeftOut:
             self._next_line_s = self._clock.monotonic_s() + LINE_INTERVAL_S
         if waiting:
             parts = [
-                f"{protocol} {reason} {count:,}" + (f" (the first: {example})" if example else "")
-                for (protocol, reason), (count, example) in waiting.items()
+                f"{protocol} {reason} {count:,}" + (f" (the first: {'; '.join(examples)})" if examples else "")
+                for (protocol, reason), (count, examples) in waiting.items()
             ]
             self._log.warning("left out by ingest: %s", "; ".join(parts))
 

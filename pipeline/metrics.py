@@ -151,8 +151,23 @@ TOKENS_UNREADABLE = Metric(
     "counter",
     "Times that the tokens_file had changed and could not be read: the tokens that were read before go on to count.",
 )
+TLS_UNREADABLE = Metric(
+    "pipeline_tls_file_errors_total",
+    "counter",
+    "Times that the files of the server's TLS had changed and could not be used: those that were read before go on.",
+)
 GATHER_SERVER_UP = Metric(
     "pipeline_gather_server_up", "gauge", "With `serve --gather`, 1 for a server that answers, else 0.", ("server",)
+)
+CONNECTIONS = Metric("pipeline_http_connections_open", "gauge", "Open connections of the HTTP server.")
+CONNECTIONS_MAX = Metric(
+    "pipeline_http_connections_max", "gauge", "Most of them: sockets_max, or half of the files that the process may open."
+)
+CONNECTIONS_CUT = Metric(
+    "pipeline_http_connections_cut_total",
+    "counter",
+    "Connections that the HTTP server closed, by the setting whose limit they had reached.",
+    ("limit",),
 )
 STREAMS = Metric("pipeline_streams_open", "gauge", "Open streams of answers.")
 STREAMS_STALLED = Metric(
@@ -164,6 +179,9 @@ REQUESTS_REFUSED = Metric(
     "Requests refused before anything is read of them: host, one that this server is not known as; origin, a page of another"
     " site.",
     ("reason",),
+)
+BODIES_REFUSED = Metric(
+    "pipeline_bodies_refused_total", "counter", "Requests refused because of the bodies of others.", ("limit",)
 )
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(

@@ -5,12 +5,13 @@ Offsets are Kafka's: they rise within a partition, can have holes, and every `ne
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from pipeline.core.grants import Bounds
 from pipeline.core.record import Control, Definition, Records
 from pipeline.core.sequence import Folded
 from pipeline.core.token import Token
@@ -380,8 +381,20 @@ class Refusal(NamedTuple):
     detail: str
 
 
+class RunningTotal(NamedTuple):
+    """Totals of a stream since its start, of which only the increase since the last ones counts."""
+
+    line: int
+    stream: Hashable
+    """Identifies the stream, its start included."""
+    start_ns: int
+    at_ns: int
+    deltas: Sequence[RawDelta]
+    """The totals, in place of deltas."""
+
+
 class Pushed(NamedTuple):
-    """Content of a text of metrics."""
+    """Content of a text of metrics, or of an export, whose points have numbers in place of lines."""
 
     deltas: Sequence[RawDelta]
     lines: Sequence[int]
@@ -389,6 +402,7 @@ class Pushed(NamedTuple):
     refused: Sequence[Refusal]
     whole: bool = True
     """False: the text has more samples than may be taken at once, and was not read to its end."""
+    totals: Sequence[RunningTotal] = ()
 
 
 class Orders(Protocol):
@@ -419,12 +433,13 @@ class Ingest(Orders, Protocol):
         """
         ...
 
-    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
+    def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:
         """Accept a publisher's batches; return the `next_offset` that covers each, and a token that covers all.
 
         `secret` proves that their producer id is the publisher's own; see `core.record.producer_id_of`. Raises `BadRecord`,
-        saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong; then none of the
-        batches is accepted. Raises `Unavailable` if any of them may be: send the same bytes again.
+        saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong, `GroupsForbidden` if
+        they are outside the `bounds` of the access token; then none of the batches is accepted. Raises `Unavailable` if any
+        of them may be: send the same bytes again.
         """
         ...
 
@@ -455,8 +470,8 @@ class Facts(Protocol):
 class LineSink(Protocol):
     """Receives lines from a socket. One thread at a time; no input makes it raise."""
 
-    def take(self, lines: Sequence[bytes], protocol: str) -> None:
-        """Take lines, without their line ends. Blank ones are ignored."""
+    def take(self, lines: Sequence[bytes], protocol: str, sender: str | None = None) -> None:
+        """Take lines of one sender, an address, without their line ends. Blank ones are ignored."""
         ...
 
     def refuse(self, reason: str, protocol: str) -> None:

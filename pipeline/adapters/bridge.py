@@ -1,25 +1,28 @@
 """Publishes the metrics of a prometheus_client registry as deltas.
 
 A registry holds totals, and a bridge publishes their increases since the last collection. A value counts as published only
-once its delta is recorded, so that a full buffer delays an increase and loses none. A total that falls was cleared, and
-counts from 0 again.
+once its delta is recorded, so that a full buffer delays an increase and loses none. A total that falls, or that has another
+time of creation, was cleared, and counts from 0 again. One that is gone for a while goes on where it was.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, Metric
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.samples import Sample
+from prometheus_client.values import ValueClass
 
-import pipeline.metrics as m
 from pipeline.adapters.registry import publishers_families
 from pipeline.errors import BufferFull, Invalid, PipelineError
+from pipeline.left_out import LeftOut
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.threads import Failures, PeriodicThread, guarded
@@ -30,12 +33,19 @@ _JOIN_S = 5.0
 _LAST_TRIES = 100
 """Most attempts, at the end, to flush and publish the increases that a full buffer delays."""
 _REPORTED_MAX = 1_000
+_EXAMPLES_MAX = 20
+_GONE_MAX = 10_000
+"""Most series of a collector that are remembered while it does not show them."""
 _ADDED: Mapping[str, tuple[str, ...]] = {
-    "counter": ("_total",),
+    "counter": ("_total", ""),
     "histogram": ("_bucket", "_sum", "_count"),
     "summary": ("_sum", "_count"),
 }
 """By type of family, the suffixes of samples that only rise."""
+_OF_ALL = (
+    "a MultiProcessCollector shows the totals of all processes, which every process would publish: bridge the registry that "
+    "the metrics are in, in each process"
+)
 _log = logging.getLogger(__name__)
 
 Labels = tuple[tuple[str, str], ...]
@@ -56,6 +66,32 @@ class BridgeTarget(Protocol):
     def last(self, view: str, *, labels: tuple[str, ...]) -> Any: ...
 
     def flush(self, timeout_s: float) -> Any: ...
+
+
+class _Published:
+    """Samples of a collector, as they are published."""
+
+    def __init__(self, collector: object) -> None:
+        self.values: dict[Key, float] = {}
+        self.created: dict[Key, float] = {}
+        """By `_group`, the times of creation."""
+        self.gone: dict[Key, None] = {}
+        """Keys in `values` that the last look has not found, the oldest first."""
+        own = isinstance(collector, MetricWrapperBase) and not getattr(ValueClass, "_multiprocess", False)
+        self.gone_max = 0 if own else _GONE_MAX
+        """Series that are remembered while the collector does not show them. A metric of prometheus_client has cleared
+        them; in its multiprocess mode, and with other collectors, they can come back with their old values."""
+        self.barred: set[Key] = set()
+        """Keys of series that another collector has shown first."""
+
+
+class _Found(NamedTuple):
+    """Content of a look at a collector."""
+
+    samples: list[_BridgedSample]
+    created: dict[Key, float]
+    unclear: set[Key]
+    """Keys of samples that are there, and can't be published as they are now."""
 
 
 class _BridgedSample(NamedTuple):
@@ -91,8 +127,11 @@ class Bridge:
             raise Invalid(f"interval_ms is a whole number from 1, got {interval_ms!r:.50}")
         if not callable(getattr(registry, "collect", None)):
             raise Invalid(f"a registry of prometheus_client is needed, got {type(registry).__name__}")
+        if _shows_all_processes(registry):
+            raise Invalid(_OF_ALL)
         self._publisher = publisher
         self.registry = registry
+        self._target = _Target(registry)
         self._clock = clock
         self._interval_s = interval_ms / 1000
         self._gauges = gauges
@@ -104,12 +143,11 @@ class Bridge:
         self._closed = False
         self._cells: dict[Key, Any] = {}
         self._reported: set[tuple[str, str]] = set()
-        self._values: WeakKeyDictionary[Any, dict[Key, float]] = WeakKeyDictionary()
-        """By collector, the published values of its samples."""
+        self._published: WeakKeyDictionary[Any, _Published] = WeakKeyDictionary()
+        self._start()
         if from_now:
             self._skip_present()
         self._watch_children()
-        self._start()
         if may_run:
             self._thread.start()
 
@@ -118,6 +156,7 @@ class Bridge:
         self._closing = threading.RLock()
         self._collecting = 0
         """Identifier of the thread that collects at the moment, or 0."""
+        self.left_out = LeftOut(_log, self._clock, self._metrics, _EXAMPLES_MAX)
         self._thread = PeriodicThread(
             "pipeline-bridge",
             self.collect,
@@ -155,17 +194,18 @@ class Bridge:
         with self._lock:
             self._collecting = me
             try:
+                elsewhere: set[Key] = set()
                 for collector in self._collectors():
-                    families = self._families(collector)
-                    if families is not None:
-                        self._publish(self._values.setdefault(collector, {}), families)
+                    published = self._published.setdefault(collector, _Published(collector))
+                    found = self._look_at(collector, published, elsewhere)
+                    if found is not None:
+                        self._publish(published, found)
             except BufferFull as error:  # each further series would wait as long
-                self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "buffer_full")
-                if self._report_first("buffer_full", ""):
-                    _log.warning("the bridge waits: %s", error)
+                self.left_out.add(_PROTOCOL, "buffer_full", f"the bridge waits: {error}")
                 return False
             finally:
                 self._collecting = 0
+                self.left_out.tick()
         return True
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -184,6 +224,7 @@ class Bridge:
                     _log.error("the bridge's rest is lost: %s", error)
                     break
             self._closed = True
+            self.left_out.close()
 
     def start_clean(self) -> None:
         """Leave everything that was counted before a fork to the parent. Called in the child, before anything else.
@@ -194,7 +235,10 @@ class Bridge:
         if self._closed:
             return
         self._cells = {}
-        self._values = WeakKeyDictionary()
+        self._published = WeakKeyDictionary()
+        self.left_out = LeftOut(
+            _log, self._clock, self._metrics, _EXAMPLES_MAX
+        )  # the lock of the other may be held for ever
         thread = threading.Thread(
             target=self._guarded_skip,
             name="pipeline-bridge-look",
@@ -204,8 +248,8 @@ class Bridge:
         thread.join(_FORK_TIMEOUT_S)
         if thread.is_alive():
             self._closed = True
-            self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "fork")
-            _log.error("a metric was in use when this process was forked: the child's metrics are not published")
+            left_out = LeftOut(_log, self._clock, self._metrics)
+            left_out.add(_PROTOCOL, "fork", "a metric was in use at the fork: the child's metrics are not published")
             return
         self._start()
         self._thread.start()
@@ -213,9 +257,12 @@ class Bridge:
     def _skip_present(self) -> None:
         """Note the present values as published."""
         for collector in self._collectors():
-            families = self._families(collector)
-            if families is not None:
-                self._values[collector] = {it.key: it.value for it in self._found(families)}
+            published = _Published(collector)
+            found = self._look_at(collector, published, set())
+            if found is not None:
+                published.values = {it.key: it.value for it in found.samples}
+                published.created = found.created
+                self._published[collector] = published
 
     def _collectors(self) -> list[Any]:
         """Return the collectors of the registry, so that each can fail alone, except those of publishers."""
@@ -225,44 +272,96 @@ class Bridge:
         with self.registry._lock:  # type: ignore[attr-defined]  # as its own `collect` does
             collectors = [*known]
         own = publishers_families(self.registry)  # each collection would change them, and so cause another delta
-        return [it for it in collectors if it not in own]
+        return [self._target, *[it for it in collectors if it not in own and not self._is_of_all(it)]]
 
-    def _families(self, collector: Collector) -> list[Metric] | None:
+    def _is_of_all(self, collector: Any) -> bool:
+        """Return whether a collector shows what other processes count, which is left out."""
+        if not isinstance(collector, MultiProcessCollector):
+            return False
+        self._refuse("multiprocess", "a collector", _OF_ALL)
+        return True
+
+    def _look_at(self, collector: Collector, published: _Published, elsewhere: set[Key]) -> _Found | None:
+        """Return the samples of a collector; None if it fails. The keys in `elsewhere` are those of other collectors."""
+        now_s = self._clock.rising_ns() / 1e9
         try:
-            return [*collector.collect()]
+            families = [*collector.collect()]
         except Exception as error:
             name = type(collector).__name__
-            self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, "collector")
+            self.left_out.add(_PROTOCOL, "collector", name)
             if self._report_first("collector", name):
                 _log.exception("collector %s: %s; it is left out, and tried again", name, error)
             return None
+        return self._found(families, published.barred, elsewhere, now_s)
 
-    def _found(self, families: Iterable[Metric]) -> Iterator[_BridgedSample]:
+    def _found(self, families: Iterable[Metric], barred: set[Key], elsewhere: set[Key], now_s: float) -> _Found:
+        """Return what can be published of these families, of a look that has begun at `now_s`."""
+        samples: dict[Key, _BridgedSample] = {}
+        created: dict[Key, float] = {}
+        unclear: set[Key] = set()
         for family in families:
-            added = tuple([family.name + end for end in _ADDED.get(family.type, ())])
+            suffixes = _ADDED.get(family.type, ())
+            added = {family.name + end: family.name + (end or "_total") for end in suffixes}
             for sample in family.samples:
+                key = _key(sample)
+                if suffixes and sample.name == f"{family.name}_created":
+                    if sample.value < now_s:  # else it is when it is asked for, which tells nothing
+                        created[family.name, key[1]] = sample.value
+                    continue
                 rises = sample.name in added
-                if not rises and (added or not self._gauges):
-                    continue  # when it was created, or a quantile, which can't be added up
-                if isfinite(sample.value):
-                    yield _BridgedSample(_key(sample), sample.value, rises)
-                else:
+                if rises:
+                    key = added[sample.name], key[1]
+                elif suffixes:
+                    quantile = family.type == "summary" and sample.name == family.name
+                    why = "quantiles can't be added up" if quantile else f"a {family.type} has no such sample"
+                    self._refuse("quantile" if quantile else "suffix", sample.name, why)
+                    continue
+                elif not self._gauges:
+                    continue
+                if not isfinite(sample.value):
                     self._refuse("value", sample.name, f"{sample.value} is not finite")
+                    unclear.add(key)
+                elif key in elsewhere or key in barred:
+                    barred.add(key)
+                    unclear.add(key)
+                    self._refuse("twice", sample.name, "another collector has the same series")
+                elif key in samples and samples[key].value != sample.value:
+                    unclear.add(key)
+                    self._refuse("twice", sample.name, "its collector has one series twice")
+                else:
+                    samples[key] = _BridgedSample(key, sample.value, rises)
+        elsewhere |= samples.keys() | unclear
+        return _Found([it for key, it in samples.items() if key not in unclear], created, unclear)
 
-    def _publish(self, values: dict[Key, float], families: list[Metric]) -> None:
-        """Publish every difference from `values`, and update `values` series by series."""
-        found = [*self._found(families)]
-        cleared = {_group(it.key) for it in found if it.rises and it.value < values.get(it.key, 0) and not _is_sum(it.key)}
-        for it in found:
+    def _publish(self, published: _Published, found: _Found) -> None:
+        """Publish every difference from what is published, and update that series by series."""
+        values, created = published.values, published.created
+        cleared = {
+            _group(it.key)
+            for it in found.samples
+            if it.rises and it.value < values.get(it.key, 0) and not _is_sum(it.key)
+        }  # fmt: skip
+        cleared |= {group for group, at in found.created.items() if created.get(group, at) != at}
+        for it in found.samples:
             if cleared and it.rises and it.key in values and _group(it.key) in cleared:
                 values[it.key] = 0  # all of them first: a delayed one must not look as if it fell again
-        for it in found:
+        created |= found.created
+        for it in found.samples:
             if self._publish_one(values.get(it.key), it):
                 values[it.key] = it.value
-        if len(found) < len(values):  # a series that comes back begins at 0
-            for key in values.keys() - {it.key for it in found}:
-                del values[key]
-                self._cells.pop(key, None)
+            published.gone.pop(it.key, None)
+        if len(found.samples) < len(values):
+            self._forget_gone(published, {it.key for it in found.samples} | found.unclear)
+
+    def _forget_gone(self, published: _Published, there: set[Key]) -> None:
+        """Forget series that a collector does not show any more, the oldest first, but for `gone_max` of them."""
+        for key in published.values.keys() - there - published.gone.keys():
+            published.gone[key] = None
+            self._cells.pop(key, None)
+        while len(published.gone) > published.gone_max:
+            key = next(iter(published.gone))
+            del published.gone[key], published.values[key]
+            published.created.pop(_group(key), None)
 
     def _publish_one(self, before: float | None, it: _BridgedSample) -> bool:
         """Publish one sample; return whether its present value is published now. Raises `BufferFull`."""
@@ -299,14 +398,38 @@ class Bridge:
     def _refuse(self, reason: str, name: str, why: object) -> None:
         """Leave a series out; log and count that once for each name."""
         if self._report_first(reason, name):
-            self._metrics.inc(m.INGEST_MALFORMED, 1, _PROTOCOL, reason)
-            _log.warning("%s is not published: %s", name, why)
+            self.left_out.add(_PROTOCOL, reason, f"{name} is not published: {why}")
 
     def _report_first(self, reason: str, name: str) -> bool:
         if (reason, name) in self._reported or len(self._reported) >= _REPORTED_MAX:
             return False
         self._reported.add((reason, name))
         return True
+
+
+class _Target:
+    """A collector of the `target_info` of a registry, which none of its collectors shows."""
+
+    def __init__(self, registry: Any) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the family, if there is one."""
+        labels = self._registry.get_target_info()
+        if not labels:
+            return []
+        family = Metric("target", "Target metadata", "info")
+        family.add_sample("target_info", labels, 1)
+        return [family]
+
+
+def _shows_all_processes(registry: Any) -> bool:
+    """Return whether a registry, or one within it, has a collector of the files that several processes write."""
+    if isinstance(registry, MultiProcessCollector):
+        return True
+    collectors = [*getattr(registry, "_collector_to_names", ())]
+    within = getattr(registry, "_registry", None)
+    return any(map(_shows_all_processes, [*collectors, *[within] * (within is not None)]))
 
 
 def default_registry() -> Collector:
@@ -324,9 +447,12 @@ def _is_sum(key: Key) -> bool:
 
 
 def _group(key: Key) -> Key:
-    """Return the key that buckets, sum and count of one series share: they are cleared together."""
+    """Return the key that total, buckets, sum and count of one series share: they are created and cleared together."""
     name, labels = key
-    name = name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count")
+    for suffix in ("_total", "_bucket", "_sum", "_count"):
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            break
     return name, tuple([label for label in labels if label[0] != "le"])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.errors import Invalid, LogCorrupt, NewerFormat, NoSpace, PipelineError, Unavailable
-from pipeline.folders import make_private
+from pipeline.folders import make_private, open_file, read_small, replace_small, tighten
 
 _VERSION = "2"
 _NEW_VERSION = "VERSION.new"
@@ -34,12 +34,12 @@ class DataDir:
         self._with_log = with_log
         self._lock = -1
         try:
-            if read_only and not (self.path / "VERSION").is_file():
+            if read_only and not os.path.lexists(self.path / "VERSION"):
                 raise Invalid(f"{self.path} is not a data directory")
             if not read_only:
                 make_private(self.path)
             flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
-            self._lock = os.open(self.path / "LOCK", flags | os.O_CLOEXEC, 0o644)
+            self._lock = open_file(self.path / "LOCK", flags)
             _open.add(self)
             self._take(fcntl.LOCK_SH if read_only else fcntl.LOCK_EX)
             self._check_version()
@@ -47,8 +47,10 @@ class DataDir:
                 return
             if app:
                 self.check_app(app)
-                if not (self.path / _APP).exists():
+                if not os.path.lexists(self.path / _APP):
                     self._write(_APP, app)
+            for folder in (self.log, self.stores):
+                tighten(folder)
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
@@ -67,7 +69,7 @@ class DataDir:
 
     def _check_version(self) -> None:
         try:
-            found = (self.path / "VERSION").read_bytes().strip().decode("ascii", "replace")
+            found = read_small(self.path / "VERSION").strip().decode("ascii", "replace")
         except FileNotFoundError:
             if any(entry.name not in ("LOCK", _NEW_VERSION) for entry in self.path.iterdir()):
                 raise Invalid(f"{self.path} is neither empty nor a data directory (no VERSION file)") from None
@@ -90,7 +92,7 @@ class DataDir:
     def check_app(self, app: str) -> None:
         """Raise `Invalid` if the stores belong to another app: they would look damaged, and be rebuilt."""
         try:
-            found = (self.path / _APP).read_bytes().strip().decode("utf-8", "replace")
+            found = read_small(self.path / _APP).strip().decode("utf-8", "replace")
         except FileNotFoundError:
             return
         if found != app:
@@ -100,12 +102,7 @@ class DataDir:
         self._write("VERSION", _VERSION)
 
     def _write(self, name: str, text: str) -> None:
-        new = self.path / f"{name}.new"
-        with new.open("w") as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path / name)
+        replace_small(self.path / name, f"{text}\n".encode(), new=self.path / f"{name}.new")
 
     @property
     def log(self) -> Path:

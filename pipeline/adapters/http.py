@@ -10,7 +10,7 @@ from urllib.parse import quote
 import msgspec
 
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.http_client import Client, HttpClient, error_of, is_ours
+from pipeline.adapters.http_client import AnswerTooLarge, Client, HttpClient, error_of, is_ours
 from pipeline.adapters.read_parameters import QueryKeywords, WatchKeywords, json_query, view_path
 from pipeline.core.answer import Answer, Answers, Changed, Status, View, known
 from pipeline.core.codec import producer_of
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 REQUEST_BYTES_MAX = 4 * 2**20
 """Size up to which batches share a request; a server accepts at least one batch of `batch_bytes_max`."""
+REQUEST_BATCHES_MAX = 1_000
+"""Batches that share a request at most: as many as a server takes, unless its `batches_max` is another."""
 PARTITION_COUNT_TTL_S = 30.0
 _STATUS_S = 10.0
 T = TypeVar("T")
@@ -131,7 +133,8 @@ class HttpLogWriter:
             start = 0
             while start < len(own):
                 stop, size = start, 0
-                while stop < len(own) and (stop == start or size + len(own[stop].value or b"") < REQUEST_BYTES_MAX):
+                end = min(len(own), start + REQUEST_BATCHES_MAX)
+                while stop < end and (stop == start or size + len(own[stop].value or b"") < REQUEST_BYTES_MAX):
                     size += len(own[stop].value or b"")
                     stop += 1
                 out += self._send(own[start:stop], secret, deadline)
@@ -386,14 +389,17 @@ class HttpReader:
         JSON in `body` is posted, with the idempotency key `key`.
         """
         headers = {"Idempotency-Key": key, "Accept": accept}
-        status, answer = self._client.request(
-            "GET" if body is None else "POST",
-            path,
-            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
-            body=body,
-            content_type="" if body is None else "application/json",
-            more_headers={name: value for name, value in headers.items() if value is not None},
-        )
+        try:
+            status, answer = self._client.request(
+                "GET" if body is None else "POST",
+                path,
+                timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+                body=body,
+                content_type="" if body is None else "application/json",
+                more_headers={name: value for name, value in headers.items() if value is not None},
+            )
+        except AnswerTooLarge as error:
+            raise Invalid(str(error)) from None
         if status != 200:
             raise error_of(self._client.url, status, answer)
         return answer

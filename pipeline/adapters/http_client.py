@@ -5,10 +5,12 @@ Connections are kept alive and shared by all threads, one request at a time on e
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from http.client import (
     HTTPConnection,
     HTTPException,
@@ -17,6 +19,7 @@ from http.client import (
     IncompleteRead,
     RemoteDisconnected,
 )
+from ssl import SSLEOFError
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -24,8 +27,10 @@ import msgspec
 
 import pipeline.errors as errors
 from pipeline.adapters.credentials import Credentials, headers_of
+from pipeline.adapters.tls import FollowedContext, client_context, explained
 from pipeline.errors import GroupsRefused, Invalid, PipelineError, Unauthenticated, Unavailable
 from pipeline.ports import Clock
+from pipeline.printable import printable
 from pipeline.secret import Secret, redacted_url
 from pipeline.settings import ClientSettings
 
@@ -34,11 +39,15 @@ EVENT_STREAM = "text/event-stream"
 HEARTBEAT_HEADER = "pipeline-heartbeat-ms"
 """Header of a stream: the usual longest time without an event."""
 _CONNECT_S = 5.0
+_HEADS_MAX = 10
 _SILENCE_S = 30.0
 """Longest time without a byte of a stream that does not say how often it has an event."""
 _OURS = "urn:pipeline:"
 _OUR_ERRORS = "urn:pipeline:error:"
-_CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+_CLOSED_BY_PEER = (RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError, SSLEOFError)
+_TLS_ONLY = ("ca_file", "client_cert_file")
+"""Settings that promise TLS."""
+_log = logging.getLogger(__name__)
 
 
 class _WrongGroup(msgspec.Struct):
@@ -83,10 +92,29 @@ class Client(Protocol):
         ...
 
 
+class AnswerTooLarge(Unavailable):
+    """Ask for less, or allow more: an answer is larger than `answer_bytes_max`, or has no end."""
+
+
+class _Response(HTTPResponse):
+    """A response that does not wait for ever behind interim responses, each of which begins the time-out anew."""
+
+    _heads = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        self._heads += 1
+        if self._heads > _HEADS_MAX:
+            raise HTTPException(f"over {_HEADS_MAX} interim responses")
+        found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        return found
+
+
 class EventStream:
     """Bytes of one response as they come, on a connection of its own. `interrupt` may be called from any thread."""
 
-    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket) -> None:
+    def __init__(self, url: str, response: HTTPResponse, sock: socket.socket, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        """Size of the largest event."""
         self._url = url
         self._response = response
         self._socket = sock
@@ -131,12 +159,31 @@ class HttpClient:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
             raise Invalid(f"not a server's address: {redacted_url(url)!r:.200}; it looks like http://host:8080")
         self.url = url.rstrip("/")
-        self._make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
-        self._credentials = Credentials(settings or ClientSettings())
+        self._settings = settings = settings or ClientSettings()
+        self._bytes_max = settings.answer_bytes_max
+        self._tls = self._follow_files(settings, clock) if parts.scheme == "https" else None
+        if self._tls is None and (name := next((it for it in _TLS_ONLY if getattr(settings, it)), None)):
+            raise Invalid(f"{name} is for https://, but {self.url} would be spoken to without TLS")
+        self._credentials = Credentials(settings)
         self._clock = clock
         self._idle: list[HTTPConnection] = []
         self._pid = os.getpid()
+
+    def _follow_files(self, settings: ClientSettings, clock: Clock) -> FollowedContext:
+        def complain(error: Invalid) -> None:
+            _log.warning("%s: %s; connections go on with what was read before", self.url, error)
+
+        paths = [settings.ca_file, settings.client_cert_file, settings.client_key_file]
+        return FollowedContext(partial(client_context, settings), paths, clock, complain)
+
+    def _new_connection(self) -> HTTPConnection:
+        if self._tls is None:
+            connection = HTTPConnection(self._host, self._port)
+        else:
+            connection = HTTPSConnection(self._host, self._port, context=self._tls())
+        connection.response_class = _Response
+        return connection
 
     def request(
         self,
@@ -171,14 +218,16 @@ class HttpClient:
             try:
                 connection, reused = idle.pop(), True
             except IndexError:
-                connection, reused = self._make(self._host, self._port), False
+                connection, reused = self._new_connection(), False
             try:
                 status, answer, keep = self._exchange(connection, method, self._prefix + path, body, headers, deadline)
             except (OSError, HTTPException) as error:
                 connection.close()
                 if reused and isinstance(error, _CLOSED_BY_PEER):
                     continue  # it was closed while idle; every request of this module may be carried out twice
-                raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
+                raise Unavailable(
+                    f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}"
+                ) from None
             except BaseException:
                 connection.close()
                 raise
@@ -200,7 +249,8 @@ class HttpClient:
                     raise
 
     def _open_stream(self, path: str, timeout_s: float, deadline: float, last_id: str, token: Secret) -> EventStream:
-        connection = self._make(self._host, self._port, timeout=min(timeout_s, _CONNECT_S))
+        connection = self._new_connection()
+        connection.timeout = min(timeout_s, _CONNECT_S)
         headers = {"Accept": EVENT_STREAM, "Last-Event-ID": last_id} | headers_of(token)
         try:
             connection.connect()
@@ -212,10 +262,10 @@ class HttpClient:
                 raise error_of(self.url, response.status, self._read(connection, response, deadline))
             if (kind := response.getheader("content-type", "")).partition(";")[0].strip() != EVENT_STREAM:
                 raise Unavailable(f"{self.url}: not a stream of events but {kind!r:.100}")
-            return EventStream(self.url, response, sock)
+            return EventStream(self.url, response, sock, self._bytes_max)
         except (OSError, HTTPException) as error:
             connection.close()
-            raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from None
+            raise Unavailable(f"{self.url}: {explained(error, self._settings, over_tls=self._tls is not None)}") from None
         except BaseException:
             connection.close()
             raise
@@ -243,12 +293,21 @@ class HttpClient:
         return response.status, self._read(connection, response, deadline), not response.will_close
 
     def _read(self, connection: HTTPConnection, response: HTTPResponse, deadline: float) -> bytes:
-        parts = []
-        while part := response.read(2**18):
-            parts.append(part)
-            self._limit(connection, deadline)
+        parts, size = [], response.length or 0
+        if size <= self._bytes_max:
+            size = 0
+            while size <= self._bytes_max and (part := response.read1(2**18)):  # one read of the socket, within its time-out
+                parts.append(part)
+                size += len(part)
+                self._limit(connection, deadline)
+        if size > self._bytes_max:
+            connection.close()
+            raise AnswerTooLarge(
+                f"{self.url}: the answer has over {self._bytes_max} bytes: ask for less, or raise answer_bytes_max"
+            )
         if response.length:  # not so if the server sends chunks
             raise IncompleteRead(b"", response.length)
+        response.close()  # or the connection could not take another request
         return b"".join(parts)
 
     def _limit(self, connection: HTTPConnection, deadline: float) -> None:
@@ -271,10 +330,10 @@ def error_of(url: str, status: int, body: bytes) -> PipelineError:
     try:
         problem = msgspec.json.decode(body, type=_Problem)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Unavailable(f"{url}: HTTP {status}: {body[:200].decode(errors='replace')}")
+        return Unavailable(f"{url}: HTTP {status}: {printable(body[:200].decode(errors='replace'))}")
     ours = problem.type.startswith(_OUR_ERRORS)
     named = getattr(errors, problem.type.removeprefix(_OUR_ERRORS), None) if ours else None
-    detail = problem.detail or problem.title or f"HTTP {status}"
+    detail = printable(problem.detail or problem.title or f"HTTP {status}")  # an app may log it
     if isinstance(named, type) and issubclass(named, GroupsRefused):
         return named(detail, [(it.group, it.view, it.reason) for it in problem.groups])
     if isinstance(named, type) and issubclass(named, PipelineError):

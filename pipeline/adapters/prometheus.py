@@ -21,6 +21,7 @@ from prometheus_client.samples import Sample
 
 import pipeline.native as native
 from pipeline.adapters import prometheus_protobuf
+from pipeline.core.classic import ClassicHistogram, joined
 from pipeline.core.exposition import (
     OMITTED,
     OMITTED_HELP,
@@ -35,7 +36,7 @@ from pipeline.core.exposition import (
     sample_value,
 )
 from pipeline.core.kinds import KINDS
-from pipeline.metrics import CATALOGUE, INFO, PARTITION_GAUGES, Metric
+from pipeline.metrics import CATALOGUE, INFO, NAMES, PARTITION_GAUGES, Metric
 
 
 class PrometheusMetrics:
@@ -119,7 +120,20 @@ class _ViewFamilies(Collector):
         for view, reason in it.omitted.items():
             omitted.add_sample(OMITTED, {"view": view, "reason": reason}, 1)
         yield omitted
-        yield from map(_family, it.views)
+        for shown in joined(it, NAMES):
+            yield _classic(shown) if isinstance(shown, ClassicHistogram) else _family(shown)
+
+
+def _classic(histogram: ClassicHistogram) -> Family:
+    name = histogram.name
+    family = Family(name, histogram.about, "histogram")
+    for it in histogram.series:
+        of = dict(zip(histogram.labels, it.labels, strict=True))
+        family.samples += [Sample(f"{name}_bucket", {**of, "le": text}, count) for text, _, count in it.buckets]
+        if it.sum is not None:  # OpenMetrics has no count without a sum
+            family.samples.append(Sample(f"{name}_count", of, it.buckets[-1][2]))
+            family.samples.append(Sample(f"{name}_sum", of, it.sum))
+    return family
 
 
 def _family(exposed: Exposed) -> Family:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import inf, nextafter
 
+from pipeline.core.classic import ClassicHistogram, joined
 from pipeline.core.exposition import (
     OMITTED,
     OMITTED_HELP,
@@ -36,6 +37,7 @@ from pipeline.core.protobuf import (
     text_field,
     varint,
 )
+from pipeline.metrics import NAMES
 
 MEDIA_TYPE = "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
 _TEXT_TYPES = ("application/openmetrics-text", "text/plain")
@@ -77,7 +79,7 @@ def encode_families(exposition: Exposition) -> bytes:
             STALENESS, STALENESS_HELP, _GAUGE, [_metric((), (), bytes_field(2, double_field(1, exposition.staleness_s)))]
         ),
         _family(OMITTED, OMITTED_HELP, _GAUGE, omitted),
-        *map(_of_view, exposition.views),
+        *[_classic(it) if isinstance(it, ClassicHistogram) else _of_view(it) for it in joined(exposition, NAMES)],
     ]
     return b"".join([varint(len(family)) + family for family in families])
 
@@ -90,6 +92,15 @@ def _family(name: str, text: str, kind: int, metrics: Sequence[bytes]) -> bytes:
 def _metric(names: Sequence[str], labels: Sequence[str], value: bytes) -> bytes:
     pairs = zip(names, labels, strict=True)
     return b"".join([bytes_field(1, text_field(1, name) + text_field(2, label)) for name, label in pairs]) + value
+
+
+def _classic(histogram: ClassicHistogram) -> bytes:
+    metrics = []
+    for it in histogram.series:
+        parts = [double_field(4, it.buckets[-1][2]), *([] if it.sum is None else [double_field(2, it.sum)])]
+        parts += [bytes_field(3, double_field(4, count) + double_field(2, bound)) for _, bound, count in it.buckets]
+        metrics.append(_metric(histogram.labels, it.labels, bytes_field(7, b"".join(parts))))
+    return _family(histogram.name, histogram.about, _HISTOGRAM, metrics)
 
 
 def _of_view(exposed: Exposed) -> bytes:

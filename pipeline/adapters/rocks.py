@@ -41,6 +41,7 @@ from pipeline.adapters.datadir import aside, translate_os
 from pipeline.core.query import Entry
 from pipeline.core.record import runs
 from pipeline.errors import Invalid, NoSpace, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
+from pipeline.folders import check_entries, replace_small
 from pipeline.ports import Store, StoreView
 from pipeline.settings import LogSettings
 
@@ -111,10 +112,12 @@ def open_db(path: Path, options: Options, translated: TranslatedErrors, *, read_
     """Open or create a RocksDB. With `read_only` raise `NotFound` if there is none; nothing in its folder changes."""
     with translated:
         if not read_only:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_entries(path)
             return Rdict(str(path), options)
         if not path.is_dir() or not any(path.iterdir()):
             raise NotFound(f"{translated.what} does not exist")
+        check_entries(path)
         with TemporaryDirectory(prefix="pipeline-") as logs:  # of the log that RocksDB keeps of itself; it goes on unlinked
             options.set_db_log_dir(logs)
             return Rdict(str(path), options, access_type=AccessType.read_only())
@@ -387,7 +390,7 @@ class RocksStores:
         path = self._path / str(partition)
         kept = aside(path, SystemClock().now_ms())
         with translate_os(f"store {path}"):
-            (path / _REASON).write_text(f"{reason}\n")
+            replace_small(path / _REASON, f"{reason}\n".encode(errors="replace"), new=path / f"{_REASON}.new")
             path.rename(kept)
         return str(kept)
 

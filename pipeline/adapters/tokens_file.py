@@ -13,7 +13,7 @@ from pipeline.core.grants import AccessToken, decode_tokens, encode_tokens
 from pipeline.errors import Invalid
 from pipeline.ports import Clock
 
-_BYTES_MAX = 8 * 2**20
+_BYTES_MAX = 2 * 2**20
 _SETTLED_MS = 2_000
 """Age from which on a file is known by its times: a younger one may be changed again within one tick of its clock."""
 

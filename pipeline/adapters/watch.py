@@ -17,10 +17,12 @@ from pipeline.adapters.http_client import Client, EventStream, error_of
 from pipeline.core.answer import Answer
 from pipeline.core.events import EventParser, ServerEvent
 from pipeline.core.updates import Update, updated
-from pipeline.errors import Invalid, NotReady, PipelineError, Unavailable
+from pipeline.errors import BadRecord, Invalid, NotReady, PipelineError, Unavailable
 from pipeline.ports import Clock
 from pipeline.threads import ReentrantCondition
 
+SERIES_MAX = 1_000_000
+"""Series of an answer that grows by updates; no server answers with more."""
 _PAUSE_S = 0.25
 _PAUSE_S_MAX = 5.0
 _decode_answer = msgspec.json.Decoder(Answer).decode
@@ -171,19 +173,25 @@ class WatchLink:
                 if self._closed:
                     return
                 self._stream = stream
-            parser = EventParser()
+            parser = EventParser(stream.bytes_max)
             begun_s = 0.0
             while data := stream.read():
                 now_s = self._clock.monotonic_s()
                 if not parser.within_event:
                     begun_s = now_s
-                for event in parser.feed(data):
+                for event in self._events(parser, data):
                     self._take_event(event, begun_s)
                     begun_s = now_s
         finally:
             with self.changed:
                 self._stream = None
             stream.close()
+
+    def _events(self, parser: EventParser, data: bytes) -> list[ServerEvent]:
+        try:
+            return parser.feed(data)
+        except BadRecord as error:
+            raise Invalid(f"{self._client.url}: {error}: ask for less, or raise answer_bytes_max") from None
 
     def _take_event(self, event: ServerEvent, begun_s: float) -> None:
         if event.name == "problem":
@@ -202,6 +210,8 @@ class WatchLink:
         except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
             self._last_id = ""  # begin with a whole answer
             raise Unavailable(f"{self._client.url}: not an event of this API: {error!r:.200}") from None
+        if len(answer.series) > SERIES_MAX:
+            raise Invalid(f"{self._client.url}: updates have made an answer of over {SERIES_MAX} series: ask for less")
         self._last_id = event.id
         self._tell(answer=answer, arrived_s=begun_s)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -19,6 +21,7 @@ from pipeline.cli.options import (
     Data,
     FromKafka,
     Host,
+    Insecure,
     Json,
     LogJson,
     LogLevel,
@@ -29,18 +32,22 @@ from pipeline.cli.options import (
     Standbys,
     Static,
     StatusFrom,
-    To,
+    TlsCert,
+    TlsClientCa,
+    TlsKey,
     Version,
     check_group,
+    listening,
     load,
     parse_partitions,
 )
+from pipeline.cli.publish_options import publish_rows
 from pipeline.cli.spool import spool
 from pipeline.cli.tokens import tokens
 from pipeline.cli.topics import topics
 from pipeline.cli.views import views
 from pipeline.cli.watch import watch
-from pipeline.errors import Exit, PipelineError
+from pipeline.errors import Exit, Invalid, PipelineError
 
 app = typer.Typer(
     name="pipeline",
@@ -69,6 +76,10 @@ def up(
     data: Data = None,
     port: Port = None,
     host: Host = None,
+    insecure: Insecure = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     partitions: Annotated[
         int | None, typer.Option(metavar="N", help="Partitions of a new log; fixed once it exists.")
     ] = None,
@@ -95,7 +106,8 @@ def up(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.services import run_up
 
-    config = load(set_, data=data, port=port, host=host, partitions=partitions, fsync=fsync, accept_loss=accept_loss)
+    flags = listening(port, host, insecure, tls_cert, tls_key, tls_client_ca)
+    config = load(set_, data=data, partitions=partitions, fsync=fsync, accept_loss=accept_loss, **flags)
     raise SystemExit(run_up(config, as_json=json))
 
 
@@ -114,6 +126,10 @@ def worker(
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True, help="Be a child of --processes.")] = False,
     port: Port = None,
     host: Host = None,
+    insecure: Insecure = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
@@ -151,7 +167,8 @@ def worker(
         die_with_parent()
 
     console.configure_logging(log_level, as_json=log_json)
-    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss, standby_count=standbys)
+    flags = listening(port, host, insecure, tls_cert, tls_key, tls_client_ca)
+    config = load(set_, data=data, accept_loss=accept_loss, standby_count=standbys, **flags)
     if processes and not supervised:
         from pipeline.cli.processes import run_processes
 
@@ -181,6 +198,10 @@ def serve(
     ] = None,
     port: Port = None,
     host: Host = None,
+    insecure: Insecure = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     accept_loss: AcceptLoss = None,
     set_: Set = None,
     log_level: LogLevel = "warning",
@@ -205,104 +226,20 @@ def serve(
     console.configure_logging(log_level, as_json=log_json)
     from pipeline.cli.services import run_gather, run_serve
 
+    flags = listening(port, host, insecure, tls_cert, tls_key, tls_client_ca)
     if gather is not None:
         if from_ is not None or partitions is not None or ingest or data is not None or accept_loss:
             raise typer.BadParameter("--gather: the servers have the data; leave out --from, --data, --ingest and the like")
         urls = [url.strip() for url in gather.split(",") if url.strip()]
-        raise SystemExit(run_gather(load(set_, port=port, host=host), urls, as_json=json))
+        raise SystemExit(run_gather(load(set_, **flags), urls, as_json=json))
     if from_ is None:
         raise typer.BadParameter("--from kafka://host:port, or --gather URL,... is needed")
-    config = load(set_, data=data, port=port, host=host, accept_loss=accept_loss)
+    config = load(set_, data=data, accept_loss=accept_loss, **flags)
     listed = parse_partitions(partitions)
     raise SystemExit(run_serve(config, from_, ingest=ingest, partitions=listed, as_json=json))
 
 
-_Windows = Annotated[int | None, typer.Option(metavar="N", min=0, help="Length of the view's windows in seconds; 0: none.")]
-_Retention = Annotated[
-    int | None, typer.Option(metavar="N", min=0, help="Seconds for which windows, or silent series, are kept; 0: for ever.")
-]
-
-
-_Labels = Annotated[str, typer.Option(metavar="A,B", help="Columns that are labels; label=column where the names differ.")]
-_Spread = Annotated[
-    int | None, typer.Option(metavar="N", help="Partitions over which each series is spread. Default: setting spread.")
-]
-_Format = Annotated[
-    str | None, typer.Option("--format", metavar="csv|ndjson", help="Default: by the name's ending, else csv.")
-]
-
-
-@app.command()
-def publish(
-    view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of the view.")],
-    source: Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")],
-    to: To = DEFAULT_URL,
-    kind: Annotated[
-        str, typer.Option(metavar="KIND", help="sum, min, max, mean, last, histogram, distinct or topk.")
-    ] = "sum",
-    value: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Where the value is. Without it a sum counts lines.")
-    ] = None,
-    labels: _Labels = "",
-    ts: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="For kind last or windows: when; ms since 1970, or RFC 3339.")
-    ] = None,
-    window_s: _Windows = None,
-    retention_s: _Retention = None,
-    spread: _Spread = None,
-    format_: _Format = None,
-    monotone: Annotated[
-        bool, typer.Option("--monotone", help="A sum that never falls, a counter: a negative value is a bad line.")
-    ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Report bad lines, leave them out, and go on.")] = False,
-    start_line: Annotated[int, typer.Option(metavar="N", min=1, help="Go on at this line of the input.")] = 1,
-    timeout_ms: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="How long the server may be away. Setting close_timeout_ms.")
-    ] = None,
-    set_: Set = None,
-    json: Json = False,
-) -> None:
-    """Publish a CSV or NDJSON file, or a pipe, as deltas.
-
-    \b
-        pipeline publish revenue --value amount --labels region,product sales.csv
-        pipeline publish logins --labels country=Land --format ndjson - < events.log
-        pipeline publish price --kind last --value price --ts at --labels symbol quotes.csv
-        pipeline publish visits --window-s 60 --retention-s 2592000 --ts at --labels page visits.csv
-
-    Each row is one delta. A CSV begins with a header line. Ints are exact at any size; other numbers are floats. For kind
-    last, a CSV cell that is a JSON number, true, false, null or quoted text is that, and anything else is text.
-    With --window-s each row is in the window of its time, that of --ts, or now. Rows whose windows have expired become dead
-    letters. Without --window-s or --retention-s they are as the server knows the view.
-
-    A bad line ends the run (exit code 1). Of a file nothing is published then: all of it is checked before the first row
-    is sent. A pipe can't be read twice: its rows go as they come, so those before the bad line are published, and the
-    run says which. With --skip-bad either goes on; bad lines are reported, the first 20 with their numbers.
-
-    Ends when everything is acknowledged, and prints the token for `pipeline get --after`. Ctrl-C publishes what was read
-    and says up to which line; --start-line goes on from there. Publishing a line twice counts it twice.
-    """
-    from pipeline.cli.publish import make_request, run_publish, with_timeout
-
-    request = make_request(
-        view=view,
-        url=to,
-        kind=kind,
-        value=value,
-        labels=labels,
-        ts=ts,
-        format_=format_,
-        source=source,
-        skip_bad=skip_bad,
-        start_line=start_line,
-        as_json=json,
-        monotone=monotone,
-        window_s=window_s,
-        retention_s=retention_s,
-        spread=spread,
-    )
-    config = load(set_)
-    raise SystemExit(run_publish(request, with_timeout(config.publisher, timeout_ms), config.kafka, config.client))
+app.command("publish")(publish_rows)
 
 
 @app.command()
@@ -426,10 +363,33 @@ app.add_typer(tokens, name="tokens", help="Add, list or revoke the access tokens
 app.add_typer(spool, name="spool", help="Show what publishers left on disk, or send it.")
 
 
+def _not_utf8() -> str | None:
+    """Return the first argument of the command line whose bytes are no UTF-8."""
+    return next((it for it in sys.argv[1:] if not it.isascii() and any("\ud800" <= c <= "\udfff" for c in it)), None)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nobody expected, without the control characters of its text."""
+    import traceback
+
+    from pipeline.printable import printable_lines
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write(f"{printable_lines(text.rstrip())}\n")
+
+
 def run() -> None:
     """Run the command of this process' arguments."""
+    sys.excepthook = _show_traceback
     try:
         app(prog_name="pipeline")
+    except UnicodeError:
+        wrong = _not_utf8()  # names of files may be, but no other argument
+        if wrong is None:
+            raise
+        from pipeline.cli import console
+
+        raise SystemExit(console.explain(Invalid(f"an argument that is not UTF-8: {wrong!r:.200}"))) from None
     except PipelineError as error:
         from pipeline.cli import console
 

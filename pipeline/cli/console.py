@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from pipeline.errors import Exit, Invalid, PipelineError, exit_code
+from pipeline.errors import Exit, Invalid, PipelineError, Unauthenticated, exit_code
+from pipeline.printable import printable as printable  # noqa: PLC0414  # commands have it from here
+from pipeline.printable import printable_json, printable_lines
 from pipeline.roles.signals import stopping_on_signals
 from pipeline.settings import HOLD_VARIABLE
 
@@ -22,8 +24,8 @@ QUIET = "critical"
 """Log level of commands whose errors repeat what the drivers log."""
 _WAIT_S = 3_600.0
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def write(data: bytes) -> None:
@@ -37,12 +39,17 @@ def write(data: bytes) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document to standard output."""
-    write(msgspec.json.encode(value) + b"\n")
+    write_json(msgspec.json.encode(value))
 
 
-def printable(text: str) -> str:
-    """Return `text` with control characters escaped: published text must not control this terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def write_json(body: bytes) -> None:
+    """Write one JSON document to standard output, with escapes for what could control a terminal."""
+    write(printable_json(body) + b"\n")
+
+
+def write_csv(data: bytes) -> None:
+    """Write CSV to standard output: as it is, but what could control a terminal is spelled out on one."""
+    write(printable_lines(data.decode(errors="replace").replace("\r\n", "\n")).encode() if out.is_terminal else data)
 
 
 def utc(at_ms: int) -> str:
@@ -54,8 +61,8 @@ def utc(at_ms: int) -> str:
 
 
 def show(text: str, *, style: str | None = None) -> None:
-    """Print one line to standard output, as it is."""
-    out.print(text, style=style, markup=False, soft_wrap=True)
+    """Print one line to standard output, with control characters spelled out."""
+    out.print(printable(text), style=style, markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -70,7 +77,7 @@ def print_error(error: object) -> None:
 
 def explain(error: PipelineError) -> int:
     """Print the error; return the exit code for it."""
-    print_error(error)
+    print_error(f"{error}; set PIPELINE_TOKEN_FILE, or PIPELINE_TOKEN" if isinstance(error, Unauthenticated) else error)
     return exit_code(error)
 
 
@@ -88,6 +95,14 @@ def wait_if_restart_is_useless(code: int) -> int:
     return code
 
 
+def _printable_event(_: Any, __: str, event: Any) -> Any:
+    """Spell out control characters in all texts of a log line, so that no text from outside forges another line."""
+    return {
+        name: printable_lines(value) if name == "exception" else printable(value) if isinstance(value, str) else value
+        for name, value in event.items()
+    }
+
+
 def configure_logging(level: str, *, as_json: bool = False) -> None:
     """Send the standard library's loggers through structlog to standard error."""
     import structlog
@@ -100,10 +115,10 @@ def configure_logging(level: str, *, as_json: bool = False) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
-    # Plain tracebacks: rich would print local variables, and passwords with them.
+    # Tracebacks are plain, and texts before they are rendered: rich would print local variables, and passwords with them.
     plain = structlog.dev.ConsoleRenderer(colors=err.is_terminal, exception_formatter=structlog.dev.plain_traceback)
+    last: list[Any] = [structlog.processors.format_exc_info, *([] if as_json else [_printable_event])]
     renderer: Any = structlog.processors.JSONRenderer() if as_json else plain
-    last = [structlog.processors.format_exc_info] if as_json else []
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import console
 from pipeline.errors import Invalid
 from pipeline.secret import redacted_url
 
@@ -56,6 +57,6 @@ def export(
             raise Invalid(f"{different[0]} is there and differs: --force overwrites it")
         for path, text in wanted.items():
             path.write_text(text, "utf-8")
-            print(path)
+            console.show(str(path))
     except OSError as error:
         raise Invalid(f"{error.filename}: {error.strerror}") from None

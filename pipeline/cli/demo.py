@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
@@ -273,7 +274,7 @@ def _summary(
             found += differences(definition, known, answer)
             series_count += len(known.keys() | answered(definition, answer).keys())
         stored = reader.views()
-        entry_count = sum(view.series_count for view in stored)
+        entry_count = sum(view.series_count for view in stored if view.series_count is not UNSET)
         found += [f"{view.name}: this view was not recorded by the demo" for view in stored if view.name not in expected]
     except PipelineError as error:
         found.append(f"could not be compared: {error}")

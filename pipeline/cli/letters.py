@@ -55,7 +55,7 @@ def run_ls(source: LetterSource, only: LetterFilter, limit: int, *, as_json: boo
             cells = it.key, it.view or "-", it.producer or "-", _time(it.at_ms), it.reason
             table.add_row(*map(console.printable, cells), f"{it.series_count:,}", f"{it.size_bytes:,}")
         table.print()
-    print(_totals(found))
+    console.show(_totals(found))
     return console.OK
 
 
@@ -81,22 +81,22 @@ def run_show(source: LetterSource, key: str, series_max: int, *, as_json: bool) 
     if as_json:
         console.print_json(found)
         return console.OK
-    print(console.printable(f"{found['key']}: record {found['offset']} of partition {found['partition']}"))
+    console.show(f"{found['key']}: record {found['offset']} of partition {found['partition']}")
     for name, value in (
         ("time", _time(found["at_ms"])),
         ("reason", found["reason"]),
         ("view", found.get("view") or "-: the whole record was refused"),
         ("bytes", f"{found.get('raw_size_bytes', 0):,}"),
     ):
-        print(console.printable(f"  {name}: {value}"))
+        console.show(f"  {name}: {value}")
     batch = found.get("batch")
     if batch is None:
-        print(
+        console.show(
             f"  what it holds can't be decoded; it begins with {found['raw']}" if found.get("raw") else "  no bytes are kept"
         )
         return console.OK
     origin = batch.get("origin") or {"producer": batch["producer"], "sequence": batch["sequence"]}
-    print(f"  producer: {origin['producer']}, sequence {origin['sequence']}, sealed {_time(batch['created_at_ms'])}")
+    console.show(f"  producer: {origin['producer']}, sequence {origin['sequence']}, sealed {_time(batch['created_at_ms'])}")
     for group in batch["groups"]:
         _print_group(group)
     return console.OK
@@ -105,11 +105,11 @@ def run_show(source: LetterSource, key: str, series_max: int, *, as_json: bool) 
 def _print_group(group: dict[str, Any]) -> None:
     definition = group.get("definition")
     if definition is None:
-        print(console.printable(f"  group {group['index']} of view {group['view']}: {group.get('reason', '')}"))
+        console.show(f"  group {group['index']} of view {group['view']}: {group.get('reason', '')}")
         return
     labels = ", ".join(definition["labels"])
     count, series = group.get("series_count", 0), group.get("series", [])
-    print(console.printable(f"  group {group['index']}: {definition['kind']} {group['view']}({labels}), {count:,} series"))
+    console.show(f"  group {group['index']}: {definition['kind']} {group['view']}({labels}), {count:,} series")
     table = TextTable("    " + "labels", "state", right=("answer",))
     for it in series:
         pairs = ", ".join(f"{name}={value}" for name, value in it["labels"].items())
@@ -117,7 +117,7 @@ def _print_group(group: dict[str, Any]) -> None:
         table.add_row(*map(console.printable, cells))
     table.print()
     if len(series) < count:
-        print(f"    and {count - len(series):,} more (--series)")
+        console.show(f"    and {count - len(series):,} more (--series)")
 
 
 def run_replay(
@@ -140,7 +140,7 @@ def run_replay(
         done = source.replay_page(only, timeout_s=timeout_s, dry_run=dry_run, forgotten=forgotten)
         outcomes += done.outcomes
         for it in () if as_json else done.outcomes:
-            print(console.printable(f"{it.key}  {it.result}" + (f": {it.reason}" if it.reason else "")))
+            console.show(f"{it.key}  {it.result}" + (f": {it.reason}" if it.reason else ""))
         if done.after is None:
             break
         if console.err.is_terminal and not as_json:
@@ -150,5 +150,5 @@ def run_replay(
     if as_json:
         console.print_json({"outcomes": outcomes, "counts": counts})
     else:
-        print(", ".join(f"{count:,} {result}" for result, count in counts.items()) or "no dead letters")
+        console.show(", ".join(f"{count:,} {result}" for result, count in counts.items()) or "no dead letters")
     return console.OK if all(it.result in _FINE for it in outcomes) else console.FAILED

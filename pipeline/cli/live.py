@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-import msgspec
-
 from pipeline.adapters.clock import SystemClock
 from pipeline.cli import console
 from pipeline.cli.live_table import LiveTable
@@ -56,7 +54,7 @@ def _note(problem: PipelineError | None, lost: bool) -> bool:
 
 
 def _print_json(answer: Answer) -> None:
-    console.write(msgspec.json.encode(answer) + b"\n")
+    console.print_json(answer)
 
 
 class ChangedLines:

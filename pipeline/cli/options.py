@@ -41,6 +41,17 @@ def _check_public(name: str, value: str) -> None:
 Data = Annotated[str | None, typer.Option("--data", metavar="DIR", help="State folder: log, stores, lock.")]
 Port = Annotated[int | None, typer.Option("--port", metavar="N", help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")]
+TlsCert = Annotated[
+    str | None, typer.Option("--tls-cert", metavar="FILE", help="Speak TLS, with the certificate in this file.")
+]
+TlsKey = Annotated[str | None, typer.Option("--tls-key", metavar="FILE", help="Its key. Default: in the same file.")]
+TlsClientCa = Annotated[
+    str | None,
+    typer.Option("--tls-client-ca", metavar="FILE", help="Answer only clients with a certificate of these authorities."),
+]
+Insecure = Annotated[
+    bool | None, typer.Option("--insecure", help="Listen beyond loopback without access tokens: whoever comes may do all.")
+]
 To = Annotated[
     str,
     typer.Option("--to", metavar="URL", help="Where deltas go: http://host:port, kafka://host:port[/app] or embedded:DIR."),
@@ -112,6 +123,19 @@ def _print_version(wanted: bool) -> None:
 Version = Annotated[
     bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
 ]
+
+
+def listening(
+    port: int | None,
+    host: str | None,
+    insecure: bool | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    tls_client_ca: str | None,
+) -> dict[str, Any]:
+    """Return the settings of a command's HTTP server that its flags give."""
+    tls = {"tls_cert_file": tls_cert, "tls_key_file": tls_key, "tls_client_ca_file": tls_client_ca}
+    return {"port": port, "host": host, "insecure": insecure, **tls}
 
 
 def check_group(

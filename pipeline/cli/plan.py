@@ -46,8 +46,8 @@ def _print(address: Address, plan: Plan, steps: Sequence[Step], summary: str, *,
         console.print_json({"to": str(address), "summary": summary, "steps": [_as_json(address, step) for step in steps]})
     else:
         for step in steps:
-            print(_line(address, step))
-        print(summary)
+            console.show(_line(address, step))
+        console.show(summary)
     return console.FAILED if plan.refused else console.OK
 
 

@@ -31,7 +31,7 @@ def run_processes(count: int, config: Config, *, name: str | None, as_json: bool
         if as_json:
             console.print_json({"worker": label, "event": what})
         else:
-            print(f"{label} {what}", flush=True)
+            console.show(f"{label} {what}")
 
     supervisor = Supervisor(
         [child_command(own, index, name=name, data=config.log.data, port=port) for index in range(count)],

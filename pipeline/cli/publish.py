@@ -20,7 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http import HttpReader as Reader
 from pipeline.cli import console
-from pipeline.cli.rows import FORMATS, BadRow, Columns, Interrupted, Lines, Row, read_rows
+from pipeline.cli.rows import FORMATS, TS_UNITS, BadRow, Columns, Row, check_delimiter, early_hint, read_rows
+from pipeline.cli.source import Damaged, Interrupted, Lines, check_encoding
 from pipeline.connect import Publisher
 from pipeline.core.kinds import KIND_NAMES, KINDS
 from pipeline.core.query import describe
@@ -31,6 +32,8 @@ from pipeline.settings import ClientSettings, KafkaSettings, PublisherSettings
 from pipeline.topics import DELTAS
 
 BAD_SHOWN_MAX = 20
+LONG_ROW_LINES = 100
+"""A row of more lines is likely to have a quote that is closed too late, which is said."""
 CHECKPOINT_S = 2.0
 """Interval of waiting until everything so far is acknowledged, which is reported if the run can't go on."""
 _SHOW_S = 0.1
@@ -54,6 +57,10 @@ class PublishRequest(msgspec.Struct, frozen=True):
     as_json: bool
     spread: int | None = None
     """Partitions over which the view is spread; None: as the settings say."""
+    delimiter: str = ","
+    encoding: str | None = None
+    """Encoding of the text; None: as its byte order mark says, else UTF-8."""
+    ts_unit: str = "ms"
     left_out: frozenset[str] = frozenset()
     """Which of `window_s` and `retention_s` was not given: then it is as the server knows the view."""
 
@@ -83,7 +90,8 @@ class PublishReport(msgspec.Struct):
 def make_request(  # one argument for each option
     *, view: str, url: str, kind: str, value: str | None, labels: str, ts: str | None, format_: str | None, source: str,
     skip_bad: bool, start_line: int, as_json: bool, monotone: bool = False, window_s: int | None = None,
-    retention_s: int | None = None, spread: int | None = None,
+    retention_s: int | None = None, spread: int | None = None, delimiter: str | None = None, encoding: str | None = None,
+    ts_unit: str | None = None,
 ) -> PublishRequest:  # fmt: skip
     """Return the checked options; `Invalid` if they don't fit together."""
     columns: dict[str, str] = {}
@@ -102,14 +110,24 @@ def make_request(  # one argument for each option
             f"--ts is for kind last, and for views with windows (--window-s N); a {kind} without does not depend on time"
         )
     if format_ is None:
-        format_ = "ndjson" if source.endswith((".ndjson", ".jsonl")) else "csv"
+        name = source.removesuffix(".gz").removesuffix(".zst")
+        format_ = "ndjson" if name.endswith((".ndjson", ".jsonl")) else "csv"
     if format_ not in FORMATS:
         raise Invalid(f"--format {format_}: one of {', '.join(FORMATS)}")
+    if delimiter is not None and format_ != "csv":
+        raise Invalid(f"--delimiter: is for CSV, not for {format_}")
+    if ts_unit is not None and ts is None:
+        raise Invalid("--ts-unit: is of the column that --ts names")
+    if ts_unit is not None and ts_unit not in TS_UNITS:
+        raise Invalid(f"--ts-unit {ts_unit:.20}: one of {', '.join(TS_UNITS)}")
+    if encoding is not None:
+        check_encoding(encoding)
     given = {"window_s": window_s, "retention_s": retention_s}
     left_out = frozenset(name for name, seconds in given.items() if seconds is None)
     return PublishRequest(
-        url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json, spread, left_out
-    )
+        url, definition, columns, value, ts, format_, source, skip_bad, start_line, as_json, spread,
+        check_delimiter("," if delimiter is None else delimiter), encoding, ts_unit or "ms", left_out,
+    )  # fmt: skip
 
 
 def run_publish(request: PublishRequest, settings: PublisherSettings, kafka: KafkaSettings, client: ClientSettings) -> int:
@@ -191,6 +209,8 @@ class _PublishRun:
         self._started_s = self._clock.monotonic_s()
         self._report = PublishReport(request.definition.view)
         self._definition = request.definition
+        self._bad_rows = self._bad_unseen = 0
+        self._noted: set[str] = set()
 
     def run(self) -> int:
         settings = (
@@ -217,7 +237,10 @@ class _PublishRun:
         if start is not None:
             byte_count = info.st_size - start
             if not self._request.skip_bad:
-                checked = self._check(byte_count)
+                try:
+                    checked = self._check(byte_count)
+                except Damaged as error:
+                    return self._end(f"nothing was published: {error}, behind line {self._report.last_line}")
                 os.lseek(self._fd, start, os.SEEK_SET)
                 if self._report.bad_lines:
                     return self._end(f"nothing was published: {self._bad_count()}; --skip-bad leaves them out")
@@ -291,32 +314,38 @@ class _PublishRun:
         return self._clock.now_ms() + self._settings.ts_ahead_max_ms
 
     def _rows(self, lines: Lines) -> Iterator[Row | BadRow]:
-        columns = Columns(
-            tuple(self._request.columns[label] for label in self._definition.labels), self._request.value, self._request.ts
-        )
-        rows = read_rows(lines, self._request.format, self._definition, columns, self._latest_ms)
-        return (row for row in rows if row.line >= self._request.start_line)
+        request = self._request
+        labels = tuple(request.columns[label] for label in self._definition.labels)
+        self._columns = Columns(labels, request.value, request.ts, request.ts_unit)
+        rows = read_rows(lines, request.format, self._definition, self._columns, self._latest_ms, request.delimiter)
+        return (row for row in rows if row.line >= request.start_line)
+
+    def _lines(self) -> Lines:
+        return Lines(self._fd, self._stop.is_set, self._request.encoding)
 
     def _check(self, byte_count: int) -> int:
         """Read everything and report bad rows; return the number of good rows."""
         self.bar.start("checking", byte_count)
         started_s = shown_s = self._clock.monotonic_s()
-        lines = Lines(self._fd, self._stop.is_set)
+        lines = self._lines()
         count = 0
         for row in self._rows(lines):
             if isinstance(row, BadRow):
                 self._note_bad(row)
             else:
                 count += 1
+                self._note_odd(row)
+            self._report.last_line = row.last_line
             now_s = self._clock.monotonic_s()
             if now_s - shown_s > _SHOW_S:
                 shown_s = now_s
                 self.bar.show(lines.bytes_read, lines.line, now_s - started_s)
+        self._report.last_line = 0
         return count
 
     def _publish(self, publisher: Publisher, byte_count: int | None, checked: int | None) -> int:
         self.bar.start("publishing", byte_count)
-        lines = Lines(self._fd, self._stop.is_set)
+        lines = self._lines()
         rows = self._rows(lines)
         report = self._report
         try:
@@ -348,6 +377,8 @@ class _PublishRun:
                     record = getattr(find(*row.labels), method)
                     record(row.value) if row.ts_ms is None else record(row.value, ts_ms=row.ts_ms)
                     report.lines += 1
+                    if checked is None:
+                        self._note_odd(row)
                 report.last_line = row.last_line
                 now_s = self._clock.monotonic_s()
                 if now_s - shown_s > _SHOW_S:
@@ -358,6 +389,10 @@ class _PublishRun:
                         flushed_s = self._clock.monotonic_s()
         except Interrupted:
             return self._through("stopped by a signal")
+        except Damaged as error:
+            return self._through(str(error))
+        if report.bad_lines and not report.lines:
+            return f"nothing was published: no line is good, {self._bad_count()}"
         return None
 
     def _stopped_at(self, row: BadRow, *, changed: bool) -> str:
@@ -382,10 +417,24 @@ class _PublishRun:
         self._report.acknowledged_line = self._report.last_line
 
     def _note_bad(self, row: BadRow) -> None:
-        self._report.bad_lines += 1
-        if self._report.bad_lines <= BAD_SHOWN_MAX:
-            where = f"line {row.line}" if row.last_line == row.line else f"lines {row.line} to {row.last_line}"
-            console.note(f"{where}: {row.reason}")
+        self._report.bad_lines += row.last_line - row.line + 1
+        self._bad_rows += 1
+        if self._bad_rows > BAD_SHOWN_MAX:
+            self._bad_unseen += row.last_line - row.line + 1
+        elif row.last_line == row.line:
+            console.note(f"line {row.line}: {row.reason}")
+        else:
+            opened = f"; the quote that was opened on line {row.opened_on} goes on behind it" if row.opened_on else ""
+            console.note(f"lines {row.line} to {row.last_line}: {row.reason}{opened}")
+
+    def _note_odd(self, row: Row) -> None:
+        """Say once what is right by the letter, and likely to be meant otherwise."""
+        if row.last_line - row.line >= LONG_ROW_LINES and "row" not in self._noted:
+            self._noted.add("row")
+            console.note(f"lines {row.line} to {row.last_line} are one row: is there a quote that is closed too late?")
+        if row.ts_ms is not None and "ts" not in self._noted and (hint := early_hint(row.ts_ms, self._columns)):
+            self._noted.add("ts")
+            console.note(f"line {row.line}: {hint}")
 
     def _bad_count(self) -> str:
         return f"{self._report.bad_lines:,} bad line{'s' if self._report.bad_lines > 1 else ''}"
@@ -395,8 +444,8 @@ class _PublishRun:
         report = self._report
         report.seconds = round(self._clock.monotonic_s() - self._started_s, 3)
         report.error = failure
-        if report.bad_lines > BAD_SHOWN_MAX:
-            console.err.print(f"and {report.bad_lines - BAD_SHOWN_MAX:,} more bad lines")
+        if self._bad_unseen:
+            console.err.print(f"and {self._bad_unseen:,} more bad lines")
         if failure is not None:
             console.print_error(failure)
         if self._request.as_json:

@@ -12,6 +12,7 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.read_parameters import view_path
 from pipeline.cli import console
 from pipeline.cli.table import TextTable, fetched
+from pipeline.cli.views import counted
 from pipeline.core.answer import Answer, Views
 from pipeline.core.tables import number_of, sparkline
 from pipeline.core.times import length_ms, length_text, time_text
@@ -54,7 +55,7 @@ def run_get(
     timeout_s = None if options["timeout_ms"] is None else options["timeout_ms"] / 1000 + 5
     if form == "csv":
         with Reader(url) as reader:
-            console.write(reader.fetch(path, timeout_s=timeout_s, accept=CSV))
+            console.write_csv(reader.fetch(path, timeout_s=timeout_s, accept=CSV))
         return console.OK
     answer = fetched(url, path, Answer, as_json=form == "json", timeout_s=timeout_s)
     return console.OK if answer is None else _show(answer, "")
@@ -76,7 +77,7 @@ def _whole(url: str, view: str, *, limit: int | None, **options: Any) -> Answer:
 
 def _show(answer: Answer, form: str) -> int:
     if form:
-        console.write(to_csv(answer) if form == "csv" else msgspec.json.encode(answer) + b"\n")
+        console.write_csv(to_csv(answer)) if form == "csv" else console.print_json(answer)
         return console.OK
     (_values(answer) if answer.step_ms is None else _points(answer)).print()
     said = f"{len(answer.series):,} series"
@@ -89,9 +90,9 @@ def _show(answer: Answer, form: str) -> int:
     if answer.step_ms is not None:
         said += f", {time_text(answer.start_ms or 0)} to {time_text(answer.end_ms or 0)} in steps of "
         said += f"{length_text(answer.step_ms)}, final before {time_text(answer.final_before_ms or 0)}"
-    print(f"{said}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
+    console.show(f"{said}, {'staleness unknown' if stale is None else f'at most {stale:,} ms stale'}")
     if missing := answer.as_of.missing_partitions:
-        print(f"not all of it: partitions {', '.join(map(str, missing))} are missing")
+        console.show(f"not all of it: partitions {', '.join(map(str, missing))} are missing")
     return console.OK
 
 
@@ -158,9 +159,9 @@ def run_views(url: str, *, as_json: bool) -> int:
     views = answer.views
     table = TextTable("view", "kind", "labels", right=("series",))
     for view in views:
-        table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), f"{view.series_count:,}")
+        table.add_row(view.name, "monotone " * view.monotone + view.kind, ", ".join(view.labels), counted(view))
     table.print()
-    print(f"{len(views):,} view{'' if len(views) == 1 else 's'}")
+    console.show(f"{len(views):,} view{'' if len(views) == 1 else 's'}")
     return console.OK
 
 

@@ -6,7 +6,6 @@ Control characters are escaped, so that published text can't control the termina
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -16,11 +15,10 @@ import msgspec
 
 from pipeline.cli import console
 from pipeline.core.description import BatchText, DefinitionText, EntryText, RecordText, SeriesText
+from pipeline.printable import printable_json
 from pipeline.worker.inspect import ChangelogText, StoredText
 
 _HELD_BYTES_MAX = 64 * 2**10
-_CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Characters that JSON does not escape and a terminal may act upon."""
 T = TypeVar("T")
 
 
@@ -53,8 +51,7 @@ def _write(lines: list[str]) -> None:
 
 def json_line(value: object) -> str:
     """Return the JSON of a value, safe for a terminal."""
-    text = msgspec.json.encode(value).decode()
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return printable_json(msgspec.json.encode(value)).decode()
 
 
 def record_lines(it: RecordText) -> Iterator[str]:

@@ -64,6 +64,7 @@ def run_gather(config: Config, urls: Sequence[str], *, as_json: bool) -> int:
 
 
 def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json: bool, has_data: bool = True) -> int:
+    os.umask(0o077)  # also for the files that RocksDB makes
     return_memory()
     bars = RestoreBars()
     service = make(bars)
@@ -76,7 +77,7 @@ def _run(make: Callable[[OnProgress], Service[Any]], config: Config, *, as_json:
             console.print_json({"url": url, **data, "partition_count": count})
         else:
             where = f"data in {config.log.data}, " if has_data else ""
-            print(f"ready at {url}  ({where}{count} partitions, Ctrl-C stops)", flush=True)
+            console.show(f"ready at {url}  ({where}{count} partitions, Ctrl-C stops)")
 
     try:
         with stopping_on_signals(service.stop):

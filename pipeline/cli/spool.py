@@ -39,9 +39,9 @@ def ls(folder: Folder, json: Json = False) -> None:
         console.print_json({"spool": str(folder), "slots": [_as_json(slot, now_ms) for slot in slots]})
     else:
         for slot in slots:
-            print(console.printable(_line(slot, now_ms)))
+            console.show(_line(slot, now_ms))
         left = [slot for slot in slots if not slot.live]
-        print(f"{len(slots) - len(left)} live, {len(left)} left, {sum([slot.bytes_total for slot in slots])} bytes")
+        console.show(f"{len(slots) - len(left)} live, {len(left)} left, {sum([slot.bytes_total for slot in slots])} bytes")
     raise SystemExit(console.FAILED if any(slot.corrupt for slot in slots) else console.OK)
 
 
@@ -111,7 +111,7 @@ def drain(
             bad |= bool(slot.error or slot.report.corrupt)
             slots.append(slot)
             if not json:
-                print(console.printable(_drained_line(slot)))
+                console.show(_drained_line(slot))
     if json:
         console.print_json({"spool": str(folder), "to": to, "slots": slots})
     raise SystemExit(console.FAILED if bad else console.OK)

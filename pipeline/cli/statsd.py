@@ -86,7 +86,7 @@ def _announce(gateway: StatsdGateway, url: str, *, as_json: bool) -> None:
         return
     shown = f"[{host}]" if ":" in host else host
     more = f", metrics at {gateway.metrics_url}/metrics" if gateway.metrics_url else ""
-    print(f"StatsD on {shown}:{port}, UDP and TCP, to {url}{more}  (Ctrl-C stops)", flush=True)
+    console.show(f"StatsD on {shown}:{port}, UDP and TCP, to {url}{more}  (Ctrl-C stops)")
 
 
 def _show_until(stop: Stop, gateway: StatsdGateway, clock: SystemClock) -> None:

@@ -34,14 +34,14 @@ def run_status(url: str, *, as_json: bool) -> int:
         )
     table.print()
     for member in known(status.members) or ():
-        print(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")
+        console.show(f"member {console.printable(member.name)} {console.printable(member.url)}: {_has(member)}")
     if fenced_count := known(status.fenced_count):
-        print(f"fenced {fenced_count:,} times")
+        console.show(f"fenced {fenced_count:,} times")
     for left in known(status.ingest_left_out) or ():
         first = f", the first: {console.printable(left.first)}" if left.first else ""
-        print(f"left out by ingest: {left.count:,} {left.protocol} {left.reason}{first}")
+        console.show(f"left out by ingest: {left.count:,} {left.protocol} {left.reason}{first}")
     lag = sum(known(it.lag) or 0 for it in status.partitions)
-    print(f"{'ready' if status.ready else 'not ready: restoring'}, lag {lag:,} records")
+    console.show(f"{'ready' if status.ready else 'not ready: restoring'}, lag {lag:,} records")
     return console.OK
 
 
@@ -65,7 +65,7 @@ def run_overview(url: str, settings: KafkaSettings, client: ClientSettings, *, a
         has = (_numbers(member.partitions), _numbers(member.standbys), _count(member.lag), _count(member.fenced_count))
         table.add_row(*map(console.printable, (member.name, member.url, *has, state(member))))
     table.print()
-    print()
+    console.show("")
     table = TextTable("partition", "member", "phase", right=("next_offset", "end_offset", "lag", "commit", "restore"))
     for it in found.partitions:
         offsets = (_count(it.next_offset), _count(it.end_offset), _count(it.lag))
@@ -81,7 +81,7 @@ def run_overview(url: str, settings: KafkaSettings, client: ClientSettings, *, a
     unknown = f", that of {lags.count(None)} partitions unknown" if None in lags else ""
     moving = "" if found.group_state == "Stable" else f", partitions are moving ({console.printable(found.group_state)})"
     count = len(found.members)
-    print(f"{count} member{'s' * (count != 1)}, lag {sum(lag or 0 for lag in lags):,} records{unknown}{moving}")
+    console.show(f"{count} member{'s' * (count != 1)}, lag {sum(lag or 0 for lag in lags):,} records{unknown}{moving}")
     return code
 
 

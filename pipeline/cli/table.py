@@ -22,12 +22,12 @@ class TextTable:
     """Rows of cells: folded to fit on a terminal, whole and quickly printed elsewhere."""
 
     def __init__(self, *left: str, right: Sequence[str]) -> None:
-        self._left = left
-        self._right = right
+        self._left = tuple(map(console.printable, left))
+        self._right = tuple(map(console.printable, right))
         self._rows: list[tuple[str, ...]] = []
 
     def add_row(self, *cells: str) -> None:
-        self._rows.append(cells)
+        self._rows.append(tuple(map(console.printable, cells)))
 
     def print(self) -> None:
         if not console.out.is_terminal:
@@ -60,7 +60,7 @@ def fetched(url: str, path: str, kind: type[T], *, as_json: bool, timeout_s: flo
     with Reader(url) as reader:
         body = reader.fetch(path, timeout_s=timeout_s)
     if as_json:
-        console.write(body + b"\n")
+        console.write_json(body)
         return None
     try:
         return msgspec.json.decode(body, type=kind)

@@ -30,6 +30,16 @@ def main() -> None:
 def add(
     name: TokenName,
     scopes: Annotated[list[str], typer.Option("--scope", metavar="SCOPE", help="read, publish or admin. Can be repeated.")],
+    views: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--view", metavar="VIEW", help="Only this view, or with 'team_*' those that begin so. Can be repeated."
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="LABEL=VALUE", help="Only series with this label. Can be repeated."),
+    ] = None,
     expires: Annotated[
         str | None, typer.Option("--expires", metavar="TIME", help="For how long it is good: 12h, 30d. Default: for ever.")
     ] = None,
@@ -42,16 +52,18 @@ def add(
     \b
         pipeline tokens add grafana --scope read --file tokens.json
         pipeline tokens add shop --scope publish --expires 30d --file tokens.json
+        pipeline tokens add team-a --scope read --scope publish --view 'shop_*' --label team=a --file tokens.json
 
     read: views, streams, scrapes, status. publish: deltas, batches, metrics. admin: drop or reset views, replay letters.
     Each scope stands for itself: a program that lists views and drops them needs read and admin. To rotate a token, add one
-    with another name, give it to the program, and revoke the old one.
+    with another name, give it to the program, and revoke the old one. A token with --view or --label sees and writes
+    nothing else.
     """
     from pipeline.cli import console
     from pipeline.roles.tokens import new_token, tokens_file
 
     console.configure_logging(console.QUIET)
-    entry, token = new_token(name, scopes, expires)
+    entry, token = new_token(name, scopes, expires, views=views or (), labels=labels or ())
     tokens_file(load(set_), file).change(lambda known: [*known, entry])
     if json:
         console.print_json({"name": name, "token": token.reveal(), "expires_ms": entry.expires_ms})
@@ -106,4 +118,4 @@ def revoke(name: TokenName, file: TokensPath = None, set_: Set = None, json: Jso
     if json:
         console.print_json({"revoked": name})
     else:
-        print(console.printable(f"{name} is revoked"))
+        console.show(f"{name} is revoked")

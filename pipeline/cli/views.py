@@ -166,23 +166,33 @@ def _print_outcome(outcome: ControlOutcome) -> None:
 
     done = {"drop": "dropped", "reset": "reset"}[outcome.action]
     for it in outcome.definitions:
-        print(f"  {console.printable(_text(it))}")
-    print(f"{done} {console.printable(outcome.view)}: {_counted(outcome.definitions)}")
+        console.show(f"  {console.printable(_text(it))}")
+    console.show(f"{done} {console.printable(outcome.view)}: {_counted(outcome.definitions)}")
     if outcome.token:
-        print(f"token {outcome.token}")
+        console.show(f"token {outcome.token}")
     if not outcome.folded:
         console.print_error("the log has the order, but it is not carried out in all partitions yet; --timeout waits longer")
 
 
 def _counted(definitions: list[View]) -> str:
-    series = sum(it.series_count for it in definitions)
+    from pipeline.core.answer import known
+
+    series = sum(known(it.series_count) or 0 for it in definitions)
     return f"{len(definitions):,} definition{'s' * (len(definitions) != 1)} with {series:,} series"
+
+
+def counted(it: View) -> str:
+    """Return the number of series of a definition; empty if the server has not told it."""
+    from pipeline.core.answer import known
+
+    count = known(it.series_count)
+    return "" if count is None else f"{count:,}"
 
 
 def _text(it: View) -> str:
     window = f" in windows of {it.window_s} s" if it.window_s else ""
     window += f" kept for {it.retention_s} s" if it.retention_s else ""
-    return f"{'monotone ' * it.monotone}{it.kind}({', '.join(it.labels)}){window}: {it.series_count:,} series"
+    return f"{'monotone ' * it.monotone}{it.kind}({', '.join(it.labels)}){window}: {counted(it)} series"
 
 
 def _print(definitions: list[View]) -> None:
@@ -202,7 +212,9 @@ def _print(definitions: list[View]) -> None:
             console.utc(it.defined_at_ms),
             "yes" if it.answers else "no",
         )
-        table.add_row(*map(console.printable, row), f"{it.series_count:,}")
+        table.add_row(*map(console.printable, row), counted(it))
     table.print()
     names = {it.name for it in definitions}
-    print(f"{len(names):,} view{'s' * (len(names) != 1)}, {len(definitions):,} definition{'s' * (len(definitions) != 1)}")
+    console.show(
+        f"{len(names):,} view{'s' * (len(names) != 1)}, {len(definitions):,} definition{'s' * (len(definitions) != 1)}"
+    )

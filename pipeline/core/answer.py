@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from pipeline.core import tables
+from pipeline.core.grants import Bounds
 from pipeline.core.query import Alternative, Labels, Listed
 from pipeline.core.record import Definition
 from pipeline.core.span import Point
@@ -123,7 +124,8 @@ class View(msgspec.Struct, frozen=True):
     kind: str
     labels: Labels
     window_s: int | None
-    series_count: int
+    series_count: int | UnsetType = UNSET
+    """Left out for an access token that is bound to labels, because series of others are counted, too."""
     monotone: bool = False
     """True for a sum that never falls."""
     defined_at_ms: int = 0
@@ -132,7 +134,7 @@ class View(msgspec.Struct, frozen=True):
     """True if a read that chooses no kind and no window merges it."""
     retention_s: int | None = None
     """Seconds for which a window is kept after its end, or a series without windows after its last delta; null: for ever."""
-    series_count_max: int = 0
+    series_count_max: int | UnsetType = 0
     """Largest number of its series in one partition, where the worker's setting `series_max` limits them."""
 
     @property
@@ -141,20 +143,21 @@ class View(msgspec.Struct, frozen=True):
         return Definition(self.name, self.kind, self.labels, self.window_s or 0, self.monotone, self.retention_s or 0)
 
     @classmethod
-    def of(cls, it: Listed) -> View:
-        """Return a definition as it is listed."""
+    def of(cls, it: Listed, bounds: Bounds | None = None) -> View:
+        """Return a definition as it is listed for a token with these bounds."""
         d = it.definition
+        counted = bounds is None or not bounds.labels
         return cls(
             d.view,
             d.kind,
             d.labels,
             d.window_s or None,
-            it.series_count,
+            it.series_count if counted else UNSET,
             d.monotone,
             it.defined_at_ms,
             it.answers,
             d.retention_s or None,
-            it.series_count_max,
+            it.series_count_max if counted else UNSET,
         )
 
 

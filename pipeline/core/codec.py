@@ -31,7 +31,8 @@ from typing import Annotated, Any, TypeVar
 import google_crc32c
 import msgspec
 
-from pipeline.core.kinds import BATCH_INT_BYTES_MAX, KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
+from pipeline.core.groups import Scalar, WireGroup, decode_group
+from pipeline.core.kinds import KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
 from pipeline.core.record import (
     CONTROL_ACTIONS,
     NAME,
@@ -64,13 +65,10 @@ PRODUCER_ID_BYTES_MAX = 100
 GROUP_COUNT_MAX = 10_000
 CONTROL_COUNT_MAX = 1_000
 MEMORY_FACTOR = 80
-"""Upper bound of the memory that decoding takes for each byte of a value: an empty column takes one byte in a batch and 65
-in memory, a group that is refused 7 and 500."""
+"""Upper bound of the memory that decoding takes for each byte of a value: a group that is refused takes 7 and 500."""
 HEAD_BYTES = 9
 """Version, checksum and partition of a batch."""
 
-# A pair of floats is a sum with its error term. Nothing else nests: a byte must not become a dict.
-_Scalar = int | float | str | bool | tuple[float, float] | msgspec.msgpack.Ext | None
 _PAIR = 2
 _NEVER = b"\x00"
 """Expiry field of an entry that never expires. The field follows the kind."""
@@ -79,7 +77,6 @@ _EXPIRES = b"\xcf"
 _EXPIRY_BYTES = 9
 _KIND_AT = 2
 """Index of the kind in an entry: behind the version and the length of the array."""
-WireGroup = tuple[Definition, list[bytes], list[list[_Scalar]]]
 
 
 class WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -92,8 +89,8 @@ class WireBatch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
     created_at_ms: Counter
     closing: bool
     origin: Origin | None
-    controls: list[Control]
-    groups: list[WireGroup]
+    controls: Annotated[list[Control], msgspec.Meta(max_length=CONTROL_COUNT_MAX)]
+    groups: Annotated[list[WireGroup], msgspec.Meta(max_length=GROUP_COUNT_MAX)]
 
 
 class _BatchHead(msgspec.Struct, array_like=True, frozen=True):
@@ -153,7 +150,7 @@ _POSITION_HEAD = bytes((0x90 + len(Position.__struct_fields__),))
 """First byte of an array with as many items as a position has."""
 _decode_batch = msgspec.msgpack.Decoder(WireBatch).decode
 _decode_head = msgspec.msgpack.Decoder(_BatchHead).decode
-_decode_entries = msgspec.msgpack.Decoder(list[tuple[_Scalar, ...]]).decode
+_decode_entries = msgspec.msgpack.Decoder(list[tuple[Scalar, ...]]).decode
 _decode_position = msgspec.msgpack.Decoder(Position).decode
 _decode_fence = msgspec.msgpack.Decoder(Fence).decode
 _decode_later = msgspec.msgpack.Decoder(_LaterPosition).decode
@@ -251,14 +248,10 @@ def receive_batch(value: bytes) -> Received:
     for index, (definition, suffixes, columns) in enumerate(wire.groups):
         try:
             _check(definition, "batch")
-            if not suffixes:
-                raise BadRecord("a group without series")
-            states = kind_of(definition).from_columns(columns, len(suffixes), BATCH_INT_BYTES_MAX)
+            groups.append(decode_group(definition, suffixes, columns))
+            indexes.append(index)
         except BadRecord as error:
             refused.append(RefusedGroup(index, definition.view[:NAME_BYTES_MAX], str(error)))
-        else:
-            groups.append(Group(definition, suffixes, states))
-            indexes.append(index)
     batch = Batch(
         producer_id=wire.producer_id,
         epoch=wire.epoch,
@@ -293,10 +286,6 @@ def _check_header(wire: WireBatch) -> None:
         raise BadRecord("batch: it replays a batch of its own producer")
     if wire.origin and not 0 <= wire.origin.sequence <= 2**63 - 2:
         raise BadRecord("batch: the sequence of its origin is out of range")
-    if len(wire.groups) > GROUP_COUNT_MAX:
-        raise BadRecord(f"batch: {len(wire.groups)} groups; at most {GROUP_COUNT_MAX}")
-    if len(wire.controls) > CONTROL_COUNT_MAX:
-        raise BadRecord(f"batch: {len(wire.controls)} control records; at most {CONTROL_COUNT_MAX}")
     for control in wire.controls:
         if control.action not in CONTROL_ACTIONS or not NAME.match(control.view) or len(control.view) > NAME_BYTES_MAX:
             raise BadRecord(f"batch: a control record of {control.action[:20]!r} for view {control.view[:50]!r}")

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pipeline.errors import BadRecord
+
+_LINE_BYTES = 50
+"""Memory of a line beside its text."""
+
 
 class ServerEvent(NamedTuple):
     """One event of a stream."""
@@ -17,7 +22,11 @@ class ServerEvent(NamedTuple):
 class EventParser:
     """Makes events of bytes, however they are cut. Lines end with LF or CR LF."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_max: int) -> None:
+        """Raise `BadRecord`, in `feed`, for an event of over `bytes_max` bytes."""
+        self._bytes_max = bytes_max
+        self._size = 0
+        """Number of bytes since the last empty line, without those in `_rest`."""
         self._rest = bytearray()
         """Bytes after the last line end."""
         self._searched = 0
@@ -45,12 +54,16 @@ class EventParser:
                 events.append(event)
             start = end + 1
         del rest[:start]
+        if self._size + len(rest) > self._bytes_max:
+            raise BadRecord(f"an event of over {self._bytes_max} bytes")
         self._searched = len(rest)
         return events
 
     def _line(self, line: bytes) -> ServerEvent | None:
         self._within = bool(line)
+        self._size += len(line) + _LINE_BYTES
         if not line:
+            self._size = 0
             event = ServerEvent(self._name or "message", b"\n".join(self._data), self._id) if self._data else None
             self._name, self._data = "", []
             return event

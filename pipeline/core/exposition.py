@@ -14,7 +14,7 @@ import msgspec
 
 from pipeline.core.kinds import State
 from pipeline.core.kinds.histogram import bound_of, coarser, count_of
-from pipeline.core.query import Labels
+from pipeline.core.query import Labels, MergedDefinition
 from pipeline.core.record import Definition
 
 OMITTED = "pipeline_view_omitted"
@@ -177,7 +177,7 @@ def bound_text(bound: float) -> str:
         return "+Inf"
     if bound > 0 and dot > 6:  # Go uses exponents sooner than Python
         digits = f"{text[0]}.{text[1:dot]}{text[dot + 1 :]}".rstrip("0.")
-        return f"{digits}e+0{dot - 1}"
+        return f"{digits}e+{dot - 1:02}"
     return text
 
 
@@ -194,17 +194,19 @@ def samples_of(definition: Definition) -> int:
     return BOUNDS_MAX + 3 if definition.kind == "histogram" else 1
 
 
-def choose(definitions: Mapping[str, Definition], own: Collection[str] = ()) -> tuple[list[Definition], dict[str, str]]:
-    """Return the merged definitions that can be exposed, and by name of each other view why it can't be.
+def choose(whole: Mapping[str, MergedDefinition], own: Collection[str] = ()) -> tuple[list[Definition], dict[str, str]]:
+    """Return the definitions that can be exposed, as they are shown, and by name of each other view why it can't be.
 
     Alerts would take a view with a name of Prometheus' own, or of the program's metrics `own`, for these. Of two views that
-    collide, the first by name stays. The choice depends on definitions only, so it does not flicker.
+    collide, the one that was defined first stays, so that nobody can disturb a view that exists. The choice depends on
+    definitions only, so it does not flicker.
     """
     chosen: list[Definition] = []
     omitted: dict[str, str] = {}
     taken = {OMITTED, STALENESS}
     reserved_names = OF_PROMETHEUS.union(own)
-    for view, definition in sorted(definitions.items()):
+    for view in sorted(whole, key=lambda it: (whole[it].defined_at_ms, it)):
+        definition = exposed_as(whole[view].definition)
         names = family_names(definition)
         reserved = definition.kind == "histogram" and "le" in definition.labels
         if reserved or any(label.startswith("__") for label in definition.labels):
@@ -216,4 +218,4 @@ def choose(definitions: Mapping[str, Definition], own: Collection[str] = ()) -> 
         else:
             taken |= names
             chosen.append(definition)
-    return chosen, omitted
+    return sorted(chosen, key=lambda it: it.view), omitted

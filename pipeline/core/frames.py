@@ -12,11 +12,11 @@ def encode_frames(batches: Sequence[bytes]) -> bytes:
     return b"".join(part for batch in batches for part in (len(batch).to_bytes(4, "big"), batch))
 
 
-def decode_frames(body: bytes) -> list[bytes]:
-    """Decode what `encode_frames` returned. Raises `BadRecord` if a length goes beyond the body."""
+def decode_frames(body: bytes, count_max: int | None = None) -> list[bytes]:
+    """Decode what `encode_frames` returned, up to `count_max` batches. Raises `BadRecord` if a length is wrong."""
     batches: list[bytes] = []
     start = 0
-    while start < len(body):
+    while start < len(body) and len(batches) != count_max:
         size = int.from_bytes(body[start : start + 4], "big")
         start += 4 + size
         if size == 0 or start > len(body):

@@ -22,7 +22,8 @@ SCOPES = (READ, PUBLISH, ADMIN)
 TOKEN_PREFIX = "pipeline_"  # nosec B105  # no token
 """Start of every access token, by which scanners for secrets know one."""
 TOKEN_LENGTH_MAX = 1_024
-ACCESS_TOKENS_MAX = 10_000
+ACCESS_TOKENS_MAX = 1_000
+"""Most entries of a file, which a server reads on its event loop within milliseconds."""
 _FILE_VERSION = 1
 _TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -66,6 +67,9 @@ class Grant(msgspec.Struct, frozen=True):
 
 EVERYTHING = Grant("", frozenset(SCOPES))
 """Grant of every request to a server that has no file of tokens."""
+
+NOTHING = Grant("", frozenset())
+"""Grant of a request without a token, on the paths that need none."""
 
 
 class AccessToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

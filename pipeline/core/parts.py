@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from pipeline.core.codec import Received, WireBatch, WireGroup, encode_batch, receive_batch, seal
+from pipeline.core.codec import Received, WireBatch, encode_batch, receive_batch, seal
+from pipeline.core.groups import WireGroup
 from pipeline.core.record import Group, Origin, travelling
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -4,6 +4,10 @@
 
 Types are `c` counter, `g` gauge, `ms` timer, `h` and `d` histogram, `s` set. Nothing here raises, whatever the bytes are;
 the work is linear in the length of a line, which the caller limits.
+
+The dialects differ in what a sign before a gauge's value means. In StatsD it makes a step from the value before; DogStatsD
+has no steps, so there `-5` is a value below zero. `auto` takes a sign for a step, unless the line has a field that only
+Datadog's clients send: `c:`, `e:` or `card:`.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -20,6 +24,8 @@ from pipeline.core.kinds import INT_BITS_MAX
 from pipeline.core.record import LABEL_COUNT_MAX, LABEL_VALUE_BYTES_MAX, NAME, NAME_BYTES_MAX
 
 COUNTER, GAUGE, TIMER, HISTOGRAM, SET = "counter", "gauge", "timer", "histogram", "set"
+
+Dialect = Literal["auto", "statsd", "dogstatsd"]
 
 REASONS = ("line_long", "utf8", "unsupported", "format", "name", "type", "value", "rate", "tag", "timestamp", "field")
 """Reasons why a line can't be recorded."""
@@ -55,13 +61,13 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     relative: tuple[bool, ...] = ()
     """For each value of a gauge, whether it is added to the one before."""
     weight: int | float = 1
-    """Number of observations for which each value of a timer or histogram stands."""
+    """Number of observations for which each value of a timer or histogram stands; it need not be whole."""
     tags: tuple[tuple[str, str], ...] = ()
     """Ordered by name; no name stands twice."""
     ts_ms: int | None = None
 
 
-def parse_line(line: bytes, line_bytes_max: int) -> Line | Malformed | None:
+def parse_line(line: bytes, line_bytes_max: int, dialect: Dialect = "auto") -> Line | Malformed | None:
     """Parse one line, without its line end; return None if it is blank."""
     if len(line) > line_bytes_max:
         return Malformed("line_long")
@@ -85,7 +91,10 @@ def parse_line(line: bytes, line_bytes_max: int) -> Line | Malformed | None:
     if type_ is None:
         return Malformed("type")
     read = _read_fields(fields)
-    return read if isinstance(read, Malformed) else _line(source, name, type_, value_text, read)
+    if isinstance(read, Malformed):
+        return read
+    has_steps = dialect == "statsd" or (dialect == "auto" and not read.is_datadog)
+    return _line(source, name, type_, value_text, read, has_steps=has_steps)
 
 
 def prometheus_name(source: str) -> str | None:
@@ -105,12 +114,15 @@ class _Fields(NamedTuple):
     rate: Fraction | None
     tags: tuple[tuple[str, str], ...]
     ts_ms: int | None
+    is_datadog: bool
+    """True if a field says who sent the line, which only Datadog's clients do."""
 
 
 def _read_fields(fields: list[str]) -> _Fields | Malformed:
     rate: Fraction | None = None
     tags: tuple[tuple[str, str], ...] = ()
     ts_ms: int | None = None
+    is_datadog = False
     for field in fields:
         field = field.strip()
         if field.startswith("@"):
@@ -127,9 +139,11 @@ def _read_fields(fields: list[str]) -> _Fields | Malformed:
             if not _SECONDS.match(field, 1):
                 return Malformed("timestamp")
             ts_ms = int(field[1:]) * 1_000
-        elif not field.startswith(("c:", "e:", "card:")):  # the sender, which is not recorded
+        elif field.startswith(("c:", "e:", "card:")):  # the sender, which is not recorded
+            is_datadog = True
+        else:
             return Malformed("field")
-    return _Fields(rate, tags, ts_ms)
+    return _Fields(rate, tags, ts_ms, is_datadog)
 
 
 def _rate(text: str) -> Fraction | None:
@@ -145,7 +159,10 @@ def _exact(number: int | float) -> Fraction:
 
 
 def _tags(text: str) -> tuple[tuple[str, str], ...] | None:
-    """Return the tags; None if one has no name, is too long, or is there twice."""
+    """Return the tags; None if one has no name, is too long, or is there twice with different values.
+
+    Clients that join the tags of all metrics with those of one send equal ones twice.
+    """
     tags: dict[str, str] = {}
     for part in text.split(",") if text else ():
         if not part:
@@ -153,9 +170,10 @@ def _tags(text: str) -> tuple[tuple[str, str], ...] | None:
         tag, colon, value = part.partition(":")
         name = prometheus_name(tag)
         value = value if colon else _FLAG
-        if name is None or name in tags or len(tags) == LABEL_COUNT_MAX or len(value.encode()) > LABEL_VALUE_BYTES_MAX:
+        if name is None or tags.setdefault(name, value) != value:
             return None
-        tags[name] = value
+        if len(tags) > LABEL_COUNT_MAX or len(value.encode()) > LABEL_VALUE_BYTES_MAX:
+            return None
     return tuple(sorted(tags.items()))
 
 
@@ -172,7 +190,7 @@ def _number(text: str) -> int | float | None:
     return number if isfinite(number) else None
 
 
-def _line(source: str, name: str, type_: str, text: str, fields: _Fields) -> Line | Malformed:
+def _line(source: str, name: str, type_: str, text: str, fields: _Fields, *, has_steps: bool) -> Line | Malformed:
     if type_ == SET:  # a member may have colons in it
         if not text or len(text.encode()) > LABEL_VALUE_BYTES_MAX:
             return Malformed("value")
@@ -186,7 +204,7 @@ def _line(source: str, name: str, type_: str, text: str, fields: _Fields) -> Lin
         if value is None:
             return Malformed("value")
         values.append(value)
-    relative = tuple([part.startswith(("+", "-")) for part in parts]) if type_ == GAUGE else ()
+    relative = tuple([has_steps and part.startswith(("+", "-")) for part in parts]) if type_ == GAUGE else ()
     weight = _scaled(1, fields.rate) if type_ in (TIMER, HISTOGRAM) else 1
     if weight is None:
         return Malformed("rate")

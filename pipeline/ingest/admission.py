@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterable, Mapping
 from math import inf
 
 from pipeline.core.codec import Received, RefusedGroup, check_group, receive_batch
+from pipeline.core.grants import Bounds
 from pipeline.core.letters import is_letter_producer
 from pipeline.core.limits import TaskLimits
-from pipeline.core.record import Definition, definition_key, fingerprint, producer_id_of
+from pipeline.core.record import Definition, Group, definition_key, fingerprint, parse_suffix, producer_id_of
 from pipeline.core.sequence import EPOCH_STEP_MAX, Folded
 from pipeline.errors import BadRecord, GroupsRefused
 from pipeline.ports import Facts, KnownDefinitions
@@ -89,12 +90,38 @@ def _check_producer(received: Received, facts: Facts) -> None:
         raise BadRecord(f"epoch {batch.epoch} jumps: the epoch of producer {name} is {known.epoch}")
 
 
-def refusal(number: int, refused: Iterable[RefusedGroup]) -> GroupsRefused:
+def groups_outside(received: Received, bounds: Bounds | None) -> list[RefusedGroup]:
+    """Return the groups of a batch of which a series is outside the bounds of an access token."""
+    if bounds is None:
+        return []
+    outside: list[RefusedGroup] = []
+    for index, group in zip(received.indexes, received.batch.groups, strict=True):
+        if reason := _outside(group, bounds):
+            outside.append(RefusedGroup(index, group.definition.view, reason))
+    return outside
+
+
+def _outside(group: Group, bounds: Bounds) -> str:
+    """Return why a group is outside the bounds; empty if it is within them."""
+    view, names = group.definition.view, group.definition.labels
+    if not bounds.has(group.definition):
+        return bounds.refusal(view, {})
+    if not bounds.labels:
+        return ""
+    try:
+        rows = [parse_suffix(it)[1] for it in group.suffixes]
+        refusals = (bounds.refusal(view, dict(zip(names, row, strict=True))) for row in rows)
+        return next(filter(None, refusals), "")
+    except (BadRecord, ValueError) as error:
+        return f"view {view}: its series can't be read: {error}"
+
+
+def refusal(number: int, refused: Iterable[RefusedGroup], kind: type[GroupsRefused] = GroupsRefused) -> GroupsRefused:
     """Return the error that names the groups of a batch that are refused."""
     groups = sorted((it.index, it.view, it.reason) for it in refused)
     first = ", ".join(f"group {index} (view {view}): {reason}" for index, view, reason in groups[:3])
     more = f", and {len(groups) - 3} more groups" if len(groups) > 3 else ""
-    return GroupsRefused(f"batch {number}: {first}{more}", groups, number)
+    return kind(f"batch {number}: {first}{more}", groups, number)
 
 
 class Rooms:

@@ -11,6 +11,7 @@ import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.codec import RefusedGroup, encode_batch
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES, KINDS, check_ahead, kind_of
 from pipeline.core.limits import TaskLimits
 from pipeline.core.record import (
@@ -30,13 +31,13 @@ from pipeline.core.record import (
 )
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
-from pipeline.errors import BadRecord, Invalid, PipelineError, Unavailable
-from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, refusal
+from pipeline.errors import BadRecord, GroupsForbidden, Invalid, PipelineError, Unavailable
+from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, groups_outside, refusal
 from pipeline.ingest.definitions import DefinitionFinder, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
-from pipeline.publisher.batching import Pending, partition_of, seal
+from pipeline.publisher.batching import Pending, drafts_of, partition_of, seal
 from pipeline.publisher.tokens import TokenMaker
 from pipeline.settings import PublisherSettings
 from pipeline.topics import DELTAS
@@ -241,8 +242,9 @@ class Gateway:
                 merged = [Pending(it.definition, it.suffix, state) for it, state in states.items()]
                 most = min(self._settings.batch_bytes_max, bytes_max)
                 sizes = {"partition_count": partition_count, "batch_bytes_max": most}
-                with self._lock:
-                    sealed = seal(merged, self._outbox, **sizes, now_ms=now_ms, spreads=spreads, turn=turn)
+                drafts = drafts_of(merged, **sizes, spreads=spreads, turn=turn)
+                with self._lock:  # not for longer: other requests wait for it
+                    sealed = seal(drafts, self._outbox, now_ms=now_ms)
             for batch in sealed:
                 if len(batch.value) > bytes_max:
                     self._settle(sealed, key)
@@ -285,7 +287,7 @@ class Gateway:
 
     # Batches
 
-    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
+    def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:
         """Accept a publisher's sealed batches; see `ports.Ingest`."""
         partition_count = self._writer.partition_count(DELTAS)
         now_ms = self._clock.now_ms()
@@ -298,6 +300,8 @@ class Gateway:
                 check_owner(received.batch.producer_id, secret)
             except BadRecord as error:
                 raise BadRecord(f"batch {number}: {error}") from None
+            if outside := groups_outside(received, bounds):
+                raise refusal(number, outside, GroupsForbidden)
             if refused:
                 raise refusal(number, refused)
             partition = received.batch.partition

@@ -1,10 +1,4 @@
-"""Record StatsD lines as deltas: the views that they make, and the limits.
-
-    counter    NAME            sum
-    gauge      NAME            last
-    timer      NAME_ms         mean    NAME_ms_max  max    NAME_ms_count  sum
-    histogram  NAME            mean    NAME_max     max    NAME_count     sum
-    set        NAME{member}    sum; its series are the members, so their number is the set's size
+"""Records StatsD lines as deltas of the views that `statsd_mapping` says, within limits.
 
 A line that is wrong is counted by reason, and keeps no other line from being recorded.
 """
@@ -14,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import floor
 from typing import Any
 
 import pipeline.metrics as m
@@ -21,18 +16,20 @@ from pipeline.core.kinds import add, number
 from pipeline.core.record import Definition
 from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER, Line, Malformed, parse_line
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
+from pipeline.ingest.statsd_mapping import MEMBER, wanted_views
 from pipeline.left_out import LeftOut
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock
 from pipeline.publisher.client import BasePublisher
 from pipeline.settings import IngestSettings
 
-MEMBER = "member"
 PROTOCOLS = ("statsd_udp", "statsd_tcp")
 _OWN_REASONS = (
-    "collision", "kind", "labels", "views_max", "series_max", "buffer_full", "refused",
-    "packet_long", "connections_max", "cut",
+    "collision", "kind", "labels", "late", "observations_max", "views_max", "series_max", "sender_share", "buffer_full",
+    "refused", "packet_long", "connections_max", "idle", "cut",
 )  # fmt: skip
+_EPSILON = 1e-9
+"""The most that the float of a whole number of observations lacks."""
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +63,50 @@ class _MetricViews:
     def __init__(self, source: str, parts: Sequence[_Part]) -> None:
         self.source = source
         self.parts = parts
+        self.kind = parts[0].view.definition.kind
+        """Kind of the first of the views."""
         self.series: dict[tuple[str, ...], Any] = {}
-        """Values of gauges by label values; of other types None."""
+        """By label values: of gauges a `_Gauge`; of timers and histograms the part of an observation that sample rates have
+        left; of other types None.
+        """
+
+
+class _Gauge:
+    """The newest value of a gauge."""
+
+    __slots__ = ("at_ms", "is_timed", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = 0
+        """A sum, as `kinds.add` returns it: steps leave error terms."""
+        self.at_ms = 0
+        self.is_timed = False
+        """True if the line said its time, which can be ahead of the clock here."""
+
+    def is_newer(self, ts_ms: int | None, now_ms: int) -> bool:
+        """Return whether this value is of a later time than a line that says this time, or none."""
+        return self.at_ms > (now_ms if ts_ms is None else ts_ms) and (self.is_timed or ts_ms is not None)
+
+
+class _Quota:
+    """Counts what lines have made, in total and by sender: a limit, of which one sender gets only a share."""
+
+    def __init__(self, most: int, share_percent: int, reason: str) -> None:
+        self._most, self._each, self._reason = most, max(1, most * share_percent // 100), reason
+        self._count = 0
+        self._counts: Counter[str] = Counter()
+
+    def check(self, sender: str | None, more: int = 1) -> None:
+        """Raise `_Refused` if there is no room for so many more."""
+        if sender is not None and self._counts[sender] + more > self._each:
+            raise _Refused("sender_share")
+        if self._count + more > self._most:
+            raise _Refused(self._reason)
+
+    def take(self, sender: str | None, more: int = 1) -> None:
+        self._count += more
+        if sender is not None:
+            self._counts[sender] += more
 
 
 class StatsdSink:
@@ -96,7 +135,10 @@ class StatsdSink:
         self._slots: dict[tuple[str, str], _MetricViews] = {}
         self._owners: dict[str, tuple[str, str]] = {}
         """By view, the source and type of the lines that it belongs to."""
-        self._series_count = 0
+        share = settings.ingest_sender_share
+        self._view_quota = _Quota(settings.ingest_views_max, share, "views_max")
+        self._series_quota = _Quota(settings.ingest_series_max, share, "series_max")
+        self._dialect: Any = settings.ingest_dialect
         self._unset: dict[tuple[_MetricViews, tuple[str, ...]], int | float] = {}
         """Values of gauges that are not recorded yet."""
         self._set_ms = 0
@@ -108,18 +150,18 @@ class StatsdSink:
             for reason in (*REASONS, *_OWN_REASONS):
                 metrics.inc(m.INGEST_MALFORMED, 0, protocol, reason)
 
-    def take(self, lines: Sequence[bytes], protocol: str) -> None:
+    def take(self, lines: Sequence[bytes], protocol: str, sender: str | None = None) -> None:
         """Record lines; see `ports.LineSink`."""
         count = 0
         for line in lines:
-            read = parse_line(line, self._settings.ingest_line_bytes_max)
+            read = parse_line(line, self._settings.ingest_line_bytes_max, self._dialect)
             if read is None:
                 continue
             count += 1
             try:
                 if isinstance(read, Malformed):
                     raise _Refused(read.reason)
-                self._record(read)
+                self._record(read, sender)
             except _Refused as refused:
                 self.refuse(refused.reason, protocol, line)
             except BufferFull:
@@ -161,57 +203,80 @@ class StatsdSink:
                 return
             del self._unset[slot, values]
 
-    def _record(self, line: Line) -> None:
-        slot = self._slots.get((line.type, line.name)) or self._new_slot(line)
+    def _record(self, line: Line, sender: str | None) -> None:
+        slot = self._slots.get((line.type, line.name)) or self._new_slot(line, sender)
         if slot.source != line.source:
             raise _Refused("collision")
         tags = dict(line.tags)
-        if line.type == SET:
+        if line.type == SET and slot.kind == "sum":
             if MEMBER in tags:
                 raise _Refused("collision")
             tags[MEMBER] = line.member
+        if len(line.values) * line.weight > self._settings.ingest_observations_max:
+            raise _Refused("observations_max")
         values = [part.values(tags) for part in slot.parts]
         key = values[0]
         if key not in slot.series:
-            if self._series_count >= self._settings.ingest_series_max:
-                raise _Refused("series_max")
-            slot.series[key] = 0 if line.type == GAUGE else None
-            self._series_count += 1
+            self._series_quota.check(sender)
+            slot.series[key] = _Gauge() if line.type == GAUGE else 0 if line.type in (TIMER, HISTOGRAM) else None
+            self._series_quota.take(sender)
         cells = [part.view.labels(*of) for part, of in zip(slot.parts, values, strict=True)]
         if line.type == GAUGE:
             self._record_gauge(line, slot, key, cells[0])
             return
         times = [line.ts_ms if part.has_windows else None for part in slot.parts]
-        if line.type == SET:
-            cells[0].add(1, ts_ms=times[0])
-        elif line.type == COUNTER:
+        if line.type == COUNTER:
             for value in line.values:
                 cells[0].add(value, ts_ms=times[0])
+        elif line.type == SET:
+            record = cells[0].add if slot.kind == "sum" else cells[0].observe
+            record(1 if slot.kind == "sum" else line.member, ts_ms=times[0])
         else:
-            mean, largest, count = cells
-            for value in line.values:
-                mean.observe(value, ts_ms=times[0])
-                largest.observe(value, ts_ms=times[1])
-                count.add(line.weight, ts_ms=times[2])
+            self._record_observations(line, slot, key, cells, times)
+
+    def _record_observations(
+        self, line: Line, slot: _MetricViews, key: tuple[str, ...], cells: Sequence[Any], times: Sequence[int | None]
+    ) -> None:
+        """Observe each value as often as its sample rate says. What is left of an observation waits for the next one."""
+        for value in line.values:
+            weight = slot.series[key] + line.weight
+            whole = floor(weight + _EPSILON)
+            for _ in range(whole):
+                cells[0].observe(value, ts_ms=times[0])
+            slot.series[key] = max(weight - whole, 0)
+            if len(cells) > 1:
+                cells[1].observe(value, ts_ms=times[1])
+                cells[2].add(line.weight, ts_ms=times[2])
 
     def _record_gauge(self, line: Line, slot: _MetricViews, key: tuple[str, ...], cell: Any) -> None:
-        value = slot.series[key]
+        """Set a gauge. A step is relative to the newest value, so a step that is older than that is refused."""
+        gauge: _Gauge = slot.series[key]
+        is_late = gauge.is_newer(line.ts_ms, now_ms := self._clock.now_ms())
+        if is_late and line.relative[0]:
+            raise _Refused("late")
+        value = gauge.value
         for step, relative in zip(line.values, line.relative, strict=True):
             try:
                 value = add(value, step) if relative else step
                 number(_plain(value))
             except Invalid:
                 raise _Refused("value") from None
-        if line.ts_ms is not None:
-            cell.set(_plain(value), line.ts_ms)
-        else:
+        if line.ts_ms is None:
             self._unset[slot, key] = _plain(value)
-        slot.series[key] = value
+        else:
+            if (slot, key) in self._unset and not is_late:
+                cell.set(self._unset.pop((slot, key)), gauge.at_ms)  # else it would be recorded later, as newer
+            cell.set(_plain(value), line.ts_ms)
+        if not is_late:
+            gauge.value, gauge.at_ms, gauge.is_timed = (
+                value,
+                now_ms if line.ts_ms is None else line.ts_ms,
+                line.ts_ms is not None,
+            )
 
-    def _new_slot(self, line: Line) -> _MetricViews:
-        wanted = _wanted(line)
-        if len(self._owners) + len(wanted) > self._settings.ingest_views_max:
-            raise _Refused("views_max")
+    def _new_slot(self, line: Line, sender: str | None) -> _MetricViews:
+        wanted = wanted_views(line, self._settings, self._known)
+        self._view_quota.check(sender, len(wanted))
         definitions = []
         for view, kind in wanted:
             owner = self._owners.get(view)
@@ -224,6 +289,7 @@ class StatsdSink:
         parts = [_Part(self._publisher.define(it), it.labels) for it in definitions]
         for view, _ in wanted:
             self._owners[view] = line.source, line.type
+        self._view_quota.take(sender, len(wanted))
         slot = self._slots[line.type, line.name] = _MetricViews(line.source, parts)
         return slot
 
@@ -231,12 +297,12 @@ class StatsdSink:
         known = self._known.get(view)
         if known is None:
             labels = [*self._labels.get(line.name, [name for name, _ in line.tags])]
-            if line.type == SET:
+            if line.type == SET and kind == "sum":
                 if MEMBER in labels:
                     raise _Refused("collision")
                 labels.append(MEMBER)
             return Definition(view, kind, tuple(labels))
-        if known.kind != kind or (line.type == SET and MEMBER not in known.labels):
+        if known.kind != kind or (line.type == SET and kind == "sum" and MEMBER not in known.labels):
             raise _Refused("kind")
         return known
 
@@ -245,16 +311,3 @@ def _plain(total: Any) -> int | float:
     """Return a gauge's value without the error term that relative steps have left."""
     value: int | float = total[0] if type(total) is tuple else total
     return value
-
-
-def _wanted(line: Line) -> list[tuple[str, str]]:
-    """Return the views that a line is recorded to, with their kinds."""
-    name = line.name
-    if line.type in (COUNTER, SET):
-        return [(name, "sum")]
-    if line.type == GAUGE:
-        return [(name, "last")]
-    if line.type == TIMER and not name.endswith("_ms"):
-        name = f"{name}_ms"
-    assert line.type in (TIMER, HISTOGRAM)
-    return [(name, "mean"), (f"{name}_max", "max"), (f"{name}_count", "sum")]

@@ -36,8 +36,11 @@ _log = logging.getLogger(__name__)
 class _Connection:
     """A connection, with the beginning of a line whose end has not come."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, sender: str, now_s: float) -> None:
         self.sock = sock
+        self.sender = sender
+        self.line_at_s = now_s
+        """The time at which the last line has ended, or the connection was accepted."""
         self.partial = b""
         self.skipping = False
         """True while the rest of an oversized line is skipped."""
@@ -55,6 +58,7 @@ class StatsdServer:
         self._listener, self._udp = _bind_both(host, port)
         self._udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, settings.ingest_receive_buffer_bytes)
         self._connections: dict[socket.socket, _Connection] = {}
+        """Connections, those first in which no line has ended for longest."""
         self._buffer = bytearray(settings.ingest_packet_bytes_max + 1)
         self._wake, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -118,6 +122,7 @@ class StatsdServer:
         for key, _ in ready:
             self._read(key.fileobj)
         self._sink.tick()
+        self._end_idle()
         if self._accept_at_s is not None and self._clock.monotonic_s() >= self._accept_at_s:
             self._accept_at_s = None
             self._selector.register(self._listener, selectors.EVENT_READ)
@@ -150,10 +155,10 @@ class StatsdServer:
 
     def _read_packets(self) -> None:
         lines: list[bytes] = []
-        size = 0
+        size, sender = 0, ""
         for _ in range(_BURST_PACKETS):
             try:
-                count = self._udp.recv_into(self._buffer)
+                count, address = self._udp.recvfrom_into(self._buffer)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:  # such as an ICMP answer to another packet
@@ -162,18 +167,22 @@ class StatsdServer:
             if count > self._settings.ingest_packet_bytes_max:
                 self._sink.refuse("packet_long", UDP)
                 continue
+            if lines and address[0] != sender:
+                self._sink.take(lines, UDP, sender)
+                lines = []
+            sender = address[0]
             lines += bytes(memoryview(self._buffer)[:count]).split(b"\n")
             size += count
             if size >= _BURST_BYTES:
                 break
         if lines:
-            self._sink.take(lines, UDP)
+            self._sink.take(lines, UDP, sender)
 
     # TCP
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, address = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionError):
             return
         except OSError as error:
@@ -187,7 +196,7 @@ class StatsdServer:
             return
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._connections[sock] = _Connection(sock)
+        self._connections[sock] = _Connection(sock, address[0], self._clock.monotonic_s())
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _read_stream(self, connection: _Connection) -> None:
@@ -205,6 +214,8 @@ class StatsdServer:
         if not more:
             self._keep(connection, connection.partial + first)
             return
+        connection.line_at_s = self._clock.monotonic_s()
+        self._connections[connection.sock] = self._connections.pop(connection.sock)
         lines = more[:-1]
         if connection.skipping:
             connection.skipping = False
@@ -213,7 +224,14 @@ class StatsdServer:
         connection.partial = b""
         self._keep(connection, more[-1])
         if lines:
-            self._sink.take(lines, TCP)
+            self._sink.take(lines, TCP, connection.sender)
+
+    def _end_idle(self) -> None:
+        """Close connections that only take up room: an open one costs its sender nothing."""
+        end_s = self._clock.monotonic_s() - self._settings.ingest_idle_timeout_ms / 1000
+        while self._connections and (first := next(iter(self._connections.values()))).line_at_s <= end_s:
+            self._sink.refuse("idle", TCP)
+            self._end(first, closed_in_order=False)
 
     def _keep(self, connection: _Connection, partial: bytes) -> None:
         """Remember the beginning of a line, unless it is too long already."""
@@ -232,7 +250,7 @@ class StatsdServer:
         connection.sock.close()
         if connection.partial.strip():
             if closed_in_order:
-                self._sink.take([connection.partial], TCP)
+                self._sink.take([connection.partial], TCP, connection.sender)
             else:
                 self._sink.refuse("cut", TCP)
 

@@ -1,9 +1,12 @@
 /** Talks to the server: single answers, streams of answers, and the badge that says how stale they are. */
 
+import { send } from "./access.js";
+
 const badge = document.getElementById("staleness");
 const LATE_MS = 4_000; // a stream without news has an event every 2 to 3 s (`stream_heartbeat_ms`)
 const BAD_MS = 10_000;
-const REASON_MS = 10_000;
+const RETRY_MS = 2_000;
+const SILENCE_MS = 15_000; // of a stream
 const AWAY = "the server does not answer";
 let newest = null; // staleness_ms of the newest answer, and when it came
 let refusal = "";
@@ -52,7 +55,8 @@ export function parse(text) {
 export async function reason(response) {
   try {
     const { detail, title } = parse(await response.text());
-    return detail || title || `HTTP ${response.status}`;
+    const words = detail || title || `HTTP ${response.status}`;
+    return response.status === 403 ? `Not allowed (403): ${words}` : words;
   } catch {
     return `HTTP ${response.status}`;
   }
@@ -65,14 +69,14 @@ export async function reason(response) {
 export async function fetchJson(path, body, signal, noted = true) {
   let response;
   try {
-    response = await fetch(path, body === undefined
+    response = await send(path, body === undefined
       ? { signal }
       : { signal, method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (noted) refusal = AWAY;
+    if (noted) refusal = error.words ?? AWAY;
     showStaleness();
-    throw new Error(AWAY);
+    throw error.words ? error : new Error(AWAY);
   }
   if (!response.ok) {
     if (noted && response.status === 503) refusal = "the server is not ready";
@@ -104,52 +108,70 @@ export function path(view, query, end = "") {
 
 /** Watches a read: calls `onAnswer` with the whole answer after each event, and `onProblem` with a text. Returns a stop. */
 export function watch(view, query, onAnswer, onProblem) {
-  let answer = null, source = null, retry = 0, stopped = false;
+  const stop = new AbortController();
+  let answer = null, lastId = "";
 
-  function open() {
-    source = new EventSource(path(view, query, "/stream"));
-    source.addEventListener("answer", (event) => take(parse(event.data)));
-    source.addEventListener("update", (event) => take(updated(answer, parse(event.data))));
-    source.addEventListener("problem", (event) => {
-      const { detail, title } = parse(event.data);
-      onProblem(detail || title);
-    });
-    source.onerror = async () => {
+  async function run() {
+    while (!stop.signal.aborted) {
+      try {
+        await follow();
+      } catch (error) {
+        if (stop.signal.aborted) return;
+        if (error.words) onProblem(error.words);
+      }
       refusal = "connection lost";
       showStaleness();
-      if (source.readyState !== EventSource.CLOSED) return; // the browser comes back by itself
-      const why = await refused(source.url);
-      if (stopped) return;
-      if (why) onProblem(why);
-      retry = setTimeout(open, 2_000);
-    };
+      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    }
   }
 
-  function take(it) {
-    if (it === null || stopped) return;
-    answer = it;
+  /** Takes the events of one connection, until it is lost or silent for too long. */
+  async function follow() {
+    const silence = new AbortController();
+    let silentMs = SILENCE_MS;
+    let timer = setTimeout(() => silence.abort(), silentMs);
+    try {
+      const response = await send(path(view, query, "/stream"), { signal: AbortSignal.any([stop.signal, silence.signal]),
+        headers: { Accept: "text/event-stream", ...(lastId && { "Last-Event-ID": lastId }) } });
+      if (!response.ok) throw Object.assign(new Error(), { words: await reason(response) });
+      silentMs = Math.max(SILENCE_MS, 3 * Number(response.headers.get("Pipeline-Heartbeat-Ms")));
+      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      let text = "";
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) return;
+        clearTimeout(timer);
+        timer = setTimeout(() => silence.abort(), silentMs);
+        text += value;
+        if (!value.includes("\n\n") && !value.startsWith("\n")) continue; // a part of a long event
+        const events = text.split("\n\n");
+        text = events.pop();
+        events.forEach(take);
+      }
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  function take(event) {
+    if (stop.signal.aborted) return;
+    const fields = Object.fromEntries(event.split("\n").map((line) => line.split(/: ?(.*)/s, 2)));
+    if (fields.data === undefined) return; // a comment
+    const content = parse(fields.data);
+    if (fields.event === "problem") {
+      onProblem(content.detail || content.title);
+      return;
+    }
+    lastId = fields.id ?? lastId;
+    const next = fields.event === "answer" ? content : updated(answer, content);
+    if (next === null) return;
+    answer = next;
     note(answer.as_of);
     onAnswer(answer);
   }
 
-  open();
-  return () => {
-    stopped = true;
-    clearTimeout(retry);
-    source.close();
-  };
-}
-
-/** Returns why the server refuses a stream, which an EventSource does not tell, or nothing if it gives one now. */
-async function refused(address) {
-  try {
-    const response = await fetch(address, { headers: { Accept: "text/event-stream" }, signal: AbortSignal.timeout(REASON_MS) });
-    if (!response.ok) return await reason(response);
-    await response.body.cancel();
-    return "";
-  } catch {
-    return AWAY;
-  }
+  run();
+  return () => stop.abort();
 }
 
 export function key(labels) {

@@ -21,4 +21,5 @@ function show() {
 }
 
 window.addEventListener("hashchange", show);
+window.addEventListener("access", show); // another token sees other views
 show();

@@ -1,5 +1,6 @@
 /** The page of the server's state: partitions, restores, limits, dead letters, definitions that differ. */
 
+import { send } from "./access.js";
 import { fetchJson } from "./api.js";
 import { duration, h, problem, shown, table } from "./dom.js";
 
@@ -20,7 +21,7 @@ export function showStatus(main) {
     if (old) lettersAt = Date.now();
     const [status, views, metrics] = await Promise.all([
       ask("v1/status"), ask("v1/views"),
-      fetch("metrics", { signal: stop.signal }).then((it) => it.text()).catch(() => "")]);
+      send("metrics", { signal: stop.signal }).then((it) => it.text()).catch(() => "")]);
     if (old) letters = await ask(`v1/dead-letters?limit=${LETTERS_SHOWN_MAX}`);
     if (stop.signal.aborted) return;
     const known = views instanceof Error ? [] : views.views;

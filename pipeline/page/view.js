@@ -1,5 +1,6 @@
 /** The page of one view: what to select, a chart and a table that move with every commit, and lines to copy. */
 
+import { send, token } from "./access.js";
 import { fetchJson, key, path, reason, watch } from "./api.js";
 import { bars, color, Heatmap, Lines, LINES_MAX } from "./chart.js";
 import { h, problem, shown, table } from "./dom.js";
@@ -235,7 +236,7 @@ function dot(fill) {
 async function downloadCsv(event, name, query, unsaved) {
   event.preventDefault();
   try {
-    const answer = await fetch(path(name, query), { headers: { Accept: "text/csv" } });
+    const answer = await send(path(name, query), { headers: { Accept: "text/csv" } });
     if (!answer.ok) throw new Error(await reason(answer));
     const link = h("a", { href: URL.createObjectURL(await answer.blob()), download: `${name}.csv` });
     link.click();
@@ -252,7 +253,7 @@ function copyLines(definition, read, state) {
   const options = [...read.query.where.map((it) => `--where ${quoted(it)}`), ...read.by.map((it) => `--by ${quoted(it)}`),
     ...(read.by.length ? [] : ["--total"]), ...(read.windowed ? [...rangeOf(read), `--step ${read.query.step}s`] : []),
     ...(read.query.fn ? [`--fn ${read.query.fn}`] : [])];
-  return h("div", { class: "panel copy" }, [["Link", location.href], ["curl", `curl -sf ${quoted(address)}`],
+  return h("div", { class: "panel copy" }, [["Link", location.href], ["curl", `curl -sf ${token() ? '-H "Authorization: Bearer $PIPELINE_TOKEN" ' : ""}${quoted(address)}`],
     ["Shell", `pipeline get ${quoted(definition.name)} --from ${location.origin} ${options.join(" ")}`],
     ["PromQL", promql(definition, read)]].flatMap(([name, text]) => [h("span", { class: "soft" }, name), h("pre", {}, text),
     h("button", { type: "button", "aria-label": `Copy ${name}`, onclick: () => navigator.clipboard.writeText(text) }, "Copy")]));

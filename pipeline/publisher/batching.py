@@ -113,20 +113,18 @@ def number(draft: Draft, outbox: Outbox, now_ms: int) -> Sealed:
     return Sealed(draft.partition, sequence, encode_drafted(batch, draft.groups), draft.series_count)
 
 
-def seal(
+def drafts_of(
     items: Iterable[Pending],
-    outbox: Outbox,
     *,
     partition_count: int,
     batch_bytes_max: int,
-    now_ms: int,
     spreads: Mapping[Definition, int] = {},
     turn: int = 0,
-) -> list[Sealed]:
-    """Put series, each of them once, into batches of at most `batch_bytes_max`, numbered by `outbox`, which keeps them.
+) -> list[Draft]:
+    """Put series, each of them once, into drafts of at most `batch_bytes_max`.
 
-    A series that is larger by itself gets a batch of its own. If anything fails, nothing is sealed. `spreads` has the
-    definitions that are spread, and `turn` chooses among the partitions of their series; see `partition_of`.
+    A series that is larger by itself gets a draft of its own. `spreads` has the definitions that are spread, and `turn`
+    chooses among the partitions of their series; see `partition_of`.
     """
     known: dict[Definition, tuple[Definition, bytes]] = {}
     routed = []
@@ -134,9 +132,14 @@ def seal(
         definition, prefix = known.setdefault(item.definition, (item.definition, series_prefix(item.definition)))
         partition = partition_of(prefix, item.suffix, partition_count, spreads.get(item.definition, 1), turn)
         routed.append(Routed(partition, definition, item.suffix, item.state))
+    return cut(routed, batch_bytes_max)
+
+
+def seal(drafts: Iterable[Draft], outbox: Outbox, *, now_ms: int) -> list[Sealed]:
+    """Return drafts as batches that are numbered by `outbox`, which keeps them. If anything fails, nothing is sealed."""
     out: list[Sealed] = []
     try:
-        for draft in cut(routed, batch_bytes_max):
+        for draft in drafts:
             out.append(number(draft, outbox, now_ms))
             outbox.add(out[-1])
     except BaseException:

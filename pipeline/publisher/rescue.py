@@ -12,7 +12,7 @@ from pipeline.core.codec import decode_batch
 from pipeline.core.sequence import Outbox, Sealed
 from pipeline.errors import Invalid, PipelineError, Unavailable
 from pipeline.ports import Clock, LogWriter, Message, ProvesProducers
-from pipeline.publisher.batching import seal
+from pipeline.publisher.batching import drafts_of, seal
 from pipeline.publisher.sender import FOR_GOOD, SEND_BYTES_MAX, held_after_ms
 from pipeline.publisher.spool.orphan import Orphan, SlotReport, find_slots
 from pipeline.settings import PublisherSettings
@@ -117,9 +117,8 @@ class _Drain:
             partition_count, bytes_max = self._ask()
             bytes_max = min(self._settings.batch_bytes_max, bytes_max)
             now_ms = self._clock.now_ms()
-            orphan.commit(
-                seal(orphan.pending, outbox, partition_count=partition_count, batch_bytes_max=bytes_max, now_ms=now_ms)
-            )
+            drafts = drafts_of(orphan.pending, partition_count=partition_count, batch_bytes_max=bytes_max)
+            orphan.commit(seal(drafts, outbox, now_ms=now_ms))
         first_s, most_s = self._settings.retry_backoff_ms / 1000, self._settings.retry_backoff_max_ms / 1000
         backoff_s = 0.0
         while len(outbox):

@@ -56,6 +56,9 @@ NEEDED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/deltas"): _PUBLISH,
     ("POST", "/v1/batches"): _PUBLISH,
     ("POST", "/v1/openmetrics"): _PUBLISH,
+    ("POST", "/v1/metrics"): _PUBLISH,
+    ("POST", "/metrics/{grouping:path}"): _PUBLISH,
+    ("PUT", "/metrics/{grouping:path}"): _PUBLISH,
     ("POST", f"{READ_PATH}/drop"): _ADMIN,
     ("POST", f"{READ_PATH}/reset"): _ADMIN,
     ("GET", "/v1/dead-letters"): READ_NEEDED,
@@ -63,7 +66,27 @@ NEEDED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/dead-letters/replay"): _ADMIN,
 }
 """By method and path of a route, the scopes of which a token needs one. A path that ends in `/` stands for all below it."""
-KEEP_BOUNDS: frozenset[tuple[str, str]] = frozenset()
+KEEP_BOUNDS = frozenset(
+    {
+        ("GET", "/v1/status"),
+        ("GET", "/v1/views"),
+        ("GET", READ_PATH),
+        ("GET", STREAM_PATH),
+        ("POST", "/v1/query"),
+        ("GET", "/v1/openmetrics"),
+        ("GET", "/v1/dead-letters"),
+        ("GET", "/v1/dead-letters/{key}"),
+        ("POST", "/api/v1/read"),
+        ("POST", "/v1/deltas"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/openmetrics"),
+        ("POST", "/v1/metrics"),
+        ("POST", "/metrics/{grouping:path}"),
+        ("PUT", "/metrics/{grouping:path}"),
+        ("POST", f"{READ_PATH}/drop"),
+        ("POST", f"{READ_PATH}/reset"),
+    }
+)
 """Routes that keep to the bounds of a token; all others are not for a token that is bound to views or labels."""
 
 

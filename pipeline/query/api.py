@@ -27,23 +27,26 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
+from pipeline.core.grants import Bounds, Grant
 from pipeline.errors import NotReady, PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock, Ingest
 from pipeline.query.access import Access, needed_of
-from pipeline.query.bodies import BATCHES_TYPE, RequestBodies
+from pipeline.query.bodies import BATCHES_TYPE, BodyRoom, RequestBodies
 from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
+from pipeline.query.deltas import parse_deltas
 from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
 from pipeline.query.media import JSON, NDJSON, Encoded
 from pipeline.query.openapi import READ_PATH, STREAM_PATH, docs_routes, openapi_document
+from pipeline.query.otlp_api import Exports, ExportTaking
 from pipeline.query.page import page_routes
-from pipeline.query.params import QUERY_BYTES_MAX, parse_deltas, parse_read, parse_scrape, read_headers
+from pipeline.query.params import QUERY_BYTES_MAX, parse_read, parse_scrape, read_headers
 from pipeline.query.problems import Refused, problem
 from pipeline.query.push_api import ParsePushed, Pushes, Take, Work
 from pipeline.query.reader import ViewReader
@@ -53,6 +56,7 @@ from pipeline.query.service import ReadService, RenderViews
 from pipeline.query.several import parse_several
 from pipeline.query.streams import Streams
 from pipeline.query.streams_api import StreamView
+from pipeline.query.tenants import check_deltas, status_within
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
@@ -60,6 +64,8 @@ _INGEST_THREADS = 16
 _PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _TICK_S = 5.0
+_ORDER_BYTES_MAX = 2**18
+"""Largest body of an order about a view, of a replay of dead letters, and of a request for states."""
 
 
 class ExposedMetrics(Metrics, Protocol):
@@ -91,6 +97,7 @@ def create_app(
     ready: Callable[[], bool],
     render_views: RenderViews | None = None,
     parse_pushed: ParsePushed | None = None,
+    exports: ExportTaking | None = None,
     letters: DeadLetters | None = None,
     access: Access | None = None,
 ) -> Starlette:
@@ -98,8 +105,8 @@ def create_app(
 
     Without `ingest` it only reads. `status` returns what `/v1/status` shows; what the reader knows of each partition is
     added. `ready` says whether reads can be answered. `render_views` writes `GET /v1/openmetrics`, which is not there
-    without it; `parse_pushed` reads what is posted to it. With `ingest`, `letters` are shown and replayed. With `access`
-    requests need access tokens.
+    without it; `parse_pushed` reads what is posted to it, and `exports` OTLP. With `ingest`, `letters` are shown and
+    replayed. With `access` requests need access tokens.
     """
     service = ReadService(reader, settings, metrics)
     left_out = LeftOut(_log, reader.clock, metrics)
@@ -110,28 +117,31 @@ def create_app(
         ingest_threads.shutdown(wait=False)
         left_out.close()
 
-    read = ReadEndpoint(service, settings)
+    read, room = ReadEndpoint(service, settings), BodyRoom(settings, metrics)
     streams = Streams(service, settings, metrics, reader.clock)
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, room), methods=["POST"]),
         *page_routes(),
     ]
     routes += operation_routes(metrics, lambda: _completed(status(), reader, left_out), ready)
-    routes.append(_states_route(service, settings))
+    routes.append(_states_route(service, room))
     if render_views is not None:
-        routes += [scrape_route(service, settings, render_views), _remote_read_route(service)]
+        routes += [scrape_route(service, settings, render_views), _remote_read_route(service, room)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = partial(_take, RequestBodies(settings.body_bytes_max), ingest_threads)
+        take = partial(_take, room, RequestBodies(room, settings.body_bytes_max), ingest_threads)
+        order = partial(_take, room, RequestBodies(room, min(settings.body_bytes_max, _ORDER_BYTES_MAX)), ingest_threads)
         routes += _write_routes(ingest, settings, keys, take)
-        routes += _order_routes(ControlService(reader, ingest), keys, take)
+        routes += _order_routes(ControlService(reader, ingest), keys, order)
         if letters is not None:
-            routes += letter_routes(letters, settings, ingest_threads, take)
+            routes += letter_routes(letters, settings, ingest_threads, order)
         if parse_pushed is not None:
             routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
+        if exports is not None:
+            routes.append(Exports(exports, ingest, settings, metrics, left_out).route(room, ingest_threads))
     app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)
     app.state.before_stop = streams.close
     return app
@@ -205,26 +215,27 @@ class ReadEndpoint:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.answer(scope["path_params"]["view"], scope, send)
+        await self.answer(scope["path_params"]["view"], scope, receive, send)
 
-    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+    async def answer(self, view: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request whose path names `view`."""
-        asked = parse_read(view, scope["query_string"], self._settings, read_headers(scope["headers"]))
-        await _send(send, await self._service.answer(asked))
+        headers, bounds = read_headers(scope["headers"]), scope["grant"].bounds
+        asked = parse_read(view, scope["query_string"], self._settings, headers, bounds)
+        await _send(send, await self._service.answer(asked, receive))
 
 
 class QueryEndpoint:
     """`POST /v1/query` as a plain ASGI application."""
 
-    def __init__(self, service: ReadService | GatherService, settings: QuerySettings) -> None:
+    def __init__(self, service: ReadService | GatherService, settings: QuerySettings, room: BodyRoom) -> None:
         self._service = service
         self._settings = settings
-        self._bodies = RequestBodies(min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
+        self._bodies = RequestBodies(room, min(settings.body_bytes_max, QUERY_BYTES_MAX * 4))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._bodies.of(Request(scope, receive), JSON) as body:
-            asked = parse_several(body, self._settings)
-        await _send(send, await self._service.answers(asked, read_headers(scope["headers"])))
+            asked = parse_several(body, self._settings, scope["grant"].bounds)
+        await _send(send, await self._service.answers(asked, read_headers(scope["headers"]), receive))
 
 
 class ListEndpoint:
@@ -234,7 +245,7 @@ class ListEndpoint:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _send(send, await self._service.views(read_headers(scope["headers"])))
+        await _send(send, await self._service.views(read_headers(scope["headers"]), scope["grant"].bounds))
 
 
 async def _send(send: Send, answer: Encoded) -> None:
@@ -245,6 +256,12 @@ async def _send(send: Send, answer: Encoded) -> None:
     await send({"type": "http.response.body", "body": answer.parts[-1] if answer.parts else b""})
 
 
+def bounds_of(request: Request) -> Bounds | None:
+    """Return the bounds of the access token of a request."""
+    grant: Grant = request.scope["grant"]
+    return grant.bounds
+
+
 def _json(body: bytes) -> Response:
     return Response(body, media_type=JSON)
 
@@ -252,8 +269,8 @@ def _json(body: bytes) -> Response:
 def operation_routes(metrics: ExposedMetrics, status: Callable[[], Status], ready: Callable[[], bool]) -> list[Route]:
     """Return the routes that every process has: status, health and metrics."""
 
-    async def show_status(_: Request) -> Response:
-        return _json(_encode(status()))
+    async def show_status(request: Request) -> Response:
+        return _json(_encode(status_within(status(), bounds_of(request))))
 
     async def health(_: Request) -> Response:
         return _json(b'{"alive":true}')
@@ -280,19 +297,20 @@ def scrape_route(service: ReadService | GatherService, settings: QuerySettings, 
 
     async def scrape(request: Request) -> Response:
         views, windowed = parse_scrape(request.scope["query_string"], settings)
-        body, media_type = await service.scrape(views, render, request.headers.get("accept", ""), windowed=windowed)
+        accept = request.headers.get("accept", "")
+        body, media_type = await service.scrape(views, render, accept, windowed=windowed, bounds=bounds_of(request))
         return Response(body, headers={"Content-Type": media_type})
 
     return Route("/v1/openmetrics", scrape)
 
 
-def _remote_read_route(service: ReadService) -> Route:
-    bodies = RequestBodies(REQUEST_BYTES_MAX, encoding="snappy")
+def _remote_read_route(service: ReadService, room: BodyRoom) -> Route:
+    bodies = RequestBodies(room, REQUEST_BYTES_MAX, "snappy")
 
     async def remote_read(request: Request) -> Response:
         try:
             async with bodies.of(request, REQUEST_TYPE) as body:
-                answer = await service.remote_read(body)
+                answer = await service.remote_read(body, bounds_of(request))
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
             note_refusal(request.scope, error)
             it = problem(error)
@@ -302,12 +320,12 @@ def _remote_read_route(service: ReadService) -> Route:
     return Route("/api/v1/read", remote_read, methods=["POST"])
 
 
-def _states_route(service: ReadService, settings: QuerySettings) -> Route:
-    bodies = RequestBodies(settings.body_bytes_max)
+def _states_route(service: ReadService, room: BodyRoom) -> Route:
+    bodies = RequestBodies(room, _ORDER_BYTES_MAX)
 
     async def states(request: Request) -> Response:
         async with bodies.of(request, STATES_TYPE) as body:
-            return Response(await service.states(body), media_type=STATES_TYPE)
+            return Response(await service.states(body, request.receive), media_type=STATES_TYPE)
 
     return Route(STATES_PATH, states, methods=["POST"])
 
@@ -330,29 +348,34 @@ def _completed(status: Status, reader: ViewReader, left_out: LeftOut) -> Status:
     return status
 
 
-async def _take(bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str) -> Response:
+async def _take(
+    room: BodyRoom, bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str
+) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers."""
     async with bodies.of(request, *types) as body:
-        done = await asyncio.get_running_loop().run_in_executor(threads, work, body, request.headers)
+        done = await room.work(request, body, threads, partial(work, body, request.headers))
     return _json(_encode(done))
 
 
 def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take: Take) -> list[Route]:
-    def take_deltas(body: bytes, headers: Headers) -> Accepted:
-        with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body) as key:
+    def take_deltas(bounds: Bounds | None, body: bytes, headers: Headers) -> Accepted:
+        with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
             deltas = parse_deltas(body, headers.get("content-type", ""), settings.deltas_max)
+            check_deltas(deltas, bounds)
             return Accepted(len(deltas), str(ingest.deltas(deltas, key)))
 
-    def take_batches(body: bytes, headers: Headers) -> BatchesAccepted:
-        batches = decode_frames(body)
-        next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""))
+    def take_batches(bounds: Bounds | None, body: bytes, headers: Headers) -> BatchesAccepted:
+        batches = decode_frames(body, settings.batches_max + 1)
+        if len(batches) > settings.batches_max:
+            raise Refused(413, f"too many batches in one request; at most {settings.batches_max}")
+        next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""), bounds)
         return BatchesAccepted(next_offsets, str(token))
 
     async def post_deltas(request: Request) -> Response:
-        return await take(request, take_deltas, JSON, NDJSON)
+        return await take(request, partial(take_deltas, bounds_of(request)), JSON, NDJSON)
 
     async def post_batches(request: Request) -> Response:
-        return await take(request, take_batches, BATCHES_TYPE)
+        return await take(request, partial(take_batches, bounds_of(request)), BATCHES_TYPE)
 
     return [
         Route("/v1/deltas", post_deltas, methods=["POST"]),
@@ -362,12 +385,12 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
 
 def _order_routes(orders: ControlService, keys: UsedKeys, take: Take) -> list[Route]:
     def route(action: str) -> Route:
-        def carry_out(view: str, body: bytes, headers: Headers) -> Changed:
-            with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body) as key:
-                return orders.give(parse_control(action, view, body), key)
+        def carry_out(view: str, bounds: Bounds | None, body: bytes, headers: Headers) -> Changed:
+            with keys.using(f"/v1/views/{view}/{action}", parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
+                return orders.give(parse_control(action, view, body), key, bounds)
 
         async def change_view(request: Request) -> Response:
-            return await take(request, partial(carry_out, request.path_params["view"]), JSON)
+            return await take(request, partial(carry_out, request.path_params["view"], bounds_of(request)), JSON)
 
         return Route(f"/v1/views/{{view}}/{action}", change_view, methods=["POST"])
 

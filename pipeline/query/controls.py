@@ -7,9 +7,10 @@ import threading
 import msgspec
 
 from pipeline.core.answer import Changed, View
+from pipeline.core.grants import Bounds
 from pipeline.core.query import concerned, order
 from pipeline.core.record import Control
-from pipeline.errors import Invalid
+from pipeline.errors import Forbidden, Invalid
 from pipeline.ports import Orders, RequestKey
 from pipeline.query.reader import ViewReader
 
@@ -43,8 +44,15 @@ class ControlService:
         self._given: dict[RequestKey, Changed] = {}
         """Answers to the newest requests with a key, for repeats: by then the view of a drop is gone."""
 
-    def give(self, control: Control, key: RequestKey | None) -> Changed:
-        """Append a control record and return the definitions that it concerns; `NotFound` if there are none."""
+    def give(self, control: Control, key: RequestKey | None, bounds: Bounds | None = None) -> Changed:
+        """Append a control record and return the definitions that it concerns; `NotFound` if there are none.
+
+        Raises `Forbidden` for an access token that is bound to labels: the view has series of others.
+        """
+        if bounds is not None and bounds.labels:
+            raise Forbidden(f"{control.action}: a view goes as a whole; the access token is bound to some of its series")
+        if bounds is not None and not bounds.has_view(control.view):
+            concerned(control, ())  # raises, as for a view that is not there
         given = self._given.get(key) if key is not None else None
         definitions = given.definitions if given is not None else self._concerned(control)
         token = self._orders.controls([control], key)

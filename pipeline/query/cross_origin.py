@@ -54,7 +54,8 @@ class CrossOriginProtection:
 
     Allowed hosts are IP addresses, `localhost` and names below it, the name in `host`, those of `allowed_hosts`, and this
     machine's own name if the server listens beyond loopback: none of them can be a hostile page's own name. With a
-    `tokens_file` any host is allowed, because a page has no token. Allowed origins are those of `cors_origins`.
+    `tokens_file` any host is allowed, because a page has no token, and with TLS, because the server's certificate is not of
+    the page's name. Allowed origins are those of `cors_origins`.
     """
 
     def __init__(self, settings: QuerySettings, metrics: Metrics) -> None:
@@ -62,7 +63,7 @@ class CrossOriginProtection:
         if not is_loopback(settings.host):
             names.add(socket.gethostname())
         self._names = {name.lower().rstrip(".") for name in names}
-        self._all_hosts = "*" in names or bool(settings.tokens_file)
+        self._all_hosts = "*" in names or bool(settings.tokens_file or settings.tls_cert_file)
         self._known_hosts: set[bytes] = set()
         """Values of Host that are allowed, as they were sent."""
         self._origins = {_origin(text).encode() for text in _listed(settings.cors_origins)}

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from pipeline.core.codec import DeadLetter, decode_letter
+from pipeline.core.grants import Bounds
 from pipeline.core.letters import held, partition_of_key, replaying
 from pipeline.errors import BadRecord, Invalid, NewerFormat, NotFound, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import Clock, Log, LogReader, Message
@@ -72,6 +73,8 @@ class LetterFilter(msgspec.Struct, frozen=True):
     """Only letters whose record the log accepted at this time or later."""
     after: LetterCursor | None = None
     """Only letters after this place, where the previous call ended."""
+    bounds: Bounds | None = None
+    """Only letters of single groups whose views are within the bounds of an access token; a whole record has any views."""
 
     def matches(self, key: str, letter: DeadLetter) -> bool:
         """Return whether a letter passes."""
@@ -80,6 +83,7 @@ class LetterFilter(msgspec.Struct, frozen=True):
             and self.view in ("", letter.view)
             and self.reason in letter.reason
             and letter.at_ms >= self.since_ms
+            and (self.bounds is None or (letter.view != "" and self.bounds.has_view(letter.view)))
         )
 
     def partitions(self, partition_count: int) -> list[int]:

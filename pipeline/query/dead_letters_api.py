@@ -15,8 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pipeline.core.codec import decode_letter
 from pipeline.core.description import describe_letter
-from pipeline.errors import Invalid, Unavailable
+from pipeline.core.grants import Bounds
+from pipeline.errors import Forbidden, Invalid, NotFound, Unavailable
 from pipeline.json_errors import Field, object_error
 from pipeline.query.dead_letters import DeadLetters, LetterCursor, LetterFilter
 from pipeline.query.media import JSON
@@ -89,22 +91,32 @@ class _LetterService:
         finally:
             self._room.release()
 
-    def listing(self, query_string: bytes) -> bytes:
+    def listing(self, query_string: bytes, bounds: Bounds | None) -> bytes:
         single = single_parameters(query_string, ("view", "reason", "partition", "since_ms", "limit"))
         only = LetterFilter(
             view=single.get("view", ""),
             reason=single.get("reason", ""),
             partition=whole_number(single, "partition", _PARTITION_MAX, least=0),
             since_ms=whole_number(single, "since_ms", _OFFSET_MAX, least=0) or 0,
+            bounds=_of_views(bounds),
         )
         limit = whole_number(single, "limit", LIST_MAX) or _LIST_DEFAULT
         with self._reading():
             return _encode(self._letters.listing(only, limit))
 
-    def show(self, query_string: bytes, key: str) -> bytes:
+    def show(self, query_string: bytes, key: str, bounds: Bounds | None) -> bytes:
+        only = LetterFilter(bounds=_of_views(bounds))
         series_max = whole_number(single_parameters(query_string, ("series",)), "series", SERIES_MAX) or _SERIES_DEFAULT
         with self._reading():
-            return _encode(describe_letter(key.encode(), self._letters.get(key), series_max=series_max))
+            try:
+                value = self._letters.get(key)
+            except NotFound:
+                if bounds is not None:  # a letter that was replayed has no view any more
+                    raise _no_letter(key) from None
+                raise
+        if not only.matches(key, decode_letter(value)):
+            raise _no_letter(key)
+        return _encode(describe_letter(key.encode(), value, series_max=series_max))
 
     def replay(self, body: bytes, _: Headers) -> LettersReplayed:
         order = _parse_replay(body)
@@ -130,10 +142,11 @@ def letter_routes(letters: DeadLetters, settings: QuerySettings, threads: Thread
         return Response(body, media_type=JSON)
 
     async def list_letters(request: Request) -> Response:
-        return await answered(service.listing, request.scope["query_string"])
+        return await answered(service.listing, request.scope["query_string"], request.scope["grant"].bounds)
 
     async def show_letter(request: Request) -> Response:
-        return await answered(service.show, request.scope["query_string"], request.path_params["key"])
+        asked = request.scope["query_string"], request.path_params["key"], request.scope["grant"].bounds
+        return await answered(service.show, *asked)
 
     async def replay_letters(request: Request) -> Response:
         return await take(request, service.replay, JSON)
@@ -143,6 +156,17 @@ def letter_routes(letters: DeadLetters, settings: QuerySettings, threads: Thread
         Route("/v1/dead-letters/replay", replay_letters, methods=["POST"]),
         Route("/v1/dead-letters/{key}", show_letter),
     ]
+
+
+def _of_views(bounds: Bounds | None) -> Bounds | None:
+    """Return the bounds, if they are of views only: a letter can have series of any labels."""
+    if bounds is not None and bounds.labels:
+        raise Forbidden("a dead letter can have series of others; the access token is bound to some labels")
+    return bounds
+
+
+def _no_letter(key: str) -> NotFound:
+    return NotFound(f"there is no dead letter {key[:100]}")
 
 
 def _parse_replay(body: bytes) -> ReplayOrder:

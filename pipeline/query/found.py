@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 from msgspec.structs import replace
 
@@ -12,6 +12,9 @@ from pipeline.core.query import Labels, MergedDefinition, Query, Selected
 from pipeline.core.record import Position
 from pipeline.core.span import Span
 from pipeline.query.ranges import Points
+
+SERIES_RUN = 5_000
+"""Series of a large answer that are made, or encoded, at once."""
 
 
 class Asked(NamedTuple):
@@ -26,8 +29,36 @@ class Asked(NamedTuple):
     series."""
 
 
+class SeriesRows(Sequence[Series]):
+    """Series that are made when they are asked for, so that a large answer is not in memory twice."""
+
+    def __init__(self, names: Labels, selected: Selected) -> None:
+        self._names = names
+        self._labels, self._values = selected.labels, selected.values
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Series: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Series]: ...
+
+    def __getitem__(self, index: int | slice) -> Series | list[Series]:
+        names = self._names
+        if isinstance(index, int):
+            return Series(dict(zip(names, self._labels[index], strict=True)), self._values[index])
+        rows = zip(self._labels[index], self._values[index], strict=True)
+        return [Series(dict(zip(names, labels)), value) for labels, value in rows]  # noqa: B905  # as many, and quicker
+
+    def __iter__(self) -> Iterator[Series]:
+        for i in range(0, len(self), SERIES_RUN):
+            yield from self[i : i + SERIES_RUN]
+
+
 class FoundAnswer(NamedTuple):
-    """An answer, and the position of each store at which it was read."""
+    """An answer, and the position of each store at which it was read. Its series are `SeriesRows` if they are many."""
 
     answer: Answer
     positions: Mapping[int, Position]
@@ -48,9 +79,8 @@ def unchanged_head(asked: Asked) -> Answer:
 
 def answer_of(query: Query, merged: MergedDefinition, selected: Selected, as_of: AsOf) -> Answer:
     """Return the answer with these rows."""
-    names = _names(query, merged)
-    rows = zip(selected.labels, selected.values, strict=True)
-    series = [Series(dict(zip(names, labels)), value) for labels, value in rows]  # noqa: B905  # as many, and quicker
+    rows = SeriesRows(_names(query, merged), selected)
+    series: Any = rows if len(rows) > SERIES_RUN else rows[:]
     return _answer(query, merged, series, selected.series_total, as_of)
 
 

@@ -8,8 +8,8 @@ server, and so are of one moment of each partition.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,14 +24,26 @@ from pipeline.core.exposition import (
     Exposed,
     Exposition,
     choose,
-    exposed_as,
     newest_final_ms,
     samples_of,
     state_exposed,
 )
 from pipeline.core.gathered import PARTS_VERSION, GroupStates, StatesAsked, StatesRead, group_count, states_of
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KINDS, Kind, State
-from pipeline.core.query import Labels, MergedDefinition, Query, Selected, TopN, fold, group_key, label_index, listed, merged
+from pipeline.core.query import (
+    Labels,
+    MergedDefinition,
+    Query,
+    Selected,
+    TopN,
+    fold,
+    group_key,
+    label_index,
+    listed,
+    merged,
+    seen_within,
+)
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, Invalid, NotFound, NotReady, PipelineError, Unavailable
@@ -39,12 +51,12 @@ from pipeline.metrics import NAMES, Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import preferred_coding
 from pipeline.query.found import answer_of, answers_together, points_answer
-from pipeline.query.media import Encoded, encode_body, encoded, plain_json
+from pipeline.query.media import Encoded, encode_answers, encode_body, encoded, plain_json
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
 from pipeline.query.part_servers import Gathered, PartServers
-from pipeline.query.plans import shape
+from pipeline.query.plans import Shape, shape
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
-from pipeline.query.read_pool import ReadPool
+from pipeline.query.read_pool import ReadPool, Receive, while_connected
 from pipeline.query.service import NOT_FOLDED, POLL_S, RenderViews, too_old
 from pipeline.settings import QuerySettings
 
@@ -66,8 +78,8 @@ class GatherPlan(NamedTuple):
     hidden: Mapping[Definition, int]
 
 
-def _plan_of(view: str, entries: Sequence[DefinitionEntry], kind: str | None, window_s: int | None) -> GatherPlan:
-    found = merged(view, entries, kind=kind, window_s=window_s)
+def _plan_of(query: Query, entries: Sequence[DefinitionEntry]) -> GatherPlan:
+    found = merged(query.view, entries, kind=query.kind, window_s=query.window_s, bounds=query.bounds)
     expired = expired_before(entries) if found.definition.window_s else {}
     return GatherPlan(found, {part: expired[part] for part in found.parts if expired.get(part)})
 
@@ -118,27 +130,40 @@ class GatherService:
         self._servers = servers
         self._settings = settings
         self._pool = ReadPool(settings, metrics, clock)
-        self._plans: dict[tuple[str, str | None, int | None], GatherPlan] = {}
+        self._plans: dict[Shape, GatherPlan] = {}
 
     # Reads
 
-    async def answer(self, request: ReadRequest) -> Encoded:
+    async def answer(self, request: ReadRequest, receive: Receive | None = None) -> Encoded:
         """Return the encoded answer. Raises as `ReadService.answer`, and as `PartServers.gather`."""
         if request.cursor is not None:
             raise Invalid("cursor: a server that merges others has no pages, because it holds no moment of their stores")
-        with self._pool.slot():
+        async with self._room(request, receive):
             (answer,) = await self._fresh_answers([(None, request.query)], request, allow_partial=request.allow_partial)
             body = await self._here_or_not(len(answer.series), lambda: encode_body(answer, request.media_type))
             parts, coding = await self._pool.coded(body, request.coding)
             return encoded(answer, request.media_type, b"", parts, coding)
 
-    async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
+    async def answers(self, request: SeveralRequest, headers: ReadHeaders, receive: Receive | None = None) -> Encoded:
         """Return the encoded answers to several queries, all of one moment of each partition. Raises as `answer`."""
-        with self._pool.slot():
+        async with self._room(request, receive):
             found = await self._fresh_answers([*enumerate(request.queries)], request, allow_partial=None)
-            body = await self._here_or_not(sum(len(it.series) for it in found), lambda: _encode(answers_together(found)))
+            body = await self._here_or_not(
+                sum(len(it.series) for it in found), lambda: encode_answers(answers_together(found))
+            )
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
+
+    @asynccontextmanager
+    async def _room(self, request: Waiting, receive: Receive | None) -> AsyncIterator[None]:
+        """Count a read until the context ends, as one that waits for newer data if it asks for that."""
+        if request.waits:
+            async with self._pool.waiting(receive):
+                yield
+        else:
+            with self._pool.slot():
+                async with while_connected(receive):
+                    yield
 
     async def read(self, query: Query) -> tuple[Answer, float]:
         """Return the answer of now, not encoded, and the seconds that it took. Raises as `answer`."""
@@ -152,12 +177,12 @@ class GatherService:
         """Return the positions of the servers, as soon as one is another than in `since` or the time is over."""
         return await self._servers.moved(since, timeout_s)
 
-    async def wait(self, request: Waiting) -> None:
+    async def wait(self, request: Waiting, receive: Receive | None = None) -> None:
         """Wait for what the read asks to wait for. Raises as `answer`."""
         if request.waits:
             deadline_s = self.clock.monotonic_s() + request.timeout_ms / 1000
             asked = StatesAsked(PARTS_VERSION, [], max_staleness_ms=request.max_staleness_ms, timeout_ms=request.timeout_ms)
-            with self._pool.slot():
+            async with self._room(request, receive):
                 await self._gather(asked, deadline_s, request.after, allow_partial=None)
 
     async def _fresh_answers(self, queries: _Numbered, request: Waiting, *, allow_partial: bool | None) -> list[Answer]:
@@ -231,27 +256,26 @@ class GatherService:
             own, key = entries.get(query.view, []), shape(query)
             with _naming(index):
                 try:
-                    plans.append(_plan_of(query.view, own, query.kind, query.window_s))
+                    plans.append(_plan_of(query, own))
                 except NotFound as error:
                     self._plans.pop(key, None)
-                    hint = await self._hint(query.view, request, deadline_s, is_known=bool(own))
+                    hint = await self._hint(query.view, request, deadline_s, near=not own and query.bounds is None)
                     raise NotFound(f"{error}{hint}") from None
             if len(self._plans) >= _PLANS_MAX:
                 self._plans.clear()
             self._plans[key] = plans[-1]
         return plans
 
-    async def _hint(self, view: str, request: Waiting, deadline_s: float, *, is_known: bool) -> str:
-        """Return the end of a message that there is no such view, or none of this kind."""
+    async def _hint(self, view: str, request: Waiting, deadline_s: float, *, near: bool) -> str:
+        """Return the end of a message that there is no such view, or none of this kind; with `near`, naming others."""
         hint = "" if request.after is not None else f"; {NOT_FOLDED}"
-        if is_known:
+        if not near:
             return hint
         asked = StatesAsked(PARTS_VERSION, [], views=None)
         everything = await self._gather(asked, deadline_s, None, allow_partial=True)
         names = {entry.definition.view for entry in everything.entries()}
-        near = get_close_matches(view[:200], [*names][:2_000])
-        named = " or ".join(near)
-        return f"; is it {named}?{hint}" if near else hint
+        named = " or ".join(get_close_matches(view[:200], [*names][:2_000]))
+        return f"; is it {named}?{hint}" if named else hint
 
     async def _gather(
         self, asked: StatesAsked, deadline_s: float, after: Token | None, *, allow_partial: bool | None
@@ -319,12 +343,12 @@ class GatherService:
         selected = Selected(selected.labels, selected.values, count)
         return answer_of(query, plan.merged, selected, gathered.as_of(self.clock.monotonic_s()))
 
-    async def views(self, headers: ReadHeaders) -> Encoded:
-        """Return all views, encoded."""
+    async def views(self, headers: ReadHeaders, bounds: Bounds | None = None) -> Encoded:
+        """Return all views within bounds, encoded."""
         with self._pool.slot():
             asked = StatesAsked(PARTS_VERSION, [], views=None)
             gathered = await self._gather(asked, self._pool.deadline_s(), None, allow_partial=None)
-            found = [View.of(it) for it in listed(gathered.entries())]
+            found = [View.of(it, bounds) for it in listed(gathered.entries(), bounds)]
             body = _encode(Views(found, gathered.as_of(self.clock.monotonic_s())))
             parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
             return plain_json(parts, coding)
@@ -332,19 +356,26 @@ class GatherService:
     # For Prometheus
 
     async def scrape(
-        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+        self,
+        views: Sequence[str],
+        render: RenderViews,
+        accept: str,
+        *,
+        windowed: bool = True,
+        bounds: Bounds | None = None,
     ) -> tuple[bytes, str]:
-        """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`."""
+        """Return all views within bounds, or these, as `render` writes them. Raises as `ViewReader.scrape`."""
         with self._pool.slot():
-            exposition = await self._scrape(views, self._pool.deadline_s(), windowed=windowed)
+            exposition = await self._scrape(views, bounds, self._pool.deadline_s(), windowed=windowed)
             return await self._pool.run(lambda: render(exposition, accept))
 
-    async def _scrape(self, views: Sequence[str], deadline_s: float, *, windowed: bool) -> Exposition:
+    async def _scrape(self, views: Sequence[str], bounds: Bounds | None, deadline_s: float, *, windowed: bool) -> Exposition:
         asked = StatesAsked(PARTS_VERSION, [], views=None)
         gathered = await self._gather(asked, deadline_s, None, allow_partial=None)
+        where = Query("").within(bounds).where
         for _ in range(_TRIES):
-            plans = self._exposed_plans(gathered, views)
-            chosen, omitted = choose({view: exposed_as(plan.merged.definition) for view, plan in plans.items()}, NAMES)
+            plans = self._exposed_plans(gathered, views, bounds)
+            chosen, omitted = choose({view: plan.merged for view, plan in plans.items()}, NAMES)
             final_before_ms = self._servers.final_before_ms(gathered)
             reads: list[tuple[Definition, StatesRead]] = []
             for it in chosen:
@@ -352,24 +383,24 @@ class GatherService:
                 if it.window_s and not (windowed and start_ms >= max(plan.hidden.values(), default=0)):
                     continue
                 keep = self._settings.openmetrics_series_max
-                reads.append((it, StatesRead([*plan.merged.parts], keep=keep, window_start_ms=start_ms)))
+                reads.append((it, StatesRead([*plan.merged.parts], where, keep=keep, window_start_ms=start_ms)))
             asked = StatesAsked(PARTS_VERSION, [], [read for _, read in reads], None)
             gathered = await self._gather(asked, deadline_s, None, allow_partial=None)
             # The second answers can be of other servers than the first: the windows have to be final there, too.
             final_before_ms = self._servers.final_before_ms(gathered)
             final = all(read.window_start_ms <= newest_final_ms(it, final_before_ms) for it, read in reads if it.window_s)
-            if final and self._exposed_plans(gathered, views) == plans:
+            if final and self._exposed_plans(gathered, views, bounds) == plans:
                 return await self._pool.run(partial(self._expose, gathered, [it for it, _ in reads], omitted))
         raise Unavailable("definitions change faster than they are read; try again")
 
-    def _exposed_plans(self, gathered: Gathered, views: Sequence[str]) -> dict[str, GatherPlan]:
+    def _exposed_plans(self, gathered: Gathered, views: Sequence[str], bounds: Bounds | None) -> dict[str, GatherPlan]:
         found: dict[str, list[DefinitionEntry]] = {}
-        for entry in gathered.entries():
+        for entry in seen_within(bounds, gathered.entries()):
             if not views or entry.definition.view in views:
                 found.setdefault(entry.definition.view, []).append(entry)
         if unknown := set(views) - found.keys():
             raise NotFound(f"no view {min(unknown)[:100]!r}")
-        return {view: _plan_of(view, entries, None, None) for view, entries in found.items()}
+        return {view: _plan_of(Query(view, bounds=bounds), entries) for view, entries in found.items()}
 
     def _expose(self, gathered: Gathered, chosen: Sequence[Definition], omitted: dict[str, str]) -> Exposition:
         left = self._settings.openmetrics_series_max

@@ -18,6 +18,7 @@ from pipeline.query.api import (
     operation_routes,
     scrape_route,
 )
+from pipeline.query.bodies import BodyRoom
 from pipeline.query.gather import GatherService
 from pipeline.query.openapi import READ_PATH, STREAM_PATH
 from pipeline.query.page import page_routes
@@ -27,7 +28,7 @@ from pipeline.query.streams import Streams
 from pipeline.query.streams_api import StreamView
 from pipeline.settings import QuerySettings
 
-_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
+_WRITE_PATHS = ("/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/metrics", f"{READ_PATH}/drop", f"{READ_PATH}/reset")
 
 
 def create_gather_app(
@@ -51,7 +52,7 @@ def create_gather_app(
         Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, BodyRoom(settings, metrics)), methods=["POST"]),
         *page_routes(),
         *operation_routes(metrics, service.status, lambda: service.ready),
         scrape_route(service, settings, render_views),

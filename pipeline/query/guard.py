@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
-from pipeline.core.grants import EVERYTHING
+from pipeline.core.grants import EVERYTHING, NOTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
@@ -20,18 +20,21 @@ from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, kee
 from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
+from pipeline.query.read_pool import ClientGone
 from pipeline.query.streams_api import EVENT_STREAM
 from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
 _VIEWS = READ_PATH.partition("{")[0]
+OPERATIONS = frozenset(("/healthz", "/readyz", "/metrics"))
+"""Paths that are answered beyond all limits on connections and requests."""
 
 
 class ReadApp(Protocol):
     """The application that answers reads of views."""
 
-    async def answer(self, view: str, scope: Scope, send: Send) -> None:
+    async def answer(self, view: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a read of a view. Raises what the read raises."""
         ...
 
@@ -116,13 +119,14 @@ class Guard:
         started_s = self._clock.monotonic_s()
         status = _CLIENT_GONE
         counted = True
+        waiting = False
         more = ALWAYS
 
         def done() -> None:
             nonlocal counted
             if counted:
                 counted = False
-                self._open -= 1
+                self._open -= not waiting
                 # Not the path of the request: a client could make any number of them.
                 path = self._paths.get(scope.get("endpoint"), "unmatched")
                 self._metrics.inc(m.REQUESTS, 1, path, status)
@@ -137,9 +141,21 @@ class Guard:
                     done()  # `streams_max` bounds streams, which stay open
             await send(message)
 
+        async def receiving() -> Message:
+            nonlocal waiting
+            if not counted:
+                return await receive()
+            waiting = True  # `body_timeout_ms` and `sockets_max` bound requests whose bodies are not there
+            self._open -= 1
+            try:
+                return await receive()
+            finally:
+                waiting = False
+                self._open += counted
+
         self._open += 1
         try:
-            if self._open > self._connections_max:
+            if self._open > self._connections_max and scope["path"] not in OPERATIONS:
                 self._metrics.inc(m.READS_REFUSED, 1, "connections_max")
                 raise Unavailable(f"{self._open - 1} requests are open; no more are taken")
             headers = dict(scope["headers"])
@@ -151,11 +167,11 @@ class Guard:
             self._admit(scope)
             if view and self._read is not None:
                 scope["endpoint"] = self._read
-                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=False)
-                await self._read.answer(view, scope, noting)
+                check_grant(scope["grant"], READ_NEEDED, keeps_bounds=True)
+                await self._read.answer(view, scope, receive, noting)
             else:
-                await self._app(scope, receive, noting)
-        except ClientDisconnect:
+                await self._app(scope, receiving, noting)
+        except (ClientDisconnect, ClientGone):
             pass
         except Exception as error:
             response = _problem_response(scope, error)
@@ -167,11 +183,11 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         """Put into the scope what the request may do. Raises `Unauthenticated` if that needs a token, and it has none."""
-        scope["grant"] = EVERYTHING
-        if self._access is not None:
-            scope["access"] = self._access
-            if not is_open(scope["path"]):
-                scope["grant"] = self._access.grant_of(scope["headers"])
+        if self._access is None:
+            scope["grant"] = EVERYTHING
+            return
+        scope["access"] = self._access
+        scope["grant"] = NOTHING if is_open(scope["path"]) else self._access.grant_of(scope["headers"])
 
     @staticmethod
     def _viewed(scope: Scope) -> str:

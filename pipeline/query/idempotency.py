@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
+from pipeline.core.grants import Bounds
 from pipeline.errors import Invalid
 from pipeline.ports import RequestKey
 from pipeline.query.problems import Refused
@@ -49,11 +50,13 @@ class UsedKeys:
     def __init__(self, keys_max: int) -> None:
         self._keys_max = keys_max
         self._lock = threading.Lock()
-        self._digests: dict[tuple[str, str], bytes] = {}
+        self._digests: dict[tuple[str, str, Bounds | None], bytes] = {}
 
     @contextmanager
-    def using(self, path: str, key: str | None, body: bytes) -> Iterator[RequestKey | None]:
+    def using(self, path: str, key: str | None, body: bytes, bounds: Bounds | None = None) -> Iterator[RequestKey | None]:
         """Yield the key of a request while it is carried out; 422 if the key was used with another body.
+
+        Access tokens of different `bounds` have keys of their own.
 
         A request that is refused does not use up its key, because none of it was taken. If an earlier request had the key,
         some of that one may have been taken, and the refusal says so.
@@ -61,7 +64,7 @@ class UsedKeys:
         if key is None:
             yield None
             return
-        digest, name = sha256(body).digest(), (path, key)
+        digest, name = sha256(body).digest(), (path, key, bounds)
         with self._lock:
             repeated = name in self._digests
             first = self._digests.pop(name, digest)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from pipeline.core.answer import Answer
+from pipeline.core.answer import Answer, Answers
 from pipeline.core.tables import columns, to_arrow_stream, value_text
 from pipeline.query.codings import qualities_of
+from pipeline.query.found import SERIES_RUN
 from pipeline.query.problems import Refused
 
 JSON = "application/json"
@@ -30,6 +31,7 @@ _CONTENT_TYPES = {
 }
 _encode = msgspec.json.Encoder().encode
 _NO_SERIES = b'"series":[]'
+_NO_ANSWERS = b'"answers":[]'
 Header = tuple[bytes, bytes]
 _VARY = (b"vary", b"Accept, Accept-Encoding")
 _NO_STORE = (b"cache-control", b"no-store")
@@ -73,8 +75,7 @@ def has_arrow() -> bool:
 def split(answer: Answer, media_type: str) -> tuple[Answer, bytes]:
     """Return an answer without its series, and the start of its body, up to the end of the series."""
     head = replace(answer, series=[])
-    body = encode_body(answer, media_type)
-    return head, body[: len(body) - len(end_of(head, media_type))]
+    return head, _json_start(answer, head) if media_type == JSON else encode_body(answer, media_type)
 
 
 def end_of(head: Answer, media_type: str) -> bytes:
@@ -85,10 +86,37 @@ def end_of(head: Answer, media_type: str) -> bytes:
 def encode_body(answer: Answer, media_type: str) -> bytes:
     """Return an answer in one of our media types."""
     if media_type == JSON:
-        return _encode(answer)
+        if not _is_long(answer):
+            return _encode(answer)
+        head = replace(answer, series=[])
+        return _json_start(answer, head) + end_of(head, JSON)
     if media_type == ARROW:
         return to_arrow_stream(answer)
     return to_csv(answer) if media_type == CSV else to_ndjson(answer)
+
+
+def encode_answers(answers: Answers) -> bytes:
+    """Return several answers as JSON."""
+    if not any(map(_is_long, answers.answers)):
+        return _encode(answers)
+    start, _, end = _encode(replace(answers, answers=[])).partition(_NO_ANSWERS)
+    parts = [encode_body(it, JSON) for it in answers.answers]
+    return b"".join([start, _NO_ANSWERS[:-1], b",".join(parts), b"]", end])
+
+
+def _is_long(answer: Answer) -> bool:
+    series: Any = answer.series
+    return not isinstance(series, msgspec.Raw) and len(series) > SERIES_RUN
+
+
+def _json_start(answer: Answer, head: Answer) -> bytes:
+    """Return the JSON of an answer up to the end of its series; a part at a time, so that other threads get their turn."""
+    start = _encode(head).partition(_NO_SERIES)[0] + _NO_SERIES[:-1]
+    series = answer.series
+    if not _is_long(answer):
+        return start + _encode(series)[1:]
+    parts = [_encode(series[i : i + SERIES_RUN])[1:-1] for i in range(0, len(series), SERIES_RUN)]
+    return b"".join([start, b",".join(parts), b"]"])
 
 
 def encoded(

@@ -1,15 +1,15 @@
-"""Parses requests: the query of a read, the deltas of a body. `Invalid` says where a request is wrong."""
+"""Parses reads: queries and what they wait for. `Invalid` says where a request is wrong."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import msgspec
 
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.kinds.histogram import parse_quantiles
 from pipeline.core.query import Matcher, Query, parse_matcher
@@ -18,10 +18,8 @@ from pipeline.core.span import NO_RANGE, AskedRange
 from pipeline.core.times import length_ms, time_ms
 from pipeline.core.token import Token
 from pipeline.errors import Invalid
-from pipeline.json_errors import Field, is_scalar, json_error, object_error
-from pipeline.ports import RawDelta
 from pipeline.query.codings import preferred_coding
-from pipeline.query.media import JSON, NDJSON, preferred
+from pipeline.query.media import JSON, preferred
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
@@ -36,7 +34,6 @@ _SINGLE = (*PER_QUERY, *WAITS, "cursor", "allow_partial")
 STALENESS_MS_MAX = 10**15 - 1
 _READ_HEADERS = (b"accept", b"accept-encoding", b"if-none-match")
 _WHOLE = re.compile(r"[0-9]{1,16}")
-_FIRST = re.compile(rb"[ \t\r\n]*(.?)", re.DOTALL)
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +103,14 @@ def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> ReadHeaders:
     return ReadHeaders(accept.decode("latin-1"), encoding.decode("latin-1"), known)
 
 
-def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers: ReadHeaders = NO_HEADERS) -> ReadRequest:
-    """Return the read that a URL and its headers ask for."""
+def parse_read(
+    view: str,
+    query_string: bytes,
+    settings: QuerySettings,
+    headers: ReadHeaders = NO_HEADERS,
+    bounds: Bounds | None = None,
+) -> ReadRequest:
+    """Return the read that a URL and its headers ask for, within the bounds of an access token."""
     if len(query_string) > QUERY_BYTES_MAX:
         raise Refused(414, f"a query string of {len(query_string)} bytes; at most {QUERY_BYTES_MAX}")
     query, single = parse_query(view, _pairs(query_string, settings.matchers_max), settings, _SINGLE)
@@ -115,7 +118,7 @@ def parse_read(view: str, query_string: bytes, settings: QuerySettings, headers:
     if cursor and ("after" in single or "max_staleness_ms" in single):
         raise Invalid("after and max_staleness_ms are for the first page: later ones are of the same moment")
     return ReadRequest(
-        query=query,
+        query=query.within(bounds),
         cursor=cursor,
         media_type=preferred(headers.accept),
         coding=preferred_coding(headers.encoding),
@@ -253,87 +256,3 @@ def whole_number(single: Mapping[str, str], name: str, most: int, *, least: int 
     if not _WHOLE.fullmatch(text) or not least <= int(text) <= most:
         raise Invalid(f"{name}: a whole number from {least} to {most} is needed, got {text[:50]!r}")
     return int(text)
-
-
-class _Delta(msgspec.Struct, forbid_unknown_fields=True):
-    view: str
-    kind: str
-    value: int | float | str | bool | None
-    labels: dict[str, str] = {}
-    ts_ms: int | None = None
-    window_s: int | None = None
-    monotone: bool | None = None
-    retention_s: int | None = None
-    spread: int | None = None
-
-
-_decode_delta = msgspec.json.Decoder(_Delta).decode
-_decode_array = msgspec.json.Decoder(list[_Delta]).decode
-_split_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
-_TEXT = Field("a text", lambda it: isinstance(it, str))
-_INT = Field("an int or null", lambda it: it is None or type(it) is int, required=False)
-_FIELDS = {
-    "view": _TEXT,
-    "kind": _TEXT,
-    "value": Field("a text, a number, true, false or null", is_scalar),
-    "labels": Field(
-        "an object of texts",
-        lambda it: isinstance(it, dict) and all(isinstance(value, str) for value in it.values()),
-        required=False,
-    ),
-    "ts_ms": _INT,
-    "window_s": _INT,
-    "monotone": Field("true, false or null", lambda it: it is None or isinstance(it, bool), required=False),
-    "retention_s": _INT,
-    "spread": _INT,
-}
-
-
-def _fault(delta: bytes, error: Exception) -> str:
-    return object_error(delta, _FIELDS, others=False) or str(error)
-
-
-def parse_deltas(body: bytes, content_type: str, deltas_max: int) -> list[RawDelta]:
-    """Return the deltas of a body: a JSON array, or one JSON object a line."""
-    match = _FIRST.match(body)
-    first = match[1] if match else b""
-    lines = content_type.partition(";")[0].strip().lower() == NDJSON or first == b"{"
-    if not lines and first != b"[":
-        raise Invalid("deltas: a JSON array of objects is needed, or one JSON object a line")
-    deltas = _lines(body, deltas_max) if lines else _array(body)
-    if len(deltas) > deltas_max:
-        raise Refused(413, f"too many deltas in one request; at most {deltas_max}")
-    return [
-        RawDelta(d.view, d.kind, d.labels, d.value, d.ts_ms, d.window_s, d.monotone, d.retention_s, d.spread) for d in deltas
-    ]
-
-
-def _lines(body: bytes, deltas_max: int) -> list[_Delta]:
-    deltas: list[_Delta] = []
-    for number, line in enumerate(BytesIO(body), start=1):
-        if len(deltas) > deltas_max:
-            break
-        if line.strip():
-            try:
-                deltas.append(_decode_delta(line))
-            except _MALFORMED as error:
-                raise Invalid(f"line {number}: {_fault(line, error)}") from None
-    return deltas
-
-
-def _array(body: bytes) -> list[_Delta]:
-    try:
-        return _decode_array(body)
-    except _MALFORMED as error:
-        whole = error
-    try:
-        parts = _split_array(body)
-    except _MALFORMED as error:
-        raise Invalid(f"deltas: not a JSON array: {json_error(body) or error}") from None
-    for number, part in enumerate(parts):
-        try:
-            _decode_delta(part)
-        except _MALFORMED as error:
-            raise Invalid(f"delta {number}: {_fault(bytes(part), error)}") from None
-    raise Invalid(f"deltas: {whole}")

@@ -7,12 +7,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pipeline.core import codec
-from pipeline.core.query import MergedDefinition, Query
-from pipeline.core.record import TAG_DEFINITION, Position, definitions_prefix, prefix_end
+from pipeline.core.grants import Bounds
+from pipeline.core.query import Labels, MergedDefinition, Query, pinned_labels
+from pipeline.core.record import TAG_DEFINITION, Position, definition_key, definitions_prefix, prefix_end
 from pipeline.errors import Unreadable
 from pipeline.ports import StoreView
 from pipeline.query.damage import decode_stored
 from pipeline.query.progress import read_positions
+from pipeline.query.ranges import Points
 from pipeline.query.scans import view_of
 
 decode_definition = lru_cache(maxsize=4_096)(codec.decode_definition)
@@ -28,6 +30,13 @@ def all_definitions(stores: Mapping[int, StoreView]) -> Iterator[tuple[str, code
             except Unreadable as error:
                 found = error.with_traceback(None)  # who handles it while this goes on must not clear this frame
             yield view_of(key), found
+
+
+def is_seen(bounds: Bounds | None, view: str, entry: codec.DefinitionEntry | Unreadable) -> bool:
+    """Return whether a token with these bounds may see a definition; of one that can't be decoded only its view is known."""
+    if bounds is None:
+        return True
+    return bounds.has_view(view) if isinstance(entry, Unreadable) else bounds.has(entry.definition)
 
 
 class ViewHeads(NamedTuple):
@@ -51,9 +60,29 @@ class ReadPlan(NamedTuple):
         return versions(positions) == self.versions and self.stores == stores
 
 
-def shape(query: Query) -> tuple[str, str | None, int | None]:
+def count_series(stores: Mapping[int, StoreView], plan: ReadPlan) -> int:
+    """Return how many entries of series, of all windows, the definitions of a plan have in these stores."""
+    keys = [definition_key(it) for it in plan.merged.parts]
+    values = [(number, value) for number, store in stores.items() for value in store.get(keys) if value]
+    return sum(decode_stored(number, decode_definition, value).series_count for number, value in values)
+
+
+def pinned(query: Query, plan: ReadPlan) -> Labels | None:
+    """Return the labels of the only series that can match; None if there can be several, or two ranges are read."""
+    return None if query.range.compare_ms is not None else pinned_labels(plan.merged.definition, query.where)
+
+
+def key_count(plan: ReadPlan, points: Points | None) -> int:
+    """Return how many keys of all partitions hold the windows of one series; 0 without windows."""
+    return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
+
+
+Shape = tuple[str, str | None, int | None, Bounds | None]
+
+
+def shape(query: Query) -> Shape:
     """Return the part of a query that decides which definitions it merges."""
-    return query.view, query.kind, query.window_s
+    return query.view, query.kind, query.window_s, query.bounds
 
 
 def versions(positions: Mapping[int, Position]) -> dict[int, int]:

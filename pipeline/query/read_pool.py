@@ -1,11 +1,11 @@
-"""The threads of reads, and the bound on reads that wait for one or for newer data."""
+"""The threads of reads, the bound on reads that wait for one, and that on reads that wait for newer data."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import pipeline.metrics as m
@@ -17,9 +17,15 @@ from pipeline.settings import QuerySettings
 
 _COMPRESS_HERE_MAX = 32_768
 """Size up to which a body is compressed on the event loop; a fraction of a millisecond's work."""
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+"""Returns the next message of a client, as ASGI has it."""
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
+
+
+class ClientGone(Exception):
+    """The client has closed its connection: nothing is answered."""
 
 
 class ReadPool:
@@ -31,10 +37,14 @@ class ReadPool:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        metrics.inc(m.READS_REFUSED, 0, "reads_waiting_max")
+        for limit in ("reads_waiting_max", "waits_max"):
+            metrics.inc(m.READS_REFUSED, 0, limit)
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
         self._open = 0
-        """Reads that wait for newer data, or run; equal ones that run count once."""
+        """Reads that run, or wait for a thread; equal ones count once."""
+        self._large = asyncio.Semaphore(settings.large_answers_max)
+        self._waits: dict[asyncio.Timeout, None] = {}
+        """Reads that wait for newer data; the first one has waited for longest."""
 
     def deadline_s(self) -> float:
         """Return the monotonic time by which a read that names no time has to end."""
@@ -63,20 +73,50 @@ class ReadPool:
         with self.slot():
             return await serve(*arguments, **options)
 
-    def start(self, work: Callable[[], T]) -> asyncio.Task[T]:
+    @asynccontextmanager
+    async def waiting(self, receive: Receive | None) -> AsyncIterator[None]:
+        """Count a read that waits for newer data until the context ends, which it does when the client goes away.
+
+        If too many wait, the one that has waited for longest makes room, with `Unavailable`: so reads that wait for a moment
+        are served beside any number of reads that wait for something that never comes.
+        """
+        if self.closed:
+            raise Unavailable("the server is stopping")
+        while len(self._waits) >= self._settings.waits_max:
+            longest = next(iter(self._waits))
+            del self._waits[longest]
+            longest.reschedule(0)
+            self._metrics.inc(m.READS_REFUSED, 1, "waits_max")
+        async with while_connected(receive):
+            try:
+                async with asyncio.timeout(None) as timeout:
+                    self._waits[timeout] = None
+                    try:
+                        yield
+                    finally:
+                        self._waits.pop(timeout, None)
+            except TimeoutError:
+                if not timeout.expired():
+                    raise
+                raise Unavailable(f"{self._settings.waits_max} later reads wait for newer data (waits_max)") from None
+
+    def start(self, work: Callable[[], T], *, large: bool = False) -> asyncio.Task[T]:
         """Do work in a thread, as one of the reads that may run. Raises as `slot`, at once."""
         self._admit()
 
         async def run() -> T:
             try:
-                return await self.run(work)
+                return await self.run(work, large=large)
             finally:
                 self._open -= 1
 
         return asyncio.create_task(run())
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns, done in a thread."""
+    async def run(self, work: Callable[[], T], *, large: bool = False) -> T:
+        """Return what `work` returns, done in a thread. Work on large answers waits for its turn before it takes one."""
+        if large:
+            async with self._large:
+                return await self.run(work)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def compress(self, coding: str, body: bytes) -> Coded:
@@ -96,3 +136,28 @@ class ReadPool:
         """Take no more reads."""
         self.closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+@asynccontextmanager
+async def while_connected(receive: Receive | None) -> AsyncIterator[None]:
+    """End the context with `ClientGone` when the client goes away; without `receive` nothing tells that."""
+    if receive is None:
+        yield
+        return
+    try:
+        async with asyncio.timeout(None) as timeout:
+
+            async def leave() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                timeout.reschedule(0)
+
+            leaving = asyncio.create_task(leave())
+            try:
+                yield
+            finally:
+                leaving.cancel()
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise ClientGone from None

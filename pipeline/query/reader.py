@@ -16,11 +16,9 @@ from msgspec.structs import replace
 
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, View, Views
-from pipeline.core.exposition import (
-    UNREADABLE,
-    Exposition,
-)
+from pipeline.core.exposition import UNREADABLE, Exposition
 from pipeline.core.gathered import StatesAsked, StatesFound
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
     Labels,
@@ -34,7 +32,6 @@ from pipeline.core.query import (
     listed,
     merged,
     narrow,
-    pinned_labels,
     select_one,
 )
 from pipeline.core.record import TAG_DEFINITION, Definition, Position, definition_key, expires_silent, prefix_end
@@ -47,7 +44,7 @@ from pipeline.query.ends import LogEnds
 from pipeline.query.found import Asked, FoundAnswer, answer_of, points_answer
 from pipeline.query.lookups import keys_of, look_up
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.plans import ReadPlan, ViewHeads, read_heads, shape, versions
+from pipeline.query.plans import ReadPlan, Shape, ViewHeads, count_series, key_count, pinned, read_heads, shape, versions
 from pipeline.query.progress import Progress, read_positions
 from pipeline.query.ranges import Points, check_unwindowed, expired_before
 from pipeline.query.scans import scan_windows, select, similar
@@ -95,7 +92,7 @@ class ViewReader:
         self._settings = settings
         self._on_damage = on_damage
         self._progress = Progress(ends, clock, metrics)
-        self._plans: dict[tuple[str, str | None, int | None], ReadPlan] = {}
+        self._plans: dict[Shape, ReadPlan] = {}
         self._closed = False
 
     @property
@@ -139,7 +136,7 @@ class ViewReader:
     def _plan(self, query: Query, stores: Mapping[int, ReadableStore], heads: ViewHeads) -> ReadPlan:
         key = shape(query)
         try:
-            found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s)
+            found = merged(query.view, heads.entries, kind=query.kind, window_s=query.window_s, bounds=query.bounds)
         except NotFound:
             self._plans.pop(key, None)
             raise
@@ -167,6 +164,14 @@ class ViewReader:
             self._plans.pop(shape(query), None)
         return None
 
+    def series_count(self, query: Query) -> int:
+        """Return how many entries of series, of all windows, the definitions have that a query merges."""
+        try:
+            plan = self._plans.get(shape(query)) or self._load_plan(query)
+        except NotFound:
+            return 0
+        return self._from(self._stores(), count_series, plan)
+
     def renewed(self, answer: Answer, positions: Mapping[int, Position]) -> Answer:
         """Return the answer, which was read at these positions, with what the clock says of it now."""
         seen = self._progress.note_ends()
@@ -190,11 +195,11 @@ class ViewReader:
                 plan = self._plans.get(shape(query)) or self._load_plan(query)
             except NotFound:
                 return None  # `read` knows which views there are
-            labels = self._pinned(query, plan)
+            labels = pinned(query, plan)
             if labels is None:
                 return None
             points = self._new_points(query, plan.merged, now_ms)
-            if self._key_count(plan, points) > keys_max:
+            if key_count(plan, points) > keys_max:
                 return None
             stores = self._stores()
             found = self._point(query, plan, labels, points, stores, stores, self._progress.note_ends())
@@ -254,7 +259,8 @@ class ViewReader:
 
     def read(self, query: Query, *, deadline_s: float) -> Answer:
         """Return the answer of `find`."""
-        return self.find(query, self.clock.now_ms(), deadline_s=deadline_s).answer
+        answer = self.find(query, self.clock.now_ms(), deadline_s=deadline_s).answer
+        return replace(answer, series=[*answer.series])
 
     def find(
         self, query: Query, now_ms: int, *, deadline_s: float, at: Callable[[Mapping[int, Position]], None] = _ignore
@@ -292,10 +298,14 @@ class ViewReader:
     ) -> list[FoundAnswer]:
         cut = self._cut(stores, deadline_s)
         found: list[FoundAnswer] = []
+        count, most = 0, self._settings.limit_max
         for i, query in enumerate(queries):
             try:
                 cut.check(query.view)
                 found.append(self._find_in(cut, query, now_ms, _ignore, keys_max=_KEYS_MAX))
+                count += sum([max(1, len(it.points)) for it in found[-1].answer.series])
+                if count > most:
+                    raise Invalid(f"the answers up to this one have {count} series and points; at most {most} (limit_max)")
             except (Invalid, Unavailable) as error:
                 raise type(error)(f"query {i}: {error}") from None
         return found
@@ -309,10 +319,12 @@ class ViewReader:
         try:
             plan = self._plan(query, cut.stores, heads)
         except NotFound as error:
-            raise error if heads.entries else NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
+            if heads.entries or query.bounds is not None:  # names are not for those who may not see their views
+                raise
+            raise NotFound(f"{error}{similar(cut.snapshots, query.view)}") from None
         points = self._new_points(query, plan.merged, now_ms)
-        labels = self._pinned(query, plan)
-        if labels is not None and self._key_count(plan, points) <= keys_max:
+        labels = pinned(query, plan)
+        if labels is not None and key_count(plan, points) <= keys_max:
             found = self._point(query, plan, labels, points, cut.stores, cut.snapshots, cut.seen)
             if found is not None:
                 return found
@@ -326,16 +338,6 @@ class ViewReader:
         for it in filter(None, (points, points.earlier)):
             scan_windows(query, plan.merged, it, cut.snapshots, tests, check)
         return self._points_found(query, plan.merged, points, heads.positions, cut.seen, check)
-
-    @staticmethod
-    def _pinned(query: Query, plan: ReadPlan) -> Labels | None:
-        """Return the labels of the only series that can match; None if there can be several, or two ranges are read."""
-        return None if query.range.compare_ms is not None else pinned_labels(plan.merged.definition, query.where)
-
-    @staticmethod
-    def _key_count(plan: ReadPlan, points: Points | None) -> int:
-        """Return how many keys of all partitions hold the windows of one series; 0 without windows."""
-        return 0 if points is None else sum(len(points.windows(it)) for it in plan.merged.parts) * len(plan.stores)
 
     def _select(
         self,
@@ -382,35 +384,43 @@ class ViewReader:
         final_before_ms = self._progress.final_before_ms(positions, seen)
         return FoundAnswer(points_answer(query, merged, points, as_of, final_before_ms, check), positions)
 
-    def views(self) -> Views:
-        """Return all definitions, by view, and the state that they are of."""
-        found, as_of = self.definitions()
-        return Views([View.of(it) for it in found], as_of)
+    def views(self, bounds: Bounds | None = None) -> Views:
+        """Return all definitions within bounds, by view, and the state that they are of."""
+        found, as_of = self.definitions(bounds)
+        return Views([View.of(it, bounds) for it in found], as_of)
 
-    def definitions(self) -> tuple[list[Listed], AsOf]:
-        """Return all definitions with their counts of series, and the state that they are of."""
-        return self._from(self._stores(), self._list_stored)
+    def definitions(self, bounds: Bounds | None = None) -> tuple[list[Listed], AsOf]:
+        """Return all definitions within bounds with their counts of series, and the state that they are of."""
+        return self._from(self._stores(), self._list_stored, bounds)
 
-    def _list_stored(self, stores: Mapping[int, ReadableStore]) -> tuple[list[Listed], AsOf]:
+    def _list_stored(self, stores: Mapping[int, ReadableStore], bounds: Bounds | None) -> tuple[list[Listed], AsOf]:
         cut = self._cut(stores, inf)
         entries: list[codec.DefinitionEntry] = []
         for number, snapshot in cut.snapshots.items():
             for _, value in snapshot.scan(TAG_DEFINITION, prefix_end(TAG_DEFINITION)):
                 entries.append(decode_stored(number, codec.decode_definition, value))
-        return listed(entries), self._progress.as_of(cut.positions, cut.seen)
+        return listed(entries, bounds), self._progress.as_of(cut.positions, cut.seen)
 
-    def scrape(self, views: Collection[str] = (), *, windowed: bool = True, deadline_s: float) -> Exposition:
-        """Return all views, or these, each whole or not at all, at one moment of each store.
+    def scrape(
+        self, views: Collection[str] = (), *, windowed: bool = True, deadline_s: float, bounds: Bounds | None = None
+    ) -> Exposition:
+        """Return all views within bounds, or these, each whole or not at all, at one moment of each store.
 
         Views with windows are left out if not `windowed`. At most `openmetrics_series_max` series are returned, in the order
         of names. Views that can't be shown are named as omitted. Raises `NotFound` for an unknown view, `Unavailable` beyond
         `deadline_s`, `Invalid` without all partitions.
         """
         self._check_whole("scrape one that has all, or one with --gather")
-        return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s)
+        return self._from(self._stores(), partial(self._scrape, windowed=windowed), views, deadline_s, bounds)
 
     def _scrape(
-        self, stores: Mapping[int, ReadableStore], views: Collection[str], deadline_s: float, *, windowed: bool
+        self,
+        stores: Mapping[int, ReadableStore],
+        views: Collection[str],
+        deadline_s: float,
+        bounds: Bounds | None,
+        *,
+        windowed: bool,
     ) -> Exposition:
         cut = self._cut(stores, deadline_s)
 
@@ -422,7 +432,7 @@ class ViewReader:
 
         unreadable = partial(self._unreadable, stores)
         series_max = self._settings.openmetrics_series_max
-        exposed, omitted = scrape_cut(cut, views, read, unreadable, windowed=windowed, series_max=series_max)
+        exposed, omitted = scrape_cut(cut, views, read, unreadable, windowed=windowed, series_max=series_max, bounds=bounds)
         return Exposition(exposed, omitted, self._progress.as_of(cut.positions, cut.seen).staleness_ms)
 
     def _unreadable(self, stores: Mapping[int, ReadableStore], view: str, error: Unreadable) -> str:

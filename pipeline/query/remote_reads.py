@@ -11,22 +11,26 @@ from functools import partial
 from typing import NamedTuple
 
 import cramjam
+from msgspec.structs import replace
 
 from pipeline.core import codec
-from pipeline.core.exposition import choose, exposed_as
+from pipeline.core.exposition import choose
+from pipeline.core.grants import Bounds
 from pipeline.core.query import Matcher, MergedDefinition, merged
 from pipeline.core.remote_read import NAME_LABEL, SeriesQuery, decode_request, encode_response
 from pipeline.errors import BadRecord, Unreadable
 from pipeline.metrics import NAMES
 from pipeline.query.cuts import Cut
 from pipeline.query.matchers import Test, compile_matcher
-from pipeline.query.plans import all_definitions, versions
+from pipeline.query.plans import all_definitions, is_seen, versions
 from pipeline.query.problems import Refused
 from pipeline.query.reader import ViewReader
 from pipeline.query.view_series import Room, histogram_names, sample_names, view_series
 from pipeline.settings import QuerySettings
 
 REQUEST_TYPE = "application/x-protobuf"
+_LISTINGS_MAX = 100
+"""Bounds of access tokens for which the list of views is kept."""
 REQUEST_BYTES_MAX = 2**18
 """Largest request, before and after it is decompressed."""
 
@@ -54,38 +58,45 @@ class RemoteReads:
     def __init__(self, reader: ViewReader, settings: QuerySettings) -> None:
         self._reader = reader
         self._settings = settings
-        self._listing: _ListedViews | None = None
+        self._listings: dict[Bounds | None, _ListedViews] = {}
 
-    def answer(self, body: bytes, *, deadline_s: float) -> bytes:
-        """Return the compressed answer to a compressed request.
+    def answer(self, body: bytes, bounds: Bounds | None = None, *, deadline_s: float) -> bytes:
+        """Return the compressed answer to a compressed request, within the bounds of an access token.
 
         Raises `BadRecord` or `Invalid` for a request that can't be answered, and what `ViewReader.on_cut` raises.
         """
         queries = decode_request(_decompressed(body), matchers_max=self._settings.matchers_max)
-        return bytes(cramjam.snappy.compress_raw(self._reader.on_cut(partial(self._read, queries), deadline_s=deadline_s)))
+        own = [Matcher(label, "=", value) for label, value in bounds.labels] if bounds is not None else ()
+        queries = [replace(it, matchers=(*it.matchers, *own)) for it in queries]
+        answer = self._reader.on_cut(partial(self._read, queries, bounds), deadline_s=deadline_s)
+        return bytes(cramjam.snappy.compress_raw(answer))
 
-    def _read(self, queries: Sequence[SeriesQuery], cut: Cut) -> bytes:
-        listing = self._listed(cut)
+    def _read(self, queries: Sequence[SeriesQuery], bounds: Bounds | None, cut: Cut) -> bytes:
+        listing = self._listed(bounds, cut)
         room = Room(self._settings.answer_points_max, self._settings.remote_read_bytes_max)
         return encode_response([[*self._series(query, listing, cut, room)] for query in queries])
 
-    def _listed(self, cut: Cut) -> _ListedViews:
-        """Return all views, from memory unless the definitions of a partition have changed."""
+    def _listed(self, bounds: Bounds | None, cut: Cut) -> _ListedViews:
+        """Return all views within bounds, from memory unless the definitions of a partition have changed."""
         found_in = versions(cut.positions)
-        known = self._listing
+        known = self._listings.get(bounds)
         if known is not None and known.versions == found_in and known.stores == cut.stores:
             return known
         found: dict[str, list[codec.DefinitionEntry]] = {}
         broken: dict[str, Unreadable] = {}
         for view, entry in all_definitions(cut.snapshots):
+            if not is_seen(bounds, view, entry):
+                continue
             if isinstance(entry, Unreadable):
                 broken[view] = entry
             else:
                 found.setdefault(view, []).append(entry)
         whole = {view: merged(view, entries) for view, entries in found.items() if view not in broken}
-        chosen, _ = choose({view: exposed_as(it.definition) for view, it in whole.items()}, NAMES)
+        chosen, _ = choose(whole, NAMES)
         views = [_Readable(whole[it.view], sample_names(it)) for it in chosen if it.window_s]
-        self._listing = listing = _ListedViews(dict(cut.stores), found_in, views, broken)
+        if len(self._listings) >= _LISTINGS_MAX:
+            self._listings.clear()
+        listing = self._listings[bounds] = _ListedViews(dict(cut.stores), found_in, views, broken)
         return listing
 
     def _series(self, query: SeriesQuery, listing: _ListedViews, cut: Cut, room: Room) -> Iterator[bytes]:

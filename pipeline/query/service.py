@@ -18,16 +18,18 @@ import pipeline.metrics as m
 from pipeline.core.answer import Answer, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.gathered import decode_asked, encode_part
+from pipeline.core.grants import Bounds
 from pipeline.core.query import Query
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.query.codings import encode_end, preferred_coding
 from pipeline.query.found import FoundAnswer, answers_together, span_of, unchanged_head
-from pipeline.query.media import ARROW, Encoded, encode_body, encoded, end_of, plain_json
+from pipeline.query.kept import KeptAnswer
+from pipeline.query.media import ARROW, Encoded, encode_answers, encode_body, encoded, end_of, plain_json
 from pipeline.query.pages import AnswerPages, PageLists, Place
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
-from pipeline.query.read_pool import ReadPool
+from pipeline.query.read_pool import ReadPool, Receive
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
 from pipeline.query.shared import SharedAnswers
@@ -38,7 +40,9 @@ _log = logging.getLogger(__name__)
 POLL_S = 0.003
 OBSERVE_S = 0.1
 _TOPIC_S = 2.0
-"""Longest wait for the log to answer which topic it has now."""
+"""Longest wait for the log to answer which topic it has now, and where that ends."""
+_END_S = 0.25
+"""Time after which an answer of the log about its end counts as newer than a token that the client has."""
 
 NOT_FOLDED = "if it was published a moment ago, pass the token that flush() returned: after=token"
 
@@ -103,18 +107,33 @@ class ReadService:
         self._waiter = _PositionWaiter(reader.partitions)
         self._failures = Failures(_log, "observe", metrics)
         self._lists = PageLists(reader.clock, settings, metrics)
-        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._pool.start)
+        self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._start)
 
-    async def answer(self, request: ReadRequest) -> Encoded:
-        """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room."""
+    def _start(self, compute: Callable[[], KeptAnswer], query: Query) -> asyncio.Task[KeptAnswer]:
+        return self._pool.start(compute, large=self._is_large(query))
+
+    def _is_large(self, *queries: Query) -> bool:
+        """Return whether the answers together can have so many series that few such are made at once."""
+        limits = [min(it for it in (query.limit, query.top, query.bottom) if it is not None) for query in queries]
+        most = self._settings.large_answer_series
+        if sum(limits) <= most:
+            return False
+        counts = [self._reader.series_count(query) if query.by != () else 1 for query in queries]
+        return sum(map(min, limits, counts)) > most
+
+    async def answer(self, request: ReadRequest, receive: Receive | None = None) -> Encoded:
+        """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room.
+
+        `receive` tells when the client goes away, which ends a wait, and a scan that has not begun.
+        """
         try:
-            return await self._answer(request)
+            return await self._answer(request, receive)
         except NotFound as error:
             if request.after is not None:
                 raise
             raise NotFound(f"{error}; {NOT_FOLDED}") from None
 
-    async def _answer(self, request: ReadRequest) -> Encoded:
+    async def _answer(self, request: ReadRequest, receive: Receive | None) -> Encoded:
         if request.cursor:
             return await self._page(self._lists.find(request.cursor, request.query), request)
         clock = self._reader.clock
@@ -125,8 +144,8 @@ class ReadService:
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
-                await self._pool.bounded(self._wait, request, deadline_s)
-            answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s)
+                await self._wait(request, deadline_s, receive)
+            answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s, receive)
             if answer is not None:
                 return answer
             # The data was fresh enough when the read began, but not when it ended: read again if there is time.
@@ -134,7 +153,7 @@ class ReadService:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
-    async def _first_page(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
+    async def _first_page(self, request: ReadRequest, deadline_s: float, _: Receive | None) -> Encoded | None:
         """Return the first page of an answer whose other pages are kept; None if it is not fresh enough."""
         whole = replace(request.query, limit=self._settings.limit_max)
 
@@ -144,7 +163,7 @@ class ReadService:
             self._lists.check(pages)
             return pages
 
-        pages = await self._pool.bounded(self._pool.run, read)
+        pages = await self._pool.bounded(self._pool.run, read, large=self._is_large(whole))
         if not self._fresh(request, self._reader.renewed(pages.head, pages.positions).as_of):
             return None
         return await self._page(self._lists.keep(pages), request)
@@ -172,7 +191,7 @@ class ReadService:
         parts, coding = await self._pool.coded(body, request.coding)
         return encoded(answer, request.media_type, etag, parts, coding)
 
-    async def _shared(self, request: ReadRequest, deadline_s: float) -> Encoded | None:
+    async def _shared(self, request: ReadRequest, deadline_s: float, receive: Receive | None) -> Encoded | None:
         """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
         if request.waits:
             found = self._reader.find_point(request.query, self._reader.clock.now_ms())
@@ -186,7 +205,7 @@ class ReadService:
                 self._metrics.inc(m.ANSWERS, 1, "unchanged")
                 unchanged = encoded(answer, request.media_type, etag, (), unchanged=True)
                 return unchanged if self._fresh(request, answer.as_of) else None
-        kept = await self._answers.get(request.key, asked, deadline_s)
+        kept = await self._answers.get(request.key, asked, deadline_s, receive)
         coded = None
         if request.coding and len(kept.start) >= self._settings.compress_bytes_min:
             coded = await self._answers.coded(kept, request.coding, self._pool.compress)
@@ -208,7 +227,7 @@ class ReadService:
             begun_s = clock.monotonic_s()
             return self._reader.read(query, deadline_s=deadline_s), clock.monotonic_s() - begun_s
 
-        return await self._pool.bounded(self._pool.run, read)
+        return await self._pool.bounded(self._pool.run, read, large=self._is_large(query))
 
     async def moved(self, since: States | None, timeout_s: float) -> States:
         """Return the positions of the stores, as soon as one is another than in `since` or the time is over."""
@@ -219,13 +238,12 @@ class ReadService:
         await self._waiter.until(other, timeout_s)
         return self._reader.partitions()
 
-    async def wait(self, request: ReadRequest) -> None:
+    async def wait(self, request: ReadRequest, receive: Receive | None = None) -> None:
         """Wait for what the read asks to wait for. Raises as `answer`."""
         if request.waits:
-            deadline_s = self._reader.clock.monotonic_s() + request.timeout_ms / 1000
-            await self._pool.bounded(self._wait, request, deadline_s)
+            await self._wait(request, self._reader.clock.monotonic_s() + request.timeout_ms / 1000, receive)
 
-    async def answers(self, request: SeveralRequest, headers: ReadHeaders) -> Encoded:
+    async def answers(self, request: SeveralRequest, headers: ReadHeaders, receive: Receive | None = None) -> Encoded:
         """Return the encoded answers to several queries at one moment. Raises as `answer`, and for one wrong query."""
         clock = self._reader.clock
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
@@ -233,12 +251,14 @@ class ReadService:
         def read() -> tuple[AsOf, bytes]:
             found = self._reader.find_all(request.queries, clock.now_ms(), deadline_s=deadline_s)
             answers = answers_together([self._reader.renewed(it.answer, it.positions) for it in found])
-            return answers.as_of, _encode(answers)
+            return answers.as_of, encode_answers(answers)
+
+        large = self._is_large(*request.queries)
 
         while True:
             if request.waits:
-                await self._pool.bounded(self._wait, request, deadline_s)
-            as_of, body = await self._pool.bounded(self._pool.run, read)
+                await self._wait(request, deadline_s, receive)
+            as_of, body = await self._pool.bounded(self._pool.run, read, large=large)
             if self._fresh(request, as_of):
                 parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
                 return plain_json(parts, coding)
@@ -246,27 +266,38 @@ class ReadService:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
-    async def views(self, headers: ReadHeaders) -> Encoded:
-        """Return all views, encoded."""
-        body = await self._pool.bounded(self._pool.run, lambda: _encode(self._reader.views()))
+    async def views(self, headers: ReadHeaders, bounds: Bounds | None = None) -> Encoded:
+        """Return all views within bounds, encoded."""
+        body = await self._pool.bounded(self._pool.run, lambda: _encode(self._reader.views(bounds)))
         parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
         return plain_json(parts, coding)
 
     async def scrape(
-        self, views: Sequence[str], render: RenderViews, accept: str, *, windowed: bool = True
+        self,
+        views: Sequence[str],
+        render: RenderViews,
+        accept: str,
+        *,
+        windowed: bool = True,
+        bounds: Bounds | None = None,
     ) -> tuple[bytes, str]:
-        """Return all views, or these, as `render` writes them. Raises as `ViewReader.scrape`; `Unavailable` without room."""
-        deadline_s = self._pool.deadline_s()
-        return await self._pool.bounded(
-            self._pool.run, lambda: render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s), accept)
-        )
+        """Return all views within bounds, or these, as `render` writes them.
 
-    async def remote_read(self, body: bytes) -> bytes:
+        Raises as `ViewReader.scrape`; `Unavailable` without room.
+        """
+        deadline_s = self._pool.deadline_s()
+
+        def scrape() -> tuple[bytes, str]:
+            return render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s, bounds=bounds), accept)
+
+        return await self._pool.bounded(self._pool.run, scrape)
+
+    async def remote_read(self, body: bytes, bounds: Bounds | None = None) -> bytes:
         """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
         deadline_s = self._pool.deadline_s()
-        return await self._pool.bounded(self._pool.run, lambda: self._remote.answer(body, deadline_s=deadline_s))
+        return await self._pool.bounded(self._pool.run, lambda: self._remote.answer(body, bounds, deadline_s=deadline_s))
 
-    async def states(self, body: bytes) -> bytes:
+    async def states(self, body: bytes, receive: Receive | None = None) -> bytes:
         """Return what a server that merges several asks for; see `core.gathered`. Raises as `answer`."""
         clock = self._reader.clock
         arrived_s = clock.monotonic_s()
@@ -274,11 +305,8 @@ class ReadService:
         deadline_s = arrived_s + min(asked.timeout_ms, self._settings.timeout_ms_max) / 1000
         if asked.after or asked.max_staleness_ms is not None:
             token = Token.parse(asked.after)
-            await self._pool.bounded(
-                self._wait,
-                Waiting(timeout_ms=asked.timeout_ms, after=token, max_staleness_ms=asked.max_staleness_ms),
-                deadline_s,
-            )
+            waiting = Waiting(timeout_ms=asked.timeout_ms, after=token, max_staleness_ms=asked.max_staleness_ms)
+            await self._wait(waiting, deadline_s, receive)
 
         def read() -> bytes:
             return encode_part(self._reader.states(asked, arrived_s=arrived_s, deadline_s=deadline_s))
@@ -292,7 +320,7 @@ class ReadService:
         most, staleness_ms = request.max_staleness_ms, as_of.staleness_ms
         return most is None or (staleness_ms is not None and staleness_ms <= most)
 
-    async def _wait(self, request: Waiting, deadline_s: float) -> None:
+    async def _wait(self, request: Waiting, deadline_s: float, receive: Receive | None) -> None:
         after = request.after or Token()
         wanted, most = after.next_offsets, request.max_staleness_ms
 
@@ -317,11 +345,13 @@ class ReadService:
                 "partitions, or one with --gather, which splits tokens"
             )
         states = self._reader.partitions()
-        await self._check_topic(after, deadline_s)
-        if not ok(states):
-            await self._waiter.until(ok, deadline_s - self._reader.clock.monotonic_s())
-            states = self._reader.partitions()
-            await self._check_topic(after, deadline_s)
+        if not ok(states) or self._is_other(after):
+            async with self._pool.waiting(receive):
+                await self._check_topic(after, deadline_s)
+                await self._check_end(after, deadline_s, ok)
+                await self._waiter.until(ok, deadline_s - self._reader.clock.monotonic_s())
+                states = self._reader.partitions()
+                await self._check_topic(after, deadline_s)
         if ok(states):
             return
         if new := unknown(states):
@@ -333,6 +363,32 @@ class ReadService:
                 f"after: partition {number} is at {next_offset}, not at {wanted[number]}, after {request.timeout_ms} ms"
             )
         raise NotReady(too_old(request))
+
+    async def _check_end(self, after: Token, deadline_s: float, ok: Callable[[States], bool]) -> None:
+        """Raise `Invalid` if the token names an offset beyond the log's end: nothing that was acknowledged is there.
+
+        What this server knows of the end can be older than the token, so the log is asked once more first.
+        """
+
+        def beyond(states: States) -> list[PartitionState]:
+            return [
+                it for it in states if it.end_offset is not None and after.next_offsets.get(it.partition, 0) > it.end_offset
+            ]
+
+        if not beyond(self._reader.partitions()):
+            return
+        asked_s = self._reader.clock.monotonic_s() + _END_S
+
+        def settled(states: States) -> bool:
+            return ok(states) or not beyond(states) or self._reader.seen_s >= asked_s
+
+        known = await self._waiter.until(settled, min(_TOPIC_S, deadline_s - self._reader.clock.monotonic_s()))
+        if known and not self._is_other(after) and (far := beyond(self._reader.partitions())):
+            it = far[0]
+            raise Invalid(
+                f"after: the token names offset {after.next_offsets[it.partition]} of partition {it.partition}, and the log "
+                f"ends at {it.end_offset}: it is no token of this log, or the log has lost what was acknowledged"
+            )
 
     def _is_other(self, after: Token) -> bool:
         """Return whether the token is of another topic than the log has; False while the topic of the log is unknown."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from pipeline.core.grants import Bounds
 from pipeline.errors import Invalid
 from pipeline.json_errors import json_error
 from pipeline.query.params import PER_QUERY, WAITS, SeveralRequest, parse_query, waiting
@@ -14,8 +15,11 @@ from pipeline.settings import QuerySettings
 _LISTS = ("where", "by", "q")
 
 
-def parse_several(body: bytes, settings: QuerySettings) -> SeveralRequest:
-    """Return the queries of a body. `Invalid` says which query is wrong, by its index from 0, and where."""
+def parse_several(body: bytes, settings: QuerySettings, bounds: Bounds | None = None) -> SeveralRequest:
+    """Return the queries of a body, within the bounds of an access token.
+
+    `Invalid` says which query is wrong, by its index from 0, and where.
+    """
     try:
         request = json.loads(body, object_pairs_hook=_object, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -29,7 +33,9 @@ def parse_several(body: bytes, settings: QuerySettings) -> SeveralRequest:
     if not 0 < len(queries) <= settings.queries_max:
         raise Invalid(f"{len(queries)} queries; from 1 to {settings.queries_max} (setting queries_max) are answered")
     single = {name: _text(name, request[name]) for name in WAITS if request.get(name) is not None}
-    return SeveralRequest(queries=tuple(_queries(queries, settings)), **waiting(single, settings))
+    return SeveralRequest(
+        queries=tuple(it.within(bounds) for it in _queries(queries, settings)), **waiting(single, settings)
+    )
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,17 +7,19 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import pipeline.metrics as m
+from pipeline.core.query import Query
 from pipeline.core.record import Position
 from pipeline.errors import Unavailable
 from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded
 from pipeline.query.found import Asked
 from pipeline.query.kept import AnswerCache, AnswerKey, EntityTags, KeptAnswer
+from pipeline.query.read_pool import Receive, while_connected
 from pipeline.query.reader import ViewReader
 
 Compress = Callable[[str, bytes], Coroutine[Any, Any, Coded]]
-InSlot = Callable[[Callable[[], KeptAnswer]], "asyncio.Task[KeptAnswer]"]
-"""Starts a computation in a thread; raises `Unavailable` at once if too many run."""
+InSlot = Callable[[Callable[[], KeptAnswer], Query], "asyncio.Task[KeptAnswer]"]
+"""Starts the computation of a query in a thread; raises `Unavailable` at once if too many run."""
 
 
 class _Flight:
@@ -30,6 +32,20 @@ class _Flight:
         self._positions = None if asked is None else asked.positions
         self.started = False
         """True before the stores are read."""
+        self.awaited = 0
+        """Number of reads that wait for the answer."""
+        self._is_dropped = False
+
+    async def answer(self, timeout_s: float) -> KeptAnswer:
+        """Wait for the answer. The last read that stops to wait cancels a computation that has not begun."""
+        self.awaited += 1
+        try:
+            return await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
+        finally:
+            self.awaited -= 1
+            if not self.awaited and not self.started:
+                self._is_dropped = True
+                self.task.cancel()
 
     def note(self, positions: Mapping[int, Position]) -> None:
         """Note the commits that are read."""
@@ -37,7 +53,7 @@ class _Flight:
 
     def answers(self, asked: Asked) -> bool:
         """Return whether an equal query that is asked now is answered by this: of no older commit, over the same range."""
-        same = self._asked is not None and self._asked.span == asked.span
+        same = not self._is_dropped and self._asked is not None and self._asked.span == asked.span
         return same and (not self.started or self._positions == asked.positions)
 
 
@@ -53,10 +69,13 @@ class SharedAnswers:
         self._flights: dict[AnswerKey, _Flight] = {}
         """The newest computation of each answer that is under way."""
 
-    async def get(self, key: AnswerKey, asked: Asked | None, deadline_s: float) -> KeptAnswer:
+    async def get(
+        self, key: AnswerKey, asked: Asked | None, deadline_s: float, receive: Receive | None = None
+    ) -> KeptAnswer:
         """Return an answer of the present commit: kept, under way for another read, or computed now.
 
-        `asked` is the query as it is asked now; None if that is not known. `Unavailable` after `deadline_s`.
+        `asked` is the query as it is asked now; None if that is not known. `Unavailable` after `deadline_s`. A computation
+        that has not begun ends when no read waits for it; `receive` tells when the client of this one goes away.
         """
         clock = self._reader.clock
         while True:
@@ -69,7 +88,8 @@ class SharedAnswers:
             if not joined or flight is None:
                 flight = self._start(key, asked, deadline_s)
             try:
-                kept = await asyncio.wait_for(asyncio.shield(flight.task), deadline_s - clock.monotonic_s())
+                async with while_connected(receive):
+                    kept = await flight.answer(deadline_s - clock.monotonic_s())
             except TimeoutError:
                 raise Unavailable(f"view {key[0].view}: not read within timeout_ms; give it more time") from None
             except Unavailable:
@@ -81,7 +101,7 @@ class SharedAnswers:
             return kept
 
     def _start(self, key: AnswerKey, asked: Asked | None, deadline_s: float) -> _Flight:
-        """Begin to compute an answer, which goes on even if the read that wanted it is gone."""
+        """Begin to compute an answer; once it has begun, it goes on even if no read wants it any more."""
         now_ms = self._reader.clock.now_ms() if asked is None else asked.now_ms
         flight = _Flight(asked)
 
@@ -96,7 +116,7 @@ class SharedAnswers:
             if not task.cancelled() and task.exception() is None and asked is not None:
                 self._cache.put(task.result())
 
-        flight.task = self._in_slot(compute)
+        flight.task = self._in_slot(compute, key[0])
         flight.task.add_done_callback(done)
         self._flights[key] = flight
         return flight

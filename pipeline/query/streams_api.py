@@ -43,13 +43,18 @@ class StreamView:
         metrics.inc(m.STREAMS_STALLED, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse_read(scope["path_params"]["view"], scope["query_string"], self._settings)
+        request = parse_read(
+            scope["path_params"]["view"], scope["query_string"], self._settings, bounds=scope["grant"].bounds
+        )
         if request.query.range.compare_ms is not None or request.cursor is not None or request.allow_partial:
             raise Invalid("compare, cursor and allow_partial are not for streams")
         last_id = b"".join([value for name, value in scope["headers"] if name == b"last-event-id"]).decode("latin-1")
-        await self._service.wait(request)
+        await self._service.wait(request, receive)
         async with self._streams.open(request.query, last_id) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
             sending = asyncio.create_task(self._send(events, send))
             leaving = asyncio.create_task(_disconnected(receive))
             try:

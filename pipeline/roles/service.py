@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pipeline.metrics as m
 from pipeline.adapters.clock import SystemClock
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.adapters.tokens_file import TokensFile
 from pipeline.config import Config
 from pipeline.core.answer import Status
 from pipeline.errors import Exit, exit_code
+from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
+from pipeline.ingest.totals import RunningTotals
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest
 from pipeline.query.access import Access
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.gather_api import create_gather_app
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
-from pipeline.roles.http_server import HttpServer, bind, url_of
+from pipeline.roles.descriptors import raise_limit
+from pipeline.roles.http_server import HttpServer, bind, open_tls, url_of
 from pipeline.settings import QuerySettings
 from pipeline.threads import guarded
 from pipeline.worker.restore import RestoreProgress
@@ -106,18 +110,21 @@ class Service(Generic[RoleT]):
         """The error that ended the role."""
         self._accept_loss = config.worker.accept_loss
         self._ready = False
+        raise_limit()  # before a role opens files
         self._metrics = metrics = PrometheusMetrics()
         self._data = config.log.data
         metrics.show_info(name)
         access = open_access(config.query, metrics)
+        tls = open_tls(config.query, metrics)
         self.role = make(Hooks(metrics, self._fail, on_progress))
         try:  # after the role: that a directory is in use says more than that a port is in use
             self._listener = bind(config.query)
         except BaseException:
             self.role.stop()
             raise
-        self.url = url_of(self._listener)
-        self._server = HttpServer(make_app(self.role, metrics, access), self._listener)
+        self.url = url_of(self._listener, config.query)
+        app = make_app(self.role, metrics, access)
+        self._server = HttpServer(app, self._listener, config.query, metrics, tls)
         metrics.before_render = self._measure
 
     def run(self, on_ready: Callable[[str], None] = _ignore) -> int:
@@ -171,7 +178,7 @@ def embedded_service(config: Config, on_progress: OnProgress = _ignore) -> Servi
             **hooks._asdict(),
         )
 
-    return Service(config, "up", make, partial(_query_app, config.query), on_progress)
+    return Service(config, "up", make, partial(_query_app, config.query, alone=True), on_progress)
 
 
 def worker_service(
@@ -207,7 +214,8 @@ def worker_service(
     service = Service(config, "worker", make, make_app, on_progress)
     # Other members ask this URL for the status, and nobody can connect to a wildcard address.
     wildcard = config.query.host in ("0.0.0.0", "::")  # nosec B104  # binds nothing
-    service.role.url = f"http://{socket.gethostname()}:{service.url.rpartition(':')[2]}" if wildcard else service.url
+    scheme, port = service.url.partition("://")[0], service.url.rpartition(":")[2]
+    service.role.url = f"{scheme}://{socket.gethostname()}:{port}" if wildcard else service.url
     return service
 
 
@@ -251,7 +259,13 @@ def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress 
     return Service(config, "gatherer", make, make_app, on_progress)
 
 
-def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics, access: Access | None) -> Any:
+def _query_app(
+    settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics, access: Access | None, *, alone: bool = False
+) -> Any:
+    """Return the application of a server; `alone` it is the only one of its log."""
+    totals = None
+    if role.ingest is not None and (alone or settings.otlp_totals):
+        totals = RunningTotals(role.ingest, SystemClock(), settings.otlp_streams_max)
     return create_app(
         role.reader,
         role.ingest,
@@ -261,6 +275,7 @@ def _query_app(settings: QuerySettings, role: QueryRole, metrics: PrometheusMetr
         ready=lambda: role.ready,
         render_views=render_views,
         parse_pushed=parse_pushed,
+        exports=ExportTaking(parse_export, totals),
         letters=role.letters,
         access=access,
     )

@@ -17,12 +17,13 @@ from pipeline.config import Config
 from pipeline.connect import Publisher
 from pipeline.core.answer import IngestStatus, Status
 from pipeline.core.record import Definition
-from pipeline.errors import Forbidden, NotReady, PipelineError, Unavailable
+from pipeline.errors import Forbidden, Invalid, NotReady, PipelineError, Unavailable
 from pipeline.ingest.statsd import StatsdSink
 from pipeline.ingest.statsd_server import StatsdServer
 from pipeline.metrics import NO_METRICS, READY, Metrics
 from pipeline.query.api import create_operations_app
-from pipeline.roles.http_server import HttpServer, bind, url_of
+from pipeline.query.cross_origin import is_loopback
+from pipeline.roles.http_server import HttpServer, bind, open_tls, url_of
 from pipeline.roles.service import open_access
 from pipeline.settings import ClientSettings, QuerySettings
 from pipeline.threads import guarded
@@ -62,6 +63,11 @@ class StatsdGateway:
             self.sink = StatsdSink(self.publisher, clock, config.ingest, metrics, known=known, labels=labels)
             self._server = StatsdServer(host, port, config.ingest, self.sink, clock, metrics)
             try:
+                if not (config.query.insecure or is_loopback(self.address[0])):
+                    raise Invalid(
+                        f"{host}:{port} can be reached from other machines, and StatsD has no way to say who sends: "
+                        "use --host 127.0.0.1, or --insecure where the network lets no stranger in"
+                    )
                 if metrics_port is not None and isinstance(metrics, PrometheusMetrics):
                     query = replace(config.query, host=host, port=metrics_port)
                     self._operations = _Operations(query, metrics, clock, self._status)
@@ -136,13 +142,13 @@ class _Operations:
     def __init__(
         self, settings: QuerySettings, metrics: PrometheusMetrics, clock: SystemClock, status: Callable[[], Status]
     ) -> None:
-        access = open_access(settings, metrics)
+        access, tls = open_access(settings, metrics), open_tls(settings, metrics)
         metrics.show_info("ingest")
         metrics.set(READY, 1)
         self._listener = bind(settings)
-        self.url = url_of(self._listener)
+        self.url = url_of(self._listener, settings)
         app = create_operations_app(settings, metrics, clock, status, lambda: True, access)
-        self._server = HttpServer(app, self._listener)
+        self._server = HttpServer(app, self._listener, settings, metrics, tls)
         run = guarded(_log, "pipeline-http", self._server.run, metrics)
         self._thread = threading.Thread(target=run, name="pipeline-http", daemon=True)
         self._thread.start()

@@ -24,8 +24,24 @@ def tokens_file(config: Config, path: str | None) -> TokensFile:
     return TokensFile(where, SystemClock())
 
 
-def new_token(name: str, scopes: Sequence[str], expires: str | None) -> tuple[AccessToken, Secret]:
-    """Return an entry for a new token, and the token. `Invalid` for a wrong name, scope or time."""
+def new_token(
+    name: str,
+    scopes: Sequence[str],
+    expires: str | None = None,
+    *,
+    views: Sequence[str] = (),
+    labels: Sequence[str] = (),
+) -> tuple[AccessToken, Secret]:
+    """Return an entry for a new token, and the token. `labels` are texts such as `team=a`.
+
+    Raises `Invalid` for a wrong name, scope, view, label or time.
+    """
+    bound: dict[str, str] = {}
+    for text in labels:
+        label, equals, value = text.partition("=")
+        if not equals or label in bound:
+            raise Invalid(f"--label {text[:100]!r}: LABEL=VALUE is needed, once for a label")
+        bound[label] = value
     now_ms = SystemClock().now_ms()
     token = Secret(TOKEN_PREFIX + secrets.token_urlsafe(_TOKEN_BYTES))
     entry = AccessToken(
@@ -34,6 +50,8 @@ def new_token(name: str, scopes: Sequence[str], expires: str | None) -> tuple[Ac
         tuple(dict.fromkeys(scopes)),
         now_ms,
         None if expires is None else now_ms + length_ms("--expires", expires),
+        tuple(dict.fromkeys(views)),
+        bound,
     )
     return check_token(entry), token
 

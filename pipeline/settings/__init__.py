@@ -175,9 +175,23 @@ class ClientSettings(_Checked):
     token_file: str = _setting(
         "", "file with the access token, in place of `token`; read again when a server refuses the token"
     )
+    answer_bytes_max: int = _setting(
+        268_435_456, "bytes of one answer, or of one event of a stream; reading stops there, with an error", least=65_536
+    )
+    ca_file: str = _setting(
+        "",
+        "file of the authorities (PEM) that sign the certificates of `https://` servers; none: those the system trusts",
+    )
+    client_cert_file: str = _setting(
+        "",
+        "file of this client's certificate and those between it and its authority, for servers with a `tls_client_ca_file`",
+    )
+    client_key_file: str = _setting("", "file of the key of `client_cert_file`; none: it is in the same file")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.client_key_file and not self.client_cert_file:
+            raise Invalid("client_key_file needs client_cert_file")
         if self.token and self.token_file:
             raise Invalid("token and token_file: one of them")
 
@@ -187,6 +201,10 @@ class ClientKeywords(TypedDict, total=False):
 
     token: str | Secret
     token_file: str
+    answer_bytes_max: int
+    ca_file: str
+    client_cert_file: str
+    client_key_file: str
 
 
 class PublisherKeywords(ClientKeywords, total=False):
@@ -234,10 +252,25 @@ class QuerySettings(_Checked):
         "file of access tokens, which `pipeline tokens` writes: requests need one of them; read again when it changes. "
         "Without it every request may do everything",
     )
+    tls_cert_file: str = _setting(
+        "",
+        "file of the server's certificate (PEM) and those between it and its authority: the server speaks TLS only. This "
+        "and the next two are read again when they change",
+    )
+    tls_key_file: str = _setting("", "file of the key of `tls_cert_file`; none: it is in the same file")
+    tls_client_ca_file: str = _setting(
+        "", "file of the authorities that sign the certificates of clients: without such a certificate no client is answered"
+    )
+    insecure: bool = _setting(
+        False,
+        "listen beyond loopback without a `tokens_file` or `tls_client_ca_file`, for a network without strangers: whoever "
+        "reaches the port may do everything. For StatsD, which knows neither, it is needed in any case",
+    )
     allowed_hosts: str = _setting(
         "",
         "names by which clients know this server, beside IP addresses, `localhost`, that in `host` and, beyond loopback, "
-        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421",
+        "this machine's own: separated by commas; `*`: any. A request with another `Host` is refused with 421. With tokens "
+        "or TLS any will do",
     )
     cors_origins: str = _setting(
         "",
@@ -248,10 +281,42 @@ class QuerySettings(_Checked):
         16_777_216, "largest request body; more is refused with 413", least=1_024, most=16_777_216
     )
     deltas_max: int = _setting(
-        100_000, "deltas in one POST /v1/deltas, samples in one POST /v1/openmetrics; more is refused with 413", least=1
+        100_000,
+        "deltas in one POST /v1/deltas; samples, and as many types, in one POST /v1/openmetrics; more is refused with 413",
+        least=1,
+    )
+    batches_max: int = _setting(1_000, "batches in one POST /v1/batches; more is refused with 413", least=1)
+    bodies_bytes_max: int = _setting(
+        67_108_864,
+        "memory of all request bodies; three quarters of it are for those over `large_body_bytes`; one more is refused with "
+        "503",
+        least=33_554_432,
+    )
+    large_body_bytes: int = _setting(
+        102_400, "a larger body waits until fewer than `large_bodies_max` of its like are worked on", least=1_024
+    )
+    large_bodies_max: int = _setting(
+        2,
+        "large bodies that are decoded and appended at once; one that waits for 10 s is refused with 503",
+        least=1,
+        most=16,
     )
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
+    )
+    otlp_resource_attributes: str = _setting(
+        "service.name",
+        "resource attributes of POST /v1/metrics that become labels, separated by commas; the same on all servers",
+    )
+    otlp_totals: bool = _setting(
+        False,
+        "take totals (cumulative temporality) at POST /v1/metrics of a server of Kafka's log: only where no other server "
+        "gets any. `pipeline up` always takes them",
+    )
+    otlp_streams_max: int = _setting(
+        100_000,
+        "streams of totals that are remembered; one that was forgotten counts anew from its next total, which is left out",
+        least=1,
     )
     idempotency_keys_max: int = _setting(
         100_000,
@@ -306,7 +371,21 @@ class QuerySettings(_Checked):
         250, "how often `serve --gather` asks each server which partitions it has and how stale they are", least=10
     )
     reads_waiting_max: int = _setting(
-        256, "reads that wait for data or run, equal ones once; one more is refused with 503", least=1
+        256, "reads that run or wait for a thread, equal ones once; one more is refused with 503", least=1
+    )
+    large_answer_series: int = _setting(
+        50_000,
+        "an answer that can have more series waits until fewer than `large_answers_max` of its like are made",
+        least=1,
+    )
+    large_answers_max: int = _setting(
+        2, "large answers that are made at once; one that waits longer than its `timeout_ms` is 503", least=1, most=256
+    )
+    waits_max: int = _setting(
+        256,
+        "reads that wait for newer data (`after`, `max_staleness_ms`), for which they need no thread; if there is one more, "
+        "the one that has waited for longest is refused with 503",
+        least=1,
     )
     answer_cache_bytes: int = _setting(
         67_108_864,
@@ -324,7 +403,47 @@ class QuerySettings(_Checked):
     compress_bytes_min: int = _setting(
         1_024, "answers and lists of views from this size on are compressed for clients that accept gzip or zstd", least=1
     )
-    connections_max: int = _setting(1_000, "open requests; one more is refused with 503", least=1)
+    sockets_max: int = _setting(
+        4_096,
+        "open connections, at most half of the files that the process may open; at the limit the connection that has waited "
+        "longest for its client makes room, and where none waits a few more are taken for health and metrics only",
+        least=1,
+        most=65_536,
+    )
+    sockets_per_address_max: int = _setting(
+        3_072, "open connections from one address, or from one IPv6 network of 64 bits; the same", least=1, most=65_536
+    )
+    head_bytes_max: int = _setting(
+        65_536,
+        "bytes of a request's line and headers together, and of the trailers behind a chunked body; more is refused with "
+        "431 (or 414, if the URL alone is larger), and the connection is closed",
+        least=1_024,
+        most=65_536,
+    )
+    idle_timeout_ms: int = _setting(60_000, "a connection without a request for so long is closed", least=100)
+    head_timeout_ms: int = _setting(
+        10_000,
+        "time for the whole head of a request, from its first byte, or for a connection's first from the start; then 408",
+        least=100,
+    )
+    body_timeout_ms: int = _setting(
+        60_000, "time for the whole body of a request, from the end of its head; then 408", least=100
+    )
+    write_timeout_ms: int = _setting(
+        30_000, "a client that takes neither 64 KB of its answer nor the rest within this time is cut off", least=100
+    )
+    buffered_bytes_max: int = _setting(
+        268_435_456,
+        "bytes of answers that clients have not taken, and of requests before their turn, all connections together; beyond "
+        "it the client that reads most slowly is cut off, but those that take 1 MB a second only beyond twice of it",
+        least=1_048_576,
+    )
+    connections_max: int = _setting(
+        1_000,
+        "open requests whose bodies are there, without streams; one more is refused with 503, but for `/healthz`, `/readyz` "
+        "and `/metrics`",
+        least=1,
+    )
     streams_max: int = _setting(2_000, "open streams, beside `connections_max`; one more is refused with 503", least=1)
     stream_queries_max: int = _setting(
         100, "different reads that are streamed, each computed once a commit; one more is refused with 503", least=1
@@ -342,6 +461,12 @@ class QuerySettings(_Checked):
     end_offsets_interval_ms: int = _setting(
         100, "how often a query server asks Kafka where the log ends: the least staleness that it can state", least=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tls_key_file", "tls_client_ca_file"):
+            if getattr(self, name) and not self.tls_cert_file:
+                raise Invalid(f"{name} needs tls_cert_file")
 
 
 GROUPS: tuple[type[_Checked], ...] = (

@@ -13,6 +13,7 @@ OnFull = Literal["block", "raise", "drop_newest"]
 Durability = Literal["memory", "process", "disk"]
 ON_FULL: tuple[str, ...] = get_args(OnFull)
 DURABILITY: tuple[str, ...] = get_args(Durability)
+DIALECTS = ("auto", "statsd", "dogstatsd")
 
 
 def setting(default: Any, doc: str, *, least: int | None = None, most: int | None = None) -> Any:
@@ -48,7 +49,13 @@ def check_value(item: Field[Any], value: object) -> None:
         raise Invalid(f"{item.name}: {', '.join(known[:-1])} or {known[-1]}, got {value!r:.50}")
 
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {"on_full": ON_FULL, "durability": DURABILITY}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "on_full": ON_FULL,
+    "durability": DURABILITY,
+    "ingest_dialect": DIALECTS,
+    "ingest_timers": ("means", "histogram"),
+    "ingest_sets": ("members", "distinct"),
+}
 
 
 @dataclass(frozen=True)

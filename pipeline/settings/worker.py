@@ -115,11 +115,34 @@ class IngestSettings(Checked):
         65_535, "largest UDP packet; a larger one is left out and counted", least=64, most=65_535
     )
     ingest_connections_max: int = setting(256, "open TCP connections; one more is closed at once and counted", least=1)
+    ingest_idle_timeout_ms: int = setting(
+        600_000, "a TCP connection on which no StatsD line ends for so long is closed", least=10
+    )
     ingest_views_max: int = setting(
-        1_000, "views that StatsD lines can make; a line that needs one more is left out and counted", least=1, most=10_000
+        2_000, "views that StatsD lines can make; a line that needs one more is left out and counted", least=1, most=10_000
     )
     ingest_series_max: int = setting(
-        100_000, "label sets, members of sets among them, that StatsD lines can make; the same", least=1
+        200_000, "label sets, members of sets among them, that StatsD lines can make; the same", least=1
+    )
+    ingest_sender_share: int = setting(
+        50,
+        "percent of these views and series that the lines of one address can make; 100: one can take all",
+        least=1,
+        most=100,
+    )
+    ingest_observations_max: int = setting(
+        10_000, "observations for which the values of one StatsD timer line, by its sample rate, can stand", least=1
+    )
+    ingest_dialect: str = setting(
+        "auto",
+        "what a sign before a StatsD gauge's value means: a step (`statsd`), the value's own sign (`dogstatsd`), or a step "
+        "unless the line names a container, external data or a cardinality as Datadog's clients do (`auto`)",
+    )
+    ingest_timers: str = setting(
+        "means", "what new StatsD timers, histograms and distributions become: `means`, with max and count, or `histogram`"
+    )
+    ingest_sets: str = setting(
+        "members", "what new StatsD sets become: a sum with a series for each of its `members`, or `distinct`, an estimate"
     )
     ingest_receive_buffer_bytes: int = setting(
         4_194_304, "UDP packets that wait in the kernel; it may grant less (`net.core.rmem_max`), and says so", least=4_096

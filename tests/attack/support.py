@@ -133,10 +133,13 @@ class Bystander:
     """A client during an attack: it writes, reads its own writes, asks for health and metrics, and notes what it sees."""
 
     port: int
+    pid: int
     address: str
     headers: Mapping[str, str]
     health_s: list[float] = field(default_factory=list)
-    """Times of `/healthz` and `/metrics`, each on a fresh connection; infinite without a 200."""
+    """Times of `/healthz` and `/metrics`, each on a fresh connection, less the time in which the server's loop was ready to
+    run and other processes had the cores; infinite without a 200.
+    """
     round_s: list[float] = field(default_factory=list)
     """Times from the begin of a write to the end of the read that has it."""
     failures: list[str] = field(default_factory=list)
@@ -150,6 +153,7 @@ class Bystander:
 
     def check(self, *, grown_bytes_max: int, health_s_max: float = HEALTH_S_MAX, rounds_min: int = 1) -> None:
         """Fail if the attack did harm: a wrong answer, late health, memory beyond a bound, or too few rounds."""
+        print(self)  # `pytest -rP` shows it
         assert not self.wrong, self
         assert self.health_s, self
         assert max(self.health_s) < health_s_max, self
@@ -169,17 +173,24 @@ class Bystander:
     def ask_health(self, number: int) -> None:
         """Time one request for health, or each fifth time for metrics."""
         path = "/healthz" if number % 5 else "/metrics"
-        began_s = time.monotonic()
+        began_s, starved_s = time.monotonic(), self._starved_s()
         try:
             status = request(self.port, "GET", path, headers=self.headers, address=self.address).status
         except (OSError, http.client.HTTPException) as error:
             self.failures.append(f"{path}: {error!r}")
             self.health_s.append(float("inf"))
         else:
-            took_s = time.monotonic() - began_s
+            took_s = time.monotonic() - began_s - (self._starved_s() - starved_s)
             if status != 200:
                 self.failures.append(f"{path}: {status}")
             self.health_s.append(took_s if status == 200 else float("inf"))
+
+    def _starved_s(self) -> float:
+        """Return how long the server's loop, on its main thread, was ready to run and had no core."""
+        try:
+            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+        except FileNotFoundError:
+            return 0.0
 
     def go_round(self, number: int) -> None:
         """Write 1 and read the sum, once each; the write is repeated under its key until it is acknowledged."""
@@ -224,8 +235,8 @@ class Bystander:
 @contextmanager
 def attacked(up: UpProcess, *, address: str = LOOPBACK, headers: Mapping[str, str] | None = None) -> Iterator[Bystander]:
     """Yield a bystander that goes on until the context ends, and then must get one more right answer."""
-    bystander = Bystander(up.port, address, headers or {})
     pid = up.program.process.pid
+    bystander = Bystander(up.port, pid, address, headers or {})
     bystander.written = _written_before(bystander)
     bystander.go_round(0)
     assert bystander.round_s, bystander

@@ -29,8 +29,11 @@ WRITES = {
     "/v1/views/good/drop": "{}",
     "/v1/views/good/reset": "{}",
     "/v1/dead-letters/replay": "{}",
+    "/metrics/job/evil": PUSHED,
+    "/v1/query": json.dumps({"queries": [{"view": "good"}]}),
+    "/v1/states": "states",
 }
-"""By path, a body that the server would take from its own clients, with a character for each byte."""
+"""By path of a POST, a body that the server would take from its own clients, with a character for each byte."""
 TYPES = ("", "text/plain", "text/plain; version=0.0.4", "application/x-www-form-urlencoded", "multipart/form-data")
 """Media types that a page can send without asking."""
 
@@ -45,6 +48,7 @@ ATTACK = """async ([url, writes, types]) => {
       await note(fetch(url + path, { method: "POST", body: bytes, headers, credentials: "include" }));
       navigator.sendBeacon(url + path, new Blob([bytes], { type }));
     }
+    await note(fetch(url + path, { method: "PUT", body: bytes }));
     for (const type of ["application/json", "application/octet-stream"]) {
       await note(fetch(url + path, { method: "POST", body: bytes, headers: { "Content-Type": type } }));
     }
@@ -148,7 +152,7 @@ def test_pages_of_other_origins_store_nothing(victim: UpProcess, page: Page, sit
     before = log_ends(victim)
     page.goto(address.format(site))
     done = page.evaluate(ATTACK, [victim.url, WRITES, TYPES])
-    assert len(done) == len(WRITES) * (2 * len(TYPES) + 2) + 8
+    assert len(done) == len(WRITES) * (2 * len(TYPES) + 3) + 8
     assert {*done} <= {"opaque 0", "failed"}, done
     assert log_ends(victim) == before
     with Reader(victim.url) as reader:

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
@@ -53,10 +53,10 @@ def properties(it: Certificates, ssl_port: int, reauthenticate_ms: int = 0) -> d
     }
 
 
-def add_scram_users(admin: AdminClient) -> None:
-    """Create the user of SCRAM with its password."""
+def set_scram_password(admin: AdminClient, password: str = PASSWORD) -> None:
+    """Give the user of SCRAM a password."""
     for kind in SCRAM.values():  # one request may change a user only once
-        wanted = UserScramCredentialUpsertion(USER, ScramCredentialInfo(kind, 4096), PASSWORD.encode())
+        wanted = UserScramCredentialUpsertion(USER, ScramCredentialInfo(kind, 4096), password.encode())
         admin.alter_user_scram_credentials([wanted])[USER].result(30)
 
 
@@ -73,6 +73,8 @@ class TokenEndpoint:
     def __init__(self, lifetime_s: float) -> None:
         self.lifetime_s = lifetime_s
         self.secret = CLIENT_SECRET
+        self.pause_s = 0.0
+        """Pause before each byte of an answer; 0: it comes at once."""
         self.given = 0
         """Number of tokens that were given."""
         self.asked: list[Mapping[str, str]] = []
@@ -89,7 +91,13 @@ class TokenEndpoint:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                if not outer.pause_s:
+                    self.wfile.write(data)
+                    return
+                with suppress(OSError):  # the client has given up
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(outer.pause_s)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import pipeline.adapters.kafka.tokens as tokens
 from pipeline.adapters.faust.security import security_of
+from pipeline.adapters.kafka.options import parse_url, try_user_options
 from pipeline.adapters.kafka.tokens import BearerToken, CachedTokens, TokenFile, token_source
 from pipeline.errors import Invalid, Unavailable
 from pipeline.secret import Secret
@@ -65,6 +67,16 @@ def test_an_endpoint_that_gives_none(
     assert len(str(raised.value)) < 500
 
 
+def test_an_endpoint_that_drips(endpoint: TokenEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that comes bit by bit is given up in the time for all of it."""
+    monkeypatch.setattr(tokens, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(endpoint, "pause_s", 0.1)
+    started_s = time.monotonic()
+    with pytest.raises(Unavailable, match=r"no whole answer within 0\.3 s"):
+        token_source(oidc(endpoint.url))()
+    assert time.monotonic() - started_s < 2
+
+
 def test_an_endpoint_that_is_away() -> None:
     """A refused connection is Unavailable, and no user of the URL is shown."""
     with pytest.raises(Unavailable, match="Connection refused") as raised:
@@ -93,6 +105,24 @@ def test_what_cannot_be(options: Mapping[str, Any], said: str) -> None:
         assert said in str(raised.value)
     with pytest.raises(Unavailable, match="oauth_cb gives no token: ZeroDivisionError"):
         token_source({"oauth_cb": lambda _: 1 // 0})()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sasl.mechanism": "PLAIN"}, "needs sasl.mechanism=OAUTHBEARER and security.protocol=SASL_SSL"),
+        ({"security.protocol": "ssl"}, "needs sasl.mechanism=OAUTHBEARER and security.protocol=SASL_SSL"),
+        ({f"{P}method": "oidc"}, "sasl.oauthbearer.token_file and sasl.oauthbearer.method are both given; leave one out"),
+        ({"oauth_cb": print}, "sasl.oauthbearer.token_file and oauth_cb are both given; leave one out"),
+        ({}, "sasl.oauthbearer.token_file='/nowhere': No such file"),
+    ],
+)
+def test_options_that_do_not_fit_together(options: Mapping[str, Any], said: str) -> None:
+    """A token file of a login that asks for none is refused at once, where confluent_kafka would wait for ten seconds."""
+    login = {"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER", f"{P}token_file": "/nowhere"}
+    with pytest.raises(Invalid) as raised:
+        try_user_options(parse_url("kafka://127.0.0.1:9092"), {**login, **options}, timeout_ms=1_000)
+    assert said in str(raised.value)
 
 
 def test_a_file(tmp_path: Path) -> None:
@@ -127,9 +157,9 @@ def test_tokens_are_kept() -> None:
             raise Unavailable("away")
         return BearerToken(Secret(f"t{asked}"), time.time() + 0.5)
 
-    tokens = CachedTokens(source)
-    assert tokens() == tokens() == Secret("t1")
+    kept = CachedTokens(source)
+    assert kept() == kept() == Secret("t1")
     time.sleep(0.42)
-    assert tokens() == Secret("t1")
+    assert kept() == Secret("t1")
     assert asked == 2
-    assert tokens() == Secret("t3")
+    assert kept() == Secret("t3")

@@ -96,7 +96,7 @@ def test_own_service_is_our_image(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["read_only"] is True
     # Docker starts whatever ends; so what a start again can't help must not end.
-    assert service["environment"] == ({} if name == "topics" else {"PIPELINE_HOLD": "1"})
+    assert service["environment"] == ({} if name == "topics" else {"PIPELINE_HOLD": "1", "PIPELINE_INSECURE": "true"})
     assert service["stop_grace_period"].endswith("s")
     assert int(service["stop_grace_period"][:-1]) * 1000 > WorkerSettings().commit_timeout_ms
 
@@ -109,6 +109,8 @@ def test_files_agree() -> None:
     assert addresses == {up, *(f"{name}:{option(name, '--port')}" for name in ROLES)}
     for name in ROLES:
         assert option(name, "--host") == "0.0.0.0", "others call it by the container's address"
+        assert SERVICES[name]["hostname"] == name, "a server answers for its own name, and not for every name"
+        assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", ())), "it asks nobody for a token"
         assert [volume.split(":")[1] for volume in SERVICES[name]["volumes"]] == [option(name, "--data")]
         assert {port.split(":")[2] for port in SERVICES[name].get("ports", ())} <= {option(name, "--port")}
     mounted = [volume.split(":") for volume in SERVICES["prometheus"]["volumes"] if volume.startswith("./")]

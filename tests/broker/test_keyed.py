@@ -20,7 +20,7 @@ from pipeline.adapters.kafka.options import parse_url
 from pipeline.errors import Unavailable
 from pipeline.ingest.gateway import Gateway
 from pipeline.ports import Message, RequestKey
-from pipeline.query.params import parse_deltas
+from pipeline.query.deltas import parse_deltas
 from pipeline.settings import KafkaSettings, PublisherSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import server, worker

@@ -17,26 +17,28 @@ from pipeline import Publisher, Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
-from pipeline.errors import Invalid, Unavailable
+from pipeline.adapters.kafka.writer import KafkaLogWriter
+from pipeline.errors import Invalid, PipelineError, Unavailable
+from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
 from tests.broker.agents import SHOP, wait_counted
 from tests.broker.drive import PUBLISHER, Role, server
-from tests.broker.kafka import App, Broker, Port, admin_client, new_app
+from tests.broker.kafka import App, Broker, Port, admin_client, create_topics, new_app
 from tests.broker.mechanisms import (
     CLIENT_SECRET,
     PASSWORD,
     USER,
     TokenEndpoint,
-    add_scram_users,
     properties,
+    set_scram_password,
     token,
     token_endpoint,
 )
 from tests.broker.tls import PASSWORD as KEY_PASSWORD
 from tests.broker.tls import Certificates, make
 from tests.broker.users import login
-from tests.support import again_and_again, pipeline
+from tests.support import again_and_again, pipeline, wait_until
 
 WAIT_S = 60.0
 SHORT_S = 10.0
@@ -103,7 +105,7 @@ def secured(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     given = properties(certificates, port.number, reauthenticate_ms=int(SHORT_S * 1000))
     with Broker(scratch / "kafka", given, client=admin) as broker, token_endpoint() as endpoint:
         client = admin_client(broker.bootstrap, **admin)
-        add_scram_users(client)
+        set_scram_password(client)
         (scratch / "token").write_text(token() + "\n")
         yield Secured(broker, port.number, certificates, endpoint, client, admin, scratch)
 
@@ -116,7 +118,7 @@ def environment(options: Mapping[str, str]) -> dict[str, str]:
 class Shop:
     """An app whose worker has a name and runs an agent."""
 
-    def __init__(self, it: Secured, mechanism: str, scratch: Path) -> None:
+    def __init__(self, it: Secured, mechanism: str, scratch: Path, *more: str) -> None:
         self.app = it.app(mechanism)
         self.options = it.options(mechanism)
         self.env = {**environment(self.options), "ORDERS": f"{self.app.app}.orders"}
@@ -126,7 +128,8 @@ class Shop:
         it.admin.create_topics([NewTopic(self.env["ORDERS"], 1, 1)])[self.env["ORDERS"]].result(30)
         self._orders = Producer({**it.admin_login, "bootstrap.servers": it.broker.bootstrap})
         settings = {"session_timeout_ms": 6_000, "flush_interval_ms": 20}
-        self.worker = Role("worker", self.app, scratch / "one", "--name", "one", "-A", "shop:app", env=self.env, **settings)
+        own = ("--name", "one", "-A", "shop:app", *more)
+        self.worker = Role("worker", self.app, scratch / "one", *own, env=self.env, **settings)
         self.worker._cwd = scratch
         self.server = server(self.app, scratch / "server", "--ingest", env=self.env)
 
@@ -213,6 +216,30 @@ def connect(app: App, options: Mapping[str, str], **settings: int) -> None:
         log.connect([DELTAS])
 
 
+def test_a_password_that_is_changed(secured: Secured) -> None:
+    """A running writer says that its login fails, and delivers when the password counts again."""
+    app = secured.app("SCRAM-SHA-256")
+    create_topics(app.bootstrap, app.app, 1, client=secured.admin_login, only=[DELTAS])
+    options = {**secured.options("SCRAM-SHA-256"), "connections.max.idle.ms": "1000"}
+    writer = KafkaLogWriter(parse_url(app.url), options, SystemClock(), timeout_ms=2_000, metadata_refresh_ms=60_000)
+    with closing(writer):
+
+        def append() -> int | PipelineError:
+            return writer.append([Message(DELTAS, 0, None, b"x")], timeout_s=2)[0]
+
+        assert append() == 1
+        set_scram_password(secured.admin, WRONG)
+        try:
+            time.sleep(2)  # the idle connection is closed
+            refused = append()
+        finally:
+            set_scram_password(secured.admin)
+        assert isinstance(refused, Unavailable)
+        assert "invalid credentials" in str(refused)
+        assert str(refused).endswith("check sasl.* in the setting `kafka`")
+        wait_until(lambda: isinstance(append(), int), "a delivery", WAIT_S)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mechanism", ["OIDC", "token file"])
@@ -230,7 +257,7 @@ def test_tokens_are_renewed(secured: Secured, tmp_path: Path, mechanism: str) ->
 
     total = 0
     with again_and_again(renew, SHORT_S / 3):
-        shop = Shop(secured, mechanism, tmp_path)
+        shop = Shop(secured, mechanism, tmp_path, "--log-level=info")
         with (
             shop.worker as role,
             shop.server as reads,
@@ -253,8 +280,8 @@ def test_tokens_are_renewed(secured: Secured, tmp_path: Path, mechanism: str) ->
 
             count_for(3 * SHORT_S)
             all_is_counted()
-            assert role.program.stderr().count("generation 1: partitions [0, 1]") == 1
-            assert "generation 2" not in role.program.stderr()
+            assert "generation 1: partitions [0, 1]" in role.program.stderr(), role.tail()
+            assert "generation 2" not in role.program.stderr(), role.tail()
             if mechanism == "OIDC":
                 assert secured.endpoint.given > 10
                 secured.endpoint.secret = WRONG  # it refuses everybody

@@ -27,8 +27,8 @@ from pipeline.settings import KafkaSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS, Topic, load
 from tests.broker.drive import PUBLISHER, server, worker
 from tests.broker.inside import folding, serving, sums, wait_folded, worker_at
-from tests.broker.users import GROUP, ID, LEAST, Own, flags, login, user
-from tests.support import pipeline, wait_until
+from tests.broker.users import GROUP, ID, LEAST, LEAST_OF_COMMANDS, Own, flags, login, user
+from tests.support import LONG, pipeline, wait_until
 
 WAIT_S = 60.0
 
@@ -262,3 +262,43 @@ def test_topics_may_not_be_made(own: Own) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{own.app.url}: no permission to " in done.stderr
     assert "grant CREATE on it with kafka-acls" in done.stderr
+
+
+@pytest.mark.timeout(180)
+def test_each_command_needs_what_its_row_says(own: Own, tmp_path: Path) -> None:
+    """Every command does its work with the permissions of its row in the docs, and no more."""
+    own.create_topics()
+    own.publish()
+    bad_record(own)
+    with folding(own.app, tmp_path / "w", kafka=user("admin")) as role:
+        wait_until(lambda: role.log.high_watermarks(DEAD_LETTERS)[0], "a dead letter", WAIT_S)
+        for command, options in {
+            "inspect deltas": ("--from",),
+            "inspect changelog": ("--from",),
+            "dead-letters ls": ("--from",),
+            "dead-letters replay": ("--yes", "--from"),
+            "views ls": ("--from",),
+            "views drop": ("v", "--yes", "--to"),
+            "topics plan": ("--to",),
+        }.items():
+            needed = next(it for who, it in LEAST_OF_COMMANDS.items() if who.startswith(command))
+            limited(
+                own,
+                (*command.split(), *options),
+                needed,
+                codes={"dead-letters replay": (0, 1), "topics plan": (0, 1)}.get(command, (0,)),
+            )
+    limited(own, ("verify", f"--data={tmp_path}/w", "--from"), LEAST_OF_COMMANDS["verify"])
+
+
+def limited(own: Own, command: tuple[str, ...], needed: set[tuple[str, str]], codes: tuple[int, ...] = (0,)) -> None:
+    """Run a command with these permissions; the long suite also runs it without any."""
+    if LONG:
+        refused = pipeline(*command, own.app.url, *flags("operator"), "--set=kafka_timeout_ms=3000")
+        assert refused.returncode in (1, 2), (command, refused.stderr)
+        assert "grant" in refused.stderr, (command, refused.stderr)
+    own.grant("operator", *needed)
+    done = pipeline(*command, own.app.url, *flags("operator"))
+    assert done.returncode in codes, (command, done.stderr)
+    assert "is missing" not in done.stderr + done.stdout, (command, done.stderr)
+    own.revoke("operator", *needed)

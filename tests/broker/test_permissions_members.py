@@ -5,12 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import NewTopic
 
 from pipeline import Publisher
-from tests.broker.drive import PUBLISHER, Role, wait_exit, worker
+from tests.broker.agents import wait_counted
+from tests.broker.drive import PUBLISHER, Role, server, wait_exit, worker
 from tests.broker.inside import folding
+from tests.broker.kafka import admin_client
 from tests.broker.test_permissions import folded
-from tests.broker.users import GROUP, LEAST_OF_MEMBER, MEMBERS, Own, flags, given, login, user
+from tests.broker.users import (
+    CHANGES,
+    GROUP,
+    LEAST,
+    LEAST_OF_AGENTS,
+    LEAST_OF_MEMBER,
+    MEMBERS,
+    Own,
+    flags,
+    given,
+    login,
+    user,
+)
 from tests.support import pipeline, wait_until
 
 WAIT_S = 60.0
@@ -40,6 +56,47 @@ def test_the_least_permissions(own: Own, tmp_path: Path) -> None:
         for role in (one, two):
             assert "is missing" not in role.program.stderr(), role.tail()
             assert role.terminate() == 0, role.tail()
+
+
+AGENTS = """
+import os, pipeline
+app = pipeline.faust_app()
+seen = app.publisher.sum("seen", labels=("id",))
+grown = app.publisher.sum("grown", labels=("id",))
+
+@app.agent(app.topic(os.environ["ORDERS"], value_serializer="json"))
+async def record(stream):
+    async for order in stream:
+        seen.add(1, id=str(order["id"]))
+
+@app.agent(app.changes("seen"))
+async def follow(stream):
+    async for change in stream:
+        grown.add(1, id=change.labels["id"])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_the_least_permissions_of_agents(own: Own, tmp_path: Path) -> None:
+    """With the permissions of LEAST_OF_AGENTS, those of groups of changes and READ on its topic a worker's agents record."""
+    own.create_topics(2)
+    orders = own.app.topic("orders")
+    admin = admin_client(own.app.bootstrap, **login("admin"))
+    admin.create_topics([NewTopic(orders, 1, 1)])[orders].result(30)
+    own.grant("worker", *LEAST_OF_AGENTS, (CHANGES, "READ"), ("orders", "READ"))
+    own.grant("server", *LEAST["server"])
+    (tmp_path / "shop.py").write_text(AGENTS)
+    role = worker(own.app, tmp_path / "one", "--name=one", "-A", "shop:app", *flags("worker"), session_timeout_ms=SESSION_MS)
+    role._env, role._cwd = {"ORDERS": orders}, tmp_path
+    with role, server(own.app, tmp_path / "server", *flags("server")) as reads:
+        producer = Producer({**login("admin"), "bootstrap.servers": own.app.bootstrap})
+        producer.produce(orders, b'{"id": 1}')
+        assert producer.flush(WAIT_S) == 0
+        assert wait_counted(reads, ["1"], role) == {"1": 1}
+        assert wait_counted(reads, ["1"], role, view="grown") == {"1": 1}
+        assert role.terminate() == 0, role.tail()
+        assert "is missing" not in role.program.stderr(), role.tail()
 
 
 def test_a_member_may_not_use_the_group(own: Own, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline.secret import is_secret_option
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.broker.drive import PUBLISHER
 from tests.broker.kafka import App, create_topics, new_app
-from tests.support import wait_until
+from tests.support import ROOT, wait_until
 
 WAIT_S = 60.0
 PASSWORD = "p"
@@ -44,31 +44,55 @@ PROPERTIES = {
     "super.users": "User:admin;User:ANONYMOUS",
 }
 
-ID, GROUP, MEMBERS = "transactional id", "group", "group of members"
-LEAST = {
-    "publisher": {(DELTAS, "WRITE")},
-    "worker": {
-        (DELTAS, "READ"),
-        (CHANGELOG, "READ"),
-        (CHANGELOG, "WRITE"),
-        (DEAD_LETTERS, "WRITE"),
-        (ID, "WRITE"),
-    },
-    "server": {
-        (DELTAS, "DESCRIBE"),
-        (CHANGELOG, "READ"),
-        (CHANGELOG, "DESCRIBE_CONFIGS"),
-        (DEAD_LETTERS, "DESCRIBE"),
-    },
-    "operator": {
-        (topic, operation)
-        for topic in (DELTAS, CHANGELOG, DEAD_LETTERS)
-        for operation in ("DESCRIBE", "DESCRIBE_CONFIGS", "CREATE", "ALTER", "ALTER_CONFIGS")
-    },
+ID, GROUP, MEMBERS, CHANGES = "transactional id", "group", "group of members", "groups of changes"
+_OTHERS = {
+    "transactional ids `APP-*`": ID,
+    "group `APP`": MEMBERS,
+    "group `APP-position`": GROUP,
+    "groups `APP` and `APP-position`": MEMBERS,
+    "groups `APP-changes-*`": CHANGES,
 }
-"""Permissions that each role needs: (resource, operation)."""
-LEAST_OF_MEMBER = LEAST["worker"] | {(MEMBERS, "READ")}
+Permissions = set[tuple[str, str]]
+
+
+def documented() -> dict[str, Permissions]:
+    """Return the permissions that the page on Kafka gives to each role and command: (resource, operation)."""
+    page = (ROOT / "pipeline" / "docs" / "kafka.md").read_text()
+    section = page.partition("## Permissions\n")[2].partition("\n## ")[0]
+    found: dict[str, Permissions] = {}
+    above = ""
+    for line in section.splitlines():
+        if not line.startswith("| ") or line.startswith("| who"):
+            continue
+        who, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        topics = zip((DELTAS, CHANGELOG, DEAD_LETTERS), cells, strict=False)
+        own = {(topic, operation) for topic, cell in topics for operation in cell.split(", ") if operation}
+        operation, _, others = cells[3].partition(" on ")
+        own |= {(name, operation) for text, name in _OTHERS.items() if others.startswith(text)}
+        if "and `APP-position`" in others:
+            own.add((GROUP, operation))
+        if who.startswith("and "):
+            own |= found[above]
+        else:
+            above = who
+        found[who] = own
+    return found
+
+
+_TABLE = documented()
+LEAST = {
+    "publisher": _TABLE["publisher, `spool drain`"],
+    "worker": _TABLE["`worker`"],
+    "server": _TABLE["`serve`"],
+    "operator": _TABLE["`topics apply`"],
+}
+"""Permissions that each role needs, by the docs."""
+LEAST_OF_MEMBER = _TABLE["and with `--name`"]
 """Permissions that a worker with a name needs."""
+LEAST_OF_AGENTS = _TABLE["and with agents"]
+"""Permissions that a worker with agents needs, beside those on the agents' own topics."""
+LEAST_OF_COMMANDS = {who.strip("`"): _TABLE[who] for who in _TABLE if who.startswith("`")}
+"""Permissions of roles and commands, by their first words."""
 
 
 def login(name: str, password: str = PASSWORD) -> dict[str, str]:
@@ -118,6 +142,8 @@ class Own:
             resource, full = ResourceType.GROUP, f"{self.app.app}-position"
         elif name == MEMBERS:
             resource, full = ResourceType.GROUP, self.app.app
+        elif name == CHANGES:
+            resource, full, pattern = ResourceType.GROUP, f"{self.app.app}-changes-", ResourcePatternType.PREFIXED
         return kind(resource, full, pattern, f"User:{user}", "*", AclOperation[operation], AclPermissionType.ALLOW)
 
     def grant(self, user: str, *permissions: tuple[str, str]) -> None:

@@ -155,12 +155,14 @@ def test_on_a_terminal(server: UpProcess) -> None:
     [
         (("--port", "70000"), "--port"),
         (("--port", "0", "--host", "192.0.2.1"), "can't listen on 192.0.2.1:0"),
+        (("--port", "0", "--host", "0.0.0.0"), "StatsD has no way to say who sends: use --host 127.0.0.1, or --insecure"),
         (("--port", "0", "--labels", "nothing"), "--labels nothing: NAME=TAG,TAG is needed"),
         (("--port", "0", "--labels", "a{=x"), "--labels a{=x: NAME=TAG,TAG is needed"),
         (("--port", "0", "--labels", "a=x", "--labels", "a=y"), "were given before"),
         (("--port", "0", "--to", "nonsense:1"), "unknown URL"),
         (("--port", "0", "--set", "ingest_views_max=0"), "ingest_views_max"),
         (("--port", "0", "--log-level", "loud"), "--log-level"),
+        (("--port", "0", "--dialect", "etsy"), "ingest_dialect: auto, statsd or dogstatsd, got 'etsy'"),
     ],
 )
 def test_a_wrong_call_is_told(here: Here, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:

@@ -23,11 +23,14 @@ from pipeline.cli.rows import (
     Interrupted,
     Lines,
     Row,
+    check_delimiter,
+    early_hint,
     parse_number,
     parse_scalar,
     parse_time_ms,
     read_rows,
 )
+from pipeline.core.kinds import TS_MS_MAX
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.json_errors import OUT_OF_RANGE, TOO_DEEP
@@ -37,14 +40,15 @@ TOO_LONG = f"a row of over {ROW_BYTES_MAX} bytes, or a quote that is never close
 
 def rows_of(
     data: bytes, format_: str = "csv", *, kind: str = "sum", labels: tuple[str, ...] = ("a",), value: str | None = "v",
-    ts: str | None = None,
+    ts: str | None = None, ts_unit: str = "ms", latest_ms: int = TS_MS_MAX, delimiter: str = ",",
 ) -> list[Row | BadRow]:  # fmt: skip
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
         os.lseek(file.fileno(), 0, os.SEEK_SET)
         definition = Definition("view", kind, labels)
-        return list(read_rows(Lines(file.fileno(), lambda: False), format_, definition, Columns(labels, value, ts)))
+        lines, columns = Lines(file.fileno(), lambda: False), Columns(labels, value, ts, ts_unit)
+        return list(read_rows(lines, format_, definition, columns, lambda: latest_ms, delimiter))
 
 
 def good(rows: list[Row | BadRow]) -> list[tuple[int, tuple[str, ...], Any]]:
@@ -123,6 +127,85 @@ def test_what_is_no_time(value: object) -> None:
     """A time without its offset could be any of a day's: it is refused."""
     with pytest.raises(Invalid, match="column ts: milliseconds since 1970"):
         parse_time_ms(value, "ts")
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "ts_ms"),
+    [
+        (1_700_000_000, "s", 1_700_000_000_000), ("1700000000.1239", "s", 1_700_000_000_123), (1.5, "s", 1_500),
+        ("1700000000123456", "us", 1_700_000_000_123), (1_700_000_000_123_456_789, "ns", 1_700_000_000_123),
+        ("-1", "us", -1), ("1970-01-01T00:00:01Z", "ns", 1_000), (" 7 ", "s", 7_000),
+    ],
+)  # fmt: skip
+def test_times_of_other_units(value: object, unit: str, ts_ms: int) -> None:
+    """A number is of the unit, exactly, rounded down to whole milliseconds; RFC 3339 is of no unit."""
+    assert parse_time_ms(value, "ts", unit) == ts_ms
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("value", ["", "1e9", "9" * 5_000, "1_000", "nan", None, True, "1.2.3", "0x1"])
+def test_what_is_no_time_of_any_unit(value: object, unit: str) -> None:
+    """A text that is no plain number, or an endless one, is refused."""
+    with pytest.raises(Invalid, match=r"column ts: .* since 1970"):
+        parse_time_ms(value, "ts", unit)
+
+
+@pytest.mark.parametrize(
+    ("cell", "unit", "hint"),
+    [
+        ("1700000000123456", "ms", "; in us it is 2023-11-14: --ts-unit us"),
+        ("1700000000123456789", "ms", "; in ns it is 2023-11-14: --ts-unit ns"),
+        ("1700000000123", "s", "; in ms it is 2023-11-14: --ts-unit ms"),
+        ("1700000000123456", "s", "; in us it is 2023-11-14: --ts-unit us"),
+        ("99999999999999999999", "ms", ""),
+        ("4102444800000", "ms", ""),
+    ],
+)
+def test_a_time_of_another_unit_is_noticed(cell: str, unit: str, hint: str) -> None:
+    """A time that is out of range in its unit, and one of our days in another, is refused, and the reason says so."""
+    rows = rows_of(f"a,v,t\nx,1,{cell}\n".encode(), kind="last", ts="t", ts_unit=unit, latest_ms=1_800_000_000_000)
+    assert bad(rows)[2].startswith("column t: ")
+    assert bad(rows)[2].partition("(ts_ahead_max_ms)")[2] == hint or bad(rows)[2].endswith(hint)
+    assert ("--ts-unit" in bad(rows)[2]) is bool(hint)
+
+
+def test_a_time_in_seconds_that_is_taken_for_ms_is_noticed() -> None:
+    """A time that is in January 1970, and one of our days in seconds, is likely to be in seconds."""
+    columns = Columns((), "v", "t")
+    assert "column t: 1700000000 ms after 1970 is 1970-01-20; in s it is 2023-11-14" in early_hint(1_700_000_000, columns)
+    for ts_ms in (0, 5, 60_000, 1_700_000_000_000):
+        assert not early_hint(ts_ms, columns)
+    assert not early_hint(1_700_000_000, columns._replace(ts_unit="us"))
+
+
+@pytest.mark.parametrize("text", [";", "|", "tab", "\\t", "\t", "§"])
+def test_cells_are_separated_as_told(text: str) -> None:
+    """Any one character can separate cells; a comma is text then, and quotes stay quotes."""
+    between = check_delimiter(text)
+    data = f'a{between}v\n"x{between},"{between}1\n'.encode()
+    assert good(rows_of(data, delimiter=between)) == [(2, (f"x{between},",), 1)]
+    if text != "§":
+        with pytest.raises(Invalid, match="cells that are separated by another character: --delimiter"):
+            rows_of(data)
+
+
+@pytest.mark.parametrize("text", ["", ",,", '"', "\n", "\r", "\udcff", "tabs"])
+def test_what_separates_nothing(text: str) -> None:
+    """A delimiter is one character, and none that has another meaning."""
+    with pytest.raises(Invalid, match="--delimiter"):
+        check_delimiter(text)
+
+
+@pytest.mark.parametrize(
+    ("end", "opened_on"),
+    [("", 3), ('y,"z",9\n', 3), ('y,z"\n', 3), ('x,"1"" \n', 3)],
+)
+def test_a_quote_that_is_closed_too_late_is_located(end: str, opened_on: int) -> None:
+    """The bad row says on which line the quote was opened that took the lines behind it."""
+    text = 'a,v\nx,1\nx,"2\n' + "x,3\n" * 10 + end
+    row = rows_of(text.encode())[-1]
+    assert isinstance(row, BadRow)
+    assert (row.line, row.last_line, row.opened_on) == (3, 13 + bool(end), opened_on)
 
 
 @pytest.mark.parametrize("at", [2, 5, 8])
@@ -267,7 +350,7 @@ def test_time_of_kind_last() -> None:
     """Each row has its own time; one out of range is a bad row."""
     rows = rows_of(b"a,v,t\nx,on,1970-01-01T00:00:02Z\nx,off,3\nx,y,-1\nx,y,\n", kind="last", ts="t")
     assert rows[:2] == [Row(2, 2, ("x",), "on", 2000), Row(3, 3, ("x",), "off", 3)]
-    assert "0 to" in bad(rows)[4]
+    assert bad(rows)[4] == f"column t: a time is 0 to {TS_MS_MAX} ms after 1970, got -1"
     assert "milliseconds since 1970" in bad(rows)[5]
 
 

@@ -36,6 +36,15 @@ def test_a_token_is_shown_once(here: Here, file: Path, monkeypatch: pytest.Monke
         assert token not in text
 
 
+def test_a_token_is_bound(here: Here, file: Path) -> None:
+    """Views and labels that a token is bound to are kept, and listed."""
+    bound = ["--view", "team_*", "--view", "all_hits", "--label", "team=a", "--label", "zone=1=2"]
+    assert here("tokens", "add", "a", "--scope", "publish", *bound, "--file", str(file)).returncode == 0
+    (entry,) = json.loads(here("tokens", "ls", "--json", "--file", str(file)).stdout)["tokens"]
+    assert (entry["views"], entry["labels"]) == (["team_*", "all_hits"], {"team": "a", "zone": "1=2"})
+    assert "team_*, all_hits  team=a, zone=1=2" in here("tokens", "ls", "--file", str(file)).stdout
+
+
 def test_a_revoked_token_is_gone(here: Here, file: Path) -> None:
     """`revoke` takes one away and leaves the others; a name that is not there is an error."""
     for name in ("a", "b"):
@@ -53,6 +62,11 @@ def test_a_revoked_token_is_gone(here: Here, file: Path) -> None:
         (["add", "a", "--scope", "root"], "of read, publish, admin"),
         (["add", "a b", "--scope", "read"], "a name has"),
         (["add", "a", "--scope", "read", "--expires", "soon"], "--expires"),
+        (["add", "a", "--scope", "read", "--view", "team *"], "not the name of a view"),
+        (["add", "a", "--scope", "read", "--label", "team"], "LABEL=VALUE"),
+        (["add", "a", "--scope", "read", "--label", "team="], "belongs to everybody"),
+        (["add", "a", "--scope", "read", "--label", "team=a", "--label", "team=b"], "once for a label"),
+        (["add", "a", "--scope", "read", "--label", "__name__=a"], "not a label"),
         (["ls"], "No such file"),
     ],
 )
@@ -82,7 +96,7 @@ def test_changes_at_once_are_all_kept(file: Path) -> None:
     """Programs that change the file at the same time do so one after the other."""
 
     def add(number: int) -> None:
-        entry, _ = new_token(f"t{number}", [READ, ADMIN], None)
+        entry, _ = new_token(f"t{number}", [READ, ADMIN])
         TokensFile(str(file), SystemClock()).change(lambda known: [*known, entry])
 
     threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from pipeline.settings import LogSettings
 from pipeline.topics import DELTAS
 from pipeline.worker.follower import read_position
 from tests.cli.conftest import Here
-from tests.support import PROGRAM, Program, UpProcess, environment, everything, wait_until
+from tests.support import PROGRAM, Program, UpProcess, environment, everything, pipeline, wait_until
 
 
 def positions(data: Path) -> list[tuple[int, int]]:
@@ -112,6 +113,40 @@ def test_an_address_of_another_machine(here: Here, tmp_path: Path) -> None:
         assert done.stderr.startswith(f"pipeline: can't listen on {host}:0: {said}")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "0"])
+def test_strangers_are_not_let_in_by_oversight(here: Here, tmp_path: Path, host: str) -> None:
+    """An address that other machines can reach is a usage error that names the ways out."""
+    for command in (("up", "--data", str(tmp_path / "data")), ("serve", "--gather", "http://127.0.0.1:9")):
+        done = here(*command, "--host", host, "--port", "0")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{host}:0 can be reached from other machines" in done.stderr
+        for way in ("tokens_file", "--host 127.0.0.1", "--insecure"):
+            assert way in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1", "127.0.0.5", "localhost"])
+def test_addresses_that_are_let_in(tmp_path: Path, host: str) -> None:
+    """A server listens on loopback by any name of it, and on every address with `--insecure`."""
+    insecure = ("--insecure",) if host == "0.0.0.0" else ()
+    with UpProcess(tmp_path / "data", "--host", host, *insecure) as up:
+        address = "127.0.0.1" if host == "0.0.0.0" else host
+        connection = http.client.HTTPConnection(address, up.port, timeout=20)
+        connection.request("GET", "/readyz")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_a_tokens_file_lets_other_machines_in(tmp_path: Path) -> None:
+    """With access tokens a server may listen on every address, under any name, and asks for a token."""
+    made = pipeline("tokens", "add", "all", "--scope", "admin", "--file", str(tmp_path / "tokens"))
+    assert made.returncode == 0, made.stderr
+    with UpProcess(tmp_path / "data", "--host", "0.0.0.0", "--set", f"tokens_file={tmp_path / 'tokens'}") as up:
+        connection = http.client.HTTPConnection("127.0.0.1", up.port, timeout=20)
+        connection.request("GET", "/v1/views", headers={"Host": "service.namespace:8080"})
+        assert connection.getresponse().status == 401
+        connection.close()
+
+
 def test_a_folder_of_something_else(here: Here, tmp_path: Path) -> None:
     """A folder with other files in it is left alone."""
     (tmp_path / "letter.txt").write_text("dear")
@@ -159,7 +194,7 @@ def test_a_folder_that_has_become_read_only(here: Here, tmp_path: Path) -> None:
         (("--port", "70000"), "port: 70000 is outside 0 to 65535"),
         (("--partitions", "0x"), "--partitions"),
         (("--log-level", "loud"), "--log-level loud: debug, info, warning, error or critical"),
-        (("--set", "fsync"), "--set fsync: NAME=VALUE is needed"),
+        (("--set", "fsync"), "--set: NAME=VALUE is needed"),
         (("--set", "fsink=1"), "unknown setting 'fsink'; did you mean fsync?"),
         (("--set", "commit_interval_ms=soon"), "setting commit_interval_ms: "),
         (("--set", "commit_interval_ms=0"), "commit_interval_ms: 0 is outside 1 to "),

@@ -26,12 +26,14 @@ class Heard:
     def __init__(self) -> None:
         self.lines: dict[str, list[bytes]] = {"statsd_udp": [], "statsd_tcp": []}
         self.refused: Counter[tuple[str, str]] = Counter()
+        self.senders: set[str | None] = set()
         self.ticks = 0
         self.gate = threading.Event()
         self.gate.set()
 
-    def take(self, lines: Any, protocol: str) -> None:
+    def take(self, lines: Any, protocol: str, sender: str | None = None) -> None:
         assert self.gate.wait(30)
+        self.senders.add(sender)
         self.lines[protocol] += [line for line in lines if line]
 
     def refuse(self, reason: str, protocol: str) -> None:
@@ -137,6 +139,43 @@ def test_connections_have_a_limit() -> None:
         two.close()
 
 
+def test_an_idle_connection_is_closed() -> None:
+    """A connection on which no line ends for too long makes room, also one that drips bytes; a busy one stays."""
+    with listening(ingest_connections_max=3, ingest_idle_timeout_ms=300) as (server, heard):
+        silent, dripping, busy = tcp(server), tcp(server, b"x"), tcp(server, b"busy:0|c\n")
+        for number in range(1, 30):
+            busy.sendall(b"busy:%d|c\n" % number)
+            with suppress(ConnectionError):
+                dripping.sendall(b"x")
+            if heard.refused["idle", "statsd_tcp"] == 2:
+                break
+            assert number < 29
+            threading.Event().wait(0.05)
+        assert silent.recv(1) == b""
+        count = len(heard.tcp)
+        busy.sendall(b"last:1|c\n")
+        wait_until(lambda: len(heard.tcp) > count, "the busy one")
+        with tcp(server, b"new:1|c\n") as new:
+            wait_until(lambda: b"new:1|c" in heard.tcp, "a new one")
+            new.shutdown(socket.SHUT_WR)
+        for sock in (silent, dripping, busy):
+            sock.close()
+    assert heard.refused == {("idle", "statsd_tcp"): 2, ("cut", "statsd_tcp"): 1}
+
+
+def test_the_sender_of_lines_is_known() -> None:
+    """Lines come with the address that they are from, so that one sender gets no more than its share."""
+    with listening() as (server, heard):
+        for number in (1, 2):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind((f"127.0.0.{number}", 0))
+                sock.sendto(b"a:1|c", server.address)
+        with socket.create_connection(server.address, 30, ("127.0.0.3", 0)) as sock:
+            sock.sendall(b"a:1|c\nb:1|c")
+        wait_until(lambda: len(heard.udp) + len(heard.tcp) == 4, "four lines")
+    assert heard.senders == {"127.0.0.1", "127.0.0.2", "127.0.0.3"}
+
+
 def test_a_connection_that_breaks_off_harms_nobody() -> None:
     """The last, incomplete line of a broken connection is counted as cut."""
     with listening() as (server, heard):
@@ -179,8 +218,8 @@ def test_a_sender_that_never_stops_does_not_keep_it_from_ending(monkeypatch: pyt
     with listening() as (server, heard):
         take = heard.take
 
-        def take_and_send(lines: Any, protocol: str) -> None:
-            take(lines, protocol)
+        def take_and_send(lines: Any, protocol: str, sender: str | None = None) -> None:
+            take(lines, protocol, sender)
             udp(server, b"again:1|c")
 
         heard.take = take_and_send  # type: ignore[method-assign]
@@ -233,7 +272,7 @@ def test_one_that_was_never_started_can_be_stopped() -> None:
 def test_an_error_of_the_sink_is_known() -> None:
     """Receiving ends with an error, rather than to lose lines in silence."""
     heard = Heard()
-    heard.take = lambda lines, protocol: 1 / 0  # type: ignore[method-assign,assignment]
+    heard.take = lambda lines, protocol, sender: 1 / 0  # type: ignore[method-assign,assignment]
     server = StatsdServer("127.0.0.1", 0, IngestSettings(), heard, SystemClock())
     server.start()
     udp(server, b"a:1|c")

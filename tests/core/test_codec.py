@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.core import codec, frames, parts
 from pipeline.core.codec import DeadLetter, DefinitionEntry
+from pipeline.core.groups import DENSE_FACTOR
 from pipeline.core.kinds import (
     BATCH_INT_BYTES_MAX,
     INT_BITS_MAX,
@@ -389,6 +390,7 @@ def array(items: bytes, count: int) -> bytes:
 EMPTY_GROUP = b"\x93\x93\xa0\xa0\x90\x90\x90"
 DENSE = {
     "empty columns": (array(b"\x90", N), 0), "pairs": (array(b"\x92\xca\0\0\0\0\xca\0\0\0\0", N), 1),
+    "short pairs": (array(b"\x92\0\0", N), 1),
     "small floats": (array(b"\xca\x3f\x80\0\0", N), 1), "extensions": (array(b"\xc7\x00\x01", N), 1),
     "other extensions": (array(b"\xd4\x07\x00", N), 1), "ints": (array(b"\xcd\xff\xff", N), 1),
     "texts": (array(b"\xa1x", N), 1), "letters": (array(b"\xa2\xc3\xa9", N), 1),
@@ -396,13 +398,26 @@ DENSE = {
 """Columns that make the most memory of few bytes."""
 
 
+SUFFIX = b"\xc4\x09" + bytes(8) + b"\x90"
+
+
 @pytest.mark.parametrize(("columns", "depth"), DENSE.values(), ids=DENSE)
-def test_dense_columns_are_decoded_in_bounded_memory(columns: bytes, depth: int) -> None:
-    """The factor that the codec states holds for the values that take the most memory for their bytes."""
+def test_columns_are_counted_before_they_are_decoded(columns: bytes, depth: int) -> None:
+    """Columns of another length than there are series, and more columns than any kind has, take no memory at all."""
     head = b"\x99\xa1p\0\0\0\0\xc2\xc0\x90\x91\x93\x93\xa1v\xa3%s\x90\x91\xc4\0" + b"\x91" * depth
     for kind in (b"sum", b"min"):
         value = sealed(head % kind + columns)
-        assert peak_bytes(reencoded_batch, value) < codec.MEMORY_FACTOR * len(value) + 100_000
+        assert peak_bytes(reencoded_batch, value) < len(value) + 50_000
+
+
+@pytest.mark.parametrize("suffixes", [array(SUFFIX, N), array(b"\xc4\x01x", N), array(b"\xc4\0", N)], ids=["9", "1", "0"])
+@pytest.mark.parametrize(("columns", "depth"), DENSE.values(), ids=DENSE)
+def test_dense_series_are_decoded_in_bounded_memory(columns: bytes, depth: int, suffixes: bytes) -> None:
+    """The factor that the codec states for series holds for the values that take the most memory for their bytes."""
+    head = b"\x99\xa1p\0\0\0\0\xc2\xc0\x90\x91\x93\x93\xa1v\xa3%s\x90" + suffixes + b"\x91" * depth
+    for kind in (b"sum", b"min"):
+        value = sealed(head % kind + columns)
+        assert peak_bytes(reencoded_batch, value) < DENSE_FACTOR * len(value) + 100_000
 
 
 @pytest.mark.parametrize("count", [10_000, 10_001, N])
@@ -415,7 +430,7 @@ def test_many_groups_are_decoded_in_bounded_memory(item: bytes, count: int) -> N
 
 @pytest.mark.parametrize("item", [b"\x93\xa0\xa0\xa0", b"\x94\xa0\xa0\xa0\x90", b"\x92\xa0\xa0"])
 def test_many_controls_are_decoded_in_bounded_memory(item: bytes) -> None:
-    """Control records beyond a batch's limit are counted too late to save their memory, which the factor bounds."""
+    """Control records beyond a batch's limit are refused before any is decoded."""
     value = sealed(b"\x99\xa1p\0\0\0\0\xc2\xc0" + array(item, N) + b"\x90")
     assert peak_bytes(reencoded_batch, value) < codec.MEMORY_FACTOR * len(value) + 100_000
 

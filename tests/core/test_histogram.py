@@ -393,6 +393,6 @@ def test_histograms_are_decoded_in_bounded_memory(packed: list[int]) -> None:
     most = encode(0 if len(packed) == 3 else 2 ** (149.5 / STEPS) if len(packed) > 5 else 1)
     body = b"\x94" + array(number, count) * 2 + array(most, count) + array(item, count)
     head = b"\x99\xa1p\0\0\0\0\xc2\xc0\x90\x91\x93\x93\xa1v\xa9histogram\x90"
-    value = sealed(head + array(b"\xc4\0", count) + body)
+    value = sealed(head + array(b"\xc4\x09" + bytes(8) + b"\x90", count) + body)
     assert codec.decode_batch(value).groups[0].states[0][3] == SCHEMA_MAX
     assert peak_bytes(reencoded_batch, value) < codec.MEMORY_FACTOR * len(value) + 100_000

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import timeit
+from math import inf
+from time import thread_time
+from typing import Any, get_args
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.record import NAME
-from pipeline.core.statsd import REASONS, Line, Malformed, parse_line, prometheus_name
+from pipeline.core.statsd import REASONS, Dialect, Line, Malformed, parse_line, prometheus_name
+from pipeline.settings.base import DIALECTS
+from tests.support import LONG
 
 MOST = 8_192
 
@@ -44,6 +49,8 @@ def read(line: bytes) -> Line:
         ("a:é|s".encode(), {"member": "é"}),
         (b"a:1|c|#env:prod,flag,a-b:x:y,,e:", {"tags": (("a_b", "x:y"), ("e", ""), ("env", "prod"), ("flag", "true"))}),
         (b"a:1|c|#", {"tags": ()}),
+        (b"a:1|c|#env:p,flag,env:p,flag,a-b:1,a.b:1", {"tags": (("a_b", "1"), ("env", "p"), ("flag", "true"))}),
+        (b"a:1|c|#" + b",".join([b"t%d" % (i % 32) for i in range(99)]), {"values": (1,)}),
         (b"a:1e3|g", {"values": (1_000.0,)}),
         (b"a:" + b"9" * 2_400 + b"|c", {"values": (int("9" * 2_400),)}),
     ],
@@ -91,6 +98,7 @@ def test_what_a_line_says(line: bytes, said: dict[str, Any]) -> None:
         (b"a:1|c|@2", "rate"),
         (b"a:1|c|@-0.5", "rate"),
         (b"a:1|c|#x:1,x:2", "tag"),
+        (b"a:1|c|#true:true,x,x:false", "tag"),
         (b"a:1|c|#a-b:1,a.b:2", "tag"),
         (b"a:1|c|#:1", "tag"),
         (b"a:1|c|#a+b", "tag"),
@@ -106,6 +114,45 @@ def test_what_a_line_says(line: bytes, said: dict[str, Any]) -> None:
 def test_why_a_line_says_nothing(line: bytes, reason: str) -> None:
     """Each way for a line to be wrong has its reason."""
     assert parse_line(line, MOST) == Malformed(reason)
+
+
+@pytest.mark.parametrize(
+    ("line", "auto", "statsd", "dogstatsd"),
+    [
+        (b"a:-5|g", True, True, False),
+        (b"a:+5|g|#x:1|T1", True, True, False),
+        (b"a:-5|g|#x:1|c:ci-1", False, True, False),
+        (b"a:-5|g|e:it-false,cn-x", False, True, False),
+        (b"a:-5|g|card:none", False, True, False),
+        (b"a:5|g", False, False, False),
+    ],
+)
+def test_a_sign_is_a_step_where_the_dialect_has_steps(line: bytes, auto: bool, statsd: bool, dogstatsd: bool) -> None:
+    """A sign is StatsD's step, and DogStatsD's value below zero; a line with a field of Datadog's clients is theirs."""
+    found = [parse_line(line, MOST, dialect) for dialect in get_args(Dialect)]
+    assert [it.relative for it in found if isinstance(it, Line)] == [(auto,), (statsd,), (dogstatsd,)]
+    assert get_args(Dialect) == DIALECTS
+
+
+def test_lines_within_the_limits_of_agents() -> None:
+    """Lines as long as those that clients pack for Datadog's agent, and a name of many parts, are read."""
+    packed = b"a.b:" + b":".join([b"123.45"] * 1_165) + b"|d|@0.5|#x:1"
+    assert len(packed) <= 8_192
+    assert len(read(packed).values) == 1_165
+    assert read(b"a." * 99 + b"a:1|c").name == "a_" * 99 + "a"
+
+
+def test_time_is_linear_in_the_length() -> None:
+    """A line of eight times the length takes no more than a few times as long, whatever it is made of."""
+    for part in (b":1", b":9.75", b"|c", b",a:b", b"|#a", b"|T1", b":" + b"9" * 500, b"#", b":-1e300", b":0.1"):
+        for head in (b"a:1", b"a:1|c|#a", b"a:1|ms|@0.3", b"@0.7|c|a:1"):
+            times = []
+            for size in (8_192, 65_536):
+                line = head + part * (size // len(part))
+                times.append(
+                    min(timeit.repeat(lambda line=line: parse_line(line, 10**6), number=1, repeat=3, timer=thread_time))
+                )
+            assert times[1] < 40 * times[0] + 0.05, (head, part, times)
 
 
 @pytest.mark.parametrize("line", [b"", b" ", b"\r", b"\t \x0b"])
@@ -133,6 +180,11 @@ PARTS = st.sampled_from(
         b"1",
         b"-",
         b"+",
+        b"c:",
+        b"e:",
+        b"card:",
+        b"d",
+        b"env:prod",
         b"1e9",
         b"\xff",
         b"\0",
@@ -140,13 +192,15 @@ PARTS = st.sampled_from(
 )
 
 
-@given(st.binary(max_size=300) | st.lists(PARTS, max_size=30).map(b"".join))
-@example(b"_e{")
-@example(b"a:1|c|@" + b"0" * 400 + b".1")
-@example(b"a:1|c|@1e-999")
-def test_any_bytes_are_read_or_refused(line: bytes) -> None:
+@settings(max_examples=10_000 if LONG else 50)
+@given(st.binary(max_size=300) | st.lists(PARTS, max_size=30).map(b"".join), st.sampled_from(get_args(Dialect)))
+@example(b"_e{", "auto")
+@example(b"a:1|c|@" + b"0" * 400 + b".1", "auto")
+@example(b"a:1|c|@1e-999", "auto")
+@example(b"a:1|ms|@1e-320", "auto")
+def test_any_bytes_are_read_or_refused(line: bytes, dialect: Dialect) -> None:
     """Any line is read or refused without an exception: with Prometheus names and finite numbers, or a known reason."""
-    found = parse_line(line, MOST)
+    found = parse_line(line, MOST, dialect)
     if isinstance(found, Malformed):
         assert found.reason in REASONS
     elif found is not None:
@@ -154,6 +208,8 @@ def test_any_bytes_are_read_or_refused(line: bytes) -> None:
         assert all(NAME.match(name) for name, _ in found.tags)
         assert bool(found.values) is (found.type != "set")
         assert [*found.tags] == sorted({*found.tags})
+        assert 1 <= found.weight < inf
+        assert dialect != "dogstatsd" or not any(found.relative)
 
 
 @given(

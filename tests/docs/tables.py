@@ -12,6 +12,7 @@ from pathlib import Path
 import pipeline
 from pipeline.core import task
 from pipeline.errors import PipelineError, exit_code
+from pipeline.ingest.statsd_mapping import LINE_VIEWS
 from pipeline.metrics import CATALOGUE
 from pipeline.settings import (
     GROUPS,
@@ -96,9 +97,25 @@ def states_table() -> str:
     return "\n".join(rows)
 
 
+def statsd_table() -> str:
+    """Return a row for each view, or three, that StatsD lines become."""
+    rows = ["| StatsD | views | with the setting |", "|---|---|---|"]
+    for it in LINE_VIEWS:
+        views = ", ".join(f"`name{suffix}` {kind}" for suffix, kind in it.views.items())
+        example = it.example.replace("|", "\\|")
+        rows.append(f"| `{example}` {it.type} | {views}; {it.meaning} | {it.setting and f'`{it.setting}`'} |")
+    return "\n".join(rows)
+
+
 def with_tables(text: str) -> str:
     """Return the text of a page with its tables made anew."""
-    tables = {"settings": settings_table, "metrics": metrics_table, "errors": errors_table, "states": states_table}
+    tables = {
+        "settings": settings_table,
+        "metrics": metrics_table,
+        "errors": errors_table,
+        "states": states_table,
+        "statsd": statsd_table,
+    }
     for name, make in tables.items():
         table = make()
         text = re.sub(rf"(<!-- {name}:[^\n]*\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from pipeline.metrics import CATALOGUE
+from pipeline.settings import GROUPS
 from tests.docs.tables import PAGES, ROOT, with_tables
 from tests.support import UpProcess
 
@@ -45,7 +48,7 @@ def test_tables_are_complete() -> None:
     """Every setting, metric, error and state stands in the docs, as the code has it."""
     text = "".join(page.read_text() for page in PAGES)
     assert with_tables(text) == text, "run python -m tests.docs.tables"
-    assert text.count("written by python -m tests.docs.tables") == 4
+    assert text.count("written by python -m tests.docs.tables") == 5
 
 
 def test_the_readme_is_short() -> None:
@@ -66,6 +69,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             for it in re.findall(r"^#+ (.*)$", other.read_text() if heading else "", re.M)
         }
         assert not heading or heading in headings, heading
+
+
+def test_what_the_page_on_security_names_is_there() -> None:
+    """Each setting and each metric that it names exists."""
+    page = (ROOT / "pipeline" / "docs" / "security.md").read_text()
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", page))
+    settings = {item.name for group in GROUPS for item in fields(group)}
+    assert len(named) > 15
+    assert not named - settings - {it.name for it in CATALOGUE}
 
 
 def test_each_step_of_a_delta_is_there() -> None:

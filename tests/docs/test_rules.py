@@ -72,6 +72,7 @@ FIRES: dict[str, list[Series]] = {
     ],
     "PipelineStoresRebuilt": [{f"pipeline_stores_rebuilt_total{{{PART}}}": "0x9 1x4 2x30"}],
     "PipelineUnexpectedErrors": [{f'pipeline_thread_errors_total{{{AT},thread="t"}}': "0x9 1x30"}],
+    "PipelineTokensUnreadable": [{f"pipeline_tokens_file_errors_total{{{AT}}}": "0x9 1x30"}],
     "PipelineAgentErrors": [
         {f'pipeline_agent_errors_total{{{AT},topic="t",reason="raised"}}': "0x9 1x30"},
         {f"pipeline_agent_commits_failed_total{{{AT}}}": "0x9 1x30"},

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, Summary
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Metric, Summary
 from prometheus_client.core import CounterMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
 import pipeline.connect as connect
 import pipeline.metrics as m
@@ -256,6 +257,134 @@ class Given:
             for sample in samples:
                 metric.add_sample(*sample)
             yield metric
+
+
+def test_totals_of_all_processes_are_not_every_processes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A MultiProcessCollector is refused, wherever it is, and one that is registered later is left out and counted."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    world = World()
+    of_all = CollectorRegistry()
+    MultiProcessCollector(of_all)
+    for registry in (of_all, MultiProcessCollector(None), of_all.restricted_registry(["c_total"])):
+        with pytest.raises(Invalid, match="bridge the registry that the metrics are in, in each process"):
+            world.bridge(registry=registry)
+    Counter("c", "x", registry=world.registry).inc(3)
+    bridge = world.bridge()
+    world.registry.register(MultiProcessCollector(None))
+    for _ in range(3):
+        bridge.collect()
+    assert world.views().answers == {("c_total", ()): 3}
+    assert world.refused("multiprocess") == 1
+
+
+def test_a_series_that_stands_twice_is_refused() -> None:
+    """Two values of one series, in a collector or in two of them, are none: nothing grows by itself, and it is counted."""
+    world = World()
+    given_ = Given(("rows", "counter", [("rows_total", {"a": "x"}, 5), ("rows_total", {"a": "y"}, 1)]))
+    bridge = world.bridge(registry=given_)
+    bridge.collect()
+    twice = [("rows_total", {"a": "x"}, 7), ("rows_total", {"a": "x"}, 100), ("rows_total", {"a": "y"}, 2)]
+    given_.families = (("rows", "counter", twice), ("same", "counter", [("same_total", {}, 4), ("same_total", {}, 4)]))
+    for _ in range(3):
+        bridge.collect()
+    given_.families = (("rows", "counter", [("rows_total", {"a": "x"}, 8)]),)
+    bridge.collect()
+    views = world.views()
+    assert views.of("rows_total") == {("x",): 8, ("y",): 2}
+    assert views.of("same_total") == {(): 4}
+    assert world.refused("twice") == 1
+
+
+def test_a_series_of_two_collectors_is_that_of_the_first() -> None:
+    """The second collector is left out for that series, also while the first one fails."""
+    world = World()
+    first, second = [Broken(Counter("inner", "x", registry=None)) for _ in range(2)]
+    for it in (first, second):
+        it.fails = False
+        it.counter.inc()
+        world.registry.register(it)
+    bridge = world.bridge()
+    bridge.collect()
+    first.fails = True
+    bridge.collect()
+    first.fails = False
+    assert world.views().answers == {("half_total", ()): 10, ("inner_total", ()): 1}
+    assert world.refused("twice") == 2
+
+
+def test_a_collector_that_is_away_for_a_while_goes_on() -> None:
+    """Series of a collector that come back, or that were not finite meanwhile, count by their increase; less is a reset."""
+    world = World()
+    given_ = Given()
+    bridge = world.bridge(registry=given_)
+    nan = float("nan")
+    for a, b in ((5, 5), (None, nan), (7, 7), (nan, None), (9, 1), (None, None), (9, 3)):
+        samples = [("rows", {"n": name}, value) for name, value in (("a", a), ("b", b)) if value is not None]
+        given_.families = (("rows", "counter", samples),)  # the sample has the family's own name
+        bridge.collect()
+    views = world.views()
+    assert views.of("rows_total") == {("a",): 9, ("b",): 10}
+    assert world.refused("value") == 1
+
+
+def test_a_reset_that_grew_beyond_the_old_value() -> None:
+    """The time of creation tells that a total began anew, even if it is larger."""
+    world = World()
+    counter = Counter("c", "x", ["a"], registry=world.registry)
+    took = Histogram("h", "x", buckets=(1,), registry=world.registry)
+    bridge = world.bridge()
+    counter.labels("x").inc(5)
+    took.observe(3)
+    bridge.collect()
+    counter.clear()
+    took.clear()
+    counter.labels("x").inc(7)
+    took.observe(4)
+    took.observe(5)
+    bridge.collect()
+    bridge.collect()
+    views = world.views()
+    assert views.of("c_total") == {("x",): 12}
+    assert views.of("h_count") == {(): 3}
+    assert views.of("h_sum") == {(): 12}
+
+
+def test_a_time_of_creation_that_is_that_of_the_look_tells_nothing() -> None:
+    """A collector that says at each look that its totals were created just now does not grow by itself."""
+
+    class New:
+        value = 5
+
+        def collect(self) -> Iterator[Metric]:
+            yield CounterMetricFamily("c", "x", value=self.value, created=time.time())
+
+    world = World()
+    bridge = world.bridge(registry=New())
+    for New.value in (5, 6, 7):
+        bridge.collect()
+    assert world.views().of("c_total") == {(): 7}
+
+
+def test_every_type_of_openmetrics() -> None:
+    """Info, states and gauge histograms are newest values; what can't be published is counted by its reason."""
+    world = World()
+    world.registry.set_target_info({"service": "shop"})
+    Enum("mode", "x", states=["on", "off"], registry=world.registry).state("off")
+    world.registry.register(
+        Given(
+            ("depth", "gaugehistogram", [("depth_bucket", {"le": "+Inf"}, 3), ("depth_gsum", {}, -1)]),
+            ("q", "summary", [("q", {"quantile": "0.5"}, 3), ("q_count", {}, 2)]),
+            ("odd", "counter", [("odd_bucket", {}, 3)]),
+        )
+    )
+    world.bridge()
+    views = world.views()
+    assert views.of("target_info") == {("shop",): 1}
+    assert views.of("mode") == {("on",): 0, ("off",): 1}
+    assert views.of("depth_bucket") == {("+Inf",): 3}
+    assert views.of("depth_gsum") == {(): -1}
+    assert ("odd_bucket", ()) not in views.answers
+    assert [world.refused(reason) for reason in ("quantile", "suffix")] == [1, 1]
 
 
 def test_what_no_view_can_be_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -557,6 +686,27 @@ for _ in range(4): assert os.wait()[1] == 0
     assert views.of("took_count") == {(): 1_449}
     assert views.of("took_bucket") == {("1.0",): 0, ("2.0",): 1_449, ("+Inf",): 1_449}
     assert views.of("took_sum") == {(): 1_449 * 1.5}
+
+
+def test_processes_that_share_files_each_publish_their_own(tmp_path: Path, path: Path) -> None:
+    """In prometheus_client's multiprocess mode each process publishes its own part, and together they have the total."""
+    (tmp_path / "shared").mkdir()
+    run_script(
+        path,
+        PRELUDE
+        + """
+pub, bridge = bridged()
+count("parent", 10)
+for number in range(2):
+    if not os.fork():
+        count("child", 10)
+        sys.exit(0)
+for _ in range(2):
+    assert os.wait()[1] == 0
+""",
+        first=f"import os\nos.environ['PROMETHEUS_MULTIPROC_DIR'] = {str(tmp_path / 'shared')!r}\n",
+    )
+    assert views_of(path).of("jobs_total") == {("parent",): 10, ("child",): 20}
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import pipeline.metrics as m
 from pipeline.core.record import Definition, parse_suffix
 from pipeline.ingest.statsd import StatsdSink
+from pipeline.ingest.statsd_mapping import LINE_VIEWS, LineViews
 from pipeline.settings import IngestSettings
 from tests.publisher.support import CLOCK, FaultyLog, Meter, Views, batches, fold, publisher
 
@@ -53,8 +54,8 @@ class World:
             labels=labels,
         )
 
-    def send(self, *lines: str | bytes, protocol: str = "statsd_udp") -> World:
-        self.sink.take([line.encode() if isinstance(line, str) else line for line in lines], protocol)
+    def send(self, *lines: str | bytes, protocol: str = "statsd_udp", sender: str | None = None) -> World:
+        self.sink.take([line.encode() if isinstance(line, str) else line for line in lines], protocol, sender)
         return self
 
     def views(self) -> Views:
@@ -85,7 +86,7 @@ def test_each_type_makes_its_views() -> None:
     answers = world.views().answers
     assert answers == {
         ("hits", ()): 4,
-        ("req_time_ms", ()): 30.0,
+        ("req_time_ms", ()): (10 + 20 + 10 * 60) / 12,
         ("req_time_ms_max", ()): 60,
         ("req_time_ms_count", ()): 12,
         ("size", ()): 8.0,
@@ -99,6 +100,99 @@ def test_each_type_makes_its_views() -> None:
     }
     assert world.refused == {}
     assert world.meter.of(m.INGEST_LINES, "statsd_udp") == 11
+
+
+@pytest.mark.parametrize("mapping", LINE_VIEWS, ids=lambda it: f"{it.type}-{it.setting}")
+def test_each_mapping_of_the_docs(mapping: LineViews) -> None:
+    """The example of each row of the docs' table makes the views of that row, of these kinds."""
+    name, _, value = mapping.setting.partition("=")
+    world = World(**({name: value} if name else {})).send(mapping.example)
+    assert not world.refused
+    world.views()
+    found = {group.definition.view: group.definition.kind for batch in batches(world.log.log) for group in batch.groups}
+    assert found == {f"name{suffix}": kind for suffix, kind in mapping.views.items()}
+
+
+def test_sketches_of_timers_and_sets() -> None:
+    """With the settings for it a timer has quantiles, and a set is counted without its members; a rate of 0.1 weighs ten."""
+    world = World(ingest_timers="histogram", ingest_sets="distinct")
+    world.send("t:5:7|ms", "t:100|ms|@0.1|#", "d:1|d", "d:3|h|@0.5", "u:ann|s", "u:bob|s", "u:ann|s|#member:x")
+    assert world.refused == {"labels": 1}
+    answers = world.views().answers
+    assert {name: answers[name, ()]["count"] for name in ("t_ms", "d")} == {"t_ms": 12, "d": 3}
+    assert answers["t_ms", ()]["sum"] == 1_012
+    assert answers["d", ()]["mean"] == 7 / 3
+    assert answers["u", ()]["estimate"] == 2
+    assert len(answers) == 3
+
+
+def test_views_of_the_server_keep_their_kinds() -> None:
+    """Lines go to a view as the server has it, with any settings."""
+    known = {
+        "t_ms": Definition("t_ms", "histogram"), "u": Definition("u", "distinct"), "s": Definition("s", "sum", ("member",)),
+        "h": Definition("h", "mean"),
+    }  # fmt: skip
+    for options in ({}, {"ingest_timers": "histogram", "ingest_sets": "distinct"}):
+        answers = World(known=known, **options).send("t:5|ms", "u:ann|s", "s:ann|s", "h:2|h").views().answers
+        assert answers["t_ms", ()]["count"] == answers["u", ()]["estimate"] == answers["s", ("ann",)] == 1
+        assert (answers["h", ()], answers["h_count", ()]) == (2.0, 1)
+
+
+def test_a_sample_rate_weighs_in_the_mean() -> None:
+    """A value stands for as many observations as its rate says; parts of one add up, so that the mean is right."""
+    world = World().send("t:5|ms|@0.1", "t:60|ms", "third:3|ms|@0.3", "third:6|ms|@0.3", "third:9|ms|@0.3")
+    assert not world.refused
+    answers = world.views().answers
+    assert answers["t_ms", ()] == (10 * 5 + 60) / 11
+    assert answers["third_ms", ()] == (3 * 3 + 3 * 6 + 4 * 9) / 10
+    assert answers["third_ms_count", ()] == pytest.approx(10)
+
+
+def test_a_line_stands_for_a_limited_number_of_observations() -> None:
+    """A tiny sample rate can't make one line cost as much as millions: it is left out."""
+    world = World(ingest_observations_max=100).send("t:1|ms|@0.01", "t:1:2|ms|@0.01", "t:1|ms|@0.001", "c:1|c|@0.001")
+    assert world.refused == {"observations_max": 2}
+    assert world.views().answers["t_ms_count", ()] == 100
+
+
+def test_a_late_gauge_is_no_base_of_steps() -> None:
+    """A step changes the newest value, also if an older one has come after that; a step of an older time is refused."""
+    world = World().send("g:5|g|T2000", "g:100|g|T1000", "g:+1|g|T3000", "g:+7|g|T2999", "g:+1|g|T3000")
+    world.send("h:5|g", "h:9|g|T1000", "h:+1|g", "h:-2|g|T1000", "h:3:+1|g|T1000")
+    world.send(f"i:4|g|T{CLOCK.now_ms() // 1_000 + 60}", "i:+1|g", "i:8|g")
+    assert world.refused == {"late": 3}
+    assert world.views().answers == {("g", ()): 7, ("h", ()): 6, ("i", ()): 4}
+
+
+def test_a_gauge_of_now_is_not_recorded_after_a_later_one() -> None:
+    """A value that waits to be recorded goes before a later one that says its time."""
+    clock = Stopped()
+    clock.ms = CLOCK.now_ms() // 1_000 * 1_000 - 5_000
+    world = World(clock=clock).send("g:2|g", f"g:+1|g|T{clock.ms // 1_000}")
+    assert world.views().answers == {("g", ()): 3}
+
+
+@pytest.mark.parametrize(("dialect", "value"), [("auto", -7), ("statsd", -8), ("dogstatsd", -5)])
+def test_the_dialect_decides_about_signs(dialect: str, value: int) -> None:
+    """The setting of the dialect reaches the lines."""
+    world = World(ingest_dialect=dialect).send("g:-1|g", "g:-2|g|c:ci-1", "g:-5|g")
+    assert world.views().answers == {("g", ()): value}
+
+
+def test_a_sender_gets_a_share() -> None:
+    """One sender can't take all views and series for the life of the process: others get the rest, up to the limit."""
+    world = World(ingest_views_max=4, ingest_series_max=6, ingest_sender_share=50)
+    world.send("a:1|c", "b:1|c", "c:1|c", "a:1|c|#", "t:1|ms", sender="192.0.2.1")
+    assert world.refused == {"sender_share": 2}
+    world.send("c:1|c", "d:1|c", "b:1|c", sender="192.0.2.2")
+    world.send("e:1|c", sender="192.0.2.3")
+    assert world.refused == {"sender_share": 2, "views_max": 1}
+    assert world.views().answers == {("a", ()): 2, ("b", ()): 2, ("c", ()): 1, ("d", ()): 1}
+    world = World(ingest_series_max=6, ingest_sender_share=50)
+    world.send(*[f"a:1|c|#x:{number}" for number in range(9)], "a:1|c|#x:0", sender="192.0.2.1")
+    world.send(*[f"a:1|c|#x:{number}" for number in range(9)], sender="192.0.2.2")
+    assert world.refused == {"sender_share": 6 + 3}
+    assert world.views().total("a") == 4 + 6
 
 
 @pytest.mark.parametrize("moves", [False, True])

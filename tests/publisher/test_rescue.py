@@ -11,7 +11,7 @@ from pipeline.core.record import series_prefix
 from pipeline.core.sequence import Sealed
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Message
-from pipeline.publisher.batching import Pending, seal
+from pipeline.publisher.batching import Pending, drafts_of, seal
 from pipeline.publisher.rescue import DrainedSlot, drain
 from pipeline.publisher.spool.orphan import find_slots
 from pipeline.settings import PublisherSettings
@@ -36,7 +36,7 @@ def filled(folder: Path) -> Recorder:
 
 
 def seal_in(recorder: Recorder, items: list[Pending], now_ms: int, partitions: int = 1) -> list[Sealed]:
-    return seal(items, recorder.outbox, partition_count=partitions, batch_bytes_max=10_000, now_ms=now_ms)
+    return seal(drafts_of(items, partition_count=partitions, batch_bytes_max=10_000), recorder.outbox, now_ms=now_ms)
 
 
 def drained(folder: Path, log: FaultyLog, timeout_s: float = 20.0, *, force: bool = False) -> list[DrainedSlot]:

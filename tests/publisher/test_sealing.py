@@ -41,7 +41,8 @@ def numbered(view: Definition, states: list[Any]) -> list[Pending]:
 
 
 def sealed_from(items: list[Pending], outbox: Outbox, **kwargs: Any) -> list[Sealed]:
-    return sealing.seal(items, outbox, **{"partition_count": 1, "batch_bytes_max": 4_096, "now_ms": 7, **kwargs})
+    drafts = sealing.drafts_of(items, **{"partition_count": 1, "batch_bytes_max": 4_096, **kwargs})
+    return sealing.seal(drafts, outbox, now_ms=7)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 from zlib import crc32
 
 import msgspec
-import uvicorn
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.memory import MemoryLog, MemoryStores
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
@@ -38,14 +36,20 @@ from pipeline.core.record import (
 from pipeline.core.token import Token
 from pipeline.errors import NotFound, NotReady
 from pipeline.ingest.gateway import Gateway
+from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
+from pipeline.ingest.totals import RunningTotals
+from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Ingest, Message, Store, Stores
 from pipeline.query.access import Access
 from pipeline.query.api import create_app
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
 from pipeline.query.stored_state import StoredState
-from pipeline.roles.http_server import UvicornServer
+from pipeline.roles.acceptor import MakeContext
+from pipeline.roles.http_server import HttpServer, bind, open_tls
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import OwnedPartition
@@ -344,28 +348,33 @@ def serving(world: World | Part, port: int = 0, access: Access | None = None) ->
         lambda: world.ready,
         render_views,
         parse_pushed,
+        ExportTaking(parse_export, None if world.ingest is None else RunningTotals(world.ingest, world.clock, 1_000)),
         world.letters,
         access,
     )
-    with running(app, port) as at:
+    with running(app, port, world.settings, world.metrics, open_tls(world.settings, world.metrics)) as at:
         yield Server(world, at)
 
 
 @contextmanager
-def running(app: Any, port: int = 0) -> Iterator[int]:
+def running(
+    app: Any,
+    port: int = 0,
+    settings: QuerySettings | None = None,
+    metrics: Metrics = NO_METRICS,
+    tls: MakeContext | None = None,
+) -> Iterator[int]:
     """Run an application, on a free port, until the context ends; yield the port."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="on")
-    server = UvicornServer(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
-    thread.start()
-    try:
-        wait_until(lambda: server.started or not thread.is_alive())
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    with bind(replace(settings or QuerySettings(), host="127.0.0.1", port=port)) as listener:
+        server = HttpServer(app, listener, settings, metrics, tls)
+        thread = threading.Thread(target=server.run, name="server")
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.stop()
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -1,7 +1,9 @@
 """Requests need an access token with the scope of their route, and the file of tokens is followed."""
 
+import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -12,18 +14,24 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.adapters.tokens_file import TokensFile
-from pipeline.core.grants import SCOPES, AccessToken, digest_of, encode_tokens
+from pipeline.core.grants import NOTHING, SCOPES, AccessToken, Grant, digest_of, encode_tokens
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from pipeline.ports import Pushed
 from pipeline.query.access import NEEDED, Access, needed_of
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.gather import GatherService
 from pipeline.query.gather_api import create_gather_app
+from pipeline.query.guard import Guard
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.part_servers import PartServers
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving, wait_until
@@ -100,6 +108,21 @@ def test_each_route_needs_its_scope(server: Server, method: str, path: str, body
         assert said == f'Bearer realm="pipeline", error="insufficient_scope", scope="{" ".join(sorted(needed))}"'
 
 
+def test_an_open_path_grants_nothing(listed: Path) -> None:
+    """A request that needs no token may do nothing else, so that a path that looks open opens no other route."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        grants.append(scope["grant"])
+
+    grants: list[Grant] = []
+    metrics, clock = PrometheusMetrics(), SystemClock()
+    guard = Guard(app, None, {}, QuerySettings(), metrics, clock, access_of(listed, metrics))
+    for path in ("/", "/page/app.js", "/page/../v1/views", "/docs", "/healthz"):
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")], "query_string": b""}
+        asyncio.run(guard(scope, None, None))  # type: ignore[arg-type]
+    assert grants == [NOTHING] * 5
+
+
 def test_a_stream_needs_the_scope_read(server: Server) -> None:
     """A stream is a read."""
     assert server.get("/v1/views/revenue/stream").status == 401
@@ -114,6 +137,7 @@ def test_every_route_of_every_application_is_in_the_table() -> None:
         create_app(
             *(world.reader, world.ingest, settings, metrics, world.status, lambda: True, render_views),
             parse_pushed=lambda *_: None,  # type: ignore[arg-type, return-value]
+            exports=ExportTaking(lambda *_: Pushed([], [], []), None),
             letters=world.letters,
         ),
         create_gather_app(service, settings, metrics, render_views),
@@ -170,6 +194,14 @@ def test_a_token_is_taken_in_any_case_of_the_scheme(server: Server) -> None:
     assert server.request("HEAD", "/v1/views").status == 401
 
 
+def test_a_body_is_not_waited_for(server: Server) -> None:
+    """A request without a token is answered before its body has come, however large that is to be."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        head = "POST /v1/batches HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+        connection.sendall(f"{head}Content-Length: 16000000\r\n\r\n.".encode())
+        assert connection.recv(1_000).startswith(b"HTTP/1.1 401 ")
+
+
 def test_refusals_are_counted_by_reason(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """Each reason has a count of its own, and is logged once."""
     cases = {
@@ -220,6 +252,22 @@ def test_nothing_is_done_without_a_token(server: Server, verb: str, path: str) -
     def run(case: Any) -> None:
         case.headers = {name: value for name, value in (case.headers or {}).items() if name.lower() != "authorization"}
         assert case.call().status_code == 401
+
+    run()
+
+
+@pytest.mark.parametrize(("verb", "path"), [("get", "/v1/views/{view}"), ("post", "/v1/deltas")])
+def test_requests_with_a_token_are_answered_as_documented(server: Server, verb: str, path: str) -> None:
+    """With a token for everything the answers are those of the document, and without it, or with another one, 401."""
+    operation: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path][verb]
+
+    @settings(max_examples=examples(3), deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(operation.as_strategy())
+    def run(case: Any) -> None:
+        case.headers = {**(case.headers or {}), **bearer("pipeline_all")}
+        response = case.call()
+        assert response.status_code not in (401, 403, 500)
+        case.validate_response(response, excluded_checks=[positive_data_acceptance, not_a_server_error])
 
     run()
 

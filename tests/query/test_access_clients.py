@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import socket
 import threading
 import traceback
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.http_client import HttpClient
 from pipeline.adapters.http_parts import HttpPart
 from pipeline.adapters.prometheus import PrometheusMetrics, render_views
+from pipeline.config import load
 from pipeline.core.record import Definition
 from pipeline.errors import Forbidden, Invalid, Unauthenticated, Unavailable
 from pipeline.query.gather import GatherService
 from pipeline.query.gather_api import create_gather_app
 from pipeline.query.part_servers import PartServers
+from pipeline.roles.statsd import StatsdGateway
 from pipeline.settings import ClientSettings, QuerySettings
 from tests.cli.conftest import Here, here
 from tests.query.support import Server, World, running, serving, wait_until
@@ -230,3 +233,32 @@ def test_a_server_that_gathers_has_a_token_of_its_own(server: Server, tokens: Pa
     wrong = pytest.raises(Unavailable, match="needs a token with scope read")
     with gathering(TOKENS["publish"]) as url, Reader(url, token=TOKENS["read"]) as reader, wrong:
         reader.get("revenue", timeout_ms=300)
+
+
+def test_a_statsd_gateway_has_a_token_and_asks_for_one(
+    server: Server, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that may only publish is enough for a gateway, which says what it can not know; its status needs one, too."""
+    monkeypatch.setenv("PIPELINE_TOKEN", TOKENS["publish"])
+    monkeypatch.setenv("PIPELINE_TOKENS_FILE", str(tokens))
+    warnings: list[str] = []
+    gateway = StatsdGateway(load(), server.url, "127.0.0.1", 0, labels={}, metrics_port=0, warn=warnings.append)
+    gateway.start()
+    try:
+        assert any("scope read is needed" in it for it in warnings)
+        with socket.create_connection(gateway.address) as sender:
+            sender.sendall(b"statsd.orders:3|c\n")
+        wait_until(lambda: gateway.sink.line_count == 1)
+        assert gateway.metrics_url
+        with Reader(gateway.metrics_url, token=TOKENS["read"]) as reader:
+            assert reader.status()["role"] == "ingest"
+        stranger = HttpClient(gateway.metrics_url, SystemClock())
+        assert stranger.request("GET", "/metrics", timeout_s=5)[0] == 401
+        assert stranger.request("GET", "/healthz", timeout_s=5)[0] == 200
+        stranger.close()
+        failure, token = gateway.stop()
+        assert failure is None
+    finally:
+        gateway.close()
+    with Reader(server.url, token=TOKENS["read"]) as reader:
+        assert reader.get("statsd_orders", after=token).value() == 3

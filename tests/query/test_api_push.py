@@ -5,22 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    delete_from_gateway,
+    generate_latest,
+    push_to_gateway,
+    pushadd_to_gateway,
+)
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import Unavailable
-from pipeline.ports import RawDelta, Refusal
+from pipeline.ports import Refusal
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
-from tests.support import examples
 
 PLAIN = "text/plain; version=0.0.4"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -100,6 +107,35 @@ def test_types_decide(server: Server) -> None:
         {(): 3}, {(): 4}, {(): 9}, {(): 1}, {(): -2.5}, {(): 1},
     ]  # fmt: skip
     assert series(server, "ty_ex_total", "a") == {("x # {y",): 2}
+
+
+@pytest.mark.parametrize("content_type", [PLAIN, OPENMETRICS])
+@pytest.mark.parametrize("declared", ["{}", "{}_total"])
+def test_a_counter_is_a_sum_by_any_of_its_names(server: Server, content_type: str, declared: str) -> None:
+    """A sample with the name that is declared, or with `_total` behind it, is added to the view with `_total`."""
+    base = f"cn_{len(content_type)}_{len(declared)}"
+    name = declared.format(base)
+    for _ in range(2):
+        text = f'# TYPE {name} counter\n{name} 5\n{base}_total 1 # {{x=" # {{"}} NaN z\n{base}_created 1\n# EOF\n'
+        assert pushed(server, text, content_type)["refused"] == 0
+    assert series(server, f"{base}_total") == {(): 12}
+
+
+def test_paths_of_a_pushgateway(server: Server) -> None:
+    """prometheus_client pushes to the server as to a Pushgateway: what the path groups by is labels of all samples."""
+    registry = CollectorRegistry()
+    Counter("pg_rows", "x", ["table", "instance"], registry=registry).labels("users", "own").inc(3)
+    Gauge("pg_done", "x", registry=registry).set(7)
+    push_to_gateway(server.url, "back up/1", registry, {"instance": "ä+b c", "empty": ""})
+    pushadd_to_gateway(server.url, "other", registry, compression=None)
+    rows = series(server, "pg_rows_total", "job", "table", "instance")
+    assert rows == {("back up/1", "users", "ä+b c"): 3, ("other", "users", "own"): 3}
+    assert series(server, "pg_done", "job", "instance") == {("back up/1", "ä+b c"): 7, ("other", ""): 7}
+    with pytest.raises(HTTPError, match="405"):
+        delete_from_gateway(server.url, "other")
+    for path in ("job", "job/", "job/a/b", "x/y", "job/a/job/b", "job/a/1/b", "job/a/b@zip/c", "job@base64/*", "job/%ff"):
+        reply = server.request("PUT", f"/metrics/{path}", b"a 1\n", {"Content-Type": PLAIN})
+        assert server.problem(400, reply)
 
 
 def test_labels_come_and_go(server: Server) -> None:
@@ -246,63 +282,6 @@ def test_a_log_that_is_away() -> None:
     world.ingest = None
     with serving(world) as server:
         assert push(server, "a 1\n").status == 405
-
-
-TEXTS = st.lists(
-    st.sampled_from(
-        [
-            "# TYPE a counter",
-            "# TYPE a histogram",
-            "a_total 1",
-            'a_bucket{le="1"} 2',
-            "# EOF",
-            "a{",
-            '"',
-            "\\",
-            "}",
-            "1",
-            " ",
-            "\n",
-            "# {",
-            "=",
-            "le",
-            ",",
-            "NaN",
-            "1e5",
-            "a_created 1",
-            "\0",
-            "é",
-            "\x85",
-            "\u2028",
-        ]
-    ),
-    max_size=40,
-).map("".join)
-
-
-@settings(max_examples=examples(150), deadline=None)
-@given(TEXTS.map(str.encode) | st.binary(max_size=200), st.sampled_from([PLAIN, OPENMETRICS]))
-@example(b"# TYPE a\xe2\x80\xa8b counter", PLAIN)
-@example(b'{"a"} 1', OPENMETRICS)
-@example(b"# TYPE", PLAIN)
-@example(b"# TYPE a b c d", OPENMETRICS)
-@example(b"a 1\x85b 2", OPENMETRICS)
-def test_any_bytes_are_samples_or_refused(body: bytes, content_type: str) -> None:
-    """Any bytes are read without an exception; each line is at most one sample, refused for a reason, or without content."""
-    found = parse_pushed(body, content_type, 1_000, 8_192)
-    assert len(found.deltas) == len(found.lines) == len({*found.lines})
-    lines = len(body.split(b"\n"))
-    assert all(1 <= number <= lines for number in found.lines)
-    assert all(1 <= it.line <= lines and it.reason and len(it.detail) <= 200 for it in found.refused)
-    assert all(isinstance(delta, RawDelta) for delta in found.deltas)
-
-
-def test_no_more_is_read_than_may_be_taken() -> None:
-    """Parsing stops one sample, or one bad line, beyond the limit."""
-    assert len(parse_pushed(b"a 1\n" * 1_000, PLAIN, 10, 8_192).deltas) == 11
-    assert len(parse_pushed(b"a\n" * 1_000, PLAIN, 10, 8_192).refused) == 11
-    assert not parse_pushed(b"a 1\nb\n" * 6, PLAIN, 10, 8_192).whole
-    assert parse_pushed(b"a 1\nb\n" * 5, PLAIN, 10, 8_192).whole
 
 
 @pytest.fixture(scope="module")

@@ -529,7 +529,7 @@ def test_an_answer_that_grew_old_while_it_was_made_is_not_given(
 
 
 def test_open_requests_are_bounded() -> None:
-    """Beyond `connections_max` a request is 503, as problem JSON."""
+    """Beyond `connections_max` a request is 503, as problem JSON; health and metrics are answered all the same."""
     world = World(settings=QuerySettings(connections_max=1))
     definition = Definition("v", "sum")
     world.publish(definition, {(): 1})
@@ -537,12 +537,13 @@ def test_open_requests_are_bounded() -> None:
     with serving(world) as server:
         waiting = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         waiting.request("GET", f"/v1/views/v?after={world.token({0: next_offset})}")
-        wait_until(lambda: server.get("/healthz").status == 503)
-        server.problem(503, server.get("/healthz"))
+        wait_until(lambda: server.get("/v1/status").status == 503)
+        server.problem(503, server.get("/v1/status"))
+        assert [server.get(path).status for path in ("/healthz", "/readyz", "/metrics")] == [200] * 3
         world.fold()
         assert waiting.getresponse().read()
         waiting.close()
-        assert server.get("/healthz").status == 200
+        assert server.get("/v1/status").status == 200
 
 
 def test_answers_are_at_commit_boundaries_over_http(server: Server) -> None:

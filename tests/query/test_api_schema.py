@@ -1,6 +1,7 @@
 """The API conforms to `/openapi.json`, also for requests that nobody thought of."""
 
 import functools
+import http.client
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from pipeline.core.record import Definition
 from pipeline.core.span import FILLS, AskedRange
 from pipeline.query.controls import DefinitionChoice
 from pipeline.query.dead_letters_api import LIST_MAX, REPLAY_MAX, ReplayOrder
+from pipeline.query.deltas import _Delta
 from pipeline.query.idempotency import KEY_LENGTH_MAX, KEY_PATTERN
 from pipeline.query.openapi import openapi_document
-from pipeline.query.params import PER_QUERY, WAITS, _Delta
+from pipeline.query.params import PER_QUERY, WAITS
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving
 from tests.support import examples
@@ -40,6 +42,28 @@ def server() -> Iterator[Server]:
 def api_schema(server: Server) -> Any:
     """The schema that the server publishes."""
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+def test_head_is_answered_where_get_is(server: Server) -> None:
+    """HEAD has the status and the headers of GET and no body, and the connection goes on, also behind a stream's."""
+    paths = [path for path, methods in server.get("/openapi.json").json()["paths"].items() if "get" in methods]
+    paths = [path.replace("{view}", "revenue").replace("{key}", "no-such") for path in [*paths, "/", "/docs", "/none"]]
+    assert len(paths) > 10
+    changing = ("date", "content-length", "transfer-encoding", "pipeline-staleness-ms")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for path in paths:
+        seen = []
+        for method in ("HEAD", "GET"):
+            connection.request(method, path)
+            response = connection.getresponse()
+            seen.append((response.status, {k: v for k, v in response.getheaders() if k not in changing}))
+            assert method == "GET" or response.read() == b"", path
+            if path.endswith("/stream") and method == "GET":
+                connection.close()
+            else:
+                response.read()
+        assert seen[0] == seen[1], path
+    connection.close()
 
 
 def conforms(operation: Any, mode: schemathesis.GenerationMode, examples: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.frames import encode_frames
+from pipeline.core.grants import Bounds
 from pipeline.core.record import Definition
 from pipeline.core.token import Token
 from pipeline.errors import BufferFull, Unavailable
@@ -313,7 +314,7 @@ class _Failing:
     def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
         raise self._error
 
-    def batches(self, batches: Sequence[bytes], secret: str) -> tuple[list[int], Token]:
+    def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:
         raise self._error
 
 

@@ -7,13 +7,15 @@ from contextlib import suppress
 
 import pytest
 
-from pipeline.adapters.openmetrics import parse_pushed
 from pipeline.adapters.prometheus import render_views
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
+from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import parse_export
 from pipeline.metrics import NO_METRICS
 from pipeline.query.api import create_app
 from pipeline.query.cross_origin import CrossOriginProtection
+from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
@@ -50,8 +52,8 @@ def allows(it: CrossOriginProtection, host: str) -> bool:
     return False
 
 
-def posts(world: World) -> list[str]:
-    """Return the paths of all POST routes of a server that has everything."""
+def writes(world: World) -> set[tuple[str, str]]:
+    """Return method and path of all routes of a server that has everything, but those of GET and HEAD."""
     app = create_app(
         world.reader,
         world.ingest,
@@ -61,19 +63,24 @@ def posts(world: World) -> list[str]:
         lambda: True,
         render_views,
         parse_pushed,
+        ExportTaking(parse_export, None),
         world.letters,
     )
-    return [it.path.replace("{view}", "hits") for it in app.routes if "POST" in (it.methods or ())]  # type: ignore[attr-defined]
+    found: set[tuple[str, str]] = set()
+    for it in app.routes:
+        path = it.path.replace("{view}", "hits").replace("{grouping:path}", "job/a")  # type: ignore[attr-defined]
+        found |= {(method, path) for method in it.methods or () if method not in ("GET", "HEAD")}  # type: ignore[attr-defined]
+    return found
 
 
-def test_no_post_takes_what_a_form_can_send(server: Server) -> None:
-    """Each POST, whatever it does, refuses the media types that a page can send without asking, and says which it needs."""
-    paths = posts(World())
-    assert {"/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/views/hits/drop", "/v1/dead-letters/replay"} < {*paths}
-    for path in paths:
+def test_no_body_is_one_that_a_form_can_send(server: Server) -> None:
+    """Each POST and PUT refuses the media types that a page can send without asking, and says which it needs."""
+    found = writes(World())
+    assert {("POST", "/v1/deltas"), ("POST", "/v1/batches"), ("POST", "/v1/metrics"), ("PUT", "/metrics/job/a")} < found
+    for method, path in found:
         for content_type in FORM_TYPES:
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-            connection.request("POST", path, b"{}", {"Content-Type": content_type} if content_type else {})
+            connection.request(method, path, b"{}", {"Content-Type": content_type} if content_type else {})
             reply = connection.getresponse()
             text = reply.read().decode()
             assert reply.status == 415, (path, content_type)

@@ -18,6 +18,7 @@ from pipeline.adapters.prometheus import render_views
 from pipeline.core.exposition import BOUNDS_LEAST, BOUNDS_MAX, ClassicBuckets, Exposed, Exposition, bound_text, choose
 from pipeline.core.kinds import KINDS, State
 from pipeline.core.kinds.histogram import BUCKETS_MAX, SCHEMA_MAX, bound_of
+from pipeline.core.query import merge_definitions
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
 from pipeline.settings import QuerySettings
@@ -264,6 +265,6 @@ def test_names_of_histograms() -> None:
         Definition("d_bucket", "sum"),
         Definition("e", "histogram", ("le",)),
     ]
-    chosen, omitted = choose({it.view: it for it in definitions})
+    chosen, omitted = choose({it.view: merge_definitions([it]) for it in definitions})
     assert [it.view for it in chosen] == ["d"]
     assert omitted == {"d_bucket": "name_collision", "d_count": "name_collision", "e": "reserved_label"}

@@ -15,14 +15,17 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 
 from pipeline.adapters.prometheus import render_views
 from pipeline.core.exposition import Exposed, Exposition, choose
+from pipeline.core.query import merge_definitions
 from pipeline.core.record import Definition, definition_key, series_prefix, series_suffix
 from pipeline.errors import NotFound, Unavailable
 from pipeline.query.service import ReadService
 from pipeline.settings import QuerySettings
+from tests import prompb
 from tests.query.support import Reply, Server, World, serving
 from tests.support import HandClock
 
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5"}
+PROTOBUF = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
 Samples = dict[tuple[tuple[str, str], ...], float]
 
 
@@ -235,6 +238,16 @@ def test_views_that_cannot_stand_side_by_side(views: Sequence[Definition], out: 
         )
 
 
+def test_a_view_that_exists_stays() -> None:
+    """A later view whose name collides with an earlier one's leaves that in the scrape, whatever their names are."""
+    clock = HandClock()
+    world = World(2, clock=clock)
+    world.publish(counter("x_total"), {(): 1})
+    clock.s += 1
+    world.publish(gauge("x"), {(): 1})
+    assert scrape(world).omitted == {"x": "name_collision"}
+
+
 def test_a_broken_view_does_not_fail_the_scrape(caplog: pytest.LogCaptureFixture) -> None:
     """Entries that can't be read leave out their view and no other; a counter that is a gauge elsewhere is a gauge."""
     world = World(2)
@@ -340,7 +353,7 @@ def test_labels_and_values_come_through(rows: dict[tuple[str, str], Any], monoto
 def test_whatever_is_chosen_is_an_exposition(parts: list[tuple[str, list[str], bool]]) -> None:
     """Any set of view names makes a valid exposition, in which each view is either present or named as omitted."""
     definitions = {d.view: d for d in (Definition(x + "".join(more), "sum", (), 0, mono) for x, more, mono in parts)}
-    chosen, out = choose(definitions)
+    chosen, out = choose({view: merge_definitions([it]) for view, it in definitions.items()})
     assert {d.view for d in chosen} | out.keys() == definitions.keys()
     body, _ = render_views(Exposition([Exposed(d, [()], [1]) for d in chosen], out, None), OPENMETRICS["Accept"])
     assert len([*parse_openmetrics(body.decode())]) == len(chosen) + 2
@@ -394,3 +407,36 @@ def test_a_view_with_windows_is_bounded_by_the_series_of_one() -> None:
     world.append(0, definition, {("c",): 1}, present - 60_000)
     world.fold()
     assert scrape(world).omitted == {"v": "series_max"}
+
+
+def test_a_histogram_comes_back_under_the_names_that_it_had() -> None:
+    """The sums that a bridge, pushed text or OTLP makes of a histogram are a family again, if they fit."""
+    world = World()
+    text = "# TYPE took histogram\n"
+    for path, counts in (("/", (1, 3, 3)), ("/x", (0, 0, 2))):
+        for le, count in zip(("0.5", "10", "+Inf"), counts, strict=True):
+            text += f'took_bucket{{path="{path}",le="{le}"}} {count}\n'
+        text += f'took_sum{{path="{path}"}} {counts[-1] * 2.5}\ntook_count{{path="{path}"}} {counts[-1]}\n'
+    text += '# TYPE odd histogram\nodd_bucket 1\n# TYPE half histogram\nhalf_bucket{le="1"} 1\nhalf_count 1\nhalf_sum 1\n'
+    text += '# TYPE mine histogram\nmine_bucket{le="+Inf"} 1\nmine_count 1\nmine_sum 1\n# TYPE mine gauge\nmine 1\n'
+    with serving(world) as server:
+        reply = server.request("POST", "/v1/openmetrics", text.encode(), {"Content-Type": "text/plain; version=0.0.4"})
+        assert reply.json()["reasons"] == {"le": 1}
+        world.fold()
+        for headers, plain in ((OPENMETRICS, False), ({}, True)):
+            found = families(server.request("GET", "/v1/openmetrics", None, headers), plain=plain)
+            took = found["took"]
+            assert took.type == "histogram"
+            assert {(it.name, it.labels["path"], it.labels.get("le")): it.value for it in took.samples} == {
+                ("took_bucket", "/", "0.5"): 1, ("took_bucket", "/", "10.0"): 3, ("took_bucket", "/", "+Inf"): 3,
+                ("took_count", "/", None): 3, ("took_sum", "/", None): 7.5,
+                ("took_bucket", "/x", "0.5"): 0, ("took_bucket", "/x", "10.0"): 0, ("took_bucket", "/x", "+Inf"): 2,
+                ("took_count", "/x", None): 2, ("took_sum", "/x", None): 5,
+            }  # fmt: skip
+            assert {found[name].type for name in ("half_bucket", "mine_bucket", "mine_count")} == {"counter"}
+            assert found["mine"].type == "gauge"
+        binary = server.request("GET", "/v1/openmetrics", None, {"Accept": PROTOBUF}).body
+        family = prompb.families(binary)["took"]
+        of = next(it.histogram for it in family.metric if it.label[0].value == "/")
+        assert (family.type, of.sample_count_float, of.sample_sum) == (4, 3, 7.5)
+        assert [(it.upper_bound, it.cumulative_count_float) for it in of.bucket] == [(0.5, 1), (10, 3), (math.inf, 3)]

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import pipeline.query.found as found_answers
+import pipeline.query.media as media
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.adapters.read_parameters import QueryKeywords
@@ -209,3 +212,32 @@ def test_views_that_change_together_are_never_seen_apart() -> None:
             writer.join()
     assert count == 80
     assert len(seen) > 20
+
+
+def test_answers_of_one_request_are_bounded_together() -> None:
+    """Queries of one request may not have more series together than one answer; the query that has too many is named."""
+    world = World(1, settings=QuerySettings(limit_max=5))
+    world.publish(LEFT, {(name,): i for i, name in enumerate("abc")})
+    with serving(world) as server:
+        assert post(server, {"queries": [{"view": "left"}]}).status == 200
+        said = server.problem(400, post(server, {"queries": [{"view": "left"}, {"view": "left", "limit": 3}]}))
+        assert said.startswith("query 1: the answers up to this one have 6 series")
+
+
+def test_large_answers_are_encoded_as_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is made and encoded a few series at a time is the same, to the byte but for its staleness."""
+    world = World(1, settings=QuerySettings(answer_cache_bytes=0))
+    world.publish(LEFT, {(name,): i for i, name in enumerate("abcdefg")})
+    queries = {"queries": [{"view": "left"}, {"view": "left", "top": 3}]}
+    with serving(world) as server:
+
+        def bodies() -> list[bytes]:
+            found = [post(server, queries).body]
+            for accept in ("application/json", "text/csv", "application/x-ndjson"):
+                found.append(server.request("GET", "/v1/views/left", headers={"Accept": accept}).body)
+            return [re.sub(rb'"staleness_ms":[0-9]+', b"", body) for body in found]
+
+        whole = bodies()
+        monkeypatch.setattr(found_answers, "SERIES_RUN", 2)
+        monkeypatch.setattr(media, "SERIES_RUN", 2)
+        assert bodies() == whole

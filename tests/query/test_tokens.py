@@ -112,10 +112,10 @@ def test_a_topic_made_anew_while_a_read_waits(server: Server, log: Log) -> None:
         def make_anew() -> None:
             log.topic_id = "new"
 
-        threading.Timer(0.2, make_anew).start()
+        threading.Timer(0.1, make_anew).start()
         with pytest.raises(OtherTopic):
             reader.get("v", after=log.world.token({0: 10**6}), timeout_ms=20_000)
-        assert 0.2 <= time.monotonic() - started_s < 0.2 + AT_ONCE_S
+        assert 0.1 <= time.monotonic() - started_s < 0.1 + AT_ONCE_S
 
 
 def test_nobody_says_which_topic_is_there(server: Server, log: Log) -> None:

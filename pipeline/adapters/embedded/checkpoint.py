@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from pipeline.adapters.datadir import translate_os
 from pipeline.adapters.embedded.chunks import Partition
+from pipeline.folders import open_file
 
 _log = logging.getLogger(__name__)
 _PARTITIONS_MAX = 1_024
@@ -51,7 +52,7 @@ class OffsetCheckpoint:
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
         with translate_os(str(path)):
             try:
-                self._file = os.open(path, flags | os.O_CLOEXEC, 0o644)
+                self._file = open_file(path, flags)
             except FileNotFoundError:
                 if not read_only:
                     raise

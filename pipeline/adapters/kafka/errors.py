@@ -216,6 +216,15 @@ class LastError:
         """Forget the error, because a broker has answered."""
         self.last = None
 
+    def reason(self, error: KafkaError | None = None) -> str:
+        """Return what an operator must change, where that is why no broker answers, which is all that `error` says."""
+        last = self.last
+        if last is None or code_of(last).verdict is not Verdict.OPERATOR:
+            return ""
+        if error is not None and code_of(error).verdict is not Verdict.RETRY:
+            return ""
+        return describe(last, "; the last connection")
+
     def text(self, error: KafkaError) -> str:
         """Return the reason in words: the last connection error, or `error`, which often says little."""
         return text_of(self.last or error)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
-from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, error_of, translate
+from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, describe, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
 from pipeline.adapters.kafka.reader import KafkaReader
@@ -194,7 +194,7 @@ class KafkaLog:
             what = f"offsets of {places[0].topic}-{partition}"
             offset: int = self._result(future, what).offset
             if offset < 0:  # how librdkafka says, without an error, that one of several leaders did not answer
-                raise Unavailable(f"{what}: its leader does not answer")
+                raise Unavailable(f"{what}: its leader does not answer{self._last_error.reason()}")
             found[partition] = offset
         return found
 
@@ -226,7 +226,10 @@ class KafkaLog:
         try:
             return future.result(self._timeout_s + 1.0)
         except KafkaException as exception:
-            raise translate(error_of(exception), what) from None
+            error = error_of(exception)
+            if reason := self._last_error.reason(error):
+                raise Unavailable(f"{describe(error, what)}{reason}") from None
+            raise translate(error, what) from None
         except TimeoutError:
             raise Unavailable(f"{what}: no answer within {self._timeout_s} s") from None
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import Consumer, KafkaException, Producer
 
 from pipeline.adapters.kafka.errors import RateLimitFilter
-from pipeline.adapters.kafka.tokens import CALLBACK, TOKEN_FILE, TokenFile, token_source
+from pipeline.adapters.kafka.tokens import CALLBACK, TOKEN_FILE, TokenFile, check_tokens
 from pipeline.errors import Invalid
 from pipeline.secret import redacted_url, revealed, with_files
 
@@ -152,9 +152,8 @@ def try_user_options(address: Address, user: Mapping[str, Any], *, timeout_ms: i
     check_user_options(user)
     if not user:
         return
-    if TOKEN_FILE in user or CALLBACK in user:
-        token_source(user)()  # confluent_kafka waits for the first token, for a second or ten, and keeps no reason
-        user = {name: value for name, value in user.items() if name not in (TOKEN_FILE, CALLBACK)}
+    check_tokens(user)
+    user = {name: value for name, value in user.items() if name not in (TOKEN_FILE, CALLBACK)}
     alone = {"bootstrap.servers": "", "log_level": 0}
     try:
         Producer(revealed({**publisher_options(address, user, timeout_ms=timeout_ms), **alone}))

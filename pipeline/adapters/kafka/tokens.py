@@ -112,17 +112,21 @@ class TokenEndpoint:
         """Ask for a token. Raises `Invalid` if the endpoint refuses, `Unavailable` if it does not answer."""
         import httpx
 
-        asked_s = SystemClock().now_ms() / 1000
+        clock = SystemClock()
+        asked_s, deadline_s = clock.now_ms() / 1000, clock.monotonic_s() + _TIMEOUT_S
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         body = {"grant_type": "client_credentials", **({"scope": self._scope} if self._scope else {})}
         login = self._client[0], self._client[1].reveal()
         try:
             with (
                 httpx.Client(verify=self._tls, timeout=_TIMEOUT_S) as client,
-                client.stream("POST", self._url, data=body, auth=login, headers={"Accept": "application/json"}) as answer,
+                client.stream("POST", self._url, data=body, auth=login, headers=headers) as answer,
             ):
                 data = b""
-                for part in answer.iter_bytes():
+                for part in answer.iter_raw():
                     data += part
+                    if clock.monotonic_s() > deadline_s:
+                        raise Unavailable(f"{self._where}: no whole answer within {_TIMEOUT_S:g} s")
                     if len(data) > _ANSWER_BYTES_MAX:
                         raise Unavailable(f"{self._where}: its answer is larger than {_ANSWER_BYTES_MAX} bytes")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -185,6 +189,23 @@ def token_source(user: Mapping[str, Any]) -> TokenSource:
     if str(user.get(_METHOD, "")).lower() == "oidc":
         return TokenEndpoint(user)
     raise Invalid(f"setting kafka: sasl.mechanism OAUTHBEARER needs {TOKEN_FILE} or {_METHOD}=oidc")
+
+
+def check_tokens(user: Mapping[str, Any]) -> None:
+    """Ask once for a token, if confluent_kafka is to get tokens from a file or a function.
+
+    It would wait ten seconds for the first one, keep no reason, and never ask where the login is another. Raises as
+    `token_source` and the source do, and `Invalid` if these options do not fit together.
+    """
+    given = [name for name in (TOKEN_FILE, CALLBACK) if name in user]
+    if not given:
+        return
+    mechanism = str(user.get("sasl.mechanism", user.get("sasl.mechanisms", ""))).upper()
+    if mechanism != "OAUTHBEARER" or not str(user.get("security.protocol", "")).lower().startswith("sasl_"):
+        raise Invalid(f"setting kafka: {given[0]} needs sasl.mechanism=OAUTHBEARER and security.protocol=SASL_SSL")
+    if others := [*given[1:], *(name for name in (_METHOD,) if user.get(name))]:
+        raise Invalid(f"setting kafka: {given[0]} and {others[0]} are both given; leave one out")
+    token_source(user)()
 
 
 def why_no_token(user: Mapping[str, Any]) -> PipelineError | None:

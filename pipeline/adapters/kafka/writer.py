@@ -135,7 +135,7 @@ class KafkaLogWriter:
         metadata: Metadata | None = None,
     ) -> None:
         try_user_options(address, user, timeout_ms=timeout_ms)
-        last_error = LastError()
+        self._last_error = last_error = LastError()
         self._options = {**publisher_options(address, user, timeout_ms=timeout_ms), "error_cb": last_error}
         self._address = address
         self._clock = clock
@@ -244,6 +244,7 @@ class KafkaLogWriter:
 
     def _delivered(self, client: _Client, call: _Append, number: int, error: KafkaError | None, message: Delivered) -> None:
         if error is None:
+            self._last_error.forget()
             offset = message.offset()
             # None: the broker has had it before (DUPLICATE_SEQUENCE_NUMBER) and tells no offset; sending a copy will.
             call.answer(number, _NO_OFFSET if offset is None else offset + 1)
@@ -258,7 +259,7 @@ class KafkaLogWriter:
             return Unavailable(describe(client.fatal or error, where, needs))
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
             self._metadata.forget_bytes_max(DELTAS)  # it takes less than it did
-        text = describe(error, where, needs)
+        text = describe(error, where, needs) + self._last_error.reason(error)
         # Only a wrong message is refused for good: a permission can still be granted, and nothing is lost until then.
         return Invalid(text) if code_of(error).verdict is Verdict.MESSAGE else Unavailable(text)
 

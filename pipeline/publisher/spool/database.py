@@ -37,6 +37,7 @@ from pipeline.core.kinds import State
 from pipeline.core.record import Batch, Definition, Group
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BadRecord, Invalid, Unavailable
+from pipeline.folders import check_file, open_file, read_file
 from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.slot import explained
 from pipeline.threads import fork_gate
@@ -141,6 +142,8 @@ def _seal_word(owner: bytes, number: int) -> int:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    for suffix in ("", "-wal", "-journal"):
+        check_file(path.with_name(path.name + suffix))
     uri = f"{path.absolute().as_uri()}?vfs=unix-none&mode={mode}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     connection.text_factory = bytes
@@ -184,10 +187,11 @@ class Contents:
         try:
             for name in (NAME, LOG):
                 with suppress(FileNotFoundError):
-                    os.link(folder / name, names / name)
+                    check_file(folder / name)
+                    os.link(folder / name, names / name, follow_symlinks=False)
             self._connection = _connect(names / NAME, "ro")
             self._connection.execute("SELECT * FROM sqlite_master").fetchall()  # opens both
-        except sqlite3.Error as error:
+        except (sqlite3.Error, Invalid) as error:
             self._damaged(error)
         finally:
             shutil.rmtree(names, ignore_errors=True)
@@ -248,8 +252,8 @@ class Contents:
 
     def _read_seal(self, number: int) -> None:
         try:
-            data = (self.folder / SEAL).read_bytes()[:_SEAL_BYTES].ljust(_SEAL_BYTES, b"\0")
-        except FileNotFoundError:
+            data = read_file(self.folder / SEAL, _SEAL_BYTES)[0].ljust(_SEAL_BYTES, b"\0")
+        except (FileNotFoundError, Invalid):
             data = bytes(_SEAL_BYTES)
         words = [unpack_from("<Q", data, place)[0] for place in _SEAL_PLACES]
         seen = [word & 0xFFFFFFFF for word in words if word == _seal_word(self.owner, word)]
@@ -316,7 +320,7 @@ class Database:
                 self._connection.execute(f"PRAGMA {pragma}").fetchall()
             self._load()
             self.owner = fingerprint_of(self.root.producer_id)
-            fd = os.open(folder / SEAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = open_file(folder / SEAL, os.O_RDWR | os.O_CREAT)
             try:
                 os.posix_fallocate(fd, 0, _SEAL_BYTES)
                 self._seal = mmap.mmap(fd, _SEAL_BYTES)

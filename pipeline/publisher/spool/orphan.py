@@ -15,6 +15,7 @@ from pipeline.core.kinds import KINDS, kind_of
 from pipeline.core.record import Definition, fingerprint
 from pipeline.core.sequence import Sealed
 from pipeline.errors import BadRecord, Invalid
+from pipeline.folders import read_file
 from pipeline.publisher.batching import Pending
 from pipeline.publisher.spool.database import (
     FORMAT,
@@ -122,8 +123,20 @@ class Recorded:
                 self.report.corrupt.append(f"{path.name}: a foreign file")
             elif ring >= 0 and not first <= number < end:
                 self.stale.append(path)
-                if number >= end and any(path.read_bytes()[HEADER.size :]):
+                if number >= end and any(self._read(path, root.segment_bytes)[0][HEADER.size :]):
                     self.report.corrupt.append(f"{path.name}: a segment that the database does not know")
+
+    def _read(self, path: Path, bytes_max: int) -> tuple[bytes, int]:
+        """Return the bytes of a segment, and the size of its file; none, which is reported, if they can't be read."""
+        try:
+            data, size = read_file(path, bytes_max)
+        except (FileNotFoundError, Invalid) as error:
+            missing = isinstance(error, FileNotFoundError)
+            self.report.corrupt.append(f"{path.name}: {'missing' if missing else 'no regular file'}")
+            return b"", 0
+        if not data:
+            self.report.corrupt.append(f"{path.name}: empty")
+        return data, size
 
     def _records(self, folder: Path, owner: bytes, root: Root) -> Iterator[tuple[int, bytes]]:
         for ring, (first, offset, end) in sorted(root.rings.items()):
@@ -131,16 +144,14 @@ class Recorded:
             for number in range(first, end):
                 path = segment_path(folder, ring, number)
                 header, seed = segment_header(owner, ring, number, root.segment_bytes)
-                try:
-                    data = path.read_bytes()
-                except FileNotFoundError:
-                    self.report.corrupt.append(f"{path.name}: missing")
+                data, size = self._read(path, root.segment_bytes)
+                if not data:
                     continue
                 start = max(len(header), offset if number == first else 0)
                 found = scan(data, seed, start)
                 damages = found.damages
-                if len(data) != root.segment_bytes:
-                    damages.append(f"{len(data)} bytes, not {root.segment_bytes}")
+                if size != root.segment_bytes:
+                    damages.append(f"{size} bytes, not {root.segment_bytes}")
                 if data[: len(header)] != header:
                     damages.append("a wrong header")
                 if not goes_on and (found.records or found.ended):
@@ -345,7 +356,7 @@ def _info(path: Path, contents: Contents, *, live: bool) -> SlotInfo:
         producer=fingerprint(root.producer_id) if root else "",
         live=live,
         epoch=root.epoch if root else 0,
-        bytes_total=sum([file.stat().st_size for file in path.iterdir()]),
+        bytes_total=sum([file.lstat().st_size for file in path.iterdir()]),
         batch_count=len(contents.batches),
         entry_count=sum([kept.entry_count for kept in contents.batches.values()]),
         series_count=len(recorded.series),

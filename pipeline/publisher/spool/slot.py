@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.errors import BufferFull, Fenced, Invalid, PipelineError, Unavailable
-from pipeline.folders import check_private, make_private
+from pipeline.folders import check_private, make_private, open_file, read_small, replace_small
 
 _NEW, _GONE, CORRUPT = ".new-", ".gone-", ".corrupt"
 _VERSION = ".VERSION-"
@@ -69,7 +69,7 @@ def open_folder(folder: Path, format: int, *, make: bool) -> None:
         else:
             check_private(folder)
         try:
-            found = version.read_text("utf-8", "replace")
+            found = read_small(version).decode("utf-8", "replace")
         except FileNotFoundError:
             if not make:
                 raise Invalid(f"{folder} is no spool: it has no file VERSION") from None
@@ -77,8 +77,7 @@ def open_folder(folder: Path, format: int, *, make: bool) -> None:
             if foreign and not version.exists():
                 raise Invalid(f"{folder} is not empty and no spool: it has no file VERSION") from None
             new = folder / f"{_VERSION}{os.getpid()}-{threading.get_ident()}"
-            new.write_text(wanted)
-            new.replace(version)
+            replace_small(version, wanted.encode(), new=new)
             return
     if found != wanted:
         raise Invalid(f"{folder} says {found.strip()[:100]!r}; this program reads and writes {wanted.strip()!r}")
@@ -101,7 +100,7 @@ def make_slot(folder: Path, name: str) -> tuple[Path, int]:
 def _own_lock(path: Path) -> int | None:
     """Return the lock of a slot that was just made; None if another process has swept it away meanwhile."""
     try:
-        fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = open_file(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_EXCL)
     except FileNotFoundError:
         return None
     try:
@@ -147,7 +146,7 @@ def lock_slot(path: Path) -> int | None:
     """
     with explained(f"locking {path}"):
         try:
-            fd = os.open(path / "LOCK", os.O_RDWR | os.O_CLOEXEC)
+            fd = open_file(path / "LOCK", os.O_RDWR)
         except (FileNotFoundError, NotADirectoryError):
             return None
         kept = False
@@ -170,8 +169,8 @@ def lock_slot(path: Path) -> int | None:
 def is_live(path: Path) -> bool:
     """Return whether a process holds the slot's lock. If none does, this takes a shared lock for a moment."""
     try:
-        fd = os.open(path / "LOCK", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        fd = open_file(path / "LOCK", os.O_RDONLY)
+    except (OSError, Invalid):
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -219,7 +218,7 @@ def sweep(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Make a file durable, also what was written to it through a mapping, or the names in a folder. Raises `OSError`."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(fd)  # unlike `mmap.flush`, it lets other threads run
     finally:

@@ -1,0 +1,332 @@
+"""OTLP metrics over HTTP: each point counts once, whatever its temporality; what can't be taken is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import MessageToDict, ParseDict
+from google.rpc.status_pb2 import Status
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
+from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider, ObservableCounter
+from opentelemetry.sdk.metrics.export import AggregationTemporality, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+
+from pipeline.core.token import Token
+from pipeline.errors import Invalid, Unavailable
+from pipeline.ingest.otlp import parse_export
+from pipeline.ingest.totals import RunningTotals
+from pipeline.ports import RawDelta, RequestKey, RunningTotal
+from pipeline.settings import QuerySettings
+from tests.query.support import Reply, Server, World, serving
+from tests.support import LONG, HandClock
+
+PROTOBUF, JSON = "application/x-protobuf", "application/json"
+DELTA, CUMULATIVE = AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE
+NOW_NS = 1_700_000_000_000_000_000
+
+
+def export(metric: dict[str, Any], **resource: str) -> dict[str, Any]:
+    attributes = [{"key": key, "value": {"stringValue": value}} for key, value in resource.items()]
+    return {"resourceMetrics": [{"resource": {"attributes": attributes}, "scopeMetrics": [{"metrics": [metric]}]}]}
+
+
+def sum_of(name: str, *points: dict[str, Any], temporality: int = 1, monotone: bool = True) -> dict[str, Any]:
+    of = {"dataPoints": points, "aggregationTemporality": temporality, "isMonotonic": monotone}
+    return export({"name": name, "sum": of})
+
+
+def point(value: object, at: int = 1, start: int = 0, **attributes: Any) -> dict[str, Any]:
+    named = [{"key": key, "value": value} for key, value in attributes.items()]
+    return {"asInt": str(value), "timeUnixNano": str(NOW_NS + at), "startTimeUnixNano": start, "attributes": named}
+
+
+def post(server: Server, body: dict[str, Any] | bytes, media_type: str = JSON, **headers: str) -> Reply:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return server.request("POST", "/v1/metrics", content, {"Content-Type": media_type, **headers})
+
+
+def series(server: Server, view: str, *labels: str) -> dict[tuple[str, ...], Any]:
+    server.world.fold()
+    rows = server.view(view)["series"]
+    return {tuple(row["labels"].get(label) for label in labels): row["value"] for row in rows}
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("temporality", [DELTA, CUMULATIVE])
+def test_the_sdk_exports(server: Server, temporality: AggregationTemporality, compression: str) -> None:
+    """Counters, gauges and histograms of two processes, each with several exports, by the SDK's own exporter."""
+    prefix = f"sdk.{temporality.name}.{compression}".lower()
+    view = prefix.replace(".", "_")
+    kinds = dict.fromkeys((Counter, Histogram, ObservableCounter), temporality)
+    for process in (1, 2):
+        exporter = OTLPMetricExporter(
+            f"{server.url}/v1/metrics", preferred_temporality=kinds, compression=Compression(compression)
+        )
+        reader = PeriodicExportingMetricReader(exporter, export_interval_millis=3_600_000)
+        provider = MeterProvider([reader], Resource({"service.name": "shop", "host.name": "not a label"}))
+        meter = provider.get_meter("test")
+        counter, took = meter.create_counter(f"{prefix}.jobs"), meter.create_histogram(f"{prefix}.took")
+        level, running = meter.create_gauge(f"{prefix}.level"), meter.create_up_down_counter(f"{prefix}.running")
+        for _ in range(3):
+            counter.add(process, {"queue.name": "mail", "ok": True, "n": 3})
+            counter.add(0.5, {"queue.name": "print"})
+            took.record(7)
+            took.record(7_000)
+            level.set(process)
+            running.add(process)
+            assert provider.force_flush()
+        provider.shutdown()
+    jobs = series(server, f"{view}_jobs", "service_name", "queue_name", "ok", "n")
+    assert jobs == {("shop", "mail", "true", "3"): 9, ("shop", "print", "", ""): 3}
+    buckets = series(server, f"{view}_took_bucket", "le")
+    assert (buckets["5.0",], buckets["10.0",], buckets["5000.0",], buckets["+Inf",]) == (0, 6, 6, 12)
+    assert series(server, f"{view}_took_count") == {(): 12}
+    assert series(server, f"{view}_took_sum") == {(): 42_042}
+    assert series(server, f"{view}_level") == {(): 2}
+    assert series(server, f"{view}_running") == {(): 6}
+    found = {it["name"]: it for it in server.get("/v1/views").json()["views"]}
+    assert found[f"{view}_jobs"]["monotone"] is found[f"{view}_took_bucket"]["monotone"] is True
+    assert found[f"{view}_jobs"]["labels"] == ["n", "ok", "queue_name", "service_name"]
+
+
+@pytest.mark.parametrize("temporality", [1, 2])
+def test_a_repeat_counts_once(server: Server, temporality: int) -> None:
+    """A request with the same bytes, compressed or not, is a repeat; with other times it is not."""
+    name = f"repeated_{temporality}"
+    start = 10**18 * 4
+    for at, value in ((1, 5), (2, 7)):
+        body = json.dumps(sum_of(name, point(value, at, start), temporality=temporality)).encode()
+        for _ in range(2):
+            assert post(server, body).json() == {}
+            assert post(server, gzip.compress(body), JSON, **{"Content-Encoding": "gzip"}).json() == {}
+    assert series(server, name) == {(): 12 if temporality == 1 else 7}
+
+
+def test_what_is_left_out_is_told(server: Server) -> None:
+    """A partial success says how many points were rejected and why; the others count; the status has them by reason."""
+    wrong = {
+        "value": [{**point(1), "asInt": "-1"}],
+        "labels": [point(1, le={"arrayValue": {}}), point(1, **{"a.b": {"intValue": 1}, "a_b": {"intValue": 2}})],
+        "timestamp": [{"asInt": 1}],
+    }
+    points = [it for them in wrong.values() for it in them]
+    request = sum_of("told", point(4), *points, {"timeUnixNano": 1, "flags": 1})
+    metrics = request["resourceMetrics"][0]["scopeMetrics"][0]["metrics"]
+    unfit = {**point(1), "count": 3, "bucketCounts": [1, 1], "explicitBounds": [1]}
+    quantiles = {"dataPoints": [{"timeUnixNano": 1}]}
+    metrics += [
+        {"name": "told.x", "summary": quantiles},
+        {"name": "told.y", "exponentialHistogram": quantiles},
+        {"name": "1/-é", "gauge": {"dataPoints": [point(1)]}},
+        {"name": "told/z", "sum": {"dataPoints": [point(1)]}},
+        {"name": "told.a_b", "gauge": {"dataPoints": [point(1)]}},
+        {"name": "told.a.b", "gauge": {"dataPoints": [point(1)]}},
+        {"name": "told.h", "histogram": {"dataPoints": [unfit], "aggregationTemporality": 1}},
+        {"name": "told.s", "sum": {"dataPoints": [point(1)], "aggregationTemporality": 2, "isMonotonic": True}},
+    ]  # fmt: skip
+    expected = {"value": 1, "labels": 2, "timestamp": 1, "summary": 1, "exponential_histogram": 1, "name": 1}
+    expected |= {"temporality": 1, "collision": 1, "buckets": 1, "start": 1}
+    answer = post(server, request).json()["partialSuccess"]
+    assert answer["rejectedDataPoints"] == str(sum(expected.values()))
+    assert all(f"{reason}: " in answer["errorMessage"] for reason in expected)
+    found = {
+        it["reason"]: it["count"] for it in server.get("/v1/status").json()["ingest_left_out"] if it["protocol"] == "otlp"
+    }
+    assert found == expected
+    assert series(server, "told") == {(): 4}
+    body = ExportMetricsServiceRequest()
+    body.resource_metrics.add().scope_metrics.add().metrics.add(name="t").summary.data_points.add()
+    reply = post(server, body.SerializeToString(), PROTOBUF)
+    partial = ExportMetricsServiceResponse.FromString(reply.body).partial_success
+    assert (reply.headers["content-type"], partial.rejected_data_points) == (PROTOBUF, 1)
+    assert "quantiles" in partial.error_message
+
+
+def test_errors_are_what_clients_of_otlp_read() -> None:
+    """A body that is no export is 400, too much is 413, with a Status in the encoding of the request; no log is 503."""
+    world = World(settings=QuerySettings(body_bytes_max=2_000_000, deltas_max=3))
+    with serving(world) as server:
+        for body, media_type in (
+            (b"\x0a", PROTOBUF),
+            (b"{", JSON),
+            (b'{"resourceMetrics":7}', JSON),
+            (b"\x0a\x02\x12\x05", PROTOBUF),
+        ):
+            reply = post(server, body, media_type)
+            assert (reply.status, reply.headers["content-type"]) == (400, media_type)
+            status = Status.FromString(reply.body) if media_type == PROTOBUF else reply.json()
+            assert "not an export" in (status.message if isinstance(status, Status) else status["message"])
+        assert post(server, sum_of("much", *[point(1, at) for at in range(1, 5)])).status == 413
+        zipped = {"Content-Encoding": "gzip"}
+        for body, status in ((b"x", 400), (gzip.compress(b"{}")[:-3], 400), (gzip.compress(b"{}") + b"x", 400)):
+            assert post(server, body, JSON, **zipped).status == status
+        assert post(server, gzip.compress(b" " * 2_000_001), JSON, **zipped).status == 413
+        assert post(server, gzip.compress(b" " * 1_999_998 + b"{}"), JSON, **zipped).json() == {}
+        assert post(server, b"{}", "text/plain").status == 415
+    world.ingest = _Away()  # type: ignore[assignment]
+    with serving(world) as server:
+        reply = post(server, sum_of("away", point(1)))
+        assert (reply.status, reply.json()["code"]) == (503, 14)
+        assert "retry-after" in reply.headers
+
+
+class _Away:
+    def fitting(self, deltas: Any, key: Any = None) -> Any:
+        raise Unavailable("the log is away")
+
+
+class _Log:
+    """An ingest that counts each key once, and can be away, before or after it has counted."""
+
+    def __init__(self) -> None:
+        self.counted: dict[RequestKey, int] = {}
+        self.away = ""
+
+    def fitting(self, deltas: Any, key: Any = None) -> Any:
+        if self.away == "before":
+            raise Unavailable("away")
+        total = sum(delta.value for delta in deltas)
+        assert self.counted.setdefault(key, total) == total
+        if self.away == "after":
+            raise Unavailable("away")
+        return Token(), []
+
+
+@pytest.mark.parametrize("away", ["before", "after"])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_totals_whose_outcome_is_not_known(away: str, repeated: bool) -> None:
+    """An increase that may be counted is sent again, unchanged, before the next: nothing is lost and nothing is twice."""
+    log, clock = _Log(), HandClock()
+    totals = RunningTotals(log, clock, 10)  # type: ignore[arg-type]
+    start = clock.now_ms() * 1_000_000 + 1
+
+    def publish(value: int, at: int) -> None:
+        total = RunningTotal(1, "a", start, at, [RawDelta("v", "sum", {}, value, monotone=True)])
+        assert totals.publish([total], RequestKey("", "", str(at).encode())) == []
+
+    publish(5, 1)
+    log.away = away
+    for value, at in ((7, 2), (7, 2) if repeated else (9, 3)):
+        with pytest.raises(Unavailable):
+            publish(value, at)
+    log.away = ""
+    for value, at in ((7, 2), (9, 3), (10, 4), (9, 3)):
+        publish(value, at)
+    assert sum(log.counted.values()) == 10
+
+
+def test_totals_that_can_not_be_told(server: Server) -> None:
+    """A stream that began before the server, that was forgotten, or that falls counts from its next total, and is told."""
+    log, clock = _Log(), HandClock()
+    totals = RunningTotals(log, clock, 2)  # type: ignore[arg-type]
+    began = clock.now_ms() * 1_000_000
+
+    def publish(stream: str, value: float, at: int, start: int) -> list[str]:
+        total = RunningTotal(1, stream, start, at, [RawDelta("v", "sum", {}, value, monotone=True)])
+        return [it.reason for it in totals.publish([total], RequestKey("", stream, str(at).encode()))]
+
+    assert publish("old", 100, 1, began - 1) == ["baseline"]
+    assert publish("old", 103, 2, began - 1) == []
+    assert publish("new", 5, 1, began + 5) == []
+    assert publish("new", 4, 2, began + 5) == ["falls"]
+    assert publish("new", 6, 3, began + 5) == []
+    assert publish("new", float("nan"), 4, began + 5) == ["value"]
+    assert sum(log.counted.values()) == 3 + 5 + 2
+    assert publish("third", 1, 1, began + 9) == []  # `old` is forgotten
+    assert publish("fourth", 1, 1, began + 9) == []  # and `new`
+    assert publish("new", 7, 5, began + 5) == ["baseline"]
+    assert publish("new", 8, 6, began + 5) == []
+    assert sum(log.counted.values()) == 10 + 1 + 1 + 1
+
+
+def test_totals_need_a_server_that_gets_all_of_them() -> None:
+    """A parsed export has totals apart, so that a server that may not get all of them can refuse them."""
+    pushed = parse_export(json.dumps(sum_of("t", point(5, 1, 7), temporality=2)).encode(), JSON, 10, [])
+    assert not pushed.deltas
+    assert len(pushed.totals) == 1
+
+
+NAMES = st.sampled_from(["a", "a.b", "é", "le", ""])
+VALUES = st.one_of(
+    st.builds(lambda it: {"stringValue": it}, st.text(max_size=3)),
+    st.builds(lambda it: {"intValue": str(it)}, st.integers(-(2**63), 2**63 - 1)),
+    st.builds(lambda it: {"doubleValue": it}, st.floats(allow_nan=False, allow_infinity=False)),
+    st.builds(lambda it: {"boolValue": it}, st.booleans()),
+    st.just({"arrayValue": {"values": []}}),
+)
+ATTRIBUTES = st.lists(st.builds(lambda key, value: {"key": key, "value": value}, NAMES, VALUES), max_size=3)
+TIMES = st.sampled_from(["0", "1", str(NOW_NS)])
+NUMBERS = st.one_of(
+    st.builds(lambda it: {"asInt": str(it)}, st.integers(-(2**63), 2**63 - 1)),
+    st.builds(lambda it: {"asDouble": it}, st.floats(allow_nan=False, allow_infinity=False)),
+    st.just({}),
+)
+BUCKETS = st.builds(
+    lambda count, counts: {
+        "count": str(count),
+        "sum": 1.5,
+        "bucketCounts": counts,
+        "explicitBounds": [1, 2][: len(counts) - 1],
+    },
+    st.integers(0, 5),
+    st.lists(st.sampled_from(["0", "1"]), max_size=3),
+)
+
+
+def drawn(kind: str, points: list[tuple[Any, Any, str, str]], temporality: int, monotone: bool) -> dict[str, Any]:
+    """Return the data of a metric."""
+    found = [
+        {**value, "attributes": attributes, "timeUnixNano": at, "startTimeUnixNano": start}
+        for value, attributes, at, start in points
+    ]
+    more = {"gauge": {}, "histogram": {"aggregationTemporality": temporality}}
+    return {kind: {"dataPoints": found, **more.get(kind, {"aggregationTemporality": temporality, "isMonotonic": monotone})}}
+
+
+DATA = st.builds(
+    drawn,
+    st.sampled_from(["gauge", "sum", "histogram"]),
+    st.lists(st.tuples(NUMBERS | BUCKETS, ATTRIBUTES, TIMES, TIMES), max_size=3),
+    st.integers(0, 2),
+    st.booleans(),
+)
+
+
+@settings(max_examples=10_000 if LONG else 60, deadline=None)
+@given(NAMES, DATA, ATTRIBUTES)
+def test_both_encodings_mean_the_same(name: str, data: dict[str, Any], resource: list[Any]) -> None:
+    """An export that opentelemetry-proto encodes is read alike from protobuf and from JSON."""
+
+    of = {
+        "resourceMetrics": [{"resource": {"attributes": resource}, "scopeMetrics": [{"metrics": [{"name": name, **data}]}]}]
+    }
+    message = ParseDict(of, ExportMetricsServiceRequest(), ignore_unknown_fields=True)
+    found = parse_export(message.SerializeToString(), PROTOBUF, 100, ["a.b"])
+    assert found == parse_export(json.dumps(MessageToDict(message)).encode(), JSON, 100, ["a.b"])
+
+
+@settings(max_examples=10_000 if LONG else 60, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from([PROTOBUF, JSON]))
+def test_any_bytes_are_an_export_or_invalid(body: bytes, media_type: str) -> None:
+    """No bytes raise anything but `Invalid`."""
+    with suppress(Invalid):
+        parse_export(body, media_type, 10, [])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server of this module's own, whose counts the tests read."""
+    with serving(World()) as running:
+        yield running
