@@ -301,6 +301,15 @@ class QuerySettings(_Checked):
         least=1,
         most=16,
     )
+    fair_bytes_max: int = _setting(
+        4_194_304,
+        "bytes of this server's writes that are not folded; beyond it, a writer that has more than its equal part of it "
+        "waits up to `fair_wait_ms` before each of its writes, while others write and while there is folding",
+        least=1,
+    )
+    fair_wait_ms: int = _setting(
+        8_000, "how long a writer waits at most so that others are folded soon; below its own time limit. 0: not", least=0
+    )
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536
     )
