@@ -26,7 +26,7 @@ from pipeline.settings import IngestSettings
 PROTOCOLS = ("statsd_udp", "statsd_tcp")
 _OWN_REASONS = (
     "collision", "kind", "labels", "late", "observations_max", "views_max", "series_max", "sender_share", "buffer_full",
-    "refused", "packet_long", "connections_max", "idle", "cut",
+    "refused", "packet_long", "connections_max", "idle", "cut", "http",
 )  # fmt: skip
 _OF_JOINED = frozenset(("type", "rate"))
 """Reasons for which a line is refused that is several in one."""
