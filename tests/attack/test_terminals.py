@@ -131,7 +131,7 @@ def test_an_error_that_nobody_expected(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_texts_of_a_server() -> None:
-    """What a server says in a problem document is one clean line in the error, which an app may log."""
+    """The text of a problem document is one clean line in the error, which an app may log."""
     problem: dict[str, Any] = {"type": "urn:pipeline:error:NotReady", "detail": EVIL}
     for body in (json.dumps(problem).encode(), EVIL.encode(), b"\x1b\xff" * 40):
         assert str(error_of("http://h", 503, body)).isprintable()
