@@ -139,6 +139,12 @@ class Connections:
         self._metrics.set(m.CONNECTIONS, len(self._open))
         return True
 
+    def make_room(self) -> None:
+        """Close the connection that has waited longest, if one waits: the system has no descriptor left."""
+        waiting = self._longest_waiting(None) if self._addresses else None
+        if waiting is not None:
+            self.cut(waiting, "sockets_max")
+
     def _limit_reached(self, address: str) -> str:
         if self._addresses[address] >= self.settings.sockets_per_address_max:
             return "sockets_per_address_max"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import socket
 import ssl
 import threading
@@ -519,3 +521,21 @@ def test_sockets_leave_descriptors_to_files(caplog: pytest.LogCaptureFixture) ->
     assert 400 < sockets_within(1_024, 4_096) < 512
     assert "ulimit -n" in caplog.text
     assert sockets_within(64, 4_096) >= 1
+
+
+def test_without_descriptors_the_longest_waiting_makes_room() -> None:
+    """Where the system has no descriptor for a new connection, old ones that wait give up theirs."""
+    with site(head_timeout_ms=60_000) as tight, ExitStack() as stack:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        clients = [stack.enter_context(socket.socket()) for _ in range(10)]
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}
+        free = [number for number in range(max(taken) + 10) if number not in taken]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[4], limits[1]))
+        try:
+            for client in clients:
+                client.connect(("127.0.0.1", tight.port))
+            clients[-1].sendall(get(200))
+            assert answers(read_to_end(clients[-1]) or b"")[0][0] == 200
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert tight.cut("sockets_max") >= 5
