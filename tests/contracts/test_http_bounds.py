@@ -393,12 +393,14 @@ def test_quick_readers_are_spared() -> None:
     connections = Connections(QuerySettings(buffered_bytes_max=10_000_000), NO_METRICS, 100, clock.monotonic_s)
     first, second, third = takers = [Taker(8_000_000) for _ in range(3)]
     connections.unsent(first)
+    connections.sweep()
     clock.s += 2
     first.unsent_bytes = 5_000_000
     connections.unsent(second)
     assert not any(it.is_cut for it in takers)
     connections.unsent(third)
     assert [it.is_cut for it in takers] == [True, False, False]
+    connections.sweep()
     clock.s += 2
     third.unsent_bytes = 4_000_000
     connections.sweep()
