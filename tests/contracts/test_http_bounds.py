@@ -323,26 +323,28 @@ def test_a_long_request_is_no_idle_connection() -> None:
         assert [status for status, _ in answers(read_to_end(client) or b"")] == [200]
 
 
-def test_slow_legal_clients_are_served(bounded: Site) -> None:
+def test_slow_legal_clients_are_served() -> None:
     """Clients that are slow within the bounds get their answers: heads by the byte, bodies and answers in pieces."""
-    with bounded.connect() as client:
-        for byte in b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 30\r\n\r\n":
-            client.sendall(bytes([byte]))
-            time.sleep(0.004)
-        for _ in range(10):
-            client.sendall(b"abc")
-            time.sleep(0.04)
-        client.sendall(get(200))
-        received = read_to_end(client)
-        assert received is not None
-        assert [status for status, _ in answers(received)] == [200] * 3
-    with bounded.connect(receive_bytes=65_536) as client:
-        client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        size = 0
-        while part := client.recv(262_144):
-            size += len(part)
-            time.sleep(0.03)  # the server's part is sent long before: an idle connection it is not
-        assert size > LARGE_BYTES
+    times = dict.fromkeys(("head_timeout_ms", "body_timeout_ms", "write_timeout_ms"), 10_000)
+    with site(**times) as patient:
+        with patient.connect() as client:
+            for byte in b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 30\r\n\r\n":
+                client.sendall(bytes([byte]))
+                time.sleep(0.004)
+            for _ in range(10):
+                client.sendall(b"abc")
+                time.sleep(0.04)
+            client.sendall(get(200))
+            received = read_to_end(client)
+            assert received is not None
+            assert [status for status, _ in answers(received)] == [200] * 3
+        with patient.connect(receive_bytes=65_536) as client:
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            size = 0
+            while part := client.recv(262_144):
+                size += len(part)
+                time.sleep(0.03)  # the server's part is sent long before: an idle connection it is not
+            assert size > LARGE_BYTES
 
 
 def test_a_client_that_reads_nothing_is_cut_off(either: Site) -> None:
@@ -526,7 +528,7 @@ def test_sockets_leave_descriptors_to_files(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_without_descriptors_the_longest_waiting_makes_room() -> None:
-    """Where the system has no descriptor for a new connection, old ones that wait give up theirs."""
+    """Connections that wait give up their descriptors when the system has none for a new connection."""
     with site(head_timeout_ms=60_000) as tight, ExitStack() as stack:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         clients = [stack.enter_context(socket.socket()) for _ in range(10)]
