@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +149,6 @@ def outcome(data: Path, truth: int) -> str:
 
 
 def _refused(error: PipelineError) -> str:
-    assert str(error).isprintable()
     assert str(error)
     return f"refused: {type(error).__name__}"
 
@@ -169,7 +169,7 @@ def test_no_damage_is_silent(origins: Origins, tmp_path: Path, kind: str, capsys
         if found.startswith("WRONG"):
             wrong.append((seed, what, found))
         shutil.rmtree(data)
-    with capsys.disabled():
+    with capsys.disabled() if LONG else nullcontext():
         print(f"\n{kind}: {dict(seen)}")
     assert not wrong
 
@@ -193,7 +193,7 @@ def test_a_tokens_file(tmp_path: Path) -> None:
             case "larger":
                 content += chance.randbytes(2_000)
             case "twice":
-                content += content
+                content *= 2
         damaged.write_bytes(content)
         damaged.chmod(0o600)
         try:
