@@ -183,6 +183,9 @@ REQUESTS_REFUSED = Metric(
 BODIES_REFUSED = Metric(
     "pipeline_bodies_refused_total", "counter", "Requests refused because of the bodies of others.", ("limit",)
 )
+WRITES_DELAYED = Metric(
+    "pipeline_writes_delayed_total", "counter", "Writes that waited because their writer has much that is not folded yet."
+)
 READS_REFUSED = Metric("pipeline_reads_refused_total", "counter", "Reads refused at a limit.", ("limit",))
 ANSWERS = Metric(
     "pipeline_answers_total",

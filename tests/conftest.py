@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="seeds the simulator runs in all (default: %(default)s)",
     )
+    parser.addoption("--attack-s", type=int, default=60, help="seconds of all attacks at once, in a long run (default: 60)")
     parser.addoption("--quick", action="store_true", help="leave out what needs a broker or minutes")
 
 

@@ -19,11 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.errors import Invalid
 from pipeline.threads import POLL_INTERVAL_S
 
-if TYPE_CHECKING or sys.version_info < (3, 14):
-    from backports import zstd
-else:
-    from compression import zstd
-
 ROW_BYTES_MAX = 1_048_576
 """Longest row, of one line or of several in a quoted cell; a longer row is bad."""
 
@@ -225,13 +220,19 @@ class _Gunzipper:
 def _unpacked(chunks: Iterator[bytes]) -> Iterator[bytes]:
     head, chunks = _headed(chunks, lambda head: len(head) >= len(_ZSTD))
     if head.startswith(_GZIP):
-        return _members(chunks, _Gunzipper, "gzip", padding=b"\0")
+        return _members(chunks, _Gunzipper, zlib.error, "gzip", padding=b"\0")
     if head.startswith(_ZSTD):
-        return _members(chunks, zstd.ZstdDecompressor, "zstd")
+        if TYPE_CHECKING or sys.version_info < (3, 14):
+            from backports import zstd
+        else:
+            from compression import zstd
+        return _members(chunks, zstd.ZstdDecompressor, zstd.ZstdError, "zstd")
     return chunks
 
 
-def _members(chunks: Iterator[bytes], make: Callable[[], _Unpacker], name: str, padding: bytes = b"") -> Iterator[bytes]:
+def _members(
+    chunks: Iterator[bytes], make: Callable[[], _Unpacker], failure: type[Exception], name: str, padding: bytes = b""
+) -> Iterator[bytes]:
     """Yield what gzip members, or zstd frames, one behind the other, hold."""
     unpacker: _Unpacker | None = None
     data = b""
@@ -245,7 +246,7 @@ def _members(chunks: Iterator[bytes], make: Callable[[], _Unpacker], name: str, 
             unpacker = make()
         try:
             found, data = unpacker.decompress(data, _BUFFER_BYTES), b""
-        except (zlib.error, zstd.ZstdError) as error:
+        except failure as error:
             raise Damaged(f"the {name} data is damaged: {error}") from None
         if found:
             yield found

@@ -38,6 +38,10 @@ _FLOAT_LENGTH_MAX = 400
 _SECONDS = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
 _UNDERSCORED = str.maketrans(".-/ ", "____")
 _FLAG = "true"
+_JOINED = re.compile(rb"[^|]*\|(?:c|g|ms|h|d|s)(?:\|@[0-9.eE+-]*)?:")
+"""A sample that another one follows."""
+JOINED_MAX = 100
+"""Most samples that one line may join."""
 _CACHED_MAX = 4_096
 _CACHED_LENGTH_MAX = 500
 
@@ -95,6 +99,23 @@ def parse_line(line: bytes, line_bytes_max: int, dialect: Dialect = "auto") -> L
         return read
     has_steps = dialect == "statsd" or (dialect == "auto" and not read.is_datadog)
     return _line(source, name, type_, value_text, read, has_steps=has_steps)
+
+
+def joined_lines(line: bytes) -> list[bytes]:
+    """Return the lines that are joined as StatsD and Telegraf allow: `a:1|c:2|ms|#t` is `a:1|c|#t` and `a:2|ms|#t`."""
+    name, _, rest = line.partition(b":")
+    samples: list[bytes] = []
+    start = 0
+    while (found := _JOINED.match(rest, start)) and len(samples) < JOINED_MAX:
+        samples.append(rest[start : found.end() - 1])
+        start = found.end()
+    if not samples or found:
+        return [line]
+    head, *fields = rest[start:].split(b"|")
+    own = 2 if fields[1:] and fields[1].startswith(b"@") else 1
+    common = b"".join([b"|" + field for field in fields[own:]])
+    samples.append(b"|".join([head, *fields[:own]]))
+    return [name + b":" + sample + common for sample in samples]
 
 
 def prometheus_name(source: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import pipeline.metrics as m
 from pipeline.core.kinds import add, number
 from pipeline.core.record import Definition
-from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER, Line, Malformed, parse_line
+from pipeline.core.statsd import COUNTER, GAUGE, HISTOGRAM, REASONS, SET, TIMER, Line, Malformed, joined_lines, parse_line
 from pipeline.errors import BufferFull, Invalid, PipelineError, Unavailable
 from pipeline.ingest.statsd_mapping import MEMBER, wanted_views
 from pipeline.left_out import LeftOut
@@ -26,8 +26,10 @@ from pipeline.settings import IngestSettings
 PROTOCOLS = ("statsd_udp", "statsd_tcp")
 _OWN_REASONS = (
     "collision", "kind", "labels", "late", "observations_max", "views_max", "series_max", "sender_share", "buffer_full",
-    "refused", "packet_long", "connections_max", "idle", "cut",
+    "refused", "packet_long", "connections_max", "idle", "cut", "http",
 )  # fmt: skip
+_OF_JOINED = frozenset(("type", "rate"))
+"""Reasons for which a line is refused that is several in one."""
 _EPSILON = 1e-9
 """The most that the float of a whole number of observations lacks."""
 _log = logging.getLogger(__name__)
@@ -157,6 +159,11 @@ class StatsdSink:
             read = parse_line(line, self._settings.ingest_line_bytes_max, self._dialect)
             if read is None:
                 continue
+            if isinstance(read, Malformed) and read.reason in _OF_JOINED and self._dialect != "dogstatsd":
+                parts = joined_lines(line)
+                if len(parts) > 1:
+                    self.take(parts, protocol, sender)
+                    continue
             count += 1
             try:
                 if isinstance(read, Malformed):

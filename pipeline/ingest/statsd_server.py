@@ -8,6 +8,7 @@ one read of each socket.
 from __future__ import annotations
 
 import logging
+import re
 import selectors
 import socket
 from contextlib import suppress
@@ -30,6 +31,9 @@ _DRAIN_S = 2.0
 _PAUSE_S = 1.0
 """Pause after a connection could not be accepted for lack of file descriptors."""
 _PORT_TRIES = 20
+_HTTP_START = re.compile(rb"[A-Z]{3,7} (?:/|\*|https?:)")
+_HTTP_END = re.compile(rb" HTTP/1\.[01]\r?\Z")
+_TLS_START = b"\x16\x03"
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +45,8 @@ class _Connection:
         self.sender = sender
         self.line_at_s = now_s
         """The time at which the last line has ended, or the connection was accepted."""
+        self.began = False
+        """True once it is known that the sender does not begin as one of another protocol would."""
         self.partial = b""
         self.skipping = False
         """True while the rest of an oversized line is skipped."""
@@ -211,6 +217,11 @@ class StatsdServer:
             self._end(connection, closed_in_order=True)
             return
         first, *more = data.split(b"\n")
+        if not connection.began and self._is_foreign(connection, connection.partial + first, whole=bool(more)):
+            self._sink.refuse("http", TCP)
+            connection.partial = b""
+            self._end(connection, closed_in_order=False)
+            return
         if not more:
             self._keep(connection, connection.partial + first)
             return
@@ -225,6 +236,16 @@ class StatsdServer:
         self._keep(connection, more[-1])
         if lines:
             self._sink.take(lines, TCP, connection.sender)
+
+    def _is_foreign(self, connection: _Connection, line: bytes, *, whole: bool) -> bool:
+        """Return whether a connection begins as HTTP or TLS does.
+
+        Any page that is open in a browser of this machine can send HTTP here, with lines of StatsD as the body.
+        """
+        connection.began = whole or len(line) > self._settings.ingest_line_bytes_max
+        if line.startswith(_TLS_START):
+            return True
+        return connection.began and bool(_HTTP_START.match(line)) and (not whole or bool(_HTTP_END.search(line)))
 
     def _end_idle(self) -> None:
         """Close connections that only take up room: an open one costs its sender nothing."""

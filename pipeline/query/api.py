@@ -28,6 +28,8 @@ from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
 from pipeline.core.grants import Bounds, Grant
+from pipeline.core.record import producer_id_of
+from pipeline.core.token import Token
 from pipeline.errors import NotReady, PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
@@ -38,6 +40,7 @@ from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.deltas import parse_deltas
+from pipeline.query.fairness import FairTurns
 from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
@@ -132,8 +135,10 @@ def create_app(
         routes += [scrape_route(service, settings, render_views), _remote_read_route(service, room)]
     if ingest is not None:
         keys = UsedKeys(settings.idempotency_keys_max)
-        take = partial(_take, room, RequestBodies(room, settings.body_bytes_max), ingest_threads)
-        order = partial(_take, room, RequestBodies(room, min(settings.body_bytes_max, _ORDER_BYTES_MAX)), ingest_threads)
+        turns = FairTurns(reader.partitions, reader.clock, settings, metrics)
+        small = RequestBodies(room, min(settings.body_bytes_max, _ORDER_BYTES_MAX))
+        take = partial(_take, room, RequestBodies(room, settings.body_bytes_max), ingest_threads, turns)
+        order = partial(_take, room, small, ingest_threads, None)
         routes += _write_routes(ingest, settings, keys, take)
         routes += _order_routes(ControlService(reader, ingest), keys, order)
         if letters is not None:
@@ -349,12 +354,33 @@ def _completed(status: Status, reader: ViewReader, left_out: LeftOut) -> Status:
 
 
 async def _take(
-    room: BodyRoom, bodies: RequestBodies, threads: ThreadPoolExecutor, request: Request, work: Work, *types: str
+    room: BodyRoom,
+    bodies: RequestBodies,
+    threads: ThreadPoolExecutor,
+    turns: FairTurns | None,
+    request: Request,
+    work: Work,
+    *types: str,
 ) -> Response:
-    """Read the body of a request, do `work` with it in a thread, and return what that answers."""
+    """Read the body of a request, do `work` with it in a thread, and return what that answers; with `turns` in its turn."""
+    writer = _writer_of(request)
+    if turns is not None:
+        await turns.wait(writer)
     async with bodies.of(request, *types) as body:
         done = await room.work(request, body, threads, partial(work, body, request.headers))
+        if turns is not None and done.token:
+            turns.note(writer, Token.parse(done.token).next_offsets, len(body))
     return _json(_encode(done))
+
+
+def _writer_of(request: Request) -> str:
+    """Return who writes: an access token, without one the producer of batches, and else a client's address."""
+    grant: Grant = request.scope["grant"]
+    if grant.name:
+        return f"token {grant.name}"
+    secret = request.headers.get(_PRODUCER_HEADER, "")
+    client = request.client
+    return f"producer {producer_id_of(secret)}" if secret else f"address {client.host if client else ''}"
 
 
 def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take: Take) -> list[Route]:

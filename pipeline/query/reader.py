@@ -57,6 +57,8 @@ _POINT_KEYS_MAX = 500
 """Upper limit of the keys that a read gets in the caller's thread, which may be an event loop's; a millisecond's work."""
 _KEYS_MAX = 100_000
 """Upper limit of the keys that a read gets one by one; one that needs more walks through all series of its windows."""
+_POINT_TESTS_MAX = 4
+"""Conditions beside pinned labels that such a read tests: a regular expression takes a millisecond to compile."""
 _POINT_TRIES = 3
 """Attempts of a point read at finding the definitions of a view, if they change meanwhile."""
 
@@ -188,7 +190,7 @@ class ViewReader:
     def find_point(self, query: Query, now_ms: int, *, keys_max: int = _POINT_KEYS_MAX) -> FoundAnswer | None:
         """Return the answer if `where` pins every label, so that a few keys of each partition hold it; else None.
 
-        None, too, if these are over `keys_max` keys of all partitions, or if there is no such view.
+        None, too, for over `keys_max` keys of all partitions, for many conditions, and if there is no such view.
         """
         for _ in range(_POINT_TRIES):
             try:
@@ -196,7 +198,7 @@ class ViewReader:
             except NotFound:
                 return None  # `read` knows which views there are
             labels = pinned(query, plan)
-            if labels is None:
+            if labels is None or (keys_max <= _POINT_KEYS_MAX and len(query.where) > len(labels) + _POINT_TESTS_MAX):
                 return None
             points = self._new_points(query, plan.merged, now_ms)
             if key_count(plan, points) > keys_max:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
-from pipeline.core.limits import SPREAD_MAX
 from pipeline.errors import Invalid
 from pipeline.secret import Secret, with_secrets
 from pipeline.settings.base import DURABILITY, ON_FULL, Durability, OnFull, check_value, default_of
 from pipeline.settings.base import Checked as _Checked
 from pipeline.settings.base import setting as _setting
+from pipeline.settings.publisher import PublisherSettings
 from pipeline.settings.worker import IngestSettings, LogSettings, WorkerSettings
 
 __all__ = [
@@ -60,89 +60,6 @@ OTHER_VARIABLES = frozenset(
     }
 )
 """Variables with our prefix that are not settings."""
-
-
-@dataclass(frozen=True)
-class PublisherSettings(_Checked):
-    """Settings of a `Publisher`; each is also one of its keywords."""
-
-    flush_interval_ms: int = _setting(
-        100, "longest time that a delta waits before it is sealed into a batch, while the log keeps up", least=1
-    )
-    flush_interval_min_ms: int = _setting(
-        50,
-        "shortest time between flushes, at most `flush_interval_ms`; between the two the publisher tunes itself: four times "
-        "as long as the log needs to acknowledge",
-        least=1,
-    )
-    snapshot_interval_ms: int = _setting(
-        100, "how often what threads have recorded is merged into the snapshot that `local()` reads", least=1
-    )
-    local_series_max: int = _setting(
-        100_000,
-        "series that `local()` knows, all views together; further ones are left out, and said to be; 0: none",
-        least=0,
-    )
-    batch_bytes_max: int = _setting(
-        524_288,
-        "a batch is sealed before it grows beyond this; one series is never split",
-        least=1_024,
-        most=16_777_216,
-    )
-    buffer_bytes_max: int = _setting(
-        67_108_864,
-        "memory of buffered series and of unacknowledged batches; `on_full` says what happens then",
-        least=65_536,
-    )
-    on_full: str = _setting(
-        "block",
-        "at `buffer_bytes_max`, for series that are new: `block`, `raise` BufferFull, or `drop_newest` (counted). With a "
-        "`spool_dir`, batches wait on the disk before that",
-    )
-    block_timeout_ms: int = _setting(10_000, "how long `block` waits before it raises BufferFull", least=0)
-    durability: str = _setting(
-        "memory",
-        "what survives when this process is killed: `memory` what was acknowledged, `process` every recorded delta, `disk` "
-        "the same, and power loss too, up to `fsync_interval_ms`; the latter two need `spool_dir`",
-    )
-    spool_dir: str = _setting("", "the folder of spools, shared by all processes of an app; each makes its own in it")
-    spool_bytes_max: int = _setting(
-        1_073_741_824, "largest spool of a process; `on_full` says what happens then", least=4_194_304
-    )
-    fsync_interval_ms: int = _setting(1_000, "`disk`: how often recorded deltas are forced to the disk", least=1)
-    request_timeout_ms: int = _setting(10_000, "how long one attempt to send waits for its acknowledgement", least=10)
-    retry_backoff_ms: int = _setting(50, "pause after a failed attempt; doubles up to `retry_backoff_max_ms`", least=1)
-    retry_backoff_max_ms: int = _setting(2_000, "longest pause between attempts", least=1)
-    close_timeout_ms: int = _setting(
-        30_000, "how long `close()`, interpreter exit and Ctrl-C wait for the last flush", least=0
-    )
-    series_idle_ms: int = _setting(60_000, "a buffered series that was silent for so long gives its memory back", least=1)
-    series_max: int = _setting(
-        1_000_000,
-        "series of a view that this process buffers; further ones merge into the series whose labels are all __overflow__",
-        least=1,
-    )
-    ts_ahead_max_ms: int = _setting(
-        3_600_000, "how far `ts_ms` of a `last` value may be ahead of this machine's clock; else it is Invalid", least=0
-    )
-    producer_ttl_ms: int = _setting(
-        604_800_000,
-        "how long workers remember a producer; a batch that may have been sent longer ago than that, less a day or half of "
-        "it, is held back: it may be folded and forgotten, and would count twice",
-        least=1_000,
-    )
-    spread: int = _setting(
-        1,
-        "partitions over which a view without a `spread` of its own spreads each series, at most those that there are: then "
-        "one series that many processes record to is folded by several workers",
-        least=1,
-        most=SPREAD_MAX,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.spool_dir and self.durability != "memory":
-            raise Invalid(f"durability={self.durability} needs spool_dir, a folder")
 
 
 @dataclass(frozen=True)
@@ -300,6 +217,15 @@ class QuerySettings(_Checked):
         "large bodies that are decoded and appended at once; one that waits for 10 s is refused with 503",
         least=1,
         most=16,
+    )
+    fair_bytes_max: int = _setting(
+        4_194_304,
+        "bytes of this server's writes that are not folded; beyond it, a writer that has more than its equal part of it "
+        "waits up to `fair_wait_ms` before each of its writes, while others write and while there is folding",
+        least=1,
+    )
+    fair_wait_ms: int = _setting(
+        8_000, "how long a writer waits at most so that others are folded soon; below its own time limit. 0: not", least=0
     )
     openmetrics_line_bytes_max: int = _setting(
         8_192, "longest line of POST /v1/openmetrics; a longer one is left out and counted", least=64, most=65_536

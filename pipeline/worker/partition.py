@@ -404,8 +404,11 @@ class OwnedPartition:
 
         It does if others have written behind our last commit, and if the broker has left out that commit's marker: then
         nobody can read it, and the next transaction's marker stands for both (see `KafkaTransaction.commit`). Call this
-        only when no commit is under way.
+        only when no commit is under way. False while folding, which began behind the last record, has not come back to the
+        position: a commit would let that fall.
         """
+        if self.task.next_offset < self.task.position.next_offset:
+            return False
         is_open = end_offset == self._committed_begin < self._committed_end
         self._marker_missing = is_open and asked_s > self._committed_s + _MARKER_MAX_S
         if self._marker_missing:

@@ -153,6 +153,7 @@ class Bystander:
 
     def check(self, *, grown_bytes_max: int, health_s_max: float = HEALTH_S_MAX, rounds_min: int = 1) -> None:
         """Fail if the attack did harm: a wrong answer, late health, memory beyond a bound, or too few rounds."""
+        print(self)  # `pytest -rP` shows it
         assert not self.wrong, self
         assert self.health_s, self
         assert max(self.health_s) < health_s_max, self

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from pipeline.core.record import Definition
 from pipeline.settings import QuerySettings
 from tests.chromium import WAIT_MS, chromium
 from tests.query.support import World, serving
-from tests.support import UpProcess
+from tests.support import Program, UpProcess
 
 DELTAS = json.dumps([{"view": "evil", "kind": "sum", "value": 1}])
 PUSHED = "# TYPE evil_total counter\nevil_total 1\n"
@@ -73,6 +76,8 @@ ATTACK = """async ([url, writes, types]) => {
   }
   return done;
 }"""
+RECORD = """async (url) => fetch(url, { method: "POST", mode: "no-cors", body: "evil_statsd:1|c\\n".repeat(3),
+  signal: AbortSignal.timeout(2000) }).catch(() => null).then(() => null)"""
 ASK = """async ([method, path, body]) => {
   const reply = await fetch(path, { method, body, headers: body ? { "Content-Type": "application/json" } : {} });
   return [reply.status, await reply.text()];
@@ -156,8 +161,28 @@ def test_pages_of_other_origins_store_nothing(victim: UpProcess, page: Page, sit
     assert {*done} <= {"opaque 0", "failed"}, done
     assert log_ends(victim) == before
     with Reader(victim.url) as reader:
-        assert [view.name for view in reader.views()] == ["good"]
+        assert not [view.name for view in reader.views() if "evil" in view.name]
         assert [it.value for it in reader.get("good")] == [7]
+
+
+def test_pages_record_nothing_through_statsd(up: UpProcess, page: Page, site: int, tmp_path: Path) -> None:
+    """A request to the TCP port of StatsD, with lines of StatsD as its body, is cut off at its first line."""
+    long = "x" * 20_000
+    with Program("ingest", "statsd", "--port", "0", "--to", up.url, "--json", stderr=tmp_path / "statsd") as gateway:
+        port = json.loads(gateway.read_line())["port"]
+        with socket.create_connection(("127.0.0.1", port), 10) as own:
+            own.sendall(b"GET /cart:1|c\nhonest:1|c\n")  # names may have spaces, and become those of views
+        page.goto(f"http://evil.test:{site}/")
+        for path in ("/", f"/{long}"):
+            page.evaluate(RECORD, f"http://127.0.0.1:{port}{path}")
+        gateway.signal(signal.SIGTERM)
+        assert gateway.wait() == 0
+        report = json.loads(gateway.read_line())
+    assert report["left_out"].get("http", 0) >= 2, report
+    assert report["deltas"] == 2
+    with Reader(up.url) as reader:
+        assert "honest" in [view.name for view in reader.views()]
+        assert "evil_statsd" not in [view.name for view in reader.views()]
 
 
 def test_a_rebound_name_reads_and_writes_nothing(victim: UpProcess, page: Page) -> None:

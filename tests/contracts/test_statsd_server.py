@@ -278,3 +278,33 @@ def test_an_error_of_the_sink_is_known() -> None:
     udp(server, b"a:1|c")
     wait_until(lambda: server.failed, "the failure")
     assert server.stop()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nevil:1|c\n",
+        b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\nevil:1|c\n",
+        b"PUT /a HTTP/1.0\nevil:1|c\n",
+        b"OPTIONS * HTTP/1.1\r\n\r\nevil:1|c",
+        b"GET http://x/ HTTP/1.1\r\n\r\nevil:1|c\n",
+        b"\x16\x03\x01\x02\x00\nevil:1|c\n",
+    ],
+)
+@pytest.mark.parametrize("part_bytes", [3, 100_000])
+def test_other_protocols_are_cut_off(sent: bytes, part_bytes: int) -> None:
+    """A connection that begins as HTTP or TLS, as a browser's would, is closed, and no line of it is taken."""
+    with listening() as (server, heard):
+        with suppress(OSError), socket.create_connection(server.address, 10) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for start in range(0, min(len(sent), 100), part_bytes):
+                client.sendall(sent[start : start + part_bytes])
+            client.sendall(sent[100 if part_bytes < 100 else len(sent) :])
+            client.settimeout(10)
+            while client.recv(100):
+                pass
+        wait_until(lambda: heard.refused["http", "statsd_tcp"] == 1, "it is counted")
+        with socket.create_connection(server.address, 10) as own:
+            own.sendall(b"GET /cart:1|c\nPOST /x HTTP/1.1\n")
+        wait_until(lambda: len(heard.tcp) == 2, "lines of StatsD are taken")
+        assert heard.tcp == [b"GET /cart:1|c", b"POST /x HTTP/1.1"]

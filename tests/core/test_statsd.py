@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.record import NAME
-from pipeline.core.statsd import REASONS, Dialect, Line, Malformed, parse_line, prometheus_name
+from pipeline.core.statsd import REASONS, Dialect, Line, Malformed, joined_lines, parse_line, prometheus_name
 from pipeline.settings.base import DIALECTS
 from tests.support import LONG
 
@@ -134,6 +134,26 @@ def test_a_sign_is_a_step_where_the_dialect_has_steps(line: bytes, auto: bool, s
     assert get_args(Dialect) == DIALECTS
 
 
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (b"foo:1|c:200|ms", [b"foo:1|c", b"foo:200|ms"]),
+        (b"foo:1|c|@0.1:+2|g:x:y|s|#a:b|T5", [b"foo:1|c|@0.1|#a:b|T5", b"foo:+2|g|#a:b|T5", b"foo:x:y|s|#a:b|T5"]),
+        (b"foo:1|c:2|c|@0.5", [b"foo:1|c", b"foo:2|c|@0.5"]),
+        (b"foo:1:2|c:3|c|c:ci-1", [b"foo:1:2|c|c:ci-1", b"foo:3|c|c:ci-1"]),
+        (b"foo:1|c:", [b"foo:1|c", b"foo:"]),
+        (b"foo:1|c|c:ci-1", None),
+        (b"foo:1|c|#a:1|c:2", None),
+        (b"foo:1|x:2|c", None),
+        (b"foo", None),
+        (b"foo:1|c" + b":1|c" * 101, None),
+    ],
+)
+def test_lines_that_are_joined(line: bytes, parts: list[bytes] | None) -> None:
+    """Samples of one name can be joined by colons, each with its type and rate; the fields behind the last are of all."""
+    assert joined_lines(line) == (parts or [line])
+
+
 def test_lines_within_the_limits_of_agents() -> None:
     """Lines as long as those that clients pack for Datadog's agent, and a name of many parts, are read."""
     packed = b"a.b:" + b":".join([b"123.45"] * 1_165) + b"|d|@0.5|#x:1"
@@ -150,7 +170,14 @@ def test_time_is_linear_in_the_length() -> None:
             for size in (8_192, 65_536):
                 line = head + part * (size // len(part))
                 times.append(
-                    min(timeit.repeat(lambda line=line: parse_line(line, 10**6), number=1, repeat=3, timer=thread_time))
+                    min(
+                        timeit.repeat(
+                            lambda line=line: (parse_line(line, 10**6), joined_lines(line)),
+                            number=1,
+                            repeat=3,
+                            timer=thread_time,
+                        )
+                    )
                 )
             assert times[1] < 40 * times[0] + 0.05, (head, part, times)
 
@@ -201,6 +228,7 @@ PARTS = st.sampled_from(
 def test_any_bytes_are_read_or_refused(line: bytes, dialect: Dialect) -> None:
     """Any line is read or refused without an exception: with Prometheus names and finite numbers, or a known reason."""
     found = parse_line(line, MOST, dialect)
+    assert all(joined_lines(part) == [part] or part.count(b":") > 1 for part in joined_lines(line))
     if isinstance(found, Malformed):
         assert found.reason in REASONS
     elif found is not None:

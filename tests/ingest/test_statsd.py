@@ -155,6 +155,19 @@ def test_a_line_stands_for_a_limited_number_of_observations() -> None:
     assert world.views().answers["t_ms_count", ()] == 100
 
 
+@pytest.mark.parametrize("dialect", ["auto", "statsd", "dogstatsd"])
+def test_joined_lines(dialect: str) -> None:
+    """StatsD and Telegraf take several samples of one name in a line; DogStatsD refuses such a line."""
+    world = World(ingest_dialect=dialect).send("a:1|c:10|c|@0.1:200|ms|#x:1", "g:5|g:+1|g:oops|g", "b:1|c:2|nope")
+    if dialect == "dogstatsd":
+        assert world.refused == {"type": 3}
+        return
+    assert world.refused == {"value": 1, "type": 1}
+    answers = world.views().answers
+    assert (answers["a", ("1",)], answers["a_ms", ("1",)], answers["g", ()], answers["b", ()]) == (101, 200, 6, 1)
+    assert world.sink.line_count == 3 + 3 + 2
+
+
 def test_a_late_gauge_is_no_base_of_steps() -> None:
     """A step changes the newest value, also if an older one has come after that; a step of an older time is refused."""
     world = World().send("g:5|g|T2000", "g:100|g|T1000", "g:+1|g|T3000", "g:+7|g|T2999", "g:+1|g|T3000")

@@ -458,3 +458,17 @@ def test_what_is_committed_after_the_snapshot_is_in_no_part_of_an_answer(monkeyp
         answer = read(world, it)
         assert answer.series[0].value == answer.as_of.next_offsets["0"] == before
         assert read(world, it).series[0].value == before + 1
+
+
+def test_many_conditions_are_not_tested_on_the_event_loop() -> None:
+    """Labels that are pinned leave few conditions to a point read: many regular expressions take long to compile."""
+    world = World()
+    world.publish(Definition("revenue", "sum", ("product", "region")), {("tea", "eu"): 1})
+    regexes = [f"region=~eu|x{i}" for i in range(6)]
+    few, many = (
+        query("revenue", "region=eu", "product=tea", *regexes[:3]),
+        query("revenue", "region=eu", "product=tea", *regexes),
+    )
+    assert world.reader.point(few) is not None
+    assert world.reader.point(many) is None
+    assert read(world, many).series == read(world, few).series

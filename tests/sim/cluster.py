@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from pipeline.adapters.memory import MemoryLog
 from pipeline.ports import Message, Watermarks
-from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from tests.sim.auditor import Auditor
 from tests.sim.clocks import NodeClock, TrueTime
+from tests.sim.entries import POSITION, Failure
 
 if TYPE_CHECKING:
     from tests.sim.faults import FaultyTransaction
 
+_WAITS_MAX = 10_000
 At = tuple[str, int]
 """A topic and a partition of it."""
 
@@ -52,6 +54,13 @@ class Cluster:
         """Offsets of changelog records that no worker wrote."""
         self.foreign = [False] * topics[DELTAS]
         """True for a partition to whose changelog somebody other than a worker has written."""
+        self.markers_missing: dict[int, int] = {}
+        """By changelog partition without the marker of an acknowledged commit, where the first such commit begins."""
+        self._waited_count = 0
+        self._letters_missing: dict[int, int] = {}
+        """By partition, where the dead letters of the first such commit begin."""
+        self.undone: set[int] = set()
+        """Partitions in which the broker has aborted commits that it had acknowledged."""
         self._true_time = true_time
         self._stamping = False
 
@@ -82,6 +91,36 @@ class Cluster:
         self.cuts[partition].append((position, end_offset))
         del self.ends[partition][:-6], self.cuts[partition][:-6]
 
+    def marker_written(self, partition: int) -> None:
+        """Note the marker of a commit, which stands for those that are missing before it, too."""
+        self.markers_missing.pop(partition, None)
+        self._letters_missing.pop(partition, None)
+
+    def leave_out_marker(self, partition: int, entry_count: int, letter_count: int) -> None:
+        """Take back the markers of the newest commit, as a broker does that was fenced at the wrong time."""
+        at = self.memory.partition(CHANGELOG, partition)
+        at.end_offset -= 1
+        at.markers.remove(at.end_offset)
+        self.markers_missing.setdefault(partition, at.end_offset - entry_count)
+        letters = self.memory.partition(DEAD_LETTERS, partition)
+        marker_count = self.memory.marker_count if letter_count else 0
+        self._letters_missing.setdefault(partition, letters.end_offset - letter_count - marker_count)
+
+    def abort_with_unmarked(self, partition: int, count: int) -> None:
+        """Abort a transaction of `count` records, and with it the commits before it whose markers are missing."""
+        begin = self.markers_missing.pop(partition)
+        at = self.memory.partition(CHANGELOG, partition)
+        self.memory.skip(CHANGELOG, partition, count + 1)
+        at.rows = [row for row in at.rows if row.offset < begin]
+        at.markers.update(range(begin, at.end_offset))
+        letters, first = self.memory.partition(DEAD_LETTERS, partition), self._letters_missing.pop(partition)
+        letters.rows = [row for row in letters.rows if row.offset < first]
+        self.cuts[partition] = [cut for cut in self.cuts[partition] if cut[1] <= begin]
+        self.ends[partition] = [end for end in self.ends[partition] if end <= begin]
+        ours = (row.value for row in reversed(at.rows) if row.key == POSITION and row.offset not in self.forged[partition])
+        self.undone.add(partition)
+        self.auditor.rewound(partition, next(ours, None) or b"")
+
     def forge(self, partition: int, key: bytes | None, value: bytes | None) -> None:
         """Append a record to the changelog that no worker wrote."""
         (next_offset,) = self.memory.append([Message(CHANGELOG, partition, key, value)], timeout_s=0)
@@ -104,6 +143,8 @@ class Cluster:
         at.rows = [row for row in at.rows if row.offset < end_offset]
         at.markers = {offset for offset in at.markers if offset < end_offset}
         at.end_offset = end_offset
+        if topic == CHANGELOG and self.markers_missing.get(partition, -1) >= end_offset:
+            del self.markers_missing[partition]
         if topic == DELTAS:
             epochs = self._epochs[partition]
             epochs[:] = [*(it for it in epochs if it[0] < end_offset), (end_offset, epochs[-1][1] + 1)]
@@ -133,7 +174,12 @@ class Cluster:
             self.skip(topic, partition)
 
     def wait_in_vain(self, topic: str, partition: int) -> None:
-        """Note that a reader found nothing behind an open transaction, and let time pass."""
+        """Note that a reader found nothing behind an open transaction, or one without a marker, and let time pass."""
+        if topic == CHANGELOG and partition in self.markers_missing:
+            self._true_time.at_ms += 1_000
+            self._waited_count += 1
+            if self._waited_count > _WAITS_MAX:
+                raise Failure(f"nobody sees that a marker is missing in changelog-{partition}")
         pin = self.pins.get((topic, partition))
         if pin is not None:
             pin.patience -= 1
@@ -144,7 +190,11 @@ class Cluster:
         """Return the offsets that readers may know."""
         start, end = self.memory.watermarks(topic, partition)
         pin = self.pins.get((topic, partition))
-        return Watermarks(start, end if pin is None else max(start, min(pin.offset, end)))
+        if pin is not None:
+            end = min(pin.offset, end)
+        if topic == CHANGELOG:
+            end = min(self.markers_missing.get(partition, end), end)
+        return Watermarks(start, max(start, end))
 
     # Losses
 

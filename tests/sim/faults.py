@@ -13,7 +13,7 @@ import msgspec
 
 from pipeline.adapters.memory import MemoryStore
 from pipeline.core.record import Records
-from pipeline.errors import Fenced, Invalid, PipelineError, RecordsLost, StoreCorrupt, Unavailable
+from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, PipelineError, RecordsLost, StoreCorrupt, Unavailable
 from pipeline.ports import (
     NO_BEGINS,
     NO_EPOCHS,
@@ -71,9 +71,11 @@ class FaultyLog:
         fate: Fate = lambda _: "in",
         fenced_others: Callable[[], None] = lambda: None,
         deposed: Deposed | None = None,
+        leaves_out_marker: Callable[[], bool] = lambda: False,
     ) -> None:
         self._cluster = cluster
         self._process = process
+        self._leaves_out_marker = leaves_out_marker
         self._deposed = deposed or Deposed({}, 0)
         self._fate = fate
         self._fenced_others = fenced_others
@@ -132,7 +134,7 @@ class FaultyLog:
 
     def transaction(self, transactional_id: str) -> Transaction:
         self._process.point("transaction")
-        transaction = FaultyTransaction(self._cluster, self._process, transactional_id)
+        transaction = FaultyTransaction(self._cluster, self._process, transactional_id, self._leaves_out_marker)
         self._cluster.owners[transactional_id] = transaction
         self._fenced_others()
         self._process.point("fenced")
@@ -210,10 +212,13 @@ class FaultyReader:
 class FaultyTransaction:
     """A `ports.Transaction` that may fail before or after it is durable."""
 
-    def __init__(self, cluster: Cluster, process: Process, transactional_id: str) -> None:
+    def __init__(
+        self, cluster: Cluster, process: Process, transactional_id: str, leaves_out_marker: Callable[[], bool]
+    ) -> None:
         self._cluster = cluster
         self._process = process
         self._id = transactional_id
+        self._leaves_out_marker = leaves_out_marker
         self._inner = cluster.memory.transaction(transactional_id)
 
     @property
@@ -230,6 +235,8 @@ class FaultyTransaction:
         before = [self._cluster.memory.watermarks(*at) for at in partitions]
         try:
             offsets = self._inner.commit(messages, timeout_s=timeout_s, begins=begins)
+        except Discontinuous as error:
+            raise self._aborted(messages, begins) or error from None
         except Fenced:
             if not self.fenced:
                 raise Failure(f"{self._process.name} owns {self._id}, but was fenced") from None
@@ -239,10 +246,23 @@ class FaultyTransaction:
         if self.fenced:
             raise Failure(f"{self._process.name} was fenced, but could commit as {self._id}")
         partition, auditor = int(self._id.rsplit("-", 1)[1]), self._cluster.auditor
+        self._cluster.marker_written(partition)
+        if self.marker_count and self._leaves_out_marker():
+            count = sum(message.topic == CHANGELOG for message in messages)
+            self._cluster.leave_out_marker(partition, count, len(messages) - count)
         if auditor.committed(partition, [(m.topic, m.partition, m.key, m.value) for m in messages]):
             self._cluster.committed(partition, auditor.states[partition][POSITION])
         self._process.point("commit: after")
         return offsets
+
+    def _aborted(self, messages: Sequence[Message], begins: Begins) -> Displaced | None:
+        """Abort as Kafka does; return the error if that takes commits with it whose markers are missing."""
+        partition = int(self._id.rsplit("-", 1)[1])
+        place = CHANGELOG, partition
+        if partition not in self._cluster.markers_missing or place not in begins:
+            return None
+        self._cluster.abort_with_unmarked(partition, sum(message.topic == CHANGELOG for message in messages))
+        return Displaced("the broker has left out the marker of the last transaction")
 
     def close(self) -> None:
         pass

@@ -26,6 +26,8 @@ class LogFaults:
         clocks = [*world.clocks.values()]
         self._wrong = world.rng.choice((*clocks, world.crowd.clocks[0]))
         """The only node of this history whose clock may be wrong: one wrong clock must do no harm."""
+        self.last_markers: set[int] = set()
+        """Partitions in which one more marker can be left out although nothing else goes wrong any more."""
 
     def jump_clock(self) -> None:
         """Make a clock wrong by hours or days from now on, or right again."""
@@ -78,6 +80,17 @@ class LogFaults:
             at = world.rng.choice([*world.cluster.pins])
             world.cluster.unpin(*at)
             world.note("the foreign transaction on %s-%s ends", *at)
+
+    def leaves_out_marker(self, partition: int) -> bool:
+        """Return whether the broker leaves out the marker of a commit that it acknowledges."""
+        world = self.world
+        may = "markers" in world.switches and (not world.quiet or partition in self.last_markers)
+        left_out = may and world.rng.random() < 0.2
+        if left_out:
+            self.last_markers.discard(partition)
+            world.note("the marker of a commit to changelog-%s is left out", partition)
+            world.count("marker left out")
+        return left_out
 
     # Losses of what was safe
 
@@ -147,6 +160,8 @@ class LogFaults:
         """Write to the changelog as a stranger: noise, an entry of no known kind, or an entry that looks true."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
+        if partition in world.cluster.markers_missing:
+            return  # an owner can't tell a single record that stands in the place of a marker from the marker
         state = world.auditor.states[partition]
         how = rng.choice(("no key", "noise", "entry", "entry", "tombstone", "position", "position"))
         key: bytes | None = None

@@ -59,9 +59,9 @@ class Nature:
             return  # a forgery would supersede what is true, and nobody could tell any more
         memory, known = world.cluster.memory, self._tombstones[partition]
         rows = memory.partition(CHANGELOG, partition).rows
-        end = memory.watermarks(CHANGELOG, partition).end_offset
+        end = min(memory.watermarks(CHANGELOG, partition).end_offset, world.cluster.markers_missing.get(partition, 2**62))
         young_ms = world.time.at_ms - world.compaction_lag_ms
-        young = next((row.offset for row in rows if row.at_ms > young_ms), end)
+        young = min(next((row.offset for row in rows if row.at_ms > young_ms), end), end)
         end = young
         if rng.random() < 0.7:
             end = rng.randint(0, end)

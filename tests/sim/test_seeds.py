@@ -18,7 +18,8 @@ crash at commit: before, crash at end offsets, crash at fenced, crash at open, c
 crash at write: after, crash at write: before, damage of a server: open, damage of a server: read, damage: bytes,
 damage: open, damage: read, deltas cut, deposed leader, deposed leader of a server, expired delta refused, foreign
 transaction on changelog, foreign transaction on deltas, forged: entry, forged: noise, forged: position, hold-up, job,
-junk, late message, loss accepted, loss noticed, order: drop, order: reset, others act at commit: after, others act at
+junk, late message, loss accepted, loss noticed, marker left out,
+order: drop, order: reset, others act at commit: after, others act at
 commit: before, others act at destroyed, others act at end offsets, others act at fenced, others act at open, others
 act at poll, others act at transaction, others act at write: after, others act at write: before, producers expire,
 publisher closed, publisher restarted, retention, server at a boundary, server falls behind, server hides, series

@@ -14,6 +14,7 @@ from pipeline.errors import (
     NotReady,
     PipelineError,
     RecordsLost,
+    StoreAhead,
     StoreCorrupt,
     Unavailable,
 )
@@ -63,7 +64,13 @@ class Worker:
         self.process = Process(f"worker {world.new_number()} ({partition} on {machine.name})", world.interrupt)
         self.metrics = Recorder()
         self.deposed = world.log_faults.some_deposed(partition)
-        self.log = FaultyLog(world.cluster, self.process, fenced_others=lambda: world.owned(self), deposed=self.deposed)
+        self.log = FaultyLog(
+            world.cluster,
+            self.process,
+            fenced_others=lambda: world.owned(self),
+            deposed=self.deposed,
+            leaves_out_marker=lambda: world.log_faults.leaves_out_marker(partition),
+        )
         self.part = OwnedPartition(
             partition,
             log=self.log,
@@ -113,6 +120,7 @@ class Worker:
         except Discontinuous as error:
             self._displaced(f"start: {error}")
         except (RecordsLost, LogCorrupt) as error:
+            self._notice_undone(error)
             if number in world.wounds:
                 world.count(f"noticed: {self._due or 'what is gone was needed'}")
                 raise Noticed(str(error)) from error
@@ -208,10 +216,15 @@ class Worker:
             self.fold() if rng.random() < 0.5 and not task.full else self.make_durable()
         elif self.state == "durable":
             self.fold() if rng.random() < 0.3 and not task.full else self.finish()
-        elif task.dirty and (task.full or rng.random() < 0.4):
+        elif (task.dirty and (task.full or rng.random() < 0.4)) or self.needs_commit():
             self.prepare()
         else:
             self.fold()
+
+    def needs_commit(self) -> bool:
+        """Return whether this idle worker must commit, by what the log says of its changelog."""
+        end_offset = self.world.cluster.stable(CHANGELOG, self.number).end_offset
+        return self.part.needs_commit(end_offset, self.machine.clock.monotonic_s())
 
     def _assign(self, *, first: bool = False) -> None:
         """Read from the position on or, except for the first time, from before it: folded records are skipped."""
@@ -320,6 +333,9 @@ class Worker:
                 raise Failure(f"{self.process.name} was fenced, but wrote to its store") from error
             world.count("zombie fenced")
             self.end(str(error))
+        except StoreAhead as error:
+            self._notice_undone(error)
+            raise
         except (Unavailable, StoreCorrupt) as error:
             self.end(f"commit: {error}")
         except Discontinuous as error:
@@ -327,6 +343,12 @@ class Worker:
         else:
             self.state = "durable"
             world.note("%s made position %s durable", self.process.name, commit.position.next_offset)
+
+    def _notice_undone(self, error: PipelineError) -> None:
+        """End the history if a worker says that its store has a commit that the broker has aborted in the end."""
+        if isinstance(error, StoreAhead) and self.number in self.world.cluster.undone:
+            self.world.count("noticed: an acknowledged commit was aborted")
+            raise Noticed(str(error)) from error
 
     def _displaced(self, why: str) -> None:
         """End the worker, whose commit was hindered again and again by foreign records."""
@@ -359,7 +381,11 @@ class Worker:
         """End the process by itself: it lets go of its partition, and what it has not committed is gone."""
         self.world.note("%s ends: %s", self.process.name, why)
         self.world.count("worker ended")
-        self.part.close()
+        try:
+            self.part.close()
+        except SimulatedCrash as error:
+            self.world.crashed(self, str(error))
+            return
         if self.machine.disks[self.number].opened_by is self.process:
             raise Failure(f"{self.process.name} has closed its partition, but not the store")
         self.process.alive = False
@@ -410,7 +436,12 @@ class Standby:
             if world.standbys.get(self.number) is self:
                 world.standbys.pop(self.number)
         except PipelineError as error:
-            if self.number not in world.wounds:
+            if isinstance(error, StoreAhead) and self.number in world.cluster.markers_missing:
+                self.close()  # the store was an owner's, whose last commit can't be read yet
+                if world.standbys.get(self.number) is self:
+                    world.standbys.pop(self.number)
+                return
+            if self.number not in world.wounds | world.cluster.undone:
                 raise Failure(f"{self.process.name}: {error}") from error
             raise Noticed(str(error)) from error
         finally:

@@ -57,6 +57,7 @@ SWITCHES = {
     "cuts": 0.1,
     "forgeries": 0.1,
     "windows": 0.4,
+    "markers": 0.15,
 }
 """Troubles that a history may have besides the usual ones, each with the share of histories that have it."""
 SIMPLE = 0.3
@@ -359,9 +360,11 @@ class World:
         for at in [*self.cluster.pins]:
             self.cluster.unpin(*at)
         self.crowd.send_all()
+        self.log_faults.last_markers = {*range(self.partition_count)}
         for partition in range(self.partition_count):
             self._drain(partition, self.rng.choice(self.machines))
             self._fence_zombies(partition)
+        self.log_faults.last_markers.clear()
         self.server.finish()
         fresh = Machine(self.clocks["C"], self.partition_count)
         for partition in range(self.partition_count):
@@ -416,9 +419,19 @@ class World:
             if worker is not None and worker.alive and worker.state == "durable":
                 worker.finish()
             if worker is not None and worker.alive and worker.state == "idle":
+                self._write_marker(worker)
                 worker.audit()
                 return
         raise Failure(f"partition {partition} never comes to its end")
+
+    def _write_marker(self, worker: Worker) -> None:
+        """Let time pass, in which the worker sees to the marker of its last commit, if that is missing."""
+        if worker.number in self.cluster.markers_missing:
+            self.time.at_ms += 10_000
+            if not worker.needs_commit():
+                raise Failure(f"{worker.process.name} does not see that the marker of its commit is missing")
+            for step in (worker.prepare, worker.make_durable, worker.finish):
+                step()
 
     def _fence_zombies(self, partition: int) -> None:
         for zombie in [z for z in self.zombies if z.number == partition]:
