@@ -52,10 +52,6 @@ class Acceptor:
         self._closed = True
         self._loop.remove_reader(self._listener)
 
-    async def wait_closed(self) -> None:
-        """Wait for connections that are being made."""
-        await asyncio.gather(*self._connecting)
-
     def _listen(self) -> None:
         if not self._closed:
             self._loop.add_reader(self._listener, self._accept)
@@ -70,6 +66,7 @@ class Acceptor:
                 if not self._failed:
                     self._failed = True
                     _log.error("the system has nothing left for another connection: %s", error)
+                self._connections.make_room()
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(_PAUSE_S, self._listen)
                 return
@@ -87,15 +84,16 @@ class Acceptor:
         task.add_done_callback(self._connecting.discard)
 
     async def _connect(self, client: socket.socket, protocol: BoundedProtocol) -> None:
-        options: dict[str, Any] = {}
-        if self._tls is not None:
-            options["ssl"] = self._tls()
-            options["ssl_handshake_timeout"] = self._connections.settings.head_timeout_ms / 1000
-            options["ssl_shutdown_timeout"] = _SHUTDOWN_S
         try:
+            options: dict[str, Any] = {}
+            if self._tls is not None:
+                options["ssl"] = self._tls()
+                options["ssl_handshake_timeout"] = self._connections.settings.head_timeout_ms / 1000
+                options["ssl_shutdown_timeout"] = _SHUTDOWN_S
             await self._loop.connect_accepted_socket(lambda: protocol, client, **options)
         except (OSError, asyncio.CancelledError):  # the client has gone, or its handshake has failed
-            client.close()
+            pass
         finally:
             if protocol.is_connecting:
+                client.close()
                 self._connections.lost(protocol)

@@ -70,6 +70,7 @@ class _Unsent:
     """An answer, or a part of one, that a client has to take."""
 
     began_s: float
+    """Time from which on the client's speed is measured: the system's buffers have taken their part by then."""
     began_bytes: int
     seen_s: float
     """Time of the last progress."""
@@ -138,6 +139,12 @@ class Connections:
         self._addresses[connection.address] += 1
         self._metrics.set(m.CONNECTIONS, len(self._open))
         return True
+
+    def make_room(self) -> None:
+        """Close the connection that has waited longest, if one waits: the system has no descriptor left."""
+        waiting = self._longest_waiting(None) if self._addresses else None
+        if waiting is not None:
+            self.cut(waiting, "sockets_max")
 
     def _limit_reached(self, address: str) -> str:
         if self._addresses[address] >= self.settings.sockets_per_address_max:
@@ -215,7 +222,7 @@ class Connections:
         """Note that a client has to take more before its connection goes on; beyond the limit the slowest is cut off."""
         now_s, size = self.now_s(), connection.unsent_bytes
         self.sent(connection)
-        self._unsent[connection] = _Unsent(now_s, size, now_s, size, size)
+        self._unsent[connection] = _Unsent(inf, size, now_s, size, size)
         self._buffered_bytes += size
         if self._buffered_bytes > self.settings.buffered_bytes_max:
             self._look_at_unsent(now_s)
@@ -255,6 +262,9 @@ class Connections:
             connection.cut()
         if self._unsent:
             self._look_at_unsent(now_s)
+            for it in self._unsent.values():
+                if it.began_s == inf:
+                    it.began_s, it.began_bytes = now_s, it.now_bytes
             stalled_s = now_s - self.settings.write_timeout_ms / 1000
             for connection in [connection for connection, it in self._unsent.items() if it.seen_s <= stalled_s]:
                 self.cut(connection, "write_timeout_ms")

@@ -112,7 +112,10 @@ class UvicornServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Close connections that have waited for too long, ten times a second."""
-        self._connections.sweep()
+        try:
+            self._connections.sweep()
+        except Exception:  # an error that is raised here would end the server
+            _log.exception("closing connections that have waited for too long")
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -176,7 +176,9 @@ class StoppedDirectory:
         requests = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
-            return requests.pop() if requests else {"type": "http.disconnect"}
+            if not requests:
+                await asyncio.Event().wait()  # the caller does not go away
+            return requests.pop()
 
         async def send(message: Mapping[str, Any]) -> None:
             nonlocal status

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import socket
 import ssl
 import threading
@@ -321,26 +323,28 @@ def test_a_long_request_is_no_idle_connection() -> None:
         assert [status for status, _ in answers(read_to_end(client) or b"")] == [200]
 
 
-def test_slow_legal_clients_are_served(bounded: Site) -> None:
+def test_slow_legal_clients_are_served() -> None:
     """Clients that are slow within the bounds get their answers: heads by the byte, bodies and answers in pieces."""
-    with bounded.connect() as client:
-        for byte in b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 30\r\n\r\n":
-            client.sendall(bytes([byte]))
-            time.sleep(0.004)
-        for _ in range(10):
-            client.sendall(b"abc")
-            time.sleep(0.04)
-        client.sendall(get(200))
-        received = read_to_end(client)
-        assert received is not None
-        assert [status for status, _ in answers(received)] == [200] * 3
-    with bounded.connect(receive_bytes=65_536) as client:
-        client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        size = 0
-        while part := client.recv(262_144):
-            size += len(part)
-            time.sleep(0.03)  # the server's part is sent long before: an idle connection it is not
-        assert size > LARGE_BYTES
+    times = dict.fromkeys(("head_timeout_ms", "body_timeout_ms", "write_timeout_ms"), 10_000)
+    with site(**times) as patient:
+        with patient.connect() as client:
+            for byte in b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 30\r\n\r\n":
+                client.sendall(bytes([byte]))
+                time.sleep(0.004)
+            for _ in range(10):
+                client.sendall(b"abc")
+                time.sleep(0.04)
+            client.sendall(get(200))
+            received = read_to_end(client)
+            assert received is not None
+            assert [status for status, _ in answers(received)] == [200] * 3
+        with patient.connect(receive_bytes=65_536) as client:
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            size = 0
+            while part := client.recv(262_144):
+                size += len(part)
+                time.sleep(0.03)  # the server's part is sent long before: an idle connection it is not
+            assert size > LARGE_BYTES
 
 
 def test_a_client_that_reads_nothing_is_cut_off(either: Site) -> None:
@@ -391,12 +395,14 @@ def test_quick_readers_are_spared() -> None:
     connections = Connections(QuerySettings(buffered_bytes_max=10_000_000), NO_METRICS, 100, clock.monotonic_s)
     first, second, third = takers = [Taker(8_000_000) for _ in range(3)]
     connections.unsent(first)
+    connections.sweep()
     clock.s += 2
     first.unsent_bytes = 5_000_000
     connections.unsent(second)
     assert not any(it.is_cut for it in takers)
     connections.unsent(third)
     assert [it.is_cut for it in takers] == [True, False, False]
+    connections.sweep()
     clock.s += 2
     third.unsent_bytes = 4_000_000
     connections.sweep()
@@ -519,3 +525,21 @@ def test_sockets_leave_descriptors_to_files(caplog: pytest.LogCaptureFixture) ->
     assert 400 < sockets_within(1_024, 4_096) < 512
     assert "ulimit -n" in caplog.text
     assert sockets_within(64, 4_096) >= 1
+
+
+def test_without_descriptors_the_longest_waiting_makes_room() -> None:
+    """Connections that wait give up their descriptors when the system has none for a new connection."""
+    with site(head_timeout_ms=60_000) as tight, ExitStack() as stack:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        clients = [stack.enter_context(socket.socket()) for _ in range(10)]
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}
+        free = [number for number in range(max(taken) + 10) if number not in taken]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[4], limits[1]))
+        try:
+            for client in clients:
+                client.connect(("127.0.0.1", tight.port))
+            clients[-1].sendall(get(200))
+            assert answers(read_to_end(clients[-1]) or b"")[0][0] == 200
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert tight.cut("sockets_max") >= 5

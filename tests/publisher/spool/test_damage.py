@@ -20,7 +20,7 @@ from tests.support import LONG
 
 DAMAGES, SLOTS = (2_000, 40) if LONG else (250, 10)
 FILES = ("spool.db", "spool.db", "spool.db-wal", "spool.db-wal", "SEAL", "ring", "ring", "ring")
-WAYS = ("flip", "flip", "flip", "flip", "truncate", "truncate", "missing", "zero")
+WAYS = ("flip", "flip", "flip", "flip", "truncate", "truncate", "missing", "zero", "twice", "larger")
 SERIES = 9
 
 
@@ -70,6 +70,10 @@ def damage(path: Path, chance: random.Random) -> str:
             data[place] ^= 1 << chance.randrange(8)
         elif way == "truncate":
             del data[place:]
+        elif way == "twice":
+            data[place:place] = data[place : place + 512]
+        elif way == "larger":
+            data += chance.choice((bytes(5_000), chance.randbytes(5_000)))
         else:
             # A sector that was never written, in the midst of what was. (As the last one it would be the end of a ring that
             # a power loss cut off, which `durability="process"` does not promise to stand.)
