@@ -48,4 +48,5 @@ def test_large_answers_leave_time_for_others(up: UpProcess, series_count: int, c
     assert {reply.status for reply in replies} <= {200, 503}
     assert len(right[0].json()["series"]) >= series_count - count
     assert not [it for it in bystander.failures if "health" in it], bystander
-    bystander.check(grown_bytes_max=200_000_000 + 1_200 * series_count, rounds_min=2)
+    health_s_max = 1.0 if series_count < 100_000 else 2.0  # a million rows are sorted in one call, which takes a while
+    bystander.check(grown_bytes_max=200_000_000 + 1_200 * series_count, health_s_max=health_s_max, rounds_min=2)

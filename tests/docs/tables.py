@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pipeline
 from pipeline.core import task
 from pipeline.errors import PipelineError, exit_code
+from pipeline.ingest.openmetrics import parse_pushed
+from pipeline.ingest.otlp import JSON, parse_export
 from pipeline.ingest.statsd_mapping import LINE_VIEWS
 from pipeline.metrics import CATALOGUE
+from pipeline.ports import Pushed
 from pipeline.settings import (
     GROUPS,
     ClientSettings,
@@ -107,6 +112,62 @@ def statsd_table() -> str:
     return "\n".join(rows)
 
 
+TEXTS = {
+    "counter": "# TYPE rows counter\nrows_total 5",
+    "counter, by its own name": "# TYPE rows counter\nrows 5",
+    "gauge, info, stateset, unknown": "# TYPE rows gauge\nrows 5",
+    "histogram": '# TYPE took histogram\ntook_bucket{le="1"} 2\ntook_count 2\ntook_sum 1.5',
+    "gaugehistogram": '# TYPE took gaugehistogram\ntook_bucket{le="1"} 2\ntook_gcount 2\ntook_gsum 1.5',
+    "summary": '# TYPE took summary\ntook_count 2\ntook_sum 1.5\ntook{quantile="0.5"} 1',
+    "a sample without a type": "rows 5",
+    "`_created`, exemplar": '# TYPE rows counter\nrows_created 1\nrows_total 5 # {trace="a"} 1',
+}
+"""Texts, of which the table says what they become."""
+_POINT = {"timeUnixNano": "1", "startTimeUnixNano": "1"}
+_NUMBER = {**_POINT, "asInt": "5"}
+_BUCKETS = {**_POINT, "count": "2", "sum": 1.5, "bucketCounts": ["2", "0"], "explicitBounds": [1]}
+POINTS: Mapping[str, Any] = {
+    "sum, monotonic, delta": {"sum": {"dataPoints": [_NUMBER], "aggregationTemporality": 1, "isMonotonic": True}},
+    "sum, monotonic, cumulative": {"sum": {"dataPoints": [_NUMBER], "aggregationTemporality": 2, "isMonotonic": True}},
+    "sum, not monotonic, delta": {"sum": {"dataPoints": [_NUMBER], "aggregationTemporality": 1}},
+    "sum, not monotonic, cumulative": {"sum": {"dataPoints": [_NUMBER], "aggregationTemporality": 2}},
+    "gauge": {"gauge": {"dataPoints": [_NUMBER]}},
+    "histogram, delta": {"histogram": {"dataPoints": [_BUCKETS], "aggregationTemporality": 1}},
+    "histogram, cumulative": {"histogram": {"dataPoints": [_BUCKETS], "aggregationTemporality": 2}},
+    "exponential histogram": {"exponentialHistogram": {"dataPoints": [_POINT], "aggregationTemporality": 1}},
+    "summary": {"summary": {"dataPoints": [_POINT]}},
+}
+"""Metrics of OTLP, of which the table says what they become."""
+
+
+def openmetrics_table() -> str:
+    """Return a row for each type of a family, with the views that the parser makes of an example."""
+    rows = ["| type | example | views |", "|---|---|---|"]
+    for name, text in TEXTS.items():
+        lines = [f"`{line}`" for line in text.splitlines() if not line.startswith("# TYPE")]
+        rows.append(f"| {name} | {'<br>'.join(lines)} | {_becomes(parse_pushed(text.encode(), '', 10, 200))} |")
+    return "\n".join(rows)
+
+
+def otlp_table() -> str:
+    """Return a row for each type of a metric, with the views that the parser makes of an example."""
+    rows = ["| metric `name` | views |", "|---|---|"]
+    for name, metric in POINTS.items():
+        request = {"resourceMetrics": [{"scopeMetrics": [{"metrics": [{"name": "name", **metric}]}]}]}
+        rows.append(f"| {name} | {_becomes(parse_export(json.dumps(request).encode(), JSON, 10, []))} |")
+    return "\n".join(rows)
+
+
+def _becomes(pushed: Pushed) -> str:
+    """Return the views of what was parsed, and what was left out of it."""
+    found: dict[str, None] = {}
+    for deltas, how in ((pushed.deltas, ""), *[(it.deltas, ", by its increase") for it in pushed.totals]):
+        for it in deltas:
+            labels = "".join(f"{{{name}}}" for name in it.labels)
+            found[f"`{it.view}{labels}` {it.kind}{', monotone' * bool(it.monotone)}{how}"] = None
+    return "; ".join([*found, *[f"refused: `{it.reason}`" for it in pushed.refused]])
+
+
 def with_tables(text: str) -> str:
     """Return the text of a page with its tables made anew."""
     tables = {
@@ -115,6 +176,8 @@ def with_tables(text: str) -> str:
         "errors": errors_table,
         "states": states_table,
         "statsd": statsd_table,
+        "openmetrics": openmetrics_table,
+        "otlp": otlp_table,
     }
     for name, make in tables.items():
         table = make()
