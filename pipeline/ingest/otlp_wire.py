@@ -76,7 +76,7 @@ def read_protobuf(body: bytes, groups_max: int) -> Iterator[OtlpMetric]:
             for message in _messages(scope_metrics, 1):
                 scope = _text(message, 1)
             for metric in _groups(scope_metrics, 2, left):
-                yield from _metric(metric, resource, scope)
+                yield from _metric(metric, resource, scope, groups_max)
 
 
 def _groups(message: bytes, wanted: int, left: Iterator[int]) -> Iterator[bytes]:
@@ -107,7 +107,7 @@ def _decoded(text: bytes) -> str:
         raise BadRecord("protobuf: text that is not UTF-8") from None
 
 
-def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: str) -> Iterator[OtlpMetric]:
+def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: str, points_max: int) -> Iterator[OtlpMetric]:
     name, type_, data = b"", "", b""
     for number, wire_type, value in fields(message):
         if wire_type == BYTES and isinstance(value, bytes):
@@ -118,8 +118,13 @@ def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: st
     if not type_:
         return
     temporality, monotone = 0, False
+    point_count = 0
     for number, _, value in fields(data):
-        if number == 2 and isinstance(value, int):
+        if number == 1:
+            point_count += 1
+            if point_count > points_max:
+                break  # more than may be read: the rest does not matter
+        elif number == 2 and isinstance(value, int):
             temporality = value
         elif number == 3 and isinstance(value, int):
             monotone = bool(value)
