@@ -16,9 +16,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from pipeline.core.exposition import bound_text
-from pipeline.core.statsd import prometheus_name
-from pipeline.errors import BadRecord, Invalid
-from pipeline.ingest.otlp_wire import (
+from pipeline.core.otlp_wire import (
     CUMULATIVE,
     DELTA,
     EXPONENTIAL,
@@ -33,6 +31,8 @@ from pipeline.ingest.otlp_wire import (
     read_json,
     read_protobuf,
 )
+from pipeline.core.statsd import prometheus_name
+from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
 
 JSON = "application/json"
