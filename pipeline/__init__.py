@@ -14,7 +14,7 @@ Reading order, from the data types outward:
    assigned; `worker.replicas` follows the changelog for query servers and standbys; `worker.watchdog` ends a process that
    stands still.
 6. `publisher`, which has a reading order of its own: buffering, sending, spooling. `native` has a second table.
-   `ingest`, `core.statsd` and `adapters.bridge` take deltas from programs that do not use it.
+   `ingest`, `core.statsd`, `core.otlp_wire` and `adapters.bridge` take deltas from programs that do not use it.
 7. `core.query`, `query.reader`, `query.api`: answers.
 8. `adapters.kafka`: `options` first, then `errors`, `reader`, `writer`, `transaction`, `log`.
 9. `core.placement`: which member gets which partition. `adapters.faust`: `member_metadata`, `app`, `membership`, then

@@ -16,9 +16,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from pipeline.core.exposition import bound_text
-from pipeline.core.statsd import prometheus_name
-from pipeline.errors import BadRecord, Invalid
-from pipeline.ingest.otlp_wire import (
+from pipeline.core.otlp_wire import (
     CUMULATIVE,
     DELTA,
     EXPONENTIAL,
@@ -33,10 +31,12 @@ from pipeline.ingest.otlp_wire import (
     read_json,
     read_protobuf,
 )
+from pipeline.core.statsd import prometheus_name
+from pipeline.errors import BadRecord, Invalid
 from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
 
 JSON = "application/json"
-_BRACES_A_POINT = 64
+_BRACES_A_POINT = 16
 """Most objects in JSON for each point that may be taken, so that memory is bounded before they are made."""
 _REFUSED_TYPES = {
     EXPONENTIAL: "exponential histograms are not taken: export explicit buckets, which is the SDKs' default",
@@ -71,7 +71,7 @@ def parse_export(body: bytes, content_type: str, deltas_max: int, resource_attri
         return Pushed([], [], [], whole=False)
     reader = _ExportReader(frozenset(resource_attributes), deltas_max)
     try:
-        for metric in read_json(body) if is_json else read_protobuf(body):
+        for metric in read_json(body) if is_json else read_protobuf(body, deltas_max):
             if not reader.take(metric):
                 return Pushed([], [], [], whole=False)
     except BadRecord as error:

@@ -144,7 +144,7 @@ def test_a_log_and_a_store(tmp_path: Path, plant: Plant) -> None:
         kept = path.read_bytes()
         path.unlink()
         plant(path)
-        with pytest.raises(PipelineError, match="" if plant is Path.mkdir else f"{name} is no regular file"):
+        with pytest.raises(PipelineError, match=None if plant is Path.mkdir else f"{name} is no regular file"):
             began(settings).stop()
         check_untouched(tmp_path)
         path.rmdir() if plant is Path.mkdir else path.unlink()

@@ -20,8 +20,8 @@ def main() -> None:
 
     settings = QuerySettings(port=0)
     listener = bind(settings)
-    print(url_of(listener), flush=True)
-    HttpServer(Starlette(routes=[Route("/v1/views/{view}", constant)]), listener).run()
+    print(url_of(listener, settings), flush=True)
+    HttpServer(Starlette(routes=[Route("/v1/views/{view}", constant)]), listener, settings).run()
 
 
 if __name__ == "__main__":

@@ -325,6 +325,17 @@ def test_any_bytes_are_an_export_or_invalid(body: bytes, media_type: str) -> Non
         parse_export(body, media_type, 10, [])
 
 
+def test_groups_without_points_are_bounded() -> None:
+    """Resources, metrics and objects without points are counted before memory is taken for them."""
+    for body in (b"\x0a\x00" * 11, b"\x0a\x18\x12\x16" + b"\x12\x00" * 11):
+        with pytest.raises(Invalid, match="too many"):
+            parse_export(body, PROTOBUF, 10, [])
+        assert parse_export(body, PROTOBUF, 13, []).whole
+    text = b'{"resourceMetrics":[' + b"{}," * 200 + b"{}]}"
+    assert not parse_export(text, JSON, 10, []).whole
+    assert parse_export(text, JSON, 20, []).whole
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server of this module's own, whose counts the tests read."""

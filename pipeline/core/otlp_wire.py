@@ -7,6 +7,7 @@ is in proportion to its own size. Fields that are not known are skipped, as both
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from struct import Struct, unpack
 from typing import Any, NamedTuple
 
@@ -60,18 +61,29 @@ class OtlpMetric(NamedTuple):
 # Protocol Buffers
 
 
-def read_protobuf(body: bytes) -> Iterator[OtlpMetric]:
-    """Yield the metrics of an ExportMetricsServiceRequest. Raises `BadRecord` where the bytes are none."""
-    for resource_metrics in _messages(body, 1):
+def read_protobuf(body: bytes, groups_max: int) -> Iterator[OtlpMetric]:
+    """Yield the metrics of an ExportMetricsServiceRequest, of up to `groups_max` resources, scopes and metrics.
+
+    Raises `BadRecord` where the bytes are none.
+    """
+    left = count(groups_max, -1)
+    for resource_metrics in _groups(body, 1, left):
         resource: Sequence[tuple[str, Attribute]] = ()
         for message in _messages(resource_metrics, 1):
             resource = _attributes(message, 1)
-        for scope_metrics in _messages(resource_metrics, 2):
+        for scope_metrics in _groups(resource_metrics, 2, left):
             scope = ""
             for message in _messages(scope_metrics, 1):
                 scope = _text(message, 1)
-            for metric in _messages(scope_metrics, 2):
-                yield from _metric(metric, resource, scope)
+            for metric in _groups(scope_metrics, 2, left):
+                yield from _metric(metric, resource, scope, groups_max)
+
+
+def _groups(message: bytes, wanted: int, left: Iterator[int]) -> Iterator[bytes]:
+    for value in _messages(message, wanted):
+        if next(left) <= 0:
+            raise BadRecord("too many resources, scopes and metrics")
+        yield value
 
 
 def _messages(message: bytes, wanted: int) -> Iterator[bytes]:
@@ -95,7 +107,7 @@ def _decoded(text: bytes) -> str:
         raise BadRecord("protobuf: text that is not UTF-8") from None
 
 
-def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: str) -> Iterator[OtlpMetric]:
+def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: str, points_max: int) -> Iterator[OtlpMetric]:
     name, type_, data = b"", "", b""
     for number, wire_type, value in fields(message):
         if wire_type == BYTES and isinstance(value, bytes):
@@ -106,8 +118,13 @@ def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: st
     if not type_:
         return
     temporality, monotone = 0, False
+    point_count = 0
     for number, _, value in fields(data):
-        if number == 2 and isinstance(value, int):
+        if number == 1:
+            point_count += 1
+            if point_count > points_max:
+                break  # more than may be read: the rest does not matter
+        elif number == 2 and isinstance(value, int):
             temporality = value
         elif number == 3 and isinstance(value, int):
             monotone = bool(value)
@@ -146,7 +163,7 @@ def _number_point(message: bytes) -> OtlpPoint:
 
 def _histogram_point(message: bytes) -> OtlpPoint:
     attributes: list[tuple[str, Attribute]] = []
-    start_ns = at_ns = flags = count = 0
+    start_ns = at_ns = flags = observations = 0
     sum_: float | None = None
     buckets: list[int] = []
     bounds: list[float] = []
@@ -158,7 +175,7 @@ def _histogram_point(message: bytes) -> OtlpPoint:
         elif number == 3:
             at_ns = _fixed(value)
         elif number == 4:
-            count = _fixed(value)
+            observations = _fixed(value)
         elif number == 5:
             sum_ = _double(value)
         elif number == 6:
@@ -169,7 +186,7 @@ def _histogram_point(message: bytes) -> OtlpPoint:
             flags = value
         if len(buckets) > _LENGTH_MAX or len(bounds) > _LENGTH_MAX:
             raise BadRecord(f"a histogram of over {_LENGTH_MAX} buckets")
-    return OtlpPoint(attributes, start_ns, at_ns, flags, None, count, sum_, buckets, bounds)
+    return OtlpPoint(attributes, start_ns, at_ns, flags, None, observations, sum_, buckets, bounds)
 
 
 def _fixed(value: Value) -> int:
@@ -347,8 +364,8 @@ def _json_point(it: _JsonPoint) -> OtlpPoint:
         value,
         _int(it.count),
         None if it.sum is None else _float(it.sum),
-        [_int(count) for count in it.bucket_counts[: _LENGTH_MAX + 1]],
-        [_float(bound) for bound in it.explicit_bounds[: _LENGTH_MAX + 1]],
+        [*map(_int, it.bucket_counts[: _LENGTH_MAX + 1])],
+        [*map(_float, it.explicit_bounds[: _LENGTH_MAX + 1])],
     )
 
 
