@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -21,13 +22,16 @@ from pipeline.adapters.http import HttpReader
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import Address, parse_url
 from pipeline.core.answer import PartitionStatus, RestoreStatus, Status, known
-from pipeline.errors import PipelineError, Unavailable
+from pipeline.errors import PipelineError, Unauthenticated, Unavailable
 from pipeline.ports import Member
+from pipeline.query.cross_origin import is_loopback
+from pipeline.secret import Secret
 from pipeline.settings import ClientSettings, KafkaSettings
 from pipeline.topics import DELTAS
 
 TIMEOUT_S = 2.0
 """Longest wait for the group, and for each member."""
+_TOKENS = "it is sent to members on this machine, and with ca_file to those at https://; else ask this one by its URL"
 _BROKER_MS_MAX = 5_000
 """Longest wait for the broker, so that the command soon says that it is away."""
 
@@ -133,9 +137,12 @@ def _asked(address: Address, member: Member, client: ClientSettings | None) -> S
         return member.problem
     if not member.url:
         return "it has told no address yet"
+    own = client_for(member.url, client or ClientSettings())
     try:
-        with HttpReader(member.url, settings=client) as reader:
+        with HttpReader(member.url, settings=own) as reader:
             answer = msgspec.json.decode(reader.fetch("/v1/status", timeout_s=TIMEOUT_S), type=Status)
+    except Unauthenticated as error:
+        return str(error) if own is client else f"it needs an access token; {_TOKENS}"
     except PipelineError as error:
         return str(error).removeprefix(f"{member.url}: ")
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -145,6 +152,17 @@ def _asked(address: Address, member: Member, client: ClientSettings | None) -> S
     if (answer.app, answer.name) != (address.app, member.name):
         return f"worker {known(answer.name) or '(without a name)'} of {known(answer.app)} answers there"
     return answer
+
+
+def client_for(url: str, client: ClientSettings) -> ClientSettings:
+    """Return the settings for a member at a URL: without the access token, unless nobody else can answer there.
+
+    Whoever can join the group on Kafka names a URL there, and would be sent the token. On this machine a stranger does not
+    listen, and an authority of ours, in `ca_file`, signs no certificate for one.
+    """
+    parts = urlsplit(url)
+    is_ours = is_loopback(parts.hostname or "") or (parts.scheme == "https" and client.ca_file)
+    return client if is_ours else replace(client, token=Secret(), token_file="")
 
 
 class _MemberAnswer(NamedTuple):

@@ -22,7 +22,9 @@ from pipeline.adapters.kafka.options import parse_url
 from pipeline.core.answer import PartitionStatus, RestoreStatus, Status
 from pipeline.errors import Invalid, NewerFormat
 from pipeline.ports import Member
-from pipeline.roles.overview import Overview, _joined
+from pipeline.roles.overview import Overview, _joined, client_for
+from pipeline.secret import Secret
+from pipeline.settings import ClientSettings
 
 OURS, NEWER, OTHER = (
     AppIdentity("deltas", "changelog", 1),
@@ -141,3 +143,25 @@ def test_what_an_unreachable_member_has_while_partitions_move_is_unknown() -> No
     b = answer("b", folded(1, "folding", 50, 4_000), copied(0, "following"))
     a, _ = overview_of("PreparingRebalance", "timed out", b).members
     assert (a.partitions, a.standbys, a.lag) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "ca_file", "is_sent"),
+    [
+        ("http://127.0.0.1:6066", "", True),
+        ("http://[::1]:6066", "", True),
+        ("https://worker:6066", "ca.pem", True),
+        ("https://worker:6066", "", False),
+        ("http://worker:6066", "ca.pem", False),
+        ("http://127.0.0.1@worker:6066", "", False),
+        ("http://10.1.2.3:6066", "ca.pem", False),
+    ],
+)
+@pytest.mark.parametrize("given", [{"token": Secret("secret")}, {"token_file": "token"}])
+def test_a_member_that_can_be_a_stranger_gets_no_token(url: str, ca_file: str, is_sent: bool, given: Any) -> None:
+    """The access token is sent only where a member's name in the group can't lead to a stranger's server."""
+    client = ClientSettings(ca_file=ca_file, **given)
+    found = client_for(url, client)
+    assert (found == client) is is_sent
+    assert is_sent or not (found.token or found.token_file)
+    assert found.ca_file == ca_file
