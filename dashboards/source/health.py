@@ -25,7 +25,7 @@ def health() -> models.Dashboard:
     """Return the dashboard."""
     about = "Whether deltas become answers, how late, and what to do when they do not. Descriptions say what red means."
     return with_panels(
-        board("health", "Health", about, m.INFO), [*_now(), *_flow(), *_fresh(), *_zero(), *_http(), *_processes()]
+        board("health", "Health", about, m.INFO), [*_now(), *_flow(), *_fresh(), *_zero(), *_http(), *_door(), *_processes()]
     )
 
 
@@ -239,6 +239,57 @@ def _http() -> list[str | Panel]:
             "Streams ended, last hour",
             "Streams ended because their readers took nothing for stream_stalled_ms: clients that hang, or a slow network.",
             last_hour(m.STREAMS_STALLED, "{{instance}}", "instance"),
+            width=12,
+        ),
+    ]
+
+
+def _door() -> list[str | Panel]:
+    return [
+        "Who is kept out",
+        graph(
+            "Connections",
+            "Open connections of each server, and the most that it takes: sockets_max, or half of the files that the "
+            "process may open. At the most, those that have waited longest for their client make room.",
+            [
+                largest(m.CONNECTIONS, "{{instance}}", "instance"),
+                largest(m.CONNECTIONS_MAX, "most {{instance}}", "instance"),
+            ],
+        ),
+        graph(
+            "Connections cut, per second",
+            "Connections that a server closed, by the setting whose limit they had reached: clients that hang, a slow "
+            "network, or an attack.",
+            per_second(m.CONNECTIONS_CUT, "{{limit}}", "limit", always=True),
+            unit="cps",
+        ),
+        graph(
+            "Requests refused, per second",
+            "Requests without the access token or the scope that they need, for a host that the server is not known as, "
+            "from a page of another site, or while the bodies of others take all room (by setting).",
+            [
+                per_second(m.ACCESS_REFUSED, "token: {{reason}}", "reason", always=True),
+                per_second(m.REQUESTS_REFUSED, "{{reason}}", "reason", always=True),
+                per_second(m.BODIES_REFUSED, "{{limit}}", "limit", always=True),
+            ],
+            unit="reqps",
+        ),
+        graph(
+            "Writes delayed, per second",
+            "Writes that waited for their writer's turn, because much of what it wrote is not folded yet (fair_bytes_max).",
+            per_second(m.WRITES_DELAYED, "{{instance}}", "instance"),
+            unit="reqps",
+            width=12,
+        ),
+        graph(
+            "Files that could not be read, last hour",
+            "Changes of the tokens_file or of the files of TLS that a server could not read: it goes by what it read "
+            "before. Its log names the file.",
+            [
+                last_hour(m.TOKENS_UNREADABLE, "tokens", always=True),
+                last_hour(m.TLS_UNREADABLE, "TLS", always=True),
+            ],
+            alert="PipelineTokensUnreadable",
             width=12,
         ),
     ]

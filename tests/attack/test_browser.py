@@ -151,7 +151,14 @@ def log_ends(up: UpProcess) -> list[tuple[int, int]]:
         return [(it["partition"], it["end_offset"]) for it in reader.status()["partitions"]]
 
 
-@pytest.mark.parametrize("address", ["http://evil.test:{}/", "http://localhost:{}/", "http://127.0.0.1:{}/sandboxed"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://evil.test:{}/",
+        pytest.param("http://localhost:{}/", marks=pytest.mark.long),
+        pytest.param("http://127.0.0.1:{}/sandboxed", marks=pytest.mark.long),
+    ],
+)
 def test_pages_of_other_origins_store_nothing(victim: UpProcess, page: Page, site: int, address: str) -> None:
     """Nothing is stored or read, whatever another site, another server of this machine, or a sandboxed frame sends."""
     before = log_ends(victim)

@@ -24,7 +24,7 @@ from pipeline.roles.tokens import new_token
 from pipeline.settings import LogSettings
 from tests.support import LONG, wait_until
 
-SEEDS = 200 if LONG else 5
+SEEDS = 200 if LONG else 3
 PARTITIONS = 2
 SERIES = 300
 KINDS = {

@@ -216,6 +216,7 @@ def connect(app: App, options: Mapping[str, str], **settings: int) -> None:
         log.connect([DELTAS])
 
 
+@pytest.mark.long
 def test_a_password_that_is_changed(secured: Secured) -> None:
     """A running writer says that its login fails, and delivers when the password counts again."""
     app = secured.app("SCRAM-SHA-256")

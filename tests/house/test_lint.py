@@ -34,6 +34,7 @@ def test_types_are_strict() -> None:
     run_tool("mypy", "--strict", "--no-error-summary")
 
 
+@pytest.mark.long
 def test_no_insecure_call() -> None:
     """bandit finds nothing in the package but what is marked as harmless, each mark for one rule."""
     pytest.importorskip("bandit", reason="pip install -c constraints.txt -e '.[dev]'")

@@ -86,6 +86,7 @@ def test_it_says_what_a_token_may_not(page: Page, server: Locked) -> None:
     expect(page.locator("tr", has_text="orders")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_a_token_stays_in_its_tab(page: Page, server: Locked) -> None:
     """The token outlives a reload, stands in no address, cookie or line to copy, and another tab has none."""
     addresses: list[str] = []

@@ -10,6 +10,7 @@ from tests.support import LONG
 KILLS = 30 if LONG else 6
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_publishers_killed_at_random(tmp_path: Path) -> None:
     """Each delta counts once when publishers, and the server, are killed at any moment from start to close."""

@@ -35,7 +35,6 @@ from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.part_servers import PartServers
 from pipeline.settings import QuerySettings
 from tests.query.support import Server, World, serving, wait_until
-from tests.support import examples
 
 TOKENS = {scope: f"pipeline_{scope}-token" for scope in SCOPES}
 
@@ -247,7 +246,7 @@ def test_nothing_is_done_without_a_token(server: Server, verb: str, path: str) -
     """No request that the schema allows succeeds without a token."""
     operation: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path][verb]
 
-    @settings(max_examples=examples(5), deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=5, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(operation.as_strategy())
     def run(case: Any) -> None:
         case.headers = {name: value for name, value in (case.headers or {}).items() if name.lower() != "authorization"}
@@ -261,7 +260,7 @@ def test_requests_with_a_token_are_answered_as_documented(server: Server, verb: 
     """With a token for everything the answers are those of the document, and without it, or with another one, 401."""
     operation: Any = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path][verb]
 
-    @settings(max_examples=examples(3), deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=3, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(operation.as_strategy())
     def run(case: Any) -> None:
         case.headers = {**(case.headers or {}), **bearer("pipeline_all")}
