@@ -44,6 +44,11 @@ def parse_key(headers: Sequence[str]) -> str | None:
     return key
 
 
+def path_within(path: str, bounds: Bounds | None) -> str:
+    """Return what stands for a path in the keys of requests, which are other ones for access tokens of other bounds."""
+    return path if bounds is None else f"{path} {bounds!r}"
+
+
 class UsedKeys:
     """The bodies, as digests, of the newest `keys_max` keys. Safe from any thread."""
 
@@ -74,7 +79,7 @@ class UsedKeys:
         if first != digest:
             raise Refused(422, f"Idempotency-Key {key!r} was used for {path} with another body")
         try:
-            yield RequestKey(path, key, digest)
+            yield RequestKey(path_within(path, bounds), key, digest)
         except (Invalid, Refused) as error:
             if repeated:
                 raise _with(error, _PERHAPS) from None
