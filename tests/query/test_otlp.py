@@ -28,6 +28,7 @@ from pipeline.errors import Invalid, Unavailable
 from pipeline.ingest.otlp import parse_export
 from pipeline.ingest.totals import RunningTotals
 from pipeline.ports import RawDelta, RequestKey, RunningTotal
+from pipeline.query.fairness import FairTurns
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
 from tests.support import LONG, HandClock
@@ -112,6 +113,25 @@ def test_a_repeat_counts_once(server: Server, temporality: int) -> None:
             assert post(server, body).json() == {}
             assert post(server, gzip.compress(body), JSON, **{"Content-Encoding": "gzip"}).json() == {}
     assert series(server, name) == {(): 12 if temporality == 1 else 7}
+
+
+@pytest.mark.parametrize("temporality", [1, 2])
+def test_an_export_takes_its_turn(server: Server, temporality: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are among the writes of which a writer may not be far ahead, with what they are once decompressed."""
+    waited: list[str] = []
+    noted: list[tuple[str, int, int]] = []
+
+    async def wait(_: FairTurns, name: str) -> None:
+        waited.append(name)
+
+    def note(_: FairTurns, name: str, next_offsets: dict[int, int], size: int) -> None:
+        noted.append((name, len(next_offsets), size))
+
+    monkeypatch.setattr(FairTurns, "wait", wait)
+    monkeypatch.setattr(FairTurns, "note", note)
+    body = json.dumps(sum_of(f"turns_{temporality}", point(5, 1, 10**18 * 4), temporality=temporality)).encode()
+    assert post(server, gzip.compress(body), JSON, **{"Content-Encoding": "gzip"}).json() == {}
+    assert (waited, noted) == (["address 127.0.0.1"], [("address 127.0.0.1", 1, len(body))])
 
 
 def test_what_is_left_out_is_told(server: Server) -> None:
@@ -214,7 +234,7 @@ def test_totals_whose_outcome_is_not_known(away: str, repeated: bool) -> None:
 
     def publish(value: int, at: int) -> None:
         total = RunningTotal(1, "a", start, at, [RawDelta("v", "sum", {}, value, monotone=True)])
-        assert totals.publish([total], RequestKey("", "", str(at).encode())) == []
+        assert totals.publish([total], RequestKey("", "", str(at).encode())) == (Token(), [])
 
     publish(5, 1)
     log.away = away
@@ -235,7 +255,7 @@ def test_totals_that_can_not_be_told(server: Server) -> None:
 
     def publish(stream: str, value: float, at: int, start: int) -> list[str]:
         total = RunningTotal(1, stream, start, at, [RawDelta("v", "sum", {}, value, monotone=True)])
-        return [it.reason for it in totals.publish([total], RequestKey("", stream, str(at).encode()))]
+        return [it.reason for it in totals.publish([total], RequestKey("", stream, str(at).encode()))[1]]
 
     assert publish("old", 100, 1, began - 1) == ["baseline"]
     assert publish("old", 103, 2, began - 1) == []
