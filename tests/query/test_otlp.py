@@ -337,6 +337,23 @@ def test_both_encodings_mean_the_same(name: str, data: dict[str, Any], resource:
     assert found == parse_export(json.dumps(MessageToDict(message)).encode(), JSON, 100, ["a.b"])
 
 
+def streams_of(*points: dict[str, Any], **resource: str) -> list[Any]:
+    of = {"dataPoints": points, "aggregationTemporality": 2, "isMonotonic": True}
+    body = json.dumps(export({"name": "t", "sum": of}, **resource)).encode()
+    return [it.stream for it in parse_export(body, JSON, 10, []).totals]
+
+
+def test_a_stream_is_remembered_by_its_digest() -> None:
+    """Long attributes are not kept; the order of attributes makes no stream, and each type of a value makes another."""
+    one, two = {"stringValue": "1"}, {"stringValue": "2"}
+    assert streams_of(point(1, start=7, a=one, b=two)) == streams_of(point(1, start=7, b=two, a=one))
+    values: list[Any] = [one, {"intValue": "1"}, {"boolValue": True}, {"doubleValue": 1.0}, {"stringValue": "x" * 9_999}]
+    found = [stream for value in values for stream in streams_of(point(1, start=7, a=value))]
+    found += streams_of(point(1, start=7, a=one), host="x" * 99_999) + streams_of(point(1, start=8, a=one))
+    assert len({*found}) == len(found) == 7
+    assert {len(it) for it in found} == {32}
+
+
 @settings(max_examples=10_000 if LONG else 60, deadline=None)
 @given(st.binary(max_size=60), st.sampled_from([PROTOBUF, JSON]))
 def test_any_bytes_are_an_export_or_invalid(body: bytes, media_type: str) -> None:
