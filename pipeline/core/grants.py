@@ -63,6 +63,8 @@ class Grant(msgspec.Struct, frozen=True):
     scopes: frozenset[str]
     bounds: Bounds | None = None
     """None: everything is within them."""
+    digest: bytes = b""
+    """Digest of the token: another one may be given the same name."""
 
 
 EVERYTHING = Grant("", frozenset(SCOPES))
@@ -88,7 +90,8 @@ class AccessToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def grant(self) -> Grant:
         """Rights that the token gives."""
         bounds = Bounds(self.views, tuple(sorted(self.labels.items())))
-        return Grant(self.name, frozenset(self.scopes), bounds if self.views or self.labels else None)
+        bound = bounds if self.views or self.labels else None
+        return Grant(self.name, frozenset(self.scopes), bound, bytes.fromhex(self.sha256))
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,8 +11,10 @@ Totals (cumulative temporality) are handed on as such. Exponential histograms an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from hashlib import sha256
 from itertools import accumulate, pairwise
 from math import isfinite
+from operator import itemgetter
 from typing import NamedTuple
 
 from pipeline.core.exposition import bound_text
@@ -57,7 +59,8 @@ class _Named(NamedTuple):
 
     view: str | None
     labels: dict[str, str]
-    stream: tuple[object, ...]
+    stream: bytes
+    """Digest of what the streams of the metric have in common."""
 
 
 def parse_export(body: bytes, content_type: str, deltas_max: int, resource_attributes: Collection[str]) -> Pushed:
@@ -85,6 +88,9 @@ class _ExportReader:
         self._deltas_max = deltas_max
         self._number = 0
         self._size = 0
+        self._source: tuple[Sequence[tuple[str, Attribute]], str] = (), ""
+        """Resource and scope of the last metric."""
+        self._source_digest = _digest(*self._source)
         self._sources: dict[str, str] = {}
         """By view, the name of the metric that it belongs to in this export."""
         self.deltas: list[RawDelta] = []
@@ -114,7 +120,11 @@ class _ExportReader:
             name = prometheus_name(key)
             if key in self._resource_attributes and name is not None and value is not None:
                 labels[name] = _text(value)
-        return _Named(view, labels, (metric.name, metric.scope, *metric.resource))
+        resource, scope = self._source
+        if metric.resource is not resource or metric.scope is not scope:  # once for all metrics that have them in common
+            self._source = metric.resource, metric.scope
+            self._source_digest = _digest(_sorted(metric.resource), metric.scope)
+        return _Named(view, labels, _digest(self._source_digest, metric.name))
 
     def _take_point(self, metric: OtlpMetric, named: _Named, point: OtlpPoint) -> int:
         if metric.type in _REFUSED_TYPES:
@@ -135,9 +145,19 @@ class _ExportReader:
         else:
             if not point.start_ns:
                 raise _WrongPoint("start", "a total without the time of its start")
-            stream = (*named.stream, *point.attributes, *point.bounds, point.start_ns)
+            stream = _digest(named.stream, _sorted(point.attributes), [*point.bounds], point.start_ns, len(deltas))
             self.totals.append(RunningTotal(self._number, stream, point.start_ns, point.at_ns, deltas))
         return len(deltas)
+
+
+def _digest(*parts: object) -> bytes:
+    """Return what stands for some texts and numbers: they can be long, and a stream is remembered."""
+    return sha256(repr(parts).encode()).digest()
+
+
+def _sorted(attributes: Sequence[tuple[str, Attribute]]) -> list[tuple[str, Attribute]]:
+    """Return attributes in one order: they are a set, and a program between a client and here may turn them around."""
+    return sorted(attributes, key=itemgetter(0))
 
 
 def _deltas(metric: OtlpMetric, view: str, labels: dict[str, str], point: OtlpPoint) -> Iterator[RawDelta]:

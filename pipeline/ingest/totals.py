@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
+from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey, RunningTotal
 
@@ -46,8 +47,8 @@ class RunningTotals:
         """Streams that have begun before, and are not known, may have been counted in part."""
         self._sent: _SentIncreases | None = None
 
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> list[Refusal]:
-        """Publish the increases; return what was left out. `key` identifies the request and its repeats.
+    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
+        """Publish the increases; return their token, and what was left out. `key` identifies the request and its repeats.
 
         Raises `Unavailable` if they may be published: the request can be repeated, and counts once.
         """
@@ -57,7 +58,8 @@ class RunningTotals:
             if self._sent is not None:
                 self._send(self._sent)
             sent, refused = self._increases(totals, key)
-            return refused + self._send(sent)
+            token, unfit = self._send(sent)
+            return token, refused + unfit
         finally:
             self._lock.release()
 
@@ -86,13 +88,13 @@ class RunningTotals:
                     sent.lines.append(it.line)
         return sent, refused
 
-    def _send(self, sent: _SentIncreases) -> list[Refusal]:
-        """Append increases, and note what is published by now; return those that were left out."""
-        refused: list[Refusal] = []
+    def _send(self, sent: _SentIncreases) -> tuple[Token, list[Refusal]]:
+        """Append increases, and note what is published by now; return their token, and those that were left out."""
+        token, refused = Token(), list[Refusal]()
         if sent.deltas:
             again, self._sent = self._sent is not None, sent
             try:
-                _, unfit = self._ingest.fitting(sent.deltas, sent.key)
+                token, unfit = self._ingest.fitting(sent.deltas, sent.key)
                 refused = [it._replace(line=sent.lines[it.line]) for it in unfit]
             except Invalid:
                 self._sent = None
@@ -105,7 +107,7 @@ class RunningTotals:
         while len(self._known) > self._streams_max:
             gone = self._known.pop(next(iter(self._known)))
             self._known_from_ns = max(self._known_from_ns, gone.start_ns + 1)
-        return refused
+        return token, refused
 
 
 def _may_fall(delta: RawDelta) -> bool:

@@ -103,7 +103,6 @@ class TokensSource(Protocol):
 
 
 class _KnownToken(NamedTuple):
-    digest: bytes
     grant: Grant
     expires_ms: int | None
 
@@ -131,9 +130,7 @@ class Access:
         self._take(source.read())
 
     def _take(self, tokens: Iterable[AccessToken]) -> None:
-        self._known = {
-            digest: _KnownToken(digest, it.grant, it.expires_ms) for it in tokens for digest in [bytes.fromhex(it.sha256)]
-        }
+        self._known = {grant.digest: _KnownToken(grant, it.expires_ms) for it in tokens for grant in [it.grant]}
         self._metrics.set(m.TOKENS, len(self._known))
         self._said.clear()
 
@@ -165,17 +162,20 @@ class Access:
             raise Unauthenticated("one header is needed: Authorization: Bearer TOKEN", MALFORMED)
         digest = digest_of(token)
         known = self._known.get(digest)
-        if known is None or not compare_digest(known.digest, digest):
+        if known is None or not compare_digest(known.grant.digest, digest):
             raise Unauthenticated("the access token is unknown, or was revoked", UNKNOWN)
-        if known.expires_ms is not None and self._clock.now_ms() >= known.expires_ms:
+        if self._has_expired(known):
             raise Unauthenticated("the access token has expired", EXPIRED)
         return known.grant
 
     def holds(self, grant: Grant) -> bool:
         """Return whether a grant that was given is still what its token allows."""
         self.look()
-        now_ms = self._clock.now_ms()
-        return any(it.grant == grant and (it.expires_ms is None or now_ms < it.expires_ms) for it in self._known.values())
+        known = self._known.get(grant.digest)
+        return known is not None and known.grant == grant and not self._has_expired(known)
+
+    def _has_expired(self, known: _KnownToken) -> bool:
+        return known.expires_ms is not None and self._clock.now_ms() >= known.expires_ms
 
     def note(self, error: Exception) -> None:
         """Count an error that refuses a request for want of rights, and log the first of each reason."""

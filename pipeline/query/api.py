@@ -28,7 +28,6 @@ from pipeline.core.answer import Changed, Status
 from pipeline.core.frames import decode_frames
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
 from pipeline.core.grants import Bounds, Grant
-from pipeline.core.record import producer_id_of
 from pipeline.core.token import Token
 from pipeline.errors import NotReady, PipelineError
 from pipeline.left_out import LeftOut
@@ -40,7 +39,7 @@ from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.deltas import parse_deltas
-from pipeline.query.fairness import FairTurns
+from pipeline.query.fairness import PRODUCER_HEADER, FairTurns, writer_of
 from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
@@ -64,7 +63,6 @@ from pipeline.settings import QuerySettings
 
 _log = logging.getLogger(__name__)
 _INGEST_THREADS = 16
-_PRODUCER_HEADER = "Pipeline-Producer"
 _encode = msgspec.json.Encoder().encode
 _TICK_S = 5.0
 _ORDER_BYTES_MAX = 2**18
@@ -146,7 +144,7 @@ def create_app(
         if parse_pushed is not None:
             routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
         if exports is not None:
-            routes.append(Exports(exports, ingest, settings, metrics, left_out).route(room, ingest_threads))
+            routes.append(Exports(exports, ingest, settings, metrics, left_out).route(room, ingest_threads, turns))
     app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)
     app.state.before_stop = streams.close
     return app
@@ -363,7 +361,7 @@ async def _take(
     *types: str,
 ) -> Response:
     """Read the body of a request, do `work` with it in a thread, and return what that answers; with `turns` in its turn."""
-    writer = _writer_of(request)
+    writer = writer_of(request.scope, request.headers)
     if turns is not None:
         await turns.wait(writer)
     async with bodies.of(request, *types) as body:
@@ -371,16 +369,6 @@ async def _take(
         if turns is not None and done.token:
             turns.note(writer, Token.parse(done.token).next_offsets, len(body))
     return _json(_encode(done))
-
-
-def _writer_of(request: Request) -> str:
-    """Return who writes: an access token, without one the producer of batches, and else a client's address."""
-    grant: Grant = request.scope["grant"]
-    if grant.name:
-        return f"token {grant.name}"
-    secret = request.headers.get(_PRODUCER_HEADER, "")
-    client = request.client
-    return f"producer {producer_id_of(secret)}" if secret else f"address {client.host if client else ''}"
 
 
 def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take: Take) -> list[Route]:
@@ -394,7 +382,7 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
         batches = decode_frames(body, settings.batches_max + 1)
         if len(batches) > settings.batches_max:
             raise Refused(413, f"too many batches in one request; at most {settings.batches_max}")
-        next_offsets, token = ingest.batches(batches, headers.get(_PRODUCER_HEADER, ""), bounds)
+        next_offsets, token = ingest.batches(batches, headers.get(PRODUCER_HEADER, ""), bounds)
         return BatchesAccepted(next_offsets, str(token))
 
     async def post_deltas(request: Request) -> Response:

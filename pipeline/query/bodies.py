@@ -177,7 +177,8 @@ def check_type(content_type: str, types: Sequence[str]) -> None:
     """Raise `Refused` unless a Content-Type is one of these; of a parameter in `types` only the name counts.
 
     No type in `types` may be one that an HTML form can send, so that no page of another site can make a browser send a write
-    without asking the server before. A form sends text/plain, but not with a parameter `version`.
+    without asking the server before. A form sends text/plain, but not with a parameter `version`; a script could, and is
+    refused by its Origin (`cross_origin`).
     """
     essence, *parameters = [part.strip().lower() for part in content_type.split(";")]
     given = {it.partition("=")[0] for it in parameters}

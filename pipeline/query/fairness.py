@@ -10,14 +10,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pipeline.metrics as m
 from pipeline.core.answer import PartitionState
+from pipeline.core.grants import Grant
+from pipeline.core.record import producer_id_of
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.settings import QuerySettings
 
+PRODUCER_HEADER = "Pipeline-Producer"
+"""Header with the secret of a publisher."""
 _LOOK_S = 0.02
 """Interval at which positions are looked at while a writer waits."""
 _MOVING_S = 5.0
@@ -26,16 +31,31 @@ _ACTIVE_S = 60.0
 """Time for which a writer that is silent has its part."""
 _WAITING_MAX = 8
 """Requests of one writer that may wait."""
-_WRITERS_MAX = 10_000
+_WRITERS_MAX = 4_096
+"""Most writers that are told apart; others count as one."""
+_OTHERS = "others"
+_PARTS = 64
+"""Writes of one writer are kept in about so many parts: while nothing is folded there can be any number of them."""
 
 
 class _Writer:
     def __init__(self) -> None:
-        self.unfolded: deque[tuple[Mapping[int, int], int]] = deque()
+        self.unfolded: deque[tuple[dict[int, int], int]] = deque()
         """Writes by the offsets behind them, with their bytes, that were not folded when they were last looked at."""
         self.size = 0
         self.seen_s = 0.0
         self.waiting = 0
+
+    def add(self, next_offsets: Mapping[int, int], size: int, least: int) -> None:
+        """Add a write, as a part of its own or to the last part, if they are small together, or less than `least` bytes."""
+        self.size += size
+        if self.unfolded:
+            offsets, last = self.unfolded[-1]
+            if last + size <= max(least, self.size) // _PARTS:
+                offsets.update({it: max(end, offsets.get(it, 0)) for it, end in next_offsets.items()})
+                self.unfolded[-1] = offsets, last + size
+                return
+        self.unfolded.append((dict(next_offsets), size))
 
 
 class FairTurns:
@@ -58,7 +78,9 @@ class FairTurns:
 
     async def wait(self, name: str) -> None:
         """Wait until it is the turn of a writer, at most `fair_wait_ms`; `Unavailable` if many requests of it wait."""
-        writer = self._writers.setdefault(name, _Writer())
+        writer = self._writers.get(name) or self._writers.get(_OTHERS)
+        if writer is None:  # one that has written nothing is ahead of nobody
+            return
         writer.seen_s = self._clock.monotonic_s()
         if not self._is_ahead(writer):
             return
@@ -77,12 +99,14 @@ class FairTurns:
 
     def note(self, name: str, next_offsets: Mapping[int, int], size: int) -> None:
         """Note that a write was appended, up to these offsets."""
+        if len(self._writers) >= _WRITERS_MAX and name not in self._writers:
+            self._look()
+            name = name if len(self._writers) < _WRITERS_MAX else _OTHERS
         writer = self._writers.setdefault(name, _Writer())
         writer.seen_s = self._clock.monotonic_s()
-        writer.unfolded.append((next_offsets, size))
-        writer.size += size
+        writer.add(next_offsets, size, self._most)
         self._size += size
-        if self._size > self._most or len(writer.unfolded) > _WRITERS_MAX:
+        if self._size > self._most:
             self._look()
 
     def _is_ahead(self, writer: _Writer) -> bool:
@@ -114,5 +138,15 @@ class FairTurns:
                 writer.size -= size
                 self._size -= size
             idle = not writer.size and not writer.waiting
-            if idle and (now_s - writer.seen_s > _ACTIVE_S or len(self._writers) > _WRITERS_MAX):
+            if idle and (now_s - writer.seen_s > _ACTIVE_S or len(self._writers) >= _WRITERS_MAX):
                 del self._writers[name]
+
+
+def writer_of(scope: Mapping[str, Any], headers: Mapping[str, str]) -> str:
+    """Return who writes: an access token, without one the producer of batches, and else a client's address."""
+    grant: Grant = scope["grant"]
+    if grant.name:
+        return f"token {grant.name}"
+    secret = headers.get(PRODUCER_HEADER, "")
+    host, _ = scope.get("client") or ("", 0)
+    return f"producer {producer_id_of(secret)}" if secret else f"address {host}"

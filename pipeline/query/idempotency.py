@@ -44,13 +44,18 @@ def parse_key(headers: Sequence[str]) -> str | None:
     return key
 
 
+def path_within(path: str, bounds: Bounds | None) -> str:
+    """Return what stands for a path in the keys of requests, which are other ones for access tokens of other bounds."""
+    return path if bounds is None else f"{path} {bounds!r}"
+
+
 class UsedKeys:
-    """The bodies, as digests, of the newest `keys_max` keys. Safe from any thread."""
+    """The bodies of the newest `keys_max` keys, both as digests: a path can be long. Safe from any thread."""
 
     def __init__(self, keys_max: int) -> None:
         self._keys_max = keys_max
         self._lock = threading.Lock()
-        self._digests: dict[tuple[str, str, Bounds | None], bytes] = {}
+        self._digests: dict[bytes, bytes] = {}
 
     @contextmanager
     def using(self, path: str, key: str | None, body: bytes, bounds: Bounds | None = None) -> Iterator[RequestKey | None]:
@@ -64,7 +69,7 @@ class UsedKeys:
         if key is None:
             yield None
             return
-        digest, name = sha256(body).digest(), (path, key, bounds)
+        digest, name = sha256(body).digest(), sha256(repr((path, key, bounds)).encode()).digest()
         with self._lock:
             repeated = name in self._digests
             first = self._digests.pop(name, digest)
@@ -74,7 +79,7 @@ class UsedKeys:
         if first != digest:
             raise Refused(422, f"Idempotency-Key {key!r} was used for {path} with another body")
         try:
-            yield RequestKey(path, key, digest)
+            yield RequestKey(path_within(path, bounds), key, digest)
         except (Invalid, Refused) as error:
             if repeated:
                 raise _with(error, _PERHAPS) from None

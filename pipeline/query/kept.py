@@ -20,9 +20,17 @@ from pipeline.query.media import split
 
 _encode = msgspec.msgpack.Encoder().encode
 _OVERHEAD_BYTES = 2_000
-"""About what a kept answer takes beside its bodies."""
+"""About what a kept answer takes beside its bodies and the texts of its query."""
+_TEXT_BYTES = 100
+"""About what a text of a query takes beside its characters."""
 AnswerKey = tuple[Query, str]
 """A query, and the media type of its answer."""
+
+
+def texts_bytes(query: Query) -> int:
+    """Return about how much memory the conditions and labels of a query take: a long one can have a small answer."""
+    texts = [*(query.by or ()), *[text for it in query.where for text in (it.label, it.pattern)]]
+    return sum([_TEXT_BYTES + len(it) * (1 if it.isascii() else 4) for it in texts])
 
 
 class EntityTags:
@@ -49,6 +57,7 @@ class KeptAnswer:
         self.positions: Mapping[int, Position] = found.positions
         self.span = span_of(found.answer)
         self.etag = tags.of(key, self.span, found.positions)
+        self._beside_bytes = _OVERHEAD_BYTES + texts_bytes(key[0])
         self.coded: dict[str, Coded] = {}
         """Compressed bodies, by content coding."""
         self.coding: dict[str, asyncio.Task[Coded]] = {}
@@ -57,7 +66,7 @@ class KeptAnswer:
     @property
     def size_bytes(self) -> int:
         """Memory that the answer takes."""
-        return _OVERHEAD_BYTES + len(self.start) + sum(len(it.start) for it in self.coded.values())
+        return self._beside_bytes + len(self.start) + sum(len(it.start) for it in self.coded.values())
 
     def answers(self, asked: Asked) -> bool:
         """Return whether this is what an equal query is answered with that is asked now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
@@ -17,12 +17,15 @@ from starlette.routing import Route
 import pipeline.metrics as m
 from pipeline.core.grants import Bounds
 from pipeline.core.protobuf import bytes_field, int_field, text_field
+from pipeline.core.token import Token
 from pipeline.errors import PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, RunningTotal
 from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
+from pipeline.query.fairness import FairTurns, writer_of
 from pipeline.query.guard import note_refusal
+from pipeline.query.idempotency import path_within
 from pipeline.query.problems import Refused, problem
 from pipeline.query.tenants import pushed_within
 from pipeline.settings import QuerySettings
@@ -43,8 +46,8 @@ _TOTALS = (
 class TotalsPublisher(Protocol):
     """Publishes the increases of totals."""
 
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> list[Refusal]:
-        """Publish the increases; return what was left out."""
+    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
+        """Publish the increases; return their token, and what was left out."""
         ...
 
 
@@ -55,6 +58,14 @@ class ExportTaking(NamedTuple):
     """Parses an export. Arguments: body, media type, most deltas, resource attributes that become labels."""
     totals: TotalsPublisher | None
     """None: totals are refused."""
+
+
+class _Taken(NamedTuple):
+    answer: bytes
+    next_offsets: Mapping[int, int]
+    """The offsets behind what was appended, by partition."""
+    size: int
+    """Bytes of the export, decompressed."""
 
 
 class _PartialSuccess(msgspec.Struct, rename="camel"):
@@ -88,27 +99,30 @@ class Exports:
         self._left_out = left_out
         self._resource_attributes = [it.strip() for it in settings.otlp_resource_attributes.split(",") if it.strip()]
 
-    def route(self, room: BodyRoom, threads: ThreadPoolExecutor) -> Route:
+    def route(self, room: BodyRoom, threads: ThreadPoolExecutor, turns: FairTurns) -> Route:
         """Return the route."""
         bodies = RequestBodies(room, self._settings.body_bytes_max, "identity", "gzip")
 
         async def export(request: Request) -> Response:
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             take = partial(self._take, media_type, request.scope["grant"].bounds)
+            writer = writer_of(request.scope, request.headers)
             try:
+                await turns.wait(writer)
                 async with bodies.of(request, *OTLP_TYPES) as body:
-                    content = await self._work(room, request, body, threads, take)
+                    taken = await self._work(room, request, body, threads, take)
             except (PipelineError, Refused) as error:
                 note_refusal(request.scope, error)
                 return _refusal(error, media_type)
-            return Response(content, media_type=media_type)
+            turns.note(writer, taken.next_offsets, taken.size)
+            return Response(taken.answer, media_type=media_type)
 
         return Route(OTLP_PATH, export, methods=["POST"])
 
     async def _work(
-        self, room: BodyRoom, request: Request, body: bytes, threads: ThreadPoolExecutor, take: Callable[[bytes], bytes]
-    ) -> bytes:
-        """Return the answer to a body. One that is large once it is decompressed waits for its turn, as large ones do."""
+        self, room: BodyRoom, request: Request, body: bytes, threads: ThreadPoolExecutor, take: Callable[[bytes], _Taken]
+    ) -> _Taken:
+        """Return what became of a body. One that is large once it is decompressed waits for its turn, as large ones do."""
         if request.headers.get("content-encoding", "identity") == "identity":
             return await room.work(request, body, threads, partial(take, body))
         most = self._settings.body_bytes_max
@@ -120,27 +134,29 @@ class Exports:
                 raise
         return await room.work(request, body, threads, lambda: take(unzipped(body, most)), large=True)
 
-    def _take(self, media_type: str, bounds: Bounds | None, body: bytes) -> bytes:
-        """Publish an export; return the answer."""
+    def _take(self, media_type: str, bounds: Bounds | None, body: bytes) -> _Taken:
+        """Publish an export."""
         most = self._settings.deltas_max
         pushed = self._taking.parse(body, media_type, most, self._resource_attributes)
         if not pushed.whole:
             raise Refused(413, f"too many points in one request; at most {most}")
         pushed = pushed_within(pushed, bounds, whole=True)
-        path = OTLP_PATH if bounds is None else f"{OTLP_PATH} {bounds!r}"
-        digest = sha256(body).digest()
-        refused = [*pushed.refused]
+        path, digest = path_within(OTLP_PATH, bounds), sha256(body).digest()
+        next_offsets, refused = dict[int, int](), [*pushed.refused]
         if pushed.totals and self._taking.totals is None:
             refused += [Refusal(it.line, "cumulative", _TOTALS) for it in pushed.totals]
         elif pushed.totals and self._taking.totals is not None:
-            refused += self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest))
+            token, unfit = self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest))
+            next_offsets.update(token.next_offsets)
+            refused += unfit
         sums = [i for i, it in enumerate(pushed.deltas) if it.kind == "sum"]
         newest = [i for i, it in enumerate(pushed.deltas) if it.kind != "sum"]  # a repeat of them changes nothing
         for numbers, key in ((sums, RequestKey(path, "deltas", digest)), (newest, None)):
             if numbers:
-                _, unfit = self._ingest.fitting([pushed.deltas[i] for i in numbers], key)
+                token, unfit = self._ingest.fitting([pushed.deltas[i] for i in numbers], key)
+                next_offsets.update(token.next_offsets)
                 refused += [it._replace(line=pushed.lines[numbers[it.line]]) for it in unfit]
-        return self._answer(media_type, pushed, refused)
+        return _Taken(self._answer(media_type, pushed, refused), next_offsets, len(body))
 
     def _answer(self, media_type: str, pushed: Pushed, refused: Sequence[Refusal]) -> bytes:
         points = {*pushed.lines, *[it.line for it in pushed.totals], *[it.line for it in refused]}

@@ -22,6 +22,7 @@ from pipeline.errors import CursorGone, Invalid
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.query.found import FoundAnswer
+from pipeline.query.kept import texts_bytes
 from pipeline.query.media import JSON, encode_body
 from pipeline.settings import QuerySettings
 
@@ -44,7 +45,7 @@ class AnswerPages:
         self._cut = cut
         self.head = replace(found.answer, series=[], series_total=total)
         self._pages = [_encode(series[i : i + size]) for i in range(0, len(series), size)] or [b"[]"]
-        self.size_bytes = _OVERHEAD_BYTES + sum(map(len, self._pages))
+        self.size_bytes = _OVERHEAD_BYTES + texts_bytes(query) + sum(map(len, self._pages))
         self.used_s = 0.0
 
     @property

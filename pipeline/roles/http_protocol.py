@@ -143,10 +143,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take the next bytes."""
         stage = self._stage
-        if stage is _HEAD and not self._head_bytes and data.find(_END_OF_LINES) == len(data) - 4 <= self._head_bytes_max - 4:
-            self._take_whole_head(data)
-        elif stage is _WORK:
+        if stage is _WORK or (stage is _HEAD and self._held):  # what is held came before, and is taken in a moment
             self._hold(data, 0)
+        elif (
+            stage is _HEAD and not self._head_bytes and data.find(_END_OF_LINES) == len(data) - 4 <= self._head_bytes_max - 4
+        ):
+            self._take_whole_head(data)
         elif stage is not _CLOSING:
             self._take(data, 0)
         else:
@@ -186,6 +188,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False  # its answer is an ordinary one, and the parser takes nothing after it
         elif isinstance(error.__context__, _TooLargeError):
             self._refuse_trailers()
+        elif isinstance(error.__context__, Refused):
+            self._refuse(error.__context__)
         else:
             self._refuse(Refused(400, "this is not HTTP/1.1"))
 
@@ -280,6 +284,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begin with a request: as uvicorn does, without options of it that are not in use, and so in less time."""
         parser, scope = self.parser, self.scope
+        if parser.should_upgrade() and _body_length(self.headers) != 0:  # the parser would leave the body out
+            raise Refused(400, "a request with a body asks for another protocol: send it without the header Upgrade")
         version = parser.get_http_version()
         if version != "1.1":
             scope["http_version"] = version

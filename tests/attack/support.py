@@ -266,9 +266,11 @@ def attacked(up: UpProcess, *, address: str = LOOPBACK, headers: Mapping[str, st
 
 def _again(work: Callable[[int], None], pause_s: float, ended: threading.Event) -> None:
     number = 0
-    while not ended.wait(pause_s):
+    while True:  # once at least, however short the attack is
         number += 1
         work(number)
+        if ended.wait(pause_s):
+            return
 
 
 def _written_before(bystander: Bystander) -> int:

@@ -18,12 +18,15 @@ from select import select
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 import pipeline.roles.http_server as http_server
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.metrics import NO_METRICS
 from pipeline.roles.connections import Connections, address_group
 from pipeline.roles.descriptors import sockets_within
+from pipeline.roles.http_protocol import BoundedProtocol
 from pipeline.settings import QuerySettings
 from tests.attack.support import connect, flood, read_to_end
 from tests.broker.tls import make as make_certificates
@@ -248,6 +251,65 @@ def test_an_upgrade_is_an_ordinary_request(bounded: Site) -> None:
         assert received is not None
         assert [status for status, _ in answers(received)] == [200]
         assert b"connection: close" in received
+
+
+def test_a_request_with_a_body_that_asks_for_an_upgrade_is_refused(bounded: Site) -> None:
+    """A body that the parser would leave out is no empty body: its deltas would be acknowledged and lost."""
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n"
+    for rest in (b"Content-Length: 5\r\n\r\nabcde", b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n"):
+        [(status, body)] = bounded.ask(head + rest)
+        assert status == 400
+        assert b"Upgrade" in body
+    assert bounded.ask(head + b"Content-Length: 0\r\n\r\n")[0][0] == 200
+
+
+class Wire(asyncio.Transport):
+    """A transport whose client takes everything at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = b""
+
+    def write(self, data: Any) -> None:
+        self.sent += bytes(data)
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        """Do nothing: the test sends what it wants."""
+
+    def resume_reading(self) -> None:
+        """Do nothing."""
+
+
+def test_what_comes_between_two_turns_keeps_its_place() -> None:
+    """Bytes that come after an answer and before the requests that were held for it are taken behind those."""
+    protocols: list[BoundedProtocol] = []
+    done = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        said = b"%s %s;" % (scope["path"].encode(), body)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": said})
+        if scope["path"] == "/1":  # at once, as from a loop that reads sockets before it goes on with what is to be done
+            protocols[0].data_received(b"cde")
+        else:
+            done.set()
+
+    async def run() -> bytes:
+        loop, wire = asyncio.get_running_loop(), Wire()
+        config = uvicorn.Config(app, log_config=None, lifespan="off")
+        connections = Connections(QuerySettings(), NO_METRICS, 10, loop.time)
+        protocols.append(protocol := BoundedProtocol(config, ServerState(), {}, connections, "127.0.0.1"))
+        protocol.connection_made(wire)
+        held = b"POST /2 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab"
+        protocol.data_received(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n" + held)
+        await asyncio.wait_for(done.wait(), 5.0)
+        return wire.sent
+
+    assert b"/2 abcde;" in asyncio.run(run())
 
 
 def test_pipelined_requests_are_answered_in_order(either: Site) -> None:

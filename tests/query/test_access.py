@@ -410,7 +410,7 @@ def test_rotation_under_load_loses_no_request(tmp_path: Path) -> None:
 
 
 def test_a_stream_ends_with_its_token(tmp_path: Path) -> None:
-    """A revoked token ends the streams that it has opened."""
+    """A revoked token ends the streams that it has opened, also if another token gets its name at once."""
     path = tmp_path / "tokens.json"
     write(path, entry("a", "one", "read"))
     world = World(1, settings=QuerySettings(stream_heartbeat_ms=100))
@@ -420,7 +420,7 @@ def test_a_stream_ends_with_its_token(tmp_path: Path) -> None:
         connection.request("GET", "/v1/views/revenue/stream", headers=bearer("one"))
         response = connection.getresponse()
         assert response.read(1)
-        write(path, entry("b", "two", "read"))
+        write(path, entry("a", "two", "read"))
         started_s = time.monotonic()
         with suppress(http.client.HTTPException, OSError):  # the server breaks the connection off
             while response.read1(65_536):

@@ -94,3 +94,32 @@ def test_nobody_waits_while_nothing_is_folded(monkeypatch: pytest.MonkeyPatch) -
         assert (folding.turns._size, folding.turns._writers) == (0, {})
 
     asyncio.run(run())
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory grows neither with names that write nothing, nor with writes or writers while nothing is folded."""
+
+    async def run() -> None:
+        monkeypatch.setattr(fairness, "_WRITERS_MAX", 3)
+        folding = Folding()
+        for number in range(10):
+            await folding.turns.wait(f"stranger {number}")
+        assert not folding.turns._writers
+        folding.append("flood", 10_000)
+        kept = folding.turns._writers["flood"]
+        assert (kept.size, sum(size for _, size in kept.unfolded)) == (1_000_000, 1_000_000)
+        assert len(kept.unfolded) < 1_000
+        for number in range(10):
+            folding.append(f"writer {number}")
+        assert [*folding.turns._writers] == ["flood", "writer 0", "writer 1", "others"]
+        await asyncio.sleep(0.03)
+        folding.next_offset = 5_000
+        folding.turns._look()
+        assert 500_000 <= kept.size < 500_000 + 1_000_000 // 32
+        await asyncio.sleep(0.03)
+        folding.next_offset = folding.end_offset
+        folding.append("writer 9")
+        assert len(folding.turns._writers) == 3
+        assert "writer 9" in folding.turns._writers  # what is folded makes room
+
+    asyncio.run(run())

@@ -157,6 +157,9 @@ def test_memory_is_bounded() -> None:
         assert key is not None
     with keys.using("/p", None, b"") as key:
         assert key is None
+    with keys.using("/metrics/job/" + "x" * 60_000, "d", b"1"):
+        pass
+    assert sum([len(it) for pair in keys._digests.items() for it in pair]) == 2 * 64
 
 
 def test_at_a_world_of_its_own() -> None:

@@ -28,6 +28,7 @@ from pipeline.errors import Invalid, Unavailable
 from pipeline.ingest.otlp import parse_export
 from pipeline.ingest.totals import RunningTotals
 from pipeline.ports import RawDelta, RequestKey, RunningTotal
+from pipeline.query.fairness import FairTurns
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
 from tests.support import LONG, HandClock
@@ -112,6 +113,25 @@ def test_a_repeat_counts_once(server: Server, temporality: int) -> None:
             assert post(server, body).json() == {}
             assert post(server, gzip.compress(body), JSON, **{"Content-Encoding": "gzip"}).json() == {}
     assert series(server, name) == {(): 12 if temporality == 1 else 7}
+
+
+@pytest.mark.parametrize("temporality", [1, 2])
+def test_an_export_takes_its_turn(server: Server, temporality: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are among the writes of which a writer may not be far ahead, with what they are once decompressed."""
+    waited: list[str] = []
+    noted: list[tuple[str, int, int]] = []
+
+    async def wait(_: FairTurns, name: str) -> None:
+        waited.append(name)
+
+    def note(_: FairTurns, name: str, next_offsets: dict[int, int], size: int) -> None:
+        noted.append((name, len(next_offsets), size))
+
+    monkeypatch.setattr(FairTurns, "wait", wait)
+    monkeypatch.setattr(FairTurns, "note", note)
+    body = json.dumps(sum_of(f"turns_{temporality}", point(5, 1, 10**18 * 4), temporality=temporality)).encode()
+    assert post(server, gzip.compress(body), JSON, **{"Content-Encoding": "gzip"}).json() == {}
+    assert (waited, noted) == (["address 127.0.0.1"], [("address 127.0.0.1", 1, len(body))])
 
 
 def test_what_is_left_out_is_told(server: Server) -> None:
@@ -214,7 +234,7 @@ def test_totals_whose_outcome_is_not_known(away: str, repeated: bool) -> None:
 
     def publish(value: int, at: int) -> None:
         total = RunningTotal(1, "a", start, at, [RawDelta("v", "sum", {}, value, monotone=True)])
-        assert totals.publish([total], RequestKey("", "", str(at).encode())) == []
+        assert totals.publish([total], RequestKey("", "", str(at).encode())) == (Token(), [])
 
     publish(5, 1)
     log.away = away
@@ -235,7 +255,7 @@ def test_totals_that_can_not_be_told(server: Server) -> None:
 
     def publish(stream: str, value: float, at: int, start: int) -> list[str]:
         total = RunningTotal(1, stream, start, at, [RawDelta("v", "sum", {}, value, monotone=True)])
-        return [it.reason for it in totals.publish([total], RequestKey("", stream, str(at).encode()))]
+        return [it.reason for it in totals.publish([total], RequestKey("", stream, str(at).encode()))[1]]
 
     assert publish("old", 100, 1, began - 1) == ["baseline"]
     assert publish("old", 103, 2, began - 1) == []
@@ -315,6 +335,23 @@ def test_both_encodings_mean_the_same(name: str, data: dict[str, Any], resource:
     message = ParseDict(of, ExportMetricsServiceRequest(), ignore_unknown_fields=True)
     found = parse_export(message.SerializeToString(), PROTOBUF, 100, ["a.b"])
     assert found == parse_export(json.dumps(MessageToDict(message)).encode(), JSON, 100, ["a.b"])
+
+
+def streams_of(*points: dict[str, Any], **resource: str) -> list[Any]:
+    of = {"dataPoints": points, "aggregationTemporality": 2, "isMonotonic": True}
+    body = json.dumps(export({"name": "t", "sum": of}, **resource)).encode()
+    return [it.stream for it in parse_export(body, JSON, 10, []).totals]
+
+
+def test_a_stream_is_remembered_by_its_digest() -> None:
+    """Long attributes are not kept; the order of attributes makes no stream, and each type of a value makes another."""
+    one, two = {"stringValue": "1"}, {"stringValue": "2"}
+    assert streams_of(point(1, start=7, a=one, b=two)) == streams_of(point(1, start=7, b=two, a=one))
+    values: list[Any] = [one, {"intValue": "1"}, {"boolValue": True}, {"doubleValue": 1.0}, {"stringValue": "x" * 9_999}]
+    found = [stream for value in values for stream in streams_of(point(1, start=7, a=value))]
+    found += streams_of(point(1, start=7, a=one), host="x" * 99_999) + streams_of(point(1, start=8, a=one))
+    assert len({*found}) == len(found) == 7
+    assert {len(it) for it in found} == {32}
 
 
 @settings(max_examples=10_000 if LONG else 60, deadline=None)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ import pipeline.metrics as m
 from pipeline.adapters.http import HttpReader
 from pipeline.adapters.http_async import AsyncHttpReader
 from pipeline.core.answer import Answer
-from pipeline.core.query import Query
+from pipeline.core.query import Matcher, Query
 from pipeline.core.record import Definition
 from pipeline.errors import CursorGone, Invalid, NotFound, NotReady
 from pipeline.query.found import FoundAnswer
@@ -159,6 +160,14 @@ def test_a_cursor_is_of_its_view_and_page_size(shop: Server) -> None:
     assert "another query" in shop.problem(400, shop.get(f"/v1/views/minutes?limit=10&cursor={cursor}"))
     assert "another query" in shop.problem(400, shop.get(f"/v1/views/sales?limit=11&cursor={cursor}"))
     shop.problem(404, shop.get("/v1/views/nothing?cursor="))
+
+
+def test_a_long_query_counts() -> None:
+    """The texts of a query are a part of what is kept with its pages."""
+    query, answer = found(4, 10)
+    long = msgspec.structs.replace(query, where=(Matcher("x", "!=", "x" * 50_000), Matcher("x", "!=", "\u00e9" * 1_000)))
+    more = AnswerPages(long, answer).size_bytes - AnswerPages(query, answer).size_bytes
+    assert 54_000 < more < 55_000
 
 
 def found(count: int, width: int) -> tuple[Query, FoundAnswer]:

@@ -467,6 +467,15 @@ def test_a_key_is_of_its_tenant(market: Tenants) -> None:
     assert market.ask("a", "/v1/deltas", body=[delta("shop_keyed", team="a")] * 2, Idempotency_Key="one").status == 422
 
 
+def test_a_key_and_a_body_are_of_their_tenant(market: Tenants) -> None:
+    """Tenants whose bounds overlap, and who say the same under one Idempotency-Key, have sent two requests."""
+    for _ in range(2):
+        for who in ("a", "shop"):
+            token = token_of(market.ask(who, "/v1/deltas", body=[delta("shop_twice", team="a")], Idempotency_Key="alike"))
+    found = market.ask("all", "/v1/views/shop_twice", ("after", token)).json()["series"]
+    assert [it["value"] for it in found] == [2]
+
+
 def sealed(sequence: int, *groups: tuple[Definition, list[tuple[str, ...]]]) -> bytes:
     made = [Group(canonical(it), [series_suffix(row) for row in rows], [1] * len(rows)) for it, rows in groups]
     return encode_batch(Batch(producer_id_of(SECRET), 0, 0, sequence, 0, 0, made))
