@@ -114,28 +114,29 @@ class _ExportReader:
             name = prometheus_name(key)
             if key in self._resource_attributes and name is not None and value is not None:
                 labels[name] = _text(value)
-        return _Named(view, labels, (metric.name, metric.scope, *metric.resource))
+        return _Named(view, labels, (metric.name, *metric.scope, _identity(metric.resource)))
 
     def _take_point(self, metric: OtlpMetric, named: _Named, point: OtlpPoint) -> int:
         if metric.type in _REFUSED_TYPES:
             raise _WrongPoint(metric.type, _REFUSED_TYPES[metric.type])
         if named.view is None:
             raise _WrongPoint("name", "no view can have this name")
-        if self._sources.setdefault(named.view, metric.name) != metric.name:
-            raise _WrongPoint("collision", f"its view is that of {self._sources[named.view][:100]}")
         if not point.at_ns:
             raise _WrongPoint("timestamp", "a point without a time")
         if metric.type != GAUGE and metric.temporality not in (DELTA, CUMULATIVE):
             raise _WrongPoint("temporality", f"no temporality: {metric.temporality}")
         labels = named.labels | _labels(point.attributes)
         deltas = [*_deltas(metric, named.view, labels, point)]
+        for view in {it.view for it in deltas}:
+            if self._sources.setdefault(view, metric.name) != metric.name:
+                raise _WrongPoint("collision", f"its view {view[:50]} is that of {self._sources[view][:100]}")
         if metric.type == GAUGE or metric.temporality == DELTA or deltas[0].kind == "last":
             self.deltas += deltas
             self.lines += [self._number] * len(deltas)
         else:
             if not point.start_ns:
                 raise _WrongPoint("start", "a total without the time of its start")
-            stream = (*named.stream, *point.attributes, *point.bounds, point.start_ns)
+            stream = (*named.stream, _identity(point.attributes), *point.bounds, point.start_ns)
             self.totals.append(RunningTotal(self._number, stream, point.start_ns, point.at_ns, deltas))
         return len(deltas)
 
@@ -164,6 +165,11 @@ def _histogram(view: str, labels: dict[str, str], point: OtlpPoint, ts_ms: int) 
     yield RawDelta(f"{view}_count", "sum", labels, point.observations, ts_ms, monotone=True)
     if point.sum is not None:
         yield RawDelta(f"{view}_sum", "sum", labels, _plain(point.sum), ts_ms, monotone=True)
+
+
+def _identity(attributes: Sequence[tuple[str, Attribute]]) -> tuple[tuple[str, str], ...]:
+    """Return the same for attributes in another order, and something else for 1 in place of True, which are equal."""
+    return tuple(sorted([(key, repr(value)) for key, value in attributes]))
 
 
 def _labels(attributes: Sequence[tuple[str, Attribute]]) -> dict[str, str]:

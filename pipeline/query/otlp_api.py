@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -20,7 +20,7 @@ from pipeline.core.protobuf import bytes_field, int_field, text_field
 from pipeline.errors import PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, RunningTotal
+from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
 from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
 from pipeline.query.guard import note_refusal
 from pipeline.query.problems import Refused, problem
@@ -38,14 +38,6 @@ _TOTALS = (
     "totals (cumulative temporality) are taken by `pipeline up`, or with otlp_totals; else export deltas: "
     "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"
 )
-
-
-class TotalsPublisher(Protocol):
-    """Publishes the increases of totals."""
-
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> list[Refusal]:
-        """Publish the increases; return what was left out."""
-        ...
 
 
 class ExportTaking(NamedTuple):
@@ -133,7 +125,7 @@ class Exports:
         if pushed.totals and self._taking.totals is None:
             refused += [Refusal(it.line, "cumulative", _TOTALS) for it in pushed.totals]
         elif pushed.totals and self._taking.totals is not None:
-            refused += self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest))
+            refused += self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest))[1]
         sums = [i for i, it in enumerate(pushed.deltas) if it.kind == "sum"]
         newest = [i for i, it in enumerate(pushed.deltas) if it.kind != "sum"]  # a repeat of them changes nothing
         for numbers, key in ((sums, RequestKey(path, "deltas", digest)), (newest, None)):
