@@ -80,10 +80,11 @@ class RunningTotals:
                 refused.append(Refusal(it.line, "twice", "one stream has two totals: which one is right can't be told"))
                 continue
             before = here or self._known.get(it.stream)
-            if before is not None and it.at_ns and it.at_ns <= before.at_ns:
-                continue  # a repeat, or one that was overtaken: what is published covers it
             was = before.values if before is not None else (0,) * len(values)
             changes = [*zip(values, was, it.deltas, strict=True)]
+            rises = any(now > then and not _may_fall(it, delta) for now, then, delta in changes)
+            if before is not None and it.at_ns and it.at_ns <= before.at_ns and not rises:
+                continue  # a repeat, or one that was overtaken: what is published covers it
             falls = any(now < then and not _may_fall(it, delta) for now, then, delta in changes)
             if falls and not it.at_ns:
                 refused.append(Refusal(it.line, "falls", "a total below an earlier one of this start: it was overtaken"))

@@ -232,7 +232,10 @@ def test_totals_whose_outcome_is_not_known(away: str, repeated: bool) -> None:
 
 
 def test_totals_that_can_not_be_told(server: Server) -> None:
-    """A stream that began before the server, that was forgotten, or that falls counts from its next total, and is told."""
+    """A stream that began before the server, that was forgotten, or that falls counts from its next total, and is told.
+
+    A total that is larger is newer, whatever its time.
+    """
     log, clock = _Log(), HandClock()
     totals = RunningTotals(log, clock, 2)  # type: ignore[arg-type]
     began = clock.now_ms() * 1_000_000
@@ -250,11 +253,13 @@ def test_totals_that_can_not_be_told(server: Server) -> None:
     assert sum(log.counted.values()) == 3 + 5 + 2
     assert publish("third", 1, 1, began + 9) == []  # `old` is forgotten
     assert publish("fourth", 1, 1, began + 9) == []  # and `new`
+    for value, at in ((9, 2**60), (9, 2**60), (10, 3), (9, 2)):  # its clock was put back
+        assert publish("third", value, at, began + 9) == []
     assert publish("new", 7, 5, began + 5) == ["baseline"]
     assert publish("resumed", 1_000, began + 20, began + 20) == ["baseline"]
     assert publish("resumed", 1_001, began + 21, began + 20) == []
     assert publish("new", 8, 6, began + 5) == []
-    assert sum(log.counted.values()) == 10 + 1 + 1 + 1 + 1
+    assert sum(log.counted.values()) == 10 + 10 + 1 + 1 + 1
 
 
 def test_a_stream_is_what_its_attributes_say(server: Server) -> None:
