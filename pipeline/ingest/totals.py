@@ -16,7 +16,8 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey, RunningTotal
 
-_WAIT_S = 1.0
+_WAIT_S = 5.0
+"""Longest wait for other requests: a burst of pushes is worked on one by one, while clients of pushes do not try again."""
 _BEGAN_BEFORE = "began before this server did: totals count from here on, what it had before may not be counted"
 _STARTS_NOW = "starts at its own time, so its start is not known: totals count from here on"
 """OTLP's mark of a stream that is resumed, as the Collector does for each target that it begins to scrape."""

@@ -207,6 +207,44 @@ def test_a_group_that_is_pushed_again(to_gateway: Any) -> None:
         assert counts(server) == [121, 6, 117, 117, 1, 2]
 
 
+class _Slow:
+    """An ingest that gives other threads time."""
+
+    def __init__(self, ingest: Any) -> None:
+        self._ingest = ingest
+
+    def fitting(self, deltas: Any, key: Any = None) -> Any:
+        time.sleep(0.005)
+        return self._ingest.fitting(deltas, key)
+
+
+def test_pushes_of_one_program_at_once() -> None:
+    """Threads of a program that count, and push its registry to one group all at once, are exact."""
+    failed: list[HTTPError] = []
+    world = World()
+    world.ingest = _Slow(world.ingest)  # type: ignore[assignment]
+    with serving(world) as server:
+        registry = CollectorRegistry()
+        rows = Counter("together_rows", "x", registry=registry)
+
+        def work() -> None:
+            for _ in range(5):
+                rows.inc()
+                try:
+                    push_to_gateway(server.url, "together", registry)
+                except HTTPError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all("falls" in error.read().decode() for error in failed)  # a push that was overtaken
+        push_to_gateway(server.url, "together", registry)
+        assert series(server, "together_rows_total") == {(): 40}
+
+
 def test_a_total_that_tells_no_start_is_refused(server: Server) -> None:
     """Nothing tells a repeat without `_created` from a new run, so no such push is taken. One that was overtaken, or that
     has a series twice, changes nothing.
