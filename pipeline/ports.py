@@ -389,6 +389,7 @@ class RunningTotal(NamedTuple):
     """Identifies the stream, its start included."""
     start_ns: int
     at_ns: int
+    """Time of the totals; 0: unknown, then the greater ones are the newer."""
     deltas: Sequence[RawDelta]
     """The totals, in place of deltas."""
 
@@ -440,6 +441,17 @@ class Ingest(Orders, Protocol):
         saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong, `GroupsForbidden` if
         they are outside the `bounds` of the access token; then none of the batches is accepted. Raises `Unavailable` if any
         of them may be: send the same bytes again.
+        """
+        ...
+
+
+class TotalsPublisher(Protocol):
+    """Publishes the increases of totals. Safe from any thread."""
+
+    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
+        """Publish the increases; return what was left out. `key` identifies the request and its repeats.
+
+        Raises `Unavailable` if they may be published: the request can be repeated, and counts once.
         """
         ...
 

@@ -391,6 +391,8 @@ class _PublishRun:
             return self._through("stopped by a signal")
         except Damaged as error:
             return self._through(str(error))
+        if checked is not None and report.lines < checked:
+            return self._through("the file was changed while it was read")
         if report.bad_lines and not report.lines:
             return f"nothing was published: no line is good, {self._bad_count()}"
         return None

@@ -49,7 +49,8 @@ class OtlpMetric(NamedTuple):
     """A metric of a resource."""
 
     resource: Sequence[tuple[str, Attribute]]
-    scope: str
+    scope: tuple[str, str]
+    """Name and version."""
     name: str
     type: str
     temporality: int
@@ -72,9 +73,9 @@ def read_protobuf(body: bytes, groups_max: int) -> Iterator[OtlpMetric]:
         for message in _messages(resource_metrics, 1):
             resource = _attributes(message, 1)
         for scope_metrics in _groups(resource_metrics, 2, left):
-            scope = ""
+            scope = "", ""
             for message in _messages(scope_metrics, 1):
-                scope = _text(message, 1)
+                scope = _text(message, 1), _text(message, 2)
             for metric in _groups(scope_metrics, 2, left):
                 yield from _metric(metric, resource, scope, groups_max)
 
@@ -107,7 +108,9 @@ def _decoded(text: bytes) -> str:
         raise BadRecord("protobuf: text that is not UTF-8") from None
 
 
-def _metric(message: bytes, resource: Sequence[tuple[str, Attribute]], scope: str, points_max: int) -> Iterator[OtlpMetric]:
+def _metric(
+    message: bytes, resource: Sequence[tuple[str, Attribute]], scope: tuple[str, str], points_max: int
+) -> Iterator[OtlpMetric]:
     name, type_, data = b"", "", b""
     for number, wire_type, value in fields(message):
         if wire_type == BYTES and isinstance(value, bytes):
@@ -298,6 +301,7 @@ class _Attributed(msgspec.Struct):
 
 class _Scope(msgspec.Struct):
     name: str = ""
+    version: str = ""
 
 
 class _ScopeMetrics(msgspec.Struct):
@@ -330,7 +334,8 @@ def read_json(body: bytes) -> Iterator[OtlpMetric]:
     for resource_metrics in request.resource_metrics:
         resource = _json_attributes(resource_metrics.resource.attributes if resource_metrics.resource else [])
         for scope_metrics in resource_metrics.scope_metrics:
-            scope = scope_metrics.scope.name if scope_metrics.scope else ""
+            named = scope_metrics.scope or _Scope()
+            scope = named.name, named.version
             for it in scope_metrics.metrics:
                 of_type = {
                     GAUGE: it.gauge,

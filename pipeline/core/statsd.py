@@ -215,7 +215,7 @@ def _line(source: str, name: str, type_: str, text: str, fields: _Fields, *, has
     if type_ == SET:  # a member may have colons in it
         if not text or len(text.encode()) > LABEL_VALUE_BYTES_MAX:
             return Malformed("value")
-        return Line(source, name, type_, (), text, tags=fields.tags)
+        return Line(source, name, type_, (), text, tags=fields.tags, ts_ms=fields.ts_ms)
     parts = text.split(":")
     values: list[int | float] = []
     for part in parts:

@@ -13,7 +13,8 @@ from math import inf, isnan
 from typing import NamedTuple
 
 from pipeline.core.exposition import bound_text
-from pipeline.ports import Pushed, RawDelta, Refusal
+from pipeline.ingest.totals import stream_digest
+from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
 
 OPENMETRICS = "application/openmetrics-text"
 _ADD, _BUCKET, _NEWEST, _NEWEST_BUCKET, _CREATED, _QUANTILE, _NONE = (
@@ -54,6 +55,11 @@ _INT = re.compile(r"[+-]?+[0-9]{1,2400}+\Z", re.ASCII)
 _FLOAT = re.compile(r"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?+[0-9]++)?+\Z", re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?+(?:nan|inf(?:inity)?+)\Z", re.IGNORECASE | re.ASCII)
 _NUMBER_LENGTH_MAX = 2_400
+_CREATED_MAX = 2**33
+"""Seconds since 1970 that no time of creation reaches."""
+_UNCREATED = "a total without _created: it may repeat what was pushed before; POST /v1/openmetrics takes increases"
+_Key = tuple[str, tuple[tuple[str, str], ...]]
+"""Name of a family, and labels."""
 
 
 class _Wrong(Exception):
@@ -79,10 +85,12 @@ def parse_pushed(
 ) -> Pushed:
     """Parse a text line by line, up to `samples_max` samples and as many declarations of types.
 
-    The media type decides between OpenMetrics and the Prometheus text format, which is the default. Each sample gets the
-    labels of `grouping`, in place of labels of its own with these names.
+    The media type decides between OpenMetrics and the Prometheus text format, which is the default.
+
+    With a `grouping` the text is of a group of a Pushgateway: each sample gets these labels, in place of labels of its own
+    with these names, and what would be a sum's delta is a total since the time of its creation.
     """
-    reader = _Reader(openmetrics=content_type.partition(";")[0].strip().lower() == OPENMETRICS, grouping=grouping or {})
+    reader = _Reader(openmetrics=content_type.partition(";")[0].strip().lower() == OPENMETRICS, grouped=bool(grouping))
     deltas: list[RawDelta] = []
     lines: list[int] = []
     refused: list[Refusal] = []
@@ -102,7 +110,40 @@ def parse_pushed(
             return Pushed(deltas, lines, refused, whole=False)
     if reader.unended and number:
         refused.append(Refusal(number, "eof", "there is no # EOF: some of it may be missing"))
-    return Pushed(deltas, lines, refused)
+    pushed = Pushed(deltas, lines, refused)
+    return _grouped(pushed, grouping, reader.created) if grouping else pushed
+
+
+def _grouped(pushed: Pushed, grouping: Mapping[str, str], created: Mapping[_Key, float]) -> Pushed:
+    deltas: list[RawDelta] = []
+    lines: list[int] = []
+    totals: list[RunningTotal] = []
+    refused = [*pushed.refused]
+    group = tuple(sorted(grouping.items()))
+    for delta, line in zip(pushed.deltas, pushed.lines, strict=True):
+        of_group = {**delta.labels, **grouping}
+        grouped = RawDelta(delta.view, delta.kind, of_group, delta.value, delta.ts_ms, monotone=delta.monotone)
+        if delta.kind != "sum":
+            deltas.append(grouped)
+            lines.append(line)
+            continue
+        family, _, suffix = delta.view.rpartition("_")
+        series = labels = _present(delta.labels)
+        if suffix == "bucket":
+            series = tuple([label for label in labels if label[0] != "le"])
+        start_s = created.get((family, series))
+        if start_s is None:
+            refused.append(Refusal(line, "created", f"{delta.view[:80]}: {_UNCREATED}"))
+        else:
+            start_ns = round(start_s * 1e9)
+            stream = stream_digest(group, delta.view, labels, start_ns)
+            totals.append(RunningTotal(line, stream, start_ns, 0, [grouped]))
+    return Pushed(deltas, lines, refused, totals=totals)
+
+
+def _present(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return the labels in order, without empty ones, which are none."""
+    return tuple(sorted([label for label in labels.items() if label[1]] if "" in labels.values() else labels.items()))
 
 
 def _lines(body: bytes) -> Iterator[tuple[int, bytes]]:
@@ -116,15 +157,17 @@ def _lines(body: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class _Reader:
-    def __init__(self, *, openmetrics: bool, grouping: Mapping[str, str]) -> None:
+    def __init__(self, *, openmetrics: bool, grouped: bool) -> None:
         self._openmetrics = openmetrics
-        self._grouping = grouping
+        self._grouped = grouped
         self._ended = False
         self._roles: dict[str, _Role] = {}
         self._type_text = ""
         """The last declaration of a type: a repeat changes nothing."""
         self.type_count = 0
         """Number of declarations of types that were read."""
+        self.created: dict[_Key, float] = {}
+        """Times of creation, in seconds since 1970, of the series of a group."""
 
     @property
     def unended(self) -> bool:
@@ -176,6 +219,8 @@ class _Reader:
         value = _value(value_text)
         role = self._roles.get(name) or _Role(name, _NEWEST)
         if role.does == _CREATED:
+            if self._grouped and 0 < value < _CREATED_MAX:
+                self.created[name.removesuffix("_created"), _present(labels)] = value
             return None
         if role.does == _QUANTILE:
             raise _Wrong("quantile", f"{name}: quantiles can't be added up")
@@ -183,8 +228,6 @@ class _Reader:
             raise _Wrong("suffix", f"{name} is a histogram: it has _bucket, _sum and _count")
         if role.does in (_BUCKET, _NEWEST_BUCKET):
             labels["le"] = _boundary(name, labels)
-        if self._grouping:
-            labels.update(self._grouping)
         if role.does in (_NEWEST, _NEWEST_BUCKET):
             return RawDelta(role.name, "last", labels, value, self._ts_ms(ts_text))
         if isinstance(value, float) and value.is_integer():

@@ -11,7 +11,6 @@ Totals (cumulative temporality) are handed on as such. Exponential histograms an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from hashlib import sha256
 from itertools import accumulate, pairwise
 from math import isfinite
 from operator import itemgetter
@@ -35,6 +34,7 @@ from pipeline.core.otlp_wire import (
 )
 from pipeline.core.statsd import prometheus_name
 from pipeline.errors import BadRecord, Invalid
+from pipeline.ingest.totals import stream_digest
 from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
 
 JSON = "application/json"
@@ -88,9 +88,9 @@ class _ExportReader:
         self._deltas_max = deltas_max
         self._number = 0
         self._size = 0
-        self._source: tuple[Sequence[tuple[str, Attribute]], str] = (), ""
+        self._source: tuple[Sequence[tuple[str, Attribute]], tuple[str, str]] = (), ("", "")
         """Resource and scope of the last metric."""
-        self._source_digest = _digest(*self._source)
+        self._source_digest = stream_digest(*self._source)
         self._sources: dict[str, str] = {}
         """By view, the name of the metric that it belongs to in this export."""
         self.deltas: list[RawDelta] = []
@@ -123,36 +123,32 @@ class _ExportReader:
         resource, scope = self._source
         if metric.resource is not resource or metric.scope is not scope:  # once for all metrics that have them in common
             self._source = metric.resource, metric.scope
-            self._source_digest = _digest(_sorted(metric.resource), metric.scope)
-        return _Named(view, labels, _digest(self._source_digest, metric.name))
+            self._source_digest = stream_digest(_sorted(metric.resource), metric.scope)
+        return _Named(view, labels, stream_digest(self._source_digest, metric.name))
 
     def _take_point(self, metric: OtlpMetric, named: _Named, point: OtlpPoint) -> int:
         if metric.type in _REFUSED_TYPES:
             raise _WrongPoint(metric.type, _REFUSED_TYPES[metric.type])
         if named.view is None:
             raise _WrongPoint("name", "no view can have this name")
-        if self._sources.setdefault(named.view, metric.name) != metric.name:
-            raise _WrongPoint("collision", f"its view is that of {self._sources[named.view][:100]}")
         if not point.at_ns:
             raise _WrongPoint("timestamp", "a point without a time")
         if metric.type != GAUGE and metric.temporality not in (DELTA, CUMULATIVE):
             raise _WrongPoint("temporality", f"no temporality: {metric.temporality}")
         labels = named.labels | _labels(point.attributes)
         deltas = [*_deltas(metric, named.view, labels, point)]
+        for view in {it.view for it in deltas}:
+            if self._sources.setdefault(view, metric.name) != metric.name:
+                raise _WrongPoint("collision", f"its view {view[:50]} is that of {self._sources[view][:100]}")
         if metric.type == GAUGE or metric.temporality == DELTA or deltas[0].kind == "last":
             self.deltas += deltas
             self.lines += [self._number] * len(deltas)
         else:
             if not point.start_ns:
                 raise _WrongPoint("start", "a total without the time of its start")
-            stream = _digest(named.stream, _sorted(point.attributes), [*point.bounds], point.start_ns, len(deltas))
+            stream = stream_digest(named.stream, _sorted(point.attributes), [*point.bounds], point.start_ns, len(deltas))
             self.totals.append(RunningTotal(self._number, stream, point.start_ns, point.at_ns, deltas))
         return len(deltas)
-
-
-def _digest(*parts: object) -> bytes:
-    """Return what stands for some texts and numbers: they can be long, and a stream is remembered."""
-    return sha256(repr(parts).encode()).digest()
 
 
 def _sorted(attributes: Sequence[tuple[str, Attribute]]) -> list[tuple[str, Attribute]]:

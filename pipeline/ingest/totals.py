@@ -1,4 +1,4 @@
-"""Publishes the increases of running totals, of which each export repeats what it had before.
+"""Publishes the increases of running totals, of which each export or push repeats what it had before.
 
 What is published of each stream is known to this process alone. So all totals of a stream must come here, and after a
 restart the first total of a stream that is older than the process is no increase that could be counted: it is refused, and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
+from hashlib import sha256
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -16,7 +17,11 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey, RunningTotal
 
-_WAIT_S = 1.0
+_WAIT_S = 5.0
+"""Longest wait for other requests: a burst of pushes is worked on one by one, while clients of pushes do not try again."""
+_BEGAN_BEFORE = "began before this server did: totals count from here on, what it had before may not be counted"
+_STARTS_NOW = "starts at its own time, so its start is not known: totals count from here on"
+"""OTLP's mark of a stream that is resumed, as the Collector does for each target that it begins to scrape."""
 
 
 class _StreamTotals(NamedTuple):
@@ -35,7 +40,10 @@ class _SentIncreases(NamedTuple):
 
 
 class RunningTotals:
-    """Streams of totals and what is published of them. Safe from any thread; one request at a time is worked on."""
+    """A `ports.TotalsPublisher`, with the streams of totals and what is published of them.
+
+    One request at a time is worked on.
+    """
 
     def __init__(self, ingest: Ingest, clock: Clock, streams_max: int) -> None:
         self._ingest = ingest
@@ -48,18 +56,17 @@ class RunningTotals:
         self._sent: _SentIncreases | None = None
 
     def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
-        """Publish the increases; return their token, and what was left out. `key` identifies the request and its repeats.
-
-        Raises `Unavailable` if they may be published: the request can be repeated, and counts once.
-        """
+        """Publish the increases; see `ports.TotalsPublisher`."""
         if not self._lock.acquire(timeout=_WAIT_S):
             raise Unavailable("other totals are being published")
         try:
-            if self._sent is not None:
-                self._send(self._sent)
+            done = Token(), list[Refusal]()
+            if (unsure := self._sent) is not None:
+                again = self._send(unsure)
+                done = again if unsure.key == key else done
             sent, refused = self._increases(totals, key)
             token, unfit = self._send(sent)
-            return token, refused + unfit
+            return token if token.next_offsets else done[0], done[1] + refused + unfit
         finally:
             self._lock.release()
 
@@ -67,22 +74,33 @@ class RunningTotals:
         sent, refused = _SentIncreases([], [], key, {}), list[Refusal]()
         for it in totals:
             values: tuple[Any, ...] = tuple([delta.value for delta in it.deltas])
-            if not all(map(isfinite, values)):
-                refused.append(Refusal(it.line, "value", "a total that is not finite"))
+            if not all(map(_is_finite, values)):
+                refused.append(Refusal(it.line, "value", "a total that is not finite, or too large"))
                 continue
-            before = sent.known.get(it.stream) or self._known.get(it.stream)
-            if before is not None and it.at_ns <= before.at_ns:
+            here = sent.known.get(it.stream)
+            if here is not None and it.at_ns == here.at_ns:
+                refused.append(Refusal(it.line, "twice", "one stream has two totals: which one is right can't be told"))
+                continue
+            before = here or self._known.get(it.stream)
+            was = before.values if before is not None else (0,) * len(values)
+            changes = [*zip(values, was, it.deltas, strict=True)]
+            rises = any(now > then and not _may_fall(it, delta) for now, then, delta in changes)
+            if before is not None and it.at_ns and it.at_ns <= before.at_ns and not rises:
                 continue  # a repeat, or one that was overtaken: what is published covers it
+            falls = any(now < then and not _may_fall(it, delta) for now, then, delta in changes)
+            if falls and not it.at_ns:
+                refused.append(Refusal(it.line, "falls", "a total below an earlier one of this start: it was overtaken"))
+                continue
             sent.known[it.stream] = _StreamTotals(it.start_ns, it.at_ns, values)
-            if before is None and it.start_ns < self._known_from_ns:
-                why = "began before this server did: totals count from here on, what it had before may not be counted"
+            unknown = it.start_ns < self._known_from_ns or it.start_ns == it.at_ns
+            if before is None and unknown:
+                why = _STARTS_NOW if it.start_ns == it.at_ns else _BEGAN_BEFORE
                 refused.append(Refusal(it.line, "baseline", why))
                 continue
-            was = before.values if before is not None else (0,) * len(values)
-            if any(now < then for now, then, delta in zip(values, was, it.deltas, strict=True) if not _may_fall(delta)):
+            if falls:
                 refused.append(Refusal(it.line, "falls", "a total that falls without another start: it counts from here on"))
                 continue
-            for now, then, delta in zip(values, was, it.deltas, strict=True):
+            for now, then, delta in changes:
                 if now != then or before is None:
                     sent.deltas.append(delta._replace(value=now - then))
                     sent.lines.append(it.line)
@@ -96,10 +114,11 @@ class RunningTotals:
             try:
                 token, unfit = self._ingest.fitting(sent.deltas, sent.key)
                 refused = [it._replace(line=sent.lines[it.line]) for it in unfit]
-            except Invalid:
+            except Invalid as error:
                 self._sent = None
                 if not again:
                     raise
+                refused = [Refusal(line, "refused", f"not known whether it counts: {error}") for line in {*sent.lines}]
         self._sent = None
         for stream, known in sent.known.items():
             self._known.pop(stream, None)
@@ -110,6 +129,21 @@ class RunningTotals:
         return token, refused
 
 
-def _may_fall(delta: RawDelta) -> bool:
-    """Return whether a total can fall without a new start: the sum of a histogram does by negative observations."""
-    return delta.view.endswith("_sum")
+def _is_finite(value: int | float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _may_fall(total: RunningTotal, delta: RawDelta) -> bool:
+    """Return whether a total can fall without a new start: the sum of a histogram does by negative observations.
+
+    Without a time that would look as if the total had been overtaken.
+    """
+    return delta.view.endswith("_sum") and total.at_ns > 0
+
+
+def stream_digest(*parts: object) -> bytes:
+    """Return what stands for some texts and numbers: they can be long, and a stream is remembered."""
+    return sha256(repr(parts).encode()).digest()

@@ -142,7 +142,8 @@ def create_app(
         if letters is not None:
             routes += letter_routes(letters, settings, ingest_threads, order)
         if parse_pushed is not None:
-            routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out).routes(take)
+            totals = None if exports is None else exports.totals
+            routes += Pushes(ingest, parse_pushed, settings, metrics, keys, left_out, totals).routes(take)
         if exports is not None:
             routes.append(Exports(exports, ingest, settings, metrics, left_out).route(room, ingest_threads, turns))
     app = make_application(routes, settings, metrics, reader.clock, observing(service, close, left_out.tick), read, access)

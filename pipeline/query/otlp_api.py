@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -17,11 +17,10 @@ from starlette.routing import Route
 import pipeline.metrics as m
 from pipeline.core.grants import Bounds
 from pipeline.core.protobuf import bytes_field, int_field, text_field
-from pipeline.core.token import Token
 from pipeline.errors import PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, RunningTotal
+from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
 from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
 from pipeline.query.fairness import FairTurns, writer_of
 from pipeline.query.guard import note_refusal
@@ -41,14 +40,6 @@ _TOTALS = (
     "totals (cumulative temporality) are taken by `pipeline up`, or with otlp_totals; else export deltas: "
     "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE=delta"
 )
-
-
-class TotalsPublisher(Protocol):
-    """Publishes the increases of totals."""
-
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
-        """Publish the increases; return their token, and what was left out."""
-        ...
 
 
 class ExportTaking(NamedTuple):

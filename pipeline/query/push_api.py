@@ -5,8 +5,9 @@ from __future__ import annotations
 import binascii
 from base64 import urlsafe_b64decode
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Ingest, Pushed, Refusal
+from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
 from pipeline.query.bodies import PUSH_TYPES
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key
@@ -36,16 +37,23 @@ GATEWAY_PATH = "/metrics/{grouping:path}"
 """Path of a Pushgateway, whose clients name labels in it."""
 _TEXT = "openmetrics"
 _REFUSED_SHOWN_MAX = 10
+_TOTALS = (
+    "totals at the paths of a Pushgateway are taken by `pipeline up`, or with otlp_totals; else push increases to "
+    f"{OPENMETRICS_PATH}"
+)
 Work = Callable[[bytes, Headers], Any]
 """Makes the answer to a body, in a thread."""
 Take = Callable[..., Coroutine[Any, Any, Response]]
 """Answers a request with a body. Arguments: the request, the work, and the media types that the body may have."""
 ParsePushed = Callable[[bytes, str, int, int, Mapping[str, str]], Pushed]
-"""Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line, labels of all samples."""
+"""Parses a text of metrics. Arguments: body, media type, most samples, most bytes of a line, labels of a group or none."""
 
 
 class Pushes:
-    """Publishes pushed metrics, and counts what it leaves out."""
+    """Publishes pushed metrics, and counts what it leaves out.
+
+    A push to a path of a Pushgateway has totals, because the next one of its group would replace it there.
+    """
 
     def __init__(
         self,
@@ -55,9 +63,12 @@ class Pushes:
         metrics: Metrics,
         keys: UsedKeys,
         left_out: LeftOut,
+        totals: TotalsPublisher | None = None,
     ) -> None:
+        """Without `totals`, those of groups are refused."""
         self._ingest = ingest
         self._parse = parse
+        self._totals = totals
         self._settings = settings
         self._metrics = metrics
         self._keys = keys
@@ -89,13 +100,29 @@ class Pushes:
             if not pushed.whole:
                 raise Refused(413, f"too many samples or types in one request; at most {most}")
             pushed = pushed_within(pushed, bounds, whole=key is not None)
-            token, unfit = self._ingest.fitting(pushed.deltas, key) if pushed.deltas else (Token(), [])
+            told = path if bounds is None else f"{path} {bounds!r}"
+            token, unfit = self._publish(pushed, RequestKey(told, "", sha256(body).digest()), key)
             return self._answer(pushed, token, unfit)
 
-    def _answer(self, pushed: Pushed, token: Token, unfit: list[Refusal]) -> MetricsAccepted:
-        refused = sorted([*pushed.refused, *[it._replace(line=pushed.lines[it.line]) for it in unfit]])
+    def _publish(self, pushed: Pushed, request: RequestKey, key: RequestKey | None) -> tuple[Token, list[Refusal]]:
+        """Publish totals and deltas; return the token, and what was left out, by line.
+
+        Totals have a key of their own, `request`, which no header can have.
+        """
+        token, refused = Token(), list[Refusal]()
+        if pushed.totals and self._totals is None:
+            refused = [Refusal(it.line, "cumulative", _TOTALS) for it in pushed.totals]
+        elif pushed.totals and self._totals is not None:
+            token, refused = self._totals.publish(pushed.totals, request)
+        if pushed.deltas:
+            newer, unfit = self._ingest.fitting(pushed.deltas, key)
+            token, refused = token | newer, refused + [it._replace(line=pushed.lines[it.line]) for it in unfit]
+        return token, refused
+
+    def _answer(self, pushed: Pushed, token: Token, unfit: Sequence[Refusal]) -> MetricsAccepted:
+        refused = sorted([*pushed.refused, *unfit])
         reasons = Counter([it.reason for it in refused])
-        accepted = len(pushed.deltas) - len(unfit)
+        accepted = len(pushed.deltas) + len(pushed.totals) - len(unfit)
         self._metrics.inc(m.INGEST_LINES, accepted + len(refused), _TEXT)
         firsts = {it.reason: it for it in reversed(refused)}
         for reason, count in reasons.items():
@@ -117,8 +144,8 @@ def parse_grouping(path: str) -> dict[str, str]:
     labels: dict[str, str] = {}
     for part, text in zip(parts[::2], parts[1::2], strict=True):
         name, at, encoding = unquote(part).partition("@")
-        if not NAME.match(name) or (at and encoding != "base64") or name in labels:
-            raise Invalid(f"no name of a label, or one that stands twice in the path: {part!r:.200}")
+        if not NAME.match(name) or (at and encoding != "base64") or name in labels or name == "le":
+            raise Invalid(f"no name of a label, one that stands twice in the path, or that of buckets: {part!r:.200}")
         try:
             labels[name] = _decoded(text) if at else unquote(text, errors="strict")
         except ValueError:

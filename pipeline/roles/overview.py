@@ -162,7 +162,7 @@ def client_for(url: str, client: ClientSettings) -> ClientSettings:
     """
     parts = urlsplit(url)
     is_ours = is_loopback(parts.hostname or "") or (parts.scheme == "https" and client.ca_file)
-    return client if is_ours else replace(client, token=Secret(), token_file="")
+    return client if is_ours else replace(client, token=Secret(), token_file="")  # nosec B106  # no file
 
 
 class _MemberAnswer(NamedTuple):

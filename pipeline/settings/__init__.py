@@ -236,8 +236,8 @@ class QuerySettings(_Checked):
     )
     otlp_totals: bool = _setting(
         False,
-        "take totals (cumulative temporality) at POST /v1/metrics of a server of Kafka's log: only where no other server "
-        "gets any. `pipeline up` always takes them",
+        "take totals (cumulative temporality) at POST /v1/metrics, and at the paths of a Pushgateway, of a server of "
+        "Kafka's log: only where no other server gets any. `pipeline up` always takes them",
     )
     otlp_streams_max: int = _setting(
         100_000,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline import NotFound, Reader
+from pipeline.cli.publish import _PublishRun
 from pipeline.cli.rows import ROW_BYTES_MAX
 from tests.cli.conftest import Here
 from tests.support import Program, UpProcess, everything, pipeline, wait_until
@@ -77,6 +78,26 @@ def test_bad_lines_are_left_out_when_told_to(here: Here, server: UpProcess, tmp_
     assert [line.partition(":")[0] for line in reported[:20]] == [f"line {number}" for number in range(2, 42, 2)]
     assert reported[20:] == ["and 10 more bad lines"]
     assert total(server, "skipped") == 30
+
+
+def test_a_file_that_is_shorter_than_when_it_was_checked(
+    here: Here, server: UpProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is cut after it was checked is no success: the report says which lines are published."""
+    file = tmp_path / "cut.csv"
+    file.write_text("v\n" + "1\n" * 30)
+    check = _PublishRun._check
+
+    def check_and_cut(run: _PublishRun, byte_count: int) -> int:
+        count = check(run, byte_count)
+        os.truncate(file, 2 + 2 * 20)
+        return count
+
+    monkeypatch.setattr(_PublishRun, "_check", check_and_cut)
+    done = here("publish", "cut_short", "--to", server.url, "--value", "v", str(file))
+    assert done.returncode == 1
+    assert "the file was changed while it was read; every line up to 21 is published" in done.stderr
+    assert total(server, "cut_short") == 20
 
 
 def test_input_that_is_no_text_at_all(here: Here, server: UpProcess, tmp_path: Path) -> None:

@@ -53,15 +53,23 @@ TEXTS = st.lists(
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(TEXTS.map(str.encode) | st.binary(max_size=200), st.sampled_from([PLAIN, OPENMETRICS]))
-@example(b"# TYPE a\xe2\x80\xa8b counter", PLAIN)
-@example(b'{"a"} 1', OPENMETRICS)
-@example(b"# TYPE", PLAIN)
-@example(b"# TYPE a b c d", OPENMETRICS)
-@example(b"a 1\x85b 2", OPENMETRICS)
-def test_any_bytes_are_samples_or_refused(body: bytes, content_type: str) -> None:
+@given(
+    TEXTS.map(str.encode) | st.binary(max_size=200),
+    st.sampled_from([PLAIN, OPENMETRICS]),
+    st.sampled_from([{}, {"job": "j"}]),
+)
+@example(b"# TYPE a\xe2\x80\xa8b counter", PLAIN, {})
+@example(b'{"a"} 1', OPENMETRICS, {})
+@example(b"# TYPE", PLAIN, {})
+@example(b"# TYPE a b c d", OPENMETRICS, {})
+@example(b"a 1\x85b 2", OPENMETRICS, {})
+@example(b"# TYPE a counter\na_total 1\na_created 1e400\na_created 1e9\na_created nan", PLAIN, {"job": "j"})
+@example(b"# TYPE %b counter\n%b_total 1" % (b"a" * 190, b"a" * 190), PLAIN, {"job": "j"})
+def test_any_bytes_are_samples_or_refused(body: bytes, content_type: str, grouping: dict[str, str]) -> None:
     """Any bytes are read without an exception; each line is at most one sample, refused for a reason, or without content."""
-    found = parse_pushed(body, content_type, 1_000, 8_192)
+    found = parse_pushed(body, content_type, 1_000, 8_192, grouping)
+    assert all(delta.kind == "sum" for it in found.totals for delta in it.deltas)
+    assert not grouping or all(delta.kind == "last" for delta in found.deltas)
     assert len(found.deltas) == len(found.lines) == len({*found.lines})
     lines = len(body.split(b"\n"))
     assert all(1 <= number <= lines for number in found.lines)

@@ -386,8 +386,10 @@ def test_a_view_with_windows_takes_the_times_of_lines() -> None:
         "took_ms": Definition("took_ms", "mean", (), 60),
         "took_ms_count": Definition("took_ms_count", "sum"),
         "level": Definition("level", "last", (), 60),
+        "users": Definition("users", "sum", ("member",), 60),
+        "guests": Definition("guests", "distinct", (), 60),
     }
-    world = World(known=known)
+    world = World(known=known).send("users:ann|s|T60", "guests:bob|s|T121")
     world.send("hits:1|c|#a:x|T60", "hits:2:3|c|#a:x|T119", "hits:5|c|#a:x|T120", "took:8|ms|T59", "level:4|g|T61")
     world.send("hits:7|c|#a:x", f"hits:7|c|#a:x|T{CLOCK.now_ms() // 1_000 + 7_200}")
     assert world.sink.refused == {"refused": 1}
@@ -401,5 +403,7 @@ def test_a_view_with_windows_takes_the_times_of_lines() -> None:
     assert [found["hits", start] for start in (60_000, 120_000)] == [6, 5]
     assert (found["took_ms", 0], found["took_ms_count", 0], found["took_ms_max", 0]) == ((8, 1), 1, 8)
     assert found["level", 60_000][2] == 4
+    assert found["users", 60_000] == 1
+    assert ("guests", 120_000) in found
     ((now_ms, value),) = [(start, state) for (view, start), state in found.items() if view == "hits" and start > 120_000]
     assert (now_ms % 60_000, value) == (0, 7)

@@ -337,8 +337,13 @@ class Server:
 
 
 @contextmanager
-def serving(world: World | Part, port: int = 0, access: Access | None = None) -> Iterator[Server]:
+def serving(
+    world: World | Part, port: int = 0, access: Access | None = None, *, takes_totals: bool = True
+) -> Iterator[Server]:
     """Serve a world, on a free port, until the context ends."""
+    totals = None
+    if world.ingest is not None and takes_totals:
+        totals = RunningTotals(world.ingest, world.clock, 1_000)
     app = create_app(
         world.reader,
         world.ingest,
@@ -348,7 +353,7 @@ def serving(world: World | Part, port: int = 0, access: Access | None = None) ->
         lambda: world.ready,
         render_views,
         parse_pushed,
-        ExportTaking(parse_export, None if world.ingest is None else RunningTotals(world.ingest, world.clock, 1_000)),
+        ExportTaking(parse_export, totals),
         world.letters,
         access,
     )

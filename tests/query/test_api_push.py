@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.error import HTTPError
@@ -133,9 +134,157 @@ def test_paths_of_a_pushgateway(server: Server) -> None:
     assert series(server, "pg_done", "job", "instance") == {("back up/1", "ä+b c"): 7, ("other", ""): 7}
     with pytest.raises(HTTPError, match="405"):
         delete_from_gateway(server.url, "other")
-    for path in ("job", "job/", "job/a/b", "x/y", "job/a/job/b", "job/a/1/b", "job/a/b@zip/c", "job@base64/*", "job/%ff"):
+    for path in (
+        "job",
+        "job/",
+        "job/a/b",
+        "x/y",
+        "job/a/job/b",
+        "job/a/1/b",
+        "job/a/le/1",
+        "job/a/b@zip/c",
+        "job@base64/*",
+        "job/%ff",
+    ):
         reply = server.request("PUT", f"/metrics/{path}", b"a 1\n", {"Content-Type": PLAIN})
         assert server.problem(400, reply)
+
+
+@pytest.mark.parametrize("to_gateway", [push_to_gateway, pushadd_to_gateway])
+def test_a_group_that_is_pushed_again(to_gateway: Any) -> None:
+    """A program may push its totals again and again, as to a Pushgateway: each increase counts once. After a restart of the
+    server what it had before is refused, with words, and it goes on from there; a program that starts anew counts whole.
+    """
+
+    def counts(server: Server) -> list[Any]:
+        views = ("again_rows_total", "again_took_count", "again_took_sum", "again_size_sum", "again_done")
+        return [series(server, view).get(()) for view in views] + [series(server, "again_took_bucket", "le")[("1.0",)]]
+
+    class Program:
+        def __init__(self) -> None:
+            self.registry = CollectorRegistry()
+            self.rows = Counter("again_rows", "x", registry=self.registry)
+            self.took = Histogram("again_took", "x", buckets=[1], registry=self.registry)
+            self.size = Summary("again_size", "x", registry=self.registry)
+            self.done = Gauge("again_done", "x", registry=self.registry)
+
+        def count(self, value: int) -> None:
+            self.rows.inc(value)
+            self.took.observe(value)
+            self.size.observe(value)
+            self.done.inc()
+
+        def push(self, server: Server) -> None:
+            to_gateway(server.url, "again", self.registry, {"instance": "a"})
+
+    world = World()
+    with serving(world) as server:
+        first, second = Program(), Program()
+        for value in (1, 2, 3):
+            first.count(value)
+            first.push(server)
+            first.push(server)
+        assert counts(server) == [6, 3, 6, 6, 3, 1]
+        second.count(10)
+        second.push(server)
+        first.push(server)
+        first.rows.reset()
+        first.rows.inc(4)
+        first.push(server)
+        assert counts(server) == [20, 4, 16, 16, 3, 1]
+    world.reader = world.new_reader()
+    with serving(world) as server:
+        first.count(5)
+        first.push(server)
+        assert counts(server) == [20, 4, 16, 16, 4, 1]
+        (left_out,) = server.get("/v1/status").json()["ingest_left_out"]
+        assert (left_out["reason"], left_out["count"]) == ("baseline", 7)
+        first.count(1)
+        first.push(server)
+        third = Program()
+        third.count(100)
+        third.push(server)
+        assert counts(server) == [121, 6, 117, 117, 1, 2]
+
+
+class _Slow:
+    """An ingest that gives other threads time."""
+
+    def __init__(self, ingest: Any) -> None:
+        self._ingest = ingest
+
+    def fitting(self, deltas: Any, key: Any = None) -> Any:
+        time.sleep(0.005)
+        return self._ingest.fitting(deltas, key)
+
+
+def test_pushes_of_one_program_at_once() -> None:
+    """Threads of a program that count, and push its registry to one group all at once, are exact."""
+    failed: list[HTTPError] = []
+    world = World()
+    world.ingest = _Slow(world.ingest)  # type: ignore[assignment]
+    with serving(world) as server:
+        registry = CollectorRegistry()
+        rows = Counter("together_rows", "x", registry=registry)
+
+        def work() -> None:
+            for _ in range(5):
+                rows.inc()
+                try:
+                    push_to_gateway(server.url, "together", registry)
+                except HTTPError as error:
+                    failed.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all("falls" in error.read().decode() for error in failed)  # a push that was overtaken
+        push_to_gateway(server.url, "together", registry)
+        assert series(server, "together_rows_total") == {(): 40}
+
+
+def test_a_total_that_tells_no_start_is_refused(server: Server) -> None:
+    """Nothing tells a repeat without `_created` from a new run, so no such push is taken. One that was overtaken, or that
+    has a series twice, changes nothing.
+    """
+
+    def push_group(text: str, content_type: str = PLAIN, **headers: str) -> Reply:
+        return server.request("PUT", "/metrics/job/untold", text.encode(), {"Content-Type": content_type, **headers})
+
+    at = time.time()
+    for _ in range(2):
+        problem = server.problem(400, push_group("# TYPE untold counter\nuntold_total 5\n"))
+        assert "created: untold_total: a total without _created" in problem
+        assert "POST /v1/openmetrics takes increases" in problem
+    text = f"# TYPE untold counter\nuntold_created {at}\nuntold_total %s\n"
+    token = push_group(text % 5).json()["token"]
+    assert Token.parse(token).next_offsets
+    for value, reason in ((8, None), (5, "falls"), (9, None), (9, None), ("NaN", "value"), ("9" * 1_000, "value")):
+        reply = push_group(text % value)
+        assert reply.status == (400 if reason else 200)
+        assert f"{reason}: " in reply.json().get("detail", "None: ")
+    assert push_group(text % 9 + "untold_total 10\nuntold_g 1\n").json()["reasons"] == {"twice": 1}
+    for _ in range(2):  # the key of a request is not that of its totals
+        gauge = f"# TYPE untold counter\nuntold_total 11\nuntold_created {at}\n# TYPE untold_g gauge\nuntold_g 2\n# EOF\n"
+        assert push_group(gauge, OPENMETRICS, **{"Idempotency-Key": "totals"}).json()["accepted"] == 2
+    assert series(server, "untold_total", "job") == {("untold",): 11}
+    assert series(server, "untold_g", "job") == {("untold",): 2}
+
+
+def test_totals_of_groups_need_a_server_that_gets_all_of_them() -> None:
+    """A server that may not see every push of a group refuses its totals, and takes its gauges."""
+    registry = CollectorRegistry()
+    with serving(World(), takes_totals=False) as server:
+        Counter("alone_rows", "x", registry=registry).inc(3)
+        with pytest.raises(HTTPError, match="400"):
+            push_to_gateway(server.url, "alone", registry)
+        Gauge("alone_done", "x", registry=registry).set(7)
+        push_to_gateway(server.url, "alone", registry)
+        assert series(server, "alone_done") == {(): 7}
+        assert server.get("/v1/views/alone_rows_total").status == 404
+        assert [it["reason"] for it in server.get("/v1/status").json()["ingest_left_out"]] == ["cumulative"]
 
 
 def test_labels_come_and_go(server: Server) -> None:

@@ -53,6 +53,10 @@ def point(value: object, at: int = 1, start: int = 0, **attributes: Any) -> dict
     return {"asInt": str(value), "timeUnixNano": str(NOW_NS + at), "startTimeUnixNano": start, "attributes": named}
 
 
+def as_protobuf(request: dict[str, Any]) -> bytes:
+    return ParseDict(request, ExportMetricsServiceRequest()).SerializeToString()
+
+
 def post(server: Server, body: dict[str, Any] | bytes, media_type: str = JSON, **headers: str) -> Reply:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return server.request("POST", "/v1/metrics", content, {"Content-Type": media_type, **headers})
@@ -248,7 +252,10 @@ def test_totals_whose_outcome_is_not_known(away: str, repeated: bool) -> None:
 
 
 def test_totals_that_can_not_be_told(server: Server) -> None:
-    """A stream that began before the server, that was forgotten, or that falls counts from its next total, and is told."""
+    """A stream that began before the server, that was forgotten, or that falls counts from its next total, and is told.
+
+    A total that is larger is newer, whatever its time.
+    """
     log, clock = _Log(), HandClock()
     totals = RunningTotals(log, clock, 2)  # type: ignore[arg-type]
     began = clock.now_ms() * 1_000_000
@@ -266,9 +273,48 @@ def test_totals_that_can_not_be_told(server: Server) -> None:
     assert sum(log.counted.values()) == 3 + 5 + 2
     assert publish("third", 1, 1, began + 9) == []  # `old` is forgotten
     assert publish("fourth", 1, 1, began + 9) == []  # and `new`
+    for value, at in ((9, 2**60), (9, 2**60), (10, 3), (9, 2)):  # its clock was put back
+        assert publish("third", value, at, began + 9) == []
     assert publish("new", 7, 5, began + 5) == ["baseline"]
+    assert publish("resumed", 1_000, began + 20, began + 20) == ["baseline"]
+    assert publish("resumed", 1_001, began + 21, began + 20) == []
     assert publish("new", 8, 6, began + 5) == []
-    assert sum(log.counted.values()) == 10 + 1 + 1 + 1
+    assert sum(log.counted.values()) == 10 + 10 + 1 + 1 + 1
+
+
+def test_a_stream_is_what_its_attributes_say(server: Server) -> None:
+    """Attributes in another order are the same stream; 1 and true, or two versions of a scope, are two; if two totals are
+    of one stream all the same, the second is refused.
+    """
+    start = 10**18 * 4
+    one, two = {"intValue": 1}, {"intValue": 2}
+    for at, attributes in ((1, {"a": one, "b": two}), (2, {"b": two, "a": one})):
+        assert post(server, sum_of("ordered", point(5, at, start, **attributes), temporality=2)).json() == {}
+    assert series(server, "ordered") == {(): 5}
+    points = [point(5, 1, start, a=one), point(6, 1, start, a={"boolValue": True})]
+    assert post(server, sum_of("typed", *points, temporality=2)).json() == {}
+    assert series(server, "typed", "a") == {("1",): 5, ("true",): 6}
+    request = sum_of("scoped", point(5, 1, start), temporality=2)
+    (scope,) = request["resourceMetrics"][0]["scopeMetrics"]
+    request["resourceMetrics"][0]["scopeMetrics"] = [{**scope, "scope": {"version": version}} for version in ("1", "2", "2")]
+    for media_type, body in ((JSON, json.dumps(request).encode()), (PROTOBUF, as_protobuf(request))):
+        totals = parse_export(body, media_type, 10, []).totals
+        assert [totals[0].stream == it.stream for it in totals] == [True, False, False]
+        assert totals[1].stream == totals[2].stream
+    answer = post(server, request).json()["partialSuccess"]
+    assert (answer["rejectedDataPoints"], answer["errorMessage"].partition(":")[0]) == ("1", "twice")
+    assert series(server, "scoped") == {(): 10}
+
+
+def test_views_of_two_metrics_never_mix(server: Server) -> None:
+    """A counter with the name of a histogram's count is refused, and not added to it."""
+    observed = {**point(0), "count": 3, "sum": 4}
+    del observed["asInt"]
+    request = export({"name": "mix", "histogram": {"dataPoints": [observed], "aggregationTemporality": 1}})
+    counter = {"name": "mix.count", "sum": {"dataPoints": [point(7)], "aggregationTemporality": 1, "isMonotonic": True}}
+    request["resourceMetrics"][0]["scopeMetrics"][0]["metrics"].append(counter)
+    assert "collision" in post(server, request).json()["partialSuccess"]["errorMessage"]
+    assert series(server, "mix_count") == {(): 3}
 
 
 def test_totals_need_a_server_that_gets_all_of_them() -> None:
