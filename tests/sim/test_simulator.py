@@ -43,7 +43,7 @@ def test_a_seed_is_one_history_in_every_process() -> None:
         ).stdout
         for seed in ("1", "2")
     ]
-    assert outputs[0].count(b"\n") == 20
+    assert outputs[0].count(b"\n") == 8
     assert outputs[0] == outputs[1]
 
 
