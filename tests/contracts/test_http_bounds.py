@@ -589,6 +589,7 @@ def test_sockets_leave_descriptors_to_files(caplog: pytest.LogCaptureFixture) ->
     assert sockets_within(64, 4_096) >= 1
 
 
+@pytest.mark.long  # in a process of many other things; tests/attack/test_sockets.py has a process of its own
 def test_without_descriptors_the_longest_waiting_makes_room() -> None:
     """Connections that wait give up their descriptors when the system has none for a new connection."""
     with site(head_timeout_ms=60_000) as tight, ExitStack() as stack:
