@@ -26,7 +26,7 @@ from pipeline.metrics import Metrics
 from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
 from pipeline.query.bodies import PUSH_TYPES
 from pipeline.query.idempotency import HEADER as KEY_HEADER
-from pipeline.query.idempotency import UsedKeys, parse_key
+from pipeline.query.idempotency import UsedKeys, parse_key, path_within
 from pipeline.query.problems import Refused
 from pipeline.query.responses import LeftOutLine, MetricsAccepted
 from pipeline.query.tenants import pushed_within
@@ -100,8 +100,8 @@ class Pushes:
             if not pushed.whole:
                 raise Refused(413, f"too many samples or types in one request; at most {most}")
             pushed = pushed_within(pushed, bounds, whole=key is not None)
-            told = path if bounds is None else f"{path} {bounds!r}"
-            token, unfit = self._publish(pushed, RequestKey(told, "", sha256(body).digest()), key)
+            request = RequestKey(path_within(path, bounds), "", sha256(body).digest())
+            token, unfit = self._publish(pushed, request, key)
             return self._answer(pushed, token, unfit)
 
     def _publish(self, pushed: Pushed, request: RequestKey, key: RequestKey | None) -> tuple[Token, list[Refusal]]:
