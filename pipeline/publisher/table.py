@@ -12,7 +12,8 @@ Neither table owns a thread, a clock or a log. The publisher passes in what the 
 - `opening()` is called before a series comes in, before every record after `close()`, and when it is found that the process
   was forked and nobody has called `forget`. Its errors reach the caller who records.
 - `full(bytes_needed, delta_count)` is called when something does not fit in `bytes_max`. It returns True to try again, False
-  to drop the delta. Its errors reach the caller who records.
+  to drop the delta. Its errors reach the caller who records. A series that is evicted while a thread records to it comes
+  back without being asked for, so that its delta is kept: at most one for each thread beyond `bytes_max`.
 - `now_ms()` returns the time, and `now_ns()`, where it is given, the same in nanoseconds at less cost. If that is the
   system's own `time.time_ns`, the native table reads the clock without a call.
 - `journal` is given if deltas are to outlive the process: see `Journal`. Each delta is then recorded to the table and to a
