@@ -26,13 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import google_crc32c
 import msgspec
 
-from pipeline.core.groups import Scalar, WireGroup, decode_group
-from pipeline.core.kinds import KIND_NAMES, KINDS, Kind, State, kind_of, to_wire
+from pipeline.core.groups import PackedGroup, Scalar, WireGroup, check_rows, decode_group, decode_suffixes, packed
+from pipeline.core.kinds import KIND_NAMES, KINDS, Kind, State, to_wire
 from pipeline.core.record import (
     CONTROL_ACTIONS,
     NAME,
@@ -48,9 +48,7 @@ from pipeline.core.record import (
     Origin,
     Position,
     canonical,
-    check_ahead_windows,
     check_definition,
-    check_suffixes,
     travelling,
 )
 from pipeline.core.sequence import Counter, Folded
@@ -234,10 +232,11 @@ def decode_batch(value: bytes) -> Batch:
     return received.batch
 
 
-def receive_batch(value: bytes) -> Received:
+def receive_batch(value: bytes, native: Any = None) -> Received:
     """Decode the batch in untrusted bytes. Raises `BadRecord` if they are no batch; a group that is wrong is only left out.
 
-    Suffixes are not checked; see `check_group`.
+    Suffixes are not checked; see `check_group`. With `native`, the extension module, groups are `PackedGroup`s where it can
+    read and check all of their rows.
     """
     check_sealed(value)
     wire = _decode(_decode_batch, value, HEAD_BYTES, "batch")
@@ -245,13 +244,19 @@ def receive_batch(value: bytes) -> Received:
     groups: list[Group] = []
     indexes: list[int] = []
     refused: list[RefusedGroup] = []
-    for index, (definition, suffixes, columns) in enumerate(wire.groups):
-        try:
-            _check(definition, "batch")
-            groups.append(decode_group(definition, suffixes, columns))
-            indexes.append(index)
-        except BadRecord as error:
-            refused.append(RefusedGroup(index, definition.view[:NAME_BYTES_MAX], str(error)))
+    for index, wire_group in enumerate(wire.groups):
+        definition, suffixes, columns = wire_group
+        group = None if native is None else _packed(native, wire_group)
+        if group is None:
+            plain_suffixes = decode_suffixes(suffixes)
+            try:
+                _check(definition, "batch")
+                group = decode_group(definition, plain_suffixes, columns)
+            except BadRecord as error:
+                refused.append(RefusedGroup(index, definition.view[:NAME_BYTES_MAX], str(error)))
+                continue
+        groups.append(cast("Group", group))  # a packed one reads as a `Group`
+        indexes.append(index)
     batch = Batch(
         producer_id=wire.producer_id,
         epoch=wire.epoch,
@@ -267,13 +272,19 @@ def receive_batch(value: bytes) -> Received:
     return Received(batch, indexes, refused, wire)
 
 
+def _packed(native: Any, group: WireGroup) -> PackedGroup | Group | None:
+    try:
+        _check(group[0], "batch")
+    except BadRecord:
+        return None
+    return packed(native, *group)
+
+
 def check_group(group: Group, at_ms: int, *, ts_ahead_max_ms: int) -> None:
     """Raise `BadRecord` unless the suffixes of a group are series of its definition, and its own times are not too far
     ahead of `at_ms`, when the log accepted it: what a task is certain to refuse.
     """
-    check_suffixes(group.definition, group.suffixes)
-    check_ahead_windows(group.definition, group.suffixes, at_ms + ts_ahead_max_ms)
-    kind_of(group.definition).check_times(group.states, at_ms + ts_ahead_max_ms)
+    check_rows(group, at_ms + ts_ahead_max_ms)
 
 
 def _check_header(wire: WireBatch) -> None:
@@ -308,10 +319,16 @@ def kind_of_entry(value: bytes) -> Kind:
     raise BadRecord("series entry: of a kind that this version does not know")
 
 
+def entry_heads(kind: Kind, expires_at_ms: int = 0) -> tuple[bytes, bytes]:
+    """Return the bytes with which all series entries of a kind start, and the same with the expiry of some of them."""
+    head = _entry_head(kind)[0]
+    return head, head + (_EXPIRES + expires_at_ms.to_bytes(8, "big") if expires_at_ms else _NEVER)
+
+
 def encode_states(kind: Kind, states: list[State], expires_at_ms: int = 0) -> list[bytes]:
     """Return the values of series entries, one for each state. `expires_at_ms` is when all of them expire; 0: never."""
     columns = kind.to_columns(states)
-    head = _entry_head(kind)[0] + (_EXPIRES + expires_at_ms.to_bytes(8, "big") if expires_at_ms else _NEVER)
+    head = entry_heads(kind, expires_at_ms)[1]
     try:
         return _rows(head, columns)
     except OverflowError:

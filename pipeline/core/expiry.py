@@ -13,8 +13,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from pipeline.core import codec
+from pipeline.core.changes import Changes
+from pipeline.core.groups import PackedGroup
 from pipeline.core.kinds import KINDS
-from pipeline.core.overlay import Changes, Definitions, Known, Overlay
+from pipeline.core.overlay import Definitions, Known, Overlay
 from pipeline.core.record import Definition, Group, expired_before_ms, prefix_end, window_bytes
 from pipeline.errors import BadRecord, StoreCorrupt
 
@@ -42,6 +44,8 @@ def late_suffixes(suffixes: Sequence[bytes], expired_before_ms: int) -> list[byt
 
 def split_late(group: Group, known: Known) -> tuple[Group | None, Group | None]:
     """Return the part of a group that can be folded, and the part whose windows have expired; None: it is empty."""
+    if isinstance(group, PackedGroup) and group.rows.earliest_ms >= known.expired_before_ms:
+        return group, None
     late = {*late_suffixes(group.suffixes, known.expired_before_ms)}
     if not late:
         return group, None
@@ -113,8 +117,11 @@ class Expiry:
             known, states = self._definitions[prefix], overlay.states[prefix]
             if not known.definition.window_s:
                 continue
-            for suffix in late_suffixes([*states], known.expired_before_ms) if states else ():
-                del states[suffix]
+            if not isinstance(states, dict):
+                states.drop_before(known.expired_before_ms)
+            elif states:
+                for suffix in late_suffixes([*states], known.expired_before_ms):
+                    del states[suffix]
             if not states:
                 del overlay.states[prefix]
 

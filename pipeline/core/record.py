@@ -92,6 +92,11 @@ class Group(msgspec.Struct, frozen=True):
     suffixes: list[bytes]
     states: list  # type: ignore[type-arg]  # states of `definition.kind`; see core.kinds
 
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.suffixes)
+
 
 _DEFAULTS = (None, None, None, *Definition.__struct_defaults__[1:])
 """Value of each field of a definition that is left out; the first three never are."""

@@ -23,17 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 import msgspec
 
 from pipeline.core import codec
+from pipeline.core.changes import Cache, Changes
 from pipeline.core.codec import DeadLetter, DefinitionEntry, Received, RefusedGroup
 from pipeline.core.commit import Commit, Counts, Lookup, Reading
 from pipeline.core.expiry import Entry, Expiry, late_reason, split_late
-from pipeline.core.kinds import kind_of
+from pipeline.core.groups import check_rows
 from pipeline.core.letters import group_key, is_last_key, is_letter_producer, letter_key, refused_key
 from pipeline.core.limits import TaskLimits
-from pipeline.core.overlay import Cache, Changes, Definitions, Known, Overlay, Producers, gone_keys
+from pipeline.core.overlay import Definitions, Known, Overlay, Producers, gone_keys
 from pipeline.core.parts import with_group, with_rows
 from pipeline.core.record import (
     NO_POSITION,
@@ -44,12 +46,9 @@ from pipeline.core.record import (
     Group,
     Position,
     Records,
-    check_ahead_windows,
-    check_suffixes,
     expires_silent,
     fingerprint,
     producer_key,
-    runs,
     series_prefix,
 )
 from pipeline.core.sequence import EPOCH_STEP_MAX, Folded
@@ -91,8 +90,10 @@ TRANSITIONS: Mapping[tuple[Phase, TaskEvent], Phase] = {
 class Task:
     """The state machine of one partition. Owned by one thread; see the module's text for the protocol."""
 
-    def __init__(self, partition: int, limits: TaskLimits, source_id: str = "") -> None:
+    def __init__(self, partition: int, limits: TaskLimits, source_id: str = "", native: Any = None) -> None:
+        """`native` is the extension module, which then holds what is done per entry; see `pipeline.native`."""
         self.partition = partition
+        self._native = native
         self._source_id = source_id
         self.phase = Phase.ASSIGNED
         self.counts = Counts()
@@ -110,14 +111,14 @@ class Task:
         self._folded_ms = (
             0  # the time that log, publisher and shell have all reached: one clock that is ahead expires nothing
         )
-        self._overlay = Overlay()
-        self._frozen = Overlay()
+        self._overlay = Overlay(native)
+        self._frozen = Overlay(native)
         self._frozen_known: dict[bytes, Known] = {}
         """Definitions of the frozen overlay, as they were when it was frozen."""
         self._changes: Changes | None = None
         self._pending = NO_POSITION
         self._swept_max = self._added_count = 0
-        self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max)
+        self._cache = Cache(limits.cache_entries_max, limits.cache_bytes_max, native)
 
     def _step(self, step: TaskEvent) -> None:
         self.phase = next_state(TRANSITIONS, self.phase, step, self.partition)
@@ -177,7 +178,7 @@ class Task:
                 received.append(BadRecord("folded before"))
                 continue
             try:
-                one = codec.receive_batch(value or b"")
+                one = codec.receive_batch(value or b"", self._native)
             except BadRecord as error:
                 received.append(error)
                 continue
@@ -323,10 +324,10 @@ class Task:
                 continue
             kept, late = self._split_late(group, known, whole=alone and is_last_key(record))
             if kept is not None:
-                self.counts.entries_folded += len(kept.suffixes)
+                self.counts.entries_folded += kept.count
                 self._overlay.merge(series_prefix(group.definition), kept)
             if late is not None:
-                self.counts.entries_expired += len(late.suffixes)
+                self.counts.entries_expired += late.count
                 key = record if alone and kept is None else group_key(record, index)
                 value = with_group(received, index, whole=alone) if kept is None else with_rows(received, late)
                 self._refuse(key, offset, at_ms, late_reason(late, group, known), group.definition.view, value)
@@ -357,17 +358,12 @@ class Task:
             raise BadRecord(f"over {self._limits.views_max} definitions of views in partition {self.partition} (views_max)")
         if known is not None and known.definition != definition:
             raise BadRecord(f"view {definition.view}: another definition has the same id")
-        known_states = self._overlay.states.get(prefix, {}), *self._cache.of(prefix)
-        for suffixes in runs(group.suffixes):
-            unknown = set(suffixes)
-            for states in known_states:
-                unknown = unknown.difference(states)
-            check_suffixes(definition, [*unknown])
-        check_ahead_windows(definition, group.suffixes, at_ms + self._limits.ts_ahead_max_ms)
-        kind_of(definition).check_times(group.states, at_ms + self._limits.ts_ahead_max_ms)
+        known_states = self._overlay.plain_states(prefix), *self._cache.of(prefix)
+        check_rows(group, at_ms + self._limits.ts_ahead_max_ms, known_states)
         if known is None:
             known = self._known.define(prefix, definition, self._log_ms)
             self._overlay.defined.add(prefix)
+            self._cache.begin(prefix)
         return known
 
     def _carry_out(self, control: Control) -> None:
@@ -379,12 +375,13 @@ class Task:
             overlay.states.pop(prefix, None)
             overlay.cleared.add(prefix)
             self._expiry.forget(prefix)
-            self._cache.clear(prefix)
+            self._cache.begin(prefix)
             overlay.cleared_count += known.series_count
             self.counts.series_cleared += known.series_count
             known.series_count = 0
             if control.action == "drop":
                 self._known.drop(prefix)
+                self._cache.forget(prefix)
                 overlay.defined.discard(prefix)
                 overlay.moved.discard(prefix)
 
@@ -409,7 +406,7 @@ class Task:
         """Swap the overlay for an empty one, and return what `prepare_commit` needs from the store."""
         self._step(TaskEvent.FREEZE)
         self._skipped = False
-        frozen, self._frozen, self._overlay = self._overlay, self._overlay, Overlay()
+        frozen, self._frozen, self._overlay = self._overlay, self._overlay, Overlay(self._native)
         self._overlay.next_offset = frozen.next_offset
         self._overlay.source_at_ms = frozen.source_at_ms
         frozen.touched_ms = max(frozen.touched_ms, self._folded_ms)
@@ -494,4 +491,4 @@ class Task:
         for producer_id, producer in self._frozen.producers.items():
             self._producers.keep(producer_id, producer)
         self.position = self._pending
-        self._frozen, self._frozen_known, self._changes = Overlay(), {}, None
+        self._frozen, self._frozen_known, self._changes = Overlay(self._native), {}, None

@@ -14,6 +14,7 @@ from threading import Lock
 import msgspec
 
 import pipeline.metrics as m
+from pipeline import native
 from pipeline.core import codec
 from pipeline.core.commit import Commit
 from pipeline.core.letters import shorten
@@ -210,7 +211,7 @@ class OwnedPartition:
         return store
 
     def _new_task(self) -> Task:
-        return Task(self.number, self._settings.task_limits(), self._source_id)
+        return Task(self.number, self._settings.task_limits(), self._source_id, native.extension())
 
     def _load(self, store: Store) -> None:
         self.task = self._new_task()

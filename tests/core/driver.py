@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline import native
 from pipeline.core.codec import (
     DeadLetter,
     DefinitionEntry,
@@ -65,7 +66,8 @@ def batch(
 class Shell:
     """The log, the store, and a task between them."""
 
-    def __init__(self, limits: TaskLimits | None = None) -> None:
+    def __init__(self, limits: TaskLimits | None = None, task_type: type[Task] = Task) -> None:
+        self._task_type = task_type
         self.limits = limits or TaskLimits()
         self.log: list[bytes | None] = []
         self.store: dict[bytes, bytes] = {}
@@ -77,7 +79,7 @@ class Shell:
 
     def restart(self, source_id: str = "") -> None:
         """Throw the task away, as a crash does, and start another one on what is committed."""
-        self.task = Task(0, self.limits, source_id)
+        self.task = self._task_type(0, self.limits, source_id, native.extension())
         found = self.store.get(POSITION_KEY)
         self.task.restored(
             NO_POSITION if found is None else decode_position(found),

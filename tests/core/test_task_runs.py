@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+import pipeline.core.changes
 import pipeline.core.overlay
 import pipeline.core.record
 from pipeline.core.commit import Commit
@@ -21,9 +22,9 @@ RUN = 10
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit runs to a few entries."""
-    for module in (pipeline.core.record, pipeline.core.overlay):
+    for module in (pipeline.core.record, pipeline.core.overlay, pipeline.core.changes):
         monkeypatch.setattr(module, "RUN_ENTRIES_MAX", RUN)
-    monkeypatch.setattr(pipeline.core.overlay, "_SAMPLED", 2)
+    monkeypatch.setattr(pipeline.core.changes, "_SAMPLED", 2)
 
 
 @pytest.mark.parametrize("cache_entries_max", [0, 30, 1_000])

@@ -20,7 +20,7 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.core.task import Phase
+from pipeline.core.task import Phase, Task
 from pipeline.errors import BadRecord
 from tests.core import strategies as some
 from tests.core.driver import Shell
@@ -99,9 +99,9 @@ LEGAL = {
 steps = st.lists(st.sampled_from(["fold"] * 4 + ["commit"] * 3 + ["crash", "refold", *LEGAL]), min_size=12, max_size=40)
 
 
-def run(log: list[bytes | None], steps: list[str], limits: TaskLimits) -> Shell:
+def run(log: list[bytes | None], steps: list[str], limits: TaskLimits, task_type: type[Task] = Task) -> Shell:
     """Fold a log with commits and crashes at any step, then to its end; skip a step that is not legal at its time."""
-    shell = Shell(limits)
+    shell = Shell(limits, task_type)
     shell.append(*log)
     for step in steps:
         if step == "fold":

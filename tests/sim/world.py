@@ -23,8 +23,10 @@ from random import Random
 from pipeline.errors import Unavailable
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from pipeline.worker import partition as worker_partition
 from pipeline.worker.follower import read_meta, read_position
 from pipeline.worker.lookups import PRODUCERS_SWEPT
+from tests.core.twins import TwinTask
 from tests.sim.auditor import Auditor
 from tests.sim.clocks import NodeClock, TrueTime
 from tests.sim.cluster import Cluster
@@ -498,11 +500,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2000, help="run so many histories (default: %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--only", metavar="A,B", help=f"have just these troubles, of {', '.join(SWITCHES)}; empty: none")
+    parser.add_argument("--twins", action="store_true", help="hold each native task against a plain one, step by step")
     parser.add_argument("--digests", action="store_true", help="print what each history made durable, as a number")
     args = parser.parse_args()
     switches = None if args.only is None else frozenset(filter(None, args.only.split(",")))
     if switches is not None and not switches <= SWITCHES.keys():
         parser.error(f"--only: no such trouble: {', '.join(switches - SWITCHES.keys())}")
+    if args.twins:
+        worker_partition.Task = TwinTask  # type: ignore[attr-defined]
     stats: Counter[str] = Counter()
     seeds = [args.seed] if args.seed is not None else range(args.start, args.start + args.seeds)
     for seed in seeds:

@@ -1,6 +1,7 @@
 //! Groups of a scan: entries of a store, merged by some of their labels. See `pipeline/query/grouping.py`.
 
 use crate::convert::to_python;
+use crate::read::Rest;
 use crate::state::{Kind, State};
 use crate::wire::write_str;
 use hashbrown::HashMap;
@@ -18,73 +19,6 @@ struct Group {
 }
 
 type ByLabels = HashMap<Box<[u8]>, Group, foldhash::fast::RandomState>;
-
-/// What a reader of MessagePack has not read yet. Every method returns None for anything but what it is for.
-struct Rest<'a>(&'a [u8]);
-
-impl<'a> Rest<'a> {
-    fn take(&mut self, n: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(n)?;
-        self.0 = rest;
-        Some(taken)
-    }
-
-    fn byte(&mut self) -> Option<u8> {
-        Some(self.take(1)?[0])
-    }
-
-    fn uint(&mut self, bytes: usize) -> Option<u64> {
-        Some(self.take(bytes)?.iter().fold(0, |number, byte| number << 8 | *byte as u64))
-    }
-
-    fn array(&mut self) -> Option<usize> {
-        match self.byte()? {
-            head @ 0x90..=0x9f => Some((head & 0x0f) as usize),
-            0xdc => Some(self.uint(2)? as usize),
-            _ => None,
-        }
-    }
-
-    fn text(&mut self) -> Option<&'a str> {
-        let size = match self.byte()? {
-            head @ 0xa0..=0xbf => (head & 0x1f) as usize,
-            0xd9 => self.uint(1)? as usize,
-            0xda => self.uint(2)? as usize,
-            _ => return None,
-        };
-        std::str::from_utf8(self.take(size)?).ok()
-    }
-
-    fn float(&mut self) -> Option<f64> {
-        Some(f64::from_bits(self.uint(8)?)).filter(|f| f.is_finite())
-    }
-
-    /// An int or a float; with `pairs` also a float with its error term.
-    fn number(&mut self, pairs: bool) -> Option<State> {
-        Some(State::I(match self.byte()? {
-            head @ 0x00..=0x7f => head as i64,
-            head @ 0xe0..=0xff => head as i8 as i64,
-            0xcc => self.uint(1)? as i64,
-            0xcd => self.uint(2)? as i64,
-            0xce => self.uint(4)? as i64,
-            0xcf => i64::try_from(self.uint(8)?).ok()?,
-            0xd0 => self.uint(1)? as i8 as i64,
-            0xd1 => self.uint(2)? as i16 as i64,
-            0xd2 => self.uint(4)? as i32 as i64,
-            0xd3 => self.uint(8)? as i64,
-            0xcb => return Some(State::F(self.float()?)),
-            0x92 if pairs => {
-                let (high, low) = (self.pair_float()?, self.pair_float()?);
-                return (low != 0.0 && high + low == high).then_some(State::P(high, low));
-            }
-            _ => return None,
-        }))
-    }
-
-    fn pair_float(&mut self) -> Option<f64> {
-        (self.byte()? == 0xcb).then(|| self.float())?
-    }
-}
 
 /// Entries of one kind, merged by labels. Safe from any thread.
 #[pyclass(frozen, module = "pipeline_native")]

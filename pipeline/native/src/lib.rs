@@ -1,14 +1,17 @@
-//! The native core of `pipeline`: what is done per delta, and per entry of a scan. Its specifications are
-//! `pipeline/publisher/table.py` and `pipeline/query/grouping.py`.
+//! The native core of `pipeline`: what is done per delta, per entry of a scan, and per entry that a worker folds.
+//! Its specifications are `pipeline/publisher/table.py`, `pipeline/query/grouping.py` and `pipeline/core/overlay.py`.
 
 mod convert;
+mod folded;
 mod fork;
 mod groups;
 mod histogram;
 mod labels;
 mod local;
 mod python;
+mod read;
 mod ring;
+mod rows;
 mod sketches;
 mod state;
 mod table;
@@ -19,13 +22,14 @@ mod wire;
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 8;
+const VERSION: u32 = 9;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("VERSION", VERSION)?;
     m.add("SOURCES", option_env!("PIPELINE_NATIVE_SOURCES").unwrap_or(""))?;
     fork::watch();
+    folded::register(m)?;
     groups::register(m)?;
     python::register(m)?;
     view::register(m)

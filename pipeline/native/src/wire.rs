@@ -4,7 +4,7 @@ use num_bigint::{BigInt, Sign};
 use num_traits::ToPrimitive;
 
 /// The extension type of ints beyond 64 bits: signed, big endian.
-const LONG_INT: u8 = 1;
+pub const LONG_INT: u8 = 1;
 /// The extension type of states, or parts of them, that are bytes in a form of their kind.
 pub const PACKED: u8 = 2;
 
