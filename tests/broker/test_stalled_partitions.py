@@ -188,7 +188,7 @@ class _Failing:
 
 
 def test_a_call_that_fails_within_a_poll_loses_nothing() -> None:
-    """What a poll had taken from librdkafka before one of its calls failed is read again."""
+    """A reader reads again the messages that a poll had taken before one of its calls failed."""
     reader = KafkaReader(
         {"bootstrap.servers": "", "group.id": "nobody"},
         "deltas",
