@@ -378,6 +378,7 @@ def test_panels_tell_what_happened(world: World) -> None:
     assert 0 <= shown("health", "Staleness")[0] < 30
 
 
+@pytest.mark.long
 def test_views_has_data_for_every_choice(world: World) -> None:
     """Every query of *Views* answers with numbers, whichever view, label and value are chosen."""
     prometheus = world.prometheus
