@@ -34,7 +34,7 @@ def mock() -> Iterator[MockCluster]:
 
 @pytest.fixture(params=["at once", "one by one"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How messages are produced."""
+    """Have messages produced in one of the two ways, and return its name."""
     if request.param == "one by one":
         monkeypatch.setattr(transaction_module, "new_producer", one_by_one)
     elif not batches.are_in_use({}):
@@ -199,7 +199,7 @@ def address_of(mock: MockCluster) -> dict[str, Any]:
 
 
 def test_bad_messages_are_refused(mock: MockCluster, at_once: None) -> None:
-    """What is no message, a message that is no bytes, and a topic with NUL raise before anything is enqueued."""
+    """Objects that are no messages, keys that are no bytes, and a topic with NUL raise before anything is enqueued."""
     producer, several = in_transaction(mock)
     producer.begin_transaction()
     for messages, topic, error in (
@@ -224,7 +224,7 @@ def test_bad_messages_are_refused(mock: MockCluster, at_once: None) -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """What was found out about this process is found out anew, before the test and after it."""
+    """Have this process find out anew what it can do, before the test and after it."""
     batches._found.cache_clear()
     yield
     batches._found.cache_clear()
@@ -280,7 +280,7 @@ def test_without_it_commits_go_one_by_one(
     why: Callable[[pytest.MonkeyPatch], dict[str, Any]],
     said: str,
 ) -> None:
-    """Where messages can't be produced in one call, commits work, one log line says why, and `require` is an error."""
+    """Commits work where messages can't be produced in one call; one log line says why, and `require` is an error."""
     caplog.set_level(logging.INFO, batches.__name__)
     options = why(monkeypatch)
     for _ in range(2):

@@ -225,7 +225,7 @@ def mock() -> Iterator[MockCluster]:
 
 @pytest.fixture(autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How transactions produce their messages: as they do by themselves, or one by one."""
+    """Have transactions produce their messages as they do by themselves, or one by one."""
     if getattr(request, "param", "") == "one by one":
         monkeypatch.setattr(transaction_module, "new_producer", one_by_one)
 
