@@ -354,6 +354,7 @@ class RawDelta(NamedTuple):
     kind: str
     labels: Mapping[str, str]
     value: object
+    """What its kind takes, or a `Distribution` for a histogram."""
     ts_ms: int | None = None
     window_s: int | None = None
     monotone: bool | None = None

@@ -13,6 +13,7 @@ from hashlib import sha256
 from math import isfinite
 from typing import Any, NamedTuple
 
+from pipeline.core.distribution import Distribution
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey, RunningTotal
@@ -82,12 +83,11 @@ class RunningTotals:
                 refused.append(Refusal(it.line, "twice", "one stream has two totals: which one is right can't be told"))
                 continue
             before = here or self._known.get(it.stream)
-            was = before.values if before is not None else (0,) * len(values)
-            changes = [*zip(values, was, it.deltas, strict=True)]
-            rises = any(now > then and not _may_fall(it, delta) for now, then, delta in changes)
-            if before is not None and it.at_ns and it.at_ns <= before.at_ns and not rises:
+            increases = [*values] if before is None else [*map(_increase, values, before.values)]
+            steps = [_step(by) for by, delta in zip(increases, it.deltas, strict=True) if not _may_fall(it, delta)]
+            if before is not None and it.at_ns and it.at_ns <= before.at_ns and max(steps, default=0) <= 0:
                 continue  # a repeat, or one that was overtaken: what is published covers it
-            falls = any(now < then and not _may_fall(it, delta) for now, then, delta in changes)
+            falls = min(steps, default=0) < 0
             if falls and not it.at_ns:
                 refused.append(Refusal(it.line, "falls", "a total below an earlier one of this start: it was overtaken"))
                 continue
@@ -100,9 +100,9 @@ class RunningTotals:
             if falls:
                 refused.append(Refusal(it.line, "falls", "a total that falls without another start: it counts from here on"))
                 continue
-            for now, then, delta in changes:
-                if now != then or before is None:
-                    sent.deltas.append(delta._replace(value=now - then))
+            for by, delta in zip(increases, it.deltas, strict=True):
+                if _step(by) or (before is None and not isinstance(by, Distribution)):
+                    sent.deltas.append(delta._replace(value=by))
                     sent.lines.append(it.line)
         return sent, refused
 
@@ -129,9 +129,21 @@ class RunningTotals:
         return token, refused
 
 
-def _is_finite(value: int | float) -> bool:
+def _increase(now: Any, then: Any) -> Any:
+    """Return what is added to a total to get another one; of a distribution None if a count of it has fallen."""
+    return now.since(then) if isinstance(now, Distribution) else now - then
+
+
+def _step(increase: Any) -> int | float:
+    """Return a number that is above, at or below 0 as an increase is."""
+    if isinstance(increase, Distribution):
+        return increase.count
+    return -1 if increase is None else increase
+
+
+def _is_finite(value: Any) -> bool:
     try:
-        return isfinite(value)
+        return isinstance(value, Distribution) or isfinite(value)
     except OverflowError:
         return False
 
