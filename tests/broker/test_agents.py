@@ -107,6 +107,7 @@ def test_private_attributes() -> None:
     asyncio.run(look())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_formats(app: App, tmp_path: Path) -> None:
     """Agents read bytes, a record, and a codec of the app's own, one by one or in batches, from one topic."""
@@ -168,6 +169,7 @@ def test_killed_at_random(app: App, tmp_path: Path) -> None:
         assert any(offset >= bound[partition] for bound in bounds), (number, partition, offset, bounds)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_two_workers_share_a_topic(app: App, tmp_path: Path) -> None:
     """A second worker gets its share of a topic with another partition count, and gives it back: all counts are exact."""
@@ -350,6 +352,7 @@ async def record(stream):
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_an_error_at_a_batch_can_stop_the_worker(app: App, tmp_path: Path) -> None:
     """A batch from `take` at which an agent raises, and the worker ends, is read again as a whole."""
@@ -473,6 +476,7 @@ async def record(stream):
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_an_event_that_is_overtaken_is_not_done(app: App, tmp_path: Path) -> None:
     """With concurrency, nothing is committed beyond an event that is still under way."""

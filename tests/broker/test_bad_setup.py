@@ -64,6 +64,7 @@ def refused(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_an_older_worker_joins(topics: App, tmp_path: Path) -> None:
     """An older worker names both formats and exits with 4, without a fence or a store; the newer keeps its partitions."""
     with Inside(topics, "new", format=NEWER) as newer, owner(topics):

@@ -20,7 +20,7 @@ from tests.broker.chaos.watch import Commits, Problems, Reads
 from tests.broker.kafka import App
 from tests.support import LONG, ROOT, environment
 
-SHORT = ("--deltas=60000", "--commit-interval-ms=400", "--only", "kill", "broker_kill")
+SHORT = ("--deltas=30000", "--commit-interval-ms=400", "--only", "kill", "broker_kill")
 WHAT = ("--minutes=1.5", "--judge-pauses") if LONG else SHORT
 SEED = 1
 TIMEOUT_S = 540

@@ -48,6 +48,7 @@ def test_no_server_starts_where_it_could_answer_wrongly(app: App, tmp_path: Path
         pass  # whoever folds reads all before it does
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_a_lag_that_is_changed_is_noticed(app: App, tmp_path: Path) -> None:
     """A running server hides everything and says why while the lag is 0, and serves again without a restart."""

@@ -232,6 +232,7 @@ class Service:
         self._port.close()
 
 
+@pytest.mark.long
 def test_services_run_by_hand(broker: Broker, tmp_path: Path) -> None:
     """In the order of depends_on each own command line does its part: a delta is read back, and signals end all with 0."""
     assert all(SERVICES[name]["depends_on"] == {"topics": {"condition": "service_completed_successfully"}} for name in ROLES)

@@ -102,6 +102,7 @@ def test_the_whole_story(app: App, tmp_path: Path) -> None:
         assert shown["raw"] == b"no batch".hex()
 
 
+@pytest.mark.long
 def test_several_at_once_while_workers_are_killed(app: App, tmp_path: Path) -> None:
     """Three people replay 4,000 letters while the worker is killed again and again: each letter counts once."""
     count = 2_000

@@ -26,6 +26,7 @@ from tests.support import pipeline, wait_until
 BEFORE, AFTER = 4, 7
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_growth_under_load(app: App, tmp_path: Path) -> None:
     """Publishers, worker and servers notice the new partitions by themselves, and the new partitions hold data."""

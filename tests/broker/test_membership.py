@@ -135,6 +135,7 @@ def test_killed(topics: App) -> None:
         assert time.monotonic() - killed_s < SESSION_MS / 1000 + 40
 
 
+@pytest.mark.long
 def test_static_restart(topics: App) -> None:
     """A static member that is killed with kill -9 and back within its session keeps its partitions; no other is called."""
     with Inside(topics, "a", **LONG_SESSION) as one:

@@ -49,6 +49,7 @@ def total(reader: Reader, **options: int) -> tuple[float, int]:
     return sum(it.value for it in answer.series), answer.as_of.staleness_ms
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_staleness_and_lag_show_what_waits(app: App, tmp_path: Path) -> None:
     """Staleness is never below the age of an acknowledged delta that an answer lacks, lag is above 0 wherever it is shown,

@@ -108,6 +108,7 @@ def test_what_is_missing_is_no_older_than_the_staleness(broker: Broker, own: App
         wait_until(lambda: reader.get("seen").as_of.staleness_ms < FRESH_MS, "fresh answers again", RETURN_S, seen=both)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_answers_while_the_broker_is_away(broker: Broker, own: App, tmp_path: Path) -> None:
     """Answers during an outage are as stale as it is long, or 503 under a lower limit; later answers are fresh."""

@@ -38,6 +38,7 @@ def folded(role: ClusterWorker) -> object:
     return sums({number: it.store for number, it in role.partitions.items()}, "v")[()]
 
 
+@pytest.mark.long
 def test_a_wrong_password(own: Own, tmp_path: Path) -> None:
     """Every command says that the login failed and what to check, ends with code 2, and does not wait for its time limit."""
     (tmp_path / "rows.csv").write_text("a\n1\n")

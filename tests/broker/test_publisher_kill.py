@@ -11,6 +11,7 @@ from tests.support import LONG
 KILLS = 30 if LONG else 3
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_publishers_killed_at_random(broker: Broker, tmp_path: Path) -> None:
     """Each delta counts once when publishers are killed while they start, record, send what others left, and close."""

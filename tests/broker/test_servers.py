@@ -80,6 +80,7 @@ def test_killed_under_load(app: App, tmp_path: Path) -> None:
         check(app, [killed, spared], tmp_path, load=load)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_topics_made_anew(app: App, tmp_path: Path) -> None:
     """After `--accept-loss` no answer has anything of the topics that are gone, whether its server was away or not."""

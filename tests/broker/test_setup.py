@@ -68,7 +68,9 @@ def nobody(how: str, free_port: int) -> Iterator[str]:
 WHY = {"refused": NO_LISTENER, "unknown": "no-such-host.invalid", "silent": "", "http": ""}
 
 
-@pytest.mark.parametrize("how", WHY)
+@pytest.mark.parametrize(
+    "how", ["refused", "unknown", *(pytest.param(it, marks=pytest.mark.long) for it in ("silent", "http"))]
+)
 def test_no_broker(how: str, free_port: int) -> None:
     """`connect` and `flush` fail in time, and say which address was tried, why it failed, and what to check."""
     with nobody(how, free_port) as address:
@@ -294,6 +296,7 @@ def wait_for(role: Role, expected: dict[str, int]) -> None:
         wait_until(lambda: found() == expected, f"{expected}; {role.tail()}", 60)
 
 
+@pytest.mark.long
 def test_a_publisher_keeps_what_has_no_topic(own: App, tmp_path: Path) -> None:
     """A publisher whose topic is deleted says so, waits, and sends once there is a topic again."""
     create_topics(own.bootstrap, own.app, 1)

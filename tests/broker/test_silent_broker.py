@@ -26,6 +26,7 @@ async def beat(client: Any, node: Any) -> bool:
     return bool(answer.error_code)
 
 
+@pytest.mark.long
 def test_heartbeats_are_not_waited_for(broker: Broker) -> None:
     """A heartbeat or a connection attempt without an answer fails in time; both work again when the broker wakes."""
 

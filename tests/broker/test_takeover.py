@@ -132,6 +132,7 @@ def test_a_hanging_transaction_on_the_changelog(world: _World) -> None:
     assert fourth.task.next_offset == 4
 
 
+@pytest.mark.long
 def test_records_of_a_leader_that_are_gone(kafka_jars: Path, tmp_path: Path) -> None:
     """A position whose offset exists, but in another history of a log that has lost what was folded, is refused."""
     with Broker(tmp_path) as broker:

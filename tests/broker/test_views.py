@@ -28,6 +28,7 @@ def ran(*arguments: str, code: int = 0) -> Any:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("way", ["broker", pytest.param("gateway", marks=pytest.mark.long)])
 def test_dropped_under_load(app: App, tmp_path: Path, way: str) -> None:

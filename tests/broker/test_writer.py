@@ -182,6 +182,7 @@ def test_close_keeps_its_time(shared: Broker, own: App) -> None:
     assert time.monotonic() - started_s < 60
 
 
+@pytest.mark.long
 def test_a_broker_that_comes_later(kafka_jars: Path, tmp_path: Path) -> None:
     """A publisher can be first: the broker and its topics come later, and everything arrives."""
     broker = Broker(tmp_path / "kafka")

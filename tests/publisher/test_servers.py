@@ -82,6 +82,7 @@ def work(n):
 SEND = "import tasks\nfor i in range({count}): tasks.work.delay(i)\ntasks.view.add(1, who='sender')\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pool", ["prefork", pytest.param("gevent", marks=pytest.mark.long)])
 def test_celery_is_exact(tmp_path: Path, pool: str) -> None:
     """Children end without `atexit`: their deltas are sent all the same, when they are replaced and at the end.

@@ -362,11 +362,14 @@ struct Kept {
     /// Hashes of all committed suffixes of a definition, of which no other series are committed. A hash can be of a series
     /// that is there no more, but none is missing.
     hashes: HashMap<Box<[u8]>, HashTable<u64>, Hasher>,
+    hash_bytes: usize,
 }
 
 impl Kept {
-    fn hash_bytes(&self) -> usize {
-        self.hashes.values().map(|hashes| hashes.allocation_size()).sum()
+    fn forget_hashes(&mut self, prefix: &[u8]) {
+        if let Some(hashes) = self.hashes.remove(prefix) {
+            self.hash_bytes -= hashes.allocation_size();
+        }
     }
 
     fn forget_states(&mut self, prefix: &[u8]) {
@@ -430,7 +433,7 @@ impl Committed {
     fn forget(&self, prefix: &[u8]) {
         let mut kept = self.lock();
         kept.forget_states(prefix);
-        kept.hashes.remove(prefix);
+        kept.forget_hashes(prefix);
     }
 
     /// Note that merged states were committed; with `states` keep them, too.
@@ -439,13 +442,15 @@ impl Committed {
             let folded = merged.lock();
             let kept = &mut *self.lock();
             if let Some(hashes) = kept.hashes.get_mut(prefix) {
+                let before = hashes.allocation_size();
                 for entry in &folded.series.entries {
                     if hashes.find(entry.hash, |hash| *hash == entry.hash).is_none() {
                         hashes.insert_unique(entry.hash, entry.hash, |hash| *hash);
                     }
                 }
-                if kept.hash_bytes() > self.hash_bytes_max {
-                    kept.hashes.remove(prefix);
+                kept.hash_bytes = kept.hash_bytes - before + hashes.allocation_size();
+                if kept.hash_bytes > self.hash_bytes_max {
+                    kept.forget_hashes(prefix);
                 }
             }
             if !states || self.entries_half == 0 || self.bytes_half == 0 {

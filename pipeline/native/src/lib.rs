@@ -1,11 +1,13 @@
-//! The native core of `pipeline`: what is done per delta, per entry of a scan, and per entry that a worker folds.
-//! Its specifications are `pipeline/publisher/table.py`, `pipeline/query/grouping.py` and `pipeline/core/overlay.py`.
+//! The native core of `pipeline`: what is done per delta, per entry that a worker folds, per message of a commit, and per entry
+//! of a scan. Its specifications are `pipeline/publisher/table.py`, `pipeline/core/overlay.py`, `pipeline/core/changes.py`,
+//! `pipeline/adapters/kafka/transaction.py` and `pipeline/query/grouping.py`.
 
 mod convert;
 mod folded;
 mod fork;
 mod groups;
 mod histogram;
+mod kafka;
 mod labels;
 mod local;
 mod python;
@@ -22,7 +24,7 @@ mod wire;
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 9;
+const VERSION: u32 = 10;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -31,6 +33,7 @@ fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     fork::watch();
     folded::register(m)?;
     groups::register(m)?;
+    kafka::register(m)?;
     python::register(m)?;
     view::register(m)
 }

@@ -69,8 +69,11 @@ impl Shape {
     fn is_right(&self, suffix: &[u8]) -> bool {
         let Some((window, labels)) = suffix.split_at_checked(WINDOW_BYTES) else { return false };
         let start = window_start(window);
-        let fits =
-            if self.window_ms == 0 { start == 0 } else { start <= WINDOW_START_MS_MAX && start % self.window_ms == 0 };
+        let fits = if self.window_ms == 0 {
+            start == 0
+        } else {
+            start <= WINDOW_START_MS_MAX && start.is_multiple_of(self.window_ms)
+        };
         fits && suffix.len() <= SUFFIX_BYTES_MAX && self.are_right(labels).is_some()
     }
 
