@@ -58,7 +58,7 @@ class Cache:
 
     def __init__(self, entries_max: int, bytes_max: int, native: Any = None) -> None:
         self.native: Any = None if native is None else native.Committed(entries_max, bytes_max)
-        """What the native core keeps of definitions whose states it has; of these Python keeps nothing."""
+        """Committed states that the native core keeps, of definitions whose states it has; None without it."""
         self._entries_half = entries_max // 2
         self._bytes_half = bytes_max // 2
         self._young: dict[bytes, dict[bytes, State]] = {}

@@ -18,7 +18,8 @@ class TaskLimits(msgspec.Struct, frozen=True):
     cache_entries_max: int = 100_000
     """Number of committed states that are kept; the least recently committed half makes room."""
     cache_bytes_max: int = 64 * 2**20
-    """Bytes of the suffixes and encodings of cached states. One commit can go beyond either limit of the cache."""
+    """Bytes of the suffixes and encodings of cached states. One commit can go beyond either limit of the cache.
+    The native core counts the memory of both, and takes up to a quarter more for hashes of all series of new definitions."""
     producer_ttl_ms: int = 7 * 86_400_000
     """Time after which a silent producer is forgotten; a batch that it sends again later would count again."""
     closed_producer_ttl_ms: int = 3_600_000

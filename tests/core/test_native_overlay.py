@@ -125,7 +125,7 @@ bodies = st.builds(
 @settings(max_examples=examples(1_500), deadline=None)
 @given(some.damaged(bodies))
 def test_damaged_batches_get_the_same_verdict(body: bytes) -> None:
-    """Whatever bytes a batch has, both ways refuse the same of it with the same words, and read the same rows."""
+    """Both ways refuse the same of any bytes with the same words, and read the same rows of the rest."""
     value = sealed(body)
     assert outcome(value, native.extension()) == outcome(value, None)
 
@@ -196,7 +196,7 @@ def test_a_series_that_is_new_needs_no_lookup() -> None:
 
 
 def test_what_is_forgotten_is_looked_up() -> None:
-    """Where hashes of all series would take more memory than they may, the store is asked again."""
+    """The store is asked again once the hashes of all series would take more memory than they may."""
     shell = Shell(TaskLimits(cache_entries_max=0, cache_bytes_max=400), TwinTask)
     for sequence in range(4):
         shell.fold(batch(sequence, group(WIDE, {(f"{sequence}", f"{i}"): 1 for i in range(60)} | {("x", "x"): 1})))
