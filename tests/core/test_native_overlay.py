@@ -79,7 +79,7 @@ limits = st.builds(
 )
 
 
-@settings(max_examples=examples(400), deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(log=streams(), steps=steps, limits=limits)
 def test_both_ways_commit_the_same(log: list[bytes | None], steps: list[str], limits: TaskLimits) -> None:
     """Each step of any stream comes to the same on the native core, with its cache, as in Python without one."""
@@ -122,7 +122,7 @@ bodies = st.builds(
 )
 
 
-@settings(max_examples=examples(1_500), deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(some.damaged(bodies))
 def test_damaged_batches_get_the_same_verdict(body: bytes) -> None:
     """Both ways refuse the same of any bytes with the same words, and read the same rows of the rest."""
